@@ -1,0 +1,53 @@
+# Two commands set up and run everything: `make demo` trains, `make test` tests. Each works first, on a fresh clone.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# A torch that is already there (a GPU machine's, in the Docker image) is left alone: the environment sees it and its
+# version is the constraint. Without one, the CPU build comes first, so that no later step fetches CUDA packages.
+FIND_TORCH = $(PYTHON) -c 'import importlib.metadata as m; print(m.version("torch").split("+")[0])' 2>/dev/null
+export PIP_CONSTRAINT := $(CURDIR)/$(VENV)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint types gates format clean
+
+# Where there is no CPU build of torch at hand: make demo TORCH_INDEX='--index-url https://download.pytorch.org/whl/cpu'
+TORCH_INDEX ?=
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
+
+venv: $(VENV)/.installed  ## the environment in .venv that every other target uses
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	found=$$($(FIND_TORCH)); \
+	$(PYTHON) -m venv $${found:+--system-site-packages} $(VENV) && \
+	if [ -n "$$found" ]; then echo "torch==$$found" > $(PIP_CONSTRAINT); else cp constraints.txt $(PIP_CONSTRAINT) && \
+	$(BIN)/pip install -q torch $(TORCH_INDEX); fi
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+demo: venv  ## train a small model on the data that ships with megarl, with a progress bar
+	$(BIN)/python -m megarl.train_sft run.dir=runs/demo run.resume=never
+
+test: venv  ## the tests
+	$(BIN)/python -m pytest
+
+lint: venv  ## style: ruff's formatter and linter
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: venv  ## let ruff rewrite what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: venv  ## mypy over the package
+	$(BIN)/mypy
+
+gates: venv  ## the long checks: kill storms, other dependency versions, fresh clones
+	$(BIN)/python -m pytest -m gate --timeout=3600
+
+clean:  ## remove the environment and what runs left
+	rm -rf $(VENV) runs outputs multirun dist build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,98 @@
+"""Implicit language Q-learning: its loss on gathered values, and the scores it samples from.
+
+The vocabulary is never needed for the loss: values of the token taken and cross entropies against it come in
+already gathered, [batch, actions].
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megarl.algorithms.aggregate import aggregate, mask_out
+
+
+def ilql_loss(
+    q: Sequence[Tensor],
+    target_q: Sequence[Tensor],
+    v: Tensor,
+    next_v: Tensor,
+    q_nll: Sequence[Tensor],
+    policy_nll: Tensor,
+    rewards: Tensor,
+    not_done: Tensor,
+    mask: Tensor,
+    *,
+    tau: float,
+    gamma: float,
+    cql_scale: float,
+    awac_scale: float,
+    awac_beta: float,
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """TD error of Q, expectile regression of V, and the two terms that keep both near the data.
+
+    Q_hat is the smallest target head. Gradients reach q, v, q_nll and policy_nll; the TD target, Q_hat and
+    the AWAC weight have none.
+
+    Args:
+        q: one or two heads, each [batch, actions]: value of the token taken.
+        target_q: the same of the target heads.
+        v: [batch, actions], V of the state the action is taken from.
+        next_v: [batch, actions], V of the state that follows.
+        q_nll: per head [batch, actions], cross entropy of the head's outputs against the token taken.
+        policy_nll: [batch, actions], cross entropy of the policy's logits against the token taken.
+        rewards: [batch, actions].
+        not_done: [batch, actions], 1 where the state that follows is not terminal.
+        mask: [batch, actions], 1 where there is an action.
+        tau: expectile; above 0.5 V leans towards the better actions.
+        gamma: discount.
+        cql_scale: weight of the conservative term (q_nll).
+        awac_scale: weight of the policy's own loss.
+        awac_beta: how much the policy's loss prefers actions of high advantage; 0 for none.
+        denominator: global number of actions; None for this batch's own.
+
+    Returns:
+        The loss, and the unscaled parts loss_q, loss_v, loss_cql, loss_awac, detached.
+    """
+
+    def action_mean(x: Tensor) -> Tensor:
+        return aggregate(x, mask, "token_mean", denominator=denominator)
+
+    v = mask_out(v, mask)
+    rewards = mask_out(rewards, mask)
+    future = mask_out(mask_out(next_v.detach(), not_done), mask)
+    td_target = rewards + gamma * future
+    q_hat = mask_out(torch.stack([head.detach() for head in target_q]).amin(dim=0), mask)
+    advantage = q_hat - v
+    expectile = torch.where(advantage.detach() >= 0, torch.full_like(v, tau), 1.0 - tau)
+    awac_weight = (awac_beta * advantage.detach()).exp()
+
+    zero = torch.zeros_like(v).sum()
+    loss_q = sum((action_mean((mask_out(head, mask) - td_target).square()) for head in q), start=zero)
+    loss_v = action_mean(expectile * advantage.square())
+    loss_cql = sum((action_mean(head) for head in q_nll), start=zero)
+    loss_awac = action_mean(policy_nll * awac_weight)
+    loss = loss_q + loss_v + cql_scale * loss_cql + awac_scale * loss_awac
+    parts = {"loss_q": loss_q, "loss_v": loss_v, "loss_cql": loss_cql, "loss_awac": loss_awac}
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def ilql_scores(logits: Tensor, q: Tensor | Sequence[Tensor], v: Tensor, beta: float) -> Tensor:
+    """log_softmax(logits) + beta*(q - v): the policy, tilted towards tokens of high advantage.
+
+    Forbidden tokens are logits of -inf and stay so; top-k and the like come after.
+
+    Args:
+        logits: [batch, vocabulary].
+        q: [batch, vocabulary] of the target head, or several of them: then the smallest counts.
+        v: [batch] or [batch, 1].
+        beta: how far to trust the advantage.
+
+    Returns:
+        [batch, vocabulary].
+    """
+    smallest = q if isinstance(q, Tensor) else torch.stack(tuple(q)).amin(dim=0)
+    if v.dim() < logits.dim():
+        v = v.unsqueeze(-1)
+    return torch.log_softmax(logits, dim=-1) + beta * (smallest - v)

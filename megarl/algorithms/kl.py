@@ -1,0 +1,117 @@
+"""How far the policy is from its reference, and how strongly that is held against it."""
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megarl.algorithms.checks import check_choice, check_range
+from megarl.errors import NumericsError
+
+KL_KINDS = ("k1", "k2", "k3", "abs")
+MAX_PROPORTIONAL_ERROR = 0.2
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
+    """Per-token estimate of KL(policy, reference) from samples of the policy.
+
+    With d = logprobs - ref_logprobs: k1 = d (unbiased, signed), k2 = d^2/2, k3 = exp(-d) - 1 + d (unbiased,
+    never negative), abs = |d|. Nothing is clamped. Where masked-out positions may be junk and a gradient is
+    wanted, pass both inputs through `mask_out` first: here no mask is known.
+
+    Args:
+        logprobs: [batch, time], of the policy.
+        ref_logprobs: [batch, time], of the reference.
+        kind: one of `KL_KINDS`.
+
+    Returns:
+        [batch, time].
+    """
+    check_choice("kind", kind, KL_KINDS)
+    gap = logprobs - ref_logprobs
+    if kind == "k1":
+        return gap
+    if kind == "k2":
+        return 0.5 * gap.square()
+    if kind == "abs":
+        return gap.abs()
+    # expm1 keeps the digits that exp(-d) - 1 loses when the two models are close, which is the usual case.
+    return torch.expm1(-gap) + gap
+
+
+class KLController(Protocol):
+    """What sets the KL coefficient: `value` is read in a phase, `update` is called once at its end."""
+
+    value: float
+
+    def update(self, kl: float, n: int) -> None: ...
+
+    def state_dict(self) -> dict[str, float]: ...
+
+    def load_state_dict(self, state: dict[str, float]) -> None: ...
+
+
+class FixedKL:
+    """A coefficient that stays what it is."""
+
+    def __init__(self, coef: float) -> None:
+        check_range("coef", coef, coef >= 0, "a KL coefficient is 0 or more")
+        self.value = float(coef)
+
+    def update(self, kl: float, n: int) -> None:
+        """Take note of nothing: the coefficient is fixed."""
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from a checkpoint."""
+        self.value = float(state["value"])
+
+
+class AdaptiveKL:
+    """A coefficient that moves the KL towards a target (Ziegler et al., 2019, section 2.2).
+
+    Args:
+        init: first coefficient.
+        target: the KL per sequence that is aimed at.
+        horizon: how many samples it takes to change the coefficient by at most a fifth of itself.
+    """
+
+    def __init__(self, init: float, target: float, horizon: float) -> None:
+        check_range("init", init, init >= 0, "a KL coefficient is 0 or more")
+        check_range("target", target, target > 0, "give a KL above 0, or take a fixed coefficient")
+        check_range("horizon", horizon, horizon > 0, "give a number of samples above 0")
+        self.value = float(init)
+        self.target = float(target)
+        self.horizon = float(horizon)
+
+    def update(self, kl: float, n: int) -> None:
+        """Move the coefficient after a phase: value * (1 + clip(kl/target - 1, +-0.2) * n/horizon).
+
+        Args:
+            kl: mean KL per sequence of the phase.
+            n: samples in the phase, over all ranks.
+        """
+        kl = float(kl)
+        if not math.isfinite(kl):
+            raise NumericsError(f"kl={kl} cannot steer the KL coefficient: look at this phase's log-probs")
+        error = min(max(kl / self.target - 1.0, -MAX_PROPORTIONAL_ERROR), MAX_PROPORTIONAL_ERROR)
+        factor = 1.0 + error * n / self.horizon
+        check_range(
+            "horizon",
+            self.horizon,
+            factor > 0,
+            f"{n} samples in one phase would turn the coefficient negative; make it more than {n / 5:g}",
+        )
+        self.value *= factor
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps: target and horizon come from the configuration."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from a checkpoint."""
+        self.value = float(state["value"])

@@ -1,0 +1,125 @@
+"""The two losses of PPO: the clipped policy loss (with its GRPO, DAPO and GSPO variants) and the value loss.
+
+Statistics are detached scalars and means over tokens. Where the loss is divided by a global token count, so
+are they: like the loss, they add up over microbatches and ranks to the mean of the whole batch. Where the
+loss's `denominator` counts rows, the token count of this batch is used: average them over microbatches.
+"""
+
+import torch
+from torch import Tensor
+
+from megarl.algorithms.aggregate import AGGREGATIONS, aggregate, mask_out
+from megarl.algorithms.checks import check_choice, check_range
+
+RATIOS = ("token", "sequence")
+MAX_LOG_RATIO = 20.0
+
+Stats = dict[str, Tensor]
+
+
+def ppo_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    ratio: str = "token",
+    aggregation: str = "token_mean",
+    norm: float | None = None,
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, Stats]:
+    """The clipped surrogate: max(-A*ratio, -A*clip(ratio, 1 - clip_low, 1 + clip_high)).
+
+    Args:
+        logprobs: [batch, time], of the policy in training.
+        old_logprobs: [batch, time], of the policy before this phase's training; no gradient goes there.
+        advantages: [batch, time].
+        mask: [batch, time], 0/1.
+        clip_low, clip_high: how far the ratio may fall below or rise above 1 and still be followed.
+        dual_clip: bounds the loss of a token with a negative advantage to dual_clip*|A|; above 1, or None.
+        ratio: "token": exp(logprobs - old_logprobs); "sequence": exp of that gap's mean over the row (GSPO).
+        aggregation, norm, denominator: see `aggregate`.
+
+    Returns:
+        The loss, and: clip_fraction (share of tokens where the clipped term is the larger), approx_kl (mean
+        of old - new), ratio (mean), ratio_max (largest; 0 in an empty batch; never additive),
+        dual_clip_fraction (share of tokens bound by dual_clip).
+    """
+    check_choice("ratio", ratio, RATIOS)
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    if dual_clip is not None:
+        check_range("dual_clip", dual_clip, dual_clip > 1, "give a bound above 1, or null for none")
+    log_ratio = mask_out(logprobs - old_logprobs.detach(), mask)
+    advantages = mask_out(advantages, mask)
+    followed = log_ratio
+    if ratio == "sequence":
+        tokens = mask.bool().sum(dim=-1, keepdim=True).clamp(min=1)
+        followed = (log_ratio.sum(dim=-1, keepdim=True) / tokens).expand_as(log_ratio)
+    ratios = followed.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+    plain = -advantages * ratios
+    clipped = -advantages * ratios.clamp(1.0 - clip_low, 1.0 + clip_high)
+    losses = torch.maximum(plain, clipped)
+    bound = torch.zeros_like(mask, dtype=torch.bool)
+    if dual_clip is not None:
+        ceiling = -advantages * dual_clip
+        bound = (advantages < 0) & (losses > ceiling)
+        losses = torch.where(bound, ceiling, losses)
+    loss = aggregate(losses, mask, aggregation, norm=norm, denominator=denominator)
+
+    token_count = denominator if aggregation == "token_mean" else None
+    stats = {
+        "clip_fraction": _token_mean(clipped > plain, losses, mask, token_count),
+        "approx_kl": _token_mean(-log_ratio, losses, mask, token_count),
+        "ratio": _token_mean(ratios, losses, mask, token_count),
+        "ratio_max": mask_out(ratios.detach(), mask).amax(),
+        "dual_clip_fraction": _token_mean(bound, losses, mask, token_count),
+    }
+    return loss, stats
+
+
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float | None = 0.2,
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, Stats]:
+    """Half the token mean of max((V - R)^2, (clip(V, V_old +- clip) - R)^2).
+
+    Args:
+        values: [batch, time], of the critic in training.
+        old_values: [batch, time], of the critic before this phase's training; no gradient goes there.
+        returns: [batch, time]; no gradient goes there.
+        mask: [batch, time], 0/1.
+        clip: how far a value may move from its old one and still be followed; None for no bound.
+        denominator: global token count; None for this batch's own.
+
+    Returns:
+        The loss, and: clip_fraction (share of tokens where the clipped error is the larger), value_error
+        (mean squared error without clipping).
+    """
+    values = mask_out(values, mask)
+    old_values = mask_out(old_values.detach(), mask)
+    returns = mask_out(returns.detach(), mask)
+    plain = (values - returns).square()
+    losses, is_clipped = plain, torch.zeros_like(mask, dtype=torch.bool)
+    if clip is not None:
+        check_range("clip", clip, clip >= 0, "give a width of 0 or more, or null for none")
+        moved = values.clamp(old_values - clip, old_values + clip)
+        clipped = (moved - returns).square()
+        losses, is_clipped = torch.maximum(plain, clipped), clipped > plain
+    loss = 0.5 * aggregate(losses, mask, "token_mean", denominator=denominator)
+    stats = {
+        "clip_fraction": _token_mean(is_clipped, losses, mask, denominator),
+        "value_error": _token_mean(plain, losses, mask, denominator),
+    }
+    return loss, stats
+
+
+def _token_mean(x: Tensor, like: Tensor, mask: Tensor, denominator: Tensor | float | None) -> Tensor:
+    """Detached token mean of `x`, [batch, time] of any dtype, in the dtype of `like`."""
+    return aggregate(x.detach().to(like.dtype), mask, "token_mean", denominator=denominator)

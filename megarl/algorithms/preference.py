@@ -1,0 +1,209 @@
+"""Losses on preferred and rejected responses: DPO and its kin, KTO, ORPO, CPO, SimPO, reward models.
+
+Inputs are log-probs (or scores) of whole responses, [batch]. Every loss comes per example, so that the caller
+divides by the global count; only the reward model's is a mean, with that count as an argument.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from megarl.algorithms.aggregate import aggregate
+from megarl.algorithms.checks import check_choice, check_range
+
+SMOOTHED_DPO_KINDS = ("sigmoid", "robust", "exo_pair")
+DPO_KINDS = (*SMOOTHED_DPO_KINDS, "hinge", "ipo", "nca_pair", "sppo_hard", "apo_zero", "apo_down")
+CPO_KINDS = ("sigmoid", "hinge", "ipo")
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float,
+    kind: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Direct preference optimisation and the losses that share its inputs.
+
+    Args:
+        policy_chosen, policy_rejected: [batch], log-probs under the policy. For ipo, means over the tokens
+            are customary; they are used as given.
+        ref_chosen, ref_rejected: [batch], the same under the reference.
+        beta: how tightly the policy is held to the reference.
+        kind: one of `DPO_KINDS`.
+        label_smoothing: assumed share of flipped labels; for sigmoid, robust (below 0.5) and exo_pair
+            (above 0).
+
+    Returns:
+        [batch].
+    """
+    check_choice("kind", kind, DPO_KINDS)
+    _check_smoothing(kind, label_smoothing)
+    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    gap = chosen - rejected
+    z = beta * gap
+    match kind:
+        case "sigmoid":
+            return _smoothed_sigmoid(z, label_smoothing)
+        case "robust":
+            kept, flipped = 1 - label_smoothing, label_smoothing
+            return (flipped * logsigmoid(-z) - kept * logsigmoid(z)) / (1 - 2 * label_smoothing)
+        case "exo_pair":
+            won = z.sigmoid() * (logsigmoid(z) - math.log1p(-label_smoothing))
+            lost = (-z).sigmoid() * (logsigmoid(-z) - math.log(label_smoothing))
+            return won + lost
+        case "hinge":
+            return torch.relu(1 - z)
+        case "ipo":
+            return (gap - 1 / (2 * beta)).square()
+        case "nca_pair":
+            pull_down = logsigmoid(-beta * chosen) + logsigmoid(-beta * rejected)
+            return -logsigmoid(beta * chosen) - 0.5 * pull_down
+        case "sppo_hard":
+            return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
+        case "apo_zero":
+            return (1 - (beta * chosen).sigmoid()) + (beta * rejected).sigmoid()
+        case _:  # apo_down
+            return (beta * chosen).sigmoid() + (1 - z.sigmoid())
+
+
+def cpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    beta: float,
+    kind: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """CPO's preference part: DPO without a reference. The NLL of the chosen response is the caller's to add.
+
+    Args:
+        policy_chosen, policy_rejected: [batch], log-probs under the policy.
+        beta: sharpness.
+        kind: one of `CPO_KINDS`.
+        label_smoothing: as in `dpo_loss`; sigmoid only.
+
+    Returns:
+        [batch].
+    """
+    check_choice("kind", kind, CPO_KINDS)
+    none = torch.zeros_like(policy_chosen)
+    return dpo_loss(policy_chosen, policy_rejected, none, none, beta, kind, label_smoothing)
+
+
+def simpo_loss(
+    policy_chosen: Tensor, policy_rejected: Tensor, beta: float, gamma: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """SimPO: the chosen response shall lead by `gamma`, without a reference.
+
+    Args:
+        policy_chosen, policy_rejected: [batch], log-probs averaged over the tokens.
+        beta: sharpness.
+        gamma: the lead asked for, in units of beta times log-prob.
+        label_smoothing: assumed share of flipped labels.
+
+    Returns:
+        [batch].
+    """
+    _check_smoothing("sigmoid", label_smoothing)
+    return _smoothed_sigmoid(beta * (policy_chosen - policy_rejected) - gamma, label_smoothing)
+
+
+def orpo_odds_ratio_loss(policy_chosen: Tensor, policy_rejected: Tensor, beta: float) -> Tensor:
+    """ORPO's log odds ratio term, 0 or less: SUBTRACT its mean from the NLL of the chosen responses.
+
+    Args:
+        policy_chosen, policy_rejected: [batch], log-probs averaged over the tokens.
+        beta: weight of the term.
+
+    Returns:
+        [batch].
+    """
+    log_odds_ratio = _log_odds(policy_chosen) - _log_odds(policy_rejected)
+    return beta * logsigmoid(log_odds_ratio)
+
+
+def kto_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    policy_kl: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    ref_kl: Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """KTO: each response by itself, against the batch's KL as the point of reference.
+
+    Args:
+        policy_chosen, ref_chosen: [desirable], log-probs of the desirable responses; may be empty.
+        policy_rejected, ref_rejected: [undesirable], of the undesirable ones; may be empty.
+        policy_kl, ref_kl: [pairs], log-probs of mismatched prompts and responses, gathered over the global
+            batch, for the KL estimate. It carries no gradient and is 0 at least.
+        beta: how tightly the policy is held to the reference.
+        desirable_weight, undesirable_weight: to balance unequal counts.
+
+    Returns:
+        [desirable + undesirable], the desirable first.
+    """
+    gaps = (policy_kl - ref_kl).detach()
+    kl = (gaps.sum() / max(gaps.numel(), 1)).clamp(min=0)
+    chosen = 1 - (beta * (policy_chosen - ref_chosen - kl)).sigmoid()
+    rejected = 1 - (beta * (kl - (policy_rejected - ref_rejected))).sigmoid()
+    return torch.cat([desirable_weight * chosen, undesirable_weight * rejected])
+
+
+def bradley_terry_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    mask: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """The reward model's loss: mean of -log sigmoid(chosen - rejected - margin).
+
+    Args:
+        chosen, rejected: [batch], scores.
+        margin: [batch], by how much the chosen one shall lead; None for 0.
+        mask: [batch], 0 for rows that only fill up a minibatch; None when there are none.
+        denominator: global number of pairs; None for this batch's own.
+
+    Returns:
+        A scalar.
+    """
+    lead = chosen - rejected if margin is None else chosen - rejected - margin
+    mask = torch.ones_like(lead) if mask is None else mask
+    lead = torch.where(mask.bool(), lead, 0)
+    return aggregate(-logsigmoid(lead), mask, "token_mean", denominator=denominator)
+
+
+def _smoothed_sigmoid(z: Tensor, label_smoothing: float) -> Tensor:
+    """-log sigmoid(z), mixed with the same of the flipped label."""
+    return -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
+
+
+def _log_odds(logprob: Tensor) -> Tensor:
+    """log(p / (1 - p)) from log p <= 0."""
+    # A log-prob of exactly 0 has infinite odds and no usable gradient.
+    below_one = logprob.clamp(max=-torch.finfo(logprob.dtype).eps)
+    # expm1 keeps the digits of 1 - p that exp loses near p = 1.
+    return below_one - torch.log(-torch.expm1(below_one))
+
+
+def _check_smoothing(kind: str, label_smoothing: float) -> None:
+    """Refuse a label smoothing that the kind has no use for or that makes it meaningless."""
+    key = "label_smoothing"
+    if kind not in SMOOTHED_DPO_KINDS:
+        remedy = f"{kind} has no label smoothing; set it to 0, or use one of {', '.join(SMOOTHED_DPO_KINDS)}"
+        check_range(key, label_smoothing, label_smoothing == 0, remedy)
+    elif kind == "exo_pair":
+        holds = 0 < label_smoothing < 1
+        check_range(key, label_smoothing, holds, "exo_pair needs a value between 0 and 1, such as 0.001")
+    elif kind == "robust":
+        check_range(key, label_smoothing, 0 <= label_smoothing < 0.5, "robust needs 0 or more, below 0.5")
+    else:
+        check_range(key, label_smoothing, 0 <= label_smoothing < 1, "give 0 or more, below 1")

@@ -1,0 +1,108 @@
+"""When checkpoints are written, and which are kept: the last few and the best few."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from megarl.checkpoint import ShardedCheckpointIO, find, remove
+from megarl.config.schema import CheckpointConfig
+from megarl.logging import get_logger
+
+log = get_logger(__name__)
+
+
+class Checkpoints(Checkpoint):
+    """Saves at the edge of a step, after its evaluation where there is one, so that the metric is known.
+
+    A checkpoint is deleted only after its successor is committed, background saves included.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, eval_every: int | None) -> None:
+        self.folder, self.config, self.eval_every = folder, config, eval_every
+        self.scores: dict[str, float] = {}  # of evaluated checkpoints, by folder name
+        self.saved_step = -1
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._io(trainer).poll()
+        step = trainer.global_step
+        evaluation_follows = self.eval_every is not None and step % self.eval_every == 0
+        if self._due(step) and not evaluation_follows:
+            self._save(trainer, None)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.training and trainer.state.fn != "fit":
+            return
+        score = self._score(trainer)
+        if self._due(trainer.global_step) or (score is not None and self._among_best(score)):
+            self._save(trainer, score)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.config.save_last and self.saved_step != trainer.global_step:
+            self._save(trainer, None)
+        self._io(trainer).wait()
+        self._prune(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": dict(self.scores)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.scores = dict(state_dict["scores"])
+
+    def best(self) -> Path | None:
+        """The kept checkpoint with the best metric."""
+        ranked = self._ranked(self.scores)
+        return self.folder / ranked[0] if ranked else None
+
+    def save_now(self, trainer: Trainer) -> None:
+        """Save at this edge for a reason outside the schedule (a time limit, a notice of preemption)."""
+        if self.saved_step != trainer.global_step:
+            self._save(trainer, None)
+        self._io(trainer).wait()
+
+    def _save(self, trainer: Trainer, score: float | None) -> None:
+        step = trainer.global_step
+        path = self.folder / f"step-{step:07d}"
+        if score is not None:
+            self.scores[path.name] = score
+        self.saved_step = step
+        trainer.save_checkpoint(path)
+        self._prune(trainer)
+
+    def _prune(self, trainer: Trainer) -> None:
+        """Delete what is neither among the last nor among the best. What is still being written counts for neither."""
+        if not trainer.is_global_zero:
+            return
+        names = [path.name for path in find(self.folder)]
+        scores = {name: score for name, score in self.scores.items() if name in names}
+        keep = set(names[-self.config.keep_last :]) | set(self._ranked(scores)[: self.config.keep_best])
+        for name in names:
+            if name not in keep:
+                remove(self.folder / name)
+
+    def _due(self, step: int) -> bool:
+        return self.config.every is not None and step % self.config.every == 0 and step != self.saved_step
+
+    def _score(self, trainer: Trainer) -> float | None:
+        value = trainer.callback_metrics.get(self.config.metric)
+        if value is None or not bool(value == value):
+            return None
+        return float(value)
+
+    def _among_best(self, score: float) -> bool:
+        if self.config.keep_best == 0:
+            return False
+        ranked = self._ranked(self.scores)
+        if len(ranked) < self.config.keep_best:
+            return True
+        worst = self.scores[ranked[self.config.keep_best - 1]]
+        return score < worst if self.config.mode == "min" else score > worst
+
+    def _ranked(self, scores: dict[str, float]) -> list[str]:
+        return sorted(scores, key=lambda name: scores[name], reverse=self.config.mode == "max")
+
+    def _io(self, trainer: Trainer) -> ShardedCheckpointIO:
+        io = trainer.strategy.checkpoint_io
+        assert isinstance(io, ShardedCheckpointIO)
+        return io

@@ -1,0 +1,68 @@
+"""Stops a run whose numbers cannot be trusted, and keeps the batch that it happened on."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from megarl.callbacks.readings import readings
+from megarl.errors import NumericsError
+from megarl.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+class Health(Callback):
+    """Raises `NumericsError` after a step whose loss or gradient norm is not finite.
+
+    Every process writes its part of the step's batch, `module.last_batch` (a list of microbatches, dicts of tensors),
+    to `nan-batch-rank<R>.pt` in the run folder; also where the step itself raised `NumericsError`, as the optimizer
+    does before it would apply such gradients. All processes are given the same loss, so all of them stop.
+    """
+
+    def __init__(self, run_folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(run_folder)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        for name, value in readings(trainer, _is_watched).items():
+            if not math.isfinite(value):
+                raise NumericsError(
+                    f"{name} is {value} at step {trainer.global_step}{self._dumped(trainer, pl_module)}: "
+                    "look for broken records in it, or lower optim.lr"
+                )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, NumericsError) and trainer.training and _NAMED not in str(exception):
+            # The step knew what went wrong, but neither its number nor the file; the user is shown one message.
+            where = f"at step {trainer.global_step + 1}{self._dumped(trainer, pl_module)}"
+            exception.args = (f"{exception} ({where})", *exception.args[1:])
+
+    def _dumped(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Dump the batch and say so, in words that go on a sentence."""
+        batch = getattr(pl_module, "last_batch", None)
+        if batch is None:
+            return f", {_NAMED} unknown"
+        path = self.folder / f"nan-batch-rank{trainer.global_rank}.pt"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save([_on_cpu(microbatch) for microbatch in batch], path)
+        except OSError as problem:  # the numbers are the news, not the disk
+            logger.error("%s could not be written: %s", path, problem)
+            return f", {_NAMED} not saved"
+        return f", {_NAMED} in {path}"
+
+
+_NAMED = "the batch is"
+
+
+def _is_watched(name: str) -> bool:
+    return name.startswith("train/") and name.endswith(("loss", "grad_norm"))
+
+
+def _on_cpu(microbatch: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.detach().cpu() if isinstance(value, torch.Tensor) else value for name, value in microbatch.items()
+    }

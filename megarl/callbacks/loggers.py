@@ -1,0 +1,133 @@
+"""The places a run's metrics are written to, as Lightning loggers, from the `logger` section of the configuration."""
+
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from megarl.callbacks.csv_logger import MetricsFile
+from megarl.callbacks.run_folder import write_whole
+from megarl.callbacks.summary import one_line
+from megarl.config.schema import LoggerConfig
+from megarl.errors import UnavailableError
+from megarl.logging import get_logger, warn_once
+
+logger = get_logger(__name__)
+
+_INSTALL = "pip install 'megarl[log]'"
+_EXPERIMENT = "megarl"  # MLflow's name for a collection of runs
+
+
+def build_loggers(
+    config: LoggerConfig, run_dir: str | os.PathLike[str], run_name: str, resolved_config: Mapping[str, Any]
+) -> list[Logger]:
+    """The loggers that are asked for, each told the resolved configuration. A resumed run continues its entries.
+
+    Args:
+        config: which loggers, and where they report to.
+        run_dir: folder of the run; everything local is written there.
+        run_name: name shown by W&B and MLflow.
+        resolved_config: nested plain values, logged as hyperparameters.
+    """
+    folder = Path(run_dir)
+    loggers: list[Logger] = []
+    if config.csv:
+        loggers.append(MetricsFile(folder / "metrics.csv"))
+    if config.tensorboard:
+        loggers += _tensorboard(folder)
+    for entry in loggers:
+        entry.log_hyperparams(dict(resolved_config))
+    if config.wandb:
+        loggers.append(_wandb(config, folder, run_name, resolved_config))
+    if config.mlflow:
+        loggers.append(_mlflow(config, folder, run_name, resolved_config))
+    return loggers
+
+
+class StepAxis(Callback):
+    """Makes loggers count optimizer steps taken, as everything else in a run does.
+
+    Left alone, Lightning numbers batches from 0: what was measured after step 50 would stand at 49. A metric called
+    `step` overrides that and is not itself logged.
+    """
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        pl_module.log("step", float(trainer.global_step))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            pl_module.log("step", float(trainer.global_step))
+
+
+def _tensorboard(folder: Path) -> list[Logger]:
+    try:
+        return [TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False)]
+    except ModuleNotFoundError:
+        # On by default, so that its absence must not keep a bare installation from training.
+        warn_once(
+            logger,
+            "logger.tensorboard=true, but tensorboard is not installed, so no event files are written: "
+            f"{_INSTALL}, or set logger.tensorboard=false",
+        )
+        return []
+
+
+def _wandb(config: LoggerConfig, folder: Path, run_name: str, resolved: Mapping[str, Any]) -> Logger:
+    with _explained("logger.wandb", "wandb login, logger.wandb_mode=offline or logger.wandb=false"):
+        entry = WandbLogger(
+            project=config.wandb_project,
+            name=run_name,
+            save_dir=folder,
+            id=_identity(folder / "wandb-id.txt", lambda: uuid.uuid4().hex[:8]),
+            offline=config.wandb_mode == "offline",
+        )
+        entry.log_hyperparams(dict(resolved))
+    return entry
+
+
+def _mlflow(config: LoggerConfig, folder: Path, run_name: str, resolved: Mapping[str, Any]) -> Logger:
+    uri = config.mlflow_uri or str(folder / "mlruns")
+    if ":" not in uri:
+        uri = f"file:{Path(uri).absolute()}"
+    if uri.startswith("file:"):
+        # Newer versions of MLflow want to be told that a folder is what one means.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    identity = folder / "mlflow-id.txt"
+    known = identity.read_text(encoding="utf-8").strip() if identity.exists() else None
+    with _explained("logger.mlflow", "another logger.mlflow_uri or logger.mlflow=false"):
+        entry = MLFlowLogger(
+            experiment_name=_EXPERIMENT, run_name=run_name, tracking_uri=uri, save_dir=None, run_id=known
+        )
+        if known is None:  # MLflow refuses to change the parameters of a run, and a resumed one may have changed some
+            entry.log_hyperparams(dict(resolved))
+            _identity(identity, lambda: str(entry.run_id))
+    return entry
+
+
+@rank_zero_only
+def _identity(path: Path, make: Callable[[], str]) -> str:
+    """The name under which a logging service knows this run; made once, kept in the run folder."""
+    if path.exists():
+        return path.read_text(encoding="utf-8").strip()
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, made + "\n")
+    return made
+
+
+@contextmanager
+def _explained(key: str, otherwise: str) -> Iterator[None]:
+    """Turn what a logging library raises into one line that names our key."""
+    try:
+        yield
+    except ModuleNotFoundError as problem:
+        raise UnavailableError(f"{key}=true, but a package is not installed ({problem}): {_INSTALL}") from problem
+    except Exception as problem:  # their own kinds of error, of packages that may not be importable here
+        raise UnavailableError(f"{key}=true cannot start ({one_line(problem)}): use {otherwise}") from problem

@@ -1,0 +1,203 @@
+"""What a person watching the run sees: a bar on a terminal, plain lines elsewhere. First process only."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from megarl.callbacks.readings import EVALUATION, is_evaluation, planned_steps, readings
+from megarl.errors import ConfigError
+from megarl.logging import get_logger
+
+logger = get_logger(__name__)
+
+_REFRESH_S = 0.1
+
+
+def _count(value: float) -> str:
+    """1234.5 as 1.23k."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "train/loss": lambda value: f"loss {value:.4f}",
+    "train/grad_norm": lambda value: f"grad norm {value:.3f}",
+    "train/lr": lambda value: f"lr {value:.2e}",
+    "perf/tokens_per_second": lambda value: f"{_count(value)} tokens/s",
+}
+
+
+@dataclass
+class Standing:
+    """How far a run is."""
+
+    step: int
+    total: int | None
+    metrics: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, float] = field(default_factory=dict)
+    eta_s: float | None = None
+
+    @property
+    def steps(self) -> str:
+        return f"step {self.step}" if self.total is None else f"step {self.step}/{self.total}"
+
+    def details(self) -> str:
+        """The metrics worth a glance, those that were logged, and the time left."""
+        parts = [show(self.metrics[name]) for name, show in _SHOWN.items() if name in self.metrics]
+        if self.eta_s is not None:
+            parts.append(f"eta {duration(self.eta_s)}")
+        return "  ".join(parts)
+
+    def evaluated(self) -> str:
+        """The last evaluation's metrics."""
+        return "  ".join(f"{name.removeprefix(EVALUATION)} {value:.4g}" for name, value in self.evaluation.items())
+
+
+class ProgressDisplay(Callback):
+    """Keeps the standing of a run and hands it to a display; steps of earlier processes of the run are not timed."""
+
+    def __init__(self, log_every: int, now: Callable[[], float] = time.perf_counter) -> None:
+        self.log_every = log_every
+        self.standing = Standing(0, None)
+        self._now = now
+        self._first_step = 0
+        self._began = 0.0
+
+    def begin(self) -> None:
+        """The first step is about to be taken."""
+
+    def stepped(self) -> None:
+        """A step was taken."""
+
+    def end(self) -> None:
+        """No more will be shown; also called when the run fails."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._first_step, self._began = trainer.global_step, self._now()
+            self.standing = Standing(trainer.global_step, planned_steps(trainer))
+            self.begin()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        standing = self.standing
+        standing.step = trainer.global_step
+        standing.metrics = readings(trainer, lambda name: name in _SHOWN)
+        taken = standing.step - self._first_step
+        if standing.total is not None and taken > 0:
+            standing.eta_s = (self._now() - self._began) / taken * (standing.total - standing.step)
+        self.stepped()
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        self.standing.step = trainer.global_step
+        self.standing.evaluation = readings(trainer, is_evaluation)
+        if self.standing.evaluation:
+            logger.info("%s  evaluation: %s", self.standing.steps, self.standing.evaluated())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.is_global_zero:
+            self.end()
+
+
+class PlainProgress(ProgressDisplay):
+    """One line per `log_every` steps and one for the last step, through the log."""
+
+    def stepped(self) -> None:
+        if self.standing.step % self.log_every == 0 or self.standing.step == self.standing.total:
+            logger.info("%s  %s", self.standing.steps, self.standing.details())
+
+
+class RichProgress(ProgressDisplay):
+    """A bar with a line of metrics under it; log lines appear above.
+
+    Drawn by the training loop itself, at most every 0.1 s: a drawing thread of its own could hold a lock at the moment
+    data-loading processes are forked.
+    """
+
+    def __init__(
+        self,
+        log_every: int,
+        console: Console | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        super().__init__(log_every, now)
+        self._console = console or Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            console=self._console,
+            expand=True,
+        )
+        self._live: Live | None = None
+        self._drawn = 0.0
+
+    def begin(self) -> None:
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._bar.add_task("train", total=self.standing.total, completed=self.standing.step)
+        self._live = Live(self._picture(), console=self._console, auto_refresh=False)
+        self._live.start()
+
+    def stepped(self) -> None:
+        if self._now() - self._drawn >= _REFRESH_S or self.standing.step == self.standing.total:
+            self._draw()
+
+    def end(self) -> None:
+        if self._live is not None:
+            self._draw()
+            self._live.stop()
+            self._live = None
+
+    def _draw(self) -> None:
+        if self._live is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self.standing.step)
+            self._live.update(self._picture(), refresh=True)
+            self._drawn = self._now()
+
+    def _picture(self) -> Group:
+        lines = [Text(self.standing.details() or "waiting for the first step")]
+        if self.standing.evaluation:
+            lines.append(Text(f"last evaluation: {self.standing.evaluated()}", style="dim"))
+        return Group(self._bar, *lines)
+
+
+def make_progress(kind: str, log_every: int) -> list[ProgressDisplay]:
+    """The display that `trainer.progress` asks for: a list of one, empty for none.
+
+    Args:
+        kind: auto (rich on a terminal, else plain), rich, plain or none.
+        log_every: steps between plain lines.
+    """
+    if kind == "auto":
+        kind = "rich" if sys.stderr.isatty() and Console(stderr=True).is_terminal else "plain"
+    if kind == "rich":
+        return [RichProgress(log_every)]
+    if kind == "plain":
+        return [PlainProgress(log_every)]
+    if kind == "none":
+        return []
+    raise ConfigError(f"trainer.progress={kind} is no display: use auto, rich, plain or none")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as H:MM:SS."""
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

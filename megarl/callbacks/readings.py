@@ -1,0 +1,32 @@
+"""What a run has logged so far, as plain numbers."""
+
+from collections.abc import Callable
+
+from lightning.pytorch import Trainer
+
+EVALUATION = "eval/"
+_BOOKKEEPING = ("step", "epoch")
+
+
+def readings(trainer: Trainer, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, float]:
+    """The latest value of every logged metric whose name is wanted, this step's included."""
+    return {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name not in _BOOKKEEPING and wanted(name)
+    }
+
+
+def is_evaluation(name: str) -> bool:
+    """Whether a metric is measured by evaluations, not by training steps."""
+    return name.startswith(EVALUATION)
+
+
+def logging_interval(trainer: Trainer) -> int:
+    """Steps between two loggings."""
+    return max(int(trainer.log_every_n_steps), 1)  # type: ignore[attr-defined]
+
+
+def planned_steps(trainer: Trainer) -> int | None:
+    """Steps of the whole run; None where no limit was set."""
+    return trainer.max_steps if trainer.max_steps >= 0 else None

@@ -1,0 +1,217 @@
+"""The folder of a run: where it is, and what is written there so that the run can be understood and repeated."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from omegaconf import OmegaConf
+
+import megarl
+from megarl.errors import ConfigError
+from megarl.logging import get_logger
+
+logger = get_logger(__name__)
+
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "numpy",
+    "transformer-engine",
+    "apex",
+)
+_INTERACTIVE = ("bash", "interactive")  # shells inside an allocation: not several tasks, whatever SLURM_NTASKS says
+_GIT_TIMEOUT_S = 30
+
+
+class RunFolder:
+    """A run's folder, created at once. Only the first process of a run writes into it through this class.
+
+    A resumed run that would write something else than what is there keeps the earlier file as `<name>.<n><suffix>`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise ConfigError(
+                f"the run folder {self.path} cannot be created ({problem.strerror}): set run.dir to a folder that can"
+            ) from problem
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def write_config(self, resolved: Mapping[str, Any]) -> Path:
+        """config.yaml: every key with the value it had."""
+        return self._write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
+
+    def write_environment(self) -> None:
+        """versions.json, git.json and, where tracked files differ from the commit, git.diff."""
+        self._write("versions.json", json.dumps(versions(), indent=2) + "\n")
+        state, diff = _git_state()
+        self._write("git.json", json.dumps(state, indent=2) + "\n")
+        if diff:
+            self._write("git.diff", diff)
+        else:
+            self._set_aside(self.path / "git.diff")
+
+    def _write(self, name: str, text: str) -> Path:
+        path = self.path / name
+        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+            self._set_aside(path)
+        write_whole(path, text)
+        return path
+
+    def _set_aside(self, path: Path) -> None:
+        """Give what an earlier process of this run left here a numbered name."""
+        if not path.exists():
+            return
+        number = 1
+        while (earlier := path.with_suffix(f".{number}{path.suffix}")).exists():
+            number += 1
+        path.rename(earlier)
+
+
+def resolve_run_dir(entry: str, config: Any, environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder of a run: `run.dir`, else `runs/NAME` with NAME = `run.name` or "<entry>-<yyyymmdd-hhmmss>".
+
+    Processes that a launcher starts side by side must come to the same answer without talking to each other. Under
+    torchrun the time is that at which their common parent started; several SLURM tasks take the numbers of job and step
+    instead, so that a requeued job finds its folder again. A process on its own creates the folder at once, so that no
+    other run started in the same second takes it.
+
+    Args:
+        entry: name of the entry point, as in sft.
+        config: the entry's typed tree.
+        environ: the environment; tests pass their own.
+    """
+    if config.run.dir:
+        return Path(config.run.dir).expanduser()
+    if config.run.name:
+        return Path("runs", config.run.name)
+    by_torchrun = "TORCHELASTIC_RUN_ID" in environ
+    machines = int(environ.get("GROUP_WORLD_SIZE", "1")) if by_torchrun else 1
+    tasks = int(environ.get("SLURM_NTASKS", "1")) if environ.get("SLURM_JOB_NAME") not in _INTERACTIVE else 1
+    if "SLURM_JOB_ID" in environ and max(tasks, machines) > 1:
+        return Path("runs", f"{entry}-job{environ['SLURM_JOB_ID']}-{environ.get('SLURM_STEP_ID', '0')}")
+    if machines > 1:
+        raise ConfigError("run.name=null, but the machines of this run must agree on one: set run.name")
+    if by_torchrun:
+        return Path("runs", f"{entry}-{_format(psutil.Process(os.getppid()).create_time())}")
+    return _claim(entry, _format(time.time()))
+
+
+def _claim(entry: str, stamp: str) -> Path:
+    """Create the folder of a name, numbered where another run already has it."""
+    for number in range(1, 1000):
+        folder = Path("runs", f"{entry}-{stamp}" if number == 1 else f"{entry}-{stamp}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:
+            return folder  # RunFolder will say what is wrong with the place
+        return folder
+    raise ConfigError(f"run.name=null, but runs/{entry}-{stamp} and 998 more are taken: set run.name")
+
+
+def _format(seconds: float) -> str:
+    return time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, never sees half of it."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with unfinished.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def versions() -> dict[str, Any]:
+    """Software and machine of this process."""
+    packages = {name: _version(name) for name in PACKAGES}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "megarl": megarl.__version__,
+        "python": platform.python_version(),
+        **packages,
+        "platform": platform.platform(),
+        "cpu": {"name": _cpu_name(), "count": os.cpu_count(), "threads": torch.get_num_threads()},
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "gpu": {"names": gpus, "cuda": torch.version.cuda},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _git_state() -> tuple[dict[str, Any], str]:
+    """Commit and changes of the checkout that megarl is run from, else of the current folder's."""
+    reason = "no git checkout"
+    for folder in (Path(megarl.__file__).parent, Path.cwd()):
+        try:
+            root = _git(folder, "rev-parse", "--show-toplevel").strip()
+            status = _git(Path(root), "status", "--porcelain").splitlines()
+        except (OSError, subprocess.SubprocessError) as problem:
+            reason = _git_reason(problem)
+            continue
+        commit, diff = None, ""
+        try:
+            commit = _git(Path(root), "rev-parse", "--verify", "--quiet", "HEAD").strip()
+            diff = _git(Path(root), "diff", "HEAD")
+        except (OSError, subprocess.SubprocessError) as problem:
+            logger.debug("git in %s: %s", root, _git_reason(problem))  # a checkout without a commit
+        changed = [line[3:] for line in status if not line.startswith("??")]
+        untracked = [line[3:] for line in status if line.startswith("??")]
+        dirty = bool(changed)
+        return {"root": root, "commit": commit, "dirty": dirty, "changed": changed, "untracked": untracked}, diff
+    return {"root": None, "commit": None, "dirty": None, "reason": reason}, ""
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=_GIT_TIMEOUT_S,
+        env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+    ).stdout
+
+
+def _git_reason(problem: Exception) -> str:
+    if isinstance(problem, subprocess.CalledProcessError):
+        said = (problem.stderr or "").strip().splitlines()
+        return said[0] if said else f"git exited with {problem.returncode}"
+    return "git is not installed" if isinstance(problem, FileNotFoundError) else str(problem)

@@ -1,0 +1,171 @@
+"""summary.json: what a run came to, for people and programs that were not watching."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from megarl.callbacks.readings import is_evaluation, logging_interval, planned_steps, readings
+from megarl.callbacks.run_folder import write_whole
+from megarl.callbacks.throughput import peak_memory_gb
+from megarl.clock import Clock
+from megarl.logging import get_logger
+
+logger = get_logger(__name__)
+
+LOWER_IS_BETTER = ("loss", "perplexity", "kl", "seconds", "memory_gb")
+_RECENT = 5
+
+
+class Summary(Callback):
+    """Collects logged metrics at every logging and evaluation and keeps `summary.json` up to date with them.
+
+    `status` is running (refreshed by every evaluation), finished, stopped (by trainer.max_time or a request to stop),
+    interrupted (Ctrl-C or SIGTERM) or failed. What was collected travels in checkpoints: a resumed run continues it.
+    """
+
+    def __init__(self, run_folder: str | os.PathLike[str]) -> None:
+        self.path = Path(run_folder) / "summary.json"
+        self._metrics: dict[str, _Series] = {}
+        self._step_of_metrics = -1
+        self._began = (time.perf_counter(), time.process_time())
+        self._earlier = (0.0, 0.0)
+        self._peak_memory_gb = 0.0
+        self._clock = Clock()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Checkpoints are restored after this, so that the module's clock continues with the rest.
+        self._clock = getattr(pl_module, "clock", self._clock)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, "running")
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step % logging_interval(trainer) == 0:
+            self._collect_step(trainer)
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        self._collect(readings(trainer, is_evaluation))
+        self._write(trainer, "running" if trainer.state.fn == "fit" else "finished")
+
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        self._collect_step(trainer)
+
+    def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
+        total = planned_steps(trainer)
+        early = trainer.should_stop and (total is None or trainer.global_step < total)
+        self._write(trainer, "stopped" if early else "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        try:
+            self._write(
+                trainer, "interrupted" if interrupted else "failed", None if interrupted else one_line(exception)
+            )
+        except OSError as problem:  # a full disk must not hide what went wrong first
+            logger.error("%s could not be written: %s", self.path, problem)
+
+    def state_dict(self) -> dict[str, Any]:
+        wall, cpu = self._seconds()
+        return {
+            "metrics": {name: series.state() for name, series in self._metrics.items()},
+            "step_of_metrics": self._step_of_metrics,
+            "wall_s": wall,
+            "cpu_s": cpu,
+            "peak_memory_gb": self._peak_memory_gb,
+            "clock": self._clock.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._metrics = {name: _Series(name, **kept) for name, kept in state_dict["metrics"].items()}
+        self._step_of_metrics = state_dict["step_of_metrics"]
+        self._earlier = (state_dict["wall_s"], state_dict["cpu_s"])
+        self._peak_memory_gb = state_dict["peak_memory_gb"]
+        self._clock.load_state_dict(state_dict["clock"])
+
+    def _collect_step(self, trainer: Trainer) -> None:
+        if trainer.global_step != self._step_of_metrics:
+            self._step_of_metrics = trainer.global_step
+            self._collect(readings(trainer, lambda name: not is_evaluation(name)))
+
+    def _collect(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._metrics.setdefault(name, _Series(name)).add(value)
+        self._peak_memory_gb = max(self._peak_memory_gb, peak_memory_gb())
+
+    def _seconds(self) -> tuple[float, float]:
+        """Wall and CPU seconds of this process since the callback was made, and of earlier ones of the run."""
+        return (
+            self._earlier[0] + time.perf_counter() - self._began[0],
+            self._earlier[1] + time.process_time() - self._began[1],
+        )
+
+    def _write(self, trainer: Trainer, status: str, error: str | None = None) -> None:
+        if not trainer.is_global_zero:
+            return
+        wall, cpu = self._seconds()
+        self._peak_memory_gb = max(self._peak_memory_gb, peak_memory_gb())
+        content = {
+            "status": status,
+            **({"error": error} if error is not None else {}),
+            "steps": trainer.global_step,
+            "max_steps": planned_steps(trainer),
+            "metrics": {name: series.summary() for name, series in sorted(self._metrics.items())},
+            "seconds": self._clock.totals(),
+            "wall_s": wall,
+            "cpu_s": cpu,
+            "peak_memory_gb": self._peak_memory_gb,
+            "world_size": trainer.world_size,
+            "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+
+
+class _Series:
+    """One metric's values, as far as the summary needs them."""
+
+    def __init__(
+        self,
+        name: str,
+        last: float | None = None,
+        best: float | None = None,
+        recent: list[float] | None = None,
+    ) -> None:
+        self._better: Callable[[float, float], float] = min if name.endswith(LOWER_IS_BETTER) else max
+        self._last, self._best, self._recent = last, best, list(recent or [])
+
+    def add(self, value: float) -> None:
+        self._last = value
+        self._recent = [*self._recent, value][-_RECENT:]
+        if math.isfinite(value):
+            self._best = value if self._best is None else self._better(self._best, value)
+
+    def summary(self) -> dict[str, float | None]:
+        mean = sum(self._recent) / len(self._recent) if self._recent else None
+        return {"last": self._last, "best": self._best, "last5": mean}
+
+    def state(self) -> dict[str, Any]:
+        return {"last": self._last, "best": self._best, "recent": list(self._recent)}
+
+
+def one_line(exception: BaseException) -> str:
+    """An exception as one line: its kind and what it says."""
+    return " ".join(f"{type(exception).__name__}: {exception}".split()).removesuffix(":")
+
+
+def _plain(content: Any) -> Any:
+    """With null for numbers JSON has no words for."""
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content

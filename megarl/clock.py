@@ -1,0 +1,68 @@
+"""Where a process's time went, part by part, and how much work a step was; nothing here influences training."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step did over all processes: tokens in, floating-point operations of forward and backward."""
+
+    tokens: int
+    flops: float
+
+
+class Clock:
+    """Adds up wall and CPU seconds per named part of a run.
+
+    Parts nest: the time of an inner part counts to the inner part only, so that the parts never sum to more than the
+    whole. CPU seconds are those of all threads of this process.
+    """
+
+    def __init__(
+        self, wall: Callable[[], float] = time.perf_counter, cpu: Callable[[], float] = time.process_time
+    ) -> None:
+        """`wall` and `cpu` read the time; tests pass their own."""
+        self._read = (wall, cpu)
+        self._open: list[str] = []
+        self._mark = (0.0, 0.0)
+        self._counted: dict[str, tuple[float, float]] = {}
+        self._earlier: dict[str, tuple[float, float]] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time spent inside the `with` block to `name`."""
+        self._charge()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        """Seconds per part up to now, those before a resume included: {part: {"wall_s": ..., "cpu_s": ...}}."""
+        self._charge()
+        result = {}
+        for name in [*self._earlier, *(name for name in self._counted if name not in self._earlier)]:
+            before, since = self._earlier.get(name, (0.0, 0.0)), self._counted.get(name, (0.0, 0.0))
+            result[name] = {"wall_s": before[0] + since[0], "cpu_s": before[1] + since[1]}
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": self.totals()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue an earlier process's totals. Loading the same state twice counts it once."""
+        self._earlier = {name: (part["wall_s"], part["cpu_s"]) for name, part in state["parts"].items()}
+
+    def _charge(self) -> None:
+        """Give the time since the last mark to the innermost open part."""
+        now = (self._read[0](), self._read[1]())
+        if self._open:
+            wall, cpu = self._counted.get(self._open[-1], (0.0, 0.0))
+            self._counted[self._open[-1]] = (wall + now[0] - self._mark[0], cpu + now[1] - self._mark[1])
+        self._mark = now

@@ -1,0 +1,315 @@
+"""Rules a configuration must meet before anything is built: values, shape against layout, batch arithmetic.
+
+Pure Python. A new rule is a function `(config, world_size) -> None` that raises `Refusal`, added to `RULES`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from megarl.config.messages import describe_type
+from megarl.config.offers import Refusal, Rule, divisors, either, enforce, multiples, read, require_divides
+from megarl.config.presets import DEMO_EVAL, DEMO_TRAIN, resource
+from megarl.config.schema import ModelConfig, ParallelConfig, leaves
+from megarl.errors import ConfigError
+from megarl.logging import get_logger, warn_once
+
+_BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "at_least": ("at least", lambda value, bound: value >= bound),
+    "above": ("above", lambda value, bound: value > bound),
+    "at_most": ("at most", lambda value, bound: value <= bound),
+    "below": ("below", lambda value, bound: value < bound),
+}
+_INTERACTIVE = ("bash", "interactive")
+
+
+def check(config: Any, world_size: int) -> None:
+    """Refuse a configuration that cannot run on `world_size` processes.
+
+    Args:
+        config: an entry's typed tree.
+        world_size: processes of the whole run, from `world_size()`.
+    """
+    check_values(config)
+    enforce(RULES, config, world_size)
+
+
+def check_shape(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """A model's own arithmetic and its divisibility by the layout.
+
+    `check` leaves out models with `model.path`, whose shape is in the file: call this once it is known.
+    """
+    enforce([_shape], SimpleNamespace(model=model, parallel=parallel), parallel.tp * parallel.pp * parallel.cp)
+
+
+def check_values(config: Any) -> None:
+    """Rules of single keys: choices, bounds and formats. `compose` has applied them already."""
+    for leaf in leaves(type(config)):
+        value = read(config, leaf.key)
+        if value is None:
+            continue
+        if leaf.choices and value not in leaf.choices:
+            raise ConfigError(f"{leaf.key}={value} is none of its choices: use {either(leaf.choices)}")
+        if isinstance(value, list) and not all(isinstance(part, str) for part in value):
+            raise ConfigError(f"{leaf.key}={value} holds something that is no text: write {leaf.key}=[a,b]")
+        rules = [(_BOUNDS[name], bound) for name, bound in leaf.bounds.items()]
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not (finite and all(holds(value, bound) for (_, holds), bound in rules)):
+            words = [f"{word} {bound:g}" for (word, _), bound in rules]
+            raise ConfigError(
+                f"{leaf.key}={value} is out of range: use {describe_type(leaf.type)}, {' and '.join(words)}"
+            )
+    _check_formats(config)
+
+
+def world_size(config: Any, environ: Mapping[str, str]) -> int:
+    """Processes of the whole run: what torchrun or SLURM say, else `trainer.devices * trainer.num_nodes`.
+
+    Args:
+        config: an entry's typed tree.
+        environ: the environment, `os.environ`.
+    """
+    if "WORLD_SIZE" in environ:
+        return _count(environ, "WORLD_SIZE")
+    if "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in _INTERACTIVE:
+        return _count(environ, "SLURM_NTASKS")
+    return local_devices(config) * int(config.trainer.num_nodes)
+
+
+def local_devices(config: Any) -> int:
+    """Processes per node when megarl starts them itself; "auto" counts GPUs, or is 1 on CPU."""
+    trainer = config.trainer
+    if trainer.devices != "auto":
+        return int(trainer.devices)
+    if trainer.accelerator == "cpu":
+        return 1
+    import torch  # only this answer needs it, and importing it takes seconds
+
+    count = torch.cuda.device_count()
+    if count == 0 and trainer.accelerator == "gpu":
+        raise ConfigError(
+            "trainer.devices=auto with trainer.accelerator=gpu, but no GPU is visible: use trainer.accelerator=cpu"
+        )
+    return max(count, 1)
+
+
+def replica_size(config: Any) -> int:
+    """Processes that hold one whole model."""
+    return int(config.parallel.tp * config.parallel.pp * config.parallel.cp)
+
+
+def data_parallel_size(config: Any, world_size: int) -> int:
+    """Replicas of the model in a world of that many processes."""
+    return world_size // replica_size(config)
+
+
+def accumulation(config: Any, world_size: int) -> int:
+    """Microbatches per optimizer step and replica."""
+    trainer = config.trainer
+    return int(trainer.global_batch_size // (trainer.micro_batch_size * data_parallel_size(config, world_size)))
+
+
+def _check_formats(config: Any) -> None:
+    """Keys whose text must have a form."""
+    devices = config.trainer.devices
+    if devices != "auto" and (isinstance(devices, str) or devices < 1):
+        raise ConfigError(f"trainer.devices={devices} is neither a count nor auto: use 1, 2, ... or auto")
+    limit = config.trainer.max_time
+    if limit is not None and not re.fullmatch(r"\d+:[0-5]\d:[0-5]\d", limit):
+        raise ConfigError(f"trainer.max_time={limit} is not HH:MM:SS: for two hours use '02:00:00', quoted in YAML")
+    if not config.checkpoint.metric.strip():
+        raise ConfigError("checkpoint.metric is empty: use the name of a logged metric, for example eval/loss")
+    if not config.run.resume.strip():
+        raise ConfigError("run.resume is empty: use auto, never or a checkpoint folder")
+
+
+def _model(config: Any, world_size: int) -> None:
+    """Shape against layout and length, for models built from the configuration."""
+    if config.model.path is None:
+        _shape(config, world_size)
+        length, most = config.data.seq_length, config.model.max_positions
+        if length > most:
+            raise Refusal(
+                f"data.seq_length={length} is more than model.max_positions={most}",
+                {"data.seq_length": [most], "model.max_positions": [length]},
+            )
+
+
+def _shape(config: Any, world_size: int) -> None:
+    model, parallel = config.model, config.parallel
+    if model.head_dim is None:
+        require_divides("model.num_heads", "model.hidden_size", model.num_heads, model.hidden_size)
+    if model.num_kv_heads is not None:
+        require_divides("model.num_kv_heads", "model.num_heads", model.num_kv_heads, model.num_heads)
+    _rope(model, model.head_dim or model.hidden_size // model.num_heads)
+    if model.num_layers_unfrozen > model.num_layers:
+        raise Refusal(
+            f"model.num_layers_unfrozen={model.num_layers_unfrozen} is more than model.num_layers={model.num_layers}",
+            {"model.num_layers_unfrozen": [model.num_layers]},
+            "-1 to train everything",
+        )
+    _width(model, parallel)
+    _depth(model, parallel)
+
+
+def _rope(model: ModelConfig, head_dim: int) -> None:
+    """Rotary embeddings need an even width and, stretched, the length they were trained at."""
+    if model.position != "rope":
+        if model.rope_scaling != "none":
+            raise Refusal(
+                f"model.rope_scaling={model.rope_scaling} needs rotary positions, not model.position={model.position}",
+                otherwise="model.position=rope or model.rope_scaling=none",
+            )
+        return
+    rotated = int(head_dim * model.rope_percent)
+    if rotated < 2 or rotated % 2:
+        raise Refusal(
+            f"model.rope_percent={model.rope_percent:g} of a head {head_dim} wide rotates {rotated} "
+            "dimensions, which must be an even number",
+            {"model.rope_percent": [even / head_dim for even in multiples(2, rotated) if even <= head_dim]},
+            "an even model.head_dim",
+        )
+    if model.rope_scaling in ("llama3", "yarn") and model.rope_original_positions is None:
+        raise Refusal(
+            f"model.rope_scaling={model.rope_scaling} needs model.rope_original_positions, the context "
+            "length before stretching: set it, for example to 8192"
+        )
+    if model.rope_scaling == "llama3" and model.rope_low_freq_factor >= model.rope_high_freq_factor:
+        raise Refusal(
+            f"model.rope_low_freq_factor={model.rope_low_freq_factor:g} is not below "
+            f"model.rope_high_freq_factor={model.rope_high_freq_factor:g}",
+            otherwise="a smaller low factor, for example 1 and 4",
+        )
+
+
+def _width(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """What tensor parallelism cuts into pieces."""
+    tp, kv_heads = parallel.tp, model.num_kv_heads or model.num_heads
+    require_divides("parallel.tp", "model.num_heads", tp, model.num_heads)
+    if kv_heads % tp and tp % kv_heads:
+        raise Refusal(
+            f"parallel.tp={tp} neither divides model.num_kv_heads={kv_heads} nor is a multiple of it",
+            {"parallel.tp": divisors(model.num_heads), "model.num_kv_heads": divisors(model.num_heads)},
+        )
+    require_divides("parallel.tp", "model.hidden_size", tp, model.hidden_size)
+    require_divides("parallel.tp", "model.ffn_size", tp, model.ffn_size or 4 * model.hidden_size)
+
+
+def _depth(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """What pipeline parallelism cuts into stages."""
+    layers, pp, vpp = model.num_layers, parallel.pp, parallel.vpp
+    if vpp is None:
+        require_divides("parallel.pp", "model.num_layers", pp, layers)
+        return
+    if pp == 1:
+        raise Refusal(
+            f"parallel.vpp={vpp} needs a pipeline, but parallel.pp=1",
+            {"parallel.pp": divisors(layers)[1:], "parallel.vpp": [None]},
+        )
+    if layers % (pp * vpp):
+        raise Refusal(
+            f"parallel.pp={pp} * parallel.vpp={vpp} = {pp * vpp} stages do not divide model.num_layers={layers}",
+            {
+                "parallel.vpp": [n for n in divisors(layers) if n > 1] + [None],
+                "model.num_layers": multiples(pp * vpp, layers),
+            },
+        )
+
+
+def _sequence_parallel(config: Any, world_size: int) -> None:
+    """Sequence parallelism cuts time into tp pieces; with tp = 1 it is off, whatever the key says."""
+    length, tp = config.data.seq_length, config.parallel.tp
+    if config.parallel.sequence_parallel and length % tp:
+        raise Refusal(
+            f"parallel.sequence_parallel=true cuts sequences into parallel.tp={tp} pieces, and "
+            f"data.seq_length={length} is no multiple of it",
+            {"data.seq_length": multiples(tp, length), "parallel.sequence_parallel": [False]},
+        )
+
+
+def _world(config: Any, world_size: int) -> None:
+    """The processes hold a whole number of replicas."""
+    size = replica_size(config)
+    if world_size % size == 0:
+        return
+    parallel, trainer = config.parallel, config.trainer
+    offers: dict[str, list[int]] = {}
+    if trainer.devices != "auto" and trainer.devices * trainer.num_nodes == world_size:
+        world = f"trainer.devices={trainer.devices} * trainer.num_nodes={trainer.num_nodes} = {world_size} processes"
+        offers["trainer.devices"] = list(range(1, trainer.devices + size + 1))
+    else:
+        world = f"the {world_size} processes that were started"
+    for name in ("tp", "pp", "cp"):
+        if getattr(parallel, name) > 1:
+            offers[f"parallel.{name}"] = divisors(world_size)
+    raise Refusal(
+        f"parallel.tp={parallel.tp} * parallel.pp={parallel.pp} * parallel.cp={parallel.cp} = {size} "
+        f"processes per model do not divide {world}",
+        offers,
+        None if "trainer.devices" in offers else f"{either(multiples(size, world_size))} processes",
+    )
+
+
+def _batch(config: Any, world_size: int) -> None:
+    """micro * accumulation * data-parallel size = global, with a whole accumulation."""
+    trainer, parallel = config.trainer, config.parallel
+    replicas, micro, whole = (
+        data_parallel_size(config, world_size),
+        trainer.micro_batch_size,
+        trainer.global_batch_size,
+    )
+    step = micro * replicas
+    batch = (
+        f"trainer.micro_batch_size={micro} * data-parallel size {replicas} "
+        f"({world_size} processes / {replica_size(config)} per model)"
+    )
+    # An interleaved pipeline hands microbatches from stage to stage in rounds of pp.
+    rounds = parallel.pp if parallel.vpp is not None else 1
+    offers: dict[str, list[Any]] = {
+        "trainer.global_batch_size": multiples(step * rounds, whole),
+        "trainer.micro_batch_size": divisors(max(1, whole // replicas)),
+    }
+    if whole % step:
+        raise Refusal(f"trainer.global_batch_size={whole} is no multiple of {batch} = {step}", offers)
+    count = accumulation(config, world_size)
+    if count % rounds:
+        raise Refusal(
+            f"parallel.vpp={parallel.vpp} needs an accumulation that is a multiple of "
+            f"parallel.pp={parallel.pp}, but trainer.global_batch_size={whole} / ({batch}) is {count}",
+            {**offers, "parallel.vpp": [None]},
+        )
+
+
+def _data(config: Any, world_size: int) -> None:
+    """There is something to train on, and the demo's evaluation set does not judge another's training."""
+    train, evaluation = config.data.train, config.data.eval
+    if not train:
+        raise Refusal("data.train is empty: name files, for example data.train=[train.jsonl]")
+    if resource(DEMO_EVAL) in evaluation and resource(DEMO_TRAIN) not in train:
+        warn_once(
+            get_logger(__name__),
+            "data.eval still is the demo set while data.train is not: set data.eval=[...], or [] for no evaluation",
+        )
+
+
+def _tokenizer(config: Any, world_size: int) -> None:
+    """Tokenizers that live in a file are told which."""
+    tokenizer = config.tokenizer
+    if tokenizer.kind != "bytes" and tokenizer.path is None and config.model.path is None:
+        raise Refusal(f"tokenizer.kind={tokenizer.kind} needs tokenizer.path: its file or folder")
+
+
+RULES: list[Rule] = [_model, _sequence_parallel, _world, _batch, _data, _tokenizer]
+"""Rules that join several keys, in the order they are applied."""
+
+
+def _count(environ: Mapping[str, str], name: str) -> int:
+    """A number of processes the launcher left in the environment."""
+    text = environ[name]
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"the launcher's {name}={text} is no number of processes: unset it, or start with torchrun")
+    return int(text)

@@ -1,0 +1,186 @@
+"""From a command line to a typed configuration, and the shell every entry point runs in.
+
+Composition is Hydra's; its errors, and all of megarl's, become one line and an exit code here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+import megarl
+from megarl.config.checks import check_values
+from megarl.config.messages import EXPLAINED, explain
+from megarl.config.presets import conf_folder, register
+from megarl.config.reference import help_text
+from megarl.config.schema import ENTRIES
+from megarl.errors import ConfigError, MegarlError
+
+_PATH_FLAGS = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+_OTHER_FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--multirun", "-m", "--info", "-i")
+HYDRA_FLAGS = frozenset((*_PATH_FLAGS, *_OTHER_FLAGS, "--hydra-help", "--shell-completion", "-sc"))
+_VERSION_BASE = "1.3"
+
+
+class JobError(MegarlError):
+    """One job of a multirun ended with a non-zero exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"a job of the multirun ended with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+def compose(entry: str, argv: list[str]) -> tuple[Any, dict[str, Any]]:
+    """The configuration of one run.
+
+    Args:
+        entry: a key of `schema.ENTRIES`.
+        argv: overrides as on the command line, `["+conf=gpt20b", "parallel.tp=2"]`.
+
+    Returns:
+        The typed tree (an instance of `ENTRIES[entry]`) and the same, resolved, as plain dicts and lists.
+    """
+    with _explained(entry, argv):
+        register(argv)
+        with hydra.initialize_config_dir(str(conf_folder()), version_base=_VERSION_BASE, job_name=f"train_{entry}"):
+            tree = hydra.compose(f"train_{entry}", argv)
+        return typed(entry, tree)
+
+
+def typed(entry: str, tree: DictConfig) -> tuple[Any, dict[str, Any]]:
+    """A composed tree as an instance of the entry's schema and as plain dicts; refuses foreign keys."""
+    # Hydra lets `+section.key=value` add keys even to a typed tree; merging into a fresh schema does not.
+    untyped = OmegaConf.create(OmegaConf.to_container(tree, resolve=False))
+    merged = OmegaConf.merge(OmegaConf.structured(ENTRIES[entry]), untyped)
+    plain = cast("dict[str, Any]", OmegaConf.to_container(merged, resolve=True))
+    config = OmegaConf.to_object(merged)
+    check_values(config)
+    return config, plain
+
+
+def run(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> NoReturn:
+    """Run an entry point and exit: answer flags, compose, call `main` with the typed configuration.
+
+    A `MegarlError` ends in one line on stderr and its exit code (2 for bad input, 3 for bad numbers), with a
+    traceback only under `debug=true`; any other exception is a bug and keeps its traceback.
+    """
+    debug = any(part.lstrip("+").lower() in ("debug=true", "debug=yes", "debug=on", "debug=1") for part in argv)
+    try:
+        if "--version" in argv:
+            sys.stdout.write(f"megarl {megarl.__version__}\n")
+            code: int | None = 0
+        elif "--help" in argv or "-h" in argv:
+            _, plain = compose(entry, [part for part in argv if part not in ("--help", "-h")])
+            sys.stdout.write(help_text(entry, plain))
+            code = 0
+        elif _needs_hydra(argv):
+            code = _run_hydra(entry, argv, main)
+        else:
+            config, _ = compose(entry, argv)
+            debug = config.debug
+            code = main(config)
+    except MegarlError as error:
+        if debug:
+            traceback.print_exc()
+        sys.stderr.write(f"{_rank_prefix()}error: {' '.join(str(error).split())}\n")
+        code = error.exit_code
+    sys.exit(code or 0)
+
+
+class _Job:
+    """What Hydra calls, once per job, on this machine or (pickled by a launcher plugin) on another."""
+
+    def __init__(self, entry: str, main: Callable[[Any], int | None]) -> None:
+        self.entry = entry
+        self.main = main
+
+    def __call__(self, tree: DictConfig) -> None:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        register([])
+        settings = HydraConfig.get()
+        with _explained(self.entry, list(settings.overrides.task)):
+            config, _ = typed(self.entry, tree)
+        if settings.mode == RunMode.MULTIRUN:
+            # Jobs that shared a run folder would resume from, and overwrite, each other's checkpoints.
+            number = str(settings.job.num)
+            config.run.dir = str(Path(config.run.dir, number)) if config.run.dir else settings.runtime.output_dir
+        code = self.main(config)
+        if code:
+            raise JobError(code)
+
+
+def _needs_hydra(argv: list[str]) -> bool:
+    """Whether Hydra's own command line must run: its flags, or settings of Hydra itself. Refuses others."""
+    flags = [part.partition("=")[0] for part in argv if part.startswith("-")]
+    for flag in flags:
+        if flag == "--experimental-rerun":
+            raise ConfigError(f"{flag} unpickles a file and is not offered: use run.resume, or repeat the command")
+        if flag not in HYDRA_FLAGS:
+            raise ConfigError(
+                f"unknown flag '{flag}': settings are written key=value without dashes, for example "
+                f"parallel.tp=2; flags are --help, --version, {', '.join(sorted(HYDRA_FLAGS))}"
+            )
+    if "--resolve" in flags and not {"--cfg", "-c"} & set(flags):
+        raise ConfigError("--resolve goes with --cfg: --cfg job --resolve")
+    return bool(flags) or any(part.lstrip("+~").startswith(("hydra.", "hydra/")) for part in argv)
+
+
+def _run_hydra(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> int:
+    """Hand the command line to Hydra: multirun, --cfg, --info, shell completion."""
+    with _explained(entry, argv), _hydra_environment(argv):
+        register(argv)
+        start = hydra.main(version_base=_VERSION_BASE, config_path=str(conf_folder()), config_name=f"train_{entry}")
+        start(_Job(entry, main))()
+    return 0
+
+
+@contextmanager
+def _hydra_environment(argv: list[str]) -> Iterator[None]:
+    """Let Hydra read `argv` and raise its errors instead of printing them and exiting with 1."""
+    arguments, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [sys.argv[0], *_overrides_first(argv)]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = arguments
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _overrides_first(argv: list[str]) -> list[str]:
+    """The same arguments, settings before flags: argparse refuses settings on both sides of a flag."""
+    overrides: list[str] = []
+    rest: list[str] = []
+    for index, part in enumerate(argv):
+        is_path = index > 0 and argv[index - 1] in _PATH_FLAGS
+        is_setting = "=" in part or part.startswith("~")
+        (overrides if is_setting and not part.startswith("-") and not is_path else rest).append(part)
+    return overrides + rest
+
+
+@contextmanager
+def _explained(entry: str, argv: list[str]) -> Iterator[None]:
+    """Turn errors of composition into a `ConfigError` of one line."""
+    try:
+        yield
+    except EXPLAINED as error:
+        raise explain(error, ENTRIES[entry], argv) from error
+
+
+def _rank_prefix() -> str:
+    """Which process speaks, where there are several and it is not the first."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return "" if rank == "0" else f"[rank {rank}] "

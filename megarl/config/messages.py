@@ -1,0 +1,185 @@
+"""Hydra's and OmegaConf's errors retold in one line: the key, the value, and the nearest thing that works."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    ValidationError,
+)
+from yaml import YAMLError
+
+from megarl.config.schema import Leaf, leaves, sections
+from megarl.errors import ConfigError
+
+EXPLAINED = (HydraException, OmegaConfBaseException, YAMLError)
+"""The errors of composition that `explain` can retell."""
+
+_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
+
+
+def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
+    """Retell an error of composition.
+
+    Args:
+        error: what Hydra, OmegaConf or the YAML reader raised.
+        tree: the schema of the entry point.
+        argv: the command line, to show what was typed.
+    """
+    known = {item.key: item for item in leaves(tree)}
+    source = _source(error)
+    if isinstance(error, OverrideParseException):
+        return ConfigError(_malformed(error, known))
+    if isinstance(error, MissingConfigException):
+        return ConfigError(_missing_option(error))
+    inner = _omegaconf_error(error)
+    if isinstance(inner, ConfigKeyError | ConfigAttributeError):
+        key = str(inner.full_key or inner.key)
+        argument = None if source else _argument(key, argv)
+        if argument:
+            key = max(key, _name(argument), key=len)  # for `paralel.tp=2`, OmegaConf complains of `paralel`
+        return ConfigError(unknown_key(key, tree, source or (f"in '{argument}'" if argument else None)))
+    if isinstance(inner, ValidationError) and (key := _leaf_key(inner)) in known:
+        return ConfigError(_wrong_type(known[key], inner, argv) + (f" ({source})" if source else ""))
+    if isinstance(inner, InterpolationResolutionError):
+        return ConfigError(f"{inner.full_key}: {_first_line(inner)}")
+    moved = re.match(r"Could not override '([^']+)'\. No match in the defaults list", str(error))
+    if moved:
+        group = moved.group(1)
+        if group == "conf":
+            return ConfigError("'conf=...' must be written '+conf=...': presets are added, they replace nothing")
+        return ConfigError(unknown_key(group, tree, f"in '{_argument(group, argv) or group}'"))
+    if str(error) == "conf appears more than once in the final defaults list":
+        return ConfigError("+conf is given twice: write several presets as one list, +conf=[a,b]")
+    if inner is not None and "does not support deletion" in str(inner):
+        return ConfigError(f"'{inner.full_key}' cannot be removed: every key has a value; set it to another")
+    if str(error).startswith("Ambiguous value for argument"):
+        return ConfigError(
+            f"{_first_line(error)}: write key=[a,b] for a list, \"key='a,b'\" for text, "
+            "or add --multirun to run once per value"
+        )
+    return ConfigError(" ".join(str(inner or error).split()))
+
+
+def unknown_key(key: str, tree: type, where: str | None = None) -> str:
+    """One line about a key the tree does not have: where it stands and what it may have meant."""
+    known = [item.key for item in leaves(tree)]
+    place = f" ({where})" if where else ""
+    parents = [name for name in known if key.startswith(name + ".")]
+    if parents:
+        return f"unknown key '{key}'{place}: '{parents[0]}' holds a value and has no keys below it"
+    if difflib.get_close_matches(key, ["conf", "preset"]):
+        return f"unknown key '{key}'{place}; did you mean '+conf=NAME', which chooses a preset? All keys: --help"
+    near = nearest_keys(key, known if "." in key else [*known, *sections(tree)])
+    if near:
+        return f"unknown key '{key}'{place}; did you mean {one_of(near)}? All keys: --help"
+    section = key.partition(".")[0]
+    if section in sections(tree):
+        names = [name.partition(".")[2] for name in known if name.startswith(section + ".")]
+        return f"unknown key '{key}'{place}; '{section}' has the keys {', '.join(names)}"
+    return f"unknown key '{key}'{place}; sections are {', '.join(sections(tree))}. All keys: --help"
+
+
+def nearest_keys(key: str, known: Sequence[str], count: int = 3) -> list[str]:
+    """Known keys most like a mistyped one.
+
+    A near name in the same section comes first, then the same name in another section, then anything alike.
+    """
+    section, _, name = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if section and k.rpartition(".")[0] == section}
+    for found in (
+        [siblings[n] for n in difflib.get_close_matches(name, siblings, n=count, cutoff=0.7)],
+        [k for k in known if k.rpartition(".")[2] == name],
+        difflib.get_close_matches(key, known, n=count, cutoff=0.7),
+        [k for k in known if difflib.SequenceMatcher(None, name, k.rpartition(".")[2]).ratio() >= 0.7],
+    ):
+        if found:
+            return found[:count]
+    return []
+
+
+def one_of(names: Iterable[object]) -> str:
+    """Quoted alternatives in a sentence: 'a', 'b' or 'c'."""
+    quoted = [f"'{name}'" for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+
+
+def describe_type(kind: str) -> str:
+    """A type of the schema in words, `int | None` as "an integer or null"."""
+    if kind == "list[str]":
+        return "a list, [a,b]"
+    return " or ".join(_TYPES.get(part, part) for part in kind.split(" | "))
+
+
+def _omegaconf_error(error: BaseException | None) -> OmegaConfBaseException | None:
+    """The OmegaConf error at the root of a Hydra error, where there is one."""
+    while error is not None:
+        if isinstance(error, OmegaConfBaseException):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _leaf_key(error: OmegaConfBaseException) -> str:
+    """The key an error is about, without the index of an element of a list."""
+    return str(error.full_key).partition("[")[0]
+
+
+def _source(error: Exception) -> str | None:
+    """The configuration file Hydra was reading, from the start of its message."""
+    found = re.match(r"In '([^']+)'", str(error))
+    return f"in {found.group(1)}" if found else None
+
+
+def _name(argument: str) -> str:
+    """The key an argument sets."""
+    return argument.lstrip("+~").partition("=")[0]
+
+
+def _argument(key: str, argv: Sequence[str]) -> str | None:
+    """The argument that set a key, something below it, or a section around it."""
+    for part in argv:
+        name = _name(part)
+        if name == key or name.startswith(key + ".") or key.startswith(name + "."):
+            return part
+    return None
+
+
+def _malformed(error: OverrideParseException, known: dict[str, Leaf]) -> str:
+    """One line about an argument that is not of the form key=value."""
+    key, equals, value = error.override.lstrip("+~").partition("=")
+    if not equals:
+        example = key if key in known else next(iter(nearest_keys(key, list(known))), "parallel.tp")
+        return f"'{error.override}' has no '=': settings are written key=value, for example {example}=..."
+    return f"cannot read the value of '{error.override}': quote special characters, \"{key}='{value}'\""
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    """One line about an option of a group, or a primary configuration, that does not exist."""
+    group, _, option = str(error.missing_cfg_file).rpartition("/")
+    options = list(error.options or [])
+    near = difflib.get_close_matches(option, options, n=3, cutoff=0.5)
+    meant = f"; did you mean {one_of(near)}?" if near else ""
+    listed = f" (options: {', '.join(options)})" if options else ""
+    return f"{group or 'the configuration folder'} has no '{option}'{meant}{listed}"
+
+
+def _wrong_type(leaf: Leaf, error: ValidationError, argv: Sequence[str]) -> str:
+    """One line about a value that is not of its key's type."""
+    below = next((part for part in argv if part.lstrip("+").startswith(leaf.key + ".")), None)
+    if below:
+        return f"unknown key in '{below}': '{leaf.key}' holds a value and has no keys below it"
+    value = "null" if error.value is None else str(error.value)
+    remedy = f": write {leaf.key}=[{value}]" if leaf.type == "list[str]" else ""
+    return f"{leaf.key}={value} is not {describe_type(leaf.type)}{remedy} ({leaf.key}: {leaf.doc})"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,112 @@
+"""A rule's refusal, and the nearest values that would satisfy it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from megarl.errors import ConfigError
+
+Rule = Callable[[Any, int], None]
+"""A check of several keys: takes a typed configuration and the world size, raises `Refusal`."""
+
+
+class Refusal(ConfigError):  # noqa: N818 - it becomes an error, with advice, in `enforce`
+    """What a rule found wrong, with values that may put it right.
+
+    Args:
+        problem: the keys, their values and why they do not go together.
+        offers: candidates per dotted key; `enforce` shows the nearest of those that work.
+        otherwise: a remedy in words, added after the offers.
+    """
+
+    def __init__(
+        self, problem: str, offers: Mapping[str, Iterable[Any]] | None = None, otherwise: str | None = None
+    ) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.offers = {key: list(values) for key, values in (offers or {}).items()}
+        self.otherwise = otherwise
+
+
+def enforce(rules: Sequence[Rule], config: Any, world_size: int) -> None:
+    """Apply rules in order; the first refusal becomes a `ConfigError` that says which values work.
+
+    A value is offered when, put in place, it satisfies the rule that refused and all rules before it.
+    """
+    for index, rule in enumerate(rules):
+        try:
+            rule(config, world_size)
+        except Refusal as refusal:
+            remedies = [
+                f"{key}={either(working)}"
+                for key, values in refusal.offers.items()
+                if (working := _working(key, values, rules[: index + 1], config, world_size))
+            ]
+            if refusal.otherwise:
+                remedies.append(refusal.otherwise)
+            advice = f": use {', or '.join(remedies)}" if remedies else ""
+            raise ConfigError(refusal.problem + advice) from None
+
+
+def require_divides(key: str, whole_key: str, value: int, whole: int) -> None:
+    """Refuse unless the value of `key` divides that of `whole_key`; offers other values of both."""
+    if whole % value:
+        raise Refusal(
+            f"{key}={value} does not divide {whole_key}={whole}",
+            {key: divisors(whole), whole_key: multiples(value, whole)},
+        )
+
+
+def divisors(number: int) -> list[int]:
+    """Every divisor of a positive number, ascending."""
+    small = [i for i in range(1, math.isqrt(number) + 1) if number % i == 0]
+    return sorted({*small, *(number // i for i in small)})
+
+
+def multiples(step: int, number: int) -> list[int]:
+    """The positive multiples of `step` at or just below `number`, and just above it."""
+    below = number // step * step
+    return [value for value in (below, below + step) if value > 0]
+
+
+def near(values: Iterable[Any], target: float, count: int = 4) -> list[Any]:
+    """The `count` values nearest to a target, ascending."""
+    return sorted(sorted(set(values), key=lambda value: (abs(value - target), value))[:count])
+
+
+def either(values: Iterable[Any]) -> str:
+    """Alternatives in a sentence: 1, 2 or 4."""
+    words = [json.dumps(value) if value is None or isinstance(value, bool) else str(value) for value in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def read(config: Any, key: str) -> Any:
+    """Value of a dotted key in a typed tree."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _working(key: str, values: list[Any], rules: Sequence[Rule], config: Any, world_size: int) -> list[Any]:
+    """The nearest candidates that satisfy all of the rules when put in place."""
+    section, _, name = key.rpartition(".")
+    current = read(config, key)
+    world_of = dict.fromkeys(values, world_size)
+    if key == "trainer.devices":
+        world_of = {value: value * config.trainer.num_nodes for value in values}
+    working = []
+    for value in values:
+        trial = copy.deepcopy(config)
+        setattr(read(trial, section), name, value)
+        try:
+            for rule in rules:
+                rule(trial, world_of[value])
+        except Refusal:
+            continue
+        working.append(value)
+    numbers = [value for value in working if value is not None]
+    return near(numbers, current or 0) or working

@@ -1,0 +1,95 @@
+"""Where shipped configuration lies, and presets: whole-tree YAML files chosen with `+conf=NAME`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from megarl.config.messages import one_of
+from megarl.config.schema import ENTRIES
+from megarl.errors import ConfigError
+
+GROUP = "conf"
+HEADER = "# @package _global_"
+DEMO_TRAIN = "data/demo/train.jsonl"
+DEMO_EVAL = "data/demo/eval.jsonl"
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def conf_folder() -> Path:
+    """The shipped configuration: inside the package when installed, beside it in a checkout."""
+    installed = _PACKAGE / "conf"
+    return installed if installed.is_dir() else _PACKAGE.parent / "conf"
+
+
+def resource(path: str) -> str:
+    """Absolute path of a file that ships inside the package; behind `${resource:...}` in YAML."""
+    return str(_PACKAGE / path)
+
+
+def preset_files(user_folder: Path) -> dict[str, Path]:
+    """Presets by name: the shipped ones, then the user's, which replace shipped ones of the same name."""
+    return {path.stem: path for folder in (conf_folder(), user_folder) for path in sorted(_presets_in(folder))}
+
+
+def chosen_presets(argv: list[str]) -> list[str]:
+    """Names given to `+conf=` on a command line, in order."""
+    values = (part.partition("=")[2] for part in argv if part.lstrip("+").startswith(GROUP + "="))
+    return [name.strip(" '\"") for value in values for name in value.strip("[] ").split(",") if name.strip()]
+
+
+def register(argv: list[str]) -> None:
+    """Make the schemas, the `resource` resolver and all presets known to Hydra.
+
+    Registered presets are replaced every time, so that a process that changes folder never sees stale ones.
+
+    Args:
+        argv: the command line; the presets it asks for must exist and be readable.
+    """
+    OmegaConf.register_new_resolver("resource", resource, replace=True)
+    store = ConfigStore.instance()
+    for entry, tree in ENTRIES.items():
+        store.store(name=f"schema_{entry}", node=tree)
+    user_folder = Path.cwd() / "conf"
+    files = preset_files(user_folder)
+    chosen = chosen_presets(argv)
+    for name in chosen:
+        if name not in files:
+            raise _unknown(name, list(files), user_folder)
+    store.repo.pop(GROUP, None)
+    for name, path in files.items():
+        try:
+            part = OmegaConf.load(path)
+            if not isinstance(part, DictConfig):
+                raise yaml.YAMLError("it is not a mapping of sections to keys")
+        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            if name in chosen:
+                reason = " ".join(str(error).split())
+                raise ConfigError(f"preset '{name}' cannot be read ({path}): {reason}") from error
+            continue  # a broken file that nobody asked for does not concern this run
+        store.store(group=GROUP, name=name, node=part, package="_global_", provider=str(path))
+
+
+def _presets_in(folder: Path) -> Iterator[Path]:
+    """YAML files directly in a folder whose first line marks them as presets."""
+    for path in folder.glob("*.yaml"):
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            if lines.readline().strip() == HEADER:
+                yield path
+
+
+def _unknown(name: str, known: list[str], user_folder: Path) -> ConfigError:
+    """The error for a preset that does not exist, or that is no preset for want of its first line."""
+    file = user_folder / f"{name}.yaml"
+    if file.is_file():
+        return ConfigError(f"{file} is no preset: its first line must be '{HEADER}'")
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    meant = f"did you mean {one_of(near)}? " if near else ""
+    return ConfigError(
+        f"unknown preset '{name}'; {meant}known presets: {', '.join(sorted(known))} (yours belong in {user_folder})"
+    )

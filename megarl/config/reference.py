@@ -1,0 +1,146 @@
+"""The schema as text: what `--help` prints, and docs/configuration.md.
+
+`python -m megarl.config.reference > docs/configuration.md` brings the page up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megarl.config.presets import GROUP, conf_folder, preset_files
+from megarl.config.schema import ENTRIES, Leaf, leaves
+
+_PREAMBLE = """# Configuration
+
+Made from the schema by `python -m megarl.config.reference > docs/configuration.md`; do not edit by hand.
+
+Any key can be set on the command line: `python -m megarl.train_sft optim.lr=1e-4 parallel.tp=2`. Values come,
+later ones winning, from the schema's defaults (listed below), the groups, the entry's file in `conf/`,
+presets (`+conf=NAME`, `+conf=[a,b]`) and the command line. `--cfg job` prints the result without running it,
+and `--multirun` runs once per value: `--multirun optim.lr=1e-3,1e-4`.
+"""
+
+_ABOUT_PRESETS = """## Presets
+
+A preset is a YAML file whose first line is `# @package _global_`, directly in megarl's `conf/` or in the
+`./conf/` of the folder a run is started in; yours replaces a shipped one of the same name.
+"""
+
+_ABOUT_PROCESSES = """## How many processes
+
+Under `torchrun` or SLURM the number of processes is what the launcher says, and `trainer.devices` and
+`trainer.num_nodes` are not consulted; alone, megarl starts `trainer.devices` processes on each of
+`trainer.num_nodes` machines. The data-parallel size is that number divided by `tp * pp * cp`, and
+`global_batch_size = micro_batch_size * accumulation * data-parallel size` gives the accumulation.
+`parallel.sequence_parallel` has no effect when `parallel.tp` is 1.
+
+In a multirun each job gets a run folder of its own: `run.dir/NUMBER`, or `runs/multirun-TIME/NUMBER` when
+`run.dir` is null.
+"""
+
+
+def help_text(entry: str, plain: dict[str, Any]) -> str:
+    """Every key of an entry point with its type, value, choices and meaning.
+
+    Args:
+        entry: a key of `schema.ENTRIES`.
+        plain: the composed configuration whose values are shown.
+    """
+    lines = [
+        f"usage: python -m megarl.train_{entry} [key=value ...] [group=option ...] [+conf=preset or [a,b]]",
+        "",
+        "Settings (type, value with this command line, choices):",
+    ]
+    section = None
+    for leaf in leaves(ENTRIES[entry]):
+        choices = "|".join(leaf.choices)
+        head = leaf.key.rpartition(".")[0]
+        if head != section:
+            lines.append("")
+            section = head
+        lines.append(f"  {leaf.key}={_shown(_value(plain, leaf.key))}  [{choices or _type(leaf)}]")
+        lines.append(f"      {leaf.doc}")
+    lines += ["", "Groups (a file each of keys of one section; the first line says what it is for):", ""]
+    for group, options in _groups().items():
+        lines += [f"  {group}={name:<12} {about}" for name, about in options]
+    lines += [
+        "",
+        "Presets (whole setups, from megarl's conf/ and from ./conf/; settings given besides win):",
+        "",
+    ]
+    lines += [f"  +{GROUP}={name:<12} {about}" for name, about in _presets(Path.cwd() / "conf")]
+    lines += [
+        "",
+        "Flags: --help --version --cfg job [--resolve] [-p SECTION] --multirun --info",
+        "       --shell-completion install=bash",
+        "With --multirun, values may be lists to run over: optim.lr=1e-3,1e-4",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """The text of docs/configuration.md."""
+    lines = [_PREAMBLE, "## Groups", "", "| option | what it is for |", "| --- | --- |"]
+    for group, options in _groups().items():
+        lines += [f"| `{group}={name}` | {about} |" for name, about in options]
+    lines += ["", _ABOUT_PRESETS, "| preset | what it is for |", "| --- | --- |"]
+    lines += [f"| `+{GROUP}={name}` | {about} |" for name, about in _presets(None)]
+    for entry, tree in ENTRIES.items():
+        lines += ["", f"## Keys of `megarl.train_{entry}`"]
+        section = None
+        for leaf in leaves(tree):
+            head = leaf.key.rpartition(".")[0]
+            if head != section:
+                title = f"### {head}" if head else "### top level"
+                lines += ["", title, "", "| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+                section = head
+            kind = ", ".join(leaf.choices) or _type(leaf)
+            lines.append(f"| `{leaf.key}` | {kind} | `{_shown(leaf.default)}` | {leaf.doc} |")
+    return "\n".join([*lines, "", _ABOUT_PROCESSES])
+
+
+def _type(leaf: Leaf) -> str:
+    """A key's type as YAML has it, without the bar that would end a table's cell."""
+    return leaf.type.replace("None", "null").replace(" | ", " or ")
+
+
+def _shown(value: Any) -> str:
+    """A value as it would be typed."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _value(plain: dict[str, Any], key: str) -> Any:
+    node: Any = plain
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def _groups() -> dict[str, list[tuple[str, str]]]:
+    """Options of each group with their first comment."""
+    folders = sorted(path for path in conf_folder().iterdir() if path.is_dir())
+    return {folder.name: [(path.stem, _about(path)) for path in sorted(folder.glob("*.yaml"))] for folder in folders}
+
+
+def _presets(user_folder: Path | None) -> list[tuple[str, str]]:
+    """Presets with their first comment after the package line."""
+    files = preset_files(user_folder or conf_folder())
+    return [(name, _about(path)) for name, path in sorted(files.items())]
+
+
+def _about(path: Path) -> str:
+    """The first comment of a configuration file that says something to people."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("#") and not line.startswith("# @"):
+            return line.lstrip("# ")
+    return ""
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

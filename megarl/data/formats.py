@@ -1,0 +1,151 @@
+"""One record to one document: token ids, and which of them the policy is trained to choose.
+
+Three shapes of record are known: a text, a prompt with its completion, and a chat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megarl.data.sources import Record
+from megarl.errors import ConfigError, DataError
+from megarl.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Document:
+    """Tokens that attend to each other.
+
+    Attributes:
+        tokens: int32 [time].
+        response_mask: uint8 [time], 1 where the token is trained on; 0 at the first, which nothing predicts.
+    """
+
+    tokens: np.ndarray
+    response_mask: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """How records are read; the fields are the keys of the same name under `data`.
+
+    `chat_template` is the template itself (see `load_chat_template`), or None for the tokenizer's own.
+    """
+
+    format: str = "auto"
+    text_key: str = "text"
+    prompt_key: str = "prompt"
+    completion_key: str = "completion"
+    messages_key: str = "messages"
+    chat_template: str | None = None
+    loss_on: str = "completion"
+
+    def encode(self, record: Record, tokenizer: Tokenizer) -> Document:
+        """The whole document of a record, however long."""
+        shape = self._shape(record)
+        if shape == "text":
+            tokens = [*tokenizer.encode_prompt(self._text(record, self.text_key)), tokenizer.eos_id]
+            chosen = [1] * len(tokens)
+        elif shape == "completion":
+            # The completion is encoded on its own, as generation continues from the prompt's tokens alone.
+            prompt = tokenizer.encode_prompt(self._text(record, self.prompt_key))
+            completion = [*tokenizer.encode(self._text(record, self.completion_key)), tokenizer.eos_id]
+            tokens = prompt + completion
+            chosen = [0] * len(prompt) + [1] * len(completion)
+        else:
+            tokens, chosen = self._encode_chat(record, tokenizer)
+        response_mask = np.asarray(chosen, dtype=np.uint8)
+        if self.loss_on == "all":
+            response_mask[:] = 1
+        response_mask[:1] = 0
+        return Document(np.asarray(tokens, dtype=np.int32), response_mask)
+
+    def _shape(self, record: Record) -> str:
+        needed = {
+            "chat": [self.messages_key],
+            "completion": [self.prompt_key, self.completion_key],
+            "text": [self.text_key],
+        }
+        if self.format == "auto":
+            for shape, keys in needed.items():
+                if all(key in record.fields for key in keys):
+                    return shape
+            wanted = " or ".join("+".join(map(repr, keys)) for keys in needed.values())
+            raise DataError(
+                f"{record.where}: has none of the expected keys {wanted} (found keys: {_keys(record)}); "
+                "rename them, or set data.messages_key, data.prompt_key, data.completion_key or data.text_key"
+            )
+        for key in needed[self.format]:
+            if key not in record.fields:
+                raise DataError(
+                    f"{record.where}: key {key!r} is missing (found keys: {_keys(record)}), and "
+                    f"data.format={self.format} needs it; rename it, or set {self._setting(key)}"
+                )
+        return self.format
+
+    def _setting(self, key: str) -> str:
+        """The configuration key whose value is the given key of a record."""
+        settings = ("text_key", "prompt_key", "completion_key", "messages_key")
+        return next(f"data.{name}" for name in settings if getattr(self, name) == key)
+
+    def _text(self, record: Record, key: str) -> str:
+        text = record.fields[key]
+        if not isinstance(text, str):
+            raise DataError(
+                f"{record.where}: key {key!r} holds a {type(text).__name__}; expected a string "
+                f"(found keys: {_keys(record)}); fix the record, or set {self._setting(key)}"
+            )
+        return _encodable(text, f"{record.where}: key {key!r}")
+
+    def _encode_chat(self, record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        messages = record.fields[self.messages_key]
+        if not isinstance(messages, list) or not messages:
+            found = f"a {type(messages).__name__}" if not isinstance(messages, list) else "an empty list"
+            raise DataError(
+                f"{record.where}: key {self.messages_key!r} holds {found}; expected a list of turns, each "
+                f"with role and content (found keys: {_keys(record)}); fix it, or set data.messages_key"
+            )
+        try:
+            for turn, message in enumerate(messages, 1):
+                if isinstance(message, Mapping) and isinstance(message.get("content"), str):
+                    _encodable(message["content"], f"turn {turn}")
+            if self.loss_on == "all":
+                tokens = tokenizer.apply_chat_template(messages, template=self.chat_template)
+                return tokens, [1] * len(tokens)
+            return tokenizer.encode_chat(messages, self.chat_template)
+        except DataError as error:
+            raise DataError(f"{record.where}: {error}") from error
+
+
+def load_chat_template(value: str | None) -> str | None:
+    """The Jinja template that `data.chat_template` means: itself, or the file it names."""
+    if value is None or "{" in value:
+        return value
+    path = Path(value).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"data.chat_template={value!r} is neither a Jinja template nor a file; "
+            "give a template with {{ }} or {% %}, or the path of a file that holds one"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _keys(record: Record) -> str:
+    return ", ".join(map(str, record.fields)) or "none"
+
+
+def _encodable(text: str, where: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds half a character (lone surrogate) at position {error.start}; fix the record"
+        ) from error
+    return text

@@ -1,0 +1,131 @@
+"""Which rows make up which global batch, and which of them a data-parallel rank takes.
+
+Global batch k is a function of (seed, k) and the data alone: no state runs along, and no layout is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from megarl.errors import ConfigError
+
+GROUPING_WINDOW = 32
+"""Global batches whose rows are sorted by length together; more saves padding, less mixes better."""
+
+
+class TrainBatches:
+    """The endless stream of global batches.
+
+    Epochs follow each other without a gap: each holds every row once, in an order of its own, and the
+    stream is cut every `global_batch_size` rows. So a batch may begin in one epoch and end in the next, and
+    no row is lost.
+
+    Attributes:
+        consumed: global batches handed out so far, which is the whole state.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        global_batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        group_by_length: bool = False,
+        start: int = 0,
+    ) -> None:
+        """Take up the stream.
+
+        Args:
+            lengths: tokens of each row, [rows].
+            group_by_length: fill a batch with rows of similar length; needs shuffle.
+            start: the global batch to begin with.
+        """
+        if len(lengths) == 0 or global_batch_size < 1:
+            raise ConfigError(
+                f"trainer.global_batch_size={global_batch_size} cannot be drawn from {len(lengths)} rows; "
+                "both must be at least 1"
+            )
+        if group_by_length and not shuffle:
+            raise ConfigError("data.group_by_length=true reorders rows, which data.shuffle=false forbids; change one")
+        self.lengths = np.asarray(lengths)
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.group_by_length = group_by_length
+        self.consumed = start
+        self._orders: dict[int, np.ndarray] = {}
+
+    def batch(self, index: int) -> np.ndarray:
+        """Rows of a global batch, [global_batch_size], found without going through those before it."""
+        begin = index * self.global_batch_size
+        end = begin + self.global_batch_size
+        total = len(self.lengths)
+        pieces = []
+        while begin < end:
+            epoch, offset = divmod(begin, total)
+            piece = self._order(epoch)[offset : offset + end - begin]
+            pieces.append(piece)
+            begin += len(piece)
+        return np.concatenate(pieces)
+
+    def epoch(self, index: int) -> float:
+        """Epochs behind the stream when global batch `index` begins."""
+        return index * self.global_batch_size / len(self.lengths)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        while True:
+            rows = self.batch(self.consumed)
+            self.consumed += 1
+            yield rows
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            # A batch touches at most two epochs, unless it is larger than the data; older orders are let go.
+            self._orders = {kept: order for kept, order in self._orders.items() if kept == epoch - 1}
+            self._orders[epoch] = self._make_order(epoch)
+        return self._orders[epoch]
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        total = len(self.lengths)
+        if not self.shuffle:
+            return np.arange(total)
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(total)
+        if not self.group_by_length:
+            return order
+        # The first rows complete the batch that the last epoch began; grouping starts at a batch's edge.
+        size = self.global_batch_size
+        head = min(-(epoch * total) % size, total)
+        whole = (total - head) // size
+        groups = order[head : head + whole * size]
+        for begin in range(0, len(groups), GROUPING_WINDOW * size):
+            window = groups[begin : begin + GROUPING_WINDOW * size]
+            window[:] = window[np.argsort(self.lengths[window], kind="stable")]
+        groups[:] = groups.reshape(whole, size)[generator.permutation(whole)].reshape(-1)
+        return order
+
+
+def shard_rows(rows: np.ndarray, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[np.ndarray]:
+    """A data-parallel rank's microbatches of a global batch.
+
+    Rank r takes as its m-th microbatch the `micro_batch_size` rows from (m * dp_size + r) * that size on.
+    So the m-th microbatches of all ranks together are one contiguous slice, and the batch is the same set of
+    rows in every layout.
+
+    Args:
+        rows: [global_batch_size].
+
+    Returns:
+        Arrays [micro_batch_size], as many as there are accumulation steps.
+    """
+    step = micro_batch_size * dp_size
+    if len(rows) % step:
+        raise ConfigError(
+            f"trainer.global_batch_size={len(rows)} is not a multiple of "
+            f"trainer.micro_batch_size={micro_batch_size} times the data-parallel size {dp_size}; use "
+            f"{max(step, len(rows) // step * step)} or {(len(rows) // step + 1) * step}"
+        )
+    begins = range(dp_rank * micro_batch_size, len(rows), step)
+    return [rows[begin : begin + micro_batch_size] for begin in begins]

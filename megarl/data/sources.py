@@ -1,0 +1,202 @@
+"""Files, folders and hub data sets in, records out, each with the place it came from.
+
+What a record means is decided in `formats`; here it is an object with keys.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megarl.errors import DataError, UnavailableError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+_HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
+_VALIDATION = ("validation", "valid", "val", "dev", "eval")
+_SPLIT_WORD = re.compile(rf"^(train|test|{'|'.join(_VALIDATION)})(?=[-_.])")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record as it was read, and where: `file:line`, or `file: record N`."""
+
+    fields: Mapping[str, Any]
+    where: str
+
+
+def read_records(paths: Sequence[str], split: str = "train", text_key: str = "text") -> Iterator[Record]:
+    """Records of several sources, one source after the other, in their order.
+
+    Args:
+        paths: .jsonl, .json (a list of objects), .parquet or .txt files (a record per line); folders of them;
+            folders written by `datasets.save_to_disk`; hub names, "owner/name" or "owner/name:subset".
+        split: split of a hub data set, and the files that are read in a folder that names files after splits.
+        text_key: key under which a line of a .txt file is put.
+
+    Raises:
+        DataError: a source is missing, empty or broken; the message names the file and the record.
+    """
+    for path in paths:
+        empty = True
+        for record in _read_source(path, split, text_key):
+            empty = False
+            yield record
+        if empty:
+            raise DataError(f"{path}: has no records; give a source with at least one, or take it off the list")
+
+
+def _read_source(path: str, split: str, text_key: str) -> Iterator[Record]:
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _read_folder(local, split, text_key)
+    if local.is_file():
+        return _read_file(local, text_key)
+    if local.suffix in SUFFIXES or path.startswith((".", "/", "~")) or not _HUB_NAME.match(path):
+        raise DataError(f"{path}: no such file or folder (looked from {Path.cwd()}); check data.train and data.eval")
+    return _read_hub(path, split)
+
+
+def _read_folder(folder: Path, split: str, text_key: str) -> Iterator[Record]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
+        yield from _read_saved(folder, split)
+        return
+    files = sorted(item for item in folder.iterdir() if item.suffix in SUFFIXES and item.is_file())
+    if not files:
+        raise DataError(f"{folder}: holds no {', '.join(SUFFIXES)} file; give a folder that does")
+    # Reading train.jsonl and test.jsonl of one folder together would train on the test set.
+    named = {item: word.group(1) for item in files if (word := _SPLIT_WORD.match(item.name))}
+    if named:
+        names = _VALIDATION if split in _VALIDATION else (split,)
+        files = [item for item in files if named.get(item) in names]
+        if not files:
+            raise DataError(
+                f"{folder}: has files for {', '.join(sorted(set(named.values())))}, but none for {split!r}; "
+                "set data.train_split or data.eval_split to one of them, or list the files"
+            )
+    for item in files:
+        yield from _read_file(item, text_key)
+
+
+def _read_file(path: Path, text_key: str) -> Iterator[Record]:
+    if path.suffix == ".jsonl":
+        return _read_jsonl(path)
+    if path.suffix == ".json":
+        return _read_json(path)
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    if path.suffix == ".txt":
+        return _read_text(path, text_key)
+    raise DataError(f"{path}: files of kind {path.suffix!r} are not read; use one of {', '.join(SUFFIXES)}")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}:{number}: is not UTF-8 ({error.reason}); convert the file") from error
+            if line.strip():
+                yield number, line
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        try:
+            fields = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{where}: is not valid JSON ({error}); fix or delete the line") from error
+        yield _record(fields, where)
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    try:
+        items = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(
+            f"{path}: is not valid JSON ({error}); if it has one object per line, name it .jsonl"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 ({error.reason}); convert the file") from error
+    if not isinstance(items, list):
+        raise DataError(f"{path}: holds a {type(items).__name__}; expected a list of objects")
+    for number, fields in enumerate(items, 1):
+        yield _record(fields, f"{path}: record {number}")
+
+
+def _read_text(path: Path, text_key: str) -> Iterator[Record]:
+    for number, line in _lines(path):
+        yield Record({text_key: line}, f"{path}:{number}")
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UnavailableError(f'{path}: reading parquet needs pyarrow; pip install "megarl[data]"') from error
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield _record(fields, f"{path}: record {number}")
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path}: is not a readable parquet file ({_first_line(error)}); write it anew") from error
+
+
+def _read_saved(folder: Path, split: str) -> Iterator[Record]:
+    datasets = _datasets(str(folder))
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # the library raises its own, Arrow's and Python's kinds
+        raise DataError(f"{folder}: is not a readable saved data set ({_first_line(error)})") from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise DataError(
+                f"{folder}: has no split {split!r}; set data.train_split or data.eval_split to one of "
+                f"{', '.join(sorted(found))}"
+            )
+        found = found[split]
+    for number, fields in enumerate(found, 1):
+        yield _record(fields, f"{folder}: record {number}")
+
+
+def _read_hub(name: str, split: str) -> Iterator[Record]:
+    datasets = _datasets(name)
+    repository, _, subset = name.partition(":")
+    try:
+        found = datasets.load_dataset(repository, subset or None, split=split)
+    except Exception as error:  # the library raises its own, the network's and Python's kinds
+        raise DataError(
+            f"{name}: is no file or folder here, and split {split!r} of it could not be loaded from the hub "
+            f"({_first_line(error)}); check the name, the split and the network, or download it to a folder"
+        ) from error
+    for number, fields in enumerate(found, 1):
+        yield _record(fields, f"{name}: record {number}")
+
+
+def _datasets(source: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UnavailableError(f'{source}: needs the datasets library; pip install "megarl[data]"') from error
+    return datasets
+
+
+def _record(fields: Any, where: str) -> Record:
+    if not isinstance(fields, Mapping):
+        raise DataError(f"{where}: is a {type(fields).__name__}; expected an object with keys")
+    return Record(fields, where)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

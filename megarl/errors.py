@@ -1,0 +1,36 @@
+"""The errors a user can cause or must see: each says the key, the value and what to do.
+
+Entry points turn them into one line and an exit code; anything else is a bug and keeps its traceback.
+"""
+
+
+class MegarlError(Exception):
+    """Base of every error that is reported as one clear line."""
+
+    exit_code = 2
+
+
+class ConfigError(MegarlError):
+    """A key or a combination of keys that cannot work."""
+
+
+class DataError(MegarlError):
+    """A file or a record that cannot be used; the message names the file and the record."""
+
+
+class CheckpointError(MegarlError):
+    """A checkpoint that is torn, partial or of another model, or that could not be written."""
+
+
+class UnavailableError(MegarlError):
+    """The machine or an installed package does not offer what was asked for."""
+
+
+class NumericsError(MegarlError):
+    """Training produced numbers that must not be trained on (NaN, infinity)."""
+
+    exit_code = 3
+
+
+class InvariantError(NumericsError):
+    """A property that always holds was seen broken; the message names it."""

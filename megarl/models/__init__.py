@@ -1,0 +1,1 @@
+"""GPT models built on Megatron's parallel layers: shape, attention, layers, heads."""

@@ -1,0 +1,140 @@
+"""Self-attention on Megatron's parallel linears and torch's scaled_dot_product_attention."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megarl.models.config import GPTConfig
+from megarl.models.kernels import kernels
+from megarl.models.rotary import Rotation, rotate
+
+
+@dataclass
+class Context:
+    """What attention must know of the batch beyond the hidden states; made once per forward pass of a chunk.
+
+    `mask` [batch or 1, 1, time, time] is True where a query may look; None means plain causal attention, which needs
+    no mask because batches are right-padded.
+    """
+
+    rotation: Rotation | None
+    mask: Tensor | None
+
+
+def attention_mask(segment_ids: Tensor | None, time: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Causal, within documents (segment_ids [batch, time]; 0 is padding) and within a sliding window."""
+    if segment_ids is None and (window is None or window >= time):
+        return None
+    rows = torch.arange(time, device=device)
+    distance = rows[:, None] - rows[None, :]
+    allowed = distance >= 0
+    if window is not None:
+        allowed = allowed & (distance < window)
+    allowed = allowed[None, None]
+    if segment_ids is not None:
+        # Padding rows form a document of their own, so that no softmax is over nothing.
+        allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    return allowed
+
+
+class SelfAttention(MegatronModule):
+    """Fused QKV projection, optional QK-norm, rotary positions, grouped heads, output projection.
+
+    Weights are laid out as Megatron does: per key-value head its queries, then the key, then the value. Where there are
+    fewer key-value heads than tensor-parallel ranks, the projection is still cut evenly and its output is gathered.
+    """
+
+    def __init__(self, config: GPTConfig, layer_number: int, groups: ProcessGroupCollection) -> None:
+        super().__init__(config=config)
+        self.config: GPTConfig = config
+        self.layer_number = layer_number
+        self.tp_group = groups.tp
+        tp = groups.tp.size()
+        parts = kernels(config.kernels)
+        self.queries_per_kv = config.num_attention_heads // config.num_kv_heads
+        self.shares_kv_heads = config.num_kv_heads < tp
+        rows = config.head_dim * (config.num_attention_heads + 2 * config.num_kv_heads)
+        self.linear_qkv = parts.column(
+            config.hidden_size,
+            rows,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=config.add_qkv_bias,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=groups.tp,
+        )
+        self.linear_proj = parts.row(
+            config.head_dim * config.num_attention_heads,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=config.out_bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=groups.tp,
+        )
+        self.q_layernorm = self.k_layernorm = None
+        if config.qk_layernorm:
+            norm = parts.norm(config.normalization)
+            self.q_layernorm = norm(config=config, hidden_size=config.head_dim, eps=config.layernorm_epsilon)
+            self.k_layernorm = norm(config=config, hidden_size=config.head_dim, eps=config.layernorm_epsilon)
+        self.recompute = config.recompute_granularity == "selective"
+
+    def forward(self, hidden: Tensor, context: Context) -> Tensor:
+        """hidden: [time (a tp-th of it under sequence parallelism), batch, hidden] to the same."""
+        query, key, value = self._project(hidden)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if context.rotation is not None:
+            query = rotate(query, context.rotation, self.config.rope.interleaved)
+            key = rotate(key, context.rotation, self.config.rope.interleaved)
+        if self.recompute and self.training:
+            mixed = checkpoint(self._attend, False, query, key, value, context.mask)
+        else:
+            mixed = self._attend(query, key, value, context.mask)
+        output, _ = self.linear_proj(mixed)
+        return output
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of this rank's heads, each [time, batch, heads, head_dim]."""
+        mixed, _ = self.linear_qkv(hidden)
+        if self.shares_kv_heads:
+            return self._shared_kv(all_gather_last_dim_from_tensor_parallel_region(mixed, self.tp_group))
+        mixed = mixed.unflatten(-1, (-1, self.queries_per_kv + 2, self.config.head_dim))
+        query, key, value = mixed.split([self.queries_per_kv, 1, 1], dim=-2)
+        return query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
+
+    def _shared_kv(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From the projection of all heads, this rank's queries and the one key-value head that they share."""
+        mixed = mixed.unflatten(-1, (self.config.num_kv_heads, self.queries_per_kv + 2, self.config.head_dim))
+        tp, rank = self.tp_group.size(), self.tp_group.rank()
+        ranks_per_kv = tp // self.config.num_kv_heads
+        mine = mixed[..., rank // ranks_per_kv, :, :]
+        heads = self.queries_per_kv // ranks_per_kv
+        start = rank % ranks_per_kv * heads
+        return mine[..., start : start + heads, :], mine[..., -2:-1, :], mine[..., -1:, :]
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Softmax attention of [time, batch, heads, head_dim] tensors to [time, batch, heads * head_dim]."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        dropout = self.config.attention_dropout if self.training else 0.0
+        grouped = q.shape[1] != k.shape[1]
+        if dropout == 0.0:
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+        else:
+            with get_cuda_rng_tracker().fork():
+                mixed = F.scaled_dot_product_attention(
+                    q, k, v, mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=grouped
+                )
+        return mixed.permute(2, 0, 1, 3).flatten(-2)

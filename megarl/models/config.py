@@ -1,0 +1,144 @@
+"""The shape of a GPT as Megatron wants to read it, with what Megatron's own configuration lacks."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megarl.config.schema import ModelConfig
+from megarl.parallel.layout import Layout
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "swiglu": F.silu,
+}
+
+
+def _leave(weight: Tensor) -> Tensor:
+    """Megatron's init hook: weights are filled by `megarl.parallel.initialise`, the same in every layout."""
+    return weight
+
+
+@dataclass
+class Rope:
+    """Rotary positions: which part of a head turns, how fast, and how the speeds are stretched for long contexts."""
+
+    base: float = 10000.0
+    percent: float = 1.0
+    interleaved: bool = False
+    scaling: str = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int | None = None
+
+
+@dataclass
+class GPTConfig(TransformerConfig):
+    """Megatron's `TransformerConfig` and the parts of a GPT it has no field for."""
+
+    vocab_size: int = 0
+    max_positions: int = 0
+    position: str = "rope"
+    position_offset: int = 0
+    rope: Rope = field(default_factory=Rope)
+    tie_embeddings: bool = False
+    out_bias: bool = False
+    lm_head_bias: bool = False
+    parallel_residual: str = "none"
+    sliding_window: int | None = None
+    init_std: float = 0.02
+    kernels: str = "auto"
+
+    @classmethod
+    def build(
+        cls,
+        model: ModelConfig,
+        layout: Layout,
+        *,
+        vocab_size: int,
+        precision: str = "fp32",
+        recompute: str = "none",
+        kernels: str = "auto",
+    ) -> "GPTConfig":
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        recomputation: dict[str, Any] = {
+            "none": {},
+            "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+            "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        }[recompute]
+        return cls(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            num_attention_heads=model.num_heads,
+            num_query_groups=model.num_kv_heads or model.num_heads,
+            kv_channels=model.head_dim or model.hidden_size // model.num_heads,
+            ffn_hidden_size=model.ffn_size or 4 * model.hidden_size,
+            normalization="RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
+            layernorm_epsilon=model.norm_eps,
+            qk_layernorm=model.qk_norm,
+            gated_linear_unit=model.activation == "swiglu",
+            activation_func=ACTIVATIONS[model.activation],
+            add_bias_linear=model.mlp_bias,
+            add_qkv_bias=model.qkv_bias,
+            hidden_dropout=model.dropout,
+            attention_dropout=model.dropout,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            gradient_accumulation_fusion=False,
+            init_method=_leave,
+            output_layer_init_method=_leave,
+            embedding_init_method=_leave,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=precision == "bf16",
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+            context_parallel_size=layout.cp,
+            sequence_parallel=layout.sequence_parallel,
+            deallocate_pipeline_outputs=True,
+            batch_p2p_comm=torch.cuda.is_available(),
+            vocab_size=vocab_size,
+            max_positions=model.max_positions,
+            position=model.position,
+            position_offset=model.position_offset,
+            rope=Rope(
+                base=model.rope_base,
+                percent=model.rope_percent,
+                interleaved=model.rope_interleaved,
+                scaling=model.rope_scaling,
+                factor=model.rope_factor,
+                low_freq_factor=model.rope_low_freq_factor,
+                high_freq_factor=model.rope_high_freq_factor,
+                original_positions=model.rope_original_positions,
+            ),
+            tie_embeddings=model.tie_embeddings,
+            out_bias=model.out_bias,
+            lm_head_bias=model.lm_head_bias,
+            parallel_residual=model.parallel_residual,
+            sliding_window=model.sliding_window,
+            init_std=model.init_std,
+            kernels=kernels,
+            **recomputation,
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.kv_channels or 0)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(self.num_query_groups or self.num_attention_heads)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Width of a head's rotated part: even, as rotation works on pairs."""
+        return int(self.head_dim * self.rope.percent) // 2 * 2

@@ -1,0 +1,56 @@
+"""Model FLOPs: the floating-point operations one token costs, counted from the shape of the model.
+
+What the mathematics needs, not what a machine happens to do: recomputed activations are not counted, nor is the
+attention of masked-out pairs. This is the usual numerator of model FLOPs utilisation (MFU).
+"""
+
+from megarl.config.schema import ModelConfig
+
+_PER_WEIGHT = 2  # a multiplication and an addition
+_FORWARD_AND_BACKWARD = 3  # the backward pass is two products per product of the forward: to the inputs, to the weights
+
+
+def flops_per_token(model: ModelConfig, vocab_size: int, length: float) -> float:
+    """Operations of forward and backward per token of a sequence.
+
+    Per token, with `keys` the mean number of tokens attended to (`mean_keys`):
+
+        forward  = 2 * weights of the matrix products (each layer's and the output layer's)
+                 + 4 * layers * heads * head_dim * keys         (queries x keys, attention x values)
+        training = 3 * forward
+
+    which is the familiar 6 * weights + 12 * layers * hidden * length / 2. Layers below `model.num_layers_unfrozen`
+    run forward only. Looking up embeddings, norms, activations, biases and the softmax are left out.
+
+    Args:
+        model: shape of the model.
+        vocab_size: rows of the output layer, without padding for the layout.
+        length: tokens of a sequence; of several sequences (or documents of a packed one) the mean weighted by
+            tokens, sum(length**2) / sum(length), is exact up to the constant term.
+    """
+    attention = 4 * model.num_heads * _head_dim(model) * mean_keys(length, model.sliding_window)
+    layer = _PER_WEIGHT * layer_weights(model) + attention
+    trained = model.num_layers if model.num_layers_unfrozen < 0 else model.num_layers_unfrozen
+    frozen = model.num_layers - trained
+    output = _PER_WEIGHT * model.hidden_size * vocab_size
+    return float(_FORWARD_AND_BACKWARD * (trained * layer + output) + frozen * layer)
+
+
+def layer_weights(model: ModelConfig) -> int:
+    """Weights of one layer's matrix products: query, key, value and output projections, and the MLP's two or three."""
+    head_dim, kv_heads = _head_dim(model), model.num_kv_heads or model.num_heads
+    attention = model.hidden_size * head_dim * (2 * model.num_heads + 2 * kv_heads)
+    matrices = 3 if model.activation == "swiglu" else 2
+    return attention + matrices * model.hidden_size * (model.ffn_size or 4 * model.hidden_size)
+
+
+def mean_keys(length: float, window: int | None = None) -> float:
+    """Tokens that a token attends to, itself included, on average over a causal sequence."""
+    if window is None or window >= length:
+        return (length + 1) / 2
+    # The first `window` tokens see 1, 2, ..., window; all later ones see `window`.
+    return (window * (window + 1) / 2 + (length - window) * window) / length
+
+
+def _head_dim(model: ModelConfig) -> int:
+    return model.head_dim or model.hidden_size // model.num_heads

@@ -1,0 +1,227 @@
+"""A pipeline stage's part of a GPT that ends in hidden states, and the log-probs that are computed from them."""
+
+from typing import NamedTuple
+
+import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from torch import Tensor, nn
+
+from megarl.models.attention import Context, attention_mask
+from megarl.models.config import GPTConfig
+from megarl.models.kernels import kernels
+from megarl.models.layer import Layer
+from megarl.models.rotary import rotation
+from megarl.parallel.grid import Grid
+from megarl.parallel.initialise import initialise
+from megarl.parallel.vocab import VocabShard, VocabStats, padded_vocab, vocab_stats
+
+Batch = dict[str, Tensor]
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+class TokenLogprobs(NamedTuple):
+    """Per token [batch, time], 0 where not asked for; `entropy` is of the distribution the token was drawn from."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+
+
+class OutputLayer(ColumnParallelLinear):
+    """The vocabulary-wide output weight, which answers with statistics instead of logits."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        shard: VocabShard,
+        weight: Tensor | None = None,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> VocabStats:
+        weight = self.weight if weight is None else weight
+        return vocab_stats(hidden, weight, targets, shard, bias=self.bias, temperature=temperature, entropy=entropy)
+
+
+class GPT(LanguageModule):
+    """One chunk of a GPT: embedding if it is the first, layers, final norm and output layer if it is the last.
+
+    `forward(batch)` returns hidden states (the last chunk's after the final norm); what is to be known of the
+    vocabulary is asked of `logprobs`, at the positions that matter.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        grid: Grid,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config, pg_collection=grid.groups)
+        self.config: GPTConfig = config
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = config.tie_embeddings
+        self.tp_group = grid.groups.tp
+        rows = padded_vocab(config.vocab_size, grid.layout.tp)
+        self.shard = VocabShard.of(config.vocab_size, grid.tp_rank, grid.layout.tp, grid.groups.tp)
+        if pre_process:
+            learned = config.position == "learned"
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=rows,
+                max_sequence_length=config.max_positions + config.position_offset,
+                position_embedding_type="learned_absolute" if learned else "none",
+                tp_group=grid.groups.tp,
+            )
+        layers = get_num_layers_to_build(config, vp_stage, grid.pp_rank)
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=TransformerBlockSubmodules(
+                layer_specs=[ModuleSpec(module=Layer)] * layers, layer_norm=kernels(config.kernels).norm(config.normalization)
+            ),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=grid.groups,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = OutputLayer(
+                config.hidden_size,
+                rows,
+                config=config,
+                init_method=config.init_method,
+                bias=config.lm_head_bias,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and config.tie_embeddings,
+                tp_group=grid.groups.tp,
+            )
+        self.to(config.params_dtype)
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """batch: tokens, positions and (packed) segment_ids, each [batch, time], to [time, batch, hidden]."""
+        tokens, positions = batch["tokens"], batch["positions"]
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(input_ids=tokens, position_ids=positions + self.config.position_offset)
+            if self.config.recompute_granularity == "full" and torch.is_grad_enabled() and self._layers_train():
+                # Recomputation is re-entrant: where the first input needs no gradient (a frozen embedding), the
+                # layers' weights would get none either, and nothing would say so.
+                hidden.requires_grad_()
+        turn = None
+        if self.config.position == "rope":
+            turn = rotation(positions, self.config.rope, self.config.rotary_dim, self.config.params_dtype)
+        mask = attention_mask(batch.get("segment_ids"), tokens.shape[1], self.config.sliding_window, tokens.device)
+        result: Tensor = self.decoder(
+            hidden_states=hidden, attention_mask=None, packed_seq_params=Context(rotation=turn, mask=mask)
+        )
+        return result
+
+    def _layers_train(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.decoder.parameters())
+
+    def set_input_tensor(self, input_tensor: list[Tensor] | Tensor) -> None:
+        """Megatron's schedule hands over the previous stage's output."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def logprobs(
+        self, hidden: Tensor, tokens: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
+    ) -> TokenLogprobs:
+        """log p(x_t | x_<t) of `tokens` [batch, time] where `mask` is not 0, from the last chunk's hidden states.
+
+        The one place that shifts by one: the token at t is judged by the hidden state at t - 1. A first token has no
+        state before it, so its log-prob is 0.
+        """
+        hidden = self.whole_sequence(hidden)
+        chosen = mask[:, 1:] != 0
+        states = hidden[:-1].transpose(0, 1)[chosen]  # [n, hidden]
+        stats = self.output_layer(
+            states, tokens[:, 1:][chosen], self.shard, self._output_weight(), temperature=temperature, entropy=entropy
+        )
+        where = torch.zeros_like(mask, dtype=torch.bool)
+        where[:, 1:] = chosen
+        return TokenLogprobs(
+            _scatter(where, stats.logprobs), None if stats.entropy is None else _scatter(where, stats.entropy)
+        )
+
+    def whole_sequence(self, hidden: Tensor) -> Tensor:
+        """Hidden states of all positions on every tensor-parallel rank, with the gradient summed over the group."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+
+    def _output_weight(self) -> Tensor | None:
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        weight: Tensor = self.embedding.word_embeddings.weight if self.pre_process else self.output_layer.weight
+        return weight
+
+    def global_names(self) -> list[tuple[str, nn.Parameter]]:
+        """Parameters by their names in the whole model: layers counted from its bottom, a tied output as the embedding."""
+        first = self.decoder.layers[0].layer_number - 1 if len(self.decoder.layers) else 0
+        named = []
+        for name, parameter in self.named_parameters():
+            head, _, rest = name.partition("decoder.layers.")
+            if rest:
+                local, _, tail = rest.partition(".")
+                name = f"{head}decoder.layers.{int(local) + first}.{tail}"
+            elif name == "output_layer.weight" and self.config.tie_embeddings:
+                name = EMBEDDING
+            named.append((name, parameter))
+        return named
+
+    def initialise(self, grid: Grid, seed: int) -> None:
+        """Normal weights of `init_std`, those that feed the residual stream scaled down by depth (GPT-2's rule)."""
+        deep = self.config.init_std / (2 * self.config.num_layers) ** 0.5
+
+        def std(name: str, parameter: nn.Parameter) -> float | None:
+            if "norm" in name:
+                return None
+            if name.endswith(".bias"):
+                return 0.0
+            return deep if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else self.config.init_std
+
+        initialise(
+            self.global_names(),
+            seed=seed,
+            std=std,
+            tp_rank=grid.tp_rank,
+            tp=grid.layout.tp,
+            full_rows=lambda name: self.config.vocab_size if name in (EMBEDDING, "output_layer.weight") else None,
+        )
+
+
+def _scatter(where: Tensor, values: Tensor) -> Tensor:
+    """[batch, time] with `values` in order at the True positions and 0 elsewhere."""
+    return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(where, values)
+
+
+def trains(name: str, num_layers: int, unfrozen: int) -> bool:
+    """Whether a parameter trains when only the last `unfrozen` layers, the final norm and the heads do (-1: all do).
+
+    The embedding counts as below the layers, also where it is tied to the output.
+    """
+    if unfrozen < 0:
+        return True
+    _, _, rest = name.partition("decoder.layers.")
+    if rest:
+        return int(rest.partition(".")[0]) >= num_layers - unfrozen
+    return not name.startswith("embedding.")

@@ -1,0 +1,57 @@
+"""Which linear layers and norms are used: Transformer Engine's or Apex's where importable and asked for, else ours."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+from megarl.errors import UnavailableError
+from megarl.models.norm import LayerNorm, RMSNorm
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Classes with Megatron's constructor signatures."""
+
+    column: type
+    row: type
+    layernorm: Any
+    rmsnorm: Any
+
+    def norm(self, normalization: str) -> Any:
+        return self.rmsnorm if normalization == "RMSNorm" else self.layernorm
+
+
+@cache
+def kernels(kind: str = "auto") -> Kernels:
+    """`auto`: Transformer Engine, then Apex, then torch, and always torch without a GPU."""
+    plain = Kernels(ColumnParallelLinear, RowParallelLinear, LayerNorm, RMSNorm)
+    if kind == "torch" or (kind == "auto" and not torch.cuda.is_available()):
+        return plain
+    for name, load in (("te", _transformer_engine), ("apex", _apex)):
+        if kind not in (name, "auto"):
+            continue
+        try:
+            return load(plain)
+        except Exception as problem:  # TE's empty meta package raises RuntimeError, a broken build anything
+            if kind == name:
+                raise UnavailableError(
+                    f"parallel.kernels={kind} cannot be imported ({problem}): set parallel.kernels=torch or use the Docker image"
+                ) from problem
+    return plain
+
+
+def _transformer_engine(plain: Kernels) -> Kernels:
+    import transformer_engine.pytorch  # noqa: F401
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
+
+    return Kernels(TEColumnParallelLinear, TERowParallelLinear, TENorm, TENorm)
+
+
+def _apex(plain: Kernels) -> Kernels:
+    import apex.normalization  # noqa: F401
+    from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+
+    return Kernels(plain.column, plain.row, FusedLayerNorm, plain.rmsnorm)

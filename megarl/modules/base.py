@@ -1,0 +1,90 @@
+"""What every algorithm's module shares: its engines, the one optimizer over them, its cursor, its clock."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+from megarl.clock import Clock, Work
+from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from megarl.models.config import GPTConfig
+from megarl.models.gpt import GPT, trains
+from megarl.parallel.engine import Batch, Engine, OptimSpec
+from megarl.parallel.grid import Grid
+from megarl.parallel.optimizer import Optimizers
+
+
+class Module(LightningModule):
+    """A module whose models are engines over the strategy's grid. Subclasses fill `engines` in `configure_model`.
+
+    `consumed` is the data cursor: how many training steps' worth of data has been used. It is what a resume needs to go
+    on with the next record.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.engines: dict[str, Engine] = {}
+        self.consumed = 0
+        self.clock = Clock()
+        self.work = Work(tokens=0, flops=0.0)
+        self.last_batch: list[Batch] = []
+
+    @property
+    def grid(self) -> Grid:
+        grid: Grid = self.trainer.strategy.grid  # type: ignore[attr-defined]
+        return grid
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return Optimizers(list(self.engines.values()))
+
+    def step_optimizers(self) -> dict[str, float]:
+        """Move every engine that has gradients; its gradient norm by name. Lightning counts this as one step."""
+        optimizer = self.optimizers()
+        optimizer.step()  # type: ignore[union-attr]
+        norms: dict[str, float] = optimizer.optimizer.grad_norms  # type: ignore[union-attr]
+        return norms
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["consumed"] = self.consumed
+        checkpoint["clock"] = self.clock.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.consumed = checkpoint["consumed"]
+        self.clock.load_state_dict(checkpoint["clock"])
+
+
+def build_gpt_engine(
+    grid: Grid,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    name: str,
+    vocab_size: int,
+    precision: str,
+    seed: int,
+    optim: OptimConfig | None = None,
+    total_steps: int = 0,
+) -> Engine:
+    """A GPT in a role, with random weights that are the same in every layout."""
+    config = GPTConfig.build(
+        model,
+        grid.layout,
+        vocab_size=vocab_size,
+        precision=precision,
+        recompute=parallel.recompute,
+        kernels=parallel.kernels,
+    )
+
+    def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
+        gpt = GPT(config, grid, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+        gpt.initialise(grid, seed)
+        return gpt
+
+    return Engine(
+        grid,
+        build,
+        name=name,
+        optim=None if optim is None else OptimSpec(optim, total_steps),
+        trainable=lambda parameter: trains(parameter, model.num_layers, model.num_layers_unfrozen),
+    )

@@ -1,0 +1,118 @@
+"""From a typed configuration to a finished run: the part that all entry points share."""
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from megarl.callbacks.checkpoints import Checkpoints
+from megarl.callbacks.health import Health
+from megarl.callbacks.limits import TimeLimit, parse_duration
+from megarl.callbacks.loggers import build_loggers
+from megarl.callbacks.progress import make_progress
+from megarl.callbacks.run_folder import RunFolder, resolve_run_dir
+from megarl.callbacks.summary import Summary
+from megarl.callbacks.throughput import Throughput
+from megarl.checkpoint import ShardedCheckpointIO, find
+from megarl.config import checks
+from megarl.logging import get_logger, setup
+from megarl.modules.base import Module
+from megarl.parallel.strategy import MegatronStrategy
+
+log = get_logger(__name__)
+RUN_DIR = "MEGARL_RUN_DIR"  # tells the processes that a run starts where the first one put it
+
+
+def fit(entry: str, config: Any, build: Callable[[Any], Module]) -> int:
+    """Check, build, train, and leave a run folder behind. Returns the exit code.
+
+    `build(config)` makes the module, before any process group exists; its models are made in `configure_model`.
+    """
+    world = checks.world_size(config, os.environ)
+    checks.check(config, world)
+    run_dir = Path(os.environ.get(RUN_DIR) or resolve_run_dir(entry, config)).absolute()
+    os.environ[RUN_DIR] = str(run_dir)
+    try:
+        return _fit(config, run_dir, build)
+    finally:
+        os.environ.pop(RUN_DIR, None)
+
+
+def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
+    setup(run_dir, rank=_rank(), debug=config.debug)
+    warnings.filterwarnings("ignore", module=r"(lightning|megatron|torch)\.")
+    resolved = asdict(config)
+    folder = RunFolder(run_dir)
+    if _rank() == 0:
+        folder.write_config(resolved)
+        folder.write_environment()
+    module = build(config)
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, _eval_every(config))
+    callbacks: list[Callback] = [
+        Throughput(config.trainer.peak_tflops),
+        Health(run_dir),
+        checkpoints,
+        Summary(run_dir),
+        *make_progress(config.trainer.progress, config.trainer.log_every),
+    ]
+    if config.trainer.max_time is not None:
+        callbacks.append(TimeLimit(parse_duration(config.trainer.max_time), checkpoints))
+    trainer = Trainer(
+        accelerator=config.trainer.accelerator,
+        devices=_devices(config),
+        num_nodes=_nodes(config),
+        strategy=MegatronStrategy(
+            config.parallel, seed=config.seed, checkpoint_io=ShardedCheckpointIO(config.checkpoint.async_save)
+        ),
+        logger=build_loggers(config.logger, run_dir, run_dir.name, resolved),
+        callbacks=callbacks,
+        max_steps=config.trainer.max_steps,
+        max_epochs=-1,
+        val_check_interval=_eval_every(config),
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if _eval_every(config) else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=config.trainer.log_every,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=run_dir,
+    )
+    trainer.fit(module, ckpt_path=resume_from(config.run.resume, run_dir))
+    return 0
+
+
+def resume_from(resume: str, run_dir: Path) -> str | None:
+    """What Lightning is to restore: a checkpoint, or a folder whose newest whole one is taken when all ranks are up."""
+    if resume == "never":
+        return None
+    if resume != "auto":
+        return str(Path(resume).absolute())
+    folder = run_dir / "checkpoints"
+    return str(folder) if find(folder) else None
+
+
+def _eval_every(config: Any) -> int | None:
+    return config.trainer.eval_every if config.data.eval else None
+
+
+def _rank() -> int:
+    """This process's number before there is a process group: for log files only."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or 0)
+
+
+def _devices(config: Any) -> int:
+    """Processes on this node: what a launcher started, else what the configuration asks for."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    return checks.local_devices(config)
+
+
+def _nodes(config: Any) -> int:
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+    return int(config.trainer.num_nodes)

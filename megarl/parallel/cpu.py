@@ -1,0 +1,123 @@
+"""The quarantined adapter that lets megatron-core run where there is no CUDA.
+
+It is switched on once per process, refuses to run beside a GPU, and refuses versions it was not tested with.
+Nothing here changes what a GPU does; each patch says which line of Megatron needs it.
+"""
+
+import types
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from megarl.errors import UnavailableError
+
+TESTED_VERSIONS = ("0.16.1",)
+
+# Modules whose functions name the CUDA device or a CUDA tensor type in a constant.
+_MODULES_WITH_CUDA_CONSTANTS = (
+    "megatron.core.pipeline_parallel.schedules",  # token counters made with device="cuda"
+    "megatron.core.optimizer.clip_grads",  # grad norm and overflow buffers, type() checks
+    "megatron.core.optimizer.optimizer",  # type() checks that sort parameters by precision
+    "megatron.core.optimizer.distrib_optimizer",  # the same
+    "megatron.core.distributed.param_and_grad_buffer",  # NCCL warm-up tensor
+    "megatron.core.dist_checkpointing.exchange_utils",  # buffers for exchanging shards
+    "megatron.core.utils",  # local norm accumulators
+)
+_CONSTANTS = {
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+
+_installed = False
+
+
+def needed() -> bool:
+    """True where no CUDA device is present."""
+    return not torch.cuda.is_available()
+
+
+def install() -> None:
+    """Switch the adapter on (idempotent). Refused beside a GPU and with an untested megatron-core."""
+    global _installed
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        raise UnavailableError("the CPU adapter cannot be switched on where CUDA is present: run on the GPU")
+    from megatron.core.package_info import __version__ as version
+
+    if version not in TESTED_VERSIONS:
+        raise UnavailableError(
+            f"megatron-core {version} has not been tested without CUDA (tested: {', '.join(TESTED_VERSIONS)}): "
+            f"pip install megatron-core=={TESTED_VERSIONS[-1]}"
+        )
+    _patch_torch_cuda()
+    _patch_rng()
+    for name in _MODULES_WITH_CUDA_CONSTANTS:
+        for function in _functions(import_module(name)):
+            function.__code__ = _on_cpu(function.__code__)
+    _installed = True
+
+
+def _patch_torch_cuda() -> None:
+    """Functions that raise without CUDA and that Megatron calls unasked; nobody else can be relying on them."""
+    # device= of every collective, p2p and gradient buffer
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    # after batched p2p and in the checkpoint writer
+    torch.cuda.synchronize = lambda device=None: None
+    # tied embeddings (language_module.py) and exchanged shards (exchange_utils.py)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def _patch_rng() -> None:
+    """Megatron's RNG tracker and activation recompute keep the states of a CUDA generator: give them the CPU's."""
+    from megatron.core.tensor_parallel import random
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    def add(self: Any, name: str, seed: int) -> None:
+        if name in self.states_:
+            raise ValueError(f"random state {name} already exists")
+        before = torch.get_rng_state()
+        torch.manual_seed(seed)
+        self.states_[name] = torch.get_rng_state()
+        self.seeds_.add(seed)
+        torch.set_rng_state(before)
+        self._is_initialized = True
+
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state
+    random.CudaRNGStatesTracker.add = add
+
+
+def _functions(module: types.ModuleType) -> Iterator[types.FunctionType]:
+    """Every function and method that `module` itself defines."""
+    owners: list[Any] = [module, *(value for value in vars(module).values() if isinstance(value, type))]
+    for owner in owners:
+        if isinstance(owner, type) and owner.__module__ != module.__name__:
+            continue
+        for value in vars(owner).values():
+            inner: Callable[..., Any] | Any = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+            inner = inner.fget if isinstance(inner, property) else inner
+            while hasattr(inner, "__wrapped__"):  # functions under decorators such as torch.no_grad
+                inner = inner.__wrapped__
+            if isinstance(inner, types.FunctionType) and inner.__module__ == module.__name__:
+                yield inner
+
+
+def _on_cpu(value: Any) -> Any:
+    """`value` (a constant, a tuple of them, or code with nested functions) with CUDA's names replaced."""
+    if isinstance(value, str):
+        return _CONSTANTS.get(value, value)
+    if isinstance(value, tuple):
+        return tuple(_on_cpu(item) for item in value)
+    if isinstance(value, types.CodeType):
+        return value.replace(co_consts=_on_cpu(value.co_consts))
+    return value

@@ -1,0 +1,286 @@
+"""One Megatron model in a role: its chunks, gradient buffers, optimizer and schedule, and the verbs on them.
+
+The engine is given a callable that builds the model, so it knows nothing of GPT.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megarl.parallel.grid import Grid
+from megarl.parallel.optimizer import (
+    OptimSpec,
+    build_optimizer,
+    build_schedule,
+    check_finite,
+    separate_steps,
+    trains_here,
+)
+
+Batch = dict[str, Tensor]
+Stats = dict[str, Tensor]
+
+# loss_fn(model, output, microbatch, counts) -> (loss, stats). `counts` are sums over all microbatches and data-parallel
+# ranks: a loss divided by one of them does not depend on how its batch was cut. Stats are such shares, to be added up.
+LossFn = Callable[[Any, Tensor, Batch, dict[str, float]], tuple[Tensor, Stats]]
+CountFn = Callable[[Batch], Stats]
+# fn(model, output, microbatch) -> tensors [batch, ...]
+ForwardFn = Callable[[Any, Tensor, Batch], Batch]
+
+
+class BuildModel(Protocol):
+    """Builds one chunk; `vp_stage` is None without virtual stages."""
+
+    def __call__(self, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> LanguageModule: ...
+
+
+class Engine:
+    """A model in a role over the ranks of a grid. Without `optim` it only evaluates."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        build: BuildModel,
+        *,
+        name: str = "policy",
+        optim: OptimSpec | None = None,
+        trainable: Callable[[str], bool] | None = None,
+    ) -> None:
+        """`trainable(global name)` chooses the parameters that train; it is applied before gradient buffers are made."""
+        self.grid, self.name = grid, name
+        self.models = _build_chunks(grid, build)
+        self.config = self.models[0].config
+        for model in self.models:
+            for parameter_name, parameter in _global_names(model):
+                parameter.requires_grad_(optim is not None and (trainable is None or trainable(parameter_name)))
+        self.optimizer = self.schedule = None
+        self.chunks: list[Any] = list(self.models)
+        self.has_gradients = False
+        if optim is not None:
+            self.chunks = [_with_gradient_buffers(model, grid, index) for index, model in enumerate(self.models)]
+            self.config.finalize_model_grads_func = finalize_model_grads
+            self.optimizer = build_optimizer(self.chunks, optim, grid, bf16=self.config.bf16)
+            self.schedule = build_schedule(self.optimizer, optim)
+            # A schedule's first step is step 0 with lr 0 unless it is told that the step to come is the first.
+            self.schedule.step(1)
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def train_step(self, microbatches: Sequence[Batch], loss_fn: LossFn, count_fn: CountFn) -> dict[str, float]:
+        """Gradients of one optimizer step: forward and backward over this replica's microbatches, reduced over replicas.
+
+        All microbatches have the same [batch, time]. Returns the counts, and the stats summed over microbatches and
+        data-parallel ranks, on every rank; the optimizer is stepped by the caller, through Lightning.
+        """
+        self.train()
+        self.zero_gradients()
+        counts = self.count(microbatches, count_fn)
+        # Megatron divides a loss by the number of microbatches and its gradient by the data-parallel size.
+        undo_averaging = len(microbatches) * self.grid.layout.dp
+
+        def loss_and_stats(model: Any, batch: Batch, output: Tensor) -> tuple[Tensor, Stats]:
+            loss, stats = loss_fn(model, output, batch, counts)
+            return loss * undo_averaging, {key: value.detach() for key, value in stats.items()}
+
+        collected: list[Stats] = self._run(microbatches, loss_and_stats, forward_only=False)
+        self.has_gradients = True
+        return {**counts, **self._summed(collected)}
+
+    def count(self, microbatches: Sequence[Batch], count_fn: CountFn) -> dict[str, float]:
+        """Sums of `count_fn` over the microbatches of all data-parallel ranks."""
+        parts = [count_fn(batch) for batch in microbatches]
+        names = sorted(parts[0])
+        sums = torch.stack([torch.stack([part[name].double() for part in parts]).sum() for name in names])
+        sums = self.grid.sum_over_data(sums.to(self.grid.device))
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def apply_gradients(self) -> float:
+        """Clip, update, move the schedule. Returns the gradient norm before clipping."""
+        assert self.optimizer is not None and self.schedule is not None
+        _, norm, _ = self.optimizer.step()
+        self.has_gradients = False
+        self.schedule.step(1)
+        return check_finite(float(norm), self.name)
+
+    def zero_gradients(self) -> None:
+        if self.optimizer is None:
+            return
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.has_gradients = False
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the next step uses."""
+        assert self.optimizer is not None
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, microbatches: Sequence[Batch], fn: ForwardFn) -> list[Batch]:
+        """`fn` of each microbatch's output, without gradients or dropout; results on every rank of the replica."""
+        self.eval()
+        results: list[Batch] = self._run(
+            microbatches, lambda model, batch, output: fn(model, output, batch), forward_only=True
+        )
+        if self.grid.layout.pp == 1:
+            return results
+        return self._from_last_stage(results, len(microbatches))
+
+    def evaluate(self, microbatches: Sequence[Batch], fn: ForwardFn) -> dict[str, float]:
+        """Scalars that `fn` gives for each microbatch, without gradients, summed over all of them and all replicas."""
+        self.eval()
+        with torch.no_grad():
+            collected: list[Stats] = self._run(
+                microbatches, lambda model, batch, output: fn(model, output, batch), forward_only=True
+            )
+        return self._summed(collected)
+
+    def train(self) -> None:
+        for chunk in self.chunks:
+            chunk.train()
+
+    def eval(self) -> None:
+        for chunk in self.chunks:
+            chunk.eval()
+
+    # --- state ----------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(global name, parameter) of this rank."""
+        for model in self.models:
+            yield from _global_names(model)
+
+    def sharded_state_dict(self, *, loading: bool = False) -> dict[str, Any]:
+        """Megatron's description of this rank's shards of weights, optimizer and schedule, under this engine's name."""
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+            "chained_optim_avoid_prefix": True,
+            "dp_cp_group": self.grid.groups.dp_cp,
+        }
+        weights: dict[str, Any] = {}
+        for index, model in enumerate(self.models):
+            weights[f"model{index}"] = model.sharded_state_dict(metadata=metadata)
+        state: dict[str, Any] = {"weights": weights}
+        if self.optimizer is not None and self.schedule is not None:
+            if trains_here(self.optimizer):
+                state["optimizer"] = self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+            state["schedule"] = self.schedule.state_dict()
+        add_prefix_for_sharding(state, f"{self.name}.")
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what was loaded into the shape of `sharded_state_dict(loading=True)`."""
+        for index, model in enumerate(self.models):
+            model.load_state_dict(state["weights"][f"model{index}"], strict=True)
+        if self.optimizer is not None and self.schedule is not None:
+            if trains_here(self.optimizer):
+                self.optimizer.load_state_dict(state["optimizer"])
+                separate_steps(self.optimizer)
+            self.schedule.num_steps = 0  # Megatron adds the steps it reads to those it has
+            self.schedule.load_state_dict(state["schedule"])
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _run(
+        self, microbatches: Sequence[Batch], finish: Callable[[Any, Batch, Tensor], Any], *, forward_only: bool
+    ) -> list[Any]:
+        """Megatron's schedule over the microbatches; what `finish(model, batch, output)` gave, on the last stage."""
+        on_device = [{key: value.to(self.grid.device, non_blocking=True) for key, value in batch.items()} for batch in microbatches]
+        batch_size, time = on_device[0]["tokens"].shape
+
+        def step(batches: Iterator[Batch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            batch = next(batches)
+            model = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+
+            def finished(output: Tensor, non_loss_data: bool = False) -> Any:
+                return finish(model, batch, output)
+
+            return chunk(batch), finished
+
+        run = get_forward_backward_func(
+            pp_size=self.grid.layout.pp, vp_size=self.grid.layout.vpp if self.grid.layout.vpp > 1 else None
+        )
+        iterators = [iter(on_device) for _ in self.chunks]
+        results: list[Any] = run(
+            forward_step_func=step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(on_device),
+            seq_length=time,
+            micro_batch_size=batch_size,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+        return results
+
+    def _summed(self, collected: list[Stats]) -> dict[str, float]:
+        """Stats added up over microbatches and data-parallel ranks, on every rank."""
+        sums: dict[str, float] = {}
+        if collected:  # the last stage
+            names = sorted(collected[0])
+            values = torch.stack([torch.stack([stats[name].double() for stats in collected]).sum() for name in names])
+            sums = dict(zip(names, self.grid.sum_over_data(values).tolist(), strict=True))
+        received = self.grid.object_from_last_stage(sums)
+        assert isinstance(received, dict)
+        return received
+
+    def _from_last_stage(self, results: list[Batch], count: int) -> list[Batch]:
+        """Broadcast tensors that only the last stage has to the other stages of the replica."""
+        described = self.grid.object_from_last_stage(
+            [{key: (tuple(value.shape), value.dtype) for key, value in result.items()} for result in results]
+        )
+        assert isinstance(described, list) and len(described) == count
+        received = []
+        for index, shapes in enumerate(described):
+            tensors = {}
+            for key, (shape, dtype) in shapes.items():
+                mine = results[index][key].contiguous() if results else torch.empty(shape, dtype=dtype, device=self.grid.device)
+                tensors[key] = self.grid.broadcast_from_last_stage(mine)
+            received.append(tensors)
+        return received
+
+
+def _build_chunks(grid: Grid, build: BuildModel) -> list[Any]:
+    """This rank's chunks: one, or one per virtual stage."""
+    layout = grid.layout
+    if layout.vpp == 1:
+        return [build(pre_process=grid.is_first_stage, post_process=grid.is_last_stage, vp_stage=None)]
+    return [
+        build(
+            pre_process=grid.is_first_stage and stage == 0,
+            post_process=grid.is_last_stage and stage == layout.vpp - 1,
+            vp_stage=stage,
+        )
+        for stage in range(layout.vpp)
+    ]
+
+
+def _with_gradient_buffers(model: Any, grid: Grid, index: int) -> DistributedDataParallel:
+    """Megatron's DDP: contiguous float32 gradients, sharded over data-parallel ranks for the optimizer."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=torch.cuda.is_available(),
+        use_distributed_optimizer=True,
+        check_for_nan_in_grad=False,
+    )
+    return DistributedDataParallel(
+        config=model.config, ddp_config=config, module=model, disable_bucketing=index > 0, pg_collection=grid.groups
+    )
+
+
+def _global_names(model: Any) -> list[tuple[str, nn.Parameter]]:
+    named: list[tuple[str, nn.Parameter]] = model.global_names()
+    return named
+
+
+__all__ = ["Batch", "BuildModel", "CountFn", "Engine", "ForwardFn", "LossFn", "OptimSpec", "Stats"]

@@ -1,0 +1,153 @@
+"""A live layout: the process groups of a grid of ranks and this rank's place in it."""
+
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from megarl.errors import ConfigError, UnavailableError
+from megarl.parallel import cpu
+from megarl.parallel.layout import Layout
+
+
+def start_world(timeout_s: float = 1800.0) -> torch.device:
+    """Join the process group that the environment describes (alone: a world of one). Returns this rank's device."""
+    if cpu.needed():
+        cpu.install()
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(seconds=timeout_s)
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    return device
+
+
+class Grid:
+    """Process groups and coordinates of this rank. One grid is live in a process at a time: `close` it before the next.
+
+    `groups` is Megatron's collection, passed explicitly wherever Megatron takes it.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, seed: int = 1, timeout_s: float = 1800.0) -> None:
+        world = dist.get_world_size()
+        if world != layout.world_size:
+            raise ConfigError(
+                f"the layout {layout} needs {layout.world_size} processes but the world has {world}: "
+                f"set trainer.devices x trainer.num_nodes to {layout.world_size}"
+            )
+        if layout.cp > 1 and not _transformer_engine_present():
+            raise UnavailableError(
+                f"parallel.cp={layout.cp} needs Transformer Engine's attention, which is not installed here: "
+                "set parallel.cp=1 or use the Docker image"
+            )
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+            context_parallel_size=layout.cp,
+            distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+            create_gloo_process_groups=False,
+        )
+        self.layout = layout
+        self.device = device
+        self.groups = ProcessGroupCollection.use_mpu_process_groups()
+        self.tp_rank: int = self.groups.tp.rank()
+        self.pp_rank: int = self.groups.pp.rank()
+        self.dp_rank: int = self.groups.dp.rank()
+        self.seed_dropout(seed)
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.layout.pp - 1
+
+    def seed_dropout(self, seed: int) -> None:
+        """Seed the generators that dropout draws from: one per stage and data-parallel rank, split over TP by Megatron."""
+        base = seed + 100 * self.pp_rank + 10_000 * self.dp_rank
+        torch.manual_seed(base)
+        model_parallel_cuda_manual_seed(base, force_reset_rng=True)
+
+    def random_state(self) -> dict[str, Any]:
+        """The generators that dropout draws from, as plain tensors."""
+        state: dict[str, Any] = {"default": torch.get_rng_state(), "tracked": get_cuda_rng_tracker().get_states()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def set_random_state(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["default"])
+        get_cuda_rng_tracker().set_states(state["tracked"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's (small, picklable) value, by rank, on every rank."""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """Sum over the data-parallel ranks, in place. A `Layout` with one replica sends nothing."""
+        if self.layout.dp * self.layout.cp > 1:
+            dist.all_reduce(values, group=self.groups.dp_cp)
+        return values
+
+    def broadcast_from_last_stage(self, values: Tensor) -> Tensor:
+        """Give every stage the last stage's `values`, in place; shapes must agree on all stages."""
+        if self.layout.pp > 1:
+            dist.broadcast(values, src=self._last_stage, group=self.groups.pp)
+        return values
+
+    def object_from_last_stage(self, value: object) -> object:
+        """Give every stage the last stage's (small, picklable) object."""
+        if self.layout.pp == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=self._last_stage, group=self.groups.pp, device=self.device)
+        return box[0]
+
+    def any_rank(self, flag: bool) -> bool:
+        """True on every rank where it is true on one."""
+        value = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def close(self) -> None:
+        """Forget the groups, so that another grid can be made."""
+        parallel_state.destroy_model_parallel()
+
+    @property
+    def _last_stage(self) -> int:
+        ranks: list[int] = dist.get_process_group_ranks(self.groups.pp)
+        return ranks[-1]
+
+
+def _transformer_engine_present() -> bool:
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception:  # the empty meta package raises RuntimeError
+        return False
+    return True

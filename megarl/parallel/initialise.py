@@ -1,0 +1,65 @@
+"""Initial weights from (seed, global name) and then sliced, so that every layout starts from the same model."""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+# The standard deviation of a parameter: 0.0 gives zeros, None leaves what the module's constructor wrote (norms: ones).
+StdRule = Callable[[str, nn.Parameter], float | None]
+
+
+def initialise(
+    named_parameters: list[tuple[str, nn.Parameter]],
+    *,
+    seed: int,
+    std: StdRule,
+    tp_rank: int,
+    tp: int,
+    full_rows: Callable[[str], int | None],
+) -> None:
+    """Fill parameters in place. Names are global (layer numbers of the whole model, not of the stage).
+
+    A sharded parameter carries Megatron's `partition_dim` and `partition_stride`. `full_rows(name)` is the number of
+    rows that are drawn where the table is padded to suit the layout (vocabularies); None where there is no padding.
+    """
+    for name, parameter in named_parameters:
+        deviation = std(name, parameter)
+        if deviation is None or parameter.is_meta:
+            continue
+        with torch.no_grad():
+            if deviation == 0.0:
+                parameter.zero_()
+            else:
+                parameter.copy_(_slice(_draw(name, parameter, seed, deviation, tp, full_rows(name)), parameter, tp_rank, tp))
+
+
+def _draw(name: str, parameter: nn.Parameter, seed: int, std: float, tp: int, rows: int | None) -> Tensor:
+    """The whole tensor, zero in padded rows."""
+    shape = list(parameter.shape)
+    if is_sharded(parameter):
+        shape[partition_dim(parameter)] *= tp
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    drawn = torch.empty([rows or shape[0], *shape[1:]]).normal_(0.0, std, generator=generator)
+    if rows is None or rows == shape[0]:
+        return drawn
+    return torch.cat([drawn, drawn.new_zeros(shape[0] - rows, *shape[1:])])
+
+
+def _slice(full: Tensor, parameter: nn.Parameter, tp_rank: int, tp: int) -> Tensor:
+    """This rank's part: with a stride of s, the tensor is s blocks that are each cut tp ways (gate and up of a GLU)."""
+    if not is_sharded(parameter) or tp == 1:
+        return full
+    dim, stride = partition_dim(parameter), int(getattr(parameter, "partition_stride", 1))
+    pieces = full.chunk(stride * tp, dim=dim)
+    return torch.cat(pieces[tp_rank::tp], dim=dim)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def partition_dim(parameter: Tensor) -> int:
+    return int(getattr(parameter, "partition_dim", 0))

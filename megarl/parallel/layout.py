@@ -1,0 +1,55 @@
+"""The grid of ranks as plain numbers: the one place that knows how a world is cut. No torch, no process groups."""
+
+from dataclasses import dataclass
+
+from megarl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ways tensors, layers and data are split. One replica is tp x pp x cp ranks."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    vpp: int = 1  # model chunks per pipeline rank; 1 is the plain schedule
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        for axis in ("tp", "pp", "dp", "cp", "vpp"):
+            if getattr(self, axis) < 1:
+                raise ConfigError(f"parallel.{axis}={getattr(self, axis)} must be at least 1")
+        if self.vpp > 1 and self.pp == 1:
+            raise ConfigError(f"parallel.vpp={self.vpp} needs parallel.pp of 2 or more; set parallel.vpp=null")
+        if self.sequence_parallel and self.tp == 1:
+            # With one tensor rank there is nothing to split a sequence over.
+            object.__setattr__(self, "sequence_parallel", False)
+
+    @classmethod
+    def for_world(
+        cls, world: int, *, tp: int = 1, pp: int = 1, cp: int = 1, vpp: int = 1, sequence_parallel: bool = False
+    ) -> "Layout":
+        """The layout whose data-parallel size fills a world of `world` ranks."""
+        replica = cls(tp=tp, pp=pp, cp=cp, vpp=vpp).replica_size  # also refuses sizes below one by their key
+        if world % replica:
+            raise ConfigError(
+                f"parallel.tp={tp} x parallel.pp={pp} x parallel.cp={cp} = {replica} ranks do not divide the world "
+                f"of {world}: start a multiple of {replica} processes (trainer.devices x trainer.num_nodes)"
+            )
+        return cls(tp=tp, pp=pp, dp=world // replica, cp=cp, vpp=vpp, sequence_parallel=sequence_parallel)
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks that together hold one whole model."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def world_size(self) -> int:
+        return self.replica_size * self.dp
+
+    def __str__(self) -> str:
+        name = "x".join(f"{axis.upper()}{getattr(self, axis)}" for axis in ("tp", "pp", "cp", "dp") if getattr(self, axis) > 1)
+        extras = [f"vpp{self.vpp}"] if self.vpp > 1 else []
+        extras += ["SP"] if self.sequence_parallel else []
+        return "+".join([name or "TP1", *extras])

@@ -1,0 +1,157 @@
+"""AdamW through Megatron's distributed optimizer, its schedule, and the one optimizer that Lightning sees."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import distrib_optimizer as mcore_distrib_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megarl.config.schema import OptimConfig
+from megarl.errors import NumericsError
+from megarl.parallel.grid import Grid
+
+if TYPE_CHECKING:
+    from megarl.parallel.engine import Engine
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """What an engine needs to know to train: the optimizer's settings and the length of its schedule."""
+
+    settings: OptimConfig
+    total_steps: int
+
+
+def build_optimizer(chunks: list[Any], spec: OptimSpec, grid: Grid, bf16: bool) -> MegatronOptimizer:
+    """ZeRO-1 AdamW over an engine's chunks; biases and norms are not decayed (Megatron's standard rule)."""
+    _make_states_loadable()
+    settings = spec.settings
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.lr * settings.min_lr_ratio,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=False,
+    )
+    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=grid.groups)
+    for part in optimizer.chained_optimizers:
+        _allocate_state(part)
+    return optimizer
+
+
+def trains_here(optimizer: MegatronOptimizer) -> bool:
+    """Whether this rank updates any parameter: a stage of frozen layers does not."""
+    return any(group["params"] for group in optimizer.param_groups)
+
+
+def separate_steps(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter a step counter of its own: Megatron loads one tensor into all of torch's Adam states, which
+    then each count it up."""
+    for part in optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
+def _allocate_state(part: MegatronOptimizer) -> None:
+    """Make Adam's state before the first step, so that a checkpoint of any step has the same tensors."""
+    if part.is_stub_optimizer:
+        return
+    part.init_state_fn(part.optimizer, part.config)
+    if isinstance(part.optimizer, torch.optim.AdamW):
+        for state in part.optimizer.state.values():
+            state.setdefault("step", torch.tensor(0.0))
+
+
+def build_schedule(optimizer: MegatronOptimizer, spec: OptimSpec) -> OptimizerParamScheduler:
+    """Linear warm-up, then constant, linear or cosine down to min_lr at the last step."""
+    settings = spec.settings
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.lr if settings.schedule == "constant" else settings.lr * settings.min_lr_ratio,
+        lr_warmup_steps=min(settings.warmup_steps, max(spec.total_steps - 1, 0)),
+        lr_decay_steps=max(spec.total_steps, 1),
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=max(spec.total_steps, 1),
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=False,
+    )
+
+
+class Optimizers(torch.optim.Optimizer):
+    """All engines' Megatron optimizers as the one that Lightning counts steps of.
+
+    A step moves the engines that have been given gradients since the last one. Learning rates are Megatron's schedule,
+    stepped here too, so that there is one count of steps.
+    """
+
+    def __init__(self, engines: Sequence["Engine"]) -> None:
+        self.engines = [engine for engine in engines if engine.optimizer is not None]
+        # Lightning wants a torch optimizer with parameters; the real ones are inside Megatron's buffers.
+        super().__init__([torch.nn.Parameter(torch.zeros(()))], {"lr": 0.0})
+        self.grad_norms: dict[str, float] = {}
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        result = closure() if closure is not None else None
+        self.grad_norms = {engine.name: engine.apply_gradients() for engine in self.engines if engine.has_gradients}
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for engine in self.engines:
+            engine.zero_gradients()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: optimizer state is sharded and travels with the engines' checkpoints."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing, as in `state_dict`."""
+
+
+def check_finite(norm: float, name: str) -> float:
+    if norm != norm or norm in (float("inf"), float("-inf")):
+        raise NumericsError(
+            f"the gradient norm of {name} is {norm}: lower optim.lr, or look at the batch that was dumped in the run folder"
+        )
+    return norm
+
+
+def _make_states_loadable() -> None:
+    """Replace one method of Megatron's distributed optimizer that cannot load a checkpoint with torch's own Adam.
+
+    It walks the keys of its own state (`step` among them, which files do not carry per parameter) and copies into leaves
+    that require grad. This version copies what both sides have, without autograd.
+    """
+    optimizer = mcore_distrib_optimizer.DistributedOptimizer
+    original = optimizer._set_main_param_and_optimizer_states
+    if getattr(original, "_megarl", False):
+        return
+
+    @torch.no_grad()
+    def copy_present(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        if self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
+            original(self, model_param, tensors)
+            return
+        group, order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][order]
+        targets = {"param": main, **self.optimizer.state[main]}
+        for key in targets.keys() & tensors.keys():
+            targets[key].copy_(tensors[key])
+
+    copy_present._megarl = True  # type: ignore[attr-defined]
+    optimizer._set_main_param_and_optimizer_states = copy_present

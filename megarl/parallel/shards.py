@@ -1,0 +1,167 @@
+"""Megarl's shard files: Megatron says which part of which tensor a rank holds, this room writes and reads the bytes.
+
+A rank's parts go into one safetensors file; an index of plain JSON says where every part of every tensor lies, so any
+layout can read what it needs. Nothing is pickled and no helper process is started.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megarl.errors import CheckpointError
+from megarl.parallel.grid import Grid
+
+
+@dataclass(frozen=True)
+class Part:
+    """One rank's rectangle of one tensor, and the file it is in."""
+
+    key: str
+    tensor_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.key}@{','.join(map(str, self.offset))}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Part":
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
+
+def collect(state: dict[str, Any], grid: Grid, file: str) -> tuple[list[tuple[Part, Tensor]], dict[str, Any]]:
+    """Split a sharded state dict into the parts that this rank writes and what is common to all ranks.
+
+    Parts that all data-parallel ranks hold are dealt out among them by size, so that each writes its share.
+    """
+    sharded, common = save_preprocess(state, validate_access_integrity=False)
+    replicas, me = grid.groups.dp_cp.size(), grid.groups.dp_cp.rank()
+    load = [0] * replicas
+    mine = []
+    for tensor in _tensors(sharded):
+        if any(tensor.replica_id[:-1]):  # another tensor-parallel or pipeline rank has the same values
+            continue
+        owner = load.index(min(load))
+        load[owner] += tensor.data.numel()
+        if owner == me:
+            part = _part(tensor, file)
+            mine.append((part, tensor.data.detach().reshape(part.shape)))
+    return mine, common
+
+
+def write(path: Path, parts: Sequence[tuple[Part, Tensor]]) -> None:
+    save_file({part.name: data.contiguous() for part, data in parts}, path)
+
+
+def read(template: dict[str, Any], common: dict[str, Any], parts: Sequence[Part], folder: Path) -> dict[str, Any]:
+    """Fill the shape of `template` (a state dict made for loading) from shard files, whatever layout wrote them."""
+    sharded, local, factories = load_preprocess(template)
+    sharded, _ = extract_sharded_base(sharded)
+    sharded, _ = extract_matching_values(sharded, lambda value: isinstance(value, ShardedTensor))
+    index: dict[str, list[Part]] = {}
+    for part in parts:
+        index.setdefault(part.key, []).append(part)
+    _check_same_tensors(list(_tensors(sharded)), index)
+    files = _Files(folder)
+    dict_list_map_inplace(lambda tensor: _assemble(tensor, index[tensor.key], files), sharded)
+    merged = merge(merge(common, local), sharded)
+    return apply_factory_merges(merged, factories)
+
+
+def check_complete(parts: Sequence[Part]) -> None:
+    """Every tensor's parts add up to the tensor; a gap or an overlap is a fault of ours, found before it is committed."""
+    volume: dict[str, int] = {}
+    shapes = {part.key: part.tensor_shape for part in parts}
+    for part in parts:
+        volume[part.key] = volume.get(part.key, 0) + _volume(part.shape)
+    wrong = [key for key, shape in shapes.items() if volume[key] != _volume(shape)]
+    if wrong:
+        raise CheckpointError(f"the parts of {wrong[0]} ({len(wrong)} tensors in all) do not add up to the whole")
+
+
+def _tensors(state: Any) -> Iterator[ShardedTensor]:
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor):
+            yield value
+        elif isinstance(value, ShardedObject) and not value.key.endswith("_extra_state"):
+            raise CheckpointError(f"{value.key} is not a tensor and cannot be sharded")
+
+
+def _part(tensor: ShardedTensor, file: str) -> Part:
+    shape = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Part(tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), shape, dtype, file)
+
+
+def _check_same_tensors(wanted: Sequence[ShardedTensor], index: dict[str, list[Part]]) -> None:
+    for tensor in wanted:
+        if tensor.key not in index:
+            raise CheckpointError(f"the checkpoint has no {tensor.key}: it is of another model or of another algorithm")
+        shape = index[tensor.key][0].tensor_shape
+        if tuple(tensor.global_shape) != shape:
+            raise CheckpointError(
+                f"{tensor.key} has shape {list(shape)} in the checkpoint and {list(tensor.global_shape)} in this model: "
+                "use the model.* settings it was trained with"
+            )
+
+
+def _assemble(wanted: ShardedTensor, parts: Sequence[Part], files: "_Files") -> Tensor:
+    """This rank's rectangle of a tensor, copied out of the parts that overlap it."""
+    shape = (1,) * wanted.prepend_axis_num + tuple(wanted.local_shape)
+    result = torch.empty(shape, dtype=wanted.dtype)
+    filled = 0
+    for part in parts:
+        overlap = [
+            (max(a, b), min(a + m, b + n))
+            for a, m, b, n in zip(wanted.global_offset, shape, part.offset, part.shape, strict=True)
+        ]
+        if any(start >= stop for start, stop in overlap):
+            continue
+        source = tuple(slice(start - b, stop - b) for (start, stop), b in zip(overlap, part.offset, strict=True))
+        target = tuple(slice(start - a, stop - a) for (start, stop), a in zip(overlap, wanted.global_offset, strict=True))
+        piece = files.slice(part, source)
+        result[target] = piece
+        filled += piece.numel()
+    if filled != result.numel():
+        raise CheckpointError(f"{wanted.key}: the checkpoint holds {filled} of {result.numel()} values that this rank needs")
+    return result.reshape(wanted.local_shape)
+
+
+class _Files:
+    """Shard files of a checkpoint, each opened (memory-mapped) once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.open: dict[str, Any] = {}
+
+    def slice(self, part: Part, where: tuple[slice, ...]) -> Tensor:
+        if part.file not in self.open:
+            self.open[part.file] = safe_open(self.folder / part.file, framework="pt")
+        if not where:  # a scalar
+            scalar: Tensor = self.open[part.file].get_tensor(part.name)
+            return scalar
+        piece: Tensor = self.open[part.file].get_slice(part.name)[where]
+        return piece
+
+
+def _volume(shape: Sequence[int]) -> int:
+    volume = 1
+    for length in shape:
+        volume *= length
+    return volume

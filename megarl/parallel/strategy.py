@@ -1,0 +1,119 @@
+"""Lightning's strategy for Megatron: the world, the grid, and sharded checkpoints. Public hooks only."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from megarl.config.schema import ParallelConfig
+from megarl.errors import ConfigError
+from megarl.logging import get_logger
+from megarl.parallel import cpu
+from megarl.parallel.engine import Engine
+from megarl.parallel.grid import Grid
+from megarl.parallel.layout import Layout
+
+log = get_logger(__name__)
+
+
+class MegatronStrategy(DDPStrategy):
+    """Runs a module whose models are `Engine`s.
+
+    `checkpoint_io` is called on every rank. Its `load_checkpoint` answers with Lightning's part of a checkpoint in which
+    `state_dict` is a function from a template to this rank's shards.
+    """
+
+    def __init__(self, parallel: ParallelConfig, *, seed: int, checkpoint_io: CheckpointIO) -> None:
+        super().__init__(checkpoint_io=checkpoint_io, timeout=timedelta(seconds=parallel.timeout_s))
+        self.parallel, self.seed = parallel, seed
+        self.grid: Grid | None = None
+
+    def setup_environment(self) -> None:
+        if cpu.needed():
+            cpu.install()
+        super().setup_environment()
+        layout = Layout.for_world(
+            self.world_size,
+            tp=self.parallel.tp,
+            pp=self.parallel.pp,
+            cp=self.parallel.cp,
+            vpp=self.parallel.vpp or 1,
+            sequence_parallel=self.parallel.sequence_parallel,
+        )
+        self.grid = Grid(layout, self.root_device, seed=self.seed, timeout_s=self.parallel.timeout_s)
+        self.checkpoint_io.grid = self.grid  # type: ignore[attr-defined]
+
+    def setup(self, trainer: Any) -> None:
+        for value, default, theirs, ours in (
+            (trainer.gradient_clip_val, None, "gradient_clip_val", "optim.clip_grad"),
+            (trainer.accumulate_grad_batches, 1, "accumulate_grad_batches", "trainer.global_batch_size"),
+            (trainer.precision, "32-true", "precision", "trainer.precision"),
+        ):
+            if value != default:
+                raise ConfigError(f"Lightning's Trainer({theirs}={value!r}) has no effect on Megatron: set {ours} instead")
+        super().setup(trainer)
+
+    def configure_ddp(self) -> None:
+        """Gradients are reduced by Megatron's buffers inside each engine, not by torch's DDP around the module."""
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        engines: dict[str, Engine] = self.lightning_module.engines  # type: ignore[union-attr,assignment]
+        return engines
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Data is dealt out over replicas, not over ranks."""
+        assert self.grid is not None
+        return {"num_replicas": self.grid.layout.dp, "rank": self.grid.dp_rank}
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Metrics are reduced over replicas: the ranks of one replica have the same value."""
+        if not isinstance(tensor, Tensor) or self.grid is None:
+            return tensor
+        return super().reduce(tensor, group or self.grid.groups.dp, reduce_op)
+
+    # --- checkpoints: saved and loaded by all ranks together --------------------------------------------------------
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Shards are read into engines, which exist once the strategy is set up."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {name: engine.sharded_state_dict() for name, engine in self.engines.items()}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        assert self.grid is not None
+        checkpoint["layout"] = str(self.grid.layout)
+        checkpoint["random_states"] = self.grid.gather(self.grid.random_state())
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        torch.cuda.empty_cache()
+        return self.checkpoint_io.load_checkpoint(checkpoint_path)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.grid is not None
+        template = {name: engine.sharded_state_dict(loading=True) for name, engine in self.engines.items()}
+        state = checkpoint["state_dict"](template)
+        for name, engine in self.engines.items():
+            engine.load_state_dict(state[name])
+        if checkpoint["layout"] == str(self.grid.layout):
+            self.grid.set_random_state(checkpoint["random_states"][self.grid.rank])
+        else:  # another layout draws other dropout masks: there is no state to continue
+            log.info("layout %s resumes as %s: dropout is seeded anew", checkpoint["layout"], self.grid.layout)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self.is_global_zero:
+            self.checkpoint_io.remove_checkpoint(filepath)
+
+    def teardown(self) -> None:
+        super().teardown()
+        if self.grid is not None:
+            self.grid.close()
+            self.grid = None

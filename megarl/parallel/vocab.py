@@ -1,0 +1,177 @@
+"""Log-probs, entropy and log-sum-exp over a sharded vocabulary, without ever holding the logits of a batch.
+
+Hidden states of chosen positions come in; the output weight is applied in chunks over positions, which are computed
+again in the backward pass. Everything returned is float32 (or float64) whatever the model's dtype.
+"""
+
+from dataclasses import dataclass
+from math import lcm
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Elements of one chunk of logits: large enough for an efficient product, small beside the activations of a layer.
+CHUNK_ELEMENTS_CPU = 2**22
+CHUNK_ELEMENTS_GPU = 2**26
+
+
+def padded_vocab(size: int, tp: int) -> int:
+    """Rows of a vocabulary table: a multiple of tp, and of 64 (8 for toy vocabularies) whatever tp, for resharding."""
+    multiple = lcm(64 if size >= 1024 else 8, tp)
+    return (size + multiple - 1) // multiple * multiple
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The rows of a vocabulary table that this tensor-parallel rank holds: `start` ... `start + valid`."""
+
+    start: int
+    valid: int  # rows that stand for a token; the rest is padding and never enters a sum
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, vocab_size: int, tp_rank: int, tp: int, group: dist.ProcessGroup | None) -> "VocabShard":
+        rows = padded_vocab(vocab_size, tp) // tp
+        start = rows * tp_rank
+        return cls(start=start, valid=max(0, min(vocab_size - start, rows)), group=group if tp > 1 else None)
+
+
+class VocabStats(NamedTuple):
+    """Per position [n]: the scaled logit of the target, the log-sum-exp, and the entropy (None if not asked for)."""
+
+    target_logits: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+
+    @property
+    def logprobs(self) -> Tensor:
+        return self.target_logits - self.lse
+
+
+def vocab_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    shard: VocabShard,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> VocabStats:
+    """Statistics of softmax((hidden @ weight.T + bias) / temperature) at each of n positions.
+
+    hidden: [n, hidden], the same on every tensor-parallel rank; its gradient is this shard's part, to be summed over
+    the group by whoever made it (`copy_to_tensor_model_parallel_region` or the sequence gather).
+    weight: [rows of this shard, hidden]; bias: [rows of this shard]; targets: [n] token ids.
+    """
+    target_logits, lse, mean_logit = _VocabStats.apply(hidden, weight, bias, targets, shard, temperature, entropy)
+    return VocabStats(target_logits, lse, lse - mean_logit if entropy else None)
+
+
+class _VocabStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        shard: VocabShard,
+        temperature: float,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        n = hidden.shape[0]
+        local = hidden.new_zeros(3, n, dtype=dtype)  # target logit, log-sum-exp, mean logit under the local softmax
+        if shard.valid == 0:
+            local[1] = -torch.inf
+        else:
+            for rows in _chunks(n, shard.valid, hidden.device):
+                logits = _logits(hidden[rows], weight, bias, shard, temperature, dtype)
+                mine, index = _local_targets(targets[rows], shard)
+                local[0, rows] = logits.gather(1, index[:, None])[:, 0].masked_fill(~mine, 0.0)
+                if entropy:
+                    lse = torch.logsumexp(logits, dim=1)
+                    local[1, rows] = lse
+                    local[2, rows] = (torch.exp(logits - lse[:, None]) * logits).sum(1)
+                else:
+                    local[1, rows] = torch.logsumexp(logits, dim=1)
+        target_logits, lse, mean_logit = _combine(local, shard.group)
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, mean_logit)
+        ctx.shard, ctx.temperature, ctx.entropy, ctx.dtype = shard, temperature, entropy, dtype
+        return target_logits, lse, mean_logit
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_target, grad_lse, grad_mean = grads
+        hidden, weight, bias, targets, lse, mean_logit = ctx.saved_tensors
+        shard: VocabShard = ctx.shard
+        grad_hidden = torch.zeros_like(hidden)
+        # Summed over chunks in float32 so that the number of chunks does not show in a bf16 gradient.
+        grad_weight = torch.zeros_like(weight, dtype=ctx.dtype) if weight.requires_grad else None
+        grad_bias = torch.zeros_like(bias, dtype=ctx.dtype) if bias is not None and bias.requires_grad else None
+        valid = slice(0, shard.valid)
+        for rows in _chunks(hidden.shape[0], shard.valid, hidden.device) if shard.valid else ():
+            logits = _logits(hidden[rows], weight, bias, shard, ctx.temperature, ctx.dtype)
+            mine, index = _local_targets(targets[rows], shard)
+            probs = torch.exp(logits - lse[rows, None])
+            scale = grad_lse[rows, None]
+            if ctx.entropy:  # d mean_logit / d logit = p * (1 + logit - mean_logit)
+                scale = scale + grad_mean[rows, None] * (1.0 + logits - mean_logit[rows, None])
+            grad = probs.mul_(scale)
+            grad.scatter_add_(1, index[:, None], (grad_target[rows] * mine)[:, None])
+            grad = grad.div_(ctx.temperature)
+            narrow = grad.to(weight.dtype)
+            torch.mm(narrow, weight[valid], out=grad_hidden[rows])
+            if grad_weight is not None:
+                if grad_weight.dtype == narrow.dtype:
+                    grad_weight[valid].addmm_(narrow.t(), hidden[rows])
+                else:
+                    grad_weight[valid] += narrow.t() @ hidden[rows]
+            if grad_bias is not None:
+                grad_bias[valid] += grad.sum(0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _chunks(n: int, columns: int, device: torch.device) -> list[slice]:
+    budget = CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS_GPU
+    size = max(1, budget // columns)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: VocabShard, temperature: float, dtype: torch.dtype
+) -> Tensor:
+    """[rows, valid] scaled logits of this shard."""
+    valid = slice(0, shard.valid)
+    logits = torch.nn.functional.linear(hidden, weight[valid], None if bias is None else bias[valid])
+    return logits.to(dtype).div_(temperature) if temperature != 1.0 else logits.to(dtype)
+
+
+def _local_targets(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Which targets this shard holds, and their row (0 where it does not hold them)."""
+    index = targets - shard.start
+    mine = (index >= 0) & (index < shard.valid)
+    return mine, index.masked_fill(~mine, 0)
+
+
+def _combine(local: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Shards' [3, n] statistics to the whole vocabulary's: one gather, so every rank adds in the same order."""
+    if group is None:
+        return local[0].clone(), local[1].clone(), local[2].clone()
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, local, group=group)
+    stacked = torch.stack(parts)  # [tp, 3, n]
+    lse = torch.logsumexp(stacked[:, 1], dim=0)
+    share = torch.exp(stacked[:, 1] - lse)
+    return stacked[:, 0].sum(0), lse, (share * stacked[:, 2]).sum(0)

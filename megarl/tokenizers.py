@@ -1,0 +1,422 @@
+"""Text to token ids and back: one interface over bytes, SentencePiece and Hugging Face tokenizers.
+
+Records and batches are not known here, and a library is imported only when its kind of tokenizer is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from megarl.errors import ConfigError, DataError, UnavailableError
+
+KINDS = ("bytes", "sentencepiece", "huggingface")
+ROLES = ("system", "user", "assistant")
+MARKER_FILE = "megarl_tokenizer.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
+
+Message = Mapping[str, Any]
+
+
+class Tokenizer(ABC):
+    """What the rest of megarl may ask of a tokenizer.
+
+    Attributes:
+        size: entries of the vocabulary; every id is below it.
+        eos_id: the token with which a response ends.
+        pad_id: fills the right of a batch; may equal `eos_id`, so masks are never derived from it.
+        bos_id: the token that opens a text, where the vocabulary has one.
+        adds_bos: whether a text of this tokenizer is meant to start with `bos_id`.
+    """
+
+    kind: ClassVar[str]
+    size: int
+    eos_id: int
+    pad_id: int
+    bos_id: int | None = None
+    adds_bos: bool = False
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text; nothing is put before or after it."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; special tokens and ids beyond the vocabulary are left out."""
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Write everything that `load_tokenizer` needs into a folder, which is made if missing."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hex digest that two tokenizers share only if they turn all texts into the same ids."""
+
+    @property
+    @abstractmethod
+    def special_tokens(self) -> dict[str, int]:
+        """Tokens that stand for structure rather than text, by their written form."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text that opens a sequence: with `bos_id` first, where the tokenizer adds one."""
+        ids = self.encode(text)
+        return [self.bos_id, *ids] if self.adds_bos and self.bos_id is not None else ids
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, template: str | None = None
+    ) -> list[int]:
+        """Token ids of a conversation.
+
+        Args:
+            messages: turns with a "role" and a "content".
+            add_generation_prompt: end with what precedes an answer of the assistant.
+            template: Jinja template; None takes the tokenizer's own, or the built-in one if it has none.
+        """
+        _check_messages(messages)
+        if template is None:
+            return self._render_built_in(messages, add_generation_prompt)
+        return self._encode_markup(_render_jinja(template, messages, add_generation_prompt, self._written()))
+
+    def encode_chat(self, messages: Sequence[Message], template: str | None = None) -> tuple[list[int], list[int]]:
+        """Token ids of a conversation, and a 0/1 list of the same length that marks the assistant's turns.
+
+        A turn spans from the end of the generation prompt to its own end marker, included. It is found by
+        rendering the conversation up to the turn, without and with it, and comparing ids; so it works for
+        every template whose rendering of a turn does not depend on what follows; others raise `DataError`.
+        """
+        tokens = self.apply_chat_template(messages, template=template)
+        chosen = [0] * len(tokens)
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.apply_chat_template(messages[:turn], add_generation_prompt=True, template=template)
+            through = tokens
+            if turn + 1 < len(messages):
+                through = self.apply_chat_template(messages[: turn + 1], template=template)
+            if through[: len(before)] != before or tokens[: len(through)] != through:
+                raise DataError(
+                    f"the chat template does not keep the tokens of turn {turn + 1} (assistant) when the "
+                    "conversation is cut around it, so its tokens cannot be told from the prompt's; set "
+                    "data.chat_template to a template that renders every turn the same whatever follows, "
+                    "or data.loss_on=all"
+                )
+            end = len(before) + self._turn_end(through[len(before) :])
+            chosen[len(before) : end] = [1] * (end - len(before))
+        return tokens, chosen
+
+    def _turn_end(self, span: Sequence[int]) -> int:
+        """Length of an assistant's turn without the white space that a template puts after its end marker.
+
+        The policy stops at the marker and never chooses what follows it.
+        """
+        special = set(self.special_tokens.values())
+        last = max((at for at, token in enumerate(span) if token in special), default=len(span) - 1)
+        return len(span) if self.decode(span[last + 1 :]).strip() else last + 1
+
+    def _render_built_in(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        """`<|role|>` content, then `<|end|>`, or EOS after the assistant, which is where generation stops."""
+        ids = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
+        for turn, message in enumerate(messages, 1):
+            role = message["role"]
+            if role not in ROLES:
+                raise DataError(
+                    f"turn {turn} has role {role!r}, which the built-in chat template does not know; "
+                    f"use one of {', '.join(ROLES)}, or set data.chat_template"
+                )
+            ids += self._marker(role) + self.encode(message["content"])
+            ids += [self.eos_id] if role == "assistant" else self._marker("end")
+        return ids + self._marker("assistant") if add_generation_prompt else ids
+
+    def _marker(self, name: str) -> list[int]:
+        return self.encode(f"<|{name}|>")
+
+    def _written(self) -> dict[str, str]:
+        """The special tokens that Jinja templates ask for by name."""
+        by_id = {token: text for text, token in self.special_tokens.items()}
+        return {
+            "bos_token": by_id.get(self.bos_id, "") if self.bos_id is not None else "",
+            "eos_token": by_id.get(self.eos_id, ""),
+        }
+
+    def _encode_markup(self, text: str) -> list[int]:
+        """Token ids of a rendered template, in which the written special tokens stand for themselves."""
+        special = self.special_tokens
+        longest_first = sorted(special, key=len, reverse=True)
+        pieces = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+        ids: list[int] = []
+        for piece in filter(None, pieces):
+            ids += [special[piece]] if piece in special else self.encode(piece)
+        return ids
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes as ids 0 to 255, followed by padding, EOS and the markers of a chat."""
+
+    kind = "bytes"
+    _SPECIAL: ClassVar[dict[str, int]] = {
+        text: 256 + index
+        for index, text in enumerate(("<|pad|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"))
+    }
+
+    def __init__(self) -> None:
+        self.size = 256 + len(self._SPECIAL)
+        self.pad_id = self._SPECIAL["<|pad|>"]
+        self.eos_id = self._SPECIAL["<|eos|>"]
+
+    def encode(self, text: str) -> list[int]:
+        # A lone surrogate (JSON may hold one) has no UTF-8 form; it becomes "?" rather than a crash.
+        return list(text.encode("utf-8", errors="replace"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(int(token) for token in ids if 0 <= token < 256).decode("utf-8", errors="replace")
+
+    def save(self, folder: str | Path) -> None:
+        _write_marker(folder, self)
+
+    def fingerprint(self) -> str:
+        return _digest([self.kind, self._SPECIAL])
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return dict(self._SPECIAL)
+
+    def _marker(self, name: str) -> list[int]:
+        return [self._SPECIAL[f"<|{name}|>"]]
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model file; texts start with BOS where the model defines one."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, path: str | Path) -> None:
+        """Load a model from its file, or from a folder that holds it as `tokenizer.model`."""
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise UnavailableError("tokenizer.kind=sentencepiece: pip install sentencepiece") from error
+        self.path = Path(path).expanduser()
+        if self.path.is_dir():
+            self.path = self.path / SENTENCEPIECE_FILE
+        if not self.path.is_file():
+            raise ConfigError(f"tokenizer.path={str(path)!r}: no such file; give a SentencePiece .model file")
+        self._processor = SentencePieceProcessor()
+        try:
+            self._processor.Load(str(self.path))
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(
+                f"tokenizer.path={str(path)!r} is not a SentencePiece model; give a .model file"
+            ) from error
+        if self._processor.eos_id() < 0:
+            raise ConfigError(
+                f"tokenizer.path={str(path)!r} has no EOS, so no response could end; "
+                "train the SentencePiece model with an eos_id"
+            )
+        self.size = self._processor.GetPieceSize()
+        self.eos_id = self._processor.eos_id()
+        self.pad_id = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_id
+        self.bos_id = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
+        self.adds_bos = self.bos_id is not None
+        self._special = {
+            self._processor.IdToPiece(token): token for token in range(self.size) if self._processor.IsControl(token)
+        }
+        self._fingerprint = _digest([self.kind, hashlib.sha256(self.path.read_bytes()).hexdigest()])
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._processor.EncodeAsIds(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        special = set(self._special.values())
+        kept = [int(token) for token in ids if 0 <= token < self.size and int(token) not in special]
+        return str(self._processor.DecodeIds(kept))
+
+    def save(self, folder: str | Path) -> None:
+        _write_marker(folder, self)
+        target = Path(folder) / SENTENCEPIECE_FILE
+        if target.resolve() != self.path.resolve():
+            shutil.copyfile(self.path, target)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return dict(self._special)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer of a Hugging Face folder or hub name, with its own chat template where it has one."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: str) -> None:
+        self._tokenizer = _load_hugging_face(path)
+        own = self._tokenizer
+        if own.eos_token_id is None:
+            raise ConfigError(
+                f"tokenizer.path={path!r} has no EOS, so no response could end; "
+                "set eos_token in its tokenizer_config.json"
+            )
+        vocabulary = own.get_vocab()
+        # A vocabulary may have holes, so its largest id can be past the number of its entries.
+        self.size = max(len(own), max(vocabulary.values()) + 1)
+        self.eos_id = int(own.eos_token_id)
+        self.pad_id = int(own.pad_token_id) if own.pad_token_id is not None else self.eos_id
+        self.bos_id = int(own.bos_token_id) if own.bos_token_id is not None else None
+        opening = own("a", verbose=False)["input_ids"][:1]
+        self.adds_bos = self.bos_id is not None and opening == [self.bos_id]
+        self._special = {
+            str(token.content): int(index) for index, token in own.added_tokens_decoder.items() if token.special
+        }
+        self._special |= {text: int(own.convert_tokens_to_ids(text)) for text in own.all_special_tokens}
+        self._fingerprint = _digest([self.kind, *_hugging_face_state(own, vocabulary)])
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        kept = [int(token) for token in ids if 0 <= token < self.size]
+        return str(self._tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, template: str | None = None
+    ) -> list[int]:
+        _check_messages(messages)
+        if template is None and not self._tokenizer.chat_template:
+            return self._render_built_in(messages, add_generation_prompt)
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=False,
+                tokenizer_kwargs={"verbose": False},
+            )
+        except Exception as error:  # a template may raise anything; the record that broke it is what matters
+            raise _template_error(error, messages) from error
+        return [int(token) for token in ids]
+
+    def save(self, folder: str | Path) -> None:
+        _write_marker(folder, self)
+        self._tokenizer.save_pretrained(str(folder))
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return dict(self._special)
+
+
+def build_tokenizer(kind: str, path: str | None = None) -> Tokenizer:
+    """The tokenizer of a kind, one of `KINDS`, from its file, folder or hub name."""
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind not in KINDS:
+        raise ConfigError(f"tokenizer.kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
+    if not path:
+        raise ConfigError(f"tokenizer.kind={kind} needs tokenizer.path, which is not set")
+    return SentencePieceTokenizer(path) if kind == "sentencepiece" else HuggingFaceTokenizer(path)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote into a folder."""
+    marker = Path(folder) / MARKER_FILE
+    if not marker.is_file():
+        raise ConfigError(f"{folder}: holds no tokenizer saved by megarl ({MARKER_FILE} is missing)")
+    saved = json.loads(marker.read_text(encoding="utf-8"))
+    tokenizer = build_tokenizer(saved["kind"], str(folder))
+    if tokenizer.fingerprint() != saved["fingerprint"]:
+        raise ConfigError(f"{folder}: the tokenizer differs from the one that was saved; restore its files")
+    return tokenizer
+
+
+def _load_hugging_face(path: str) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise UnavailableError("tokenizer.kind=huggingface: pip install transformers") from error
+    local = Path(path).expanduser()
+    if not local.exists() and (local.is_absolute() or path.startswith((".", "~"))):
+        raise ConfigError(f"tokenizer.path={path!r}: no such folder; give one that holds tokenizer.json, or a hub name")
+    try:
+        return AutoTokenizer.from_pretrained(str(local) if local.exists() else path, trust_remote_code=False)
+    except Exception as error:  # the hub, the file formats and Python code each raise their own kinds
+        raise ConfigError(
+            f"tokenizer.path={path!r} cannot be loaded as a Hugging Face tokenizer ({_first_line(error)}); "
+            "give a folder that holds tokenizer.json, or a hub name that is cached or can be reached"
+        ) from error
+
+
+def _hugging_face_state(own: Any, vocabulary: dict[str, int]) -> list[Any]:
+    """What decides the ids of a tokenizer, without the settings that calls change (padding, truncation)."""
+    state: list[Any] = [vocabulary, own.chat_template, own.eos_token_id, own.pad_token_id, own.bos_token_id]
+    backend = getattr(own, "backend_tokenizer", None)
+    if backend is not None:
+        stages = json.loads(backend.to_str())
+        state.append({name: stages.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")})
+    return state
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    for turn, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise DataError(f"turn {turn} is a {type(message).__name__}; expected an object with role and content")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                found = type(message[key]).__name__ if key in message else "missing"
+                keys = ", ".join(map(str, message))
+                raise DataError(f"turn {turn}: {key!r} is {found}; expected a string (found keys: {keys})")
+
+
+def _render_jinja(
+    template: str, messages: Sequence[Message], add_generation_prompt: bool, written: Mapping[str, str]
+) -> str:
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise UnavailableError("data.chat_template: pip install jinja2") from error
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = raise_exception
+    try:
+        return environment.from_string(template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, **written
+        )
+    except Exception as error:  # a template may raise anything; the record that broke it is what matters
+        raise _template_error(error, messages) from error
+
+
+def _template_error(error: Exception, messages: Sequence[Message]) -> DataError:
+    roles = ", ".join(str(message["role"]) for message in messages) or "none"
+    return DataError(
+        f"the chat template failed on turns with roles [{roles}] ({_first_line(error)}); "
+        "change the record, or set data.chat_template to a template that accepts it"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _write_marker(folder: str | Path, tokenizer: Tokenizer) -> None:
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    saved = {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint(), "size": tokenizer.size}
+    (target / MARKER_FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+
+
+def _digest(state: Any) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode("utf-8")).hexdigest()

@@ -1,0 +1,90 @@
+"""KL estimates and the two ways to set their coefficient."""
+
+import math
+
+import pytest
+import torch
+
+import megarl.algorithms as a
+from megarl.errors import ConfigError, NumericsError
+
+
+@pytest.mark.parametrize(
+    ("kind", "want"),
+    [
+        ("k1", [2.0, -1.0, 0.0]),
+        ("k2", [2.0, 0.5, 0.0]),
+        ("k3", [math.exp(-2) - 1 + 2, math.e - 1 - 1, 0.0]),
+        ("abs", [2.0, 1.0, 0.0]),
+    ],
+)
+def test_each_estimate_by_hand(kind: str, want: list[float]) -> None:
+    logprobs, ref_logprobs = torch.tensor([[-1.0, -3.0, -2.0]]), torch.tensor([[-3.0, -2.0, -2.0]])
+    torch.testing.assert_close(a.kl_estimate(logprobs, ref_logprobs, kind), torch.tensor([want]))
+
+
+@pytest.mark.parametrize("kind", a.KL_KINDS)
+def test_equal_models_have_a_kl_of_exactly_zero(kind: str) -> None:
+    logprobs = torch.randn(2, 5)
+    assert (a.kl_estimate(logprobs, logprobs.clone(), kind) == 0).all()
+
+
+def test_k3_keeps_its_digits_when_the_models_are_close() -> None:
+    # k3 = d^2/2 - d^3/6 + ..., where exp(-d) - 1 + d in float32 is off by percents.
+    gap = 1e-3
+    got = a.kl_estimate(torch.tensor([gap]), torch.tensor([0.0]), "k3").item()
+    assert got == pytest.approx(gap**2 / 2 - gap**3 / 6, rel=1e-3)
+
+
+def test_an_unknown_estimate_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"kind='k4'.*k1, k2, k3, abs"):
+        a.kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), kind="k4")
+
+
+def test_a_fixed_coefficient_does_not_move() -> None:
+    controller = a.FixedKL(coef=0.05)
+    controller.update(kl=100.0, n=1000)
+    assert controller.value == 0.05
+
+
+def test_an_adaptive_coefficient_moves_by_hand() -> None:
+    controller = a.AdaptiveKL(init=0.1, target=6, horizon=100)
+    # twice the target: the error of 1 counts as 0.2, and 10 of 100 samples make it 0.02
+    controller.update(kl=12, n=10)
+    assert controller.value == pytest.approx(0.1 * 1.02)
+    # a tenth above the target is within the bounds: 0.1 * 50/100
+    controller.update(kl=6.6, n=50)
+    assert controller.value == pytest.approx(0.1 * 1.02 * 1.05)
+    # no divergence at all: -0.2 * 10/100
+    controller.update(kl=torch.tensor(0.0), n=10)
+    assert controller.value == pytest.approx(0.1 * 1.02 * 1.05 * 0.98)
+
+
+def test_a_restored_controller_goes_on_as_the_first_would() -> None:
+    first = a.AdaptiveKL(init=0.1, target=6, horizon=100)
+    first.update(kl=9, n=10)
+    second = a.AdaptiveKL(init=0.1, target=6, horizon=100)
+    second.load_state_dict(first.state_dict())
+    first.update(kl=2, n=10)
+    second.update(kl=2, n=10)
+    assert first.value == second.value != 0.1
+
+
+def test_a_nan_kl_is_refused_and_leaves_the_coefficient_alone() -> None:
+    controller = a.AdaptiveKL(init=0.1, target=6, horizon=100)
+    with pytest.raises(NumericsError):
+        controller.update(kl=math.nan, n=10)
+    assert controller.value == 0.1
+
+
+def test_a_horizon_that_would_turn_the_coefficient_negative_is_refused() -> None:
+    controller = a.AdaptiveKL(init=0.1, target=6, horizon=10)
+    with pytest.raises(ConfigError, match=r"horizon=10.*more than 20"):
+        controller.update(kl=0, n=100)
+    assert controller.value == 0.1
+
+
+@pytest.mark.parametrize("wrong", [{"target": 0.0}, {"horizon": 0}, {"init": -0.1}])
+def test_numbers_that_cannot_steer_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        a.AdaptiveKL(**{"init": 0.1, "target": 6.0, "horizon": 100, **wrong})

@@ -1,0 +1,67 @@
+import math
+
+import pytest
+import torch
+
+from megarl.callbacks.health import Health
+from megarl.callbacks.summary import Summary
+from megarl.errors import NumericsError
+from tests.callbacks.tiny import SaveAt, Tiny, train
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_loss_that_is_not_finite_ends_the_run_with_step_and_file(bad, tmp_path):
+    with pytest.raises(NumericsError) as caught:
+        train(Tiny([3.0, 2.0, bad, 1.0]), [Health(tmp_path)], steps=4)
+    message = str(caught.value)
+    assert caught.value.exit_code == 3
+    assert f"train/loss is {bad} at step 3" in message
+    assert str(tmp_path / "nan-batch-rank0.pt") in message
+    assert "optim.lr" in message
+
+
+def test_the_batch_of_the_bad_step_can_be_read_back_safely(tmp_path):
+    with pytest.raises(NumericsError):
+        train(Tiny([3.0, 2.0, math.nan]), [Health(tmp_path)], steps=3)
+    dumped = torch.load(tmp_path / "nan-batch-rank0.pt", weights_only=True)
+    assert dumped == [{"tokens": torch.tensor([2]), "step": torch.tensor(2)}]
+
+
+def test_step_that_refuses_its_own_numbers_is_dumped_and_its_message_completed(tmp_path):
+    def refuse(step: int) -> None:
+        if step == 1:
+            raise NumericsError("the gradient norm of policy is nan: lower optim.lr")
+
+    module = Tiny([3.0, 2.0])
+    module.in_step = refuse
+    path = tmp_path / "nan-batch-rank0.pt"
+    expected = f"the gradient norm of policy is nan: lower optim.lr (at step 2, the batch is in {path})"
+    with pytest.raises(NumericsError) as caught:
+        train(module, [Health(tmp_path)], steps=2)
+    assert str(caught.value) == expected
+    assert torch.load(path, weights_only=True)[0]["step"] == 1
+
+
+def test_finite_losses_pass(tmp_path):
+    trainer = train(Tiny([3.0, 0.0, -1e30]), [Health(tmp_path)], steps=3)
+    assert trainer.global_step == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_saved_after_a_bad_step(tmp_path):
+    callbacks = [Health(tmp_path), SaveAt(2, tmp_path / "two.ckpt")]
+    with pytest.raises(NumericsError):
+        train(Tiny([3.0, math.nan]), callbacks, steps=2)
+    assert not (tmp_path / "two.ckpt").exists()
+
+
+def test_a_batch_that_cannot_be_written_does_not_hide_the_numbers(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NumericsError, match=r"train/loss is nan at step 1, the batch is not saved"):
+        train(Tiny([math.nan]), [Health(tmp_path / "file" / "run")], steps=1)
+
+
+def test_the_summary_names_the_step_and_the_file(tmp_path):
+    with pytest.raises(NumericsError):
+        train(Tiny([math.nan]), [Health(tmp_path), Summary(tmp_path)], steps=1)
+    assert "at step 1, the batch is in" in (tmp_path / "summary.json").read_text()

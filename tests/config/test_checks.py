@@ -1,0 +1,267 @@
+"""Combinations that cannot run are refused before anything is built, with the nearest values that can."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megarl.config.checks import accumulation, check, check_shape, data_parallel_size, world_size
+from megarl.config.offers import Refusal, divisors, either, enforce, multiples, near
+from megarl.config.presets import resource
+from megarl.config.schema import ModelConfig, ParallelConfig, SFTConfig
+from megarl.errors import ConfigError
+
+
+def configured(**values: Any) -> SFTConfig:
+    """A runnable configuration with some keys changed: `configured(parallel__tp=2)`."""
+    config = SFTConfig()
+    config.data.train = ["train.jsonl"]
+    for key, value in values.items():
+        section, _, name = key.partition("__")
+        assert hasattr(getattr(config, section), name), key
+        setattr(getattr(config, section), name, value)
+    return config
+
+
+def refusal(world: int, **values: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(configured(**values), world)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("world", "values"),
+    [
+        (1, {}),
+        (4, {"parallel__tp": 2, "parallel__pp": 2}),
+        (8, {"parallel__tp": 2, "parallel__pp": 2, "trainer__micro_batch_size": 4}),
+        (4, {"parallel__tp": 4, "model__num_kv_heads": 2}),
+        (2, {"parallel__tp": 2, "parallel__sequence_parallel": True}),
+        (1, {"parallel__sequence_parallel": True, "data__seq_length": 127}),
+        (2, {"parallel__pp": 2, "parallel__vpp": 2}),
+        (2, {"parallel__cp": 2}),
+        (1, {"model__head_dim": 48, "model__num_heads": 3}),
+        (1, {"model__num_layers_unfrozen": 0}),
+    ],
+)
+def test_what_can_run_passes(world: int, values: dict[str, Any]) -> None:
+    check(configured(**values), world)
+
+
+@pytest.mark.parametrize(
+    ("world", "values", "problem", "remedy"),
+    [
+        (
+            3,
+            {"parallel__tp": 3},
+            "parallel.tp=3 does not divide model.num_heads=4",
+            "use parallel.tp=1, 2 or 4",
+        ),
+        (
+            # 126 would do for 6 heads too, were a head then not 21 wide: rotary pairs need an even width.
+            1,
+            {"model__num_heads": 6},
+            "model.num_heads=6 does not divide model.hidden_size=128",
+            "use model.num_heads=1, 2, 4 or 8, or model.hidden_size=132",
+        ),
+        (
+            8,
+            {"model__num_heads": 24, "model__num_kv_heads": 6, "model__head_dim": 32, "parallel__tp": 4},
+            "parallel.tp=4 neither divides model.num_kv_heads=6 nor is a multiple of it",
+            # 3, 6, 12 and 24 suit the heads, but not the hidden size of 128.
+            "use parallel.tp=1 or 2, or model.num_kv_heads=1, 2, 4 or 8",
+        ),
+        (
+            1,
+            {"model__num_kv_heads": 3},
+            "model.num_kv_heads=3 does not divide model.num_heads=4",
+            "use model.num_kv_heads=1, 2 or 4",
+        ),
+        (
+            2,
+            {"parallel__tp": 2, "model__ffn_size": 301},
+            "parallel.tp=2 does not divide model.ffn_size=301",
+            "use parallel.tp=1, or model.ffn_size=300 or 302",
+        ),
+        (
+            3,
+            {"parallel__pp": 3},
+            "parallel.pp=3 does not divide model.num_layers=4",
+            "use parallel.pp=1, 2 or 4, or model.num_layers=3 or 6",
+        ),
+        (
+            2,
+            {"parallel__pp": 2, "parallel__vpp": 3},
+            "parallel.pp=2 * parallel.vpp=3 = 6 stages do not divide model.num_layers=4",
+            "use parallel.vpp=2, or model.num_layers=6",
+        ),
+        (
+            1,
+            {"parallel__vpp": 2},
+            "parallel.vpp=2 needs a pipeline, but parallel.pp=1",
+            "use parallel.pp=2, or parallel.vpp=null",
+        ),
+        (
+            1,
+            {"data__seq_length": 512},
+            "data.seq_length=512 is more than model.max_positions=256",
+            "use data.seq_length=256, or model.max_positions=512",
+        ),
+        (
+            2,
+            {"parallel__tp": 2, "parallel__sequence_parallel": True, "data__seq_length": 127},
+            "data.seq_length=127 is no multiple of it",
+            "use data.seq_length=126 or 128, or parallel.sequence_parallel=false",
+        ),
+        (
+            1,
+            {"model__num_layers_unfrozen": 9},
+            "is more than model.num_layers=4",
+            "use model.num_layers_unfrozen=4, or -1",
+        ),
+        (
+            # A head is 128 / 4 = 32 wide; 2 and 4 of its dimensions are 1/16 and 1/8.
+            1,
+            {"model__rope_percent": 0.1},
+            "rotates 3 dimensions, which must be an even number",
+            "use model.rope_percent=0.0625 or 0.125",
+        ),
+        (1, {"model__rope_scaling": "yarn"}, "needs model.rope_original_positions", "set it"),
+        (
+            1,
+            {"model__rope_scaling": "linear", "model__position": "learned"},
+            "not model.position=learned",
+            "use model.position=rope or model.rope_scaling=none",
+        ),
+        (
+            1,
+            {"tokenizer__kind": "huggingface"},
+            "tokenizer.kind=huggingface needs tokenizer.path",
+            "its file",
+        ),
+        (1, {"data__train": []}, "data.train is empty", "name files"),
+        (1, {"parallel__recompute": "some"}, "parallel.recompute=some", "use none, selective or full"),
+    ],
+)
+def test_a_shape_that_cannot_run_is_told_what_can(
+    world: int, values: dict[str, Any], problem: str, remedy: str
+) -> None:
+    line = refusal(world, **values)
+    assert problem in line
+    assert f": {remedy}" in line
+
+
+def test_a_layout_that_does_not_fit_the_devices_is_told_which_number_does() -> None:
+    line = refusal(1, parallel__tp=2, parallel__pp=2)
+    assert "parallel.tp=2 * parallel.pp=2 * parallel.cp=1 = 4 processes per model" in line
+    assert "trainer.devices=1 * trainer.num_nodes=1 = 1 processes: use trainer.devices=4" in line
+    line = refusal(3, parallel__tp=2, trainer__devices=3)
+    assert "use trainer.devices=2 or 4, or parallel.tp=1" in line
+
+
+def test_a_layout_that_does_not_fit_the_launchers_world_is_told_how_many_to_start() -> None:
+    line = refusal(6, parallel__tp=4)
+    assert "do not divide the 6 that were started processes" not in line
+    assert "the 6 processes that were started" in line
+    assert "use parallel.tp=1 or 2, or 4 or 8 processes" in line
+
+
+def test_a_global_batch_that_cannot_be_cut_is_told_which_sizes_can() -> None:
+    line = refusal(1, trainer__global_batch_size=12)
+    assert "trainer.global_batch_size=12 is no multiple of trainer.micro_batch_size=8 * data-parallel size 1" in line
+    assert "use trainer.global_batch_size=8 or 16, or trainer.micro_batch_size=3, 4, 6 or 12" in line
+    line = refusal(4, trainer__devices=4)
+    assert "data-parallel size 4 (4 processes / 1 per model) = 32" in line
+    assert "use trainer.global_batch_size=32, or trainer.micro_batch_size=1, 2 or 4" in line
+
+
+def test_an_interleaved_pipeline_needs_accumulation_in_rounds_of_its_stages() -> None:
+    line = refusal(2, parallel__pp=2, parallel__vpp=2, trainer__global_batch_size=24)
+    assert "24 / (trainer.micro_batch_size=8 * data-parallel size 1 (2 processes / 2 per model)) is 3" in line
+    assert "use trainer.global_batch_size=16 or 32, or trainer.micro_batch_size=3, 4, 6 or 12, or" in line
+    assert line.endswith("or parallel.vpp=null")
+
+
+def test_evaluating_ones_own_training_on_the_demo_set_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    demo = {name: resource(f"data/demo/{name}.jsonl") for name in ("train", "eval")}
+    check(configured(data__train=[demo["train"]], data__eval=[demo["eval"]]), 1)
+    check(configured(data__train=["mine.jsonl"], data__eval=["mine_too.jsonl"]), 1)
+    assert caplog.messages == []
+    check(configured(data__train=["mine.jsonl"], data__eval=[demo["eval"]]), 1)
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        "data.eval still is the demo set while data.train is not"
+    ]
+
+
+def test_every_value_offered_works() -> None:
+    line = refusal(1, model__num_heads=6)
+    offered = line.split("use model.num_heads=")[1].split(", or model.")[0]
+    assert len(offered) > 1
+    for heads in offered.replace(" or ", ", ").split(", "):
+        check(configured(model__num_heads=int(heads)), 1)
+
+
+def test_a_loaded_models_shape_is_checked_when_it_is_known() -> None:
+    check(configured(model__path="/weights", parallel__tp=3), 3)
+    with pytest.raises(ConfigError, match=r"model\.num_heads=4: use parallel\.tp=1, 2 or 4"):
+        check_shape(ModelConfig(), ParallelConfig(tp=3))
+
+
+def test_batch_arithmetic() -> None:
+    config = configured(parallel__tp=2, parallel__pp=2, trainer__micro_batch_size=2)
+    assert data_parallel_size(config, 8) == 2
+    assert accumulation(config, 8) == 4  # 16 / (2 * 2)
+
+
+def test_the_world_is_what_the_launcher_says_else_the_devices() -> None:
+    config = configured(trainer__devices=2, trainer__num_nodes=3)
+    assert world_size(config, {}) == 6
+    assert world_size(config, {"WORLD_SIZE": "8", "SLURM_NTASKS": "4"}) == 8
+    assert world_size(config, {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"}) == 4
+    assert world_size(config, {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash"}) == 6
+    assert world_size(config, {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "interactive"}) == 6
+    with pytest.raises(ConfigError, match="WORLD_SIZE=many"):
+        world_size(config, {"WORLD_SIZE": "many"})
+
+
+def test_auto_devices_count_gpus_and_fall_back_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def torch_with(gpus: int) -> None:
+        fake = SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: gpus))
+        monkeypatch.setitem(sys.modules, "torch", fake)
+
+    torch_with(4)
+    assert world_size(configured(trainer__devices="auto", trainer__num_nodes=2), {}) == 8
+    assert world_size(configured(trainer__devices="auto", trainer__accelerator="cpu"), {}) == 1
+    torch_with(0)
+    assert world_size(configured(trainer__devices="auto"), {}) == 1
+    with pytest.raises(ConfigError, match="no GPU is visible"):
+        world_size(configured(trainer__devices="auto", trainer__accelerator="gpu"), {})
+
+
+def test_offers_are_only_made_when_earlier_rules_hold_too() -> None:
+    def odd(config: Any, world: int) -> None:
+        if config.part.size % 2 == 0:
+            raise Refusal("even")
+
+    def large(config: Any, world: int) -> None:
+        if config.part.size < 4:
+            raise Refusal(f"part.size={config.part.size} is small", {"part.size": range(1, 9)}, "patience")
+
+    config = SimpleNamespace(part=SimpleNamespace(size=3))
+    with pytest.raises(ConfigError) as caught:
+        enforce([odd, large], config, 1)
+    assert str(caught.value) == "part.size=3 is small: use part.size=5 or 7, or patience"
+    assert config.part.size == 3
+
+
+def test_numbers_near_a_number() -> None:
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert multiples(8, 12) == [8, 16]
+    assert multiples(8, 3) == [8]
+    assert near([1, 2, 4, 8, 16, 32, 64], 3) == [1, 2, 4, 8]
+    assert either([1]) == "1"
+    assert either([1, 2, None]) == "1, 2 or null"
+    assert either([False]) == "false"

@@ -1,0 +1,43 @@
+"""The schema stays small, documented and safe to instantiate."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from megarl.config.schema import ENTRIES, SFTConfig, leaves, sections
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_an_entry_has_fewer_than_150_keys_and_each_says_what_it_is(entry: str) -> None:
+    keys = list(leaves(ENTRIES[entry]))
+    assert 50 < len(keys) < 150
+    for leaf in keys:
+        assert leaf.doc, leaf.key
+        assert "\n" not in leaf.doc, leaf.key
+        assert "|" not in leaf.doc, f"{leaf.key}: a bar would end the cell of the reference table"
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_defaults_are_of_their_own_type_choices_and_bounds(entry: str) -> None:
+    from megarl.config.checks import check_values
+
+    tree = ENTRIES[entry]
+    check_values(tree())
+    assert OmegaConf.to_object(OmegaConf.structured(tree)) == tree()
+
+
+def test_lists_are_not_shared_between_instances() -> None:
+    SFTConfig().data.train.append("x")
+    assert SFTConfig().data.train == []
+
+
+def test_leaves_flatten_sections_and_keep_what_was_declared() -> None:
+    by_key = {leaf.key: leaf for leaf in leaves(SFTConfig)}
+    assert by_key["seed"].default == 1
+    assert by_key["parallel.vpp"].type == "int | None"
+    assert by_key["data.train"].type == "list[str]"
+    assert by_key["trainer.devices"].type == "int | str"
+    assert by_key["model.norm"].choices == ("layernorm", "rmsnorm")
+    assert by_key["model.rope_percent"].bounds == {"above": 0, "at_most": 1}
+    assert sections(SFTConfig)[:3] == ["run", "model", "tokenizer"]

@@ -1,0 +1,122 @@
+"""Reading records: every kind of source, and one clear line for every way a source can be wrong."""
+
+import json
+
+import pytest
+
+from megarl.data import read_records
+from megarl.errors import DataError
+
+ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def fields(paths, split="train", **more):
+    return [dict(record.fields) for record in read_records(paths, split, **more)]
+
+
+def test_jsonl_records_carry_their_line_numbers(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"\ufeff{json.dumps(ROWS[0])}\n\n   \n{json.dumps(ROWS[1])}", encoding="utf-8")
+    found = list(read_records([str(path)]))
+    assert [dict(record.fields) for record in found] == ROWS
+    assert [record.where for record in found] == [f"{path}:1", f"{path}:4"]
+
+
+def test_jsonl_is_streamed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\nbroken")
+    assert next(read_records([str(path)])).fields == ROWS[0]
+
+
+def test_json_list_parquet_and_text(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_text("one\n\ntwo\n")
+    assert fields([str(tmp_path / "a.json")]) == ROWS
+    assert fields([str(tmp_path / "b.parquet")]) == ROWS
+    assert fields([str(tmp_path / "c.txt")], text_key="body") == [{"body": "one"}, {"body": "two"}]
+
+
+def test_sources_follow_each_other_and_a_folder_is_read_by_name(tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    write_jsonl(folder / "2.jsonl", [{"n": 2}])
+    write_jsonl(folder / "1.jsonl", [{"n": 1}])
+    (folder / "notes.md").write_text("not data")
+    last = write_jsonl(tmp_path / "last.jsonl", [{"n": 3}])
+    assert fields([str(folder), last]) == [{"n": 1}, {"n": 2}, {"n": 3}]
+
+
+def test_folder_with_files_named_after_splits_gives_only_the_wanted_one(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"n": 1}])
+    write_jsonl(tmp_path / "eval.jsonl", [{"n": 2}])
+    assert fields([str(tmp_path)], "train") == [{"n": 1}]
+    assert fields([str(tmp_path)], "validation") == [{"n": 2}]
+    with pytest.raises(DataError, match=r"has files for eval, train, but none for 'test'"):
+        fields([str(tmp_path)], "test")
+
+
+def test_saved_data_set_with_and_without_splits(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_list(ROWS)
+    one.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": one, "test": one.select([1])}).save_to_disk(str(tmp_path / "two"))
+    assert fields([str(tmp_path / "one")]) == ROWS
+    assert fields([str(tmp_path / "two")], "test") == ROWS[1:]
+    with pytest.raises(DataError, match=r"has no split 'validation'.*test, train"):
+        fields([str(tmp_path / "two")], "validation")
+
+
+def test_hub_name_that_cannot_be_loaded_is_one_line(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = {}
+
+    def offline(name, subset, split):
+        asked.update(name=name, subset=subset, split=split)
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(DataError, match=r"owner/name:small.*split 'test'.*no route") as caught:
+        fields(["owner/name:small"], "test")
+    assert "\n" not in str(caught.value)
+    assert asked == {"name": "owner/name", "subset": "small", "split": "test"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2: is not valid JSON"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', r"a\.jsonl:2: is a list; expected an object"),
+        ("a.jsonl", b'{"a": 1}\n\xff\xfe\n', r"a\.jsonl:2: is not UTF-8"),
+        ("a.jsonl", b"", r"a\.jsonl: has no records"),
+        ("a.json", b'{"a": 1}\n{"a": 2}', r"a\.json: is not valid JSON.*name it \.jsonl"),
+        ("a.json", b'{"a": 1}', r"a\.json: holds a dict; expected a list"),
+        ("a.json", b'[{"a": 1}, 2]', r"a\.json: record 2: is a int; expected an object"),
+        ("a.parquet", b"junk", r"a\.parquet: is not a readable parquet file"),
+        ("a.csv", b"a,b", r"a\.csv: files of kind '\.csv' are not read; use one of \.jsonl"),
+    ],
+)
+def test_broken_file_is_named_with_its_record(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said) as caught:
+        fields([str(tmp_path / name)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/no/such/place", "a/b/c/d"])
+def test_missing_file_is_not_looked_up_on_the_hub(path):
+    with pytest.raises(DataError, match="no such file or folder"):
+        fields([path])
+
+
+def test_folder_without_data_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"holds no \.jsonl"):
+        fields([str(tmp_path)])

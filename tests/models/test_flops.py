@@ -1,0 +1,83 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megarl.config.schema import ModelConfig
+from megarl.models.flops import flops_per_token, layer_weights, mean_keys
+
+SMALL = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "ffn_size": 16}
+
+
+def test_layer_weights_by_hand():
+    # query, key, value, output: 4 * 8*8; gate, up, down: 3 * 8*16
+    assert layer_weights(ModelConfig(**SMALL, activation="swiglu")) == 256 + 384
+    # two matrices without a gate
+    assert layer_weights(ModelConfig(**SMALL, activation="gelu")) == 256 + 256
+
+
+def test_grouped_heads_and_wide_heads_by_hand():
+    # query and output: 2 * 8 * (4 heads * 6); key and value: 2 * 8 * (1 head * 6); MLP 4 * hidden: 2 * 8*32
+    model = ModelConfig(num_layers=1, hidden_size=8, num_heads=4, num_kv_heads=1, head_dim=6, activation="relu")
+    assert layer_weights(model) == 384 + 96 + 512
+
+
+def test_flops_by_hand():
+    model = ModelConfig(**SMALL, activation="gelu")
+    # weights: 2 layers * 512, output layer 8 * 10; keys seen by 7 tokens: (1 + ... + 7) / 7 = 4
+    # forward: 2 * (1024 + 80) + 2 layers * 4 * 8 * 4 = 2208 + 256; training is three times that
+    assert flops_per_token(model, vocab_size=10, length=7) == 3 * (2208 + 256)
+
+
+def test_long_sequences_approach_the_familiar_formula():
+    model = ModelConfig(num_layers=12, hidden_size=768, num_heads=12, activation="gelu")
+    length, weights = 4096, 12 * 12 * 768**2 + 50257 * 768
+    assert flops_per_token(model, 50257, length) == pytest.approx(6 * weights + 12 * 12 * 768 * length / 2, rel=1e-4)
+
+
+def test_keys_seen_through_a_sliding_window():
+    assert mean_keys(4) == 2.5
+    assert mean_keys(4, window=4) == 2.5
+    assert mean_keys(4, window=9) == 2.5
+    assert mean_keys(5, window=2) == (1 + 2 + 2 + 2 + 2) / 5
+    narrow, full = ModelConfig(**SMALL, sliding_window=2), ModelConfig(**SMALL)
+    # 2 layers * 12 * hidden 8 per key and token
+    saved = flops_per_token(full, 10, 5) - flops_per_token(narrow, 10, 5)
+    assert saved == pytest.approx(2 * 12 * 8 * (3.0 - 1.8))
+
+
+def test_frozen_layers_run_forward_only():
+    whole = flops_per_token(ModelConfig(**SMALL), 10, 7)
+    last = flops_per_token(ModelConfig(**SMALL, num_layers_unfrozen=1), 10, 7)
+    layer = 2 * layer_weights(ModelConfig(**SMALL)) + 4 * 8 * 4
+    assert whole - last == 2 * layer
+    assert flops_per_token(ModelConfig(**SMALL, num_layers_unfrozen=2), 10, 7) == whole
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_agrees_with_what_torch_counts_in_a_llama(kv_heads):
+    """Torch counts attention over all pairs; the causal half is taken from that."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    batch, time, vocab = 2, 16, 50
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        attn_implementation="eager",
+    )
+    llama = LlamaForCausalLM(config)
+    tokens = torch.randint(vocab, (batch, time))
+    with FlopCounterMode(display=False) as counter:
+        # Embeddings that need a gradient, as in training: the first layer's backward pass is then whole.
+        llama(input_ids=tokens).logits.sum().backward()
+    model = ModelConfig(
+        num_layers=3, hidden_size=32, num_heads=4, num_kv_heads=kv_heads, ffn_size=48, activation="swiglu"
+    )
+    attention = 3 * 12 * 32
+    all_pairs = flops_per_token(model, vocab, time) + attention * (time - mean_keys(time))
+    # Transformers makes the table of rotary angles with a small matrix product, which is no part of the model.
+    angles = 2 * time * (8 // 2)
+    assert counter.get_total_flops() == pytest.approx(batch * time * all_pairs + angles, abs=batch * angles)

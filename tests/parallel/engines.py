@@ -1,0 +1,75 @@
+"""Small GPT engines for tests, alike in every layout."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megarl.config.schema import ModelConfig, OptimConfig
+from megarl.models.config import GPTConfig
+from megarl.models.gpt import GPT
+from megarl.parallel.engine import Batch, Engine, OptimSpec
+from megarl.parallel.grid import Grid, start_world
+from megarl.parallel.layout import Layout
+
+VOCAB = 101
+
+
+def small_engine(
+    layout: dict[str, Any], model: dict[str, Any] | None = None, *, train: bool = True, **options: Any
+) -> Engine:
+    """A 4-layer GPT over the current world. `options`: precision, recompute, seed, trainable."""
+    device = start_world()
+    grid = Grid(Layout.for_world(dist.get_world_size(), **layout), device)
+    shape = ModelConfig(**{"num_layers": 4, "hidden_size": 64, "max_positions": 64, **(model or {})})
+    config = GPTConfig.build(
+        shape,
+        grid.layout,
+        vocab_size=VOCAB,
+        precision=options.get("precision", "fp32"),
+        recompute=options.get("recompute", "none"),
+    )
+
+    def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
+        gpt = GPT(config, grid, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+        gpt.initialise(grid, options.get("seed", 1))
+        return gpt
+
+    spec = OptimSpec(OptimConfig(lr=1e-3, warmup_steps=2), total_steps=20) if train else None
+    return Engine(grid, build, optim=spec, trainable=options.get("trainable"))
+
+
+def batches(engine: Engine, step: int, rows: int = 8, time: int = 16, micro: int = 2) -> list[Batch]:
+    """This replica's microbatches of a seeded global batch of `rows` sequences, the first half of each a prompt."""
+    tokens = torch.randint(0, VOCAB, (rows, time), generator=torch.Generator().manual_seed(step))
+    mask = torch.zeros(rows, time)
+    mask[:, time // 2 :] = 1.0
+    mask[::3, -2:] = 0.0  # rows of unequal length, so that local means are not the global one
+    share = rows // engine.grid.layout.dp
+    start = engine.grid.dp_rank * share
+    positions = torch.arange(time).expand(micro, time)
+    return [
+        {"tokens": tokens[i : i + micro], "positions": positions, "response_mask": mask[i : i + micro]}
+        for i in range(start, start + share, micro)
+    ]
+
+
+def token_loss(model: GPT, output: torch.Tensor, batch: Batch, counts: dict[str, float]) -> tuple[torch.Tensor, Batch]:
+    mask = batch["response_mask"]
+    logprobs = model.logprobs(output, batch["tokens"], mask).logprobs
+    loss = -(logprobs * mask).sum() / counts["tokens"]
+    return loss, {"loss": loss}
+
+
+def count_tokens(batch: Batch) -> Batch:
+    return {"tokens": batch["response_mask"].sum()}
+
+
+def train(layout: dict[str, Any], steps: int, model: dict[str, Any] | None = None, **options: Any) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step: what must be the same in every layout."""
+    engine = small_engine(layout, model, **options)
+    history = []
+    for step in range(steps):
+        metrics = engine.train_step(batches(engine, step), token_loss, count_tokens)
+        history.append((metrics["loss"], engine.apply_gradients()))
+    return history

@@ -1,0 +1,284 @@
+"""Tokenizers: ids and text, chat templates in token space, and which tokens are the assistant's."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megarl.errors import ConfigError, DataError
+from megarl.tokenizers import ByteTokenizer, build_tokenizer, load_tokenizer
+
+PAD, EOS, SYSTEM, USER, ASSISTANT, END = range(256, 262)
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHAT = [
+    {"role": "user", "content": "ab"},
+    {"role": "assistant", "content": "c"},
+    {"role": "user", "content": "d"},
+    {"role": "assistant", "content": "ef"},
+]
+
+
+def make_hugging_face(folder, *, chat_template=None, bos=False, pad=None):
+    """A byte-level tokenizer with ChatML's markers, saved as a Hugging Face folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    core.train_from_iterator(["hello world, how are you"] * 4, trainer)
+    if bos:
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token=pad,
+        additional_special_tokens=special[2:],
+        chat_template=chat_template,
+    )
+    tokenizer.save_pretrained(str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory):
+    from sentencepiece import SentencePieceTrainer
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    (folder / "text.txt").write_text("the cat sat on the mat\nthe dog ate the hat\nuser assistant end\n" * 20)
+    SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tiny"), vocab_size=275,
+        byte_fallback=True, minloglevel=2,
+    )  # fmt: skip
+    return folder / "tiny.model"
+
+
+def test_bytes_are_their_own_ids():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.encode("hé") == [104, 0xC3, 0xA9]
+    assert tokenizer.decode([104, 0xC3, 0xA9, EOS, PAD, 999]) == "hé"
+    assert (tokenizer.size, tokenizer.eos_id, tokenizer.pad_id, tokenizer.bos_id) == (262, EOS, PAD, None)
+
+
+def test_text_never_becomes_a_special_byte_token():
+    assert max(ByteTokenizer().encode("<|eos|><|assistant|>")) < 256
+
+
+def test_built_in_template_ends_the_assistant_with_eos_and_others_with_the_end_marker():
+    tokens, chosen = ByteTokenizer().encode_chat(CHAT)
+    a, b, c, d, e, f = b"abcdef"
+    assert tokens == [USER, a, b, END, ASSISTANT, c, EOS, USER, d, END, ASSISTANT, e, f, EOS]
+    assert chosen == [0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1]
+
+
+def test_generation_prompt_ends_where_the_answer_begins():
+    tokenizer = ByteTokenizer()
+    prompt = tokenizer.apply_chat_template(CHAT[:3], add_generation_prompt=True)
+    assert prompt + tokenizer.encode("ef") + [EOS] == tokenizer.apply_chat_template(CHAT)
+
+
+def test_jinja_template_on_bytes_turns_written_markers_into_their_tokens():
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' else '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = ByteTokenizer()
+    assert tokenizer.encode_chat(CHAT, template) == tokenizer.encode_chat(CHAT)
+
+
+def test_white_space_after_the_end_marker_is_not_the_assistants():
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokens, chosen = ByteTokenizer().encode_chat(CHAT[:2], template)
+    assert tokens == [USER, 97, 98, END, 10, ASSISTANT, 99, END, 10]
+    assert chosen == [0, 0, 0, 0, 0, 0, 1, 1, 0]
+
+
+def test_template_that_rewrites_earlier_turns_is_refused():
+    # The assistant's earlier turns lose their content once others follow, as reasoning templates do.
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>"
+        "{{ m.content if loop.last or m.role == 'user' else '' }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"turn 2 \(assistant\).*data.chat_template"):
+        ByteTokenizer().encode_chat(CHAT, template)
+    tokens, chosen = ByteTokenizer().encode_chat(CHAT[:2], template)
+    assert tokens[-len([99, END]) :] == [99, END]
+    assert chosen[-3:] == [0, 1, 1]
+
+
+def test_template_that_raises_says_why_in_one_line():
+    with pytest.raises(DataError, match="roles must alternate") as caught:
+        ByteTokenizer().apply_chat_template(CHAT, template="{{ raise_exception('roles must alternate') }}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([{"role": "user"}], r"turn 1: 'content' is missing.*found keys: role"),
+        ([{"role": "user", "content": 3}], r"turn 1: 'content' is int"),
+        (["hello"], r"turn 1 is a str"),
+        ([{"role": "judge", "content": "x"}], r"turn 1 has role 'judge'.*system, user, assistant"),
+    ],
+)
+def test_malformed_turns_are_named(messages, said):
+    with pytest.raises(DataError, match=said):
+        ByteTokenizer().apply_chat_template(messages)
+
+
+def test_hugging_face_round_trip_adds_nothing(tmp_path):
+    tokenizer = build_tokenizer("huggingface", make_hugging_face(tmp_path))
+    ids = tokenizer.encode("hello wörld")
+    assert tokenizer.decode(ids) == "hello wörld"
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+    assert tokenizer.decode([*ids, tokenizer.eos_id, 10**6]) == "hello wörld"
+
+
+def test_hugging_face_size_is_past_the_largest_id(tmp_path):
+    import json
+
+    folder = make_hugging_face(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    largest = max(saved["model"]["vocab"].values())
+    saved["model"]["vocab"]["hole"] = largest + 100
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    assert build_tokenizer("huggingface", folder).size == largest + 101
+
+
+def test_hugging_face_without_a_pad_token_pads_with_eos(tmp_path):
+    tokenizer = build_tokenizer("huggingface", make_hugging_face(tmp_path))
+    assert tokenizer.pad_id == tokenizer.eos_id == 1
+
+
+def test_prompt_opens_with_bos_only_where_the_tokenizer_does_so_itself(tmp_path):
+    plain = build_tokenizer("huggingface", make_hugging_face(tmp_path / "plain"))
+    opening = build_tokenizer("huggingface", make_hugging_face(tmp_path / "opening", bos=True))
+    assert plain.encode_prompt("hello") == plain.encode("hello")
+    assert opening.encode_prompt("hello") == [opening.bos_id, *opening.encode("hello")]
+    assert opening.encode("hello") == plain.encode("hello")
+
+
+def test_hugging_face_template_of_its_own_is_used_and_masked(tmp_path):
+    tokenizer = build_tokenizer("huggingface", make_hugging_face(tmp_path, chat_template=CHATML))
+    tokens, chosen = tokenizer.encode_chat(CHAT)
+    start, end = 2, 3
+
+    def piece(text):
+        return tokenizer.encode(text)
+
+    expected = [
+        *((token, 0) for token in [start, *piece("user\n"), *piece("ab"), end, *piece("\n")]),
+        *((token, 0) for token in [start, *piece("assistant\n")]),
+        *((token, 1) for token in [*piece("c"), end]),
+        *((token, 0) for token in [*piece("\n"), start, *piece("user\n"), *piece("d"), end, *piece("\n")]),
+        *((token, 0) for token in [start, *piece("assistant\n")]),
+        *((token, 1) for token in [*piece("ef"), end]),
+        *((token, 0) for token in piece("\n")),
+    ]
+    assert list(zip(tokens, chosen, strict=True)) == expected
+
+
+def test_hugging_face_without_a_template_falls_back_to_the_built_in_one(tmp_path):
+    tokenizer = build_tokenizer("huggingface", make_hugging_face(tmp_path))
+    tokens, chosen = tokenizer.encode_chat(CHAT[:2])
+    prompt = tokenizer.encode("<|user|>") + tokenizer.encode("ab") + tokenizer.encode("<|end|>")
+    prompt += tokenizer.encode("<|assistant|>")
+    assert tokens == prompt + tokenizer.encode("c") + [tokenizer.eos_id]
+    assert chosen == [0] * len(prompt) + [1] * (len(tokens) - len(prompt))
+
+
+def test_hugging_face_template_error_is_one_line(tmp_path):
+    template = "{{ raise_exception('no system turns here') }}"
+    tokenizer = build_tokenizer("huggingface", make_hugging_face(tmp_path, chat_template=template))
+    with pytest.raises(DataError, match=r"roles \[user\].*no system turns here"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+
+
+def test_sentencepiece_round_trip_and_specials(sentencepiece_model):
+    tokenizer = build_tokenizer("sentencepiece", str(sentencepiece_model))
+    ids = tokenizer.encode("the cat sat")
+    assert tokenizer.decode([*ids, tokenizer.eos_id, 10**6]) == "the cat sat"
+    assert tokenizer.pad_id == tokenizer.eos_id == 2  # this model defines no padding
+    assert tokenizer.encode_prompt("the cat sat") == [1, *ids]
+    assert tokenizer.size == 275
+
+
+def test_sentencepiece_chat_marks_the_answer_and_its_eos(sentencepiece_model):
+    tokenizer = build_tokenizer("sentencepiece", str(sentencepiece_model))
+    tokens, chosen = tokenizer.encode_chat(
+        [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "dog"}]
+    )
+    answer = [*tokenizer.encode("dog"), tokenizer.eos_id]
+    assert tokens[0] == tokenizer.bos_id
+    assert tokens[-len(answer) :] == answer
+    assert chosen == [0] * (len(tokens) - len(answer)) + [1] * len(answer)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "huggingface"])
+def test_saved_tokenizer_loads_as_the_same(kind, tmp_path, sentencepiece_model):
+    source = {
+        "bytes": None,
+        "sentencepiece": str(sentencepiece_model),
+        "huggingface": make_hugging_face(tmp_path / "source", chat_template=CHATML, bos=True),
+    }
+    tokenizer = build_tokenizer(kind, source[kind])
+    tokenizer.save(tmp_path / "saved")
+    tokenizer.save(tmp_path / "saved")  # again, onto itself
+    loaded = load_tokenizer(tmp_path / "saved")
+    assert loaded.kind == kind
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+    assert loaded.encode_chat(CHAT) == tokenizer.encode_chat(CHAT)
+
+
+def test_fingerprint_tells_templates_and_kinds_apart(tmp_path, sentencepiece_model):
+    prints = {
+        ByteTokenizer().fingerprint(),
+        build_tokenizer("sentencepiece", str(sentencepiece_model)).fingerprint(),
+        build_tokenizer("huggingface", make_hugging_face(tmp_path / "a")).fingerprint(),
+        build_tokenizer("huggingface", make_hugging_face(tmp_path / "b", chat_template=CHATML)).fingerprint(),
+    }
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "said"),
+    [
+        ("morse", None, "tokenizer.kind='morse'.*bytes, sentencepiece, huggingface"),
+        ("sentencepiece", None, "needs tokenizer.path"),
+        ("sentencepiece", "/no/such.model", "no such file"),
+        ("huggingface", "/no/such/folder", "no such folder"),
+    ],
+)
+def test_unusable_settings_are_named(kind, path, said):
+    with pytest.raises(ConfigError, match=said):
+        build_tokenizer(kind, path)
+
+
+def test_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "junk.model").write_bytes(b"not a model")
+    with pytest.raises(ConfigError, match="is not a SentencePiece model"):
+        build_tokenizer("sentencepiece", str(tmp_path / "junk.model"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="cannot be loaded as a Hugging Face tokenizer") as caught:
+        build_tokenizer("huggingface", str(tmp_path / "empty"))
+    assert "\n" not in str(caught.value)
+
+
+def test_import_stays_cheap():
+    code = "import sys, megarl.tokenizers; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

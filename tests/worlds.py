@@ -1,0 +1,85 @@
+"""A gloo world inside a test: worker processes that stay alive for the whole run and are re-grouped per test."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cloudpickle
+
+
+def _worker(pipe: Connection, index: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job = pipe.recv_bytes()
+        except EOFError:
+            return
+        function, args, kwargs, size, meeting_point = cloudpickle.loads(job)
+        try:
+            store = dist.FileStore(meeting_point, size)
+            dist.init_process_group("gloo", store=store, rank=index, world_size=size)
+            answer: tuple[bool, Any] = (True, function(*args, **kwargs))
+        except Exception as problem:
+            problem.add_note(f"in rank {index} of {size}:\n{traceback.format_exc()}")
+            answer = (False, problem)
+        finally:
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        try:
+            pipe.send_bytes(cloudpickle.dumps(answer))
+        except Exception:  # an answer that cannot travel
+            pipe.send_bytes(cloudpickle.dumps((False, RuntimeError(f"rank {index} cannot send {answer!r}"))))
+
+
+class Worlds:
+    """Runs a function on every rank of a world of up to four processes and returns the ranks' results in order."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
+        """`function(*args, **kwargs)` in `size` processes, with torch.distributed set up. Raises what a rank raised."""
+        self._grow_to(size)
+        with tempfile.TemporaryDirectory() as folder:
+            job = cloudpickle.dumps((function, args, kwargs, size, os.path.join(folder, "store")))
+            pipes = [pipe for _, pipe in self._workers[:size]]
+            for pipe in pipes:
+                pipe.send_bytes(job)
+            answers = []
+            for rank, pipe in enumerate(pipes):
+                if not pipe.poll(timeout):
+                    self.close()
+                    raise TimeoutError(f"rank {rank} of {size} gave no answer within {timeout} s")
+                answers.append(cloudpickle.loads(pipe.recv_bytes()))
+                if not answers[-1][0]:
+                    # The others may wait in a collective for a rank that failed: start afresh next time.
+                    self.close()
+                    raise answers[-1][1]
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._workers = []
+
+    def _grow_to(self, size: int) -> None:
+        while len(self._workers) < size:
+            here, there = self._context.Pipe()
+            process = self._context.Process(target=_worker, args=(there, len(self._workers)), daemon=True)
+            process.start()
+            there.close()
+            self._workers.append((process, here))
