@@ -65,15 +65,16 @@ class ShardedCheckpointIO(CheckpointIO):
 
         `state_dict` in the result is a function that fills a template with this rank's shards.
         """
-        assert self.grid is not None
-        folder = _agree(self.grid, lambda: _choose(Path(path)))
+        grid = self.grid
+        assert grid is not None
+        folder = _agree(grid, lambda: _choose(Path(path)))
         common = torch.load(folder / COMMON, map_location="cpu", weights_only=True)
         index = json.loads((folder / INDEX).read_text())
         parts = [Part.from_json(fields) for fields in index["parts"]]
         sharded_common = common.pop("sharded_common")
 
         def fill(template: dict[str, Any]) -> dict[str, Any]:
-            return shards.read(template, sharded_common, parts, folder)
+            return shards.read(template, sharded_common, parts, folder, grid)
 
         log.info("restoring from %s (step %s, written at %s)", folder, common.get("global_step"), common.get("layout"))
         return {**common, "state_dict": fill, "folder": str(folder)}
@@ -166,6 +167,12 @@ class _Save:
                 f"checkpoint {self.folder} could not be written ({problem}); earlier checkpoints are whole. "
                 "Free space or set run.dir to another disk, then start again: the run resumes"
             ) from None
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole and in this process's memory: for inspection and export."""
+    index = json.loads((folder / INDEX).read_text())
+    return shards.read_whole([Part.from_json(fields) for fields in index["parts"]], folder)
 
 
 def find(folder: Path) -> list[Path]:

@@ -38,12 +38,14 @@ class Summary(Callback):
         self._earlier = (0.0, 0.0)
         self._peak_memory_gb = 0.0
         self._clock = Clock()
+        self._started = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Checkpoints are restored after this, so that the module's clock continues with the rest.
         self._clock = getattr(pl_module, "clock", self._clock)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = True
         self._write(trainer, "running")
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -54,6 +56,7 @@ class Summary(Callback):
         if trainer.sanity_checking:
             return
         self._collect(readings(trainer, is_evaluation))
+        self._started = True
         self._write(trainer, "running" if trainer.state.fn == "fit" else "finished")
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
@@ -111,11 +114,22 @@ class Summary(Callback):
     def _write(self, trainer: Trainer, status: str, error: str | None = None) -> None:
         if not trainer.is_global_zero:
             return
-        wall, cpu = self._seconds()
-        self._peak_memory_gb = max(self._peak_memory_gb, peak_memory_gb())
-        content = {
+        ending = {
             "status": status,
             **({"error": error} if error is not None else {}),
+            "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        # A resume that fails before its checkpoint is restored has nothing to say of the run but that.
+        content = self._content(trainer) if self._started else self._earlier_content() or self._content(trainer)
+        content.pop("error", None)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, json.dumps(_plain({**content, **ending}), indent=2, allow_nan=False) + "\n")
+
+    def _content(self, trainer: Trainer) -> dict[str, Any]:
+        wall, cpu = self._seconds()
+        self._peak_memory_gb = max(self._peak_memory_gb, peak_memory_gb())
+        return {
+            "status": None,  # filled in when written; first, where a reader looks first
             "steps": trainer.global_step,
             "max_steps": planned_steps(trainer),
             "metrics": {name: series.summary() for name, series in sorted(self._metrics.items())},
@@ -124,10 +138,15 @@ class Summary(Callback):
             "cpu_s": cpu,
             "peak_memory_gb": self._peak_memory_gb,
             "world_size": trainer.world_size,
-            "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+
+    def _earlier_content(self) -> dict[str, Any] | None:
+        """What an earlier process of the run wrote."""
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return content if isinstance(content, dict) else None
 
 
 class _Series:

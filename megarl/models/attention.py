@@ -103,7 +103,7 @@ class SelfAttention(MegatronModule):
             mixed = checkpoint(self._attend, False, query, key, value, context.mask)
         else:
             mixed = self._attend(query, key, value, context.mask)
-        output, _ = self.linear_proj(mixed)
+        output: Tensor = self.linear_proj(mixed)[0]  # the bias is added already
         return output
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -68,11 +68,11 @@ class GPTConfig(TransformerConfig):
         kernels: str = "auto",
     ) -> "GPTConfig":
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        recomputation: dict[str, Any] = {
+        choices: dict[str, dict[str, Any]] = {
             "none": {},
             "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
             "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-        }[recompute]
+        }
         return cls(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
@@ -127,7 +127,7 @@ class GPTConfig(TransformerConfig):
             sliding_window=model.sliding_window,
             init_std=model.init_std,
             kernels=kernels,
-            **recomputation,
+            **choices[recompute],
         )
 
     @property

@@ -92,7 +92,8 @@ class GPT(LanguageModule):
         self.decoder = TransformerBlock(
             config=config,
             spec=TransformerBlockSubmodules(
-                layer_specs=[ModuleSpec(module=Layer)] * layers, layer_norm=kernels(config.kernels).norm(config.normalization)
+                layer_specs=[ModuleSpec(module=Layer)] * layers,
+                layer_norm=kernels(config.kernels).norm(config.normalization),
             ),
             pre_process=pre_process,
             post_process=post_process,
@@ -163,9 +164,12 @@ class GPT(LanguageModule):
 
     def whole_sequence(self, hidden: Tensor) -> Tensor:
         """Hidden states of all positions on every tensor-parallel rank, with the gradient summed over the group."""
+        whole: Tensor
         if self.config.sequence_parallel:
-            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
-        return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+            whole = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        else:
+            whole = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        return whole
 
     def _output_weight(self) -> Tensor | None:
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
@@ -175,7 +179,7 @@ class GPT(LanguageModule):
         return weight
 
     def global_names(self) -> list[tuple[str, nn.Parameter]]:
-        """Parameters by their names in the whole model: layers counted from its bottom, a tied output as the embedding."""
+        """Parameters by their names in the whole model: layers counted from the bottom, a tied output as embedding."""
         first = self.decoder.layers[0].layer_number - 1 if len(self.decoder.layers) else 0
         named = []
         for name, parameter in self.named_parameters():

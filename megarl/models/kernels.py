@@ -38,7 +38,8 @@ def kernels(kind: str = "auto") -> Kernels:
         except Exception as problem:  # TE's empty meta package raises RuntimeError, a broken build anything
             if kind == name:
                 raise UnavailableError(
-                    f"parallel.kernels={kind} cannot be imported ({problem}): set parallel.kernels=torch or use the Docker image"
+                    f"parallel.kernels={kind} cannot be imported ({problem}): "
+                    "set parallel.kernels=torch or use the Docker image"
                 ) from problem
     return plain
 

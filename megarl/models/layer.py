@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
+from torch import Tensor, nn
 
 from megarl.models.attention import Context, SelfAttention
 from megarl.models.config import GPTConfig
@@ -36,7 +36,7 @@ class Layer(MegatronModule, BaseTransformerLayer):
         norm = parts.norm(config.normalization)
         self.input_layernorm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
         self.self_attention = SelfAttention(config, self.layer_number, pg_collection)
-        self.pre_mlp_layernorm = None
+        self.pre_mlp_layernorm: nn.Module | None = None
         if config.parallel_residual != "one_norm":
             self.pre_mlp_layernorm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = MLP(
@@ -51,6 +51,7 @@ class Layer(MegatronModule, BaseTransformerLayer):
         normed = self.input_layernorm(hidden_states)
         attended = self.self_attention(normed, packed_seq_params)
         if self.config.parallel_residual == "none":
+            assert self.pre_mlp_layernorm is not None
             hidden_states = hidden_states + self._dropout(attended)
             return hidden_states + self._dropout(self._mlp(self.pre_mlp_layernorm(hidden_states))), None
         if self.pre_mlp_layernorm is not None:
@@ -58,6 +59,7 @@ class Layer(MegatronModule, BaseTransformerLayer):
         return hidden_states + self._dropout(attended) + self._dropout(self._mlp(normed)), None
 
     def _mlp(self, x: Tensor) -> Tensor:
+        output: Tensor
         output, bias = self.mlp(x)
         return output if bias is None else output + bias
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from megarl.callbacks.checkpoints import Checkpoints
 from megarl.callbacks.health import Health
 from megarl.callbacks.limits import TimeLimit, parse_duration
-from megarl.callbacks.loggers import build_loggers
+from megarl.callbacks.loggers import StepAxis, build_loggers
 from megarl.callbacks.progress import make_progress
 from megarl.callbacks.run_folder import RunFolder, resolve_run_dir
 from megarl.callbacks.summary import Summary
@@ -53,6 +53,7 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
     module = build(config)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, _eval_every(config))
     callbacks: list[Callback] = [
+        StepAxis(),
         Throughput(config.trainer.peak_tflops),
         Health(run_dir),
         checkpoints,

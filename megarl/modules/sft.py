@@ -62,7 +62,7 @@ class SFT(Module):
             norms = self.step_optimizers()
         self.consumed += 1
         tokens = int(metrics["all_tokens"])
-        length = tokens / max(metrics["sequences"], 1.0)
+        length = metrics["squared_lengths"] / max(tokens, 1)  # the mean that attention's cost goes by
         self.work = Work(tokens, tokens * flops_per_token(self.config.model, self.vocab_size, length))
         self.log_dict({"train/loss": metrics["loss"], "train/grad_norm": norms["policy"], "train/lr": rate})
 
@@ -92,6 +92,10 @@ class SFT(Module):
 
 
 def count(batch: Batch) -> Stats:
-    """What is counted over a global batch: response tokens, tokens without padding, and rows that hold any."""
+    """What is counted over a global batch: response tokens, tokens without padding, and squares of rows' lengths."""
     lengths = batch["lengths"]
-    return {"tokens": batch["response_mask"].sum(), "all_tokens": lengths.sum(), "sequences": (lengths > 0).sum()}
+    return {
+        "tokens": batch["response_mask"].sum(),
+        "all_tokens": lengths.sum(),
+        "squared_lengths": (lengths.double() ** 2).sum(),
+    }

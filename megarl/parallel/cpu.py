@@ -4,8 +4,9 @@ It is switched on once per process, refuses to run beside a GPU, and refuses ver
 Nothing here changes what a GPU does; each patch says which line of Megatron needs it.
 """
 
+import logging
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -21,7 +22,6 @@ _MODULES_WITH_CUDA_CONSTANTS = (
     "megatron.core.optimizer.clip_grads",  # grad norm and overflow buffers, type() checks
     "megatron.core.optimizer.optimizer",  # type() checks that sort parameters by precision
     "megatron.core.optimizer.distrib_optimizer",  # the same
-    "megatron.core.distributed.param_and_grad_buffer",  # NCCL warm-up tensor
     "megatron.core.dist_checkpointing.exchange_utils",  # buffers for exchanging shards
     "megatron.core.utils",  # local norm accumulators
 )
@@ -95,6 +95,8 @@ def _patch_rng() -> None:
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
     random.CudaRNGStatesTracker.add = add
+    # With one generator for all, every dropout mask drawn in a fork would be warned of.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
 def _functions(module: types.ModuleType) -> Iterator[types.FunctionType]:
@@ -104,7 +106,7 @@ def _functions(module: types.ModuleType) -> Iterator[types.FunctionType]:
         if isinstance(owner, type) and owner.__module__ != module.__name__:
             continue
         for value in vars(owner).values():
-            inner: Callable[..., Any] | Any = value.__func__ if isinstance(value, staticmethod | classmethod) else value
+            inner: Any = value.__func__ if isinstance(value, staticmethod | classmethod) else value
             inner = inner.fget if isinstance(inner, property) else inner
             while hasattr(inner, "__wrapped__"):  # functions under decorators such as torch.no_grad
                 inner = inner.__wrapped__

@@ -52,7 +52,7 @@ class Engine:
         optim: OptimSpec | None = None,
         trainable: Callable[[str], bool] | None = None,
     ) -> None:
-        """`trainable(global name)` chooses the parameters that train; it is applied before gradient buffers are made."""
+        """`trainable(global name)` chooses the parameters that train, before gradient buffers are made."""
         self.grid, self.name = grid, name
         self.models = _build_chunks(grid, build)
         self.config = self.models[0].config
@@ -73,7 +73,7 @@ class Engine:
     # --- training -------------------------------------------------------------------------------------------------
 
     def train_step(self, microbatches: Sequence[Batch], loss_fn: LossFn, count_fn: CountFn) -> dict[str, float]:
-        """Gradients of one optimizer step: forward and backward over this replica's microbatches, reduced over replicas.
+        """Gradients of one optimizer step: forward and backward over this replica's microbatches, summed over replicas.
 
         All microbatches have the same [batch, time]. Returns the counts, and the stats summed over microbatches and
         data-parallel ranks, on every rank; the optimizer is stepped by the caller, through Lightning.
@@ -102,7 +102,8 @@ class Engine:
 
     def apply_gradients(self) -> float:
         """Clip, update, move the schedule. Returns the gradient norm before clipping."""
-        assert self.optimizer is not None and self.schedule is not None
+        assert self.optimizer is not None
+        assert self.schedule is not None
         _, norm, _ = self.optimizer.step()
         self.has_gradients = False
         self.schedule.step(1)
@@ -165,6 +166,7 @@ class Engine:
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
             "chained_optim_avoid_prefix": True,
+            "non_homogeneous_layers": True,  # a name per layer, as optimizer state exists for layers that train only
             "dp_cp_group": self.grid.groups.dp_cp,
         }
         weights: dict[str, Any] = {}
@@ -195,8 +197,14 @@ class Engine:
         self, microbatches: Sequence[Batch], finish: Callable[[Any, Batch, Tensor], Any], *, forward_only: bool
     ) -> list[Any]:
         """Megatron's schedule over the microbatches; what `finish(model, batch, output)` gave, on the last stage."""
-        on_device = [{key: value.to(self.grid.device, non_blocking=True) for key, value in batch.items()} for batch in microbatches]
+        on_device = [
+            {key: value.to(self.grid.device, non_blocking=True) for key, value in batch.items()}
+            for batch in microbatches
+        ]
         batch_size, time = on_device[0]["tokens"].shape
+        if forward_only and self.grid.layout.vpp > 1:
+            # The interleaved schedule works in rounds of pp microbatches: fill the last round, drop what it gives.
+            on_device += [on_device[-1]] * (-len(on_device) % self.grid.layout.pp)
 
         def step(batches: Iterator[Batch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
@@ -221,7 +229,7 @@ class Engine:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
-        return results
+        return results[: len(microbatches)]
 
     def _summed(self, collected: list[Stats]) -> dict[str, float]:
         """Stats added up over microbatches and data-parallel ranks, on every rank."""
@@ -239,12 +247,17 @@ class Engine:
         described = self.grid.object_from_last_stage(
             [{key: (tuple(value.shape), value.dtype) for key, value in result.items()} for result in results]
         )
-        assert isinstance(described, list) and len(described) == count
+        assert isinstance(described, list)
+        assert len(described) == count
         received = []
         for index, shapes in enumerate(described):
             tensors = {}
             for key, (shape, dtype) in shapes.items():
-                mine = results[index][key].contiguous() if results else torch.empty(shape, dtype=dtype, device=self.grid.device)
+                mine = (
+                    results[index][key].contiguous()
+                    if results
+                    else torch.empty(shape, dtype=dtype, device=self.grid.device)
+                )
                 tensors[key] = self.grid.broadcast_from_last_stage(mine)
             received.append(tensors)
         return received

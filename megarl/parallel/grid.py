@@ -28,7 +28,7 @@ def start_world(timeout_s: float = 1800.0) -> torch.device:
         timeout = datetime.timedelta(seconds=timeout_s)
         backend = "gloo" if device.type == "cpu" else "nccl"
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            store = dist.HashStore()
+            store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout)
@@ -82,7 +82,7 @@ class Grid:
         return self.pp_rank == self.layout.pp - 1
 
     def seed_dropout(self, seed: int) -> None:
-        """Seed the generators that dropout draws from: one per stage and data-parallel rank, split over TP by Megatron."""
+        """Seed what dropout draws from: a generator per stage and data-parallel rank, split over TP by Megatron."""
         base = seed + 100 * self.pp_rank + 10_000 * self.dp_rank
         torch.manual_seed(base)
         model_parallel_cuda_manual_seed(base, force_reset_rng=True)

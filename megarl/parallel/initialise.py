@@ -32,7 +32,9 @@ def initialise(
             if deviation == 0.0:
                 parameter.zero_()
             else:
-                parameter.copy_(_slice(_draw(name, parameter, seed, deviation, tp, full_rows(name)), parameter, tp_rank, tp))
+                parameter.copy_(
+                    _slice(_draw(name, parameter, seed, deviation, tp, full_rows(name)), parameter, tp_rank, tp)
+                )
 
 
 def _draw(name: str, parameter: nn.Parameter, seed: int, std: float, tp: int, rows: int | None) -> Tensor:

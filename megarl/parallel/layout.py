@@ -49,7 +49,9 @@ class Layout:
         return self.replica_size * self.dp
 
     def __str__(self) -> str:
-        name = "x".join(f"{axis.upper()}{getattr(self, axis)}" for axis in ("tp", "pp", "cp", "dp") if getattr(self, axis) > 1)
+        name = "x".join(
+            f"{axis.upper()}{getattr(self, axis)}" for axis in ("tp", "pp", "cp", "dp") if getattr(self, axis) > 1
+        )
         extras = [f"vpp{self.vpp}"] if self.vpp > 1 else []
         extras += ["SP"] if self.sequence_parallel else []
         return "+".join([name or "TP1", *extras])

@@ -89,7 +89,7 @@ def build_schedule(optimizer: MegatronOptimizer, spec: OptimSpec) -> OptimizerPa
         wd_incr_steps=max(spec.total_steps, 1),
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a resumed run may be told to go on for longer
     )
 
 
@@ -126,7 +126,8 @@ class Optimizers(torch.optim.Optimizer):
 def check_finite(norm: float, name: str) -> float:
     if norm != norm or norm in (float("inf"), float("-inf")):
         raise NumericsError(
-            f"the gradient norm of {name} is {norm}: lower optim.lr, or look at the batch that was dumped in the run folder"
+            f"the gradient norm of {name} is {norm}: lower optim.lr, or look at the batch that was dumped in the run "
+            "folder"
         )
     return norm
 
@@ -134,8 +135,8 @@ def check_finite(norm: float, name: str) -> float:
 def _make_states_loadable() -> None:
     """Replace one method of Megatron's distributed optimizer that cannot load a checkpoint with torch's own Adam.
 
-    It walks the keys of its own state (`step` among them, which files do not carry per parameter) and copies into leaves
-    that require grad. This version copies what both sides have, without autograd.
+    It walks the keys of its own state (`step` among them, which files do not carry per parameter) and copies into
+    leaves that require grad. This version copies what both sides have, without autograd.
     """
     optimizer = mcore_distrib_optimizer.DistributedOptimizer
     original = optimizer._set_main_param_and_optimizer_states

@@ -69,19 +69,42 @@ def write(path: Path, parts: Sequence[tuple[Part, Tensor]]) -> None:
     save_file({part.name: data.contiguous() for part, data in parts}, path)
 
 
-def read(template: dict[str, Any], common: dict[str, Any], parts: Sequence[Part], folder: Path) -> dict[str, Any]:
-    """Fill the shape of `template` (a state dict made for loading) from shard files, whatever layout wrote them."""
+def read(
+    template: dict[str, Any], common: dict[str, Any], parts: Sequence[Part], folder: Path, grid: Grid
+) -> dict[str, Any]:
+    """Fill the shape of `template` (a state dict made for loading) from shard files, whatever layout wrote them.
+
+    Refused unless all ranks together want every tensor that there is: a partial restore is never silent.
+    """
     sharded, local, factories = load_preprocess(template)
     sharded, _ = extract_sharded_base(sharded)
     sharded, _ = extract_matching_values(sharded, lambda value: isinstance(value, ShardedTensor))
     index: dict[str, list[Part]] = {}
     for part in parts:
         index.setdefault(part.key, []).append(part)
-    _check_same_tensors(list(_tensors(sharded)), index)
+    wanted = list(_tensors(sharded))
+    _check_same_tensors(wanted, index)
+    unused = sorted(index.keys() - set().union(*grid.gather({tensor.key for tensor in wanted})))
+    if unused:
+        raise CheckpointError(
+            f"the checkpoint has {unused[0]} ({len(unused)} such tensors), which this model does not: "
+            "use the model.* settings it was trained with"
+        )
     files = _Files(folder)
     dict_list_map_inplace(lambda tensor: _assemble(tensor, index[tensor.key], files), sharded)
     merged = merge(merge(common, local), sharded)
     return apply_factory_merges(merged, factories)
+
+
+def read_whole(parts: Sequence[Part], folder: Path) -> dict[str, Tensor]:
+    """Every tensor of an index, put together from its parts."""
+    files = _Files(folder)
+    whole: dict[str, Tensor] = {}
+    for part in parts:
+        piece = files.slice(part, tuple(slice(0, length) for length in part.shape))
+        target = whole.setdefault(part.key, torch.empty(part.tensor_shape, dtype=piece.dtype))
+        target[tuple(slice(at, at + length) for at, length in zip(part.offset, part.shape, strict=True))] = piece
+    return whole
 
 
 def check_complete(parts: Sequence[Part]) -> None:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities import rank_zero_only
 
 from megarl.callbacks.csv_logger import MetricsFile
 from megarl.callbacks.loggers import StepAxis, build_loggers
@@ -166,6 +167,17 @@ def test_service_that_cannot_be_reached_names_the_key(tmp_path):
     pytest.importorskip("mlflow")
     with pytest.raises(UnavailableError, match=r"logger\.mlflow=true cannot start .*logger\.mlflow_uri"):
         build_loggers(only(mlflow=True, mlflow_uri="nosuch://place"), tmp_path, "r", RESOLVED)
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    monkeypatch.setenv("WANDB_MODE", "offline")  # put back afterwards
+    everything = LoggerConfig(wandb=True, wandb_mode="offline")
+    for entry in build_loggers(everything, tmp_path, "r", RESOLVED):
+        entry.log_metrics({"a": 1.0}, step=1)
+        entry.save()
+        entry.finalize("success")
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_services_are_imported_only_when_asked_for(tmp_path, monkeypatch):

@@ -15,7 +15,12 @@ from megarl.callbacks.run_folder import RunFolder, resolve_run_dir, versions, wr
 from megarl.config.schema import SFTConfig
 from megarl.errors import ConfigError
 
-RESOLVED = {"seed": 1, "optim": {"lr": 1e-05}, "trainer": {"max_time": "02:00:00", "eval_every": None}, "data": {"train": ["a"]}}
+RESOLVED = {
+    "seed": 1,
+    "optim": {"lr": 1e-05},
+    "trainer": {"max_time": "02:00:00", "eval_every": None},
+    "data": {"train": ["a"]},
+}
 
 
 def git(folder: Path, *arguments: str) -> str:

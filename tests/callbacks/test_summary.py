@@ -121,6 +121,25 @@ def test_resumed_run_keeps_history_and_time(tmp_path):
     assert set(summary["seconds"]) == {"train", "eval"}
 
 
+def test_a_resume_that_fails_before_it_has_begun_leaves_the_summary_but_for_its_status(tmp_path):
+    train(Tiny([3.0, 2.0]), [Summary(tmp_path)], steps=2)
+    before = read(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no-such\.ckpt"):
+        train(Tiny([3.0, 2.0]), [Summary(tmp_path)], steps=2, resume=tmp_path / "no-such.ckpt")
+    after = read(tmp_path)
+    assert after["status"] == "failed"
+    assert "no-such.ckpt" in after["error"]
+    for key in ("steps", "metrics", "wall_s"):
+        assert after[key] == before[key]
+
+
+def test_an_earlier_error_is_forgotten_when_the_run_goes_on(tmp_path):
+    with pytest.raises(NumericsError):
+        train(failing(NumericsError("x")), [Summary(tmp_path)], steps=4)
+    train(Tiny([1.0]), [Summary(tmp_path)], steps=1)
+    assert "error" not in read(tmp_path)
+
+
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning.pytorch.Trainer.is_global_zero", False)
     train(Tiny([1.0]), [Summary(tmp_path)], steps=1)

@@ -55,7 +55,7 @@ def test_frozen_layers_run_forward_only():
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_agrees_with_what_torch_counts_in_a_llama(kv_heads):
-    """Torch counts attention over all pairs; the causal half is taken from that."""
+    """Torch counts attention over all pairs of tokens, so the masked half is added to ours."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     batch, time, vocab = 2, 16, 50
@@ -78,6 +78,4 @@ def test_agrees_with_what_torch_counts_in_a_llama(kv_heads):
     )
     attention = 3 * 12 * 32
     all_pairs = flops_per_token(model, vocab, time) + attention * (time - mean_keys(time))
-    # Transformers makes the table of rotary angles with a small matrix product, which is no part of the model.
-    angles = 2 * time * (8 // 2)
-    assert counter.get_total_flops() == pytest.approx(batch * time * all_pairs + angles, abs=batch * angles)
+    assert counter.get_total_flops() == batch * time * all_pairs

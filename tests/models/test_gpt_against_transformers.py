@@ -116,7 +116,11 @@ def from_llama(there: Weights) -> Weights:
     here = layer_names(there, "model.layers.{}.", names, 2)
     for i in range(2):
         their, our = f"model.layers.{i}.", f"decoder.layers.{i}."
-        kv_heads = HEADS * there[f"{their}self_attn.k_proj.weight"].shape[0] // there[f"{their}self_attn.q_proj.weight"].shape[0]
+        kv_heads = (
+            HEADS
+            * there[f"{their}self_attn.k_proj.weight"].shape[0]
+            // there[f"{their}self_attn.q_proj.weight"].shape[0]
+        )
         for kind in ("weight", "bias"):
             if f"{their}self_attn.q_proj.{kind}" in there:
                 parts = [there[f"{their}self_attn.{name}_proj.{kind}"] for name in "qkv"]

@@ -175,7 +175,9 @@ def test_every_layout_has_the_same_gradient_of_every_tensor(lives: Lives, model:
     for report in lives(model, layout):
         for name, value in report["gradients"].items():
             scale = float(wanted[name].abs().max())
-            torch.testing.assert_close(value, wanted[name], rtol=0, atol=1e-5 * scale + 1e-8, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                value, wanted[name], rtol=0, atol=1e-5 * scale + 1e-8, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
@@ -205,7 +207,11 @@ def test_forward_gives_every_rank_of_a_replica_the_same_tensors(lives: Lives, mo
 
 
 def engine_with(
-    layout: dict[str, Any], settings: OptimConfig, model: dict[str, Any] | None = None, total_steps: int = 20, **options: Any
+    layout: dict[str, Any],
+    settings: OptimConfig,
+    model: dict[str, Any] | None = None,
+    total_steps: int = 20,
+    **options: Any,
 ) -> Engine:
     """As `small_engine`, with an optimizer of one's own and weights that `prepare(name, parameter)` has changed."""
     plain = small_engine(layout, model, train=False, **options)
@@ -252,7 +258,9 @@ def with_emptied(layout: dict[str, Any], micro: int, emptied: int, rows: int = 8
     return {"loss": metrics["loss"], "norm": engine.apply_gradients(), "finite": finite}
 
 
-@pytest.mark.parametrize(("size", "layout"), [(1, {}), (2, {"tp": 2}), (2, {"pp": 2}), (2, {})], ids=["TP1", "TP2", "PP2", "DP2"])
+@pytest.mark.parametrize(
+    ("size", "layout"), [(1, {}), (2, {"tp": 2}), (2, {"pp": 2}), (2, {})], ids=["TP1", "TP2", "PP2", "DP2"]
+)
 def test_a_microbatch_without_a_response_adds_nothing(worlds: Worlds, size: int, layout: dict[str, Any]) -> None:
     """Four of eight rows: with microbatches of two, the first two are empty; in DP2, all of the first replica's."""
     wanted = worlds.run(1, with_emptied, {}, 8, 4)[0]
@@ -307,7 +315,9 @@ def test_matrices_decay_and_biases_and_norms_do_not(worlds: Worlds) -> None:
     for name, (before, after) in worlds.run(1, decay_without_gradient)[0].items():
         exempt = "norm" in name or name.endswith("bias")
         kinds[exempt] += 1
-        torch.testing.assert_close(after, before if exempt else before * 0.95, rtol=1e-6, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            after, before if exempt else before * 0.95, rtol=1e-6, atol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert all(count > 4 for count in kinds.values())
 
 
@@ -325,7 +335,9 @@ def size_of_update(clip: float) -> tuple[float, float]:
 
 
 def test_the_whole_gradient_is_clipped_to_a_norm(worlds: Worlds) -> None:
-    (free, norm), (loose, loose_norm), (tight, tight_norm) = [worlds.run(1, size_of_update, clip)[0] for clip in (0.0, 1e3, 0.5)]
+    (free, norm), (loose, loose_norm), (tight, tight_norm) = [
+        worlds.run(1, size_of_update, clip)[0] for clip in (0.0, 1e3, 0.5)
+    ]
     assert norm > 0.6  # or there would be nothing to clip
     assert norm == loose_norm == tight_norm  # reported as it was before
     assert free == pytest.approx(norm, rel=1e-3)
@@ -376,7 +388,8 @@ def rate_after_loading() -> tuple[float, float]:
     for step in range(3):
         first.train_step(batches(first, step, rows=2), token_loss, count_tokens)
         first.apply_gradients()
-    assert first.schedule is not None and first.optimizer is not None
+    assert first.schedule is not None
+    assert first.optimizer is not None
     state = {
         "weights": {"model0": first.models[0].state_dict()},
         "optimizer": first.optimizer.state_dict(),
@@ -446,11 +459,37 @@ def test_an_engine_without_an_optimizer_holds_no_gradient_buffers(worlds: Worlds
     def evaluator() -> tuple[bool, float]:
         engine = small_engine({}, train=False)
         loss = evaluated(engine)
-        return any(parameter.requires_grad or hasattr(parameter, "main_grad") for _, parameter in engine.parameters()), loss
+        return any(
+            parameter.requires_grad or hasattr(parameter, "main_grad") for _, parameter in engine.parameters()
+        ), loss
 
     has_gradients, loss = worlds.run(1, evaluator)[0]
     assert not has_gradients
     assert loss == pytest.approx(math.log(VOCAB), rel=0.05)  # an untrained model knows nothing
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def judged(layout: dict[str, Any], rows: int, model: dict[str, Any]) -> list[Tensor]:
+    engine = small_engine(layout, model)
+    engine.train()
+    return [result["logprobs"] for result in engine.forward(batches(engine, 99, rows=rows), judge)]
+
+
+@pytest.mark.parametrize("layout", ["PP2", "PP2+vpp2"])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_any_number_of_microbatches_is_evaluated(worlds: Worlds, layout: str, rows: int) -> None:
+    """One and three microbatches of two rows; an interleaved pipeline of two stages works in rounds of two."""
+    (wanted,) = worlds.run(1, judged, {}, rows, {})
+    size, grid, _ = LAYOUTS[layout]
+    for found in worlds.run(size, judged, grid, rows, {}):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_evaluation_drops_nothing_out(worlds: Worlds) -> None:
+    wanted, found = [worlds.run(1, judged, {}, 2, {"dropout": rate})[0] for rate in (0.0, 0.5)]
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 # --- dropout and precision --------------------------------------------------------------------------------------------
@@ -473,7 +512,9 @@ def test_recomputation_draws_the_same_dropout_again(worlds: Worlds, recompute: s
     ]
     assert found[0] == pytest.approx(wanted[0], rel=1e-6)
     assert found[1] == pytest.approx(wanted[1], rel=1e-6)
-    assert wanted[0] != pytest.approx(worlds.run(1, short_history, {}, {}, {})[0][0], rel=1e-4)  # dropout does something
+    assert wanted[0] != pytest.approx(
+        worlds.run(1, short_history, {}, {}, {})[0][0], rel=1e-4
+    )  # dropout does something
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -503,7 +544,9 @@ def bf16_engine(layout: dict[str, Any]) -> tuple[list[float], float, set[torch.d
     return losses, evaluated, parameters, {outputs[0]["logprobs"].dtype, outputs[0]["entropy"].dtype}
 
 
-@pytest.mark.parametrize(("size", "layout"), [(1, {}), (4, {"tp": 2, "pp": 2, "sequence_parallel": True})], ids=["TP1", "TP2xPP2+SP"])
+@pytest.mark.parametrize(
+    ("size", "layout"), [(1, {}), (4, {"tp": 2, "pp": 2, "sequence_parallel": True})], ids=["TP1", "TP2xPP2+SP"]
+)
 def test_bf16_models_train_near_float32_and_report_float32(worlds: Worlds, size: int, layout: dict[str, Any]) -> None:
     wanted = worlds.run(1, short_history, {}, {}, {})[0]
     for losses, evaluated, parameters, outputs in worlds.run(size, bf16_engine, layout):

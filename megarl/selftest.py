@@ -1,0 +1,233 @@
+"""`python -m megarl.selftest tp=2 pp=2`: does this machine give the same numbers in a layout as in one process?
+
+Trains a tiny random GPT both ways and compares losses, gradient norms and log-probs. Exit code 1 where they differ.
+"""
+
+import json
+import os
+import socket
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megarl.errors import ConfigError, MegarlError
+
+HELP = """python -m megarl.selftest [key=value ...]
+
+  tp=1 pp=1 dp=1 vpp=1        the layout to test; it starts tp x pp x dp processes, or takes torchrun's world
+  sequence_parallel=false     split activations over time between tensor-parallel regions
+  recompute=none              none, selective or full
+  precision=fp32              fp32 or bf16
+  steps=8                     optimizer steps that are compared
+"""
+# (relative, absolute) differences of losses, gradient norms and log-probs that pass as rounding.
+TOLERANCES = {
+    "fp32": {"loss": (1e-5, 1e-6), "grad_norm": (1e-4, 1e-6), "logprobs": (1e-5, 1e-5)},
+    "bf16": {"loss": (1e-2, 1e-3), "grad_norm": (5e-2, 1e-3), "logprobs": (5e-2, 5e-2)},
+}
+VOCAB, ROWS, TIME = 131, 8, 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    vpp: int = 1
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    precision: str = "fp32"
+    steps: int = 8
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def alone(self) -> "Settings":
+        """The same training in one process."""
+        return Settings(precision=self.precision, steps=self.steps)
+
+
+def parse(argv: list[str]) -> Settings:
+    """Settings from key=value words, each with a clear error."""
+    known: dict[str, Any] = {field.name: field.default for field in fields(Settings)}
+    values: dict[str, Any] = {}
+    for word in argv:
+        key, equals, text = word.partition("=")
+        if not equals or key not in known:
+            raise ConfigError(f"unknown setting '{word}': use key=value with {', '.join(known)}")
+        kind = type(known[key])
+        try:
+            values[key] = text.lower() in ("true", "1", "yes") if kind is bool else kind(text)
+        except ValueError:
+            raise ConfigError(f"{key}={text} is not a whole number") from None
+        if kind is int and values[key] < 1:
+            raise ConfigError(f"{key}={text} must be at least 1")
+    settings = Settings(**values)
+    for key, choices in (("recompute", ("none", "selective", "full")), ("precision", tuple(TOLERANCES))):
+        if getattr(settings, key) not in choices:
+            raise ConfigError(f"{key}={getattr(settings, key)} is none of its choices: use {', '.join(choices)}")
+    if 4 % settings.tp:
+        raise ConfigError(f"tp={settings.tp} does not divide the test model's 4 heads: use 1, 2 or 4")
+    if 4 % (settings.pp * settings.vpp):
+        raise ConfigError(f"pp={settings.pp} x vpp={settings.vpp} does not divide the test model's 4 layers: use 1, 2 or 4")
+    if settings.vpp > 1 and settings.pp == 1:
+        raise ConfigError(f"vpp={settings.vpp} needs pp of 2 or more")
+    if ROWS // 2 % settings.dp:
+        raise ConfigError(f"dp={settings.dp} does not divide the test's {ROWS // 2} microbatches: use 1, 2 or 4")
+    return settings
+
+
+def train(settings: Settings) -> dict[str, Any]:
+    """Train in the current world. Losses and gradient norms of every step, log-probs of the last weights."""
+    import torch
+    import torch.distributed as dist
+
+    from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+    from megarl.modules.base import build_gpt_engine
+    from megarl.parallel.grid import Grid, start_world
+    from megarl.parallel.layout import Layout
+
+    device = start_world()
+    layout = Layout.for_world(
+        dist.get_world_size(),
+        tp=settings.tp,
+        pp=settings.pp,
+        vpp=settings.vpp,
+        sequence_parallel=settings.sequence_parallel,
+    )
+    grid = Grid(layout, device)
+    engine = build_gpt_engine(
+        grid,
+        ModelConfig(num_layers=4, hidden_size=64, num_heads=4, max_positions=TIME),
+        ParallelConfig(recompute=settings.recompute),
+        name="policy",
+        vocab_size=VOCAB,
+        precision=settings.precision,
+        seed=1,
+        optim=OptimConfig(lr=1e-3, warmup_steps=2),
+        total_steps=settings.steps,
+    )
+
+    def microbatches(step: int) -> list[dict[str, torch.Tensor]]:
+        tokens = torch.randint(0, VOCAB, (ROWS, TIME), generator=torch.Generator().manual_seed(step))
+        mask = torch.ones(ROWS, TIME)
+        mask[:, 0] = 0.0
+        mask[::3, TIME // 2 :] = 0.0
+        share = ROWS // layout.dp
+        positions = torch.arange(TIME).expand(2, TIME)
+        return [
+            {"tokens": tokens[i : i + 2], "positions": positions, "response_mask": mask[i : i + 2]}
+            for i in range(grid.dp_rank * share, (grid.dp_rank + 1) * share, 2)
+        ]
+
+    def loss(model: Any, hidden: Any, batch: Any, counts: dict[str, float]) -> Any:
+        logprobs = model.logprobs(hidden, batch["tokens"], batch["response_mask"]).logprobs
+        value = -logprobs.sum() / counts["tokens"]
+        return value, {"loss": value}
+
+    def logprobs(model: Any, hidden: Any, batch: Any) -> Any:
+        return {"logprobs": model.logprobs(hidden, batch["tokens"], batch["response_mask"]).logprobs}
+
+    losses, norms = [], []
+    for step in range(settings.steps):
+        metrics = engine.train_step(microbatches(step), loss, lambda batch: {"tokens": batch["response_mask"].sum()})
+        losses.append(metrics["loss"])
+        norms.append(engine.apply_gradients())
+    local = torch.cat([result["logprobs"] for result in engine.forward(microbatches(0), logprobs)]).tolist()
+    by_rank = grid.gather((grid.dp_rank, local))
+    rows = {rank: values for rank, values in by_rank}
+    result = {"loss": losses, "grad_norm": norms, "logprobs": [v for r in sorted(rows) for row in rows[r] for v in row]}
+    grid.close()
+    dist.destroy_process_group()
+    return result
+
+
+def _process(rank: int, settings: dict[str, Any], port: int, out: str) -> None:
+    """One process of a world that this command starts."""
+    world = Settings(**settings).world
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    result = train(Settings(**settings))
+    if rank == 0:
+        Path(out).write_text(json.dumps(result))
+
+
+def started(settings: Settings) -> dict[str, Any]:
+    """Train in a world of fresh processes on this machine."""
+    import torch.multiprocessing as processes
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "result.json")
+        processes.spawn(_process, (asdict(settings), port, out), nprocs=settings.world)
+        result: dict[str, Any] = json.loads(Path(out).read_text())
+    return result
+
+
+def compare(alone: dict[str, Any], layout: dict[str, Any], precision: str) -> tuple[list[list[str]], bool]:
+    """Rows of the table, and whether everything agrees."""
+    rows, agree = [], True
+    for name, (relative, absolute) in TOLERANCES[precision].items():
+        pairs = list(zip(alone[name], layout[name], strict=True))
+        worst = max(abs(a - b) for a, b in pairs)
+        # Written so that NaN counts as a difference.
+        same = all(abs(a - b) <= relative * abs(a) + absolute for a, b in pairs)
+        agree &= same
+        shown = [(f"{name} {step}", a, b) for step, (a, b) in enumerate(pairs)] if name != "logprobs" else []
+        rows += [[label, f"{a:.6f}", f"{b:.6f}", f"{abs(a - b):.1e}", ""] for label, a, b in shown]
+        rows.append([f"{name}: {len(pairs)} values", "", "", f"{worst:.1e}", "same" if same else "DIFFERENT"])
+    return rows, agree
+
+
+def report(settings: Settings, rows: list[list[str]], agree: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "one process", f"tp{settings.tp} pp{settings.pp} dp{settings.dp}", "difference", "")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print("the layout gives the same numbers" if agree else "the layout gives DIFFERENT numbers")
+
+
+def run(argv: list[str]) -> int:
+    settings = parse(argv)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        layout, alone = started(settings), started(settings.alone())
+    else:  # torchrun or a SLURM step has started the processes
+        if world != settings.world:
+            raise ConfigError(f"tp x pp x dp = {settings.world} but the world has {world} processes")
+        layout = train(settings)
+        if int(os.environ["RANK"]) != 0:
+            return 0
+        os.environ["WORLD_SIZE"] = "1"
+        alone = train(settings.alone())
+    rows, agree = compare(alone, layout, settings.precision)
+    report(settings, rows, agree)
+    return 0 if agree else 1
+
+
+def main() -> None:
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        sys.stdout.write(HELP)
+        sys.exit(0)
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except MegarlError as problem:
+        sys.stderr.write(f"error: {problem}\n")
+        sys.exit(problem.exit_code)
+
+
+if __name__ == "__main__":
+    main()

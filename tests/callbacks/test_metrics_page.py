@@ -1,0 +1,26 @@
+import re
+from pathlib import Path
+
+import megarl
+
+PACKAGE = Path(megarl.__file__).parent
+PAGE = PACKAGE.parent / "docs" / "metrics.md"
+
+
+def names_in_code() -> set[str]:
+    """Everything in megarl's source that is written like the name of a metric."""
+    source = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    return set(re.findall(r"""["']((?:train|eval|perf)/[a-z0-9_]+)["']""", source))
+
+
+def names_on_page() -> set[str]:
+    """First cells of the page's tables."""
+    return set(re.findall(r"^\| `((?:train|eval|perf)/[a-z0-9_]+)` \|", PAGE.read_text(), flags=re.MULTILINE))
+
+
+def test_every_logged_name_is_defined():
+    assert names_in_code() - names_on_page() == set()
+
+
+def test_no_name_is_defined_that_is_not_logged():
+    assert names_on_page() - names_in_code() == set()

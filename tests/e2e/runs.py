@@ -1,0 +1,73 @@
+"""Whole runs of an entry point inside the test's worker processes, and what they leave behind."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megarl.checkpoint import find, tensors
+
+# A model small enough that a step costs milliseconds; every layout up to 4 processes divides it.
+SMALL = [
+    "model.num_layers=4",
+    "model.hidden_size=64",
+    "model.num_heads=4",
+    "trainer.global_batch_size=8",
+    "trainer.micro_batch_size=2",
+    "trainer.eval_batch_size=8",
+    "trainer.eval_every=null",
+    "data.seq_length=64",
+    "data.eval_limit=16",
+    "checkpoint.every=null",
+    "trainer.log_every=1",
+    "trainer.progress=none",
+    "logger.tensorboard=false",
+    "optim.warmup_steps=4",
+]
+
+
+def run_sft(run_dir: Path, *overrides: str) -> None:
+    """Run in the current world, as under torchrun."""
+    from megarl.config.compose import compose
+    from megarl.train_sft import train
+
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    launched = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",  # unused: the group exists
+    }
+    before = dict(os.environ)
+    os.environ.update(launched)
+    try:
+        config, _ = compose("sft", [*SMALL, f"run.dir={run_dir}", *overrides])
+        assert train(config) == 0
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def metrics(run_dir: Path, *names: str) -> list[tuple[float, ...]]:
+    """The logged values of some metrics, step by step, where all were logged."""
+    with (run_dir / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [tuple(float(row[name]) for name in names) for row in rows if all(row.get(name) for name in names)]
+
+
+def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of the newest checkpoint, put together from its shards."""
+    return tensors(find(run_dir / "checkpoints")[-1])
+
+
+def assert_same_bits(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ, {different[0]} among them"

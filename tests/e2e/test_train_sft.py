@@ -1,0 +1,199 @@
+"""Whole SFT runs: the same numbers in every layout, exact resume, resume elsewhere, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megarl.checkpoint import MANIFEST, find, tensors
+from megarl.errors import CheckpointError
+from tests.e2e.runs import SMALL, assert_same_bits, final_tensors, metrics, run_sft
+from tests.worlds import Worlds
+
+LAYOUTS = {
+    "TP2": (2, ["parallel.tp=2"]),
+    "PP2": (2, ["parallel.pp=2"]),
+    "TP2xPP2": (4, ["parallel.tp=2", "parallel.pp=2"]),
+    "interleaved PP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
+    "DP2": (2, []),
+    "TP2+SP": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    "TP2xDP2, recomputed": (4, ["parallel.tp=2", "parallel.recompute=full"]),
+    "selective": (1, ["parallel.recompute=selective"]),
+}
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def reference(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that every other is compared with: one process, 20 steps, a checkpoint and an evaluation at 10."""
+    run_dir = tmp_path_factory.mktemp("reference")
+    worlds.run(1, run_sft, run_dir, *twenty(), "checkpoint.every=10", "trainer.eval_every=10")
+    return run_dir
+
+
+def twenty() -> list[str]:
+    return [f"trainer.max_steps={STEPS}"]
+
+
+def close(a: float, b: float, relative: float) -> bool:
+    return abs(a - b) <= relative * abs(b) + 1e-6
+
+
+def assert_same_course(run_dir: Path, reference: Path, first: int = 0) -> None:
+    """Losses to 1e-5 relative and gradient norms to 1e-4, from step `first` on."""
+    ours = metrics(run_dir, "train/loss", "train/grad_norm")
+    theirs = metrics(reference, "train/loss", "train/grad_norm")[first:]
+    assert len(ours) == len(theirs) == STEPS - first
+    for (loss, norm), (wanted_loss, wanted_norm) in zip(ours, theirs, strict=True):
+        assert close(loss, wanted_loss, 1e-5)
+        assert close(norm, wanted_norm, 1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_train_alike(layout: str, worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    world, overrides = LAYOUTS[layout]
+    worlds.run(world, run_sft, tmp_path, *twenty(), *overrides, "checkpoint.save_last=false")
+    assert_same_course(tmp_path, reference)
+
+
+def test_initial_weights_are_equal_bit_for_bit(worlds: Worlds, tmp_path: Path) -> None:
+    start = ["trainer.max_steps=1", "optim.lr=0"]
+    worlds.run(1, run_sft, tmp_path / "one", *start)
+    worlds.run(4, run_sft, tmp_path / "four", *start, "parallel.tp=2", "parallel.pp=2")
+    one, four = final_tensors(tmp_path / "one"), final_tensors(tmp_path / "four")
+    weights = [key for key in one if "optimizer" not in key]
+    assert_same_bits({key: one[key] for key in weights}, {key: four[key] for key in weights})
+
+
+def test_a_run_cut_in_two_ends_in_the_same_weights(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    half = reference / "checkpoints" / "step-0000010"
+    resumed = tmp_path / "resumed"
+    worlds.run(1, run_sft, resumed, *twenty(), f"run.resume={half}", "trainer.eval_every=10")
+    assert_same_bits(final_tensors(resumed), final_tensors(reference))
+    assert_same_course(resumed, reference, first=10)
+
+
+@pytest.mark.parametrize("layout", ["TP2xPP2", "DP2"])
+def test_a_checkpoint_resumes_in_another_layout(layout: str, worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    world, overrides = LAYOUTS[layout]
+    half = reference / "checkpoints" / "step-0000010"
+    worlds.run(world, run_sft, tmp_path, *twenty(), *overrides, f"run.resume={half}")
+    assert_same_course(tmp_path, reference, first=10)
+
+
+def test_a_sharded_checkpoint_resumes_in_one_process(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    four = tmp_path / "four"
+    worlds.run(4, run_sft, four, *twenty(), "parallel.tp=2", "parallel.pp=2", "checkpoint.every=10")
+    one = tmp_path / "one"
+    worlds.run(1, run_sft, one, *twenty(), f"run.resume={four / 'checkpoints' / 'step-0000010'}")
+    assert_same_course(one, reference, first=10)
+
+
+def test_background_saves_hold_the_same_bits(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    worlds.run(
+        2, run_sft, tmp_path, *twenty(), "checkpoint.every=10", "checkpoint.async_save=true", "trainer.eval_every=10"
+    )
+    assert [path.name for path in find(tmp_path / "checkpoints")] == ["step-0000010", "step-0000020"]
+    worlds.run(1, run_sft, tmp_path / "resumed", *twenty(), f"run.resume={tmp_path / 'checkpoints' / 'step-0000010'}")
+    assert_same_course(tmp_path / "resumed", reference, first=10)
+
+
+def test_bf16_trains_and_stays_near_float32(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    worlds.run(2, run_sft, tmp_path, *twenty(), "trainer.precision=bf16", "parallel.tp=2", "checkpoint.save_last=false")
+    ours, theirs = metrics(tmp_path, "train/loss"), metrics(reference, "train/loss")
+    assert ours[-1][0] == pytest.approx(theirs[-1][0], rel=0.02)
+    assert ours[-1][0] < ours[0][0]
+
+
+def test_frozen_layers_keep_their_bits_and_resume_under_pipelining(worlds: Worlds, tmp_path: Path) -> None:
+    frozen = [*twenty(), "model.num_layers_unfrozen=1", "parallel.pp=2", "checkpoint.every=10", "checkpoint.keep_last=9"]
+    worlds.run(2, run_sft, tmp_path, *frozen)
+    first, last = (final for final in find(tmp_path / "checkpoints"))
+    before, after = tensors(first), tensors(last)
+    for layer in range(4):
+        qkv = f"policy.decoder.layers.{layer}.self_attention.linear_qkv.weight"
+        assert torch.equal(before[qkv], after[qkv]) == (layer < 3)
+    assert torch.equal(before["policy.embedding.word_embeddings.weight"], after["policy.embedding.word_embeddings.weight"])
+    worlds.run(2, run_sft, tmp_path / "resumed", *frozen, f"run.resume={first}")
+    assert_same_bits(final_tensors(tmp_path / "resumed"), after)
+
+
+def test_the_run_folder_tells_the_whole_story(reference: Path) -> None:
+    summary = json.loads((reference / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["steps"] == STEPS
+    values = [value for (value,) in metrics(reference, "eval/loss")]
+    assert len(values) == 2
+    assert summary["metrics"]["eval/loss"]["last"] == pytest.approx(values[-1])
+    assert summary["metrics"]["eval/loss"]["last5"] == pytest.approx(sum(values) / 2)
+    for name in ("config.yaml", "versions.json", "git.json", "logs/rank-0000.log", f"checkpoints/step-0000020/{MANIFEST}"):
+        assert (reference / name).is_file(), name
+
+
+def start(*overrides: str, **environ: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "megarl.train_sft", *SMALL, *overrides],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_kill_and_resume_by_command_line(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    command = [*twenty(), f"run.dir={tmp_path}", "checkpoint.every=10", "trainer.eval_every=10"]
+    running = start(*command)
+    deadline = time.monotonic() + 120
+    while not find(tmp_path / "checkpoints"):
+        assert running.poll() is None, running.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    resumed = start(*command)
+    _, errors = resumed.communicate(timeout=180)
+    assert resumed.returncode == 0, errors
+    assert "restoring from" in errors
+    assert_same_bits(final_tensors(tmp_path), final_tensors(reference))
+
+
+def failed(tmp_path: Path, *overrides: str, code: int = 2) -> str:
+    """The one line that a run which cannot go on leaves on stderr."""
+    running = start(f"run.dir={tmp_path}", "trainer.max_steps=6", *overrides)
+    _, errors = running.communicate(timeout=180)
+    assert running.returncode == code, errors
+    lines = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, errors
+    assert "Traceback" not in errors
+    return lines[0]
+
+
+def test_nan_ends_the_run_with_its_own_exit_code_and_the_batch(tmp_path: Path) -> None:
+    line = failed(tmp_path, "optim.lr=1e30", "optim.clip_grad=0", "checkpoint.every=1", "optim.warmup_steps=0", code=3)
+    assert "nan-batch-rank0.pt" in line
+    assert (tmp_path / "nan-batch-rank0.pt").is_file()
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
+    for tensor in final_tensors(tmp_path).values():
+        assert bool(torch.isfinite(tensor).all())
+
+
+def test_a_broken_record_is_named_by_file_and_line(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n')
+    line = failed(tmp_path / "run", f"data.train=[{data}]")
+    assert f"{data}:2" in line
+
+
+@pytest.mark.parametrize(("other", "word"), [("model.hidden_size=32", "shape"), ("model.num_layers=2", "does not")])
+def test_a_checkpoint_of_another_model_is_refused(
+    other: str, word: str, worlds: Worlds, reference: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.\*") as refusal:
+        worlds.run(1, run_sft, tmp_path, f"run.resume={reference / 'checkpoints'}", other)
+    assert word in str(refusal.value)
