@@ -199,7 +199,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def measure(steps: Sequence[Step], device: torch.device, seconds: float, least: int = 5, warmup: int = 2) -> list[Timing]:
+def measure(
+    steps: Sequence[Step], device: torch.device, seconds: float, least: int = 5, warmup: int = 2
+) -> list[Timing]:
     """Time the steps in turn (A, B, A, B, ...), so that what else the machine does falls on all of them."""
     for _ in range(warmup):
         for step in steps:
@@ -317,7 +319,9 @@ GPU_HEADER = [
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
 
 
 def describe(device: torch.device) -> str:
@@ -367,13 +371,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if beside:
         rows = []
         for name in beside:
-            row, ratio = with_grid(device, lambda grid, s=CPU_SHAPES[name]: beside_transformers(s, grid, options.seconds, matmul_size))
+            row, ratio = with_grid(
+                device, lambda grid, s=CPU_SHAPES[name]: beside_transformers(s, grid, options.seconds, matmul_size)
+            )
             rows.append(row)
             within = within and (options.limit is None or ratio <= options.limit)
         print(markdown(CPU_HEADER, rows))
     if alone:
         rows = [
-            with_grid(device, lambda grid, s=GPU_SHAPES[name]: beside_matmul(s, grid, options.seconds, matmul_size, options.peak_tflops))
+            with_grid(
+                device,
+                lambda grid, s=GPU_SHAPES[name]: beside_matmul(
+                    s, grid, options.seconds, matmul_size, options.peak_tflops
+                ),
+            )
             for name in alone
         ]
         print(markdown(GPU_HEADER, rows))

@@ -58,9 +58,7 @@ class ShardedCheckpointIO(CheckpointIO):
             pending, self.pending = self.pending, None
             pending.commit()
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Lightning's part of the newest whole checkpoint at `path` (one checkpoint, or a folder of them).
 
         `state_dict` in the result is a function that fills a template with this rank's shards.
@@ -137,7 +135,9 @@ class _Save:
             shutil.rmtree(self.aside, ignore_errors=True)
             self.aside.mkdir(parents=True)
         except OSError as problem:
-            raise CheckpointError(f"cannot write in {self.folder.parent}: {problem.strerror}; set run.dir elsewhere") from None
+            raise CheckpointError(
+                f"cannot write in {self.folder.parent}: {problem.strerror}; set run.dir elsewhere"
+            ) from None
 
     def _finish(self, reports: list[Any]) -> None:
         """On the first rank: the files that make the folder whole, then the rename that makes it a checkpoint."""
@@ -220,7 +220,9 @@ def _choose(path: Path) -> Path:
             return folder
         log.warning("checkpoint %s is not whole (%s): passed over", folder, problem)
     if candidates:
-        raise CheckpointError(f"none of the {len(candidates)} checkpoints in {path} is whole; start anew with run.resume=never")
+        raise CheckpointError(
+            f"none of the {len(candidates)} checkpoints in {path} is whole; start anew with run.resume=never"
+        )
     raise CheckpointError(f"there is no checkpoint at {path}: give a checkpoint folder, or run.resume=never")
 
 

@@ -72,7 +72,9 @@ def parse(argv: list[str]) -> Settings:
     if 4 % settings.tp:
         raise ConfigError(f"tp={settings.tp} does not divide the test model's 4 heads: use 1, 2 or 4")
     if 4 % (settings.pp * settings.vpp):
-        raise ConfigError(f"pp={settings.pp} x vpp={settings.vpp} does not divide the test model's 4 layers: use 1, 2 or 4")
+        raise ConfigError(
+            f"pp={settings.pp} x vpp={settings.vpp} does not divide the test model's 4 layers: use 1, 2 or 4"
+        )
     if settings.vpp > 1 and settings.pp == 1:
         raise ConfigError(f"vpp={settings.vpp} needs pp of 2 or more")
     if ROWS // 2 % settings.dp:
@@ -138,7 +140,7 @@ def train(settings: Settings) -> dict[str, Any]:
         norms.append(engine.apply_gradients())
     local = torch.cat([result["logprobs"] for result in engine.forward(microbatches(0), logprobs)]).tolist()
     by_rank = grid.gather((grid.dp_rank, local))
-    rows = {rank: values for rank, values in by_rank}
+    rows = dict(by_rank)
     result = {"loss": losses, "grad_norm": norms, "logprobs": [v for r in sorted(rows) for row in rows[r] for v in row]}
     grid.close()
     dist.destroy_process_group()
@@ -161,14 +163,14 @@ def _process(rank: int, settings: dict[str, Any], port: int, out: str) -> None:
 
 def started(settings: Settings) -> dict[str, Any]:
     """Train in a world of fresh processes on this machine."""
-    import torch.multiprocessing as processes
+    from torch.multiprocessing.spawn import spawn
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "result.json")
-        processes.spawn(_process, (asdict(settings), port, out), nprocs=settings.world)
+        spawn(_process, (asdict(settings), port, out), nprocs=settings.world)
         result: dict[str, Any] = json.loads(Path(out).read_text())
     return result
 

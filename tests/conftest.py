@@ -7,9 +7,9 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
-from tests.worlds import Worlds  # noqa: E402
+from tests.worlds import Worlds
 
 torch.set_num_threads(1)
 

@@ -49,11 +49,13 @@ class Worlds:
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
 
-    def run(self, size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
+    def run(
+        self, size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any
+    ) -> list[Any]:
         """`function(*args, **kwargs)` in `size` processes, with torch.distributed set up. Raises what a rank raised."""
         self._grow_to(size)
         with tempfile.TemporaryDirectory() as folder:
-            job = cloudpickle.dumps((function, args, kwargs, size, os.path.join(folder, "store")))
+            job = cloudpickle.dumps((function, args, kwargs, size, f"{folder}/store"))
             pipes = [pipe for _, pipe in self._workers[:size]]
             for pipe in pipes:
                 pipe.send_bytes(job)

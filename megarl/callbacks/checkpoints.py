@@ -32,7 +32,7 @@ class Checkpoints(Checkpoint):
             self._save(trainer, None)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.training and trainer.state.fn != "fit":
+        if trainer.sanity_checking or (not trainer.training and trainer.state.fn != "fit"):
             return
         score = self._score(trainer)
         if self._due(trainer.global_step) or (score is not None and self._among_best(score)):

@@ -52,7 +52,11 @@ class SFT(Module):
         return build_train_loader(self.config, self.train_data, self.tokenizer, start=self.consumed, **self.share)
 
     def val_dataloader(self) -> Iterable[list[Batch]]:
-        return [] if self.eval_data is None else build_eval_loader(self.config, self.eval_data, self.tokenizer, **self.share)
+        return (
+            []
+            if self.eval_data is None
+            else build_eval_loader(self.config, self.eval_data, self.tokenizer, **self.share)
+        )
 
     def training_step(self, microbatches: list[Batch], batch_idx: int) -> None:
         self.last_batch = microbatches

@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values, merge, nested_values
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_inplace,
+    extract_matching_values,
+    merge,
+    nested_values,
+)
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
@@ -42,7 +47,10 @@ class Part:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Part":
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+        }
+        return cls(**plain)
 
 
 def collect(state: dict[str, Any], grid: Grid, file: str) -> tuple[list[tuple[Part, Tensor]], dict[str, Any]]:
@@ -93,7 +101,8 @@ def read(
     files = _Files(folder)
     dict_list_map_inplace(lambda tensor: _assemble(tensor, index[tensor.key], files), sharded)
     merged = merge(merge(common, local), sharded)
-    return apply_factory_merges(merged, factories)
+    filled: dict[str, Any] = apply_factory_merges(merged, factories)
+    return filled
 
 
 def read_whole(parts: Sequence[Part], folder: Path) -> dict[str, Tensor]:
@@ -108,7 +117,7 @@ def read_whole(parts: Sequence[Part], folder: Path) -> dict[str, Tensor]:
 
 
 def check_complete(parts: Sequence[Part]) -> None:
-    """Every tensor's parts add up to the tensor; a gap or an overlap is a fault of ours, found before it is committed."""
+    """Every tensor's parts add up to the tensor; a gap or an overlap is a fault of ours, found before the commit."""
     volume: dict[str, int] = {}
     shapes = {part.key: part.tensor_shape for part in parts}
     for part in parts:
@@ -139,7 +148,7 @@ def _check_same_tensors(wanted: Sequence[ShardedTensor], index: dict[str, list[P
         shape = index[tensor.key][0].tensor_shape
         if tuple(tensor.global_shape) != shape:
             raise CheckpointError(
-                f"{tensor.key} has shape {list(shape)} in the checkpoint and {list(tensor.global_shape)} in this model: "
+                f"{tensor.key} has shape {list(shape)} in the checkpoint, {list(tensor.global_shape)} in this model: "
                 "use the model.* settings it was trained with"
             )
 
@@ -157,12 +166,16 @@ def _assemble(wanted: ShardedTensor, parts: Sequence[Part], files: "_Files") -> 
         if any(start >= stop for start, stop in overlap):
             continue
         source = tuple(slice(start - b, stop - b) for (start, stop), b in zip(overlap, part.offset, strict=True))
-        target = tuple(slice(start - a, stop - a) for (start, stop), a in zip(overlap, wanted.global_offset, strict=True))
+        target = tuple(
+            slice(start - a, stop - a) for (start, stop), a in zip(overlap, wanted.global_offset, strict=True)
+        )
         piece = files.slice(part, source)
         result[target] = piece
         filled += piece.numel()
     if filled != result.numel():
-        raise CheckpointError(f"{wanted.key}: the checkpoint holds {filled} of {result.numel()} values that this rank needs")
+        raise CheckpointError(
+            f"{wanted.key}: the checkpoint holds {filled} of {result.numel()} values that this rank needs"
+        )
     return result.reshape(wanted.local_shape)
 
 

@@ -23,8 +23,8 @@ log = get_logger(__name__)
 class MegatronStrategy(DDPStrategy):
     """Runs a module whose models are `Engine`s.
 
-    `checkpoint_io` is called on every rank. Its `load_checkpoint` answers with Lightning's part of a checkpoint in which
-    `state_dict` is a function from a template to this rank's shards.
+    `checkpoint_io` is called on every rank. Its `load_checkpoint` answers with Lightning's part of a checkpoint, in
+    which `state_dict` is a function from a template to this rank's shards.
     """
 
     def __init__(self, parallel: ParallelConfig, *, seed: int, checkpoint_io: CheckpointIO) -> None:
@@ -54,7 +54,9 @@ class MegatronStrategy(DDPStrategy):
             (trainer.precision, "32-true", "precision", "trainer.precision"),
         ):
             if value != default:
-                raise ConfigError(f"Lightning's Trainer({theirs}={value!r}) has no effect on Megatron: set {ours} instead")
+                raise ConfigError(
+                    f"Lightning's Trainer({theirs}={value!r}) has no effect on Megatron: set {ours} instead"
+                )
         super().setup(trainer)
 
     def configure_ddp(self) -> None:

@@ -112,14 +112,22 @@ def test_bf16_trains_and_stays_near_float32(worlds: Worlds, reference: Path, tmp
 
 
 def test_frozen_layers_keep_their_bits_and_resume_under_pipelining(worlds: Worlds, tmp_path: Path) -> None:
-    frozen = [*twenty(), "model.num_layers_unfrozen=1", "parallel.pp=2", "checkpoint.every=10", "checkpoint.keep_last=9"]
+    frozen = [
+        *twenty(),
+        "model.num_layers_unfrozen=1",
+        "parallel.pp=2",
+        "checkpoint.every=10",
+        "checkpoint.keep_last=9",
+    ]
     worlds.run(2, run_sft, tmp_path, *frozen)
     first, last = (final for final in find(tmp_path / "checkpoints"))
     before, after = tensors(first), tensors(last)
     for layer in range(4):
         qkv = f"policy.decoder.layers.{layer}.self_attention.linear_qkv.weight"
         assert torch.equal(before[qkv], after[qkv]) == (layer < 3)
-    assert torch.equal(before["policy.embedding.word_embeddings.weight"], after["policy.embedding.word_embeddings.weight"])
+    assert torch.equal(
+        before["policy.embedding.word_embeddings.weight"], after["policy.embedding.word_embeddings.weight"]
+    )
     worlds.run(2, run_sft, tmp_path / "resumed", *frozen, f"run.resume={first}")
     assert_same_bits(final_tensors(tmp_path / "resumed"), after)
 
@@ -132,7 +140,13 @@ def test_the_run_folder_tells_the_whole_story(reference: Path) -> None:
     assert len(values) == 2
     assert summary["metrics"]["eval/loss"]["last"] == pytest.approx(values[-1])
     assert summary["metrics"]["eval/loss"]["last5"] == pytest.approx(sum(values) / 2)
-    for name in ("config.yaml", "versions.json", "git.json", "logs/rank-0000.log", f"checkpoints/step-0000020/{MANIFEST}"):
+    for name in (
+        "config.yaml",
+        "versions.json",
+        "git.json",
+        "logs/rank-0000.log",
+        f"checkpoints/step-0000020/{MANIFEST}",
+    ):
         assert (reference / name).is_file(), name
 
 

@@ -65,7 +65,9 @@ def count_tokens(batch: Batch) -> Batch:
     return {"tokens": batch["response_mask"].sum()}
 
 
-def train(layout: dict[str, Any], steps: int, model: dict[str, Any] | None = None, **options: Any) -> list[tuple[float, float]]:
+def train(
+    layout: dict[str, Any], steps: int, model: dict[str, Any] | None = None, **options: Any
+) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step: what must be the same in every layout."""
     engine = small_engine(layout, model, **options)
     history = []
