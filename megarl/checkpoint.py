@@ -4,27 +4,31 @@ Behind Lightning's public `CheckpointIO`. A folder holds one shard file per writ
 read with weights_only), `index.json` (where every tensor lies) and `manifest.json` (sizes and checksums), last of all.
 """
 
+import io
 import json
 import os
+import re
 import shutil
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from megarl.errors import CheckpointError
 from megarl.logging import get_logger
 from megarl.parallel import shards
 from megarl.parallel.grid import Grid
-from megarl.parallel.shards import Part
+from megarl.parallel.shards import Part, together
 
 MANIFEST, INDEX, COMMON = "manifest.json", "index.json", "common.pt"
 FORMAT = 1
+PATIENCE_S = 60.0  # how long a failing run waits for the other ranks' part of a background save
+_NAME = re.compile(r"step-(\d+)")
 log = get_logger(__name__)
 
 
@@ -66,9 +70,9 @@ class ShardedCheckpointIO(CheckpointIO):
         grid = self.grid
         assert grid is not None
         folder = _agree(grid, lambda: _choose(Path(path)))
-        common = torch.load(folder / COMMON, map_location="cpu", weights_only=True)
-        index = json.loads((folder / INDEX).read_text())
-        parts = [Part.from_json(fields) for fields in index["parts"]]
+        contents: list[tuple[dict[str, Any], list[Part]]] = []
+        together(grid, lambda: contents.append(_open(folder)))
+        common, parts = contents[0]
         sharded_common = common.pop("sharded_common")
 
         def fill(template: dict[str, Any]) -> dict[str, Any]:
@@ -81,8 +85,10 @@ class ShardedCheckpointIO(CheckpointIO):
         remove(Path(path))
 
     def teardown(self) -> None:
-        """Lightning is done: a background save that still runs must not be lost."""
-        self.wait()
+        """Lightning is done, after a failure perhaps: a background save that still runs must not be lost."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.salvage()
 
 
 class _Save:
@@ -90,18 +96,21 @@ class _Save:
 
     def __init__(self, folder: Path, checkpoint: dict[str, Any], grid: Grid, *, copy: bool) -> None:
         self.folder, self.grid = folder, grid
-        self.aside = folder.with_name(f".{folder.name}.writing")
-        self.file = f"rank-{grid.rank:05d}.safetensors"
-        self.common = {key: value for key, value in checkpoint.items() if key != "state_dict"}
-        parts, common = shards.collect(checkpoint["state_dict"], grid, self.file)
-        self.common["sharded_common"] = _union(grid.gather(common))
+        self.rank, self.world = grid.rank, grid.layout.world_size
+        self.step = checkpoint.get("global_step")
+        self.aside = _hidden(folder, "writing")
+        self.file = f"rank-{self.rank:05d}.safetensors"
+        common = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+        parts, sharded_common = shards.collect(checkpoint["state_dict"], grid, self.file)
+        common["sharded_common"] = _union(grid.gather(sharded_common))
         if copy:  # training goes on and changes the tensors
             parts = [(part, data.to("cpu", copy=True)) for part, data in parts]
         self.parts = parts
         self.problem: str | None = None
         self.written: dict[str, list[int]] = {}
         self.thread: threading.Thread | None = None
-        _agree(grid, self._make_folder)
+        self.common = b""  # on the first rank
+        _agree(grid, lambda: self._prepare(common))
 
     def start(self) -> None:
         self.thread = threading.Thread(target=self.run, name="checkpoint")
@@ -118,19 +127,65 @@ class _Save:
                 path = self.aside / self.file
                 shards.write(path, self.parts)
                 path.chmod(0o644)  # safetensors leaves files that only their owner can read
+                _sync(path)
                 self.written[self.file] = _size_and_checksum(path)
+            if self.thread is not None:
+                self._report_path(self.rank).write_text(json.dumps(self._report()))
         except Exception as problem:
             self.problem = f"{type(problem).__name__}: {problem}"
 
     def commit(self) -> None:
+        """All ranks call this together."""
         if self.thread is not None:
             self.thread.join()
-        report = (self.problem, self.written, [part.to_json() for part, _ in self.parts])
-        reports = self.grid.gather(report)
+        reports = self.grid.gather(self._report())
         _agree(self.grid, lambda: self._finish(reports))
         self.parts = []
 
-    def _make_folder(self) -> None:
+    def salvage(self) -> None:
+        """Commit without a word to the other ranks, which may have failed: their reports lie in the folder."""
+        if self.thread is not None:
+            self.thread.join()
+        if self.rank != 0:
+            return
+        deadline = time.monotonic() + PATIENCE_S
+        while (reports := self._reports()) is None and self.problem is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if reports is None:
+            log.warning("the checkpoint of step %s was not finished when the run ended: it is given up", self.step)
+            shutil.rmtree(self.aside, ignore_errors=True)
+            return
+        try:
+            self._finish(reports)
+        except CheckpointError as problem:  # the run ends for another reason, which must not be hidden
+            log.error("%s", problem)
+
+    def _report(self) -> list[Any]:
+        return [self.problem, self.written, [part.to_json() for part, _ in self.parts]]
+
+    def _report_path(self, rank: int) -> Path:
+        return self.aside / f"rank-{rank:05d}.report"
+
+    def _reports(self) -> list[Any] | None:
+        """Every rank's report, from the folder; None while one is missing or half written."""
+        try:
+            return [json.loads(self._report_path(rank).read_text()) for rank in range(self.world)]
+        except (OSError, ValueError):
+            return None
+
+    def _prepare(self, common: dict[str, Any]) -> None:
+        """On the first rank: the folder, and the plain values as they are now."""
+        buffer = io.BytesIO()
+        try:
+            torch.save(common, buffer)
+            buffer.seek(0)
+            torch.load(buffer, weights_only=True)  # what cannot be read back must be known now, not at the resume
+        except Exception as problem:
+            raise CheckpointError(
+                f"a module's or callback's state cannot be saved ({_first_line(problem)}): "
+                "keep plain values and tensors in it"
+            ) from None
+        self.common = buffer.getvalue()
         try:
             shutil.rmtree(self.aside, ignore_errors=True)
             self.aside.mkdir(parents=True)
@@ -148,25 +203,37 @@ class _Save:
             parts = [fields for report in reports for fields in report[2]]
             shards.check_complete([Part.from_json(fields) for fields in parts])
             files = {name: found for report in reports for name, found in report[1].items()}
-            torch.save(self.common, self.aside / COMMON)
+            (self.aside / COMMON).write_bytes(self.common)
             (self.aside / INDEX).write_text(json.dumps({"parts": parts}))
             for name in (COMMON, INDEX):
                 files[name] = _size_and_checksum(self.aside / name)
-            manifest = {"format": FORMAT, "step": self.common.get("global_step"), "files": files}
+            manifest = {"format": FORMAT, "step": self.step, "files": files}
             (self.aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            for path in self.aside.iterdir():
-                _sync(path)
+            for rank in range(self.world):
+                self._report_path(rank).unlink(missing_ok=True)
+            for name in (COMMON, INDEX, MANIFEST):
+                _sync(self.aside / name)
             _sync(self.aside)
-            if self.folder.exists():  # the same step again, after a resume from before it
-                remove(self.folder)
-            self.aside.rename(self.folder)
-            _sync(self.folder.parent)
-        except (OSError, RuntimeError) as problem:  # torch reports a full disk as RuntimeError
+            self._put_in_place()
+        except CheckpointError:
+            shutil.rmtree(self.aside, ignore_errors=True)
+            raise
+        except OSError as problem:
             shutil.rmtree(self.aside, ignore_errors=True)
             raise CheckpointError(
                 f"checkpoint {self.folder} could not be written ({problem}); earlier checkpoints are whole. "
                 "Free space or set run.dir to another disk, then start again: the run resumes"
             ) from None
+
+    def _put_in_place(self) -> None:
+        """Rename the finished folder. An older checkpoint of the same step is kept, and found, until then."""
+        replaced = _hidden(self.folder, "replaced")
+        if self.folder.exists():
+            remove(replaced)
+            self.folder.rename(replaced)
+        self.aside.rename(self.folder)
+        _sync(self.folder.parent)
+        remove(replaced)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -175,10 +242,57 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return shards.read_whole([Part.from_json(fields) for fields in index["parts"]], folder)
 
 
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies among a run's checkpoints."""
+    return folder / f"step-{step:07d}"
+
+
 def find(folder: Path) -> list[Path]:
-    """Committed checkpoints in a folder, oldest first; unfinished ones are not seen."""
-    found = [path.parent for path in folder.glob(f"[!.]*/{MANIFEST}")] if folder.is_dir() else []
-    return sorted(found, key=_step)
+    """Committed checkpoints in a folder, oldest first; unfinished ones are not seen.
+
+    One that was being replaced (the same step saved again) counts until its successor is in place.
+    """
+    found = []
+    for manifest in [*folder.glob(f"step-*/{MANIFEST}"), *folder.glob(f".step-*.replaced/{MANIFEST}")]:
+        path = manifest.parent
+        successor = _successor(path)
+        if _NAME.fullmatch(successor.name) and (successor == path or not (successor / MANIFEST).is_file()):
+            found.append(path)
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _NAME.search(folder.name)
+    return int(match.group(1)) if match else -1
+
+
+def tidy(folder: Path, step: int) -> None:
+    """Before training goes on from `step`: delete what a kill left half done, and put out of the way what lies ahead.
+
+    Checkpoints of later steps are torn or of a course that was given up. Among the newest they would be kept in the
+    place of those to come, and be resumed from.
+    """
+    for path in folder.glob(".step-*"):
+        successor = _successor(path)
+        if path.suffix in (".writing", ".removed") or (path.suffix == ".replaced" and (successor / MANIFEST).is_file()):
+            shutil.rmtree(path, ignore_errors=True)
+    ahead = [path for path in find(folder) if step_of(path) > step]
+    if not ahead:
+        return
+    number = 1
+    while (shelf := folder / f"earlier-{number}").exists():
+        number += 1
+    try:
+        shelf.mkdir()
+        for path in ahead:
+            path.rename(shelf / _successor(path).name)
+    except OSError as problem:
+        raise CheckpointError(
+            f"{len(ahead)} checkpoints in {folder} are of later steps than {step} and cannot be moved "
+            f"({problem.strerror}): set run.dir elsewhere"
+        ) from None
+    log.warning("training goes on from step %d: %d checkpoints of later steps moved to %s", step, len(ahead), shelf)
 
 
 def verify(folder: Path) -> str | None:
@@ -187,6 +301,9 @@ def verify(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']} is not known to this version (it reads {FORMAT})"
+        unlisted = [name for name in (COMMON, INDEX) if name not in manifest["files"]]
+        if unlisted:
+            return f"{unlisted[0]} is not in its {MANIFEST}"
         for name, expected in manifest["files"].items():
             path = folder / name
             if not path.is_file():
@@ -195,20 +312,27 @@ def verify(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected[0]}"
             if _size_and_checksum(path) != expected:
                 return f"{name} has a wrong checksum"
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
         return f"{MANIFEST} cannot be read ({problem})"
     return None
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint so that a half-deleted one is never taken for whole: the manifest goes first."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    """Delete a checkpoint so that a half-deleted one is never taken for whole: it loses its name first."""
+    if not folder.exists():
+        return
+    doomed = _hidden(_successor(folder), "removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    try:
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as problem:  # one rank deletes: it must not fail alone
+        log.warning("checkpoint %s could not be deleted: %s", folder, problem)
 
 
 def _choose(path: Path) -> Path:
     """`path` itself if it is a checkpoint (an error if it is torn), else the newest whole one in it."""
-    if (path / MANIFEST).is_file():
+    if any((path / name).is_file() for name in (MANIFEST, INDEX, COMMON)):
         problem = verify(path)
         if problem:
             raise CheckpointError(f"checkpoint {path} is not whole: {problem}; choose another with run.resume=FOLDER")
@@ -238,23 +362,38 @@ def _union(commons: list[dict[str, Any]]) -> dict[str, Any]:
     return union
 
 
-def _step(folder: Path) -> tuple[int, str]:
-    digits = "".join(ch for ch in folder.name if ch.isdigit())
-    return (int(digits) if digits else -1, folder.name)
+def _open(folder: Path) -> tuple[dict[str, Any], list[Part]]:
+    """A checkpoint's plain values and its index. Nothing in them is executed."""
+    try:
+        common = torch.load(folder / COMMON, map_location="cpu", weights_only=True)
+        index = json.loads((folder / INDEX).read_text())
+        if "sharded_common" not in common:
+            raise KeyError("sharded_common")
+        return common, [Part.from_json(fields) for fields in index["parts"]]
+    except Exception as problem:  # unpickling refuses with errors of many kinds
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be read ({_first_line(problem)}): it is not one that megarl wrote; "
+            "choose another with run.resume=FOLDER"
+        ) from None
+
+
+def _hidden(folder: Path, state: str) -> Path:
+    """The folder's name while it is being written, replaced or removed."""
+    return folder.with_name(f".{folder.name}.{state}")
+
+
+def _successor(path: Path) -> Path:
+    """The proper name behind a hidden one; a proper name itself."""
+    return path.with_name(path.stem[1:]) if path.name.startswith(".") else path
 
 
 def _agree(grid: Grid, action: Callable[[], Any]) -> Any:
     """Do something on the first rank and give every rank its result, or its error."""
-    outcome: list[Any] = [None, None]
-    if grid.rank == 0:
-        try:
-            outcome[0] = action()
-        except CheckpointError as problem:
-            outcome[1] = str(problem)
-    dist.broadcast_object_list(outcome, src=0, device=grid.device)
-    if outcome[1] is not None:
-        raise CheckpointError(outcome[1])
-    return outcome[0]
+    return together(grid, action if grid.rank == 0 else lambda: None)[0]
+
+
+def _first_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
 
 
 def _size_and_checksum(path: Path) -> list[int]:

@@ -53,6 +53,8 @@ class Worlds:
         self, size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any
     ) -> list[Any]:
         """`function(*args, **kwargs)` in `size` processes, with torch.distributed set up. Raises what a rank raised."""
+        if any(not process.is_alive() for process, _ in self._workers):
+            self.close()  # a test killed a worker: start afresh
         self._grow_to(size)
         with tempfile.TemporaryDirectory() as folder:
             job = cloudpickle.dumps((function, args, kwargs, size, f"{folder}/store"))

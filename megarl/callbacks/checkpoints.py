@@ -6,11 +6,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from megarl.checkpoint import ShardedCheckpointIO, find, remove
+from megarl.checkpoint import ShardedCheckpointIO, find, remove, step_folder, tidy
 from megarl.config.schema import CheckpointConfig
-from megarl.logging import get_logger
-
-log = get_logger(__name__)
+from megarl.errors import CheckpointError
 
 
 class Checkpoints(Checkpoint):
@@ -23,6 +21,13 @@ class Checkpoints(Checkpoint):
         self.folder, self.config, self.eval_every = folder, config, eval_every
         self.scores: dict[str, float] = {}  # of evaluated checkpoints, by folder name
         self.saved_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What is restored by now decides which checkpoints in the folder belong to this course of the run."""
+        here = self._start_from(trainer.global_step) if trainer.is_global_zero else ({}, None)
+        self.scores, problem = trainer.strategy.broadcast(here)
+        if problem is not None:
+            raise CheckpointError(problem)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._io(trainer).poll()
@@ -63,12 +68,21 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: Trainer, score: float | None) -> None:
         step = trainer.global_step
-        path = self.folder / f"step-{step:07d}"
+        path = step_folder(self.folder, step)
         if score is not None:
             self.scores[path.name] = score
         self.saved_step = step
         trainer.save_checkpoint(path)
         self._prune(trainer)
+
+    def _start_from(self, step: int) -> tuple[dict[str, float], str | None]:
+        """On the first rank: the scores of checkpoints that are there (others would bar new ones), or what is wrong."""
+        try:
+            tidy(self.folder, step)
+        except CheckpointError as problem:
+            return {}, str(problem)
+        there = {path.name for path in find(self.folder)}
+        return {name: score for name, score in self.scores.items() if name in there}, None
 
     def _prune(self, trainer: Trainer) -> None:
         """Delete what is neither among the last nor among the best. What is still being written counts for neither."""

@@ -49,7 +49,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        step = 0 if step is None else step
+        step = int(step or 0)  # Lightning before 2.5 passes the `step` of `StepAxis` on as the float it was logged as
         row = {_STEP: str(step), **{name: _text(value) for name, value in metrics.items()}}
         if self._columns is None:
             self._open()

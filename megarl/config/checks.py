@@ -303,7 +303,17 @@ def _tokenizer(config: Any, world_size: int) -> None:
         raise Refusal(f"tokenizer.kind={tokenizer.kind} needs tokenizer.path: its file or folder")
 
 
-RULES: list[Rule] = [_model, _sequence_parallel, _world, _batch, _data, _tokenizer]
+def _context_parallel(config: Any, world_size: int) -> None:
+    if config.parallel.cp > 1:
+        raise Refusal(
+            f"parallel.cp={config.parallel.cp}: context parallelism needs Transformer Engine's attention, which megarl "
+            "does not drive yet",
+            {"parallel.cp": [1]},
+            "parallel.tp with parallel.sequence_parallel=true for long sequences",
+        )
+
+
+RULES: list[Rule] = [_context_parallel, _model, _sequence_parallel, _world, _batch, _data, _tokenizer]
 """Rules that join several keys, in the order they are applied."""
 
 

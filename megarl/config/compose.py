@@ -17,7 +17,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import megarl
-from megarl.config.checks import check_values
+from megarl.config.checks import check, check_values, world_size
 from megarl.config.messages import EXPLAINED, explain
 from megarl.config.presets import conf_folder, register
 from megarl.config.reference import help_text
@@ -86,13 +86,19 @@ def run(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> NoRet
         else:
             config, _ = compose(entry, argv)
             debug = config.debug
-            code = main(config)
+            code = _checked(config, main)
     except MegarlError as error:
         if debug:
             traceback.print_exc()
         sys.stderr.write(f"{_rank_prefix()}error: {' '.join(str(error).split())}\n")
         code = error.exit_code
     sys.exit(code or 0)
+
+
+def _checked(config: Any, main: Callable[[Any], int | None]) -> int | None:
+    """Call `main` with a configuration whose arithmetic works, so that heavy imports come after cheap errors."""
+    check(config, world_size(config, os.environ))
+    return main(config)
 
 
 class _Job:
@@ -114,7 +120,7 @@ class _Job:
             # Jobs that shared a run folder would resume from, and overwrite, each other's checkpoints.
             number = str(settings.job.num)
             config.run.dir = str(Path(config.run.dir, number)) if config.run.dir else settings.runtime.output_dir
-        code = self.main(config)
+        code = _checked(config, self.main)
         if code:
             raise JobError(code)
 
@@ -182,5 +188,6 @@ def _explained(entry: str, argv: list[str]) -> Iterator[None]:
 
 def _rank_prefix() -> str:
     """Which process speaks, where there are several and it is not the first."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # the last is all that processes of `trainer.devices` have
+    rank = next((os.environ[name] for name in names if os.environ.get(name)), "0")
     return "" if rank == "0" else f"[rank {rank}] "

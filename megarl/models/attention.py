@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tens
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
 from megarl.models.kernels import kernels
 from megarl.models.rotary import Rotation, rotate
@@ -25,6 +26,7 @@ class Context:
 
     rotation: Rotation | None
     mask: Tensor | None
+    cache: CacheView | None = None
 
 
 def attention_mask(segment_ids: Tensor | None, time: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -99,6 +101,11 @@ class SelfAttention(MegatronModule):
         if context.rotation is not None:
             query = rotate(query, context.rotation, self.config.rope.interleaved)
             key = rotate(key, context.rotation, self.config.rope.interleaved)
+        query = query.permute(1, 2, 0, 3)  # [batch, heads, time, head_dim], as for keys and values
+        if context.cache is not None:
+            key, value = context.cache.extend(self.layer_number, key, value)
+        else:
+            key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
         if self.recompute and self.training:
             mixed = checkpoint(self._attend, False, query, key, value, context.mask)
         else:
@@ -125,9 +132,8 @@ class SelfAttention(MegatronModule):
         start = rank % ranks_per_kv * heads
         return mine[..., start : start + heads, :], mine[..., -2:-1, :], mine[..., -1:, :]
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Softmax attention of [time, batch, heads, head_dim] tensors to [time, batch, heads * head_dim]."""
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Softmax attention of [batch, heads, time, head_dim] tensors to [time, batch, heads * head_dim]."""
         dropout = self.config.attention_dropout if self.training else 0.0
         grouped = q.shape[1] != k.shape[1]
         if dropout == 0.0:

@@ -1,5 +1,6 @@
 """A pipeline stage's part of a GPT that ends in hidden states, and the log-probs that are computed from them."""
 
+from collections.abc import Container
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from megatron.core.transformer.transformer_block import (
 from torch import Tensor, nn
 
 from megarl.models.attention import Context, attention_mask
+from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
 from megarl.models.kernels import kernels
 from megarl.models.layer import Layer
@@ -116,8 +118,11 @@ class GPT(LanguageModule):
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
-    def forward(self, batch: Batch) -> Tensor:
-        """batch: tokens, positions and (packed) segment_ids, each [batch, time], to [time, batch, hidden]."""
+    def forward(self, batch: Batch, cache: CacheView | None = None) -> Tensor:
+        """batch: tokens, positions and (packed) segment_ids, each [batch, time], to [time, batch, hidden].
+
+        With a cache, the pass leaves its keys and values there, and a pass over single tokens reads earlier ones.
+        """
         tokens, positions = batch["tokens"], batch["positions"]
         hidden = None
         if self.pre_process:
@@ -129,9 +134,13 @@ class GPT(LanguageModule):
         turn = None
         if self.config.position == "rope":
             turn = rotation(positions, self.config.rope, self.config.rotary_dim, self.config.params_dtype)
-        mask = attention_mask(batch.get("segment_ids"), tokens.shape[1], self.config.sliding_window, tokens.device)
+        window = self.config.sliding_window
+        if cache is not None and cache.length is not None:
+            mask = cache.mask(window)
+        else:
+            mask = attention_mask(batch.get("segment_ids"), tokens.shape[1], window, tokens.device)
         result: Tensor = self.decoder(
-            hidden_states=hidden, attention_mask=None, packed_seq_params=Context(rotation=turn, mask=mask)
+            hidden_states=hidden, attention_mask=None, packed_seq_params=Context(turn, mask, cache)
         )
         return result
 
@@ -161,6 +170,13 @@ class GPT(LanguageModule):
         return TokenLogprobs(
             _scatter(where, stats.logprobs), None if stats.entropy is None else _scatter(where, stats.entropy)
         )
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[rows, hidden] final hidden states to this shard's [rows, valid] logits in float32, for drawing tokens."""
+        weight = self._output_weight()
+        weight = self.output_layer.weight if weight is None else weight
+        valid, bias = slice(0, self.shard.valid), self.output_layer.bias
+        return nn.functional.linear(states, weight[valid], None if bias is None else bias[valid]).float()
 
     def whole_sequence(self, hidden: Tensor) -> Tensor:
         """Hidden states of all positions on every tensor-parallel rank, with the gradient summed over the group."""
@@ -192,8 +208,11 @@ class GPT(LanguageModule):
             named.append((name, parameter))
         return named
 
-    def initialise(self, grid: Grid, seed: int) -> None:
-        """Normal weights of `init_std`, those that feed the residual stream scaled down by depth (GPT-2's rule)."""
+    def initialise(self, grid: Grid, seed: int, loaded: Container[str] = ()) -> None:
+        """Normal weights of `init_std`, those that feed the residual stream scaled down by depth (GPT-2's rule).
+
+        `loaded` are names that are about to be read from files: drawing them would be for nothing.
+        """
         deep = self.config.init_std / (2 * self.config.num_layers) ** 0.5
 
         def std(name: str, parameter: nn.Parameter) -> float | None:
@@ -204,7 +223,7 @@ class GPT(LanguageModule):
             return deep if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else self.config.init_std
 
         initialise(
-            self.global_names(),
+            [named for named in self.global_names() if named[0] not in loaded],
             seed=seed,
             std=std,
             tp_rank=grid.tp_rank,

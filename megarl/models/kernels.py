@@ -8,6 +8,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from megarl.errors import UnavailableError
+from megarl.models.linear import ColumnLinear, RowLinear
 from megarl.models.norm import LayerNorm, RMSNorm
 
 
@@ -27,8 +28,10 @@ class Kernels:
 @cache
 def kernels(kind: str = "auto") -> Kernels:
     """`auto`: Transformer Engine, then Apex, then torch, and always torch without a GPU."""
+    if not torch.cuda.is_available() and kind in ("torch", "auto"):
+        return Kernels(ColumnLinear, RowLinear, LayerNorm, RMSNorm)
     plain = Kernels(ColumnParallelLinear, RowParallelLinear, LayerNorm, RMSNorm)
-    if kind == "torch" or (kind == "auto" and not torch.cuda.is_available()):
+    if kind == "torch":
         return plain
     for name, load in (("te", _transformer_engine), ("apex", _apex)):
         if kind not in (name, "auto"):

@@ -7,11 +7,15 @@ from lightning.pytorch import LightningModule
 
 from megarl.clock import Clock, Work
 from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from megarl.errors import ConfigError
 from megarl.models.config import GPTConfig
+from megarl.models.exchange.formats import open_source
+from megarl.models.exchange.load import load
 from megarl.models.gpt import GPT, trains
 from megarl.parallel.engine import Batch, Engine, OptimSpec
 from megarl.parallel.grid import Grid
 from megarl.parallel.optimizer import Optimizers
+from megarl.tokenizers import Tokenizer
 
 
 class Module(LightningModule):
@@ -54,6 +58,16 @@ class Module(LightningModule):
         self.clock.load_state_dict(checkpoint["clock"])
 
 
+def vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> int:
+    """Entries of the model's vocabulary: at least the tokenizer's."""
+    if model.vocab_size is not None and model.vocab_size < tokenizer.size:
+        raise ConfigError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer, which has {tokenizer.size} entries: "
+            f"use model.vocab_size={tokenizer.size} or more, null for the tokenizer's size, or another tokenizer"
+        )
+    return model.vocab_size or tokenizer.size
+
+
 def build_gpt_engine(
     grid: Grid,
     model: ModelConfig,
@@ -66,7 +80,8 @@ def build_gpt_engine(
     optim: OptimConfig | None = None,
     total_steps: int = 0,
 ) -> Engine:
-    """A GPT in a role, with random weights that are the same in every layout."""
+    """A GPT in a role, with the weights of `model.path`, or random ones that are the same in every layout."""
+    source = open_source(model.path) if model.path else None
     config = GPTConfig.build(
         model,
         grid.layout,
@@ -78,7 +93,9 @@ def build_gpt_engine(
 
     def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
         gpt = GPT(config, grid, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
-        gpt.initialise(grid, seed)
+        gpt.initialise(grid, seed, loaded=source.names if source else ())
+        if source is not None:
+            load(gpt, source, grid)
         return gpt
 
     return Engine(

@@ -19,6 +19,7 @@ from megarl.callbacks.summary import Summary
 from megarl.callbacks.throughput import Throughput
 from megarl.checkpoint import ShardedCheckpointIO, find
 from megarl.config import checks
+from megarl.errors import CheckpointError
 from megarl.logging import get_logger, setup
 from megarl.modules.base import Module
 from megarl.parallel.strategy import MegatronStrategy
@@ -32,8 +33,10 @@ def fit(entry: str, config: Any, build: Callable[[Any], Module]) -> int:
 
     `build(config)` makes the module, before any process group exists; its models are made in `configure_model`.
     """
-    world = checks.world_size(config, os.environ)
-    checks.check(config, world)
+    checks.check(config, checks.world_size(config, os.environ))
+    resume = config.run.resume
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise CheckpointError(f"run.resume={resume} is no folder: give a checkpoint, auto or never")
     run_dir = Path(os.environ.get(RUN_DIR) or resolve_run_dir(entry, config)).absolute()
     os.environ[RUN_DIR] = str(run_dir)
     try:

@@ -11,7 +11,7 @@ from megarl.config.schema import SFTConfig
 from megarl.data import build_eval_loader, build_sft_data, build_train_loader
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
-from megarl.modules.base import Module, build_gpt_engine
+from megarl.modules.base import Module, build_gpt_engine, vocabulary
 from megarl.parallel.engine import Batch, Stats
 from megarl.tokenizers import Tokenizer
 
@@ -22,7 +22,7 @@ class SFT(Module):
     def __init__(self, config: SFTConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.vocab_size = config.model.vocab_size or tokenizer.size
+        self.vocab_size = vocabulary(config.model, tokenizer)
         self.eval_sums = {"nll": 0.0, "tokens": 0.0}
 
     def configure_model(self) -> None:

@@ -11,7 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from megarl.errors import ConfigError, UnavailableError
+from megarl.errors import ConfigError
 from megarl.parallel import cpu
 from megarl.parallel.layout import Layout
 
@@ -47,11 +47,6 @@ class Grid:
             raise ConfigError(
                 f"the layout {layout} needs {layout.world_size} processes but the world has {world}: "
                 f"set trainer.devices x trainer.num_nodes to {layout.world_size}"
-            )
-        if layout.cp > 1 and not _transformer_engine_present():
-            raise UnavailableError(
-                f"parallel.cp={layout.cp} needs Transformer Engine's attention, which is not installed here: "
-                "set parallel.cp=1 or use the Docker image"
             )
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
@@ -143,11 +138,3 @@ class Grid:
     def _last_stage(self) -> int:
         ranks: list[int] = dist.get_process_group_ranks(self.groups.pp)
         return ranks[-1]
-
-
-def _transformer_engine_present() -> bool:
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except Exception:  # the empty meta package raises RuntimeError
-        return False
-    return True

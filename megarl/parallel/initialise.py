@@ -33,7 +33,7 @@ def initialise(
                 parameter.zero_()
             else:
                 parameter.copy_(
-                    _slice(_draw(name, parameter, seed, deviation, tp, full_rows(name)), parameter, tp_rank, tp)
+                    local_slice(_draw(name, parameter, seed, deviation, tp, full_rows(name)), parameter, tp_rank, tp)
                 )
 
 
@@ -50,13 +50,20 @@ def _draw(name: str, parameter: nn.Parameter, seed: int, std: float, tp: int, ro
     return torch.cat([drawn, drawn.new_zeros(shape[0] - rows, *shape[1:])])
 
 
-def _slice(full: Tensor, parameter: nn.Parameter, tp_rank: int, tp: int) -> Tensor:
+def local_slice(full: Tensor, parameter: Tensor, tp_rank: int, tp: int) -> Tensor:
     """This rank's part: with a stride of s, the tensor is s blocks that are each cut tp ways (gate and up of a GLU)."""
     if not is_sharded(parameter) or tp == 1:
         return full
     dim, stride = partition_dim(parameter), int(getattr(parameter, "partition_stride", 1))
     pieces = full.chunk(stride * tp, dim=dim)
     return torch.cat(pieces[tp_rank::tp], dim=dim)
+
+
+def join_slices(parts: list[Tensor], parameter: Tensor) -> Tensor:
+    """The whole tensor from all ranks' parts: the inverse of `local_slice`."""
+    dim, stride = partition_dim(parameter), int(getattr(parameter, "partition_stride", 1))
+    cut = [part.chunk(stride, dim=dim) for part in parts]
+    return torch.cat([pieces[block] for block in range(stride) for pieces in cut], dim=dim)
 
 
 def is_sharded(parameter: Tensor) -> bool:

@@ -4,7 +4,7 @@ A rank's parts go into one safetensors file; an index of plain JSON says where e
 layout can read what it needs. Nothing is pickled and no helper process is started.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.dict_utils import (
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -91,18 +91,42 @@ def read(
     for part in parts:
         index.setdefault(part.key, []).append(part)
     wanted = list(_tensors(sharded))
-    _check_same_tensors(wanted, index)
-    unused = sorted(index.keys() - set().union(*grid.gather({tensor.key for tensor in wanted})))
+    unused = sorted(index.keys() - set().union(*together(grid, lambda: _same_tensors(wanted, index))))
     if unused:
         raise CheckpointError(
             f"the checkpoint has {unused[0]} ({len(unused)} such tensors), which this model does not: "
             "use the model.* settings it was trained with"
         )
     files = _Files(folder)
-    dict_list_map_inplace(lambda tensor: _assemble(tensor, index[tensor.key], files), sharded)
+
+    def assemble() -> None:
+        dict_list_map_inplace(lambda tensor: _assemble(tensor, index[tensor.key], files), sharded)
+
+    together(grid, assemble)
     merged = merge(merge(common, local), sharded)
     filled: dict[str, Any] = apply_factory_merges(merged, factories)
     return filled
+
+
+def together(grid: Grid, action: Callable[[], Any]) -> list[Any]:
+    """Do something on every rank; its (small, picklable) results by rank.
+
+    Where it fails on one rank all ranks raise, so that none waits for one that is gone.
+    """
+    result, problem = None, None
+    try:
+        result = action()
+    except Exception as caught:
+        problem = caught
+    expected = isinstance(problem, CheckpointError)
+    said = None if problem is None else str(problem) if expected else f"{type(problem).__name__}: {problem}"
+    reports = grid.gather((result, said, expected))
+    if problem is not None and not expected:
+        raise problem
+    for rank, (_, theirs, plain) in enumerate(reports):
+        if theirs is not None:
+            raise CheckpointError(theirs if plain else f"rank {rank} failed: {theirs}")
+    return [result for result, _, _ in reports]
 
 
 def read_whole(parts: Sequence[Part], folder: Path) -> dict[str, Tensor]:
@@ -141,7 +165,8 @@ def _part(tensor: ShardedTensor, file: str) -> Part:
     return Part(tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), shape, dtype, file)
 
 
-def _check_same_tensors(wanted: Sequence[ShardedTensor], index: dict[str, list[Part]]) -> None:
+def _same_tensors(wanted: Sequence[ShardedTensor], index: dict[str, list[Part]]) -> set[str]:
+    """The keys of what this rank wants; refuses what the index lacks or has in another shape."""
     for tensor in wanted:
         if tensor.key not in index:
             raise CheckpointError(f"the checkpoint has no {tensor.key}: it is of another model or of another algorithm")
@@ -151,6 +176,7 @@ def _check_same_tensors(wanted: Sequence[ShardedTensor], index: dict[str, list[P
                 f"{tensor.key} has shape {list(shape)} in the checkpoint, {list(tensor.global_shape)} in this model: "
                 "use the model.* settings it was trained with"
             )
+    return {tensor.key for tensor in wanted}
 
 
 def _assemble(wanted: ShardedTensor, parts: Sequence[Part], files: "_Files") -> Tensor:
@@ -187,12 +213,17 @@ class _Files:
         self.open: dict[str, Any] = {}
 
     def slice(self, part: Part, where: tuple[slice, ...]) -> Tensor:
-        if part.file not in self.open:
-            self.open[part.file] = safe_open(self.folder / part.file, framework="pt")
-        if not where:  # a scalar
-            scalar: Tensor = self.open[part.file].get_tensor(part.name)
-            return scalar
-        piece: Tensor = self.open[part.file].get_slice(part.name)[where]
+        try:
+            if part.file not in self.open:
+                self.open[part.file] = safe_open(self.folder / part.file, framework="pt")
+            if not where:  # a scalar
+                scalar: Tensor = self.open[part.file].get_tensor(part.name)
+                return scalar
+            piece: Tensor = self.open[part.file].get_slice(part.name)[where]
+        except (OSError, SafetensorError) as problem:
+            raise CheckpointError(
+                f"{self.folder / part.file} cannot be read ({problem}): all machines of a run must see the same files"
+            ) from None
         return piece
 
 

@@ -4,6 +4,7 @@ Hidden states of chosen positions come in; the output weight is applied in chunk
 again in the backward pass. Everything returned is float32 (or float64) whatever the model's dtype.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # Elements of one chunk of logits: large enough for an efficient product, small beside the activations of a layer.
-CHUNK_ELEMENTS_CPU = 2**22
+CHUNK_ELEMENTS_CPU = 2**23
 CHUNK_ELEMENTS_GPU = 2**26
 
 
@@ -88,16 +89,19 @@ class _VocabStats(torch.autograd.Function):
         if shard.valid == 0:
             local[1] = -torch.inf
         else:
-            for rows in _chunks(n, shard.valid, hidden.device):
-                logits = _logits(hidden[rows], weight, bias, shard, temperature, dtype)
+            for rows, logits in _chunks_of_logits(hidden, weight, bias, shard, temperature, dtype):
                 mine, index = _local_targets(targets[rows], shard)
                 local[0, rows] = logits.gather(1, index[:, None])[:, 0].masked_fill(~mine, 0.0)
+                # In place throughout: on a CPU, fresh memory of this size costs as much as the arithmetic.
+                largest = logits.amax(1)
+                logits.sub_(largest[:, None])
                 if entropy:
-                    lse = torch.logsumexp(logits, dim=1)
-                    local[1, rows] = lse
-                    local[2, rows] = (torch.exp(logits - lse[:, None]) * logits).sum(1)
+                    masses = logits.exp()
+                    total = masses.sum(1)
+                    local[2, rows] = masses.mul_(logits).sum(1).div_(total).add_(largest)
                 else:
-                    local[1, rows] = torch.logsumexp(logits, dim=1)
+                    total = logits.exp_().sum(1)
+                local[1, rows] = total.log_().add_(largest)
         target_logits, lse, mean_logit = _combine(local, shard.group)
         ctx.save_for_backward(hidden, weight, bias, targets, lse, mean_logit)
         ctx.shard, ctx.temperature, ctx.entropy, ctx.dtype = shard, temperature, entropy, dtype
@@ -110,19 +114,22 @@ class _VocabStats(torch.autograd.Function):
         shard: VocabShard = ctx.shard
         grad_hidden = torch.zeros_like(hidden)
         # Summed over chunks in float32 so that the number of chunks does not show in a bf16 gradient.
-        grad_weight = torch.zeros_like(weight, dtype=ctx.dtype) if weight.requires_grad else None
+        grad_weight = buffer = None
+        if weight.requires_grad:
+            buffer = gradient_buffer(weight, ctx.dtype)
+            grad_weight = torch.zeros_like(weight, dtype=ctx.dtype) if buffer is None else buffer
         grad_bias = torch.zeros_like(bias, dtype=ctx.dtype) if bias is not None and bias.requires_grad else None
         valid = slice(0, shard.valid)
-        for rows in _chunks(hidden.shape[0], shard.valid, hidden.device) if shard.valid else ():
-            logits = _logits(hidden[rows], weight, bias, shard, ctx.temperature, ctx.dtype)
+        chunks = _chunks_of_logits(hidden, weight, bias, shard, ctx.temperature, ctx.dtype) if shard.valid else ()
+        for rows, logits in chunks:
             mine, index = _local_targets(targets[rows], shard)
-            probs = torch.exp(logits - lse[rows, None])
             scale = grad_lse[rows, None]
             if ctx.entropy:  # d mean_logit / d logit = p * (1 + logit - mean_logit)
                 scale = scale + grad_mean[rows, None] * (1.0 + logits - mean_logit[rows, None])
-            grad = probs.mul_(scale)
+            grad = logits.sub_(lse[rows, None]).exp_().mul_(scale)
             grad.scatter_add_(1, index[:, None], (grad_target[rows] * mine)[:, None])
-            grad = grad.div_(ctx.temperature)
+            if ctx.temperature != 1.0:
+                grad.div_(ctx.temperature)
             narrow = grad.to(weight.dtype)
             torch.mm(narrow, weight[valid], out=grad_hidden[rows])
             if grad_weight is not None:
@@ -134,7 +141,7 @@ class _VocabStats(torch.autograd.Function):
                 grad_bias[valid] += grad.sum(0)
         return (
             grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_weight is None or buffer is not None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
             None,
@@ -143,19 +150,39 @@ class _VocabStats(torch.autograd.Function):
         )
 
 
+def gradient_buffer(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Where Megatron gathers this parameter's gradient, if a backward pass may add to it itself: gradients of `dtype`
+    on a CPU. Autograd is then given no gradient, which saves making a fresh one and adding it in a second pass. On a
+    GPU, Megatron starts a reduction once autograd has handed over the gradient, so it has to be there.
+    """
+    buffer: Tensor | None = getattr(parameter, "main_grad", None)
+    return buffer if buffer is not None and buffer.dtype == dtype and buffer.device.type == "cpu" else None
+
+
 def _chunks(n: int, columns: int, device: torch.device) -> list[slice]:
+    """`n` rows cut evenly, with at most a budget's worth of logits in each chunk."""
     budget = CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS_GPU
-    size = max(1, budget // columns)
+    count = max(1, -(-n // max(1, budget // columns)))
+    size = max(1, -(-n // count))
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def _logits(
+def _chunks_of_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: VocabShard, temperature: float, dtype: torch.dtype
-) -> Tensor:
-    """[rows, valid] scaled logits of this shard."""
-    valid = slice(0, shard.valid)
-    logits = torch.nn.functional.linear(hidden, weight[valid], None if bias is None else bias[valid])
-    return logits.to(dtype).div_(temperature) if temperature != 1.0 else logits.to(dtype)
+) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of rows with their scaled logits [rows, valid] of this shard. All chunks share the same memory, and whoever
+    takes one may write to it."""
+    chunks = _chunks(hidden.shape[0], shard.valid, hidden.device)
+    columns = weight[: shard.valid].t()
+    shared = hidden.new_empty(chunks[0].stop if chunks else 0, shard.valid)
+    for rows in chunks:
+        logits = shared[: rows.stop - rows.start]
+        if bias is None:
+            torch.mm(hidden[rows], columns, out=logits)
+        else:
+            torch.addmm(bias[: shard.valid], hidden[rows], columns, out=logits)
+        logits = logits.to(dtype)
+        yield rows, logits.div_(temperature) if temperature != 1.0 else logits
 
 
 def _local_targets(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,6 @@ def refusal(world: int, **values: Any) -> str:
         (2, {"parallel__tp": 2, "parallel__sequence_parallel": True}),
         (1, {"parallel__sequence_parallel": True, "data__seq_length": 127}),
         (2, {"parallel__pp": 2, "parallel__vpp": 2}),
-        (2, {"parallel__cp": 2}),
         (1, {"model__head_dim": 48, "model__num_heads": 3}),
         (1, {"model__num_layers_unfrozen": 0}),
     ],

@@ -2,6 +2,8 @@
 
 import csv
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +31,38 @@ SMALL = [
 ]
 
 
+@contextmanager
+def launched() -> Iterator[None]:
+    """The environment that torchrun would give this rank of the current world."""
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    before = dict(os.environ)
+    os.environ.update(
+        {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "LOCAL_WORLD_SIZE": world,
+            "GROUP_RANK": "0",
+            "TORCHELASTIC_RUN_ID": "test",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "1",  # unused: the group exists
+        }
+    )
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def run_sft(run_dir: Path, *overrides: str) -> None:
     """Run in the current world, as under torchrun."""
     from megarl.config.compose import compose
     from megarl.train_sft import train
 
-    rank, world = str(dist.get_rank()), str(dist.get_world_size())
-    launched = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world,
-        "LOCAL_WORLD_SIZE": world,
-        "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": "test",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1",  # unused: the group exists
-    }
-    before = dict(os.environ)
-    os.environ.update(launched)
-    try:
+    with launched():
         config, _ = compose("sft", [*SMALL, f"run.dir={run_dir}", *overrides])
         assert train(config) == 0
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def metrics(run_dir: Path, *names: str) -> list[tuple[float, ...]]:

@@ -99,7 +99,7 @@ def ours(
     grads = {"grad_hidden": hidden.grad, "grad_weight": weight.grad, **({"grad_bias": bias.grad} if with_bias else {})}
     if group is not None:
         dist.all_reduce(grads["grad_hidden"], group=group)
-        for key in grads.keys() - {"grad_hidden"}:
+        for key in sorted(grads.keys() - {"grad_hidden"}):  # the same order on every rank
             parts = [torch.empty_like(grads[key]) for _ in range(tp)]
             dist.all_gather(parts, grads[key], group=group)
             grads[key] = torch.cat(parts)

@@ -1,0 +1,307 @@
+"""From our models to a Hugging Face folder: one tensor at a time, written aside and renamed when it is whole."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarl.config.schema import ModelConfig
+from megarl.errors import CheckpointError
+from megarl.logging import get_logger
+from megarl.models.exchange.families import family_for
+from megarl.models.exchange.family import Json, Mapped
+from megarl.models.exchange.parameters import TRUNK
+from megarl.models.exchange.source import CONFIG, HEADS, TOKEN_IDS, HuggingFaceSource, Source
+from megarl.models.exchange.stored import Stored, write_safetensors
+from megarl.parallel.engine import Engine
+from megarl.parallel.grid import Grid
+from megarl.parallel.initialise import is_sharded, join_slices, partition_dim
+from megarl.parallel.shards import together
+from megarl.tokenizers import Tokenizer, build_tokenizer
+
+SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "megarl_tokenizer.json"),
+)
+Fetch = Callable[[str], Tensor | None]
+log = get_logger(__name__)
+
+
+class PlannedFile(NamedTuple):
+    """A file, the pipeline stage that writes it, and our parameters that go into it."""
+
+    name: str
+    stage: int
+    parameters: list[str]
+
+
+def export(
+    engine: Engine,
+    folder: Path,
+    *,
+    model: ModelConfig,
+    vocab_size: int,
+    family: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write an engine's model; all ranks call this together, and raise together where one of them cannot.
+
+    Each pipeline stage writes its own files through its first rank. Parameters beyond the language model go into a
+    file of their own, from which `model.path` reads them back.
+    """
+    grid = engine.grid
+    kind = family_for(model, family)
+    mapping = kind.mapping(model, vocab_size)
+    local = dict(engine.parameters())
+    here = {name: _whole_shape(parameter, grid.layout.tp) for name, parameter in local.items()}
+    dtypes = {name: parameter.dtype for name, parameter in local.items()}
+    found = grid.gather((grid.pp_rank, here, dtypes))
+    stages: dict[str, int] = {}
+    heads: dict[str, Stored] = {}
+    for stage, shapes, kinds in sorted(found, key=lambda item: item[0]):
+        for name, shape in shapes.items():
+            stages.setdefault(name, stage)
+            if not name.startswith(TRUNK):
+                heads[name] = Stored(shape, kinds[name])
+    dtype = engine.config.params_dtype
+    plan = plan_files(mapping, heads, stages, dtype, shard_bytes)
+    config = kind.hf_config(model, vocab_size) | _describe(dtype, token_ids(tokenizer) if tokenizer else {})
+    aside = aside_of(folder)
+    together(grid, lambda: prepare(folder, aside) if grid.rank == 0 else None)
+    try:
+        together(grid, lambda: _write_stage(plan, mapping, heads, local, dtype, aside, grid))
+        together(grid, lambda: _finish(folder, aside, plan, mapping, config, tokenizer) if grid.rank == 0 else None)
+    except Exception:
+        if grid.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    log.info("exported to %s as %s: %d tensors in %d files", folder, kind.name, len(mapping), len(plan))
+
+
+def write_folder(
+    source: Source,
+    folder: Path,
+    *,
+    family: str | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write a stored model as a Hugging Face folder, in this process alone; `progress` hears of every tensor."""
+    named = family or (source.family.name if source.family else None)
+    kind = family_for(source.model, named)
+    mapping = kind.mapping(source.model, source.vocab_size)
+    dtype = dtype or source.dtype
+    plan = plan_files(mapping, source.heads, {}, dtype, shard_bytes)
+    config = kind.hf_config(source.model, source.vocab_size) | _describe(dtype, source.token_ids)
+
+    def fetch(name: str) -> Tensor:
+        progress(name)
+        return source.read(name)
+
+    aside = aside_of(folder)
+    prepare(folder, aside)
+    try:
+        for file in plan:
+            _write_file(aside, file, file.parameters, fetch, mapping, source.heads, dtype)
+        keep_tokenizer(source, aside)
+        _finish(folder, aside, plan, mapping, config, None)
+    except OSError as problem:
+        raise CheckpointError(f"{folder} could not be written ({problem.strerror or problem})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def keep_tokenizer(source: Source, aside: Path) -> None:
+    """The source's tokenizer files and generation settings, as they are; else what builds its tokenizer."""
+    if isinstance(source, HuggingFaceSource):
+        for name in (*TOKENIZER_FILES, "generation_config.json"):
+            if (source.path / name).is_file():
+                shutil.copyfile(source.path / name, aside / name)
+    elif source.tokenizer is not None:
+        build_tokenizer(*source.tokenizer).save(aside)
+
+
+def plan_files(
+    mapping: Mapping[str, Mapped],
+    heads: Mapping[str, Stored],
+    stages: Mapping[str, int],
+    dtype: torch.dtype,
+    shard_bytes: int,
+) -> list[PlannedFile]:
+    """Cut every stage's parameters, in order, into files of at most `shard_bytes` (or one tensor)."""
+    groups: list[tuple[int, list[str]]] = []
+    size = 0
+    for name, mapped in sorted(mapping.items(), key=lambda item: stages.get(item[0], 0)):
+        stage, own = stages.get(name, 0), Stored(mapped.shape, dtype).bytes
+        if not groups or groups[-1][0] != stage or size + own > shard_bytes:
+            groups.append((stage, []))
+            size = 0
+        groups[-1][1].append(name)
+        size += own
+    count = len(groups)
+    names = (
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    )
+    plan = [PlannedFile(name, stage, group) for name, (stage, group) in zip(names, groups, strict=True)]
+    if heads:
+        by_stage = {stages.get(name, 0) for name in heads}
+        assert len(by_stage) == 1, "heads sit on the last stage"
+        plan.append(PlannedFile(HEADS, by_stage.pop(), list(heads)))
+    return plan
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    return dict(zip(TOKEN_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True))
+
+
+def aside_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.writing")
+
+
+def prepare(folder: Path, aside: Path) -> None:
+    """An empty folder to write in; refused where the target is there already."""
+    refuse_existing(folder)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    except OSError as problem:
+        raise CheckpointError(f"cannot write in {folder.parent} ({problem.strerror}): name another folder") from None
+
+
+def refuse_existing(folder: Path) -> None:
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists and is not overwritten: remove it, or name another folder")
+
+
+def _write_stage(
+    plan: Sequence[PlannedFile],
+    mapping: Mapping[str, Mapped],
+    heads: Mapping[str, Stored],
+    local: Mapping[str, Any],
+    dtype: torch.dtype,
+    aside: Path,
+    grid: Grid,
+) -> None:
+    """This stage's files: tensor-parallel ranks of one replica send their parts to the first, which writes."""
+    if grid.groups.dp_cp.rank() != 0:
+        return
+    problem: Exception | None = None
+    for file in plan:
+        if file.stage != grid.pp_rank:
+            continue
+        names = iter(file.parameters)
+        if problem is None and grid.tp_rank == 0:
+            try:
+                _write_file(aside, file, names, lambda name: _gathered(local[name], grid), mapping, heads, dtype)
+            except Exception as caught:  # the others go on sending, and must find someone who receives
+                problem = caught
+        for name in names:
+            _gathered(local[name], grid)
+    if isinstance(problem, OSError):
+        raise CheckpointError(f"{aside} could not be written ({problem.strerror or problem})") from None
+    if problem is not None:
+        raise problem
+
+
+def _gathered(parameter: Tensor, grid: Grid) -> Tensor | None:
+    """The whole of a parameter in host memory, on the first tensor-parallel rank."""
+    value = parameter.detach()
+    if not is_sharded(parameter) or grid.layout.tp == 1:
+        return value.cpu() if grid.tp_rank == 0 else None
+    group = grid.groups.tp
+    parts = [torch.empty_like(value) for _ in range(grid.layout.tp)] if grid.tp_rank == 0 else None
+    dist.gather(value.contiguous(), parts, dst=dist.get_process_group_ranks(group)[0], group=group)
+    return None if parts is None else join_slices([part.cpu() for part in parts], parameter)
+
+
+def _write_file(
+    aside: Path,
+    file: PlannedFile,
+    names: Any,
+    fetch: Fetch,
+    mapping: Mapping[str, Mapped],
+    heads: Mapping[str, Stored],
+    dtype: torch.dtype,
+) -> None:
+    described = [item for name in file.parameters for item in _described(name, mapping, heads, dtype).items()]
+    tensors = (piece for name in names for piece in _pieces(name, fetch(name), mapping, dtype))
+    write_safetensors(aside / file.name, described, tensors, {"format": "pt"})
+
+
+def _described(
+    name: str, mapping: Mapping[str, Mapped], heads: Mapping[str, Stored], dtype: torch.dtype
+) -> dict[str, Stored]:
+    if name in heads:
+        return {name: Stored(heads[name].shape, dtype)}
+    return {theirs: Stored(shape, dtype) for theirs, shape in mapping[name].their_shapes().items()}
+
+
+def _pieces(name: str, whole: Tensor | None, mapping: Mapping[str, Mapped], dtype: torch.dtype) -> Iterator[Tensor]:
+    """What the other side stores of one of our tensors."""
+    assert whole is not None
+    if name not in mapping:
+        yield narrowed(name, whole, dtype)
+        return
+    mapped = mapping[name]
+    for piece in mapped.pieces(whole[: mapped.shape[0]]):  # without the padding rows of a vocabulary
+        yield narrowed(name, piece.view, dtype).reshape(piece.shape)
+
+
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype, unless it cannot hold the values."""
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if bool((torch.isfinite(tensor) & ~torch.isfinite(result)).any()):
+        raise CheckpointError(f"{name} has values up to {tensor.abs().max():g}, which {dtype} cannot hold: use bf16")
+    return result
+
+
+def _finish(
+    folder: Path,
+    aside: Path,
+    plan: Sequence[PlannedFile],
+    mapping: Mapping[str, Mapped],
+    config: Json,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Index, configuration and tokenizer; then the rename that makes it a model."""
+    weights = [file for file in plan if file.name != HEADS]
+    if len(weights) > 1:
+        where = {theirs: file.name for file in weights for name in file.parameters for theirs in mapping[name].theirs}
+        total = sum((aside / file.name).stat().st_size for file in weights)
+        _write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    _write_json(aside / CONFIG, config)
+    if not (aside / "generation_config.json").is_file():
+        ids = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
+        _write_json(aside / "generation_config.json", {**ids, "_from_model_config": True})
+    if tokenizer is not None:
+        tokenizer.save(aside)
+    refuse_existing(folder)
+    aside.rename(folder)
+
+
+def _describe(dtype: torch.dtype, ids: Mapping[str, Any]) -> Json:
+    return {"dtype": str(dtype).removeprefix("torch."), **ids}
+
+
+def _write_json(path: Path, values: Json) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole_shape(parameter: Tensor, tp: int) -> tuple[int, ...]:
+    shape = list(parameter.shape)
+    if is_sharded(parameter):
+        shape[partition_dim(parameter)] *= tp
+    return tuple(shape)

@@ -1,0 +1,24 @@
+"""Mistral: a Llama that may look back no further than a sliding window."""
+
+from megarl.config.schema import ModelConfig
+from megarl.models.exchange.families.llama import ENTRIES, IGNORED, PREFIX, read_shape, write_shape
+from megarl.models.exchange.family import Family, Json
+
+
+def read(config: Json) -> ModelConfig:
+    return ModelConfig(**read_shape(config), sliding_window=config.get("sliding_window", 4096))
+
+
+def write(model: ModelConfig) -> Json:
+    return {**write_shape(model), "sliding_window": model.sliding_window}
+
+
+FAMILY = Family(
+    name="mistral",
+    architectures=("MistralForCausalLM", "MistralModel"),
+    prefix=PREFIX,
+    read=read,
+    write=write,
+    entries=ENTRIES,
+    ignored=IGNORED,
+)

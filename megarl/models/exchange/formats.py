@@ -1,0 +1,80 @@
+"""The formats that a model may come in, told apart by what lies at a path. A new one is a line in `FORMATS`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megarl.checkpoint import MANIFEST, find
+from megarl.errors import CheckpointError, UnavailableError
+from megarl.logging import get_logger
+from megarl.models.exchange.source import CONFIG, CheckpointSource, HuggingFaceSource, Source
+
+log = get_logger(__name__)
+_WEIGHTS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How to recognise one and open it."""
+
+    name: str
+    matches: Callable[[Path], bool]
+    open: Callable[[Path], Source]
+
+
+def _newest(path: Path) -> Path:
+    """A checkpoint, or the newest in its folder, or in the run's folder above that."""
+    if (path / MANIFEST).is_file():
+        return path
+    found = find(path) or find(path / "checkpoints")
+    return found[-1]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / MANIFEST).is_file() or bool(find(path) or find(path / "checkpoints"))
+
+
+FORMATS: dict[str, Format] = {
+    known.name: known
+    for known in (
+        Format("megarl", _is_checkpoint, lambda path: CheckpointSource(_newest(path))),
+        Format("huggingface", lambda path: (path / CONFIG).is_file(), HuggingFaceSource),
+    )
+}
+
+
+def open_source(path: str | Path) -> Source:
+    """The model stored at a path: a Hugging Face folder or hub name, a megarl checkpoint or run folder."""
+    folder = resolve(str(path))
+    for known in FORMATS.values():
+        if known.matches(folder):
+            return known.open(folder)
+    raise CheckpointError(
+        f"{folder} holds no model: neither a Hugging Face folder (with config.json) nor a megarl checkpoint"
+    )
+
+
+def resolve(path: str) -> Path:
+    """A folder as it is, and a hub name as the folder that its snapshot is in."""
+    local = Path(path).expanduser()
+    if local.exists():
+        return local.absolute()
+    parts = path.split("/")
+    if local.is_absolute() or path.startswith((".", "~")) or len(parts) > 2 or not all(parts):
+        raise CheckpointError(f"{path} does not exist: give a folder, or a hub name such as org/model")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UnavailableError(f"{path} is no folder here, and a hub name needs: pip install huggingface_hub") from None
+    try:
+        folder = Path(snapshot_download(path, allow_patterns=_WEIGHTS))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(path, allow_patterns=[*_WEIGHTS, "*.bin"]))
+    except Exception as problem:  # the hub's client and the network raise many kinds
+        first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        raise CheckpointError(
+            f"{path} is neither a folder here nor a model that the hub gives out ({first[:160]}): check the name, or "
+            "download it where there is a network and give its folder"
+        ) from None
+    log.info("model %s is at %s", path, folder)
+    return folder

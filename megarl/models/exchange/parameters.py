@@ -1,0 +1,56 @@
+"""The parameters of a whole GPT by their global names, from its shape alone: nothing is built, no process group needed.
+
+Conversion and the checks of what a file holds go by this; a test compares it with a model that was built.
+"""
+
+from megarl.config.schema import ModelConfig
+
+Shapes = dict[str, tuple[int, ...]]
+EMBEDDING = "embedding.word_embeddings.weight"
+POSITIONS = "embedding.position_embeddings.weight"
+OUTPUT = "output_layer.weight"
+OUTPUT_BIAS = "output_layer.bias"
+TRUNK = ("embedding.", "decoder.", "output_layer.")  # all that is not a head of ours
+
+
+def parameters(model: ModelConfig, vocab_size: int) -> Shapes:
+    """Name to shape of the whole tensor, vocabulary without padding, from the bottom to the top."""
+    hidden = model.hidden_size
+    shapes: Shapes = {EMBEDDING: (vocab_size, hidden)}
+    if model.position == "learned":
+        shapes[POSITIONS] = (model.max_positions + model.position_offset, hidden)
+    for layer in range(model.num_layers):
+        shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in _layer(model).items()}
+    shapes |= _norm(model, "decoder.final_layernorm", hidden)
+    if not model.tie_embeddings:
+        shapes[OUTPUT] = (vocab_size, hidden)
+    if model.lm_head_bias:
+        shapes[OUTPUT_BIAS] = (vocab_size,)
+    return shapes
+
+
+def _layer(model: ModelConfig) -> Shapes:
+    hidden = model.hidden_size
+    head_dim = model.head_dim or hidden // model.num_heads
+    ffn = model.ffn_size or 4 * hidden
+    qkv = head_dim * (model.num_heads + 2 * (model.num_kv_heads or model.num_heads))
+    shapes = _norm(model, "input_layernorm", hidden)
+    shapes |= _linear("self_attention.linear_qkv", (qkv, hidden), model.qkv_bias)
+    shapes |= _linear("self_attention.linear_proj", (hidden, head_dim * model.num_heads), model.out_bias)
+    if model.qk_norm:
+        shapes |= _norm(model, "self_attention.q_layernorm", head_dim)
+        shapes |= _norm(model, "self_attention.k_layernorm", head_dim)
+    if model.parallel_residual != "one_norm":
+        shapes |= _norm(model, "pre_mlp_layernorm", hidden)
+    wide = 2 * ffn if model.activation == "swiglu" else ffn
+    shapes |= _linear("mlp.linear_fc1", (wide, hidden), model.mlp_bias)
+    return shapes | _linear("mlp.linear_fc2", (hidden, ffn), model.mlp_bias)
+
+
+def _linear(name: str, shape: tuple[int, int], bias: bool) -> Shapes:
+    return {f"{name}.weight": shape, **({f"{name}.bias": shape[:1]} if bias else {})}
+
+
+def _norm(model: ModelConfig, name: str, width: int) -> Shapes:
+    kinds = ("weight", "bias") if model.norm == "layernorm" else ("weight",)
+    return {f"{name}.{kind}": (width,) for kind in kinds}

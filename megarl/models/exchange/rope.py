@@ -1,0 +1,60 @@
+"""Rotary positions in config.json: `rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` before it."""
+
+import math
+from typing import Any
+
+from megarl.config.schema import ModelConfig
+from megarl.errors import CheckpointError
+from megarl.models.exchange.family import Json
+
+KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+
+
+def read_rope(config: Json, *, theta: float = 10000.0, theta_key: str = "rope_theta") -> Json:
+    """Our `rope_*` keys; `theta` and `theta_key` are the family's default base and the older name of it."""
+    rope: Json = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise CheckpointError("config.json has rotary positions that differ between layers, which megarl lacks")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in KINDS:
+        raise CheckpointError(f"config.json has rope_type={kind!r}, which megarl lacks: it has {', '.join(KINDS)}")
+    base: Any = rope.get("rope_theta", config.get(theta_key, config.get("rope_theta", theta)))
+    fields: Json = {"rope_base": float(base), "rope_scaling": KINDS[kind]}
+    if kind == "default":
+        return fields
+    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    fields["rope_original_positions"] = int(original or config["max_position_embeddings"])
+    factor = rope.get("factor") or config["max_position_embeddings"] / fields["rope_original_positions"]
+    fields["rope_factor"] = float(factor)
+    if kind == "llama3":
+        fields["rope_low_freq_factor"] = float(rope["low_freq_factor"])
+        fields["rope_high_freq_factor"] = float(rope["high_freq_factor"])
+    if kind == "yarn":
+        _check_yarn(rope, fields["rope_factor"])
+    return fields
+
+
+def write_rope(model: ModelConfig) -> Json:
+    """`rope_parameters` as transformers 5 reads it."""
+    kinds = {ours: theirs for theirs, ours in KINDS.items()}
+    rope: Json = {"rope_type": kinds[model.rope_scaling], "rope_theta": model.rope_base}
+    if model.rope_scaling != "none":
+        rope["factor"] = model.rope_factor
+    if model.rope_scaling in ("llama3", "yarn"):
+        rope["original_max_position_embeddings"] = model.rope_original_positions
+    if model.rope_scaling == "llama3":
+        rope["low_freq_factor"] = model.rope_low_freq_factor
+        rope["high_freq_factor"] = model.rope_high_freq_factor
+    return rope
+
+
+def _check_yarn(rope: Json, factor: float) -> None:
+    """Our YaRN has the paper's constants; others would give other numbers."""
+    usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    constants: dict[str, Any] = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": usual}
+    for key, value in constants.items():
+        found = rope.get(key)
+        if found is not None and not math.isclose(found, value, rel_tol=1e-6):
+            raise CheckpointError(f"config.json has YaRN with {key}={found}, which megarl cannot compute: only {value}")
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        raise CheckpointError("config.json has YaRN with mscale and mscale_all_dim, which megarl cannot compute")

@@ -1,0 +1,219 @@
+"""Whole models as they are stored, whatever stored them: their shape, and their tensors in our layout one at a time."""
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from megarl.checkpoint import COMMON, INDEX, verify
+from megarl.config.schema import ModelConfig
+from megarl.errors import CheckpointError
+from megarl.models.exchange.families import FAMILIES, family_of
+from megarl.models.exchange.family import Family, Json
+from megarl.models.exchange.parameters import TRUNK, parameters
+from megarl.models.exchange.stored import Folder, SafetensorsFile, Stored
+from megarl.models.exchange.views import same
+from megarl.parallel import shards
+from megarl.parallel.shards import Part
+
+CONFIG = "config.json"
+HEADS = "megarl_heads.safetensors"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class Source(ABC):
+    """A stored model. Everything that can be found wrong without reading its weights is found when it is opened.
+
+    Attributes:
+        model: the shape, with `path` unset.
+        family: of Hugging Face, where it is known.
+        dtype: of the weights.
+        tokenizer: kind and path of its tokenizer, or None.
+        token_ids: the ids that config.json names.
+        left_out: stored tensors that are not read, with the reason.
+        heads: names of tensors beyond the language model.
+        stored: tensors and bytes that are stored, heads included.
+    """
+
+    kind: ClassVar[str]
+    path: Path
+    model: ModelConfig
+    vocab_size: int
+    family: Family | None
+    dtype: torch.dtype
+    tokenizer: tuple[str, str | None] | None
+    token_ids: dict[str, Any]
+    left_out: dict[str, str]
+    heads: dict[str, Stored]
+    stored: tuple[int, int]
+
+    @property
+    def names(self) -> set[str]:
+        """Our names of all that it holds."""
+        return set(parameters(self.model, self.vocab_size)) | set(self.heads)
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """A whole tensor by our name, in the dtype it is stored in; vocabularies without padding rows."""
+
+
+class HuggingFaceSource(Source):
+    """A folder as `save_pretrained` writes it."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        config = read_config(path)
+        if "quantization_config" in config:
+            raise CheckpointError(f"{path / CONFIG} is of a quantised model: give the model in bf16, fp16 or fp32")
+        self.family = family_of(config)
+        self.model = self.family.model_config(config)
+        assert self.model.vocab_size is not None
+        self.vocab_size = self.model.vocab_size
+        self.token_ids = {key: config[key] for key in TOKEN_IDS if key in config}
+        self.tokenizer = tokenizer_of(path)
+        self.mapping = self.family.mapping(self.model, self.vocab_size)
+        self._folder = Folder(path)
+        self._where, self.left_out = self._check_tensors()
+        self._heads = SafetensorsFile(path / HEADS) if (path / HEADS).is_file() else None
+        self.heads = self._heads.tensors if self._heads else {}
+        all_stored = [*self._folder.tensors.values(), *self.heads.values()]
+        self.stored = (len(all_stored), sum(item.bytes for item in all_stored))
+
+    def read(self, name: str) -> Tensor:
+        if self._heads is not None and name in self.heads:
+            return self._heads.read(name)
+        mapped = self.mapping[name]
+        theirs = [self._where[stored] for stored in mapped.theirs]
+        if mapped.views is same:
+            return self._folder.read(theirs[0])
+        first = self._folder.tensors[theirs[0]].dtype
+        assert isinstance(first, torch.dtype)
+        whole = torch.empty(mapped.shape, dtype=first)
+        for stored, piece in zip(theirs, mapped.pieces(whole), strict=True):
+            piece.view.copy_(self._folder.read(stored).reshape(piece.view.shape))
+        return whole
+
+    def _check_tensors(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Their names as stored, and what is left out. Refuses what is missing, unknown, misshapen or no weight."""
+        assert self.family is not None
+        wanted = {name: shape for mapped in self.mapping.values() for name, shape in mapped.their_shapes().items()}
+        where: dict[str, str] = {}
+        left_out: dict[str, str] = {}
+        for stored in self._folder.tensors:
+            name = self.family.canonical(stored, wanted)
+            if name in wanted:
+                where[name] = stored
+            elif reason := self._reason_to_leave_out(name):
+                left_out[stored] = reason
+            else:
+                raise CheckpointError(
+                    f"{self.path} has a tensor {stored} that a {self.family.name} of this config.json does not: "
+                    "the two do not belong together"
+                )
+        missing = [name for name in wanted if name not in where]
+        if missing:
+            raise CheckpointError(
+                f"{self.path} lacks {missing[0]} ({len(missing)} tensors in all), which a {self.family.name} of this "
+                "config.json has: fetch it again"
+            )
+        dtypes = []
+        for name, stored in where.items():
+            shape, dtype = self._folder.tensors[stored]
+            if shape != wanted[name]:
+                raise CheckpointError(
+                    f"{self.path}: {stored} has shape {list(shape)} and config.json asks for {list(wanted[name])}"
+                )
+            if not isinstance(dtype, torch.dtype):
+                raise CheckpointError(f"{self.path}: {stored} has dtype {dtype}, which no model here can hold")
+            dtypes.append(dtype)
+        self.dtype = widest(dtypes)
+        return where, left_out
+
+    def _reason_to_leave_out(self, name: str) -> str | None:
+        assert self.family is not None
+        if self.model.tie_embeddings and self.family.renamed.get(name, name) in ("lm_head.weight", "embed_out.weight"):
+            return "tied to the embedding, which is read"
+        return self.family.reason_to_ignore(name)
+
+
+class CheckpointSource(Source):
+    """The weights of one engine in a megarl checkpoint."""
+
+    kind = "megarl"
+
+    def __init__(self, path: Path, engine: str = "policy") -> None:
+        problem = verify(path)
+        if problem:
+            raise CheckpointError(f"checkpoint {path} is not whole: {problem}")
+        self.path, self.engine = path, engine
+        common = torch.load(path / COMMON, map_location="cpu", weights_only=True)
+        card = common.get("model")
+        if not card:
+            raise CheckpointError(f"checkpoint {path} does not say what model it is of: it is from an older version")
+        self.model = ModelConfig(**{**card["config"], "path": None})
+        self.vocab_size = int(card["vocab_size"])
+        self.family = FAMILIES.get(card.get("family") or "")
+        self.tokenizer = (card["tokenizer"]["kind"], card["tokenizer"]["path"]) if card.get("tokenizer") else None
+        self.token_ids = dict(card.get("token_ids") or {})
+        self._read_index()
+
+    def _read_index(self) -> None:
+        self._shapes = parameters(self.model, self.vocab_size)
+        self._parts: dict[str, list[Part]] = {}
+        others = 0
+        for fields in json.loads((self.path / INDEX).read_text())["parts"]:
+            part = Part.from_json(fields)
+            name = part.key.removeprefix(f"{self.engine}.")
+            if name == part.key or name.startswith(("optimizer.", "optimizer_")):
+                others += 1
+            else:
+                self._parts.setdefault(name, []).append(part)
+        missing = [name for name in self._shapes if name not in self._parts]
+        if missing:
+            raise CheckpointError(f"checkpoint {self.path} lacks {self.engine}.{missing[0]}")
+        described = {
+            name: Stored(parts[0].tensor_shape, getattr(torch, parts[0].dtype)) for name, parts in self._parts.items()
+        }
+        self.heads = {name: stored for name, stored in described.items() if not name.startswith(TRUNK)}
+        self.left_out = {"optimizer state": f"{others} parts; only weights are read"} if others else {}
+        self.dtype = widest([stored.dtype for stored in described.values()])
+        self.stored = (len(described), sum(stored.bytes for stored in described.values()))
+
+    def read(self, name: str) -> Tensor:
+        parts = self._parts[name]
+        whole = shards.read_whole(parts, self.path)[parts[0].key]
+        return whole[: self._shapes[name][0]] if name in self._shapes else whole  # a vocabulary has padding rows
+
+
+def read_config(path: Path) -> Json:
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"{path / CONFIG} cannot be read ({problem})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path / CONFIG} holds no settings")
+    return config
+
+
+def tokenizer_of(folder: Path) -> tuple[str, str | None] | None:
+    """Kind and path of the tokenizer whose files lie in a folder."""
+    marker = folder / "megarl_tokenizer.json"
+    if marker.is_file():
+        kind = json.loads(marker.read_text(encoding="utf-8"))["kind"]
+        return kind, None if kind == "bytes" else str(folder)
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        return "huggingface", str(folder)
+    return ("sentencepiece", str(folder)) if (folder / "tokenizer.model").is_file() else None
+
+
+def widest(dtypes: list[Any]) -> torch.dtype:
+    """The dtype that holds all of them without rounding."""
+    result: torch.dtype = dtypes[0]
+    for dtype in dtypes[1:]:
+        result = torch.promote_types(result, dtype)
+    return result

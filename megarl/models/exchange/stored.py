@@ -1,0 +1,188 @@
+"""Tensors in files, one at a time: safetensors read and written without mapping a file, and torch's pickles.
+
+Nothing here knows of models. Files are checked when they are opened, before a tensor is read.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megarl.errors import CheckpointError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_HEADER_LIMIT = 100_000_000  # what the safetensors library allows
+
+
+class Stored(NamedTuple):
+    """A tensor's description. `dtype` is the file's own word where it is none that a weight may have."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * (self.dtype.itemsize if isinstance(self.dtype, torch.dtype) else 1)
+
+
+class TensorFile(Protocol):
+    """A file of named tensors."""
+
+    tensors: dict[str, Stored]
+
+    def read(self, name: str) -> Tensor: ...
+
+
+class SafetensorsFile:
+    """Reads by plain file reads: a mapped file would count, page by page, as memory of every process that reads it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, Stored] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                head = file.read(8)
+                length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+                if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+                    raise CheckpointError(f"{path} is no whole safetensors file ({size} bytes): fetch it again")
+                header = json.loads(file.read(length))
+            for name, fields in header.items():
+                if name == "__metadata__":
+                    continue
+                start, stop = (8 + length + offset for offset in fields["data_offsets"])
+                if stop > size:
+                    raise CheckpointError(
+                        f"{path} is cut short: {name} ends at byte {stop} and the file at {size}; fetch it again"
+                    )
+                stored = Stored(tuple(fields["shape"]), DTYPES.get(fields["dtype"], fields["dtype"]))
+                if isinstance(stored.dtype, torch.dtype) and stored.bytes != stop - start:
+                    raise CheckpointError(f"{path}: {name} has {stop - start} bytes instead of {stored.bytes}")
+                self.tensors[name], self._spans[name] = stored, (start, stop)
+        except OSError as problem:
+            raise CheckpointError(f"{path} cannot be read: {problem.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+            raise CheckpointError(f"{path} has no valid safetensors header ({problem}): fetch it again") from None
+
+    def read(self, name: str) -> Tensor:
+        stored, (start, stop) = self.tensors[name], self._spans[name]
+        assert isinstance(stored.dtype, torch.dtype)
+        buffer = torch.empty(stop - start, dtype=torch.uint8)
+        with self.path.open("rb") as file:
+            file.seek(start)
+            if file.readinto(buffer.numpy().data) != stop - start:
+                raise CheckpointError(f"{self.path} is cut short within {name}: fetch it again")
+        return buffer.view(stored.dtype).reshape(stored.shape)
+
+
+class PickledFile:
+    """What `torch.save` wrote, read with weights_only: tensors and plain values, never code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._values = _unpickled(path)
+        self.tensors = {
+            name: Stored(tuple(value.shape), value.dtype if value.dtype in _CODES else str(value.dtype))
+            for name, value in self._values.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        return self._values[name]
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    found: Any = None
+    problems = []
+    for mmap in (True, False):  # files of old torch versions cannot be mapped
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            break
+        except Exception as problem:  # a broken or hostile pickle may raise anything
+            problems.append(str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__)
+    else:
+        raise CheckpointError(
+            f"{path} holds more than weights, or is broken ({problems[-1][:160]}): convert it to safetensors where it "
+            "comes from"
+        )
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise CheckpointError(f"{path} is no dictionary of tensors: give the weights alone")
+    return found
+
+
+def write_safetensors(
+    path: Path, described: Sequence[tuple[str, Stored]], tensors: Iterable[Tensor], metadata: dict[str, str]
+) -> None:
+    """Write tensors in the order described, one at a time: memory is that of one tensor."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, stored in described:
+        assert isinstance(stored.dtype, torch.dtype)
+        header[name] = {
+            "dtype": _CODES[stored.dtype],
+            "shape": list(stored.shape),
+            "data_offsets": [offset, offset + stored.bytes],
+        }
+        offset += stored.bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)))
+        file.write(encoded)
+        for (name, stored), tensor in zip(described, tensors, strict=True):
+            assert tuple(tensor.shape) == stored.shape, (name, tensor.shape, stored.shape)
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+class Folder:
+    """The weights of a Hugging Face folder: one file, or several with an index; safetensors before pickles."""
+
+    LAYOUTS = (
+        ("model.safetensors.index.json", True, SafetensorsFile),
+        ("model.safetensors", False, SafetensorsFile),
+        ("pytorch_model.bin.index.json", True, PickledFile),
+        ("pytorch_model.bin", False, PickledFile),
+    )
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        for name, indexed, kind in self.LAYOUTS:
+            if (path / name).is_file():
+                self.files, self.where = _indexed(path, name, kind) if indexed else _single(path / name, kind)
+                break
+        else:
+            names = ", ".join(name for name, _, _ in self.LAYOUTS)
+            raise CheckpointError(f"{path} holds no weights: none of {names} is there")
+        self.tensors = {name: self.files[file].tensors[name] for name, file in self.where.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self.files[self.where[name]].read(name)
+
+
+def _single(path: Path, kind: Any) -> tuple[dict[str, TensorFile], dict[str, str]]:
+    file: TensorFile = kind(path)
+    return {path.name: file}, dict.fromkeys(file.tensors, path.name)
+
+
+def _indexed(folder: Path, index: str, kind: Any) -> tuple[dict[str, TensorFile], dict[str, str]]:
+    try:
+        where: dict[str, str] = dict(json.loads((folder / index).read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise CheckpointError(f"{folder / index} cannot be read ({problem}): fetch it again") from None
+    files: dict[str, TensorFile] = {}
+    for name in sorted(set(where.values())):
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / index} names {name!r}, which is not a file beside it")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / index} names {name}, which is missing: fetch it")
+        files[name] = kind(folder / name)
+    for tensor, name in where.items():
+        if tensor not in files[name].tensors:
+            raise CheckpointError(f"{folder / index} says that {tensor} is in {name}, which does not have it")
+    return files, where

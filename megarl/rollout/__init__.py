@@ -1,0 +1,1 @@
+"""Prompts in, responses with log-probs out: generation on the Megatron model itself."""

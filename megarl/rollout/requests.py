@@ -1,0 +1,101 @@
+"""What is asked of generation and what comes back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from megarl.errors import ConfigError
+
+FINISH_REASONS = ("eos", "stop", "length")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The defaults draw from the model's own distribution.
+
+    Order: forbidden and allowed tokens, repetition penalty, temperature, then top-k, top-p and min-p (each judged on
+    what the ones before it left), then the draw. Temperature 0 takes the likeliest token.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 128
+    stop: tuple[tuple[int, ...], ...] = ()  # token sequences that end a response and stay in it
+    forbidden: tuple[int, ...] = ()
+    allowed: tuple[int, ...] | None = None  # None: every token
+
+    def __post_init__(self) -> None:
+        for key, value, good, wants in (
+            ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1, or null for no limit"),
+            ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1, or null"),
+            ("min_p", self.min_p, self.min_p is None or 0 <= self.min_p < 1, "from 0 to below 1, or null"),
+            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("allowed", self.allowed, self.allowed is None or len(self.allowed) > 0, "at least one token, or null"),
+        ):
+            if not good:
+                raise ConfigError(f"rollout.{key}={value} cannot be drawn with: use {wants}")
+        if any(not sequence for sequence in self.stop):
+            raise ConfigError("rollout.stop holds a sequence of no tokens: remove it")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to be drawn. (prompt_id, sample_id) names it, and its randomness, whatever batch it runs in."""
+
+    prompt_id: int
+    sample_id: int
+    prompt: tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ConfigError(f"prompt {self.prompt_id} has no tokens: drop it, or begin it with the tokenizer's bos")
+
+
+@dataclass
+class Rollout:
+    """A finished response. `logprobs` and `response` are as long as each other."""
+
+    prompt_id: int
+    sample_id: int
+    prompt: list[int]
+    response: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    weights_version: int = 0
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.response
+
+
+def repeat(prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[Request]:
+    """`n` requests for each prompt, numbered by position."""
+    if n < 1:
+        raise ConfigError(f"rollout.n={n} asks for no responses: use 1 or more")
+    return [
+        Request(prompt_id, sample_id, tuple(prompt), sampling)
+        for prompt_id, prompt in enumerate(prompts)
+        for sample_id in range(n)
+    ]
+
+
+def fit_prompt(request: Request, max_positions: int, too_long: str) -> Request | None:
+    """A request whose prompt leaves room for its response: as it is, cut on the left, or None (dropped).
+
+    `too_long`: truncate, drop or error.
+    """
+    room = max_positions - request.sampling.max_new_tokens
+    if len(request.prompt) <= room:
+        return request
+    if too_long == "error" or room < 1:
+        raise ConfigError(
+            f"prompt {request.prompt_id} has {len(request.prompt)} tokens and rollout.max_new_tokens="
+            f"{request.sampling.max_new_tokens}, but the model's context is {max_positions}: "
+            "shorten one of them, or set rollout.too_long=truncate or drop"
+        )
+    return None if too_long == "drop" else replace(request, prompt=request.prompt[-room:])

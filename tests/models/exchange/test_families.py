@@ -1,0 +1,123 @@
+"""Every family, in and out: the log-probs of transformers in every layout, and the same bits back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from megarl.config.schema import ModelConfig, ParallelConfig
+from megarl.models.exchange.export import export
+from megarl.models.exchange.families import FAMILIES, family_for
+from megarl.models.exchange.family import shape_of
+from megarl.models.exchange.formats import open_source
+from megarl.models.exchange.parameters import parameters
+from megarl.modules.base import build_gpt_engine
+from megarl.parallel.grid import Grid, start_world
+from megarl.parallel.layout import Layout
+from tests.models.exchange.published import PUBLISHED, VOCAB, fixed_tokens, save_published, stored
+from tests.worlds import Worlds
+
+LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP2xPP2": (2, 2)}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensor]]:
+    """Folder and transformers' logits of every model."""
+    root = tmp_path_factory.mktemp("published")
+    return {name: (root / name, save_published(name, root / name)) for name in PUBLISHED}
+
+
+def import_and_export(folders: dict[str, Path], tp: int, pp: int, out: Path) -> dict[str, Any]:
+    """Log-probs of the fixed tokens by name, and whether names and shapes are those foretold; exports everything."""
+    device = start_world()
+    results: dict[str, Any] = {}
+    for name, folder in folders.items():
+        grid = Grid(Layout(tp=tp, pp=pp), device)
+        source = open_source(folder)
+        model = source.model
+        model.path = str(folder)
+        engine = build_gpt_engine(
+            grid, model, ParallelConfig(), name="policy", vocab_size=VOCAB, precision="fp32", seed=1
+        )
+        tokens = fixed_tokens()
+        batch = {"tokens": tokens, "positions": torch.arange(tokens.shape[1]).expand(tokens.shape)}
+
+        def logprobs(gpt: Any, hidden: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"logprobs": gpt.logprobs(hidden, batch["tokens"], torch.ones(batch["tokens"].shape)).logprobs}
+
+        found = engine.forward([batch], logprobs)[0]["logprobs"]
+        results[name] = (found, {name: tuple(parameter.shape) for name, parameter in engine.parameters()})
+        export(engine, out / name, model=model, vocab_size=VOCAB, family=source.family and source.family.name)
+        grid.close()
+    return results
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_family_computes_what_transformers_does_and_goes_back_bit_for_bit(
+    layout: str, worlds: Worlds, published: dict[str, tuple[Path, Tensor]], tmp_path: Path
+) -> None:
+    tp, pp = LAYOUTS[layout]
+    folders = {name: folder for name, (folder, _) in published.items()}
+    ranks = worlds.run(tp * pp, import_and_export, folders, tp, pp, tmp_path)
+    tokens = fixed_tokens()
+    for name, (folder, logits) in published.items():
+        wanted = torch.log_softmax(logits[:, :-1].float(), -1).gather(2, tokens[:, 1:, None])[..., 0]
+        assert float(wanted.std()) > 0.3, f"{name} is too flat to prove anything"
+        for rank in ranks:
+            assert float((rank[name][0][:, 1:] - wanted).abs().max()) < 1e-4, name
+        before, after = stored(folder), stored(tmp_path / name)
+        assert before.keys() == after.keys(), name
+        assert [key for key in before if not torch.equal(before[key], after[key])] == [], name
+
+
+def test_the_parameters_foretold_are_those_of_the_model_built(
+    worlds: Worlds, published: dict[str, tuple[Path, Tensor]], tmp_path: Path
+) -> None:
+    folders = {name: folder for name, (folder, _) in published.items()}
+    (results,) = worlds.run(1, import_and_export, folders, 1, 1, tmp_path)
+    for name, (folder, _) in published.items():
+        foretold = parameters(open_source(folder).model, VOCAB)
+        padded = {key: (56, *shape[1:]) if shape[0] == VOCAB else shape for key, shape in foretold.items()}
+        assert results[name][1] == padded, name
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_transformers_loads_what_is_exported(
+    name: str, worlds: Worlds, published: dict[str, tuple[Path, Tensor]], tmp_path: Path
+) -> None:
+    folder, logits = published[name]
+    worlds.run(1, import_and_export, {name: folder}, 1, 1, tmp_path)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    tokens = fixed_tokens()
+    with torch.no_grad():
+        again = theirs(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    assert torch.equal(again, logits)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_configuration_goes_out_and_comes_back(name: str) -> None:
+    family = FAMILIES[name]
+    config, arguments = next(value for key, value in PUBLISHED.items() if key.startswith(name))
+    published = getattr(transformers, config)(**arguments).to_dict()
+    model = family.model_config(published)
+    assert shape_of(family.model_config(family.hf_config(model, VOCAB))) == shape_of(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "family"),
+    [
+        ({}, "llama"),
+        ({"sliding_window": 8}, "mistral"),
+        ({"qkv_bias": True}, "qwen2"),
+        ({"qk_norm": True, "head_dim": 24}, "qwen3"),
+        ({"num_kv_heads": 2, "qkv_bias": True, "sliding_window": 4}, "qwen2"),
+    ],
+    ids=str,
+)
+def test_a_model_from_scratch_finds_the_family_that_holds_it(changes: dict[str, Any], family: str) -> None:
+    assert family_for(ModelConfig(**changes)).name == family
