@@ -73,6 +73,10 @@ class ShardedCheckpointIO(CheckpointIO):
         contents: list[tuple[dict[str, Any], list[Part]]] = []
         together(grid, lambda: contents.append(_open(folder)))
         common, parts = contents[0]
+        if common.get("weights_only"):
+            raise CheckpointError(
+                f"checkpoint {folder} holds weights without a run to continue: give it as model.path, not run.resume"
+            )
         sharded_common = common.pop("sharded_common")
 
         def fill(template: dict[str, Any]) -> dict[str, Any]:
@@ -315,6 +319,15 @@ def verify(folder: Path) -> str | None:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
         return f"{MANIFEST} cannot be read ({problem})"
     return None
+
+
+def seal(folder: Path, step: int) -> None:
+    """Write the manifest of a folder whose files are all there, and ask the disk to keep them."""
+    files = {path.name: _size_and_checksum(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
 
 
 def remove(folder: Path) -> None:

@@ -22,6 +22,10 @@ class CheckpointError(MegarlError):
     """A checkpoint that is torn, partial or of another model, or that could not be written."""
 
 
+class RewardError(MegarlError):
+    """A reward function that failed: it raised, timed out, died, or returned something that is no score."""
+
+
 class UnavailableError(MegarlError):
     """The machine or an installed package does not offer what was asked for."""
 

@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 
 from megarl.errors import ConfigError, DataError, UnavailableError
 
-KINDS = ("bytes", "sentencepiece", "huggingface")
+KINDS = ("bytes", "characters", "sentencepiece", "huggingface")
 ROLES = ("system", "user", "assistant")
 MARKER_FILE = "megarl_tokenizer.json"
+ALPHABET_FILE = "alphabet.txt"
 SENTENCEPIECE_FILE = "tokenizer.model"
 
 Message = Mapping[str, Any]
@@ -190,6 +191,40 @@ class ByteTokenizer(Tokenizer):
         return [self._SPECIAL[f"<|{name}|>"]]
 
 
+class CharacterTokenizer(Tokenizer):
+    """One id per character of an alphabet, then padding and EOS: for small formal tasks."""
+
+    kind = "characters"
+
+    def __init__(self, alphabet: str) -> None:
+        if not alphabet or len(set(alphabet)) != len(alphabet):
+            raise ConfigError(f"tokenizer.path={alphabet!r}: give the alphabet, each character once")
+        self.alphabet = alphabet
+        self.ids = {character: index for index, character in enumerate(alphabet)}
+        self.pad_id, self.eos_id = len(alphabet), len(alphabet) + 1
+        self.size = len(alphabet) + 2
+
+    def encode(self, text: str) -> list[int]:
+        unknown = next((character for character in text if character not in self.ids), None)
+        if unknown is not None:
+            raise DataError(f"{text[:40]!r} holds {unknown!r}, which is not in tokenizer.path={self.alphabet}")
+        return [self.ids[character] for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.alphabet[token] for token in ids if 0 <= token < len(self.alphabet))
+
+    def save(self, folder: str | Path) -> None:
+        _write_marker(folder, self)
+        (Path(folder) / ALPHABET_FILE).write_text(self.alphabet, encoding="utf-8")
+
+    def fingerprint(self) -> str:
+        return _digest([self.kind, self.alphabet])
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return {"<|pad|>": self.pad_id, "<|eos|>": self.eos_id}
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model file; texts start with BOS where the model defines one."""
 
@@ -323,6 +358,9 @@ def build_tokenizer(kind: str, path: str | None = None) -> Tokenizer:
         raise ConfigError(f"tokenizer.kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
     if not path:
         raise ConfigError(f"tokenizer.kind={kind} needs tokenizer.path, which is not set")
+    if kind == "characters":
+        saved = Path(path) / ALPHABET_FILE
+        return CharacterTokenizer(saved.read_text(encoding="utf-8") if saved.is_file() else path)
     return SentencePieceTokenizer(path) if kind == "sentencepiece" else HuggingFaceTokenizer(path)
 
 

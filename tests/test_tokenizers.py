@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -258,7 +259,7 @@ def test_fingerprint_tells_templates_and_kinds_apart(tmp_path, sentencepiece_mod
 @pytest.mark.parametrize(
     ("kind", "path", "said"),
     [
-        ("morse", None, "tokenizer.kind='morse'.*bytes, sentencepiece, huggingface"),
+        ("morse", None, "tokenizer.kind='morse'.*bytes, characters, sentencepiece, huggingface"),
         ("sentencepiece", None, "needs tokenizer.path"),
         ("sentencepiece", "/no/such.model", "no such file"),
         ("huggingface", "/no/such/folder", "no such folder"),
@@ -282,3 +283,16 @@ def test_file_of_another_kind_is_refused(tmp_path):
 def test_import_stays_cheap():
     code = "import sys, megarl.tokenizers; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_characters_have_one_id_each(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer("characters", "abc")
+    assert (tokenizer.size, tokenizer.pad_id, tokenizer.eos_id) == (5, 3, 4)
+    assert tokenizer.encode("cab") == [2, 0, 1]
+    assert tokenizer.decode([2, 0, 4, 1, 3]) == "cab"
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).encode("b") == [1]
+    with pytest.raises(DataError, match=r"'d'.*tokenizer\.path=abc"):
+        tokenizer.encode("bad")
+    with pytest.raises(ConfigError, match="each character once"):
+        build_tokenizer("characters", "aba")

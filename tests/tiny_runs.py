@@ -128,14 +128,12 @@ def run_tiny(
     """Train in the current world up to `steps`; the weight, the step reached and the best checkpoint's name."""
     config = CheckpointConfig(**{"every": 1, **checkpoint})
     checkpoints = Checkpoints(run_dir / "checkpoints", config, eval_every)
-    module = TinyModule(evals or {}, each_step)
+    module = TinyModule({} if evals is None else evals, each_step)
     with launched():
         trainer = Trainer(
             accelerator="cpu",
             devices=dist.get_world_size(),
-            strategy=MegatronStrategy(
-                ParallelConfig(), seed=1, checkpoint_io=ShardedCheckpointIO(config.async_save)
-            ),
+            strategy=MegatronStrategy(ParallelConfig(), seed=1, checkpoint_io=ShardedCheckpointIO(config.async_save)),
             callbacks=[checkpoints, *more_callbacks(checkpoints)],
             max_steps=steps,
             max_epochs=-1,

@@ -50,7 +50,7 @@ class Worlds:
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(
-        self, size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any
+        self, size: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0, **kwargs: Any
     ) -> list[Any]:
         """`function(*args, **kwargs)` in `size` processes, with torch.distributed set up. Raises what a rank raised."""
         if any(not process.is_alive() for process, _ in self._workers):

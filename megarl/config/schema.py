@@ -65,7 +65,11 @@ class RunConfig:
 class ModelConfig:
     """Shape of the transformer, or the folder it is loaded from."""
 
-    path: str | None = leaf(None, "pretrained model to load (null: build from the keys below with random weights)")
+    path: str | None = leaf(
+        None,
+        "pretrained model to load: Hugging Face folder or hub name, or megarl checkpoint; it also gives the shape keys "
+        "below, and the tokenizer where that is at its default (null: random weights in the shape below)",
+    )
     num_layers: int = leaf(4, "transformer layers", at_least=1)
     hidden_size: int = leaf(128, "width of the residual stream", at_least=1)
     num_heads: int = leaf(4, "attention heads", at_least=1)
@@ -126,8 +130,10 @@ class ModelConfig:
 class TokenizerConfig:
     """How text becomes token ids."""
 
-    kind: str = leaf("bytes", "kind of tokenizer", ("bytes", "sentencepiece", "huggingface"))
-    path: str | None = leaf(None, "sentencepiece model file, or Hugging Face folder or hub name (bytes: unused)")
+    kind: str = leaf("bytes", "kind of tokenizer", ("bytes", "characters", "sentencepiece", "huggingface"))
+    path: str | None = leaf(
+        None, "characters: the alphabet; sentencepiece: model file; huggingface: folder or hub name (bytes: unused)"
+    )
 
 
 @dataclass
@@ -229,6 +235,13 @@ class CheckpointConfig:
 
 
 @dataclass
+class ExportConfig:
+    """What is left behind for others when training ends."""
+
+    hf: str | None = leaf(None, "new folder for the trained model as Hugging Face's transformers reads it (null: none)")
+
+
+@dataclass
 class LoggerConfig:
     """Where metrics go besides the console."""
 
@@ -255,7 +268,29 @@ class SFTConfig:
     optim: OptimConfig = section(OptimConfig)
     trainer: TrainerConfig = section(TrainerConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
+    export: ExportConfig = section(ExportConfig)
     logger: LoggerConfig = section(LoggerConfig)
+
+
+@dataclass
+class RolloutConfig:
+    """How responses are drawn."""
+
+    max_new_tokens: int = leaf(128, "most tokens of a response", at_least=1)
+    temperature: float = leaf(1.0, "divides the logits; 0 takes the likeliest token", at_least=0)
+    top_k: int | None = leaf(None, "draw among the k likeliest tokens (null: all)", at_least=1)
+    top_p: float | None = leaf(
+        None, "draw among the likeliest tokens that hold this mass (null: all)", above=0, at_most=1
+    )
+    min_p: float | None = leaf(
+        None, "draw among tokens at least this share as likely as the likeliest (null: all)", at_least=0, below=1
+    )
+    repetition_penalty: float = leaf(1.0, "lowers the scores of tokens that have occurred (1: no)", above=0)
+    stop: list[str] = leaf([], "texts that end a response")
+    slots: int = leaf(128, "responses in flight on one replica", at_least=1)
+    cache_bytes: int | None = leaf(
+        None, "most bytes of keys and values on a device (null: what slots need)", at_least=1
+    )
 
 
 ENTRIES: dict[str, type] = {"sft": SFTConfig}

@@ -1,7 +1,8 @@
-"""Keys and values of earlier tokens, in slots: what attention reads when it is given one token at a time."""
+"""Keys and values of earlier tokens, in slots: what attention reads when it is not given a whole sequence at once."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,15 +11,19 @@ from megarl.models.config import GPTConfig
 
 
 class KVCache:
-    """Per layer of this rank, keys and values [slots, kv heads of this rank, length, head_dim]."""
+    """Keys and values of this rank's layers: one tensor [2 x layers, slots, kv heads here, length, head_dim]."""
 
     def __init__(
-        self, config: GPTConfig, layers: Iterable[int], tp: int, slots: int, length: int, device: torch.device
+        self, config: GPTConfig, layers: Sequence[int], tp: int, slots: int, length: int, device: torch.device
     ) -> None:
-        shape = (slots, max(1, config.num_kv_heads // tp), length, config.head_dim)
+        heads = max(1, config.num_kv_heads // tp)
         self.slots, self.length = slots, length
-        self.keys = {layer: torch.zeros(shape, dtype=config.params_dtype, device=device) for layer in layers}
-        self.values = {layer: torch.zeros_like(keys) for layer, keys in self.keys.items()}
+        # Zeros: what a mask hides is still multiplied by its weight 0, which a NaN in fresh memory would survive.
+        self.store = torch.zeros(
+            (2 * len(layers), slots, heads, length, config.head_dim), dtype=config.params_dtype, device=device
+        )
+        self.keys = dict(zip(layers, self.store[: len(layers)], strict=True))
+        self.values = dict(zip(layers, self.store[len(layers) :], strict=True))
 
     @staticmethod
     def slot_bytes(config: GPTConfig, layers: int, tp: int, length: int) -> int:
@@ -28,25 +33,25 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(2 * keys.numel() * keys.element_size() for keys in self.keys.values())
+        return self.store.numel() * self.store.element_size()
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` entries of one slot over another's."""
-        for store in (self.keys, self.values):
-            for tensor in store.values():
-                tensor[target, :, :length] = tensor[source, :, :length]
+        self.store[:, target, :, :length] = self.store[:, source, :, :length]
 
     def free(self) -> None:
         self.keys.clear()
         self.values.clear()
+        self.store = self.store.new_empty(0)
 
 
 @dataclass
 class CacheView:
     """The cache as one forward pass sees it.
 
-    Prefill: `slots` are any, `length` is None; the pass attends to its own tokens and leaves them in the cache.
-    Decode: one token per row, in consecutive slots; the pass attends to the first `length` entries of each.
+    First tokens of prompts: `slots` are any, `length` is None; the pass attends to itself and leaves its keys and
+    values in the cache. Later tokens: consecutive slots; the pass attends to the first `length` entries of each, its
+    own included.
     """
 
     cache: KVCache
@@ -63,18 +68,25 @@ class CacheView:
             keys[self.slots, :, : key.shape[2]] = key
             values[self.slots, :, : key.shape[2]] = value
             return key, value
-        at = self.positions[:, 0]
-        keys[self.slots, :, at] = key[0]
-        values[self.slots, :, at] = value[0]
-        first, rows = self.first, self.slots.shape[0]
-        return keys[first : first + rows, :, : self.length], values[first : first + rows, :, : self.length]
+        for store, new in ((keys, key), (values, value)):
+            store.view(-1, store.shape[-1]).index_copy_(0, self._entries, new.permute(1, 2, 0, 3).flatten(0, 2))
+        held = slice(self.first, self.first + self.slots.shape[0])
+        return keys[held, :, : self.length], values[held, :, : self.length]
+
+    @cached_property
+    def _entries(self) -> Tensor:
+        """[rows x heads x time] where this pass's keys and values go in a layer's store, as numbers of its vectors."""
+        _, _, heads, length, _ = self.cache.store.shape
+        head = torch.arange(heads, device=self.positions.device)
+        first = (self.slots[:, None] * heads + head) * length
+        return (first[:, :, None] + self.positions[:, None, :]).flatten()
 
     def mask(self, window: int | None) -> Tensor | None:
-        """[rows, 1, 1, length] True where a decoded token may look; None in prefill, which is plain causal."""
+        """[rows, 1, time, length] True where a token may look; None where the pass attends to itself alone."""
         if self.length is None:
             return None
         entries = torch.arange(self.length, device=self.positions.device)
-        at = self.positions[:, :, None]  # [rows, 1, 1]
+        at = self.positions[:, :, None]  # [rows, time, 1]
         allowed = entries <= at
         if window is not None:
             allowed = allowed & (entries > at - window)

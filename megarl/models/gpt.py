@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from megarl.models.attention import Context, attention_mask
 from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
+from megarl.models.heads import VALUE, ValueHead
 from megarl.models.kernels import kernels
 from megarl.models.layer import Layer
+from megarl.models.linear import product
 from megarl.models.rotary import rotation
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import initialise
@@ -72,6 +74,7 @@ class GPT(LanguageModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        value_head: bool = False,
     ) -> None:
         super().__init__(config=config, pg_collection=grid.groups)
         self.config: GPTConfig = config
@@ -90,6 +93,16 @@ class GPT(LanguageModule):
                 position_embedding_type="learned_absolute" if learned else "none",
                 tp_group=grid.groups.tp,
             )
+            words = kernels(config.kernels).words
+            if not isinstance(self.embedding.word_embeddings, words):  # Megatron's embedding lets nobody choose
+                self.embedding.word_embeddings = words(
+                    rows,
+                    config.hidden_size,
+                    init_method=config.embedding_init_method,
+                    reduce_scatter_embeddings=self.embedding.reduce_scatter_embeddings,
+                    config=config,
+                    tp_group=grid.groups.tp,
+                )
         layers = get_num_layers_to_build(config, vp_stage, grid.pp_rank)
         self.decoder = TransformerBlock(
             config=config,
@@ -114,6 +127,8 @@ class GPT(LanguageModule):
                 skip_weight_param_allocation=pre_process and config.tie_embeddings,
                 tp_group=grid.groups.tp,
             )
+        if post_process and value_head:
+            self.value_head = ValueHead(config)
         self.to(config.params_dtype)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
@@ -171,12 +186,22 @@ class GPT(LanguageModule):
             _scatter(where, stats.logprobs), None if stats.entropy is None else _scatter(where, stats.entropy)
         )
 
+    def values(self, hidden: Tensor) -> Tensor:
+        """[batch, time] V(x_<t), the value of the state in which the token at t is chosen; 0 at the first token."""
+        if self.config.sequence_parallel:
+            # Every rank computes the same values, so each has the whole gradient already: it is split, not summed.
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        values: Tensor = self.value_head(hidden[:-1]).t()
+        return nn.functional.pad(values, (1, 0))
+
     def logits(self, states: Tensor) -> Tensor:
         """[rows, hidden] final hidden states to this shard's [rows, valid] logits in float32, for drawing tokens."""
         weight = self._output_weight()
         weight = self.output_layer.weight if weight is None else weight
         valid, bias = slice(0, self.shard.valid), self.output_layer.bias
-        return nn.functional.linear(states, weight[valid], None if bias is None else bias[valid]).float()
+        return product(states, weight[valid], None if bias is None else bias[valid]).float()
 
     def whole_sequence(self, hidden: Tensor) -> Tensor:
         """Hidden states of all positions on every tensor-parallel rank, with the gradient summed over the group."""
@@ -218,7 +243,7 @@ class GPT(LanguageModule):
         def std(name: str, parameter: nn.Parameter) -> float | None:
             if "norm" in name:
                 return None
-            if name.endswith(".bias"):
+            if name.endswith(".bias") or name.startswith(f"{VALUE}.outer"):
                 return 0.0
             return deep if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else self.config.init_std
 

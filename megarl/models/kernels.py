@@ -1,14 +1,15 @@
-"""Which linear layers and norms are used: Transformer Engine's or Apex's where importable and asked for, else ours."""
+"""Which linear layers, norms and word embedding are used: Transformer Engine's or Apex's where importable and asked
+for, else Megatron's or ours."""
 
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 from megarl.errors import UnavailableError
-from megarl.models.linear import ColumnLinear, RowLinear
+from megarl.models.linear import ColumnLinear, RowLinear, WordEmbedding
 from megarl.models.norm import LayerNorm, RMSNorm
 
 
@@ -20,6 +21,7 @@ class Kernels:
     row: type
     layernorm: Any
     rmsnorm: Any
+    words: type = VocabParallelEmbedding
 
     def norm(self, normalization: str) -> Any:
         return self.rmsnorm if normalization == "RMSNorm" else self.layernorm
@@ -29,7 +31,7 @@ class Kernels:
 def kernels(kind: str = "auto") -> Kernels:
     """`auto`: Transformer Engine, then Apex, then torch, and always torch without a GPU."""
     if not torch.cuda.is_available() and kind in ("torch", "auto"):
-        return Kernels(ColumnLinear, RowLinear, LayerNorm, RMSNorm)
+        return Kernels(ColumnLinear, RowLinear, LayerNorm, RMSNorm, words=WordEmbedding)
     plain = Kernels(ColumnParallelLinear, RowParallelLinear, LayerNorm, RMSNorm)
     if kind == "torch":
         return plain

@@ -1,7 +1,7 @@
-"""Megatron's parallel linear layers for machines without a GPU: the bias is added inside the product, and the gradient of
-a weight is added straight to Megatron's gradient buffer.
+"""Megatron's parallel linear layers and word embedding for machines without a GPU: a bias is added inside the product
+and the gradient of a weight goes straight to Megatron's gradient buffer.
 
-On a GPU, Transformer Engine's or Apex's kernels do the same, and Megatron's own layers stay as they are.
+Not for GPUs: there the kernels of Transformer Engine do this, or Megatron's own layers are used as they are.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor
 
 from megarl.parallel.vocab import gradient_buffer
@@ -21,6 +21,12 @@ class ColumnLinear(ColumnParallelLinear):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "skip_bias_add": False})
+
+    def forward(self, input_: Tensor, weight: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:
+        if torch.is_grad_enabled() or self.sequence_parallel or self.gather_output or weight is not None:
+            result: tuple[Tensor, Tensor | None] = super().forward(input_, weight, **options)
+            return result
+        return product(input_, self.weight, self.bias), None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:  # noqa: A002
         if options["sequence_parallel"]:  # Megatron's overlaps the gather of the tokens with the products
@@ -38,11 +44,32 @@ class RowLinear(RowParallelLinear):
         if self.tp_group.size() > 1 or not self.input_is_parallel:  # partial products are summed first
             summed: tuple[Tensor, Tensor | None] = super().forward(input_)
             return summed
-        return _Linear.apply(input_, self.weight, self.bias, None), None
+        return _row_product(input_, self.weight, self.bias), None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:  # noqa: A002
-        product: Tensor = _Linear.apply(input, weight, bias, None)
-        return product
+        return _row_product(input, weight, bias)
+
+
+def _row_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not torch.is_grad_enabled():
+        return product(x, weight, bias)
+    result: Tensor = _Linear.apply(x, weight, bias, None)
+    return result
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias without a gradient; x [..., in], weight [out, in].
+
+    A CPU's matrix product is up to twice as fast with few rows (generation's) as its columns than as its rows.
+    """
+    out, inner = weight.shape
+    rows = x.numel() // inner
+    most = 128 if inner > out else 64 if weight.numel() >= 2**18 else 0
+    if not 2 <= rows <= most or x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    columns = x.reshape(rows, inner).t().contiguous()
+    result = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
+    return result.t().contiguous().view(*x.shape[:-1], out)
 
 
 class _Linear(torch.autograd.Function):
@@ -51,13 +78,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
         # A frozen weight needs no gradient, so the activations it saw are not kept.
-        ctx.save_for_backward(x if weight.requires_grad else None, weight, bias)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
         ctx.group = group
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
         grad_x = grad_weight = grad_bias = summing = None
         if ctx.needs_input_grad[0]:
@@ -76,3 +103,33 @@ class _Linear(torch.autograd.Function):
         if summing is not None:
             summing.wait()
         return grad_x, grad_weight, grad_bias, None
+
+
+class WordEmbedding(VocabParallelEmbedding):
+    """Rows of a table, whose gradient touches only the rows that were looked up."""
+
+    def forward(self, input_: Tensor) -> Tensor:
+        if self.tp_group.size() > 1:  # other ranks' rows are masked and the ranks summed
+            summed: Tensor = super().forward(input_)
+            return summed
+        rows: Tensor = _Lookup.apply(input_, self.weight)
+        return rows
+
+
+class _Lookup(torch.autograd.Function):
+    """weight[tokens]; tokens of any shape, weight [rows, hidden]."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None]:
+        tokens, weight = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return None, None
+        buffer = gradient_buffer(weight, grads[0].dtype)
+        total = torch.zeros_like(weight) if buffer is None else buffer
+        total.index_add_(0, tokens.reshape(-1), grads[0].reshape(-1, weight.shape[1]))
+        return None, total if buffer is None else None

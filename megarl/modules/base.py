@@ -9,6 +9,7 @@ from megarl.clock import Clock, Work
 from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
 from megarl.errors import ConfigError
 from megarl.models.config import GPTConfig
+from megarl.models.exchange.card import ModelCard
 from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.load import load
 from megarl.models.gpt import GPT, trains
@@ -33,6 +34,7 @@ class Module(LightningModule):
         self.clock = Clock()
         self.work = Work(tokens=0, flops=0.0)
         self.last_batch: list[Batch] = []
+        self.card: ModelCard | None = None  # says in a checkpoint what model it is of
 
     @property
     def grid(self) -> Grid:
@@ -52,6 +54,8 @@ class Module(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["consumed"] = self.consumed
         checkpoint["clock"] = self.clock.state_dict()
+        if self.card is not None:
+            checkpoint["model"] = self.card.plain()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.consumed = checkpoint["consumed"]

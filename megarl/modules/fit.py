@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from megarl.callbacks.checkpoints import Checkpoints
+from megarl.callbacks.export import Export
 from megarl.callbacks.health import Health
 from megarl.callbacks.limits import TimeLimit, parse_duration
 from megarl.callbacks.loggers import StepAxis, build_loggers
@@ -21,6 +22,8 @@ from megarl.checkpoint import ShardedCheckpointIO, find
 from megarl.config import checks
 from megarl.errors import CheckpointError
 from megarl.logging import get_logger, setup
+from megarl.models.exchange.adopt import adopt
+from megarl.models.exchange.export import refuse_existing
 from megarl.modules.base import Module
 from megarl.parallel.strategy import MegatronStrategy
 
@@ -47,6 +50,10 @@ def fit(entry: str, config: Any, build: Callable[[Any], Module]) -> int:
 
 def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
     setup(run_dir, rank=_rank(), debug=config.debug)
+    if config.model.path is not None:
+        adopt(config)
+    if config.export.hf is not None:
+        refuse_existing(Path(config.export.hf).expanduser())
     warnings.filterwarnings("ignore", module=r"(lightning|megatron|torch)\.")
     resolved = asdict(config)
     folder = RunFolder(run_dir)
@@ -60,6 +67,7 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
         Throughput(config.trainer.peak_tflops),
         Health(run_dir),
         checkpoints,
+        *([Export(config.export.hf)] if config.export.hf is not None else []),
         Summary(run_dir),
         *make_progress(config.trainer.progress, config.trainer.log_every),
     ]

@@ -9,6 +9,7 @@ from megarl.algorithms import aggregate
 from megarl.clock import Work
 from megarl.config.schema import SFTConfig
 from megarl.data import build_eval_loader, build_sft_data, build_train_loader
+from megarl.models.exchange.card import ModelCard
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
 from megarl.modules.base import Module, build_gpt_engine, vocabulary
@@ -23,6 +24,7 @@ class SFT(Module):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.vocab_size = vocabulary(config.model, tokenizer)
+        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer)
         self.eval_sums = {"nll": 0.0, "tokens": 0.0}
 
     def configure_model(self) -> None:

@@ -4,6 +4,7 @@ The engine is given a callable that builds the model, so it knows nothing of GPT
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -152,6 +153,39 @@ class Engine:
     def eval(self) -> None:
         for chunk in self.chunks:
             chunk.eval()
+
+    # --- other weights in the same memory ---------------------------------------------------------------------------
+
+    def trainable_copy(self) -> dict[str, Tensor]:
+        """The present values of what trains, in host memory: frozen layers need no copy, whatever is frozen."""
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters() if p.requires_grad}
+
+    @contextmanager
+    def with_weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Run with other values of what trains (a reference's), copied in place and back: parameters are views of
+        Megatron's buffers and are never replaced."""
+        present = self.trainable_copy()
+        self._copy_in(weights)
+        try:
+            yield
+        finally:
+            self._copy_in(present)
+
+    @torch.no_grad()
+    def _copy_in(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(weights[name])
+
+    @torch.no_grad()
+    def start_from(self, other: "Engine") -> None:
+        """Take another engine's weights, where both have the parameter; the optimizer's master weights follow."""
+        theirs = dict(other.parameters())
+        for name, parameter in self.parameters():
+            if name in theirs:
+                parameter.copy_(theirs[name])
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
 
     # --- state ----------------------------------------------------------------------------------------------------
 

@@ -59,6 +59,18 @@ def local_slice(full: Tensor, parameter: Tensor, tp_rank: int, tp: int) -> Tenso
     return torch.cat(pieces[tp_rank::tp], dim=dim)
 
 
+def copy_slice(full: Tensor, parameter: Tensor, tp_rank: int, tp: int) -> None:
+    """Copy this rank's part into the parameter, block by block: without a copy of the part in between."""
+    if not is_sharded(parameter) or tp == 1:
+        parameter.data.copy_(full)
+        return
+    dim, stride = partition_dim(parameter), int(getattr(parameter, "partition_stride", 1))
+    for mine, theirs in zip(
+        parameter.data.chunk(stride, dim=dim), full.chunk(stride * tp, dim=dim)[tp_rank::tp], strict=True
+    ):
+        mine.copy_(theirs)
+
+
 def join_slices(parts: list[Tensor], parameter: Tensor) -> Tensor:
     """The whole tensor from all ranks' parts: the inverse of `local_slice`."""
     dim, stride = partition_dim(parameter), int(getattr(parameter, "partition_stride", 1))

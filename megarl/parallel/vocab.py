@@ -170,8 +170,8 @@ def _chunks(n: int, columns: int, device: torch.device) -> list[slice]:
 def _chunks_of_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: VocabShard, temperature: float, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of rows with their scaled logits [rows, valid] of this shard. All chunks share the same memory, and whoever
-    takes one may write to it."""
+    """Chunks of rows with their scaled logits [rows, valid] of this shard. All chunks share the same memory, and
+    whoever takes one may write to it."""
     chunks = _chunks(hidden.shape[0], shard.valid, hidden.device)
     columns = weight[: shard.valid].t()
     shared = hidden.new_empty(chunks[0].stop if chunks else 0, shard.valid)

@@ -1,25 +1,27 @@
-"""Generation on an engine's own model: prefill, decode, refill, at any TP x PP x DP."""
+"""Generation on an engine's own model: prompts into the cache, a token at a time for all slots, at any TP x PP x DP."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megarl.errors import ConfigError
 from megarl.models.cache import CacheView, KVCache
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
-from megarl.parallel.grid import Grid
 from megarl.rollout.noise import TRAINING, sequence_key
-from megarl.rollout.requests import Request, Rollout
+from megarl.rollout.requests import Request, Rollout, check_requests
 from megarl.rollout.sampling import Drawn, RowSettings, draw
-from megarl.rollout.schedule import Plan, Schedule, deal
+from megarl.rollout.schedule import Decode, Schedule, deal
 
-PREFILL_TOKENS = 16_384  # of one prefill pass: enough to fill a device, little beside the cache
+# (last chunk, final hidden states [rows, hidden]) -> this shard's [rows, valid] float32 scores that tokens are drawn by
+Scorer = Callable[[GPT, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,42 @@ class Limits:
 
     slots: int = 128  # responses in flight on a replica
     cache_bytes: int | None = None  # of keys and values on a rank; None: what `slots` need
+    prefill_tokens: int = 4096  # of one pass over prompts: enough to fill a device, little beside the cache
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the last call did on this replica, over all groups of slots."""
+
+    responses: int = 0
+    response_tokens: int = 0
+    prefilled_tokens: int = 0
+    decode_passes: int = 0
+    decoded_rows: int = 0  # of all decode passes; rows over passes is how full they were
 
 
 class Generator:
     """Draws responses with an engine's present weights. `close` frees the cache; the next call makes it again."""
 
-    def __init__(self, engine: Engine, eos_id: int, *, seed: int, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        eos_id: int,
+        *,
+        seed: int,
+        limits: Limits | None = None,
+        decode: Decode | None = None,
+        scorer: Scorer = GPT.logits,
+    ) -> None:
+        """`decode` (tokens to text) is needed where a request has stop texts; `scorer` is for other draws than the
+        model's own."""
         self.engine, self.grid, self.config = engine, engine.grid, engine.config
-        self.eos_id, self.seed = eos_id, seed
+        self.eos_id, self.seed, self.decode, self.scorer = eos_id, seed, decode, scorer
         self.limits = limits or Limits()
         self.models: list[GPT] = list(engine.models)
         self.cache: KVCache | None = None
-        self.stats: dict[str, int] = {}
+        self.stats = Stats()
+        self.tokens_group: dist.ProcessGroup | None = None
 
     def generate(
         self,
@@ -48,20 +74,25 @@ class Generator:
         stream: int = TRAINING,
         phase: int = 0,
         weights_version: int = 0,
-        on_finished: Callable[[int], None] | None = None,
+        on_finished: Callable[[list[Rollout]], None] | None = None,
     ) -> list[Rollout]:
         """Every request's response, sorted by (prompt_id, sample_id), on every rank of the world.
 
-        `on_finished` hears how many more responses of this replica are done.
+        `on_finished` is given this replica's responses as they are done.
         """
+        # Every rank judges all requests, so that they all refuse or none does.
+        check_requests(requests, self.config.vocab_size, self.config.max_positions, can_decode=self.decode is not None)
         mine = deal(requests, self.grid.layout.dp)[self.grid.dp_rank]
-        with torch.no_grad(), _generating(self.engine, self.models):
-            finished = self._replica(mine, stream, phase, weights_version, on_finished)
-        everything = [finished]
+        if self.tokens_group is None and self.grid.layout.pp > 1:
+            self.tokens_group = self._make_tokens_group()
+        slots = self._make_cache(requests)
+        with torch.no_grad(), _generating(self.engine):
+            finished = self._replica(mine, slots, (self.seed, stream, phase), weights_version, on_finished)
+        shares: list[Any] = [finished]
         if self.grid.layout.dp > 1:
-            everything = [None] * self.grid.layout.dp  # type: ignore[list-item]
-            dist.all_gather_object(everything, finished, group=self.grid.groups.dp)
-        rollouts = [rollout for share in everything for rollout in share]
+            shares = [None] * self.grid.layout.dp
+            dist.all_gather_object(shares, finished, group=self.grid.groups.dp)
+        rollouts = [rollout for share in shares for rollout in share]
         return sorted(rollouts, key=lambda r: (r.prompt_id, r.sample_id))
 
     def close(self) -> None:
@@ -69,63 +100,73 @@ class Generator:
             self.cache.free()
             self.cache = None
 
+    def _make_tokens_group(self) -> dist.ProcessGroup:
+        """The stages of this replica again, for drawn tokens: among the hidden states of other groups of slots they
+        would be received out of order."""
+        mine = tuple(dist.get_process_group_ranks(self.grid.groups.pp))
+        every = sorted(set(self.grid.gather(mine)))  # every rank takes part in making every group
+        groups: dict[Any, dist.ProcessGroup] = {ranks: dist.new_group(list(ranks)) for ranks in every}
+        return groups[mine]
+
     def _replica(
         self,
         requests: list[Request],
-        stream: int,
-        phase: int,
+        slots: int,
+        name: tuple[int, int, int],
         weights_version: int,
-        on_finished: Callable[[int], None] | None,
+        on_finished: Callable[[list[Rollout]], None] | None,
     ) -> list[Rollout]:
-        if not requests:
-            return []
-        length = max(len(r.prompt) + r.sampling.max_new_tokens for r in requests)
-        if length > self.config.max_positions and self.config.position != "none":
-            raise ConfigError(
-                f"a prompt and rollout.max_new_tokens make {length} tokens, but the model's context is "
-                f"{self.config.max_positions}: shorten the prompts or lower rollout.max_new_tokens"
-            )
-        group_slots = self._make_cache(length, len(requests))
         # One group of slots per pipeline stage, so that every stage has a pass to work on.
         groups = self.grid.layout.pp
         shares = [requests[group::groups] for group in range(groups)]
-        schedules = [Schedule(share, group_slots, self.eos_id, weights_version) for share in shares]
-        lanes = [
-            _Lane(self, schedule, group * group_slots, stream, phase) for group, schedule in enumerate(schedules)
-        ]
-        reported = 0
-        while any(not lane.schedule.done or lane.plan is not None for lane in lanes):
-            for lane in lanes:
+        schedules = [Schedule(share, slots, self.eos_id, weights_version, self.decode) for share in shares]
+        lanes = [_Lane(self, schedule, group * slots, name) for group, schedule in enumerate(schedules)]
+        reported = [0] * groups
+        while any(lane.busy for lane in lanes):
+            for group, lane in enumerate(lanes):
                 lane.finish_turn()
                 lane.begin_turn()
-            done = sum(len(schedule.finished) for schedule in schedules)
-            if on_finished is not None and done > reported:
-                on_finished(done - reported)
-            reported = done
-        self.stats = {
-            "decode_passes": sum(schedule.decode_passes for schedule in schedules),
-            "decoded_rows": sum(schedule.decoded_rows for schedule in schedules),
-        }
-        return [rollout for schedule in schedules for rollout in schedule.finished]
+                new = lane.schedule.finished[reported[group] :]
+                reported[group] += len(new)
+                if new and on_finished is not None:
+                    on_finished(new)
+        finished = [rollout for schedule in schedules for rollout in schedule.finished]
+        self.stats = Stats(
+            responses=len(finished),
+            response_tokens=sum(len(rollout.response) for rollout in finished),
+            prefilled_tokens=sum(schedule.prefilled_tokens for schedule in schedules),
+            decode_passes=sum(schedule.decode_passes for schedule in schedules),
+            decoded_rows=sum(schedule.decoded_rows for schedule in schedules),
+        )
+        return finished
 
-    def _make_cache(self, length: int, requests: int) -> int:
+    def _make_cache(self, requests: Sequence[Request]) -> int:
         """A cache for this call's longest sequence; slots per group."""
-        groups, tp = self.grid.layout.pp, self.grid.layout.tp
+        groups, tp, dp = self.grid.layout.pp, self.grid.layout.tp, self.grid.layout.dp
         layers = [layer.layer_number for model in self.models for layer in model.decoder.layers]
+        length = max((len(r.prompt) + r.sampling.max_new_tokens for r in requests), default=1)
         slot = KVCache.slot_bytes(self.config, len(layers), tp, length)
-        slots = min(self.limits.slots, requests)
+        per_group = max(1, -(-min(self.limits.slots, -(-len(requests) // dp)) // groups))
         if self.limits.cache_bytes is not None:
-            slots = min(slots, self.limits.cache_bytes // slot)
-            if slots < groups:
+            affordable = self.limits.cache_bytes // slot // groups
+            if affordable < 1:
                 raise ConfigError(
-                    f"rollout.cache_bytes={self.limits.cache_bytes} holds {slots} sequences of {length} tokens, and "
-                    f"{groups} are needed at once: {groups * slot} bytes are the least"
+                    f"rollout.cache_bytes={self.limits.cache_bytes} is too little: a sequence of {length} tokens needs "
+                    f"{slot} bytes on each process"
+                    + (f", and {groups} are under way" if groups > 1 else "")
+                    + f", so use rollout.cache_bytes={groups * slot} or more, or shorter sequences"
                 )
-        per_group = max(1, -(-slots // groups) if self.limits.cache_bytes is None else slots // groups)
-        fits = self.cache is not None and self.cache.length >= length and self.cache.slots >= per_group * groups
-        if not fits:
+            per_group = min(per_group, affordable)
+        needed = per_group * groups
+        fits = self.cache is not None and self.cache.length >= length and self.cache.slots >= needed
+        over = (
+            self.limits.cache_bytes is not None
+            and self.cache is not None
+            and self.cache.nbytes > self.limits.cache_bytes
+        )
+        if not fits or over:
             self.close()
-            self.cache = KVCache(self.config, layers, tp, per_group * groups, length, self.grid.device)
+            self.cache = KVCache(self.config, layers, tp, needed, length, self.grid.device)
         return per_group
 
 
@@ -136,123 +177,127 @@ class _Lane:
     come to the lane's next turn. So while one lane is on a later stage, this stage works on another.
     """
 
-    def __init__(self, generator: Generator, schedule: Schedule, first_slot: int, stream: int, phase: int) -> None:
-        self.generator, self.schedule, self.first = generator, schedule, first_slot
-        self.grid: Grid = generator.grid
-        self.name = (generator.seed, stream, phase)
-        self.plan: Plan | None = None
-        self.drawn: list[Drawn] = []
-        self.sends: list[Any] = []
-        self.settings: tuple[list[int], RowSettings] | None = None
+    def __init__(self, generator: Generator, schedule: Schedule, first_slot: int, name: tuple[int, int, int]) -> None:
+        self.generator, self.schedule, self.first, self.name = generator, schedule, first_slot, name
+        self.grid = generator.grid
+        assert generator.cache is not None
+        self.cache = generator.cache
+        self.under_way = False
+        self.sends: list[tuple[Any, Tensor]] = []  # with the tensor that must live until the send is done
+        self.settings: RowSettings | None = None
+        self.seen: Tensor | None = None
+        penalised = [*schedule.running, *schedule.queue]
+        if self.grid.is_last_stage and any(r.sampling.repetition_penalty != 1.0 for r in penalised):
+            valid = generator.models[-1].shard.valid
+            self.seen = torch.zeros(len(schedule.running), valid, dtype=torch.bool, device=self.grid.device)
+
+    @property
+    def busy(self) -> bool:
+        return self.under_way or not self.schedule.done
 
     def begin_turn(self) -> None:
         """Run the passes of a turn, if there is anything left to draw."""
         if self.schedule.done:
             return
-        self.plan = self.schedule.plan()
-        self.drawn = []
-        for slots in self._prefill_chunks(self.plan.prefill):
-            self._pass(slots, prefill=True)
-        # Slots that are new in this turn lie among those that go on; decoding covers runs of consecutive slots.
-        for slots in _runs(self.plan.decode):
-            self._pass(slots, prefill=False)
-        if self.plan.decode:
-            self.schedule.decode_passes += 1
-            self.schedule.decoded_rows += len(self.plan.decode)
-        if self.grid.is_last_stage:
-            self._send_drawn()
+        self.under_way = True
+        for slots in self.schedule.prefill(self.generator.limits.prefill_tokens):
+            self._prefill(slots)
+        drawn = self._decode()
+        if drawn is not None:
+            self._send_drawn(drawn)
 
     def finish_turn(self) -> None:
         """Take what was drawn in the lane's turn before, and move on."""
-        if self.plan is None:
+        if not self.under_way:
             return
-        slots = [slot for chunk in self._prefill_chunks(self.plan.prefill) for slot in chunk]
-        slots += [slot for run in _runs(self.plan.decode) for slot in run]
-        tokens, logprobs = self._receive_drawn(len(slots))
-        for request in self.sends:
-            request.wait()
-        self.sends = []
-        assert self.generator.cache is not None
-        before = [id(running) for running in self.schedule.running]
-        for source, target, entries in self.schedule.accept(slots, tokens, logprobs):
-            self.generator.cache.move(self.first + source, self.first + target, entries)
-        if before != [id(running) for running in self.schedule.running]:
+        self.under_way = False
+        tokens, logprobs = self._receive_drawn(self.schedule.rows)
+        for work, _ in self.sends:
+            work.wait()
+        self.sends.clear()
+        rows = self.schedule.rows
+        if self.seen is not None:
+            self._see_drawn(self.seen, tokens)
+        for source, target, entries in self.schedule.accept(tokens, logprobs):
+            self.cache.move(self.first + source, self.first + target, entries)
+            if self.seen is not None:
+                self.seen[target] = self.seen[source]
+        if self.schedule.fresh or self.schedule.rows != rows:
             self.settings = None
-        self.plan = None
 
-    # --- one pass ---------------------------------------------------------------------------------------------------
+    # --- passes -----------------------------------------------------------------------------------------------------
 
-    def _pass(self, slots: Sequence[int], *, prefill: bool) -> None:
-        batch, view, last = self._inputs(slots, prefill)
-        hidden: Tensor | None = None
+    def _prefill(self, slots: list[int]) -> None:
+        """Prompts up to their last token into the cache; one that is longer than a pass, piece by piece."""
+        prompts = [self.schedule.running[slot].prompt[:-1] for slot in slots]
+        longest, step = max(len(prompt) for prompt in prompts), self.generator.limits.prefill_tokens
+        padded = np.zeros((len(slots), longest), np.int64)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)] = prompt
+        where = torch.tensor([self.first + slot for slot in slots], device=self.grid.device)
+        for start in range(0, longest, step if len(slots) == 1 else longest):
+            tokens = padded[:, start : start + step] if len(slots) == 1 else padded
+            stop = start + tokens.shape[1]
+            positions = torch.arange(start, stop, device=self.grid.device).expand(len(slots), -1)
+            view = CacheView(self.cache, where, positions, stop if start else None, self.first + slots[0])
+            self._through_stage(tokens, view)
+
+    def _decode(self) -> Drawn | None:
+        """The next token of every row, on the last stage."""
+        schedule, device = self.schedule, self.grid.device
+        lengths = torch.tensor(schedule.lengths, device=device)
+        where = torch.arange(self.first, self.first + schedule.rows, device=device)
+        view = CacheView(self.cache, where, lengths[:, None] - 1, int(schedule.lengths.max()), self.first)
+        hidden = self._through_stage(schedule.last_tokens[:, None], view)
+        if hidden is None:
+            return None
+        if self.seen is not None:
+            self._see_prompts(self.seen)
+        model = self.generator.models[-1]
+        scores = self.generator.scorer(model, hidden[0])
+        return draw(scores, lengths, self._settings(), model.shard, self.seen)
+
+    def _through_stage(self, tokens: NDArray[np.int64], view: CacheView) -> Tensor | None:
+        """tokens [rows, time] through this stage's chunks; the final hidden states [time, rows, hidden] on the last."""
+        batch = {"tokens": torch.tensor(tokens, device=self.grid.device), "positions": view.positions}
         chunks = self.generator.models
+        hidden: Tensor | None = None
         for index, model in enumerate(chunks):
             if not model.pre_process:
-                hidden = self._receive_hidden(batch["tokens"].shape)
+                hidden = self._receive_hidden(*tokens.shape)
                 model.set_input_tensor(hidden)
             hidden = model(batch, cache=view)
-            if not (self.grid.is_last_stage and index == len(chunks) - 1):
-                self._send_hidden(hidden)
-        if self.grid.is_last_stage:
-            assert hidden is not None
-            states = hidden[last, torch.arange(len(slots), device=hidden.device)]
-            model = chunks[-1]
-            rows = self._rows(slots)
-            self.drawn.append(draw(model.logits(states), view.positions.gather(1, last[:, None])[:, 0] + 1, rows, model.shard, self._seen(slots, model)))
+            if self.grid.is_last_stage and index == len(chunks) - 1:
+                return hidden
+            self._send_hidden(hidden)
+        return None
 
-    def _inputs(self, slots: Sequence[int], prefill: bool) -> tuple[dict[str, Tensor], CacheView, Tensor]:
-        """The batch, its view of the cache, and where in time each row's last token stands."""
-        device, cache = self.grid.device, self.generator.cache
-        assert cache is not None
-        running = [self.schedule.running[slot] for slot in slots]
-        where = torch.tensor([self.first + slot for slot in slots], device=device)
-        if prefill:
-            longest = max(len(r.request.prompt) for r in running)
-            tokens = torch.tensor([[*r.request.prompt, *[0] * (longest - len(r.request.prompt))] for r in running])
-            positions = torch.arange(longest).expand(len(slots), -1)
-            last = torch.tensor([len(r.request.prompt) - 1 for r in running])
-            length = None
-        else:
-            tokens = torch.tensor([[r.response[-1]] for r in running])
-            positions = torch.tensor([[r.length - 1] for r in running])
-            last = torch.zeros(len(slots), dtype=torch.long)
-            length = max(r.length for r in running)
-        batch = {"tokens": tokens.to(device), "positions": positions.to(device)}
-        view = CacheView(cache, where, batch["positions"], length, self.first + slots[0])
-        return batch, view, last.to(device)
+    # --- sampling settings ------------------------------------------------------------------------------------------
 
-    def _rows(self, slots: Sequence[int]) -> RowSettings:
-        """Sampling settings of these rows; kept while the slots hold the same responses."""
-        wanted = list(slots)
-        if self.settings is None or self.settings[0] != wanted:
-            requests = [self.schedule.running[slot].request for slot in slots]
-            keys = [sequence_key(*self.name, r.prompt_id, r.sample_id) for r in requests]
+    def _settings(self) -> RowSettings:
+        """Of the present rows; kept while the slots hold the same responses."""
+        if self.settings is None:
+            running = self.schedule.running
+            keys = [sequence_key(*self.name, request.prompt_id, request.sample_id) for request in running]
             shard = self.generator.models[-1].shard
-            self.settings = (wanted, RowSettings.of([r.sampling for r in requests], keys, shard, self.grid.device))
-        return self.settings[1]
+            self.settings = RowSettings.of([r.sampling for r in running], keys, shard, self.grid.device)
+        return self.settings
 
-    def _seen(self, slots: Sequence[int], model: GPT) -> Tensor | None:
-        """[rows, valid] tokens of prompt and response, for rows with a repetition penalty."""
-        running = [self.schedule.running[slot] for slot in slots]
-        if all(r.request.sampling.repetition_penalty == 1.0 for r in running):
-            return None
-        seen = torch.zeros(len(slots), model.shard.valid, dtype=torch.bool)
-        for row, r in enumerate(running):
-            tokens = torch.tensor([*r.request.prompt, *r.response]) - model.shard.start
-            seen[row, tokens[(tokens >= 0) & (tokens < model.shard.valid)]] = True
-        return seen.to(self.grid.device)
+    def _see_prompts(self, seen: Tensor) -> None:
+        """A repetition penalty applies to the tokens of the prompt ..."""
+        shard = self.generator.models[-1].shard
+        for slot in self.schedule.fresh:
+            tokens = torch.tensor(self.schedule.running[slot].prompt, device=seen.device) - shard.start
+            seen[slot] = False
+            seen[slot, tokens[(tokens >= 0) & (tokens < shard.valid)]] = True
 
-    def _prefill_chunks(self, slots: Sequence[int]) -> Iterator[list[int]]:
-        """Slots in passes of bounded size; sorted by length, so that a pass pads little."""
-        chunk: list[int] = []
-        for slot in slots:
-            length = len(self.schedule.running[slot].request.prompt)  # the longest so far
-            if chunk and (len(chunk) + 1) * length > PREFILL_TOKENS:
-                yield chunk
-                chunk = []
-            chunk.append(slot)
-        if chunk:
-            yield chunk
+    def _see_drawn(self, seen: Tensor, tokens: NDArray[np.int64]) -> None:
+        """... and to those drawn so far."""
+        shard = self.generator.models[-1].shard
+        local = torch.tensor(tokens, device=seen.device) - shard.start
+        rows = torch.arange(len(tokens), device=seen.device)
+        mine = (local >= 0) & (local < shard.valid)
+        seen[rows[mine], local[mine]] = True
 
     # --- between stages ---------------------------------------------------------------------------------------------
 
@@ -262,81 +307,53 @@ class _Lane:
 
     def _send_hidden(self, hidden: Tensor) -> None:
         hidden = hidden.contiguous()
-        work = dist.isend(hidden, self._neighbour(1), group=self.grid.groups.pp)
-        self.sends.append(_Kept(work, hidden))
+        self.sends.append((dist.isend(hidden, self._neighbour(1), group=self.grid.groups.pp), hidden))
 
-    def _receive_hidden(self, shape: torch.Size) -> Tensor:
+    def _receive_hidden(self, rows: int, time: int) -> Tensor:
         config = self.generator.config
-        hidden = torch.empty((shape[1], shape[0], config.hidden_size), dtype=config.params_dtype, device=self.grid.device)
+        hidden = torch.empty((time, rows, config.hidden_size), dtype=config.params_dtype, device=self.grid.device)
         dist.recv(hidden, self._neighbour(-1), group=self.grid.groups.pp)
         return hidden
 
-    def _send_drawn(self) -> None:
+    def _send_drawn(self, drawn: Drawn) -> None:
         """From the last stage to every other: tokens and log-probs [2, rows] in float64, which holds ids exactly."""
-        self.result = torch.stack(
-            [torch.cat([d.tokens for d in self.drawn]).double(), torch.cat([d.logprobs for d in self.drawn]).double()]
-        )
+        self.result = torch.stack([drawn.tokens.double(), drawn.logprobs.double()])
         for step in range(1, self.grid.layout.pp):
-            work = dist.isend(self.result, self._neighbour(step), group=self.grid.groups.pp)
-            self.sends.append(_Kept(work, self.result))
+            work = dist.isend(self.result, self._neighbour(step), group=self.generator.tokens_group)
+            self.sends.append((work, self.result))
 
-    def _receive_drawn(self, rows: int) -> tuple[list[int], list[float]]:
+    def _receive_drawn(self, rows: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         if self.grid.is_last_stage:
             result = self.result
         else:
             result = torch.empty(2, rows, dtype=torch.float64, device=self.grid.device)
-            source = dist.get_process_group_ranks(self.grid.groups.pp)[-1]
-            dist.recv(result, source, group=self.grid.groups.pp)
-        tokens, logprobs = result.tolist()
-        return [int(token) for token in tokens], logprobs
-
-
-@dataclass
-class _Kept:
-    """A send under way, and the tensor that must live until it is done."""
-
-    work: Any
-    tensor: Tensor
-
-    def wait(self) -> None:
-        self.work.wait()
-
-
-def _runs(slots: Sequence[int]) -> Iterator[list[int]]:
-    """Maximal runs of consecutive slots."""
-    run: list[int] = []
-    for slot in slots:
-        if run and slot != run[-1] + 1:
-            yield run
-            run = []
-        run.append(slot)
-    if run:
-        yield run
+            dist.recv(result, self._neighbour(-1 - self.grid.pp_rank), group=self.generator.tokens_group)
+        tokens, logprobs = result.cpu().numpy()
+        return tokens.astype(np.int64), logprobs.astype(np.float32)
 
 
 @contextmanager
-def _generating(engine: Engine, models: Sequence[GPT]) -> Iterator[None]:
+def _generating(engine: Engine) -> Iterator[None]:
     """Evaluation mode without sequence parallelism (a decode pass has one token to split); as before afterwards."""
-    was_training = [model.training for model in models]
-    engine.eval()
+    modules = [module for chunk in engine.chunks for module in chunk.modules()]
+    training = [module.training for module in modules]
     switched: list[tuple[Any, str, Any]] = []
 
-    def switch(owner: Any, name: str, value: Any) -> None:
+    def switch(owner: Any, name: str) -> None:
         if hasattr(owner, name):
             switched.append((owner, name, getattr(owner, name)))
-            setattr(owner, name, value)
+            setattr(owner, name, False)
 
-    if engine.config.sequence_parallel:
-        switch(engine.config, "sequence_parallel", False)
-        for model in models:
-            for module in model.modules():
-                switch(module, "sequence_parallel", False)
-                switch(module, "reduce_scatter_embeddings", False)
-                switch(module, "scatter_to_sequence_parallel", False)
+    engine.eval()
     try:
+        if engine.config.sequence_parallel:
+            switch(engine.config, "sequence_parallel")
+            for module in modules:
+                for name in ("sequence_parallel", "reduce_scatter_embeddings", "scatter_to_sequence_parallel"):
+                    switch(module, name)
         yield
     finally:
         for owner, name, value in reversed(switched):
             setattr(owner, name, value)
-        for model, training in zip(models, was_training, strict=True):
-            model.train(training)
+        for module, was in zip(modules, training, strict=True):
+            module.training = was

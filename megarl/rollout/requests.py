@@ -23,6 +23,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     max_new_tokens: int = 128
     stop: tuple[tuple[int, ...], ...] = ()  # token sequences that end a response and stay in it
+    stop_text: tuple[str, ...] = ()  # text that ends a response, wherever its tokens begin and end
     forbidden: tuple[int, ...] = ()
     allowed: tuple[int, ...] | None = None  # None: every token
 
@@ -40,6 +41,10 @@ class Sampling:
                 raise ConfigError(f"rollout.{key}={value} cannot be drawn with: use {wants}")
         if any(not sequence for sequence in self.stop):
             raise ConfigError("rollout.stop holds a sequence of no tokens: remove it")
+        if "" in self.stop_text:
+            raise ConfigError("rollout.stop holds an empty text, which would end every response: remove it")
+        if self.allowed is not None and set(self.allowed) <= set(self.forbidden):
+            raise ConfigError(f"rollout.forbidden={list(self.forbidden)} leaves none of the allowed tokens: allow more")
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,46 @@ def repeat(prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list
         for prompt_id, prompt in enumerate(prompts)
         for sample_id in range(n)
     ]
+
+
+def check_requests(requests: Sequence[Request], vocab_size: int, max_positions: int, *, can_decode: bool) -> None:
+    """Refuse what a model with this vocabulary and context cannot be asked."""
+    named = {(request.prompt_id, request.sample_id) for request in requests}
+    if len(named) < len(requests):
+        raise ConfigError(
+            f"{len(requests)} requests share {len(named)} pairs of prompt_id and sample_id, and those of a pair would "
+            "get the same response: number them apart"
+        )
+    for request in requests:
+        length = len(request.prompt) + request.sampling.max_new_tokens
+        if length > max_positions:
+            raise ConfigError(
+                f"prompt {request.prompt_id} has {len(request.prompt)} tokens and rollout.max_new_tokens="
+                f"{request.sampling.max_new_tokens}, but the model's context is {max_positions}: shorten one of them, "
+                "or set rollout.too_long=truncate or drop"
+            )
+        if min(request.prompt) < 0 or max(request.prompt) >= vocab_size:
+            token = next(token for token in request.prompt if not 0 <= token < vocab_size)
+            raise ConfigError(
+                f"prompt {request.prompt_id} holds token {token}, but the model's vocabulary has {vocab_size} entries: "
+                "tokenizer and model do not belong together"
+            )
+    for sampling in {id(request.sampling): request.sampling for request in requests}.values():
+        if not _leaves_something(sampling, vocab_size):
+            raise ConfigError(
+                f"rollout.allowed and rollout.forbidden leave none of the model's {vocab_size} tokens: allow more"
+            )
+        if sampling.stop_text and not can_decode:
+            raise ConfigError(
+                "a stop text needs the tokenizer: give the Generator decode=tokenizer.decode, or stop tokens"
+            )
+
+
+def _leaves_something(sampling: Sampling, vocab_size: int) -> bool:
+    forbidden = set(sampling.forbidden)
+    if sampling.allowed is not None:
+        return any(0 <= token < vocab_size and token not in forbidden for token in sampling.allowed)
+    return len(forbidden) < vocab_size or any(token not in forbidden for token in range(vocab_size))
 
 
 def fit_prompt(request: Request, max_positions: int, too_long: str) -> Request | None:

@@ -4,111 +4,180 @@ Decisions follow from lengths and tokens alone, never from timing, so ranks that
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megarl.rollout.requests import Request, Rollout
 
-
-@dataclass
-class Running:
-    """A response being drawn."""
-
-    request: Request
-    response: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        return len(self.request.prompt) + len(self.response)
-
-
-@dataclass
-class Plan:
-    """The passes of one turn: prompts to be read into slots, and how many of the first slots decode a token."""
-
-    prefill: list[int]  # slots whose prompt is read in this turn, shortest prompt first
-    decode: list[int]  # slots that go on, in order; consecutive from 0
+Integers = NDArray[np.int64]
+Move = tuple[int, int, int]  # from slot, to slot, cache entries
+Decode = Callable[[Sequence[int]], str]
 
 
 class Schedule:
-    """Slots 0 ... n-1 of one group. Slots in use are kept consecutive, so that a decode pass needs no gather."""
+    """Slots 0 ... n-1 of one group, of which the first `rows` are in use, so that a decode pass needs no gather.
 
-    def __init__(self, requests: Iterable[Request], slots: int, eos_id: int, weights_version: int = 0) -> None:
+    A turn reads the prompts of `fresh` slots into the cache, all but their last token, and then gives every slot in use
+    its next token in one decode pass; a fresh slot's pass is over the last token of its prompt.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        slots: int,
+        eos_id: int,
+        weights_version: int = 0,
+        decode: Decode | None = None,
+    ) -> None:
         self.queue = deque(requests)
-        self.slots = slots
-        self.eos_id = eos_id
-        self.weights_version = weights_version
-        self.running: list[Running] = []
+        self.eos_id, self.weights_version, self._decode = eos_id, weights_version, decode
+        capacity = min(slots, len(requests))
+        longest = max((request.sampling.max_new_tokens for request in requests), default=0)
+        self.running: list[Request] = []
+        self.fresh: list[int] = []
         self.finished: list[Rollout] = []
-        self.new: list[int] = []
-        self.decode_passes = 0
-        self.decoded_rows = 0
-        self._fill()
+        self.decode_passes = self.decoded_rows = self.prefilled_tokens = 0
+        # Per slot, as arrays: a turn costs a few operations whatever the number of rows.
+        self._tokens = np.zeros((capacity, longest), np.int64)
+        self._logprobs = np.zeros((capacity, longest), np.float32)
+        self._count = np.zeros(capacity, np.int64)  # of tokens drawn
+        self._limit = np.zeros(capacity, np.int64)
+        self._length = np.zeros(capacity, np.int64)  # of prompt and response
+        self._last = np.zeros(capacity, np.int64)
+        self._stops = np.zeros(capacity, np.bool_)
+        while self.queue and len(self.running) < capacity:
+            self.running.append(self.queue[0])
+            self._start(len(self.running) - 1)
+
+    @property
+    def rows(self) -> int:
+        return len(self.running)
 
     @property
     def done(self) -> bool:
         return not self.running
 
-    def plan(self) -> Plan:
-        """What to run now. Every slot gets exactly one token out of it."""
-        fresh = set(self.new)
-        decode = [slot for slot in range(len(self.running)) if slot not in fresh]
-        return Plan(sorted(self.new, key=lambda slot: (len(self.running[slot].request.prompt), slot)), decode)
+    @property
+    def last_tokens(self) -> Integers:
+        """[rows] what the decode pass is given."""
+        return self._last[: self.rows]
 
-    def accept(self, slots: Sequence[int], tokens: Sequence[int], logprobs: Sequence[float]) -> list[tuple[int, int, int]]:
-        """Take the tokens drawn for `slots`; retire what is finished and refill.
+    @property
+    def lengths(self) -> Integers:
+        """[rows] tokens so far; the position of the token to be drawn."""
+        return self._length[: self.rows]
 
-        Returns the moves (from slot, to slot, entries) that the cache must copy, in order.
+    def prefill(self, budget: int) -> Iterator[list[int]]:
+        """Fresh slots that have a prompt to read, in passes of at most `budget` padded tokens (or of one slot).
+
+        Sorted by length, so that a pass pads little.
         """
-        for slot, token, logprob in zip(slots, tokens, logprobs, strict=True):
-            running = self.running[slot]
-            running.response.append(token)
-            running.logprobs.append(logprob)
-        self.new = []
+        chunk: list[int] = []
+        for slot in sorted(self.fresh, key=lambda slot: (self._length[slot], slot)):
+            length = int(self._length[slot]) - 1  # the longest so far
+            if length == 0:
+                continue
+            self.prefilled_tokens += length
+            if chunk and (len(chunk) + 1) * length > budget:
+                yield chunk
+                chunk = []
+            chunk.append(slot)
+        if chunk:
+            yield chunk
+
+    def accept(self, tokens: Integers, logprobs: NDArray[np.float32]) -> list[Move]:
+        """Take the token [rows] drawn for each slot; retire what is finished and refill.
+
+        Returns what the cache must copy, in order.
+        """
+        rows = self.rows
+        self.decode_passes += 1
+        self.decoded_rows += rows
+        slots = np.arange(rows)
+        count = self._count[:rows]
+        self._tokens[slots, count] = tokens
+        self._logprobs[slots, count] = logprobs
+        count += 1
+        self._length[:rows] += 1
+        self._last[:rows] = tokens
+        self.fresh = []
+        ended = (tokens == self.eos_id) | (count >= self._limit[:rows])
+        for slot in np.flatnonzero(self._stops[:rows] & ~ended).tolist():
+            ended[slot] = self._stopped(slot)
+        holes: list[int] = np.flatnonzero(ended).tolist()
+        if not holes:
+            return []
+        for slot in holes:
+            self._retire(slot)
+        refilled = min(len(holes), len(self.queue))
+        for slot in holes[:refilled]:
+            self._start(slot)
+        return self._close_up(holes[refilled:])
+
+    def _start(self, slot: int) -> None:
+        """The next request of the queue takes a slot."""
+        request = self.queue.popleft()
+        self.running[slot] = request
+        self.fresh.append(slot)
+        self._count[slot] = 0
+        self._limit[slot] = request.sampling.max_new_tokens
+        self._length[slot] = len(request.prompt)
+        self._last[slot] = request.prompt[-1]
+        self._stops[slot] = bool(request.sampling.stop or request.sampling.stop_text)
+
+    def _close_up(self, holes: Sequence[int]) -> list[Move]:
+        """Fill holes with the last slots in use, the highest hole first."""
         moves = []
-        ended = [slot for slot, running in enumerate(self.running) if self._reason(running) is not None]
-        for slot in ended:
-            self._retire(self.running[slot])
-        free = deque(ended)
-        while free and self.queue:
-            slot = free.popleft()
-            self.running[slot] = Running(self.queue.popleft())
-            self.new.append(slot)
-        for slot in sorted(free, reverse=True):  # the last slot in use moves into the hole
-            last = len(self.running) - 1
-            if slot != last:
-                self.running[slot] = self.running[last]
-                moves.append((last, slot, self.running[slot].length))
-                self.new = [slot if fresh == last else fresh for fresh in self.new]
+        for hole in reversed(holes):
+            last = self.rows - 1
+            if hole != last:
+                self.running[hole] = self.running[last]
+                if last in self.fresh:
+                    self.fresh[self.fresh.index(last)] = hole
+                else:
+                    moves.append((last, hole, int(self._length[last]) - 1))
+                for column in self._columns():
+                    column[hole] = column[last]
             self.running.pop()
         return moves
 
-    def _fill(self) -> None:
-        while self.queue and len(self.running) < self.slots:
-            self.new.append(len(self.running))
-            self.running.append(Running(self.queue.popleft()))
+    def _columns(self) -> tuple[NDArray[Any], ...]:
+        return self._tokens, self._logprobs, self._count, self._limit, self._length, self._last, self._stops
 
-    def _reason(self, running: Running) -> str | None:
-        """Why a response ends here, if it does. The first reason that holds, in this order."""
-        response, sampling = running.response, running.request.sampling
+    def _stopped(self, slot: int) -> bool:
+        """Whether the response ends in a stop sequence, or its text holds a stop text."""
+        sampling, count = self.running[slot].sampling, int(self._count[slot])
+        tail = self._tokens[slot, :count]
+        for stop in sampling.stop:
+            if len(stop) <= count and tuple(tail[-len(stop) :].tolist()) == stop:
+                return True
+        if not sampling.stop_text or self._decode is None:
+            return False
+        # A token holds a byte or more, so the tokens that hold the new end of a stop text lie in this window. The few
+        # before it are for characters that are cut in the middle, and for special tokens, which hold none.
+        window = max(len(text.encode()) for text in sampling.stop_text) + 8
+        text = self._decode(tail[-window:].tolist())
+        return any(stop in text for stop in sampling.stop_text)
+
+    def _retire(self, slot: int) -> None:
+        """The first reason that holds, in this order: eos, stop, length."""
+        request, count = self.running[slot], int(self._count[slot])
+        response = self._tokens[slot, :count].tolist()
         if response[-1] == self.eos_id:
-            return "eos"
-        if any(tuple(response[-len(stop) :]) == stop for stop in sampling.stop):
-            return "stop"
-        return "length" if len(response) >= sampling.max_new_tokens else None
-
-    def _retire(self, running: Running) -> None:
-        reason = self._reason(running)
-        assert reason is not None
-        request = running.request
+            reason = "eos"
+        else:
+            reason = "stop" if self._stops[slot] and self._stopped(slot) else "length"
+        logprobs = self._logprobs[slot, :count].tolist()
         self.finished.append(
             Rollout(
                 request.prompt_id,
                 request.sample_id,
                 list(request.prompt),
-                running.response,
-                running.logprobs,
+                response,
+                logprobs,
                 reason,
                 self.weights_version,
             )

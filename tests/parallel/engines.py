@@ -18,9 +18,9 @@ VOCAB = 101
 def small_engine(
     layout: dict[str, Any], model: dict[str, Any] | None = None, *, train: bool = True, **options: Any
 ) -> Engine:
-    """A 4-layer GPT over the current world. `options`: precision, recompute, seed, trainable."""
+    """A 4-layer GPT over the current world. `options`: precision, recompute, seed, trainable, value_head, grid."""
     device = start_world()
-    grid = Grid(Layout.for_world(dist.get_world_size(), **layout), device)
+    grid = options.get("grid") or Grid(Layout.for_world(dist.get_world_size(), **layout), device)
     shape = ModelConfig(**{"num_layers": 4, "hidden_size": 64, "max_positions": 64, **(model or {})})
     config = GPTConfig.build(
         shape,
@@ -31,7 +31,14 @@ def small_engine(
     )
 
     def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
-        gpt = GPT(config, grid, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+        gpt = GPT(
+            config,
+            grid,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            value_head=options.get("value_head", False),
+        )
         gpt.initialise(grid, options.get("seed", 1))
         return gpt
 

@@ -59,6 +59,7 @@ def export(
     """
     grid = engine.grid
     kind = family_for(model, family)
+    config = kind.hf_config(model, vocab_size)
     mapping = kind.mapping(model, vocab_size)
     local = dict(engine.parameters())
     here = {name: _whole_shape(parameter, grid.layout.tp) for name, parameter in local.items()}
@@ -73,7 +74,7 @@ def export(
                 heads[name] = Stored(shape, kinds[name])
     dtype = engine.config.params_dtype
     plan = plan_files(mapping, heads, stages, dtype, shard_bytes)
-    config = kind.hf_config(model, vocab_size) | _describe(dtype, token_ids(tokenizer) if tokenizer else {})
+    config |= _describe(dtype, token_ids(tokenizer) if tokenizer else {})
     aside = aside_of(folder)
     together(grid, lambda: prepare(folder, aside) if grid.rank == 0 else None)
     try:
@@ -98,10 +99,10 @@ def write_folder(
     """Write a stored model as a Hugging Face folder, in this process alone; `progress` hears of every tensor."""
     named = family or (source.family.name if source.family else None)
     kind = family_for(source.model, named)
-    mapping = kind.mapping(source.model, source.vocab_size)
     dtype = dtype or source.dtype
-    plan = plan_files(mapping, source.heads, {}, dtype, shard_bytes)
     config = kind.hf_config(source.model, source.vocab_size) | _describe(dtype, source.token_ids)
+    mapping = kind.mapping(source.model, source.vocab_size)
+    plan = plan_files(mapping, source.heads, {}, dtype, shard_bytes)
 
     def fetch(name: str) -> Tensor:
         progress(name)

@@ -3,23 +3,43 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+import torch
 
 from megarl.checkpoint import MANIFEST, find
 from megarl.errors import CheckpointError, UnavailableError
 from megarl.logging import get_logger
+from megarl.models.exchange.checkpoints import write_checkpoint
+from megarl.models.exchange.export import write_folder
 from megarl.models.exchange.source import CONFIG, CheckpointSource, HuggingFaceSource, Source
 
 log = get_logger(__name__)
 _WEIGHTS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
+class Write(Protocol):
+    """Writes a stored model aside and renames it when whole; `progress` hears the name of every tensor."""
+
+    def __call__(
+        self,
+        source: Source,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        family: str | None = None,
+        progress: Callable[[str], None] = ...,
+    ) -> None: ...
+
+
 @dataclass(frozen=True)
 class Format:
-    """How to recognise one and open it."""
+    """How to recognise one, open it and write it."""
 
     name: str
     matches: Callable[[Path], bool]
     open: Callable[[Path], Source]
+    write: Write
 
 
 def _newest(path: Path) -> Path:
@@ -37,8 +57,8 @@ def _is_checkpoint(path: Path) -> bool:
 FORMATS: dict[str, Format] = {
     known.name: known
     for known in (
-        Format("megarl", _is_checkpoint, lambda path: CheckpointSource(_newest(path))),
-        Format("huggingface", lambda path: (path / CONFIG).is_file(), HuggingFaceSource),
+        Format("megarl", _is_checkpoint, lambda path: CheckpointSource(_newest(path)), write_checkpoint),
+        Format("huggingface", lambda path: (path / CONFIG).is_file(), HuggingFaceSource, write_folder),
     )
 }
 

@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megarl.errors import CheckpointError
 from megarl.models.exchange.parameters import EMBEDDING, OUTPUT, OUTPUT_BIAS, TRUNK
 from megarl.models.exchange.source import Source
 from megarl.parallel.grid import Grid
-from megarl.parallel.initialise import is_sharded, local_slice, partition_dim
+from megarl.parallel.initialise import copy_slice, is_sharded, partition_dim
 
 VOCABULARY = (EMBEDDING, OUTPUT, OUTPUT_BIAS)
 
@@ -23,21 +23,22 @@ def load(chunk: Any, source: Source, grid: Grid) -> None:
     held = source.names
     for name, parameter in chunk.global_names():
         if name in held:
-            _fill(name, parameter, source.read(name), grid.tp_rank, grid.layout.tp)
+            _fill(name, parameter, source, grid.tp_rank, grid.layout.tp)
         elif name.startswith(TRUNK):
             raise CheckpointError(f"{source.path} has no {name}: it is of another model")
 
 
-def _fill(name: str, parameter: nn.Parameter, whole: Tensor, rank: int, tp: int) -> None:
-    if name in VOCABULARY:
-        rows = parameter.shape[0]  # of this rank, padding included
-        mine = whole[rank * rows : (rank + 1) * rows]
+def _fill(name: str, parameter: nn.Parameter, source: Source, rank: int, tp: int) -> None:
+    if name in VOCABULARY:  # the largest tensors: only this rank's rows are read
+        rows = parameter.shape[0]  # padding included
+        mine = source.rows(name, rank * rows, (rank + 1) * rows)
         parameter.data[: len(mine)].copy_(mine)
         parameter.data[len(mine) :].zero_()
         return
+    whole = source.read(name)
     shape = list(parameter.shape)
     if is_sharded(parameter):
         shape[partition_dim(parameter)] *= tp
     if list(whole.shape) != shape:
         raise CheckpointError(f"{name} is stored with shape {list(whole.shape)} and the model has {shape}")
-    parameter.data.copy_(local_slice(whole, parameter, rank, tp))
+    copy_slice(whole, parameter, rank, tp)

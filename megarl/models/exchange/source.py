@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megarl.checkpoint import COMMON, INDEX, verify
+from megarl.checkpoint import COMMON, INDEX, MANIFEST
 from megarl.config.schema import ModelConfig
 from megarl.errors import CheckpointError
 from megarl.models.exchange.families import FAMILIES, family_of
@@ -59,6 +59,10 @@ class Source(ABC):
     def read(self, name: str) -> Tensor:
         """A whole tensor by our name, in the dtype it is stored in; vocabularies without padding rows."""
 
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first ... last - 1 of a tensor, as far as it has them."""
+        return self.read(name)[first:last]
+
 
 class HuggingFaceSource(Source):
     """A folder as `save_pretrained` writes it."""
@@ -97,6 +101,12 @@ class HuggingFaceSource(Source):
         for stored, piece in zip(theirs, mapped.pieces(whole), strict=True):
             piece.view.copy_(self._folder.read(stored).reshape(piece.view.shape))
         return whole
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        mapped = self.mapping.get(name)
+        if mapped is None or mapped.views is not same:
+            return super().rows(name, first, last)
+        return self._folder.rows(self._where[mapped.theirs[0]], first, last)
 
     def _check_tensors(self) -> tuple[dict[str, str], dict[str, str]]:
         """Their names as stored, and what is left out. Refuses what is missing, unknown, misshapen or no weight."""
@@ -147,9 +157,7 @@ class CheckpointSource(Source):
     kind = "megarl"
 
     def __init__(self, path: Path, engine: str = "policy") -> None:
-        problem = verify(path)
-        if problem:
-            raise CheckpointError(f"checkpoint {path} is not whole: {problem}")
+        _check_sizes(path)
         self.path, self.engine = path, engine
         common = torch.load(path / COMMON, map_location="cpu", weights_only=True)
         card = common.get("model")
@@ -188,6 +196,17 @@ class CheckpointSource(Source):
         parts = self._parts[name]
         whole = shards.read_whole(parts, self.path)[parts[0].key]
         return whole[: self._shapes[name][0]] if name in self._shapes else whole  # a vocabulary has padding rows
+
+
+def _check_sizes(path: Path) -> None:
+    """A checkpoint's files are there in full. Checksums are for `megarl.checkpoint.verify`: once, not on every rank."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        wrong = [name for name, (size, _) in files.items() if (path / name).stat().st_size != size]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
+        raise CheckpointError(f"checkpoint {path} is not whole ({problem})") from None
+    if wrong:
+        raise CheckpointError(f"checkpoint {path} is not whole: {wrong[0]} has another size than its {MANIFEST} says")
 
 
 def read_config(path: Path) -> Json:

@@ -38,6 +38,8 @@ class TensorFile(Protocol):
 
     def read(self, name: str) -> Tensor: ...
 
+    def rows(self, name: str, first: int, last: int) -> Tensor: ...
+
 
 class SafetensorsFile:
     """Reads by plain file reads: a mapped file would count, page by page, as memory of every process that reads it."""
@@ -72,14 +74,25 @@ class SafetensorsFile:
             raise CheckpointError(f"{path} has no valid safetensors header ({problem}): fetch it again") from None
 
     def read(self, name: str) -> Tensor:
-        stored, (start, stop) = self.tensors[name], self._spans[name]
-        assert isinstance(stored.dtype, torch.dtype)
+        stored = self.tensors[name]
+        return self._read(name, stored.shape, *self._spans[name])
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first ... last - 1 of a tensor; nothing else is read."""
+        (length, *rest), (start, _) = self.tensors[name].shape, self._spans[name]
+        first, last = min(first, length), min(last, length)
+        row = Stored(tuple(rest), self.tensors[name].dtype).bytes
+        return self._read(name, (last - first, *rest), start + first * row, start + last * row)
+
+    def _read(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        dtype = self.tensors[name].dtype
+        assert isinstance(dtype, torch.dtype)
         buffer = torch.empty(stop - start, dtype=torch.uint8)
         with self.path.open("rb") as file:
             file.seek(start)
             if file.readinto(buffer.numpy().data) != stop - start:
                 raise CheckpointError(f"{self.path} is cut short within {name}: fetch it again")
-        return buffer.view(stored.dtype).reshape(stored.shape)
+        return buffer.view(dtype).reshape(shape)
 
 
 class PickledFile:
@@ -95,6 +108,9 @@ class PickledFile:
 
     def read(self, name: str) -> Tensor:
         return self._values[name]
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        return self._values[name][first:last]
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
@@ -163,6 +179,9 @@ class Folder:
 
     def read(self, name: str) -> Tensor:
         return self.files[self.where[name]].read(name)
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        return self.files[self.where[name]].rows(name, first, last)
 
 
 def _single(path: Path, kind: Any) -> tuple[dict[str, TensorFile], dict[str, str]]:

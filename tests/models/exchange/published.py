@@ -97,10 +97,14 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_tied": ("Qwen2Config", {**LLAMA_SHAPE, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen2_window": (
         "Qwen2Config",
-        {**LLAMA_SHAPE, "num_key_value_heads": 4, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+        {**LLAMA_SHAPE, "num_key_value_heads": 4}
+        | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
     ),
     "qwen3": ("Qwen3Config", {**LLAMA_SHAPE, "num_key_value_heads": 2, "head_dim": 12}),
-    "qwen3_tied": ("Qwen3Config", {**LLAMA_SHAPE, "num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3_tied": (
+        "Qwen3Config",
+        {**LLAMA_SHAPE, "num_key_value_heads": 4, "tie_word_embeddings": True, "head_dim": 8},
+    ),
 }
 
 

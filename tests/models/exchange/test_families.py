@@ -9,6 +9,8 @@ import transformers
 from torch import Tensor
 
 from megarl.config.schema import ModelConfig, ParallelConfig
+from megarl.errors import CheckpointError
+from megarl.models.exchange import export as writer
 from megarl.models.exchange.export import export
 from megarl.models.exchange.families import FAMILIES, family_for
 from megarl.models.exchange.family import shape_of
@@ -97,6 +99,39 @@ def test_transformers_loads_what_is_exported(
     with torch.no_grad():
         again = theirs(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
     assert torch.equal(again, logits)
+
+
+def export_with_a_full_disk_on_the_last_stage(folder: Path, out: Path) -> str:
+    """What a rank is told when another cannot write in the middle of its file."""
+    device = start_world()
+    grid = Grid(Layout(tp=2, pp=2), device)
+    model = open_source(folder).model
+    engine = build_gpt_engine(grid, model, ParallelConfig(), name="policy", vocab_size=VOCAB, precision="fp32", seed=1)
+    narrowed = writer.narrowed
+
+    def full(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if name == "decoder.layers.1.mlp.linear_fc1.weight":
+            raise OSError(28, "No space left on device")
+        return narrowed(name, tensor, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "narrowed", full)
+        try:
+            export(engine, out, model=model, vocab_size=VOCAB)
+        except CheckpointError as problem:
+            return str(problem)
+        finally:
+            grid.close()
+    return "exported"
+
+
+def test_a_disk_that_is_full_on_one_rank_ends_all_of_them_and_leaves_nothing(
+    worlds: Worlds, published: dict[str, tuple[Path, Tensor]], tmp_path: Path
+) -> None:
+    said = worlds.run(4, export_with_a_full_disk_on_the_last_stage, published["llama"][0], tmp_path / "out")
+    assert len(set(said)) == 1
+    assert "No space left on device" in said[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,0 +1,37 @@
+"""`export.hf`: the trained model as a Hugging Face folder, once training has come to its end."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from megarl.callbacks.readings import planned_steps
+from megarl.logging import get_logger
+from megarl.models.exchange.card import ModelCard
+from megarl.models.exchange.export import export
+
+log = get_logger(__name__)
+
+
+class Export(Callback):
+    """Exports the policy of a module that has a `card`. A run that stopped early exports when, resumed, it ends."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser().absolute()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        planned = planned_steps(trainer)
+        if trainer.should_stop and (planned is None or trainer.global_step < planned):
+            log.warning("training stopped early: nothing is exported to %s until a resumed run ends", self.folder)
+            return
+        card: Any = pl_module.card
+        assert isinstance(card, ModelCard)
+        engines: Any = pl_module.engines
+        export(
+            engines["policy"],
+            self.folder,
+            model=card.model,
+            vocab_size=card.vocab_size,
+            family=card.family,
+            tokenizer=card.tokenizer,
+        )

@@ -1,0 +1,169 @@
+"""`python -m megarl.convert from=A to=B`: a model from one format to another, counted and compared by its logits."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megarl.errors import CheckpointError, ConfigError, MegarlError
+
+if TYPE_CHECKING:
+    import torch
+
+    from megarl.models.exchange.source import Source
+
+HELP = """usage: python -m megarl.convert from=A to=B [format=FORMAT] [dtype=DTYPE] [family=FAMILY]
+
+  from=A         a Hugging Face folder or hub name, a megarl checkpoint or a run's folder (its newest checkpoint)
+  to=B           a folder that does not exist yet
+  format=FORMAT  huggingface or megarl (without it: the one that A is not)
+  dtype=DTYPE    fp32, bf16 or fp16 (without it: as stored)
+  family=FAMILY  the Hugging Face family to write as (without it: the one it came from, else the first that can hold it)
+
+Exit code 1: the logits of the two differ by more than the dtype allows. 2: bad input; nothing is left under B's name.
+"""
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+KEYS = ("from", "to", "format", "dtype", "family")
+# The largest difference of a logit, as a share of the largest logit: nothing is rounded, or every weight is.
+EXACT, ROUNDED = 1e-4, {"float16": 1e-2, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for."""
+
+    origin: str
+    target: Path
+    format: str | None = None
+    dtype: str | None = None
+    family: str | None = None
+
+
+def parse(argv: list[str]) -> Settings:
+    """Settings from key=value words, each with a clear error."""
+    values: dict[str, str] = {}
+    for word in argv:
+        key, equals, text = word.partition("=")
+        if not equals or key not in KEYS or not text:
+            raise ConfigError(f"unknown setting '{word}': use key=value with {', '.join(KEYS)}")
+        values[key] = text
+    for key in ("from", "to"):
+        if key not in values:
+            raise ConfigError(f"{key}= is missing: python -m megarl.convert from=A to=B")
+    if values.get("dtype", "fp32") not in DTYPES:
+        raise ConfigError(f"dtype={values['dtype']} is none of its choices: use {', '.join(DTYPES)}")
+    target = Path(values["to"]).expanduser().absolute()
+    return Settings(values["from"], target, values.get("format"), values.get("dtype"), values.get("family"))
+
+
+def run(argv: list[str]) -> int:
+    settings = parse(argv)
+    import torch
+
+    from megarl.checkpoint import verify
+    from megarl.models.exchange.export import refuse_existing
+    from megarl.models.exchange.families import family_named
+    from megarl.models.exchange.formats import open_source
+
+    refuse_existing(settings.target)
+    if settings.family is not None:
+        family_named(settings.family)
+    source = open_source(settings.origin)
+    problem = verify(source.path) if source.kind == "megarl" else None
+    if problem:
+        raise CheckpointError(f"checkpoint {source.path} is not whole: {problem}")
+    dtype = getattr(torch, DTYPES[settings.dtype]) if settings.dtype else source.dtype
+    write(source, settings, dtype)
+    target = open_source(settings.target)
+    difference, largest = compare(source, target)
+    bound = tolerance(source.dtype, target.dtype) * max(1.0, largest)
+    report(source, target, difference, bound)
+    return 0 if difference <= bound else 1
+
+
+def write(source: "Source", settings: Settings, dtype: "torch.dtype") -> None:
+    """Write the target, with a bar that counts our parameters."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from megarl.models.exchange.formats import FORMATS
+
+    name = settings.format or ("huggingface" if source.kind == "megarl" else "megarl")
+    if name not in FORMATS:
+        raise ConfigError(f"format={name} is none of its choices: use {', '.join(FORMATS)}")
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"writing {settings.target.name}", total=len(source.names))
+
+        def progress(_: str) -> None:
+            bar.advance(task)
+
+        FORMATS[name].write(source, settings.target, dtype=dtype, family=settings.family, progress=progress)
+
+
+def compare(source: "Source", target: "Source") -> tuple[float, float]:
+    """The largest difference of a logit on the fixed batch (infinite where one is not a number), the largest logit."""
+    import torch
+
+    from megarl.models.exchange.logits import fixed_batch, logits
+
+    tokens = fixed_batch(source)
+    before, after = logits(source, tokens), logits(target, tokens)
+    differences = (before - after).abs()
+    finite = before.shape == after.shape and bool(torch.isfinite(differences).all())
+    return float(differences.max()) if finite else float("inf"), float(before.abs().max())
+
+
+def tolerance(before: "torch.dtype", after: "torch.dtype") -> float:
+    """How far logits may be apart, as a share of the largest: rounding is allowed where the target must round."""
+    import torch
+
+    exact = torch.promote_types(before, after) == after
+    return EXACT if exact else ROUNDED.get(str(after).removeprefix("torch."), EXACT)
+
+
+def report(source: "Source", target: "Source", difference: float, bound: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "from", "to")
+    rows: dict[str, Callable[[Source], object]] = {
+        "format": lambda side: side.kind,
+        "family": lambda side: side.family.name if side.family else "none",
+        "dtype": lambda side: str(side.dtype).removeprefix("torch."),
+        "tensors": lambda side: f"{side.stored[0]:,}",
+        "bytes": lambda side: f"{side.stored[1]:,}",
+        "heads": lambda side: len(side.heads),
+    }
+    for name, value in rows.items():
+        table.add_row(name, str(value(source)), str(value(target)))
+    console = Console()
+    console.print(table)
+    for name, reason in source.left_out.items():
+        console.print(f"left out: {name}: {reason}", highlight=False)
+    if not source.left_out:
+        console.print("left out: nothing")
+    verdict = "the same" if difference <= bound else "DIFFERENT"
+    console.print(f"logits: largest difference {difference:.2e}, allowed {bound:.2e}: {verdict}", highlight=False)
+    console.print(f"written: {target.path}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        sys.stdout.write(HELP)
+        sys.exit(0)
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except MegarlError as problem:
+        sys.stderr.write(f"error: {' '.join(str(problem).split())}\n")
+        sys.exit(problem.exit_code)
+
+
+if __name__ == "__main__":
+    main()

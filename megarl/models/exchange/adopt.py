@@ -1,0 +1,50 @@
+"""`model.path` before anything is built: the shape and the tokenizer of the stored model take their place in a run."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from megarl.checkpoint import verify
+from megarl.config.checks import check_shape
+from megarl.errors import CheckpointError, ConfigError
+from megarl.logging import get_logger
+from megarl.models.exchange.family import shape_of
+from megarl.models.exchange.formats import open_source
+from megarl.models.exchange.source import Source
+
+log = get_logger(__name__)
+OURS = ("dropout", "init_std", "num_layers_unfrozen")
+"""Keys of `model` that stay as they are set; all others are the stored model's."""
+
+
+def adopt(config: Any) -> None:
+    """Fill `model` (and `tokenizer`, where it is at its default) of an entry's tree from `model.path`, in place.
+
+    Opening the model checks its files; what does not fit the layout or the length is refused here too.
+    """
+    source = open_source(config.model.path)
+    if source.kind == "megarl" and int(os.environ.get("RANK", "0")) == 0:  # reads it all: once is enough
+        problem = verify(source.path)
+        if problem:
+            raise CheckpointError(f"model.path={source.path} is not whole: {problem}")
+    kept = {key: getattr(config.model, key) for key in OURS}
+    config.model = replace(source.model, path=str(source.path), vocab_size=source.vocab_size, **kept)
+    _adopt_tokenizer(config, source)
+    check_shape(config.model, config.parallel)
+    if config.data.seq_length > config.model.max_positions:
+        raise ConfigError(
+            f"data.seq_length={config.data.seq_length} is more than the {config.model.max_positions} positions of "
+            f"model.path={source.path}: use data.seq_length={config.model.max_positions} or less"
+        )
+    shape = " ".join(f"{key}={value}" for key, value in shape_of(config.model).items() if value not in (None, False))
+    log.info("model.path=%s gives vocab_size=%s %s", source.path, source.vocab_size, shape)
+
+
+def _adopt_tokenizer(config: Any, source: Source) -> None:
+    tokenizer = config.tokenizer
+    if source.tokenizer is None or tokenizer.path is not None:
+        return
+    kind, path = source.tokenizer
+    if tokenizer.kind == kind or (tokenizer.kind == "bytes" and kind != "bytes"):
+        tokenizer.kind, tokenizer.path = kind, path
+        log.info("the tokenizer is model.path's: tokenizer.kind=%s tokenizer.path=%s", kind, path)

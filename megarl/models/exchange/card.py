@@ -1,0 +1,35 @@
+"""What a checkpoint says of the model in it, so that it can be read and exported without its run's settings."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megarl.config.schema import ModelConfig, TokenizerConfig
+from megarl.models.exchange.export import token_ids
+from megarl.models.exchange.formats import open_source
+from megarl.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Shape, vocabulary, the family that the model was published in (None: made from scratch), tokenizer."""
+
+    model: ModelConfig
+    vocab_size: int
+    family: str | None
+    tokenizer: Tokenizer
+    tokenizer_path: str | None
+
+    @classmethod
+    def of(cls, model: ModelConfig, vocab_size: int, tokenizer: Tokenizer, settings: TokenizerConfig) -> "ModelCard":
+        family = open_source(model.path).family if model.path else None
+        return cls(model, vocab_size, family.name if family else None, tokenizer, settings.path)
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {
+            "config": asdict(self.model),
+            "vocab_size": self.vocab_size,
+            "family": self.family,
+            "tokenizer": {"kind": self.tokenizer.kind, "path": self.tokenizer_path},
+            "token_ids": token_ids(self.tokenizer),
+        }

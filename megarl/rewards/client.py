@@ -1,0 +1,292 @@
+"""The run's side of scoring: batches, tries and counts around a worker process.
+
+A sample without a score is an error or a counted drop, never a 0.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megarl.errors import ConfigError, DataError, RewardError
+from megarl.logging import get_logger
+from megarl.rewards.answers import Score
+from megarl.rewards.functions import RewardFunction, Spec, resolve
+from megarl.rewards.process import CallFailedError, WorkerProcess
+
+_log = get_logger(__name__)
+
+RESERVED = ("samples", "prompts", "outputs", "tokenizer")
+ON_ERROR = ("error", "drop")
+
+
+@dataclass
+class Scores:
+    """What came back for the samples, in their order.
+
+    Attributes:
+        values: a score, or one reward per token, for each sample; None where it was dropped.
+        parts: for several functions, each one's own scores, without its weight, by its name.
+        failed: calls that left at least one sample without a usable score.
+        retried: calls that were made again.
+        dropped: samples without a score in the end.
+        seconds: wall time of scoring.
+    """
+
+    values: list[Score | None]
+    parts: dict[str, list[float | None]] = field(default_factory=dict)
+    failed: int = 0
+    retried: int = 0
+    dropped: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What `score` was given: texts, fields of the records, lengths of the responses."""
+
+    texts: Mapping[str, Sequence[str]]
+    metadata: Mapping[str, Sequence[Any]]
+    lengths: Sequence[int] | None
+
+    def about(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The part of it that asks about some samples."""
+        return {
+            "texts": {name: [column[row] for row in rows] for name, column in self.texts.items()},
+            "metadata": {name: [column[row] for row in rows] for name, column in self.metadata.items()},
+            "lengths": None if self.lengths is None else [self.lengths[row] for row in rows],
+        }
+
+
+class RewardWorker:
+    """A reward function in a process of its own, which is started at the first call and again after a failure.
+
+    Use it from one rank and one thread. The function is called as
+    `fn(samples=..., prompts=..., outputs=..., tokenizer=..., **metadata)`.
+    """
+
+    def __init__(
+        self,
+        function: Spec | RewardFunction,
+        tokenizer: object,
+        *,
+        timeout_s: float = 60.0,
+        retries: int = 1,
+        on_error: str = "error",
+        batch_size: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        devices: str | None = "",
+        start_timeout_s: float = 120.0,
+        key: str = "reward.fn",
+    ) -> None:
+        """Check the function and pack it; nothing is started yet.
+
+        Args:
+            function: "package.module:function", "path/to/file.py:function", a callable, or what `combine` returns.
+            tokenizer: an object that can be pickled, or (kind, path) for `build_tokenizer` in the worker.
+            timeout_s: seconds one call may take.
+            retries: how often a call that failed is made again.
+            on_error: what happens to samples that still have no score: "error" raises, "drop" leaves them out.
+            batch_size: samples per call; None asks about all in one.
+            options: keyword arguments of the function, which go before fields of the records.
+            devices: CUDA_VISIBLE_DEVICES of the worker; "" hides every GPU, None shows what the run sees.
+            start_timeout_s: seconds the worker may take to load the function and the tokenizer.
+            key: configuration key of the function, for the messages.
+        """
+        self._key = key
+        self._section = key.rpartition(".")[0] or "reward"
+        for name, good, value, wants in (
+            ("timeout", timeout_s > 0 and math.isfinite(timeout_s), timeout_s, "a number of seconds above 0"),
+            ("retries", retries >= 0, retries, "0 or more"),
+            ("on_error", on_error in ON_ERROR, on_error, " or ".join(ON_ERROR)),
+            ("batch_size", batch_size is None or batch_size >= 1, batch_size, "1 or more, or null for one call"),
+        ):
+            if not good:
+                raise ConfigError(f"{self._section}.{name}={value} cannot be used: give {wants}")
+        self._function = resolve(function, key)
+        self._setup = _pack_setup(self._function, tokenizer, dict(options or {}), timeout_s, key)
+        self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
+        self._retries, self._on_error, self._batch_size = retries, on_error, batch_size
+        self._devices = devices
+        self._process: WorkerProcess | None = None
+
+    @property
+    def name(self) -> str:
+        """The function, as messages call it."""
+        return self._function.name
+
+    def longest_s(self, count: int) -> float:
+        """Seconds that scoring `count` samples can take at most: every try of every call up to its time-out.
+
+        A process group that waits meanwhile needs a longer time-out than this.
+        """
+        calls = math.ceil(count / (self._batch_size or max(count, 1)))
+        return calls * (self._retries + 1) * (self._timeout_s + self._start_timeout_s)
+
+    def start(self) -> None:
+        """Start the worker and load the function, unless it is up.
+
+        Raises:
+            RewardError: the function or the tokenizer cannot be loaded there. Trying again would not help.
+        """
+        self._running()
+
+    def score(
+        self,
+        samples: Sequence[str],
+        prompts: Sequence[str],
+        outputs: Sequence[str],
+        metadata: Mapping[str, Sequence[Any]] | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Scores:
+        """Ask the function about samples.
+
+        Args:
+            samples: prompt and response as one text each.
+            prompts: as many prompts.
+            outputs: as many responses.
+            metadata: the other fields of the prompt records, each with a value for every sample.
+            lengths: tokens of each response; a list of per-token rewards must have as many.
+
+        Raises:
+            RewardError: with on_error="error", samples without a usable score after the last try.
+        """
+        began = time.monotonic()
+        question = _Question(
+            {"samples": samples, "prompts": prompts, "outputs": outputs}, dict(metadata or {}), lengths
+        )
+        self._check(question)
+        scores = Scores(values=[None] * len(samples))
+        size = self._batch_size or max(len(samples), 1)
+        for first in range(0, len(samples), size):
+            self._score_batch(question, range(first, min(first + size, len(samples))), scores)
+        scores.seconds = time.monotonic() - began
+        return scores
+
+    def close(self) -> None:
+        """End the worker; a later call would start it again."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def __enter__(self) -> RewardWorker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self, question: _Question) -> None:
+        count = len(question.texts["samples"])
+        taken = [name for name in question.metadata if name in RESERVED]
+        if taken:
+            raise DataError(
+                f"a field of the prompt records is called {taken[0]!r}, which {self._key} is given for something "
+                f"else; rename it (none may be called {', '.join(RESERVED)})"
+            )
+        columns: dict[str, Sequence[Any]] = {**question.metadata, **question.texts}
+        if question.lengths is not None:
+            columns["lengths"] = question.lengths
+        for name, column in columns.items():
+            if len(column) != count:
+                raise DataError(f"{name} has {len(column)} entries for {count} samples; give one for each")
+
+    def _score_batch(self, question: _Question, rows: Sequence[int], scores: Scores) -> None:
+        """Ask until every sample has a score or the tries are used up; a later try asks only about the rest."""
+        reason = ""
+        for attempt in range(self._retries + 1):
+            scores.retried += attempt > 0
+            rows, reason = self._attempt(question, rows, scores)
+            if not rows:
+                return
+            scores.failed += 1
+            _log.warning("%s=%s %s (try %d of %d)", self._key, self.name, reason, attempt + 1, self._retries + 1)
+        if self._on_error == "error":
+            tries = f" ({self._retries + 1} tries)" if self._retries else ""
+            raise RewardError(
+                f"{self._key}={self.name} {reason}{tries}; correct the function, give it more time "
+                f"({self._section}.timeout) or fewer samples per call ({self._section}.batch_size), "
+                f"or leave such samples out with {self._section}.on_error=drop"
+            )
+        scores.dropped += len(rows)
+
+    def _attempt(self, question: _Question, rows: Sequence[int], scores: Scores) -> tuple[Sequence[int], str]:
+        """One call. The samples still without a score, and what happened to the first of them."""
+        payload = _pack(question.about(rows), f"a field of the prompt records ({', '.join(question.metadata)})")
+        process = self._running()
+        try:
+            answer = process.ask(payload, self._timeout_s)
+        except CallFailedError as error:
+            return rows, f"{error} ({_span(rows)})"
+        flaws: dict[int, str] = {}
+        for row, value in zip(rows, answer["values"], strict=True):
+            if isinstance(value, dict):
+                flaws[row] = value["why"]
+            else:
+                scores.values[row] = value
+        for name, part in answer["parts"].items():
+            column = scores.parts.setdefault(name, [None] * len(scores.values))
+            for row, value in zip(rows, part, strict=True):
+                column[row] = value
+        if not flaws:
+            return [], ""
+        first, why = next(iter(flaws.items()))
+        others = f" (and {len(flaws) - 1} more)" if len(flaws) > 1 else ""
+        return list(flaws), f"gave no usable score: sample {first} {why}{others}"
+
+    def _running(self) -> WorkerProcess:
+        """The worker, up and with the function loaded."""
+        if self._process is not None and self._process.alive:
+            return self._process
+        if self._process is not None:
+            self._process.kill()  # it is dead; what it started may not be
+            self._process = None
+        process = WorkerProcess(self.name, self._devices)
+        try:
+            process.ask(self._setup, self._start_timeout_s)
+        except CallFailedError as error:
+            raise RewardError(
+                f"{self._key}={self.name} could not be loaded: it {error}; correct {self._key} or what it imports"
+            ) from error
+        else:
+            self._process = process
+        finally:
+            if self._process is None:
+                process.kill()
+        return process
+
+
+def _pack_setup(
+    function: RewardFunction, tokenizer: object, options: Mapping[str, Any], timeout_s: float, key: str
+) -> bytes:
+    """The first frame: where to import from, then the function, the tokenizer and the options."""
+    here = str(Path.cwd())
+    path = [entry or here for entry in sys.path]
+    packed = _pack((function, tokenizer, options), f"the tokenizer or an option of {key}")
+    path = path if here in path else [*path, here]
+    return pickle.dumps({"path": path, "timeout_s": timeout_s, "packed": packed})
+
+
+def _pack(content: object, what: str) -> bytes:
+    import cloudpickle
+
+    try:
+        return cloudpickle.dumps(content)  # type: ignore[no-any-return]
+    except Exception as error:  # what an object holds may raise anything when it is pickled
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{what} cannot be sent to the worker process ({type(error).__name__}: {reason}); "
+            "use plain values, and for a tokenizer its (kind, path)"
+        ) from error
+
+
+def _span(rows: Sequence[int]) -> str:
+    return f"sample {rows[0]}" if len(rows) == 1 else f"{len(rows)} samples, {rows[0]} to {rows[-1]}"

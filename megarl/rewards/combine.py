@@ -1,0 +1,143 @@
+"""Several reward functions as one: a weighted sum, with each function's own scores kept for the log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megarl.errors import ConfigError
+from megarl.rewards.answers import AnswerError, NoScore, Score, read_scores
+from megarl.rewards.functions import Function, RewardFunction, Spec, resolve
+
+
+@dataclass
+class Combined:
+    """Callable like any reward function; made by `combine`.
+
+    Attributes:
+        functions: what is summed.
+        weights: one factor for each.
+        options: keyword arguments for each, which go before the fields of the records.
+        names: a short and different name for each.
+    """
+
+    functions: tuple[RewardFunction, ...]
+    weights: tuple[float, ...]
+    options: tuple[dict[str, Any], ...]
+    names: tuple[str, ...]
+    _loaded: list[Function] = field(default_factory=list, repr=False)
+
+    def load(self) -> None:
+        """Load every function now, so that one that cannot be loaded is found before the first call."""
+        if not self._loaded:
+            self._loaded = [function.load() for function in self.functions]
+
+    def __call__(self, samples: Sequence[str], **columns: Any) -> list[Score | NoScore]:
+        return self.evaluate(samples=samples, **columns)[0]
+
+    def evaluate(
+        self, samples: Sequence[str], **columns: Any
+    ) -> tuple[list[Score | NoScore], dict[str, list[float | None]]]:
+        """The weighted sum for each sample, and each function's own scores without its weight.
+
+        A sample for which any function has no score has none. Lists of per-token rewards count as their sum in the
+        second.
+        """
+        self.load()
+        answers = [
+            self._ask(function, name, options, samples, columns)
+            for function, name, options in zip(self._loaded, self.names, self.options, strict=True)
+        ]
+        values = [self._sum(scores) for scores in zip(*answers, strict=True)]
+        parts = {name: [_total(score) for score in own] for name, own in zip(self.names, answers, strict=True)}
+        return values, parts
+
+    def _ask(
+        self,
+        function: Function,
+        name: str,
+        options: Mapping[str, Any],
+        samples: Sequence[str],
+        columns: Mapping[str, Any],
+    ) -> list[Score | NoScore]:
+        answer = function(samples=samples, **{**columns, **options})
+        try:
+            scores = read_scores(answer, len(samples))
+        except AnswerError as error:
+            raise AnswerError(f"{error} (the part {name})") from error
+        return [NoScore(f"{s.why} (from {name})") if isinstance(s, NoScore) else s for s in scores]
+
+    def _sum(self, scores: Sequence[Score | NoScore]) -> Score | NoScore:
+        """Per-token lists add up token by token; a plain score lands on the last token, as it does in training."""
+        total: Score = 0.0
+        for score, weight in zip(scores, self.weights, strict=True):
+            if isinstance(score, NoScore):
+                return score
+            weighted = [weight * reward for reward in score] if isinstance(score, list) else weight * score
+            if isinstance(total, list) and isinstance(weighted, list) and len(total) != len(weighted):
+                return NoScore(f"got lists of {len(total)} and {len(weighted)} per-token rewards, which do not add up")
+            total = _add(total, weighted)
+        return total
+
+
+def combine(
+    functions: Sequence[Spec],
+    weights: Sequence[float] | None = None,
+    options: Sequence[Mapping[str, Any]] | None = None,
+    key: str = "reward.fn",
+) -> Combined:
+    """One reward function that returns the weighted sum of several.
+
+    Args:
+        functions: names or callables, as `RewardWorker` takes them.
+        weights: one for each; None weighs all by 1.
+        options: keyword arguments for each, None for none.
+        key: the configuration key they came from, for the messages.
+    """
+    if not functions:
+        raise ConfigError(f"{key} is an empty list: name at least one function")
+    weights = [1.0] * len(functions) if weights is None else weights
+    options = [{}] * len(functions) if options is None else options
+    for what, given in (("weights", weights), ("options", options)):
+        if len(given) != len(functions):
+            raise ConfigError(f"{key} names {len(functions)} functions but has {len(given)} {what}: give one for each")
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise ConfigError(f"{key}: a weight is {weight}; use a finite number")
+    resolved = tuple(resolve(function, key) for function in functions)
+    return Combined(
+        functions=resolved,
+        weights=tuple(float(weight) for weight in weights),
+        options=tuple(dict(own) for own in options),
+        names=_short_names(resolved),
+    )
+
+
+def _short_names(functions: Sequence[RewardFunction]) -> tuple[str, ...]:
+    """The function's own name; from its second use on, numbered."""
+    names: list[str] = []
+    for function in functions:
+        short = function.name.rpartition(":")[2]
+        name, again = short, 2
+        while name in names:
+            name, again = f"{short}_{again}", again + 1
+        names.append(name)
+    return tuple(names)
+
+
+def _add(left: Score, right: Score) -> Score:
+    if isinstance(left, list) and isinstance(right, list):
+        return [a + b for a, b in zip(left, right, strict=True)]
+    if isinstance(left, list):
+        return _add(right, left)
+    if isinstance(right, list):
+        return [*right[:-1], right[-1] + left]
+    return left + right
+
+
+def _total(score: Score | NoScore) -> float | None:
+    if isinstance(score, NoScore):
+        return None
+    return sum(score) if isinstance(score, list) else score

@@ -1,0 +1,204 @@
+"""Naming a reward function, checking that it is there without running it, and loading it where it will run."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import Any
+
+from megarl.errors import ConfigError
+
+Function = Callable[..., Any]
+Spec = str | Function
+BUILT_IN = "megarl.rewards.builtin"
+
+# Code that calls one of these may define names that reading it does not show.
+_DYNAMIC = {"globals", "exec", "eval", "setattr", "vars", "locals"}
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A function that another process can load.
+
+    Attributes:
+        name: how messages call it.
+        source: "package.module:function", "/folder/file.py:function", or the callable by cloudpickle.
+    """
+
+    name: str
+    source: str | bytes
+
+    def load(self) -> Function:
+        """The callable itself. Runs the user's code."""
+        if isinstance(self.source, bytes):
+            import cloudpickle
+
+            loaded = cloudpickle.loads(self.source)
+        else:
+            place, _, path = self.source.rpartition(":")
+            loaded = _import_file(Path(place)) if _is_file(place) else importlib.import_module(place)
+            for attribute in path.split("."):
+                loaded = getattr(loaded, attribute)
+        if not callable(loaded):
+            raise TypeError(f"{self.name} is a {type(loaded).__name__}, not a function")
+        return loaded  # type: ignore[no-any-return]
+
+
+def resolve(spec: Spec | RewardFunction, key: str = "reward.fn") -> RewardFunction:
+    """Check a function's name, or pack a callable, before anything is started.
+
+    A module or file is found and read, not run: the training process never executes the user's code. A name that only
+    running it could show is left for the worker to find.
+
+    Args:
+        spec: "package.module:function", "path/to/file.py:function", or a callable.
+        key: the configuration key it came from, for the messages.
+
+    Raises:
+        ConfigError: no such module, file or function, or a callable that cannot travel to another process.
+    """
+    if isinstance(spec, RewardFunction):
+        return spec
+    if not isinstance(spec, str):
+        return _pack(spec, key)
+    given = f"{key}={spec}"
+    place, colon, path = spec.rpartition(":")
+    if not colon or not place or not all(part.isidentifier() for part in path.split(".")):
+        raise ConfigError(f"{given} names no function: write package.module:function or path/to/file.py:function")
+    if _is_file(place):
+        file = Path(place).expanduser().absolute()
+        if not file.is_file():
+            raise ConfigError(f"{given}: there is no file {file}; give the path of a Python file")
+        _check_name(file, path, given)
+        return RewardFunction(spec, f"{file}:{path}")
+    file_of_module = _find_module(place, given)
+    if file_of_module is not None:
+        _check_name(file_of_module, path, given)
+    return RewardFunction(spec, spec)
+
+
+def name_of(function: Function) -> str:
+    """What to call a callable in a message."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    module = getattr(function, "__module__", None)
+    return f"{module}:{name}" if module else str(name)
+
+
+def _pack(function: object, key: str) -> RewardFunction:
+    if not callable(function):
+        raise ConfigError(
+            f"{key} is a {type(function).__name__}: give a function, or its name as package.module:function"
+        )
+    import cloudpickle
+
+    name = name_of(function)
+    try:
+        return RewardFunction(name, cloudpickle.dumps(function))
+    except Exception as error:  # what a closure holds may raise anything when it is pickled
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{key}={name} cannot be sent to the process that runs it ({type(error).__name__}: {reason}); "
+            "create what it holds inside the function, or name it as package.module:function"
+        ) from error
+
+
+def _is_file(place: str) -> bool:
+    return place.endswith(".py") or "/" in place
+
+
+def _find_module(name: str, given: str) -> Path | None:
+    """The source file of a module, found without importing its packages; None if it has none that can be read."""
+    importlib.invalidate_caches()  # the file may be younger than the last look at its folder
+    path: Iterable[str] | None = None
+    found: ModuleSpec | None = None
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        part = ".".join(parts[:depth])
+        try:
+            found = _find_in(part, path)
+        except (ImportError, KeyError, ValueError):  # namespace packages inside others, unusual import hooks
+            return None
+        if found is None:
+            inside = f" in the package {'.'.join(parts[: depth - 1])}" if depth > 1 else ""
+            raise ConfigError(
+                f"{given}: there is no module {part}{inside}; {_nearest_built_in(given, name)}"
+                f"run from the folder that holds it, install it, or give a file as path/to/file.py:function"
+            )
+        if depth < len(parts) and found.submodule_search_locations is None:
+            raise ConfigError(f"{given}: {part} is a module, not a package, so it holds no module {name}")
+        path = found.submodule_search_locations
+    origin = found.origin if found else None
+    return Path(origin) if origin and origin.endswith(".py") and Path(origin).is_file() else None
+
+
+def _find_in(name: str, path: Iterable[str] | None) -> ModuleSpec | None:
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, path) if hasattr(finder, "find_spec") else None  # type: ignore[arg-type]
+        if spec is not None:
+            return spec
+    # A console script's import path lacks the current folder, where a user's module usually lies.
+    return PathFinder.find_spec(name, [str(Path.cwd())]) if path is None else None
+
+
+def _nearest_built_in(given: str, module: str) -> str:
+    return f"the ready-made ones are in {BUILT_IN}; " if module in ("builtin", "builtins", "rewards") else ""
+
+
+def _check_name(file: Path, path: str, given: str) -> None:
+    try:
+        tree = ast.parse(file.read_bytes(), filename=str(file))
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        raise ConfigError(
+            f"{given}: {file}{f':{line}' if line else ''} is not valid Python ({getattr(error, 'msg', error)}); fix it"
+        ) from error
+    names, complete = _top_level_names(tree)
+    name = path.split(".")[0]
+    if name in names or not complete:
+        return
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    near = difflib.get_close_matches(name, sorted(names), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"it defines {', '.join(functions) or 'no function'}"
+    raise ConfigError(f"{given}: {file} defines no {name}; {hint}")
+
+
+def _top_level_names(tree: ast.Module) -> tuple[set[str], bool]:
+    """Names a module binds at its top level, and whether these are certainly all."""
+    names: set[str] = set()
+    complete = not any(isinstance(node, ast.Name) and node.id in _DYNAMIC for node in ast.walk(tree))
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        else:
+            waiting.extend(ast.iter_child_nodes(node))
+    return names, complete and "*" not in names and "__getattr__" not in names
+
+
+def _import_file(file: Path) -> Any:
+    """Run a file as a module of its own; its neighbours can be imported, as when it is run as a script."""
+    name = f"reward_file_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up here
+    if str(file.parent) not in sys.path:
+        sys.path.insert(0, str(file.parent))
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,183 @@
+"""One worker process and the pipe to it: started, asked, timed and killed here, with no idea what is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import megarl
+from megarl.logging import get_logger
+from megarl.rewards.wire import Channel, PipeClosed
+
+_log = get_logger(__name__)
+
+DISTRIBUTED = ("RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK")
+DISTRIBUTED_PREFIXES = ("LOCAL_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_", "PMI_", "PMIX_", "OMPI_")
+"""Environment variables of a process group: a library that sees them in the worker would wait for other ranks."""
+
+_LONGEST_LINE = 4000
+_LONGEST_REASON = 400
+
+
+class CallFailedError(Exception):
+    """A call came to nothing; the text completes "reward.fn=NAME ..."."""
+
+
+class WorkerProcess:
+    """A running `python -m megarl.rewards.worker`, in a process group of its own."""
+
+    def __init__(self, name: str, devices: str | None) -> None:
+        """Start it.
+
+        Args:
+            name: whose output it is, for the log.
+            devices: CUDA_VISIBLE_DEVICES; None keeps this process's.
+        """
+        self._name = name
+        self._last_lines: deque[str] = deque(maxlen=1)
+        request_end, ours_out = os.pipe()
+        ours_in, answer_end = os.pipe()
+        self._channel = Channel(ours_in, ours_out)
+        arguments = ["--requests", str(request_end), "--answers", str(answer_end)]
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megarl.rewards.worker", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(request_end, answer_end),
+                env=worker_environment(devices),
+                start_new_session=True,  # so that all it starts can be killed with it
+            )
+        except BaseException:
+            self._channel.close()
+            raise
+        finally:
+            os.close(request_end)
+            os.close(answer_end)
+        self._printing = threading.Thread(
+            target=_pass_on, args=(self._process.stdout, name, self._last_lines), daemon=True
+        )
+        self._printing.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, payload: bytes, timeout_s: float) -> dict[str, Any]:
+        """Send a frame and wait for its answer.
+
+        Raises:
+            CallFailedError: the answer is a failure, or there is none: the process is late or has ended. After the
+                latter two, and after any other exception, it is dead.
+        """
+        try:
+            check = self._watch(timeout_s)
+            self._channel.send(payload, check)
+            answer: dict[str, Any] = json.loads(self._channel.receive(check))
+        except PipeClosed as error:
+            death = self.death()
+            self.kill()
+            raise CallFailedError(f"ended its process ({death})") from error
+        except BaseException:  # an interrupted conversation must not be taken up again
+            self.kill()
+            raise
+        if "failure" in answer:
+            _log.debug("%s\n%s", self._name, answer["traceback"])
+            raise CallFailedError(_shortened(answer["failure"]))
+        return answer
+
+    def close(self) -> None:
+        """End it. The function may clean up; what still runs two seconds later is killed."""
+        self._channel.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=2)
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill it and everything it started."""
+        self._channel.close()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            pid = self._process.pid
+            _log.warning("the process of %s (pid %d) does not die; going on without it", self._name, pid)
+        self._printing.join(timeout=1)
+
+    def death(self) -> str:
+        """How it ended, and the last line it printed."""
+        try:
+            code = self._process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return "it closed its pipe"
+        how = f"exit code {code}"
+        if code < 0:
+            memory = ", which may mean that memory ran out" if code == -signal.SIGKILL else ""
+            how = f"killed by {_signal_name(-code)}{memory}"
+        self._printing.join(timeout=0.5)
+        return f"{how}; its last line: {self._last_lines[-1][:200]}" if self._last_lines else how
+
+    def _watch(self, timeout_s: float) -> Callable[[], None]:
+        """What ends a wait: the time, or the worker's death while something it started still holds the pipe."""
+        deadline = time.monotonic() + timeout_s
+
+        def check() -> None:
+            if time.monotonic() > deadline:
+                raise CallFailedError(f"did not finish within {timeout_s:g} s and was killed")
+            if not self.alive:
+                raise PipeClosed
+
+        return check
+
+
+def worker_environment(devices: str | None = "") -> dict[str, str]:
+    """This process's environment without what would make the worker part of the run.
+
+    Args:
+        devices: CUDA_VISIBLE_DEVICES of the worker; "" hides every GPU, None keeps this process's.
+    """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in DISTRIBUTED and not name.startswith(DISTRIBUTED_PREFIXES)
+    }
+    if devices is not None:
+        kept["CUDA_VISIBLE_DEVICES"] = devices
+    kept.setdefault("PYTHONHASHSEED", "0")  # so that a function that goes through a set scores the same every time
+    home = Path(megarl.__file__).resolve().parent.parent
+    if home.name not in ("site-packages", "dist-packages"):
+        kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))
+    return kept
+
+
+def _pass_on(stream: IO[bytes], name: str, last_lines: deque[str]) -> None:
+    """Log what the worker prints, line by line, until its process has ended."""
+    with stream:
+        while line := stream.readline(_LONGEST_LINE):
+            text = line.decode("utf-8", errors="replace").rstrip()
+            if text:
+                last_lines.append(text)
+                _log.info("%s: %s", name, text)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have no name of their own
+        return f"signal {number}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."

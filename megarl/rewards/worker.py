@@ -1,0 +1,185 @@
+"""The process in which reward functions run: `python -m megarl.rewards.worker`, started by `RewardWorker`.
+
+It imports nothing heavy of its own accord, and it ends when the process that started it does, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import os
+import pickle
+import queue
+import signal
+import sys
+import sysconfig
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+from megarl.rewards.answers import AnswerError, NoScore, read_scores
+from megarl.rewards.combine import Combined
+from megarl.rewards.functions import Function
+from megarl.rewards.wire import Channel, PipeClosed
+
+GRACE_S = 2.0
+"""How long a function may go on after the run has gone."""
+LATE_S = 5.0
+"""How long after its time-out a call ends itself, where the run has not ended it."""
+
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def main() -> None:
+    """Serve the process whose pipe ends were passed on."""
+    parser = argparse.ArgumentParser(description="Scores samples for the process that started it; not for use by hand.")
+    parser.add_argument("--requests", type=int, required=True, help="descriptor to read frames from")
+    parser.add_argument("--answers", type=int, required=True, help="descriptor to write frames to")
+    arguments = parser.parse_args()
+    _keep_output_flowing()
+    _leave_signals_to_the_run()
+    serve(Channel(arguments.requests, arguments.answers))
+
+
+def serve(channel: Channel) -> None:
+    """Load the function of the first frame, then answer each further frame until the pipe is closed."""
+    requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(channel, requests), daemon=True).start()
+    setup = requests.get()
+    if setup is None:
+        return
+    try:
+        timeout_s, function, tokenizer, options = _prepare(setup)
+    except BaseException as error:  # the user's module runs here and may raise anything, SystemExit too
+        _reply(channel, _failure(error))
+        return
+    _reply(channel, {"ready": True})
+    while (request := requests.get()) is not None:
+        # Native code that keeps the interpreter's lock (a regular expression can) stops the listening thread too, and
+        # would outlive a killed run; this timer needs no lock.
+        faulthandler.dump_traceback_later(timeout_s + LATE_S, exit=True)
+        answer = _answer(function, tokenizer, options, request)
+        faulthandler.cancel_dump_traceback_later()
+        _reply(channel, answer)
+
+
+def _listen(channel: Channel, requests: queue.SimpleQueue[bytes | None]) -> None:
+    """Pass frames on; when the run is gone, end this process and all it started, even in the middle of a call."""
+    parent = os.getppid()
+
+    def check() -> None:
+        # The pipe alone would not tell: a process forked by the run may hold its end open.
+        if os.getppid() != parent:
+            raise PipeClosed
+
+    try:
+        while True:
+            requests.put(channel.receive(check))
+    except PipeClosed:
+        requests.put(None)
+    time.sleep(GRACE_S)
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+def _prepare(setup: bytes) -> tuple[float, Function, Any, dict[str, Any]]:
+    """Time-out of a call, function, tokenizer and options, from the first frame."""
+    first = pickle.loads(setup)
+    sys.path[:] = first["path"]  # before the rest is unpickled, which may import the user's modules
+    reward, tokenizer, options = pickle.loads(first["packed"])
+    if isinstance(tokenizer, tuple):
+        from megarl.tokenizers import build_tokenizer
+
+        tokenizer = build_tokenizer(*tokenizer)
+    function = reward.load()
+    if isinstance(function, Combined):
+        function.load()
+    return first["timeout_s"], function, tokenizer, options
+
+
+def _answer(function: Function, tokenizer: Any, options: Mapping[str, Any], request: bytes) -> dict[str, Any]:
+    metadata: Mapping[str, Any] = {}
+    try:
+        asked = pickle.loads(request)
+        texts, metadata = asked["texts"], asked["metadata"]
+        parts: dict[str, list[float | None]] = {}
+        columns = {**metadata, **options, **texts, "tokenizer": tokenizer}
+        if isinstance(function, Combined):
+            answer, parts = function.evaluate(**columns)
+        else:
+            answer = function(**columns)
+        scores = read_scores(answer, len(texts["samples"]), asked["lengths"])
+    except BaseException as error:  # whatever the user's function raises is an answer; a sys.exit() of its too
+        return _failure(error, metadata)
+    values = [{"why": score.why} if isinstance(score, NoScore) else score for score in scores]
+    return {"values": values, "parts": parts}
+
+
+def _failure(error: BaseException, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What happened in one line, where in the user's code, and the whole traceback."""
+    if isinstance(error, AnswerError):
+        return {"failure": str(error), "traceback": ""}
+    what = " ".join("".join(traceback.format_exception_only(type(error), error)).split())
+    hint = ""
+    if isinstance(error, TypeError) and "unexpected keyword argument" in what:
+        unwanted = [name for name in metadata or {} if f"'{name}'" in what]
+        hint = f"; {unwanted[0]} is a field of the records: let the function take **metadata" if unwanted else ""
+    where = _users_frame(error)
+    return {
+        "failure": f"raised {what}{f' ({where})' if where else ''}{hint}",
+        "traceback": "".join(traceback.format_exception(type(error), error, error.__traceback__)),
+    }
+
+
+def _users_frame(error: BaseException) -> str:
+    """file:line of the innermost frame that is the user's; of the innermost one if all are a library's."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    libraries = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")})
+    own = [f for f in frames if not f.filename.startswith((*libraries, "<frozen"))]
+    innermost = (own or frames)[-1:]
+    return "".join(f"{frame.filename}:{frame.lineno}" for frame in innermost)
+
+
+def _reply(channel: Channel, answer: Mapping[str, Any]) -> None:
+    # JSON rather than pickle: the run must not unpickle what comes out of user code.
+    channel.send(json.dumps(answer).encode("utf-8"), _nothing)
+
+
+def _nothing() -> None:
+    """The listening thread watches the run; this side may wait."""
+
+
+def _keep_output_flowing() -> None:
+    """Show the function's prints line by line as they come, whatever characters they hold."""
+    faulthandler.enable()
+    for stream in (sys.stdout, sys.stderr):
+        _reconfigure(stream)
+
+
+def _reconfigure(stream: TextIO) -> None:
+    reconfigure: Callable[..., None] | None = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+
+
+def _leave_signals_to_the_run() -> None:
+    """A batch system signals every process of a job; the run decides what to do, and ends this one by its pipe.
+
+    Children get the default back: `multiprocessing` ends its workers with SIGTERM.
+    """
+    for number in _IGNORED:
+        signal.signal(number, lambda *_: None)
+    os.register_at_fork(after_in_child=_default_signals)
+
+
+def _default_signals() -> None:
+    for number in _IGNORED:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Folders that cannot be read end in one clear line that names what is wrong, before any weight is used."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megarl.errors import CheckpointError, ConfigError
+from megarl.models.exchange.export import write_folder
+from megarl.models.exchange.families import FAMILIES, family_of
+from megarl.models.exchange.formats import open_source
+from megarl.models.exchange.source import HuggingFaceSource
+from tests.models.exchange.published import PUBLISHED, edit_config, save_published, stored
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    save_published("llama3", folder)
+    return folder
+
+
+@pytest.fixture
+def folder(llama: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        open_source(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in stored(folder).items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def in_shards(source: Path, target: Path) -> Path:
+    write_folder(open_source(source), target, shard_bytes=20_000)
+    assert len(list(target.glob("model-*.safetensors"))) > 2
+    return target
+
+
+def test_several_files_with_an_index_are_one_model(llama: Path, tmp_path: Path) -> None:
+    shards = in_shards(llama, tmp_path / "shards")
+    before, after = stored(llama), stored(shards)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    whole, cut = open_source(llama), open_source(shards)
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    assert torch.equal(whole.read(name), cut.read(name))
+
+
+def test_torch_pickles_are_read(llama: Path, folder: Path) -> None:
+    torch.save(stored(folder), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for name in ("decoder.layers.0.mlp.linear_fc1.weight", "output_layer.weight"):
+        assert torch.equal(open_source(folder).read(name), open_source(llama).read(name))
+
+
+def test_a_missing_shard(llama: Path, tmp_path: Path) -> None:
+    shards = in_shards(llama, tmp_path / "shards")
+    gone = sorted(shards.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    refused(shards, gone.name, "missing")
+
+
+def test_an_index_that_lies(llama: Path, tmp_path: Path) -> None:
+    shards = in_shards(llama, tmp_path / "shards")
+    index = shards / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = sorted(set(content["weight_map"].values()))[0]
+    index.write_text(json.dumps(content))
+    refused(shards, "model.norm.weight", "does not have it")
+
+
+def test_an_index_that_points_outside_the_folder(llama: Path, tmp_path: Path) -> None:
+    shards = in_shards(llama, tmp_path / "shards")
+    index = shards / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = "../other.safetensors"
+    index.write_text(json.dumps(content))
+    refused(shards, "../other.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1], ids=["empty", "in the length", "in the header", "in the last tensor"])
+def test_a_truncated_safetensors_file(keep: int, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(folder, "model.safetensors")
+
+
+def test_a_header_that_is_no_json(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"not json" + b"\0" * 64)
+    refused(folder, "header")
+
+
+class Touch:
+    """What a hostile pickle does when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_a_pickle_with_code_in_it_is_not_run(save: Any, folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    save({"model.norm.weight": Touch(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    refused(folder, "pytorch_model.bin", "more than weights")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_shape_that_does_not_fit_the_configuration(folder: Path) -> None:
+    edit_config(folder, intermediate_size=64)
+    refused(folder, "mlp.down_proj.weight", "[32, 48]", "[32, 64]")
+
+
+def test_an_integer_weight(folder: Path) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    refused(folder, name, "I8")
+
+
+def test_an_unknown_tensor(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.0.mlp.extra.weight": torch.zeros(2)}))
+    refused(folder, "model.layers.0.mlp.extra.weight")
+
+
+def test_a_bias_that_the_configuration_denies(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}))
+    refused(folder, "q_proj.bias")
+
+
+def test_a_missing_tensor(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.weight"))
+    refused(folder, "lacks model.layers.1.self_attn.k_proj.weight")
+
+
+def test_a_layer_more_than_the_configuration_has(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=1)
+    refused(folder, "model.layers.1.")
+
+
+def test_a_quantised_model(folder: Path) -> None:
+    edit_config(folder, quantization_config={"quant_method": "gptq"})
+    refused(folder, "quantised")
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones(folder: Path) -> None:
+    edit_config(folder, architectures=["BloomForCausalLM"])
+    refused(folder, "BloomForCausalLM", *(family.architectures[0] for family in FAMILIES.values()))
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    refused(tmp_path, "holds no model")
+    refused(tmp_path / "gone", "does not exist")
+
+
+def test_a_configuration_without_a_key(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(folder, "num_hidden_layers")
+
+
+def test_a_hub_name_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="neither a folder here nor a model that the hub gives out") as caught:
+        open_source("megarl-tests/no-such-model")
+    assert "\n" not in str(caught.value)
+
+
+def config_of(name: str, **changes: Any) -> dict[str, Any]:
+    import transformers
+
+    config, arguments = PUBLISHED[name]
+    made = getattr(transformers, config)(**arguments).to_dict()
+    return {**made, "architectures": [FAMILIES[made["model_type"]].architectures[0]], **changes}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "word"),
+    [
+        ("opt", {"do_layer_norm_before": False}, "350m"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"activation_function": "tanh"}, "activation_function"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
+        ("llama_yarn", {"rope_scaling": {"beta_fast": 16}}, "beta_fast"),
+        ("qwen2_window", {"max_window_layers": 1, "layer_types": None}, "some layers only"),
+    ],
+)
+def test_variants_that_we_cannot_compute_are_refused_by_name(name: str, changes: dict[str, Any], word: str) -> None:
+    config = config_of(name, **changes)
+    with pytest.raises(CheckpointError, match=word):
+        family_of(config).model_config(config)
+
+
+def test_rope_of_older_configurations_is_read() -> None:
+    config = config_of("llama3")
+    rope = config.pop("rope_parameters")
+    old = {**config, "rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    assert family_of(old).model_config(old) == family_of(config).model_config(config_of("llama3"))
+    neox = config_of("gpt_neox")
+    del neox["rope_parameters"]
+    model = family_of(neox).model_config({**neox, "rotary_pct": 0.25, "rotary_emb_base": 5000})
+    assert (model.rope_percent, model.rope_base) == (0.25, 5000.0)
+
+
+def test_names_of_a_model_without_its_output_layer_are_known(tmp_path: Path) -> None:
+    """GPT-2 on the hub lacks the prefix and keeps causal masks among its weights."""
+    save_published("gpt2", tmp_path / "model")
+    plain = {name.removeprefix("transformer."): tensor.clone() for name, tensor in stored(tmp_path / "model").items()}
+    plain["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+    before = open_source(tmp_path / "model").read("decoder.layers.0.self_attention.linear_qkv.weight")
+    save_file(plain, tmp_path / "model" / "model.safetensors")
+    source = open_source(tmp_path / "model")
+    assert isinstance(source, HuggingFaceSource)
+    assert torch.equal(source.read("decoder.layers.0.self_attention.linear_qkv.weight"), before)
+    assert source.left_out == {"h.0.attn.bias": "a causal mask, not a weight"}

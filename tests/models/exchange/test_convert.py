@@ -1,0 +1,136 @@
+"""`megarl.convert` in both directions: the same bits, counts, a verdict on the logits, and nothing half written."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megarl import convert
+from megarl.errors import CheckpointError, ConfigError, MegarlError
+from megarl.models.exchange.export import write_folder
+from megarl.models.exchange.formats import open_source
+from megarl.models.exchange.source import HEADS
+from tests.models.exchange.published import edit_config, save_published, stored
+from tests.worlds import Worlds
+
+NAMES = ("gpt2", "gpt_neox", "gptj", "opt", "qwen2_tied", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("published")
+    for name in NAMES:
+        save_published(name, root / name)
+    return root
+
+
+def converted(*pairs: tuple[Path, Path]) -> list[int]:
+    """Exit codes, in a world of one."""
+    return [convert.run([f"from={origin}", f"to={target}"]) for origin, target in pairs]
+
+
+def test_there_and_back_is_the_same_bits(worlds: Worlds, published: Path, tmp_path: Path) -> None:
+    there = [(published / name, tmp_path / name) for name in NAMES]
+    back = [(tmp_path / name, tmp_path / f"{name}-again") for name in NAMES]
+    assert worlds.run(1, converted, *there, *back) == [[0] * len(there + back)]
+    for name in NAMES:
+        before, after = stored(published / name), stored(tmp_path / f"{name}-again")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before), name
+        assert open_source(tmp_path / name).kind == "megarl"
+
+
+def test_a_narrower_dtype_is_written_and_said(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [f"from={published / 'qwen3'}", f"to={tmp_path / 'narrow'}", "dtype=bf16", "format=huggingface"]
+    assert convert.run(command) == 0
+    said = capsys.readouterr().out
+    assert "bfloat16" in said
+    assert "left out: nothing" in said
+    before, after = stored(published / "qwen3"), stored(tmp_path / "narrow")
+    assert all(torch.equal(before[key].bfloat16(), after[key]) for key in before)
+
+
+def test_logits_that_differ_are_exit_code_1(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoilt(source: object, settings: convert.Settings, dtype: object) -> None:
+        shutil.copytree(published / "qwen3", settings.target)
+        weights = load_file(settings.target / "model.safetensors")
+        weights["model.layers.1.mlp.down_proj.weight"][0] += 0.05
+        save_file(weights, settings.target / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(convert, "write", spoilt)
+    assert convert.run([f"from={published / 'qwen3'}", f"to={tmp_path / 'other'}"]) == 1
+    assert "DIFFERENT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["form=x"], "unknown setting 'form=x'"),
+        (["from=x"], "to= is missing"),
+        (["from=x", "to=y", "dtype=int4"], "dtype=int4"),
+        (["from=x", "to=/tmp"], "exists and is not overwritten"),
+        (["from={model}", "to={new}", "family=bert"], "family=bert is unknown"),
+        (["from={model}", "to={new}", "format=onnx"], "format=onnx"),
+        (["from={model}", "to={new}", "format=huggingface", "family=llama"], "a llama cannot have"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_words_are_refused_and_leave_nothing(
+    words: list[str], message: str, published: Path, tmp_path: Path
+) -> None:
+    words = [word.format(model=published / "opt", new=tmp_path / "new") for word in words]
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        convert.run(words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_a_dtype_cannot_hold_are_refused_and_leave_nothing(published: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(published / "opt", tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    weights["model.decoder.layers.0.fc1.weight"][0, 0] = 1e5
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"linear_fc1.weight has values up to 100000"):
+        convert.run([f"from={model}", f"to={tmp_path / 'half'}", "dtype=fp16", "format=huggingface"])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failure_half_way_leaves_nothing(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(published / "gpt2")
+    read = source.read
+
+    def full(name: str) -> torch.Tensor:
+        if name.startswith("decoder.layers.1.mlp"):
+            raise OSError(28, "No space left on device")
+        return read(name)
+
+    monkeypatch.setattr(source, "read", full)
+    with pytest.raises(MegarlError, match="No space left on device"):
+        write_folder(source, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_heads_ride_along_in_a_file_of_their_own(worlds: Worlds, published: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(published / "gpt2", tmp_path / "model"))
+    head = {"value_head.weight": torch.randn(1, 32), "value_head.bias": torch.randn(1)}
+    save_file(head, model / HEADS)
+    assert worlds.run(1, converted, (model, tmp_path / "megarl"), (tmp_path / "megarl", tmp_path / "back")) == [[0, 0]]
+    again = load_file(tmp_path / "back" / HEADS)
+    assert again.keys() == head.keys()
+    assert all(torch.equal(head[key], again[key]) for key in head)
+
+
+def test_files_of_the_tokenizer_and_token_ids_come_along(published: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(published / "qwen3", tmp_path / "model"))
+    (model / "tokenizer.json").write_text("{}")
+    (model / "merges.txt").write_text("a b")
+    edit_config(model, eos_token_id=[3, 4])
+    write_folder(open_source(model), tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "copy" / "merges.txt").read_text() == "a b"
+    assert open_source(tmp_path / "copy").token_ids["eos_token_id"] == [3, 4]

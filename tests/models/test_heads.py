@@ -1,0 +1,112 @@
+"""The value head: zero at first, one value per chosen token, and the same training in every layout."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megarl.models.gpt import GPT
+from megarl.parallel.engine import Batch, Engine
+from tests.parallel.engines import batches, count_tokens, small_engine, token_loss
+from tests.worlds import Worlds
+
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (2, {"tp": 2}),
+    (2, {"tp": 2, "sequence_parallel": True}),
+    (2, {"pp": 2}),
+    (2, {}),
+    (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
+]
+
+
+def both_losses(
+    model: GPT, output: torch.Tensor, batch: Batch, counts: dict[str, float]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss, _ = token_loss(model, output, batch, counts)
+    wanted = batch["tokens"].float() / 50.0
+    error = (((model.values(output) - wanted) ** 2) * batch["response_mask"]).sum() / counts["tokens"]
+    return loss + error, {"loss": loss, "error": error}
+
+
+def read_values(model: GPT, output: torch.Tensor, batch: Batch) -> Batch:
+    return {"values": model.values(output)}
+
+
+def trained(layout: dict[str, Any]) -> tuple[torch.Tensor, list[float], torch.Tensor]:
+    """First values, the course of training, last values, of one replica's rows of a batch."""
+    engine = small_engine(layout, value_head=True)
+    rows = batches(engine, 99)
+    first = torch.cat([result["values"] for result in engine.forward(rows, read_values)])
+    course = []
+    for step in range(4):
+        metrics = engine.train_step(batches(engine, step), both_losses, count_tokens)
+        course += [metrics["loss"], metrics["error"], engine.apply_gradients()]
+    last = torch.cat([result["values"] for result in engine.forward(rows, read_values)])
+    return first, course, last
+
+
+@pytest.fixture(scope="module")
+def alone(worlds: Worlds) -> tuple[torch.Tensor, list[float], torch.Tensor]:
+    return worlds.run(1, trained, {})[0]
+
+
+def test_values_start_at_zero_and_learn(alone: tuple[torch.Tensor, list[float], torch.Tensor]) -> None:
+    first, course, last = alone
+    assert torch.equal(first, torch.zeros_like(first))
+    assert course[-2] < course[1]
+    assert bool((last[:, 1:] != 0).all())
+    assert torch.equal(last[:, 0], torch.zeros(len(last)))  # no state precedes the first token
+
+
+@pytest.mark.parametrize(("world", "layout"), LAYOUTS)
+def test_layouts_train_values_alike(
+    world: int, layout: dict[str, Any], worlds: Worlds, alone: tuple[torch.Tensor, list[float], torch.Tensor]
+) -> None:
+    for first, course, last in worlds.run(world, trained, layout):
+        assert course == pytest.approx(alone[1], rel=1e-4, abs=1e-6)
+        assert torch.equal(first, torch.zeros_like(first))
+        if layout:  # one replica: every rank has every row
+            assert torch.allclose(last, alone[2], rtol=1e-4, atol=1e-5)
+
+
+def swapped() -> tuple[float, float, bool]:
+    """Losses at the present and at the first weights, and whether the present ones came back bit for bit."""
+
+    def loss_of(engine: Engine) -> float:
+        return engine.evaluate(batches(engine, 7), lambda m, o, b: token_loss(m, o, b, {"tokens": 1.0})[1])["loss"]
+
+    engine = small_engine({}, trainable=lambda name: "layers.3" in name)
+    reference, at_first = engine.trainable_copy(), loss_of(engine)
+    assert all("layers.3" in name for name in reference)
+    for step in range(3):
+        engine.train_step(batches(engine, step), token_loss, count_tokens)
+        engine.apply_gradients()
+    present = {name: parameter.clone() for name, parameter in engine.parameters()}
+    with engine.with_weights(reference):
+        inside = loss_of(engine)
+    same = all(torch.equal(present[name], parameter) for name, parameter in engine.parameters())
+    assert loss_of(engine) != at_first
+    return at_first, inside, same
+
+
+def test_reference_weights_are_swapped_in_and_out_bit_for_bit(worlds: Worlds) -> None:
+    at_first, inside, same = worlds.run(1, swapped)[0]
+    assert inside == at_first
+    assert same
+
+
+def handed_over() -> bool:
+    teacher = small_engine({}, seed=1)
+    pupil = small_engine({}, seed=2, grid=teacher.grid)
+    pupil.start_from(teacher)
+    batch = batches(pupil, 0)
+    losses = []
+    for engine in (teacher, pupil):
+        losses.append(engine.train_step(batch, token_loss, count_tokens)["loss"])
+        engine.apply_gradients()
+    mine = dict(pupil.parameters())
+    return losses[0] == losses[1] and all(torch.equal(value, mine[name]) for name, value in teacher.parameters())
+
+
+def test_an_engine_that_starts_from_another_trains_as_it_does(worlds: Worlds) -> None:
+    assert worlds.run(1, handed_over)[0]

@@ -1,0 +1,85 @@
+"""Gradients that our CPU layers put straight into Megatron's buffers are those that autograd would have handed over."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megarl.parallel.cpu import needed
+from megarl.parallel.engine import Engine
+from megarl.parallel.vocab import VocabShard, vocab_stats
+from tests.parallel.engines import batches, count_tokens, small_engine, token_loss
+from tests.worlds import Worlds
+
+pytestmark = pytest.mark.skipif(not needed(), reason="these layers are used on machines without a GPU")
+
+GPT2 = {
+    "position": "learned",
+    "norm": "layernorm",
+    "activation": "gelu_tanh",
+    "tie_embeddings": True,
+    "qkv_bias": True,
+    "out_bias": True,
+    "mlp_bias": True,
+}
+LLAMA = {"num_kv_heads": 2}
+
+
+def buffered(engine: Engine) -> dict[str, Tensor]:
+    """Gradients in Megatron's buffers after one step over several microbatches."""
+    engine.train_step(batches(engine, step=0), token_loss, count_tokens)
+    return {name: parameter.main_grad.clone() for name, parameter in engine.parameters()}
+
+
+def handed_over(engine: Engine) -> dict[str, Tensor]:
+    """The same by plain autograd, over an engine without buffers."""
+    (model,) = engine.models
+    for _, parameter in engine.parameters():
+        parameter.requires_grad_(True)
+    microbatches = batches(engine, step=0)
+    counts = engine.count(microbatches, count_tokens)
+    for batch in microbatches:
+        loss, _ = token_loss(model, model(batch), batch, counts)
+        loss.backward()
+    return {name: parameter.grad for name, parameter in engine.parameters()}
+
+
+def both(model: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    engine = small_engine({}, model)
+    in_buffers = buffered(engine)
+    engine.grid.close()  # one grid is live at a time
+    engine = small_engine({}, model, train=False)
+    engine.train()
+    return in_buffers, handed_over(engine)
+
+
+@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_gradients_in_buffers_are_those_of_autograd(worlds: Worlds, model: dict[str, Any]) -> None:
+    ((in_buffers, by_autograd),) = worlds.run(1, both, model)
+    assert in_buffers.keys() == by_autograd.keys()
+    for name, gradient in by_autograd.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(in_buffers[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_vocabulary_gradient_is_added_to_what_the_buffer_holds() -> None:
+    weight = torch.nn.Parameter(torch.randn(16, 4))
+    hidden, targets = torch.randn(6, 4), torch.randint(16, (6,))
+    shard = VocabShard.of(16, 0, 1, None)
+    vocab_stats(hidden, weight, targets, shard).logprobs.sum().backward()
+    expected, weight.grad = weight.grad, None
+    weight.main_grad = torch.ones(16, 4)  # type: ignore[attr-defined]
+    vocab_stats(hidden, weight, targets, shard).logprobs.sum().backward()
+    assert weight.grad is None
+    torch.testing.assert_close(weight.main_grad, expected + 1.0)  # type: ignore[attr-defined]
+
+
+def test_bfloat16_gradients_go_through_autograd_into_float32_buffers(worlds: Worlds) -> None:
+    def norms() -> list[float]:
+        engine = small_engine({}, GPT2, precision="bf16")
+        engine.train_step(batches(engine, step=0), token_loss, count_tokens)
+        return [float(parameter.main_grad.norm()) for _, parameter in engine.parameters()]
+
+    (found,) = worlds.run(1, norms)
+    assert all(norm > 0 for norm in found)

@@ -1,0 +1,463 @@
+"""Scoring in a process of its own: what the function is given, and what becomes of it when it misbehaves."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megarl.errors import ConfigError, DataError, RewardError
+from megarl.rewards import RewardWorker, Scores
+from megarl.tokenizers import build_tokenizer
+from tests.rewards import functions
+
+Start = Callable[..., RewardWorker]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Makes workers, named functions of `functions` or callables, and ends them."""
+    made: list[RewardWorker] = []
+
+    def start(function: Any, **settings: Any) -> RewardWorker:
+        name = f"tests.rewards.functions:{function}" if isinstance(function, str) else function
+        made.append(RewardWorker(name, ("bytes", None), **{"retries": 0, "timeout_s": 20.0, **settings}))
+        return made[-1]
+
+    yield start
+    for worker in made:
+        worker.close()
+
+
+def ask(worker: RewardWorker, *outputs: str, **metadata: list[Any]) -> Scores:
+    """Score outputs after the prompt "p"."""
+    return worker.score(["p" + output for output in outputs], ["p"] * len(outputs), list(outputs), metadata)
+
+
+def gone(pid: int, within_s: float) -> bool:
+    """Whether a process ends in time; a zombie that nobody reaps has ended."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def wait_for(file: Path) -> str:
+    deadline = time.monotonic() + 20
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file} was never written"
+        time.sleep(0.02)
+    return file.read_text()
+
+
+# What the function is given, and what comes back
+
+
+def test_the_function_gets_texts_tokenizer_and_the_fields_of_the_records(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = start("everything_it_was_given")
+    with caplog.at_level(logging.INFO, logger="megarl.rewards"):
+        scores = worker.score(["ab", "cd"], ["a", "c"], ["b", "d"], {"answer": [1, {"x": [None]}], "goal": ["g", "h"]})
+        worker.close()
+    assert scores.values == [0.5, 0.5]
+    line = next(record.getMessage() for record in caplog.records if "samples" in record.getMessage())
+    assert json.loads(line[line.index("{") :]) == {
+        "samples": ["ab", "cd"],
+        "prompts": ["a", "c"],
+        "outputs": ["b", "d"],
+        "eos": build_tokenizer("bytes").eos_id,
+        "answer": [1, {"x": [None]}],
+        "goal": ["g", "h"],
+    }
+
+
+def test_a_tokenizer_object_travels_too() -> None:
+    def eos(samples: list[str], tokenizer: Any, **_: Any) -> list[float]:
+        return [tokenizer.eos_id, *tokenizer.encode("A")]
+
+    tokenizer = build_tokenizer("bytes")
+    with RewardWorker(eos, tokenizer) as worker:
+        assert ask(worker, "a", "b").values == [float(tokenizer.eos_id), 65.0]
+
+
+def test_order_is_kept_over_batches_and_a_short_last_one(start: Start) -> None:
+    outputs = ["x" * n for n in (5, 3, 9, 1, 4, 8, 2)]
+    assert ask(start("lengths", batch_size=3), *outputs).values == [5.0, 3.0, 9.0, 1.0, 4.0, 8.0, 2.0]
+
+
+@pytest.mark.parametrize(("batch_size", "seen"), [(2, [2, 2, 2, 2, 1]), (None, [5] * 5)])
+def test_a_call_asks_about_batch_size_samples(start: Start, batch_size: int | None, seen: list[int]) -> None:
+    assert ask(start("calls_seen", batch_size=batch_size), *"abcde").values == seen
+
+
+def test_no_samples_need_no_worker(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert ask(start("lengths")) == Scores([], seconds=pytest.approx(0, abs=1))
+
+
+def test_a_lambda_and_a_closure_travel(start: Start) -> None:
+    factor = 3.0
+
+    def scaled(outputs: list[str], **_: Any) -> list[float]:
+        return [factor * len(output) for output in outputs]
+
+    assert ask(start(scaled), "ab").values == [6.0]
+    assert ask(start(lambda outputs, **_: [-1.0 for _ in outputs]), "ab", "c").values == [-1.0, -1.0]
+
+
+def test_a_function_in_a_file_can_import_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "neighbour.py").write_text("FACTOR = 4\n")
+    (tmp_path / "mine.py").write_text(
+        "from neighbour import FACTOR\ndef score(outputs, **_):\n    return [FACTOR * len(o) for o in outputs]\n"
+    )
+    with RewardWorker(f"{tmp_path}/mine.py:score", None) as worker:
+        assert ask(worker, "ab").values == [8.0]
+
+
+def test_a_module_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rewards.py").write_text("class Judge:\n    @staticmethod\n    def one(**_):\n        return [1]\n")
+    monkeypatch.chdir(tmp_path)
+    with RewardWorker("my_rewards:Judge.one", None) as worker:
+        assert ask(worker, "a").values == [1.0]
+
+
+def test_options_go_before_fields_of_the_records(start: Start) -> None:
+    worker = start("answer_of_the_record", options={"answer": [7.0]})
+    assert ask(worker, "a", answer=[1.0]).values == [7.0]
+
+
+def test_per_token_rewards_come_back_as_lists_and_must_fit_the_response(start: Start) -> None:
+    worker = start("dense")
+    assert ask(worker, "abc", "d").values == [[0.0, 1.0, 2.0], [0.0]]
+    assert worker.score(["ab"], [""], ["ab"], lengths=[2]).values == [[0.0, 1.0]]
+    with pytest.raises(RewardError, match=r"sample 1 got 3 per-token rewards, but its response has 4 tokens"):
+        worker.score(["ab", "abc"], ["", ""], ["ab", "abc"], lengths=[2, 4])
+
+
+def test_arrays_are_scores(start: Start) -> None:
+    assert ask(start("tensor_scores"), "a", "b", "c").values == [0.0, 0.5, 1.0]
+
+
+# Where it runs
+
+
+def test_the_worker_knows_nothing_of_the_process_group(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
+        *("TORCHELASTIC_RUN_ID", "SLURM_PROCID", "SLURM_JOB_ID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"),
+    ]
+    for name in [*names, "MY_API_KEY"]:
+        monkeypatch.setenv(name, "0")
+    assert ask(start("has_variable"), *names, "MY_API_KEY").values == [0.0] * len(names) + [1.0]
+
+
+@pytest.mark.parametrize(("devices", "shown"), [("", "''"), ("3", "'3'"), (None, "'0,1'")])
+def test_the_worker_sees_no_gpu_unless_told(
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    devices: str | None,
+    shown: str,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    worker = start("visible_devices", devices=devices)
+    with caplog.at_level(logging.INFO, logger="megarl.rewards"):
+        ask(worker, "a")
+        worker.close()
+    assert f"devices: {shown}" in caplog.text
+
+
+def test_the_worker_imports_nothing_heavy(start: Start) -> None:
+    assert ask(start("imported_libraries"), "a").values == [0.0]
+
+
+def test_the_worker_is_another_process_that_stays(start: Start) -> None:
+    worker = start("process")
+    first, second = ask(worker, "a"), ask(worker, "b")
+    assert first.values == second.values != [float(os.getpid())]
+
+
+def test_prints_go_to_the_log_and_do_not_disturb_the_scores(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    worker = start("noisy")
+    with caplog.at_level(logging.INFO, logger="megarl.rewards"):
+        assert ask(worker, "a", "b").values == [1.0, 1.0]
+        assert ask(worker, "a").values == [1.0]
+        worker.close()
+    lines = [record.getMessage() for record in caplog.records]
+    for text in ("printed", "to stderr", "surrogate \\ud800 and \u00fc"):
+        assert lines.count(f"tests.rewards.functions:noisy: {text}") == 2
+
+
+# What goes wrong
+
+
+def failure_of(worker: RewardWorker, *outputs: str, **metadata: list[Any]) -> str:
+    with pytest.raises(RewardError) as caught:
+        ask(worker, *(outputs or ("a", "b")), **metadata)
+    message = str(caught.value)
+    assert message.startswith(f"reward.fn={worker.name} ")
+    assert "\n" not in message
+    return message
+
+
+def test_a_function_that_raises_is_quoted_with_its_line(start: Start) -> None:
+    line = functions.raises.__code__.co_firstlineno + 1
+    message = failure_of(start("raises"))
+    assert f"raised ValueError: cannot judge this ({functions.__file__}:{line})" in message
+    assert "2 samples, 0 to 1" in message
+    assert "reward.on_error=drop" in message
+
+
+def test_the_line_is_the_users_also_when_a_library_raises(start: Start) -> None:
+    line = functions.raises_deep_in_a_library.__code__.co_firstlineno + 1
+    assert f"{functions.__file__}:{line})" in failure_of(start("raises_deep_in_a_library"))
+
+
+def test_sys_exit_is_a_failure_like_any_other(start: Start) -> None:
+    assert "raised SystemExit: enough" in failure_of(start("exits"))
+
+
+def test_a_function_without_room_for_the_fields_is_told_to_make_some(start: Start) -> None:
+    message = failure_of(start("no_metadata"), "a", goal=[3])
+    assert "goal is a field of the records: let the function take **metadata" in message
+
+
+def test_a_wrong_count_is_named(start: Start) -> None:
+    assert "returned 1 scores for 2 samples" in failure_of(start("too_few"))
+
+
+def test_an_answer_that_is_no_list_is_shown(start: Start) -> None:
+    assert "returned 3.0 instead of a list of 2 scores" in failure_of(start("a_number"))
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        (float("nan"), "got nan, not a finite number"),
+        (float("inf"), "got inf, not a finite number"),
+        (None, "got None, not a finite number"),
+        ("1.0", "got '1.0' (str), not a finite number"),
+        ([], "got an empty list, which says nothing"),
+        ([1.0, float("nan")], "got nan for token 1, not a finite number"),
+    ],
+)
+def test_a_score_that_is_none_names_the_sample(start: Start, bad: object, why: str) -> None:
+    message = failure_of(start("answer_of_the_record", batch_size=2), "a", "b", "c", "d", answer=[1.0, 2.0, 3.0, bad])
+    assert f"sample 3 {why}" in message
+
+
+def test_a_function_that_never_returns_is_killed_in_time(start: Start) -> None:
+    worker = start("sleeps", timeout_s=1.0)
+    worker.start()
+    began = time.monotonic()
+    message = failure_of(worker)
+    assert 1.0 <= time.monotonic() - began < 5.0
+    assert "did not finish within 1 s and was killed" in message
+    assert "reward.timeout" in message
+
+
+def test_what_the_function_started_is_killed_with_it(start: Start, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    failure_of(start("sleeps_in_a_child", timeout_s=3.0), "a", pid_file=[str(pids)])
+    assert all(gone(int(pid), within_s=5) for pid in pids.read_text().split())
+
+
+def test_a_dead_worker_is_reported_with_its_last_line(start: Start) -> None:
+    message = failure_of(start("dies"))
+    assert "ended its process (exit code 7; its last line: about to die)" in message
+
+
+def test_a_dead_worker_is_noticed_though_its_child_holds_the_pipe(start: Start) -> None:
+    worker = start("killed_while_a_child_holds_the_pipe", timeout_s=60)
+    worker.start()
+    began = time.monotonic()
+    assert "killed by SIGKILL, which may mean that memory ran out" in failure_of(worker)
+    assert time.monotonic() - began < 10.0
+
+
+@pytest.mark.parametrize("action", ["sleep", "die", "raise", "nan"])
+def test_what_fails_once_is_retried_and_counted(start: Start, tmp_path: Path, action: str) -> None:
+    worker = start("acts_once", retries=1, timeout_s=2.0)
+    scores = ask(worker, action, "abc", mark=[str(tmp_path / "mark")] * 2)
+    assert scores.values == [float(len(action)), 3.0]
+    assert (scores.failed, scores.retried, scores.dropped) == (1, 1, 0)
+
+
+def test_retries_end(start: Start) -> None:
+    assert "(3 tries)" in failure_of(start("raises", retries=2))
+
+
+@pytest.mark.parametrize("function", ["raises", "dies", "too_few", "sleeps"])
+def test_with_drop_a_failed_call_costs_its_batch_alone_and_is_counted(start: Start, function: str) -> None:
+    scores = ask(start(function, on_error="drop", timeout_s=0.5, batch_size=2, retries=1), "a", "b")
+    assert scores.values == [None, None]
+    assert (scores.failed, scores.retried, scores.dropped) == (2, 1, 2)
+
+
+def test_with_drop_other_batches_and_other_samples_keep_their_scores(start: Start) -> None:
+    worker = start("bad_word_raises", on_error="drop", batch_size=2)
+    scores = ask(worker, "a", "b", "bad", "c", "d")
+    assert scores.values == [1.0, 1.0, None, None, 1.0]
+    assert (scores.failed, scores.dropped) == (1, 2)
+    flawed = ask(start("answer_of_the_record", on_error="drop"), "a", "b", "c", answer=[1.0, None, 3.0])
+    assert flawed.values == [1.0, None, 3.0]
+    assert flawed.dropped == 1
+
+
+def test_after_a_failure_the_next_call_works(start: Start, tmp_path: Path) -> None:
+    worker = start("acts_once", timeout_s=2.0)
+    for action in ("sleep", "die"):
+        mark = str(tmp_path / action)
+        failure_of(worker, action, mark=[mark])
+        assert ask(worker, "abcd", mark=[mark]).values == [4.0]
+
+
+def test_a_worker_that_died_between_calls_is_started_again(start: Start) -> None:
+    worker = start("process")
+    (first,) = ask(worker, "a").values
+    assert isinstance(first, float)
+    os.kill(int(first), signal.SIGKILL)
+    assert worker._process is not None
+    assert "SIGKILL" in worker._process.death()
+    scores = ask(worker, "a")
+    assert scores.values != [first]
+    assert scores.failed == 0
+
+
+def test_signals_of_the_job_leave_the_worker_alone(start: Start) -> None:
+    worker = start("process")
+    (pid,) = ask(worker, "a").values
+    assert isinstance(pid, float)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.kill(int(pid), number)
+    assert ask(worker, "a").values == [pid]
+
+
+def test_after_an_interrupted_call_its_late_answer_is_not_taken_for_the_next(start: Start, tmp_path: Path) -> None:
+    def slow_once(outputs: list[str], mark: list[str], **_: Any) -> list[float]:
+        if not Path(mark[0]).exists():
+            Path(mark[0]).touch()
+            time.sleep(0.6)
+            return [-1.0] * len(outputs)
+        return [2.0] * len(outputs)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    worker, mark = start(slow_once), str(tmp_path / "mark")
+    worker.start()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ask(worker, "a", mark=[mark])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert ask(worker, "a", mark=[mark]).values == [2.0]
+
+
+def test_a_module_that_cannot_be_imported_is_an_error_even_with_drop(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import no_such_library\ndef score(**_):\n    return []\n")
+    worker = RewardWorker(f"{tmp_path}/broken.py:score", None, on_error="drop")
+    with pytest.raises(RewardError, match=r"broken\.py:score could not be loaded: .*No module named 'no_such_library'"):
+        worker.start()
+
+
+def test_a_start_that_hangs_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(3600)\ndef score(**_):\n    return []\n")
+    worker = RewardWorker(f"{tmp_path}/slow.py:score", None, start_timeout_s=0.5)
+    with pytest.raises(RewardError, match=r"did not finish within 0\.5 s"):
+        worker.start()
+
+
+# How it ends
+
+
+def test_close_ends_the_worker_and_may_be_called_twice(start: Start) -> None:
+    worker = start("process")
+    (pid,) = ask(worker, "a").values
+    assert isinstance(pid, float)
+    worker.close()
+    worker.close()
+    assert gone(int(pid), within_s=2)
+
+
+def kill_a_run_in_a_call(function: str, pids: Path, timeout_s: float) -> str:
+    """Start a run that scores with a function, kill it when the function has begun, and return what that wrote."""
+    run = textwrap.dedent(
+        f"""
+        from megarl.rewards import RewardWorker
+        worker = RewardWorker("tests.rewards.functions:{function}", None, timeout_s={timeout_s})
+        worker.score(["a"], ["a"], ["a"], {{"pid_file": [{str(pids)!r}]}})
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", run], cwd=Path(__file__).parents[2])
+    try:
+        return wait_for(pids)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_worker_and_its_children_end_when_the_run_is_killed_in_a_call(tmp_path: Path) -> None:
+    worker, child = kill_a_run_in_a_call("sleeps_in_a_child", tmp_path / "pids", timeout_s=60).split()
+    assert gone(int(worker), within_s=15)
+    assert gone(int(child), within_s=5)
+
+
+def test_a_function_that_lets_no_other_thread_run_ends_soon_after_its_time_out(tmp_path: Path) -> None:
+    worker = kill_a_run_in_a_call("keeps_the_lock", tmp_path / "pids", timeout_s=1)
+    assert gone(int(worker), within_s=20)
+
+
+# What is refused before anything is started
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"timeout_s": 0}, "reward.timeout=0"),
+        ({"retries": -1}, "reward.retries=-1"),
+        ({"on_error": "ignore"}, "reward.on_error=ignore cannot be used: give error or drop"),
+        ({"batch_size": 0}, "reward.batch_size=0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RewardWorker("tests.rewards.functions:lengths", None, **setting)
+    assert message in str(caught.value)
+
+
+def test_a_tokenizer_that_cannot_travel_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"the tokenizer or an option of reward\.fn cannot be sent"):
+        RewardWorker("tests.rewards.functions:lengths", (line for line in "ab"))
+
+
+def test_columns_of_unequal_length_and_taken_names_are_refused(start: Start) -> None:
+    worker = start("lengths")
+    with pytest.raises(DataError, match="goal has 1 entries for 2 samples"):
+        ask(worker, "a", "b", goal=[1])
+    with pytest.raises(DataError, match="called 'prompts'"):
+        worker.score(["a"], [""], ["a"], {"prompts": ["x"]})
+
+
+def test_the_longest_scoring_counts_every_try_and_start() -> None:
+    worker = RewardWorker(
+        "tests.rewards.functions:lengths", None, timeout_s=10, start_timeout_s=5, retries=2, batch_size=4
+    )
+    assert worker.longest_s(9) == 3 * 3 * 15

@@ -1,0 +1,136 @@
+"""The house rules that no other test would notice: floors, who may ask for the rank, cheap imports, short files."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import megarl
+
+PACKAGE = Path(megarl.__file__).parent
+ROOT = PACKAGE.parent
+
+# An import points down, or sideways inside a room. The first that a path starts with decides.
+FLOORS = {
+    "config/": 0,
+    "errors.py": 0,
+    "logging.py": 0,
+    "clock.py": 0,
+    "__init__.py": 0,
+    "algorithms/": 1,
+    "tokenizers.py": 1,
+    "parallel/": 2,
+    "models/": 3,
+    "checkpoint.py": 3,
+    "rollout/": 4,
+    "rewards/": 4,
+    "data/": 4,
+    "modules/": 5,
+    "callbacks/": 5,
+    "": 6,  # entry points
+}
+# Rooms of one floor that are built of one another, and in which direction.
+BESIDE = {("checkpoint.py", "models/"), ("models/", "checkpoint.py"), ("modules/", "callbacks/")}
+HEAVY = ("torch", "megatron", "transformers", "lightning")
+LONGEST = 500
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    name = path.relative_to(PACKAGE).as_posix()
+    return next(start for start in FLOORS if name.startswith(start))
+
+
+def module_path(name: str) -> Path | None:
+    """The file of a module of megarl; None for a name that is something inside a module."""
+    base = ROOT / name.replace(".", "/")
+    candidates = (base.with_suffix(".py"), base / "__init__.py")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import in a file, those inside functions and of types included."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = [*package[: len(package) - node.level + 1]] if node.level else []
+            base = ".".join([*origin, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inside = f"{base}.{alias.name}"
+                is_module = base.split(".")[0] == "megarl" and module_path(inside) is not None
+                yield node.lineno, inside if is_module else base
+
+
+def test_every_file_has_its_floor() -> None:
+    folders = {path.relative_to(PACKAGE).parts[0] for path in sources() if path.parent != PACKAGE}
+    assert {f"{folder}/" for folder in folders} <= FLOORS.keys()
+
+
+def test_imports_point_down_or_sideways() -> None:
+    wrong = []
+    for path in sources():
+        here = room(path)
+        for line, name in imports(path):
+            target = module_path(name) if name.split(".")[0] == "megarl" else None
+            if target is None:
+                continue
+            there = room(target)
+            sideways = here == there or (here, there) in BESIDE
+            if FLOORS[there] > FLOORS[here] or (FLOORS[there] == FLOORS[here] not in (0, 6) and not sideways):
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def names_in(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every attribute that is read, such as torch.distributed.get_rank."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        parts: list[str] = []
+        inner: ast.AST = node
+        while isinstance(inner, ast.Attribute):
+            parts.append(inner.attr)
+            inner = inner.value
+        if parts and isinstance(inner, ast.Name):
+            yield node.lineno, ".".join([inner.id, *reversed(parts)])
+
+
+def test_only_the_parallel_floor_knows_ranks_and_megatrons_globals() -> None:
+    wrong = []
+    for path in sources():
+        if FLOORS[room(path)] <= 2:
+            continue
+        found = [(line, name) for line, name in imports(path) if "parallel_state" in name]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                taken = {alias.name for alias in node.names} & {"get_rank", "get_world_size", "parallel_state", "mpu"}
+                found += [(node.lineno, f"{node.module}.{name}") for name in taken]
+        found += [
+            (line, name)
+            for line, name in names_in(path)
+            if name.endswith(("distributed.get_rank", "dist.get_rank")) or ".parallel_state." in f".{name}."
+        ]
+        wrong += [f"{path.relative_to(ROOT)}:{line} uses {name}" for line, name in sorted(set(found))]
+    assert not wrong, "\n".join(wrong)
+
+
+def entry_points() -> list[str]:
+    return ["megarl", "megarl.config", *sorted(f"megarl.{path.stem}" for path in PACKAGE.glob("train_*.py"))]
+
+
+@pytest.mark.parametrize("name", entry_points())
+def test_importing_an_entry_point_is_cheap(name: str) -> None:
+    program = f"import sys, {name}; print(*sorted({set(HEAVY)} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == []
+
+
+def test_no_file_is_longer_than_can_be_read() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in sources()}
+    assert not {name: length for name, length in lengths.items() if length > LONGEST}
