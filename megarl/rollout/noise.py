@@ -27,9 +27,9 @@ def mix64(value: int) -> int:
 @lru_cache(maxsize=4096)
 def sequence_key(seed: int, stream: int, phase: int, prompt_id: int, sample_id: int) -> int:
     """63 bits that stand for one response."""
-    key = mix64(seed)
-    for part in (stream, phase, prompt_id, sample_id):
-        key = mix64(key ^ mix64(part))
+    key = 0
+    for part in (seed, stream, phase, prompt_id, sample_id):
+        key = mix64(mix64(key) ^ part)  # not symmetric: seed 1 in stream 0 is not seed 0 in stream 1
     return key >> 1
 
 
