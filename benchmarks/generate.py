@@ -19,7 +19,6 @@ import torch
 from benchmarks.train_step import describe, live_grid, markdown
 from megarl.config.schema import ParallelConfig
 from megarl.models.exchange.formats import open_source
-from megarl.models.flops import flops_per_token
 from megarl.modules.base import build_gpt_engine
 from megarl.parallel.grid import Grid, start_world
 from megarl.rollout.generator import Generator, Limits

@@ -1,10 +1,12 @@
 """`python -m megarl.convert from=A to=B`: a model from one format to another, counted and compared by its logits."""
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,18 +17,20 @@ if TYPE_CHECKING:
 
     from megarl.models.exchange.source import Source
 
-HELP = """usage: python -m megarl.convert from=A to=B [format=FORMAT] [dtype=DTYPE] [family=FAMILY]
+HELP = """usage: python -m megarl.convert from=A to=B [format=FORMAT] [dtype=DTYPE] [family=FAMILY] [tp=N] [pp=N]
 
-  from=A         a Hugging Face folder or hub name, a megarl checkpoint or a run's folder (its newest checkpoint)
-  to=B           a folder that does not exist yet
-  format=FORMAT  huggingface or megarl (without it: the one that A is not)
+  from=A         a Hugging Face folder or hub name, a .nemo, a megarl checkpoint or a run's folder (its newest)
+  to=B           a folder, or a file NAME.nemo, that does not exist yet
+  format=FORMAT  huggingface, megarl or nemo (without it: nemo for NAME.nemo, megarl from Hugging Face,
+                 else huggingface)
   dtype=DTYPE    fp32, bf16 or fp16 (without it: as stored)
   family=FAMILY  the Hugging Face family to write as (without it: the one it came from, else the first that can hold it)
+  tp=N pp=N      ranks to split a .nemo for (without them: 1, one file)
 
 Exit code 1: the logits of the two differ by more than the dtype allows. 2: bad input; nothing is left under B's name.
 """
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-KEYS = ("from", "to", "format", "dtype", "family")
+KEYS = ("from", "to", "format", "dtype", "family", "tp", "pp")
 # The largest difference of a logit, as a share of the largest logit: nothing is rounded, or every weight is.
 EXACT, ROUNDED = 1e-4, {"float16": 1e-2, "bfloat16": 5e-2}
 
@@ -40,6 +44,8 @@ class Settings:
     format: str | None = None
     dtype: str | None = None
     family: str | None = None
+    tp: int = 1
+    pp: int = 1
 
 
 def parse(argv: list[str]) -> Settings:
@@ -55,8 +61,19 @@ def parse(argv: list[str]) -> Settings:
             raise ConfigError(f"{key}= is missing: python -m megarl.convert from=A to=B")
     if values.get("dtype", "fp32") not in DTYPES:
         raise ConfigError(f"dtype={values['dtype']} is none of its choices: use {', '.join(DTYPES)}")
+    for key in ("tp", "pp"):
+        if not re.fullmatch(r"[1-9]\d{0,3}", values.get(key, "1")):
+            raise ConfigError(f"{key}={values[key]} is no number of ranks: use 1 or more")
     target = Path(values["to"]).expanduser().absolute()
-    return Settings(values["from"], target, values.get("format"), values.get("dtype"), values.get("family"))
+    return Settings(
+        values["from"],
+        target,
+        values.get("format"),
+        values.get("dtype"),
+        values.get("family"),
+        int(values.get("tp", 1)),
+        int(values.get("pp", 1)),
+    )
 
 
 def run(argv: list[str]) -> int:
@@ -90,10 +107,19 @@ def write(source: "Source", settings: Settings, dtype: "torch.dtype") -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from megarl.models.exchange.formats import FORMATS
+    from megarl.models.exchange.nemo_write import write_nemo
 
-    name = settings.format or ("huggingface" if source.kind == "megarl" else "megarl")
+    otherwise = "megarl" if source.kind == "huggingface" else "huggingface"
+    name = settings.format or ("nemo" if settings.target.suffix == ".nemo" else otherwise)
     if name not in FORMATS:
         raise ConfigError(f"format={name} is none of its choices: use {', '.join(FORMATS)}")
+    if (name == "nemo") != (settings.target.suffix == ".nemo"):
+        raise ConfigError(f"format={name} does not go with to={settings.target.name}: a .nemo is a file NAME.nemo")
+    if name != "nemo" and (settings.tp, settings.pp) != (1, 1):
+        raise ConfigError(f"tp={settings.tp} pp={settings.pp} split a .nemo only: format={name} suits every layout")
+    write_as: Callable[..., None] = (
+        partial(write_nemo, tp=settings.tp, pp=settings.pp) if name == "nemo" else FORMATS[name].write
+    )
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"writing {settings.target.name}", total=len(source.names))
@@ -101,7 +127,7 @@ def write(source: "Source", settings: Settings, dtype: "torch.dtype") -> None:
         def progress(_: str) -> None:
             bar.advance(task)
 
-        FORMATS[name].write(source, settings.target, dtype=dtype, family=settings.family, progress=progress)
+        write_as(source, settings.target, dtype=dtype, family=settings.family, progress=progress)
 
 
 def compare(source: "Source", target: "Source") -> tuple[float, float]:

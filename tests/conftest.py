@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -12,6 +13,22 @@ import torch
 from tests.worlds import Worlds
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Undo what a test, or a library that it wakes, does to logging, so that no other test hears it."""
+    manager, root = logging.root.manager, logging.getLogger()
+    disable, level, handlers = manager.disable, root.level, list(root.handlers)
+    yield
+    manager.disable = disable
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    for name, logger in manager.loggerDict.items():
+        if name.split(".")[0] == "megarl" and isinstance(logger, logging.Logger):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
+            logger.handlers.clear()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """A gloo world inside a test: worker processes that stay alive for the whole run and are re-grouped per test."""
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -36,6 +37,7 @@ def _worker(pipe: Connection, index: int) -> None:
             parallel_state.destroy_model_parallel()
             if dist.is_initialized():
                 dist.destroy_process_group()
+            gc.collect()  # engines and grids hold their groups in cycles, and every group has threads of its own
         try:
             pipe.send_bytes(cloudpickle.dumps(answer))
         except Exception:  # an answer that cannot travel

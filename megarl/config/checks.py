@@ -35,7 +35,7 @@ def check(config: Any, world_size: int) -> None:
         world_size: processes of the whole run, from `world_size()`.
     """
     check_values(config)
-    enforce(RULES, config, world_size)
+    enforce(RULES if hasattr(config, "optim") else GENERATION_RULES, config, world_size)
 
 
 def check_shape(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -118,6 +118,8 @@ def _check_formats(config: Any) -> None:
     devices = config.trainer.devices
     if devices != "auto" and (isinstance(devices, str) or devices < 1):
         raise ConfigError(f"trainer.devices={devices} is neither a count nor auto: use 1, 2, ... or auto")
+    if not hasattr(config, "run"):  # an entry point that does not train
+        return
     limit = config.trainer.max_time
     if limit is not None and not re.fullmatch(r"\d+:[0-5]\d:[0-5]\d", limit):
         raise ConfigError(f"trainer.max_time={limit} is not HH:MM:SS: for two hours use '02:00:00', quoted in YAML")
@@ -303,6 +305,24 @@ def _tokenizer(config: Any, world_size: int) -> None:
         raise Refusal(f"tokenizer.kind={tokenizer.kind} needs tokenizer.path: its file or folder")
 
 
+def _generation(config: Any, world_size: int) -> None:
+    """There is something to answer, in one way, and room for it."""
+    if config.model.path is None:
+        _shape(config, world_size)
+        most, new = config.model.max_positions, config.rollout.max_new_tokens
+        if new >= most:
+            raise Refusal(
+                f"rollout.max_new_tokens={new} leaves no room for a prompt in model.max_positions={most}",
+                {"rollout.max_new_tokens": [most - 1], "model.max_positions": [new + 1]},
+            )
+    if config.chat == (config.prompts is not None):
+        raise Refusal(
+            "chat=true and prompts exclude each other: leave one out"
+            if config.chat
+            else "prompts is empty: give a file or a text, prompts=questions.jsonl, or --chat to talk to the model"
+        )
+
+
 def _context_parallel(config: Any, world_size: int) -> None:
     if config.parallel.cp > 1:
         raise Refusal(
@@ -315,6 +335,9 @@ def _context_parallel(config: Any, world_size: int) -> None:
 
 RULES: list[Rule] = [_context_parallel, _model, _sequence_parallel, _world, _batch, _data, _tokenizer]
 """Rules that join several keys, in the order they are applied."""
+
+GENERATION_RULES: list[Rule] = [_context_parallel, _generation, _world, _tokenizer]
+"""Those of an entry point that only generates."""
 
 
 def _count(environ: Mapping[str, str], name: str) -> int:

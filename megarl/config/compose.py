@@ -21,7 +21,7 @@ from megarl.config.checks import check, check_values, world_size
 from megarl.config.messages import EXPLAINED, explain
 from megarl.config.presets import conf_folder, register
 from megarl.config.reference import help_text
-from megarl.config.schema import ENTRIES
+from megarl.config.schema import ENTRIES, program
 from megarl.errors import ConfigError, MegarlError
 
 _PATH_FLAGS = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
@@ -50,8 +50,8 @@ def compose(entry: str, argv: list[str]) -> tuple[Any, dict[str, Any]]:
     """
     with _explained(entry, argv):
         register(argv)
-        with hydra.initialize_config_dir(str(conf_folder()), version_base=_VERSION_BASE, job_name=f"train_{entry}"):
-            tree = hydra.compose(f"train_{entry}", argv)
+        with hydra.initialize_config_dir(str(conf_folder()), version_base=_VERSION_BASE, job_name=program(entry)):
+            tree = hydra.compose(program(entry), argv)
         return typed(entry, tree)
 
 
@@ -145,7 +145,7 @@ def _run_hydra(entry: str, argv: list[str], main: Callable[[Any], int | None]) -
     """Hand the command line to Hydra: multirun, --cfg, --info, shell completion."""
     with _explained(entry, argv), _hydra_environment(argv):
         register(argv)
-        start = hydra.main(version_base=_VERSION_BASE, config_path=str(conf_folder()), config_name=f"train_{entry}")
+        start = hydra.main(version_base=_VERSION_BASE, config_path=str(conf_folder()), config_name=program(entry))
         start(_Job(entry, main))()
     return 0
 

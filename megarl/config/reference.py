@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config.presets import GROUP, conf_folder, preset_files
-from megarl.config.schema import ENTRIES, Leaf, leaves
+from megarl.config.schema import ENTRIES, Leaf, leaves, program
 
 _PREAMBLE = """# Configuration
 
@@ -50,7 +50,7 @@ def help_text(entry: str, plain: dict[str, Any]) -> str:
         plain: the composed configuration whose values are shown.
     """
     lines = [
-        f"usage: python -m megarl.train_{entry} [key=value ...] [group=option ...] [+conf=preset or [a,b]]",
+        f"usage: python -m megarl.{program(entry)} [key=value ...] [group=option ...] [+conf=preset or [a,b]]",
         "",
         "Settings (type, value with this command line, choices):",
     ]
@@ -90,7 +90,7 @@ def page() -> str:
     lines += ["", _ABOUT_PRESETS, "| preset | what it is for |", "| --- | --- |"]
     lines += [f"| `+{GROUP}={name}` | {about} |" for name, about in _presets(None)]
     for entry, tree in ENTRIES.items():
-        lines += ["", f"## Keys of `megarl.train_{entry}`"]
+        lines += ["", f"## Keys of `megarl.{program(entry)}`"]
         section = None
         for leaf in leaves(tree):
             head = leaf.key.rpartition(".")[0]

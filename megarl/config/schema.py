@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
+TOO_LONG = ("truncate", "drop", "error")
+
 
 def leaf(
     default: Any,
@@ -175,7 +177,7 @@ class DataConfig:
     train_split: str = leaf("train", "split of a hub data set that is trained on")
     eval_split: str = leaf("validation", "split of a hub data set that is evaluated on")
     seq_length: int = leaf(128, "most tokens per training sequence", at_least=2)
-    too_long: str = leaf("truncate", "what happens to records longer than seq_length", ("truncate", "drop", "error"))
+    too_long: str = leaf("truncate", "what happens to records longer than seq_length", TOO_LONG)
     loss_on: str = leaf("completion", "tokens that are trained on", ("completion", "all"))
     pack: bool = leaf(False, "put several short records into one sequence (they never attend to each other)")
     group_by_length: bool = leaf(False, "put records of similar length into one batch to save padding")
@@ -286,15 +288,59 @@ class RolloutConfig:
         None, "draw among tokens at least this share as likely as the likeliest (null: all)", at_least=0, below=1
     )
     repetition_penalty: float = leaf(1.0, "lowers the scores of tokens that have occurred (1: no)", above=0)
+    n: int = leaf(1, "responses to each prompt", at_least=1)
     stop: list[str] = leaf([], "texts that end a response")
     slots: int = leaf(128, "responses in flight on one replica", at_least=1)
     cache_bytes: int | None = leaf(
         None, "most bytes of keys and values on a device (null: what slots need)", at_least=1
     )
+    too_long: str = leaf(
+        "error", "prompts that leave no room for max_new_tokens: cut on the left, left out or an error", TOO_LONG
+    )
+    dump: str | None = leaf(None, "folder in which every phase's rollouts are kept (null: none)")
+    replay: str | None = leaf(None, "folder of a dump, whose rollouts are used instead of new ones (null: generate)")
 
 
-ENTRIES: dict[str, type] = {"sft": SFTConfig}
-"""The tree of each entry point; `conf/train_<entry>.yaml` is its primary configuration."""
+@dataclass
+class DevicesConfig:
+    """What an entry point that does not train runs on; the same keys as in training."""
+
+    devices: int | str = leaf(1, 'processes per node when megarl starts them itself; "auto": all GPUs, or 1 on CPU')
+    num_nodes: int = leaf(1, "machines", at_least=1)
+    accelerator: str = leaf("auto", "kind of device", ("auto", "cpu", "gpu"))
+    precision: str = leaf("fp32", "precision of weights and activations in the model", ("fp32", "bf16"))
+    progress: str = leaf("auto", "progress display (auto: rich on a terminal)", ("auto", "rich", "plain", "none"))
+
+
+@dataclass
+class GenerateConfig:
+    """Everything `python -m megarl.generate` can be told."""
+
+    seed: int = leaf(1, "seed of random weights and of the draws", at_least=0)
+    debug: bool = leaf(False, "show tracebacks and log in detail")
+    prompts: str | None = leaf(None, "prompts: a .jsonl, .json, .parquet or .txt file, or the text of one prompt")
+    prompt_key: str = leaf("prompt", "key of the prompt in a record")
+    messages_key: str = leaf("messages", "key of the list of messages, in records that are conversations")
+    chat_template: str | None = leaf(
+        None, "Jinja template for chats (null: the tokenizer's own, else the built-in one)"
+    )
+    out: str | None = leaf(None, "file that the responses are written to as they are done (null: standard output)")
+    chat: bool = leaf(False, "talk to the model in the terminal (also: --chat)")
+    system: str | None = leaf(None, "system message that opens a chat (null: none)")
+    model: ModelConfig = section(ModelConfig)
+    tokenizer: TokenizerConfig = section(TokenizerConfig)
+    parallel: ParallelConfig = section(ParallelConfig)
+    rollout: RolloutConfig = section(RolloutConfig)
+    trainer: DevicesConfig = section(DevicesConfig)
+
+
+ENTRIES: dict[str, type] = {"sft": SFTConfig, "generate": GenerateConfig}
+"""The tree of each entry point; `conf/<program>.yaml` is its primary configuration."""
+
+
+def program(entry: str) -> str:
+    """The module of an entry point, and the name of its primary configuration."""
+    return entry if ENTRIES[entry] is GenerateConfig else f"train_{entry}"
 
 
 @dataclass(frozen=True)

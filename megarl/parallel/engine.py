@@ -114,8 +114,7 @@ class Engine:
         if self.optimizer is None:
             return
         for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+            chunk.zero_grad_buffer()  # parameters' own .grad is taken by the buffers' hooks as soon as it is there
         self.has_gradients = False
 
     @property
@@ -312,6 +311,14 @@ def _build_chunks(grid: Grid, build: BuildModel) -> list[Any]:
     ]
 
 
+class _GradientBuffers(DistributedDataParallel):
+    """Megatron's DDP, in which a lone replica sends nothing: gloo would copy all its gradients to itself, and back."""
+
+    def finish_grad_sync(self, force_all_reduce: bool = False) -> None:
+        if self.dp_cp_group.size() > 1 or self.ddp_config.overlap_grad_reduce:
+            super().finish_grad_sync(force_all_reduce)
+
+
 def _with_gradient_buffers(model: Any, grid: Grid, index: int) -> DistributedDataParallel:
     """Megatron's DDP: contiguous float32 gradients, sharded over data-parallel ranks for the optimizer."""
     config = DistributedDataParallelConfig(
@@ -320,7 +327,7 @@ def _with_gradient_buffers(model: Any, grid: Grid, index: int) -> DistributedDat
         use_distributed_optimizer=True,
         check_for_nan_in_grad=False,
     )
-    return DistributedDataParallel(
+    return _GradientBuffers(
         config=model.config, ddp_config=config, module=model, disable_bucketing=index > 0, pg_collection=grid.groups
     )
 

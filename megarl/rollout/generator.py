@@ -15,6 +15,7 @@ from megarl.errors import ConfigError
 from megarl.models.cache import CacheView, KVCache
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
+from megarl.rollout import stored
 from megarl.rollout.noise import TRAINING, sequence_key
 from megarl.rollout.requests import Request, Rollout, check_requests
 from megarl.rollout.sampling import Drawn, RowSettings, draw
@@ -56,11 +57,19 @@ class Generator:
         limits: Limits | None = None,
         decode: Decode | None = None,
         scorer: Scorer = GPT.logits,
+        dump: str | None = None,
+        replay: str | None = None,
     ) -> None:
-        """`decode` (tokens to text) is needed where a request has stop texts; `scorer` is for other draws than the
-        model's own."""
+        """
+        Args:
+            decode: tokens to text; needed where a request has stop texts.
+            scorer: for other draws than the model's own.
+            dump: folder in which every phase's rollouts are kept.
+            replay: folder of a dump, whose rollouts are returned instead of new ones.
+        """
         self.engine, self.grid, self.config = engine, engine.grid, engine.config
         self.eos_id, self.seed, self.decode, self.scorer = eos_id, seed, decode, scorer
+        self.dump, self.replay = dump, replay
         self.limits = limits or Limits()
         self.models: list[GPT] = list(engine.models)
         self.cache: KVCache | None = None
@@ -82,6 +91,8 @@ class Generator:
         """
         # Every rank judges all requests, so that they all refuse or none does.
         check_requests(requests, self.config.vocab_size, self.config.max_positions, can_decode=self.decode is not None)
+        if self.replay is not None:
+            return stored.replay(self.replay, stream, phase, requests)
         mine = deal(requests, self.grid.layout.dp)[self.grid.dp_rank]
         if self.tokens_group is None and self.grid.layout.pp > 1:
             self.tokens_group = self._make_tokens_group()
@@ -93,7 +104,12 @@ class Generator:
             shares = [None] * self.grid.layout.dp
             dist.all_gather_object(shares, finished, group=self.grid.groups.dp)
         rollouts = [rollout for share in shares for rollout in share]
-        return sorted(rollouts, key=lambda r: (r.prompt_id, r.sample_id))
+        rollouts.sort(key=lambda r: (r.prompt_id, r.sample_id))
+        if self.dump is not None:
+            if self.grid.rank == 0:
+                stored.dump(stored.phase_file(self.dump, stream, phase), rollouts)
+            self.grid.barrier()  # so that any rank may replay what a call before has dumped
+        return rollouts
 
     def close(self) -> None:
         if self.cache is not None:
@@ -255,7 +271,8 @@ class _Lane:
             self._see_prompts(self.seen)
         model = self.generator.models[-1]
         scores = self.generator.scorer(model, hidden[0])
-        return draw(scores, lengths, self._settings(), model.shard, self.seen)
+        seen = None if self.seen is None else self.seen[: schedule.rows]
+        return draw(scores, lengths, self._settings(), model.shard, seen)
 
     def _through_stage(self, tokens: NDArray[np.int64], view: CacheView) -> Tensor | None:
         """tokens [rows, time] through this stage's chunks; the final hidden states [time, rows, hidden] on the last."""

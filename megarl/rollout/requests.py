@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from megarl.config.schema import RolloutConfig
 from megarl.errors import ConfigError
 
 FINISH_REASONS = ("eos", "stop", "length")
@@ -76,6 +77,19 @@ class Rollout:
     @property
     def tokens(self) -> list[int]:
         return self.prompt + self.response
+
+
+def sampling_from(rollout: RolloutConfig) -> Sampling:
+    """The `rollout` section as settings; its stop texts are found wherever their tokens begin and end."""
+    return Sampling(
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        min_p=rollout.min_p,
+        repetition_penalty=rollout.repetition_penalty,
+        max_new_tokens=rollout.max_new_tokens,
+        stop_text=tuple(rollout.stop),
+    )
 
 
 def repeat(prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[Request]:

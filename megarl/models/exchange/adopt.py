@@ -31,7 +31,7 @@ def adopt(config: Any) -> None:
     config.model = replace(source.model, path=str(source.path), vocab_size=source.vocab_size, **kept)
     _adopt_tokenizer(config, source)
     check_shape(config.model, config.parallel)
-    if config.data.seq_length > config.model.max_positions:
+    if hasattr(config, "data") and config.data.seq_length > config.model.max_positions:
         raise ConfigError(
             f"data.seq_length={config.data.seq_length} is more than the {config.model.max_positions} positions of "
             f"model.path={source.path}: use data.seq_length={config.model.max_positions} or less"

@@ -12,6 +12,8 @@ from megarl.errors import CheckpointError, UnavailableError
 from megarl.logging import get_logger
 from megarl.models.exchange.checkpoints import write_checkpoint
 from megarl.models.exchange.export import write_folder
+from megarl.models.exchange.nemo import NemoSource
+from megarl.models.exchange.nemo_write import write_nemo
 from megarl.models.exchange.source import CONFIG, CheckpointSource, HuggingFaceSource, Source
 
 log = get_logger(__name__)
@@ -24,7 +26,8 @@ class Write(Protocol):
     def __call__(
         self,
         source: Source,
-        folder: Path,
+        target: Path,
+        /,
         *,
         dtype: torch.dtype | None = None,
         family: str | None = None,
@@ -58,19 +61,20 @@ FORMATS: dict[str, Format] = {
     known.name: known
     for known in (
         Format("megarl", _is_checkpoint, lambda path: CheckpointSource(_newest(path)), write_checkpoint),
+        Format("nemo", lambda path: path.suffix == ".nemo" and path.is_file(), NemoSource, write_nemo),
         Format("huggingface", lambda path: (path / CONFIG).is_file(), HuggingFaceSource, write_folder),
     )
 }
 
 
 def open_source(path: str | Path) -> Source:
-    """The model stored at a path: a Hugging Face folder or hub name, a megarl checkpoint or run folder."""
+    """The model stored at a path: a Hugging Face folder or hub name, a .nemo, a megarl checkpoint or run folder."""
     folder = resolve(str(path))
     for known in FORMATS.values():
         if known.matches(folder):
             return known.open(folder)
     raise CheckpointError(
-        f"{folder} holds no model: neither a Hugging Face folder (with config.json) nor a megarl checkpoint"
+        f"{folder} holds no model: no Hugging Face folder (with config.json), no .nemo archive, no megarl checkpoint"
     )
 
 

@@ -1,0 +1,336 @@
+"""`python -m megarl.generate model.path=... prompts=FILE`: answers to prompts as JSON lines, or a chat in a
+terminal."""
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from megarl.config.checks import local_devices
+from megarl.config.compose import run
+from megarl.errors import ConfigError, DataError, MegarlError
+
+if TYPE_CHECKING:
+    from megarl.config.schema import GenerateConfig
+    from megarl.data.sources import Record
+    from megarl.rollout.generator import Generator
+    from megarl.rollout.requests import Request, Rollout, Sampling
+    from megarl.tokenizers import Tokenizer
+
+CHAT_HELP = "Type a message; /reset forgets the conversation, /quit (or an empty line) ends it."
+
+
+def generate(config: "GenerateConfig") -> int:
+    """In the processes that a launcher started, or in `trainer.devices` of our own."""
+    devices = 1 if "WORLD_SIZE" in os.environ else local_devices(config)
+    if devices == 1:
+        work(config)
+        return 0
+    if config.chat:
+        raise ConfigError(
+            f"chat=true with trainer.devices={devices}: processes started here cannot read the terminal, so use "
+            f"torchrun --nproc-per-node={devices} -m megarl.generate --chat"
+        )
+    from torch.multiprocessing.spawn import ProcessExitedException, spawn
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    try:
+        spawn(_process, (config, devices, port), nprocs=devices)
+    except ProcessExitedException as ended:  # it has said why
+        return int(ended.exit_code)
+    return 0
+
+
+def _process(rank: int, config: "GenerateConfig", world: int, port: int) -> None:
+    """One of the processes that this command starts."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({key: str(value) for key, value in names.items()})
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    try:
+        work(config)
+    except MegarlError as error:
+        if config.debug:
+            raise
+        if rank == 0:  # every rank refuses the same
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.exit(error.exit_code)
+
+
+def work(config: "GenerateConfig") -> None:
+    """Build the model, answer, and say how fast."""
+    import torch.distributed as dist
+
+    from megarl.logging import setup
+    from megarl.models.exchange.adopt import adopt
+    from megarl.modules.base import build_gpt_engine, vocabulary
+    from megarl.parallel.grid import Grid, start_world
+    from megarl.parallel.layout import Layout
+    from megarl.rollout.generator import Generator, Limits
+    from megarl.tokenizers import build_tokenizer
+
+    setup(None, rank=int(os.environ.get("RANK", "0")), debug=config.debug)
+    if config.model.path is not None:
+        adopt(config)
+    tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
+    vocab_size = vocabulary(config.model, tokenizer)
+    if config.out is not None and Path(config.out).expanduser().exists():  # asked before the ranks meet: all refuse
+        raise ConfigError(f"out={config.out} exists and would be overwritten: remove it, or name another file")
+    records = [] if config.prompts is None else read_prompts(config, tokenizer)
+    device = start_world(config.parallel.timeout_s)
+    parallel = config.parallel
+    layout = Layout.for_world(dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp or 1)
+    grid = Grid(layout, device, config.seed, parallel.timeout_s)
+    try:
+        engine = build_gpt_engine(
+            grid,
+            config.model,
+            parallel,
+            name="policy",
+            vocab_size=vocab_size,
+            precision=config.trainer.precision,
+            seed=config.seed,
+        )
+        generator = Generator(
+            engine,
+            tokenizer.eos_id,
+            seed=config.seed,
+            limits=Limits(config.rollout.slots, config.rollout.cache_bytes),
+            decode=tokenizer.decode,
+            dump=config.rollout.dump,
+            replay=config.rollout.replay,
+        )
+        if config.chat:
+            chat(config, generator, tokenizer)
+        else:
+            answer(config, generator, tokenizer, records)
+        generator.close()
+    finally:
+        grid.close()
+        dist.destroy_process_group()
+
+
+# --- prompts to answers -----------------------------------------------------------------------------------------------
+
+
+def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer") -> list[tuple[str, tuple[int, ...]]]:
+    """Text and tokens of every prompt. What names a file is read as one; anything else is a prompt itself."""
+    from megarl.data.sources import SUFFIXES, Record, read_records
+
+    assert config.prompts is not None
+    path = Path(config.prompts).expanduser()
+    named = path.suffix in SUFFIXES or (len(config.prompts) < 256 and path.is_file())
+    if named and not path.is_file():
+        raise DataError(f"prompts={config.prompts}: no such file (looked from {Path.cwd()})")
+    records = (
+        read_records([config.prompts], text_key=config.prompt_key)
+        if named
+        else [Record({config.prompt_key: config.prompts}, "prompts")]
+    )
+    return [_encoded(record, config, tokenizer) for record in records]
+
+
+def _encoded(record: "Record", config: "GenerateConfig", tokenizer: "Tokenizer") -> tuple[str, tuple[int, ...]]:
+    fields = record.fields
+    if config.messages_key in fields:
+        tokens = tokenizer.apply_chat_template(fields[config.messages_key], True, config.chat_template)
+        return tokenizer.decode(tokens), tuple(tokens)
+    text = fields.get(config.prompt_key)
+    if not isinstance(text, str):
+        raise DataError(
+            f"{record.where}: has no text under {config.prompt_key!r} and no conversation under "
+            f"{config.messages_key!r}, only {', '.join(map(repr, fields)) or 'nothing'}: set prompt_key or messages_key"
+        )
+    tokens = tokenizer.encode_prompt(text)
+    if not tokens:
+        raise DataError(f"{record.where}: the prompt is empty and has no tokens: write one, or take the record out")
+    return text, tuple(tokens)
+
+
+def answer(
+    config: "GenerateConfig",
+    generator: "Generator",
+    tokenizer: "Tokenizer",
+    prompts: Sequence[tuple[str, tuple[int, ...]]],
+) -> None:
+    """Write a line for every response as soon as it is done (those of other replicas at the end)."""
+    from megarl.rollout.noise import EVALUATION
+    from megarl.rollout.requests import repeat, sampling_from
+
+    sampling = sampling_from(config.rollout)
+    asked = repeat([tokens for _, tokens in prompts], config.rollout.n, sampling)
+    requests = fitted(asked, generator.config.max_positions, config.rollout.too_long)
+    first = generator.grid.rank == 0
+    written: set[tuple[int, int]] = set()
+    start = time.monotonic()
+    with _output(config.out if first else None, first) as out, _progress(config, len(requests), first) as advance:
+
+        def write(rollouts: Sequence["Rollout"]) -> None:
+            if out is None:
+                return
+            for rollout in rollouts:
+                name = (rollout.prompt_id, rollout.sample_id)
+                if name not in written:
+                    out.write(json.dumps(_line(rollout, prompts[rollout.prompt_id][0], tokenizer)) + "\n")
+                    written.add(name)
+            out.flush()
+            advance(rollouts)
+
+        rollouts = generator.generate(requests, stream=EVALUATION, on_finished=write)
+        write([rollout for rollout in rollouts if (rollout.prompt_id, rollout.sample_id) not in written])
+    if first:
+        seconds, tokens = time.monotonic() - start, sum(len(rollout.response) for rollout in rollouts)
+        where = f" to {config.out}" if config.out else ""
+        sys.stderr.write(
+            f"{len(rollouts)} responses, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s{where}\n"
+        )
+
+
+def fitted(requests: Sequence["Request"], max_positions: int, too_long: str) -> list["Request"]:
+    """Requests whose prompts leave room for a response; says how many were cut or left out."""
+    from megarl.logging import get_logger
+    from megarl.rollout.requests import fit_prompt
+
+    kept = [fit_prompt(request, max_positions, too_long) for request in requests]
+    changed = sum(new is not request for new, request in zip(kept, requests, strict=True))
+    if changed:
+        done = "left out" if too_long == "drop" else "cut on the left"
+        get_logger(__name__).warning("%d of %d prompts were too long and %s", changed, len(requests), done)
+    found = [request for request in kept if request is not None]
+    if not found:
+        raise DataError(
+            f"no prompt leaves room for rollout.max_new_tokens={requests[0].sampling.max_new_tokens} in a context of "
+            f"{max_positions}: shorten the prompts, or set rollout.too_long=truncate"
+        )
+    return found
+
+
+def _line(rollout: "Rollout", prompt: str, tokenizer: "Tokenizer") -> dict[str, Any]:
+    ended = rollout.finish_reason == "eos"
+    return {
+        "prompt_id": rollout.prompt_id,
+        "sample_id": rollout.sample_id,
+        "prompt": prompt,
+        "response": tokenizer.decode(rollout.response[:-1] if ended else rollout.response),
+        "finish_reason": rollout.finish_reason,
+        "tokens": len(rollout.response),
+        "logprob": sum(rollout.logprobs),
+    }
+
+
+@contextmanager
+def _output(path: str | None, first: bool) -> Iterator[TextIO | None]:
+    """Where lines go; nowhere but on the first rank."""
+    if not first or path is None:
+        yield sys.stdout if first else None
+        return
+    target = Path(path).expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("w", encoding="utf-8") as file:
+        yield file
+
+
+@contextmanager
+def _progress(config: "GenerateConfig", total: int, first: bool) -> Iterator[Callable[[Sequence["Rollout"]], None]]:
+    """A bar with tokens per second on a terminal's stderr, a line now and then elsewhere."""
+    kind = config.trainer.progress
+    if kind == "auto":
+        kind = "rich" if sys.stderr.isatty() and config.out else "plain"
+    if not first or kind == "none":
+        yield lambda rollouts: None
+        return
+    start, last = time.monotonic(), time.monotonic()
+    done = tokens = 0
+    if kind == "plain":
+
+        def report(rollouts: Sequence["Rollout"]) -> None:
+            nonlocal done, tokens, last
+            done, tokens = done + len(rollouts), tokens + sum(len(rollout.response) for rollout in rollouts)
+            if time.monotonic() - last > 5:
+                last = time.monotonic()
+                sys.stderr.write(f"{done}/{total} responses, {tokens / (last - start):,.0f} tokens/s\n")
+
+        yield report
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, rate="")
+
+        def show(rollouts: Sequence["Rollout"]) -> None:
+            nonlocal tokens
+            tokens += sum(len(rollout.response) for rollout in rollouts)
+            rate = f"{tokens / (time.monotonic() - start):,.0f} tokens/s"
+            bar.update(task, advance=len(rollouts), rate=rate)
+
+        yield show
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+
+def chat(config: "GenerateConfig", generator: "Generator", tokenizer: "Tokenizer") -> None:
+    """Turn by turn: the first rank reads the terminal and shows the answer, all ranks compute it."""
+    from megarl.rollout.noise import EVALUATION
+    from megarl.rollout.requests import Request, sampling_from
+
+    sampling = sampling_from(config.rollout)
+    first = generator.grid.rank == 0
+    opening: list[dict[str, str]] = [] if config.system is None else [{"role": "system", "content": config.system}]
+    messages = list(opening)
+    if first:
+        sys.stderr.write(CHAT_HELP + "\n")
+    for turn in range(1_000_000):
+        said = _from_first(generator, _read_line() if first else "")
+        if said in ("", "/quit"):
+            return
+        if said == "/reset":
+            messages = list(opening)
+            continue
+        messages.append({"role": "user", "content": said})
+        tokens = tokenizer.apply_chat_template(messages, True, config.chat_template)
+        request = Request(0, 0, tuple(tokens), _short_of(sampling, generator.config.max_positions))
+        (fit,) = fitted([request], generator.config.max_positions, "truncate")
+        (rollout,) = generator.generate([fit], stream=EVALUATION, phase=turn)
+        ended = rollout.finish_reason == "eos"
+        text = tokenizer.decode(rollout.response[:-1] if ended else rollout.response)
+        messages.append({"role": "assistant", "content": text})
+        if first:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+
+
+def _short_of(sampling: "Sampling", max_positions: int) -> "Sampling":
+    """Answers take at most half of a small context, so that the conversation has the other."""
+    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, max(1, max_positions // 2)))
+
+
+def _read_line() -> str:
+    if sys.stdin.isatty():
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+    return sys.stdin.readline().strip()
+
+
+def _from_first(generator: "Generator", said: str) -> str:
+    answers: list[str] = generator.grid.gather(said)
+    return answers[0]
+
+
+def main() -> None:
+    run("generate", ["chat=true" if word == "--chat" else word for word in sys.argv[1:]], generate)
+
+
+if __name__ == "__main__":
+    main()

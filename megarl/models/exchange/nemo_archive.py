@@ -1,0 +1,200 @@
+"""NeMo's archives as files: members of a tar, and in them torch's files of tensors, read and written one at a time.
+
+Nothing here knows of models. Torch's file of a rank is never loaded: its index is read (weights only, no code is run)
+and tensors are taken from their place in the archive, so that memory is that of one tensor.
+"""
+
+import gzip
+import io
+import math
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megarl.errors import CheckpointError
+from megarl.logging import get_logger
+from megarl.models.exchange.stored import DTYPES, Stored
+
+log = get_logger(__name__)
+_GZIP = b"\x1f\x8b"
+
+
+class Span(NamedTuple):
+    """Where a tensor lies in a file: its first byte, and its strides in elements."""
+
+    start: int
+    strides: tuple[int, ...]
+
+
+class Archive:
+    """A tar, plain or compressed. A compressed one is unpacked into an unnamed temporary file first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.file = _plain(path)
+            size = os.fstat(self.file.fileno()).st_size
+            with tarfile.open(fileobj=self.file, mode="r:") as tar:
+                found = [member for member in tar.getmembers() if member.isreg() and not member.issparse()]
+        except (tarfile.TarError, EOFError, gzip.BadGzipFile) as problem:
+            raise CheckpointError(f"{path} is no whole tar ({problem}): fetch it again") from None
+        except OSError as problem:
+            raise CheckpointError(f"{path} cannot be read ({problem.strerror or problem})") from None
+        self.members = {os.path.normpath(member.name): (member.offset_data, member.size) for member in found}
+        for name, (start, length) in self.members.items():
+            if start + length > size:
+                raise CheckpointError(f"{path} is cut short within {name}: fetch it again")
+
+    def content(self, name: str) -> bytes:
+        """A small member as it is."""
+        start, size = self.members[name]
+        return os.pread(self.file.fileno(), size, start)
+
+    def tensors(self, name: str) -> "TensorMember":
+        start, size = self.members[name]
+        return TensorMember(f"{self.path}:{name}", self.file, start, size)
+
+
+class TensorMember:
+    """What `torch.save` wrote, within a larger file; `others` are the names of values that are no tensors."""
+
+    def __init__(self, label: str, file: BinaryIO, start: int, size: int) -> None:
+        self.label, self._file = label, file
+        self.tensors: dict[str, Stored] = {}
+        self.others: list[str] = []
+        self._spans: dict[str, Span] = {}
+        for name, value in _index(label, _Window(file, start, size)).items():
+            if not isinstance(value, Tensor):
+                self.others.append(name)
+                continue
+            dtype = value.dtype if value.dtype in DTYPES.values() else str(value.dtype)
+            storage: Any = value.untyped_storage()
+            offset = int(storage._checkpoint_offset) + int(value.storage_offset()) * value.element_size()
+            extent = _extent(tuple(value.shape), value.stride()) * value.element_size()
+            if offset < 0 or offset + extent > size:
+                raise CheckpointError(f"{label} is cut short within {name}: fetch it again")
+            self.tensors[name] = Stored(tuple(value.shape), dtype)
+            self._spans[name] = Span(start + offset, tuple(value.stride()))
+
+    def read(self, name: str) -> Tensor:
+        stored, span = self.tensors[name], self._spans[name]
+        return self._read(name, stored.shape, span.start)
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first ... last - 1 alone are read."""
+        (length, *rest), span = self.tensors[name].shape, self._spans[name]
+        last = min(last, length)
+        first = min(first, last)
+        return self._read(name, (last - first, *rest), span.start + first * span.strides[0] * self._width(name))
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Fill the place of a tensor that `reserve` made."""
+        stored, span = self.tensors[name], self._spans[name]
+        assert tuple(tensor.shape) == stored.shape, (name, tensor.shape, stored.shape)
+        self._file.seek(span.start)
+        self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def _width(self, name: str) -> int:
+        dtype = self.tensors[name].dtype
+        assert isinstance(dtype, torch.dtype), "checked by whoever opened the file"
+        return dtype.itemsize
+
+    def _read(self, name: str, shape: tuple[int, ...], start: int) -> Tensor:
+        strides, dtype = self._spans[name].strides, self.tensors[name].dtype
+        assert isinstance(dtype, torch.dtype)
+        flat = torch.empty(_extent(shape, strides), dtype=dtype)
+        bytes_ = flat.view(torch.uint8).numpy().data
+        done = 0
+        while done < len(bytes_):  # one call reads 2 GB at most
+            read = os.preadv(self._file.fileno(), [bytes_[done:]], start + done)
+            if read == 0:
+                raise CheckpointError(f"{self.label} is cut short within {name}: fetch it again")
+            done += read
+        return flat.as_strided(shape, strides)
+
+
+def reserve(path: Path, described: Mapping[str, Stored]) -> TensorMember:
+    """A file as `torch.save` writes it, with room for the tensors: `write` fills it in, one after another."""
+    with FakeTensorMode():
+        empty = {}
+        for name, stored in described.items():
+            assert isinstance(stored.dtype, torch.dtype)
+            empty[name] = torch.empty(stored.shape, dtype=stored.dtype)
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(empty, path)
+    file = path.open("r+b")
+    return TensorMember(str(path), file, 0, path.stat().st_size)
+
+
+def finish(member: TensorMember) -> None:
+    member._file.close()
+
+
+def _plain(path: Path) -> BinaryIO:
+    file = path.open("rb")
+    if file.read(2) != _GZIP:
+        file.seek(0)
+        return file
+    file.close()
+    log.info("%s is compressed and is unpacked into %s by every process", path, tempfile.gettempdir())
+    plain = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the archive is read
+    with gzip.open(path, "rb") as packed:
+        shutil.copyfileobj(packed, plain, 2**20)
+    plain.flush()
+    plain.seek(0)
+    return plain
+
+
+def _index(label: str, window: "_Window") -> dict[str, Any]:
+    """Names, shapes and places, without data. BytesIO holds what Transformer Engine keeps beside its weights."""
+    try:
+        with FakeTensorMode(), torch.serialization.safe_globals([io.BytesIO]):
+            found = torch.load(io.BufferedReader(window), map_location="cpu", weights_only=True)
+    except Exception as problem:  # a broken or hostile pickle may raise anything
+        first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        raise CheckpointError(f"{label} holds more than weights, or is broken ({first[:160]}): save it again") from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise CheckpointError(f"{label} is no dictionary of tensors: give an archive of one model's weights")
+    return found
+
+
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last of a tensor in memory."""
+    if math.prod(shape) == 0:
+        return 0
+    return 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+
+
+class _Window(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        length = max(0, min(len(buffer), self._size - self._at))
+        got = os.pread(self._file.fileno(), length, self._start + self._at)
+        buffer[: len(got)] = got
+        self._at += len(got)
+        return len(got)

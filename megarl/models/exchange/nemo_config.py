@@ -1,0 +1,179 @@
+"""`model_config.yaml` of NeMo's GPT archives beside our `ModelConfig`; what we lack is refused by name."""
+
+from typing import Any
+
+import torch
+
+from megarl.config.schema import ModelConfig
+from megarl.errors import CheckpointError, ConfigError
+from megarl.models.exchange.family import Json, shape_of
+
+TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
+VOCAB_MULTIPLE = 128  # NeMo's make_vocab_size_divisible_by; times TP
+_LLAMA3 = {
+    "rope_factor": 8.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_original_positions": 8192,
+}
+"""What NeMo's scale_positional_embedding stands for; it has no keys for other values."""
+_POSITIONS = {"learned_absolute": "learned", "rope": "rope", "none": "none"}
+_NORMS = {"layernorm": "layernorm", "low_precision_layernorm": "layernorm", "rmsnorm": "rmsnorm"}
+_PRECISIONS = {torch.float32: 32, torch.bfloat16: "bf16", torch.float16: 16}
+_ONLY: Json = {
+    "transformer_block_type": "pre_ln",
+    "num_moe_experts": None,
+    "headscale": False,
+    "normalize_attention_scores": True,
+    "embedding_multiplier": None,
+    "multi_latent_attention": False,
+}
+"""Keys whose other values are models that ours is not, with NeMo's defaults."""
+
+
+def read_config(config: Json) -> ModelConfig:
+    """The shape that a model_config.yaml describes, with NeMo's defaults where it says nothing."""
+    if "GPT" not in str(config.get("target", "GPT")):
+        raise CheckpointError(f"model_config.yaml is of {config['target']}: only GPT models can be read")
+    for key, only in _ONLY.items():
+        if (config.get(key, only) or only) != only:
+            raise CheckpointError(f"model_config.yaml has {key}={config[key]!r}, which megarl lacks: it has {only}")
+    try:
+        return _read(config)
+    except KeyError as problem:
+        raise CheckpointError(f"model_config.yaml lacks {problem.args[0]!r}: restore it") from None
+    except (TypeError, ValueError, ZeroDivisionError) as problem:
+        raise CheckpointError(f"model_config.yaml has a value that cannot be: {problem}") from None
+
+
+def _read(config: Json) -> ModelConfig:
+    bias = bool(config.get("bias", True))
+    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    return ModelConfig(
+        num_layers=int(config["num_layers"]),
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=int(config.get("num_query_groups") or heads),
+        head_dim=int(config.get("kv_channels") or hidden // heads),
+        ffn_size=int(config.get("ffn_hidden_size") or 4 * hidden),
+        max_positions=int(config["max_position_embeddings"]),
+        position=_choice(config, "position_embedding_type", "learned_absolute", _POSITIONS),
+        norm=_choice(config, "normalization", "layernorm", _NORMS),
+        norm_eps=float(config.get("layernorm_epsilon") or 1e-5),
+        activation=_activation(config, bias),
+        tie_embeddings=bool(config.get("share_embeddings_and_output_weights", True)),
+        qk_norm=bool(config.get("qk_layernorm") or False),
+        qkv_bias=bias or bool(config.get("qkv_bias") or False),
+        out_bias=bias,
+        mlp_bias=bias,
+        sliding_window=_window(config),
+        init_std=float(config.get("init_method_std") or 0.02),
+        **_rope(config),
+    )
+
+
+def _choice(config: Json, key: str, default: str, known: dict[str, str]) -> str:
+    theirs = config.get(key) or default
+    if theirs not in known:
+        raise CheckpointError(f"model_config.yaml has {key}={theirs!r}, which megarl lacks: it has {', '.join(known)}")
+    return known[theirs]
+
+
+def _activation(config: Json, bias: bool) -> str:
+    """`gelu` is the tanh approximation where NeMo fuses it with the bias, which is its default."""
+    fused = bias and bool(config.get("bias_activation_fusion", True))
+    gelu = "gelu_tanh" if fused or config.get("openai_gelu") else "gelu"
+    return _choice(config, "activation", "gelu", {"gelu": gelu, "swiglu": "swiglu", "fast-swiglu": "swiglu"})
+
+
+def _rope(config: Json) -> Json:
+    fields: Json = {
+        "rope_base": float(config.get("rotary_base") or 10000.0),
+        "rope_percent": float(config.get("rotary_percentage") or 1.0),
+        "rope_interleaved": bool(config.get("rotary_interleaved") or False),
+    }
+    stretch = float(config.get("seq_len_interpolation_factor") or 1.0)
+    if config.get("scale_positional_embedding"):
+        if stretch != 1.0:
+            raise CheckpointError(
+                "model_config.yaml has scale_positional_embedding and seq_len_interpolation_factor, which megarl "
+                "cannot compute together: drop one of them"
+            )
+        return fields | {"rope_scaling": "llama3", **_LLAMA3}
+    return fields | ({"rope_scaling": "linear", "rope_factor": stretch} if stretch != 1.0 else {})
+
+
+def _window(config: Json) -> int | None:
+    """NeMo's is [tokens to the left of a token, to the right]; ours counts the token itself too."""
+    window = config.get("window_size")
+    if window is None or tuple(window) == (-1, -1) or tuple(window) == (-1, 0):
+        return None
+    left, right = window
+    if right != 0 or left < 0:
+        raise CheckpointError(f"model_config.yaml has window_size={list(window)}: only [N, 0] can be computed")
+    return int(left) + 1
+
+
+def write_config(model: ModelConfig, vocab_size: int, dtype: torch.dtype, tp: int, pp: int) -> Json:
+    """A model_config.yaml. Refuses a shape that would come back as another one."""
+    positions = {ours: theirs for theirs, ours in _POSITIONS.items()}
+    if dtype not in _PRECISIONS:
+        raise ConfigError(f"dtype={str(dtype).removeprefix('torch.')} is none that NeMo has: use fp32, bf16 or fp16")
+    config: Json = {
+        "target": TARGET,
+        "mcore_gpt": True,
+        "transformer_engine": True,
+        "megatron_amp_O2": False,
+        "precision": _PRECISIONS[dtype],
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": None,
+        "micro_batch_size": 1,
+        "global_batch_size": 1,
+        "encoder_seq_length": model.max_positions,
+        "max_position_embeddings": model.max_positions,
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_size or 4 * model.hidden_size,
+        "num_attention_heads": model.num_heads,
+        "num_query_groups": model.num_kv_heads or model.num_heads,
+        "kv_channels": model.head_dim or model.hidden_size // model.num_heads,
+        "init_method_std": model.init_std,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "position_embedding_type": positions[model.position],
+        "rotary_base": model.rope_base,
+        "rotary_percentage": model.rope_percent,
+        "rotary_interleaved": model.rope_interleaved,
+        "normalization": model.norm,
+        "layernorm_epsilon": model.norm_eps,
+        "activation": {"gelu_tanh": "gelu", "swiglu": "fast-swiglu"}.get(model.activation, model.activation),
+        "openai_gelu": model.activation == "gelu_tanh",
+        "bias_activation_fusion": False,
+        "bias": model.mlp_bias,
+        "qkv_bias": model.qkv_bias,
+        "qk_layernorm": model.qk_norm,
+        "share_embeddings_and_output_weights": model.tie_embeddings,
+        "transformer_block_type": "pre_ln",
+        "make_vocab_size_divisible_by": VOCAB_MULTIPLE,
+        "override_vocab_size": vocab_size,
+    }
+    if model.rope_scaling == "linear":
+        config["seq_len_interpolation_factor"] = model.rope_factor
+    if model.rope_scaling == "llama3":
+        config["scale_positional_embedding"] = True
+    if model.sliding_window is not None:
+        config["window_size"] = [model.sliding_window - 1, 0]
+    difference = _difference(model, config)
+    if difference:
+        raise ConfigError(f"a .nemo archive cannot have {difference}: use format=huggingface or format=megarl")
+    return config
+
+
+def _difference(model: ModelConfig, config: Json) -> str | None:
+    """The first key of a model that does not survive."""
+    try:
+        back: dict[str, Any] = shape_of(read_config(config))
+    except CheckpointError:
+        return f"model.activation={model.activation}"  # the one choice that has no word of NeMo's
+    return next((f"model.{key}={value}" for key, value in shape_of(model).items() if back[key] != value), None)

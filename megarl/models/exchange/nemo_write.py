@@ -1,0 +1,154 @@
+"""Writing NeMo's GPT archives (.nemo): whole tensors cut into the files of tensor and pipeline parallel ranks."""
+
+import re
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+
+from megarl.config.schema import ModelConfig
+from megarl.errors import CheckpointError, ConfigError
+from megarl.models.exchange.export import aside_of, keep_tokenizer, narrowed, prepare, refuse_existing
+from megarl.models.exchange.family import Json
+from megarl.models.exchange.load import VOCABULARY
+from megarl.models.exchange.nemo import CONFIG, FUSED_NORMS, HEADS, OURS, TOKENIZER, marker, member_of
+from megarl.models.exchange.nemo_archive import finish, reserve
+from megarl.models.exchange.nemo_config import VOCAB_MULTIPLE, write_config
+from megarl.models.exchange.parameters import EMBEDDING, OUTPUT, parameters
+from megarl.models.exchange.source import Source, tokenizer_of
+from megarl.models.exchange.stored import Stored
+from megarl.parallel.initialise import local_slice
+
+
+def write_nemo(
+    source: Source,
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    family: str | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+    tp: int = 1,
+    pp: int = 1,
+) -> None:
+    """Write a stored model as an archive for `tp` x `pp` ranks. `family` is what it is exported as later on.
+
+    One pipeline stage's files at a time stand beside the archive, which is renamed when it is whole.
+    """
+    dtype = dtype or source.dtype
+    config = write_config(source.model, source.vocab_size, dtype, tp, pp)
+    _check_split(source.model, tp, pp)
+    named = family or (source.family.name if source.family else None)
+    config[OURS] = {"family": named, "token_ids": source.token_ids}
+    aside = aside_of(path)
+    prepare(path, aside)
+    try:
+        with tarfile.open(aside / "archive", "w:") as tar:
+            (aside / TOKENIZER).mkdir()
+            keep_tokenizer(source, aside / TOKENIZER)
+            (aside / TOKENIZER / "generation_config.json").unlink(missing_ok=True)
+            config["tokenizer"] = _describe_tokenizer(aside / TOKENIZER)
+            (aside / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+            tar.add(aside / CONFIG, f"./{CONFIG}")
+            for file in sorted((aside / TOKENIZER).iterdir()):
+                tar.add(file, f"./{TOKENIZER}/{file.name}")
+            for stage in range(pp):
+                _write_stage(source, aside, tar, dtype, progress, (stage, pp), tp)
+            if source.heads:
+                _write_heads(source, aside, tar, dtype)
+        refuse_existing(path)
+        (aside / "archive").rename(path)
+    except OSError as problem:
+        raise CheckpointError(f"{path} could not be written ({problem.strerror or problem})") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_stage(
+    source: Source,
+    aside: Path,
+    tar: tarfile.TarFile,
+    dtype: torch.dtype,
+    progress: Callable[[str], None],
+    stage: tuple[int, int],
+    tp: int,
+) -> None:
+    """The files of one stage's ranks, filled side by side: every tensor is read once."""
+    number, pp = stage
+    names = _stage_names(source.model, source.vocab_size, number, pp)
+    rows = -(-source.vocab_size // (VOCAB_MULTIPLE * tp)) * VOCAB_MULTIPLE * tp
+    described = {}
+    for theirs, (name, shape) in names.items():
+        whole = (rows, *shape[1:]) if name in VOCABULARY else shape
+        part = local_slice(torch.empty(whole, device="meta"), marker(name, source.model), 0, tp)
+        described[theirs] = Stored(tuple(part.shape), dtype)
+    files = [aside / f"{rank}.ckpt" for rank in range(tp)]
+    ranks = [reserve(file, described) for file in files]
+    try:
+        for theirs, (name, _) in names.items():
+            progress(name)
+            tensor = narrowed(name, source.read(name), dtype)
+            if name in VOCABULARY:
+                tensor = F.pad(tensor, (0, 0, 0, rows - tensor.shape[0]))
+            for rank, member in enumerate(ranks):
+                member.write(theirs, local_slice(tensor, marker(name, source.model), rank, tp))
+    finally:
+        for member in ranks:
+            finish(member)
+    for rank, file in enumerate(files):
+        tar.add(file, f"./{member_of(rank, tp, number, pp)}")
+        file.unlink()
+
+
+def _write_heads(source: Source, aside: Path, tar: tarfile.TarFile, dtype: torch.dtype) -> None:
+    member = reserve(aside / HEADS, {name: Stored(stored.shape, dtype) for name, stored in source.heads.items()})
+    try:
+        for name in source.heads:
+            member.write(name, narrowed(name, source.read(name), dtype))
+    finally:
+        finish(member)
+    tar.add(aside / HEADS, f"./{HEADS}")
+
+
+def _stage_names(model: ModelConfig, vocab_size: int, stage: int, pp: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """NeMo's names of a stage's tensors, with ours and their whole shapes."""
+    per_stage = model.num_layers // pp
+    shapes = parameters(model, vocab_size)
+    if pp > 1 and model.tie_embeddings:  # the last stage has a copy of the embedding to compute logits with
+        shapes[OUTPUT] = shapes[EMBEDDING]
+    names = {}
+    for name, shape in shapes.items():
+        layer = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+        if layer is None:
+            if (0 if name.startswith("embedding.") else pp - 1) == stage:
+                names[f"model.{name}"] = (EMBEDDING if name == OUTPUT and model.tie_embeddings else name, shape)
+        elif int(layer[1]) // per_stage == stage:
+            rest = layer[2]
+            for ours, theirs in FUSED_NORMS.items():
+                rest = rest.replace(ours, theirs, 1) if rest.startswith(ours) else rest
+            names[f"model.decoder.layers.{int(layer[1]) % per_stage}.{rest}"] = (name, shape)
+    return names
+
+
+def _check_split(model: ModelConfig, tp: int, pp: int) -> None:
+    counts = {
+        "num_heads": model.num_heads,
+        "num_kv_heads": model.num_kv_heads or model.num_heads,
+        "ffn_size": model.ffn_size or 4 * model.hidden_size,
+    }
+    for key, count in counts.items():
+        if count % tp:
+            raise ConfigError(f"tp={tp} does not divide the model's {key}={count}: use a tp that does")
+    if model.num_layers % pp:
+        raise ConfigError(f"pp={pp} does not divide the model's num_layers={model.num_layers}: use a pp that does")
+
+
+def _describe_tokenizer(folder: Path) -> Json:
+    """NeMo's `tokenizer` section; a tokenizer that NeMo does not know (bytes) is for us alone."""
+    kind = tokenizer_of(folder)
+    if kind is not None and kind[0] == "sentencepiece":
+        return {"library": "sentencepiece", "type": None, "model": f"nemo:{TOKENIZER}/tokenizer.model"}
+    return {"library": "huggingface" if kind is not None and kind[0] == "huggingface" else None, "type": None}

@@ -1,0 +1,88 @@
+"""Rollouts as files, so that any phase can be looked at or run again without generating: JSON lines, floats exact."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from megarl.errors import ConfigError, DataError
+from megarl.rollout.requests import Request, Rollout
+
+FORMAT = "megarl rollouts 1"
+_STREAMS = ("train", "eval")
+
+
+def phase_file(folder: str | Path, stream: int, phase: int) -> Path:
+    """Where a phase of a stream of randomness is kept."""
+    name = _STREAMS[stream] if stream < len(_STREAMS) else f"stream{stream}"
+    return Path(folder) / f"{name}-{phase:06d}.jsonl"
+
+
+def dump(path: str | Path, rollouts: Iterable[Rollout]) -> None:
+    """Write rollouts, whole or not at all. A float is written with all digits it needs to be read as itself."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = [asdict(rollout) for rollout in rollouts]
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"format": FORMAT, "rollouts": len(records)}) + "\n")
+        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def load(path: str | Path) -> list[Rollout]:
+    """What `dump` wrote. Refuses a file that is torn, or of something else."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"rollouts {path} cannot be read ({problem}): give a file that rollout.dump wrote") from None
+    head = _parsed(lines[0] if lines else "", path, 1)
+    if head.get("format") != FORMAT:
+        raise DataError(f"{path} holds no rollouts of a kind known here ('{FORMAT}'): dump them again")
+    if len(lines) - 1 != head.get("rollouts"):
+        raise DataError(f"{path} is torn: it holds {len(lines) - 1} of {head.get('rollouts')} rollouts")
+    names = {field.name for field in fields(Rollout)}
+    rollouts = []
+    for number, line in enumerate(lines[1:], 2):
+        record = _parsed(line, path, number)
+        whole = record.keys() == names and len(record["response"]) == len(record["logprobs"])
+        if not whole:
+            raise DataError(f"{path}:{number} is no whole rollout: dump them again")
+        rollouts.append(Rollout(**record))
+    return rollouts
+
+
+def replay(folder: str | Path, stream: int, phase: int, requests: Sequence[Request]) -> list[Rollout]:
+    """The stored responses to these requests, in the order that generation returns them."""
+    path = phase_file(folder, stream, phase)
+    if not path.is_file():
+        raise ConfigError(
+            f"rollout.replay={folder} has no {path.name}, which this phase needs: give a folder that rollout.dump "
+            "filled in a run with the same prompts, or null to generate"
+        )
+    stored = {(rollout.prompt_id, rollout.sample_id): rollout for rollout in load(path)}
+    found = []
+    for request in sorted(requests, key=lambda request: (request.prompt_id, request.sample_id)):
+        rollout = stored.get((request.prompt_id, request.sample_id))
+        if rollout is None or tuple(rollout.prompt) != request.prompt:
+            raise ConfigError(
+                f"{path} has no answer to prompt {request.prompt_id}, sample {request.sample_id}: rollout.replay needs "
+                "the prompts, tokenizer and seed of the run that dumped"
+            )
+        found.append(rollout)
+    return found
+
+
+def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise DataError(f"{path}:{number} is not a JSON object: dump the rollouts again")
+    return record

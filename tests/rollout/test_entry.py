@@ -1,0 +1,164 @@
+"""`python -m megarl.generate`: prompts from files and the command line, the same lines in every layout, clear
+refusals."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarl.config.compose import compose, run
+from megarl.errors import ConfigError, MegarlError
+from tests.worlds import Worlds
+
+SMALL = ["model.num_layers=2", "model.hidden_size=32", "rollout.max_new_tokens=6", "trainer.progress=none"]
+
+
+def entry(argv: list[str], stdin: str = "") -> str:
+    """The entry point in a world that exists already. What it wrote to standard output."""
+    import torch
+
+    from megarl.generate import work
+
+    torch.manual_seed(0)
+    before = sys.stdout, sys.stdin
+    sys.stdout, sys.stdin = io.StringIO(), io.StringIO(stdin)
+    try:
+        work(compose("generate", [*SMALL, *argv])[0])
+        return sys.stdout.getvalue()
+    finally:
+        sys.stdout, sys.stdin = before
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return sorted(found, key=lambda line: (line["prompt_id"], line["sample_id"]))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    records = [{"prompt": f"What is {n} and more?"[: 5 + 3 * n]} for n in range(5)]
+    records.append({"messages": [{"role": "user", "content": "Hello"}]})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_every_response_is_one_line_and_the_same_in_every_layout(worlds: Worlds, prompts: Path, tmp_path: Path) -> None:
+    wanted: list[dict[str, Any]] = []
+    for name, size, layout in (
+        ("one", 1, []),
+        ("dp", 2, []),
+        ("tp", 2, ["parallel.tp=2"]),
+        ("pp", 2, ["parallel.pp=2"]),
+    ):
+        out = tmp_path / f"{name}.jsonl"
+        written = worlds.run(size, entry, [f"prompts={prompts}", f"out={out}", "rollout.n=2", *layout])
+        assert written == [""] * size
+        found = lines(out)
+        wanted = wanted or found
+        assert [line | {"logprob": 0} for line in found] == [line | {"logprob": 0} for line in wanted]
+        assert [line["logprob"] for line in found] == pytest.approx([line["logprob"] for line in wanted], abs=1e-4)
+    assert len(wanted) == 12
+    assert wanted[0]["prompt"] == "What "
+    assert wanted[0]["response"] != wanted[1]["response"]
+    assert {line["tokens"] for line in wanted} == {6}
+
+
+def test_one_prompt_on_the_command_line_answers_on_standard_output(worlds: Worlds) -> None:
+    (written,) = worlds.run(1, entry, ["prompts='Once upon, a time'"])
+    line = json.loads(written)
+    assert line["prompt"] == "Once upon, a time"
+    assert line["finish_reason"] == "length"
+
+
+def test_long_prompts_are_left_out_cut_or_refused(worlds: Worlds, prompts: Path, tmp_path: Path) -> None:
+    narrow = [f"prompts={prompts}", "model.max_positions=20"]  # room for 14 tokens: four of the six prompts fit
+    with pytest.raises(ConfigError, match=r"prompt 4 has 17 tokens.*rollout\.too_long"):
+        worlds.run(1, entry, narrow)
+    for how, count in (("drop", 5), ("truncate", 6)):
+        out = tmp_path / f"{how}.jsonl"
+        worlds.run(1, entry, [*narrow, f"out={out}", f"rollout.too_long={how}"])
+        assert len(lines(out)) == count
+
+
+def test_a_chat_goes_on_until_an_empty_line(worlds: Worlds) -> None:
+    (written,) = worlds.run(
+        1, entry, ["chat=true", "system=Be brief."], "hello\nand then?\n/reset\nhello\n\nnever read\n"
+    )
+    assert len(written.encode("utf-8", "replace")) > 0
+    ranks = worlds.run(2, entry, ["chat=true", "parallel.tp=2", "system=Be brief."], "hello\n")
+    assert ranks[0] == written[: len(ranks[0])]  # the same first answer
+    assert ranks[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "prompts is empty"),
+        (["prompts=a", "chat=true"], "exclude each other"),
+        (["prompts=a", "rollout.top_p=0"], "rollout.top_p=0"),
+        (["prompts=a", "rollout.n=0"], "rollout.n=0"),
+        (["prompts=a", "rollout.max_new_tokens=256"], "leaves no room for a prompt"),
+        (["prompts=a", "parallel.tp=3", "trainer.devices=3"], "parallel.tp=3"),
+        (["prompts=a", "rollout.topk=3"], "rollout.top_k"),
+    ],
+)
+def test_a_bad_configuration_is_refused_before_anything_is_built(
+    argv: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        run("generate", argv, lambda config: 0)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (lambda folder: ["prompts=missing.jsonl"], "prompts=missing.jsonl: no such file"),
+        (lambda folder: [f"prompts={_file(folder, 'a.jsonl', '{}')}"], "a.jsonl:1: has no text under 'prompt'"),
+        (lambda folder: [f"prompts={_file(folder, 'b.jsonl', '{')}"], "b.jsonl:1"),
+        (
+            lambda folder: [f"prompts={_file(folder, 'c.jsonl', json.dumps({'prompt': ''}))}"],
+            "c.jsonl:1: the prompt is empty",
+        ),
+        (lambda folder: ["prompts=a", f"out={_file(folder, 'out.jsonl', 'kept')}"], "out.jsonl exists"),
+        (lambda folder: ["prompts=a", "rollout.stop=['']"], "rollout.stop holds an empty text"),
+        (lambda folder: ["prompts=a", "rollout.cache_bytes=10"], "rollout.cache_bytes=10 is too little"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    prepare: Callable[[Path], list[str]], said: str, worlds: Worlds, tmp_path: Path
+) -> None:
+    with pytest.raises(MegarlError) as problem:
+        worlds.run(1, entry, prepare(tmp_path))
+    assert said in str(problem.value)
+    kept = tmp_path / "out.jsonl"
+    assert not kept.exists() or kept.read_text() == "kept"
+
+
+def _file(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_it_starts_its_own_processes(prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "megarl.generate", *SMALL, f"prompts={prompts}", f"out={out}", "trainer.devices=2"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert len(lines(out)) == 6
+    assert "6 responses, 36 tokens in" in ended.stderr
+    again = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert again.returncode == 2
+    assert "error: out=" in again.stderr
+    assert "Traceback" not in again.stderr

@@ -1,0 +1,361 @@
+"""The same responses in every layout, slot count and order; log-probs that a full forward pass confirms; nothing left
+behind in the engine."""
+
+import gc
+import random
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megarl.errors import ConfigError
+from megarl.models.cache import KVCache
+from megarl.models.gpt import GPT
+from megarl.parallel.engine import Engine
+from megarl.rollout.generator import Generator, Limits, Stats
+from megarl.rollout.noise import EVALUATION, TRAINING
+from megarl.rollout.requests import Request, Rollout, Sampling
+from tests.parallel.engines import VOCAB, batches, count_tokens, small_engine, token_loss
+from tests.worlds import Worlds
+
+EOS = 3
+MODERATE = {"init_std": 0.12}  # peaked enough for filters to bite, far enough from ties
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP2": (2, {"tp": 2}),
+    "PP2": (2, {"pp": 2}),
+    "DP2": (2, {}),
+    "TP2 with sequence parallelism": (2, {"tp": 2, "sequence_parallel": True}),
+    "PP2 with virtual stages": (2, {"pp": 2, "vpp": 2}),
+    "TP2xPP2": (4, {"tp": 2, "pp": 2}),
+    "PP2xDP2": (4, {"pp": 2}),
+    "PP4": (4, {"pp": 4}),
+}
+SETTINGS = [
+    Sampling(),
+    Sampling(temperature=0.7, top_k=20),
+    Sampling(temperature=0.0),
+    Sampling(top_p=0.8, repetition_penalty=1.2),
+    Sampling(temperature=1.3, min_p=0.05, forbidden=(7, 8), stop=((11,), (60, 61))),
+]
+
+
+def some_requests(count: int = 30) -> list[Request]:
+    """Prompts of 1 to 23 tokens, 5 to 24 new ones, every kind of setting; two samples of each prompt."""
+    dice = random.Random(0)
+    requests = []
+    for number in range(count // 2):
+        prompt = tuple(dice.randrange(VOCAB) for _ in range(1 + number * 11 % 23))
+        settings = replace(SETTINGS[number % len(SETTINGS)], max_new_tokens=5 + number * 7 % 20)
+        requests += [Request(number, sample, prompt, settings) for sample in (0, 1)]
+    return requests
+
+
+def generator_of(engine: Engine, **options: Any) -> Generator:
+    return Generator(engine, EOS, seed=5, limits=Limits(**options))
+
+
+def generated(
+    layout: dict[str, Any], model: dict[str, Any] | None = None, order: int | None = None, **limits: Any
+) -> tuple[list[Rollout], Stats]:
+    engine = small_engine(layout, {**MODERATE, **(model or {})}, train=False)
+    requests = some_requests()
+    if order is not None:
+        random.Random(order).shuffle(requests)
+    generator = generator_of(engine, **limits)
+    return generator.generate(requests), generator.stats
+
+
+def check_same(found: list[Rollout], wanted: list[Rollout], case: object) -> None:
+    """Token for token. Candidates within 1e-5 of each other could excuse a difference; there are none here."""
+    differing = [
+        (one.prompt_id, one.sample_id) for one, two in zip(found, wanted, strict=True) if one.response != two.response
+    ]
+    assert differing == [], f"{case}: responses differ"
+    for one, two in zip(found, wanted, strict=True):
+        assert (one.prompt_id, one.sample_id, one.finish_reason) == (two.prompt_id, two.sample_id, two.finish_reason)
+        assert one.logprobs == pytest.approx(two.logprobs, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(worlds: Worlds) -> list[Rollout]:
+    """One process, everything in flight at once."""
+    ((rollouts, _),) = worlds.run(1, generated, {})
+    return rollouts  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_draws_the_same_tokens(name: str, worlds: Worlds, alone: list[Rollout]) -> None:
+    size, layout = LAYOUTS[name]
+    for slots in (7, 128):
+        for rollouts, _ in worlds.run(size, generated, layout, order=slots, slots=slots):
+            check_same(rollouts, alone, (name, slots))
+
+
+@pytest.mark.parametrize("slots", [1, 7, 32])
+def test_slots_and_order_change_nothing(slots: int, worlds: Worlds, alone: list[Rollout]) -> None:
+    ((rollouts, stats),) = worlds.run(1, generated, {}, order=slots, slots=slots)
+    check_same(rollouts, alone, slots)
+    tokens = sum(len(rollout.response) for rollout in rollouts)
+    assert stats.response_tokens == stats.decoded_rows == tokens
+    assert stats.prefilled_tokens == sum(len(rollout.prompt) - 1 for rollout in rollouts)
+    assert -(-tokens // slots) <= stats.decode_passes <= -(-tokens // slots) + 24
+
+
+def test_the_cases_are_not_all_alike(alone: list[Rollout]) -> None:
+    """What the comparisons above are worth: all reasons to end, and samples of a prompt that differ."""
+    assert {rollout.finish_reason for rollout in alone} == {"eos", "stop", "length"}
+    assert all(rollout.response[-1] == EOS for rollout in alone if rollout.finish_reason == "eos")
+    by_name = {(rollout.prompt_id, rollout.sample_id): rollout.response for rollout in alone}
+    for number in range(15):
+        greedy = number % len(SETTINGS) == 2
+        assert (by_name[number, 0] == by_name[number, 1]) == greedy
+    assert all(not {7, 8} & set(by_name[number, sample]) for number in (4, 9, 14) for sample in (0, 1))
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped heads": {"num_kv_heads": 2},
+    "one key-value head": {"num_kv_heads": 1, "qk_norm": True},
+    "learned positions with an offset": {"position": "learned", "position_offset": 2, "norm": "layernorm"},
+    "no positions": {"position": "none", "tie_embeddings": True},
+    "sliding window": {"sliding_window": 5},
+    "parallel residual, biases": {
+        "parallel_residual": "two_norms",
+        "qkv_bias": True,
+        "lm_head_bias": True,
+        "rope_percent": 0.5,
+    },
+}
+
+
+def rescored(layout: dict[str, Any], model: dict[str, Any], **limits: Any) -> tuple[list[Rollout], float]:
+    """Rollouts, and the largest difference of their log-probs from those of one pass over the whole sequence."""
+    engine = small_engine(layout, {**MODERATE, **model}, train=False)
+    requests = some_requests()
+    rollouts = generator_of(engine, **limits).generate(requests)
+    temperature = {request.prompt_id: request.sampling.temperature or 1.0 for request in requests}
+    worst = 0.0
+    for rollout in rollouts:
+        tokens = torch.tensor([rollout.tokens])
+        mask = torch.zeros(tokens.shape)
+        mask[0, len(rollout.prompt) :] = 1.0
+        batch = {"tokens": tokens, "positions": torch.arange(tokens.shape[1])[None], "response_mask": mask}
+
+        def score(model: GPT, hidden: torch.Tensor, batch: Any, heat: float = temperature[rollout.prompt_id]) -> Any:
+            return {"logprobs": model.logprobs(hidden, batch["tokens"], batch["response_mask"], heat).logprobs}
+
+        whole = engine.forward([batch], score)[0]["logprobs"][0, len(rollout.prompt) :]
+        worst = max(worst, float((whole - torch.tensor(rollout.logprobs)).abs().max()))
+    return rollouts, worst
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_log_probs_are_those_of_a_pass_over_the_whole_sequence(variant: str, worlds: Worlds) -> None:
+    ((alone, worst),) = worlds.run(1, rescored, {}, VARIANTS[variant], slots=5)
+    assert worst < 1e-5
+    assert max(abs(value) for rollout in alone for value in rollout.logprobs) > 1.0
+    for rollouts, worst in worlds.run(4, rescored, {"tp": 2, "pp": 2}, VARIANTS[variant], slots=9):
+        check_same(rollouts, alone, variant)
+        assert worst < 1e-5
+
+
+@pytest.mark.parametrize("variant", ["grouped heads", "sliding window"])
+def test_prompts_read_piece_by_piece_give_the_same(variant: str, worlds: Worlds) -> None:
+    ((whole, _),) = worlds.run(1, rescored, {}, VARIANTS[variant])
+    for budget in (4, 30):
+        ((pieces, worst),) = worlds.run(1, rescored, {}, VARIANTS[variant], prefill_tokens=budget)
+        check_same(pieces, whole, budget)
+        assert worst < 1e-5
+    ((pieces, worst), _) = worlds.run(2, rescored, {"pp": 2}, VARIANTS[variant], prefill_tokens=4)
+    check_same(pieces, whole, "PP2")
+
+
+def streams() -> dict[str, list[list[int]]]:
+    engine = small_engine({}, MODERATE, train=False)
+    generator = generator_of(engine)
+    request = [Request(0, sample, (1, 2, 3), Sampling(max_new_tokens=12)) for sample in range(3)]
+
+    def draw(**name: Any) -> list[list[int]]:
+        return [rollout.response for rollout in generator.generate(request, **name)]
+
+    drawn = {
+        "first": draw(),
+        "again": draw(stream=TRAINING, phase=0),
+        "phase": draw(phase=1),
+        "evaluation": draw(stream=EVALUATION),
+    }
+    generator.close()
+    drawn["after close"] = draw()
+    return drawn
+
+
+def test_phases_and_streams_draw_anew_and_a_repetition_does_not(worlds: Worlds) -> None:
+    (drawn,) = worlds.run(1, streams)
+    assert drawn["again"] == drawn["first"] == drawn["after close"]
+    distinct = [drawn["first"], drawn["phase"], drawn["evaluation"]]
+    assert all(one != two for i, one in enumerate(distinct) for two in distinct[:i])
+
+
+def trained(layout: dict[str, Any], generating: bool, **options: Any) -> list[float]:
+    """Losses and gradient norms of three steps, with a generation before each or without."""
+    engine = small_engine(layout, {"dropout": 0.2, "init_std": 0.1}, **options)
+    generator = generator_of(engine, slots=4)
+    numbers = []
+    for step in range(3):
+        engine.train()
+        if generating:
+            generator.generate([Request(n, 0, (1, 2, n), Sampling(max_new_tokens=4 + n)) for n in range(6)], phase=step)
+            assert all(module.training for chunk in engine.chunks for module in chunk.modules())
+        metrics = engine.train_step(batches(engine, step), token_loss, count_tokens)
+        numbers += [metrics["loss"], engine.apply_gradients()]
+    return numbers
+
+
+@pytest.mark.parametrize(
+    ("size", "layout", "options"),
+    [
+        (1, {}, {"recompute": "full"}),
+        (2, {"tp": 2, "sequence_parallel": True}, {}),
+        (2, {"tp": 2, "sequence_parallel": True}, {"recompute": "selective"}),
+        (2, {"pp": 2, "vpp": 2}, {}),
+    ],
+)
+def test_training_goes_on_as_if_nothing_had_been_generated(
+    size: int, layout: dict[str, Any], options: dict[str, Any], worlds: Worlds
+) -> None:
+    """Bit for bit: dropout's generators, sequence parallelism, recomputation and training mode are as they were."""
+    without = worlds.run(size, trained, layout, False, **options)
+    assert worlds.run(size, trained, layout, True, **options) == without
+
+
+def one_long_and_many_short(layout: dict[str, Any]) -> Stats:
+    generator = generator_of(small_engine(layout, train=False), slots=4)
+    lengths = [48, *[4] * 33]
+    never = {"forbidden": (EOS,)}
+    generator.generate(
+        [Request(n, 0, (1 + n,), Sampling(max_new_tokens=length, **never)) for n, length in enumerate(lengths)]
+    )
+    return generator.stats
+
+
+def test_short_responses_fill_the_slots_beside_a_long_one(worlds: Worlds) -> None:
+    (stats,) = worlds.run(1, one_long_and_many_short, {})
+    assert stats == Stats(34, 48 + 33 * 4, 0, 48, 48 + 33 * 4)  # a static batch would take 48 + 8 * 4 passes
+    stats, _ = worlds.run(2, one_long_and_many_short, {"pp": 2})
+    # Two groups of two slots: 48 + 16 x 4 tokens, which fill both all the time, and 17 x 4, which at last do not.
+    assert stats.decode_passes == 112 // 2 + 9 * 4
+
+
+def cache_use(budget_in_slots: float) -> tuple[int, int, int, bool]:
+    """The budget, the cache's bytes and slots, and whether its memory is gone after `close`."""
+    engine = small_engine({}, train=False)
+    requests = some_requests()
+    length = max(len(request.prompt) + request.sampling.max_new_tokens for request in requests)
+    budget = int(budget_in_slots * KVCache.slot_bytes(engine.config, 4, 1, length))
+    generator = generator_of(engine, slots=20, cache_bytes=budget)
+    generator.generate(requests)
+    assert generator.cache is not None
+    held = weakref.ref(generator.cache.store.untyped_storage())
+    taken, slots = generator.cache.nbytes, generator.cache.slots
+    generator.close()
+    gc.collect()
+    return budget, taken, slots, generator.cache is None and held() is None
+
+
+@pytest.mark.parametrize(("slots", "held"), [(3.9, 3), (20.0, 20), (400.0, 20)])
+def test_the_cache_keeps_to_its_budget_and_close_frees_it(slots: float, held: int, worlds: Worlds) -> None:
+    ((budget, taken, found, freed),) = worlds.run(1, cache_use, slots)
+    assert taken <= budget
+    assert found == held
+    assert freed
+
+
+def refused(layout: dict[str, Any], requests: list[Request], **limits: Any) -> str:
+    """What this rank is told, and then whether it can go on."""
+    generator = generator_of(small_engine(layout, train=False), **limits)
+    try:
+        generator.generate(requests)
+    except ConfigError as problem:
+        generator.limits = Limits()
+        assert len(generator.generate([Request(0, 0, (1,), Sampling(max_new_tokens=2))])) == 1
+        return str(problem)
+    return "nothing"
+
+
+def test_every_rank_refuses_what_one_cannot_do(worlds: Worlds) -> None:
+    """Also a rank whose own share would be fine: it would wait for the others for ever."""
+    fine = [Request(n, 0, (1, 2), Sampling(max_new_tokens=4)) for n in range(5)]
+    long = Request(9, 0, (1,) * 60, Sampling(max_new_tokens=5))
+    for told in worlds.run(2, refused, {}, [*fine, long]):
+        assert "prompt 9 has 60 tokens" in told
+        assert "context is 64" in told
+    for told in worlds.run(2, refused, {"pp": 2}, fine, cache_bytes=1000):
+        # 2 layers x keys and values x 4 heads x 16 x float32 x 6 tokens = 6144, twice
+        assert "rollout.cache_bytes=1000 is too little: a sequence of 6 tokens needs 6144 bytes" in told
+        assert "rollout.cache_bytes=12288 or more" in told
+
+
+def few(layout: dict[str, Any], count: int) -> tuple[list[list[int]], list[int]]:
+    """Responses, and the prompt ids this replica reported as they were done."""
+    reported: list[int] = []
+    generator = generator_of(small_engine(layout, MODERATE, train=False))
+    rollouts = generator.generate(
+        [Request(n, 0, (5, n), Sampling(max_new_tokens=6)) for n in range(count)],
+        on_finished=lambda done: reported.extend(rollout.prompt_id for rollout in done),
+    )
+    return [rollout.response for rollout in rollouts], reported
+
+
+@pytest.mark.parametrize("layout", [{}, {"pp": 2}, {"tp": 2}])
+def test_fewer_requests_than_ranks_or_stages(layout: dict[str, Any], worlds: Worlds) -> None:
+    for count in (0, 1, 3):
+        ((wanted, _),) = worlds.run(1, few, {}, count)
+        ranks = worlds.run(2, few, layout, count)
+        assert all(responses == wanted for responses, _ in ranks)
+        replicas = ranks if not layout else ranks[:1]
+        assert sorted(prompt for _, reported in replicas for prompt in reported) == list(range(count))
+
+
+def text_stops() -> list[tuple[str, str]]:
+    """Text and reason of responses that a stop text may end; every token is two letters."""
+
+    def decode(tokens: Any) -> str:
+        return "".join(chr(97 + token % 13) + chr(97 + token % 7) for token in tokens)
+
+    engine = small_engine({}, MODERATE, train=False)
+    generator = Generator(engine, EOS, seed=1, decode=decode)
+    sampling = Sampling(max_new_tokens=30, stop_text=("ab", "cd", "ef"), forbidden=(EOS,))
+    rollouts = generator.generate([Request(n, 0, (n,), sampling) for n in range(40)])
+    return [(decode(rollout.response), rollout.finish_reason) for rollout in rollouts]
+
+
+def test_stop_texts_are_found_across_the_borders_of_tokens(worlds: Worlds) -> None:
+    (answers,) = worlds.run(1, text_stops)
+
+    def first_stop(text: str) -> int:
+        return min((text.find(stop) for stop in ("ab", "cd", "ef") if stop in text), default=-1)
+
+    across = 0
+    for text, reason in answers:
+        at = first_stop(text)
+        assert (reason == "stop") == (at >= 0)
+        if at >= 0:
+            assert len(text) - 2 <= at + 1 < len(text)  # it ends in the last token
+            across += at % 2
+    assert across > 3
+
+
+def scored(scorer: Callable[[GPT, torch.Tensor], torch.Tensor]) -> list[list[int]]:
+    generator = Generator(small_engine({}, train=False), EOS, seed=1, scorer=scorer)
+    return [r.response for r in generator.generate([Request(0, 0, (1,), Sampling(max_new_tokens=3))])]
+
+
+def test_a_scorer_replaces_the_model_s_own_logits(worlds: Worlds) -> None:
+    def only_42(model: GPT, states: torch.Tensor) -> torch.Tensor:
+        scores = torch.full_like(model.logits(states), -1e9)
+        scores[:, 42] = 0.0
+        return scores
+
+    assert worlds.run(1, scored, only_42) == [[[42, 42, 42]]]

@@ -1,0 +1,82 @@
+"""Rollouts on disk: exact, whole, and only for the requests they answer."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarl.errors import ConfigError, DataError
+from megarl.rollout.generator import Generator
+from megarl.rollout.noise import EVALUATION, TRAINING
+from megarl.rollout.requests import Request, Rollout, Sampling
+from megarl.rollout.stored import dump, load, phase_file, replay
+from tests.parallel.engines import small_engine
+from tests.worlds import Worlds
+
+
+def some_rollouts() -> list[Rollout]:
+    dice = random.Random(1)
+    floats = [-math.pi, -1e-45, -3.4028234663852886e38, -0.1, 0.0, float("-inf"), *(-dice.random() for _ in range(50))]
+    return [
+        Rollout(0, 0, [1, 2], list(range(len(floats))), floats, "length", 3),
+        Rollout(0, 1, [1, 2], [5], [-0.25], "eos", 3),
+        Rollout(7, 0, [9], [2**40], [-1.0], "stop", 4),
+    ]
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "phase.jsonl"
+    dump(path, some_rollouts())
+    assert load(path) == some_rollouts()
+    assert [item.name for item in path.parent.iterdir()] == ["phase.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: "\n".join(text.splitlines()[:-1]), "is torn: it holds 2 of 3 rollouts"),
+        (lambda text: text.replace("megarl rollouts 1", "megarl rollouts 0"), "of a kind known here"),
+        (lambda text: text.replace('"sample_id": 1', '"sample": 1'), ":3 is no whole rollout"),
+        (lambda text: text.replace("[-0.25]", "[-0.25, 1]"), ":3 is no whole rollout"),
+        (lambda text: text[:-20] + "\n", ":4 is not a JSON object"),
+        (lambda text: "", ":1 is not a JSON object"),
+    ],
+)
+def test_a_file_that_is_not_whole_is_refused(change: Any, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "phase.jsonl"
+    dump(path, some_rollouts())
+    path.write_text(change(path.read_text()))
+    with pytest.raises(DataError) as problem:
+        load(path)
+    assert said in str(problem.value)
+
+
+def test_a_replay_answers_the_requests_of_its_phase_and_no_others(tmp_path: Path) -> None:
+    dump(phase_file(tmp_path, TRAINING, 12), some_rollouts())
+    requests = [Request(7, 0, (9,)), Request(0, 1, (1, 2)), Request(0, 0, (1, 2))]
+    assert replay(tmp_path, TRAINING, 12, requests) == some_rollouts()
+    for stream, phase, asked, said in (
+        (EVALUATION, 12, requests, "has no eval-000012.jsonl"),
+        (TRAINING, 13, requests, "has no train-000013.jsonl"),
+        (TRAINING, 12, [Request(0, 2, (1, 2))], "no answer to prompt 0, sample 2"),
+        (TRAINING, 12, [Request(0, 0, (1, 3))], "no answer to prompt 0, sample 0"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            replay(tmp_path, stream, phase, asked)
+
+
+def dumped_and_replayed(folder: str) -> tuple[list[Rollout], list[Rollout]]:
+    """Drawn by one model, and replayed by a generator over another, which would draw otherwise."""
+    requests = [Request(n, 0, (n, 1), Sampling(max_new_tokens=5)) for n in range(4)]
+    engine = small_engine({}, seed=1, train=False)
+    drawn = Generator(engine, 3, seed=1, dump=folder).generate(requests, phase=2)
+    other = Generator(small_engine({}, seed=2, train=False, grid=engine.grid), 3, seed=9, replay=folder)
+    return drawn, other.generate(requests, phase=2)
+
+
+def test_a_generator_dumps_and_replays_a_phase(worlds: Worlds, tmp_path: Path) -> None:
+    for drawn, replayed in worlds.run(2, dumped_and_replayed, str(tmp_path)):
+        assert replayed == drawn
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000002.jsonl"]
