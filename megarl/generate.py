@@ -2,6 +2,7 @@
 terminal."""
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -37,19 +38,24 @@ def generate(config: "GenerateConfig") -> int:
             f"chat=true with trainer.devices={devices}: processes started here cannot read the terminal, so use "
             f"torchrun --nproc-per-node={devices} -m megarl.generate --chat"
         )
+    from torch.multiprocessing import get_context
     from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells of every process it ends
+    problems = get_context("spawn").SimpleQueue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     try:
-        spawn(_process, (config, devices, port), nprocs=devices)
-    except ProcessExitedException as ended:  # it has said why
+        spawn(_process, (config, devices, port, problems), nprocs=devices)
+    except ProcessExitedException as ended:
+        if not problems.empty():  # one line, whichever process was first
+            sys.stderr.write(f"error: {' '.join(problems.get().split())}\n")
         return int(ended.exit_code)
     return 0
 
 
-def _process(rank: int, config: "GenerateConfig", world: int, port: int) -> None:
+def _process(rank: int, config: "GenerateConfig", world: int, port: int, problems: Any) -> None:
     """One of the processes that this command starts."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({key: str(value) for key, value in names.items()})
@@ -61,8 +67,7 @@ def _process(rank: int, config: "GenerateConfig", world: int, port: int) -> None
     except MegarlError as error:
         if config.debug:
             raise
-        if rank == 0:  # every rank refuses the same
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        problems.put(str(error))
         sys.exit(error.exit_code)
 
 
