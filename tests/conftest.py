@@ -20,13 +20,18 @@ def logging_as_before() -> Iterator[None]:
     """Undo what a test, or a library that it wakes, does to logging, so that no other test hears it."""
     manager, root = logging.root.manager, logging.getLogger()
     disable, level, handlers = manager.disable, root.level, list(root.handlers)
+    levels = {name: it.level for name, it in manager.loggerDict.items() if isinstance(it, logging.Logger)}
     yield
     manager.disable = disable
     root.setLevel(level)
     root.handlers[:] = handlers
     for name, logger in manager.loggerDict.items():
-        if name.split(".")[0] == "megarl" and isinstance(logger, logging.Logger):
-            logger.disabled, logger.propagate = False, True
+        if not isinstance(logger, logging.Logger):
+            continue
+        logger.disabled = False  # a library that configures logging may disable everybody's loggers
+        logger.setLevel(levels.get(name, logger.level))
+        if name.split(".")[0] == "megarl":
+            logger.propagate = True
             logger.setLevel(logging.NOTSET)
             logger.handlers.clear()
 

@@ -79,6 +79,8 @@ def test_handlers_a_library_brought_along_are_taken_over(tmp_path: Path, capsys:
     library = logging.getLogger("lightning.pytorch")
     library.addHandler(logging.StreamHandler(sys.stderr))
     library.propagate = False
+    library.disabled = False  # whatever other tests' libraries did to it
+    library.setLevel(logging.INFO)
     setup(tmp_path, rank=0, debug=False)
     library.warning("from lightning")
     assert capsys.readouterr().err == "from lightning\n"
