@@ -28,6 +28,7 @@ class Clock:
         """`wall` and `cpu` read the time; tests pass their own."""
         self._read = (wall, cpu)
         self._open: list[str] = []
+        self._listeners: list[Callable[[str], None]] = []
         self._mark = (0.0, 0.0)
         self._counted: dict[str, tuple[float, float]] = {}
         self._earlier: dict[str, tuple[float, float]] = {}
@@ -37,11 +38,17 @@ class Clock:
         """Count the time spent inside the `with` block to `name`."""
         self._charge()
         self._open.append(name)
+        self._tell()
         try:
             yield
         finally:
             self._charge()
             self._open.pop()
+            self._tell()
+
+    def listen(self, listener: Callable[[str], None]) -> None:
+        """Call `listener` with the innermost open part ("" between parts) whenever that changes."""
+        self._listeners.append(listener)
 
     def totals(self) -> dict[str, dict[str, float]]:
         """Seconds per part up to now, those before a resume included: {part: {"wall_s": ..., "cpu_s": ...}}."""
@@ -58,6 +65,10 @@ class Clock:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue an earlier process's totals. Loading the same state twice counts it once."""
         self._earlier = {name: (part["wall_s"], part["cpu_s"]) for name, part in state["parts"].items()}
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener(self._open[-1] if self._open else "")
 
     def _charge(self) -> None:
         """Give the time since the last mark to the innermost open part."""

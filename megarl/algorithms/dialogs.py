@@ -42,9 +42,10 @@ def standardize_returns(returns: Tensor) -> Tensor:
     Returns:
         [dialogues].
     """
+    if returns.numel() == 0 or bool(returns.min() == returns.max()):  # their mean may differ from them by rounding
+        return torch.zeros_like(returns)
     centred = returns - returns.mean()
-    variance = centred.square().sum() / max(returns.numel() - 1, 1)
-    return torch.where(variance > 0, centred / variance.sqrt(), 0)
+    return centred / (centred.square().sum() / (returns.numel() - 1)).sqrt()
 
 
 def collate_dialogs(dialogs: Sequence[Dialog], returns: Tensor) -> ILQLBatch:

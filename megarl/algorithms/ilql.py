@@ -78,6 +78,27 @@ def ilql_loss(
     return loss, {name: part.detach() for name, part in parts.items()}
 
 
+def following(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """V of the state that follows each action, in index order of tokens: that of the row's next action.
+
+    Between two actions may lie another speaker's turn. After the last action nothing follows.
+
+    Args:
+        values: [batch, time], V of the state that the token is chosen in.
+        mask: [batch, time], 1 where the token is an action.
+
+    Returns:
+        next_v [batch, time], 0 where nothing follows; not_done [batch, time], 1 where something does.
+    """
+    end = mask.shape[1]
+    where = torch.arange(end, device=mask.device).expand_as(mask).masked_fill(mask == 0, end)
+    first = where.flip(1).cummin(dim=1).values.flip(1)  # of the actions at the token or after it
+    later = torch.nn.functional.pad(first[:, 1:], (0, 1), value=end)
+    not_done = (later < end) & (mask != 0)
+    next_v = values.gather(1, later.clamp(max=end - 1))
+    return mask_out(next_v, not_done), not_done.to(values.dtype)
+
+
 def ilql_scores(logits: Tensor, q: Tensor | Sequence[Tensor], v: Tensor, beta: float) -> Tensor:
     """log_softmax(logits) + beta*(q - v): the policy, tilted towards tokens of high advantage.
 

@@ -6,7 +6,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from megarl.callbacks.readings import steps_taken
 from megarl.checkpoint import ShardedCheckpointIO, find, remove, step_folder, tidy
+from megarl.clock import Clock
 from megarl.config.schema import CheckpointConfig
 from megarl.errors import CheckpointError
 
@@ -24,14 +26,14 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What is restored by now decides which checkpoints in the folder belong to this course of the run."""
-        here = self._start_from(trainer.global_step) if trainer.is_global_zero else ({}, None)
+        here = self._start_from(steps_taken(trainer)) if trainer.is_global_zero else ({}, None)
         self.scores, problem = trainer.strategy.broadcast(here)
         if problem is not None:
             raise CheckpointError(problem)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._io(trainer).poll()
-        step = trainer.global_step
+        step = steps_taken(trainer)
         evaluation_follows = self.eval_every is not None and step % self.eval_every == 0
         if self._due(step) and not evaluation_follows:
             self._save(trainer, None)
@@ -40,11 +42,11 @@ class Checkpoints(Checkpoint):
         if trainer.sanity_checking or (not trainer.training and trainer.state.fn != "fit"):
             return
         score = self._score(trainer)
-        if self._due(trainer.global_step) or (score is not None and self._among_best(score)):
+        if self._due(steps_taken(trainer)) or (score is not None and self._among_best(score)):
             self._save(trainer, score)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.config.save_last and self.saved_step != trainer.global_step:
+        if self.config.save_last and self.saved_step != steps_taken(trainer):
             self._save(trainer, None)
         self._io(trainer).wait()
         self._prune(trainer)
@@ -62,17 +64,18 @@ class Checkpoints(Checkpoint):
 
     def save_now(self, trainer: Trainer) -> None:
         """Save at this edge for a reason outside the schedule (a time limit, a notice of preemption)."""
-        if self.saved_step != trainer.global_step:
+        if self.saved_step != steps_taken(trainer):
             self._save(trainer, None)
         self._io(trainer).wait()
 
     def _save(self, trainer: Trainer, score: float | None) -> None:
-        step = trainer.global_step
+        step = steps_taken(trainer)
         path = step_folder(self.folder, step)
         if score is not None:
             self.scores[path.name] = score
         self.saved_step = step
-        trainer.save_checkpoint(path)
+        with getattr(trainer.lightning_module, "clock", Clock()).part("save"):
+            trainer.save_checkpoint(path)
         self._prune(trainer)
 
     def _start_from(self, step: int) -> tuple[dict[str, float], str | None]:

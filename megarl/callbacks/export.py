@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from megarl.callbacks.readings import planned_steps
+from megarl.callbacks.readings import planned_steps, steps_taken
 from megarl.logging import get_logger
 from megarl.models.exchange.card import ModelCard
 from megarl.models.exchange.export import export
@@ -21,7 +21,7 @@ class Export(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         planned = planned_steps(trainer)
-        if trainer.should_stop and (planned is None or trainer.global_step < planned):
+        if trainer.should_stop and (planned is None or steps_taken(trainer) < planned):
             log.warning("training stopped early: nothing is exported to %s until a resumed run ends", self.folder)
             return
         card: Any = pl_module.card

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from megarl.callbacks.readings import readings
+from megarl.callbacks.readings import readings, steps_taken, unit
 from megarl.errors import NumericsError
 from megarl.logging import get_logger
 
@@ -30,14 +30,14 @@ class Health(Callback):
         for name, value in readings(trainer, _is_watched).items():
             if not math.isfinite(value):
                 raise NumericsError(
-                    f"{name} is {value} at step {trainer.global_step}{self._dumped(trainer, pl_module)}: "
+                    f"{name} is {value} at {unit(trainer)} {steps_taken(trainer)}{self._dumped(trainer, pl_module)}: "
                     "look for broken records in it, or lower optim.lr"
                 )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, NumericsError) and trainer.training and _NAMED not in str(exception):
             # The step knew what went wrong, but neither its number nor the file; the user is shown one message.
-            where = f"at step {trainer.global_step + 1}{self._dumped(trainer, pl_module)}"
+            where = f"at {unit(trainer)} {steps_taken(trainer) + 1}{self._dumped(trainer, pl_module)}"
             exception.args = (f"{exception} ({where})", *exception.args[1:])
 
     def _dumped(self, trainer: Trainer, pl_module: LightningModule) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from megarl.callbacks.checkpoints import Checkpoints
+from megarl.callbacks.readings import planned_steps, steps_taken
 from megarl.logging import get_logger
 
 log = get_logger(__name__)
@@ -16,6 +17,21 @@ def parse_duration(text: str) -> timedelta:
     """ "HH:MM:SS" as a duration; hours may exceed 23."""
     hours, minutes, seconds = (int(part) for part in text.split(":"))
     return timedelta(hours=hours, minutes=minutes, seconds=seconds)
+
+
+class StepLimit(Callback):
+    """Ends a run whose steps Lightning does not count: those that are phases, each of many optimizer steps."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_at_end(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._stop_at_end(trainer)
+
+    def _stop_at_end(self, trainer: Trainer) -> None:
+        planned = planned_steps(trainer)
+        if planned is not None and steps_taken(trainer) >= planned:
+            trainer.should_stop = True
 
 
 class TimeLimit(Callback):
@@ -32,7 +48,7 @@ class TimeLimit(Callback):
         if not trainer.strategy.broadcast(elapsed >= self.limit.total_seconds()):
             return
         if not self.reached:
-            log.info("trainer.max_time=%s is reached at step %d: saving and stopping", self.limit, trainer.global_step)
+            log.info("trainer.max_time=%s is reached at step %d: saving and stopping", self.limit, steps_taken(trainer))
             self.reached = True
             self.checkpoints.save_now(trainer)
         trainer.should_stop = True

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from megarl.callbacks.csv_logger import MetricsFile
+from megarl.callbacks.readings import steps_taken
 from megarl.callbacks.run_folder import write_whole
 from megarl.callbacks.summary import one_line
 from megarl.config.schema import LoggerConfig
@@ -52,18 +53,18 @@ def build_loggers(
 
 
 class StepAxis(Callback):
-    """Makes loggers count optimizer steps taken, as everything else in a run does.
+    """Makes loggers count training steps taken, as everything else in a run does.
 
     Left alone, Lightning numbers batches from 0: what was measured after step 50 would stand at 49. A metric called
     `step` overrides that and is not itself logged.
     """
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        pl_module.log("step", float(trainer.global_step))
+        pl_module.log("step", float(steps_taken(trainer)))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
-            pl_module.log("step", float(trainer.global_step))
+            pl_module.log("step", float(steps_taken(trainer)))
 
 
 def _tensorboard(folder: Path) -> list[Logger]:

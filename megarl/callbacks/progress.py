@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from megarl.callbacks.readings import EVALUATION, is_evaluation, planned_steps, readings
+from megarl.callbacks.readings import EVALUATION, is_evaluation, planned_steps, readings, steps_taken, unit
 from megarl.errors import ConfigError
 from megarl.logging import get_logger
 
@@ -23,13 +23,15 @@ _REFRESH_S = 0.1
 
 def _count(value: float) -> str:
     """1234.5 as 1.23k."""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
+    for letter, size in (("M", 1e6), ("k", 1e3)):
         if value >= size:
-            return f"{value / size:.3g}{unit}"
+            return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
 
 
 _SHOWN: dict[str, Callable[[float], str]] = {
+    "rollout/score": lambda value: f"score {value:.4f}",
+    "rollout/kl": lambda value: f"kl {value:.4f}",
     "train/loss": lambda value: f"loss {value:.4f}",
     "train/grad_norm": lambda value: f"grad norm {value:.3f}",
     "train/lr": lambda value: f"lr {value:.2e}",
@@ -46,10 +48,11 @@ class Standing:
     metrics: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
     eta_s: float | None = None
+    unit: str = "step"
 
     @property
     def steps(self) -> str:
-        return f"step {self.step}" if self.total is None else f"step {self.step}/{self.total}"
+        return f"{self.unit} {self.step}" if self.total is None else f"{self.unit} {self.step}/{self.total}"
 
     def details(self) -> str:
         """The metrics worth a glance, those that were logged, and the time left."""
@@ -84,15 +87,15 @@ class ProgressDisplay(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            self._first_step, self._began = trainer.global_step, self._now()
-            self.standing = Standing(trainer.global_step, planned_steps(trainer))
+            self._first_step, self._began = steps_taken(trainer), self._now()
+            self.standing = Standing(steps_taken(trainer), planned_steps(trainer), unit=unit(trainer))
             self.begin()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if not trainer.is_global_zero:
             return
         standing = self.standing
-        standing.step = trainer.global_step
+        standing.step = steps_taken(trainer)
         standing.metrics = readings(trainer, lambda name: name in _SHOWN)
         taken = standing.step - self._first_step
         if standing.total is not None and taken > 0:
@@ -102,7 +105,7 @@ class ProgressDisplay(Callback):
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
-        self.standing.step = trainer.global_step
+        self.standing.step = steps_taken(trainer)
         self.standing.evaluation = readings(trainer, is_evaluation)
         if self.standing.evaluation:
             logger.info("%s  evaluation: %s", self.standing.steps, self.standing.evaluated())

@@ -27,6 +27,19 @@ def logging_interval(trainer: Trainer) -> int:
     return max(int(trainer.log_every_n_steps), 1)  # type: ignore[attr-defined]
 
 
+def steps_taken(trainer: Trainer) -> int:
+    """Training steps of the run so far, resumed ones included: a module's own count, where a step is a phase."""
+    return int(getattr(trainer.lightning_module, "consumed", trainer.global_step))
+
+
 def planned_steps(trainer: Trainer) -> int | None:
-    """Steps of the whole run; None where no limit was set."""
+    """Training steps of the whole run; None where no limit was set."""
+    planned = getattr(trainer.lightning_module, "planned", None)
+    if planned is not None:
+        return int(planned)
     return trainer.max_steps if trainer.max_steps >= 0 else None
+
+
+def unit(trainer: Trainer) -> str:
+    """What a training step is called: a step, or a phase."""
+    return str(getattr(trainer.lightning_module, "unit", "step"))

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from megarl.callbacks.readings import is_evaluation, logging_interval, planned_steps, readings
+from megarl.callbacks.readings import is_evaluation, logging_interval, planned_steps, readings, steps_taken
 from megarl.callbacks.run_folder import write_whole
 from megarl.callbacks.throughput import peak_memory_gb
 from megarl.clock import Clock
@@ -21,6 +21,7 @@ logger = get_logger(__name__)
 
 LOWER_IS_BETTER = ("loss", "perplexity", "kl", "seconds", "memory_gb")
 _RECENT = 5
+_STORY = "{name}: {first:.4g} at first, {last:.4g} at last, best {best:.4g}, mean of the last five {last5:.4g}"
 
 
 class Summary(Callback):
@@ -46,10 +47,11 @@ class Summary(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = True
+        self._collect(getattr(pl_module, "baseline", {}))
         self._write(trainer, "running")
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step % logging_interval(trainer) == 0:
+        if steps_taken(trainer) % logging_interval(trainer) == 0:
             self._collect_step(trainer)
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
@@ -64,8 +66,18 @@ class Summary(Callback):
 
     def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
         total = planned_steps(trainer)
-        early = trainer.should_stop and (total is None or trainer.global_step < total)
+        early = trainer.should_stop and (total is None or steps_taken(trainer) < total)
         self._write(trainer, "stopped" if early else "finished")
+        if trainer.is_global_zero:
+            self._say(trainer)
+
+    def _say(self, trainer: Trainer) -> None:
+        """The way from the first evaluation to the last, and where the rest is."""
+        for name, series in sorted(self._metrics.items()):
+            if is_evaluation(name):
+                values = {key: math.nan if value is None else value for key, value in series.summary().items()}
+                logger.info("%s", _STORY.format(name=name, **values))
+        logger.info("run folder: %s", self.path.parent)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
@@ -95,8 +107,8 @@ class Summary(Callback):
         self._clock.load_state_dict(state_dict["clock"])
 
     def _collect_step(self, trainer: Trainer) -> None:
-        if trainer.global_step != self._step_of_metrics:
-            self._step_of_metrics = trainer.global_step
+        if steps_taken(trainer) != self._step_of_metrics:
+            self._step_of_metrics = steps_taken(trainer)
             self._collect(readings(trainer, lambda name: not is_evaluation(name)))
 
     def _collect(self, values: dict[str, float]) -> None:
@@ -130,7 +142,7 @@ class Summary(Callback):
         self._peak_memory_gb = max(self._peak_memory_gb, peak_memory_gb())
         return {
             "status": None,  # filled in when written; first, where a reader looks first
-            "steps": trainer.global_step,
+            "steps": steps_taken(trainer),
             "max_steps": planned_steps(trainer),
             "metrics": {name: series.summary() for name, series in sorted(self._metrics.items())},
             "seconds": self._clock.totals(),
@@ -155,14 +167,16 @@ class _Series:
     def __init__(
         self,
         name: str,
+        first: float | None = None,
         last: float | None = None,
         best: float | None = None,
         recent: list[float] | None = None,
     ) -> None:
         self._better: Callable[[float, float], float] = min if name.endswith(LOWER_IS_BETTER) else max
-        self._last, self._best, self._recent = last, best, list(recent or [])
+        self._first, self._last, self._best, self._recent = first, last, best, list(recent or [])
 
     def add(self, value: float) -> None:
+        self._first = value if self._first is None else self._first
         self._last = value
         self._recent = [*self._recent, value][-_RECENT:]
         if math.isfinite(value):
@@ -170,10 +184,10 @@ class _Series:
 
     def summary(self) -> dict[str, float | None]:
         mean = sum(self._recent) / len(self._recent) if self._recent else None
-        return {"last": self._last, "best": self._best, "last5": mean}
+        return {"first": self._first, "last": self._last, "best": self._best, "last5": mean}
 
     def state(self) -> dict[str, Any]:
-        return {"last": self._last, "best": self._best, "recent": list(self._recent)}
+        return {"first": self._first, "last": self._last, "best": self._best, "recent": list(self._recent)}
 
 
 def one_line(exception: BaseException) -> str:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from megarl.config.leaf import leaves
 from megarl.config.messages import describe_type
 from megarl.config.offers import Refusal, Rule, divisors, either, enforce, multiples, read, require_divides
 from megarl.config.presets import DEMO_EVAL, DEMO_TRAIN, resource
-from megarl.config.schema import ModelConfig, ParallelConfig, leaves
+from megarl.config.schema import ModelConfig, ParallelConfig
 from megarl.errors import ConfigError
 from megarl.logging import get_logger, warn_once
 
@@ -35,7 +36,15 @@ def check(config: Any, world_size: int) -> None:
         world_size: processes of the whole run, from `world_size()`.
     """
     check_values(config)
-    enforce(RULES if hasattr(config, "optim") else GENERATION_RULES, config, world_size)
+    enforce(_rules(config), config, world_size)
+
+
+def _rules(config: Any) -> list[Rule]:
+    if hasattr(config, "ppo"):
+        return PHASE_RULES
+    if hasattr(config, "ilql"):
+        return OFFLINE_RULES
+    return RULES if hasattr(config, "optim") else GENERATION_RULES
 
 
 def check_shape(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -48,13 +57,19 @@ def check_shape(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 def check_values(config: Any) -> None:
     """Rules of single keys: choices, bounds and formats. `compose` has applied them already."""
+    check_declared(config)
+    _check_formats(config)
+
+
+def check_declared(config: Any) -> None:
+    """What the declarations of a tree's keys say: choices and bounds."""
     for leaf in leaves(type(config)):
         value = read(config, leaf.key)
         if value is None:
             continue
         if leaf.choices and value not in leaf.choices:
             raise ConfigError(f"{leaf.key}={value} is none of its choices: use {either(leaf.choices)}")
-        if isinstance(value, list) and not all(isinstance(part, str) for part in value):
+        if leaf.type == "list[str]" and not all(isinstance(part, str) for part in value):
             raise ConfigError(f"{leaf.key}={value} holds something that is no text: write {leaf.key}=[a,b]")
         rules = [(_BOUNDS[name], bound) for name, bound in leaf.bounds.items()]
         finite = not isinstance(value, float) or math.isfinite(value)
@@ -63,7 +78,6 @@ def check_values(config: Any) -> None:
             raise ConfigError(
                 f"{leaf.key}={value} is out of range: use {describe_type(leaf.type)}, {' and '.join(words)}"
             )
-    _check_formats(config)
 
 
 def world_size(config: Any, environ: Mapping[str, str]) -> int:
@@ -333,8 +347,85 @@ def _context_parallel(config: Any, world_size: int) -> None:
         )
 
 
+def _room(config: Any, world_size: int) -> None:
+    """Shape against layout, and room for prompts, for models built from the configuration."""
+    if config.model.path is None:
+        _shape(config, world_size)
+        most, new = config.model.max_positions, config.rollout.max_new_tokens
+        if new >= most:
+            raise Refusal(
+                f"rollout.max_new_tokens={new} leaves no room for a prompt in model.max_positions={most}",
+                {"rollout.max_new_tokens": [most - 1], "model.max_positions": [new + 1]},
+            )
+
+
+def _prompts(config: Any, world_size: int) -> None:
+    """There is something to answer, and something that judges answers."""
+    if not config.data.train:
+        raise Refusal("data.train is empty: name files of prompts, for example data.train=[prompts.jsonl]")
+    if config.reward.fn is None:
+        raise Refusal("reward.fn is empty: name a function, for example reward.fn=rewards.py:score")
+
+
+def _sweep(config: Any, world_size: int) -> None:
+    """An evaluation goes through the values of one setting."""
+    swept = [name for name, values in vars(config.eval.sweep).items() if values]
+    if len(swept) > 1:
+        keys = " and ".join(f"eval.sweep.{name}" for name in swept)
+        raise Refusal(f"{keys} are both given, and an evaluation goes through one setting: leave one empty")
+
+
+def _phase(config: Any, world_size: int) -> None:
+    """A phase's responses are whole groups, drawn at random, and its critic's keys belong together."""
+    rollouts, n = config.ppo.rollouts, config.rollout.n
+    if rollouts % n:
+        raise Refusal(
+            f"ppo.rollouts={rollouts} is no multiple of rollout.n={n}, the responses to each prompt",
+            {"ppo.rollouts": multiples(n, rollouts), "rollout.n": divisors(rollouts)},
+        )
+    if config.rollout.temperature == 0:
+        raise Refusal("rollout.temperature=0 draws nothing at random, so there is nothing to learn from: use 1")
+    critic = config.critic
+    for key in ("path", "lr", "warmup_phases"):
+        if critic.kind == "shared" and getattr(critic, key):
+            raise Refusal(
+                f"critic.{key}={getattr(critic, key)} is of a critic of its own, but critic.kind=shared",
+                otherwise="critic.kind=separate",
+            )
+    if critic.warmup_phases >= config.trainer.max_phases:
+        raise Refusal(
+            f"critic.warmup_phases={critic.warmup_phases} leaves the policy none of trainer.max_phases="
+            f"{config.trainer.max_phases}",
+            {"critic.warmup_phases": [config.trainer.max_phases - 1]},
+        )
+
+
+def _reward_time(config: Any, world_size: int) -> None:
+    """Processes that wait for the one that asks must not give up before it does."""
+    reward = config.reward
+    asked = config.ppo.rollouts
+    calls = -(-asked // (reward.batch_size or asked))
+    longest = calls * (reward.retries + 1) * reward.timeout
+    if world_size > 1 and longest >= config.parallel.timeout_s:
+        raise Refusal(
+            f"scoring {asked} responses can take {calls} calls * {reward.retries + 1} tries * reward.timeout="
+            f"{reward.timeout:g} = {longest:g} s, and the other processes wait only parallel.timeout_s="
+            f"{config.parallel.timeout_s} s",
+            {"parallel.timeout_s": [int(longest) + 120]},
+            "a shorter reward.timeout",
+        )
+
+
 RULES: list[Rule] = [_context_parallel, _model, _sequence_parallel, _world, _batch, _data, _tokenizer]
 """Rules that join several keys, in the order they are applied."""
+
+PHASE_RULES: list[Rule] = [
+    *(_context_parallel, _room, _world, _batch, _prompts, _sweep, _phase, _reward_time, _tokenizer)
+]
+"""Those of an entry point whose steps are phases."""
+
+OFFLINE_RULES: list[Rule] = [*RULES, _room, _sweep]
+"""Those of an entry point that learns from samples and generates in evaluations."""
 
 GENERATION_RULES: list[Rule] = [_context_parallel, _generation, _world, _tokenizer]
 """Those of an entry point that only generates."""

@@ -49,7 +49,7 @@ def compose(entry: str, argv: list[str]) -> tuple[Any, dict[str, Any]]:
         The typed tree (an instance of `ENTRIES[entry]`) and the same, resolved, as plain dicts and lists.
     """
     with _explained(entry, argv):
-        register(argv)
+        register(argv, entry)
         with hydra.initialize_config_dir(str(conf_folder()), version_base=_VERSION_BASE, job_name=program(entry)):
             tree = hydra.compose(program(entry), argv)
         return typed(entry, tree)
@@ -112,7 +112,7 @@ class _Job:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
-        register([])
+        register([], self.entry)
         settings = HydraConfig.get()
         with _explained(self.entry, list(settings.overrides.task)):
             config, _ = typed(self.entry, tree)
@@ -144,7 +144,7 @@ def _needs_hydra(argv: list[str]) -> bool:
 def _run_hydra(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> int:
     """Hand the command line to Hydra: multirun, --cfg, --info, shell completion."""
     with _explained(entry, argv), _hydra_environment(argv):
-        register(argv)
+        register(argv, entry)
         start = hydra.main(version_base=_VERSION_BASE, config_path=str(conf_folder()), config_name=program(entry))
         start(_Job(entry, main))()
     return 0

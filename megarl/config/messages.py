@@ -16,7 +16,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from megarl.config.schema import Leaf, leaves, sections
+from megarl.config.leaf import Leaf, leaves, sections
 from megarl.errors import ConfigError
 
 EXPLAINED = (HydraException, OmegaConfBaseException, YAMLError)
@@ -115,6 +115,10 @@ def describe_type(kind: str) -> str:
     """A type of the schema in words, `int | None` as "an integer or null"."""
     if kind == "list[str]":
         return "a list, [a,b]"
+    if kind == "list[float]":
+        return "a list of numbers, [0.5,1]"
+    if kind.startswith("dict"):
+        return "a mapping, {name: value}"
     return " or ".join(_TYPES.get(part, part) for part in kind.split(" | "))
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from megarl.config.leaf import leaves
 from megarl.config.messages import one_of
 from megarl.config.schema import ENTRIES
 from megarl.errors import ConfigError
@@ -43,18 +45,19 @@ def chosen_presets(argv: list[str]) -> list[str]:
     return [name.strip(" '\"") for value in values for name in value.strip("[] ").split(",") if name.strip()]
 
 
-def register(argv: list[str]) -> None:
+def register(argv: list[str], entry: str) -> None:
     """Make the schemas, the `resource` resolver and all presets known to Hydra.
 
     Registered presets are replaced every time, so that a process that changes folder never sees stale ones.
 
     Args:
         argv: the command line; the presets it asks for must exist and be readable.
+        entry: the entry point; what a preset says to others only is left out.
     """
     OmegaConf.register_new_resolver("resource", resource, replace=True)
     store = ConfigStore.instance()
-    for entry, tree in ENTRIES.items():
-        store.store(name=f"schema_{entry}", node=tree)
+    for kind, tree in ENTRIES.items():
+        store.store(name=f"schema_{kind}", node=tree)
     user_folder = Path.cwd() / "conf"
     files = preset_files(user_folder)
     chosen = chosen_presets(argv)
@@ -72,7 +75,22 @@ def register(argv: list[str]) -> None:
                 reason = " ".join(str(error).split())
                 raise ConfigError(f"preset '{name}' cannot be read ({path}): {reason}") from error
             continue  # a broken file that nobody asked for does not concern this run
-        store.store(group=GROUP, name=name, node=part, package="_global_", provider=str(path))
+        own = _without(OmegaConf.to_container(part), _of_others(entry))
+        store.store(group=GROUP, name=name, node=own, package="_global_", provider=str(path))
+
+
+def _of_others(entry: str) -> set[str]:
+    """Keys that other entry points have and this one has not, so that one preset can serve a family of them."""
+    own = {leaf.key for leaf in leaves(ENTRIES[entry])}
+    return {leaf.key for tree in ENTRIES.values() for leaf in leaves(tree)} - own
+
+
+def _without(part: Any, keys: set[str], prefix: str = "") -> Any:
+    """A preset's plain content without some keys; a section that loses all of its keys goes with them."""
+    if not isinstance(part, dict):
+        return part
+    kept = {name: _without(node, keys, f"{prefix}{name}.") for name, node in part.items() if prefix + name not in keys}
+    return {name: node for name, node in kept.items() if node != {} or part[name] == {}}
 
 
 def _presets_in(folder: Path) -> Iterator[Path]:

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megarl.config.leaf import Leaf, leaves
 from megarl.config.presets import GROUP, conf_folder, preset_files
-from megarl.config.schema import ENTRIES, Leaf, leaves, program
+from megarl.config.schema import ENTRIES, program
 
 _PREAMBLE = """# Configuration
 

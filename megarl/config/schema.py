@@ -7,45 +7,22 @@ This file only declares; composition is in `compose`, rules that join several ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, get_type_hints
+from dataclasses import dataclass
+from typing import Any
 
-TOO_LONG = ("truncate", "drop", "error")
-
-
-def leaf(
-    default: Any,
-    doc: str,
-    choices: Sequence[str] = (),
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """Declare one configuration key.
-
-    Args:
-        default: the value when nobody says otherwise; lists are copied per instance.
-        doc: one line, shown by `--help` and in docs/configuration.md.
-        choices: the only values allowed, for keys that name one of a few things.
-        at_least, above, at_most, below: bounds of a number; `None` values of optional keys are exempt.
-    """
-    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {
-        "doc": doc,
-        "choices": tuple(choices),
-        "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
-    }
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def section(kind: type) -> Any:
-    """Declare a sub-tree of the configuration, built from its own defaults."""
-    return field(default_factory=kind)
+from megarl.config.leaf import leaf, section
+from megarl.config.offline import GuidedEvalConfig, GuidedRolloutConfig, ILQLSettings, OfflineDataConfig
+from megarl.config.rl import (
+    TOO_LONG,
+    CloneConfig,
+    CriticConfig,
+    EvalConfig,
+    MetricConfig,
+    PPOSettings,
+    PromptDataConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 
 
 @dataclass
@@ -221,6 +198,14 @@ class TrainerConfig:
         above=0,
     )
     progress: str = leaf("auto", "progress display (auto: rich on a terminal)", ("auto", "rich", "plain", "none"))
+    exp_manager: str = leaf(
+        "none",
+        "who else prepares the Trainer: NeMo's exp_manager (spell it trainer/exp_manager=nemo)",
+        ("none", "nemo"),
+    )
+    exp_manager_options: dict[str, Any] = leaf(
+        {}, "keys of NeMo's exp_manager; checkpoints, resuming and stopping stay megarl's own"
+    )
 
 
 @dataclass
@@ -275,30 +260,81 @@ class SFTConfig:
 
 
 @dataclass
-class RolloutConfig:
-    """How responses are drawn."""
+class PhaseTrainerConfig:
+    """How long, how much at once, on what, and how often things are looked at; a phase generates, then trains."""
 
-    max_new_tokens: int = leaf(128, "most tokens of a response", at_least=1)
-    temperature: float = leaf(1.0, "divides the logits; 0 takes the likeliest token", at_least=0)
-    top_k: int | None = leaf(None, "draw among the k likeliest tokens (null: all)", at_least=1)
-    top_p: float | None = leaf(
-        None, "draw among the likeliest tokens that hold this mass (null: all)", above=0, at_most=1
+    devices: int | str = leaf(1, 'processes per node when megarl starts them itself; "auto": all GPUs, or 1 on CPU')
+    num_nodes: int = leaf(1, "machines", at_least=1)
+    accelerator: str = leaf("auto", "kind of device", ("auto", "cpu", "gpu"))
+    precision: str = leaf("fp32", "precision of weights and activations in the model", ("fp32", "bf16"))
+    max_phases: int = leaf(100, "phases", at_least=1)
+    global_batch_size: int = leaf(64, "sequences per optimizer step, over all processes", at_least=1)
+    micro_batch_size: int = leaf(8, "sequences per forward pass of one model replica", at_least=1)
+    eval_every: int | None = leaf(5, "phases between evaluations (null: never)", at_least=1)
+    log_every: int = leaf(1, "phases between logged metrics", at_least=1)
+    max_time: str | None = leaf(None, 'stop cleanly after this wall time, "HH:MM:SS" (null: no limit)')
+    peak_tflops: float | None = leaf(
+        None,
+        "stated peak TFLOP/s of one device, from which model FLOPs utilisation is logged (null: it is not)",
+        above=0,
     )
-    min_p: float | None = leaf(
-        None, "draw among tokens at least this share as likely as the likeliest (null: all)", at_least=0, below=1
+    progress: str = leaf("auto", "progress display (auto: rich on a terminal)", ("auto", "rich", "plain", "none"))
+    exp_manager: str = leaf(
+        "none",
+        "who else prepares the Trainer: NeMo's exp_manager (spell it trainer/exp_manager=nemo)",
+        ("none", "nemo"),
     )
-    repetition_penalty: float = leaf(1.0, "lowers the scores of tokens that have occurred (1: no)", above=0)
-    n: int = leaf(1, "responses to each prompt", at_least=1)
-    stop: list[str] = leaf([], "texts that end a response")
-    slots: int = leaf(128, "responses in flight on one replica", at_least=1)
-    cache_bytes: int | None = leaf(
-        None, "most bytes of keys and values on a device (null: what slots need)", at_least=1
+    exp_manager_options: dict[str, Any] = leaf(
+        {}, "keys of NeMo's exp_manager; checkpoints, resuming and stopping stay megarl's own"
     )
-    too_long: str = leaf(
-        "error", "prompts that leave no room for max_new_tokens: cut on the left, left out or an error", TOO_LONG
-    )
-    dump: str | None = leaf(None, "folder in which every phase's rollouts are kept (null: none)")
-    replay: str | None = leaf(None, "folder of a dump, whose rollouts are used instead of new ones (null: generate)")
+
+
+@dataclass
+class PPOConfig:
+    """Everything `python -m megarl.train_ppo` can be told."""
+
+    seed: int = leaf(1, "seed of weights, prompt order, draws and dropout", at_least=0)
+    debug: bool = leaf(False, "show tracebacks and log in detail")
+    run: RunConfig = section(RunConfig)
+    model: ModelConfig = section(ModelConfig)
+    tokenizer: TokenizerConfig = section(TokenizerConfig)
+    parallel: ParallelConfig = section(ParallelConfig)
+    data: PromptDataConfig = section(PromptDataConfig)
+    rollout: RolloutConfig = section(RolloutConfig)
+    reward: RewardConfig = section(RewardConfig)
+    metric: MetricConfig = section(MetricConfig)
+    eval: EvalConfig = section(EvalConfig)
+    clone: CloneConfig = section(CloneConfig)
+    critic: CriticConfig = section(CriticConfig)
+    ppo: PPOSettings = section(PPOSettings)
+    optim: OptimConfig = section(OptimConfig)
+    trainer: PhaseTrainerConfig = section(PhaseTrainerConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    export: ExportConfig = section(ExportConfig)
+    logger: LoggerConfig = section(LoggerConfig)
+
+
+@dataclass
+class ILQLConfig:
+    """Everything `python -m megarl.train_ilql` can be told."""
+
+    seed: int = leaf(1, "seed of weights, sample order, draws and dropout", at_least=0)
+    debug: bool = leaf(False, "show tracebacks and log in detail")
+    run: RunConfig = section(RunConfig)
+    model: ModelConfig = section(ModelConfig)
+    tokenizer: TokenizerConfig = section(TokenizerConfig)
+    parallel: ParallelConfig = section(ParallelConfig)
+    data: OfflineDataConfig = section(OfflineDataConfig)
+    ilql: ILQLSettings = section(ILQLSettings)
+    rollout: GuidedRolloutConfig = section(GuidedRolloutConfig)
+    reward: RewardConfig = section(RewardConfig)
+    metric: MetricConfig = section(MetricConfig)
+    eval: GuidedEvalConfig = section(GuidedEvalConfig)
+    optim: OptimConfig = section(OptimConfig)
+    trainer: TrainerConfig = section(TrainerConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    export: ExportConfig = section(ExportConfig)
+    logger: LoggerConfig = section(LoggerConfig)
 
 
 @dataclass
@@ -330,52 +366,18 @@ class GenerateConfig:
     model: ModelConfig = section(ModelConfig)
     tokenizer: TokenizerConfig = section(TokenizerConfig)
     parallel: ParallelConfig = section(ParallelConfig)
-    rollout: RolloutConfig = section(RolloutConfig)
+    rollout: GuidedRolloutConfig = section(GuidedRolloutConfig)
     trainer: DevicesConfig = section(DevicesConfig)
 
 
-ENTRIES: dict[str, type] = {"sft": SFTConfig, "generate": GenerateConfig}
+ENTRIES: dict[str, type] = {"sft": SFTConfig, "ppo": PPOConfig, "ilql": ILQLConfig, "generate": GenerateConfig}
 """The tree of each entry point; `conf/<program>.yaml` is its primary configuration."""
+
+
+TRAINING = ("sft", "ppo", "ilql")
+"""Those whose module is called `train_NAME`."""
 
 
 def program(entry: str) -> str:
     """The module of an entry point, and the name of its primary configuration."""
-    return entry if ENTRIES[entry] is GenerateConfig else f"train_{entry}"
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One key of a tree as `--help`, the reference page and the checks see it."""
-
-    key: str
-    type: str
-    default: Any
-    doc: str
-    choices: tuple[str, ...]
-    bounds: dict[str, float]
-
-
-def leaves(tree: type, prefix: str = "") -> Iterator[Leaf]:
-    """Every key of a tree in the order of declaration, sub-trees flattened to dotted keys."""
-    hints = get_type_hints(tree)
-    for item in fields(tree):
-        key = prefix + item.name
-        if is_dataclass(hints[item.name]):
-            yield from leaves(hints[item.name], key + ".")
-            continue
-        default = item.default if item.default_factory is MISSING else item.default_factory()
-        kind = hints[item.name]
-        yield Leaf(
-            key=key,
-            type=kind.__name__ if isinstance(kind, type) and not getattr(kind, "__args__", ()) else str(kind),
-            default=default,
-            doc=item.metadata.get("doc", ""),
-            choices=item.metadata.get("choices", ()),
-            bounds=item.metadata.get("bounds", {}),
-        )
-
-
-def sections(tree: type) -> list[str]:
-    """Names of a tree's sub-trees."""
-    hints = get_type_hints(tree)
-    return [item.name for item in fields(tree) if is_dataclass(hints[item.name])]
+    return f"train_{entry}" if entry in TRAINING else entry

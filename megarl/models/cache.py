@@ -51,7 +51,8 @@ class CacheView:
 
     First tokens of prompts: `slots` are any, `length` is None; the pass attends to itself and leaves its keys and
     values in the cache. Later tokens: consecutive slots; the pass attends to the first `length` entries of each, its
-    own included.
+    own included. They are `even` where every row's tokens are the last of these `length`: then they are stored as one
+    block, and single tokens need no mask.
     """
 
     cache: KVCache
@@ -59,6 +60,7 @@ class CacheView:
     positions: Tensor  # [rows, time]
     length: int | None
     first: int = 0  # of the consecutive slots, as a plain number: asking the tensor would wait for the device
+    even: bool = False
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store this pass's keys and values [time, rows, heads, head_dim]; return those to attend to, heads second."""
@@ -68,9 +70,12 @@ class CacheView:
             keys[self.slots, :, : key.shape[2]] = key
             values[self.slots, :, : key.shape[2]] = value
             return key, value
-        for store, new in ((keys, key), (values, value)):
-            store.view(-1, store.shape[-1]).index_copy_(0, self._entries, new.permute(1, 2, 0, 3).flatten(0, 2))
         held = slice(self.first, self.first + self.slots.shape[0])
+        for store, new in ((keys, key), (values, value)):
+            if self.even:
+                store[held, :, self.length - new.shape[0] : self.length] = new.permute(1, 2, 0, 3)
+            else:
+                store.view(-1, store.shape[-1]).index_copy_(0, self._entries, new.permute(1, 2, 0, 3).flatten(0, 2))
         return keys[held, :, : self.length], values[held, :, : self.length]
 
     @cached_property
@@ -82,12 +87,20 @@ class CacheView:
         return (first[:, :, None] + self.positions[:, None, :]).flatten()
 
     def mask(self, window: int | None) -> Tensor | None:
-        """[rows, 1, time, length] True where a token may look; None where the pass attends to itself alone."""
+        """[rows, 1, time, length] 0 where a token may look and minus infinity elsewhere, to be added to scores.
+
+        None where the pass attends to itself alone, or every token to all that is there.
+        """
         if self.length is None:
+            return None
+        if window is not None and window >= self.length:
+            window = None
+        if self.even and self.positions.shape[1] == 1 and window is None:
             return None
         entries = torch.arange(self.length, device=self.positions.device)
         at = self.positions[:, :, None]  # [rows, time, 1]
-        allowed = entries <= at
+        hidden = entries > at
         if window is not None:
-            allowed = allowed & (entries > at - window)
-        return allowed[:, None]
+            hidden = hidden | (entries <= at - window)
+        mask = torch.zeros(hidden.shape, dtype=self.cache.store.dtype, device=hidden.device)
+        return mask.masked_fill_(hidden, -torch.inf)[:, None]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megarl.models.attention import Context, attention_mask
 from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
-from megarl.models.heads import VALUE, ValueHead
+from megarl.models.heads import TARGET_Q, VALUE, Q, QHeads, ValueHead, is_vocabulary_wide, move_targets
 from megarl.models.kernels import kernels
 from megarl.models.layer import Layer
 from megarl.models.linear import product
@@ -41,6 +41,15 @@ class TokenLogprobs(NamedTuple):
 
     logprobs: Tensor
     entropy: Tensor | None
+
+
+class TokenQ(NamedTuple):
+    """Of every Q head [batch, time], 0 where not asked for: the value of the token, the cross entropy of the head's
+    values against it, and the target head's value of it, which has no gradient."""
+
+    q: list[Tensor]
+    nll: list[Tensor]
+    target_q: list[Tensor]
 
 
 class OutputLayer(ColumnParallelLinear):
@@ -75,6 +84,7 @@ class GPT(LanguageModule):
         post_process: bool = True,
         vp_stage: int | None = None,
         value_head: bool = False,
+        q_heads: int = 0,
     ) -> None:
         super().__init__(config=config, pg_collection=grid.groups)
         self.config: GPTConfig = config
@@ -129,7 +139,11 @@ class GPT(LanguageModule):
             )
         if post_process and value_head:
             self.value_head = ValueHead(config)
+        if post_process and q_heads:
+            self.q_heads = QHeads(config, q_heads, grid.groups.tp)
         self.to(config.params_dtype)
+        if post_process and q_heads:  # float32, as steps of a small alpha would be lost in bf16
+            self.target_q_heads = QHeads(config, q_heads, grid.groups.tp).float()
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -174,17 +188,35 @@ class GPT(LanguageModule):
         The one place that shifts by one: the token at t is judged by the hidden state at t - 1. A first token has no
         state before it, so its log-prob is 0.
         """
-        hidden = self.whole_sequence(hidden)
-        chosen = mask[:, 1:] != 0
-        states = hidden[:-1].transpose(0, 1)[chosen]  # [n, hidden]
+        states, chosen, where = self._chosen(hidden, tokens, mask)
         stats = self.output_layer(
-            states, tokens[:, 1:][chosen], self.shard, self._output_weight(), temperature=temperature, entropy=entropy
+            states, chosen, self.shard, self._output_weight(), temperature=temperature, entropy=entropy
         )
-        where = torch.zeros_like(mask, dtype=torch.bool)
-        where[:, 1:] = chosen
         return TokenLogprobs(
             _scatter(where, stats.logprobs), None if stats.entropy is None else _scatter(where, stats.entropy)
         )
+
+    def token_q(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> TokenQ:
+        """What the Q heads and their targets make of choosing x_t after x_<t, for the same positions as `logprobs`."""
+        states, chosen, where = self._chosen(hidden, tokens, mask)
+        stats = [head.stats(states, chosen, self.shard) for head in self.q_heads]
+        targets = [head.chosen(states.detach(), chosen, self.shard) for head in self.target_q_heads]
+        return TokenQ(
+            q=[_scatter(where, stat.target_logits) for stat in stats],
+            nll=[_scatter(where, -stat.logprobs) for stat in stats],
+            target_q=[_scatter(where, target) for target in targets],
+        )
+
+    def move_targets(self, alpha: float) -> None:
+        """Take the target heads `alpha` of the way to the Q heads; on stages without heads there is nothing to do."""
+        if hasattr(self, TARGET_Q):
+            move_targets(self.target_q_heads, self.q_heads, alpha)
+
+    def _chosen(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States [n, hidden] that tokens [n] were chosen in, where the mask is not 0, and where these stand."""
+        chosen = mask[:, 1:] != 0
+        states = self.whole_sequence(hidden)[:-1].transpose(0, 1)[chosen]
+        return states, tokens[:, 1:][chosen], nn.functional.pad(chosen, (1, 0))
 
     def values(self, hidden: Tensor) -> Tensor:
         """[batch, time] V(x_<t), the value of the state in which the token at t is chosen; 0 at the first token."""
@@ -245,15 +277,25 @@ class GPT(LanguageModule):
                 return None
             if name.endswith(".bias") or name.startswith(f"{VALUE}.outer"):
                 return 0.0
+            if name.startswith(Q):
+                return float((3 * parameter.shape[1]) ** -0.5)  # as torch's own linear layers, whatever the width
             return deep if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else self.config.init_std
 
+        def drawn_as(name: str) -> str:
+            """Target heads start as the heads that they follow."""
+            return Q + name.removeprefix(TARGET_Q) if name.startswith(TARGET_Q) else name
+
         initialise(
-            [named for named in self.global_names() if named[0] not in loaded],
+            [(drawn_as(name), parameter) for name, parameter in self.global_names() if name not in loaded],
             seed=seed,
             std=std,
             tp_rank=grid.tp_rank,
             tp=grid.layout.tp,
-            full_rows=lambda name: self.config.vocab_size if name in (EMBEDDING, "output_layer.weight") else None,
+            full_rows=lambda name: (
+                self.config.vocab_size
+                if name in (EMBEDDING, "output_layer.weight") or is_vocabulary_wide(name)
+                else None
+            ),
         )
 
 
@@ -265,8 +307,10 @@ def _scatter(where: Tensor, values: Tensor) -> Tensor:
 def trains(name: str, num_layers: int, unfrozen: int) -> bool:
     """Whether a parameter trains when only the last `unfrozen` layers, the final norm and the heads do (-1: all do).
 
-    The embedding counts as below the layers, also where it is tied to the output.
+    The embedding counts as below the layers, also where it is tied to the output. Target heads follow, whatever trains.
     """
+    if name.startswith(TARGET_Q):
+        return False
     if unfrozen < 0:
         return True
     _, _, rest = name.partition("decoder.layers.")

@@ -1,11 +1,20 @@
-"""Heads on a trunk's last hidden state beside the vocabulary: the value of a state."""
+"""Heads on a trunk's last hidden state beside the vocabulary: the value of a state, and of every token chosen in it."""
+
+from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megarl.models.config import GPTConfig
+from megarl.parallel.vocab import VocabShard, VocabStats, padded_vocab, token_outputs, vocab_stats
 
 VALUE = "value_head"
+Q, TARGET_Q = "q_heads", "target_q_heads"
 
 
 class ValueHead(nn.Module):
@@ -24,3 +33,75 @@ class ValueHead(nn.Module):
         """[..., hidden] to [...], float32."""
         values: Tensor = self.outer(torch.relu(self.inner(states))).squeeze(-1).float()
         return values
+
+
+class QHead(MegatronModule):
+    """Linear(h, 2h), ReLU, Linear(2h, vocabulary): the value of choosing each token in a state.
+
+    Both layers are cut over the tensor-parallel ranks, the second as the output layer is. All ranks are given the same
+    states, [n, hidden]; a gradient of them is this rank's part, to be summed over the group by whoever made them.
+    """
+
+    def __init__(self, config: GPTConfig, tp_group: dist.ProcessGroup) -> None:
+        super().__init__(config=config)
+        self.tp_group = tp_group
+        wide = 2 * config.hidden_size
+        self.inner = self._columns(config.hidden_size, wide)
+        self.outer = self._columns(wide, padded_vocab(config.vocab_size, tp_group.size()))
+
+    def stats(self, states: Tensor, tokens: Tensor, shard: VocabShard) -> VocabStats:
+        """Of the values of all tokens in each state; `target_logits` is the value of `tokens` [n]."""
+        return vocab_stats(self._wide(states), self.outer.weight, tokens, shard, bias=self.outer.bias)
+
+    @torch.no_grad()
+    def chosen(self, states: Tensor, tokens: Tensor, shard: VocabShard) -> Tensor:
+        """[n] the value of `tokens` [n] alone, float32, without a gradient: no other token's is computed."""
+        return token_outputs(self._wide(states), self.outer.weight, tokens, shard, bias=self.outer.bias)
+
+    @torch.no_grad()
+    def values(self, states: Tensor, shard: VocabShard) -> Tensor:
+        """[n, valid] the values of this shard's tokens, float32."""
+        valid = slice(0, shard.valid)
+        weight, bias = self.outer.weight[valid].to(states.dtype), self.outer.bias[valid].to(states.dtype)
+        return F.linear(self._wide(states), weight, bias).float()
+
+    def _wide(self, states: Tensor) -> Tensor:
+        """[n, 2 x hidden] in the dtype of the states: targets are kept in float32 and used as the others are."""
+        weight, bias = self.inner.weight.to(states.dtype), self.inner.bias.to(states.dtype)
+        part = torch.relu(F.linear(states, weight, bias))
+        whole: Tensor = all_gather_last_dim_from_tensor_parallel_region(part, self.tp_group)
+        return whole
+
+    def _columns(self, inputs: int, outputs: int) -> ColumnParallelLinear:
+        """Megatron's layer as a place for weights that know how they are cut; its forward is not used."""
+        return ColumnParallelLinear(
+            inputs, outputs, config=self.config, init_method=self.config.init_method, tp_group=self.tp_group
+        )
+
+
+class QHeads(MegatronModule):
+    """One or two Q heads, by number."""
+
+    def __init__(self, config: GPTConfig, count: int, tp_group: dist.ProcessGroup) -> None:
+        super().__init__(config=config)
+        for number in range(count):
+            self.add_module(str(number), QHead(config, tp_group))
+
+    def __iter__(self) -> Iterator[QHead]:
+        yield from self.children()  # type: ignore[misc]
+
+    def smallest(self, states: Tensor, shard: VocabShard) -> Tensor:
+        """[n, valid] the smaller of the heads' values of this shard's tokens."""
+        return torch.stack([head.values(states, shard) for head in self]).amin(dim=0)
+
+
+@torch.no_grad()
+def move_targets(targets: QHeads, heads: QHeads, alpha: float) -> None:
+    """Polyak averaging: every target weight goes `alpha` of the way to the weight it follows."""
+    for target, parameter in zip(targets.parameters(), heads.parameters(), strict=True):
+        target.lerp_(parameter.to(target.dtype), alpha)
+
+
+def is_vocabulary_wide(name: str) -> bool:
+    """Whether a parameter of a head, by its global name, has a row for every token of the vocabulary."""
+    return name.partition(".")[0] in (Q, TARGET_Q) and ".outer." in name

@@ -23,8 +23,12 @@ class Module(LightningModule):
     """A module whose models are engines over the strategy's grid. Subclasses fill `engines` in `configure_model`.
 
     `consumed` is the data cursor: how many training steps' worth of data has been used. It is what a resume needs to go
-    on with the next record.
+    on with the next record. `unit` is what such a step is called, `planned` how many there will be, where that is not
+    the Trainer's to say. `samples` are rows of a table that the last evaluation filled.
     """
+
+    unit = "step"
+    planned: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,6 +38,8 @@ class Module(LightningModule):
         self.clock = Clock()
         self.work = Work(tokens=0, flops=0.0)
         self.last_batch: list[Batch] = []
+        self.samples: list[dict[str, Any]] = []
+        self.baseline: dict[str, float] = {}  # metrics of an evaluation before the first step
         self.card: ModelCard | None = None  # says in a checkpoint what model it is of
 
     @property
@@ -83,6 +89,8 @@ def build_gpt_engine(
     seed: int,
     optim: OptimConfig | None = None,
     total_steps: int = 0,
+    value_head: bool = False,
+    q_heads: int = 0,
 ) -> Engine:
     """A GPT in a role, with the weights of `model.path`, or random ones that are the same in every layout."""
     source = open_source(model.path) if model.path else None
@@ -96,7 +104,15 @@ def build_gpt_engine(
     )
 
     def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
-        gpt = GPT(config, grid, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+        gpt = GPT(
+            config,
+            grid,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            value_head=value_head,
+            q_heads=q_heads,
+        )
         gpt.initialise(grid, seed, loaded=source.names if source else ())
         if source is not None:
             load(gpt, source, grid)

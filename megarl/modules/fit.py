@@ -9,13 +9,18 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from megarl.callbacks.baseline import Baseline
+from megarl.callbacks.breadcrumbs import Breadcrumbs
 from megarl.callbacks.checkpoints import Checkpoints
+from megarl.callbacks.exp_manager import hand_to_nemo
 from megarl.callbacks.export import Export
 from megarl.callbacks.health import Health
-from megarl.callbacks.limits import TimeLimit, parse_duration
+from megarl.callbacks.limits import StepLimit, TimeLimit, parse_duration
 from megarl.callbacks.loggers import StepAxis, build_loggers
+from megarl.callbacks.preemption import Preemption
 from megarl.callbacks.progress import make_progress
 from megarl.callbacks.run_folder import RunFolder, resolve_run_dir
+from megarl.callbacks.samples import Samples
 from megarl.callbacks.summary import Summary
 from megarl.callbacks.throughput import Throughput
 from megarl.checkpoint import ShardedCheckpointIO, find
@@ -64,10 +69,15 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, _eval_every(config))
     callbacks: list[Callback] = [
         StepAxis(),
+        Baseline(),
+        StepLimit(),
         Throughput(config.trainer.peak_tflops),
         Health(run_dir),
         checkpoints,
+        Preemption(checkpoints),
+        Breadcrumbs(run_dir),
         *([Export(config.export.hf)] if config.export.hf is not None else []),
+        Samples(run_dir),
         Summary(run_dir),
         *make_progress(config.trainer.progress, config.trainer.log_every),
     ]
@@ -82,7 +92,7 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
         ),
         logger=build_loggers(config.logger, run_dir, run_dir.name, resolved),
         callbacks=callbacks,
-        max_steps=config.trainer.max_steps,
+        max_steps=getattr(config.trainer, "max_steps", -1),  # phases are counted by StepLimit
         max_epochs=-1,
         val_check_interval=_eval_every(config),
         check_val_every_n_epoch=None,
@@ -94,6 +104,8 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
         use_distributed_sampler=False,
         default_root_dir=run_dir,
     )
+    if config.trainer.exp_manager == "nemo":
+        hand_to_nemo(trainer, config.trainer.exp_manager_options, run_dir)
     trainer.fit(module, ckpt_path=resume_from(config.run.resume, run_dir))
     return 0
 

@@ -64,20 +64,13 @@ class SFT(Module):
         self.last_batch = microbatches
         with self.clock.part("train"):
             rate = self.policy.learning_rate
-            metrics = self.policy.train_step(microbatches, self.loss, count)
+            metrics = self.policy.train_step(microbatches, token_loss, count)
             norms = self.step_optimizers()
         self.consumed += 1
         tokens = int(metrics["all_tokens"])
         length = metrics["squared_lengths"] / max(tokens, 1)  # the mean that attention's cost goes by
         self.work = Work(tokens, tokens * flops_per_token(self.config.model, self.vocab_size, length))
         self.log_dict({"train/loss": metrics["loss"], "train/grad_norm": norms["policy"], "train/lr": rate})
-
-    def loss(self, model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
-        """Mean over the response tokens of the global batch."""
-        mask = batch["response_mask"]
-        logprobs = model.logprobs(hidden, batch["tokens"], mask).logprobs
-        loss = aggregate(-logprobs, mask, "token_mean", denominator=counts["tokens"])
-        return loss, {"loss": loss}
 
     def on_validation_epoch_start(self) -> None:
         self.eval_sums = {"nll": 0.0, "tokens": 0.0}
@@ -95,6 +88,14 @@ class SFT(Module):
     def on_validation_epoch_end(self) -> None:
         loss = self.eval_sums["nll"] / max(self.eval_sums["tokens"], 1.0)
         self.log_dict({"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 100.0))})
+
+
+def token_loss(model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
+    """Cross entropy, the mean over the response tokens of the global batch."""
+    mask = batch["response_mask"]
+    logprobs = model.logprobs(hidden, batch["tokens"], mask).logprobs
+    loss = aggregate(-logprobs, mask, "token_mean", denominator=counts["tokens"])
+    return loss, {"loss": loss}
 
 
 def count(batch: Batch) -> Stats:

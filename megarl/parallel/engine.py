@@ -123,6 +123,17 @@ class Engine:
         assert self.optimizer is not None
         return float(self.optimizer.param_groups[0]["lr"])
 
+    def gradient_names(self) -> tuple[set[str], set[str]]:
+        """Names of the tensors whose gradient is not 0 on some rank, and of all that train; the same on every rank."""
+        local = {
+            name: bool(getattr(parameter, "main_grad").any())  # noqa: B009 - Megatron puts it there
+            for name, parameter in self.parameters()
+            if parameter.requires_grad
+        }
+        ranks = self.grid.gather(local)
+        reached = {name for names in ranks for name, has_gradient in names.items() if has_gradient}
+        return reached, {name for names in ranks for name in names}
+
     # --- evaluation -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()

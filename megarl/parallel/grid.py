@@ -101,6 +101,14 @@ class Grid:
         dist.all_gather_object(values, value)
         return values
 
+    def from_first(self, value: Any) -> Any:
+        """The first rank's (small, picklable) value, on every rank."""
+        if dist.get_world_size() == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
     def sum_over_data(self, values: Tensor) -> Tensor:
         """Sum over the data-parallel ranks, in place. A `Layout` with one replica sends nothing."""
         if self.layout.dp * self.layout.cp > 1:

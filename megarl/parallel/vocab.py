@@ -71,6 +71,27 @@ def vocab_stats(
     return VocabStats(target_logits, lse, lse - mean_logit if entropy else None)
 
 
+@torch.no_grad()
+def token_outputs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, *, bias: Tensor | None = None
+) -> Tensor:
+    """[n] hidden @ weight[target] + bias[target], float32, without the product for all the other tokens.
+
+    Arguments as in `vocab_stats`; there is no gradient.
+    """
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    outputs = hidden.new_zeros(hidden.shape[0], dtype=dtype)
+    for rows in _chunks(hidden.shape[0], hidden.shape[1], hidden.device) if shard.valid else ():
+        mine, index = _local_targets(targets[rows], shard)
+        chosen = torch.einsum("nh,nh->n", hidden[rows].to(dtype), weight[index].to(dtype))
+        if bias is not None:
+            chosen = chosen + bias[index]
+        outputs[rows] = chosen.masked_fill(~mine, 0.0)
+    if shard.group is not None:
+        dist.all_reduce(outputs, group=shard.group)
+    return outputs
+
+
 class _VocabStats(torch.autograd.Function):
     @staticmethod
     def forward(

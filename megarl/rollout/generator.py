@@ -255,7 +255,7 @@ class _Lane:
             tokens = padded[:, start : start + step] if len(slots) == 1 else padded
             stop = start + tokens.shape[1]
             positions = torch.arange(start, stop, device=self.grid.device).expand(len(slots), -1)
-            view = CacheView(self.cache, where, positions, stop if start else None, self.first + slots[0])
+            view = CacheView(self.cache, where, positions, stop if start else None, self.first + slots[0], even=True)
             self._through_stage(tokens, view)
 
     def _decode(self) -> Drawn | None:
@@ -263,7 +263,9 @@ class _Lane:
         schedule, device = self.schedule, self.grid.device
         lengths = torch.tensor(schedule.lengths, device=device)
         where = torch.arange(self.first, self.first + schedule.rows, device=device)
-        view = CacheView(self.cache, where, lengths[:, None] - 1, int(schedule.lengths.max()), self.first)
+        longest = int(schedule.lengths.max())
+        even = longest == int(schedule.lengths.min())
+        view = CacheView(self.cache, where, lengths[:, None] - 1, longest, self.first, even)
         hidden = self._through_stage(schedule.last_tokens[:, None], view)
         if hidden is None:
             return None

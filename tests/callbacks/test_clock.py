@@ -86,3 +86,11 @@ def test_reads_wall_and_cpu_time_of_this_process():
     total = clock.totals()["sleep"]
     assert total["wall_s"] >= 0.05
     assert total["cpu_s"] < total["wall_s"]
+
+
+def test_a_listener_hears_every_change_of_the_innermost_part():
+    clock, heard = Clock(), []
+    clock.listen(heard.append)
+    with clock.part("train"), clock.part("save"):
+        pass
+    assert heard == ["train", "save", "train", ""]

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import megarl
+from megarl.config.leaf import leaves
 from megarl.config.reference import page
-from megarl.config.schema import SFTConfig, leaves
+from megarl.config.schema import SFTConfig
 
 Start = Callable[..., tuple[int, str, str]]
 

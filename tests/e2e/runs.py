@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,46 @@ def launched() -> Iterator[None]:
         os.environ.update(before)
 
 
+# PPO on the walks of a graph: a little cloning, then phases of 16 responses in two minibatches.
+WALKS = [
+    "+conf=randomwalks",
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.num_heads=4",
+    "clone.steps=20",
+    "ppo.rollouts=16",
+    "ppo.inner_epochs=2",
+    "ppo.kl_coef=0.1",
+    "trainer.max_phases=2",
+    "trainer.global_batch_size=12",
+    "trainer.micro_batch_size=3",
+    "trainer.eval_every=null",
+    "checkpoint.every=null",
+    "checkpoint.save_last=false",
+    "trainer.progress=none",
+    "logger.tensorboard=false",
+]
+
+
 def run_sft(run_dir: Path, *overrides: str) -> None:
     """Run in the current world, as under torchrun."""
-    from megarl.config.compose import compose
     from megarl.train_sft import train
 
+    _run("sft", train, [*SMALL, f"run.dir={run_dir}", *overrides])
+
+
+def run_ppo(run_dir: Path, *overrides: str) -> None:
+    """Run in the current world, as under torchrun."""
+    from megarl.train_ppo import train
+
+    _run("ppo", train, [*WALKS, f"run.dir={run_dir}", *overrides])
+
+
+def _run(entry: str, train: Callable[[Any], int], settings: list[str]) -> None:
+    from megarl.config.compose import compose
+
     with launched():
-        config, _ = compose("sft", [*SMALL, f"run.dir={run_dir}", *overrides])
+        config, _ = compose(entry, settings)
         assert train(config) == 0
 
 

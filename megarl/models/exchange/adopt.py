@@ -6,6 +6,7 @@ from typing import Any
 
 from megarl.checkpoint import verify
 from megarl.config.checks import check_shape
+from megarl.config.schema import ModelConfig
 from megarl.errors import CheckpointError, ConfigError
 from megarl.logging import get_logger
 from megarl.models.exchange.family import shape_of
@@ -31,13 +32,29 @@ def adopt(config: Any) -> None:
     config.model = replace(source.model, path=str(source.path), vocab_size=source.vocab_size, **kept)
     _adopt_tokenizer(config, source)
     check_shape(config.model, config.parallel)
-    if hasattr(config, "data") and config.data.seq_length > config.model.max_positions:
+    if getattr(getattr(config, "data", None), "seq_length", 0) > config.model.max_positions:
         raise ConfigError(
             f"data.seq_length={config.data.seq_length} is more than the {config.model.max_positions} positions of "
             f"model.path={source.path}: use data.seq_length={config.model.max_positions} or less"
         )
     shape = " ".join(f"{key}={value}" for key, value in shape_of(config.model).items() if value not in (None, False))
     log.info("model.path=%s gives vocab_size=%s %s", source.path, source.vocab_size, shape)
+
+
+def adopt_critic(config: Any) -> ModelConfig:
+    """The model that `critic.path` holds, refused where it cannot judge the policy's sequences."""
+    source = open_source(config.critic.path)
+    kept = {key: getattr(config.model, key) for key in OURS}
+    critic = replace(source.model, path=str(source.path), vocab_size=source.vocab_size, **kept)
+    for name in ("vocab_size", "max_positions"):
+        its, policys = getattr(critic, name), getattr(config.model, name)
+        if policys is not None and its < policys:
+            raise ConfigError(
+                f"critic.path={config.critic.path} has {name}={its}, but the policy's sequences need {policys}: use a "
+                "critic that was trained with the policy's tokenizer and context, or critic.path=null"
+            )
+    check_shape(critic, config.parallel)
+    return critic
 
 
 def _adopt_tokenizer(config: Any, source: Source) -> None:

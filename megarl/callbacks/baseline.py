@@ -1,0 +1,25 @@
+"""What a run starts from: an evaluation before the first training step, where the module can evaluate by itself."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from megarl.callbacks.readings import steps_taken
+from megarl.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+class Baseline(Callback):
+    """Lightning's evaluations only come after steps; this one is logged at step 0 and left in `module.baseline`.
+
+    A module that can do it has `evaluation`, which may be None, and `evaluate()`. A resumed run has had its baseline.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if steps_taken(trainer) > 0 or getattr(pl_module, "evaluation", None) is None:
+            return
+        evaluated = pl_module.evaluate()  # type: ignore[operator]
+        pl_module.baseline = evaluated.metrics  # type: ignore[assignment]
+        for entry in trainer.loggers:
+            entry.log_metrics(evaluated.metrics, step=0)
+        said = "  ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in evaluated.metrics.items())
+        logger.info("before training  evaluation: %s", said)

@@ -1,0 +1,103 @@
+"""Each process leaves word of where it is, so that a run that stands still can be understood from outside."""
+
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from megarl.callbacks.crumb import BEAT_S, Crumb, CrumbFile
+from megarl.callbacks.readings import steps_taken
+from megarl.callbacks.summary import one_line
+
+_COLLECTIVES = "torch/distributed/distributed_c10d.py"
+_FOREIGN = ("/torch/", "/threading.py", "/contextlib.py")
+
+
+class Breadcrumbs(Callback):
+    """Writes `breadcrumbs/rank-N.json` in the run folder whenever the clock's part changes, and every few seconds.
+
+    The regular beat comes from a thread, which looks at where the main thread is: a process that waits in a collective
+    beats and says in which, one that is stopped or gone does not. `python -m megarl.why_stuck RUN` reads the files.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike[str], beat_s: float = BEAT_S) -> None:
+        self.run_dir, self.beat_s = Path(run_dir), beat_s
+        self._file: CrumbFile | None = None
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+        self._beating: threading.Thread | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._file is not None:
+            return
+        self.trainer = trainer
+        self.crumb = Crumb(trainer.global_rank, trainer.world_size, socket.gethostname(), os.getpid())
+        self._file = CrumbFile(self.run_dir, trainer.global_rank)
+        self._enter("setup")
+        clock = getattr(pl_module, "clock", None)
+        if clock is not None:
+            clock.listen(self._enter)
+        self._beating = threading.Thread(target=self._beat, args=(threading.get_ident(),), daemon=True)
+        self._beating.start()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._enter("")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._enter("")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._end("finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end(one_line(exception) or "an exception")
+
+    def _enter(self, phase: str) -> None:
+        now = time.time()
+        with self._lock:
+            crumb = self.crumb
+            crumb.phase, crumb.step = phase, steps_taken(self.trainer)
+            crumb.since = crumb.alive = now
+            crumb.collective = crumb.at = ""
+            self._write()
+
+    def _beat(self, watched: int) -> None:
+        while not self._over.wait(self.beat_s):
+            collective, at = whereabouts(sys._current_frames().get(watched))
+            with self._lock:
+                self.crumb.collective, self.crumb.at, self.crumb.alive = collective, at, time.time()
+                self._write()
+
+    def _end(self, word: str) -> None:
+        """The first word stays: a teardown follows a failure too."""
+        self._over.set()
+        with self._lock:
+            if self._file is None:
+                return
+            self.crumb.ended, self.crumb.alive = word, time.time()
+            self._write()
+            self._file.close()
+            self._file = None
+
+    def _write(self) -> None:
+        if self._file is not None:
+            self._file.write(self.crumb)
+
+
+def whereabouts(frame: FrameType | None) -> tuple[str, str]:
+    """The collective that a thread waits in ("" for none), and its innermost line outside torch, as file:line name."""
+    collective = at = ""
+    while frame is not None:
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if path.endswith(_COLLECTIVES) and not name.startswith("_"):
+            collective = name  # the outermost: what was called, not what it is made of
+        if not at and not any(part in path for part in _FOREIGN):
+            at = f"{'/'.join(Path(path).parts[-2:])}:{frame.f_lineno} {name}"
+        frame = frame.f_back
+    return collective, at

@@ -1,0 +1,70 @@
+"""A notice that the machine is about to be taken away ends a run at the next edge of a step, with a checkpoint."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from megarl.callbacks.checkpoints import Checkpoints
+from megarl.callbacks.readings import planned_steps, steps_taken, unit
+from megarl.logging import get_logger
+from megarl.parallel.strategy import MegatronStrategy
+
+log = get_logger(__name__)
+
+NOTICES = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM, Kubernetes and people send before they kill
+STATUS_FILE = "MEGARL_STATUS_FILE"
+"""Names a file that a run which stopped early leaves a line in, so that its launcher starts it again.
+
+(Not an exit code: torchrun passes none on, and srun would kill the ranks that are still writing.)
+"""
+
+
+class Preemption(Callback):
+    """Any rank's SIGTERM or SIGUSR1 stops all ranks after the same step, once its checkpoint is committed.
+
+    Takes the place of Lightning's handlers while training: those would talk to other ranks from inside a signal, save
+    in another format and requeue the job themselves. When the fit is over, Lightning puts back what was there before.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.notice: str | None = None
+        self.stopping = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # only the main thread may handle signals
+        for number in NOTICES:
+            signal.signal(number, self._noticed)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, MegatronStrategy)
+        assert strategy.grid is not None
+        if not strategy.grid.any_rank(self.notice is not None):
+            return
+        if not self.stopping:
+            self.stopping = True
+            reason = self.notice or "a notice to another rank"
+            log.info("%s: saving and stopping after %s %d", reason, unit(trainer), steps_taken(trainer))
+            self.checkpoints.save_now(trainer)
+        trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        planned = planned_steps(trainer)
+        if self.stopping and (planned is None or steps_taken(trainer) < planned):
+            self._leave_word(f"stopped after {unit(trainer)} {steps_taken(trainer)}: start again\n")
+
+    def _noticed(self, number: int, frame: FrameType | None) -> None:
+        """Only a note: a handler may run between any two instructions."""
+        self.notice = signal.Signals(number).name
+
+    def _leave_word(self, text: str) -> None:
+        """One process of a node for all of it: nodes may have file systems of their own."""
+        if STATUS_FILE in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
+            Path(os.environ[STATUS_FILE]).write_text(text, encoding="utf-8")

@@ -1,0 +1,67 @@
+"""A few responses of every evaluation, on the terminal, in the run folder and where loggers take text."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from rich.console import Console
+from rich.table import Table
+
+from megarl.callbacks.readings import steps_taken, unit
+from megarl.logging import get_logger
+
+logger = get_logger(__name__)
+_WIDTH, _LONGEST = 110, 200  # of the table, and of a text in it
+
+
+class Samples(Callback):
+    """Shows `module.samples`, rows (dicts) that an evaluation left there; all rows go to `samples.jsonl`."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.path = run_folder / "samples.jsonl"
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rows: list[dict[str, Any]] = getattr(pl_module, "samples", [])
+        if not rows or not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        step = steps_taken(trainer)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({unit(trainer): step, **row}) + "\n" for row in rows)
+        logger.info("%s %d  samples:\n%s", unit(trainer), step, as_table(rows))
+        for entry in trainer.loggers:
+            if isinstance(entry, TensorBoardLogger):
+                entry.experiment.add_text("samples", _markdown(rows), step)
+            elif isinstance(entry, WandbLogger):
+                entry.log_table("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows], step=step)
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """Rows with the same keys as a table of plain text."""
+    table = Table(show_edge=False, pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(_shown(value) for value in row.values()))
+    console = Console(file=io.StringIO(), width=_WIDTH)
+    console.print(table, markup=False)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return str(text).rstrip()
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."

@@ -1,0 +1,392 @@
+"""Samples with rewards in, batches for offline learning out: tokenised once, kept on disk, read as far as needed."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from megarl.data.collate import Batch, batch_length
+from megarl.data.formats import load_chat_template
+from megarl.data.loaders import StepLoader
+from megarl.data.order import TrainBatches, shard_rows
+from megarl.data.randomwalks import task
+from megarl.data.sources import Record, read_records
+from megarl.errors import DataError
+from megarl.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from megarl.config.offline import OfflineDataConfig
+    from megarl.config.schema import ILQLConfig
+
+log = logging.getLogger(__name__)
+RANDOMWALKS = "randomwalks"
+VERSION = 1  # of the files in a cache: another meaning of the same samples is another number
+ARRAYS = ("tokens", "response_mask", "rewards", "starts", "returns")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens of a dialogue; which of them the policy chose; what it earned, at the token that earned it."""
+
+    tokens: list[int]
+    response_mask: list[int]
+    rewards: list[float]
+
+
+@dataclass(frozen=True)
+class SampleFormat:
+    """How a record becomes a sample; the fields are the keys of the same name under `data`."""
+
+    samples_key: str = "samples"
+    rewards_key: str = "rewards"
+    messages_key: str = "messages"
+    chat_template: str | None = None
+
+    def encode(self, record: Record, tokenizer: Tokenizer) -> Sample:
+        """The whole sample of a record, however long. An output ends with EOS, as a generated response does."""
+        fields = record.fields
+        if self.samples_key not in fields and self.messages_key in fields:
+            tokens, chosen = self._chat(record, tokenizer)
+        else:
+            tokens, chosen = _lay_out(_turns(fields.get(self.samples_key), record.where, self.samples_key, tokenizer))
+        if not any(chosen):
+            raise DataError(f"{record.where}: the sample has no action: give it an output, or take the record out")
+        if chosen[0]:
+            raise DataError(
+                f"{record.where}: the dialogue starts with an output, which nothing comes before: put a prompt first"
+            )
+        return Sample(tokens, chosen, self._rewards(record, chosen))
+
+    def _chat(self, record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        messages = record.fields[self.messages_key]
+        if not isinstance(messages, list) or not messages:
+            raise DataError(f"{record.where}: {self.messages_key!r} is no list of messages: give role and content")
+        first = messages[0]
+        if isinstance(first, Mapping) and first.get("role") == "assistant":
+            raise DataError(
+                f"{record.where}: the dialogue starts with an output, which nothing comes before: put a prompt first"
+            )
+        try:
+            return tokenizer.encode_chat(messages, self.chat_template)
+        except DataError as problem:
+            raise DataError(f"{record.where}: {problem}") from None
+
+    def _rewards(self, record: Record, chosen: Sequence[int]) -> list[float]:
+        """A reward at the last token of the output that earned it; a single one at the end of the last output."""
+        key = self.rewards_key
+        if key not in record.fields:
+            raise DataError(f"{record.where}: has no {key!r}: add the reward, or set data.rewards_key")
+        given = record.fields[key]
+        earned = [_number(value, record.where, key) for value in (given if isinstance(given, list) else [given])]
+        ends = [at for at, one in enumerate(chosen) if one and (at + 1 == len(chosen) or not chosen[at + 1])]
+        if not isinstance(given, list):
+            ends = ends[-1:]
+        if len(earned) != len(ends):
+            raise DataError(
+                f"{record.where}: has {len(earned)} {key} for {len(ends)} outputs: give one number for the whole "
+                "sample, or one for each output"
+            )
+        rewards = [0.0] * len(chosen)
+        for at, value in zip(ends, earned, strict=True):
+            rewards[at] = value
+        return rewards
+
+
+def paired(samples: Sequence[Any], rewards: Sequence[Any], name: str = "samples") -> list[Record]:
+    """Lists of samples and their rewards as records, for `SampleFormat` with its own keys."""
+    if len(samples) != len(rewards):
+        fewer = min(len(samples), len(rewards))
+        raise DataError(
+            f"{name} holds {len(samples)} samples and {len(rewards)} rewards, so record {fewer + 1} has only one of "
+            "the two: give one reward for each sample"
+        )
+    return [
+        Record({"samples": sample, "rewards": reward}, f"{name}: record {number}")
+        for number, (sample, reward) in enumerate(zip(samples, rewards, strict=True), 1)
+    ]
+
+
+def random_walks(graph_seed: int) -> list[Record]:
+    """The walks of the randomwalks task: the start is the prompt, the rest the output, the optimality the reward."""
+    walks = task(graph_seed).walks
+    return paired(
+        [[walk[:1], walk[1:]] for walk in walks], [task(graph_seed).optimality(walk) for walk in walks], RANDOMWALKS
+    )
+
+
+# --- the store --------------------------------------------------------------------------------------------------------
+
+
+class OfflineStore:
+    """All samples of a data set as a few long arrays, in memory or mapped from files.
+
+    Rewards are handed out so that returns have mean 0 and deviation 1 over the data set: all are divided by the
+    deviation of the returns, whose mean is taken from the last reward of a sample. Returns that are all equal are 0.
+    """
+
+    packed = False
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """arrays: tokens int32, response_mask uint8 and rewards float32 of all samples one after the other; starts
+        int64 [samples + 1]; returns float64 [samples]."""
+        self.arrays = dict(arrays)
+        self.starts, self.returns = np.asarray(arrays["starts"]), np.asarray(arrays["returns"])
+        self.lengths = np.diff(self.starts)
+        differ = len(self.returns) > 1 and self.returns.min() != self.returns.max()
+        self.mean = float(self.returns.mean() if differ else self.returns[0])
+        self.deviation = float(self.returns.std(ddof=1)) if differ else 1.0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, rows: Sequence[int] | np.ndarray, length: int, pad_id: int) -> Batch:
+        """One microbatch.
+
+        Returns:
+            tokens, positions [rows, length] long; response_mask, rewards [rows, length] float32; lengths [rows] long.
+        """
+        shape = (len(rows), length)
+        tokens = torch.full(shape, pad_id, dtype=torch.long)
+        response_mask, rewards = torch.zeros(shape), torch.zeros(shape)
+        for at, row in enumerate(rows):
+            begin, end = int(self.starts[row]), int(self.starts[row + 1])
+            size = end - begin
+            tokens[at, :size] = torch.from_numpy(self.arrays["tokens"][begin:end].astype(np.int64))
+            mask = np.array(self.arrays["response_mask"][begin:end])
+            earned = self.arrays["rewards"][begin:end] / self.deviation
+            earned[np.flatnonzero(mask)[-1]] -= self.mean / self.deviation
+            response_mask[at, :size] = torch.from_numpy(mask)
+            rewards[at, :size] = torch.from_numpy(earned)
+        return {
+            "tokens": tokens,
+            "positions": torch.arange(length).repeat(len(rows), 1),
+            "response_mask": response_mask,
+            "rewards": rewards,
+            "lengths": torch.from_numpy(self.lengths[np.asarray(rows)]),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write aside, then rename: a folder that is there is whole."""
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        aside.mkdir(parents=True)
+        for name in ARRAYS:
+            np.save(aside / f"{name}.npy", self.arrays[name], allow_pickle=False)
+        aside.rename(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> OfflineStore:
+        return cls({name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS})
+
+
+def build_store(
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    seq_length: int,
+    sample_format: SampleFormat | None = None,
+    too_long: str = "truncate",
+    name: str = "data.train",
+) -> OfflineStore:
+    """Read and tokenise all records. Of a sample that is cut, what was earned beyond the cut counts at its last
+    action; one that has no action left is left out."""
+    sample_format = sample_format or SampleFormat()
+    kept: list[Sample] = []
+    read = cut = dropped = 0
+    for record in records:
+        read += 1
+        sample = sample_format.encode(record, tokenizer)
+        if len(sample.tokens) > seq_length:
+            if too_long == "error":
+                raise DataError(
+                    f"{record.where}: is {len(sample.tokens)} tokens long, more than data.seq_length={seq_length}; "
+                    "shorten it, raise data.seq_length, or set data.too_long to truncate or drop"
+                )
+            shorter = None if too_long == "drop" else _cut(sample, seq_length)
+            if shorter is None:
+                dropped += 1
+                continue
+            cut, sample = cut + 1, shorter
+        kept.append(sample)
+    if not kept:
+        raise DataError(
+            f"{name}: none of its {read} samples is left ({dropped} longer than data.seq_length={seq_length}); "
+            "raise data.seq_length, or give other samples"
+        )
+    if cut or dropped:
+        log.warning("%s: of %d samples, %d were cut to data.seq_length and %d left out", name, read, cut, dropped)
+    starts = np.cumsum([0, *(len(sample.tokens) for sample in kept)], dtype=np.int64)
+    return OfflineStore(
+        {
+            "tokens": np.fromiter(chain.from_iterable(s.tokens for s in kept), np.int32, int(starts[-1])),
+            "response_mask": np.fromiter(chain.from_iterable(s.response_mask for s in kept), np.uint8, int(starts[-1])),
+            "rewards": np.fromiter(chain.from_iterable(s.rewards for s in kept), np.float32, int(starts[-1])),
+            "starts": starts,
+            "returns": np.array([sum(sample.rewards) for sample in kept], np.float64),
+        }
+    )
+
+
+def open_store(data: OfflineDataConfig, tokenizer: Tokenizer) -> OfflineStore:
+    """The store of `data.train`, from the cache where these very files were tokenised like this before.
+
+    Of several processes on a machine one makes it while the others wait.
+    """
+    sample_format = SampleFormat(
+        data.samples_key, data.rewards_key, data.messages_key, load_chat_template(data.chat_template)
+    )
+
+    def build() -> OfflineStore:
+        return build_store(_records(data), tokenizer, data.seq_length, sample_format, data.too_long)
+
+    name = None if data.cache is None else _content_name(data, tokenizer, sample_format)
+    if data.cache is None or name is None:
+        return build()
+    folder = Path(data.cache).expanduser() / f"samples-{name}"
+    try:
+        with _locked(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                build().save(folder)
+                log.info("data.train: tokenised and kept in %s", folder)
+    except OSError as problem:
+        raise DataError(
+            f"data.cache={data.cache} cannot be written ({problem.strerror or problem}): name another folder, or null"
+        ) from None
+    return OfflineStore.load(folder)
+
+
+class OfflineLoader(StepLoader):
+    """One list of microbatches with rewards per optimizer step, from a cursor that can be set to any step at once."""
+
+    def __init__(self, store: OfflineStore, batches: TrainBatches, **options: Any) -> None:
+        super().__init__(store, batches, **options)  # type: ignore[arg-type]
+        self.store = store
+
+    def step(self, index: int) -> list[Batch]:
+        """This rank's microbatches of step `index`."""
+        rows = self.batches.batch(index)
+        length = batch_length(int(self.store.lengths[rows].max()), self.seq_length, self.multiple_of)
+        shares = shard_rows(rows, self.dp_rank, self.dp_size, self.micro_batch_size)
+        return [self.store.batch(share, length, self.pad_id) for share in shares]
+
+
+def build_offline_loader(
+    config: ILQLConfig,
+    store: OfflineStore,
+    tokenizer: Tokenizer,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    multiple_of: int = 1,
+    start: int = 0,
+) -> OfflineLoader:
+    """Steps `start` up to `trainer.max_steps` of a run, for one data-parallel rank."""
+    batches = TrainBatches(
+        store.lengths, config.trainer.global_batch_size, config.seed, shuffle=config.data.shuffle, start=start
+    )
+    return OfflineLoader(
+        store,
+        batches,
+        micro_batch_size=config.trainer.micro_batch_size,
+        seq_length=config.data.seq_length,
+        pad_id=tokenizer.pad_id,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        multiple_of=multiple_of,
+        steps=config.trainer.max_steps,
+    )
+
+
+# --- inside -----------------------------------------------------------------------------------------------------------
+
+
+def _turns(sample: Any, where: str, key: str, tokenizer: Tokenizer) -> list[tuple[bool, list[int]]]:
+    """(whether the policy speaks, tokens) of each turn; of a text, everything after its first token is the policy's."""
+    if isinstance(sample, str):
+        tokens = [*tokenizer.encode_prompt(sample), tokenizer.eos_id]
+        return [(False, tokens[:1]), (True, tokens[1:])]
+    if not isinstance(sample, list | tuple) or not all(isinstance(turn, str) for turn in sample):
+        found = "nothing" if sample is None else f"a {type(sample).__name__}"
+        raise DataError(
+            f"{where}: holds {found} under {key!r}: give a text, [prompt, output] or a longer list of texts in turn"
+        )
+    if len(sample) % 2:
+        raise DataError(
+            f"{where}: the sample has {len(sample)} turns, so its last prompt has no action after it: prompts and "
+            "outputs take turns, from a prompt to an output"
+        )
+    turns: list[tuple[bool, list[int]]] = []
+    for number, text in enumerate(sample):
+        if number % 2 and not text:
+            raise DataError(
+                f"{where}: turn {number + 1} is an output with no action: write one, or take the record out"
+            )
+        encoded = tokenizer.encode(text) if number else tokenizer.encode_prompt(text)
+        turns.append((bool(number % 2), [*encoded, tokenizer.eos_id] if number % 2 else encoded))
+    return turns
+
+
+def _lay_out(turns: Sequence[tuple[bool, Sequence[int]]]) -> tuple[list[int], list[int]]:
+    tokens = [token for _, part in turns for token in part]
+    return tokens, [int(chosen) for chosen, part in turns for _ in part]
+
+
+def _number(value: Any, where: str, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
+        raise DataError(f"{where}: {key} is {value!r}, which is no finite number: give one, or take the record out")
+    return float(value)
+
+
+def _cut(sample: Sample, length: int) -> Sample | None:
+    """The first `length` tokens, with what was earned later on the last action; None without an action."""
+    actions = [at for at in range(length) if sample.response_mask[at]]
+    if not actions:
+        return None
+    rewards = sample.rewards[:length]
+    rewards[actions[-1]] += sum(sample.rewards[length:])
+    return Sample(sample.tokens[:length], sample.response_mask[:length], rewards)
+
+
+def _records(data: OfflineDataConfig) -> Iterator[Record]:
+    """Of all sources in their order."""
+    for built_in, paths in groupby(data.train, lambda path: path == RANDOMWALKS):
+        if built_in:
+            for _ in paths:
+                yield from random_walks(data.graph_seed)
+        else:
+            yield from read_records(list(paths), data.train_split)
+
+
+def _content_name(data: OfflineDataConfig, tokenizer: Tokenizer, sample_format: SampleFormat) -> str | None:
+    """A digest of all that a store follows from; None where that is not all in files."""
+    settings = [VERSION, data.seq_length, data.too_long, data.train_split, vars(sample_format), tokenizer.fingerprint()]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for path in data.train:
+        source = Path(path).expanduser()
+        files = [source] if source.is_file() else sorted(item for item in source.rglob("*") if item.is_file())
+        if path == RANDOMWALKS or not files:
+            return None
+        for file in files:
+            digest.update(json.dumps([str(file.relative_to(source)), file.suffix, file.stat().st_size]).encode())
+            with file.open("rb") as content:
+                while block := content.read(2**20):
+                    digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,165 @@
+"""Implicit language Q-learning: a policy, V and Q on one trunk learn from samples with rewards; the values guide what
+is generated."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from megarl.algorithms import following, ilql_loss
+from megarl.clock import Work
+from megarl.config.schema import ILQLConfig
+from megarl.data.offline import build_offline_loader, open_store
+from megarl.data.prompts import Prompt, read_prompts
+from megarl.models.exchange.card import ModelCard
+from megarl.models.flops import flops_per_token
+from megarl.models.gpt import GPT
+from megarl.modules.base import Module, build_gpt_engine, vocabulary
+from megarl.modules.evaluation import Evaluated, Evaluation
+from megarl.modules.judge import Judge
+from megarl.modules.responder import Responder
+from megarl.modules.sft import count
+from megarl.parallel.engine import Batch, Stats
+from megarl.rollout.guided import guided
+from megarl.rollout.requests import Rollout
+from megarl.tokenizers import Tokenizer
+
+
+class ILQL(Module):
+    """One training step is one optimizer step over a global batch of samples."""
+
+    def __init__(self, config: ILQLConfig, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.vocab_size = vocabulary(config.model, tokenizer)
+        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer)
+        self.evaluation: Evaluation | None = None
+        self.evaluated = Evaluated()
+
+    def configure_model(self) -> None:
+        if self.engines:
+            return
+        layout = self.grid.layout
+        self.share = {
+            "dp_rank": self.grid.dp_rank,
+            "dp_size": layout.dp,
+            "multiple_of": layout.tp if layout.sequence_parallel else 1,
+        }
+        self.store = open_store(self.config.data, self.tokenizer)
+        self.policy = build_gpt_engine(
+            self.grid,
+            self.config.model,
+            self.config.parallel,
+            name="policy",
+            vocab_size=self.vocab_size,
+            precision=self.config.trainer.precision,
+            seed=self.config.seed,
+            optim=self.config.optim,
+            total_steps=self.config.trainer.max_steps,
+            value_head=True,
+            q_heads=2 if self.config.ilql.two_qs else 1,
+        )
+        self.engines = {"policy": self.policy}
+        if self.config.data.eval:
+            self.evaluation = self._build_evaluation()
+
+    def train_dataloader(self) -> Iterable[list[Batch]]:
+        return build_offline_loader(self.config, self.store, self.tokenizer, start=self.consumed, **self.share)
+
+    def training_step(self, microbatches: list[Batch], batch_idx: int) -> None:
+        self.last_batch = microbatches
+        settings = self.config.ilql
+        with self.clock.part("train"):
+            rate = self.policy.learning_rate
+            metrics = self.policy.train_step(microbatches, self.loss, count)
+            norms = self.step_optimizers()
+            self.consumed += 1
+            if self.consumed % settings.target_every == 0:  # of all steps of the run, resumed or not
+                for model in self.policy.models:
+                    model.move_targets(settings.target_alpha)
+        tokens = int(metrics["all_tokens"])
+        length = metrics["squared_lengths"] / max(tokens, 1)  # the mean that attention's cost goes by
+        self.work = Work(tokens, tokens * flops_per_token(self.config.model, self.vocab_size, length))
+        names = ("loss", "loss_q", "loss_v", "loss_cql", "loss_awac", "q", "v")
+        self.log_dict({f"train/{name}": metrics[name] for name in names})
+        self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})
+
+    def loss(self, model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
+        """Means over the actions of the global batch."""
+        settings = self.config.ilql
+        tokens, mask = batch["tokens"], batch["response_mask"]
+        v = model.values(hidden)
+        next_v, not_done = following(v, mask)
+        heads = model.token_q(hidden, tokens, mask)
+        loss, parts = ilql_loss(
+            q=heads.q,
+            target_q=heads.target_q,
+            v=v,
+            next_v=next_v,
+            q_nll=heads.nll,
+            policy_nll=-model.logprobs(hidden, tokens, mask).logprobs,
+            rewards=batch["rewards"],
+            not_done=not_done,
+            mask=mask,
+            tau=settings.tau,
+            gamma=settings.gamma,
+            cql_scale=settings.cql_scale,
+            awac_scale=settings.awac_scale,
+            awac_beta=settings.awac_beta,
+            denominator=counts["tokens"],
+        )
+        q = sum(heads.q) / len(heads.q)
+        means = {name: (value * mask).sum() / counts["tokens"] for name, value in (("q", q), ("v", v))}
+        return loss, {"loss": loss, **parts, **means}
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    def val_dataloader(self) -> Iterable[int]:
+        """One batch, which stands for all prompts: the generator has its own idea of how many are under way."""
+        return DataLoader([0], batch_size=None) if self.evaluation is not None else []  # type: ignore[arg-type]
+
+    def evaluate(self) -> Evaluated:
+        """Answer the evaluation prompts with the present weights."""
+        assert self.evaluation is not None
+        with self.clock.part("eval"):
+            return self.evaluation.run(self.consumed)
+
+    def validation_step(self, _: int, batch_idx: int) -> None:
+        self.evaluated = self.evaluate()
+        self.samples = self.evaluated.samples
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.evaluated.metrics)
+
+    def teardown(self, stage: str) -> None:
+        if self.evaluation is not None:
+            self.responder.close()
+            self.evaluation.close()
+
+    def respond(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        *,
+        stream: int,
+        phase: int,
+        beta: float | None = None,
+        **changes: Any,
+    ) -> list[Rollout]:
+        """Responses that the values guide; `beta` and `changes` differ from the settings of `rollout`."""
+        scorer = guided(self.config.rollout.ilql_beta if beta is None else beta)
+        return self.responder.respond(prompts, n, stream=stream, phase=phase, scorer=scorer, **changes)
+
+    def _build_evaluation(self) -> Evaluation:
+        config = self.config
+        prompts = read_prompts(config.data.eval, config.data.eval_split, config.data, self.tokenizer)
+        self.responder = Responder(self.policy, self.tokenizer, config.rollout, seed=config.seed)
+        asked = {"reward.fn": (config.reward.fn, config.reward.options), "metric.fn": (config.metric.fn, {})}
+        judges = {
+            key: Judge(function, config.reward, self.tokenizer, self.grid, key=key, options=options)
+            for key, (function, options) in asked.items()
+            if function is not None
+        }
+        named = {"score" if key == "reward.fn" else judge.name: judge for key, judge in judges.items()}
+        return Evaluation(self.respond, prompts, named, config.eval, self.tokenizer)

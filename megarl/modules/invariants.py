@@ -1,0 +1,79 @@
+"""What must hold in every run, checked while it runs; each names itself when it breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megarl.errors import InvariantError
+from megarl.logging import get_logger
+from megarl.parallel.engine import Engine
+
+RATIO_BOUND = {"fp32": 1e-5, "bf16": 5e-2}  # of |ratio - 1| before the first step; products differ by their shapes
+DRIFT_BOUND = {"fp32": 1e-3, "bf16": 5e-2}  # of the mean |log-prob as drawn - as recomputed|
+STEPS_TO_REACH_ALL = 2  # a head whose last layer starts at zero passes no gradient on in its first step
+
+log = get_logger(__name__)
+
+
+class Invariants:
+    """`mode` says what a broken one does: `strict` stops the run, `warn` logs it once."""
+
+    def __init__(self, mode: str, precision: str, phase: Callable[[], int]) -> None:
+        """`phase()` is the number of phases that are done."""
+        self.strict, self.precision, self.phase = mode == "strict", precision, phase
+        self.reached: dict[str, set[str]] = {}
+        self.steps: dict[str, int] = {}
+        self.warned: set[str] = set()
+
+    def same_weights(self, largest_kl: float) -> None:
+        """Before the first update the policy is its reference."""
+        self._expect("kl_zero", largest_kl == 0.0, f"KL to the reference is {largest_kl:.2e} before any update, not 0")
+
+    def drift(self, mean: float) -> None:
+        """Generation and training mean the same by a log-prob."""
+        bound = DRIFT_BOUND[self.precision]
+        self._expect(
+            "logprob_drift", mean <= bound, f"log-probs as drawn and as recomputed differ by {mean:.2e} > {bound:g}"
+        )
+
+    def on_policy(self, ratio: float, clipped: float) -> None:
+        """On the first minibatch of a phase the policy is still the one that was evaluated."""
+        bound = RATIO_BOUND[self.precision]
+        self._expect("ratio_one", abs(ratio - 1) <= bound, f"the first minibatch's ratio is {ratio:.7f}, not 1")
+        self._expect("nothing_clipped", clipped == 0.0, f"{clipped:.2%} of the first minibatch is clipped")
+
+    def tokens(self, counted: float, expected: float) -> None:
+        """Every response token is trained on once in an epoch, whichever ranks and microbatches it went to."""
+        self._expect(
+            "token_count", counted == expected, f"an epoch counted {counted:g} response tokens of {expected:g}"
+        )
+
+    def gradients(self, engine: Engine, steps: int, learns: bool) -> None:
+        """In an engine's first steps, every tensor that trains has a gradient that is not 0 at least once.
+
+        Args:
+            steps: optimizer steps of the whole run before this one.
+            learns: whether there is anything to learn from: a learning rate and a loss that are not 0.
+        """
+        name = engine.name
+        if steps == 0:
+            self.steps[name], self.reached[name] = 0, set()
+        if name not in self.steps or self.steps[name] >= STEPS_TO_REACH_ALL or not learns:
+            return
+        with_gradient, trainable = engine.gradient_names()
+        self.reached[name] |= with_gradient
+        self.steps[name] += 1
+        if self.steps[name] == STEPS_TO_REACH_ALL:
+            missed = sorted(trainable - self.reached[name])
+            shown = ", ".join(missed[:3]) + (f" and {len(missed) - 3} more" if len(missed) > 3 else "")
+            self._expect("gradients", not missed, f"no gradient has reached {shown} of {name}")
+
+    def _expect(self, name: str, holds: bool, problem: str) -> None:
+        if holds:
+            return
+        message = f"invariant {name} is broken in phase {self.phase() + 1}: {problem}"
+        if self.strict:
+            raise InvariantError(f"{message} (ppo.invariants=warn would go on)")
+        if name not in self.warned:
+            self.warned.add(name)
+            log.warning("%s", message)

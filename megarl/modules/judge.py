@@ -1,0 +1,146 @@
+"""Rollouts in, scores out: one rank asks the function, every rank gets the answer, or the error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megarl.config.rl import RewardConfig
+from megarl.data.prompts import Prompt
+from megarl.modules.journal import Entry, Journal, identity
+from megarl.parallel.grid import Grid
+from megarl.rewards.answers import Score
+from megarl.rewards.client import RewardWorker
+from megarl.rewards.combine import combine
+from megarl.rewards.functions import RewardFunction, Spec, resolve
+from megarl.rollout.requests import Rollout
+from megarl.tokenizers import Tokenizer
+
+_WEIGHTED = re.compile(r"^(?:(?P<weight>[-+]?[\d.]+(?:e[-+]?\d+)?)\s*\*\s*)?(?P<function>\S+)$", re.IGNORECASE)
+
+
+@dataclass
+class Judgement:
+    """Scores in the order of the rollouts; None where there is none in the end (counted in `dropped`)."""
+
+    scores: list[Score | None] = field(default_factory=list)
+    parts: dict[str, list[float | None]] = field(default_factory=dict)
+    failed: int = 0
+    retried: int = 0
+    dropped: int = 0
+
+    def totals(self) -> list[float]:
+        """A number per sample that has a score; per-token rewards count as their sum."""
+        return [total(score) for score in self.scores if score is not None]
+
+
+def total(score: Score) -> float:
+    return sum(score) if isinstance(score, list) else score
+
+
+class Judge:
+    """Asks one function. Only the first rank has the worker process; it starts with the first question."""
+
+    def __init__(
+        self,
+        function: Spec | RewardFunction,
+        settings: RewardConfig,
+        tokenizer: Tokenizer,
+        grid: Grid,
+        *,
+        key: str = "reward.fn",
+        options: dict[str, Any] | None = None,
+        journal: Journal | None = None,
+    ) -> None:
+        """`journal` remembers scores over the end of a process."""
+        self.grid, self.tokenizer, self.journal, self.batch_size = grid, tokenizer, journal, settings.batch_size
+        self.worker: RewardWorker | None = None
+        chosen = read_function(function, key)
+        self.name = getattr(chosen, "name", "combined").rpartition(":")[2]
+        if grid.rank == 0:
+            self.worker = RewardWorker(
+                chosen,
+                tokenizer,
+                timeout_s=settings.timeout,
+                retries=settings.retries,
+                on_error=settings.on_error,
+                batch_size=settings.batch_size,
+                options=options,
+                devices=settings.devices,
+                key=key,
+            )
+
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], stream: int, phase: int) -> Judgement:
+        """The same on every rank; `prompts[rollout.prompt_id]` is a rollout's prompt."""
+        answer: tuple[Judgement | None, Exception | None] = (None, None)
+        if self.worker is not None:
+            try:
+                answer = (self._ask(self.worker, prompts, rollouts, stream, phase), None)
+            except Exception as problem:  # every rank must hear of it, or the others wait for ever
+                answer = (None, problem)
+        judgement, failure = self.grid.from_first(answer)
+        if failure is not None:
+            raise failure
+        assert isinstance(judgement, Judgement)
+        return judgement
+
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+
+    def _ask(
+        self, worker: RewardWorker, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], stream: int, phase: int
+    ) -> Judgement:
+        """Ask about what the journal does not know, a call's worth at a time, so that each answer is kept at once."""
+        known = {} if self.journal is None else self.journal.read(stream, phase)
+        found: dict[int, Entry] = {
+            row: known[name] for row, rollout in enumerate(rollouts) if (name := identity(rollout)) in known
+        }
+        unknown = [row for row in range(len(rollouts)) if row not in found]
+        judgement = Judgement()
+        size = self.batch_size or max(len(unknown), 1)
+        for first in range(0, len(unknown), size):
+            rows = unknown[first : first + size]
+            asked = [rollouts[row] for row in rows]
+            scores = worker.score(**self._question([prompts[rollout.prompt_id] for rollout in asked], asked))
+            if self.journal is not None:
+                self.journal.write(stream, phase, asked, scores.values, scores.parts)
+            for index, row in enumerate(rows):
+                found[row] = (scores.values[index], {name: column[index] for name, column in scores.parts.items()})
+            judgement.failed += scores.failed
+            judgement.retried += scores.retried
+        order = [found[row] for row in range(len(rollouts))]
+        judgement.scores = [score for score, _ in order]
+        judgement.parts = {name: [parts.get(name) for _, parts in order] for name in order[0][1]} if order else {}
+        judgement.dropped = sum(score is None for score in judgement.scores)
+        return judgement
+
+    def _question(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, Any]:
+        """Texts of samples and the other fields of their records. A sampled end of sequence is no text."""
+        outputs = [self.tokenizer.decode(spoken(rollout)) for rollout in rollouts]
+        names = sorted({name for prompt in prompts for name in prompt.metadata})
+        return {
+            "samples": [prompt.text + output for prompt, output in zip(prompts, outputs, strict=True)],
+            "prompts": [prompt.text for prompt in prompts],
+            "outputs": outputs,
+            "metadata": {name: [prompt.metadata.get(name) for prompt in prompts] for name in names},
+            "lengths": [len(rollout.response) for rollout in rollouts],
+        }
+
+
+def spoken(rollout: Rollout) -> list[int]:
+    """A response's tokens without the end of sequence."""
+    return rollout.response[:-1] if rollout.finish_reason == "eos" else rollout.response
+
+
+def read_function(function: Spec | RewardFunction, key: str) -> Any:
+    """A function by name or as a callable; `0.7*a:f + 0.3*b:g` is a weighted sum of several."""
+    if not isinstance(function, str) or not re.search(r"\s\+\s|\*", function):
+        return resolve(function, key)
+    found = [_WEIGHTED.match(part.strip()) for part in re.split(r"\s\+\s", function)]
+    if not all(found):
+        return resolve(function, key)  # says what a name looks like
+    terms = [term for term in found if term is not None]
+    return combine([term["function"] for term in terms], [float(term["weight"] or 1.0) for term in terms], key=key)

@@ -1,0 +1,363 @@
+"""Proximal policy optimisation. One training step is one phase: generate, score, evaluate, shape, train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from megarl.algorithms import aggregate, aggregation_count, kl_estimate, mask_out, ppo_policy_loss, ppo_value_loss
+from megarl.clock import Work
+from megarl.config.schema import PPOConfig
+from megarl.data.prompts import PhaseLoader, read_prompts
+from megarl.errors import NumericsError, RewardError
+from megarl.logging import get_logger
+from megarl.models.exchange.adopt import adopt_critic
+from megarl.models.exchange.card import ModelCard
+from megarl.models.flops import flops_per_token
+from megarl.models.gpt import GPT
+from megarl.modules.base import Module, build_gpt_engine, vocabulary
+from megarl.modules.clone import clone_behaviour
+from megarl.modules.evaluation import Evaluated, Evaluation
+from megarl.modules.experience import as_batch, evaluate, microbatches, sequence_parts
+from megarl.modules.invariants import Invariants
+from megarl.modules.journal import Journal
+from megarl.modules.judge import Judge, Judgement
+from megarl.modules.responder import Responder
+from megarl.modules.shaping import Shaping
+from megarl.parallel.engine import Batch, Stats
+from megarl.rollout.noise import TRAINING
+from megarl.rollout.requests import Rollout
+from megarl.tokenizers import Tokenizer
+
+FORWARD_SHARE = 1 / 3  # of what a token costs in forward and backward
+log = get_logger(__name__)
+
+
+class PPO(Module):
+    """Policy, critic (a head on the policy's trunk or a model of its own), reference, and the phase that joins them."""
+
+    unit = "phase"
+
+    def __init__(self, config: PPOConfig, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.vocab_size = vocabulary(config.model, tokenizer)
+        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer)
+        self.planned = config.trainer.max_phases
+        self.temperature = config.rollout.temperature
+        self.shaping = Shaping(config.ppo)
+        self.invariants = Invariants(config.ppo.invariants, config.trainer.precision, lambda: self.consumed)
+        self.reference: dict[str, Tensor] = {}
+        self.evaluation: Evaluation | None = None
+        self.kl_warned = False
+
+    # --- models and data --------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if self.engines:
+            return
+        config = self.config
+        data = config.data
+        self.prompts = read_prompts(data.train, data.train_split, data, self.tokenizer)
+        minibatches = -(-config.ppo.rollouts // config.trainer.global_batch_size)
+        common: dict[str, Any] = {
+            "vocab_size": self.vocab_size,
+            "precision": config.trainer.precision,
+            "seed": config.seed,
+            "total_steps": config.trainer.max_phases * config.ppo.inner_epochs * minibatches,
+        }
+        shared = config.critic.kind == "shared"
+        self.policy = self.critic = build_gpt_engine(
+            self.grid,
+            config.model,
+            config.parallel,
+            name="policy",
+            optim=config.optim,
+            value_head=shared,
+            **common,
+        )
+        self.engines = {"policy": self.policy}
+        if not shared:
+            lr = config.optim.lr if config.critic.lr is None else config.critic.lr
+            model = config.model if config.critic.path is None else adopt_critic(config)
+            self.critic = build_gpt_engine(
+                self.grid,
+                model,
+                config.parallel,
+                name="critic",
+                optim=replace(config.optim, lr=lr),
+                value_head=True,
+                **{**common, "vocab_size": model.vocab_size or self.vocab_size},
+            )
+            self.engines["critic"] = self.critic
+        self.responder = Responder(self.policy, self.tokenizer, config.rollout, seed=config.seed)
+        self._configure_judges()
+
+    def _configure_judges(self) -> None:
+        config, folder = self.config, Path(self.trainer.default_root_dir) / "journal"
+        assert config.reward.fn is not None  # checked before anything was built
+        self.judge = Judge(
+            config.reward.fn,
+            config.reward,
+            self.tokenizer,
+            self.grid,
+            options=config.reward.options,
+            journal=Journal(folder, "reward"),
+        )
+        if not config.data.eval:
+            return
+        judges = {"score": self.judge}
+        if config.metric.fn is not None:
+            journal = Journal(folder, "metric")
+            metric = Judge(config.metric.fn, config.reward, self.tokenizer, self.grid, key="metric.fn", journal=journal)
+            judges[metric.name] = metric
+        prompts = read_prompts(config.data.eval, config.data.eval_split, config.data, self.tokenizer)
+        self.evaluation = Evaluation(self.responder.respond, prompts, judges, config.eval, self.tokenizer)
+
+    def on_fit_start(self) -> None:
+        """Before a checkpoint is restored: the reference is what the run started from, so a resume makes it again."""
+        config = self.config
+        needs_reference = config.ppo.kl_coef > 0
+        if config.clone.data and (needs_reference or self.trainer.ckpt_path is None):
+            own_start = self.critic is not self.policy and config.critic.path is not None
+            with self.clock.part("clone"):
+                engines = [self.policy] if own_start else list(self.engines.values())
+                clone_behaviour(config, self.tokenizer, self.grid, self.vocab_size, engines)
+        if needs_reference:
+            self.reference = self.policy.trainable_copy()
+
+    def train_dataloader(self) -> Iterable[list[int]]:
+        per_phase = self.config.ppo.rollouts // self.config.rollout.n
+        return PhaseLoader(self.prompts, per_phase, self.config.seed, start=self.consumed)
+
+    def val_dataloader(self) -> Iterable[int]:
+        return DataLoader([0], batch_size=None) if self.evaluation is not None else []  # type: ignore[arg-type]
+
+    def teardown(self, stage: str) -> None:
+        if self.engines:
+            self.responder.close()
+            self.judge.close()
+        if self.evaluation is not None:
+            self.evaluation.close()
+
+    # --- a phase ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, prompt_numbers: list[int], batch_idx: int) -> None:
+        prompts = [self.prompts[number] for number in prompt_numbers]
+        rate = self.policy.learning_rate
+        with self.clock.part("generate"):
+            rollouts = self.responder.respond(prompts, self.config.rollout.n, stream=TRAINING, phase=self.consumed)
+        with self.clock.part("score"):
+            judgement = self.judge.score(prompts, rollouts, TRAINING, self.consumed)
+        rollouts, scores = self._scored(rollouts, judgement)
+        batch = as_batch(rollouts, self.tokenizer.pad_id, sequence_parts(self.grid))
+        with self.clock.part("evaluate"):
+            stats = self._evaluate(batch)
+        with self.clock.part("shape"):
+            stats |= self.shaping.shape(batch, scores, [rollout.finish_reason == "length" for rollout in rollouts])
+        kl = stats.get("rollout/kl", 0.0)
+        self._watch_kl(kl)
+        with self.clock.part("train"):
+            stats |= self._train(batch)
+        self.shaping.kl_control.update(kl, len(rollouts))
+        self.consumed += 1
+        self.work = self._work(batch)
+        parts = {f"rollout/score/{name}": _mean(column) for name, column in judgement.parts.items()}
+        self.log_dict({"train/lr": rate, "rollout/dropped": float(judgement.dropped), **parts, **stats})
+
+    def _scored(self, rollouts: list[Rollout], judgement: Judgement) -> tuple[list[Rollout], list[Any]]:
+        """Rollouts that have a score, and their scores."""
+        pairs = [
+            (rollout, score) for rollout, score in zip(rollouts, judgement.scores, strict=True) if score is not None
+        ]
+        if not pairs:
+            raise RewardError(
+                f"reward.fn={self.config.reward.fn} left all {len(rollouts)} responses of phase {self.consumed + 1} "
+                "without a score: correct the function, or set reward.on_error=error to see what it does"
+            )
+        return [rollout for rollout, _ in pairs], [score for _, score in pairs]
+
+    def _evaluate(self, batch: Batch) -> dict[str, float]:
+        """Add old_logprobs, values and (where there is a reference) ref_logprobs to the batch."""
+        micro, mask = self.config.trainer.micro_batch_size, batch["response_mask"]
+
+        def of_policy(model: GPT, hidden: Tensor, rows: Batch) -> Batch:
+            out = model.logprobs(hidden, rows["tokens"], rows["response_mask"], self.temperature, entropy=True)
+            assert out.entropy is not None
+            found = {"old_logprobs": out.logprobs, "entropy": out.entropy}
+            return {**found, "values": model.values(hidden)} if self.critic is self.policy else found
+
+        found = evaluate(self.policy, batch, of_policy, micro)
+        entropy = found.pop("entropy")
+        batch.update(found)
+        if self.critic is not self.policy:
+            values = evaluate(self.critic, batch, lambda model, hidden, _: {"values": model.values(hidden)}, micro)
+            batch.update(values)
+        if self.reference:
+            with self.policy.with_weights(self.reference):
+                batch["ref_logprobs"] = evaluate(self.policy, batch, of_policy, micro)["old_logprobs"]
+            if self.trainer.global_step == 0:
+                gap = (batch["old_logprobs"] - batch["ref_logprobs"]) * mask
+                self.invariants.same_weights(float(gap.abs().max()))
+        tokens = mask.sum()
+        drift = float(((batch["rollout_logprobs"] - batch["old_logprobs"]).abs() * mask).sum() / tokens)
+        self.invariants.drift(drift)
+        return {
+            "rollout/logprob_drift": drift,
+            "rollout/entropy": float((entropy * mask).sum() / tokens),
+            "rollout/response_tokens": float(tokens / len(mask)),
+        }
+
+    def _train(self, batch: Batch) -> dict[str, float]:
+        """Inner epochs of minibatches, in one order that follows from the seed."""
+        ppo, size = self.config.ppo, self.config.trainer.global_batch_size
+        rows, expected = len(batch["tokens"]), float(batch["response_mask"].sum())
+        shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.consumed)
+        collected: list[dict[str, float]] = []
+        for _ in range(ppo.inner_epochs):
+            epoch: list[dict[str, float]] = []
+            for minibatch in torch.randperm(rows, generator=shuffle).split(size):
+                epoch.append(self._minibatch(batch, minibatch, first=not collected and not epoch))
+            self.invariants.tokens(sum(stats.pop("tokens") for stats in epoch), expected)
+            collected += epoch
+            moved = [stats["policy/approx_kl"] for stats in epoch if "policy/approx_kl" in stats]
+            if ppo.stop_at_kl is not None and moved and sum(moved) / len(moved) > ppo.stop_at_kl:
+                break
+        means = {key: sum(stats[key] for stats in collected) / len(collected) for key in collected[0]}
+        return {**means, "train/optimizer_steps": float(len(collected))}
+
+    def _minibatch(self, batch: Batch, rows: Tensor, first: bool) -> dict[str, float]:
+        """One optimizer step."""
+        self.last_batch = microbatches(batch, rows, self.grid, self.config.trainer.micro_batch_size)
+        metrics: dict[str, float] = {}
+        if self.consumed >= self.config.critic.warmup_phases:
+            metrics = self.policy.train_step(self.last_batch, self.policy_loss, self._count)
+            metrics["train/loss"] = metrics["loss"]
+            learns = self.policy.learning_rate > 0 and bool(batch["advantages"].any())
+            if self.critic is self.policy:
+                learns = learns and self.config.ppo.vf_coef * metrics["value/loss"] != 0
+            self.invariants.gradients(self.policy, self.trainer.global_step, learns)
+            if first:
+                self.invariants.on_policy(metrics["policy/ratio"], metrics["policy/clip_fraction"])
+        if self.critic is not self.policy:
+            metrics |= self.critic.train_step(self.last_batch, self.value_loss, self._count)
+            self.invariants.gradients(
+                self.critic, self.trainer.global_step, self.critic.learning_rate > 0 and metrics["value/loss"] != 0
+            )
+        norms = self.step_optimizers()
+        named = {"train/grad_norm" if name == "policy" else f"train/{name}_grad_norm": n for name, n in norms.items()}
+        logged = {key: value for key, value in metrics.items() if "/" in key}
+        return {**logged, **named, "tokens": metrics["tokens"]}
+
+    # --- losses -----------------------------------------------------------------------------------------------------
+
+    def policy_loss(self, model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
+        """The clipped policy loss, the entropy bonus, the KL where it is a loss, and a shared critic's value loss."""
+        ppo, mask = self.config.ppo, batch["response_mask"]
+        how = {"norm": float(self.config.rollout.max_new_tokens), "denominator": counts["units"]}
+        out = model.logprobs(hidden, batch["tokens"], mask, self.temperature, entropy=ppo.entropy_coef > 0)
+        loss, found = ppo_policy_loss(
+            out.logprobs,
+            batch["old_logprobs"],
+            batch["advantages"],
+            mask,
+            clip_low=ppo.clip_low,
+            clip_high=ppo.clip_high,
+            dual_clip=ppo.dual_clip,
+            ratio=ppo.ratio,
+            aggregation=ppo.aggregation,
+            **how,
+        )
+        # Where the loss counts rows, statistics are means over this microbatch's tokens: weigh them by its share.
+        share = 1.0 if ppo.aggregation == "token_mean" else mask.sum() / counts["tokens"]
+        stats = {f"policy/{key}": found[key] * share for key in ("clip_fraction", "approx_kl", "ratio")}
+        stats["policy/loss"] = loss
+        if out.entropy is not None:
+            entropy = aggregate(out.entropy, mask, ppo.aggregation, **how)
+            loss = loss - ppo.entropy_coef * entropy
+            stats["policy/entropy"] = entropy
+        if ppo.kl_in == "loss" and "ref_logprobs" in batch:
+            kl = kl_estimate(mask_out(out.logprobs, mask), mask_out(batch["ref_logprobs"], mask), ppo.kl_kind)
+            kl_loss = aggregate(kl, mask, ppo.aggregation, **how)
+            loss = loss + self.shaping.kl_control.value * kl_loss
+            stats["policy/kl_loss"] = kl_loss
+        if self.critic is self.policy:
+            value_loss, values = self.value_loss(model, hidden, batch, counts)
+            loss = loss + ppo.vf_coef * value_loss
+            stats |= values
+        return loss, {**stats, "loss": loss}
+
+    def value_loss(self, model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
+        """The clipped value loss, the mean over the response tokens of the global minibatch."""
+        loss, found = ppo_value_loss(
+            model.values(hidden),
+            batch["values"],
+            batch["returns"],
+            batch["response_mask"],
+            clip=self.config.ppo.clip_value,
+            denominator=counts["tokens"],
+        )
+        return loss, {"value/loss": loss, "value/clip_fraction": found["clip_fraction"]}
+
+    def _count(self, batch: Batch) -> Stats:
+        mask = batch["response_mask"]
+        return {"tokens": mask.sum(), "units": aggregation_count(mask, self.config.ppo.aggregation)}
+
+    # --- evaluation and state ---------------------------------------------------------------------------------------
+
+    def evaluate(self) -> Evaluated:
+        """Answer the evaluation prompts with the present weights."""
+        assert self.evaluation is not None
+        with self.clock.part("eval"):
+            return self.evaluation.run(self.consumed)
+
+    def validation_step(self, _: int, batch_idx: int) -> None:
+        self.evaluated = self.evaluate()
+        self.samples = self.evaluated.samples
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.evaluated.metrics)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["shaping"] = self.shaping.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.shaping.load_state_dict(checkpoint["shaping"])
+
+    # --- watching ---------------------------------------------------------------------------------------------------
+
+    def _watch_kl(self, kl: float) -> None:
+        """Warn of a policy that runs away from its reference, then stop it."""
+        limit = self.config.ppo.kl_limit
+        if limit is None:
+            return
+        if kl > limit:
+            raise NumericsError(
+                f"the KL to the reference is {kl:.4g} per response, past ppo.kl_limit={limit:g}: raise ppo.kl_coef, "
+                "lower optim.lr, or go on from an earlier checkpoint (run.resume)"
+            )
+        if kl > limit / 2 and not self.kl_warned:
+            self.kl_warned = True
+            log.warning("the KL to the reference is %.4g per response, over half of ppo.kl_limit=%g", kl, limit)
+
+    def _work(self, batch: Batch) -> Work:
+        """Generating and evaluating are forward passes; each inner epoch is a forward and a backward."""
+        lengths = batch["lengths"].double()
+        tokens = int(lengths.sum())
+        cost = flops_per_token(self.config.model, self.vocab_size, float((lengths**2).sum()) / tokens)
+        models = 2 if self.critic is not self.policy else 1
+        passes = models * (self.config.ppo.inner_epochs + FORWARD_SHARE) + FORWARD_SHARE * (1 + bool(self.reference))
+        return Work(tokens, tokens * cost * passes)
+
+
+def _mean(values: list[float | None]) -> float:
+    present = [value for value in values if value is not None]
+    return sum(present) / max(len(present), 1)

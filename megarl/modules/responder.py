@@ -1,0 +1,71 @@
+"""Prompts in, rollouts out: an engine's generator with the settings of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from megarl.config.rl import RolloutConfig
+from megarl.data.prompts import Prompt
+from megarl.errors import DataError
+from megarl.logging import get_logger
+from megarl.models.gpt import GPT
+from megarl.parallel.engine import Engine
+from megarl.rollout.generator import Generator, Limits, Scorer
+from megarl.rollout.requests import Rollout, fit_prompt, repeat, sampling_from
+from megarl.tokenizers import Tokenizer
+
+log = get_logger(__name__)
+
+
+class Responder:
+    """What is sampled follows from the seed, the stream, the phase and the place of a prompt in its list."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: RolloutConfig, *, seed: int) -> None:
+        self.settings, self.max_positions = settings, engine.config.max_positions
+        self.generator = Generator(
+            engine,
+            tokenizer.eos_id,
+            seed=seed,
+            limits=Limits(settings.slots, settings.cache_bytes),
+            decode=tokenizer.decode,
+            dump=settings.dump,
+            replay=settings.replay,
+        )
+
+    def respond(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        *,
+        stream: int,
+        phase: int,
+        scorer: Scorer = GPT.logits,
+        **changes: Any,
+    ) -> list[Rollout]:
+        """`n` responses to each prompt, sorted by (prompt_id, sample_id): a prompt's id is its place in `prompts`.
+
+        Args:
+            scorer: what tokens are drawn by.
+            changes: settings of `Sampling` that differ from the run's.
+        """
+        sampling = replace(sampling_from(self.settings), **changes)
+        asked = repeat([prompt.tokens for prompt in prompts], n, sampling)
+        fitted = [fit_prompt(request, self.max_positions, self.settings.too_long) for request in asked]
+        requests = [request for request in fitted if request is not None]
+        if not requests:
+            raise DataError(
+                f"no prompt leaves room for rollout.max_new_tokens={sampling.max_new_tokens} in a context of "
+                f"{self.max_positions}: shorten the prompts, or set rollout.too_long=truncate"
+            )
+        changed = sum(new is not old for new, old in zip(fitted, asked, strict=True))
+        if changed:
+            done = "left out" if self.settings.too_long == "drop" else "cut on the left"
+            log.warning("phase %d: %d of %d prompts were too long and %s", phase, changed, len(asked), done)
+        self.generator.scorer = scorer
+        return self.generator.generate(requests, stream=stream, phase=phase, weights_version=phase)
+
+    def close(self) -> None:
+        """Free the cache until the next call."""
+        self.generator.close()

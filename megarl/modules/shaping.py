@@ -1,0 +1,129 @@
+"""From scores to what PPO trains on: rewards, advantages and returns of a whole phase, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarl.algorithms import (
+    AdaptiveKL,
+    FixedKL,
+    RunningMoments,
+    gae,
+    kl_estimate,
+    per_token_rewards,
+    whiten,
+)
+from megarl.config.rl import PPOSettings
+from megarl.modules.judge import total
+from megarl.parallel.engine import Batch
+from megarl.rewards.answers import Score
+
+SMALLEST_STD = 1e-8  # scores that are all equal are divided by nothing
+
+
+class Shaping:
+    """Holds what a run remembers of earlier phases: the KL coefficient and the moments of the scores."""
+
+    def __init__(self, settings: PPOSettings) -> None:
+        self.settings = settings
+        self.kl_control: AdaptiveKL | FixedKL = (
+            FixedKL(settings.kl_coef)
+            if settings.kl_target is None
+            else AdaptiveKL(settings.kl_coef, settings.kl_target, settings.kl_horizon)
+        )
+        self.moments = RunningMoments()
+        self.first_std: float | None = None  # of the first phase's scores
+
+    def shape(self, batch: Batch, scores: Sequence[Score], cut: Sequence[bool]) -> dict[str, float]:
+        """Add advantages and returns [rows, time] to the batch; what is logged of it.
+
+        Args:
+            batch: with old_logprobs, values and, where there is a reference, ref_logprobs.
+            scores: of each row, one number or one per response token.
+            cut: whether a row's response was cut at its length.
+        """
+        settings, mask = self.settings, batch["response_mask"]
+        given = torch.tensor([total(score) for score in scores], dtype=torch.float32)
+        kl = torch.zeros_like(mask)
+        if "ref_logprobs" in batch:
+            kl = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], settings.kl_kind) * mask
+        coef = self.kl_control.value if settings.kl_in == "reward" else 0.0
+        rewards = self._rewards(given, scores, mask, kl, coef)
+        rewards = self._penalise(rewards, mask, cut)
+        if settings.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+        if settings.mask_overlong:
+            mask = batch["response_mask"] = mask * ~torch.tensor(cut)[:, None]
+        advantages, returns = gae(rewards, batch["values"], mask, settings.gamma, settings.lam)
+        batch["advantages"] = whiten(advantages, mask) if settings.whiten_advantages else advantages * mask
+        batch["returns"] = returns
+        return {
+            "rollout/score": float(given.mean()),
+            "rollout/score_std": float(given.std()) if len(given) > 1 else 0.0,
+            **self._kl_stats(batch, kl),
+            "rollout/cut": sum(cut) / len(cut),
+            "value/explained_variance": explained_variance(batch["values"], returns, mask),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "kl_control": self.kl_control.state_dict(),
+            "moments": self.moments.state_dict(),
+            "first_std": self.first_std,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kl_control.load_state_dict(state["kl_control"])
+        self.moments.load_state_dict(state["moments"])
+        self.first_std = state["first_std"]
+
+    def _rewards(self, given: Tensor, scores: Sequence[Score], mask: Tensor, kl: Tensor, coef: float) -> Tensor:
+        """[rows, time]: a score lands on the last token of its response, per-token rewards on their own."""
+        factor = self._factor(given)
+        placed = torch.zeros_like(mask)
+        single = torch.zeros(len(scores))
+        for row, score in enumerate(scores):
+            if isinstance(score, list):
+                placed[row, mask[row] != 0] = torch.tensor(score)
+            else:
+                single[row] = score
+        rewards = per_token_rewards(self._clipped(single) * factor, kl, mask, coef)
+        return rewards + self._clipped(placed) * factor
+
+    def _factor(self, given: Tensor) -> float:
+        """What clipped scores are multiplied by; takes note of this phase's."""
+        clipped = self._clipped(given).double()
+        _, running = self.moments.update(clipped)
+        if self.first_std is None:
+            self.first_std = float(clipped.std()) if len(clipped) > 1 else 1.0
+        std = {"ignored": 1.0, "running": float(running), "ref": self.first_std}[self.settings.scale_scores]
+        return 1.0 / std if std > SMALLEST_STD else 1.0
+
+    def _clipped(self, scores: Tensor) -> Tensor:
+        bound = self.settings.clip_scores
+        return scores if bound is None else scores.clamp(-bound, bound)
+
+    def _kl_stats(self, batch: Batch, kl: Tensor) -> dict[str, float]:
+        if "ref_logprobs" not in batch:
+            return {}
+        return {"rollout/kl": float(kl.sum() / len(kl)), "rollout/kl_coef": float(self.kl_control.value)}
+
+    def _penalise(self, rewards: Tensor, mask: Tensor, cut: Sequence[bool]) -> Tensor:
+        """Take the penalty for a missing end of sequence from where the score landed."""
+        if self.settings.missing_eos_penalty == 0:
+            return rewards
+        penalty = torch.tensor(cut).float() * self.settings.missing_eos_penalty
+        return rewards + per_token_rewards(-penalty, torch.zeros_like(mask), mask, 0.0)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over response tokens: 1 for a perfect critic, 0 for a constant one."""
+    chosen = mask != 0
+    spread = returns[chosen].double().var()
+    if chosen.sum() < 2 or spread <= SMALLEST_STD:
+        return 0.0
+    return float(1 - (returns - values)[chosen].double().var() / spread)

@@ -1,0 +1,61 @@
+"""Any rank of any layout in one process: for counting what a rank of a large world would hold, without the world.
+
+Collectives of the fake process group do nothing, so shapes and sizes are right and values are not.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megarl.errors import UnavailableError
+from megarl.parallel import cpu
+from megarl.parallel.grid import Grid
+from megarl.parallel.layout import Layout
+
+
+@contextmanager
+def fake_world(layout: Layout, rank: int = 0, device: str = "meta") -> Iterator[Grid]:
+    """The grid as process `rank` of `layout` sees it. What is built inside lies on `device`: on "meta" it takes no
+    memory, on "cpu" it is real."""
+    if dist.is_initialized():
+        raise UnavailableError("a process group is live in this process: plan in a process of its own")
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    if cpu.needed():
+        cpu.install()
+    place = torch.device(device)
+    random_state = torch.get_rng_state()
+    current_device, tensor_type = torch.cuda.current_device, torch.Tensor.type
+    dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
+    # device= of every buffer that Megatron makes
+    torch.cuda.current_device = lambda: place  # type: ignore[assignment,return-value]
+    torch.Tensor.type = _type_off_meta(tensor_type)  # type: ignore[method-assign]
+    try:
+        grid = Grid(layout, place)
+        with place:
+            yield grid
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        torch.cuda.current_device, torch.Tensor.type = current_device, tensor_type  # type: ignore[method-assign]
+        torch.set_rng_state(random_state)
+
+
+def rank_of(layout: Layout, *, tp: int = 0, dp: int = 0, pp: int = 0) -> int:
+    """The process with these coordinates: Megatron counts tensor ranks fastest, then data ranks, then stages."""
+    return tp + layout.tp * layout.cp * (dp + layout.dp * pp)
+
+
+def _type_off_meta(tensor_type: Any) -> Any:
+    """`Tensor.type`, with tensors on "meta" answering as real ones: Megatron's optimizer sorts parameters by it."""
+    real = "torch.cuda." if torch.cuda.is_available() else "torch."
+
+    def answer(self: torch.Tensor, *args: Any, **options: Any) -> Any:
+        found = tensor_type(self, *args, **options)
+        return found.replace("torch.meta.", real) if isinstance(found, str) else found
+
+    return answer

@@ -1,0 +1,152 @@
+"""An engine's weights in a second layout over the same ranks, moved there as Megatron plans it.
+
+The second engine only computes forward passes. What a move costs is known, and can be shown, before the first one.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.parallel_state import RankGenerator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.resharding import build_centralized_reshard_plan, execute_reshard_plan
+from megatron.core.resharding.copy_services.gloo_copy_service import GlooCopyService
+from megatron.core.resharding.copy_services.nccl_copy_service import NCCLCopyService
+
+from megarl.errors import ConfigError
+from megarl.parallel.engine import BuildModel, Engine
+from megarl.parallel.grid import Grid
+from megarl.parallel.initialise import is_sharded, partition_dim
+from megarl.parallel.layout import Layout
+
+Link = tuple[int, int]  # from rank, to rank
+
+
+class SecondGrid(Grid):
+    """The groups of another layout, beside the grid that is live.
+
+    Megatron's globals stay those of the live grid, so this one serves only what takes its groups from it explicitly.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout, self.device = layout, device
+        order = RankGenerator(tp=layout.tp, ep=1, dp=layout.dp, pp=layout.pp, cp=layout.cp, order="tp-cp-ep-dp-pp")
+        made = {axis: dist.new_subgroups_by_enumeration(order.get_ranks(axis))[0] for axis in ("tp", "pp", "dp", "cp")}
+        self._made = list(made.values())
+        # Neither tied embeddings over stages nor context parallelism are moved: see `Reshard`.
+        self.groups = ProcessGroupCollection(**made, tp_cp=made["tp"], dp_cp=made["dp"], embd=None)
+        self.tp_rank, self.pp_rank, self.dp_rank = (made[axis].rank() for axis in ("tp", "pp", "dp"))
+
+    def close(self) -> None:
+        for group in self._made:
+            dist.destroy_process_group(group)
+
+
+class Reshard:
+    """`engine` is `source` in another layout; `refresh()` gives it the source's present weights.
+
+    `links` has the bytes that a move sends along every pair of ranks (a rank's to itself included), `weight_bytes` and
+    `peak_bytes` what every rank holds for it: always, and at most while weights move.
+    """
+
+    def __init__(self, source: Engine, layout: Layout, build: Callable[[Grid], BuildModel]) -> None:
+        """On all ranks. `build(grid)` is for that grid's layout, which is of one chunk per rank."""
+        _refuse_what_cannot_be_moved(source, layout)
+        self.source, self.grid = source, SecondGrid(layout, source.grid.device)
+        self.engine = Engine(self.grid, build(self.grid), name=source.name)
+        _check_shapes(source, self.engine)
+        # What `swap_model_weights` does in one call, in two: the plan is shown before it is carried out.
+        self._plan = build_centralized_reshard_plan(source.models[0], self.engine.models[0])
+        self._service: Any = GlooCopyService() if self.grid.device.type == "cpu" else NCCLCopyService()
+        self.links, self.weight_bytes, self.peak_bytes = self._cost()
+
+    def refresh(self) -> None:
+        """Move the source's present weights. On all ranks."""
+        execute_reshard_plan(self._plan, self.source.models[0], self.engine.models[0], self._service)
+
+    def table(self) -> str:
+        """What a move sends and what it needs, for people."""
+        between = sum(count for (source, target), count in self.links.items() if source != target)
+        lines = [
+            f"weights from {self.source.grid.layout} to {self.grid.layout}: {_size(sum(self.links.values()))}, "
+            f"of which {_size(between)} between processes",
+            f"{'from':>6} {'to':>6} {'sent':>12}",
+            *(f"{source:>6} {target:>6} {_size(count):>12}" for (source, target), count in self.links.items()),
+            f"{'process':>13} {'weights':>12} {'while moving, at most':>24}",
+        ]
+        for rank, (weights, peak) in enumerate(zip(self.weight_bytes, self.peak_bytes, strict=True)):
+            lines.append(f"{rank:>13} {_size(weights):>12} {_size(peak):>24}")
+        return "\n".join(lines)
+
+    def close(self) -> None:
+        """Give the second engine's groups back; it cannot be used afterwards. On all ranks."""
+        if isinstance(self._service, GlooCopyService):
+            dist.destroy_process_group(self._service.gloo_pg)
+        self.grid.close()
+
+    def _cost(self) -> tuple[dict[Link, int], list[int], list[int]]:
+        received, sent = Counter[int](), 0
+        here, there = (dict(engine.models[0].named_parameters()) for engine in (self.source, self.engine))
+        for op in self._plan.recv_ops:
+            received[op.peer_rank] += _bytes(there[op.param_name][op.my_slice])
+        for op in self._plan.send_ops:
+            part = here[op.param_name][op.my_slice]
+            sent += 0 if part.is_contiguous() else _bytes(part)  # copied before it is sent
+        weights = sum(_bytes(parameter) for parameter in there.values())
+        # Megatron receives into a buffer for every part; over gloo, its service has another.
+        buffers = received.total() * (2 if isinstance(self._service, GlooCopyService) else 1)
+        ranks = self.grid.gather((dict(received), weights, weights + buffers + sent))
+        links = {(source, rank): count for rank, (of, _, _) in enumerate(ranks) for source, count in sorted(of.items())}
+        return links, [weights for _, weights, _ in ranks], [peak for _, _, peak in ranks]
+
+
+def _refuse_what_cannot_be_moved(source: Engine, layout: Layout) -> None:
+    """What megatron-core 0.16.1 cannot do, told before anything is built."""
+    present = source.grid.layout
+    if present.vpp > 1 or layout.vpp > 1:
+        raise ConfigError(
+            f"rollout.layout={layout} cannot be reached from {present}: megatron-core moves one chunk per process, and "
+            "virtual stages have several: set parallel.vpp=null, or rollout.layout=null"
+        )
+    if present.cp > 1 or layout.cp > 1:
+        raise ConfigError(
+            f"rollout.layout={layout} with parallel.cp={present.cp}: weights are not moved under context parallelism: "
+            "set parallel.cp=1, or rollout.layout=null"
+        )
+    if layout.pp > 1 and source.models[0].share_embeddings_and_output_weights:
+        raise ConfigError(
+            f"rollout.layout={layout} has pipeline stages, and the model's output is tied to its embedding: "
+            "megatron-core does not find the last stage's copy of it: use a layout of tp alone, or rollout.layout=null"
+        )
+
+
+def _check_shapes(source: Engine, target: Engine) -> None:
+    """Every tensor of the second model must be in the first, in the same shape. All ranks refuse or none does."""
+    whole: dict[str, tuple[int, ...]] = {}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for shapes, engine in ((whole, source), (wanted, target)):
+        for name, parameter in engine.parameters():
+            shape = list(parameter.shape)
+            if is_sharded(parameter):
+                shape[partition_dim(parameter)] *= engine.grid.layout.tp
+            shapes[name] = tuple(shape)
+    ranks = source.grid.gather((whole, wanted))
+    found = {name: shape for theirs, _ in ranks for name, shape in theirs.items()}
+    for name, shape in (item for _, theirs in ranks for item in theirs.items()):
+        if name not in found:
+            raise ConfigError(f"rollout.layout={target.grid.layout}: {source.name} has no {name} to move there")
+        if found[name] != shape:
+            raise ConfigError(
+                f"rollout.layout={target.grid.layout}: {name} is {list(shape)} there and {list(found[name])} in "
+                f"{source.grid.layout} (vocabularies are padded to suit tp): use a tp that is a power of 2"
+            )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count:,} B"

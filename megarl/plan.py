@@ -1,0 +1,148 @@
+"""`python -m megarl.plan +conf=gpt20b cluster.gpus=64 cluster.gpu=h100`: what a run would take, before it is queued.
+
+Takes the keys of the run that it plans, and its own. No GPU is needed.
+"""
+
+import difflib
+import json
+import sys
+import traceback
+from typing import Any
+
+from omegaconf import OmegaConf
+
+import megarl
+from megarl.config.checks import check, check_declared, local_devices
+from megarl.config.cluster import PlanConfig
+from megarl.config.compose import compose
+from megarl.config.leaf import leaves, sections
+from megarl.config.messages import EXPLAINED, explain
+from megarl.config.schema import ENTRIES
+from megarl.errors import ConfigError, MegarlError
+
+_OWN = {leaf.key.partition(".")[0] for leaf in leaves(PlanConfig)}
+
+
+def split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Our own arguments, and those of the run."""
+    own, theirs = [], []
+    for word in argv:
+        word = "json=true" if word == "--json" else word
+        if word.startswith("-"):
+            raise ConfigError(f"unknown flag '{word}': flags are --help, --version and --json; keys are key=value")
+        (own if word.partition("=")[0].partition(".")[0] in _OWN else theirs).append(word)
+    return own, theirs
+
+
+def read(own: list[str]) -> PlanConfig:
+    """Our keys, typed and checked."""
+    try:
+        given = OmegaConf.from_dotlist(own)
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PlanConfig), given))
+    except EXPLAINED as error:
+        raise explain(error, PlanConfig, own) from error
+    _check(config)
+    plan: PlanConfig = config
+    return plan
+
+
+def _check(config: PlanConfig) -> None:
+    check_declared(config)
+    if config.algorithm not in ENTRIES:
+        raise ConfigError(
+            f"algorithm={config.algorithm} cannot be planned yet: use {' or '.join(sorted(ENTRIES.keys() & {'ppo', 'sft'}))}"
+        )
+
+
+def compose_run(plan: PlanConfig, argv: list[str]) -> tuple[Any, int]:
+    """The run's configuration, refused as the run itself would refuse it, and its number of GPUs."""
+    tree = ENTRIES[plan.algorithm]
+    for word in argv:
+        head = word.lstrip("+~").partition("=")[0].partition(".")[0]
+        near = difflib.get_close_matches(head, [*_OWN, *sections(tree)], n=1, cutoff=0.7)
+        if near and near[0] in _OWN:
+            raise ConfigError(f"unknown key '{head}' in '{word}': did you mean {near[0]}?")
+    config, _ = compose(plan.algorithm, argv)
+    gpus = plan.cluster.gpus or local_devices(config) * int(config.trainer.num_nodes)
+    _without_files(config)
+    check(config, gpus)
+    return config, gpus
+
+
+def _without_files(config: Any) -> None:
+    """A plan reads no data: what only says where it lies need not be there yet."""
+    config.data.train = config.data.train or ["to be named"]
+    if config.tokenizer.path is None:
+        config.tokenizer.kind = "bytes"
+    if hasattr(config, "reward"):
+        config.reward.fn = config.reward.fn or "to.be:named"
+
+
+def vocabulary_of(config: Any) -> int:
+    """Entries of the model's vocabulary."""
+    if config.model.vocab_size is not None:
+        return int(config.model.vocab_size)
+    from megarl.tokenizers import build_tokenizer
+
+    return build_tokenizer(config.tokenizer.kind, config.tokenizer.path).size
+
+
+def show(argv: list[str]) -> None:
+    own, theirs = split(argv)
+    config = read(own)
+    run, gpus = compose_run(config, theirs)
+    # Heavy imports only once the configuration is known to be good.
+    from rich.console import Console
+
+    from megarl.planning import show as page
+    from megarl.planning.hardware import Cluster
+    from megarl.planning.plan import make_plan, remedies, suggest
+    from megarl.planning.times import Rates
+    from megarl.planning.work import work_of
+
+    if run.model.path is not None:
+        from megarl.models.exchange.adopt import adopt
+
+        adopt(run)
+    cluster = Cluster.of(config.cluster, gpus)
+    rates = Rates(config.mfu or cluster.gpu.products, config.host_us_per_layer * 1e-6)
+    plan = make_plan(work_of(config.algorithm, run, config, gpus, vocabulary_of(run)), cluster, rates)
+    helps = remedies(plan)
+    layouts = suggest(plan) if config.suggest else None
+    if config.json:
+        sys.stdout.write(json.dumps(page.as_json(plan, helps, layouts), indent=1) + "\n")
+    else:
+        page.write(plan, helps, layouts, Console(width=None if sys.stdout.isatty() else 160))
+
+
+def help_text() -> str:
+    lines = ["usage: python -m megarl.plan [key=value ...] [+conf=preset or [a,b]] [--json]", ""]
+    for leaf in leaves(PlanConfig):
+        lines += [
+            f"  {leaf.key}={json.dumps(leaf.default)}  [{'|'.join(leaf.choices) or leaf.type}]",
+            f"      {leaf.doc}",
+        ]
+    lines += ["", "All other keys are those of the run: python -m megarl.train_ppo --help", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    code = 0
+    try:
+        if "--help" in argv or "-h" in argv:
+            sys.stdout.write(help_text())
+        elif "--version" in argv:
+            sys.stdout.write(f"megarl {megarl.__version__}\n")
+        else:
+            show(argv)
+    except MegarlError as error:
+        if "debug=true" in argv:
+            traceback.print_exc()
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        code = error.exit_code
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

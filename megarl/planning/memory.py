@@ -1,0 +1,229 @@
+"""Bytes on every rank, by phase and by what they are for; and in host memory."""
+
+from dataclasses import dataclass, field
+
+from megarl.models.cache import KVCache
+from megarl.parallel.vocab import padded_vocab
+from megarl.planning import activations as act
+from megarl.planning.activations import Shape
+from megarl.planning.shards import Shard, gpt_config, shard, stages_that_differ
+from megarl.planning.work import Role, Work
+from megarl.rollout.generator import Limits
+
+PHASES = ("generate", "score", "train", "save")
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache")
+PROCESS = 4 * 2**30  # of host memory: Python, torch, CUDA's libraries and their buffers, before any model
+BUCKET_ELEMENTS = 40_000_000  # Megatron cuts gradients into parts of at least this many
+_INPUTS = 40  # bytes per token of a microbatch: tokens, positions, masks, old log-probs, advantages and the like
+_SAMPLING = {"gpu": 20, "cpu": 14}  # bytes per logit that drawing a token takes, at its fullest moment
+
+
+@dataclass(frozen=True)
+class Use:
+    """Bytes of one role on one rank in one phase."""
+
+    role: str
+    weights: float = 0
+    gradients: float = 0
+    optimizer: float = 0
+    activations: float = 0
+    logits: float = 0
+    cache: float = 0
+    host: float = 0
+
+    @property
+    def total(self) -> float:
+        """On the device."""
+        return float(sum(getattr(self, part) for part in PARTS))
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One pipeline stage's ranks: all tensor- and data-parallel ranks of a stage hold the same."""
+
+    stage: int
+    shards: dict[str, Shard]
+    uses: dict[str, list[Use]] = field(default_factory=dict)  # by phase
+
+    def total(self, phase: str) -> float:
+        return sum(use.total for use in self.uses[phase])
+
+    def host(self, phase: str) -> float:
+        return PROCESS + sum(use.host for use in self.uses[phase])
+
+    def part(self, phase: str, part: str) -> float:
+        return float(sum(getattr(use, part) for use in self.uses[phase]))
+
+    @property
+    def peak(self) -> str:
+        """The phase that needs most."""
+        return max(self.uses, key=self.total)
+
+
+def phases_of(work: Work) -> tuple[str, ...]:
+    return PHASES if work.rollouts else ("train", "save")
+
+
+def plan_ranks(work: Work, *, on_cpu: bool = False, every_stage: bool = False) -> list[RankPlan]:
+    """A plan of each kind of rank: the first stage's, one between, the last's (or of every stage)."""
+    stages = range(work.layout.pp) if every_stage else stages_that_differ(work.layout)
+    return [plan_stage(work, stage, on_cpu=on_cpu) for stage in stages]
+
+
+def plan_stage(work: Work, stage: int, *, on_cpu: bool = False) -> RankPlan:
+    shards = {role.name: shard(work, role, stage) for role in work.engines}
+    uses = {
+        phase: [_use(work, role, shards, stage, phase, on_cpu=on_cpu) for role in work.roles]
+        for phase in phases_of(work)
+    }
+    return RankPlan(stage, shards, uses)
+
+
+def _use(work: Work, role: Role, shards: dict[str, Shard], stage: int, phase: str, *, on_cpu: bool) -> Use:
+    if role.name == "reference":
+        # Its values are copied in and the policy's out, so there are two copies while it is asked.
+        copies = 2 if phase == "score" else 1
+        return Use(role.name, host=copies * shards["policy"].copy)
+    if not role.on_device:
+        return Use(role.name)
+    held = shards[role.name]
+    passing, logits, cache, host = 0.0, 0.0, 0.0, 0.0
+    if phase == "generate" and role.name == "policy":
+        passing, logits, cache = _generating(work, held, stage, on_cpu=on_cpu)
+    elif phase == "score":
+        passing, logits = _scoring(work, role, stage, on_cpu=on_cpu)
+    elif phase == "train":
+        passing, logits = _training(work, role, held, stage, on_cpu=on_cpu)
+    elif phase == "save":
+        passing, host = _saving(work, held, stage, on_cpu=on_cpu)
+    if len(work.engines) > 1 and role is not _busiest(work, phase):
+        passing = logits = 0.0  # engines take turns
+    return Use(role.name, held.weights, held.gradients, held.optimizer, passing, logits, cache, host)
+
+
+def _busiest(work: Work, phase: str) -> Role:
+    """Of engines that take turns, the one whose turn takes most: the policy's, which knows the vocabulary."""
+    return work.engines[0]
+
+
+def _shape(work: Work, *, on_cpu: bool, gathered: bool = True) -> Shape:
+    layout = work.layout
+    if not gathered:  # generation runs without sequence parallelism
+        layout = work.on(layout, micro=work.micro, recompute="none").layout
+        layout = type(layout)(tp=layout.tp, pp=layout.pp, dp=layout.dp, cp=layout.cp, vpp=layout.vpp)
+    return Shape.of(gpt_config(work), layout, work.element, on_cpu=on_cpu)
+
+
+def in_flight(work: Work, stage: int) -> float:
+    """Microbatches whose activations a stage holds at once, in units of all its layers (1F1B, or interleaved)."""
+    pp, vpp = work.layout.pp, work.layout.vpp
+    if vpp > 1:
+        chunks = min((pp - stage - 1) * 2 + (vpp - 1) * pp + 1, work.accumulation * vpp)
+        return chunks / vpp
+    return float(min(pp - stage, work.accumulation))
+
+
+def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float]:
+    """Activations and logits at the fullest moment of a step: the backward pass of a microbatch has just begun."""
+    config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu)
+    recompute = work.parallel.recompute
+    tokens = work.micro * work.length
+    trained = held.layers
+    if 0 <= work.model.num_layers_unfrozen < work.model.num_layers:  # frozen layers below keep nothing
+        above = work.model.num_layers // work.layout.pp * (work.layout.pp - 1 - stage)
+        trained = max(0, min(held.layers, work.model.num_layers_unfrozen - above))
+    per_token = trained * act.kept_by_layer(config, shape, recompute)
+    per_token += shape.rotary * 2 * shape.element
+    last = stage == work.layout.pp - 1
+    kept = in_flight(work, stage) * tokens * per_token
+    kept += work.accumulation * tokens * _INPUTS
+    if work.layout.pp > 1:
+        kept += 2 * tokens * shape.hidden * shape.element  # received from the neighbours
+    rows = work.micro * work.loss_tokens
+    logits = 0.0
+    passing = tokens * act.passing_backward(config, shape)
+    if recompute == "full":
+        passing += tokens * (act.kept_by_layer(config, shape, "none") - shape.hidden * shape.element)
+    if not on_cpu:  # a weight's gradient before it is added to its buffer
+        passing += held.largest * shape.element
+    if last:
+        kept += tokens * act.kept_by_norm(config, shape)
+        kept += tokens * shape.whole * shape.element if shape.gathered else 0.0
+        kept += rows * (shape.whole * shape.element + 16)
+        if role.value_head:
+            kept += tokens * (2 * shape.whole * shape.element + 8)
+        logits = act.vocabulary(
+            config, shape, work.layout, rows, backward=True, entropy=work.entropy, width=shape.whole
+        )
+        if role.q_heads:
+            kept += 2 * role.q_heads * rows * 2 * shape.whole * shape.element
+            logits = act.vocabulary(
+                config, shape, work.layout, rows, backward=True, entropy=False, width=2 * shape.whole
+            )
+        # The output layer's turn comes before the layers'.
+        passing = max(0.0, passing - logits)
+    return max(kept + passing, _updating(work, held, on_cpu=on_cpu) - logits), logits
+
+
+def _updating(work: Work, held: Shard, *, on_cpu: bool) -> float:
+    """Temporaries of the optimizer: torch's Adam makes two of the size of a parameter's part; fused ones none."""
+    return 2 * 4 * held.largest / work.layout.dp if on_cpu else 0.0
+
+
+def _scoring(work: Work, role: Role, stage: int, *, on_cpu: bool) -> tuple[float, float]:
+    """Log-probs and values of responses, without gradients."""
+    config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu)
+    tokens, rows = work.micro * work.length, work.micro * work.loss_tokens
+    passing = tokens * (act.passing_forward(config, shape) + shape.rotary * 2 * shape.element)
+    passing += tokens * _INPUTS * -(-work.rollouts // (work.layout.dp * work.micro))
+    logits = 0.0
+    if stage == work.layout.pp - 1:
+        logits = act.vocabulary(
+            config, shape, work.layout, rows, backward=False, entropy=work.entropy, width=shape.whole
+        )
+        head = tokens * shape.whole * shape.element * (2 if shape.gathered else 1) + rows * shape.whole * shape.element
+        passing = max(passing, head + logits) - logits
+    return passing, logits
+
+
+def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float, float]:
+    """Activations of a pass over prompts, logits of a decode pass, keys and values."""
+    config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu, gathered=False)
+    slots = slots_of(work)
+    length = work.prompt + work.longest
+    cache = slots * KVCache.slot_bytes(config, held.layers, work.layout.tp, length)
+    tokens = min(Limits.prefill_tokens, slots * work.prompt)
+    prefill = tokens * (act.passing_forward(config, shape) + shape.rotary * 2 * shape.element + _INPUTS)
+    rows = -(-slots // work.layout.pp)
+    logits = 0.0
+    if stage == work.layout.pp - 1:
+        columns = padded_vocab(config.vocab_size, work.layout.tp) // work.layout.tp
+        narrow = shape.element if shape.element < 4 else 0
+        logits = float(rows * columns * (_SAMPLING["cpu" if on_cpu else "gpu"] + narrow))
+    return max(0.0, prefill - logits), logits, cache
+
+
+def slots_of(work: Work) -> int:
+    """Responses in flight on a replica: what the cache is made for."""
+    groups = work.layout.pp
+    share = -(-work.rollouts // work.layout.dp)
+    per_group = max(1, -(-min(work.slots, share) // groups))
+    if work.cache_bytes is not None:
+        layers = work.model.num_layers // groups
+        slot = KVCache.slot_bytes(gpt_config(work), layers, work.layout.tp, work.prompt + work.longest)
+        per_group = max(1, min(per_group, work.cache_bytes // slot // groups))
+    return per_group * groups
+
+
+def _saving(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float]:
+    """A bucket of optimizer state is gathered on the device; master weights and both moments end up on every host."""
+    whole = held.trainable * 4
+    # Megatron cuts the gradients of the first stage into buckets, for they are reduced meanwhile; not of later ones.
+    bucket = min(whole, max(BUCKET_ELEMENTS, held.largest) * 4) if stage == 0 and not on_cpu else held.bucket * 4
+    # This rank's part is there twice: the float32 that is sent, and what comes of all.
+    gathered = bucket * (1 + 1 / work.layout.dp) if not on_cpu else 0.0
+    file = (held.weights + 3 * whole) / work.layout.dp
+    host = 3 * whole + file
+    if on_cpu:
+        host += bucket * (2 + 3 / work.layout.dp)
+    return gathered, float(host)

@@ -1,0 +1,179 @@
+"""A run's plan: bytes on every kind of rank in every phase, whether they fit, what would help, and seconds."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megarl.config.offers import divisors
+from megarl.config.schema import ModelConfig
+from megarl.parallel.layout import Layout
+from megarl.planning.hardware import GIB, Cluster
+from megarl.planning.memory import RankPlan, plan_ranks
+from megarl.planning.times import Clock, Phase, Rates
+from megarl.planning.work import Work
+
+MOST_STAGES = 16
+MICRO_BATCHES = (1, 2, 4, 8)
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on a cluster."""
+
+    work: Work
+    cluster: Cluster
+    rates: Rates
+    ranks: list[RankPlan]
+    phases: list[Phase]
+
+    @property
+    def fullest(self) -> RankPlan:
+        """The rank that needs most memory in its worst phase."""
+        return max(self.ranks, key=lambda rank: rank.total(rank.peak))
+
+    @property
+    def peak_bytes(self) -> float:
+        return self.fullest.total(self.fullest.peak)
+
+    @property
+    def host_bytes(self) -> float:
+        """Of the machine that needs most, in the phase in which it does."""
+        worst = max(rank.host(phase) for rank in self.ranks for phase in rank.uses)
+        return worst * self.cluster.per_node
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.cluster.usable and self.host_bytes <= self.cluster.host
+
+    @property
+    def seconds(self) -> float:
+        """Of a unit of work; checkpoints are not of every unit."""
+        return sum(phase.seconds for phase in self.phases if phase.name != "save")
+
+    @property
+    def mfu(self) -> float:
+        """Of training alone."""
+        train = next(phase for phase in self.phases if phase.name == "train")
+        return train.flops / (train.seconds * self.cluster.gpus * self.cluster.gpu.flops)
+
+    @property
+    def parameters(self) -> int:
+        """Of the policy, counted in its parts: every replica's ranks, what tensor ranks hold in common once each."""
+        return sum(rank.shards[self.work.engines[0].name].parameters for rank in self.ranks)
+
+
+def make_plan(work: Work, cluster: Cluster, rates: Rates) -> Plan:
+    ranks = plan_ranks(work)
+    shards = [rank.shards[work.engines[0].name] for rank in ranks]
+    return Plan(work, cluster, rates, ranks, Clock(work, cluster, rates, shards).phases())
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change of one key, and the peak that it leads to."""
+
+    change: str
+    peak_bytes: float
+    fits: bool
+
+
+def remedies(plan: Plan) -> list[Remedy]:
+    """Changes of one key that lower the peak, those that make the run fit first, then the strongest."""
+    found = []
+    for change, work in _changes(plan.work, plan.cluster):
+        other = make_plan(work, plan.cluster, plan.rates)
+        if other.peak_bytes < 0.99 * plan.peak_bytes or (not plan.fits and other.fits):
+            found.append(Remedy(change, other.peak_bytes, other.fits))
+    return sorted(found, key=lambda remedy: (not remedy.fits, remedy.peak_bytes))
+
+
+def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
+    """Runs that differ from this one in one key."""
+    layout, parallel = work.layout, work.parallel
+    if layout.tp > 1 and not layout.sequence_parallel:
+        yield (
+            "parallel.sequence_parallel=true",
+            work.on(replace(layout, sequence_parallel=True), micro=work.micro, recompute=parallel.recompute),
+        )
+    if parallel.recompute != "full":
+        yield "parallel.recompute=full", work.on(layout, micro=work.micro, recompute="full")
+    if work.micro > 1:
+        yield (
+            f"trainer.micro_batch_size={work.micro // 2}",
+            work.on(layout, micro=work.micro // 2, recompute=parallel.recompute),
+        )
+    for name, other in (("tp", _layout(work, cluster, layout.tp * 2, layout.pp)),
+                        ("pp", _layout(work, cluster, layout.tp, layout.pp * 2))):  # fmt: skip
+        if other is not None:
+            yield (
+                f"parallel.{name}={getattr(other, name)}",
+                work.on(other, micro=work.micro, recompute=parallel.recompute),
+            )
+    if work.rollouts and work.slots > 1:
+        yield f"rollout.slots={work.slots // 2}", replace(work, slots=work.slots // 2)
+    if len(work.engines) > 1:
+        roles = tuple(
+            replace(role, value_head=role.name == "policy", trained=role.name == "policy", on_device=False)
+            if role.name == "critic"
+            else replace(role, value_head=role.name == "policy")
+            for role in work.roles
+        )
+        yield "critic.kind=shared", replace(work, roles=roles)
+
+
+def suggest(plan: Plan, most: int = 8) -> list[Plan]:
+    """Layouts of the same GPUs that fit, fastest first: of each TP x PP, the microbatch and recomputation that win."""
+    found = []
+    for layout in _layouts(plan.work, plan.cluster):
+        if _least(plan.work, layout) > plan.cluster.usable:
+            continue
+        fitting = []
+        for recompute in RECOMPUTE:
+            for micro in MICRO_BATCHES:
+                if plan.work.global_batch % (micro * layout.dp):
+                    continue
+                other = make_plan(plan.work.on(layout, micro=micro, recompute=recompute), plan.cluster, plan.rates)
+                if other.fits:
+                    fitting.append(other)
+        if fitting:
+            found.append(min(fitting, key=lambda plan: plan.seconds))
+    return sorted(found, key=lambda plan: plan.seconds)[:most]
+
+
+def _layouts(work: Work, cluster: Cluster) -> Iterator[Layout]:
+    for tp in divisors(cluster.per_node):
+        for pp in divisors(work.model.num_layers):
+            layout = _layout(work, cluster, tp, pp)
+            if layout is not None and pp <= MOST_STAGES:
+                yield layout
+
+
+def _layout(work: Work, cluster: Cluster, tp: int, pp: int) -> Layout | None:
+    """TP within a machine, the rest data-parallel; None where the model or the batch cannot be cut so."""
+    model: ModelConfig = work.model
+    kv_heads = model.num_kv_heads or model.num_heads
+    cut = (model.num_heads, model.hidden_size, model.ffn_size or 4 * model.hidden_size)
+    if tp > cluster.per_node or cluster.gpus % (tp * pp) or model.num_layers % pp or any(width % tp for width in cut):
+        return None
+    if kv_heads % tp and tp % kv_heads:
+        return None
+    layout = Layout(tp=tp, pp=pp, dp=cluster.gpus // (tp * pp), sequence_parallel=tp > 1)
+    divides = work.global_batch % layout.dp == 0 and work.length % tp == 0
+    return layout if divides else None
+
+
+def _least(work: Work, layout: Layout) -> float:
+    """Bytes that weights, gradients and optimizer take at least: layouts that cannot fit are not built."""
+    model = work.model
+    head_dim = model.head_dim or model.hidden_size // model.num_heads
+    kv_heads = model.num_kv_heads or model.num_heads
+    attention = model.hidden_size * head_dim * 2 * (model.num_heads + kv_heads)
+    mlp = (3 if model.activation == "swiglu" else 2) * model.hidden_size * (model.ffn_size or 4 * model.hidden_size)
+    trained = model.num_layers if model.num_layers_unfrozen < 0 else model.num_layers_unfrozen
+    master = 12 if work.precision == "bf16" else 8
+    layers = model.num_layers * work.element + trained * (4 + master / layout.dp)
+    return (attention + mlp) * layers / layout.tp / layout.pp
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f}"

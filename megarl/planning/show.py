@@ -1,0 +1,201 @@
+"""A plan as a table for a terminal, and as JSON."""
+
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from megarl.planning.hardware import GIB
+from megarl.planning.memory import PARTS, RankPlan, Use
+from megarl.planning.plan import Plan, Remedy, gib
+
+_LINKS = {"NVLink": "sent, NVLink", "network": "sent, network"}
+
+
+def as_json(plan: Plan, helps: list[Remedy], layouts: list[Plan] | None) -> dict[str, Any]:
+    """Everything that the tables say, in bytes and seconds."""
+    work, cluster = plan.work, plan.cluster
+    return {
+        "algorithm": work.algorithm,
+        "layout": str(work.layout),
+        "cluster": {"gpu": cluster.gpu.name, "gpus": cluster.gpus, "gpus_per_node": cluster.per_node},
+        "fits": plan.fits,
+        "peak": {"stage": plan.fullest.stage, "phase": plan.fullest.peak, "bytes": round(plan.peak_bytes)},
+        "usable_bytes": cluster.usable,
+        "host_bytes_per_node": round(plan.host_bytes),
+        "host_usable_bytes_per_node": cluster.host,
+        "ranks": [
+            {
+                "stage": rank.stage,
+                "parameters": {name: shard.parameters for name, shard in rank.shards.items()},
+                "phases": {
+                    phase: {
+                        "bytes": round(rank.total(phase)),
+                        "host_bytes": round(rank.host(phase)),
+                        "roles": {use.role: _parts(use) for use in uses},
+                    }
+                    for phase, uses in rank.uses.items()
+                },
+            }
+            for rank in plan.ranks
+        ],
+        "phases": {
+            phase.name: {
+                "seconds": phase.seconds,
+                "tokens_per_second": phase.tokens_per_second,
+                "bytes_sent_per_gpu": {link: round(sent) for link, sent in phase.sent.items()},
+                "mostly": phase.bound,
+            }
+            for phase in plan.phases
+        },
+        "seconds": plan.seconds,
+        "mfu": plan.mfu,
+        "assumed_share_of_peak": plan.rates.products,
+        "remedies": [{"change": it.change, "bytes": round(it.peak_bytes), "fits": it.fits} for it in helps],
+        **({} if layouts is None else {"layouts": [_layout(other) for other in layouts]}),
+    }
+
+
+def _parts(use: Use) -> dict[str, int]:
+    return {part: round(getattr(use, part)) for part in (*PARTS, "host")}
+
+
+def _layout(plan: Plan) -> dict[str, Any]:
+    return {
+        "overrides": overrides(plan),
+        "seconds": plan.seconds,
+        "mfu": plan.mfu,
+        "bytes": round(plan.peak_bytes),
+        "phase": plan.fullest.peak,
+    }
+
+
+def overrides(plan: Plan) -> str:
+    """The keys of a plan's layout as they would be typed."""
+    work = plan.work
+    words = [
+        f"parallel.tp={work.layout.tp}",
+        f"parallel.pp={work.layout.pp}",
+        f"parallel.sequence_parallel={str(work.layout.sequence_parallel).lower()}",
+        f"parallel.recompute={work.parallel.recompute}",
+        f"trainer.micro_batch_size={work.micro}",
+    ]
+    return " ".join(words)
+
+
+def write(plan: Plan, helps: list[Remedy], layouts: list[Plan] | None, console: Console) -> None:
+    """Print the plan."""
+    parts: list[RenderableType] = [_head(plan), _memory(plan), _seconds(plan), *_assumptions(plan)]
+    if helps:
+        parts.append(_remedies(plan, helps))
+    if layouts is not None:
+        parts.append(_layouts(layouts))
+    console.print(Group(*parts))
+
+
+def _head(plan: Plan) -> Text:
+    work, cluster = plan.work, plan.cluster
+    policy = work.engines[0].name
+    largest = plan.fullest.shards[policy].parameters
+    verdict = "fits" if plan.fits else "does not fit"
+    lines = [
+        f"{work.algorithm} on {cluster.gpus} x {cluster.gpu.name} ({cluster.per_node} to a node), {work.layout}, "
+        f"micro batch {work.micro} x {work.accumulation} accumulated, {work.precision}, "
+        f"recompute {work.parallel.recompute}",
+        f"{largest:,} of the policy's parameters on the fullest rank",
+        f"{verdict}: the peak is {gib(plan.peak_bytes)} of {gib(cluster.usable)} usable GiB, in {plan.fullest.peak} "
+        f"on pipeline stage {plan.fullest.stage}; host memory {gib(plan.host_bytes)} of {gib(cluster.host)} GiB a node",
+    ]
+    return Text("\n".join(lines))
+
+
+def _memory(plan: Plan) -> Table:
+    """GiB of the fullest rank, by role and phase."""
+    rank: RankPlan = plan.fullest
+    table = Table(title=f"GiB on a GPU of pipeline stage {rank.stage}", title_justify="left")
+    table.add_column("phase")
+    table.add_column("role")
+    for part in (*PARTS, "total", "host"):
+        table.add_column(part, justify="right")
+    for phase, uses in rank.uses.items():
+        for use in uses:
+            cells = [_cell(getattr(use, part)) for part in PARTS]
+            table.add_row(phase, use.role, *cells, _cell(use.total), _cell(use.host))
+        sums = [_cell(rank.part(phase, part)) for part in PARTS]
+        style = "bold" if phase == rank.peak else None
+        table.add_row(phase, "all", *sums, _cell(rank.total(phase)), _cell(rank.host(phase)), style=style)
+        table.add_section()
+    return table
+
+
+def _cell(size: float) -> str:
+    if size == 0:
+        return ""
+    return f"{size / GIB:.2f}" if size >= 0.005 * GIB else "<0.01"
+
+
+def _seconds(plan: Plan) -> Table:
+    unit = "phase" if plan.work.rollouts else "step"
+    table = Table(title=f"One {unit}", title_justify="left")
+    table.add_column("part")
+    for name in ("seconds", "tokens/s", "MFU", *(f"GB a GPU {link}" for link in _LINKS.values())):
+        table.add_column(name, justify="right")
+    table.add_column("mostly")
+    peak = plan.cluster.gpus * plan.cluster.gpu.flops
+    for phase in plan.phases:
+        mfu = phase.flops / phase.seconds / peak if phase.seconds else 0.0
+        table.add_row(
+            phase.name + (" (a checkpoint)" if phase.name == "save" else ""),
+            f"{phase.seconds:,.2f}",
+            f"{phase.tokens_per_second:,.0f}" if phase.tokens else "",
+            f"{mfu:.1%}" if mfu else "",
+            *(f"{phase.sent[link] / 1e9:,.1f}" if phase.sent[link] else "" for link in _LINKS),
+            phase.bound,
+        )
+    table.add_section()
+    table.add_row(f"a {unit}, no checkpoint", f"{plan.seconds:,.2f}", "", "", "", "", "")
+    return table
+
+
+def _assumptions(plan: Plan) -> list[Text]:
+    work, rates = plan.work, plan.rates
+    lengths = f"{work.length} tokens a sequence"
+    if work.rollouts:
+        lengths = (
+            f"{work.rollouts} responses a phase, {work.response} tokens each, to prompts of {work.prompt}; "
+            f"{work.steps} optimizer steps"
+        )
+    return [
+        Text(
+            f"Assumed: {lengths}; matrix products at {rates.products:.0%} of peak; "
+            f"{rates.host_s_per_layer * 1e6:.0f} us to launch a layer of a decode pass. docs/planning.md says the rest."
+        )
+    ]
+
+
+def _remedies(plan: Plan, helps: list[Remedy]) -> Table:
+    table = Table(title="What would lower the peak", title_justify="left")
+    for name in ("change", "peak GiB", "fits"):
+        table.add_column(name)
+    for remedy in helps:
+        table.add_row(remedy.change, gib(remedy.peak_bytes), "yes" if remedy.fits else "no")
+    return table
+
+
+def _layouts(layouts: list[Plan]) -> Table:
+    table = Table(title="Layouts that fit, fastest first", title_justify="left")
+    for name in ("layout", "seconds", "MFU", "peak GiB", "in", "keys"):
+        table.add_column(name, overflow="fold")
+    for plan in layouts:
+        table.add_row(
+            str(plan.work.layout),
+            f"{plan.seconds:,.2f}",
+            f"{plan.mfu:.1%}",
+            gib(plan.peak_bytes),
+            plan.fullest.peak,
+            overrides(plan),
+        )
+    if not layouts:
+        table.add_row("none", "", "", "", "", "more GPUs, GPUs with more memory, or shorter sequences")
+    return table

@@ -1,0 +1,202 @@
+"""Seconds of each phase, from operations, bytes and stated shares of what the hardware can do.
+
+A model to compare layouts with, not a promise: docs/planning.md says what it leaves out and how near it comes.
+"""
+
+from dataclasses import dataclass, field
+
+from megarl.models.flops import layer_weights, mean_keys
+from megarl.parallel.vocab import padded_vocab
+from megarl.planning.hardware import Cluster
+from megarl.planning.memory import slots_of
+from megarl.planning.shards import Shard
+from megarl.planning.work import Work
+from megarl.rollout.generator import Limits
+
+_WITHIN, _BETWEEN = "NVLink", "network"
+_SAVED_BYTES_PER_S = 1e9  # that one process writes to a shared file system
+
+
+@dataclass
+class Phase:
+    """One phase of a unit of work (a PPO phase, a step of SFT). Bytes are those a GPU sends, by link."""
+
+    name: str
+    seconds: float = 0.0
+    tokens: float = 0.0  # over all GPUs
+    flops: float = 0.0  # of the model, over all GPUs; recomputation does not count
+    sent: dict[str, float] = field(default_factory=lambda: {_WITHIN: 0.0, _BETWEEN: 0.0})
+    bound: str = ""  # what most of the time goes into
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Assumptions that a user may replace."""
+
+    products: float  # share of peak FLOP/s
+    host_s_per_layer: float  # of a decode pass, until CUDA graphs capture it
+
+
+class Clock:
+    """Times of one run on one cluster. Stages are taken to be alike, the last with the output layer besides."""
+
+    def __init__(self, work: Work, cluster: Cluster, rates: Rates, shards: list[Shard]) -> None:
+        self.work, self.cluster, self.rates = work, cluster, rates
+        self.fullest = max(shards, key=lambda shard: shard.trainable)
+        self.layout = work.layout
+        self.layers = work.model.num_layers / self.layout.pp
+        self.tp_span = self.layout.tp
+        self.dp_span = self.layout.tp * self.layout.dp if self.layout.dp > 1 else 1
+
+    # --- phases -----------------------------------------------------------------------------------------------------
+
+    def phases(self) -> list[Phase]:
+        found = [self.train(), self.save()]
+        return [self.generate(), self.score(), *found] if self.work.rollouts else found
+
+    def train(self) -> Phase:
+        work, layout = self.work, self.layout
+        phase = Phase("train")
+        forward = self._pass(work.micro, work.length, phase, backward=False)
+        backward = self._pass(work.micro, work.length, phase, backward=True)
+        micro = forward + backward
+        if work.parallel.recompute == "full":
+            micro += self._pass(work.micro, work.length, phase, backward=False)
+        bubble = 1 + (layout.pp - 1) / layout.vpp / work.accumulation
+        computing = micro * work.accumulation * bubble
+        sequences = work.steps * work.global_batch
+        phase.sent = {link: sent * work.accumulation * work.steps for link, sent in phase.sent.items()}
+        reducing, gathering, updating = self._step(phase)
+        step = computing + max(0.0, reducing - backward)  # gradients travel during the last backward pass
+        step += gathering + updating
+        phase.seconds = step * work.steps * self._models()
+        phase.tokens = sequences * work.length
+        phase.flops = 3 * self._flops(work.length, output=work.loss_tokens) * sequences * self._models()
+        shares = {"products": micro * work.accumulation, "the pipeline's bubble": computing - micro * work.accumulation}
+        shares["data-parallel traffic"] = step - computing
+        phase.bound = max(shares, key=lambda name: shares[name])
+        return phase
+
+    def score(self) -> Phase:
+        """Log-probs of policy and reference, values of a critic of its own; the reference is copied in and out."""
+        work, layout = self.work, self.layout
+        phase = Phase("score")
+        passes = 1 + (work.role("reference") is not None) + (self._models() - 1)
+        batches = -(-work.rollouts // (layout.dp * work.micro))
+        one = self._pass(work.micro, work.length, phase, backward=False)
+        bubble = 1 + (layout.pp - 1) / batches
+        phase.seconds = passes * batches * one * bubble
+        phase.sent = {link: sent * passes * batches for link, sent in phase.sent.items()}
+        if work.role("reference") is not None:
+            phase.seconds += 4 * self.fullest.copy / 20e9  # out, in and back over PCIe, from pageable memory
+        phase.tokens = work.rollouts * work.length
+        phase.flops = passes * work.rollouts * self._flops(work.length, output=work.loss_tokens)
+        phase.bound = "products"
+        return phase
+
+    def generate(self) -> Phase:
+        """Prompts are read at the rate of products; then every pass reads the weights, and the keys and values."""
+        work, layout, gpu = self.work, self.layout, self.cluster.gpu
+        phase = Phase("generate")
+        slots = slots_of(work)
+        rows = max(1, slots // layout.pp)
+        share = -(-work.rollouts // layout.dp)
+        passes = max(work.longest, share / slots * work.response)  # slots are refilled as responses end
+        reads = self._decode_bytes(rows) / (gpu.bandwidth * gpu.reads)
+        products = rows * self._flops_of_one() / layout.tp / layout.pp / (gpu.flops * self.rates.products)
+        sending = 2 * self.layers * self._small_all_reduce(rows, phase)
+        device = max(reads, products) + sending
+        host = self.layers * self.rates.host_s_per_layer
+        one = max(device, host) * layout.pp  # a group of slots on each stage, one pass of each for one token of all
+        prefill_rows = max(1, min(share, Limits.prefill_tokens // max(1, work.prompt)))
+        reading = Phase("prompts")
+        prompts = self._pass(prefill_rows, work.prompt, reading, backward=False) * -(-share // prefill_rows)
+        phase.sent = {link: sent * passes * layout.pp for link, sent in phase.sent.items()}
+        phase.seconds = passes * one + prompts
+        phase.tokens = work.rollouts * work.response
+        phase.flops = work.rollouts * self._flops(work.prompt + work.response, output=work.response)
+        shares = {"launching passes (host)": host - device, "reading weights and cache": reads, "all-reduces": sending}
+        phase.bound = max(shares, key=lambda name: shares[name]) if host < device else "launching passes (host)"
+        return phase
+
+    def save(self) -> Phase:
+        """Weights, master weights and moments of all engines, each rank its part; outside of the other phases."""
+        held = (self.fullest.weights + 12 * self.fullest.trainable) / self.layout.dp * self._models()
+        return Phase("save", seconds=held / _SAVED_BYTES_PER_S, bound="writing")
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _models(self) -> int:
+        return len(self.work.engines)
+
+    def _flops(self, length: int, output: int) -> float:
+        """Of one sequence's forward pass; the output layer is applied at `output` positions only."""
+        model = self.work.model
+        head_dim = model.head_dim or model.hidden_size // model.num_heads
+        attention = 4 * model.num_heads * head_dim * mean_keys(length, model.sliding_window)
+        layer = 2 * layer_weights(model) + attention
+        return float(length * model.num_layers * layer + output * 2 * model.hidden_size * self.work.vocab_size)
+
+    def _flops_of_one(self) -> float:
+        """Of one new token, its reading of the cache left out."""
+        model = self.work.model
+        return float(2 * (model.num_layers * layer_weights(model) + model.hidden_size * self.work.vocab_size))
+
+    def _pass(self, rows: int, length: int, phase: Phase, *, backward: bool) -> float:
+        """Seconds of one microbatch on one stage; adds what it sends to the phase."""
+        work, layout, cluster = self.work, self.layout, self.cluster
+        flops = rows * self._flops(length, output=min(length, work.loss_tokens)) / layout.tp / layout.pp
+        seconds = flops * (2 if backward else 1) / (cluster.gpu.flops * self.rates.products)
+        whole = rows * length * work.model.hidden_size * work.element
+        if layout.tp > 1:
+            part = (layout.tp - 1) / layout.tp
+            sent = self.layers * 4 * part * whole  # two all-reduces, or as many gathers and scatters
+            if backward and layout.sequence_parallel:
+                sent += self.layers * 2 * part * whole  # inputs are gathered again
+            self._add(phase, self.tp_span, sent)
+            # Half of the backward pass's traffic runs beside the products of the weights' gradients.
+            seconds += sent / cluster.speed(self.tp_span) * (0.5 if backward else 1.0)
+        if layout.pp > 1:
+            split = layout.tp if layout.sequence_parallel else 1
+            sent = whole / split * layout.vpp
+            span = layout.tp * layout.dp * 2
+            self._add(phase, span, sent)
+            seconds += sent / cluster.speed(span)
+        return seconds
+
+    def _step(self, phase: Phase) -> tuple[float, float, float]:
+        """Seconds to sum gradients over replicas, to gather updated weights, and to update one's share."""
+        dp, held, gpu = self.layout.dp, self.fullest, self.cluster.gpu
+        part = (dp - 1) / dp
+        gradients, weights = 4 * held.trainable * part, self.work.element * held.trainable * part
+        self._add(phase, self.dp_span, (gradients + weights) * self.work.steps * self._models())
+        speed = self.cluster.speed(self.dp_span)
+        return gradients / speed, weights / speed, 30 * held.trainable / dp / (gpu.bandwidth * gpu.reads)
+
+    def _decode_bytes(self, rows: int) -> float:
+        """Read by one stage in one decode pass: all weights, and the keys and values of half-grown responses."""
+        work = self.work
+        model, layout = work.model, self.layout
+        heads = max(1.0, (model.num_kv_heads or model.num_heads) / layout.tp)
+        head_dim = model.head_dim or model.hidden_size // model.num_heads
+        seen = work.prompt + work.response / 2
+        cache = 2 * self.layers * rows * heads * head_dim * seen * work.element
+        weights = self.layers * layer_weights(model) / layout.tp
+        weights += padded_vocab(work.vocab_size, layout.tp) / layout.tp * model.hidden_size / layout.pp
+        return float(cache + weights * work.element)
+
+    def _small_all_reduce(self, rows: int, phase: Phase) -> float:
+        tp = self.layout.tp
+        if tp == 1:
+            return 0.0
+        sent = 2 * (tp - 1) / tp * rows * self.work.model.hidden_size * self.work.element
+        self._add(phase, self.tp_span, 2 * self.layers * sent)
+        slow = self.tp_span > self.cluster.per_node
+        return self.cluster.gpu.latency_s * (4 if slow else 1) + sent / self.cluster.speed(self.tp_span)
+
+    def _add(self, phase: Phase, span: int, sent: float) -> None:
+        phase.sent[_WITHIN if span <= self.cluster.per_node else _BETWEEN] += sent

@@ -1,0 +1,172 @@
+"""What a run does, as numbers: its roles, batches, lengths and how often each part of it happens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megarl.config.cluster import PlanConfig
+from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from megarl.errors import ConfigError
+from megarl.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model (or function) in a role. Its heads are those of `GPT`."""
+
+    name: str
+    trained: bool
+    on_device: bool  # False: weights in host memory that take another role's place, or no model at all
+    about: str
+    value_head: bool = False
+    q_heads: int = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run on a layout. Counts of sequences are of one unit of work: a phase of PPO, a step of SFT or ILQL."""
+
+    algorithm: str
+    roles: tuple[Role, ...]
+    model: ModelConfig
+    parallel: ParallelConfig
+    optim: OptimConfig
+    layout: Layout
+    vocab_size: int
+    precision: str
+    micro: int  # sequences of one forward pass
+    global_batch: int  # sequences of an optimizer step
+    steps: int  # optimizer steps
+    length: int  # tokens of a sequence in training
+    loss_tokens: int  # of these, those that log-probs are computed of
+    entropy: bool = False
+    rollouts: int = 0  # responses; 0: nothing is generated
+    prompt: int = 0
+    response: int = 0  # mean tokens
+    longest: int = 0  # tokens of the longest response
+    slots: int = 0
+    cache_bytes: int | None = None
+
+    @property
+    def accumulation(self) -> int:
+        """Microbatches per optimizer step and replica."""
+        return max(1, self.global_batch // (self.micro * self.layout.dp))
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight or activation."""
+        return 2 if self.precision == "bf16" else 4
+
+    @property
+    def engines(self) -> tuple[Role, ...]:
+        """The roles that hold memory on the device."""
+        return tuple(role for role in self.roles if role.on_device)
+
+    def role(self, name: str) -> Role | None:
+        return next((role for role in self.roles if role.name == name), None)
+
+    def on(self, layout: Layout, *, micro: int, recompute: str) -> "Work":
+        """The same run in another layout."""
+        parallel = replace(
+            self.parallel,
+            tp=layout.tp,
+            pp=layout.pp,
+            vpp=layout.vpp if layout.vpp > 1 else None,
+            sequence_parallel=layout.sequence_parallel,
+            recompute=recompute,
+        )
+        return replace(self, layout=layout, micro=micro, parallel=parallel)
+
+
+def work_of(algorithm: str, config: Any, plan: PlanConfig, gpus: int, vocab_size: int) -> Work:
+    """The run that `config`, the tree of the algorithm's entry point, describes on so many GPUs."""
+    parallel = config.parallel
+    layout = Layout.for_world(
+        gpus,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        cp=parallel.cp,
+        vpp=parallel.vpp or 1,
+        sequence_parallel=parallel.sequence_parallel,
+    )
+    common = Work(
+        algorithm=algorithm,
+        roles=(),
+        model=config.model,
+        parallel=parallel,
+        optim=config.optim,
+        layout=layout,
+        vocab_size=vocab_size,
+        precision=config.trainer.precision,
+        micro=config.trainer.micro_batch_size,
+        global_batch=config.trainer.global_batch_size,
+        steps=1,
+        length=0,
+        loss_tokens=0,
+    )
+    return _KINDS[algorithm](common, config, plan)
+
+
+def _sft(common: Work, config: Any, plan: PlanConfig) -> Work:
+    length = config.data.seq_length
+    policy = Role("policy", True, True, "trains")
+    return replace(common, roles=(policy,), length=length, loss_tokens=length)
+
+
+def _ilql(common: Work, config: Any, plan: PlanConfig) -> Work:
+    length = config.data.seq_length
+    policy = Role("policy", True, True, "trains, with two Q heads, their targets and V", value_head=True, q_heads=2)
+    return replace(common, roles=(policy,), length=length, loss_tokens=length)
+
+
+def _ppo(common: Work, config: Any, plan: PlanConfig) -> Work:
+    separate = config.critic.kind == "separate"
+    prompt, response, longest = _lengths(config, plan)
+    roles = [Role("policy", True, True, "trains and generates", value_head=not separate)]
+    if separate:
+        roles.append(Role("critic", True, True, "trains, a model of its own", value_head=True))
+    else:
+        roles.append(Role("critic", True, False, "a head on the policy's trunk"))
+    if config.ppo.kl_coef > 0:
+        roles.append(Role("reference", False, False, "the policy's first weights, in host memory"))
+    roles.append(Role("reward", False, False, "a function in a process of its own"))
+    minibatches = -(-config.ppo.rollouts // common.global_batch)
+    return replace(
+        common,
+        roles=tuple(roles),
+        steps=minibatches * config.ppo.inner_epochs,
+        length=prompt + longest,
+        loss_tokens=longest,
+        entropy=config.ppo.entropy_coef > 0,
+        rollouts=config.ppo.rollouts,
+        prompt=prompt,
+        response=response,
+        longest=longest,
+        slots=config.rollout.slots,
+        cache_bytes=config.rollout.cache_bytes,
+    )
+
+
+def _lengths(config: Any, plan: PlanConfig) -> tuple[int, int, int]:
+    """Tokens of a prompt, of a response on average, and of the longest response."""
+    longest, most = config.rollout.max_new_tokens, config.model.max_positions
+    if longest >= most:
+        raise ConfigError(
+            f"rollout.max_new_tokens={longest} leaves no room for a prompt in model.max_positions={most}: "
+            f"use rollout.max_new_tokens={max(1, most // 2)} or a longer context"
+        )
+    prompt = min(longest, most - longest) if plan.prompt_tokens is None else plan.prompt_tokens
+    if prompt + longest > most:
+        raise ConfigError(
+            f"prompt_tokens={prompt} and rollout.max_new_tokens={longest} are more than model.max_positions={most}: "
+            f"use prompt_tokens={most - longest} or less"
+        )
+    response = longest if plan.response_tokens is None else plan.response_tokens
+    if response > longest:
+        raise ConfigError(
+            f"response_tokens={response} is more than rollout.max_new_tokens={longest}: use {longest} or less"
+        )
+    return prompt, response, longest
+
+
+_KINDS: dict[str, Callable[[Work, Any, PlanConfig], Work]] = {"sft": _sft, "ppo": _ppo, "ilql": _ilql}

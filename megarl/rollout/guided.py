@@ -1,0 +1,33 @@
+"""What an ILQL model draws tokens by: its log-probs, tilted towards tokens whose value is above the state's."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarl.models.gpt import GPT
+from megarl.parallel.vocab import VocabShard
+from megarl.rollout.generator import Scorer
+
+
+def guided(beta: float) -> Scorer:
+    """Scores log_softmax(logits) + beta * (min target Q - V), for a `Generator`; the usual filters come after."""
+
+    def scores(model: GPT, states: Tensor) -> Tensor:
+        logprobs = _log_softmax(model.logits(states), model.shard)
+        if beta == 0.0:
+            return logprobs
+        values = model.value_head(states)
+        advantages: Tensor = model.target_q_heads.smallest(states, model.shard) - values[:, None]
+        return logprobs + beta * advantages
+
+    return scores
+
+
+def _log_softmax(logits: Tensor, shard: VocabShard) -> Tensor:
+    """[rows, valid] of a shard, over the whole vocabulary."""
+    if shard.group is None:
+        return torch.log_softmax(logits, dim=1)
+    own = torch.logsumexp(logits, dim=1)  # -inf where a shard has no tokens
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(shard.group))]
+    dist.all_gather(parts, own, group=shard.group)
+    return logits - torch.logsumexp(torch.stack(parts), dim=0)[:, None]

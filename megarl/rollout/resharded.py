@@ -1,0 +1,92 @@
+"""A GPT in the layout that it generates in, where that is not the one that it trains in (`rollout.layout`)."""
+
+import copy
+import re
+
+from megarl.errors import ConfigError
+from megarl.logging import get_logger
+from megarl.models.config import GPTConfig
+from megarl.models.gpt import GPT
+from megarl.parallel.engine import BuildModel, Engine
+from megarl.parallel.grid import Grid
+from megarl.parallel.layout import Layout
+from megarl.parallel.reshard import Reshard
+
+log = get_logger(__name__)
+
+
+def for_generation(engine: Engine, layout: str | None, *, value_head: bool = False, q_heads: int = 0) -> Reshard | None:
+    """The engine in another layout, for a `Generator`; None where `layout` is null or the engine's own. On all ranks.
+
+    What the moves will send and take is logged before anything moves; call `refresh()` before generating. The heads are
+    those that a scorer asks for.
+    """
+    present = engine.grid.layout
+    wanted = None if layout is None else parse_layout(layout, present.world_size)
+    if wanted is None or (wanted.tp, wanted.pp) == (present.tp, present.pp):
+        return None
+    _check_divides(engine.config, wanted, str(layout))
+
+    def build_on(grid: Grid) -> BuildModel:
+        config = _config_for(engine.config, grid.layout)
+
+        def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
+            return GPT(
+                config,
+                grid,
+                pre_process=pre_process,
+                post_process=post_process,
+                vp_stage=vp_stage,
+                value_head=value_head,
+                q_heads=q_heads,
+            )
+
+        return build
+
+    reshard = Reshard(engine, wanted, build_on)
+    if engine.grid.rank == 0:
+        log.info("%s", reshard.table())
+    return reshard
+
+
+def parse_layout(text: str, world: int) -> Layout:
+    """`tp4`, `pp2` or `tp2xpp2`: the axes that are named, as many replicas as fill the world."""
+    axes = text.lower().split("x")
+    sizes = {match[1]: int(match[2]) for axis in axes if (match := re.fullmatch(r"(tp|pp)([1-9]\d*)", axis))}
+    if len(sizes) < len(axes):
+        raise ConfigError(
+            f"rollout.layout={text} is no layout: write tp4, pp2 or tp2xpp2, or null for the training one"
+        )
+    layout = Layout(tp=sizes.get("tp", 1), pp=sizes.get("pp", 1))
+    if world % layout.replica_size:
+        raise ConfigError(
+            f"rollout.layout={text} takes {layout.replica_size} processes for one model, which do not divide the "
+            f"{world} that there are: use a layout whose sizes do"
+        )
+    return Layout(tp=layout.tp, pp=layout.pp, dp=world // layout.replica_size)
+
+
+def _check_divides(config: GPTConfig, layout: Layout, text: str) -> None:
+    """The cuts that `parallel.tp` and `parallel.pp` are held to as well."""
+    for axis, size, what, count in (
+        ("tp", layout.tp, "attention heads", config.num_attention_heads),
+        ("tp", layout.tp, "channels", config.hidden_size),
+        ("tp", layout.tp, "channels of the MLP", config.ffn_hidden_size),
+        ("pp", layout.pp, "layers", config.num_layers),
+    ):
+        if count % size:
+            raise ConfigError(f"rollout.layout={text} cuts {count} {what} {size} ways: use a {axis} that divides them")
+    if config.num_kv_heads % layout.tp and layout.tp % config.num_kv_heads:
+        raise ConfigError(
+            f"rollout.layout={text}: {config.num_kv_heads} key-value heads and tp={layout.tp} do not divide one another"
+        )
+
+
+def _config_for(config: GPTConfig, layout: Layout) -> GPTConfig:
+    """The same model in another layout, without what only training needs."""
+    changed = copy.copy(config)  # not built again: that would fill in once more what is filled in
+    changed.tensor_model_parallel_size = layout.tp
+    changed.pipeline_model_parallel_size = layout.pp
+    changed.sequence_parallel = False
+    changed.recompute_granularity = None
+    return changed

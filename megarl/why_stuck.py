@@ -1,0 +1,68 @@
+"""`python -m megarl.why_stuck RUN`: which rank do the others wait for, and in which phase? Reads a run's breadcrumbs.
+
+Exit code 0 where a rank is named, 1 where none is seen to hold up the others, 2 where there is nothing to read.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megarl.callbacks.crumb import BEAT_S, FOLDER, Crumb, judge, read
+from megarl.errors import ConfigError, MegarlError
+
+HELP = """python -m megarl.why_stuck RUN [beat=SECONDS]
+
+  RUN       folder of a run, on a file system that this machine sees too
+  beat=5    seconds between two signs of life of a rank; one that misses three counts as silent
+"""
+_MOST_ROWS = 32
+
+
+def report(crumbs: Sequence[Crumb], blamed: Sequence[int], now: float) -> None:
+    """A table of what each rank said last: the blamed ones first, and not more than can be read."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("rank", "host", "process", "phase", "step", "for (s)", "last sign (s ago)", "collective", "at")
+    ordered = sorted(crumbs, key=lambda crumb: (crumb.rank not in blamed, crumb.rank))
+    for crumb in ordered[:_MOST_ROWS]:
+        ages = (f"{now - crumb.since:.0f}", f"{now - crumb.alive:.0f}")
+        phase = crumb.phase or "-"
+        row = (str(crumb.rank), crumb.host, str(crumb.pid), phase, str(crumb.step), *ages, crumb.collective, crumb.at)
+        table.add_row(*row, style="bold" if crumb.rank in blamed else None)
+    console = Console()
+    console.print(table)
+    if len(ordered) > _MOST_ROWS:
+        console.print(f"and {len(ordered) - _MOST_ROWS} more ranks")
+
+
+def run(argv: Sequence[str]) -> int:
+    folders = [word for word in argv if "=" not in word]
+    settings = dict(word.split("=", 1) for word in argv if "=" in word)
+    beat = settings.pop("beat", str(BEAT_S))
+    if len(folders) != 1 or settings or not beat.replace(".", "", 1).isdigit():
+        raise ConfigError(f"'{' '.join(argv)}' is not RUN [beat=SECONDS]: name one run folder")
+    crumbs = read(Path(folders[0]))
+    if not crumbs:
+        raise ConfigError(f"{folders[0]} holds no {FOLDER}/rank-*.json: give the folder of a run that has started")
+    now = time.time()
+    verdict = judge(crumbs, now, float(beat))
+    report(crumbs, verdict.ranks, now)
+    sys.stdout.write(verdict.sentence + "\n")
+    return 0 if verdict.ranks else 1
+
+
+def main() -> None:
+    if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
+        sys.stdout.write(HELP)
+        sys.exit(0)
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except MegarlError as problem:
+        sys.stderr.write(f"error: {problem}\n")
+        sys.exit(problem.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""A notice to one rank stops all of them after the same step, with a checkpoint that goes on as if nothing happened."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megarl.callbacks.preemption import STATUS_FILE, Preemption
+from megarl.checkpoint import find, verify
+from tests.tiny_runs import run_tiny
+from tests.worlds import Worlds
+
+SPARSE = {"every": 100, "save_last": False, "keep_best": 0}
+
+
+def noticed(run_dir: Path, steps: int, at: int, number: int, rank: int) -> dict[str, Any]:
+    """A run in which one rank is sent a signal in the middle of a step (that has `at` steps before it)."""
+    status = run_dir / "status"
+    os.environ[STATUS_FILE] = str(status)
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+
+    def send(step: int) -> None:
+        if step == at and dist.get_rank() == rank:
+            os.kill(os.getpid(), number)
+
+    ended = run_tiny(
+        run_dir, steps, each_step=send, more_callbacks=lambda checkpoints: [Preemption(checkpoints)], **SPARSE
+    )
+    after = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+    return {**ended, "handlers_as_before": before == after, "status": status.read_text() if status.exists() else None}
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_any_ranks_notice_stops_all_after_that_step_with_a_checkpoint(
+    number: int, rank: int, worlds: Worlds, tmp_path: Path
+) -> None:
+    ended = worlds.run(2, noticed, tmp_path, 9, 3, number, rank)
+    assert [one["step"] for one in ended] == [4, 4]
+    assert [path.name for path in find(tmp_path / "checkpoints")] == ["step-0000004"]
+    assert verify(find(tmp_path / "checkpoints")[0]) is None
+    assert ended[0]["status"] == "stopped after step 4: start again\n"
+    assert all(one["handlers_as_before"] for one in ended)
+
+
+def test_the_next_start_ends_in_the_unbroken_runs_weights(worlds: Worlds, tmp_path: Path) -> None:
+    unbroken = worlds.run(2, run_tiny, tmp_path / "unbroken", 6)[0]
+    worlds.run(2, noticed, tmp_path / "broken", 6, 2, signal.SIGUSR1, 1)
+    ended = worlds.run(2, run_tiny, tmp_path / "broken", 6)[0]
+    assert ended["step"] == 6
+    assert torch.equal(ended["weight"], unbroken["weight"])
+
+
+def test_a_run_that_was_at_its_end_is_not_started_again(worlds: Worlds, tmp_path: Path) -> None:
+    (ended,) = worlds.run(1, noticed, tmp_path, 4, 3, signal.SIGUSR1, 0)
+    assert ended["step"] == 4
+    assert ended["status"] is None
+
+
+def test_without_a_notice_nothing_stops(worlds: Worlds, tmp_path: Path) -> None:
+    (ended,) = worlds.run(1, noticed, tmp_path, 4, -1, signal.SIGUSR1, 0)
+    assert (ended["step"], ended["status"]) == (4, None)
+    assert not find(tmp_path / "checkpoints")

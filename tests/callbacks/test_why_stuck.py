@@ -1,0 +1,175 @@
+"""Breadcrumbs say where each rank is, and from them the rank that the others wait for is named."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megarl import why_stuck
+from megarl.callbacks.breadcrumbs import Breadcrumbs, whereabouts
+from megarl.callbacks.crumb import Crumb, CrumbFile, judge, read
+from megarl.errors import ConfigError
+from tests.tiny_runs import run_tiny
+from tests.worlds import Worlds
+
+NOW = 1000.0
+
+
+def ranks(count: int, **same: Any) -> list[Crumb]:
+    """A world in which everybody waits in one collective since 100 s, and beats."""
+    told = {"phase": "train", "step": 7, "since": NOW - 100, "alive": NOW - 1, "collective": "all_reduce", **same}
+    return [Crumb(rank, count, f"node{rank}", 100 + rank, **told) for rank in range(count)]
+
+
+def changed(crumbs: list[Crumb], rank: int, **other: Any) -> list[Crumb]:
+    return [replace(crumb, **other) if crumb.rank == rank else crumb for crumb in crumbs]
+
+
+def test_a_rank_without_a_sign_of_life_is_named_with_its_phase_and_who_waits() -> None:
+    verdict = judge(changed(ranks(4), 2, alive=NOW - 60, phase="generate"), NOW)
+    assert verdict.ranks == (2,)
+    assert "rank 2 (node2, process 102)" in verdict.sentence
+    assert "generate of step 7" in verdict.sentence
+    assert "3 of 4 ranks wait for it in train of step 7, in all_reduce" in verdict.sentence
+
+
+def test_a_rank_in_an_earlier_phase_is_named() -> None:
+    late = changed(ranks(4), 1, phase="score", since=NOW - 400, collective="", at="rewards/client.py:20 wait")
+    verdict = judge(late, NOW)
+    assert verdict.ranks == (1,)
+    assert "score of step 7 for 400 s, at rewards/client.py:20 wait" in verdict.sentence
+    assert judge(changed(ranks(4), 3, step=6), NOW).ranks == (3,)
+
+
+def test_a_rank_at_work_while_the_others_wait_in_a_collective_is_named() -> None:
+    assert judge(changed(ranks(4), 3, collective=""), NOW).ranks == (3,)
+
+
+def test_the_first_that_failed_is_named_and_not_those_that_fell_with_it() -> None:
+    fallen = changed(ranks(3), 0, ended="RuntimeError: connection closed by peer", alive=NOW - 5)
+    fallen = changed(fallen, 1, ended="RewardError: no answer", alive=NOW - 9)
+    verdict = judge(fallen, NOW)
+    assert verdict.ranks == (1,)
+    assert "RewardError: no answer" in verdict.sentence
+
+
+def test_a_rank_that_never_came_is_named() -> None:
+    verdict = judge(ranks(4)[:3], NOW)
+    assert verdict.ranks == (3,)
+    assert "never came" in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    ("crumbs", "says"),
+    [
+        (ranks(2, since=NOW - 2), "the run moves"),
+        (ranks(2), "none is seen to hold up"),
+        (ranks(2, ended="finished"), "has finished"),
+        (ranks(2, alive=NOW - 90), "no rank has given a sign of life for 90 s"),
+    ],
+)
+def test_nobody_is_named_where_nobody_is_to_blame(crumbs: list[Crumb], says: str) -> None:
+    verdict = judge(crumbs, NOW)
+    assert verdict.ranks == ()
+    assert says in verdict.sentence
+
+
+def test_ranks_of_an_earlier_larger_world_are_not_waited_for(tmp_path: Path) -> None:
+    for crumb in [*ranks(2), *changed(ranks(4, alive=NOW - 9000), 3)[2:]]:
+        CrumbFile(tmp_path, crumb.rank).write(crumb)
+    assert [crumb.rank for crumb in read(tmp_path)] == [0, 1]
+
+
+def test_a_long_message_of_failure_still_makes_a_crumb(tmp_path: Path) -> None:
+    CrumbFile(tmp_path, 0).write(replace(ranks(1)[0], ended="x" * 5000))
+    (crumb,) = read(tmp_path)
+    assert crumb.ended == "x" * 200
+
+
+def test_whereabouts_name_the_collective_that_was_called_and_the_line_that_called_it(worlds: Worlds) -> None:
+    def wait() -> tuple[str, str]:
+        seen = []
+        watched = threading.get_ident()
+        timer = threading.Timer(0.3, lambda: seen.append(whereabouts(sys._current_frames()[watched])))
+        timer.start()
+        if dist.get_rank() == 1:
+            timer.join()
+        dist.all_gather_object([None, None], 1)
+        timer.join()
+        return seen[0]
+
+    waiting, at_work = worlds.run(2, wait)
+    assert waiting[0] == "all_gather_object"
+    assert waiting[1].startswith("callbacks/test_why_stuck.py:")
+    assert at_work[0] == ""
+
+
+def stops_itself(run_dir: Path, phase: str) -> dict[str, Any]:
+    """A run whose rank 1 is stopped, as by SIGSTOP, at its third step inside that phase."""
+
+    class Stop(Breadcrumbs):
+        def _enter(self, name: str) -> None:
+            super()._enter(name)
+            if dist.get_rank() == 1 and name == phase and self.crumb.step == 2:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    crumbs = Stop(run_dir, beat_s=0.1)
+    step = Stepper()
+    return run_tiny(run_dir, 4, each_step=step, more_callbacks=lambda _: [crumbs, step.bound(crumbs)], every=2)
+
+
+class Stepper:
+    """The tiny module has no phases of its own: this brackets its steps, as real modules do."""
+
+    def __init__(self) -> None:
+        self.enter: Callable[[str], None] = lambda name: None
+
+    def bound(self, crumbs: Breadcrumbs) -> Breadcrumbs:
+        self.enter = crumbs._enter
+        return crumbs
+
+    def __call__(self, step: int) -> None:
+        self.enter("train")
+
+
+@pytest.mark.parametrize("phase", ["train", "save"])
+def test_a_stopped_rank_is_named_in_the_phase_it_stopped_in(
+    phase: str, worlds: Worlds, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = threading.Thread(target=lambda: worlds.run(2, stops_itself, tmp_path, phase))
+    runs.start()
+    try:
+        deadline = time.monotonic() + 60
+        while why_stuck_or_none(tmp_path) != 0:
+            assert time.monotonic() < deadline, capsys.readouterr().out
+            assert runs.is_alive()
+            time.sleep(0.1)
+    finally:
+        for crumb in read(tmp_path):
+            os.kill(crumb.pid, signal.SIGCONT)
+        runs.join()
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("rank 1 (")
+    assert f"last in {phase} of step 2" in said
+    assert "1 of 2 ranks wait for it" in said
+    assert judge(read(tmp_path), time.time()).sentence == "the run has finished"
+
+
+def why_stuck_or_none(run_dir: Path) -> int | None:
+    try:
+        return why_stuck.run([str(run_dir), "beat=0.2"])
+    except ConfigError:  # not started yet
+        return None
+
+
+def test_a_folder_without_breadcrumbs_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give the folder of a run"):
+        why_stuck.run([str(tmp_path)])

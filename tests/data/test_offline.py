@@ -1,0 +1,228 @@
+"""Samples with rewards: turns and masks by hand, z-scored returns, the cache, and one clear line for bad records."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megarl.config.offline import OfflineDataConfig
+from megarl.data import offline
+from megarl.data.offline import SampleFormat, build_store, open_store, paired, random_walks
+from megarl.data.order import TrainBatches
+from megarl.data.randomwalks import task
+from megarl.data.sources import Record
+from megarl.errors import DataError
+from megarl.tokenizers import build_tokenizer
+
+LETTERS = build_tokenizer("characters", "abcdefg")
+EOS = LETTERS.eos_id
+
+
+def store(samples: list[Any], rewards: list[Any], **options: Any) -> offline.OfflineStore:
+    return build_store(paired(samples, rewards), LETTERS, options.pop("seq_length", 16), **options)
+
+
+def encoded(sample: Any, rewards: Any) -> offline.Sample:
+    (record,) = paired([sample], [rewards])
+    return SampleFormat().encode(record, LETTERS)
+
+
+def test_an_output_ends_with_eos_and_earns_at_it() -> None:
+    sample = encoded(["ab", "cd"], 2.5)
+    assert sample.tokens == [0, 1, 2, 3, EOS]
+    assert sample.response_mask == [0, 0, 1, 1, 1]
+    assert sample.rewards == [0, 0, 0, 0, 2.5]
+
+
+def test_of_a_text_everything_but_the_first_token_is_chosen() -> None:
+    sample = encoded("abc", 1)
+    assert sample.tokens == [0, 1, 2, EOS]
+    assert sample.response_mask == [0, 1, 1, 1]
+
+
+def test_a_dialogue_earns_once_at_its_end_or_in_every_turn() -> None:
+    turns = ["a", "b", "cd", "e"]
+    assert encoded(turns, 3).rewards == [0, 0, 0, 0, 0, 0, 3]
+    dense = encoded(turns, [1, -1])
+    assert dense.tokens == [0, 1, EOS, 2, 3, 4, EOS]
+    assert dense.response_mask == [0, 1, 1, 0, 0, 1, 1]
+    assert dense.rewards == [0, 0, 1, 0, 0, 0, -1]
+
+
+def test_conversations_are_samples_too() -> None:
+    tokenizer = build_tokenizer("bytes", None)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    sample = SampleFormat().encode(Record({"messages": messages, "rewards": 1}, "here"), tokenizer)
+    spoken = [token for token, chosen in zip(sample.tokens, sample.response_mask, strict=True) if chosen]
+    assert spoken == [*b"yo", tokenizer.eos_id]
+    assert sample.rewards[-1] == 1
+
+
+def test_returns_are_standardised_over_the_data_set() -> None:
+    """Returns 1, 2, 6: mean 3, deviation sqrt((4 + 1 + 9) / 2) = 2.6458."""
+    found = store([["a", "b"], ["a", "b"], ["a", "b", "a", "c"]], [1, 2, [4, 2]])
+    rewards = found.batch([0, 1, 2], 8, LETTERS.pad_id)["rewards"]
+    deviation = 7**0.5
+    wanted = torch.zeros(3, 8)
+    wanted[0, 2], wanted[1, 2] = -2 / deviation, -1 / deviation
+    wanted[2, 2], wanted[2, 5] = 4 / deviation, (2 - 3) / deviation
+    assert torch.allclose(rewards, wanted)
+    assert rewards.sum(1).mean() == pytest.approx(0, abs=1e-6)
+    assert rewards.sum(1).std() == pytest.approx(1)
+
+
+def test_a_reward_of_the_last_turn_is_the_reward_of_the_sample() -> None:
+    turns = ["a", "b", "c", "d"]
+    once, dense = store([turns, turns], [1, 3]), store([turns, turns], [[0, 1], [0, 3]])
+    assert torch.equal(once.batch([0, 1], 8, 0)["rewards"], dense.batch([0, 1], 8, 0)["rewards"])
+
+
+@pytest.mark.parametrize(("value", "count"), [(0.1, 1000), (1 / 3, 7), (5, 1)])
+def test_equal_rewards_are_all_zero(value: float, count: int) -> None:
+    found = store([["a", "b"]] * count, [value] * count)
+    assert torch.equal(found.batch(range(count), 3, 0)["rewards"], torch.zeros(count, 3))
+
+
+def test_a_batch_says_where_what_is() -> None:
+    batch = store([["a", "bc"], ["ab", "c"]], [0, 1]).batch([1, 0], 6, LETTERS.pad_id)
+    pad = LETTERS.pad_id
+    assert batch["tokens"].tolist() == [[0, 1, 2, EOS, pad, pad], [0, 1, 2, EOS, pad, pad]]
+    assert batch["response_mask"].tolist() == [[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0]]
+    assert batch["positions"].tolist() == [list(range(6))] * 2
+    assert batch["lengths"].tolist() == [4, 4]
+    assert batch["rewards"][0, 3] == -batch["rewards"][1, 3] == pytest.approx(0.5**0.5)
+
+
+@pytest.mark.parametrize(
+    ("samples", "rewards", "record", "words"),
+    [
+        ([["a", "b"], ["a", "b"]], [1], 2, "2 samples and 1 rewards"),
+        ([["a", "b"], ["a"]], [1, 2], 2, "no action"),
+        ([["a", "b"], ["a", ""]], [1, 2], 2, "no action"),
+        ([["a", "b"], ""], [1, 2], 2, "no action"),
+        ([["", "b"], ["a", "b"]], [1, 2], 1, "starts with an output"),
+        ([["a", "b"], ["a", "b"]], [1, "2"], 2, "no finite number"),
+        ([["a", "b"], ["a", "b"]], [1, None], 2, "no finite number"),
+        ([["a", "b"], ["a", "b"]], [1, True], 2, "no finite number"),
+        ([["a", "b"], ["a", "b"]], [float("nan"), 2], 1, "no finite number"),
+        ([["a", "b"], ["a", "b", "a", "b"]], [1, [1, 2, 3]], 2, "3 rewards for 2 outputs"),
+        ([["a", "b"], ["a", "b", "c"]], [1, 2], 2, "no action after it"),
+        ([["a", "b"], 7], [1, 2], 2, "holds a int"),
+        ([["a", "b"], ["a", 3]], [1, 2], 2, "holds a list"),
+    ],
+)
+def test_a_bad_record_is_refused_with_its_number(samples: Any, rewards: Any, record: int, words: str) -> None:
+    with pytest.raises(DataError, match=f"record {record}") as refusal:
+        store(samples, rewards)
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_chat_that_the_assistant_opens_is_refused() -> None:
+    tokenizer = build_tokenizer("bytes", None)
+    messages = [{"role": "assistant", "content": "yo"}, {"role": "user", "content": "hi"}]
+    with pytest.raises(DataError, match="data.jsonl:3: the dialogue starts with an output"):
+        SampleFormat().encode(Record({"messages": messages, "rewards": 1}, "data.jsonl:3"), tokenizer)
+
+
+def test_what_was_earned_beyond_a_cut_counts_at_the_last_action() -> None:
+    turns = ["a", "bc", "defg", "a"]  # a b c EOS d e f g a EOS
+    cut = store([turns, ["a", "b"]], [[1, 2], 0], seq_length=6)
+    assert cut.lengths.tolist() == [6, 3]
+    assert cut.arrays["rewards"][:6].tolist() == [0, 0, 0, 3, 0, 0]
+    assert len(store([turns, ["a", "b"]], [[1, 2], 0], seq_length=6, too_long="drop")) == 1
+    with pytest.raises(DataError, match=r"record 1: is 10 tokens long, more than data\.seq_length=6"):
+        store([turns], [[1, 2]], seq_length=6, too_long="error")
+
+
+def test_one_that_has_no_action_left_is_left_out() -> None:
+    assert len(store([["abcdef", "g"], ["a", "b"]], [1, 2], seq_length=4)) == 1
+    with pytest.raises(DataError, match=r"none of its 1 samples is left .*data\.seq_length=4"):
+        store([["abcdef", "g"]], [1], seq_length=4)
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
+
+
+def settings(folder: Path, text: str, **options: Any) -> OfflineDataConfig:
+    file = folder / "train.jsonl"
+    file.write_text(text)
+    return OfflineDataConfig(**{"train": [str(file)], "cache": str(folder / "cache"), "seq_length": 16, **options})
+
+
+LINES = "".join(json.dumps({"samples": ["a", "b" * n], "rewards": n}) + "\n" for n in (1, 2, 5))
+
+
+def test_samples_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = settings(tmp_path, LINES)
+    built = open_store(data, LETTERS)
+    monkeypatch.setattr(offline, "build_store", None)  # not asked again
+    found = open_store(data, LETTERS)
+    for row in range(3):
+        ours, theirs = found.batch([row], 8, 0), built.batch([row], 8, 0)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert isinstance(found.arrays["tokens"], np.memmap)  # a rank reads no more than its rows
+
+
+@pytest.mark.parametrize("change", ["content", "length", "tokenizer"])
+def test_other_samples_or_settings_are_tokenised_anew(change: str, tmp_path: Path) -> None:
+    open_store(settings(tmp_path, LINES), LETTERS)
+    text = LINES.replace('"rewards": 5', '"rewards": 6') if change == "content" else LINES
+    other = settings(tmp_path, text, **({"seq_length": 4} if change == "length" else {}))
+    tokenizer = build_tokenizer("characters", "gfedcba") if change == "tokenizer" else LETTERS
+    found = open_store(other, tokenizer)
+    batch = found.batch([2], 8, 0)
+    wanted = build_store(offline.read_records(other.train), tokenizer, other.seq_length).batch([2], 8, 0)
+    assert all(torch.equal(batch[key], wanted[key]) for key in wanted)
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
+
+
+def test_a_record_that_cannot_be_used_leaves_no_store(tmp_path: Path) -> None:
+    data = settings(tmp_path, LINES + '{"samples": ["a", "b"]}\n')
+    with pytest.raises(DataError, match=r"train.jsonl:4: has no 'rewards'"):
+        open_store(data, LETTERS)
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"data\.cache=.*file"):
+        open_store(settings(tmp_path, LINES, cache=str(tmp_path / "file")), LETTERS)
+
+
+def test_without_a_cache_nothing_is_written(tmp_path: Path) -> None:
+    before = set(os.listdir(tmp_path))  # noqa: PTH208
+    open_store(settings(tmp_path, LINES, cache=None), LETTERS)
+    assert set(os.listdir(tmp_path)) - before == {"train.jsonl"}  # noqa: PTH208
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+def test_replicas_share_a_batch_out_and_a_resumed_loader_goes_on_with_it() -> None:
+    found = build_store(random_walks(1000), build_tokenizer("characters", "abcdefghijklmnopqrstu"), 11)
+
+    def loader(rank: int, size: int, micro: int, start: int = 0) -> offline.OfflineLoader:
+        batches = TrainBatches(found.lengths, 8, seed=3, start=start)
+        return offline.OfflineLoader(
+            found, batches, micro_batch_size=micro, seq_length=11, pad_id=0, dp_rank=rank, dp_size=size, steps=5
+        )
+
+    (whole,) = loader(0, 1, 8).step(4)
+    shares = [batch for micro in zip(*(loader(rank, 2, 2).step(4) for rank in (0, 1)), strict=True) for batch in micro]
+    assert all(torch.equal(whole[key], torch.cat([share[key] for share in shares])) for key in whole)
+    resumed = list(loader(0, 1, 8, start=3))
+    assert len(resumed) == 2
+    assert torch.equal(resumed[1][0]["tokens"], whole["tokens"])
+
+
+def test_the_walks_of_the_task_earn_their_optimality() -> None:
+    walks = random_walks(1000)
+    assert len(walks) == 1000
+    assert all(record.fields["samples"][0] == walk[0] for record, walk in zip(walks, task(1000).walks, strict=True))
+    mean = sum(record.fields["rewards"] for record in walks) / 1000
+    assert mean == pytest.approx(0.352, abs=0.001)

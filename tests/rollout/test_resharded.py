@@ -1,0 +1,111 @@
+"""Generation in another layout than training's: the weights that arrive, the same tokens, and what a move costs."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megarl.errors import ConfigError
+from megarl.rollout.requests import Rollout
+from megarl.rollout.resharded import for_generation, parse_layout
+from tests.parallel.engines import batches, count_tokens, small_engine, token_loss
+from tests.rollout.test_generate import MODERATE, check_same, generator_of, some_requests
+from tests.worlds import Worlds
+
+SEED = 1  # of `small_engine`
+CASES: dict[str, tuple[int, dict[str, Any], str, dict[str, Any]]] = {
+    "PP2 to TP2": (2, {"pp": 2}, "tp2", {}),
+    "TP2 to PP2": (2, {"tp": 2, "sequence_parallel": True}, "pp2", {"qkv_bias": True, "mlp_bias": True}),
+    "TP2xPP2 to DP4, tied": (4, {"tp": 2, "pp": 2}, "tp1", {"tie_embeddings": True}),
+    "PP2xDP2 to TP4, few key-value heads": (4, {"pp": 2}, "tp4", {"num_kv_heads": 2}),
+}
+
+
+def in_both(layout: dict[str, Any], wanted: str, model: dict[str, Any]) -> dict[str, Any]:
+    """Rollouts in the training layout and in the other, before and after a step of training."""
+    engine = small_engine(layout, {**MODERATE, **model})
+    reshard = for_generation(engine, wanted)
+    assert reshard is not None
+    here, there = generator_of(engine), generator_of(reshard.engine)
+    found: dict[str, Any] = {"links": reshard.links, "weights": reshard.weight_bytes}
+    torch.manual_seed(7)
+    for name in ("first", "trained"):
+        reshard.refresh()
+        found[name] = here.generate(some_requests(14)), there.generate(some_requests(14))
+        if name == "first":
+            moved = {key: value.detach().clone() for key, value in reshard.engine.parameters()}
+            reshard.engine.models[0].initialise(reshard.grid, SEED)
+            found["as drawn"] = all(torch.equal(moved[key], value) for key, value in reshard.engine.parameters())
+            found["received"] = {key: value.numel() * value.element_size() for key, value in moved.items()}
+            engine.train_step(batches(engine, 0), token_loss, count_tokens)
+            engine.apply_gradients()
+    there.close()
+    reshard.close()
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_another_layout_has_the_same_weights_and_draws_the_same_tokens(name: str, worlds: Worlds) -> None:
+    size, layout, wanted, model = CASES[name]
+    ranks = worlds.run(size, in_both, layout, wanted, model)
+    for found in ranks:
+        assert found["as drawn"]
+        for here, there in (found["first"], found["trained"]):
+            check_same(there, here, name)
+    responses: list[list[Rollout]] = [ranks[0][when][0] for when in ("first", "trained")]
+    assert responses[0] != responses[1], "nothing was learnt, so the second move proves nothing"
+    for rank, found in enumerate(ranks):
+        arriving = sum(count for (_, target), count in found["links"].items() if target == rank)
+        assert arriving == found["weights"][rank] == sum(found["received"].values())
+    if name == "PP2 to TP2":  # what the upper stage has comes from there, whole or a half of it
+        for rank, found in enumerate(ranks):
+            above = ("decoder.layers.2.", "decoder.layers.3.", "decoder.final", "output_layer")
+            upper = sum(count for key, count in found["received"].items() if key.startswith(above))
+            assert found["links"][1, rank] == upper
+            assert found["links"][0, rank] == sum(found["received"].values()) - upper
+
+
+def refused(layout: dict[str, Any], wanted: str, model: dict[str, Any]) -> str:
+    engine = small_engine(layout, model, train=False)
+    try:
+        for_generation(engine, wanted)
+    except ConfigError as problem:
+        return str(problem)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("layout", "wanted", "model", "told"),
+    [
+        ({"pp": 2, "vpp": 2}, "tp2", {}, "set parallel.vpp=null"),
+        ({}, "pp2", {"tie_embeddings": True}, "tied to its embedding"),
+        ({}, "tp2", {"num_heads": 1}, "cuts 1 attention heads 2 ways"),
+        ({}, "tp3", {}, "takes 3 processes"),
+        ({}, "tp2,pp1", {}, "write tp4, pp2 or tp2xpp2"),
+        ({"pp": 2}, "pp2", {}, "nothing"),
+    ],
+)
+def test_what_cannot_be_moved_is_refused_by_every_rank(
+    layout: dict[str, Any], wanted: str, model: dict[str, Any], told: str, worlds: Worlds
+) -> None:
+    assert all(told in answer for answer in worlds.run(2, refused, layout, wanted, model))
+
+
+def shown() -> str:
+    engine = small_engine({"pp": 2}, train=False)
+    reshard = for_generation(engine, "TP2")
+    assert reshard is not None
+    return reshard.table()
+
+
+def test_the_cost_is_a_table_before_anything_moves(worlds: Worlds) -> None:
+    table = worlds.run(2, shown)[0]
+    assert table.startswith("weights from PP2 to TP2: ")
+    assert [line.split()[:2] for line in table.splitlines()[2:6]] == [["0", "0"], ["1", "0"], ["0", "1"], ["1", "1"]]
+
+
+def test_a_layout_is_written_as_it_is_shown() -> None:
+    assert str(parse_layout("TP2xPP2", 8)) == "TP2xPP2xDP2"
+    for text in ("", "tp0", "dp2", "tp2xtp2", "2"):
+        with pytest.raises(ConfigError, match=r"rollout\.layout"):
+            parse_layout(text, 4)
