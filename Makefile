@@ -29,8 +29,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -e '.[dev]'
 	touch $@
 
-demo: venv  ## train a small model on the data that ships with megarl, with a progress bar
-	$(BIN)/python -m megarl.train_sft run.dir=runs/demo run.resume=never
+demo: venv  ## PPO on a small task with known results: two to three minutes, with a live view of score and KL
+	$(BIN)/python -m megarl.train_ppo +conf=randomwalks run.dir=runs/demo run.resume=never
 
 test: venv  ## the tests
 	$(BIN)/python -m pytest

@@ -188,7 +188,9 @@ readonly NUMBERED='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID GROUP_RAN
 readonly FORWARDING='export PET_NODE_RANK=$SLURM_NODEID
 (trap "" USR1; exec "$@") & agent=$!
 trap '\''kill -USR1 $(cat "/proc/$agent/task/$agent/children")'\'' USR1 TERM
-while kill -0 "$agent" 2>/dev/null; do wait "$agent" && code=0 || code=$?; done
+while :; do wait "$agent" && code=0 || code=$?; kill -0 "$agent" 2>/dev/null || break; done
+wait "$agent" 2>/dev/null && again=0 || again=$?
+[ "$again" -eq 127 ] || code=$again
 exit "$code"'
 
 build_step() {

@@ -77,17 +77,25 @@ def work(config: "GenerateConfig") -> None:
 
     from megarl.logging import setup
     from megarl.models.exchange.adopt import adopt
+    from megarl.models.gpt import GPT
     from megarl.modules.base import build_gpt_engine, vocabulary
     from megarl.parallel.grid import Grid, start_world
     from megarl.parallel.layout import Layout
     from megarl.rollout.generator import Generator, Limits
+    from megarl.rollout.guided import guided, stored_q_heads
     from megarl.tokenizers import build_tokenizer
 
     setup(None, rank=int(os.environ.get("RANK", "0")), debug=config.debug)
+    if config.rollout.layout is not None:
+        raise ConfigError(
+            f"rollout.layout={config.rollout.layout} is for weights that train in another layout: set parallel.tp and "
+            "parallel.pp here"
+        )
     if config.model.path is not None:
         adopt(config)
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
     vocab_size = vocabulary(config.model, tokenizer)
+    q_heads = stored_q_heads(config.model.path)
     if config.out is not None and Path(config.out).expanduser().exists():  # asked before the ranks meet: all refuse
         raise ConfigError(f"out={config.out} exists and would be overwritten: remove it, or name another file")
     records = [] if config.prompts is None else read_prompts(config, tokenizer)
@@ -104,13 +112,16 @@ def work(config: "GenerateConfig") -> None:
             vocab_size=vocab_size,
             precision=config.trainer.precision,
             seed=config.seed,
+            value_head=q_heads > 0,
+            q_heads=q_heads,
         )
         generator = Generator(
             engine,
             tokenizer.eos_id,
             seed=config.seed,
-            limits=Limits(config.rollout.slots, config.rollout.cache_bytes),
+            limits=Limits(config.rollout.slots, config.rollout.cache_bytes, graphs=config.rollout.cuda_graphs),
             decode=tokenizer.decode,
+            scorer=guided(config.rollout.ilql_beta) if q_heads else GPT.logits,
             dump=config.rollout.dump,
             replay=config.rollout.replay,
         )

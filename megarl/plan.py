@@ -41,17 +41,9 @@ def read(own: list[str]) -> PlanConfig:
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PlanConfig), given))
     except EXPLAINED as error:
         raise explain(error, PlanConfig, own) from error
-    _check(config)
+    check_declared(config)
     plan: PlanConfig = config
     return plan
-
-
-def _check(config: PlanConfig) -> None:
-    check_declared(config)
-    if config.algorithm not in ENTRIES:
-        raise ConfigError(
-            f"algorithm={config.algorithm} cannot be planned yet: use {' or '.join(sorted(ENTRIES.keys() & {'ppo', 'sft'}))}"
-        )
 
 
 def compose_run(plan: PlanConfig, argv: list[str]) -> tuple[Any, int]:

@@ -11,11 +11,13 @@ logger = get_logger(__name__)
 class Baseline(Callback):
     """Lightning's evaluations only come after steps; this one is logged at step 0 and left in `module.baseline`.
 
-    A module that can do it has `evaluation`, which may be None, and `evaluate()`. A resumed run has had its baseline.
+    A module that can do it has `evaluation`, which may be None, and `evaluate()`. A resumed run has had its baseline,
+    and one that is never evaluated has none.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if steps_taken(trainer) > 0 or getattr(pl_module, "evaluation", None) is None:
+        never = trainer.limit_val_batches == 0
+        if never or steps_taken(trainer) > 0 or getattr(pl_module, "evaluation", None) is None:
             return
         evaluated = pl_module.evaluate()  # type: ignore[operator]
         pl_module.baseline = evaluated.metrics  # type: ignore[assignment]

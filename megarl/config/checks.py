@@ -89,9 +89,14 @@ def world_size(config: Any, environ: Mapping[str, str]) -> int:
     """
     if "WORLD_SIZE" in environ:
         return _count(environ, "WORLD_SIZE")
-    if "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in _INTERACTIVE:
+    if started_by_slurm(environ):
         return _count(environ, "SLURM_NTASKS")
     return local_devices(config) * int(config.trainer.num_nodes)
+
+
+def started_by_slurm(environ: Mapping[str, str]) -> bool:
+    """Whether this process is a task of `srun`, and not in a shell inside an allocation."""
+    return "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in _INTERACTIVE
 
 
 def local_devices(config: Any) -> int:

@@ -33,6 +33,10 @@ class RolloutConfig:
     cache_bytes: int | None = leaf(
         None, "most bytes of keys and values on a device (null: what slots need)", at_least=1
     )
+    layout: str | None = leaf(
+        None, "layout that responses are drawn in, as tp4 or tp2xpp2; weights are moved (null: the training one)"
+    )
+    cuda_graphs: bool = leaf(False, "decode in passes of fixed shapes, which a GPU replays as CUDA graphs (pp 1)")
     too_long: str = leaf(
         "error", "prompts that leave no room for max_new_tokens: cut on the left, left out or an error", TOO_LONG
     )
@@ -160,4 +164,5 @@ class PPOSettings:
     whiten_rewards: bool = leaf(False, "give a phase's rewards deviation 1, their mean kept")
     missing_eos_penalty: float = leaf(0.0, "taken from the score of a response that was cut at its length", at_least=0)
     mask_overlong: bool = leaf(False, "responses cut at their length do not train")
+    pack: bool = leaf(True, "several short responses share a row of a pass (they never attend to each other)")
     invariants: str = leaf("strict", "what a broken invariant does: stop the run, or warn", ("strict", "warn"))

@@ -158,24 +158,26 @@ class OfflineStore:
         Returns:
             tokens, positions [rows, length] long; response_mask, rewards [rows, length] float32; lengths [rows] long.
         """
-        shape = (len(rows), length)
-        tokens = torch.full(shape, pad_id, dtype=torch.long)
-        response_mask, rewards = torch.zeros(shape), torch.zeros(shape)
-        for at, row in enumerate(rows):
-            begin, end = int(self.starts[row]), int(self.starts[row + 1])
-            size = end - begin
-            tokens[at, :size] = torch.from_numpy(self.arrays["tokens"][begin:end].astype(np.int64))
-            mask = np.array(self.arrays["response_mask"][begin:end])
-            earned = self.arrays["rewards"][begin:end] / self.deviation
-            earned[np.flatnonzero(mask)[-1]] -= self.mean / self.deviation
-            response_mask[at, :size] = torch.from_numpy(mask)
-            rewards[at, :size] = torch.from_numpy(earned)
+        rows = np.asarray(rows)
+        sizes = self.lengths[rows]
+        within = np.arange(length) < sizes[:, None]  # [rows, length]
+        index = (self.starts[rows][:, None] + np.arange(length))[within]
+
+        def filled(name: str, empty: float, dtype: type) -> np.ndarray:
+            whole = np.full(within.shape, empty, dtype)
+            whole[within] = self.arrays[name][index]
+            return whole
+
+        response_mask = filled("response_mask", 0, np.float32)
+        rewards = filled("rewards", 0, np.float32) / np.float32(self.deviation)
+        last = length - 1 - np.argmax(response_mask[:, ::-1], axis=1)
+        rewards[np.arange(len(rows)), last] -= self.mean / self.deviation
         return {
-            "tokens": tokens,
+            "tokens": torch.from_numpy(filled("tokens", pad_id, np.int64)),
             "positions": torch.arange(length).repeat(len(rows), 1),
-            "response_mask": response_mask,
-            "rewards": rewards,
-            "lengths": torch.from_numpy(self.lengths[np.asarray(rows)]),
+            "response_mask": torch.from_numpy(response_mask),
+            "rewards": torch.from_numpy(rewards),
+            "lengths": torch.from_numpy(sizes),
         }
 
     def save(self, folder: Path) -> None:

@@ -16,6 +16,9 @@ from megarl.models.kernels import kernels
 from megarl.models.rotary import Rotation, rotate
 
 
+SHORT = 64  # queries up to which two plain products are faster than torch's fused kernel on a CPU
+
+
 @dataclass
 class Context:
     """What attention must know of the batch beyond the hidden states; made once per forward pass of a chunk.
@@ -31,7 +34,8 @@ class Context:
 
 def attention_mask(segment_ids: Tensor | None, time: int, window: int | None, device: torch.device) -> Tensor | None:
     """Causal, within documents (segment_ids [batch, time]; 0 is padding) and within a sliding window."""
-    if segment_ids is None and (window is None or window >= time):
+    short = device.type == "cpu" and time <= SHORT
+    if segment_ids is None and (window is None or window >= time) and not short:
         return None
     rows = torch.arange(time, device=device)
     distance = rows[:, None] - rows[None, :]
@@ -42,7 +46,7 @@ def attention_mask(segment_ids: Tensor | None, time: int, window: int | None, de
     if segment_ids is not None:
         # Padding rows form a document of their own, so that no softmax is over nothing.
         allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    return allowed
+    return torch.zeros(allowed.shape, device=device).masked_fill_(~allowed, -torch.inf) if short else allowed
 
 
 class SelfAttention(MegatronModule):
@@ -135,10 +139,12 @@ class SelfAttention(MegatronModule):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax attention of [batch, heads, time, head_dim] tensors to [time, batch, heads * head_dim]."""
         dropout = self.config.attention_dropout if self.training else 0.0
-        causal = mask is None and q.shape[2] == k.shape[2]
+        causal = mask is None and q.shape[2] == k.shape[2] > 1
         grouped = q.shape[1] != k.shape[1]
-        if q.shape[2] == 1 and q.device.type == "cpu" and q.dtype == torch.float32 and not torch.is_grad_enabled():
-            mixed = _attend_singly(q, k, v, mask)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(q.dtype)
+        if q.device.type == "cpu" and q.shape[2] <= SHORT and dropout == 0.0 and not causal:
+            mixed = _attend_in_products(q, k, v, mask)
         elif dropout == 0.0:
             mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
         else:
@@ -149,12 +155,16 @@ class SelfAttention(MegatronModule):
         return mixed.permute(2, 0, 1, 3).flatten(-2)
 
 
-def _attend_singly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one query for each row and head, [batch, heads, 1, head_dim], to the same shape.
+def _attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of few queries, [batch, heads, time, head_dim], to the same shape.
 
-    Two batched products: for so few queries, torch's fused kernel takes twice as long on a CPU.
+    Two batched products: for so few queries, torch's fused kernel takes up to twice as long on a CPU.
     """
-    scores = (q * q.shape[-1] ** -0.5).view(*k.shape[:2], -1, q.shape[-1]) @ k.transpose(2, 3)
+    groups, time = k.shape[1], q.shape[2]
+    queries = (q * q.shape[-1] ** -0.5).reshape(q.shape[0], groups, -1, q.shape[-1])  # those of a group, side by side
+    scores = queries @ k.transpose(2, 3)
     if mask is not None:
-        scores = scores.add_(mask) if mask.is_floating_point() else scores.masked_fill_(~mask, -torch.inf)
+        by_query = scores.view(q.shape[0], q.shape[1], time, -1)
+        by_query = by_query + mask if mask.is_floating_point() else by_query.masked_fill(~mask, -torch.inf)
+        scores = by_query.view(scores.shape)
     return (torch.softmax(scores, -1) @ v).view(q.shape)

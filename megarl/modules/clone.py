@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
+import torch
+from torch import Tensor
+
+from megarl.algorithms import aggregate
 from megarl.config.schema import PPOConfig
-from megarl.data import RecordFormat, SFTDataset, StepLoader, TrainBatches, read_records
+from megarl.data import SFTDataset, TrainBatches, collate, read_records
 from megarl.data.prompts import RANDOMWALKS
 from megarl.data.randomwalks import task
 from megarl.data.sources import Record
 from megarl.logging import get_logger
+from megarl.models.gpt import GPT
 from megarl.modules.base import build_gpt_engine
-from megarl.modules.sft import count, token_loss
-from megarl.parallel.engine import Engine
+from megarl.modules.experience import Passes
+from megarl.parallel.engine import Batch, Engine, Stats
 from megarl.parallel.grid import Grid
 from megarl.tokenizers import Tokenizer
 
@@ -39,8 +43,12 @@ def clone_behaviour(
         optim=settings,
         total_steps=steps,
     )
-    for step, batch in enumerate(_batches(config, tokenizer, grid)):
-        metrics = student.train_step(batch, token_loss, count)
+    samples = as_rows(SFTDataset(_records(config), tokenizer, config.model.max_positions, name="clone.data"))
+    order = TrainBatches(samples["lengths"].numpy(), config.trainer.global_batch_size, config.seed)
+    for step in range(steps):
+        rows = torch.as_tensor(order.batch(step))
+        passes = Passes(samples, rows, grid, config.trainer.micro_batch_size, share_slots=config.ppo.pack)
+        metrics = student.train_step(passes.microbatches(), _loss, _count)
         student.apply_gradients()
         if (step + 1) % max(1, steps // REPORTS) == 0:
             log.info("cloning step %d/%d  loss %.4f", step + 1, steps, metrics["loss"])
@@ -48,21 +56,21 @@ def clone_behaviour(
         engine.start_from(student)
 
 
-def _batches(config: PPOConfig, tokenizer: Tokenizer, grid: Grid) -> Iterable[list[Any]]:
-    longest = config.model.max_positions
-    samples = SFTDataset(_records(config), tokenizer, longest, RecordFormat(), name="clone.data")
-    batches = TrainBatches(samples.lengths, config.trainer.global_batch_size, config.seed)
-    return StepLoader(
-        samples,
-        batches,
-        micro_batch_size=config.trainer.micro_batch_size,
-        seq_length=longest,
-        pad_id=tokenizer.pad_id,
-        dp_rank=grid.dp_rank,
-        dp_size=grid.layout.dp,
-        multiple_of=grid.layout.tp if grid.layout.sequence_parallel else 1,
-        steps=config.clone.steps,
-    )
+def as_rows(samples: SFTDataset) -> Batch:
+    """tokens, response_mask [rows, time] and lengths [rows] of all samples."""
+    batch = collate([samples.row(row) for row in range(len(samples))], int(samples.lengths.max()), pad_id=0)
+    return {key: batch[key] for key in ("tokens", "response_mask", "lengths")}
+
+
+def _loss(model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
+    """Cross entropy, the mean over the trained tokens of the global batch."""
+    logprobs = model.logprobs(hidden, batch["tokens"], batch["chosen"]).logprobs
+    loss = aggregate(-logprobs, batch["chosen"], "token_mean", denominator=counts["tokens"])
+    return loss, {"loss": loss}
+
+
+def _count(batch: Batch) -> Stats:
+    return {"tokens": batch["chosen"].sum()}
 
 
 def _records(config: PPOConfig) -> Iterable[Record]:

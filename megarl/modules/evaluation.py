@@ -48,12 +48,11 @@ class Evaluation:
     def run(self, phase: int) -> Evaluated:
         """Answer every prompt under every value of the sweep. The same on every rank."""
         evaluated = Evaluated()
-        for changes in self.changes:
+        # Each value of the sweep is a stream of its own, as its responses are kept and scored apart from the others'.
+        for stream, changes in enumerate(self.changes, EVALUATION):
             suffix = "".join(f"@{name}={value:g}" for name, value in changes.items())
-            rollouts = self.respond(self.prompts, self.settings.n, stream=EVALUATION, phase=phase, **changes)
-            judged = {
-                name: judge.score(self.prompts, rollouts, EVALUATION, phase) for name, judge in self.judges.items()
-            }
+            rollouts = self.respond(self.prompts, self.settings.n, stream=stream, phase=phase, **changes)
+            judged = {name: judge.score(self.prompts, rollouts, stream, phase) for name, judge in self.judges.items()}
             for name, judgement in judged.items():
                 evaluated.metrics |= _means(f"eval/{name}", judgement, suffix)
             lengths = [len(rollout.response) for rollout in rollouts]

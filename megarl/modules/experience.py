@@ -1,31 +1,35 @@
-"""The tensors of a phase: all rows on every rank, and the ways to send them through an engine and back."""
+"""The tensors of a phase: a row per response on every rank, and the ways to send rows through an engine and back.
+
+An engine is given passes, [slots, time] tokens in which several short responses may stand behind each other in a slot;
+losses and everything else speak of rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.data.dataset import pack
 from megarl.data.order import shard_rows
 from megarl.parallel.engine import Batch, Engine, ForwardFn
 from megarl.parallel.grid import Grid
 from megarl.rollout.requests import Rollout
 
-GROUPS = 4  # of rows of similar length that an evaluation is cut into: each is as long as its longest row
+SHORT = 32  # responses up to this long share slots twice as long as the longest, so that less of a slot stays empty
 
 
-def as_batch(rollouts: Sequence[Rollout], pad_id: int, multiple_of: int) -> Batch:
-    """tokens, positions, response_mask, rollout_logprobs [rows, time] and lengths [rows], right-padded, on the host."""
-    time, rows = bucket(max(len(rollout.tokens) for rollout in rollouts), multiple_of), len(rollouts)
+def as_batch(rollouts: Sequence[Rollout]) -> Batch:
+    """tokens, response_mask, rollout_logprobs [rows, time] and lengths [rows], right-padded, on the host."""
     lengths = torch.tensor([len(rollout.tokens) for rollout in rollouts])
+    shape = (len(rollouts), int(lengths.max()))
     batch = {
-        "tokens": torch.full((rows, time), pad_id),
-        # Padding may reach past the model's last position, so it repeats its row's.
-        "positions": torch.minimum(torch.arange(time), lengths[:, None] - 1),
-        "response_mask": torch.zeros(rows, time),
-        "rollout_logprobs": torch.zeros(rows, time),
+        "tokens": torch.zeros(shape, dtype=torch.long),
+        "response_mask": torch.zeros(shape),
+        "rollout_logprobs": torch.zeros(shape),
         "lengths": lengths,
     }
     for row, rollout in enumerate(rollouts):
@@ -37,64 +41,116 @@ def as_batch(rollouts: Sequence[Rollout], pad_id: int, multiple_of: int) -> Batc
 
 
 def bucket(longest: int, multiple_of: int) -> int:
-    """A batch length that wastes at most an eighth, so that phases meet few shapes; a multiple of `multiple_of`."""
-    step = max(1, 1 << max(0, longest.bit_length() - 4)) * multiple_of
-    return (longest + step - 1) // step * step
+    """A length that wastes at most an eighth, so that phases meet few shapes; a multiple of `multiple_of`."""
+    step = max(1, 1 << max(0, longest.bit_length() - 4))
+    step = -(-step // multiple_of) * multiple_of
+    return -(-longest // step) * step
 
 
-def take(batch: Batch, rows: Tensor, time: int) -> Batch:
-    """Some rows, cut at `time`; a number past the last one is a row that counts for nothing: masked, of length 0."""
-    count = batch["tokens"].shape[0]
-    inside, rows = rows < count, rows.clamp(max=count - 1)
-    taken = {key: value[rows, :time] if value.dim() > 1 else value[rows] for key, value in batch.items()}
-    taken["response_mask"] = taken["response_mask"] * inside[:, None]
-    taken["lengths"] = taken["lengths"] * inside
-    return taken
+class Passes:
+    """Some rows of a batch, arranged for the passes of an engine over all data-parallel ranks.
 
-
-def microbatches(batch: Batch, rows: Tensor, grid: Grid, micro: int) -> list[Batch]:
-    """This replica's share of a minibatch, in as few microbatches of at most `micro` rows as there can be.
-
-    All are equally large and as long as the minibatch's longest row needs; rows that count for nothing fill up the
-    last ones.
+    Every rank computes the whole arrangement, from lengths alone, and takes its own microbatches. All of them have the
+    same [slots, time]; slots that were left over hold nothing.
     """
-    layout = grid.layout
-    count = -(-len(rows) // (micro * layout.dp))
-    if layout.vpp > 1:  # an interleaved pipeline works in rounds of a microbatch per stage
-        count = -(-count // layout.pp) * layout.pp
-    size = -(-len(rows) // (layout.dp * count))
-    longest = int(batch["lengths"][rows].max())
-    time = min(bucket(longest, sequence_parts(grid)), batch["tokens"].shape[1])
-    fill = rows.new_full((layout.dp * count * size - len(rows),), batch["tokens"].shape[0])
-    shares = shard_rows(torch.cat([rows, fill]).numpy(), grid.dp_rank, layout.dp, size)
-    return [take(batch, torch.as_tensor(share), time) for share in shares]
+
+    def __init__(self, batch: Batch, rows: Tensor, grid: Grid, micro: int, *, share_slots: bool) -> None:
+        """
+        Args:
+            rows: numbers of the rows, in any order.
+            micro: rows of full length that a microbatch may hold.
+            share_slots: put several short rows into one slot; they never attend to each other.
+        """
+        self.batch, self.rows, self.grid, self.packed = batch, rows, grid, share_slots
+        layout, lengths = grid.layout, batch["lengths"][rows]
+        longest = int(lengths.max())
+        room = 2 * longest if share_slots and longest <= SHORT else longest
+        self.time = bucket(room, layout.tp if layout.sequence_parallel else 1)
+        bins = (
+            pack(lengths.numpy(), self.time, seed=0, shuffle=False)
+            if share_slots
+            else [np.array([row]) for row in range(len(rows))]
+        )
+        most = max(1, micro * longest // room)  # slots of a microbatch
+        count = -(-len(bins) // (layout.dp * most))
+        if layout.vpp > 1:  # an interleaved pipeline works in rounds of a microbatch per stage
+            count = -(-count // layout.pp) * layout.pp
+        self.slots = -(-len(bins) // (layout.dp * count))  # of each microbatch
+        self._place(bins, layout.dp * count * self.slots, lengths)
+
+    def _place(self, bins: Sequence[np.ndarray], slots: int, lengths: Tensor) -> None:
+        """Where each row's first token stands, and what each slot holds."""
+        self.row_slot = torch.zeros(len(self.rows), dtype=torch.long)
+        self.row_start = torch.zeros(len(self.rows), dtype=torch.long)
+        self.source = torch.full((slots, self.time), -1)  # number in [rows * time of the batch] of what stands there
+        self.segments = torch.zeros(slots, self.time, dtype=torch.long)
+        width = self.batch["tokens"].shape[1]
+        for slot, members in enumerate(bins):
+            start = 0
+            for segment, member in enumerate(members.tolist(), 1):
+                stop = start + int(lengths[member])
+                self.row_slot[member], self.row_start[member] = slot, start
+                self.source[slot, start:stop] = torch.arange(stop - start) + int(self.rows[member]) * width
+                self.segments[slot, start:stop] = segment
+                start = stop
+
+    def microbatches(self) -> list[Batch]:
+        """This replica's. What a model reads is [slots, time]: tokens, positions, chosen (the response mask), and
+        segment_ids where slots are shared; the batch's own tensors are cut down to the microbatch's rows, with `place`
+        [rows, time], where their tokens stand in the flattened slots."""
+        layout = self.grid.layout
+        shares = shard_rows(np.arange(len(self.source)), self.grid.dp_rank, layout.dp, self.slots)
+        return [self._microbatch(int(share[0]), int(share[-1]) + 1) for share in shares]
+
+    def _microbatch(self, first: int, stop: int) -> Batch:
+        source = self.source[first:stop]
+        inside, source = source >= 0, source.clamp(min=0)
+        width = self.batch["tokens"].shape[1]
+        chosen = (self.row_slot >= first) & (self.row_slot < stop)
+        idle = not bool(chosen.any())
+        if idle:  # its slots hold nothing, but losses want a row: one that counts for nothing
+            chosen = torch.arange(len(self.rows)) == 0
+        rows = self.rows[chosen]
+        time = torch.arange(width)
+        place = (self.row_slot[chosen] - first)[:, None] * self.time + self.row_start[chosen][:, None] + time
+        within = time < self.batch["lengths"][rows][:, None]
+        microbatch = {key: value[rows] for key, value in self.batch.items() if key not in ("tokens",)}
+        microbatch |= {
+            "tokens": self.batch["tokens"].flatten()[source] * inside,
+            "positions": source % width,
+            "chosen": self.batch["response_mask"].flatten()[source] * inside,
+            "place": torch.where(within, place, 0),
+        }
+        if idle:
+            microbatch["response_mask"] = torch.zeros_like(microbatch["response_mask"])
+            microbatch["place"] = torch.zeros_like(place)
+        if self.packed:
+            microbatch["segment_ids"] = self.segments[first:stop]
+        return microbatch
+
+    def collect(self, results: Sequence[Tensor]) -> Tensor:
+        """This replica's [slots, time] results, with those of the others, as [rows, time] on the host; 0 in padding."""
+        local = torch.stack(list(results)).contiguous()  # [microbatches, slots, time]
+        parts = [local]
+        if self.grid.layout.dp > 1:
+            parts = [torch.empty_like(local) for _ in range(self.grid.layout.dp)]
+            dist.all_gather(parts, local, group=self.grid.groups.dp)
+        # Slots were dealt out in rounds, `slots` of them to each replica.
+        flat = torch.stack(parts, dim=1).flatten().cpu()
+        time = torch.arange(self.batch["tokens"].shape[1])
+        place = self.row_slot[:, None] * self.time + self.row_start[:, None] + time
+        within = time < self.batch["lengths"][self.rows][:, None]
+        return torch.where(within, flat[torch.where(within, place, 0)], torch.zeros((), dtype=flat.dtype))
 
 
-def sequence_parts(grid: Grid) -> int:
-    """What divides the length of every batch."""
-    return grid.layout.tp if grid.layout.sequence_parallel else 1
+def in_rows(values: Tensor, batch: Batch) -> Tensor:
+    """A model's [slots, time] answer to a microbatch as [rows, time]; what stands in padding means nothing."""
+    return values.flatten()[batch["place"]]
 
 
-def evaluate(engine: Engine, batch: Batch, fn: ForwardFn, micro: int) -> Batch:
-    """`fn`'s tensors [rows, time] for every row, on every rank: each replica runs its share, then all are gathered."""
-    grid, (rows, time) = engine.grid, batch["tokens"].shape
-    found: dict[str, Tensor] = {}
-    # Rows of similar length go together, so that short ones are not padded to the longest of the phase.
-    order = torch.argsort(batch["lengths"], stable=True)
-    for group in order.tensor_split(min(GROUPS, max(1, rows // (micro * grid.layout.dp)))):
-        results = engine.forward(microbatches(batch, group, grid, micro), fn)
-        for key in results[0]:
-            values = _gather([result[key] for result in results], grid)[: len(group)].cpu()
-            whole = found.setdefault(key, torch.zeros(rows, time, dtype=values.dtype))
-            whole[group, : values.shape[1]] = values
-    return found
-
-
-def _gather(results: list[Tensor], grid: Grid) -> Tensor:
-    """[rows, time] of all replicas, in the order that `shard_rows` shared them out: in rounds, one slice to each."""
-    local = torch.stack(results).contiguous()  # [microbatches, micro, time]
-    if grid.layout.dp == 1:
-        return local.flatten(0, 1)
-    parts = [torch.empty_like(local) for _ in range(grid.layout.dp)]
-    dist.all_gather(parts, local, group=grid.groups.dp)
-    return torch.stack(parts, dim=1).flatten(0, 2)
+def evaluate(engine: Engine, batch: Batch, fn: ForwardFn, micro: int, *, share_slots: bool) -> Batch:
+    """`fn`'s tensors for every row as [rows, time], on every rank: each replica runs its share of the passes."""
+    rows = torch.arange(len(batch["tokens"]))
+    passes = Passes(batch, rows, engine.grid, micro, share_slots=share_slots)
+    results = engine.forward(passes.microbatches(), fn)
+    return {key: passes.collect([result[key] for result in results]) for key in results[0]}

@@ -133,10 +133,14 @@ def _devices(config: Any) -> int:
     """Processes on this node: what a launcher started, else what the configuration asks for."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"])
+    if checks.started_by_slurm(os.environ):
+        return int(os.environ["SLURM_NTASKS"]) // int(os.environ.get("SLURM_NNODES", "1"))
     return checks.local_devices(config)
 
 
 def _nodes(config: Any) -> int:
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+    if checks.started_by_slurm(os.environ):
+        return int(os.environ.get("SLURM_NNODES", "1"))
     return int(config.trainer.num_nodes)

@@ -25,6 +25,11 @@ from megarl.rollout.guided import guided
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
 
+TERMS = (
+    *("train/loss", "train/loss_q", "train/loss_v", "train/loss_cql", "train/loss_awac"),
+    *("train/q", "train/v"),
+)
+
 
 class ILQL(Module):
     """One training step is one optimizer step over a global batch of samples."""
@@ -61,7 +66,7 @@ class ILQL(Module):
             q_heads=2 if self.config.ilql.two_qs else 1,
         )
         self.engines = {"policy": self.policy}
-        if self.config.data.eval:
+        if self.config.data.eval and self.config.trainer.eval_every is not None:
             self.evaluation = self._build_evaluation()
 
     def train_dataloader(self) -> Iterable[list[Batch]]:
@@ -81,8 +86,7 @@ class ILQL(Module):
         tokens = int(metrics["all_tokens"])
         length = metrics["squared_lengths"] / max(tokens, 1)  # the mean that attention's cost goes by
         self.work = Work(tokens, tokens * flops_per_token(self.config.model, self.vocab_size, length))
-        names = ("loss", "loss_q", "loss_v", "loss_cql", "loss_awac", "q", "v")
-        self.log_dict({f"train/{name}": metrics[name] for name in names})
+        self.log_dict({name: metrics[name.removeprefix("train/")] for name in TERMS})
         self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})
 
     def loss(self, model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:

@@ -10,32 +10,44 @@ from pathlib import Path
 
 from megarl.rewards.answers import Score
 from megarl.rollout.requests import Rollout
+from megarl.rollout.stored import phase_file
 
-_STREAMS = ("train", "eval")
 Entry = tuple[Score | None, dict[str, float | None]]
 
 
 class Journal:
     """A file per phase and stream in a folder, a line per scored response. Lives on the rank that asks for scores.
 
-    A response is known by its prompt, its number and its tokens, so that other weights or settings find nothing.
+    A response is known by its prompt, its number and its tokens, and a score by the function that gave it, so that
+    other weights, settings or functions find nothing.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
-        """`name` is what was asked: each function has its own files."""
-        self.folder, self.name = folder, name
+    def __init__(
+        self, folder: Path, name: str, function: str = "", *, copy: Path | None = None, source: Path | None = None
+    ) -> None:
+        """
+        Args:
+            name: what was asked: each key of the configuration has its own files.
+            function: `fingerprint` of what answers.
+            copy: folder of a dump of rollouts, in which their scores are kept too.
+            source: folder of such a dump, whose scores are known.
+        """
+        self.folder, self.name, self.function = folder, name, function
+        self.folders = [folder] if copy is None else [folder, copy]
+        self.sources = [folder] if source is None else [source, folder]
 
     def read(self, stream: int, phase: int) -> dict[str, Entry]:
         """Scores of a phase by `identity`; a last line that was cut off by the end of a process does not count."""
-        path = self._path(stream, phase)
         found: dict[str, Entry] = {}
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
+        for folder in self.sources:
+            path = self._path(folder, stream, phase)
+            for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
                 try:
                     record = json.loads(line)
                 except ValueError:
                     continue
-                found[record["of"]] = (record["score"], record["parts"])
+                if record["by"] == self.function:
+                    found[record["of"]] = (record["score"], record["parts"])
         return found
 
     def write(
@@ -47,29 +59,35 @@ class Journal:
         parts: dict[str, list[float | None]],
     ) -> None:
         """Add scores; they are on disk when this returns."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(stream, phase)
-        torn = path.is_file() and not path.read_bytes().endswith(b"\n")
-        with path.open("a", encoding="utf-8") as file:
-            if torn:
-                file.write("\n")
-            for row, (rollout, score) in enumerate(zip(rollouts, scores, strict=True)):
-                own = {name: column[row] for name, column in parts.items()}
-                file.write(json.dumps({"of": identity(rollout), "score": score, "parts": own}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        lines = []
+        for row, (rollout, score) in enumerate(zip(rollouts, scores, strict=True)):
+            own = {name: column[row] for name, column in parts.items()}
+            record = {"of": identity(rollout), "score": score, "parts": own, "by": self.function}
+            lines.append(json.dumps(record) + "\n")
+        for folder in self.folders:
+            _append(self._path(folder, stream, phase), lines)
 
     def forget(self, before: int) -> None:
-        """Remove phases that no kept checkpoint leads to again."""
+        """Remove phases that no kept checkpoint leads to again; copies stay."""
         for path in self.folder.glob(f"{self.name}-*.jsonl"):
             if int(path.stem.rpartition("-")[2]) < before:
                 path.unlink(missing_ok=True)
 
-    def _path(self, stream: int, phase: int) -> Path:
-        return self.folder / f"{self.name}-{_STREAMS[stream]}-{phase:06d}.jsonl"
+    def _path(self, folder: Path, stream: int, phase: int) -> Path:
+        rollouts = phase_file(folder, stream, phase)
+        return rollouts.with_name(f"{self.name}-{rollouts.name}")
 
 
 def identity(rollout: Rollout) -> str:
     """Names a response by its place and its tokens."""
     tokens = json.dumps([rollout.prompt, rollout.response]).encode()
     return f"{rollout.prompt_id}-{rollout.sample_id}-{hashlib.sha256(tokens).hexdigest()[:16]}"
+
+
+def _append(path: Path, lines: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(["\n", *lines] if torn else lines)
+        file.flush()
+        os.fsync(file.fileno())

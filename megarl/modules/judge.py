@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megarl.config.rl import RewardConfig
@@ -13,12 +15,13 @@ from megarl.modules.journal import Entry, Journal, identity
 from megarl.parallel.grid import Grid
 from megarl.rewards.answers import Score
 from megarl.rewards.client import RewardWorker
-from megarl.rewards.combine import combine
+from megarl.rewards.combine import Combined, combine
 from megarl.rewards.functions import RewardFunction, Spec, resolve
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
 
 _WEIGHTED = re.compile(r"^(?:(?P<weight>[-+]?[\d.]+(?:e[-+]?\d+)?)\s*\*\s*)?(?P<function>\S+)$", re.IGNORECASE)
+_TAKEN = ("score", "response_tokens")  # names that evaluations log other things under
 
 
 @dataclass
@@ -54,11 +57,14 @@ class Judge:
         options: dict[str, Any] | None = None,
         journal: Journal | None = None,
     ) -> None:
-        """`journal` remembers scores over the end of a process."""
+        """`journal` remembers scores over the end of a process, for this function as it is now."""
         self.grid, self.tokenizer, self.journal, self.batch_size = grid, tokenizer, journal, settings.batch_size
         self.worker: RewardWorker | None = None
         chosen = read_function(function, key)
-        self.name = getattr(chosen, "name", "combined").rpartition(":")[2]
+        name = getattr(chosen, "name", "combined").rpartition(":")[2]
+        self.name = f"{name}_metric" if key == "metric.fn" and name in _TAKEN else name
+        if journal is not None:
+            journal.function = fingerprint(chosen, options or {})
         if grid.rank == 0:
             self.worker = RewardWorker(
                 chosen,
@@ -85,6 +91,11 @@ class Judge:
             raise failure
         assert isinstance(judgement, Judgement)
         return judgement
+
+    def forget(self, before: int) -> None:
+        """Let go of what the journal holds of phases before that one."""
+        if self.worker is not None and self.journal is not None:
+            self.journal.forget(before)
 
     def close(self) -> None:
         if self.worker is not None:
@@ -144,3 +155,13 @@ def read_function(function: Spec | RewardFunction, key: str) -> Any:
         return resolve(function, key)  # says what a name looks like
     terms = [term for term in found if term is not None]
     return combine([term["function"] for term in terms], [float(term["weight"] or 1.0) for term in terms], key=key)
+
+
+def fingerprint(function: RewardFunction | Combined, options: dict[str, Any]) -> str:
+    """Stands for a function, what its file says now, and what it is given: other scores may come of any other."""
+    parts: list[object] = [sorted((name, repr(value)) for name, value in options.items())]
+    if isinstance(function, Combined):
+        parts += [function.weights, [fingerprint(one, {}) for one in function.functions]]
+    else:
+        parts += [function.source, Path(function.file).read_bytes() if function.file else b""]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

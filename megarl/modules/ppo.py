@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from megarl.algorithms import aggregate, aggregation_count, kl_estimate, mask_out, ppo_policy_loss, ppo_value_loss
+from megarl.checkpoint import find, step_of
 from megarl.clock import Work
 from megarl.config.schema import PPOConfig
 from megarl.data.prompts import PhaseLoader, read_prompts
@@ -24,13 +25,13 @@ from megarl.models.gpt import GPT
 from megarl.modules.base import Module, build_gpt_engine, vocabulary
 from megarl.modules.clone import clone_behaviour
 from megarl.modules.evaluation import Evaluated, Evaluation
-from megarl.modules.experience import as_batch, evaluate, microbatches, sequence_parts
+from megarl.modules.experience import Passes, as_batch, evaluate, in_rows
 from megarl.modules.invariants import Invariants
 from megarl.modules.journal import Journal
 from megarl.modules.judge import Judge, Judgement
 from megarl.modules.responder import Responder
 from megarl.modules.shaping import Shaping
-from megarl.parallel.engine import Batch, Stats
+from megarl.parallel.engine import Batch, Engine, ForwardFn, Stats
 from megarl.rollout.noise import TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
@@ -100,7 +101,7 @@ class PPO(Module):
         self._configure_judges()
 
     def _configure_judges(self) -> None:
-        config, folder = self.config, Path(self.trainer.default_root_dir) / "journal"
+        config = self.config
         assert config.reward.fn is not None  # checked before anything was built
         self.judge = Judge(
             config.reward.fn,
@@ -108,17 +109,23 @@ class PPO(Module):
             self.tokenizer,
             self.grid,
             options=config.reward.options,
-            journal=Journal(folder, "reward"),
+            journal=self._journal("reward"),
         )
         if not config.data.eval:
             return
         judges = {"score": self.judge}
         if config.metric.fn is not None:
-            journal = Journal(folder, "metric")
+            journal = self._journal("metric")
             metric = Judge(config.metric.fn, config.reward, self.tokenizer, self.grid, key="metric.fn", journal=journal)
             judges[metric.name] = metric
         prompts = read_prompts(config.data.eval, config.data.eval_split, config.data, self.tokenizer)
         self.evaluation = Evaluation(self.responder.respond, prompts, judges, config.eval, self.tokenizer)
+
+    def _journal(self, name: str) -> Journal:
+        """Of scores; a dump of rollouts holds theirs too, so that a replay asks for none of them again."""
+        rollout = self.config.rollout
+        copy, source = (None if folder is None else Path(folder) for folder in (rollout.dump, rollout.replay))
+        return Journal(Path(self.trainer.default_root_dir) / "journal", name, copy=copy, source=source)
 
     def on_fit_start(self) -> None:
         """Before a checkpoint is restored: the reference is what the run started from, so a resume makes it again."""
@@ -156,7 +163,7 @@ class PPO(Module):
         with self.clock.part("score"):
             judgement = self.judge.score(prompts, rollouts, TRAINING, self.consumed)
         rollouts, scores = self._scored(rollouts, judgement)
-        batch = as_batch(rollouts, self.tokenizer.pad_id, sequence_parts(self.grid))
+        batch = as_batch(rollouts)
         with self.clock.part("evaluate"):
             stats = self._evaluate(batch)
         with self.clock.part("shape"):
@@ -185,23 +192,24 @@ class PPO(Module):
 
     def _evaluate(self, batch: Batch) -> dict[str, float]:
         """Add old_logprobs, values and (where there is a reference) ref_logprobs to the batch."""
-        micro, mask = self.config.trainer.micro_batch_size, batch["response_mask"]
+        mask = batch["response_mask"]
 
         def of_policy(model: GPT, hidden: Tensor, rows: Batch) -> Batch:
-            out = model.logprobs(hidden, rows["tokens"], rows["response_mask"], self.temperature, entropy=True)
+            out = model.logprobs(hidden, rows["tokens"], rows["chosen"], self.temperature, entropy=True)
             assert out.entropy is not None
             found = {"old_logprobs": out.logprobs, "entropy": out.entropy}
             return {**found, "values": model.values(hidden)} if self.critic is self.policy else found
 
-        found = evaluate(self.policy, batch, of_policy, micro)
+        found = self._everywhere(self.policy, batch, of_policy)
         entropy = found.pop("entropy")
         batch.update(found)
         if self.critic is not self.policy:
-            values = evaluate(self.critic, batch, lambda model, hidden, _: {"values": model.values(hidden)}, micro)
-            batch.update(values)
+            batch.update(
+                self._everywhere(self.critic, batch, lambda model, hidden, _: {"values": model.values(hidden)})
+            )
         if self.reference:
             with self.policy.with_weights(self.reference):
-                batch["ref_logprobs"] = evaluate(self.policy, batch, of_policy, micro)["old_logprobs"]
+                batch["ref_logprobs"] = self._everywhere(self.policy, batch, of_policy)["old_logprobs"]
             if self.trainer.global_step == 0:
                 gap = (batch["old_logprobs"] - batch["ref_logprobs"]) * mask
                 self.invariants.same_weights(float(gap.abs().max()))
@@ -214,10 +222,14 @@ class PPO(Module):
             "rollout/response_tokens": float(tokens / len(mask)),
         }
 
+    def _everywhere(self, engine: Engine, batch: Batch, fn: ForwardFn) -> Batch:
+        micro, pack = self.config.trainer.micro_batch_size, self.config.ppo.pack
+        return evaluate(engine, batch, fn, micro, share_slots=pack)
+
     def _train(self, batch: Batch) -> dict[str, float]:
         """Inner epochs of minibatches, in one order that follows from the seed."""
         ppo, size = self.config.ppo, self.config.trainer.global_batch_size
-        rows, expected = len(batch["tokens"]), float(batch["response_mask"].sum())
+        rows, expected = len(batch["tokens"]), float(batch["response_mask"].count_nonzero())
         shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.consumed)
         collected: list[dict[str, float]] = []
         for _ in range(ppo.inner_epochs):
@@ -234,16 +246,17 @@ class PPO(Module):
 
     def _minibatch(self, batch: Batch, rows: Tensor, first: bool) -> dict[str, float]:
         """One optimizer step."""
-        self.last_batch = microbatches(batch, rows, self.grid, self.config.trainer.micro_batch_size)
+        micro, pack = self.config.trainer.micro_batch_size, self.config.ppo.pack
+        self.last_batch = Passes(batch, rows, self.grid, micro, share_slots=pack).microbatches()
         metrics: dict[str, float] = {}
         if self.consumed >= self.config.critic.warmup_phases:
             metrics = self.policy.train_step(self.last_batch, self.policy_loss, self._count)
             metrics["train/loss"] = metrics["loss"]
-            learns = self.policy.learning_rate > 0 and bool(batch["advantages"].any())
+            learns = self.policy.learning_rate > 0 and bool(batch["advantages"][rows].any())
             if self.critic is self.policy:
                 learns = learns and self.config.ppo.vf_coef * metrics["value/loss"] != 0
             self.invariants.gradients(self.policy, self.trainer.global_step, learns)
-            if first:
+            if first and metrics["tokens"] > 0:
                 self.invariants.on_policy(metrics["policy/ratio"], metrics["policy/clip_fraction"])
         if self.critic is not self.policy:
             metrics |= self.critic.train_step(self.last_batch, self.value_loss, self._count)
@@ -261,9 +274,10 @@ class PPO(Module):
         """The clipped policy loss, the entropy bonus, the KL where it is a loss, and a shared critic's value loss."""
         ppo, mask = self.config.ppo, batch["response_mask"]
         how = {"norm": float(self.config.rollout.max_new_tokens), "denominator": counts["units"]}
-        out = model.logprobs(hidden, batch["tokens"], mask, self.temperature, entropy=ppo.entropy_coef > 0)
+        out = model.logprobs(hidden, batch["tokens"], batch["chosen"], self.temperature, entropy=ppo.entropy_coef > 0)
+        logprobs = in_rows(out.logprobs, batch)
         loss, found = ppo_policy_loss(
-            out.logprobs,
+            logprobs,
             batch["old_logprobs"],
             batch["advantages"],
             mask,
@@ -275,15 +289,15 @@ class PPO(Module):
             **how,
         )
         # Where the loss counts rows, statistics are means over this microbatch's tokens: weigh them by its share.
-        share = 1.0 if ppo.aggregation == "token_mean" else mask.sum() / counts["tokens"]
+        share = 1.0 if ppo.aggregation == "token_mean" else mask.sum() / max(counts["tokens"], 1.0)
         stats = {f"policy/{key}": found[key] * share for key in ("clip_fraction", "approx_kl", "ratio")}
         stats["policy/loss"] = loss
         if out.entropy is not None:
-            entropy = aggregate(out.entropy, mask, ppo.aggregation, **how)
+            entropy = aggregate(in_rows(out.entropy, batch), mask, ppo.aggregation, **how)
             loss = loss - ppo.entropy_coef * entropy
             stats["policy/entropy"] = entropy
         if ppo.kl_in == "loss" and "ref_logprobs" in batch:
-            kl = kl_estimate(mask_out(out.logprobs, mask), mask_out(batch["ref_logprobs"], mask), ppo.kl_kind)
+            kl = kl_estimate(mask_out(logprobs, mask), mask_out(batch["ref_logprobs"], mask), ppo.kl_kind)
             kl_loss = aggregate(kl, mask, ppo.aggregation, **how)
             loss = loss + self.shaping.kl_control.value * kl_loss
             stats["policy/kl_loss"] = kl_loss
@@ -296,7 +310,7 @@ class PPO(Module):
     def value_loss(self, model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
         """The clipped value loss, the mean over the response tokens of the global minibatch."""
         loss, found = ppo_value_loss(
-            model.values(hidden),
+            in_rows(model.values(hidden), batch),
             batch["values"],
             batch["returns"],
             batch["response_mask"],
@@ -327,10 +341,18 @@ class PPO(Module):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["shaping"] = self.shaping.state_dict()
+        self._forget_scores()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.shaping.load_state_dict(checkpoint["shaping"])
+
+    def _forget_scores(self) -> None:
+        """Phases before the oldest checkpoint that is there are not run again."""
+        kept = find(Path(self.trainer.default_root_dir) / "checkpoints")
+        if kept:
+            for judge in {self.judge, *(self.evaluation.judges.values() if self.evaluation is not None else ())}:
+                judge.forget(before=step_of(kept[0]))
 
     # --- watching ---------------------------------------------------------------------------------------------------
 
@@ -354,8 +376,9 @@ class PPO(Module):
         tokens = int(lengths.sum())
         cost = flops_per_token(self.config.model, self.vocab_size, float((lengths**2).sum()) / tokens)
         models = 2 if self.critic is not self.policy else 1
-        passes = models * (self.config.ppo.inner_epochs + FORWARD_SHARE) + FORWARD_SHARE * (1 + bool(self.reference))
-        return Work(tokens, tokens * cost * passes)
+        self.training_flops = tokens * cost * models * self.config.ppo.inner_epochs
+        passes = FORWARD_SHARE * (models + 1 + bool(self.reference))
+        return Work(tokens, self.training_flops + tokens * cost * passes)
 
 
 def _mean(values: list[float | None]) -> float:

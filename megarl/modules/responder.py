@@ -14,6 +14,7 @@ from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.rollout.generator import Generator, Limits, Scorer
 from megarl.rollout.requests import Rollout, fit_prompt, repeat, sampling_from
+from megarl.rollout.resharded import for_generation
 from megarl.tokenizers import Tokenizer
 
 log = get_logger(__name__)
@@ -24,11 +25,12 @@ class Responder:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: RolloutConfig, *, seed: int) -> None:
         self.settings, self.max_positions = settings, engine.config.max_positions
+        self.reshard = for_generation(engine, settings.layout)
         self.generator = Generator(
-            engine,
+            engine if self.reshard is None else self.reshard.engine,
             tokenizer.eos_id,
             seed=seed,
-            limits=Limits(settings.slots, settings.cache_bytes),
+            limits=Limits(settings.slots, settings.cache_bytes, graphs=settings.cuda_graphs),
             decode=tokenizer.decode,
             dump=settings.dump,
             replay=settings.replay,
@@ -63,6 +65,8 @@ class Responder:
         if changed:
             done = "left out" if self.settings.too_long == "drop" else "cut on the left"
             log.warning("phase %d: %d of %d prompts were too long and %s", phase, changed, len(asked), done)
+        if self.reshard is not None:
+            self.reshard.refresh()
         self.generator.scorer = scorer
         return self.generator.generate(requests, stream=stream, phase=phase, weights_version=phase)
 

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from megatron.core.parallel_state import RankGenerator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.resharding import build_centralized_reshard_plan, execute_reshard_plan
-from megatron.core.resharding.copy_services.gloo_copy_service import GlooCopyService
+from megatron.core.resharding.copy_services.base import CopyService
 from megatron.core.resharding.copy_services.nccl_copy_service import NCCLCopyService
+from torch import Tensor
 
 from megarl.errors import ConfigError
 from megarl.parallel.engine import BuildModel, Engine
@@ -59,11 +60,13 @@ class Reshard:
         _check_shapes(source, self.engine)
         # What `swap_model_weights` does in one call, in two: the plan is shown before it is carried out.
         self._plan = build_centralized_reshard_plan(source.models[0], self.engine.models[0])
-        self._service: Any = GlooCopyService() if self.grid.device.type == "cpu" else NCCLCopyService()
+        self._service: CopyService = _GlooCopies() if self.grid.device.type == "cpu" else NCCLCopyService()
         self.links, self.weight_bytes, self.peak_bytes = self._cost()
 
     def refresh(self) -> None:
         """Move the source's present weights. On all ranks."""
+        if self.grid.device.type == "cuda":
+            torch.cuda.synchronize()  # Megatron's service copies on a stream of its own, which waits for nobody
         execute_reshard_plan(self._plan, self.source.models[0], self.engine.models[0], self._service)
 
     def table(self) -> str:
@@ -82,8 +85,6 @@ class Reshard:
 
     def close(self) -> None:
         """Give the second engine's groups back; it cannot be used afterwards. On all ranks."""
-        if isinstance(self._service, GlooCopyService):
-            dist.destroy_process_group(self._service.gloo_pg)
         self.grid.close()
 
     def _cost(self) -> tuple[dict[Link, int], list[int], list[int]]:
@@ -95,11 +96,40 @@ class Reshard:
             part = here[op.param_name][op.my_slice]
             sent += 0 if part.is_contiguous() else _bytes(part)  # copied before it is sent
         weights = sum(_bytes(parameter) for parameter in there.values())
-        # Megatron receives into a buffer for every part; over gloo, its service has another.
-        buffers = received.total() * (2 if isinstance(self._service, GlooCopyService) else 1)
-        ranks = self.grid.gather((dict(received), weights, weights + buffers + sent))
+        # Megatron receives everything into buffers, and then copies it to its place.
+        ranks = self.grid.gather((dict(received), weights, weights + received.total() + sent))
         links = {(source, rank): count for rank, (of, _, _) in enumerate(ranks) for source, count in sorted(of.items())}
         return links, [weights for _, weights, _ in ranks], [peak for _, _, peak in ranks]
+
+
+class _GlooCopies(CopyService):
+    """Sends and receives on machines without a GPU; Megatron's own service for these asks for CUDA streams.
+
+    Both ends of a pair of ranks submit in the order of the plan, so that messages need no names.
+    """
+
+    def __init__(self) -> None:
+        self._sends: list[tuple[Tensor, int]] = []
+        self._receives: list[tuple[Tensor, int]] = []
+
+    def submit_send(self, src_tensor: Tensor, dest_rank: int) -> None:
+        self._sends.append((src_tensor, dest_rank))
+
+    def submit_recv(self, dest_tensor: Tensor, src_rank: int) -> None:
+        self._receives.append((dest_tensor, src_rank))
+
+    def run(self) -> None:
+        me = dist.get_rank()
+        sources = [source for source, peer in self._sends if peer == me]
+        targets = [target for target, peer in self._receives if peer == me]
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
+        works: list[Any] = [dist.isend(tensor, peer) for tensor, peer in self._sends if peer != me]
+        works += [dist.irecv(tensor, peer) for tensor, peer in self._receives if peer != me]
+        for work in works:
+            work.wait()
+        self._sends.clear()
+        self._receives.clear()
 
 
 def _refuse_what_cannot_be_moved(source: Engine, layout: Layout) -> None:
@@ -144,9 +174,9 @@ def _check_shapes(source: Engine, target: Engine) -> None:
             )
 
 
-def _bytes(tensor: torch.Tensor) -> int:
+def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count:,} B"
+    return f"{count / 2**20:,.2f} MiB"

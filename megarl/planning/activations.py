@@ -70,26 +70,23 @@ def kept_by_layer(config: GPTConfig, shape: Shape, recompute: str) -> float:
 
 
 def _kept_by_attention(config: GPTConfig, shape: Shape, recompute: str) -> float:
-    """The projection (whose part is the values), rotated queries and keys, the output and its statistics."""
-    grouped = config.num_kv_heads != config.num_attention_heads
+    """The projection (whose part is the values), queries and keys as they are compared, the output, statistics."""
+    vectors = shape.queries + shape.keys
+    # Queries of several groups lie apart in the projection, and are copied together.
+    copied = config.num_kv_heads != config.num_attention_heads and shape.keys > config.head_dim
     elements = 2 * shape.queries + 2 * shape.keys  # the projection, and the output
-    if config.position == "rope":
-        elements += shape.queries + shape.keys
-    elif grouped:
-        elements += shape.queries  # queries of a group are copied together
-    statistics = 0.0
+    if config.position == "rope" or config.qk_layernorm:
+        elements += vectors
+    elif copied:
+        elements += shape.queries
+    statistics = 0.0 if recompute == "selective" else 4 * shape.heads
     if config.qk_layernorm:
-        vectors = shape.heads + shape.keys / config.head_dim
-        statistics += vectors * (4 if config.normalization == "RMSNorm" else 2 * shape.element)
-        if shape.on_cpu and config.normalization == "RMSNorm":
-            extra = 4 if shape.element == 4 else 8
-            statistics += (shape.queries + shape.keys) * extra
-        elif config.position != "rope":
-            elements += shape.queries + shape.keys
-    if recompute != "selective":
-        statistics += 4 * shape.heads
-    if config.attention_dropout > 0 and recompute != "selective":
-        statistics += 0.0  # the flash kernels keep a seed, not a mask
+        single = shape.on_cpu and config.normalization == "RMSNorm"  # as in `kept_by_norm`
+        statistics += vectors / config.head_dim * (4 if config.normalization == "RMSNorm" else 2 * shape.element)
+        if single:
+            statistics += vectors * (4 if shape.element == 4 else 8)
+        if copied and not (single and shape.element < 4):
+            elements += shape.queries
     return elements * shape.element + statistics
 
 
@@ -103,7 +100,8 @@ def passing_forward(config: GPTConfig, shape: Shape) -> float:
     wide = shape.element if not shape.on_cpu or shape.element == 4 else 4
     gathered = shape.whole if shape.gathered else 0.0
     attention = 2 * shape.hidden + gathered + 4 * shape.queries + 4 * shape.keys
-    mlp = 3 * shape.hidden + gathered + (5 if config.gated_linear_unit else 2) * shape.inner
+    # Seven: the embedding's output, the layer's input, what attention was given and gave, their sum, its norm, a spare.
+    mlp = 7 * shape.hidden + gathered + (5 if config.gated_linear_unit else 2) * shape.inner
     norm = 2 * shape.hidden * shape.element + 3 * shape.hidden * wide
     return max(attention * shape.element, mlp * shape.element, norm)
 

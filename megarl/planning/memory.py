@@ -193,14 +193,17 @@ def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[f
     length = work.prompt + work.longest
     cache = slots * KVCache.slot_bytes(config, held.layers, work.layout.tp, length)
     tokens = min(Limits.prefill_tokens, slots * work.prompt)
-    prefill = tokens * (act.passing_forward(config, shape) + shape.rotary * 2 * shape.element + _INPUTS)
+    passing = tokens * (act.passing_forward(config, shape) + shape.rotary * 2 * shape.element + _INPUTS)
     rows = -(-slots // work.layout.pp)
+    if config.num_kv_heads != config.num_attention_heads and not on_cpu:
+        # With a mask, torch's kernels want a key and a value for every head: those of one layer are repeated.
+        passing = max(passing, 2 * rows * length * shape.queries * shape.element)
     logits = 0.0
     if stage == work.layout.pp - 1:
         columns = padded_vocab(config.vocab_size, work.layout.tp) // work.layout.tp
         narrow = shape.element if shape.element < 4 else 0
         logits = float(rows * columns * (_SAMPLING["cpu" if on_cpu else "gpu"] + narrow))
-    return max(0.0, prefill - logits), logits, cache
+    return max(0.0, passing - logits), logits, cache
 
 
 def slots_of(work: Work) -> int:

@@ -31,10 +31,12 @@ class RewardFunction:
     Attributes:
         name: how messages call it.
         source: "package.module:function", "/folder/file.py:function", or the callable by cloudpickle.
+        file: where it is written, if that is known.
     """
 
     name: str
     source: str | bytes
+    file: str | None = None
 
     def load(self) -> Function:
         """The callable itself. Runs the user's code."""
@@ -78,11 +80,11 @@ def resolve(spec: Spec | RewardFunction, key: str = "reward.fn") -> RewardFuncti
         if not file.is_file():
             raise ConfigError(f"{given}: there is no file {file}; give the path of a Python file")
         _check_name(file, path, given)
-        return RewardFunction(spec, f"{file}:{path}")
+        return RewardFunction(spec, f"{file}:{path}", str(file))
     file_of_module = _find_module(place, given)
     if file_of_module is not None:
         _check_name(file_of_module, path, given)
-    return RewardFunction(spec, spec)
+    return RewardFunction(spec, spec, None if file_of_module is None else str(file_of_module))
 
 
 def name_of(function: Function) -> str:

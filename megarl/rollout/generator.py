@@ -20,9 +20,7 @@ from megarl.rollout.noise import TRAINING, sequence_key
 from megarl.rollout.requests import Request, Rollout, check_requests
 from megarl.rollout.sampling import Drawn, RowSettings, draw
 from megarl.rollout.schedule import Decode, Schedule, deal
-
-# (last chunk, final hidden states [rows, hidden]) -> this shard's [rows, valid] float32 scores that tokens are drawn by
-Scorer = Callable[[GPT, Tensor], Tensor]
+from megarl.rollout.static import Scorer, StaticPasses
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,7 @@ class Limits:
     slots: int = 128  # responses in flight on a replica
     cache_bytes: int | None = None  # of keys and values on a rank; None: what `slots` need
     prefill_tokens: int = 4096  # of one pass over prompts: enough to fill a device, little beside the cache
+    graphs: bool = False  # decode passes of fixed shapes, recorded as CUDA graphs on a GPU; not with pipeline stages
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,14 @@ class Generator:
         self.eos_id, self.seed, self.decode, self.scorer = eos_id, seed, decode, scorer
         self.dump, self.replay = dump, replay
         self.limits = limits or Limits()
+        if self.limits.graphs and self.grid.layout.pp > 1:
+            raise ConfigError(
+                f"rollout.cuda_graphs=true at {self.grid.layout}: a pipeline's passes wait for other processes, so use "
+                "rollout.cuda_graphs=false, or a rollout.layout of tp alone"
+            )
         self.models: list[GPT] = list(engine.models)
         self.cache: KVCache | None = None
+        self.static: StaticPasses | None = None
         self.stats = Stats()
         self.tokens_group: dist.ProcessGroup | None = None
 
@@ -112,9 +117,19 @@ class Generator:
         return rollouts
 
     def close(self) -> None:
+        self.static = None  # recorded over this cache
         if self.cache is not None:
             self.cache.free()
             self.cache = None
+
+    def static_passes(self) -> StaticPasses | None:
+        """Decode passes of fixed shapes, where they are asked for; over the present cache, by the scorer."""
+        if not self.limits.graphs:
+            return None
+        if self.static is None or self.static.scorer is not self.scorer:
+            assert self.cache is not None
+            self.static = StaticPasses(self.models[0], self.scorer, self.cache)
+        return self.static
 
     def _make_tokens_group(self) -> dist.ProcessGroup:
         """The stages of this replica again, for drawn tokens: among the hidden states of other groups of slots they
@@ -262,19 +277,27 @@ class _Lane:
         """The next token of every row, on the last stage."""
         schedule, device = self.schedule, self.grid.device
         lengths = torch.tensor(schedule.lengths, device=device)
-        where = torch.arange(self.first, self.first + schedule.rows, device=device)
-        longest = int(schedule.lengths.max())
-        even = longest == int(schedule.lengths.min())
-        view = CacheView(self.cache, where, lengths[:, None] - 1, longest, self.first, even)
-        hidden = self._through_stage(schedule.last_tokens[:, None], view)
-        if hidden is None:
+        scores = self._scores(lengths, int(schedule.lengths.max()))
+        if scores is None:
             return None
         if self.seen is not None:
             self._see_prompts(self.seen)
         model = self.generator.models[-1]
-        scores = self.generator.scorer(model, hidden[0])
         seen = None if self.seen is None else self.seen[: schedule.rows]
         return draw(scores, lengths, self._settings(), model.shard, seen)
+
+    def _scores(self, lengths: Tensor, longest: int) -> Tensor | None:
+        """[rows, valid] what the next tokens are drawn by, on the last stage; lengths: [rows] of the sequences."""
+        schedule, generator = self.schedule, self.generator
+        static = generator.static_passes()
+        if static is not None:
+            tokens = torch.tensor(schedule.last_tokens, device=lengths.device)
+            return static.scores(tokens, lengths - 1, longest)
+        where = torch.arange(self.first, self.first + schedule.rows, device=lengths.device)
+        even = longest == int(schedule.lengths.min())
+        view = CacheView(self.cache, where, lengths[:, None] - 1, longest, self.first, even)
+        hidden = self._through_stage(schedule.last_tokens[:, None], view)
+        return None if hidden is None else generator.scorer(generator.models[-1], hidden[0])
 
     def _through_stage(self, tokens: NDArray[np.int64], view: CacheView) -> Tensor | None:
         """tokens [rows, time] through this stage's chunks; the final hidden states [time, rows, hidden] on the last."""
@@ -376,3 +399,6 @@ def _generating(engine: Engine) -> Iterator[None]:
             setattr(owner, name, value)
         for module, was in zip(modules, training, strict=True):
             module.training = was
+
+
+__all__ = ["Generator", "Limits", "Scorer", "Stats"]

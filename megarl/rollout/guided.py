@@ -1,14 +1,19 @@
 """What an ILQL model draws tokens by: its log-probs, tilted towards tokens whose value is above the state's."""
 
+from functools import cache
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.models.exchange.formats import open_source
 from megarl.models.gpt import GPT
+from megarl.models.heads import TARGET_Q
 from megarl.parallel.vocab import VocabShard
 from megarl.rollout.generator import Scorer
 
 
+@cache  # a scorer by identity names what is recorded as a CUDA graph
 def guided(beta: float) -> Scorer:
     """Scores log_softmax(logits) + beta * (min target Q - V), for a `Generator`; the usual filters come after."""
 
@@ -21,6 +26,12 @@ def guided(beta: float) -> Scorer:
         return logprobs + beta * advantages
 
     return scores
+
+
+def stored_q_heads(path: str | None) -> int:
+    """Q heads of the model stored at a path; 0 for one that is not ILQL's."""
+    heads = open_source(path).heads if path else {}
+    return len({name.split(".")[1] for name in heads if name.startswith(f"{TARGET_Q}.")})
 
 
 def _log_softmax(logits: Tensor, shard: VocabShard) -> Tensor:

@@ -7,6 +7,7 @@ from megarl.errors import ConfigError
 from megarl.logging import get_logger
 from megarl.models.config import GPTConfig
 from megarl.models.gpt import GPT
+from megarl.models.heads import VALUE, Q
 from megarl.parallel.engine import BuildModel, Engine
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
@@ -15,17 +16,19 @@ from megarl.parallel.reshard import Reshard
 log = get_logger(__name__)
 
 
-def for_generation(engine: Engine, layout: str | None, *, value_head: bool = False, q_heads: int = 0) -> Reshard | None:
+def for_generation(engine: Engine, layout: str | None) -> Reshard | None:
     """The engine in another layout, for a `Generator`; None where `layout` is null or the engine's own. On all ranks.
 
-    What the moves will send and take is logged before anything moves; call `refresh()` before generating. The heads are
-    those that a scorer asks for.
+    What the moves will send and take is logged before anything moves; call `refresh()` before generating.
     """
     present = engine.grid.layout
     wanted = None if layout is None else parse_layout(layout, present.world_size)
     if wanted is None or (wanted.tp, wanted.pp) == (present.tp, present.pp):
         return None
     _check_divides(engine.config, wanted, str(layout))
+    names = {name for rank in engine.grid.gather([name for name, _ in engine.parameters()]) for name in rank}
+    value_head = any(name.startswith(f"{VALUE}.") for name in names)
+    q_heads = len({name.split(".")[1] for name in names if name.startswith(f"{Q}.")})
 
     def build_on(grid: Grid) -> BuildModel:
         config = _config_for(engine.config, grid.layout)

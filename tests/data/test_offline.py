@@ -125,7 +125,7 @@ def test_a_bad_record_is_refused_with_its_number(samples: Any, rewards: Any, rec
 def test_a_chat_that_the_assistant_opens_is_refused() -> None:
     tokenizer = build_tokenizer("bytes", None)
     messages = [{"role": "assistant", "content": "yo"}, {"role": "user", "content": "hi"}]
-    with pytest.raises(DataError, match="data.jsonl:3: the dialogue starts with an output"):
+    with pytest.raises(DataError, match=r"data\.jsonl:3: the dialogue starts with an output"):
         SampleFormat().encode(Record({"messages": messages, "rewards": 1}, "data.jsonl:3"), tokenizer)
 
 

@@ -76,6 +76,25 @@ WALKS = [
 ]
 
 
+# ILQL on the walks of a graph, 20 steps of 12.
+OFFLINE_WALKS = [
+    "+conf=randomwalks_ilql",
+    "model.num_layers=4",
+    "model.hidden_size=48",
+    "model.num_heads=4",
+    "data.seq_length=12",
+    "optim.lr=1e-3",
+    "trainer.max_steps=20",
+    "trainer.global_batch_size=12",
+    "trainer.micro_batch_size=3",
+    "trainer.eval_every=null",
+    "trainer.log_every=1",
+    "checkpoint.every=null",
+    "trainer.progress=none",
+    "logger.tensorboard=false",
+]
+
+
 def run_sft(run_dir: Path, *overrides: str) -> None:
     """Run in the current world, as under torchrun."""
     from megarl.train_sft import train
@@ -88,6 +107,13 @@ def run_ppo(run_dir: Path, *overrides: str) -> None:
     from megarl.train_ppo import train
 
     _run("ppo", train, [*WALKS, f"run.dir={run_dir}", *overrides])
+
+
+def run_ilql(run_dir: Path, *overrides: str) -> None:
+    """Run in the current world, as under torchrun."""
+    from megarl.train_ilql import train
+
+    _run("ilql", train, [*OFFLINE_WALKS, f"run.dir={run_dir}", *overrides])
 
 
 def _run(entry: str, train: Callable[[Any], int], settings: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Q heads: the numbers of the dense computation, the same training in every layout, targets that follow and start
 equal, and scores that guide generation over any shards."""
 
+import math
 from typing import Any
 
 import pytest
@@ -8,8 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from megarl.algorithms import following, ilql_loss, ilql_scores
+from megarl.config.compose import compose
+from megarl.models.config import GPTConfig
+from megarl.models.exchange.parameters import parameters
 from megarl.models.gpt import GPT, trains
 from megarl.parallel.engine import Batch, Engine
+from megarl.parallel.fake import fake_world
+from megarl.parallel.initialise import is_sharded
+from megarl.parallel.layout import Layout
+from megarl.parallel.vocab import padded_vocab
 from megarl.rollout.generator import Generator
 from megarl.rollout.guided import guided
 from megarl.rollout.requests import Request, Sampling
@@ -172,3 +180,29 @@ def targets(precision: str) -> dict[str, bool]:
 def test_targets_start_equal_do_not_train_and_move_by_small_steps(precision: str, worlds: Worlds) -> None:
     checked = worlds.run(1, targets, precision)[0]
     assert checked == dict.fromkeys(checked, True)
+
+
+def test_every_rank_of_a_20b_model_with_heads_builds_and_the_counts_add_up() -> None:
+    config, _ = compose("ilql", ["+conf=gpt20b_ilql"])
+    layout = Layout(tp=config.parallel.tp, pp=config.parallel.pp, sequence_parallel=True)
+    vocab = config.model.vocab_size
+    counted: dict[str, int] = {}
+    for rank in range(layout.world_size):
+        with fake_world(layout, rank) as grid:
+            shape = GPTConfig.build(config.model, layout, vocab_size=vocab, precision="bf16")
+            last = grid.is_last_stage
+            gpt = GPT(
+                shape, grid, pre_process=grid.is_first_stage, post_process=last, value_head=True, q_heads=2
+            )  # heads are made where the last stage is
+            gpt.initialise(grid, 1)
+            for name, parameter in gpt.global_names():
+                assert parameter.is_meta
+                counted[name] = counted.get(name, 0) + (
+                    parameter.numel() if is_sharded(parameter) or grid.tp_rank == 0 else 0
+                )
+    hidden, rows = config.model.hidden_size, padded_vocab(vocab, layout.tp)
+    q_head = hidden * 2 * hidden + 2 * hidden + 2 * hidden * rows + rows
+    value = hidden * 2 * hidden + 2 * hidden + 2 * hidden + 1
+    trunk = parameters(config.model, rows)
+    assert {name: counted[name] for name in trunk} == {name: math.prod(shape) for name, shape in trunk.items()}
+    assert sum(counted.values()) == sum(map(math.prod, trunk.values())) + 4 * q_head + value

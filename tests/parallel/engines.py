@@ -18,7 +18,10 @@ VOCAB = 101
 def small_engine(
     layout: dict[str, Any], model: dict[str, Any] | None = None, *, train: bool = True, **options: Any
 ) -> Engine:
-    """A 4-layer GPT over the current world. `options`: precision, recompute, seed, trainable, value_head, q_heads, grid."""
+    """A 4-layer GPT over the current world.
+
+    `options`: precision, recompute, seed, trainable, value_head, q_heads, grid.
+    """
     device = start_world()
     grid = options.get("grid") or Grid(Layout.for_world(dist.get_world_size(), **layout), device)
     shape = ModelConfig(**{"num_layers": 4, "hidden_size": 64, "max_positions": 64, **(model or {})})

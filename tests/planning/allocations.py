@@ -25,7 +25,7 @@ class Allocations:
 
 @contextmanager
 def recorded() -> Iterator[Allocations]:
-    """Record all tensors that are allocated inside; releases of older ones, and those in gloo's own threads, are not."""
+    """Record what is allocated inside. Releases of older memory, and those in gloo's own threads, are not seen."""
     found = Allocations()
     with profile(profile_memory=True) as recorder:
         yield found

@@ -94,6 +94,46 @@ def test_a_layout_draws_the_same_tokens(name: str, worlds: Worlds, alone: list[R
             check_same(rollouts, alone, (name, slots))
 
 
+@pytest.mark.parametrize(("size", "layout", "slots"), [(1, {}, 7), (1, {}, 128), (2, {"tp": 2}, 5)])
+def test_passes_of_fixed_shapes_draw_the_same_tokens(
+    size: int, layout: dict[str, Any], slots: int, worlds: Worlds, alone: list[Rollout]
+) -> None:
+    """What a GPU records as graphs, without the recording."""
+    for rollouts, _ in worlds.run(size, generated, layout, order=slots, slots=slots, graphs=True):
+        check_same(rollouts, alone, (layout, slots))
+
+
+def graphs_in_a_pipeline() -> str:
+    with pytest.raises(ConfigError) as told:
+        generator_of(small_engine({"pp": 2}, train=False), graphs=True)
+    return str(told.value)
+
+
+def test_a_pipeline_has_no_passes_of_fixed_shapes(worlds: Worlds) -> None:
+    assert all("rollout.cuda_graphs=true at PP2" in told for told in worlds.run(2, graphs_in_a_pipeline))
+
+
+def static_shapes() -> list[set[tuple[int, int]]]:
+    """(rows, length) of the passes that there are after each call."""
+    generator = generator_of(small_engine({}, MODERATE, train=False), slots=6, graphs=True)
+    shapes = []
+    for call in range(3):
+        generator.scorer = GPT.logits if call < 2 else lambda model, states: model.logits(states) / 2
+        generator.generate([Request(n, 0, (n,) * 50, Sampling(max_new_tokens=1 + 3 * n)) for n in range(5)], phase=call)
+        assert generator.static is not None
+        assert generator.static.scorer is generator.scorer
+        shapes.append(set(generator.static.passes))
+    generator.close()
+    assert generator.static is None
+    return shapes
+
+
+def test_fixed_shapes_are_few_and_kept(worlds: Worlds) -> None:
+    (shapes,) = worlds.run(1, static_shapes)
+    assert len({tuple(sorted(found)) for found in shapes}) == 1
+    assert shapes[0] <= {(rows, 63) for rows in (1, 2, 4, 5)}  # a slot's length is 50 + 13
+
+
 @pytest.mark.parametrize("slots", [1, 7, 32])
 def test_slots_and_order_change_nothing(slots: int, worlds: Worlds, alone: list[Rollout]) -> None:
     ((rollouts, stats),) = worlds.run(1, generated, {}, order=slots, slots=slots)

@@ -1,21 +1,28 @@
 """Generation in another layout than training's: the weights that arrive, the same tokens, and what a move costs."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from megarl.errors import ConfigError
+from megarl.models.gpt import GPT
+from megarl.rollout.guided import guided
 from megarl.rollout.requests import Rollout
 from megarl.rollout.resharded import for_generation, parse_layout
+from megarl.rollout.stored import load
+from tests.e2e.runs import metrics, run_ppo
 from tests.parallel.engines import batches, count_tokens, small_engine, token_loss
 from tests.rollout.test_generate import MODERATE, check_same, generator_of, some_requests
 from tests.worlds import Worlds
 
 SEED = 1  # of `small_engine`
+HEADS = {"value_head": True, "q_heads": 2}
 CASES: dict[str, tuple[int, dict[str, Any], str, dict[str, Any]]] = {
     "PP2 to TP2": (2, {"pp": 2}, "tp2", {}),
     "TP2 to PP2": (2, {"tp": 2, "sequence_parallel": True}, "pp2", {"qkv_bias": True, "mlp_bias": True}),
+    "PP2 to TP2, with heads": (2, {"pp": 2}, "tp2", {"heads": True}),
     "TP2xPP2 to DP4, tied": (4, {"tp": 2, "pp": 2}, "tp1", {"tie_embeddings": True}),
     "PP2xDP2 to TP4, few key-value heads": (4, {"pp": 2}, "tp4", {"num_kv_heads": 2}),
 }
@@ -23,10 +30,12 @@ CASES: dict[str, tuple[int, dict[str, Any], str, dict[str, Any]]] = {
 
 def in_both(layout: dict[str, Any], wanted: str, model: dict[str, Any]) -> dict[str, Any]:
     """Rollouts in the training layout and in the other, before and after a step of training."""
-    engine = small_engine(layout, {**MODERATE, **model})
+    heads = HEADS if model.pop("heads", False) else {}
+    engine = small_engine(layout, {**MODERATE, **model}, **heads)
     reshard = for_generation(engine, wanted)
     assert reshard is not None
     here, there = generator_of(engine), generator_of(reshard.engine)
+    here.scorer = there.scorer = guided(1.0) if heads else GPT.logits
     found: dict[str, Any] = {"links": reshard.links, "weights": reshard.weight_bytes}
     torch.manual_seed(7)
     for name in ("first", "trained"):
@@ -109,3 +118,17 @@ def test_a_layout_is_written_as_it_is_shown() -> None:
     for text in ("", "tp0", "dp2", "tp2xtp2", "2"):
         with pytest.raises(ConfigError, match=r"rollout\.layout"):
             parse_layout(text, 4)
+
+
+def test_a_run_of_ppo_is_the_same_when_it_generates_in_another_layout(worlds: Worlds, tmp_path: Path) -> None:
+    """Phase for phase: what the second phase draws, the first has trained."""
+    runs = {"plain": [], "moved": ["rollout.layout=tp2", "rollout.cuda_graphs=true"]}
+    for name, settings in runs.items():
+        dump = f"rollout.dump={tmp_path / name / 'dump'}"
+        worlds.run(2, run_ppo, tmp_path / name, "parallel.pp=2", dump, *settings)
+    for phase in ("train-000000.jsonl", "train-000001.jsonl"):
+        plain, moved = (load(tmp_path / name / "dump" / phase) for name in runs)
+        check_same(moved, plain, phase)
+    losses = [metrics(tmp_path / name, "policy/loss", "value/loss", "train/grad_norm") for name in runs]
+    assert len(losses[0]) == 2
+    assert losses[1] == [pytest.approx(phase, rel=1e-4, abs=2e-6) for phase in losses[0]]

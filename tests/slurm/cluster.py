@@ -84,7 +84,7 @@ class Cluster:
             self.close()
             raise
 
-    def run(self, *command: str | Path, cwd: Path | None = None, **environ: str) -> str:
+    def run(self, *command: str | Path, cwd: Path | None = None, seconds: float = PATIENCE_S, **environ: str) -> str:
         """A command's output; it must succeed."""
         done = subprocess.run(
             [str(part) for part in command],
@@ -93,7 +93,7 @@ class Cluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=PATIENCE_S,
+            timeout=seconds,
         )
         assert done.returncode == 0, f"{' '.join(map(str, command))}: {done.stdout}"
         return done.stdout
@@ -116,12 +116,18 @@ class Cluster:
             assert time.monotonic() < deadline, f"{otherwise} after {seconds:.0f} s; {self._logs()}"
             time.sleep(0.1)
 
-    def wait_for(self, number: str, states: Sequence[str], seconds: float = PATIENCE_S, logs: Path | None = None) -> str:
+    def wait_for(
+        self, number: str, states: Sequence[str], seconds: float = PATIENCE_S, logs: Path | None = None
+    ) -> str:
         """The state of a job once it is one of `states`."""
         try:
             self.wait(lambda: self.state(number) in states, f"job {number} is not {' or '.join(states)}", seconds)
         except AssertionError as problem:
-            said = [f"{path}:\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(logs.rglob("*.log"))[:4]] if logs else []
+            said = (
+                [f"{path}:\n{path.read_text(errors='replace')[-3000:]}" for path in sorted(logs.rglob("*.log"))[:4]]
+                if logs
+                else []
+            )
             raise AssertionError("\n".join([str(problem), str(self.job(number)), *said])) from None
         return self.state(number)
 
@@ -160,7 +166,9 @@ class Cluster:
         self.daemons.append(subprocess.Popen(command, env=self.environ, stdout=log, stderr=log, start_new_session=True))
 
     def _logs(self) -> str:
-        return "\n".join(f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in self.folder.glob("*.out"))
+        return "\n".join(
+            f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in self.folder.glob("*.out")
+        )
 
 
 def _free_ports(count: int) -> list[int]:

@@ -8,6 +8,7 @@ from torch import nn
 from megarl.errors import CheckpointError
 from megarl.models.exchange.parameters import EMBEDDING, OUTPUT, OUTPUT_BIAS, TRUNK
 from megarl.models.exchange.source import Source
+from megarl.models.heads import is_vocabulary_wide
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import copy_slice, is_sharded, partition_dim
 
@@ -29,7 +30,7 @@ def load(chunk: Any, source: Source, grid: Grid) -> None:
 
 
 def _fill(name: str, parameter: nn.Parameter, source: Source, rank: int, tp: int) -> None:
-    if name in VOCABULARY:  # the largest tensors: only this rank's rows are read
+    if name in VOCABULARY or is_vocabulary_wide(name):  # the largest tensors: only this rank's rows are read
         rows = parameter.shape[0]  # padding included
         mine = source.rows(name, rank * rows, (rank + 1) * rows)
         parameter.data[: len(mine)].copy_(mine)

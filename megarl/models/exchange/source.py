@@ -189,7 +189,7 @@ class CheckpointSource(Source):
         }
         self.heads = {name: stored for name, stored in described.items() if not name.startswith(TRUNK)}
         self.left_out = {"optimizer state": f"{others} parts; only weights are read"} if others else {}
-        self.dtype = widest([stored.dtype for stored in described.values()])
+        self.dtype = widest([described[name].dtype for name in self._shapes])  # target heads are kept in float32
         self.stored = (len(described), sum(stored.bytes for stored in described.values()))
 
     def read(self, name: str) -> Tensor:

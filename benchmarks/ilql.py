@@ -1,0 +1,108 @@
+"""ILQL on the randomwalks task: CPU seconds of a whole run after start-up, by part, beside the floor that its matrix
+products set on this machine. Prints one table.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.ilql --peer-seconds 62
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.train_step import describe, markdown
+from megarl.config.compose import compose
+from megarl.data.offline import open_store
+from megarl.models.flops import flops_per_token
+from megarl.modules.fit import fit
+from megarl.tokenizers import build_tokenizer
+from megarl.train_ilql import build
+
+HEADER = ["part", "CPU s", "share of all", "share that is matrix products"]
+FORWARD_AND_BACKWARD = 3
+
+
+def head_flops(hidden: int, vocab_size: int, q_heads: int) -> float:
+    """Of V, the Q heads (forward and backward) and their targets (forward, taken tokens only), per action."""
+    inner, outer = 2 * hidden * 2 * hidden, 2 * 2 * hidden * vocab_size
+    trained = inner + 2 * 2 * hidden + q_heads * (inner + outer)
+    return FORWARD_AND_BACKWARD * trained + q_heads * (inner + 2 * 2 * hidden)
+
+
+def training_flops(config: Any) -> float:
+    """What the mathematics of all steps needs, padding not counted."""
+    tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
+    store = open_store(config.data, tokenizer)
+    tokens, length = store.lengths.mean(), (store.lengths**2).mean() / store.lengths.mean()
+    actions = store.arrays["response_mask"].sum() / len(store)
+    per_sample = tokens * flops_per_token(config.model, tokenizer.size, float(length)) + actions * head_flops(
+        config.model.hidden_size, tokenizer.size, 2 if config.ilql.two_qs else 1
+    )
+    return float(per_sample * config.trainer.global_batch_size * config.trainer.max_steps)
+
+
+def products_per_second(rows: int, hidden: int, repeats: int = 60) -> float:
+    """Floating-point operations per CPU second of the widest product in a layer, the best of some."""
+    x, weight, out = torch.randn(rows, hidden), torch.randn(hidden, 4 * hidden), torch.empty(rows, 4 * hidden)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.process_time()
+        for _ in range(5):
+            torch.mm(x, weight, out=out)
+        best = min(best, (time.process_time() - start) / 5)
+    return 2 * x.numel() * 4 * hidden / best
+
+
+def measure(overrides: Sequence[str]) -> tuple[dict[str, float], float, float]:
+    """CPU seconds of each part, all of them after start-up, and the floor of training."""
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = [f"run.dir={folder}/run", "trainer.progress=none", "logger.tensorboard=false"]
+        config, _ = compose("ilql", ["+conf=randomwalks_ilql", *quiet, *overrides])
+        rate = products_per_second(config.trainer.micro_batch_size * config.data.seq_length, config.model.hidden_size)
+        start = time.process_time()
+        fit("ilql", config, build)
+        spent = time.process_time() - start
+        summary = json.loads(Path(folder, "run", "summary.json").read_text())
+        best = summary["metrics"].get("eval/optimality@beta=100")
+        if best is not None:
+            print(f"optimality at beta 100, mean of the last five evaluations: {best['last5']:.3f}")
+        parts = {name: seconds["cpu_s"] for name, seconds in summary["seconds"].items()}
+        rate = max(
+            rate,
+            products_per_second(config.trainer.micro_batch_size * config.data.seq_length, config.model.hidden_size),
+        )
+        return parts, spent, training_flops(config) / rate
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ilql", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--peer-seconds", type=float, help="CPU seconds of another program for the same steps")
+    parser.add_argument("--limit", type=float, help="exit with 1 if ours over the peer's is above this")
+    parser.add_argument("overrides", nargs="*", help="settings of the run, such as trainer.max_steps=20")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    print(describe(torch.device("cpu")))
+    parts, spent, floor = measure(options.overrides)
+    rows = [
+        [name, f"{seconds:.1f}", f"{seconds / spent:.0%}", f"{floor / seconds:.0%}" if name == "train" else ""]
+        for name, seconds in parts.items()
+    ]
+    others = spent - sum(parts.values())
+    rows.append(["the rest (model, loop, logging)", f"{others:.1f}", f"{others / spent:.0%}", ""])
+    rows.append(["all after start-up", f"{spent:.1f}", "100%", f"{floor / spent:.0%}"])
+    rows.append(["matrix products of training alone", f"{floor:.1f}", "", ""])
+    print(markdown(HEADER, rows))
+    if options.peer_seconds is None:
+        return 0
+    ratio = spent / options.peer_seconds
+    print(f"beside the peer's {options.peer_seconds:g} s: {ratio:.2f}")
+    return int(options.limit is not None and ratio > options.limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""Whole ILQL runs: every loss term the same in every layout, exact resume with targets, heads in and out, bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megarl import generate
+from megarl.checkpoint import find, tensors
+from megarl.config.compose import compose
+from megarl.errors import DataError
+from megarl.models.exchange.formats import open_source
+from megarl.models.exchange.source import HEADS
+from tests.e2e.runs import OFFLINE_WALKS, assert_same_bits, final_tensors, launched, metrics, run_ilql
+from tests.worlds import Worlds
+
+LAYOUTS = {
+    "TP2": (2, ["parallel.tp=2"]),
+    "PP2": (2, ["parallel.pp=2"]),
+    "TP2xPP2+SP": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
+    "DP2": (2, []),
+}
+TERMS = ("loss", "loss_q", "loss_v", "loss_cql", "loss_awac", "q", "v")
+STEPS = 20
+EVALUATED = ["trainer.eval_every=20", "eval.sweep.beta=[0,50]", "rollout.temperature=0"]
+
+
+@pytest.fixture(scope="module")
+def reference(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, 20 steps, a checkpoint at 10, a greedy evaluation before and after, exported at the end."""
+    run_dir = tmp_path_factory.mktemp("reference")
+    worlds.run(
+        *(1, run_ilql, run_dir, *EVALUATED, "checkpoint.every=10", "checkpoint.keep_last=3"),
+        f"export.hf={run_dir / 'exported'}",
+    )
+    return run_dir
+
+
+def close(a: float, b: float, relative: float) -> bool:
+    return abs(a - b) <= relative * abs(b) + 1e-6
+
+
+def assert_same_course(run_dir: Path, reference: Path, first: int = 0) -> None:
+    names = [*(f"train/{term}" for term in TERMS), "train/grad_norm"]
+    ours, theirs = metrics(run_dir, *names), metrics(reference, *names)[first:]
+    assert len(ours) == len(theirs) == STEPS - first
+    for step, (mine, wanted) in enumerate(zip(ours, theirs, strict=True), first + 1):
+        for name, value, want in zip(names, mine, wanted, strict=True):
+            assert close(value, want, 1e-4 if name == "train/grad_norm" else 1e-5), f"{name} at step {step}"
+
+
+def samples(run_dir: Path) -> list[tuple[str, str, str]]:
+    """Setting, prompt and greedy response of each that an evaluation showed."""
+    rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    return [(row["setting"], row["prompt"], row["response"]) for row in rows]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_train_and_generate_alike(layout: str, worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    world, overrides = LAYOUTS[layout]
+    lean = ["metric.fn=null", "checkpoint.save_last=false", "checkpoint.keep_best=0"]
+    worlds.run(world, run_ilql, tmp_path, *overrides, *EVALUATED, *lean)
+    assert_same_course(tmp_path, reference)
+    assert samples(tmp_path) == samples(reference)
+
+
+def test_it_learns_and_the_best_checkpoint_is_kept(reference: Path) -> None:
+    course = metrics(reference, "train/loss", "train/loss_awac")
+    assert sum(course[-1]) < sum(course[0])
+    summary = json.loads((reference / "summary.json").read_text())
+    assert {"eval/optimality@beta=0", "eval/optimality@beta=50"} <= summary["metrics"].keys()
+    assert summary["status"] == "finished"
+    shown = samples(reference)
+    with_values = [row[1:] for row in shown if row[0] == "beta=50"]
+    assert with_values
+    assert with_values != [row[1:] for row in shown if row[0] == "beta=0"]
+
+
+def test_a_run_cut_in_two_ends_in_the_same_weights(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    """Cut at 7, between two moves of the targets."""
+    cut = tmp_path / "cut"
+    worlds.run(1, run_ilql, cut, "trainer.max_steps=7")
+    resumed = tmp_path / "resumed"
+    worlds.run(1, run_ilql, resumed, f"run.resume={cut / 'checkpoints'}")
+    ours, theirs = final_tensors(resumed), final_tensors(reference)
+    assert any(key.startswith("policy.target_q_heads.1.outer") for key in theirs)
+    assert_same_bits(ours, theirs)
+    assert_same_course(resumed, reference, first=7)
+
+
+def test_a_checkpoint_resumes_in_another_layout(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    world, overrides = LAYOUTS["TP2xPP2+SP"]
+    half = reference / "checkpoints" / "step-0000010"
+    worlds.run(world, run_ilql, tmp_path, *overrides, f"run.resume={half}")
+    assert_same_course(tmp_path, reference, first=10)
+
+
+def test_targets_move_every_so_many_steps_of_the_run(worlds: Worlds, tmp_path: Path) -> None:
+    """With alpha 1 the targets are the Q heads of the last move: of step 6 after 8 steps, of 9 after 9."""
+    keep = ["ilql.target_every=3", "ilql.target_alpha=1", "checkpoint.every=1", "checkpoint.keep_last=20"]
+    worlds.run(1, run_ilql, tmp_path, *keep, "trainer.max_steps=4")
+    worlds.run(1, run_ilql, tmp_path, *keep, "trainer.max_steps=9")
+    by_step = {int(path.name.rpartition("-")[2]): tensors(path) for path in find(tmp_path / "checkpoints")}
+    name = "q_heads.0.inner.weight"
+    for step in range(1, 10):
+        target = by_step[step][f"policy.target_{name}"]
+        moved = step // 3 * 3
+        if moved:
+            assert torch.equal(target, by_step[moved][f"policy.{name}"]), step
+        else:
+            assert not torch.equal(target, by_step[step][f"policy.{name}"]), step
+
+
+def test_heads_survive_export_and_import(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    exported, final = reference / "exported", final_tensors(reference)
+    heads = load_file(exported / HEADS)
+    assert {name.split(".")[0] for name in heads} == {"value_head", "q_heads", "target_q_heads"}
+    assert all(torch.equal(value, final[f"policy.{name}"]) for name, value in heads.items())
+    # At lr 0 a run ends with what it was given; with alpha so small the targets keep theirs as well.
+    still = ["optim.lr=0", "trainer.max_steps=1", "model.path=" + str(exported), "parallel.tp=2"]
+    worlds.run(2, run_ilql, tmp_path, *still)
+    back = final_tensors(tmp_path)
+    names = [name for name in final if "optimizer" not in name]
+    assert_same_bits({name: final[name] for name in names}, {name: back[name] for name in names})
+    assert open_source(find(tmp_path / "checkpoints")[-1]).heads.keys() == heads.keys()
+
+
+def answers(model: Path, out: Path, *overrides: str) -> None:
+    prompts = out.with_suffix(".prompts.jsonl")
+    prompts.write_text("".join(json.dumps({"prompt": letter}) + "\n" for letter in "bcdefgh"))
+    settings = [f"model.path={model}", f"prompts={prompts}", f"out={out}", "rollout.max_new_tokens=9"]
+    with launched():
+        config, _ = compose("generate", [*settings, "rollout.temperature=0", "trainer.progress=none", *overrides])
+        generate.work(config)
+
+
+def test_generate_takes_the_checkpoint_and_is_guided(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    checkpoint = reference / "checkpoints" / "step-0000020"
+    for name, beta in (("guided", 50), ("plain", 0)):
+        worlds.run(1, answers, checkpoint, tmp_path / f"{name}.jsonl", f"rollout.ilql_beta={beta}")
+    texts = {
+        name: {row["prompt"]: row["response"] for row in map(json.loads, (tmp_path / f"{name}.jsonl").open())}
+        for name in ("guided", "plain")
+    }
+    last = samples(reference)[-8:]
+    for setting, prompt, response in last:
+        assert texts["guided" if setting == "beta=50" else "plain"][prompt] == response
+    assert texts["guided"] != texts["plain"]
+
+
+def test_one_q_head_is_enough(worlds: Worlds, tmp_path: Path) -> None:
+    worlds.run(1, run_ilql, tmp_path, "ilql.two_qs=false", "trainer.max_steps=2")
+    heads = {name.split(".")[2] for name in final_tensors(tmp_path) if name.startswith("policy.q_heads")}
+    assert heads == {"0"}
+
+
+def test_a_graph_whose_goal_cannot_be_reached_trains_without_nan(worlds: Worlds, tmp_path: Path) -> None:
+    """All rewards are equal."""
+    worlds.run(1, run_ilql, tmp_path, "data.graph_seed=1001", "trainer.max_steps=5")
+    for values in metrics(tmp_path, "train/loss", "train/loss_q", "train/grad_norm"):
+        assert all(value == value for value in values)
+
+
+def test_a_broken_record_is_named_by_file_and_line(worlds: Worlds, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"samples": ["a", "b"], "rewards": 1}\n{"samples": ["a", "b"], "rewards": "much"}\n')
+    with pytest.raises(DataError, match=r"data\.jsonl:2: rewards is 'much'"):
+        worlds.run(1, run_ilql, tmp_path / "run", f"data.train=[{data}]", "data.cache=null")
+
+
+def test_the_command_refuses_bad_settings_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megarl.train_ilql", *OFFLINE_WALKS, f"run.dir={tmp_path}"]
+    for override, words in (
+        ("eval.sweep.temperature=[0.5]", "eval.sweep.temperature and eval.sweep.beta are both given"),
+        ("rollout.max_new_tokens=16", "leaves no room for a prompt"),
+        ("ilql.tau=1", "ilql.tau=1.0 is out of range"),
+    ):
+        done = subprocess.run([*command, override], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1

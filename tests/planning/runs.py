@@ -1,0 +1,145 @@
+"""Small runs on CPUs, described to the planner and really done, with what torch allocated meanwhile."""
+
+import gc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from megarl.parallel.engine import Batch, Engine
+from megarl.parallel.grid import Grid, start_world
+from megarl.parallel.layout import Layout
+from megarl.planning.shards import build_engine
+from megarl.planning.work import Role, Work
+from megarl.rollout.generator import Generator, Limits
+from megarl.rollout.requests import Request, Sampling
+from tests.planning.allocations import recorded
+
+GPT2 = {"norm": "layernorm", "activation": "gelu_tanh", "position": "learned", "mlp_bias": True, "qkv_bias": True}
+NEOX = {"norm": "layernorm", "activation": "gelu_tanh", "parallel_residual": "two_norms", "rope_percent": 0.25}
+LLAMA = {"activation": "swiglu", "num_kv_heads": 2}
+VOCAB = 2048
+
+
+def describe(
+    layout: Layout,
+    shape: dict[str, Any],
+    *,
+    micro: int = 4,
+    accumulation: int = 1,
+    length: int = 512,
+    loss_tokens: int | None = None,
+    recompute: str = "none",
+    precision: str = "fp32",
+    rollouts: int = 0,
+    algorithm: str = "sft",
+) -> Work:
+    """A 4-layer model of 256 channels in a layout."""
+    model = ModelConfig(**{"num_layers": 4, "hidden_size": 256, "num_heads": 8, "max_positions": 1024, **shape})
+    response = loss_tokens or length
+    return Work(
+        algorithm=algorithm,
+        roles=(Role("policy", True, True, "trains"),),
+        model=model,
+        parallel=ParallelConfig(
+            tp=layout.tp, pp=layout.pp, sequence_parallel=layout.sequence_parallel, recompute=recompute
+        ),
+        optim=OptimConfig(),
+        layout=layout,
+        vocab_size=VOCAB,
+        precision=precision,
+        micro=micro,
+        global_batch=micro * accumulation * layout.dp,
+        steps=1,
+        length=length,
+        loss_tokens=response,
+        rollouts=rollouts,
+        prompt=length - response,
+        response=response,
+        longest=response,
+        slots=rollouts,
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes on one rank: at the fullest moment, and what an engine with its optimizer holds afterwards."""
+
+    stage: int
+    peak: int
+    held: int
+
+
+def trained(work: Work) -> Measured:
+    """Build an engine, take one step, forget it."""
+    grid = Grid(work.layout, start_world())
+    with recorded() as allocations:
+        engine = _engine(grid, work)
+        batches = [_batch(work) for _ in range(work.accumulation)]
+
+        def loss(model: Any, output: torch.Tensor, batch: Batch, counts: dict[str, float]) -> Any:
+            logprobs = model.logprobs(output, batch["tokens"], batch["response_mask"]).logprobs
+            total = -(logprobs * batch["response_mask"]).sum() / counts["tokens"]
+            return total, {"loss": total}
+
+        engine.train_step(batches, loss, lambda batch: {"tokens": batch["response_mask"].sum()})
+        engine.apply_gradients()
+        del batches
+        gc.collect()
+    measured = Measured(grid.pp_rank, allocations.peak, allocations.left)
+    grid.close()
+    return measured
+
+
+def generated(work: Work) -> Measured:
+    """Build an engine, draw `rollouts` responses of the full length."""
+    grid = Grid(work.layout, start_world())
+    with recorded() as allocations:
+        engine = _engine(grid, work)
+        generator = Generator(engine, -1, seed=1, limits=Limits(slots=work.slots))
+        prompt = tuple(range(work.prompt))
+        generator.generate(
+            [Request(n, 0, prompt, Sampling(max_new_tokens=work.response)) for n in range(work.rollouts)]
+        )
+        generator.close()
+        gc.collect()
+    measured = Measured(grid.pp_rank, allocations.peak, allocations.left)
+    grid.close()
+    return measured
+
+
+def scored(work: Work) -> Measured:
+    """Build an engine, ask it for log-probs."""
+    grid = Grid(work.layout, start_world())
+    with recorded() as allocations:
+        engine = _engine(grid, work)
+        batches = [_batch(work) for _ in range(work.rollouts // work.micro)]
+        engine.forward(
+            batches,
+            lambda model, output, batch: {
+                "logprobs": model.logprobs(output, batch["tokens"], batch["response_mask"]).logprobs
+            },
+        )
+    measured = Measured(grid.pp_rank, allocations.peak, allocations.left)
+    grid.close()
+    return measured
+
+
+def _engine(grid: Grid, work: Work) -> Engine:
+    engine = build_engine(grid, work, work.roles[0])
+    for _, parameter in engine.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    gc.collect()
+    return engine
+
+
+def _batch(work: Work) -> Batch:
+    mask = torch.zeros(work.micro, work.length)
+    mask[:, work.length - work.loss_tokens :] = 1.0
+    return {
+        "tokens": torch.randint(0, work.vocab_size, (work.micro, work.length)),
+        "positions": torch.arange(work.length).expand(work.micro, -1),
+        "response_mask": mask,
+    }

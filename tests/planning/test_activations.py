@@ -1,0 +1,108 @@
+"""The formulas of docs/planning.md against what autograd keeps of a layer, to the byte."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megarl.config.schema import ModelConfig
+from megarl.models.attention import Context
+from megarl.models.config import GPTConfig
+from megarl.models.layer import Layer
+from megarl.models.rotary import rotation
+from megarl.parallel.fake import fake_world
+from megarl.parallel.layout import Layout
+from megarl.planning.activations import Shape, kept_by_layer, logits_chunk, vocabulary
+
+TIME, BATCH = 64, 2
+
+
+def layer_config(layout: Layout, precision: str, recompute: str, model: dict[str, Any]) -> GPTConfig:
+    shape = ModelConfig(
+        **{"num_layers": 2, "hidden_size": 64, "num_heads": 8, "max_positions": 256, "ffn_size": 256, **model}
+    )
+    return GPTConfig.build(shape, layout, vocab_size=100, precision=precision, recompute=recompute, kernels="torch")
+
+
+def kept(layout: Layout, precision: str, recompute: str, model: dict[str, Any]) -> int:
+    """Bytes of all memory that a layer's forward pass keeps for its backward pass, weights and rotations excepted."""
+    with fake_world(layout, device="cpu") as grid:
+        config = layer_config(layout, precision, recompute, model)
+        layer = Layer(config, 1, grid.groups).to(config.params_dtype).train()
+        turn = None
+        if config.position == "rope":
+            positions = torch.arange(TIME).expand(BATCH, -1)
+            turn = rotation(positions, config.rope, config.rotary_dim, config.params_dtype)
+        shared = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *(turn or ()))}
+        found: dict[int, int] = {}
+        alive = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in shared:
+                found[storage.data_ptr()] = storage.nbytes()
+                alive.append(tensor)
+            return tensor
+
+        split = layout.tp if layout.sequence_parallel else 1
+        hidden = torch.randn(TIME // split, BATCH, 64, dtype=config.params_dtype, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer(hidden, Context(turn, None))
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"activation": "gelu", "norm": "layernorm"},
+        {"activation": "gelu", "norm": "layernorm", "position": "learned", "mlp_bias": True, "qkv_bias": True},
+        {"activation": "gelu", "norm": "layernorm", "position": "learned", "num_kv_heads": 2},
+        {"activation": "gelu_tanh", "norm": "layernorm", "parallel_residual": "two_norms", "rope_percent": 0.25},
+        {"activation": "gelu_tanh", "norm": "layernorm", "parallel_residual": "one_norm", "rope_percent": 0.5},
+        {"activation": "swiglu", "norm": "rmsnorm"},
+        {"activation": "swiglu", "norm": "rmsnorm", "num_kv_heads": 2, "head_dim": 16},
+        {"activation": "swiglu", "norm": "rmsnorm", "num_kv_heads": 4, "qk_norm": True},
+    ],
+    ids=["gpt", "gpt2", "gpt2-grouped", "neox", "gptj", "llama", "llama-grouped", "qwen3"],
+)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(tp=2), Layout(tp=2, sequence_parallel=True)],
+    ids=str,
+)
+def test_a_layer_keeps_what_the_formula_says(
+    layout: Layout, model: dict[str, Any], precision: str, recompute: str
+) -> None:
+    config = layer_config(layout, precision, recompute, model)
+    shape = Shape.of(config, layout, 2 if precision == "bf16" else 4, on_cpu=True)
+    expected = TIME * BATCH * kept_by_layer(config, shape, recompute)
+    assert kept(layout, precision, recompute, model) == pytest.approx(expected, rel=0.01)
+
+
+def test_the_formula_by_hand_for_a_llama_on_a_gpu() -> None:
+    # TP2 with sequence parallelism, bf16; hidden 64, 8 heads of 8, 2 key-value heads, MLP 256. Per token, in elements:
+    # norms: twice (input 32 + output 32) = 128, and twice 4 bytes / 2 of statistics
+    # attention: projection (64 + 2 * 16) / 2 = 48, rotated queries 32 and keys 8, output 32 = 120; 4 heads * 4 bytes
+    # MLP: five times 256 / 2 = 640
+    layout = Layout(tp=2, sequence_parallel=True)
+    config = layer_config(layout, "bf16", "none", {"activation": "swiglu", "num_kv_heads": 2})
+    shape = Shape.of(config, layout, 2, on_cpu=False)
+    assert kept_by_layer(config, shape, "none") == 2 * (128 + 120 + 640) + 2 * 2 + 4 * 4
+    assert kept_by_layer(config, shape, "full") == 2 * 32
+
+
+def test_logits_are_cut_evenly_below_their_budget() -> None:
+    # 2^26 elements are the budget on a GPU: 5000 rows of 32768 columns are three parts, of 1667 rows
+    assert logits_chunk(5000, 32768, on_cpu=False) == 1667 * 32768
+    assert logits_chunk(10, 32768, on_cpu=False) == 10 * 32768
+
+
+def test_the_output_layer_never_holds_a_batchs_logits() -> None:
+    layout = Layout()
+    config = layer_config(layout, "bf16", "none", {})
+    shape = Shape.of(config, layout, 2, on_cpu=False)
+    config.vocab_size = 128256
+    held = vocabulary(config, shape, layout, 65536, backward=True, entropy=False, width=64)
+    assert held < 65536 * 128256 * 2 / 20

@@ -1,0 +1,111 @@
+"""What ranks hold, exactly, of models that no machine here could build."""
+
+import pytest
+
+from megarl.config.compose import compose
+from megarl.config.presets import conf_folder, preset_files
+from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from megarl.models.flops import layer_weights
+from megarl.parallel.fake import fake_world, rank_of
+from megarl.parallel.layout import Layout
+from megarl.planning.shards import build_engine, measure, shard, stages_that_differ
+from megarl.planning.work import Role, Work
+from tests.planning.runs import LLAMA, describe
+
+NEOX_20B = ModelConfig(
+    num_layers=44,
+    hidden_size=6144,
+    num_heads=64,
+    ffn_size=24576,
+    max_positions=2048,
+    rope_percent=0.25,
+    norm="layernorm",
+    activation="gelu_tanh",
+    parallel_residual="two_norms",
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+)
+POLICY = Role("policy", True, True, "")
+
+
+def neox(layout: Layout) -> Work:
+    work = describe(layout, {}, precision="bf16")
+    return Work(**{**work.__dict__, "model": NEOX_20B, "vocab_size": 50432})
+
+
+def test_gpt_neox_20b_has_its_published_number_of_parameters() -> None:
+    # 44 layers: matrices 12 * h * h, biases of 3h + h + 4h + h, two norms of 2h; two tables; the last norm
+    h = 6144
+    expected = 44 * (12 * h * h + 9 * h + 4 * h) + 2 * 50432 * h + 2 * h
+    assert shard(neox(Layout()), POLICY, 0).parameters == expected
+    assert expected == 20_554_567_680
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=8, pp=4, dp=2, sequence_parallel=True), Layout(tp=4, pp=11)], ids=str)
+def test_every_rank_of_a_20b_model_builds_and_together_they_are_the_model(layout: Layout) -> None:
+    work = neox(layout)
+    held = []
+    for pp in range(layout.pp):
+        for tp in range(layout.tp):
+            with fake_world(layout, rank_of(layout, tp=tp, pp=pp)) as grid:
+                held.append(measure(build_engine(grid, work, POLICY), pp).parameters)
+    # Held by every tensor rank: norms, and the biases of the products that are summed over the ranks.
+    h = 6144
+    common = 44 * (4 * h + 2 * h) + 2 * h
+    assert sum(held) - (layout.tp - 1) * common == 20_554_567_680
+
+
+def test_data_parallel_ranks_share_the_optimizer_and_nothing_else() -> None:
+    one, four = (shard(neox(Layout(tp=4, pp=2, dp=dp)), POLICY, 0) for dp in (1, 4))
+    assert one.parameters == four.parameters
+    assert one.weights == pytest.approx(2 * one.parameters, rel=1e-4)
+    assert one.gradients == pytest.approx(4 * one.parameters, rel=1e-4)
+    assert one.optimizer == pytest.approx(12 * one.parameters, rel=1e-4)
+    assert four.optimizer == pytest.approx(one.optimizer / 4, rel=1e-3)
+
+
+def test_what_is_frozen_has_no_gradients_and_no_copy() -> None:
+    work = describe(Layout(), {**LLAMA, "num_layers_unfrozen": 1})
+    held = shard(work, POLICY, 0)
+    layer = layer_weights(work.model) + 2 * 256
+    assert held.trainable == layer + 256 + 2048 * 256
+    assert held.copy == 4 * held.trainable
+    assert held.gradients == pytest.approx(4 * held.trainable, rel=0.001)
+
+
+def test_ilqls_heads_are_two_that_train_and_two_that_follow() -> None:
+    layout = Layout(tp=2)
+    plain, headed = (shard(describe(layout, LLAMA), Role("policy", True, True, "", q_heads=n), 0) for n in (0, 2))
+    # Per head and rank: 256 -> 512 and 512 -> 2048 with biases, cut in two
+    head = (256 * 512 + 512 + 512 * 2048 + 2048) // 2
+    assert headed.parameters - plain.parameters == 4 * head
+    assert headed.trainable - plain.trainable == 2 * head
+
+
+def shipped() -> list[str]:
+    return sorted(name for name in preset_files(conf_folder()) if not name.startswith(("randomwalks", "sentiment")))
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_preset_builds_at_its_world_size(name: str) -> None:
+    entry = "ilql" if name.endswith("_ilql") else "ppo"
+    config, _ = compose(entry, [f"+conf={name}"])
+    parallel, trainer = config.parallel, config.trainer
+    layout = Layout.for_world(
+        trainer.devices * trainer.num_nodes,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        sequence_parallel=parallel.sequence_parallel,
+    )
+    work = describe(layout, {}, precision=trainer.precision)
+    work = Work(**{**work.__dict__, "model": config.model, "vocab_size": config.model.vocab_size,
+                   "parallel": ParallelConfig(), "optim": OptimConfig()})  # fmt: skip
+    stages = stages_that_differ(layout)
+    parts = {stage: shard(work, POLICY, stage) for stage in stages}
+    between = (layout.pp - 2) * parts[stages[1]].parameters if layout.pp > 2 else 0
+    held = parts[0].parameters + between + (parts[layout.pp - 1].parameters if layout.pp > 1 else 0)
+    whole = shard(Work(**{**work.__dict__, "layout": Layout()}), POLICY, 0).parameters
+    # A rank's parts are a tp-th and what all tensor ranks hold; a tied table is on the first and on the last stage.
+    assert whole <= held * layout.tp < whole * 1.02
+    assert parts[0].layers == config.model.num_layers // layout.pp

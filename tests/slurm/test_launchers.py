@@ -1,0 +1,191 @@
+"""`sbatch launchers/ppo.sh` and its like on a real Slurm of two nodes: the same numbers, notices, deaths, chains."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megarl.callbacks.crumb import Crumb, read
+from tests.e2e.runs import SMALL, WALKS, assert_same_bits, final_tensors, metrics, run_ppo, run_sft
+from tests.slurm.cluster import Cluster
+from tests.worlds import Worlds
+
+ROOT = Path(__file__).resolve().parents[2]
+SFT = ROOT / "launchers" / "sft.sh"
+TWO = ("--nodes=2", "--ntasks-per-node=1")
+LONG = ("trainer.max_steps=100", "checkpoint.every=40")  # seconds of steps, so that something can happen in between
+TINY = [*SMALL, "model.num_layers=2", "model.hidden_size=32", "data.seq_length=32"]
+THREADS = {"OMP_NUM_THREADS": "1"}
+PATIENCE_S = 240.0
+
+
+class Job:
+    """A submitted launcher."""
+
+    def __init__(
+        self, cluster: Cluster, folder: Path, *overrides: str, options: tuple[str, ...] = TWO, **environ: str
+    ) -> None:
+        self.cluster, self.folder, self.run_dir = cluster, folder, folder / "run"
+        command = [*options, f"--output={folder}/job.log", SFT, *TINY, f"run.dir={self.run_dir}", *overrides]
+        self.number = cluster.submit(*command, cwd=folder, **THREADS, **environ)
+
+    def ends(self, *states: str, seconds: float = PATIENCE_S) -> str:
+        return self.cluster.wait_for(self.number, states, seconds, logs=self.folder)
+
+    def state(self) -> str:
+        return self.cluster.state(self.number)
+
+    def rank(self, rank: int, when: Callable[[Crumb], bool]) -> Crumb:
+        """What a rank says of itself, once it says something of that kind."""
+        found: list[Crumb] = []
+
+        def met() -> bool:
+            found[:] = [crumb for crumb in read(self.run_dir) if crumb.rank == rank and when(crumb)]
+            return bool(found)
+
+        self.cluster.wait(met, f"rank {rank} never came to it: {self.log()}", PATIENCE_S)
+        return found[0]
+
+    def log(self) -> str:
+        path = self.folder / "job.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def steps(self) -> list[int]:
+        return [int(step) for (step,) in metrics(self.run_dir, "step")]
+
+
+def test_ppo_over_two_nodes_has_the_numbers_of_one_process(cluster: Cluster, worlds: Worlds, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    overrides = [*WALKS, "parallel.tp=2", f"run.dir={run_dir}"]
+    launcher = ROOT / "launchers" / "ppo.sh"
+    number = cluster.submit(*TWO, f"--output={tmp_path}/job.log", launcher, *overrides, cwd=tmp_path, **THREADS)
+    worlds.run(1, run_ppo, tmp_path / "alone")
+    cluster.wait_for(number, ("COMPLETED", "FAILED"), PATIENCE_S, logs=tmp_path)
+    log = (tmp_path / "job.log").read_text()
+    assert cluster.state(number) == "COMPLETED", log
+    names = ("rollout/score", "train/loss", "train/grad_norm", "value/loss")
+    here, alone = metrics(run_dir, *names), metrics(tmp_path / "alone", *names)
+    assert len(here) == 2
+    for ours, theirs in zip(here, alone, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert "layout: 2 processes = 2 per model x 1 replicas, on cpu" in log
+    assert "run folder:" in log, "the first process's console is shown in the job's output"
+    assert sorted(path.name for path in (run_dir / "console").glob("*.log")) == ["rank-0000.log", "rank-0001.log"]
+
+
+def test_a_notice_leads_to_a_requeue_and_an_exact_continuation(
+    cluster: Cluster, worlds: Worlds, tmp_path: Path
+) -> None:
+    job = Job(cluster, tmp_path, *LONG)
+    worlds.run(2, run_sft, tmp_path / "unbroken", *TINY, *LONG)
+    job.rank(1, lambda crumb: crumb.step >= 3)
+    cluster.run("scancel", "--signal=USR1", job.number)
+    cluster.wait(lambda: cluster.job(job.number)["Restarts"] == "1", f"no requeue: {job.log()}", PATIENCE_S)
+    assert job.ends("COMPLETED", "FAILED") == "COMPLETED", job.log()
+    assert "saving and stopping after step" in job.log()
+    assert job.steps() == list(range(1, 101)), "no step is missing or done twice"
+    assert_same_bits(final_tensors(job.run_dir), final_tensors(tmp_path / "unbroken"))
+
+
+def test_a_layout_that_does_not_fit_stops_before_any_node_works(cluster: Cluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, "parallel.tp=4")
+    assert job.ends("COMPLETED", "FAILED") == "FAILED"
+    assert cluster.job(job.number)["ExitCode"] == "2:0"
+    assert "parallel.tp=4" in job.log()
+    assert "do not divide the 2 processes" in job.log()
+    assert not job.run_dir.exists()
+
+
+@pytest.mark.parametrize("launcher", sorted(path.name for path in (ROOT / "launchers").glob("*.sh")))
+def test_slurm_takes_every_launcher(launcher: str, cluster: Cluster) -> None:
+    if launcher in ("shared.sh", "chain.sh"):
+        return
+    assert "to start at" in cluster.run("sbatch", "--test-only", *TWO, ROOT / "launchers" / launcher, cwd=ROOT)
+
+
+@pytest.mark.gate
+def test_a_plain_srun_without_a_launcher_is_a_world_too(cluster: Cluster, worlds: Worlds, tmp_path: Path) -> None:
+    settings = [*TINY, "trainer.max_steps=3"]
+    command = [sys.executable, "-m", "megarl.train_sft", *settings, "parallel.tp=2", f"run.dir={tmp_path}/run"]
+    cluster.run("srun", *TWO, *command, cwd=ROOT, seconds=PATIENCE_S, **THREADS)
+    worlds.run(1, run_sft, tmp_path / "alone", *settings)
+    here, alone = (metrics(tmp_path / name, "train/loss") for name in ("run", "alone"))
+    assert here == [pytest.approx(step, rel=1e-4) for step in alone]
+
+
+@pytest.mark.gate
+def test_torchrun_per_node_gives_the_same_and_passes_a_notice_on(
+    cluster: Cluster, worlds: Worlds, tmp_path: Path
+) -> None:
+    job = Job(cluster, tmp_path, *LONG, MEGARL_LAUNCH="torchrun")
+    worlds.run(2, run_sft, tmp_path / "unbroken", *TINY, *LONG)
+    job.rank(1, lambda crumb: crumb.step >= 3)
+    cluster.run("scancel", "--signal=USR1", job.number)
+    cluster.wait(lambda: cluster.job(job.number)["Restarts"] == "1", f"no requeue: {job.log()}", PATIENCE_S)
+    assert job.ends("COMPLETED", "FAILED") == "COMPLETED", job.log()
+    assert job.steps() == list(range(1, 101))
+    assert_same_bits(final_tensors(job.run_dir), final_tensors(tmp_path / "unbroken"))
+
+
+@pytest.mark.gate
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(
+    cluster: Cluster, worlds: Worlds, tmp_path: Path
+) -> None:
+    job = Job(cluster, tmp_path, *LONG)
+    worlds.run(2, run_sft, tmp_path / "unbroken", *TINY, *LONG)
+    first = job.rank(1, lambda crumb: crumb.step >= 42)
+    os.kill(first.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    job.rank(1, lambda crumb: crumb.pid != first.pid and crumb.step >= 41)
+    assert time.monotonic() - killed < PATIENCE_S
+    assert job.ends("COMPLETED", "FAILED") == "COMPLETED", job.log()
+    assert "starting again from the newest checkpoint (1 of 3)" in job.log()
+    assert cluster.job(job.number)["Restarts"] == "0", "it kept its nodes"
+    assert_same_bits(final_tensors(job.run_dir), final_tensors(tmp_path / "unbroken"))
+
+
+@pytest.mark.gate
+def test_a_stopped_rank_ends_the_job_at_its_time_out_and_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, *LONG, "parallel.timeout_s=20", MEGARL_RESTARTS="0")
+    stopped = job.rank(1, lambda crumb: crumb.step >= 3)
+    os.kill(stopped.pid, signal.SIGSTOP)
+    cluster.wait(lambda: job.state() not in ("RUNNING", "COMPLETING"), f"it hangs: {job.log()}", 120)
+    assert job.state() == "FAILED"
+    said = cluster.run("bash", "-c", f"{sys.executable} -m megarl.why_stuck {job.run_dir} || true", cwd=ROOT)
+    assert "rank 1 (" in said.splitlines()[-1] or "rank 0 (" in said.splitlines()[-1]
+
+
+@pytest.mark.gate
+def test_the_time_limit_leads_to_a_requeue_and_the_run_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    options = (*TWO, "--time=2", "--signal=USR1@45")
+    job = Job(cluster, tmp_path, "trainer.max_steps=1000000", "checkpoint.every=null", options=options)
+    cluster.wait(lambda: cluster.job(job.number)["Restarts"] == "1", f"no requeue: {job.log()}", PATIENCE_S)
+    assert "SIGUSR1: saving and stopping" in job.log()
+    (saved,) = [path.name for path in (job.run_dir / "checkpoints").glob("step-*")]
+    reached = int(saved.removeprefix("step-"))
+    job.rank(0, lambda crumb: crumb.step > reached)
+    cluster.run("scancel", job.number)
+    job.ends("CANCELLED")
+    steps = job.steps()
+    assert steps == list(range(1, len(steps) + 1)), "it went on with the next step"
+
+
+@pytest.mark.gate
+def test_a_chain_goes_on_where_requeueing_is_forbidden(cluster: Cluster, worlds: Worlds, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = [*TWO, f"--output={tmp_path}/job-%j.log", SFT, *TINY, f"run.dir={run_dir}", *LONG]
+    first, second = cluster.run(ROOT / "launchers" / "chain.sh", "2", *command, cwd=tmp_path, **THREADS).split()
+    assert f"afterany:{first}" in cluster.job(second)["Dependency"]
+    cluster.wait(lambda: any(crumb.step >= 3 for crumb in read(run_dir)), "it never trained", PATIENCE_S)
+    cluster.run("scancel", "--signal=USR1", first)
+    worlds.run(2, run_sft, tmp_path / "unbroken", *TINY, *LONG)
+    assert cluster.wait_for(first, ("FAILED", "COMPLETED"), PATIENCE_S, logs=tmp_path) == "FAILED"
+    assert cluster.job(first)["ExitCode"] == "75:0"
+    assert cluster.wait_for(second, ("FAILED", "COMPLETED"), PATIENCE_S, logs=tmp_path) == "COMPLETED"
+    assert_same_bits(final_tensors(run_dir), final_tensors(tmp_path / "unbroken"))
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "finished"
