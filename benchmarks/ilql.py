@@ -20,8 +20,8 @@ from megarl.config.compose import compose
 from megarl.data.offline import open_store
 from megarl.models.flops import flops_per_token
 from megarl.modules.fit import fit
+from megarl.modules.ilql import ILQL
 from megarl.tokenizers import build_tokenizer
-from megarl.train_ilql import build
 
 HEADER = ["part", "CPU s", "share of all", "share that is matrix products"]
 FORWARD_AND_BACKWARD = 3
@@ -65,7 +65,7 @@ def measure(overrides: Sequence[str]) -> tuple[dict[str, float], float, float]:
         config, _ = compose("ilql", ["+conf=randomwalks_ilql", *quiet, *overrides])
         rate = products_per_second(config.trainer.micro_batch_size * config.data.seq_length, config.model.hidden_size)
         start = time.process_time()
-        fit("ilql", config, build)
+        fit("ilql", config, lambda c: ILQL(c, build_tokenizer(c.tokenizer.kind, c.tokenizer.path)))
         spent = time.process_time() - start
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
         best = summary["metrics"].get("eval/optimality@beta=100")

@@ -1,3 +1,18 @@
 """megarl trains large GPT models with reinforcement learning over Megatron-core."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megarl.api import Trained, default_config, train
+
 __version__ = "0.1.0"
+__all__ = ["Trained", "__version__", "default_config", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """The Python interface, imported when it is asked for: `import megarl` stays cheap."""
+    if name in ("Trained", "default_config", "train"):
+        from megarl import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'megarl' has no attribute {name!r}")

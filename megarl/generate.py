@@ -73,9 +73,25 @@ def _process(rank: int, config: "GenerateConfig", world: int, port: int, problem
 
 def work(config: "GenerateConfig") -> None:
     """Build the model, answer, and say how fast."""
+    from megarl.logging import setup
+
+    setup(None, rank=int(os.environ.get("RANK", "0")), debug=config.debug)
+    if config.out is not None and Path(config.out).expanduser().exists():  # asked before the ranks meet: all refuse
+        raise ConfigError(f"out={config.out} exists and would be overwritten: remove it, or name another file")
+    with opened(config) as (generator, tokenizer, prompts):
+        if config.chat:
+            chat(config, generator, tokenizer)
+        else:
+            answer(config, generator, tokenizer, prompts)
+
+
+@contextmanager
+def opened(
+    config: "GenerateConfig",
+) -> "Iterator[tuple[Generator, Tokenizer, list[tuple[str, tuple[int, ...]]]]]":
+    """The model over the processes that are there, ready to generate, and the prompts that the configuration names."""
     import torch.distributed as dist
 
-    from megarl.logging import setup
     from megarl.models.exchange.adopt import adopt
     from megarl.models.gpt import GPT
     from megarl.modules.base import build_gpt_engine, vocabulary
@@ -85,7 +101,6 @@ def work(config: "GenerateConfig") -> None:
     from megarl.rollout.guided import guided, stored_q_heads
     from megarl.tokenizers import build_tokenizer
 
-    setup(None, rank=int(os.environ.get("RANK", "0")), debug=config.debug)
     if config.rollout.layout is not None:
         raise ConfigError(
             f"rollout.layout={config.rollout.layout} is for weights that train in another layout: set parallel.tp and "
@@ -96,9 +111,8 @@ def work(config: "GenerateConfig") -> None:
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
     vocab_size = vocabulary(config.model, tokenizer)
     q_heads = stored_q_heads(config.model.path)
-    if config.out is not None and Path(config.out).expanduser().exists():  # asked before the ranks meet: all refuse
-        raise ConfigError(f"out={config.out} exists and would be overwritten: remove it, or name another file")
-    records = [] if config.prompts is None else read_prompts(config, tokenizer)
+    prompts = [] if config.prompts is None else read_prompts(config, tokenizer)
+    joined = not dist.is_initialized()
     device = start_world(config.parallel.timeout_s)
     parallel = config.parallel
     layout = Layout.for_world(dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp or 1)
@@ -125,14 +139,12 @@ def work(config: "GenerateConfig") -> None:
             dump=config.rollout.dump,
             replay=config.rollout.replay,
         )
-        if config.chat:
-            chat(config, generator, tokenizer)
-        else:
-            answer(config, generator, tokenizer, records)
+        yield generator, tokenizer, prompts
         generator.close()
     finally:
         grid.close()
-        dist.destroy_process_group()
+        if joined:
+            dist.destroy_process_group()
 
 
 # --- prompts to answers -----------------------------------------------------------------------------------------------

@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING
 from megarl.config.compose import run
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
     from megarl.config.schema import ILQLConfig
-    from megarl.modules.ilql import ILQL
 
 
-def build(config: "ILQLConfig") -> "ILQL":
+def train(config: "ILQLConfig", functions: "Mapping[str, Callable[..., Any]] | None" = None) -> int:
+    """`functions` are callables that take the place of those that `reward.fn` and `metric.fn` name."""
+    from megarl.modules.fit import fit  # heavy imports only once the configuration is known to be good
     from megarl.modules.ilql import ILQL
     from megarl.tokenizers import build_tokenizer
 
-    return ILQL(config, build_tokenizer(config.tokenizer.kind, config.tokenizer.path))
-
-
-def train(config: "ILQLConfig") -> int:
-    from megarl.modules.fit import fit  # heavy imports only once the configuration is known to be good
+    def build(config: "ILQLConfig") -> ILQL:
+        return ILQL(config, build_tokenizer(config.tokenizer.kind, config.tokenizer.path), functions)
 
     return fit("ilql", config, build)
 

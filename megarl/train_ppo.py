@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING
 from megarl.config.compose import run
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
     from megarl.config.schema import PPOConfig
-    from megarl.modules.ppo import PPO
 
 
-def build(config: "PPOConfig") -> "PPO":
+def train(config: "PPOConfig", functions: "Mapping[str, Callable[..., Any]] | None" = None) -> int:
+    """`functions` are callables that take the place of those that `reward.fn` and `metric.fn` name."""
+    from megarl.modules.fit import fit  # heavy imports only once the configuration is known to be good
     from megarl.modules.ppo import PPO
     from megarl.tokenizers import build_tokenizer
 
-    return PPO(config, build_tokenizer(config.tokenizer.kind, config.tokenizer.path))
-
-
-def train(config: "PPOConfig") -> int:
-    from megarl.modules.fit import fit  # heavy imports only once the configuration is known to be good
+    def build(config: "PPOConfig") -> PPO:
+        return PPO(config, build_tokenizer(config.tokenizer.kind, config.tokenizer.path), functions)
 
     return fit("ppo", config, build)
 

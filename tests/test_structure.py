@@ -30,6 +30,7 @@ FLOORS = {
     "data/": 4,
     "modules/": 5,
     "callbacks/": 5,
+    "planning/": 6,
     "": 6,  # entry points
 }
 # Rooms of one floor that are built of one another, and in which direction.

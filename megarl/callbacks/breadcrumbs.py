@@ -63,15 +63,18 @@ class Breadcrumbs(Callback):
         with self._lock:
             crumb = self.crumb
             crumb.phase, crumb.step = phase, steps_taken(self.trainer)
-            crumb.since = crumb.alive = now
+            crumb.since = crumb.alive = crumb.still = now
             crumb.collective = crumb.at = ""
             self._write()
 
     def _beat(self, watched: int) -> None:
         while not self._over.wait(self.beat_s):
             collective, at = whereabouts(sys._current_frames().get(watched))
+            now = time.time()
             with self._lock:
-                self.crumb.collective, self.crumb.at, self.crumb.alive = collective, at, time.time()
+                if (collective, at) != (self.crumb.collective, self.crumb.at):
+                    self.crumb.still = now
+                self.crumb.collective, self.crumb.at, self.crumb.alive = collective, at, now
                 self._write()
 
     def _end(self, word: str) -> None:

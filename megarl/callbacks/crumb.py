@@ -26,6 +26,7 @@ class Crumb:
     alive: float = 0.0  # the last sign of life
     collective: str = ""  # the call of torch.distributed that it waits in
     at: str = ""  # the innermost line of code outside torch
+    still: float = 0.0  # since when those two have not changed
     ended: str = ""  # finished, or what it failed of
 
     def __str__(self) -> str:
@@ -93,7 +94,7 @@ def judge(crumbs: Sequence[Crumb], now: float, beat_s: float = BEAT_S) -> Verdic
     moved = now - max(crumb.since for crumb in crumbs)
     if moved < 3 * beat_s:
         return Verdict((), f"the run moves: a rank went on to another phase {moved:.0f} s ago")
-    return _behind(crumbs, now)
+    return _behind(crumbs, now, beat_s)
 
 
 def _failed(crumbs: Sequence[Crumb]) -> Verdict | None:
@@ -126,7 +127,7 @@ def _missing(crumbs: Sequence[Crumb]) -> Verdict | None:
     return Verdict(tuple(absent), f"rank {ranks} of {crumbs[0].world} never came up; the others wait for it to start")
 
 
-def _behind(crumbs: Sequence[Crumb], now: float) -> Verdict:
+def _behind(crumbs: Sequence[Crumb], now: float, beat_s: float) -> Verdict:
     """Ranks in another phase than those that went on, or at work where the others wait in a collective."""
     here = [crumb for crumb in crumbs if not crumb.ended]
     places = {(crumb.step, crumb.phase) for crumb in here}
@@ -136,6 +137,9 @@ def _behind(crumbs: Sequence[Crumb], now: float) -> Verdict:
         late = [crumb for crumb in here if (crumb.step, crumb.phase) == last]
     else:
         late = [crumb for crumb in here if not crumb.collective]
+        # At work in a long phase everybody is in and out of collectives; who waits is seen in the same one each time.
+        if any(now - crumb.still < 3 * beat_s for crumb in here if crumb.collective):
+            late = []
     if not late or len(late) == len(here):
         longest = max(now - crumb.since for crumb in here)
         return Verdict(

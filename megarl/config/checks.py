@@ -42,6 +42,8 @@ def check(config: Any, world_size: int) -> None:
 def _rules(config: Any) -> list[Rule]:
     if hasattr(config, "ppo"):
         return PHASE_RULES
+    if hasattr(config, "rft"):
+        return [rule for rule in PHASE_RULES if rule is not _phase]
     if hasattr(config, "ilql"):
         return OFFLINE_RULES
     return RULES if hasattr(config, "optim") else GENERATION_RULES
@@ -408,7 +410,7 @@ def _phase(config: Any, world_size: int) -> None:
 def _reward_time(config: Any, world_size: int) -> None:
     """Processes that wait for the one that asks must not give up before it does."""
     reward = config.reward
-    asked = config.ppo.rollouts
+    asked = config.ppo.rollouts if hasattr(config, "ppo") else config.rollout.n * (config.rft.prompts or 1)
     calls = -(-asked // (reward.batch_size or asked))
     longest = calls * (reward.retries + 1) * reward.timeout
     if world_size > 1 and longest >= config.parallel.timeout_s:

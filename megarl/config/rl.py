@@ -122,6 +122,18 @@ class CloneConfig:
 
 
 @dataclass
+class RFTSettings:
+    """Rejection-sampling fine-tuning."""
+
+    prompts: int | None = leaf(None, "prompts per phase (null: all of them)", at_least=1)
+    improve_steps: int = leaf(4, "times a phase's answers are trained on, fewer of them each time", at_least=1)
+    start_percentile: float = leaf(
+        0.7, "answers below this share of their prompt's are left out at first", at_least=0, at_most=1
+    )
+    end_percentile: float = leaf(0.95, "and below this one in the last improvement step", at_least=0, at_most=1)
+
+
+@dataclass
 class PPOSettings:
     """Proximal policy optimisation."""
 

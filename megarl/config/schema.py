@@ -21,6 +21,7 @@ from megarl.config.rl import (
     PPOSettings,
     PromptDataConfig,
     RewardConfig,
+    RFTSettings,
     RolloutConfig,
 )
 
@@ -315,6 +316,30 @@ class PPOConfig:
 
 
 @dataclass
+class RFTConfig:
+    """Everything `python -m megarl.train_rft` can be told."""
+
+    seed: int = leaf(1, "seed of weights, prompt order, draws and dropout", at_least=0)
+    debug: bool = leaf(False, "show tracebacks and log in detail")
+    run: RunConfig = section(RunConfig)
+    model: ModelConfig = section(ModelConfig)
+    tokenizer: TokenizerConfig = section(TokenizerConfig)
+    parallel: ParallelConfig = section(ParallelConfig)
+    data: PromptDataConfig = section(PromptDataConfig)
+    rollout: RolloutConfig = section(RolloutConfig)
+    reward: RewardConfig = section(RewardConfig)
+    metric: MetricConfig = section(MetricConfig)
+    eval: EvalConfig = section(EvalConfig)
+    clone: CloneConfig = section(CloneConfig)
+    rft: RFTSettings = section(RFTSettings)
+    optim: OptimConfig = section(OptimConfig)
+    trainer: PhaseTrainerConfig = section(PhaseTrainerConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    export: ExportConfig = section(ExportConfig)
+    logger: LoggerConfig = section(LoggerConfig)
+
+
+@dataclass
 class ILQLConfig:
     """Everything `python -m megarl.train_ilql` can be told."""
 
@@ -370,11 +395,17 @@ class GenerateConfig:
     trainer: DevicesConfig = section(DevicesConfig)
 
 
-ENTRIES: dict[str, type] = {"sft": SFTConfig, "ppo": PPOConfig, "ilql": ILQLConfig, "generate": GenerateConfig}
+ENTRIES: dict[str, type] = {
+    "sft": SFTConfig,
+    "ppo": PPOConfig,
+    "rft": RFTConfig,
+    "ilql": ILQLConfig,
+    "generate": GenerateConfig,
+}
 """The tree of each entry point; `conf/<program>.yaml` is its primary configuration."""
 
 
-TRAINING = ("sft", "ppo", "ilql")
+TRAINING = ("sft", "ppo", "rft", "ilql")
 """Those whose module is called `train_NAME`."""
 
 

@@ -15,7 +15,6 @@ from megarl.models.config import GPTConfig
 from megarl.models.kernels import kernels
 from megarl.models.rotary import Rotation, rotate
 
-
 SHORT = 64  # queries up to which two plain products are faster than torch's fused kernel on a CPU
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms import aggregate
-from megarl.config.schema import PPOConfig
+from megarl.config.schema import PPOConfig, RFTConfig
 from megarl.data import SFTDataset, TrainBatches, collate, read_records
 from megarl.data.prompts import RANDOMWALKS
 from megarl.data.randomwalks import task
@@ -27,7 +27,7 @@ log = get_logger(__name__)
 
 
 def clone_behaviour(
-    config: PPOConfig, tokenizer: Tokenizer, grid: Grid, vocab_size: int, engines: Sequence[Engine]
+    config: PPOConfig | RFTConfig, tokenizer: Tokenizer, grid: Grid, vocab_size: int, engines: Sequence[Engine]
 ) -> None:
     """Train a model of the policy's shape on samples by cross entropy, and give its weights to the engines."""
     clone, steps = config.clone, config.clone.steps
@@ -47,8 +47,8 @@ def clone_behaviour(
     order = TrainBatches(samples["lengths"].numpy(), config.trainer.global_batch_size, config.seed)
     for step in range(steps):
         rows = torch.as_tensor(order.batch(step))
-        passes = Passes(samples, rows, grid, config.trainer.micro_batch_size, share_slots=config.ppo.pack)
-        metrics = student.train_step(passes.microbatches(), _loss, _count)
+        passes = Passes(samples, rows, grid, config.trainer.micro_batch_size, share_slots=True)
+        metrics = student.train_step(passes.microbatches(), clone_loss, count_chosen)
         student.apply_gradients()
         if (step + 1) % max(1, steps // REPORTS) == 0:
             log.info("cloning step %d/%d  loss %.4f", step + 1, steps, metrics["loss"])
@@ -62,18 +62,19 @@ def as_rows(samples: SFTDataset) -> Batch:
     return {key: batch[key] for key in ("tokens", "response_mask", "lengths")}
 
 
-def _loss(model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
+def clone_loss(model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
     """Cross entropy, the mean over the trained tokens of the global batch."""
     logprobs = model.logprobs(hidden, batch["tokens"], batch["chosen"]).logprobs
     loss = aggregate(-logprobs, batch["chosen"], "token_mean", denominator=counts["tokens"])
     return loss, {"loss": loss}
 
 
-def _count(batch: Batch) -> Stats:
+def count_chosen(batch: Batch) -> Stats:
+    """The tokens that are trained on."""
     return {"tokens": batch["chosen"].sum()}
 
 
-def _records(config: PPOConfig) -> Iterable[Record]:
+def _records(config: PPOConfig | RFTConfig) -> Iterable[Record]:
     for path in config.clone.data:
         if path == RANDOMWALKS:
             graph = config.data.graph_seed

@@ -17,6 +17,9 @@ from megarl.tokenizers import Tokenizer
 Respond = Callable[..., list[Rollout]]
 
 
+SCORE = "eval/score"
+
+
 @dataclass
 class Evaluated:
     """`metrics` by the names they are logged under; `samples` as rows of a table."""
@@ -82,8 +85,11 @@ class Evaluation:
 def _means(name: str, judgement: Judgement, suffix: str) -> dict[str, float]:
     """Means over the samples that have a score; of several functions, each one's own too."""
     means = {}
-    columns = {name: judgement.totals()} | {
-        f"{name}/{part}": [value for value in column if value is not None] for part, column in judgement.parts.items()
+    # The parts of a metric are metrics of their own, those of a score belong to it.
+    own = "eval/{}" if name != SCORE else SCORE + "/{}"
+    columns = {name: judgement.totals()} if name == SCORE or not judgement.parts else {}
+    columns |= {
+        own.format(part): [value for value in column if value is not None] for part, column in judgement.parts.items()
     }
     for key, values in columns.items():
         if values:

@@ -1,24 +1,21 @@
 """Implicit language Q-learning: a policy, V and Q on one trunk learn from samples with rewards; the values guide what
 is generated."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from megarl.algorithms import following, ilql_loss
 from megarl.clock import Work
 from megarl.config.schema import ILQLConfig
 from megarl.data.offline import build_offline_loader, open_store
-from megarl.data.prompts import Prompt, read_prompts
+from megarl.data.prompts import Prompt
 from megarl.models.exchange.card import ModelCard
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
-from megarl.modules.base import Module, build_gpt_engine, vocabulary
-from megarl.modules.evaluation import Evaluated, Evaluation
-from megarl.modules.judge import Judge
-from megarl.modules.responder import Responder
+from megarl.modules.base import build_gpt_engine, vocabulary
+from megarl.modules.generative import GenerativeModule
 from megarl.modules.sft import count
 from megarl.parallel.engine import Batch, Stats
 from megarl.rollout.guided import guided
@@ -31,16 +28,17 @@ TERMS = (
 )
 
 
-class ILQL(Module):
+class ILQL(GenerativeModule):
     """One training step is one optimizer step over a global batch of samples."""
 
-    def __init__(self, config: ILQLConfig, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self.config, self.tokenizer = config, tokenizer
+    config: ILQLConfig
+
+    def __init__(
+        self, config: ILQLConfig, tokenizer: Tokenizer, functions: Mapping[str, Callable[..., Any]] | None = None
+    ) -> None:
+        super().__init__(config, tokenizer, functions)
         self.vocab_size = vocabulary(config.model, tokenizer)
         self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer)
-        self.evaluation: Evaluation | None = None
-        self.evaluated = Evaluated()
 
     def configure_model(self) -> None:
         if self.engines:
@@ -66,8 +64,7 @@ class ILQL(Module):
             q_heads=2 if self.config.ilql.two_qs else 1,
         )
         self.engines = {"policy": self.policy}
-        if self.config.data.eval and self.config.trainer.eval_every is not None:
-            self.evaluation = self._build_evaluation()
+        self.prepare_responses(self.respond)
 
     def train_dataloader(self) -> Iterable[list[Batch]]:
         return build_offline_loader(self.config, self.store, self.tokenizer, start=self.consumed, **self.share)
@@ -119,28 +116,6 @@ class ILQL(Module):
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
-    def val_dataloader(self) -> Iterable[int]:
-        """One batch, which stands for all prompts: the generator has its own idea of how many are under way."""
-        return DataLoader([0], batch_size=None) if self.evaluation is not None else []  # type: ignore[arg-type]
-
-    def evaluate(self) -> Evaluated:
-        """Answer the evaluation prompts with the present weights."""
-        assert self.evaluation is not None
-        with self.clock.part("eval"):
-            return self.evaluation.run(self.consumed)
-
-    def validation_step(self, _: int, batch_idx: int) -> None:
-        self.evaluated = self.evaluate()
-        self.samples = self.evaluated.samples
-
-    def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.evaluated.metrics)
-
-    def teardown(self, stage: str) -> None:
-        if self.evaluation is not None:
-            self.responder.close()
-            self.evaluation.close()
-
     def respond(
         self,
         prompts: Sequence[Prompt],
@@ -154,16 +129,3 @@ class ILQL(Module):
         """Responses that the values guide; `beta` and `changes` differ from the settings of `rollout`."""
         scorer = guided(self.config.rollout.ilql_beta if beta is None else beta)
         return self.responder.respond(prompts, n, stream=stream, phase=phase, scorer=scorer, **changes)
-
-    def _build_evaluation(self) -> Evaluation:
-        config = self.config
-        prompts = read_prompts(config.data.eval, config.data.eval_split, config.data, self.tokenizer)
-        self.responder = Responder(self.policy, self.tokenizer, config.rollout, seed=config.seed)
-        asked = {"reward.fn": (config.reward.fn, config.reward.options), "metric.fn": (config.metric.fn, {})}
-        judges = {
-            key: Judge(function, config.reward, self.tokenizer, self.grid, key=key, options=options)
-            for key, (function, options) in asked.items()
-            if function is not None
-        }
-        named = {"score" if key == "reward.fn" else judge.name: judge for key, judge in judges.items()}
-        return Evaluation(self.respond, prompts, named, config.eval, self.tokenizer)

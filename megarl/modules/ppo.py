@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from megarl.algorithms import aggregate, aggregation_count, kl_estimate, mask_out, ppo_policy_loss, ppo_value_loss
-from megarl.checkpoint import find, step_of
 from megarl.clock import Work
 from megarl.config.schema import PPOConfig
 from megarl.data.prompts import PhaseLoader, read_prompts
@@ -22,14 +19,12 @@ from megarl.models.exchange.adopt import adopt_critic
 from megarl.models.exchange.card import ModelCard
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
-from megarl.modules.base import Module, build_gpt_engine, vocabulary
+from megarl.modules.base import build_gpt_engine, vocabulary
 from megarl.modules.clone import clone_behaviour
-from megarl.modules.evaluation import Evaluated, Evaluation
 from megarl.modules.experience import Passes, as_batch, evaluate, in_rows
+from megarl.modules.generative import REWARD, GenerativeModule
 from megarl.modules.invariants import Invariants
-from megarl.modules.journal import Journal
-from megarl.modules.judge import Judge, Judgement
-from megarl.modules.responder import Responder
+from megarl.modules.judge import Judgement
 from megarl.modules.shaping import Shaping
 from megarl.parallel.engine import Batch, Engine, ForwardFn, Stats
 from megarl.rollout.noise import TRAINING
@@ -40,14 +35,17 @@ FORWARD_SHARE = 1 / 3  # of what a token costs in forward and backward
 log = get_logger(__name__)
 
 
-class PPO(Module):
+class PPO(GenerativeModule):
     """Policy, critic (a head on the policy's trunk or a model of its own), reference, and the phase that joins them."""
 
     unit = "phase"
 
-    def __init__(self, config: PPOConfig, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self.config, self.tokenizer = config, tokenizer
+    config: PPOConfig
+
+    def __init__(
+        self, config: PPOConfig, tokenizer: Tokenizer, functions: Mapping[str, Callable[..., Any]] | None = None
+    ) -> None:
+        super().__init__(config, tokenizer, functions)
         self.vocab_size = vocabulary(config.model, tokenizer)
         self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer)
         self.planned = config.trainer.max_phases
@@ -55,7 +53,6 @@ class PPO(Module):
         self.shaping = Shaping(config.ppo)
         self.invariants = Invariants(config.ppo.invariants, config.trainer.precision, lambda: self.consumed)
         self.reference: dict[str, Tensor] = {}
-        self.evaluation: Evaluation | None = None
         self.kl_warned = False
 
     # --- models and data --------------------------------------------------------------------------------------------
@@ -97,35 +94,7 @@ class PPO(Module):
                 **{**common, "vocab_size": model.vocab_size or self.vocab_size},
             )
             self.engines["critic"] = self.critic
-        self.responder = Responder(self.policy, self.tokenizer, config.rollout, seed=config.seed)
-        self._configure_judges()
-
-    def _configure_judges(self) -> None:
-        config = self.config
-        assert config.reward.fn is not None  # checked before anything was built
-        self.judge = Judge(
-            config.reward.fn,
-            config.reward,
-            self.tokenizer,
-            self.grid,
-            options=config.reward.options,
-            journal=self._journal("reward"),
-        )
-        if not config.data.eval:
-            return
-        judges = {"score": self.judge}
-        if config.metric.fn is not None:
-            journal = self._journal("metric")
-            metric = Judge(config.metric.fn, config.reward, self.tokenizer, self.grid, key="metric.fn", journal=journal)
-            judges[metric.name] = metric
-        prompts = read_prompts(config.data.eval, config.data.eval_split, config.data, self.tokenizer)
-        self.evaluation = Evaluation(self.responder.respond, prompts, judges, config.eval, self.tokenizer)
-
-    def _journal(self, name: str) -> Journal:
-        """Of scores; a dump of rollouts holds theirs too, so that a replay asks for none of them again."""
-        rollout = self.config.rollout
-        copy, source = (None if folder is None else Path(folder) for folder in (rollout.dump, rollout.replay))
-        return Journal(Path(self.trainer.default_root_dir) / "journal", name, copy=copy, source=source)
+        self.prepare_responses()
 
     def on_fit_start(self) -> None:
         """Before a checkpoint is restored: the reference is what the run started from, so a resume makes it again."""
@@ -143,16 +112,6 @@ class PPO(Module):
         per_phase = self.config.ppo.rollouts // self.config.rollout.n
         return PhaseLoader(self.prompts, per_phase, self.config.seed, start=self.consumed)
 
-    def val_dataloader(self) -> Iterable[int]:
-        return DataLoader([0], batch_size=None) if self.evaluation is not None else []  # type: ignore[arg-type]
-
-    def teardown(self, stage: str) -> None:
-        if self.engines:
-            self.responder.close()
-            self.judge.close()
-        if self.evaluation is not None:
-            self.evaluation.close()
-
     # --- a phase ----------------------------------------------------------------------------------------------------
 
     def training_step(self, prompt_numbers: list[int], batch_idx: int) -> None:
@@ -161,7 +120,7 @@ class PPO(Module):
         with self.clock.part("generate"):
             rollouts = self.responder.respond(prompts, self.config.rollout.n, stream=TRAINING, phase=self.consumed)
         with self.clock.part("score"):
-            judgement = self.judge.score(prompts, rollouts, TRAINING, self.consumed)
+            judgement = self.judges[REWARD].score(prompts, rollouts, TRAINING, self.consumed)
         rollouts, scores = self._scored(rollouts, judgement)
         batch = as_batch(rollouts)
         with self.clock.part("evaluate"):
@@ -323,36 +282,15 @@ class PPO(Module):
         mask = batch["response_mask"]
         return {"tokens": mask.sum(), "units": aggregation_count(mask, self.config.ppo.aggregation)}
 
-    # --- evaluation and state ---------------------------------------------------------------------------------------
-
-    def evaluate(self) -> Evaluated:
-        """Answer the evaluation prompts with the present weights."""
-        assert self.evaluation is not None
-        with self.clock.part("eval"):
-            return self.evaluation.run(self.consumed)
-
-    def validation_step(self, _: int, batch_idx: int) -> None:
-        self.evaluated = self.evaluate()
-        self.samples = self.evaluated.samples
-
-    def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.evaluated.metrics)
+    # --- state -----------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["shaping"] = self.shaping.state_dict()
-        self._forget_scores()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.shaping.load_state_dict(checkpoint["shaping"])
-
-    def _forget_scores(self) -> None:
-        """Phases before the oldest checkpoint that is there are not run again."""
-        kept = find(Path(self.trainer.default_root_dir) / "checkpoints")
-        if kept:
-            for judge in {self.judge, *(self.evaluation.judges.values() if self.evaluation is not None else ())}:
-                judge.forget(before=step_of(kept[0]))
 
     # --- watching ---------------------------------------------------------------------------------------------------
 

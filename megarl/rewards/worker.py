@@ -112,6 +112,13 @@ def _answer(function: Function, tokenizer: Any, options: Mapping[str, Any], requ
             answer, parts = function.evaluate(**columns)
         else:
             answer = function(**columns)
+        if isinstance(answer, Mapping):  # several measures by name, the first of which is the score
+            count = len(texts["samples"])
+            named = {str(name): read_scores(column, count) for name, column in answer.items()}
+            parts = {
+                name: [score if isinstance(score, float) else None for score in own] for name, own in named.items()
+            }
+            answer = [*answer.values(), None][0]
         scores = read_scores(answer, len(texts["samples"]), asked["lengths"])
     except BaseException as error:  # whatever the user's function raises is an answer; a sys.exit() of its too
         return _failure(error, metadata)

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megarl.callbacks import limits
-from megarl.callbacks.limits import TimeLimit, parse_duration
+from megarl.callbacks.limits import StepLimit, TimeLimit, parse_duration
 from megarl.checkpoint import find, verify
-from tests.callbacks.tiny import Ticks
+from tests.callbacks.tiny import SaveAt, Ticks, Tiny, train
 from tests.tiny_runs import run_tiny
 from tests.worlds import Worlds
 
@@ -91,3 +91,44 @@ def test_evaluations_keep_their_steps_over_a_stop(worlds: Worlds, tmp_path: Path
 
 def test_durations_may_be_longer_than_a_day() -> None:
     assert parse_duration("100:01:30") == timedelta(hours=100, seconds=90)
+
+
+class Phases(Tiny):
+    """A step is a phase of three optimizer steps, and the module says how many there will be."""
+
+    unit = "phase"
+
+    def __init__(self, planned: int) -> None:
+        super().__init__([1.0] * 100)
+        self.planned, self.consumed = planned, 0
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        for _ in range(3):
+            self.optimizers().step()
+        self.consumed += 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["consumed"] = self.consumed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.consumed = checkpoint["consumed"]
+
+
+def test_phases_are_counted_by_the_module_and_not_by_the_optimizer() -> None:
+    module = Phases(planned=4)
+    trainer = train(module, [StepLimit()], steps=-1)
+    assert (module.consumed, trainer.global_step) == (4, 12)
+
+
+def test_a_resumed_run_does_the_phases_that_are_left_and_a_finished_one_none(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    train(Phases(planned=2), [StepLimit(), SaveAt(6, saved)], steps=-1)
+    longer, done = Phases(planned=5), Phases(planned=2)
+    trainer = train(longer, [StepLimit()], steps=-1, resume=saved)
+    assert (longer.consumed, trainer.global_step) == (5, 15)
+    trainer = train(done, [StepLimit()], steps=-1, resume=saved)
+    assert (done.consumed, trainer.global_step) == (2, 6)
+
+
+def test_a_module_without_a_plan_is_left_to_lightning() -> None:
+    assert train(Tiny([1.0] * 4), [StepLimit()], steps=3).global_step == 3

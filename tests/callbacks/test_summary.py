@@ -34,7 +34,7 @@ def test_last_best_and_mean_of_the_last_five(tmp_path):
     losses = [9.0, 1.0, 6.0, 5.0, 4.0, 3.0, 2.0]
     train(Tiny(losses), [Summary(tmp_path)], steps=7)
     summary = read(tmp_path)
-    assert summary["metrics"]["train/loss"] == {"last": 2.0, "best": 1.0, "last5": 4.0}  # (6+5+4+3+2) / 5
+    assert summary["metrics"]["train/loss"] == {"first": 9.0, "last": 2.0, "best": 1.0, "last5": 4.0}  # (6+5+4+3+2) / 5
     assert (summary["status"], summary["steps"], summary["max_steps"]) == ("finished", 7, 7)
     assert summary["world_size"] == 1
 
@@ -48,7 +48,7 @@ def test_values_are_taken_at_loggings_and_at_the_last_step(tmp_path):
 def test_evaluation_metrics_count_evaluations_and_know_their_direction(tmp_path):
     train(Tiny([1.0] * 6, evals=[4.0, 2.0, 3.0]), [Summary(tmp_path)], steps=6, eval_every=2)
     metrics = read(tmp_path)["metrics"]
-    assert metrics["eval/loss"] == {"last": 3.0, "best": 2.0, "last5": 3.0}
+    assert metrics["eval/loss"] == {"first": 4.0, "last": 3.0, "best": 2.0, "last5": 3.0}
     assert metrics["eval/accuracy"]["best"] == pytest.approx(0.8)
     assert metrics["eval/accuracy"]["last"] == pytest.approx(0.7)
 
@@ -70,7 +70,7 @@ def test_is_refreshed_as_running_at_every_evaluation(tmp_path):
 
 def test_values_that_are_not_finite_are_null_and_never_best(tmp_path):
     train(Tiny([2.0, math.nan, -math.inf]), [Summary(tmp_path)], steps=3)
-    assert read(tmp_path)["metrics"]["train/loss"] == {"last": None, "best": 2.0, "last5": None}
+    assert read(tmp_path)["metrics"]["train/loss"] == {"first": 3.0, "last": None, "best": 2.0, "last5": None}
 
 
 def test_failure_is_recorded_with_its_error_in_one_line(tmp_path):
@@ -113,8 +113,9 @@ def test_resumed_run_keeps_history_and_time(tmp_path):
     resumed = Tiny(losses, evals=[3.5])
     train(resumed, [Summary(RunFolder(tmp_path))], steps=6, eval_every=3, resume=checkpoint)
     summary = read(tmp_path)
-    assert summary["metrics"]["train/loss"] == {"last": 3.0, "best": 1.0, "last5": pytest.approx(19 / 5)}  # 1 6 5 4 3
-    assert summary["metrics"]["eval/loss"] == {"last": 3.5, "best": 2.5, "last5": 3.0}
+    mean = pytest.approx(19 / 5)  # of 1 6 5 4 3
+    assert summary["metrics"]["train/loss"] == {"first": 8.0, "last": 3.0, "best": 1.0, "last5": mean}
+    assert summary["metrics"]["eval/loss"] == {"first": 2.5, "last": 3.5, "best": 2.5, "last5": 3.0}
     assert 1000 < summary["wall_s"] < 1100
     assert 500 < summary["cpu_s"] < 600
     assert 700 < summary["seconds"]["train"]["wall_s"] < 710

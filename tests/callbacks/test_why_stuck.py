@@ -25,7 +25,8 @@ NOW = 1000.0
 
 def ranks(count: int, **same: Any) -> list[Crumb]:
     """A world in which everybody waits in one collective since 100 s, and beats."""
-    told = {"phase": "train", "step": 7, "since": NOW - 100, "alive": NOW - 1, "collective": "all_reduce", **same}
+    long_ago = {"since": NOW - 100, "still": NOW - 90}
+    told = {"phase": "train", "step": 7, "alive": NOW - 1, "collective": "all_reduce", **long_ago, **same}
     return [Crumb(rank, count, f"node{rank}", 100 + rank, **told) for rank in range(count)]
 
 
@@ -72,6 +73,7 @@ def test_a_rank_that_never_came_is_named() -> None:
     [
         (ranks(2, since=NOW - 2), "the run moves"),
         (ranks(2), "none is seen to hold up"),
+        (changed(ranks(2, still=NOW - 2), 1, collective=""), "none is seen to hold up"),
         (ranks(2, ended="finished"), "has finished"),
         (ranks(2, alive=NOW - 90), "no rank has given a sign of life for 90 s"),
     ],
@@ -94,19 +96,31 @@ def test_a_long_message_of_failure_still_makes_a_crumb(tmp_path: Path) -> None:
     assert crumb.ended == "x" * 200
 
 
-def test_whereabouts_name_the_collective_that_was_called_and_the_line_that_called_it(worlds: Worlds) -> None:
-    def wait() -> tuple[str, str]:
-        seen = []
-        watched = threading.get_ident()
-        timer = threading.Timer(0.3, lambda: seen.append(whereabouts(sys._current_frames()[watched])))
-        timer.start()
-        if dist.get_rank() == 1:
-            timer.join()
-        dist.all_gather_object([None, None], 1)
-        timer.join()
-        return seen[0]
+def test_whereabouts_name_the_collective_that_was_called_and_the_line_that_called_it(
+    worlds: Worlds, tmp_path: Path
+) -> None:
+    seen = tmp_path / "seen"
 
-    waiting, at_work = worlds.run(2, wait)
+    def waits_for_rank_1() -> tuple[str, str]:
+        if dist.get_rank() == 1:
+            while not seen.exists():
+                time.sleep(0.01)
+            dist.all_gather_object([None, None], 1)
+            return whereabouts(sys._getframe())
+        watched, told = threading.get_ident(), []
+
+        def look() -> None:
+            while not told or not told[-1][0]:
+                told.append(whereabouts(sys._current_frames()[watched]))
+            seen.touch()
+
+        looking = threading.Thread(target=look)
+        looking.start()
+        dist.all_gather_object([None, None], 1)
+        looking.join()
+        return told[-1]
+
+    waiting, at_work = worlds.run(2, waits_for_rank_1)
     assert waiting[0] == "all_gather_object"
     assert waiting[1].startswith("callbacks/test_why_stuck.py:")
     assert at_work[0] == ""

@@ -163,7 +163,8 @@ class Cluster:
 
     def _start(self, *command: str) -> None:
         log = (self.folder / f"{len(self.daemons)}-{command[0]}.out").open("wb")
-        self.daemons.append(subprocess.Popen(command, env=self.environ, stdout=log, stderr=log, start_new_session=True))
+        bound = ["setpriv", "--pdeathsig", "TERM", *command]  # they end with this process, however it ends
+        self.daemons.append(subprocess.Popen(bound, env=self.environ, stdout=log, stderr=log, start_new_session=True))
 
     def _logs(self) -> str:
         return "\n".join(

@@ -110,9 +110,10 @@ def test_slurm_takes_every_launcher(launcher: str, cluster: Cluster) -> None:
 
 @pytest.mark.gate
 def test_a_plain_srun_without_a_launcher_is_a_world_too(cluster: Cluster, worlds: Worlds, tmp_path: Path) -> None:
+    """MASTER_ADDR: Lightning takes the first node's name for its address, which it is not on this machine."""
     settings = [*TINY, "trainer.max_steps=3"]
     command = [sys.executable, "-m", "megarl.train_sft", *settings, "parallel.tp=2", f"run.dir={tmp_path}/run"]
-    cluster.run("srun", *TWO, *command, cwd=ROOT, seconds=PATIENCE_S, **THREADS)
+    cluster.run("srun", *TWO, *command, cwd=ROOT, seconds=PATIENCE_S, **THREADS, MASTER_ADDR="127.0.0.1")
     worlds.run(1, run_sft, tmp_path / "alone", *settings)
     here, alone = (metrics(tmp_path / name, "train/loss") for name in ("run", "alone"))
     assert here == [pytest.approx(step, rel=1e-4) for step in alone]

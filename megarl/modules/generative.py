@@ -1,0 +1,93 @@
+"""What modules that generate share: the responder, the functions that judge, and evaluation by generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from megarl.checkpoint import find, step_of
+from megarl.data.prompts import read_prompts
+from megarl.modules.base import Module
+from megarl.modules.evaluation import Evaluated, Evaluation, Respond
+from megarl.modules.journal import Journal
+from megarl.modules.judge import Judge
+from megarl.modules.responder import Responder
+from megarl.tokenizers import Tokenizer
+
+REWARD, METRIC = "reward.fn", "metric.fn"
+
+
+class GenerativeModule(Module):
+    """A module with a policy that answers prompts. Subclasses call `prepare_responses` once their engines stand."""
+
+    def __init__(self, config: Any, tokenizer: Tokenizer, functions: Mapping[str, Callable[..., Any]] | None) -> None:
+        """
+        Args:
+            config: a tree with the sections data, rollout, reward, metric and eval.
+            functions: callables that take the place of those that `reward.fn` and `metric.fn` name.
+        """
+        super().__init__()
+        self.config, self.tokenizer, self.functions = config, tokenizer, dict(functions or {})
+        self.evaluation: Evaluation | None = None
+        self.evaluated = Evaluated()
+        self.judges: dict[str, Judge] = {}
+
+    def prepare_responses(self, respond: Respond | None = None) -> None:
+        """The responder, a judge for each function there is, and the evaluation; `respond` draws its responses."""
+        config = self.config
+        self.responder = Responder(self.engines["policy"], self.tokenizer, config.rollout, seed=config.seed)
+        for key, options in ((REWARD, config.reward.options), (METRIC, {})):
+            function = self.functions.get(key) or getattr(config, key.partition(".")[0]).fn
+            if function is not None:
+                self.judges[key] = Judge(
+                    function,
+                    config.reward,
+                    self.tokenizer,
+                    self.grid,
+                    key=key,
+                    options=options,
+                    journal=self._journal(key.partition(".")[0]),
+                )
+        if config.data.eval and config.trainer.eval_every is not None:
+            prompts = read_prompts(config.data.eval, config.data.eval_split, config.data, self.tokenizer)
+            named = {"score" if key == REWARD else judge.name: judge for key, judge in self.judges.items()}
+            self.evaluation = Evaluation(respond or self.responder.respond, prompts, named, config.eval, self.tokenizer)
+
+    def evaluate(self) -> Evaluated:
+        """Answer the evaluation prompts with the present weights."""
+        assert self.evaluation is not None
+        with self.clock.part("eval"):
+            return self.evaluation.run(self.consumed)
+
+    def val_dataloader(self) -> Iterable[int]:
+        """One batch, which stands for all prompts: the generator has its own idea of how many are under way."""
+        return DataLoader([0], batch_size=None) if self.evaluation is not None else []  # type: ignore[arg-type]
+
+    def validation_step(self, _: int, batch_idx: int) -> None:
+        self.evaluated = self.evaluate()
+        self.samples = self.evaluated.samples
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.evaluated.metrics)
+
+    def teardown(self, stage: str) -> None:
+        if self.engines:
+            self.responder.close()
+        for judge in self.judges.values():
+            judge.close()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        # What comes before the oldest checkpoint that is there is not run again.
+        kept = find(Path(self.trainer.default_root_dir) / "checkpoints")
+        for judge in self.judges.values() if kept else ():
+            judge.forget(before=step_of(kept[0]))
+
+    def _journal(self, name: str) -> Journal:
+        """Of scores; a dump of rollouts holds theirs too, so that a replay asks for none of them again."""
+        rollout = self.config.rollout
+        copy, source = (None if folder is None else Path(folder) for folder in (rollout.dump, rollout.replay))
+        return Journal(Path(self.trainer.default_root_dir) / "journal", name, copy=copy, source=source)

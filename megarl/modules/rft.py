@@ -1,0 +1,158 @@
+"""Rejection-sampling fine-tuning: answer every prompt many times, keep the best answers, fine-tune on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from megarl.clock import Work
+from megarl.config.schema import RFTConfig
+from megarl.data.prompts import PhaseLoader, read_prompts
+from megarl.errors import RewardError
+from megarl.models.exchange.card import ModelCard
+from megarl.models.flops import flops_per_token
+from megarl.modules.base import build_gpt_engine, vocabulary
+from megarl.modules.clone import clone_behaviour, clone_loss, count_chosen
+from megarl.modules.experience import Passes, as_batch
+from megarl.modules.generative import REWARD, GenerativeModule
+from megarl.modules.judge import total
+from megarl.parallel.engine import Batch
+from megarl.rewards.answers import Score
+from megarl.rollout.noise import TRAINING
+from megarl.rollout.requests import Rollout
+from megarl.tokenizers import Tokenizer
+
+MARGIN = 1e-3  # of the distance between the lowest and the highest percentile
+
+
+class RFT(GenerativeModule):
+    """One training step is one phase: generate, score, then improvement steps on an ever smaller share of the best."""
+
+    unit = "phase"
+    config: RFTConfig
+
+    def __init__(
+        self, config: RFTConfig, tokenizer: Tokenizer, functions: Mapping[str, Callable[..., Any]] | None = None
+    ) -> None:
+        super().__init__(config, tokenizer, functions)
+        self.vocab_size = vocabulary(config.model, tokenizer)
+        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer)
+        self.planned = config.trainer.max_phases
+
+    def configure_model(self) -> None:
+        if self.engines:
+            return
+        config = self.config
+        self.prompts = read_prompts(config.data.train, config.data.train_split, config.data, self.tokenizer)
+        self.policy = build_gpt_engine(
+            self.grid,
+            config.model,
+            config.parallel,
+            name="policy",
+            vocab_size=self.vocab_size,
+            precision=config.trainer.precision,
+            seed=config.seed,
+            optim=config.optim,
+            total_steps=config.trainer.max_phases * config.rft.improve_steps,
+        )
+        self.engines = {"policy": self.policy}
+        self.prepare_responses()
+
+    def on_fit_start(self) -> None:
+        if self.config.clone.data and self.trainer.ckpt_path is None:
+            with self.clock.part("clone"):
+                clone_behaviour(self.config, self.tokenizer, self.grid, self.vocab_size, [self.policy])
+
+    def train_dataloader(self) -> Iterable[list[int]]:
+        per_phase = self.config.rft.prompts or len(self.prompts)
+        return PhaseLoader(self.prompts, per_phase, self.config.seed, start=self.consumed)
+
+    def training_step(self, prompt_numbers: list[int], batch_idx: int) -> None:
+        prompts = [self.prompts[number] for number in prompt_numbers]
+        rate = self.policy.learning_rate
+        with self.clock.part("generate"):
+            rollouts = self.responder.respond(prompts, self.config.rollout.n, stream=TRAINING, phase=self.consumed)
+        with self.clock.part("score"):
+            judgement = self.judges[REWARD].score(prompts, rollouts, TRAINING, self.consumed)
+        answers = distinct(rollouts, judgement.scores)
+        if not answers:
+            raise RewardError(
+                f"reward.fn={self.config.reward.fn} left all {len(rollouts)} responses of phase {self.consumed + 1} "
+                "without a score: correct the function, or set reward.on_error=error to see what it does"
+            )
+        batch = as_batch([rollout for rollout, _ in answers])
+        with self.clock.part("train"):
+            stats = self._improve(batch, answers)
+        self.consumed += 1
+        self.work = self._work(batch, stats["train/optimizer_steps"])
+        scores = judgement.totals()
+        self.log_dict(
+            {
+                "train/lr": rate,
+                "rollout/score": sum(scores) / len(scores),
+                "rollout/distinct": len(answers) / len(rollouts),
+                "rollout/dropped": float(judgement.dropped),
+                "rollout/response_tokens": sum(len(rollout.response) for rollout in rollouts) / len(rollouts),
+                **stats,
+            }
+        )
+
+    def _improve(self, batch: Batch, answers: Sequence[tuple[Rollout, float]]) -> dict[str, float]:
+        """Train on the answers above a percentile of their prompt's, which rises from step to step."""
+        config, rft = self.config, self.config.rft
+        shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + self.consumed)
+        collected: list[dict[str, float]] = []
+        kept = 0
+        for percentile in np.linspace(rft.start_percentile, rft.end_percentile, rft.improve_steps):
+            rows = torch.tensor(above(answers, float(percentile)))
+            kept += len(rows)
+            for minibatch in rows[torch.randperm(len(rows), generator=shuffle)].split(config.trainer.global_batch_size):
+                micro = config.trainer.micro_batch_size
+                self.last_batch = Passes(batch, minibatch, self.grid, micro, share_slots=True).microbatches()
+                metrics = self.policy.train_step(self.last_batch, clone_loss, count_chosen)
+                norms = self.step_optimizers()
+                collected.append({"train/loss": metrics["loss"], "train/grad_norm": norms["policy"]})
+        means = {key: sum(stats[key] for stats in collected) / len(collected) for key in collected[0]}
+        return {
+            **means,
+            "train/kept": kept / (len(answers) * rft.improve_steps),
+            "train/optimizer_steps": float(len(collected)),
+        }
+
+    def _work(self, batch: Batch, steps: float) -> Work:
+        lengths = batch["lengths"].double()
+        cost = flops_per_token(self.config.model, self.vocab_size, float((lengths**2).sum() / lengths.sum()))
+        tokens = int(lengths.mean() * self.config.trainer.global_batch_size * steps)
+        return Work(tokens, tokens * cost)
+
+
+def distinct(rollouts: Sequence[Rollout], scores: Sequence[Score | None]) -> list[tuple[Rollout, float]]:
+    """Answers that have a score, each once: of those to a prompt with the same tokens, the first."""
+    found: dict[tuple[int, tuple[int, ...]], tuple[Rollout, float]] = {}
+    for rollout, score in zip(rollouts, scores, strict=True):
+        if score is not None:
+            found.setdefault((rollout.prompt_id, tuple(rollout.response)), (rollout, total(score)))
+    return list(found.values())
+
+
+def above(answers: Sequence[tuple[Rollout, float]], percentile: float) -> list[int]:
+    """Numbers of the answers that score at least their prompt's percentile (0 to 1).
+
+    A percentile is moved a little away from the lowest and the highest of all prompts': where all answers to a prompt
+    score alike, they are kept if none does better elsewhere, and left out if none does worse.
+    """
+    by_prompt: dict[int, list[int]] = {}
+    for number, (rollout, _) in enumerate(answers):
+        by_prompt.setdefault(rollout.prompt_id, []).append(number)
+    groups = list(by_prompt.values())
+    bounds = np.array([np.quantile([answers[number][1] for number in group], percentile) for group in groups])
+    lowest, highest = bounds.min(), bounds.max()
+    margin = MARGIN * (highest - lowest)
+    bounds = bounds.clip(lowest + margin, highest - margin)
+    kept = [
+        number for group, bound in zip(groups, bounds, strict=True) for number in group if answers[number][1] >= bound
+    ]
+    return kept or list(range(len(answers)))

@@ -1,0 +1,69 @@
+"""A PPO run whose rank 1 is stopped in each part of a phase: `why_stuck` names rank 1 and the part."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megarl import why_stuck
+from megarl.callbacks.breadcrumbs import Breadcrumbs
+from megarl.callbacks.crumb import read
+from megarl.errors import ConfigError
+from tests.e2e.runs import run_ppo
+from tests.worlds import Worlds
+
+
+def stops_in(run_dir: Path, part: str) -> None:
+    """PPO over two processes, of which the second is stopped in that part of its second phase."""
+    from megarl.modules import fit
+
+    class Stop(Breadcrumbs):
+        def __init__(self, run_dir: Path) -> None:
+            super().__init__(run_dir, beat_s=0.2)
+            self.stopped = False
+
+        def _enter(self, phase: str) -> None:
+            super()._enter(phase)
+            if dist.get_rank() == 1 and phase == part and self.crumb.step == 1 and not self.stopped:
+                self.stopped = True
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    real, fit.Breadcrumbs = fit.Breadcrumbs, Stop  # type: ignore[attr-defined,misc]
+    try:
+        run_ppo(run_dir, "parallel.tp=2", "checkpoint.save_last=true", "trainer.eval_every=1")
+    finally:
+        fit.Breadcrumbs = real  # type: ignore[attr-defined]
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("part", ["generate", "score", "evaluate", "shape", "train", "eval"])
+def test_the_stopped_rank_and_its_part_are_named(
+    part: str, worlds: Worlds, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = threading.Thread(target=lambda: worlds.run(2, stops_in, tmp_path, part))
+    runs.start()
+    try:
+        deadline = time.monotonic() + 240
+        while not named(tmp_path):
+            assert time.monotonic() < deadline, capsys.readouterr().out
+            assert runs.is_alive(), "it was never stopped"
+            time.sleep(0.2)
+    finally:
+        for crumb in read(tmp_path):
+            os.kill(crumb.pid, signal.SIGCONT)
+        runs.join()
+    sentence = capsys.readouterr().out.splitlines()[-1]
+    assert sentence.startswith("rank 1 (")
+    assert f"last in {part} of step 1" in sentence
+    assert "1 of 2 ranks wait for it" in sentence
+
+
+def named(run_dir: Path) -> bool:
+    try:
+        return why_stuck.run([str(run_dir), "beat=1"]) == 0
+    except ConfigError:  # not started yet
+        return False

@@ -1,0 +1,108 @@
+"""Every invariant names itself when it breaks, stops the run or is warned of once, and holds its tongue otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megarl.errors import InvariantError
+from megarl.modules.invariants import Invariants
+
+TRAINABLE = {"embedding", "value_head.inner", "value_head.outer"}
+
+
+def invariants(mode: str = "strict", precision: str = "fp32") -> Invariants:
+    return Invariants(mode, precision, lambda: 6)
+
+
+def engine(*with_gradient: str) -> Any:
+    return SimpleNamespace(name="policy", gradient_names=lambda: (set(with_gradient), set(TRAINABLE)))
+
+
+def value_head_forgotten(it: Invariants) -> None:
+    for step in range(2):
+        it.gradients(engine("embedding"), step, learns=True)
+
+
+BROKEN: dict[str, tuple[Callable[[Invariants], None], str]] = {
+    "kl_zero": (lambda it: it.same_weights(1e-12), "KL to the reference is 1.00e-12 before any update"),
+    "logprob_drift": (lambda it: it.drift(2e-3), "differ by 2.00e-03 > 0.001"),
+    "ratio_one": (lambda it: it.on_policy(1.0001, 0.0), "ratio is 1.0001000, not 1"),
+    "nothing_clipped": (lambda it: it.on_policy(1.0, 0.01), "1.00% of the first minibatch is clipped"),
+    "token_count": (lambda it: it.tokens(29, 30), "counted 29 response tokens of 30"),
+    "gradients": (value_head_forgotten, "no gradient has reached value_head.inner, value_head.outer of policy"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_invariant_stops_a_strict_run_by_name(name: str) -> None:
+    break_it, said = BROKEN[name]
+    with pytest.raises(InvariantError) as problem:
+        break_it(invariants())
+    assert f"invariant {name} is broken in phase 7: " in str(problem.value)
+    assert said in str(problem.value)
+    assert problem.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_invariant_is_warned_of_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    break_it, said = BROKEN[name]
+    it = invariants("warn")
+    for _ in range(3):
+        break_it(it)
+    assert len(caplog.messages) == 1
+    assert f"invariant {name} " in caplog.messages[0]
+    assert said in caplog.messages[0]
+
+
+def test_nan_holds_nowhere() -> None:
+    for breaks in (
+        lambda it: it.same_weights(float("nan")),
+        lambda it: it.drift(float("nan")),
+        lambda it: it.on_policy(float("nan"), 0.0),
+    ):
+        with pytest.raises(InvariantError):
+            breaks(invariants())
+
+
+def test_what_holds_says_nothing() -> None:
+    it = invariants()
+    it.same_weights(0.0)
+    it.drift(1e-4)
+    it.on_policy(1.000009, 0.0)
+    it.tokens(30, 30)
+
+
+def test_bf16_has_wider_bounds_but_the_reference_is_still_exact() -> None:
+    it = invariants(precision="bf16")
+    it.drift(4e-2)
+    it.on_policy(1.04, 0.0)
+    with pytest.raises(InvariantError, match="kl_zero"):
+        it.same_weights(1e-12)
+    with pytest.raises(InvariantError, match="ratio_one"):
+        it.on_policy(1.06, 0.0)
+
+
+def test_a_head_that_starts_at_zero_may_pass_its_gradient_on_a_step_later() -> None:
+    it = invariants()
+    it.gradients(engine("embedding", "value_head.outer"), 0, learns=True)
+    it.gradients(engine("embedding", "value_head.inner"), 1, learns=True)
+    it.gradients(engine(), 2, learns=True)  # later steps may do as they like
+
+
+def test_steps_with_nothing_to_learn_from_do_not_count() -> None:
+    it = invariants()
+    for step in range(5):
+        it.gradients(engine(), step, learns=False)
+    it.gradients(engine("embedding", "value_head.outer"), 5, learns=True)
+    with pytest.raises(InvariantError, match=r"value_head\.inner of policy"):
+        it.gradients(engine("embedding", "value_head.outer"), 6, learns=True)
+
+
+def test_a_resumed_run_is_past_its_first_steps() -> None:
+    it = invariants()
+    for step in range(40, 44):
+        it.gradients(engine(), step, learns=True)

@@ -1,0 +1,127 @@
+"""Seconds against hand-worked ones, and against times that others have published."""
+
+import pytest
+
+from megarl.config.cluster import ClusterConfig
+from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from megarl.parallel.layout import Layout
+from megarl.planning.hardware import KINDS, Cluster
+from megarl.planning.plan import Plan, make_plan, remedies, suggest
+from megarl.planning.times import Rates
+from megarl.planning.work import Role, Work
+from tests.planning.runs import LLAMA, describe
+
+QWEN_32B = ModelConfig(
+    num_layers=64, hidden_size=5120, num_heads=40, num_kv_heads=8, ffn_size=27648, max_positions=4096
+)
+LLAMA_70B = ModelConfig(
+    num_layers=80, hidden_size=8192, num_heads=64, num_kv_heads=8, ffn_size=28672, max_positions=8192
+)
+
+
+def planned(work: Work, host_s_per_layer: float = 0.0, gpu: str = "h100") -> Plan:
+    cluster = Cluster.of(ClusterConfig(gpu=gpu), work.layout.world_size)
+    return make_plan(work, cluster, Rates(cluster.gpu.products, host_s_per_layer))
+
+
+def large(model: ModelConfig, vocab_size: int, layout: Layout, **changes: object) -> Work:
+    """Micro batch 1, 4096 tokens, 32 microbatches to a step, bf16, selective recompute."""
+    work = describe(layout, {}, micro=1, accumulation=32, length=4096, precision="bf16", recompute="selective")
+    return Work(**{**work.__dict__, "model": model, "vocab_size": vocab_size, **changes})
+
+
+@pytest.mark.parametrize(
+    ("work", "published"),
+    [
+        (large(QWEN_32B, 152064, Layout(tp=8, dp=4, sequence_parallel=True)), 0.46),
+        (large(LLAMA_70B, 128256, Layout(tp=8, pp=2, dp=4, sequence_parallel=True)), 0.42),
+    ],
+    ids=["32B-TP8", "70B-TP8-PP2"],
+)
+def test_megatrons_published_utilisation_on_h100(work: Work, published: float) -> None:
+    assert planned(work).mfu == pytest.approx(published, rel=0.10)
+
+
+@pytest.mark.parametrize(("gpus", "published"), [(96, 366.7), (768, 56.9)])
+def test_a_published_ppo_step_of_a_70b_policy(gpus: int, published: float) -> None:
+    """Two thirds of the GPUs are the policy's and decide the time. What was not published is assumed: see the page."""
+    actors = gpus * 2 // 3
+    work = large(
+        LLAMA_70B,
+        128256,
+        Layout(tp=8, dp=actors // 8, sequence_parallel=True),
+        algorithm="ppo",
+        roles=(Role("policy", True, True, ""), Role("reference", False, False, "")),
+        global_batch=128,
+        steps=8,
+        length=2560,
+        loss_tokens=2048,
+        rollouts=1024,
+        prompt=512,
+        response=2048,
+        longest=2048,
+        slots=8,
+    )
+    plan = planned(work)
+    generate = next(phase for phase in plan.phases if phase.name == "generate")
+    assert plan.seconds == pytest.approx(published, rel=0.25)
+    assert 0.6 < generate.seconds / plan.seconds < 0.95
+
+
+def test_a_step_on_one_gpu_is_its_operations_over_what_products_reach() -> None:
+    work = describe(Layout(), LLAMA, precision="bf16")
+    train = next(phase for phase in planned(work).phases if phase.name == "train")
+    # 4 layers of 2 * weights: 256 * (256 + 128 + 256) for attention, 3 * 256 * 1024 for the MLP; causal attention of
+    # 512 tokens sees 256.5 keys; the output layer has 2048 rows; forward and backward are three times forward.
+    token = 4 * (2 * (256 * 640 + 3 * 256 * 1024) + 4 * 256 * 256.5) + 2 * 256 * 2048
+    assert train.flops == pytest.approx(3 * 4 * 512 * token)
+    products = train.flops / (989e12 * KINDS["h100"].products)
+    parameters = planned(work).ranks[0].shards["policy"].trainable
+    assert train.seconds == pytest.approx(products + 30 * parameters / (3.35e12 * 0.8))
+    assert sum(train.sent.values()) == 0
+
+
+def test_a_pipelines_bubble_is_the_share_of_its_stages() -> None:
+    def seconds(accumulation: int) -> float:
+        work = describe(Layout(pp=4), LLAMA, accumulation=accumulation, precision="bf16")
+        plan = planned(work)
+        train = next(phase for phase in plan.phases if phase.name == "train")
+        held = max(rank.shards["policy"].trainable for rank in plan.ranks)
+        return train.seconds - 30 * held / (3.35e12 * 0.8)
+
+    # (pp - 1) / microbatches: 3 / 4 of the time besides with 4 of them, 3 / 8 with 8
+    assert seconds(4) / (4 * 1.75) == pytest.approx(seconds(8) / (8 * 1.375))
+
+
+def test_gradients_travel_by_the_network_once_replicas_span_machines() -> None:
+    near, far = (describe(Layout(dp=dp), LLAMA, precision="bf16") for dp in (8, 16))
+    assert planned(near).phases[0].sent["network"] == 0
+    sent = planned(far).phases[0].sent["network"]
+    held = planned(far).ranks[0].shards["policy"].trainable
+    assert sent == pytest.approx((4 + 2) * held * 15 / 16)
+
+
+def test_what_does_not_fit_is_told_what_would_help_and_it_does() -> None:
+    work = large(LLAMA_70B, 128256, Layout(tp=8, dp=4, sequence_parallel=True))
+    plan = planned(work)
+    assert not plan.fits
+    found = {remedy.change: remedy for remedy in remedies(plan)}
+    assert found["parallel.pp=2"].peak_bytes < plan.peak_bytes
+    assert found["parallel.recompute=full"].peak_bytes < plan.peak_bytes
+    halved = planned(large(LLAMA_70B, 128256, Layout(tp=8, pp=2, dp=2, sequence_parallel=True)))
+    assert found["parallel.pp=2"].fits == (halved.peak_bytes <= halved.cluster.usable)
+
+
+def test_suggestions_fit_and_the_fastest_comes_first() -> None:
+    work = describe(Layout(dp=8), {**LLAMA, "num_kv_heads": 8}, accumulation=2, precision="bf16")
+    plans = suggest(planned(work))
+    assert len({str(plan.work.layout) for plan in plans}) == len(plans) > 2
+    assert all(plan.fits and plan.work.layout.world_size == 8 for plan in plans)
+    assert [plan.seconds for plan in plans] == sorted(plan.seconds for plan in plans)
+    assert isinstance(plans[0].work.parallel, ParallelConfig)
+    assert isinstance(plans[0].work.optim, OptimConfig)
+
+
+def test_nothing_is_suggested_where_nothing_fits() -> None:
+    work = large(LLAMA_70B, 128256, Layout(tp=8, sequence_parallel=True))
+    assert suggest(planned(work)) == []

@@ -1,0 +1,107 @@
+"""`python -m megarl.plan`: the command, its answers and its refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+import megarl
+from megarl import plan
+from megarl.config.cluster import PlanConfig
+from megarl.config.leaf import leaves
+from megarl.config.presets import conf_folder, preset_files
+from megarl.errors import ConfigError
+
+ROOT = Path(megarl.__file__).parents[1]
+TOY = ["model.vocab_size=100", "model.max_positions=256", "rollout.max_new_tokens=64"]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No process group, whatever an earlier test of this process has left, and nobody's own presets."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    monkeypatch.chdir(tmp_path)
+
+
+def answer(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    plan.show([*argv, "--json"])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_command_of_the_readme_answers(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megarl.plan", "+conf=gpt20b", "cluster.gpus=64", "cluster.gpu=h100"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ppo on 64 x H100-80G (8 to a node), TP4xDP16+SP" in done.stdout
+    for phase in ("generate", "score", "train", "save"):
+        assert f"│ {phase}" in done.stdout
+    assert "fits: the peak is" in done.stdout
+
+
+def test_json_says_every_role_in_every_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, *TOY, "cluster.gpus=4", "parallel.tp=2", "critic.kind=separate", "suggest=true")
+    assert found["layout"] == "TP2xDP2"
+    (rank,) = found["ranks"]
+    assert set(rank["phases"]) == {"generate", "score", "train", "save"}
+    for phase in rank["phases"].values():
+        assert set(phase["roles"]) == {"policy", "critic", "reference", "reward"}
+        parts = ("weights", "gradients", "optimizer", "activations", "logits", "cache")
+        total = sum(role[part] for role in phase["roles"].values() for part in parts)
+        assert phase["bytes"] == pytest.approx(total, abs=20)
+    assert found["peak"]["bytes"] == max(phase["bytes"] for phase in rank["phases"].values())
+    assert found["layouts"]
+    assert all("parallel.tp=" in layout["overrides"] for layout in found["layouts"])
+
+
+@pytest.mark.parametrize(("algorithm", "roles"), [("sft", ["policy"]), ("ilql", ["policy"])])
+def test_other_algorithms_have_fewer_roles(
+    capsys: pytest.CaptureFixture[str], algorithm: str, roles: list[str]
+) -> None:
+    found = answer(capsys, f"algorithm={algorithm}", "model.vocab_size=300", "model.max_positions=256")
+    assert list(found["ranks"][0]["phases"]) == ["train", "save"]
+    assert list(found["ranks"][0]["phases"]["train"]["roles"]) == roles
+
+
+def shipped() -> list[str]:
+    return sorted(name for name in preset_files(conf_folder()) if not name.startswith(("randomwalks", "sentiment")))
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_preset_fits_80_gb_at_its_world_size(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    entry = "ilql" if name.endswith("_ilql") else "ppo"
+    found = answer(capsys, f"+conf={name}", f"algorithm={entry}", "cluster.gpu=a100")
+    assert found["fits"], found["peak"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["cluster.gpuz=64"], ["cluster.gpuz", "cluster.gpus"]),
+        (["cluster.gpu=b100"], ["cluster.gpu=b100", "a100, h100 or h200"]),
+        (["clusters.gpus=64"], ["clusters", "cluster"]),
+        (["algorithm=pppo"], ["algorithm=pppo", "ppo, sft or ilql"]),
+        (["--jason"], ["--jason", "--json"]),
+        ([*TOY, "cluster.gpus=3", "parallel.tp=2"], ["parallel.tp", "3"]),
+        ([*TOY, "prompt_tokens=250"], ["prompt_tokens=250", "prompt_tokens=192"]),
+        ([*TOY, "response_tokens=65"], ["response_tokens=65", "rollout.max_new_tokens=64"]),
+    ],
+)
+def test_bad_input_ends_in_one_line_with_the_key_and_a_remedy(argv: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        plan.show(argv)
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_the_page_lists_every_key() -> None:
+    page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    for leaf in leaves(PlanConfig):
+        assert f"| `{leaf.key}` |" in page
+        assert leaf.doc in page
+        assert leaf.doc in plan.help_text()
