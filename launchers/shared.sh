@@ -285,6 +285,7 @@ run_until_done() {
     rm -f "$MEGARL_STATUS_FILE"
     in_checkout "${step[@]}" && code=0 || code=$?
     if [[ -e $MEGARL_STATUS_FILE ]]; then
+      rm -f "$console/early"
       say "$(<"$MEGARL_STATUS_FILE")"
       requeue
     fi
@@ -293,6 +294,9 @@ run_until_done() {
       2 | 3) exit "$code" ;; # bad input, bad numbers: the same again next time
       138) # 128 + SIGUSR1: a notice before the run was up
         say "a notice came before training had begun"
+        # Each time? Then the time limit leaves no room between the start and the notice.
+        echo early >>"$console/early"
+        [[ $(wc -l <"$console/early") -le 3 ]] || stop "that was the fourth time in a row: a longer --time, or a later --signal"
         requeue
         ;;
     esac

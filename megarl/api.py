@@ -133,6 +133,8 @@ def train(
     elif samples is not None:
         filled.data.train = [_write(inputs / "samples.jsonl", _samples(samples, rewards))]
         filled.data.eval = []
+        if entry == "sft":
+            filled.data.format = "auto"  # told by the keys that we write
     if eval_prompts is not None:
         _section(filled, "eval", "eval_prompts", entry)
         filled.data.eval = [_write(inputs / "eval_prompts.jsonl", _records(eval_prompts))]

@@ -25,7 +25,8 @@ _OWN = {leaf.key.partition(".")[0] for leaf in leaves(PlanConfig)}
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
     """Our own arguments, and those of the run."""
-    own, theirs = [], []
+    own: list[str] = []
+    theirs: list[str] = []
     for word in argv:
         word = "json=true" if word == "--json" else word
         if word.startswith("-"):

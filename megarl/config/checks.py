@@ -405,6 +405,18 @@ def _phase(config: Any, world_size: int) -> None:
             f"{config.trainer.max_phases}",
             {"critic.warmup_phases": [config.trainer.max_phases - 1]},
         )
+    for key in ("kl_target", "kl_limit"):
+        if config.ppo.kl_coef == 0 and getattr(config.ppo, key) is not None:
+            raise Refusal(
+                f"ppo.{key}={getattr(config.ppo, key):g} needs a reference, and with ppo.kl_coef=0 none is kept",
+                {f"ppo.{key}": [None]},
+                "a ppo.kl_coef above 0",
+            )
+    if config.model.dropout > 0:
+        raise Refusal(
+            f"model.dropout={config.model.dropout:g} would train another policy than the one that responded",
+            {"model.dropout": [0.0]},
+        )
 
 
 def _reward_time(config: Any, world_size: int) -> None:

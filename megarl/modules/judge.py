@@ -61,7 +61,8 @@ class Judge:
         self.grid, self.tokenizer, self.journal, self.batch_size = grid, tokenizer, journal, settings.batch_size
         self.worker: RewardWorker | None = None
         chosen = read_function(function, key)
-        name = getattr(chosen, "name", "combined").rpartition(":")[2]
+        name = getattr(chosen, "name", "combined").rpartition(":")[2].rpartition(".")[2]
+        name = key.partition(".")[0] if name == "<lambda>" else name
         self.name = f"{name}_metric" if key == "metric.fn" and name in _TAKEN else name
         if journal is not None:
             journal.function = fingerprint(chosen, options or {})

@@ -91,6 +91,7 @@ class PPO(GenerativeModule):
                 name="critic",
                 optim=replace(config.optim, lr=lr),
                 value_head=True,
+                speaks=False,
                 **{**common, "vocab_size": model.vocab_size or self.vocab_size},
             )
             self.engines["critic"] = self.critic

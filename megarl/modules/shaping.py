@@ -123,7 +123,9 @@ class Shaping:
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns) over response tokens: 1 for a perfect critic, 0 for a constant one."""
     chosen = mask != 0
+    if chosen.sum() < 2:
+        return 0.0
     spread = returns[chosen].double().var()
-    if chosen.sum() < 2 or spread <= SMALLEST_STD:
+    if spread <= SMALLEST_STD:
         return 0.0
     return float(1 - (returns - values)[chosen].double().var() / spread)

@@ -126,3 +126,36 @@ def test_a_dialogue_that_offers_no_state_or_no_action_is_refused_by_number(
     good = [(False, [1]), (True, [2])]
     with pytest.raises(DataError, match="dialogue 1"):
         a.collate_dialogs([good, dialog], torch.zeros(2))
+
+
+def test_the_state_that_follows_is_that_of_the_next_action() -> None:
+    """Between turns, others speak; after a row's last action nothing follows."""
+    values = torch.tensor([[9.0, 1.0, 2.0, 9.0, 3.0, 4.0, 9.0], [9.0, 5.0, 9.0, 9.0, 9.0, 9.0, 9.0]])
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0]])
+    next_v, not_done = a.following(values, mask)
+    assert next_v[mask != 0].tolist() == [2, 3, 4, 0, 0]
+    assert not_done.tolist() == [[0, 1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0]]
+
+
+def test_the_next_state_agrees_with_the_laid_out_batch() -> None:
+    """`collate_dialogs` lists the states; V of the following one, by position, is what `following` finds."""
+    dialogs = [[(False, [1, 2]), (True, [3, 4])], [(False, [1]), (True, [2]), (False, [3, 4]), (True, [5, 6])]]
+    batch = a.collate_dialogs(dialogs, torch.tensor([0.0, 1.0]))
+    time = batch.input_ids.shape[1]
+    values = torch.randn(2, time)  # values[t] of the state that token t is chosen in: position t - 1
+    mask = torch.zeros(2, time)
+    for row, (actions, dones) in enumerate(zip(batch.actions_ixs, batch.dones[:, :-1], strict=True)):
+        mask[row, actions[dones != 0] + 1] = 1
+    next_v, not_done = a.following(values, mask)
+    for row, (actions, states, dones) in enumerate(zip(batch.actions_ixs, batch.states_ixs, batch.dones, strict=True)):
+        for number in range(int(dones.sum())):
+            token = int(actions[number]) + 1
+            assert not_done[row, token] == dones[number + 1]
+            if dones[number + 1]:
+                assert next_v[row, token] == values[row, states[number + 1] + 1]
+
+
+@pytest.mark.parametrize(("value", "count"), [(0.1, 1000), (1 / 3, 7), (0.7, 7), (5.0, 1)])
+def test_equal_returns_standardise_to_zero(value: float, count: int) -> None:
+    """Although their mean, rounded, may differ from them."""
+    assert torch.equal(a.standardize_returns(torch.full((count,), value)), torch.zeros(count))

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megarl.parallel import vocab
-from megarl.parallel.vocab import VocabShard, VocabStats, padded_vocab, vocab_stats
+from megarl.parallel.vocab import VocabShard, VocabStats, padded_vocab, token_outputs, vocab_stats
 from tests.worlds import Worlds
 
 HIDDEN = 6
@@ -219,3 +219,24 @@ def test_the_measure_of_the_largest_tensor_sees_the_plain_way() -> None:
     with LargestTensor() as seen:
         torch.log_softmax(hidden @ weight.T, -1).sum().backward()
     assert seen.numel == 512 * 2048
+
+
+def chosen_alone(given: dict[str, Tensor], size: int, chunk: int = 2**23) -> Tensor:
+    tp, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    shard = VocabShard.of(size, rank, tp, dist.group.WORLD if tp > 1 else None)
+    rows = given["weight"].shape[0] // tp
+    mine = slice(rank * rows, (rank + 1) * rows)
+    whole_budget = vocab.CHUNK_ELEMENTS_CPU
+    vocab.CHUNK_ELEMENTS_CPU = chunk
+    try:
+        return token_outputs(given["hidden"], given["weight"][mine], given["targets"], shard, bias=given["bias"][mine])
+    finally:
+        vocab.CHUNK_ELEMENTS_CPU = whole_budget
+
+
+@pytest.mark.parametrize(("size", "tp"), [(11, 1), (11, 2), (5, 4)])
+def test_the_output_of_one_token_needs_no_other(worlds: Worlds, size: int, tp: int) -> None:
+    given = problem(n=9, size=size, tp=tp)
+    wanted = (given["hidden"] @ given["weight"].T + given["bias"]).gather(1, given["targets"][:, None])[:, 0]
+    for found in worlds.run(tp, chosen_alone, given, size, 7):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,27 @@
+"""PPO with a lambda as reward: answers with more of a letter. Random weights and a minute on a CPU, to see it work.
+
+python examples/ppo_words.py
+"""
+
+import megarl
+
+
+def main() -> None:
+    config = megarl.default_config("ppo", "trainer.max_phases=10", "trainer.eval_every=5", "rollout.max_new_tokens=16")
+    config.ppo.rollouts = 32
+    config.ppo.kl_coef = 0.0
+    config.trainer.global_batch_size = 32
+    config.trainer.micro_batch_size = 32
+    trained = megarl.train(
+        {"num_layers": 2, "hidden_size": 64, "num_heads": 4},
+        reward_fn=lambda outputs, **_: [float(output.count("a")) for output in outputs],
+        prompts=["cats ", "dogs ", "birds "],
+        eval_prompts=["fish "],
+        config=config,
+    )
+    print("mean score of every phase:", [round(row["rollout/score"], 2) for row in trained.history])
+    print(trained.generate(["cats "], max_new_tokens=16))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""`megarl.train`: each shape of call that trlX's users know, and what comes back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import megarl
+from megarl.api import _algorithm
+from megarl.errors import ConfigError, DataError
+from tests.worlds import Worlds
+
+TINY = {"num_layers": 2, "hidden_size": 32, "num_heads": 4}
+QUIET = [
+    "trainer.progress=none",
+    "logger.tensorboard=false",
+    "trainer.global_batch_size=4",
+    "trainer.micro_batch_size=4",
+]
+
+
+def ppo(run_dir: Path) -> None:
+    config = megarl.default_config("ppo", *QUIET, f"run.dir={run_dir}", "trainer.max_phases=1", "ppo.rollouts=4")
+    config.rollout.max_new_tokens = 6
+    config.trainer.eval_every = 1
+    offset = 10.0  # a closure travels too
+    trained = megarl.train(
+        TINY,
+        reward_fn=lambda samples, topic, **kwargs: [offset + len(set(text)) for text in samples],
+        prompts=[{"prompt": "cats ", "topic": "animals"}, {"prompt": "tea ", "topic": "drinks"}],
+        eval_prompts=[{"prompt": "dogs ", "topic": "animals"}],
+        metric_fn=lambda outputs, **kwargs: {"letters": [len(output) for output in outputs]},
+        stop_sequences=["\n\n"],
+        config=config,
+    )
+    assert [row["step"] for row in trained.history] == [0, 1]
+    assert trained.history[-1]["rollout/score"] > offset
+    assert {"eval/score", "eval/letters"} <= trained.summary["metrics"].keys()
+    answers = trained.generate(["cats ", "dogs "], n=2, max_new_tokens=3)
+    assert [len(both) for both in answers] == [2, 2]
+    trained.save_pretrained(run_dir / "hf")
+    assert AutoModelForCausalLM.from_pretrained(run_dir / "hf").config.num_hidden_layers == 2
+
+
+def ilql(run_dir: Path) -> None:
+    config = megarl.default_config("ilql", *QUIET, f"run.dir={run_dir}", "trainer.max_steps=2", "data.cache=null")
+    trained = megarl.train(TINY, samples=["dolphins", "geese"], rewards=[1.0, 100.0], config=config)
+    assert trained.history[-1]["train/loss_q"] > 0
+    assert isinstance(trained.generate("g", max_new_tokens=2)[0], str)
+
+
+def sft(run_dir: Path) -> None:
+    config = megarl.default_config("sft", *QUIET, f"run.dir={run_dir}", "trainer.max_steps=2")
+    trained = megarl.train(TINY, samples=[["1 + 2 = ", "3"], ["2 + 2 = ", "4"]], config=config)
+    assert trained.summary["status"] == "finished"
+    assert len(trained.generate(["1 + 2 = "], max_new_tokens=2)) == 1
+
+
+@pytest.mark.parametrize("call", [ppo, ilql, sft], ids=lambda call: call.__name__)
+def test_a_call_trains_answers_and_exports(call: Any, worlds: Worlds, tmp_path: Path) -> None:
+    worlds.run(1, call, tmp_path / "run")
+
+
+def test_a_plain_script_needs_nothing_else(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import megarl, json\n"
+        f"config = megarl.default_config('sft', *{QUIET!r}, 'trainer.max_steps=1', 'run.dir=run')\n"
+        f"trained = megarl.train({TINY!r}, samples=['a text', 'another'], config=config)\n"
+        "print(json.dumps(trained.summary['status']))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == "finished"
+
+
+def test_the_arguments_say_which_algorithm() -> None:
+    assert _algorithm(len, None, None, None) == "ppo"
+    assert _algorithm(None, ["a"], [1.0], None) == "ilql"
+    assert _algorithm(None, ["a"], None, None) == "sft"
+    assert _algorithm(len, None, None, megarl.default_config("rft")) == "rft"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem", "says"),
+    [
+        ({}, ConfigError, "takes reward_fn"),
+        ({"samples": ["a"], "rewards": [1.0, 2.0]}, DataError, "1 samples have 2 rewards"),
+        ({"model": {"layers": 2}, "samples": ["a"]}, ConfigError, "unknown key 'model.layers'"),
+        ({"samples": ["a"], "eval_prompts": ["b"]}, ConfigError, "eval_prompts has no meaning for sft"),
+        ({"samples": [["a", "b", "c"]]}, DataError, "record 1 has 3 parts"),
+    ],
+)
+def test_a_call_that_cannot_be_meant_is_refused(
+    arguments: dict[str, Any], problem: type[Exception], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(problem, match=says):
+        megarl.train(**arguments)
+
+
+def test_a_configuration_refuses_unknown_keys_and_other_algorithms() -> None:
+    config = megarl.default_config("ppo")
+    with pytest.raises(AttributeError, match="lrr"):
+        config.optim.lrr = 1.0
+    with pytest.raises(ConfigError, match="config is of ppo"):
+        megarl.train(samples=["a"], config=config)
+    with pytest.raises(ConfigError, match="use ppo, ilql, sft, rft"):
+        megarl.default_config("dpo")
