@@ -11,7 +11,7 @@ import pytest
 from megarl.config.checks import accumulation, check, check_shape, data_parallel_size, world_size
 from megarl.config.offers import Refusal, divisors, either, enforce, multiples, near
 from megarl.config.presets import resource
-from megarl.config.schema import ModelConfig, ParallelConfig, SFTConfig
+from megarl.config.schema import ModelConfig, ParallelConfig, PPOConfig, SFTConfig
 from megarl.errors import ConfigError
 
 
@@ -264,3 +264,107 @@ def test_numbers_near_a_number() -> None:
     assert either([1]) == "1"
     assert either([1, 2, None]) == "1, 2 or null"
     assert either([False]) == "false"
+
+
+def phases(**values: Any) -> PPOConfig:
+    """A runnable configuration of PPO with some keys changed."""
+    config = PPOConfig()
+    config.data.train, config.reward.fn = ["prompts.jsonl"], "rewards.py:score"
+    for key, value in values.items():
+        section, _, name = key.partition("__")
+        assert hasattr(getattr(config, section), name), key
+        setattr(getattr(config, section), name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("world", "values"),
+    [
+        (1, {}),
+        (4, {"parallel__tp": 2, "parallel__pp": 2}),
+        (1, {"ppo__rollouts": 12, "rollout__n": 4}),
+        (1, {"critic__kind": "separate", "critic__lr": 1e-4, "critic__path": "/weights", "critic__warmup_phases": 3}),
+        (1, {"reward__timeout": 9000.0}),
+        (2, {"reward__timeout": 9000.0, "parallel__timeout_s": 20_000}),
+        (1, {"ppo__kl_coef": 0.0}),
+        (1, {"ppo__kl_target": 1.0, "ppo__kl_limit": 10.0}),
+        (1, {"model__path": "/weights", "rollout__max_new_tokens": 4000}),
+    ],
+)
+def test_phases_that_can_run_pass(world: int, values: dict[str, Any]) -> None:
+    check(phases(**values), world)
+
+
+@pytest.mark.parametrize(
+    ("world", "values", "problem", "remedy"),
+    [
+        (1, {"data__train": []}, "data.train is empty", "name files of prompts"),
+        (1, {"reward__fn": None}, "reward.fn is empty", "name a function"),
+        (
+            1,
+            {"ppo__rollouts": 10, "rollout__n": 4},
+            "ppo.rollouts=10 is no multiple of rollout.n=4",
+            "use ppo.rollouts=8 or 12, or rollout.n=1, 2, 5 or 10",
+        ),
+        (1, {"rollout__temperature": 0.0}, "rollout.temperature=0 draws nothing at random", "use 1"),
+        (
+            1,
+            {"rollout__max_new_tokens": 256},
+            "rollout.max_new_tokens=256 leaves no room for a prompt in model.max_positions=256",
+            "use rollout.max_new_tokens=255, or model.max_positions=257",
+        ),
+        (
+            1,
+            {"critic__path": "/weights"},
+            "critic.path=/weights is of a critic of its own, but critic.kind=shared",
+            "use critic.kind=separate",
+        ),
+        (1, {"critic__lr": 1e-4}, "critic.lr=0.0001 is of a critic of its own", "use critic.kind=separate"),
+        (1, {"critic__warmup_phases": 1}, "critic.warmup_phases=1 is of a critic", "use critic.kind=separate"),
+        (
+            1,
+            {"critic__kind": "separate", "critic__warmup_phases": 100},
+            "critic.warmup_phases=100 leaves the policy none of trainer.max_phases=100",
+            "use critic.warmup_phases=99",
+        ),
+        (
+            # 128 samples in calls of 32: four calls of two tries of 100 s each.
+            2,
+            {"reward__timeout": 100.0, "reward__batch_size": 32, "trainer__devices": 2},
+            "4 calls * 2 tries * reward.timeout=100 = 800 s, and the other processes wait only parallel.timeout_s=600 s",
+            "use parallel.timeout_s=920, or a shorter reward.timeout",
+        ),
+        (
+            1,
+            {"ppo__kl_coef": 0.0, "ppo__kl_limit": 5.0},
+            "ppo.kl_limit=5 needs a reference, and with ppo.kl_coef=0 none is kept",
+            "use ppo.kl_limit=null, or a ppo.kl_coef above 0",
+        ),
+        (
+            1,
+            {"ppo__kl_coef": 0.0, "ppo__kl_target": 5.0},
+            "ppo.kl_target=5 needs a reference",
+            "use ppo.kl_target=null, or a ppo.kl_coef above 0",
+        ),
+        (
+            1,
+            {"model__dropout": 0.1},
+            "model.dropout=0.1 would train another policy than the one that responded",
+            "use model.dropout=0",
+        ),
+        (
+            1,
+            {"trainer__global_batch_size": 12},
+            "trainer.global_batch_size=12 is no multiple of trainer.micro_batch_size=8",
+            "use trainer.global_batch_size=8 or 16",
+        ),
+        (3, {"parallel__tp": 3}, "parallel.tp=3 does not divide model.num_heads=4", "use parallel.tp=1, 2 or 4"),
+    ],
+)
+def test_phases_that_cannot_run_are_told_what_can(
+    world: int, values: dict[str, Any], problem: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(phases(**values), world)
+    assert problem in str(caught.value)
+    assert f": {remedy}" in str(caught.value)

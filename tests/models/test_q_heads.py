@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from megarl.algorithms import following, ilql_loss, ilql_scores
@@ -27,10 +28,7 @@ from tests.worlds import Worlds
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {"tp": 2}),
     (2, {"tp": 2, "sequence_parallel": True}),
-    (2, {"pp": 2}),
-    (2, {}),
-    (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
-]
+]  # stages and replicas are those of the whole runs in tests/e2e
 TERMS = ("loss", "loss_q", "loss_v", "loss_cql", "loss_awac", "q", "target_q")
 
 
@@ -70,7 +68,7 @@ def trained(layout: dict[str, Any]) -> tuple[list[dict[str, float]], list[list[i
     the values and not."""
     engine = ilql_engine(layout)
     course = []
-    for step in range(1, 6):
+    for step in range(1, 5):
         metrics = engine.train_step(batches(engine, step), loss, count_tokens)
         course.append({**{term: metrics[term] for term in TERMS}, "norm": engine.apply_gradients()})
         if step % 2 == 0:
@@ -107,6 +105,22 @@ def test_layouts_train_and_generate_alike(
             assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-4, abs=1e-6)
         assert with_values == alone[1]
         assert without == alone[2]
+
+
+def total_probability(layout: dict[str, Any]) -> list[float]:
+    """Of each row, summed over the shards of its unguided scores."""
+
+    def of_rows(model: GPT, hidden: torch.Tensor, _: Batch) -> Batch:
+        sums = guided(0.0)(model, model.whole_sequence(hidden)[-1]).exp().sum(1)
+        dist.all_reduce(sums)
+        return {"sums": sums}
+
+    engine = ilql_engine(layout)
+    return [total for result in engine.forward(batches(engine, 1), of_rows) for total in result["sums"].tolist()]
+
+
+def test_scores_are_log_probs_over_all_shards(worlds: Worlds) -> None:
+    assert worlds.run(2, total_probability, {"tp": 2})[0] == pytest.approx([1.0] * 8)
 
 
 def against_dense(precision: str) -> dict[str, bool]:

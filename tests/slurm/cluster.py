@@ -40,6 +40,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=100000,batch_sched_delay=1
 MinJobAge=600
 KillWait=5
+MessageTimeout=60
 OverTimeLimit=0
 JobRequeue=1
 ReturnToService=2

@@ -41,14 +41,14 @@ def adopt(config: Any) -> None:
     log.info("model.path=%s gives vocab_size=%s %s", source.path, source.vocab_size, shape)
 
 
-def adopt_critic(config: Any) -> ModelConfig:
-    """The model that `critic.path` holds, refused where it cannot judge the policy's sequences."""
+def adopt_critic(config: Any, vocab_size: int) -> ModelConfig:
+    """The model that `critic.path` holds, refused where it cannot judge sequences of a policy of that vocabulary."""
     source = open_source(config.critic.path)
     kept = {key: getattr(config.model, key) for key in OURS}
     critic = replace(source.model, path=str(source.path), vocab_size=source.vocab_size, **kept)
-    for name in ("vocab_size", "max_positions"):
-        its, policys = getattr(critic, name), getattr(config.model, name)
-        if policys is not None and its < policys:
+    for name, policys in (("vocab_size", vocab_size), ("max_positions", config.model.max_positions)):
+        its = getattr(critic, name)
+        if its < policys:
             raise ConfigError(
                 f"critic.path={config.critic.path} has {name}={its}, but the policy's sequences need {policys}: use a "
                 "critic that was trained with the policy's tokenizer and context, or critic.path=null"

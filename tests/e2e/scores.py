@@ -1,0 +1,48 @@
+"""Reward functions of whole runs, good and bad; the worker imports them by name."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+LATE = 24  # responses after which `written_down` may be held up
+
+
+def written_down(samples: list[str], outputs: list[str], folder: str, **_: Any) -> list[float]:
+    """Different letters of a response; what was scored is added to a file once it is known.
+
+    Where there is a file `hold`, the call that comes after `LATE` responses leaves `held` and never returns.
+    """
+    known, hold = Path(folder, "scored.txt"), Path(folder, "hold")
+    scores = [float(len(set(output))) for output in outputs]
+    if hold.exists() and known.exists() and len(known.read_text().splitlines()) >= LATE:
+        Path(folder, "held").touch()
+        time.sleep(3600)
+    with known.open("a") as file:
+        file.writelines(sample + "\n" for sample in samples)
+    return scores
+
+
+def sleeps_once(outputs: list[str], folder: str, **_: Any) -> list[float]:
+    """Never returns from its first call."""
+    mark = Path(folder, "slept")
+    if not mark.exists():
+        mark.touch()
+        time.sleep(3600)
+    return [float(len(output)) for output in outputs]
+
+
+def not_a_number(outputs: list[str], **_: Any) -> list[float]:
+    return [float("nan")] * len(outputs)
+
+
+def picky(prompts: list[str], outputs: list[str], **_: Any) -> list[float]:
+    """Has no score for responses to prompts of the first half of the alphabet."""
+    return [
+        float(len(output)) if prompt > "k" else float("nan") for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+
+
+def indifferent(outputs: list[str], **_: Any) -> list[float]:
+    return [1.0] * len(outputs)
