@@ -331,7 +331,7 @@ def test_phases_that_can_run_pass(world: int, values: dict[str, Any]) -> None:
             # 128 samples in calls of 32: four calls of two tries of 100 s each.
             2,
             {"reward__timeout": 100.0, "reward__batch_size": 32, "trainer__devices": 2},
-            "4 calls * 2 tries * reward.timeout=100 = 800 s, and the other processes wait only parallel.timeout_s=600 s",
+            "4 calls * 2 tries * reward.timeout=100 = 800 s, and the other processes wait only parallel.timeout_s=600",
             "use parallel.timeout_s=920, or a shorter reward.timeout",
         ),
         (

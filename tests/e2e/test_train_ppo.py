@@ -133,7 +133,8 @@ def test_the_first_phase_is_the_references_own_and_later_ones_are_not(reference:
 def test_a_partly_frozen_policy_starts_at_its_reference_too(
     unfrozen: int, world: int, layout: list[str], worlds: Worlds, tmp_path: Path
 ) -> None:
-    worlds.run(world, run_ppo, tmp_path, f"model.num_layers_unfrozen={unfrozen}", *layout)
+    learns = ["reward.fn=megarl.rewards.builtin:length", f"model.num_layers_unfrozen={unfrozen}"]
+    worlds.run(world, run_ppo, tmp_path, *learns, *layout)
     (first,), (second,) = metrics(tmp_path, "rollout/kl")
     assert first == 0.0
     assert second != 0.0

@@ -1,0 +1,146 @@
+"""What may befall a phase: a kill in any part of it, and a reward function that never answers."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megarl.callbacks import crumb
+from megarl.checkpoint import find, verify
+from tests.e2e.runs import WALKS, assert_same_bits, final_tensors
+
+PARTS = ("clone", "generate", "score", "evaluate", "shape", "train", "save")
+CRITICS = {
+    "shared": ["ppo.kl_target=1", "ppo.kl_horizon=100", "ppo.scale_scores=running"],
+    "separate": ["critic.kind=separate", "critic.lr=1e-3", "ppo.kl_in=loss"],
+}
+PHASES = 6
+PATIENCE_S = 300.0
+TIMEOUT_S, GRACE_S = 5.0, 10.0
+
+# A function that takes its time, so that there is something to be killed in, and writes down what it has scored.
+SCORES = """
+import time
+from pathlib import Path
+
+def score(samples, outputs, **_):
+    time.sleep(0.05)
+    scores = [float(len(set(output))) for output in outputs]
+    with Path(__file__).with_name("scored.txt").open("a") as file:
+        file.writelines(sample + "\\n" for sample in samples)
+    return scores
+"""
+
+SLEEPS = """
+import time
+from pathlib import Path
+
+def score(outputs, **_):
+    began = Path(__file__).with_name("began.txt")
+    if not began.exists():
+        began.write_text(str(time.time()))
+        time.sleep(3600)
+    return [float(len(output)) for output in outputs]
+"""
+
+
+def start(folder: Path, function: str, *overrides: str) -> subprocess.Popen[bytes]:
+    """A run whose reward function lies in the folder, in a process group of its own."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / "rewards.py").exists():
+        (folder / "rewards.py").write_text(function)
+    settings = [f"run.dir={folder / 'run'}", f"reward.fn={folder}/rewards.py:score", f"trainer.max_phases={PHASES}"]
+    saves = ["checkpoint.every=1", "checkpoint.save_last=true"]
+    with (folder / "console.txt").open("ab") as console:
+        return subprocess.Popen(
+            [sys.executable, "-m", "megarl.train_ppo", *WALKS, *settings, *saves, *overrides],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def console(folder: Path) -> str:
+    return (folder / "console.txt").read_text(errors="replace")[-4000:]
+
+
+def finish(folder: Path, *overrides: str) -> None:
+    assert start(folder, SCORES, *overrides).wait(timeout=900) == 0, console(folder)
+
+
+def kill_in(part: str, folder: Path, draw: random.Random, *overrides: str) -> str:
+    """Kill -9 a run soon after it has entered a part of a phase; what its last word was."""
+    run = folder / "run"
+    running = start(folder, SCORES, *overrides)
+    deadline = time.monotonic() + PATIENCE_S
+    wanted_step = None if part == "clone" else draw.randint(0, 2) + (len(find(run / "checkpoints")) > 0)
+    while True:
+        assert running.poll() is None, console(folder)
+        assert time.monotonic() < deadline, console(folder)
+        last = [word for word in crumb.read(run) if word.pid == running.pid]
+        if last and last[0].phase == part and (wanted_step is None or last[0].step >= wanted_step):
+            break
+        time.sleep(0.001)
+    time.sleep(draw.uniform(0.0, 0.03))
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    for path in find(run / "checkpoints"):
+        assert verify(path) is None
+    return crumb.read(run)[0].where
+
+
+@pytest.mark.gate
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize("layout", [[], ["trainer.devices=2"], ["trainer.devices=2", "parallel.pp=2"]], ids=str)
+def test_a_run_killed_in_every_part_of_a_phase_ends_in_the_unbroken_runs_weights(
+    critic: str, layout: list[str], tmp_path: Path
+) -> None:
+    """Each part of a phase is the last that a process of one and the same run saw. No sample is scored twice: of a
+    call whose answer was on its way when the run was killed, nobody knows, so it may be asked again, and no other."""
+    settings = [*CRITICS[critic], "reward.batch_size=4", *layout]
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    finish(unbroken, *settings)
+    draw = random.Random(critic)
+    for part in PARTS:
+        where = kill_in(part, broken, draw, *settings)
+        print(f"killed in {part}: its last word was {where}")  # noqa: T201 - pytest shows it when the test fails
+    finish(broken, *settings)
+    assert_same_bits(final_tensors(broken / "run"), final_tensors(unbroken / "run"))
+    wanted, found = ((folder / "scored.txt").read_text().splitlines() for folder in (unbroken, broken))
+    assert set(found) == set(wanted)
+    assert 0 <= len(found) - len(wanted) <= 4, "more than the call under way was asked again"
+
+
+@pytest.mark.gate
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("on_error", ["error", "drop"])
+def test_a_function_that_never_answers_holds_up_a_run_no_longer_than_its_time_out(
+    on_error: str, tmp_path: Path
+) -> None:
+    """From its first call to the end of the run, or to the end of the phase that goes on without the answer."""
+    folder = tmp_path / "slow"
+    one_try = ["reward.retries=0", f"reward.timeout={TIMEOUT_S}", f"reward.on_error={on_error}", "reward.batch_size=8"]
+    running = start(folder, SLEEPS, *one_try)
+    if on_error == "error":
+        code = running.wait(timeout=900)
+        ended = time.time()
+        assert code == 2, console(folder)
+        assert re.search(r"^error: reward\.fn=.* did not finish within 5 s and was killed", console(folder), re.M)
+    else:
+        checkpoints = folder / "run" / "checkpoints"
+        while not find(checkpoints):
+            assert running.poll() is None, console(folder)
+            time.sleep(0.05)
+        ended = time.time()
+        assert running.wait(timeout=900) == 0, console(folder)
+    assert ended - float((folder / "began.txt").read_text()) < TIMEOUT_S + GRACE_S
