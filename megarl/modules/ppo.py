@@ -31,6 +31,7 @@ from megarl.rollout.noise import TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
 
+NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
 FORWARD_SHARE = 1 / 3  # of what a token costs in forward and backward
 log = get_logger(__name__)
 
@@ -224,7 +225,7 @@ class PPO(GenerativeModule):
                 self.critic, self.trainer.global_step, self.critic.learning_rate > 0 and metrics["value/loss"] != 0
             )
         norms = self.step_optimizers()
-        named = {"train/grad_norm" if name == "policy" else f"train/{name}_grad_norm": n for name, n in norms.items()}
+        named = {NORMS[name]: norm for name, norm in norms.items()}
         logged = {key: value for key, value in metrics.items() if "/" in key}
         return {**logged, **named, "tokens": metrics["tokens"]}
 

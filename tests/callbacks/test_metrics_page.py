@@ -3,6 +3,7 @@ from pathlib import Path
 
 import megarl
 
+FAMILY = "(?:train|eval|perf|rollout|policy|value)"
 PACKAGE = Path(megarl.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "metrics.md"
 
@@ -10,12 +11,13 @@ PAGE = PACKAGE.parent / "docs" / "metrics.md"
 def names_in_code() -> set[str]:
     """Everything in megarl's source that is written like the name of a metric."""
     source = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
-    return set(re.findall(r"""["']((?:train|eval|perf)/[a-z0-9_]+)["']""", source))
+    return set(re.findall(rf"""["']({FAMILY}/[a-z0-9_]+)["'{{/]""", source))
 
 
 def names_on_page() -> set[str]:
     """First cells of the page's tables."""
-    return set(re.findall(r"^\| `((?:train|eval|perf)/[a-z0-9_]+)` \|", PAGE.read_text(), flags=re.MULTILINE))
+    cells = re.findall(r"^\| (`[^|]*) \|", PAGE.read_text(), flags=re.MULTILINE)
+    return {name for cell in cells for name in re.findall(rf"`({FAMILY}/[a-z0-9_]+)`", cell)}
 
 
 def test_every_logged_name_is_defined():
