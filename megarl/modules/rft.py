@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,8 +25,6 @@ from megarl.rewards.answers import Score
 from megarl.rollout.noise import TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
-
-MARGIN = 1e-3  # of the distance between the lowest and the highest percentile
 
 
 class RFT(GenerativeModule):
@@ -139,20 +138,20 @@ def distinct(rollouts: Sequence[Rollout], scores: Sequence[Score | None]) -> lis
 
 
 def above(answers: Sequence[tuple[Rollout, float]], percentile: float) -> list[int]:
-    """Numbers of the answers that score at least their prompt's percentile (0 to 1).
+    """Numbers of the answers that score at least their prompt's percentile (0 to 1), its worst ones never among them.
 
-    A percentile is moved a little away from the lowest and the highest of all prompts': where all answers to a prompt
-    score alike, they are kept if none does better elsewhere, and left out if none does worse.
+    Where all answers to a prompt score alike, there is no better or worse: they are kept if they score at least the
+    mean of all answers.
     """
     by_prompt: dict[int, list[int]] = {}
     for number, (rollout, _) in enumerate(answers):
         by_prompt.setdefault(rollout.prompt_id, []).append(number)
-    groups = list(by_prompt.values())
-    bounds = np.array([np.quantile([answers[number][1] for number in group], percentile) for group in groups])
-    lowest, highest = bounds.min(), bounds.max()
-    margin = MARGIN * (highest - lowest)
-    bounds = bounds.clip(lowest + margin, highest - margin)
-    kept = [
-        number for group, bound in zip(groups, bounds, strict=True) for number in group if answers[number][1] >= bound
-    ]
-    return kept or list(range(len(answers)))
+    every = [score for _, score in answers]
+    mean = min(math.fsum(every) / len(every), max(every))  # rounding must not lift it above equal scores
+    kept: list[int] = []
+    for numbers in by_prompt.values():
+        scores = [answers[number][1] for number in numbers]
+        better = [score for score in scores if score > min(scores)]
+        bound = max(float(np.quantile(scores, percentile)), min(better)) if better else mean
+        kept += [number for number, score in zip(numbers, scores, strict=True) if score >= bound]
+    return sorted(kept)

@@ -109,6 +109,14 @@ def run_ppo(run_dir: Path, *overrides: str) -> None:
     _run("ppo", train, [*WALKS, f"run.dir={run_dir}", *overrides])
 
 
+def run_rft(run_dir: Path, *overrides: str) -> None:
+    """Run in the current world, as under torchrun."""
+    from megarl.train_rft import train
+
+    walks = [setting for setting in WALKS[1:] if not setting.startswith("ppo.")]
+    _run("rft", train, ["+conf=randomwalks_rft", "rollout.n=8", *walks, f"run.dir={run_dir}", *overrides])
+
+
 def run_ilql(run_dir: Path, *overrides: str) -> None:
     """Run in the current world, as under torchrun."""
     from megarl.train_ilql import train

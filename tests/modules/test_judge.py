@@ -15,7 +15,7 @@ from megarl.data.prompts import Prompt
 from megarl.errors import ConfigError, RewardError
 from megarl.modules import judge as judging
 from megarl.modules.journal import Journal
-from megarl.modules.judge import Judge, fingerprint, read_function
+from megarl.modules.judge import Judge, fingerprint, read_function, spoken
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
 from megarl.rewards.client import Scores
@@ -91,6 +91,12 @@ def test_a_question_holds_texts_without_the_end_and_every_records_fields(worker:
     assert judgement.scores == [2.0, 1.0, 0.0]
     assert judgement.parts == {"half": [1.0, 0.5, 0.0]}
     assert judgement.totals() == [2.0, 1.0, 0.0]
+
+
+def test_only_an_end_that_was_drawn_is_no_text() -> None:
+    """A tokenizer may decode its end of sequence to something; a stop text stays."""
+    assert [spoken(rollout) for rollout in ROLLOUTS] == [[C, D], [C], []]
+    assert spoken(Rollout(0, 0, [A], [C, D], [-1.0] * 2, "stop")) == [C, D]
 
 
 def test_what_was_scored_before_the_end_of_a_process_is_not_asked_again(worker: Scripted, tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_what_a_run_remembers_survives_a_checkpoint() -> None:
     second = shaping(**settings)
     second.load_state_dict(first.state_dict())
     assert second.kl_control.value == first.kl_control.value != 0.1
-    assert shaped(second, [5.0, 4.0], gap=0.2)[0].equal(shaped(first, [5.0, 4.0], gap=0.2)[0])
+    assert shaped(second, [9.0, 4.0], gap=0.2)[0].equal(shaped(first, [9.0, 4.0], gap=0.2)[0])
     assert second.first_std == first.first_std == pytest.approx(math.sqrt(0.5))
 
 
