@@ -13,11 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from megarl.config.compose import compose, typed
 from megarl.config.leaf import leaves
+from megarl.config.presets import DEMO_EVAL, resource
 from megarl.config.schema import ENTRIES
 from megarl.errors import ConfigError, DataError
 
 ALGORITHMS = ("ppo", "ilql", "sft", "rft")
-EXTRAS = {"reward_fn": "reward.fn", "metric_fn": "metric.fn"}
+DRAWN_BY = (*("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "ilql_beta"),)
+"""Keys of the `rollout` section that say how tokens are drawn."""
 Function = Callable[..., Any]
 Sample = str | Sequence[str]
 
@@ -62,9 +64,7 @@ class Trained:
 
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         own = getattr(self.config, "rollout", None)
-        rollout = {
-            key: getattr(own, key) for key in ("max_new_tokens", "temperature", "ilql_beta") if hasattr(own, key)
-        }
+        rollout = {key: getattr(own, key) for key in DRAWN_BY if getattr(own, key, None) is not None}
         words = [f"rollout.{key}={json.dumps(value)}" for key, value in {**rollout, **settings}.items()]
         config, _ = compose("generate", [f"model.path={self.checkpoint}", "trainer.progress=none", *words])
         for key in ("tp", "pp"):
@@ -82,7 +82,7 @@ class Trained:
         """Write the model as a new folder that `transformers.AutoModelForCausalLM` loads."""
         from megarl.models.exchange.formats import FORMATS, open_source
 
-        if int(os.environ.get("RANK", "0")) == 0:
+        if first_process():
             FORMATS["huggingface"].write(open_source(str(self.checkpoint)), Path(folder))
 
 
@@ -115,6 +115,12 @@ def train(
         config: from `default_config`; it says which algorithm unless the arguments do.
     """
     entry = _algorithm(reward_fn, samples, rewards, config)
+    if samples is None and rewards is not None:
+        raise ConfigError("rewards= are of samples, and there are none: give samples=, or leave rewards out")
+    if samples is not None and prompts is not None:
+        raise ConfigError(
+            "prompts= are for a reward function, and samples= are given: use eval_prompts=, or leave one out"
+        )
     if rewards is not None and samples is not None and len(samples) != len(rewards):
         raise DataError(f"{len(samples)} samples have {len(rewards)} rewards: give one for each")
     tree = default_config(entry) if config is None else config
@@ -132,9 +138,9 @@ def train(
         filled.data.train = [_write(inputs / "prompts.jsonl", _records(prompts if prompts is not None else [""]))]
     elif samples is not None:
         filled.data.train = [_write(inputs / "samples.jsonl", _samples(samples, rewards))]
-        filled.data.eval = []
         if entry == "sft":
             filled.data.format = "auto"  # told by the keys that we write
+            filled.data.eval = [path for path in filled.data.eval if path != resource(DEMO_EVAL)]
     if eval_prompts is not None:
         _section(filled, "eval", "eval_prompts", entry)
         filled.data.eval = [_write(inputs / "eval_prompts.jsonl", _records(eval_prompts))]
@@ -240,12 +246,17 @@ def _samples(samples: Sequence[Sample], rewards: Sequence[Any] | None) -> list[d
 
 def _write(path: Path, records: list[dict[str, Any]]) -> str:
     """Records as a file of the run folder, so that a resumed run finds the same; written by one process."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if first_process():
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.unfinished")
         aside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         aside.replace(path)
     return str(path)
+
+
+def first_process() -> bool:
+    """Whether this is the first process of the run, or the only one; there may be no process group yet."""
+    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
 def _run(entry: str, config: Any, functions: dict[str, Function]) -> None:

@@ -53,12 +53,11 @@ class Preemption(Callback):
             reason = self.notice or "a notice to another rank"
             log.info("%s: saving and stopping after %s %d", reason, unit(trainer), steps_taken(trainer))
             self.checkpoints.save_now(trainer)
+            # At once: an evaluation may follow, and the notice may be short.
+            planned = planned_steps(trainer)
+            if planned is None or steps_taken(trainer) < planned:
+                self._leave_word(f"stopped after {unit(trainer)} {steps_taken(trainer)}: start again\n")
         trainer.should_stop = True
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        planned = planned_steps(trainer)
-        if self.stopping and (planned is None or steps_taken(trainer) < planned):
-            self._leave_word(f"stopped after {unit(trainer)} {steps_taken(trainer)}: start again\n")
 
     def _noticed(self, number: int, frame: FrameType | None) -> None:
         """Only a note: a handler may run between any two instructions."""

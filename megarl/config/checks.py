@@ -43,7 +43,7 @@ def _rules(config: Any) -> list[Rule]:
     if hasattr(config, "ppo"):
         return PHASE_RULES
     if hasattr(config, "rft"):
-        return [rule for rule in PHASE_RULES if rule is not _phase]
+        return [_rejection if rule is _phase else rule for rule in PHASE_RULES]
     if hasattr(config, "ilql"):
         return OFFLINE_RULES
     return RULES if hasattr(config, "optim") else GENERATION_RULES
@@ -390,8 +390,7 @@ def _phase(config: Any, world_size: int) -> None:
             f"ppo.rollouts={rollouts} is no multiple of rollout.n={n}, the responses to each prompt",
             {"ppo.rollouts": multiples(n, rollouts), "rollout.n": divisors(rollouts)},
         )
-    if config.rollout.temperature == 0:
-        raise Refusal("rollout.temperature=0 draws nothing at random, so there is nothing to learn from: use 1")
+    _explores(config)
     critic = config.critic
     for key in ("path", "lr", "warmup_phases"):
         if critic.kind == "shared" and getattr(critic, key):
@@ -416,6 +415,23 @@ def _phase(config: Any, world_size: int) -> None:
         raise Refusal(
             f"model.dropout={config.model.dropout:g} would train another policy than the one that responded",
             {"model.dropout": [0.0]},
+        )
+
+
+def _explores(config: Any) -> None:
+    if config.rollout.temperature == 0:
+        raise Refusal("rollout.temperature=0 draws nothing at random, so there is nothing to learn from: use 1")
+
+
+def _rejection(config: Any, world_size: int) -> None:
+    """There are answers to choose among, and the choice grows stricter."""
+    _explores(config)
+    if config.rollout.n < 2:
+        raise Refusal(f"rollout.n={config.rollout.n} leaves no choice among the answers to a prompt: use rollout.n=32")
+    first, last = config.rft.start_percentile, config.rft.end_percentile
+    if first > last:
+        raise Refusal(
+            f"rft.start_percentile={first:g} is above rft.end_percentile={last:g}, which it rises to: swap them"
         )
 
 

@@ -50,6 +50,9 @@ class Module(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return Optimizers(list(self.engines.values()))
 
+    def close(self) -> None:
+        """Let go of what the module holds outside its engines."""
+
     def step_optimizers(self) -> dict[str, float]:
         """Move every engine that has gradients; its gradient norm by name. Lightning counts this as one step."""
         optimizer = self.optimizers()

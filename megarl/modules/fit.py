@@ -106,7 +106,10 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
     )
     if config.trainer.exp_manager == "nemo":
         hand_to_nemo(trainer, config.trainer.exp_manager_options, run_dir)
-    trainer.fit(module, ckpt_path=resume_from(config.run.resume, run_dir))
+    try:
+        trainer.fit(module, ckpt_path=resume_from(config.run.resume, run_dir))
+    finally:
+        module.close()
     return 0
 
 

@@ -73,8 +73,9 @@ class GenerativeModule(Module):
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.evaluated.metrics)
 
-    def teardown(self, stage: str) -> None:
-        if self.engines:
+    def close(self) -> None:
+        """End the functions' processes and free the cache; also after a run that failed half-way."""
+        if hasattr(self, "responder"):  # a run may fail before there is one
             self.responder.close()
         for judge in self.judges.values():
             judge.close()

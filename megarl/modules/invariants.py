@@ -10,6 +10,7 @@ from megarl.parallel.engine import Engine
 
 RATIO_BOUND = {"fp32": 1e-5, "bf16": 5e-2}  # of |ratio - 1| before the first step; products differ by their shapes
 DRIFT_BOUND = {"fp32": 1e-3, "bf16": 5e-2}  # of the mean |log-prob as drawn - as recomputed|
+CLIPPED_BOUND_BF16 = 0.05  # share of tokens
 STEPS_TO_REACH_ALL = 2  # a head whose last layer starts at zero passes no gradient on in its first step
 
 log = get_logger(__name__)
@@ -40,7 +41,9 @@ class Invariants:
         """On the first minibatch of a phase the policy is still the one that was evaluated."""
         bound = RATIO_BOUND[self.precision]
         self._expect("ratio_one", abs(ratio - 1) <= bound, f"the first minibatch's ratio is {ratio:.7f}, not 1")
-        self._expect("nothing_clipped", clipped == 0.0, f"{clipped:.2%} of the first minibatch is clipped")
+        # In bf16 the rounding of single tokens may pass a narrow clip.
+        most = 0.0 if self.precision == "fp32" else CLIPPED_BOUND_BF16
+        self._expect("nothing_clipped", clipped <= most, f"{clipped:.2%} of the first minibatch is clipped")
 
     def tokens(self, counted: float, expected: float) -> None:
         """Every response token is trained on once in an epoch, whichever ranks and microbatches it went to."""
@@ -48,15 +51,15 @@ class Invariants:
             "token_count", counted == expected, f"an epoch counted {counted:g} response tokens of {expected:g}"
         )
 
-    def gradients(self, engine: Engine, steps: int, learns: bool) -> None:
+    def gradients(self, engine: Engine, learns: bool, *, fresh: bool) -> None:
         """In an engine's first steps, every tensor that trains has a gradient that is not 0 at least once.
 
         Args:
-            steps: optimizer steps of the whole run before this one.
             learns: whether there is anything to learn from: a learning rate and a loss that are not 0.
+            fresh: whether this is the first phase in which the engine trains.
         """
         name = engine.name
-        if steps == 0:
+        if fresh and name not in self.steps:
             self.steps[name], self.reached[name] = 0, set()
         if name not in self.steps or self.steps[name] >= STEPS_TO_REACH_ALL or not learns:
             return

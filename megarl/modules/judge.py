@@ -125,7 +125,8 @@ class Judge:
             judgement.retried += scores.retried
         order = [found[row] for row in range(len(rollouts))]
         judgement.scores = [score for score, _ in order]
-        judgement.parts = {name: [parts.get(name) for _, parts in order] for name in order[0][1]} if order else {}
+        names = list(dict.fromkeys(name for _, parts in order for name in parts))
+        judgement.parts = {name: [parts.get(name) for _, parts in order] for name in names}
         judgement.dropped = sum(score is None for score in judgement.scores)
         return judgement
 

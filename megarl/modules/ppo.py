@@ -53,7 +53,7 @@ class PPO(GenerativeModule):
         self.temperature = config.rollout.temperature
         self.shaping = Shaping(config.ppo)
         self.invariants = Invariants(config.ppo.invariants, config.trainer.precision, lambda: self.consumed)
-        self.reference: dict[str, Tensor] = {}
+        self.reference: dict[str, Tensor] | None = None  # empty on a stage of frozen layers
         self.kl_warned = False
 
     # --- models and data --------------------------------------------------------------------------------------------
@@ -69,7 +69,9 @@ class PPO(GenerativeModule):
             "vocab_size": self.vocab_size,
             "precision": config.trainer.precision,
             "seed": config.seed,
-            "total_steps": config.trainer.max_phases * config.ppo.inner_epochs * minibatches,
+            "total_steps": (config.trainer.max_phases - config.critic.warmup_phases)
+            * config.ppo.inner_epochs
+            * minibatches,
         }
         shared = config.critic.kind == "shared"
         self.policy = self.critic = build_gpt_engine(
@@ -168,7 +170,7 @@ class PPO(GenerativeModule):
             batch.update(
                 self._everywhere(self.critic, batch, lambda model, hidden, _: {"values": model.values(hidden)})
             )
-        if self.reference:
+        if self.reference is not None:
             with self.policy.with_weights(self.reference):
                 batch["ref_logprobs"] = self._everywhere(self.policy, batch, of_policy)["old_logprobs"]
             if self.trainer.global_step == 0:
@@ -216,18 +218,21 @@ class PPO(GenerativeModule):
             learns = self.policy.learning_rate > 0 and bool(batch["advantages"][rows].any())
             if self.critic is self.policy:
                 learns = learns and self.config.ppo.vf_coef * metrics["value/loss"] != 0
-            self.invariants.gradients(self.policy, self.trainer.global_step, learns)
+            self.invariants.gradients(self.policy, learns, fresh=self._is_fresh(self.config.critic.warmup_phases))
             if first and metrics["tokens"] > 0:
                 self.invariants.on_policy(metrics["policy/ratio"], metrics["policy/clip_fraction"])
         if self.critic is not self.policy:
             metrics |= self.critic.train_step(self.last_batch, self.value_loss, self._count)
-            self.invariants.gradients(
-                self.critic, self.trainer.global_step, self.critic.learning_rate > 0 and metrics["value/loss"] != 0
-            )
+            learns = self.critic.learning_rate > 0 and metrics["value/loss"] != 0
+            self.invariants.gradients(self.critic, learns, fresh=self._is_fresh(0))
         norms = self.step_optimizers()
         named = {NORMS[name]: norm for name, norm in norms.items()}
         logged = {key: value for key, value in metrics.items() if "/" in key}
         return {**logged, **named, "tokens": metrics["tokens"]}
+
+    def _is_fresh(self, first_phase: int) -> bool:
+        """Whether an engine that trains from a phase on is in that phase."""
+        return self.consumed == first_phase
 
     # --- losses -----------------------------------------------------------------------------------------------------
 
@@ -317,7 +322,7 @@ class PPO(GenerativeModule):
         cost = flops_per_token(self.config.model, self.vocab_size, float((lengths**2).sum()) / tokens)
         models = 2 if self.critic is not self.policy else 1
         self.training_flops = tokens * cost * models * self.config.ppo.inner_epochs
-        passes = FORWARD_SHARE * (models + 1 + bool(self.reference))
+        passes = FORWARD_SHARE * (models + 1 + (self.reference is not None))
         return Work(tokens, self.training_flops + tokens * cost * passes)
 
 

@@ -55,10 +55,15 @@ class RFT(GenerativeModule):
             precision=config.trainer.precision,
             seed=config.seed,
             optim=config.optim,
-            total_steps=config.trainer.max_phases * config.rft.improve_steps,
+            total_steps=config.trainer.max_phases * config.rft.improve_steps * self._most_minibatches(),
         )
         self.engines = {"policy": self.policy}
         self.prepare_responses()
+
+    def _most_minibatches(self) -> int:
+        """Of an improvement step that keeps every answer: how many steps a run will take is not known beforehand."""
+        answers = (self.config.rft.prompts or len(self.prompts)) * self.config.rollout.n
+        return -(-answers // self.config.trainer.global_batch_size)
 
     def on_fit_start(self) -> None:
         if self.config.clone.data and self.trainer.ckpt_path is None:

@@ -66,6 +66,7 @@ WALKS = [
     "ppo.inner_epochs=2",
     "ppo.kl_coef=0.1",
     "trainer.max_phases=2",
+    "optim.schedule=constant",  # of runs that are cut short, too
     "trainer.global_batch_size=12",
     "trainer.micro_batch_size=3",
     "trainer.eval_every=null",

@@ -34,6 +34,7 @@ CRITICS = {
 TO_1E5 = ("rollout/score", "rollout/kl", "rollout/kl_coef", "rollout/entropy", "policy/loss", "value/loss")
 TO_1E4 = ("train/grad_norm",)
 PHASES = 3
+LENGTH = "reward.fn=megarl.rewards.builtin:length"
 SAVED = ["checkpoint.every=1", "checkpoint.keep_last=9", "checkpoint.save_last=true"]
 
 
@@ -133,7 +134,7 @@ def test_the_first_phase_is_the_references_own_and_later_ones_are_not(reference:
 def test_a_partly_frozen_policy_starts_at_its_reference_too(
     unfrozen: int, world: int, layout: list[str], worlds: Worlds, tmp_path: Path
 ) -> None:
-    learns = ["reward.fn=megarl.rewards.builtin:length", f"model.num_layers_unfrozen={unfrozen}"]
+    learns = [LENGTH, f"model.num_layers_unfrozen={unfrozen}"]
     worlds.run(world, run_ppo, tmp_path, *learns, *layout)
     (first,), (second,) = metrics(tmp_path, "rollout/kl")
     assert first == 0.0
@@ -198,7 +199,7 @@ def test_a_run_killed_while_it_scores_asks_for_no_score_twice(worlds: Worlds, tm
 
     def settings(name: str) -> list[str]:
         (tmp_path / name).mkdir(exist_ok=True)
-        asked = ["reward.fn=tests.e2e.scores:written_down", f"reward.options={{folder: {tmp_path / name}}}"]
+        asked = ["reward.fn=tests.e2e.scores:written_down", f"+reward.options.folder={tmp_path / name}"]
         saved = ["checkpoint.every=1", "checkpoint.keep_last=1", "checkpoint.save_last=true", "trainer.max_phases=3"]
         return [*asked, "reward.batch_size=4", *saved, *CRITICS["shared"]]
 
@@ -269,7 +270,7 @@ def test_a_function_that_gives_no_scores_ends_the_run_in_a_line(
 
 
 def test_a_call_that_never_returns_costs_its_samples_alone(worlds: Worlds, tmp_path: Path) -> None:
-    slow = ["reward.fn=tests.e2e.scores:sleeps_once", f"reward.options={{folder: {tmp_path}}}", "reward.batch_size=4"]
+    slow = ["reward.fn=tests.e2e.scores:sleeps_once", f"+reward.options.folder={tmp_path}", "reward.batch_size=4"]
     assert ended(worlds, tmp_path / "run", *slow, *ONE_TRY, "reward.on_error=drop") == ("", 0, "")
     assert metrics(tmp_path / "run", "rollout/dropped") == [(4.0,)]
 
@@ -320,10 +321,10 @@ def test_an_empty_file_of_prompts_ends_the_run_by_its_name(worlds: Worlds, tmp_p
 
 
 def test_a_policy_that_runs_away_is_stopped_with_its_last_checkpoint_whole(worlds: Worlds, tmp_path: Path) -> None:
-    far = ["ppo.kl_limit=0.001", "ppo.kl_kind=abs", "trainer.max_phases=5", *SAVED]
+    far = ["ppo.kl_limit=0.1", "ppo.kl_kind=abs", "optim.lr=1e-2", "trainer.max_phases=5", *SAVED, LENGTH]
     kind, code, line = ended(worlds, tmp_path, *far)
     assert (kind, code) == ("NumericsError", 3)
-    assert "past ppo.kl_limit=0.001: raise ppo.kl_coef, lower optim.lr" in line
+    assert "past ppo.kl_limit=0.1: raise ppo.kl_coef, lower optim.lr" in line
     saved = find(tmp_path / "checkpoints")
     assert [path.name for path in saved] == ["step-0000001"]
     assert verify(saved[0]) is None
