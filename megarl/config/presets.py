@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,7 @@ def register(argv: list[str], entry: str) -> None:
     """
     OmegaConf.register_new_resolver("resource", resource, replace=True)
     store = ConfigStore.instance()
-    for kind, tree in ENTRIES.items():
-        store.store(name=f"schema_{kind}", node=tree)
+    store.store(name=f"schema_{entry}", node=ENTRIES[entry])
     user_folder = Path.cwd() / "conf"
     files = preset_files(user_folder)
     chosen = chosen_presets(argv)
@@ -79,6 +79,7 @@ def register(argv: list[str], entry: str) -> None:
         store.store(group=GROUP, name=name, node=own, package="_global_", provider=str(path))
 
 
+@cache
 def _of_others(entry: str) -> set[str]:
     """Keys that other entry points have and this one has not, so that one preset can serve a family of them."""
     own = {leaf.key for leaf in leaves(ENTRIES[entry])}

@@ -103,10 +103,10 @@ def test_a_run_cut_in_two_ends_in_the_same_weights(worlds: Worlds, reference: li
 def test_a_phase_is_run_again_elsewhere_from_its_rollouts_and_scores(
     worlds: Worlds, reference: list[str], tmp_path: Path
 ) -> None:
-    """The second phase, over four processes. Nothing is drawn, and the function is not asked: what it is told would be
-    in the run's own journal."""
+    """The second phase, on two stages. Nothing is drawn, and the function is not asked: what it says would be in the
+    run's own journal."""
     *settings, single = reference
-    world, overrides = LAYOUTS["TP2xPP2+SP"]
+    world, overrides = LAYOUTS["PP2"]
     stored = [f"run.resume={single}/checkpoints/step-0000001", f"rollout.replay={single}/dump"]
     worlds.run(world, run_ppo, tmp_path, *settings, *overrides, *stored, "trainer.max_phases=2")
     assert_same_course(tmp_path, Path(single), settings, slice(1, 2))

@@ -14,6 +14,8 @@ from tests.e2e.runs import SMALL, WALKS, assert_same_bits, final_tensors, metric
 from tests.slurm.cluster import Cluster
 from tests.worlds import Worlds
 
+# Two nodes on one machine need it to themselves: these run with `make gates`.
+pytestmark = pytest.mark.gate
 ROOT = Path(__file__).resolve().parents[2]
 SFT = ROOT / "launchers" / "sft.sh"
 TWO = ("--nodes=2", "--ntasks-per-node=1")
