@@ -23,8 +23,8 @@ def engine(*with_gradient: str) -> Any:
 
 
 def value_head_forgotten(it: Invariants) -> None:
-    for step in range(2):
-        it.gradients(engine("embedding"), step, learns=True)
+    for _ in range(2):
+        it.gradients(engine("embedding"), learns=True, fresh=True)
 
 
 BROKEN: dict[str, tuple[Callable[[Invariants], None], str]] = {
@@ -88,21 +88,33 @@ def test_bf16_has_wider_bounds_but_the_reference_is_still_exact() -> None:
 
 def test_a_head_that_starts_at_zero_may_pass_its_gradient_on_a_step_later() -> None:
     it = invariants()
-    it.gradients(engine("embedding", "value_head.outer"), 0, learns=True)
-    it.gradients(engine("embedding", "value_head.inner"), 1, learns=True)
-    it.gradients(engine(), 2, learns=True)  # later steps may do as they like
+    it.gradients(engine("embedding", "value_head.outer"), learns=True, fresh=True)
+    it.gradients(engine("embedding", "value_head.inner"), learns=True, fresh=True)
+    it.gradients(engine(), learns=True, fresh=True)  # later steps may do as they like
 
 
 def test_steps_with_nothing_to_learn_from_do_not_count() -> None:
+    """A first phase may have taught nothing at all: its steps' successors are looked at."""
     it = invariants()
-    for step in range(5):
-        it.gradients(engine(), step, learns=False)
-    it.gradients(engine("embedding", "value_head.outer"), 5, learns=True)
+    for phase in range(5):
+        it.gradients(engine(), learns=False, fresh=phase == 0)
+    it.gradients(engine("embedding", "value_head.outer"), learns=True, fresh=False)
     with pytest.raises(InvariantError, match=r"value_head\.inner of policy"):
-        it.gradients(engine("embedding", "value_head.outer"), 6, learns=True)
+        it.gradients(engine("embedding", "value_head.outer"), learns=True, fresh=False)
+
+
+def test_each_engine_is_looked_at_when_it_begins_to_train() -> None:
+    """A critic may train for phases before the policy does."""
+    critic = SimpleNamespace(name="critic", gradient_names=lambda: (set(TRAINABLE), set(TRAINABLE)))
+    it: Any = invariants()
+    for _ in range(4):
+        it.gradients(critic, learns=True, fresh=True)
+    it.gradients(engine("embedding"), learns=True, fresh=True)
+    with pytest.raises(InvariantError, match=r"value_head\.inner, value_head\.outer of policy"):
+        it.gradients(engine("embedding"), learns=True, fresh=True)
 
 
 def test_a_resumed_run_is_past_its_first_steps() -> None:
     it = invariants()
-    for step in range(40, 44):
-        it.gradients(engine(), step, learns=True)
+    for _ in range(4):
+        it.gradients(engine(), learns=True, fresh=False)
