@@ -19,7 +19,8 @@ def main() -> None:
         eval_prompts=["fish "],
         config=config,
     )
-    print("mean score of every phase:", [round(row["rollout/score"], 2) for row in trained.history])
+    scores = [round(row["rollout/score"], 2) for row in trained.history if "rollout/score" in row]
+    print("mean score of every phase:", scores)
     print(trained.generate(["cats "], max_new_tokens=16))
 
 
