@@ -154,6 +154,7 @@ class Stepper:
         self.enter("train")
 
 
+@pytest.mark.gate  # signs of life are a matter of seconds, which a busy machine has not
 @pytest.mark.parametrize("phase", ["train", "save"])
 def test_a_stopped_rank_is_named_in_the_phase_it_stopped_in(
     phase: str, worlds: Worlds, tmp_path: Path, capsys: pytest.CaptureFixture[str]
