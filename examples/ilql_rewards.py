@@ -10,6 +10,7 @@ def main() -> None:
     config = megarl.default_config("ilql", "trainer.max_steps=60", "trainer.eval_every=null", "optim.lr=1e-3")
     config.rollout.max_new_tokens = 8
     config.data.cache = None
+    config.ilql.target_alpha = 1.0  # so short a run would leave the target heads, which guide, where they started
     trained = megarl.train(
         {"num_layers": 2, "hidden_size": 64, "num_heads": 4},
         samples=[["Which animal? ", "dolphins"], ["Which animal? ", "geese"]] * 8,
