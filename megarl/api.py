@@ -265,6 +265,8 @@ def _run(entry: str, config: Any, functions: dict[str, Function]) -> None:
 
     check(config, world_size(config, os.environ))
     if entry == "sft":
-        train_sft.train(config)
+        code = train_sft.train(config)
     else:
-        {"ppo": train_ppo, "ilql": train_ilql, "rft": train_rft}[entry].train(config, functions)
+        code = {"ppo": train_ppo, "ilql": train_ilql, "rft": train_rft}[entry].train(config, functions)
+    if code:  # Ctrl-C: the run is saved, and what follows the call is for a trained model
+        raise KeyboardInterrupt

@@ -62,11 +62,17 @@ class Checkpoints(Checkpoint):
         ranked = self._ranked(self.scores)
         return self.folder / ranked[0] if ranked else None
 
-    def save_now(self, trainer: Trainer) -> None:
-        """Save at this edge for a reason outside the schedule (a time limit, a notice of preemption)."""
+    def stop(self, trainer: Trainer) -> None:
+        """Save and end the run at this edge, for a reason outside the schedule (a time limit, a notice).
+
+        Lightning evaluates whenever it stops early; here only an evaluation that is due at this step still runs.
+        """
         if self.saved_step != steps_taken(trainer):
             self._save(trainer, None)
         self._io(trainer).wait()
+        trainer.should_stop = True
+        if self.eval_every is None or steps_taken(trainer) % self.eval_every:
+            trainer.limit_val_batches = 0
 
     def _save(self, trainer: Trainer, score: float | None) -> None:
         step = steps_taken(trainer)

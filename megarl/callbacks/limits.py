@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from megarl.callbacks.checkpoints import Checkpoints
-from megarl.callbacks.readings import planned_steps, steps_taken
+from megarl.callbacks.readings import planned_steps, steps_taken, unit
 from megarl.logging import get_logger
 
 log = get_logger(__name__)
@@ -48,7 +48,11 @@ class TimeLimit(Callback):
         if not trainer.strategy.broadcast(elapsed >= self.limit.total_seconds()):
             return
         if not self.reached:
-            log.info("trainer.max_time=%s is reached at step %d: saving and stopping", self.limit, steps_taken(trainer))
+            log.info(
+                "trainer.max_time=%s is reached at %s %d: saving and stopping",
+                self.limit,
+                unit(trainer),
+                steps_taken(trainer),
+            )
             self.reached = True
-            self.checkpoints.save_now(trainer)
-        trainer.should_stop = True
+        self.checkpoints.stop(trainer)

@@ -16,19 +16,22 @@ from megarl.parallel.strategy import MegatronStrategy
 
 log = get_logger(__name__)
 
-NOTICES = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM, Kubernetes and people send before they kill
+NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # what SLURM, Kubernetes and people send before they kill
+INTERRUPTED = 130  # the exit code of a run that Ctrl-C stopped, as shells have it
 STATUS_FILE = "MEGARL_STATUS_FILE"
 """Names a file that a run which stopped early leaves a line in, so that its launcher starts it again.
 
 (Not an exit code: torchrun passes none on, and srun would kill the ranks that are still writing.)
 """
+_SAID = b"\nCtrl-C: saving and stopping once this step is done (again: at once, without a checkpoint)\n"
 
 
 class Preemption(Callback):
-    """Any rank's SIGTERM or SIGUSR1 stops all ranks after the same step, once its checkpoint is committed.
+    """Any rank's SIGTERM, SIGUSR1 or Ctrl-C stops all ranks after the same step, once its checkpoint is committed.
 
-    Takes the place of Lightning's handlers while training: those would talk to other ranks from inside a signal, save
-    in another format and requeue the job themselves. When the fit is over, Lightning puts back what was there before.
+    A second Ctrl-C stops at once, without a checkpoint. Takes the place of Lightning's handlers while training: those
+    would talk to other ranks from inside a signal, save in another format and requeue the job themselves. When the fit
+    is over, Lightning puts back what was there before.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
@@ -52,15 +55,25 @@ class Preemption(Callback):
             self.stopping = True
             reason = self.notice or "a notice to another rank"
             log.info("%s: saving and stopping after %s %d", reason, unit(trainer), steps_taken(trainer))
-            self.checkpoints.save_now(trainer)
-            # At once: an evaluation may follow, and the notice may be short.
+            self.checkpoints.stop(trainer)
+            # At once: an evaluation may be due now, and the notice may be short.
             planned = planned_steps(trainer)
             if planned is None or steps_taken(trainer) < planned:
                 self._leave_word(f"stopped after {unit(trainer)} {steps_taken(trainer)}: start again\n")
         trainer.should_stop = True
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was Ctrl-C that stopped the run."""
+        return self.stopping and self.notice == signal.SIGINT.name
+
     def _noticed(self, number: int, frame: FrameType | None) -> None:
         """Only a note: a handler may run between any two instructions."""
+        if number == signal.SIGINT:
+            if self.notice == signal.SIGINT.name:
+                raise KeyboardInterrupt
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                os.write(2, _SAID)
         self.notice = signal.Signals(number).name
 
     def _leave_word(self, text: str) -> None:

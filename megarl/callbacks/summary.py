@@ -69,9 +69,11 @@ class Summary(Callback):
         early = trainer.should_stop and (total is None or steps_taken(trainer) < total)
         self._write(trainer, "stopped" if early else "finished")
         if trainer.is_global_zero:
-            self._say(trainer)
+            self._say()
+            if early:
+                logger.info("to go on: the same command with run.dir=%s run.resume=auto", self.path.parent)
 
-    def _say(self, trainer: Trainer) -> None:
+    def _say(self) -> None:
         """The way from the first evaluation to the last, and where the rest is."""
         for name, series in sorted(self._metrics.items()):
             if is_evaluation(name):

@@ -92,6 +92,9 @@ def run(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> NoRet
             traceback.print_exc()
         sys.stderr.write(f"{_rank_prefix()}error: {' '.join(str(error).split())}\n")
         code = error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{_rank_prefix()}interrupted\n")
+        code = 130
     sys.exit(code or 0)
 
 

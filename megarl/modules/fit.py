@@ -17,7 +17,7 @@ from megarl.callbacks.export import Export
 from megarl.callbacks.health import Health
 from megarl.callbacks.limits import StepLimit, TimeLimit, parse_duration
 from megarl.callbacks.loggers import StepAxis, build_loggers
-from megarl.callbacks.preemption import Preemption
+from megarl.callbacks.preemption import INTERRUPTED, Preemption
 from megarl.callbacks.progress import make_progress
 from megarl.callbacks.run_folder import RunFolder, resolve_run_dir
 from megarl.callbacks.samples import Samples
@@ -67,6 +67,7 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
         folder.write_environment()
     module = build(config)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, _eval_every(config))
+    preemption = Preemption(checkpoints)
     callbacks: list[Callback] = [
         StepAxis(),
         Baseline(),
@@ -74,7 +75,7 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
         Throughput(config.trainer.peak_tflops),
         Health(run_dir),
         checkpoints,
-        Preemption(checkpoints),
+        preemption,
         Breadcrumbs(run_dir),
         *([Export(config.export.hf)] if config.export.hf is not None else []),
         Samples(run_dir),
@@ -110,7 +111,7 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
         trainer.fit(module, ckpt_path=resume_from(config.run.resume, run_dir))
     finally:
         module.close()
-    return 0
+    return INTERRUPTED if preemption.interrupted and _rank() == 0 else 0  # another rank's would kill the first
 
 
 def resume_from(resume: str, run_dir: Path) -> str | None:

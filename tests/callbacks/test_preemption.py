@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megarl.callbacks.preemption import STATUS_FILE, Preemption
+from megarl.callbacks.preemption import NOTICES, STATUS_FILE, Preemption
 from megarl.checkpoint import find, verify
 from tests.tiny_runs import run_tiny
 from tests.worlds import Worlds
@@ -21,7 +21,7 @@ def noticed(run_dir: Path, steps: int, at: int, number: int, rank: int) -> dict[
     """A run in which one rank is sent a signal in the middle of a step (that has `at` steps before it)."""
     status = run_dir / "status"
     os.environ[STATUS_FILE] = str(status)
-    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+    before = [signal.getsignal(n) for n in NOTICES]
 
     def send(step: int) -> None:
         if step == at and dist.get_rank() == rank:
@@ -30,11 +30,11 @@ def noticed(run_dir: Path, steps: int, at: int, number: int, rank: int) -> dict[
     ended = run_tiny(
         run_dir, steps, each_step=send, more_callbacks=lambda checkpoints: [Preemption(checkpoints)], **SPARSE
     )
-    after = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+    after = [signal.getsignal(n) for n in NOTICES]
     return {**ended, "handlers_as_before": before == after, "status": status.read_text() if status.exists() else None}
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", NOTICES)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_any_ranks_notice_stops_all_after_that_step_with_a_checkpoint(
     number: int, rank: int, worlds: Worlds, tmp_path: Path
@@ -65,3 +65,48 @@ def test_without_a_notice_nothing_stops(worlds: Worlds, tmp_path: Path) -> None:
     (ended,) = worlds.run(1, noticed, tmp_path, 4, -1, signal.SIGUSR1, 0)
     assert (ended["step"], ended["status"]) == (4, None)
     assert not find(tmp_path / "checkpoints")
+
+
+def evaluated(run_dir: Path, eval_every: int, at: int) -> list[str]:
+    """A run that is noticed in the middle of a step: the checkpoints it leaves, best ones included."""
+
+    def send(step: int) -> None:
+        if step == at:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    run_tiny(
+        run_dir,
+        9,
+        evals={4: 0.5},  # an evaluation after any other step is a KeyError
+        eval_every=eval_every,
+        each_step=send,
+        more_callbacks=lambda checkpoints: [Preemption(checkpoints)],
+        every=100,
+    )
+    return [path.name for path in find(run_dir / "checkpoints")]
+
+
+@pytest.mark.parametrize(("eval_every", "at"), [(4, 2), (4, 3), (100, 3)])
+def test_a_stopped_run_evaluates_only_where_that_was_due(
+    eval_every: int, at: int, worlds: Worlds, tmp_path: Path
+) -> None:
+    assert worlds.run(1, evaluated, tmp_path, eval_every, at)[0] == [f"step-{at + 1:07d}"]
+
+
+def test_a_second_interrupt_stops_at_once(worlds: Worlds, tmp_path: Path) -> None:
+    assert worlds.run(1, interrupted_twice, tmp_path)[0] == ([0, 1, 2], [])
+
+
+def interrupted_twice(run_dir: Path) -> tuple[list[int], list[Path]]:
+    """The steps begun by a run with two interrupts in its third, and its checkpoints."""
+    begun: list[int] = []
+
+    def send(step: int) -> None:
+        begun.append(step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit):  # Lightning's answer to KeyboardInterrupt
+        run_tiny(run_dir, 9, each_step=send, more_callbacks=lambda found: [Preemption(found)], **SPARSE)
+    return begun, find(run_dir / "checkpoints")
