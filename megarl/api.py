@@ -75,7 +75,7 @@ class Trained:
             rollouts = generator.generate(
                 fitted(requests, generator.config.max_positions, "truncate"), stream=EVALUATION
             )
-            texts = [tokenizer.decode(r.response[:-1] if r.finish_reason == "eos" else r.response) for r in rollouts]
+            texts = [tokenizer.decode(rollout.spoken) for rollout in rollouts]
         return texts if n == 1 else [texts[start : start + n] for start in range(0, len(texts), n)]
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -3,14 +3,14 @@
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megarl.errors import CheckpointError, ConfigError, MegarlError
+from megarl.command import ended
+from megarl.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -181,14 +181,9 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         sys.stdout.write(HELP)
         sys.exit(0)
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        sys.exit(run(sys.argv[1:]))
-    except MegarlError as problem:
-        sys.stderr.write(f"error: {' '.join(str(problem).split())}\n")
-        sys.exit(problem.exit_code)
+    ended(lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from megarl.command import printable, quiet, say
 from megarl.config.checks import local_devices
 from megarl.config.compose import run
 from megarl.errors import ConfigError, DataError, MegarlError
@@ -50,7 +51,7 @@ def generate(config: "GenerateConfig") -> int:
         spawn(_process, (config, devices, port, problems), nprocs=devices)
     except ProcessExitedException as ended:
         if not problems.empty():  # one line, whichever process was first
-            sys.stderr.write(f"error: {' '.join(problems.get().split())}\n")
+            say(f"error: {problems.get()}")
         return int(ended.exit_code)
     return 0
 
@@ -59,6 +60,7 @@ def _process(rank: int, config: "GenerateConfig", world: int, port: int, problem
     """One of the processes that this command starts."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({key: str(value) for key, value in names.items()})
+    quiet()
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
@@ -243,12 +245,11 @@ def fitted(requests: Sequence["Request"], max_positions: int, too_long: str) -> 
 
 
 def _line(rollout: "Rollout", prompt: str, tokenizer: "Tokenizer") -> dict[str, Any]:
-    ended = rollout.finish_reason == "eos"
     return {
         "prompt_id": rollout.prompt_id,
         "sample_id": rollout.sample_id,
         "prompt": prompt,
-        "response": tokenizer.decode(rollout.response[:-1] if ended else rollout.response),
+        "response": tokenizer.decode(rollout.spoken),
         "finish_reason": rollout.finish_reason,
         "tokens": len(rollout.response),
         "logprob": sum(rollout.logprobs),
@@ -331,11 +332,10 @@ def chat(config: "GenerateConfig", generator: "Generator", tokenizer: "Tokenizer
         request = Request(0, 0, tuple(tokens), _short_of(sampling, generator.config.max_positions))
         (fit,) = fitted([request], generator.config.max_positions, "truncate")
         (rollout,) = generator.generate([fit], stream=EVALUATION, phase=turn)
-        ended = rollout.finish_reason == "eos"
-        text = tokenizer.decode(rollout.response[:-1] if ended else rollout.response)
+        text = tokenizer.decode(rollout.spoken)
         messages.append({"role": "assistant", "content": text})
         if first:
-            sys.stdout.write(text + "\n")
+            sys.stdout.write(printable(text) + "\n")
             sys.stdout.flush()
 
 

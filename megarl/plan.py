@@ -6,19 +6,19 @@ Takes the keys of the run that it plans, and its own. No GPU is needed.
 import difflib
 import json
 import sys
-import traceback
 from typing import Any
 
 from omegaconf import OmegaConf
 
 import megarl
+from megarl.command import ended
 from megarl.config.checks import check, check_declared, local_devices
 from megarl.config.cluster import PlanConfig
 from megarl.config.compose import compose
 from megarl.config.leaf import leaves, sections
 from megarl.config.messages import EXPLAINED, explain
 from megarl.config.schema import ENTRIES
-from megarl.errors import ConfigError, MegarlError
+from megarl.errors import ConfigError
 
 _OWN = {leaf.key.partition(".")[0] for leaf in leaves(PlanConfig)}
 
@@ -121,20 +121,16 @@ def help_text() -> str:
 
 def main() -> None:
     argv = sys.argv[1:]
-    code = 0
-    try:
+
+    def work() -> None:
         if "--help" in argv or "-h" in argv:
             sys.stdout.write(help_text())
         elif "--version" in argv:
             sys.stdout.write(f"megarl {megarl.__version__}\n")
         else:
             show(argv)
-    except MegarlError as error:
-        if "debug=true" in argv:
-            traceback.print_exc()
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        code = error.exit_code
-    sys.exit(code)
+
+    ended(work, lambda: "debug=true" in argv)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megarl.errors import ConfigError, MegarlError
+from megarl.command import ended, quiet
+from megarl.errors import ConfigError
 
 HELP = """python -m megarl.selftest [key=value ...]
 
@@ -153,6 +154,7 @@ def _process(rank: int, settings: dict[str, Any], port: int, out: str) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    quiet()
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
@@ -224,11 +226,7 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         sys.stdout.write(HELP)
         sys.exit(0)
-    try:
-        sys.exit(run(sys.argv[1:]))
-    except MegarlError as problem:
-        sys.stderr.write(f"error: {problem}\n")
-        sys.exit(problem.exit_code)
+    ended(lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

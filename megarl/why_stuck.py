@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megarl.callbacks.crumb import BEAT_S, FOLDER, Crumb, judge, read
-from megarl.errors import ConfigError, MegarlError
+from megarl.command import ended
+from megarl.errors import ConfigError
 
 HELP = """python -m megarl.why_stuck RUN [beat=SECONDS]
 
@@ -57,11 +58,7 @@ def main() -> None:
     if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
         sys.stdout.write(HELP)
         sys.exit(0)
-    try:
-        sys.exit(run(sys.argv[1:]))
-    except MegarlError as problem:
-        sys.stderr.write(f"error: {problem}\n")
-        sys.exit(problem.exit_code)
+    ended(lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

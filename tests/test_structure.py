@@ -17,6 +17,7 @@ ROOT = PACKAGE.parent
 FLOORS = {
     "config/": 0,
     "errors.py": 0,
+    "command.py": 0,
     "logging.py": 0,
     "clock.py": 0,
     "__init__.py": 0,

@@ -17,7 +17,6 @@ from megarl.parallel.strategy import MegatronStrategy
 log = get_logger(__name__)
 
 NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # what SLURM, Kubernetes and people send before they kill
-INTERRUPTED = 130  # the exit code of a run that Ctrl-C stopped, as shells have it
 STATUS_FILE = "MEGARL_STATUS_FILE"
 """Names a file that a run which stopped early leaves a line in, so that its launcher starts it again.
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megarl.callbacks.readings import steps_taken, unit
+from megarl.command import printable
 from megarl.logging import get_logger
 
 logger = get_logger(__name__)
@@ -63,5 +64,5 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = str(value)
+    text = printable(str(value))
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import megarl
+from megarl.command import ended
 from megarl.config.checks import check, check_values, world_size
 from megarl.config.messages import EXPLAINED, explain
 from megarl.config.presets import conf_folder, register
@@ -67,35 +67,25 @@ def typed(entry: str, tree: DictConfig) -> tuple[Any, dict[str, Any]]:
 
 
 def run(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> NoReturn:
-    """Run an entry point and exit: answer flags, compose, call `main` with the typed configuration.
-
-    A `MegarlError` ends in one line on stderr and its exit code (2 for bad input, 3 for bad numbers), with a
-    traceback only under `debug=true`; any other exception is a bug and keeps its traceback.
-    """
+    """Run an entry point and exit: answer flags, compose, call `main` with the typed configuration."""
     debug = any(part.lstrip("+").lower() in ("debug=true", "debug=yes", "debug=on", "debug=1") for part in argv)
-    try:
+
+    def work() -> int | None:
+        nonlocal debug
         if "--version" in argv:
             sys.stdout.write(f"megarl {megarl.__version__}\n")
-            code: int | None = 0
-        elif "--help" in argv or "-h" in argv:
+            return 0
+        if "--help" in argv or "-h" in argv:
             _, plain = compose(entry, [part for part in argv if part not in ("--help", "-h")])
             sys.stdout.write(help_text(entry, plain))
-            code = 0
-        elif _needs_hydra(argv):
-            code = _run_hydra(entry, argv, main)
-        else:
-            config, _ = compose(entry, argv)
-            debug = config.debug
-            code = _checked(config, main)
-    except MegarlError as error:
-        if debug:
-            traceback.print_exc()
-        sys.stderr.write(f"{_rank_prefix()}error: {' '.join(str(error).split())}\n")
-        code = error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{_rank_prefix()}interrupted\n")
-        code = 130
-    sys.exit(code or 0)
+            return 0
+        if _needs_hydra(argv):
+            return _run_hydra(entry, argv, main)
+        config, _ = compose(entry, argv)
+        debug = config.debug
+        return _checked(config, main)
+
+    ended(work, lambda: debug)
 
 
 def _checked(config: Any, main: Callable[[Any], int | None]) -> int | None:
@@ -187,10 +177,3 @@ def _explained(entry: str, argv: list[str]) -> Iterator[None]:
         yield
     except EXPLAINED as error:
         raise explain(error, ENTRIES[entry], argv) from error
-
-
-def _rank_prefix() -> str:
-    """Which process speaks, where there are several and it is not the first."""
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # the last is all that processes of `trainer.devices` have
-    rank = next((os.environ[name] for name in names if os.environ.get(name)), "0")
-    return "" if rank == "0" else f"[rank {rank}] "

@@ -8,7 +8,7 @@ from typing import Any
 
 from megarl.config.rl import EvalConfig
 from megarl.data.prompts import Prompt
-from megarl.modules.judge import Judge, Judgement, spoken, total
+from megarl.modules.judge import Judge, Judgement, total
 from megarl.rollout.noise import EVALUATION
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
@@ -75,7 +75,7 @@ class Evaluation:
                 {
                     **({"setting": setting} if setting else {}),
                     "prompt": self.prompts[rollout.prompt_id].text,
-                    "response": self.tokenizer.decode(spoken(rollout)),
+                    "response": self.tokenizer.decode(rollout.spoken),
                     **{name: None if score is None else total(score) for name, score in found.items()},
                 }
             )

@@ -1,7 +1,6 @@
 """From a typed configuration to a finished run: the part that all entry points share."""
 
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +16,14 @@ from megarl.callbacks.export import Export
 from megarl.callbacks.health import Health
 from megarl.callbacks.limits import StepLimit, TimeLimit, parse_duration
 from megarl.callbacks.loggers import StepAxis, build_loggers
-from megarl.callbacks.preemption import INTERRUPTED, Preemption
+from megarl.callbacks.preemption import Preemption
 from megarl.callbacks.progress import make_progress
 from megarl.callbacks.run_folder import RunFolder, resolve_run_dir
 from megarl.callbacks.samples import Samples
 from megarl.callbacks.summary import Summary
 from megarl.callbacks.throughput import Throughput
 from megarl.checkpoint import ShardedCheckpointIO, find
+from megarl.command import INTERRUPTED, quiet
 from megarl.config import checks
 from megarl.errors import CheckpointError
 from megarl.logging import get_logger, setup
@@ -59,7 +59,7 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
         adopt(config)
     if config.export.hf is not None:
         refuse_existing(Path(config.export.hf).expanduser())
-    warnings.filterwarnings("ignore", module=r"(lightning|megatron|torch)\.")
+    quiet()
     resolved = asdict(config)
     folder = RunFolder(run_dir)
     if _rank() == 0:

@@ -20,7 +20,9 @@ from megarl.rewards.functions import RewardFunction, Spec, resolve
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
 
-_WEIGHTED = re.compile(r"^(?:(?P<weight>[-+]?[\d.]+(?:e[-+]?\d+)?)\s*\*\s*)?(?P<function>\S+)$", re.IGNORECASE)
+_WEIGHTED = re.compile(
+    r"^(?:(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?(?P<function>\S+)$", re.IGNORECASE
+)
 _TAKEN = ("score", "response_tokens")  # names that evaluations log other things under
 
 
@@ -132,7 +134,7 @@ class Judge:
 
     def _question(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, Any]:
         """Texts of samples and the other fields of their records. A sampled end of sequence is no text."""
-        outputs = [self.tokenizer.decode(spoken(rollout)) for rollout in rollouts]
+        outputs = [self.tokenizer.decode(rollout.spoken) for rollout in rollouts]
         names = sorted({name for prompt in prompts for name in prompt.metadata})
         return {
             "samples": [prompt.text + output for prompt, output in zip(prompts, outputs, strict=True)],
@@ -141,11 +143,6 @@ class Judge:
             "metadata": {name: [prompt.metadata.get(name) for prompt in prompts] for name in names},
             "lengths": [len(rollout.response) for rollout in rollouts],
         }
-
-
-def spoken(rollout: Rollout) -> list[int]:
-    """A response's tokens without the end of sequence."""
-    return rollout.response[:-1] if rollout.finish_reason == "eos" else rollout.response
 
 
 def read_function(function: Spec | RewardFunction, key: str) -> Any:

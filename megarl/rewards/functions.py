@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -105,13 +106,22 @@ def _pack(function: object, key: str) -> RewardFunction:
 
     name = name_of(function)
     try:
-        return RewardFunction(name, cloudpickle.dumps(function))
+        return RewardFunction(name, cloudpickle.dumps(function), _file_of(function))
     except Exception as error:  # what a closure holds may raise anything when it is pickled
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"{key}={name} cannot be sent to the process that runs it ({type(error).__name__}: {reason}); "
             "create what it holds inside the function, or name it as package.module:function"
         ) from error
+
+
+def _file_of(function: Function) -> str | None:
+    """Where a callable is written; pickles of importable ones hold no more than its name."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+    except (TypeError, ValueError):
+        return None
+    return file if file and Path(file).is_file() else None
 
 
 def _is_file(place: str) -> bool:

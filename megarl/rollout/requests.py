@@ -78,6 +78,11 @@ class Rollout:
     def tokens(self) -> list[int]:
         return self.prompt + self.response
 
+    @property
+    def spoken(self) -> list[int]:
+        """The response without the end of sequence."""
+        return self.response[:-1] if self.finish_reason == "eos" else self.response
+
 
 def sampling_from(rollout: RolloutConfig) -> Sampling:
     """The `rollout` section as settings; its stop texts are found wherever their tokens begin and end."""

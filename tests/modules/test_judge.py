@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,10 @@ from megarl.data.prompts import Prompt
 from megarl.errors import ConfigError, RewardError
 from megarl.modules import judge as judging
 from megarl.modules.journal import Journal
-from megarl.modules.judge import Judge, fingerprint, read_function, spoken
+from megarl.modules.judge import Judge, fingerprint, read_function
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
+from megarl.rewards import builtin
 from megarl.rewards.client import Scores
 from megarl.rewards.combine import Combined
 from megarl.rollout.noise import TRAINING
@@ -95,8 +97,8 @@ def test_a_question_holds_texts_without_the_end_and_every_records_fields(worker:
 
 def test_only_an_end_that_was_drawn_is_no_text() -> None:
     """A tokenizer may decode its end of sequence to something; a stop text stays."""
-    assert [spoken(rollout) for rollout in ROLLOUTS] == [[C, D], [C], []]
-    assert spoken(Rollout(0, 0, [A], [C, D], [-1.0] * 2, "stop")) == [C, D]
+    assert [rollout.spoken for rollout in ROLLOUTS] == [[C, D], [C], []]
+    assert Rollout(0, 0, [A], [C, D], [-1.0] * 2, "stop").spoken == [C, D]
 
 
 def test_what_was_scored_before_the_end_of_a_process_is_not_asked_again(worker: Scripted, tmp_path: Path) -> None:
@@ -156,7 +158,20 @@ def test_options_weights_and_functions_make_a_difference() -> None:
     length, regex = "megarl.rewards.builtin:length", "megarl.rewards.builtin:regex"
     several = {of(length), of(regex), of(length, unit="words"), of(f"2*{length}"), of(f"3*{length}")}
     assert len(several) == 5
+    assert of(builtin.length) != of(builtin.regex)
     assert of(f"2*{length} + {regex}") == of(f"2.0*{length} + 1*{regex}") != of(f"2*{length} + 2*{regex}")
+
+
+def test_a_functions_file_makes_a_difference_even_where_a_pickle_only_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "scores_of_mine.py"
+    file.write_text("def f(**_): ...\n")
+    function = importlib.import_module("scores_of_mine").f
+    before = fingerprint(read_function(function, "reward.fn"), {})
+    file.write_text("def f(**_): return 1\n")
+    assert fingerprint(read_function(function, "reward.fn"), {}) != before
 
 
 @pytest.mark.parametrize(
@@ -179,7 +194,9 @@ def test_a_weighted_sum_is_written_as_one(
     assert (combined.names, combined.weights) == (names, weights)
 
 
-@pytest.mark.parametrize("written", ["0.5*", "0.5*a.py:f + ", "a:f * b:g", "+ a:f", "x*megarl.rewards.builtin:length"])
+@pytest.mark.parametrize(
+    "written", ["0.5*", "0.5*a.py:f + ", "a:f * b:g", "+ a:f", "x*megarl.rewards.builtin:length", "1.2.3*a:f"]
+)
 def test_what_is_no_sum_of_functions_is_refused_by_its_key(written: str) -> None:
     with pytest.raises(ConfigError, match=r"reward\.fn"):
         read_function(written, "reward.fn")

@@ -1,0 +1,54 @@
+"""How a command ends: in its exit code, and in one line where the user can mend what went wrong."""
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+from megarl.errors import MegarlError
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
+
+
+def ended(work: Callable[[], int | None], debug: Callable[[], bool] = bool) -> NoReturn:
+    """Do a command's work and exit.
+
+    A `MegarlError` ends in one line on stderr and its exit code (2 for bad input, 3 for bad numbers), with a traceback
+    only where `debug()`; any other exception is a bug and keeps its traceback.
+    """
+    quiet()
+    try:
+        code = work()
+    except MegarlError as error:
+        if debug():
+            traceback.print_exc()
+        say(f"error: {error}")
+        code = error.exit_code
+    except KeyboardInterrupt:
+        say("interrupted")
+        code = INTERRUPTED
+    sys.exit(code or 0)
+
+
+def say(text: str) -> None:
+    """One line on stderr that any terminal can show, and which process it comes from where that is not the first."""
+    sys.stderr.write(f"{_rank_prefix()}{printable(' '.join(text.split()))}\n")
+
+
+def printable(text: str) -> str:
+    """Text with its control characters as escapes: what a model says must not steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def quiet() -> None:
+    """Leave out other libraries' warnings about themselves: a user can do nothing about them."""
+    warnings.filterwarnings("ignore", module=r"(lightning|megatron|torch|transformers)\.")
+
+
+def _rank_prefix() -> str:
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # the last is all that processes of `trainer.devices` have
+    rank = next((os.environ[name] for name in names if os.environ.get(name)), "0")
+    return "" if rank == "0" else f"[rank {rank}] "

@@ -1,0 +1,40 @@
+"""What a command leaves on the terminal: one line for what a user can mend, and nothing that steers the terminal."""
+
+import pytest
+
+from megarl.command import ended, printable
+from megarl.errors import ConfigError, NumericsError
+
+
+def test_control_characters_are_shown_as_escapes() -> None:
+    assert printable("a\tb\nc \x1b[2J\x07 \x9b é 数") == "a\tb\nc \\x1b[2J\\x07 \\x9b é 数"
+
+
+@pytest.mark.parametrize(("error", "code"), [(ConfigError, 2), (NumericsError, 3)])
+def test_an_error_is_one_line_and_its_exit_code(
+    error: type[Exception], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        raise error("two\nlines with \x1b[31m")
+
+    with pytest.raises(SystemExit) as end:
+        ended(work)
+    assert end.value.code == code
+    assert capsys.readouterr().err == "error: two lines with \\x1b[31m\n"
+
+
+def test_an_interrupt_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        ended(work)
+    assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def work() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        ended(work)
