@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megarl.rewards.answers import Score
 from megarl.rollout.requests import Rollout
@@ -18,8 +19,8 @@ Entry = tuple[Score | None, dict[str, float | None]]
 class Journal:
     """A file per phase and stream in a folder, a line per scored response. Lives on the rank that asks for scores.
 
-    A response is known by its prompt, its number and its tokens, and a score by the function that gave it, so that
-    other weights, settings or functions find nothing.
+    A response is known by its prompt's record, its number and its tokens, and a score by the function that gave it:
+    other weights, records, settings or functions find nothing.
     """
 
     def __init__(
@@ -54,15 +55,15 @@ class Journal:
         self,
         stream: int,
         phase: int,
-        rollouts: Sequence[Rollout],
+        names: Sequence[str],
         scores: Sequence[Score | None],
         parts: dict[str, list[float | None]],
     ) -> None:
-        """Add scores; they are on disk when this returns."""
+        """Add scores of responses by `identity`; they are on disk when this returns."""
         lines = []
-        for row, (rollout, score) in enumerate(zip(rollouts, scores, strict=True)):
-            own = {name: column[row] for name, column in parts.items()}
-            record = {"of": identity(rollout), "score": score, "parts": own, "by": self.function}
+        for row, (name, score) in enumerate(zip(names, scores, strict=True)):
+            own = {part: column[row] for part, column in parts.items()}
+            record = {"of": name, "score": score, "parts": own, "by": self.function}
             lines.append(json.dumps(record) + "\n")
         for folder in self.folders:
             _append(self._path(folder, stream, phase), lines)
@@ -78,10 +79,10 @@ class Journal:
         return rollouts.with_name(f"{self.name}-{rollouts.name}")
 
 
-def identity(rollout: Rollout) -> str:
-    """Names a response by its place and its tokens."""
-    tokens = json.dumps([rollout.prompt, rollout.response]).encode()
-    return f"{rollout.prompt_id}-{rollout.sample_id}-{hashlib.sha256(tokens).hexdigest()[:16]}"
+def identity(rollout: Rollout, metadata: Mapping[str, Any] | None = None) -> str:
+    """Names a response by its place, its tokens and the other fields of its prompt's record."""
+    told = json.dumps([rollout.prompt, rollout.response, metadata or {}], sort_keys=True, default=repr)
+    return f"{rollout.prompt_id}-{rollout.sample_id}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
 
 def _append(path: Path, lines: Sequence[str]) -> None:

@@ -109,9 +109,8 @@ class Judge:
     ) -> Judgement:
         """Ask about what the journal does not know, a call's worth at a time, so that each answer is kept at once."""
         known = {} if self.journal is None else self.journal.read(stream, phase)
-        found: dict[int, Entry] = {
-            row: known[name] for row, rollout in enumerate(rollouts) if (name := identity(rollout)) in known
-        }
+        names = [identity(rollout, prompts[rollout.prompt_id].metadata) for rollout in rollouts]
+        found: dict[int, Entry] = {row: known[name] for row, name in enumerate(names) if name in known}
         unknown = [row for row in range(len(rollouts)) if row not in found]
         judgement = Judgement()
         size = self.batch_size or max(len(unknown), 1)
@@ -120,15 +119,15 @@ class Judge:
             asked = [rollouts[row] for row in rows]
             scores = worker.score(**self._question([prompts[rollout.prompt_id] for rollout in asked], asked))
             if self.journal is not None:
-                self.journal.write(stream, phase, asked, scores.values, scores.parts)
+                self.journal.write(stream, phase, [names[row] for row in rows], scores.values, scores.parts)
             for index, row in enumerate(rows):
                 found[row] = (scores.values[index], {name: column[index] for name, column in scores.parts.items()})
             judgement.failed += scores.failed
             judgement.retried += scores.retried
         order = [found[row] for row in range(len(rollouts))]
         judgement.scores = [score for score, _ in order]
-        names = list(dict.fromkeys(name for _, parts in order for name in parts))
-        judgement.parts = {name: [parts.get(name) for _, parts in order] for name in names}
+        terms = list(dict.fromkeys(term for _, parts in order for term in parts))
+        judgement.parts = {term: [parts.get(term) for _, parts in order] for term in terms}
         judgement.dropped = sum(score is None for score in judgement.scores)
         return judgement
 

@@ -19,7 +19,7 @@ SCORES = {identity(ONE): (0.1 + 0.2, {"a": 1.0}), identity(TWO): ([1.0, -2.5], {
 
 def written(folder: Path, name: str = "reward", function: str = "") -> Journal:
     journal = Journal(folder, name, function)
-    journal.write(TRAINING, 3, [ONE, TWO], [0.1 + 0.2, [1.0, -2.5]], {"a": [1.0, None]})
+    journal.write(TRAINING, 3, [identity(ONE), identity(TWO)], [0.1 + 0.2, [1.0, -2.5]], {"a": [1.0, None]})
     return journal
 
 
@@ -29,7 +29,7 @@ def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_sample_that_was_dropped_is_remembered_as_that(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "reward")
-    journal.write(TRAINING, 0, [ONE], [None], {})
+    journal.write(TRAINING, 0, [identity(ONE)], [None], {})
     assert journal.read(TRAINING, 0) == {identity(ONE): (None, {})}
 
 
@@ -55,6 +55,11 @@ def test_another_response_has_no_score(other: Rollout, tmp_path: Path) -> None:
     assert identity(other) not in written(tmp_path).read(TRAINING, 3)
 
 
+def test_the_same_response_to_a_changed_record_has_no_score() -> None:
+    assert len({identity(ONE), identity(ONE, {"answer": "4"}), identity(ONE, {"answer": "5"})}) == 3
+    assert identity(ONE, {"a": 1, "b": 2}) == identity(ONE, {"b": 2, "a": 1})
+
+
 def test_the_same_response_drawn_by_other_weights_has_its_score(tmp_path: Path) -> None:
     same = replace(ONE, logprobs=[-9.0, -9.0], weights_version=8)
     assert identity(same) in written(tmp_path).read(TRAINING, 3)
@@ -72,7 +77,7 @@ def test_a_torn_last_line_does_not_count_and_costs_no_other(cut: int, tmp_path: 
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[: -1 - cut])
     assert journal.read(TRAINING, 3) == {identity(ONE): SCORES[identity(ONE)]}
-    journal.write(TRAINING, 3, [TWO], [2.0], {})
+    journal.write(TRAINING, 3, [identity(TWO)], [2.0], {})
     assert journal.read(TRAINING, 3) == {identity(ONE): SCORES[identity(ONE)], identity(TWO): (2.0, {})}
 
 
@@ -82,7 +87,7 @@ def test_a_line_that_lacks_only_its_end_counts_and_the_next_begins_a_new_one(tmp
     path.write_bytes(path.read_bytes()[:-1])
     assert journal.read(TRAINING, 3) == SCORES
     third = replace(TWO, sample_id=2)
-    journal.write(TRAINING, 3, [third], [3.0], {})
+    journal.write(TRAINING, 3, [identity(third)], [3.0], {})
     assert journal.read(TRAINING, 3) == {**SCORES, identity(third): (3.0, {})}
 
 
@@ -91,8 +96,8 @@ def test_phases_that_lie_behind_are_forgotten(tmp_path: Path) -> None:
     metric = Journal(tmp_path, "metric")
     for phase in (0, 9, 10, 11):
         for stream in (TRAINING, EVALUATION, EVALUATION + 1):
-            journal.write(stream, phase, [ONE], [1.0], {})
-        metric.write(TRAINING, phase, [ONE], [1.0], {})
+            journal.write(stream, phase, [identity(ONE)], [1.0], {})
+        metric.write(TRAINING, phase, [identity(ONE)], [1.0], {})
     journal.forget(before=10)
     assert [bool(journal.read(TRAINING, phase)) for phase in (0, 9, 10, 11)] == [False, False, True, True]
     assert [bool(journal.read(EVALUATION + 1, phase)) for phase in (9, 10)] == [False, True]
@@ -102,10 +107,12 @@ def test_phases_that_lie_behind_are_forgotten(tmp_path: Path) -> None:
 def test_a_dump_of_rollouts_holds_their_scores_which_a_replay_then_knows(tmp_path: Path) -> None:
     stored = tmp_path / "dump"
     dump(phase_file(stored, TRAINING, 3), [ONE, TWO])
-    Journal(tmp_path / "first", "reward", copy=stored).write(TRAINING, 3, [ONE, TWO], [1.0, 2.0], {})
+    Journal(tmp_path / "first", "reward", copy=stored).write(
+        TRAINING, 3, [identity(ONE), identity(TWO)], [1.0, 2.0], {}
+    )
     assert load(phase_file(stored, TRAINING, 3)) == [ONE, TWO]
     again = Journal(tmp_path / "second", "reward", source=stored)
     assert again.read(TRAINING, 3) == {identity(ONE): (1.0, {}), identity(TWO): (2.0, {})}
-    again.write(TRAINING, 3, [ONE], [5.0], {})
+    again.write(TRAINING, 3, [identity(ONE)], [5.0], {})
     assert again.read(TRAINING, 3)[identity(ONE)] == (5.0, {}), "what this run was told goes before"
     assert Journal(tmp_path / "third", "reward", source=stored).read(TRAINING, 3)[identity(ONE)] == (1.0, {})
