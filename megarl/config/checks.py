@@ -15,6 +15,7 @@ from megarl.config.leaf import leaves
 from megarl.config.messages import describe_type
 from megarl.config.offers import Refusal, Rule, divisors, either, enforce, multiples, read, require_divides
 from megarl.config.presets import DEMO_EVAL, DEMO_TRAIN, resource
+from megarl.config.rl import SCORER_START_S
 from megarl.config.schema import ModelConfig, ParallelConfig
 from megarl.errors import ConfigError
 from megarl.logging import get_logger, warn_once
@@ -436,16 +437,16 @@ def _rejection(config: Any, world_size: int) -> None:
 
 
 def _reward_time(config: Any, world_size: int) -> None:
-    """Processes that wait for the one that asks must not give up before it does."""
+    """Processes that wait for the one that asks must not give up before it does (asked again with each question)."""
     reward = config.reward
     asked = config.ppo.rollouts if hasattr(config, "ppo") else config.rollout.n * (config.rft.prompts or 1)
     calls = -(-asked // (reward.batch_size or asked))
-    longest = calls * (reward.retries + 1) * reward.timeout
+    longest = calls * (reward.retries + 1) * (reward.timeout + SCORER_START_S)
     if world_size > 1 and longest >= config.parallel.timeout_s:
         raise Refusal(
-            f"scoring {asked} responses can take {calls} calls * {reward.retries + 1} tries * reward.timeout="
-            f"{reward.timeout:g} = {longest:g} s, and the other processes wait only parallel.timeout_s="
-            f"{config.parallel.timeout_s} s",
+            f"scoring {asked} responses can take {calls} calls * {reward.retries + 1} tries * (reward.timeout="
+            f"{reward.timeout:g} + {SCORER_START_S:g} to start) = {longest:g} s, and the other processes wait only "
+            f"parallel.timeout_s={config.parallel.timeout_s} s",
             {"parallel.timeout_s": [int(longest) + 120]},
             "a shorter reward.timeout",
         )

@@ -60,6 +60,10 @@ class PromptDataConfig:
     graph_seed: int = leaf(1000, "graph of the randomwalks task", at_least=0)
 
 
+SCORER_START_S = 120.0
+"""Seconds the process that scores may take to start and to load its function."""
+
+
 @dataclass
 class RewardConfig:
     """What scores responses, in a process of its own."""

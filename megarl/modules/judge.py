@@ -11,6 +11,7 @@ from typing import Any
 
 from megarl.config.rl import RewardConfig
 from megarl.data.prompts import Prompt
+from megarl.errors import ConfigError
 from megarl.modules.journal import Entry, Journal, identity
 from megarl.parallel.grid import Grid
 from megarl.rewards.answers import Score
@@ -60,7 +61,7 @@ class Judge:
         journal: Journal | None = None,
     ) -> None:
         """`journal` remembers scores over the end of a process, for this function as it is now."""
-        self.grid, self.tokenizer, self.journal, self.batch_size = grid, tokenizer, journal, settings.batch_size
+        self.grid, self.tokenizer, self.journal, self.settings = grid, tokenizer, journal, settings
         self.worker: RewardWorker | None = None
         chosen = read_function(function, key)
         name = getattr(chosen, "name", "combined").rpartition(":")[2].rpartition(".")[2]
@@ -112,8 +113,16 @@ class Judge:
         names = [identity(rollout, prompts[rollout.prompt_id].metadata) for rollout in rollouts]
         found: dict[int, Entry] = {row: known[name] for row, name in enumerate(names) if name in known}
         unknown = [row for row in range(len(rollouts)) if row not in found]
+        longest = worker.longest_s(len(unknown))
+        if self.grid.layout.world_size > 1 and longest >= self.grid.timeout_s:
+            raise ConfigError(
+                f"scoring {len(unknown)} responses can take {longest:g} s with reward.timeout="
+                f"{self.settings.timeout:g}, and the other processes wait only "
+                f"parallel.timeout_s={self.grid.timeout_s:g} s: use parallel.timeout_s={int(longest) + 120}, "
+                "a shorter reward.timeout, or a larger reward.batch_size"
+            )
         judgement = Judgement()
-        size = self.batch_size or max(len(unknown), 1)
+        size = self.settings.batch_size or max(len(unknown), 1)
         for first in range(0, len(unknown), size):
             rows = unknown[first : first + size]
             asked = [rollouts[row] for row in rows]

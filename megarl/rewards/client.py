@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megarl.config.rl import SCORER_START_S
 from megarl.errors import ConfigError, DataError, RewardError
 from megarl.logging import get_logger
 from megarl.rewards.answers import Score
@@ -83,7 +84,7 @@ class RewardWorker:
         batch_size: int | None = None,
         options: Mapping[str, Any] | None = None,
         devices: str | None = "",
-        start_timeout_s: float = 120.0,
+        start_timeout_s: float = SCORER_START_S,
         key: str = "reward.fn",
     ) -> None:
         """Check the function and pack it; nothing is started yet.
