@@ -11,10 +11,11 @@ export PIP_CONSTRAINT := $(CURDIR)/$(VENV)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types gates format clean
+.PHONY: help venv demo test slurm lint types gates format clean
 
 # Where there is no CPU build of torch at hand: make demo TORCH_INDEX='--index-url https://download.pytorch.org/whl/cpu'
 TORCH_INDEX ?=
+WORKERS ?= 2
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 16
@@ -32,8 +33,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: venv  ## PPO on a small task with known results: two to three minutes, with a live view of score and KL
 	$(BIN)/python -m megarl.train_ppo +conf=randomwalks run.dir=runs/demo run.resume=never
 
-test: venv  ## the tests
-	$(BIN)/python -m pytest
+# A file's tests share what they have set up, so that a file stays on one worker.
+test: venv  ## the tests, on two workers (WORKERS=8 for more)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+slurm: venv  ## the launchers on a Slurm of two nodes, where it is installed (slurm-wlm, munge)
+	$(BIN)/python -m pytest -m 'slurm and not gate' tests/slurm
 
 lint: venv  ## style: ruff's formatter and linter
 	$(BIN)/ruff format --check .

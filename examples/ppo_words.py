@@ -10,6 +10,7 @@ def main() -> None:
     config = megarl.default_config("ppo", "trainer.max_phases=10", "trainer.eval_every=5", "rollout.max_new_tokens=16")
     config.ppo.rollouts = 32
     config.ppo.kl_coef = 0.0
+    config.optim.lr = 1e-3  # the default is for weights that have learned
     config.trainer.global_batch_size = 32
     config.trainer.micro_batch_size = 32
     trained = megarl.train(

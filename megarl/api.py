@@ -58,9 +58,9 @@ class Trained:
         Args:
             settings: of the `rollout` section, such as temperature, max_new_tokens or ilql_beta.
         """
-        from megarl.generate import fitted, opened
+        from megarl.generate import opened
         from megarl.rollout.noise import EVALUATION
-        from megarl.rollout.requests import repeat, sampling_from
+        from megarl.rollout.requests import fit_prompts, repeat, sampling_from
 
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         own = getattr(self.config, "rollout", None)
@@ -73,7 +73,7 @@ class Trained:
             tokens = [tokenizer.encode_prompt(text) for text in asked]
             requests = repeat(tokens, n, sampling_from(config.rollout))
             rollouts = generator.generate(
-                fitted(requests, generator.config.max_positions, "truncate"), stream=EVALUATION
+                fit_prompts(requests, generator.config.max_positions, "truncate"), stream=EVALUATION
             )
             texts = [tokenizer.decode(rollout.spoken) for rollout in rollouts]
         return texts if n == 1 else [texts[start : start + n] for start in range(0, len(texts), n)]

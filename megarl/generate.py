@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 from megarl.command import printable, quiet, say
 from megarl.config.checks import local_devices
 from megarl.config.compose import run
+from megarl.config.files import SUFFIXES
 from megarl.errors import ConfigError, DataError, MegarlError
 
 if TYPE_CHECKING:
     from megarl.config.schema import GenerateConfig
-    from megarl.data.sources import Record
+    from megarl.data.prompts import Prompt
     from megarl.rollout.generator import Generator
-    from megarl.rollout.requests import Request, Rollout, Sampling
+    from megarl.rollout.requests import Rollout, Sampling
     from megarl.tokenizers import Tokenizer
 
 CHAT_HELP = "Type a message; /reset forgets the conversation, /quit (or an empty line) ends it."
@@ -90,7 +91,7 @@ def work(config: "GenerateConfig") -> None:
 @contextmanager
 def opened(
     config: "GenerateConfig",
-) -> "Iterator[tuple[Generator, Tokenizer, list[tuple[str, tuple[int, ...]]]]]":
+) -> "Iterator[tuple[Generator, Tokenizer, list[Prompt]]]":
     """The model over the processes that are there, ready to generate, and the prompts that the configuration names."""
     import torch.distributed as dist
 
@@ -152,9 +153,10 @@ def opened(
 # --- prompts to answers -----------------------------------------------------------------------------------------------
 
 
-def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer") -> list[tuple[str, tuple[int, ...]]]:
-    """Text and tokens of every prompt. What names a file is read as one; anything else is a prompt itself."""
-    from megarl.data.sources import SUFFIXES, Record, read_records
+def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer") -> "list[Prompt]":
+    """Every prompt. What names a file is read as one; anything else is a prompt itself."""
+    from megarl.data.prompts import encode_prompt
+    from megarl.data.sources import Record, read_records
 
     assert config.prompts is not None
     path = Path(config.prompts).expanduser()
@@ -166,39 +168,23 @@ def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer") -> list[tuple
         if named
         else [Record({config.prompt_key: config.prompts}, "prompts")]
     )
-    return [_encoded(record, config, tokenizer) for record in records]
-
-
-def _encoded(record: "Record", config: "GenerateConfig", tokenizer: "Tokenizer") -> tuple[str, tuple[int, ...]]:
-    fields = record.fields
-    if config.messages_key in fields:
-        tokens = tokenizer.apply_chat_template(fields[config.messages_key], True, config.chat_template)
-        return tokenizer.decode(tokens), tuple(tokens)
-    text = fields.get(config.prompt_key)
-    if not isinstance(text, str):
-        raise DataError(
-            f"{record.where}: has no text under {config.prompt_key!r} and no conversation under "
-            f"{config.messages_key!r}, only {', '.join(map(repr, fields)) or 'nothing'}: set prompt_key or messages_key"
-        )
-    tokens = tokenizer.encode_prompt(text)
-    if not tokens:
-        raise DataError(f"{record.where}: the prompt is empty and has no tokens: write one, or take the record out")
-    return text, tuple(tokens)
+    keys = config.prompt_key, config.messages_key
+    return [encode_prompt(record, tokenizer, *keys, config.chat_template) for record in records]
 
 
 def answer(
     config: "GenerateConfig",
     generator: "Generator",
     tokenizer: "Tokenizer",
-    prompts: Sequence[tuple[str, tuple[int, ...]]],
+    prompts: "Sequence[Prompt]",
 ) -> None:
     """Write a line for every response as soon as it is done (those of other replicas at the end)."""
     from megarl.rollout.noise import EVALUATION
-    from megarl.rollout.requests import repeat, sampling_from
+    from megarl.rollout.requests import fit_prompts, repeat, sampling_from
 
     sampling = sampling_from(config.rollout)
-    asked = repeat([tokens for _, tokens in prompts], config.rollout.n, sampling)
-    requests = fitted(asked, generator.config.max_positions, config.rollout.too_long)
+    asked = repeat([prompt.tokens for prompt in prompts], config.rollout.n, sampling)
+    requests = fit_prompts(asked, generator.config.max_positions, config.rollout.too_long)
     first = generator.grid.rank == 0
     written: set[tuple[int, int]] = set()
     start = time.monotonic()
@@ -210,7 +196,7 @@ def answer(
             for rollout in rollouts:
                 name = (rollout.prompt_id, rollout.sample_id)
                 if name not in written:
-                    out.write(json.dumps(_line(rollout, prompts[rollout.prompt_id][0], tokenizer)) + "\n")
+                    out.write(json.dumps(_line(rollout, prompts[rollout.prompt_id].text, tokenizer)) + "\n")
                     written.add(name)
             out.flush()
             advance(rollouts)
@@ -223,25 +209,6 @@ def answer(
         sys.stderr.write(
             f"{len(rollouts)} responses, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s{where}\n"
         )
-
-
-def fitted(requests: Sequence["Request"], max_positions: int, too_long: str) -> list["Request"]:
-    """Requests whose prompts leave room for a response; says how many were cut or left out."""
-    from megarl.logging import get_logger
-    from megarl.rollout.requests import fit_prompt
-
-    kept = [fit_prompt(request, max_positions, too_long) for request in requests]
-    changed = sum(new is not request for new, request in zip(kept, requests, strict=True))
-    if changed:
-        done = "left out" if too_long == "drop" else "cut on the left"
-        get_logger(__name__).warning("%d of %d prompts were too long and %s", changed, len(requests), done)
-    found = [request for request in kept if request is not None]
-    if not found:
-        raise DataError(
-            f"no prompt leaves room for rollout.max_new_tokens={requests[0].sampling.max_new_tokens} in a context of "
-            f"{max_positions}: shorten the prompts, or set rollout.too_long=truncate"
-        )
-    return found
 
 
 def _line(rollout: "Rollout", prompt: str, tokenizer: "Tokenizer") -> dict[str, Any]:
@@ -312,7 +279,7 @@ def _progress(config: "GenerateConfig", total: int, first: bool) -> Iterator[Cal
 def chat(config: "GenerateConfig", generator: "Generator", tokenizer: "Tokenizer") -> None:
     """Turn by turn: the first rank reads the terminal and shows the answer, all ranks compute it."""
     from megarl.rollout.noise import EVALUATION
-    from megarl.rollout.requests import Request, sampling_from
+    from megarl.rollout.requests import Request, fit_prompts, sampling_from
 
     sampling = sampling_from(config.rollout)
     first = generator.grid.rank == 0
@@ -330,7 +297,7 @@ def chat(config: "GenerateConfig", generator: "Generator", tokenizer: "Tokenizer
         messages.append({"role": "user", "content": said})
         tokens = tokenizer.apply_chat_template(messages, True, config.chat_template)
         request = Request(0, 0, tuple(tokens), _short_of(sampling, generator.config.max_positions))
-        (fit,) = fitted([request], generator.config.max_positions, "truncate")
+        (fit,) = fit_prompts([request], generator.config.max_positions, "truncate")
         (rollout,) = generator.generate([fit], stream=EVALUATION, phase=turn)
         text = tokenizer.decode(rollout.spoken)
         messages.append({"role": "assistant", "content": text})

@@ -9,7 +9,8 @@ logger = get_logger(__name__)
 
 
 class Baseline(Callback):
-    """Lightning's evaluations only come after steps; this one is logged at step 0 and left in `module.baseline`.
+    """Lightning's evaluations only come after steps; this one is logged at step 0 and left in `module.baseline` and
+    `module.samples`.
 
     A module that can do it has `evaluation`, which may be None, and `evaluate()`. A resumed run has had its baseline,
     and one that is never evaluated has none.
@@ -21,6 +22,7 @@ class Baseline(Callback):
             return
         evaluated = pl_module.evaluate()  # type: ignore[operator]
         pl_module.baseline = evaluated.metrics  # type: ignore[assignment]
+        pl_module.samples = evaluated.samples  # type: ignore[assignment]
         for entry in trainer.loggers:
             entry.log_metrics(evaluated.metrics, step=0)
         said = "  ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in evaluated.metrics.items())

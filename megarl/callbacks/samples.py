@@ -26,9 +26,16 @@ class Samples(Callback):
     def __init__(self, run_folder: Path) -> None:
         self.path = run_folder / "samples.jsonl"
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._show(trainer, pl_module)  # those of the evaluation before training, where there was one
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._show(trainer, pl_module)
+
+    def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows: list[dict[str, Any]] = getattr(pl_module, "samples", [])
-        if not rows or not trainer.is_global_zero or trainer.sanity_checking:
+        if not rows or not trainer.is_global_zero:
             return
         step = steps_taken(trainer)
         with self.path.open("a", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from megarl.callbacks.readings import is_evaluation, logging_interval, planned_steps, readings, steps_taken
+from megarl.callbacks.readings import is_evaluation, logging_interval, planned_steps, readings, steps_taken, unit
 from megarl.callbacks.run_folder import write_whole
 from megarl.callbacks.throughput import peak_memory_gb
 from megarl.clock import Clock
@@ -40,6 +40,7 @@ class Summary(Callback):
         self._peak_memory_gb = 0.0
         self._clock = Clock()
         self._started = False
+        self._steps_here = 0  # of this process
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Checkpoints are restored after this, so that the module's clock continues with the rest.
@@ -51,6 +52,7 @@ class Summary(Callback):
         self._write(trainer, "running")
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._steps_here += 1
         if steps_taken(trainer) % logging_interval(trainer) == 0:
             self._collect_step(trainer)
 
@@ -70,6 +72,8 @@ class Summary(Callback):
         self._write(trainer, "stopped" if early else "finished")
         if trainer.is_global_zero:
             self._say()
+            if not self._steps_here and not early:
+                logger.info("%s %d was the last one planned, and is done", unit(trainer), steps_taken(trainer))
             if early:
                 logger.info("to go on: the same command with run.dir=%s run.resume=auto", self.path.parent)
 

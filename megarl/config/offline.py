@@ -65,3 +65,4 @@ class ILQLSettings:
     two_qs: bool = leaf(True, "two Q heads, of which the smaller counts, or one")
     target_alpha: float = leaf(0.001, "share of the way that the target heads go to the Q heads", above=0, at_most=1)
     target_every: int = leaf(5, "optimizer steps between moves of the target heads", at_least=1)
+    pack: bool = leaf(True, "several short samples share a row of a pass (they never attend to each other)")

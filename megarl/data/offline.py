@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from megarl.data.collate import Batch, batch_length
+from megarl.data.collate import Batch
 from megarl.data.formats import load_chat_template
-from megarl.data.loaders import StepLoader
-from megarl.data.order import TrainBatches, shard_rows
+from megarl.data.order import TrainBatches
 from megarl.data.randomwalks import task
 from megarl.data.sources import Record, read_records
 from megarl.errors import DataError
@@ -153,10 +152,10 @@ class OfflineStore:
         return len(self.lengths)
 
     def batch(self, rows: Sequence[int] | np.ndarray, length: int, pad_id: int) -> Batch:
-        """One microbatch.
+        """Some samples, right-padded.
 
         Returns:
-            tokens, positions [rows, length] long; response_mask, rewards [rows, length] float32; lengths [rows] long.
+            tokens [rows, length] long; response_mask, rewards [rows, length] float32; lengths [rows] long.
         """
         rows = np.asarray(rows)
         sizes = self.lengths[rows]
@@ -174,7 +173,6 @@ class OfflineStore:
         rewards[np.arange(len(rows)), last] -= self.mean / self.deviation
         return {
             "tokens": torch.from_numpy(filled("tokens", pad_id, np.int64)),
-            "positions": torch.arange(length).repeat(len(rows), 1),
             "response_mask": torch.from_numpy(response_mask),
             "rewards": torch.from_numpy(rewards),
             "lengths": torch.from_numpy(sizes),
@@ -268,45 +266,37 @@ def open_store(data: OfflineDataConfig, tokenizer: Tokenizer) -> OfflineStore:
     return OfflineStore.load(folder)
 
 
-class OfflineLoader(StepLoader):
-    """One list of microbatches with rewards per optimizer step, from a cursor that can be set to any step at once."""
+class OfflineLoader:
+    """The samples of each optimizer step, the same on every rank, from a cursor that can be set to any step at once."""
 
-    def __init__(self, store: OfflineStore, batches: TrainBatches, **options: Any) -> None:
-        super().__init__(store, batches, **options)  # type: ignore[arg-type]
-        self.store = store
+    def __init__(self, store: OfflineStore, batches: TrainBatches, *, pad_id: int, steps: int) -> None:
+        """`steps`: the step at which the stream ends, counted from the run's first."""
+        self.store, self.batches, self.pad_id, self.steps = store, batches, pad_id, steps
 
-    def step(self, index: int) -> list[Batch]:
-        """This rank's microbatches of step `index`."""
+    def step(self, index: int) -> Batch:
+        """The global batch of step `index`."""
         rows = self.batches.batch(index)
-        length = batch_length(int(self.store.lengths[rows].max()), self.seq_length, self.multiple_of)
-        shares = shard_rows(rows, self.dp_rank, self.dp_size, self.micro_batch_size)
-        return [self.store.batch(share, length, self.pad_id) for share in shares]
+        return self.store.batch(rows, int(self.store.lengths[rows].max()), self.pad_id)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.batches.consumed < self.steps:
+            batch = self.step(self.batches.consumed)
+            self.batches.consumed += 1
+            yield batch
+
+    def __len__(self) -> int:
+        """Steps of the whole run, those before the cursor included."""
+        return self.steps
 
 
 def build_offline_loader(
-    config: ILQLConfig,
-    store: OfflineStore,
-    tokenizer: Tokenizer,
-    dp_rank: int = 0,
-    dp_size: int = 1,
-    multiple_of: int = 1,
-    start: int = 0,
+    config: ILQLConfig, store: OfflineStore, tokenizer: Tokenizer, start: int = 0
 ) -> OfflineLoader:
-    """Steps `start` up to `trainer.max_steps` of a run, for one data-parallel rank."""
+    """Steps `start` up to `trainer.max_steps` of a run."""
     batches = TrainBatches(
         store.lengths, config.trainer.global_batch_size, config.seed, shuffle=config.data.shuffle, start=start
     )
-    return OfflineLoader(
-        store,
-        batches,
-        micro_batch_size=config.trainer.micro_batch_size,
-        seq_length=config.data.seq_length,
-        pad_id=tokenizer.pad_id,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        multiple_of=multiple_of,
-        steps=config.trainer.max_steps,
-    )
+    return OfflineLoader(store, batches, pad_id=tokenizer.pad_id, steps=config.trainer.max_steps)
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------

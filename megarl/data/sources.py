@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megarl.config.files import SUFFIXES, require_data
 from megarl.errors import DataError, UnavailableError
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
-_HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
 _VALIDATION = ("validation", "valid", "val", "dev", "eval")
 _SPLIT_WORD = re.compile(rf"^(train|test|{'|'.join(_VALIDATION)})(?=[-_.])")
 
@@ -55,8 +54,7 @@ def _read_source(path: str, split: str, text_key: str) -> Iterator[Record]:
         return _read_folder(local, split, text_key)
     if local.is_file():
         return _read_file(local, text_key)
-    if local.suffix in SUFFIXES or path.startswith((".", "/", "~")) or not _HUB_NAME.match(path):
-        raise DataError(f"{path}: no such file or folder (looked from {Path.cwd()}); check data.train and data.eval")
+    require_data(path)
     return _read_hub(path, split)
 
 

@@ -50,6 +50,10 @@ class Module(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return Optimizers(list(self.engines.values()))
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Batches stay on the host: engines take what a pass needs."""
+        return batch
+
     def close(self) -> None:
         """Let go of what the module holds outside its engines."""
 

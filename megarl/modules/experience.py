@@ -76,23 +76,29 @@ class Passes:
         if layout.vpp > 1:  # an interleaved pipeline works in rounds of a microbatch per stage
             count = -(-count // layout.pp) * layout.pp
         self.slots = -(-len(bins) // (layout.dp * count))  # of each microbatch
-        self._place(bins, layout.dp * count * self.slots, lengths)
+        self._place(bins, layout.dp * count * self.slots, lengths.numpy())
 
-    def _place(self, bins: Sequence[np.ndarray], slots: int, lengths: Tensor) -> None:
+    def _place(self, bins: Sequence[np.ndarray], slots: int, lengths: np.ndarray) -> None:
         """Where each row's first token stands, and what each slot holds."""
-        self.row_slot = torch.zeros(len(self.rows), dtype=torch.long)
-        self.row_start = torch.zeros(len(self.rows), dtype=torch.long)
-        self.source = torch.full((slots, self.time), -1)  # number in [rows * time of the batch] of what stands there
-        self.segments = torch.zeros(slots, self.time, dtype=torch.long)
         width = self.batch["tokens"].shape[1]
-        for slot, members in enumerate(bins):
-            start = 0
-            for segment, member in enumerate(members.tolist(), 1):
-                stop = start + int(lengths[member])
-                self.row_slot[member], self.row_start[member] = slot, start
-                self.source[slot, start:stop] = torch.arange(stop - start) + int(self.rows[member]) * width
-                self.segments[slot, start:stop] = segment
-                start = stop
+        order = np.concatenate(list(bins))  # members, slot by slot
+        held = np.array([len(members) for members in bins])
+        first = np.repeat(np.cumsum(held) - held, held)  # place in `order` of the first member of the same slot
+        ends = np.cumsum(lengths[order])
+        begins = ends - lengths[order]
+        slot, start = np.repeat(np.arange(len(bins)), held), begins - begins[first]
+        row_slot, row_start = np.zeros((2, len(order)), dtype=np.int64)
+        row_slot[order], row_start[order] = slot, start
+        # Of every token, one after the other: which member it is of, its number in that, and where it stands.
+        member = np.repeat(np.arange(len(order)), lengths[order])
+        number = np.arange(len(member)) - begins[member]
+        place = slot[member], start[member] + number
+        source, segments = np.full((slots, self.time), -1), np.zeros((slots, self.time), dtype=np.int64)
+        source[place] = number + self.rows.numpy()[order][member] * width
+        segments[place] = member - first[member] + 1
+        self.row_slot, self.row_start = torch.from_numpy(row_slot), torch.from_numpy(row_start)
+        self.source = torch.from_numpy(source)  # number in [rows * time of the batch] of what stands there, or -1
+        self.segments = torch.from_numpy(segments)
 
     def microbatches(self) -> list[Batch]:
         """This replica's. What a model reads is [slots, time]: tokens, positions, chosen (the response mask), and
@@ -124,6 +130,7 @@ class Passes:
         if idle:
             microbatch["response_mask"] = torch.zeros_like(microbatch["response_mask"])
             microbatch["place"] = torch.zeros_like(place)
+            microbatch["lengths"] = torch.zeros_like(microbatch["lengths"])
         if self.packed:
             microbatch["segment_ids"] = self.segments[first:stop]
         return microbatch

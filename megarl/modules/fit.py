@@ -1,5 +1,6 @@
 """From a typed configuration to a finished run: the part that all entry points share."""
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -107,9 +108,11 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
     )
     if config.trainer.exp_manager == "nemo":
         hand_to_nemo(trainer, config.trainer.exp_manager_options, run_dir)
+    gc.freeze()  # every save collects garbage: let it not look through all that imports have made
     try:
         trainer.fit(module, ckpt_path=resume_from(config.run.resume, run_dir))
     finally:
+        gc.unfreeze()
         module.close()
     return INTERRUPTED if preemption.interrupted and _rank() == 0 else 0  # another rank's would kill the first
 

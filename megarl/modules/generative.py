@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from megarl.checkpoint import find, step_of
-from megarl.data.prompts import read_prompts
+from megarl.data.prompts import Prompt, read_prompts
+from megarl.errors import RewardError
 from megarl.modules.base import Module
 from megarl.modules.evaluation import Evaluated, Evaluation, Respond
 from megarl.modules.journal import Journal
-from megarl.modules.judge import Judge
+from megarl.modules.judge import Judge, Judgement
 from megarl.modules.responder import Responder
+from megarl.rewards.answers import Score
+from megarl.rollout.noise import TRAINING
+from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
 
 REWARD, METRIC = "reward.fn", "metric.fn"
@@ -55,6 +59,20 @@ class GenerativeModule(Module):
             prompts = read_prompts(config.data.eval, config.data.eval_split, config.data, self.tokenizer)
             named = {"score" if key == REWARD else judge.name: judge for key, judge in self.judges.items()}
             self.evaluation = Evaluation(respond or self.responder.respond, prompts, named, config.eval, self.tokenizer)
+
+    def explore(self, prompts: Sequence[Prompt]) -> tuple[list[Rollout], list[Score], Judgement]:
+        """This phase's responses to prompts, `rollout.n` to each: those that have a score, and their scores."""
+        with self.clock.part("generate"):
+            rollouts = self.responder.respond(prompts, self.config.rollout.n, stream=TRAINING, phase=self.consumed)
+        with self.clock.part("score"):
+            judgement = self.judges[REWARD].score(prompts, rollouts, TRAINING, self.consumed)
+        pairs = [(one, score) for one, score in zip(rollouts, judgement.scores, strict=True) if score is not None]
+        if not pairs:
+            raise RewardError(
+                f"reward.fn={self.config.reward.fn} left all {len(rollouts)} responses of phase {self.consumed + 1} "
+                "without a score: correct the function, or set reward.on_error=error to see what it does"
+            )
+        return [rollout for rollout, _ in pairs], [score for _, score in pairs], judgement
 
     def evaluate(self) -> Evaluated:
         """Answer the evaluation prompts with the present weights."""

@@ -4,6 +4,7 @@ is generated."""
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megarl.algorithms import following, ilql_loss
@@ -15,6 +16,7 @@ from megarl.models.exchange.card import ModelCard
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
 from megarl.modules.base import build_gpt_engine, vocabulary
+from megarl.modules.experience import Passes, in_rows
 from megarl.modules.generative import GenerativeModule
 from megarl.modules.sft import count
 from megarl.parallel.engine import Batch, Stats
@@ -43,12 +45,6 @@ class ILQL(GenerativeModule):
     def configure_model(self) -> None:
         if self.engines:
             return
-        layout = self.grid.layout
-        self.share = {
-            "dp_rank": self.grid.dp_rank,
-            "dp_size": layout.dp,
-            "multiple_of": layout.tp if layout.sequence_parallel else 1,
-        }
         self.store = open_store(self.config.data, self.tokenizer)
         self.policy = build_gpt_engine(
             self.grid,
@@ -66,15 +62,16 @@ class ILQL(GenerativeModule):
         self.engines = {"policy": self.policy}
         self.prepare_responses(self.respond)
 
-    def train_dataloader(self) -> Iterable[list[Batch]]:
-        return build_offline_loader(self.config, self.store, self.tokenizer, start=self.consumed, **self.share)
+    def train_dataloader(self) -> Iterable[Batch]:
+        return build_offline_loader(self.config, self.store, self.tokenizer, start=self.consumed)
 
-    def training_step(self, microbatches: list[Batch], batch_idx: int) -> None:
-        self.last_batch = microbatches
-        settings = self.config.ilql
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        settings, rows = self.config.ilql, torch.arange(len(batch["tokens"]))
         with self.clock.part("train"):
             rate = self.policy.learning_rate
-            metrics = self.policy.train_step(microbatches, self.loss, count)
+            passes = Passes(batch, rows, self.grid, self.config.trainer.micro_batch_size, share_slots=settings.pack)
+            self.last_batch = passes.microbatches()
+            metrics = self.policy.train_step(self.last_batch, self.loss, count)
             norms = self.step_optimizers()
             self.consumed += 1
             if self.consumed % settings.target_every == 0:  # of all steps of the run, resumed or not
@@ -89,17 +86,18 @@ class ILQL(GenerativeModule):
     def loss(self, model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
         """Means over the actions of the global batch."""
         settings = self.config.ilql
-        tokens, mask = batch["tokens"], batch["response_mask"]
-        v = model.values(hidden)
+        tokens, chosen, mask = batch["tokens"], batch["chosen"], batch["response_mask"]
+        v = in_rows(model.values(hidden), batch)
         next_v, not_done = following(v, mask)
-        heads = model.token_q(hidden, tokens, mask)
+        heads = model.token_q(hidden, tokens, chosen)
+        q, target_q, q_nll = ([in_rows(one, batch) for one in each] for each in (heads.q, heads.target_q, heads.nll))
         loss, parts = ilql_loss(
-            q=heads.q,
-            target_q=heads.target_q,
+            q=q,
+            target_q=target_q,
             v=v,
             next_v=next_v,
-            q_nll=heads.nll,
-            policy_nll=-model.logprobs(hidden, tokens, mask).logprobs,
+            q_nll=q_nll,
+            policy_nll=-in_rows(model.logprobs(hidden, tokens, chosen).logprobs, batch),
             rewards=batch["rewards"],
             not_done=not_done,
             mask=mask,
@@ -110,8 +108,7 @@ class ILQL(GenerativeModule):
             awac_beta=settings.awac_beta,
             denominator=counts["tokens"],
         )
-        q = sum(heads.q) / len(heads.q)
-        means = {name: (value * mask).sum() / counts["tokens"] for name, value in (("q", q), ("v", v))}
+        means = {name: (value * mask).sum() / counts["tokens"] for name, value in (("q", sum(q) / len(q)), ("v", v))}
         return loss, {"loss": loss, **parts, **means}
 
     # --- evaluation -----------------------------------------------------------------------------------------------

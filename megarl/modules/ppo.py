@@ -13,7 +13,7 @@ from megarl.algorithms import aggregate, aggregation_count, kl_estimate, mask_ou
 from megarl.clock import Work
 from megarl.config.schema import PPOConfig
 from megarl.data.prompts import PhaseLoader, read_prompts
-from megarl.errors import NumericsError, RewardError
+from megarl.errors import NumericsError
 from megarl.logging import get_logger
 from megarl.models.exchange.adopt import adopt_critic
 from megarl.models.exchange.card import ModelCard
@@ -22,13 +22,10 @@ from megarl.models.gpt import GPT
 from megarl.modules.base import build_gpt_engine, vocabulary
 from megarl.modules.clone import clone_behaviour
 from megarl.modules.experience import Passes, as_batch, evaluate, in_rows
-from megarl.modules.generative import REWARD, GenerativeModule
+from megarl.modules.generative import GenerativeModule
 from megarl.modules.invariants import Invariants
-from megarl.modules.judge import Judgement
 from megarl.modules.shaping import Shaping
 from megarl.parallel.engine import Batch, Engine, ForwardFn, Stats
-from megarl.rollout.noise import TRAINING
-from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
 
 NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
@@ -121,11 +118,7 @@ class PPO(GenerativeModule):
     def training_step(self, prompt_numbers: list[int], batch_idx: int) -> None:
         prompts = [self.prompts[number] for number in prompt_numbers]
         rate = self.policy.learning_rate
-        with self.clock.part("generate"):
-            rollouts = self.responder.respond(prompts, self.config.rollout.n, stream=TRAINING, phase=self.consumed)
-        with self.clock.part("score"):
-            judgement = self.judges[REWARD].score(prompts, rollouts, TRAINING, self.consumed)
-        rollouts, scores = self._scored(rollouts, judgement)
+        rollouts, scores, judgement = self.explore(prompts)
         batch = as_batch(rollouts)
         with self.clock.part("evaluate"):
             stats = self._evaluate(batch)
@@ -140,18 +133,6 @@ class PPO(GenerativeModule):
         self.work = self._work(batch)
         parts = {f"rollout/score/{name}": _mean(column) for name, column in judgement.parts.items()}
         self.log_dict({"train/lr": rate, "rollout/dropped": float(judgement.dropped), **parts, **stats})
-
-    def _scored(self, rollouts: list[Rollout], judgement: Judgement) -> tuple[list[Rollout], list[Any]]:
-        """Rollouts that have a score, and their scores."""
-        pairs = [
-            (rollout, score) for rollout, score in zip(rollouts, judgement.scores, strict=True) if score is not None
-        ]
-        if not pairs:
-            raise RewardError(
-                f"reward.fn={self.config.reward.fn} left all {len(rollouts)} responses of phase {self.consumed + 1} "
-                "without a score: correct the function, or set reward.on_error=error to see what it does"
-            )
-        return [rollout for rollout, _ in pairs], [score for _, score in pairs]
 
     def _evaluate(self, batch: Batch) -> dict[str, float]:
         """Add old_logprobs, values and (where there is a reference) ref_logprobs to the batch."""

@@ -8,16 +8,12 @@ from typing import Any
 
 from megarl.config.rl import RolloutConfig
 from megarl.data.prompts import Prompt
-from megarl.errors import DataError
-from megarl.logging import get_logger
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.rollout.generator import Generator, Limits, Scorer
-from megarl.rollout.requests import Rollout, fit_prompt, repeat, sampling_from
+from megarl.rollout.requests import Rollout, fit_prompts, repeat, sampling_from
 from megarl.rollout.resharded import for_generation
 from megarl.tokenizers import Tokenizer
-
-log = get_logger(__name__)
 
 
 class Responder:
@@ -54,17 +50,7 @@ class Responder:
         """
         sampling = replace(sampling_from(self.settings), **changes)
         asked = repeat([prompt.tokens for prompt in prompts], n, sampling)
-        fitted = [fit_prompt(request, self.max_positions, self.settings.too_long) for request in asked]
-        requests = [request for request in fitted if request is not None]
-        if not requests:
-            raise DataError(
-                f"no prompt leaves room for rollout.max_new_tokens={sampling.max_new_tokens} in a context of "
-                f"{self.max_positions}: shorten the prompts, or set rollout.too_long=truncate"
-            )
-        changed = sum(new is not old for new, old in zip(fitted, asked, strict=True))
-        if changed:
-            done = "left out" if self.settings.too_long == "drop" else "cut on the left"
-            log.warning("phase %d: %d of %d prompts were too long and %s", phase, changed, len(asked), done)
+        requests = fit_prompts(asked, self.max_positions, self.settings.too_long)
         if self.reshard is not None:
             self.reshard.refresh()
         self.generator.scorer = scorer

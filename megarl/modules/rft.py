@@ -12,17 +12,15 @@ import torch
 from megarl.clock import Work
 from megarl.config.schema import RFTConfig
 from megarl.data.prompts import PhaseLoader, read_prompts
-from megarl.errors import RewardError
 from megarl.models.exchange.card import ModelCard
 from megarl.models.flops import flops_per_token
 from megarl.modules.base import build_gpt_engine, vocabulary
 from megarl.modules.clone import clone_behaviour, clone_loss, count_chosen
 from megarl.modules.experience import Passes, as_batch
-from megarl.modules.generative import REWARD, GenerativeModule
+from megarl.modules.generative import GenerativeModule
 from megarl.modules.judge import total
 from megarl.parallel.engine import Batch
 from megarl.rewards.answers import Score
-from megarl.rollout.noise import TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
 
@@ -77,16 +75,8 @@ class RFT(GenerativeModule):
     def training_step(self, prompt_numbers: list[int], batch_idx: int) -> None:
         prompts = [self.prompts[number] for number in prompt_numbers]
         rate = self.policy.learning_rate
-        with self.clock.part("generate"):
-            rollouts = self.responder.respond(prompts, self.config.rollout.n, stream=TRAINING, phase=self.consumed)
-        with self.clock.part("score"):
-            judgement = self.judges[REWARD].score(prompts, rollouts, TRAINING, self.consumed)
-        answers = distinct(rollouts, judgement.scores)
-        if not answers:
-            raise RewardError(
-                f"reward.fn={self.config.reward.fn} left all {len(rollouts)} responses of phase {self.consumed + 1} "
-                "without a score: correct the function, or set reward.on_error=error to see what it does"
-            )
+        rollouts, scored, judgement = self.explore(prompts)
+        answers = distinct(rollouts, scored)
         batch = as_batch([rollout for rollout, _ in answers])
         with self.clock.part("train"):
             stats = self._improve(batch, answers)
@@ -133,12 +123,11 @@ class RFT(GenerativeModule):
         return Work(tokens, tokens * cost)
 
 
-def distinct(rollouts: Sequence[Rollout], scores: Sequence[Score | None]) -> list[tuple[Rollout, float]]:
-    """Answers that have a score, each once: of those to a prompt with the same tokens, the first."""
+def distinct(rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list[tuple[Rollout, float]]:
+    """Answers with their scores, each once: of those to a prompt with the same tokens, the first."""
     found: dict[tuple[int, tuple[int, ...]], tuple[Rollout, float]] = {}
     for rollout, score in zip(rollouts, scores, strict=True):
-        if score is not None:
-            found.setdefault((rollout.prompt_id, tuple(rollout.response)), (rollout, total(score)))
+        found.setdefault((rollout.prompt_id, tuple(rollout.response)), (rollout, total(score)))
     return list(found.values())
 
 

@@ -323,11 +323,15 @@ def _build_chunks(grid: Grid, build: BuildModel) -> list[Any]:
 
 
 class _GradientBuffers(DistributedDataParallel):
-    """Megatron's DDP, in which a lone replica sends nothing: gloo would copy all its gradients to itself, and back."""
+    """Megatron's DDP, in which a lone replica sends nothing: gloo would copy all it has to itself, and back."""
 
     def finish_grad_sync(self, force_all_reduce: bool = False) -> None:
         if self.dp_cp_group.size() > 1 or self.ddp_config.overlap_grad_reduce:
             super().finish_grad_sync(force_all_reduce)
+
+    def start_param_sync(self, *unused: Any, force_sync: bool = False, force_dispatch: bool = False) -> None:
+        if self.dp_cp_group.size() > 1:
+            super().start_param_sync(*unused, force_sync=force_sync, force_dispatch=force_dispatch)
 
 
 def _with_gradient_buffers(model: Any, grid: Grid, index: int) -> DistributedDataParallel:

@@ -64,13 +64,18 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
 
 
 def _allocate_state(part: MegatronOptimizer) -> None:
-    """Make Adam's state before the first step, so that a checkpoint of any step has the same tensors."""
+    """Make Adam's state before the first step, so that a checkpoint of any step has the same tensors.
+
+    On the CPU torch's fused kernel updates a tensor in one pass; Megatron has no setting for it.
+    """
     if part.is_stub_optimizer:
         return
     part.init_state_fn(part.optimizer, part.config)
     if isinstance(part.optimizer, torch.optim.AdamW):
         for state in part.optimizer.state.values():
             state.setdefault("step", torch.tensor(0.0))
+        for group in part.optimizer.param_groups:
+            group["fused"] = all(parameter.device.type == "cpu" for parameter in group["params"])
 
 
 def build_schedule(optimizer: MegatronOptimizer, spec: OptimSpec) -> OptimizerParamScheduler:

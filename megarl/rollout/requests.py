@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from megarl.config.rl import RolloutConfig
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, DataError
+from megarl.logging import get_logger
+
+log = get_logger(__name__)
 
 FINISH_REASONS = ("eos", "stop", "length")
 
@@ -163,3 +166,19 @@ def fit_prompt(request: Request, max_positions: int, too_long: str) -> Request |
             "shorten one of them, or set rollout.too_long=truncate or drop"
         )
     return None if too_long == "drop" else replace(request, prompt=request.prompt[-room:])
+
+
+def fit_prompts(requests: Sequence[Request], max_positions: int, too_long: str) -> list[Request]:
+    """Requests whose prompts leave room for a response, by `fit_prompt`; says how many were cut or left out."""
+    fitted = [fit_prompt(request, max_positions, too_long) for request in requests]
+    changed = sum(new is not old for new, old in zip(fitted, requests, strict=True))
+    if changed:
+        done = "left out" if too_long == "drop" else "cut on the left"
+        log.warning("%d of %d prompts were too long and %s", changed, len(requests), done)
+    found = [request for request in fitted if request is not None]
+    if not found:
+        raise DataError(
+            f"no prompt leaves room for rollout.max_new_tokens={requests[0].sampling.max_new_tokens} in a context of "
+            f"{max_positions}: shorten the prompts, or set rollout.too_long=truncate"
+        )
+    return found

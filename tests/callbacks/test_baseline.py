@@ -22,6 +22,7 @@ class Evaluates(Tiny):
         super().__init__(LOSSES, evals=[9.0] * 4)
         self.evaluation = evaluation
         self.baseline: dict[str, float] = {}
+        self.samples: list[dict[str, str]] = []
         self.evaluated_at: list[int] = []
 
     def evaluate(self) -> Evaluated:
@@ -37,6 +38,7 @@ def test_it_is_measured_before_the_first_step_and_logged_at_step_0(
         train(module, [Baseline()], steps=2, eval_every=2, logger=[MetricsFile(path)])
     assert module.evaluated_at == [0]
     assert module.baseline == {"eval/score": 0.25}
+    assert module.samples == [{"prompt": "p"}]
     header, first, *_ = (line.split(",") for line in path.read_text().splitlines())
     assert dict(zip(header, first, strict=False))["step"] == "0"
     assert float(dict(zip(header, first, strict=False))["eval/score"]) == 0.25

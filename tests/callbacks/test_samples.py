@@ -38,6 +38,18 @@ def test_every_evaluations_samples_are_kept_and_shown(tmp_path: Path, caplog: py
     assert "[bold]4[/bold] [/]" in shown[1]
 
 
+def test_those_of_the_evaluation_before_training_are_of_step_0(tmp_path: Path) -> None:
+    module = Answers(SECOND)
+    module.samples = [FIRST]
+    train(module, [Samples(tmp_path)], steps=2, eval_every=2)
+    kept = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert kept == [{"step": 0, **FIRST}, {"step": 2, **SECOND}]
+
+
+def test_what_steers_a_terminal_is_shown_as_an_escape() -> None:
+    assert "\\x1b[2J" in as_table([{"response": "\x1b[2J"}])
+
+
 def test_an_evaluation_without_samples_leaves_nothing(tmp_path: Path) -> None:
     train(Answers(), [Samples(tmp_path)], steps=4, eval_every=2)
     assert list(tmp_path.iterdir()) == []

@@ -287,6 +287,7 @@ def test_an_installed_package_finds_its_own_conf_and_the_users(folder: Path, pre
     for name in ("__init__.py", "command.py", "errors.py", "logging.py"):
         shutil.copy(REPOSITORY / "megarl" / name, package)
     shutil.copytree(conf_folder(), package / "conf")
+    shutil.copytree(REPOSITORY / "megarl/data/demo", package / "data/demo")
     shipped = package / "conf" / "only_here.yaml"
     shipped.write_text(HEADER + "\noptim: {lr: 0.5}\n", encoding="utf-8")
     preset("mine", "optim: {lr: 0.25}\n")

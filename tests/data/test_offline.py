@@ -92,7 +92,6 @@ def test_a_batch_says_where_what_is() -> None:
     pad = LETTERS.pad_id
     assert batch["tokens"].tolist() == [[0, 1, 2, EOS, pad, pad], [0, 1, 2, EOS, pad, pad]]
     assert batch["response_mask"].tolist() == [[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0]]
-    assert batch["positions"].tolist() == [list(range(6))] * 2
     assert batch["lengths"].tolist() == [4, 4]
     assert batch["rewards"][0, 3] == -batch["rewards"][1, 3] == pytest.approx(0.5**0.5)
 
@@ -203,21 +202,16 @@ def test_without_a_cache_nothing_is_written(tmp_path: Path) -> None:
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
-def test_replicas_share_a_batch_out_and_a_resumed_loader_goes_on_with_it() -> None:
+def test_a_resumed_loader_goes_on_with_the_same_batches() -> None:
     found = build_store(random_walks(1000), build_tokenizer("characters", "abcdefghijklmnopqrstu"), 11)
 
-    def loader(rank: int, size: int, micro: int, start: int = 0) -> offline.OfflineLoader:
-        batches = TrainBatches(found.lengths, 8, seed=3, start=start)
-        return offline.OfflineLoader(
-            found, batches, micro_batch_size=micro, seq_length=11, pad_id=0, dp_rank=rank, dp_size=size, steps=5
-        )
+    def loader(start: int) -> offline.OfflineLoader:
+        return offline.OfflineLoader(found, TrainBatches(found.lengths, 8, seed=3, start=start), pad_id=0, steps=5)
 
-    (whole,) = loader(0, 1, 8).step(4)
-    shares = [batch for micro in zip(*(loader(rank, 2, 2).step(4) for rank in (0, 1)), strict=True) for batch in micro]
-    assert all(torch.equal(whole[key], torch.cat([share[key] for share in shares])) for key in whole)
-    resumed = list(loader(0, 1, 8, start=3))
-    assert len(resumed) == 2
-    assert torch.equal(resumed[1][0]["tokens"], whole["tokens"])
+    every, resumed = list(loader(0)), list(loader(3))
+    assert (len(every), len(resumed), len(loader(3))) == (5, 2, 5)
+    for batch, again in zip(every[3:], resumed, strict=True):
+        assert all(torch.equal(batch[key], again[key]) for key in batch)
 
 
 def test_the_walks_of_the_task_earn_their_optimality() -> None:

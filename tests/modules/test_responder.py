@@ -74,7 +74,7 @@ def test_a_prompt_that_leaves_no_room_is_an_error_unless_told_otherwise(generato
 def test_a_prompt_that_is_cut_loses_its_beginning(generator: None, caplog: pytest.LogCaptureFixture) -> None:
     asked = respond(max_new_tokens=4, too_long="truncate")
     assert [r.prompt for r in asked.requests] == [(1, 2, 3), (2, 3, 0, 1)]
-    assert caplog.messages == ["phase 4: 1 of 2 prompts were too long and cut on the left"]
+    assert caplog.messages == ["1 of 2 prompts were too long and cut on the left"]
 
 
 def test_a_prompt_that_is_left_out_leaves_the_others_their_numbers(
@@ -82,7 +82,7 @@ def test_a_prompt_that_is_left_out_leaves_the_others_their_numbers(
 ) -> None:
     asked = respond(n=2, prompts=PROMPTS[::-1], max_new_tokens=4, too_long="drop")
     assert [(r.prompt_id, r.sample_id) for r in asked.requests] == [(1, 0), (1, 1)]
-    assert caplog.messages == ["phase 4: 2 of 4 prompts were too long and left out"]
+    assert caplog.messages == ["2 of 4 prompts were too long and left out"]
 
 
 def test_a_phase_without_any_prompt_is_refused(generator: None) -> None:

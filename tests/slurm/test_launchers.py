@@ -14,8 +14,8 @@ from tests.e2e.runs import SMALL, WALKS, assert_same_bits, final_tensors, metric
 from tests.slurm.cluster import Cluster
 from tests.worlds import Worlds
 
-# Two nodes on one machine need it to themselves: these run with `make gates`.
-pytestmark = pytest.mark.gate
+# Two nodes on one machine need it to themselves: `make slurm` runs the short ones, `make gates` the others too.
+pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).resolve().parents[2]
 SFT = ROOT / "launchers" / "sft.sh"
 TWO = ("--nodes=2", "--ntasks-per-node=1")

@@ -155,7 +155,7 @@ def shape_of(model: ModelConfig) -> Json:
     shape["num_kv_heads"] = model.num_kv_heads or model.num_heads
     shape["head_dim"] = model.head_dim or model.hidden_size // model.num_heads
     shape["ffn_size"] = model.ffn_size or 4 * model.hidden_size
-    shape["rope_percent"] = int(shape["head_dim"] * model.rope_percent)
+    shape["rope_percent"] = int(shape["head_dim"] * model.rope_percent) / shape["head_dim"]
     unused = []
     if model.position != "rope":
         unused += [key for key in shape if key.startswith("rope_")]

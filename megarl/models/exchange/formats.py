@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from megarl.checkpoint import MANIFEST, find
+from megarl.config.files import require_weights
 from megarl.errors import CheckpointError, UnavailableError
 from megarl.logging import get_logger
 from megarl.models.exchange.checkpoints import write_checkpoint
@@ -83,9 +84,7 @@ def resolve(path: str) -> Path:
     local = Path(path).expanduser()
     if local.exists():
         return local.absolute()
-    parts = path.split("/")
-    if local.is_absolute() or path.startswith((".", "~")) or len(parts) > 2 or not all(parts):
-        raise CheckpointError(f"{path} does not exist: give a folder, or a hub name such as org/model")
+    require_weights(path)
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

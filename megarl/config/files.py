@@ -1,0 +1,42 @@
+"""What a configuration names on disk, looked for before anything heavy is imported."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from megarl.errors import CheckpointError, DataError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+"""Of files with records."""
+_HUB_DATA = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
+_HERE = (".", "/", "~")
+
+
+def check_files(config: Any) -> None:
+    """Refuse a source of data or weights that is not there and can be no name on a hub."""
+    for section in ("data.train", "data.eval", "clone.data"):
+        for path in _value(config, section) or ():
+            require_data(path)
+    for key in ("model.path", "critic.path"):
+        path = _value(config, key)
+        if path is not None:
+            require_weights(path)
+
+
+def require_data(path: str) -> None:
+    local = Path(path).expanduser()
+    if local.exists() or not (local.suffix in SUFFIXES or path.startswith(_HERE) or not _HUB_DATA.match(path)):
+        return
+    raise DataError(f"{path}: no such file or folder (looked from {Path.cwd()}); check data.train and data.eval")
+
+
+def require_weights(path: str) -> None:
+    parts = path.split("/")
+    if Path(path).expanduser().exists() or not (path.startswith(_HERE) or len(parts) > 2 or not all(parts)):
+        return
+    raise CheckpointError(f"{path} does not exist: give a folder, or a hub name such as org/model")
+
+
+def _value(config: Any, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section, None), name, None)

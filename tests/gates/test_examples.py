@@ -1,0 +1,44 @@
+"""The examples do what they say, from any folder."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+pytestmark = pytest.mark.gate
+
+
+def said(name: str, folder: Path) -> list[str]:
+    """The lines that an example prints."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_ppo_learns_to_say_more_of_a_letter(tmp_path: Path) -> None:
+    scores, answer = said("ppo_words.py", tmp_path)
+    values = ast.literal_eval(scores.partition(": ")[2])
+    assert len(values) == 10
+    assert sum(values[-3:]) / 3 > sum(values[:3]) / 3 + 0.2
+    assert isinstance(ast.literal_eval(answer)[0], str)
+
+
+def test_values_steer_towards_the_better_answer(tmp_path: Path) -> None:
+    lines = said("ilql_rewards.py", tmp_path)
+    assert [line.partition(":")[0] for line in lines] == ["beta 0", "beta 4"]
+    assert "geese" in lines[1]
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"ppo_words.py", "ilql_rewards.py"}
