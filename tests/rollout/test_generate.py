@@ -42,7 +42,7 @@ SETTINGS = [
 ]
 
 
-def some_requests(count: int = 30) -> list[Request]:
+def some_requests(count: int = 20) -> list[Request]:
     """Prompts of 1 to 23 tokens, 5 to 24 new ones, every kind of setting; two samples of each prompt."""
     dice = random.Random(0)
     requests = []
@@ -159,10 +159,10 @@ def test_the_cases_are_not_all_alike(alone: list[Rollout]) -> None:
     assert {rollout.finish_reason for rollout in alone} == {"eos", "stop", "length"}
     assert all(rollout.response[-1] == EOS for rollout in alone if rollout.finish_reason == "eos")
     by_name = {(rollout.prompt_id, rollout.sample_id): rollout.response for rollout in alone}
-    for number in range(15):
+    for number in range(10):
         greedy = number % len(SETTINGS) == 2
         assert (by_name[number, 0] == by_name[number, 1]) == greedy
-    assert all(not {7, 8} & set(by_name[number, sample]) for number in (4, 9, 14) for sample in (0, 1))
+    assert all(not {7, 8} & set(by_name[number, sample]) for number in (4, 9) for sample in (0, 1))
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
