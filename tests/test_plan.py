@@ -68,6 +68,14 @@ def test_other_algorithms_have_fewer_roles(
     assert list(found["ranks"][0]["phases"]["train"]["roles"]) == roles
 
 
+def test_rft_generates_and_trains_and_reads_nothing_again(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["model.vocab_size=300", "model.max_positions=256", "rollout.max_new_tokens=64", "rollout.n=8"]
+    found = answer(capsys, "algorithm=rft", "rft.prompts=32", *settings)
+    phases = found["ranks"][0]["phases"]
+    assert list(phases) == ["generate", "train", "save"]
+    assert list(phases["generate"]["roles"]) == ["policy", "reward"]
+
+
 def shipped() -> list[str]:
     return sorted(name for name in preset_files(conf_folder()) if not name.startswith(("randomwalks", "sentiment")))
 
@@ -85,7 +93,8 @@ def test_every_preset_fits_80_gb_at_its_world_size(capsys: pytest.CaptureFixture
         (["cluster.gpuz=64"], ["cluster.gpuz", "cluster.gpus"]),
         (["cluster.gpu=b100"], ["cluster.gpu=b100", "a100, h100 or h200"]),
         (["clusters.gpus=64"], ["clusters", "cluster"]),
-        (["algorithm=pppo"], ["algorithm=pppo", "ppo, sft or ilql"]),
+        (["algorithm=pppo"], ["algorithm=pppo", "ppo, sft, ilql or rft"]),
+        (["algorithm=rft", "rollout.n=8"], ["rft.prompts=null", "set their number"]),
         (["--jason"], ["--jason", "--json"]),
         ([*TOY, "cluster.gpus=3", "parallel.tp=2"], ["parallel.tp", "3"]),
         ([*TOY, "prompt_tokens=250"], ["prompt_tokens=250", "prompt_tokens=192"]),

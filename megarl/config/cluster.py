@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megarl.config.leaf import leaf, section
 
 GPUS = ("a100", "h100", "h200")
-PLANNED = ("ppo", "sft", "ilql")
+PLANNED = ("ppo", "sft", "ilql", "rft")
 
 
 @dataclass

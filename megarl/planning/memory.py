@@ -61,7 +61,9 @@ class RankPlan:
 
 
 def phases_of(work: Work) -> tuple[str, ...]:
-    return PHASES if work.rollouts else ("train", "save")
+    """In their order; answers that are only kept or left out are not read again before training."""
+    left_out = set() if work.rollouts else {"generate", "score"}
+    return tuple(name for name in PHASES if name not in left_out and (name != "score" or work.rescored))
 
 
 def plan_ranks(work: Work, *, on_cpu: bool = False, every_stage: bool = False) -> list[RankPlan]:
@@ -162,12 +164,7 @@ def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) 
             )
         # The output layer's turn comes before the layers'.
         passing = max(0.0, passing - logits)
-    return max(kept + passing, _updating(work, held, on_cpu=on_cpu) - logits), logits
-
-
-def _updating(work: Work, held: Shard, *, on_cpu: bool) -> float:
-    """Temporaries of the optimizer: torch's Adam makes two of the size of a parameter's part; fused ones none."""
-    return 2 * 4 * held.largest / work.layout.dp if on_cpu else 0.0
+    return kept + passing, logits  # the optimizer, a fused one, has no temporaries
 
 
 def _scoring(work: Work, role: Role, stage: int, *, on_cpu: bool) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from megarl.models.flops import layer_weights, mean_keys
 from megarl.parallel.vocab import padded_vocab
 from megarl.planning.hardware import Cluster
-from megarl.planning.memory import slots_of
+from megarl.planning.memory import phases_of, slots_of
 from megarl.planning.shards import Shard
 from megarl.planning.work import Work
 from megarl.rollout.generator import Limits
@@ -55,8 +55,7 @@ class Clock:
     # --- phases -----------------------------------------------------------------------------------------------------
 
     def phases(self) -> list[Phase]:
-        found = [self.train(), self.save()]
-        return [self.generate(), self.score(), *found] if self.work.rollouts else found
+        return [getattr(self, name)() for name in phases_of(self.work)]
 
     def train(self) -> Phase:
         work, layout = self.work, self.layout

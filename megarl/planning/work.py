@@ -1,5 +1,6 @@
 """What a run does, as numbers: its roles, batches, lengths and how often each part of it happens."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,6 +42,7 @@ class Work:
     loss_tokens: int  # of these, those that log-probs are computed of
     entropy: bool = False
     rollouts: int = 0  # responses; 0: nothing is generated
+    rescored: bool = False  # whether policy, critic and reference read them before training
     prompt: int = 0
     response: int = 0  # mean tokens
     longest: int = 0  # tokens of the longest response
@@ -139,6 +141,32 @@ def _ppo(common: Work, config: Any, plan: PlanConfig) -> Work:
         loss_tokens=longest,
         entropy=config.ppo.entropy_coef > 0,
         rollouts=config.ppo.rollouts,
+        rescored=True,
+        prompt=prompt,
+        response=response,
+        longest=longest,
+        slots=config.rollout.slots,
+        cache_bytes=config.rollout.cache_bytes,
+    )
+
+
+def _rft(common: Work, config: Any, plan: PlanConfig) -> Work:
+    rft = config.rft
+    if rft.prompts is None:
+        raise ConfigError("rft.prompts=null is all prompts of a file that a plan does not read: set their number")
+    prompt, response, longest = _lengths(config, plan)
+    rollouts = rft.prompts * config.rollout.n
+    kept = 1 - (rft.start_percentile + rft.end_percentile) / 2  # of the answers, in a mean improvement step
+    return replace(
+        common,
+        roles=(
+            Role("policy", True, True, "trains and generates"),
+            Role("reward", False, False, "a function in a process of its own"),
+        ),
+        steps=rft.improve_steps * max(1, math.ceil(rollouts * kept / common.global_batch)),
+        length=prompt + longest,
+        loss_tokens=longest,
+        rollouts=rollouts,
         prompt=prompt,
         response=response,
         longest=longest,
@@ -169,4 +197,4 @@ def _lengths(config: Any, plan: PlanConfig) -> tuple[int, int, int]:
     return prompt, response, longest
 
 
-_KINDS: dict[str, Callable[[Work, Any, PlanConfig], Work]] = {"sft": _sft, "ppo": _ppo, "ilql": _ilql}
+_KINDS: dict[str, Callable[[Work, Any, PlanConfig], Work]] = {"sft": _sft, "ppo": _ppo, "ilql": _ilql, "rft": _rft}

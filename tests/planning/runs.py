@@ -55,6 +55,7 @@ def describe(
         length=length,
         loss_tokens=response,
         rollouts=rollouts,
+        rescored=rollouts > 0,
         prompt=length - response,
         response=response,
         longest=response,

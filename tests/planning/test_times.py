@@ -57,6 +57,7 @@ def test_a_published_ppo_step_of_a_70b_policy(gpus: int, published: float) -> No
         length=2560,
         loss_tokens=2048,
         rollouts=1024,
+        rescored=True,
         prompt=512,
         response=2048,
         longest=2048,
