@@ -44,9 +44,10 @@ lint: venv  ## style: ruff's formatter and linter
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-format: venv  ## let ruff rewrite what it can
+format: venv  ## let ruff rewrite what it can, and put the pages' links to lines right
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python -m tests.doc_links
 
 types: venv  ## mypy over the package
 	$(BIN)/mypy

@@ -1,0 +1,23 @@
+"""What the pages point at is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.doc_links import ROOT, corrected
+
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_of_the_project_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_lines_lead_to_what_they_name(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert corrected(text) == text, "python -m tests.doc_links puts them right"
