@@ -42,7 +42,8 @@ class Preemption(Callback):
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may handle signals
         for number in NOTICES:
-            signal.signal(number, self._noticed)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's `&` sets Ctrl-C
+                signal.signal(number, self._noticed)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         strategy = trainer.strategy

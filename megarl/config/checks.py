@@ -437,16 +437,14 @@ def _rejection(config: Any, world_size: int) -> None:
 
 
 def _reward_time(config: Any, world_size: int) -> None:
-    """Processes that wait for the one that asks must not give up before it does (asked again with each question)."""
+    """Processes that wait for the one that asks must not give up before it does."""
     reward = config.reward
-    asked = config.ppo.rollouts if hasattr(config, "ppo") else config.rollout.n * (config.rft.prompts or 1)
-    calls = -(-asked // (reward.batch_size or asked))
-    longest = calls * (reward.retries + 1) * (reward.timeout + SCORER_START_S)
+    longest = (reward.retries + 1) * (reward.timeout + SCORER_START_S)
     if world_size > 1 and longest >= config.parallel.timeout_s:
         raise Refusal(
-            f"scoring {asked} responses can take {calls} calls * {reward.retries + 1} tries * (reward.timeout="
-            f"{reward.timeout:g} + {SCORER_START_S:g} to start) = {longest:g} s, and the other processes wait only "
-            f"parallel.timeout_s={config.parallel.timeout_s} s",
+            f"a call of the reward function can take {reward.retries + 1} tries * (reward.timeout={reward.timeout:g} + "
+            f"{SCORER_START_S:g} to start) = {longest:g} s, and the other processes wait only parallel.timeout_s="
+            f"{config.parallel.timeout_s} s",
             {"parallel.timeout_s": [int(longest) + 120]},
             "a shorter reward.timeout",
         )
@@ -460,7 +458,7 @@ PHASE_RULES: list[Rule] = [
 ]
 """Those of an entry point whose steps are phases."""
 
-OFFLINE_RULES: list[Rule] = [*RULES, _room, _sweep]
+OFFLINE_RULES: list[Rule] = [*RULES, _room, _sweep, _reward_time]
 """Those of an entry point that learns from samples and generates in evaluations."""
 
 GENERATION_RULES: list[Rule] = [_context_parallel, _generation, _world, _tokenizer]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megarl.config.rl import RewardConfig
 from megarl.data.prompts import Prompt
-from megarl.errors import ConfigError
 from megarl.modules.journal import Entry, Journal, identity
 from megarl.parallel.grid import Grid
 from megarl.rewards.answers import Score
@@ -61,7 +60,7 @@ class Judge:
         journal: Journal | None = None,
     ) -> None:
         """`journal` remembers scores over the end of a process, for this function as it is now."""
-        self.grid, self.tokenizer, self.journal, self.settings = grid, tokenizer, journal, settings
+        self.grid, self.tokenizer, self.journal, self.batch_size = grid, tokenizer, journal, settings.batch_size
         self.worker: RewardWorker | None = None
         chosen = read_function(function, key)
         name = getattr(chosen, "name", "combined").rpartition(":")[2].rpartition(".")[2]
@@ -84,17 +83,19 @@ class Judge:
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], stream: int, phase: int) -> Judgement:
         """The same on every rank; `prompts[rollout.prompt_id]` is a rollout's prompt."""
-        answer: tuple[Judgement | None, Exception | None] = (None, None)
-        if self.worker is not None:
-            try:
-                answer = (self._ask(self.worker, prompts, rollouts, stream, phase), None)
-            except Exception as problem:  # every rank must hear of it, or the others wait for ever
-                answer = (None, problem)
-        judgement, failure = self.grid.from_first(answer)
-        if failure is not None:
-            raise failure
-        assert isinstance(judgement, Judgement)
-        return judgement
+        asking = iter(()) if self.worker is None else self._ask(self.worker, prompts, rollouts, stream, phase)
+        while True:  # the first rank's word after every call, so that the others wait for no more than one of them
+            word: tuple[Judgement | None, Exception | None] = (None, None)
+            if self.worker is not None:
+                try:
+                    word = (next(asking), None)
+                except Exception as problem:  # every rank must hear of it, or the others wait for ever
+                    word = (None, problem)
+            judgement, failure = self.grid.from_first(word)
+            if failure is not None:
+                raise failure
+            if judgement is not None:
+                return judgement  # type: ignore[no-any-return]
 
     def forget(self, before: int) -> None:
         """Let go of what the journal holds of phases before that one."""
@@ -107,22 +108,17 @@ class Judge:
 
     def _ask(
         self, worker: RewardWorker, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], stream: int, phase: int
-    ) -> Judgement:
-        """Ask about what the journal does not know, a call's worth at a time, so that each answer is kept at once."""
+    ) -> Iterator[Judgement | None]:
+        """Ask about what the journal does not know, a call's worth at a time, so that each answer is kept at once.
+
+        Yields None after each call, and in the end what came of all.
+        """
         known = {} if self.journal is None else self.journal.read(stream, phase)
         names = [identity(rollout, prompts[rollout.prompt_id].metadata) for rollout in rollouts]
         found: dict[int, Entry] = {row: known[name] for row, name in enumerate(names) if name in known}
         unknown = [row for row in range(len(rollouts)) if row not in found]
-        longest = worker.longest_s(len(unknown))
-        if self.grid.layout.world_size > 1 and longest >= self.grid.timeout_s:
-            raise ConfigError(
-                f"scoring {len(unknown)} responses can take {longest:g} s with reward.timeout="
-                f"{self.settings.timeout:g}, and the other processes wait only "
-                f"parallel.timeout_s={self.grid.timeout_s:g} s: use parallel.timeout_s={int(longest) + 120}, "
-                "a shorter reward.timeout, or a larger reward.batch_size"
-            )
         judgement = Judgement()
-        size = self.settings.batch_size or max(len(unknown), 1)
+        size = self.batch_size or max(len(unknown), 1)
         for first in range(0, len(unknown), size):
             rows = unknown[first : first + size]
             asked = [rollouts[row] for row in rows]
@@ -133,12 +129,13 @@ class Judge:
                 found[row] = (scores.values[index], {name: column[index] for name, column in scores.parts.items()})
             judgement.failed += scores.failed
             judgement.retried += scores.retried
+            yield None
         order = [found[row] for row in range(len(rollouts))]
         judgement.scores = [score for score, _ in order]
         terms = list(dict.fromkeys(term for _, parts in order for term in parts))
         judgement.parts = {term: [parts.get(term) for _, parts in order] for term in terms}
         judgement.dropped = sum(score is None for score in judgement.scores)
-        return judgement
+        yield judgement
 
     def _question(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, Any]:
         """Texts of samples and the other fields of their records. A sampled end of sequence is no text."""

@@ -58,7 +58,6 @@ class Grid:
         )
         self.layout = layout
         self.device = device
-        self.timeout_s = timeout_s  # after which a process stops waiting for the others
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         self.tp_rank: int = self.groups.tp.rank()
         self.pp_rank: int = self.groups.pp.rank()

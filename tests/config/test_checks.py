@@ -328,12 +328,11 @@ def test_phases_that_can_run_pass(world: int, values: dict[str, Any]) -> None:
             "use critic.warmup_phases=99",
         ),
         (
-            # 128 samples in calls of 32: four calls of two tries of 100 s, each with a start of 120 s.
             2,
-            {"reward__timeout": 100.0, "reward__batch_size": 32, "trainer__devices": 2},
-            "4 calls * 2 tries * (reward.timeout=100 + 120 to start) = 1760 s, and the other processes wait only "
+            {"reward__timeout": 200.0, "trainer__devices": 2},
+            "2 tries * (reward.timeout=200 + 120 to start) = 640 s, and the other processes wait only "
             "parallel.timeout_s=600",
-            "use parallel.timeout_s=1880, or a shorter reward.timeout",
+            "use parallel.timeout_s=760, or a shorter reward.timeout",
         ),
         (
             1,
