@@ -291,7 +291,7 @@ run_until_done() {
     fi
     case $code in
       0) exit 0 ;;
-      2 | 3) exit "$code" ;; # bad input, bad numbers: the same again next time
+      2 | 3 | 130) exit "$code" ;; # bad input, bad numbers: the same again next time; somebody's Ctrl-C
       138) # 128 + SIGUSR1: a notice before the run was up
         say "a notice came before training had begun"
         # Each time? Then the time limit leaves no room between the start and the notice.

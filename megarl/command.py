@@ -3,17 +3,19 @@
 import os
 import sys
 import traceback
+import unicodedata
 import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
 from megarl.errors import MegarlError
 
+_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of writing
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
 
 
-def ended(work: Callable[[], int | None], debug: Callable[[], bool] = bool) -> NoReturn:
+def ended(work: Callable[[], int | None], debug: Callable[[], bool] = lambda: False) -> NoReturn:
     """Do a command's work and exit.
 
     A `MegarlError` ends in one line on stderr and its exit code (2 for bad input, 3 for bad numbers), with a traceback
@@ -30,6 +32,8 @@ def ended(work: Callable[[], int | None], debug: Callable[[], bool] = bool) -> N
     except KeyboardInterrupt:
         say("interrupted")
         code = INTERRUPTED
+    if code == INTERRUPTED and _rank_prefix():
+        code = 0  # whoever started this process would kill the first one, which may still be writing
     sys.exit(code or 0)
 
 
@@ -40,7 +44,11 @@ def say(text: str) -> None:
 
 def printable(text: str) -> str:
     """Text with its control characters as escapes: what a model says must not steer a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c.encode("unicode_escape").decode() if _steers(c) else c for c in text)
+
+
+def _steers(c: str) -> bool:
+    return c not in "\n\t" and (unicodedata.category(c) in ("Cc", "Cs") or c in _TURNS)
 
 
 def quiet() -> None:

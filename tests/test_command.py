@@ -7,7 +7,12 @@ from megarl.errors import ConfigError, NumericsError
 
 
 def test_control_characters_are_shown_as_escapes() -> None:
-    assert printable("a\tb\nc \x1b[2J\x07 \x9b é 数") == "a\tb\nc \\x1b[2J\\x07 \\x9b é 数"
+    assert printable("a\tb\nc \x1b[2J\x07 \x9b \u202e") == "a\tb\nc \\x1b[2J\\x07 \\x9b \\u202e"
+
+
+def test_text_in_any_writing_stays_as_it_is() -> None:
+    text = "é prix\xa0: 5\u202f€ 日本\u3000語 👨\u200d👩 \u200c"
+    assert printable(text) == text
 
 
 @pytest.mark.parametrize(("error", "code"), [(ConfigError, 2), (NumericsError, 3)])

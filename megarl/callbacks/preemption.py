@@ -36,14 +36,17 @@ class Preemption(Callback):
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
         self.notice: str | None = None
+        self.interrupts = 0
         self.stopping = False
+        self.interrupted = False  # whether it was some rank's Ctrl-C that stopped the run
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may handle signals
         for number in NOTICES:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's `&` sets Ctrl-C
-                signal.signal(number, self._noticed)
+            if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # a shell's `&`: Ctrl-C is for others
+            signal.signal(number, self._noticed)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         strategy = trainer.strategy
@@ -58,23 +61,20 @@ class Preemption(Callback):
             self.checkpoints.stop(trainer)
             # At once: an evaluation may be due now, and the notice may be short.
             planned = planned_steps(trainer)
-            if planned is None or steps_taken(trainer) < planned:
+            self.interrupted = strategy.grid.any_rank(self.notice == signal.SIGINT.name)
+            if not self.interrupted and (planned is None or steps_taken(trainer) < planned):
                 self._leave_word(f"stopped after {unit(trainer)} {steps_taken(trainer)}: start again\n")
         trainer.should_stop = True
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether it was Ctrl-C that stopped the run."""
-        return self.stopping and self.notice == signal.SIGINT.name
 
     def _noticed(self, number: int, frame: FrameType | None) -> None:
         """Only a note: a handler may run between any two instructions."""
         if number == signal.SIGINT:
-            if self.notice == signal.SIGINT.name:
+            self.interrupts += 1
+            if self.interrupts > 1:
                 raise KeyboardInterrupt
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 os.write(2, _SAID)
-        self.notice = signal.Signals(number).name
+        self.notice = self.notice or signal.Signals(number).name
 
     def _leave_word(self, text: str) -> None:
         """One process of a node for all of it: nodes may have file systems of their own."""

@@ -27,8 +27,9 @@ _STORY = "{name}: {first:.4g} at first, {last:.4g} at last, best {best:.4g}, mea
 class Summary(Callback):
     """Collects logged metrics at every logging and evaluation and keeps `summary.json` up to date with them.
 
-    `status` is running (refreshed by every evaluation), finished, stopped (by trainer.max_time or a request to stop),
-    interrupted (Ctrl-C or SIGTERM) or failed. What was collected travels in checkpoints: a resumed run continues it.
+    `status` is running (refreshed by every evaluation), finished, stopped (by trainer.max_time, a signal or Ctrl-C,
+    with a checkpoint), interrupted (at once, without one) or failed. What was collected travels in checkpoints: a
+    resumed run continues it.
     """
 
     def __init__(self, run_folder: str | os.PathLike[str]) -> None:

@@ -16,7 +16,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import megarl
-from megarl.command import ended
+from megarl.command import INTERRUPTED, ended
 from megarl.config.checks import check, check_values, world_size
 from megarl.config.files import check_files
 from megarl.config.messages import EXPLAINED, explain
@@ -116,6 +116,8 @@ class _Job:
             number = str(settings.job.num)
             config.run.dir = str(Path(config.run.dir, number)) if config.run.dir else settings.runtime.output_dir
         code = _checked(config, self.main)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt  # the jobs that follow are not wanted either
         if code:
             raise JobError(code)
 

@@ -14,20 +14,21 @@ _HERE = (".", "/", "~")
 
 def check_files(config: Any) -> None:
     """Refuse a source of data or weights that is not there and can be no name on a hub."""
-    for section in ("data.train", "data.eval", "clone.data"):
-        for path in _value(config, section) or ():
-            require_data(path)
+    for key in ("data.train", "data.eval", "clone.data"):
+        if key != "data.eval" or _value(config, "trainer.eval_every") is not None:
+            for path in _value(config, key) or ():
+                require_data(path, key)
     for key in ("model.path", "critic.path"):
         path = _value(config, key)
-        if path is not None:
+        if path is not None and (key != "critic.path" or _value(config, "critic.kind") == "separate"):
             require_weights(path)
 
 
-def require_data(path: str) -> None:
+def require_data(path: str, key: str = "data.train and data.eval") -> None:
     local = Path(path).expanduser()
     if local.exists() or not (local.suffix in SUFFIXES or path.startswith(_HERE) or not _HUB_DATA.match(path)):
         return
-    raise DataError(f"{path}: no such file or folder (looked from {Path.cwd()}); check data.train and data.eval")
+    raise DataError(f"{path}: no such file or folder (looked from {Path.cwd()}); check {key}")
 
 
 def require_weights(path: str) -> None:

@@ -136,8 +136,6 @@ class OfflineStore:
     deviation of the returns, whose mean is taken from the last reward of a sample. Returns that are all equal are 0.
     """
 
-    packed = False
-
     def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
         """arrays: tokens int32, response_mask uint8 and rewards float32 of all samples one after the other; starts
         int64 [samples + 1]; returns float64 [samples]."""

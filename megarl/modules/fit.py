@@ -114,7 +114,7 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
     finally:
         gc.unfreeze()
         module.close()
-    return INTERRUPTED if preemption.interrupted and _rank() == 0 else 0  # another rank's would kill the first
+    return INTERRUPTED if preemption.interrupted else 0
 
 
 def resume_from(resume: str, run_dir: Path) -> str | None:

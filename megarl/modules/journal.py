@@ -81,7 +81,7 @@ class Journal:
 
 def identity(rollout: Rollout, metadata: Mapping[str, Any] | None = None) -> str:
     """Names a response by its place, its tokens and the other fields of its prompt's record."""
-    told = json.dumps([rollout.prompt, rollout.response, metadata or {}], sort_keys=True, default=repr)
+    told = json.dumps([rollout.prompt, rollout.response, *filter(None, [metadata])], sort_keys=True, default=repr)
     return f"{rollout.prompt_id}-{rollout.sample_id}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
 

@@ -20,7 +20,7 @@ from megarl.parallel.optimizer import (
     build_optimizer,
     build_schedule,
     check_finite,
-    separate_steps,
+    restored,
     trains_here,
 )
 
@@ -231,7 +231,7 @@ class Engine:
         if self.optimizer is not None and self.schedule is not None:
             if trains_here(self.optimizer):
                 self.optimizer.load_state_dict(state["optimizer"])
-                separate_steps(self.optimizer)
+                restored(self.optimizer)
             self.schedule.num_steps = 0  # Megatron adds the steps it reads to those it has
             self.schedule.load_state_dict(state["schedule"])
 

@@ -54,28 +54,34 @@ def trains_here(optimizer: MegatronOptimizer) -> bool:
     return any(group["params"] for group in optimizer.param_groups)
 
 
-def separate_steps(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter a step counter of its own: Megatron loads one tensor into all of torch's Adam states, which
-    then each count it up."""
+def fuse(part: MegatronOptimizer) -> None:
+    """On the CPU, update a tensor in one pass: Megatron has no setting for torch's fused kernel."""
+    for group in part.optimizer.param_groups:
+        if isinstance(part.optimizer, torch.optim.AdamW) and all(p.device.type == "cpu" for p in group["params"]):
+            group["fused"] = True
+
+
+def restored(optimizer: MegatronOptimizer) -> None:
+    """After loading: kernels are this machine's choice, not the checkpoint's, and every parameter gets a step counter
+    of its own (Megatron loads one tensor into all of torch's Adam states, which then each count it up)."""
     for part in optimizer.chained_optimizers:
+        if part.is_stub_optimizer:
+            continue
+        fuse(part)
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
 
 
 def _allocate_state(part: MegatronOptimizer) -> None:
-    """Make Adam's state before the first step, so that a checkpoint of any step has the same tensors.
-
-    On the CPU torch's fused kernel updates a tensor in one pass; Megatron has no setting for it.
-    """
+    """Make Adam's state before the first step, so that a checkpoint of any step has the same tensors."""
     if part.is_stub_optimizer:
         return
     part.init_state_fn(part.optimizer, part.config)
     if isinstance(part.optimizer, torch.optim.AdamW):
         for state in part.optimizer.state.values():
             state.setdefault("step", torch.tensor(0.0))
-        for group in part.optimizer.param_groups:
-            group["fused"] = all(parameter.device.type == "cpu" for parameter in group["params"])
+    fuse(part)
 
 
 def build_schedule(optimizer: MegatronOptimizer, spec: OptimSpec) -> OptimizerParamScheduler:

@@ -117,9 +117,12 @@ def _pack(function: object, key: str) -> RewardFunction:
 
 def _file_of(function: Function) -> str | None:
     """Where a callable is written; pickles of importable ones hold no more than its name."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    written = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
     try:
-        file = inspect.getsourcefile(inspect.unwrap(function))
-    except (TypeError, ValueError):
+        file = inspect.getsourcefile(inspect.unwrap(written))
+    except (TypeError, ValueError, OSError):
         return None
     return file if file and Path(file).is_file() else None
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback
 
+from megarl.callbacks.checkpoints import Checkpoints
 from megarl.callbacks.preemption import NOTICES, STATUS_FILE, Preemption
 from megarl.checkpoint import find, verify
 from tests.tiny_runs import run_tiny
@@ -27,9 +29,14 @@ def noticed(run_dir: Path, steps: int, at: int, number: int, rank: int) -> dict[
         if step == at and dist.get_rank() == rank:
             os.kill(os.getpid(), number)
 
-    ended = run_tiny(
-        run_dir, steps, each_step=send, more_callbacks=lambda checkpoints: [Preemption(checkpoints)], **SPARSE
-    )
+    made: list[Any] = []
+
+    def watch(checkpoints: Checkpoints) -> list[Callback]:
+        made.append(Preemption(checkpoints))
+        return made
+
+    ended = run_tiny(run_dir, steps, each_step=send, more_callbacks=watch, **SPARSE)
+    ended["interrupted"] = made[0].interrupted
     after = [signal.getsignal(n) for n in NOTICES]
     return {**ended, "handlers_as_before": before == after, "status": status.read_text() if status.exists() else None}
 
@@ -43,8 +50,27 @@ def test_any_ranks_notice_stops_all_after_that_step_with_a_checkpoint(
     assert [one["step"] for one in ended] == [4, 4]
     assert [path.name for path in find(tmp_path / "checkpoints")] == ["step-0000004"]
     assert verify(find(tmp_path / "checkpoints")[0]) is None
-    assert ended[0]["status"] == "stopped after step 4: start again\n"
+    by_hand = number == signal.SIGINT
+    assert ended[0]["status"] == (None if by_hand else "stopped after step 4: start again\n")
+    assert [one["interrupted"] for one in ended] == [by_hand, by_hand]
     assert all(one["handlers_as_before"] for one in ended)
+
+
+@pytest.mark.parametrize(("number", "stops"), [(signal.SIGUSR1, True), (signal.SIGINT, False)])
+def test_only_a_ctrl_c_that_the_shell_ignores_stays_ignored(
+    number: int, stops: bool, worlds: Worlds, tmp_path: Path
+) -> None:
+    """Launchers start torchrun with SIGUSR1 ignored, so that it reaches the processes alone."""
+    assert worlds.run(1, with_signals_ignored, tmp_path, number)[0] == (4 if stops else 9)
+
+
+def with_signals_ignored(run_dir: Path, number: int) -> int:
+    before = {one: signal.signal(one, signal.SIG_IGN) for one in (signal.SIGUSR1, signal.SIGINT)}
+    try:
+        return int(noticed(run_dir, 9, 3, number, 0)["step"])
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def test_the_next_start_ends_in_the_unbroken_runs_weights(worlds: Worlds, tmp_path: Path) -> None:
