@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +43,27 @@ def noticed(run_dir: Path, steps: int, at: int, number: int, rank: int) -> dict[
     return {**ended, "handlers_as_before": before == after, "status": status.read_text() if status.exists() else None}
 
 
+def by_hand_too(run_dir: Path, steps: int, at: int, number: int, rank: int) -> dict[str, Any]:
+    """`noticed` where Ctrl-C is heard, also by tests that run in a shell's background."""
+    with answering(signal.SIGINT, signal.default_int_handler):
+        return noticed(run_dir, steps, at, number, rank)
+
+
+@contextmanager
+def answering(number: int, handler: Any) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", NOTICES)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_any_ranks_notice_stops_all_after_that_step_with_a_checkpoint(
     number: int, rank: int, worlds: Worlds, tmp_path: Path
 ) -> None:
-    ended = worlds.run(2, noticed, tmp_path, 9, 3, number, rank)
+    ended = worlds.run(2, by_hand_too, tmp_path, 9, 3, number, rank)
     assert [one["step"] for one in ended] == [4, 4]
     assert [path.name for path in find(tmp_path / "checkpoints")] == ["step-0000004"]
     assert verify(find(tmp_path / "checkpoints")[0]) is None
@@ -65,12 +82,8 @@ def test_only_a_ctrl_c_that_the_shell_ignores_stays_ignored(
 
 
 def with_signals_ignored(run_dir: Path, number: int) -> int:
-    before = {one: signal.signal(one, signal.SIG_IGN) for one in (signal.SIGUSR1, signal.SIGINT)}
-    try:
+    with answering(signal.SIGUSR1, signal.SIG_IGN), answering(signal.SIGINT, signal.SIG_IGN):
         return int(noticed(run_dir, 9, 3, number, 0)["step"])
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
 
 
 def test_the_next_start_ends_in_the_unbroken_runs_weights(worlds: Worlds, tmp_path: Path) -> None:
@@ -133,6 +146,9 @@ def interrupted_twice(run_dir: Path) -> tuple[list[int], list[Path]]:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(SystemExit):  # Lightning's answer to KeyboardInterrupt
+    with (
+        answering(signal.SIGINT, signal.default_int_handler),
+        pytest.raises(SystemExit),
+    ):  # Lightning's answer to KeyboardInterrupt
         run_tiny(run_dir, 9, each_step=send, more_callbacks=lambda found: [Preemption(found)], **SPARSE)
     return begun, find(run_dir / "checkpoints")
