@@ -21,7 +21,7 @@ import torch
 from megarl.data.collate import Batch
 from megarl.data.formats import load_chat_template
 from megarl.data.order import TrainBatches
-from megarl.data.randomwalks import task
+from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Record, read_records
 from megarl.errors import DataError
 from megarl.tokenizers import Tokenizer
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from megarl.config.schema import ILQLConfig
 
 log = logging.getLogger(__name__)
-RANDOMWALKS = "randomwalks"
 VERSION = 1  # of the files in a cache: another meaning of the same samples is another number
 ARRAYS = ("tokens", "response_mask", "rewards", "starts", "returns")
 

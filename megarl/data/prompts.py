@@ -11,12 +11,10 @@ import numpy as np
 from megarl.config.rl import PromptDataConfig
 from megarl.data.formats import load_chat_template
 from megarl.data.order import TrainBatches
-from megarl.data.randomwalks import task
+from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Record, read_records
 from megarl.errors import DataError
 from megarl.tokenizers import Tokenizer
-
-RANDOMWALKS = "randomwalks"
 
 
 @dataclass(frozen=True)

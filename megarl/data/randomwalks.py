@@ -10,6 +10,8 @@ from functools import cache
 
 import numpy as np
 
+RANDOMWALKS = "randomwalks"
+"""Stands in lists of sources for the task's own records."""
 NODES, GOAL, MOST_NODES, WALKS, EDGE_RATE = 21, 0, 10, 1000, 0.1
 ALPHABET = "".join(chr(ord("a") + node) for node in range(NODES))
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from megarl.algorithms import aggregate
 from megarl.config.schema import PPOConfig, RFTConfig
 from megarl.data import SFTDataset, TrainBatches, collate, read_records
-from megarl.data.prompts import RANDOMWALKS
-from megarl.data.randomwalks import task
+from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Record
 from megarl.logging import get_logger
 from megarl.models.gpt import GPT

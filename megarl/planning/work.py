@@ -123,7 +123,6 @@ def _ilql(common: Work, config: Any, plan: PlanConfig) -> Work:
 
 def _ppo(common: Work, config: Any, plan: PlanConfig) -> Work:
     separate = config.critic.kind == "separate"
-    prompt, response, longest = _lengths(config, plan)
     roles = [Role("policy", True, True, "trains and generates", value_head=not separate)]
     if separate:
         roles.append(Role("critic", True, True, "trains, a model of its own", value_head=True))
@@ -137,16 +136,10 @@ def _ppo(common: Work, config: Any, plan: PlanConfig) -> Work:
         common,
         roles=tuple(roles),
         steps=minibatches * config.ppo.inner_epochs,
-        length=prompt + longest,
-        loss_tokens=longest,
         entropy=config.ppo.entropy_coef > 0,
         rollouts=config.ppo.rollouts,
         rescored=True,
-        prompt=prompt,
-        response=response,
-        longest=longest,
-        slots=config.rollout.slots,
-        cache_bytes=config.rollout.cache_bytes,
+        **_responses(config, plan),
     )
 
 
@@ -154,7 +147,6 @@ def _rft(common: Work, config: Any, plan: PlanConfig) -> Work:
     rft = config.rft
     if rft.prompts is None:
         raise ConfigError("rft.prompts=null is all prompts of a file that a plan does not read: set their number")
-    prompt, response, longest = _lengths(config, plan)
     rollouts = rft.prompts * config.rollout.n
     kept = 1 - (rft.start_percentile + rft.end_percentile) / 2  # of the answers, in a mean improvement step
     return replace(
@@ -164,15 +156,23 @@ def _rft(common: Work, config: Any, plan: PlanConfig) -> Work:
             Role("reward", False, False, "a function in a process of its own"),
         ),
         steps=rft.improve_steps * max(1, math.ceil(rollouts * kept / common.global_batch)),
-        length=prompt + longest,
-        loss_tokens=longest,
         rollouts=rollouts,
-        prompt=prompt,
-        response=response,
-        longest=longest,
-        slots=config.rollout.slots,
-        cache_bytes=config.rollout.cache_bytes,
+        **_responses(config, plan),
     )
+
+
+def _responses(config: Any, plan: PlanConfig) -> dict[str, Any]:
+    """What a run that generates trains on, and what it generates with."""
+    prompt, response, longest = _lengths(config, plan)
+    return {
+        "length": prompt + longest,
+        "loss_tokens": longest,
+        "prompt": prompt,
+        "response": response,
+        "longest": longest,
+        "slots": config.rollout.slots,
+        "cache_bytes": config.rollout.cache_bytes,
+    }
 
 
 def _lengths(config: Any, plan: PlanConfig) -> tuple[int, int, int]:

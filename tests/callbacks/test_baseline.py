@@ -54,7 +54,10 @@ def test_a_run_that_is_never_evaluated_has_none(evaluation: object | None, eval_
 
 
 def test_a_module_that_cannot_evaluate_by_itself_is_left_alone() -> None:
-    train(Tiny(LOSSES, evals=[1.0]), [Baseline()], steps=2, eval_every=2)
+    module = Tiny(LOSSES, evals=[1.0])
+    trainer = train(module, [Baseline()], steps=2, eval_every=2)
+    assert trainer.global_step == 2
+    assert not hasattr(module, "baseline")
 
 
 def test_a_resumed_run_has_had_its_baseline(tmp_path: Path) -> None:
