@@ -440,7 +440,8 @@ def _reward_time(config: Any, world_size: int) -> None:
     """Processes that wait for the one that asks must not give up before it does."""
     reward = config.reward
     longest = (reward.retries + 1) * (reward.timeout + SCORER_START_S)
-    if world_size > 1 and longest >= config.parallel.timeout_s:
+    asks = reward.fn is not None or config.metric.fn is not None
+    if asks and world_size > 1 and longest >= config.parallel.timeout_s:
         raise Refusal(
             f"a call of the reward function can take {reward.retries + 1} tries * (reward.timeout={reward.timeout:g} + "
             f"{SCORER_START_S:g} to start) = {longest:g} s, and the other processes wait only parallel.timeout_s="

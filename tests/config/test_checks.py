@@ -11,7 +11,7 @@ import pytest
 from megarl.config.checks import accumulation, check, check_shape, data_parallel_size, world_size
 from megarl.config.offers import Refusal, divisors, either, enforce, multiples, near
 from megarl.config.presets import resource
-from megarl.config.schema import ModelConfig, ParallelConfig, PPOConfig, SFTConfig
+from megarl.config.schema import ILQLConfig, ModelConfig, ParallelConfig, PPOConfig, SFTConfig
 from megarl.errors import ConfigError
 
 
@@ -368,3 +368,12 @@ def test_phases_that_cannot_run_are_told_what_can(
         check(phases(**values), world)
     assert problem in str(caught.value)
     assert f": {remedy}" in str(caught.value)
+
+
+def test_the_patience_of_others_matters_only_where_a_function_is_asked() -> None:
+    config = ILQLConfig()
+    config.data.train, config.parallel.timeout_s, config.trainer.devices = ["samples.jsonl"], 60, 2
+    check(config, 2)
+    config.metric.fn = "scores.py:score"
+    with pytest.raises(ConfigError, match=r"reward\.timeout=60 \+ 120 to start\) = 360 s"):
+        check(config, 2)
