@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from megarl.command import INTERRUPTED, NOTICED
 from megarl.config.compose import compose, typed
 from megarl.config.leaf import leaves
 from megarl.config.presets import DEMO_EVAL, resource
@@ -100,7 +101,8 @@ def train(
 ) -> Trained:
     """Train by PPO (a reward function), ILQL (samples with rewards) or SFT (samples alone).
 
-    Runs in a script, a notebook, or every process that torchrun started.
+    Runs in a script, a notebook, or every process that torchrun started. A notice or Ctrl-C saves the run and ends the
+    script; the same call with the same run.dir goes on.
 
     Args:
         model: a folder or hub name, or keys of the `model` section to start from random weights.
@@ -268,5 +270,8 @@ def _run(entry: str, config: Any, functions: dict[str, Function]) -> None:
         code = train_sft.train(config)
     else:
         code = {"ppo": train_ppo, "ilql": train_ilql, "rft": train_rft}[entry].train(config, functions)
-    if code:  # Ctrl-C: the run is saved, and what follows the call is for a trained model
+    # The run is saved, but what follows the call is for a trained model.
+    if code == INTERRUPTED:
         raise KeyboardInterrupt
+    if code == NOTICED:
+        raise SystemExit(0)

@@ -13,6 +13,9 @@ from megarl.errors import MegarlError
 _TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of writing
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
+NOTICED = 143
+"""What a run comes to that a notice (SIGTERM, SIGUSR1) stopped with a checkpoint. Its command exits with 0: launchers
+learn of it by a file, and srun would kill the ranks that are still writing."""
 
 
 def ended(work: Callable[[], int | None], debug: Callable[[], bool] = lambda: False) -> NoReturn:
@@ -32,7 +35,7 @@ def ended(work: Callable[[], int | None], debug: Callable[[], bool] = lambda: Fa
     except KeyboardInterrupt:
         say("interrupted")
         code = INTERRUPTED
-    if code == INTERRUPTED and _rank_prefix():
+    if code == NOTICED or (code == INTERRUPTED and _rank_prefix()):
         code = 0  # whoever started this process would kill the first one, which may still be writing
     sys.exit(code or 0)
 

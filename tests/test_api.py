@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +69,24 @@ def sft(run_dir: Path) -> None:
 @pytest.mark.parametrize("call", [ppo, ilql, sft], ids=lambda call: call.__name__)
 def test_a_call_trains_answers_and_exports(call: Any, worlds: Worlds, tmp_path: Path) -> None:
     worlds.run(1, call, tmp_path / "run")
+
+
+def noticed(run_dir: Path) -> None:
+    def notice() -> None:
+        while not (run_dir / "metrics.csv").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=notice, daemon=True).start()
+    config = megarl.default_config("sft", *QUIET, f"run.dir={run_dir}", "trainer.max_steps=100000")
+    with pytest.raises(SystemExit) as end:
+        megarl.train(TINY, samples=["a text", "another"], config=config)
+    assert end.value.code == 0
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "stopped"
+
+
+def test_a_notice_ends_the_script_since_what_follows_is_for_a_trained_model(worlds: Worlds, tmp_path: Path) -> None:
+    worlds.run(1, noticed, tmp_path / "run")
 
 
 def test_a_plain_script_needs_nothing_else(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from megarl.callbacks.checkpoints import Checkpoints
 from megarl.callbacks.readings import planned_steps, steps_taken, unit
+from megarl.command import INTERRUPTED, NOTICED
 from megarl.logging import get_logger
 from megarl.parallel.strategy import MegatronStrategy
 
@@ -38,7 +39,7 @@ class Preemption(Callback):
         self.notice: str | None = None
         self.interrupts = 0
         self.stopping = False
-        self.interrupted = False  # whether it was some rank's Ctrl-C that stopped the run
+        self.outcome = 0  # INTERRUPTED by some rank's Ctrl-C, NOTICED where a notice left steps undone
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -61,8 +62,10 @@ class Preemption(Callback):
             self.checkpoints.stop(trainer)
             # At once: an evaluation may be due now, and the notice may be short.
             planned = planned_steps(trainer)
-            self.interrupted = strategy.grid.any_rank(self.notice == signal.SIGINT.name)
-            if not self.interrupted and (planned is None or steps_taken(trainer) < planned):
+            if strategy.grid.any_rank(self.notice == signal.SIGINT.name):
+                self.outcome = INTERRUPTED
+            elif planned is None or steps_taken(trainer) < planned:
+                self.outcome = NOTICED
                 self._leave_word(f"stopped after {unit(trainer)} {steps_taken(trainer)}: start again\n")
         trainer.should_stop = True
 

@@ -16,7 +16,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import megarl
-from megarl.command import INTERRUPTED, ended
+from megarl.command import INTERRUPTED, NOTICED, ended
 from megarl.config.checks import check, check_values, world_size
 from megarl.config.files import check_files
 from megarl.config.messages import EXPLAINED, explain
@@ -118,7 +118,7 @@ class _Job:
         code = _checked(config, self.main)
         if code == INTERRUPTED:
             raise KeyboardInterrupt  # the jobs that follow are not wanted either
-        if code:
+        if code and code != NOTICED:
             raise JobError(code)
 
 

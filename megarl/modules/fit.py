@@ -24,7 +24,7 @@ from megarl.callbacks.samples import Samples
 from megarl.callbacks.summary import Summary
 from megarl.callbacks.throughput import Throughput
 from megarl.checkpoint import ShardedCheckpointIO, find
-from megarl.command import INTERRUPTED, quiet
+from megarl.command import quiet
 from megarl.config import checks
 from megarl.errors import CheckpointError
 from megarl.logging import get_logger, setup
@@ -38,7 +38,8 @@ RUN_DIR = "MEGARL_RUN_DIR"  # tells the processes that a run starts where the fi
 
 
 def fit(entry: str, config: Any, build: Callable[[Any], Module]) -> int:
-    """Check, build, train, and leave a run folder behind. Returns the exit code.
+    """Check, build, train, and leave a run folder behind. Returns the exit code; INTERRUPTED or NOTICED where the run
+    was stopped early, with a checkpoint.
 
     `build(config)` makes the module, before any process group exists; its models are made in `configure_model`.
     """
@@ -111,10 +112,14 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
     gc.freeze()  # every save collects garbage: let it not look through all that imports have made
     try:
         trainer.fit(module, ckpt_path=resume_from(config.run.resume, run_dir))
+    except SystemExit as ending:
+        if isinstance(ending.__context__, KeyboardInterrupt):  # before training, or again: Lightning exits with 1
+            raise KeyboardInterrupt from None
+        raise
     finally:
         gc.unfreeze()
         module.close()
-    return INTERRUPTED if preemption.interrupted else 0
+    return preemption.outcome
 
 
 def resume_from(resume: str, run_dir: Path) -> str | None:

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 from megarl.callbacks.checkpoints import Checkpoints
 from megarl.callbacks.preemption import NOTICES, STATUS_FILE, Preemption
 from megarl.checkpoint import find, verify
+from megarl.command import INTERRUPTED, NOTICED
 from tests.tiny_runs import run_tiny
 from tests.worlds import Worlds
 
@@ -38,7 +39,7 @@ def noticed(run_dir: Path, steps: int, at: int, number: int, rank: int) -> dict[
         return made
 
     ended = run_tiny(run_dir, steps, each_step=send, more_callbacks=watch, **SPARSE)
-    ended["interrupted"] = made[0].interrupted
+    ended["outcome"] = made[0].outcome
     after = [signal.getsignal(n) for n in NOTICES]
     return {**ended, "handlers_as_before": before == after, "status": status.read_text() if status.exists() else None}
 
@@ -69,7 +70,7 @@ def test_any_ranks_notice_stops_all_after_that_step_with_a_checkpoint(
     assert verify(find(tmp_path / "checkpoints")[0]) is None
     by_hand = number == signal.SIGINT
     assert ended[0]["status"] == (None if by_hand else "stopped after step 4: start again\n")
-    assert [one["interrupted"] for one in ended] == [by_hand, by_hand]
+    assert [one["outcome"] for one in ended] == [INTERRUPTED if by_hand else NOTICED] * 2
     assert all(one["handlers_as_before"] for one in ended)
 
 
@@ -96,8 +97,7 @@ def test_the_next_start_ends_in_the_unbroken_runs_weights(worlds: Worlds, tmp_pa
 
 def test_a_run_that_was_at_its_end_is_not_started_again(worlds: Worlds, tmp_path: Path) -> None:
     (ended,) = worlds.run(1, noticed, tmp_path, 4, 3, signal.SIGUSR1, 0)
-    assert ended["step"] == 4
-    assert ended["status"] is None
+    assert (ended["step"], ended["status"], ended["outcome"]) == (4, None, 0)
 
 
 def test_without_a_notice_nothing_stops(worlds: Worlds, tmp_path: Path) -> None:

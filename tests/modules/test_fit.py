@@ -1,0 +1,26 @@
+"""What a run comes to when it does not come to its end."""
+
+from pathlib import Path
+
+import pytest
+
+from megarl.config.compose import compose
+from megarl.modules.fit import fit
+from megarl.modules.sft import SFT
+from megarl.tokenizers import build_tokenizer
+from tests.worlds import Worlds
+
+
+class Interrupted(SFT):
+    def configure_model(self) -> None:
+        raise KeyboardInterrupt
+
+
+def interrupted(run_dir: Path) -> None:
+    config, _ = compose("sft", [f"run.dir={run_dir}", "trainer.progress=none", "logger.tensorboard=false"])
+    with pytest.raises(KeyboardInterrupt):
+        fit("sft", config, lambda config: Interrupted(config, build_tokenizer("bytes", None)))
+
+
+def test_an_interrupt_before_training_stays_an_interrupt(worlds: Worlds, tmp_path: Path) -> None:
+    worlds.run(1, interrupted, tmp_path / "run")
