@@ -288,7 +288,7 @@ def chat(config: "GenerateConfig", generator: "Generator", tokenizer: "Tokenizer
     if first:
         sys.stderr.write(CHAT_HELP + "\n")
     for turn in range(1_000_000):
-        said = _from_first(generator, _read_line() if first else "")
+        said: str = generator.grid.by_first(_read_line)
         if said in ("", "/quit"):
             return
         if said == "/reset":
@@ -316,11 +316,6 @@ def _read_line() -> str:
         sys.stderr.write("> ")
         sys.stderr.flush()
     return sys.stdin.readline().strip()
-
-
-def _from_first(generator: "Generator", said: str) -> str:
-    answers: list[str] = generator.grid.gather(said)
-    return answers[0]
 
 
 def main() -> None:

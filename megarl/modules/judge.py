@@ -84,18 +84,10 @@ class Judge:
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], stream: int, phase: int) -> Judgement:
         """The same on every rank; `prompts[rollout.prompt_id]` is a rollout's prompt."""
         asking = iter(()) if self.worker is None else self._ask(self.worker, prompts, rollouts, stream, phase)
-        while True:  # the first rank's word after every call, so that the others wait for no more than one of them
-            word: tuple[Judgement | None, Exception | None] = (None, None)
-            if self.worker is not None:
-                try:
-                    word = (next(asking), None)
-                except Exception as problem:  # every rank must hear of it, or the others wait for ever
-                    word = (None, problem)
-            judgement, failure = self.grid.from_first(word)
-            if failure is not None:
-                raise failure
-            if judgement is not None:
-                return judgement  # type: ignore[no-any-return]
+        judgement: Judgement | None = None
+        while judgement is None:  # the others hear of every call, so that they wait for no more than one of them
+            judgement = self.grid.by_first(lambda: next(asking))
+        return judgement
 
     def forget(self, before: int) -> None:
         """Let go of what the journal holds of phases before that one."""

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,12 +102,19 @@ class Grid:
         dist.all_gather_object(values, value)
         return values
 
-    def from_first(self, value: Any) -> Any:
-        """The first rank's (small, picklable) value, on every rank."""
+    def by_first(self, work: Callable[[], Any]) -> Any:
+        """What the first rank's work comes to, on every rank: a (small, picklable) value, or the error it raised."""
         if dist.get_world_size() == 1:
-            return value
-        box = [value]
+            return work()
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = work()
+            except Exception as problem:  # every rank must hear of it, or the others wait for ever
+                box[1] = problem
         dist.broadcast_object_list(box, src=0, device=self.device)
+        if box[1] is not None:
+            raise box[1]
         return box[0]
 
     def sum_over_data(self, values: Tensor) -> Tensor:

@@ -111,9 +111,8 @@ class Generator:
         rollouts = [rollout for share in shares for rollout in share]
         rollouts.sort(key=lambda r: (r.prompt_id, r.sample_id))
         if self.dump is not None:
-            if self.grid.rank == 0:
-                stored.dump(stored.phase_file(self.dump, stream, phase), rollouts)
-            self.grid.barrier()  # so that any rank may replay what a call before has dumped
+            path = stored.phase_file(self.dump, stream, phase)
+            self.grid.by_first(lambda: stored.dump(path, rollouts))  # any rank may replay it after this
         return rollouts
 
     def close(self) -> None:

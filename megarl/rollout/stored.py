@@ -23,15 +23,20 @@ def phase_file(folder: str | Path, stream: int, phase: int) -> Path:
 def dump(path: str | Path, rollouts: Iterable[Rollout]) -> None:
     """Write rollouts, whole or not at all. A float is written with all digits it needs to be read as itself."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     records = [asdict(rollout) for rollout in rollouts]
     unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"format": FORMAT, "rollouts": len(records)}) + "\n")
-        file.writelines(json.dumps(record) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(json.dumps({"format": FORMAT, "rollouts": len(records)}) + "\n")
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as problem:
+        raise DataError(
+            f"rollouts {path} cannot be written ({problem}): give rollout.dump a folder with room, or null"
+        ) from None
 
 
 def load(path: str | Path) -> list[Rollout]:

@@ -36,7 +36,7 @@ ROLLOUTS = [
     Rollout(0, 1, [A], [C], [-1.0], "length"),
     Rollout(1, 0, [B], [EOS], [-1.0], "eos"),
 ]
-ALONE: Any = SimpleNamespace(rank=0, from_first=lambda value: value)
+ALONE: Any = SimpleNamespace(rank=0, by_first=lambda work: work())
 
 
 class Scripted:

@@ -80,3 +80,17 @@ def test_a_generator_dumps_and_replays_a_phase(worlds: Worlds, tmp_path: Path) -
     for drawn, replayed in worlds.run(2, dumped_and_replayed, str(tmp_path)):
         assert replayed == drawn
     assert [path.name for path in tmp_path.iterdir()] == ["train-000002.jsonl"]
+
+
+def dumped_where_nothing_can_be(folder: str) -> str:
+    engine = small_engine({}, seed=1, train=False)
+    with pytest.raises(DataError) as caught:
+        Generator(engine, 3, seed=1, dump=folder).generate([Request(0, 0, (1,), Sampling(max_new_tokens=2))])
+    return str(caught.value)
+
+
+def test_a_dump_that_cannot_be_written_ends_every_rank(worlds: Worlds, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for said in worlds.run(2, dumped_where_nothing_can_be, str(tmp_path / "file")):
+        assert "train-000000.jsonl cannot be written" in said
+        assert "rollout.dump" in said
