@@ -22,6 +22,7 @@ LAYOUTS = {
     "PP2": (2, ["parallel.pp=2"]),
     "TP2xPP2+SP": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
     "DP2": (2, []),
+    "rows of their own": (1, ["ilql.pack=false"]),
 }
 TERMS = ("loss", "loss_q", "loss_v", "loss_cql", "loss_awac", "q", "v")
 STEPS = 20
