@@ -4,7 +4,6 @@ terminal."""
 import json
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from megarl.command import printable, quiet, say
+from megarl.command import printable, say
 from megarl.config.checks import local_devices
 from megarl.config.compose import run
 from megarl.config.files import SUFFIXES
@@ -41,15 +40,14 @@ def generate(config: "GenerateConfig") -> int:
             f"torchrun --nproc-per-node={devices} -m megarl.generate --chat"
         )
     from torch.multiprocessing import get_context
-    from torch.multiprocessing.spawn import ProcessExitedException, spawn
+    from torch.multiprocessing.spawn import ProcessExitedException
+
+    from megarl.parallel.processes import spawned
 
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells of every process it ends
     problems = get_context("spawn").SimpleQueue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     try:
-        spawn(_process, (config, devices, port, problems), nprocs=devices)
+        spawned(devices, _one_line, config, problems)
     except ProcessExitedException as ended:
         if not problems.empty():  # one line, whichever process was first
             say(f"error: {problems.get()}")
@@ -57,14 +55,8 @@ def generate(config: "GenerateConfig") -> int:
     return 0
 
 
-def _process(rank: int, config: "GenerateConfig", world: int, port: int, problems: Any) -> None:
-    """One of the processes that this command starts."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({key: str(value) for key, value in names.items()})
-    quiet()
-    import torch
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+def _one_line(config: "GenerateConfig", problems: Any) -> None:
+    """`work` in one of several processes: what the user can mend goes into `problems`."""
     try:
         work(config)
     except MegarlError as error:

@@ -5,14 +5,13 @@ Trains a tiny random GPT both ways and compares losses, gradient norms and log-p
 
 import json
 import os
-import socket
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megarl.command import ended, quiet
+from megarl.command import ended
 from megarl.errors import ConfigError
 
 HELP = """python -m megarl.selftest [key=value ...]
@@ -148,31 +147,20 @@ def train(settings: Settings) -> dict[str, Any]:
     return result
 
 
-def _process(rank: int, settings: dict[str, Any], port: int, out: str) -> None:
+def _write(settings: Settings, out: str) -> None:
     """One process of a world that this command starts."""
-    world = Settings(**settings).world
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    quiet()
-    import torch
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    result = train(Settings(**settings))
-    if rank == 0:
+    result = train(settings)
+    if os.environ["RANK"] == "0":
         Path(out).write_text(json.dumps(result))
 
 
 def started(settings: Settings) -> dict[str, Any]:
     """Train in a world of fresh processes on this machine."""
-    from torch.multiprocessing.spawn import spawn
+    from megarl.parallel.processes import spawned
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "result.json")
-        spawn(_process, (asdict(settings), port, out), nprocs=settings.world)
+        spawned(settings.world, _write, settings, out)
         result: dict[str, Any] = json.loads(Path(out).read_text())
     return result
 

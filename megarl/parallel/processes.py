@@ -1,0 +1,31 @@
+"""Processes that a command starts itself, as torchrun would."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from megarl.command import quiet
+
+
+def spawned(world: int, work: Callable[..., None], *arguments: Any) -> None:
+    """`work(*arguments)` in fresh processes on this machine, each with its rank and its share of the cores.
+
+    One that fails ends the others; what it failed of is raised as torch.multiprocessing puts it.
+    """
+    from torch.multiprocessing.spawn import spawn
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn(_process, (world, port, work, arguments), nprocs=world)
+
+
+def _process(rank: int, world: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({key: str(value) for key, value in names.items()})
+    quiet()
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    work(*arguments)
