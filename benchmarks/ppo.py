@@ -33,6 +33,7 @@ from megarl.tokenizers import build_tokenizer
 HEADER = ["part", "CPU s", "share of all", "share that is matrix products"]
 NAMED = ("generate", "score", "evaluate", "train")
 
+PEER_BATCHES = ["ppo.rollouts=128", "trainer.global_batch_size=100", "trainer.micro_batch_size=100", "clone.steps=400"]
 TRL_HEADER = ["PPO", "critic", "reference", "samples/s (CPU)", "samples/s (wall)", "ratio (CPU)", "ratio (wall)"]
 TRL_SCRIPT = Path(__file__).parent / "peers" / "trl_ppo.py"
 PHASES_ALONE = [
@@ -73,8 +74,9 @@ class Measured:
 
 
 def randomwalks(folder: str, overrides: Sequence[str]) -> PPOConfig:
+    """The preset, with as many rollouts and minibatches as the peer's run has."""
     quiet = [f"run.dir={folder}/run", "trainer.progress=none", "logger.tensorboard=false"]
-    config, _ = compose("ppo", ["+conf=randomwalks", *quiet, *overrides])
+    config, _ = compose("ppo", ["+conf=randomwalks", *quiet, *PEER_BATCHES, *overrides])
     return config
 
 

@@ -12,7 +12,6 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ class ShardedCheckpointIO(CheckpointIO):
         """
         grid = self.grid
         assert grid is not None
-        folder = _agree(grid, lambda: _choose(Path(path)))
+        folder = grid.by_first(lambda: _choose(Path(path)))
         contents: list[tuple[dict[str, Any], list[Part]]] = []
         together(grid, lambda: contents.append(_open(folder)))
         common, parts = contents[0]
@@ -114,7 +113,7 @@ class _Save:
         self.written: dict[str, list[int]] = {}
         self.thread: threading.Thread | None = None
         self.common = b""  # on the first rank
-        _agree(grid, lambda: self._prepare(common))
+        grid.by_first(lambda: self._prepare(common))
 
     def start(self) -> None:
         self.thread = threading.Thread(target=self.run, name="checkpoint")
@@ -143,7 +142,7 @@ class _Save:
         if self.thread is not None:
             self.thread.join()
         reports = self.grid.gather(self._report())
-        _agree(self.grid, lambda: self._finish(reports))
+        self.grid.by_first(lambda: self._finish(reports))
         self.parts = []
 
     def salvage(self) -> None:
@@ -398,11 +397,6 @@ def _hidden(folder: Path, state: str) -> Path:
 def _successor(path: Path) -> Path:
     """The proper name behind a hidden one; a proper name itself."""
     return path.with_name(path.stem[1:]) if path.name.startswith(".") else path
-
-
-def _agree(grid: Grid, action: Callable[[], Any]) -> Any:
-    """Do something on the first rank and give every rank its result, or its error."""
-    return together(grid, action if grid.rank == 0 else lambda: None)[0]
 
 
 def _first_line(problem: Exception) -> str:

@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, MegarlError
 from megarl.parallel import cpu
 from megarl.parallel.layout import Layout
 
@@ -107,14 +107,17 @@ class Grid:
         if dist.get_world_size() == 1:
             return work()
         box: list[Any] = [None, None]
+        failure: Exception | None = None
         if self.rank == 0:
             try:
                 box[0] = work()
             except Exception as problem:  # every rank must hear of it, or the others wait for ever
-                box[1] = problem
+                failure = problem
+                travels = isinstance(problem, MegarlError)
+                box[1] = problem if travels else RuntimeError(f"rank 0: {type(problem).__name__}: {problem}")
         dist.broadcast_object_list(box, src=0, device=self.device)
         if box[1] is not None:
-            raise box[1]
+            raise failure or box[1]
         return box[0]
 
     def sum_over_data(self, values: Tensor) -> Tensor:

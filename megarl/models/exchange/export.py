@@ -76,10 +76,10 @@ def export(
     plan = plan_files(mapping, heads, stages, dtype, shard_bytes)
     config |= _describe(dtype, token_ids(tokenizer) if tokenizer else {})
     aside = aside_of(folder)
-    together(grid, lambda: prepare(folder, aside) if grid.rank == 0 else None)
+    grid.by_first(lambda: prepare(folder, aside))
     try:
         together(grid, lambda: _write_stage(plan, mapping, heads, local, dtype, aside, grid))
-        together(grid, lambda: _finish(folder, aside, plan, mapping, config, tokenizer) if grid.rank == 0 else None)
+        grid.by_first(lambda: _finish(folder, aside, plan, mapping, config, tokenizer))
     except Exception:
         if grid.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
