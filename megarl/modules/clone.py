@@ -10,9 +10,11 @@ from torch import Tensor
 
 from megarl.algorithms import aggregate
 from megarl.config.schema import PPOConfig, RFTConfig
-from megarl.data import SFTDataset, TrainBatches, collate, read_records
+from megarl.data.collate import collate
+from megarl.data.dataset import SFTDataset
+from megarl.data.order import TrainBatches
 from megarl.data.randomwalks import RANDOMWALKS, task
-from megarl.data.sources import Record
+from megarl.data.sources import Record, read_records
 from megarl.logging import get_logger
 from megarl.models.gpt import GPT
 from megarl.modules.base import build_gpt_engine

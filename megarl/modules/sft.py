@@ -8,7 +8,7 @@ from torch import Tensor
 from megarl.algorithms import aggregate
 from megarl.clock import Work
 from megarl.config.schema import SFTConfig
-from megarl.data import build_eval_loader, build_sft_data, build_train_loader
+from megarl.data.build import build_eval_loader, build_sft_data, build_train_loader
 from megarl.models.exchange.card import ModelCard
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT

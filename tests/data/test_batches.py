@@ -8,21 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from megarl.data import (
-    EvalLoader,
-    PackedDataset,
-    Record,
-    SFTDataset,
-    StepLoader,
-    TrainBatches,
-    batch_length,
-    build_eval_loader,
-    build_sft_data,
-    build_train_loader,
-    collate,
-    shard_rows,
-)
+from megarl.data.build import build_eval_loader, build_sft_data, build_train_loader
+from megarl.data.collate import batch_length, collate
+from megarl.data.dataset import PackedDataset, SFTDataset
 from megarl.data.demo import make
+from megarl.data.loaders import EvalLoader, StepLoader
+from megarl.data.order import TrainBatches, shard_rows
+from megarl.data.sources import Record
 from megarl.errors import ConfigError
 from megarl.tokenizers import ByteTokenizer
 

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from megarl.data import PackedDataset, Record, RecordFormat, SFTDataset, load_chat_template, pack
+from megarl.data.dataset import PackedDataset, SFTDataset, pack
+from megarl.data.formats import RecordFormat, load_chat_template
+from megarl.data.sources import Record
 from megarl.errors import ConfigError, DataError
 from megarl.tokenizers import ByteTokenizer
 

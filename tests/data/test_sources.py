@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megarl.data import read_records
+from megarl.data.sources import read_records
 from megarl.errors import DataError
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
