@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor
 
-from megarl.parallel.vocab import gradient_buffer
+from megarl.parallel.gradients import gradient_buffer
 
 
 class ColumnLinear(ColumnParallelLinear):

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.parallel.gradients import gradient_buffer
+
 # Elements of one chunk of logits: large enough for an efficient product, small beside the activations of a layer.
 CHUNK_ELEMENTS_CPU = 2**23
 CHUNK_ELEMENTS_GPU = 2**26
@@ -169,15 +171,6 @@ class _VocabStats(torch.autograd.Function):
             None,
             None,
         )
-
-
-def gradient_buffer(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Where Megatron gathers this parameter's gradient, if a backward pass may add to it itself: gradients of `dtype`
-    on a CPU. Autograd is then given no gradient, which saves making a fresh one and adding it in a second pass. On a
-    GPU, Megatron starts a reduction once autograd has handed over the gradient, so it has to be there.
-    """
-    buffer: Tensor | None = getattr(parameter, "main_grad", None)
-    return buffer if buffer is not None and buffer.dtype == dtype and buffer.device.type == "cpu" else None
 
 
 def _chunks(n: int, columns: int, device: torch.device) -> list[slice]:
