@@ -282,8 +282,10 @@ run_until_done() {
   trap 'kill %1 2>/dev/null || true' EXIT
   trap : USR1 # a signal to the whole job is for its processes
   while :; do
-    rm -f "$MEGARL_STATUS_FILE"
+    rm -f "$MEGARL_STATUS_FILE" "$MEGARL_STATUS_FILE.exit"
     in_checkout "${step[@]}" && code=0 || code=$?
+    # torchrun ends with 1 whatever its processes end with.
+    [[ ! -e $MEGARL_STATUS_FILE.exit ]] || code=$(<"$MEGARL_STATUS_FILE.exit")
     if [[ -e $MEGARL_STATUS_FILE ]]; then
       rm -f "$console/early"
       say "$(<"$MEGARL_STATUS_FILE")"

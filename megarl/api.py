@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from megarl.command import INTERRUPTED, NOTICED
+from megarl.config.checks import check_values
 from megarl.config.compose import compose, typed
 from megarl.config.leaf import leaves
 from megarl.config.presets import DEMO_EVAL, resource
@@ -66,8 +68,10 @@ class Trained:
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         own = getattr(self.config, "rollout", None)
         rollout = {key: getattr(own, key) for key in DRAWN_BY if getattr(own, key, None) is not None}
-        words = [f"rollout.{key}={json.dumps(value)}" for key, value in {**rollout, **settings}.items()]
-        config, _ = compose("generate", [f"model.path={self.checkpoint}", "trainer.progress=none", *words])
+        config, _ = compose("generate", ["trainer.progress=none"])
+        config.model.path = str(self.checkpoint)
+        _fill(config.rollout, {**rollout, **settings}, "rollout")
+        check_values(config)
         for key in ("tp", "pp"):
             setattr(config.parallel, key, getattr(self.config.parallel, key))
         with opened(config) as (generator, tokenizer, _):
@@ -211,11 +215,26 @@ def _section(config: Any, name: str, argument: str, entry: str) -> Any:
 
 
 def _fill(section: Any, values: Mapping[str, Any], name: str) -> None:
+    """Set keys of a section to values of their types."""
     known = {leaf.key for leaf in leaves(type(section))}
+    tree = OmegaConf.structured(section)
     for key, value in values.items():
         if key not in known:
             raise ConfigError(f"unknown key '{name}.{key}': it has the keys {', '.join(sorted(known))}")
-        setattr(section, key, value)
+        try:
+            tree[key] = _literal(value)
+        except OmegaConfBaseException as problem:
+            raise ConfigError(f"{name}.{key}={value!r}: {str(problem).splitlines()[0]}") from None
+    filled = OmegaConf.to_object(tree)
+    for key in values:
+        setattr(section, key, getattr(filled, key))
+
+
+def _literal(value: Any) -> Any:
+    """Texts as they are, where OmegaConf would look for the value of another key."""
+    if isinstance(value, str):
+        return value.replace("${", "\\${")
+    return [_literal(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _run_dir(entry: str, config: Any) -> Path:
@@ -251,9 +270,16 @@ def _write(path: Path, records: list[dict[str, Any]]) -> str:
     if first_process():
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.unfinished")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        aside.write_text("".join(json.dumps(record, default=_plain) + "\n" for record in records), encoding="utf-8")
         aside.replace(path)
     return str(path)
+
+
+def _plain(value: Any) -> Any:
+    """What json has no words for: numbers and arrays of numpy and torch."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise DataError(f"a {type(value).__name__} cannot be kept with the run: give texts, numbers, lists and mappings")
 
 
 def first_process() -> bool:

@@ -70,7 +70,7 @@ class ShardedCheckpointIO(CheckpointIO):
         assert grid is not None
         folder = grid.by_first(lambda: _choose(Path(path)))
         contents: list[tuple[dict[str, Any], list[Part]]] = []
-        together(grid, lambda: contents.append(_open(folder)))
+        together(grid, lambda: contents.append(plain_content(folder)))
         common, parts = contents[0]
         if common.get("weights_only"):
             raise CheckpointError(
@@ -374,7 +374,7 @@ def _union(commons: list[dict[str, Any]]) -> dict[str, Any]:
     return union
 
 
-def _open(folder: Path) -> tuple[dict[str, Any], list[Part]]:
+def plain_content(folder: Path) -> tuple[dict[str, Any], list[Part]]:
     """A checkpoint's plain values and its index. Nothing in them is executed."""
     try:
         common = torch.load(folder / COMMON, map_location="cpu", weights_only=True)
@@ -384,8 +384,8 @@ def _open(folder: Path) -> tuple[dict[str, Any], list[Part]]:
         return common, [Part.from_json(fields) for fields in index["parts"]]
     except Exception as problem:  # unpickling refuses with errors of many kinds
         raise CheckpointError(
-            f"checkpoint {folder} cannot be read ({_first_line(problem)}): it is not one that megarl wrote; "
-            "choose another with run.resume=FOLDER"
+            f"checkpoint {folder} cannot be read ({_first_line(problem)}): it is damaged, or not one that "
+            "megarl wrote; choose another"
         ) from None
 
 

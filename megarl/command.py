@@ -1,11 +1,13 @@
 """How a command ends: in its exit code, and in one line where the user can mend what went wrong."""
 
+import contextlib
 import os
 import sys
 import traceback
 import unicodedata
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from megarl.errors import MegarlError
@@ -16,6 +18,13 @@ INTERRUPTED = 130
 NOTICED = 143
 """What a run comes to that a notice (SIGTERM, SIGUSR1) stopped with a checkpoint. Its command exits with 0: launchers
 learn of it by a file, and srun would kill the ranks that are still writing."""
+
+STATUS_FILE = "MEGARL_STATUS_FILE"
+"""Names a file that a run which stopped early leaves a line in, so that its launcher starts it again.
+
+(Not an exit code: torchrun passes none on, and srun would kill the ranks that are still writing.) Beside it, with
+`.exit` behind its name, lies the exit code of what would end the same way again.
+"""
 
 
 def ended(work: Callable[[], int | None], debug: Callable[[], bool] = lambda: False) -> NoReturn:
@@ -37,6 +46,9 @@ def ended(work: Callable[[], int | None], debug: Callable[[], bool] = lambda: Fa
         code = INTERRUPTED
     if code == NOTICED or (code == INTERRUPTED and _rank_prefix()):
         code = 0  # whoever started this process would kill the first one, which may still be writing
+    if code and STATUS_FILE in os.environ:
+        with contextlib.suppress(OSError):
+            Path(f"{os.environ[STATUS_FILE]}.exit").write_text(str(code), encoding="utf-8")
     sys.exit(code or 0)
 
 

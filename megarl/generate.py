@@ -30,6 +30,9 @@ CHAT_HELP = "Type a message; /reset forgets the conversation, /quit (or an empty
 
 def generate(config: "GenerateConfig") -> int:
     """In the processes that a launcher started, or in `trainer.devices` of our own."""
+    from megarl.parallel.processes import know_slurm, spawned
+
+    know_slurm()
     devices = 1 if "WORLD_SIZE" in os.environ else local_devices(config)
     if devices == 1:
         work(config)
@@ -41,8 +44,6 @@ def generate(config: "GenerateConfig") -> int:
         )
     from torch.multiprocessing import get_context
     from torch.multiprocessing.spawn import ProcessExitedException
-
-    from megarl.parallel.processes import spawned
 
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells of every process it ends
     problems = get_context("spawn").SimpleQueue()
@@ -68,16 +69,30 @@ def _one_line(config: "GenerateConfig", problems: Any) -> None:
 
 def work(config: "GenerateConfig") -> None:
     """Build the model, answer, and say how fast."""
+    from megarl.data.formats import load_chat_template
     from megarl.logging import setup
 
     setup(None, rank=int(os.environ.get("RANK", "0")), debug=config.debug)
-    if config.out is not None and Path(config.out).expanduser().exists():  # asked before the ranks meet: all refuse
-        raise ConfigError(f"out={config.out} exists and would be overwritten: remove it, or name another file")
+    config.chat_template = load_chat_template(config.chat_template, "chat_template")
+    if config.out is not None:
+        _check_out(Path(config.out).expanduser())
     with opened(config) as (generator, tokenizer, prompts):
         if config.chat:
             chat(config, generator, tokenizer)
         else:
             answer(config, generator, tokenizer, prompts)
+
+
+def _check_out(path: Path) -> None:
+    """Before the ranks meet, so that all refuse."""
+    if path.exists():
+        raise ConfigError(f"out={path} exists and would be overwritten: remove it, or name another file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise ConfigError(f"out={path} cannot be written ({problem}): name another file") from None
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"out={path} cannot be written: {path.parent} is read-only, name another file")
 
 
 @contextmanager
@@ -221,9 +236,7 @@ def _output(path: str | None, first: bool) -> Iterator[TextIO | None]:
     if not first or path is None:
         yield sys.stdout if first else None
         return
-    target = Path(path).expanduser()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("w", encoding="utf-8") as file:
+    with Path(path).expanduser().open("w", encoding="utf-8") as file:
         yield file
 
 

@@ -193,7 +193,10 @@ def report(settings: Settings, rows: list[list[str]], agree: bool) -> None:
 
 
 def run(argv: list[str]) -> int:
+    from megarl.parallel.processes import know_slurm
+
     settings = parse(argv)
+    know_slurm()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         layout, alone = started(settings), started(settings.alone())

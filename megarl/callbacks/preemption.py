@@ -11,18 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from megarl.callbacks.checkpoints import Checkpoints
 from megarl.callbacks.readings import planned_steps, steps_taken, unit
-from megarl.command import INTERRUPTED, NOTICED
+from megarl.command import INTERRUPTED, NOTICED, STATUS_FILE
 from megarl.logging import get_logger
 from megarl.parallel.strategy import MegatronStrategy
 
 log = get_logger(__name__)
 
 NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # what SLURM, Kubernetes and people send before they kill
-STATUS_FILE = "MEGARL_STATUS_FILE"
-"""Names a file that a run which stopped early leaves a line in, so that its launcher starts it again.
-
-(Not an exit code: torchrun passes none on, and srun would kill the ranks that are still writing.)
-"""
 _SAID = b"\nCtrl-C: saving and stopping once this step is done (again: at once, without a checkpoint)\n"
 
 

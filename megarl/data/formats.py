@@ -124,14 +124,14 @@ class RecordFormat:
             raise DataError(f"{record.where}: {error}") from error
 
 
-def load_chat_template(value: str | None) -> str | None:
-    """The Jinja template that `data.chat_template` means: itself, or the file it names."""
+def load_chat_template(value: str | None, key: str = "data.chat_template") -> str | None:
+    """The Jinja template that the key means: itself, or the file it names."""
     if value is None or "{" in value:
         return value
     path = Path(value).expanduser()
     if not path.is_file():
         raise ConfigError(
-            f"data.chat_template={value!r} is neither a Jinja template nor a file; "
+            f"{key}={value!r} is neither a Jinja template nor a file; "
             "give a template with {{ }} or {% %}, or the path of a file that holds one"
         )
     return path.read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 
 from megarl.config.rl import EvalConfig
 from megarl.data.prompts import Prompt
-from megarl.modules.judge import Judge, Judgement, total
+from megarl.modules.judge import Judge, Judgement, free_name, total
 from megarl.rollout.noise import EVALUATION
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
@@ -84,14 +84,12 @@ class Evaluation:
 
 def _means(name: str, judgement: Judgement, suffix: str) -> dict[str, float]:
     """Means over the samples that have a score; of several functions, each one's own too."""
-    means = {}
     # The parts of a metric are metrics of their own, those of a score belong to it.
-    own = "eval/{}" if name != SCORE else SCORE + "/{}"
-    columns = {name: judgement.totals()} if name == SCORE or not judgement.parts else {}
-    columns |= {
-        own.format(part): [value for value in column if value is not None] for part, column in judgement.parts.items()
+    means = {
+        f"{SCORE}/{part}" if name == SCORE else f"eval/{free_name(part)}": mean
+        for part, mean in judgement.means().items()
     }
-    for key, values in columns.items():
-        if values:
-            means[key + suffix] = sum(values) / len(values)
-    return means
+    totals = judgement.totals()
+    if totals and (name == SCORE or not judgement.parts):
+        means[name] = sum(totals) / len(totals)
+    return {key + suffix: mean for key, mean in means.items()}

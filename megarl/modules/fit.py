@@ -28,7 +28,7 @@ from megarl.command import quiet
 from megarl.config import checks
 from megarl.errors import CheckpointError
 from megarl.logging import get_logger, setup
-from megarl.models.exchange.adopt import adopt
+from megarl.models.exchange.adopt import adopt, open_whole
 from megarl.models.exchange.export import refuse_existing
 from megarl.modules.base import Module
 from megarl.parallel.strategy import MegatronStrategy
@@ -59,6 +59,9 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
     setup(run_dir, rank=_rank(), debug=config.debug)
     if config.model.path is not None:
         adopt(config)
+    critic = getattr(config, "critic", None)
+    if critic is not None and critic.path is not None:
+        open_whole(critic.path, "critic.path")
     if config.export.hf is not None:
         refuse_existing(Path(config.export.hf).expanduser())
     quiet()

@@ -23,7 +23,7 @@ from megarl.tokenizers import Tokenizer
 _WEIGHTED = re.compile(
     r"^(?:(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?(?P<function>\S+)$", re.IGNORECASE
 )
-_TAKEN = ("score", "response_tokens")  # names that evaluations log other things under
+TAKEN = ("score", "response_tokens")  # names that evaluations log other things under
 
 
 @dataclass
@@ -39,6 +39,11 @@ class Judgement:
     def totals(self) -> list[float]:
         """A number per sample that has a score; per-token rewards count as their sum."""
         return [total(score) for score in self.scores if score is not None]
+
+    def means(self) -> dict[str, float]:
+        """Of each part, over the samples that have it."""
+        present = {part: [value for value in column if value is not None] for part, column in self.parts.items()}
+        return {part: sum(values) / len(values) for part, values in present.items() if values}
 
 
 def total(score: Score) -> float:
@@ -65,7 +70,7 @@ class Judge:
         chosen = read_function(function, key)
         name = getattr(chosen, "name", "combined").rpartition(":")[2].rpartition(".")[2]
         name = key.partition(".")[0] if name == "<lambda>" else name
-        self.name = f"{name}_metric" if key == "metric.fn" and name in _TAKEN else name
+        self.name = free_name(name) if key == "metric.fn" else name
         if journal is not None:
             journal.function = fingerprint(chosen, options or {})
         if grid.rank == 0:
@@ -142,6 +147,11 @@ class Judge:
         }
 
 
+def free_name(name: str) -> str:
+    """Of a metric, beside what evaluations log anyway."""
+    return f"{name}_metric" if name in TAKEN else name
+
+
 def read_function(function: Spec | RewardFunction, key: str) -> Any:
     """A function by name or as a callable; `0.7*a:f + 0.3*b:g` is a weighted sum of several."""
     if not isinstance(function, str) or not re.search(r"\s\+\s|\*", function):
@@ -159,5 +169,5 @@ def fingerprint(function: RewardFunction | Combined, options: dict[str, Any]) ->
     if isinstance(function, Combined):
         parts += [function.weights, [fingerprint(one, {}) for one in function.functions]]
     else:
-        parts += [function.source, Path(function.file).read_bytes() if function.file else b""]
+        parts += [function.identity, Path(function.file).read_bytes() if function.file else b""]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -66,10 +66,8 @@ class PPO(GenerativeModule):
             "vocab_size": self.vocab_size,
             "precision": config.trainer.precision,
             "seed": config.seed,
-            "total_steps": (config.trainer.max_phases - config.critic.warmup_phases)
-            * config.ppo.inner_epochs
-            * minibatches,
         }
+        per_phase = config.ppo.inner_epochs * minibatches
         shared = config.critic.kind == "shared"
         self.policy = self.critic = build_gpt_engine(
             self.grid,
@@ -77,6 +75,7 @@ class PPO(GenerativeModule):
             config.parallel,
             name="policy",
             optim=config.optim,
+            total_steps=(config.trainer.max_phases - config.critic.warmup_phases) * per_phase,
             value_head=shared,
             **common,
         )
@@ -90,6 +89,7 @@ class PPO(GenerativeModule):
                 config.parallel,
                 name="critic",
                 optim=replace(config.optim, lr=lr),
+                total_steps=config.trainer.max_phases * per_phase,
                 value_head=True,
                 speaks=False,
                 **{**common, "vocab_size": model.vocab_size or self.vocab_size},
@@ -131,7 +131,7 @@ class PPO(GenerativeModule):
         self.shaping.kl_control.update(kl, len(rollouts))
         self.consumed += 1
         self.work = self._work(batch)
-        parts = {f"rollout/score/{name}": _mean(column) for name, column in judgement.parts.items()}
+        parts = {f"rollout/score/{name}": mean for name, mean in judgement.means().items()}
         self.log_dict({"train/lr": rate, "rollout/dropped": float(judgement.dropped), **parts, **stats})
 
     def _evaluate(self, batch: Batch) -> dict[str, float]:
@@ -305,8 +305,3 @@ class PPO(GenerativeModule):
         self.training_flops = tokens * cost * models * self.config.ppo.inner_epochs
         passes = FORWARD_SHARE * (models + 1 + (self.reference is not None))
         return Work(tokens, self.training_flops + tokens * cost * passes)
-
-
-def _mean(values: list[float | None]) -> float:
-    present = [value for value in values if value is not None]
-    return sum(present) / max(len(present), 1)

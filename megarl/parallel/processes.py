@@ -1,4 +1,4 @@
-"""Processes that a command starts itself, as torchrun would."""
+"""Processes that a command starts itself, or that SLURM started, as torchrun would have them."""
 
 import os
 import socket
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megarl.command import quiet
+from megarl.config.checks import started_by_slurm
 
 
 def spawned(world: int, work: Callable[..., None], *arguments: Any) -> None:
@@ -19,6 +20,18 @@ def spawned(world: int, work: Callable[..., None], *arguments: Any) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     spawn(_process, (world, port, work, arguments), nprocs=world)
+
+
+def know_slurm() -> None:
+    """In a task of srun, the variables that torchrun would have set."""
+    if "WORLD_SIZE" in os.environ or not started_by_slurm(os.environ):
+        return
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    slurm = SLURMEnvironment(auto_requeue=False)
+    numbers = {"RANK": slurm.global_rank(), "LOCAL_RANK": slurm.local_rank(), "WORLD_SIZE": slurm.world_size()}
+    os.environ.update({key: str(value) for key, value in {**numbers, "MASTER_PORT": slurm.main_port}.items()})
+    os.environ["MASTER_ADDR"] = slurm.main_address
 
 
 def _process(rank: int, world: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -51,7 +51,7 @@ class Combined:
             for function, name, options in zip(self._loaded, self.names, self.options, strict=True)
         ]
         values = [self._sum(scores) for scores in zip(*answers, strict=True)]
-        parts = {name: [_total(score) for score in own] for name, own in zip(self.names, answers, strict=True)}
+        parts = {name: [number_of(score) for score in own] for name, own in zip(self.names, answers, strict=True)}
         return values, parts
 
     def _ask(
@@ -137,7 +137,8 @@ def _add(left: Score, right: Score) -> Score:
     return left + right
 
 
-def _total(score: Score | NoScore) -> float | None:
+def number_of(score: Score | NoScore) -> float | None:
+    """A score as one number: per-token rewards count as their sum."""
     if isinstance(score, NoScore):
         return None
     return sum(score) if isinstance(score, list) else score

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.errors import ConfigError
+from megarl.rewards.identity import identity
 
 Function = Callable[..., Any]
 Spec = str | Function
@@ -33,11 +34,13 @@ class RewardFunction:
         name: how messages call it.
         source: "package.module:function", "/folder/file.py:function", or the callable by cloudpickle.
         file: where it is written, if that is known.
+        identity: what it is, beside its file's text; the same in every process.
     """
 
     name: str
     source: str | bytes
     file: str | None = None
+    identity: str = ""
 
     def load(self) -> Function:
         """The callable itself. Runs the user's code."""
@@ -81,11 +84,11 @@ def resolve(spec: Spec | RewardFunction, key: str = "reward.fn") -> RewardFuncti
         if not file.is_file():
             raise ConfigError(f"{given}: there is no file {file}; give the path of a Python file")
         _check_name(file, path, given)
-        return RewardFunction(spec, f"{file}:{path}", str(file))
+        return RewardFunction(spec, f"{file}:{path}", str(file), spec)
     file_of_module = _find_module(place, given)
     if file_of_module is not None:
         _check_name(file_of_module, path, given)
-    return RewardFunction(spec, spec, None if file_of_module is None else str(file_of_module))
+    return RewardFunction(spec, spec, None if file_of_module is None else str(file_of_module), spec)
 
 
 def name_of(function: Function) -> str:
@@ -106,7 +109,7 @@ def _pack(function: object, key: str) -> RewardFunction:
 
     name = name_of(function)
     try:
-        return RewardFunction(name, cloudpickle.dumps(function), _file_of(function))
+        return RewardFunction(name, cloudpickle.dumps(function), _file_of(function), identity(function))
     except Exception as error:  # what a closure holds may raise anything when it is pickled
         reason = " ".join(str(error).split())
         raise ConfigError(

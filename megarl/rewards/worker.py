@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from megarl.rewards.answers import AnswerError, NoScore, read_scores
-from megarl.rewards.combine import Combined
+from megarl.rewards.combine import Combined, number_of
 from megarl.rewards.functions import Function
 from megarl.rewards.wire import Channel, PipeClosed
 
@@ -115,9 +115,7 @@ def _answer(function: Function, tokenizer: Any, options: Mapping[str, Any], requ
         if isinstance(answer, Mapping):  # several measures by name, the first of which is the score
             count = len(texts["samples"])
             named = {str(name): read_scores(column, count) for name, column in answer.items()}
-            parts = {
-                name: [score if isinstance(score, float) else None for score in own] for name, own in named.items()
-            }
+            parts = {name: [number_of(score) for score in own] for name, own in named.items()}
             answer = [*answer.values(), None][0]
         scores = read_scores(answer, len(texts["samples"]), asked["lengths"])
     except BaseException as error:  # whatever the user's function raises is an answer; a sys.exit() of its too

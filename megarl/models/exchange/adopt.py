@@ -23,11 +23,7 @@ def adopt(config: Any) -> None:
 
     Opening the model checks its files; what does not fit the layout or the length is refused here too.
     """
-    source = open_source(config.model.path)
-    if source.kind == "megarl" and int(os.environ.get("RANK", "0")) == 0:  # reads it all: once is enough
-        problem = verify(source.path)
-        if problem:
-            raise CheckpointError(f"model.path={source.path} is not whole: {problem}")
+    source = open_whole(config.model.path, "model.path")
     kept = {key: getattr(config.model, key) for key in OURS}
     config.model = replace(source.model, path=str(source.path), vocab_size=source.vocab_size, **kept)
     _adopt_tokenizer(config, source)
@@ -39,6 +35,15 @@ def adopt(config: Any) -> None:
         )
     shape = " ".join(f"{key}={value}" for key, value in shape_of(config.model).items() if value not in (None, False))
     log.info("model.path=%s gives vocab_size=%s %s", source.path, source.vocab_size, shape)
+
+
+def open_whole(path: str, key: str) -> Source:
+    """A stored model. The checksums of a checkpoint of ours are compared, by the first process: that reads it all."""
+    source = open_source(path)
+    problem = verify(source.path) if source.kind == "megarl" and int(os.environ.get("RANK", "0")) == 0 else None
+    if problem:
+        raise CheckpointError(f"{key}={source.path} is not whole: {problem}")
+    return source
 
 
 def adopt_critic(config: Any, vocab_size: int) -> ModelConfig:

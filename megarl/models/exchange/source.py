@@ -2,13 +2,14 @@
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from megarl.checkpoint import COMMON, INDEX, MANIFEST
+from megarl.checkpoint import MANIFEST, plain_content
 from megarl.config.schema import ModelConfig
 from megarl.errors import CheckpointError
 from megarl.models.exchange.families import FAMILIES, family_of
@@ -159,7 +160,7 @@ class CheckpointSource(Source):
     def __init__(self, path: Path, engine: str = "policy") -> None:
         _check_sizes(path)
         self.path, self.engine = path, engine
-        common = torch.load(path / COMMON, map_location="cpu", weights_only=True)
+        common, parts = plain_content(path)
         card = common.get("model")
         if not card:
             raise CheckpointError(f"checkpoint {path} does not say what model it is of: it is from an older version")
@@ -168,14 +169,13 @@ class CheckpointSource(Source):
         self.family = FAMILIES.get(card.get("family") or "")
         self.tokenizer = (card["tokenizer"]["kind"], card["tokenizer"]["path"]) if card.get("tokenizer") else None
         self.token_ids = dict(card.get("token_ids") or {})
-        self._read_index()
+        self._sort(parts)
 
-    def _read_index(self) -> None:
+    def _sort(self, parts: Sequence[Part]) -> None:
         self._shapes = parameters(self.model, self.vocab_size)
         self._parts: dict[str, list[Part]] = {}
         others = 0
-        for fields in json.loads((self.path / INDEX).read_text())["parts"]:
-            part = Part.from_json(fields)
+        for part in parts:
             name = part.key.removeprefix(f"{self.engine}.")
             if name == part.key or name.startswith(("optimizer.", "optimizer_")):
                 others += 1
