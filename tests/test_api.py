@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -40,7 +41,7 @@ def ppo(run_dir: Path) -> None:
         prompts=[{"prompt": "cats ", "topic": "animals"}, {"prompt": "tea ", "topic": "drinks"}],
         eval_prompts=[{"prompt": "dogs ", "topic": "animals"}],
         metric_fn=lambda outputs, **kwargs: {"letters": [len(output) for output in outputs]},
-        stop_sequences=["\n\n"],
+        stop_sequences=["\n\n", "é"],
         config=config,
     )
     assert [row["step"] for row in trained.history] == [0, 1]
@@ -54,7 +55,8 @@ def ppo(run_dir: Path) -> None:
 
 def ilql(run_dir: Path) -> None:
     config = megarl.default_config("ilql", *QUIET, f"run.dir={run_dir}", "trainer.max_steps=2", "data.cache=null")
-    trained = megarl.train(TINY, samples=["dolphins", "geese"], rewards=[1.0, 100.0], config=config)
+    rewards = np.array([1.0, 100.0], dtype=np.float32)
+    trained = megarl.train(TINY, samples=["dolphins", "geese"], rewards=rewards, config=config)
     assert trained.history[-1]["train/loss_q"] > 0
     assert isinstance(trained.generate("g", max_new_tokens=2)[0], str)
 
@@ -66,7 +68,16 @@ def sft(run_dir: Path) -> None:
     assert len(trained.generate(["1 + 2 = "], max_new_tokens=2)) == 1
 
 
-@pytest.mark.parametrize("call", [ppo, ilql, sft], ids=lambda call: call.__name__)
+def stopped(run_dir: Path) -> None:
+    config = megarl.default_config("sft", *QUIET, "trainer.max_steps=1")
+    config.run.dir = str(run_dir / "lr=1e-4,a")  # a name that a command line would have to quote
+    trained = megarl.train(TINY, samples=["a text", "another"], config=config)
+    (free,) = trained.generate("a", max_new_tokens=8, temperature=0)
+    (cut,) = trained.generate("a", max_new_tokens=8, temperature=0, stop=["${x}", free[:2]])
+    assert len(cut) < len(free)
+
+
+@pytest.mark.parametrize("call", [ppo, ilql, sft, stopped], ids=lambda call: call.__name__)
 def test_a_call_trains_answers_and_exports(call: Any, worlds: Worlds, tmp_path: Path) -> None:
     worlds.run(1, call, tmp_path / "run")
 
@@ -116,6 +127,8 @@ def test_the_arguments_say_which_algorithm() -> None:
         ({"model": {"layers": 2}, "samples": ["a"]}, ConfigError, "unknown key 'model.layers'"),
         ({"samples": ["a"], "eval_prompts": ["b"]}, ConfigError, "eval_prompts has no meaning for sft"),
         ({"samples": [["a", "b", "c"]]}, DataError, "record 1 has 3 parts"),
+        ({"model": {"num_layers": 2.0}, "samples": ["a"]}, ConfigError, "model.num_layers=2.0"),
+        ({"samples": ["a"], "rewards": [object()]}, DataError, "a object cannot be kept"),
     ],
 )
 def test_a_call_that_cannot_be_meant_is_refused(

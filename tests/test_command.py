@@ -1,5 +1,7 @@
 """What a command leaves on the terminal: one line for what a user can mend, and nothing that steers the terminal."""
 
+from pathlib import Path
+
 import pytest
 
 from megarl.command import ended, printable
@@ -35,6 +37,18 @@ def test_an_interrupt_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as end:
         ended(work)
     assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+def test_what_would_end_the_same_way_again_is_told_to_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> None:
+        raise ConfigError("bad")
+
+    monkeypatch.setenv("MEGARL_STATUS_FILE", str(tmp_path / "status"))
+    with pytest.raises(SystemExit):
+        ended(work)
+    assert (tmp_path / "status.exit").read_text() == "2"
 
 
 def test_a_bug_keeps_its_traceback() -> None:

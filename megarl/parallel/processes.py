@@ -7,6 +7,7 @@ from typing import Any
 
 from megarl.command import quiet
 from megarl.config.checks import started_by_slurm
+from megarl.errors import ConfigError
 
 
 def spawned(world: int, work: Callable[..., None], *arguments: Any) -> None:
@@ -28,7 +29,10 @@ def know_slurm() -> None:
         return
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-    slurm = SLURMEnvironment(auto_requeue=False)
+    try:
+        slurm = SLURMEnvironment(auto_requeue=False)
+    except RuntimeError as problem:  # of --ntasks without --ntasks-per-node
+        raise ConfigError(f"srun: {problem}") from None
     numbers = {"RANK": slurm.global_rank(), "LOCAL_RANK": slurm.local_rank(), "WORLD_SIZE": slurm.world_size()}
     os.environ.update({key: str(value) for key, value in {**numbers, "MASTER_PORT": slurm.main_port}.items()})
     os.environ["MASTER_ADDR"] = slurm.main_address

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megarl.checkpoint import find, tensors, verify
+from megarl.checkpoint import find, plain_content, tensors, verify
 from megarl.errors import MegarlError
 from megarl.rollout.stored import load
 from tests.e2e.runs import WALKS, assert_same_bits, final_tensors, metrics, run_ppo
@@ -179,6 +180,34 @@ def test_a_critic_of_another_tokenizer_is_refused(worlds: Worlds, shared: list[s
     kind, code, line = ended(worlds, tmp_path, "critic.kind=separate", f"critic.path={given}", *policy)
     assert (kind, code) == ("ConfigError", 2)
     assert f"critic.path={given} has vocab_size=23, but the policy's sequences need" in line
+
+
+def test_a_critic_that_begins_alone_has_a_longer_schedule(worlds: Worlds, tmp_path: Path) -> None:
+    """Two minibatches and two inner epochs a phase: the critic's rate falls over all three phases, the policy's over
+    two."""
+    alone = ["critic.kind=separate", "critic.warmup_phases=1", "trainer.max_phases=3", "optim.schedule=linear"]
+    worlds.run(1, run_ppo, tmp_path, "clone.data=[]", "checkpoint.save_last=true", *alone)
+    (saved,) = find(tmp_path / "checkpoints")
+    engines = plain_content(saved)[0]["sharded_common"]
+    steps = {name: engines[name]["schedule"]["lr_decay_steps"] for name in ("policy", "critic")}
+    assert steps == {"policy": 8, "critic": 12}
+
+
+@pytest.mark.parametrize("key", ["model.path", "critic.path"])
+def test_a_damaged_checkpoint_is_refused(key: str, worlds: Worlds, shared: list[str], tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    shutil.copytree(find(Path(shared[-1]) / "checkpoints")[-1], given)
+    (shard,) = given.glob("rank-*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    start = ["critic.kind=separate", f"{key}={given}", "clone.data=[]"]
+    kind, code, line = ended(worlds, tmp_path, *start)
+    assert (kind, code) == ("CheckpointError", 2)
+    assert f"{key}={given} is not whole" in line
+    (given / "common.pt").write_bytes(b"no zip archive"[: (given / "common.pt").stat().st_size])
+    kind, code, line = ended(worlds, tmp_path, *start)
+    assert (kind, code) == ("CheckpointError", 2)
 
 
 # --- a kill in a phase ------------------------------------------------------------------------------------------------

@@ -116,6 +116,22 @@ def test_processes_that_the_layout_does_not_divide_stop_it(tmp_path: Path) -> No
     assert "srun" not in done.stdout
 
 
+@pytest.mark.parametrize(("left", "code", "starts"), [("2", 2, 1), ("", 1, 3)])
+def test_what_would_end_the_same_way_is_not_started_again(left: str, code: int, starts: int, tmp_path: Path) -> None:
+    """torchrun ends with 1 whatever its processes end with; what they leave in a file is believed."""
+    srun = tmp_path / "srun"
+    leave = f'echo {left} >"$MEGARL_STATUS_FILE.exit"' if left else ":"
+    srun.write_text(
+        f"#!/bin/bash\n[[ $* == *distributed.run* ]] || exit 0\necho >>{tmp_path}/starts\n{leave}\nexit 1\n"
+    )
+    srun.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    again = {"MEGARL_LAUNCH": "torchrun", "MEGARL_RESTARTS": "2", "MEGARL_DRY_RUN": "", "MEGARL_DEVICE": "cpu"}
+    done = launch(tmp_path, "sft.sh", **{**job(1, gpus=0), "SLURM_NTASKS_PER_NODE": "2", **again, "PATH": path})
+    assert done.returncode == code, done.stderr
+    assert len((tmp_path / "starts").read_text().splitlines()) == starts
+
+
 def test_a_preset_for_gpus_does_not_start_on_cpus_by_itself(tmp_path: Path) -> None:
     done = launch(tmp_path, "sft.sh", "trainer.accelerator=gpu", **job(1, gpus=0), MEGARL_PYTHON=sys.executable)
     assert done.returncode == 2

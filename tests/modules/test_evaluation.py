@@ -74,6 +74,21 @@ def test_parts_of_a_weighted_sum_have_means_of_their_own() -> None:
     assert it.run(0).metrics["eval/score/half"] == 0.75
 
 
+class Named(Lengths):
+    """A metric whose parts have the names of what evaluations log anyway."""
+
+    def score(self, prompts: list[Prompt], rollouts: list[Rollout], stream: int, phase: int) -> Judgement:
+        ones = [1.0 for _ in rollouts]
+        return Judgement(scores=list(ones), parts={"score": list(ones), "response_tokens": list(ones)})
+
+
+def test_a_metrics_part_does_not_take_the_place_of_the_score() -> None:
+    metrics = evaluation({"score": Lengths(bonus=5.0), "quality": Named()})[0].run(0).metrics
+    assert metrics["eval/score"] == 6.5
+    assert metrics["eval/response_tokens"] == 2.0
+    assert (metrics["eval/score_metric"], metrics["eval/response_tokens_metric"]) == (1.0, 1.0)
+
+
 def test_a_sweep_names_each_value_and_draws_and_scores_it_apart() -> None:
     judge = Lengths()
     it, respond = evaluation({"optimality": judge}, sweep=SweepConfig(temperature=[0.0, 0.7, 1.0]))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,3 +238,36 @@ def test_the_settings_of_a_run_reach_the_worker(worker: Scripted) -> None:
     make(timeout=7.0, retries=3, on_error="drop", batch_size=5, devices="1")
     wanted = {"timeout_s": 7.0, "retries": 3, "on_error": "drop", "batch_size": 5, "devices": "1", "key": "reward.fn"}
     assert wanted.items() <= worker.settings.items()
+
+
+CALLABLES = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+from megarl.modules.judge import fingerprint, read_function
+
+class Judge:
+    def __init__(self, bonus):
+        self.bonus, self.known = bonus, {"yes", "no", "maybe"}
+    def __call__(self, outputs, **_):
+        return [self.bonus + (output in self.known) for output in outputs]
+
+def closed(bonus):
+    return lambda outputs, **_: [bonus + (output in {"yes", "no", "maybe"}) for output in outputs]
+
+for function in (Judge(1.0), Judge(2.0), Judge(1.0).__call__, closed(1.0), closed(2.0)):
+    print(fingerprint(read_function(function, "reward.fn"), {}))
+"""
+
+
+def test_a_callable_is_known_again_in_another_process(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(CALLABLES)
+
+    def told(seed: str) -> list[str]:
+        environ = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    first = told("1")
+    assert told("2") == first
+    assert len(set(first)) == len(first) == 5

@@ -149,6 +149,13 @@ def test_per_token_rewards_come_back_as_lists_and_must_fit_the_response(start: S
         worker.score(["ab", "abc"], ["", ""], ["ab", "abc"], lengths=[2, 4])
 
 
+def test_measures_by_name_may_be_per_token(start: Start) -> None:
+    measures = start(lambda outputs, **_: {"tokens": [[0.5, 1.0] for _ in outputs], "style": [2.0 for _ in outputs]})
+    found = ask(measures, "ab", "cd")
+    assert found.values == [[0.5, 1.0]] * 2
+    assert found.parts == {"tokens": [1.5, 1.5], "style": [2.0, 2.0]}
+
+
 def test_arrays_are_scores(start: Start) -> None:
     assert ask(start("tensor_scores"), "a", "b", "c").values == [0.0, 0.5, 1.0]
 

@@ -3,6 +3,7 @@ refusals."""
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -96,6 +97,31 @@ def test_long_prompts_are_left_out_cut_or_refused(worlds: Worlds, prompts: Path,
         assert len(lines(out)) == count
 
 
+def test_a_chat_template_may_be_a_file(worlds: Worlds, prompts: Path, tmp_path: Path) -> None:
+    template = _file(tmp_path, "chat.jinja", "{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
+    out = tmp_path / "out.jsonl"
+    worlds.run(1, entry, [f"prompts={prompts}", f"out={out}", f"chat_template={template}"])
+    assert lines(out)[-1]["prompt"] == "<Hello>"
+
+
+def test_tasks_of_srun_are_one_world(prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "megarl.generate", *SMALL, f"prompts={prompts}", f"out={out}"]
+    slurm = {
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": "4242",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_NODEID": "0",
+        "SLURM_NTASKS_PER_NODE": "2",
+    }
+    tasks = [
+        subprocess.Popen(command, env={**os.environ, **slurm, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}, text=True)
+        for rank in ("0", "1")
+    ]
+    assert [task.wait(timeout=120) for task in tasks] == [0, 0]
+    assert len(lines(out)) == 6
+
+
 def test_a_chat_goes_on_until_an_empty_line(worlds: Worlds) -> None:
     (written,) = worlds.run(
         1, entry, ["chat=true", "system=Be brief."], "hello\nand then?\n/reset\nhello\n\nnever read\n"
@@ -145,6 +171,8 @@ def test_a_bad_configuration_is_refused_before_anything_is_built(
         (lambda folder: ["prompts=a", "rollout.stop=['']"], "rollout.stop holds an empty text"),
         (lambda folder: ["prompts=a", "rollout.cache_bytes=10"], "rollout.cache_bytes=10 is too little"),
         (lambda folder: ["prompts=a", "rollout.layout=tp2"], "set parallel.tp"),
+        (lambda folder: ["prompts=a", "chat_template=missing.jinja"], "chat_template='missing.jinja' is neither"),
+        (lambda folder: ["prompts=a", f"out={_file(folder, 'file', '')}/out.jsonl"], "out.jsonl cannot be written"),
     ],
 )
 def test_bad_input_is_one_clear_line(
