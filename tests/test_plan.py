@@ -14,7 +14,11 @@ from megarl import plan
 from megarl.config.cluster import PlanConfig
 from megarl.config.leaf import leaves
 from megarl.config.presets import conf_folder, preset_files
+from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError
+from megarl.parallel.vocab import padded_vocab
+from tests.models.exchange.published import save_published
+from tests.models.exchange.published import stored as tensors_of
 
 ROOT = Path(megarl.__file__).parents[1]
 TOY = ["model.vocab_size=100", "model.max_positions=256", "rollout.max_new_tokens=64"]
@@ -66,6 +70,60 @@ def test_other_algorithms_have_fewer_roles(
     found = answer(capsys, f"algorithm={algorithm}", "model.vocab_size=300", "model.max_positions=256")
     assert list(found["ranks"][0]["phases"]) == ["train", "save"]
     assert list(found["ranks"][0]["phases"]["train"]["roles"]) == roles
+
+
+def test_ilql_with_one_q_head_holds_less(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["algorithm=ilql", "model.vocab_size=300", "model.max_positions=256"]
+    two, one = (
+        answer(capsys, *settings, f"ilql.two_qs={given}")["ranks"][0]["parameters"]["policy"]
+        for given in ("true", "false")
+    )
+    width = PPOConfig().model.hidden_size
+    # A head and its target: width -> 2 x width -> the padded vocabulary, with biases
+    padded = padded_vocab(300, 1)
+    assert two - one == 2 * (width * 2 * width + 2 * width + 2 * width * padded + padded)
+
+
+def test_ilql_that_evaluates_has_a_cache_then_and_with_graphs_throughout(capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["algorithm=ilql", *TOY, "data.eval=[prompts.txt]", "data.seq_length=128"]
+    for more, held in (([], ["generate"]), (["rollout.cuda_graphs=true"], ["generate", "train", "save"])):
+        found = answer(capsys, *run, *more)
+        phases = found["ranks"][0]["phases"]
+        assert [phase for phase, uses in phases.items() if uses["roles"]["policy"]["cache"]] == held
+        assert list(found["phases"]) == ["train", "save"]  # seconds of evaluations are left out
+
+
+def test_a_critic_that_starts_from_a_checkpoint_has_its_shape(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    save_published("llama", tmp_path / "critic")
+    policy = ["model.vocab_size=53", "model.max_positions=64", "rollout.max_new_tokens=16", "critic.kind=separate"]
+    found = answer(capsys, *policy, f"critic.path={tmp_path / 'critic'}")
+    stored = {path: tensor for path, tensor in tensors_of(tmp_path / "critic").items() if path != "lm_head.weight"}
+    parts = found["ranks"][0]["parameters"]
+    padded = padded_vocab(53, 1)
+    head = 32 * 64 + 64 + 64 + 1
+    grown = 2 * (padded - 53) * 32 + 53 * 32  # both tables are padded, and the output layer is there
+    assert parts["critic"] == sum(tensor.numel() for tensor in stored.values()) + grown + head
+    assert parts["policy"] > 10 * parts["critic"]
+
+
+def test_a_critic_does_not_train_its_output_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, *TOY, "critic.kind=separate", "model.tie_embeddings=false")
+    critic = found["ranks"][0]["phases"]["train"]["roles"]["critic"]
+    output = padded_vocab(100, 1) * PPOConfig().model.hidden_size
+    assert critic["weights"] - critic["gradients"] == pytest.approx(4 * output, rel=0.01)
+
+
+def test_a_layout_to_generate_in_is_planned_and_refused_as_the_run_would(capsys: pytest.CaptureFixture[str]) -> None:
+    run = [*TOY, "cluster.gpus=2", "parallel.pp=2"]
+    here, there = (answer(capsys, *run, *more)["ranks"][0]["phases"] for more in ([], ["rollout.layout=tp2"]))
+    copy = there["train"]["roles"]["generator"]["weights"]
+    assert copy > 0
+    assert there["train"]["bytes"] - here["train"]["bytes"] == pytest.approx(copy, abs=2)
+    assert there["generate"]["roles"]["policy"]["cache"] == 0
+    with pytest.raises(ConfigError, match=r"rollout\.layout=tp3"):
+        plan.show([*run, "rollout.layout=tp3"])
 
 
 def test_rft_generates_and_trains_and_reads_nothing_again(capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,3 +66,7 @@ class ILQLSettings:
     target_alpha: float = leaf(0.001, "share of the way that the target heads go to the Q heads", above=0, at_most=1)
     target_every: int = leaf(5, "optimizer steps between moves of the target heads", at_least=1)
     pack: bool = leaf(True, "several short samples share a row of a pass (they never attend to each other)")
+
+    @property
+    def q_heads(self) -> int:
+        return 2 if self.two_qs else 1

@@ -304,12 +304,13 @@ def _scatter(where: Tensor, values: Tensor) -> Tensor:
     return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(where, values)
 
 
-def trains(name: str, num_layers: int, unfrozen: int) -> bool:
+def trains(name: str, num_layers: int, unfrozen: int, *, speaks: bool = True) -> bool:
     """Whether a parameter trains when only the last `unfrozen` layers, the final norm and the heads do (-1: all do).
 
     The embedding counts as below the layers, also where it is tied to the output. Target heads follow, whatever trains.
+    A model that never speaks is only asked for what its heads say: an output layer of its own does not train.
     """
-    if name.startswith(TARGET_Q):
+    if name.startswith(TARGET_Q) or (name.startswith("output_layer.") and not speaks):
         return False
     if unfrozen < 0:
         return True

@@ -100,10 +100,7 @@ def build_gpt_engine(
     q_heads: int = 0,
     speaks: bool = True,
 ) -> Engine:
-    """A GPT in a role, with the weights of `model.path`, or random ones that are the same in every layout.
-
-    One that never speaks is only asked for what its heads say: an output layer of its own does not train.
-    """
+    """A GPT in a role, with the weights of `model.path`, or random ones that are the same in every layout."""
     source = open_source(model.path) if model.path else None
     config = GPTConfig.build(
         model,
@@ -134,8 +131,5 @@ def build_gpt_engine(
         build,
         name=name,
         optim=None if optim is None else OptimSpec(optim, total_steps),
-        trainable=lambda parameter: (
-            trains(parameter, model.num_layers, model.num_layers_unfrozen)
-            and (speaks or not parameter.startswith("output_layer."))
-        ),
+        trainable=lambda parameter: trains(parameter, model.num_layers, model.num_layers_unfrozen, speaks=speaks),
     )

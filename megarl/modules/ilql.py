@@ -57,7 +57,7 @@ class ILQL(GenerativeModule):
             optim=self.config.optim,
             total_steps=self.config.trainer.max_steps,
             value_head=True,
-            q_heads=2 if self.config.ilql.two_qs else 1,
+            q_heads=self.config.ilql.q_heads,
         )
         self.engines = {"policy": self.policy}
         self.prepare_responses(self.respond)

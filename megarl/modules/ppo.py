@@ -82,7 +82,7 @@ class PPO(GenerativeModule):
         self.engines = {"policy": self.policy}
         if not shared:
             lr = config.optim.lr if config.critic.lr is None else config.critic.lr
-            model = config.model if config.critic.path is None else adopt_critic(config, self.vocab_size)
+            model = adopt_critic(config, self.vocab_size)
             self.critic = build_gpt_engine(
                 self.grid,
                 model,

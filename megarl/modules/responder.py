@@ -54,7 +54,10 @@ class Responder:
         if self.reshard is not None:
             self.reshard.refresh()
         self.generator.scorer = scorer
-        return self.generator.generate(requests, stream=stream, phase=phase, weights_version=phase)
+        rollouts = self.generator.generate(requests, stream=stream, phase=phase, weights_version=phase)
+        if not self.settings.cuda_graphs:  # they are recorded over the cache, and recording takes seconds
+            self.generator.close()  # what comes next has the memory
+        return rollouts
 
     def close(self) -> None:
         """Free the cache until the next call."""

@@ -54,7 +54,8 @@ class Reshard:
 
     def __init__(self, source: Engine, layout: Layout, build: Callable[[Grid], BuildModel]) -> None:
         """On all ranks. `build(grid)` is for that grid's layout, which is of one chunk per rank."""
-        _refuse_what_cannot_be_moved(source, layout)
+        tied = source.models[0].share_embeddings_and_output_weights
+        refuse_what_cannot_be_moved(source.grid.layout, layout, tied=tied)
         self.source, self.grid = source, SecondGrid(layout, source.grid.device)
         self.engine = Engine(self.grid, build(self.grid), name=source.name)
         _check_shapes(source, self.engine)
@@ -132,9 +133,8 @@ class _GlooCopies(CopyService):
         self._receives.clear()
 
 
-def _refuse_what_cannot_be_moved(source: Engine, layout: Layout) -> None:
+def refuse_what_cannot_be_moved(present: Layout, layout: Layout, *, tied: bool) -> None:
     """What megatron-core 0.16.1 cannot do, told before anything is built."""
-    present = source.grid.layout
     if present.vpp > 1 or layout.vpp > 1:
         raise ConfigError(
             f"rollout.layout={layout} cannot be reached from {present}: megatron-core moves one chunk per process, and "
@@ -145,7 +145,7 @@ def _refuse_what_cannot_be_moved(source: Engine, layout: Layout) -> None:
             f"rollout.layout={layout} with parallel.cp={present.cp}: weights are not moved under context parallelism: "
             "set parallel.cp=1, or rollout.layout=null"
         )
-    if layout.pp > 1 and source.models[0].share_embeddings_and_output_weights:
+    if layout.pp > 1 and tied:
         raise ConfigError(
             f"rollout.layout={layout} has pipeline stages, and the model's output is tied to its embedding: "
             "megatron-core does not find the last stage's copy of it: use a layout of tp alone, or rollout.layout=null"

@@ -1,16 +1,19 @@
 """Bytes on every rank, by phase and by what they are for; and in host memory."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megarl.models.cache import KVCache
+from megarl.parallel.reshard import refuse_what_cannot_be_moved
 from megarl.parallel.vocab import padded_vocab
 from megarl.planning import activations as act
 from megarl.planning.activations import Shape
 from megarl.planning.shards import Shard, gpt_config, shard, stages_that_differ
 from megarl.planning.work import Role, Work
 from megarl.rollout.generator import Limits
+from megarl.rollout.resharded import check_divides
 
 PHASES = ("generate", "score", "train", "save")
+GENERATOR = "generator"  # the policy's copy in `rollout.layout`
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache")
 PROCESS = 4 * 2**30  # of host memory: Python, torch, CUDA's libraries and their buffers, before any model
 BUCKET_ELEMENTS = 40_000_000  # Megatron cuts gradients into parts of at least this many
@@ -62,8 +65,8 @@ class RankPlan:
 
 def phases_of(work: Work) -> tuple[str, ...]:
     """In their order; answers that are only kept or left out are not read again before training."""
-    left_out = set() if work.rollouts else {"generate", "score"}
-    return tuple(name for name in PHASES if name not in left_out and (name != "score" or work.rescored))
+    there = {"generate": work.rollouts or work.evaluates, "score": work.rescored, "train": True, "save": True}
+    return tuple(phase for phase in PHASES if there[phase])
 
 
 def plan_ranks(work: Work, *, on_cpu: bool = False, every_stage: bool = False) -> list[RankPlan]:
@@ -74,11 +77,52 @@ def plan_ranks(work: Work, *, on_cpu: bool = False, every_stage: bool = False) -
 
 def plan_stage(work: Work, stage: int, *, on_cpu: bool = False) -> RankPlan:
     shards = {role.name: shard(work, role, stage) for role in work.engines}
-    uses = {
-        phase: [_use(work, role, shards, stage, phase, on_cpu=on_cpu) for role in work.roles]
-        for phase in phases_of(work)
-    }
-    return RankPlan(stage, shards, uses)
+    plan = RankPlan(stage, shards)
+    for phase in phases_of(work):
+        plan.uses[phase] = _in_turn([_use(work, role, shards, stage, phase, on_cpu=on_cpu) for role in work.roles])
+    if "generate" in plan.uses:
+        _add_generation(plan, work, on_cpu=on_cpu)
+    return plan
+
+
+def _in_turn(uses: list[Use]) -> list[Use]:
+    """Engines take turns: what passes through counts for the one whose turn takes most."""
+    busiest = max(uses, key=lambda use: use.activations + use.logits)
+    return [use if use is busiest else replace(use, activations=0, logits=0) for use in uses]
+
+
+def _add_generation(plan: RankPlan, work: Work, *, on_cpu: bool) -> None:
+    """The cache, the passes over it, and with `rollout.layout` the policy's second copy, a role of its own."""
+    there, stage, name = work.generating, plan.stage, work.engines[0].name
+    Limits(graphs=work.cuda_graphs).check(there.layout)
+    moved = there is not work
+    if moved:
+        check_divides(gpt_config(work), there.layout, str(work.rollout_layout))
+        refuse_what_cannot_be_moved(work.layout, there.layout, tied=work.model.tie_embeddings)
+        copy = replace(work.engines[0], trained=False)
+        parts = {at: shard(there, copy, at) for at in _stages_there(work, there, stage)}
+        stage, name = max(parts, key=lambda at: parts[at].weights), GENERATOR
+        plan.shards[name] = parts[stage]
+    held = plan.shards[name]
+    passing, logits, cache = _generating(there, held, stage, on_cpu=on_cpu)
+    kept = cache if work.cuda_graphs else 0.0  # graphs are recorded over it; without them it is freed after each use
+    if moved:  # weights arrive in buffers, and may have been copied to be sent; the cache is made afterwards
+        passing = max(passing, 2 * held.weights + kept - cache - logits)
+    for phase, uses in plan.uses.items():
+        if moved:
+            uses.append(Use(name, weights=held.weights))
+        at = next(number for number, use in enumerate(uses) if use.role == name)
+        uses[at] = (
+            replace(uses[at], activations=passing, logits=logits, cache=cache)
+            if phase == "generate"
+            else replace(uses[at], cache=kept)
+        )
+
+
+def _stages_there(work: Work, there: Work, stage: int) -> range:
+    """Pipeline stages of the layout that is generated in on the ranks of a stage: in both, stages count slowest."""
+    ranks, theirs = work.layout.tp * work.layout.dp, there.layout.tp * there.layout.dp
+    return range(stage * ranks // theirs, ((stage + 1) * ranks - 1) // theirs + 1)
 
 
 def _use(work: Work, role: Role, shards: dict[str, Shard], stage: int, phase: str, *, on_cpu: bool) -> Use:
@@ -88,24 +132,15 @@ def _use(work: Work, role: Role, shards: dict[str, Shard], stage: int, phase: st
         return Use(role.name, host=copies * shards["policy"].copy)
     if not role.on_device:
         return Use(role.name)
-    held = shards[role.name]
-    passing, logits, cache, host = 0.0, 0.0, 0.0, 0.0
-    if phase == "generate" and role.name == "policy":
-        passing, logits, cache = _generating(work, held, stage, on_cpu=on_cpu)
-    elif phase == "score":
+    held, work = shards[role.name], work.of(role)
+    passing, logits, host = 0.0, 0.0, 0.0
+    if phase == "score":
         passing, logits = _scoring(work, role, stage, on_cpu=on_cpu)
     elif phase == "train":
         passing, logits = _training(work, role, held, stage, on_cpu=on_cpu)
     elif phase == "save":
         passing, host = _saving(work, held, stage, on_cpu=on_cpu)
-    if len(work.engines) > 1 and role is not _busiest(work, phase):
-        passing = logits = 0.0  # engines take turns
-    return Use(role.name, held.weights, held.gradients, held.optimizer, passing, logits, cache, host)
-
-
-def _busiest(work: Work, phase: str) -> Role:
-    """Of engines that take turns, the one whose turn takes most: the policy's, which knows the vocabulary."""
-    return work.engines[0]
+    return Use(role.name, held.weights, held.gradients, held.optimizer, passing, logits, host=host)
 
 
 def _shape(work: Work, *, on_cpu: bool, gathered: bool = True) -> Shape:
@@ -151,12 +186,13 @@ def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) 
     if last:
         kept += tokens * act.kept_by_norm(config, shape)
         kept += tokens * shape.whole * shape.element if shape.gathered else 0.0
-        kept += rows * (shape.whole * shape.element + 16)
         if role.value_head:
             kept += tokens * (2 * shape.whole * shape.element + 8)
-        logits = act.vocabulary(
-            config, shape, work.layout, rows, backward=True, entropy=work.entropy, width=shape.whole
-        )
+        if role.speaks:
+            kept += rows * (shape.whole * shape.element + 16)
+            logits = act.vocabulary(
+                config, shape, work.layout, rows, backward=True, entropy=work.entropy, width=shape.whole
+            )
         if role.q_heads:
             kept += 2 * role.q_heads * rows * 2 * shape.whole * shape.element
             logits = act.vocabulary(
@@ -174,7 +210,7 @@ def _scoring(work: Work, role: Role, stage: int, *, on_cpu: bool) -> tuple[float
     passing = tokens * (act.passing_forward(config, shape) + shape.rotary * 2 * shape.element)
     passing += tokens * _INPUTS * -(-work.rollouts // (work.layout.dp * work.micro))
     logits = 0.0
-    if stage == work.layout.pp - 1:
+    if stage == work.layout.pp - 1 and role.speaks:
         logits = act.vocabulary(
             config, shape, work.layout, rows, backward=False, entropy=work.entropy, width=shape.whole
         )
@@ -199,14 +235,17 @@ def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[f
     if stage == work.layout.pp - 1:
         columns = padded_vocab(config.vocab_size, work.layout.tp) // work.layout.tp
         narrow = shape.element if shape.element < 4 else 0
-        logits = float(rows * columns * (_SAMPLING["cpu" if on_cpu else "gpu"] + narrow))
+        guiding = (
+            4 * (1 + work.engines[0].q_heads) if work.engines[0].q_heads else 0
+        )  # their values, and what is drawn by
+        logits = float(rows * columns * (_SAMPLING["cpu" if on_cpu else "gpu"] + narrow + guiding))
     return max(0.0, passing - logits), logits, cache
 
 
 def slots_of(work: Work) -> int:
     """Responses in flight on a replica: what the cache is made for."""
     groups = work.layout.pp
-    share = -(-work.rollouts // work.layout.dp)
+    share = -(-work.rollouts // work.layout.dp) if work.rollouts else work.slots  # prompts of evaluations are not read
     per_group = max(1, -(-min(work.slots, share) // groups))
     if work.cache_bytes is not None:
         layers = work.model.num_layers // groups

@@ -109,7 +109,7 @@ def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
                 f"parallel.{name}={getattr(other, name)}",
                 work.on(other, micro=work.micro, recompute=parallel.recompute),
             )
-    if work.rollouts and work.slots > 1:
+    if (work.rollouts or work.evaluates) and work.slots > 1:
         yield f"rollout.slots={work.slots // 2}", replace(work, slots=work.slots // 2)
     if len(work.engines) > 1:
         roles = tuple(
@@ -150,16 +150,21 @@ def _layouts(work: Work, cluster: Cluster) -> Iterator[Layout]:
 
 def _layout(work: Work, cluster: Cluster, tp: int, pp: int) -> Layout | None:
     """TP within a machine, the rest data-parallel; None where the model or the batch cannot be cut so."""
-    model: ModelConfig = work.model
-    kv_heads = model.num_kv_heads or model.num_heads
-    cut = (model.num_heads, model.hidden_size, model.ffn_size or 4 * model.hidden_size)
-    if tp > cluster.per_node or cluster.gpus % (tp * pp) or model.num_layers % pp or any(width % tp for width in cut):
+    if tp > cluster.per_node or cluster.gpus % (tp * pp):
         return None
-    if kv_heads % tp and tp % kv_heads:
+    if not all(_divides(work.of(role).model, tp, pp) for role in work.engines):
+        return None
+    if work.cuda_graphs and pp > 1 and work.rollout_layout is None:
         return None
     layout = Layout(tp=tp, pp=pp, dp=cluster.gpus // (tp * pp), sequence_parallel=tp > 1)
     divides = work.global_batch % layout.dp == 0 and work.length % tp == 0
     return layout if divides else None
+
+
+def _divides(model: ModelConfig, tp: int, pp: int) -> bool:
+    kv_heads = model.num_kv_heads or model.num_heads
+    cut = (model.num_heads, model.hidden_size, model.ffn_size or 4 * model.hidden_size)
+    return not (model.num_layers % pp or any(width % tp for width in cut) or (kv_heads % tp and tp % kv_heads))
 
 
 def _least(work: Work, layout: Layout) -> float:

@@ -50,10 +50,11 @@ def stages_that_differ(layout: Layout) -> list[int]:
 
 def shard(work: Work, role: Role, stage: int) -> Shard:
     """The part of a role's model on the ranks of a pipeline stage; stages in the middle are alike."""
+    work = work.of(role)
     kinds = stages_that_differ(work.layout)
     built = stage if stage in kinds else kinds[1]
     rank = rank_of(work.layout, pp=built)
-    key = (repr(work.model), repr(work.optim), work.layout, work.vocab_size, work.precision, rank, role)
+    key = (repr(work.model), repr(work.optim), work.layout, work.vocab_size, work.precision, rank, repr(role))
     found = _KNOWN.get(key)
     if found is None:
         with fake_world(work.layout, rank) as grid:
@@ -84,7 +85,7 @@ def build_engine(grid: Grid, work: Work, role: Role) -> Engine:
         build,
         name=role.name,
         optim=OptimSpec(work.optim, 1) if role.trained else None,
-        trainable=lambda name: trains(name, work.model.num_layers, work.model.num_layers_unfrozen),
+        trainable=lambda name: trains(name, work.model.num_layers, work.model.num_layers_unfrozen, speaks=role.speaks),
     )
 
 
@@ -94,7 +95,7 @@ def measure(engine: Engine, stage: int) -> Shard:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     buffers = [
         buffer
-        for chunk in engine.chunks
+        for chunk in (engine.chunks if engine.optimizer is not None else ())  # else they are the bare models
         for buffer in (*getattr(chunk, "buffers", ()), *getattr(chunk, "expert_parallel_buffers", ()))
         if hasattr(buffer, "grad_data")
     ]

@@ -55,7 +55,8 @@ class Clock:
     # --- phases -----------------------------------------------------------------------------------------------------
 
     def phases(self) -> list[Phase]:
-        return [getattr(self, name)() for name in phases_of(self.work)]
+        untimed = {"generate"} if self.work.evaluates else set()
+        return [getattr(self, name)() for name in phases_of(self.work) if name not in untimed]
 
     def train(self) -> Phase:
         work, layout = self.work, self.layout
@@ -99,6 +100,8 @@ class Clock:
 
     def generate(self) -> Phase:
         """Prompts are read at the rate of products; then every pass reads the weights, and the keys and values."""
+        if self.work.generating is not self.work:
+            return Clock(self.work.generating, self.cluster, self.rates, [self.fullest]).generate()
         work, layout, gpu = self.work, self.layout, self.cluster.gpu
         phase = Phase("generate")
         slots = slots_of(work)

@@ -8,7 +8,9 @@ from typing import Any
 from megarl.config.cluster import PlanConfig
 from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
 from megarl.errors import ConfigError
+from megarl.models.exchange.adopt import adopt_critic
 from megarl.parallel.layout import Layout
+from megarl.rollout.resharded import other_layout
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Role:
     about: str
     value_head: bool = False
     q_heads: int = 0
+    speaks: bool = True  # False: only its heads are asked
+    model: ModelConfig | None = None  # None: the run's
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,16 @@ class Work:
     length: int  # tokens of a sequence in training
     loss_tokens: int  # of these, those that log-probs are computed of
     entropy: bool = False
-    rollouts: int = 0  # responses; 0: nothing is generated
+    rollouts: int = 0  # responses that are trained on
+    evaluates: bool = False  # by generating, in a run that has no rollouts
     rescored: bool = False  # whether policy, critic and reference read them before training
     prompt: int = 0
     response: int = 0  # mean tokens
     longest: int = 0  # tokens of the longest response
     slots: int = 0
     cache_bytes: int | None = None
+    rollout_layout: str | None = None
+    cuda_graphs: bool = False
 
     @property
     def accumulation(self) -> int:
@@ -66,6 +73,17 @@ class Work:
 
     def role(self, name: str) -> Role | None:
         return next((role for role in self.roles if role.name == name), None)
+
+    def of(self, role: Role) -> "Work":
+        """The same run, as far as it is that role's model's."""
+        model = role.model
+        return self if model is None else replace(self, model=model, vocab_size=model.vocab_size or self.vocab_size)
+
+    @property
+    def generating(self) -> "Work":
+        """The same run in the layout that it generates in."""
+        other = other_layout(self.rollout_layout, self.layout)
+        return self if other is None else self.on(other, micro=self.micro, recompute="none")
 
     def on(self, layout: Layout, *, micro: int, recompute: str) -> "Work":
         """The same run in another layout."""
@@ -117,15 +135,20 @@ def _sft(common: Work, config: Any, plan: PlanConfig) -> Work:
 
 def _ilql(common: Work, config: Any, plan: PlanConfig) -> Work:
     length = config.data.seq_length
-    policy = Role("policy", True, True, "trains, with two Q heads, their targets and V", value_head=True, q_heads=2)
-    return replace(common, roles=(policy,), length=length, loss_tokens=length)
+    about = "trains, with Q heads, their targets and V"
+    policy = Role("policy", True, True, about, value_head=True, q_heads=config.ilql.q_heads)
+    work = replace(common, roles=(policy,), length=length, loss_tokens=length)
+    if not config.data.eval or config.trainer.eval_every is None:
+        return work
+    return replace(work, evaluates=True, **_generation(config, plan))
 
 
 def _ppo(common: Work, config: Any, plan: PlanConfig) -> Work:
     separate = config.critic.kind == "separate"
     roles = [Role("policy", True, True, "trains and generates", value_head=not separate)]
     if separate:
-        roles.append(Role("critic", True, True, "trains, a model of its own", value_head=True))
+        about, model = "trains, a model of its own", adopt_critic(config, common.vocab_size)
+        roles.append(Role("critic", True, True, about, value_head=True, speaks=False, model=model))
     else:
         roles.append(Role("critic", True, False, "a head on the policy's trunk"))
     if config.ppo.kl_coef > 0:
@@ -162,16 +185,21 @@ def _rft(common: Work, config: Any, plan: PlanConfig) -> Work:
 
 
 def _responses(config: Any, plan: PlanConfig) -> dict[str, Any]:
-    """What a run that generates trains on, and what it generates with."""
+    """What a run trains on that generates it, and what it generates with."""
+    drawn = _generation(config, plan)
+    return {"length": drawn["prompt"] + drawn["longest"], "loss_tokens": drawn["longest"], **drawn}
+
+
+def _generation(config: Any, plan: PlanConfig) -> dict[str, Any]:
     prompt, response, longest = _lengths(config, plan)
     return {
-        "length": prompt + longest,
-        "loss_tokens": longest,
         "prompt": prompt,
         "response": response,
         "longest": longest,
         "slots": config.rollout.slots,
         "cache_bytes": config.rollout.cache_bytes,
+        "rollout_layout": config.rollout.layout,
+        "cuda_graphs": config.rollout.cuda_graphs,
     }
 
 

@@ -15,6 +15,7 @@ from megarl.errors import ConfigError
 from megarl.models.cache import CacheView, KVCache
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
+from megarl.parallel.layout import Layout
 from megarl.rollout import stored
 from megarl.rollout.noise import TRAINING, sequence_key
 from megarl.rollout.requests import Request, Rollout, check_requests
@@ -31,6 +32,13 @@ class Limits:
     cache_bytes: int | None = None  # of keys and values on a rank; None: what `slots` need
     prefill_tokens: int = 4096  # of one pass over prompts: enough to fill a device, little beside the cache
     graphs: bool = False  # decode passes of fixed shapes, recorded as CUDA graphs on a GPU; not with pipeline stages
+
+    def check(self, layout: Layout) -> None:
+        if self.graphs and layout.pp > 1:
+            raise ConfigError(
+                f"rollout.cuda_graphs=true at {layout}: a pipeline's passes wait for other processes, so use "
+                "rollout.cuda_graphs=false, or a rollout.layout of tp alone"
+            )
 
 
 @dataclass(frozen=True)
@@ -70,11 +78,7 @@ class Generator:
         self.eos_id, self.seed, self.decode, self.scorer = eos_id, seed, decode, scorer
         self.dump, self.replay = dump, replay
         self.limits = limits or Limits()
-        if self.limits.graphs and self.grid.layout.pp > 1:
-            raise ConfigError(
-                f"rollout.cuda_graphs=true at {self.grid.layout}: a pipeline's passes wait for other processes, so use "
-                "rollout.cuda_graphs=false, or a rollout.layout of tp alone"
-            )
+        self.limits.check(self.grid.layout)
         self.models: list[GPT] = list(engine.models)
         self.cache: KVCache | None = None
         self.static: StaticPasses | None = None

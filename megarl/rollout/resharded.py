@@ -21,11 +21,10 @@ def for_generation(engine: Engine, layout: str | None) -> Reshard | None:
 
     What the moves will send and take is logged before anything moves; call `refresh()` before generating.
     """
-    present = engine.grid.layout
-    wanted = None if layout is None else parse_layout(layout, present.world_size)
-    if wanted is None or (wanted.tp, wanted.pp) == (present.tp, present.pp):
+    wanted = other_layout(layout, engine.grid.layout)
+    if wanted is None:
         return None
-    _check_divides(engine.config, wanted, str(layout))
+    check_divides(engine.config, wanted, str(layout))
     names = {name for rank in engine.grid.gather([name for name, _ in engine.parameters()]) for name in rank}
     value_head = any(name.startswith(f"{VALUE}.") for name in names)
     q_heads = len({name.split(".")[1] for name in names if name.startswith(f"{Q}.")})
@@ -52,6 +51,12 @@ def for_generation(engine: Engine, layout: str | None) -> Reshard | None:
     return reshard
 
 
+def other_layout(text: str | None, present: Layout) -> Layout | None:
+    """The layout that `rollout.layout` names; None where that is null or the present one."""
+    wanted = None if text is None else parse_layout(text, present.world_size)
+    return None if wanted is None or (wanted.tp, wanted.pp) == (present.tp, present.pp) else wanted
+
+
 def parse_layout(text: str, world: int) -> Layout:
     """`tp4`, `pp2` or `tp2xpp2`: the axes that are named, as many replicas as fill the world."""
     axes = text.lower().split("x")
@@ -69,7 +74,7 @@ def parse_layout(text: str, world: int) -> Layout:
     return Layout(tp=layout.tp, pp=layout.pp, dp=world // layout.replica_size)
 
 
-def _check_divides(config: GPTConfig, layout: Layout, text: str) -> None:
+def check_divides(config: GPTConfig, layout: Layout, text: str) -> None:
     """The cuts that `parallel.tp` and `parallel.pp` are held to as well."""
     for axis, size, what, count in (
         ("tp", layout.tp, "attention heads", config.num_attention_heads),

@@ -27,10 +27,14 @@ class Remembers:
     def __init__(self, *_: Any, **options: Any) -> None:
         self.options, self.scorer = options, None
         self.requests: list[Request] = []
+        self.has_cache = False
 
     def generate(self, requests: list[Request], **which: Any) -> list[Any]:
-        self.requests, self.which = requests, which
+        self.requests, self.which, self.has_cache = requests, which, True
         return []
+
+    def close(self) -> None:
+        self.has_cache = False
 
 
 @pytest.fixture
@@ -59,6 +63,11 @@ def test_each_prompt_is_asked_n_times_and_numbered_by_its_place(generator: None)
     assert asked.which == {"stream": 1, "phase": 4, "weights_version": 4}
     assert asked.options["seed"] == 3
     assert asked.scorer is GPT.logits
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_cache_is_kept_for_graphs_alone(generator: None, graphs: bool) -> None:
+    assert respond(max_new_tokens=3, cuda_graphs=graphs).has_cache == graphs
 
 
 def test_a_setting_may_differ_from_the_runs(generator: None) -> None:

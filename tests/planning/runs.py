@@ -2,11 +2,14 @@
 
 import gc
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from megarl.modules.ppo import PPO
 from megarl.parallel.engine import Batch, Engine
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
@@ -14,6 +17,8 @@ from megarl.planning.shards import build_engine
 from megarl.planning.work import Role, Work
 from megarl.rollout.generator import Generator, Limits
 from megarl.rollout.requests import Request, Sampling
+from megarl.rollout.resharded import for_generation
+from tests.e2e.runs import run_ppo
 from tests.planning.allocations import recorded
 
 GPT2 = {"norm": "layernorm", "activation": "gelu_tanh", "position": "learned", "mlp_bias": True, "qkv_bias": True}
@@ -98,16 +103,54 @@ def generated(work: Work) -> Measured:
     grid = Grid(work.layout, start_world())
     with recorded() as allocations:
         engine = _engine(grid, work)
-        generator = Generator(engine, -1, seed=1, limits=Limits(slots=work.slots))
+        reshard = for_generation(engine, work.rollout_layout)
+        if reshard is not None:
+            reshard.refresh()
+            gc.collect()
+        generator = Generator(
+            engine if reshard is None else reshard.engine, -1, seed=1, limits=Limits(slots=work.slots)
+        )
         prompt = tuple(range(work.prompt))
         generator.generate(
             [Request(n, 0, prompt, Sampling(max_new_tokens=work.response)) for n in range(work.rollouts)]
         )
         generator.close()
         gc.collect()
+    if reshard is not None:
+        reshard.close()
     measured = Measured(grid.pp_rank, allocations.peak, allocations.left)
     grid.close()
     return measured
+
+
+def moved(work: Work) -> tuple[int, list[int], list[int]]:
+    """This rank's stage; bytes of every rank's copy in `rollout.layout`, always and at most while weights move."""
+    grid = Grid(work.layout, start_world())
+    reshard = for_generation(_engine(grid, work), work.rollout_layout)
+    assert reshard is not None
+    reshard.close()
+    stage = grid.pp_rank
+    grid.close()
+    return stage, reshard.weight_bytes, reshard.peak_bytes
+
+
+def watched(run_dir: Path, *overrides: str) -> set[str]:
+    """Run PPO; the phases, of those after generation, in which there is a cache."""
+    found: set[str] = set()
+
+    def watch(method: Any, phase: str) -> Any:
+        def call(self: PPO, batch: Batch) -> Any:
+            if self.responder.generator.cache is not None:
+                found.add(phase)
+            return method(self, batch)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, phase in (("_evaluate", "score"), ("_train", "train")):
+            patch.setattr(PPO, name, watch(getattr(PPO, name), phase))
+        run_ppo(run_dir, *overrides)
+    return found
 
 
 def scored(work: Work) -> Measured:

@@ -1,16 +1,19 @@
 """Predicted bytes against those that torch's allocator hands out, for small runs in several layouts."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megarl.errors import ConfigError
 from megarl.models.cache import KVCache
 from megarl.parallel.layout import Layout
-from megarl.planning.memory import in_flight, plan_ranks, plan_stage, slots_of
+from megarl.planning.memory import GENERATOR, RankPlan, in_flight, plan_ranks, plan_stage, slots_of
 from megarl.planning.shards import gpt_config
 from megarl.planning.work import Role, Work
-from tests.planning.runs import GPT2, LLAMA, NEOX, Measured, describe, generated, scored, trained
+from tests.planning.runs import GPT2, LLAMA, NEOX, Measured, describe, generated, moved, scored, trained, watched
 from tests.worlds import Worlds
 
 WITHIN = 0.10
@@ -27,6 +30,11 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
     "gpt2-dp2": ("train", trained, describe(Layout(dp=2), {**GPT2, "num_layers_unfrozen": 2})),
     "llama-generates": ("generate", generated, describe(Layout(), LLAMA, rollouts=32, length=72, loss_tokens=8)),
     "gpt2-generates": ("generate", generated, describe(Layout(), GPT2, rollouts=64, length=72, loss_tokens=8)),
+    "llama-generates-elsewhere": (
+        "generate",
+        generated,
+        replace(describe(Layout(pp=2), LLAMA, rollouts=32, length=72, loss_tokens=8), rollout_layout="tp2"),
+    ),
     "llama-scores": ("score", scored, describe(Layout(), LLAMA, rollouts=8, loss_tokens=256)),
 }
 
@@ -63,6 +71,48 @@ def test_the_cache_is_what_the_generator_makes() -> None:
     assert use.cache == 10 * 2 * 4 * 2 * 32 * 96 * 4
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_cache_is_planned_in_the_phases_in_which_a_run_holds_it(
+    worlds: Worlds, tmp_path: Path, graphs: bool
+) -> None:
+    few = ["clone.data=[]", "trainer.max_phases=1", f"rollout.cuda_graphs={str(graphs).lower()}"]
+    (held,) = worlds.run(1, watched, tmp_path, *few)
+    work = replace(describe(Layout(), LLAMA, rollouts=8, loss_tokens=256), cuda_graphs=graphs)
+    plan = plan_stage(work, 0)
+    assert {phase for phase in ("score", "train") if plan.part(phase, "cache")} == held
+    assert plan.part("generate", "cache") > 0
+    assert {plan.part(phase, "cache") for phase in ("score", "train", "save")} == {
+        plan.part("generate", "cache") if graphs else 0.0
+    }
+
+
+@pytest.mark.parametrize(
+    ("layout", "wanted"),
+    [(Layout(pp=2), "tp2"), (Layout(tp=2, sequence_parallel=True), "pp2"), (Layout(pp=2, dp=2), "tp2xpp2")],
+    ids=str,
+)
+def test_a_layout_to_generate_in_takes_a_second_copy_of_the_weights(
+    worlds: Worlds, layout: Layout, wanted: str
+) -> None:
+    work = replace(describe(layout, LLAMA, rollouts=8, length=72, loss_tokens=8), rollout_layout=wanted)
+    ranks = worlds.run(layout.world_size, moved, work)
+    for stage in range(layout.pp):
+        here = [rank for rank, found in enumerate(ranks) if found[0] == stage]
+        plan = plan_stage(work, stage, on_cpu=True)
+        copies = {phase: use for phase, uses in plan.uses.items() for use in uses if use.role == GENERATOR}
+        _, weights, peaks = ranks[0]
+        assert {use.weights for use in copies.values()} == {max(weights[rank] for rank in here)}
+        assert copies["generate"].total >= max(peaks[rank] for rank in here)
+        assert [use.role for use in plan.uses["generate"] if use.cache] == [GENERATOR]
+
+
+def test_recorded_passes_are_refused_over_pipeline_stages_as_the_run_refuses_them() -> None:
+    staged = replace(describe(Layout(pp=2), LLAMA, rollouts=8, loss_tokens=256), cuda_graphs=True)
+    with pytest.raises(ConfigError, match=r"rollout\.cuda_graphs=true at PP2"):
+        plan_stage(staged, 0)
+    assert plan_stage(replace(staged, rollout_layout="tp2"), 0).part("train", "cache") > 0
+
+
 def with_roles(*roles: Role) -> Work:
     work = describe(Layout(), LLAMA, rollouts=8, loss_tokens=256)
     return Work(**{**work.__dict__, "roles": roles})
@@ -79,14 +129,30 @@ def test_a_reference_is_held_in_host_memory_and_twice_while_it_is_asked() -> Non
 
 
 def test_a_critic_of_its_own_costs_a_second_engine_and_a_head_next_to_nothing() -> None:
+    policy, critic = Role("policy", True, True, ""), Role("critic", True, True, "", value_head=True, speaks=False)
+    alone, asked = (plan_stage(with_roles(role), 0) for role in (policy, critic))
+    shared = plan_stage(with_roles(replace(policy, value_head=True)), 0)
+    separate = plan_stage(with_roles(policy, critic), 0)
+    # The head is 256 x 512 and its bias, a vector of 512 and its bias: 132097 parameters of 16 bytes in float32. The
+    # output layer, 2048 x 256, has neither gradients nor moments, 12 bytes.
+    extra = 16 * 132097 - 12 * 2048 * 256
+    assert held(separate) == pytest.approx(2 * held(alone) + extra, rel=0.001)
+    assert separate.total("train") - held(separate) == max(plan.total("train") - held(plan) for plan in (alone, asked))
+    assert shared.total("train") - alone.total("train") < 16 * 132097 * 4
+
+
+def held(plan: RankPlan) -> float:
+    return sum(plan.part("train", part) for part in ("weights", "gradients", "optimizer"))
+
+
+def test_a_critic_of_another_shape_counts_as_what_it_is() -> None:
     policy = Role("policy", True, True, "")
-    alone = plan_stage(with_roles(policy), 0).total("train")
-    shared = plan_stage(with_roles(Role("policy", True, True, "", value_head=True)), 0)
-    separate = plan_stage(with_roles(policy, Role("critic", True, True, "", value_head=True)), 0)
-    engine = sum(getattr(separate.uses["train"][0], part) for part in ("weights", "gradients", "optimizer"))
-    # The head is 256 x 512 and its bias, a vector of 512 and its bias: 132097 parameters of 16 bytes in float32.
-    assert separate.total("train") == pytest.approx(alone + engine + 16 * 132097, rel=0.001)
-    assert shared.total("train") - alone < 16 * 132097 * 4
+    wide = replace(with_roles(policy).model, hidden_size=512)
+    one = plan_stage(with_roles(policy, Role("critic", True, True, "", value_head=True, speaks=False, model=wide)), 0)
+    alone = plan_stage(with_roles(replace(policy, value_head=True, speaks=False, model=wide)), 0)
+    assert one.shards["critic"] == alone.shards["policy"]
+    assert one.uses["train"][1] == replace(alone.uses["train"][0], role="critic")  # the policy waits: it is smaller
+    assert one.uses["train"][0].activations == 0
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,16 @@ def test_what_is_frozen_has_no_gradients_and_no_copy() -> None:
     assert held.gradients == pytest.approx(4 * held.trainable, rel=0.001)
 
 
+def test_a_model_that_never_speaks_has_an_output_layer_that_does_not_train() -> None:
+    work = describe(Layout(), LLAMA)
+    speaking, silent = (
+        shard(work, Role("critic", True, True, "", value_head=True, speaks=speaks), 0) for speaks in (True, False)
+    )
+    assert speaking.parameters == silent.parameters
+    assert speaking.trainable - silent.trainable == 2048 * 256
+    assert speaking.gradients - silent.gradients == pytest.approx(4 * 2048 * 256, rel=0.01)
+
+
 def test_ilqls_heads_are_two_that_train_and_two_that_follow() -> None:
     layout = Layout(tp=2)
     plain, headed = (shard(describe(layout, LLAMA), Role("policy", True, True, "", q_heads=n), 0) for n in (0, 2))

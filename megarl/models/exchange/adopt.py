@@ -47,7 +47,11 @@ def open_whole(path: str, key: str) -> Source:
 
 
 def adopt_critic(config: Any, vocab_size: int) -> ModelConfig:
-    """The model that `critic.path` holds, refused where it cannot judge sequences of a policy of that vocabulary."""
+    """The model that `critic.path` holds, refused where it cannot judge sequences of a policy of that vocabulary; the
+    policy's where the path is null."""
+    if config.critic.path is None:
+        policy: ModelConfig = config.model
+        return policy
     source = open_source(config.critic.path)
     kept = {key: getattr(config.model, key) for key in OURS}
     critic = replace(source.model, path=str(source.path), vocab_size=source.vocab_size, **kept)
