@@ -78,7 +78,7 @@ def finish(folder: Path, *overrides: str) -> None:
 
 
 def kill_in(part: str, folder: Path, draw: random.Random, *overrides: str) -> str:
-    """Kill -9 a run soon after it has entered a part of a phase; what its last word was."""
+    """Kill -9 a run soon after it has entered a part of a phase; the part that it was in by then."""
     run = folder / "run"
     running = start(folder, SCORES, *overrides)
     deadline = time.monotonic() + PATIENCE_S
@@ -95,7 +95,7 @@ def kill_in(part: str, folder: Path, draw: random.Random, *overrides: str) -> st
     running.wait()
     for path in find(run / "checkpoints"):
         assert verify(path) is None
-    return crumb.read(run)[0].where
+    return crumb.read(run)[0].phase
 
 
 @pytest.mark.gate
@@ -111,14 +111,14 @@ def test_a_run_killed_in_every_part_of_a_phase_ends_in_the_unbroken_runs_weights
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     finish(unbroken, *settings)
     draw = random.Random(critic)
-    for part in PARTS:
-        where = kill_in(part, broken, draw, *settings)
-        print(f"killed in {part}: its last word was {where}")  # noqa: T201 - pytest shows it when the test fails
+    killed_in = [kill_in(part, broken, draw, *settings) for part in PARTS]
+    assert "score" in killed_in
     finish(broken, *settings)
     assert_same_bits(final_tensors(broken / "run"), final_tensors(unbroken / "run"))
     wanted, found = ((folder / "scored.txt").read_text().splitlines() for folder in (unbroken, broken))
     assert set(found) == set(wanted)
-    assert 0 <= len(found) - len(wanted) <= 4, "more than the call under way was asked again"
+    lost = 4 * killed_in.count("score")  # a run that is killed soon after it generated may be asking already
+    assert 0 <= len(found) - len(wanted) <= lost, f"more than the calls under way was asked again: {killed_in}"
 
 
 @pytest.mark.gate
