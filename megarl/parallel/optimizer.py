@@ -28,6 +28,7 @@ class OptimSpec:
 def build_optimizer(chunks: list[Any], spec: OptimSpec, grid: Grid, bf16: bool) -> MegatronOptimizer:
     """ZeRO-1 AdamW over an engine's chunks; biases and norms are not decayed (Megatron's standard rule)."""
     _make_states_loadable()
+    _make_states_savable()
     settings = spec.settings
     config = OptimizerConfig(
         optimizer="adam",
@@ -167,3 +168,33 @@ def _make_states_loadable() -> None:
 
     copy_present._megarl = True  # type: ignore[attr-defined]
     optimizer._set_main_param_and_optimizer_states = copy_present
+
+
+def _make_states_savable() -> None:
+    """Mend a method of Megatron's distributed optimizer that saves one tensor's state under another's name.
+
+    It gathers the state of a buffer without the padding between its buckets, and its caller cuts tensors out of that
+    where they lie with the padding. This version puts the padding back.
+    """
+    optimizer = mcore_distrib_optimizer.DistributedOptimizer
+    original = optimizer.get_parameter_state_dp_zero
+    if getattr(original, "_megarl", False):
+        return
+
+    def with_padding(self: Any, *args: Any, **settings: Any) -> Any:
+        state = original(self, *args, **settings)
+        if state is None or not settings.get("return_on_all_ranks"):  # other callers want it without
+            return state
+        for number, buffer in enumerate(self.buffers):
+            for tensors in state[number].values():
+                for key in ("param", "exp_avg", "exp_avg_sq"):
+                    padded, start = torch.zeros(buffer.numel, dtype=tensors[key].dtype), 0
+                    for bucket in buffer.buckets:
+                        end = start + bucket.numel_unpadded
+                        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = tensors[key][start:end]
+                        start = end
+                    tensors[key] = padded
+        return state
+
+    with_padding._megarl = True  # type: ignore[attr-defined]
+    optimizer.get_parameter_state_dp_zero = with_padding
