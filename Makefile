@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -e '.[dev]'
 	touch $@
 
-demo: venv  ## PPO on a small task with known results: two to three minutes, with a live view of score and KL
+demo: venv  ## PPO on a small task with known results: two to three minutes, with a live view of the score
 	$(BIN)/python -m megarl.train_ppo +conf=randomwalks run.dir=runs/demo run.resume=never
 
 # A file's tests share what they have set up, so that a file stays on one worker.

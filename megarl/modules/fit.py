@@ -26,7 +26,7 @@ from megarl.callbacks.throughput import Throughput
 from megarl.checkpoint import ShardedCheckpointIO, find
 from megarl.command import quiet
 from megarl.config import checks
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, ConfigError
 from megarl.logging import get_logger, setup
 from megarl.models.exchange.adopt import adopt, open_whole
 from megarl.models.exchange.export import refuse_existing
@@ -56,7 +56,11 @@ def fit(entry: str, config: Any, build: Callable[[Any], Module]) -> int:
 
 
 def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
-    setup(run_dir, rank=_rank(), debug=config.debug)
+    folder = RunFolder(run_dir)
+    try:
+        setup(run_dir, rank=_rank(), debug=config.debug)
+    except OSError as problem:
+        raise ConfigError(f"run.dir={run_dir} cannot be written ({problem}): set run.dir elsewhere") from None
     if config.model.path is not None:
         adopt(config)
     critic = getattr(config, "critic", None)
@@ -66,10 +70,12 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
         refuse_existing(Path(config.export.hf).expanduser())
     quiet()
     resolved = asdict(config)
-    folder = RunFolder(run_dir)
     if _rank() == 0:
-        folder.write_config(resolved)
-        folder.write_environment()
+        try:
+            folder.write_config(resolved)
+            folder.write_environment()
+        except OSError as problem:
+            raise ConfigError(f"run.dir={run_dir} cannot be written ({problem}): set run.dir elsewhere") from None
     module = build(config)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, _eval_every(config))
     preemption = Preemption(checkpoints)

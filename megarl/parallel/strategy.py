@@ -1,6 +1,9 @@
 """Lightning's strategy for Megatron: the world, the grid, and sharded checkpoints. Public hooks only."""
 
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -35,7 +38,8 @@ class MegatronStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         if cpu.needed():
             cpu.install()
-        super().setup_environment()
+        with _interruptible():
+            super().setup_environment()
         layout = Layout.for_world(
             self.world_size,
             tp=self.parallel.tp,
@@ -119,3 +123,17 @@ class MegatronStrategy(DDPStrategy):
         if self.grid is not None:
             self.grid.close()
             self.grid = None
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """While processes wait for each other in C++, where no Python handler runs, Ctrl-C ends this one at once."""
+    python_answers = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not python_answers or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
