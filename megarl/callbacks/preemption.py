@@ -18,7 +18,7 @@ from megarl.parallel.strategy import MegatronStrategy
 log = get_logger(__name__)
 
 NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # what SLURM, Kubernetes and people send before they kill
-_SAID = b"\nCtrl-C: saving and stopping once this step is done (again: at once, without a checkpoint)\n"
+_SAID = b"\nCtrl-C: saving and stopping once this step or phase is done (again: at once, without a checkpoint)\n"
 
 
 class Preemption(Callback):

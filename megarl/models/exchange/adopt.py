@@ -7,7 +7,7 @@ from typing import Any
 from megarl.checkpoint import verify
 from megarl.config.checks import check_shape
 from megarl.config.schema import ModelConfig
-from megarl.errors import CheckpointError, ConfigError
+from megarl.errors import CheckpointError, ConfigError, MegarlError
 from megarl.logging import get_logger
 from megarl.models.exchange.family import shape_of
 from megarl.models.exchange.formats import open_source
@@ -39,7 +39,10 @@ def adopt(config: Any) -> None:
 
 def open_whole(path: str, key: str) -> Source:
     """A stored model. The checksums of a checkpoint of ours are compared, by the first process: that reads it all."""
-    source = open_source(path)
+    try:
+        source = open_source(path)
+    except MegarlError as refused:
+        raise type(refused)(f"{key}={path}: {refused}") from None
     problem = verify(source.path) if source.kind == "megarl" and int(os.environ.get("RANK", "0")) == 0 else None
     if problem:
         raise CheckpointError(f"{key}={source.path} is not whole: {problem}")
