@@ -4,6 +4,8 @@ import functools
 import types
 from typing import Any
 
+NOTEBOOK = "__main__"
+"""Where no file may tell what a function does: what it calls there counts as its own code."""
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))
 
 
@@ -30,12 +32,29 @@ def identity(thing: Any, seen: tuple[int, ...] = ()) -> str:
         return f"method({each(thing.__func__, thing.__self__)})"
     if isinstance(thing, types.FunctionType):
         held = [_content(cell) for cell in thing.__closure__ or ()]
-        return f"{_name(thing)}({each(thing.__code__, thing.__defaults__, thing.__kwdefaults__, held)})"
+        return f"{_name(thing)}({each(thing.__code__, thing.__defaults__, thing.__kwdefaults__, held, _used(thing))})"
     if isinstance(thing, types.CodeType):
         return f"code({each(thing.co_code, thing.co_consts, thing.co_names, thing.co_varnames, thing.co_freevars)})"
-    if isinstance(thing, type | types.BuiltinFunctionType | types.ModuleType):
+    if isinstance(thing, type):
+        written = [one for one in vars(thing).values() if isinstance(one, types.FunctionType)]
+        return f"{_name(thing)}({each(*written) if thing.__module__ == NOTEBOOK else ''})"
+    if isinstance(thing, types.BuiltinFunctionType | types.ModuleType):
         return _name(thing)
-    return f"{_name(type(thing))}({each(getattr(thing, '__dict__', None))})"
+    return f"{each(type(thing))}({each(getattr(thing, '__dict__', None))})"
+
+
+def _used(function: types.FunctionType) -> list[Any]:
+    """Functions, classes and plain values of a notebook that one of its functions names."""
+    if function.__module__ != NOTEBOOK:
+        return []
+    found = [function.__globals__.get(name) for name in _names(function.__code__)]
+    return [one for one in found if isinstance(one, (*PLAIN, types.FunctionType, type))]
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """Also of the functions and comprehensions inside it."""
+    inner = [name for one in code.co_consts if isinstance(one, types.CodeType) for name in _names(one)]
+    return [*code.co_names, *inner]
 
 
 def _name(thing: Any) -> str:

@@ -25,6 +25,7 @@ from megarl.parallel.layout import Layout
 from megarl.rewards import builtin
 from megarl.rewards.client import Scores
 from megarl.rewards.combine import Combined
+from megarl.rewards.identity import identity
 from megarl.rollout.noise import TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import CharacterTokenizer
@@ -175,6 +176,27 @@ def test_a_functions_file_makes_a_difference_even_where_a_pickle_only_names_it(
     before = fingerprint(read_function(function, "reward.fn"), {})
     file.write_text("def f(**_): return 1\n")
     assert fingerprint(read_function(function, "reward.fn"), {}) != before
+
+
+def typed_in(cell: str) -> Any:
+    """What a notebook's cell defines under the name `judge`."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(cell, names)
+    return names["judge"]
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "bonus = 1\ndef judge(outputs, **_): return [bonus for _ in outputs]",
+        "def help(): return 1\ndef judge(outputs, **_): return [help() for _ in outputs]",
+        "class Judge:\n    def __call__(self, outputs, **_): return [1 for _ in outputs]\njudge = Judge()",
+    ],
+)
+def test_a_notebooks_function_is_another_one_when_a_cell_is_changed(cell: str) -> None:
+    before = identity(typed_in(cell))
+    assert identity(typed_in(cell)) == before
+    assert identity(typed_in(cell.replace("1", "2"))) != before
 
 
 @pytest.mark.parametrize(
