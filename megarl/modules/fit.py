@@ -2,7 +2,8 @@
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,8 @@ def fit(entry: str, config: Any, build: Callable[[Any], Module]) -> int:
 
 def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
     folder = RunFolder(run_dir)
-    try:
+    with _writing(run_dir):
         setup(run_dir, rank=_rank(), debug=config.debug)
-    except OSError as problem:
-        raise ConfigError(f"run.dir={run_dir} cannot be written ({problem}): set run.dir elsewhere") from None
     if config.model.path is not None:
         adopt(config)
     critic = getattr(config, "critic", None)
@@ -71,11 +70,9 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
     quiet()
     resolved = asdict(config)
     if _rank() == 0:
-        try:
+        with _writing(run_dir):
             folder.write_config(resolved)
             folder.write_environment()
-        except OSError as problem:
-            raise ConfigError(f"run.dir={run_dir} cannot be written ({problem}): set run.dir elsewhere") from None
     module = build(config)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, _eval_every(config))
     preemption = Preemption(checkpoints)
@@ -129,6 +126,14 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
         gc.unfreeze()
         module.close()
     return preemption.outcome
+
+
+@contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        raise ConfigError(f"run.dir={run_dir} cannot be written ({problem}): set run.dir elsewhere") from None
 
 
 def resume_from(resume: str, run_dir: Path) -> str | None:
