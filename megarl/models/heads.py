@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megarl.models.config import GPTConfig
+from megarl.models.linear import affine
 from megarl.parallel.vocab import VocabShard, VocabStats, padded_vocab, token_outputs, vocab_stats
 
 VALUE = "value_head"
@@ -31,8 +31,8 @@ class ValueHead(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., hidden] to [...], float32."""
-        values: Tensor = self.outer(torch.relu(self.inner(states))).squeeze(-1).float()
-        return values
+        inner = torch.relu(affine(states, self.inner.weight, self.inner.bias))
+        return affine(inner, self.outer.weight, self.outer.bias).squeeze(-1).float()
 
 
 class QHead(MegatronModule):
@@ -63,12 +63,12 @@ class QHead(MegatronModule):
         """[n, valid] the values of this shard's tokens, float32."""
         valid = slice(0, shard.valid)
         weight, bias = self.outer.weight[valid].to(states.dtype), self.outer.bias[valid].to(states.dtype)
-        return F.linear(self._wide(states), weight, bias).float()
+        return affine(self._wide(states), weight, bias).float()
 
     def _wide(self, states: Tensor) -> Tensor:
         """[n, 2 x hidden] in the dtype of the states: targets are kept in float32 and used as the others are."""
         weight, bias = self.inner.weight.to(states.dtype), self.inner.bias.to(states.dtype)
-        part = torch.relu(F.linear(states, weight, bias))
+        part = torch.relu(affine(states, weight, bias))
         whole: Tensor = all_gather_last_dim_from_tensor_parallel_region(part, self.tp_group)
         return whole
 

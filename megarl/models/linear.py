@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from megarl.parallel.gradients import gradient_buffer
+from megarl.parallel.products import add_product, by_onednn, few_sizes, linear
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -23,10 +24,11 @@ class ColumnLinear(ColumnParallelLinear):
         super().__init__(*args, **{**options, "skip_bias_add": False})
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:
-        if torch.is_grad_enabled() or self.sequence_parallel or self.gather_output or weight is not None:
-            result: tuple[Tensor, Tensor | None] = super().forward(input_, weight, **options)
-            return result
-        return product(input_, self.weight, self.bias), None
+        alone = self.tp_group.size() == 1 or not torch.is_grad_enabled()  # nothing to do for other ranks
+        if alone and not self.sequence_parallel and not self.gather_output and weight is None:
+            return affine(input_, self.weight, self.bias), None
+        result: tuple[Tensor, Tensor | None] = super().forward(input_, weight, **options)
+        return result
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:  # noqa: A002
         if options["sequence_parallel"]:  # Megatron's overlaps the gather of the tokens with the products
@@ -44,13 +46,16 @@ class RowLinear(RowParallelLinear):
         if self.tp_group.size() > 1 or not self.input_is_parallel:  # partial products are summed first
             summed: tuple[Tensor, Tensor | None] = super().forward(input_)
             return summed
-        return _row_product(input_, self.weight, self.bias), None
+        return affine(input_, self.weight, self.bias), None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:  # noqa: A002
-        return _row_product(input, weight, bias)
+        return affine(input, weight, bias)
 
 
-def _row_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias, with gradients if they are wanted; x [..., in], weight [out, in]."""
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return product(x, weight, bias)
     result: Tensor = _Linear.apply(x, weight, bias, None)
@@ -58,12 +63,15 @@ def _row_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias without a gradient; x [..., in], weight [out, in].
+    """x @ weight.T + bias without a gradient; x [..., in], weight [out, in]. For any number of rows, as generation's.
 
-    A CPU's matrix product is up to twice as fast with few rows (generation's) as its columns than as its rows.
+    With MKL, a CPU's matrix product is up to twice as fast with few rows as its columns than as its rows.
     """
     out, inner = weight.shape
     rows = x.numel() // inner
+    if by_onednn(x):
+        padded = F.pad(x.reshape(rows, inner), (0, 0, 0, few_sizes(rows) - rows))
+        return linear(padded, weight, bias)[:rows].view(*x.shape[:-1], out)
     most = 128 if inner > out else 64 if weight.numel() >= 2**18 else 0
     if not 2 <= rows <= most or x.device.type != "cpu":
         return F.linear(x, weight, bias)
@@ -80,7 +88,7 @@ class _Linear(torch.autograd.Function):
         # A frozen weight needs no gradient, so the activations it saw are not kept.
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
         ctx.group = group
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,16 +96,16 @@ class _Linear(torch.autograd.Function):
         grad = grads[0].reshape(-1, weight.shape[0])
         grad_x = grad_weight = grad_bias = summing = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad.mm(weight).view(*grads[0].shape[:-1], weight.shape[1])
+            grad_x = linear(grad, weight.t()).view(*grads[0].shape[:-1], weight.shape[1])
             if ctx.group is not None:  # meanwhile the weight's gradient is computed
                 summing = dist.all_reduce(grad_x, group=ctx.group, async_op=True)
         if ctx.needs_input_grad[1]:
             rows = x.reshape(-1, weight.shape[1])
             buffer = gradient_buffer(weight, grad.dtype)
             if buffer is None:
-                grad_weight = grad.t().mm(rows)
+                grad_weight = linear(grad.t(), rows.t())
             else:
-                buffer.addmm_(grad.t(), rows)
+                add_product(buffer, grad.t(), rows)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0)
         if summing is not None:

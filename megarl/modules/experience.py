@@ -17,6 +17,7 @@ from megarl.data.dataset import pack
 from megarl.data.order import shard_rows
 from megarl.parallel.engine import Batch, Engine, ForwardFn
 from megarl.parallel.grid import Grid
+from megarl.parallel.products import few_sizes
 from megarl.rollout.requests import Rollout
 
 SHORT = 32  # responses up to this long share slots twice as long as the longest, so that less of a slot stays empty
@@ -40,13 +41,6 @@ def as_batch(rollouts: Sequence[Rollout]) -> Batch:
     return batch
 
 
-def bucket(longest: int, multiple_of: int) -> int:
-    """A length that wastes at most an eighth, so that phases meet few shapes; a multiple of `multiple_of`."""
-    step = max(1, 1 << max(0, longest.bit_length() - 4))
-    step = -(-step // multiple_of) * multiple_of
-    return -(-longest // step) * step
-
-
 class Passes:
     """Some rows of a batch, arranged for the passes of an engine over all data-parallel ranks.
 
@@ -65,7 +59,7 @@ class Passes:
         layout, lengths = grid.layout, batch["lengths"][rows]
         longest = int(lengths.max())
         room = 2 * longest if share_slots and longest <= SHORT else longest
-        self.time = bucket(room, layout.tp if layout.sequence_parallel else 1)
+        self.time = few_sizes(room, layout.tp if layout.sequence_parallel else 1)
         bins = (
             pack(lengths.numpy(), self.time, seed=0, shuffle=False)
             if share_slots
@@ -75,7 +69,7 @@ class Passes:
         count = -(-len(bins) // (layout.dp * most))
         if layout.vpp > 1:  # an interleaved pipeline works in rounds of a microbatch per stage
             count = -(-count // layout.pp) * layout.pp
-        self.slots = -(-len(bins) // (layout.dp * count))  # of each microbatch
+        self.slots = min(most, few_sizes(-(-len(bins) // (layout.dp * count)), steps=16))  # of each microbatch
         self._place(bins, layout.dp * count * self.slots, lengths.numpy())
 
     def _place(self, bins: Sequence[np.ndarray], slots: int, lengths: np.ndarray) -> None:

@@ -156,13 +156,13 @@ class Engine:
             )
         return self._summed(collected)
 
-    def train(self) -> None:
+    def train(self, mode: bool = True) -> None:
         for chunk in self.chunks:
-            chunk.train()
+            if chunk.training != mode:  # a walk through all modules
+                chunk.train(mode)
 
     def eval(self) -> None:
-        for chunk in self.chunks:
-            chunk.eval()
+        self.train(False)
 
     # --- other weights in the same memory ---------------------------------------------------------------------------
 

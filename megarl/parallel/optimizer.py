@@ -16,6 +16,8 @@ from megarl.parallel.grid import Grid
 if TYPE_CHECKING:
     from megarl.parallel.engine import Engine
 
+STATES = ("param", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of a tensor that trains
+
 
 @dataclass(frozen=True)
 class OptimSpec:
@@ -174,7 +176,7 @@ def _make_states_savable() -> None:
     """Mend a method of Megatron's distributed optimizer that saves one tensor's state under another's name.
 
     It gathers the state of a buffer without the padding between its buckets, and its caller cuts tensors out of that
-    where they lie with the padding. This version puts the padding back.
+    where they lie with the padding. This version puts the padding back. A lone replica has nothing to gather.
     """
     optimizer = mcore_distrib_optimizer.DistributedOptimizer
     original = optimizer.get_parameter_state_dp_zero
@@ -182,12 +184,15 @@ def _make_states_savable() -> None:
         return
 
     def with_padding(self: Any, *args: Any, **settings: Any) -> Any:
+        everywhere = settings.get("return_on_all_ranks")  # other callers want it without padding
+        if everywhere and not settings.get("empty_data") and self.data_parallel_group.size() == 1:
+            return {number: _own_state(self, number) for number in range(len(self.buffers))}
         state = original(self, *args, **settings)
-        if state is None or not settings.get("return_on_all_ranks"):  # other callers want it without
+        if state is None or not everywhere:
             return state
         for number, buffer in enumerate(self.buffers):
             for tensors in state[number].values():
-                for key in ("param", "exp_avg", "exp_avg_sq"):
+                for key in STATES:
                     padded, start = torch.zeros(buffer.numel, dtype=tensors[key].dtype), 0
                     for bucket in buffer.buckets:
                         end = start + bucket.numel_unpadded
@@ -198,3 +203,16 @@ def _make_states_savable() -> None:
 
     with_padding._megarl = True  # type: ignore[attr-defined]
     optimizer.get_parameter_state_dp_zero = with_padding
+
+
+def _own_state(optimizer: Any, number: int) -> dict[Any, dict[str, torch.Tensor]]:
+    """By dtype, the state of everything in one of a lone replica's buffers, where it lies in the buffer."""
+    found = {}
+    for dtype, buckets in optimizer.gbuf_ranges[number].items():
+        found[dtype] = {key: torch.empty(optimizer.buffers[number].numel) for key in STATES}
+        for parameter, ranges in (item for bucket in buckets for item in bucket["param_map"].items()):
+            place = slice(ranges["gbuf_world"].start, ranges["gbuf_world"].end)
+            state = optimizer._get_main_param_and_optimizer_states(parameter)
+            for key in STATES:
+                found[dtype][key][place] = state[key].detach()
+    return found

@@ -5,7 +5,7 @@ layout can read what it needs. Nothing is pickled and no helper process is start
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Part:
         return f"{self.key}@{','.join(map(str, self.offset))}"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Part":

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megarl.parallel.gradients import gradient_buffer
+from megarl.parallel.products import add_product, by_onednn, few_sizes, linear
 
 # Elements of one chunk of logits: large enough for an efficient product, small beside the activations of a layer.
 CHUNK_ELEMENTS_CPU = 2**23
@@ -69,7 +71,12 @@ def vocab_stats(
     the group by whoever made it (`copy_to_tensor_model_parallel_region` or the sequence gather).
     weight: [rows of this shard, hidden]; bias: [rows of this shard]; targets: [n] token ids.
     """
-    target_logits, lse, mean_logit = _VocabStats.apply(hidden, weight, bias, targets, shard, temperature, entropy)
+    n = hidden.shape[0]
+    if by_onednn(hidden):  # nearly every microbatch has another n
+        spare = few_sizes(n) - n
+        hidden, targets = F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare))
+    stats = _VocabStats.apply(hidden, weight, bias, targets, shard, temperature, entropy)
+    target_logits, lse, mean_logit = (stat[:n] for stat in stats)
     return VocabStats(target_logits, lse, lse - mean_logit if entropy else None)
 
 
@@ -154,12 +161,9 @@ class _VocabStats(torch.autograd.Function):
             if ctx.temperature != 1.0:
                 grad.div_(ctx.temperature)
             narrow = grad.to(weight.dtype)
-            torch.mm(narrow, weight[valid], out=grad_hidden[rows])
+            grad_hidden[rows] = linear(narrow, weight[valid].t())
             if grad_weight is not None:
-                if grad_weight.dtype == narrow.dtype:
-                    grad_weight[valid].addmm_(narrow.t(), hidden[rows])
-                else:
-                    grad_weight[valid] += narrow.t() @ hidden[rows]
+                add_product(grad_weight[valid], narrow.t(), hidden[rows])
             if grad_bias is not None:
                 grad_bias[valid] += grad.sum(0)
         return (
@@ -184,18 +188,13 @@ def _chunks(n: int, columns: int, device: torch.device) -> list[slice]:
 def _chunks_of_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: VocabShard, temperature: float, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of rows with their scaled logits [rows, valid] of this shard. All chunks share the same memory, and
+    """Chunks of rows with their scaled logits [rows, valid] of this shard. All chunks may share the same memory, and
     whoever takes one may write to it."""
     chunks = _chunks(hidden.shape[0], shard.valid, hidden.device)
-    columns = weight[: shard.valid].t()
-    shared = hidden.new_empty(chunks[0].stop if chunks else 0, shard.valid)
+    weight, bias = weight[: shard.valid], None if bias is None else bias[: shard.valid]
+    shared = hidden.new_empty(chunks[0].stop if chunks else 0, shard.valid)  # untouched memory costs nothing
     for rows in chunks:
-        logits = shared[: rows.stop - rows.start]
-        if bias is None:
-            torch.mm(hidden[rows], columns, out=logits)
-        else:
-            torch.addmm(bias[: shard.valid], hidden[rows], columns, out=logits)
-        logits = logits.to(dtype)
+        logits = linear(hidden[rows], weight, bias, out=shared[: rows.stop - rows.start]).to(dtype)
         yield rows, logits.div_(temperature) if temperature != 1.0 else logits
 
 

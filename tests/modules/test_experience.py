@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.models.gpt import GPT
-from megarl.modules.experience import Passes, as_batch, bucket, evaluate, in_rows
+from megarl.modules.experience import Passes, as_batch, evaluate, in_rows
 from megarl.parallel.engine import Batch
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
+from megarl.parallel.products import few_sizes
 from megarl.rollout.requests import Rollout
 from tests.parallel.engines import VOCAB, small_engine
 from tests.worlds import Worlds
@@ -44,16 +45,6 @@ def test_a_batch_by_hand() -> None:
     assert batch["response_mask"].tolist() == [[0, 1, 1], [0, 0, 1]]
     assert batch["rollout_logprobs"].tolist() == [[0, -0.5, -0.25], [0, 0, -1.0]]
     assert batch["lengths"].tolist() == [3, 3]
-
-
-def test_lengths_come_in_steps_that_waste_at_most_an_eighth() -> None:
-    for multiple_of in (1, 2, 8):
-        for longest in range(1, 3000):
-            length = bucket(longest, multiple_of)
-            assert length >= longest
-            assert length % multiple_of == 0
-            assert length - longest < max(longest / 8 + 1, 0) + multiple_of
-    assert len({bucket(longest, 1) for longest in range(1024, 2048)}) <= 9
 
 
 def replicas(layout: Layout, micro: int, share_slots: bool, rows: list[int]) -> list[list[Batch]]:
@@ -119,7 +110,7 @@ def test_rows_that_share_a_slot_have_segments_and_positions_of_their_own() -> No
 def test_a_microbatch_holds_no_more_than_its_rows_of_full_length() -> None:
     for share_slots in (False, True):
         for batch in replicas(Layout(), 2, share_slots, ROWS[0])[0]:
-            assert batch["tokens"].numel() <= bucket(2 * 10, 1) + 2
+            assert batch["tokens"].numel() <= few_sizes(2 * 10) + 2
 
 
 class Echo:

@@ -1,0 +1,80 @@
+"""Matrix products on a CPU, by the faster of the two libraries that torch carries.
+
+MKL, which torch takes for float32, uses AVX2 on AMD's processors whatever they can do. oneDNN uses AVX-512 there and is
+twice as fast. For dense float32 tensors torch offers it only as the operator that its compiler calls.
+
+oneDNN compiles a kernel for every shape: about a millisecond and a megabyte each, so the shapes that are kept are
+limited, and who can choose a number of rows takes one of `few_sizes`.
+"""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KERNELS_KEPT = 128
+BLOCK = 2**18  # elements of a product that is added to something larger: they stay in a core's cache meanwhile
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias without a gradient; x [..., in], weight [out, in] of any strides, bias [out].
+
+    `out` is memory that may be used for the result of an x [rows, in].
+    """
+    result: Tensor
+    if by_onednn(x):
+        result = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    elif out is None:
+        result = F.linear(x, weight, bias)
+    elif bias is None:
+        result = torch.mm(x, weight.t(), out=out)
+    else:
+        result = torch.addmm(bias, x, weight.t(), out=out)
+    return result
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in place; `total` may be wider than the dtype of the two."""
+    if total.dtype != a.dtype:
+        total += a @ b
+    elif by_onednn(a):
+        columns, size = b.t(), max(64, BLOCK // total.shape[1])
+        for start in range(0, total.shape[0], size):
+            total[start : start + size] += linear(a[start : start + size], columns)
+    else:
+        total.addmm_(a, b)
+
+
+def few_sizes(n: int, multiple_of: int = 1, *, steps: int = 8) -> int:
+    """`n` or little more (an n-th of `steps` at most), one of few sizes: `steps` of them between powers of two."""
+    step = max(1, (1 << n.bit_length() - 1) // steps) if n > 0 else 1
+    step = -(-step // multiple_of) * multiple_of
+    return -(-n // step) * step
+
+
+def by_onednn(x: Tensor) -> bool:
+    """Whether oneDNN multiplies this by others like it."""
+    return x.dtype is torch.float32 and x.is_cpu and onednn_is_faster()
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """On AMD's processors with AVX-512. A rule and no measurement, since both libraries round in their own ways and a
+    run that is resumed must go on with the same bits."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    faster = torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _processor()
+    if faster:  # read once, by the first call
+        os.environ.setdefault("LRU_CACHE_CAPACITY", str(KERNELS_KEPT))
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
+    return faster
+
+
+def _processor() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
