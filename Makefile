@@ -23,6 +23,7 @@ help:  ## this list
 venv: $(VENV)/.installed  ## the environment in .venv that every other target uses
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo 'installing into $(VENV): a minute or two, most of it without a word'
 	found=$$($(FIND_TORCH)); \
 	$(PYTHON) -m venv $${found:+--system-site-packages} $(VENV) && \
 	if [ -n "$$found" ]; then echo "torch==$$found" > $(PIP_CONSTRAINT); else cp constraints.txt $(PIP_CONSTRAINT) && \

@@ -8,13 +8,12 @@ the cache once per step would allow at the measured copy bandwidth. Prints one t
 import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from benchmarks.train_step import GPU_SHAPES, Shape, describe, live_grid, llama, markdown, synchronize
+from benchmarks.rates import copy_bandwidth, seconds
+from benchmarks.train_step import GPU_SHAPES, Shape, describe, live_grid, llama, markdown
 from megarl.config.schema import ParallelConfig
 from megarl.modules.base import build_gpt_engine
 from megarl.parallel.engine import Engine
@@ -48,17 +47,9 @@ def decode_seconds(generator: Generator, shape: Shape, rows: int, prompt: int, n
     generator.generate(long)  # records the graphs, chooses the kernels
     device = generator.grid.device
     return statistics.median(
-        timed(lambda: generator.generate(long), device) - timed(lambda: generator.generate(short), device)
+        seconds(lambda: generator.generate(long), device) - seconds(lambda: generator.generate(short), device)
         for _ in range(repeats)
     )
-
-
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def bound_seconds(engine: Engine, shape: Shape, rows: int, prompt: int, new: int, bandwidth: float) -> float:
@@ -69,13 +60,6 @@ def bound_seconds(engine: Engine, shape: Shape, rows: int, prompt: int, new: int
     entry = 2 * model.num_layers * heads * (model.hidden_size // model.num_heads)  # numbers of a token in the cache
     read = [weights + rows * (prompt + step) * entry for step in range(1, new)]
     return BYTES * sum(read) / bandwidth
-
-
-def copy_bandwidth(device: torch.device, megabytes: int) -> float:
-    """Bytes per second that are read and written by copying what no cache holds, the best of some."""
-    source = torch.zeros(megabytes * 2**20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / min(timed(lambda: target.copy_(source), device) for _ in range(10))
 
 
 def lines(
@@ -128,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type != options.device:
         print("benchmarks.decode: --device cpu needs a machine without a GPU: set CUDA_VISIBLE_DEVICES= (empty)")
         return 2
-    bandwidth = copy_bandwidth(device, options.copy_mib)
+    bandwidth = copy_bandwidth(options.copy_mib, device)
     print(f"{describe(device)}; copies {bandwidth / 1e9:,.0f} GB/s")
     rows = []
     for name in options.shapes:

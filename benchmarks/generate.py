@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.rates import copy_bandwidth, product_rate
 from benchmarks.train_step import describe, live_grid, markdown
 from megarl.config.schema import ParallelConfig
 from megarl.models.exchange.formats import open_source
@@ -190,7 +191,7 @@ def check_same(left: Answers, right: Answers) -> None:
 def floor(case: Case, model: Any) -> float:
     """Seconds below which no implementation that decodes rows together can come on this machine: per decode step, the
     larger of reading the weights and the cache once, and of the operations; and the prompts' operations."""
-    bandwidth, rate = copy_bandwidth(), matmul_rate(case.rows, case.width)
+    bandwidth, rate = copy_bandwidth(), product_rate(case.rows, case.width, 4 * case.width)
     weights = sum(p.numel() for p in model.transformer.h.parameters()) + case.vocab_size * case.width
     seconds = 0.0
     for step in range(case.longest):
@@ -200,29 +201,7 @@ def floor(case: Case, model: Any) -> float:
         read = 4 * (weights + cache) / bandwidth
         flops = rows * (2 * weights + 4 * context * case.layers * case.width)
         seconds += max(read, flops / rate)
-    return seconds + case.rows * (case.prompt - 1) * 2 * weights / matmul_rate(1024, 1024)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second that are read and written by copying what no cache holds."""
-    source = torch.zeros(2**26)
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / best_of(lambda: target.copy_(source))
-
-
-def matmul_rate(rows: int, width: int) -> float:
-    """Operations per second of [rows, width] x [width, 4 * width], repeated over warm memory."""
-    left, right = torch.randn(rows, width), torch.randn(4 * width, width)
-    return 2 * rows * width * 4 * width / best_of(lambda: torch.nn.functional.linear(left, right))
-
-
-def best_of(function: Callable[[], Any], repeats: int = 9) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return seconds + case.rows * (case.prompt - 1) * 2 * weights / product_rate(1024, 1024, 1024)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,11 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.rates import product_rate
 from benchmarks.train_step import describe, markdown
 from megarl.config.compose import compose
 from megarl.data.offline import open_store
@@ -23,7 +25,7 @@ from megarl.modules.fit import fit
 from megarl.modules.ilql import ILQL
 from megarl.tokenizers import build_tokenizer
 
-HEADER = ["part", "CPU s", "share of all", "share that is matrix products"]
+HEADER = ["part", "CPU s", "share of all", "share that is matrix products", "at torch.mm's rate"]
 FORWARD_AND_BACKWARD = 3
 
 
@@ -46,24 +48,34 @@ def training_flops(config: Any) -> float:
     return float(per_sample * config.trainer.global_batch_size * config.trainer.max_steps)
 
 
-def products_per_second(rows: int, hidden: int, repeats: int = 60) -> float:
-    """Floating-point operations per CPU second of the widest product in a layer, the best of some."""
-    x, weight, out = torch.randn(rows, hidden), torch.randn(hidden, 4 * hidden), torch.empty(rows, 4 * hidden)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.process_time()
-        for _ in range(5):
-            torch.mm(x, weight, out=out)
-        best = min(best, (time.process_time() - start) / 5)
-    return 2 * x.numel() * 4 * hidden / best
+@dataclass(frozen=True)
+class Floor:
+    """CPU seconds that the matrix products of training take: at the fastest product's rate, and at torch.mm's."""
+
+    fastest: float
+    plain: float
+
+    @classmethod
+    def of(cls, flops: float, rows: int, hidden: int) -> "Floor":
+        """At the rates of the widest product in a layer."""
+        return cls(*(flops / product_rate(rows, hidden, 4 * hidden, own=own) for own in (True, False)))
+
+    def shares(self, seconds: float) -> list[str]:
+        return [f"{self.fastest / seconds:.0%}", f"{self.plain / seconds:.0%}"]
+
+    def rows(self, spent: float) -> list[list[str]]:
+        """Of the table, its last two."""
+        return [
+            ["all after start-up", f"{spent:.1f}", "100%", *self.shares(spent)],
+            ["matrix products of training alone", f"{self.fastest:.1f}", "", "", f"{self.plain:.1f} s"],
+        ]
 
 
-def measure(overrides: Sequence[str]) -> tuple[dict[str, float], float, float]:
+def measure(overrides: Sequence[str]) -> tuple[dict[str, float], float, Floor]:
     """CPU seconds of each part, all of them after start-up, and the floor of training."""
     with tempfile.TemporaryDirectory() as folder:
         quiet = [f"run.dir={folder}/run", "trainer.progress=none", "logger.tensorboard=false"]
         config, _ = compose("ilql", ["+conf=randomwalks_ilql", *quiet, *overrides])
-        rate = products_per_second(config.trainer.micro_batch_size * config.data.seq_length, config.model.hidden_size)
         start = time.process_time()
         fit("ilql", config, lambda c: ILQL(c, build_tokenizer(c.tokenizer.kind, c.tokenizer.path)))
         spent = time.process_time() - start
@@ -72,11 +84,8 @@ def measure(overrides: Sequence[str]) -> tuple[dict[str, float], float, float]:
         if best is not None:
             print(f"optimality at beta 100, mean of the last five evaluations: {best['last5']:.3f}")
         parts = {name: seconds["cpu_s"] for name, seconds in summary["seconds"].items()}
-        rate = max(
-            rate,
-            products_per_second(config.trainer.micro_batch_size * config.data.seq_length, config.model.hidden_size),
-        )
-        return parts, spent, training_flops(config) / rate
+        rows = config.trainer.micro_batch_size * config.data.seq_length
+        return parts, spent, Floor.of(training_flops(config), rows, config.model.hidden_size)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,14 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(describe(torch.device("cpu")))
     parts, spent, floor = measure(options.overrides)
     rows = [
-        [name, f"{seconds:.1f}", f"{seconds / spent:.0%}", f"{floor / seconds:.0%}" if name == "train" else ""]
+        [name, f"{seconds:.1f}", f"{seconds / spent:.0%}", *(floor.shares(seconds) if name == "train" else ["", ""])]
         for name, seconds in parts.items()
     ]
     others = spent - sum(parts.values())
-    rows.append(["the rest (model, loop, logging)", f"{others:.1f}", f"{others / spent:.0%}", ""])
-    rows.append(["all after start-up", f"{spent:.1f}", "100%", f"{floor / spent:.0%}"])
-    rows.append(["matrix products of training alone", f"{floor:.1f}", "", ""])
-    print(markdown(HEADER, rows))
+    rows.append(["the rest (model, loop, logging)", f"{others:.1f}", f"{others / spent:.0%}", "", ""])
+    print(markdown(HEADER, rows + floor.rows(spent)))
     if options.peer_seconds is None:
         return 0
     ratio = spent / options.peer_seconds

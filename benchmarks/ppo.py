@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.ilql import products_per_second
+from benchmarks.ilql import HEADER, Floor
 from benchmarks.train_step import describe, markdown
 from megarl.config.compose import compose
 from megarl.config.schema import PPOConfig
@@ -30,7 +30,6 @@ from megarl.modules.ppo import PPO
 from megarl.parallel.vocab import padded_vocab
 from megarl.tokenizers import build_tokenizer
 
-HEADER = ["part", "CPU s", "share of all", "share that is matrix products"]
 NAMED = ("generate", "score", "evaluate", "train")
 
 PEER_BATCHES = ["ppo.rollouts=128", "trainer.global_batch_size=100", "trainer.micro_batch_size=100", "clone.steps=400"]
@@ -69,7 +68,7 @@ class Measured:
 
     parts: dict[str, float]
     spent: float
-    floor: float
+    floor: Floor
     optimality: float
 
 
@@ -89,17 +88,16 @@ def measure(overrides: Sequence[str]) -> Measured:
             built.append(Counted(resolved, build_tokenizer(resolved.tokenizer.kind, resolved.tokenizer.path)))
             return built[0]
 
-        rows = config.trainer.global_batch_size * (config.rollout.max_new_tokens + 1)
-        rate = products_per_second(rows, config.model.hidden_size)
         start = time.process_time()
         fit("ppo", config, build)
         spent = time.process_time() - start
-        rate = max(rate, products_per_second(rows, config.model.hidden_size))
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
     parts = {name: seconds["cpu_s"] for name, seconds in summary["seconds"].items()}
     clone = parts.pop("clone", 0.0)
     print(f"cloning before the first phase, not counted below: {clone:.1f} CPU s")
-    return Measured(parts, spent - clone, built[0].flops / rate, summary["metrics"]["eval/optimality"]["last5"])
+    rows = config.trainer.global_batch_size * (config.rollout.max_new_tokens + 1)
+    floor = Floor.of(built[0].flops, rows, config.model.hidden_size)
+    return Measured(parts, spent - clone, floor, summary["metrics"]["eval/optimality"]["last5"])
 
 
 # --- beside TRL -------------------------------------------------------------------------------------------------------
@@ -215,17 +213,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name,
             f"{seconds:.1f}",
             f"{seconds / found.spent:.0%}",
-            f"{found.floor / seconds:.0%}" if name == "train" else "",
+            *(found.floor.shares(seconds) if name == "train" else ["", ""]),
         ]
         for name, seconds in found.parts.items()
     ]
     others = found.spent - sum(found.parts.values())
-    rows.append(["the rest (model, loop, logging)", f"{others:.1f}", f"{others / found.spent:.0%}", ""])
-    rows.append(["all after start-up", f"{found.spent:.1f}", "100%", f"{found.floor / found.spent:.0%}"])
-    rows.append(["matrix products of training alone", f"{found.floor:.1f}", "", ""])
-    print(markdown(HEADER, rows))
+    rows.append(["the rest (model, loop, logging)", f"{others:.1f}", f"{others / found.spent:.0%}", "", ""])
+    print(markdown(HEADER, rows + found.floor.rows(found.spent)))
     other = found.spent - sum(found.parts.get(name, 0.0) for name in NAMED)
-    print(f"other than {', '.join(NAMED)}: {other / found.spent:.0%}")
+    evaluated = found.parts.get("eval", 0.0)
+    print(f"other than {', '.join(NAMED)}: {other / found.spent:.0%}", end="; ")
+    print(f"without the evaluations (eval) too: {(other - evaluated) / found.spent:.0%}")
     if options.peer_seconds is None:
         return 0
     ratio = found.spent / options.peer_seconds

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.rates import product_rate, synchronize
 from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
@@ -196,11 +197,6 @@ class Timing:
         return statistics.median(self.cpu)
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def measure(
     steps: Sequence[Step], device: torch.device, seconds: float, least: int = 5, warmup: int = 2
 ) -> list[Timing]:
@@ -222,31 +218,17 @@ def measure(
     return timings
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 20) -> float:
-    """FLOP/s of a square matrix product, best of several: the limit that utilisation is stated against."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
 def beside_transformers(shape: Shape, grid: Grid, seconds: float, matmul_size: int) -> tuple[list[str], float]:
     """A row of the CPU table, and the ratio of process times."""
-    limit = matmul_flops(grid.device, torch.float32, matmul_size)
+    limit = product_rate(*[matmul_size] * 3, grid.device, torch.float32)
     engine = build_engine(shape, grid, "fp32")
     theirs, size = their_step(shape, grid.device)
     check_same_size(engine, shape, size)
     ours_timing, theirs_timing = measure([our_step(engine, shape), theirs], grid.device, seconds)
-    limit = max(limit, matmul_flops(grid.device, torch.float32, matmul_size))  # the quieter moment of the two
+    limit = max(limit, product_rate(*[matmul_size] * 3, grid.device, torch.float32))  # the quieter moment of the two
     rates = [shape.flops / timing.median_wall for timing in (ours_timing, theirs_timing)]
     cpu_ratio = ours_timing.median_cpu / theirs_timing.median_cpu
     return [
@@ -283,10 +265,10 @@ CPU_HEADER = [
 
 def beside_matmul(shape: Shape, grid: Grid, seconds: float, matmul_size: int, peak_tflops: float | None) -> list[str]:
     """A row of the GPU table."""
-    limit = matmul_flops(grid.device, torch.bfloat16, matmul_size)
+    limit = product_rate(*[matmul_size] * 3, grid.device, torch.bfloat16)
     engine = build_engine(shape, grid, "bf16")
     (timing,) = measure([our_step(engine, shape)], grid.device, seconds)
-    limit = max(limit, matmul_flops(grid.device, torch.bfloat16, matmul_size))
+    limit = max(limit, product_rate(*[matmul_size] * 3, grid.device, torch.bfloat16))
     rate = shape.flops / timing.median_wall
     memory = "-"
     if grid.device.type == "cuda":

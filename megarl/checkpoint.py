@@ -342,9 +342,23 @@ def remove(folder: Path) -> None:
         log.warning("checkpoint %s could not be deleted: %s", folder, problem)
 
 
+def refuse_empty(path: Path) -> None:
+    """Before anything is built or written: what run.resume names must be a checkpoint or hold some, whole or not."""
+    if not _is_checkpoint(path) and not find(path):
+        raise CheckpointError(
+            f"run.resume={path}: there is no checkpoint; give one (RUN/checkpoints/step-...), a folder of them "
+            "(RUN/checkpoints), auto or never"
+        )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return any((path / name).is_file() for name in (MANIFEST, INDEX, COMMON))
+
+
 def _choose(path: Path) -> Path:
     """`path` itself if it is a checkpoint (an error if it is torn), else the newest whole one in it."""
-    if any((path / name).is_file() for name in (MANIFEST, INDEX, COMMON)):
+    refuse_empty(path)
+    if _is_checkpoint(path):
         problem = verify(path)
         if problem:
             raise CheckpointError(f"checkpoint {path} is not whole: {problem}; choose another with run.resume=FOLDER")
@@ -355,11 +369,9 @@ def _choose(path: Path) -> Path:
         if problem is None:
             return folder
         log.warning("checkpoint %s is not whole (%s): passed over", folder, problem)
-    if candidates:
-        raise CheckpointError(
-            f"none of the {len(candidates)} checkpoints in {path} is whole; start anew with run.resume=never"
-        )
-    raise CheckpointError(f"there is no checkpoint at {path}: give a checkpoint folder, or run.resume=never")
+    raise CheckpointError(
+        f"none of the {len(candidates)} checkpoints in {path} is whole; start anew with run.resume=never"
+    )
 
 
 def _union(commons: list[dict[str, Any]]) -> dict[str, Any]:

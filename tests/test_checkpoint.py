@@ -125,7 +125,7 @@ def test_the_newest_is_the_one_of_the_highest_step(worlds: Worlds, folder: Path)
 
 def test_a_folder_without_a_whole_checkpoint_says_what_to_do(worlds: Worlds, folder: Path, tmp_path: Path) -> None:
     refused = worlds.run(1, refusal, chosen, tmp_path / "elsewhere")[0]
-    assert re.search(r"there is no checkpoint at .*run\.resume=never", refused)
+    assert re.search(r"run\.resume=.*there is no checkpoint.*auto or never", refused)
     for step in (9, 10):
         truncate(step_folder(folder, step) / SHARD)
     refused = worlds.run(1, refusal, chosen, folder)[0]

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from megarl.parallel.gradients import gradient_buffer
-from megarl.parallel.products import add_product, by_onednn, few_sizes, linear
+from megarl.parallel.products import add_product, by_onednn, linear, rounded_up
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -70,8 +70,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out, inner = weight.shape
     rows = x.numel() // inner
     if by_onednn(x):
-        padded = F.pad(x.reshape(rows, inner), (0, 0, 0, few_sizes(rows) - rows))
-        return linear(padded, weight, bias)[:rows].view(*x.shape[:-1], out)
+        return linear(rounded_up(x.reshape(rows, inner)), weight, bias)[:rows].view(*x.shape[:-1], out)
     most = 128 if inner > out else 64 if weight.numel() >= 2**18 else 0
     if not 2 <= rows <= most or x.device.type != "cpu":
         return F.linear(x, weight, bias)

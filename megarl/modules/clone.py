@@ -45,6 +45,7 @@ def clone_behaviour(
         total_steps=steps,
     )
     samples = as_rows(SFTDataset(_records(config), tokenizer, config.model.max_positions, name="clone.data"))
+    log.info("cloning the behaviour of %d samples first: %d steps of cross entropy", len(samples["tokens"]), steps)
     order = TrainBatches(samples["lengths"].numpy(), config.trainer.global_batch_size, config.seed)
     for step in range(steps):
         rows = torch.as_tensor(order.batch(step))

@@ -24,10 +24,10 @@ from megarl.callbacks.run_folder import RunFolder, resolve_run_dir
 from megarl.callbacks.samples import Samples
 from megarl.callbacks.summary import Summary
 from megarl.callbacks.throughput import Throughput
-from megarl.checkpoint import ShardedCheckpointIO, find
+from megarl.checkpoint import ShardedCheckpointIO, find, refuse_empty
 from megarl.command import quiet
 from megarl.config import checks
-from megarl.errors import CheckpointError, ConfigError
+from megarl.errors import ConfigError
 from megarl.logging import get_logger, setup
 from megarl.models.exchange.adopt import adopt, open_whole
 from megarl.models.exchange.export import refuse_existing
@@ -46,8 +46,8 @@ def fit(entry: str, config: Any, build: Callable[[Any], Module]) -> int:
     """
     checks.check(config, checks.world_size(config, os.environ))
     resume = config.run.resume
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
-        raise CheckpointError(f"run.resume={resume} is no folder: give a checkpoint, auto or never")
+    if resume not in ("auto", "never"):
+        refuse_empty(Path(resume))
     run_dir = Path(os.environ.get(RUN_DIR) or resolve_run_dir(entry, config)).absolute()
     os.environ[RUN_DIR] = str(run_dir)
     try:

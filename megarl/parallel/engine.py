@@ -20,6 +20,7 @@ from megarl.parallel.optimizer import (
     build_optimizer,
     build_schedule,
     check_finite,
+    restore_schedule,
     restored,
     trains_here,
 )
@@ -232,8 +233,7 @@ class Engine:
             if trains_here(self.optimizer):
                 self.optimizer.load_state_dict(state["optimizer"])
                 restored(self.optimizer)
-            self.schedule.num_steps = 0  # Megatron adds the steps it reads to those it has
-            self.schedule.load_state_dict(state["schedule"])
+            restore_schedule(self.schedule, state["schedule"], self.name)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 

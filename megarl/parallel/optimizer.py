@@ -11,11 +11,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megarl.config.schema import OptimConfig
 from megarl.errors import NumericsError
+from megarl.logging import get_logger
 from megarl.parallel.grid import Grid
 
 if TYPE_CHECKING:
     from megarl.parallel.engine import Engine
 
+log = get_logger(__name__)
 STATES = ("param", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of a tensor that trains
 
 
@@ -105,6 +107,21 @@ def build_schedule(optimizer: MegatronOptimizer, spec: OptimSpec) -> OptimizerPa
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,  # a resumed run may be told to go on for longer
     )
+
+
+def restore_schedule(schedule: OptimizerParamScheduler, saved: dict[str, Any], name: str) -> None:
+    """Go on from the saved step by this run's settings, which may be others: that is said."""
+    ours = schedule.state_dict()
+    keys = ["max_lr", "min_lr", "lr_warmup_steps", "lr_decay_style", "start_wd"]
+    if schedule.lr_decay_style != "constant":
+        keys.append("lr_decay_steps")
+    changed = [f"{key} {saved[key]} -> {ours[key]}" for key in keys if saved[key] != ours[key]]
+    if changed:
+        log.warning(
+            "the learning rate of %s goes on by other settings than the checkpoint's: %s", name, ", ".join(changed)
+        )
+    schedule.num_steps = 0  # Megatron adds the steps it reads to those it has
+    schedule.load_state_dict(saved)
 
 
 class Optimizers(torch.optim.Optimizer):

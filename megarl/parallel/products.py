@@ -25,7 +25,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
     `out` is memory that may be used for the result of an x [rows, in].
     """
     result: Tensor
-    if by_onednn(x):
+    if x.numel() and by_onednn(x):  # oneDNN refuses a sum over nothing
         result = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     elif out is None:
         result = F.linear(x, weight, bias)
@@ -53,6 +53,12 @@ def few_sizes(n: int, multiple_of: int = 1, *, steps: int = 8) -> int:
     step = max(1, (1 << n.bit_length() - 1) // steps) if n > 0 else 1
     step = -(-step // multiple_of) * multiple_of
     return -(-n // step) * step
+
+
+def rounded_up(x: Tensor) -> Tensor:
+    """x [rows, ...] with rows of zeros behind it, up to one of few sizes."""
+    spare = few_sizes(x.shape[0]) - x.shape[0]
+    return torch.cat([x, x.new_zeros(spare, *x.shape[1:])]) if spare else x
 
 
 def by_onednn(x: Tensor) -> bool:

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from megarl.parallel.gradients import gradient_buffer
-from megarl.parallel.products import add_product, by_onednn, few_sizes, linear
+from megarl.parallel.products import add_product, by_onednn, linear, rounded_up
 
 # Elements of one chunk of logits: large enough for an efficient product, small beside the activations of a layer.
 CHUNK_ELEMENTS_CPU = 2**23
@@ -73,8 +72,7 @@ def vocab_stats(
     """
     n = hidden.shape[0]
     if by_onednn(hidden):  # nearly every microbatch has another n
-        spare = few_sizes(n) - n
-        hidden, targets = F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare))
+        hidden, targets = rounded_up(hidden), rounded_up(targets)
     stats = _VocabStats.apply(hidden, weight, bias, targets, shard, temperature, entropy)
     target_logits, lse, mean_logit = (stat[:n] for stat in stats)
     return VocabStats(target_logits, lse, lse - mean_logit if entropy else None)
@@ -132,6 +130,7 @@ class _VocabStats(torch.autograd.Function):
                 else:
                     total = logits.exp_().sum(1)
                 local[1, rows] = total.log_().add_(largest)
+                del logits
         target_logits, lse, mean_logit = _combine(local, shard.group)
         ctx.save_for_backward(hidden, weight, bias, targets, lse, mean_logit)
         ctx.shard, ctx.temperature, ctx.entropy, ctx.dtype = shard, temperature, entropy, dtype
@@ -166,6 +165,7 @@ class _VocabStats(torch.autograd.Function):
                 add_product(grad_weight[valid], narrow.t(), hidden[rows])
             if grad_bias is not None:
                 grad_bias[valid] += grad.sum(0)
+            del logits, grad, narrow
         return (
             grad_hidden,
             None if grad_weight is None or buffer is not None else grad_weight.to(weight.dtype),
@@ -192,10 +192,14 @@ def _chunks_of_logits(
     whoever takes one may write to it."""
     chunks = _chunks(hidden.shape[0], shard.valid, hidden.device)
     weight, bias = weight[: shard.valid], None if bias is None else bias[: shard.valid]
-    shared = hidden.new_empty(chunks[0].stop if chunks else 0, shard.valid)  # untouched memory costs nothing
+    shared = None
+    if chunks and not by_onednn(hidden):  # which always takes fresh memory
+        shared = hidden.new_empty(chunks[0].stop, shard.valid)
     for rows in chunks:
-        logits = linear(hidden[rows], weight, bias, out=shared[: rows.stop - rows.start]).to(dtype)
+        out = None if shared is None else shared[: rows.stop - rows.start]
+        logits = linear(hidden[rows], weight, bias, out=out).to(dtype)
         yield rows, logits.div_(temperature) if temperature != 1.0 else logits
+        del logits  # before the next chunk is made, as who takes chunks does
 
 
 def _local_targets(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:

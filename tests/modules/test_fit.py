@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megarl.config.compose import compose
+from megarl.errors import CheckpointError
 from megarl.modules.fit import fit
 from megarl.modules.sft import SFT
 from megarl.tokenizers import build_tokenizer
@@ -24,3 +25,11 @@ def interrupted(run_dir: Path) -> None:
 
 def test_an_interrupt_before_training_stays_an_interrupt(worlds: Worlds, tmp_path: Path) -> None:
     worlds.run(1, interrupted, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_a_resume_from_nothing_is_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    config, _ = compose("sft", [f"run.dir={tmp_path / 'run'}", f"run.resume={tmp_path / name}"])
+    with pytest.raises(CheckpointError, match=r"run\.resume=.*no checkpoint.*auto or never"):
+        fit("sft", config, lambda _: pytest.fail("built"))
+    assert not (tmp_path / "run").exists()

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from megarl.parallel import products
-from megarl.parallel.products import add_product, few_sizes, linear
+from megarl.parallel.products import add_product, few_sizes, linear, rounded_up
 
-SHAPES = [(1, 8, 8), (7, 24, 16), (0, 8, 4), (33, 1, 40), (130, 96, 48)]
+SHAPES = [(1, 8, 8), (7, 24, 16), (0, 8, 4), (5, 8, 0), (33, 1, 40), (130, 96, 48)]
 
 
 @pytest.fixture(params=["mkl", "onednn"])
@@ -49,6 +49,14 @@ def test_a_product_is_added_to_what_is_there(block: int, monkeypatch: pytest.Mon
     expected[3:] += a.double() @ b.double()
     add_product(total, a, b)
     torch.testing.assert_close(whole.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("library")
+def test_a_sum_over_nothing_adds_nothing() -> None:
+    """A replica without a token to learn from."""
+    total = normal(4, 3)
+    add_product(total, torch.empty(0, 4).t(), torch.empty(0, 3))
+    assert torch.equal(total, normal(4, 3))
 
 
 def test_a_narrow_product_is_added_to_a_wide_total() -> None:
@@ -93,3 +101,11 @@ def test_few_sizes_waste_little(steps: int) -> None:
             assert size - n < n / steps + multiple_of
     assert len({few_sizes(n, steps=steps) for n in range(1024, 2048)}) <= steps + 1
     assert few_sizes(0) == 0
+
+
+def test_rows_are_rounded_up_with_zeros() -> None:
+    assert rounded_up(x := normal(16, 3)) is x
+    more = rounded_up(normal(17, 3))
+    assert more.shape == (18, 3)
+    assert torch.equal(more[:17], normal(17, 3))
+    assert not more[17:].any()
