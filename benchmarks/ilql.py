@@ -58,7 +58,8 @@ class Floor:
     @classmethod
     def of(cls, flops: float, rows: int, hidden: int) -> "Floor":
         """At the rates of the widest product in a layer."""
-        return cls(*(flops / product_rate(rows, hidden, 4 * hidden, own=own) for own in (True, False)))
+        clock = time.process_time
+        return cls(*(flops / product_rate(rows, hidden, 4 * hidden, own=own, clock=clock) for own in (True, False)))
 
     def shares(self, seconds: float) -> list[str]:
         return [f"{self.fastest / seconds:.0%}", f"{self.plain / seconds:.0%}"]

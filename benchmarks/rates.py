@@ -9,6 +9,7 @@ import torch
 from megarl.parallel.products import linear
 
 CPU = torch.device("cpu")
+Clock = Callable[[], float]
 
 
 def synchronize(device: torch.device) -> None:
@@ -16,29 +17,38 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(function: Callable[[], Any], device: torch.device = CPU) -> float:
-    """On the wall, of one call."""
+def seconds(function: Callable[[], Any], device: torch.device = CPU, clock: Clock = time.perf_counter) -> float:
+    """Of one call."""
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     function()
     synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def best_of(function: Callable[[], Any], device: torch.device = CPU, repeats: int = 40) -> float:
-    return min(seconds(function, device) for _ in range(repeats))
+def best_of(
+    function: Callable[[], Any], device: torch.device = CPU, repeats: int = 40, clock: Clock = time.perf_counter
+) -> float:
+    return min(seconds(function, device, clock) for _ in range(repeats))
 
 
 def product_rate(
-    rows: int, inner: int, out: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32, *, own: bool = True
+    rows: int,
+    inner: int,
+    out: int,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    *,
+    own: bool = True,
+    clock: Clock = time.perf_counter,
 ) -> float:
     """Operations per second of [rows, inner] x [inner, out]: of torch's product, and if `own` of the one that models
     use, whichever is faster."""
     x, weight = torch.randn(rows, inner, device=device).to(dtype), torch.randn(out, inner, device=device).to(dtype)
     result = torch.empty(rows, out, device=device, dtype=dtype)
-    best = best_of(lambda: torch.mm(x, weight.t(), out=result), device)
+    best = best_of(lambda: torch.mm(x, weight.t(), out=result), device, clock=clock)
     if own:
-        best = min(best, best_of(lambda: linear(x, weight), device))
+        best = min(best, best_of(lambda: linear(x, weight), device, clock=clock))
     return 2 * rows * inner * out / best
 
 

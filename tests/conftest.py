@@ -42,3 +42,14 @@ def worlds() -> Iterator[Worlds]:
     worlds = Worlds()
     yield worlds
     worlds.close()
+
+
+@pytest.fixture(params=["mkl", "onednn"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products by each of the two, whichever this machine would take."""
+    from megarl.parallel import products
+
+    onednn = request.param == "onednn"
+    if onednn and not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        pytest.skip("this torch has no oneDNN for dense tensors")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)

@@ -30,6 +30,7 @@ from megarl.models.linear import product
 from megarl.models.rotary import rotation
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import initialise
+from megarl.parallel.products import by_onednn, rounded_up
 from megarl.parallel.vocab import VocabShard, VocabStats, padded_vocab, vocab_stats
 
 Batch = dict[str, Tensor]
@@ -213,10 +214,15 @@ class GPT(LanguageModule):
             move_targets(self.target_q_heads, self.q_heads, alpha)
 
     def _chosen(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """States [n, hidden] that tokens [n] were chosen in, where the mask is not 0, and where these stand."""
+        """States [n, hidden] that tokens [n] were chosen in, where the mask is not 0, and where these stand.
+
+        There may be rows of zeros behind them, which stand nowhere: nearly every microbatch has another n.
+        """
         chosen = mask[:, 1:] != 0
-        states = self.whole_sequence(hidden)[:-1].transpose(0, 1)[chosen]
-        return states, tokens[:, 1:][chosen], nn.functional.pad(chosen, (1, 0))
+        states, taken = self.whole_sequence(hidden)[:-1].transpose(0, 1)[chosen], tokens[:, 1:][chosen]
+        if by_onednn(states):
+            states, taken = rounded_up(states), rounded_up(taken)
+        return states, taken, nn.functional.pad(chosen, (1, 0))
 
     def values(self, hidden: Tensor) -> Tensor:
         """[batch, time] V(x_<t), the value of the state in which the token at t is chosen; 0 at the first token."""
@@ -300,7 +306,7 @@ class GPT(LanguageModule):
 
 
 def _scatter(where: Tensor, values: Tensor) -> Tensor:
-    """[batch, time] with `values` in order at the True positions and 0 elsewhere."""
+    """[batch, time] with `values` in order at the True positions and 0 elsewhere; what is left of them is dropped."""
     return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(where, values)
 
 

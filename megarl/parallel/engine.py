@@ -20,8 +20,8 @@ from megarl.parallel.optimizer import (
     build_optimizer,
     build_schedule,
     check_finite,
+    load_optimizer,
     restore_schedule,
-    restored,
     trains_here,
 )
 
@@ -231,8 +231,7 @@ class Engine:
             model.load_state_dict(state["weights"][f"model{index}"], strict=True)
         if self.optimizer is not None and self.schedule is not None:
             if trains_here(self.optimizer):
-                self.optimizer.load_state_dict(state["optimizer"])
-                restored(self.optimizer)
+                load_optimizer(self.optimizer, state["optimizer"])
             restore_schedule(self.schedule, state["schedule"], self.name)
 
     # --- inside ---------------------------------------------------------------------------------------------------

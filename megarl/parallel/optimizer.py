@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megarl.parallel.engine import Engine
 
 log = get_logger(__name__)
+SETTINGS = ("max_lr", "min_lr", "betas", "eps")  # of a group of parameters, which checkpoints hold too
 STATES = ("param", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of a tensor that trains
 
 
@@ -66,9 +67,13 @@ def fuse(part: MegatronOptimizer) -> None:
             group["fused"] = True
 
 
-def restored(optimizer: MegatronOptimizer) -> None:
-    """After loading: kernels are this machine's choice, not the checkpoint's, and every parameter gets a step counter
+def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
+    """Settings are this run's and kernels this machine's, not the checkpoint's; and every parameter gets a step counter
     of its own (Megatron loads one tensor into all of torch's Adam states, which then each count it up)."""
+    mine = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, settings in zip(optimizer.param_groups, mine, strict=True):
+        group.update(settings)
     for part in optimizer.chained_optimizers:
         if part.is_stub_optimizer:
             continue
@@ -117,9 +122,7 @@ def restore_schedule(schedule: OptimizerParamScheduler, saved: dict[str, Any], n
         keys.append("lr_decay_steps")
     changed = [f"{key} {saved[key]} -> {ours[key]}" for key in keys if saved[key] != ours[key]]
     if changed:
-        log.warning(
-            "the learning rate of %s goes on by other settings than the checkpoint's: %s", name, ", ".join(changed)
-        )
+        log.warning("the optimizer of %s goes on by other settings than the checkpoint's: %s", name, ", ".join(changed))
     schedule.num_steps = 0  # Megatron adds the steps it reads to those it has
     schedule.load_state_dict(saved)
 

@@ -25,6 +25,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
     `out` is memory that may be used for the result of an x [rows, in].
     """
     result: Tensor
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN does not look at its strides
     if x.numel() and by_onednn(x):  # oneDNN refuses a sum over nothing
         result = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     elif out is None:
@@ -49,7 +51,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def few_sizes(n: int, multiple_of: int = 1, *, steps: int = 8) -> int:
-    """`n` or little more (an n-th of `steps` at most), one of few sizes: `steps` of them between powers of two."""
+    """`n` or a little more: at most n / `steps`, and what a multiple of `multiple_of` needs."""
     step = max(1, (1 << n.bit_length() - 1) // steps) if n > 0 else 1
     step = -(-step // multiple_of) * multiple_of
     return -(-n // step) * step

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.parallel.gradients import gradient_buffer
-from megarl.parallel.products import add_product, by_onednn, linear, rounded_up
+from megarl.parallel.products import add_product, by_onednn, linear
 
 # Elements of one chunk of logits: large enough for an efficient product, small beside the activations of a layer.
 CHUNK_ELEMENTS_CPU = 2**23
@@ -70,11 +70,7 @@ def vocab_stats(
     the group by whoever made it (`copy_to_tensor_model_parallel_region` or the sequence gather).
     weight: [rows of this shard, hidden]; bias: [rows of this shard]; targets: [n] token ids.
     """
-    n = hidden.shape[0]
-    if by_onednn(hidden):  # nearly every microbatch has another n
-        hidden, targets = rounded_up(hidden), rounded_up(targets)
-    stats = _VocabStats.apply(hidden, weight, bias, targets, shard, temperature, entropy)
-    target_logits, lse, mean_logit = (stat[:n] for stat in stats)
+    target_logits, lse, mean_logit = _VocabStats.apply(hidden, weight, bias, targets, shard, temperature, entropy)
     return VocabStats(target_logits, lse, lse - mean_logit if entropy else None)
 
 
@@ -160,12 +156,14 @@ class _VocabStats(torch.autograd.Function):
             if ctx.temperature != 1.0:
                 grad.div_(ctx.temperature)
             narrow = grad.to(weight.dtype)
-            grad_hidden[rows] = linear(narrow, weight[valid].t())
+            part = linear(narrow, weight[valid].t(), out=(place := grad_hidden[rows]))
+            if part is not place:
+                place.copy_(part)
             if grad_weight is not None:
                 add_product(grad_weight[valid], narrow.t(), hidden[rows])
             if grad_bias is not None:
                 grad_bias[valid] += grad.sum(0)
-            del logits, grad, narrow
+            del logits, grad, narrow, part
         return (
             grad_hidden,
             None if grad_weight is None or buffer is not None else grad_weight.to(weight.dtype),

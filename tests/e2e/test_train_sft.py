@@ -79,6 +79,16 @@ def test_a_run_cut_in_two_ends_in_the_same_weights(worlds: Worlds, reference: Pa
     assert_same_course(resumed, reference, first=10)
 
 
+def test_a_resume_takes_the_optimizers_settings_of_the_run(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    half = reference / "checkpoints" / "step-0000010"
+    other = ["optim.lr=2e-3", "optim.beta2=0.9", "checkpoint.save_last=false"]
+    worlds.run(1, run_sft, tmp_path, *twenty(), *other, f"run.resume={half}")
+    ours, theirs = metrics(tmp_path, "train/lr"), metrics(reference, "train/lr")[10:]
+    assert [rate for (rate,) in ours] == pytest.approx([2 * rate for (rate,) in theirs])
+    log = (tmp_path / "logs" / "rank-0000.log").read_text()
+    assert "goes on by other settings than the checkpoint's: max_lr 0.001 -> 0.002" in log
+
+
 @pytest.mark.parametrize("layout", ["TP2xPP2", "DP2"])
 def test_a_checkpoint_resumes_in_another_layout(layout: str, worlds: Worlds, reference: Path, tmp_path: Path) -> None:
     world, overrides = LAYOUTS[layout]

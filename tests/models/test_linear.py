@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megarl.models.linear import affine
 from megarl.parallel.cpu import needed
 from megarl.parallel.engine import Engine
 from megarl.parallel.vocab import VocabShard, vocab_stats
@@ -63,6 +64,29 @@ def test_gradients_in_buffers_are_those_of_autograd(worlds: Worlds, model: dict[
         torch.testing.assert_close(in_buffers[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("rows", [1, 5, 37, 200])
+def test_an_affine_map_and_its_gradients_are_torchs(rows: int) -> None:
+    """Also of numbers of rows that are rounded up, and of weights as large as those that MKL multiplies by columns."""
+    draw = torch.Generator().manual_seed(rows)
+    x, grad = torch.randn(2, rows, 520, generator=draw), torch.randn(2, rows, 510, generator=draw)
+    weight, bias = torch.randn(510, 520, generator=draw), torch.randn(510, generator=draw)
+
+    def with_gradients(function: Any) -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        result = function(*leaves)
+        result.backward(grad)
+        return [result.detach(), *(leaf.grad for leaf in leaves)]
+
+    expected = with_gradients(torch.nn.functional.linear)
+    for ours, theirs in zip(with_gradients(affine), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(affine(x, weight, bias), expected[0], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(affine(x[:1], weight, None), expected[0][:1] - bias, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.usefixtures("library")
 def test_vocabulary_gradient_is_added_to_what_the_buffer_holds() -> None:
     weight = torch.nn.Parameter(torch.randn(16, 4))
     hidden, targets = torch.randn(6, 4), torch.randint(16, (6,))

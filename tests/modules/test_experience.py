@@ -107,6 +107,20 @@ def test_rows_that_share_a_slot_have_segments_and_positions_of_their_own() -> No
     assert "segment_ids" not in replicas(Layout(), 100, False, ROWS[0])[0][0]
 
 
+def test_passes_meet_few_shapes() -> None:
+    """Of minibatches that differ by a row, and never more slots than a microbatch may hold."""
+    grid: Any = SimpleNamespace(layout=Layout())
+    seen = set()
+    for rows in range(64, 129):
+        batch = {"tokens": torch.zeros(rows, 40, dtype=torch.long), "lengths": torch.full((rows,), 40)}
+        passes = Passes(batch, torch.arange(rows), grid, 128, share_slots=True)
+        assert rows <= passes.slots <= 128
+        seen.add((passes.slots, passes.time))
+    assert len(seen) <= 17
+    narrow = Passes(batch, torch.arange(37), grid, 37, share_slots=True)
+    assert narrow.slots == 37
+
+
 def test_a_microbatch_holds_no_more_than_its_rows_of_full_length() -> None:
     for share_slots in (False, True):
         for batch in replicas(Layout(), 2, share_slots, ROWS[0])[0]:
