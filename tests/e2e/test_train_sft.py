@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megarl.checkpoint import MANIFEST, find, tensors
+from megarl.checkpoint import MANIFEST, find, plain_content, tensors
 from megarl.errors import CheckpointError
 from tests.e2e.runs import SMALL, assert_same_bits, final_tensors, metrics, run_sft
 from tests.worlds import Worlds
@@ -81,12 +82,25 @@ def test_a_run_cut_in_two_ends_in_the_same_weights(worlds: Worlds, reference: Pa
 
 def test_a_resume_takes_the_optimizers_settings_of_the_run(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
     half = reference / "checkpoints" / "step-0000010"
-    other = ["optim.lr=2e-3", "optim.beta2=0.9", "checkpoint.save_last=false"]
+    other = ["optim.lr=2e-3", "optim.beta1=0.8", "optim.beta2=0.7", "optim.eps=1e-6"]
     worlds.run(1, run_sft, tmp_path, *twenty(), *other, f"run.resume={half}")
     ours, theirs = metrics(tmp_path, "train/lr"), metrics(reference, "train/lr")[10:]
     assert [rate for (rate,) in ours] == pytest.approx([2 * rate for (rate,) in theirs])
     log = (tmp_path / "logs" / "rank-0000.log").read_text()
     assert "goes on by other settings than the checkpoint's: max_lr 0.001 -> 0.002" in log
+    common, _ = plain_content(find(tmp_path / "checkpoints")[-1])
+    groups = values_of(common, "param_groups")
+    assert groups
+    assert all((group["betas"], group["eps"]) == ((0.8, 0.7), 1e-6) for group in groups[0])
+
+
+def values_of(tree: Any, name: str) -> list[Any]:
+    """Everything that a nest of plain values holds under a name."""
+    if isinstance(tree, list | tuple):
+        return [found for value in tree for found in values_of(value, name)]
+    if not isinstance(tree, dict):
+        return []
+    return [found for key, value in tree.items() for found in ([value] if key == name else values_of(value, name))]
 
 
 @pytest.mark.parametrize("layout", ["TP2xPP2", "DP2"])
