@@ -40,7 +40,8 @@ def training_flops(config: Any) -> float:
     """What the mathematics of all steps needs, padding not counted."""
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
     store = open_store(config.data, tokenizer)
-    tokens, length = store.lengths.mean(), (store.lengths**2).mean() / store.lengths.mean()
+    read = store.lengths - 1  # nothing follows from a row's last token
+    tokens, length = read.mean(), (read**2).mean() / read.mean()
     actions = store.arrays["response_mask"].sum() / len(store)
     per_sample = tokens * flops_per_token(config.model, tokenizer.size, float(length)) + actions * head_flops(
         config.model.hidden_size, tokenizer.size, 2 if config.ilql.two_qs else 1

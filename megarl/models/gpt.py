@@ -186,8 +186,8 @@ class GPT(LanguageModule):
     ) -> TokenLogprobs:
         """log p(x_t | x_<t) of `tokens` [batch, time] where `mask` is not 0, from the last chunk's hidden states.
 
-        The one place that shifts by one: the token at t is judged by the hidden state at t - 1. A first token has no
-        state before it, so its log-prob is 0.
+        The token at t is judged by the hidden state at t - 1. A first token has no state before it, so its log-prob is
+        0. There may be one token more than states: what came after the last of them.
         """
         states, chosen, where = self._chosen(hidden, tokens, mask)
         stats = self.output_layer(
@@ -218,20 +218,20 @@ class GPT(LanguageModule):
 
         There may be rows of zeros behind them, which stand nowhere: nearly every microbatch has another n.
         """
-        chosen = mask[:, 1:] != 0
-        states, taken = self.whole_sequence(hidden)[:-1].transpose(0, 1)[chosen], tokens[:, 1:][chosen]
+        chosen, taken = mask[:, 1:] != 0, tokens[:, 1:]
+        states, taken = self.whole_sequence(hidden)[: taken.shape[1]].transpose(0, 1)[chosen], taken[chosen]
         if by_onednn(states):
             states, taken = rounded_up(states), rounded_up(taken)
         return states, taken, nn.functional.pad(chosen, (1, 0))
 
     def values(self, hidden: Tensor) -> Tensor:
-        """[batch, time] V(x_<t), the value of the state in which the token at t is chosen; 0 at the first token."""
+        """[batch, 1 + time] V(x_<t), the value of the state in which the token at t is chosen; 0 at the first token."""
         if self.config.sequence_parallel:
             # Every rank computes the same values, so each has the whole gradient already: it is split, not summed.
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        values: Tensor = self.value_head(hidden[:-1]).t()
+        values: Tensor = self.value_head(hidden).t()
         return nn.functional.pad(values, (1, 0))
 
     def logits(self, states: Tensor) -> Tensor:

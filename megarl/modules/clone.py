@@ -18,7 +18,7 @@ from megarl.data.sources import Record, read_records
 from megarl.logging import get_logger
 from megarl.models.gpt import GPT
 from megarl.modules.base import build_gpt_engine
-from megarl.modules.experience import Passes
+from megarl.modules.experience import Passes, count_chosen
 from megarl.parallel.engine import Batch, Engine, Stats
 from megarl.parallel.grid import Grid
 from megarl.tokenizers import Tokenizer
@@ -66,14 +66,9 @@ def as_rows(samples: SFTDataset) -> Batch:
 
 def clone_loss(model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
     """Cross entropy, the mean over the trained tokens of the global batch."""
-    logprobs = model.logprobs(hidden, batch["tokens"], batch["chosen"]).logprobs
+    logprobs = model.logprobs(hidden, batch["choices"], batch["chosen"]).logprobs
     loss = aggregate(-logprobs, batch["chosen"], "token_mean", denominator=counts["tokens"])
     return loss, {"loss": loss}
-
-
-def count_chosen(batch: Batch) -> Stats:
-    """The tokens that are trained on."""
-    return {"tokens": batch["chosen"].sum()}
 
 
 def _records(config: PPOConfig | RFTConfig) -> Iterable[Record]:

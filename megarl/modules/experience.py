@@ -1,7 +1,7 @@
 """The tensors of a phase: a row per response on every rank, and the ways to send rows through an engine and back.
 
 An engine is given passes, [slots, time] tokens in which several short responses may stand behind each other in a slot;
-losses and everything else speak of rows.
+losses and everything else speak of rows. The last token of a row is chosen and never read: nothing follows from it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
+from megarl.config.schema import ModelConfig
 from megarl.data.dataset import pack
 from megarl.data.order import shard_rows
-from megarl.parallel.engine import Batch, Engine, ForwardFn
+from megarl.models.flops import flops_per_token
+from megarl.parallel.engine import Batch, Engine, ForwardFn, Stats
 from megarl.parallel.grid import Grid
 from megarl.parallel.products import few_sizes
 from megarl.rollout.requests import Rollout
 
-SHORT = 32  # responses up to this long share slots twice as long as the longest, so that less of a slot stays empty
+SHORT = 32  # rows up to this long share slots twice as long as the longest, so that less of a slot stays empty
 
 
 def as_batch(rollouts: Sequence[Rollout]) -> Batch:
@@ -56,7 +59,7 @@ class Passes:
             share_slots: put several short rows into one slot; they never attend to each other.
         """
         self.batch, self.rows, self.grid, self.packed = batch, rows, grid, share_slots
-        layout, lengths = grid.layout, batch["lengths"][rows]
+        layout, lengths = grid.layout, (batch["lengths"][rows] - 1).clamp(min=1)  # of what is read
         longest = int(lengths.max())
         room = 2 * longest if share_slots and longest <= SHORT else longest
         self.time = few_sizes(room, layout.tp if layout.sequence_parallel else 1)
@@ -83,7 +86,7 @@ class Passes:
         slot, start = np.repeat(np.arange(len(bins)), held), begins - begins[first]
         row_slot, row_start = np.zeros((2, len(order)), dtype=np.int64)
         row_slot[order], row_start[order] = slot, start
-        # Of every token, one after the other: which member it is of, its number in that, and where it stands.
+        # Of every token that is read, in order: which member it is of, its number in that, and where it stands.
         member = np.repeat(np.arange(len(order)), lengths[order])
         number = np.arange(len(member)) - begins[member]
         place = slot[member], start[member] + number
@@ -95,9 +98,10 @@ class Passes:
         self.segments = torch.from_numpy(segments)
 
     def microbatches(self) -> list[Batch]:
-        """This replica's. What a model reads is [slots, time]: tokens, positions, chosen (the response mask), and
-        segment_ids where slots are shared; the batch's own tensors are cut down to the microbatch's rows, with `place`
-        [rows, time], where their tokens stand in the flattened slots."""
+        """This replica's. What a model reads is [slots, time]: tokens, positions, and segment_ids where slots are
+        shared. What it is asked about is [slots, 1 + time], as `GPT.logprobs` has it: choices, the token that came
+        after each that is read, and chosen, whether that is of a response. The batch's own tensors are cut down to the
+        microbatch's rows, with `place` [rows, time], where `in_rows` finds the answers."""
         layout = self.grid.layout
         shares = shard_rows(np.arange(len(self.source)), self.grid.dp_rank, layout.dp, self.slots)
         return [self._microbatch(int(share[0]), int(share[-1]) + 1) for share in shares]
@@ -105,48 +109,50 @@ class Passes:
     def _microbatch(self, first: int, stop: int) -> Batch:
         source = self.source[first:stop]
         inside, source = source >= 0, source.clamp(min=0)
-        width = self.batch["tokens"].shape[1]
+        tokens, mask = self.batch["tokens"].flatten(), self.batch["response_mask"].flatten()
+        following = (source + 1).clamp(max=len(tokens) - 1)
         chosen = (self.row_slot >= first) & (self.row_slot < stop)
         idle = not bool(chosen.any())
         if idle:  # its slots hold nothing, but losses want a row: one that counts for nothing
             chosen = torch.arange(len(self.rows)) == 0
         rows = self.rows[chosen]
-        time = torch.arange(width)
-        place = (self.row_slot[chosen] - first)[:, None] * self.time + self.row_start[chosen][:, None] + time
-        within = time < self.batch["lengths"][rows][:, None]
         microbatch = {key: value[rows] for key, value in self.batch.items() if key not in ("tokens",)}
         microbatch |= {
-            "tokens": self.batch["tokens"].flatten()[source] * inside,
-            "positions": source % width,
-            "chosen": self.batch["response_mask"].flatten()[source] * inside,
-            "place": torch.where(within, place, 0),
+            "tokens": tokens[source] * inside,
+            "positions": source % self.batch["tokens"].shape[1],
+            "choices": pad(tokens[following] * inside, (1, 0)),
+            "chosen": pad(mask[following] * inside, (1, 0)),
+            "place": self._places(self.row_slot[chosen] - first, self.row_start[chosen], self.batch["lengths"][rows]),
         }
         if idle:
-            microbatch["response_mask"] = torch.zeros_like(microbatch["response_mask"])
-            microbatch["place"] = torch.zeros_like(place)
-            microbatch["lengths"] = torch.zeros_like(microbatch["lengths"])
+            for key in ("response_mask", "place", "lengths"):
+                microbatch[key] = torch.zeros_like(microbatch[key])
         if self.packed:
             microbatch["segment_ids"] = self.segments[first:stop]
         return microbatch
 
     def collect(self, results: Sequence[Tensor]) -> Tensor:
-        """This replica's [slots, time] results, with those of the others, as [rows, time] on the host; 0 in padding."""
-        local = torch.stack(list(results)).contiguous()  # [microbatches, slots, time]
+        """This replica's [slots, 1 + time] answers, with those of the others, as [rows, time] on the host."""
+        local = torch.stack(list(results)).contiguous()  # [microbatches, slots, 1 + time]
         parts = [local]
         if self.grid.layout.dp > 1:
             parts = [torch.empty_like(local) for _ in range(self.grid.layout.dp)]
             dist.all_gather(parts, local, group=self.grid.groups.dp)
         # Slots were dealt out in rounds, `slots` of them to each replica.
         flat = torch.stack(parts, dim=1).flatten().cpu()
+        return flat[self._places(self.row_slot, self.row_start, self.batch["lengths"][self.rows])]
+
+    def _places(self, slot: Tensor, start: Tensor, lengths: Tensor) -> Tensor:
+        """[rows, time] where the answers about each token stand among all of [slots, 1 + time]. First tokens, which
+        nothing chose, and padding are sent to the first of all, where the answer is 0."""
         time = torch.arange(self.batch["tokens"].shape[1])
-        place = self.row_slot[:, None] * self.time + self.row_start[:, None] + time
-        within = time < self.batch["lengths"][self.rows][:, None]
-        return torch.where(within, flat[torch.where(within, place, 0)], torch.zeros((), dtype=flat.dtype))
+        place = slot[:, None] * (1 + self.time) + start[:, None] + time
+        return torch.where((time > 0) & (time < lengths[:, None]), place, 0)
 
 
-def in_rows(values: Tensor, batch: Batch) -> Tensor:
-    """A model's [slots, time] answer to a microbatch as [rows, time]; what stands in padding means nothing."""
-    return values.flatten()[batch["place"]]
+def in_rows(answers: Tensor, batch: Batch) -> Tensor:
+    """A model's [slots, 1 + time] answers about a microbatch as [rows, time], 0 where nothing was chosen."""
+    return answers.flatten()[batch["place"]]
 
 
 def evaluate(engine: Engine, batch: Batch, fn: ForwardFn, micro: int, *, share_slots: bool) -> Batch:
@@ -155,3 +161,14 @@ def evaluate(engine: Engine, batch: Batch, fn: ForwardFn, micro: int, *, share_s
     passes = Passes(batch, rows, engine.grid, micro, share_slots=share_slots)
     results = engine.forward(passes.microbatches(), fn)
     return {key: passes.collect([result[key] for result in results]) for key in results[0]}
+
+
+def count_chosen(batch: Batch) -> Stats:
+    """The tokens of a microbatch that are trained on."""
+    return {"tokens": batch["chosen"].sum()}
+
+
+def training_flops(model: ModelConfig, vocab_size: int, lengths: Tensor) -> float:
+    """Operations of forward and backward over rows of these lengths, whose last tokens are not read."""
+    read = (lengths.double() - 1).clamp(min=1)
+    return float(read.sum()) * flops_per_token(model, vocab_size, float((read**2).sum() / read.sum()))

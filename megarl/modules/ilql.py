@@ -13,12 +13,10 @@ from megarl.config.schema import ILQLConfig
 from megarl.data.offline import build_offline_loader, open_store
 from megarl.data.prompts import Prompt
 from megarl.models.exchange.card import ModelCard
-from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
 from megarl.modules.base import build_gpt_engine, vocabulary
-from megarl.modules.experience import Passes, in_rows
+from megarl.modules.experience import Passes, count_chosen, in_rows, training_flops
 from megarl.modules.generative import GenerativeModule
-from megarl.modules.sft import count
 from megarl.parallel.engine import Batch, Stats
 from megarl.rollout.guided import guided
 from megarl.rollout.requests import Rollout
@@ -71,25 +69,24 @@ class ILQL(GenerativeModule):
             rate = self.policy.learning_rate
             passes = Passes(batch, rows, self.grid, self.config.trainer.micro_batch_size, share_slots=settings.pack)
             self.last_batch = passes.microbatches()
-            metrics = self.policy.train_step(self.last_batch, self.loss, count)
+            metrics = self.policy.train_step(self.last_batch, self.loss, count_chosen)
             norms = self.step_optimizers()
             self.consumed += 1
             if self.consumed % settings.target_every == 0:  # of all steps of the run, resumed or not
                 for model in self.policy.models:
                     model.move_targets(settings.target_alpha)
-        tokens = int(metrics["all_tokens"])
-        length = metrics["squared_lengths"] / max(tokens, 1)  # the mean that attention's cost goes by
-        self.work = Work(tokens, tokens * flops_per_token(self.config.model, self.vocab_size, length))
+        flops = training_flops(self.config.model, self.vocab_size, batch["lengths"])
+        self.work = Work(int(batch["lengths"].sum()), flops)
         self.log_dict({name: metrics[name.removeprefix("train/")] for name in TERMS})
         self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})
 
     def loss(self, model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
         """Means over the actions of the global batch."""
         settings = self.config.ilql
-        tokens, chosen, mask = batch["tokens"], batch["chosen"], batch["response_mask"]
+        choices, chosen, mask = batch["choices"], batch["chosen"], batch["response_mask"]
         v = in_rows(model.values(hidden), batch)
         next_v, not_done = following(v, mask)
-        heads = model.token_q(hidden, tokens, chosen)
+        heads = model.token_q(hidden, choices, chosen)
         q, target_q, q_nll = ([in_rows(one, batch) for one in each] for each in (heads.q, heads.target_q, heads.nll))
         loss, parts = ilql_loss(
             q=q,
@@ -97,7 +94,7 @@ class ILQL(GenerativeModule):
             v=v,
             next_v=next_v,
             q_nll=q_nll,
-            policy_nll=-in_rows(model.logprobs(hidden, tokens, chosen).logprobs, batch),
+            policy_nll=-in_rows(model.logprobs(hidden, choices, chosen).logprobs, batch),
             rewards=batch["rewards"],
             not_done=not_done,
             mask=mask,

@@ -17,11 +17,10 @@ from megarl.errors import NumericsError
 from megarl.logging import get_logger
 from megarl.models.exchange.adopt import adopt_critic
 from megarl.models.exchange.card import ModelCard
-from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
 from megarl.modules.base import build_gpt_engine, vocabulary
 from megarl.modules.clone import clone_behaviour
-from megarl.modules.experience import Passes, as_batch, evaluate, in_rows
+from megarl.modules.experience import Passes, as_batch, evaluate, in_rows, training_flops
 from megarl.modules.generative import GenerativeModule
 from megarl.modules.invariants import Invariants
 from megarl.modules.shaping import Shaping
@@ -139,7 +138,7 @@ class PPO(GenerativeModule):
         mask = batch["response_mask"]
 
         def of_policy(model: GPT, hidden: Tensor, rows: Batch) -> Batch:
-            out = model.logprobs(hidden, rows["tokens"], rows["chosen"], self.temperature, entropy=True)
+            out = model.logprobs(hidden, rows["choices"], rows["chosen"], self.temperature, entropy=True)
             assert out.entropy is not None
             found = {"old_logprobs": out.logprobs, "entropy": out.entropy}
             return {**found, "values": model.values(hidden)} if self.critic is self.policy else found
@@ -221,7 +220,7 @@ class PPO(GenerativeModule):
         """The clipped policy loss, the entropy bonus, the KL where it is a loss, and a shared critic's value loss."""
         ppo, mask = self.config.ppo, batch["response_mask"]
         how = {"norm": float(self.config.rollout.max_new_tokens), "denominator": counts["units"]}
-        out = model.logprobs(hidden, batch["tokens"], batch["chosen"], self.temperature, entropy=ppo.entropy_coef > 0)
+        out = model.logprobs(hidden, batch["choices"], batch["chosen"], self.temperature, entropy=ppo.entropy_coef > 0)
         logprobs = in_rows(out.logprobs, batch)
         loss, found = ppo_policy_loss(
             logprobs,
@@ -298,10 +297,8 @@ class PPO(GenerativeModule):
 
     def _work(self, batch: Batch) -> Work:
         """Generating and evaluating are forward passes; each inner epoch is a forward and a backward."""
-        lengths = batch["lengths"].double()
-        tokens = int(lengths.sum())
-        cost = flops_per_token(self.config.model, self.vocab_size, float((lengths**2).sum()) / tokens)
+        once = training_flops(self.config.model, self.vocab_size, batch["lengths"])
         models = 2 if self.critic is not self.policy else 1
-        self.training_flops = tokens * cost * models * self.config.ppo.inner_epochs
+        self.training_flops = once * models * self.config.ppo.inner_epochs
         passes = FORWARD_SHARE * (models + 1 + (self.reference is not None))
-        return Work(tokens, self.training_flops + tokens * cost * passes)
+        return Work(int(batch["lengths"].sum()), self.training_flops + once * passes)

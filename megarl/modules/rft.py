@@ -13,10 +13,9 @@ from megarl.clock import Work
 from megarl.config.schema import RFTConfig
 from megarl.data.prompts import PhaseLoader, read_prompts
 from megarl.models.exchange.card import ModelCard
-from megarl.models.flops import flops_per_token
 from megarl.modules.base import build_gpt_engine, vocabulary
-from megarl.modules.clone import clone_behaviour, clone_loss, count_chosen
-from megarl.modules.experience import Passes, as_batch
+from megarl.modules.clone import clone_behaviour, clone_loss
+from megarl.modules.experience import Passes, as_batch, count_chosen, training_flops
 from megarl.modules.generative import GenerativeModule
 from megarl.modules.judge import total
 from megarl.parallel.engine import Batch
@@ -117,10 +116,10 @@ class RFT(GenerativeModule):
         }
 
     def _work(self, batch: Batch, steps: float) -> Work:
-        lengths = batch["lengths"].double()
-        cost = flops_per_token(self.config.model, self.vocab_size, float((lengths**2).sum() / lengths.sum()))
-        tokens = int(lengths.mean() * self.config.trainer.global_batch_size * steps)
-        return Work(tokens, tokens * cost)
+        lengths = batch["lengths"]
+        passes = self.config.trainer.global_batch_size * steps / len(lengths)
+        flops = training_flops(self.config.model, self.vocab_size, lengths)
+        return Work(int(lengths.sum() * passes), flops * passes)
 
 
 def distinct(rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list[tuple[Rollout, float]]:

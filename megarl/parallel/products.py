@@ -43,6 +43,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype != a.dtype:
         total += a @ b
     elif by_onednn(a):
+        if a.shape[0] > b.shape[1] and a.shape[1] >= 2 * b.shape[1]:  # a tall sum of many terms is faster lying down
+            total, a, b = total.t(), b.t(), a.t()
         columns, size = b.t(), max(64, BLOCK // total.shape[1])
         for start in range(0, total.shape[0], size):
             total[start : start + size] += linear(a[start : start + size], columns)

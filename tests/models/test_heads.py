@@ -24,7 +24,7 @@ def both_losses(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     loss, _ = token_loss(model, output, batch, counts)
     wanted = batch["tokens"].float() / 50.0
-    error = (((model.values(output) - wanted) ** 2) * batch["response_mask"]).sum() / counts["tokens"]
+    error = (((model.values(output)[:, :-1] - wanted) ** 2) * batch["response_mask"]).sum() / counts["tokens"]
     return loss + error, {"loss": loss, "error": error}
 
 

@@ -38,7 +38,7 @@ def ilql_engine(layout: dict[str, Any], **options: Any) -> Engine:
 
 def loss(model: GPT, hidden: torch.Tensor, batch: Batch, counts: dict[str, float]) -> tuple[torch.Tensor, Batch]:
     tokens, mask = batch["tokens"], batch["response_mask"]
-    heads, v = model.token_q(hidden, tokens, mask), model.values(hidden)
+    heads, v = model.token_q(hidden, tokens, mask), model.values(hidden)[:, :-1]
     next_v, not_done = following(v, mask)
     total, parts = ilql_loss(
         *(heads.q, heads.target_q, v, next_v, heads.nll, -model.logprobs(hidden, tokens, mask).logprobs),

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megarl.models.gpt import GPT
 from megarl.modules.experience import Passes, as_batch, evaluate, in_rows
@@ -71,18 +72,20 @@ def test_each_row_is_in_one_replicas_passes_once_and_whole(
         assert len(microbatches) % (layout.pp if layout.vpp > 1 else 1) == 0
         for batch in microbatches:
             shapes.add((len(microbatches), *batch["tokens"].shape))
-            tokens, positions = in_rows(batch["tokens"], batch), in_rows(batch["positions"], batch)
-            chosen = in_rows(batch["chosen"], batch)
+            before = {key: in_rows(pad(batch[key], (1, 0)), batch) for key in ("tokens", "positions")}
+            choices, chosen = in_rows(batch["choices"], batch), in_rows(batch["chosen"], batch)
             trained = batch["response_mask"].any(dim=1)
             assert float(batch["chosen"].sum()) == float(batch["response_mask"].sum())
-            for row in range(len(tokens)):
+            for row in range(len(choices)):
                 length = int(batch["lengths"][row])
                 if not trained[row]:
                     continue
-                assert positions[row, :length].tolist() == list(range(length))
-                assert torch.equal(chosen[row, :length], batch["response_mask"][row, :length])
-                assert len(set(batch["place"][row, :length].tolist())) == length
-                found.append((tokens[row, :length].tolist(), batch["rollout_logprobs"][row].tolist()))
+                assert before["positions"][row].tolist() == [0, *range(length - 1), *[0] * (10 - length)]
+                assert torch.equal(chosen[row], batch["response_mask"][row])
+                assert len(set(batch["place"][row, 1:length].tolist()) - {0}) == length - 1
+                first = int(before["tokens"][row, 1])
+                assert before["tokens"][row, 1:length].tolist() == [first, *choices[row, 1 : length - 1].tolist()]
+                found.append(([first, *choices[row, 1:length].tolist()], batch["rollout_logprobs"][row].tolist()))
     wanted = [
         (UNEQUAL["tokens"][row, : int(UNEQUAL["lengths"][row])].tolist(), UNEQUAL["rollout_logprobs"][row].tolist())
         for row in rows
@@ -94,7 +97,7 @@ def test_each_row_is_in_one_replicas_passes_once_and_whole(
 
 
 def test_rows_that_share_a_slot_have_segments_and_positions_of_their_own() -> None:
-    """Rows of 10 and 3, 4 and 6, 5 ... tokens: a slot of 20 holds several, each from position 0."""
+    """Rows of which 9 and 2, 4 and 5, 1 ... tokens are read: a slot of 18 holds several, each from position 0."""
     ((batch,),) = replicas(Layout(), 100, True, ROWS[0])
     assert len(batch["tokens"]) < len(ROWS[0])
     for slot in range(len(batch["tokens"])):
@@ -103,7 +106,7 @@ def test_rows_that_share_a_slot_have_segments_and_positions_of_their_own() -> No
             (where,) = torch.nonzero(segments == segment, as_tuple=True)
             assert torch.equal(where, torch.arange(int(where[0]), int(where[0]) + len(where)))
             assert positions[where].tolist() == list(range(len(where)))
-        assert not batch["chosen"][slot][segments == 0].any()
+        assert not batch["chosen"][slot, 1:][segments == 0].any()
     assert "segment_ids" not in replicas(Layout(), 100, False, ROWS[0])[0][0]
 
 
@@ -128,13 +131,13 @@ def test_a_microbatch_holds_no_more_than_its_rows_of_full_length() -> None:
 
 
 class Echo:
-    """An engine whose answer to a pass is its tokens and their positions."""
+    """An engine whose answers to a pass are what was chosen in each state, and the state's position."""
 
     def __init__(self, grid: Any) -> None:
         self.grid = grid
 
     def forward(self, microbatches: list[Batch], fn: Any) -> list[Batch]:
-        return [fn(None, batch["tokens"].float(), batch) for batch in microbatches]
+        return [fn(None, batch["choices"].float(), batch) for batch in microbatches]
 
 
 def echoed(micro: int, share_slots: bool) -> Batch:
@@ -145,7 +148,7 @@ def echoed(micro: int, share_slots: bool) -> Batch:
         return evaluate(
             engine,
             UNEQUAL,
-            lambda model, hidden, batch: {"tokens": hidden, "positions": batch["positions"]},
+            lambda model, hidden, batch: {"tokens": hidden, "positions": pad(batch["positions"], (1, 0))},
             micro,
             share_slots=share_slots,
         )
@@ -154,12 +157,13 @@ def echoed(micro: int, share_slots: bool) -> Batch:
 
 
 def test_every_rank_gets_all_rows_back_in_their_order(worlds: Worlds) -> None:
-    within = torch.arange(10) < UNEQUAL["lengths"][:, None]
+    time = torch.arange(10)
+    within = (time > 0) & (time < UNEQUAL["lengths"][:, None])
     for world in (1, 2):
         for micro, share_slots in ((1, False), (3, False), (2, True)):
             for found in worlds.run(world, echoed, micro, share_slots):
-                assert torch.equal(found["tokens"], UNEQUAL["tokens"].float())
-                assert torch.equal(found["positions"], torch.arange(10) * within)
+                assert torch.equal(found["tokens"], (UNEQUAL["tokens"] * within).float())
+                assert torch.equal(found["positions"], (time - 1) * within)
                 assert found["positions"].dtype == torch.long
 
 
@@ -167,9 +171,13 @@ def judged(share_slots: bool, model: dict[str, Any]) -> tuple[Tensor, Tensor, di
     """Log-probs, values, and gradients of their sum, of a small model with a value head."""
     engine = small_engine({}, model, value_head=True)
 
+    def of_whole_rows(model: GPT, hidden: Tensor, batch: Batch) -> Batch:
+        logprobs = model.logprobs(hidden, batch["tokens"], batch["response_mask"]).logprobs
+        return {"logprobs": logprobs, "values": model.values(hidden)[:, :-1] * batch["response_mask"]}
+
     def both(model: GPT, hidden: Tensor, batch: Batch) -> Batch:
         return {
-            "logprobs": model.logprobs(hidden, batch["tokens"], batch["chosen"]).logprobs,
+            "logprobs": model.logprobs(hidden, batch["choices"], batch["chosen"]).logprobs,
             "values": model.values(hidden),
         }
 
@@ -181,6 +189,10 @@ def judged(share_slots: bool, model: dict[str, Any]) -> tuple[Tensor, Tensor, di
 
     found = evaluate(engine, UNEQUAL, both, 2, share_slots=share_slots)
     rows = torch.arange(len(UNEQUAL["tokens"]))
+    positions = torch.arange(UNEQUAL["tokens"].shape[1]).expand_as(UNEQUAL["tokens"])
+    (whole,) = engine.forward([{**UNEQUAL, "positions": positions}], of_whole_rows)
+    for key, answers in whole.items():
+        torch.testing.assert_close(found[key] * UNEQUAL["response_mask"], answers, rtol=1e-5, atol=1e-5)
     passes = Passes(UNEQUAL, rows, engine.grid, 2, share_slots=share_slots).microbatches()
     engine.train_step(passes, loss, lambda batch: {"tokens": batch["response_mask"].sum()})
     gradients = {name: parameter.main_grad.clone() for name, parameter in engine.parameters()}

@@ -32,11 +32,12 @@ def test_linear_is_the_product_for_any_strides(rows: int, out: int, inner: int) 
 
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("block", [64, 2**18])
-def test_a_product_is_added_to_what_is_there(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one piece or many."""
+@pytest.mark.parametrize("inner", [30, 90])
+def test_a_product_is_added_to_what_is_there(inner: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one piece or many, standing or lying down."""
     monkeypatch.setattr(products, "BLOCK", block)
     whole = normal(200, 40)
-    total, a, b = whole[3:], normal(30, 197).t(), normal(30, 40)
+    total, a, b = whole[3:], normal(inner, 197).t(), normal(inner, 40)
     expected = whole.double()
     expected[3:] += a.double() @ b.double()
     add_product(total, a, b)
