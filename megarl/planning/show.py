@@ -111,18 +111,20 @@ def _head(plan: Plan) -> Text:
 
 
 def _memory(plan: Plan) -> Table:
-    """GiB of the fullest rank, by role and phase."""
+    """GiB of the fullest rank, by role and phase; what holds nothing there is left out."""
     rank: RankPlan = plan.fullest
+    parts = [part for part in PARTS if any(rank.part(phase, part) for phase in rank.uses)]
     table = Table(title=f"GiB on a GPU of pipeline stage {rank.stage}", title_justify="left")
     table.add_column("phase")
     table.add_column("role")
-    for part in (*PARTS, "total", "host"):
+    for part in (*parts, "total", "host"):
         table.add_column(part, justify="right")
     for phase, uses in rank.uses.items():
         for use in uses:
-            cells = [_cell(getattr(use, part)) for part in PARTS]
-            table.add_row(phase, use.role, *cells, _cell(use.total), _cell(use.host))
-        sums = [_cell(rank.part(phase, part)) for part in PARTS]
+            if use.total or use.host:
+                cells = [_cell(getattr(use, part)) for part in parts]
+                table.add_row(phase, use.role, *cells, _cell(use.total), _cell(use.host))
+        sums = [_cell(rank.part(phase, part)) for part in parts]
         style = "bold" if phase == rank.peak else None
         table.add_row(phase, "all", *sums, _cell(rank.total(phase)), _cell(rank.host(phase)), style=style)
         table.add_section()
