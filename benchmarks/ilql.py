@@ -20,7 +20,7 @@ from benchmarks.rates import product_rate
 from benchmarks.train_step import describe, markdown
 from megarl.config.compose import compose
 from megarl.data.offline import open_store
-from megarl.models.flops import flops_per_token
+from megarl.modules.experience import training_flops
 from megarl.modules.fit import fit
 from megarl.modules.ilql import ILQL
 from megarl.tokenizers import build_tokenizer
@@ -36,17 +36,14 @@ def head_flops(hidden: int, vocab_size: int, q_heads: int) -> float:
     return FORWARD_AND_BACKWARD * trained + q_heads * (inner + 2 * 2 * hidden)
 
 
-def training_flops(config: Any) -> float:
-    """What the mathematics of all steps needs, padding not counted."""
+def flops_of_all_steps(config: Any) -> float:
+    """What the mathematics needs, padding not counted."""
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
     store = open_store(config.data, tokenizer)
-    read = store.lengths - 1  # nothing follows from a row's last token
-    tokens, length = read.mean(), (read**2).mean() / read.mean()
-    actions = store.arrays["response_mask"].sum() / len(store)
-    per_sample = tokens * flops_per_token(config.model, tokenizer.size, float(length)) + actions * head_flops(
-        config.model.hidden_size, tokenizer.size, 2 if config.ilql.two_qs else 1
-    )
-    return float(per_sample * config.trainer.global_batch_size * config.trainer.max_steps)
+    heads = head_flops(config.model.hidden_size, tokenizer.size, 2 if config.ilql.two_qs else 1)
+    once = training_flops(config.model, tokenizer.size, torch.as_tensor(store.lengths))
+    once += float(store.arrays["response_mask"].sum()) * heads
+    return once / len(store) * config.trainer.global_batch_size * config.trainer.max_steps
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def measure(overrides: Sequence[str]) -> tuple[dict[str, float], float, Floor]:
             print(f"optimality at beta 100, mean of the last five evaluations: {best['last5']:.3f}")
         parts = {name: seconds["cpu_s"] for name, seconds in summary["seconds"].items()}
         rows = config.trainer.micro_batch_size * config.data.seq_length
-        return parts, spent, Floor.of(training_flops(config), rows, config.model.hidden_size)
+        return parts, spent, Floor.of(flops_of_all_steps(config), rows, config.model.hidden_size)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -73,9 +73,9 @@ class Passes:
         if layout.vpp > 1:  # an interleaved pipeline works in rounds of a microbatch per stage
             count = -(-count // layout.pp) * layout.pp
         self.slots = min(most, few_sizes(-(-len(bins) // (layout.dp * count)), steps=16))  # of each microbatch
-        self._place(bins, layout.dp * count * self.slots, lengths.numpy())
+        self._arrange(bins, layout.dp * count * self.slots, lengths.numpy())
 
-    def _place(self, bins: Sequence[np.ndarray], slots: int, lengths: np.ndarray) -> None:
+    def _arrange(self, bins: Sequence[np.ndarray], slots: int, lengths: np.ndarray) -> None:
         """Where each row's first token stands, and what each slot holds."""
         width = self.batch["tokens"].shape[1]
         order = np.concatenate(list(bins))  # members, slot by slot
@@ -89,10 +89,10 @@ class Passes:
         # Of every token that is read, in order: which member it is of, its number in that, and where it stands.
         member = np.repeat(np.arange(len(order)), lengths[order])
         number = np.arange(len(member)) - begins[member]
-        place = slot[member], start[member] + number
+        stands = slot[member], start[member] + number
         source, segments = np.full((slots, self.time), -1), np.zeros((slots, self.time), dtype=np.int64)
-        source[place] = number + self.rows.numpy()[order][member] * width
-        segments[place] = member - first[member] + 1
+        source[stands] = number + self.rows.numpy()[order][member] * width
+        segments[stands] = member - first[member] + 1
         self.row_slot, self.row_start = torch.from_numpy(row_slot), torch.from_numpy(row_start)
         self.source = torch.from_numpy(source)  # number in [rows * time of the batch] of what stands there, or -1
         self.segments = torch.from_numpy(segments)
@@ -110,29 +110,30 @@ class Passes:
         source = self.source[first:stop]
         inside, source = source >= 0, source.clamp(min=0)
         tokens, mask = self.batch["tokens"].flatten(), self.batch["response_mask"].flatten()
-        following = (source + 1).clamp(max=len(tokens) - 1)
-        chosen = (self.row_slot >= first) & (self.row_slot < stop)
-        idle = not bool(chosen.any())
+        after = (source + 1).clamp(max=len(tokens) - 1)
+        mine = (self.row_slot >= first) & (self.row_slot < stop)
+        idle = not bool(mine.any())
         if idle:  # its slots hold nothing, but losses want a row: one that counts for nothing
-            chosen = torch.arange(len(self.rows)) == 0
-        rows = self.rows[chosen]
+            mine = torch.arange(len(self.rows)) == 0
+        rows = self.rows[mine]
         microbatch = {key: value[rows] for key, value in self.batch.items() if key not in ("tokens",)}
         microbatch |= {
             "tokens": tokens[source] * inside,
             "positions": source % self.batch["tokens"].shape[1],
-            "choices": pad(tokens[following] * inside, (1, 0)),
-            "chosen": pad(mask[following] * inside, (1, 0)),
-            "place": self._places(self.row_slot[chosen] - first, self.row_start[chosen], self.batch["lengths"][rows]),
+            "choices": pad(tokens[after] * inside, (1, 0)),
+            "chosen": pad(mask[after] * inside, (1, 0)),
+            "place": self._answers_at(self.row_slot[mine] - first, self.row_start[mine], self.batch["lengths"][rows]),
         }
         if idle:
-            for key in ("response_mask", "place", "lengths"):
+            for key in ("response_mask", "place"):
                 microbatch[key] = torch.zeros_like(microbatch[key])
         if self.packed:
             microbatch["segment_ids"] = self.segments[first:stop]
         return microbatch
 
     def collect(self, results: Sequence[Tensor]) -> Tensor:
-        """This replica's [slots, 1 + time] answers, with those of the others, as [rows, time] on the host."""
+        """This replica's [slots, 1 + time] answers, with those of the others, as [rows, time] on the host; 0 at first
+        tokens and in padding, as the first of all answers is."""
         local = torch.stack(list(results)).contiguous()  # [microbatches, slots, 1 + time]
         parts = [local]
         if self.grid.layout.dp > 1:
@@ -140,23 +141,23 @@ class Passes:
             dist.all_gather(parts, local, group=self.grid.groups.dp)
         # Slots were dealt out in rounds, `slots` of them to each replica.
         flat = torch.stack(parts, dim=1).flatten().cpu()
-        return flat[self._places(self.row_slot, self.row_start, self.batch["lengths"][self.rows])]
+        return flat[self._answers_at(self.row_slot, self.row_start, self.batch["lengths"][self.rows])]
 
-    def _places(self, slot: Tensor, start: Tensor, lengths: Tensor) -> Tensor:
-        """[rows, time] where the answers about each token stand among all of [slots, 1 + time]. First tokens, which
+    def _answers_at(self, slot: Tensor, start: Tensor, lengths: Tensor) -> Tensor:
+        """[rows, time] where the answer about each token stands among all of [slots, 1 + time]. First tokens, which
         nothing chose, and padding are sent to the first of all, where the answer is 0."""
         time = torch.arange(self.batch["tokens"].shape[1])
-        place = slot[:, None] * (1 + self.time) + start[:, None] + time
-        return torch.where((time > 0) & (time < lengths[:, None]), place, 0)
+        stands = slot[:, None] * (1 + self.time) + start[:, None] + time
+        return torch.where((time > 0) & (time < lengths[:, None]), stands, 0)
 
 
 def in_rows(answers: Tensor, batch: Batch) -> Tensor:
-    """A model's [slots, 1 + time] answers about a microbatch as [rows, time], 0 where nothing was chosen."""
+    """A model's [slots, 1 + time] answers about a microbatch as [rows, time], 0 at first tokens and in padding."""
     return answers.flatten()[batch["place"]]
 
 
 def evaluate(engine: Engine, batch: Batch, fn: ForwardFn, micro: int, *, share_slots: bool) -> Batch:
-    """`fn`'s tensors for every row as [rows, time], on every rank: each replica runs its share of the passes."""
+    """`fn`'s tensors, [slots, 1 + time], for every row as [rows, time] on every rank: each replica runs its share."""
     rows = torch.arange(len(batch["tokens"]))
     passes = Passes(batch, rows, engine.grid, micro, share_slots=share_slots)
     results = engine.forward(passes.microbatches(), fn)

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from megarl.config.schema import ModelConfig
+from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
-from megarl.modules.experience import Passes, as_batch, evaluate, in_rows
+from megarl.modules.experience import Passes, as_batch, evaluate, in_rows, training_flops
 from megarl.parallel.engine import Batch
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
@@ -91,9 +93,30 @@ def test_each_row_is_in_one_replicas_passes_once_and_whole(
         for row in rows
     ]
     assert sorted(found) == sorted(wanted)
+    read = sum(
+        int(batch["tokens"].count_nonzero())
+        for batches in replicas(layout, micro, share_slots, rows)
+        for batch in batches
+    )
+    assert read == int(UNEQUAL["lengths"][rows].sum()) - len(rows), "all tokens of a row but its last"
     assert len(shapes) == 1, "all microbatches of all replicas have one shape"
     (shape,) = shapes
     assert shape[2] % (layout.tp if layout.sequence_parallel else 1) == 0
+
+
+@pytest.mark.parametrize("rows", [[(1, 0)] * 3, [(1, 0), (1, 4), (1, 0)]], ids=str)
+def test_a_row_of_one_token_is_read_and_chooses_nothing(rows: list[tuple[int, int]]) -> None:
+    batch = as_batch(rollouts(*rows))
+    grid: Any = SimpleNamespace(layout=Layout(), dp_rank=0)
+    (microbatch,) = Passes(batch, torch.arange(3), grid, 100, share_slots=True).microbatches()
+    assert float(microbatch["chosen"].sum()) == float(batch["response_mask"].sum())
+    assert in_rows(microbatch["choices"], microbatch).tolist() == (batch["tokens"] * batch["response_mask"]).tolist()
+
+
+def test_operations_of_rows_leave_out_what_is_not_read() -> None:
+    model = ModelConfig(num_layers=2, hidden_size=16, num_heads=2)
+    three_and_one = training_flops(model, 10, torch.tensor([4, 2]))
+    assert three_and_one == pytest.approx(4 * flops_per_token(model, 10, 2.5))
 
 
 def test_rows_that_share_a_slot_have_segments_and_positions_of_their_own() -> None:
