@@ -6,11 +6,14 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from megarl.callbacks.readings import steps_taken
+from megarl.callbacks.readings import is_evaluation, readings, steps_taken
 from megarl.checkpoint import ShardedCheckpointIO, find, remove, step_folder, tidy
 from megarl.clock import Clock
 from megarl.config.schema import CheckpointConfig
 from megarl.errors import CheckpointError
+from megarl.logging import get_logger
+
+log = get_logger(__name__)
 
 
 class Checkpoints(Checkpoint):
@@ -23,6 +26,7 @@ class Checkpoints(Checkpoint):
         self.folder, self.config, self.eval_every = folder, config, eval_every
         self.scores: dict[str, float] = {}  # of evaluated checkpoints, by folder name
         self.saved_step = -1
+        self.told = False  # that nothing is called as the metric
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What is restored by now decides which checkpoints in the folder belong to this course of the run."""
@@ -41,6 +45,7 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or (not trainer.training and trainer.state.fn != "fit"):
             return
+        self._tell_of_missing_metric(trainer)
         score = self._score(trainer)
         if self._due(steps_taken(trainer)) or (score is not None and self._among_best(score)):
             self._save(trainer, score)
@@ -112,6 +117,18 @@ class Checkpoints(Checkpoint):
         if value is None or not bool(value == value):
             return None
         return float(value)
+
+    def _tell_of_missing_metric(self, trainer: Trainer) -> None:
+        """Once, at an evaluation: without the metric that says which checkpoint is best, none is kept as such."""
+        there = readings(trainer)
+        if self.told or self.config.keep_best == 0 or self.config.metric in there:
+            return
+        self.told = True
+        log.warning(
+            "checkpoint.metric=%s is not logged, so no best checkpoint is kept: name one of %s",
+            self.config.metric,
+            ", ".join(sorted(filter(is_evaluation, there))) or "the logged metrics",
+        )
 
     def _among_best(self, score: float) -> bool:
         if self.config.keep_best == 0:

@@ -28,6 +28,7 @@ from megarl.parallel.engine import Batch, Engine, ForwardFn, Stats
 from megarl.tokenizers import Tokenizer
 
 NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
+EQUAL_PHASES = 2  # in which all scores are the same, before that is worth a warning
 FORWARD_SHARE = 1 / 3  # of what a token costs in forward and backward
 log = get_logger(__name__)
 
@@ -51,6 +52,7 @@ class PPO(GenerativeModule):
         self.invariants = Invariants(config.ppo.invariants, config.trainer.precision, lambda: self.consumed)
         self.reference: dict[str, Tensor] | None = None  # empty on a stage of frozen layers
         self.kl_warned = False
+        self.equal_phases = 0  # in a row, in which all scores were the same
 
     # --- models and data --------------------------------------------------------------------------------------------
 
@@ -125,6 +127,7 @@ class PPO(GenerativeModule):
             stats |= self.shaping.shape(batch, scores, [rollout.finish_reason == "length" for rollout in rollouts])
         kl = stats.get("rollout/kl", 0.0)
         self._watch_kl(kl)
+        self._watch_scores(stats)
         with self.clock.part("train"):
             stats |= self._train(batch)
         self.shaping.kl_control.update(kl, len(rollouts))
@@ -294,6 +297,17 @@ class PPO(GenerativeModule):
         if kl > limit / 2 and not self.kl_warned:
             self.kl_warned = True
             log.warning("the KL to the reference is %.4g per response, over half of ppo.kl_limit=%g", kl, limit)
+
+    def _watch_scores(self, stats: Mapping[str, float]) -> None:
+        """Warn once of scores that say nothing, phase after phase."""
+        self.equal_phases = self.equal_phases + 1 if stats["rollout/score_std"] == 0 else 0
+        if self.equal_phases == EQUAL_PHASES:
+            log.warning(
+                "all responses of %d phases in a row scored %.4g: there is nothing to learn from that; look at "
+                "reward.fn and at samples.jsonl",
+                EQUAL_PHASES,
+                stats["rollout/score"],
+            )
 
     def _work(self, batch: Batch) -> Work:
         """Generating and evaluating are forward passes; each inner epoch is a forward and a backward."""

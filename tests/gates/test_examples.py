@@ -1,6 +1,7 @@
 """The examples do what they say, from any folder."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -42,3 +43,14 @@ def test_values_steer_towards_the_better_answer(tmp_path: Path) -> None:
 
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {"ppo_words.py", "ilql_rewards.py"}
+
+
+def test_the_sentiment_preset_learns_kinder_answers(tmp_path: Path) -> None:
+    command = ["megarl.train_ppo", "+conf=sentiment", f"run.dir={tmp_path}", "trainer.max_phases=10"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    score = json.loads((tmp_path / "summary.json").read_text())["metrics"]["eval/score"]
+    assert abs(score["first"]) < 0.4, "cloned answers are as often pleased as not"
+    assert score["last"] > 0.55

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from megarl.data.demo.make import feelings
 from megarl.rewards import RewardWorker
 from megarl.rewards.builtin import exact_match, json_valid, last_number, length, numeric_match, regex, sentiment
 from megarl.rewards.words import NEGATIVE, POSITIVE
@@ -139,3 +140,10 @@ def test_each_runs_in_the_worker_beside_fields_it_does_not_use(
     worker = RewardWorker(f"megarl.rewards.builtin:{name}", ("bytes", None), options=options, retries=0)
     with worker:
         assert worker.score(["p42"], ["p"], ["42"], {"answer": [42], "other": ["x"]}).values == [score]
+
+
+def test_sentiment_tells_the_answers_of_its_preset_apart() -> None:
+    train, _ = feelings()
+    scores = sentiment([record["completion"] for record in train])
+    assert {round(score, 3) for score in scores} == {-0.667, 0.0, 0.667}
+    assert abs(sum(scores)) / len(scores) < 0.1

@@ -1,4 +1,5 @@
-"""Writes the demo set, train.jsonl and eval.jsonl, beside this file; the same files every time.
+"""Writes the demo sets beside this file, the same files every time: tasks (train.jsonl, eval.jsonl), and answers of
+good and bad feeling (feelings-train.jsonl, feelings-eval.jsonl).
 
 Run it with `python -m megarl.data.demo.make` after a change here.
 """
@@ -33,6 +34,12 @@ ANIMALS = {
     "dog": "barks", "cat": "purrs", "cow": "moos", "duck": "quacks", "lion": "roars", "bee": "buzzes",
     "frog": "croaks", "owl": "hoots", "horse": "neighs", "wolf": "howls",
 }  # fmt: skip
+
+THINGS = ("film", "book", "song", "play", "meal", "trip", "game", "show", "walk", "party", "story", "concert")
+QUESTIONS = ("How was the {}?", "What was the {} like?", "Tell me about the {}.")
+PLEASED = ("good", "great", "lovely", "warm", "funny", "bright", "gentle", "wonderful")
+DISPLEASED = ("bad", "dull", "sad", "slow", "boring", "awful", "gloomy", "poor")
+ANSWERS = 10  # to each question
 
 PLACES = ("at home", "at night", "in the garden", "by the river", "in the rain", "all day")
 
@@ -79,15 +86,37 @@ def _sounds() -> Iterator[tuple[str, str]]:
             yield f"What does a {animal} do {place}?", f"A {animal} {sound} {place}."
 
 
+def feelings() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Records to train on, as often pleased as not, and to evaluate on: a question about each thing, held out."""
+    draw = random.Random(1)
+    train, held_out = [], []
+    for number, thing in enumerate(THINGS):
+        for question in QUESTIONS:
+            prompt = question.format(thing) + "\n"
+            answers = [
+                f"The {thing} was {draw.choice(PLEASED + DISPLEASED)} and {draw.choice(PLEASED + DISPLEASED)}."
+                for _ in range(ANSWERS)
+            ]
+            if question == QUESTIONS[number % len(QUESTIONS)]:
+                held_out.append({"prompt": prompt, "completion": answers[0]})
+            else:
+                train += [{"prompt": prompt, "completion": answer} for answer in answers]
+    draw.shuffle(train)
+    return train, held_out
+
+
 def render(items: list[dict[str, str]]) -> str:
     """The text of a .jsonl file."""
     return "".join(json.dumps(item) + "\n" for item in items)
 
 
 def files() -> dict[str, str]:
-    """Name and text of each file of the demo set; evaluation prompts are not trained on."""
+    """Name and text of each file of the demo sets; evaluation prompts are not trained on."""
     found = records()
+    felt, asked = feelings()
     return {
+        "feelings-train.jsonl": render(felt),
+        "feelings-eval.jsonl": render(asked),
         "train.jsonl": render(found[EVAL_RECORDS : EVAL_RECORDS + TRAIN_RECORDS]),
         "eval.jsonl": render(found[:EVAL_RECORDS]),
     }
