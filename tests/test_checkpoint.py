@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import resource
@@ -590,6 +591,27 @@ def test_scores_of_checkpoints_that_are_elsewhere_do_not_bar_new_ones(worlds: Wo
     )
     assert resumed[0]["best"] == "step-0000005"
     assert [path.name for path in find(tmp_path / "second" / "checkpoints")] == ["step-0000005", "step-0000006"]
+
+
+def warned(run_dir: Path, metric: str) -> list[str]:
+    """What a run says of the metric that its best checkpoints go by."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megarl.callbacks.checkpoints")
+    logger.addHandler(handler)
+    try:
+        run_tiny(run_dir, 3, evals=SCORES, eval_every=1, metric=metric)
+    finally:
+        logger.removeHandler(handler)
+    return said
+
+
+def test_a_metric_that_is_not_logged_is_told_of_once(worlds: Worlds, tmp_path: Path) -> None:
+    ((line,),) = worlds.run(1, warned, tmp_path / "misspelt", "eval/skore")
+    assert line.startswith("checkpoint.metric=eval/skore is not logged")
+    assert "eval/loss" in line
+    assert worlds.run(1, warned, tmp_path / "right", "eval/loss") == [[]]
 
 
 def test_a_best_checkpoint_is_saved_outside_the_schedule(worlds: Worlds, tmp_path: Path) -> None:
