@@ -207,7 +207,9 @@ class CharacterTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         unknown = next((character for character in text if character not in self.ids), None)
         if unknown is not None:
-            raise DataError(f"{text[:40]!r} holds {unknown!r}, which is not in tokenizer.path={self.alphabet}")
+            raise DataError(
+                f"{text[:40]!r} holds {unknown!r}, which is not in tokenizer.path={self.alphabet}: add it, or take it out"
+            )
         return [self.ids[character] for character in text]
 
     def decode(self, ids: Sequence[int]) -> str:

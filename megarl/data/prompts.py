@@ -41,12 +41,15 @@ def encode_prompt(
     """A record's prompt as text and tokens; `section` is where the configuration keeps the two keys."""
     fields = dict(record.fields)
     messages, text = fields.get(messages_key), fields.get(prompt_key)
-    if messages is not None:
-        tokens = tokenizer.apply_chat_template(messages, True, template)
-        text = tokenizer.decode(tokens)
-    elif isinstance(text, str):
-        tokens = tokenizer.encode_prompt(text)
-    else:
+    try:
+        if messages is not None:
+            tokens = tokenizer.apply_chat_template(messages, True, template)
+            text = tokenizer.decode(tokens)
+        elif isinstance(text, str):
+            tokens = tokenizer.encode_prompt(text)
+    except DataError as problem:
+        raise DataError(f"{record.where}: {problem}") from None
+    if not isinstance(text, str):
         raise DataError(
             f"{record.where}: has no text under {prompt_key!r} and no conversation under {messages_key!r}, only "
             f"{', '.join(map(repr, fields)) or 'nothing'}: set {section}prompt_key or {section}messages_key"

@@ -74,6 +74,13 @@ def test_a_record_that_is_no_prompt_is_named_by_file_and_line(record: Any, said:
     assert said in str(problem.value)
 
 
+def test_text_that_the_tokenizer_refuses_is_named_by_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "abba"}\n{"prompt": "abc"}\n')
+    with pytest.raises(DataError, match=r"a.jsonl:2: 'abc' holds 'c', which is not in tokenizer.path=ab: add it"):
+        read_prompts([str(path)], "train", PromptDataConfig(), CharacterTokenizer("ab"))
+
+
 def test_an_empty_file_of_prompts_is_refused_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl: has no records"):
         read(tmp_path / "a.jsonl")
