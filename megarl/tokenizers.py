@@ -208,7 +208,8 @@ class CharacterTokenizer(Tokenizer):
         unknown = next((character for character in text if character not in self.ids), None)
         if unknown is not None:
             raise DataError(
-                f"{text[:40]!r} holds {unknown!r}, which is not in tokenizer.path={self.alphabet}: add it, or take it out"
+                f"{text[:40]!r} holds {unknown!r}, which is not in tokenizer.path={self.alphabet}: add it, or take it "
+                "out of the text"
             )
         return [self.ids[character] for character in text]
 
