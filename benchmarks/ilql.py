@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -20,8 +20,8 @@ from lightning.pytorch import LightningModule
 from benchmarks.rates import product_rate
 from benchmarks.train_step import describe, markdown
 from megarl.config.compose import compose
-from megarl.config.schema import ILQLConfig
 from megarl.data.offline import open_store
+from megarl.modules.base import Module
 from megarl.modules.experience import training_flops
 from megarl.modules.fit import fit
 from megarl.modules.ilql import ILQL
@@ -29,6 +29,7 @@ from megarl.tokenizers import build_tokenizer
 
 HEADER = ["part", "CPU s", "share of all", "share that is matrix products", "at torch.mm's rate"]
 FORWARD_AND_BACKWARD = 3
+AnyModule = TypeVar("AnyModule", bound=Module)
 
 
 class AfterStartUp(LightningModule):
@@ -43,6 +44,18 @@ class AfterStartUp(LightningModule):
 
 class Watched(AfterStartUp, ILQL):
     pass
+
+
+def fitted(entry: str, config: Any, kind: type[AnyModule]) -> AnyModule:
+    """A module of the kind after the whole run that the configuration describes."""
+    built: list[AnyModule] = []
+
+    def build(resolved: Any) -> AnyModule:
+        built.append(kind(resolved, build_tokenizer(resolved.tokenizer.kind, resolved.tokenizer.path)))
+        return built[0]
+
+    fit(entry, config, build)
+    return built[0]
 
 
 def head_flops(hidden: int, vocab_size: int, q_heads: int) -> float:
@@ -91,14 +104,8 @@ def measure(overrides: Sequence[str]) -> tuple[dict[str, float], float, Floor]:
     with tempfile.TemporaryDirectory() as folder:
         quiet = [f"run.dir={folder}/run", "trainer.progress=none", "logger.tensorboard=false"]
         config, _ = compose("ilql", ["+conf=randomwalks_ilql", *quiet, *overrides])
-        built: list[Watched] = []
-
-        def build(resolved: ILQLConfig) -> ILQL:
-            built.append(Watched(resolved, build_tokenizer(resolved.tokenizer.kind, resolved.tokenizer.path)))
-            return built[0]
-
-        fit("ilql", config, build)
-        spent = time.process_time() - built[0].begun
+        module = fitted("ilql", config, Watched)
+        spent = time.process_time() - module.begun
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
         best = summary["metrics"].get("eval/optimality@beta=100")
         if best is not None:

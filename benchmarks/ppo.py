@@ -21,14 +21,13 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.ilql import HEADER, AfterStartUp, Floor
+from benchmarks.ilql import HEADER, AfterStartUp, Floor, fitted
 from benchmarks.train_step import describe, markdown
 from megarl.config.compose import compose
 from megarl.config.schema import PPOConfig
-from megarl.modules.fit import fit
 from megarl.modules.ppo import PPO
 from megarl.parallel.vocab import padded_vocab
-from megarl.tokenizers import build_tokenizer
+from megarl.tokenizers import Tokenizer, build_tokenizer
 
 NAMED = ("generate", "score", "evaluate", "train")
 
@@ -82,20 +81,14 @@ def randomwalks(folder: str, overrides: Sequence[str]) -> PPOConfig:
 def measure(overrides: Sequence[str]) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         config = randomwalks(folder, overrides)
-        built: list[Counted] = []
-
-        def build(resolved: PPOConfig) -> PPO:
-            built.append(Counted(resolved, build_tokenizer(resolved.tokenizer.kind, resolved.tokenizer.path)))
-            return built[0]
-
-        fit("ppo", config, build)
-        spent = time.process_time() - built[0].begun
+        module = fitted("ppo", config, Counted)
+        spent = time.process_time() - module.begun
         summary = json.loads(Path(folder, "run", "summary.json").read_text())
     parts = {name: seconds["cpu_s"] for name, seconds in summary["seconds"].items()}
     clone = parts.pop("clone", 0.0)
     print(f"cloning before the first phase, not counted below: {clone:.1f} CPU s")
     rows = config.trainer.global_batch_size * (config.rollout.max_new_tokens + 1)
-    floor = Floor.of(built[0].flops, rows, config.model.hidden_size)
+    floor = Floor.of(module.flops, rows, config.model.hidden_size)
     return Measured(parts, spent - clone, floor, summary["metrics"]["eval/optimality"]["last5"])
 
 
@@ -103,10 +96,12 @@ def measure(overrides: Sequence[str]) -> Measured:
 
 
 class Timed(PPO):
-    """PPO that reads the clocks at the end of every phase; the scoring process counts too."""
+    """PPO that draws no end of sequence and reads the clocks at the end of every phase; the scoring process counts
+    too."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, config: PPOConfig, tokenizer: Tokenizer) -> None:
+        tokenizer.eos_id = tokenizer.size
+        super().__init__(config, tokenizer)
         self.marks: list[tuple[float, float]] = []  # seconds on the wall and on a core
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -126,16 +121,7 @@ class Speed:
 
 def our_speed(config: PPOConfig) -> Speed:
     """Of phases in which no end of sequence is drawn, so that all responses are as long as TRL's."""
-    built: list[Timed] = []
-
-    def build(resolved: PPOConfig) -> PPO:
-        tokenizer = build_tokenizer(resolved.tokenizer.kind, resolved.tokenizer.path)
-        tokenizer.eos_id = tokenizer.size
-        built.append(Timed(resolved, tokenizer))
-        return built[0]
-
-    fit("ppo", config, build)
-    (module,) = built
+    module = fitted("ppo", config, Timed)
     samples = config.ppo.rollouts * (len(module.marks) - 1)
     wall, cpu = (end - start for start, end in zip(module.marks[0], module.marks[-1], strict=True))
     padding = (padded_vocab(module.vocab_size, 1) - module.vocab_size) * config.model.hidden_size
