@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megarl.models.attention import Context, attention_mask
 from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
-from megarl.models.heads import TARGET_Q, VALUE, Q, QHeads, ValueHead, is_vocabulary_wide, move_targets
+from megarl.models.heads import TARGET_Q, VALUE, Q, QHeads, ValueHead, is_vocabulary_wide, linear_std, move_targets
 from megarl.models.kernels import kernels
 from megarl.models.layer import Layer
 from megarl.models.linear import product
@@ -272,7 +272,8 @@ class GPT(LanguageModule):
         return named
 
     def initialise(self, grid: Grid, seed: int, loaded: Container[str] = ()) -> None:
-        """Normal weights of `init_std`, those that feed the residual stream scaled down by depth (GPT-2's rule).
+        """Normal weights of `init_std`, those that feed the residual stream scaled down by depth (GPT-2's rule), and
+        heads as wide as torch's linear layers.
 
         `loaded` are names that are about to be read from files: drawing them would be for nothing.
         """
@@ -281,10 +282,10 @@ class GPT(LanguageModule):
         def std(name: str, parameter: nn.Parameter) -> float | None:
             if "norm" in name:
                 return None
-            if name.endswith(".bias") or name.startswith(f"{VALUE}.outer"):
+            if name.endswith(".bias"):
                 return 0.0
-            if name.startswith(Q):
-                return float((3 * parameter.shape[1]) ** -0.5)  # as torch's own linear layers, whatever the width
+            if name.startswith((Q, VALUE)):
+                return linear_std(parameter)
             return deep if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else self.config.init_std
 
         def drawn_as(name: str) -> str:

@@ -18,7 +18,11 @@ Q, TARGET_Q = "q_heads", "target_q_heads"
 
 
 class ValueHead(nn.Module):
-    """Linear(h, 2h), ReLU, Linear(2h, 1). The last layer starts at zero, so a fresh critic expects nothing.
+    """Linear(h, 2h), ReLU, Linear(2h, 1).
+
+    Its weights start as wide as those of torch's linear layers (see `linear_std`), as in trlX. With a narrow inner and
+    a zero outer layer the critic lags in the first phases, and its error can cost the policy a state's only good action:
+    docs/ppo.md has the measurements.
 
     Held whole on every tensor-parallel rank: each sees the same states and computes the same gradient.
     """
@@ -100,6 +104,11 @@ def move_targets(targets: QHeads, heads: QHeads, alpha: float) -> None:
     """Polyak averaging: every target weight goes `alpha` of the way to the weight it follows."""
     for target, parameter in zip(targets.parameters(), heads.parameters(), strict=True):
         target.lerp_(parameter.to(target.dtype), alpha)
+
+
+def linear_std(weight: Tensor) -> float:
+    """Return the standard deviation that torch's linear layers start with, from the number of inputs."""
+    return float((3 * weight.shape[1]) ** -0.5)
 
 
 def is_vocabulary_wide(name: str) -> bool:

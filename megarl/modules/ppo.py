@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +51,7 @@ class PPO(GenerativeModule):
         self.shaping = Shaping(config.ppo)
         self.invariants = Invariants(config.ppo.invariants, config.trainer.precision, lambda: self.consumed)
         self.reference: dict[str, Tensor] | None = None  # empty on a stage of frozen layers
+        self.policy_trains = True  # until it has moved too far in a phase
         self.kl_warned = False
         self.equal_phases = 0  # in a row, in which all scores were the same
 
@@ -173,29 +174,48 @@ class PPO(GenerativeModule):
         return evaluate(engine, batch, fn, micro, share_slots=pack)
 
     def _train(self, batch: Batch) -> dict[str, float]:
-        """Inner epochs of minibatches, in one order that follows from the seed."""
+        """Inner epochs of minibatches, in one order that follows from the seed.
+
+        A policy that has moved further than ppo.stop_at_kl trains no more in this phase; a separate critic goes on.
+        """
         ppo, size = self.config.ppo, self.config.trainer.global_batch_size
         rows, expected = len(batch["tokens"]), float(batch["response_mask"].count_nonzero())
         shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.consumed)
         collected: list[dict[str, float]] = []
+        self.policy_trains = self.consumed >= self.config.critic.warmup_phases
         for _ in range(ppo.inner_epochs):
-            epoch: list[dict[str, float]] = []
+            counted = 0.0
             for minibatch in torch.randperm(rows, generator=shuffle).split(size):
-                epoch.append(self._minibatch(batch, minibatch, first=not collected and not epoch))
-            self.invariants.tokens(sum(stats.pop("tokens") for stats in epoch), expected)
-            collected += epoch
-            moved = [stats["policy/approx_kl"] for stats in epoch if "policy/approx_kl" in stats]
-            if ppo.stop_at_kl is not None and moved and sum(moved) / len(moved) > ppo.stop_at_kl:
+                stats = self._minibatch(batch, minibatch, first=not collected)
+                counted += stats.pop("tokens")
+                collected.append(stats)
+                if self._is_over():
+                    break
+            if self._is_over():
                 break
-        means = {key: sum(stats[key] for stats in collected) / len(collected) for key in collected[0]}
-        return {**means, "train/optimizer_steps": float(len(collected))}
+            self.invariants.tokens(counted, expected)
+        return self._means(collected)
+
+    def _is_over(self) -> bool:
+        """Whether nothing trains any more in this phase."""
+        return not self.policy_trains and self.critic is self.policy
+
+    def _means(self, collected: Sequence[dict[str, float]]) -> dict[str, float]:
+        """Means over the minibatches that have a statistic, the largest KL among them, and the optimizer's steps."""
+        names = dict.fromkeys(name for stats in collected for name in stats)
+        columns = {name: [stats[name] for stats in collected if name in stats] for name in names}
+        means = {name: sum(column) / len(column) for name, column in columns.items()}
+        if "policy/approx_kl" in columns:
+            means["policy/approx_kl_max"] = max(columns["policy/approx_kl"])
+        steps = len(columns[NORMS["policy" if self.critic is self.policy else "critic"]])
+        return {**means, "train/optimizer_steps": float(steps)}
 
     def _minibatch(self, batch: Batch, rows: Tensor, first: bool) -> dict[str, float]:
-        """One optimizer step."""
+        """One optimizer step, unless the policy turns out to have moved too far already."""
         micro, pack = self.config.trainer.micro_batch_size, self.config.ppo.pack
         self.last_batch = Passes(batch, rows, self.grid, micro, share_slots=pack).microbatches()
         metrics: dict[str, float] = {}
-        if self.consumed >= self.config.critic.warmup_phases:
+        if self.policy_trains:
             metrics = self.policy.train_step(self.last_batch, self.policy_loss, self._count)
             metrics["train/loss"] = metrics["loss"]
             learns = self.policy.learning_rate > 0 and bool(batch["advantages"][rows].any())
@@ -204,11 +224,15 @@ class PPO(GenerativeModule):
             self.invariants.gradients(self.policy, learns, fresh=self._is_fresh(self.config.critic.warmup_phases))
             if first and metrics["tokens"] > 0:
                 self.invariants.on_policy(metrics["policy/ratio"], metrics["policy/clip_fraction"])
+            limit = self.config.ppo.stop_at_kl
+            if limit is not None and metrics["policy/approx_kl"] > limit:
+                self.policy_trains = False
+                self.policy.zero_gradients()
         if self.critic is not self.policy:
             metrics |= self.critic.train_step(self.last_batch, self.value_loss, self._count)
             learns = self.critic.learning_rate > 0 and metrics["value/loss"] != 0
             self.invariants.gradients(self.critic, learns, fresh=self._is_fresh(0))
-        norms = self.step_optimizers()
+        norms = {} if self._is_over() else self.step_optimizers()
         named = {NORMS[name]: norm for name, norm in norms.items()}
         logged = {key: value for key, value in metrics.items() if "/" in key}
         return {**logged, **named, "tokens": metrics["tokens"]}

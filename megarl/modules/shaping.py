@@ -17,6 +17,7 @@ from megarl.algorithms import (
     per_token_rewards,
     whiten,
 )
+from megarl.algorithms.advantages import VARIANCE_EPS
 from megarl.config.rl import PPOSettings
 from megarl.modules.judge import total
 from megarl.parallel.engine import Batch
@@ -61,7 +62,9 @@ class Shaping:
         advantages, returns = gae(rewards, batch["values"], mask, settings.gamma, settings.lam)
         batch["advantages"] = whiten(advantages, mask) if settings.whiten_advantages else advantages * mask
         batch["returns"] = returns
+        stats = {"rollout/whitening_factor": whitening_factor(advantages, mask)} if settings.whiten_advantages else {}
         return {
+            **stats,
             "rollout/score": float(given.mean()),
             "rollout/score_std": float(given.std()) if len(given) > 1 else 0.0,
             **self._kl_stats(batch, kl),
@@ -118,6 +121,11 @@ class Shaping:
             return rewards
         penalty = torch.tensor(cut).float() * self.settings.missing_eos_penalty
         return rewards + per_token_rewards(-penalty, torch.zeros_like(mask), mask, 0.0)
+
+
+def whitening_factor(advantages: Tensor, mask: Tensor) -> float:
+    """What whitening multiplies advantages by: large where they are nearly all equal, and the critic's error with it."""
+    return float(torch.rsqrt(advantages[mask != 0].var(correction=1) + VARIANCE_EPS)) if mask.sum() > 1 else 0.0
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
