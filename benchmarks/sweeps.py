@@ -33,6 +33,7 @@ TORCH, NARROW = "torch", "narrow"
 GATEWAYS = (1011, 1032, 1055)  # graphs in which a single node leads to the goal
 SETTLED = 5  # last evaluations that are averaged
 COLLAPSED = 0.5  # of the best evaluation: a settled run below that has collapsed
+ASIDE = ("run", "logger", "checkpoint", "export", "debug")  # sections that decide no number
 QUIET = ("trainer.progress=none", "logger.tensorboard=false", "checkpoint.every=null", "checkpoint.keep_best=0")
 
 
@@ -51,9 +52,10 @@ class Case:
         return [f"+conf={self.preset}", *self.settings]
 
     def fingerprint(self) -> str:
-        """A digest of all that the run is configured with."""
+        """A digest of what decides the run's numbers. Keys that are off do not count: a new one changes nothing."""
         _, plain = compose(self.entry, self.overrides)
-        return hashlib.sha256(json.dumps([plain, self.head], sort_keys=True).encode()).hexdigest()[:16]
+        decides = {name: _set(section) for name, section in plain.items() if name not in ASIDE}
+        return hashlib.sha256(json.dumps([decides, self.head], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def learnable(graph: int) -> bool:
@@ -180,7 +182,9 @@ def run_missing(cases: Sequence[Case], path: Path) -> None:
         line = run_case(case)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"{number} of {len(cases)}: {' '.join(case.overrides)} {case.head} {settled(line['series'][case.metric]):.3f}")
+        print(
+            f"{number} of {len(cases)}: {' '.join(case.overrides)} {case.head} {settled(line['series'][case.metric]):.3f}"
+        )
 
 
 def one(entry: str, head: str, overrides: Sequence[str]) -> None:
@@ -193,6 +197,13 @@ def one(entry: str, head: str, overrides: Sequence[str]) -> None:
         gpt.linear_std = lambda weight: 0.0 if weight.shape[0] == 1 else 0.02
     sys.argv = [entry, *overrides]
     importlib.import_module(f"megarl.train_{entry}").main()
+
+
+def _set(section: Any) -> Any:
+    """A section's keys that have a value other than null, false and empty."""
+    if not isinstance(section, dict):
+        return section
+    return {key: _set(value) for key, value in section.items() if value not in (None, False, "", [], {})}
 
 
 def _commit() -> str:
