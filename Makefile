@@ -4,14 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# A torch that is already there (a GPU machine's, in the Docker image) is left alone: the environment sees it and its
-# version is the constraint. Without one, the CPU build comes first, so that no later step fetches CUDA packages.
+# constraints.txt has one version of every package, so that the environment is the one that CI ran with. A torch that is
+# already there (a GPU machine's, in the Docker image) is left alone, with all that came with it: the environment sees it.
+# Without one, the CPU build comes first, so that no later step fetches CUDA packages.
 FIND_TORCH = $(PYTHON) -c 'import importlib.metadata as m; print(m.version("torch").split("+")[0])' 2>/dev/null
 export PIP_CONSTRAINT := $(CURDIR)/$(VENV)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test slurm lint types gates format clean
+.PHONY: help venv lock demo test slurm lint types gates format clean
 
 # Where there is no CPU build of torch at hand: make demo TORCH_INDEX='--index-url https://download.pytorch.org/whl/cpu'
 TORCH_INDEX ?=
@@ -22,14 +23,17 @@ help:  ## this list
 
 venv: $(VENV)/.installed  ## the environment in .venv that every other target uses
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt tools/versions.py
 	@echo 'installing into $(VENV): a minute or two, most of it without a word'
 	found=$$($(FIND_TORCH)); \
 	$(PYTHON) -m venv $${found:+--system-site-packages} $(VENV) && \
-	if [ -n "$$found" ]; then echo "torch==$$found" > $(PIP_CONSTRAINT); else cp constraints.txt $(PIP_CONSTRAINT) && \
-	$(BIN)/pip install -q torch $(TORCH_INDEX); fi
+	$(PYTHON) tools/versions.py constrain $(PIP_CONSTRAINT) && \
+	if [ -z "$$found" ]; then $(BIN)/pip install -q torch $(TORCH_INDEX); fi
 	$(BIN)/pip install -q -e '.[dev]'
 	touch $@
+
+lock:  ## renew constraints.txt: the newest versions of everything, as installed by venv from then on
+	TORCH_INDEX='$(TORCH_INDEX)' $(PYTHON) tools/versions.py lock
 
 demo: venv  ## PPO on a small task with known results: two to three minutes, with a live view of the score
 	$(BIN)/python -m megarl.train_ppo +conf=randomwalks run.dir=runs/demo run.resume=never

@@ -101,6 +101,14 @@ def whereabouts(frame: FrameType | None) -> tuple[str, str]:
         if path.endswith(_COLLECTIVES) and not name.startswith("_"):
             collective = name  # the outermost: what was called, not what it is made of
         if not at and not any(part in path for part in _FOREIGN):
-            at = f"{'/'.join(Path(path).parts[-2:])}:{frame.f_lineno} {name}"
+            at = f"{_place(frame)}:{frame.f_lineno} {name}"
         frame = frame.f_back
     return collective, at
+
+
+def _place(frame: FrameType) -> str:
+    """The end of a frame's path. Code without a file (a function that was pickled by value) is named by its module."""
+    path = frame.f_code.co_filename
+    if path.startswith("<"):
+        return str(frame.f_globals.get("__name__", path))
+    return "/".join(Path(path).parts[-2:])

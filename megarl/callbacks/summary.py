@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from megarl.callbacks.collapse import Collapse
 from megarl.callbacks.readings import is_evaluation, logging_interval, planned_steps, readings, steps_taken, unit
 from megarl.callbacks.run_folder import write_whole
 from megarl.callbacks.throughput import peak_memory_gb
@@ -32,8 +33,8 @@ class Summary(Callback):
     resumed run continues it.
     """
 
-    def __init__(self, run_folder: str | os.PathLike[str]) -> None:
-        self.path = Path(run_folder) / "summary.json"
+    def __init__(self, run_folder: str | os.PathLike[str], collapse: Collapse | None = None) -> None:
+        self.path, self.collapse = Path(run_folder) / "summary.json", collapse
         self._metrics: dict[str, _Series] = {}
         self._step_of_metrics = -1
         self._began = (time.perf_counter(), time.process_time())
@@ -84,6 +85,8 @@ class Summary(Callback):
             if is_evaluation(name):
                 values = {key: math.nan if value is None else value for key, value in series.summary().items()}
                 logger.info("%s", _STORY.format(name=name, **values))
+        for fall in self.collapse.found() if self.collapse is not None else []:
+            logger.warning("{metric} ended collapsed: {last:.4g}, down since {since_step}".format(**fall))
         logger.info("run folder: %s", self.path.parent)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -152,6 +155,7 @@ class Summary(Callback):
             "steps": steps_taken(trainer),
             "max_steps": planned_steps(trainer),
             "metrics": {name: series.summary() for name, series in sorted(self._metrics.items())},
+            "collapsed": self.collapse.found() if self.collapse is not None else [],
             "seconds": self._clock.totals(),
             "wall_s": wall,
             "cpu_s": cpu,

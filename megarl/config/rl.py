@@ -168,7 +168,10 @@ class PPOSettings:
         None, "KL per response at which the run stops; half of it is warned of (null: none)", above=0
     )
     stop_at_kl: float | None = leaf(
-        None, "ends a phase's training after an epoch that moved the policy this far (null: never)", above=0
+        None,
+        "a minibatch in which the policy's mean KL to its start of the phase, in nats per token, is above this is not "
+        "trained on, and ends the phase's policy training (null: no limit)",
+        above=0,
     )
     clip_scores: float | None = leaf(None, "scores are cut to plus or minus this (null: not)", above=0)
     scale_scores: str = leaf(

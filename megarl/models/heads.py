@@ -20,9 +20,9 @@ Q, TARGET_Q = "q_heads", "target_q_heads"
 class ValueHead(nn.Module):
     """Linear(h, 2h), ReLU, Linear(2h, 1).
 
-    Its weights start as wide as those of torch's linear layers (see `linear_std`), as in trlX. With a narrow inner and
-    a zero outer layer the critic lags in the first phases, and its error can cost the policy a state's only good action:
-    docs/ppo.md has the measurements.
+    Its weights start as wide as those of torch's linear layers, as in trlX. With a narrow inner and a zero outer layer
+    the critic lags in the first phases, and its error can cost the policy the only good action of a state: docs/ppo.md
+    has the measurements.
 
     Held whole on every tensor-parallel rank: each sees the same states and computes the same gradient.
     """

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from megarl.callbacks.baseline import Baseline
 from megarl.callbacks.breadcrumbs import Breadcrumbs
 from megarl.callbacks.checkpoints import Checkpoints
+from megarl.callbacks.collapse import Collapse
 from megarl.callbacks.exp_manager import hand_to_nemo
 from megarl.callbacks.export import Export
 from megarl.callbacks.health import Health
@@ -76,6 +77,7 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
     module = build(config)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, _eval_every(config))
     preemption = Preemption(checkpoints)
+    collapse = Collapse(config.checkpoint.metric, config.checkpoint.mode, checkpoints.best)
     callbacks: list[Callback] = [
         StepAxis(),
         Baseline(),
@@ -87,7 +89,8 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
         Breadcrumbs(run_dir),
         *([Export(config.export.hf)] if config.export.hf is not None else []),
         Samples(run_dir),
-        Summary(run_dir),
+        collapse,
+        Summary(run_dir, collapse),
         *make_progress(config.trainer.progress, config.trainer.log_every),
     ]
     if config.trainer.max_time is not None:

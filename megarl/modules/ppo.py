@@ -37,6 +37,7 @@ class PPO(GenerativeModule):
     """Policy, critic (a head on the policy's trunk or a model of its own), reference, and the phase that joins them."""
 
     unit = "phase"
+    remedy_of_collapse = "ppo.stop_at_kl=0.05, a lower optim.lr, fewer ppo.inner_epochs or ppo.whiten_advantages=false"
 
     config: PPOConfig
 

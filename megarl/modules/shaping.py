@@ -124,7 +124,7 @@ class Shaping:
 
 
 def whitening_factor(advantages: Tensor, mask: Tensor) -> float:
-    """What whitening multiplies advantages by: large where they are nearly all equal, and the critic's error with it."""
+    """Return what whitening multiplies advantages by: much where they, and so errors of the critic, are small."""
     return float(torch.rsqrt(advantages[mask != 0].var(correction=1) + VARIANCE_EPS)) if mask.sum() > 1 else 0.0
 
 

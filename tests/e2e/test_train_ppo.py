@@ -115,7 +115,7 @@ def test_a_phase_is_run_again_elsewhere_from_its_rollouts_and_scores(
 
 
 def test_a_value_head_learns_from_the_first_phase_on(reference: list[str]) -> None:
-    """Its last layer starts at zero, and stays there if the optimizer does not know it."""
+    """It would stay as it started if the optimizer did not know it."""
     *settings, single = reference
     name = "critic" if "critic.kind=separate" in settings else "policy"
     saved = [tensors(path) for path in find(Path(single) / "checkpoints")]
@@ -140,6 +140,19 @@ def test_a_partly_frozen_policy_starts_at_its_reference_too(
     (first,), (second,) = metrics(tmp_path, "rollout/kl")
     assert first == 0.0
     assert second != 0.0
+
+
+@pytest.mark.parametrize(("critic", "steps"), [("shared", 1), ("separate", 4)])
+def test_a_policy_that_has_moved_too_far_trains_no_more_in_its_phase(
+    critic: str, steps: int, worlds: Worlds, tmp_path: Path
+) -> None:
+    """Its first step moves it; the second minibatch sees that. A separate critic takes all four steps."""
+    limit = ["ppo.stop_at_kl=1e-9", f"critic.kind={critic}", "trainer.max_phases=1", "optim.lr=1e-2"]
+    worlds.run(1, run_ppo, tmp_path, *limit)
+    ((taken, moved, largest),) = metrics(tmp_path, "train/optimizer_steps", "policy/approx_kl", "policy/approx_kl_max")
+    assert taken == steps
+    assert largest > 1e-9
+    assert moved == pytest.approx(largest / 2, abs=1e-7)  # of two minibatches, the first of which starts from no change
 
 
 def test_sharing_slots_changes_no_number(worlds: Worlds, separate: list[str], tmp_path: Path) -> None:

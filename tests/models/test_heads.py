@@ -1,4 +1,4 @@
-"""The value head: zero at first, one value per chosen token, and the same training in every layout."""
+"""The value head: as wide as torch's linear layers at first, one value per chosen token, the same in every layout."""
 
 from typing import Any
 
@@ -50,9 +50,27 @@ def alone(worlds: Worlds) -> tuple[torch.Tensor, list[float], torch.Tensor]:
     return worlds.run(1, trained, {})[0]
 
 
-def test_values_start_at_zero_and_learn(alone: tuple[torch.Tensor, list[float], torch.Tensor]) -> None:
+def head_widths() -> dict[str, tuple[float, float]]:
+    """The deviation of each of the head's weights, and of torch's own layer of that shape."""
+    engine = small_engine({}, value_head=True)
+    weights = {name: weight for name, weight in engine.parameters() if name.startswith("value_head.")}
+    torchs = {
+        name: torch.nn.Linear(*reversed(weight.shape)).weight for name, weight in weights.items() if weight.ndim == 2
+    }
+    assert all(not weight.any() for name, weight in weights.items() if name.endswith(".bias"))
+    return {name: (float(weights[name].std()), float(weight.std())) for name, weight in torchs.items()}
+
+
+def test_its_weights_start_as_wide_as_those_of_torchs_linear_layers(worlds: Worlds) -> None:
+    found = worlds.run(1, head_widths)[0]
+    assert set(found) == {"value_head.inner.weight", "value_head.outer.weight"}
+    for ours, torchs in found.values():
+        assert ours == pytest.approx(torchs, rel=0.15)
+
+
+def test_values_differ_from_the_start_and_learn(alone: tuple[torch.Tensor, list[float], torch.Tensor]) -> None:
     first, course, last = alone
-    assert torch.equal(first, torch.zeros_like(first))
+    assert first[:, 1:].std() > 0.05
     assert course[-2] < course[1]
     assert bool((last[:, 1:] != 0).all())
     assert torch.equal(last[:, 0], torch.zeros(len(last)))  # no state precedes the first token
@@ -64,8 +82,8 @@ def test_layouts_train_values_alike(
 ) -> None:
     for first, course, last in worlds.run(world, trained, layout):
         assert course == pytest.approx(alone[1], rel=1e-4, abs=1e-6)
-        assert torch.equal(first, torch.zeros_like(first))
         if layout:  # one replica: every rank has every row
+            assert torch.allclose(first, alone[0], rtol=1e-5, atol=1e-6)
             assert torch.allclose(last, alone[2], rtol=1e-4, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megarl.config.rl import PPOSettings
-from megarl.modules.shaping import Shaping, explained_variance
+from megarl.modules.shaping import Shaping, explained_variance, whitening_factor
 from megarl.parallel.engine import Batch
 from megarl.rewards.answers import Score
 
@@ -182,3 +182,10 @@ def test_explained_variance_by_hand() -> None:
     assert explained_variance(torch.tensor([[0.0, 1.0, 0.0]]), returns, mask) == pytest.approx(0.75)
     assert explained_variance(returns, torch.ones(1, 3), mask) == 0.0
     assert explained_variance(returns, returns, torch.zeros(1, 3)) == 0.0
+
+
+def test_the_factor_of_whitening_by_hand() -> None:
+    """Deviation 2 of three actions; what is masked out does not count."""
+    advantages, mask = torch.tensor([[1.0, 3.0, 5.0, 100.0]]), torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    assert whitening_factor(advantages, mask) == pytest.approx(0.5)
+    assert whitening_factor(advantages, torch.tensor([[1.0, 0.0, 0.0, 0.0]])) == 0.0

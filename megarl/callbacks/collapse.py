@@ -1,0 +1,140 @@
+"""Says so when a run loses most of what it had gained and does not get it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from megarl.callbacks.readings import readings, steps_taken, unit
+from megarl.logging import get_logger
+
+log = get_logger(__name__)
+
+SCORE, SPREAD = "rollout/score", "rollout/score_std"
+PATIENCE = 3  # readings in a row that are down, before it is a collapse and no dip
+LOST = 0.5  # of the gain since the first reading, or of a best above 0
+EVALUATION_NOISE = 0.05  # of the larger of best and first: what an evaluation may move by chance
+SCORE_NOISE = 0.5  # of the scores' standard deviation: likewise, of a phase's mean score
+REMEDY = "a lower optim.lr"
+
+
+@dataclass
+class Fall:
+    """Follows one metric of which more is better.
+
+    A reading is down when it has lost more than half of what was gained since the first reading, or more than half of
+    a best that is above 0, and by more than noise.
+    """
+
+    first: float | None = None
+    best: float | None = None
+    best_step: int = 0
+    best_noise: float = 0.0
+    last: float = 0.0
+    down: int = 0  # readings in a row
+    since: int = 0  # the step of the first of them
+
+    def add(self, step: int, value: float, noise: float) -> None:
+        """Take a reading; `noise` is what it may be off by chance."""
+        self.last = value
+        if self.first is None:
+            self.first = value
+        if self.best is None or value > self.best:
+            self.best, self.best_step, self.best_noise = value, step, noise
+        if not self._is_down(self.first, self.best, max(noise, self.best_noise)):
+            self.down = 0
+            return
+        self.since = self.since if self.down else step
+        self.down += 1
+
+    @property
+    def collapsed(self) -> bool:
+        return self.down >= PATIENCE
+
+    def _is_down(self, first: float, best: float, noise: float) -> bool:
+        lost, gained = best - self.last, best - first
+        most_of_gain = gained > noise and lost > LOST * gained
+        most_of_best = best > 0 and lost > LOST * best
+        return lost > noise and (most_of_gain or most_of_best)
+
+
+class Collapse(Callback):
+    """Watches the phases' mean score, and the metric that ranks checkpoints; warns once of each fall, with what to try.
+
+    A module may have a text `remedy_of_collapse`: settings to try instead of a lower learning rate.
+    """
+
+    def __init__(self, metric: str, mode: str, best_checkpoint: Callable[[], Path | None]) -> None:
+        """
+        Args:
+            metric, mode: of `checkpoint`.
+            best_checkpoint: names the best checkpoint that is kept.
+        """
+        self.metric, self.sign = metric, 1.0 if mode == "max" else -1.0
+        self.best_checkpoint = best_checkpoint
+        self.falls: dict[str, Fall] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        baseline = getattr(pl_module, "baseline", None) or {}
+        if self.metric in baseline and self.metric not in self.falls:
+            self._take(trainer, self.metric, baseline[self.metric])
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        there = readings(trainer)
+        if SCORE in there:
+            self._take(trainer, SCORE, there[SCORE], SCORE_NOISE * there.get(SPREAD, 0.0))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        there = readings(trainer)
+        if not trainer.sanity_checking and self.metric != SCORE and self.metric in there:
+            self._take(trainer, self.metric, there[self.metric])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: asdict(fall) for name, fall in self.falls.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.falls = {name: Fall(**fields) for name, fields in state_dict.items() if name in (SCORE, self.metric)}
+
+    def found(self) -> list[dict[str, Any]]:
+        """The metrics that have collapsed, as summary.json has them."""
+        return [
+            {
+                "metric": name,
+                "best": self._sign(name) * (fall.best or 0.0),
+                "best_step": fall.best_step,
+                "since_step": fall.since,
+                "last": self._sign(name) * fall.last,
+                "best_checkpoint": None if (best := self.best_checkpoint()) is None else str(best),
+            }
+            for name, fall in self.falls.items()
+            if fall.collapsed
+        ]
+
+    def _take(self, trainer: Trainer, name: str, value: float, noise: float | None = None) -> None:
+        fall = self.falls.setdefault(name, Fall())
+        if noise is None:
+            noise = EVALUATION_NOISE * max(abs(fall.best or 0.0), abs(fall.first or 0.0))
+        before = fall.collapsed
+        fall.add(steps_taken(trainer), self._sign(name) * value, noise)
+        if fall.collapsed and fall.down == PATIENCE:
+            self._warn(trainer, name, fall)
+        elif before and not fall.collapsed:
+            log.info("%s has recovered: %.4g", name, value)
+
+    def _warn(self, trainer: Trainer, name: str, fall: Fall) -> None:
+        step, sign, best = unit(trainer), self._sign(name), self.best_checkpoint()
+        log.warning(
+            "%s has collapsed: %.4g at its best, in %s %d, and %.4g now, down since %s %d; %s; try %s",
+            *(name, sign * (fall.best or 0.0), step, fall.best_step, sign * fall.last, step, fall.since),
+            "no checkpoint of its best is kept (set trainer.eval_every and checkpoint.keep_best)"
+            if best is None
+            else f"the best checkpoint is {best}",
+            getattr(trainer.lightning_module, "remedy_of_collapse", REMEDY),
+        )
+
+    def _sign(self, name: str) -> float:
+        return 1.0 if name == SCORE else self.sign
