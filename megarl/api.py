@@ -16,7 +16,7 @@ from megarl.command import INTERRUPTED, NOTICED
 from megarl.config.checks import check_values
 from megarl.config.compose import compose, typed
 from megarl.config.leaf import leaves
-from megarl.config.presets import DEMO_EVAL, resource
+from megarl.config.presets import DEMO_EVAL, DEMO_TRAIN, resource
 from megarl.config.schema import ENTRIES
 from megarl.errors import ConfigError, DataError
 
@@ -58,28 +58,39 @@ class Trained:
     def generate(self, prompts: str | Sequence[str], *, n: int = 1, **settings: Any) -> list[Any]:
         """Responses as text: one for each prompt, or with n above 1 a list of n for each.
 
+        Of a prompt that leaves no room for its response, the end is read; with `too_long="error"` it is refused.
+
         Args:
             settings: of the `rollout` section, such as temperature, max_new_tokens or ilql_beta.
         """
+        from megarl.data.prompts import PromptLimits, encode_prompt, fit_prompts
+        from megarl.data.sources import Record
         from megarl.generate import opened
         from megarl.rollout.noise import EVALUATION
-        from megarl.rollout.requests import fit_prompts, repeat, sampling_from
+        from megarl.rollout.requests import repeat, sampling_from
 
+        if settings.get("too_long") == "drop":
+            raise ConfigError("too_long='drop' would leave prompts without a response: use 'truncate' or 'error'")
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         own = getattr(self.config, "rollout", None)
         rollout = {key: getattr(own, key) for key in DRAWN_BY if getattr(own, key, None) is not None}
         config, _ = compose("generate", ["trainer.progress=none"])
         config.model.path = str(self.checkpoint)
-        _fill(config.rollout, {**rollout, **settings}, "rollout")
+        _fill(config.rollout, {"too_long": "truncate", **rollout, **settings}, "rollout")
         check_values(config)
         for key in ("tp", "pp"):
             setattr(config.parallel, key, getattr(self.config.parallel, key))
         with opened(config) as (generator, tokenizer, _):
-            tokens = [tokenizer.encode_prompt(text) for text in asked]
-            requests = repeat(tokens, n, sampling_from(config.rollout))
-            rollouts = generator.generate(
-                fit_prompts(requests, generator.config.max_positions, "truncate"), stream=EVALUATION
+            records = [Record({"prompt": text}, f"prompts[{index}]") for index, text in enumerate(asked)]
+            limits = PromptLimits(
+                generator.config.max_positions,
+                config.rollout.max_new_tokens,
+                generator.config.vocab_size,
+                config.rollout.too_long,
             )
+            encoded = (encode_prompt(record, tokenizer, "prompt", "messages", None) for record in records)
+            tokens = [prompt.tokens for prompt in fit_prompts(encoded, limits, "prompts")]
+            rollouts = generator.generate(repeat(tokens, n, sampling_from(config.rollout)), stream=EVALUATION)
             texts = [tokenizer.decode(rollout.spoken) for rollout in rollouts]
         return texts if n == 1 else [texts[start : start + n] for start in range(0, len(texts), n)]
 
@@ -139,17 +150,23 @@ def train(
         _section(filled, "rollout", "stop_sequences", entry).stop = list(stop_sequences)
     run_dir = _run_dir(entry, filled)
     filled.run.dir = str(run_dir)
-    inputs = run_dir / "inputs"
+    lists: dict[str, list[dict[str, Any]]] = {}
     if entry in ("ppo", "rft"):
-        filled.data.train = [_write(inputs / "prompts.jsonl", _records(prompts if prompts is not None else [""]))]
+        lists["prompts"] = _records(prompts if prompts is not None else [""])
     elif samples is not None:
-        filled.data.train = [_write(inputs / "samples.jsonl", _samples(samples, rewards))]
+        lists["samples"] = _samples(samples, rewards)
         if entry == "sft":
             filled.data.format = "auto"  # told by the keys that we write
-            filled.data.eval = [path for path in filled.data.eval if path != resource(DEMO_EVAL)]
     if eval_prompts is not None:
         _section(filled, "eval", "eval_prompts", entry)
-        filled.data.eval = [_write(inputs / "eval_prompts.jsonl", _records(eval_prompts))]
+        lists["eval_prompts"] = _records(eval_prompts)
+    names: dict[str, str] = {}
+    for name, records in lists.items():
+        path = _write(run_dir / "inputs" / f"{name}.jsonl", records)
+        names[path] = name
+        setattr(filled.data, "eval" if name == "eval_prompts" else "train", [path])
+    if resource(DEMO_TRAIN) not in filled.data.train:
+        filled.data.eval = [path for path in filled.data.eval if path != resource(DEMO_EVAL)]
     functions: dict[str, Function] = {}
     for key, function in (("reward.fn", reward_fn), ("metric.fn", metric_fn)):
         if function is None:
@@ -161,7 +178,7 @@ def train(
             section.fn = getattr(function, "__qualname__", type(function).__qualname__)
         else:
             section.fn = function
-    _run(entry, filled, functions)
+    _run(entry, filled, functions, names)
     return Trained(filled, run_dir)
 
 
@@ -287,15 +304,18 @@ def first_process() -> bool:
     return not any(int(os.environ.get(name) or 0) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
-def _run(entry: str, config: Any, functions: dict[str, Function]) -> None:
+def _run(entry: str, config: Any, functions: dict[str, Function], names: dict[str, str]) -> None:
+    """Run the entry point; `names` are those of the lists that were written to files, by path."""
     from megarl import train_ilql, train_ppo, train_rft, train_sft
     from megarl.config.checks import check, world_size
+    from megarl.data.sources import named_lists
 
     check(config, world_size(config, os.environ))
-    if entry == "sft":
-        code = train_sft.train(config)
-    else:
-        code = {"ppo": train_ppo, "ilql": train_ilql, "rft": train_rft}[entry].train(config, functions)
+    with named_lists(names):
+        if entry == "sft":
+            code = train_sft.train(config)
+        else:
+            code = {"ppo": train_ppo, "ilql": train_ilql, "rft": train_rft}[entry].train(config, functions)
     # The run is saved, but what follows the call is for a trained model.
     if code == INTERRUPTED:
         raise KeyboardInterrupt

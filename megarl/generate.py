@@ -121,7 +121,7 @@ def opened(
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
     vocab_size = vocabulary(config.model, tokenizer)
     q_heads = stored_q_heads(config.model.path)
-    prompts = [] if config.prompts is None else read_prompts(config, tokenizer)
+    prompts = [] if config.prompts is None else read_prompts(config, tokenizer, vocab_size)
     joined = not dist.is_initialized()
     device = start_world(config.parallel.timeout_s)
     parallel = config.parallel
@@ -160,9 +160,9 @@ def opened(
 # --- prompts to answers -----------------------------------------------------------------------------------------------
 
 
-def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer") -> "list[Prompt]":
-    """Every prompt. What names a file is read as one; anything else is a prompt itself."""
-    from megarl.data.prompts import encode_prompt
+def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer", vocab_size: int) -> "list[Prompt]":
+    """Every prompt, measured. What names a file is read as one; anything else is a prompt itself."""
+    from megarl.data.prompts import PromptLimits, encode_prompt, fit_prompts
     from megarl.data.sources import Record, read_records
 
     assert config.prompts is not None
@@ -173,10 +173,17 @@ def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer") -> "list[Prom
     records = (
         read_records([config.prompts], text_key=config.prompt_key)
         if named
-        else [Record({config.prompt_key: config.prompts}, "prompts")]
+        else [Record({config.prompt_key: config.prompts}, f"prompts={_start_of(config.prompts)!r}")]
     )
     keys = config.prompt_key, config.messages_key
-    return [encode_prompt(record, tokenizer, *keys, config.chat_template) for record in records]
+    encoded = (encode_prompt(record, tokenizer, *keys, config.chat_template) for record in records)
+    rollout = config.rollout
+    limits = PromptLimits(config.model.max_positions, rollout.max_new_tokens, vocab_size, rollout.too_long)
+    return fit_prompts(encoded, limits, f"prompts={_start_of(config.prompts)}")
+
+
+def _start_of(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def answer(
@@ -187,11 +194,16 @@ def answer(
 ) -> None:
     """Write a line for every response as soon as it is done (those of other replicas at the end)."""
     from megarl.rollout.noise import EVALUATION
-    from megarl.rollout.requests import fit_prompts, repeat, sampling_from
+    from megarl.rollout.requests import Request, sampling_from
 
     sampling = sampling_from(config.rollout)
-    asked = repeat([prompt.tokens for prompt in prompts], config.rollout.n, sampling)
-    requests = fit_prompts(asked, generator.config.max_positions, config.rollout.too_long)
+    # By their numbers in the file: a prompt that was left out changes neither the others' ids nor their responses.
+    texts = {prompt.number: prompt.text for prompt in prompts}
+    requests = [
+        Request(prompt.number, sample_id, prompt.tokens, sampling)
+        for prompt in prompts
+        for sample_id in range(config.rollout.n)
+    ]
     first = generator.grid.rank == 0
     written: set[tuple[int, int]] = set()
     start = time.monotonic()
@@ -203,7 +215,7 @@ def answer(
             for rollout in rollouts:
                 name = (rollout.prompt_id, rollout.sample_id)
                 if name not in written:
-                    out.write(json.dumps(_line(rollout, prompts[rollout.prompt_id].text, tokenizer)) + "\n")
+                    out.write(json.dumps(_line(rollout, texts[rollout.prompt_id], tokenizer)) + "\n")
                     written.add(name)
             out.flush()
             advance(rollouts)
@@ -284,9 +296,10 @@ def _progress(config: "GenerateConfig", total: int, first: bool) -> Iterator[Cal
 def chat(config: "GenerateConfig", generator: "Generator", tokenizer: "Tokenizer") -> None:
     """Turn by turn: the first rank reads the terminal and shows the answer, all ranks compute it."""
     from megarl.rollout.noise import EVALUATION
-    from megarl.rollout.requests import Request, fit_prompts, sampling_from
+    from megarl.rollout.requests import Request, sampling_from
 
-    sampling = sampling_from(config.rollout)
+    context = generator.config.max_positions
+    sampling = _short_of(sampling_from(config.rollout), context)
     first = generator.grid.rank == 0
     opening: list[dict[str, str]] = [] if config.system is None else [{"role": "system", "content": config.system}]
     messages = list(opening)
@@ -301,9 +314,11 @@ def chat(config: "GenerateConfig", generator: "Generator", tokenizer: "Tokenizer
             continue
         messages.append({"role": "user", "content": said})
         tokens = tokenizer.apply_chat_template(messages, True, config.chat_template)
-        request = Request(0, 0, tuple(tokens), _short_of(sampling, generator.config.max_positions))
-        (fit,) = fit_prompts([request], generator.config.max_positions, "truncate")
-        (rollout,) = generator.generate([fit], stream=EVALUATION, phase=turn)
+        newest = tuple(tokens[-max(1, context - sampling.max_new_tokens) :])
+        if first and len(newest) < len(tokens):
+            sys.stderr.write(f"(the model reads the last {len(newest)} of this conversation's {len(tokens)} tokens)\n")
+        request = Request(0, 0, newest, sampling)
+        (rollout,) = generator.generate([request], stream=EVALUATION, phase=turn)
         text = tokenizer.decode(rollout.spoken)
         messages.append({"role": "assistant", "content": text})
         if first:

@@ -75,6 +75,27 @@ def stopped(run_dir: Path) -> None:
     (free,) = trained.generate("a", max_new_tokens=8, temperature=0)
     (cut,) = trained.generate("a", max_new_tokens=8, temperature=0, stop=["${x}", free[:2]])
     assert len(cut) < len(free)
+    with pytest.raises(DataError, match=r"^prompts\[1\]: the prompt has 300 tokens"):
+        trained.generate(["a", "b" * 300], max_new_tokens=8, too_long="error")
+    with pytest.raises(ConfigError, match="too_long='drop'"):
+        trained.generate("a", too_long="drop")
+
+
+def refused(run_dir: Path) -> None:
+    config = megarl.default_config("ppo", *QUIET, f"run.dir={run_dir}")
+    lists: list[tuple[str, dict[str, Any]]] = [
+        ("prompts[1]", {"prompts": ["a", "b" * 300]}),
+        ("eval_prompts[2]", {"prompts": ["a"], "eval_prompts": ["a", "b", "\ud800"]}),
+        ("prompts[0]", {"prompts": [{"prompt": "a", "outputs": 1}]}),
+    ]
+    for where, given in lists:
+        with pytest.raises(DataError) as problem:
+            megarl.train(TINY, reward_fn=lambda outputs, **_: [0.0 for _ in outputs], config=config, **given)
+        assert str(problem.value).startswith(f"{where}: ")
+
+
+def test_prompts_that_no_phase_could_use_are_refused_by_their_place_in_the_list(worlds: Worlds, tmp_path: Path) -> None:
+    worlds.run(1, refused, tmp_path / "run")
 
 
 @pytest.mark.parametrize("call", [ppo, ilql, sft, stopped], ids=lambda call: call.__name__)

@@ -75,12 +75,13 @@ def check_declared(config: Any) -> None:
         if leaf.type == "list[str]" and not all(isinstance(part, str) for part in value):
             raise ConfigError(f"{leaf.key}={value} holds something that is no text: write {leaf.key}=[a,b]")
         rules = [(_BOUNDS[name], bound) for name, bound in leaf.bounds.items()]
-        finite = not isinstance(value, float) or math.isfinite(value)
-        if not (finite and all(holds(value, bound) for (_, holds), bound in rules)):
-            words = [f"{word} {bound:g}" for (word, _), bound in rules]
-            raise ConfigError(
-                f"{leaf.key}={value} is out of range: use {describe_type(leaf.type)}, {' and '.join(words)}"
-            )
+        for number in value if isinstance(value, list) else [value]:
+            finite = not isinstance(number, float) or math.isfinite(number)
+            if not (finite and all(holds(number, bound) for (_, holds), bound in rules)):
+                words = [f"{word} {bound:g}" for (word, _), bound in rules]
+                raise ConfigError(
+                    f"{leaf.key}={value} is out of range: use {describe_type(leaf.type)}, {' and '.join(words)}"
+                )
 
 
 def world_size(config: Any, environ: Mapping[str, str]) -> int:
@@ -316,7 +317,7 @@ def _data(config: Any, world_size: int) -> None:
     if resource(DEMO_EVAL) in evaluation and resource(DEMO_TRAIN) not in train:
         warn_once(
             get_logger(__name__),
-            "data.eval still is the demo set while data.train is not: set data.eval=[...], or [] for no evaluation",
+            "data.eval is the demo set while data.train is not: set data.eval=[...], or [] for no evaluation",
         )
 
 

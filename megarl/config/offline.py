@@ -23,7 +23,9 @@ class OfflineDataConfig(PromptDataConfig):
     )
     rewards_key: str = leaf("rewards", "key of a sample's reward in a record: a number, or one for each output")
     seq_length: int = leaf(128, "most tokens per sample", at_least=2)
-    too_long: str = leaf("truncate", "what happens to samples longer than seq_length", TOO_LONG)
+    too_long: str = leaf(
+        "truncate", "what happens to samples longer than seq_length: cut at the end, left out or an error", TOO_LONG
+    )
     shuffle: bool = leaf(True, "draw samples in a new seeded order every epoch")
     cache: str | None = leaf(
         "~/.cache/megarl", "folder in which tokenised samples are kept for later runs (null: they are not)"
@@ -43,7 +45,7 @@ class GuidedRolloutConfig(RolloutConfig):
 class GuidedSweepConfig(SweepConfig):
     """Values of one setting that every evaluation goes through; metrics are logged as name@setting=value."""
 
-    beta: list[float] = leaf([], "values of rollout.ilql_beta")
+    beta: list[float] = leaf([], "values of rollout.ilql_beta that every evaluation goes through", at_least=0)
 
 
 @dataclass

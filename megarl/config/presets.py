@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,19 @@ def resource(path: str) -> str:
     return str(_PACKAGE / path)
 
 
+def shown_resource(value: str) -> str:
+    """A path of a file that ships inside the package as YAML has it, whatever folder megarl is in."""
+    path = Path(value)
+    if not path.is_relative_to(_PACKAGE):
+        return value
+    return f"${{resource:{path.relative_to(_PACKAGE).as_posix()}}}"
+
+
+def demo_eval(train: Sequence[str]) -> list[str]:
+    """The demo's evaluation set where the demo is trained on; behind `${demo_eval:...}` in YAML."""
+    return [resource(DEMO_EVAL)] if resource(DEMO_TRAIN) in train else []
+
+
 def preset_files(user_folder: Path) -> dict[str, Path]:
     """Presets by name: the shipped ones, then the user's, which replace shipped ones of the same name."""
     return {path.stem: path for folder in (conf_folder(), user_folder) for path in sorted(_presets_in(folder))}
@@ -47,7 +60,7 @@ def chosen_presets(argv: list[str]) -> list[str]:
 
 
 def register(argv: list[str], entry: str) -> None:
-    """Make the schemas, the `resource` resolver and all presets known to Hydra.
+    """Make the schemas, the resolvers and all presets known to Hydra.
 
     Registered presets are replaced every time, so that a process that changes folder never sees stale ones.
 
@@ -56,6 +69,7 @@ def register(argv: list[str], entry: str) -> None:
         entry: the entry point; what a preset says to others only is left out.
     """
     OmegaConf.register_new_resolver("resource", resource, replace=True)
+    OmegaConf.register_new_resolver("demo_eval", demo_eval, replace=True)
     store = ConfigStore.instance()
     store.store(name=f"schema_{entry}", node=ENTRIES[entry])
     user_folder = Path.cwd() / "conf"

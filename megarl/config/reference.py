@@ -10,10 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from megarl.config.leaf import Leaf, leaves
-from megarl.config.presets import GROUP, conf_folder, preset_files
+from megarl.config.presets import GROUP, conf_folder, preset_files, shown_resource
 from megarl.config.schema import ENTRIES, program
 
 _PREAMBLE = """# Configuration
@@ -21,9 +19,10 @@ _PREAMBLE = """# Configuration
 Made from the schema by `python -m megarl.config.reference > docs/configuration.md`; do not edit by hand.
 
 Any key can be set on the command line: `python -m megarl.train_sft optim.lr=1e-4 parallel.tp=2`. Values come,
-later ones winning, from the schema's defaults, the groups, the entry's file in `conf/` (below stands what it says,
-else the schema), presets (`+conf=NAME`, `+conf=[a,b]`) and the command line. `--cfg job` prints the result without
-running it, and `--multirun` runs once per value: `--multirun optim.lr=1e-3,1e-4`.
+later ones winning, from the schema's defaults, the groups, the entry's file in `conf/`, presets (`+conf=NAME`,
+`+conf=[a,b]`) and the command line. The defaults below are what an entry point has without presets and without a
+command line; `${resource:FILE}` is a file inside the installed package. `--cfg job` prints the result without running
+it, and `--multirun` runs once per value: `--multirun optim.lr=1e-3,1e-4`.
 """
 
 _ABOUT_PRESETS = """## Presets
@@ -87,6 +86,8 @@ def help_text(entry: str, plain: dict[str, Any]) -> str:
 
 def page() -> str:
     """The text of docs/configuration.md."""
+    from megarl.config.compose import compose  # which shows this module's text
+
     lines = [_PREAMBLE, "## Groups", "", "| option | what it is for |", "| --- | --- |"]
     for group, options in _groups().items():
         lines += [f"| `{group}={name}` | {about} |" for name, about in options]
@@ -94,7 +95,7 @@ def page() -> str:
     lines += [f"| `+{GROUP}={name}` | {about} |" for name, about in _presets(None)]
     for entry, tree in ENTRIES.items():
         lines += ["", f"## Keys of `megarl.{program(entry)}`"]
-        section, own = None, OmegaConf.load(conf_folder() / f"{program(entry)}.yaml")
+        section, plain = None, compose(entry, [])[1]
         for leaf in leaves(tree):
             head = leaf.key.rpartition(".")[0]
             if head != section:
@@ -102,14 +103,13 @@ def page() -> str:
                 lines += ["", title, "", "| key | type | default | meaning |", "| --- | --- | --- | --- |"]
                 section = head
             kind = ", ".join(leaf.choices) or _type(leaf)
-            lines.append(f"| `{leaf.key}` | {kind} | `{_shown(_own_default(own, leaf))}` | {leaf.doc} |")
+            lines.append(f"| `{leaf.key}` | {kind} | `{_shown(portable(_value(plain, leaf.key)))}` | {leaf.doc} |")
     return "\n".join([*lines, "", _ABOUT_PROCESSES])
 
 
-def _own_default(own: Any, leaf: Leaf) -> Any:
-    """What an entry's own file says of a key, else the schema."""
-    value = OmegaConf.select(own, leaf.key)
-    return leaf.default if value is None else value
+def portable(value: Any) -> Any:
+    """A composed value with the paths of shipped files as YAML has them, the same wherever megarl is installed."""
+    return [shown_resource(part) for part in value] if isinstance(value, list) else value
 
 
 def _type(leaf: Leaf) -> str:

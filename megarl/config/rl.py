@@ -38,7 +38,10 @@ class RolloutConfig:
     )
     cuda_graphs: bool = leaf(False, "decode in passes of fixed shapes, which a GPU replays as CUDA graphs (pp 1)")
     too_long: str = leaf(
-        "error", "prompts that leave no room for max_new_tokens: cut on the left, left out or an error", TOO_LONG
+        "error",
+        "what happens, when prompts are read, to those that leave no room for max_new_tokens in the model's context: "
+        "cut on the left, left out or an error",
+        TOO_LONG,
     )
     dump: str | None = leaf(None, "folder in which every phase's rollouts are kept (null: none)")
     replay: str | None = leaf(None, "folder of a dump, whose rollouts are used instead of new ones (null: generate)")
@@ -90,7 +93,7 @@ class MetricConfig:
 class SweepConfig:
     """Values of one setting that every evaluation goes through; metrics are logged as name@setting=value."""
 
-    temperature: list[float] = leaf([], "temperatures")
+    temperature: list[float] = leaf([], "values of rollout.temperature that every evaluation goes through", at_least=0)
 
 
 @dataclass

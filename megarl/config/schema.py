@@ -142,8 +142,12 @@ class ParallelConfig:
 class DataConfig:
     """Which records are read and how they become batches."""
 
-    train: list[str] = leaf([], "training files, folders or hub names")
-    eval: list[str] = leaf([], "evaluation files, folders or hub names (empty: no evaluation)")
+    train: list[str] = leaf([], "files, folders or hub names of the records to train on")
+    eval: list[str] = leaf(
+        [],
+        "files, folders or hub names of the records to evaluate on (empty: no evaluation; the demo's are left out by "
+        "themselves where data.train names other data)",
+    )
     format: str = leaf("auto", "shape of a record (auto: told by its keys)", ("auto", "text", "completion", "chat"))
     text_key: str = leaf("text", "key of the text in a text record")
     prompt_key: str = leaf("prompt", "key of the prompt in a completion record")
@@ -155,7 +159,9 @@ class DataConfig:
     train_split: str = leaf("train", "split of a hub data set that is trained on")
     eval_split: str = leaf("validation", "split of a hub data set that is evaluated on")
     seq_length: int = leaf(128, "most tokens per training sequence", at_least=2)
-    too_long: str = leaf("truncate", "what happens to records longer than seq_length", TOO_LONG)
+    too_long: str = leaf(
+        "truncate", "what happens to records longer than seq_length: cut at the end, left out or an error", TOO_LONG
+    )
     loss_on: str = leaf("completion", "tokens that are trained on", ("completion", "all"))
     pack: bool = leaf(False, "put several short records into one sequence (they never attend to each other)")
     group_by_length: bool = leaf(False, "put records of similar length into one batch to save padding")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megarl.data.dataset import DatasetStats, PackedDataset, Rows, SFTDataset
+from megarl.data.dataset import PackedDataset, Rows, SFTDataset
 from megarl.data.formats import RecordFormat, load_chat_template
 from megarl.data.loaders import EvalLoader, StepLoader
 from megarl.data.order import TrainBatches, shard_rows
@@ -62,7 +62,7 @@ def build_sft_data(
     )
     documents = _read(data, data.train, data.train_split, None, "data.train", tokenizer, record_format)
     if dp_rank == 0:
-        _report("data.train", documents.stats)
+        documents.stats.report("data.train", "data.seq_length")
     train: SFTDataset | PackedDataset = documents
     if data.pack:
         train = PackedDataset(documents, data.seq_length, config.seed, data.shuffle)
@@ -72,7 +72,7 @@ def build_sft_data(
         return train, None
     held_out = _read(data, data.eval, data.eval_split, data.eval_limit, "data.eval", tokenizer, record_format)
     if dp_rank == 0:
-        _report("data.eval", held_out.stats)
+        held_out.stats.report("data.eval", "data.seq_length")
     return train, held_out
 
 
@@ -139,22 +139,3 @@ def _read(
 ) -> SFTDataset:
     records = islice(read_records(paths, split, data.text_key), limit)
     return SFTDataset(records, tokenizer, data.seq_length, record_format, data.too_long, name)
-
-
-def _report(name: str, stats: DatasetStats) -> None:
-    log.info(
-        "%s: kept %d of %d records; %d tokens, %d of them trained on",
-        name,
-        stats.kept,
-        stats.records,
-        stats.tokens,
-        stats.response_tokens,
-    )
-    if stats.truncated or stats.dropped_too_long or stats.dropped_no_loss:
-        log.warning(
-            "%s: %d records were cut to data.seq_length, %d dropped as longer, %d had no token to train on",
-            name,
-            stats.truncated,
-            stats.dropped_too_long,
-            stats.dropped_no_loss,
-        )

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from megarl.data.formats import Document, RecordFormat
-from megarl.data.sources import Record
+from megarl.data.sources import Places, Record
 from megarl.errors import DataError
 from megarl.tokenizers import Tokenizer
 
 PACKING_WINDOW = 8192
+log = logging.getLogger(__name__)
 
 
 class Rows(Protocol):
@@ -32,7 +34,7 @@ class Rows(Protocol):
 
 @dataclass
 class DatasetStats:
-    """What became of the records of a data set."""
+    """What became of the records of a data set; `changed` are those that were cut or left out."""
 
     records: int = 0
     kept: int = 0
@@ -41,6 +43,28 @@ class DatasetStats:
     dropped_no_loss: int = 0
     tokens: int = 0
     response_tokens: int = 0
+    changed: Places = field(default_factory=Places)
+
+    def report(self, name: str, limit: str) -> None:
+        """Log the counts, in a second line those of records that were cut to `limit` or left out."""
+        log.info(
+            "%s: kept %d of %d records; %d tokens, %d of them trained on",
+            name,
+            self.kept,
+            self.records,
+            self.tokens,
+            self.response_tokens,
+        )
+        if self.changed.count:
+            log.warning(
+                "%s: %d records were cut to %s, %d dropped as longer, %d had no token to train on: %s",
+                name,
+                self.truncated,
+                limit,
+                self.dropped_too_long,
+                self.dropped_no_loss,
+                self.changed,
+            )
 
 
 class SFTDataset:
@@ -71,11 +95,14 @@ class SFTDataset:
         record_format = record_format or RecordFormat()
         for record in records:
             self.stats.records += 1
-            document = self._fit(record_format.encode(record, tokenizer), seq_length, too_long, record.where)
-            if document is None:
-                continue
-            if not document.response_mask.any():
+            whole = record_format.encode(record, tokenizer)
+            document = self._fit(whole, seq_length, too_long, record.where)
+            if document is not None and not document.response_mask.any():
                 self.stats.dropped_no_loss += 1
+                document = None
+            if document is not whole:
+                self.stats.changed.add(record.where)
+            if document is None:
                 continue
             self.documents.append(document)
             self.stats.tokens += len(document)

@@ -5,7 +5,7 @@ Three shapes of record are known: a text, a prompt with its completion, and a ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +102,7 @@ class RecordFormat:
                 f"{record.where}: key {key!r} holds a {type(text).__name__}; expected a string "
                 f"(found keys: {_keys(record)}); fix the record, or set {self._setting(key)}"
             )
-        return _encodable(text, f"{record.where}: key {key!r}")
+        return encodable(text, f"{record.where}: key {key!r}")
 
     def _encode_chat(self, record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         messages = record.fields[self.messages_key]
@@ -113,9 +113,7 @@ class RecordFormat:
                 f"with role and content (found keys: {_keys(record)}); fix it, or set data.messages_key"
             )
         try:
-            for turn, message in enumerate(messages, 1):
-                if isinstance(message, Mapping) and isinstance(message.get("content"), str):
-                    _encodable(message["content"], f"turn {turn}")
+            check_encodable(messages)
             if self.loss_on == "all":
                 tokens = tokenizer.apply_chat_template(messages, template=self.chat_template)
                 return tokens, [1] * len(tokens)
@@ -141,7 +139,15 @@ def _keys(record: Record) -> str:
     return ", ".join(map(str, record.fields)) or "none"
 
 
-def _encodable(text: str, where: str) -> str:
+def check_encodable(messages: Sequence[object]) -> None:
+    """Refuse a conversation with a turn that holds a lone surrogate."""
+    for turn, message in enumerate(messages, 1):
+        if isinstance(message, Mapping) and isinstance(message.get("content"), str):
+            encodable(message["content"], f"turn {turn}")
+
+
+def encodable(text: str, where: str) -> str:
+    """Return the text, or refuse one with a lone surrogate, which has no UTF-8 form; `where` names it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from megarl.data.collate import Batch
-from megarl.data.formats import load_chat_template
+from megarl.data.formats import check_encodable, encodable, load_chat_template
 from megarl.data.order import TrainBatches
 from megarl.data.randomwalks import RANDOMWALKS, task
-from megarl.data.sources import Record, read_records
+from megarl.data.sources import Places, Record, read_records
 from megarl.errors import DataError
 from megarl.tokenizers import Tokenizer
 
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from megarl.config.schema import ILQLConfig
 
 log = logging.getLogger(__name__)
-VERSION = 1  # of the files in a cache: another meaning of the same samples is another number
+VERSION = 2  # of the files in a cache: another meaning of the same samples is another number
 ARRAYS = ("tokens", "response_mask", "rewards", "starts", "returns")
+REPORT = "report.txt"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class SampleFormat:
                 f"{record.where}: the dialogue starts with an output, which nothing comes before: put a prompt first"
             )
         try:
+            check_encodable(messages)
             return tokenizer.encode_chat(messages, self.chat_template)
         except DataError as problem:
             raise DataError(f"{record.where}: {problem}") from None
@@ -135,10 +137,14 @@ class OfflineStore:
     deviation of the returns, whose mean is taken from the last reward of a sample. Returns that are all equal are 0.
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """arrays: tokens int32, response_mask uint8 and rewards float32 of all samples one after the other; starts
-        int64 [samples + 1]; returns float64 [samples]."""
-        self.arrays = dict(arrays)
+    def __init__(self, arrays: Mapping[str, np.ndarray], report: str = "") -> None:
+        """
+        Args:
+            arrays: tokens int32, response_mask uint8 and rewards float32 of all samples one after the other; starts
+                int64 [samples + 1]; returns float64 [samples].
+            report: how many samples were cut or left out, in words.
+        """
+        self.arrays, self.report = dict(arrays), report
         self.starts, self.returns = np.asarray(arrays["starts"]), np.asarray(arrays["returns"])
         self.lengths = np.diff(self.starts)
         differ = len(self.returns) > 1 and self.returns.min() != self.returns.max()
@@ -181,11 +187,13 @@ class OfflineStore:
         aside.mkdir(parents=True)
         for name in ARRAYS:
             np.save(aside / f"{name}.npy", self.arrays[name], allow_pickle=False)
+        (aside / REPORT).write_text(self.report, encoding="utf-8")
         aside.rename(folder)
 
     @classmethod
     def load(cls, folder: Path) -> OfflineStore:
-        return cls({name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS})
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
+        return cls(arrays, (folder / REPORT).read_text(encoding="utf-8"))
 
 
 def build_store(
@@ -201,6 +209,7 @@ def build_store(
     sample_format = sample_format or SampleFormat()
     kept: list[Sample] = []
     read = cut = dropped = 0
+    changed = Places()
     for record in records:
         read += 1
         sample = sample_format.encode(record, tokenizer)
@@ -210,6 +219,7 @@ def build_store(
                     f"{record.where}: is {len(sample.tokens)} tokens long, more than data.seq_length={seq_length}; "
                     "shorten it, raise data.seq_length, or set data.too_long to truncate or drop"
                 )
+            changed.add(record.where)
             shorter = None if too_long == "drop" else _cut(sample, seq_length)
             if shorter is None:
                 dropped += 1
@@ -221,8 +231,10 @@ def build_store(
             f"{name}: none of its {read} samples is left ({dropped} longer than data.seq_length={seq_length}); "
             "raise data.seq_length, or give other samples"
         )
-    if cut or dropped:
-        log.warning("%s: of %d samples, %d were cut to data.seq_length and %d left out", name, read, cut, dropped)
+    report = ""
+    if changed.count:
+        report = f"{name}: of {read} samples, {cut} were cut to data.seq_length and {dropped} left out"
+        log.warning("%s: %s", report, changed)
     starts = np.cumsum([0, *(len(sample.tokens) for sample in kept)], dtype=np.int64)
     return OfflineStore(
         {
@@ -231,7 +243,8 @@ def build_store(
             "rewards": np.fromiter(chain.from_iterable(s.rewards for s in kept), np.float32, int(starts[-1])),
             "starts": starts,
             "returns": np.array([sum(sample.rewards) for sample in kept], np.float64),
-        }
+        },
+        report,
     )
 
 
@@ -253,14 +266,18 @@ def open_store(data: OfflineDataConfig, tokenizer: Tokenizer) -> OfflineStore:
     folder = Path(data.cache).expanduser() / f"samples-{name}"
     try:
         with _locked(folder.with_suffix(".lock")):
-            if not folder.is_dir():
+            made = not folder.is_dir()
+            if made:
                 build().save(folder)
                 log.info("data.train: tokenised and kept in %s", folder)
     except OSError as problem:
         raise DataError(
             f"data.cache={data.cache} cannot be written ({problem.strerror or problem}): name another folder, or null"
         ) from None
-    return OfflineStore.load(folder)
+    store = OfflineStore.load(folder)
+    if store.report and not made:
+        log.warning("%s (when %s was made)", store.report, folder)
+    return store
 
 
 class OfflineLoader:
@@ -302,7 +319,7 @@ def build_offline_loader(
 def _turns(sample: Any, where: str, key: str, tokenizer: Tokenizer) -> list[tuple[bool, list[int]]]:
     """(whether the policy speaks, tokens) of each turn; of a text, everything after its first token is the policy's."""
     if isinstance(sample, str):
-        tokens = [*tokenizer.encode_prompt(sample), tokenizer.eos_id]
+        tokens = [*tokenizer.encode_prompt(encodable(sample, f"{where}: the sample")), tokenizer.eos_id]
         return [(False, tokens[:1]), (True, tokens[1:])]
     if not isinstance(sample, list | tuple) or not all(isinstance(turn, str) for turn in sample):
         found = "nothing" if sample is None else f"a {type(sample).__name__}"
@@ -320,6 +337,7 @@ def _turns(sample: Any, where: str, key: str, tokenizer: Tokenizer) -> list[tupl
             raise DataError(
                 f"{where}: turn {number + 1} is an output with no action: write one, or take the record out"
             )
+        encodable(text, f"{where}: turn {number + 1}")
         encoded = tokenizer.encode(text) if number else tokenizer.encode_prompt(text)
         turns.append((bool(number % 2), [*encoded, tokenizer.eos_id] if number % 2 else encoded))
     return turns

@@ -1,38 +1,99 @@
-"""Prompts to be answered: records with a prompt or a conversation, and what else they hold, for reward functions."""
+"""Prompts to be answered, with what else their records hold for reward functions.
+
+They are measured when they are read, so that no later phase can find one that the model cannot answer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from megarl.config.rl import PromptDataConfig
-from megarl.data.formats import load_chat_template
+from megarl.data.formats import check_encodable, encodable, load_chat_template
 from megarl.data.order import TrainBatches
 from megarl.data.randomwalks import RANDOMWALKS, task
-from megarl.data.sources import Record, read_records
-from megarl.errors import DataError
+from megarl.data.sources import Places, Record, read_records
+from megarl.errors import ConfigError, DataError
+from megarl.logging import get_logger
 from megarl.tokenizers import Tokenizer
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`metadata` is the record's other fields."""
+    """A prompt as text and tokens.
+
+    Attributes:
+        text: the whole text of the record, also where tokens were cut off.
+        metadata: the record's other fields.
+        where: `file:line` of the record, for messages.
+        number: index of the record among all that were read; prompts that are left out leave gaps.
+    """
 
     text: str
     tokens: tuple[int, ...]
     metadata: dict[str, Any]
+    where: str = field(default="", compare=False)
+    number: int = field(default=0, compare=False)
 
 
-def read_prompts(paths: Sequence[str], split: str, data: PromptDataConfig, tokenizer: Tokenizer) -> list[Prompt]:
-    """Every record's prompt. The path `randomwalks` stands for the starts of that task's graph."""
+@dataclass(frozen=True)
+class PromptLimits:
+    """What a model can answer: prompts of its vocabulary that leave room for a response in its context.
+
+    `too_long` says what happens to longer prompts: error, drop or truncate.
+    """
+
+    context: int
+    max_new_tokens: int
+    vocab_size: int
+    too_long: str = "error"
+
+    def __post_init__(self) -> None:
+        if self.room < 1:
+            raise ConfigError(
+                f"rollout.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in the model's context of "
+                f"{self.context} tokens: use rollout.max_new_tokens={self.context - 1} or less"
+            )
+
+    @property
+    def room(self) -> int:
+        """Maximum number of tokens of a prompt."""
+        return self.context - self.max_new_tokens
+
+    def __str__(self) -> str:
+        return (
+            f"{self.room} tokens (the model's context of {self.context} less rollout.max_new_tokens="
+            f"{self.max_new_tokens})"
+        )
+
+
+def read_prompts(
+    paths: Sequence[str],
+    split: str,
+    data: PromptDataConfig,
+    tokenizer: Tokenizer,
+    limits: PromptLimits,
+    name: str = "data.train",
+) -> list[Prompt]:
+    """Every record's prompt, measured. The path `randomwalks` stands for the starts of that task's graph.
+
+    All prompts have the same metadata fields, None where a record lacks one, so that what a reward function is given
+    does not depend on which prompts share a call.
+
+    Args:
+        name: the configuration key of the paths, for messages.
+    """
     template = load_chat_template(data.chat_template)
     records = (record for path in paths for record in _read(path, split, data))
-    return [
+    encoded = (
         encode_prompt(record, tokenizer, data.prompt_key, data.messages_key, template, "data.") for record in records
-    ]
+    )
+    return _with_equal_fields(fit_prompts(encoded, limits, name))
 
 
 def encode_prompt(
@@ -43,10 +104,11 @@ def encode_prompt(
     messages, text = fields.get(messages_key), fields.get(prompt_key)
     try:
         if messages is not None:
+            _check_conversation(messages, messages_key)
             tokens = tokenizer.apply_chat_template(messages, True, template)
             text = tokenizer.decode(tokens)
         elif isinstance(text, str):
-            tokens = tokenizer.encode_prompt(text)
+            tokens = tokenizer.encode_prompt(encodable(text, f"key {prompt_key!r}"))
     except DataError as problem:
         raise DataError(f"{record.where}: {problem}") from None
     if not isinstance(text, str):
@@ -57,7 +119,73 @@ def encode_prompt(
     if not tokens:
         raise DataError(f"{record.where}: the prompt is empty and has no tokens: write one, or take the record out")
     others = {key: value for key, value in fields.items() if key not in (prompt_key, messages_key)}
-    return Prompt(text, tuple(tokens), others)
+    return Prompt(text, tuple(tokens), others, record.where)
+
+
+def fit_prompts(prompts: Iterable[Prompt], limits: PromptLimits, name: str) -> list[Prompt]:
+    """Return the prompts that the model can answer, numbered by their index in `prompts`.
+
+    A prompt that is too long is refused, left out, or cut on the left; how many were is logged in one line.
+
+    Args:
+        name: what all prompts together are called in messages, such as "data.train".
+    """
+    fitting: list[Prompt] = []
+    long = Places()
+    number = -1
+    for number, prompt in enumerate(prompts):
+        _check_vocabulary(prompt, limits.vocab_size)
+        tokens = prompt.tokens
+        if len(tokens) > limits.room:
+            if limits.too_long == "error":
+                raise DataError(
+                    f"{prompt.where}: the prompt has {len(tokens)} tokens, and there is room for {limits}: shorten it, "
+                    "lower rollout.max_new_tokens, or set rollout.too_long=truncate or drop"
+                )
+            long.add(prompt.where)
+            if limits.too_long == "drop":
+                continue
+            tokens = tokens[-limits.room :]
+        fitting.append(replace(prompt, tokens=tokens, number=number))
+    if long.count and not fitting:
+        raise DataError(
+            f"{name}: none of its {number + 1} prompts is left, as all are longer than {limits} and "
+            "rollout.too_long=drop: shorten them, lower rollout.max_new_tokens, or set rollout.too_long=truncate"
+        )
+    if long.count:
+        done = "left out" if limits.too_long == "drop" else "cut on the left"
+        log.warning(
+            "%s: %d of %d prompts are longer than %s and were %s: %s", name, long.count, number + 1, limits, done, long
+        )
+    return fitting
+
+
+def _check_conversation(messages: Any, messages_key: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        found = "an empty list" if isinstance(messages, list) else f"a {type(messages).__name__}"
+        raise DataError(
+            f"key {messages_key!r} holds {found}; expected a list of turns, each with role and content: fix the record"
+        )
+    check_encodable(messages)
+
+
+def _check_vocabulary(prompt: Prompt, vocab_size: int) -> None:
+    if min(prompt.tokens) < 0 or max(prompt.tokens) >= vocab_size:
+        token = next(token for token in prompt.tokens if not 0 <= token < vocab_size)
+        raise DataError(
+            f"{prompt.where}: the prompt has token {token}, but the model's vocabulary has {vocab_size} entries: "
+            "set tokenizer.path to the tokenizer that the model was trained with"
+        )
+
+
+def _with_equal_fields(prompts: list[Prompt]) -> list[Prompt]:
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.metadata)
+    return [
+        prompt
+        if len(prompt.metadata) == len(names)
+        else replace(prompt, metadata={name: prompt.metadata.get(name) for name in names})
+        for prompt in prompts
+    ]
 
 
 def _read(path: str, split: str, data: PromptDataConfig) -> Iterator[Record]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from megarl.config.files import SUFFIXES, require_data
 from megarl.errors import DataError, UnavailableError
 
 _VALIDATION = ("validation", "valid", "val", "dev", "eval")
+_NAMED = 3  # records that a message names
+_lists: ContextVar[Mapping[str, str]] = ContextVar("lists", default={})  # noqa: B039 - never changed in place
 _SPLIT_WORD = re.compile(rf"^(train|test|{'|'.join(_VALIDATION)})(?=[-_.])")
 
 
@@ -25,6 +29,37 @@ class Record:
 
     fields: Mapping[str, Any]
     where: str
+
+
+@dataclass
+class Places:
+    """How many records something happened to, and where the first few of them are."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, where: str) -> None:
+        self.count += 1
+        if len(self.first) < _NAMED:
+            self.first.append(where)
+
+    def __str__(self) -> str:
+        more = self.count - len(self.first)
+        return ", ".join(self.first) + (f" and {more} more" if more else "")
+
+
+@contextmanager
+def named_lists(names: Mapping[str, str]) -> Iterator[None]:
+    """Inside, records of files that were written from Python lists are named by their list: `prompts[3]`.
+
+    Args:
+        names: the name of the list by the path of its file.
+    """
+    token = _lists.set(names)
+    try:
+        yield
+    finally:
+        _lists.reset(token)
 
 
 def read_records(paths: Sequence[str], split: str = "train", text_key: str = "text") -> Iterator[Record]:
@@ -40,12 +75,12 @@ def read_records(paths: Sequence[str], split: str = "train", text_key: str = "te
         DataError: a source is missing, empty or broken; the message names the file and the record.
     """
     for path in paths:
-        empty = True
+        name, count = _lists.get().get(path), 0
         for record in _read_source(path, split, text_key):
-            empty = False
-            yield record
-        if empty:
-            raise DataError(f"{path}: has no records; give a source with at least one, or take it off the list")
+            yield record if name is None else Record(record.fields, f"{name}[{count}]")
+            count += 1
+        if not count:
+            raise DataError(f"{name or path}: has no records; give a source with at least one, or take it off the list")
 
 
 def _read_source(path: str, split: str, text_key: str) -> Iterator[Record]:

@@ -44,7 +44,9 @@ def clone_behaviour(
         optim=settings,
         total_steps=steps,
     )
-    samples = as_rows(SFTDataset(_records(config), tokenizer, config.model.max_positions, name="clone.data"))
+    documents = SFTDataset(_records(config), tokenizer, config.model.max_positions, name="clone.data")
+    documents.stats.report("clone.data", "the model's context")
+    samples = as_rows(documents)
     log.info("cloning the behaviour of %d samples first: %d steps of cross entropy", len(samples["tokens"]), steps)
     order = TrainBatches(samples["lengths"].numpy(), config.trainer.global_batch_size, config.seed)
     for step in range(steps):

@@ -9,23 +9,30 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from megarl.checkpoint import find, step_of
-from megarl.data.prompts import Prompt, read_prompts
+from megarl.data.prompts import Prompt, PromptLimits, read_prompts
 from megarl.errors import RewardError
 from megarl.modules.base import Module
 from megarl.modules.evaluation import Evaluated, Evaluation, Respond
 from megarl.modules.journal import Journal
-from megarl.modules.judge import Judge, Judgement
+from megarl.modules.judge import Judge, Judgement, check_fields
 from megarl.modules.responder import Responder
 from megarl.rewards.answers import Score
-from megarl.rollout.noise import TRAINING
+from megarl.rollout.noise import EVALUATION, TRAINING
 from megarl.rollout.requests import Rollout
+from megarl.rollout.stored import require_phases
 from megarl.tokenizers import Tokenizer
 
 REWARD, METRIC = "reward.fn", "metric.fn"
 
 
 class GenerativeModule(Module):
-    """A module with a policy that answers prompts. Subclasses call `prepare_responses` once their engines stand."""
+    """A module with a policy that answers prompts.
+
+    Subclasses call `prepare_prompts` when they are made, so that bad prompts are refused before processes are started
+    and models are built, and `prepare_responses` once their engines stand.
+    """
+
+    vocab_size: int
 
     def __init__(self, config: Any, tokenizer: Tokenizer, functions: Mapping[str, Callable[..., Any]] | None) -> None:
         """
@@ -38,13 +45,39 @@ class GenerativeModule(Module):
         self.evaluation: Evaluation | None = None
         self.evaluated = Evaluated()
         self.judges: dict[str, Judge] = {}
+        self.prompts: list[Prompt] = []
+        self.eval_prompts: list[Prompt] = []
+
+    def prepare_prompts(self, *, train: bool) -> None:
+        """Read and measure the prompts of evaluations, and with `train` those of phases."""
+        data = self.config.data
+        if train:
+            self.prompts = self._read_prompts("data.train", data.train, data.train_split)
+        if data.eval and self.config.trainer.eval_every is not None:
+            self.eval_prompts = self._read_prompts("data.eval", data.eval, data.eval_split)
+
+    def _read_prompts(self, name: str, paths: Sequence[str], split: str) -> list[Prompt]:
+        rollout = self.config.rollout
+        limits = PromptLimits(
+            self.config.model.max_positions, rollout.max_new_tokens, self.vocab_size, rollout.too_long
+        )
+        prompts = read_prompts(paths, split, self.config.data, self.tokenizer, limits, name)
+        for key in (REWARD, METRIC):
+            if self._function(key) is not None:
+                check_fields(prompts, key)
+        return prompts
+
+    def _function(self, key: str) -> Any:
+        """The callable of `reward.fn` or `metric.fn`, or its name; None where there is none."""
+        return self.functions.get(key) or getattr(self.config, key.partition(".")[0]).fn
 
     def prepare_responses(self, respond: Respond | None = None) -> None:
         """The responder, a judge for each function there is, and the evaluation; `respond` draws its responses."""
         config = self.config
         self.responder = Responder(self.engines["policy"], self.tokenizer, config.rollout, seed=config.seed)
+        self.responder.check_room([*self.prompts, *self.eval_prompts])
         for key, options in ((REWARD, config.reward.options), (METRIC, {})):
-            function = self.functions.get(key) or getattr(config, key.partition(".")[0]).fn
+            function = self._function(key)
             if function is not None:
                 self.judges[key] = Judge(
                     function,
@@ -55,10 +88,11 @@ class GenerativeModule(Module):
                     options=options,
                     journal=self._journal(key.partition(".")[0]),
                 )
-        if config.data.eval and config.trainer.eval_every is not None:
-            prompts = read_prompts(config.data.eval, config.data.eval_split, config.data, self.tokenizer)
+        if self.eval_prompts:
             named = {"score" if key == REWARD else judge.name: judge for key, judge in self.judges.items()}
-            self.evaluation = Evaluation(respond or self.responder.respond, prompts, named, config.eval, self.tokenizer)
+            self.evaluation = Evaluation(
+                respond or self.responder.respond, self.eval_prompts, named, config.eval, self.tokenizer
+            )
 
     def explore(self, prompts: Sequence[Prompt]) -> tuple[list[Rollout], list[Score], Judgement]:
         """This phase's responses to prompts, `rollout.n` to each: those that have a score, and their scores."""
@@ -79,6 +113,18 @@ class GenerativeModule(Module):
         assert self.evaluation is not None
         with self.clock.part("eval"):
             return self.evaluation.run(self.consumed)
+
+    def on_train_start(self) -> None:
+        """With a replay, see that it holds every phase that is still to come."""
+        folder, every = self.config.rollout.replay, self.config.trainer.eval_every
+        if folder is None:
+            return
+        last = self.planned or self.config.trainer.max_steps
+        phases = {TRAINING: range(self.consumed, last)} if self.prompts else {}
+        if self.evaluation is not None:
+            evaluated = range(self.consumed - self.consumed % every + every, last + 1, every)
+            phases |= {EVALUATION + index: evaluated for index in range(len(self.evaluation.changes))}
+        require_phases(folder, phases)
 
     def val_dataloader(self) -> Iterable[int]:
         """One batch, which stands for all prompts: the generator has its own idea of how many are under way."""

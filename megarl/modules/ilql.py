@@ -39,6 +39,7 @@ class ILQL(GenerativeModule):
         super().__init__(config, tokenizer, functions)
         self.vocab_size = vocabulary(config.model, tokenizer)
         self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer)
+        self.prepare_prompts(train=False)
 
     def configure_model(self) -> None:
         if self.engines:

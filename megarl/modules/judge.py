@@ -11,10 +11,11 @@ from typing import Any
 
 from megarl.config.rl import RewardConfig
 from megarl.data.prompts import Prompt
+from megarl.errors import DataError
 from megarl.modules.journal import Entry, Journal, identity
 from megarl.parallel.grid import Grid
 from megarl.rewards.answers import Score
-from megarl.rewards.client import RewardWorker
+from megarl.rewards.client import RESERVED, RewardWorker
 from megarl.rewards.combine import Combined, combine
 from megarl.rewards.functions import RewardFunction, Spec, resolve
 from megarl.rollout.requests import Rollout
@@ -145,6 +146,18 @@ class Judge:
             "metadata": {name: [prompt.metadata.get(name) for prompt in prompts] for name in names},
             "lengths": [len(rollout.response) for rollout in rollouts],
         }
+
+
+def check_fields(prompts: Sequence[Prompt], key: str) -> None:
+    """Refuse prompts whose records have a field by the name of something else that functions are given."""
+    for name in RESERVED:
+        having = [prompt for prompt in prompts if name in prompt.metadata]
+        if having:  # all have it once one record has; None is what the others were given
+            first = next((prompt for prompt in having if prompt.metadata[name] is not None), having[0])
+            raise DataError(
+                f"{first.where}: a field of the record is called {name!r}, which {key} is given for something else: "
+                f"rename it (none may be called {', '.join(RESERVED)})"
+            )
 
 
 def free_name(name: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megarl.algorithms import aggregate, aggregation_count, kl_estimate, mask_out, ppo_policy_loss, ppo_value_loss
 from megarl.clock import Work
 from megarl.config.schema import PPOConfig
-from megarl.data.prompts import PhaseLoader, read_prompts
+from megarl.data.prompts import PhaseLoader
 from megarl.errors import NumericsError
 from megarl.logging import get_logger
 from megarl.models.exchange.adopt import adopt_critic
@@ -55,6 +55,7 @@ class PPO(GenerativeModule):
         self.policy_trains = True  # until it has moved too far in a phase
         self.kl_warned = False
         self.equal_phases = 0  # in a row, in which all scores were the same
+        self.prepare_prompts(train=True)
 
     # --- models and data --------------------------------------------------------------------------------------------
 
@@ -62,8 +63,6 @@ class PPO(GenerativeModule):
         if self.engines:
             return
         config = self.config
-        data = config.data
-        self.prompts = read_prompts(data.train, data.train_split, data, self.tokenizer)
         minibatches = -(-config.ppo.rollouts // config.trainer.global_batch_size)
         common: dict[str, Any] = {
             "vocab_size": self.vocab_size,

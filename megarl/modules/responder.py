@@ -11,7 +11,7 @@ from megarl.data.prompts import Prompt
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.rollout.generator import Generator, Limits, Scorer
-from megarl.rollout.requests import Rollout, fit_prompts, repeat, sampling_from
+from megarl.rollout.requests import Rollout, repeat, sampling_from
 from megarl.rollout.resharded import for_generation
 from megarl.tokenizers import Tokenizer
 
@@ -20,7 +20,7 @@ class Responder:
     """What is sampled follows from the seed, the stream, the phase and the place of a prompt in its list."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: RolloutConfig, *, seed: int) -> None:
-        self.settings, self.max_positions = settings, engine.config.max_positions
+        self.settings, self.sampling = settings, sampling_from(settings)
         self.reshard = for_generation(engine, settings.layout)
         self.generator = Generator(
             engine if self.reshard is None else self.reshard.engine,
@@ -48,9 +48,7 @@ class Responder:
             scorer: what tokens are drawn by.
             changes: settings of `Sampling` that differ from the run's.
         """
-        sampling = replace(sampling_from(self.settings), **changes)
-        asked = repeat([prompt.tokens for prompt in prompts], n, sampling)
-        requests = fit_prompts(asked, self.max_positions, self.settings.too_long)
+        requests = repeat([prompt.tokens for prompt in prompts], n, replace(self.sampling, **changes))
         if self.reshard is not None:
             self.reshard.refresh()
         self.generator.scorer = scorer
@@ -58,6 +56,12 @@ class Responder:
         if not self.settings.cuda_graphs:  # they are recorded over the cache, and recording takes seconds
             self.generator.close()  # what comes next has the memory
         return rollouts
+
+    def check_room(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse a cache that is too small for the response to any of these prompts."""
+        if prompts and self.settings.replay is None:
+            longest = max(len(prompt.tokens) for prompt in prompts)
+            self.generator.check_length(longest + self.sampling.max_new_tokens)
 
     def close(self) -> None:
         """Free the cache until the next call."""

@@ -11,7 +11,7 @@ import torch
 
 from megarl.clock import Work
 from megarl.config.schema import RFTConfig
-from megarl.data.prompts import PhaseLoader, read_prompts
+from megarl.data.prompts import PhaseLoader
 from megarl.models.exchange.card import ModelCard
 from megarl.modules.base import build_gpt_engine, vocabulary
 from megarl.modules.clone import clone_behaviour, clone_loss
@@ -37,12 +37,12 @@ class RFT(GenerativeModule):
         self.vocab_size = vocabulary(config.model, tokenizer)
         self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer)
         self.planned = config.trainer.max_phases
+        self.prepare_prompts(train=True)
 
     def configure_model(self) -> None:
         if self.engines:
             return
         config = self.config
-        self.prompts = read_prompts(config.data.train, config.data.train_split, config.data, self.tokenizer)
         self.policy = build_gpt_engine(
             self.grid,
             config.model,

@@ -119,6 +119,26 @@ class Generator:
             self.grid.by_first(lambda: stored.dump(path, rollouts))  # any rank may replay it after this
         return rollouts
 
+    def check_length(self, length: int) -> None:
+        """Refuse a `rollout.cache_bytes` that cannot hold sequences of `length` tokens."""
+        groups, limit = self.grid.layout.pp, self.limits.cache_bytes
+        needed = groups * self._slot_bytes(length)
+        if limit is not None and limit < needed:
+            raise ConfigError(
+                f"rollout.cache_bytes={limit} is too little: a sequence of {length} tokens needs {needed // groups} "
+                "bytes on each process"
+                + (f", and {groups} are under way" if groups > 1 else "")
+                + f", so use rollout.cache_bytes={needed} or more, or shorter sequences"
+            )
+
+    @property
+    def _layers(self) -> list[int]:
+        """Numbers of the layers whose keys and values this process caches."""
+        return [layer.layer_number for model in self.models for layer in model.decoder.layers]
+
+    def _slot_bytes(self, length: int) -> int:
+        return KVCache.slot_bytes(self.config, len(self._layers), self.grid.layout.tp, length)
+
     def close(self) -> None:
         self.static = None  # recorded over this cache
         if self.cache is not None:
@@ -177,20 +197,11 @@ class Generator:
     def _make_cache(self, requests: Sequence[Request]) -> int:
         """A cache for this call's longest sequence; slots per group."""
         groups, tp, dp = self.grid.layout.pp, self.grid.layout.tp, self.grid.layout.dp
-        layers = [layer.layer_number for model in self.models for layer in model.decoder.layers]
         length = max((len(r.prompt) + r.sampling.max_new_tokens for r in requests), default=1)
-        slot = KVCache.slot_bytes(self.config, len(layers), tp, length)
         per_group = max(1, -(-min(self.limits.slots, -(-len(requests) // dp)) // groups))
         if self.limits.cache_bytes is not None:
-            affordable = self.limits.cache_bytes // slot // groups
-            if affordable < 1:
-                raise ConfigError(
-                    f"rollout.cache_bytes={self.limits.cache_bytes} is too little: a sequence of {length} tokens needs "
-                    f"{slot} bytes on each process"
-                    + (f", and {groups} are under way" if groups > 1 else "")
-                    + f", so use rollout.cache_bytes={groups * slot} or more, or shorter sequences"
-                )
-            per_group = min(per_group, affordable)
+            self.check_length(length)
+            per_group = min(per_group, self.limits.cache_bytes // self._slot_bytes(length) // groups)
         needed = per_group * groups
         fits = self.cache is not None and self.cache.length >= length and self.cache.slots >= needed
         over = (
@@ -200,7 +211,7 @@ class Generator:
         )
         if not fits or over:
             self.close()
-            self.cache = KVCache(self.config, layers, tp, needed, length, self.grid.device)
+            self.cache = KVCache(self.config, self._layers, tp, needed, length, self.grid.device)
         return per_group
 
 

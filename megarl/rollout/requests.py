@@ -1,13 +1,10 @@
 """What is asked of generation and what comes back."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from megarl.config.rl import RolloutConfig
-from megarl.errors import ConfigError, DataError
-from megarl.logging import get_logger
-
-log = get_logger(__name__)
+from megarl.errors import ConfigError
 
 FINISH_REASONS = ("eos", "stop", "length")
 
@@ -124,8 +121,7 @@ def check_requests(requests: Sequence[Request], vocab_size: int, max_positions: 
         if length > max_positions:
             raise ConfigError(
                 f"prompt {request.prompt_id} has {len(request.prompt)} tokens and rollout.max_new_tokens="
-                f"{request.sampling.max_new_tokens}, but the model's context is {max_positions}: shorten one of them, "
-                "or set rollout.too_long=truncate or drop"
+                f"{request.sampling.max_new_tokens}, but the model's context is {max_positions}: shorten one of them"
             )
         if min(request.prompt) < 0 or max(request.prompt) >= vocab_size:
             token = next(token for token in request.prompt if not 0 <= token < vocab_size)
@@ -149,36 +145,3 @@ def _leaves_something(sampling: Sampling, vocab_size: int) -> bool:
     if sampling.allowed is not None:
         return any(0 <= token < vocab_size and token not in forbidden for token in sampling.allowed)
     return len(forbidden) < vocab_size or any(token not in forbidden for token in range(vocab_size))
-
-
-def fit_prompt(request: Request, max_positions: int, too_long: str) -> Request | None:
-    """A request whose prompt leaves room for its response: as it is, cut on the left, or None (dropped).
-
-    `too_long`: truncate, drop or error.
-    """
-    room = max_positions - request.sampling.max_new_tokens
-    if len(request.prompt) <= room:
-        return request
-    if too_long == "error" or room < 1:
-        raise ConfigError(
-            f"prompt {request.prompt_id} has {len(request.prompt)} tokens and rollout.max_new_tokens="
-            f"{request.sampling.max_new_tokens}, but the model's context is {max_positions}: "
-            "shorten one of them, or set rollout.too_long=truncate or drop"
-        )
-    return None if too_long == "drop" else replace(request, prompt=request.prompt[-room:])
-
-
-def fit_prompts(requests: Sequence[Request], max_positions: int, too_long: str) -> list[Request]:
-    """Requests whose prompts leave room for a response, by `fit_prompt`; says how many were cut or left out."""
-    fitted = [fit_prompt(request, max_positions, too_long) for request in requests]
-    changed = sum(new is not old for new, old in zip(fitted, requests, strict=True))
-    if changed:
-        done = "left out" if too_long == "drop" else "cut on the left"
-        log.warning("%d of %d prompts were too long and %s", changed, len(requests), done)
-    found = [request for request in fitted if request is not None]
-    if not found:
-        raise DataError(
-            f"no prompt leaves room for rollout.max_new_tokens={requests[0].sampling.max_new_tokens} in a context of "
-            f"{max_positions}: shorten the prompts, or set rollout.too_long=truncate"
-        )
-    return found

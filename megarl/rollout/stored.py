@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,22 @@ def replay(folder: str | Path, stream: int, phase: int, requests: Sequence[Reque
             )
         found.append(rollout)
     return found
+
+
+def require_phases(folder: str | Path, phases: Mapping[int, Iterable[int]]) -> None:
+    """Refuse a dump that lacks a phase.
+
+    Args:
+        phases: the phases that a run will replay, by stream.
+    """
+    wanted = [phase_file(folder, stream, phase) for stream, numbers in phases.items() for phase in numbers]
+    missing = [path.name for path in wanted if not path.is_file()]
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigError(
+            f"rollout.replay={folder} has no {missing[0]}{others}, of {len(wanted)} files that this run needs: set "
+            "trainer.max_phases and trainer.eval_every to what the dump holds, or rollout.replay=null to generate"
+        )
 
 
 def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def test_evaluating_ones_own_training_on_the_demo_set_is_pointed_out(caplog: pyt
     assert caplog.messages == []
     check(configured(data__train=["mine.jsonl"], data__eval=[demo["eval"]]), 1)
     assert [message.partition(":")[0] for message in caplog.messages] == [
-        "data.eval still is the demo set while data.train is not"
+        "data.eval is the demo set while data.train is not"
     ]
 
 

@@ -33,10 +33,22 @@ def test_without_arguments_the_schemas_defaults_run_on_the_shipped_demo(folder: 
     expected = SFTConfig()
     expected.data.train = [str(REPOSITORY / "megarl/data/demo/train.jsonl")]
     expected.data.eval = [str(REPOSITORY / "megarl/data/demo/eval.jsonl")]
-    expected.data.format = "completion"
     assert config == expected
     assert plain == asdict(expected)
     check(config, world_size(config, {}))
+
+
+def test_the_demo_is_evaluated_on_only_where_it_is_trained_on(folder: Path, preset: Preset) -> None:
+    preset("mine", "data: {train: [mine.jsonl]}\n")
+    demo = str(REPOSITORY / "megarl/data/demo/eval.jsonl")
+    for settings, evaluated in (
+        (["+conf=mine"], []),
+        (["data.train=[mine.jsonl]", "data.eval=['${resource:data/demo/eval.jsonl}']"], [demo]),
+        (["data.train=['${resource:data/demo/train.jsonl}',mine.jsonl]"], [demo]),
+    ):
+        config, plain = compose("sft", settings)
+        assert (config.data.eval, plain["data"]["eval"]) == (evaluated, evaluated)
+        assert config.data.format == "auto"
 
 
 def test_overrides_beat_presets_and_later_presets_beat_earlier_ones(folder: Path, preset: Preset) -> None:

@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 import megarl
+from megarl.config.compose import compose
 from megarl.config.leaf import leaves
 from megarl.config.reference import page
-from megarl.config.schema import SFTConfig
+from megarl.config.schema import ENTRIES, SFTConfig, program
 
+PAGE = Path(megarl.__file__).resolve().parents[1] / "docs" / "configuration.md"
 Start = Callable[..., tuple[int, str, str]]
 
 
 def test_the_reference_page_is_current() -> None:
-    path = Path(megarl.__file__).resolve().parents[1] / "docs" / "configuration.md"
-    assert path.read_text(encoding="utf-8") == page(), "run: python -m megarl.config.reference > docs/configuration.md"
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m megarl.config.reference > docs/configuration.md"
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """Defaults as docs/configuration.md shows them: by entry point, by key."""
+    found: dict[str, dict[str, str]] = {}
+    rows: dict[str, str] = {}
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            rows = found.setdefault(line.removeprefix("## Keys of `megarl.").rstrip("`"), {})
+        cells = [cell.strip(" `") for cell in line.split("|")]
+        if len(cells) == 6:
+            rows[cells[1]] = cells[3]
+    return found
+
+
+def test_the_page_shows_what_every_entry_point_composes_to(folder: Path) -> None:
+    pages = documented()
+    for entry, tree in ENTRIES.items():
+        keys = [leaf.key for leaf in leaves(tree)]
+        rows = pages[program(entry)]
+        assert [key for key in rows if key in keys] == keys
+        _, plain = compose(entry, [])
+        shown: Any = OmegaConf.to_container(OmegaConf.create({key: rows[key] for key in keys}), resolve=True)
+        for leaf in leaves(tree):
+            value: Any = plain
+            for part in leaf.key.split("."):
+                value = value[part]
+            text = shown[leaf.key]
+            assert (text if isinstance(value, str) else json.loads(text)) == value, f"{program(entry)} {leaf.key}"
 
 
 def test_help_lists_every_key_with_its_value_choices_and_meaning(start: Start, preset: Callable[..., None]) -> None:

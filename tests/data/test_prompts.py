@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,26 @@ from typing import Any
 import pytest
 
 from megarl.config.rl import PromptDataConfig
-from megarl.data.prompts import PhaseLoader, Prompt, read_prompts
+from megarl.data.prompts import PhaseLoader, Prompt, PromptLimits, read_prompts
 from megarl.data.randomwalks import task
-from megarl.errors import DataError
+from megarl.errors import ConfigError, DataError
+from megarl.rollout.requests import Sampling, check_requests, repeat
 from megarl.tokenizers import ByteTokenizer, CharacterTokenizer
 
 BYTES = ByteTokenizer()
+ROOMY = PromptLimits(context=1024, max_new_tokens=8, vocab_size=BYTES.size)
 
 
-def read(path: Path | str, *lines: Any, **keys: str) -> list[Prompt]:
-    if isinstance(path, Path):
-        path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return read_prompts([str(path)], "train", PromptDataConfig(**keys), BYTES)
+def read(path: Path, *lines: Any, limits: PromptLimits = ROOMY, **keys: str) -> list[Prompt]:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return read_prompts([str(path)], "train", PromptDataConfig(**keys), BYTES, limits)
 
 
-def test_a_records_other_fields_travel_with_its_prompt(tmp_path: Path) -> None:
+def test_a_records_other_fields_travel_with_its_prompt_and_are_the_same_for_all(tmp_path: Path) -> None:
     prompts = read(tmp_path / "a.jsonl", {"prompt": "2+2=", "answer": 4, "tags": ["x"]}, {"prompt": "hi"})
     assert prompts == [
         Prompt("2+2=", tuple(BYTES.encode_prompt("2+2=")), {"answer": 4, "tags": ["x"]}),
-        Prompt("hi", tuple(BYTES.encode_prompt("hi")), {}),
+        Prompt("hi", tuple(BYTES.encode_prompt("hi")), {"answer": None, "tags": None}),
     ]
 
 
@@ -65,6 +67,11 @@ def test_lines_of_a_text_file_are_prompts(tmp_path: Path) -> None:
         ({}, "only nothing"),
         ({"prompt": ""}, "the prompt is empty and has no tokens"),
         ('{"prompt": "a"', "a.jsonl:2"),
+        ({"prompt": "a\ud800"}, "key 'prompt' holds half a character"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "turn 1 holds half a character"),
+        ({"messages": []}, "key 'messages' holds an empty list"),
+        ({"messages": 5}, "key 'messages' holds a int"),
+        ({"messages": [{"role": "critic", "content": "a"}]}, "role 'critic'"),
     ],
 )
 def test_a_record_that_is_no_prompt_is_named_by_file_and_line(record: Any, said: str, tmp_path: Path) -> None:
@@ -78,7 +85,7 @@ def test_text_that_the_tokenizer_refuses_is_named_by_file_and_line(tmp_path: Pat
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "abba"}\n{"prompt": "abc"}\n')
     with pytest.raises(DataError, match=r"a.jsonl:2: 'abc' holds 'c', which is not in tokenizer.path=ab: add it"):
-        read_prompts([str(path)], "train", PromptDataConfig(), CharacterTokenizer("ab"))
+        read_prompts([str(path)], "train", PromptDataConfig(), CharacterTokenizer("ab"), ROOMY)
 
 
 def test_an_empty_file_of_prompts_is_refused_by_its_name(tmp_path: Path) -> None:
@@ -89,11 +96,99 @@ def test_an_empty_file_of_prompts_is_refused_by_its_name(tmp_path: Path) -> None
 def test_the_starts_of_a_graph_are_prompts() -> None:
     """Every start of seed 1000's walks once, as the one letter that it is, with the graph that judges it."""
     prompts = read_prompts(
-        ["randomwalks"], "train", PromptDataConfig(graph_seed=1000), CharacterTokenizer("abcdefghijklmnopqrstu")
+        ["randomwalks"], "train", PromptDataConfig(graph_seed=1000), CharacterTokenizer("abcdefghijklmnopqrstu"), ROOMY
     )
     assert [prompt.text for prompt in prompts] == task(1000).starts == sorted(set(task(1000).starts))
     assert prompts[0] == Prompt("b", (1,), {"graph_seed": 1000})
     assert {len(prompt.tokens) for prompt in prompts} == {1}
+
+
+# --- prompts that are too long ----------------------------------------------------------------------------------------
+
+
+def limits(too_long: str, room: int = 4, vocab_size: int = BYTES.size) -> PromptLimits:
+    return PromptLimits(context=room + 8, max_new_tokens=8, vocab_size=vocab_size, too_long=too_long)
+
+
+MIXED = [{"prompt": "a" * length} for length in (2, 5, 4, 9, 1, 7, 6)]  # room for 2, 4 and 1
+
+
+def test_a_prompt_that_is_too_long_is_refused_by_file_and_line_with_its_length_and_the_room(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as problem:
+        read(tmp_path / "a.jsonl", *MIXED, limits=limits("error"))
+    said = str(problem.value)
+    assert said.startswith(f"{tmp_path / 'a.jsonl'}:2: the prompt has 5 tokens")
+    assert "4 tokens (the model's context of 12 less rollout.max_new_tokens=8)" in said
+    assert "rollout.too_long=truncate or drop" in said
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.jsonl"
+    prompts = read(path, *MIXED, limits=limits("drop"))
+    assert [(prompt.number, len(prompt.tokens)) for prompt in prompts] == [(0, 2), (2, 4), (4, 1)]
+    (line,) = caplog.messages
+    assert line.startswith("data.train: 4 of 7 prompts are longer than 4 tokens")
+    assert line.endswith(f"left out: {path}:2, {path}:4, {path}:6 and 1 more")
+
+
+def test_prompts_that_are_too_long_lose_their_beginning_and_are_counted_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [{"prompt": "abcdef"}, {"prompt": "abcd"}]
+    prompts = read(tmp_path / "a.jsonl", *records, limits=limits("truncate"))
+    assert [(prompt.text, BYTES.decode(prompt.tokens)) for prompt in prompts] == [("abcdef", "cdef"), ("abcd", "abcd")]
+    (line,) = caplog.messages
+    assert line.startswith("data.train: 1 of 2 prompts are longer than 4 tokens")
+    assert line.endswith(f"cut on the left: {tmp_path / 'a.jsonl'}:1")
+
+
+def test_only_where_no_prompt_is_left_is_leaving_out_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.train: none of its 2 prompts is left.*rollout\.too_long=truncate"):
+        read(tmp_path / "a.jsonl", *[{"prompt": "a" * 5}] * 2, limits=limits("drop"))
+
+
+def test_a_context_that_responses_fill_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.max_new_tokens=8 leaves no room .* rollout\.max_new_tokens=7"):
+        PromptLimits(context=8, max_new_tokens=8, vocab_size=9)
+
+
+def test_a_token_that_the_model_has_not_is_refused_by_file_and_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: the prompt has token {ord('b')}, .* {ord('b')} entries"):
+        read(tmp_path / "a.jsonl", {"prompt": "a"}, {"prompt": "ab"}, limits=limits("error", vocab_size=ord("b")))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_the_file_every_phase_can_be_answered_or_the_run_is_refused_at_the_start(
+    seed: int, tmp_path: Path
+) -> None:
+    """100 random files of short and long prompts each: what reading lets through, no phase can trip over."""
+    dice = random.Random(seed)
+    for number in range(100):
+        room, new, per_phase = dice.randint(1, 12), dice.randint(1, 4), dice.randint(1, 8)
+        lengths = [dice.randint(1, 2 * room) for _ in range(dice.randint(1, 20))]
+        too_long = dice.choice(("error", "drop", "truncate"))
+        path = tmp_path / f"{number}.jsonl"
+        measured = PromptLimits(room + new, new, BYTES.size, too_long)
+        usable = [index for index, length in enumerate(lengths) if length <= room or too_long == "truncate"]
+        refused = len(usable) < len(lengths) if too_long == "error" else not usable
+        records = [{"prompt": "x" * length} for length in lengths]
+        if refused:
+            with pytest.raises(DataError):
+                read(path, *records, limits=measured)
+            continue
+        prompts = read(path, *records, limits=measured)
+        assert [prompt.number for prompt in prompts] == usable
+        drawn = list(islice(PhaseLoader(prompts, per_phase, number), 40))
+        assert drawn == list(islice(PhaseLoader([Prompt("", (1,), {})] * len(usable), per_phase, number), 40))
+        for numbers in drawn:
+            assert len(numbers) == per_phase
+            requests = repeat([prompts[one].tokens for one in numbers], 2, Sampling(max_new_tokens=new))
+            check_requests(requests, BYTES.size, room + new, can_decode=True)
+
+
+# --- phases -----------------------------------------------------------------------------------------------------------
 
 
 def phases(seed: int, count: int, start: int = 0) -> list[list[int]]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megarl.data.sources import read_records
+from megarl.data.sources import named_lists, read_records
 from megarl.errors import DataError
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
@@ -120,3 +120,10 @@ def test_missing_file_is_not_looked_up_on_the_hub(path):
 def test_folder_without_data_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"holds no \.jsonl"):
         fields([str(tmp_path)])
+
+
+def test_records_of_a_python_list_are_named_by_their_place_in_it(tmp_path):
+    path = write_jsonl(tmp_path / "prompts.jsonl", ROWS)
+    with named_lists({path: "prompts"}):
+        assert [record.where for record in read_records([path])] == ["prompts[0]", "prompts[1]"]
+    assert [record.where for record in read_records([path])] == [f"{path}:1", f"{path}:2"]

@@ -1,4 +1,4 @@
-"""From prompts to requests: settings, numbers, and prompts that are too long."""
+"""From prompts to requests: settings, numbers, and what is refused before any phase."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from megarl.config.rl import RolloutConfig
 from megarl.data.prompts import Prompt
-from megarl.errors import ConfigError, DataError
+from megarl.errors import ConfigError
 from megarl.models.gpt import GPT
 from megarl.modules import responder as responding
 from megarl.modules.responder import Responder
@@ -18,7 +18,6 @@ from megarl.rollout.requests import Request
 from megarl.tokenizers import CharacterTokenizer
 
 PROMPTS = [Prompt("", (1, 2, 3), {}), Prompt("", (1, 2, 3, 0, 1), {})]
-CONTEXT = 8
 
 
 class Remembers:
@@ -42,11 +41,15 @@ def generator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responding, "Generator", Remembers)
 
 
-def respond(n: int = 1, prompts: list[Prompt] = PROMPTS, changes: dict[str, Any] | None = None, **settings: Any) -> Any:
-    engine: Any = SimpleNamespace(config=SimpleNamespace(max_positions=CONTEXT), grid=SimpleNamespace(layout=Layout()))
-    responder = Responder(engine, CharacterTokenizer("abcd"), RolloutConfig(**settings), seed=3)
-    responder.respond(prompts, n, stream=1, phase=4, **(changes or {}))
-    return responder.generator
+def responder(**settings: Any) -> Responder:
+    engine: Any = SimpleNamespace(grid=SimpleNamespace(layout=Layout()))
+    return Responder(engine, CharacterTokenizer("abcd"), RolloutConfig(**settings), seed=3)
+
+
+def respond(n: int = 1, changes: dict[str, Any] | None = None, **settings: Any) -> Any:
+    made = responder(**settings)
+    made.respond(PROMPTS, n, stream=1, phase=4, **(changes or {}))
+    return made.generator
 
 
 def test_each_prompt_is_asked_n_times_and_numbered_by_its_place(generator: None) -> None:
@@ -75,25 +78,17 @@ def test_a_setting_may_differ_from_the_runs(generator: None) -> None:
     assert {(r.sampling.temperature, r.sampling.max_new_tokens) for r in asked.requests} == {(0.0, 3)}
 
 
-def test_a_prompt_that_leaves_no_room_is_an_error_unless_told_otherwise(generator: None) -> None:
-    with pytest.raises(ConfigError, match=r"prompt 1 has 5 tokens .* set rollout.too_long=truncate or drop"):
-        respond(max_new_tokens=4)
-
-
-def test_a_prompt_that_is_cut_loses_its_beginning(generator: None, caplog: pytest.LogCaptureFixture) -> None:
-    asked = respond(max_new_tokens=4, too_long="truncate")
-    assert [r.prompt for r in asked.requests] == [(1, 2, 3), (2, 3, 0, 1)]
-    assert caplog.messages == ["1 of 2 prompts were too long and cut on the left"]
-
-
-def test_a_prompt_that_is_left_out_leaves_the_others_their_numbers(
-    generator: None, caplog: pytest.LogCaptureFixture
+def test_a_cache_that_is_too_small_for_the_longest_prompt_is_refused_before_any_phase(
+    generator: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = respond(n=2, prompts=PROMPTS[::-1], max_new_tokens=4, too_long="drop")
-    assert [(r.prompt_id, r.sample_id) for r in asked.requests] == [(1, 0), (1, 1)]
-    assert caplog.messages == ["2 of 4 prompts were too long and left out"]
+    checked: list[int] = []
+    monkeypatch.setattr(Remembers, "check_length", lambda self, length: checked.append(length), raising=False)
+    responder(max_new_tokens=3).check_room(PROMPTS)
+    responder(max_new_tokens=3, replay="folder").check_room(PROMPTS)  # makes no cache
+    responder(max_new_tokens=3).check_room([])  # never generates
+    assert checked == [8]
 
 
-def test_a_phase_without_any_prompt_is_refused(generator: None) -> None:
-    with pytest.raises(DataError, match=r"no prompt leaves room for rollout.max_new_tokens=6 in a context of 8"):
-        respond(max_new_tokens=6, too_long="drop")
+def test_stop_texts_that_cannot_be_sampled_with_are_refused_before_any_phase(generator: None) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.stop holds an empty text"):
+        responder(stop=[""])

@@ -90,11 +90,13 @@ def test_one_prompt_on_the_command_line_answers_on_standard_output(worlds: World
 def test_long_prompts_are_left_out_cut_or_refused(worlds: Worlds, prompts: Path, tmp_path: Path) -> None:
     narrow = [f"prompts={prompts}", "model.max_positions=20"]  # room for 14 tokens: four of the six prompts fit
     (said,) = worlds.run(1, refusal, narrow)
-    assert re.search(r"prompt 4 has 17 tokens.*rollout\.too_long", said)
-    for how, count in (("drop", 5), ("truncate", 6)):
+    assert re.search(r"prompts\.jsonl:5: the prompt has 17 tokens.*rollout\.too_long", said)
+    (said,) = worlds.run(1, refusal, ["prompts='Once upon a time'", "model.max_positions=20"])
+    assert said.startswith("prompts='Once upon a time': the prompt has 16 tokens")
+    for how, numbers in (("drop", [0, 1, 2, 3, 5]), ("truncate", [0, 1, 2, 3, 4, 5])):
         out = tmp_path / f"{how}.jsonl"
         worlds.run(1, entry, [*narrow, f"out={out}", f"rollout.too_long={how}"])
-        assert len(lines(out)) == count
+        assert [line["prompt_id"] for line in lines(out)] == numbers
 
 
 def test_a_chat_template_may_be_a_file(worlds: Worlds, prompts: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megarl.errors import ConfigError
-from megarl.rollout.requests import Request, Sampling, check_requests, fit_prompt, repeat
+from megarl.rollout.requests import Request, Sampling, check_requests, repeat
 
 
 @pytest.mark.parametrize(
@@ -42,17 +42,6 @@ def test_an_empty_prompt_and_no_samples_are_refused() -> None:
 def test_samples_of_a_prompt_are_numbered() -> None:
     named = [(r.prompt_id, r.sample_id, r.prompt) for r in repeat([[1, 2], [3]], 2, Sampling())]
     assert named == [(0, 0, (1, 2)), (0, 1, (1, 2)), (1, 0, (3,)), (1, 1, (3,))]
-
-
-def test_a_long_prompt_is_cut_on_the_left_dropped_or_refused() -> None:
-    long = Request(0, 0, tuple(range(10)), Sampling(max_new_tokens=4))
-    assert fit_prompt(long, 14, "error") is long
-    assert fit_prompt(long, 10, "truncate").prompt == (4, 5, 6, 7, 8, 9)  # type: ignore[union-attr]
-    assert fit_prompt(long, 10, "drop") is None
-    with pytest.raises(ConfigError, match=r"prompt 0 has 10 tokens and rollout\.max_new_tokens=4.*context is 10"):
-        fit_prompt(long, 10, "error")
-    with pytest.raises(ConfigError, match="context is 4"):
-        fit_prompt(long, 4, "truncate")  # no room for a prompt at all
 
 
 @pytest.mark.parametrize(

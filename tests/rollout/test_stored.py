@@ -11,7 +11,7 @@ from megarl.errors import ConfigError, DataError
 from megarl.rollout.generator import Generator
 from megarl.rollout.noise import EVALUATION, TRAINING
 from megarl.rollout.requests import Request, Rollout, Sampling
-from megarl.rollout.stored import dump, load, phase_file, replay
+from megarl.rollout.stored import dump, load, phase_file, replay, require_phases
 from tests.parallel.engines import small_engine
 from tests.worlds import Worlds
 
@@ -51,6 +51,14 @@ def test_a_file_that_is_not_whole_is_refused(change: Any, said: str, tmp_path: P
     with pytest.raises(DataError) as problem:
         load(path)
     assert said in str(problem.value)
+
+
+def test_a_dump_that_lacks_a_phase_is_refused_by_the_files_name(tmp_path: Path) -> None:
+    for stream, phase in ((TRAINING, 0), (TRAINING, 1), (EVALUATION, 1)):
+        dump(phase_file(tmp_path, stream, phase), some_rollouts())
+    require_phases(tmp_path, {TRAINING: range(2), EVALUATION: [1]})
+    with pytest.raises(ConfigError, match=r"rollout\.replay=.* has no train-000002\.jsonl and 2 more.*max_phases"):
+        require_phases(tmp_path, {TRAINING: range(1, 4), EVALUATION: [2]})
 
 
 def test_a_replay_answers_the_requests_of_its_phase_and_no_others(tmp_path: Path) -> None:
