@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from megarl.config.schema import ILQLConfig
 
 log = logging.getLogger(__name__)
-VERSION = 1  # of the files in a cache: another meaning of the same samples is another number
+VERSION = 2  # of the files in a cache: another meaning of the same samples is another number
 ARRAYS = ("tokens", "response_mask", "rewards", "starts", "returns")
 
 

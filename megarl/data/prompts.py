@@ -43,7 +43,7 @@ def encode_prompt(
     messages, text = fields.get(messages_key), fields.get(prompt_key)
     try:
         if messages is not None:
-            tokens = tokenizer.apply_chat_template(messages, True, template)
+            tokens = tokenizer.encode_chat_prompt(messages, template)
             text = tokenizer.decode(tokens)
         elif isinstance(text, str):
             tokens = tokenizer.encode_prompt(text)
