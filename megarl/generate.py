@@ -143,6 +143,7 @@ def opened(
             engine,
             tokenizer.eos_id,
             seed=config.seed,
+            also_eos=tokenizer.stop_ids(config.chat_template)[1:],
             limits=Limits(config.rollout.slots, config.rollout.cache_bytes, graphs=config.rollout.cuda_graphs),
             decode=tokenizer.decode,
             scorer=guided(config.rollout.ilql_beta) if q_heads else GPT.logits,
@@ -313,7 +314,7 @@ def chat(config: "GenerateConfig", generator: "Generator", tokenizer: "Tokenizer
             messages = list(opening)
             continue
         messages.append({"role": "user", "content": said})
-        tokens = tokenizer.apply_chat_template(messages, True, config.chat_template)
+        tokens = tokenizer.encode_chat_prompt(messages, config.chat_template)
         newest = tuple(tokens[-max(1, context - sampling.max_new_tokens) :])
         if first and len(newest) < len(tokens):
             sys.stderr.write(f"(the model reads the last {len(newest)} of this conversation's {len(tokens)} tokens)\n")

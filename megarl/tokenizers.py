@@ -11,9 +11,15 @@ import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
+from megarl.chat.cutting import Anchor, encode_cut
+from megarl.chat.notices import note_layout, tell
+from megarl.chat.templates import ChatTemplate, Message, check_messages, first_line
+from megarl.chat.turns import Layout, Turns
 from megarl.errors import ConfigError, DataError, UnavailableError
 
 KINDS = ("bytes", "characters", "sentencepiece", "huggingface")
@@ -21,8 +27,6 @@ ROLES = ("system", "user", "assistant")
 MARKER_FILE = "megarl_tokenizer.json"
 ALPHABET_FILE = "alphabet.txt"
 SENTENCEPIECE_FILE = "tokenizer.model"
-
-Message = Mapping[str, Any]
 
 
 class Tokenizer(ABC):
@@ -42,6 +46,7 @@ class Tokenizer(ABC):
     pad_id: int
     bos_id: int | None = None
     adds_bos: bool = False
+    _known: Mapping[str, Turns] = MappingProxyType({})  # by the template's source
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -72,57 +77,85 @@ class Tokenizer(ABC):
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, template: str | None = None
     ) -> list[int]:
-        """Token ids of a conversation.
+        """Token ids of a conversation as the template writes it.
 
         Args:
             messages: turns with a "role" and a "content".
             add_generation_prompt: end with what precedes an answer of the assistant.
             template: Jinja template; None takes the tokenizer's own, or the built-in one if it has none.
         """
-        _check_messages(messages)
-        if template is None:
-            return self._render_built_in(messages, add_generation_prompt)
-        return self._encode_markup(_render_jinja(template, messages, add_generation_prompt, self._written()))
+        check_messages(messages)
+        turns = self._turns(template)
+        if turns is None:
+            return self._encode_built_in(messages, add_generation_prompt)[0]
+        return self._encode_markup(turns.template.render(messages, add_generation_prompt))
 
     def encode_chat(self, messages: Sequence[Message], template: str | None = None) -> tuple[list[int], list[int]]:
-        """Token ids of a conversation, and a 0/1 list of the same length that marks the assistant's turns.
+        """Token ids of a conversation to train on, and a 0/1 list of the same length that marks the assistant's turns.
 
-        A turn spans from the end of the generation prompt to its own end marker, included. It is found by
-        rendering the conversation up to the turn, without and with it, and comparing ids; so it works for
-        every template whose rendering of a turn does not depend on what follows; others raise `DataError`.
+        A turn spans from the end of the generation prompt to its own end marker, included, or over what the template
+        has between `{% generation %}` and `{% endgeneration %}`. The tokens before a turn are those of
+        `encode_chat_prompt`. A template for which turns cannot be told raises `DataError`.
         """
-        tokens = self.apply_chat_template(messages, template=template)
+        check_messages(messages)
+        turns = self._turns(template)
+        if turns is None:
+            return self._encode_built_in(messages, False)
+        if turns.template.marked:
+            layout = Layout(*turns.template.render_marked(messages))
+        else:
+            layout = note_layout(turns.lay_out(messages))
+        tokens, cuts = encode_cut(self._encode_anchored, layout.text, list(chain.from_iterable(layout.spans)))
         chosen = [0] * len(tokens)
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self.apply_chat_template(messages[:turn], add_generation_prompt=True, template=template)
-            through = tokens
-            if turn + 1 < len(messages):
-                through = self.apply_chat_template(messages[: turn + 1], template=template)
-            if through[: len(before)] != before or tokens[: len(through)] != through:
-                raise DataError(
-                    f"the chat template does not keep the tokens of turn {turn + 1} (assistant) when the "
-                    "conversation is cut around it, so its tokens cannot be told from the prompt's; set "
-                    "data.chat_template to a template that renders every turn the same whatever follows, "
-                    "or data.loss_on=all"
-                )
-            end = len(before) + self._turn_end(through[len(before) :])
-            chosen[len(before) : end] = [1] * (end - len(before))
+        for start, end in zip(cuts[::2], cuts[1::2], strict=True):
+            chosen[start:end] = [1] * (end - start)
         return tokens, chosen
 
-    def _turn_end(self, span: Sequence[int]) -> int:
-        """Length of an assistant's turn without the white space that a template puts after its end marker.
+    def encode_chat_prompt(self, messages: Sequence[Message], template: str | None = None) -> list[int]:
+        """Token ids of a conversation to be answered, in which earlier answers stand as `encode_chat` has them."""
+        check_messages(messages)
+        turns = self._turns(template)
+        if turns is None:
+            return self._encode_built_in(messages, True)[0]
+        if turns.template.marked:
+            layout = Layout(*turns.template.render_marked(messages, True))
+        else:
+            try:
+                layout = note_layout(turns.prompt(messages))
+            except DataError:  # no conversation like this can be trained on, so no other rendering must be met
+                layout = Layout(turns.template.render(messages, True))
+        return encode_cut(self._encode_anchored, layout.text, list(chain.from_iterable(layout.spans)))[0]
 
-        The policy stops at the marker and never chooses what follows it.
-        """
-        special = set(self.special_tokens.values())
-        last = max((at for at, token in enumerate(span) if token in special), default=len(span) - 1)
-        return len(span) if self.decode(span[last + 1 :]).strip() else last + 1
+    def stop_ids(self, template: str | None = None) -> tuple[int, ...]:
+        """Tokens at which a response ends: EOS, and the one with which the chat template ends an answer."""
+        turns = self._turns(template)
+        marker = "" if turns is None else turns.marker
+        written = next((text for text in self._structural if marker.endswith(text)), None)
+        return tuple(dict.fromkeys((self.eos_id, self.eos_id if written is None else self._structural[written])))
 
-    def _render_built_in(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+    def _turns(self, template: str | None) -> Turns | None:
+        """What lays out conversations with a template; None for the built-in one. The first call tells what it does."""
+        source = self._own_template() if template is None else template
+        if source is None:
+            return None
+        if source not in self._known:
+            known = Turns(ChatTemplate(source, self._written()), list(self._structural), self._written()["eos_token"])
+            self._known = {**self._known, source: known}
+            tell(known, self.stop_ids(source))
+        return self._known[source]
+
+    def _own_template(self) -> str | None:
+        return None
+
+    @property
+    def _structural(self) -> Mapping[str, int]:
+        """Tokens that are taken out of a text before it is split any further, by their written form."""
+        return self.special_tokens
+
+    def _encode_built_in(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[list[int], list[int]]:
         """`<|role|>` content, then `<|end|>`, or EOS after the assistant, which is where generation stops."""
         ids = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
+        chosen = [0] * len(ids)
         for turn, message in enumerate(messages, 1):
             role = message["role"]
             if role not in ROLES:
@@ -130,14 +163,17 @@ class Tokenizer(ABC):
                     f"turn {turn} has role {role!r}, which the built-in chat template does not know; "
                     f"use one of {', '.join(ROLES)}, or set data.chat_template"
                 )
-            ids += self._marker(role) + self.encode(message["content"])
-            ids += [self.eos_id] if role == "assistant" else self._marker("end")
-        return ids + self._marker("assistant") if add_generation_prompt else ids
+            opening, answers = self._marker(role), role == "assistant"
+            said = self.encode(message.get("content") or "") + ([self.eos_id] if answers else self._marker("end"))
+            ids += opening + said
+            chosen += [0] * len(opening) + [int(answers)] * len(said)
+        opening = self._marker("assistant") if add_generation_prompt else []
+        return ids + opening, chosen + [0] * len(opening)
 
     def _marker(self, name: str) -> list[int]:
         return self.encode(f"<|{name}|>")
 
-    def _written(self) -> dict[str, str]:
+    def _written(self) -> dict[str, Any]:
         """The special tokens that Jinja templates ask for by name."""
         by_id = {token: text for text, token in self.special_tokens.items()}
         return {
@@ -147,13 +183,32 @@ class Tokenizer(ABC):
 
     def _encode_markup(self, text: str) -> list[int]:
         """Token ids of a rendered template, in which the written special tokens stand for themselves."""
+        return self._encode_anchored(text, False)[0]
+
+    def _encode_anchored(self, text: str, continued: bool) -> tuple[list[int], list[Anchor]]:
+        """Token ids of a rendered template, and the first character and index of its tokens of structure.
+
+        The first anchor is the beginning. `continued`: other text comes before.
+        """
         special = self.special_tokens
         longest_first = sorted(special, key=len, reverse=True)
         pieces = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
         ids: list[int] = []
+        anchors: list[Anchor] = [(0, 0)]
+        at = 0
         for piece in filter(None, pieces):
-            ids += [special[piece]] if piece in special else self.encode(piece)
-        return ids
+            if piece in special:
+                anchors.append((at, len(ids)))
+                ids.append(special[piece])
+            else:
+                ids += self._encode_continued(piece) if continued and at == 0 else self.encode(piece)
+            at += len(piece)
+        return ids, anchors
+
+    def _encode_continued(self, text: str) -> list[int]:
+        """Token ids of a text that follows another: without the space that SentencePiece puts before a text."""
+        newline, ids = self.encode("\n"), self.encode("\n" + text)
+        return ids[len(newline) :] if ids[: len(newline)] == newline else self.encode(text)
 
 
 class ByteTokenizer(Tokenizer):
@@ -212,6 +267,9 @@ class CharacterTokenizer(Tokenizer):
                 "out of the text"
             )
         return [self.ids[character] for character in text]
+
+    def _encode_continued(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.alphabet[token] for token in ids if 0 <= token < len(self.alphabet))
@@ -313,6 +371,8 @@ class HuggingFaceTokenizer(Tokenizer):
             str(token.content): int(index) for index, token in own.added_tokens_decoder.items() if token.special
         }
         self._special |= {text: int(own.convert_tokens_to_ids(text)) for text in own.all_special_tokens}
+        self._added = {str(token.content): int(index) for index, token in own.added_tokens_decoder.items()}
+        self._added_ids = frozenset(self._added.values())
         self._fingerprint = _digest([self.kind, *_hugging_face_state(own, vocabulary)])
 
     def encode(self, text: str) -> list[int]:
@@ -322,24 +382,39 @@ class HuggingFaceTokenizer(Tokenizer):
         kept = [int(token) for token in ids if 0 <= token < self.size]
         return str(self._tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, template: str | None = None
-    ) -> list[int]:
-        _check_messages(messages)
-        if template is None and not self._tokenizer.chat_template:
-            return self._render_built_in(messages, add_generation_prompt)
+    def _own_template(self) -> str | None:
+        own = self._tokenizer
         try:
-            ids = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
-                tokenizer_kwargs={"verbose": False},
-            )
-        except Exception as error:  # a template may raise anything; the record that broke it is what matters
-            raise _template_error(error, messages) from error
-        return [int(token) for token in ids]
+            return str(own.get_chat_template()) if own.chat_template else None
+        except ValueError as error:  # several templates, of which none is the default
+            raise ConfigError(
+                f"tokenizer.path={own.name_or_path!r}: {first_line(error)}; set data.chat_template"
+            ) from error
+
+    @property
+    def _structural(self) -> Mapping[str, int]:
+        return self._added
+
+    def _written(self) -> dict[str, Any]:
+        return {"bos_token": "", "eos_token": ""} | dict(self._tokenizer.special_tokens_map)
+
+    def _encode_anchored(self, text: str, continued: bool) -> tuple[list[int], list[Anchor]]:
+        own = self._tokenizer
+        if continued:
+            # After a line feed, whose tokens are left out again: a tokenizer may put a space before a text.
+            newline = self.encode("\n")
+            ids, anchors = self._encode_anchored("\n" + text, False)
+            if ids[: len(newline)] == newline:
+                return ids[len(newline) :], [(0, 0), *((at - 1, place - len(newline)) for at, place in anchors[1:])]
+        if not own.is_fast:
+            return self.encode(text), [(0, 0)]
+        encoded = own(
+            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        )
+        ids, structural = encoded["input_ids"], self._added_ids
+        offsets = encoded["offset_mapping"]
+        places = [place for place, token in enumerate(ids) if token in structural]
+        return ids, [(0, 0), *((offsets[place][0], place) for place in places)]
 
     def save(self, folder: str | Path) -> None:
         _write_marker(folder, self)
@@ -391,7 +466,7 @@ def _load_hugging_face(path: str) -> Any:
         return AutoTokenizer.from_pretrained(str(local) if local.exists() else path, trust_remote_code=False)
     except Exception as error:  # the hub, the file formats and Python code each raise their own kinds
         raise ConfigError(
-            f"tokenizer.path={path!r} cannot be loaded as a Hugging Face tokenizer ({_first_line(error)}); "
+            f"tokenizer.path={path!r} cannot be loaded as a Hugging Face tokenizer ({first_line(error)}); "
             "give a folder that holds tokenizer.json, or a hub name that is cached or can be reached"
         ) from error
 
@@ -404,52 +479,6 @@ def _hugging_face_state(own: Any, vocabulary: dict[str, int]) -> list[Any]:
         stages = json.loads(backend.to_str())
         state.append({name: stages.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")})
     return state
-
-
-def _check_messages(messages: Sequence[Message]) -> None:
-    for turn, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping):
-            raise DataError(f"turn {turn} is a {type(message).__name__}; expected an object with role and content")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                found = type(message[key]).__name__ if key in message else "missing"
-                keys = ", ".join(map(str, message))
-                raise DataError(f"turn {turn}: {key!r} is {found}; expected a string (found keys: {keys})")
-
-
-def _render_jinja(
-    template: str, messages: Sequence[Message], add_generation_prompt: bool, written: Mapping[str, str]
-) -> str:
-    try:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise UnavailableError("data.chat_template: pip install jinja2") from error
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = raise_exception
-    try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **written
-        )
-    except Exception as error:  # a template may raise anything; the record that broke it is what matters
-        raise _template_error(error, messages) from error
-
-
-def _template_error(error: Exception, messages: Sequence[Message]) -> DataError:
-    roles = ", ".join(str(message["role"]) for message in messages) or "none"
-    return DataError(
-        f"the chat template failed on turns with roles [{roles}] ({_first_line(error)}); "
-        "change the record, or set data.chat_template to a template that accepts it"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _write_marker(folder: str | Path, tokenizer: Tokenizer) -> None:

@@ -22,6 +22,7 @@ FLOORS = {
     "clock.py": 0,
     "__init__.py": 0,
     "algorithms/": 1,
+    "chat/": 1,
     "tokenizers.py": 1,
     "parallel/": 2,
     "models/": 3,
@@ -35,7 +36,12 @@ FLOORS = {
     "": 6,  # entry points
 }
 # Rooms of one floor that are built of one another, and in which direction.
-BESIDE = {("checkpoint.py", "models/"), ("models/", "checkpoint.py"), ("modules/", "callbacks/")}
+BESIDE = {
+    ("tokenizers.py", "chat/"),
+    ("checkpoint.py", "models/"),
+    ("models/", "checkpoint.py"),
+    ("modules/", "callbacks/"),
+}
 HEAVY = ("torch", "megatron", "transformers", "lightning")
 LONGEST = 500
 

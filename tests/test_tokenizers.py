@@ -8,6 +8,7 @@ import pytest
 
 from megarl.errors import ConfigError, DataError
 from megarl.tokenizers import ByteTokenizer, build_tokenizer, load_tokenizer
+from tests.chat import templates
 
 PAD, EOS, SYSTEM, USER, ASSISTANT, END = range(256, 262)
 
@@ -208,6 +209,102 @@ def test_hugging_face_template_error_is_one_line(tmp_path):
     tokenizer = build_tokenizer("huggingface", make_hugging_face(tmp_path, chat_template=template))
     with pytest.raises(DataError, match=r"roles \[user\].*no system turns here"):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+
+
+def test_prompts_have_the_tokens_that_training_has_before_an_answer(tmp_path, sentencepiece_model):
+    chat = [*CHAT[:1], {"role": "assistant", "content": "\n\n c\n"}, *CHAT[2:]]
+    for known in (
+        ByteTokenizer(),
+        build_tokenizer("huggingface", make_hugging_face(tmp_path, bos=True)),
+        build_tokenizer("sentencepiece", str(sentencepiece_model)),
+    ):
+        for template in (
+            None,
+            CHATML,
+            templates.LAST_THINKS,
+            templates.SYSTEM_LAST,
+            templates.NO_END,
+            templates.MARKED,
+        ):
+            tokens, chosen = known.encode_chat(chat, template)
+            starts = [at for at in range(1, len(tokens)) if chosen[at] and not chosen[at - 1]]
+            assert [len(known.encode_chat_prompt(chat[:turn], template)) for turn in (1, 3)] == starts
+            assert all(
+                known.encode_chat_prompt(chat[:turn], template) == tokens[:at]
+                for turn, at in zip((1, 3), starts, strict=True)
+            )
+
+
+def test_a_token_never_lies_across_the_beginning_of_an_answer(tmp_path):
+    known = build_tokenizer("huggingface", make_hugging_face(tmp_path))
+    template = (
+        "{% for m in messages %}{{ 'hel' if loop.index0 }}{{ m.content }}{% endfor %}{{ 'hel' if messages|length < 2 }}"
+    )
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "lo world"}]
+    tokens, chosen = known.encode_chat(messages, template)
+    assert tokens[: chosen.index(1)] == known.encode("xhel") == known.encode_chat_prompt(messages[:1], template)
+    assert tokens[chosen.index(1) :] == known.encode("lo world")
+    assert tokens != known.encode("xhello world")
+
+
+def test_marks_are_the_mask_that_transformers_makes_of_them(tmp_path):
+    known = build_tokenizer("huggingface", make_hugging_face(tmp_path, chat_template=templates.MARKED))
+    chat = [*CHAT[:1], {"role": "assistant", "content": "héllo 🙂 world"}, *CHAT[2:]]
+    tokens, chosen = known.encode_chat(chat)
+    theirs = known._tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    assert (tokens, chosen) == (theirs["input_ids"], theirs["assistant_masks"])
+    assert known.apply_chat_template(chat[:1], True) == known.encode_chat_prompt(chat[:1])
+
+
+def test_templates_are_rendered_as_transformers_does(tmp_path):
+    known = build_tokenizer("huggingface", make_hugging_face(tmp_path))
+    for template in (CHATML, templates.LAST_THINKS, templates.SYSTEM_LAST, templates.EOS_AT_THE_END):
+        for ask, chat in ((False, CHAT), (True, CHAT[:3])):
+            theirs = known._tokenizer.apply_chat_template(
+                chat, chat_template=template, add_generation_prompt=ask, return_dict=False
+            )
+            assert known.apply_chat_template(chat, ask, template) == theirs
+
+
+def test_generation_stops_at_eos_and_where_the_template_ends_an_answer(tmp_path):
+    known = build_tokenizer("huggingface", make_hugging_face(tmp_path, chat_template=CHATML))
+    assert known.stop_ids() == (1, 3)
+    assert known.stop_ids(templates.SYSTEM_LAST) == (1,)
+    assert known.stop_ids(templates.NO_END) == (1,)
+    assert ByteTokenizer().stop_ids() == (EOS,)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (templates.LAST_THINKS, ["ends with '<|im_end|>' (token 3)", "differently once others follow"]),
+        (templates.MARKED, ["marks say what is trained on"]),
+        (templates.DATED, ["today is 26 Jul 2024"]),
+        (templates.NO_END, ["writes no token that ends an answer"]),
+        (CHATML.replace("<|im_end|>", "[end]"), [r"rollout.stop=['[end]']"]),
+        (templates.MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"), ["not within"]),
+    ],
+)
+def test_what_a_template_does_is_told_once(template, said, tmp_path, caplog, monkeypatch):
+    from megarl import logging as ours
+    from megarl.chat import notices
+
+    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(ours, "_seen", set())
+    caplog.set_level("INFO", logger="megarl")
+    known = build_tokenizer("huggingface", make_hugging_face(tmp_path))
+    for _ in range(2):
+        known.encode_chat(CHAT, template)
+    for text in said:
+        assert sum(text in record.getMessage() for record in caplog.records) == 1, caplog.text
+
+
+def test_the_models_own_template_is_what_is_saved(tmp_path):
+    known = build_tokenizer("huggingface", make_hugging_face(tmp_path / "a", chat_template=templates.LAST_THINKS))
+    known.encode_chat(CHAT)
+    known.encode_chat(CHAT, CHATML)
+    known.save(tmp_path / "b")
+    assert build_tokenizer("huggingface", str(tmp_path / "b"))._tokenizer.chat_template == templates.LAST_THINKS
 
 
 def test_sentencepiece_round_trip_and_specials(sentencepiece_model):

@@ -114,10 +114,13 @@ class RecordFormat:
             )
         try:
             check_encodable(messages)
-            if self.loss_on == "all":
+            try:
+                return tokenizer.encode_chat(messages, self.chat_template)
+            except DataError:
+                if self.loss_on != "all":
+                    raise
                 tokens = tokenizer.apply_chat_template(messages, template=self.chat_template)
                 return tokens, [1] * len(tokens)
-            return tokenizer.encode_chat(messages, self.chat_template)
         except DataError as error:
             raise DataError(f"{record.where}: {error}") from error
 

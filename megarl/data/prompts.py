@@ -105,7 +105,7 @@ def encode_prompt(
     try:
         if messages is not None:
             _check_conversation(messages, messages_key)
-            tokens = tokenizer.apply_chat_template(messages, True, template)
+            tokens = tokenizer.encode_chat_prompt(messages, template)
             text = tokenizer.decode(tokens)
         elif isinstance(text, str):
             tokens = tokenizer.encode_prompt(encodable(text, f"key {prompt_key!r}"))

@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from megarl.checkpoint import find, step_of
+from megarl.data.formats import load_chat_template
 from megarl.data.prompts import Prompt, PromptLimits, read_prompts
 from megarl.errors import RewardError
 from megarl.modules.base import Module
@@ -74,7 +75,13 @@ class GenerativeModule(Module):
     def prepare_responses(self, respond: Respond | None = None) -> None:
         """The responder, a judge for each function there is, and the evaluation; `respond` draws its responses."""
         config = self.config
-        self.responder = Responder(self.engines["policy"], self.tokenizer, config.rollout, seed=config.seed)
+        self.responder = Responder(
+            self.engines["policy"],
+            self.tokenizer,
+            config.rollout,
+            seed=config.seed,
+            chat_template=load_chat_template(config.data.chat_template),
+        )
         self.responder.check_room([*self.prompts, *self.eval_prompts])
         for key, options in ((REWARD, config.reward.options), (METRIC, {})):
             function = self._function(key)

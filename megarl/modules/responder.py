@@ -19,13 +19,23 @@ from megarl.tokenizers import Tokenizer
 class Responder:
     """What is sampled follows from the seed, the stream, the phase and the place of a prompt in its list."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: RolloutConfig, *, seed: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        settings: RolloutConfig,
+        *,
+        seed: int,
+        chat_template: str | None = None,
+    ) -> None:
+        """`chat_template`: the one that prompts are rendered with; its end marker ends a response too."""
         self.settings, self.sampling = settings, sampling_from(settings)
         self.reshard = for_generation(engine, settings.layout)
         self.generator = Generator(
             engine if self.reshard is None else self.reshard.engine,
             tokenizer.eos_id,
             seed=seed,
+            also_eos=tokenizer.stop_ids(chat_template)[1:],
             limits=Limits(settings.slots, settings.cache_bytes, graphs=settings.cuda_graphs),
             decode=tokenizer.decode,
             dump=settings.dump,

@@ -61,6 +61,7 @@ class Generator:
         eos_id: int,
         *,
         seed: int,
+        also_eos: Sequence[int] = (),
         limits: Limits | None = None,
         decode: Decode | None = None,
         scorer: Scorer = GPT.logits,
@@ -69,13 +70,14 @@ class Generator:
     ) -> None:
         """
         Args:
+            also_eos: other tokens that end a response like EOS: the chat template's marker.
             decode: tokens to text; needed where a request has stop texts.
             scorer: for other draws than the model's own.
             dump: folder in which every phase's rollouts are kept.
             replay: folder of a dump, whose rollouts are returned instead of new ones.
         """
         self.engine, self.grid, self.config = engine, engine.grid, engine.config
-        self.eos_id, self.seed, self.decode, self.scorer = eos_id, seed, decode, scorer
+        self.eos_id, self.also_eos, self.seed, self.decode, self.scorer = eos_id, also_eos, seed, decode, scorer
         self.dump, self.replay = dump, replay
         self.limits = limits or Limits()
         self.limits.check(self.grid.layout)
@@ -173,7 +175,9 @@ class Generator:
         # One group of slots per pipeline stage, so that every stage has a pass to work on.
         groups = self.grid.layout.pp
         shares = [requests[group::groups] for group in range(groups)]
-        schedules = [Schedule(share, slots, self.eos_id, weights_version, self.decode) for share in shares]
+        schedules = [
+            Schedule(share, slots, self.eos_id, weights_version, self.decode, self.also_eos) for share in shares
+        ]
         lanes = [_Lane(self, schedule, group * slots, name) for group, schedule in enumerate(schedules)]
         reported = [0] * groups
         while any(lane.busy for lane in lanes):

@@ -31,9 +31,11 @@ class Schedule:
         eos_id: int,
         weights_version: int = 0,
         decode: Decode | None = None,
+        also_eos: Sequence[int] = (),
     ) -> None:
+        """`also_eos`: other tokens that end a response like EOS."""
         self.queue = deque(requests)
-        self.eos_id, self.weights_version, self._decode = eos_id, weights_version, decode
+        self.eos_ids, self.weights_version, self._decode = (eos_id, *also_eos), weights_version, decode
         capacity = min(slots, len(requests))
         longest = max((request.sampling.max_new_tokens for request in requests), default=0)
         self.running: list[Request] = []
@@ -104,7 +106,7 @@ class Schedule:
         self._length[:rows] += 1
         self._last[:rows] = tokens
         self.fresh = []
-        ended = (tokens == self.eos_id) | (count >= self._limit[:rows])
+        ended = np.isin(tokens, self.eos_ids) | (count >= self._limit[:rows])
         for slot in np.flatnonzero(self._stops[:rows] & ~ended).tolist():
             ended[slot] = self._stopped(slot)
         holes: list[int] = np.flatnonzero(ended).tolist()
@@ -166,7 +168,7 @@ class Schedule:
         """The first reason that holds, in this order: eos, stop, length."""
         request, count = self.running[slot], int(self._count[slot])
         response = self._tokens[slot, :count].tolist()
-        if response[-1] == self.eos_id:
+        if response[-1] in self.eos_ids:
             reason = "eos"
         else:
             reason = "stop" if self._stops[slot] and self._stopped(slot) else "length"

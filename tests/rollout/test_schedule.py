@@ -112,6 +112,15 @@ def test_a_response_ends_for_a_reason_and_keeps_the_token_that_ended_it(
     assert schedule.finished[0].finish_reason == reason
 
 
+def test_the_end_marker_of_a_chat_ends_a_response_like_eos() -> None:
+    marker = 44
+    schedule = Schedule([request(n, new=4) for n in range(2)], 2, EOS, also_eos=(marker,))
+    step(schedule, 7, marker)
+    step(schedule, EOS)
+    assert [rollout.finish_reason for rollout in schedule.finished] == ["eos", "eos"]
+    assert [rollout.spoken for rollout in schedule.finished] == [[], [7]]
+
+
 def test_work_is_dealt_evenly_longest_first_and_the_same_whatever_the_order() -> None:
     requests = [request(n, prompt=1 + n % 5, new=1 + (7 * n) % 31) for n in range(40)]
     shares = deal(requests, 3)

@@ -286,6 +286,9 @@ def _finish(
     _write_json(aside / CONFIG, config)
     if not (aside / "generation_config.json").is_file():
         ids = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
+        stops = () if tokenizer is None else tokenizer.stop_ids()
+        if len(stops) > 1:  # transformers stops at each of several
+            ids["eos_token_id"] = list(stops)
         _write_json(aside / "generation_config.json", {**ids, "_from_model_config": True})
     if tokenizer is not None:
         tokenizer.save(aside)

@@ -1,0 +1,166 @@
+"""Jinja chat templates: the environment that published templates expect, and `{% generation %}` marks.
+
+What a template sees is what transformers shows it, but for the date, which does not change from day to day.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from megarl.errors import DataError, UnavailableError
+
+Message = Mapping[str, Any]
+Span = tuple[int, int]
+
+DATE = datetime(2024, 7, 26)
+"""What `strftime_now` tells templates: the default date of Llama's own, so that tokens do not depend on the day."""
+
+# Characters that Unicode reserves for use inside programs. They mark the borders of a generation block until the text
+# is whole, so that blocks are found inside of macros and of `{% set %}` too.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class ChatTemplate:
+    """A template with the special tokens that it asks for by name.
+
+    Attributes:
+        marked: whether the template says itself, by `{% generation %}` blocks, what the assistant generates.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
+        self.source, self.variables = source, dict(variables)
+        self.marked = bool(_GENERATION.search(source))
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The text of a conversation; a template that fails raises `DataError` with the template's own message."""
+        text = self._render(messages, add_generation_prompt)
+        return text.replace(_OPEN, "").replace(_CLOSE, "") if self.marked else text
+
+    def render_marked(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
+        """The text of a conversation, and the characters from and to which it lies in a generation block."""
+        for turn, message in enumerate(messages, 1):
+            if any(border in str(message.get("content")) for border in (_OPEN, _CLOSE)):
+                raise DataError(
+                    f"turn {turn} holds U+FDD0 or U+FDD1, which is no character of a text: take it out of the record"
+                )
+        return _spans(self._render(messages, add_generation_prompt))
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        shown = [_shown(message) for message in messages]
+        settings = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        try:
+            try:
+                return str(_compiled(self.source).render(messages=shown, **settings, **self.variables))
+            except Exception:
+                if all("content" in message for message in shown):
+                    raise
+                # A turn that calls a tool may have no content, and some templates read it all the same.
+                shown = [{"content": ""} | message for message in shown]
+                return str(_compiled(self.source).render(messages=shown, **settings, **self.variables))
+        except UnavailableError:
+            raise
+        except Exception as error:  # a template may raise anything; the record that broke it is what matters
+            roles = ", ".join(str(message["role"]) for message in messages) or "none"
+            raise DataError(
+                f"the chat template failed on turns with roles [{roles}] ({first_line(error)}); "
+                "change the record, or set data.chat_template to a template that accepts it"
+            ) from error
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Refuse turns without a role, or without content where they do not call a tool."""
+    for turn, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise DataError(f"turn {turn} is a {type(message).__name__}; expected an object with role and content")
+        needed = ("role",) if message.get("tool_calls") and message.get("content") is None else ("role", "content")
+        for key in needed:
+            if not isinstance(message.get(key), str):
+                found = type(message[key]).__name__ if key in message else "missing"
+                keys = ", ".join(map(str, message))
+                raise DataError(f"turn {turn}: {key!r} is {found}; expected a string (found keys: {keys})")
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _spans(text: str) -> tuple[str, list[Span]]:
+    """The text without the borders of generation blocks, and where the outermost blocks were."""
+    spans: list[Span] = []
+    pieces: list[str] = []
+    length = depth = start = 0
+    for piece in re.split(f"([{_OPEN}{_CLOSE}])", text):
+        if piece == _OPEN:
+            start = length if depth == 0 else start
+            depth += 1
+        elif piece == _CLOSE:
+            depth -= 1
+            if depth == 0 and length > start:
+                spans.append((start, length))
+        else:
+            pieces.append(piece)
+            length += len(piece)
+    return "".join(pieces), spans
+
+
+def _shown(message: Message) -> dict[str, Any]:
+    """A message as a template sees it: without keys that hold nothing, and reasoning under all of its names."""
+    shown = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((shown[key] for key in REASONING if key in shown), None)
+    return shown if reasoning is None else {"thinking": reasoning, **shown, "reasoning_content": reasoning}
+
+
+def without_reasoning(message: Message) -> dict[str, Any]:
+    """A message without what it holds beside its content under a name of reasoning."""
+    return {key: value for key, value in message.items() if key not in REASONING}
+
+
+def _strftime_now(form: str) -> str:
+    return DATE.strftime(form)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """JSON as it is; Jinja's own filter writes some characters as HTML does."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=16)
+def _compiled(source: str) -> Any:
+    try:
+        from jinja2 import TemplateError, nodes
+        from jinja2.ext import Extension
+        from jinja2.ext import loopcontrols as loop_controls
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise UnavailableError("data.chat_template: pip install jinja2") from error
+
+    class Generation(Extension):
+        """`{% generation %}` ... `{% endgeneration %}`: the body between two borders."""
+
+        tags = {"generation"}  # noqa: RUF012  Jinja declares it so
+
+        def parse(self, parser: Any) -> list[Any]:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            opening, closing = (nodes.Output([nodes.TemplateData(border)], lineno=line) for border in (_OPEN, _CLOSE))
+            return [opening, *body, closing]
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loop_controls]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": _strftime_now}
+    return environment.from_string(source)

@@ -1,0 +1,73 @@
+"""The environment of chat templates, and the marks of generation in them."""
+
+import pytest
+
+from megarl.chat.templates import ChatTemplate
+from megarl.errors import DataError
+from tests.chat import templates
+from tests.chat.templates import chat
+
+TALK = chat("u:one", "a:two", "u:three", "a:four")
+
+
+def marked(source: str) -> list[str]:
+    text, spans = ChatTemplate(source, {}).render_marked(TALK)
+    assert text == ChatTemplate(source, {}).render(TALK)
+    return [text[start:end] for start, end in spans]
+
+
+def test_marks_name_the_characters_between_them() -> None:
+    assert ChatTemplate(templates.MARKED, {}).marked
+    assert not ChatTemplate(templates.CHATML, {}).marked
+    assert marked(templates.MARKED) == ["two<|im_end|>", "four<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        templates.MARKED.replace("{% generation %}", "{%- generation -%}").replace("{% endgen", "{%+ endgen"),
+        # Inside of a macro and of a block that is kept for later, where what was rendered before is not known.
+        "{% macro say(m) %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endmacro %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ say(m) }}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+        "{% set all %}{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}{% endset %}> {{ all }}",
+    ],
+)
+def test_marks_may_stand_anywhere(source: str) -> None:
+    assert marked(source) == ["two<|im_end|>", "four<|im_end|>"]
+
+
+def test_a_marked_template_renders_for_generation() -> None:
+    prompt = ChatTemplate(templates.MARKED, {}).render(TALK[:3], True)
+    assert prompt == ChatTemplate(templates.CHATML, {}).render(TALK[:3], True)
+
+
+def test_a_record_cannot_forge_a_mark() -> None:
+    with pytest.raises(DataError, match="turn 1 holds U\\+FDD0"):
+        ChatTemplate(templates.MARKED, {}).render_marked(chat("u:\ufdd0x\ufdd1", "a:y"))
+
+
+def test_the_date_is_the_same_on_every_day() -> None:
+    assert "26 Jul 2024" in ChatTemplate(templates.DATED, {"bos_token": ""}).render(TALK)
+
+
+def test_templates_find_what_transformers_gives_them() -> None:
+    source = (
+        "{% if tools is not none or documents is not none %}never{% endif %}"
+        "{% for m in messages %}{% if m.skip is defined %}{% continue %}{% endif %}"
+        "{{ m.content | tojson }}{% if m.tool_calls is defined %}never{% endif %}{{ m.reasoning_content }}{% endfor %}"
+    )
+    messages = [
+        {"role": "user", "content": "<é>", "tool_calls": None, "thinking": "why"},
+        {"role": "user", "content": "", "skip": True},
+    ]
+    assert ChatTemplate(source, {}).render(messages) == '"<é>"why'
+
+
+@pytest.mark.parametrize("source", ["{{ ''.__class__.__mro__ }}", "{% for m in messages %}", "{{ 1 / 0 }}"])
+def test_what_a_template_may_not_do_is_one_line(source: str) -> None:
+    with pytest.raises(DataError, match="chat template failed on turns with roles") as caught:
+        ChatTemplate(source, {}).render(TALK)
+    assert "\n" not in str(caught.value)
