@@ -45,8 +45,17 @@ def cases(seed: int, count: int, store: Path) -> list[Case]:
     for number in range(count):
         draw = Random(f"archives {seed} {number}")
         base = draw.choice(list(SPLITS))
-        what, content = draw.choices((_members, _config, _weights, _bytes, _bomb), (5, 6, 4, 3, 0.4))[0](draw, archives[base])
-        made.append(Case(f"archives {base} {seed}.{number}: {what}", _laid(content), read, (CONFIG,)))
+        what, content = draw.choices((_members, _config, _weights, _bytes, _bomb), (5, 6, 4, 3, 0.4))[0](
+            draw, archives[base]
+        )
+        made.append(
+            Case(
+                f"archives {base} {seed}.{number}: {what}",
+                _laid(content),
+                read,
+                (CONFIG, "tokenizer.", "megarl_tokenizer.json"),
+            )
+        )
     return made
 
 
@@ -116,7 +125,7 @@ def _weights(draw: Random, content: bytes) -> tuple[str, bytes]:
             "of another shape": torch.zeros(3), "a scalar": torch.tensor(1.0), "of integers": weights[name].to(torch.int32), "text": "x",
             "None": None, "sparse": torch.eye(3).to_sparse(), "complex": torch.zeros(3, dtype=torch.complex64), "empty": torch.empty(0),
             "bytes": io.BytesIO(b"x"), "a list": [1], "of doubles": weights[name].double(), "on the meta device": torch.empty(3, device="meta"),
-            "a view": weights[name].t() if weights[name].dim() == 2 else weights[name], "quantised": torch.quantize_per_tensor(torch.zeros(4), 1.0, 0, torch.qint8),
+            "a view": weights[name].t() if weights[name].dim() == 2 else weights[name],
         }  # fmt: skip
         what = draw.choice([*odd, "missing", "renamed", "joined by a layer"])
         if what == "missing":
@@ -124,7 +133,9 @@ def _weights(draw: Random, content: bytes) -> tuple[str, bytes]:
         elif what == "renamed":
             weights[draw.choice((1, "", "x" * 300, "a\nb", f"{name}.2", "decoder.layers.-1.x", "decoder.layers.99999999.x"))] = weights.pop(name)  # fmt: skip
         elif what == "joined by a layer":
-            weights[f"model.decoder.layers.{draw.choice((2, 9, 10**9, 10**30))}.input_layernorm.weight"] = torch.zeros(32)
+            weights[f"model.decoder.layers.{draw.choice((2, 9, 10**9, 10**30))}.input_layernorm.weight"] = torch.zeros(
+                32
+            )
         else:
             weights[name] = odd[what]
         said.append(f"{name} is {what}")

@@ -280,4 +280,3 @@ def _unlock(folder: Path) -> None:
     for root, folders, _ in os.walk(folder):
         for name in folders:
             os.chmod(os.path.join(root, name), 0o755)  # noqa: PTH101, PTH118
-

@@ -130,7 +130,7 @@ def _pickle(draw: Random, store: Path) -> Laid:
         "a list": [1, 2], "text": "x", "None": None, "a number": 3.5, "a sparse tensor": torch.eye(3).to_sparse(), "code": _Call(),
         "a complex tensor": torch.zeros(3, dtype=torch.complex64), "an integer tensor": tensors[name].to(torch.int8),
         "a scalar": torch.tensor(1.0), "a tensor of the meta device": torch.empty(tensors[name].shape, device="meta"), "an empty tensor": torch.empty(0),
-        "a quantised tensor": torch.quantize_per_tensor(torch.zeros(4), 1.0, 0, torch.qint8), "a dictionary": {"a": torch.zeros(2)}, "a boolean tensor": tensors[name] > 0,
+        "a dictionary": {"a": torch.zeros(2)}, "a boolean tensor": tensors[name] > 0,
         "a parameter": torch.nn.Parameter(tensors[name]), "a transposed tensor": tensors[name].t().contiguous().t() if tensors[name].dim() == 2 else tensors[name],
     }  # fmt: skip
     what = draw.choice(list(odd))
@@ -139,7 +139,10 @@ def _pickle(draw: Random, store: Path) -> Laid:
     if kind == 0:
         whole, what = odd[what], f"{what} alone"
     if kind == 1:
-        whole, what = {**tensors, draw.choice((1, None, "", "extra\nname", ("a",))): odd[what]}, f"{what} under another key"
+        whole, what = (
+            {**tensors, draw.choice((1, None, "", "extra\nname", ("a",))): odd[what]},
+            f"{what} under another key",
+        )
     buffer = io.BytesIO()
     if draw.random() < 0.1:
         pickle.dump(whole if kind == 0 else {"a": _Call()}, buffer)

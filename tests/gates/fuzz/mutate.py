@@ -148,7 +148,9 @@ def data(draw: Random, content: bytes) -> tuple[str, bytes]:
 def text(draw: Random, content: str) -> tuple[str, bytes]:
     """Text whose encoding, line ends or characters are spoilt."""
     at = draw.randrange(max(len(content), 1))
-    strange = draw.choice(("\0", "\x1b[2J", "\ufeff", "\u2028", "\u202e", "\r", "\n", "\t", "é", "\U0001f600", '"', "\\"))
+    strange = draw.choice(
+        ("\0", "\x1b[2J", "\ufeff", "\u2028", "\u202e", "\r", "\n", "\t", "é", "\U0001f600", '"', "\\")
+    )
     ways: list[tuple[str, Callable[[], bytes]]] = [
         ("in UTF-16", lambda: content.encode("utf-16")),
         ("in Latin-1 with an accent", lambda: (content[:at] + "é" + content[at:]).encode("latin-1", "replace")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,6 +19,10 @@ from megarl.data.sources import read_records
 from megarl.tokenizers import ByteTokenizer
 from tests.gates.fuzz import mutate
 from tests.gates.fuzz.check import Case
+
+Laid = tuple[str, str, Callable[[Path], None]]
+"""What was done, the name of the file or folder, and how it is written."""
+Maker = Callable[[int, int, Path], list[Case]]
 
 CHAT = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Well."}]
 RECORDS: dict[str, list[dict[str, Any]]] = {
@@ -35,13 +39,20 @@ TEMPLATES = (
 
 
 def cases(seed: int, count: int, store: Path) -> list[Case]:
-    return [_case(Random(f"records {seed} {number}"), f"{seed}.{number}") for number in range(count)]
+    makers = (*[_jsonl] * 8, *[_json] * 3, _text, *[_parquet] * 3, *[_folder] * 3)
+    return [_case(Random(f"records {seed} {number}"), f"{seed}.{number}", makers) for number in range(count)]
 
 
-def _case(draw: Random, number: str) -> Case:
+def plain(seed: int, count: int, store: Path) -> list[Case]:
+    """Files that are read without another library, and no templates."""
+    made = (_case(Random(f"records {seed} {number}"), f"{seed}.{number}", (_jsonl, _json, _text), 0) for number in range(count))  # fmt: skip
+    return list(made)
+
+
+def _case(draw: Random, number: str, makers: Sequence[Callable[..., Laid]], templates: float = 0.12) -> Case:
     reader = draw.choice(list(RECORDS))
-    what, file, lay = draw.choices((_jsonl, _json, _text, _parquet, _folder), (8, 3, 1, 3, 3))[0](draw, RECORDS[reader])
-    template = draw.choice(TEMPLATES) if draw.random() < 0.12 else None
+    what, file, lay = draw.choice(makers)(draw, RECORDS[reader])
+    template = draw.choice(TEMPLATES) if draw.random() < templates else None
     told = f", template {template[:30]!r}" if template else ""
     read = {"sft": _documents, "prompts": _prompts, "offline": _samples}[reader]
     options = _options(draw)
@@ -79,10 +90,6 @@ def _samples(path: str, template: str | None, options: dict[str, Any]) -> None:
     )
     store = open_store(data, ByteTokenizer())
     store.batch([0], int(store.lengths[0]), 0)
-
-
-Laid = tuple[str, str, Callable[[Path], None]]
-"""What was done, the name of the file or folder, and how it is written."""
 
 
 def _written(what: str, name: str, content: bytes | str) -> Laid:

@@ -51,7 +51,9 @@ def cases(seed: int, count: int, store: Path) -> list[Case]:
         shown = " ".join(f"{name}={value!r:.40}" for name, value in variables.items())
         entry = draw.choice(("sft", "ppo", "generate"))
         name = f"surroundings {entry} {seed}.{number}: {shown}"
-        made.append(Case(name, lambda folder: None, _act(entry, variables), (*variables, "srun", "run.name", "trainer.")))
+        made.append(
+            Case(name, lambda folder: None, _act(entry, variables), (*variables, "srun", "run.name", "trainer."))
+        )
     return made
 
 
@@ -82,7 +84,9 @@ def _act(entry: str, variables: dict[str, str | None]) -> Any:
             return
         fit._rank()
         assert fit._devices(config) * fit._nodes(config) >= 1
-        if "SLURM_JOB_ID" in os.environ:  # else it makes the folder
-            resolve_run_dir(entry, config)
+        runs = folder.parent.parent / "runs of all cases"  # a run on its own makes its folder at once
+        runs.mkdir(exist_ok=True)
+        os.chdir(runs)
+        resolve_run_dir(entry, config)
 
     return act

@@ -78,7 +78,9 @@ def _journal(draw: Random, name: str, home: Path) -> Case:
 
 def _dump(draw: Random, name: str, home: Path) -> Case:
     what, spoilt = _lines(draw, home / "dump" / "train-000000.jsonl")
-    requests = [Request(r.prompt_id, r.sample_id, tuple(r.prompt)) for r in stored.load(home / "dump" / "train-000000.jsonl")]
+    requests = [
+        Request(r.prompt_id, r.sample_id, tuple(r.prompt)) for r in stored.load(home / "dump" / "train-000000.jsonl")
+    ]
 
     def lay(folder: Path) -> None:
         mutate.put(folder / "train-000000.jsonl", spoilt)
@@ -121,7 +123,7 @@ def _metrics(draw: Random, name: str, home: Path) -> Case:
         logger.log_metrics({"a": 1.0}, 1)
         logger.log_metrics({"b": 1.0}, 3)
 
-    return Case(f"{name}: {what}", lay, act)
+    return Case(f"{name}: {what}", lay, act, ("metrics.csv",))
 
 
 def _logger(path: Path) -> Any:

@@ -68,7 +68,9 @@ def _case(draw: Random, number: str, store: Path) -> Case:
         shutil.copytree(store / kind, folder / "tokenizer")
         mutate.put(folder / "tokenizer" / file, spoilt)
 
-    return Case(f"words {kind} {number}: {file} {what}", lay, _reader(draw, kind), ("tokenizer.", "turn", "chat template"))
+    return Case(
+        f"words {kind} {number}: {file} {what}", lay, _reader(draw, kind), ("tokenizer.", "turn", "chat template")
+    )
 
 
 def _reader(draw: Random, kind: str) -> Callable[[Path], object]:
