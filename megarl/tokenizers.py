@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megarl.disk import UnreadableError, exists, is_dir, is_file, local, parse_object, read_text, shown, why_no_name
 from megarl.errors import ConfigError, DataError, UnavailableError
 
 KINDS = ("bytes", "characters", "sentencepiece", "huggingface")
@@ -239,11 +240,11 @@ class SentencePieceTokenizer(Tokenizer):
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
             raise UnavailableError("tokenizer.kind=sentencepiece: pip install sentencepiece") from error
-        self.path = Path(path).expanduser()
-        if self.path.is_dir():
+        self.path = local(path)
+        if is_dir(self.path):
             self.path = self.path / SENTENCEPIECE_FILE
-        if not self.path.is_file():
-            raise ConfigError(f"tokenizer.path={str(path)!r}: no such file; give a SentencePiece .model file")
+        if not is_file(self.path):
+            raise ConfigError(f"tokenizer.path={shown(path)!r}: no such file; give a SentencePiece .model file")
         self._processor = SentencePieceProcessor()
         try:
             self._processor.Load(str(self.path))
@@ -363,20 +364,31 @@ def build_tokenizer(kind: str, path: str | None = None) -> Tokenizer:
         raise ConfigError(f"tokenizer.kind={kind} needs tokenizer.path, which is not set")
     if kind == "characters":
         saved = Path(path) / ALPHABET_FILE
-        return CharacterTokenizer(saved.read_text(encoding="utf-8") if saved.is_file() else path)
+        try:
+            return CharacterTokenizer(read_text(saved) if is_file(saved) else path)
+        except UnreadableError as problem:
+            raise ConfigError(f"tokenizer.path={path}: {saved} {problem}: restore it") from None
     return SentencePieceTokenizer(path) if kind == "sentencepiece" else HuggingFaceTokenizer(path)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote into a folder."""
-    marker = Path(folder) / MARKER_FILE
-    if not marker.is_file():
+    if not is_file(Path(folder) / MARKER_FILE):
         raise ConfigError(f"{folder}: holds no tokenizer saved by megarl ({MARKER_FILE} is missing)")
-    saved = json.loads(marker.read_text(encoding="utf-8"))
-    tokenizer = build_tokenizer(saved["kind"], str(folder))
-    if tokenizer.fingerprint() != saved["fingerprint"]:
+    saved = read_marker(folder)
+    tokenizer = build_tokenizer(str(saved.get("kind")), str(folder))
+    if tokenizer.fingerprint() != saved.get("fingerprint"):
         raise ConfigError(f"{folder}: the tokenizer differs from the one that was saved; restore its files")
     return tokenizer
+
+
+def read_marker(folder: str | Path) -> dict[str, Any]:
+    """What `Tokenizer.save` wrote about a tokenizer."""
+    marker = Path(folder) / MARKER_FILE
+    try:
+        return parse_object(read_text(marker))
+    except UnreadableError as problem:
+        raise ConfigError(f"{marker} {problem}: restore it") from None
 
 
 def _load_hugging_face(path: str) -> Any:
@@ -384,11 +396,14 @@ def _load_hugging_face(path: str) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise UnavailableError("tokenizer.kind=huggingface: pip install transformers") from error
-    local = Path(path).expanduser()
-    if not local.exists() and (local.is_absolute() or path.startswith((".", "~"))):
-        raise ConfigError(f"tokenizer.path={path!r}: no such folder; give one that holds tokenizer.json, or a hub name")
+    place = local(path)
+    there = exists(place)
+    if not there and (place.is_absolute() or path.startswith((".", "~")) or why_no_name(place)):
+        raise ConfigError(
+            f"tokenizer.path={shown(path)!r}: no such folder; give one that holds tokenizer.json, or a hub name"
+        )
     try:
-        return AutoTokenizer.from_pretrained(str(local) if local.exists() else path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(place) if there else path, trust_remote_code=False)
     except Exception as error:  # the hub, the file formats and Python code each raise their own kinds
         raise ConfigError(
             f"tokenizer.path={path!r} cannot be loaded as a Hugging Face tokenizer ({_first_line(error)}); "

@@ -112,7 +112,11 @@ class Judge:
         """
         known = {} if self.journal is None else self.journal.read(stream, phase)
         names = [identity(rollout, prompts[rollout.prompt_id].metadata) for rollout in rollouts]
-        found: dict[int, Entry] = {row: known[name] for row, name in enumerate(names) if name in known}
+        found: dict[int, Entry] = {
+            row: known[name]
+            for row, (name, rollout) in enumerate(zip(names, rollouts, strict=True))
+            if name in known and _fits(known[name], rollout)
+        }
         unknown = [row for row in range(len(rollouts)) if row not in found]
         judgement = Judgement()
         size = self.batch_size or max(len(unknown), 1)
@@ -145,6 +149,11 @@ class Judge:
             "metadata": {name: [prompt.metadata.get(name) for prompt in prompts] for name in names},
             "lengths": [len(rollout.response) for rollout in rollouts],
         }
+
+
+def _fits(entry: Entry, rollout: Rollout) -> bool:
+    """Per-token rewards are as many as the response has tokens."""
+    return not isinstance(entry[0], list) or len(entry[0]) == len(rollout.response)
 
 
 def free_name(name: str) -> str:

@@ -25,6 +25,7 @@ from megarl.modules.generative import GenerativeModule
 from megarl.modules.invariants import Invariants
 from megarl.modules.shaping import Shaping
 from megarl.parallel.engine import Batch, Engine, ForwardFn, Stats
+from megarl.parallel.grid import SEEDS
 from megarl.tokenizers import Tokenizer
 
 NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
@@ -176,7 +177,7 @@ class PPO(GenerativeModule):
         """Inner epochs of minibatches, in one order that follows from the seed."""
         ppo, size = self.config.ppo, self.config.trainer.global_batch_size
         rows, expected = len(batch["tokens"]), float(batch["response_mask"].count_nonzero())
-        shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.consumed)
+        shuffle = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.consumed) % SEEDS)
         collected: list[dict[str, float]] = []
         for _ in range(ppo.inner_epochs):
             epoch: list[dict[str, float]] = []
