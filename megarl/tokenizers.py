@@ -22,6 +22,8 @@ ROLES = ("system", "user", "assistant")
 MARKER_FILE = "megarl_tokenizer.json"
 ALPHABET_FILE = "alphabet.txt"
 SENTENCEPIECE_FILE = "tokenizer.model"
+MOST_TOKENS = 2**24
+"""Entries of a vocabulary. A larger id is damage, and work that grows with it would take for ever."""
 
 Message = Mapping[str, Any]
 
@@ -304,7 +306,12 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         vocabulary = own.get_vocab()
         # A vocabulary may have holes, so its largest id can be past the number of its entries.
-        self.size = max(len(own), max(vocabulary.values()) + 1)
+        self.size = max(len(own), *(token + 1 for token in vocabulary.values()))
+        if self.size > MOST_TOKENS:
+            raise ConfigError(
+                f"tokenizer.path={path!r} has the id {self.size - 1}, and no model has more than {MOST_TOKENS} entries: "
+                "restore its tokenizer.json"
+            )
         self.eos_id = int(own.eos_token_id)
         self.pad_id = int(own.pad_token_id) if own.pad_token_id is not None else self.eos_id
         self.bos_id = int(own.bos_token_id) if own.bos_token_id is not None else None
@@ -422,6 +429,8 @@ def _hugging_face_state(own: Any, vocabulary: dict[str, int]) -> list[Any]:
 
 
 def _check_messages(messages: Sequence[Message]) -> None:
+    if not isinstance(messages, list | tuple):
+        raise DataError(f"the conversation is a {type(messages).__name__}; expected a list of turns")
     for turn, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
             raise DataError(f"turn {turn} is a {type(message).__name__}; expected an object with role and content")

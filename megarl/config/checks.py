@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from megarl.config.launcher import started_by_slurm
 from megarl.config.offers import Refusal, Rule, divisors, either, enforce, multiples, require_divides
 from megarl.config.presets import DEMO_EVAL, DEMO_TRAIN, resource
 from megarl.config.rl import SCORER_START_S
@@ -18,7 +19,6 @@ from megarl.config.values import MOST_PER_NODE, check_declared, check_types, che
 from megarl.errors import ConfigError
 from megarl.logging import get_logger, warn_once
 
-_INTERACTIVE = ("bash", "interactive")
 MOST_PARAMETERS = 10**13
 
 
@@ -63,11 +63,6 @@ def world_size(config: Any, environ: Mapping[str, str]) -> int:
     if started_by_slurm(environ):
         return _count(environ, "SLURM_NTASKS")
     return local_devices(config) * int(config.trainer.num_nodes)
-
-
-def started_by_slurm(environ: Mapping[str, str]) -> bool:
-    """Whether this process is a task of `srun`, and not in a shell inside an allocation."""
-    return "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in _INTERACTIVE
 
 
 def local_devices(config: Any) -> int:

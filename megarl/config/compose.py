@@ -19,6 +19,7 @@ import megarl
 from megarl.command import INTERRUPTED, NOTICED, ended
 from megarl.config.checks import check, world_size
 from megarl.config.files import check_files
+from megarl.config.launcher import check_launcher
 from megarl.config.messages import EXPLAINED, check_argument, explain
 from megarl.config.presets import conf_folder, register
 from megarl.config.reference import help_text
@@ -99,6 +100,7 @@ def run(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> NoRet
 
 def _checked(config: Any, main: Callable[[Any], int | None]) -> int | None:
     """Call `main` with a configuration whose arithmetic works, so that heavy imports come after cheap errors."""
+    check_launcher(os.environ)
     check(config, world_size(config, os.environ))
     check_files(config)
     return main(config)

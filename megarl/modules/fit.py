@@ -27,6 +27,7 @@ from megarl.callbacks.throughput import Throughput
 from megarl.checkpoint import ShardedCheckpointIO, find, refuse_empty
 from megarl.command import quiet
 from megarl.config import checks
+from megarl.config.launcher import check_launcher, started_by_slurm
 from megarl.disk import local
 from megarl.errors import CheckpointError, ConfigError
 from megarl.logging import get_logger, setup
@@ -46,6 +47,7 @@ def fit(entry: str, config: Any, build: Callable[[Any], Module]) -> int:
 
     `build(config)` makes the module, before any process group exists; its models are made in `configure_model`.
     """
+    check_launcher(os.environ)
     checks.check(config, checks.world_size(config, os.environ))
     resume = config.run.resume
     if resume not in ("auto", "never"):
@@ -167,7 +169,7 @@ def _devices(config: Any) -> int:
     """Processes on this node: what a launcher started, else what the configuration asks for."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"])
-    if checks.started_by_slurm(os.environ):
+    if started_by_slurm(os.environ):
         return int(os.environ["SLURM_NTASKS"]) // int(os.environ.get("SLURM_NNODES", "1"))
     return checks.local_devices(config)
 
@@ -175,6 +177,6 @@ def _devices(config: Any) -> int:
 def _nodes(config: Any) -> int:
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-    if checks.started_by_slurm(os.environ):
+    if started_by_slurm(os.environ):
         return int(os.environ.get("SLURM_NNODES", "1"))
     return int(config.trainer.num_nodes)

@@ -90,7 +90,7 @@ class TensorMember:
             try:
                 storage: Any = value.untyped_storage()
                 offset = int(storage._checkpoint_offset) + int(value.storage_offset()) * value.element_size()
-            except (AttributeError, NotImplementedError, RuntimeError):  # sparse, or torch's file of before 1.6
+            except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # sparse, meta, before torch 1.6
                 raise CheckpointError(f"{label}: {name} is no plain tensor in a file of torch 1.6 or later") from None
             extent = _extent(tuple(value.shape), value.stride()) * value.element_size()
             if offset < 0 or offset + extent > size:

@@ -13,6 +13,7 @@ from megarl.callbacks.run_folder import resolve_run_dir
 from megarl.command import say
 from megarl.config.checks import check, world_size
 from megarl.config.compose import compose
+from megarl.config.launcher import check_launcher
 from megarl.modules import fit
 from megarl.parallel.processes import know_slurm
 from tests.gates.fuzz.check import Case
@@ -77,6 +78,7 @@ def _act(entry: str, variables: dict[str, str | None]) -> Any:
         config = copy.deepcopy(_config(entry))
         apply(variables, os.environ)
         say("a word")
+        check_launcher(os.environ)
         world = world_size(config, os.environ)
         check(config, world)
         know_slurm()
