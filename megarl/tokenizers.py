@@ -309,8 +309,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.size = max(len(own), *(token + 1 for token in vocabulary.values()))
         if self.size > MOST_TOKENS:
             raise ConfigError(
-                f"tokenizer.path={path!r} has the id {self.size - 1}, and no model has more than {MOST_TOKENS} entries: "
-                "restore its tokenizer.json"
+                f"tokenizer.path={path!r} has the id {self.size - 1}, and no vocabulary has more than {MOST_TOKENS} "
+                "entries: restore its tokenizer.json"
             )
         self.eos_id = int(own.eos_token_id)
         self.pad_id = int(own.pad_token_id) if own.pad_token_id is not None else self.eos_id
@@ -410,7 +410,9 @@ def _load_hugging_face(path: str) -> Any:
             f"tokenizer.path={shown(path)!r}: no such folder; give one that holds tokenizer.json, or a hub name"
         )
     try:
-        return AutoTokenizer.from_pretrained(str(place) if there else path, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(str(place) if there else path, trust_remote_code=False)
+        found("a", verbose=False)  # settings that cannot be are only looked at when something is encoded
+        return found
     except Exception as error:  # the hub, the file formats and Python code each raise their own kinds
         raise ConfigError(
             f"tokenizer.path={path!r} cannot be loaded as a Hugging Face tokenizer ({_first_line(error)}); "

@@ -12,8 +12,10 @@ pytestmark = pytest.mark.timeout(300, method="thread")
 
 
 @pytest.mark.parametrize(
-    ("cases", "count"), [(records.plain, 100), (scorers.cases, 80), (surroundings.cases, 20)], ids=lambda it: getattr(it, "__module__", "")
-)  # fmt: skip
+    ("cases", "count"),
+    [(records.plain, 100), (scorers.cases, 80), (surroundings.cases, 20)],
+    ids=lambda it: getattr(it, "__module__", ""),
+)
 def test_malformed_input_ends_in_one_line(cases: records.Maker, count: int, tmp_path: Path) -> None:
     outcome = check(cases(1, count, tmp_path), tmp_path)
     assert not outcome.faults, outcome.report()

@@ -1,4 +1,4 @@
-"""What a launcher leaves in the environment, checked before anything reads it: numbers that are none, or contradict."""
+"""Check what a launcher leaves in the environment, before anything reads it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def check_launcher(environ: Environment) -> None:
     for name, size in _SHARED_OUT:
         if name in numbers and size in numbers and numbers[name] % numbers[size]:
             raise ConfigError(
-                f"{name}={numbers[name]} is no multiple of {size}={numbers[size]}: start as many processes on every node"
+                f"{name}={numbers[name]} in the environment is no multiple of {size}={numbers[size]}: start as many "
+                "processes on every node"
             )
 
 
@@ -75,4 +76,6 @@ def _number(environ: Environment, name: str) -> int:
 def _require(environ: Environment, given: str, needed: tuple[str, ...], remedy: str) -> None:
     missing = next((name for name in needed if not environ.get(name)), None)
     if missing:
-        raise ConfigError(f"{given}={environ[given]} is in the environment and {missing} is not: {remedy}, or unset {given}")
+        raise ConfigError(
+            f"{given}={environ[given]} is in the environment and {missing} is not: {remedy}, or unset {given}"
+        )

@@ -236,7 +236,7 @@ class _Files:
                 scalar: Tensor = self.open[part.file].get_tensor(part.name)
                 return scalar
             piece: Tensor = self.open[part.file].get_slice(part.name)[where]
-        except (OSError, SafetensorError, IndexError) as problem:
+        except (OSError, SafetensorError, IndexError, UnicodeError) as problem:
             raise CheckpointError(
                 f"{self.folder / part.file} cannot be read ({problem}): all machines of a run must see the same files"
             ) from None

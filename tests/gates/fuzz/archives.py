@@ -122,16 +122,27 @@ def _weights(draw: Random, content: bytes) -> tuple[str, bytes]:
         weights: dict[Any, Any] = torch.load(io.BytesIO(file), weights_only=True)
         name = draw.choice(sorted(weights))
         odd: dict[str, Any] = {
-            "of another shape": torch.zeros(3), "a scalar": torch.tensor(1.0), "of integers": weights[name].to(torch.int32), "text": "x",
-            "None": None, "sparse": torch.eye(3).to_sparse(), "complex": torch.zeros(3, dtype=torch.complex64), "empty": torch.empty(0),
-            "bytes": io.BytesIO(b"x"), "a list": [1], "of doubles": weights[name].double(), "on the meta device": torch.empty(3, device="meta"),
+            "of another shape": torch.zeros(3),
+            "a scalar": torch.tensor(1.0),
+            "of integers": weights[name].to(torch.int32),
+            "text": "x",
+            "None": None,
+            "sparse": torch.eye(3).to_sparse(),
+            "complex": torch.zeros(3, dtype=torch.complex64),
+            "empty": torch.empty(0),
+            "bytes": io.BytesIO(b"x"),
+            "a list": [1],
+            "of doubles": weights[name].double(),
+            "on the meta device": torch.empty(3, device="meta"),
             "a view": weights[name].t() if weights[name].dim() == 2 else weights[name],
-        }  # fmt: skip
+        }
         what = draw.choice([*odd, "missing", "renamed", "joined by a layer"])
         if what == "missing":
             del weights[name]
         elif what == "renamed":
-            weights[draw.choice((1, "", "x" * 300, "a\nb", f"{name}.2", "decoder.layers.-1.x", "decoder.layers.99999999.x"))] = weights.pop(name)  # fmt: skip
+            weights[
+                draw.choice((1, "", "x" * 300, "a\nb", f"{name}.2", "decoder.layers.-1.x", "decoder.layers.99999999.x"))
+            ] = weights.pop(name)
         elif what == "joined by a layer":
             weights[f"model.decoder.layers.{draw.choice((2, 9, 10**9, 10**30))}.input_layernorm.weight"] = torch.zeros(
                 32

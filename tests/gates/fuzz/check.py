@@ -247,7 +247,7 @@ def _output() -> Iterator[list[str]]:
     written = [""]
     sys.stdout.flush()
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as file, open(file.fileno(), "w", encoding="utf-8", closefd=False) as stream:  # noqa: PTH123
+    with tempfile.TemporaryFile() as file, open(file.fileno(), "w", encoding="utf-8", closefd=False) as stream:
         kept = [os.dup(1), os.dup(2)]
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

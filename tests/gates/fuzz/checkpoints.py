@@ -115,7 +115,11 @@ def _common(draw: Random, original: Path) -> Change:
     values += [("a tensor", torch.zeros(3)), ("an empty tensor", torch.empty(0))]
     section = draw.choice(("model", "model", "model", *common))
     what, changed = mutate.tree(draw, {section: common[section]}, values)
-    whole = {**{key: value for key, value in common.items() if key != section}, **changed} if isinstance(changed, dict) else changed  # fmt: skip
+    whole = (
+        {**{key: value for key, value in common.items() if key != section}, **changed}
+        if isinstance(changed, dict)
+        else changed
+    )
     buffer = io.BytesIO()
     torch.save(whole, buffer)
     return f"{COMMON} {what}", lambda folder: mutate.put(folder / COMMON, buffer.getvalue())

@@ -23,7 +23,14 @@ from tests.gates.fuzz.check import ONLY, Fault, Outcome, difference, flaw_of, no
 from tests.gates.fuzz.runs import PPO, REWARDS, SFT, lay_ppo, ppo_run, sft_run
 
 CPU_S, WALL_S = 60, 300.0  # the machine may be busy: nothing here takes more than some seconds of computing
-DOCUMENTED = {"train": (0, 2, 3), "generate": (0, 2, 3), "plan": (0, 2), "convert": (0, 1, 2), "selftest": (0, 1, 2), "why_stuck": (0, 1, 2)}  # fmt: skip
+DOCUMENTED = {
+    "train": (0, 2, 3),
+    "generate": (0, 2, 3),
+    "plan": (0, 2),
+    "convert": (0, 1, 2),
+    "selftest": (0, 1, 2),
+    "why_stuck": (0, 1, 2),
+}
 MARK = "MEGARL_FUZZ_CASE"
 
 
@@ -177,12 +184,15 @@ def _placed(draw: Random, name: str, store: Path) -> Command:
         "colours asked for": ({"FORCE_COLOR": "1", "COLUMNS": "3"}, {}),
         "stdin closed": ({}, {"stdin": None, "preexec_fn": lambda: os.close(0)}),
         "stdout closed": ({}, {"stdout": None, "preexec_fn": lambda: os.close(1)}),
-        "all streams closed": ({}, {"stdin": None, "stdout": None, "stderr": subprocess.DEVNULL, "preexec_fn": lambda: os.closerange(0, 2)}),
+        "all streams closed": (
+            {},
+            {"stdin": None, "stdout": None, "stderr": subprocess.DEVNULL, "preexec_fn": lambda: os.closerange(0, 2)},
+        ),
         "stdout full": ({}, {"stdout": full}),
         "two gigabytes of memory at most": ({"MALLOC_ARENA_MAX": "2"}, {}),
         "another seed of hashes": ({"PYTHONHASHSEED": "7", "PYTHONWARNINGS": "default"}, {}),
         "optimised bytecode": ({"PYTHONOPTIMIZE": "1"}, {}),
-    }  # fmt: skip
+    }
     what = draw.choice(list(odd))
     variables, streams = odd[what]
     folder = draw.choice(("here", "a folder with spaces", "é", "quote'", "$HOME", "a=b", "[x]", "{y}", "x,y", "-r"))
@@ -225,7 +235,13 @@ def _scored(draw: Random, name: str, store: Path) -> Command:
         lay_ppo(folder)
         mutate.put(folder / "rewards.py", source)
 
-    words = [*PPO, "run.dir=run", "reward.timeout=3", "reward.retries=0", f"reward.on_error={draw.choice(('error', 'drop'))}"]  # fmt: skip
+    words = [
+        *PPO,
+        "run.dir=run",
+        "reward.timeout=3",
+        "reward.retries=0",
+        f"reward.on_error={draw.choice(('error', 'drop'))}",
+    ]
     return Command(f"{name}: {what}", "train_ppo", [*words, "trainer.max_phases=1"], lay)
 
 
@@ -241,7 +257,11 @@ def _fed(draw: Random, name: str, store: Path) -> Command:
         return Command(f"{name}: ILQL of {file}: {what}", "train_ilql", words, laid)
     files = ("journal", "dump", "metrics.csv", "summary.json", "config.yaml", "versions.json", "breadcrumbs")
     kind = draw.choice(files)
-    source = {"journal": "run/journal/reward-train-000001.jsonl", "dump": "dump/train-000001.jsonl", "breadcrumbs": "run/breadcrumbs/rank-0.json"}.get(kind, f"run/{kind}")  # fmt: skip
+    source = {
+        "journal": "run/journal/reward-train-000001.jsonl",
+        "dump": "dump/train-000001.jsonl",
+        "breadcrumbs": "run/breadcrumbs/rank-0.json",
+    }.get(kind, f"run/{kind}")
     spoil = traces._lines if source.endswith("jsonl") else lambda draw, path: mutate.data(draw, path.read_bytes())
     what, content = spoil(draw, home / source)
 
@@ -260,10 +280,23 @@ def _generated(draw: Random, name: str, store: Path) -> Command:
     place = store.parent / "models"
     models.cases(0, 0, _made(place))
     base, what, laid = draw.choice((models._config, models._header, models._body, models._pickle))(draw, place)
-    words = ["model.path=model", "prompts=abc", "tokenizer.kind=characters", "tokenizer.path=abcdef", "out=out.jsonl", "rollout.max_new_tokens=4"]  # fmt: skip
+    words = [
+        "model.path=model",
+        "prompts=abc",
+        "tokenizer.kind=characters",
+        "tokenizer.path=abcdef",
+        "out=out.jsonl",
+        "rollout.max_new_tokens=4",
+    ]
     if draw.random() < 0.3:
         file_what, file, records_laid = draw.choice((records._jsonl, records._folder))(draw, records.RECORDS["prompts"])
-        words = ["model.num_layers=1", "model.hidden_size=16", "model.num_heads=2", f"prompts='{file}'", "rollout.max_new_tokens=2"]  # fmt: skip
+        words = [
+            "model.num_layers=1",
+            "model.hidden_size=16",
+            "model.num_heads=2",
+            f"prompts='{file}'",
+            "rollout.max_new_tokens=2",
+        ]
         return Command(f"{name}: prompts {file}: {file_what}", "generate", words, records_laid)
     return Command(f"{name}: {base} {what}", "generate", words, laid)
 
@@ -289,11 +322,19 @@ def _small(draw: Random, name: str, store: Path) -> Command:
 
         return Command(f"{name}: {what}", "why_stuck", ["run"], lay)
     module = draw.choice(("plan", "selftest", "train_rft"))
-    keys = {"plan": ["cluster.gpus=8", "model.num_layers=2"], "selftest": ["steps=1"], "train_rft": ["data.train=[prompts.jsonl]", "reward.fn=rewards.py:score"]}[module]  # fmt: skip
+    keys = {
+        "plan": ["cluster.gpus=8", "model.num_layers=2"],
+        "selftest": ["steps=1"],
+        "train_rft": ["data.train=[prompts.jsonl]", "reward.fn=rewards.py:score"],
+    }[module]
     from tests.gates.fuzz.settings import TEXTS
 
     value = draw.choice([text for text in TEXTS if "\0" not in text and "\ud800" not in text])
-    key = draw.choice(("steps", "precision", "tp") if module == "selftest" else ("seed", "model.path", "parallel.tp", "optim.lr", "trainer.devices"))  # fmt: skip
+    key = draw.choice(
+        ("steps", "precision", "tp")
+        if module == "selftest"
+        else ("seed", "model.path", "parallel.tp", "optim.lr", "trainer.devices")
+    )
 
     def lay_files(folder: Path) -> None:
         lay_ppo(folder)

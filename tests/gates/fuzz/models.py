@@ -98,7 +98,11 @@ def _header(draw: Random, store: Path) -> Laid:
         what, written = mutate.data(draw, content[8 : 8 + length])
     said = len(written) if draw.random() < 0.9 else draw.choice((0, 1, len(written) + 1, 2**32, 2**63, 2**64 - 1))
     spoilt = struct.pack("<Q", said) + written + content[8 + length :]
-    return base, f"header {what}, length {said}", _copied(store, base, lambda model: mutate.put(model / "model.safetensors", spoilt))  # fmt: skip
+    return (
+        base,
+        f"header {what}, length {said}",
+        _copied(store, base, lambda model: mutate.put(model / "model.safetensors", spoilt)),
+    )
 
 
 def _body(draw: Random, store: Path) -> Laid:
@@ -127,12 +131,22 @@ def _pickle(draw: Random, store: Path) -> Laid:
     tensors: dict[Any, Any] = dict(stored(store / "gpt2"))
     name = draw.choice(sorted(tensors))
     odd: dict[str, Any] = {
-        "a list": [1, 2], "text": "x", "None": None, "a number": 3.5, "a sparse tensor": torch.eye(3).to_sparse(), "code": _Call(),
-        "a complex tensor": torch.zeros(3, dtype=torch.complex64), "an integer tensor": tensors[name].to(torch.int8),
-        "a scalar": torch.tensor(1.0), "a tensor of the meta device": torch.empty(tensors[name].shape, device="meta"), "an empty tensor": torch.empty(0),
-        "a dictionary": {"a": torch.zeros(2)}, "a boolean tensor": tensors[name] > 0,
-        "a parameter": torch.nn.Parameter(tensors[name]), "a transposed tensor": tensors[name].t().contiguous().t() if tensors[name].dim() == 2 else tensors[name],
-    }  # fmt: skip
+        "a list": [1, 2],
+        "text": "x",
+        "None": None,
+        "a number": 3.5,
+        "a sparse tensor": torch.eye(3).to_sparse(),
+        "code": _Call(),
+        "a complex tensor": torch.zeros(3, dtype=torch.complex64),
+        "an integer tensor": tensors[name].to(torch.int8),
+        "a scalar": torch.tensor(1.0),
+        "a tensor of the meta device": torch.empty(tensors[name].shape, device="meta"),
+        "an empty tensor": torch.empty(0),
+        "a dictionary": {"a": torch.zeros(2)},
+        "a boolean tensor": tensors[name] > 0,
+        "a parameter": torch.nn.Parameter(tensors[name]),
+        "a transposed tensor": tensors[name].t().contiguous().t() if tensors[name].dim() == 2 else tensors[name],
+    }
     what = draw.choice(list(odd))
     kind = draw.randrange(5)
     whole: Any = {**tensors, name: odd[what]}
@@ -151,7 +165,11 @@ def _pickle(draw: Random, store: Path) -> Laid:
     content = buffer.getvalue()
     if kind >= 3:
         what, content = mutate.data(draw, content)
-    return "pickled", f"{name} {what}", _copied(store, "pickled", lambda model: mutate.put(model / "pytorch_model.bin", content))  # fmt: skip
+    return (
+        "pickled",
+        f"{name} {what}",
+        _copied(store, "pickled", lambda model: mutate.put(model / "pytorch_model.bin", content)),
+    )
 
 
 def _files(draw: Random, store: Path) -> Laid:

@@ -178,7 +178,7 @@ def put(path: Any, content: bytes | str | None) -> None:
         path.write_bytes(content.encode("utf-8", "surrogatepass"))
 
 
-# --- tar ----------------------------------------------------------------------------------------------------------------
+# --- tar --------------------------------------------------------------------------------------------------------------
 
 Members = list[tuple[tarfile.TarInfo, bytes]]
 
@@ -209,7 +209,7 @@ def plain_member(name: str, content: bytes) -> tuple[tarfile.TarInfo, bytes]:
 
 
 def members(draw: Random, whole: Members) -> tuple[str, Members]:
-    """Members that are removed, renamed, doubled, emptied, made links, devices or folders, or joined by hostile ones."""
+    """Members that are removed, renamed, doubled, emptied, made links, devices or folders, joined by hostile ones."""
     changed = [(copy.copy(member), content) for member, content in whole]
     at = draw.randrange(len(changed))
     member, content = changed[at]

@@ -28,14 +28,36 @@ CHAT = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "cont
 RECORDS: dict[str, list[dict[str, Any]]] = {
     "sft": [{"text": "a text"}, {"prompt": "a ", "completion": "b"}, {"messages": CHAT}],
     "prompts": [{"prompt": "a question", "answer": 3}, {"messages": CHAT[:1], "answer": 4}],
-    "offline": [{"samples": ["a", "b"], "rewards": 0.5}, {"messages": CHAT, "rewards": [1]}, {"samples": "abc", "rewards": -1}],
-}  # fmt: skip
+    "offline": [
+        {"samples": ["a", "b"], "rewards": 0.5},
+        {"messages": CHAT, "rewards": [1]},
+        {"samples": "abc", "rewards": -1},
+    ],
+}
 TEMPLATES = (
-    "{{", "{% for m in messages %}", "{{ messages[9].content }}", "{{ 1 / 0 }}", "{{ ''.__class__.__mro__ }}", "{{ gone }}",
-    "{% for i in range(10 ** 9) %}{% endfor %}", "{{ raise_exception('no\nline') }}", "{% include 'x' %}", "{{ messages }}", "{}",
-    "{{ messages | tojson }}", "{{ bos_token }}", "{% set x = messages.pop() %}", "{{ cycler.__init__.__globals__ }}", "{{ 'a' * 10 ** 10 }}",
-    "{{ messages[0].content.encode }}", "gone.jinja", ".", "x" * 300, "{{ 10 ** 10 ** 6 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-)  # fmt: skip
+    "{{",
+    "{% for m in messages %}",
+    "{{ messages[9].content }}",
+    "{{ 1 / 0 }}",
+    "{{ ''.__class__.__mro__ }}",
+    "{{ gone }}",
+    "{% for i in range(10 ** 9) %}{% endfor %}",
+    "{{ raise_exception('no\nline') }}",
+    "{% include 'x' %}",
+    "{{ messages }}",
+    "{}",
+    "{{ messages | tojson }}",
+    "{{ bos_token }}",
+    "{% set x = messages.pop() %}",
+    "{{ cycler.__init__.__globals__ }}",
+    "{{ 'a' * 10 ** 10 }}",
+    "{{ messages[0].content.encode }}",
+    "gone.jinja",
+    ".",
+    "x" * 300,
+    "{{ 10 ** 10 ** 6 }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+)
 
 
 def cases(seed: int, count: int, store: Path) -> list[Case]:
@@ -45,7 +67,10 @@ def cases(seed: int, count: int, store: Path) -> list[Case]:
 
 def plain(seed: int, count: int, store: Path) -> list[Case]:
     """Files that are read without another library, and no templates."""
-    made = (_case(Random(f"records {seed} {number}"), f"{seed}.{number}", (_jsonl, _json, _text), 0) for number in range(count))  # fmt: skip
+    made = (
+        _case(Random(f"records {seed} {number}"), f"{seed}.{number}", (_jsonl, _json, _text), 0)
+        for number in range(count)
+    )
     return list(made)
 
 
@@ -146,8 +171,10 @@ def _parquet(draw: Random, records: list[dict[str, Any]]) -> Laid:
         "maps": pyarrow.array([[("a", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
         "dictionary": pyarrow.array(["a", "b"]).dictionary_encode(),
         "numbers that are none": pyarrow.array([float("nan"), float("inf")]),
-        "halves": pyarrow.array([1.0, 2.0], pyarrow.float16()) if hasattr(pyarrow, "float16") else pyarrow.array([1, 2]),
-    }  # fmt: skip
+        "halves": pyarrow.array([1.0, 2.0], pyarrow.float16())
+        if hasattr(pyarrow, "float16")
+        else pyarrow.array([1, 2]),
+    }
     names = list(records[0])
     table = pyarrow.table({name: columns[draw.choice(list(columns))] for name in (*names, draw.choice(names) + "_2")})
     if draw.random() < 0.1:
@@ -165,20 +192,34 @@ def _folder(draw: Random, records: list[dict[str, Any]]) -> Laid:
     kinds: dict[str, Callable[[Path], Any]] = {
         "empty": lambda folder: None,
         "a folder called like a file": lambda folder: (folder / "a.jsonl").mkdir(),
-        "an empty file beside a good one": lambda folder: (mutate.put(folder / "a.jsonl", ""), mutate.put(folder / "b.jsonl", good)),
+        "an empty file beside a good one": lambda folder: (
+            mutate.put(folder / "a.jsonl", ""),
+            mutate.put(folder / "b.jsonl", good),
+        ),
         "a broken link": lambda folder: (folder / "a.jsonl").symlink_to("gone.jsonl"),
         "a link to itself": lambda folder: (folder / "a.jsonl").symlink_to("a.jsonl"),
         "a link to the folder": lambda folder: (folder / "a.jsonl").symlink_to("."),
         "a pipe": lambda folder: os.mkfifo(folder / "a.jsonl"),
         "other files only": lambda folder: mutate.put(folder / "notes.md", "text"),
         "files of other splits": lambda folder: mutate.put(folder / "test.jsonl", good),
-        "a saved data set that is none": lambda folder: mutate.put(folder / "dataset_info.json", draw.choice(("", "{}", "[]", "1", "null", "{\"features\": 3}"))),
-        "saved splits that are none": lambda folder: mutate.put(folder / "dataset_dict.json", draw.choice(("", "{}", "[]", "{\"splits\": 3}", "{\"splits\": [\"train\"]}"))),
-        "a saved data set without its state": lambda folder: (mutate.put(folder / "dataset_info.json", "{}"), mutate.put(folder / "state.json", draw.choice(("{}", "[]", "{\"_data_files\": [{\"filename\": \"/etc/passwd\"}]}")))),
+        "a saved data set that is none": lambda folder: mutate.put(
+            folder / "dataset_info.json", draw.choice(("", "{}", "[]", "1", "null", '{"features": 3}'))
+        ),
+        "saved splits that are none": lambda folder: mutate.put(
+            folder / "dataset_dict.json", draw.choice(("", "{}", "[]", '{"splits": 3}', '{"splits": ["train"]}'))
+        ),
+        "a saved data set without its state": lambda folder: (
+            mutate.put(folder / "dataset_info.json", "{}"),
+            mutate.put(
+                folder / "state.json", draw.choice(("{}", "[]", '{"_data_files": [{"filename": "/etc/passwd"}]}'))
+            ),
+        ),
         "names that are strange": lambda folder: mutate.put(folder / "a\n\x1b[31m.jsonl", "{}"),
-        "a name in no encoding": lambda folder: Path(os.fsdecode(os.fsencode(folder) + b"/\xff.jsonl")).write_text("[]\n"),
+        "a name in no encoding": lambda folder: Path(os.fsdecode(os.fsencode(folder) + b"/\xff.jsonl")).write_text(
+            "[]\n"
+        ),
         "a broken file": lambda folder: mutate.put(folder / "a.json", good),
-    }  # fmt: skip
+    }
     what = draw.choice(list(kinds))
     name = draw.choice(("data", "a folder", "data.jsonl", "data.parquet", "é"))
 

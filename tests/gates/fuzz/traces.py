@@ -20,7 +20,15 @@ from tests.gates.fuzz import mutate
 from tests.gates.fuzz.check import Case
 from tests.gates.fuzz.runs import ppo_run
 
-NAMES = ("reward-backup.jsonl", "reward-train-.jsonl", "reward-train-1e9.jsonl", "reward-train-000001 (copy).jsonl", "reward-.jsonl", "reward-train--5.jsonl", "reward-train-²³.jsonl")  # fmt: skip
+NAMES = (
+    "reward-backup.jsonl",
+    "reward-train-.jsonl",
+    "reward-train-1e9.jsonl",
+    "reward-train-000001 (copy).jsonl",
+    "reward-.jsonl",
+    "reward-train--5.jsonl",
+    "reward-train-²³.jsonl",
+)
 
 
 def make_store(store: Path) -> None:
@@ -88,7 +96,7 @@ def _dump(draw: Random, name: str, home: Path) -> Case:
     def act(folder: Path) -> None:
         for rollout in stored.replay(folder, 0, 0, requests):
             assert all(isinstance(token, int) and token >= 0 for token in rollout.response), rollout
-            assert all(isinstance(value, float) for value in rollout.logprobs), rollout
+            assert all(isinstance(value, int | float) for value in rollout.logprobs), rollout
             assert rollout.spoken is not None
 
     return Case(f"{name}: {what}", lay, act)

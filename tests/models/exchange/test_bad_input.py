@@ -125,6 +125,22 @@ def test_a_pickle_with_code_in_it_is_not_run(save: Any, folder: Path, tmp_path: 
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"model.norm.weight": torch.empty(32, device="meta")},
+        {"model.norm.weight": torch.eye(3).to_sparse()},
+        {("a", 1): torch.zeros(2)},
+        {3: torch.zeros(2)},
+    ],
+    ids=["meta", "sparse", "a tuple as name", "a number as name"],
+)
+def test_a_pickle_of_tensors_without_numbers_or_names(odd: dict[Any, Any], folder: Path) -> None:
+    torch.save({**stored(folder), **odd}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    refused(folder, "pytorch_model.bin", "plain weights")
+
+
 def test_a_shape_that_does_not_fit_the_configuration(folder: Path) -> None:
     edit_config(folder, intermediate_size=64)
     refused(folder, "mlp.down_proj.weight", "[32, 48]", "[32, 64]")

@@ -105,6 +105,12 @@ def refused(path: Path, *words: str) -> None:
         assert word in message, message
 
 
+@pytest.mark.parametrize("odd", [torch.empty(3, device="meta"), torch.eye(3).to_sparse(), io.BytesIO(b"x")], ids=str)
+def test_a_tensor_without_numbers_in_the_archive(odd: Any, archive: Path, tmp_path: Path) -> None:
+    path = spoilt(archive, tmp_path / "odd.nemo", with_weights(lambda weights: weights.update({f"model.{FC1}": odd})))
+    refused(path, FC1)
+
+
 def same_bits(one: Path, other: Path) -> None:
     before, after = stored(one), stored(other)
     assert before.keys() == after.keys()
