@@ -121,7 +121,10 @@ BODIES = {
     "prints a flood": "[print('x' * 100) for _ in range(20_000)]\n    return ZEROS",
     "prints without line ends": "print('x' * 10**7, end='')\n    return ZEROS",
     "prints bytes": "import sys; sys.stdout.buffer.write(b'\\xff\\x1b[2J' * 100)\n    return ZEROS",
-    "writes to every descriptor": "import os\n    for fd in range(3, 64):\n        try: os.write(fd, b'garbage' * 100)\n        except OSError: pass\n    return ZEROS",
+    "writes to every descriptor": (
+        "import os\n    for fd in range(3, 64):\n        try: os.write(fd, b'garbage' * 100)\n"
+        "        except OSError: pass\n    return ZEROS"
+    ),
     "closes every descriptor": "import os; os.closerange(0, 64)\n    return ZEROS",
     "forks": "import os, time\n    if os.fork() == 0: time.sleep(1000)\n    return ZEROS",
     "forks and returns twice": "import os; os.fork()\n    return ZEROS",
