@@ -153,8 +153,9 @@ def load_plain(file: Any, **options: Any) -> Any:
         return torch.load(file, weights_only=True, **options)
     except Exception as problem:  # a broken or hostile pickle may raise anything
         said = str(problem)
-        if re.search(r"Unsupported (global|class)|GLOBAL \S+ was not an allowed global", said):
-            raise UnreadableError("holds more than tensors and plain values, and is not loaded: it could run") from None
+        if re.search(r"unsupported (global|class|operand)", said, re.IGNORECASE):
+            damaged = ", or is damaged" if "operand" in said else ""  # a newer kind of pickle, or no pickle at all
+            raise UnreadableError(f"holds more than weights and plain values{damaged}; it is not loaded") from None
         detail = re.search(r"WeightsUnpickler error: ([^\n]*)", said)
         first = detail[1] if detail else (said.strip().splitlines() or [type(problem).__name__])[0]
         raise UnreadableError(f"is damaged, or no file of torch's ({first[:160].strip()})") from None

@@ -39,11 +39,12 @@ def require_data(path: str, key: str = "data.train and data.eval") -> None:
     raise DataError(f"{shown(path)}: {_why(place)} (looked from {Path.cwd()}); check {key}")
 
 
-def require_weights(path: str, key: str = "model.path") -> None:
+def require_weights(path: str, key: str = "") -> None:
     place = local(path)
     if exists(place) or not (path.startswith(_HERE) or not _HUB_MODEL.fullmatch(path)):
         return
-    raise CheckpointError(f"{key}={shown(path)}: {_why(place)}; give a folder, or a hub name such as org/model")
+    named = f"{key}={shown(path)}" if key else shown(path)
+    raise CheckpointError(f"{named} does not exist ({_why(place)}): give a folder, or a hub name such as org/model")
 
 
 def check_name(name: str, key: str) -> None:

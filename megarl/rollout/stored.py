@@ -94,7 +94,7 @@ def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         return parse_object(line)
     except UnreadableError as problem:
-        raise DataError(f"{path}:{number} {problem}: dump the rollouts again") from None
+        raise DataError(f"{path}:{number} is not a JSON object (it {problem}): dump the rollouts again") from None
 
 
 def _is_whole(record: Mapping[str, Any]) -> bool:
@@ -104,11 +104,11 @@ def _is_whole(record: Mapping[str, Any]) -> bool:
         all(isinstance(part, list) and part and all(map(_is_count, part)) for part in tokens)
         and isinstance(logprobs, list)
         and len(logprobs) == len(record["response"])
-        and all(isinstance(value, int | float) and abs(value) < 1e30 for value in logprobs)
+        and all(isinstance(value, int | float) and value <= 0 for value in logprobs)  # NaN is not
         and all(_is_count(record[name]) for name in ("prompt_id", "sample_id", "weights_version"))
         and record["finish_reason"] in FINISH_REASONS
     )
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63

@@ -120,3 +120,31 @@ def test_missing_file_is_not_looked_up_on_the_hub(path):
 def test_folder_without_data_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"holds no \.jsonl"):
         fields([str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000, "[" * 300 + "]" * 300, "-" + "9" * 4301])
+def test_json_that_python_itself_stumbles_over_is_named_like_any_other(tmp_path, name, value):
+    record = '{"text": "hi", "n": ' + value + "}"
+    path = tmp_path / name
+    path.write_text(record if name.endswith("l") else f"[{record}]")
+    with pytest.raises(DataError) as caught:
+        fields([str(path)])
+    assert str(caught.value).startswith(f"{path}:1: is " if name.endswith("l") else f"{path}: is ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["a" * 300, "a" * 300 + ".jsonl", "./" + "a" * 300, "a\0b", "~nobody-of-this-name/x.jsonl"]
+)
+def test_a_path_that_cannot_be_is_refused_with_the_key(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"; check data\.train$") as caught:
+        list(read_records([path], key="data.train"))
+    assert "\0" not in str(caught.value)
+
+
+def test_an_empty_source_is_refused_with_the_key(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"empty\.jsonl: has no records.*clone\.data"):
+        list(read_records([str(tmp_path / "empty.jsonl")], key="clone.data"))

@@ -3,13 +3,14 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from megarl.config.checks import shape_problem
 from megarl.config.leaf import leaves
+from megarl.config.offers import either
 from megarl.config.schema import ModelConfig
 from megarl.config.values import LARGEST
 from megarl.disk import shown
@@ -127,9 +128,12 @@ class Family:
         try:
             back = shape_of(self.model_config({"vocab_size": 1, **config}))
         except (CheckpointError, ConfigError) as problem:
-            return str(problem)
-        lost = [f"model.{key}={value}" for key, value in shape_of(model).items() if back[key] != value]
-        return " and ".join(lost) or None
+            if model.activation in ACTIVATIONS.values():
+                return str(problem)
+            rest = self.lacks(replace(model, activation="gelu"))
+            return " and ".join(filter(None, [f"model.activation={model.activation}", rest]))
+        lost = [key for key, value in shape_of(model).items() if back[key] != value]
+        return " and ".join(f"model.{key}={either([getattr(model, key)])}" for key in lost) or None
 
     def lacks(self, model: ModelConfig) -> str | None:
         """What of a model this family cannot have; None where it can hold it."""

@@ -26,7 +26,8 @@ from megarl.models.exchange.stored import DTYPES, Stored
 
 log = get_logger(__name__)
 _GZIP = b"\x1f\x8b"
-_MOST_UNPACKED = 100
+MOST_UNPACKED = (100, 2**30)
+"""How many times its size a compressed archive may unpack into, and bytes that any may."""
 
 
 class Span(NamedTuple):
@@ -161,12 +162,12 @@ def _plain(path: Path) -> BinaryIO:
     log.info("%s is compressed and is unpacked into %s by every process", path, tempfile.gettempdir())
     plain = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the archive is read
     with gzip.open(path, "rb") as packed:
-        most = max(_MOST_UNPACKED * path.stat().st_size, 2**30)
+        most = max(MOST_UNPACKED[0] * path.stat().st_size, MOST_UNPACKED[1])
         while block := packed.read(2**20):
             plain.write(block)
             if plain.tell() > most:
                 raise CheckpointError(
-                    f"{path} unpacks into more than {_MOST_UNPACKED} times its size, as no model's weights do: "
+                    f"{path} unpacks into more than {MOST_UNPACKED[0]} times its size, as no model's weights do: "
                     "fetch it again"
                 )
     plain.flush()
