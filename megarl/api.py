@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megarl.command import INTERRUPTED, NOTICED
-from megarl.config.checks import check_values
-from megarl.config.compose import compose, typed
+from megarl.config.compose import compose, explained, typed
+from megarl.config.files import check_files
 from megarl.config.leaf import leaves
+from megarl.config.messages import nearest_keys, one_of
 from megarl.config.presets import DEMO_EVAL, DEMO_TRAIN, resource
 from megarl.config.schema import ENTRIES
+from megarl.config.settings import settings_of
+from megarl.config.values import check_values
+from megarl.disk import UnreadableError, parse_object, read_text, writable
 from megarl.errors import ConfigError, DataError
+from megarl.logging import get_logger, warn_once
 
 ALGORITHMS = ("ppo", "ilql", "sft", "rft")
 DRAWN_BY = (*("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "ilql_beta"),)
@@ -46,14 +52,21 @@ class Trained:
     @property
     def summary(self) -> dict[str, Any]:
         """Content of summary.json."""
-        content: dict[str, Any] = json.loads((self.run_dir / "summary.json").read_text(encoding="utf-8"))
-        return content
+        path = self.run_dir / "summary.json"
+        try:
+            return parse_object(read_text(path))
+        except UnreadableError as problem:
+            raise DataError(f"{path} {problem}: the run has not ended, or the file was changed") from None
 
     @property
     def history(self) -> list[dict[str, float]]:
         """Logged metrics, a row per step that has any."""
-        with (self.run_dir / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        path = self.run_dir / "metrics.csv"
+        try:
+            rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
+            return [{name: float(value) for name, value in row.items() if value} for row in rows]
+        except (UnreadableError, ValueError, TypeError, csv.Error) as problem:
+            raise DataError(f"{path} cannot be read ({problem}): set logger.csv=true, or restore the file") from None
 
     def generate(self, prompts: str | Sequence[str], *, n: int = 1, **settings: Any) -> list[Any]:
         """Responses as text: one for each prompt, or with n above 1 a list of n for each.
@@ -99,7 +112,8 @@ class Trained:
         from megarl.models.exchange.formats import FORMATS, open_source
 
         if first_process():
-            FORMATS["huggingface"].write(open_source(str(self.checkpoint)), Path(folder))
+            target = writable(str(folder), "save_pretrained")
+            FORMATS["huggingface"].write(open_source(str(self.checkpoint)), target)
 
 
 def train(
@@ -141,14 +155,15 @@ def train(
     if rewards is not None and samples is not None and len(samples) != len(rewards):
         raise DataError(f"{len(samples)} samples have {len(rewards)} rewards: give one for each")
     tree = default_config(entry) if config is None else config
-    filled, _ = typed(entry, tree)
+    with explained(entry, []):
+        filled, _ = typed(entry, tree)
     if isinstance(model, Mapping):
         _fill(filled.model, model, "model")
     elif model is not None:
         filled.model.path = str(model)
     if stop_sequences is not None:
         _section(filled, "rollout", "stop_sequences", entry).stop = list(stop_sequences)
-    run_dir = _run_dir(entry, filled)
+    run_dir = writable(str(_run_dir(entry, filled)), "run.dir")
     filled.run.dir = str(run_dir)
     lists: dict[str, list[dict[str, Any]]] = {}
     if entry in ("ppo", "rft"):
@@ -178,6 +193,8 @@ def train(
             section.fn = getattr(function, "__qualname__", type(function).__qualname__)
         else:
             section.fn = function
+    if filled.model.path is None and filled.export.hf is None:
+        _warn_of_no_family(filled)
     _run(entry, filled, functions, names)
     return Trained(filled, run_dir)
 
@@ -192,9 +209,7 @@ def default_config(algorithm: str, *settings: str) -> DictConfig:
     if algorithm not in ALGORITHMS:
         raise ConfigError(f"algorithm {algorithm!r} is not known here: use {', '.join(ALGORITHMS)}")
     config, _ = compose(algorithm, list(settings))
-    tree = OmegaConf.structured(config)
-    assert isinstance(tree, DictConfig)
-    return tree
+    return settings_of(config)
 
 
 def _algorithm(reward_fn: Any, samples: Any, rewards: Any, config: DictConfig | None) -> str:
@@ -225,6 +240,16 @@ def _entry_of(config: DictConfig) -> str:
     raise ConfigError("config is not from megarl.default_config(...): make it with that, and set its attributes")
 
 
+def _warn_of_no_family(config: Any) -> None:
+    """Before training, as `save_pretrained` would refuse after it."""
+    from megarl.models.exchange.families import require_family
+
+    try:
+        require_family(config.model, None, "save_pretrained will not work")
+    except ConfigError as problem:
+        warn_once(get_logger(__name__), str(problem))
+
+
 def _section(config: Any, name: str, argument: str, entry: str) -> Any:
     if not hasattr(config, name):
         raise ConfigError(f"{argument} has no meaning for {entry}, which does not generate: leave it out")
@@ -237,7 +262,8 @@ def _fill(section: Any, values: Mapping[str, Any], name: str) -> None:
     tree = OmegaConf.structured(section)
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(f"unknown key '{name}.{key}': it has the keys {', '.join(sorted(known))}")
+            near = one_of(nearest_keys(key, sorted(known)) or sorted(known))
+            raise ConfigError(f"unknown key '{name}.{key}'; did you mean {near}?")
         try:
             tree[key] = _literal(value)
         except OmegaConfBaseException as problem:
@@ -311,6 +337,7 @@ def _run(entry: str, config: Any, functions: dict[str, Function], names: dict[st
     from megarl.data.sources import named_lists
 
     check(config, world_size(config, os.environ))
+    check_files(config)
     with named_lists(names):
         if entry == "sft":
             code = train_sft.train(config)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from megarl.disk import UnreadableError, is_dir, is_file, load_plain, read_json, shown
 from megarl.errors import CheckpointError
 from megarl.logging import get_logger
 from megarl.parallel import shards
@@ -38,6 +39,8 @@ class ShardedCheckpointIO(CheckpointIO):
         self.asynchronous = asynchronous
         self.grid: Grid | None = None  # set by the strategy once the world is up
         self.pending: _Save | None = None
+        self.restoring: Path | None = None
+        """The checkpoint that is being restored: until training starts, what goes wrong is of its making."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """`checkpoint["state_dict"]` is a sharded state dict; the rest is Lightning's and is common to all ranks."""
@@ -76,7 +79,9 @@ class ShardedCheckpointIO(CheckpointIO):
             raise CheckpointError(
                 f"checkpoint {folder} holds weights without a run to continue: give it as model.path, not run.resume"
             )
+        _check_run(common, folder)
         sharded_common = common.pop("sharded_common")
+        self.restoring = folder
 
         def fill(template: dict[str, Any]) -> dict[str, Any]:
             return shards.read(template, sharded_common, parts, folder, grid)
@@ -241,8 +246,7 @@ class _Save:
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole and in this process's memory: for inspection and export."""
-    index = json.loads((folder / INDEX).read_text())
-    return shards.read_whole([Part.from_json(fields) for fields in index["parts"]], folder)
+    return shards.read_whole(plain_content(folder)[1], folder)
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -255,6 +259,8 @@ def find(folder: Path) -> list[Path]:
 
     One that was being replaced (the same step saved again) counts until its successor is in place.
     """
+    if not is_dir(folder):
+        return []
     found = []
     for manifest in [*folder.glob(f"step-*/{MANIFEST}"), *folder.glob(f".step-*.replaced/{MANIFEST}")]:
         path = manifest.parent
@@ -301,16 +307,18 @@ def tidy(folder: Path, step: int) -> None:
 def verify(folder: Path) -> str | None:
     """What is wrong with a checkpoint (None: it is whole): every file's size and checksum against the manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST)
         if manifest["format"] != FORMAT:
-            return f"format {manifest['format']} is not known to this version (it reads {FORMAT})"
+            return f"format {shown(manifest['format'])} is not known to this version (it reads {FORMAT})"
         unlisted = [name for name in (COMMON, INDEX) if name not in manifest["files"]]
         if unlisted:
             return f"{unlisted[0]} is not in its {MANIFEST}"
         for name, expected in manifest["files"].items():
             path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
+            if path.name != name:
+                return f"{shown(name)} in its {MANIFEST} is no file of it"
+            if not is_file(path):
+                return f"{shown(name)} is missing"
             if path.stat().st_size != expected[0]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected[0]}"
             if _size_and_checksum(path) != expected:
@@ -346,13 +354,13 @@ def refuse_empty(path: Path) -> None:
     """Before anything is built or written: what run.resume names must be a checkpoint or hold some, whole or not."""
     if not _is_checkpoint(path) and not find(path):
         raise CheckpointError(
-            f"run.resume={path}: there is no checkpoint; give one (RUN/checkpoints/step-...), a folder of them "
+            f"run.resume={shown(path)}: there is no checkpoint; give one (RUN/checkpoints/step-...), a folder of them "
             "(RUN/checkpoints), auto or never"
         )
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return any((path / name).is_file() for name in (MANIFEST, INDEX, COMMON))
+    return any(is_file(path / name) for name in (MANIFEST, INDEX, COMMON))
 
 
 def _choose(path: Path) -> Path:
@@ -388,17 +396,38 @@ def _union(commons: list[dict[str, Any]]) -> dict[str, Any]:
 
 def plain_content(folder: Path) -> tuple[dict[str, Any], list[Part]]:
     """A checkpoint's plain values and its index. Nothing in them is executed."""
+    reading = COMMON
     try:
-        common = torch.load(folder / COMMON, map_location="cpu", weights_only=True)
-        index = json.loads((folder / INDEX).read_text())
-        if "sharded_common" not in common:
-            raise KeyError("sharded_common")
-        return common, [Part.from_json(fields) for fields in index["parts"]]
-    except Exception as problem:  # unpickling refuses with errors of many kinds
+        common = load_plain(folder / COMMON, map_location="cpu")
+        if not isinstance(common, dict) or not isinstance(common.get("sharded_common"), dict):
+            raise UnreadableError("does not hold what megarl keeps there")
+        reading = INDEX
+        index = read_json(folder / INDEX)
+        if not isinstance(index, dict) or not isinstance(index.get("parts"), list):
+            raise UnreadableError("has no list of parts")
+        parts = [Part.from_json(fields) for fields in index["parts"]]
+        reading = MANIFEST
+        unlisted = {part.file for part in parts} - set(read_json(folder / MANIFEST)["files"])
+        if unlisted:
+            raise UnreadableError(f"does not list {sorted(unlisted)[0]}, which {INDEX} names")
+    except (OSError, ValueError, LookupError, TypeError) as problem:
         raise CheckpointError(
-            f"checkpoint {folder} cannot be read ({_first_line(problem)}): it is damaged, or not one that "
-            "megarl wrote; choose another"
+            f"checkpoint {folder}: {reading} {_completed(problem)}: it is damaged, or not one that megarl "
+            "wrote; choose another"
         ) from None
+    shards.check_complete(parts)
+    return common, parts
+
+
+def _check_run(common: dict[str, Any], folder: Path) -> None:
+    """Refuse to continue from values that are not what Lightning and megarl keep of a run."""
+    kinds = {"global_step": int, "epoch": int, "loops": dict, "callbacks": dict, "consumed": int, "clock": dict}
+    for name, kind in kinds.items():
+        if name in common and not isinstance(common[name], kind):
+            raise CheckpointError(
+                f"checkpoint {folder}: {COMMON} has no usable {name}: it is damaged, or not one that megarl wrote; "
+                "choose another"
+            )
 
 
 def _hidden(folder: Path, state: str) -> Path:
@@ -409,6 +438,10 @@ def _hidden(folder: Path, state: str) -> Path:
 def _successor(path: Path) -> Path:
     """The proper name behind a hidden one; a proper name itself."""
     return path.with_name(path.stem[1:]) if path.name.startswith(".") else path
+
+
+def _completed(problem: Exception) -> str:
+    return str(problem) if isinstance(problem, UnreadableError) else f"cannot be used ({_first_line(problem)})"
 
 
 def _first_line(problem: Exception) -> str:

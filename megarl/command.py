@@ -44,12 +44,24 @@ def ended(work: Callable[[], int | None], debug: Callable[[], bool] = lambda: Fa
     except KeyboardInterrupt:
         say("interrupted")
         code = INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        if debug() or not _ran_out_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        say(f"error: memory ran out ({said}): use smaller model.*, trainer.micro_batch_size or rollout.slots")
+        code = MegarlError.exit_code
     if code == NOTICED or (code == INTERRUPTED and _rank_prefix()):
         code = 0  # whoever started this process would kill the first one, which may still be writing
     if code and STATUS_FILE in os.environ:
         with contextlib.suppress(OSError):
             Path(f"{os.environ[STATUS_FILE]}.exit").write_text(str(code), encoding="utf-8")
     sys.exit(code or 0)
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    """Torch's own kind of error for it exists on GPUs only."""
+    said = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 def say(text: str) -> None:

@@ -3,11 +3,19 @@
 Entry points turn them into one line and an exit code; anything else is a bug and keeps its traceback.
 """
 
+LONGEST = 3_000
+"""Characters of a message. Of a longer one, which repeats somebody's long value, the middle is left out."""
+
 
 class MegarlError(Exception):
-    """Base of every error that is reported as one clear line."""
+    """Base of every error that is reported as one clear line, whatever values the message repeats."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        line = " ".join(super().__str__().splitlines())
+        half = LONGEST // 2
+        return line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}"
 
 
 class ConfigError(MegarlError):

@@ -16,6 +16,7 @@ from megarl.command import printable, say
 from megarl.config.checks import local_devices
 from megarl.config.compose import run
 from megarl.config.files import SUFFIXES
+from megarl.disk import exists, is_file, local, shown, why_missing, writable
 from megarl.errors import ConfigError, DataError, MegarlError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def work(config: "GenerateConfig") -> None:
     setup(None, rank=int(os.environ.get("RANK", "0")), debug=config.debug)
     config.chat_template = load_chat_template(config.chat_template, "chat_template")
     if config.out is not None:
-        _check_out(Path(config.out).expanduser())
+        _check_out(config.out)
     with opened(config) as (generator, tokenizer, prompts):
         if config.chat:
             chat(config, generator, tokenizer)
@@ -83,16 +84,15 @@ def work(config: "GenerateConfig") -> None:
             answer(config, generator, tokenizer, prompts)
 
 
-def _check_out(path: Path) -> None:
+def _check_out(out: str) -> None:
     """Before the ranks meet, so that all refuse."""
-    if path.exists():
-        raise ConfigError(f"out={path} exists and would be overwritten: remove it, or name another file")
+    if exists(local(out)):
+        raise ConfigError(f"out={out} exists and would be overwritten: remove it, or name another file")
+    path = writable(out, "out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise ConfigError(f"out={path} cannot be written ({problem}): name another file") from None
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"out={path} cannot be written: {path.parent} is read-only, name another file")
 
 
 @contextmanager
@@ -167,12 +167,13 @@ def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer", vocab_size: i
     from megarl.data.sources import Record, read_records
 
     assert config.prompts is not None
-    path = Path(config.prompts).expanduser()
-    named = path.suffix in SUFFIXES or (len(config.prompts) < 256 and path.is_file())
-    if named and not path.is_file():
-        raise DataError(f"prompts={config.prompts}: no such file (looked from {Path.cwd()})")
+    path = local(config.prompts)
+    named = path.suffix in SUFFIXES or is_file(path)
+    if named and not is_file(path):
+        why = why_missing(path) or "is no file"
+        raise DataError(f"prompts={shown(config.prompts)}: {why} (looked from {Path.cwd()}); name a file, or a text")
     records = (
-        read_records([config.prompts], text_key=config.prompt_key)
+        read_records([config.prompts], text_key=config.prompt_key, key="prompts")
         if named
         else [Record({config.prompt_key: config.prompts}, f"prompts={_start_of(config.prompts)!r}")]
     )
@@ -249,7 +250,7 @@ def _output(path: str | None, first: bool) -> Iterator[TextIO | None]:
     if not first or path is None:
         yield sys.stdout if first else None
         return
-    with Path(path).expanduser().open("w", encoding="utf-8") as file:
+    with local(path).open("w", encoding="utf-8") as file:
         yield file
 
 

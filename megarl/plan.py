@@ -12,12 +12,13 @@ from omegaconf import OmegaConf
 
 import megarl
 from megarl.command import ended
-from megarl.config.checks import check, check_declared, local_devices
+from megarl.config.checks import check, local_devices
 from megarl.config.cluster import PlanConfig
 from megarl.config.compose import compose
 from megarl.config.leaf import leaves, sections
 from megarl.config.messages import EXPLAINED, explain
 from megarl.config.schema import ENTRIES
+from megarl.config.values import check_declared
 from megarl.errors import ConfigError
 
 _OWN = {leaf.key.partition(".")[0] for leaf in leaves(PlanConfig)}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.command import ended
+from megarl.config.launcher import check_launcher
 from megarl.errors import ConfigError
 
 HELP = """python -m megarl.selftest [key=value ...]
@@ -196,6 +197,7 @@ def run(argv: list[str]) -> int:
     from megarl.parallel.processes import know_slurm
 
     settings = parse(argv)
+    check_launcher(os.environ)
     know_slurm()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:

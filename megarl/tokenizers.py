@@ -20,6 +20,7 @@ from megarl.chat.cutting import Anchor, encode_cut
 from megarl.chat.notices import note_layout, tell
 from megarl.chat.templates import ChatTemplate, Message, check_messages, first_line
 from megarl.chat.turns import Layout, Turns
+from megarl.disk import UnreadableError, exists, is_dir, is_file, local, parse_object, read_text, shown, why_no_name
 from megarl.errors import ConfigError, DataError, UnavailableError
 
 KINDS = ("bytes", "characters", "sentencepiece", "huggingface")
@@ -27,6 +28,8 @@ ROLES = ("system", "user", "assistant")
 MARKER_FILE = "megarl_tokenizer.json"
 ALPHABET_FILE = "alphabet.txt"
 SENTENCEPIECE_FILE = "tokenizer.model"
+MOST_TOKENS = 2**24
+"""Entries of a vocabulary. A larger id is damage, and work that grows with it would take for ever."""
 
 
 class Tokenizer(ABC):
@@ -297,11 +300,11 @@ class SentencePieceTokenizer(Tokenizer):
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
             raise UnavailableError("tokenizer.kind=sentencepiece: pip install sentencepiece") from error
-        self.path = Path(path).expanduser()
-        if self.path.is_dir():
+        self.path = local(path)
+        if is_dir(self.path):
             self.path = self.path / SENTENCEPIECE_FILE
-        if not self.path.is_file():
-            raise ConfigError(f"tokenizer.path={str(path)!r}: no such file; give a SentencePiece .model file")
+        if not is_file(self.path):
+            raise ConfigError(f"tokenizer.path={shown(path)!r}: no such file; give a SentencePiece .model file")
         self._processor = SentencePieceProcessor()
         try:
             self._processor.Load(str(self.path))
@@ -361,7 +364,12 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         vocabulary = own.get_vocab()
         # A vocabulary may have holes, so its largest id can be past the number of its entries.
-        self.size = max(len(own), max(vocabulary.values()) + 1)
+        self.size = max(len(own), *(token + 1 for token in vocabulary.values()))
+        if self.size > MOST_TOKENS:
+            raise ConfigError(
+                f"tokenizer.path={path!r} has the id {self.size - 1}, and no vocabulary has more than {MOST_TOKENS} "
+                "entries: restore its tokenizer.json"
+            )
         self.eos_id = int(own.eos_token_id)
         self.pad_id = int(own.pad_token_id) if own.pad_token_id is not None else self.eos_id
         self.bos_id = int(own.bos_token_id) if own.bos_token_id is not None else None
@@ -438,20 +446,31 @@ def build_tokenizer(kind: str, path: str | None = None) -> Tokenizer:
         raise ConfigError(f"tokenizer.kind={kind} needs tokenizer.path, which is not set")
     if kind == "characters":
         saved = Path(path) / ALPHABET_FILE
-        return CharacterTokenizer(saved.read_text(encoding="utf-8") if saved.is_file() else path)
+        try:
+            return CharacterTokenizer(read_text(saved) if is_file(saved) else path)
+        except UnreadableError as problem:
+            raise ConfigError(f"tokenizer.path={path}: {saved} {problem}: restore it") from None
     return SentencePieceTokenizer(path) if kind == "sentencepiece" else HuggingFaceTokenizer(path)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote into a folder."""
-    marker = Path(folder) / MARKER_FILE
-    if not marker.is_file():
+    if not is_file(Path(folder) / MARKER_FILE):
         raise ConfigError(f"{folder}: holds no tokenizer saved by megarl ({MARKER_FILE} is missing)")
-    saved = json.loads(marker.read_text(encoding="utf-8"))
-    tokenizer = build_tokenizer(saved["kind"], str(folder))
-    if tokenizer.fingerprint() != saved["fingerprint"]:
+    saved = read_marker(folder)
+    tokenizer = build_tokenizer(str(saved.get("kind")), str(folder))
+    if tokenizer.fingerprint() != saved.get("fingerprint"):
         raise ConfigError(f"{folder}: the tokenizer differs from the one that was saved; restore its files")
     return tokenizer
+
+
+def read_marker(folder: str | Path) -> dict[str, Any]:
+    """What `Tokenizer.save` wrote about a tokenizer."""
+    marker = Path(folder) / MARKER_FILE
+    try:
+        return parse_object(read_text(marker))
+    except UnreadableError as problem:
+        raise ConfigError(f"{marker} {problem}: restore it") from None
 
 
 def _load_hugging_face(path: str) -> Any:
@@ -459,11 +478,16 @@ def _load_hugging_face(path: str) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise UnavailableError("tokenizer.kind=huggingface: pip install transformers") from error
-    local = Path(path).expanduser()
-    if not local.exists() and (local.is_absolute() or path.startswith((".", "~"))):
-        raise ConfigError(f"tokenizer.path={path!r}: no such folder; give one that holds tokenizer.json, or a hub name")
+    place = local(path)
+    there = exists(place)
+    if not there and (place.is_absolute() or path.startswith((".", "~")) or why_no_name(place)):
+        raise ConfigError(
+            f"tokenizer.path={shown(path)!r}: no such folder; give one that holds tokenizer.json, or a hub name"
+        )
     try:
-        return AutoTokenizer.from_pretrained(str(local) if local.exists() else path, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(str(place) if there else path, trust_remote_code=False)
+        found("a", verbose=False)  # settings that cannot be are only looked at when something is encoded
+        return found
     except Exception as error:  # the hub, the file formats and Python code each raise their own kinds
         raise ConfigError(
             f"tokenizer.path={path!r} cannot be loaded as a Hugging Face tokenizer ({first_line(error)}); "

@@ -3,6 +3,7 @@
 Exit code 0 where a rank is named, 1 where none is seen to hold up the others, 2 where there is nothing to read.
 """
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
     folders = [word for word in argv if "=" not in word]
     settings = dict(word.split("=", 1) for word in argv if "=" in word)
     beat = settings.pop("beat", str(BEAT_S))
-    if len(folders) != 1 or settings or not beat.replace(".", "", 1).isdigit():
+    if len(folders) != 1 or settings or not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", beat):
         raise ConfigError(f"'{' '.join(argv)}' is not RUN [beat=SECONDS]: name one run folder")
     crumbs = read(Path(folders[0]))
     if not crumbs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 import megarl
@@ -168,3 +170,53 @@ def test_a_configuration_refuses_unknown_keys_and_other_algorithms() -> None:
         megarl.train(samples=["a"], config=config)
     with pytest.raises(ConfigError, match="use ppo, ilql, sft, rft"):
         megarl.default_config("dpo")
+
+
+def test_a_mistyped_attribute_is_answered_like_a_mistyped_argument() -> None:
+    config = megarl.default_config("ppo")
+    for mistake in (
+        lambda: setattr(config.optim, "lrr", 1.0),
+        lambda: config["optim"].__setitem__("lrr", 1.0),
+        lambda: config.optim.lrr,
+        lambda: megarl.default_config("ppo", "optim.lrr=1"),
+    ):
+        with pytest.raises(ConfigError, match=r"unknown key 'optim\.lrr'.*; did you mean 'optim\.lr'\?") as caught:
+            mistake()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"unknown key 'optm'.*'optim'"):
+        config.optm.lr = 1.0
+    with pytest.raises(ConfigError, match=r"optim\.lr=fast is not a number"):
+        config.optim.lr = "fast"
+
+
+def test_a_configuration_by_attribute_is_still_omegaconfs() -> None:
+    config = megarl.default_config("ilql")
+    assert not hasattr(config, "nothing")
+    assert getattr(config.optim, "nothing", 3) == 3
+    config.optim.lr, config.data.train, config.reward.options = 0.5, ["a"], {"b": 1}
+    copied = copy.deepcopy(config)
+    assert (copied.optim.lr, copied.data.train, copied.reward.options.b) == (0.5, ["a"], 1)
+    assert OmegaConf.to_container(config)["optim"]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("run_dir", ["a" * 300, "a\0b"])
+def test_a_run_folder_that_cannot_be_is_refused_before_anything_is_written(
+    run_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = megarl.default_config("sft", *QUIET)
+    config.run.dir = run_dir
+    with pytest.raises(ConfigError, match=r"run\.dir="):
+        megarl.train(samples=["a"], config=config)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("summary.json", "{"), ("summary.json", "[1]"), ("metrics.csv", "a\nb\n")]
+)
+def test_what_a_run_left_behind_may_be_damaged(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    trained = megarl.api.Trained(None, tmp_path)
+    for read in ("summary", "history"):
+        with pytest.raises(DataError):
+            getattr(trained, read)

@@ -30,6 +30,15 @@ def test_an_error_is_one_line_and_its_exit_code(
     assert capsys.readouterr().err == "error: two lines with \\x1b[31m\n"
 
 
+def test_the_message_of_an_error_is_one_line_that_can_be_read_whatever_value_it_repeats() -> None:
+    told = str(ConfigError("model.path=one\ntwo\r\nthree\u2028four is not there"))
+    assert told == "model.path=one two three four is not there"
+    told = str(ConfigError(f"model.path={'x' * 100_000}: give a folder"))
+    assert len(told) < 4000
+    assert told.startswith("model.path=xxx")
+    assert told.endswith(": give a folder")
+
+
 def test_an_interrupt_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         raise KeyboardInterrupt

@@ -20,6 +20,7 @@ FLOORS = {
     "command.py": 0,
     "logging.py": 0,
     "clock.py": 0,
+    "disk.py": 0,
     "__init__.py": 0,
     "algorithms/": 1,
     "chat/": 1,

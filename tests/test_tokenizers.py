@@ -1,5 +1,6 @@
 """Tokenizers: ids and text, chat templates in token space, and which tokens are the assistant's."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,29 @@ def sentencepiece_model(tmp_path_factory):
         byte_fallback=True, minloglevel=2,
     )  # fmt: skip
     return folder / "tiny.model"
+
+
+def test_a_hugging_face_tokenizer_with_an_absurd_id_is_refused_before_work_that_grows_with_it(tmp_path):
+    folder = Path(make_hugging_face(tmp_path / "tokenizer"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["a"] = 2**31
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=str(2**31)):
+        build_tokenizer("huggingface", str(folder))
+
+
+def test_settings_that_a_hugging_face_tokenizer_cannot_encode_with_are_refused_when_it_is_built(tmp_path):
+    folder = Path(make_hugging_face(tmp_path / "tokenizer"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": ["many"]}))
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        build_tokenizer("huggingface", str(folder))
+
+
+@pytest.mark.parametrize("messages", [3.5, "text", {"role": "user"}, None])
+def test_a_conversation_that_is_no_list_is_refused(messages):
+    with pytest.raises(DataError, match="list of turns"):
+        ByteTokenizer().apply_chat_template(messages)
 
 
 def test_bytes_are_their_own_ids():

@@ -30,6 +30,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What is restored by now decides which checkpoints in the folder belong to this course of the run."""
+        self._io(trainer).restoring = None
         here = self._start_from(steps_taken(trainer)) if trainer.is_global_zero else ({}, None)
         self.scores, problem = trainer.strategy.broadcast(here)
         if problem is not None:

@@ -5,7 +5,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from megarl.config.values import check_types
+from megarl.disk import UnreadableError, is_dir, parse_object, read_text
+from megarl.errors import ConfigError
 
 FOLDER = "breadcrumbs"
 BEAT_S = 5.0  # seconds between two signs of life of a process that is in good health
@@ -58,13 +61,14 @@ class CrumbFile:
 
 def read(run_dir: Path) -> list[Crumb]:
     """The crumbs of a run, by rank. Those of an earlier, larger world are left out."""
-    crumbs = []
-    for path in sorted((run_dir / FOLDER).glob("rank-*.json")):
+    folder, crumbs = run_dir / FOLDER, []
+    for path in sorted(folder.glob("rank-*.json")) if is_dir(folder) else ():
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            crumbs.append(Crumb(**found))
-        except (ValueError, TypeError, OSError):
+            crumb = Crumb(**parse_object(read_text(path)))
+            check_types(crumb)
+        except (ConfigError, UnreadableError, TypeError):
             continue  # just being written, or of another version
+        crumbs.append(crumb)
     if not crumbs:
         return []
     world = max(crumbs, key=lambda crumb: crumb.alive).world

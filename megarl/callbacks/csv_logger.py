@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from megarl.callbacks.run_folder import write_whole
+from megarl.disk import UnreadableError, read_text
+from megarl.errors import DataError
 
 _STEP = "step"
 Row = dict[str, str]
@@ -70,11 +73,16 @@ class MetricsFile(Logger):
     def _read(self) -> tuple[list[str], list[Row]]:
         if not self.path.exists():
             return [], []
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]  # a line without its end was cut off by a crash
-        reader = csv.DictReader(io.StringIO(whole, newline=""))
-        rows = [{name: value for name, value in row.items() if name and value} for row in reader]
-        return list(reader.fieldnames or []), [row for row in rows if row.get(_STEP, "").isdigit()]
+        try:
+            text = read_text(self.path)
+            whole = text[: text.rfind("\n") + 1]  # a line without its end was cut off by a crash
+            reader = csv.DictReader(io.StringIO(whole, newline=""))
+            rows = [{name: value for name, value in row.items() if name and value} for row in reader]
+            return list(reader.fieldnames or []), [
+                row for row in rows if re.fullmatch("[0-9]{1,18}", row.get(_STEP, ""))
+            ]
+        except (UnreadableError, csv.Error) as problem:
+            raise DataError(f"{self.path} {problem}: move it away, and the run begins another") from None
 
     def _rewrite(self, row: Row) -> None:
         """Put a row where it belongs, by step, with columns for what it brings."""

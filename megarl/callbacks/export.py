@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from megarl.callbacks.readings import planned_steps, steps_taken
+from megarl.disk import local
 from megarl.logging import get_logger
 from megarl.models.exchange.card import ModelCard
 from megarl.models.exchange.export import export
@@ -17,7 +18,7 @@ class Export(Callback):
     """Exports the policy of a module that has a `card`. A run that stopped early exports when, resumed, it ends."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser().absolute()
+        self.folder = local(folder).absolute()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         planned = planned_steps(trainer)

@@ -17,7 +17,8 @@ from megarl.callbacks.readings import steps_taken
 from megarl.callbacks.run_folder import write_whole
 from megarl.callbacks.summary import one_line
 from megarl.config.schema import LoggerConfig
-from megarl.errors import UnavailableError
+from megarl.disk import UnreadableError, read_text
+from megarl.errors import ConfigError, UnavailableError
 from megarl.logging import get_logger, warn_once
 
 logger = get_logger(__name__)
@@ -101,7 +102,7 @@ def _mlflow(config: LoggerConfig, folder: Path, run_name: str, resolved: Mapping
         # Newer versions of MLflow want to be told that a folder is what one means.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     identity = folder / "mlflow-id.txt"
-    known = identity.read_text(encoding="utf-8").strip() if identity.exists() else None
+    known = _known(identity)
     with _explained("logger.mlflow", "another logger.mlflow_uri or logger.mlflow=false"):
         entry = MLFlowLogger(
             experiment_name=_EXPERIMENT, run_name=run_name, tracking_uri=uri, save_dir=None, run_id=known
@@ -115,12 +116,22 @@ def _mlflow(config: LoggerConfig, folder: Path, run_name: str, resolved: Mapping
 @rank_zero_only
 def _identity(path: Path, make: Callable[[], str]) -> str:
     """The name under which a logging service knows this run; made once, kept in the run folder."""
-    if path.exists():
-        return path.read_text(encoding="utf-8").strip()
+    known = _known(path)
+    if known is not None:
+        return known
     made = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, made + "\n")
     return made
+
+
+def _known(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    try:
+        return read_text(path).strip()
+    except UnreadableError as problem:
+        raise ConfigError(f"{path} {problem}: remove it, and the run is logged as a new one") from None
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 import megarl
+from megarl.config.launcher import started_by_slurm
 from megarl.errors import ConfigError
 from megarl.logging import get_logger
 
@@ -34,7 +35,6 @@ PACKAGES = (
     "transformer-engine",
     "apex",
 )
-_INTERACTIVE = ("bash", "interactive")  # shells inside an allocation: not several tasks, whatever SLURM_NTASKS says
 _GIT_TIMEOUT_S = 30
 
 
@@ -106,7 +106,7 @@ def resolve_run_dir(entry: str, config: Any, environ: Mapping[str, str] = os.env
         return Path("runs", config.run.name)
     by_torchrun = "TORCHELASTIC_RUN_ID" in environ
     machines = int(environ.get("GROUP_WORLD_SIZE", "1")) if by_torchrun else 1
-    tasks = int(environ.get("SLURM_NTASKS", "1")) if environ.get("SLURM_JOB_NAME") not in _INTERACTIVE else 1
+    tasks = int(environ["SLURM_NTASKS"]) if started_by_slurm(environ) else 1
     if "SLURM_JOB_ID" in environ and max(tasks, machines) > 1:
         return Path("runs", f"{entry}-job{environ['SLURM_JOB_ID']}-{environ.get('SLURM_STEP_ID', '0')}")
     if machines > 1:

@@ -16,6 +16,7 @@ from megarl.callbacks.readings import is_evaluation, logging_interval, planned_s
 from megarl.callbacks.run_folder import write_whole
 from megarl.callbacks.throughput import peak_memory_gb
 from megarl.clock import Clock
+from megarl.disk import UnreadableError, parse_object, read_text
 from megarl.logging import get_logger
 
 logger = get_logger(__name__)
@@ -166,10 +167,9 @@ class Summary(Callback):
     def _earlier_content(self) -> dict[str, Any] | None:
         """What an earlier process of the run wrote."""
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return parse_object(read_text(self.path))
+        except UnreadableError:
             return None
-        return content if isinstance(content, dict) else None
 
 
 class _Series:

@@ -76,6 +76,8 @@ class ChatTemplate:
 
 def check_messages(messages: Sequence[Message]) -> None:
     """Refuse turns without a role, or without content where they do not call a tool."""
+    if not isinstance(messages, list | tuple):
+        raise DataError(f"the conversation is a {type(messages).__name__}; expected a list of turns")
     for turn, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
             raise DataError(f"turn {turn} is a {type(message).__name__}; expected an object with role and content")

@@ -6,27 +6,20 @@ Pure Python. A new rule is a function `(config, world_size) -> None` that raises
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from megarl.config.leaf import leaves
-from megarl.config.messages import describe_type
-from megarl.config.offers import Refusal, Rule, divisors, either, enforce, multiples, read, require_divides
+from megarl.config.launcher import started_by_slurm
+from megarl.config.offers import Refusal, Rule, divisors, either, enforce, multiples, require_divides
 from megarl.config.presets import DEMO_EVAL, DEMO_TRAIN, resource
 from megarl.config.rl import SCORER_START_S
 from megarl.config.schema import ModelConfig, ParallelConfig
+from megarl.config.values import MOST_PER_NODE, check_declared, check_types, check_values
 from megarl.errors import ConfigError
 from megarl.logging import get_logger, warn_once
 
-_BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
-    "at_least": ("at least", lambda value, bound: value >= bound),
-    "above": ("above", lambda value, bound: value > bound),
-    "at_most": ("at most", lambda value, bound: value <= bound),
-    "below": ("below", lambda value, bound: value < bound),
-}
-_INTERACTIVE = ("bash", "interactive")
+MOST_PARAMETERS = 10**13
 
 
 def check(config: Any, world_size: int) -> None:
@@ -58,32 +51,6 @@ def check_shape(model: ModelConfig, parallel: ParallelConfig) -> None:
     enforce([_shape], SimpleNamespace(model=model, parallel=parallel), parallel.tp * parallel.pp * parallel.cp)
 
 
-def check_values(config: Any) -> None:
-    """Rules of single keys: choices, bounds and formats. `compose` has applied them already."""
-    check_declared(config)
-    _check_formats(config)
-
-
-def check_declared(config: Any) -> None:
-    """What the declarations of a tree's keys say: choices and bounds."""
-    for leaf in leaves(type(config)):
-        value = read(config, leaf.key)
-        if value is None:
-            continue
-        if leaf.choices and value not in leaf.choices:
-            raise ConfigError(f"{leaf.key}={value} is none of its choices: use {either(leaf.choices)}")
-        if leaf.type == "list[str]" and not all(isinstance(part, str) for part in value):
-            raise ConfigError(f"{leaf.key}={value} holds something that is no text: write {leaf.key}=[a,b]")
-        rules = [(_BOUNDS[name], bound) for name, bound in leaf.bounds.items()]
-        for number in value if isinstance(value, list) else [value]:
-            finite = not isinstance(number, float) or math.isfinite(number)
-            if not (finite and all(holds(number, bound) for (_, holds), bound in rules)):
-                words = [f"{word} {bound:g}" for (word, _), bound in rules]
-                raise ConfigError(
-                    f"{leaf.key}={value} is out of range: use {describe_type(leaf.type)}, {' and '.join(words)}"
-                )
-
-
 def world_size(config: Any, environ: Mapping[str, str]) -> int:
     """Processes of the whole run: what torchrun or SLURM say, else `trainer.devices * trainer.num_nodes`.
 
@@ -96,11 +63,6 @@ def world_size(config: Any, environ: Mapping[str, str]) -> int:
     if started_by_slurm(environ):
         return _count(environ, "SLURM_NTASKS")
     return local_devices(config) * int(config.trainer.num_nodes)
-
-
-def started_by_slurm(environ: Mapping[str, str]) -> bool:
-    """Whether this process is a task of `srun`, and not in a shell inside an allocation."""
-    return "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in _INTERACTIVE
 
 
 def local_devices(config: Any) -> int:
@@ -136,22 +98,6 @@ def accumulation(config: Any, world_size: int) -> int:
     return int(trainer.global_batch_size // (trainer.micro_batch_size * data_parallel_size(config, world_size)))
 
 
-def _check_formats(config: Any) -> None:
-    """Keys whose text must have a form."""
-    devices = config.trainer.devices
-    if devices != "auto" and (isinstance(devices, str) or devices < 1):
-        raise ConfigError(f"trainer.devices={devices} is neither a count nor auto: use 1, 2, ... or auto")
-    if not hasattr(config, "run"):  # an entry point that does not train
-        return
-    limit = config.trainer.max_time
-    if limit is not None and not re.fullmatch(r"\d+:[0-5]\d:[0-5]\d", limit):
-        raise ConfigError(f"trainer.max_time={limit} is not HH:MM:SS: for two hours use '02:00:00', quoted in YAML")
-    if not config.checkpoint.metric.strip():
-        raise ConfigError("checkpoint.metric is empty: use the name of a logged metric, for example eval/loss")
-    if not config.run.resume.strip():
-        raise ConfigError("run.resume is empty: use auto, never or a checkpoint folder")
-
-
 def _model(config: Any, world_size: int) -> None:
     """Shape against layout and length, for models built from the configuration."""
     if config.model.path is None:
@@ -179,6 +125,32 @@ def _shape(config: Any, world_size: int) -> None:
         )
     _width(model, parallel)
     _depth(model, parallel)
+    _size(model)
+
+
+def _size(model: ModelConfig) -> None:
+    """A slip of the keyboard is not built: nobody has trained a model so large."""
+    width, ffn = model.hidden_size, model.ffn_size or 4 * model.hidden_size
+    heads = model.num_heads * (model.head_dim or width // model.num_heads)
+    rows = (model.vocab_size or 0) + (model.max_positions if model.position == "learned" else 0)
+    parameters = width * (model.num_layers * (2 * heads + 2 * ffn) + rows)
+    if parameters > MOST_PARAMETERS:
+        raise Refusal(
+            f"model.hidden_size={width}, model.num_layers={model.num_layers} and the other sizes come to "
+            f"{parameters:.0e} parameters, and megarl builds no model of more than {MOST_PARAMETERS:.0e}: use smaller "
+            "ones"
+        )
+
+
+def shape_problem(model: ModelConfig) -> str | None:
+    """What is wrong with the values of a model that came from a file; None where it can be computed."""
+    try:
+        check_types(model, "model.")
+        check_declared(model, "model.")
+        _shape(SimpleNamespace(model=model, parallel=ParallelConfig()), 1)
+    except ConfigError as problem:
+        return str(problem)
+    return None
 
 
 def _rope(model: ModelConfig, head_dim: int) -> None:
@@ -265,7 +237,9 @@ def _world(config: Any, world_size: int) -> None:
     offers: dict[str, list[int]] = {}
     if trainer.devices != "auto" and trainer.devices * trainer.num_nodes == world_size:
         world = f"trainer.devices={trainer.devices} * trainer.num_nodes={trainer.num_nodes} = {world_size} processes"
-        offers["trainer.devices"] = list(range(1, trainer.devices + size + 1))
+        unit = size // math.gcd(size, trainer.num_nodes)
+        nearest = range(trainer.devices // unit - 3, trainer.devices // unit + 2)
+        offers["trainer.devices"] = [unit * count for count in nearest if 0 < unit * count <= MOST_PER_NODE]
     else:
         world = f"the {world_size} processes that were started"
     for name in ("tp", "pp", "cp"):

@@ -16,9 +16,13 @@ PLANNED = ("ppo", "sft", "ilql", "rft")
 class ClusterConfig:
     """The machines that a run is planned for."""
 
-    gpus: int | None = leaf(None, "GPUs of the whole run (null: trainer.devices * trainer.num_nodes)", at_least=1)
+    gpus: int | None = leaf(
+        None, "GPUs of the whole run (null: trainer.devices * trainer.num_nodes)", at_least=1, at_most=2**20
+    )
     gpu: str = leaf("h100", "kind of GPU: A100 of 80 GB, H100 of 80 GB or H200 of 141 GB, all SXM", GPUS)
-    gpus_per_node: int = leaf(8, "GPUs that share a machine, its fast links and its host memory", at_least=1)
+    gpus_per_node: int = leaf(
+        8, "GPUs that share a machine, its fast links and its host memory", at_least=1, at_most=1024
+    )
     memory_gib: float | None = leaf(None, "memory of a GPU in GiB (null: what its kind has)", above=0)
     host_memory_gib: float = leaf(1800.0, "memory of a machine in GiB", above=0)
     reserve_gib: float = leaf(3.0, "of a GPU's memory, what CUDA and NCCL take for themselves", at_least=0)
@@ -34,9 +38,14 @@ class PlanConfig:
     json: bool = leaf(False, "print the plan as JSON (also: --json)")
     debug: bool = leaf(False, "show tracebacks")
     prompt_tokens: int | None = leaf(
-        None, "tokens of a prompt (null: as many as a response, where the context has room)", at_least=1
+        None,
+        "tokens of a prompt (null: as many as a response, where the context has room)",
+        at_least=1,
+        at_most=2**31 - 1,
     )
-    response_tokens: int | None = leaf(None, "mean tokens of a response (null: rollout.max_new_tokens)", at_least=1)
+    response_tokens: int | None = leaf(
+        None, "mean tokens of a response (null: rollout.max_new_tokens)", at_least=1, at_most=2**31 - 1
+    )
     mfu: float | None = leaf(
         None, "share of peak FLOP/s that matrix products reach (null: what the kind of GPU does)", above=0, at_most=1
     )

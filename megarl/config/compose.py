@@ -17,12 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 
 import megarl
 from megarl.command import INTERRUPTED, NOTICED, ended
-from megarl.config.checks import check, check_values, world_size
+from megarl.config.checks import check, world_size
 from megarl.config.files import check_files
-from megarl.config.messages import EXPLAINED, explain
+from megarl.config.launcher import check_launcher
+from megarl.config.messages import EXPLAINED, check_argument, explain
 from megarl.config.presets import conf_folder, register
 from megarl.config.reference import help_text
 from megarl.config.schema import ENTRIES, program
+from megarl.config.values import check_values
 from megarl.errors import ConfigError, MegarlError
 
 _PATH_FLAGS = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
@@ -49,10 +51,17 @@ def compose(entry: str, argv: list[str]) -> tuple[Any, dict[str, Any]]:
     Returns:
         The typed tree (an instance of `ENTRIES[entry]`) and the same, resolved, as plain dicts and lists.
     """
-    with _explained(entry, argv):
+    with explained(entry, argv):
+        for argument in argv:
+            check_argument(argument, ENTRIES[entry])
         register(argv, entry)
         with hydra.initialize_config_dir(str(conf_folder()), version_base=_VERSION_BASE, job_name=program(entry)):
-            tree = hydra.compose(program(entry), argv)
+            try:
+                tree = hydra.compose(program(entry), argv)
+            except (*EXPLAINED, MegarlError):
+                raise
+            except Exception as error:  # whatever Hydra stumbles over, it is something in the settings
+                raise explain(error, ENTRIES[entry], argv) from error
         return typed(entry, tree)
 
 
@@ -91,6 +100,7 @@ def run(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> NoRet
 
 def _checked(config: Any, main: Callable[[Any], int | None]) -> int | None:
     """Call `main` with a configuration whose arithmetic works, so that heavy imports come after cheap errors."""
+    check_launcher(os.environ)
     check(config, world_size(config, os.environ))
     check_files(config)
     return main(config)
@@ -109,7 +119,7 @@ class _Job:
 
         register([], self.entry)
         settings = HydraConfig.get()
-        with _explained(self.entry, list(settings.overrides.task)):
+        with explained(self.entry, list(settings.overrides.task)):
             config, _ = typed(self.entry, tree)
         if settings.mode == RunMode.MULTIRUN:
             # Jobs that shared a run folder would resume from, and overwrite, each other's checkpoints.
@@ -140,7 +150,9 @@ def _needs_hydra(argv: list[str]) -> bool:
 
 def _run_hydra(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> int:
     """Hand the command line to Hydra: multirun, --cfg, --info, shell completion."""
-    with _explained(entry, argv), _hydra_environment(argv):
+    for argument in _settings(argv):
+        check_argument(argument, ENTRIES[entry])
+    with explained(entry, argv), _hydra_environment(argv):
         register(argv, entry)
         start = hydra.main(version_base=_VERSION_BASE, config_path=str(conf_folder()), config_name=program(entry))
         start(_Job(entry, main))()
@@ -165,17 +177,21 @@ def _hydra_environment(argv: list[str]) -> Iterator[None]:
 
 def _overrides_first(argv: list[str]) -> list[str]:
     """The same arguments, settings before flags: argparse refuses settings on both sides of a flag."""
-    overrides: list[str] = []
-    rest: list[str] = []
-    for index, part in enumerate(argv):
-        is_path = index > 0 and argv[index - 1] in _PATH_FLAGS
-        is_setting = "=" in part or part.startswith("~")
-        (overrides if is_setting and not part.startswith("-") and not is_path else rest).append(part)
-    return overrides + rest
+    settings = set(_settings(argv))
+    return [part for part in argv if part in settings] + [part for part in argv if part not in settings]
+
+
+def _settings(argv: list[str]) -> list[str]:
+    """The arguments that are neither flags nor what a flag is given."""
+    return [
+        part
+        for before, part in zip(["", *argv], argv, strict=False)
+        if ("=" in part or part.startswith("~")) and not part.startswith("-") and before not in _PATH_FLAGS
+    ]
 
 
 @contextmanager
-def _explained(entry: str, argv: list[str]) -> Iterator[None]:
+def explained(entry: str, argv: list[str]) -> Iterator[None]:
     """Turn errors of composition into a `ConfigError` of one line."""
     try:
         yield

@@ -1,23 +1,27 @@
 """What a configuration names on disk, looked for before anything heavy is imported."""
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
+from megarl.disk import exists, local, shown, why_missing, why_no_name, writable
 from megarl.errors import CheckpointError, ConfigError, DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 """Of files with records."""
-_HUB_DATA = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
+WRITTEN = ("run.dir", "export.hf", "rollout.dump", "data.cache")
+"""Keys of what a run writes."""
+_HUB_DATA = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(:[\w.-]{1,96})?")
+_HUB_MODEL = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _HERE = (".", "/", "~")
 
 
 def check_files(config: Any) -> None:
-    """Refuse a source of data or weights that is not there and can be no name on a hub, and a run folder that cannot
-    be written."""
-    if _value(config, "run.dir") is not None:
-        require_room(Path(config.run.dir).expanduser().absolute())
+    """Refuse a source of data or weights that is not there and can be no name on a hub, and a place to write that
+    cannot be written."""
+    for key in WRITTEN:
+        if _value(config, key) is not None:
+            writable(_value(config, key), key)
     for key in ("data.train", "data.eval", "clone.data"):
         if key != "data.eval" or _value(config, "trainer.eval_every") is not None:
             for path in _value(config, key) or ():
@@ -25,28 +29,36 @@ def check_files(config: Any) -> None:
     for key in ("model.path", "critic.path"):
         path = _value(config, key)
         if path is not None and (key != "critic.path" or _value(config, "critic.kind") == "separate"):
-            require_weights(path)
+            require_weights(path, key)
 
 
 def require_data(path: str, key: str = "data.train and data.eval") -> None:
-    local = Path(path).expanduser()
-    if local.exists() or not (local.suffix in SUFFIXES or path.startswith(_HERE) or not _HUB_DATA.match(path)):
+    place = local(path)
+    if exists(place) or not (place.suffix in SUFFIXES or path.startswith(_HERE) or not _HUB_DATA.fullmatch(path)):
         return
-    raise DataError(f"{path}: no such file or folder (looked from {Path.cwd()}); check {key}")
+    raise DataError(f"{shown(path)}: {_why(place)} (looked from {Path.cwd()}); check {key}")
 
 
-def require_weights(path: str) -> None:
-    parts = path.split("/")
-    if Path(path).expanduser().exists() or not (path.startswith(_HERE) or len(parts) > 2 or not all(parts)):
+def require_weights(path: str, key: str = "") -> None:
+    place = local(path)
+    if exists(place) or not (path.startswith(_HERE) or not _HUB_MODEL.fullmatch(path)):
         return
-    raise CheckpointError(f"{path} does not exist: give a folder, or a hub name such as org/model")
+    named = f"{key}={shown(path)}" if key else shown(path)
+    raise CheckpointError(f"{named} does not exist ({_why(place)}): give a folder, or a hub name such as org/model")
 
 
-def require_room(run_dir: Path) -> None:
-    there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        what = "cannot be written" if there.is_dir() else "is a file"
-        raise ConfigError(f"run.dir={run_dir}: {there} {what}; set run.dir elsewhere")
+def check_name(name: str, key: str) -> None:
+    """Refuse a name that would be another folder than the one it names."""
+    if name in ("", ".", "..") or not name.isprintable() or re.search(r"[/\\\\]", name) or name != name.strip():
+        raise ConfigError(
+            f"{key}={shown(name)!r} is no name: use one word without separators, or set run.dir to the folder you mean"
+        )
+    if problem := why_no_name(Path(name)):
+        raise ConfigError(f"{key}={shown(name)!r} is no name: {problem}; use a shorter one")
+
+
+def _why(place: Path) -> str:
+    return why_no_name(place) or why_missing(place) or "no such file or folder"
 
 
 def _value(config: Any, key: str) -> Any:

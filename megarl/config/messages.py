@@ -17,10 +17,13 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from megarl.config.leaf import Leaf, leaves, sections
+from megarl.disk import shown
 from megarl.errors import ConfigError
 
-EXPLAINED = (HydraException, OmegaConfBaseException, YAMLError)
+EXPLAINED = (HydraException, OmegaConfBaseException, YAMLError, RecursionError)
 """The errors of composition that `explain` can retell."""
+_KEY = re.compile(r"(\+\+|\+|~)?(?P<name>[^=@]*)(?P<package>@[^=]*)?(?P<value>=.*)?", re.DOTALL)
+_NAME = re.compile(r"[\w$-]+([./][\w$-]+)*")
 
 _TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}
 
@@ -39,6 +42,8 @@ def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
         return ConfigError(_malformed(error, known))
     if isinstance(error, MissingConfigException):
         return ConfigError(_missing_option(error))
+    if isinstance(error, RecursionError):
+        return ConfigError("the configuration is nested too deep, or a value refers to itself: look for ${...} in it")
     inner = _omegaconf_error(error)
     if isinstance(inner, ConfigKeyError | ConfigAttributeError):
         key = str(inner.full_key or inner.key)
@@ -65,7 +70,40 @@ def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
             f"{_first_line(error)}: write key=[a,b] for a list, \"key='a,b'\" for text, "
             "or add --multirun to run once per value"
         )
-    return ConfigError(" ".join(str(inner or error).split()))
+    said = " ".join(str(inner or error).split())
+    key = re.search(r" full_key: (\S+)", said)
+    if key and not isinstance(error, EXPLAINED):
+        return ConfigError(f"{key[1]}: {_first_line(error)}")
+    return ConfigError(said if isinstance(error, EXPLAINED) else f"the settings cannot be put together ({said})")
+
+
+def check_argument(argument: str, tree: type) -> None:
+    """Refuse a setting whose key Hydra could not read, or would read in words that say nothing."""
+    short = shown(argument)
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(f"{short!r} is not valid UTF-8: write settings as key=value in UTF-8") from None
+    found = _KEY.fullmatch(argument)
+    assert found is not None, "every part of it may be empty"
+    name = found["name"]
+    example = "settings are written key=value, for example parallel.tp=2"
+    if not name.strip():
+        raise ConfigError(
+            f"unknown key '' in '{short}': {example}" if found["value"] else f"'{short}' is no setting: {example}"
+        )
+    if found["package"] and name.partition(".")[0] not in (*sections(tree), "conf", "hydra", "logger"):
+        raise ConfigError(unknown_key(name, tree, f"in '{short}'"))
+    if found["package"]:
+        raise ConfigError(
+            f"'{short}' puts a group in another place with '@', which no key here has: leave {found['package']} out"
+        )
+    if re.search(r"\d{4301}", argument):  # the longest that Python reads
+        raise ConfigError(f"'{short}' holds a number of more than 4300 digits: write one that the key can mean")
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"unknown key '{shown(name)}' in '{short}': a key is names joined by single dots, as in parallel.tp"
+        )
 
 
 def unknown_key(key: str, tree: type, where: str | None = None) -> str:
@@ -73,6 +111,8 @@ def unknown_key(key: str, tree: type, where: str | None = None) -> str:
     known = [item.key for item in leaves(tree)]
     place = f" ({where})" if where else ""
     parents = [name for name in known if key.startswith(name + ".")]
+    if parents and next(item for item in leaves(tree) if item.key == parents[0]).type.startswith("dict"):
+        return f"'{parents[0]}' has no entry '{key.removeprefix(parents[0] + '.')}' yet{place}: add it as +{key}=VALUE"
     if parents:
         return f"unknown key '{key}'{place}: '{parents[0]}' holds a value and has no keys below it"
     if difflib.get_close_matches(key, ["conf", "preset"]):
@@ -159,10 +199,12 @@ def _argument(key: str, argv: Sequence[str]) -> str | None:
 def _malformed(error: OverrideParseException, known: dict[str, Leaf]) -> str:
     """One line about an argument that is not of the form key=value."""
     key, equals, value = error.override.lstrip("+~").partition("=")
+    if not equals and key == "conf":
+        return f"'{error.override}' names no preset: write +conf=NAME"
     if not equals:
         example = key if key in known else next(iter(nearest_keys(key, list(known))), "parallel.tp")
-        return f"'{error.override}' has no '=': settings are written key=value, for example {example}=..."
-    return f"cannot read the value of '{error.override}': quote special characters, \"{key}='{value}'\""
+        return f"'{shown(error.override)}' has no '=': settings are written key=value, for example {example}=..."
+    return f"cannot read the value of '{shown(error.override)}': quote special characters, \"{key}='{shown(value)}'\""
 
 
 def _missing_option(error: MissingConfigException) -> str:
@@ -180,7 +222,7 @@ def _wrong_type(leaf: Leaf, error: ValidationError, argv: Sequence[str]) -> str:
     below = next((part for part in argv if part.lstrip("+").startswith(leaf.key + ".")), None)
     if below:
         return f"unknown key in '{below}': '{leaf.key}' holds a value and has no keys below it"
-    value = "null" if error.value is None else str(error.value)
+    value = "null" if error.value is None else shown(error.value)
     remedy = f": write {leaf.key}=[{value}]" if leaf.type == "list[str]" else ""
     return f"{leaf.key}={value} is not {describe_type(leaf.type)}{remedy} ({leaf.key}: {leaf.doc})"
 

@@ -12,6 +12,7 @@ from megarl.errors import ConfigError
 
 Rule = Callable[[Any, int], None]
 """A check of several keys: takes a typed configuration and the world size, raises `Refusal`."""
+_LONGEST_SEARCH = 100_000
 
 
 class Refusal(ConfigError):  # noqa: N818 - it becomes an error, with advice, in `enforce`
@@ -62,8 +63,8 @@ def require_divides(key: str, whole_key: str, value: int, whole: int) -> None:
 
 
 def divisors(number: int) -> list[int]:
-    """Every divisor of a positive number, ascending."""
-    small = [i for i in range(1, math.isqrt(number) + 1) if number % i == 0]
+    """Every divisor of a positive number, ascending; of one above 10**10 those that a short search finds."""
+    small = [i for i in range(1, min(math.isqrt(number), _LONGEST_SEARCH) + 1) if number % i == 0]
     return sorted({*small, *(number // i for i in small)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from megarl.config.leaf import leaves
 from megarl.config.messages import one_of
 from megarl.config.schema import ENTRIES
+from megarl.disk import UnreadableError, check_yaml, is_file, read_text
 from megarl.errors import ConfigError
 
 GROUP = "conf"
@@ -81,16 +84,28 @@ def register(argv: list[str], entry: str) -> None:
     store.repo.pop(GROUP, None)
     for name, path in files.items():
         try:
-            part = OmegaConf.load(path)
-            if not isinstance(part, DictConfig):
-                raise yaml.YAMLError("it is not a mapping of sections to keys")
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            part = _load(path)
+        except (yaml.YAMLError, UnreadableError) as error:
             if name in chosen:
                 reason = " ".join(str(error).split())
                 raise ConfigError(f"preset '{name}' cannot be read ({path}): {reason}") from error
             continue  # a broken file that nobody asked for does not concern this run
         own = _without(OmegaConf.to_container(part), _of_others(entry))
         store.store(group=GROUP, name=name, node=own, package="_global_", provider=str(path))
+
+
+def _load(path: Path) -> DictConfig:
+    text = read_text(path)
+    check_yaml(text)
+    try:
+        part = OmegaConf.load(io.StringIO(text))
+    except RecursionError:
+        raise UnreadableError("it is nested too deep") from None
+    except (OmegaConfBaseException, ValueError, TypeError, OSError) as error:
+        raise UnreadableError(str(error)) from None
+    if not isinstance(part, DictConfig):
+        raise UnreadableError("it is not a mapping of sections to keys")
+    return part
 
 
 @cache
@@ -111,15 +126,18 @@ def _without(part: Any, keys: set[str], prefix: str = "") -> Any:
 def _presets_in(folder: Path) -> Iterator[Path]:
     """YAML files directly in a folder whose first line marks them as presets."""
     for path in folder.glob("*.yaml"):
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            if lines.readline().strip() == HEADER:
-                yield path
+        try:
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                if lines.readline().strip() == HEADER:
+                    yield path
+        except OSError:  # a folder of that name, or a file of someone else's
+            continue
 
 
 def _unknown(name: str, known: list[str], user_folder: Path) -> ConfigError:
     """The error for a preset that does not exist, or that is no preset for want of its first line."""
     file = user_folder / f"{name}.yaml"
-    if file.is_file():
+    if is_file(file):
         return ConfigError(f"{file} is no preset: its first line must be '{HEADER}'")
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     meant = f"did you mean {one_of(near)}? " if near else ""

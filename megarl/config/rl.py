@@ -11,15 +11,17 @@ from megarl.config.leaf import leaf, section
 
 TOO_LONG = ("truncate", "drop", "error")
 ON_ERROR = ("error", "drop")
+A_YEAR_S = 31_536_000
+"""The longest that anything waits: timers of the operating system and of torch overflow some way above."""
 
 
 @dataclass
 class RolloutConfig:
     """How responses are drawn."""
 
-    max_new_tokens: int = leaf(128, "most tokens of a response", at_least=1)
+    max_new_tokens: int = leaf(128, "most tokens of a response", at_least=1, at_most=2**31 - 1)
     temperature: float = leaf(1.0, "divides the logits; 0 takes the likeliest token", at_least=0)
-    top_k: int | None = leaf(None, "draw among the k likeliest tokens (null: all)", at_least=1)
+    top_k: int | None = leaf(None, "draw among the k likeliest tokens (null: all)", at_least=1, at_most=2**20 - 1)
     top_p: float | None = leaf(
         None, "draw among the likeliest tokens that hold this mass (null: all)", above=0, at_most=1
     )
@@ -27,9 +29,9 @@ class RolloutConfig:
         None, "draw among tokens at least this share as likely as the likeliest (null: all)", at_least=0, below=1
     )
     repetition_penalty: float = leaf(1.0, "lowers the scores of tokens that have occurred (1: no)", above=0)
-    n: int = leaf(1, "responses to each prompt", at_least=1)
+    n: int = leaf(1, "responses to each prompt", at_least=1, at_most=2**20)
     stop: list[str] = leaf([], "texts that end a response")
-    slots: int = leaf(128, "responses in flight on one replica", at_least=1)
+    slots: int = leaf(128, "responses in flight on one replica", at_least=1, at_most=2**20)
     cache_bytes: int | None = leaf(
         None, "most bytes of keys and values on a device (null: what slots need)", at_least=1
     )
@@ -60,7 +62,7 @@ class PromptDataConfig:
     )
     train_split: str = leaf("train", "split of a hub data set that is trained on")
     eval_split: str = leaf("validation", "split of a hub data set that is evaluated on")
-    graph_seed: int = leaf(1000, "graph of the randomwalks task", at_least=0)
+    graph_seed: int = leaf(1000, "graph of the randomwalks task", at_least=0, at_most=2**32 - 1)
 
 
 SCORER_START_S = 120.0
@@ -75,10 +77,10 @@ class RewardConfig:
         None, "package.module:function or file.py:function; several as a weighted sum, '0.7*a:f + 0.3*b:g'"
     )
     options: dict[str, Any] = leaf({}, "keyword arguments that the function is given besides")
-    timeout: float = leaf(60.0, "seconds one call may take before it is killed", above=0)
-    retries: int = leaf(1, "how often a failed call is made again", at_least=0)
+    timeout: float = leaf(60.0, "seconds one call may take before it is killed", above=0, at_most=A_YEAR_S)
+    retries: int = leaf(1, "how often a failed call is made again", at_least=0, at_most=1000)
     on_error: str = leaf("error", "samples that still have no score: an error, or dropped and counted", ON_ERROR)
-    batch_size: int | None = leaf(None, "samples per call (null: all in one)", at_least=1)
+    batch_size: int | None = leaf(None, "samples per call (null: all in one)", at_least=1, at_most=2**24)
     devices: str = leaf("", "CUDA_VISIBLE_DEVICES of the scoring process (empty: it runs on the CPU)")
 
 
@@ -100,8 +102,8 @@ class SweepConfig:
 class EvalConfig:
     """How evaluations generate; what is not said here is as in rollout."""
 
-    n: int = leaf(1, "responses to each prompt", at_least=1)
-    table: int = leaf(4, "responses shown of each evaluation", at_least=0)
+    n: int = leaf(1, "responses to each prompt", at_least=1, at_most=2**20)
+    table: int = leaf(4, "responses shown of each evaluation", at_least=0, at_most=1000)
     sweep: SweepConfig = section(SweepConfig)
 
 
@@ -132,7 +134,7 @@ class CloneConfig:
 class RFTSettings:
     """Rejection-sampling fine-tuning."""
 
-    prompts: int | None = leaf(None, "prompts per phase (null: all of them)", at_least=1)
+    prompts: int | None = leaf(None, "prompts per phase (null: all of them)", at_least=1, at_most=2**24)
     improve_steps: int = leaf(4, "times a phase's answers are trained on, fewer of them each time", at_least=1)
     start_percentile: float = leaf(
         0.7, "answers below this share of their prompt's are left out at first", at_least=0, at_most=1
@@ -144,7 +146,7 @@ class RFTSettings:
 class PPOSettings:
     """Proximal policy optimisation."""
 
-    rollouts: int = leaf(128, "responses per phase, over all processes", at_least=1)
+    rollouts: int = leaf(128, "responses per phase, over all processes", at_least=1, at_most=2**24)
     inner_epochs: int = leaf(4, "times a phase's responses are trained on", at_least=1)
     gamma: float = leaf(1.0, "discount of later rewards", at_least=0, at_most=1)
     lam: float = leaf(0.95, "lambda of generalised advantage estimation", at_least=0, at_most=1)

@@ -13,6 +13,7 @@ from typing import Any
 from megarl.config.leaf import leaf, section
 from megarl.config.offline import GuidedEvalConfig, GuidedRolloutConfig, ILQLSettings, OfflineDataConfig
 from megarl.config.rl import (
+    A_YEAR_S,
     TOO_LONG,
     CloneConfig,
     CriticConfig,
@@ -50,18 +51,22 @@ class ModelConfig:
         "pretrained model to load: Hugging Face folder or hub name, or megarl checkpoint; it also gives the shape keys "
         "below, and the tokenizer where that is at its default (null: random weights in the shape below)",
     )
-    num_layers: int = leaf(4, "transformer layers", at_least=1)
-    hidden_size: int = leaf(128, "width of the residual stream", at_least=1)
-    num_heads: int = leaf(4, "attention heads", at_least=1)
-    num_kv_heads: int | None = leaf(None, "key/value heads of grouped-query attention (null: num_heads)", at_least=1)
-    head_dim: int | None = leaf(None, "width of one head (null: hidden_size / num_heads)", at_least=1)
-    ffn_size: int | None = leaf(None, "inner width of the MLP (null: 4 * hidden_size)", at_least=1)
-    max_positions: int = leaf(256, "context length: the most tokens a sequence may have", at_least=1)
+    num_layers: int = leaf(4, "transformer layers", at_least=1, at_most=10_000)
+    hidden_size: int = leaf(128, "width of the residual stream", at_least=1, at_most=2**24)
+    num_heads: int = leaf(4, "attention heads", at_least=1, at_most=2**20)
+    num_kv_heads: int | None = leaf(
+        None, "key/value heads of grouped-query attention (null: num_heads)", at_least=1, at_most=2**20
+    )
+    head_dim: int | None = leaf(None, "width of one head (null: hidden_size / num_heads)", at_least=1, at_most=2**20)
+    ffn_size: int | None = leaf(None, "inner width of the MLP (null: 4 * hidden_size)", at_least=1, at_most=2**26)
+    max_positions: int = leaf(256, "context length: the most tokens a sequence may have", at_least=1, at_most=2**31 - 1)
     vocab_size: int | None = leaf(
-        None, "entries of the embedding before padding (null: the tokenizer's size)", at_least=1
+        None, "entries of the embedding before padding (null: the tokenizer's size)", at_least=1, at_most=2**31 - 1
     )
     position: str = leaf("rope", "how positions enter the model", ("learned", "rope", "none"))
-    position_offset: int = leaf(0, "added to every position before a learned embedding is looked up", at_least=0)
+    position_offset: int = leaf(
+        0, "added to every position before a learned embedding is looked up", at_least=0, at_most=2**31 - 1
+    )
     rope_base: float = leaf(10000.0, "base of the rotary frequencies", above=0)
     rope_percent: float = leaf(1.0, "share of each head's width that is rotated", above=0, at_most=1)
     rope_interleaved: bool = leaf(
@@ -80,7 +85,7 @@ class ModelConfig:
         4.0, "llama3: frequencies above this many turns per original context are left alone", above=0
     )
     rope_original_positions: int | None = leaf(
-        None, "context length before stretching (llama3 and yarn need it)", at_least=1
+        None, "context length before stretching (llama3 and yarn need it)", at_least=1, at_most=2**31 - 1
     )
     norm: str = leaf("rmsnorm", "normalisation layer", ("layernorm", "rmsnorm"))
     norm_eps: float = leaf(1e-5, "added to the variance in the norm", above=0)
@@ -97,7 +102,10 @@ class ModelConfig:
         ("none", "one_norm", "two_norms"),
     )
     sliding_window: int | None = leaf(
-        None, "each token attends to this many latest tokens, itself included (null: all)", at_least=1
+        None,
+        "each token attends to this many latest tokens, itself included (null: all)",
+        at_least=1,
+        at_most=2**31 - 1,
     )
     dropout: float = leaf(0.0, "dropout of hidden states and attention", at_least=0, below=1)
     init_std: float = leaf(0.02, "standard deviation of random initial weights", above=0)
@@ -120,17 +128,23 @@ class TokenizerConfig:
 class ParallelConfig:
     """The grid of processes one model is spread over; data parallelism is what remains of the world."""
 
-    tp: int = leaf(1, "tensor-parallel size: each layer is split over this many processes", at_least=1)
-    pp: int = leaf(1, "pipeline-parallel size: the layers are split over this many stages", at_least=1)
-    cp: int = leaf(1, "context-parallel size: each sequence is split over this many processes", at_least=1)
-    vpp: int | None = leaf(None, "virtual pipeline stages per process, interleaved schedule (null: none)", at_least=1)
+    tp: int = leaf(1, "tensor-parallel size: each layer is split over this many processes", at_least=1, at_most=2**20)
+    pp: int = leaf(1, "pipeline-parallel size: the layers are split over this many stages", at_least=1, at_most=2**20)
+    cp: int = leaf(
+        1, "context-parallel size: each sequence is split over this many processes", at_least=1, at_most=2**20
+    )
+    vpp: int | None = leaf(
+        None, "virtual pipeline stages per process, interleaved schedule (null: none)", at_least=1, at_most=2**20
+    )
     sequence_parallel: bool = leaf(
         False, "split activations between the tensor-parallel regions over time (no effect when tp is 1)"
     )
     recompute: str = leaf(
         "none", "activations recomputed in the backward pass to save memory", ("none", "selective", "full")
     )
-    timeout_s: int = leaf(600, "seconds a process waits for the others before it gives up", at_least=1)
+    timeout_s: int = leaf(
+        600, "seconds a process waits for the others before it gives up", at_least=1, at_most=A_YEAR_S
+    )
     kernels: str = leaf(
         "auto",
         "layer kernels: the fastest that can be imported, or one kind by name",
@@ -158,7 +172,7 @@ class DataConfig:
     )
     train_split: str = leaf("train", "split of a hub data set that is trained on")
     eval_split: str = leaf("validation", "split of a hub data set that is evaluated on")
-    seq_length: int = leaf(128, "most tokens per training sequence", at_least=2)
+    seq_length: int = leaf(128, "most tokens per training sequence", at_least=2, at_most=2**31 - 1)
     too_long: str = leaf(
         "truncate", "what happens to records longer than seq_length: cut at the end, left out or an error", TOO_LONG
     )
@@ -189,14 +203,16 @@ class TrainerConfig:
     """How long, how much at once, on what, and how often things are looked at."""
 
     devices: int | str = leaf(1, 'processes per node when megarl starts them itself; "auto": all GPUs, or 1 on CPU')
-    num_nodes: int = leaf(1, "machines", at_least=1)
+    num_nodes: int = leaf(1, "machines", at_least=1, at_most=2**20)
     accelerator: str = leaf("auto", "kind of device", ("auto", "cpu", "gpu"))
     precision: str = leaf("fp32", "precision of weights and activations in the model", ("fp32", "bf16"))
     max_steps: int = leaf(200, "optimizer steps", at_least=1)
-    global_batch_size: int = leaf(16, "sequences per optimizer step, over all processes", at_least=1)
-    micro_batch_size: int = leaf(8, "sequences per forward pass of one model replica", at_least=1)
+    global_batch_size: int = leaf(16, "sequences per optimizer step, over all processes", at_least=1, at_most=2**24)
+    micro_batch_size: int = leaf(8, "sequences per forward pass of one model replica", at_least=1, at_most=2**24)
     eval_every: int | None = leaf(50, "steps between evaluations (null: never)", at_least=1)
-    eval_batch_size: int = leaf(16, "sequences per forward pass of one replica in evaluation", at_least=1)
+    eval_batch_size: int = leaf(
+        16, "sequences per forward pass of one replica in evaluation", at_least=1, at_most=2**24
+    )
     log_every: int = leaf(10, "steps between logged metrics", at_least=1)
     max_time: str | None = leaf(None, 'stop cleanly after this wall time, "HH:MM:SS" (null: no limit)')
     peak_tflops: float | None = leaf(
@@ -271,12 +287,12 @@ class PhaseTrainerConfig:
     """How long, how much at once, on what, and how often things are looked at; a phase generates, then trains."""
 
     devices: int | str = leaf(1, 'processes per node when megarl starts them itself; "auto": all GPUs, or 1 on CPU')
-    num_nodes: int = leaf(1, "machines", at_least=1)
+    num_nodes: int = leaf(1, "machines", at_least=1, at_most=2**20)
     accelerator: str = leaf("auto", "kind of device", ("auto", "cpu", "gpu"))
     precision: str = leaf("fp32", "precision of weights and activations in the model", ("fp32", "bf16"))
     max_phases: int = leaf(100, "phases", at_least=1)
-    global_batch_size: int = leaf(64, "sequences per optimizer step, over all processes", at_least=1)
-    micro_batch_size: int = leaf(8, "sequences per forward pass of one model replica", at_least=1)
+    global_batch_size: int = leaf(64, "sequences per optimizer step, over all processes", at_least=1, at_most=2**24)
+    micro_batch_size: int = leaf(8, "sequences per forward pass of one model replica", at_least=1, at_most=2**24)
     eval_every: int | None = leaf(5, "phases between evaluations (null: never)", at_least=1)
     log_every: int = leaf(1, "phases between logged metrics", at_least=1)
     max_time: str | None = leaf(None, 'stop cleanly after this wall time, "HH:MM:SS" (null: no limit)')
@@ -373,7 +389,7 @@ class DevicesConfig:
     """What an entry point that does not train runs on; the same keys as in training."""
 
     devices: int | str = leaf(1, 'processes per node when megarl starts them itself; "auto": all GPUs, or 1 on CPU')
-    num_nodes: int = leaf(1, "machines", at_least=1)
+    num_nodes: int = leaf(1, "machines", at_least=1, at_most=2**20)
     accelerator: str = leaf("auto", "kind of device", ("auto", "cpu", "gpu"))
     precision: str = leaf("fp32", "precision of weights and activations in the model", ("fp32", "bf16"))
     progress: str = leaf("auto", "progress display (auto: rich on a terminal)", ("auto", "rich", "plain", "none"))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from megarl.data.sources import Record
+from megarl.disk import UnreadableError, is_file, local, read_text, shown
 from megarl.errors import ConfigError, DataError
 from megarl.tokenizers import Tokenizer
 
@@ -129,13 +129,16 @@ def load_chat_template(value: str | None, key: str = "data.chat_template") -> st
     """The Jinja template that the key means: itself, or the file it names."""
     if value is None or "{" in value:
         return value
-    path = Path(value).expanduser()
-    if not path.is_file():
+    path = local(value)
+    if not is_file(path):
         raise ConfigError(
-            f"{key}={value!r} is neither a Jinja template nor a file; "
+            f"{key}={shown(value)!r} is neither a Jinja template nor a file; "
             "give a template with {{ }} or {% %}, or the path of a file that holds one"
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return read_text(path)
+    except UnreadableError as problem:
+        raise ConfigError(f"{key}={value!r} {problem}: give a text file that holds a Jinja template") from None
 
 
 def _keys(record: Record) -> str:

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from megarl.data.formats import check_encodable, encodable, load_chat_template
 from megarl.data.order import TrainBatches
 from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Places, Record, read_records
+from megarl.disk import exists, is_file, local, shown
 from megarl.errors import DataError
 from megarl.tokenizers import Tokenizer
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from megarl.config.schema import ILQLConfig
 
 log = logging.getLogger(__name__)
+LARGEST = 1e30  # a reward; sums and squares of such are still finite where they are computed
 VERSION = 2  # of the files in a cache: another meaning of the same samples is another number
 ARRAYS = ("tokens", "response_mask", "rewards", "starts", "returns")
 REPORT = "report.txt"
@@ -263,7 +264,7 @@ def open_store(data: OfflineDataConfig, tokenizer: Tokenizer) -> OfflineStore:
     name = None if data.cache is None else _content_name(data, tokenizer, sample_format)
     if data.cache is None or name is None:
         return build()
-    folder = Path(data.cache).expanduser() / f"samples-{name}"
+    folder = local(data.cache) / f"samples-{name}"
     try:
         with _locked(folder.with_suffix(".lock")):
             made = not folder.is_dir()
@@ -349,8 +350,12 @@ def _lay_out(turns: Sequence[tuple[bool, Sequence[int]]]) -> tuple[list[int], li
 
 
 def _number(value: Any, where: str, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
-        raise DataError(f"{where}: {key} is {value!r}, which is no finite number: give one, or take the record out")
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not (number and abs(value) <= LARGEST):  # NaN is not, and no integer is too long to be compared
+        raise DataError(
+            f"{where}: {key} is {shown(repr(value))}, which is no finite number of at most {LARGEST:g} in size: give "
+            "one, or take the record out"
+        )
     return float(value)
 
 
@@ -371,7 +376,7 @@ def _records(data: OfflineDataConfig) -> Iterator[Record]:
             for _ in paths:
                 yield from random_walks(data.graph_seed)
         else:
-            yield from read_records(list(paths), data.train_split)
+            yield from read_records(list(paths), data.train_split, key="data.train")
 
 
 def _content_name(data: OfflineDataConfig, tokenizer: Tokenizer, sample_format: SampleFormat) -> str | None:
@@ -379,8 +384,9 @@ def _content_name(data: OfflineDataConfig, tokenizer: Tokenizer, sample_format: 
     settings = [VERSION, data.seq_length, data.too_long, data.train_split, vars(sample_format), tokenizer.fingerprint()]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for path in data.train:
-        source = Path(path).expanduser()
-        files = [source] if source.is_file() else sorted(item for item in source.rglob("*") if item.is_file())
+        source = local(path)
+        inside = source.rglob("*") if exists(source) else ()
+        files = [source] if is_file(source) else sorted(item for item in inside if is_file(item))
         if path == RANDOMWALKS or not files:
             return None
         for file in files:

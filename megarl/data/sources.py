@@ -5,7 +5,7 @@ What a record means is decided in `formats`; here it is an object with keys.
 
 from __future__ import annotations
 
-import json
+import codecs
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config.files import SUFFIXES, require_data
+from megarl.disk import UnreadableError, is_dir, is_file, local, parse_json
 from megarl.errors import DataError, UnavailableError
 
 _VALIDATION = ("validation", "valid", "val", "dev", "eval")
@@ -62,7 +63,9 @@ def named_lists(names: Mapping[str, str]) -> Iterator[None]:
         _lists.reset(token)
 
 
-def read_records(paths: Sequence[str], split: str = "train", text_key: str = "text") -> Iterator[Record]:
+def read_records(
+    paths: Sequence[str], split: str = "train", text_key: str = "text", key: str = "data.train and data.eval"
+) -> Iterator[Record]:
     """Records of several sources, one source after the other, in their order.
 
     Args:
@@ -70,34 +73,39 @@ def read_records(paths: Sequence[str], split: str = "train", text_key: str = "te
             folders written by `datasets.save_to_disk`; hub names, "owner/name" or "owner/name:subset".
         split: split of a hub data set, and the files that are read in a folder that names files after splits.
         text_key: key under which a line of a .txt file is put.
+        key: of the configuration, where the sources come from; for the messages.
 
     Raises:
         DataError: a source is missing, empty or broken; the message names the file and the record.
     """
     for path in paths:
         name, count = _lists.get().get(path), 0
-        for record in _read_source(path, split, text_key):
+        for record in _read_source(path, split, text_key, key):
             yield record if name is None else Record(record.fields, f"{name}[{count}]")
             count += 1
         if not count:
-            raise DataError(f"{name or path}: has no records; give a source with at least one, or take it off the list")
+            source = name or path
+            raise DataError(f"{source}: has no records; give a source with at least one, or take it off {key}")
 
 
-def _read_source(path: str, split: str, text_key: str) -> Iterator[Record]:
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return _read_folder(local, split, text_key)
-    if local.is_file():
-        return _read_file(local, text_key)
-    require_data(path)
+def _read_source(path: str, split: str, text_key: str, key: str) -> Iterator[Record]:
+    place = local(path)
+    if is_dir(place):
+        return _read_folder(place, split, text_key)
+    if is_file(place):
+        return _read_file(place, text_key)
+    require_data(path, key)
     return _read_hub(path, split)
 
 
 def _read_folder(folder: Path, split: str, text_key: str) -> Iterator[Record]:
-    if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
+    if is_file(folder / "dataset_dict.json") or is_file(folder / "dataset_info.json"):
         yield from _read_saved(folder, split)
         return
-    files = sorted(item for item in folder.iterdir() if item.suffix in SUFFIXES and item.is_file())
+    try:
+        files = sorted(item for item in folder.iterdir() if item.suffix in SUFFIXES and is_file(item))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); name another folder") from error
     if not files:
         raise DataError(f"{folder}: holds no {', '.join(SUFFIXES)} file; give a folder that does")
     # Reading train.jsonl and test.jsonl of one folder together would train on the test set.
@@ -128,7 +136,11 @@ def _read_file(path: Path, text_key: str) -> Iterator[Record]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, with their numbers from 1."""
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); name another file") from error
+    with file:
         for number, raw in enumerate(file, 1):
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
@@ -142,21 +154,21 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
     for number, line in _lines(path):
         where = f"{path}:{number}"
         try:
-            fields = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{where}: is not valid JSON ({error}); fix or delete the line") from error
+            fields = parse_json(line)
+        except UnreadableError as error:
+            raise DataError(f"{where}: {error}; fix or delete the line") from error
         yield _record(fields, where)
 
 
 def _read_json(path: Path) -> Iterator[Record]:
     try:
-        items = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(
-            f"{path}: is not valid JSON ({error}); if it has one object per line, name it .jsonl"
-        ) from error
+        items = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 ({error.reason}); convert the file") from error
+    except UnreadableError as error:
+        raise DataError(f"{path}: {error}; if it has one object per line, name it .jsonl") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); name another file") from error
     if not isinstance(items, list):
         raise DataError(f"{path}: holds a {type(items).__name__}; expected a list of objects")
     for number, fields in enumerate(items, 1):
@@ -181,7 +193,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield _record(fields, f"{path}: record {number}")
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError, ArithmeticError) as error:  # a value that Python has no type for
         raise DataError(f"{path}: is not a readable parquet file ({_first_line(error)}); write it anew") from error
 
 

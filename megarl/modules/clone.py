@@ -79,4 +79,4 @@ def _records(config: PPOConfig | RFTConfig) -> Iterable[Record]:
             graph = config.data.graph_seed
             yield from (Record({"text": walk}, f"randomwalks {graph}") for walk in task(graph).walks)
         else:
-            yield from read_records([path], config.data.train_split)
+            yield from read_records([path], config.data.train_split, key="clone.data")

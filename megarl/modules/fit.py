@@ -23,15 +23,18 @@ from megarl.callbacks.preemption import Preemption
 from megarl.callbacks.progress import make_progress
 from megarl.callbacks.run_folder import RunFolder, resolve_run_dir
 from megarl.callbacks.samples import Samples
-from megarl.callbacks.summary import Summary
+from megarl.callbacks.summary import Summary, one_line
 from megarl.callbacks.throughput import Throughput
 from megarl.checkpoint import ShardedCheckpointIO, find, refuse_empty
 from megarl.command import quiet
 from megarl.config import checks
-from megarl.errors import ConfigError
+from megarl.config.launcher import check_launcher, started_by_slurm
+from megarl.disk import local
+from megarl.errors import CheckpointError, ConfigError
 from megarl.logging import get_logger, setup
 from megarl.models.exchange.adopt import adopt, open_whole
 from megarl.models.exchange.export import refuse_existing
+from megarl.models.exchange.families import require_family
 from megarl.modules.base import Module
 from megarl.parallel.strategy import MegatronStrategy
 
@@ -45,6 +48,7 @@ def fit(entry: str, config: Any, build: Callable[[Any], Module]) -> int:
 
     `build(config)` makes the module, before any process group exists; its models are made in `configure_model`.
     """
+    check_launcher(os.environ)
     checks.check(config, checks.world_size(config, os.environ))
     resume = config.run.resume
     if resume not in ("auto", "never"):
@@ -61,13 +65,13 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
     folder = RunFolder(run_dir)
     with _writing(run_dir):
         setup(run_dir, rank=_rank(), debug=config.debug)
-    if config.model.path is not None:
-        adopt(config)
+    family = adopt(config).family if config.model.path is not None else None
     critic = getattr(config, "critic", None)
     if critic is not None and critic.path is not None:
         open_whole(critic.path, "critic.path")
     if config.export.hf is not None:
-        refuse_existing(Path(config.export.hf).expanduser())
+        refuse_existing(local(config.export.hf))
+        require_family(config.model, family.name if family else None, "export.hf")
     quiet()
     resolved = asdict(config)
     if _rank() == 0:
@@ -95,13 +99,12 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
     ]
     if config.trainer.max_time is not None:
         callbacks.append(TimeLimit(parse_duration(config.trainer.max_time), checkpoints))
+    io = ShardedCheckpointIO(config.checkpoint.async_save)
     trainer = Trainer(
         accelerator=config.trainer.accelerator,
         devices=_devices(config),
         num_nodes=_nodes(config),
-        strategy=MegatronStrategy(
-            config.parallel, seed=config.seed, checkpoint_io=ShardedCheckpointIO(config.checkpoint.async_save)
-        ),
+        strategy=MegatronStrategy(config.parallel, seed=config.seed, checkpoint_io=io),
         logger=build_loggers(config.logger, run_dir, run_dir.name, resolved),
         callbacks=callbacks,
         max_steps=getattr(config.trainer, "max_steps", -1),  # phases are counted by StepLimit
@@ -121,6 +124,13 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
     gc.freeze()  # every save collects garbage: let it not look through all that imports have made
     try:
         trainer.fit(module, ckpt_path=resume_from(config.run.resume, run_dir))
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+        if io.restoring is None:
+            raise
+        raise CheckpointError(
+            f"checkpoint {io.restoring} cannot be restored ({one_line(problem)}): it is damaged, or of another "
+            "version; choose another with run.resume=FOLDER"
+        ) from problem
     except SystemExit as ending:
         if isinstance(ending.__context__, KeyboardInterrupt):  # before training, or again: Lightning exits with 1
             raise KeyboardInterrupt from None
@@ -162,7 +172,7 @@ def _devices(config: Any) -> int:
     """Processes on this node: what a launcher started, else what the configuration asks for."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"])
-    if checks.started_by_slurm(os.environ):
+    if started_by_slurm(os.environ):
         return int(os.environ["SLURM_NTASKS"]) // int(os.environ.get("SLURM_NNODES", "1"))
     return checks.local_devices(config)
 
@@ -170,6 +180,6 @@ def _devices(config: Any) -> int:
 def _nodes(config: Any) -> int:
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-    if checks.started_by_slurm(os.environ):
+    if started_by_slurm(os.environ):
         return int(os.environ.get("SLURM_NNODES", "1"))
     return int(config.trainer.num_nodes)

@@ -113,7 +113,11 @@ class Judge:
         """
         known = {} if self.journal is None else self.journal.read(stream, phase)
         names = [identity(rollout, prompts[rollout.prompt_id].metadata) for rollout in rollouts]
-        found: dict[int, Entry] = {row: known[name] for row, name in enumerate(names) if name in known}
+        found: dict[int, Entry] = {
+            row: known[name]
+            for row, (name, rollout) in enumerate(zip(names, rollouts, strict=True))
+            if name in known and _fits(known[name], rollout)
+        }
         unknown = [row for row in range(len(rollouts)) if row not in found]
         judgement = Judgement()
         size = self.batch_size or max(len(unknown), 1)
@@ -158,6 +162,11 @@ def check_fields(prompts: Sequence[Prompt], key: str) -> None:
                 f"{first.where}: a field of the record is called {name!r}, which {key} is given for something else: "
                 f"rename it (none may be called {', '.join(RESERVED)})"
             )
+
+
+def _fits(entry: Entry, rollout: Rollout) -> bool:
+    """Per-token rewards are as many as the response has tokens."""
+    return not isinstance(entry[0], list) or len(entry[0]) == len(rollout.response)
 
 
 def free_name(name: str) -> str:

@@ -25,6 +25,7 @@ from megarl.modules.generative import GenerativeModule
 from megarl.modules.invariants import Invariants
 from megarl.modules.shaping import Shaping
 from megarl.parallel.engine import Batch, Engine, ForwardFn, Stats
+from megarl.parallel.grid import SEEDS
 from megarl.tokenizers import Tokenizer
 
 NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
@@ -180,7 +181,7 @@ class PPO(GenerativeModule):
         """
         ppo, size = self.config.ppo, self.config.trainer.global_batch_size
         rows, expected = len(batch["tokens"]), float(batch["response_mask"].count_nonzero())
-        shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.consumed)
+        shuffle = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.consumed) % SEEDS)
         collected: list[dict[str, float]] = []
         self.policy_trains = self.consumed >= self.config.critic.warmup_phases
         for _ in range(ppo.inner_epochs):

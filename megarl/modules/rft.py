@@ -19,6 +19,7 @@ from megarl.modules.experience import Passes, as_batch, count_chosen, training_f
 from megarl.modules.generative import GenerativeModule
 from megarl.modules.judge import total
 from megarl.parallel.engine import Batch
+from megarl.parallel.grid import SEEDS
 from megarl.rewards.answers import Score
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
@@ -96,7 +97,7 @@ class RFT(GenerativeModule):
     def _improve(self, batch: Batch, answers: Sequence[tuple[Rollout, float]]) -> dict[str, float]:
         """Train on the answers above a percentile of their prompt's, which rises from step to step."""
         config, rft = self.config, self.config.rft
-        shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + self.consumed)
+        shuffle = torch.Generator().manual_seed((config.seed * 1_000_003 + self.consumed) % SEEDS)
         collected: list[dict[str, float]] = []
         kept = 0
         for percentile in np.linspace(rft.start_percentile, rft.end_percentile, rft.improve_steps):

@@ -16,6 +16,9 @@ from megarl.errors import ConfigError, MegarlError
 from megarl.parallel import cpu
 from megarl.parallel.layout import Layout
 
+SEEDS = 2**63
+"""Torch's generators take seeds below this. Whatever is computed from the run's seed is reduced to one."""
+
 
 def start_world(timeout_s: float = 1800.0) -> torch.device:
     """Join the process group that the environment describes (alone: a world of one). Returns this rank's device."""
@@ -79,7 +82,7 @@ class Grid:
 
     def seed_dropout(self, seed: int) -> None:
         """Seed what dropout draws from: a generator per stage and data-parallel rank, split over TP by Megatron."""
-        base = seed + 100 * self.pp_rank + 10_000 * self.dp_rank
+        base = (seed + 100 * self.pp_rank + 10_000 * self.dp_rank) % SEEDS
         torch.manual_seed(base)
         model_parallel_cuda_manual_seed(base, force_reset_rng=True)
 

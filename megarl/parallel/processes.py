@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megarl.command import quiet
-from megarl.config.checks import started_by_slurm
+from megarl.config.launcher import started_by_slurm
 from megarl.errors import ConfigError
 
 

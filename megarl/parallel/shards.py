@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megarl.disk import shown
 from megarl.errors import CheckpointError
 from megarl.parallel.grid import Grid
 
@@ -46,10 +47,25 @@ class Part:
         return dict(vars(self))
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Part":
-        plain: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
-        }
+    def from_json(cls, fields: Any) -> "Part":
+        """What `to_json` gave. Raises ValueError where a field is of another kind, or the part outside its tensor."""
+        names = ("key", "tensor_shape", "offset", "shape", "dtype", "file")
+        if not isinstance(fields, dict) or sorted(fields) != sorted(names):
+            raise ValueError(f"a part is not described by {', '.join(names)}")
+        for name in ("key", "dtype", "file"):
+            if not isinstance(fields[name], str):
+                raise ValueError(f"the {name} of a part is {shown(fields[name])}, which is no text")
+        shapes = [fields[name] for name in ("tensor_shape", "offset", "shape")]
+        if not all(isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape) for shape in shapes):
+            raise ValueError(f"{fields['key']} has a shape or an offset that is no list of whole numbers")
+        inside = all(start + length <= whole for whole, start, length in zip(*shapes, strict=False))
+        if len({len(shape) for shape in shapes}) > 1 or not inside:
+            raise ValueError(f"{fields['key']} has a part that lies outside of it")
+        if not isinstance(getattr(torch, fields["dtype"], None), torch.dtype):
+            raise ValueError(f"{fields['key']} has dtype {shown(fields['dtype'])}, which torch does not know")
+        if Path(fields["file"]).name != fields["file"] or fields["file"] in ("", ".."):
+            raise ValueError(f"{fields['key']} is in {shown(fields['file'])}, which is no file of the checkpoint")
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
         return cls(**plain)
 
 
@@ -220,10 +236,15 @@ class _Files:
                 scalar: Tensor = self.open[part.file].get_tensor(part.name)
                 return scalar
             piece: Tensor = self.open[part.file].get_slice(part.name)[where]
-        except (OSError, SafetensorError) as problem:
+        except (OSError, SafetensorError, IndexError, UnicodeError) as problem:
             raise CheckpointError(
                 f"{self.folder / part.file} cannot be read ({problem}): all machines of a run must see the same files"
             ) from None
+        if tuple(piece.shape) != tuple(one.stop - one.start for one in where):
+            raise CheckpointError(
+                f"{self.folder / part.file}: {part.name} is not of the shape {list(part.shape)} that the index says: "
+                "the checkpoint is damaged; choose another"
+            )
         return piece
 
 

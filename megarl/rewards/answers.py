@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 Score = float | list[float]
+LARGEST = 1e30
+"""Size of the largest score: sums and squares of such are still finite in float32 and float64."""
 _SHOWN = 60
 
 
@@ -47,7 +48,7 @@ def _read_one(value: Any, length: int | None) -> Score | NoScore:
         return value
     if not isinstance(value, list | tuple):
         number = _number(value)
-        return NoScore(f"got {_shown(value)}, not a finite number") if number is None else number
+        return NoScore(f"got {_shown(value)}, {_not_a_score(value)}") if number is None else number
     if length is not None and len(value) != length:
         return NoScore(f"got {len(value)} per-token rewards, but its response has {length} tokens")
     if length is None and not value:
@@ -56,7 +57,7 @@ def _read_one(value: Any, length: int | None) -> Score | NoScore:
     for token, reward in enumerate(value):
         number = _number(_plain(reward))
         if number is None:
-            return NoScore(f"got {_shown(reward)} for token {token}, not a finite number")
+            return NoScore(f"got {_shown(reward)} for token {token}, {_not_a_score(_plain(reward))}")
         rewards.append(number)
     return rewards
 
@@ -75,7 +76,17 @@ def _number(value: Any) -> float | None:
         number = float(value)
     except (ArithmeticError, TypeError, ValueError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None
+
+
+def _not_a_score(value: Any) -> str:
+    huge = isinstance(value, int | float) and abs(value) > LARGEST and value not in (float("inf"), -float("inf"))
+    return f"more than {LARGEST:g} in size" if huge else "not a finite number"
+
+
+def is_number(value: object) -> bool:
+    """Whether a value that was read from JSON can be a score."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _shown(value: Any) -> str:

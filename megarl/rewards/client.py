@@ -5,6 +5,7 @@ A sample without a score is an error or a counted drop, never a 0.
 
 from __future__ import annotations
 
+import logging
 import math
 import pickle
 import sys
@@ -47,6 +48,28 @@ class Scores:
     retried: int = 0
     dropped: int = 0
     seconds: float = 0.0
+
+
+_REMEDIES = {
+    "raised": "correct the function",
+    "count": "let it return one score for every sample",
+    "score": "let it return a finite number for every sample",
+    "late": "give it more time (reward.timeout) or fewer samples per call (reward.batch_size)",
+    "died": "look at what it printed, or give it fewer samples per call (reward.batch_size) where memory ran out",
+}
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What became of a call: its kind, in words, and which samples it leaves without a score."""
+
+    kind: str
+    what: str
+    samples: str
+
+    @property
+    def reason(self) -> str:
+        return f"{self.what} ({self.samples})" if self.samples else self.what
 
 
 @dataclass(frozen=True)
@@ -102,7 +125,6 @@ class RewardWorker:
             key: configuration key of the function, for the messages.
         """
         self._key = key
-        self._section = key.rpartition(".")[0] or "reward"
         for name, good, value, wants in (
             ("timeout", timeout_s > 0 and math.isfinite(timeout_s), timeout_s, "a number of seconds above 0"),
             ("retries", retries >= 0, retries, "0 or more"),
@@ -110,13 +132,14 @@ class RewardWorker:
             ("batch_size", batch_size is None or batch_size >= 1, batch_size, "1 or more, or null for one call"),
         ):
             if not good:
-                raise ConfigError(f"{self._section}.{name}={value} cannot be used: give {wants}")
+                raise ConfigError(f"reward.{name}={value} cannot be used: give {wants}")
         self._function = resolve(function, key)
         self._setup = _pack_setup(self._function, tokenizer, dict(options or {}), timeout_s, key)
         self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
         self._retries, self._on_error, self._batch_size = retries, on_error, batch_size
         self._devices = devices
         self._process: WorkerProcess | None = None
+        self._told: set[tuple[str, str]] = set()
 
     @property
     def name(self) -> str:
@@ -202,31 +225,42 @@ class RewardWorker:
 
     def _score_batch(self, question: _Question, rows: Sequence[int], scores: Scores) -> None:
         """Ask until every sample has a score or the tries are used up; a later try asks only about the rest."""
-        reason = ""
+        failure: _Failure | None = None
         for attempt in range(self._retries + 1):
             scores.retried += attempt > 0
-            rows, reason = self._attempt(question, rows, scores)
-            if not rows:
+            rows, found = self._attempt(question, rows, scores)
+            if failure is not None and found != failure:  # what fails the same way again is told once, in the end
+                self._tell(failure, "and is asked again")
+            failure = found
+            if failure is None:
                 return
             scores.failed += 1
-            _log.warning("%s=%s %s (try %d of %d)", self._key, self.name, reason, attempt + 1, self._retries + 1)
+        assert failure is not None
         if self._on_error == "error":
-            tries = f" ({self._retries + 1} tries)" if self._retries else ""
+            tries = f" in {self._retries + 1} tries" if self._retries else ""
             raise RewardError(
-                f"{self._key}={self.name} {reason}{tries}; correct the function, give it more time "
-                f"({self._section}.timeout) or fewer samples per call ({self._section}.batch_size), "
-                f"or leave such samples out with {self._section}.on_error=drop"
+                f"{self._key}={self.name} {failure.reason}{tries}; {_REMEDIES[failure.kind]}, or leave such samples "
+                "out with reward.on_error=drop"
             )
         scores.dropped += len(rows)
+        self._tell(failure, f"and {len(rows)} samples are dropped (reward.on_error=drop): {_REMEDIES[failure.kind]}")
 
-    def _attempt(self, question: _Question, rows: Sequence[int], scores: Scores) -> tuple[Sequence[int], str]:
+    def _tell(self, failure: _Failure, what_follows: str) -> None:
+        """A warning at the first failure of its kind; the counts that are logged tell of the others."""
+        level = logging.DEBUG if (failure.kind, failure.what) in self._told else logging.WARNING
+        self._told.add((failure.kind, failure.what))
+        _log.log(level, "%s=%s %s, %s", self._key, self.name, failure.reason, what_follows)
+
+    def _attempt(
+        self, question: _Question, rows: Sequence[int], scores: Scores
+    ) -> tuple[Sequence[int], _Failure | None]:
         """One call. The samples still without a score, and what happened to the first of them."""
         payload = _pack(question.about(rows), f"a field of the prompt records ({', '.join(question.metadata)})")
         process = self._running()
         try:
             answer = process.ask(payload, self._timeout_s)
         except CallFailedError as error:
-            return rows, f"{error} ({_span(rows)})"
+            return rows, _Failure(error.kind, str(error), _span(rows))
         flaws: dict[int, str] = {}
         for row, value in zip(rows, answer["values"], strict=True):
             if isinstance(value, dict):
@@ -238,10 +272,10 @@ class RewardWorker:
             for row, value in zip(rows, part, strict=True):
                 column[row] = value
         if not flaws:
-            return [], ""
+            return [], None
         first, why = next(iter(flaws.items()))
-        others = f" (and {len(flaws) - 1} more)" if len(flaws) > 1 else ""
-        return list(flaws), f"gave no usable score: sample {first} {why}{others}"
+        others = f"and {len(flaws) - 1} more" if len(flaws) > 1 else ""
+        return list(flaws), _Failure("score", f"gave no usable score: sample {first} {why}", others)
 
     def _running(self) -> WorkerProcess:
         """The worker, up and with the function loaded."""

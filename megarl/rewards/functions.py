@@ -80,9 +80,9 @@ def resolve(spec: Spec | RewardFunction, key: str = "reward.fn") -> RewardFuncti
     if not colon or not place or not all(part.isidentifier() for part in path.split(".")):
         raise ConfigError(f"{given} names no function: write package.module:function or path/to/file.py:function")
     if _is_file(place):
-        file = Path(place).expanduser().absolute()
-        if not file.is_file():
-            raise ConfigError(f"{given}: there is no file {file}; give the path of a Python file")
+        file = _python_file(place)
+        if file is None:
+            raise ConfigError(f"{given}: there is no file {Path(place).absolute()}; give the path of a Python file")
         _check_name(file, path, given)
         return RewardFunction(spec, f"{file}:{path}", str(file), spec)
     file_of_module = _find_module(place, given)
@@ -130,6 +130,15 @@ def _file_of(function: Function) -> str | None:
     return file if file and Path(file).is_file() else None
 
 
+def _python_file(place: str) -> Path | None:
+    """The absolute path of a file; None where there is none, or there can be none of such a name."""
+    try:
+        file = Path(place).expanduser().absolute()
+        return file if file.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # a name too long, a NUL, half a character, a user who is not there
+        return None
+
+
 def _is_file(place: str) -> bool:
     return place.endswith(".py") or "/" in place
 
@@ -175,6 +184,10 @@ def _nearest_built_in(given: str, module: str) -> str:
 def _check_name(file: Path, path: str, given: str) -> None:
     try:
         tree = ast.parse(file.read_bytes(), filename=str(file))
+    except OSError as error:
+        raise ConfigError(f"{given}: {file} cannot be read ({error.strerror})") from error
+    except (RecursionError, MemoryError) as error:  # Python's parser has both for code that is nested too deep
+        raise ConfigError(f"{given}: {file} is nested too deep for Python; simplify it") from error
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         raise ConfigError(

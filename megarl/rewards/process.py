@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import megarl
+from megarl.disk import UnreadableError, parse_object
 from megarl.logging import get_logger
 from megarl.rewards.wire import Channel, PipeClosed
 
@@ -25,12 +24,23 @@ DISTRIBUTED = ("RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RAN
 DISTRIBUTED_PREFIXES = ("LOCAL_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_", "PMI_", "PMIX_", "OMPI_")
 """Environment variables of a process group: a library that sees them in the worker would wait for other ranks."""
 
+MOST_LINES = 200
+"""Lines of a call that are logged; all that follow are counted."""
 _LONGEST_LINE = 4000
+_BLOCK = 1 << 16
 _LONGEST_REASON = 400
 
 
 class CallFailedError(Exception):
-    """A call came to nothing; the text completes "reward.fn=NAME ..."."""
+    """A call came to nothing; the text completes "reward.fn=NAME ...".
+
+    Attributes:
+        kind: what went wrong, one of raised, count, late and died.
+    """
+
+    def __init__(self, text: str, kind: str) -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class WorkerProcess:
@@ -44,7 +54,7 @@ class WorkerProcess:
             devices: CUDA_VISIBLE_DEVICES; None keeps this process's.
         """
         self._name = name
-        self._last_lines: deque[str] = deque(maxlen=1)
+        self._output = Output(name)
         request_end, ours_out = os.pipe()
         ours_in, answer_end = os.pipe()
         self._channel = Channel(ours_in, ours_out)
@@ -65,9 +75,7 @@ class WorkerProcess:
         finally:
             os.close(request_end)
             os.close(answer_end)
-        self._printing = threading.Thread(
-            target=_pass_on, args=(self._process.stdout, name, self._last_lines), daemon=True
-        )
+        self._printing = threading.Thread(target=self._output.pass_on, args=(self._process.stdout,), daemon=True)
         self._printing.start()
 
     @property
@@ -81,20 +89,26 @@ class WorkerProcess:
             CallFailedError: the answer is a failure, or there is none: the process is late or has ended. After the
                 latter two, and after any other exception, it is dead.
         """
+        self._output.begin_call()
         try:
             check = self._watch(timeout_s)
             self._channel.send(payload, check)
-            answer: dict[str, Any] = json.loads(self._channel.receive(check))
+            answer = parse_object(self._channel.receive(check))
         except PipeClosed as error:
             death = self.death()
             self.kill()
-            raise CallFailedError(f"ended its process ({death})") from error
+            raise CallFailedError(f"ended its process ({death})", "died") from error
+        except UnreadableError as error:
+            self.kill()
+            raise CallFailedError(
+                f"wrote something else into the pipe of its answers, which {error}", "died"
+            ) from error
         except BaseException:  # an interrupted conversation must not be taken up again
             self.kill()
             raise
         if "failure" in answer:
             _log.debug("%s\n%s", self._name, answer["traceback"])
-            raise CallFailedError(_shortened(answer["failure"]))
+            raise CallFailedError(_shortened(answer["failure"]), answer["kind"])
         return answer
 
     def close(self) -> None:
@@ -115,6 +129,7 @@ class WorkerProcess:
             pid = self._process.pid
             _log.warning("the process of %s (pid %d) does not die; going on without it", self._name, pid)
         self._printing.join(timeout=1)
+        self._output.begin_call()
 
     def death(self) -> str:
         """How it ended, and the last line it printed."""
@@ -127,7 +142,7 @@ class WorkerProcess:
             memory = ", which may mean that memory ran out" if code == -signal.SIGKILL else ""
             how = f"killed by {_signal_name(-code)}{memory}"
         self._printing.join(timeout=0.5)
-        return f"{how}; its last line: {self._last_lines[-1][:200]}" if self._last_lines else how
+        return f"{how}; its last line: {self._output.last[:200]}" if self._output.last else how
 
     def _watch(self, timeout_s: float) -> Callable[[], None]:
         """What ends a wait: the time, or the worker's death while something it started still holds the pipe."""
@@ -135,7 +150,8 @@ class WorkerProcess:
 
         def check() -> None:
             if time.monotonic() > deadline:
-                raise CallFailedError(f"did not finish within {timeout_s:g} s and was killed")
+                printed = f" while it printed {self._output.lines:,} lines" if self._output.unlogged else ""
+                raise CallFailedError(f"did not finish within {timeout_s:g} s{printed} and was killed", "late")
             if not self.alive:
                 raise PipeClosed
 
@@ -162,14 +178,49 @@ def worker_environment(devices: str | None = "") -> dict[str, str]:
     return kept
 
 
-def _pass_on(stream: IO[bytes], name: str, last_lines: deque[str]) -> None:
-    """Log what the worker prints, line by line, until its process has ended."""
-    with stream:
-        while line := stream.readline(_LONGEST_LINE):
-            text = line.decode("utf-8", errors="replace").rstrip()
-            if text:
-                last_lines.append(text)
-                _log.info("%s: %s", name, text)
+class Output:
+    """What a worker prints, on its way to the log: the first lines of every call, and how many more there were.
+
+    The pipe is emptied as fast as it fills, so that no function waits for the log.
+
+    Attributes:
+        lines: printed since the call began.
+        unlogged: those of them that are counted only.
+        last: the last one that is not empty.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.lines = self.unlogged = 0
+        self.last = ""
+
+    def begin_call(self) -> None:
+        if self.unlogged:
+            _log.info("%s printed %s more lines in this call, which are not logged", self._name, f"{self.unlogged:,}")
+        self.lines = self.unlogged = 0
+
+    def pass_on(self, stream: IO[bytes]) -> None:
+        """Read until the worker's process has ended."""
+        rest = b""
+        with stream:
+            while block := stream.read1(_BLOCK):  # type: ignore[attr-defined]
+                *whole, rest = (rest + block).split(b"\n")
+                while len(rest) > _LONGEST_LINE:
+                    whole, rest = [*whole, rest[:_LONGEST_LINE]], rest[_LONGEST_LINE:]
+                self._take(whole)
+            self._take([rest])
+
+    def _take(self, lines: list[bytes]) -> None:
+        room = max(0, MOST_LINES - self.lines)
+        texts = [line.decode("utf-8", errors="replace").rstrip() for line in lines[:room]]
+        for text in filter(None, texts):
+            for start in range(0, len(text), _LONGEST_LINE):
+                _log.info("%s: %s", self._name, text[start : start + _LONGEST_LINE])
+        self.lines += len(lines)
+        self.unlogged += len(lines[room:])
+        said = next((line for line in reversed(lines) if line.strip()), None)
+        if said is not None:
+            self.last = said[:_LONGEST_LINE].decode("utf-8", errors="replace").strip()
 
 
 def _signal_name(number: int) -> str:

@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from megarl.disk import UnreadableError, is_file, parse_object, read_text
 from megarl.errors import ConfigError, DataError
-from megarl.rollout.requests import Request, Rollout
+from megarl.rollout.requests import FINISH_REASONS, Request, Rollout
 
 FORMAT = "megarl rollouts 1"
 _STREAMS = ("train", "eval")
@@ -18,6 +20,12 @@ def phase_file(folder: str | Path, stream: int, phase: int) -> Path:
     """Where a phase of a stream of randomness is kept."""
     name = _STREAMS[stream] if stream < len(_STREAMS) else f"stream{stream}"
     return Path(folder) / f"{name}-{phase:06d}.jsonl"
+
+
+def phase_of(name: str) -> int | None:
+    """The phase in the name of such a file; None for any other file."""
+    found = re.fullmatch(r"[a-z]+\d*-(\d{6,18})\.jsonl", name)
+    return int(found[1]) if found else None
 
 
 def dump(path: str | Path, rollouts: Iterable[Rollout]) -> None:
@@ -43,9 +51,9 @@ def load(path: str | Path) -> list[Rollout]:
     """What `dump` wrote. Refuses a file that is torn, or of something else."""
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"rollouts {path} cannot be read ({problem}): give a file that rollout.dump wrote") from None
+        lines = read_text(path).splitlines()
+    except UnreadableError as problem:
+        raise DataError(f"{path} {problem}: give a file that rollout.dump wrote") from None
     head = _parsed(lines[0] if lines else "", path, 1)
     if head.get("format") != FORMAT:
         raise DataError(f"{path} holds no rollouts of a kind known here ('{FORMAT}'): dump them again")
@@ -55,8 +63,7 @@ def load(path: str | Path) -> list[Rollout]:
     rollouts = []
     for number, line in enumerate(lines[1:], 2):
         record = _parsed(line, path, number)
-        whole = record.keys() == names and len(record["response"]) == len(record["logprobs"])
-        if not whole:
+        if record.keys() != names or not _is_whole(record):
             raise DataError(f"{path}:{number} is no whole rollout: dump them again")
         rollouts.append(Rollout(**record))
     return rollouts
@@ -65,7 +72,7 @@ def load(path: str | Path) -> list[Rollout]:
 def replay(folder: str | Path, stream: int, phase: int, requests: Sequence[Request]) -> list[Rollout]:
     """The stored responses to these requests, in the order that generation returns them."""
     path = phase_file(folder, stream, phase)
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(
             f"rollout.replay={folder} has no {path.name}, which this phase needs: give a folder that rollout.dump "
             "filled in a run with the same prompts, or null to generate"
@@ -101,9 +108,23 @@ def require_phases(folder: str | Path, phases: Mapping[int, Iterable[int]]) -> N
 
 def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise DataError(f"{path}:{number} is not a JSON object: dump the rollouts again")
-    return record
+        return parse_object(line)
+    except UnreadableError as problem:
+        raise DataError(f"{path}:{number} is not a JSON object (it {problem}): dump the rollouts again") from None
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    """Every field is of its kind, and responses can be trained on."""
+    tokens, logprobs = [record["prompt"], record["response"]], record["logprobs"]
+    return (
+        all(isinstance(part, list) and part and all(map(_is_count, part)) for part in tokens)
+        and isinstance(logprobs, list)
+        and len(logprobs) == len(record["response"])
+        and all(isinstance(value, int | float) and value <= 0 for value in logprobs)  # NaN is not
+        and all(_is_count(record[name]) for name in ("prompt_id", "sample_id", "weights_version"))
+        and record["finish_reason"] in FINISH_REASONS
+    )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63

@@ -198,3 +198,13 @@ def why_stuck_or_none(run_dir: Path) -> int | None:
 def test_a_folder_without_breadcrumbs_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give the folder of a run"):
         why_stuck.run([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", "[" * 100_000, '{"rank": "a", "world": 1, "host": "h", "pid": 1}', "1" * 5000]
+)
+def test_a_crumb_that_cannot_be_read_is_passed_over(content: str, tmp_path: Path) -> None:
+    (tmp_path / "breadcrumbs").mkdir()
+    (tmp_path / "breadcrumbs" / "rank-0.json").write_text(content)
+    assert read(tmp_path) == []
+    assert read(tmp_path / ("a" * 300)) == []

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from megarl.config.checks import accumulation, check, check_shape, data_parallel_size, world_size
-from megarl.config.files import require_room
 from megarl.config.offers import Refusal, divisors, either, enforce, multiples, near
 from megarl.config.presets import resource
 from megarl.config.schema import ILQLConfig, ModelConfig, ParallelConfig, PPOConfig, SFTConfig
+from megarl.disk import writable
 from megarl.errors import ConfigError
 
 
@@ -384,6 +384,6 @@ def test_the_patience_of_others_matters_only_where_a_function_is_asked() -> None
 @pytest.mark.parametrize("name", ["file", "file/run", "file/a/b"])
 def test_a_run_folder_below_a_file_is_refused_at_once(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"run\.dir=.*/file is a file; set run\.dir elsewhere"):
-        require_room(tmp_path / name)
-    require_room(tmp_path / "new" / "run")
+    with pytest.raises(ConfigError, match=r"run\.dir=.*/file is a file"):
+        writable(str(tmp_path / name), "run.dir")
+    writable(str(tmp_path / "new" / "run"), "run.dir")

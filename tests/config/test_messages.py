@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from megarl.config.compose import compose
+from megarl.config.messages import check_argument
+from megarl.config.presets import register
+from megarl.config.schema import SFTConfig
+from megarl.errors import ConfigError
+
 Start = Callable[..., tuple[int, str, str]]
 Preset = Callable[..., None]
 
@@ -162,3 +168,71 @@ def test_mistakes_in_a_preset_are_told_like_those_in_arguments(
 def test_a_file_without_the_first_line_is_told_about_it(start: Start, preset: Preset) -> None:
     preset("plain", "seed: 2\n", header="")
     assert "plain.yaml is no preset: its first line must be '# @package _global_'" in refused(start, "+conf=plain")
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("=5", "+=5", "~=5", "=", "==", "+", "++", "~", " =1", "a..b=1", ".a=1", "a.=1", "model..hidden_size=3"),
+        *("conf@x=1", "+conf@x=1", "model@y=tiny", "conf@=1", "a b=1", " seed=1", "run.name=\udcff", "a\nb=1"),
+        *("seed=" + "1" * 5000, "a" * 20_000 + ".=1"),
+    ],
+)
+def test_a_key_that_cannot_be_one_is_refused_before_anything_is_read(argument: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_argument(argument, SFTConfig)
+    assert len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["=5", "seed=[1", "seed={", "a=b=c", "run.name=${", "run.name=${run.name}", "s\u00e9e=1", "optim.lr=" + "1" * 400],
+)
+def test_whatever_is_typed_the_answer_is_one_short_line(argument: str, start: Start) -> None:
+    assert len(refused(start, argument)) < 500
+
+
+@pytest.mark.parametrize("argument", ["=5", "a..b=1", "conf@x=1"])
+def test_a_multirun_refuses_in_the_same_line(argument: str, start: Start) -> None:
+    assert refused(start, "--multirun", "seed=1,2", argument)
+
+
+def test_an_entry_of_a_mapping_is_added_with_a_plus(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\+reward\.options\.x=VALUE"):
+        compose("ppo", ["reward.options.x=1"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: 1\nseed: 2\n",
+        "seed:\n\t- 1\n",
+        "- seed\n",
+        "3\n",
+        "a: &a [*a]\n",
+        "x: " + "[" * 3000 + "\n",
+        "a0: &a0 [x, x, x, x, x, x, x, x]\n"
+        + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]\n" for n in range(1, 25)),
+        "seed: !!python/object/apply:os.system [true]\n",
+    ],
+    ids=["twice", "tab", "list", "number", "itself", "deep", "laughs", "code"],
+)
+def test_a_preset_that_cannot_be_read_is_refused_where_it_is_asked_for(text: str, preset: Preset, folder: Path) -> None:
+    preset("broken", text)
+    with pytest.raises(ConfigError, match=r"preset 'broken' cannot be read") as caught:
+        register(["+conf=broken"], "sft")
+    assert "\n" not in str(caught.value)
+    register([], "sft")
+
+
+def test_a_preset_that_is_not_utf_8_is_named(preset: Preset, folder: Path) -> None:
+    preset("bytes", "")
+    (folder / "conf" / "bytes.yaml").write_bytes(b"# @package _global_\nrun: {name: \xff}\n")
+    with pytest.raises(ConfigError, match=r"bytes\.yaml\): is not UTF-8"):
+        register(["+conf=bytes"], "sft")
+
+
+def test_a_folder_with_a_presets_name_is_passed_over(folder: Path) -> None:
+    (folder / "conf" / "odd.yaml").mkdir(parents=True)
+    register([], "sft")

@@ -127,3 +127,31 @@ def test_records_of_a_python_list_are_named_by_their_place_in_it(tmp_path):
     with named_lists({path: "prompts"}):
         assert [record.where for record in read_records([path])] == ["prompts[0]", "prompts[1]"]
     assert [record.where for record in read_records([path])] == [f"{path}:1", f"{path}:2"]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000, "[" * 300 + "]" * 300, "-" + "9" * 4301])
+def test_json_that_python_itself_stumbles_over_is_named_like_any_other(tmp_path, name, value):
+    record = '{"text": "hi", "n": ' + value + "}"
+    path = tmp_path / name
+    path.write_text(record if name.endswith("l") else f"[{record}]")
+    with pytest.raises(DataError) as caught:
+        fields([str(path)])
+    assert str(caught.value).startswith(f"{path}:1: is " if name.endswith("l") else f"{path}: is ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["a" * 300, "a" * 300 + ".jsonl", "./" + "a" * 300, "a\0b", "~nobody-of-this-name/x.jsonl"]
+)
+def test_a_path_that_cannot_be_is_refused_with_the_key(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"; check data\.train$") as caught:
+        list(read_records([path], key="data.train"))
+    assert "\0" not in str(caught.value)
+
+
+def test_an_empty_source_is_refused_with_the_key(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"empty\.jsonl: has no records.*clone\.data"):
+        list(read_records([str(tmp_path / "empty.jsonl")], key="clone.data"))

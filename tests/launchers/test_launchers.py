@@ -212,3 +212,19 @@ def test_the_kubernetes_manifest_starts_a_program_that_exists() -> None:
         mounts = {mount["name"] for mount in container["volumeMounts"]}
         assert {"runs", "shm"} <= mounts
     assert replicas["Master"]["template"] == replicas["Worker"]["template"]
+
+
+@pytest.mark.parametrize("folder", ["with space", "plain", "two  spaces/and more"])
+@pytest.mark.parametrize("arguments", ["", " +conf=gpt20b run.dir=/a b/c", " reward.fn=/x/y/ppo.sh:f"])
+def test_slurms_copy_of_a_script_finds_the_rest_of_it(folder: str, arguments: str, tmp_path: Path) -> None:
+    """SLURM runs a copy in its spool folder; `scontrol` knows where the script was, in a line with its arguments."""
+    home, spool = tmp_path / folder / "launchers", tmp_path / "spool"
+    shutil.copytree(LAUNCHERS, home)
+    spool.mkdir()
+    shutil.copy(LAUNCHERS / "ppo.sh", spool / "slurm_script")
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\nprintf 'JobId=1\\n   Command=%s\\n   WorkDir=/x\\n' '{home}/ppo.sh{arguments}'\n")
+    scontrol.chmod(0o755)
+    done = launch(tmp_path, str(spool / "slurm_script"), **job(1), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    assert "megarl.train_ppo" in done.stdout

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megarl.errors import DataError
 from megarl.modules.journal import Journal, identity
 from megarl.rollout.noise import EVALUATION, TRAINING
 from megarl.rollout.requests import Rollout
@@ -116,3 +117,60 @@ def test_a_dump_of_rollouts_holds_their_scores_which_a_replay_then_knows(tmp_pat
     again.write(TRAINING, 3, [identity(ONE)], [5.0], {})
     assert again.read(TRAINING, 3)[identity(ONE)] == (5.0, {}), "what this run was told goes before"
     assert Journal(tmp_path / "third", "reward", source=stored).read(TRAINING, 3)[identity(ONE)] == (1.0, {})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            b"123",
+            b"null",
+            b'{"x":1}',
+            b"\xff\xfe",
+            b"[1]",
+            b'"a"',
+            b"{",
+            b"\0\0",
+            b"[" * 100_000,
+            b'{"n":' + b"1" * 5000,
+        ),
+        b'{"of": [1], "score": 1.0, "parts": {}, "by": ""}',
+        b'{"of": "a", "score": "1", "parts": {}, "by": ""}',
+        b'{"of": "a", "score": NaN, "parts": {}, "by": ""}',
+        b'{"of": "a", "score": [], "parts": {}, "by": ""}',
+        b'{"of": "a", "score": [1, "x"], "parts": {}, "by": ""}',
+        b'{"of": "a", "score": true, "parts": {}, "by": ""}',
+        b'{"of": "a", "score": 1.0, "parts": [], "by": ""}',
+        b'{"of": "a", "score": 1.0, "parts": {"p": "x"}, "by": ""}',
+        b'{"of": "a", "score": 1.0, "by": ""}',
+    ],
+    ids=range(19),
+)
+def test_a_line_that_is_no_score_is_passed_over_with_a_warning(
+    line: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = written(tmp_path)
+    path = next(tmp_path.glob("reward-*.jsonl"))
+    before = path.read_bytes()
+    path.write_bytes(line + b"\n" + before)
+    assert journal.read(TRAINING, 3) == SCORES
+    assert f"{path}: line 1 is no score" in caplog.text
+    path.write_bytes(before + line)  # as when a process ends within a line
+    written(tmp_path)
+    assert journal.read(TRAINING, 3) == SCORES
+
+
+@pytest.mark.parametrize(
+    "name", ["reward-backup.jsonl", "reward-train-x.jsonl", "reward-train-000000.jsonl.bak", "reward-.jsonl"]
+)
+def test_files_of_others_in_the_folder_are_left_alone(name: str, tmp_path: Path) -> None:
+    journal = written(tmp_path)
+    (tmp_path / name).write_text("mine")
+    journal.forget(before=10)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_scores_that_cannot_be_kept_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "reward-train-000003.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"scores cannot be kept in .*reward-train-000003\.jsonl"):
+        written(tmp_path)

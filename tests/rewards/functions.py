@@ -152,3 +152,21 @@ def tensor_scores(samples: list[str], **_: Any) -> Any:
 
 def dense(outputs: list[str], **_: Any) -> list[list[float]]:
     return [[float(token) for token in range(len(output))] for output in outputs]
+
+
+def floods(outputs: list[str], **_: Any) -> list[float]:
+    """Prints what the outputs ask for: many lines, on either stream, or one that does not end."""
+    if "line" in outputs:
+        os.write(1, b"y" * 20_000_000)
+    stream = sys.stderr if "stderr" in outputs else sys.stdout
+    for number in range(0 if "line" in outputs else 10**9 if "late" in outputs else 50_000):
+        print(f"line {number}", file=stream)
+    return [1.0] * len(outputs)
+
+
+def raises_what_it_is_given(outputs: list[str], **_: Any) -> list[float]:
+    """Another error at every call, by a file that counts them."""
+    counter = Path(outputs[0])
+    calls = len(counter.read_text()) if counter.exists() else 0
+    counter.write_text("x" * (calls + 1))
+    raise ValueError(f"call {calls}")

@@ -115,3 +115,14 @@ def test_what_cannot_travel_or_is_no_function_is_refused() -> None:
 def test_the_key_is_the_callers() -> None:
     with pytest.raises(ConfigError, match=r"^metric\.fn=nothing names no function"):
         resolve("nothing", key="metric.fn")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "~nobody-of-this-name/rewards", "half\ud800"])
+def test_a_name_that_no_file_can_have_is_a_file_that_is_not_there(name: str) -> None:
+    assert "there is no file" in refusal(f"./{name}.py:score" if name[0] != "~" else f"{name}.py:score")
+
+
+@pytest.mark.parametrize("text", ["x = " + "-" * 100_000 + "1", "x = " + "(" * 5_000 + ")" * 5_000])
+def test_a_file_that_is_nested_too_deep_for_pythons_parser_is_refused(text: str, package: Write) -> None:
+    file = package(text)
+    assert str(file) in refusal(f"{file}:score")

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 from megarl.errors import ConfigError, DataError, RewardError
 from megarl.rewards import RewardWorker, Scores
+from megarl.rewards.process import MOST_LINES
 from megarl.tokenizers import build_tokenizer
 from tests.rewards import functions
 
@@ -306,7 +308,7 @@ def test_what_fails_once_is_retried_and_counted(start: Start, tmp_path: Path, ac
 
 
 def test_retries_end(start: Start) -> None:
-    assert "(3 tries)" in failure_of(start("raises", retries=2))
+    assert "in 3 tries" in failure_of(start("raises", retries=2))
 
 
 @pytest.mark.parametrize("function", ["raises", "dies", "too_few", "sleeps"])
@@ -468,3 +470,74 @@ def test_the_longest_scoring_counts_every_try_and_start() -> None:
         "tests.rewards.functions:lengths", None, timeout_s=10, start_timeout_s=5, retries=2, batch_size=4
     )
     assert worker.longest_s(9) == 3 * 3 * 15
+
+
+# What is said of it
+
+
+@pytest.mark.parametrize("outputs", [["stdout"], ["stderr"], ["line"]])
+def test_a_flood_of_output_is_counted_and_holds_nothing_up(
+    outputs: list[str], start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = start("floods", timeout_s=60)
+    with caplog.at_level(logging.INFO, logger="megarl.rewards"):
+        assert ask(worker, *outputs).values == [1.0]
+        worker.close()
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) <= MOST_LINES + 1
+    assert any("more lines in this call, which are not logged" in line for line in lines)
+    assert all(len(line) < 5000 for line in lines)
+
+
+def test_a_call_that_is_late_for_its_output_says_so(start: Start) -> None:
+    worker = start("floods", timeout_s=1.0)
+    worker.start()
+    assert re.search(r"did not finish within 1 s while it printed [0-9,]+ lines", failure_of(worker, "late"))
+
+
+@pytest.mark.parametrize(
+    ("function", "remedy"),
+    [
+        ("raises", "correct the function"),
+        ("too_few", "return one score for every sample"),
+        ("a_number", "return one score for every sample"),
+        ("dies", "look at what it printed"),
+        ("sleeps", "reward.timeout"),
+    ],
+)
+def test_the_remedy_fits_what_failed(function: str, remedy: str, start: Start) -> None:
+    message = failure_of(start(function, timeout_s=1.0))
+    assert remedy in message
+    assert ("reward.timeout" in message) == (function == "sleeps")
+
+
+def test_a_score_that_is_none_has_a_remedy_of_its_own(start: Start) -> None:
+    assert "return a finite number for every sample" in failure_of(start("answer_of_the_record"), "a", answer=[None])
+
+
+def test_a_failure_is_told_once_where_it_repeats(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    failure_of(start("raises", retries=2))
+    assert "cannot judge" not in caplog.text
+
+
+def test_each_failure_of_its_own_is_told(start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    message = failure_of(start("raises_what_it_is_given", retries=2), str(tmp_path / "calls"))
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [re.findall(r"call \d", line)[0] for line in told] == ["call 0", "call 1"]
+    assert "call 2" in message
+
+
+def test_dropped_samples_are_told_once_of_a_kind(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    worker = start("raises", on_error="drop")
+    for _ in range(3):
+        ask(worker, "a", "b")
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(told) == 1
+    assert "2 samples are dropped" in told[0]
+
+
+def test_a_metric_is_told_of_the_keys_that_there_are(start: Start) -> None:
+    with start("sleeps", timeout_s=0.5, key="metric.fn") as worker, pytest.raises(RewardError) as caught:
+        ask(worker, "a")
+    assert "reward.timeout" in str(caught.value)
+    assert "metric.timeout" not in str(caught.value)

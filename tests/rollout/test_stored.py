@@ -42,6 +42,15 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
         (lambda text: text.replace("[-0.25]", "[-0.25, 1]"), ":3 is no whole rollout"),
         (lambda text: text[:-20] + "\n", ":4 is not a JSON object"),
         (lambda text: "", ":1 is not a JSON object"),
+        (lambda text: text.replace("[-0.25]", '["x"]'), ":3 is no whole rollout"),
+        (lambda text: text.replace("[-0.25]", "[NaN]"), ":3 is no whole rollout"),
+        (lambda text: text.replace("[-0.25]", "3"), ":3 is no whole rollout"),
+        (lambda text: text.replace("[5]", "[-5]"), ":3 is no whole rollout"),
+        (lambda text: text.replace("[5]", "[5.5]"), ":3 is no whole rollout"),
+        (lambda text: text.replace('"eos"', '["eos"]'), ":3 is no whole rollout"),
+        (lambda text: text.replace("[9]", "[]"), ":4 is no whole rollout"),
+        (lambda text: text.replace("[9]", "[" + "9" * 5000 + "]"), ":4 is not a JSON object"),
+        (lambda text: text.replace("[9]", "[" * 100_000), ":4 is not a JSON object"),
     ],
 )
 def test_a_file_that_is_not_whole_is_refused(change: Any, said: str, tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ OURS = ("dropout", "init_std", "num_layers_unfrozen")
 """Keys of `model` that stay as they are set; all others are the stored model's."""
 
 
-def adopt(config: Any) -> None:
+def adopt(config: Any) -> Source:
     """Fill `model` (and `tokenizer`, where it is at its default) of an entry's tree from `model.path`, in place.
 
-    Opening the model checks its files; what does not fit the layout or the length is refused here too.
+    Opening the model checks its files; what does not fit the layout or the length is refused here too. Returns what was
+    opened.
     """
     source = open_whole(config.model.path, "model.path")
     kept = {key: getattr(config.model, key) for key in OURS}
@@ -35,6 +36,7 @@ def adopt(config: Any) -> None:
         )
     shape = " ".join(f"{key}={value}" for key, value in shape_of(config.model).items() if value not in (None, False))
     log.info("model.path=%s gives vocab_size=%s %s", source.path, source.vocab_size, shape)
+    return source
 
 
 def open_whole(path: str, key: str) -> Source:

@@ -3,12 +3,17 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
+from megarl.config.checks import shape_problem
+from megarl.config.leaf import leaves
+from megarl.config.offers import either
 from megarl.config.schema import ModelConfig
+from megarl.config.values import LARGEST
+from megarl.disk import shown
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange.parameters import parameters
 from megarl.models.exchange.views import Piece, Views, same
@@ -89,14 +94,16 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     def model_config(self, config: Json) -> ModelConfig:
+        where = f"config.json of this {self.name}"
+        check_values(config, where)
         try:
             model = self.read(config)
-            model.vocab_size = int(config["vocab_size"])
+            model.vocab_size = config["vocab_size"]
         except KeyError as problem:
-            raise CheckpointError(f"config.json of this {self.name} lacks {problem.args[0]!r}: restore it") from None
-        except (TypeError, ValueError, ZeroDivisionError) as problem:
-            raise CheckpointError(f"config.json of this {self.name} has a value that cannot be: {problem}") from None
-        return model
+            raise CheckpointError(f"{where} lacks {problem.args[0]!r}: restore it") from None
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as problem:
+            raise CheckpointError(f"{where} has a value that cannot be: {problem}") from None
+        return checked(model, where)
 
     def hf_config(self, model: ModelConfig, vocab_size: int) -> Json:
         """What config.json says of the shape; token ids and dtype are the writer's."""
@@ -114,15 +121,23 @@ class Family:
         return config
 
     def holds(self, model: ModelConfig) -> bool:
-        return not self.difference(model, self.write(model) | {"tie_word_embeddings": model.tie_embeddings})
+        return self.lacks(model) is None
 
     def difference(self, model: ModelConfig, config: Json) -> str | None:
-        """The first key of a model that does not survive being written as this family."""
+        """The keys of a model that do not survive being written as this family."""
         try:
             back = shape_of(self.model_config({"vocab_size": 1, **config}))
         except (CheckpointError, ConfigError) as problem:
-            return str(problem)
-        return next((f"model.{key}={value}" for key, value in shape_of(model).items() if back[key] != value), None)
+            if model.activation in ACTIVATIONS.values():
+                return str(problem)
+            rest = self.lacks(replace(model, activation="gelu"))
+            return " and ".join(filter(None, [f"model.activation={model.activation}", rest]))
+        lost = [key for key, value in shape_of(model).items() if back[key] != value]
+        return " and ".join(f"model.{key}={either([getattr(model, key)])}" for key in lost) or None
+
+    def lacks(self, model: ModelConfig) -> str | None:
+        """What of a model this family cannot have; None where it can hold it."""
+        return self.difference(model, self.write(model) | {"tie_word_embeddings": model.tie_embeddings})
 
     def mapping(self, model: ModelConfig, vocab_size: int) -> dict[str, Mapped]:
         """Our parameters of this model, each with what it is stored as."""
@@ -170,11 +185,65 @@ def shape_of(model: ModelConfig) -> Json:
     return shape | dict.fromkeys(unused)
 
 
+_WHOLE = (
+    *("num_hidden_layers", "n_layer", "num_layers", "hidden_size", "n_embd", "num_attention_heads", "n_head"),
+    *("num_key_value_heads", "num_query_groups", "head_dim", "kv_channels", "intermediate_size", "n_inner", "ffn_dim"),
+    *("ffn_hidden_size", "max_position_embeddings", "n_positions", "rotary_dim", "vocab_size", "sliding_window"),
+    *("word_embed_proj_dim", "original_max_position_embeddings", "max_window_layers", "override_vocab_size"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+)
+_REAL = (
+    *("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "layernorm_epsilon", "rope_theta", "rotary_emb_base"),
+    *("rotary_pct", "rotary_base", "rotary_percentage", "seq_len_interpolation_factor", "init_method_std", "factor"),
+    *("low_freq_factor", "high_freq_factor", "partial_rotary_factor", "beta_fast", "beta_slow", "attention_factor"),
+    *("mscale", "mscale_all_dim"),
+)
+_FLAG = (
+    *("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "use_sliding_window", "bias", "qkv_bias"),
+    *("use_parallel_residual", "do_layer_norm_before", "share_embeddings_and_output_weights", "qk_layernorm"),
+    *("rotary_interleaved", "scale_positional_embedding", "bias_activation_fusion", "openai_gelu", "truncate"),
+)
+_TEXT = ("hidden_act", "activation_function", "activation", "rope_type", "type", "normalization")
+_NESTED = ("rope_scaling", "rope_parameters")
+
+
+def check_values(config: Json, where: str) -> None:
+    """Refuse a value that is not of the kind that its key has in all families; null is left to whoever reads it."""
+    for key, value in config.items():
+        if value is None:
+            continue
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        wants = {
+            key in _WHOLE and not (whole and 0 <= value < 2**31): "a whole number below 2**31",
+            key in _REAL and not ((whole or isinstance(value, float)) and abs(value) <= LARGEST): "a number",
+            key in _FLAG and not isinstance(value, bool): "true or false",
+            key in _TEXT and not isinstance(value, str): "text",
+            key in _NESTED and not isinstance(value, dict): "a mapping",
+        }
+        if True in wants:
+            raise CheckpointError(f"{where} has {key}={shown(repr(value))}, which is not {wants[True]}: restore it")
+        if key in _NESTED:
+            check_values(value, f"{key} in {where}")
+
+
+def checked(model: ModelConfig, where: str) -> ModelConfig:
+    """A model that was read from a file, with false for flags that are null there; refused where it cannot be built."""
+    for leaf in leaves(ModelConfig):
+        if leaf.type == "bool" and getattr(model, leaf.key) is None:
+            setattr(model, leaf.key, False)
+    problem = shape_problem(model)
+    if problem:
+        raise CheckpointError(f"{where} describes no model that can be built: {problem}")
+    return model
+
+
 def activation(config: Json, key: str, default: str) -> str:
     """Our name of the activation that `key` names."""
     theirs = config.get(key, default)
     if theirs not in ACTIVATIONS:
-        raise CheckpointError(f"config.json has {key}={theirs!r}, which megarl lacks: it has {', '.join(ACTIVATIONS)}")
+        raise CheckpointError(
+            f"config.json has {key}={shown(repr(theirs))}, which megarl lacks: it has {', '.join(ACTIVATIONS)}"
+        )
     return ACTIVATIONS[theirs]
 
 
@@ -187,7 +256,9 @@ def require(config: Json, key: str, value: Any, default: Any) -> None:
     """Refuse a variant that our model cannot compute."""
     found = config.get(key, default)
     if found != value:
-        raise CheckpointError(f"config.json has {key}={found!r}, which megarl cannot compute: only {value!r}")
+        raise CheckpointError(
+            f"config.json has {key}={shown(repr(found))}, which megarl cannot compute: only {value!r}"
+        )
 
 
 def share(rotated: int, head_dim: int) -> float:

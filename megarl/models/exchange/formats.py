@@ -9,6 +9,7 @@ import torch
 
 from megarl.checkpoint import MANIFEST, find
 from megarl.config.files import require_weights
+from megarl.disk import exists, is_file, local
 from megarl.errors import CheckpointError, UnavailableError
 from megarl.logging import get_logger
 from megarl.models.exchange.checkpoints import write_checkpoint
@@ -48,22 +49,22 @@ class Format:
 
 def _newest(path: Path) -> Path:
     """A checkpoint, or the newest in its folder, or in the run's folder above that."""
-    if (path / MANIFEST).is_file():
+    if is_file(path / MANIFEST):
         return path
     found = find(path) or find(path / "checkpoints")
     return found[-1]
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return (path / MANIFEST).is_file() or bool(find(path) or find(path / "checkpoints"))
+    return is_file(path / MANIFEST) or bool(find(path) or find(path / "checkpoints"))
 
 
 FORMATS: dict[str, Format] = {
     known.name: known
     for known in (
         Format("megarl", _is_checkpoint, lambda path: CheckpointSource(_newest(path)), write_checkpoint),
-        Format("nemo", lambda path: path.suffix == ".nemo" and path.is_file(), NemoSource, write_nemo),
-        Format("huggingface", lambda path: (path / CONFIG).is_file(), HuggingFaceSource, write_folder),
+        Format("nemo", lambda path: path.suffix == ".nemo" and is_file(path), NemoSource, write_nemo),
+        Format("huggingface", lambda path: is_file(path / CONFIG), HuggingFaceSource, write_folder),
     )
 }
 
@@ -81,9 +82,9 @@ def open_source(path: str | Path) -> Source:
 
 def resolve(path: str) -> Path:
     """A folder as it is, and a hub name as the folder that its snapshot is in."""
-    local = Path(path).expanduser()
-    if local.exists():
-        return local.absolute()
+    place = local(path)
+    if exists(place):
+        return place.absolute()
     require_weights(path)
     try:
         from huggingface_hub import snapshot_download

@@ -6,13 +6,11 @@ import torch
 from torch import nn
 
 from megarl.errors import CheckpointError
-from megarl.models.exchange.parameters import EMBEDDING, OUTPUT, OUTPUT_BIAS, TRUNK
+from megarl.models.exchange.parameters import TRUNK, VOCABULARY
 from megarl.models.exchange.source import Source
 from megarl.models.heads import is_vocabulary_wide
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import copy_slice, is_sharded, partition_dim
-
-VOCABULARY = (EMBEDDING, OUTPUT, OUTPUT_BIAS)
 
 
 @torch.no_grad()
@@ -33,6 +31,8 @@ def _fill(name: str, parameter: nn.Parameter, source: Source, rank: int, tp: int
     if name in VOCABULARY or is_vocabulary_wide(name):  # the largest tensors: only this rank's rows are read
         rows = parameter.shape[0]  # padding included
         mine = source.rows(name, rank * rows, (rank + 1) * rows)
+        if mine.shape[1:] != parameter.shape[1:]:
+            raise CheckpointError(f"{name} is stored with rows of {list(mine.shape[1:])} and the model has others")
         parameter.data[: len(mine)].copy_(mine)
         parameter.data[len(mine) :].zero_()
         return

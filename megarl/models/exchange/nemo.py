@@ -16,13 +16,13 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from megarl.config.schema import ModelConfig
+from megarl.disk import UnreadableError, check_yaml
 from megarl.errors import CheckpointError
 from megarl.models.exchange.families import FAMILIES
 from megarl.models.exchange.family import Json
-from megarl.models.exchange.load import VOCABULARY
 from megarl.models.exchange.nemo_archive import Archive, TensorMember
 from megarl.models.exchange.nemo_config import read_config
-from megarl.models.exchange.parameters import EMBEDDING, OUTPUT, parameters
+from megarl.models.exchange.parameters import EMBEDDING, OUTPUT, VOCABULARY, parameters
 from megarl.models.exchange.source import Source, tokenizer_of, widest
 from megarl.models.exchange.stored import Stored
 from megarl.parallel.initialise import is_sharded, join_slices, partition_dim
@@ -58,9 +58,11 @@ class NemoSource(Source):
         self._archive = Archive(path)
         config = _yaml(self._archive)
         self.model = read_config(config)
-        ours = config.get(OURS) or {}
-        self.family = FAMILIES.get(ours.get("family") or "")
-        self.token_ids = dict(ours.get("token_ids") or {})
+        ours = config.get(OURS)
+        ours = ours if isinstance(ours, dict) else {}
+        family, token_ids = ours.get("family"), ours.get("token_ids")
+        self.family = FAMILIES.get(family) if isinstance(family, str) else None
+        self.token_ids = dict(token_ids) if isinstance(token_ids, dict) else {}
         self.left_out: dict[str, str] = {}
         self._places = self._find(_rank_files(self._archive, config))
         self.vocab_size = self._vocab_size(config)
@@ -205,6 +207,8 @@ def _rank_files(archive: Archive, config: Json) -> list[list[TensorMember]]:
     if config.get("virtual_pipeline_model_parallel_size"):
         raise CheckpointError(f"{archive.path} has virtual pipeline stages, which cannot be read: save it without them")
     tp, pp = (int(size) for size in sizes)
+    if tp * pp > len(archive.members):
+        raise CheckpointError(f"{archive.path} does not hold the {tp * pp} files of TP{tp} x PP{pp}: fetch it again")
     wanted = [[member_of(rank, tp, stage, pp) for rank in range(tp)] for stage in range(pp)]
     flat = [name for names in wanted for name in names]
     found = {name for name in archive.members if PurePosixPath(name).name == WEIGHTS}
@@ -222,8 +226,12 @@ def _yaml(archive: Archive) -> Json:
     if CONFIG not in archive.members:
         raise CheckpointError(f"{archive.path} has no {CONFIG}: it is no archive of NeMo's")
     try:
-        config = yaml.safe_load(archive.content(CONFIG))
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        text = archive.content(CONFIG).decode("utf-8")
+        check_yaml(text)
+        config = yaml.safe_load(text)
+    except UnreadableError as problem:
+        raise CheckpointError(f"{archive.path}: {CONFIG} {problem}: fetch it again") from None
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as problem:
         raise CheckpointError(f"{archive.path}: {CONFIG} cannot be read ({' '.join(str(problem).split())})") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{archive.path}: {CONFIG} holds no settings")
@@ -233,7 +241,8 @@ def _yaml(archive: Archive) -> Json:
 def _unpacked_tokenizer(archive: Archive, config: Json) -> tuple[str, str | None] | None:
     """Kind and folder of the archive's tokenizer, in a cache that is named by its content: runs refer to it later."""
     files = {name: Path(name).name for name in archive.members if Path(name).parent.as_posix() == TOKENIZER}
-    theirs = config.get("tokenizer") or {}
+    theirs = config.get("tokenizer")
+    theirs = theirs if isinstance(theirs, dict) else {}
     model = os.path.normpath(str(theirs.get("model") or "").removeprefix("nemo:"))
     if not files and theirs.get("library") == "sentencepiece" and model in archive.members:
         files = {model: "tokenizer.model"}

@@ -8,9 +8,9 @@ import gzip
 import io
 import math
 import os
-import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megarl.disk import UnreadableError, load_plain
 from megarl.errors import CheckpointError
 from megarl.logging import get_logger
 from megarl.models.exchange.stored import DTYPES, Stored
 
 log = get_logger(__name__)
 _GZIP = b"\x1f\x8b"
+MOST_UNPACKED = (100, 2**30)
+"""How many times its size a compressed archive may unpack into, and bytes that any may."""
 
 
 class Span(NamedTuple):
@@ -32,6 +35,15 @@ class Span(NamedTuple):
 
     start: int
     strides: tuple[int, ...]
+
+
+class _Member(tarfile.TarInfo):
+    """Refuses a size below 0, at which tarfile would go back and read the same members for ever."""
+
+    def _block(self, count: int) -> int:
+        if count < 0:
+            raise tarfile.ReadError("a member has a size below 0")
+        return int(super()._block(count))  # type: ignore[misc]
 
 
 class Archive:
@@ -42,9 +54,9 @@ class Archive:
         try:
             self.file = _plain(path)
             size = os.fstat(self.file.fileno()).st_size
-            with tarfile.open(fileobj=self.file, mode="r:") as tar:
+            with tarfile.open(fileobj=self.file, mode="r:", tarinfo=_Member) as tar:
                 found = [member for member in tar.getmembers() if member.isreg() and not member.issparse()]
-        except (tarfile.TarError, EOFError, gzip.BadGzipFile) as problem:
+        except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, ValueError, OverflowError) as problem:
             raise CheckpointError(f"{path} is no whole tar ({problem}): fetch it again") from None
         except OSError as problem:
             raise CheckpointError(f"{path} cannot be read ({problem.strerror or problem})") from None
@@ -76,8 +88,11 @@ class TensorMember:
                 self.others.append(name)
                 continue
             dtype = value.dtype if value.dtype in DTYPES.values() else str(value.dtype)
-            storage: Any = value.untyped_storage()
-            offset = int(storage._checkpoint_offset) + int(value.storage_offset()) * value.element_size()
+            try:
+                storage: Any = value.untyped_storage()
+                offset = int(storage._checkpoint_offset) + int(value.storage_offset()) * value.element_size()
+            except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # sparse, meta, before torch 1.6
+                raise CheckpointError(f"{label}: {name} is no plain tensor in a file of torch 1.6 or later") from None
             extent = _extent(tuple(value.shape), value.stride()) * value.element_size()
             if offset < 0 or offset + extent > size:
                 raise CheckpointError(f"{label} is cut short within {name}: fetch it again")
@@ -147,7 +162,14 @@ def _plain(path: Path) -> BinaryIO:
     log.info("%s is compressed and is unpacked into %s by every process", path, tempfile.gettempdir())
     plain = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the archive is read
     with gzip.open(path, "rb") as packed:
-        shutil.copyfileobj(packed, plain, 2**20)
+        most = max(MOST_UNPACKED[0] * path.stat().st_size, MOST_UNPACKED[1])
+        while block := packed.read(2**20):
+            plain.write(block)
+            if plain.tell() > most:
+                raise CheckpointError(
+                    f"{path} unpacks into more than {MOST_UNPACKED[0]} times its size, as no model's weights do: "
+                    "fetch it again"
+                )
     plain.flush()
     plain.seek(0)
     return plain
@@ -157,10 +179,9 @@ def _index(label: str, window: "_Window") -> dict[str, Any]:
     """Names, shapes and places, without data. BytesIO holds what Transformer Engine keeps beside its weights."""
     try:
         with FakeTensorMode(), torch.serialization.safe_globals([io.BytesIO]):
-            found = torch.load(io.BufferedReader(window), map_location="cpu", weights_only=True)
-    except Exception as problem:  # a broken or hostile pickle may raise anything
-        first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        raise CheckpointError(f"{label} holds more than weights, or is broken ({first[:160]}): save it again") from None
+            found = load_plain(io.BufferedReader(window), map_location="cpu")
+    except UnreadableError as problem:
+        raise CheckpointError(f"{label} {problem}: save it again") from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise CheckpointError(f"{label} is no dictionary of tensors: give an archive of one model's weights")
     return found

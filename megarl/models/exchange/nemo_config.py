@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 from megarl.config.schema import ModelConfig
+from megarl.disk import shown
 from megarl.errors import CheckpointError, ConfigError
-from megarl.models.exchange.family import Json, shape_of
+from megarl.models.exchange.family import Json, check_values, checked, shape_of
 
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 VOCAB_MULTIPLE = 128  # NeMo's make_vocab_size_divisible_by; times TP
@@ -34,15 +35,17 @@ _ONLY: Json = {
 def read_config(config: Json) -> ModelConfig:
     """The shape that a model_config.yaml describes, with NeMo's defaults where it says nothing."""
     if "GPT" not in str(config.get("target", "GPT")):
-        raise CheckpointError(f"model_config.yaml is of {config['target']}: only GPT models can be read")
+        raise CheckpointError(f"model_config.yaml is of {shown(config['target'])}: only GPT models can be read")
     for key, only in _ONLY.items():
         if (config.get(key, only) or only) != only:
-            raise CheckpointError(f"model_config.yaml has {key}={config[key]!r}, which megarl lacks: it has {only}")
+            found = shown(repr(config[key]))
+            raise CheckpointError(f"model_config.yaml has {key}={found}, which megarl lacks: it has {only}")
+    check_values(config, "model_config.yaml")
     try:
-        return _read(config)
+        return checked(_read(config), "model_config.yaml")
     except KeyError as problem:
         raise CheckpointError(f"model_config.yaml lacks {problem.args[0]!r}: restore it") from None
-    except (TypeError, ValueError, ZeroDivisionError) as problem:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as problem:
         raise CheckpointError(f"model_config.yaml has a value that cannot be: {problem}") from None
 
 
@@ -75,7 +78,8 @@ def _read(config: Json) -> ModelConfig:
 def _choice(config: Json, key: str, default: str, known: dict[str, str]) -> str:
     theirs = config.get(key) or default
     if theirs not in known:
-        raise CheckpointError(f"model_config.yaml has {key}={theirs!r}, which megarl lacks: it has {', '.join(known)}")
+        found = shown(repr(theirs))
+        raise CheckpointError(f"model_config.yaml has {key}={found}, which megarl lacks: it has {', '.join(known)}")
     return known[theirs]
 
 

@@ -14,11 +14,10 @@ from megarl.config.schema import ModelConfig
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange.export import aside_of, keep_tokenizer, narrowed, prepare, refuse_existing
 from megarl.models.exchange.family import Json
-from megarl.models.exchange.load import VOCABULARY
 from megarl.models.exchange.nemo import CONFIG, FUSED_NORMS, HEADS, OURS, TOKENIZER, marker, member_of
 from megarl.models.exchange.nemo_archive import finish, reserve
 from megarl.models.exchange.nemo_config import VOCAB_MULTIPLE, write_config
-from megarl.models.exchange.parameters import EMBEDDING, OUTPUT, parameters
+from megarl.models.exchange.parameters import EMBEDDING, OUTPUT, VOCABULARY, parameters
 from megarl.models.exchange.source import Source, tokenizer_of
 from megarl.models.exchange.stored import Stored
 from megarl.parallel.initialise import local_slice

@@ -10,6 +10,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 POSITIONS = "embedding.position_embeddings.weight"
 OUTPUT = "output_layer.weight"
 OUTPUT_BIAS = "output_layer.bias"
+VOCABULARY = (EMBEDDING, OUTPUT, OUTPUT_BIAS)
 TRUNK = ("embedding.", "decoder.", "output_layer.")  # all that is not a head of ours
 
 

@@ -1,6 +1,5 @@
 """Whole models as they are stored, whatever stored them: their shape, and their tensors in our layout one at a time."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +9,18 @@ import torch
 from torch import Tensor
 
 from megarl.checkpoint import MANIFEST, plain_content
+from megarl.config.leaf import leaves
 from megarl.config.schema import ModelConfig
+from megarl.disk import UnreadableError, is_file, parse_object, read_json, read_text, shown
 from megarl.errors import CheckpointError
 from megarl.models.exchange.families import FAMILIES, family_of
-from megarl.models.exchange.family import Family, Json
-from megarl.models.exchange.parameters import TRUNK, parameters
+from megarl.models.exchange.family import Family, Json, checked
+from megarl.models.exchange.parameters import TRUNK, VOCABULARY, parameters
 from megarl.models.exchange.stored import Folder, SafetensorsFile, Stored
 from megarl.models.exchange.views import same
 from megarl.parallel import shards
 from megarl.parallel.shards import Part
+from megarl.tokenizers import KINDS, read_marker
 
 CONFIG = "config.json"
 HEADS = "megarl_heads.safetensors"
@@ -84,8 +86,11 @@ class HuggingFaceSource(Source):
         self.mapping = self.family.mapping(self.model, self.vocab_size)
         self._folder = Folder(path)
         self._where, self.left_out = self._check_tensors()
-        self._heads = SafetensorsFile(path / HEADS) if (path / HEADS).is_file() else None
+        self._heads = SafetensorsFile(path / HEADS) if is_file(path / HEADS) else None
         self.heads = self._heads.tensors if self._heads else {}
+        for name, stored in self.heads.items():
+            if not isinstance(stored.dtype, torch.dtype):
+                raise CheckpointError(f"{path / HEADS}: {name} has dtype {stored.dtype}, which no model here can hold")
         all_stored = [*self._folder.tensors.values(), *self.heads.values()]
         self.stored = (len(all_stored), sum(item.bytes for item in all_stored))
 
@@ -161,15 +166,34 @@ class CheckpointSource(Source):
         _check_sizes(path)
         self.path, self.engine = path, engine
         common, parts = plain_content(path)
-        card = common.get("model")
-        if not card:
-            raise CheckpointError(f"checkpoint {path} does not say what model it is of: it is from an older version")
-        self.model = ModelConfig(**{**card["config"], "path": None})
-        self.vocab_size = int(card["vocab_size"])
-        self.family = FAMILIES.get(card.get("family") or "")
-        self.tokenizer = (card["tokenizer"]["kind"], card["tokenizer"]["path"]) if card.get("tokenizer") else None
-        self.token_ids = dict(card.get("token_ids") or {})
+        self._read_card(common.get("model"))
         self._sort(parts)
+
+    def _read_card(self, card: Any) -> None:
+        """Keys that an older version did not have are at their defaults; those that this version lacks are refused."""
+        where = f"the card of checkpoint {self.path}"
+        if not card:
+            raise CheckpointError(
+                f"checkpoint {self.path} does not say what model it is of: it is from an older version"
+            )
+        if not isinstance(card, dict) or not isinstance(card.get("config"), dict):
+            raise CheckpointError(f"{where} describes no model: it is damaged, choose another")
+        known = {leaf.key for leaf in leaves(ModelConfig)}
+        later = [key for key in card["config"] if key not in known]
+        if later:
+            raise CheckpointError(
+                f"checkpoint {self.path} was written by a later version of megarl: its model has "
+                f"model.{shown(later[0])}, which this version does not know; update megarl"
+            )
+        self.model = checked(ModelConfig(**{**card["config"], "path": None}), where)
+        size, family, tokenizer = card.get("vocab_size"), card.get("family"), card.get("tokenizer")
+        if type(size) is not int or not 0 < size < 2**31:
+            raise CheckpointError(f"{where} has vocab_size={shown(size)}: it is damaged, choose another")
+        self.vocab_size = size
+        self.family = FAMILIES.get(family) if isinstance(family, str) else None
+        self.tokenizer = None if tokenizer is None else _tokenizer_in(tokenizer, where)
+        token_ids = card.get("token_ids") or {}
+        self.token_ids = dict(token_ids) if isinstance(token_ids, dict) else {}
 
     def _sort(self, parts: Sequence[Part]) -> None:
         self._shapes = parameters(self.model, self.vocab_size)
@@ -184,6 +208,13 @@ class CheckpointSource(Source):
         missing = [name for name in self._shapes if name not in self._parts]
         if missing:
             raise CheckpointError(f"checkpoint {self.path} lacks {self.engine}.{missing[0]}")
+        for name, shape in self._shapes.items():
+            first, *rest = self._parts[name][0].tensor_shape
+            padded = name in VOCABULARY and first > shape[0]
+            if not (first == shape[0] or padded) or tuple(rest) != shape[1:]:
+                raise CheckpointError(
+                    f"checkpoint {self.path} has {name} of shape {[first, *rest]}, and its card asks for {list(shape)}"
+                )
         described = {
             name: Stored(parts[0].tensor_shape, getattr(torch, parts[0].dtype)) for name, parts in self._parts.items()
         }
@@ -201,7 +232,7 @@ class CheckpointSource(Source):
 def _check_sizes(path: Path) -> None:
     """A checkpoint's files are there in full. Checksums are for `megarl.checkpoint.verify`: once, not on every rank."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        files = read_json(path / MANIFEST)["files"]
         wrong = [name for name, (size, _) in files.items() if (path / name).stat().st_size != size]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
         raise CheckpointError(f"checkpoint {path} is not whole ({problem})") from None
@@ -211,23 +242,28 @@ def _check_sizes(path: Path) -> None:
 
 def read_config(path: Path) -> Json:
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise CheckpointError(f"{path / CONFIG} cannot be read ({problem})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path / CONFIG} holds no settings")
-    return config
+        return parse_object(read_text(path / CONFIG))
+    except UnreadableError as problem:
+        raise CheckpointError(f"{path / CONFIG} {problem}: restore it") from None
 
 
 def tokenizer_of(folder: Path) -> tuple[str, str | None] | None:
     """Kind and path of the tokenizer whose files lie in a folder."""
     marker = folder / "megarl_tokenizer.json"
-    if marker.is_file():
-        kind = json.loads(marker.read_text(encoding="utf-8"))["kind"]
+    if is_file(marker):
+        kind, _ = _tokenizer_in({**read_marker(folder), "path": str(folder)}, str(marker))
         return kind, None if kind == "bytes" else str(folder)
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+    if any(is_file(folder / name) for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         return "huggingface", str(folder)
-    return ("sentencepiece", str(folder)) if (folder / "tokenizer.model").is_file() else None
+    return ("sentencepiece", str(folder)) if is_file(folder / "tokenizer.model") else None
+
+
+def _tokenizer_in(card: Any, where: str) -> tuple[str, str | None]:
+    """Kind and path as a card has them."""
+    kind, path = (card.get("kind"), card.get("path")) if isinstance(card, dict) else (None, None)
+    if kind not in KINDS or not (path is None or isinstance(path, str)):
+        raise CheckpointError(f"{where} names no tokenizer ({shown(card)}): restore it, or set tokenizer.path")
+    return kind, path
 
 
 def widest(dtypes: list[Any]) -> torch.dtype:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from megarl.disk import UnreadableError, is_file, load_plain, parse_object, read_text, shown
 from megarl.errors import CheckpointError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -55,22 +56,29 @@ class SafetensorsFile:
                 length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
                 if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
                     raise CheckpointError(f"{path} is no whole safetensors file ({size} bytes): fetch it again")
-                header = json.loads(file.read(length))
+                header = parse_object(file.read(length))
             for name, fields in header.items():
                 if name == "__metadata__":
                     continue
-                start, stop = (8 + length + offset for offset in fields["data_offsets"])
+                offsets, shape = fields["data_offsets"], fields["shape"]
+                if not (isinstance(shape, list) and len(offsets) == 2 and all(map(_is_count, [*offsets, *shape]))):
+                    raise CheckpointError(
+                        f"{path}: {shown(name)} has a shape or a place that is no list of whole numbers: fetch it again"
+                    )
+                start, stop = (8 + length + offset for offset in offsets)
+                if start > stop:
+                    raise CheckpointError(f"{path}: {shown(name)} ends before it begins: fetch it again")
                 if stop > size:
                     raise CheckpointError(
                         f"{path} is cut short: {name} ends at byte {stop} and the file at {size}; fetch it again"
                     )
-                stored = Stored(tuple(fields["shape"]), DTYPES.get(fields["dtype"], fields["dtype"]))
+                stored = Stored(tuple(shape), DTYPES.get(fields["dtype"], str(fields["dtype"])))
                 if isinstance(stored.dtype, torch.dtype) and stored.bytes != stop - start:
                     raise CheckpointError(f"{path}: {name} has {stop - start} bytes instead of {stored.bytes}")
                 self.tensors[name], self._spans[name] = stored, (start, stop)
         except OSError as problem:
             raise CheckpointError(f"{path} cannot be read: {problem.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        except (ValueError, LookupError, TypeError, AttributeError) as problem:
             raise CheckpointError(f"{path} has no valid safetensors header ({problem}): fetch it again") from None
 
     def read(self, name: str) -> Tensor:
@@ -118,18 +126,26 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     problems = []
     for mmap in (True, False):  # files of old torch versions cannot be mapped
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            found = load_plain(path, map_location="cpu", mmap=mmap)
             break
-        except Exception as problem:  # a broken or hostile pickle may raise anything
-            problems.append(str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__)
+        except UnreadableError as problem:
+            problems.append(str(problem))
     else:
-        raise CheckpointError(
-            f"{path} holds more than weights, or is broken ({problems[-1][:160]}): convert it to safetensors where it "
-            "comes from"
-        )
+        raise CheckpointError(f"{path} {problems[-1]}: convert it to safetensors where it comes from")
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise CheckpointError(f"{path} is no dictionary of tensors: give the weights alone")
+    odd = next((name for name, value in found.items() if not isinstance(name, str) or _holds_no_numbers(value)), None)
+    if odd is not None:
+        raise CheckpointError(f"{path}: {shown(odd)} is no name of a dense tensor with its numbers: give plain weights")
     return found
+
+
+def _holds_no_numbers(tensor: Tensor) -> bool:
+    return tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def write_safetensors(
@@ -169,7 +185,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         for name, indexed, kind in self.LAYOUTS:
-            if (path / name).is_file():
+            if is_file(path / name):
                 self.files, self.where = _indexed(path, name, kind) if indexed else _single(path / name, kind)
                 break
         else:
@@ -191,15 +207,20 @@ def _single(path: Path, kind: Any) -> tuple[dict[str, TensorFile], dict[str, str
 
 def _indexed(folder: Path, index: str, kind: Any) -> tuple[dict[str, TensorFile], dict[str, str]]:
     try:
-        where: dict[str, str] = dict(json.loads((folder / index).read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise CheckpointError(f"{folder / index} cannot be read ({problem}): fetch it again") from None
+        where: dict[str, str] = dict(parse_object(read_text(folder / index))["weight_map"])
+    except UnreadableError as problem:
+        raise CheckpointError(f"{folder / index} {problem}: fetch it again") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder / index} has no weight_map: fetch it again") from None
+    wrong = next((tensor for tensor, name in where.items() if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise CheckpointError(f"{folder / index} does not say in which file {shown(wrong)} is: fetch it again")
     files: dict[str, TensorFile] = {}
     for name in sorted(set(where.values())):
         if Path(name).name != name:
-            raise CheckpointError(f"{folder / index} names {name!r}, which is not a file beside it")
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / index} names {name}, which is missing: fetch it")
+            raise CheckpointError(f"{folder / index} names {shown(name)!r}, which is not a file beside it")
+        if not is_file(folder / name):
+            raise CheckpointError(f"{folder / index} names {shown(name)}, which is missing: fetch it")
         files[name] = kind(folder / name)
     for tensor, name in where.items():
         if tensor not in files[name].tensors:

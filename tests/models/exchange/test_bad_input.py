@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megarl.config.schema import ModelConfig
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange.export import write_folder
-from megarl.models.exchange.families import FAMILIES, family_of
+from megarl.models.exchange.families import FAMILIES, family_of, require_family
 from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.source import HuggingFaceSource
 from tests.models.exchange.published import PUBLISHED, edit_config, save_published, stored
@@ -123,6 +124,22 @@ def test_a_pickle_with_code_in_it_is_not_run(save: Any, folder: Path, tmp_path: 
     save({"model.norm.weight": Touch(tmp_path / "ran")}, folder / "pytorch_model.bin")
     refused(folder, "pytorch_model.bin", "more than weights")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"model.norm.weight": torch.empty(32, device="meta")},
+        {"model.norm.weight": torch.eye(3).to_sparse()},
+        {("a", 1): torch.zeros(2)},
+        {3: torch.zeros(2)},
+    ],
+    ids=["meta", "sparse", "a tuple as name", "a number as name"],
+)
+def test_a_pickle_of_tensors_without_numbers_or_names(odd: dict[Any, Any], folder: Path) -> None:
+    torch.save({**stored(folder), **odd}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    refused(folder, "pytorch_model.bin", "plain weights")
 
 
 def test_a_shape_that_does_not_fit_the_configuration(folder: Path) -> None:
@@ -235,3 +252,118 @@ def test_names_of_a_model_without_its_output_layer_are_known(tmp_path: Path) -> 
     assert isinstance(source, HuggingFaceSource)
     assert torch.equal(source.read("decoder.layers.0.self_attention.linear_qkv.weight"), before)
     assert source.left_out == {"h.0.attn.bias": "a causal mask, not a weight"}
+
+
+NAMES = {"gpt2": ("n_embd", "n_layer", "n_head"), "gptj": ("n_embd", "n_layer", "n_head")}
+FAMILY_NAMES = sorted(set(PUBLISHED) & set(FAMILIES))
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize(
+    "value", ["two", 32.5, 1e30, -1, 0, True, [4], {}, float("nan"), float("inf"), 10**12, 10**30], ids=repr
+)
+def test_sizes_that_cannot_be_are_refused_in_every_family(name: str, value: Any) -> None:
+    for key in NAMES.get(name, ("hidden_size", "num_hidden_layers", "num_attention_heads")):
+        config = config_of(name, **{key: value})
+        with pytest.raises(CheckpointError) as caught:
+            family_of(config).model_config(config)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"num_key_value_heads": 3}),
+        ("llama", {"num_key_value_heads": "2"}),
+        ("llama", {"head_dim": 7}),
+        ("llama", {"rms_norm_eps": "small"}),
+        ("llama", {"rms_norm_eps": float("nan")}),
+        ("llama", {"attention_bias": "no"}),
+        ("llama", {"tie_word_embeddings": 1}),
+        ("llama", {"hidden_act": ["silu"]}),
+        ("llama", {"rope_parameters": [1]}),
+        ("llama", {"rope_parameters": {"rope_type": ["default"], "rope_theta": 1e4}}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": "x", "factor": 2.0}}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 10**400}}),
+        ("llama", {"vocab_size": "many"}),
+        ("llama", {"vocab_size": 3.5}),
+        ("mistral", {"sliding_window": -3}),
+        ("qwen2_window", {"sliding_window": "x"}),
+        ("qwen3", {"head_dim": 2.0}),
+        ("gpt2", {"activation_function": {}}),
+        ("gptj", {"rotary_dim": 10**6}),
+        ("gptj", {"rotary_dim": "x"}),
+        ("gpt_neox", {"rotary_pct": "x", "rope_parameters": None}),
+        ("opt", {"ffn_dim": 0.5}),
+    ],
+)
+def test_other_values_that_cannot_be_are_refused(name: str, changes: dict[str, Any]) -> None:
+    config = config_of(name, **changes)
+    with pytest.raises(CheckpointError) as caught:
+        family_of(config).model_config(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("named", ["LlamaForCausalLM", {"a": 1}, 3, [None], [["LlamaForCausalLM"]]])
+def test_architectures_that_are_no_names(named: Any, folder: Path) -> None:
+    edit_config(folder, architectures=named)
+    refused(folder, "architectures")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "[1]", "", '{"a": ' + "1" * 5000 + "}"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "megarl_tokenizer.json"])
+def test_json_files_that_cannot_be_used(name: str, text: str, folder: Path) -> None:
+    (folder / name).write_text(text)
+    refused(folder, name)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b'{"kind": "none"}', b'{"kind": null}', b"{}"])
+def test_a_tokenizer_that_is_not_described(content: bytes, folder: Path) -> None:
+    (folder / "megarl_tokenizer.json").write_bytes(content)
+    refused(folder, "megarl_tokenizer.json")
+
+
+@pytest.mark.parametrize("value", [None, 3, ["model.safetensors"], "", "..", "a" * 300, "a\0b"])
+def test_an_index_that_names_no_file(value: Any, folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": value}}))
+    refused(folder, "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a":' + b"[" * 200_000,
+        b"[1]",
+        b'{"a": 3}',
+        b'{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+        b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": "ab", "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 4]}}',
+    ],
+    ids=range(10),
+)
+def test_a_safetensors_header_that_cannot_be(header: bytes, folder: Path) -> None:
+    content = len(header).to_bytes(8, "little") + header + b"\0" * 64
+    (folder / "model.safetensors").write_bytes(content)
+    refused(folder, "model.safetensors")
+
+
+@pytest.mark.parametrize("path", ["a" * 300, "./" + "a" * 300, "a\0b", "~nobody-of-this-name/x", "a/b/c"])
+def test_a_path_that_cannot_be(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        open_source(path)
+    assert "\0" not in str(caught.value)
+
+
+def test_a_model_of_no_family_is_refused_with_the_keys_in_the_way() -> None:
+    model = ModelConfig(qk_norm=True, parallel_residual="one_norm")
+    with pytest.raises(ConfigError, match=r"^export\.hf: .*model\.qk_norm=true.*before training"):
+        require_family(model, None, "export.hf")
+    with pytest.raises(ConfigError, match=r"a llama cannot have model\.qk_norm=true and model\.parallel_residual"):
+        require_family(model, "llama", "export.hf")
+    require_family(ModelConfig(), None, "export.hf")

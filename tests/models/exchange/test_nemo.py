@@ -18,6 +18,7 @@ from torch import Tensor
 from megarl import convert
 from megarl.config.schema import ModelConfig
 from megarl.errors import CheckpointError, ConfigError
+from megarl.models.exchange import nemo_archive
 from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.logits import fixed_batch, logits
 from megarl.models.exchange.nemo_config import read_config, write_config
@@ -103,6 +104,12 @@ def refused(path: Path, *words: str) -> None:
     assert "\n" not in message
     for word in words:
         assert word in message, message
+
+
+@pytest.mark.parametrize("odd", [torch.empty(3, device="meta"), torch.eye(3).to_sparse(), io.BytesIO(b"x")], ids=str)
+def test_a_tensor_without_numbers_in_the_archive(odd: Any, archive: Path, tmp_path: Path) -> None:
+    path = spoilt(archive, tmp_path / "odd.nemo", with_weights(lambda weights: weights.update({f"model.{FC1}": odd})))
+    refused(path, FC1)
 
 
 def same_bits(one: Path, other: Path) -> None:
@@ -449,3 +456,81 @@ def test_a_failure_half_way_leaves_nothing(published: Path, tmp_path: Path, monk
     with pytest.raises(CheckpointError, match="No space left on device"):
         write_nemo(source, tmp_path / "new.nemo", tp=2)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 32.5},
+        {"hidden_size": float("inf")},
+        {"num_layers": "4"},
+        {"num_layers": 10**12},
+        {"num_query_groups": 3},
+        {"bias": "false"},
+        {"layernorm_epsilon": float("nan")},
+        {"normalization": ["rmsnorm"]},
+        {"window_size": 3},
+        {"window_size": ["a", 0]},
+        {"tensor_model_parallel_size": 10**9},
+        {"max_position_embeddings": None},
+        {"rotary_percentage": [1]},
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_are_refused(changes: dict[str, Any], archive: Path, tmp_path: Path) -> None:
+    refused(spoilt(archive, tmp_path / "bad.nemo", with_config(**changes)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [*a]",
+        "[" * 5000,
+        "a0: &a0 [x, x, x, x, x, x, x, x]\n"
+        + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]\n" for n in range(1, 25)),
+        "- 1",
+        "a: 2024-99-99",
+    ],
+    ids=["itself", "deep", "laughs", "list", "no date"],
+)
+def test_a_configuration_that_is_no_yaml_of_a_sensible_size(text: str, archive: Path, tmp_path: Path) -> None:
+    change = {"./model_config.yaml": text.encode()}
+    refused(spoilt(archive, tmp_path / "bad.nemo", lambda members: members.update(change)), "model_config.yaml")
+
+
+@pytest.mark.parametrize("ours", [3, [1], {"family": ["llama"]}, {"family": "none", "token_ids": [1]}])
+def test_what_we_keep_in_a_configuration_may_be_anything(ours: Any, archive: Path, tmp_path: Path) -> None:
+    source = open_source(spoilt(archive, tmp_path / "odd.nemo", with_config(megarl=ours, tokenizer=[1])))
+    assert source.family is None
+    assert source.token_ids == {}
+
+
+def test_links_and_paths_in_an_archive_write_nothing(archive: Path, tmp_path: Path) -> None:
+    path = packed({**unpacked(archive), "../outside": b"x", "/tmp/absolute-of-megarl": b"x"}, tmp_path / "odd.nemo")
+    with tarfile.open(path, "a:") as tar:
+        for name, kind in (("./tokenizer/link", tarfile.SYMTYPE), ("./tokenizer/hard", tarfile.LNKTYPE)):
+            item = tarfile.TarInfo(name)
+            item.type, item.linkname = kind, "/etc/passwd"
+            tar.addfile(item)
+    assert open_source(path).model.num_layers == 4
+    assert not (tmp_path.parent / "outside").exists()
+    assert not Path("/tmp/absolute-of-megarl").exists()
+
+
+def test_a_compressed_archive_that_unpacks_without_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nemo_archive, "MOST_UNPACKED", (2, 1000))
+    (tmp_path / "bomb.nemo").write_bytes(gzip.compress(b"\0" * 2**22))
+    refused(tmp_path / "bomb.nemo", "times its size")
+
+
+def test_a_member_of_a_size_below_zero_is_refused(tmp_path: Path) -> None:
+    item = tarfile.TarInfo("a")
+    item.size = 512
+    header = bytearray(item.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 11 + b"\x00"  # -256 in base 256
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    (tmp_path / "bad.nemo").write_bytes(bytes(header) + b"\0" * 1024)
+    refused(tmp_path / "bad.nemo", "no whole tar")

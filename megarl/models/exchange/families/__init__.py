@@ -3,6 +3,7 @@
 from typing import Any
 
 from megarl.config.schema import ModelConfig
+from megarl.disk import shown
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange.families import gpt2, gpt_neox, gptj, llama, mistral, opt, qwen2, qwen3
 from megarl.models.exchange.family import Family
@@ -16,13 +17,17 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: dict[str, Any]) -> Family:
     """The family that a config.json belongs to, by its architecture, or by `model_type` where that is missing."""
     named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(
+            f"config.json has architectures={shown(repr(named))}, which is no list of names: restore it"
+        )
     for family in FAMILIES.values():
         if any(name in family.architectures for name in named) or (
             not named and config.get("model_type") == family.name
         ):
             return family
     known = ", ".join(family.architectures[0] for family in FAMILIES.values())
-    found = named[0] if named else config.get("model_type", "no architecture at all")
+    found = shown(named[0] if named else config.get("model_type", "no architecture at all"))
     raise CheckpointError(f"config.json is of {found}, which megarl does not know: it knows {known}")
 
 
@@ -33,11 +38,24 @@ def family_for(model: ModelConfig, name: str | None = None) -> Family:
     for family in FAMILIES.values():
         if family.holds(model):
             return family
-    reasons = (
-        f"{name} has no {family.difference(model, family.write(model) | {'tie_word_embeddings': model.tie_embeddings})}"
-        for name, family in FAMILIES.items()
+    lacking = {name: family.lacks(model) or "" for name, family in FAMILIES.items()}
+    nearest = sorted(lacking, key=lambda name: lacking[name].count("model."))
+    ways = "; ".join(f"{name} has no {lacking[name]}" for name in nearest[:3])
+    raise ConfigError(
+        f"no family of Hugging Face's can hold this model ({ways}): change these keys before training, or keep "
+        "megarl's own checkpoints"
     )
-    raise ConfigError(f"no family of Hugging Face's can hold this model ({'; '.join(reasons)})")
+
+
+def require_family(model: ModelConfig, name: str | None, key: str) -> None:
+    """Refuse to train what could not be exported in the end: of a family by name, or of any."""
+    try:
+        family = family_for(model, name)
+    except ConfigError as problem:
+        raise ConfigError(f"{key}: {problem}") from None
+    lacks = family.lacks(model)
+    if lacks:
+        raise ConfigError(f"{key}: a {family.name} cannot have {lacks}: change these keys before training")
 
 
 def family_named(name: str) -> Family:

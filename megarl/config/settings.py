@@ -1,0 +1,72 @@
+"""A configuration by attribute, for Python: what is wrong with an assignment is said as on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from megarl.config.messages import EXPLAINED, explain
+from megarl.errors import ConfigError
+
+
+class UnknownKeyError(ConfigError, AttributeError, KeyError):
+    """A key that a configuration does not have. `hasattr`, `getattr` with a default and `in` work as ever."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Settings(DictConfig):
+    """OmegaConf's tree with our words for its errors."""
+
+    def __getattr__(self, key: str) -> Any:
+        with _explained(self):
+            return super().__getattr__(key)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        with _explained(self):
+            super().__setattr__(key, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        with _explained(self):
+            return super().__getitem__(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        with _explained(self):
+            super().__setitem__(key, value)
+
+
+def settings_of(config: Any) -> Settings:
+    """A typed tree as `Settings`."""
+    tree = OmegaConf.structured(config)
+    assert isinstance(tree, DictConfig)
+    _convert(tree)
+    assert isinstance(tree, Settings)
+    return tree
+
+
+def _convert(tree: DictConfig) -> None:
+    """OmegaConf makes the nodes of a tree itself, so their class is changed afterwards."""
+    for key in tree:
+        node = tree._get_node(key)
+        if isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict:
+            _convert(node)
+    object.__setattr__(tree, "__class__", Settings)
+
+
+@contextmanager
+def _explained(tree: DictConfig) -> Iterator[None]:
+    try:
+        yield
+    except EXPLAINED as error:
+        root = tree
+        while (above := root.__dict__["_parent"]) is not None:
+            root = above
+        kind = OmegaConf.get_type(root)
+        told = explain(error, kind, []) if isinstance(kind, type) else ConfigError(str(error).partition("\n")[0])
+        missing = isinstance(error, OmegaConfBaseException) and isinstance(error, ConfigAttributeError | ConfigKeyError)
+        raise UnknownKeyError(str(told)) if missing else told from None

@@ -1,0 +1,207 @@
+"""What a user or a disk hands over, looked at and parsed so that whatever is wrong with it can be said in one line.
+
+Paths that no file system can have, files that cannot be read, JSON and YAML of any size and depth, torch's pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megarl.errors import ConfigError
+
+DEEPEST = 200
+"""Levels that JSON may be nested in. Python's own limit would be met later, wherever a deep value is next looked at."""
+_LONGEST_YAML = 1_000_000
+_BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
+_MOST_YAML = 100_000  # values in a YAML file, each alias counted as all that it stands for
+_NAME_BYTES = 255  # of one component of a path, on the file systems that there are
+
+
+class UnreadableError(ValueError):
+    """Content that cannot be used; the text completes "FILE ..."."""
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+
+
+def local(path: str | os.PathLike[str]) -> Path:
+    """A path with the home folder in place of `~`; one of a user that does not exist stays as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something at a path. What the file system refuses to look at is not there."""
+    return why_missing(path) is None
+
+
+def is_file(path: Path) -> bool:
+    return exists(path) and path.is_file()
+
+
+def is_dir(path: Path) -> bool:
+    return exists(path) and path.is_dir()
+
+
+def why_missing(path: Path) -> str | None:
+    """Why nothing can be found at a path, in a few words; None where something is there."""
+    try:
+        path.stat()
+    except (OSError, ValueError) as problem:  # ValueError: a zero byte
+        return _reason(problem)
+    return None
+
+
+def why_no_name(path: Path) -> str | None:
+    """Why nothing could ever be written at a path; None where its name is in order."""
+    if "\0" in str(path):
+        return "a path cannot hold a zero byte"
+    try:
+        long = any(len(os.fsencode(part)) > _NAME_BYTES for part in path.parts)
+    except UnicodeEncodeError:
+        return "it is not valid Unicode"
+    return f"the name of a file or folder is at most {_NAME_BYTES} bytes long" if long else None
+
+
+def writable(path: str, key: str) -> Path:
+    """The absolute path that a key names for something to be written, refused where that cannot be."""
+    place = local(path).absolute()
+    problem = why_no_name(place)
+    if problem:
+        raise ConfigError(f"{key}={shown(path)} cannot be written: {problem}; name another")
+    there = next(folder for folder in (place, *place.parents) if exists(folder))
+    if not is_dir(there):
+        raise ConfigError(f"{key}={shown(path)} cannot be written: {there} is a file; name another")
+    if not os.access(there, os.W_OK):
+        raise ConfigError(f"{key}={shown(path)} cannot be written: {there} is read-only; name another")
+    return place
+
+
+# --- content ----------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as problem:
+        raise UnreadableError(f"is not UTF-8 ({problem.reason} at byte {problem.start})") from None
+    except (OSError, ValueError) as problem:
+        raise UnreadableError(f"cannot be read ({_reason(problem)})") from None
+
+
+def read_json(path: Path) -> Any:
+    return parse_json(read_text(path))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Numbers of thousands of digits and nesting without end are no valid JSON here."""
+    try:
+        value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise UnreadableError(_too_deep("JSON")) from None
+    except UnicodeDecodeError as problem:
+        raise UnreadableError(f"is not UTF-8 ({problem.reason} at byte {problem.start})") from None
+    except ValueError as problem:  # json's own kind, and a plain one for an integer of too many digits
+        raise UnreadableError(f"is not valid JSON ({str(problem).partition(';')[0]})") from None
+    opening = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    if sum(text.count(sign) for sign in opening) > DEEPEST and _depth(value) > DEEPEST:  # type: ignore[arg-type]
+        raise UnreadableError(_too_deep("JSON"))
+    return value
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object in a text."""
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise UnreadableError(f"holds a {type(value).__name__} instead of a JSON object")
+    return value
+
+
+def check_yaml(text: str) -> None:
+    """Refuse YAML that refers to itself, is nested without end, or says little that stands for very much."""
+    if len(text) > _LONGEST_YAML:
+        raise UnreadableError(f"is YAML of more than {_LONGEST_YAML:,} characters")
+    opened = list(accumulate(_BRACKETS.get(sign, 0) for sign in text))
+    if max(opened, default=0) > DEEPEST:  # the reader would take minutes to give up
+        raise UnreadableError(_too_deep("YAML"))
+    if "&" not in text:
+        return
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None:
+            _expanded(root, {}, set())
+    except RecursionError:
+        raise UnreadableError(_too_deep("YAML")) from None
+    except yaml.YAMLError as problem:
+        raise UnreadableError(f"is not valid YAML ({' '.join(str(problem).split())})") from None
+
+
+def load_plain(file: Any, **options: Any) -> Any:
+    """What `torch.save` wrote, where that is tensors and plain values alone: nothing in it is executed."""
+    import torch  # takes seconds, and most of what this module looks at is not torch's
+
+    try:
+        return torch.load(file, weights_only=True, **options)
+    except Exception as problem:  # a broken or hostile pickle may raise anything
+        said = str(problem)
+        if re.search(r"unsupported (global|class|operand)", said, re.IGNORECASE):
+            damaged = ", or is damaged" if "operand" in said else ""  # a newer kind of pickle, or no pickle at all
+            raise UnreadableError(f"holds more than weights and plain values{damaged}; it is not loaded") from None
+        detail = re.search(r"WeightsUnpickler error: ([^\n]*)", said)
+        first = detail[1] if detail else (said.strip().splitlines() or [type(problem).__name__])[0]
+        raise UnreadableError(f"is damaged, or no file of torch's ({first[:160].strip()})") from None
+
+
+def shown(value: object, most: int = 120) -> str:
+    """A value in a message, no longer than can be read."""
+    text = str(value)
+    start = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text[:most])
+    return start if len(text) <= most else f"{start}... ({len(text)} characters)"
+
+
+def _reason(problem: Exception) -> str:
+    if isinstance(problem, FileNotFoundError):
+        return "no such file or folder"
+    return (isinstance(problem, OSError) and problem.strerror) or str(problem)
+
+
+def _too_deep(kind: str) -> str:
+    return f"is {kind} that is nested too deep (more than {DEEPEST} levels)"
+
+
+def _depth(value: Any) -> int:
+    deepest, level = 0, [value]
+    while level:
+        deepest += 1
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if deepest > DEEPEST:
+            break
+    return deepest
+
+
+def _expanded(node: yaml.Node, known: dict[int, int], inside: set[int]) -> int:
+    """Values that a node comes to, with aliases counted as what they stand for."""
+    name = id(node)
+    if name in inside:
+        raise UnreadableError("has an alias that refers to itself")
+    if name not in known:
+        children: list[Any] = node.value if isinstance(node, yaml.CollectionNode) else []
+        inner = [one for child in children for one in (child if isinstance(child, tuple) else (child,))]
+        known[name] = 1 + sum(_expanded(one, known, inside | {name}) for one in inner)
+        if known[name] > _MOST_YAML:
+            raise UnreadableError(f"has aliases that come to more than {_MOST_YAML:,} values")
+    return known[name]

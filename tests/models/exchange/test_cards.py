@@ -1,0 +1,157 @@
+"""What a checkpoint says of its model and of its parts is believed only as far as it can be."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megarl.checkpoint import COMMON, INDEX, MANIFEST, plain_content, seal, verify
+from megarl.config.schema import ModelConfig
+from megarl.errors import CheckpointError
+from megarl.models.exchange.checkpoints import FILE, write_checkpoint
+from megarl.models.exchange.formats import open_source
+from megarl.parallel.shards import Part
+from tests.models.exchange.published import save_published
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("card")
+    save_published("llama3", root / "model")
+    write_checkpoint(open_source(root / "model"), root / "checkpoint")
+    return root / "checkpoint"
+
+
+@pytest.fixture
+def checkpoint(saved: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "checkpoint"))
+
+
+def sealed(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+    seal(folder, step=0)
+    assert verify(folder) is None
+
+
+def with_common(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    common = torch.load(folder / COMMON, weights_only=True)
+    changed = change(common)
+    torch.save(common if changed is None else changed, folder / COMMON)
+    sealed(folder)
+
+
+def with_index(folder: Path, change: Callable[[list[dict[str, Any]]], Any]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index["parts"])
+    (folder / INDEX).write_text(json.dumps(index))
+    sealed(folder)
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        open_source(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize("key", ["new_key", "num_experts", "x" * 500])
+def test_a_key_of_a_later_version_is_named(key: str, checkpoint: Path) -> None:
+    with_common(checkpoint, lambda common: common["model"]["config"].update({key: 1}))
+    refused(checkpoint, "later version of megarl", f"model.{key[:100]}")
+
+
+@pytest.mark.parametrize("key", ["sliding_window", "init_std", "parallel_residual"])
+def test_a_key_that_an_older_version_did_not_have_is_at_its_default(key: str, checkpoint: Path) -> None:
+    with_common(checkpoint, lambda common: common["model"]["config"].pop(key) and None)
+    assert getattr(open_source(checkpoint).model, key) == getattr(ModelConfig(), key)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda common: [1], "common.pt"),
+        (lambda common: common.update(sharded_common=3), "common.pt"),
+        (lambda common: common.update(model=3), "no model"),
+        (lambda common: common.update(model={}), "older version"),
+        (lambda common: common["model"].update(config=[1]), "no model"),
+        (lambda common: common["model"]["config"].update(num_layers="two"), "model.num_layers"),
+        (lambda common: common["model"]["config"].update(num_layers=10**9), "model.num_layers"),
+        (lambda common: common["model"]["config"].update(num_kv_heads=3), "model.num_kv_heads"),
+        (lambda common: common["model"]["config"].update(hidden_size=64), "has "),
+        (lambda common: common["model"].update(vocab_size=None), "vocab_size"),
+        (lambda common: common["model"].update(vocab_size=10**6), "has "),
+        (lambda common: common["model"].update(tokenizer=[1]), "tokenizer"),
+        (lambda common: common["model"].update(tokenizer={"kind": "none"}), "tokenizer"),
+    ],
+)
+def test_plain_values_of_a_wrong_kind_are_refused(change: Any, word: str, checkpoint: Path) -> None:
+    with_common(checkpoint, change)
+    refused(checkpoint, word)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda part: part.update(file="../other.safetensors"),
+        lambda part: part.update(file="/etc/passwd"),
+        lambda part: part.update(file=".."),
+        lambda part: part.update(file=""),
+        lambda part: part.update(file="unlisted.safetensors"),
+        lambda part: part.update(offset=[-1] * len(part["offset"])),
+        lambda part: part.update(offset=[10**6] * len(part["offset"])),
+        lambda part: part.update(shape=[1.5] * len(part["shape"])),
+        lambda part: part.update(shape=[]),
+        lambda part: part.update(tensor_shape="ab"),
+        lambda part: part.update(dtype="nn"),
+        lambda part: part.update(key=None),
+        lambda part: part.update(more=1),
+        lambda part: part.clear(),
+    ],
+)
+def test_an_index_that_cannot_be_is_refused(change: Any, checkpoint: Path) -> None:
+    with_index(checkpoint, lambda parts: change(parts[0]))
+    refused(checkpoint)
+
+
+def test_an_index_that_leaves_out_a_part_is_refused(checkpoint: Path) -> None:
+    with_index(checkpoint, lambda parts: parts.__setitem__(0, {**parts[0], "shape": [1, *parts[0]["shape"][1:]]}))
+    refused(checkpoint, "do not add up")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"parts": 3}', '{"parts": [3]}', "[" * 100_000])
+def test_an_index_of_another_kind_is_refused(text: str, checkpoint: Path) -> None:
+    (checkpoint / INDEX).write_text(text)
+    sealed(checkpoint)
+    refused(checkpoint, INDEX)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", '{"format": 1, "files": {"../x": [1, 2]}}', "9" * 5000])
+def test_a_manifest_of_another_kind_is_not_whole(text: str, checkpoint: Path) -> None:
+    (checkpoint / MANIFEST).write_text(text)
+    problem = verify(checkpoint)
+    assert problem is not None
+    assert "\n" not in problem
+    refused(checkpoint)
+
+
+def test_a_shard_whose_tensors_are_not_as_the_index_says_is_refused_when_read(checkpoint: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(checkpoint / FILE)
+    name = next(name for name in tensors if "final_layernorm" in name)
+    save_file({**tensors, name: tensors[name][:-1].clone()}, checkpoint / FILE)
+    sealed(checkpoint)
+    with pytest.raises(CheckpointError, match=r"cannot be read|not of the shape"):
+        open_source(checkpoint).read("decoder.final_layernorm.weight")
+
+
+def test_a_part_is_described_as_it_was(saved: Path) -> None:
+    _, parts = plain_content(saved)
+    assert [Part.from_json(json.loads(json.dumps(part.to_json()))) for part in parts] == parts
