@@ -120,7 +120,9 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
         hand_to_nemo(trainer, config.trainer.exp_manager_options, run_dir)
     gc.freeze()  # every save collects garbage: let it not look through all that imports have made
     try:
-        trainer.fit(module, ckpt_path=resume_from(config.run.resume, run_dir))
+        restored = resume_from(config.run.resume, run_dir)
+        module.resumes = restored is not None
+        trainer.fit(module, ckpt_path=restored)
     except SystemExit as ending:
         if isinstance(ending.__context__, KeyboardInterrupt):  # before training, or again: Lightning exits with 1
             raise KeyboardInterrupt from None

@@ -205,18 +205,28 @@ class Engine:
         for model in self.models:
             yield from _global_names(model)
 
-    def sharded_state_dict(self, *, loading: bool = False) -> dict[str, Any]:
-        """Megatron's description of this rank's shards of weights, optimizer and schedule, under this engine's name."""
-        metadata = {
+    def sharded_weights(self) -> dict[str, Any]:
+        """Megatron's description of this rank's shards of the weights alone, under this engine's name."""
+        state = {"weights": self._sharded_weights(self._sharding())}
+        add_prefix_for_sharding(state, f"{self.name}.")
+        return state
+
+    def _sharding(self) -> dict[str, Any]:
+        return {
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
             "chained_optim_avoid_prefix": True,
             "non_homogeneous_layers": True,  # a name per layer, as optimizer state exists for layers that train only
             "dp_cp_group": self.grid.groups.dp_cp,
         }
-        weights: dict[str, Any] = {}
-        for index, model in enumerate(self.models):
-            weights[f"model{index}"] = model.sharded_state_dict(metadata=metadata)
+
+    def _sharded_weights(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        return {f"model{index}": model.sharded_state_dict(metadata=metadata) for index, model in enumerate(self.models)}
+
+    def sharded_state_dict(self, *, loading: bool = False) -> dict[str, Any]:
+        """Megatron's description of this rank's shards of weights, optimizer and schedule, under this engine's name."""
+        metadata = self._sharding()
+        weights = self._sharded_weights(metadata)
         state: dict[str, Any] = {"weights": weights}
         if self.optimizer is not None and self.schedule is not None:
             if trains_here(self.optimizer):
