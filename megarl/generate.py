@@ -203,12 +203,16 @@ def answer(
             for rollout in rollouts:
                 name = (rollout.prompt_id, rollout.sample_id)
                 if name not in written:
-                    out.write(json.dumps(_line(rollout, prompts[rollout.prompt_id].text, tokenizer)) + "\n")
+                    out.write(
+                        json.dumps(_line(rollout, prompts[rollout.prompt_id].text, tokenizer), allow_nan=False) + "\n"
+                    )
                     written.add(name)
             out.flush()
             advance(rollouts)
 
-        rollouts = generator.generate(requests, stream=EVALUATION, on_finished=write)
+        rollouts = generator.generate(
+            requests, stream=EVALUATION, on_finished=write, place=lambda number: prompts[number].where
+        )
         write([rollout for rollout in rollouts if (rollout.prompt_id, rollout.sample_id) not in written])
     if first:
         seconds, tokens = time.monotonic() - start, sum(len(rollout.response) for rollout in rollouts)

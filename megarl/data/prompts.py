@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,12 @@ from megarl.tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class Prompt:
-    """`metadata` is the record's other fields."""
+    """`metadata` is the record's other fields, `where` its file and line, for messages."""
 
     text: str
     tokens: tuple[int, ...]
     metadata: dict[str, Any]
+    where: str = field(default="", compare=False)
 
 
 def read_prompts(paths: Sequence[str], split: str, data: PromptDataConfig, tokenizer: Tokenizer) -> list[Prompt]:
@@ -57,7 +58,7 @@ def encode_prompt(
     if not tokens:
         raise DataError(f"{record.where}: the prompt is empty and has no tokens: write one, or take the record out")
     others = {key: value for key, value in fields.items() if key not in (prompt_key, messages_key)}
-    return Prompt(text, tuple(tokens), others)
+    return Prompt(text, tuple(tokens), others, record.where)
 
 
 def _read(path: str, split: str, data: PromptDataConfig) -> Iterator[Record]:

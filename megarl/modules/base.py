@@ -38,9 +38,8 @@ class Module(LightningModule):
     unit = "step"
     planned: int | None = None
     config: Any = None
-    tokenizer: Tokenizer | None = None
+    tokenizer: Any = None
     resumes = False
-    rows_per_step = 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,6 +54,10 @@ class Module(LightningModule):
         self.samples: list[dict[str, Any]] = []
         self.baseline: dict[str, float] = {}  # metrics of an evaluation before the first step
         self.card: ModelCard | None = None  # says in a checkpoint what model it is of
+
+    @property
+    def rows_per_step(self) -> int:
+        return 1
 
     @property
     def run_dir(self) -> Path:
@@ -111,7 +114,6 @@ class Module(LightningModule):
 
     def _compare(self, saved: dict[str, Any], folder: str) -> None:
         """Say what differs between this run's configuration and the one that is resumed, or refuse it."""
-        assert self.tokenizer is not None
         if saved["entry"] != self.entry:
             raise ConfigError(
                 f"the checkpoint {folder} is of train_{saved['entry']}, and this is train_{self.entry}: give it as "

@@ -58,6 +58,7 @@ class PPO(GenerativeModule):
         self.reference: dict[str, Tensor] | None = None  # empty on a stage of frozen layers
         self.policy_trains = True  # until it has moved too far in a phase
         self.reference_name: str | None = None  # of its weights in the run folder, where behaviour was cloned
+        self.places: list[str] = []  # what messages call the rows of a phase
         self.kl_warned = False
         self.equal_phases = 0  # in a row, in which all scores were the same
 
@@ -116,11 +117,15 @@ class PPO(GenerativeModule):
         if config.ppo.kl_coef > 0:
             self.reference = self.policy.trainable_copy()
             if config.clone.data:
-                self.reference_name = keep(self.policy, self.card, self.run_dir)
+                self._keep_reference()
 
     def _clone(self, config: PPOConfig, engines: Sequence[Engine]) -> None:
         with self.clock.part("clone"):
             clone_behaviour(config, self.tokenizer, self.grid, self.vocab_size, engines)
+
+    def _keep_reference(self) -> None:
+        assert self.card is not None
+        self.reference_name = keep(self.policy, self.card, self.run_dir)
 
     def _find_reference(self, checkpoint: Path) -> None:
         """What the run that is resumed started from, made with the policy's weights before they are restored."""
@@ -135,7 +140,7 @@ class PPO(GenerativeModule):
                 self.run_dir,
             )
             self._clone(started_as, [self.policy])
-            self.reference_name = keep(self.policy, self.card, self.run_dir)
+            self._keep_reference()
         elif self._starts_otherwise(started_as):
             self.policy.start_from(self._start_of(started_as))
         self.reference = self.policy.trainable_copy()
@@ -172,10 +177,12 @@ class PPO(GenerativeModule):
         rate = self.policy.learning_rate
         rollouts, scores, judgement = self.explore(prompts)
         batch = as_batch(rollouts)
+        self.places = [f"{prompts[one.prompt_id].where}, response {one.sample_id}" for one in rollouts]
         with self.clock.part("evaluate"):
             stats = self._evaluate(batch)
         with self.clock.part("shape"):
             stats |= self.shaping.shape(batch, scores, [rollout.finish_reason == "length" for rollout in rollouts])
+            self._refuse_not_finite(batch, "advantages", "returns")
         kl = stats.get("rollout/kl", 0.0)
         self._watch_kl(kl)
         self._watch_scores(stats)
@@ -207,9 +214,10 @@ class PPO(GenerativeModule):
         if self.reference is not None:
             with self.policy.with_weights(self.reference):
                 batch["ref_logprobs"] = self._everywhere(self.policy, batch, of_policy)["old_logprobs"]
-            if self.trainer.global_step == 0:
-                gap = (batch["old_logprobs"] - batch["ref_logprobs"]) * mask
-                self.invariants.same_weights(float(gap.abs().max()))
+        self._refuse_not_finite(batch, "old_logprobs", "values", *(["ref_logprobs"] if "ref_logprobs" in batch else []))
+        if self.reference is not None and self.trainer.global_step == 0:
+            gap = (batch["old_logprobs"] - batch["ref_logprobs"]) * mask
+            self.invariants.same_weights(float(gap.abs().max()))
         tokens = mask.sum()
         drift = float(((batch["rollout_logprobs"] - batch["old_logprobs"]).abs() * mask).sum() / tokens)
         self.invariants.drift(drift)
@@ -362,6 +370,16 @@ class PPO(GenerativeModule):
             self._find_reference(Path(checkpoint["folder"]))
 
     # --- watching ---------------------------------------------------------------------------------------------------
+
+    def _refuse_not_finite(self, batch: Batch, *names: str) -> None:
+        """Of tensors [rows, time] that are the same on every rank: what is NaN or infinite must not be trained on."""
+        for name in names:
+            wrong = (~torch.isfinite(batch[name])).any(dim=1).nonzero()
+            if len(wrong):
+                raise NumericsError(
+                    f"{self.places[int(wrong[0])]}: {name} in phase {self.consumed + 1} are NaN or infinite: look at "
+                    "the model's weights (a lower optim.lr, an earlier checkpoint) and at the scores of this response"
+                )
 
     def _watch_kl(self, kl: float) -> None:
         """Warn of a policy that runs away from its reference, then stop it."""

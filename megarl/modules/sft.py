@@ -21,6 +21,7 @@ class SFT(Module):
     """One training step is one optimizer step over a global batch of records."""
 
     entry = "sft"
+    config: SFTConfig
 
     def __init__(self, config: SFTConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
