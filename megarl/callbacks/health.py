@@ -26,6 +26,10 @@ class Health(Callback):
 
     def __init__(self, run_folder: str | os.PathLike[str]) -> None:
         self.folder = Path(run_folder)
+        self.started = False  # what is refused before the first step is of no step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         for name, value in readings(trainer, _is_watched).items():
@@ -49,7 +53,7 @@ class Health(Callback):
             engine.refuse_not_finite()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, NumericsError) and trainer.training and _NAMED not in str(exception):
+        if isinstance(exception, NumericsError) and self.started and trainer.training and _NAMED not in str(exception):
             # The step knew what went wrong, but neither its number nor the file; the user is shown one message.
             where = f"at {unit(trainer)} {steps_taken(trainer) + 1}{self._dumped(trainer, pl_module)}"
             exception.args = (f"{exception} ({where})", *exception.args[1:])
@@ -59,6 +63,8 @@ class Health(Callback):
         batch = getattr(pl_module, "last_batch", None)
         if batch is None:
             return f", {_NAMED} unknown"
+        if not batch:  # nothing was trained on yet
+            return ""
         path = self.folder / f"nan-batch-rank{trainer.global_rank}.pt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -183,10 +183,10 @@ def ended(run: Any, run_dir: Path, *overrides: str) -> tuple[str, int, str, int]
 
 def test_another_model_or_algorithm_is_refused_by_its_keys(worlds: Worlds, unbroken: Path, tmp_path: Path) -> None:
     start = f"run.resume={first_checkpoint(unbroken)}"
-    other = ["model.hidden_size=32", "model.norm=layernorm"]
+    other = ["model.hidden_size=32", "model.norm=rmsnorm"]
     (kind, code, line, _), *more = worlds.run(2, ended, run_ppo, tmp_path / "model", *TINY, *other, start)
     assert (kind, code) == ("ConfigError", 2)
-    for part in ("model.hidden_size: 16 -> 32", "model.norm: ", "-> layernorm", "run.resume=never", str(unbroken)):
+    for part in ("model.hidden_size: 16 -> 32", "model.norm: ", "-> rmsnorm", "run.resume=never", str(unbroken)):
         assert part in line
     assert more == [(kind, code, line, 2)]
     tiny = [setting for setting in TINY if not setting.startswith("ppo.")]
