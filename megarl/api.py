@@ -278,8 +278,10 @@ def _write(path: Path, records: list[dict[str, Any]]) -> str:
 def _as_json(record: dict[str, Any]) -> str:
     try:
         return json.dumps(record, default=_plain, allow_nan=False)
-    except ValueError:
-        raise DataError(f"a record holds NaN or infinity: {str(record)[:200]}; give a finite number or None") from None
+    except ValueError as problem:
+        raise DataError(
+            f"record {str(record)[:200]} cannot be kept with the run ({problem}): give finite numbers"
+        ) from None
 
 
 def _plain(value: Any) -> Any:
