@@ -313,9 +313,18 @@ def _write(path: Path, records: list[dict[str, Any]]) -> str:
     if first_process():
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.unfinished")
-        aside.write_text("".join(json.dumps(record, default=_plain) + "\n" for record in records), encoding="utf-8")
+        aside.write_text("".join(_as_json(record) + "\n" for record in records), encoding="utf-8")
         aside.replace(path)
     return str(path)
+
+
+def _as_json(record: dict[str, Any]) -> str:
+    try:
+        return json.dumps(record, default=_plain, allow_nan=False)
+    except ValueError as problem:
+        raise DataError(
+            f"record {str(record)[:200]} cannot be kept with the run ({problem}): give finite numbers"
+        ) from None
 
 
 def _plain(value: Any) -> Any:

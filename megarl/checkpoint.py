@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from megarl.disk import UnreadableError, is_dir, is_file, load_plain, read_json, shown
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, NumericsError
 from megarl.logging import get_logger
 from megarl.parallel import shards
+from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
 from megarl.parallel.shards import Part, together
 
@@ -110,6 +112,7 @@ class _Save:
         self.file = f"rank-{self.rank:05d}.safetensors"
         common = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         parts, sharded_common = shards.collect(checkpoint["state_dict"], grid, self.file)
+        self._refuse_not_finite(parts)
         common["sharded_common"] = _union(grid.gather(sharded_common))
         if copy:  # training goes on and changes the tensors
             parts = [(part, data.to("cpu", copy=True)) for part, data in parts]
@@ -119,6 +122,16 @@ class _Save:
         self.thread: threading.Thread | None = None
         self.common = b""  # on the first rank
         grid.by_first(lambda: self._prepare(common))
+
+    def _refuse_not_finite(self, parts: Sequence[tuple[Part, torch.Tensor]]) -> None:
+        """On all ranks, before anything is written: nothing good gives way to numbers that are of no use."""
+        mine = next((part.key for part, data in parts if not is_finite(data)), None)
+        found = next((key for key in self.grid.gather(mine) if key is not None), None)
+        if found is not None:
+            raise NumericsError(
+                f"{found} holds NaN or infinity at step {self.step}, so no checkpoint is written: go on from an "
+                "earlier one with a lower optim.lr"
+            )
 
     def start(self) -> None:
         self.thread = threading.Thread(target=self.run, name="checkpoint")

@@ -200,7 +200,7 @@ def answer(
 
     sampling = sampling_from(config.rollout)
     # By their numbers in the file: a prompt that was left out changes neither the others' ids nor their responses.
-    texts = {prompt.number: prompt.text for prompt in prompts}
+    by_number = {prompt.number: prompt for prompt in prompts}
     requests = [
         Request(prompt.number, sample_id, prompt.tokens, sampling)
         for prompt in prompts
@@ -217,12 +217,15 @@ def answer(
             for rollout in rollouts:
                 name = (rollout.prompt_id, rollout.sample_id)
                 if name not in written:
-                    out.write(json.dumps(_line(rollout, texts[rollout.prompt_id], tokenizer)) + "\n")
+                    line = _line(rollout, by_number[rollout.prompt_id].text, tokenizer)
+                    out.write(json.dumps(line, allow_nan=False) + "\n")
                     written.add(name)
             out.flush()
             advance(rollouts)
 
-        rollouts = generator.generate(requests, stream=EVALUATION, on_finished=write)
+        rollouts = generator.generate(
+            requests, stream=EVALUATION, on_finished=write, place=lambda number: by_number[number].where
+        )
         write([rollout for rollout in rollouts if (rollout.prompt_id, rollout.sample_id) not in written])
     if first:
         seconds, tokens = time.monotonic() - start, sum(len(rollout.response) for rollout in rollouts)

@@ -152,7 +152,7 @@ def _write(settings: Settings, out: str) -> None:
     """One process of a world that this command starts."""
     result = train(settings)
     if os.environ["RANK"] == "0":
-        Path(out).write_text(json.dumps(result))
+        Path(out).write_text(json.dumps(result, allow_nan=False))
 
 
 def started(settings: Settings) -> dict[str, Any]:

@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from megarl import checkpoint as checkpoints
+from megarl.callbacks.checkpoints import Checkpoints
 from megarl.checkpoint import COMMON, INDEX, MANIFEST, find, step_folder, step_of, tensors, tidy, verify
+from megarl.config.schema import CheckpointConfig
 from megarl.errors import CheckpointError
 from megarl.parallel import shards
 from tests.parallel.engines import batches, count_tokens, small_engine, token_loss
@@ -591,6 +593,27 @@ def test_scores_of_checkpoints_that_are_elsewhere_do_not_bar_new_ones(worlds: Wo
     )
     assert resumed[0]["best"] == "step-0000005"
     assert [path.name for path in find(tmp_path / "second" / "checkpoints")] == ["step-0000005", "step-0000006"]
+
+
+def test_scores_of_another_metric_do_not_rank_checkpoints(tmp_path: Path) -> None:
+    """What was measured of each is known by its name: by another metric the best is another, or none."""
+    callback = Checkpoints(tmp_path, CheckpointConfig(metric="eval/loss"), 1)
+    callback.measured = {
+        "step-0000001": {"eval/loss": 1.0, "eval/accuracy": 0.5},
+        "step-0000002": {"eval/loss": 2.0, "eval/accuracy": 0.9},
+        "step-0000003": {"eval/loss": 0.1},
+    }
+    best = {}
+    for metric, mode in (("eval/loss", "min"), ("eval/loss", "max"), ("eval/accuracy", "max"), ("eval/other", "max")):
+        resumed = Checkpoints(tmp_path, CheckpointConfig(metric=metric, mode=mode), 1)
+        resumed.load_state_dict(callback.state_dict())
+        best[metric, mode] = None if resumed.best() is None else str(resumed.best().name)[-1]
+    assert best == {
+        ("eval/loss", "min"): "3",
+        ("eval/loss", "max"): "2",
+        ("eval/accuracy", "max"): "2",
+        ("eval/other", "max"): None,
+    }
 
 
 def warned(run_dir: Path, metric: str) -> list[str]:

@@ -1,5 +1,6 @@
 """When checkpoints are written, and which are kept: the last few and the best few."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, folder: Path, config: CheckpointConfig, eval_every: int | None) -> None:
         self.folder, self.config, self.eval_every = folder, config, eval_every
-        self.scores: dict[str, float] = {}  # of evaluated checkpoints, by folder name
+        self.measured: dict[str, dict[str, float]] = {}  # by evaluations, of checkpoints by folder name
         self.saved_step = -1
         self.told = False  # that nothing is called as the metric
 
@@ -32,7 +33,7 @@ class Checkpoints(Checkpoint):
         """What is restored by now decides which checkpoints in the folder belong to this course of the run."""
         self._io(trainer).restoring = None
         here = self._start_from(steps_taken(trainer)) if trainer.is_global_zero else ({}, None)
-        self.scores, problem = trainer.strategy.broadcast(here)
+        self.measured, problem = trainer.strategy.broadcast(here)
         if problem is not None:
             raise CheckpointError(problem)
 
@@ -41,27 +42,38 @@ class Checkpoints(Checkpoint):
         step = steps_taken(trainer)
         evaluation_follows = self.eval_every is not None and step % self.eval_every == 0
         if self._due(step) and not evaluation_follows:
-            self._save(trainer, None)
+            self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or (not trainer.training and trainer.state.fn != "fit"):
             return
         self._tell_of_missing_metric(trainer)
-        score = self._score(trainer)
+        measured = self._measured(trainer)
+        score = measured.get(self.config.metric)
         if self._due(steps_taken(trainer)) or (score is not None and self._among_best(score)):
-            self._save(trainer, score)
+            self._save(trainer, measured)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.config.save_last and self.saved_step != steps_taken(trainer):
-            self._save(trainer, None)
+            self._save(trainer)
         self._io(trainer).wait()
         self._prune(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scores": dict(self.scores)}
+        return {"measured": {name: dict(values) for name, values in self.measured.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.scores = dict(state_dict["scores"])
+        """Everything that was measured, as this run may rank by another metric than the one that is resumed."""
+        if "measured" in state_dict:
+            self.measured = {name: dict(values) for name, values in state_dict["measured"].items()}
+        else:  # as earlier versions kept it
+            self.measured = {name: {self.config.metric: score} for name, score in state_dict["scores"].items()}
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Of evaluated checkpoints, by folder name, in the metric that ranks them."""
+        metric = self.config.metric
+        return {name: values[metric] for name, values in self.measured.items() if metric in values}
 
     def best(self) -> Path | None:
         """The kept checkpoint with the best metric."""
@@ -74,30 +86,31 @@ class Checkpoints(Checkpoint):
         Lightning evaluates whenever it stops early; here only an evaluation that is due at this step still runs.
         """
         if self.saved_step != steps_taken(trainer):
-            self._save(trainer, None)
+            self._save(trainer)
         self._io(trainer).wait()
         trainer.should_stop = True
         if self.eval_every is None or steps_taken(trainer) % self.eval_every:
             trainer.limit_val_batches = 0
 
-    def _save(self, trainer: Trainer, score: float | None) -> None:
+    def _save(self, trainer: Trainer, measured: dict[str, float] | None = None) -> None:
         step = steps_taken(trainer)
         path = step_folder(self.folder, step)
-        if score is not None:
-            self.scores[path.name] = score
+        if measured:
+            self.measured[path.name] = measured
         self.saved_step = step
         with getattr(trainer.lightning_module, "clock", Clock()).part("save"):
             trainer.save_checkpoint(path)
         self._prune(trainer)
 
-    def _start_from(self, step: int) -> tuple[dict[str, float], str | None]:
-        """On the first rank: the scores of checkpoints that are there (others would bar new ones), or what is wrong."""
+    def _start_from(self, step: int) -> tuple[dict[str, dict[str, float]], str | None]:
+        """On the first rank: what is known of checkpoints that are there (others would bar new ones), or what is
+        wrong."""
         try:
             tidy(self.folder, step)
         except CheckpointError as problem:
             return {}, str(problem)
         there = {path.name for path in find(self.folder)}
-        return {name: score for name, score in self.scores.items() if name in there}, None
+        return {name: values for name, values in self.measured.items() if name in there}, None
 
     def _prune(self, trainer: Trainer) -> None:
         """Delete what is neither among the last nor among the best. What is still being written counts for neither."""
@@ -113,11 +126,10 @@ class Checkpoints(Checkpoint):
     def _due(self, step: int) -> bool:
         return self.config.every is not None and step % self.config.every == 0 and step != self.saved_step
 
-    def _score(self, trainer: Trainer) -> float | None:
-        value = trainer.callback_metrics.get(self.config.metric)
-        if value is None or not bool(value == value):
-            return None
-        return float(value)
+    def _measured(self, trainer: Trainer) -> dict[str, float]:
+        """What the evaluation that just ended measured, and the metric that ranks, where it is one of training."""
+        found = readings(trainer, lambda name: is_evaluation(name) or name == self.config.metric)
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def _tell_of_missing_metric(self, trainer: Trainer) -> None:
         """Once, at an evaluation: without the metric that says which checkpoint is best, none is kept as such."""

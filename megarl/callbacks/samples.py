@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from rich.console import Console
 from rich.table import Table
 
-from megarl.callbacks.readings import steps_taken, unit
+from megarl.callbacks.readings import plain, steps_taken, unit
 from megarl.command import printable
 from megarl.logging import get_logger
 
@@ -39,7 +39,7 @@ class Samples(Callback):
             return
         step = steps_taken(trainer)
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({unit(trainer): step, **row}) + "\n" for row in rows)
+            file.writelines(json.dumps(plain({unit(trainer): step, **row}), allow_nan=False) + "\n" for row in rows)
         logger.info("%s %d  samples:\n%s", unit(trainer), step, as_table(rows))
         for entry in trainer.loggers:
             if isinstance(entry, TensorBoardLogger):

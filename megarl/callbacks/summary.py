@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from megarl.callbacks.collapse import Collapse
-from megarl.callbacks.readings import is_evaluation, logging_interval, planned_steps, readings, steps_taken, unit
+from megarl.callbacks.readings import is_evaluation, logging_interval, plain, planned_steps, readings, steps_taken, unit
 from megarl.callbacks.run_folder import write_whole
 from megarl.callbacks.throughput import peak_memory_gb
 from megarl.clock import Clock
@@ -146,7 +146,7 @@ class Summary(Callback):
         content = self._content(trainer) if self._started else self._earlier_content() or self._content(trainer)
         content.pop("error", None)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, json.dumps(_plain({**content, **ending}), indent=2, allow_nan=False) + "\n")
+        write_whole(self.path, json.dumps(plain({**content, **ending}), indent=2, allow_nan=False) + "\n")
 
     def _content(self, trainer: Trainer) -> dict[str, Any]:
         wall, cpu = self._seconds()
@@ -204,12 +204,3 @@ class _Series:
 def one_line(exception: BaseException) -> str:
     """An exception as one line: its kind and what it says."""
     return " ".join(f"{type(exception).__name__}: {exception}".split()).removesuffix(":")
-
-
-def _plain(content: Any) -> Any:
-    """With null for numbers JSON has no words for."""
-    if isinstance(content, dict):
-        return {key: _plain(value) for key, value in content.items()}
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return content

@@ -84,8 +84,9 @@ def build_train_loader(
     dp_size: int = 1,
     multiple_of: int = 1,
     start: int = 0,
+    rows: int | None = None,
 ) -> StepLoader:
-    """Steps `start` up to `trainer.max_steps` of a run, for one data-parallel rank."""
+    """Steps `start` up to `trainer.max_steps` of a run, for one data-parallel rank; `rows` were used before."""
     batches = TrainBatches(
         dataset.lengths,
         config.trainer.global_batch_size,
@@ -93,6 +94,7 @@ def build_train_loader(
         shuffle=config.data.shuffle,
         group_by_length=config.data.group_by_length,
         start=start,
+        rows=rows,
     )
     return StepLoader(
         dataset,

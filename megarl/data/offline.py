@@ -305,11 +305,16 @@ class OfflineLoader:
 
 
 def build_offline_loader(
-    config: ILQLConfig, store: OfflineStore, tokenizer: Tokenizer, start: int = 0
+    config: ILQLConfig, store: OfflineStore, tokenizer: Tokenizer, start: int = 0, rows: int | None = None
 ) -> OfflineLoader:
-    """Steps `start` up to `trainer.max_steps` of a run."""
+    """Steps `start` up to `trainer.max_steps` of a run; `rows` were used before."""
     batches = TrainBatches(
-        store.lengths, config.trainer.global_batch_size, config.seed, shuffle=config.data.shuffle, start=start
+        store.lengths,
+        config.trainer.global_batch_size,
+        config.seed,
+        shuffle=config.data.shuffle,
+        start=start,
+        rows=rows,
     )
     return OfflineLoader(store, batches, pad_id=tokenizer.pad_id, steps=config.trainer.max_steps)
 

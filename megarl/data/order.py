@@ -34,6 +34,7 @@ class TrainBatches:
         shuffle: bool = True,
         group_by_length: bool = False,
         start: int = 0,
+        rows: int | None = None,
     ) -> None:
         """Take up the stream.
 
@@ -41,6 +42,7 @@ class TrainBatches:
             lengths: tokens of each row, [rows].
             group_by_length: fill a batch with rows of similar length; needs shuffle.
             start: the global batch to begin with.
+            rows: rows that the batches before it took, where those had another size (None: this size).
         """
         if len(lengths) == 0 or global_batch_size < 1:
             raise ConfigError(
@@ -55,11 +57,12 @@ class TrainBatches:
         self.shuffle = shuffle
         self.group_by_length = group_by_length
         self.consumed = start
+        self._origin = 0 if rows is None else rows - start * global_batch_size  # where batch 0 would begin
         self._orders: dict[int, np.ndarray] = {}
 
     def batch(self, index: int) -> np.ndarray:
         """Rows of a global batch, [global_batch_size], found without going through those before it."""
-        begin = index * self.global_batch_size
+        begin = self._origin + index * self.global_batch_size
         end = begin + self.global_batch_size
         total = len(self.lengths)
         pieces = []
@@ -72,7 +75,7 @@ class TrainBatches:
 
     def epoch(self, index: int) -> float:
         """Epochs behind the stream when global batch `index` begins."""
-        return index * self.global_batch_size / len(self.lengths)
+        return (self._origin + index * self.global_batch_size) / len(self.lengths)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         while True:
@@ -97,7 +100,7 @@ class TrainBatches:
             return order
         # The first rows complete the batch that the last epoch began; grouping starts at a batch's edge.
         size = self.global_batch_size
-        head = min(-(epoch * total) % size, total)
+        head = min((self._origin - epoch * total) % size, total)
         whole = (total - head) // size
         groups = order[head : head + whole * size]
         for begin in range(0, len(groups), GROUPING_WINDOW * size):

@@ -199,10 +199,12 @@ def _read(path: str, split: str, data: PromptDataConfig) -> Iterator[Record]:
 class PhaseLoader:
     """Without end, the numbers of each phase's prompts, in an order that follows from the seed."""
 
-    def __init__(self, prompts: Sequence[Prompt], per_phase: int, seed: int, start: int = 0) -> None:
-        """`start` is the phase to begin with."""
+    def __init__(
+        self, prompts: Sequence[Prompt], per_phase: int, seed: int, start: int = 0, rows: int | None = None
+    ) -> None:
+        """`start` is the phase to begin with, `rows` the prompts of those before it (None: as many in each)."""
         lengths = np.array([len(prompt.tokens) for prompt in prompts])
-        self.batches = TrainBatches(lengths, per_phase, seed, start=start)
+        self.batches = TrainBatches(lengths, per_phase, seed, start=start, rows=rows)
 
     def __iter__(self) -> Iterator[list[int]]:
         for rows in self.batches:

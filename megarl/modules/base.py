@@ -1,13 +1,17 @@
 """What every algorithm's module shares: its engines, the one optimizer over them, its cursor, its clock."""
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 
 from megarl.clock import Clock, Work
+from megarl.config import resume
 from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
 from megarl.errors import ConfigError
+from megarl.logging import get_logger
 from megarl.models.config import GPTConfig
 from megarl.models.exchange.card import ModelCard
 from megarl.models.exchange.formats import open_source
@@ -18,29 +22,46 @@ from megarl.parallel.grid import Grid
 from megarl.parallel.optimizer import Optimizers
 from megarl.tokenizers import Tokenizer
 
+log = get_logger(__name__)
+
 
 class Module(LightningModule):
     """A module whose models are engines over the strategy's grid. Subclasses fill `engines` in `configure_model`.
 
-    `consumed` is the data cursor: how many training steps' worth of data has been used. It is what a resume needs to go
-    on with the next record. `unit` is what such a step is called, `planned` how many there will be, where that is not
-    the Trainer's to say. `samples` are rows of a table that the last evaluation filled.
+    `consumed` counts the training steps so far and `rows` the rows of data they took, `rows_per_step` each: what a
+    resume needs to go on with the next record. `entry` names the algorithm, `unit` is what a step is called, `planned`
+    how many there will be, where that is not the Trainer's to say. `resumes` is set where a checkpoint is about to be
+    restored. `samples` are rows of a table that the last evaluation filled.
     """
 
+    entry = ""
     unit = "step"
     planned: int | None = None
+    config: Any = None
+    tokenizer: Any = None
+    resumes = False
 
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.engines: dict[str, Engine] = {}
-        self.consumed = 0
+        self.consumed = self.rows = 0
+        self.started_as: dict[str, Any] | None = None  # the configuration of the first run of this one's line
+        self.changed: set[str] = set()  # keys that had another value in the run that is resumed
         self.clock = Clock()
         self.work = Work(tokens=0, flops=0.0)
         self.last_batch: list[Batch] = []
         self.samples: list[dict[str, Any]] = []
         self.baseline: dict[str, float] = {}  # metrics of an evaluation before the first step
         self.card: ModelCard | None = None  # says in a checkpoint what model it is of
+
+    @property
+    def rows_per_step(self) -> int:
+        return 1
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.trainer.default_root_dir)
 
     @property
     def grid(self) -> Grid:
@@ -64,15 +85,49 @@ class Module(LightningModule):
         norms: dict[str, float] = optimizer.optimizer.grad_norms  # type: ignore[union-attr]
         return norms
 
+    def advance(self) -> None:
+        """One training step more is done."""
+        self.consumed += 1
+        self.rows += self.rows_per_step
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["consumed"] = self.consumed
+        checkpoint["consumed"], checkpoint["rows"] = self.consumed, self.rows
+        if self.config is not None and self.tokenizer is not None:
+            present = asdict(self.config)
+            checkpoint["run"] = {
+                "entry": self.entry,
+                "config": present,
+                "started_as": self.started_as or present,
+                "tokenizer": self.tokenizer.fingerprint(),
+            }
         checkpoint["clock"] = self.clock.state_dict()
         if self.card is not None:
             checkpoint["model"] = self.card.plain()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Before the weights are restored: those of a run that this one cannot go on from are refused."""
+        if "run" in checkpoint and self.tokenizer is not None:
+            self._compare(checkpoint["run"], checkpoint["folder"])
         self.consumed = checkpoint["consumed"]
+        self.rows = checkpoint.get("rows", self.consumed * self.rows_per_step)
         self.clock.load_state_dict(checkpoint["clock"])
+
+    def _compare(self, saved: dict[str, Any], folder: str) -> None:
+        """Say what differs between this run's configuration and the one that is resumed, or refuse it."""
+        if saved["entry"] != self.entry:
+            raise ConfigError(
+                f"the checkpoint {folder} is of train_{saved['entry']}, and this is train_{self.entry}: give it as "
+                "model.path with run.resume=never, or another run.dir"
+            )
+        self.started_as = saved["started_as"]
+        same_tokenizer = saved["tokenizer"] == self.tokenizer.fingerprint()
+        found = resume.differences(
+            saved["config"], saved["started_as"], asdict(self.config), same_tokenizer=same_tokenizer
+        )
+        resume.refuse(found, folder)
+        self.changed = {difference.key for difference in found}
+        if told := resume.told(found):
+            log.warning("this run's settings are not those of the run that it resumes: %s", told)
 
 
 def vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> int:

@@ -56,6 +56,7 @@ def clone_behaviour(
         student.apply_gradients()
         if (step + 1) % max(1, steps // REPORTS) == 0:
             log.info("cloning step %d/%d  loss %.4f", step + 1, steps, metrics["loss"])
+    student.refuse_not_finite()
     for engine in engines:
         engine.start_from(student)
 

@@ -123,7 +123,9 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
         hand_to_nemo(trainer, config.trainer.exp_manager_options, run_dir)
     gc.freeze()  # every save collects garbage: let it not look through all that imports have made
     try:
-        trainer.fit(module, ckpt_path=resume_from(config.run.resume, run_dir))
+        restored = resume_from(config.run.resume, run_dir)
+        module.resumes = restored is not None
+        trainer.fit(module, ckpt_path=restored)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
         if io.restoring is None:
             raise

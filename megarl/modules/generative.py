@@ -103,6 +103,7 @@ class GenerativeModule(Module):
 
     def explore(self, prompts: Sequence[Prompt]) -> tuple[list[Rollout], list[Score], Judgement]:
         """This phase's responses to prompts, `rollout.n` to each: those that have a score, and their scores."""
+        self.last_batch = []  # that of the phase before is none of this phase's
         with self.clock.part("generate"):
             rollouts = self.responder.respond(prompts, self.config.rollout.n, stream=TRAINING, phase=self.consumed)
         with self.clock.part("score"):

@@ -31,6 +31,7 @@ TERMS = (
 class ILQL(GenerativeModule):
     """One training step is one optimizer step over a global batch of samples."""
 
+    entry = "ilql"
     config: ILQLConfig
 
     def __init__(
@@ -61,8 +62,12 @@ class ILQL(GenerativeModule):
         self.engines = {"policy": self.policy}
         self.prepare_responses(self.respond)
 
+    @property
+    def rows_per_step(self) -> int:
+        return self.config.trainer.global_batch_size
+
     def train_dataloader(self) -> Iterable[Batch]:
-        return build_offline_loader(self.config, self.store, self.tokenizer, start=self.consumed)
+        return build_offline_loader(self.config, self.store, self.tokenizer, start=self.consumed, rows=self.rows)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         settings, rows = self.config.ilql, torch.arange(len(batch["tokens"]))
@@ -72,7 +77,7 @@ class ILQL(GenerativeModule):
             self.last_batch = passes.microbatches()
             metrics = self.policy.train_step(self.last_batch, self.loss, count_chosen)
             norms = self.step_optimizers()
-            self.consumed += 1
+            self.advance()
             if self.consumed % settings.target_every == 0:  # of all steps of the run, resumed or not
                 for model in self.policy.models:
                     model.move_targets(settings.target_alpha)

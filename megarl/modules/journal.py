@@ -70,7 +70,7 @@ class Journal:
         for row, (name, score) in enumerate(zip(names, scores, strict=True)):
             own = {part: column[row] for part, column in parts.items()}
             record = {"of": name, "score": score, "parts": own, "by": self.function}
-            lines.append(json.dumps(record) + "\n")
+            lines.append(json.dumps(record, allow_nan=False) + "\n")
         for folder in self.folders:
             _append(self._path(folder, stream, phase), lines)
 

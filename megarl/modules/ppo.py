@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from megarl.algorithms import aggregate, aggregation_count, kl_estimate, mask_out, ppo_policy_loss, ppo_value_loss
 from megarl.clock import Work
+from megarl.config.resume import from_plain
 from megarl.config.schema import PPOConfig
 from megarl.data.prompts import PhaseLoader
 from megarl.errors import NumericsError
@@ -23,6 +25,7 @@ from megarl.modules.clone import clone_behaviour
 from megarl.modules.experience import Passes, as_batch, evaluate, in_rows, training_flops
 from megarl.modules.generative import GenerativeModule
 from megarl.modules.invariants import Invariants
+from megarl.modules.reference import keep, take
 from megarl.modules.shaping import Shaping
 from megarl.parallel.engine import Batch, Engine, ForwardFn, Stats
 from megarl.parallel.grid import SEEDS
@@ -30,6 +33,7 @@ from megarl.tokenizers import Tokenizer
 
 NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
 EQUAL_PHASES = 2  # in which all scores are the same, before that is worth a warning
+SCORED_BY = ("reward.fn", "reward.options", "ppo.clip_scores")  # what the moments of scores are of
 FORWARD_SHARE = 1 / 3  # of what a token costs in forward and backward
 log = get_logger(__name__)
 
@@ -37,7 +41,7 @@ log = get_logger(__name__)
 class PPO(GenerativeModule):
     """Policy, critic (a head on the policy's trunk or a model of its own), reference, and the phase that joins them."""
 
-    unit = "phase"
+    entry, unit = "ppo", "phase"
     remedy_of_collapse = "ppo.stop_at_kl=0.05, a lower optim.lr, fewer ppo.inner_epochs or ppo.whiten_advantages=false"
 
     config: PPOConfig
@@ -54,6 +58,8 @@ class PPO(GenerativeModule):
         self.invariants = Invariants(config.ppo.invariants, config.trainer.precision, lambda: self.consumed)
         self.reference: dict[str, Tensor] | None = None  # empty on a stage of frozen layers
         self.policy_trains = True  # until it has moved too far in a phase
+        self.reference_name: str | None = None  # of its weights in the run folder, where behaviour was cloned
+        self.places: list[str] = []  # what messages call the rows of a phase
         self.kl_warned = False
         self.equal_phases = 0  # in a row, in which all scores were the same
         self.prepare_prompts(train=True)
@@ -101,20 +107,68 @@ class PPO(GenerativeModule):
         self.prepare_responses()
 
     def on_fit_start(self) -> None:
-        """Before a checkpoint is restored: the reference is what the run started from, so a resume makes it again."""
+        """What a run starts from. A resume has it from its checkpoint, and its reference from `on_load_checkpoint`."""
         config = self.config
-        needs_reference = config.ppo.kl_coef > 0
-        if config.clone.data and (needs_reference or self.trainer.ckpt_path is None):
+        if self.resumes:
+            return
+        if config.clone.data:
             own_start = self.critic is not self.policy and config.critic.path is not None
-            with self.clock.part("clone"):
-                engines = [self.policy] if own_start else list(self.engines.values())
-                clone_behaviour(config, self.tokenizer, self.grid, self.vocab_size, engines)
-        if needs_reference:
+            self._clone(config, [self.policy] if own_start else list(self.engines.values()))
+        if config.ppo.kl_coef > 0:
             self.reference = self.policy.trainable_copy()
+            if config.clone.data:
+                self._keep_reference()
+
+    def _clone(self, config: PPOConfig, engines: Sequence[Engine]) -> None:
+        with self.clock.part("clone"):
+            clone_behaviour(config, self.tokenizer, self.grid, self.vocab_size, engines)
+
+    def _keep_reference(self) -> None:
+        assert self.card is not None
+        self.reference_name = keep(self.policy, self.card, self.run_dir)
+
+    def _find_reference(self, checkpoint: Path) -> None:
+        """What the run that is resumed started from, made with the policy's weights before they are restored."""
+        started_as: PPOConfig = from_plain(PPOConfig, self.started_as or asdict(self.config))
+        started_as.parallel = self.config.parallel
+        if self.reference_name is not None and take(self.policy, self.reference_name, self.run_dir, checkpoint):
+            pass
+        elif started_as.clone.data:
+            log.warning(
+                "the weights that the reference had are neither in %s nor beside the checkpoint: cloning the behaviour "
+                "again, as the run did at its start",
+                self.run_dir,
+            )
+            self._clone(started_as, [self.policy])
+            self._keep_reference()
+        elif self._starts_otherwise(started_as):
+            self.policy.start_from(self._start_of(started_as))
+        self.reference = self.policy.trainable_copy()
+
+    def _starts_otherwise(self, started_as: PPOConfig) -> bool:
+        """Whether the run began with other weights than those this configuration gives a new run."""
+        ours, theirs = self.config.model, started_as.model
+        if theirs.path is None:
+            return ours.path is not None or (started_as.seed, theirs.init_std) != (self.config.seed, ours.init_std)
+        return ours.path != theirs.path and (ours.path is None or Path(theirs.path).exists())
+
+    def _start_of(self, started_as: PPOConfig) -> Engine:
+        return build_gpt_engine(
+            self.grid,
+            started_as.model,
+            self.config.parallel,
+            name="start",
+            vocab_size=self.vocab_size,
+            precision=self.config.trainer.precision,
+            seed=started_as.seed,
+        )
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.config.ppo.rollouts // self.config.rollout.n
 
     def train_dataloader(self) -> Iterable[list[int]]:
-        per_phase = self.config.ppo.rollouts // self.config.rollout.n
-        return PhaseLoader(self.prompts, per_phase, self.config.seed, start=self.consumed)
+        return PhaseLoader(self.prompts, self.rows_per_step, self.config.seed, start=self.consumed, rows=self.rows)
 
     # --- a phase ----------------------------------------------------------------------------------------------------
 
@@ -123,17 +177,19 @@ class PPO(GenerativeModule):
         rate = self.policy.learning_rate
         rollouts, scores, judgement = self.explore(prompts)
         batch = as_batch(rollouts)
+        self.places = [f"{prompts[one.prompt_id].where}, response {one.sample_id}" for one in rollouts]
         with self.clock.part("evaluate"):
             stats = self._evaluate(batch)
         with self.clock.part("shape"):
             stats |= self.shaping.shape(batch, scores, [rollout.finish_reason == "length" for rollout in rollouts])
+            self._refuse_not_finite(batch, "advantages", "returns")
         kl = stats.get("rollout/kl", 0.0)
         self._watch_kl(kl)
         self._watch_scores(stats)
         with self.clock.part("train"):
             stats |= self._train(batch)
         self.shaping.kl_control.update(kl, len(rollouts))
-        self.consumed += 1
+        self.advance()
         self.work = self._work(batch)
         parts = {f"rollout/score/{name}": mean for name, mean in judgement.means().items()}
         self.log_dict({"train/lr": rate, "rollout/dropped": float(judgement.dropped), **parts, **stats})
@@ -158,9 +214,10 @@ class PPO(GenerativeModule):
         if self.reference is not None:
             with self.policy.with_weights(self.reference):
                 batch["ref_logprobs"] = self._everywhere(self.policy, batch, of_policy)["old_logprobs"]
-            if self.trainer.global_step == 0:
-                gap = (batch["old_logprobs"] - batch["ref_logprobs"]) * mask
-                self.invariants.same_weights(float(gap.abs().max()))
+        self._refuse_not_finite(batch, "old_logprobs", "values", *(["ref_logprobs"] if "ref_logprobs" in batch else []))
+        if self.reference is not None and self.trainer.global_step == 0:
+            gap = (batch["old_logprobs"] - batch["ref_logprobs"]) * mask
+            self.invariants.same_weights(float(gap.abs().max()))
         tokens = mask.sum()
         drift = float(((batch["rollout_logprobs"] - batch["old_logprobs"]).abs() * mask).sum() / tokens)
         self.invariants.drift(drift)
@@ -302,12 +359,27 @@ class PPO(GenerativeModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["shaping"] = self.shaping.state_dict()
+        checkpoint["reference"] = self.reference_name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.shaping.load_state_dict(checkpoint["shaping"])
+        other_scores = not self.changed.isdisjoint(SCORED_BY)
+        self.shaping.load_state_dict(checkpoint["shaping"], other_scores=other_scores)
+        self.reference_name = checkpoint.get("reference")
+        if self.config.ppo.kl_coef > 0:
+            self._find_reference(Path(checkpoint["folder"]))
 
     # --- watching ---------------------------------------------------------------------------------------------------
+
+    def _refuse_not_finite(self, batch: Batch, *names: str) -> None:
+        """Of tensors [rows, time] that are the same on every rank: what is NaN or infinite must not be trained on."""
+        for name in names:
+            wrong = (~torch.isfinite(batch[name])).any(dim=1).nonzero()
+            if len(wrong):
+                raise NumericsError(
+                    f"{self.places[int(wrong[0])]}: {name} in phase {self.consumed + 1} are NaN or infinite: look at "
+                    "the model's weights (a lower optim.lr, an earlier checkpoint) and at the scores of this response"
+                )
 
     def _watch_kl(self, kl: float) -> None:
         """Warn of a policy that runs away from its reference, then stop it."""

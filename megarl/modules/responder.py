@@ -62,7 +62,13 @@ class Responder:
         if self.reshard is not None:
             self.reshard.refresh()
         self.generator.scorer = scorer
-        rollouts = self.generator.generate(requests, stream=stream, phase=phase, weights_version=phase)
+        rollouts = self.generator.generate(
+            requests,
+            stream=stream,
+            phase=phase,
+            weights_version=phase,
+            place=lambda number: f"{prompts[number].where or f'prompt {number}'} in phase {phase + 1}",
+        )
         if not self.settings.cuda_graphs:  # they are recorded over the cache, and recording takes seconds
             self.generator.close()  # what comes next has the memory
         return rollouts

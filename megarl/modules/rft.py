@@ -28,7 +28,7 @@ from megarl.tokenizers import Tokenizer
 class RFT(GenerativeModule):
     """One training step is one phase: generate, score, then improvement steps on an ever smaller share of the best."""
 
-    unit = "phase"
+    entry, unit = "rft", "phase"
     config: RFTConfig
 
     def __init__(
@@ -60,17 +60,20 @@ class RFT(GenerativeModule):
 
     def _most_minibatches(self) -> int:
         """Of an improvement step that keeps every answer: how many steps a run will take is not known beforehand."""
-        answers = (self.config.rft.prompts or len(self.prompts)) * self.config.rollout.n
+        answers = self.rows_per_step * self.config.rollout.n
         return -(-answers // self.config.trainer.global_batch_size)
 
     def on_fit_start(self) -> None:
-        if self.config.clone.data and self.trainer.ckpt_path is None:
+        if self.config.clone.data and not self.resumes:
             with self.clock.part("clone"):
                 clone_behaviour(self.config, self.tokenizer, self.grid, self.vocab_size, [self.policy])
 
+    @property
+    def rows_per_step(self) -> int:
+        return self.config.rft.prompts or len(self.prompts)
+
     def train_dataloader(self) -> Iterable[list[int]]:
-        per_phase = self.config.rft.prompts or len(self.prompts)
-        return PhaseLoader(self.prompts, per_phase, self.config.seed, start=self.consumed)
+        return PhaseLoader(self.prompts, self.rows_per_step, self.config.seed, start=self.consumed, rows=self.rows)
 
     def training_step(self, prompt_numbers: list[int], batch_idx: int) -> None:
         prompts = [self.prompts[number] for number in prompt_numbers]
@@ -80,7 +83,7 @@ class RFT(GenerativeModule):
         batch = as_batch([rollout for rollout, _ in answers])
         with self.clock.part("train"):
             stats = self._improve(batch, answers)
-        self.consumed += 1
+        self.advance()
         self.work = self._work(batch, stats["train/optimizer_steps"])
         scores = judgement.totals()
         self.log_dict(

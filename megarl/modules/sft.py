@@ -20,6 +20,9 @@ from megarl.tokenizers import Tokenizer
 class SFT(Module):
     """One training step is one optimizer step over a global batch of records."""
 
+    entry = "sft"
+    config: SFTConfig
+
     def __init__(self, config: SFTConfig, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
@@ -50,8 +53,14 @@ class SFT(Module):
         )
         self.engines = {"policy": self.policy}
 
+    @property
+    def rows_per_step(self) -> int:
+        return self.config.trainer.global_batch_size
+
     def train_dataloader(self) -> Iterable[list[Batch]]:
-        return build_train_loader(self.config, self.train_data, self.tokenizer, start=self.consumed, **self.share)
+        return build_train_loader(
+            self.config, self.train_data, self.tokenizer, start=self.consumed, rows=self.rows, **self.share
+        )
 
     def val_dataloader(self) -> Iterable[list[Batch]]:
         return (
@@ -66,7 +75,7 @@ class SFT(Module):
             rate = self.policy.learning_rate
             metrics = self.policy.train_step(microbatches, token_loss, count)
             norms = self.step_optimizers()
-        self.consumed += 1
+        self.advance()
         tokens = int(metrics["all_tokens"])
         length = metrics["squared_lengths"] / max(tokens, 1)  # the mean that attention's cost goes by
         self.work = Work(tokens, tokens * flops_per_token(self.config.model, self.vocab_size, length))

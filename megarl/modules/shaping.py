@@ -75,14 +75,24 @@ class Shaping:
     def state_dict(self) -> dict[str, Any]:
         return {
             "kl_control": self.kl_control.state_dict(),
+            "kl_steered": self._kl_steered,
             "moments": self.moments.state_dict(),
             "first_std": self.first_std,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.kl_control.load_state_dict(state["kl_control"])
-        self.moments.load_state_dict(state["moments"])
-        self.first_std = state["first_std"]
+    def load_state_dict(self, state: dict[str, Any], *, other_scores: bool = False) -> None:
+        """A coefficient that was steered goes on, unless this run steers it from or to another value; one that is fixed
+        is this run's. Moments are left out where this run has `other_scores`."""
+        if self.settings.kl_target is not None and state.get("kl_steered", self._kl_steered) == self._kl_steered:
+            self.kl_control.load_state_dict(state["kl_control"])
+        if not other_scores:
+            self.moments.load_state_dict(state["moments"])
+            self.first_std = state["first_std"]
+
+    @property
+    def _kl_steered(self) -> list[float | None]:
+        """From which coefficient to which KL, where it is."""
+        return [self.settings.kl_coef, self.settings.kl_target]
 
     def _rewards(self, given: Tensor, scores: Sequence[Score], mask: Tensor, kl: Tensor, coef: float) -> Tensor:
         """[rows, time]: a score lands on the last token of its response, per-token rewards on their own."""

@@ -3,6 +3,7 @@
 The engine is given a callable that builds the model, so it knows nothing of GPT.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megarl.errors import NumericsError
+from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
 from megarl.parallel.optimizer import (
     OptimSpec,
@@ -92,7 +95,11 @@ class Engine:
 
         collected: list[Stats] = self._run(microbatches, loss_and_stats, forward_only=False)
         self.has_gradients = True
-        return {**counts, **self._summed(collected)}
+        sums = self._summed(collected)
+        for key, value in sums.items():  # the same on every rank; the optimizer is yet to be stepped
+            if "loss" in key and not math.isfinite(value):
+                raise NumericsError(f"{key} of {self.name} is {value}: lower optim.lr, or look for broken records")
+        return {**counts, **sums}
 
     def count(self, microbatches: Sequence[Batch], count_fn: CountFn) -> dict[str, float]:
         """Sums of `count_fn` over the microbatches of all data-parallel ranks."""
@@ -200,23 +207,42 @@ class Engine:
 
     # --- state ----------------------------------------------------------------------------------------------------
 
+    def refuse_not_finite(self) -> None:
+        """On all ranks, where a weight on any of them holds NaN or infinity."""
+        mine = next((name for name, parameter in self.parameters() if not is_finite(parameter.data)), None)
+        found = next((name for name in self.grid.gather(mine) if name is not None), None)
+        if found is not None:
+            raise NumericsError(
+                f"{self.name}.{found} holds NaN or infinity: go on from an earlier checkpoint with a lower optim.lr"
+            )
+
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, parameter) of this rank."""
         for model in self.models:
             yield from _global_names(model)
 
-    def sharded_state_dict(self, *, loading: bool = False) -> dict[str, Any]:
-        """Megatron's description of this rank's shards of weights, optimizer and schedule, under this engine's name."""
-        metadata = {
+    def sharded_weights(self) -> dict[str, Any]:
+        """Megatron's description of this rank's shards of the weights alone, under this engine's name."""
+        state = {"weights": self._sharded_weights(self._sharding())}
+        add_prefix_for_sharding(state, f"{self.name}.")
+        return state
+
+    def _sharding(self) -> dict[str, Any]:
+        return {
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
             "chained_optim_avoid_prefix": True,
             "non_homogeneous_layers": True,  # a name per layer, as optimizer state exists for layers that train only
             "dp_cp_group": self.grid.groups.dp_cp,
         }
-        weights: dict[str, Any] = {}
-        for index, model in enumerate(self.models):
-            weights[f"model{index}"] = model.sharded_state_dict(metadata=metadata)
+
+    def _sharded_weights(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        return {f"model{index}": model.sharded_state_dict(metadata=metadata) for index, model in enumerate(self.models)}
+
+    def sharded_state_dict(self, *, loading: bool = False) -> dict[str, Any]:
+        """Megatron's description of this rank's shards of weights, optimizer and schedule, under this engine's name."""
+        metadata = self._sharding()
+        weights = self._sharded_weights(metadata)
         state: dict[str, Any] = {"weights": weights}
         if self.optimizer is not None and self.schedule is not None:
             if trains_here(self.optimizer):

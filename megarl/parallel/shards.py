@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megarl.disk import shown
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, MegarlError, NumericsError
+from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
 
 
@@ -129,20 +130,21 @@ def together(grid: Grid, action: Callable[[], Any]) -> list[Any]:
 
     Where it fails on one rank all ranks raise, so that none waits for one that is gone.
     """
-    result, problem = None, None
+    result: Any = None
+    problem: Exception | None = None
     try:
         result = action()
     except Exception as caught:
         problem = caught
-    expected = isinstance(problem, CheckpointError)
-    said = None if problem is None else str(problem) if expected else f"{type(problem).__name__}: {problem}"
-    reports = grid.gather((result, said, expected))
+    expected = problem is None or isinstance(problem, MegarlError)
+    said = problem if expected else f"{type(problem).__name__}: {problem}"
+    reports = grid.gather((result, said))
     if problem is not None and not expected:
         raise problem
-    for rank, (_, theirs, plain) in enumerate(reports):
+    for rank, (_, theirs) in enumerate(reports):
         if theirs is not None:
-            raise CheckpointError(theirs if plain else f"rank {rank} failed: {theirs}")
-    return [result for result, _, _ in reports]
+            raise theirs if isinstance(theirs, MegarlError) else CheckpointError(f"rank {rank} failed: {theirs}")
+    return [result for result, _ in reports]
 
 
 def read_whole(parts: Sequence[Part], folder: Path) -> dict[str, Tensor]:
@@ -217,6 +219,11 @@ def _assemble(wanted: ShardedTensor, parts: Sequence[Part], files: "_Files") -> 
     if filled != result.numel():
         raise CheckpointError(
             f"{wanted.key}: the checkpoint holds {filled} of {result.numel()} values that this rank needs"
+        )
+    if not is_finite(result):
+        raise NumericsError(
+            f"{wanted.key} in the checkpoint {files.folder} holds NaN or infinity: resume an earlier one "
+            "(run.resume=FOLDER) with a lower optim.lr"
         )
     return result.reshape(wanted.local_shape)
 

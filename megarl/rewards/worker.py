@@ -152,7 +152,7 @@ def _users_frame(error: BaseException) -> str:
 
 def _reply(channel: Channel, answer: Mapping[str, Any]) -> None:
     # JSON rather than pickle: the run must not unpickle what comes out of user code.
-    channel.send(json.dumps(answer).encode("utf-8"), _nothing)
+    channel.send(json.dumps(answer, allow_nan=False).encode("utf-8"), _nothing)
 
 
 def _nothing() -> None:

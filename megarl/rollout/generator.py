@@ -1,5 +1,6 @@
 """Generation on an engine's own model: prompts into the cache, a token at a time for all slots, at any TP x PP x DP."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, NumericsError
 from megarl.models.cache import CacheView, KVCache
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
@@ -95,10 +96,12 @@ class Generator:
         phase: int = 0,
         weights_version: int = 0,
         on_finished: Callable[[list[Rollout]], None] | None = None,
+        place: Callable[[int], str] = "prompt {}".format,
     ) -> list[Rollout]:
         """Every request's response, sorted by (prompt_id, sample_id), on every rank of the world.
 
-        `on_finished` is given this replica's responses as they are done.
+        `on_finished` is given this replica's responses as they are done; `place(prompt_id)` is what messages call a
+        prompt. Scores that are not finite end the call on all ranks.
         """
         # Every rank judges all requests, so that they all refuse or none does.
         check_requests(requests, self.config.vocab_size, self.config.max_positions, can_decode=self.decode is not None)
@@ -116,6 +119,7 @@ class Generator:
             dist.all_gather_object(shares, finished, group=self.grid.groups.dp)
         rollouts = [rollout for share in shares for rollout in share]
         rollouts.sort(key=lambda r: (r.prompt_id, r.sample_id))
+        refuse_not_finite(rollouts, place)
         if self.dump is not None:
             path = stored.phase_file(self.dump, stream, phase)
             self.grid.by_first(lambda: stored.dump(path, rollouts))  # any rank may replay it after this
@@ -186,8 +190,12 @@ class Generator:
                 lane.begin_turn()
                 new = lane.schedule.finished[reported[group] :]
                 reported[group] += len(new)
-                if new and on_finished is not None:
-                    on_finished(new)
+                good = [rollout for rollout in new if is_finite(rollout)]
+                if len(good) < len(new):  # the call fails, after what is under way, so that no rank waits for another
+                    for other in schedules:
+                        other.queue.clear()
+                if good and on_finished is not None:
+                    on_finished(good)
         finished = [rollout for schedule in schedules for rollout in schedule.finished]
         self.stats = Stats(
             responses=len(finished),
@@ -217,6 +225,22 @@ class Generator:
             self.close()
             self.cache = KVCache(self.config, self._layers, tp, needed, length, self.grid.device)
         return per_group
+
+
+def is_finite(rollout: Rollout) -> bool:
+    """Whether every token was drawn by finite scores: one that is NaN or infinite leaves no finite log-prob."""
+    return all(map(math.isfinite, rollout.logprobs))
+
+
+def refuse_not_finite(rollouts: Sequence[Rollout], place: Callable[[int], str]) -> None:
+    for rollout in rollouts:
+        if not is_finite(rollout):
+            token = next(i for i, logprob in enumerate(rollout.logprobs, 1) if not math.isfinite(logprob))
+            raise NumericsError(
+                f"{place(rollout.prompt_id)}: the model's scores for token {token} of response {rollout.sample_id} are "
+                "NaN or infinite: look at the model's weights (a lower optim.lr, an earlier checkpoint), or raise "
+                "rollout.temperature"
+            )
 
 
 class _Lane:

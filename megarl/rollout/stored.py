@@ -37,7 +37,7 @@ def dump(path: str | Path, rollouts: Iterable[Rollout]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("w", encoding="utf-8") as file:
             file.write(json.dumps({"format": FORMAT, "rollouts": len(records)}) + "\n")
-            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)

@@ -66,3 +66,16 @@ def test_the_summary_names_the_step_and_the_file(tmp_path):
     with pytest.raises(NumericsError):
         train(Tiny([math.nan]), [Health(tmp_path), Summary(tmp_path)], steps=1)
     assert "at step 1, the batch is in" in (tmp_path / "summary.json").read_text()
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run(tmp_path):
+    with pytest.raises(NumericsError, match=r"eval/loss is nan after step 2"):
+        train(Tiny([3.0, 2.0, 1.0], [math.nan]), [Health(tmp_path)], steps=3, eval_every=2)
+
+
+@pytest.mark.parametrize("name", ["policy/ratio", "value/explained_variance", "rollout/kl"])
+def test_whatever_a_step_logs_must_be_finite(name, tmp_path):
+    module = Tiny([3.0])
+    module.in_step = lambda step: module.log(name, math.inf)
+    with pytest.raises(NumericsError, match=f"{name} is inf at step 1"):
+        train(module, [Health(tmp_path)], steps=1)

@@ -156,6 +156,26 @@ def test_batch_depends_on_seed_and_number_only(group):
     assert other.batch(0).tolist() != stream[0].tolist()
 
 
+@pytest.mark.parametrize("after", [2, 12])
+@pytest.mark.parametrize("start", [0, 1, 7])
+def test_a_stream_goes_on_by_another_batch_size_where_it_was(start, after):
+    """No row of an epoch is skipped or repeated, however many of the old batches there were."""
+    old = TrainBatches(np.ones(50), 5, seed=3)
+    new = TrainBatches(np.ones(50), after, seed=3, start=start, rows=start * 5)
+    before = [old.batch(index) for index in range(start)]
+    stream = np.concatenate([*before, *islice(new, 100 // after + 1)])
+    assert sorted(stream[:50]) == sorted(stream[50:100]) == list(range(50))
+    assert new.epoch(start) == start * 5 / 50
+
+
+@pytest.mark.parametrize("rows", [0, 3, 13, 27])
+def test_grouped_epochs_hold_every_row_once_from_any_row_on(rows):
+    lengths = np.random.default_rng(0).integers(1, 99, size=30)
+    stream = np.concatenate(list(islice(TrainBatches(lengths, 4, 3, group_by_length=True, start=2, rows=rows), 40)))
+    first = 30 - rows
+    assert sorted(stream[first : first + 30]) == list(range(30))
+
+
 def test_far_batch_is_found_at_once():
     assert len(TrainBatches(np.ones(1000), 8, seed=1).batch(10**9)) == 8
 

@@ -174,6 +174,34 @@ def test_what_a_run_remembers_survives_a_checkpoint() -> None:
     assert second.first_std == first.first_std == pytest.approx(math.sqrt(0.5))
 
 
+def test_a_fixed_coefficient_is_that_of_the_settings_whatever_was_saved() -> None:
+    second = shaping(kl_coef=0.5)
+    second.load_state_dict(shaping(kl_coef=0.1).state_dict())
+    assert second.kl_control.value == 0.5
+    second.load_state_dict(shaping(kl_coef=0.1, kl_target=1.0).state_dict())
+    assert second.kl_control.value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changed", "goes_on"),
+    [({}, True), ({"kl_horizon": 99.0}, True), ({"kl_coef": 0.2}, False), ({"kl_target": 2.0}, False)],
+)
+def test_a_steered_coefficient_goes_on_unless_it_is_steered_otherwise(changed: dict[str, float], goes_on: bool) -> None:
+    settings: dict[str, Any] = {"kl_coef": 0.1, "kl_target": 1.0, "kl_horizon": 10.0}
+    first, second = shaping(**settings), shaping(**{**settings, **changed})
+    first.kl_control.update(5.0, 2)
+    second.load_state_dict(first.state_dict())
+    assert (second.kl_control.value == first.kl_control.value) is goes_on
+    assert goes_on or second.kl_control.value == second.settings.kl_coef
+
+
+def test_moments_of_other_scores_are_not_taken_over() -> None:
+    first, second = shaping(scale_scores="running"), shaping(scale_scores="running")
+    shaped(first, [200.0, 100.0])
+    second.load_state_dict(first.state_dict(), other_scores=True)
+    assert (second.moments.count, second.first_std) == (0, None)
+
+
 def test_explained_variance_by_hand() -> None:
     mask = torch.tensor([[1.0, 1.0, 0.0]])
     returns = torch.tensor([[0.0, 2.0, JUNK]])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, NumericsError
 from megarl.models.cache import KVCache
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
@@ -413,3 +413,44 @@ def test_a_scorer_replaces_the_model_s_own_logits(worlds: Worlds) -> None:
         return scores
 
     assert worlds.run(1, scored, only_42) == [[[42, 42, 42]]]
+
+
+# --- scores that are no numbers ---------------------------------------------------------------------------------------
+
+
+def drawn_by_bad_scores(layout: dict[str, Any], bad: float) -> tuple[str, set[int]]:
+    """Of five prompts, the first token of the third has a bad score on one shard: the error, and who was reported."""
+
+    def scorer(model: GPT, states: torch.Tensor) -> torch.Tensor:
+        scores = model.logits(states)
+        if model.shard.start == 0:
+            scores[marked(states), 5] = bad
+        return scores
+
+    def marked(states: torch.Tensor) -> torch.Tensor:
+        return torch.isclose(states[:, 0], states.new_tensor(mark[0]), atol=1e-4) if mark else states[:, 0] > torch.inf
+
+    mark: list[float] = []
+    engine = small_engine(layout, MODERATE, train=False)
+    generator = Generator(engine, EOS, seed=5, limits=Limits(slots=2), scorer=scorer)
+    requests = [Request(number, 0, (number + 1,), Sampling(max_new_tokens=2)) for number in range(5)]
+    batch = {"tokens": torch.tensor([[3]]), "positions": torch.tensor([[0]])}
+    states = engine.forward([batch], lambda model, hidden, batch: {"state": model.whole_sequence(hidden)[0]})
+    mark.append(float(states[0]["state"][0, 0]))
+    reported: set[int] = set()
+    with pytest.raises(NumericsError) as told:
+        generator.generate(
+            requests,
+            on_finished=lambda found: reported.update(rollout.prompt_id for rollout in found),
+            place=lambda number: f"file:{number + 1}",
+        )
+    return str(told.value), reported
+
+
+@pytest.mark.parametrize("name", ["one", "TP2", "PP2", "DP2"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_end_all_ranks_by_the_prompt(name: str, bad: float, worlds: Worlds) -> None:
+    size, layout = LAYOUTS.get(name, (1, {}))
+    for message, reported in worlds.run(size, drawn_by_bad_scores, layout, bad):
+        assert message.startswith("file:3: the model's scores for token 1 of response 0 are NaN or infinite")
+        assert 2 not in reported

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.config.schema import ModelConfig
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, NumericsError
 from megarl.logging import get_logger
 from megarl.models.exchange.families import family_for
 from megarl.models.exchange.family import Json, Mapped
@@ -19,6 +19,7 @@ from megarl.models.exchange.parameters import TRUNK
 from megarl.models.exchange.source import CONFIG, HEADS, TOKEN_IDS, HuggingFaceSource, Source
 from megarl.models.exchange.stored import Stored, write_safetensors
 from megarl.parallel.engine import Engine
+from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import is_sharded, join_slices, partition_dim
 from megarl.parallel.shards import together
@@ -260,11 +261,15 @@ def _pieces(name: str, whole: Tensor | None, mapping: Mapping[str, Mapped], dtyp
 
 
 def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another dtype, unless it cannot hold the values."""
+    """In another dtype, unless it cannot hold the values. What is no finite number is not passed on."""
+    if not is_finite(tensor):
+        raise NumericsError(
+            f"{name} holds NaN or infinity: fetch the model again, or give an earlier checkpoint of its training"
+        )
     if tensor.dtype == dtype:
         return tensor
     result = tensor.to(dtype)
-    if bool((torch.isfinite(tensor) & ~torch.isfinite(result)).any()):
+    if not is_finite(result):
         raise CheckpointError(f"{name} has values up to {tensor.abs().max():g}, which {dtype} cannot hold: use bf16")
     return result
 

@@ -5,26 +5,43 @@ from typing import Any
 import torch
 from torch import nn
 
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, NumericsError
 from megarl.models.exchange.parameters import TRUNK, VOCABULARY
 from megarl.models.exchange.source import Source
 from megarl.models.heads import is_vocabulary_wide
+from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import copy_slice, is_sharded, partition_dim
+from megarl.parallel.shards import together
 
 
 @torch.no_grad()
 def load(chunk: Any, source: Source, grid: Grid) -> None:
     """Fill a chunk's parameters in place, before gradient buffers and optimizers are made from them.
 
-    Heads that the source does not have keep their values. Host memory beyond the shards is that of one tensor.
+    Heads that the source does not have keep their values. Host memory beyond the shards is that of one tensor. What one
+    rank refuses, all refuse: they call this together.
     """
     held = source.names
-    for name, parameter in chunk.global_names():
-        if name in held:
-            _fill(name, parameter, source, grid.tp_rank, grid.layout.tp)
-        elif name.startswith(TRUNK):
-            raise CheckpointError(f"{source.path} has no {name}: it is of another model")
+
+    def fill() -> None:
+        for name, parameter in chunk.global_names():
+            if name in held:
+                _fill(name, parameter, source, grid.tp_rank, grid.layout.tp)
+                _refuse_not_finite(name, parameter, source)
+            elif name.startswith(TRUNK):
+                raise CheckpointError(f"{source.path} has no {name}: it is of another model")
+
+    together(grid, fill)
+
+
+def _refuse_not_finite(name: str, parameter: nn.Parameter, source: Source) -> None:
+    """Of this rank's part, as it is held here: a narrower dtype than the stored one may not reach as far."""
+    if not is_finite(parameter.data):
+        raise NumericsError(
+            f"{source.path}: {name} holds NaN, infinity or values that {parameter.dtype} cannot hold: fetch the model "
+            "again, or give an earlier checkpoint of its training"
+        )
 
 
 def _fill(name: str, parameter: nn.Parameter, source: Source, rank: int, tp: int) -> None:

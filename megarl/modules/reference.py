@@ -1,0 +1,94 @@
+"""The weights that a run with a reference started from: kept where they cannot be read again, and found by a resume.
+
+Kept as `RUN/reference/NAME`, a checkpoint of weights alone. The name follows from the content, so that a checkpoint
+which knows it finds these weights or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megarl.checkpoint import MANIFEST, ShardedCheckpointIO, remove, verify
+from megarl.errors import CheckpointError
+from megarl.logging import get_logger
+from megarl.models.exchange.card import ModelCard
+from megarl.models.exchange.load import load
+from megarl.models.exchange.source import CheckpointSource
+from megarl.parallel.engine import Engine
+
+FOLDER, UNNAMED = "reference", "unnamed"
+log = get_logger(__name__)
+
+
+def keep(engine: Engine, card: ModelCard, run_dir: Path) -> str:
+    """Write the policy's present weights, whole or not at all; their name. All ranks call this together."""
+    unnamed = run_dir / FOLDER / UNNAMED
+    files = ShardedCheckpointIO()
+    files.grid = engine.grid
+    described = {"global_step": 0, "layout": str(engine.grid.layout), "model": card.plain(), "weights_only": True}
+    files.save_checkpoint({**described, "state_dict": engine.sharded_weights()}, unnamed)
+    name: str = engine.grid.by_first(lambda: _named(unnamed))
+    return name
+
+
+def take(engine: Engine, name: str, run_dir: Path, checkpoint: Path) -> bool:
+    """Give the engine the kept weights of that name, where they are whole; whether they are. On all ranks together.
+
+    They lie in this run's folder or in that of the checkpoint, from which they are copied into this run's.
+    """
+    here = run_dir / FOLDER / name
+    found: Path | None = engine.grid.by_first(lambda: _copied(name, here, checkpoint))
+    if found is None:
+        return False
+    source = CheckpointSource(found)
+    for model in engine.models:
+        load(model, source, engine.grid)
+    return True
+
+
+def _named(unnamed: Path) -> str:
+    """Rename what was just written after its content. The same content may be there from an earlier start."""
+    files = json.loads((unnamed / MANIFEST).read_text())["files"]
+    weights = sorted((name, *found) for name, found in files.items() if name.endswith(".safetensors"))
+    name = hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:12]
+    folder = unnamed.with_name(name)
+    if folder.exists() and verify(folder) is None:
+        remove(unnamed)
+    else:
+        remove(folder)
+        unnamed.rename(folder)
+    return name
+
+
+def _copied(name: str, here: Path, checkpoint: Path) -> Path | None:
+    """Where whole weights of that name lie, in this run's folder if it can hold them."""
+    for folder in _places(name, here, checkpoint):
+        problem = verify(folder)
+        if problem is not None:
+            log.warning("the reference's weights %s are not whole (%s): passed over", folder, problem)
+            continue
+        if folder != here:
+            aside = here.with_name(f".{name}.writing")
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                shutil.copytree(folder, aside)
+                remove(here)
+                aside.rename(here)
+            except OSError as problem:
+                raise CheckpointError(
+                    f"the reference's weights {folder} cannot be copied to {here} ({problem}): free space, or set "
+                    "run.dir elsewhere"
+                ) from None
+        return here
+    return None
+
+
+def _places(name: str, here: Path, checkpoint: Path) -> Iterator[Path]:
+    """A checkpoint lies in RUN/checkpoints, or in RUN/checkpoints/earlier-N."""
+    for folder in (here, *(parent / FOLDER / name for parent in list(checkpoint.parents)[1:3])):
+        if folder.is_dir():
+            yield folder

@@ -1,0 +1,116 @@
+"""What a resume takes from where: every key has its rule, and what differs is said or refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import megarl
+from megarl.config.leaf import leaves
+from megarl.config.resume import (
+    CHECKPOINT,
+    NOW,
+    REFUSED,
+    RULES,
+    TABLE,
+    Difference,
+    differences,
+    from_plain,
+    refuse,
+    rows,
+    told,
+)
+from megarl.config.schema import ENTRIES, TRAINING, ILQLConfig, PPOConfig, SFTConfig
+from megarl.errors import ConfigError
+
+
+def test_every_key_of_every_training_entry_has_one_rule_and_no_rule_is_of_a_key_that_is_gone() -> None:
+    named = Counter(key for rule in RULES for key in rule.keys)
+    keys = {leaf.key for entry in TRAINING for leaf in leaves(ENTRIES[entry])}
+    assert named.keys() == keys, "say in megarl/config/resume.py what a resume does with a new key"
+    assert max(named.values()) == 1
+    assert {rule.kind for rule in RULES} == {NOW, CHECKPOINT, REFUSED}
+
+
+def test_the_table_of_the_page_is_current() -> None:
+    page = Path(megarl.__file__).resolve().parents[1] / "docs" / "checkpoints.md"
+    assert "\n".join(rows()) in page.read_text(encoding="utf-8"), "put in what python -m megarl.config.resume prints"
+
+
+def found(tree: Any, **changed: Any) -> list[Difference]:
+    """Differences of a run whose keys (dots as two underscores) were changed from the defaults."""
+    before, now = asdict(tree()), asdict(tree())
+    for key, value in changed.items():
+        node, *rest = key.split("__")
+        target = now
+        for part in rest:
+            target, node = target[node], part
+        target[node] = value
+    return differences(before, before, now, same_tokenizer=True)
+
+
+def test_nothing_is_said_where_nothing_differs() -> None:
+    assert found(PPOConfig) == []
+    assert told(found(PPOConfig, run__resume="never")) == ""
+
+
+@pytest.mark.parametrize("key", [key for key, rule in TABLE.items() if rule.kind == REFUSED])
+def test_what_cannot_change_is_refused_by_key_old_and_new_value(key: str) -> None:
+    tree = ILQLConfig if key.startswith("ilql") else PPOConfig
+    section, name = key.split(".")
+    started = {} if key != "model.vocab_size" else {section: {name: 64}}
+    before, now = asdict(tree()), asdict(tree())
+    before[section] |= started.get(section, {})
+    now[section][name] = "other"
+    changed = differences(before, before, now, same_tokenizer=section != "tokenizer")
+    assert [difference.key for difference in changed] == [key]
+    with pytest.raises(ConfigError) as refused:
+        refuse(changed, "RUN/step-1")
+    for part in (f"{key}: ", "-> other", "RUN/step-1", "run.resume=never"):
+        assert part in str(refused.value)
+
+
+def test_what_differs_is_said_with_both_values_and_where_it_comes_from() -> None:
+    changed = found(PPOConfig, ppo__kl_coef=0.01, clone__steps=7)
+    refuse(changed, "RUN/step-1")
+    line = told(changed)
+    assert f"ppo.kl_coef: 0.05 -> 0.01 ({NOW}" in line
+    assert f"clone.steps: 400 -> 7 ({CHECKPOINT}" in line
+    assert "\n" not in line
+
+
+def test_what_only_a_start_uses_is_compared_with_the_start_of_the_line() -> None:
+    """A run resumed with other clone.steps saves those, and they never were in force."""
+    first, second = asdict(PPOConfig()), asdict(PPOConfig())
+    second["clone"]["steps"], second["optim"]["lr"] = 7, 1.0
+    keys = [change.key for change in differences(second, first, second, same_tokenizer=True)]
+    assert keys == ["clone.steps"]
+
+
+def test_the_same_shape_in_other_words_is_no_difference() -> None:
+    assert found(SFTConfig, model__num_kv_heads=4, model__head_dim=32, model__ffn_size=512, model__vocab_size=259) == []
+
+
+def test_the_same_tokenizer_elsewhere_is_no_difference() -> None:
+    before, now = asdict(SFTConfig()), asdict(SFTConfig())
+    now["tokenizer"]["path"] = "moved"
+    assert differences(before, before, now, same_tokenizer=True) == []
+    assert [change.key for change in differences(before, before, now, same_tokenizer=False)] == ["tokenizer.path"]
+
+
+def test_a_tokenizer_whose_file_changed_is_refused_too() -> None:
+    plain = asdict(SFTConfig())
+    with pytest.raises(ConfigError, match=r"tokenizer\.path"):
+        refuse(differences(plain, plain, plain, same_tokenizer=False), "RUN/step-1")
+
+
+def test_keys_that_another_version_had_are_passed_over() -> None:
+    before = asdict(SFTConfig())
+    del before["optim"]["beta1"], before["export"]
+    before["optim"]["gone"] = 1
+    assert differences(before, before, asdict(SFTConfig()), same_tokenizer=True) == []
+    assert from_plain(SFTConfig, before) == SFTConfig()
