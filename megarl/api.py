@@ -6,13 +6,14 @@ import csv
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megarl.command import INTERRUPTED, NOTICED
+from megarl.command import INTERRUPTED, NOTICED, process_number
 from megarl.config.checks import check_values
 from megarl.config.compose import compose, typed
 from megarl.config.leaf import leaves
@@ -87,7 +88,7 @@ class Trained:
         """Write the model as a new folder that `transformers.AutoModelForCausalLM` loads."""
         from megarl.models.exchange.formats import FORMATS, open_source
 
-        if first_process():
+        if process_number() == 0:
             FORMATS["huggingface"].write(open_source(str(self.checkpoint)), Path(folder))
 
 
@@ -139,17 +140,6 @@ def train(
         _section(filled, "rollout", "stop_sequences", entry).stop = list(stop_sequences)
     run_dir = _run_dir(entry, filled)
     filled.run.dir = str(run_dir)
-    inputs = run_dir / "inputs"
-    if entry in ("ppo", "rft"):
-        filled.data.train = [_write(inputs / "prompts.jsonl", _records(prompts if prompts is not None else [""]))]
-    elif samples is not None:
-        filled.data.train = [_write(inputs / "samples.jsonl", _samples(samples, rewards))]
-        if entry == "sft":
-            filled.data.format = "auto"  # told by the keys that we write
-            filled.data.eval = [path for path in filled.data.eval if path != resource(DEMO_EVAL)]
-    if eval_prompts is not None:
-        _section(filled, "eval", "eval_prompts", entry)
-        filled.data.eval = [_write(inputs / "eval_prompts.jsonl", _records(eval_prompts))]
     functions: dict[str, Function] = {}
     for key, function in (("reward.fn", reward_fn), ("metric.fn", metric_fn)):
         if function is None:
@@ -161,7 +151,11 @@ def train(
             section.fn = getattr(function, "__qualname__", type(function).__qualname__)
         else:
             section.fn = function
-    _run(entry, filled, functions)
+    if eval_prompts is not None:
+        _section(filled, "eval", "eval_prompts", entry)
+    with _owned(run_dir, filled):  # another run's inputs must stay as they are
+        _write_inputs(run_dir / "inputs", entry, filled, prompts, samples, rewards, eval_prompts)
+        _run(entry, filled, functions)
     return Trained(filled, run_dir)
 
 
@@ -245,6 +239,33 @@ def _run_dir(entry: str, config: Any) -> Path:
     return Path(os.environ.get(RUN_DIR) or resolve_run_dir(entry, config)).absolute()
 
 
+def _owned(run_dir: Path, config: Any) -> AbstractContextManager[Any]:
+    from megarl.callbacks.owner import owned
+
+    return owned(run_dir, config.parallel.timeout_s)
+
+
+def _write_inputs(
+    folder: Path,
+    entry: str,
+    config: Any,
+    prompts: Sequence[str | Mapping[str, Any]] | None,
+    samples: Sequence[Sample] | None,
+    rewards: Sequence[Any] | None,
+    eval_prompts: Sequence[str | Mapping[str, Any]] | None,
+) -> None:
+    """Put the arguments into files, and the files into the configuration."""
+    if entry in ("ppo", "rft"):
+        config.data.train = [_write(folder / "prompts.jsonl", _records(prompts if prompts is not None else [""]))]
+    elif samples is not None:
+        config.data.train = [_write(folder / "samples.jsonl", _samples(samples, rewards))]
+        if entry == "sft":
+            config.data.format = "auto"  # told by the keys that we write
+            config.data.eval = [path for path in config.data.eval if path != resource(DEMO_EVAL)]
+    if eval_prompts is not None:
+        config.data.eval = [_write(folder / "eval_prompts.jsonl", _records(eval_prompts))]
+
+
 def _records(prompts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"prompt": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
 
@@ -267,7 +288,7 @@ def _samples(samples: Sequence[Sample], rewards: Sequence[Any] | None) -> list[d
 
 def _write(path: Path, records: list[dict[str, Any]]) -> str:
     """Records as a file of the run folder, so that a resumed run finds the same; written by one process."""
-    if first_process():
+    if process_number() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.unfinished")
         aside.write_text("".join(json.dumps(record, default=_plain) + "\n" for record in records), encoding="utf-8")
@@ -280,11 +301,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     raise DataError(f"a {type(value).__name__} cannot be kept with the run: give texts, numbers, lists and mappings")
-
-
-def first_process() -> bool:
-    """Whether this is the first process of the run, or the only one; there may be no process group yet."""
-    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
 def _run(entry: str, config: Any, functions: dict[str, Function]) -> None:

@@ -8,6 +8,7 @@ class MegarlError(Exception):
     """Base of every error that is reported as one clear line."""
 
     exit_code = 2
+    said = False  # the line is on stderr already, of this process or of the first
 
 
 class ConfigError(MegarlError):
