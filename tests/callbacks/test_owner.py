@@ -417,9 +417,7 @@ def race(folder: Path, barrier: Any, wins: Any) -> None:
 
 
 @pytest.mark.parametrize("left", ["nothing", "a dead owner"])
-def test_of_processes_that_race_exactly_one_wins(
-    left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_processes_that_race_exactly_one_wins(left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     if left == "a dead owner":
         for number in range(ROUNDS):

@@ -76,7 +76,8 @@ def test_ppo_over_two_nodes_has_the_numbers_of_one_process(cluster: Cluster, wor
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     assert "layout: 2 processes = 2 per model x 1 replicas, on cpu" in log
     assert "run folder:" in log, "the first process's console is shown in the job's output"
-    assert sorted(path.name for path in (run_dir / "console").glob("*.log")) == ["rank-0000.log", "rank-0001.log"]
+    logs = (run_dir / "console" / number).glob("*.log")
+    assert sorted(path.name for path in logs) == ["rank-0000.log", "rank-0001.log"]
 
 
 def test_a_notice_leads_to_a_requeue_and_an_exact_continuation(
