@@ -91,7 +91,8 @@ choose_run_folder() {
     name=${MEGARL_RUN_NAME:-$algorithm-job$job}
     run_name=("run.name=$name")
   fi
-  console=${folder:-runs/$name}/console
+  # Each job has a folder of its own: a job whose run folder another holds must leave that one's files alone.
+  console=${folder:-runs/$name}/console/$job
   [[ $console == /* ]] || console=$PWD/$console
 }
 

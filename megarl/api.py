@@ -7,13 +7,14 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megarl.command import INTERRUPTED, NOTICED
+from megarl.command import INTERRUPTED, NOTICED, process_number
 from megarl.config.compose import compose, explained, typed
 from megarl.config.files import check_files
 from megarl.config.leaf import leaves
@@ -111,7 +112,7 @@ class Trained:
         """Write the model as a new folder that `transformers.AutoModelForCausalLM` loads."""
         from megarl.models.exchange.formats import FORMATS, open_source
 
-        if first_process():
+        if process_number() == 0:
             target = writable(str(folder), "save_pretrained")
             FORMATS["huggingface"].write(open_source(str(self.checkpoint)), target)
 
@@ -175,13 +176,6 @@ def train(
     if eval_prompts is not None:
         _section(filled, "eval", "eval_prompts", entry)
         lists["eval_prompts"] = _records(eval_prompts)
-    names: dict[str, str] = {}
-    for name, records in lists.items():
-        path = _write(run_dir / "inputs" / f"{name}.jsonl", records)
-        names[path] = name
-        setattr(filled.data, "eval" if name == "eval_prompts" else "train", [path])
-    if resource(DEMO_TRAIN) not in filled.data.train:
-        filled.data.eval = [path for path in filled.data.eval if path != resource(DEMO_EVAL)]
     functions: dict[str, Function] = {}
     for key, function in (("reward.fn", reward_fn), ("metric.fn", metric_fn)):
         if function is None:
@@ -195,7 +189,9 @@ def train(
             section.fn = function
     if filled.model.path is None and filled.export.hf is None:
         _warn_of_no_family(filled)
-    _run(entry, filled, functions, names)
+    with _owned(run_dir, filled):  # another run's inputs must stay as they are
+        names = _write_inputs(run_dir / "inputs", lists, filled)
+        _run(entry, filled, functions, names)
     return Trained(filled, run_dir)
 
 
@@ -288,6 +284,24 @@ def _run_dir(entry: str, config: Any) -> Path:
     return Path(os.environ.get(RUN_DIR) or resolve_run_dir(entry, config)).absolute()
 
 
+def _owned(run_dir: Path, config: Any) -> AbstractContextManager[Any]:
+    from megarl.callbacks.owner import owned
+
+    return owned(run_dir, config.parallel.timeout_s)
+
+
+def _write_inputs(folder: Path, lists: dict[str, list[dict[str, Any]]], config: Any) -> dict[str, str]:
+    """Put lists into files and the files into the configuration. Returns the name of each list by its file's path."""
+    names: dict[str, str] = {}
+    for name, records in lists.items():
+        path = _write(folder / f"{name}.jsonl", records)
+        names[path] = name
+        setattr(config.data, "eval" if name == "eval_prompts" else "train", [path])
+    if resource(DEMO_TRAIN) not in config.data.train:
+        config.data.eval = [path for path in config.data.eval if path != resource(DEMO_EVAL)]
+    return names
+
+
 def _records(prompts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"prompt": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
 
@@ -310,7 +324,7 @@ def _samples(samples: Sequence[Sample], rewards: Sequence[Any] | None) -> list[d
 
 def _write(path: Path, records: list[dict[str, Any]]) -> str:
     """Records as a file of the run folder, so that a resumed run finds the same; written by one process."""
-    if first_process():
+    if process_number() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.unfinished")
         aside.write_text("".join(_as_json(record) + "\n" for record in records), encoding="utf-8")
@@ -332,11 +346,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     raise DataError(f"a {type(value).__name__} cannot be kept with the run: give texts, numbers, lists and mappings")
-
-
-def first_process() -> bool:
-    """Whether this is the first process of the run, or the only one; there may be no process group yet."""
-    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
 
 
 def _run(entry: str, config: Any, functions: dict[str, Function], names: dict[str, str]) -> None:

@@ -6,7 +6,7 @@ import sys
 import traceback
 import unicodedata
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,7 +39,8 @@ def ended(work: Callable[[], int | None], debug: Callable[[], bool] = lambda: Fa
     except MegarlError as error:
         if debug():
             traceback.print_exc()
-        say(f"error: {error}")
+        if not error.said:
+            say(f"error: {error}")
         code = error.exit_code
     except KeyboardInterrupt:
         say("interrupted")
@@ -83,7 +84,17 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module=r"(lightning|megatron|torch|transformers)\.")
 
 
+def process_number(environ: Mapping[str, str] = os.environ) -> int:
+    """The number of this process in its run, before there is a process group; 0 is the first, and only the first.
+
+    torchrun's RANK decides. Else SLURM numbers the tasks of srun (and has 0 in a batch script), and Lightning the
+    processes of `trainer.devices`.
+    """
+    if environ.get("RANK"):
+        return int(environ["RANK"])
+    return max(int(environ.get(name) or 0) for name in ("SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
+
+
 def _rank_prefix() -> str:
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # the last is all that processes of `trainer.devices` have
-    rank = next((os.environ[name] for name in names if os.environ.get(name)), "0")
-    return "" if rank == "0" else f"[rank {rank}] "
+    number = process_number()
+    return f"[rank {number}] " if number else ""

@@ -11,6 +11,7 @@ class MegarlError(Exception):
     """Base of every error that is reported as one clear line, whatever values the message repeats."""
 
     exit_code = 2
+    said = False  # the line is on stderr already, of this process or of the first
 
     def __str__(self) -> str:
         line = " ".join(super().__str__().splitlines())

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -64,12 +64,14 @@ def _one_line(config: "GenerateConfig", problems: Any) -> None:
     except MegarlError as error:
         if config.debug:
             raise
-        problems.put(str(error))
+        if not error.said:
+            problems.put(str(error))
         sys.exit(error.exit_code)
 
 
 def work(config: "GenerateConfig") -> None:
     """Build the model, answer, and say how fast."""
+    from megarl.callbacks.owner import owned
     from megarl.data.formats import load_chat_template
     from megarl.logging import setup
 
@@ -77,7 +79,9 @@ def work(config: "GenerateConfig") -> None:
     config.chat_template = load_chat_template(config.chat_template, "chat_template")
     if config.out is not None:
         _check_out(config.out)
-    with opened(config) as (generator, tokenizer, prompts):
+    dump = config.rollout.dump
+    held = nullcontext() if dump is None else owned(local(dump), config.parallel.timeout_s, key="rollout.dump")
+    with held, opened(config) as (generator, tokenizer, prompts):
         if config.chat:
             chat(config, generator, tokenizer)
         else:

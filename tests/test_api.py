@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import megarl
 from megarl.api import _algorithm
+from megarl.callbacks.owner import RunLock
 from megarl.errors import ConfigError, DataError
 from tests.worlds import Worlds
 
@@ -220,3 +221,17 @@ def test_what_a_run_left_behind_may_be_damaged(name: str, content: str, tmp_path
     for read in ("summary", "history"):
         with pytest.raises(DataError):
             getattr(trained, read)
+
+
+def test_a_call_leaves_the_inputs_of_the_run_that_holds_its_folder(tmp_path: Path) -> None:
+    holder = RunLock(tmp_path)
+    holder.take()
+    inputs = tmp_path / "inputs" / "prompts.jsonl"
+    inputs.parent.mkdir()
+    inputs.write_text("the other run's")
+    config = megarl.default_config("ppo", *QUIET, f"run.dir={tmp_path}")
+    with pytest.raises(ConfigError, match=r"run\.dir=.* is in use by process"):
+        megarl.train(TINY, reward_fn=len, prompts=["a"], config=config)
+    holder.release()
+    assert inputs.read_text() == "the other run's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".owner-0000001.json", "inputs"]

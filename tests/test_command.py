@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.command import ended, printable
+from megarl.command import ended, printable, process_number
 from megarl.errors import ConfigError, NumericsError
 
 
@@ -66,3 +66,32 @@ def test_a_bug_keeps_its_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         ended(work)
+
+
+def test_an_error_that_was_said_is_not_said_again(capsys: pytest.CaptureFixture[str]) -> None:
+    error = ConfigError("in use")
+    error.said = True
+
+    def work() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        ended(work)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("environ", "number"),
+    [
+        ({}, 0),
+        ({"RANK": "3", "LOCAL_RANK": "1"}, 3),
+        ({"RANK": "0", "SLURM_PROCID": "5"}, 0),  # a torchrun in each of several tasks
+        ({"SLURM_PROCID": "2"}, 2),
+        ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, 1),  # trainer.devices=2 in a batch script
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, 1),
+        ({"RANK": ""}, 0),
+    ],
+)
+def test_a_process_knows_its_number_before_there_is_a_group(environ: dict[str, str], number: int) -> None:
+    assert process_number(environ) == number

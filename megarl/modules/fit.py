@@ -3,7 +3,7 @@
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from megarl.callbacks.export import Export
 from megarl.callbacks.health import Health
 from megarl.callbacks.limits import StepLimit, TimeLimit, parse_duration
 from megarl.callbacks.loggers import StepAxis, build_loggers
+from megarl.callbacks.owner import Ownership, RunLock, owned
 from megarl.callbacks.preemption import Preemption
 from megarl.callbacks.progress import make_progress
 from megarl.callbacks.run_folder import RunFolder, resolve_run_dir
@@ -26,7 +27,7 @@ from megarl.callbacks.samples import Samples
 from megarl.callbacks.summary import Summary, one_line
 from megarl.callbacks.throughput import Throughput
 from megarl.checkpoint import ShardedCheckpointIO, find, refuse_empty
-from megarl.command import quiet
+from megarl.command import process_number, quiet
 from megarl.config import checks
 from megarl.config.launcher import check_launcher, started_by_slurm
 from megarl.disk import local
@@ -56,15 +57,31 @@ def fit(entry: str, config: Any, build: Callable[[Any], Module]) -> int:
     run_dir = Path(os.environ.get(RUN_DIR) or resolve_run_dir(entry, config)).absolute()
     os.environ[RUN_DIR] = str(run_dir)
     try:
-        return _fit(config, run_dir, build)
+        folder = RunFolder(run_dir)
+        with _owned(config, run_dir) as lock:
+            return _fit(config, folder, lock, build)
     finally:
         os.environ.pop(RUN_DIR, None)
 
 
-def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
-    folder = RunFolder(run_dir)
+@contextmanager
+def _owned(config: Any, run_dir: Path) -> Iterator[RunLock]:
+    """Hold every folder that this run writes, before anything is written there."""
+    timeout_s = config.parallel.timeout_s
+    with ExitStack() as stack:
+        lock = stack.enter_context(owned(run_dir, timeout_s))
+        dump = config.rollout.dump if hasattr(config, "rollout") else None
+        if dump is not None:
+            stack.enter_context(owned(local(dump), timeout_s, key="rollout.dump"))
+        if config.export.hf is not None:
+            stack.enter_context(owned(local(config.export.hf), timeout_s, key="export.hf", beside=True))
+        yield lock
+
+
+def _fit(config: Any, folder: RunFolder, lock: RunLock, build: Callable[[Any], Module]) -> int:
+    run_dir = folder.path
     with _writing(run_dir):
-        setup(run_dir, rank=_rank(), debug=config.debug)
+        setup(run_dir, rank=process_number(), debug=config.debug)
     family = adopt(config).family if config.model.path is not None else None
     critic = getattr(config, "critic", None)
     if critic is not None and critic.path is not None:
@@ -74,7 +91,7 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
         require_family(config.model, family.name if family else None, "export.hf")
     quiet()
     resolved = asdict(config)
-    if _rank() == 0:
+    if process_number() == 0:
         with _writing(run_dir):
             folder.write_config(resolved)
             folder.write_environment()
@@ -83,6 +100,7 @@ def _fit(config: Any, run_dir: Path, build: Callable[[Any], Module]) -> int:
     preemption = Preemption(checkpoints)
     collapse = Collapse(config.checkpoint.metric, config.checkpoint.mode, checkpoints.best)
     callbacks: list[Callback] = [
+        Ownership(lock),
         StepAxis(),
         Baseline(),
         StepLimit(),
@@ -163,11 +181,6 @@ def resume_from(resume: str, run_dir: Path) -> str | None:
 
 def _eval_every(config: Any) -> int | None:
     return config.trainer.eval_every if config.data.eval else None
-
-
-def _rank() -> int:
-    """This process's number before there is a process group: for log files only."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or 0)
 
 
 def _devices(config: Any) -> int:

@@ -1,6 +1,5 @@
 """A live layout: the process groups of a grid of ranks and this rank's place in it."""
 
-import datetime
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from megarl.errors import ConfigError, MegarlError
 from megarl.parallel import cpu
 from megarl.parallel.layout import Layout
+from megarl.parallel.meeting import Seat, join
 
 SEEDS = 2**63
 """Torch's generators take seeds below this. Whatever is computed from the run's seed is reduced to one."""
@@ -28,14 +28,14 @@ def start_world(timeout_s: float = 1800.0) -> torch.device:
     else:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        timeout = datetime.timedelta(seconds=timeout_s)
-        backend = "gloo" if device.type == "cpu" else "nccl"
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        else:
-            dist.init_process_group(backend, timeout=timeout)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    seat = Seat.alone() if alone else Seat.launched()
+    if seat is None:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but not all of RANK, MASTER_ADDR and MASTER_PORT are set: unset "
+            "it, or start with torchrun"
+        )
+    join("gloo" if device.type == "cpu" else "nccl", seat, timeout_s)
     return device
 
 

@@ -34,13 +34,15 @@ def know_slurm() -> None:
     except RuntimeError as problem:  # of --ntasks without --ntasks-per-node
         raise ConfigError(f"srun: {problem}") from None
     numbers = {"RANK": slurm.global_rank(), "LOCAL_RANK": slurm.local_rank(), "WORLD_SIZE": slurm.world_size()}
+    numbers["LOCAL_WORLD_SIZE"] = slurm.world_size() // int(os.environ.get("SLURM_NNODES", "1"))
     os.environ.update({key: str(value) for key, value in {**numbers, "MASTER_PORT": slurm.main_port}.items()})
     os.environ["MASTER_ADDR"] = slurm.main_address
 
 
 def _process(rank: int, world: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({key: str(value) for key, value in names.items()})
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in numbers.items()})
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
     quiet()
     import torch
 

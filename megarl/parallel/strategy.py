@@ -1,9 +1,6 @@
 """Lightning's strategy for Megatron: the world, the grid, and sharded checkpoints. Public hooks only."""
 
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +16,7 @@ from megarl.parallel import cpu
 from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
+from megarl.parallel.meeting import Seat, interruptible, join
 
 log = get_logger(__name__)
 
@@ -38,7 +36,7 @@ class MegatronStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         if cpu.needed():
             cpu.install()
-        with _interruptible():
+        with interruptible():
             super().setup_environment()
         layout = Layout.for_world(
             self.world_size,
@@ -50,6 +48,20 @@ class MegatronStrategy(DDPStrategy):
         )
         self.grid = Grid(layout, self.root_device, seed=self.seed, timeout_s=self.parallel.timeout_s)
         self.checkpoint_io.grid = self.grid  # type: ignore[attr-defined]
+
+    def setup_distributed(self) -> None:
+        """Lightning finds the process group made: its own would listen on every interface, also on one machine."""
+        self.set_world_ranks()
+        environment = self.cluster_environment
+        assert environment is not None
+        seat = Seat.launched()
+        if seat is None:  # of `trainer.devices`
+            one_machine = self.num_nodes == 1
+            address, port = environment.main_address, environment.main_port
+            seat = Seat(environment.global_rank(), self.world_size, address, port, one_machine)
+        cuda = self.root_device.type == "cuda"
+        join("nccl" if cuda else "gloo", seat, self.parallel.timeout_s, self.root_device if cuda else None)
+        super().setup_distributed()
 
     def setup(self, trainer: Any) -> None:
         for value, default, theirs, ours in (
@@ -123,17 +135,3 @@ class MegatronStrategy(DDPStrategy):
         if self.grid is not None:
             self.grid.close()
             self.grid = None
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """While processes wait for each other in C++, where no Python handler runs, Ctrl-C ends this one at once."""
-    python_answers = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not python_answers or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megarl.callbacks.owner import RunLock
 from megarl.config.compose import compose
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, ConfigError
 from megarl.modules.fit import fit
 from megarl.modules.sft import SFT
 from megarl.tokenizers import build_tokenizer
@@ -33,3 +34,22 @@ def test_a_resume_from_nothing_is_refused_before_anything_is_written(name: str, 
     with pytest.raises(CheckpointError, match=r"run\.resume=.*no checkpoint.*auto or never"):
         fit("sft", config, lambda _: pytest.fail("built"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["run.dir", "rollout.dump", "export.hf"])
+def test_a_folder_that_another_run_holds_is_refused_and_left_as_it_is(key: str, tmp_path: Path) -> None:
+    folder = tmp_path / "held"
+    holder = RunLock(folder, key=key, beside=key == "export.hf")
+    holder.take()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    settings = {"run.dir": tmp_path / "run", "data.train": "[prompts.jsonl]", "reward.fn": "f.py:f", key: folder}
+    config, _ = compose("ppo", [f"{name}={value}" for name, value in settings.items()])
+    with pytest.raises(ConfigError, match=f"{key}={folder} is in use by process"):
+        fit("ppo", config, lambda _: pytest.fail("built"))
+    holder.release()
+    lock = tmp_path / "run" / ".owner-0000001.json"
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path != lock}
+    assert after.keys() == before.keys()
+    config.model.path = str(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"model\.path"):  # nothing is held after a refusal
+        fit("ppo", config, lambda _: pytest.fail("built"))

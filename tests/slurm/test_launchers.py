@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megarl.callbacks.crumb import Crumb, read
+from megarl.callbacks.owner import RunLock
 from tests.e2e.runs import SMALL, WALKS, assert_same_bits, final_tensors, metrics, run_ppo, run_sft
 from tests.slurm.cluster import Cluster
 from tests.worlds import Worlds
@@ -76,7 +78,8 @@ def test_ppo_over_two_nodes_has_the_numbers_of_one_process(cluster: Cluster, wor
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     assert "layout: 2 processes = 2 per model x 1 replicas, on cpu" in log
     assert "run folder:" in log, "the first process's console is shown in the job's output"
-    assert sorted(path.name for path in (run_dir / "console").glob("*.log")) == ["rank-0000.log", "rank-0001.log"]
+    logs = (run_dir / "console" / number).glob("*.log")
+    assert sorted(path.name for path in logs) == ["rank-0000.log", "rank-0001.log"]
 
 
 def test_a_notice_leads_to_a_requeue_and_an_exact_continuation(
@@ -189,3 +192,50 @@ def test_a_chain_goes_on_where_requeueing_is_forbidden(cluster: Cluster, worlds:
     assert cluster.wait_for(second, ("FAILED", "COMPLETED"), PATIENCE_S, logs=tmp_path) == "COMPLETED"
     assert_same_bits(final_tensors(run_dir), final_tensors(tmp_path / "unbroken"))
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "finished"
+
+
+PAIRS = int(os.environ.get("MEGARL_GATE_PAIRS", "1"))
+
+
+def test_of_two_jobs_in_one_folder_one_trains(cluster: Cluster, tmp_path: Path) -> None:
+    """One on each node, within a second."""
+    endless = ("trainer.max_steps=1000000", "checkpoint.every=10")
+    for pair in range(PAIRS):
+        one = ("--nodes=1", "--ntasks-per-node=1")
+        folder = tmp_path / str(pair)
+        jobs = []
+        for node in ("n1", "n2"):
+            (folder / node).mkdir(parents=True)
+            options = (*one, f"--nodelist={node}", f"--output={folder}/{node}/job.log")
+            command = [*options, SFT, *TINY, f"run.dir={folder}/run", *endless]
+            jobs.append(cluster.submit(*command, cwd=folder / node, **THREADS))
+
+        def ended(job: str) -> bool:
+            return cluster.state(job) in ("FAILED", "COMPLETED")
+
+        cluster.wait(lambda jobs=jobs, ended=ended: any(ended(job) for job in jobs), "nobody ended", PATIENCE_S)
+        refused, owner = sorted(jobs, key=ended, reverse=True)
+        assert cluster.job(refused)["ExitCode"] == "2:0"
+        logs = {job: (folder / node / "job.log").read_text() for job, node in zip(jobs, ("n1", "n2"), strict=True)}
+        assert "is in use by process" in logs[refused]
+        cluster.wait(
+            lambda folder=folder: any(crumb.step >= 3 for crumb in read(folder / "run")), "no step", PATIENCE_S
+        )
+        assert cluster.state(owner) == "RUNNING"
+        assert "is in use" not in (folder / "run" / "console" / owner / "rank-0000.log").read_text()
+        cluster.run("scancel", owner)
+        cluster.wait_for(owner, ("CANCELLED",), PATIENCE_S)
+
+
+def test_a_refused_srun_of_two_tasks_ends(cluster: Cluster, tmp_path: Path) -> None:
+    """srun itself would leave the other task waiting for the first."""
+    holder = RunLock(tmp_path / "run")
+    holder.take()
+    command = [sys.executable, "-m", "megarl.train_sft", *TINY, f"run.dir={tmp_path}/run"]
+    started = ["srun", *TWO, *command]
+    environ = {**cluster.environ, **THREADS, "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(started, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    holder.release()
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count(f"error: run.dir={tmp_path}/run is in use by process") == 1
+    assert "Traceback" not in done.stderr

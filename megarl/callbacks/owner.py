@@ -1,0 +1,333 @@
+"""A run folder has one owner: a lock for local and shared file systems that a dead or silent owner does not keep.
+
+The owner is whoever wrote the file of the highest number, `.owner-0000007.json`. Taking the folder over means creating
+the next number, whole and exclusively. A thread refreshes the file's modification time; who finds no sign of a process
+on this machine, or no refresh for `SILENCE_S` from another, takes the next number.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from megarl.callbacks.process_identity import Holder, lives, read, this_process
+from megarl.command import say
+from megarl.errors import ConfigError
+from megarl.logging import get_logger
+from megarl.parallel.meeting import first_does
+
+BEAT_S = 5.0  # between two refreshes of the owner file
+SILENCE_S = 120.0  # after which an owner on another machine counts as dead
+WATCH_S = 3 * BEAT_S  # how long a file is watched at least before its owner does
+_LOOK_S = 1.0
+_held: set[str] = set()  # locks of this process, by id
+log = get_logger(__name__)
+
+
+class RunLock:
+    """The lock of one folder. `take` it before anything is written there, `release` it after everything is."""
+
+    def __init__(
+        self,
+        target: Path,
+        *,
+        key: str = "run.dir",
+        beside: bool = False,
+        host: str | None = None,
+        pid: int | None = None,
+        environ: Mapping[str, str] = os.environ,
+        alive: Callable[[int, float | None], bool] = lives,
+        clock: Callable[[], float] | None = None,
+        sleep: Callable[[float], Any] = time.sleep,
+        lost: Callable[[str], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            target: the folder to own.
+            key: the configuration key that names it, for messages.
+            beside: leave the lock's files beside the folder, which must not be there before it is complete.
+            host, pid: of the owner; default: this process.
+            alive: whether the process of an id and a start still runs on this machine.
+            clock: the time in seconds; default: the monotonic clock here, and the file server's for files.
+            sleep: waits for some seconds.
+            lost: is told when another owner has taken the folder over; default: this process ends at once.
+        """
+        self.what, self.key = f"{key}={target}", key
+        self.folder = target.absolute().parent if beside else target.absolute()
+        self.name = f"{target.name}.owner" if beside else "owner"
+        self._host, self._pid, self._environ = host, pid, environ
+        self._alive, self._clock, self._sleep = alive, clock, sleep
+        self._lost = _end if lost is None else lost
+        self._turn = threading.Lock()  # the thread and the callback may look at the same time
+        self.number: int | None = None  # of our file, while we are the owner
+        self._looked = 0.0
+
+    def take(self) -> None:
+        """Become the owner. Raises a `ConfigError` if another process is."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._me = this_process(self.folder, self._host, self._pid, self._environ)
+            self._process, self._over = os.getpid(), threading.Event()
+            self._mine = self.folder / f".{self.name}-{self._me.id}.tmp"
+            _held.add(self._me.id)  # before the file is there: other threads read it
+            try:
+                _write(self._mine, self._me)
+                self._become(self._take())
+            finally:
+                self._mine.unlink(missing_ok=True)
+                if self.number is None:
+                    _held.discard(self._me.id)
+        except OSError as problem:
+            raise ConfigError(
+                f"{self.what} cannot be written ({problem.strerror or problem}): set {self.key} elsewhere"
+            ) from None
+
+    def beat(self) -> None:
+        """Refresh the owner file, or notice that it is no longer ours."""
+        with self._turn:
+            if self.number is None:
+                return
+            self._looked = time.time()
+            try:
+                number, path = self._highest()
+                holder = None if path is None else read(path)[0]
+                if path is not None and holder is not None and holder.id == self._me.id:
+                    self._touch(path)
+                    return
+                if number <= self.number and (holder is None or holder.released):
+                    self._put(self._me, self.number)  # the file was deleted or damaged
+                    return
+            except OSError as problem:  # a file server that does not answer for a while
+                log.debug("%s: %s", self.folder, problem)
+                return
+            self.number = None
+        self._lost(
+            f"{self.what} was taken over by {holder or 'another run'}, as this run had given no sign of "
+            f"life for {SILENCE_S:g} s: it ends here, so that the two do not mix; its checkpoints are kept"
+        )
+
+    def check(self) -> None:
+        """Make sure that the folder is still ours where the thread has not for a while, as after this host slept."""
+        if self.number is not None and abs(time.time() - self._looked) > 1.5 * BEAT_S:
+            self.beat()
+
+    def release(self) -> None:
+        """Leave the folder to the next. The file stays, marked, so that numbers only rise."""
+        if self.number is None or os.getpid() != self._process:
+            return  # a forked child holds nothing
+        self._over.set()
+        with self._turn:
+            number, self.number = self.number, None
+            if number is None:
+                return
+            _held.discard(self._me.id)
+            with contextlib.suppress(OSError):
+                if self._highest()[0] == number:
+                    self._put(replace(self._me, released=True), number)
+
+    # --- taking -----------------------------------------------------------------------------------------------------
+
+    def _take(self) -> int:
+        """The number of our file, once it is there."""
+        watched: Path | None = None
+        since, told = 0.0, False
+        while True:
+            number, path = self._highest()
+            stands: bool | None = False
+            if path is not None:
+                try:
+                    holder, refreshed = read(path)
+                except FileNotFoundError:
+                    continue  # cleared away by the owner of a higher number
+                stands = self._stands(holder)
+                if stands:
+                    raise self._refusal(holder)
+            if stands is None:
+                here = self._here()
+                if watched != path:
+                    watched, since, refreshed_at_first = path, here, refreshed
+                if refreshed != refreshed_at_first:
+                    raise self._refusal(holder, foreign=True)
+                # Hosts may date files by their own clocks: the age alone says nothing before the file was watched.
+                silent = max(self._now() - refreshed, here - since)
+                if here - since < WATCH_S or silent < SILENCE_S:
+                    if not told and here - since > 2 * BEAT_S and silent < SILENCE_S:
+                        told = True
+                        self._tell(holder, silent)
+                    self._sleep(_LOOK_S)
+                    continue
+            if self._claim(number + 1):
+                return number + 1
+
+    def _stands(self, holder: Holder | None) -> bool | None:
+        """Whether the owner is at work; None if only its heartbeat can tell."""
+        me = self._me
+        if holder is None:
+            return None
+        requeued = holder.job is not None and holder.job == me.job and holder.restart < me.restart
+        if holder.released or requeued:
+            return False
+        if holder.machine != me.machine:
+            return None
+        if holder.pid == os.getpid() == me.pid and holder.started == me.started:
+            return holder.id in _held  # a process that has replaced itself by exec holds nothing
+        copied = holder.folder != me.folder and holder.inode != me.inode
+        return not copied and self._alive(holder.pid, holder.started)
+
+    def _claim(self, number: int) -> bool:
+        """Create the file of a number. False if another was faster."""
+        path = self._path(number)
+        try:
+            os.link(self._mine, path)
+        except FileExistsError:
+            if not path.exists() or not path.samefile(self._mine):  # else a file server repeated our own request
+                return False
+        except FileNotFoundError:
+            raise
+        except OSError:  # a file system without hard links: exclusive, though not whole at once
+            try:
+                _write(path, self._me)
+            except FileExistsError:
+                return False
+        if self._highest()[0] == number:
+            return True
+        path.unlink(missing_ok=True)  # the numbers between were taken and cleared away while we looked
+        return False
+
+    def _become(self, number: int) -> None:
+        self.number, self._looked = number, time.time()
+        now = self._now()
+        for path in list(self.folder.iterdir()):
+            found = self._number(path.name)
+            with contextlib.suppress(OSError):
+                # A candidate that is not refreshed was left by a process that died while it took the folder.
+                candidate = path.name.startswith(f".{self.name}-") and path.suffix == ".tmp"
+                left = candidate and now - path.stat().st_mtime > SILENCE_S
+                if left or (found is not None and found < number):
+                    path.unlink()
+        threading.Thread(target=self._keep, args=(self._over,), name="run lock", daemon=True).start()
+
+    def _refusal(self, holder: Holder | None, *, foreign: bool = False) -> ConfigError:
+        far = f" (taken over once it gives no sign of life for {SILENCE_S:g} s)" if foreign else ""
+        return ConfigError(
+            f"{self.what} is in use by {holder or 'another run'}{far}: "
+            f"set another {self.key}, or wait for that run or stop it"
+        )
+
+    def _tell(self, holder: Holder | None, silent: float) -> None:
+        say(
+            f"waiting for {self.what}: {holder or 'its unknown owner'} has given no sign of life for "
+            f"{silent:.0f} s, and is taken to be dead after {SILENCE_S:g} s"
+        )
+
+    # --- holding ----------------------------------------------------------------------------------------------------
+
+    def _keep(self, over: threading.Event) -> None:
+        # Short waits: a thread's wait does not count the time in which its host sleeps.
+        while not over.wait(_LOOK_S):
+            if abs(time.time() - self._looked) >= BEAT_S:
+                self.beat()
+
+    def _put(self, holder: Holder, number: int) -> None:
+        """Replace our file, in one step."""
+        _write(self._mine, holder)
+        self._mine.replace(self._path(number))
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f".{self.name}-{number:07d}.json"
+
+    def _number(self, file: str) -> int | None:
+        found = re.fullmatch(rf"\.{re.escape(self.name)}-(\d{{7,18}})\.json", file)
+        return int(found[1]) if found else None
+
+    def _highest(self) -> tuple[int, Path | None]:
+        """The highest number and its file; 0 and None without any."""
+        found = (self._number(path.name) for path in self.folder.iterdir())
+        numbers = [number for number in found if number is not None]
+        return (max(numbers), self._path(max(numbers))) if numbers else (0, None)
+
+    def _touch(self, path: Path) -> None:
+        os.utime(path, None if self._clock is None else (self._clock(), self._clock()))
+
+    def _now(self) -> float:
+        """The time by which files here are dated: a shared file system has its own."""
+        self._touch(self._mine)
+        return self._mine.stat().st_mtime
+
+    def _here(self) -> float:
+        return time.monotonic() if self._clock is None else self._clock()
+
+
+@contextlib.contextmanager
+def owned(folder: Path, timeout_s: float, *, key: str = "run.dir", beside: bool = False) -> Iterator[RunLock]:
+    """Hold a folder for a run. Every process of the run calls this: the first takes the lock, the others wait for it.
+
+    A call inside a call for the same folder has nothing to do. All processes raise the `ConfigError` of a refusal.
+    """
+    folder = folder.absolute()
+    around = _around.get()
+    if folder in around:
+        yield around[folder]
+        return
+    lock = RunLock(folder, key=key, beside=beside)
+    first_does(lock.take, timeout_s)
+    token = _around.set({**around, folder: lock})
+    try:
+        yield lock
+    finally:
+        _around.reset(token)
+        lock.release()
+
+
+_around: ContextVar[dict[Path, RunLock]] = ContextVar("locks around this code", default={})  # noqa: B039
+
+
+class Ownership(Callback):
+    """Looks whether the run folder is still ours before it is written, where the lock's thread could not."""
+
+    def __init__(self, lock: RunLock) -> None:
+        self.lock = lock
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.lock.check()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.lock.check()
+
+    def on_validation_end(self, *args: Any) -> None:
+        self.lock.check()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.lock.check()
+
+
+def _write(path: Path, holder: Holder) -> None:
+    """A new file; it must not be there."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(holder.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        raise
+    except OSError:
+        path.unlink(missing_ok=True)  # the disk is full: leave no empty file
+        raise
+
+
+def _end(message: str) -> None:
+    """End this process at once: whatever it would still write belongs to another run's folder."""
+    say(f"error: {message}")
+    sys.stderr.flush()
+    os._exit(ConfigError.exit_code)

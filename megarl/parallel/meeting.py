@@ -1,0 +1,203 @@
+"""How the processes of a run find each other: the store they meet at, and the sockets that they listen on.
+
+A run on one machine listens on the loopback interface only. A run over several listens as torch has it.
+"""
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from megarl.command import process_number, say
+from megarl.errors import ConfigError, MegarlError, UnavailableError
+from megarl.parallel.processes import know_slurm
+
+LOOPBACK = "127.0.0.1"
+_PATIENCE_S = 300.0  # beyond the run's own, for the first process, which may wait for a silent owner of the run folder
+_HEARD_S = 30.0  # how long the first process stays for the others to hear why it ends
+_stores: dict["Seat", Store] = {}  # opened by this process
+_groups = 0  # made so far; each has keys of its own in the store
+
+
+@dataclass(frozen=True)
+class Seat:
+    """This process's place among those of the run, and where they meet."""
+
+    rank: int
+    world: int
+    address: str
+    port: int
+    one_machine: bool
+
+    @staticmethod
+    def alone() -> "Seat":
+        return Seat(0, 1, LOOPBACK, 0, one_machine=True)
+
+    @staticmethod
+    def launched(environ: Mapping[str, str] = os.environ) -> "Seat | None":
+        """As torchrun, a launcher or `know_slurm` has it; None in a process that was started alone."""
+        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
+            return None
+        world = int(environ["WORLD_SIZE"])
+        local = int(environ.get("LOCAL_WORLD_SIZE", "0"))
+        return Seat(int(environ["RANK"]), world, environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), local == world)
+
+
+def join(backend: str, seat: Seat, timeout_s: float, device_id: torch.device | None = None) -> None:
+    """Make the default process group, unless there is one."""
+    global _groups
+    if dist.is_initialized():
+        return
+    timeout = timedelta(seconds=timeout_s)
+    store: Store
+    if seat.world == 1:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+    else:
+        _groups += 1
+        store = PrefixStore(f"group{_groups}", open_store(seat, timeout_s))
+    if seat.one_machine:
+        stay_on_this_machine()
+    dist.init_process_group(
+        backend, store=store, rank=seat.rank, world_size=seat.world, timeout=timeout, device_id=device_id
+    )
+    if backend == "nccl":
+        atexit.register(_leave)  # torch warns about a group that is still there at the end
+
+
+def stay_on_this_machine() -> None:
+    """Let gloo and NCCL listen on the loopback interface, unless the environment names another."""
+    names = [name for name, found in psutil.net_if_addrs().items() if any(one.address == LOOPBACK for one in found)]
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", names[0])
+
+
+def open_store(seat: Seat, timeout_s: float) -> Store:
+    """The store of a run: torchrun's where it has one, else the first process's. Opened once in a process."""
+    if seat in _stores:
+        return _stores[seat]
+    hosted = not _store_is_torchruns()
+    first, local = hosted and seat.rank == 0, hosted and seat.one_machine
+    address = LOOPBACK if local else seat.address
+    try:
+        store = TCPStore(
+            address,
+            seat.port,
+            seat.world,
+            is_master=first,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            master_listen_fd=_listen(seat.port) if first and local else None,
+            use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
+        )
+    except (RuntimeError, OSError) as problem:
+        raise UnavailableError(
+            f"the processes of this run cannot meet at {address}:{seat.port} ({_first_line(problem)}): look at what "
+            "the first one said, or set MASTER_ADDR and MASTER_PORT to a free port"
+        ) from None
+    # A worker group that torchrun starts again meets at the same store.
+    _stores[seat] = PrefixStore(f"megarl{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return _stores[seat]
+
+
+def first_does(work: Callable[[], None], timeout_s: float) -> None:
+    """Let the first process of the run work while the others wait, before there is a process group.
+
+    A `MegarlError` of the first process ends all of them. Where the first starts the others itself, it works before.
+    """
+    know_slurm()
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    else:
+        seat = Seat.launched() or Seat.alone()
+        rank, world = seat.rank, seat.world
+    if world == 1:
+        if process_number() == 0:
+            work()
+        return
+    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else open_store(seat, timeout_s)
+    word = f"first/{store.add(f'first/of{rank}', 1)}"  # all processes have called this as often
+    if rank == 0:
+        _work_and_tell(work, store, word, world)
+    else:
+        _hear(store, word, timeout_s)
+
+
+def _work_and_tell(work: Callable[[], None], store: Store, word: str, world: int) -> None:
+    try:
+        work()
+    except MegarlError as problem:
+        # Said before the others end: a launcher that sees one end stops the rest.
+        say(f"error: {problem}")
+        problem.said = True
+        store.set(word, str(problem))
+        deadline = time.monotonic() + (0.0 if _store_is_torchruns() else _HEARD_S)
+        while store.add(f"{word}/heard", 0) < world - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        raise
+    store.set(word, "")
+
+
+def _hear(store: Store, word: str, timeout_s: float) -> None:
+    try:
+        with interruptible():
+            store.wait([word], timedelta(seconds=timeout_s + _PATIENCE_S))
+        refusal = store.get(word).decode()
+        store.add(f"{word}/heard", 1)
+    except RuntimeError as problem:
+        raise UnavailableError(
+            f"the first process of this run ended before it held the run folder ({_first_line(problem)}): look at what "
+            "it said"
+        ) from None
+    if refusal:
+        time.sleep(1.0)  # the first process is to be the first that ends, as launchers report that one
+        error = ConfigError(refusal)
+        error.said = True
+        raise error
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """While processes wait for each other in C++, where no Python handler runs, Ctrl-C ends this one at once."""
+    python_answers = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not python_answers or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _listen(port: int) -> int:
+    """The descriptor of a socket that only this machine reaches."""
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((LOOPBACK, port))
+        listening.listen(1024)
+        return listening.detach()
+
+
+def _store_is_torchruns() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).strip().partition("\n")[0]
