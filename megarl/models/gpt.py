@@ -142,7 +142,8 @@ class GPT(LanguageModule):
             self.value_head = ValueHead(config)
         if post_process and q_heads:
             self.q_heads = QHeads(config, q_heads, grid.groups.tp)
-        self.to(config.params_dtype)
+        # Megatron makes learned positions, and its Apex norms, on the default device.
+        self.to(device=grid.device, dtype=config.params_dtype)
         if post_process and q_heads:  # float32, as steps of a small alpha would be lost in bf16
             self.target_q_heads = QHeads(config, q_heads, grid.groups.tp).float()
         if pre_process or post_process:

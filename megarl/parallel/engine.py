@@ -14,6 +14,8 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megarl.errors import CheckpointError
+from megarl.parallel.device import device_settings
 from megarl.parallel.grid import Grid
 from megarl.parallel.optimizer import (
     OptimSpec,
@@ -67,6 +69,9 @@ class Engine:
         if optim is not None:
             self.chunks = [_with_gradient_buffers(model, grid, index) for index, model in enumerate(self.models)]
             self.config.finalize_model_grads_func = finalize_model_grads
+            # Without it, an overlapped reduction takes the gradients of every microbatch for complete.
+            waits = [chunk.no_sync for chunk in self.chunks]
+            self.config.no_sync_func = waits[0] if len(waits) == 1 else waits
             self.optimizer = build_optimizer(self.chunks, optim, grid, bf16=self.config.bf16)
             self.schedule = build_schedule(self.optimizer, optim)
             # A schedule's first step is step 0 with lr 0 unless it is told that the step to come is the first.
@@ -228,7 +233,7 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what was loaded into the shape of `sharded_state_dict(loading=True)`."""
         for index, model in enumerate(self.models):
-            model.load_state_dict(state["weights"][f"model{index}"], strict=True)
+            _load_weights(model, state["weights"][f"model{index}"])
         if self.optimizer is not None and self.schedule is not None:
             if trains_here(self.optimizer):
                 load_optimizer(self.optimizer, state["optimizer"])
@@ -337,13 +342,22 @@ def _with_gradient_buffers(model: Any, grid: Grid, index: int) -> DistributedDat
     """Megatron's DDP: contiguous float32 gradients, sharded over data-parallel ranks for the optimizer."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=torch.cuda.is_available(),
+        overlap_grad_reduce=device_settings().overlap_grad_reduce,
         use_distributed_optimizer=True,
         check_for_nan_in_grad=False,
     )
     return _GradientBuffers(
         config=model.config, ddp_config=config, module=model, disable_bucketing=index > 0, pg_collection=grid.groups
     )
+
+
+def _load_weights(model: Any, state: dict[str, Any]) -> None:
+    """Load a chunk's weights. Extra state, which Transformer Engine's layers have and which is empty without FP8, is
+    not in checkpoints: a layer keeps its own."""
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
+    if wrong:
+        raise CheckpointError(f"the checkpoint and the model do not have the same tensors: {', '.join(wrong[:3])}")
 
 
 def _global_names(model: Any) -> list[tuple[str, nn.Parameter]]:
