@@ -169,7 +169,9 @@ class GPT(LanguageModule):
         if cache is not None and cache.length is not None:
             mask = cache.mask(window)
         else:
-            mask = attention_mask(batch.get("segment_ids"), tokens.shape[1], window, tokens.device)
+            mask = attention_mask(
+                batch.get("segment_ids"), tokens.shape[1], window, tokens.device, self.config.params_dtype
+            )
         result: Tensor = self.decoder(
             hidden_states=hidden, attention_mask=None, packed_seq_params=Context(turn, mask, cache)
         )

@@ -28,6 +28,7 @@ from megarl.callbacks.throughput import Throughput
 from megarl.checkpoint import ShardedCheckpointIO, find, refuse_empty
 from megarl.command import quiet
 from megarl.config import checks
+from megarl.config.devices import hide_gpus
 from megarl.errors import ConfigError
 from megarl.logging import get_logger, setup
 from megarl.models.exchange.adopt import adopt, open_whole
@@ -45,6 +46,7 @@ def fit(entry: str, config: Any, build: Callable[[Any], Module]) -> int:
 
     `build(config)` makes the module, before any process group exists; its models are made in `configure_model`.
     """
+    hide_gpus(config.trainer.accelerator)
     checks.check(config, checks.world_size(config, os.environ))
     resume = config.run.resume
     if resume not in ("auto", "never"):

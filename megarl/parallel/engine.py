@@ -66,6 +66,8 @@ class Engine:
         self.optimizer = self.schedule = None
         self.chunks: list[Any] = list(self.models)
         self.has_gradients = False
+        self.pins = device_settings().pinned_copies
+        self.aside: dict[str, Tensor] | None = None  # host memory for weights that others stand in for
         if optim is not None:
             self.chunks = [_with_gradient_buffers(model, grid, index) for index, model in enumerate(self.models)]
             self.config.finalize_model_grads_func = finalize_model_grads
@@ -172,15 +174,36 @@ class Engine:
 
     # --- other weights in the same memory ---------------------------------------------------------------------------
 
-    def trainable_copy(self) -> dict[str, Tensor]:
-        """The present values of what trains, in host memory: frozen layers need no copy, whatever is frozen."""
-        return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters() if p.requires_grad}
+    @torch.no_grad()
+    def trainable_copy(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The present values of what trains, in host memory: frozen layers need no copy, whatever is frozen.
+
+        Args:
+            into: an earlier copy whose memory is used again.
+        """
+        trainable = {name: parameter for name, parameter in self.parameters() if parameter.requires_grad}
+        if into is None:
+            into = {name: self._host_memory(parameter) for name, parameter in trainable.items()}
+        for name, parameter in trainable.items():
+            into[name].copy_(parameter, non_blocking=self.pins)
+        self._finish_copies()
+        return into
+
+    def _host_memory(self, like: Tensor) -> Tensor:
+        pin = self.pins and self.grid.device.type == "cuda"
+        return torch.empty_like(like, device="cpu", requires_grad=False, pin_memory=pin)
+
+    def _finish_copies(self) -> None:
+        if self.grid.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     @contextmanager
     def with_weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
         """Run with other values of what trains (a reference's), copied in place and back: parameters are views of
         Megatron's buffers and are never replaced."""
-        present = self.trainable_copy()
+        present = self.trainable_copy(self.aside)
+        if self.pins:  # locking memory takes as long as the copy: it is kept for the next time
+            self.aside = present
         self._copy_in(weights)
         try:
             yield
@@ -191,7 +214,8 @@ class Engine:
     def _copy_in(self, weights: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters():
             if parameter.requires_grad:
-                parameter.copy_(weights[name])
+                parameter.copy_(weights[name], non_blocking=self.pins)
+        self._finish_copies()
 
     @torch.no_grad()
     def start_from(self, other: "Engine") -> None:

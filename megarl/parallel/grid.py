@@ -23,7 +23,13 @@ def start_world(timeout_s: float = 1800.0) -> torch.device:
         cpu.install()
         device = torch.device("cpu")
     else:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= count:
+            raise ConfigError(
+                f"process {number} of this machine has no GPU of its own: there are {count}; start as many processes "
+                "as GPUs (trainer.devices, --nproc-per-node), or use trainer.accelerator=cpu"
+            )
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_s)
@@ -32,7 +38,8 @@ def start_world(timeout_s: float = 1800.0) -> torch.device:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            # NCCL then connects at once, and not pair by pair while sends are under way.
+            dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
     return device
 
 
