@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 import megarl
 from megarl.command import INTERRUPTED, NOTICED, ended
 from megarl.config.checks import check, world_size
+from megarl.config.devices import hide_gpus
 from megarl.config.files import check_files
 from megarl.config.launcher import check_launcher
 from megarl.config.messages import EXPLAINED, check_argument, explain
@@ -101,6 +102,7 @@ def run(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> NoRet
 def _checked(config: Any, main: Callable[[Any], int | None]) -> int | None:
     """Call `main` with a configuration whose arithmetic works, so that heavy imports come after cheap errors."""
     check_launcher(os.environ)
+    hide_gpus(config.trainer.accelerator)
     check(config, world_size(config, os.environ))
     check_files(config)
     return main(config)

@@ -1,5 +1,6 @@
 """Self-attention on Megatron's parallel linears and torch's scaled_dot_product_attention."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,10 @@ from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
 from megarl.models.kernels import kernels
 from megarl.models.rotary import Rotation, rotate
+from megarl.parallel.device import device_settings
 
 SHORT = 64  # queries up to which two plain products are faster than torch's fused kernel on a CPU
+ALIGNED = 8  # torch's fused kernels on a GPU read a mask whose rows begin at multiples of this
 
 
 @dataclass
@@ -31,9 +34,16 @@ class Context:
     cache: CacheView | None = None
 
 
-def attention_mask(segment_ids: Tensor | None, time: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Causal, within documents (segment_ids [batch, time]; 0 is padding) and within a sliding window."""
-    short = device.type == "cpu" and time <= SHORT
+def attention_mask(
+    segment_ids: Tensor | None, time: int, window: int | None, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """Causal, within documents (segment_ids [batch, time]; 0 is padding) and within a sliding window.
+
+    With a GPU's settings, the mask is a number to add, in the model's dtype: one for all layers, where torch would make
+    one of each layer's boolean mask and keep it for the backward pass.
+    """
+    plain = device_settings().plain_attention
+    short = plain and time <= SHORT
     if segment_ids is None and (window is None or window >= time) and not short:
         return None
     rows = torch.arange(time, device=device)
@@ -45,7 +55,11 @@ def attention_mask(segment_ids: Tensor | None, time: int, window: int | None, de
     if segment_ids is not None:
         # Padding rows form a document of their own, so that no softmax is over nothing.
         allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    return torch.zeros(allowed.shape, device=device).masked_fill_(~allowed, -torch.inf) if short else allowed
+    if plain and not short:
+        return allowed
+    width = time if plain else -(-time // ALIGNED) * ALIGNED
+    mask = torch.zeros((*allowed.shape[:-1], width), dtype=torch.float32 if plain else dtype, device=device)
+    return mask[..., :time].masked_fill_(~allowed, -torch.inf)
 
 
 class SelfAttention(MegatronModule):
@@ -142,16 +156,30 @@ class SelfAttention(MegatronModule):
         grouped = q.shape[1] != k.shape[1]
         if mask is not None and mask.is_floating_point():
             mask = mask.to(q.dtype)
-        if q.device.type == "cpu" and q.shape[2] <= SHORT and dropout == 0.0 and not causal:
+        special = mask is not None or grouped
+        if dropout == 0.0 and not causal and q.shape[2] <= _few(special):
             mixed = _attend_in_products(q, k, v, mask)
-        elif dropout == 0.0:
-            mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
         else:
-            with get_cuda_rng_tracker().fork():
+            if grouped and mask is not None and not device_settings().plain_attention:
+                # A fused kernel that takes masks need not know grouped heads; torch's other one keeps all scores.
+                k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
+                grouped = False
+            with get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext():
                 mixed = F.scaled_dot_product_attention(
                     q, k, v, mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
                 )
         return mixed.permute(2, 0, 1, 3).flatten(-2)
+
+
+def _few(special: bool) -> int:
+    """Queries up to which plain products are taken.
+
+    With a GPU's settings that is one, if there is a mask or heads are grouped: fused kernels that lack these copy the
+    cache for every head, and others plan anew for every length.
+    """
+    if device_settings().plain_attention:
+        return SHORT
+    return 1 if special else 0
 
 
 def _attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megarl.config.schema import ModelConfig
+from megarl.parallel.device import device_settings
 from megarl.parallel.layout import Layout
 
 ACTIVATIONS = {
@@ -105,7 +106,8 @@ class GPTConfig(TransformerConfig):
             context_parallel_size=layout.cp,
             sequence_parallel=layout.sequence_parallel,
             deallocate_pipeline_outputs=True,
-            batch_p2p_comm=torch.cuda.is_available(),
+            # With two stages, "previous" and "next" are one process, and a batch would mix up what is meant for which.
+            batch_p2p_comm=device_settings().batched_p2p and not (layout.vpp > 1 and layout.pp == 2),
             vocab_size=vocab_size,
             max_positions=model.max_positions,
             position=model.position,

@@ -142,7 +142,8 @@ class GPT(LanguageModule):
             self.value_head = ValueHead(config)
         if post_process and q_heads:
             self.q_heads = QHeads(config, q_heads, grid.groups.tp)
-        self.to(config.params_dtype)
+        # Megatron makes learned positions, and its Apex norms, on the default device.
+        self.to(device=grid.device, dtype=config.params_dtype)
         if post_process and q_heads:  # float32, as steps of a small alpha would be lost in bf16
             self.target_q_heads = QHeads(config, q_heads, grid.groups.tp).float()
         if pre_process or post_process:
@@ -168,7 +169,9 @@ class GPT(LanguageModule):
         if cache is not None and cache.length is not None:
             mask = cache.mask(window)
         else:
-            mask = attention_mask(batch.get("segment_ids"), tokens.shape[1], window, tokens.device)
+            mask = attention_mask(
+                batch.get("segment_ids"), tokens.shape[1], window, tokens.device, self.config.params_dtype
+            )
         result: Tensor = self.decoder(
             hidden_states=hidden, attention_mask=None, packed_seq_params=Context(turn, mask, cache)
         )

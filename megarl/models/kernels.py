@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 from megarl.errors import UnavailableError
 from megarl.models.linear import ColumnLinear, RowLinear, WordEmbedding
 from megarl.models.norm import LayerNorm, RMSNorm
+from megarl.parallel.device import device_settings
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,14 @@ class Kernels:
         return self.rmsnorm if normalization == "RMSNorm" else self.layernorm
 
 
-@cache
 def kernels(kind: str = "auto") -> Kernels:
-    """`auto`: Transformer Engine, then Apex, then torch, and always torch without a GPU."""
-    if not torch.cuda.is_available() and kind in ("torch", "auto"):
+    """`auto`: Transformer Engine, then Apex, then torch; on a CPU, torch and layers of our own."""
+    return _kernels(kind, device_settings().cpu_layers)
+
+
+@cache
+def _kernels(kind: str, cpu_layers: bool) -> Kernels:
+    if cpu_layers and kind in ("torch", "auto"):
         return Kernels(ColumnLinear, RowLinear, LayerNorm, RMSNorm, words=WordEmbedding)
     plain = Kernels(ColumnParallelLinear, RowParallelLinear, LayerNorm, RMSNorm)
     if kind == "torch":

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor
 
-from megarl.parallel.gradients import gradient_buffer
+from megarl.parallel.gradients import gradient_buffer, handed_over
 from megarl.parallel.products import add_product, by_onednn, linear, rounded_up
 
 
@@ -105,6 +105,7 @@ class _Linear(torch.autograd.Function):
                 grad_weight = linear(grad.t(), rows.t())
             else:
                 add_product(buffer, grad.t(), rows)
+                grad_weight = handed_over(weight)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0)
         if summing is not None:
@@ -139,4 +140,4 @@ class _Lookup(torch.autograd.Function):
         buffer = gradient_buffer(weight, grads[0].dtype)
         total = torch.zeros_like(weight) if buffer is None else buffer
         total.index_add_(0, tokens.reshape(-1), grads[0].reshape(-1, weight.shape[1]))
-        return None, total if buffer is None else None
+        return None, total if buffer is None else handed_over(weight)

@@ -29,6 +29,7 @@ from megarl.callbacks.throughput import Throughput
 from megarl.checkpoint import ShardedCheckpointIO, find, refuse_empty
 from megarl.command import process_number, quiet
 from megarl.config import checks
+from megarl.config.devices import hide_gpus
 from megarl.config.launcher import check_launcher, started_by_slurm
 from megarl.disk import local
 from megarl.errors import CheckpointError, ConfigError
@@ -50,6 +51,7 @@ def fit(entry: str, config: Any, build: Callable[[Any], Module]) -> int:
     `build(config)` makes the module, before any process group exists; its models are made in `configure_model`.
     """
     check_launcher(os.environ)
+    hide_gpus(config.trainer.accelerator)
     checks.check(config, checks.world_size(config, os.environ))
     resume = config.run.resume
     if resume not in ("auto", "never"):

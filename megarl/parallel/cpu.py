@@ -6,7 +6,7 @@ Nothing here changes what a GPU does; each patch says which line of Megatron nee
 
 import logging
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -55,7 +55,11 @@ def install() -> None:
             f"pip install megatron-core=={TESTED_VERSIONS[-1]}"
         )
     _patch_torch_cuda()
-    _patch_rng()
+    keep_random_states_on_cpu()
+    from megatron.core.tensor_parallel import random
+
+    # With one generator for all, every dropout mask drawn in a fork would be warned of.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
     for name in _MODULES_WITH_CUDA_CONSTANTS:
         for function in _functions(import_module(name)):
             function.__code__ = _on_cpu(function.__code__)
@@ -72,8 +76,11 @@ def _patch_torch_cuda() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
-def _patch_rng() -> None:
-    """Megatron's RNG tracker and activation recompute keep the states of a CUDA generator: give them the CPU's."""
+def keep_random_states_on_cpu() -> Callable[[], None]:
+    """Megatron's RNG tracker and activation recompute keep the states of a CUDA generator: give them the CPU's.
+
+    Returns what takes that back.
+    """
     from megatron.core.tensor_parallel import random
 
     def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -92,11 +99,13 @@ def _patch_rng() -> None:
         torch.set_rng_state(before)
         self._is_initialized = True
 
-    random._get_cuda_rng_state = get_state
-    random._set_cuda_rng_state = set_state
-    random.CudaRNGStatesTracker.add = add
-    # With one generator for all, every dropout mask drawn in a fork would be warned of.
-    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    def use(getter: Any, setter: Any, adder: Any) -> None:
+        random._get_cuda_rng_state, random._set_cuda_rng_state = getter, setter
+        random.CudaRNGStatesTracker.add = adder
+
+    before = (random._get_cuda_rng_state, random._set_cuda_rng_state, random.CudaRNGStatesTracker.add)
+    use(get_state, set_state, add)
+    return lambda: use(*before)
 
 
 def _functions(module: types.ModuleType) -> Iterator[types.FunctionType]:

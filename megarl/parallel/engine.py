@@ -15,7 +15,8 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from megarl.errors import NumericsError
+from megarl.errors import CheckpointError, NumericsError
+from megarl.parallel.device import device_settings
 from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
 from megarl.parallel.optimizer import (
@@ -67,9 +68,14 @@ class Engine:
         self.optimizer = self.schedule = None
         self.chunks: list[Any] = list(self.models)
         self.has_gradients = False
+        self.pins = device_settings().pinned_copies
+        self.aside: dict[str, Tensor] | None = None  # host memory for weights that others stand in for
         if optim is not None:
             self.chunks = [_with_gradient_buffers(model, grid, index) for index, model in enumerate(self.models)]
             self.config.finalize_model_grads_func = finalize_model_grads
+            # Without it, an overlapped reduction takes the gradients of every microbatch for complete.
+            waits = [chunk.no_sync for chunk in self.chunks]
+            self.config.no_sync_func = waits[0] if len(waits) == 1 else waits
             self.optimizer = build_optimizer(self.chunks, optim, grid, bf16=self.config.bf16)
             self.schedule = build_schedule(self.optimizer, optim)
             # A schedule's first step is step 0 with lr 0 unless it is told that the step to come is the first.
@@ -174,15 +180,36 @@ class Engine:
 
     # --- other weights in the same memory ---------------------------------------------------------------------------
 
-    def trainable_copy(self) -> dict[str, Tensor]:
-        """The present values of what trains, in host memory: frozen layers need no copy, whatever is frozen."""
-        return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters() if p.requires_grad}
+    @torch.no_grad()
+    def trainable_copy(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The present values of what trains, in host memory: frozen layers need no copy, whatever is frozen.
+
+        Args:
+            into: an earlier copy whose memory is used again.
+        """
+        trainable = {name: parameter for name, parameter in self.parameters() if parameter.requires_grad}
+        if into is None:
+            into = {name: self._host_memory(parameter) for name, parameter in trainable.items()}
+        for name, parameter in trainable.items():
+            into[name].copy_(parameter, non_blocking=self.pins)
+        self._finish_copies()
+        return into
+
+    def _host_memory(self, like: Tensor) -> Tensor:
+        pin = self.pins and self.grid.device.type == "cuda"
+        return torch.empty_like(like, device="cpu", requires_grad=False, pin_memory=pin)
+
+    def _finish_copies(self) -> None:
+        if self.grid.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     @contextmanager
     def with_weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
         """Run with other values of what trains (a reference's), copied in place and back: parameters are views of
         Megatron's buffers and are never replaced."""
-        present = self.trainable_copy()
+        present = self.trainable_copy(self.aside)
+        if self.pins:  # locking memory takes as long as the copy: it is kept for the next time
+            self.aside = present
         self._copy_in(weights)
         try:
             yield
@@ -193,7 +220,8 @@ class Engine:
     def _copy_in(self, weights: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters():
             if parameter.requires_grad:
-                parameter.copy_(weights[name])
+                parameter.copy_(weights[name], non_blocking=self.pins)
+        self._finish_copies()
 
     @torch.no_grad()
     def start_from(self, other: "Engine") -> None:
@@ -254,7 +282,7 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what was loaded into the shape of `sharded_state_dict(loading=True)`."""
         for index, model in enumerate(self.models):
-            model.load_state_dict(state["weights"][f"model{index}"], strict=True)
+            _load_weights(model, state["weights"][f"model{index}"])
         if self.optimizer is not None and self.schedule is not None:
             if trains_here(self.optimizer):
                 load_optimizer(self.optimizer, state["optimizer"])
@@ -363,13 +391,22 @@ def _with_gradient_buffers(model: Any, grid: Grid, index: int) -> DistributedDat
     """Megatron's DDP: contiguous float32 gradients, sharded over data-parallel ranks for the optimizer."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=torch.cuda.is_available(),
+        overlap_grad_reduce=device_settings().overlap_grad_reduce,
         use_distributed_optimizer=True,
         check_for_nan_in_grad=False,
     )
     return _GradientBuffers(
         config=model.config, ddp_config=config, module=model, disable_bucketing=index > 0, pg_collection=grid.groups
     )
+
+
+def _load_weights(model: Any, state: dict[str, Any]) -> None:
+    """Load a chunk's weights. Extra state, which Transformer Engine's layers have and which is empty without FP8, is
+    not in checkpoints: a layer keeps its own."""
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
+    if wrong:
+        raise CheckpointError(f"the checkpoint and the model do not have the same tensors: {', '.join(wrong[:3])}")
 
 
 def _global_names(model: Any) -> list[tuple[str, nn.Parameter]]:

@@ -4,7 +4,7 @@ Collectives of the fake process group do nothing, so shapes and sizes are right 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from megarl.parallel.layout import Layout
 
 
 @contextmanager
-def fake_world(layout: Layout, rank: int = 0, device: str = "meta") -> Iterator[Grid]:
+def fake_world(layout: Layout, rank: int = 0, device: str = "meta", *, default_device: bool = True) -> Iterator[Grid]:
     """The grid as process `rank` of `layout` sees it. What is built inside lies on `device`: on "meta" it takes no
-    memory, on "cpu" it is real."""
+    memory, on "cpu" it is real. Without `default_device` this holds, as on a GPU, only for what names a device."""
     if dist.is_initialized():
         raise UnavailableError("a process group is live in this process: plan in a process of its own")
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
@@ -30,18 +30,20 @@ def fake_world(layout: Layout, rank: int = 0, device: str = "meta") -> Iterator[
     place = torch.device(device)
     random_state = torch.get_rng_state()
     current_device, tensor_type = torch.cuda.current_device, torch.Tensor.type
+    put_back = cpu.keep_random_states_on_cpu()  # also beside a GPU, which has no generator of this device
     dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
     # device= of every buffer that Megatron makes
     torch.cuda.current_device = lambda: place  # type: ignore[assignment,return-value]
     torch.Tensor.type = _type_off_meta(tensor_type)  # type: ignore[method-assign]
     try:
         grid = Grid(layout, place)
-        with place:
+        with place if default_device else nullcontext():
             yield grid
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         torch.cuda.current_device, torch.Tensor.type = current_device, tensor_type  # type: ignore[method-assign]
+        put_back()
         torch.set_rng_state(random_state)
 
 

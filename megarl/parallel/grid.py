@@ -26,7 +26,13 @@ def start_world(timeout_s: float = 1800.0) -> torch.device:
         cpu.install()
         device = torch.device("cpu")
     else:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= count:
+            raise ConfigError(
+                f"process {number} of this machine has no GPU of its own: there are {count}; start as many processes "
+                "as GPUs (trainer.devices, --nproc-per-node), or use trainer.accelerator=cpu"
+            )
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     seat = Seat.alone() if alone else Seat.launched()
@@ -35,7 +41,10 @@ def start_world(timeout_s: float = 1800.0) -> torch.device:
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but not all of RANK, MASTER_ADDR and MASTER_PORT are set: unset "
             "it, or start with torchrun"
         )
-    join("gloo" if device.type == "cpu" else "nccl", seat, timeout_s)
+    if device.type == "cpu":
+        join("gloo", seat, timeout_s)
+    else:  # with a device, NCCL connects at once, and not pair by pair while sends are under way
+        join("nccl", seat, timeout_s, device)
     return device
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.parallel.gradients import gradient_buffer
+from megarl.parallel.gradients import gradient_buffer, handed_over
 from megarl.parallel.products import add_product, by_onednn, linear
 
 # Elements of one chunk of logits: large enough for an efficient product, small beside the activations of a layer.
@@ -166,13 +166,19 @@ class _VocabStats(torch.autograd.Function):
             del logits, grad, narrow, part
         return (
             grad_hidden,
-            None if grad_weight is None or buffer is not None else grad_weight.to(weight.dtype),
+            _for_autograd(grad_weight, buffer, weight),
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
             None,
             None,
             None,
         )
+
+
+def _for_autograd(grad: Tensor | None, buffer: Tensor | None, weight: Tensor) -> Tensor | None:
+    if grad is None:
+        return None
+    return grad.to(weight.dtype) if buffer is None else handed_over(weight)
 
 
 def _chunks(n: int, columns: int, device: torch.device) -> list[slice]:

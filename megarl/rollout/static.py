@@ -5,6 +5,7 @@ Not for pipelines, whose passes wait for other processes in between.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,9 @@ class StaticPass:
     somebody gets it.
     """
 
-    def __init__(self, model: GPT, scorer: Scorer, cache: KVCache, rows: int, length: int) -> None:
+    def __init__(self, model: GPT, scorer: Scorer, cache: KVCache, rows: int, length: int, pool: Any = None) -> None:
+        """`pool`: memory that the recordings of several passes share."""
+        self.pool = pool
         self.model, self.scorer, self.cache, self.length = model, scorer, cache, length
         device = cache.store.device
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
@@ -63,25 +66,31 @@ class StaticPass:
                 self._compute()
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=self.pool):
             self.scores = self._compute()
 
 
 @dataclass
 class StaticPasses:
-    """A pass for every bucket of rows and lengths that has come up, over one cache and with one scorer."""
+    """A pass for every bucket of rows and lengths that has come up, over one cache and with one scorer.
+
+    Recordings share their memory: scores are read before the next pass, whichever it is, so nothing is lost.
+    """
 
     model: GPT
     scorer: Scorer
     cache: KVCache
     passes: dict[tuple[int, int], StaticPass] = field(default_factory=dict)
+    pool: Any = None
 
     def scores(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         """[rows, valid] scores of the rows in slots 0 ..., of which the longest has `longest` tokens so far."""
         rows = bucket(tokens.shape[0], 1, self.cache.slots)
         length = bucket(longest, SHORTEST, self.cache.length)
+        if self.pool is None and self.cache.store.device.type == "cuda":
+            self.pool = torch.cuda.graph_pool_handle()
         if (rows, length) not in self.passes:
-            self.passes[rows, length] = StaticPass(self.model, self.scorer, self.cache, rows, length)
+            self.passes[rows, length] = StaticPass(self.model, self.scorer, self.cache, rows, length, self.pool)
         return self.passes[rows, length].run(tokens, positions)
 
 

@@ -42,6 +42,21 @@ def test_a_live_world_is_not_disturbed() -> None:
         pass
 
 
+def test_megatrons_random_states_of_a_gpu_are_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a GPU is visible, Megatron's tracker asks CUDA for a generator of a device called "meta"."""
+    from megatron.core.tensor_parallel import random
+
+    def cuda(*_: object, **__: object) -> None:
+        raise TypeError("tuple indices must be integers or slices, not torch.device")
+
+    for owner, name in ((random, "_get_cuda_rng_state"), (random, "_set_cuda_rng_state")):
+        monkeypatch.setattr(owner, name, cuda)
+    monkeypatch.setattr(random.CudaRNGStatesTracker, "add", lambda self, name, seed: cuda())
+    with fake_world(Layout(tp=2)) as grid:
+        assert grid.random_state()["tracked"]
+    assert random._get_cuda_rng_state is cuda
+
+
 def test_everything_is_put_back() -> None:
     from megarl.parallel import cpu
 
@@ -92,3 +107,23 @@ def test_the_parts_of_one_replica_are_the_model(layout: Layout, tied: bool) -> N
     model = ModelConfig(num_layers=4, hidden_size=32, max_positions=16, tie_embeddings=tied)
     replica = [rank_of(layout, tp=tp, pp=pp) for tp in range(layout.tp) for pp in range(layout.pp)]
     assert global_counts(layout, model, replica) == global_counts(Layout(), model, [0])
+
+
+FAMILIES = {
+    "gpt2": {"position": "learned", "norm": "layernorm", "tie_embeddings": True, "mlp_bias": True, "qkv_bias": True},
+    "opt": {"position": "learned", "position_offset": 2, "norm": "layernorm", "activation": "relu"},
+    "gptj": {"parallel_residual": "one_norm", "norm": "layernorm", "lm_head_bias": True, "rope_interleaved": True},
+    "qwen3": {"qk_norm": True, "num_kv_heads": 2, "sliding_window": 8},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("heads", [{}, {"value_head": True}, {"q_heads": 2}], ids=["plain", "value", "q"])
+def test_a_model_lies_on_its_grids_device_whatever_the_default_is(family: str, heads: dict[str, int]) -> None:
+    """On a GPU nothing is there by default: what megarl or Megatron makes without a device would stay on the CPU."""
+    shape = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, **FAMILIES[family])
+    with fake_world(Layout(tp=2), default_device=False) as grid:
+        model = GPT(GPTConfig.build(shape, grid.layout, vocab_size=50), grid, **heads)
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        elsewhere = [name for name, tensor in tensors if tensor.device.type != "meta"]
+    assert elsewhere == []

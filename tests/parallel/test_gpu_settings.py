@@ -1,0 +1,154 @@
+"""A GPU's settings, tried on a CPU: the same numbers as with a CPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megarl.errors import CheckpointError, ConfigError
+from megarl.models import attention
+from megarl.models.attention import attention_mask
+from megarl.parallel.device import CPU, GPU, VARIABLE, DeviceSettings, assumed, device_settings
+from megarl.parallel.engine import _load_weights
+from megarl.rollout import static
+from tests.parallel.engines import batches, count_tokens, small_engine, token_loss
+from tests.worlds import Worlds
+
+STEPS = (2, 4, 2)  # microbatches of each replica: packing gives every step its own number
+GPT2 = {"position": "learned", "norm": "layernorm", "activation": "gelu", "tie_embeddings": True, "mlp_bias": True}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "dp2": (2, {"dp": 2}),
+    "pp2vpp2": (2, {"pp": 2, "vpp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "tp2sp": (2, {"tp": 2, "sequence_parallel": True}),
+    "tp2pp2sp": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
+    "pp2dp2": (4, {"pp": 2, "dp": 2}),
+}
+
+
+def trained(
+    layout: dict[str, Any], model: dict[str, Any], **options: Any
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and gradient norms of steps with several numbers of microbatches, and this rank's weights after them."""
+    engine = small_engine({key: value for key, value in layout.items() if key != "dp"}, model, **options)
+    course = []
+    for step, count in enumerate(STEPS):
+        rows = batches(engine, step, rows=2 * count * engine.grid.layout.dp)
+        course.append(engine.train_step(rows, token_loss, count_tokens)["loss"])
+        course.append(engine.apply_gradients())
+    return course, {name: weight.detach().clone() for name, weight in engine.parameters()}
+
+
+def with_settings(settings: DeviceSettings, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    with assumed(settings):
+        return work(*args, **options)
+
+
+@pytest.mark.parametrize("model", [{}, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_is_the_same_with_a_gpus_settings(layout: str, model: dict[str, Any], worlds: Worlds) -> None:
+    world, grid = LAYOUTS[layout]
+    plain = worlds.run(world, with_settings, CPU, trained, grid, model)
+    gpus = worlds.run(world, with_settings, GPU, trained, grid, model)
+    for (course, weights), (wanted, expected) in zip(gpus, plain, strict=True):
+        assert course == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+        for name, weight in weights.items():
+            assert torch.allclose(weight, expected[name], rtol=1e-5, atol=1e-6), name
+
+
+def swapped() -> tuple[list[int], list[int], bool]:
+    """Where a reference is swapped in twice: the memory used each time, and whether the weights came back."""
+    engine = small_engine({})
+    reference = engine.trainable_copy()
+    engine.train_step(batches(engine, 0), token_loss, count_tokens)
+    engine.apply_gradients()
+    present = {name: weight.clone() for name, weight in engine.parameters()}
+    used = []
+    for _ in range(2):
+        with engine.with_weights(reference):
+            assert all(torch.equal(weight, reference[name]) for name, weight in engine.parameters())
+        used.append([memory.data_ptr() for memory in (engine.aside or {}).values()])
+    return *used, all(torch.equal(present[name], weight) for name, weight in engine.parameters())  # type: ignore[return-value]
+
+
+def test_weights_that_are_swapped_out_use_the_same_memory_each_time(worlds: Worlds) -> None:
+    ((first, second, same),) = worlds.run(1, with_settings, GPU, swapped)
+    assert same
+    assert first
+    assert first == second
+
+
+def masks_of(time: int, dtype: torch.dtype) -> torch.Tensor:
+    segments = torch.tensor([[1] * 5 + [2] * (time - 7) + [0] * 2])
+    mask = attention_mask(segments, time, None, torch.device("cpu"), dtype)
+    assert mask is not None
+    return mask
+
+
+@pytest.mark.parametrize("time", [13, 64, 100])
+def test_a_packed_mask_is_one_number_per_pair_in_the_models_dtype(time: int) -> None:
+    with assumed(GPU):
+        mask = masks_of(time, torch.bfloat16)
+    assert mask.dtype == torch.bfloat16
+    assert mask.stride(-2) % 8 == 0
+    with assumed(CPU):
+        plain = masks_of(time, torch.bfloat16)
+    allowed = plain if plain.dtype == torch.bool else plain == 0
+    assert torch.equal(mask == 0, allowed)
+    assert bool((mask[~allowed] == -torch.inf).all())
+
+
+def test_decoding_reads_grouped_heads_and_masks_without_a_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused kernels would copy the cache for every head, or plan anew for each length."""
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("a fused kernel"))
+    layer = SimpleNamespace(config=SimpleNamespace(attention_dropout=0.0), training=False)
+    query, keys = torch.randn(3, 4, 1, 8), torch.randn(3, 2, 20, 8)
+    with assumed(GPU):
+        mixed = attention.SelfAttention._attend(layer, query, keys, keys, torch.zeros(3, 1, 1, 20))  # type: ignore[arg-type]
+    assert mixed.shape == (1, 3, 32)
+
+
+def test_recorded_passes_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "one pool")
+    monkeypatch.setattr(static.StaticPass, "run", lambda self, *_: pools.append(self.pool))
+    cache = SimpleNamespace(store=SimpleNamespace(device=torch.device("cuda")), slots=8, length=256)
+    monkeypatch.setattr(static.StaticPass, "__init__", lambda self, *args: setattr(self, "pool", args[-1]))
+    passes = static.StaticPasses(model=None, scorer=None, cache=cache)  # type: ignore[arg-type]
+    for rows, length in ((1, 10), (4, 100), (8, 200)):
+        passes.scores(torch.zeros(rows), torch.zeros(rows), length)
+    assert pools == ["one pool"] * 3
+
+
+class WithExtraState(torch.nn.Linear):
+    """As Transformer Engine's layers are, whose extra state is empty without FP8 and not in checkpoints."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.zeros(0)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        pytest.fail("there is none to set")
+
+
+def test_weights_load_into_layers_that_have_extra_state() -> None:
+    source, layer = torch.nn.Linear(3, 2), WithExtraState(3, 2)
+    _load_weights(layer, source.state_dict())
+    assert torch.equal(layer.weight, source.weight)
+    with pytest.raises(CheckpointError, match="bias"):
+        _load_weights(layer, {"weight": source.weight.detach()})
+
+
+def test_the_variable_switches_them_on_and_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert device_settings() == CPU
+    for value, wanted in (("1", GPU), ("0", CPU), ("", CPU)):
+        monkeypatch.setenv(VARIABLE, value)
+        assert device_settings() == wanted
+    monkeypatch.setenv(VARIABLE, "yes")
+    with pytest.raises(ConfigError, match="MEGARL_GPU_SETTINGS=yes"):
+        device_settings()
