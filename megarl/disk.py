@@ -105,15 +105,15 @@ def read_json(path: Path) -> Any:
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text. Numbers of thousands of digits and nesting without end are no valid JSON here."""
     try:
-        value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(text)
     except RecursionError:
         raise UnreadableError(_too_deep("JSON")) from None
     except UnicodeDecodeError as problem:
         raise UnreadableError(f"is not UTF-8 ({problem.reason} at byte {problem.start})") from None
     except ValueError as problem:  # json's own kind, and a plain one for an integer of too many digits
         raise UnreadableError(f"is not valid JSON ({str(problem).partition(';')[0]})") from None
-    opening = ("[", "{") if isinstance(text, str) else (b"[", b"{")
-    if sum(text.count(sign) for sign in opening) > DEEPEST and _depth(value) > DEEPEST:  # type: ignore[arg-type]
+    if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
         raise UnreadableError(_too_deep("JSON"))
     return value
 

@@ -71,9 +71,9 @@ def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
             "or add --multirun to run once per value"
         )
     said = " ".join(str(inner or error).split())
-    key = re.search(r" full_key: (\S+)", said)
-    if key and not isinstance(error, EXPLAINED):
-        return ConfigError(f"{key[1]}: {_first_line(error)}")
+    full_key = re.search(r" full_key: (\S+)", said)
+    if full_key and not isinstance(error, EXPLAINED):
+        return ConfigError(f"{full_key[1]}: {_first_line(error)}")
     return ConfigError(said if isinstance(error, EXPLAINED) else f"the settings cannot be put together ({said})")
 
 

@@ -57,7 +57,9 @@ class Part:
             if not isinstance(fields[name], str):
                 raise ValueError(f"the {name} of a part is {shown(fields[name])}, which is no text")
         shapes = [fields[name] for name in ("tensor_shape", "offset", "shape")]
-        if not all(isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape) for shape in shapes):
+        if not all(
+            isinstance(shape, list | tuple) and all(type(n) is int and n >= 0 for n in shape) for shape in shapes
+        ):
             raise ValueError(f"{fields['key']} has a shape or an offset that is no list of whole numbers")
         inside = all(start + length <= whole for whole, start, length in zip(*shapes, strict=False))
         if len({len(shape) for shape in shapes}) > 1 or not inside:
@@ -66,8 +68,8 @@ class Part:
             raise ValueError(f"{fields['key']} has dtype {shown(fields['dtype'])}, which torch does not know")
         if Path(fields["file"]).name != fields["file"] or fields["file"] in ("", ".."):
             raise ValueError(f"{fields['key']} is in {shown(fields['file'])}, which is no file of the checkpoint")
-        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-        return cls(**plain)
+        tensor_shape, offset, shape = (tuple(one) for one in shapes)
+        return cls(fields["key"], tensor_shape, offset, shape, fields["dtype"], fields["file"])
 
 
 def collect(state: dict[str, Any], grid: Grid, file: str) -> tuple[list[tuple[Part, Tensor]], dict[str, Any]]:
