@@ -664,3 +664,9 @@ def test_a_finished_run_goes_on_from_its_last_checkpoint(worlds: Worlds, tmp_pat
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_part_of_a_tensor_is_what_it_was_after_json_and_before_it() -> None:
+    part = shards.Part("policy.weight", (4, 6), (0, 3), (4, 3), "float32", "rank-00001.safetensors")
+    assert shards.Part.from_json(part.to_json()) == part
+    assert shards.Part.from_json(json.loads(json.dumps(part.to_json()))) == part

@@ -45,7 +45,7 @@ class Part:
         return f"{self.key}@{','.join(map(str, self.offset))}"
 
     def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, fields: Any) -> "Part":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -132,10 +133,10 @@ def _flaw(command: Command, code: int, said: str, told: str) -> Fault | None:
     if noise:
         return Fault(noise, command.module, command.name, tail)
     if code in (2, 3) and command.streams.get("stderr") is None and command.variables.get("RANK", "0") in ("0", None):
-        errors = [line for line in told.splitlines() if line.startswith("error: ")]
+        errors = [found[1] for line in told.splitlines() if (found := re.match(r"(?:\[rank .*?\] )?error: (.*)", line))]
         if len(errors) != 1:
             return Fault(f"{len(errors)} lines of error", command.module, command.name, tail)
-        flaw = flaw_of(errors[0].removeprefix("error: "), (".", "=", "/", "_"))
+        flaw = flaw_of(errors[0], (".", "=", "/", "_"))
         if flaw:
             return Fault(flaw, command.module, command.name, errors[0])
     return None
@@ -170,7 +171,7 @@ def _placed(draw: Random, name: str, store: Path) -> Command:
     """Folders, locales, terminals and streams."""
     full = open("/dev/full", "wb")  # noqa: PTH123, SIM115 - closed with the process
     odd: dict[str, tuple[dict[str, str | None], dict[str, Any]]] = {
-        "locale C": ({"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {}),
+        "locale C": ({"LC_ALL": "C", "LANG": "C"}, {}),
         "ASCII streams": ({"PYTHONIOENCODING": "ascii"}, {}),
         "a locale that is not there": ({"LC_ALL": "gone.UTF-8"}, {}),
         "no HOME": ({"HOME": None}, {}),
