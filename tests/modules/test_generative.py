@@ -62,7 +62,7 @@ def test_a_replay_must_hold_every_phase_and_evaluation_that_is_to_come(make: Mak
     made.evaluation = SimpleNamespace(changes=[{}, {}])  # type: ignore[assignment]
     wanted = [(TRAINING, 2), (TRAINING, 3), (TRAINING, 4), (EVALUATION, 4), (EVALUATION + 1, 4)]
     for stream, phase in wanted:
-        with pytest.raises(ConfigError, match="rollout.replay"):
+        with pytest.raises(ConfigError, match=r"rollout\.replay"):
             made.on_train_start()
         dump(phase_file(tmp_path, stream, phase), [])
     made.on_train_start()
