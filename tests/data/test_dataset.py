@@ -116,12 +116,14 @@ def test_truncation_cuts_the_end_and_drops_what_has_nothing_left_to_train_on():
     assert (stats.records, stats.kept, stats.truncated, stats.dropped_no_loss) == (3, 2, 2, 1)
     assert (stats.tokens, stats.response_tokens) == (7, 4)
     assert list(found.lengths) == [4, 3]
+    assert (stats.changed.count, str(stats.changed)) == (2, "file:1, file:2")
 
 
 def test_too_long_drop_counts_and_error_names_the_record():
     rows = [{"text": "ab"}, {"text": "abcdef"}]
     dropped = dataset(*rows, seq_length=4, too_long="drop")
     assert (len(dropped), dropped.stats.dropped_too_long, dropped.stats.truncated) == (1, 1, 0)
+    assert str(dropped.stats.changed) == "file:2"
     with pytest.raises(DataError, match=r"file:2: is 7 tokens long, more than data.seq_length=4"):
         dataset(*rows, seq_length=4, too_long="error")
 

@@ -175,6 +175,24 @@ def test_samples_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert isinstance(found.arrays["tokens"], np.memmap)  # a rank reads no more than its rows
 
 
+def test_samples_that_are_left_out_are_counted_in_every_run_and_named_when_they_are_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = settings(tmp_path, LINES, seq_length=4, too_long="drop")
+    counted = "data.train: of 3 samples, 0 were cut to data.seq_length and 1 left out"
+    open_store(data, LETTERS)
+    assert caplog.messages[0] == f"{counted}: {data.train[0]}:3"
+    caplog.clear()
+    open_store(data, LETTERS)  # from the cache
+    assert [line.partition(" (")[0] for line in caplog.messages] == [counted]
+
+
+@pytest.mark.parametrize("sample", ["a\ud800", ["a", "\ud800"]])
+def test_half_a_character_is_refused_by_its_place(sample: Any) -> None:
+    with pytest.raises(DataError, match=r"samples: record 1: .*half a character"):
+        encoded(sample, 1)
+
+
 @pytest.mark.parametrize("change", ["content", "length", "tokenizer"])
 def test_other_samples_or_settings_are_tokenised_anew(change: str, tmp_path: Path) -> None:
     open_store(settings(tmp_path, LINES), LETTERS)

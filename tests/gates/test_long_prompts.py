@@ -23,6 +23,8 @@ QUICK = [
     *("reward.fn=rewards.py:score", "run.dir=run", "checkpoint.every=1"),
 ]
 PHASES = [*TINY, *QUICK, "trainer.max_phases=8", "ppo.rollouts=2", "rollout.n=2"]
+BEST = [*TINY, *QUICK, "trainer.max_phases=8", "rollout.n=2", "rft.prompts=3", "eval.sweep.temperature=[0,1]"]
+SAMPLES = ["data.train=[samples.jsonl]", "data.seq_length=64", "data.cache=null", "eval.sweep.beta=[0,1]"]
 SHORT, LONG = "a" * 20, "b" * 90  # of 48 tokens that there is room for
 
 SCORES = "def score(outputs, **_):\n    return [float(len(set(output))) for output in outputs]\n"
@@ -78,21 +80,11 @@ def steps(folder: Path) -> list[str]:
             "one_long.jsonl:18",
         ),
         (
-            ["-m", "megarl.train_rft", *TINY, *QUICK, "data.train=[one_short.jsonl]", "rollout.n=2"],
+            ["-m", "megarl.train_rft", *BEST, "data.train=[one_short.jsonl]"],
             "one_short.jsonl:1",
         ),
         (
-            [
-                "-m",
-                "megarl.train_ilql",
-                *TINY,
-                *QUICK,
-                "data.train=[samples.jsonl]",
-                "data.seq_length=64",
-                "data.eval=[one_short.jsonl]",
-                "data.cache=null",
-                "eval.sweep.beta=[0,1]",
-            ],
+            ["-m", "megarl.train_ilql", *TINY, *QUICK, *SAMPLES, "data.eval=[one_short.jsonl]"],
             "one_short.jsonl:1",
         ),
         (["-m", "megarl.generate", *TINY, "prompts=one_long.jsonl", "out=run"], "one_long.jsonl:18"),
@@ -117,17 +109,7 @@ def test_by_default_a_run_is_refused_before_its_first_phase(command: list[str], 
         ("train_ppo", [*PHASES, "data.train=[one_short.jsonl]", "rollout.too_long=truncate", "ppo.rollouts=16"]),
         (
             "train_rft",
-            [
-                *TINY,
-                *QUICK,
-                "trainer.max_phases=8",
-                "data.train=[one_short.jsonl]",
-                "rollout.too_long=drop",
-                "rollout.n=2",
-                "rft.prompts=3",
-                "data.eval=[one_short.jsonl]",
-                "eval.sweep.temperature=[0,1]",
-            ],
+            [*BEST, "data.train=[one_short.jsonl]", "data.eval=[one_short.jsonl]", "rollout.too_long=drop"],
         ),
         ("train_ppo", [*PHASES, "data.train=[one_long.jsonl]", "rollout.too_long=drop", "trainer.devices=2"]),
     ],
