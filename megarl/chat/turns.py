@@ -115,7 +115,8 @@ class Turns:
 
         `whole` is the rendered conversation, where that is there already.
         """
-        text, spans, changed, shortened = "", [], False, None
+        spans: list[Span] = []
+        text, changed, shortened = "", False, None
         pieces: list[str] | None = None
         answers = _answers(messages)
         for number, turn in enumerate(answers):
