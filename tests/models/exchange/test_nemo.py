@@ -106,7 +106,11 @@ def refused(path: Path, *words: str) -> None:
         assert word in message, message
 
 
-@pytest.mark.parametrize("odd", [torch.empty(3, device="meta"), torch.eye(3).to_sparse(), io.BytesIO(b"x")], ids=str)
+@pytest.mark.parametrize(
+    "odd",
+    [torch.empty(3, device="meta"), torch.eye(3).to_sparse(), io.BytesIO(b"x")],
+    ids=["meta", "sparse", "no tensor"],
+)
 def test_a_tensor_without_numbers_in_the_archive(odd: Any, archive: Path, tmp_path: Path) -> None:
     path = spoilt(archive, tmp_path / "odd.nemo", with_weights(lambda weights: weights.update({f"model.{FC1}": odd})))
     refused(path, FC1)
