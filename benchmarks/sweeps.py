@@ -81,10 +81,13 @@ def value_head() -> Iterator[Case]:
 
 
 def stop_at_kl() -> Iterator[Case]:
-    """Limits of the KL within a phase, on the graph that is hardest on a policy."""
-    for limit in ("null", "0.2", "0.1", "0.05"):
-        for seed in range(11, 15):
+    """Limits of the KL within a phase: with the head and the seeds that lost everything, and with those that hold."""
+    for seed in (7, 1, 3):
+        for limit in ("null", "0.3", "0.2", "0.1"):
             yield walks(GATEWAYS[0], seed, f"ppo.stop_at_kl={limit}", head=NARROW)
+    for seed in range(11, 15):
+        for limit in ("0.3", "0.2", "0.1"):
+            yield walks(GATEWAYS[0], seed, f"ppo.stop_at_kl={limit}")
 
 
 def ppo() -> Iterator[Case]:
