@@ -425,8 +425,8 @@ def plain_content(folder: Path) -> tuple[dict[str, Any], list[Part]]:
             raise UnreadableError(f"does not list {sorted(unlisted)[0]}, which {INDEX} names")
     except (OSError, ValueError, LookupError, TypeError) as problem:
         raise CheckpointError(
-            f"checkpoint {folder}: {reading} {_completed(problem)}: it is damaged, or not one that megarl "
-            "wrote; choose another"
+            f"checkpoint {folder}: {reading} {_completed(problem)}; it is not one that megarl wrote, or was damaged "
+            "since: choose another"
         ) from None
     shards.check_complete(parts)
     return common, parts
@@ -454,7 +454,9 @@ def _successor(path: Path) -> Path:
 
 
 def _completed(problem: Exception) -> str:
-    return str(problem) if isinstance(problem, UnreadableError) else f"cannot be used ({_first_line(problem)})"
+    if isinstance(problem, UnreadableError):
+        return str(problem)
+    return f"cannot be used ({problem if type(problem) is ValueError else _first_line(problem)})"
 
 
 def _first_line(problem: Exception) -> str:
