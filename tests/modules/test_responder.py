@@ -63,7 +63,9 @@ def test_each_prompt_is_asked_n_times_and_numbered_by_its_place(generator: None)
     assert {(r.sampling.temperature, r.sampling.max_new_tokens, r.sampling.stop_text) for r in asked.requests} == {
         (0.5, 3, ("x",))
     }
+    place = asked.which.pop("place")
     assert asked.which == {"stream": 1, "phase": 4, "weights_version": 4}
+    assert place(1) == "prompt 1 in phase 5"
     assert asked.options["seed"] == 3
     assert asked.scorer is GPT.logits
 
