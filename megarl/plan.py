@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 import megarl
 from megarl.command import ended
@@ -19,6 +20,7 @@ from megarl.config.leaf import leaves, sections
 from megarl.config.messages import EXPLAINED, explain
 from megarl.config.schema import ENTRIES
 from megarl.config.values import check_declared
+from megarl.disk import shown
 from megarl.errors import ConfigError
 
 _OWN = {leaf.key.partition(".")[0] for leaf in leaves(PlanConfig)}
@@ -38,6 +40,11 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def read(own: list[str]) -> PlanConfig:
     """Our keys, typed and checked."""
+    for word in own:
+        try:
+            OmegaConf.from_dotlist([word])
+        except YAMLError as error:
+            raise ConfigError(f"'{shown(word)}' cannot be read: {' '.join(str(error).split())}") from error
     try:
         given = OmegaConf.from_dotlist(own)
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PlanConfig), given))

@@ -154,6 +154,7 @@ def test_every_preset_fits_80_gb_at_its_world_size(capsys: pytest.CaptureFixture
         (["algorithm=pppo"], ["algorithm=pppo", "ppo, sft, ilql or rft"]),
         (["algorithm=rft", "rollout.n=8"], ["rft.prompts=null", "set their number"]),
         (["--jason"], ["--jason", "--json"]),
+        (["json=\x1b[31m"], ["json="]),
         ([*TOY, "cluster.gpus=3", "parallel.tp=2"], ["parallel.tp", "3"]),
         ([*TOY, "prompt_tokens=250"], ["prompt_tokens=250", "prompt_tokens=192"]),
         ([*TOY, "response_tokens=65"], ["response_tokens=65", "rollout.max_new_tokens=64"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import get_type_hints
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import (
@@ -54,7 +55,10 @@ def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
     if isinstance(inner, ValidationError) and (key := _leaf_key(inner)) in known:
         return ConfigError(_wrong_type(known[key], inner, argv) + (f" ({source})" if source else ""))
     if isinstance(inner, InterpolationResolutionError):
-        return ConfigError(f"{inner.full_key}: {_first_line(inner)}")
+        key = str(inner.full_key)
+        if key not in known:  # of a whole section, OmegaConf does not say which
+            key = next((f"in '{shown(part)}'" for part in argv if "${" in part), source or "in a preset")
+        return ConfigError(f"{key}: {_first_line(inner)}")
     moved = re.match(r"Could not override '([^']+)'\. No match in the defaults list", str(error))
     if moved:
         group = moved.group(1)
@@ -71,6 +75,8 @@ def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
             "or add --multirun to run once per value"
         )
     said = " ".join(str(inner or error).split())
+    if (section := _section_of(said, tree)) is not None:
+        return ConfigError(f"{section} is a section and has no value of its own: set its keys, {section}.KEY=VALUE")
     full_key = re.search(r" full_key: (\S+)", said)
     if full_key and not isinstance(error, EXPLAINED):
         return ConfigError(f"{full_key[1]}: {_first_line(error)}")
@@ -169,6 +175,13 @@ def _omegaconf_error(error: BaseException | None) -> OmegaConfBaseException | No
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def _section_of(said: str, tree: type) -> str | None:
+    """The section that was given a value instead of keys, where that is what OmegaConf complains of."""
+    found = re.search(r"Merge error: \w+ is not a subclass of (\w+)", said)
+    kinds = get_type_hints(tree)
+    return next((name for name in sections(tree) if found and kinds[name].__name__ == found[1]), None)
 
 
 def _leaf_key(error: OmegaConfBaseException) -> str:

@@ -236,3 +236,9 @@ def test_a_preset_that_is_not_utf_8_is_named(preset: Preset, folder: Path) -> No
 def test_a_folder_with_a_presets_name_is_passed_over(folder: Path) -> None:
     (folder / "conf" / "odd.yaml").mkdir(parents=True)
     register([], "sft")
+
+
+def test_a_section_that_is_given_a_value_is_named(start: Start, preset: Preset) -> None:
+    preset("mine", "model: ${gone}\n")
+    assert "model is a section" in refused(start, "+conf=mine")
+    assert "logger=${gone}" in refused(start, "+logger=${gone}")

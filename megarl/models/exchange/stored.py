@@ -134,9 +134,11 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} {problems[-1]}: convert it to safetensors where it comes from")
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise CheckpointError(f"{path} is no dictionary of tensors: give the weights alone")
-    odd = next((name for name, value in found.items() if not isinstance(name, str) or _holds_no_numbers(value)), None)
-    if odd is not None:
-        raise CheckpointError(f"{path}: {shown(odd)} is no name of a dense tensor with its numbers: give plain weights")
+    odd = [name for name, value in found.items() if not isinstance(name, str) or _holds_no_numbers(value)]
+    if odd:
+        raise CheckpointError(
+            f"{path}: {shown(odd[0])} is no name of a dense tensor with its numbers: give plain weights"
+        )
     return found
 
 

@@ -211,7 +211,7 @@ def _nothing(folder: Path) -> None:
 
 def _override(draw: Random, name: str, trees: dict[str, list[Leaf]]) -> Case:
     entry = draw.choice(list(trees))
-    words, names = [], ["override", "conf"]
+    words, names = [], ["override", "conf", "data.train", "reward.fn"]
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         key = draw.choice(trees[entry]).key
         if draw.random() < 0.12:

@@ -133,8 +133,9 @@ def test_a_pickle_with_code_in_it_is_not_run(save: Any, folder: Path, tmp_path: 
         {"model.norm.weight": torch.eye(3).to_sparse()},
         {("a", 1): torch.zeros(2)},
         {3: torch.zeros(2)},
+        {None: torch.zeros(2)},
     ],
-    ids=["meta", "sparse", "a tuple as name", "a number as name"],
+    ids=["meta", "sparse", "a tuple as name", "a number as name", "no name"],
 )
 def test_a_pickle_of_tensors_without_numbers_or_names(odd: dict[Any, Any], folder: Path) -> None:
     torch.save({**stored(folder), **odd}, folder / "pytorch_model.bin")
