@@ -119,7 +119,9 @@ def _without(part: Any, keys: set[str], prefix: str = "") -> Any:
     """A preset's plain content without some keys; a section that loses all of its keys goes with them."""
     if not isinstance(part, dict):
         return part
-    kept = {name: _without(node, keys, f"{prefix}{name}.") for name, node in part.items() if prefix + name not in keys}
+    kept = {
+        name: _without(node, keys, f"{prefix}{name}.") for name, node in part.items() if f"{prefix}{name}" not in keys
+    }
     return {name: node for name, node in kept.items() if node != {} or part[name] == {}}
 
 

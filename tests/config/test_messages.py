@@ -156,6 +156,7 @@ def test_presets_are_added_once_as_a_list(start: Start) -> None:
         ("model: {norm: batchnorm}\n", "model.norm=batchnorm is none of its choices"),
         ("optim: [1\n", "preset 'mine' cannot be read"),
         ("- optim\n", "preset 'mine' cannot be read"),
+        ("1: 2\n", "unknown key '1'"),
     ],
 )
 def test_mistakes_in_a_preset_are_told_like_those_in_arguments(

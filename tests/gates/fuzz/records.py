@@ -50,7 +50,6 @@ TEMPLATES = (
     "{{ bos_token }}",
     "{% set x = messages.pop() %}",
     "{{ cycler.__init__.__globals__ }}",
-    "{{ 'a' * 10 ** 10 }}",
     "{{ messages[0].content.encode }}",
     "gone.jinja",
     ".",

@@ -108,6 +108,8 @@ TEXTS = (
     "(",
     ")",
 )
+ALWAYS = ("override", "conf", "data.train", "reward.fn", "prompts", "unknown key", "key=value")
+"""Words of errors that name what is missing, or show what was typed in other signs."""
 SIGNS = ("", "", "", "", "", "+", "++", "~", "+~", "@", "-", "--", " ", "=")
 FLAGS = (
     "--help=1",
@@ -211,7 +213,7 @@ def _nothing(folder: Path) -> None:
 
 def _override(draw: Random, name: str, trees: dict[str, list[Leaf]]) -> Case:
     entry = draw.choice(list(trees))
-    words, names = [], ["override", "conf", "data.train", "reward.fn"]
+    words, names = [], [*ALWAYS]
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         key = draw.choice(trees[entry]).key
         if draw.random() < 0.12:
@@ -223,7 +225,7 @@ def _override(draw: Random, name: str, trees: dict[str, list[Leaf]]) -> Case:
         word = f"{sign}{key}={value}" if draw.random() < 0.95 else f"{sign}{key}"
         if draw.random() < 0.02:
             word = value
-        names.append(word)
+        names += [word, word[:40]]
         words.append(word)
     if draw.random() < 0.05:
         words.append(draw.choice(FLAGS))
@@ -282,7 +284,7 @@ def _command(draw: Random, name: str, trees: dict[str, list[Leaf]]) -> Case:
     }
     chosen = draw.choice(list(readers))
     reader, keys = readers[chosen]
-    words, names = [], ["from", "RUN", *keys]
+    words, names = [], ["from", "RUN", *keys, *ALWAYS]
     for _ in range(draw.choice((1, 1, 2, 3))):
         key = draw.choice(keys)
         key = _misspelt(draw, key) if draw.random() < 0.15 else key
