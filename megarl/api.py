@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -66,7 +67,9 @@ class Trained:
         try:
             rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
             return [{name: float(value) for name, value in row.items() if value} for row in rows]
-        except (UnreadableError, ValueError, TypeError, csv.Error) as problem:
+        except UnreadableError as problem:
+            raise DataError(f"{path} {problem}: set logger.csv=true, or restore the file") from None
+        except (ValueError, TypeError, csv.Error) as problem:
             raise DataError(f"{path} cannot be read ({problem}): set logger.csv=true, or restore the file") from None
 
     def generate(self, prompts: str | Sequence[str], *, n: int = 1, **settings: Any) -> list[Any]:
@@ -77,6 +80,7 @@ class Trained:
         Args:
             settings: of the `rollout` section, such as temperature, max_new_tokens or ilql_beta.
         """
+        from megarl.data.formats import load_chat_template
         from megarl.data.prompts import PromptLimits, encode_prompt, fit_prompts
         from megarl.data.sources import Record
         from megarl.generate import opened
@@ -90,6 +94,7 @@ class Trained:
         rollout = {key: getattr(own, key) for key in DRAWN_BY if getattr(own, key, None) is not None}
         config, _ = compose("generate", ["trainer.progress=none"])
         config.model.path = str(self.checkpoint)
+        config.chat_template = load_chat_template(self.config.data.chat_template)  # its end marker ends responses
         _fill(config.rollout, {"too_long": "truncate", **rollout, **settings}, "rollout")
         check_values(config)
         for key in ("tp", "pp"):
@@ -294,7 +299,7 @@ def _write_inputs(folder: Path, lists: dict[str, list[dict[str, Any]]], config: 
     """Put lists into files and the files into the configuration. Returns the name of each list by its file's path."""
     names: dict[str, str] = {}
     for name, records in lists.items():
-        path = _write(folder / f"{name}.jsonl", records)
+        path = _write(folder / f"{name}.jsonl", records, config.parallel.timeout_s)
         names[path] = name
         setattr(config.data, "eval" if name == "eval_prompts" else "train", [path])
     if resource(DEMO_TRAIN) not in config.data.train:
@@ -322,13 +327,26 @@ def _samples(samples: Sequence[Sample], rewards: Sequence[Any] | None) -> list[d
     return records
 
 
-def _write(path: Path, records: list[dict[str, Any]]) -> str:
-    """Records as a file of the run folder, so that a resumed run finds the same; written by one process."""
+def _write(path: Path, records: list[dict[str, Any]], timeout_s: float) -> str:
+    """Records as a file of the run folder, so that a resumed run finds the same.
+
+    One process writes. The others, which run the same script and so have the same records, wait until these are there.
+    """
+    text = "".join(_as_json(record) + "\n" for record in records)
     if process_number() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.unfinished")
-        aside.write_text("".join(_as_json(record) + "\n" for record in records), encoding="utf-8")
+        aside.write_text(text, encoding="utf-8")
         aside.replace(path)
+        return str(path)
+    give_up = time.monotonic() + timeout_s
+    while not (path.is_file() and path.read_text(encoding="utf-8") == text):
+        if time.monotonic() > give_up:
+            raise DataError(
+                f"{path} of the first process has other records than this one has for {timeout_s:g} s: give all "
+                "processes of the script the same lists"
+            )
+        time.sleep(0.05)
     return str(path)
 
 
@@ -342,7 +360,7 @@ def _as_json(record: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What json has no words for: numbers and arrays of numpy and torch."""
+    """Convert numpy and torch values to plain Python."""
     if hasattr(value, "tolist"):
         return value.tolist()
     raise DataError(f"a {type(value).__name__} cannot be kept with the run: give texts, numbers, lists and mappings")

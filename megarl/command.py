@@ -96,5 +96,8 @@ def process_number(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def _rank_prefix() -> str:
-    number = process_number()
+    try:
+        number = process_number()
+    except ValueError:  # what a launcher left is no number, which is about to be said
+        return ""
     return f"[rank {number}] " if number else ""

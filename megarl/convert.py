@@ -60,7 +60,7 @@ def parse(argv: list[str]) -> Settings:
         if key not in values:
             raise ConfigError(f"{key}= is missing: python -m megarl.convert from=A to=B")
     if values.get("dtype", "fp32") not in DTYPES:
-        raise ConfigError(f"dtype={values['dtype']} is none of its choices: use {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype={values['dtype']} is not a valid value: choose from {', '.join(DTYPES)}")
     for key in ("tp", "pp"):
         if not re.fullmatch(r"[1-9]\d{0,3}", values.get(key, "1")):
             raise ConfigError(f"{key}={values[key]} is no number of ranks: use 1 or more")
@@ -112,7 +112,7 @@ def write(source: "Source", settings: Settings, dtype: "torch.dtype") -> None:
     otherwise = "megarl" if source.kind == "huggingface" else "huggingface"
     name = settings.format or ("nemo" if settings.target.suffix == ".nemo" else otherwise)
     if name not in FORMATS:
-        raise ConfigError(f"format={name} is none of its choices: use {', '.join(FORMATS)}")
+        raise ConfigError(f"format={name} is not a valid value: choose from {', '.join(FORMATS)}")
     if (name == "nemo") != (settings.target.suffix == ".nemo"):
         raise ConfigError(f"format={name} does not go with to={settings.target.name}: a .nemo is a file NAME.nemo")
     if name != "nemo" and (settings.tp, settings.pp) != (1, 1):

@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> Settings:
     settings = Settings(**values)
     for key, choices in (("recompute", ("none", "selective", "full")), ("precision", tuple(TOLERANCES))):
         if getattr(settings, key) not in choices:
-            raise ConfigError(f"{key}={getattr(settings, key)} is none of its choices: use {', '.join(choices)}")
+            raise ConfigError(f"{key}={getattr(settings, key)} is not a valid value: choose from {', '.join(choices)}")
     if 4 % settings.tp:
         raise ConfigError(f"tp={settings.tp} does not divide the test model's 4 heads: use 1, 2 or 4")
     if 4 % (settings.pp * settings.vpp):

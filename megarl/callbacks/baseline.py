@@ -1,8 +1,11 @@
 """What a run starts from: an evaluation before the first training step, where the module can evaluate by itself."""
 
+import math
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from megarl.callbacks.readings import steps_taken
+from megarl.errors import NumericsError
 from megarl.logging import get_logger
 
 logger = get_logger(__name__)
@@ -21,6 +24,9 @@ class Baseline(Callback):
         if never or steps_taken(trainer) > 0 or getattr(pl_module, "evaluation", None) is None:
             return
         evaluated = pl_module.evaluate()  # type: ignore[operator]
+        for name, value in evaluated.metrics.items():
+            if not math.isfinite(value):
+                raise NumericsError(f"{name} is {value} before training: look for broken records in data.eval")
         pl_module.baseline = evaluated.metrics  # type: ignore[assignment]
         pl_module.samples = evaluated.samples  # type: ignore[assignment]
         for entry in trainer.loggers:

@@ -239,6 +239,7 @@ class RunLock:
 
     def _put(self, holder: Holder, number: int) -> None:
         """Replace our file, in one step."""
+        self._mine.unlink(missing_ok=True)  # of an attempt that failed half-way
         _write(self._mine, holder)
         self._mine.replace(self._path(number))
 

@@ -22,13 +22,17 @@ def encode_cut(encode: Encode, text: str, cuts: Sequence[int], continued: bool =
         cuts: indices of characters, in rising order.
         continued: whether other text comes before this one.
     """
-    ids, anchors = encode(text, continued)
+    settled: list[int] = []  # ids of the text before `origin`
     places: list[int] = []
-    for number, cut in enumerate(cuts):
-        start, index = anchors[bisect_right(anchors, (cut, 0)) - 1]
-        left = encode(text[start:cut], continued and start == 0)[0] if cut > start else []
-        places.append(index + len(left))
-        if ids[index : places[-1]] != left:
-            rest, further = encode_cut(encode, text[cut:], [later - cut for later in cuts[number + 1 :]], True)
-            return ids[:index] + left + rest, [*places, *(places[-1] + place for place in further)]
-    return ids, places
+    origin = 0
+    ids, anchors = encode(text, continued)
+    for cut in cuts:
+        start, index = anchors[bisect_right(anchors, (cut - origin, 0)) - 1]
+        piece = text[origin + start : cut]
+        left = encode(piece, continued and start == 0)[0] if piece else []
+        places.append(len(settled) + index + len(left))
+        if ids[index : index + len(left)] != left:
+            settled += ids[:index] + left
+            origin, continued = cut, True
+            ids, anchors = encode(text[cut:], True)
+    return settled + ids, places

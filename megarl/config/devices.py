@@ -19,6 +19,6 @@ def hide_gpus(accelerator: str) -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         raise ConfigError(
-            "trainer.accelerator=cpu, but this process has a GPU in use already: start it with CUDA_VISIBLE_DEVICES='' "
-            "in the environment, or use trainer.accelerator=gpu"
+            "trainer.accelerator=cpu, but torch has already found a GPU in this process: start it with "
+            "CUDA_VISIBLE_DEVICES='' in the environment, or use trainer.accelerator=gpu"
         )

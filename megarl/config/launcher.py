@@ -42,7 +42,9 @@ def check_launcher(environ: Environment) -> None:
     if "LOCAL_WORLD_SIZE" in numbers:
         _require(environ, "LOCAL_WORLD_SIZE", ("WORLD_SIZE",), "start with torchrun")
     for rank in ("RANK", "LOCAL_RANK"):
-        if numbers.get(rank, 0) > 0:
+        # Lightning numbers the processes that it starts itself, and takes WORLD_SIZE back after each run of a script.
+        by_lightning = rank == "LOCAL_RANK" and "NODE_RANK" in environ and "MASTER_PORT" in environ
+        if numbers.get(rank, 0) > 0 and not by_lightning:
             _require(environ, rank, ("WORLD_SIZE",), "start with torchrun")
     if numbers.get("WORLD_SIZE", 1) > 1:
         if "RANK" not in numbers:

@@ -22,7 +22,7 @@ class OfflineDataConfig(PromptDataConfig):
         "samples", "key of the sample in a record: a text, [prompt, output], or a longer dialogue of such turns"
     )
     rewards_key: str = leaf("rewards", "key of a sample's reward in a record: a number, or one for each output")
-    seq_length: int = leaf(128, "most tokens per sample", at_least=2, at_most=2**31 - 1)
+    seq_length: int = leaf(128, "maximum number of tokens per sample", at_least=2, at_most=2**31 - 1)
     too_long: str = leaf(
         "truncate", "what happens to samples longer than seq_length: cut at the end, left out or an error", TOO_LONG
     )

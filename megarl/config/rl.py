@@ -19,7 +19,7 @@ A_YEAR_S = 31_536_000
 class RolloutConfig:
     """How responses are drawn."""
 
-    max_new_tokens: int = leaf(128, "most tokens of a response", at_least=1, at_most=2**31 - 1)
+    max_new_tokens: int = leaf(128, "maximum number of new tokens per response", at_least=1, at_most=2**31 - 1)
     temperature: float = leaf(1.0, "divides the logits; 0 takes the likeliest token", at_least=0)
     top_k: int | None = leaf(None, "draw among the k likeliest tokens (null: all)", at_least=1, at_most=2**20 - 1)
     top_p: float | None = leaf(
@@ -174,8 +174,8 @@ class PPOSettings:
     )
     stop_at_kl: float | None = leaf(
         None,
-        "a minibatch in which the policy's mean KL to its start of the phase, in nats per token, is above this is not "
-        "trained on, and ends the phase's policy training (null: no limit)",
+        "maximum mean KL, in nats per token, between the policy and the policy at the start of the phase: policy "
+        "training ends for the phase at the first minibatch above it (null: no limit)",
         above=0,
     )
     clip_scores: float | None = leaf(None, "scores are cut to plus or minus this (null: not)", above=0)

@@ -172,7 +172,7 @@ class DataConfig:
     )
     train_split: str = leaf("train", "split of a hub data set that is trained on")
     eval_split: str = leaf("validation", "split of a hub data set that is evaluated on")
-    seq_length: int = leaf(128, "most tokens per training sequence", at_least=2, at_most=2**31 - 1)
+    seq_length: int = leaf(128, "maximum number of tokens per training sequence", at_least=2, at_most=2**31 - 1)
     too_long: str = leaf(
         "truncate", "what happens to records longer than seq_length: cut at the end, left out or an error", TOO_LONG
     )

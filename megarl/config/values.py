@@ -47,7 +47,7 @@ def check_declared(config: Any, section: str = "") -> None:
         if value is None:
             continue
         if leaf.choices and value not in leaf.choices:
-            raise ConfigError(f"{key}={shown(value)} is none of its choices: use {either(leaf.choices)}")
+            raise ConfigError(f"{key}={shown(value)} is not a valid value: choose from {either(leaf.choices)}")
         if leaf.type == "list[str]" and not all(isinstance(part, str) for part in value):
             raise ConfigError(f"{key}={shown(value)} holds something that is no text: write {key}=[a,b]")
         for one in value if isinstance(value, list) else [value]:

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
 from megarl.callbacks.baseline import Baseline
@@ -147,7 +149,7 @@ def _fit(config: Any, folder: RunFolder, lock: RunLock, build: Callable[[Any], M
         module.resumes = restored is not None
         trainer.fit(module, ckpt_path=restored)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
-        if io.restoring is None:
+        if io.restoring is None or isinstance(problem, torch.OutOfMemoryError | dist.DistError):
             raise
         raise CheckpointError(
             f"checkpoint {io.restoring} cannot be restored ({one_line(problem)}): it is damaged, or of another "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader
 from megarl.checkpoint import find, step_of
 from megarl.data.formats import load_chat_template
 from megarl.data.prompts import Prompt, PromptLimits, read_prompts
+from megarl.disk import local
 from megarl.errors import RewardError
 from megarl.modules.base import Module
 from megarl.modules.evaluation import Evaluated, Evaluation, Respond
@@ -155,12 +155,12 @@ class GenerativeModule(Module):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         # What comes before the oldest checkpoint that is there is not run again.
-        kept = find(Path(self.trainer.default_root_dir) / "checkpoints")
+        kept = find(self.run_dir / "checkpoints")
         for judge in self.judges.values() if kept else ():
             judge.forget(before=step_of(kept[0]))
 
     def _journal(self, name: str) -> Journal:
         """Of scores; a dump of rollouts holds theirs too, so that a replay asks for none of them again."""
         rollout = self.config.rollout
-        copy, source = (None if folder is None else Path(folder) for folder in (rollout.dump, rollout.replay))
-        return Journal(Path(self.trainer.default_root_dir) / "journal", name, copy=copy, source=source)
+        copy, source = (None if folder is None else local(folder) for folder in (rollout.dump, rollout.replay))
+        return Journal(self.run_dir / "journal", name, copy=copy, source=source)

@@ -159,8 +159,8 @@ def check_fields(prompts: Sequence[Prompt], key: str) -> None:
         if having:  # all have it once one record has; None is what the others were given
             first = next((prompt for prompt in having if prompt.metadata[name] is not None), having[0])
             raise DataError(
-                f"{first.where}: a field of the record is called {name!r}, which {key} is given for something else: "
-                f"rename it (none may be called {', '.join(RESERVED)})"
+                f"{first.where}: {name!r} is a reserved argument of {key}: rename the field "
+                f"(none may be called {', '.join(RESERVED)})"
             )
 
 

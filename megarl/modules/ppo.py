@@ -150,7 +150,7 @@ class PPO(GenerativeModule):
         ours, theirs = self.config.model, started_as.model
         if theirs.path is None:
             return ours.path is not None or (started_as.seed, theirs.init_std) != (self.config.seed, ours.init_std)
-        return ours.path != theirs.path and (ours.path is None or Path(theirs.path).exists())
+        return ours.path != theirs.path
 
     def _start_of(self, started_as: PPOConfig) -> Engine:
         return build_gpt_engine(
@@ -265,7 +265,7 @@ class PPO(GenerativeModule):
         means = {name: sum(column) / len(column) for name, column in columns.items()}
         if "policy/approx_kl" in columns:
             means["policy/approx_kl_max"] = max(columns["policy/approx_kl"])
-        steps = len(columns[NORMS["policy" if self.critic is self.policy else "critic"]])
+        steps = len(columns.get(NORMS["policy" if self.critic is self.policy else "critic"], ()))
         return {**means, "train/optimizer_steps": float(steps)}
 
     def _minibatch(self, batch: Batch, rows: Tensor, first: bool) -> dict[str, float]:

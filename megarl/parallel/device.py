@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import torch
 
@@ -52,8 +53,11 @@ _assumed: DeviceSettings | None = None
 
 def device_settings() -> DeviceSettings:
     """The flags of this process."""
-    if _assumed is not None:
-        return _assumed
+    return _of_this_machine() if _assumed is None else _assumed
+
+
+@cache
+def _of_this_machine() -> DeviceSettings:
     asked = os.environ.get(VARIABLE, "0")
     if asked not in ("", "0", "1"):
         raise ConfigError(f"{VARIABLE}={asked} is not a valid value: use 1 to try a GPU's settings on a CPU, or 0")
@@ -62,7 +66,7 @@ def device_settings() -> DeviceSettings:
 
 @contextmanager
 def assumed(settings: DeviceSettings) -> Iterator[None]:
-    """Use other flags in a block of code. Engines keep what they were built with."""
+    """Use other flags in a block of code: engines are built, trained and evaluated inside it."""
     global _assumed
     before, _assumed = _assumed, settings
     try:

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from megarl.disk import UnreadableError, is_file, parse_object, read_text
+from megarl.disk import UnreadableError, is_file, local, parse_object, read_text
 from megarl.errors import ConfigError, DataError
 from megarl.rollout.requests import FINISH_REASONS, Request, Rollout
 
@@ -19,7 +19,7 @@ _STREAMS = ("train", "eval")
 def phase_file(folder: str | Path, stream: int, phase: int) -> Path:
     """Where a phase of a stream of randomness is kept."""
     name = _STREAMS[stream] if stream < len(_STREAMS) else f"stream{stream}"
-    return Path(folder) / f"{name}-{phase:06d}.jsonl"
+    return local(folder) / f"{name}-{phase:06d}.jsonl"
 
 
 def phase_of(name: str) -> int | None:

@@ -86,7 +86,7 @@ def test_a_value_of_the_wrong_type_is_told_the_right_one(start: Start, argument:
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("model.norm=batchnorm", "model.norm=batchnorm is none of its choices: use layernorm or rmsnorm"),
+        ("model.norm=batchnorm", "model.norm=batchnorm is not a valid value: choose from layernorm or rmsnorm"),
         ("checkpoint.every=0", "checkpoint.every=0 is out of range: use an integer or null, at least 1"),
         ("parallel.tp=-1", "parallel.tp=-1 is out of range: use an integer, at least 1"),
         ("model.dropout=1", "model.dropout=1.0 is out of range: use a number, at least 0 and below 1"),
@@ -153,7 +153,7 @@ def test_presets_are_added_once_as_a_list(start: Start) -> None:
         ("parallel: {tpp: 2}\n", "unknown key 'parallel.tpp' (in conf/mine); did you mean 'parallel.tp'"),
         ("tp: 2\n", "unknown key 'tp' (in conf/mine); did you mean 'parallel.tp'?"),
         ("optim: {lr: fast}\n", "optim.lr=fast is not a number"),
-        ("model: {norm: batchnorm}\n", "model.norm=batchnorm is none of its choices"),
+        ("model: {norm: batchnorm}\n", "model.norm=batchnorm is not a valid value"),
         ("optim: [1\n", "preset 'mine' cannot be read"),
         ("- optim\n", "preset 'mine' cannot be read"),
         ("1: 2\n", "unknown key '1'"),

@@ -12,6 +12,7 @@ import torch
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models import attention
 from megarl.models.attention import attention_mask
+from megarl.parallel import device
 from megarl.parallel.device import CPU, GPU, VARIABLE, DeviceSettings, assumed, device_settings
 from megarl.parallel.engine import _load_weights
 from megarl.rollout import static
@@ -145,10 +146,13 @@ def test_weights_load_into_layers_that_have_extra_state() -> None:
 
 def test_the_variable_switches_them_on_and_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
+    device._of_this_machine.cache_clear()
     assert device_settings() == CPU
     for value, wanted in (("1", GPU), ("0", CPU), ("", CPU)):
         monkeypatch.setenv(VARIABLE, value)
+        device._of_this_machine.cache_clear()
         assert device_settings() == wanted
     monkeypatch.setenv(VARIABLE, "yes")
+    device._of_this_machine.cache_clear()
     with pytest.raises(ConfigError, match="MEGARL_GPU_SETTINGS=yes"):
         device_settings()
