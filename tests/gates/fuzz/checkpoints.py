@@ -50,7 +50,7 @@ def mend(folder: Path) -> None:
             if (folder / name).is_file():
                 manifest["files"][name] = _size_and_checksum(folder / name)
         (folder / MANIFEST).write_text(json.dumps(manifest))
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return
 
 
