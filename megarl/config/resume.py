@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
-from megarl.errors import ConfigError
+from megarl.errors import CheckpointError
 
 NOW, CHECKPOINT, REFUSED = "takes effect now", "taken from the checkpoint", "refused"
 
@@ -31,7 +31,7 @@ def _rule(section: str, names: str, kind: str, reason: str, *, quiet: bool = Fal
 
 
 _HAPPENED = "the weights it led to are in the checkpoint; a reference is what the run started from"
-_SHAPE = "the stored weights are of this model"
+_SHAPE = "the stored weights are of a model of this shape"
 _BUDGET = "a learning rate that decays follows the new length at once"
 
 RULES = (
@@ -167,8 +167,8 @@ def refuse(found: list[Difference], folder: str) -> None:
     if wrong:
         said = "; ".join(f"{difference} ({difference.rule.reason})" for difference in wrong)
         remedy = " ".join(f"{difference.key}={difference.old}" for difference in wrong)
-        raise ConfigError(
-            f"the checkpoint {folder} is of a run with other settings, which a resume cannot change: {said}; "
+        raise CheckpointError(
+            f"the checkpoint {folder} does not fit settings (as model.* are) that a resume cannot change: {said}; "
             f"use {remedy.replace('=None', '=null')}, or start another run (another run.dir, or run.resume=never)"
         )
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from megarl.clock import Clock, Work
 from megarl.config import resume
 from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
-from megarl.errors import ConfigError
+from megarl.errors import CheckpointError, ConfigError
 from megarl.logging import get_logger
 from megarl.models.config import GPTConfig
 from megarl.models.exchange.card import ModelCard
@@ -115,7 +115,7 @@ class Module(LightningModule):
     def _compare(self, saved: dict[str, Any], folder: str) -> None:
         """Say what differs between this run's configuration and the one that is resumed, or refuse it."""
         if saved["entry"] != self.entry:
-            raise ConfigError(
+            raise CheckpointError(
                 f"the checkpoint {folder} is of train_{saved['entry']}, and this is train_{self.entry}: give it as "
                 "model.path with run.resume=never, or another run.dir"
             )

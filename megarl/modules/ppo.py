@@ -131,9 +131,9 @@ class PPO(GenerativeModule):
         """What the run that is resumed started from, made with the policy's weights before they are restored."""
         started_as: PPOConfig = from_plain(PPOConfig, self.started_as or asdict(self.config))
         started_as.parallel = self.config.parallel
-        if self.reference_name is not None and take(self.policy, self.reference_name, self.run_dir, checkpoint):
-            pass
-        elif started_as.clone.data:
+        name = self.reference_name
+        kept = name is not None and take(self.policy, name, self.run_dir, checkpoint)
+        if started_as.clone.data and not kept:
             log.warning(
                 "the weights that the reference had are neither in %s nor beside the checkpoint: cloning the behaviour "
                 "again, as the run did at its start",
@@ -141,7 +141,7 @@ class PPO(GenerativeModule):
             )
             self._clone(started_as, [self.policy])
             self._keep_reference()
-        elif self._starts_otherwise(started_as):
+        elif not kept and self._starts_otherwise(started_as):
             self.policy.start_from(self._start_of(started_as))
         self.reference = self.policy.trainable_copy()
 

@@ -25,7 +25,7 @@ from megarl.config.resume import (
     told,
 )
 from megarl.config.schema import ENTRIES, TRAINING, ILQLConfig, PPOConfig, SFTConfig
-from megarl.errors import ConfigError
+from megarl.errors import CheckpointError
 
 
 def test_every_key_of_every_training_entry_has_one_rule_and_no_rule_is_of_a_key_that_is_gone() -> None:
@@ -68,7 +68,7 @@ def test_what_cannot_change_is_refused_by_key_old_and_new_value(key: str) -> Non
     now[section][name] = "other"
     changed = differences(before, before, now, same_tokenizer=section != "tokenizer")
     assert [difference.key for difference in changed] == [key]
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(CheckpointError) as refused:
         refuse(changed, "RUN/step-1")
     for part in (f"{key}: ", "-> other", "RUN/step-1", "run.resume=never"):
         assert part in str(refused.value)
@@ -104,7 +104,7 @@ def test_the_same_tokenizer_elsewhere_is_no_difference() -> None:
 
 def test_a_tokenizer_whose_file_changed_is_refused_too() -> None:
     plain = asdict(SFTConfig())
-    with pytest.raises(ConfigError, match=r"tokenizer\.path"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.path"):
         refuse(differences(plain, plain, plain, same_tokenizer=False), "RUN/step-1")
 
 

@@ -185,13 +185,13 @@ def test_another_model_or_algorithm_is_refused_by_its_keys(worlds: Worlds, unbro
     start = f"run.resume={first_checkpoint(unbroken)}"
     other = ["model.hidden_size=32", "model.norm=rmsnorm"]
     (kind, code, line, _), *more = worlds.run(2, ended, run_ppo, tmp_path / "model", *TINY, *other, start)
-    assert (kind, code) == ("ConfigError", 2)
+    assert (kind, code) == ("CheckpointError", 2)
     for part in ("model.hidden_size: 16 -> 32", "model.norm: ", "-> rmsnorm", "run.resume=never", str(unbroken)):
         assert part in line
     assert more == [(kind, code, line, 2)]
     tiny = [setting for setting in TINY if not setting.startswith("ppo.")]
     kind, code, line, _ = worlds.run(1, ended, run_rft, tmp_path / "algorithm", *tiny, start)[0]
-    assert (kind, code) == ("ConfigError", 2)
+    assert (kind, code) == ("CheckpointError", 2)
     assert "is of train_ppo, and this is train_rft" in line
 
 
