@@ -42,7 +42,7 @@ class ShardedCheckpointIO(CheckpointIO):
         self.grid: Grid | None = None  # set by the strategy once the world is up
         self.pending: _Save | None = None
         self.restoring: Path | None = None
-        """The checkpoint that is being restored: until training starts, what goes wrong is of its making."""
+        """The checkpoint that is being restored, until training starts."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """`checkpoint["state_dict"]` is a sharded state dict; the rest is Lightning's and is common to all ranks."""

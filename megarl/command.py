@@ -49,7 +49,7 @@ def ended(work: Callable[[], int | None], debug: Callable[[], bool] = lambda: Fa
         if debug() or not _ran_out_of_memory(error):
             raise
         said = " ".join(str(error).split())[:200] or type(error).__name__
-        say(f"error: memory ran out ({said}): use smaller model.*, trainer.micro_batch_size or rollout.slots")
+        say(f"error: memory ran out ({said}): use a smaller model, batch or number of responses in flight")
         code = MegarlError.exit_code
     if code == NOTICED or (code == INTERRUPTED and _rank_prefix()):
         code = 0  # whoever started this process would kill the first one, which may still be writing

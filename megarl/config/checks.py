@@ -129,7 +129,7 @@ def _shape(config: Any, world_size: int) -> None:
 
 
 def _size(model: ModelConfig) -> None:
-    """A slip of the keyboard is not built: nobody has trained a model so large."""
+    """Refuse a model that is too large to be intended."""
     width, ffn = model.hidden_size, model.ffn_size or 4 * model.hidden_size
     heads = model.num_heads * (model.head_dim or width // model.num_heads)
     rows = (model.vocab_size or 0) + (model.max_positions if model.position == "learned" else 0)

@@ -84,7 +84,7 @@ def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
 
 
 def check_argument(argument: str, tree: type) -> None:
-    """Refuse a setting whose key Hydra could not read, or would read in words that say nothing."""
+    """Refuse a key that Hydra cannot parse, or reports unclearly."""
     short = shown(argument)
     try:
         argument.encode("utf-8")

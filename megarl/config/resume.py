@@ -50,9 +50,10 @@ RULES = (
     _rule("model", "max_positions", NOW, "the context; a table of learned positions of another size is refused"),
     _rule("model", "dropout", NOW, "it is no part of the weights"),
     _rule("model", "num_layers_unfrozen", REFUSED, "optimizer state exists for the layers that train"),
-    _rule("critic", "kind", REFUSED, "the checkpoint holds the critic in one way"),
+    _rule("critic", "kind", REFUSED, "the stored critic is either a shared head or a separate model"),
     _rule("critic", "path", CHECKPOINT, "the weights it led to are in the checkpoint"),
-    _rule("critic", "lr warmup_phases", NOW, _BUDGET),
+    _rule("critic", "lr", NOW, "the schedule continues at its step with the new rate"),
+    _rule("critic", "warmup_phases", NOW, _BUDGET),
     _rule("ilql", "two_qs", REFUSED, "the checkpoint holds one Q head or two"),
     _rule("tokenizer", "kind path", REFUSED, "token ids would mean other text; the same tokenizer elsewhere is fine"),
     _rule("clone", "data steps lr", CHECKPOINT, _HAPPENED),
@@ -64,7 +65,8 @@ RULES = (
     _rule("trainer", "max_steps max_phases", NOW, _BUDGET),
     _rule("trainer", "global_batch_size", NOW, "data goes on with the first row that was not used yet"),
     _rule("trainer", "micro_batch_size eval_batch_size", NOW, "how this process computes"),
-    _rule("trainer", "eval_every log_every max_time peak_tflops progress", NOW, "how this process reports"),
+    _rule("trainer", "eval_every max_time", NOW, "evaluations and the time limit from here on"),
+    _rule("trainer", "log_every peak_tflops progress", NOW, "how this process reports"),
     _rule("trainer", "exp_manager exp_manager_options", NOW, "how this process reports"),
     # data
     _rule("data", "train train_split", NOW, "the new data is taken up after as many rows as were used of the old"),
@@ -84,7 +86,8 @@ RULES = (
     _rule("ppo", "rollouts", NOW, "prompts go on with the first that was not used yet"),
     _rule("ppo", "inner_epochs", NOW, _BUDGET),
     _rule("ppo", "gamma lam clip_low clip_high dual_clip ratio aggregation clip_value", NOW, "the loss from here on"),
-    _rule("ppo", "vf_coef entropy_coef kl_in kl_kind kl_limit stop_at_kl", NOW, "the loss from here on"),
+    _rule("ppo", "vf_coef entropy_coef kl_in kl_kind", NOW, "the loss from here on"),
+    _rule("ppo", "kl_limit stop_at_kl", NOW, "the limits from here on"),
     _rule(
         "ppo", "kl_coef kl_target", NOW, "a steered coefficient goes on from the checkpoint unless one of them changed"
     ),
@@ -106,8 +109,13 @@ RULES = (
     _rule("rollout", "n", NOW, "prompts go on with the first that was not used yet"),
     _rule("rollout", "slots cache_bytes layout cuda_graphs", NOW, "how this process computes"),
     _rule("rollout", "too_long dump replay ilql_beta", NOW, "responses from here on"),
-    _rule("reward", "fn options", NOW, "no score of another function is reused; the scores' moments are counted anew"),
-    _rule("reward", "timeout retries on_error batch_size devices", NOW, "how it is asked"),
+    _rule(
+        "reward",
+        "fn options",
+        NOW,
+        "no score of another function is reused; the scores' moments are counted anew if the name or an option changed",
+    ),
+    _rule("reward", "timeout retries on_error batch_size devices", NOW, "how the function is called"),
     _rule("metric", "fn", NOW, "evaluations from here on"),
     _rule("eval", "n table sweep.temperature sweep.beta", NOW, "evaluations from here on"),
     # what is kept

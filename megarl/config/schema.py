@@ -159,8 +159,8 @@ class DataConfig:
     train: list[str] = leaf([], "files, folders or hub names of the records to train on")
     eval: list[str] = leaf(
         [],
-        "files, folders or hub names of the records to evaluate on (empty: no evaluation; the demo's are left out by "
-        "themselves where data.train names other data)",
+        "files, folders or hub names of the records to evaluate on (empty: no evaluation). The default is the demo "
+        "set, and only if data.train is the demo set",
     )
     format: str = leaf("auto", "shape of a record (auto: told by its keys)", ("auto", "text", "completion", "chat"))
     text_key: str = leaf("text", "key of the text in a text record")

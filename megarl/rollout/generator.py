@@ -238,8 +238,8 @@ def refuse_not_finite(rollouts: Sequence[Rollout], place: Callable[[int], str]) 
             token = next(i for i, logprob in enumerate(rollout.logprobs, 1) if not math.isfinite(logprob))
             raise NumericsError(
                 f"{place(rollout.prompt_id)}: the model's scores for token {token} of response {rollout.sample_id} are "
-                "NaN or infinite: look at the model's weights (a lower optim.lr, an earlier checkpoint), or raise "
-                "rollout.temperature"
+                "NaN or infinite: check the weights (megarl.convert names a bad tensor), or go on from an earlier "
+                "checkpoint with a lower learning rate"
             )
 
 

@@ -124,7 +124,9 @@ def test_a_bad_record_is_refused_with_its_number(samples: Any, rewards: Any, rec
 @pytest.mark.parametrize("reward", [10**400, -(10**400), 1e31, 10**31, float("nan"), float("-inf"), True, "1", None])
 def test_a_reward_that_float32_cannot_compute_with_is_refused(reward: Any) -> None:
     for given in (reward, [reward]):
-        with pytest.raises(DataError, match=r"samples: record 1: rewards is .*, which is no finite number") as caught:
+        with pytest.raises(
+            DataError, match=r"samples: record 1: rewards is .*, which is not a finite number"
+        ) as caught:
             encoded([["a", "b"]][0], given)
         assert len(str(caught.value)) < 400
 
