@@ -358,8 +358,8 @@ def _number(value: Any, where: str, key: str) -> float:
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not (number and abs(value) <= LARGEST):  # NaN is not, and no integer is too long to be compared
         raise DataError(
-            f"{where}: {key} is {shown(repr(value))}, which is not a finite number between -{LARGEST:g} and {LARGEST:g}: give "
-            "one, or take the record out"
+            f"{where}: {key} is {shown(repr(value))}, which is not a finite number between "
+            f"-{LARGEST:g} and {LARGEST:g}: give one, or take the record out"
         )
     return float(value)
 

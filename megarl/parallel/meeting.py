@@ -157,8 +157,8 @@ def _hear(store: Store, word: str, timeout_s: float) -> None:
         store.add(f"{word}/heard", 1)
     except RuntimeError as problem:
         raise UnavailableError(
-            f"the first process of this run ended, or did not answer within {timeout_s + _PATIENCE_S:g} s, before it held "
-            f"the folders that the run writes ({_first_line(problem)}): look at what it said"
+            f"the first process of this run ended, or did not answer within {timeout_s + _PATIENCE_S:g} s, "
+            f"before it held the folders that the run writes ({_first_line(problem)}): look at what it said"
         ) from None
     if refusal:
         time.sleep(1.0)  # the first process is to be the first that ends, as launchers report that one
