@@ -234,10 +234,11 @@ quoted() {
 
 # Composes the configuration as the run will, for as many processes as the job has; exits 2 with one line if it cannot.
 readonly CHECK='
-import sys
+import os, sys
 from megarl.config.compose import run
 from megarl.errors import ConfigError
 entry, device, world = sys.argv[1:4]
+os.environ.update(RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1")  # as the first process will have
 def check(config):
     if config.trainer.accelerator == "gpu" and device == "cpu":
         raise ConfigError("trainer.accelerator=gpu, but the job has no GPU: sbatch --gpus-per-node=8, or MEGARL_DEVICE=cpu")

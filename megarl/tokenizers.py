@@ -20,8 +20,9 @@ from megarl.chat.cutting import Anchor, encode_cut
 from megarl.chat.notices import note_layout, tell
 from megarl.chat.templates import ChatTemplate, Message, check_messages, first_line
 from megarl.chat.turns import Layout, Turns
-from megarl.disk import UnreadableError, exists, is_dir, is_file, local, parse_object, read_text, shown, why_no_name
+from megarl.disk import UnreadableError, is_dir, is_file, local, parse_object, read_text, shown
 from megarl.errors import ConfigError, DataError, UnavailableError
+from megarl.published_tokenizers import load_published, published_state
 
 KINDS = ("bytes", "characters", "sentencepiece", "huggingface")
 ROLES = ("system", "user", "assistant")
@@ -355,7 +356,7 @@ class HuggingFaceTokenizer(Tokenizer):
     kind = "huggingface"
 
     def __init__(self, path: str) -> None:
-        self._tokenizer = _load_hugging_face(path)
+        self._tokenizer = load_published(path)
         own = self._tokenizer
         if own.eos_token_id is None:
             raise ConfigError(
@@ -381,7 +382,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._special |= {text: int(own.convert_tokens_to_ids(text)) for text in own.all_special_tokens}
         self._added = {str(token.content): int(index) for index, token in own.added_tokens_decoder.items()}
         self._added_ids = frozenset(self._added.values())
-        self._fingerprint = _digest([self.kind, *_hugging_face_state(own, vocabulary)])
+        self._fingerprint = _digest([self.kind, *published_state(own, vocabulary)])
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -471,38 +472,6 @@ def read_marker(folder: str | Path) -> dict[str, Any]:
         return parse_object(read_text(marker))
     except UnreadableError as problem:
         raise ConfigError(f"{marker} {problem}: restore it") from None
-
-
-def _load_hugging_face(path: str) -> Any:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise UnavailableError("tokenizer.kind=huggingface: pip install transformers") from error
-    place = local(path)
-    there = exists(place)
-    if not there and (place.is_absolute() or path.startswith((".", "~")) or why_no_name(place)):
-        raise ConfigError(
-            f"tokenizer.path={shown(path)!r}: no such folder; give one that holds tokenizer.json, or a hub name"
-        )
-    try:
-        found = AutoTokenizer.from_pretrained(str(place) if there else path, trust_remote_code=False)
-        found("a", verbose=False)  # settings that cannot be are only looked at when something is encoded
-        return found
-    except Exception as error:  # the hub, the file formats and Python code each raise their own kinds
-        raise ConfigError(
-            f"tokenizer.path={path!r} cannot be loaded as a Hugging Face tokenizer ({first_line(error)}); "
-            "give a folder that holds tokenizer.json, or a hub name that is cached or can be reached"
-        ) from error
-
-
-def _hugging_face_state(own: Any, vocabulary: dict[str, int]) -> list[Any]:
-    """What decides the ids of a tokenizer, without the settings that calls change (padding, truncation)."""
-    state: list[Any] = [vocabulary, own.chat_template, own.eos_token_id, own.pad_token_id, own.bos_token_id]
-    backend = getattr(own, "backend_tokenizer", None)
-    if backend is not None:
-        stages = json.loads(backend.to_str())
-        state.append({name: stages.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")})
-    return state
 
 
 def _write_marker(folder: str | Path, tokenizer: Tokenizer) -> None:

@@ -25,6 +25,7 @@ FLOORS = {
     "algorithms/": 1,
     "chat/": 1,
     "tokenizers.py": 1,
+    "published_tokenizers.py": 1,
     "parallel/": 2,
     "models/": 3,
     "checkpoint.py": 3,
@@ -39,6 +40,8 @@ FLOORS = {
 # Rooms of one floor that are built of one another, and in which direction.
 BESIDE = {
     ("tokenizers.py", "chat/"),
+    ("tokenizers.py", "published_tokenizers.py"),
+    ("published_tokenizers.py", "chat/"),
     ("checkpoint.py", "models/"),
     ("models/", "checkpoint.py"),
     ("modules/", "callbacks/"),

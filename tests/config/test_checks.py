@@ -144,7 +144,7 @@ def test_what_can_run_passes(world: int, values: dict[str, Any]) -> None:
             "its file",
         ),
         (1, {"data__train": []}, "data.train is empty", "name files"),
-        (1, {"parallel__recompute": "some"}, "parallel.recompute=some", "use none, selective or full"),
+        (1, {"parallel__recompute": "some"}, "parallel.recompute=some", "choose from none, selective or full"),
     ],
 )
 def test_a_shape_that_cannot_run_is_told_what_can(

@@ -296,7 +296,7 @@ def test_a_typo_in_a_fresh_process_is_one_line_and_exit_code_2(folder: Path) -> 
 def test_an_installed_package_finds_its_own_conf_and_the_users(folder: Path, preset: Preset) -> None:
     package = folder / "site" / "megarl"
     shutil.copytree(REPOSITORY / "megarl/config", package / "config")
-    for name in ("__init__.py", "command.py", "errors.py", "logging.py"):
+    for name in ("__init__.py", "command.py", "disk.py", "errors.py", "logging.py"):
         shutil.copy(REPOSITORY / "megarl" / name, package)
     shutil.copytree(conf_folder(), package / "conf")
     shutil.copytree(REPOSITORY / "megarl/data/demo", package / "data/demo")

@@ -18,7 +18,7 @@ from megarl.checkpoint import find, seal, verify
 from megarl.config.compose import compose
 from megarl.errors import MegarlError
 from megarl.generate import work
-from tests.e2e.runs import run_ppo, run_sft
+from tests.e2e.runs import run_sft
 from tests.models.exchange.published import save_published
 from tests.worlds import Worlds
 
@@ -77,7 +77,12 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generate(*settings: str) -> None:
-    work(compose("generate", [*settings, "prompts=Hello", "tokenizer.kind=bytes", "trainer.progress=none"])[0])
+    work(
+        compose(
+            "generate",
+            [*settings, "prompts=Hello", "rollout.max_new_tokens=8", "tokenizer.kind=bytes", "trainer.progress=none"],
+        )[0]
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -120,30 +125,16 @@ def test_values_beyond_the_runs_precision_are_refused(worlds: Worlds, tmp_path: 
 # --- while a run is under way -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rate", ["1e30", "1e39"])
 def test_a_learning_rate_that_ruins_the_weights_leaves_the_checkpoints_before_it(
-    rate: str, worlds: Worlds, tmp_path: Path
+    worlds: Worlds, tmp_path: Path
 ) -> None:
-    """1e39 is infinite in float32, so that the first step's weights are no numbers; those of 1e30 are, of no use."""
     kept = ["checkpoint.every=1", "checkpoint.keep_last=1", "checkpoint.keep_best=0", "optim.warmup_steps=0"]
     worlds.run(1, run_sft, tmp_path, *TINY, *kept)
     before = {path.name for path in find(tmp_path / "checkpoints")}
-    ruin = [*TINY, *kept, "trainer.max_steps=6", f"optim.lr={rate}", "checkpoint.keep_last=2"]
+    ruin = [*TINY, *kept, "trainer.max_steps=6", "optim.lr=1e30", "checkpoint.keep_last=2"]
     found = worlds.run(2, ended, run_sft, tmp_path, *ruin)
     assert {code for _, code, _ in found} == {3}
     assert "lower optim.lr" in found[0][2] or "lower" in found[0][2]
     assert before <= {path.name for path in find(tmp_path / "checkpoints")}
     summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["status"] == "failed"
-
-
-def test_a_phase_that_overflows_names_the_prompt_and_writes_no_line(worlds: Worlds, tmp_path: Path) -> None:
-    """Scores over such a temperature are infinite."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("one\ntwo\n")
-    settings = [f"data.train=[{prompts}]", "data.eval=[]", "tokenizer.kind=bytes", "tokenizer.path=null"]
-    settings += ["reward.fn=megarl.rewards.builtin:length", "clone.data=[]", "rollout.temperature=1e-40"]
-    settings += ["model.max_positions=64", "rollout.max_new_tokens=8", f"rollout.dump={tmp_path / 'dump'}"]
-    check(worlds.run(2, ended, run_ppo, tmp_path / "run", *settings), f"{prompts}:1", "phase 1", "token 1")
-    assert not (tmp_path / "dump").exists()
-    assert not (tmp_path / "run" / "journal").exists()

@@ -52,7 +52,7 @@ def test_prompts_of_phases_and_of_evaluations_are_measured(make: Make) -> None:
 
 
 def test_a_field_by_the_name_of_what_functions_are_given_is_refused_by_file_and_line(make: Make) -> None:
-    with pytest.raises(DataError, match=r"eval\.jsonl:2: a field of the record is called 'samples'.*reward\.fn"):
+    with pytest.raises(DataError, match=r"eval\.jsonl:2: 'samples' is a reserved argument of reward\.fn"):
         make([{"prompt": "a"}], [{"prompt": "a"}, {"prompt": "b", "samples": 1}])
 
 

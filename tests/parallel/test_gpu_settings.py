@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,13 +54,17 @@ def with_settings(settings: DeviceSettings, work: Callable[..., Any], *args: Any
 @pytest.mark.parametrize("model", [{}, GPT2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_is_the_same_with_a_gpus_settings(layout: str, model: dict[str, Any], worlds: Worlds) -> None:
+    """Attention by other kernels rounds otherwise, and Adam shows that where a gradient is nearly 0: with it, losses
+    and norms are compared; without it, weights too."""
     world, grid = LAYOUTS[layout]
     plain = worlds.run(world, with_settings, CPU, trained, grid, model)
-    gpus = worlds.run(world, with_settings, GPU, trained, grid, model)
-    for (course, weights), (wanted, expected) in zip(gpus, plain, strict=True):
-        assert course == pytest.approx(wanted, rel=1e-5, abs=1e-7)
-        for name, weight in weights.items():
-            assert torch.allclose(weight, expected[name], rtol=1e-5, atol=1e-6), name
+    same_attention = replace(GPU, plain_attention=True)
+    for settings in (GPU, same_attention):
+        gpus = worlds.run(world, with_settings, settings, trained, grid, model)
+        for (course, weights), (wanted, expected) in zip(gpus, plain, strict=True):
+            assert course == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+            for name, weight in weights.items() if settings is same_attention else ():
+                assert torch.allclose(weight, expected[name], rtol=1e-5, atol=1e-6), name
 
 
 def swapped() -> tuple[list[int], list[int], bool]:

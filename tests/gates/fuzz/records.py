@@ -14,7 +14,7 @@ from megarl.config.rl import PromptDataConfig
 from megarl.data.dataset import SFTDataset
 from megarl.data.formats import RecordFormat, load_chat_template
 from megarl.data.offline import open_store
-from megarl.data.prompts import read_prompts
+from megarl.data.prompts import PromptLimits, read_prompts
 from megarl.data.sources import read_records
 from megarl.tokenizers import ByteTokenizer
 from tests.gates.fuzz import mutate
@@ -104,8 +104,11 @@ def _documents(path: str, template: str | None, options: dict[str, Any]) -> None
     SFTDataset(read_records([path], options["split"]), ByteTokenizer(), 32, record_format, options["too_long"])
 
 
+LIMITS = PromptLimits(context=64, max_new_tokens=16, vocab_size=ByteTokenizer().size, too_long="drop")
+
+
 def _prompts(path: str, template: str | None, options: dict[str, Any]) -> None:
-    read_prompts([path], options["split"], PromptDataConfig(chat_template=template), ByteTokenizer())
+    read_prompts([path], options["split"], PromptDataConfig(chat_template=template), ByteTokenizer(), LIMITS)
 
 
 def _samples(path: str, template: str | None, options: dict[str, Any]) -> None:

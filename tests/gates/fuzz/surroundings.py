@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from megarl.callbacks.run_folder import resolve_run_dir
-from megarl.command import say
+from megarl.command import process_number, say
 from megarl.config.checks import check, world_size
 from megarl.config.compose import compose
 from megarl.config.launcher import check_launcher
@@ -169,7 +169,7 @@ def _act(entry: str, variables: dict[str, str | None]) -> Any:
         know_slurm()
         if entry == "generate":
             return
-        fit._rank()
+        process_number()
         assert fit._devices(config) * fit._nodes(config) >= 1
         runs = folder.parent.parent / "runs of all cases"  # a run on its own makes its folder at once
         runs.mkdir(exist_ok=True)

@@ -1,0 +1,43 @@
+"""Tokenizers as Hugging Face's library loads them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megarl.chat.templates import first_line
+from megarl.disk import exists, local, shown, why_no_name
+from megarl.errors import ConfigError, UnavailableError
+
+
+def load_published(path: str) -> Any:
+    """Load a Hugging Face tokenizer from a folder or hub name."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise UnavailableError("tokenizer.kind=huggingface: pip install transformers") from error
+    place = local(path)
+    there = exists(place)
+    if not there and (place.is_absolute() or path.startswith((".", "~")) or why_no_name(place)):
+        raise ConfigError(
+            f"tokenizer.path={shown(path)!r}: no such folder; give one that holds tokenizer.json, or a hub name"
+        )
+    try:
+        found = AutoTokenizer.from_pretrained(str(place) if there else path, trust_remote_code=False)
+        found("a", verbose=False)  # settings that cannot be are only looked at when something is encoded
+        return found
+    except Exception as error:  # the hub, the file formats and Python code each raise their own kinds
+        raise ConfigError(
+            f"tokenizer.path={path!r} cannot be loaded as a Hugging Face tokenizer ({first_line(error)}); "
+            "give a folder that holds tokenizer.json, or a hub name that is cached or can be reached"
+        ) from error
+
+
+def published_state(own: Any, vocabulary: dict[str, int]) -> list[Any]:
+    """What decides the ids of a tokenizer, without the settings that calls change (padding, truncation)."""
+    state: list[Any] = [vocabulary, own.chat_template, own.eos_token_id, own.pad_token_id, own.bos_token_id]
+    backend = getattr(own, "backend_tokenizer", None)
+    if backend is not None:
+        stages = json.loads(backend.to_str())
+        state.append({name: stages.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")})
+    return state
