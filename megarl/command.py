@@ -1,6 +1,7 @@
 """How a command ends: in its exit code, and in one line where the user can mend what went wrong."""
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -34,6 +35,9 @@ def ended(work: Callable[[], int | None], debug: Callable[[], bool] = lambda: Fa
     only where `debug()`; any other exception is a bug and keeps its traceback.
     """
     quiet()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # text that the terminal's encoding lacks must end nothing
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = work()
     except MegarlError as error:

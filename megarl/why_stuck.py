@@ -25,6 +25,7 @@ def report(crumbs: Sequence[Crumb], blamed: Sequence[int], now: float) -> None:
     """A table of what each rank said last: the blamed ones first, and not more than can be read."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("rank", "host", "process", "phase", "step", "for (s)", "last sign (s ago)", "collective", "at")
     ordered = sorted(crumbs, key=lambda crumb: (crumb.rank not in blamed, crumb.rank))
@@ -32,7 +33,7 @@ def report(crumbs: Sequence[Crumb], blamed: Sequence[int], now: float) -> None:
         ages = (f"{now - crumb.since:.0f}", f"{now - crumb.alive:.0f}")
         phase = crumb.phase or "-"
         row = (str(crumb.rank), crumb.host, str(crumb.pid), phase, str(crumb.step), *ages, crumb.collective, crumb.at)
-        table.add_row(*row, style="bold" if crumb.rank in blamed else None)
+        table.add_row(*map(Text, row), style="bold" if crumb.rank in blamed else None)
     console = Console()
     console.print(table)
     if len(ordered) > _MOST_ROWS:

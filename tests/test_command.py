@@ -1,5 +1,8 @@
 """What a command leaves on the terminal: one line for what a user can mend, and nothing that steers the terminal."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,13 @@ from megarl.errors import ConfigError, NumericsError
 
 def test_control_characters_are_shown_as_escapes() -> None:
     assert printable("a\tb\nc \x1b[2J\x07 \x9b \u202e") == "a\tb\nc \\x1b[2J\\x07 \\x9b \\u202e"
+
+
+def test_text_that_the_terminal_cannot_show_ends_nothing() -> None:
+    script = "import sys; from megarl.command import ended; ended(lambda: print('\\u00e9 \\ud800') or 0)"
+    environ = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ, check=False)
+    assert (done.returncode, done.stdout) == (0, "\\xe9 \\ud800\n")
 
 
 def test_text_in_any_writing_stays_as_it_is() -> None:

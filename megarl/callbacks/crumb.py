@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megarl.command import printable
 from megarl.config.values import check_types
 from megarl.disk import UnreadableError, is_dir, parse_object, read_text
 from megarl.errors import ConfigError
@@ -64,7 +65,10 @@ def read(run_dir: Path) -> list[Crumb]:
     folder, crumbs = run_dir / FOLDER, []
     for path in sorted(folder.glob("rank-*.json")) if is_dir(folder) else ():
         try:
-            crumb = Crumb(**parse_object(read_text(path)))
+            found = parse_object(read_text(path))
+            crumb = Crumb(
+                **{key: printable(value) if isinstance(value, str) else value for key, value in found.items()}
+            )
             check_types(crumb)
         except (ConfigError, UnreadableError, TypeError):
             continue  # just being written, or of another version

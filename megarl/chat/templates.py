@@ -24,6 +24,8 @@ DATE = datetime(2024, 7, 26)
 # is whole, so that blocks are found inside of macros and of `{% set %}` too.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_LARGEST = 10**6
+"""Characters, or parts of a list, that a template may make of one operation."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -136,6 +138,18 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def _is_huge(operator: str, left: Any, right: Any) -> bool:
+    """Whether a text or list repeated, a power, or a text made as wide as `%` says has more than `_LARGEST` parts."""
+    if operator == "*":
+        return any(
+            isinstance(part, str | list | tuple) and isinstance(times, int) and len(part) * times > _LARGEST
+            for part, times in ((left, right), (right, left))
+        )
+    if operator == "**":
+        return isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > _LARGEST
+    return isinstance(left, str) and bool(re.search(r"%[^a-zA-Z%]*([0-9]{7}|\*)", left))
+
+
 @lru_cache(maxsize=16)
 def _compiled(source: str) -> Any:
     try:
@@ -160,9 +174,22 @@ def _compiled(source: str) -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loop_controls]
-    )
+    class Bounded(ImmutableSandboxedEnvironment):
+        """A few signs of a template cannot fill the memory."""
+
+        intercepted_binops = frozenset(("*", "**", "%"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if _is_huge(operator, left, right):
+                raise TemplateError(f"the result of {operator} is longer than any chat")
+            return super().call_binop(context, operator, left, right)
+
+        def call(self, context: Any, called: Any, *given: Any, **named: Any) -> Any:
+            if any(isinstance(one, int) and one > _LARGEST for one in (*given, *named.values())):
+                raise TemplateError(f"a function is given a number above {_LARGEST:,}")
+            return super().call(context, called, *given, **named)
+
+    environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loop_controls])
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": _strftime_now}
     return environment.from_string(source)

@@ -97,7 +97,7 @@ def _is_of(value: object, kind: str) -> bool:
 def _check_formats(config: Any) -> None:
     """Keys whose text must have a form."""
     devices = config.trainer.devices
-    if devices != "auto" and (isinstance(devices, str) or devices < 1):
+    if devices != "auto" and not (isinstance(devices, int) and devices >= 1):
         raise ConfigError(f"trainer.devices={shown(devices)} is neither a count nor auto: use 1, 2, ... or auto")
     if devices != "auto" and devices > MOST_PER_NODE:
         raise ConfigError(f"trainer.devices={shown(devices)} is out of range: use auto, or at most {MOST_PER_NODE}")

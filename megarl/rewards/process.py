@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import megarl
+from megarl.command import printable
 from megarl.disk import UnreadableError, parse_object
 from megarl.logging import get_logger
 from megarl.rewards.wire import Channel, PipeClosed
@@ -26,6 +27,8 @@ DISTRIBUTED_PREFIXES = ("LOCAL_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_",
 
 MOST_LINES = 200
 """Lines of a call that are logged; all that follow are counted."""
+_MOST_BYTES = 40_000
+"""The same, of a call that prints few lines, and long ones."""
 _LONGEST_LINE = 4000
 _BLOCK = 1 << 16
 _LONGEST_REASON = 400
@@ -191,13 +194,13 @@ class Output:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self.lines = self.unlogged = 0
+        self.lines = self.unlogged = self._logged = 0
         self.last = ""
 
     def begin_call(self) -> None:
         if self.unlogged:
             _log.info("%s printed %s more lines in this call, which are not logged", self._name, f"{self.unlogged:,}")
-        self.lines = self.unlogged = 0
+        self.lines = self.unlogged = self._logged = 0
 
     def pass_on(self, stream: IO[bytes]) -> None:
         """Read until the worker's process has ended."""
@@ -211,13 +214,14 @@ class Output:
             self._take([rest])
 
     def _take(self, lines: list[bytes]) -> None:
-        room = max(0, MOST_LINES - self.lines)
-        texts = [line.decode("utf-8", errors="replace").rstrip() for line in lines[:room]]
-        for text in filter(None, texts):
-            for start in range(0, len(text), _LONGEST_LINE):
-                _log.info("%s: %s", self._name, text[start : start + _LONGEST_LINE])
-        self.lines += len(lines)
-        self.unlogged += len(lines[room:])
+        for line in lines:
+            if self.lines >= MOST_LINES or self._logged >= _MOST_BYTES:
+                self.unlogged += 1
+            elif text := printable(line.decode("utf-8", errors="replace").rstrip()):
+                self._logged += len(line)
+                for start in range(0, len(text), _LONGEST_LINE):
+                    _log.info("%s: %s", self._name, text[start : start + _LONGEST_LINE])
+            self.lines += 1
         said = next((line for line in reversed(lines) if line.strip()), None)
         if said is not None:
             self.last = said[:_LONGEST_LINE].decode("utf-8", errors="replace").strip()

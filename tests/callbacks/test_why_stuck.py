@@ -97,6 +97,16 @@ def test_a_long_message_of_failure_still_makes_a_crumb(tmp_path: Path) -> None:
     assert crumb.ended == "x" * 200
 
 
+def test_what_a_crumb_says_neither_steers_the_terminal_nor_ends_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    CrumbFile(tmp_path, 0).write(replace(ranks(1)[0], host="\ud800[/red]\x1b[2J", ended="RuntimeError \udfff"))
+    assert why_stuck.run([str(tmp_path)]) == 0
+    said = capsys.readouterr().out.encode().decode()
+    assert "\x1b" not in said
+    assert "\\ud800[/red]\\x1b[2J" in said.replace("\n", "")
+
+
 def test_whereabouts_name_the_collective_that_was_called_and_the_line_that_called_it(
     worlds: Worlds, tmp_path: Path
 ) -> None:

@@ -49,6 +49,28 @@ def test_a_record_cannot_forge_a_mark() -> None:
         ChatTemplate(templates.MARKED, {}).render_marked(chat("u:\ufdd0x\ufdd1", "a:y"))
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "'a' * 10 ** 10",
+        "10 ** 10 * [1]",
+        "7 ** 10000000",
+        "'%10000000000d' % 1",
+        "'%*d' % (10 ** 10, 1)",
+        "'a'.ljust(10 ** 10)",
+        "'a'.center(width=10 ** 10)",
+    ],
+)
+def test_a_template_cannot_fill_the_memory_in_one_step(source: str) -> None:
+    with pytest.raises(DataError, match="longer than any chat|a number above"):
+        ChatTemplate(f"{{{{ {source} }}}}", {}).render(TALK)
+
+
+def test_operations_of_a_usual_size_are_a_template_s_own() -> None:
+    source = "{{ '-' * 20 }}{{ 2 ** 10 }}{{ '%5d|%s%%' % (1, 'x') }}{{ 7 % 3 }}{{ 1.5 * 2 }}{{ 'a'.ljust(3) }}"
+    assert ChatTemplate(source, {}).render(TALK) == "-" * 20 + "1024    1|x%13.0a  "
+
+
 def test_the_date_is_the_same_on_every_day() -> None:
     assert "26 Jul 2024" in ChatTemplate(templates.DATED, {"bos_token": ""}).render(TALK)
 

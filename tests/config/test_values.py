@@ -124,7 +124,7 @@ def test_a_runs_name_from_the_environment_is_no_path_either(monkeypatch: pytest.
         compose("sft", ["run.name=${oc.env:HOME}"])
 
 
-@pytest.mark.parametrize("devices", [0, -1, 100_000, HUGE, "two", ""])
+@pytest.mark.parametrize("devices", [0, -1, 100_000, HUGE, "two", "", {"num_layers": 1}, [1], 1.5])
 def test_processes_per_node_are_a_sensible_count(devices: Any) -> None:
     assert refusal("trainer.devices", devices)
 

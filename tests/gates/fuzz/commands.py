@@ -33,6 +33,8 @@ DOCUMENTED = {
     "why_stuck": (0, 1, 2),
 }
 MARK = "MEGARL_FUZZ_CASE"
+PRINTED = "rewards.py:score: "
+"""Stands before what a reward function printed, of which more may be logged than of a command itself."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def _flaw(command: Command, code: int, said: str, told: str) -> Fault | None:
     if code not in DOCUMENTED[kind]:
         last = told.strip().splitlines()[-1:] or [""]
         return Fault(f"exit code {code}", last[0].partition(":")[0][:60], command.name, tail)
-    noise = noise_in(said + told)
+    noise = noise_in("\n".join(line for line in (said + told).splitlines() if PRINTED not in line))
     if noise:
         return Fault(noise, command.module, command.name, tail)
     if code in (2, 3) and command.streams.get("stderr") is None and command.variables.get("RANK", "0") in ("0", None):

@@ -261,7 +261,7 @@ def _preset(draw: Random, name: str, trees: dict[str, list[Leaf]]) -> Case:
 
     words = ["+conf=mine", *(["trainer.max_steps=2"] if draw.random() < 0.1 else [])]
     keys = [f"{section}.{key}" for section, own in PRESET.items() for key in own]
-    names = ("mine", *PRESET, *keys, "seed", "mine.yaml")
+    names = ("mine", *PRESET, *keys, "seed", "mine.yaml", *ALWAYS)
     return Case(f"{name}: {entry} {what[:200]!r}", lay, _composed(entry, words), names)
 
 
