@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megarl.command import printable
 from megarl.config.values import check_types
@@ -65,10 +66,8 @@ def read(run_dir: Path) -> list[Crumb]:
     folder, crumbs = run_dir / FOLDER, []
     for path in sorted(folder.glob("rank-*.json")) if is_dir(folder) else ():
         try:
-            found = parse_object(read_text(path))
-            crumb = Crumb(
-                **{key: printable(value) if isinstance(value, str) else value for key, value in found.items()}
-            )
+            found: dict[str, Any] = parse_object(read_text(path))
+            crumb = Crumb(**{key: _shown(value) for key, value in found.items()})
             check_types(crumb)
         except (ConfigError, UnreadableError, TypeError):
             continue  # just being written, or of another version
@@ -77,6 +76,10 @@ def read(run_dir: Path) -> list[Crumb]:
         return []
     world = max(crumbs, key=lambda crumb: crumb.alive).world
     return sorted((crumb for crumb in crumbs if crumb.rank < world), key=lambda crumb: crumb.rank)
+
+
+def _shown(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

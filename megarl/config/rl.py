@@ -173,7 +173,7 @@ class PPOSettings:
         None, "KL per response at which the run stops; half of it is warned of (null: none)", above=0
     )
     stop_at_kl: float | None = leaf(
-        None,
+        0.2,
         "maximum mean KL, in nats per token, between the policy and the policy at the start of the phase: policy "
         "training ends for the phase at the first minibatch above it (null: no limit)",
         above=0,

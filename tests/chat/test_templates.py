@@ -62,7 +62,7 @@ def test_a_record_cannot_forge_a_mark() -> None:
     ],
 )
 def test_a_template_cannot_fill_the_memory_in_one_step(source: str) -> None:
-    with pytest.raises(DataError, match="longer than any chat|a number above"):
+    with pytest.raises(DataError, match=r"longer than any chat|a number above"):
         ChatTemplate(f"{{{{ {source} }}}}", {}).render(TALK)
 
 
