@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from megarl.chat.templates import first_line
@@ -26,11 +28,31 @@ def load_published(path: str) -> Any:
         found = AutoTokenizer.from_pretrained(str(place) if there else path, trust_remote_code=False)
         found("a", verbose=False)  # settings that cannot be are only looked at when something is encoded
         return found
-    except Exception as error:  # the hub, the file formats and Python code each raise their own kinds
+    except BaseException as error:  # the hub, the file formats and Python code each raise their own kinds
+        if not _of_the_library(error):
+            raise
         raise ConfigError(
             f"tokenizer.path={path!r} cannot be loaded as a Hugging Face tokenizer ({first_line(error)}); "
             "give a folder that holds tokenizer.json, or a hub name that is cached or can be reached"
         ) from error
+
+
+@contextmanager
+def encoding(path: str, text: str) -> Iterator[None]:
+    """A text that a tokenizer fails at is told with the tokenizer's place."""
+    try:
+        yield
+    except BaseException as error:
+        if not _of_the_library(error):
+            raise
+        raise ConfigError(
+            f"tokenizer.path={path!r} cannot encode {shown(text)!r} ({first_line(error)}): restore its tokenizer.json"
+        ) from error
+
+
+def _of_the_library(error: BaseException) -> bool:
+    """Errors, and panics of its part in Rust, which are no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def published_state(own: Any, vocabulary: dict[str, int]) -> list[Any]:

@@ -22,7 +22,7 @@ from megarl.chat.templates import ChatTemplate, Message, check_messages, first_l
 from megarl.chat.turns import Layout, Turns
 from megarl.disk import UnreadableError, is_dir, is_file, local, parse_object, read_text, shown
 from megarl.errors import ConfigError, DataError, UnavailableError
-from megarl.published_tokenizers import load_published, published_state
+from megarl.published_tokenizers import encoding, load_published, published_state
 
 KINDS = ("bytes", "characters", "sentencepiece", "huggingface")
 ROLES = ("system", "user", "assistant")
@@ -385,7 +385,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._fingerprint = _digest([self.kind, *published_state(own, vocabulary)])
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        with encoding(self._tokenizer.name_or_path, text):
+            return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         kept = [int(token) for token in ids if 0 <= token < self.size]
@@ -417,9 +418,10 @@ class HuggingFaceTokenizer(Tokenizer):
                 return ids[len(newline) :], [(0, 0), *((at - 1, place - len(newline)) for at, place in anchors[1:])]
         if not own.is_fast:
             return self.encode(text), [(0, 0)]
-        encoded = own(
-            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-        )
+        with encoding(own.name_or_path, text):
+            encoded = own(
+                text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+            )
         ids, structural = encoded["input_ids"], self._added_ids
         offsets = encoded["offset_mapping"]
         places = [place for place, token in enumerate(ids) if token in structural]

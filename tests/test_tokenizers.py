@@ -83,6 +83,21 @@ def test_settings_that_a_hugging_face_tokenizer_cannot_encode_with_are_refused_w
         build_tokenizer("huggingface", str(folder))
 
 
+def test_what_the_library_panics_of_is_told_in_one_line(tmp_path, monkeypatch):
+    folder = make_hugging_face(tmp_path / "tokenizer")
+    tokenizer = build_tokenizer("huggingface", folder)
+    panic = type("PanicException", (BaseException,), {})  # as what Rust raises: no Exception
+
+    def fail(*_, **__):
+        raise panic("no entry found for key")
+
+    monkeypatch.setattr(type(tokenizer._tokenizer), "__call__", fail)
+    with pytest.raises(ConfigError, match=r"cannot encode 'x' .*no entry found for key"):
+        tokenizer.encode("x")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        build_tokenizer("huggingface", folder)
+
+
 @pytest.mark.parametrize("messages", [3.5, "text", {"role": "user"}, None])
 def test_a_conversation_that_is_no_list_is_refused(messages):
     with pytest.raises(DataError, match="list of turns"):

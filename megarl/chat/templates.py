@@ -91,7 +91,7 @@ def check_messages(messages: Sequence[Message]) -> None:
                 raise DataError(f"turn {turn}: {key!r} is {found}; expected a string (found keys: {keys})")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

@@ -75,6 +75,9 @@ def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
             "or add --multirun to run once per value"
         )
     said = " ".join(str(inner or error).split())
+    if inner is not None and "Cannot merge DictConfig with ListConfig" in said and (key := _leaf_key(inner)) in known:
+        typed = _argument(key, argv)
+        return ConfigError(f"{typed or key} is not {describe_type(known[key].type)}")
     if (section := _section_of(said, tree)) is not None:
         return ConfigError(f"{section} is a section and has no value of its own: set its keys, {section}.KEY=VALUE")
     full_key = re.search(r" full_key: (\S+)", said)

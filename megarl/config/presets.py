@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megarl.config.leaf import leaves
-from megarl.config.messages import one_of
+from megarl.config.messages import describe_type, one_of
 from megarl.config.schema import ENTRIES
-from megarl.disk import UnreadableError, check_yaml, is_file, read_text
+from megarl.disk import UnreadableError, check_yaml, is_file, read_text, shown
 from megarl.errors import ConfigError
 
 GROUP = "conf"
@@ -91,6 +91,8 @@ def register(argv: list[str], entry: str) -> None:
                 raise ConfigError(f"preset '{name}' cannot be read ({path}): {reason}") from error
             continue  # a broken file that nobody asked for does not concern this run
         own = _without(OmegaConf.to_container(part), _of_others(entry))
+        if name in chosen:
+            _check_lists(own, entry, path)
         store.store(group=GROUP, name=name, node=own, package="_global_", provider=str(path))
 
 
@@ -123,6 +125,15 @@ def _without(part: Any, keys: set[str], prefix: str = "") -> Any:
         name: _without(node, keys, f"{prefix}{name}.") for name, node in part.items() if f"{prefix}{name}" not in keys
     }
     return {name: node for name, node in kept.items() if node != {} or part[name] == {}}
+
+
+def _check_lists(part: Any, entry: str, path: Path) -> None:
+    """Refuse a mapping in a list's place: of that, OmegaConf does not name the key."""
+    for leaf in leaves(ENTRIES[entry]):
+        section, _, key = leaf.key.rpartition(".")
+        keys = (part.get(section) if section else part) if isinstance(part, dict) else None
+        if leaf.type.startswith("list") and isinstance(keys, dict) and isinstance(keys.get(key), dict):
+            raise ConfigError(f"{leaf.key}={shown(keys[key])} is not {describe_type(leaf.type)} (in {path})")
 
 
 def _presets_in(folder: Path) -> Iterator[Path]:

@@ -77,6 +77,7 @@ def test_a_key_below_a_value_is_refused(start: Start) -> None:
         ("trainer.devices=[1]", "trainer.devices=[1] is not an integer or text ("),
         ("data.train=a.jsonl", "data.train=a.jsonl is not a list, [a,b]: write data.train=[a.jsonl]"),
         ("data.train=[{a: 1}]", "data.train=[{'a': 1}] holds something that is no text"),
+        ("data.train={a:1}", "data.train={a:1} is not a list, [a,b]"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_told_the_right_one(start: Start, argument: str, expected: str) -> None:
@@ -232,6 +233,13 @@ def test_a_preset_that_is_not_utf_8_is_named(preset: Preset, folder: Path) -> No
     (folder / "conf" / "bytes.yaml").write_bytes(b"# @package _global_\nrun: {name: \xff}\n")
     with pytest.raises(ConfigError, match=r"bytes\.yaml\): is not UTF-8"):
         register(["+conf=bytes"], "sft")
+
+
+def test_a_mapping_in_a_lists_place_is_named_in_a_preset(preset: Preset, folder: Path) -> None:
+    preset("mapping", "data: {train: {a: 1}}\n")
+    with pytest.raises(ConfigError, match=r"data\.train=\{'a': 1\} is not a list, \[a,b\] \(in .*mapping\.yaml\)"):
+        register(["+conf=mapping"], "sft")
+    register([], "sft")
 
 
 def test_a_folder_with_a_presets_name_is_passed_over(folder: Path) -> None:
