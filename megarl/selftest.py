@@ -185,10 +185,13 @@ def report(settings: Settings, rows: list[list[str]], agree: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from megarl.parallel.device import device_settings
+
     table = Table("", "one process", f"tp{settings.tp} pp{settings.pp} dp{settings.dp}", "difference", "")
     for row in rows:
         table.add_row(*row)
     console = Console()
+    console.print(f"settings of the device: {device_settings()}")
     console.print(table)
     console.print("the layout gives the same numbers" if agree else "the layout gives DIFFERENT numbers")
 

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import megarl
 from megarl.config.launcher import started_by_slurm
 from megarl.errors import ConfigError
 from megarl.logging import get_logger
+from megarl.parallel.device import device_settings
 
 logger = get_logger(__name__)
 
@@ -156,6 +158,7 @@ def versions() -> dict[str, Any]:
         "cpu": {"name": _cpu_name(), "count": os.cpu_count(), "threads": torch.get_num_threads()},
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "gpu": {"names": gpus, "cuda": torch.version.cuda},
+        "device_settings": asdict(device_settings()),
     }
 
 

@@ -10,14 +10,20 @@ from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
+from megarl.logging import get_logger
 from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
 from megarl.models.kernels import kernels
 from megarl.models.rotary import Rotation, rotate
 from megarl.parallel.device import device_settings
 
+log = get_logger(__name__)
+_told: set[tuple[object, ...]] = set()
 SHORT = 64  # queries up to which two plain products are faster than torch's fused kernel on a CPU
+LARGE_SCORES = 2**30
+"""Bytes of a layer's scores from which it is warned of a kernel that keeps them."""
 ALIGNED = 8  # torch's fused kernels on a GPU read a mask whose rows begin at multiples of this
 
 
@@ -164,11 +170,40 @@ class SelfAttention(MegatronModule):
                 # A fused kernel that takes masks need not know grouped heads; torch's other one keeps all scores.
                 k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
                 grouped = False
+            if not device_settings().plain_attention:
+                tell_kernel(q, k, v, mask, dropout, causal, grouped)
             with get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext():
                 mixed = F.scaled_dot_product_attention(
                     q, k, v, mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
                 )
         return mixed.permute(2, 0, 1, 3).flatten(-2)
+
+
+def tell_kernel(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, grouped: bool
+) -> None:
+    """Say which of torch's kernels attention gets, once for each kind of question.
+
+    The one without a name of its own, "math", keeps the scores of every layer for the backward pass: of long rows, more
+    than a GPU has.
+    """
+    kind = (q.dtype, mask is not None, grouped, dropout > 0, torch.is_grad_enabled())
+    if kind in _told or q.device.type not in ("cpu", "cuda"):
+        return
+    _told.add(kind)
+    choice = SDPBackend(torch._fused_sdp_choice(q, k, v, mask, dropout, causal, enable_gqa=grouped))
+    name = choice.name.lower()
+    asked = ["a mask"] * (mask is not None) + ["grouped heads"] * grouped + ["dropout"] * (dropout > 0)
+    with_these = f" with {', '.join(asked)}" if asked else ""
+    log.info("attention in %s%s: torch's kernel %s", str(q.dtype).removeprefix("torch."), with_these, name)
+    scores = 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    if choice == SDPBackend.MATH and scores > LARGE_SCORES:
+        log.warning(
+            "attention keeps %.1f GiB of scores a layer for rows of %s tokens, because no fused kernel takes these: "
+            "use shorter rows, no packing (data.pack=false, ppo.pack=false) or trainer.precision=bf16",
+            scores / 2**30,
+            q.shape[2],
+        )
 
 
 def _few(special: bool) -> int:

@@ -225,6 +225,39 @@ def _make_states_savable() -> None:
     optimizer.get_parameter_state_dp_zero = with_padding
 
 
+def save_bytes(engines: Sequence["Engine"]) -> int:
+    """Host memory that a save takes on this rank at its fullest: Megatron's optimizer gathers every replica's part.
+
+    A lone replica has nothing to gather. Of each number that trains there are three in float32, and one of the three
+    once more while its padding is put back.
+    """
+    buffers = [
+        buffer for engine in engines if engine.grid.layout.dp > 1 for chunk in engine.chunks for buffer in chunk.buffers
+    ]
+    return sum(4 * len(STATES) * buffer.numel for buffer in buffers) + max(
+        (4 * buffer.numel for buffer in buffers), default=0
+    )
+
+
+def tell_of_saves(needed: int, ranks: int, available: int) -> None:
+    """Warn before the first save where the host memory of a machine is too small for those of its ranks.
+
+    Args:
+        needed: bytes of a rank.
+        ranks: of this machine.
+        available: bytes of this machine's memory that are free.
+    """
+    if needed * ranks > available:
+        log.warning(
+            "a checkpoint takes %.0f GiB of host memory on this machine (%s ranks of %.1f GiB), and %.0f are free: "
+            "use a larger parallel.tp or parallel.pp, or fewer processes on a machine",
+            needed * ranks / 2**30,
+            ranks,
+            needed / 2**30,
+            available / 2**30,
+        )
+
+
 def _own_state(optimizer: Any, number: int) -> dict[Any, dict[str, torch.Tensor]]:
     """By dtype, the state of everything in one of a lone replica's buffers, where it lies in the buffer."""
     found = {}

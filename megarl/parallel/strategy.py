@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
@@ -17,6 +18,7 @@ from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
 from megarl.parallel.meeting import Seat, interruptible, join
+from megarl.parallel.optimizer import save_bytes, tell_of_saves
 
 log = get_logger(__name__)
 
@@ -74,6 +76,8 @@ class MegatronStrategy(DDPStrategy):
                     f"Lightning's Trainer({theirs}={value!r}) has no effect on Megatron: set {ours} instead"
                 )
         super().setup(trainer)
+        free = psutil.virtual_memory().available
+        tell_of_saves(save_bytes(list(self.engines.values())), self.num_processes, free)
 
     def configure_ddp(self) -> None:
         """Gradients are reduced by Megatron's buffers inside each engine, not by torch's DDP around the module."""

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from megarl.callbacks import run_folder
 from megarl.callbacks.run_folder import RunFolder, resolve_run_dir, versions, write_whole
 from megarl.config.schema import SFTConfig
 from megarl.errors import ConfigError
+from megarl.parallel.device import CPU
 
 RESOLVED = {
     "seed": 1,
@@ -72,6 +74,7 @@ def test_versions_name_the_software_and_the_machine(tmp_path):
     assert written["megarl"] == megarl.__version__
     assert written["python"] == ".".join(map(str, sys.version_info[:3]))
     assert written["cpu"]["count"] == os.cpu_count()
+    assert written["device_settings"].keys() == asdict(CPU).keys()
     for package in ("torch", "megatron-core", "lightning", "hydra-core", "transformers"):
         assert re.match(r"\d+\.\d+", written[package]), package
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models import attention
@@ -117,6 +118,38 @@ def test_decoding_reads_grouped_heads_and_masks_without_a_fused_kernel(monkeypat
     with assumed(GPU):
         mixed = attention.SelfAttention._attend(layer, query, keys, keys, torch.zeros(3, 1, 1, 20))  # type: ignore[arg-type]
     assert mixed.shape == (1, 3, 32)
+
+
+def test_the_kernel_that_attention_gets_is_said_once_for_each_kind_of_question(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(attention, "_told", set())
+    layer = SimpleNamespace(config=SimpleNamespace(attention_dropout=0.0), training=False)
+    query, keys, mask = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.zeros(2, 1, 9, 9)
+    caplog.set_level("INFO", logger="megarl")
+    for settings in (GPU, GPU, CPU):
+        with assumed(settings):
+            attention.SelfAttention._attend(layer, query, keys, keys, mask)  # type: ignore[arg-type]
+            attention.SelfAttention._attend(layer, query, keys, keys, None)  # type: ignore[arg-type]
+    chosen = [SDPBackend(torch._fused_sdp_choice(query, *[query] * 2, mask)).name.lower()]
+    chosen += [SDPBackend(torch._fused_sdp_choice(query, *[keys] * 2, is_causal=True, enable_gqa=True)).name.lower()]
+    assert caplog.messages == [
+        f"attention in float32 with a mask: torch's kernel {chosen[0]}",
+        f"attention in float32 with grouped heads: torch's kernel {chosen[1]}",
+    ]
+
+
+def test_a_kernel_that_keeps_all_scores_of_long_rows_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(attention, "_told", set())
+    monkeypatch.setattr(attention, "LARGE_SCORES", 2 * 4 * 9 * 9 * 4 - 1)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: SDPBackend.MATH.value)
+    query = torch.randn(2, 4, 9, 8)
+    attention.tell_kernel(query, query, query, None, 0.0, True, False)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "rows of 9 tokens" in warning
+    assert "data.pack=false, ppo.pack=false" in warning
 
 
 def test_recorded_passes_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
