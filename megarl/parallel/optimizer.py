@@ -231,12 +231,9 @@ def save_bytes(engines: Sequence["Engine"]) -> int:
     A lone replica has nothing to gather. Of each number that trains there are three in float32, and one of the three
     once more while its padding is put back.
     """
-    buffers = [
-        buffer for engine in engines if engine.grid.layout.dp > 1 for chunk in engine.chunks for buffer in chunk.buffers
-    ]
-    return sum(4 * len(STATES) * buffer.numel for buffer in buffers) + max(
-        (4 * buffer.numel for buffer in buffers), default=0
-    )
+    gathering = [engine for engine in engines if engine.grid.layout.dp > 1]
+    sizes: list[int] = [buffer.numel for engine in gathering for chunk in engine.chunks for buffer in chunk.buffers]
+    return 4 * (len(STATES) * sum(sizes) + max(sizes, default=0))
 
 
 def tell_of_saves(needed: int, ranks: int, available: int) -> None:
