@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from typing import Any
 import cloudpickle
 
 
-def _worker(pipe: Connection, index: int) -> None:
+def _worker(pipe: Connection, index: int, folders: tuple[str, ...]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path[:0] = folders
     import torch
     import torch.distributed as dist
 
@@ -47,7 +49,9 @@ def _worker(pipe: Connection, index: int) -> None:
 class Worlds:
     """Runs a function on every rank of a world of up to four processes and returns the ranks' results in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, *folders: str) -> None:
+        """`folders` are searched for packages first, in the worker processes alone."""
+        self._folders = folders
         self._context = multiprocessing.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
 
@@ -85,7 +89,9 @@ class Worlds:
     def _grow_to(self, size: int) -> None:
         while len(self._workers) < size:
             here, there = self._context.Pipe()
-            process = self._context.Process(target=_worker, args=(there, len(self._workers)), daemon=True)
+            process = self._context.Process(
+                target=_worker, args=(there, len(self._workers), self._folders), daemon=True
+            )
             process.start()
             there.close()
             self._workers.append((process, here))

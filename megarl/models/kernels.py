@@ -47,7 +47,7 @@ def _kernels(kind: str, cpu_layers: bool) -> Kernels:
         except Exception as problem:  # TE's empty meta package raises RuntimeError, a broken build anything
             if kind == name:
                 raise UnavailableError(
-                    f"parallel.kernels={kind} cannot be imported ({problem}): "
+                    f"parallel.kernels={kind} cannot be imported ({' '.join(str(problem).split())}): "
                     "set parallel.kernels=torch or use the Docker image"
                 ) from problem
     return plain
@@ -55,13 +55,17 @@ def _kernels(kind: str, cpu_layers: bool) -> Kernels:
 
 def _transformer_engine(plain: Kernels) -> Kernels:
     import transformer_engine.pytorch  # noqa: F401
-    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
+    from megatron.core.extensions import transformer_engine as te
 
-    return Kernels(TEColumnParallelLinear, TERowParallelLinear, TENorm, TENorm)
+    if not te.HAVE_TE:  # then its classes are there, and refuse to be made
+        raise ImportError("Megatron does not find in it what it needs")
+    return Kernels(te.TEColumnParallelLinear, te.TERowParallelLinear, te.TENorm, te.TENorm)
 
 
 def _apex(plain: Kernels) -> Kernels:
     import apex.normalization  # noqa: F401
-    from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+    from megatron.core.fusions import fused_layer_norm
 
-    return Kernels(plain.column, plain.row, FusedLayerNorm, plain.rmsnorm)
+    if not fused_layer_norm.HAVE_FUSED_LAYER_NORM:
+        raise ImportError("Megatron does not find in it what it needs")
+    return Kernels(plain.column, plain.row, fused_layer_norm.FusedLayerNorm, plain.rmsnorm)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megarl.parallel.engine import Engine
 
 log = get_logger(__name__)
-SETTINGS = ("max_lr", "min_lr", "betas", "eps")  # of a group of parameters, which checkpoints hold too
+RESTORED = ("params", "step")  # of a group of parameters; checkpoints hold its settings too
 STATES = ("param", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of a tensor that trains
 
 
@@ -68,12 +68,20 @@ def fuse(part: MegatronOptimizer) -> None:
 
 
 def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
-    """Settings are this run's and kernels this machine's, not the checkpoint's; and every parameter gets a step counter
-    of its own (Megatron loads one tensor into all of torch's Adam states, which then each count it up)."""
-    mine = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
+    """Take master weights, moments and the number of steps from a checkpoint.
+
+    All else that a group holds is this run's and this machine's: the Adams of torch, Transformer Engine and Apex do not
+    have the same entries. Every parameter gets a step counter of its own (Megatron loads one tensor into all of torch's
+    Adam states, which then each count it up).
+    """
+    mine = [{key: group[key] for key in group if key not in RESTORED} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
-    for group, settings in zip(optimizer.param_groups, mine, strict=True):
-        group.update(settings)
+    for group, entries in zip(optimizer.param_groups, mine, strict=True):
+        restored = {key: group[key] for key in RESTORED if key in group}
+        if "step" in restored:  # torch counts in floats, which the kernels of the others do not take
+            restored["step"] = int(restored["step"])
+        group.clear()
+        group.update(restored | entries)
     for part in optimizer.chained_optimizers:
         if part.is_stub_optimizer:
             continue
@@ -84,13 +92,16 @@ def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
 
 
 def _allocate_state(part: MegatronOptimizer) -> None:
-    """Make Adam's state before the first step, so that a checkpoint of any step has the same tensors."""
+    """Make Adam's state before the first step, so that a checkpoint of any step has the same content."""
     if part.is_stub_optimizer:
         return
     part.init_state_fn(part.optimizer, part.config)
     if isinstance(part.optimizer, torch.optim.AdamW):
         for state in part.optimizer.state.values():
             state.setdefault("step", torch.tensor(0.0))
+    else:  # Transformer Engine's and Apex's count in groups, from the first step on
+        for group in part.optimizer.param_groups:
+            group.setdefault("step", 0)
     fuse(part)
 
 

@@ -1,0 +1,3 @@
+from .fused_layer_norm import FusedLayerNorm
+
+__all__ = ["FusedLayerNorm"]

@@ -1,0 +1,2 @@
+class DelayedScaling:
+    """A name that Megatron subclasses."""

@@ -1,0 +1,2 @@
+class QuantizedTensor:
+    """A name that Megatron asks tensors for; none is one without FP8."""
