@@ -10,6 +10,7 @@ from torch import Tensor
 from megarl.algorithms import following, ilql_loss
 from megarl.clock import Work
 from megarl.config.schema import ILQLConfig
+from megarl.data.formats import load_chat_template
 from megarl.data.offline import build_offline_loader, open_store
 from megarl.data.prompts import Prompt
 from megarl.models.exchange.card import ModelCard
@@ -39,7 +40,8 @@ class ILQL(GenerativeModule):
     ) -> None:
         super().__init__(config, tokenizer, functions)
         self.vocab_size = vocabulary(config.model, tokenizer)
-        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer)
+        template = load_chat_template(config.data.chat_template)
+        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer, template)
         self.prepare_prompts(train=False)
 
     def configure_model(self) -> None:

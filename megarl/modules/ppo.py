@@ -14,6 +14,7 @@ from megarl.algorithms import aggregate, aggregation_count, kl_estimate, mask_ou
 from megarl.clock import Work
 from megarl.config.resume import from_plain
 from megarl.config.schema import PPOConfig
+from megarl.data.formats import load_chat_template
 from megarl.data.prompts import PhaseLoader
 from megarl.errors import NumericsError
 from megarl.logging import get_logger
@@ -51,7 +52,8 @@ class PPO(GenerativeModule):
     ) -> None:
         super().__init__(config, tokenizer, functions)
         self.vocab_size = vocabulary(config.model, tokenizer)
-        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer)
+        template = load_chat_template(config.data.chat_template)
+        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer, template)
         self.planned = config.trainer.max_phases
         self.temperature = config.rollout.temperature
         self.shaping = Shaping(config.ppo)

@@ -9,6 +9,7 @@ from megarl.algorithms import aggregate
 from megarl.clock import Work
 from megarl.config.schema import SFTConfig
 from megarl.data.build import build_eval_loader, build_sft_data, build_train_loader
+from megarl.data.formats import load_chat_template
 from megarl.models.exchange.card import ModelCard
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
@@ -27,7 +28,8 @@ class SFT(Module):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.vocab_size = vocabulary(config.model, tokenizer)
-        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer)
+        template = load_chat_template(config.data.chat_template)
+        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer, template)
         self.eval_sums = {"nll": 0.0, "tokens": 0.0}
 
     def configure_model(self) -> None:
