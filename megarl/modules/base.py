@@ -107,12 +107,12 @@ class Module(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Before the weights are restored: those of a run that this one cannot go on from are refused."""
         if "run" in checkpoint and self.tokenizer is not None:
-            self._compare(checkpoint["run"], checkpoint["folder"])
+            self._compare(checkpoint["run"], checkpoint.get("model") or {}, checkpoint["folder"])
         self.consumed = checkpoint["consumed"]
         self.rows = checkpoint.get("rows", self.consumed * self.rows_per_step)
         self.clock.load_state_dict(checkpoint["clock"])
 
-    def _compare(self, saved: dict[str, Any], folder: str) -> None:
+    def _compare(self, saved: dict[str, Any], card: dict[str, Any], folder: str) -> None:
         """Say what differs between this run's configuration and the one that is resumed, or refuse it."""
         if saved["entry"] != self.entry:
             raise CheckpointError(
@@ -121,8 +121,15 @@ class Module(LightningModule):
             )
         self.started_as = saved["started_as"]
         same_tokenizer = saved["tokenizer"] == self.tokenizer.fingerprint()
+        same_template = None
+        if self.card is not None and "chat_template" in card:  # cards of older versions lack it
+            same_template = card["chat_template"] == self.card.chat_template
         found = resume.differences(
-            saved["config"], saved["started_as"], asdict(self.config), same_tokenizer=same_tokenizer
+            saved["config"],
+            saved["started_as"],
+            asdict(self.config),
+            same_tokenizer=same_tokenizer,
+            same_template=same_template,
         )
         resume.refuse(found, folder)
         self.changed = {difference.key for difference in found}
