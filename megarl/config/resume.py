@@ -114,7 +114,7 @@ RULES = (
         "reward",
         "fn options",
         NOW,
-        "no score of another function is reused; the scores' moments are counted anew if the name or an option changed",
+        "no score of another function, code or option is reused, and the scores' moments are counted anew",
     ),
     _rule("reward", "timeout retries on_error batch_size devices", NOW, "how the function is called"),
     _rule("metric", "fn", NOW, "evaluations from here on"),

@@ -60,6 +60,11 @@ class Module(LightningModule):
         return 1
 
     @property
+    def scorers(self) -> dict[str, str]:
+        """Fingerprints of the functions that score responses, by their key."""
+        return {}
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.trainer.default_root_dir)
 
@@ -100,6 +105,7 @@ class Module(LightningModule):
                 "started_as": self.started_as or present,
                 "tokenizer": self.tokenizer.fingerprint(),
             }
+        checkpoint["scorers"] = self.scorers
         checkpoint["clock"] = self.clock.state_dict()
         if self.card is not None:
             checkpoint["model"] = self.card.plain()

@@ -102,7 +102,7 @@ def _fit(config: Any, folder: RunFolder, lock: RunLock, build: Callable[[Any], M
     module = build(config)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, _eval_every(config))
     preemption = Preemption(checkpoints)
-    collapse = Collapse(config.checkpoint.metric, config.checkpoint.mode, checkpoints.best)
+    collapse = Collapse(config.checkpoint.metric, config.checkpoint.mode, checkpoints.best, lambda: module.scorers)
     callbacks: list[Callback] = [
         Ownership(lock),
         StepAxis(),

@@ -57,6 +57,10 @@ class GenerativeModule(Module):
         if data.eval and self.config.trainer.eval_every is not None:
             self.eval_prompts = self._read_prompts("data.eval", data.eval, data.eval_split)
 
+    @property
+    def scorers(self) -> dict[str, str]:
+        return {key: judge.scorer for key, judge in self.judges.items()}
+
     def _read_prompts(self, name: str, paths: Sequence[str], split: str) -> list[Prompt]:
         rollout = self.config.rollout
         limits = PromptLimits(

@@ -24,7 +24,7 @@ from megarl.models.gpt import GPT
 from megarl.modules.base import build_gpt_engine, vocabulary
 from megarl.modules.clone import clone_behaviour
 from megarl.modules.experience import Passes, as_batch, evaluate, in_rows, training_flops
-from megarl.modules.generative import GenerativeModule
+from megarl.modules.generative import REWARD, GenerativeModule
 from megarl.modules.invariants import Invariants
 from megarl.modules.reference import keep, take
 from megarl.modules.shaping import Shaping
@@ -34,7 +34,6 @@ from megarl.tokenizers import Tokenizer
 
 NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
 EQUAL_PHASES = 2  # in which all scores are the same, before that is worth a warning
-SCORED_BY = ("reward.fn", "reward.options", "ppo.clip_scores")  # what the moments of scores are of
 FORWARD_SHARE = 1 / 3  # of what a token costs in forward and backward
 log = get_logger(__name__)
 
@@ -365,7 +364,11 @@ class PPO(GenerativeModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        other_scores = not self.changed.isdisjoint(SCORED_BY)
+        before = checkpoint.get("scorers", self.scorers).get(REWARD)  # older versions did not keep it
+        other_function = before != self.scorers.get(REWARD)
+        if other_function:
+            log.warning("reward.fn scores by other code or options than it did: the scores' moments are counted anew")
+        other_scores = other_function or "ppo.clip_scores" in self.changed
         self.shaping.load_state_dict(checkpoint["shaping"], other_scores=other_scores)
         self.reference_name = checkpoint.get("reference")
         if self.config.ppo.kl_coef > 0:
