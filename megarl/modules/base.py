@@ -164,6 +164,7 @@ def build_gpt_engine(
     seed: int,
     optim: OptimConfig | None = None,
     total_steps: int = 0,
+    lr_key: str = "optim.lr",
     value_head: bool = False,
     q_heads: int = 0,
     speaks: bool = True,
@@ -198,6 +199,6 @@ def build_gpt_engine(
         grid,
         build,
         name=name,
-        optim=None if optim is None else OptimSpec(optim, total_steps),
+        optim=None if optim is None else OptimSpec(optim, total_steps, lr_key),
         trainable=lambda parameter: trains(parameter, model.num_layers, model.num_layers_unfrozen, speaks=speaks),
     )

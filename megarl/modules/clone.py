@@ -43,6 +43,7 @@ def clone_behaviour(
         seed=config.seed,
         optim=settings,
         total_steps=steps,
+        lr_key="clone.lr",
     )
     documents = SFTDataset(_records(config), tokenizer, config.model.max_positions, name="clone.data")
     documents.stats.report("clone.data", "the model's context")

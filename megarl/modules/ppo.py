@@ -100,6 +100,7 @@ class PPO(GenerativeModule):
                 name="critic",
                 optim=replace(config.optim, lr=lr),
                 total_steps=config.trainer.max_phases * per_phase,
+                lr_key="optim.lr" if config.critic.lr is None else "critic.lr",
                 value_head=True,
                 speaks=False,
                 **{**common, "vocab_size": model.vocab_size or self.vocab_size},
