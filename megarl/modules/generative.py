@@ -85,6 +85,7 @@ class GenerativeModule(Module):
             config.rollout,
             seed=config.seed,
             chat_template=load_chat_template(config.data.chat_template),
+            unit=self.unit,
         )
         self.responder.check_room([*self.prompts, *self.eval_prompts])
         for key, options in ((REWARD, config.reward.options), (METRIC, {})):
