@@ -23,6 +23,7 @@ from megarl.modules.base import build_gpt_engine
 from megarl.modules.experience import Passes, count_chosen
 from megarl.parallel.engine import Batch, Engine, Stats
 from megarl.parallel.grid import Grid
+from megarl.parallel.shards import refused_once
 from megarl.tokenizers import Tokenizer
 
 REPORTS = 8  # lines of progress
@@ -47,9 +48,8 @@ def clone_behaviour(
         total_steps=steps,
         lr_key="clone.lr",
     )
-    documents = SFTDataset(
-        _records(config), tokenizer, config.model.max_positions, sample_format(config.data), name="clone.data"
-    )
+    how, length = sample_format(config.data), config.model.max_positions
+    documents = refused_once(grid, lambda: SFTDataset(_records(config), tokenizer, length, how, name="clone.data"))
     documents.stats.report("clone.data", "the model's context")
     samples = as_rows(documents)
     log.info("cloning the behaviour of %d samples first: %d steps of cross entropy", len(samples["tokens"]), steps)

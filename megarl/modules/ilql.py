@@ -19,6 +19,7 @@ from megarl.modules.base import build_gpt_engine, vocabulary
 from megarl.modules.experience import Passes, count_chosen, in_rows, training_flops
 from megarl.modules.generative import GenerativeModule
 from megarl.parallel.engine import Batch, Stats
+from megarl.parallel.shards import refused_once
 from megarl.rollout.guided import guided
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
@@ -47,7 +48,7 @@ class ILQL(GenerativeModule):
     def configure_model(self) -> None:
         if self.engines:
             return
-        self.store = open_store(self.config.data, self.tokenizer)
+        self.store = refused_once(self.grid, lambda: open_store(self.config.data, self.tokenizer))
         self.policy = build_gpt_engine(
             self.grid,
             self.config.model,

@@ -15,6 +15,7 @@ from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
 from megarl.modules.base import Module, build_gpt_engine, vocabulary
 from megarl.parallel.engine import Batch, Stats
+from megarl.parallel.shards import refused_once
 from megarl.tokenizers import Tokenizer
 
 
@@ -41,7 +42,9 @@ class SFT(Module):
             "dp_size": layout.dp,
             "multiple_of": layout.tp if layout.sequence_parallel else 1,
         }
-        self.train_data, self.eval_data = build_sft_data(self.config, self.tokenizer, **self.share)
+        self.train_data, self.eval_data = refused_once(
+            self.grid, lambda: build_sft_data(self.config, self.tokenizer, **self.share)
+        )
         self.policy = build_gpt_engine(
             self.grid,
             self.config.model,

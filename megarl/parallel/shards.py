@@ -4,10 +4,11 @@ A rank's parts go into one safetensors file; an index of plain JSON says where e
 layout can read what it needs. Nothing is pickled and no helper process is started.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import (
@@ -23,10 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megarl.command import say
 from megarl.disk import shown
 from megarl.errors import CheckpointError, MegarlError, NumericsError
 from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
+
+T = TypeVar("T")
+LAST_WORDS_S = 1.0  # the first rank is to be the first that ends, as launchers report that one
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,25 @@ def together(grid: Grid, action: Callable[[], Any]) -> list[Any]:
         if theirs is not None:
             raise theirs if isinstance(theirs, MegarlError) else CheckpointError(f"rank {rank} failed: {theirs}")
     return [result for result, _ in reports]
+
+
+def refused_once(grid: Grid, work: Callable[[], T]) -> T:
+    """Return what work comes to on this rank, where every rank does the same and so meets the same bad input.
+
+    A `MegarlError` ends all ranks and is one line, which the first rank says.
+    """
+    done: list[T] = []
+    try:
+        together(grid, lambda: done.append(work()))
+    except MegarlError as problem:
+        if grid.layout.world_size > 1:
+            if grid.rank == 0:
+                say(f"error: {problem}")
+            else:
+                time.sleep(LAST_WORDS_S)
+            problem.said = True
+        raise
+    return done[0]
 
 
 def read_whole(parts: Sequence[Part], folder: Path) -> dict[str, Tensor]:
