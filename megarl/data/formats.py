@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megarl.data.sources import Record
-from megarl.disk import UnreadableError, is_file, local, read_text, shown
-from megarl.errors import ConfigError, DataError
+from megarl.errors import DataError
 from megarl.tokenizers import Tokenizer
 
 
@@ -125,22 +124,6 @@ class RecordFormat:
                 return tokens, [1] * len(tokens)
         except DataError as error:
             raise DataError(f"{record.where}: {error}") from error
-
-
-def load_chat_template(value: str | None, key: str = "data.chat_template") -> str | None:
-    """The Jinja template that the key means: itself, or the file it names."""
-    if value is None or "{" in value:
-        return value
-    path = local(value)
-    if not is_file(path):
-        raise ConfigError(
-            f"{key}={shown(value)!r} is neither a Jinja template nor a file; "
-            "give a template with {{ }} or {% %}, or the path of a file that holds one"
-        )
-    try:
-        return read_text(path)
-    except UnreadableError as problem:
-        raise ConfigError(f"{key}={value!r} {problem}: give a text file that holds a Jinja template") from None
 
 
 def _keys(record: Record) -> str:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms import aggregate
+from megarl.config.files import load_chat_template
 from megarl.config.rl import PromptDataConfig
 from megarl.config.schema import PPOConfig, RFTConfig
 from megarl.data.collate import collate
 from megarl.data.dataset import SFTDataset
-from megarl.data.formats import RecordFormat, load_chat_template
+from megarl.data.formats import RecordFormat
 from megarl.data.order import TrainBatches
 from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Record, read_records

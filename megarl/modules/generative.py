@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from megarl.checkpoint import find, step_of
-from megarl.data.formats import load_chat_template
+from megarl.config.files import load_chat_template
 from megarl.data.prompts import Prompt, PromptLimits, read_prompts
 from megarl.disk import local
 from megarl.errors import RewardError

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megarl.algorithms import following, ilql_loss
 from megarl.clock import Work
+from megarl.config.files import load_chat_template
 from megarl.config.schema import ILQLConfig
-from megarl.data.formats import load_chat_template
 from megarl.data.offline import build_offline_loader, open_store
 from megarl.data.prompts import Prompt
 from megarl.models.exchange.card import ModelCard

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megarl.algorithms import aggregate, aggregation_count, kl_estimate, mask_out, ppo_policy_loss, ppo_value_loss
 from megarl.clock import Work
+from megarl.config.files import load_chat_template
 from megarl.config.resume import from_plain
 from megarl.config.schema import PPOConfig
-from megarl.data.formats import load_chat_template
 from megarl.data.prompts import PhaseLoader
 from megarl.errors import NumericsError
 from megarl.logging import get_logger

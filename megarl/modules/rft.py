@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from megarl.clock import Work
+from megarl.config.files import load_chat_template
 from megarl.config.schema import RFTConfig
-from megarl.data.formats import load_chat_template
 from megarl.data.prompts import PhaseLoader
 from megarl.models.exchange.card import ModelCard
 from megarl.modules.base import build_gpt_engine, vocabulary

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from megarl.algorithms import aggregate
 from megarl.clock import Work
+from megarl.config.files import load_chat_template
 from megarl.config.schema import SFTConfig
 from megarl.data.build import build_eval_loader, build_sft_data, build_train_loader
-from megarl.data.formats import load_chat_template
 from megarl.models.exchange.card import ModelCard
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
