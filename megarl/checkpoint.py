@@ -222,7 +222,7 @@ class _Save:
             if problems:
                 raise OSError("; ".join(problems))
             parts = [fields for report in reports for fields in report[2]]
-            shards.check_complete([Part.from_json(fields) for fields in parts])
+            shards.check_complete([Part.from_json(fields) for fields in parts], self.folder)
             files = {name: found for report in reports for name, found in report[1].items()}
             (self.aside / COMMON).write_bytes(self.common)
             (self.aside / INDEX).write_text(json.dumps({"parts": parts}))
@@ -428,7 +428,7 @@ def plain_content(folder: Path) -> tuple[dict[str, Any], list[Part]]:
             f"checkpoint {folder}: {reading} {_completed(problem)}; it is not one that megarl wrote, or was damaged "
             "since: choose another"
         ) from None
-    shards.check_complete(parts)
+    shards.check_complete(parts, folder)
     return common, parts
 
 

@@ -184,15 +184,19 @@ def read_whole(parts: Sequence[Part], folder: Path) -> dict[str, Tensor]:
     return whole
 
 
-def check_complete(parts: Sequence[Part]) -> None:
-    """Every tensor's parts add up to the tensor; a gap or an overlap is a fault of ours, found before the commit."""
+def check_complete(parts: Sequence[Part], folder: Path) -> None:
+    """Refuse parts that do not add up to their tensors. In a checkpoint that is written into `folder`, a gap or an
+    overlap is a fault of ours, found before the commit.
+    """
     volume: dict[str, int] = {}
     shapes = {part.key: part.tensor_shape for part in parts}
     for part in parts:
         volume[part.key] = volume.get(part.key, 0) + _volume(part.shape)
     wrong = [key for key, shape in shapes.items() if volume[key] != _volume(shape)]
     if wrong:
-        raise CheckpointError(f"the parts of {wrong[0]} ({len(wrong)} tensors in all) do not add up to the whole")
+        raise CheckpointError(
+            f"checkpoint {folder}: the parts of {wrong[0]} ({len(wrong)} tensors in all) do not add up to the whole"
+        )
 
 
 def _tensors(state: Any) -> Iterator[ShardedTensor]:
