@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megarl.command import INTERRUPTED, NOTICED, process_number
 from megarl.config.compose import compose, explained, typed
-from megarl.config.files import check_files
+from megarl.config.files import check_files, load_chat_template
 from megarl.config.leaf import leaves
 from megarl.config.messages import nearest_keys, one_of
 from megarl.config.presets import DEMO_EVAL, DEMO_TRAIN, resource
@@ -80,7 +80,6 @@ class Trained:
         Args:
             settings: of the `rollout` section, such as temperature, max_new_tokens or ilql_beta.
         """
-        from megarl.data.formats import load_chat_template
         from megarl.data.prompts import PromptLimits, encode_prompt, fit_prompts
         from megarl.data.sources import Record
         from megarl.generate import opened

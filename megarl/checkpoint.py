@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import threading
 import time
@@ -108,7 +109,6 @@ class _Save:
         self.folder, self.grid = folder, grid
         self.rank, self.world = grid.rank, grid.layout.world_size
         self.step = checkpoint.get("global_step")
-        self.aside = _hidden(folder, "writing")
         self.file = f"rank-{self.rank:05d}.safetensors"
         common = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         parts, sharded_common = shards.collect(checkpoint["state_dict"], grid, self.file)
@@ -121,7 +121,7 @@ class _Save:
         self.written: dict[str, list[int]] = {}
         self.thread: threading.Thread | None = None
         self.common = b""  # on the first rank
-        grid.by_first(lambda: self._prepare(common))
+        self.aside: Path = grid.by_first(lambda: self._prepare(common))
 
     def _refuse_not_finite(self, parts: Sequence[tuple[Part, torch.Tensor]]) -> None:
         """On all ranks, before anything is written: nothing good gives way to numbers that are of no use."""
@@ -194,8 +194,12 @@ class _Save:
         except (OSError, ValueError):
             return None
 
-    def _prepare(self, common: dict[str, Any]) -> None:
-        """On the first rank: the folder, and the plain values as they are now."""
+    def _prepare(self, common: dict[str, Any]) -> Path:
+        """On the first rank: make the folder to write in, and keep the plain values as they are now.
+
+        No two saves share a folder: ranks of a run that lost its run.dir may still write, and must not write into the
+        checkpoint of the run that took it over.
+        """
         buffer = io.BytesIO()
         try:
             torch.save(common, buffer)
@@ -207,13 +211,16 @@ class _Save:
                 "keep plain values and tensors in it"
             ) from None
         self.common = buffer.getvalue()
+        aside = _hidden(self.folder, f"{secrets.token_hex(4)}.writing")
         try:
-            shutil.rmtree(self.aside, ignore_errors=True)
-            self.aside.mkdir(parents=True)
+            for left in self.folder.parent.glob(_hidden(self.folder, "*writing").name):
+                shutil.rmtree(left, ignore_errors=True)
+            aside.mkdir(parents=True)
         except OSError as problem:
             raise CheckpointError(
                 f"cannot write in {self.folder.parent}: {problem.strerror}; set run.dir elsewhere"
             ) from None
+        return aside
 
     def _finish(self, reports: list[Any]) -> None:
         """On the first rank: the files that make the folder whole, then the rename that makes it a checkpoint."""
@@ -222,7 +229,7 @@ class _Save:
             if problems:
                 raise OSError("; ".join(problems))
             parts = [fields for report in reports for fields in report[2]]
-            shards.check_complete([Part.from_json(fields) for fields in parts])
+            shards.check_complete([Part.from_json(fields) for fields in parts], self.folder)
             files = {name: found for report in reports for name, found in report[1].items()}
             (self.aside / COMMON).write_bytes(self.common)
             (self.aside / INDEX).write_text(json.dumps({"parts": parts}))
@@ -428,7 +435,7 @@ def plain_content(folder: Path) -> tuple[dict[str, Any], list[Part]]:
             f"checkpoint {folder}: {reading} {_completed(problem)}; it is not one that megarl wrote, or was damaged "
             "since: choose another"
         ) from None
-    shards.check_complete(parts)
+    shards.check_complete(parts, folder)
     return common, parts
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from megarl.command import printable, say
 from megarl.config.checks import local_devices
 from megarl.config.compose import run
-from megarl.config.files import SUFFIXES
+from megarl.config.files import SUFFIXES, load_chat_template
 from megarl.disk import exists, is_file, local, shown, why_missing, writable
 from megarl.errors import ConfigError, DataError, MegarlError
 
@@ -72,7 +72,6 @@ def _one_line(config: "GenerateConfig", problems: Any) -> None:
 def work(config: "GenerateConfig") -> None:
     """Build the model, answer, and say how fast."""
     from megarl.callbacks.owner import owned
-    from megarl.data.formats import load_chat_template
     from megarl.logging import setup
 
     setup(None, rank=int(os.environ.get("RANK", "0")), debug=config.debug)

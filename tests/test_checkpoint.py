@@ -155,6 +155,30 @@ def test_an_unfinished_folder_is_not_seen_and_the_step_can_be_saved_again(worlds
     assert worlds.run(1, chosen, folder) == ["step-0000011"]
 
 
+def test_two_runs_that_save_the_same_step_do_not_write_into_the_same_folder(worlds: Worlds, tmp_path: Path) -> None:
+    """Ranks of a run that lost its folder go on with their files for a while after the other run has begun."""
+
+    def save_while_another_does() -> None:
+        owner = checkpoint_io(asynchronous=True)
+        lost = checkpoint_io_of(owner.grid, asynchronous=True)
+        with HeldWriter():
+            save(lost, step_folder(tmp_path, 1), values(7))
+            save(owner, step_folder(tmp_path, 1), values(1))
+        for io in (owner, lost):
+            assert io.pending is not None
+            assert io.pending.thread is not None
+            io.pending.thread.join()
+        assert lost.pending is not None
+        lost.pending.run()  # the last to write, before the owner commits
+        owner.wait()
+
+    worlds.run(1, save_while_another_does)
+    assert [path.name for path in find(tmp_path)] == ["step-0000001"]
+    assert checkpoints.verify(step_folder(tmp_path, 1)) is None
+    found = tensors(step_folder(tmp_path, 1))
+    assert all(torch.equal(found[name], tensor) for name, tensor in values(1).items())
+
+
 def test_saving_over_a_step_replaces_it(worlds: Worlds, folder: Path) -> None:
     (step_folder(folder, 10) / "left over").write_text("x")
     worlds.run(1, lambda: save(checkpoint_io(), step_folder(folder, 10), {"only": torch.ones(2)}))
@@ -256,14 +280,14 @@ def test_a_shard_that_hits_the_users_file_size_limit_is_not_committed(limit: int
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [("write_bytes", COMMON), ("write_text", INDEX), ("write_text", MANIFEST), ("rename", ".step-0000010.writing")],
+    [("write_bytes", COMMON), ("write_text", INDEX), ("write_text", MANIFEST), ("rename", ".step-0000010.*.writing")],
 )
 def test_failing_at_any_file_leaves_what_was_there(method: str, name: str, worlds: Worlds, folder: Path) -> None:
     def save_with_a_failure() -> str:
         original = getattr(Path, method)
 
         def full(path: Path, *args: Any) -> Any:
-            if path.name == name:
+            if path.match(name):
                 raise OSError(errno.ENOSPC, "No space left on device")
             return original(path, *args)
 

@@ -68,14 +68,21 @@ class Collapse(Callback):
     A module may have a text `remedy_of_collapse`: settings to try instead of a lower learning rate.
     """
 
-    def __init__(self, metric: str, mode: str, best_checkpoint: Callable[[], Path | None]) -> None:
+    def __init__(
+        self,
+        metric: str,
+        mode: str,
+        best_checkpoint: Callable[[], Path | None],
+        scorers: Callable[[], dict[str, str]] = dict,
+    ) -> None:
         """
         Args:
             metric, mode: of `checkpoint`.
             best_checkpoint: names the best checkpoint that is kept.
+            scorers: fingerprints of the functions whose scores are read, by their key.
         """
-        self.metric, self.sign = metric, 1.0 if mode == "max" else -1.0
-        self.best_checkpoint = best_checkpoint
+        self.metric, self.mode, self.sign = metric, mode, 1.0 if mode == "max" else -1.0
+        self.best_checkpoint, self.scorers = best_checkpoint, scorers
         self.falls: dict[str, Fall] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,10 +101,17 @@ class Collapse(Callback):
             self._take(trainer, self.metric, there[self.metric])
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: asdict(fall) for name, fall in self.falls.items()}
+        return {**self._read(), "falls": {name: asdict(fall) for name, fall in self.falls.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.falls = {name: Fall(**fields) for name, fields in state_dict.items() if name in (SCORE, self.metric)}
+        """Readings of another metric, mode or function are not continued."""
+        read = self._read()
+        if state_dict.get("scorers") != read["scorers"]:
+            return
+        same_metric = all(state_dict[key] == read[key] for key in ("metric", "mode"))
+        self.falls = {
+            name: Fall(**fields) for name, fields in state_dict["falls"].items() if name == SCORE or same_metric
+        }
 
     def found(self) -> list[dict[str, Any]]:
         """The metrics that have collapsed, as summary.json has them."""
@@ -113,6 +127,9 @@ class Collapse(Callback):
             for name, fall in self.falls.items()
             if fall.collapsed
         ]
+
+    def _read(self) -> dict[str, Any]:
+        return {"metric": self.metric, "mode": self.mode, "scorers": self.scorers()}
 
     def _take(self, trainer: Trainer, name: str, value: float, noise: float | None = None) -> None:
         fall = self.falls.setdefault(name, Fall())

@@ -35,4 +35,5 @@ class Export(Callback):
             vocab_size=card.vocab_size,
             family=card.family,
             tokenizer=card.tokenizer,
+            chat_template=card.chat_template,
         )

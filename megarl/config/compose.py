@@ -102,10 +102,10 @@ def run(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> NoRet
 def _checked(config: Any, main: Callable[[Any], int | None]) -> int | None:
     """Call `main` with a configuration whose arithmetic works, so that heavy imports come after cheap errors."""
     check_launcher(os.environ)
-    hide_gpus(config.trainer.accelerator)
-    check(config, world_size(config, os.environ))
-    check_files(config)
-    return main(config)
+    with hide_gpus(config.trainer.accelerator):
+        check(config, world_size(config, os.environ))
+        check_files(config)
+        return main(config)
 
 
 class _Job:

@@ -2,23 +2,36 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from megarl.errors import ConfigError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def hide_gpus(accelerator: str) -> None:
-    """Let a run with trainer.accelerator=cpu see no GPU: Megatron would build its models on one.
+@contextmanager
+def hide_gpus(accelerator: str) -> Iterator[None]:
+    """Let a run with trainer.accelerator=cpu see no GPU: Megatron would build its models on one. The environment is
+    afterwards as it was before.
 
     CUDA reads the variable when it is first asked for a device, so this comes before torch is imported where it can.
     """
     if accelerator != "cpu":
+        yield
         return
+    before = os.environ.get(VISIBLE)
     os.environ[VISIBLE] = ""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        raise ConfigError(
-            "trainer.accelerator=cpu, but torch has already found a GPU in this process: start it with "
-            "CUDA_VISIBLE_DEVICES='' in the environment, or use trainer.accelerator=gpu"
-        )
+    try:
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            raise ConfigError(
+                "trainer.accelerator=cpu, but torch has already found a GPU in this process: start it with "
+                "CUDA_VISIBLE_DEVICES='' in the environment, or use trainer.accelerator=gpu"
+            )
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(VISIBLE, None)
+        else:
+            os.environ[VISIBLE] = before

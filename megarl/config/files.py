@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megarl.disk import exists, local, shown, why_missing, why_no_name, writable
+from megarl.disk import UnreadableError, exists, is_file, local, read_text, shown, why_missing, why_no_name, writable
 from megarl.errors import CheckpointError, ConfigError, DataError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
@@ -17,8 +17,8 @@ _HERE = (".", "/", "~")
 
 
 def check_files(config: Any) -> None:
-    """Refuse a source of data or weights that is not there and can be no name on a hub, and a place to write that
-    cannot be written."""
+    """Refuse a source of data or weights that is not there and can be no name on a hub, a chat template that cannot be
+    read, and a place to write that cannot be written."""
     for key in WRITTEN:
         if _value(config, key) is not None:
             writable(_value(config, key), key)
@@ -26,6 +26,8 @@ def check_files(config: Any) -> None:
         if key != "data.eval" or _value(config, "trainer.eval_every") is not None:
             for path in _value(config, key) or ():
                 require_data(path, key)
+    load_chat_template(_value(config, "data.chat_template"))
+    load_chat_template(getattr(config, "chat_template", None), "chat_template")  # of an entry that reads no data
     for key in ("model.path", "critic.path"):
         path = _value(config, key)
         if path is not None and (key != "critic.path" or _value(config, "critic.kind") == "separate"):
@@ -45,6 +47,22 @@ def require_weights(path: str, key: str = "") -> None:
         return
     named = f"{key}={shown(path)}" if key else shown(path)
     raise CheckpointError(f"{named} does not exist ({_why(place)}): give a folder, or a hub name such as org/model")
+
+
+def load_chat_template(value: str | None, key: str = "data.chat_template") -> str | None:
+    """The Jinja template that the key means: itself, or the file it names."""
+    if value is None or "{" in value:
+        return value
+    path = local(value)
+    if not is_file(path):
+        raise ConfigError(
+            f"{key}={shown(value)!r} is neither a Jinja template nor a file; "
+            "give a template with {{ }} or {% %}, or the path of a file that holds one"
+        )
+    try:
+        return read_text(path)
+    except UnreadableError as problem:
+        raise ConfigError(f"{key}={value!r} {problem}: give a text file that holds a Jinja template") from None
 
 
 def check_name(name: str, key: str) -> None:

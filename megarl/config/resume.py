@@ -74,7 +74,8 @@ RULES = (
     _rule(
         "data", "format text_key prompt_key completion_key messages_key samples_key rewards_key", NOW, "how it is read"
     ),
-    _rule("data", "chat_template seq_length too_long loss_on cache", NOW, "how it is read"),
+    _rule("data", "chat_template", NOW, "prompts, and the tokens that end responses, from here on"),
+    _rule("data", "seq_length too_long loss_on cache", NOW, "how it is read"),
     _rule("data", "graph_seed", NOW, "the task from here on"),
     _rule("data", "pack group_by_length shuffle", NOW, "the order from here on; records may repeat within an epoch"),
     # optimization
@@ -113,7 +114,7 @@ RULES = (
         "reward",
         "fn options",
         NOW,
-        "no score of another function is reused; the scores' moments are counted anew if the name or an option changed",
+        "no score of another function, code or option is reused, and the scores' moments are counted anew",
     ),
     _rule("reward", "timeout retries on_error batch_size devices", NOW, "how the function is called"),
     _rule("metric", "fn", NOW, "evaluations from here on"),
@@ -130,22 +131,33 @@ TABLE: dict[str, Rule] = {key: rule for rule in RULES for key in rule.keys}
 
 @dataclass(frozen=True)
 class Difference:
-    """A key that had another value in the run that is resumed."""
+    """A key that had another value in the run that is resumed, or names a file that `changed` since."""
 
     key: str
     old: Any
     new: Any
+    changed: bool = False
 
     @property
     def rule(self) -> Rule:
         return TABLE[self.key]
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.old} -> {self.new}"
+        return f"{self.key}: {self.old} -> {self.new}{' (with other content than it had)' if self.changed else ''}"
+
+    @property
+    def remedy(self) -> str:
+        setting = f"{self.key}={'null' if self.old is None else self.old}"
+        return f"{setting} with the content that it had" if self.changed else setting
 
 
 def differences(
-    before: Mapping[str, Any], started_as: Mapping[str, Any], now: Mapping[str, Any], *, same_tokenizer: bool
+    before: Mapping[str, Any],
+    started_as: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    same_tokenizer: bool,
+    same_template: bool | None = None,
 ) -> list[Difference]:
     """Every key that both runs have, and whose value another was in force in the run that is resumed.
 
@@ -154,18 +166,22 @@ def differences(
         started_as: of the first run of its line, which made what only a start makes.
         now: of this run.
         same_tokenizer: whether both read and write text alike, wherever their files lie.
+        same_template: whether both have the same text as data.chat_template, wherever its file lies. None: unknown.
     """
-    found = []
+    found: list[Difference] = []
     for key, rule in TABLE.items():
         theirs = started_as if rule.kind == CHECKPOINT else before
         if not (_has(theirs, key) and _has(now, key)) or key.startswith("tokenizer."):
             continue
-        old, new = _value(theirs, key), _value(now, key)
+        old, new, changed = _value(theirs, key), _value(now, key), False
         if (old is None) != (new is None):
             old, new = _in_force(theirs, key), _in_force(now, key)
         unknown = key == "model.vocab_size" and None in (old, new)  # the tokenizer's, or checked with the weights
-        if old != new and not unknown:
-            found.append(Difference(key, old, new))
+        same = old == new
+        if key == "data.chat_template" and same_template is not None:
+            changed, same = same and not same_template, same_template
+        if not same and not unknown:
+            found.append(Difference(key, old, new, changed))
     return found if same_tokenizer else [*found, *_tokenizers(before, now)]
 
 
@@ -174,10 +190,10 @@ def refuse(found: list[Difference], folder: str) -> None:
     wrong = [difference for difference in found if difference.rule.kind == REFUSED]
     if wrong:
         said = "; ".join(f"{difference} ({difference.rule.reason})" for difference in wrong)
-        remedy = " ".join(f"{difference.key}={difference.old}" for difference in wrong)
+        remedy = " ".join(difference.remedy for difference in wrong)
         raise CheckpointError(
             f"the checkpoint {folder} does not fit settings (as model.* are) that a resume cannot change: {said}; "
-            f"use {remedy.replace('=None', '=null')}, or start another run (another run.dir, or run.resume=never)"
+            f"use {remedy}, or start another run (another run.dir, or run.resume=never)"
         )
 
 
@@ -215,7 +231,7 @@ def _tokenizers(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     """By which keys two tokenizers differ that are known to; a file may have changed where it lies."""
     old, new = before["tokenizer"], now["tokenizer"]
     named = [Difference(f"tokenizer.{key}", old[key], new[key]) for key in ("kind", "path") if old[key] != new[key]]
-    return named or [Difference("tokenizer.path", f"{old['path']} (as it was)", f"{new['path']} (as it is)")]
+    return named or [Difference("tokenizer.path", old["path"], new["path"], changed=True)]
 
 
 def _has(plain: Mapping[str, Any], key: str) -> bool:

@@ -124,7 +124,9 @@ class CloneConfig:
     """Supervised cloning of samples before the first phase; the reference is what comes out of it."""
 
     data: list[str] = leaf(
-        [], "files, folders or hub names of text or completions; `randomwalks` is that task's walks (empty: none)"
+        [],
+        "files, folders or hub names of samples (empty: none): conversations under data.messages_key, prompts under "
+        'data.prompt_key with their "completion", or a "text"; `randomwalks` is that task\'s walks',
     )
     steps: int = leaf(400, "optimizer steps", at_least=1)
     lr: float = leaf(1e-3, "learning rate", at_least=0)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megarl.config.files import load_chat_template
 from megarl.data.dataset import PackedDataset, Rows, SFTDataset
-from megarl.data.formats import RecordFormat, load_chat_template
+from megarl.data.formats import RecordFormat
 from megarl.data.loaders import EvalLoader, StepLoader
 from megarl.data.order import TrainBatches, shard_rows
 from megarl.data.sources import read_records

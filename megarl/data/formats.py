@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megarl.data.sources import Record
-from megarl.disk import UnreadableError, is_file, local, read_text, shown
-from megarl.errors import ConfigError, DataError
+from megarl.errors import DataError
 from megarl.tokenizers import Tokenizer
 
 
@@ -36,7 +35,8 @@ class Document:
 class RecordFormat:
     """How records are read; the fields are the keys of the same name under `data`.
 
-    `chat_template` is the template itself (see `load_chat_template`), or None for the tokenizer's own.
+    `chat_template` is the template itself (see `load_chat_template`), or None for the tokenizer's own. `settable` are
+    the keys that the configuration has, for messages.
     """
 
     format: str = "auto"
@@ -46,6 +46,7 @@ class RecordFormat:
     messages_key: str = "messages"
     chat_template: str | None = None
     loss_on: str = "completion"
+    settable: tuple[str, ...] = ("messages_key", "prompt_key", "completion_key", "text_key")
 
     def encode(self, record: Record, tokenizer: Tokenizer) -> Document:
         """The whole document of a record, however long."""
@@ -80,27 +81,27 @@ class RecordFormat:
             wanted = " or ".join("+".join(map(repr, keys)) for keys in needed.values())
             raise DataError(
                 f"{record.where}: has none of the expected keys {wanted} (found keys: {_keys(record)}); "
-                "rename them, or set data.messages_key, data.prompt_key, data.completion_key or data.text_key"
+                f"rename them, or set {' or '.join(f'data.{name}' for name in self.settable)}"
             )
         for key in needed[self.format]:
             if key not in record.fields:
                 raise DataError(
                     f"{record.where}: key {key!r} is missing (found keys: {_keys(record)}), and "
-                    f"data.format={self.format} needs it; rename it, or set {self._setting(key)}"
+                    f"data.format={self.format} needs it; rename it{self._setting(key)}"
                 )
         return self.format
 
     def _setting(self, key: str) -> str:
-        """The configuration key whose value is the given key of a record."""
-        settings = ("text_key", "prompt_key", "completion_key", "messages_key")
-        return next(f"data.{name}" for name in settings if getattr(self, name) == key)
+        """Words that name the configuration key whose value is the given key of a record, where there is one."""
+        found = [name for name in self.settable if getattr(self, name) == key]
+        return f", or set data.{found[0]}" if found else ""
 
     def _text(self, record: Record, key: str) -> str:
         text = record.fields[key]
         if not isinstance(text, str):
             raise DataError(
                 f"{record.where}: key {key!r} holds a {type(text).__name__}; expected a string "
-                f"(found keys: {_keys(record)}); fix the record, or set {self._setting(key)}"
+                f"(found keys: {_keys(record)}); fix the record{self._setting(key)}"
             )
         return encodable(text, f"{record.where}: key {key!r}")
 
@@ -123,22 +124,6 @@ class RecordFormat:
                 return tokens, [1] * len(tokens)
         except DataError as error:
             raise DataError(f"{record.where}: {error}") from error
-
-
-def load_chat_template(value: str | None, key: str = "data.chat_template") -> str | None:
-    """The Jinja template that the key means: itself, or the file it names."""
-    if value is None or "{" in value:
-        return value
-    path = local(value)
-    if not is_file(path):
-        raise ConfigError(
-            f"{key}={shown(value)!r} is neither a Jinja template nor a file; "
-            "give a template with {{ }} or {% %}, or the path of a file that holds one"
-        )
-    try:
-        return read_text(path)
-    except UnreadableError as problem:
-        raise ConfigError(f"{key}={value!r} {problem}: give a text file that holds a Jinja template") from None
 
 
 def _keys(record: Record) -> str:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from megarl.config.files import load_chat_template
 from megarl.data.collate import Batch
-from megarl.data.formats import check_encodable, encodable, load_chat_template
+from megarl.data.formats import check_encodable, encodable
 from megarl.data.order import TrainBatches
 from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Places, Record, read_records

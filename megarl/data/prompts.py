@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from megarl.config.files import load_chat_template
 from megarl.config.rl import PromptDataConfig
-from megarl.data.formats import check_encodable, encodable, load_chat_template
+from megarl.data.formats import check_encodable, encodable
 from megarl.data.order import TrainBatches
 from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Places, Record, read_records

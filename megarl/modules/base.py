@@ -60,6 +60,11 @@ class Module(LightningModule):
         return 1
 
     @property
+    def scorers(self) -> dict[str, str]:
+        """Fingerprints of the functions that score responses, by their key."""
+        return {}
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.trainer.default_root_dir)
 
@@ -100,6 +105,7 @@ class Module(LightningModule):
                 "started_as": self.started_as or present,
                 "tokenizer": self.tokenizer.fingerprint(),
             }
+        checkpoint["scorers"] = self.scorers
         checkpoint["clock"] = self.clock.state_dict()
         if self.card is not None:
             checkpoint["model"] = self.card.plain()
@@ -107,12 +113,12 @@ class Module(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Before the weights are restored: those of a run that this one cannot go on from are refused."""
         if "run" in checkpoint and self.tokenizer is not None:
-            self._compare(checkpoint["run"], checkpoint["folder"])
+            self._compare(checkpoint["run"], checkpoint.get("model") or {}, checkpoint["folder"])
         self.consumed = checkpoint["consumed"]
         self.rows = checkpoint.get("rows", self.consumed * self.rows_per_step)
         self.clock.load_state_dict(checkpoint["clock"])
 
-    def _compare(self, saved: dict[str, Any], folder: str) -> None:
+    def _compare(self, saved: dict[str, Any], card: dict[str, Any], folder: str) -> None:
         """Say what differs between this run's configuration and the one that is resumed, or refuse it."""
         if saved["entry"] != self.entry:
             raise CheckpointError(
@@ -121,8 +127,15 @@ class Module(LightningModule):
             )
         self.started_as = saved["started_as"]
         same_tokenizer = saved["tokenizer"] == self.tokenizer.fingerprint()
+        same_template = None
+        if self.card is not None and "chat_template" in card:  # cards of older versions lack it
+            same_template = card["chat_template"] == self.card.chat_template
         found = resume.differences(
-            saved["config"], saved["started_as"], asdict(self.config), same_tokenizer=same_tokenizer
+            saved["config"],
+            saved["started_as"],
+            asdict(self.config),
+            same_tokenizer=same_tokenizer,
+            same_template=same_template,
         )
         resume.refuse(found, folder)
         self.changed = {difference.key for difference in found}
@@ -151,6 +164,7 @@ def build_gpt_engine(
     seed: int,
     optim: OptimConfig | None = None,
     total_steps: int = 0,
+    lr_key: str = "optim.lr",
     value_head: bool = False,
     q_heads: int = 0,
     speaks: bool = True,
@@ -185,6 +199,6 @@ def build_gpt_engine(
         grid,
         build,
         name=name,
-        optim=None if optim is None else OptimSpec(optim, total_steps),
+        optim=None if optim is None else OptimSpec(optim, total_steps, lr_key),
         trainable=lambda parameter: trains(parameter, model.num_layers, model.num_layers_unfrozen, speaks=speaks),
     )

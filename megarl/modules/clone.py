@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms import aggregate
+from megarl.config.files import load_chat_template
+from megarl.config.rl import PromptDataConfig
 from megarl.config.schema import PPOConfig, RFTConfig
 from megarl.data.collate import collate
 from megarl.data.dataset import SFTDataset
+from megarl.data.formats import RecordFormat
 from megarl.data.order import TrainBatches
 from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Record, read_records
@@ -21,6 +24,7 @@ from megarl.modules.base import build_gpt_engine
 from megarl.modules.experience import Passes, count_chosen
 from megarl.parallel.engine import Batch, Engine, Stats
 from megarl.parallel.grid import Grid
+from megarl.parallel.shards import refused_once
 from megarl.tokenizers import Tokenizer
 
 REPORTS = 8  # lines of progress
@@ -43,8 +47,10 @@ def clone_behaviour(
         seed=config.seed,
         optim=settings,
         total_steps=steps,
+        lr_key="clone.lr",
     )
-    documents = SFTDataset(_records(config), tokenizer, config.model.max_positions, name="clone.data")
+    how, length = sample_format(config.data), config.model.max_positions
+    documents = refused_once(grid, lambda: SFTDataset(_records(config), tokenizer, length, how, name="clone.data"))
     documents.stats.report("clone.data", "the model's context")
     samples = as_rows(documents)
     log.info("cloning the behaviour of %d samples first: %d steps of cross entropy", len(samples["tokens"]), steps)
@@ -59,6 +65,16 @@ def clone_behaviour(
     student.refuse_not_finite()
     for engine in engines:
         engine.start_from(student)
+
+
+def sample_format(data: PromptDataConfig) -> RecordFormat:
+    """How samples are read: by the keys and the chat template of the prompts that the policy will answer."""
+    return RecordFormat(
+        prompt_key=data.prompt_key,
+        messages_key=data.messages_key,
+        chat_template=load_chat_template(data.chat_template),
+        settable=("messages_key", "prompt_key"),
+    )
 
 
 def as_rows(samples: SFTDataset) -> Batch:

@@ -53,19 +53,19 @@ def fit(entry: str, config: Any, build: Callable[[Any], Module]) -> int:
     `build(config)` makes the module, before any process group exists; its models are made in `configure_model`.
     """
     check_launcher(os.environ)
-    hide_gpus(config.trainer.accelerator)
-    checks.check(config, checks.world_size(config, os.environ))
-    resume = config.run.resume
-    if resume not in ("auto", "never"):
-        refuse_empty(Path(resume))
-    run_dir = Path(os.environ.get(RUN_DIR) or resolve_run_dir(entry, config)).absolute()
-    os.environ[RUN_DIR] = str(run_dir)
-    try:
-        folder = RunFolder(run_dir)
-        with _owned(config, run_dir) as lock:
-            return _fit(config, folder, lock, build)
-    finally:
-        os.environ.pop(RUN_DIR, None)
+    with hide_gpus(config.trainer.accelerator):
+        checks.check(config, checks.world_size(config, os.environ))
+        resume = config.run.resume
+        if resume not in ("auto", "never"):
+            refuse_empty(Path(resume))
+        run_dir = Path(os.environ.get(RUN_DIR) or resolve_run_dir(entry, config)).absolute()
+        os.environ[RUN_DIR] = str(run_dir)
+        try:
+            folder = RunFolder(run_dir)
+            with _owned(config, run_dir) as lock:
+                return _fit(config, folder, lock, build)
+        finally:
+            os.environ.pop(RUN_DIR, None)
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def _fit(config: Any, folder: RunFolder, lock: RunLock, build: Callable[[Any], M
     module = build(config)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, _eval_every(config))
     preemption = Preemption(checkpoints)
-    collapse = Collapse(config.checkpoint.metric, config.checkpoint.mode, checkpoints.best)
+    collapse = Collapse(config.checkpoint.metric, config.checkpoint.mode, checkpoints.best, lambda: module.scorers)
     callbacks: list[Callback] = [
         Ownership(lock),
         StepAxis(),

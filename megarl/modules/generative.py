@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from megarl.checkpoint import find, step_of
-from megarl.data.formats import load_chat_template
+from megarl.config.files import load_chat_template
 from megarl.data.prompts import Prompt, PromptLimits, read_prompts
 from megarl.disk import local
 from megarl.errors import RewardError
@@ -57,6 +57,10 @@ class GenerativeModule(Module):
         if data.eval and self.config.trainer.eval_every is not None:
             self.eval_prompts = self._read_prompts("data.eval", data.eval, data.eval_split)
 
+    @property
+    def scorers(self) -> dict[str, str]:
+        return {key: judge.scorer for key, judge in self.judges.items()}
+
     def _read_prompts(self, name: str, paths: Sequence[str], split: str) -> list[Prompt]:
         rollout = self.config.rollout
         limits = PromptLimits(
@@ -81,6 +85,7 @@ class GenerativeModule(Module):
             config.rollout,
             seed=config.seed,
             chat_template=load_chat_template(config.data.chat_template),
+            unit=self.unit,
         )
         self.responder.check_room([*self.prompts, *self.eval_prompts])
         for key, options in ((REWARD, config.reward.options), (METRIC, {})):

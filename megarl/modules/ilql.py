@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megarl.algorithms import following, ilql_loss
 from megarl.clock import Work
+from megarl.config.files import load_chat_template
 from megarl.config.schema import ILQLConfig
 from megarl.data.offline import build_offline_loader, open_store
 from megarl.data.prompts import Prompt
@@ -18,6 +19,7 @@ from megarl.modules.base import build_gpt_engine, vocabulary
 from megarl.modules.experience import Passes, count_chosen, in_rows, training_flops
 from megarl.modules.generative import GenerativeModule
 from megarl.parallel.engine import Batch, Stats
+from megarl.parallel.shards import refused_once
 from megarl.rollout.guided import guided
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
@@ -39,13 +41,14 @@ class ILQL(GenerativeModule):
     ) -> None:
         super().__init__(config, tokenizer, functions)
         self.vocab_size = vocabulary(config.model, tokenizer)
-        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer)
+        template = load_chat_template(config.data.chat_template)
+        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer, template)
         self.prepare_prompts(train=False)
 
     def configure_model(self) -> None:
         if self.engines:
             return
-        self.store = open_store(self.config.data, self.tokenizer)
+        self.store = refused_once(self.grid, lambda: open_store(self.config.data, self.tokenizer))
         self.policy = build_gpt_engine(
             self.grid,
             self.config.model,

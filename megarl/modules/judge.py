@@ -72,8 +72,9 @@ class Judge:
         name = getattr(chosen, "name", "combined").rpartition(":")[2].rpartition(".")[2]
         name = key.partition(".")[0] if name == "<lambda>" else name
         self.name = free_name(name) if key == "metric.fn" else name
+        self.scorer: str = grid.by_first(lambda: fingerprint(chosen, options or {}))
         if journal is not None:
-            journal.function = fingerprint(chosen, options or {})
+            journal.function = self.scorer
         if grid.rank == 0:
             self.worker = RewardWorker(
                 chosen,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megarl.algorithms import aggregate, aggregation_count, kl_estimate, mask_out, ppo_policy_loss, ppo_value_loss
 from megarl.clock import Work
+from megarl.config.files import load_chat_template
 from megarl.config.resume import from_plain
 from megarl.config.schema import PPOConfig
 from megarl.data.prompts import PhaseLoader
@@ -23,7 +24,7 @@ from megarl.models.gpt import GPT
 from megarl.modules.base import build_gpt_engine, vocabulary
 from megarl.modules.clone import clone_behaviour
 from megarl.modules.experience import Passes, as_batch, evaluate, in_rows, training_flops
-from megarl.modules.generative import GenerativeModule
+from megarl.modules.generative import REWARD, GenerativeModule
 from megarl.modules.invariants import Invariants
 from megarl.modules.reference import keep, take
 from megarl.modules.shaping import Shaping
@@ -33,7 +34,6 @@ from megarl.tokenizers import Tokenizer
 
 NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
 EQUAL_PHASES = 2  # in which all scores are the same, before that is worth a warning
-SCORED_BY = ("reward.fn", "reward.options", "ppo.clip_scores")  # what the moments of scores are of
 FORWARD_SHARE = 1 / 3  # of what a token costs in forward and backward
 log = get_logger(__name__)
 
@@ -51,7 +51,8 @@ class PPO(GenerativeModule):
     ) -> None:
         super().__init__(config, tokenizer, functions)
         self.vocab_size = vocabulary(config.model, tokenizer)
-        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer)
+        template = load_chat_template(config.data.chat_template)
+        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer, template)
         self.planned = config.trainer.max_phases
         self.temperature = config.rollout.temperature
         self.shaping = Shaping(config.ppo)
@@ -99,6 +100,7 @@ class PPO(GenerativeModule):
                 name="critic",
                 optim=replace(config.optim, lr=lr),
                 total_steps=config.trainer.max_phases * per_phase,
+                lr_key="optim.lr" if config.critic.lr is None else "critic.lr",
                 value_head=True,
                 speaks=False,
                 **{**common, "vocab_size": model.vocab_size or self.vocab_size},
@@ -363,7 +365,11 @@ class PPO(GenerativeModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        other_scores = not self.changed.isdisjoint(SCORED_BY)
+        before = checkpoint.get("scorers", self.scorers).get(REWARD)  # older versions did not keep it
+        other_function = before != self.scorers.get(REWARD)
+        if other_function:
+            log.warning("reward.fn scores by other code or options than it did: the scores' moments are counted anew")
+        other_scores = other_function or "ppo.clip_scores" in self.changed
         self.shaping.load_state_dict(checkpoint["shaping"], other_scores=other_scores)
         self.reference_name = checkpoint.get("reference")
         if self.config.ppo.kl_coef > 0:

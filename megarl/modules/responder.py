@@ -11,6 +11,7 @@ from megarl.data.prompts import Prompt
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.rollout.generator import Generator, Limits, Scorer
+from megarl.rollout.noise import TRAINING
 from megarl.rollout.requests import Rollout, repeat, sampling_from
 from megarl.rollout.resharded import for_generation
 from megarl.tokenizers import Tokenizer
@@ -27,8 +28,14 @@ class Responder:
         *,
         seed: int,
         chat_template: str | None = None,
+        unit: str = "phase",
     ) -> None:
-        """`chat_template`: the one that prompts are rendered with; its end marker ends a response too."""
+        """
+        Args:
+            chat_template: the one that prompts are rendered with; its end marker ends a response too.
+            unit: what messages call a training step.
+        """
+        self.unit = unit
         self.settings, self.sampling = settings, sampling_from(settings)
         self.reshard = for_generation(engine, settings.layout)
         self.generator = Generator(
@@ -62,12 +69,14 @@ class Responder:
         if self.reshard is not None:
             self.reshard.refresh()
         self.generator.scorer = scorer
+        trains = stream == TRAINING
+        when = f"in {self.unit} {phase + 1}" if trains else f"in the evaluation after {self.unit} {phase}"
         rollouts = self.generator.generate(
             requests,
             stream=stream,
             phase=phase,
             weights_version=phase,
-            place=lambda number: f"{prompts[number].where or f'prompt {number}'} in phase {phase + 1}",
+            place=lambda number: f"{prompts[number].where or f'prompt {number}'} {when}",
         )
         if not self.settings.cuda_graphs:  # they are recorded over the cache, and recording takes seconds
             self.generator.close()  # what comes next has the memory

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from megarl.clock import Work
+from megarl.config.files import load_chat_template
 from megarl.config.schema import RFTConfig
 from megarl.data.prompts import PhaseLoader
 from megarl.models.exchange.card import ModelCard
@@ -36,7 +37,8 @@ class RFT(GenerativeModule):
     ) -> None:
         super().__init__(config, tokenizer, functions)
         self.vocab_size = vocabulary(config.model, tokenizer)
-        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer)
+        template = load_chat_template(config.data.chat_template)
+        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer, template)
         self.planned = config.trainer.max_phases
         self.prepare_prompts(train=True)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megarl.algorithms import aggregate
 from megarl.clock import Work
+from megarl.config.files import load_chat_template
 from megarl.config.schema import SFTConfig
 from megarl.data.build import build_eval_loader, build_sft_data, build_train_loader
 from megarl.models.exchange.card import ModelCard
@@ -14,6 +15,7 @@ from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
 from megarl.modules.base import Module, build_gpt_engine, vocabulary
 from megarl.parallel.engine import Batch, Stats
+from megarl.parallel.shards import refused_once
 from megarl.tokenizers import Tokenizer
 
 
@@ -27,7 +29,8 @@ class SFT(Module):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.vocab_size = vocabulary(config.model, tokenizer)
-        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer)
+        template = load_chat_template(config.data.chat_template)
+        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer, template)
         self.eval_sums = {"nll": 0.0, "tokens": 0.0}
 
     def configure_model(self) -> None:
@@ -39,7 +42,9 @@ class SFT(Module):
             "dp_size": layout.dp,
             "multiple_of": layout.tp if layout.sequence_parallel else 1,
         }
-        self.train_data, self.eval_data = build_sft_data(self.config, self.tokenizer, **self.share)
+        self.train_data, self.eval_data = refused_once(
+            self.grid, lambda: build_sft_data(self.config, self.tokenizer, **self.share)
+        )
         self.policy = build_gpt_engine(
             self.grid,
             self.config.model,

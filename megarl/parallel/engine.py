@@ -23,7 +23,6 @@ from megarl.parallel.optimizer import (
     OptimSpec,
     build_optimizer,
     build_schedule,
-    check_finite,
     load_optimizer,
     restore_schedule,
     trains_here,
@@ -60,6 +59,7 @@ class Engine:
     ) -> None:
         """`trainable(global name)` chooses the parameters that train, before gradient buffers are made."""
         self.grid, self.name = grid, name
+        self.lr_key = "optim.lr" if optim is None else optim.lr_key  # what messages say to lower
         self.models = _build_chunks(grid, build)
         self.config = self.models[0].config
         for model in self.models:
@@ -103,8 +103,8 @@ class Engine:
         self.has_gradients = True
         sums = self._summed(collected)
         for key, value in sums.items():  # the same on every rank; the optimizer is yet to be stepped
-            if "loss" in key and not math.isfinite(value):
-                raise NumericsError(f"{key} of {self.name} is {value}: lower optim.lr, or look for broken records")
+            if "loss" in key:
+                self._check_finite(key, value)
         return {**counts, **sums}
 
     def count(self, microbatches: Sequence[Batch], count_fn: CountFn) -> dict[str, float]:
@@ -122,7 +122,12 @@ class Engine:
         _, norm, _ = self.optimizer.step()
         self.has_gradients = False
         self.schedule.step(1)
-        return check_finite(float(norm), self.name)
+        self._check_finite("the gradient norm", float(norm))
+        return float(norm)
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise NumericsError(f"{what} of {self.name} is {value}: lower {self.lr_key}, or look for broken records")
 
     def zero_gradients(self) -> None:
         if self.optimizer is None:
@@ -241,7 +246,8 @@ class Engine:
         found = next((name for name in self.grid.gather(mine) if name is not None), None)
         if found is not None:
             raise NumericsError(
-                f"{self.name}.{found} holds NaN or infinity: go on from an earlier checkpoint with a lower optim.lr"
+                f"{self.name}.{found} holds NaN or infinity: lower {self.lr_key}, and go on from an earlier checkpoint "
+                "if there is one"
             )
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

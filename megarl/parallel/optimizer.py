@@ -10,7 +10,6 @@ from megatron.core.optimizer import distrib_optimizer as mcore_distrib_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megarl.config.schema import OptimConfig
-from megarl.errors import NumericsError
 from megarl.logging import get_logger
 from megarl.parallel.grid import Grid
 
@@ -24,10 +23,12 @@ STATES = ("param", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of a tens
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """What an engine needs to know to train: the optimizer's settings and the length of its schedule."""
+    """What an engine needs to know to train: the optimizer's settings, the length of its schedule, and which key of the
+    configuration the learning rate is of."""
 
     settings: OptimConfig
     total_steps: int
+    lr_key: str = "optim.lr"
 
 
 def build_optimizer(chunks: list[Any], spec: OptimSpec, grid: Grid, bf16: bool) -> MegatronOptimizer:
@@ -166,15 +167,6 @@ class Optimizers(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing, as in `state_dict`."""
-
-
-def check_finite(norm: float, name: str) -> float:
-    if norm != norm or norm in (float("inf"), float("-inf")):
-        raise NumericsError(
-            f"the gradient norm of {name} is {norm}: lower optim.lr, or look at the batch that was dumped in the run "
-            "folder"
-        )
-    return norm
 
 
 def _make_states_loadable() -> None:

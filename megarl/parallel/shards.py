@@ -4,10 +4,11 @@ A rank's parts go into one safetensors file; an index of plain JSON says where e
 layout can read what it needs. Nothing is pickled and no helper process is started.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import (
@@ -23,10 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megarl.command import say
 from megarl.disk import shown
 from megarl.errors import CheckpointError, MegarlError, NumericsError
 from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
+
+T = TypeVar("T")
+LAST_WORDS_S = 1.0  # the first rank is to be the first that ends, as launchers report that one
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,25 @@ def together(grid: Grid, action: Callable[[], Any]) -> list[Any]:
     return [result for result, _ in reports]
 
 
+def refused_once(grid: Grid, work: Callable[[], T]) -> T:
+    """Return what work comes to on this rank, where every rank does the same and so meets the same bad input.
+
+    A `MegarlError` ends all ranks and is one line, which the first rank says.
+    """
+    done: list[T] = []
+    try:
+        together(grid, lambda: done.append(work()))
+    except MegarlError as problem:
+        if grid.layout.world_size > 1:
+            if grid.rank == 0:
+                say(f"error: {problem}")
+            else:
+                time.sleep(LAST_WORDS_S)
+            problem.said = True
+        raise
+    return done[0]
+
+
 def read_whole(parts: Sequence[Part], folder: Path) -> dict[str, Tensor]:
     """Every tensor of an index, put together from its parts."""
     files = _Files(folder)
@@ -160,15 +184,19 @@ def read_whole(parts: Sequence[Part], folder: Path) -> dict[str, Tensor]:
     return whole
 
 
-def check_complete(parts: Sequence[Part]) -> None:
-    """Every tensor's parts add up to the tensor; a gap or an overlap is a fault of ours, found before the commit."""
+def check_complete(parts: Sequence[Part], folder: Path) -> None:
+    """Refuse parts that do not add up to their tensors. In a checkpoint that is written into `folder`, a gap or an
+    overlap is a fault of ours, found before the commit.
+    """
     volume: dict[str, int] = {}
     shapes = {part.key: part.tensor_shape for part in parts}
     for part in parts:
         volume[part.key] = volume.get(part.key, 0) + _volume(part.shape)
     wrong = [key for key, shape in shapes.items() if volume[key] != _volume(shape)]
     if wrong:
-        raise CheckpointError(f"the parts of {wrong[0]} ({len(wrong)} tensors in all) do not add up to the whole")
+        raise CheckpointError(
+            f"checkpoint {folder}: the parts of {wrong[0]} ({len(wrong)} tensors in all) do not add up to the whole"
+        )
 
 
 def _tensors(state: Any) -> Iterator[ShardedTensor]:

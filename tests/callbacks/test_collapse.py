@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.callbacks.collapse import PATIENCE, Collapse, Fall
+from megarl.callbacks.collapse import PATIENCE, SCORE, Collapse, Fall
 from megarl.callbacks.summary import Summary
 from tests.callbacks.tiny import Tiny, train
 
@@ -96,6 +96,22 @@ def test_a_fall_continues_over_a_checkpoint() -> None:
     after = Collapse("eval/loss", "min", lambda: None)
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert after.falls == before.falls
-    other = Collapse("eval/accuracy", "max", lambda: None)
-    other.load_state_dict(before.state_dict())
-    assert other.falls == {}  # readings of another metric say nothing of this one
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "reward", "kept"),
+    [
+        ("eval/loss", "min", "a", {SCORE, "eval/loss"}),
+        ("eval/accuracy", "max", "a", {SCORE}),
+        ("eval/loss", "max", "a", {SCORE}),
+        ("eval/loss", "min", "b", set()),
+    ],
+)
+def test_readings_of_another_metric_mode_or_function_start_anew(
+    metric: str, mode: str, reward: str, kept: set[str]
+) -> None:
+    before = Collapse("eval/loss", "min", lambda: None, lambda: {"reward.fn": "a"})
+    before.falls = {SCORE: follow(FELL), "eval/loss": follow(FELL)}
+    after = Collapse(metric, mode, lambda: None, lambda: {"reward.fn": reward})
+    after.load_state_dict(before.state_dict())
+    assert after.falls.keys() == kept

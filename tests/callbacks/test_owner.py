@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -401,18 +402,21 @@ def test_a_lock_beside_its_folder_leaves_the_folder_to_be_made(tmp_path: Path) -
 # --- races ------------------------------------------------------------------------------------------------------------
 
 
-def race(folder: Path, barrier: Any, wins: Any) -> None:
-    """Take every round's folder at the same moment as the other contenders; report the rounds that were won."""
+def rounds_won(folder: Path, barrier: Any, rounds: int, make: Callable[[Path], RunLock] = lock) -> list[int]:
+    """Take every round's folder at the same moment as the other contenders; the rounds that were won."""
     won = []
-    for number in range(ROUNDS):
-        one = RunLock(folder / str(number), environ={}, lost=fail)
+    for number in range(rounds):
+        one = make(folder / str(number))
         barrier.wait()
-        try:
+        with suppress(ConfigError):
             one.take()
             won.append(number)
-        except ConfigError:
-            pass
-    wins.put(won)
+    return won
+
+
+def race(folder: Path, barrier: Any, wins: Any) -> None:
+    """Report the rounds that this process won."""
+    wins.put(rounds_won(folder, barrier, ROUNDS, lambda path: RunLock(path, environ={}, lost=fail)))
     barrier.wait()  # nobody dies while others still race
 
 
@@ -439,18 +443,7 @@ def test_of_threads_that_race_exactly_one_wins(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     barrier = threading.Barrier(3)
     won: list[int] = []
-
-    def racing() -> None:
-        for number in range(50):
-            one = lock(tmp_path / str(number))
-            barrier.wait()
-            try:
-                one.take()
-                won.append(number)
-            except ConfigError:
-                pass
-
-    threads = [threading.Thread(target=racing) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: won.extend(rounds_won(tmp_path, barrier, 50))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

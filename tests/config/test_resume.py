@@ -104,8 +104,36 @@ def test_the_same_tokenizer_elsewhere_is_no_difference() -> None:
 
 def test_a_tokenizer_whose_file_changed_is_refused_too() -> None:
     plain = asdict(SFTConfig())
-    with pytest.raises(CheckpointError, match=r"tokenizer\.path"):
+    plain["tokenizer"]["path"] = "words"
+    with pytest.raises(CheckpointError, match=r"use tokenizer\.path=words with the content that it had"):
         refuse(differences(plain, plain, plain, same_tokenizer=False), "RUN/step-1")
+
+
+@pytest.mark.parametrize(("old", "remedy"), [("words", "words,"), (None, "null,")])
+def test_the_remedy_for_another_tokenizer_is_the_old_value(old: str | None, remedy: str) -> None:
+    before, now = asdict(SFTConfig()), asdict(SFTConfig())
+    before["tokenizer"]["path"], now["tokenizer"]["path"] = old, "others"
+    with pytest.raises(CheckpointError, match=rf"use tokenizer\.path={remedy}"):
+        refuse(differences(before, before, now, same_tokenizer=False), "RUN/step-1")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same", "said"),
+    [
+        ("a.jinja", "a.jinja", False, "data.chat_template: a.jinja -> a.jinja (with other content"),
+        ("a.jinja", "moved.jinja", True, ""),
+        ("a.jinja", "b.jinja", None, "data.chat_template: a.jinja -> b.jinja ("),
+        (None, "b.jinja", False, "data.chat_template: None -> b.jinja ("),
+    ],
+)
+def test_chat_templates_are_compared_by_what_their_files_hold(
+    old: str | None, new: str, same: bool | None, said: str
+) -> None:
+    before, now = asdict(SFTConfig()), asdict(SFTConfig())
+    before["data"]["chat_template"], now["data"]["chat_template"] = old, new
+    line = told(differences(before, before, now, same_tokenizer=True, same_template=same))
+    assert line.startswith(said)
+    assert bool(line) == bool(said)
 
 
 def test_keys_that_another_version_had_are_passed_over() -> None:

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from megarl.config.files import load_chat_template
 from megarl.data.dataset import PackedDataset, SFTDataset, pack
-from megarl.data.formats import RecordFormat, load_chat_template
+from megarl.data.formats import RecordFormat
 from megarl.data.sources import Record
 from megarl.errors import ConfigError, DataError
 from megarl.tokenizers import ByteTokenizer

@@ -18,7 +18,7 @@ from megarl.checkpoint import find, seal, verify
 from megarl.config.compose import compose
 from megarl.errors import MegarlError
 from megarl.generate import work
-from tests.e2e.runs import run_sft
+from tests.e2e.runs import run_ppo, run_sft
 from tests.models.exchange.published import save_published
 from tests.worlds import Worlds
 
@@ -138,3 +138,15 @@ def test_a_learning_rate_that_ruins_the_weights_leaves_the_checkpoints_before_it
     assert before <= {path.name for path in find(tmp_path / "checkpoints")}
     summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [("clone.lr", []), ("critic.lr", ["critic.kind=separate", "clone.data=[]", "ppo.inner_epochs=4"])],
+)
+def test_the_learning_rate_to_lower_is_that_of_the_engine_that_failed(
+    key: str, settings: list[str], worlds: Worlds, tmp_path: Path
+) -> None:
+    found = worlds.run(1, ended, run_ppo, tmp_path, *settings, f"{key}=1e30", "optim.warmup_steps=0")
+    check(found, f"lower {key}")
+    assert "optim.lr" not in found[0][2]

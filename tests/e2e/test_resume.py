@@ -164,6 +164,22 @@ def test_a_fixed_kl_coefficient_is_this_runs_and_that_is_said(worlds: Worlds, un
         assert said in log_of(tmp_path)
 
 
+@pytest.mark.parametrize(("edited", "responses"), [("len(o)", 24), ("-len(o)", 12)])
+def test_moments_of_scores_are_counted_anew_where_other_code_scores(
+    edited: str, responses: int, worlds: Worlds, tmp_path: Path
+) -> None:
+    """The function keeps its name, and its file changes or does not."""
+    code = "def score(outputs, **_):\n    return [float({}) for o in outputs]\n"
+    function = tmp_path / "rewards.py"
+    run = [*TINY, "clone.data=[]", "ppo.scale_scores=running", "checkpoint.metric=rollout/score"]
+    run[run.index("reward.fn=megarl.rewards.builtin:length")] = f"reward.fn={function}:score"
+    function.write_text(code.format("len(o)"))
+    worlds.run(1, run_ppo, tmp_path / "run", *run, "trainer.max_phases=1")
+    function.write_text(code.format(edited))
+    worlds.run(1, run_ppo, tmp_path / "run", *run)
+    assert plain_content(find(tmp_path / "run" / "checkpoints")[-1])[0]["shaping"]["moments"]["count"] == responses
+
+
 def test_a_reference_of_random_weights_stays_that_of_the_first_seed(worlds: Worlds, tmp_path: Path) -> None:
     """Nothing is learnt, so policy and reference are what the run started from."""
     still = [*TINY, "clone.data=[]", "optim.lr=0"]

@@ -14,6 +14,7 @@ from megarl.models.gpt import GPT
 from megarl.modules import responder as responding
 from megarl.modules.responder import Responder
 from megarl.parallel.layout import Layout
+from megarl.rollout.noise import EVALUATION, TRAINING
 from megarl.rollout.requests import Request
 from megarl.tokenizers import CharacterTokenizer
 
@@ -41,9 +42,9 @@ def generator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responding, "Generator", Remembers)
 
 
-def responder(**settings: Any) -> Responder:
+def responder(unit: str = "phase", **settings: Any) -> Responder:
     engine: Any = SimpleNamespace(grid=SimpleNamespace(layout=Layout()))
-    return Responder(engine, CharacterTokenizer("abcd"), RolloutConfig(**settings), seed=3)
+    return Responder(engine, CharacterTokenizer("abcd"), RolloutConfig(**settings), seed=3, unit=unit)
 
 
 def respond(n: int = 1, changes: dict[str, Any] | None = None, **settings: Any) -> Any:
@@ -63,11 +64,26 @@ def test_each_prompt_is_asked_n_times_and_numbered_by_its_place(generator: None)
     assert {(r.sampling.temperature, r.sampling.max_new_tokens, r.sampling.stop_text) for r in asked.requests} == {
         (0.5, 3, ("x",))
     }
-    place = asked.which.pop("place")
+    del asked.which["place"]
     assert asked.which == {"stream": 1, "phase": 4, "weights_version": 4}
-    assert place(1) == "prompt 1 in phase 5"
     assert asked.options["seed"] == 3
     assert asked.scorer is GPT.logits
+
+
+@pytest.mark.parametrize(
+    ("stream", "unit", "when"),
+    [
+        (TRAINING, "phase", "in phase 5"),
+        (EVALUATION, "phase", "in the evaluation after phase 4"),
+        (EVALUATION + 1, "step", "in the evaluation after step 4"),
+    ],
+)
+def test_messages_say_in_what_part_of_a_run_a_response_was_drawn(
+    generator: None, stream: int, unit: str, when: str
+) -> None:
+    made = responder(unit=unit)
+    made.respond(PROMPTS, 1, stream=stream, phase=4)
+    assert made.generator.which["place"](1) == f"prompt 1 {when}"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("graphs", [False, True])

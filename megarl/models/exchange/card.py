@@ -11,18 +11,27 @@ from megarl.tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Shape, vocabulary, the family that the model was published in (None: made from scratch), tokenizer."""
+    """Shape, vocabulary, the family that the model was published in (None: made from scratch), tokenizer, and the run's
+    chat template (None: the tokenizer's own)."""
 
     model: ModelConfig
     vocab_size: int
     family: str | None
     tokenizer: Tokenizer
     tokenizer_path: str | None
+    chat_template: str | None = None
 
     @classmethod
-    def of(cls, model: ModelConfig, vocab_size: int, tokenizer: Tokenizer, settings: TokenizerConfig) -> "ModelCard":
+    def of(
+        cls,
+        model: ModelConfig,
+        vocab_size: int,
+        tokenizer: Tokenizer,
+        settings: TokenizerConfig,
+        chat_template: str | None = None,
+    ) -> "ModelCard":
         family = open_source(model.path).family if model.path else None
-        return cls(model, vocab_size, family.name if family else None, tokenizer, settings.path)
+        return cls(model, vocab_size, family.name if family else None, tokenizer, settings.path, chat_template)
 
     def plain(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
@@ -32,4 +41,5 @@ class ModelCard:
             "family": self.family,
             "tokenizer": {"kind": self.tokenizer.kind, "path": self.tokenizer_path},
             "token_ids": token_ids(self.tokenizer),
+            "chat_template": self.chat_template,
         }

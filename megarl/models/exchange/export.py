@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.config.schema import ModelConfig
-from megarl.errors import CheckpointError, NumericsError
+from megarl.errors import CheckpointError, MegarlError, NumericsError
 from megarl.logging import get_logger
 from megarl.models.exchange.families import family_for
 from megarl.models.exchange.family import Json, Mapped
@@ -51,12 +51,14 @@ def export(
     vocab_size: int,
     family: str | None = None,
     tokenizer: Tokenizer | None = None,
+    chat_template: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write an engine's model; all ranks call this together, and raise together where one of them cannot.
 
     Each pipeline stage writes its own files through its first rank. Parameters beyond the language model go into a
-    file of their own, from which `model.path` reads them back.
+    file of their own, from which `model.path` reads them back. Generation settings name the tokens at which answers end
+    by `chat_template` (None: the tokenizer's own).
     """
     grid = engine.grid
     kind = family_for(model, family)
@@ -80,7 +82,7 @@ def export(
     grid.by_first(lambda: prepare(folder, aside))
     try:
         together(grid, lambda: _write_stage(plan, mapping, heads, local, dtype, aside, grid))
-        grid.by_first(lambda: _finish(folder, aside, plan, mapping, config, tokenizer))
+        grid.by_first(lambda: _finish(folder, aside, plan, mapping, config, tokenizer, chat_template))
     except Exception:
         if grid.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -114,22 +116,26 @@ def write_folder(
     try:
         for file in plan:
             _write_file(aside, file, file.parameters, fetch, mapping, source.heads, dtype)
-        keep_tokenizer(source, aside)
-        _finish(folder, aside, plan, mapping, config, None)
+        tokenizer = keep_tokenizer(source, aside)
+        _finish(folder, aside, plan, mapping, config, tokenizer, source.chat_template)
     except OSError as problem:
         raise CheckpointError(f"{folder} could not be written ({problem.strerror or problem})") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def keep_tokenizer(source: Source, aside: Path) -> None:
-    """The source's tokenizer files and generation settings, as they are; else what builds its tokenizer."""
+def keep_tokenizer(source: Source, aside: Path) -> Tokenizer | None:
+    """Keep the source's tokenizer files and generation settings as they are, or build its tokenizer, save and return
+    it."""
     if isinstance(source, HuggingFaceSource):
         for name in (*TOKENIZER_FILES, "generation_config.json"):
             if (source.path / name).is_file():
                 shutil.copyfile(source.path / name, aside / name)
     elif source.tokenizer is not None:
-        build_tokenizer(*source.tokenizer).save(aside)
+        tokenizer = build_tokenizer(*source.tokenizer)
+        tokenizer.save(aside)
+        return tokenizer
+    return None
 
 
 def plan_files(
@@ -281,6 +287,7 @@ def _finish(
     mapping: Mapping[str, Mapped],
     config: Json,
     tokenizer: Tokenizer | None,
+    chat_template: str | None,
 ) -> None:
     """Index, configuration and tokenizer; then the rename that makes it a model."""
     weights = [file for file in plan if file.name != HEADS]
@@ -291,7 +298,7 @@ def _finish(
     _write_json(aside / CONFIG, config)
     if not (aside / "generation_config.json").is_file():
         ids = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
-        stops = () if tokenizer is None else tokenizer.stop_ids()
+        stops = () if tokenizer is None else _stops(tokenizer, chat_template)
         if len(stops) > 1:  # transformers stops at each of several
             ids["eos_token_id"] = list(stops)
         _write_json(aside / "generation_config.json", {**ids, "_from_model_config": True})
@@ -299,6 +306,15 @@ def _finish(
         tokenizer.save(aside)
     refuse_existing(folder)
     aside.rename(folder)
+
+
+def _stops(tokenizer: Tokenizer, chat_template: str | None) -> tuple[int, ...]:
+    """Tokens at which the trained model's responses ended. A template that cannot be read was not trained with."""
+    try:
+        return tokenizer.stop_ids(chat_template)
+    except MegarlError as problem:
+        log.warning("the exported model stops at EOS alone, as its chat template cannot be read: %s", problem)
+        return (tokenizer.eos_id,)
 
 
 def _describe(dtype: torch.dtype, ids: Mapping[str, Any]) -> Json:

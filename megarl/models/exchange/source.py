@@ -36,6 +36,7 @@ class Source(ABC):
         dtype: of the weights.
         tokenizer: kind and path of its tokenizer, or None.
         token_ids: the ids that config.json names.
+        chat_template: the one it was trained with, where that is not the tokenizer's own.
         left_out: stored tensors that are not read, with the reason.
         heads: names of tensors beyond the language model.
         stored: tensors and bytes that are stored, heads included.
@@ -49,6 +50,7 @@ class Source(ABC):
     dtype: torch.dtype
     tokenizer: tuple[str, str | None] | None
     token_ids: dict[str, Any]
+    chat_template: str | None = None
     left_out: dict[str, str]
     heads: dict[str, Stored]
     stored: tuple[int, int]
@@ -194,6 +196,8 @@ class CheckpointSource(Source):
         self.tokenizer = None if tokenizer is None else _tokenizer_in(tokenizer, where)
         token_ids = card.get("token_ids") or {}
         self.token_ids = dict(token_ids) if isinstance(token_ids, dict) else {}
+        template = card.get("chat_template")
+        self.chat_template = template if isinstance(template, str) else None
 
     def _sort(self, parts: Sequence[Part]) -> None:
         self._shapes = parameters(self.model, self.vocab_size)

@@ -9,10 +9,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from megarl.config.files import load_chat_template
 from megarl.config.offline import OfflineDataConfig
 from megarl.config.rl import PromptDataConfig
 from megarl.data.dataset import SFTDataset
-from megarl.data.formats import RecordFormat, load_chat_template
+from megarl.data.formats import RecordFormat
 from megarl.data.offline import open_store
 from megarl.data.prompts import PromptLimits, read_prompts
 from megarl.data.sources import read_records

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megarl.models.exchange.export import write_folder
 from megarl.models.exchange.families import FAMILIES, family_of, require_family
 from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.source import HuggingFaceSource
+from tests.models.exchange import refusal
 from tests.models.exchange.published import PUBLISHED, edit_config, save_published, stored
 
 
@@ -33,13 +35,7 @@ def folder(llama: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llama, tmp_path / "model"))
 
 
-def refused(folder: Path, *words: str) -> None:
-    with pytest.raises((CheckpointError, ConfigError)) as caught:
-        open_source(folder)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
+refused = partial(refusal.refused, kind=(CheckpointError, ConfigError))
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

@@ -16,6 +16,7 @@ from megarl.models.exchange.checkpoints import FILE, write_checkpoint
 from megarl.models.exchange.formats import open_source
 from megarl.parallel.shards import Part
 from tests.models.exchange.published import save_published
+from tests.models.exchange.refusal import refused
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +51,6 @@ def with_index(folder: Path, change: Callable[[list[dict[str, Any]]], Any]) -> N
     change(index["parts"])
     (folder / INDEX).write_text(json.dumps(index))
     sealed(folder)
-
-
-def refused(folder: Path, *words: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        open_source(folder)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 @pytest.mark.parametrize("key", ["new_key", "num_experts", "x" * 500])
@@ -122,7 +114,7 @@ def test_an_index_that_cannot_be_is_refused(change: Any, checkpoint: Path) -> No
 
 def test_an_index_that_leaves_out_a_part_is_refused(checkpoint: Path) -> None:
     with_index(checkpoint, lambda parts: parts.__setitem__(0, {**parts[0], "shape": [1, *parts[0]["shape"][1:]]}))
-    refused(checkpoint, "do not add up")
+    refused(checkpoint, str(checkpoint), "do not add up")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}", '{"parts": 3}', '{"parts": [3]}', "[" * 100_000])

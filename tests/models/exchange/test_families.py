@@ -1,5 +1,6 @@
 """Every family, in and out: the log-probs of transformers in every layout, and the same bits back."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,24 @@ import torch
 import transformers
 from torch import Tensor
 
-from megarl.config.schema import ModelConfig, ParallelConfig
+from megarl.config.schema import ModelConfig, ParallelConfig, TokenizerConfig
 from megarl.errors import CheckpointError
 from megarl.models.exchange import export as writer
-from megarl.models.exchange.export import export
+from megarl.models.exchange.card import ModelCard
+from megarl.models.exchange.export import export, write_folder
 from megarl.models.exchange.families import FAMILIES, family_for
 from megarl.models.exchange.family import shape_of
 from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.parameters import parameters
 from megarl.modules.base import build_gpt_engine
+from megarl.modules.reference import FOLDER, keep
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
+from megarl.tokenizers import build_tokenizer
+from tests.chat import templates
+from tests.chat.templates import CHATML
 from tests.models.exchange.published import PUBLISHED, VOCAB, fixed_tokens, save_published, stored
+from tests.test_tokenizers import make_hugging_face
 from tests.worlds import Worlds
 
 LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP2xPP2": (2, 2)}
@@ -156,3 +163,29 @@ def test_a_configuration_goes_out_and_comes_back(name: str) -> None:
 )
 def test_a_model_from_scratch_finds_the_family_that_holds_it(changes: dict[str, Any], family: str) -> None:
     assert family_for(ModelConfig(**changes)).name == family
+
+
+def export_with_template(words: str, template: str, out: Path) -> None:
+    """Export a small model to `out`/live, and what its checkpoint says of it to `out`/stored."""
+    grid = Grid(Layout(), start_world())
+    tokenizer = build_tokenizer("huggingface", words)
+    model = ModelConfig(num_layers=1, hidden_size=8, num_heads=1, ffn_size=8, max_positions=8)
+    card = ModelCard.of(model, tokenizer.size, tokenizer, TokenizerConfig("huggingface", words), template)
+    engine = build_gpt_engine(
+        grid, model, ParallelConfig(), name="policy", vocab_size=tokenizer.size, precision="fp32", seed=1
+    )
+    export(engine, out / "live", model=model, vocab_size=tokenizer.size, tokenizer=tokenizer, chat_template=template)
+    write_folder(open_source(out / FOLDER / keep(engine, card, out)), out / "stored")
+    grid.close()
+
+
+@pytest.mark.parametrize(
+    ("own", "runs", "stops"), [(None, CHATML, [1, 3]), (CHATML, templates.SYSTEM_LAST, 1), (CHATML, None, [1, 3])]
+)
+def test_an_exported_model_stops_where_the_runs_chat_template_ends_an_answer(
+    own: str | None, runs: str | None, stops: Any, worlds: Worlds, tmp_path: Path
+) -> None:
+    words = make_hugging_face(tmp_path / "words", chat_template=own)
+    worlds.run(1, export_with_template, words, runs, tmp_path)
+    for name in ("live", "stored"):
+        assert json.loads((tmp_path / name / "generation_config.json").read_text())["eos_token_id"] == stops, name

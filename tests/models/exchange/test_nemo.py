@@ -26,6 +26,7 @@ from megarl.models.exchange.nemo_write import write_nemo
 from megarl.models.exchange.source import HEADS
 from megarl.models.exchange.views import gate_and_up
 from tests.models.exchange.published import save_published, stored
+from tests.models.exchange.refusal import refused
 
 NAMES = ("llama3_of_nemo", "gpt2", "qwen2_tied")
 FC1 = "decoder.layers.1.mlp.linear_fc1.weight"
@@ -95,15 +96,6 @@ def with_weights(edit: Callable[[dict[str, Any]], Any], member: str = "./model_w
         members[member] = buffer.getvalue()
 
     return change
-
-
-def refused(path: Path, *words: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        open_source(path)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
 
 
 @pytest.mark.parametrize(

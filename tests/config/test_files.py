@@ -1,0 +1,36 @@
+"""What a configuration names on disk is read before anything heavy is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarl.config.files import check_files
+from megarl.config.schema import GenerateConfig, PPOConfig, SFTConfig
+from megarl.errors import ConfigError
+
+
+@pytest.mark.parametrize("tree", [SFTConfig, PPOConfig, GenerateConfig])
+def test_a_chat_template_that_cannot_be_read_is_refused_by_its_key(tree: Any, tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    config = tree()
+    section, key = (config, "chat_template") if tree is GenerateConfig else (config.data, "data.chat_template")
+    section.chat_template = str(template)
+    template.write_text("{{ messages }}")
+    check_files(config)
+    template.write_bytes(b"{{ '\xe9' }}")
+    for problem in ("is not UTF-8", "is neither a Jinja template nor a file"):
+        with pytest.raises(ConfigError) as refused:
+            check_files(config)
+        assert str(refused.value).startswith(f"{key}=")
+        assert problem in str(refused.value)
+        template.unlink(missing_ok=True)
+
+
+def test_files_are_checked_without_heavy_imports() -> None:
+    code = "import sys, megarl.config.files; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,46 @@
+"""How the samples that behaviour is cloned from are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megarl.config.rl import PromptDataConfig
+from megarl.data.dataset import SFTDataset
+from megarl.data.prompts import encode_prompt
+from megarl.data.sources import Record
+from megarl.errors import DataError
+from megarl.modules.clone import sample_format
+from megarl.tokenizers import ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+DATA = PromptDataConfig(
+    prompt_key="question", messages_key="turns", chat_template="{% for m in messages %}{{ m.content }}!{% endfor %}"
+)
+ASKED = {"role": "user", "content": "ab"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sample"),
+    [
+        ({"question": "ab"}, {"question": "ab", "completion": "c"}),
+        ({"turns": [ASKED]}, {"turns": [ASKED, {"role": "assistant", "content": "c"}]}),
+    ],
+)
+def test_a_sample_begins_with_the_tokens_that_its_prompt_has_in_training(
+    prompt: dict[str, Any], sample: dict[str, Any]
+) -> None:
+    keys = DATA.prompt_key, DATA.messages_key, DATA.chat_template
+    tokens = list(encode_prompt(Record(prompt, "file:1"), TOKENIZER, *keys).tokens)
+    (document,) = SFTDataset([Record(sample, "file:1")], TOKENIZER, 32, sample_format(DATA)).documents
+    assert list(document.tokens[: len(tokens)]) == tokens
+    assert list(document.response_mask[: len(tokens) + 1]) == [0] * len(tokens) + [1]
+
+
+def test_a_sample_without_the_keys_is_told_of_those_that_can_be_set() -> None:
+    with pytest.raises(DataError) as refused:
+        SFTDataset([Record({"prompt": "ab", "completion": "c"}, "file:1")], TOKENIZER, 32, sample_format(DATA))
+    for word in ("file:1", "'question'", "'turns'", "data.prompt_key", "data.messages_key"):
+        assert word in str(refused.value)
+    assert "data.completion_key" not in str(refused.value)
