@@ -31,6 +31,7 @@ class StaticPass:
         self.pool = pool
         self.model, self.scorer, self.cache, self.length = model, scorer, cache, length
         device = cache.store.device
+        self.records = device.type == "cuda"
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.slots = torch.arange(rows, device=device)
@@ -43,7 +44,7 @@ class StaticPass:
         self.tokens[:count, 0] = tokens
         self.positions[:count, 0] = positions
         self.positions[count:] = 0
-        if self.tokens.device.type != "cuda":
+        if not self.records:
             self.scores = self._compute()
         elif self.graph is None:
             self._record()
