@@ -29,6 +29,7 @@ class DeviceSettings:
         cpu_layers: linear layers and an embedding of our own, which add their gradients to Megatron's buffer.
         plain_attention: attention of short sequences in two plain matrix products instead of torch's fused kernels.
         pinned_copies: keep weights that are swapped in and out in page-locked host memory, and copy without waiting.
+        repeats_exactly: the same pass over the same weights gives the same bits; NCCL may choose another order of sums.
     """
 
     overlap_grad_reduce: bool
@@ -36,16 +37,27 @@ class DeviceSettings:
     cpu_layers: bool
     plain_attention: bool
     pinned_copies: bool
+    repeats_exactly: bool
 
     def __str__(self) -> str:
         return " ".join(f"{name}={'on' if value else 'off'}" for name, value in asdict(self).items())
 
 
 CPU = DeviceSettings(
-    overlap_grad_reduce=False, batched_p2p=False, cpu_layers=True, plain_attention=True, pinned_copies=False
+    overlap_grad_reduce=False,
+    batched_p2p=False,
+    cpu_layers=True,
+    plain_attention=True,
+    pinned_copies=False,
+    repeats_exactly=True,
 )
 GPU = DeviceSettings(
-    overlap_grad_reduce=True, batched_p2p=True, cpu_layers=False, plain_attention=False, pinned_copies=True
+    overlap_grad_reduce=True,
+    batched_p2p=True,
+    cpu_layers=False,
+    plain_attention=False,
+    pinned_copies=True,
+    repeats_exactly=False,
 )
 
 _assumed: DeviceSettings | None = None

@@ -10,6 +10,7 @@ import pytest
 
 from megarl.errors import InvariantError
 from megarl.modules.invariants import Invariants
+from megarl.parallel.device import GPU, assumed
 
 TRAINABLE = {"embedding", "value_head.inner", "value_head.outer"}
 
@@ -44,6 +45,13 @@ def test_a_broken_invariant_stops_a_strict_run_by_name(name: str) -> None:
     assert f"invariant {name} is broken in phase 7: " in str(problem.value)
     assert said in str(problem.value)
     assert problem.value.exit_code == 3
+
+
+def test_on_a_gpu_two_passes_of_the_same_weights_may_round_differently() -> None:
+    with assumed(GPU):
+        invariants().same_weights(1e-6)
+        with pytest.raises(InvariantError, match="kl_zero"):
+            invariants().same_weights(1e-4)
 
 
 @pytest.mark.parametrize("name", BROKEN)
