@@ -112,6 +112,9 @@ def test_a_run_killed_in_every_part_of_a_phase_ends_in_the_unbroken_runs_weights
     finish(unbroken, *settings)
     draw = random.Random(critic)
     killed_in = [kill_in(part, broken, draw, *settings) for part in PARTS]
+    for _ in range(3):  # on a busy machine the run may have gone on to the next part by the time it is killed
+        if "score" not in killed_in:
+            killed_in.append(kill_in("score", broken, draw, *settings))
     assert "score" in killed_in
     finish(broken, *settings)
     assert_same_bits(final_tensors(broken / "run"), final_tensors(unbroken / "run"))
