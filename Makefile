@@ -5,7 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # constraints.txt has one version of every package, so that the environment is the one that CI ran with. A torch that is
-# already there (a GPU machine's, in the Docker image) is left alone, with all that came with it: the environment sees it.
+# already there (a GPU machine's, in the Docker image) is left alone, with all that came with it and is new enough: the
+# environment sees it.
 # Without one, the CPU build comes first, so that no later step fetches CUDA packages.
 FIND_TORCH = $(PYTHON) -c 'import importlib.metadata as m; print(m.version("torch").split("+")[0])' 2>/dev/null
 export PIP_CONSTRAINT := $(CURDIR)/$(VENV)/constraints.txt

@@ -4,12 +4,22 @@
 # A run that was stopped early, with a checkpoint, ends with 143, which asks whoever started the container for another.
 set -uo pipefail
 
+# The CPU image has none, also on a machine with a GPU.
+readonly IMPORT_TRANSFORMER_ENGINE='
+import importlib.util
+if importlib.util.find_spec("transformer_engine"):
+    import transformer_engine.pytorch'
+
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
 settings=${MEGARL_SELFTEST:-tp=$([[ $gpus -eq 1 ]] && echo 1 || echo 2)}
 if [[ $settings != skip ]]; then
   # In a world of its own: an operator may have described the job's in these variables.
   # shellcheck disable=SC2086 # several settings, separated by spaces
   env -u RANK -u LOCAL_RANK -u WORLD_SIZE -u MASTER_ADDR -u MASTER_PORT python -m megarl.selftest $settings || exit
+  # Only here is there a driver, without which it cannot be imported.
+  if [[ $gpus -gt 0 ]] && ! told=$(python -c "$IMPORT_TRANSFORMER_ENGINE" 2>&1); then
+    echo "warning: Transformer Engine cannot be imported (${told##*$'\n'}): set parallel.kernels=torch" >&2
+  fi
 fi
 [[ $# -gt 0 ]] || exit 0
 

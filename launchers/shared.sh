@@ -119,12 +119,14 @@ choose_environment() {
   [[ $device == gpu ]] || return 0
   # Kernels start in the order in which they were queued, so that Megatron's communication overlaps its computation.
   setting CUDA_DEVICE_MAX_CONNECTIONS 1
-  # Responses have all lengths: without it, memory is lost in pieces that no later tensor fits into.
-  setting PYTORCH_CUDA_ALLOC_CONF expandable_segments:True
+  # Responses have all lengths: without it, memory is lost in pieces that no later tensor fits into. Read by torch 2.9
+  # and newer, which warn of the old name, PYTORCH_CUDA_ALLOC_CONF.
+  setting PYTORCH_ALLOC_CONF expandable_segments:True
   # A collective whose peer died ends after parallel.timeout_s with an error instead of waiting forever ...
   setting TORCH_NCCL_ASYNC_ERROR_HANDLING 1
-  # ... also where the watchdog itself hangs, after these seconds instead of the eight minutes it is given otherwise ...
-  setting TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC 120
+  # ... also where the watchdog itself hangs, after these seconds. It also stands still in a healthy process, in long
+  # allocations, when modules are loaded and while CUDA graphs are recorded: less time would kill such a run ...
+  setting TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC 600
   # ... and the last collectives of each rank are written down then, which tells the rank that did not come.
   setting TORCH_NCCL_TRACE_BUFFER_SIZE 2000
   setting TORCH_NCCL_DUMP_ON_TIMEOUT 1

@@ -1,7 +1,9 @@
 """The versions that `make` installs: `constraints.txt` has an exact one for every package, as CI ran with them.
 
-    python tools/versions.py constrain FILE   # write what holds for this interpreter
-    python tools/versions.py lock             # renew constraints.txt: the newest of everything, in a fresh environment
+    python tools/versions.py constrain FILE [PACKAGE ...]   # write what holds for this interpreter
+    python tools/versions.py lock   # renew constraints.txt: the newest of everything, in a fresh environment
+
+The pin of a PACKAGE named after FILE holds on every Python, unless it is installed beside torch.
 
 Those who `pip install megarl` get the ranges of pyproject.toml instead.
 """
@@ -13,11 +15,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "constraints.txt"
+# Other packages of a machine were built for exactly these.
+COMPILED_AGAINST = ("torch", "numpy", "protobuf")
 HEADER = """\
 # What CI runs with, on Python {python}. `make lock` makes this file; `make venv` and the images install it.
 """
@@ -35,17 +40,34 @@ def read_lock(text: str) -> tuple[str, dict[str, str]]:
     return python.group(1) if python else "", {normal(line.partition("==")[0]): line for line in pins}
 
 
-def constraints(text: str, python: str, installed: dict[str, str]) -> list[str]:
+def constraints(text: str, python: str, installed: dict[str, str], always: Sequence[str] = ()) -> list[str]:
     """The pins that hold for an interpreter.
 
-    What an interpreter with torch already has (a GPU machine's, an image's) is left as it is. Pins were tried on one
-    Python version: another one takes torch's alone, as the newest of a package may not exist for it.
+    What an interpreter with torch already has (a GPU machine's, an image's) is never replaced by an older version, and
+    by a newer one only where another package requires it; COMPILED_AGAINST is never replaced. Pins were tried on one
+    Python version: another one takes torch's and those of `always`, as the newest of a package may not exist for it.
     """
     made_on, pins = read_lock(text)
-    if "torch" in installed:
-        kept = [f"{name}=={version.partition('+')[0]}" for name, version in installed.items() if name in pins]
-        return kept + ([line for name, line in pins.items() if name not in installed] if python == made_on else [])
-    return list(pins.values()) if python == made_on else [pins["torch"]]
+    found = installed if "torch" in installed else {}
+    kept = [
+        f"{name}{'==' if name in COMPILED_AGAINST else '>='}{version.partition('+')[0]}"
+        for name, version in found.items()
+        if name in pins
+    ]
+    return kept + [
+        line
+        for name, line in pins.items()
+        if name not in found and (python == made_on or name == "torch" or name in always)
+    ]
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions by package. Of a package that is there twice, the one that is imported: the first on the path."""
+    found: dict[str, str] = {}
+    for one in distributions():
+        if one.metadata["Name"]:  # a leftover of a package that was removed has none
+            found.setdefault(normal(one.metadata["Name"]), one.version)
+    return found
 
 
 def lock() -> None:
@@ -69,8 +91,8 @@ def lock() -> None:
 def main() -> None:
     if sys.argv[1:2] == ["constrain"]:
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
-        installed = {normal(one.metadata["Name"]): one.version for one in distributions()}
-        pins = constraints(LOCK.read_text(encoding="utf-8"), python, installed)
+        always = [normal(name) for name in sys.argv[3:]]
+        pins = constraints(LOCK.read_text(encoding="utf-8"), python, installed_versions(), always)
         Path(sys.argv[2]).write_text("".join(f"{pin}\n" for pin in pins), encoding="utf-8")
     elif sys.argv[1:] == ["lock"]:
         lock()

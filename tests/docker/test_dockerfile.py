@@ -39,12 +39,14 @@ def stages() -> dict[str, list[tuple[str, str]]]:
     for name, rest in instructions():
         if name == "FROM":
             current = found[rest.split(" AS ")[1]] = []
-        current.append((name, rest))
+        if found:  # an ARG for several stages comes before the first
+            current.append((name, rest))
     return found
 
 
 def arguments() -> dict[str, str]:
-    pairs = (rest.split("=", 1) for name, rest in instructions() if name == "ARG")
+    """Those with a value: a stage that uses an earlier one only names it."""
+    pairs = (rest.split("=", 1) for name, rest in instructions() if name == "ARG" and "=" in rest)
     return {key: value.strip('"') for key, value in pairs}
 
 
@@ -99,16 +101,22 @@ def test_the_cpu_image_has_the_torch_that_ci_has() -> None:
     assert str(constraints()["torch"]) == arguments()["TORCH_CPU_VERSION"]
 
 
-def test_the_kernels_are_whole_commits_that_suit_megatron() -> None:
+def test_transformer_engine_is_a_whole_commit_that_suits_megatron() -> None:
     pins = arguments()
     assert TRANSFORMER_ENGINE.contains(pins["TRANSFORMER_ENGINE_VERSION"])
-    for key in ("TRANSFORMER_ENGINE_COMMIT", "APEX_COMMIT"):
-        assert re.fullmatch(r"[0-9a-f]{40}", pins[key])
+    assert re.fullmatch(r"[0-9a-f]{40}", pins["TRANSFORMER_ENGINE_COMMIT"])
     built = " ".join(rest for name, rest in stages()["kernels"] if name == "RUN")
     assert "${TRANSFORMER_ENGINE_COMMIT}" in built
-    assert "${APEX_COMMIT}" in built
     named = PROJECT["dependencies"] + [text for extra in PROJECT["optional-dependencies"].values() for text in extra]
     assert not {Requirement(text).name for text in named} & {"apex", "transformer-engine"}
+
+
+def test_the_build_imports_nothing_that_needs_a_driver() -> None:
+    imported = [
+        rest for name, rest in instructions() if name == "RUN" and re.search(r"import[^;]*transformer_engine", rest)
+    ]
+    assert imported == []
+    assert 'check_installed.py "transformer-engine==${TRANSFORMER_ENGINE_VERSION}" torch' in installing("gpu")
 
 
 def test_the_gpu_image_sets_what_the_launchers_set() -> None:
@@ -130,12 +138,53 @@ def test_an_image_runs_as_a_numbered_user_behind_the_entry_point(stage: str) -> 
     assert ("ENTRYPOINT", '["/opt/megarl/entrypoint.sh"]') in steps
 
 
-def test_the_gpu_image_is_the_last_stage_and_keeps_ngcs_torch() -> None:
+def installing(stage: str) -> str:
+    """The last RUN of a stage with a pip install in it."""
+    return [rest for name, rest in stages()[stage] if name == "RUN" and "pip install" in rest][-1]
+
+
+def test_the_gpu_image_is_the_last_stage_and_keeps_what_ngc_installed() -> None:
     assert list(stages()) == ["wheel", "cpu", "kernels", "gpu"]
-    installed = next(rest for name, rest in stages()["gpu"] if name == "RUN" and "grep" in rest)
-    assert "^(torch|numpy|setuptools)==" in installed
+    steps = installing("gpu").split(" && ")
+    constrain = next(index for index, step in enumerate(steps) if "versions.py constrain /opt/megarl/pins.txt" in step)
+    install = next(index for index, step in enumerate(steps) if step.strip().startswith("pip install"))
+    assert constrain < install
+    assert "--constraint /opt/megarl/pins.txt" in steps[install]
+    named = steps[constrain].split("pins.txt")[1].split()
+    assert "megatron-core" in named
+    assert set(named) <= set(constraints())
     images = {stage: steps[0][1].split(" AS ")[0] for stage, steps in stages().items()}
     assert images["gpu"] == images["kernels"], "kernels are compiled for the torch that they meet"
+
+
+def package(folder: Path, name: str, version: str, *requirements: str) -> None:
+    """The metadata of an installed package."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    required = "".join(f"Requires-Dist: {text}\n" for text in requirements)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{required}")
+
+
+@pytest.mark.parametrize(
+    ("version", "requirements", "told"),
+    [
+        ("2.11.0+c188b53", ["torch>=2.1", "nosuch; extra == 'test'"], []),
+        ("2.9.0", ["torch>=2.1"], ["transformer-engine==2.11.0", "2.9.0"]),
+        ("2.11.0", ["torch>=2.11"], ["torch>=2.11", "2.10.0a0"]),
+        ("2.11.0", ["torch", "nosuch>=1"], ["nosuch>=1", "not installed"]),
+        ("2.11.0", ["packaging"], ["does not require torch"]),
+    ],
+)
+def test_transformer_engine_is_checked_by_its_metadata(
+    version: str, requirements: list[str], told: list[str], tmp_path: Path
+) -> None:
+    package(tmp_path, "torch", "2.10.0a0+b558c986e8.nv25.11")
+    package(tmp_path, "transformer-engine", version, *requirements)
+    command = [sys.executable, str(DOCKER / "check_installed.py"), "transformer-engine==2.11.0", "torch"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == (1 if told else 0), done.stderr
+    assert len(done.stderr.splitlines()) == (1 if told else 0)
+    assert all(word in done.stderr for word in told)
 
 
 def test_only_what_is_copied_goes_into_the_build() -> None:
@@ -167,6 +216,48 @@ def entry(folder: Path, *command: str, **environ: str) -> "subprocess.Popen[str]
         text=True,
         cwd=folder,
     )
+
+
+def started_with(folder: Path, gpus: int, **modules: str) -> tuple[int, str]:
+    """Exit code and error output of a container with GPUs, whose Python has these modules."""
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, lines in {"nvidia-smi": "echo GPU\n" * gpus, "python": f'exec {sys.executable} "$@"\n'}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{lines}")
+        (programs / name).chmod(0o755)
+    for name, text in {"megarl.selftest": "", **modules}.items():
+        path = folder.joinpath("modules", *name.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "__init__.py").touch()
+        path.write_text(text)
+    environ = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(folder / "modules"), "MEGARL_SELFTEST": ""}
+    command = [str(DOCKER / "entrypoint.sh"), "true"]
+    done = subprocess.run(
+        command, env={**os.environ, **environ}, cwd=folder, capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stderr
+
+
+BROKEN = {"transformer_engine.pytorch": 'raise OSError("libcuda.so.1: cannot open shared object file")'}
+
+
+def test_a_broken_transformer_engine_is_told_at_the_first_start_with_a_gpu(tmp_path: Path) -> None:
+    code, told = started_with(tmp_path, 1, **BROKEN)
+    assert code == 0
+    assert len(told.splitlines()) == 1
+    assert "OSError: libcuda.so.1" in told
+    assert "parallel.kernels=torch" in told
+
+
+@pytest.mark.parametrize(
+    ("gpus", "modules"),
+    [(0, BROKEN), (1, {}), (1, {"transformer_engine.pytorch": ""})],
+    ids=["no gpu", "none", "whole"],
+)
+def test_a_start_without_a_broken_transformer_engine_says_nothing(
+    gpus: int, modules: dict[str, str], tmp_path: Path
+) -> None:
+    assert started_with(tmp_path, gpus, **modules) == (0, "")
 
 
 # Says that it is ready, and on a notice leaves word as a run does that was stopped with a checkpoint.

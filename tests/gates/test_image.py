@@ -1,0 +1,81 @@
+"""The steps of docker/Dockerfile that need no container engine, in fresh environments."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docker.test_dockerfile import PYTHON_OF_NGC, installing, package
+from tests.gates.environments import ROOT, run
+from tools.versions import normal, read_lock
+
+UNSEEN = ["PIP_CONSTRAINT", "MEGARL_SELFTEST", "MEGARL_STATUS_FILE"]
+# As in an image of November 2025: all older than the pins. Several are too old for what megarl requires today.
+OF_THE_IMAGE = {
+    "torch": "2.10.0a0+b558c986e8.nv25.11",
+    "numpy": "2.1.0",
+    "protobuf": "6.33.0",
+    "packaging": "25.0",
+    "typing_extensions": "4.15.0",
+    "fsspec": "2025.9.0",
+    "pillow": "12.0.0",
+    "click": "8.3.0",
+}
+
+
+def listed(python: Path, folder: Path) -> dict[str, str]:
+    lines = run(python, "-m", "pip", "list", "--format=freeze", cwd=folder, timeout=300).stdout.splitlines()
+    return {normal(name): version for name, _, version in (line.partition("==") for line in lines) if version}
+
+
+@pytest.mark.gate
+def test_the_cpu_images_steps_give_an_environment_that_trains(tmp_path: Path) -> None:
+    """TORCH_INDEX says, as for make, where the CPU build of torch is; without it, pip's own index has to have it."""
+    done = run(
+        *("bash", ROOT / "docker" / "try_cpu.sh", tmp_path / "image"),
+        cwd=tmp_path,
+        timeout=1800,
+        without=UNSEEN,
+        PYTHON=sys.executable,
+        TORCH_INDEX=os.environ.get("TORCH_INDEX", ""),
+    )
+    told = done.stdout
+    assert f"megarl is {tmp_path}/image/cpu/lib" in told
+    tested, listing, preset = "the layout gives the same numbers", "usage: python -m megarl.train_sft", "num_layers: 44"
+    assert -1 < told.find(tested) < told.find(listing) < told.find(preset)
+    _, pins = read_lock((ROOT / "constraints.txt").read_text(encoding="utf-8"))
+    pinned = {name: line.partition("==")[2] for name, line in pins.items()}
+    installed = listed(tmp_path / "image" / "cpu" / "bin" / "python", tmp_path)
+    found = {name: version.partition("+")[0] for name, version in installed.items()}
+    assert {"tensorboard", "wandb", "megatron-core"} <= set(found)
+    others = {name: version for name, version in found.items() if pinned.get(name) != version}
+    assert set(others) <= {"megarl", "pip", "setuptools"}
+
+
+def python_of_ngc() -> str:
+    found = shutil.which(f"python{PYTHON_OF_NGC}")
+    if found is None or subprocess.run([found, "-c", ""], capture_output=True).returncode:
+        pytest.skip(f"no Python {PYTHON_OF_NGC}")
+    return found
+
+
+@pytest.mark.gate
+def test_the_gpu_images_pins_can_be_installed_and_replace_nothing_that_ngc_compiled(tmp_path: Path) -> None:
+    run(python_of_ngc(), "-m", "venv", tmp_path / "venv", cwd=tmp_path, timeout=300)
+    python = tmp_path / "venv" / "bin" / "python"
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    for name, version in OF_THE_IMAGE.items():
+        package(packages, name, version)
+    named = installing("gpu").partition("pins.txt")[2].split("&&")[0].split()
+    pins = tmp_path / "pins.txt"
+    run(python, ROOT / "tools" / "versions.py", "constrain", pins, *named, cwd=tmp_path, timeout=60)
+    install = [python, "-m", "pip", "install", "--dry-run", "--constraint", pins, ROOT, "tensorboard", "wandb"]
+    told = run(*install, cwd=tmp_path, timeout=1800, without=UNSEEN).stdout
+    (line,) = re.findall(r"^Would install (.*)", told, re.MULTILINE)
+    new = dict(word.rpartition("-")[::2] for word in line.split())
+    assert new["megatron-core"] == "0.16.1"
+    assert {normal(name) for name in new} & {normal(name) for name in OF_THE_IMAGE} == {"click"}
