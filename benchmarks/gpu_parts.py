@@ -89,7 +89,7 @@ QWEN3 = Shape(
     batch=1,
     length=16384,
 )
-"""The shape and length of the public figure of 11.1% MFU on one H100."""
+"""A published model's shape at a length at which attention is most of the work."""
 
 
 # --- right ------------------------------------------------------------------------------------------------------------
@@ -196,6 +196,7 @@ def resume(options: Options) -> Outcome:
     with TemporaryDirectory() as folder:
         words.append(walks(Path(folder, "data")))
         whole = command("sft", words, Path(folder, "whole"), options.accelerator, gpu_settings=options.small)
+        again = command("sft", words, Path(folder, "again"), options.accelerator, gpu_settings=options.small)
         command(
             "sft",
             [*words, "trainer.max_steps=2"],
@@ -204,11 +205,12 @@ def resume(options: Options) -> Outcome:
             gpu_settings=options.small,
         )
         parted = command("sft", words, Path(folder, "parted"), options.accelerator, gpu_settings=options.small)
-    series = [[row["train/loss"] for row in rows] for rows in (whole, parted)]
-    ok = series[0] == series[1]
-    rows = [[str(step), *pair] for step, pair in enumerate(zip(*series, strict=False), 1)]
-    says = "a resumed run has the same losses, to the last digit" if ok else "a resumed run has other losses"
-    return Outcome(ok, says, ["step", "whole run", "stopped after 2"], rows)
+    series = [[float(row["train/loss"]) for row in rows] for rows in (whole, again, parted)]
+    noise, apart = (max(abs(a - b) for a, b in zip(series[0], other, strict=True)) for other in series[1:])
+    ok = apart <= 2 * noise  # a GPU's fused attention does not give the same bits twice
+    rows = [[str(step), *map(str, losses)] for step, losses in enumerate(zip(*series, strict=True), 1)]
+    says = f"a resumed run's losses are {apart:.1e} from the whole run's, and a second whole run's {noise:.1e}"
+    return Outcome(ok, says, ["step", "whole run", "whole run again", "stopped after 2"], rows)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -329,7 +331,7 @@ def command(
     where = (f"run.dir={folder}", f"trainer.accelerator={accelerator}")
     done = subprocess.run(
         [sys.executable, "-m", f"megarl.train_{algorithm}", *words, *QUIET, *where],
-        env={**os.environ, VARIABLE: "1" if gpu_settings else "0"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", VARIABLE: "1" if gpu_settings else "0"},
         capture_output=True,
         text=True,
         check=False,

@@ -58,7 +58,6 @@ class TinyEngine:
 
     name = "policy"
     optimizer = None
-    chunks = ()
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid

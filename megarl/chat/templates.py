@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -26,6 +26,7 @@ _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _LARGEST = 10**6
 """Characters, or parts of a list, that a template may make of one operation."""
+_WIDENING = ("center", "ljust", "rjust", "zfill", "expandtabs", "indent")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -175,7 +176,7 @@ def _compiled(source: str) -> Any:
         raise TemplateError(message)
 
     class Bounded(ImmutableSandboxedEnvironment):
-        """A few signs of a template cannot fill the memory."""
+        """One operation or call of a template cannot fill the memory. A loop that doubles a text still can."""
 
         intercepted_binops = frozenset(("*", "**", "%"))
 
@@ -185,11 +186,25 @@ def _compiled(source: str) -> Any:
             return super().call_binop(context, operator, left, right)
 
         def call(self, context: Any, called: Any, *given: Any, **named: Any) -> Any:
-            if any(isinstance(one, int) and one > _LARGEST for one in (*given, *named.values())):
-                raise TemplateError(f"a function is given a number above {_LARGEST:,}")
+            refuse_wide(getattr(called, "__name__", ""), getattr(called, "__self__", None), *given, *named.values())
             return super().call(context, called, *given, **named)
 
+    def refuse_wide(name: str, text: Any, *given: Any) -> None:
+        wide = name in _WIDENING and any(isinstance(one, int) and one > _LARGEST for one in given)
+        if wide or (name in ("format", "format_map") and re.search(r"[0-9]{7}", str(text))):
+            raise TemplateError(f"the result of {name} is longer than any chat")
+
+    def bounded(name: str) -> Callable[..., Any]:
+        filter_ = environment.filters[name]
+
+        def call(value: Any, *given: Any, **named: Any) -> Any:
+            refuse_wide(name, value, *given, *named.values())
+            return filter_(value, *given, **named)
+
+        return call
+
     environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loop_controls])
+    environment.filters |= {name: bounded(name) for name in ("center", "indent", "format")}
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": _strftime_now}
     return environment.from_string(source)

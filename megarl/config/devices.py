@@ -12,10 +12,11 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @contextmanager
 def hide_gpus(accelerator: str) -> Iterator[None]:
-    """Let a run with trainer.accelerator=cpu see no GPU: Megatron would build its models on one. The environment is
-    afterwards as it was before.
+    """Let a run with trainer.accelerator=cpu see no GPU: Megatron would build its models on one.
 
     CUDA reads the variable when it is first asked for a device, so this comes before torch is imported where it can.
+    The environment is afterwards as it was before, unless Megatron has been changed for a CPU: of that there is no way
+    back, and later runs of this process see no GPU either.
     """
     if accelerator != "cpu":
         yield
@@ -31,7 +32,10 @@ def hide_gpus(accelerator: str) -> Iterator[None]:
             )
         yield
     finally:
-        if before is None:
+        adapter = sys.modules.get("megarl.parallel.cpu")
+        if adapter is not None and adapter.installed():
+            pass
+        elif before is None:
             os.environ.pop(VISIBLE, None)
         else:
             os.environ[VISIBLE] = before

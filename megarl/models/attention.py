@@ -20,7 +20,7 @@ from megarl.models.rotary import Rotation, rotate
 from megarl.parallel.device import device_settings
 
 log = get_logger(__name__)
-_told: set[tuple[object, ...]] = set()
+_logged: set[tuple[object, ...]] = set()
 SHORT = 64  # queries up to which two plain products are faster than torch's fused kernel on a CPU
 LARGE_SCORES = 2**30
 """Bytes of a layer's scores from which it is warned of a kernel that keeps them."""
@@ -171,7 +171,7 @@ class SelfAttention(MegatronModule):
                 k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
                 grouped = False
             if not device_settings().plain_attention:
-                tell_kernel(q, k, v, mask, dropout, causal, grouped)
+                log_kernel(q, k, v, mask, dropout, causal, grouped)
             with get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext():
                 mixed = F.scaled_dot_product_attention(
                     q, k, v, mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
@@ -179,25 +179,27 @@ class SelfAttention(MegatronModule):
         return mixed.permute(2, 0, 1, 3).flatten(-2)
 
 
-def tell_kernel(
+def log_kernel(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, grouped: bool
 ) -> None:
-    """Say which of torch's kernels attention gets, once for each kind of question.
+    """Log which of torch's kernels attention gets, once for each kind of input.
 
-    The one without a name of its own, "math", keeps the scores of every layer for the backward pass: of long rows, more
+    The one that is not fused, "math", keeps the scores of every layer for the backward pass: of long rows, more
     than a GPU has.
     """
-    kind = (q.dtype, mask is not None, grouped, dropout > 0, torch.is_grad_enabled())
-    if kind in _told or q.device.type not in ("cpu", "cuda"):
+    scores = 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    large = scores > LARGE_SCORES
+    kind = (q.dtype, mask is not None, grouped, dropout > 0, large)
+    if kind in _logged or q.device.type not in ("cpu", "cuda"):
         return
-    _told.add(kind)
+    _logged.add(kind)
     choice = SDPBackend(torch._fused_sdp_choice(q, k, v, mask, dropout, causal, enable_gqa=grouped))
     name = choice.name.lower()
-    asked = ["a mask"] * (mask is not None) + ["grouped heads"] * grouped + ["dropout"] * (dropout > 0)
-    with_these = f" with {', '.join(asked)}" if asked else ""
+    parts = ["a mask"] * (mask is not None) + ["grouped heads"] * grouped + ["dropout"] * (dropout > 0)
+    parts += ["long rows"] * large
+    with_these = f" with {', '.join(parts)}" if parts else ""
     log.info("attention in %s%s: torch's kernel %s", str(q.dtype).removeprefix("torch."), with_these, name)
-    scores = 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    if choice == SDPBackend.MATH and scores > LARGE_SCORES:
+    if choice == SDPBackend.MATH and large:
         log.warning(
             "attention keeps %.1f GiB of scores a layer for rows of %s tokens, because no fused kernel takes these: "
             "use shorter rows, no packing (data.pack=false, ppo.pack=false) or trainer.precision=bf16",

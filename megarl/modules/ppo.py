@@ -365,10 +365,12 @@ class PPO(GenerativeModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        before = checkpoint.get("scorers", self.scorers).get(REWARD)  # older versions did not keep it
-        other_function = before != self.scorers.get(REWARD)
+        if "scorers" in checkpoint:
+            other_function = checkpoint["scorers"].get(REWARD) != self.scorers.get(REWARD)
+        else:  # an older version's
+            other_function = not self.changed.isdisjoint(("reward.fn", "reward.options"))
         if other_function:
-            log.warning("reward.fn scores by other code or options than it did: the scores' moments are counted anew")
+            log.warning("the file or the options of reward.fn changed: the scores' moments are counted anew")
         other_scores = other_function or "ppo.clip_scores" in self.changed
         self.shaping.load_state_dict(checkpoint["shaping"], other_scores=other_scores)
         self.reference_name = checkpoint.get("reference")

@@ -40,6 +40,11 @@ def needed() -> bool:
     return not torch.cuda.is_available()
 
 
+def installed() -> bool:
+    """True once the adapter is switched on in this process, which cannot be undone."""
+    return _installed
+
+
 def install() -> None:
     """Switch the adapter on (idempotent). Refused beside a GPU and with an untested megatron-core."""
     global _installed

@@ -231,15 +231,19 @@ def _make_states_savable() -> None:
 def save_bytes(engines: Sequence["Engine"]) -> int:
     """Host memory that a save takes on this rank at its fullest: Megatron's optimizer gathers every replica's part.
 
-    A lone replica has nothing to gather. Of each number that trains there are three in float32, and one of the three
-    once more while its padding is put back.
+    Of each number that trains there are three in float32, and, where there are several replicas, one of the three once
+    more while its padding is put back.
     """
-    gathering = [engine for engine in engines if engine.grid.layout.dp > 1]
-    sizes: list[int] = [buffer.numel for engine in gathering for chunk in engine.chunks for buffer in chunk.buffers]
-    return 4 * (len(STATES) * sum(sizes) + max(sizes, default=0))
+    total = largest = 0
+    for engine in engines:
+        if engine.optimizer is not None:
+            sizes = [buffer.numel for chunk in engine.chunks for buffer in chunk.buffers]
+            total += sum(sizes)
+            largest = max([largest, *sizes]) if engine.grid.layout.dp > 1 else largest
+    return 4 * (len(STATES) * total + largest)
 
 
-def tell_of_saves(needed: int, ranks: int, available: int) -> None:
+def warn_of_save_memory(needed: int, ranks: int, available: int) -> None:
     """Warn before the first save where the host memory of a machine is too small for those of its ranks.
 
     Args:

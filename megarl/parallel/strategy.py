@@ -18,7 +18,7 @@ from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
 from megarl.parallel.meeting import Seat, interruptible, join
-from megarl.parallel.optimizer import save_bytes, tell_of_saves
+from megarl.parallel.optimizer import save_bytes, warn_of_save_memory
 
 log = get_logger(__name__)
 
@@ -77,7 +77,7 @@ class MegatronStrategy(DDPStrategy):
                 )
         super().setup(trainer)
         free = psutil.virtual_memory().available
-        tell_of_saves(save_bytes(list(self.engines.values())), self.num_processes, free)
+        warn_of_save_memory(save_bytes(list(self.engines.values())), self.num_processes, free)
 
     def configure_ddp(self) -> None:
         """Gradients are reduced by Megatron's buffers inside each engine, not by torch's DDP around the module."""

@@ -51,7 +51,7 @@ def test_on_a_gpu_two_passes_of_the_same_weights_may_round_differently() -> None
     with assumed(GPU):
         invariants().same_weights(1e-6)
         with pytest.raises(InvariantError, match="kl_zero"):
-            invariants().same_weights(1e-4)
+            invariants().same_weights(1e-3)
 
 
 @pytest.mark.parametrize("name", BROKEN)

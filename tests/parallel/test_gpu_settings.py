@@ -141,10 +141,10 @@ def test_decoding_reads_grouped_heads_and_masks_without_a_fused_kernel(monkeypat
     assert mixed.shape == (1, 3, 32)
 
 
-def test_the_kernel_that_attention_gets_is_said_once_for_each_kind_of_question(
+def test_the_kernel_that_attention_gets_is_said_once_for_each_kind_of_input(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(attention, "_told", set())
+    monkeypatch.setattr(attention, "_logged", set())
     layer = SimpleNamespace(config=SimpleNamespace(attention_dropout=0.0), training=False)
     query, keys, mask = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.zeros(2, 1, 9, 9)
     caplog.set_level("INFO", logger="megarl")
@@ -163,11 +163,11 @@ def test_the_kernel_that_attention_gets_is_said_once_for_each_kind_of_question(
 def test_a_kernel_that_keeps_all_scores_of_long_rows_is_warned_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(attention, "_told", set())
+    monkeypatch.setattr(attention, "_logged", set())
     monkeypatch.setattr(attention, "LARGE_SCORES", 2 * 4 * 9 * 9 * 4 - 1)
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: SDPBackend.MATH.value)
     query = torch.randn(2, 4, 9, 8)
-    attention.tell_kernel(query, query, query, None, 0.0, True, False)
+    attention.log_kernel(query, query, query, None, 0.0, True, False)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "rows of 9 tokens" in warning
     assert "data.pack=false, ppo.pack=false" in warning
