@@ -186,7 +186,8 @@ def _compiled(source: str) -> Any:
             return super().call_binop(context, operator, left, right)
 
         def call(self, context: Any, called: Any, *given: Any, **named: Any) -> Any:
-            refuse_wide(getattr(called, "__name__", ""), getattr(called, "__self__", None), *given, *named.values())
+            text = getattr(getattr(called, "__wrapped__", called), "__self__", None)  # Jinja wraps str.format
+            refuse_wide(getattr(called, "__name__", ""), text, *given, *named.values())
             return super().call(context, called, *given, **named)
 
     def refuse_wide(name: str, text: Any, *given: Any) -> None:
