@@ -89,7 +89,8 @@ class ShardedCheckpointIO(CheckpointIO):
         def fill(template: dict[str, Any]) -> dict[str, Any]:
             return shards.read(template, sharded_common, parts, folder, grid)
 
-        log.info("restoring from %s (step %s, written at %s)", folder, common.get("global_step"), common.get("layout"))
+        steps = common.get("global_step")  # the folder's name counts phases, where a run has them
+        log.info("restoring from %s (%s optimizer steps, written at %s)", folder, steps, common.get("layout"))
         return {**common, "state_dict": fill, "folder": str(folder)}
 
     def remove_checkpoint(self, path: Any) -> None:

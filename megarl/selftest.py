@@ -197,10 +197,12 @@ def report(settings: Settings, rows: list[list[str]], agree: bool) -> None:
 
 
 def run(argv: list[str]) -> int:
+    from megarl.parallel.device import device_settings
     from megarl.parallel.processes import know_slurm
 
     settings = parse(argv)
     check_launcher(os.environ)
+    device_settings()  # refuses what its variable must not be, before any process is started
     know_slurm()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:

@@ -176,8 +176,9 @@ class PPOSettings:
     )
     stop_at_kl: float | None = leaf(
         0.2,
-        "maximum mean KL, in nats per token, between the policy and the policy at the start of the phase: policy "
-        "training ends for the phase at the first minibatch above it (null: no limit)",
+        "maximum KL of the policy from the policy at the start of the phase, measured as the mean of old minus new "
+        "log-probs of a minibatch's tokens (so it can be below 0): policy training ends for the phase at the first "
+        "minibatch above it (null: no limit)",
         above=0,
     )
     clip_scores: float | None = leaf(None, "scores are cut to plus or minus this (null: not)", above=0)

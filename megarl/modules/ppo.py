@@ -71,13 +71,12 @@ class PPO(GenerativeModule):
         if self.engines:
             return
         config = self.config
-        minibatches = -(-config.ppo.rollouts // config.trainer.global_batch_size)
+        per_phase = self.steps_of_a_phase
         common: dict[str, Any] = {
             "vocab_size": self.vocab_size,
             "precision": config.trainer.precision,
             "seed": config.seed,
         }
-        per_phase = config.ppo.inner_epochs * minibatches
         shared = config.critic.kind == "shared"
         self.policy = self.critic = build_gpt_engine(
             self.grid,
@@ -107,6 +106,12 @@ class PPO(GenerativeModule):
             )
             self.engines["critic"] = self.critic
         self.prepare_responses()
+
+    @property
+    def steps_of_a_phase(self) -> int:
+        """Optimizer steps of a phase that trains on all of its responses to its end."""
+        minibatches = -(-self.config.ppo.rollouts // self.config.trainer.global_batch_size)
+        return self.config.ppo.inner_epochs * minibatches
 
     def on_fit_start(self) -> None:
         """What a run starts from. A resume has it from its checkpoint, and its reference from `on_load_checkpoint`."""
@@ -176,6 +181,7 @@ class PPO(GenerativeModule):
 
     def training_step(self, prompt_numbers: list[int], batch_idx: int) -> None:
         prompts = [self.prompts[number] for number in prompt_numbers]
+        self._place_schedules()
         rate = self.policy.learning_rate
         rollouts, scores, judgement = self.explore(prompts)
         batch = as_batch(rollouts)
@@ -255,6 +261,14 @@ class PPO(GenerativeModule):
                 break
             self.invariants.tokens(counted, expected)
         return self._means(collected)
+
+    def _place_schedules(self) -> None:
+        """Learning rates follow the phases that are done, also where some of them had fewer steps: were cut short by
+        ppo.stop_at_kl, lost responses, or were of another length before a resume."""
+        warm_up = self.config.critic.warmup_phases
+        self.policy.move_schedule_to(max(0, self.consumed - warm_up) * self.steps_of_a_phase)
+        if self.critic is not self.policy:
+            self.critic.move_schedule_to(self.consumed * self.steps_of_a_phase)
 
     def _is_over(self) -> bool:
         """Whether nothing trains any more in this phase."""

@@ -115,6 +115,11 @@ class Engine:
         sums = self.grid.sum_over_data(sums.to(self.grid.device))
         return dict(zip(names, sums.tolist(), strict=True))
 
+    def move_schedule_to(self, step: int) -> None:
+        """Put the learning rate where it is after so many steps."""
+        if self.schedule is not None and self.schedule.num_steps != step:
+            self.schedule.step(step - self.schedule.num_steps)
+
     def apply_gradients(self) -> float:
         """Clip, update, move the schedule. Returns the gradient norm before clipping."""
         assert self.optimizer is not None

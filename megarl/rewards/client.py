@@ -139,7 +139,7 @@ class RewardWorker:
         self._retries, self._on_error, self._batch_size = retries, on_error, batch_size
         self._devices = devices
         self._process: WorkerProcess | None = None
-        self._told: set[tuple[str, str]] = set()
+        self._told: set[tuple[str, str, bool]] = set()
 
     @property
     def name(self) -> str:
@@ -230,7 +230,7 @@ class RewardWorker:
             scores.retried += attempt > 0
             rows, found = self._attempt(question, rows, scores)
             if failure is not None and found != failure:  # what fails the same way again is told once, in the end
-                self._tell(failure, "and is asked again")
+                self._tell(failure, dropped=False, follows="and is asked again")
             failure = found
             if failure is None:
                 return
@@ -243,13 +243,16 @@ class RewardWorker:
                 "out with reward.on_error=drop"
             )
         scores.dropped += len(rows)
-        self._tell(failure, f"and {len(rows)} samples are dropped (reward.on_error=drop): {_REMEDIES[failure.kind]}")
+        follows = f"and {len(rows)} samples are dropped (reward.on_error=drop): {_REMEDIES[failure.kind]}"
+        self._tell(failure, dropped=True, follows=follows)
 
-    def _tell(self, failure: _Failure, what_follows: str) -> None:
-        """A warning at the first failure of its kind; the counts that are logged tell of the others."""
-        level = logging.DEBUG if (failure.kind, failure.what) in self._told else logging.WARNING
-        self._told.add((failure.kind, failure.what))
-        _log.log(level, "%s=%s %s, %s", self._key, self.name, failure.reason, what_follows)
+    def _tell(self, failure: _Failure, *, dropped: bool, follows: str) -> None:
+        """A warning the first time that samples are asked for again, or dropped, for a reason; the counts that are
+        logged tell of the others."""
+        told = (failure.kind, failure.what, dropped)
+        level = logging.DEBUG if told in self._told else logging.WARNING
+        self._told.add(told)
+        _log.log(level, "%s=%s %s, %s", self._key, self.name, failure.reason, follows)
 
     def _attempt(
         self, question: _Question, rows: Sequence[int], scores: Scores

@@ -155,6 +155,17 @@ def test_a_policy_that_has_moved_too_far_trains_no_more_in_its_phase(
     assert moved == pytest.approx(largest / 2, abs=1e-7)  # of two minibatches, the first of which starts from no change
 
 
+def test_a_learning_rate_follows_the_phases_that_are_done(worlds: Worlds, tmp_path: Path) -> None:
+    """Whatever optimizer steps they had: the first two are cut short, and the others have smaller minibatches."""
+    schedule = ["optim.schedule=linear", "optim.warmup_steps=0", "optim.lr=1e-2", "optim.min_lr_ratio=0.1"]
+    settings = [*schedule, *SAVED, "clone.data=[]", "critic.kind=separate"]
+    worlds.run(1, run_ppo, tmp_path, *settings, "ppo.stop_at_kl=1e-9", "trainer.max_phases=2")
+    assert metrics(tmp_path, "train/lr") == [(pytest.approx(1e-2),), (pytest.approx(1e-2 * (1 - 0.9 / 2)),)]
+    smaller = ["trainer.global_batch_size=3", "ppo.stop_at_kl=null", "trainer.max_phases=4"]
+    worlds.run(1, run_ppo, tmp_path, *settings, *smaller)
+    assert metrics(tmp_path, "train/lr")[2:] == [(pytest.approx(1e-2 * (1 - 0.9 * done / 4)),) for done in (2, 3)]
+
+
 def test_sharing_slots_changes_no_number(worlds: Worlds, separate: list[str], tmp_path: Path) -> None:
     *settings, single = separate
     worlds.run(1, run_ppo, tmp_path, *settings, "ppo.pack=false")

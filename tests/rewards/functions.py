@@ -170,3 +170,8 @@ def raises_what_it_is_given(outputs: list[str], **_: Any) -> list[float]:
     calls = len(counter.read_text()) if counter.exists() else 0
     counter.write_text("x" * (calls + 1))
     raise ValueError(f"call {calls}")
+
+
+def nan_first(samples: list[str], **_: Any) -> list[float]:
+    """No score for every third sample of a call."""
+    return [float("nan") if index % 3 == 0 else 1.0 for index, _ in enumerate(samples)]

@@ -536,6 +536,15 @@ def test_dropped_samples_are_told_once_of_a_kind(start: Start, caplog: pytest.Lo
     assert "2 samples are dropped" in told[0]
 
 
+def test_samples_that_are_dropped_after_another_try_are_told_of(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    """The second try scores one of the two, and the other fails for the same reason as before."""
+    worker = start("nan_first", retries=1, on_error="drop")
+    assert ask(worker, "a", "b", "c", "d").dropped == 1
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert ["is asked again" in line for line in told] == [True, False]
+    assert "and 1 samples are dropped" in told[1]
+
+
 def test_a_metric_is_told_of_the_keys_that_there_are(start: Start) -> None:
     with start("sleeps", timeout_s=0.5, key="metric.fn") as worker, pytest.raises(RewardError) as caught:
         ask(worker, "a")
