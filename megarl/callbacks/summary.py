@@ -76,7 +76,11 @@ class Summary(Callback):
         if trainer.is_global_zero:
             self._say()
             if not self._steps_here and not early:
-                logger.info("%s %d was the last one planned, and is done", unit(trainer), steps_taken(trainer))
+                done = (unit(trainer), steps_taken(trainer))
+                if total is not None and done[1] > total:
+                    logger.info("%s %d is done, and this command plans %d: there is nothing to do", *done, total)
+                else:
+                    logger.info("%s %d was the last one planned, and is done", *done)
             if early:
                 logger.info("to go on: the same command with run.dir=%s run.resume=auto", self.path.parent)
 

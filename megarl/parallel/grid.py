@@ -129,6 +129,8 @@ class Grid:
                 box[1] = problem if travels else RuntimeError(f"rank 0: {type(problem).__name__}: {problem}")
         dist.broadcast_object_list(box, src=0, device=self.device)
         if box[1] is not None:
+            if isinstance(box[1], MegarlError) and failure is None:
+                box[1].said = True  # by the first rank, which raises it too
             raise failure or box[1]
         return box[0]
 

@@ -125,3 +125,21 @@ def test_processes_that_the_first_one_starts_do_not_wait(
     done: list[int] = []
     first_does(lambda: done.append(1), 60.0)
     assert done == worked
+
+
+def fails_on_the_first() -> tuple[str, bool]:
+    device = start_world()
+    grid = Grid(Layout.for_world(dist.get_world_size()), device)
+
+    def fail() -> None:
+        raise ConfigError("no such thing")
+
+    try:
+        grid.by_first(fail)
+    except ConfigError as error:
+        return str(error), error.said
+    return "nothing", False
+
+
+def test_what_the_first_rank_fails_of_is_raised_by_all_and_told_by_it_alone(worlds: Worlds) -> None:
+    assert worlds.run(2, fails_on_the_first) == [("no such thing", False), ("no such thing", True)]
