@@ -65,8 +65,12 @@ def installed_versions() -> dict[str, str]:
     """Versions by package. Of a package that is there twice, the one that is imported: the first on the path."""
     found: dict[str, str] = {}
     for one in distributions():
-        if one.metadata["Name"]:  # a leftover of a package that was removed has none
-            found.setdefault(normal(one.metadata["Name"]), one.version)
+        try:
+            name = one.metadata["Name"]
+        except FileNotFoundError:  # of a leftover, where the package importlib_metadata looks
+            continue
+        if name:  # a leftover of a package that was removed has none
+            found.setdefault(normal(name), one.version)
     return found
 
 

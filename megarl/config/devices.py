@@ -33,9 +33,8 @@ def hide_gpus(accelerator: str) -> Iterator[None]:
         yield
     finally:
         adapter = sys.modules.get("megarl.parallel.cpu")
-        if adapter is not None and adapter.installed():
-            pass
-        elif before is None:
-            os.environ.pop(VISIBLE, None)
-        else:
-            os.environ[VISIBLE] = before
+        if adapter is None or not adapter.installed():
+            if before is None:
+                os.environ.pop(VISIBLE, None)
+            else:
+                os.environ[VISIBLE] = before

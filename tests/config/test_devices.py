@@ -9,6 +9,7 @@ import pytest
 
 from megarl.config.devices import VISIBLE, hide_gpus
 from megarl.errors import ConfigError
+from megarl.parallel import cpu
 
 
 def torch_with(gpus: int) -> SimpleNamespace:
@@ -35,6 +36,7 @@ def test_the_environment_is_afterwards_as_it_was(
     before: str | None, fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VISIBLE, "")
+    monkeypatch.setattr(cpu, "installed", lambda: False)
     if before is None:
         del os.environ[VISIBLE]
     else:
@@ -44,6 +46,15 @@ def test_the_environment_is_afterwards_as_it_was(
         if fails:
             raise ValueError
     assert os.environ.get(VISIBLE) == before
+
+
+def test_a_process_whose_megatron_was_changed_for_a_cpu_sees_no_gpu_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VISIBLE, "0,1")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(cpu, "installed", lambda: True)
+    with hide_gpus("cpu"):
+        pass
+    assert os.environ[VISIBLE] == ""
 
 
 def test_a_gpu_that_is_in_use_already_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
