@@ -168,7 +168,7 @@ def graphs(options: Options) -> Outcome:
         for temperature in (0.0, 1.0):
             with _world() as grid:
                 engine = train_step.build_engine(shape, grid, precision)
-                left, right = (_answers(engine, shape, temperature, graphs) for graphs in (False, True))
+                left, right = (_answers(engine, shape, temperature, recorded) for recorded in (False, True))
             share = sum(a.response == b.response for a, b in zip(left, right, strict=True)) / len(left)
             ok &= share == 1.0 or precision == "bf16"  # bf16 rounds so much that two candidates can change places
             rows.append([precision, f"{temperature:g}", f"{share:.0%}"])
@@ -176,8 +176,8 @@ def graphs(options: Options) -> Outcome:
     return Outcome(ok, says, ["precision", "temperature", "same responses"], rows)
 
 
-def _answers(engine: Any, shape: Shape, temperature: float, graphs: bool) -> list[Rollout]:
-    generator = Generator(engine, decode.NO_EOS, seed=1, limits=Limits(slots=4, graphs=graphs))
+def _answers(engine: Any, shape: Shape, temperature: float, recorded: bool) -> list[Rollout]:
+    generator = Generator(engine, decode.NO_EOS, seed=1, limits=Limits(slots=4, graphs=recorded))
     longest = min(32, shape.length // 2)
     requests = [
         Request(row, 0, tuple(prompt), Sampling(temperature=temperature, max_new_tokens=longest - row))

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from megarl.errors import DataError, UnavailableError
@@ -153,6 +153,11 @@ def _is_huge(operator: str, left: Any, right: Any) -> bool:
 
 @lru_cache(maxsize=16)
 def _compiled(source: str) -> Any:
+    return _environment().from_string(source)
+
+
+@cache
+def _environment() -> Any:
     try:
         from jinja2 import TemplateError, nodes
         from jinja2.ext import Extension
@@ -208,4 +213,4 @@ def _compiled(source: str) -> Any:
     environment.filters |= {name: bounded(name) for name in ("center", "indent", "format")}
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": _strftime_now}
-    return environment.from_string(source)
+    return environment

@@ -1,7 +1,10 @@
 """Apex's kernels over lists of tensors, on the CPU."""
 
-import torch
 from torch import Tensor
+
+from tests.fakes.lists import adam, multi_tensor_l2norm, multi_tensor_scale
+
+__all__ = ["multi_tensor_adam", "multi_tensor_l2norm", "multi_tensor_scale"]
 
 
 def multi_tensor_adam(
@@ -18,24 +21,4 @@ def multi_tensor_adam(
     decay: float,
 ) -> None:
     assert mode == 1
-    assert type(step) is int, f"{step!r} does not suit the kernel's signature, which wants an int"
-    first = 1 - beta1**step if bias_correction else 1.0
-    second = 1 - beta2**step if bias_correction else 1.0
-    for grad, parameter, mean, square in zip(*lists, strict=True):
-        mean.mul_(beta1).add_(grad, alpha=1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        update = (mean / first) / ((square / second).sqrt() + eps)
-        parameter.sub_(update + decay * parameter, alpha=lr)
-
-
-def multi_tensor_l2norm(
-    chunk_size: int, noop_flag: Tensor, lists: list[list[Tensor]], per_tensor: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    assert noop_flag.dtype == torch.int
-    assert not per_tensor
-    return torch.stack([tensor.float().norm() for tensor in lists[0]]).norm().reshape(1), None
-
-
-def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, lists: list[list[Tensor]], scale: float) -> None:
-    for source, target in zip(*lists, strict=True):
-        target.copy_(source * scale)
+    adam(lists, lr, beta1, beta2, eps, step, bias_correction, decay)

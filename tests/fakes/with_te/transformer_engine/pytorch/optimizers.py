@@ -6,6 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.fakes.lists import adam, multi_tensor_l2norm, multi_tensor_scale
+
+__all__ = ["FusedAdam", "FusedSGD", "multi_tensor_applier", "multi_tensor_l2norm", "multi_tensor_scale"]
+
 
 class FusedSGD:
     """A name that Megatron imports."""
@@ -99,26 +103,8 @@ def _known(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def _adam(
-    chunk_size: int,
-    noop_flag: Tensor | None,
-    lists: list[list[Tensor]],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: int,
-    bias_correction: int,
-    decay: float,
-) -> None:
-    assert type(step) is int, f"{step!r} does not suit the kernel's signature, which wants an int"
-    first = 1 - beta1**step if bias_correction else 1.0
-    second = 1 - beta2**step if bias_correction else 1.0
-    for grad, parameter, mean, square in zip(*lists, strict=True):
-        mean.mul_(beta1).add_(grad, alpha=1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        update = (mean / first) / ((square / second).sqrt() + eps)
-        parameter.sub_(update + decay * parameter, alpha=lr)
+def _adam(chunk_size: int, noop_flag: Tensor | None, lists: list[list[Tensor]], *settings: Any) -> None:
+    adam(lists, *settings)
 
 
 def multi_tensor_applier(
@@ -127,16 +113,3 @@ def multi_tensor_applier(
     if any(len(tensors) != len(lists[0]) for tensors in lists):
         raise RuntimeError("Expected aligned multi-tensor lists.")
     return op(2048 * 32, noop_flag, lists, *args)
-
-
-def multi_tensor_l2norm(
-    chunk_size: int, noop_flag: Tensor, lists: list[list[Tensor]], per_tensor: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    assert noop_flag.dtype == torch.int
-    assert not per_tensor
-    return torch.stack([tensor.float().norm() for tensor in lists[0]]).norm().reshape(1), None
-
-
-def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, lists: list[list[Tensor]], scale: float) -> None:
-    for source, target in zip(*lists, strict=True):
-        target.copy_(source * scale)
