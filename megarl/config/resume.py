@@ -63,7 +63,10 @@ RULES = (
     _rule("trainer", "devices num_nodes accelerator", NOW, "where it computes"),
     _rule("trainer", "precision", NOW, "weights are converted; the optimizer's own are float32 in both"),
     _rule("trainer", "max_steps max_phases", NOW, _BUDGET),
-    _rule("trainer", "global_batch_size", NOW, "data goes on with the first row that was not used yet"),
+    _rule(
+        *("trainer", "global_batch_size", NOW),
+        "data goes on with the first row that was not used yet; PPO's learning rate follows the phases",
+    ),
     _rule("trainer", "micro_batch_size eval_batch_size", NOW, "how this process computes"),
     _rule("trainer", "eval_every max_time", NOW, "evaluations and the time limit from here on"),
     _rule("trainer", "log_every peak_tflops progress", NOW, "how this process reports"),
@@ -84,7 +87,10 @@ RULES = (
     ),
     _rule("optim", "weight_decay beta1 beta2 eps clip_grad", NOW, "Adam's moments are the checkpoint's"),
     # algorithms
-    _rule("ppo", "rollouts", NOW, "prompts go on with the first that was not used yet"),
+    _rule(
+        *("ppo", "rollouts", NOW),
+        "prompts go on with the first that was not used yet; the learning rate follows the phases",
+    ),
     _rule("ppo", "inner_epochs", NOW, _BUDGET),
     _rule("ppo", "gamma lam clip_low clip_high dual_clip ratio aggregation clip_value", NOW, "the loss from here on"),
     _rule("ppo", "vf_coef entropy_coef kl_in kl_kind", NOW, "the loss from here on"),

@@ -127,6 +127,7 @@ def test_a_process_that_replaced_itself_holds_nothing(tmp_path: Path) -> None:
     lock(tmp_path).take()
     owner._held.clear()
     lock(tmp_path).take()
+    assert holder(tmp_path).pid == os.getpid()
 
 
 def test_a_copy_of_a_live_run_is_free(tmp_path: Path) -> None:
