@@ -38,6 +38,12 @@ KINDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def short_panics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizers library prints a panic itself, with its whole stack where the environment asks for one."""
+    monkeypatch.setenv("RUST_BACKTRACE", "0")
+
+
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Well-formed files to spoil, a folder for each kind."""
