@@ -3,20 +3,69 @@
 Entry points turn them into one line and an exit code; anything else is a bug and keeps its traceback.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from copy import copy
+from os import PathLike, fspath
+from typing import Any, Self
+
 LONGEST = 3_000
 """Characters of a message. Of a longer one, which repeats somebody's long value, the middle is left out."""
 
 
 class MegarlError(Exception):
-    """Base of every error that is reported as one clear line, whatever values the message repeats."""
+    """Base of every error that is reported as one clear line, whatever values the message repeats.
+
+    The line is for people. Programs and tests read the attributes, so the wording of a line can change.
+
+    Attributes:
+        key: what is wrong: a configuration key ("trainer.devices"), an option, an environment variable, a key of a
+            record, or the name of a tensor or metric.
+        value: the value that `key` has, or None where it has none or is missing.
+        where: the file, folder, record, checkpoint or tensor that holds it.
+        offers: values that would work, for each key that could be changed.
+    """
 
     exit_code = 2
     said = False  # the line is on stderr already, of this process or of the first
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        key: str | None = None,
+        value: Any = None,
+        where: str | PathLike[str] | None = None,
+        offers: Mapping[str, Iterable[Any]] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.key, self.value = key, value
+        self.where = None if where is None else fspath(where)
+        self.offers = {name: list(values) for name, values in (offers or {}).items()}
 
     def __str__(self) -> str:
         line = " ".join(super().__str__().splitlines())
         half = LONGEST // 2
         return line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}"
+
+    def within(self, where: str | PathLike[str], remedy: str = "") -> Self:
+        """Return this error with the place in front of its line, and a remedy behind it: raise the result."""
+        after = f"; {remedy}" if remedy else ""
+        outer = copy(self)
+        outer.args = (f"{fspath(where)}: {self}{after}",)
+        outer.where = fspath(where) if self.where is None else f"{fspath(where)}: {self.where}"
+        return outer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors travel between processes with their attributes."""
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[MegarlError], args: tuple[Any, ...], attributes: dict[str, Any]) -> MegarlError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class ConfigError(MegarlError):

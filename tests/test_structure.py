@@ -150,3 +150,33 @@ def test_importing_an_entry_point_is_cheap(name: str) -> None:
 def test_no_file_is_longer_than_can_be_read() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in sources()}
     assert not {name: length for name, length in lengths.items() if length > LONGEST}
+
+
+PLACED_BY_THEIR_CATCHER = {"UnreadableError", "AnswerError", "CallFailedError", "TemplateError"}
+"""Errors that state a problem only: whoever catches them adds the key and the place."""
+
+
+def error_kinds() -> set[str]:
+    """Names of the errors that are reported in one line."""
+    kinds = {"MegarlError"}
+    while True:
+        more = {
+            node.name
+            for path in sources()
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ClassDef) and kinds & {base.id for base in node.bases if isinstance(base, ast.Name)}
+        }
+        if more <= kinds:
+            return kinds - PLACED_BY_THEIR_CATCHER
+        kinds |= more
+
+
+def test_every_error_says_its_key_or_its_place_as_data() -> None:
+    kinds, wrong = error_kinds(), []
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds):
+                continue
+            if not {keyword.arg for keyword in node.keywords} & {"key", "where", None}:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.func.id}")
+    assert not wrong, "\n".join([f"{len(wrong)} errors", *wrong])

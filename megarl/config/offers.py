@@ -22,14 +22,21 @@ class Refusal(ConfigError):  # noqa: N818 - it becomes an error, with advice, in
         problem: the keys, their values and why they do not go together.
         offers: candidates per dotted key; `enforce` shows the nearest of those that work.
         otherwise: a remedy in words, added after the offers.
+        key: the key that is refused.
+        value: the value it has.
     """
 
     def __init__(
-        self, problem: str, offers: Mapping[str, Iterable[Any]] | None = None, otherwise: str | None = None
+        self,
+        problem: str,
+        offers: Mapping[str, Iterable[Any]] | None = None,
+        otherwise: str | None = None,
+        *,
+        key: str,
+        value: Any = None,
     ) -> None:
-        super().__init__(problem)
+        super().__init__(problem, key=key, value=value, offers=offers)
         self.problem = problem
-        self.offers = {key: list(values) for key, values in (offers or {}).items()}
         self.otherwise = otherwise
 
 
@@ -42,15 +49,16 @@ def enforce(rules: Sequence[Rule], config: Any, world_size: int) -> None:
         try:
             rule(config, world_size)
         except Refusal as refusal:
-            remedies = [
-                f"{key}={either(working)}"
+            offers = {
+                key: working
                 for key, values in refusal.offers.items()
                 if (working := _working(key, values, rules[: index + 1], config, world_size))
-            ]
+            }
+            remedies = [f"{key}={either(working)}" for key, working in offers.items()]
             if refusal.otherwise:
                 remedies.append(refusal.otherwise)
             advice = f": use {', or '.join(remedies)}" if remedies else ""
-            raise ConfigError(refusal.problem + advice) from None
+            raise ConfigError(refusal.problem + advice, key=refusal.key, value=refusal.value, offers=offers) from None
 
 
 def require_divides(key: str, whole_key: str, value: int, whole: int) -> None:
@@ -59,6 +67,8 @@ def require_divides(key: str, whole_key: str, value: int, whole: int) -> None:
         raise Refusal(
             f"{key}={value} does not divide {whole_key}={whole}",
             {key: divisors(whole), whole_key: multiples(value, whole)},
+            key=key,
+            value=value,
         )
 
 
