@@ -48,7 +48,11 @@ class Trained:
 
         found = find(self.run_dir / "checkpoints")
         if not found:
-            raise DataError(f"{self.run_dir} holds no checkpoint: set checkpoint.save_last=true, or checkpoint.every")
+            raise DataError(
+                f"{self.run_dir} holds no checkpoint: set checkpoint.save_last=true, or checkpoint.every",
+                where=self.run_dir,
+                offers={"checkpoint.save_last": [True]},
+            )
         return found[-1]
 
     @property
@@ -58,7 +62,7 @@ class Trained:
         try:
             return parse_object(read_text(path))
         except UnreadableError as problem:
-            raise DataError(f"{path} {problem}: the run has not ended, or the file was changed") from None
+            raise DataError(f"{path} {problem}: the run has not ended, or the file was changed", where=path) from None
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -68,9 +72,11 @@ class Trained:
             rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
             return [{name: float(value) for name, value in row.items() if value} for row in rows]
         except UnreadableError as problem:
-            raise DataError(f"{path} {problem}: set logger.csv=true, or restore the file") from None
+            raise DataError(f"{path} {problem}: set logger.csv=true, or restore the file", where=path) from None
         except (ValueError, TypeError, csv.Error) as problem:
-            raise DataError(f"{path} cannot be read ({problem}): set logger.csv=true, or restore the file") from None
+            raise DataError(
+                f"{path} cannot be read ({problem}): set logger.csv=true, or restore the file", where=path
+            ) from None
 
     def generate(self, prompts: str | Sequence[str], *, n: int = 1, **settings: Any) -> list[Any]:
         """Responses as text: one for each prompt, or with n above 1 a list of n for each.
@@ -87,7 +93,12 @@ class Trained:
         from megarl.rollout.requests import repeat, sampling_from
 
         if settings.get("too_long") == "drop":
-            raise ConfigError("too_long='drop' would leave prompts without a response: use 'truncate' or 'error'")
+            raise ConfigError(
+                "too_long='drop' would leave prompts without a response: use 'truncate' or 'error'",
+                key="too_long",
+                value="drop",
+                offers={"too_long": ["truncate", "error"]},
+            )
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         own = getattr(self.config, "rollout", None)
         rollout = {key: getattr(own, key) for key in DRAWN_BY if getattr(own, key, None) is not None}
@@ -152,13 +163,18 @@ def train(
     """
     entry = _algorithm(reward_fn, samples, rewards, config)
     if samples is None and rewards is not None:
-        raise ConfigError("rewards= are of samples, and there are none: give samples=, or leave rewards out")
+        raise ConfigError(
+            "rewards= are of samples, and there are none: give samples=, or leave rewards out", key="rewards"
+        )
     if samples is not None and prompts is not None:
         raise ConfigError(
-            "prompts= are for a reward function, and samples= are given: use eval_prompts=, or leave one out"
+            "prompts= are for a reward function, and samples= are given: use eval_prompts=, or leave one out",
+            key="prompts",
         )
     if rewards is not None and samples is not None and len(samples) != len(rewards):
-        raise DataError(f"{len(samples)} samples have {len(rewards)} rewards: give one for each")
+        raise DataError(
+            f"{len(samples)} samples have {len(rewards)} rewards: give one for each", key="rewards", value=len(rewards)
+        )
     tree = default_config(entry) if config is None else config
     with explained(entry, []):
         filled, _ = typed(entry, tree)
@@ -207,7 +223,12 @@ def default_config(algorithm: str, *settings: str) -> DictConfig:
         settings: as on the command line, such as "+conf=randomwalks" or "optim.lr=1e-4".
     """
     if algorithm not in ALGORITHMS:
-        raise ConfigError(f"algorithm {algorithm!r} is not known here: use {', '.join(ALGORITHMS)}")
+        raise ConfigError(
+            f"algorithm {algorithm!r} is not known here: use {', '.join(ALGORITHMS)}",
+            key="algorithm",
+            value=algorithm,
+            offers={"algorithm": ALGORITHMS},
+        )
     config, _ = compose(algorithm, list(settings))
     return settings_of(config)
 
@@ -225,10 +246,17 @@ def _algorithm(reward_fn: Any, samples: Any, rewards: Any, config: DictConfig | 
         return named
     else:
         raise ConfigError(
-            "train() takes reward_fn (PPO), samples with rewards (ILQL) or samples alone (SFT), and not several of them"
+            "train() takes reward_fn (PPO), samples with rewards (ILQL) or samples alone (SFT), and not several of "
+            "them",
+            key="train()",
         )
     if named is not None and named != asked:
-        raise ConfigError(f"config is of {named}, but the arguments ask for {asked}: use default_config({asked!r})")
+        raise ConfigError(
+            f"config is of {named}, but the arguments ask for {asked}: use default_config({asked!r})",
+            key="config",
+            value=named,
+            offers={"config": [asked]},
+        )
     return asked
 
 
@@ -237,7 +265,9 @@ def _entry_of(config: DictConfig) -> str:
     for entry in ALGORITHMS:
         if ENTRIES[entry] is kind:
             return entry
-    raise ConfigError("config is not from megarl.default_config(...): make it with that, and set its attributes")
+    raise ConfigError(
+        "config is not from megarl.default_config(...): make it with that, and set its attributes", key="config"
+    )
 
 
 def _warn_of_no_family(config: Any) -> None:
@@ -252,7 +282,7 @@ def _warn_of_no_family(config: Any) -> None:
 
 def _section(config: Any, name: str, argument: str, entry: str) -> Any:
     if not hasattr(config, name):
-        raise ConfigError(f"{argument} has no meaning for {entry}, which does not generate: leave it out")
+        raise ConfigError(f"{argument} has no meaning for {entry}, which does not generate: leave it out", key=argument)
     return getattr(config, name)
 
 
@@ -262,12 +292,18 @@ def _fill(section: Any, values: Mapping[str, Any], name: str) -> None:
     tree = OmegaConf.structured(section)
     for key, value in values.items():
         if key not in known:
-            near = one_of(nearest_keys(key, sorted(known)) or sorted(known))
-            raise ConfigError(f"unknown key '{name}.{key}'; did you mean {near}?")
+            near = nearest_keys(key, sorted(known)) or sorted(known)
+            raise ConfigError(
+                f"unknown key '{name}.{key}'; did you mean {one_of(near)}?",
+                key=f"{name}.{key}",
+                offers={f"{name}.{key}": near},
+            )
         try:
             tree[key] = _literal(value)
         except OmegaConfBaseException as problem:
-            raise ConfigError(f"{name}.{key}={value!r}: {str(problem).splitlines()[0]}") from None
+            raise ConfigError(
+                f"{name}.{key}={value!r}: {str(problem).splitlines()[0]}", key=f"{name}.{key}", value=value
+            ) from None
     filled = OmegaConf.to_object(tree)
     for key in values:
         setattr(section, key, getattr(filled, key))
@@ -322,7 +358,12 @@ def _samples(samples: Sequence[Sample], rewards: Sequence[Any] | None) -> list[d
         elif len(sample) == 2:
             records.append({"prompt": sample[0], "completion": sample[1]})
         else:
-            raise DataError(f"samples: record {number} has {len(sample)} parts: give a text or [prompt, output]")
+            raise DataError(
+                f"samples: record {number} has {len(sample)} parts: give a text or [prompt, output]",
+                key="samples",
+                value=sample,
+                where=f"record {number}",
+            )
     return records
 
 
@@ -343,7 +384,8 @@ def _write(path: Path, records: list[dict[str, Any]], timeout_s: float) -> str:
         if time.monotonic() > give_up:
             raise DataError(
                 f"{path} of the first process has other records than this one has for {timeout_s:g} s: give all "
-                "processes of the script the same lists"
+                "processes of the script the same lists",
+                where=path,
             )
         time.sleep(0.05)
     return str(path)
@@ -354,7 +396,9 @@ def _as_json(record: dict[str, Any]) -> str:
         return json.dumps(record, default=_plain, allow_nan=False)
     except ValueError as problem:
         raise DataError(
-            f"record {str(record)[:200]} cannot be kept with the run ({problem}): give finite numbers"
+            f"record {str(record)[:200]} cannot be kept with the run ({problem}): give finite numbers",
+            key="record",
+            value=record,
         ) from None
 
 
@@ -362,7 +406,11 @@ def _plain(value: Any) -> Any:
     """Convert numpy and torch values to plain Python."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise DataError(f"a {type(value).__name__} cannot be kept with the run: give texts, numbers, lists and mappings")
+    raise DataError(
+        f"a {type(value).__name__} cannot be kept with the run: give texts, numbers, lists and mappings",
+        key=type(value).__name__,
+        value=value,
+    )
 
 
 def _run(entry: str, config: Any, functions: dict[str, Function], names: dict[str, str]) -> None:

@@ -54,16 +54,21 @@ def parse(argv: list[str]) -> Settings:
     for word in argv:
         key, equals, text = word.partition("=")
         if not equals or key not in KEYS or not text:
-            raise ConfigError(f"unknown setting '{word}': use key=value with {', '.join(KEYS)}")
+            raise ConfigError(f"unknown setting '{word}': use key=value with {', '.join(KEYS)}", key=word)
         values[key] = text
     for key in ("from", "to"):
         if key not in values:
-            raise ConfigError(f"{key}= is missing: python -m megarl.convert from=A to=B")
+            raise ConfigError(f"{key}= is missing: python -m megarl.convert from=A to=B", key=key)
     if values.get("dtype", "fp32") not in DTYPES:
-        raise ConfigError(f"dtype={values['dtype']} is not a valid value: choose from {', '.join(DTYPES)}")
+        raise ConfigError(
+            f"dtype={values['dtype']} is not a valid value: choose from {', '.join(DTYPES)}",
+            key="dtype",
+            value=values["dtype"],
+            offers={"dtype": DTYPES},
+        )
     for key in ("tp", "pp"):
         if not re.fullmatch(r"[1-9]\d{0,3}", values.get(key, "1")):
-            raise ConfigError(f"{key}={values[key]} is no number of ranks: use 1 or more")
+            raise ConfigError(f"{key}={values[key]} is no number of ranks: use 1 or more", key=key, value=values[key])
     target = Path(values["to"]).expanduser().absolute()
     return Settings(
         values["from"],
@@ -91,7 +96,7 @@ def run(argv: list[str]) -> int:
     source = open_source(settings.origin)
     problem = verify(source.path) if source.kind == "megarl" else None
     if problem:
-        raise CheckpointError(f"checkpoint {source.path} is not whole: {problem}")
+        raise CheckpointError(f"checkpoint {source.path} is not whole: {problem}", where=source.path)
     dtype = getattr(torch, DTYPES[settings.dtype]) if settings.dtype else source.dtype
     write(source, settings, dtype)
     target = open_source(settings.target)
@@ -112,11 +117,24 @@ def write(source: "Source", settings: Settings, dtype: "torch.dtype") -> None:
     otherwise = "megarl" if source.kind == "huggingface" else "huggingface"
     name = settings.format or ("nemo" if settings.target.suffix == ".nemo" else otherwise)
     if name not in FORMATS:
-        raise ConfigError(f"format={name} is not a valid value: choose from {', '.join(FORMATS)}")
+        raise ConfigError(
+            f"format={name} is not a valid value: choose from {', '.join(FORMATS)}",
+            key="format",
+            value=name,
+            offers={"format": FORMATS},
+        )
     if (name == "nemo") != (settings.target.suffix == ".nemo"):
-        raise ConfigError(f"format={name} does not go with to={settings.target.name}: a .nemo is a file NAME.nemo")
+        raise ConfigError(
+            f"format={name} does not go with to={settings.target.name}: a .nemo is a file NAME.nemo",
+            key="format",
+            value=name,
+        )
     if name != "nemo" and (settings.tp, settings.pp) != (1, 1):
-        raise ConfigError(f"tp={settings.tp} pp={settings.pp} split a .nemo only: format={name} suits every layout")
+        raise ConfigError(
+            f"tp={settings.tp} pp={settings.pp} split a .nemo only: format={name} suits every layout",
+            key="tp",
+            value=settings.tp,
+        )
     write_as: Callable[..., None] = (
         partial(write_nemo, tp=settings.tp, pp=settings.pp) if name == "nemo" else FORMATS[name].write
     )

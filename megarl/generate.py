@@ -41,7 +41,9 @@ def generate(config: "GenerateConfig") -> int:
     if config.chat:
         raise ConfigError(
             f"chat=true with trainer.devices={devices}: processes started here cannot read the terminal, so use "
-            f"torchrun --nproc-per-node={devices} -m megarl.generate --chat"
+            f"torchrun --nproc-per-node={devices} -m megarl.generate --chat",
+            key="chat",
+            value=True,
         )
     from torch.multiprocessing import get_context
     from torch.multiprocessing.spawn import ProcessExitedException
@@ -90,12 +92,16 @@ def work(config: "GenerateConfig") -> None:
 def _check_out(out: str) -> None:
     """Before the ranks meet, so that all refuse."""
     if exists(local(out)):
-        raise ConfigError(f"out={out} exists and would be overwritten: remove it, or name another file")
+        raise ConfigError(
+            f"out={out} exists and would be overwritten: remove it, or name another file", key="out", value=out
+        )
     path = writable(out, "out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise ConfigError(f"out={path} cannot be written ({problem}): name another file") from None
+        raise ConfigError(
+            f"out={path} cannot be written ({problem}): name another file", key="out", value=out, where=path
+        ) from None
 
 
 @contextmanager
@@ -117,7 +123,9 @@ def opened(
     if config.rollout.layout is not None:
         raise ConfigError(
             f"rollout.layout={config.rollout.layout} is for weights that train in another layout: set parallel.tp and "
-            "parallel.pp here"
+            "parallel.pp here",
+            key="rollout.layout",
+            value=config.rollout.layout,
         )
     if config.model.path is not None:
         adopt(config)
@@ -174,7 +182,11 @@ def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer", vocab_size: i
     named = path.suffix in SUFFIXES or is_file(path)
     if named and not is_file(path):
         why = why_missing(path) or "is no file"
-        raise DataError(f"prompts={shown(config.prompts)}: {why} (looked from {Path.cwd()}); name a file, or a text")
+        raise DataError(
+            f"prompts={shown(config.prompts)}: {why} (looked from {Path.cwd()}); name a file, or a text",
+            key="prompts",
+            value=config.prompts,
+        )
     records = (
         read_records([config.prompts], text_key=config.prompt_key, key="prompts")
         if named

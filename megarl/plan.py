@@ -33,7 +33,9 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
     for word in argv:
         word = "json=true" if word == "--json" else word
         if word.startswith("-"):
-            raise ConfigError(f"unknown flag '{word}': flags are --help, --version and --json; keys are key=value")
+            raise ConfigError(
+                f"unknown flag '{word}': flags are --help, --version and --json; keys are key=value", key=word
+            )
         (own if word.partition("=")[0].partition(".")[0] in _OWN else theirs).append(word)
     return own, theirs
 
@@ -44,7 +46,9 @@ def read(own: list[str]) -> PlanConfig:
         try:
             OmegaConf.from_dotlist([word])
         except YAMLError as error:
-            raise ConfigError(f"'{shown(word)}' cannot be read: {' '.join(str(error).split())}") from error
+            raise ConfigError(
+                f"'{shown(word)}' cannot be read: {' '.join(str(error).split())}", key=shown(word)
+            ) from error
     try:
         given = OmegaConf.from_dotlist(own)
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PlanConfig), given))
@@ -62,7 +66,9 @@ def compose_run(plan: PlanConfig, argv: list[str]) -> tuple[Any, int]:
         head = word.lstrip("+~").partition("=")[0].partition(".")[0]
         near = difflib.get_close_matches(head, [*_OWN, *sections(tree)], n=1, cutoff=0.7)
         if near and near[0] in _OWN:
-            raise ConfigError(f"unknown key '{head}' in '{word}': did you mean {near[0]}?")
+            raise ConfigError(
+                f"unknown key '{head}' in '{word}': did you mean {near[0]}?", key=head, offers={head: near}
+            )
     config, _ = compose(plan.algorithm, argv)
     gpus = plan.cluster.gpus or local_devices(config) * int(config.trainer.num_nodes)
     _without_files(config)

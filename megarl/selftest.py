@@ -58,28 +58,48 @@ def parse(argv: list[str]) -> Settings:
     for word in argv:
         key, equals, text = word.partition("=")
         if not equals or key not in known:
-            raise ConfigError(f"unknown setting '{word}': use key=value with {', '.join(known)}")
+            raise ConfigError(f"unknown setting '{word}': use key=value with {', '.join(known)}", key=word)
         kind = type(known[key])
         try:
             values[key] = text.lower() in ("true", "1", "yes") if kind is bool else kind(text)
         except ValueError:
-            raise ConfigError(f"{key}={text} is not a whole number") from None
+            raise ConfigError(f"{key}={text} is not a whole number", key=key, value=text) from None
         if kind is int and values[key] < 1:
-            raise ConfigError(f"{key}={text} must be at least 1")
+            raise ConfigError(f"{key}={text} must be at least 1", key=key, value=values[key])
     settings = Settings(**values)
     for key, choices in (("recompute", ("none", "selective", "full")), ("precision", tuple(TOLERANCES))):
         if getattr(settings, key) not in choices:
-            raise ConfigError(f"{key}={getattr(settings, key)} is not a valid value: choose from {', '.join(choices)}")
+            raise ConfigError(
+                f"{key}={getattr(settings, key)} is not a valid value: choose from {', '.join(choices)}",
+                key=key,
+                value=getattr(settings, key),
+                offers={key: choices},
+            )
     if 4 % settings.tp:
-        raise ConfigError(f"tp={settings.tp} does not divide the test model's 4 heads: use 1, 2 or 4")
+        raise ConfigError(
+            f"tp={settings.tp} does not divide the test model's 4 heads: use 1, 2 or 4",
+            key="tp",
+            value=settings.tp,
+            offers={"tp": [1, 2, 4]},
+        )
     if 4 % (settings.pp * settings.vpp):
         raise ConfigError(
-            f"pp={settings.pp} x vpp={settings.vpp} does not divide the test model's 4 layers: use 1, 2 or 4"
+            f"pp={settings.pp} x vpp={settings.vpp} does not divide the test model's 4 layers: use 1, 2 or 4",
+            key="pp",
+            value=settings.pp,
+            offers={"pp": [1, 2, 4]},
         )
     if settings.vpp > 1 and settings.pp == 1:
-        raise ConfigError(f"vpp={settings.vpp} needs pp of 2 or more")
+        raise ConfigError(
+            f"vpp={settings.vpp} needs pp of 2 or more", key="vpp", value=settings.vpp, offers={"pp": [2]}
+        )
     if ROWS // 2 % settings.dp:
-        raise ConfigError(f"dp={settings.dp} does not divide the test's {ROWS // 2} microbatches: use 1, 2 or 4")
+        raise ConfigError(
+            f"dp={settings.dp} does not divide the test's {ROWS // 2} microbatches: use 1, 2 or 4",
+            key="dp",
+            value=settings.dp,
+            offers={"dp": [1, 2, 4]},
+        )
     return settings
 
 
@@ -209,7 +229,11 @@ def run(argv: list[str]) -> int:
         layout, alone = started(settings), started(settings.alone())
     else:  # torchrun or a SLURM step has started the processes
         if world != settings.world:
-            raise ConfigError(f"tp x pp x dp = {settings.world} but the world has {world} processes")
+            raise ConfigError(
+                f"tp x pp x dp = {settings.world} but the world has {world} processes",
+                key="tp x pp x dp",
+                value=settings.world,
+            )
         layout = train(settings)
         if int(os.environ["RANK"]) != 0:
             return 0

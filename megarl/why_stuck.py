@@ -45,10 +45,14 @@ def run(argv: Sequence[str]) -> int:
     settings = dict(word.split("=", 1) for word in argv if "=" in word)
     beat = settings.pop("beat", str(BEAT_S))
     if len(folders) != 1 or settings or not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", beat):
-        raise ConfigError(f"'{' '.join(argv)}' is not RUN [beat=SECONDS]: name one run folder")
+        raise ConfigError(
+            f"'{' '.join(argv)}' is not RUN [beat=SECONDS]: name one run folder", key="RUN", value=list(argv)
+        )
     crumbs = read(Path(folders[0]))
     if not crumbs:
-        raise ConfigError(f"{folders[0]} holds no {FOLDER}/rank-*.json: give the folder of a run that has started")
+        raise ConfigError(
+            f"{folders[0]} holds no {FOLDER}/rank-*.json: give the folder of a run that has started", where=folders[0]
+        )
     now = time.time()
     verdict = judge(crumbs, now, float(beat))
     report(crumbs, verdict.ranks, now)

@@ -95,7 +95,10 @@ def _positions(dialog: Dialog, number: int) -> list[int]:
             positions.extend(range(start - 1, start - 1 + len(tokens)))
         start += len(tokens)
     if not positions:
-        raise DataError(f"dialogue {number} has no output tokens to learn from: drop it")
+        raise DataError(f"dialogue {number} has no output tokens to learn from: drop it", where=f"dialogue {number}")
     if positions[0] < 0:
-        raise DataError(f"dialogue {number} starts with an output: put a prompt before it (BOS is enough)")
+        raise DataError(
+            f"dialogue {number} starts with an output: put a prompt before it (BOS is enough)",
+            where=f"dialogue {number}",
+        )
     return positions

@@ -97,7 +97,9 @@ class AdaptiveKL:
         """
         kl = float(kl)
         if not math.isfinite(kl):
-            raise NumericsError(f"kl={kl} cannot steer the KL coefficient: look at this phase's log-probs")
+            raise NumericsError(
+                f"kl={kl} cannot steer the KL coefficient: look at this phase's log-probs", key="kl", value=kl
+            )
         error = min(max(kl / self.target - 1.0, -MAX_PROPORTIONAL_ERROR), MAX_PROPORTIONAL_ERROR)
         factor = 1.0 + error * n / self.horizon
         check_range(

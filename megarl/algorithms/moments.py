@@ -36,7 +36,9 @@ class RunningMoments:
         """
         batch = x.detach().to("cpu", torch.float64).flatten()
         if not torch.isfinite(batch).all():
-            raise NumericsError("a running mean was given nan or inf: drop or mend failed scores before this")
+            raise NumericsError(
+                "a running mean was given nan or inf: drop or mend failed scores before this", key="running mean"
+            )
         added = batch.numel()
         if added:
             batch_mean = batch.mean().item()

@@ -26,7 +26,9 @@ class Baseline(Callback):
         evaluated = pl_module.evaluate()  # type: ignore[operator]
         for name, value in evaluated.metrics.items():
             if not math.isfinite(value):
-                raise NumericsError(f"{name} is {value} before training: look for broken records in data.eval")
+                raise NumericsError(
+                    f"{name} is {value} before training: look for broken records in data.eval", key=name, value=value
+                )
         pl_module.baseline = evaluated.metrics  # type: ignore[assignment]
         pl_module.samples = evaluated.samples  # type: ignore[assignment]
         for entry in trainer.loggers:

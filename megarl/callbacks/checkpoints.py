@@ -35,7 +35,7 @@ class Checkpoints(Checkpoint):
         here = self._start_from(steps_taken(trainer)) if trainer.is_global_zero else ({}, None)
         self.measured, problem = trainer.strategy.broadcast(here)
         if problem is not None:
-            raise CheckpointError(problem)
+            raise problem
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self._io(trainer).poll()
@@ -102,13 +102,13 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(path)
         self._prune(trainer)
 
-    def _start_from(self, step: int) -> tuple[dict[str, dict[str, float]], str | None]:
+    def _start_from(self, step: int) -> tuple[dict[str, dict[str, float]], CheckpointError | None]:
         """On the first rank: what is known of checkpoints that are there (others would bar new ones), or what is
         wrong."""
         try:
             tidy(self.folder, step)
         except CheckpointError as problem:
-            return {}, str(problem)
+            return {}, problem
         there = {path.name for path in find(self.folder)}
         return {name: values for name, values in self.measured.items() if name in there}, None
 

@@ -82,7 +82,9 @@ class MetricsFile(Logger):
                 row for row in rows if re.fullmatch("[0-9]{1,18}", row.get(_STEP, ""))
             ]
         except (UnreadableError, csv.Error) as problem:
-            raise DataError(f"{self.path} {problem}: move it away, and the run begins another") from None
+            raise DataError(
+                f"{self.path} {problem}: move it away, and the run begins another", where=self.path
+            ) from None
 
     def _rewrite(self, row: Row) -> None:
         """Put a row where it belongs, by step, with columns for what it brings."""

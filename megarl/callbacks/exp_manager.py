@@ -29,7 +29,11 @@ def settings(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What NeMo is given: the user's keys, its folder, and off what is megarl's own."""
     for key in options:
         if key in OURS:
-            raise ConfigError(f"trainer.exp_manager_options.{key} is not NeMo's to say here: {OURS[key]}; leave it out")
+            raise ConfigError(
+                f"trainer.exp_manager_options.{key} is not NeMo's to say here: {OURS[key]}; leave it out",
+                key=f"trainer.exp_manager_options.{key}",
+                value=options[key],
+            )
     off = {key: False for key in OURS if key.startswith(("create_", "disable_", "resume_if"))}
     return {**off, "log_tflops_per_sec_per_gpu": False, "explicit_log_dir": str(folder), **options}
 
@@ -42,14 +46,18 @@ def hand_to_nemo(trainer: Trainer, options: Mapping[str, Any], run_dir: Path) ->
     except ImportError as problem:
         raise UnavailableError(
             f"trainer.exp_manager=nemo, but NeMo cannot be imported ({one_line(problem)}): pip install 'megarl[nemo]', "
-            "or leave trainer/exp_manager out"
+            "or leave trainer/exp_manager out",
+            key="trainer.exp_manager",
+            value="nemo",
         ) from problem
     loggers, trainer.loggers = trainer.loggers, []  # it takes its folder from a logger, where there is one
     try:
         exp_manager(trainer, given)
     except Exception as problem:  # NeMo's own kinds of error, which cannot be named where it is not installed
         raise ConfigError(
-            f"trainer.exp_manager=nemo does not start ({one_line(problem)}): see trainer.exp_manager_options"
+            f"trainer.exp_manager=nemo does not start ({one_line(problem)}): see trainer.exp_manager_options",
+            key="trainer.exp_manager",
+            value="nemo",
         ) from problem
     finally:
         trainer.loggers = [*loggers, *trainer.loggers]

@@ -36,7 +36,9 @@ class Health(Callback):
             if not math.isfinite(value):
                 raise NumericsError(
                     f"{name} is {value} at {unit(trainer)} {steps_taken(trainer)}{self._dumped(trainer, pl_module)}: "
-                    "look for broken records in it, or lower optim.lr"
+                    "look for broken records in it, or lower optim.lr",
+                    key=name,
+                    value=value,
                 )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -44,7 +46,9 @@ class Health(Callback):
             if not math.isfinite(value):
                 raise NumericsError(
                     f"{name} is {value} after {unit(trainer)} {steps_taken(trainer)}: look for broken records in "
-                    "data.eval, or go on from an earlier checkpoint with a lower optim.lr"
+                    "data.eval, or go on from an earlier checkpoint with a lower optim.lr",
+                    key=name,
+                    value=value,
                 )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

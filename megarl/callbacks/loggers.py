@@ -131,7 +131,7 @@ def _known(path: Path) -> str | None:
     try:
         return read_text(path).strip()
     except UnreadableError as problem:
-        raise ConfigError(f"{path} {problem}: remove it, and the run is logged as a new one") from None
+        raise ConfigError(f"{path} {problem}: remove it, and the run is logged as a new one", where=path) from None
 
 
 @contextmanager
@@ -140,6 +140,10 @@ def _explained(key: str, otherwise: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as problem:
-        raise UnavailableError(f"{key}=true, but a package is not installed ({problem}): {_INSTALL}") from problem
+        raise UnavailableError(
+            f"{key}=true, but a package is not installed ({problem}): {_INSTALL}", key=key, value=True
+        ) from problem
     except Exception as problem:  # their own kinds of error, of packages that may not be importable here
-        raise UnavailableError(f"{key}=true cannot start ({one_line(problem)}): use {otherwise}") from problem
+        raise UnavailableError(
+            f"{key}=true cannot start ({one_line(problem)}): use {otherwise}", key=key, value=True
+        ) from problem

@@ -61,7 +61,7 @@ class RunLock:
             sleep: waits for some seconds.
             lost: is told when another owner has taken the folder over; default: this process ends at once.
         """
-        self.what, self.key = f"{key}={target}", key
+        self.what, self.key, self.target = f"{key}={target}", key, str(target)
         self.folder = target.absolute().parent if beside else target.absolute()
         self.name = f"{target.name}.owner" if beside else "owner"
         self._host, self._pid, self._environ = host, pid, environ
@@ -88,7 +88,9 @@ class RunLock:
                     _held.discard(self._me.id)
         except OSError as problem:
             raise ConfigError(
-                f"{self.what} cannot be written ({problem.strerror or problem}): set {self.key} elsewhere"
+                f"{self.what} cannot be written ({problem.strerror or problem}): set {self.key} elsewhere",
+                key=self.key,
+                value=self.target,
             ) from None
 
     def beat(self) -> None:
@@ -220,7 +222,9 @@ class RunLock:
         far = f" (taken over once it gives no sign of life for {SILENCE_S:g} s)" if foreign else ""
         return ConfigError(
             f"{self.what} is in use by {holder or 'another run'}{far}: "
-            f"set another {self.key}, or wait for that run or stop it"
+            f"set another {self.key}, or wait for that run or stop it",
+            key=self.key,
+            value=self.target,
         )
 
     def _tell(self, holder: Holder | None, silent: float) -> None:

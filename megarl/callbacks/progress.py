@@ -197,7 +197,12 @@ def make_progress(kind: str, log_every: int) -> list[ProgressDisplay]:
         return [PlainProgress(log_every)]
     if kind == "none":
         return []
-    raise ConfigError(f"trainer.progress={kind} is no display: use auto, rich, plain or none")
+    raise ConfigError(
+        f"trainer.progress={kind} is no display: use auto, rich, plain or none",
+        key="trainer.progress",
+        value=kind,
+        offers={"trainer.progress": ["auto", "rich", "plain", "none"]},
+    )
 
 
 def duration(seconds: float) -> str:

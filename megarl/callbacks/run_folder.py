@@ -52,7 +52,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise ConfigError(
-                f"the run folder {self.path} cannot be created ({problem.strerror}): set run.dir to a folder that can"
+                f"the run folder {self.path} cannot be created ({problem.strerror}): set run.dir to a folder that can",
+                key="run.dir",
+                where=self.path,
             ) from problem
 
     def __fspath__(self) -> str:
@@ -112,7 +114,7 @@ def resolve_run_dir(entry: str, config: Any, environ: Mapping[str, str] = os.env
     if "SLURM_JOB_ID" in environ and max(tasks, machines) > 1:
         return Path("runs", f"{entry}-job{environ['SLURM_JOB_ID']}-{environ.get('SLURM_STEP_ID', '0')}")
     if machines > 1:
-        raise ConfigError("run.name=null, but the machines of this run must agree on one: set run.name")
+        raise ConfigError("run.name=null, but the machines of this run must agree on one: set run.name", key="run.name")
     if by_torchrun:
         return Path("runs", f"{entry}-{_format(psutil.Process(os.getppid()).create_time())}")
     return _claim(entry, _format(time.time()))
@@ -129,7 +131,11 @@ def _claim(entry: str, stamp: str) -> Path:
         except OSError:
             return folder  # RunFolder will say what is wrong with the place
         return folder
-    raise ConfigError(f"run.name=null, but runs/{entry}-{stamp} and 998 more are taken: set run.name")
+    raise ConfigError(
+        f"run.name=null, but runs/{entry}-{stamp} and 998 more are taken: set run.name",
+        key="run.name",
+        where=f"runs/{entry}-{stamp}",
+    )
 
 
 def _format(seconds: float) -> str:

@@ -77,7 +77,10 @@ def local_devices(config: Any) -> int:
     count = torch.cuda.device_count()
     if count == 0 and trainer.accelerator == "gpu":
         raise ConfigError(
-            "trainer.devices=auto with trainer.accelerator=gpu, but no GPU is visible: use trainer.accelerator=cpu"
+            "trainer.devices=auto with trainer.accelerator=gpu, but no GPU is visible: use trainer.accelerator=cpu",
+            key="trainer.devices",
+            value="auto",
+            offers={"trainer.accelerator": ["cpu"]},
         )
     return max(count, 1)
 
@@ -107,6 +110,8 @@ def _model(config: Any, world_size: int) -> None:
             raise Refusal(
                 f"data.seq_length={length} is more than model.max_positions={most}",
                 {"data.seq_length": [most], "model.max_positions": [length]},
+                key="data.seq_length",
+                value=length,
             )
 
 
@@ -122,6 +127,8 @@ def _shape(config: Any, world_size: int) -> None:
             f"model.num_layers_unfrozen={model.num_layers_unfrozen} is more than model.num_layers={model.num_layers}",
             {"model.num_layers_unfrozen": [model.num_layers]},
             "-1 to train everything",
+            key="model.num_layers_unfrozen",
+            value=model.num_layers_unfrozen,
         )
     _width(model, parallel)
     _depth(model, parallel)
@@ -138,7 +145,9 @@ def _size(model: ModelConfig) -> None:
         raise Refusal(
             f"model.hidden_size={width}, model.num_layers={model.num_layers} and the other sizes come to "
             f"{parameters:.0e} parameters, and megarl builds no model of more than {MOST_PARAMETERS:.0e}: use smaller "
-            "ones"
+            "ones",
+            key="model.hidden_size",
+            value=width,
         )
 
 
@@ -160,6 +169,8 @@ def _rope(model: ModelConfig, head_dim: int) -> None:
             raise Refusal(
                 f"model.rope_scaling={model.rope_scaling} needs rotary positions, not model.position={model.position}",
                 otherwise="model.position=rope or model.rope_scaling=none",
+                key="model.rope_scaling",
+                value=model.rope_scaling,
             )
         return
     rotated = int(head_dim * model.rope_percent)
@@ -169,17 +180,22 @@ def _rope(model: ModelConfig, head_dim: int) -> None:
             "dimensions, which must be an even number",
             {"model.rope_percent": [even / head_dim for even in multiples(2, rotated) if even <= head_dim]},
             "an even model.head_dim",
+            key="model.rope_percent",
+            value=model.rope_percent,
         )
     if model.rope_scaling in ("llama3", "yarn") and model.rope_original_positions is None:
         raise Refusal(
             f"model.rope_scaling={model.rope_scaling} needs model.rope_original_positions, the context "
-            "length before stretching: set it, for example to 8192"
+            "length before stretching: set it, for example to 8192",
+            key="model.rope_original_positions",
         )
     if model.rope_scaling == "llama3" and model.rope_low_freq_factor >= model.rope_high_freq_factor:
         raise Refusal(
             f"model.rope_low_freq_factor={model.rope_low_freq_factor:g} is not below "
             f"model.rope_high_freq_factor={model.rope_high_freq_factor:g}",
             otherwise="a smaller low factor, for example 1 and 4",
+            key="model.rope_low_freq_factor",
+            value=model.rope_low_freq_factor,
         )
 
 
@@ -191,6 +207,8 @@ def _width(model: ModelConfig, parallel: ParallelConfig) -> None:
         raise Refusal(
             f"parallel.tp={tp} neither divides model.num_kv_heads={kv_heads} nor is a multiple of it",
             {"parallel.tp": divisors(model.num_heads), "model.num_kv_heads": divisors(model.num_heads)},
+            key="parallel.tp",
+            value=tp,
         )
     require_divides("parallel.tp", "model.hidden_size", tp, model.hidden_size)
     require_divides("parallel.tp", "model.ffn_size", tp, model.ffn_size or 4 * model.hidden_size)
@@ -206,6 +224,8 @@ def _depth(model: ModelConfig, parallel: ParallelConfig) -> None:
         raise Refusal(
             f"parallel.vpp={vpp} needs a pipeline, but parallel.pp=1",
             {"parallel.pp": divisors(layers)[1:], "parallel.vpp": [None]},
+            key="parallel.vpp",
+            value=vpp,
         )
     if layers % (pp * vpp):
         raise Refusal(
@@ -214,6 +234,8 @@ def _depth(model: ModelConfig, parallel: ParallelConfig) -> None:
                 "parallel.vpp": [n for n in divisors(layers) if n > 1] + [None],
                 "model.num_layers": multiples(pp * vpp, layers),
             },
+            key="parallel.vpp",
+            value=vpp,
         )
 
 
@@ -225,6 +247,8 @@ def _sequence_parallel(config: Any, world_size: int) -> None:
             f"parallel.sequence_parallel=true cuts sequences into parallel.tp={tp} pieces, and "
             f"data.seq_length={length} is no multiple of it",
             {"data.seq_length": multiples(tp, length), "parallel.sequence_parallel": [False]},
+            key="data.seq_length",
+            value=length,
         )
 
 
@@ -250,6 +274,8 @@ def _world(config: Any, world_size: int) -> None:
         f"processes per model do not divide {world}",
         offers,
         None if "trainer.devices" in offers else f"{either(multiples(size, world_size))} processes",
+        key="parallel.tp",
+        value=parallel.tp,
     )
 
 
@@ -273,13 +299,20 @@ def _batch(config: Any, world_size: int) -> None:
         "trainer.micro_batch_size": divisors(max(1, whole // replicas)),
     }
     if whole % step:
-        raise Refusal(f"trainer.global_batch_size={whole} is no multiple of {batch} = {step}", offers)
+        raise Refusal(
+            f"trainer.global_batch_size={whole} is no multiple of {batch} = {step}",
+            offers,
+            key="trainer.global_batch_size",
+            value=whole,
+        )
     count = accumulation(config, world_size)
     if count % rounds:
         raise Refusal(
             f"parallel.vpp={parallel.vpp} needs an accumulation that is a multiple of "
             f"parallel.pp={parallel.pp}, but trainer.global_batch_size={whole} / ({batch}) is {count}",
             {**offers, "parallel.vpp": [None]},
+            key="parallel.vpp",
+            value=parallel.vpp,
         )
 
 
@@ -287,7 +320,9 @@ def _data(config: Any, world_size: int) -> None:
     """There is something to train on, and the demo's evaluation set does not judge another's training."""
     train, evaluation = config.data.train, config.data.eval
     if not train:
-        raise Refusal("data.train is empty: name files, for example data.train=[train.jsonl]")
+        raise Refusal(
+            "data.train is empty: name files, for example data.train=[train.jsonl]", key="data.train", value=train
+        )
     if resource(DEMO_EVAL) in evaluation and resource(DEMO_TRAIN) not in train:
         warn_once(
             get_logger(__name__),
@@ -299,7 +334,7 @@ def _tokenizer(config: Any, world_size: int) -> None:
     """Tokenizers that live in a file are told which."""
     tokenizer = config.tokenizer
     if tokenizer.kind != "bytes" and tokenizer.path is None and config.model.path is None:
-        raise Refusal(f"tokenizer.kind={tokenizer.kind} needs tokenizer.path: its file or folder")
+        raise Refusal(f"tokenizer.kind={tokenizer.kind} needs tokenizer.path: its file or folder", key="tokenizer.path")
 
 
 def _generation(config: Any, world_size: int) -> None:
@@ -311,12 +346,16 @@ def _generation(config: Any, world_size: int) -> None:
             raise Refusal(
                 f"rollout.max_new_tokens={new} leaves no room for a prompt in model.max_positions={most}",
                 {"rollout.max_new_tokens": [most - 1], "model.max_positions": [new + 1]},
+                key="rollout.max_new_tokens",
+                value=new,
             )
     if config.chat == (config.prompts is not None):
         raise Refusal(
             "chat=true and prompts exclude each other: leave one out"
             if config.chat
-            else "prompts is empty: give a file or a text, prompts=questions.jsonl, or --chat to talk to the model"
+            else "prompts is empty: give a file or a text, prompts=questions.jsonl, or --chat to talk to the model",
+            key="prompts",
+            value=config.prompts,
         )
 
 
@@ -327,6 +366,8 @@ def _context_parallel(config: Any, world_size: int) -> None:
             "does not drive yet",
             {"parallel.cp": [1]},
             "parallel.tp with parallel.sequence_parallel=true for long sequences",
+            key="parallel.cp",
+            value=config.parallel.cp,
         )
 
 
@@ -339,15 +380,21 @@ def _room(config: Any, world_size: int) -> None:
             raise Refusal(
                 f"rollout.max_new_tokens={new} leaves no room for a prompt in model.max_positions={most}",
                 {"rollout.max_new_tokens": [most - 1], "model.max_positions": [new + 1]},
+                key="rollout.max_new_tokens",
+                value=new,
             )
 
 
 def _prompts(config: Any, world_size: int) -> None:
     """There is something to answer, and something that judges answers."""
     if not config.data.train:
-        raise Refusal("data.train is empty: name files of prompts, for example data.train=[prompts.jsonl]")
+        raise Refusal(
+            "data.train is empty: name files of prompts, for example data.train=[prompts.jsonl]",
+            key="data.train",
+            value=config.data.train,
+        )
     if config.reward.fn is None:
-        raise Refusal("reward.fn is empty: name a function, for example reward.fn=rewards.py:score")
+        raise Refusal("reward.fn is empty: name a function, for example reward.fn=rewards.py:score", key="reward.fn")
 
 
 def _sweep(config: Any, world_size: int) -> None:
@@ -355,7 +402,11 @@ def _sweep(config: Any, world_size: int) -> None:
     swept = [name for name, values in vars(config.eval.sweep).items() if values]
     if len(swept) > 1:
         keys = " and ".join(f"eval.sweep.{name}" for name in swept)
-        raise Refusal(f"{keys} are both given, and an evaluation goes through one setting: leave one empty")
+        raise Refusal(
+            f"{keys} are both given, and an evaluation goes through one setting: leave one empty",
+            key=f"eval.sweep.{swept[0]}",
+            value=getattr(config.eval.sweep, swept[0]),
+        )
 
 
 def _phase(config: Any, world_size: int) -> None:
@@ -365,6 +416,8 @@ def _phase(config: Any, world_size: int) -> None:
         raise Refusal(
             f"ppo.rollouts={rollouts} is no multiple of rollout.n={n}, the responses to each prompt",
             {"ppo.rollouts": multiples(n, rollouts), "rollout.n": divisors(rollouts)},
+            key="ppo.rollouts",
+            value=rollouts,
         )
     _explores(config)
     critic = config.critic
@@ -373,12 +426,16 @@ def _phase(config: Any, world_size: int) -> None:
             raise Refusal(
                 f"critic.{key}={getattr(critic, key)} is of a critic of its own, but critic.kind=shared",
                 otherwise="critic.kind=separate",
+                key=f"critic.{key}",
+                value=getattr(critic, key),
             )
     if critic.warmup_phases >= config.trainer.max_phases:
         raise Refusal(
             f"critic.warmup_phases={critic.warmup_phases} leaves the policy none of trainer.max_phases="
             f"{config.trainer.max_phases}",
             {"critic.warmup_phases": [config.trainer.max_phases - 1]},
+            key="critic.warmup_phases",
+            value=critic.warmup_phases,
         )
     for key in ("kl_target", "kl_limit"):
         if config.ppo.kl_coef == 0 and getattr(config.ppo, key) is not None:
@@ -386,28 +443,42 @@ def _phase(config: Any, world_size: int) -> None:
                 f"ppo.{key}={getattr(config.ppo, key):g} needs a reference, and with ppo.kl_coef=0 none is kept",
                 {f"ppo.{key}": [None]},
                 "a ppo.kl_coef above 0",
+                key=f"ppo.{key}",
+                value=getattr(config.ppo, key),
             )
     if config.model.dropout > 0:
         raise Refusal(
             f"model.dropout={config.model.dropout:g} would train another policy than the one that responded",
             {"model.dropout": [0.0]},
+            key="model.dropout",
+            value=config.model.dropout,
         )
 
 
 def _explores(config: Any) -> None:
     if config.rollout.temperature == 0:
-        raise Refusal("rollout.temperature=0 draws nothing at random, so there is nothing to learn from: use 1")
+        raise Refusal(
+            "rollout.temperature=0 draws nothing at random, so there is nothing to learn from: use 1",
+            key="rollout.temperature",
+            value=0,
+        )
 
 
 def _rejection(config: Any, world_size: int) -> None:
     """There are answers to choose among, and the choice grows stricter."""
     _explores(config)
     if config.rollout.n < 2:
-        raise Refusal(f"rollout.n={config.rollout.n} leaves no choice among the answers to a prompt: use rollout.n=32")
+        raise Refusal(
+            f"rollout.n={config.rollout.n} leaves no choice among the answers to a prompt: use rollout.n=32",
+            key="rollout.n",
+            value=config.rollout.n,
+        )
     first, last = config.rft.start_percentile, config.rft.end_percentile
     if first > last:
         raise Refusal(
-            f"rft.start_percentile={first:g} is above rft.end_percentile={last:g}, which it rises to: swap them"
+            f"rft.start_percentile={first:g} is above rft.end_percentile={last:g}, which it rises to: swap them",
+            key="rft.start_percentile",
+            value=first,
         )
 
 
@@ -423,6 +494,8 @@ def _reward_time(config: Any, world_size: int) -> None:
             f"{config.parallel.timeout_s} s",
             {"parallel.timeout_s": [int(longest) + 120]},
             "a shorter reward.timeout",
+            key="reward.timeout",
+            value=reward.timeout,
         )
 
 
@@ -445,5 +518,9 @@ def _count(environ: Mapping[str, str], name: str) -> int:
     """A number of processes the launcher left in the environment."""
     text = environ[name]
     if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"the launcher's {name}={text} is no number of processes: unset it, or start with torchrun")
+        raise ConfigError(
+            f"the launcher's {name}={text} is no number of processes: unset it, or start with torchrun",
+            key=name,
+            value=text,
+        )
     return int(text)

@@ -37,10 +37,6 @@ _VERSION_BASE = "1.3"
 class JobError(MegarlError):
     """One job of a multirun ended with a non-zero exit code."""
 
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"a job of the multirun ended with exit code {exit_code}")
-        self.exit_code = exit_code
-
 
 def compose(entry: str, argv: list[str]) -> tuple[Any, dict[str, Any]]:
     """The configuration of one run.
@@ -131,7 +127,9 @@ class _Job:
         if code == INTERRUPTED:
             raise KeyboardInterrupt  # the jobs that follow are not wanted either
         if code and code != NOTICED:
-            raise JobError(code)
+            error = JobError(f"a job of the multirun ended with exit code {code}", key="exit code", value=code)
+            error.exit_code = code
+            raise error
 
 
 def _needs_hydra(argv: list[str]) -> bool:
@@ -139,14 +137,17 @@ def _needs_hydra(argv: list[str]) -> bool:
     flags = [part.partition("=")[0] for part in argv if part.startswith("-")]
     for flag in flags:
         if flag == "--experimental-rerun":
-            raise ConfigError(f"{flag} unpickles a file and is not offered: use run.resume, or repeat the command")
+            raise ConfigError(
+                f"{flag} unpickles a file and is not offered: use run.resume, or repeat the command", key=flag
+            )
         if flag not in HYDRA_FLAGS:
             raise ConfigError(
                 f"unknown flag '{flag}': settings are written key=value without dashes, for example "
-                f"parallel.tp=2; flags are --help, --version, {', '.join(sorted(HYDRA_FLAGS))}"
+                f"parallel.tp=2; flags are --help, --version, {', '.join(sorted(HYDRA_FLAGS))}",
+                key=flag,
             )
     if "--resolve" in flags and not {"--cfg", "-c"} & set(flags):
-        raise ConfigError("--resolve goes with --cfg: --cfg job --resolve")
+        raise ConfigError("--resolve goes with --cfg: --cfg job --resolve", key="--resolve")
     return bool(flags) or any(part.lstrip("+~").startswith(("hydra.", "hydra/")) for part in argv)
 
 

@@ -28,7 +28,10 @@ def hide_gpus(accelerator: str) -> Iterator[None]:
         if torch is not None and torch.cuda.is_available():
             raise ConfigError(
                 "trainer.accelerator=cpu, but torch has already found a GPU in this process: start it with "
-                "CUDA_VISIBLE_DEVICES='' in the environment, or use trainer.accelerator=gpu"
+                "CUDA_VISIBLE_DEVICES='' in the environment, or use trainer.accelerator=gpu",
+                key="trainer.accelerator",
+                value="cpu",
+                offers={"trainer.accelerator": ["gpu"]},
             )
         yield
     finally:

@@ -38,7 +38,9 @@ def require_data(path: str, key: str = "data.train and data.eval") -> None:
     place = local(path)
     if exists(place) or not (place.suffix in SUFFIXES or path.startswith(_HERE) or not _HUB_DATA.fullmatch(path)):
         return
-    raise DataError(f"{shown(path)}: {_why(place)} (looked from {Path.cwd()}); check {key}")
+    raise DataError(
+        f"{shown(path)}: {_why(place)} (looked from {Path.cwd()}); check {key}", key=key, value=path, where=shown(path)
+    )
 
 
 def require_weights(path: str, key: str = "") -> None:
@@ -46,7 +48,12 @@ def require_weights(path: str, key: str = "") -> None:
     if exists(place) or not (path.startswith(_HERE) or not _HUB_MODEL.fullmatch(path)):
         return
     named = f"{key}={shown(path)}" if key else shown(path)
-    raise CheckpointError(f"{named} does not exist ({_why(place)}): give a folder, or a hub name such as org/model")
+    raise CheckpointError(
+        f"{named} does not exist ({_why(place)}): give a folder, or a hub name such as org/model",
+        key=key or None,
+        value=path,
+        where=shown(path),
+    )
 
 
 def load_chat_template(value: str | None, key: str = "data.chat_template") -> str | None:
@@ -57,22 +64,31 @@ def load_chat_template(value: str | None, key: str = "data.chat_template") -> st
     if not is_file(path):
         raise ConfigError(
             f"{key}={shown(value)!r} is neither a Jinja template nor a file; "
-            "give a template with {{ }} or {% %}, or the path of a file that holds one"
+            "give a template with {{ }} or {% %}, or the path of a file that holds one",
+            key=key,
+            value=value,
         )
     try:
         return read_text(path)
     except UnreadableError as problem:
-        raise ConfigError(f"{key}={value!r} {problem}: give a text file that holds a Jinja template") from None
+        raise ConfigError(
+            f"{key}={value!r} {problem}: give a text file that holds a Jinja template",
+            key=key,
+            value=value,
+            where=value,
+        ) from None
 
 
 def check_name(name: str, key: str) -> None:
     """Refuse a name that would be another folder than the one it names."""
     if name in ("", ".", "..") or not name.isprintable() or re.search(r"[/\\\\]", name) or name != name.strip():
         raise ConfigError(
-            f"{key}={shown(name)!r} is no name: use one word without separators, or set run.dir to the folder you mean"
+            f"{key}={shown(name)!r} is no name: use one word without separators, or set run.dir to the folder you mean",
+            key=key,
+            value=name,
         )
     if problem := why_no_name(Path(name)):
-        raise ConfigError(f"{key}={shown(name)!r} is no name: {problem}; use a shorter one")
+        raise ConfigError(f"{key}={shown(name)!r} is no name: {problem}; use a shorter one", key=key, value=name)
 
 
 def _why(place: Path) -> str:

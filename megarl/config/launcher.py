@@ -38,7 +38,11 @@ def check_launcher(environ: Environment) -> None:
         names = [name for name in names if not name.startswith("SLURM_") or name == "SLURM_PROCID"]
     numbers = {name: _number(environ, name) for name in names if name in environ}
     if numbers.get("MASTER_PORT", 1) > 65535:
-        raise ConfigError(f"MASTER_PORT={numbers['MASTER_PORT']} in the environment is no port: use one below 65536")
+        raise ConfigError(
+            f"MASTER_PORT={numbers['MASTER_PORT']} in the environment is no port: use one below 65536",
+            key="MASTER_PORT",
+            value=numbers["MASTER_PORT"],
+        )
     if "LOCAL_WORLD_SIZE" in numbers:
         _require(environ, "LOCAL_WORLD_SIZE", ("WORLD_SIZE",), "start with torchrun")
     for rank in ("RANK", "LOCAL_RANK"):
@@ -56,13 +60,17 @@ def check_launcher(environ: Environment) -> None:
         if name in numbers and size in numbers and numbers[name] >= numbers[size]:
             raise ConfigError(
                 f"{name}={numbers[name]} and {size}={numbers[size]} in the environment contradict each other: ranks "
-                "count from 0; unset both, or start with a launcher that sets both"
+                "count from 0; unset both, or start with a launcher that sets both",
+                key=name,
+                value=numbers[name],
             )
     for name, size in _SHARED_OUT:
         if name in numbers and size in numbers and numbers[name] % numbers[size]:
             raise ConfigError(
                 f"{name}={numbers[name]} in the environment is no multiple of {size}={numbers[size]}: start as many "
-                "processes on every node"
+                "processes on every node",
+                key=name,
+                value=numbers[name],
             )
 
 
@@ -71,7 +79,9 @@ def _number(environ: Environment, name: str) -> int:
     least = 1 if name in _SIZES else 0
     if not (text.isascii() and text.isdigit() and len(text) <= 10 and least <= int(text) <= _MOST):
         what = "number of processes" if name in _SIZES else "number"
-        raise ConfigError(f"the launcher's {name}={text[:80]} is no {what}: unset it, or start with torchrun")
+        raise ConfigError(
+            f"the launcher's {name}={text[:80]} is no {what}: unset it, or start with torchrun", key=name, value=text
+        )
     return int(text)
 
 
@@ -79,5 +89,6 @@ def _require(environ: Environment, given: str, needed: tuple[str, ...], remedy: 
     missing = next((name for name in needed if not environ.get(name)), None)
     if missing:
         raise ConfigError(
-            f"{given}={environ[given]} is in the environment and {missing} is not: {remedy}, or unset {given}"
+            f"{given}={environ[given]} is in the environment and {missing} is not: {remedy}, or unset {given}",
+            key=missing,
         )

@@ -40,50 +40,66 @@ def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
     known = {item.key: item for item in leaves(tree)}
     source = _source(error)
     if isinstance(error, OverrideParseException):
-        return ConfigError(_malformed(error, known))
+        return _malformed(error, known)
     if isinstance(error, MissingConfigException):
-        return ConfigError(_missing_option(error))
+        return _missing_option(error)
     if isinstance(error, RecursionError):
-        return ConfigError("the configuration is nested too deep, or a value refers to itself: look for ${...} in it")
+        return ConfigError(
+            "the configuration is nested too deep, or a value refers to itself: look for ${...} in it", key="${...}"
+        )
     inner = _omegaconf_error(error)
     if isinstance(inner, ConfigKeyError | ConfigAttributeError):
         key = str(inner.full_key or inner.key)
         argument = None if source else _argument(key, argv)
         if argument:
             key = max(key, _name(argument), key=len)  # for `paralel.tp=2`, OmegaConf complains of `paralel`
-        return ConfigError(unknown_key(key, tree, source or (f"in '{argument}'" if argument else None)))
+        return unknown_key(key, tree, argument, source)
     if isinstance(inner, ValidationError) and (key := _leaf_key(inner)) in known:
-        return ConfigError(_wrong_type(known[key], inner, argv) + (f" ({source})" if source else ""))
+        return _wrong_type(known[key], inner, argv, source)
     if isinstance(inner, InterpolationResolutionError):
         key = str(inner.full_key)
-        if key not in known:  # of a whole section, OmegaConf does not say which
-            key = next((f"in '{shown(part)}'" for part in argv if "${" in part), source or "in a preset")
-        return ConfigError(f"{key}: {_first_line(inner)}")
+        if key in known:
+            return ConfigError(f"{key}: {_first_line(inner)}", key=key)
+        # of a whole section, OmegaConf does not say which
+        argument = next((shown(part) for part in argv if "${" in part), None)
+        place = f"'{argument}'" if argument else source or "a preset"
+        return ConfigError(f"in {place}: {_first_line(inner)}", where=argument or place)
     moved = re.match(r"Could not override '([^']+)'\. No match in the defaults list", str(error))
     if moved:
         group = moved.group(1)
         if group == "conf":
-            return ConfigError("'conf=...' must be written '+conf=...': presets are added, they replace nothing")
-        return ConfigError(unknown_key(group, tree, f"in '{_argument(group, argv) or group}'"))
+            return ConfigError(
+                "'conf=...' must be written '+conf=...': presets are added, they replace nothing",
+                key="conf",
+                offers={"conf": ["+conf"]},
+            )
+        return unknown_key(group, tree, _argument(group, argv) or group)
     if str(error) == "conf appears more than once in the final defaults list":
-        return ConfigError("+conf is given twice: write several presets as one list, +conf=[a,b]")
+        return ConfigError("+conf is given twice: write several presets as one list, +conf=[a,b]", key="+conf")
     if inner is not None and "does not support deletion" in str(inner):
-        return ConfigError(f"'{inner.full_key}' cannot be removed: every key has a value; set it to another")
-    if str(error).startswith("Ambiguous value for argument"):
+        return ConfigError(
+            f"'{inner.full_key}' cannot be removed: every key has a value; set it to another", key=str(inner.full_key)
+        )
+    if ambiguous := re.match(r"Ambiguous value for argument '\+*([^=']*)", str(error)):
         return ConfigError(
             f"{_first_line(error)}: write key=[a,b] for a list, \"key='a,b'\" for text, "
-            "or add --multirun to run once per value"
+            "or add --multirun to run once per value",
+            key=ambiguous[1],
         )
     said = " ".join(str(inner or error).split())
     if inner is not None and "Cannot merge DictConfig with ListConfig" in said and (key := _leaf_key(inner)) in known:
-        typed = _argument(key, argv)
-        return ConfigError(f"{typed or key} is not {describe_type(known[key].type)}")
+        typed = _argument(key, argv) or key
+        return ConfigError(f"{typed} is not {describe_type(known[key].type)}", key=_name(typed))
     if (section := _section_of(said, tree)) is not None:
-        return ConfigError(f"{section} is a section and has no value of its own: set its keys, {section}.KEY=VALUE")
-    full_key = re.search(r" full_key: (\S+)", said)
-    if full_key and not isinstance(error, EXPLAINED):
-        return ConfigError(f"{full_key[1]}: {_first_line(error)}")
-    return ConfigError(said if isinstance(error, EXPLAINED) else f"the settings cannot be put together ({said})")
+        return ConfigError(
+            f"{section} is a section and has no value of its own: set its keys, {section}.KEY=VALUE", key=section
+        )
+    full_key = re.search(r" full_key: (?!object_type=)(\S+)", said)
+    named = full_key[1] if full_key else None
+    if named and not isinstance(error, EXPLAINED):
+        return ConfigError(f"{named}: {_first_line(error)}", key=named)
+    line = said if isinstance(error, EXPLAINED) else f"the settings cannot be put together ({said})"
+    return ConfigError(line, key=named)
 
 
 def check_argument(argument: str, tree: type) -> None:
@@ -92,48 +108,72 @@ def check_argument(argument: str, tree: type) -> None:
     try:
         argument.encode("utf-8")
     except UnicodeEncodeError:
-        raise ConfigError(f"{short!r} is not valid UTF-8: write settings as key=value in UTF-8") from None
+        raise ConfigError(
+            f"{short!r} is not valid UTF-8: write settings as key=value in UTF-8", key=repr(short)[1:-1]
+        ) from None
     found = _KEY.fullmatch(argument)
     assert found is not None, "every part of it may be empty"
     name = found["name"]
     example = "settings are written key=value, for example parallel.tp=2"
     if not name.strip():
         raise ConfigError(
-            f"unknown key '' in '{short}': {example}" if found["value"] else f"'{short}' is no setting: {example}"
+            f"unknown key '' in '{short}': {example}" if found["value"] else f"'{short}' is no setting: {example}",
+            key=short,
         )
     if found["package"] and name.partition(".")[0] not in (*sections(tree), "conf", "hydra", "logger"):
-        raise ConfigError(unknown_key(name, tree, f"in '{short}'"))
+        raise unknown_key(name, tree, short)
     if found["package"]:
         raise ConfigError(
-            f"'{short}' puts a group in another place with '@', which no key here has: leave {found['package']} out"
+            f"'{short}' puts a group in another place with '@', which no key here has: leave {found['package']} out",
+            key=found["package"],
         )
     if re.search(r"\d{4301}", argument):  # the longest that Python reads
-        raise ConfigError(f"'{short}' holds a number of more than 4300 digits: write one that the key can mean")
+        raise ConfigError(
+            f"'{short}' holds a number of more than 4300 digits: write one that the key can mean", key=shown(name)
+        )
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"unknown key '{shown(name)}' in '{short}': a key is names joined by single dots, as in parallel.tp"
+            f"unknown key '{shown(name)}' in '{short}': a key is names joined by single dots, as in parallel.tp",
+            key=shown(name),
         )
 
 
-def unknown_key(key: str, tree: type, where: str | None = None) -> str:
-    """One line about a key the tree does not have: where it stands and what it may have meant."""
+def unknown_key(key: str, tree: type, argument: str | None = None, source: str | None = None) -> ConfigError:
+    """The error for a key the tree does not have: where it stands and what it may have meant.
+
+    Args:
+        key: as it was written.
+        tree: the schema of the entry point.
+        argument: of the command line, which has it.
+        source: the configuration file that has it, in the argument's place.
+    """
     known = [item.key for item in leaves(tree)]
-    place = f" ({where})" if where else ""
+    place = f" (in {source})" if source else f" (in '{argument}')" if argument else ""
+
+    def unknown(said: str, meant: Iterable[str]) -> ConfigError:
+        return ConfigError(f"unknown key '{key}'{place}{said}", key=key, where=source, offers={key: meant})
+
     parents = [name for name in known if key.startswith(name + ".")]
     if parents and next(item for item in leaves(tree) if item.key == parents[0]).type.startswith("dict"):
-        return f"'{parents[0]}' has no entry '{key.removeprefix(parents[0] + '.')}' yet{place}: add it as +{key}=VALUE"
+        entry = key.removeprefix(parents[0] + ".")
+        return ConfigError(
+            f"'{parents[0]}' has no entry '{entry}' yet{place}: add it as +{key}=VALUE",
+            key=key,
+            where=source,
+            offers={key: [f"+{key}"]},
+        )
     if parents:
-        return f"unknown key '{key}'{place}: '{parents[0]}' holds a value and has no keys below it"
+        return unknown(f": '{parents[0]}' holds a value and has no keys below it", [parents[0]])
     if difflib.get_close_matches(key, ["conf", "preset"]):
-        return f"unknown key '{key}'{place}; did you mean '+conf=NAME', which chooses a preset? All keys: --help"
+        return unknown("; did you mean '+conf=NAME', which chooses a preset? All keys: --help", ["+conf"])
     near = nearest_keys(key, known if "." in key else [*known, *sections(tree)])
     if near:
-        return f"unknown key '{key}'{place}; did you mean {one_of(near)}? All keys: --help"
+        return unknown(f"; did you mean {one_of(near)}? All keys: --help", near)
     section = key.partition(".")[0]
     if section in sections(tree):
         names = [name.partition(".")[2] for name in known if name.startswith(section + ".")]
-        return f"unknown key '{key}'{place}; '{section}' has the keys {', '.join(names)}"
-    return f"unknown key '{key}'{place}; sections are {', '.join(sections(tree))}. All keys: --help"
+        return unknown(f"; '{section}' has the keys {', '.join(names)}", [f"{section}.{name}" for name in names])
+    return unknown(f"; sections are {', '.join(sections(tree))}. All keys: --help", sections(tree))
 
 
 def nearest_keys(key: str, known: Sequence[str], count: int = 3) -> list[str]:
@@ -195,7 +235,7 @@ def _leaf_key(error: OmegaConfBaseException) -> str:
 def _source(error: Exception) -> str | None:
     """The configuration file Hydra was reading, from the start of its message."""
     found = re.match(r"In '([^']+)'", str(error))
-    return f"in {found.group(1)}" if found else None
+    return found[1] if found else None
 
 
 def _name(argument: str) -> str:
@@ -212,35 +252,56 @@ def _argument(key: str, argv: Sequence[str]) -> str | None:
     return None
 
 
-def _malformed(error: OverrideParseException, known: dict[str, Leaf]) -> str:
-    """One line about an argument that is not of the form key=value."""
+def _malformed(error: OverrideParseException, known: dict[str, Leaf]) -> ConfigError:
+    """The error for an argument that is not of the form key=value."""
     key, equals, value = error.override.lstrip("+~").partition("=")
     if not equals and key == "conf":
-        return f"'{error.override}' names no preset: write +conf=NAME"
+        return ConfigError(f"'{error.override}' names no preset: write +conf=NAME", key="conf")
     if not equals:
-        example = key if key in known else next(iter(nearest_keys(key, list(known))), "parallel.tp")
-        return f"'{shown(error.override)}' has no '=': settings are written key=value, for example {example}=..."
-    return f"cannot read the value of '{shown(error.override)}': quote special characters, \"{key}='{shown(value)}'\""
+        near = [key] if key in known else nearest_keys(key, list(known))
+        example = near[0] if near else "parallel.tp"
+        return ConfigError(
+            f"'{shown(error.override)}' has no '=': settings are written key=value, for example {example}=...",
+            key=shown(key),
+            offers={shown(key): [example]},
+        )
+    return ConfigError(
+        f"cannot read the value of '{shown(error.override)}': quote special characters, \"{key}='{shown(value)}'\"",
+        key=key,
+        value=value,
+    )
 
 
-def _missing_option(error: MissingConfigException) -> str:
-    """One line about an option of a group, or a primary configuration, that does not exist."""
+def _missing_option(error: MissingConfigException) -> ConfigError:
+    """The error for an option of a group, or a primary configuration, that does not exist."""
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     options = list(error.options or [])
     near = difflib.get_close_matches(option, options, n=3, cutoff=0.5)
     meant = f"; did you mean {one_of(near)}?" if near else ""
     listed = f" (options: {', '.join(options)})" if options else ""
-    return f"{group or 'the configuration folder'} has no '{option}'{meant}{listed}"
+    return ConfigError(
+        f"{group or 'the configuration folder'} has no '{option}'{meant}{listed}",
+        key=group or None,
+        value=option,
+        offers={group: options} if group else None,
+    )
 
 
-def _wrong_type(leaf: Leaf, error: ValidationError, argv: Sequence[str]) -> str:
-    """One line about a value that is not of its key's type."""
+def _wrong_type(leaf: Leaf, error: ValidationError, argv: Sequence[str], source: str | None) -> ConfigError:
+    """The error for a value that is not of its key's type."""
+    place = f" (in {source})" if source else ""
     below = next((part for part in argv if part.lstrip("+").startswith(leaf.key + ".")), None)
     if below:
-        return f"unknown key in '{below}': '{leaf.key}' holds a value and has no keys below it"
+        line = f"unknown key in '{below}': '{leaf.key}' holds a value and has no keys below it{place}"
+        return ConfigError(line, key=_name(below), where=source, offers={_name(below): [leaf.key]})
     value = "null" if error.value is None else shown(error.value)
     remedy = f": write {leaf.key}=[{value}]" if leaf.type == "list[str]" else ""
-    return f"{leaf.key}={value} is not {describe_type(leaf.type)}{remedy} ({leaf.key}: {leaf.doc})"
+    return ConfigError(
+        f"{leaf.key}={value} is not {describe_type(leaf.type)}{remedy} ({leaf.key}: {leaf.doc}){place}",
+        key=leaf.key,
+        value=error.value,
+        where=source,
+    )
 
 
 def _first_line(error: Exception) -> str:

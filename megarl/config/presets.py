@@ -88,7 +88,9 @@ def register(argv: list[str], entry: str) -> None:
         except (yaml.YAMLError, UnreadableError) as error:
             if name in chosen:
                 reason = " ".join(str(error).split())
-                raise ConfigError(f"preset '{name}' cannot be read ({path}): {reason}") from error
+                raise ConfigError(
+                    f"preset '{name}' cannot be read ({path}): {reason}", key="preset", value=name, where=path
+                ) from error
             continue  # a broken file that nobody asked for does not concern this run
         own = _without(OmegaConf.to_container(part), _of_others(entry))
         if name in chosen:
@@ -133,7 +135,12 @@ def _check_lists(part: Any, entry: str, path: Path) -> None:
         section, _, key = leaf.key.rpartition(".")
         keys = (part.get(section) if section else part) if isinstance(part, dict) else None
         if leaf.type.startswith("list") and isinstance(keys, dict) and isinstance(keys.get(key), dict):
-            raise ConfigError(f"{leaf.key}={shown(keys[key])} is not {describe_type(leaf.type)} (in {path})")
+            raise ConfigError(
+                f"{leaf.key}={shown(keys[key])} is not {describe_type(leaf.type)} (in {path})",
+                key=leaf.key,
+                value=keys[key],
+                where=path,
+            )
 
 
 def _presets_in(folder: Path) -> Iterator[Path]:
@@ -151,9 +158,14 @@ def _unknown(name: str, known: list[str], user_folder: Path) -> ConfigError:
     """The error for a preset that does not exist, or that is no preset for want of its first line."""
     file = user_folder / f"{name}.yaml"
     if is_file(file):
-        return ConfigError(f"{file} is no preset: its first line must be '{HEADER}'")
+        return ConfigError(
+            f"{file} is no preset: its first line must be '{HEADER}'", key="preset", value=name, where=file
+        )
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     meant = f"did you mean {one_of(near)}? " if near else ""
     return ConfigError(
-        f"unknown preset '{name}'; {meant}known presets: {', '.join(sorted(known))} (yours belong in {user_folder})"
+        f"unknown preset '{name}'; {meant}known presets: {', '.join(sorted(known))} (yours belong in {user_folder})",
+        key="preset",
+        value=name,
+        offers={"preset": near or sorted(known)},
     )

@@ -199,7 +199,11 @@ def refuse(found: list[Difference], folder: str) -> None:
         remedy = " ".join(difference.remedy for difference in wrong)
         raise CheckpointError(
             f"the checkpoint {folder} does not fit settings (as model.* are) that a resume cannot change: {said}; "
-            f"use {remedy}, or start another run (another run.dir, or run.resume=never)"
+            f"use {remedy}, or start another run (another run.dir, or run.resume=never)",
+            key=wrong[0].key,
+            value=wrong[0].new,
+            where=folder,
+            offers={difference.key: [difference.old] for difference in wrong},
         )
 
 

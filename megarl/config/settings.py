@@ -67,6 +67,13 @@ def _explained(tree: DictConfig) -> Iterator[None]:
         while (above := root.__dict__["_parent"]) is not None:
             root = above
         kind = OmegaConf.get_type(root)
-        told = explain(error, kind, []) if isinstance(kind, type) else ConfigError(str(error).partition("\n")[0])
+        told = (
+            explain(error, kind, [])
+            if isinstance(kind, type)
+            else ConfigError(str(error).partition("\n")[0], key=getattr(error, "key", None))
+        )
         missing = isinstance(error, OmegaConfBaseException) and isinstance(error, ConfigAttributeError | ConfigKeyError)
-        raise UnknownKeyError(str(told)) if missing else told from None
+        if missing:
+            data = {"key": told.key, "value": told.value, "where": told.where, "offers": told.offers}
+            told = UnknownKeyError(str(told), **data)
+        raise told from None

@@ -47,13 +47,24 @@ def check_declared(config: Any, section: str = "") -> None:
         if value is None:
             continue
         if leaf.choices and value not in leaf.choices:
-            raise ConfigError(f"{key}={shown(value)} is not a valid value: choose from {either(leaf.choices)}")
+            raise ConfigError(
+                f"{key}={shown(value)} is not a valid value: choose from {either(leaf.choices)}",
+                key=key,
+                value=value,
+                offers={key: leaf.choices},
+            )
         if leaf.type == "list[str]" and not all(isinstance(part, str) for part in value):
-            raise ConfigError(f"{key}={shown(value)} holds something that is no text: write {key}=[a,b]")
+            raise ConfigError(
+                f"{key}={shown(value)} holds something that is no text: write {key}=[a,b]", key=key, value=value
+            )
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, int | float) and not _within(one, leaf):
                 kind = describe_type(leaf.type)
-                raise ConfigError(f"{key}={shown(value)} is out of range: use {kind}, {_bounds_in_words(one, leaf)}")
+                raise ConfigError(
+                    f"{key}={shown(value)} is out of range: use {kind}, {_bounds_in_words(one, leaf)}",
+                    key=key,
+                    value=value,
+                )
 
 
 def _within(value: float, leaf: Leaf) -> bool:
@@ -84,7 +95,11 @@ def check_types(tree: Any, section: str = "") -> None:
     for leaf in leaves(type(tree)):
         value = read(tree, leaf.key)
         if not _is_of(value, leaf.type):
-            raise ConfigError(f"{section}{leaf.key}={shown(value)} is not {describe_type(leaf.type)}")
+            raise ConfigError(
+                f"{section}{leaf.key}={shown(value)} is not {describe_type(leaf.type)}",
+                key=section + leaf.key,
+                value=value,
+            )
 
 
 def _is_of(value: object, kind: str) -> bool:
@@ -98,9 +113,19 @@ def _check_formats(config: Any) -> None:
     """Keys whose text must have a form."""
     devices = config.trainer.devices
     if devices != "auto" and not (isinstance(devices, int) and devices >= 1):
-        raise ConfigError(f"trainer.devices={shown(devices)} is neither a count nor auto: use 1, 2, ... or auto")
+        raise ConfigError(
+            f"trainer.devices={shown(devices)} is neither a count nor auto: use 1, 2, ... or auto",
+            key="trainer.devices",
+            value=devices,
+            offers={"trainer.devices": ["auto"]},
+        )
     if devices != "auto" and devices > MOST_PER_NODE:
-        raise ConfigError(f"trainer.devices={shown(devices)} is out of range: use auto, or at most {MOST_PER_NODE}")
+        raise ConfigError(
+            f"trainer.devices={shown(devices)} is out of range: use auto, or at most {MOST_PER_NODE}",
+            key="trainer.devices",
+            value=devices,
+            offers={"trainer.devices": ["auto", MOST_PER_NODE]},
+        )
     _check_temperatures(config)
     if not hasattr(config, "run"):  # an entry point that does not train
         return
@@ -109,12 +134,23 @@ def _check_formats(config: Any) -> None:
     limit = config.trainer.max_time
     if limit is not None and not re.fullmatch(r"[0-9]{1,6}:[0-5][0-9]:[0-5][0-9]", limit):
         raise ConfigError(
-            f"trainer.max_time={shown(limit)} is not HH:MM:SS: for two hours use '02:00:00', quoted in YAML"
+            f"trainer.max_time={shown(limit)} is not HH:MM:SS: for two hours use '02:00:00', quoted in YAML",
+            key="trainer.max_time",
+            value=limit,
         )
     if not config.checkpoint.metric.strip():
-        raise ConfigError("checkpoint.metric is empty: use the name of a logged metric, for example eval/loss")
+        raise ConfigError(
+            "checkpoint.metric is empty: use the name of a logged metric, for example eval/loss",
+            key="checkpoint.metric",
+            value=config.checkpoint.metric,
+        )
     if not config.run.resume.strip():
-        raise ConfigError("run.resume is empty: use auto, never or a checkpoint folder")
+        raise ConfigError(
+            "run.resume is empty: use auto, never or a checkpoint folder",
+            key="run.resume",
+            value=config.run.resume,
+            offers={"run.resume": ["auto", "never"]},
+        )
 
 
 def _check_temperatures(config: Any) -> None:
@@ -124,5 +160,9 @@ def _check_temperatures(config: Any) -> None:
     for key, value in given:
         if 0 < value < COLDEST:
             raise ConfigError(
-                f"{key}={value} is too low to draw at random with: use 0 for the likeliest token, or at least {COLDEST}"
+                f"{key}={value} is too low to draw at random with: use 0 for the likeliest token, or at least "
+                f"{COLDEST}",
+                key=key,
+                value=value,
+                offers={key: [0, COLDEST]},
             )

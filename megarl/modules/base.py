@@ -123,7 +123,10 @@ class Module(LightningModule):
         if saved["entry"] != self.entry:
             raise CheckpointError(
                 f"the checkpoint {folder} is of train_{saved['entry']}, and this is train_{self.entry}: give it as "
-                "model.path with run.resume=never, or another run.dir"
+                "model.path with run.resume=never, or another run.dir",
+                key=f"train_{saved['entry']}",
+                where=folder,
+                offers={"run.resume": ["never"]},
             )
         self.started_as = saved["started_as"]
         same_tokenizer = saved["tokenizer"] == self.tokenizer.fingerprint()
@@ -148,7 +151,10 @@ def vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> int:
     if model.vocab_size is not None and model.vocab_size < tokenizer.size:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size} is smaller than the tokenizer, which has {tokenizer.size} entries: "
-            f"use model.vocab_size={tokenizer.size} or more, null for the tokenizer's size, or another tokenizer"
+            f"use model.vocab_size={tokenizer.size} or more, null for the tokenizer's size, or another tokenizer",
+            key="model.vocab_size",
+            value=model.vocab_size,
+            offers={"model.vocab_size": [tokenizer.size, None]},
         )
     return model.vocab_size or tokenizer.size
 

@@ -153,7 +153,9 @@ def _fit(config: Any, folder: RunFolder, lock: RunLock, build: Callable[[Any], M
             raise
         raise CheckpointError(
             f"checkpoint {io.restoring} cannot be restored ({one_line(problem)}): it is damaged, or of another "
-            "version; choose another with run.resume=FOLDER"
+            "version; choose another with run.resume=FOLDER",
+            key="run.resume",
+            where=io.restoring,
         ) from problem
     except SystemExit as ending:
         if isinstance(ending.__context__, KeyboardInterrupt):  # before training, or again: Lightning exits with 1
@@ -170,7 +172,9 @@ def _writing(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        raise ConfigError(f"run.dir={run_dir} cannot be written ({problem}): set run.dir elsewhere") from None
+        raise ConfigError(
+            f"run.dir={run_dir} cannot be written ({problem}): set run.dir elsewhere", key="run.dir", value=str(run_dir)
+        ) from None
 
 
 def resume_from(resume: str, run_dir: Path) -> str | None:

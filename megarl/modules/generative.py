@@ -117,7 +117,10 @@ class GenerativeModule(Module):
         if not pairs:
             raise RewardError(
                 f"reward.fn={self.config.reward.fn} left all {len(rollouts)} responses of phase {self.consumed + 1} "
-                "without a score: correct the function, or set reward.on_error=error to see what it does"
+                "without a score: correct the function, or set reward.on_error=error to see what it does",
+                key="reward.fn",
+                value=self.config.reward.fn,
+                offers={"reward.on_error": ["error"]},
             )
         return [rollout for rollout, _ in pairs], [score for _, score in pairs], judgement
 

@@ -30,28 +30,34 @@ class Invariants:
         """Before the first update the policy is its reference."""
         bound = 0.0 if device_settings().repeats_exactly else KL_BOUND_GPU[self.precision]
         self._expect(
-            "kl_zero", largest_kl <= bound, f"KL to the reference is {largest_kl:.2e} before any update, not {bound:g}"
+            "kl_zero",
+            largest_kl,
+            largest_kl <= bound,
+            f"KL to the reference is {largest_kl:.2e} before any update, not {bound:g}",
         )
 
     def drift(self, mean: float) -> None:
         """Generation and training mean the same by a log-prob."""
         bound = DRIFT_BOUND[self.precision]
         self._expect(
-            "logprob_drift", mean <= bound, f"log-probs as drawn and as recomputed differ by {mean:.2e} > {bound:g}"
+            "logprob_drift",
+            mean,
+            mean <= bound,
+            f"log-probs as drawn and as recomputed differ by {mean:.2e} > {bound:g}",
         )
 
     def on_policy(self, ratio: float, clipped: float) -> None:
         """On the first minibatch of a phase the policy is still the one that was evaluated."""
         bound = RATIO_BOUND[self.precision]
-        self._expect("ratio_one", abs(ratio - 1) <= bound, f"the first minibatch's ratio is {ratio:.7f}, not 1")
+        self._expect("ratio_one", ratio, abs(ratio - 1) <= bound, f"the first minibatch's ratio is {ratio:.7f}, not 1")
         # In bf16 the rounding of single tokens may pass a narrow clip.
         most = 0.0 if self.precision == "fp32" else CLIPPED_BOUND_BF16
-        self._expect("nothing_clipped", clipped <= most, f"{clipped:.2%} of the first minibatch is clipped")
+        self._expect("nothing_clipped", clipped, clipped <= most, f"{clipped:.2%} of the first minibatch is clipped")
 
     def tokens(self, counted: float, expected: float) -> None:
         """Every response token is trained on once in an epoch, whichever ranks and microbatches it went to."""
         self._expect(
-            "token_count", counted == expected, f"an epoch counted {counted:g} response tokens of {expected:g}"
+            "token_count", counted, counted == expected, f"an epoch counted {counted:g} response tokens of {expected:g}"
         )
 
     def gradients(self, engine: Engine, learns: bool, *, fresh: bool) -> None:
@@ -69,14 +75,19 @@ class Invariants:
         with_gradient, trainable = engine.gradient_names()
         missed = sorted(trainable - with_gradient)
         shown = ", ".join(missed[:3]) + (f" and {len(missed) - 3} more" if len(missed) > 3 else "")
-        self._expect("gradients", not missed, f"no gradient has reached {shown} of {engine.name}")
+        self._expect("gradients", missed, not missed, f"no gradient has reached {shown} of {engine.name}")
 
-    def _expect(self, name: str, holds: bool, problem: str) -> None:
+    def _expect(self, name: str, value: object, holds: bool, problem: str) -> None:
         if holds:
             return
         message = f"invariant {name} is broken in phase {self.phase() + 1}: {problem}"
         if self.strict:
-            raise InvariantError(f"{message} (ppo.invariants=warn would go on)")
+            raise InvariantError(
+                f"{message} (ppo.invariants=warn would go on)",
+                key=name,
+                value=value,
+                offers={"ppo.invariants": ["warn"]},
+            )
         if name not in self.warned:
             self.warned.add(name)
             log.warning("%s", message)

@@ -100,7 +100,8 @@ def _lines(path: Path) -> list[bytes]:
     except OSError as problem:
         raise DataError(
             f"the scores in {path} cannot be read ({problem.strerror}): give this user the right to read them, or "
-            "remove the file and they are asked for again"
+            "remove the file and they are asked for again",
+            where=path,
         ) from None
 
 
@@ -133,5 +134,6 @@ def _append(path: Path, lines: Sequence[str]) -> None:
             os.fsync(file.fileno())
     except OSError as problem:
         raise DataError(
-            f"scores cannot be kept in {path} ({problem.strerror}): free space or mend the folder, then start again"
+            f"scores cannot be kept in {path} ({problem.strerror}): free space or mend the folder, then start again",
+            where=path,
         ) from None

@@ -161,7 +161,9 @@ def check_fields(prompts: Sequence[Prompt], key: str) -> None:
             first = next((prompt for prompt in having if prompt.metadata[name] is not None), having[0])
             raise DataError(
                 f"{first.where}: {name!r} is a reserved argument of {key}: rename the field "
-                f"(none may be called {', '.join(RESERVED)})"
+                f"(none may be called {', '.join(RESERVED)})",
+                key=name,
+                where=first.where,
             )
 
 

@@ -400,7 +400,9 @@ class PPO(GenerativeModule):
             if len(wrong):
                 raise NumericsError(
                     f"{self.places[int(wrong[0])]}: {name} in phase {self.consumed + 1} are NaN or infinite: look at "
-                    "the model's weights (a lower optim.lr, an earlier checkpoint) and at the scores of this response"
+                    "the model's weights (a lower optim.lr, an earlier checkpoint) and at the scores of this response",
+                    key=name,
+                    where=self.places[int(wrong[0])],
                 )
 
     def _watch_kl(self, kl: float) -> None:
@@ -411,7 +413,9 @@ class PPO(GenerativeModule):
         if kl > limit:
             raise NumericsError(
                 f"the KL to the reference is {kl:.4g} per response, past ppo.kl_limit={limit:g}: raise ppo.kl_coef, "
-                "lower optim.lr, or go on from an earlier checkpoint (run.resume)"
+                "lower optim.lr, or go on from an earlier checkpoint (run.resume)",
+                key="ppo.kl_limit",
+                value=limit,
             )
         if kl > limit / 2 and not self.kl_warned:
             self.kl_warned = True

@@ -81,7 +81,8 @@ def _copied(name: str, here: Path, checkpoint: Path) -> Path | None:
             except OSError as problem:
                 raise CheckpointError(
                     f"the reference's weights {folder} cannot be copied to {here} ({problem}): free space, or set "
-                    "run.dir elsewhere"
+                    "run.dir elsewhere",
+                    where=folder,
                 ) from None
         return here
     return None

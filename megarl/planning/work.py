@@ -169,7 +169,9 @@ def _ppo(common: Work, config: Any, plan: PlanConfig) -> Work:
 def _rft(common: Work, config: Any, plan: PlanConfig) -> Work:
     rft = config.rft
     if rft.prompts is None:
-        raise ConfigError("rft.prompts=null is all prompts of a file that a plan does not read: set their number")
+        raise ConfigError(
+            "rft.prompts=null is all prompts of a file that a plan does not read: set their number", key="rft.prompts"
+        )
     rollouts = rft.prompts * config.rollout.n
     kept = 1 - (rft.start_percentile + rft.end_percentile) / 2  # of the answers, in a mean improvement step
     return replace(
@@ -209,18 +211,27 @@ def _lengths(config: Any, plan: PlanConfig) -> tuple[int, int, int]:
     if longest >= most:
         raise ConfigError(
             f"rollout.max_new_tokens={longest} leaves no room for a prompt in model.max_positions={most}: "
-            f"use rollout.max_new_tokens={max(1, most // 2)} or a longer context"
+            f"use rollout.max_new_tokens={max(1, most // 2)} or a longer context",
+            key="rollout.max_new_tokens",
+            value=longest,
+            offers={"rollout.max_new_tokens": [max(1, most // 2)]},
         )
     prompt = min(longest, most - longest) if plan.prompt_tokens is None else plan.prompt_tokens
     if prompt + longest > most:
         raise ConfigError(
             f"prompt_tokens={prompt} and rollout.max_new_tokens={longest} are more than model.max_positions={most}: "
-            f"use prompt_tokens={most - longest} or less"
+            f"use prompt_tokens={most - longest} or less",
+            key="prompt_tokens",
+            value=prompt,
+            offers={"prompt_tokens": [most - longest]},
         )
     response = longest if plan.response_tokens is None else plan.response_tokens
     if response > longest:
         raise ConfigError(
-            f"response_tokens={response} is more than rollout.max_new_tokens={longest}: use {longest} or less"
+            f"response_tokens={response} is more than rollout.max_new_tokens={longest}: use {longest} or less",
+            key="response_tokens",
+            value=response,
+            offers={"response_tokens": [longest]},
         )
     return prompt, response, longest
 
