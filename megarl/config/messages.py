@@ -89,7 +89,8 @@ def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
     said = " ".join(str(inner or error).split())
     if inner is not None and "Cannot merge DictConfig with ListConfig" in said and (key := _leaf_key(inner)) in known:
         typed = _argument(key, argv) or key
-        return ConfigError(f"{typed} is not {describe_type(known[key].type)}", key=_name(typed))
+        value = typed.partition("=")[2] or None
+        return ConfigError(f"{typed} is not {describe_type(known[key].type)}", key=_name(typed), value=value)
     if (section := _section_of(said, tree)) is not None:
         return ConfigError(
             f"{section} is a section and has no value of its own: set its keys, {section}.KEY=VALUE", key=section

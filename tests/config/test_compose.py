@@ -22,6 +22,7 @@ from megarl.config.compose import _Job, _overrides_first, compose
 from megarl.config.presets import HEADER, conf_folder, preset_files
 from megarl.config.schema import ENTRIES, TRAINING, SFTConfig, program
 from megarl.errors import DataError, NumericsError
+from tests.refusals import assert_command_refused
 
 REPOSITORY = Path(megarl.__file__).resolve().parents[1]
 Start = Callable[..., tuple[int, str, str]]
@@ -176,7 +177,7 @@ def test_bugs_keep_their_traceback(folder: Path) -> None:
 
 def test_a_rank_other_than_0_says_who_it_is(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
-    assert start("parallel.tpp=2")[2].startswith("[rank 3] error: unknown key")
+    assert start("parallel.tpp=2")[2].startswith("[rank 3] error: ")
 
 
 def test_multirun_calls_main_once_per_value_in_folders_of_their_own(start: Start, folder: Path) -> None:
@@ -214,7 +215,7 @@ def test_multirun_ends_with_the_code_of_a_failed_job_after_running_the_others(st
 
     code, _, err = start("-m", "seed=1,2", main=main)
     assert (code, seen) == (3, [1, 2])
-    assert err.endswith("error: a job of the multirun ended with exit code 3\n")
+    assert "exit code 3" in err.splitlines()[-1]
 
 
 def test_jobs_can_be_sent_to_another_machine() -> None:
@@ -287,10 +288,9 @@ def test_a_fresh_process_composes_without_importing_what_is_heavy(folder: Path) 
 
 def test_a_typo_in_a_fresh_process_is_one_line_and_exit_code_2(folder: Path) -> None:
     done = in_process(folder, REPOSITORY, "parallel.tpp=2")
-    assert done.returncode == 2
+    assert_command_refused(done, "'parallel.tpp'", "'parallel.tp'")
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: unknown key 'parallel.tpp' (in 'parallel.tpp=2'); did you mean 'parallel.tp'")
 
 
 def test_an_installed_package_finds_its_own_conf_and_the_users(folder: Path, preset: Preset) -> None:

@@ -10,6 +10,7 @@ import pytest
 from megarl.config.devices import VISIBLE, hide_gpus
 from megarl.errors import ConfigError
 from megarl.parallel import cpu
+from tests.refusals import refused
 
 
 def torch_with(gpus: int) -> SimpleNamespace:
@@ -61,7 +62,13 @@ def test_a_gpu_that_is_in_use_already_is_refused_in_one_line(monkeypatch: pytest
     monkeypatch.setenv(VISIBLE, "")
     monkeypatch.setitem(sys.modules, "torch", torch_with(gpus=1))  # type: ignore[arg-type]
     with (
-        pytest.raises(ConfigError, match=r"^trainer\.accelerator=cpu, but .* CUDA_VISIBLE_DEVICES='' .*$"),
+        refused(
+            ConfigError,
+            key="trainer.accelerator",
+            value="cpu",
+            offers={"trainer.accelerator": ["gpu"]},
+            names=(VISIBLE,),
+        ),
         hide_gpus("cpu"),
     ):
         pass

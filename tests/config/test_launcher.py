@@ -4,6 +4,7 @@ import pytest
 
 from megarl.config.launcher import check_launcher
 from megarl.errors import ConfigError
+from tests.refusals import refused
 
 ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 TORCHRUN = {**ADDRESS, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}
@@ -30,7 +31,7 @@ def test_what_launchers_set_is_taken(environ: dict[str, str]) -> None:
     ],
 )
 def test_what_is_no_number_is_refused_by_name(environ: dict[str, str], name: str, text: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name}="):
+    with refused(ConfigError, key=name, value=text, names=(f"{name}=",)):
         check_launcher({**environ, name: text})
 
 
@@ -45,22 +46,24 @@ def test_what_is_no_number_is_refused_by_name(environ: dict[str, str], name: str
     ],
 )
 def test_half_an_environment_is_refused_with_what_is_missing(environ: dict[str, str], missing: str, named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
+    with refused(ConfigError, key=named, value=None):
         check_launcher({name: text for name, text in environ.items() if name != missing})
 
 
 @pytest.mark.parametrize(
-    ("environ", "changes"),
+    ("environ", "changes", "key"),
     [
-        (TORCHRUN, {"RANK": "4"}),
-        (TORCHRUN, {"LOCAL_RANK": "2"}),
-        (TORCHRUN, {"LOCAL_WORLD_SIZE": "3"}),
-        (TORCHRUN, {"MASTER_PORT": "65536"}),
-        (SRUN, {"SLURM_PROCID": "9"}),
-        (SRUN, {"SLURM_NTASKS": "5"}),
+        (TORCHRUN, {"RANK": "4"}, "RANK"),
+        (TORCHRUN, {"LOCAL_RANK": "2"}, "LOCAL_RANK"),
+        (TORCHRUN, {"LOCAL_WORLD_SIZE": "3"}, "WORLD_SIZE"),
+        (TORCHRUN, {"MASTER_PORT": "65536"}, "MASTER_PORT"),
+        (SRUN, {"SLURM_PROCID": "9"}, "SLURM_PROCID"),
+        (SRUN, {"SLURM_NTASKS": "5"}, "SLURM_NTASKS"),
     ],
 )
-def test_numbers_that_contradict_each_other_are_refused(environ: dict[str, str], changes: dict[str, str]) -> None:
+def test_numbers_that_contradict_each_other_are_refused(
+    environ: dict[str, str], changes: dict[str, str], key: str
+) -> None:
     (name,) = changes
-    with pytest.raises(ConfigError, match=name):
+    with refused(ConfigError, key=key, value=int({**environ, **changes}[key]), names=(name,)):
         check_launcher({**environ, **changes})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from megarl.config.offers import divisors
 from megarl.config.schema import ENTRIES, ILQLConfig, ModelConfig, PPOConfig
 from megarl.config.values import check_declared, check_values
 from megarl.errors import ConfigError
+from tests.refusals import refused
 
 HUGE = 10**40
 
@@ -27,13 +29,12 @@ def with_value(key: str, value: Any, tree: type = PPOConfig) -> Any:
     return config
 
 
-def refusal(key: str, value: Any, tree: type = PPOConfig) -> str:
-    with pytest.raises(ConfigError) as caught:
+def assert_refused(key: str, value: Any, tree: type = PPOConfig) -> str:
+    """By its key and its value, which may be the wrong one of a list."""
+    with refused(ConfigError, key=key, names=(f"{key}=",)) as found:
         check_values(with_value(key, value, tree))
-    message = str(caught.value)
-    assert message.startswith(f"{key}=")
-    assert "\n" not in message
-    return message
+    assert found.error.value is value or found.error.value in value
+    return found.line
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -45,20 +46,20 @@ def test_every_number_has_bounds(entry: str) -> None:
         bad: list[float] = [HUGE] if "int" in kinds and "str" not in kinds else []
         bad += [float("nan"), float("inf"), -float("inf"), 1e300, 1e-300] if "float" in kinds else []
         for value in bad:
-            with pytest.raises(ConfigError, match=leaf.key.replace(".", r"\.")):
+            with refused(ConfigError, key=leaf.key):
                 check_declared(with_value(leaf.key, value, tree))
 
 
 @pytest.mark.parametrize("key", ["model.hidden_size", "model.num_layers", "model.max_positions", "ppo.rollouts"])
 def test_sizes_that_no_machine_has_are_refused(key: str) -> None:
-    assert "at most" in refusal(key, 99999999999999999999)
+    assert_refused(key, 99999999999999999999)
 
 
 def test_a_model_that_nobody_could_hold_is_refused_by_its_parameters() -> None:
     config = PPOConfig()
     config.data.train, config.reward.fn = ["p.jsonl"], "f:f"
     config.model.hidden_size = 2**20
-    with pytest.raises(ConfigError, match=r"model\.hidden_size=1048576.* parameters"):
+    with refused(ConfigError, key="model.hidden_size", value=2**20, offers={}):
         check(config, 1)
 
 
@@ -71,19 +72,24 @@ def test_a_world_of_many_processes_is_offered_its_neighbours_alone() -> None:
     config = PPOConfig()
     config.data.train, config.reward.fn = ["p.jsonl"], "f:f"
     config.trainer.devices, config.parallel.tp = 1023, 4
-    with pytest.raises(ConfigError, match=r"trainer\.devices=1012, 1016, 1020 or 1024"):
+    with refused(
+        ConfigError,
+        key="parallel.tp",
+        value=4,
+        offers={"trainer.devices": [1012, 1016, 1020, 1024], "parallel.tp": [1]},
+    ):
         check(config, 1023)
 
 
 @pytest.mark.parametrize("seed", [2**63, 2**64, 2**70, -1])
 def test_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
-    assert refusal("seed", seed)
+    assert_refused("seed", seed)
 
 
 @pytest.mark.parametrize("value", [1e-40, 1e-20, 1e-5, 0.009, -1.0, float("nan")])
 @pytest.mark.parametrize("key", ["rollout.temperature", "eval.sweep.temperature"])
 def test_a_temperature_that_cannot_be_drawn_at_is_refused_by_its_own_key(key: str, value: float) -> None:
-    assert refusal(key, [value] if key.startswith("eval") else value)
+    assert_refused(key, [value] if key.startswith("eval") else value)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.01, 1.0])
@@ -93,25 +99,25 @@ def test_temperatures_that_can_be_drawn_at_stay(value: float) -> None:
 
 
 def test_a_swept_weight_is_checked_one_by_one() -> None:
-    assert refusal("eval.sweep.beta", [1.0, -1.0], ILQLConfig)
+    assert_refused("eval.sweep.beta", [1.0, -1.0], ILQLConfig)
 
 
 @pytest.mark.parametrize("key", ["rollout.repetition_penalty", "rollout.top_p"])
 @pytest.mark.parametrize("value", [1e-40, 1e31])
 def test_other_settings_of_draws_stay_within_float32(key: str, value: float) -> None:
-    assert refusal(key, value)
+    assert_refused(key, value)
 
 
 @pytest.mark.parametrize("limit", ["99999999:00:00", "1:2:3", "\u0663:00:00", "00:60:00", "", "1e9", "-1:00:00"])
 def test_a_time_limit_is_hours_minutes_and_seconds(limit: str) -> None:
-    assert refusal("trainer.max_time", limit)
+    assert_refused("trainer.max_time", limit)
 
 
 @pytest.mark.parametrize(
     "name", ["/tmp/x", "../../x", "a/b", "..", ".", "", " ", "a\0b", "a\nb", "a\\b", "n" * 300, "\x1b[2J"]
 )
 def test_a_runs_name_is_no_path(name: str) -> None:
-    assert refusal("run.name", name).isprintable()
+    assert assert_refused("run.name", name).isprintable()
 
 
 @pytest.mark.parametrize("name", ["mine", "ppo-job12", "a.b_c", "\u00fcber", ".hidden"])
@@ -119,14 +125,14 @@ def test_names_of_runs(name: str) -> None:
     check_values(with_value("run.name", name))
 
 
-def test_a_runs_name_from_the_environment_is_no_path_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"^run\.name="):
+def test_a_runs_name_from_the_environment_is_no_path_either() -> None:
+    with refused(ConfigError, key="run.name", value=os.environ["HOME"]):
         compose("sft", ["run.name=${oc.env:HOME}"])
 
 
 @pytest.mark.parametrize("devices", [0, -1, 100_000, HUGE, "two", "", {"num_layers": 1}, [1], 1.5])
 def test_processes_per_node_are_a_sensible_count(devices: Any) -> None:
-    assert refusal("trainer.devices", devices)
+    assert_refused("trainer.devices", devices)
 
 
 @pytest.mark.parametrize(
