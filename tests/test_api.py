@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 import megarl
 from megarl.api import _algorithm
 from megarl.callbacks.owner import RunLock
-from megarl.errors import ConfigError, DataError
+from megarl.errors import ConfigError, DataError, MegarlError
+from tests.refusals import refused
 from tests.worlds import Worlds
 
 TINY = {"num_layers": 2, "hidden_size": 32, "num_heads": 4}
@@ -78,13 +79,13 @@ def stopped(run_dir: Path) -> None:
     (free,) = trained.generate("a", max_new_tokens=8, temperature=0)
     (cut,) = trained.generate("a", max_new_tokens=8, temperature=0, stop=["${x}", free[:2]])
     assert len(cut) < len(free)
-    with pytest.raises(DataError, match=r"^prompts\[1\]: the prompt has 300 tokens"):
+    with refused(DataError, names=("prompts[1]: ", "300")):
         trained.generate(["a", "b" * 300], max_new_tokens=8, too_long="error")
-    with pytest.raises(ConfigError, match="too_long='drop'"):
+    with refused(ConfigError, key="too_long", value="drop", offers={"too_long": ["truncate", "error"]}):
         trained.generate("a", too_long="drop")
 
 
-def refused(run_dir: Path) -> None:
+def refused_by_place(run_dir: Path) -> None:
     config = megarl.default_config("ppo", *QUIET, f"run.dir={run_dir}")
     lists: list[tuple[str, dict[str, Any]]] = [
         ("prompts[1]", {"prompts": ["a", "b" * 300]}),
@@ -92,13 +93,12 @@ def refused(run_dir: Path) -> None:
         ("prompts[0]", {"prompts": [{"prompt": "a", "outputs": 1}]}),
     ]
     for where, given in lists:
-        with pytest.raises(DataError) as problem:
+        with refused(DataError, names=(f"{where}: ",)):
             megarl.train(TINY, reward_fn=lambda outputs, **_: [0.0 for _ in outputs], config=config, **given)
-        assert str(problem.value).startswith(f"{where}: ")
 
 
 def test_prompts_that_no_phase_could_use_are_refused_by_their_place_in_the_list(worlds: Worlds, tmp_path: Path) -> None:
-    worlds.run(1, refused, tmp_path / "run")
+    worlds.run(1, refused_by_place, tmp_path / "run")
 
 
 @pytest.mark.parametrize("call", [ppo, ilql, sft, stopped], ids=lambda call: call.__name__)
@@ -143,23 +143,34 @@ def test_the_arguments_say_which_algorithm() -> None:
     assert _algorithm(len, None, None, megarl.default_config("rft")) == "rft"
 
 
+OBJECT = object()
+
+
 @pytest.mark.parametrize(
-    ("arguments", "problem", "says"),
+    ("arguments", "kind", "data"),
     [
-        ({}, ConfigError, "takes reward_fn"),
-        ({"samples": ["a"], "rewards": [1.0, 2.0]}, DataError, "1 samples have 2 rewards"),
-        ({"model": {"layers": 2}, "samples": ["a"]}, ConfigError, "unknown key 'model.layers'"),
-        ({"samples": ["a"], "eval_prompts": ["b"]}, ConfigError, "eval_prompts has no meaning for sft"),
-        ({"samples": [["a", "b", "c"]]}, DataError, "record 1 has 3 parts"),
-        ({"model": {"num_layers": 2.0}, "samples": ["a"]}, ConfigError, "model.num_layers=2.0"),
-        ({"samples": ["a"], "rewards": [object()]}, DataError, "a object cannot be kept"),
+        ({}, ConfigError, {"key": "train()"}),
+        ({"samples": ["a"], "rewards": [1.0, 2.0]}, DataError, {"key": "rewards", "value": 2}),
+        ({"model": {"layers": 2}, "samples": ["a"]}, ConfigError, {"key": "model.layers"}),
+        ({"samples": ["a"], "eval_prompts": ["b"]}, ConfigError, {"key": "eval_prompts", "names": ("sft",)}),
+        (
+            {"samples": [["a", "b", "c"]]},
+            DataError,
+            {"key": "samples", "value": ["a", "b", "c"], "where": "record 1"},
+        ),
+        ({"model": {"num_layers": 2.0}, "samples": ["a"]}, ConfigError, {"key": "model.num_layers", "value": 2.0}),
+        ({"samples": ["a"], "rewards": [OBJECT]}, DataError, {"key": "object", "value": OBJECT}),
     ],
 )
 def test_a_call_that_cannot_be_meant_is_refused(
-    arguments: dict[str, Any], problem: type[Exception], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: dict[str, Any],
+    kind: type[MegarlError],
+    data: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(problem, match=says):
+    with refused(kind, **data):
         megarl.train(**arguments)
 
 
@@ -167,9 +178,9 @@ def test_a_configuration_refuses_unknown_keys_and_other_algorithms() -> None:
     config = megarl.default_config("ppo")
     with pytest.raises(AttributeError, match="lrr"):
         config.optim.lrr = 1.0
-    with pytest.raises(ConfigError, match="config is of ppo"):
+    with refused(ConfigError, key="config", value="ppo", offers={"config": ["sft"]}):
         megarl.train(samples=["a"], config=config)
-    with pytest.raises(ConfigError, match="use ppo, ilql, sft, rft"):
+    with refused(ConfigError, key="algorithm", value="dpo", offers={"algorithm": ["ppo", "ilql", "sft", "rft"]}):
         megarl.default_config("dpo")
 
 
@@ -181,12 +192,11 @@ def test_a_mistyped_attribute_is_answered_like_a_mistyped_argument() -> None:
         lambda: config.optim.lrr,
         lambda: megarl.default_config("ppo", "optim.lrr=1"),
     ):
-        with pytest.raises(ConfigError, match=r"unknown key 'optim\.lrr'.*; did you mean 'optim\.lr'\?") as caught:
+        with refused(ConfigError, key="optim.lrr", offers={"optim.lrr": ["optim.lr"]}):
             mistake()
-        assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"unknown key 'optm'.*'optim'"):
+    with refused(ConfigError, key="optm", offers={"optm": ["optim"]}):
         config.optm.lr = 1.0
-    with pytest.raises(ConfigError, match=r"optim\.lr=fast is not a number"):
+    with refused(ConfigError, key="optim.lr", value="fast"):
         config.optim.lr = "fast"
 
 
@@ -207,7 +217,7 @@ def test_a_run_folder_that_cannot_be_is_refused_before_anything_is_written(
     monkeypatch.chdir(tmp_path)
     config = megarl.default_config("sft", *QUIET)
     config.run.dir = run_dir
-    with pytest.raises(ConfigError, match=r"run\.dir="):
+    with refused(ConfigError, names=("run.dir=",)):
         megarl.train(samples=["a"], config=config)
     assert list(tmp_path.iterdir()) == []
 
@@ -219,7 +229,8 @@ def test_what_a_run_left_behind_may_be_damaged(name: str, content: str, tmp_path
     (tmp_path / name).write_text(content)
     trained = megarl.api.Trained(None, tmp_path)
     for read in ("summary", "history"):
-        with pytest.raises(DataError):
+        file = {"summary": "summary.json", "history": "metrics.csv"}[read]
+        with refused(DataError, where=str(tmp_path / file)):
             getattr(trained, read)
 
 
@@ -230,7 +241,7 @@ def test_a_call_leaves_the_inputs_of_the_run_that_holds_its_folder(tmp_path: Pat
     inputs.parent.mkdir()
     inputs.write_text("the other run's")
     config = megarl.default_config("ppo", *QUIET, f"run.dir={tmp_path}")
-    with pytest.raises(ConfigError, match=r"run\.dir=.* is in use by process"):
+    with refused(ConfigError, key="run.dir", value=str(tmp_path), names=(f"process {os.getpid()}",)):
         megarl.train(TINY, reward_fn=len, prompts=["a"], config=config)
     holder.release()
     assert inputs.read_text() == "the other run's"

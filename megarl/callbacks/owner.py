@@ -91,6 +91,7 @@ class RunLock:
                 f"{self.what} cannot be written ({problem.strerror or problem}): set {self.key} elsewhere",
                 key=self.key,
                 value=self.target,
+                where=self.target,
             ) from None
 
     def beat(self) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import megarl.algorithms as a
 from megarl.errors import DataError
+from tests.refusals import refused
 
 SCALES = {"tau": 0.7, "gamma": 0.5, "cql_scale": 0.1, "awac_scale": 2.0, "awac_beta": 1.0}
 
@@ -124,7 +125,7 @@ def test_a_dialogue_that_offers_no_state_or_no_action_is_refused_by_number(
     dialog: list[tuple[bool, list[int]]],
 ) -> None:
     good = [(False, [1]), (True, [2])]
-    with pytest.raises(DataError, match="dialogue 1"):
+    with refused(DataError, where="dialogue 1"):
         a.collate_dialogs([good, dialog], torch.zeros(2))
 
 

@@ -10,6 +10,7 @@ from megarl.callbacks.progress import PlainProgress, RichProgress, Standing, dur
 from megarl.callbacks.throughput import Throughput
 from megarl.errors import ConfigError
 from tests.callbacks.tiny import Ticks, Tiny, train
+from tests.refusals import refused
 
 
 @pytest.fixture
@@ -102,7 +103,8 @@ def test_kind_of_display(kind, terminal, expected, monkeypatch):
 
 
 def test_unknown_kind_is_refused():
-    with pytest.raises(ConfigError, match=r"trainer.progress=fancy.*auto, rich, plain or none"):
+    offers = {"trainer.progress": ["auto", "rich", "plain", "none"]}
+    with refused(ConfigError, key="trainer.progress", value="fancy", offers=offers):
         make_progress("fancy", 1)
 
 

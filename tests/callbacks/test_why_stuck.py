@@ -18,6 +18,7 @@ from megarl import why_stuck
 from megarl.callbacks.breadcrumbs import Breadcrumbs, whereabouts
 from megarl.callbacks.crumb import Crumb, CrumbFile, judge, read
 from megarl.errors import ConfigError
+from tests.refusals import refused
 from tests.tiny_runs import run_tiny
 from tests.worlds import Worlds
 
@@ -206,7 +207,7 @@ def why_stuck_or_none(run_dir: Path) -> int | None:
 
 
 def test_a_folder_without_breadcrumbs_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="give the folder of a run"):
+    with refused(ConfigError, where=str(tmp_path), names=("breadcrumbs",)):
         why_stuck.run([str(tmp_path)])
 
 

@@ -11,18 +11,19 @@ import pytest
 
 from megarl.errors import MegarlError
 from tests.e2e.runs import run_ilql, run_ppo, run_sft
+from tests.refusals import assert_refusal
 from tests.worlds import Worlds
 
 
-def ended(run: Callable[..., None], run_dir: Path, *overrides: str) -> tuple[str, bool, list[str]]:
-    """A rank's error, whether its line was said, and the lines on stderr that say it."""
+def ended(run: Callable[..., None], run_dir: Path, *overrides: str) -> tuple[MegarlError | None, list[str]]:
+    """A rank's error, and the lines on stderr that say it."""
     errors = io.StringIO()
     try:
         with redirect_stderr(errors):
             run(run_dir, *overrides)
     except MegarlError as problem:
-        return str(problem), problem.said, [line for line in errors.getvalue().splitlines() if "error:" in line]
-    return "", False, []
+        return problem, [line for line in errors.getvalue().splitlines() if "error:" in line]
+    return None, []
 
 
 @pytest.mark.parametrize(("run", "key"), [(run_sft, "data.train"), (run_ilql, "data.train"), (run_ppo, "clone.data")])
@@ -32,8 +33,8 @@ def test_a_broken_record_is_one_line_of_all_processes(
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": 1, "samples": 1, "rewards": 1}\n')
     first, second = worlds.run(2, ended, run, tmp_path / "run", f"{key}=[{broken}]", "trainer.global_batch_size=12")
-    line, said, shown = first
-    assert f"{broken}:1" in line
-    assert said
+    error, shown = first
+    assert_refusal(error, names=(f"{broken}:1",))
+    assert error.said
     assert len(shown) == 1
-    assert second == (line, True, [])
+    assert (str(second[0]), second[0].said, second[1]) == (str(error), True, [])

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from megarl.checkpoint import find, plain_content
-from megarl.errors import MegarlError
+from megarl.errors import CheckpointError, MegarlError
 from megarl.modules import clone, reference
 from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_ppo, run_rft
+from tests.refusals import assert_refusal
 from tests.worlds import Worlds
 
 TINY = [
@@ -188,27 +189,29 @@ def test_a_reference_of_random_weights_stays_that_of_the_first_seed(worlds: Worl
     assert metrics(tmp_path, "rollout/kl") == [(0.0,), (0.0,)]
 
 
-def ended(run: Any, run_dir: Path, *overrides: str) -> tuple[str, int, str, int]:
-    """The kind of error that a run ends with, its exit code, its line, and how many processes there are."""
+def ended(run: Any, run_dir: Path, *overrides: str) -> tuple[MegarlError | None, int]:
+    """The error that a run ends with, and how many processes there are."""
     try:
         run(run_dir, *overrides)
     except MegarlError as problem:
-        return type(problem).__name__, problem.exit_code, str(problem), dist.get_world_size()
-    return "", 0, "", dist.get_world_size()
+        return problem, dist.get_world_size()
+    return None, dist.get_world_size()
 
 
 def test_another_model_or_algorithm_is_refused_by_its_keys(worlds: Worlds, unbroken: Path, tmp_path: Path) -> None:
     start = f"run.resume={first_checkpoint(unbroken)}"
     other = ["model.hidden_size=32", "model.norm=rmsnorm"]
-    (kind, code, line, _), *more = worlds.run(2, ended, run_ppo, tmp_path / "model", *TINY, *other, start)
-    assert (kind, code) == ("CheckpointError", 2)
-    for part in ("model.hidden_size: 16 -> 32", "model.norm: ", "-> rmsnorm", "run.resume=never", str(unbroken)):
-        assert part in line
-    assert more == [(kind, code, line, 2)]
+    offers = {"model.hidden_size": [16], "model.norm": ["layernorm"]}
+    first, second = worlds.run(2, ended, run_ppo, tmp_path / "model", *TINY, *other, start)
+    for error, world in (first, second):
+        assert isinstance(error, CheckpointError)
+        assert_refusal(error, key="model.hidden_size", value=32, offers=offers, names=("rmsnorm", str(unbroken)))
+        assert world == 2
+    assert str(first[0]) == str(second[0])
     tiny = [setting for setting in TINY if not setting.startswith("ppo.")]
-    kind, code, line, _ = worlds.run(1, ended, run_rft, tmp_path / "algorithm", *tiny, start)[0]
-    assert (kind, code) == ("CheckpointError", 2)
-    assert "is of train_ppo, and this is train_rft" in line
+    error, _ = worlds.run(1, ended, run_rft, tmp_path / "algorithm", *tiny, start)[0]
+    assert isinstance(error, CheckpointError)
+    assert_refusal(error, key="train_ppo", offers={"run.resume": ["never"]}, names=("train_rft",))
 
 
 @pytest.mark.parametrize("precision", ["bf16"])

@@ -12,14 +12,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megarl.checkpoint import find, plain_content, tensors, verify
-from megarl.errors import MegarlError
+from megarl.errors import CheckpointError, ConfigError, DataError, MegarlError, NumericsError, RewardError
 from megarl.rollout.stored import load
 from tests.e2e.runs import WALKS, assert_same_bits, final_tensors, metrics, run_ppo
+from tests.refusals import assert_refusal
 from tests.worlds import Worlds
 
 LAYOUTS = {
@@ -201,9 +203,9 @@ def test_a_critic_of_another_tokenizer_is_refused(worlds: Worlds, shared: list[s
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\ntwo\n")
     policy = ["tokenizer.kind=bytes", "tokenizer.path=null", f"data.train=[{prompts}]", "data.eval=[]"]
-    kind, code, line = ended(worlds, tmp_path, "critic.kind=separate", f"critic.path={given}", *policy)
-    assert (kind, code) == ("ConfigError", 2)
-    assert f"critic.path={given} has vocab_size=23, but the policy's sequences need" in line
+    error = ended(worlds, tmp_path, "critic.kind=separate", f"critic.path={given}", *policy)
+    assert isinstance(error, ConfigError)
+    assert_refusal(error, names=(f"critic.path={given}", "vocab_size=23"))
 
 
 def test_a_critic_that_begins_alone_has_a_longer_schedule(worlds: Worlds, tmp_path: Path) -> None:
@@ -226,12 +228,12 @@ def test_a_damaged_checkpoint_is_refused(key: str, worlds: Worlds, shared: list[
     content[-9] ^= 1
     shard.write_bytes(content)
     start = ["critic.kind=separate", f"{key}={given}", "clone.data=[]"]
-    kind, code, line = ended(worlds, tmp_path, *start)
-    assert (kind, code) == ("CheckpointError", 2)
-    assert f"{key}={given} is not whole" in line
+    error = ended(worlds, tmp_path, *start)
+    assert isinstance(error, CheckpointError)
+    assert_refusal(error, names=(f"{key}={given}", shard.name))
     (given / "common.pt").write_bytes(b"no zip archive"[: (given / "common.pt").stat().st_size])
-    kind, code, line = ended(worlds, tmp_path, *start)
-    assert (kind, code) == ("CheckpointError", 2)
+    error = ended(worlds, tmp_path, *start)
+    assert isinstance(error, CheckpointError)
 
 
 # --- a kill in a phase ------------------------------------------------------------------------------------------------
@@ -284,62 +286,63 @@ def test_a_run_killed_while_it_scores_asks_for_no_score_twice(worlds: Worlds, tm
 # --- functions that misbehave -----------------------------------------------------------------------------------------
 
 
-def run_to_its_end(run_dir: Path, *overrides: str) -> tuple[str, int, str]:
-    """How a run ends: the kind of error, its exit code and its line; empty where it finishes."""
+def run_to_its_end(run_dir: Path, *overrides: str) -> MegarlError | None:
+    """The error that a run ends with; None where it finishes."""
     try:
         run_ppo(run_dir, *QUICK, *overrides)
     except MegarlError as problem:
-        return type(problem).__name__, problem.exit_code, str(problem)
-    return "", 0, ""
+        return problem
+    return None
 
 
-def ended(worlds: Worlds, run_dir: Path, *overrides: str, world: int = 1) -> tuple[str, int, str]:
+def ended(worlds: Worlds, run_dir: Path, *overrides: str, world: int = 1) -> Any:
+    """The first rank's error. All ranks end with the same kind."""
     first, *others = worlds.run(world, run_to_its_end, run_dir, *overrides)
-    assert all(other[:2] == first[:2] for other in others)
-    assert "\n" not in first[2]
-    return first  # type: ignore[no-any-return]
+    assert all(type(other) is type(first) for other in others)
+    return first
 
 
 ONE_TRY = ["reward.retries=0", "reward.timeout=1"]
 
 
 @pytest.mark.parametrize(
-    ("function", "said"),
+    ("function", "names"),
     [
-        ("tests.rewards.functions:raises", "cannot judge this"),
-        ("tests.rewards.functions:too_few", "returned 15 scores for 16 samples"),
-        ("tests.rewards.functions:sleeps", "did not finish within 1 s and was killed"),
-        ("tests.e2e.scores:not_a_number", "sample 0 got nan, not a finite number (and 15 more)"),
+        ("tests.rewards.functions:raises", ("cannot judge this",)),
+        ("tests.rewards.functions:too_few", ("15", "16")),
+        ("tests.rewards.functions:sleeps", ("1 s",)),
+        ("tests.e2e.scores:not_a_number", ("sample 0", "nan", "15")),
     ],
 )
 def test_a_function_that_gives_no_scores_ends_the_run_in_a_line(
-    function: str, said: str, worlds: Worlds, tmp_path: Path
+    function: str, names: tuple[str, ...], worlds: Worlds, tmp_path: Path
 ) -> None:
-    kind, code, line = ended(worlds, tmp_path, f"reward.fn={function}", *ONE_TRY, world=2)
-    assert (kind, code) == ("RewardError", 2)
-    assert f"reward.fn={function} " in line
-    assert said in line
-    assert "reward.on_error=drop" in line
+    error = ended(worlds, tmp_path, f"reward.fn={function}", *ONE_TRY, world=2)
+    assert isinstance(error, RewardError)
+    assert_refusal(error, names=(f"reward.fn={function} ", "reward.on_error=drop", *names))
 
 
 def test_a_call_that_never_returns_costs_its_samples_alone(worlds: Worlds, tmp_path: Path) -> None:
     slow = ["reward.fn=tests.e2e.scores:sleeps_once", f"+reward.options.folder={tmp_path}", "reward.batch_size=4"]
-    assert ended(worlds, tmp_path / "run", *slow, *ONE_TRY, "reward.on_error=drop") == ("", 0, "")
+    assert ended(worlds, tmp_path / "run", *slow, *ONE_TRY, "reward.on_error=drop") is None
     assert metrics(tmp_path / "run", "rollout/dropped") == [(4.0,)]
 
 
 def test_a_phase_without_any_score_ends_the_run(worlds: Worlds, tmp_path: Path) -> None:
     nothing = ["reward.fn=tests.e2e.scores:not_a_number", "reward.on_error=drop"]
-    kind, code, line = ended(worlds, tmp_path, *nothing)
-    assert (kind, code) == ("RewardError", 2)
-    assert "left all 16 responses of phase 1 without a score" in line
+    error = ended(worlds, tmp_path, *nothing)
+    assert isinstance(error, RewardError)
+    offers = {"reward.on_error": ["error"]}
+    assert_refusal(
+        error, key="reward.fn", value="tests.e2e.scores:not_a_number", offers=offers, names=("16", "phase 1")
+    )
 
 
 def test_samples_without_a_score_leave_the_same_phase_in_every_layout(worlds: Worlds, tmp_path: Path) -> None:
     """Fewer rows than planned, and a number that two replicas cannot halve, change nothing but the counts."""
     picky = ["reward.fn=tests.e2e.scores:picky", "reward.on_error=drop", "reward.retries=0"]
     for world in (1, 2):
-        assert ended(worlds, tmp_path / str(world), *picky, world=world) == ("", 0, "")
+        assert ended(worlds, tmp_path / str(world), *picky, world=world) is None
     ((dropped,),) = metrics(tmp_path / "1", "rollout/dropped")
     assert 0 < dropped < 16
     assert dropped % 2 == 1
@@ -348,7 +351,7 @@ def test_samples_without_a_score_leave_the_same_phase_in_every_layout(worlds: Wo
 
 def test_equal_scores_teach_nothing_and_break_nothing(worlds: Worlds, tmp_path: Path) -> None:
     equal = ["reward.fn=tests.e2e.scores:indifferent", "ppo.scale_scores=running", "ppo.whiten_rewards=true"]
-    assert ended(worlds, tmp_path, *equal, "trainer.max_phases=2") == ("", 0, "")
+    assert ended(worlds, tmp_path, *equal, "trainer.max_phases=2") is None
     assert (tmp_path / "logs" / "rank-0000.log").read_text().count("there is nothing to learn from that") == 1
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -360,7 +363,7 @@ def test_equal_scores_teach_nothing_and_break_nothing(worlds: Worlds, tmp_path: 
 def test_a_phase_of_cut_responses_trains_on_none_of_them(aggregation: str, worlds: Worlds, tmp_path: Path) -> None:
     """Of two tokens, hardly any response has an end: minibatches without a token to train on are no error."""
     cut = ["ppo.mask_overlong=true", "rollout.max_new_tokens=2", f"ppo.aggregation={aggregation}"]
-    assert ended(worlds, tmp_path, *cut, "trainer.global_batch_size=3") == ("", 0, "")
+    assert ended(worlds, tmp_path, *cut, "trainer.global_batch_size=3") is None
     ((share, loss),) = metrics(tmp_path, "rollout/cut", "policy/loss")
     assert share > 0.7
     assert math.isfinite(loss)
@@ -369,16 +372,17 @@ def test_a_phase_of_cut_responses_trains_on_none_of_them(aggregation: str, world
 def test_an_empty_file_of_prompts_ends_the_run_by_its_name(worlds: Worlds, tmp_path: Path) -> None:
     empty = tmp_path / "prompts.jsonl"
     empty.write_text("")
-    kind, code, line = ended(worlds, tmp_path, f"data.train=[{empty}]")
-    assert (kind, code) == ("DataError", 2)
-    assert line.startswith(f"{empty}: has no records")
+    error = ended(worlds, tmp_path, f"data.train=[{empty}]")
+    assert isinstance(error, DataError)
+    assert_refusal(error, names=(f"{empty}: ",))
 
 
 def test_a_policy_that_runs_away_is_stopped_with_its_last_checkpoint_whole(worlds: Worlds, tmp_path: Path) -> None:
     far = ["ppo.kl_limit=0.1", "ppo.kl_kind=abs", "optim.lr=1e-2", "trainer.max_phases=5", *SAVED, LENGTH]
-    kind, code, line = ended(worlds, tmp_path, *far)
-    assert (kind, code) == ("NumericsError", 3)
-    assert "past ppo.kl_limit=0.1: raise ppo.kl_coef, lower optim.lr" in line
+    error = ended(worlds, tmp_path, *far)
+    assert isinstance(error, NumericsError)
+    assert error.exit_code == 3
+    assert_refusal(error, key="ppo.kl_limit", value=0.1, names=("ppo.kl_coef", "optim.lr"))
     saved = find(tmp_path / "checkpoints")
     assert [path.name for path in saved] == ["step-0000001"]
     assert verify(saved[0]) is None

@@ -1,5 +1,6 @@
 """What a run comes to when it does not come to its end."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from megarl.errors import CheckpointError, ConfigError
 from megarl.modules.fit import fit
 from megarl.modules.sft import SFT
 from megarl.tokenizers import build_tokenizer
+from tests.refusals import refused
 from tests.worlds import Worlds
 
 
@@ -31,7 +33,7 @@ def test_an_interrupt_before_training_stays_an_interrupt(worlds: Worlds, tmp_pat
 @pytest.mark.parametrize("name", ["nowhere", "."])
 def test_a_resume_from_nothing_is_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
     config, _ = compose("sft", [f"run.dir={tmp_path / 'run'}", f"run.resume={tmp_path / name}"])
-    with pytest.raises(CheckpointError, match=r"run\.resume=.*no checkpoint.*auto or never"):
+    with refused(CheckpointError, names=(f"run.resume={tmp_path / name}", "auto", "never")):
         fit("sft", config, lambda _: pytest.fail("built"))
     assert not (tmp_path / "run").exists()
 
@@ -44,12 +46,12 @@ def test_a_folder_that_another_run_holds_is_refused_and_left_as_it_is(key: str, 
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     settings = {"run.dir": tmp_path / "run", "data.train": "[prompts.jsonl]", "reward.fn": "f.py:f", key: folder}
     config, _ = compose("ppo", [f"{name}={value}" for name, value in settings.items()])
-    with pytest.raises(ConfigError, match=f"{key}={folder} is in use by process"):
+    with refused(ConfigError, key=key, value=str(folder), names=(f"process {os.getpid()}",)):
         fit("ppo", config, lambda _: pytest.fail("built"))
     holder.release()
     lock = tmp_path / "run" / ".owner-0000001.json"
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path != lock}
     assert after.keys() == before.keys()
     config.model.path = str(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"model\.path"):  # nothing is held after a refusal
+    with refused(CheckpointError, key="model.path", value=config.model.path):  # nothing is held after a refusal
         fit("ppo", config, lambda _: pytest.fail("built"))

@@ -14,6 +14,7 @@ from megarl.planning.memory import GENERATOR, RankPlan, in_flight, plan_ranks, p
 from megarl.planning.shards import gpt_config
 from megarl.planning.work import Role, Work
 from tests.planning.runs import GPT2, LLAMA, NEOX, Measured, describe, generated, moved, scored, trained, watched
+from tests.refusals import refused
 from tests.worlds import Worlds
 
 WITHIN = 0.10
@@ -108,7 +109,7 @@ def test_a_layout_to_generate_in_takes_a_second_copy_of_the_weights(
 
 def test_recorded_passes_are_refused_over_pipeline_stages_as_the_run_refuses_them() -> None:
     staged = replace(describe(Layout(pp=2), LLAMA, rollouts=8, loss_tokens=256), cuda_graphs=True)
-    with pytest.raises(ConfigError, match=r"rollout\.cuda_graphs=true at PP2"):
+    with refused(ConfigError, names=("rollout.cuda_graphs=true", "PP2")):
         plan_stage(staged, 0)
     assert plan_stage(replace(staged, rollout_layout="tp2"), 0).part("train", "cache") > 0
 
