@@ -151,14 +151,14 @@ def _size(model: ModelConfig) -> None:
         )
 
 
-def shape_problem(model: ModelConfig) -> str | None:
+def shape_problem(model: ModelConfig) -> ConfigError | None:
     """What is wrong with the values of a model that came from a file; None where it can be computed."""
     try:
         check_types(model, "model.")
         check_declared(model, "model.")
         _shape(SimpleNamespace(model=model, parallel=ParallelConfig()), 1)
     except ConfigError as problem:
-        return str(problem)
+        return problem
     return None
 
 

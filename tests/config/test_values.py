@@ -14,7 +14,7 @@ from megarl.config.offers import divisors
 from megarl.config.schema import ENTRIES, ILQLConfig, ModelConfig, PPOConfig
 from megarl.config.values import check_declared, check_values
 from megarl.errors import ConfigError
-from tests.refusals import refused
+from tests.refusals import assert_refusal, refused
 
 HUGE = 10**40
 
@@ -136,7 +136,7 @@ def test_processes_per_node_are_a_sensible_count(devices: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "word"),
+    ("changes", "key"),
     [
         ({"num_layers": "two"}, "model.num_layers"),
         ({"hidden_size": 32.5}, "model.hidden_size"),
@@ -148,8 +148,8 @@ def test_processes_per_node_are_a_sensible_count(devices: Any) -> None:
         ({"num_heads": True}, "model.num_heads"),
     ],
 )
-def test_a_shape_from_a_file_is_checked_in_type_range_and_arithmetic(changes: dict[str, Any], word: str) -> None:
+def test_a_shape_from_a_file_is_checked_in_type_range_and_arithmetic(changes: dict[str, Any], key: str) -> None:
     assert shape_problem(ModelConfig()) is None
     problem = shape_problem(ModelConfig(**changes))
     assert problem is not None
-    assert problem.startswith(word)
+    assert_refusal(problem, key=key)
