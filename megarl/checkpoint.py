@@ -80,7 +80,9 @@ class ShardedCheckpointIO(CheckpointIO):
         common, parts = contents[0]
         if common.get("weights_only"):
             raise CheckpointError(
-                f"checkpoint {folder} holds weights without a run to continue: give it as model.path, not run.resume"
+                f"checkpoint {folder} holds weights without a run to continue: give it as model.path, not run.resume",
+                key="run.resume",
+                where=folder,
             )
         _check_run(common, folder)
         sharded_common = common.pop("sharded_common")
@@ -131,7 +133,8 @@ class _Save:
         if found is not None:
             raise NumericsError(
                 f"{found} holds NaN or infinity at step {self.step}, so no checkpoint is written: go on from an "
-                "earlier one with a lower optim.lr"
+                "earlier one with a lower optim.lr",
+                key=found,
             )
 
     def start(self) -> None:
@@ -208,8 +211,9 @@ class _Save:
             torch.load(buffer, weights_only=True)  # what cannot be read back must be known now, not at the resume
         except Exception as problem:
             raise CheckpointError(
-                f"a module's or callback's state cannot be saved ({_first_line(problem)}): "
-                "keep plain values and tensors in it"
+                f"checkpoint {self.folder}: a module's or callback's state cannot be saved ({_first_line(problem)}): "
+                "keep plain values and tensors in it",
+                where=self.folder,
             ) from None
         self.common = buffer.getvalue()
         aside = _hidden(self.folder, f"{secrets.token_hex(4)}.writing")
@@ -219,7 +223,9 @@ class _Save:
             aside.mkdir(parents=True)
         except OSError as problem:
             raise CheckpointError(
-                f"cannot write in {self.folder.parent}: {problem.strerror}; set run.dir elsewhere"
+                f"cannot write in {self.folder.parent}: {problem.strerror}; set run.dir elsewhere",
+                key="run.dir",
+                where=self.folder.parent,
             ) from None
         return aside
 
@@ -251,7 +257,9 @@ class _Save:
             shutil.rmtree(self.aside, ignore_errors=True)
             raise CheckpointError(
                 f"checkpoint {self.folder} could not be written ({problem}); earlier checkpoints are whole. "
-                "Free space or set run.dir to another disk, then start again: the run resumes"
+                "Free space or set run.dir to another disk, then start again: the run resumes",
+                key="run.dir",
+                where=self.folder,
             ) from None
 
     def _put_in_place(self) -> None:
@@ -320,32 +328,45 @@ def tidy(folder: Path, step: int) -> None:
     except OSError as problem:
         raise CheckpointError(
             f"{len(ahead)} checkpoints in {folder} are of later steps than {step} and cannot be moved "
-            f"({problem.strerror}): set run.dir elsewhere"
+            f"({problem.strerror}): set run.dir elsewhere",
+            key="run.dir",
+            where=folder,
         ) from None
     log.warning("training goes on from step %d: %d checkpoints of later steps moved to %s", step, len(ahead), shelf)
 
 
-def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint (None: it is whole): every file's size and checksum against the manifest."""
+def verify(folder: Path) -> CheckpointError | None:
+    """What is wrong with a checkpoint (None: it is whole): every file's size and checksum against the manifest.
+
+    The error names the file, and leaves it to whoever raises it to name the checkpoint.
+    """
     try:
         manifest = read_json(folder / MANIFEST)
         if manifest["format"] != FORMAT:
-            return f"format {shown(manifest['format'])} is not known to this version (it reads {FORMAT})"
+            return CheckpointError(
+                f"format {shown(manifest['format'])} is not known to this version (it reads {FORMAT})",
+                key="format",
+                value=manifest["format"],
+            )
         unlisted = [name for name in (COMMON, INDEX) if name not in manifest["files"]]
         if unlisted:
-            return f"{unlisted[0]} is not in its {MANIFEST}"
+            return CheckpointError(f"{unlisted[0]} is not in its {MANIFEST}", key=unlisted[0])
         for name, expected in manifest["files"].items():
             path = folder / name
             if path.name != name:
-                return f"{shown(name)} in its {MANIFEST} is no file of it"
+                return CheckpointError(f"{shown(name)} in its {MANIFEST} is no file of it", key=shown(name))
             if not is_file(path):
-                return f"{shown(name)} is missing"
-            if path.stat().st_size != expected[0]:
-                return f"{name} has {path.stat().st_size} bytes instead of {expected[0]}"
-            if _size_and_checksum(path) != expected:
-                return f"{name} has a wrong checksum"
+                return CheckpointError(f"{shown(name)} is missing", key=shown(name))
+            size = path.stat().st_size
+            if size != expected[0]:
+                return CheckpointError(f"{name} has {size} bytes instead of {expected[0]}", key=name, value=size)
+            _, checksum = found = _size_and_checksum(path)
+            if found != expected:
+                return CheckpointError(
+                    f"{name} has a wrong checksum ({checksum} instead of {expected[1]})", key=name, value=checksum
+                )
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
-        return f"{MANIFEST} cannot be read ({problem})"
+        return CheckpointError(f"{MANIFEST} cannot be read ({problem})", key=MANIFEST)
     return None
 
 
@@ -376,7 +397,10 @@ def refuse_empty(path: Path) -> None:
     if not _is_checkpoint(path) and not find(path):
         raise CheckpointError(
             f"run.resume={shown(path)}: there is no checkpoint; give one (RUN/checkpoints/step-...), a folder of them "
-            "(RUN/checkpoints), auto or never"
+            "(RUN/checkpoints), auto or never",
+            key="run.resume",
+            value=str(path),
+            offers={"run.resume": ["auto", "never"]},
         )
 
 
@@ -390,7 +414,12 @@ def _choose(path: Path) -> Path:
     if _is_checkpoint(path):
         problem = verify(path)
         if problem:
-            raise CheckpointError(f"checkpoint {path} is not whole: {problem}; choose another with run.resume=FOLDER")
+            raise CheckpointError(
+                f"checkpoint {path} is not whole: {problem}; choose another with run.resume=FOLDER",
+                key=problem.key,
+                value=problem.value,
+                where=path,
+            )
         return path
     candidates = find(path)
     for folder in reversed(candidates):
@@ -399,7 +428,11 @@ def _choose(path: Path) -> Path:
             return folder
         log.warning("checkpoint %s is not whole (%s): passed over", folder, problem)
     raise CheckpointError(
-        f"none of the {len(candidates)} checkpoints in {path} is whole; start anew with run.resume=never"
+        f"none of the {len(candidates)} checkpoints in {path} is whole; start anew with run.resume=never",
+        key="run.resume",
+        value=str(path),
+        where=path,
+        offers={"run.resume": ["never"]},
     )
 
 
@@ -434,7 +467,9 @@ def plain_content(folder: Path) -> tuple[dict[str, Any], list[Part]]:
     except (OSError, ValueError, LookupError, TypeError) as problem:
         raise CheckpointError(
             f"checkpoint {folder}: {reading} {_completed(problem)}; it is not one that megarl wrote, or was damaged "
-            "since: choose another"
+            "since: choose another",
+            key=reading,
+            where=folder,
         ) from None
     shards.check_complete(parts, folder)
     return common, parts
@@ -447,7 +482,10 @@ def _check_run(common: dict[str, Any], folder: Path) -> None:
         if name in common and not isinstance(common[name], kind):
             raise CheckpointError(
                 f"checkpoint {folder}: {COMMON} has no usable {name}: it is damaged, or not one that megarl wrote; "
-                "choose another"
+                "choose another",
+                key=name,
+                value=common[name],
+                where=folder,
             )
 
 
