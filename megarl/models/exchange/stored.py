@@ -100,7 +100,7 @@ class SafetensorsFile:
             raise CheckpointError(f"{path} cannot be read: {problem.strerror}", where=path) from None
         except (ValueError, LookupError, TypeError, AttributeError) as problem:
             raise CheckpointError(
-                f"{path} has no valid safetensors header ({problem}): fetch it again", where=path
+                f"{path} has no valid safetensors header ({problem}): fetch it again", key="header", where=path
             ) from None
 
     def read(self, name: str) -> Tensor:
