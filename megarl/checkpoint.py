@@ -213,6 +213,7 @@ class _Save:
             raise CheckpointError(
                 f"checkpoint {self.folder}: a module's or callback's state cannot be saved ({_first_line(problem)}): "
                 "keep plain values and tensors in it",
+                key="state",
                 where=self.folder,
             ) from None
         self.common = buffer.getvalue()

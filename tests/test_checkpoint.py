@@ -379,7 +379,7 @@ def test_a_state_that_could_not_be_restored_is_refused_when_it_is_saved(worlds: 
     def save_a_function() -> CheckpointError:
         return refusal(save, checkpoint_io(), step_folder(folder, 11), values(11), callbacks={"a": threading.Event})
 
-    assert_all_refused(worlds.run(2, save_a_function), where="step-0000011", names=("Event",))
+    assert_all_refused(worlds.run(2, save_a_function), key="state", where="step-0000011")
     assert names(folder) == ["step-0000009", "step-0000010"]
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from megarl.config.schema import ModelConfig
-from megarl.errors import CheckpointError, ConfigError
+from megarl.errors import CheckpointError, ConfigError, MegarlError
 from megarl.models.exchange.export import write_folder
 from megarl.models.exchange.families import FAMILIES, family_of, require_family
 from megarl.models.exchange.formats import open_source
@@ -314,16 +314,30 @@ def test_architectures_that_are_no_names(named: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "[1]", "", '{"a": ' + "1" * 5000 + "}"])
-@pytest.mark.parametrize("name", ["config.json", INDEX, "megarl_tokenizer.json"])
-def test_json_files_that_cannot_be_used(name: str, text: str, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("config.json", CheckpointError), (INDEX, CheckpointError), ("megarl_tokenizer.json", ConfigError)],
+)
+def test_json_files_that_cannot_be_used(name: str, kind: type[MegarlError], text: str, folder: Path) -> None:
     (folder / name).write_text(text)
-    assert_not_opened(folder, where=name)
+    assert_not_opened(folder, kind, where=name)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b'{"kind": "none"}', b'{"kind": null}', b"{}"])
-def test_a_tokenizer_that_is_not_described(content: bytes, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "kind", "key"),
+    [
+        (b"\xff\xfe", ConfigError, None),
+        (b"{", ConfigError, None),
+        (b'{"kind": "none"}', CheckpointError, "tokenizer"),
+        (b'{"kind": null}', CheckpointError, "tokenizer"),
+        (b"{}", CheckpointError, "tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_is_not_described(
+    content: bytes, kind: type[MegarlError], key: str | None, folder: Path
+) -> None:
     (folder / "megarl_tokenizer.json").write_bytes(content)
-    assert_not_opened(folder, where="megarl_tokenizer.json")
+    assert_not_opened(folder, kind, key=key, where="megarl_tokenizer.json")
 
 
 @pytest.mark.parametrize("value", [None, 3, ["model.safetensors"], "", "..", "a" * 300, "a\0b"])
