@@ -6,7 +6,6 @@ read with weights_only), `index.json` (where every tensor lies) and `manifest.js
 
 import io
 import json
-import os
 import re
 import secrets
 import shutil
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from megarl.disk import UnreadableError, is_dir, is_file, load_plain, read_json, shown
+from megarl.disk import UnreadableError, is_dir, is_file, load_plain, read_json, shown, sync
 from megarl.errors import CheckpointError, NumericsError
 from megarl.logging import get_logger
 from megarl.parallel import shards
@@ -116,7 +115,7 @@ class _Save:
         common = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         parts, sharded_common = shards.collect(checkpoint["state_dict"], grid, self.file)
         self._refuse_not_finite(parts)
-        common["sharded_common"] = _union(grid.gather(sharded_common))
+        common["sharded_common"] = shards.union(grid.gather(sharded_common))
         if copy:  # training goes on and changes the tensors
             parts = [(part, data.to("cpu", copy=True)) for part, data in parts]
         self.parts = parts
@@ -152,7 +151,7 @@ class _Save:
                 path = self.aside / self.file
                 shards.write(path, self.parts)
                 path.chmod(0o644)  # safetensors leaves files that only their owner can read
-                _sync(path)
+                sync(path)
                 self.written[self.file] = _size_and_checksum(path)
             if self.thread is not None:
                 self._report_path(self.rank).write_text(json.dumps(self._report()))
@@ -248,8 +247,8 @@ class _Save:
             for rank in range(self.world):
                 self._report_path(rank).unlink(missing_ok=True)
             for name in (COMMON, INDEX, MANIFEST):
-                _sync(self.aside / name)
-            _sync(self.aside)
+                sync(self.aside / name)
+            sync(self.aside)
             self._put_in_place()
         except CheckpointError:
             shutil.rmtree(self.aside, ignore_errors=True)
@@ -270,7 +269,7 @@ class _Save:
             remove(replaced)
             self.folder.rename(replaced)
         self.aside.rename(self.folder)
-        _sync(self.folder.parent)
+        sync(self.folder.parent)
         remove(replaced)
 
 
@@ -337,17 +336,13 @@ def tidy(folder: Path, step: int) -> None:
 
 
 def verify(folder: Path) -> CheckpointError | None:
-    """What is wrong with a checkpoint (None: it is whole): every file's size and checksum against the manifest.
-
-    The error names the file, and leaves it to whoever raises it to name the checkpoint.
-    """
+    """What is wrong with a checkpoint, or None: every file's size and checksum against the manifest. Who raises the
+    error adds which checkpoint it is of."""
     try:
         manifest = read_json(folder / MANIFEST)
-        if manifest["format"] != FORMAT:
+        if (number := manifest["format"]) != FORMAT:
             return CheckpointError(
-                f"format {shown(manifest['format'])} is not known to this version (it reads {FORMAT})",
-                key="format",
-                value=manifest["format"],
+                f"format {shown(number)} is not known to this version (it reads {FORMAT})", key="format", value=number
             )
         unlisted = [name for name in (COMMON, INDEX) if name not in manifest["files"]]
         if unlisted:
@@ -364,7 +359,7 @@ def verify(folder: Path) -> CheckpointError | None:
             _, checksum = found = _size_and_checksum(path)
             if found != expected:
                 return CheckpointError(
-                    f"{name} has a wrong checksum ({checksum} instead of {expected[1]})", key=name, value=checksum
+                    f"{name} has checksum {checksum} instead of {expected[1]}", key=name, value=checksum
                 )
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
         return CheckpointError(f"{MANIFEST} cannot be read ({problem})", key=MANIFEST)
@@ -376,8 +371,8 @@ def seal(folder: Path, step: int) -> None:
     files = {path.name: _size_and_checksum(path) for path in sorted(folder.iterdir()) if path.is_file()}
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
 def remove(folder: Path) -> None:
@@ -435,18 +430,6 @@ def _choose(path: Path) -> Path:
         where=path,
         offers={"run.resume": ["never"]},
     )
-
-
-def _union(commons: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the ranks have in common: equal where several have a key, and a stage that trains nothing lacks some."""
-    union: dict[str, Any] = {}
-    for common in commons:
-        for key, value in common.items():
-            if isinstance(value, dict) and isinstance(union.get(key), dict):
-                union[key] = _union([union[key], value])
-            else:
-                union.setdefault(key, value)
-    return union
 
 
 def plain_content(folder: Path) -> tuple[dict[str, Any], list[Part]]:
@@ -516,12 +499,3 @@ def _size_and_checksum(path: Path) -> list[int]:
         while block := file.read(1 << 22):
             checksum = zlib.crc32(block, checksum)
     return [path.stat().st_size, checksum]
-
-
-def _sync(path: Path) -> None:
-    """Ask the disk to keep a file, or a folder's entries, over a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

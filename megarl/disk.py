@@ -89,6 +89,15 @@ def writable(path: str, key: str) -> Path:
     return place
 
 
+def sync(path: Path) -> None:
+    """Ask the disk to keep a file, or a folder's entries, over a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 # --- content ----------------------------------------------------------------------------------------------------------
 
 

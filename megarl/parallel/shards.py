@@ -97,6 +97,18 @@ def collect(state: dict[str, Any], grid: Grid, file: str) -> tuple[list[tuple[Pa
     return mine, common
 
 
+def union(commons: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the ranks have in common: equal where several have a key, and a stage that trains nothing lacks some."""
+    found: dict[str, Any] = {}
+    for common in commons:
+        for key, value in common.items():
+            if isinstance(value, dict) and isinstance(found.get(key), dict):
+                found[key] = union([found[key], value])
+            else:
+                found.setdefault(key, value)
+    return found
+
+
 def write(path: Path, parts: Sequence[tuple[Part, Tensor]]) -> None:
     save_file({part.name: data.contiguous() for part, data in parts}, path)
 
