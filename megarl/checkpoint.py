@@ -356,11 +356,9 @@ def verify(folder: Path) -> CheckpointError | None:
             size = path.stat().st_size
             if size != expected[0]:
                 return CheckpointError(f"{name} has {size} bytes instead of {expected[0]}", key=name, value=size)
-            _, checksum = found = _size_and_checksum(path)
-            if found != expected:
-                return CheckpointError(
-                    f"{name} has checksum {checksum} instead of {expected[1]}", key=name, value=checksum
-                )
+            checksum = _size_and_checksum(path)[1]
+            if checksum != expected[1]:
+                return CheckpointError(f"{name} has checksum {checksum}, not {expected[1]}", key=name, value=checksum)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
         return CheckpointError(f"{MANIFEST} cannot be read ({problem})", key=MANIFEST)
     return None
