@@ -6,7 +6,6 @@ read with weights_only), `index.json` (where every tensor lies) and `manifest.js
 
 import io
 import json
-import os
 import re
 import secrets
 import shutil
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from megarl.disk import UnreadableError, is_dir, is_file, load_plain, read_json, shown
+from megarl.disk import UnreadableError, is_dir, is_file, load_plain, read_json, shown, sync
 from megarl.errors import CheckpointError, NumericsError
 from megarl.logging import get_logger
 from megarl.parallel import shards
@@ -80,7 +79,9 @@ class ShardedCheckpointIO(CheckpointIO):
         common, parts = contents[0]
         if common.get("weights_only"):
             raise CheckpointError(
-                f"checkpoint {folder} holds weights without a run to continue: give it as model.path, not run.resume"
+                f"checkpoint {folder} holds weights without a run to continue: give it as model.path, not run.resume",
+                key="run.resume",
+                where=folder,
             )
         _check_run(common, folder)
         sharded_common = common.pop("sharded_common")
@@ -114,7 +115,7 @@ class _Save:
         common = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         parts, sharded_common = shards.collect(checkpoint["state_dict"], grid, self.file)
         self._refuse_not_finite(parts)
-        common["sharded_common"] = _union(grid.gather(sharded_common))
+        common["sharded_common"] = shards.union(grid.gather(sharded_common))
         if copy:  # training goes on and changes the tensors
             parts = [(part, data.to("cpu", copy=True)) for part, data in parts]
         self.parts = parts
@@ -131,7 +132,8 @@ class _Save:
         if found is not None:
             raise NumericsError(
                 f"{found} holds NaN or infinity at step {self.step}, so no checkpoint is written: go on from an "
-                "earlier one with a lower optim.lr"
+                "earlier one with a lower optim.lr",
+                key=found,
             )
 
     def start(self) -> None:
@@ -149,7 +151,7 @@ class _Save:
                 path = self.aside / self.file
                 shards.write(path, self.parts)
                 path.chmod(0o644)  # safetensors leaves files that only their owner can read
-                _sync(path)
+                sync(path)
                 self.written[self.file] = _size_and_checksum(path)
             if self.thread is not None:
                 self._report_path(self.rank).write_text(json.dumps(self._report()))
@@ -208,8 +210,10 @@ class _Save:
             torch.load(buffer, weights_only=True)  # what cannot be read back must be known now, not at the resume
         except Exception as problem:
             raise CheckpointError(
-                f"a module's or callback's state cannot be saved ({_first_line(problem)}): "
-                "keep plain values and tensors in it"
+                f"checkpoint {self.folder}: a module's or callback's state cannot be saved ({_first_line(problem)}): "
+                "keep plain values and tensors in it",
+                key="state",
+                where=self.folder,
             ) from None
         self.common = buffer.getvalue()
         aside = _hidden(self.folder, f"{secrets.token_hex(4)}.writing")
@@ -219,7 +223,9 @@ class _Save:
             aside.mkdir(parents=True)
         except OSError as problem:
             raise CheckpointError(
-                f"cannot write in {self.folder.parent}: {problem.strerror}; set run.dir elsewhere"
+                f"cannot write in {self.folder.parent}: {problem.strerror}; set run.dir elsewhere",
+                key="run.dir",
+                where=self.folder.parent,
             ) from None
         return aside
 
@@ -241,8 +247,8 @@ class _Save:
             for rank in range(self.world):
                 self._report_path(rank).unlink(missing_ok=True)
             for name in (COMMON, INDEX, MANIFEST):
-                _sync(self.aside / name)
-            _sync(self.aside)
+                sync(self.aside / name)
+            sync(self.aside)
             self._put_in_place()
         except CheckpointError:
             shutil.rmtree(self.aside, ignore_errors=True)
@@ -251,7 +257,9 @@ class _Save:
             shutil.rmtree(self.aside, ignore_errors=True)
             raise CheckpointError(
                 f"checkpoint {self.folder} could not be written ({problem}); earlier checkpoints are whole. "
-                "Free space or set run.dir to another disk, then start again: the run resumes"
+                "Free space or set run.dir to another disk, then start again: the run resumes",
+                key="run.dir",
+                where=self.folder,
             ) from None
 
     def _put_in_place(self) -> None:
@@ -261,7 +269,7 @@ class _Save:
             remove(replaced)
             self.folder.rename(replaced)
         self.aside.rename(self.folder)
-        _sync(self.folder.parent)
+        sync(self.folder.parent)
         remove(replaced)
 
 
@@ -320,32 +328,39 @@ def tidy(folder: Path, step: int) -> None:
     except OSError as problem:
         raise CheckpointError(
             f"{len(ahead)} checkpoints in {folder} are of later steps than {step} and cannot be moved "
-            f"({problem.strerror}): set run.dir elsewhere"
+            f"({problem.strerror}): set run.dir elsewhere",
+            key="run.dir",
+            where=folder,
         ) from None
     log.warning("training goes on from step %d: %d checkpoints of later steps moved to %s", step, len(ahead), shelf)
 
 
-def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint (None: it is whole): every file's size and checksum against the manifest."""
+def verify(folder: Path) -> CheckpointError | None:
+    """What is wrong with a checkpoint, or None: every file's size and checksum against the manifest. Who raises the
+    error adds which checkpoint it is of."""
     try:
         manifest = read_json(folder / MANIFEST)
-        if manifest["format"] != FORMAT:
-            return f"format {shown(manifest['format'])} is not known to this version (it reads {FORMAT})"
+        if (number := manifest["format"]) != FORMAT:
+            return CheckpointError(
+                f"format {shown(number)} is not known to this version (it reads {FORMAT})", key="format", value=number
+            )
         unlisted = [name for name in (COMMON, INDEX) if name not in manifest["files"]]
         if unlisted:
-            return f"{unlisted[0]} is not in its {MANIFEST}"
+            return CheckpointError(f"{unlisted[0]} is not in its {MANIFEST}", key=unlisted[0])
         for name, expected in manifest["files"].items():
             path = folder / name
             if path.name != name:
-                return f"{shown(name)} in its {MANIFEST} is no file of it"
+                return CheckpointError(f"{shown(name)} in its {MANIFEST} is no file of it", key=shown(name))
             if not is_file(path):
-                return f"{shown(name)} is missing"
-            if path.stat().st_size != expected[0]:
-                return f"{name} has {path.stat().st_size} bytes instead of {expected[0]}"
-            if _size_and_checksum(path) != expected:
-                return f"{name} has a wrong checksum"
+                return CheckpointError(f"{shown(name)} is missing", key=shown(name))
+            size = path.stat().st_size
+            if size != expected[0]:
+                return CheckpointError(f"{name} has {size} bytes instead of {expected[0]}", key=name, value=size)
+            checksum = _size_and_checksum(path)[1]
+            if checksum != expected[1]:
+                return CheckpointError(f"{name} has checksum {checksum}, not {expected[1]}", key=name, value=checksum)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
-        return f"{MANIFEST} cannot be read ({problem})"
+        return CheckpointError(f"{MANIFEST} cannot be read ({problem})", key=MANIFEST)
     return None
 
 
@@ -354,8 +369,8 @@ def seal(folder: Path, step: int) -> None:
     files = {path.name: _size_and_checksum(path) for path in sorted(folder.iterdir()) if path.is_file()}
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
 def remove(folder: Path) -> None:
@@ -376,7 +391,10 @@ def refuse_empty(path: Path) -> None:
     if not _is_checkpoint(path) and not find(path):
         raise CheckpointError(
             f"run.resume={shown(path)}: there is no checkpoint; give one (RUN/checkpoints/step-...), a folder of them "
-            "(RUN/checkpoints), auto or never"
+            "(RUN/checkpoints), auto or never",
+            key="run.resume",
+            value=str(path),
+            offers={"run.resume": ["auto", "never"]},
         )
 
 
@@ -390,7 +408,12 @@ def _choose(path: Path) -> Path:
     if _is_checkpoint(path):
         problem = verify(path)
         if problem:
-            raise CheckpointError(f"checkpoint {path} is not whole: {problem}; choose another with run.resume=FOLDER")
+            raise CheckpointError(
+                f"checkpoint {path} is not whole: {problem}; choose another with run.resume=FOLDER",
+                key=problem.key,
+                value=problem.value,
+                where=path,
+            )
         return path
     candidates = find(path)
     for folder in reversed(candidates):
@@ -399,20 +422,12 @@ def _choose(path: Path) -> Path:
             return folder
         log.warning("checkpoint %s is not whole (%s): passed over", folder, problem)
     raise CheckpointError(
-        f"none of the {len(candidates)} checkpoints in {path} is whole; start anew with run.resume=never"
+        f"none of the {len(candidates)} checkpoints in {path} is whole; start anew with run.resume=never",
+        key="run.resume",
+        value=str(path),
+        where=path,
+        offers={"run.resume": ["never"]},
     )
-
-
-def _union(commons: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the ranks have in common: equal where several have a key, and a stage that trains nothing lacks some."""
-    union: dict[str, Any] = {}
-    for common in commons:
-        for key, value in common.items():
-            if isinstance(value, dict) and isinstance(union.get(key), dict):
-                union[key] = _union([union[key], value])
-            else:
-                union.setdefault(key, value)
-    return union
 
 
 def plain_content(folder: Path) -> tuple[dict[str, Any], list[Part]]:
@@ -434,7 +449,9 @@ def plain_content(folder: Path) -> tuple[dict[str, Any], list[Part]]:
     except (OSError, ValueError, LookupError, TypeError) as problem:
         raise CheckpointError(
             f"checkpoint {folder}: {reading} {_completed(problem)}; it is not one that megarl wrote, or was damaged "
-            "since: choose another"
+            "since: choose another",
+            key=reading,
+            where=folder,
         ) from None
     shards.check_complete(parts, folder)
     return common, parts
@@ -447,7 +464,10 @@ def _check_run(common: dict[str, Any], folder: Path) -> None:
         if name in common and not isinstance(common[name], kind):
             raise CheckpointError(
                 f"checkpoint {folder}: {COMMON} has no usable {name}: it is damaged, or not one that megarl wrote; "
-                "choose another"
+                "choose another",
+                key=name,
+                value=common[name],
+                where=folder,
             )
 
 
@@ -477,12 +497,3 @@ def _size_and_checksum(path: Path) -> list[int]:
         while block := file.read(1 << 22):
             checksum = zlib.crc32(block, checksum)
     return [path.stat().st_size, checksum]
-
-
-def _sync(path: Path) -> None:
-    """Ask the disk to keep a file, or a folder's entries, over a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

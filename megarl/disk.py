@@ -75,15 +75,27 @@ def why_no_name(path: Path) -> str | None:
 def writable(path: str, key: str) -> Path:
     """The absolute path that a key names for something to be written, refused where that cannot be."""
     place = local(path).absolute()
-    problem = why_no_name(place)
+    problem, there = why_no_name(place), None
+    if not problem:
+        there = next(folder for folder in (place, *place.parents) if exists(folder))
+        if not is_dir(there):
+            problem = f"{there} is a file"
+        elif not os.access(there, os.W_OK):
+            problem = f"{there} is read-only"
     if problem:
-        raise ConfigError(f"{key}={shown(path)} cannot be written: {problem}; name another")
-    there = next(folder for folder in (place, *place.parents) if exists(folder))
-    if not is_dir(there):
-        raise ConfigError(f"{key}={shown(path)} cannot be written: {there} is a file; name another")
-    if not os.access(there, os.W_OK):
-        raise ConfigError(f"{key}={shown(path)} cannot be written: {there} is read-only; name another")
+        raise ConfigError(
+            f"{key}={shown(path)} cannot be written: {problem}; name another", key=key, value=path, where=there
+        )
     return place
+
+
+def sync(path: Path) -> None:
+    """Ask the disk to keep a file, or a folder's entries, over a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # --- content ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from megarl import disk
 from megarl.disk import UnreadableError
 from megarl.errors import ConfigError
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "x/" + "a" * 300, "a\0b", "~nobody-of-this-name/x", "gone", "file/below"])
@@ -26,15 +27,25 @@ def test_a_link_to_itself_is_not_there(tmp_path: Path) -> None:
     assert not disk.exists(tmp_path / "loop")
 
 
-@pytest.mark.parametrize("name", ["a" * 256, "new/" + "\u00fc" * 128 + "/run", "a\0b", "file", "file/run"])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("a" * 256, None),
+        ("new/" + "\u00fc" * 128 + "/run", None),
+        ("a\0b", None),
+        ("file", "/file"),
+        ("file/run", "/file"),
+    ],
+)
 def test_a_place_that_cannot_be_written_is_refused_with_its_key(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, where: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
-    with pytest.raises(ConfigError, match=r"^run\.dir=.* cannot be written: [^\n]*$") as caught:
+    with refused(ConfigError, key="run.dir", value=name, where=where) as found:
         disk.writable(name, "run.dir")
-    assert "\0" not in str(caught.value)
+    assert (found.error.where is None) == (where is None)
+    assert "\0" not in found.line
 
 
 def test_a_place_that_can_be_written_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

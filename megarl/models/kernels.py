@@ -48,7 +48,10 @@ def _kernels(kind: str, cpu_layers: bool) -> Kernels:
             if kind == name:
                 raise UnavailableError(
                     f"parallel.kernels={kind} cannot be imported ({' '.join(str(problem).split())}): "
-                    "set parallel.kernels=torch or use the Docker image"
+                    "set parallel.kernels=torch or use the Docker image",
+                    key="parallel.kernels",
+                    value=kind,
+                    offers={"parallel.kernels": ["torch"]},
                 ) from problem
     return plain
 

@@ -51,13 +51,18 @@ def install() -> None:
     if _installed:
         return
     if torch.cuda.is_available():
-        raise UnavailableError("the CPU adapter cannot be switched on where CUDA is present: run on the GPU")
+        raise UnavailableError(
+            "the CPU adapter cannot be switched on where CUDA is present: run on the GPU", key="CUDA"
+        )
     from megatron.core.package_info import __version__ as version
 
     if version not in TESTED_VERSIONS:
         raise UnavailableError(
             f"megatron-core {version} has not been tested without CUDA (tested: {', '.join(TESTED_VERSIONS)}): "
-            f"pip install megatron-core=={TESTED_VERSIONS[-1]}"
+            f"pip install megatron-core=={TESTED_VERSIONS[-1]}",
+            key="megatron-core",
+            value=version,
+            offers={"megatron-core": TESTED_VERSIONS},
         )
     _patch_torch_cuda()
     keep_random_states_on_cpu()

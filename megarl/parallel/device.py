@@ -72,7 +72,12 @@ def device_settings() -> DeviceSettings:
 def _of_this_machine() -> DeviceSettings:
     asked = os.environ.get(VARIABLE, "0")
     if asked not in ("", "0", "1"):
-        raise ConfigError(f"{VARIABLE}={asked} is not a valid value: use 1 to try a GPU's settings on a CPU, or 0")
+        raise ConfigError(
+            f"{VARIABLE}={asked} is not a valid value: use 1 to try a GPU's settings on a CPU, or 0",
+            key=VARIABLE,
+            value=asked,
+            offers={VARIABLE: ["1", "0"]},
+        )
     return GPU if asked == "1" or torch.cuda.is_available() else CPU
 
 

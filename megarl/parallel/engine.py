@@ -132,7 +132,12 @@ class Engine:
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
-            raise NumericsError(f"{what} of {self.name} is {value}: lower {self.lr_key}, or look for broken records")
+            raise NumericsError(
+                f"{what} of {self.name} is {value}: lower {self.lr_key}, or look for broken records",
+                key=what,
+                value=value,
+                where=self.name,
+            )
 
     def zero_gradients(self) -> None:
         if self.optimizer is None:
@@ -252,7 +257,8 @@ class Engine:
         if found is not None:
             raise NumericsError(
                 f"{self.name}.{found} holds NaN or infinity: lower {self.lr_key}, and go on from an earlier checkpoint "
-                "if there is one"
+                "if there is one",
+                key=f"{self.name}.{found}",
             )
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -417,7 +423,9 @@ def _load_weights(model: Any, state: dict[str, Any]) -> None:
     missing, unexpected = model.load_state_dict(state, strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
     if wrong:
-        raise CheckpointError(f"the checkpoint and the model do not have the same tensors: {', '.join(wrong[:3])}")
+        raise CheckpointError(
+            f"the checkpoint and the model do not have the same tensors: {', '.join(wrong[:3])}", key=wrong[0]
+        )
 
 
 def _global_names(model: Any) -> list[tuple[str, nn.Parameter]]:

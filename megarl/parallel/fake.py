@@ -22,7 +22,9 @@ def fake_world(layout: Layout, rank: int = 0, device: str = "meta", *, default_d
     """The grid as process `rank` of `layout` sees it. What is built inside lies on `device`: on "meta" it takes no
     memory, on "cpu" it is real. Without `default_device` this holds, as on a GPU, only for what names a device."""
     if dist.is_initialized():
-        raise UnavailableError("a process group is live in this process: plan in a process of its own")
+        raise UnavailableError(
+            "a process group is live in this process: plan in a process of its own", key="process group"
+        )
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
     if cpu.needed():

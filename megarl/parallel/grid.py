@@ -30,7 +30,9 @@ def start_world(timeout_s: float = 1800.0) -> torch.device:
         if number >= count:
             raise ConfigError(
                 f"process {number} of this machine has no GPU of its own: there are {count}; start as many processes "
-                "as GPUs (trainer.devices, --nproc-per-node), or use trainer.accelerator=cpu"
+                "as GPUs (trainer.devices, --nproc-per-node), or use trainer.accelerator=cpu",
+                key="trainer.devices",
+                offers={"trainer.accelerator": ["cpu"]},
             )
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
@@ -39,7 +41,9 @@ def start_world(timeout_s: float = 1800.0) -> torch.device:
     if seat is None:
         raise ConfigError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but not all of RANK, MASTER_ADDR and MASTER_PORT are set: unset "
-            "it, or start with torchrun"
+            "it, or start with torchrun",
+            key="WORLD_SIZE",
+            value=os.environ["WORLD_SIZE"],
         )
     if device.type == "cpu":
         join("gloo", seat, timeout_s)
@@ -59,7 +63,8 @@ class Grid:
         if world != layout.world_size:
             raise ConfigError(
                 f"the layout {layout} needs {layout.world_size} processes but the world has {world}: "
-                f"set trainer.devices x trainer.num_nodes to {layout.world_size}"
+                f"set trainer.devices x trainer.num_nodes to {layout.world_size}",
+                key="trainer.devices",
             )
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,

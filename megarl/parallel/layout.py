@@ -19,9 +19,15 @@ class Layout:
     def __post_init__(self) -> None:
         for axis in ("tp", "pp", "dp", "cp", "vpp"):
             if getattr(self, axis) < 1:
-                raise ConfigError(f"parallel.{axis}={getattr(self, axis)} must be at least 1")
+                key, value = f"parallel.{axis}", getattr(self, axis)
+                raise ConfigError(f"{key}={value} must be at least 1", key=key, value=value)
         if self.vpp > 1 and self.pp == 1:
-            raise ConfigError(f"parallel.vpp={self.vpp} needs parallel.pp of 2 or more; set parallel.vpp=null")
+            raise ConfigError(
+                f"parallel.vpp={self.vpp} needs parallel.pp of 2 or more; set parallel.vpp=null",
+                key="parallel.vpp",
+                value=self.vpp,
+                offers={"parallel.vpp": [None]},
+            )
         if self.sequence_parallel and self.tp == 1:
             # With one tensor rank there is nothing to split a sequence over.
             object.__setattr__(self, "sequence_parallel", False)
@@ -35,7 +41,9 @@ class Layout:
         if world % replica:
             raise ConfigError(
                 f"parallel.tp={tp} x parallel.pp={pp} x parallel.cp={cp} = {replica} ranks do not divide the world "
-                f"of {world}: start a multiple of {replica} processes (trainer.devices x trainer.num_nodes)"
+                f"of {world}: start a multiple of {replica} processes (trainer.devices x trainer.num_nodes)",
+                key="parallel.tp",
+                value=tp,
             )
         return cls(tp=tp, pp=pp, dp=world // replica, cp=cp, vpp=vpp, sequence_parallel=sequence_parallel)
 

@@ -6,6 +6,7 @@ A run on one machine listens on the loopback interface only. A run over several 
 import atexit
 import contextlib
 import os
+import pickle
 import signal
 import socket
 import threading
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megarl.command import process_number, say
-from megarl.errors import ConfigError, MegarlError, UnavailableError
+from megarl.errors import MegarlError, UnavailableError
 from megarl.parallel.processes import know_slurm
 
 LOOPBACK = "127.0.0.1"
@@ -104,7 +105,10 @@ def open_store(seat: Seat, timeout_s: float) -> Store:
     except (RuntimeError, OSError) as problem:
         raise UnavailableError(
             f"the processes of this run cannot meet at {address}:{seat.port} ({_first_line(problem)}): look at what "
-            "the first one said, or set MASTER_ADDR and MASTER_PORT to a free port"
+            "the first one said, or set MASTER_ADDR and MASTER_PORT to a free port",
+            key="MASTER_PORT",
+            value=seat.port,
+            where=f"{address}:{seat.port}",
         ) from None
     # A worker group that torchrun starts again meets at the same store.
     _stores[seat] = PrefixStore(f"megarl{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -141,7 +145,7 @@ def _work_and_tell(work: Callable[[], None], store: Store, word: str, world: int
         # Said before the others end: a launcher that sees one end stops the rest.
         say(f"error: {problem}")
         problem.said = True
-        store.set(word, str(problem))
+        store.set(word, pickle.dumps(problem))  # type: ignore[arg-type]
         deadline = time.monotonic() + (0.0 if _store_is_torchruns() else _HEARD_S)
         while store.add(f"{word}/heard", 0) < world - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -153,17 +157,17 @@ def _hear(store: Store, word: str, timeout_s: float) -> None:
     try:
         with interruptible():
             store.wait([word], timedelta(seconds=timeout_s + _PATIENCE_S))
-        refusal = store.get(word).decode()
+        refusal = store.get(word)
         store.add(f"{word}/heard", 1)
     except RuntimeError as problem:
         raise UnavailableError(
             f"the first process of this run ended, or did not answer within {timeout_s + _PATIENCE_S:g} s, "
-            f"before it held the folders that the run writes ({_first_line(problem)}): look at what it said"
+            f"before it held the folders that the run writes ({_first_line(problem)}): look at what it said",
+            where="the first process of this run",
         ) from None
     if refusal:
         time.sleep(1.0)  # the first process is to be the first that ends, as launchers report that one
-        error = ConfigError(refusal)
-        error.said = True
+        error: MegarlError = pickle.loads(refusal)
         raise error
 
 

@@ -32,7 +32,7 @@ def know_slurm() -> None:
     try:
         slurm = SLURMEnvironment(auto_requeue=False)
     except RuntimeError as problem:  # of --ntasks without --ntasks-per-node
-        raise ConfigError(f"srun: {problem}") from None
+        raise ConfigError(f"srun: {problem}", where="srun") from None
     numbers = {"RANK": slurm.global_rank(), "LOCAL_RANK": slurm.local_rank(), "WORLD_SIZE": slurm.world_size()}
     numbers["LOCAL_WORLD_SIZE"] = slurm.world_size() // int(os.environ.get("SLURM_NNODES", "1"))
     os.environ.update({key: str(value) for key, value in {**numbers, "MASTER_PORT": slurm.main_port}.items()})

@@ -138,17 +138,26 @@ def refuse_what_cannot_be_moved(present: Layout, layout: Layout, *, tied: bool) 
     if present.vpp > 1 or layout.vpp > 1:
         raise ConfigError(
             f"rollout.layout={layout} cannot be reached from {present}: megatron-core moves one chunk per process, and "
-            "virtual stages have several: set parallel.vpp=null, or rollout.layout=null"
+            "virtual stages have several: set parallel.vpp=null, or rollout.layout=null",
+            key="rollout.layout",
+            value=layout,
+            offers={"parallel.vpp": [None], "rollout.layout": [None]},
         )
     if present.cp > 1 or layout.cp > 1:
         raise ConfigError(
             f"rollout.layout={layout} with parallel.cp={present.cp}: weights are not moved under context parallelism: "
-            "set parallel.cp=1, or rollout.layout=null"
+            "set parallel.cp=1, or rollout.layout=null",
+            key="rollout.layout",
+            value=layout,
+            offers={"parallel.cp": [1], "rollout.layout": [None]},
         )
     if layout.pp > 1 and tied:
         raise ConfigError(
             f"rollout.layout={layout} has pipeline stages, and the model's output is tied to its embedding: "
-            "megatron-core does not find the last stage's copy of it: use a layout of tp alone, or rollout.layout=null"
+            "megatron-core does not find the last stage's copy of it: use a layout of tp alone, or rollout.layout=null",
+            key="rollout.layout",
+            value=layout,
+            offers={"rollout.layout": [None]},
         )
 
 
@@ -166,11 +175,19 @@ def _check_shapes(source: Engine, target: Engine) -> None:
     found = {name: shape for theirs, _ in ranks for name, shape in theirs.items()}
     for name, shape in (item for _, theirs in ranks for item in theirs.items()):
         if name not in found:
-            raise ConfigError(f"rollout.layout={target.grid.layout}: {source.name} has no {name} to move there")
+            raise ConfigError(
+                f"rollout.layout={target.grid.layout}: {source.name} has no {name} to move there",
+                key="rollout.layout",
+                value=target.grid.layout,
+                where=name,
+            )
         if found[name] != shape:
             raise ConfigError(
                 f"rollout.layout={target.grid.layout}: {name} is {list(shape)} there and {list(found[name])} in "
-                f"{source.grid.layout} (vocabularies are padded to suit tp): use a tp that is a power of 2"
+                f"{source.grid.layout} (vocabularies are padded to suit tp): use a tp that is a power of 2",
+                key="rollout.layout",
+                value=target.grid.layout,
+                where=name,
             )
 
 

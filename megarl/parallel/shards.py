@@ -97,6 +97,18 @@ def collect(state: dict[str, Any], grid: Grid, file: str) -> tuple[list[tuple[Pa
     return mine, common
 
 
+def union(commons: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the ranks have in common: equal where several have a key, and a stage that trains nothing lacks some."""
+    found: dict[str, Any] = {}
+    for common in commons:
+        for key, value in common.items():
+            if isinstance(value, dict) and isinstance(found.get(key), dict):
+                found[key] = union([found[key], value])
+            else:
+                found.setdefault(key, value)
+    return found
+
+
 def write(path: Path, parts: Sequence[tuple[Part, Tensor]]) -> None:
     save_file({part.name: data.contiguous() for part, data in parts}, path)
 
@@ -115,11 +127,13 @@ def read(
     for part in parts:
         index.setdefault(part.key, []).append(part)
     wanted = list(_tensors(sharded))
-    unused = sorted(index.keys() - set().union(*together(grid, lambda: _same_tensors(wanted, index))))
+    unused = sorted(index.keys() - set().union(*together(grid, lambda: _same_tensors(wanted, index, folder))))
     if unused:
         raise CheckpointError(
-            f"the checkpoint has {unused[0]} ({len(unused)} such tensors), which this model does not: "
-            "use the model.* settings it was trained with"
+            f"the checkpoint {folder} has {unused[0]} ({len(unused)} such tensors), which this model does not: "
+            "use the model.* settings it was trained with",
+            key=unused[0],
+            where=folder,
         )
     files = _Files(folder)
 
@@ -150,7 +164,9 @@ def together(grid: Grid, action: Callable[[], Any]) -> list[Any]:
         raise problem
     for rank, (_, theirs) in enumerate(reports):
         if theirs is not None:
-            raise theirs if isinstance(theirs, MegarlError) else CheckpointError(f"rank {rank} failed: {theirs}")
+            if isinstance(theirs, MegarlError):
+                raise theirs
+            raise CheckpointError(f"rank {rank} failed: {theirs}", where=f"rank {rank}")
     return [result for result, _ in reports]
 
 
@@ -195,7 +211,9 @@ def check_complete(parts: Sequence[Part], folder: Path) -> None:
     wrong = [key for key, shape in shapes.items() if volume[key] != _volume(shape)]
     if wrong:
         raise CheckpointError(
-            f"checkpoint {folder}: the parts of {wrong[0]} ({len(wrong)} tensors in all) do not add up to the whole"
+            f"checkpoint {folder}: the parts of {wrong[0]} ({len(wrong)} tensors in all) do not add up to the whole",
+            key=wrong[0],
+            where=folder,
         )
 
 
@@ -204,7 +222,7 @@ def _tensors(state: Any) -> Iterator[ShardedTensor]:
         if isinstance(value, ShardedTensor):
             yield value
         elif isinstance(value, ShardedObject) and not value.key.endswith("_extra_state"):
-            raise CheckpointError(f"{value.key} is not a tensor and cannot be sharded")
+            raise CheckpointError(f"{value.key} is not a tensor and cannot be sharded", key=value.key)
 
 
 def _part(tensor: ShardedTensor, file: str) -> Part:
@@ -213,16 +231,23 @@ def _part(tensor: ShardedTensor, file: str) -> Part:
     return Part(tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), shape, dtype, file)
 
 
-def _same_tensors(wanted: Sequence[ShardedTensor], index: dict[str, list[Part]]) -> set[str]:
+def _same_tensors(wanted: Sequence[ShardedTensor], index: dict[str, list[Part]], folder: Path) -> set[str]:
     """The keys of what this rank wants; refuses what the index lacks or has in another shape."""
     for tensor in wanted:
         if tensor.key not in index:
-            raise CheckpointError(f"the checkpoint has no {tensor.key}: it is of another model or of another algorithm")
+            raise CheckpointError(
+                f"the checkpoint {folder} has no {tensor.key}: it is of another model or of another algorithm",
+                key=tensor.key,
+                where=folder,
+            )
         shape = index[tensor.key][0].tensor_shape
         if tuple(tensor.global_shape) != shape:
             raise CheckpointError(
-                f"{tensor.key} has shape {list(shape)} in the checkpoint, {list(tensor.global_shape)} in this model: "
-                "use the model.* settings it was trained with"
+                f"{tensor.key} has shape {list(shape)} in the checkpoint {folder}, {list(tensor.global_shape)} in this "
+                "model: use the model.* settings it was trained with",
+                key=tensor.key,
+                value=list(shape),
+                where=folder,
             )
     return {tensor.key for tensor in wanted}
 
@@ -248,12 +273,15 @@ def _assemble(wanted: ShardedTensor, parts: Sequence[Part], files: "_Files") -> 
         filled += piece.numel()
     if filled != result.numel():
         raise CheckpointError(
-            f"{wanted.key}: the checkpoint holds {filled} of {result.numel()} values that this rank needs"
+            f"{wanted.key}: the checkpoint holds {filled} of {result.numel()} values that this rank needs",
+            key=wanted.key,
         )
     if not is_finite(result):
         raise NumericsError(
             f"{wanted.key} in the checkpoint {files.folder} holds NaN or infinity: resume an earlier one "
-            "(run.resume=FOLDER) with a lower optim.lr"
+            "(run.resume=FOLDER) with a lower optim.lr",
+            key=wanted.key,
+            where=files.folder,
         )
     return result.reshape(wanted.local_shape)
 
@@ -275,12 +303,15 @@ class _Files:
             piece: Tensor = self.open[part.file].get_slice(part.name)[where]
         except (OSError, SafetensorError, IndexError, UnicodeError) as problem:
             raise CheckpointError(
-                f"{self.folder / part.file} cannot be read ({problem}): all machines of a run must see the same files"
+                f"{self.folder / part.file} cannot be read ({problem}): all machines of a run must see the same files",
+                where=self.folder / part.file,
             ) from None
         if tuple(piece.shape) != tuple(one.stop - one.start for one in where):
             raise CheckpointError(
                 f"{self.folder / part.file}: {part.name} is not of the shape {list(part.shape)} that the index says: "
-                "the checkpoint is damaged; choose another"
+                "the checkpoint is damaged; choose another",
+                key=part.name,
+                where=self.folder / part.file,
             )
         return piece
 

@@ -73,7 +73,9 @@ class MegatronStrategy(DDPStrategy):
         ):
             if value != default:
                 raise ConfigError(
-                    f"Lightning's Trainer({theirs}={value!r}) has no effect on Megatron: set {ours} instead"
+                    f"Lightning's Trainer({theirs}={value!r}) has no effect on Megatron: set {ours} instead",
+                    key=theirs,
+                    value=value,
                 )
         super().setup(trainer)
         free = psutil.virtual_memory().available

@@ -1,5 +1,6 @@
 """Processes of a run meet on the loopback interface, and end together where the first is refused."""
 
+import errno
 import os
 import socket
 from typing import Any
@@ -9,12 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megarl.errors import ConfigError, MegarlError, UnavailableError
+from megarl.errors import ConfigError, NumericsError, UnavailableError
 from megarl.parallel import meeting
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
 from megarl.parallel.meeting import Seat, first_does, open_store
 from tests.e2e.runs import launched
+from tests.refusals import refused
 from tests.worlds import Worlds
 
 
@@ -75,16 +77,19 @@ def test_a_world_over_several_machines_is_known_as_such(local: str | None, one_m
 
 
 def test_nobody_at_the_meeting_point_is_one_line() -> None:
-    with pytest.raises(UnavailableError, match=r"cannot meet at 127\.0\.0\.1:\d+"):
-        open_store(Seat(1, 2, "127.0.0.1", free_port(), one_machine=True), timeout_s=0.5)
+    port = free_port()
+    with refused(UnavailableError, key="MASTER_PORT", value=port, where=f"127.0.0.1:{port}"):
+        open_store(Seat(1, 2, "127.0.0.1", port, one_machine=True), timeout_s=0.5)
 
 
 def test_a_taken_port_is_one_line() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(UnavailableError, match=r"in use.*MASTER_PORT"):
-            open_store(Seat(0, 2, "127.0.0.1", other.getsockname()[1], one_machine=True), timeout_s=0.5)
+        port = other.getsockname()[1]
+        taken = os.strerror(errno.EADDRINUSE)
+        with refused(UnavailableError, key="MASTER_PORT", value=port, names=(taken,)):
+            open_store(Seat(0, 2, "127.0.0.1", port, one_machine=True), timeout_s=0.5)
 
 
 def refused_then_not() -> list[Any]:
@@ -93,13 +98,13 @@ def refused_then_not() -> list[Any]:
 
     def refuse() -> None:
         calls.append("asked")
-        raise ConfigError("in use")
+        raise NumericsError("run.dir=x is in use", key="run.dir", value="x")
 
     for work in (refuse, lambda: calls.append("worked"), refuse):
         try:
             first_does(work, 60.0)
-        except MegarlError as problem:
-            calls.append((str(problem), problem.said))
+        except NumericsError as problem:
+            calls.append((problem.key, problem.value, problem.said))
     return calls
 
 
@@ -107,12 +112,12 @@ def refused_then_not() -> list[Any]:
 def test_what_the_first_process_is_refused_ends_all(
     before_there_is_a_group: bool, worlds: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused = ("in use", True)
+    no = ("run.dir", "x", True)
     if before_there_is_a_group:
         answers = worlds.run(2, without_a_group, free_port(), refused_then_not)
     else:
         answers = worlds.run(2, refused_then_not)
-    assert answers == [["asked", refused, "worked", "asked", refused], [refused, refused]]
+    assert answers == [["asked", no, "worked", "asked", no], [no, no]]
 
 
 @pytest.mark.parametrize(("number", "worked"), [("0", [1]), ("1", [])])
@@ -127,19 +132,19 @@ def test_processes_that_the_first_one_starts_do_not_wait(
     assert done == worked
 
 
-def fails_on_the_first() -> tuple[str, bool]:
+def fails_on_the_first() -> tuple[str | None, bool]:
     device = start_world()
     grid = Grid(Layout.for_world(dist.get_world_size()), device)
 
     def fail() -> None:
-        raise ConfigError("no such thing")
+        raise ConfigError("run.dir is no such thing", key="run.dir")
 
     try:
         grid.by_first(fail)
     except ConfigError as error:
-        return str(error), error.said
+        return error.key, error.said
     return "nothing", False
 
 
 def test_what_the_first_rank_fails_of_is_raised_by_all_and_told_by_it_alone(worlds: Worlds) -> None:
-    assert worlds.run(2, fails_on_the_first) == [("no such thing", False), ("no such thing", True)]
+    assert worlds.run(2, fails_on_the_first) == [("run.dir", False), ("run.dir", True)]

@@ -32,7 +32,11 @@ def adopt(config: Any) -> Source:
     if getattr(getattr(config, "data", None), "seq_length", 0) > config.model.max_positions:
         raise ConfigError(
             f"data.seq_length={config.data.seq_length} is more than the {config.model.max_positions} positions of "
-            f"model.path={source.path}: use data.seq_length={config.model.max_positions} or less"
+            f"model.path={source.path}: use data.seq_length={config.model.max_positions} or less",
+            key="data.seq_length",
+            value=config.data.seq_length,
+            where=source.path,
+            offers={"data.seq_length": [config.model.max_positions]},
         )
     shape = " ".join(f"{key}={value}" for key, value in shape_of(config.model).items() if value not in (None, False))
     log.info("model.path=%s gives vocab_size=%s %s", source.path, source.vocab_size, shape)
@@ -44,10 +48,12 @@ def open_whole(path: str, key: str) -> Source:
     try:
         source = open_source(path)
     except MegarlError as refused:
-        raise type(refused)(f"{key}={path}: {refused}") from None
+        raise refused.within(f"{key}={path}") from None
     problem = verify(source.path) if source.kind == "megarl" and int(os.environ.get("RANK", "0")) == 0 else None
     if problem:
-        raise CheckpointError(f"{key}={source.path} is not whole: {problem}")
+        raise CheckpointError(
+            f"{key}={source.path} is not whole: {problem}", key=problem.key, value=problem.value, where=source.path
+        )
     return source
 
 
@@ -65,7 +71,11 @@ def adopt_critic(config: Any, vocab_size: int) -> ModelConfig:
         if its < policys:
             raise ConfigError(
                 f"critic.path={config.critic.path} has {name}={its}, but the policy's sequences need {policys}: use a "
-                "critic that was trained with the policy's tokenizer and context, or critic.path=null"
+                "critic that was trained with the policy's tokenizer and context, or critic.path=null",
+                key=name,
+                value=its,
+                where=config.critic.path,
+                offers={"critic.path": [None]},
             )
     check_shape(critic, config.parallel)
     return critic

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megarl.checkpoint import COMMON, INDEX, seal
-from megarl.errors import CheckpointError
-from megarl.models.exchange.export import aside_of, keep_tokenizer, narrowed, prepare
+from megarl.models.exchange.export import aside_of, keep_tokenizer, narrowed, prepare, unwritten
 from megarl.models.exchange.parameters import EMBEDDING, OUTPUT, OUTPUT_BIAS, parameters
 from megarl.models.exchange.source import Source, tokenizer_of
 from megarl.models.exchange.stored import Stored, write_safetensors
@@ -64,7 +63,7 @@ def write_checkpoint(
         seal(aside, step=0)
         aside.rename(folder)
     except OSError as problem:
-        raise CheckpointError(f"{folder} could not be written ({problem.strerror or problem})") from None
+        raise unwritten(folder, problem) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

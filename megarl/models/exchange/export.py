@@ -119,7 +119,7 @@ def write_folder(
         tokenizer = keep_tokenizer(source, aside)
         _finish(folder, aside, plan, mapping, config, tokenizer, source.chat_template)
     except OSError as problem:
-        raise CheckpointError(f"{folder} could not be written ({problem.strerror or problem})") from None
+        raise unwritten(folder, problem) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -184,12 +184,22 @@ def prepare(folder: Path, aside: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     except OSError as problem:
-        raise CheckpointError(f"cannot write in {folder.parent} ({problem.strerror}): name another folder") from None
+        raise CheckpointError(
+            f"cannot write in {folder.parent} ({problem.strerror}): name another folder", where=folder.parent
+        ) from None
+
+
+def unwritten(place: Path, problem: OSError) -> CheckpointError:
+    """The error of a file or folder that a disk did not take."""
+    said = problem.strerror or problem
+    return CheckpointError(f"{place} could not be written ({said})", where=place)
 
 
 def refuse_existing(folder: Path) -> None:
     if folder.exists():
-        raise CheckpointError(f"{folder} exists and is not overwritten: remove it, or name another folder")
+        raise CheckpointError(
+            f"{folder} exists and is not overwritten: remove it, or name another folder", where=folder
+        )
 
 
 def _write_stage(
@@ -217,7 +227,7 @@ def _write_stage(
         for name in names:
             _gathered(local[name], grid)
     if isinstance(problem, OSError):
-        raise CheckpointError(f"{aside} could not be written ({problem.strerror or problem})") from None
+        raise unwritten(aside, problem) from None
     if problem is not None:
         raise problem
 
@@ -270,13 +280,17 @@ def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In another dtype, unless it cannot hold the values. What is no finite number is not passed on."""
     if not is_finite(tensor):
         raise NumericsError(
-            f"{name} holds NaN or infinity: fetch the model again, or give an earlier checkpoint of its training"
+            f"{name} holds NaN or infinity: fetch the model again, or give an earlier checkpoint of its training",
+            key=name,
         )
     if tensor.dtype == dtype:
         return tensor
     result = tensor.to(dtype)
     if not is_finite(result):
-        raise CheckpointError(f"{name} has values up to {tensor.abs().max():g}, which {dtype} cannot hold: use bf16")
+        largest = tensor.abs().max().item()
+        raise CheckpointError(
+            f"{name} has values up to {largest:g}, which {dtype} cannot hold: use bf16", key=name, value=largest
+        )
     return result
 
 

@@ -32,6 +32,14 @@ ACTIVATIONS = {
 _NOT_SHAPE = ("path", "vocab_size", "dropout", "init_std", "num_layers_unfrozen")
 
 
+class Lacking(NamedTuple):
+    """What of a model a family cannot have: the keys in words, and the first of them."""
+
+    words: str
+    key: str | None
+    value: Any
+
+
 class Entry(NamedTuple):
     """One of our parameters (`{}` stands for the layer) and the tensors that it is stored as."""
 
@@ -100,9 +108,11 @@ class Family:
             model = self.read(config)
             model.vocab_size = config["vocab_size"]
         except KeyError as problem:
-            raise CheckpointError(f"{where} lacks {problem.args[0]!r}: restore it") from None
+            raise CheckpointError(
+                f"{where} lacks {problem.args[0]!r}: restore it", key=problem.args[0], where=where
+            ) from None
         except (TypeError, ValueError, ArithmeticError, AttributeError) as problem:
-            raise CheckpointError(f"{where} has a value that cannot be: {problem}") from None
+            raise CheckpointError(f"{where} has a value that cannot be: {problem}", where=where) from None
         return checked(model, where)
 
     def hf_config(self, model: ModelConfig, vocab_size: int) -> Json:
@@ -115,27 +125,33 @@ class Family:
             "tie_word_embeddings": model.tie_embeddings,
             "initializer_range": model.init_std,
         }
-        difference = self.difference(model, config)
-        if difference:
-            raise ConfigError(f"a {self.name} cannot have {difference}: export as another family")
+        lost = self.difference(model, config)
+        if lost:
+            raise ConfigError(
+                f"a {self.name} cannot have {lost.words}: export as another family", key=lost.key, value=lost.value
+            )
         return config
 
     def holds(self, model: ModelConfig) -> bool:
         return self.lacks(model) is None
 
-    def difference(self, model: ModelConfig, config: Json) -> str | None:
+    def difference(self, model: ModelConfig, config: Json) -> Lacking | None:
         """The keys of a model that do not survive being written as this family."""
         try:
             back = shape_of(self.model_config({"vocab_size": 1, **config}))
         except (CheckpointError, ConfigError) as problem:
             if model.activation in ACTIVATIONS.values():
-                return str(problem)
+                return Lacking(str(problem), problem.key, problem.value)
             rest = self.lacks(replace(model, activation="gelu"))
-            return " and ".join(filter(None, [f"model.activation={model.activation}", rest]))
+            words = f"model.activation={model.activation}" + (f" and {rest.words}" if rest else "")
+            return Lacking(words, "model.activation", model.activation)
         lost = [key for key, value in shape_of(model).items() if back[key] != value]
-        return " and ".join(f"model.{key}={either([getattr(model, key)])}" for key in lost) or None
+        if not lost:
+            return None
+        words = " and ".join(f"model.{key}={either([getattr(model, key)])}" for key in lost)
+        return Lacking(words, f"model.{lost[0]}", getattr(model, lost[0]))
 
-    def lacks(self, model: ModelConfig) -> str | None:
+    def lacks(self, model: ModelConfig) -> Lacking | None:
         """What of a model this family cannot have; None where it can hold it."""
         return self.difference(model, self.write(model) | {"tie_word_embeddings": model.tie_embeddings})
 
@@ -147,7 +163,7 @@ class Family:
             layer = re.match(r"decoder\.layers\.(\d+)\.", name)
             pattern = name if layer is None else name.replace(f".{layer[1]}.", ".{}.", 1)
             if pattern not in known:
-                raise CheckpointError(f"a {self.name} has no place for {name}: export as another family")
+                raise CheckpointError(f"a {self.name} has no place for {name}: export as another family", key=name)
             theirs = tuple(their.format(layer[1]) if layer else their for their in known[pattern].theirs)
             mapped[name] = Mapped(shape, theirs, known[pattern].views, model)
         return mapped
@@ -221,7 +237,12 @@ def check_values(config: Json, where: str) -> None:
             key in _NESTED and not isinstance(value, dict): "a mapping",
         }
         if True in wants:
-            raise CheckpointError(f"{where} has {key}={shown(repr(value))}, which is not {wants[True]}: restore it")
+            raise CheckpointError(
+                f"{where} has {key}={shown(repr(value))}, which is not {wants[True]}: restore it",
+                key=key,
+                value=value,
+                where=where,
+            )
         if key in _NESTED:
             check_values(value, f"{key} in {where}")
 
@@ -233,7 +254,7 @@ def checked(model: ModelConfig, where: str) -> ModelConfig:
             setattr(model, leaf.key, False)
     problem = shape_problem(model)
     if problem:
-        raise CheckpointError(f"{where} describes no model that can be built: {problem}")
+        raise CheckpointError(f"{where} describes no model that can be built: {problem}", where=where)
     return model
 
 
@@ -242,7 +263,11 @@ def activation(config: Json, key: str, default: str) -> str:
     theirs = config.get(key, default)
     if theirs not in ACTIVATIONS:
         raise CheckpointError(
-            f"config.json has {key}={shown(repr(theirs))}, which megarl lacks: it has {', '.join(ACTIVATIONS)}"
+            f"config.json has {key}={shown(repr(theirs))}, which megarl lacks: it has {', '.join(ACTIVATIONS)}",
+            key=key,
+            value=theirs,
+            where="config.json",
+            offers={key: ACTIVATIONS},
         )
     return ACTIVATIONS[theirs]
 
@@ -257,7 +282,11 @@ def require(config: Json, key: str, value: Any, default: Any) -> None:
     found = config.get(key, default)
     if found != value:
         raise CheckpointError(
-            f"config.json has {key}={shown(repr(found))}, which megarl cannot compute: only {value!r}"
+            f"config.json has {key}={shown(repr(found))}, which megarl cannot compute: only {value!r}",
+            key=key,
+            value=found,
+            where="config.json",
+            offers={key: [value]},
         )
 
 

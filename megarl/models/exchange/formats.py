@@ -76,7 +76,8 @@ def open_source(path: str | Path) -> Source:
         if known.matches(folder):
             return known.open(folder)
     raise CheckpointError(
-        f"{folder} holds no model: no Hugging Face folder (with config.json), no .nemo archive, no megarl checkpoint"
+        f"{folder} holds no model: no Hugging Face folder (with config.json), no .nemo archive, no megarl checkpoint",
+        where=folder,
     )
 
 
@@ -89,7 +90,11 @@ def resolve(path: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UnavailableError(f"{path} is no folder here, and a hub name needs: pip install huggingface_hub") from None
+        raise UnavailableError(
+            f"{path} is no folder here, and a hub name needs: pip install huggingface_hub",
+            key="huggingface_hub",
+            where=path,
+        ) from None
     try:
         folder = Path(snapshot_download(path, allow_patterns=_WEIGHTS))
         if not list(folder.glob("*.safetensors")):
@@ -98,7 +103,8 @@ def resolve(path: str) -> Path:
         first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         raise CheckpointError(
             f"{path} is neither a folder here nor a model that the hub gives out ({first[:160]}): check the name, or "
-            "download it where there is a network and give its folder"
+            "download it where there is a network and give its folder",
+            where=path,
         ) from None
     log.info("model %s is at %s", path, folder)
     return folder

@@ -30,7 +30,9 @@ def load(chunk: Any, source: Source, grid: Grid) -> None:
                 _fill(name, parameter, source, grid.tp_rank, grid.layout.tp)
                 _refuse_not_finite(name, parameter, source)
             elif name.startswith(TRUNK):
-                raise CheckpointError(f"{source.path} has no {name}: it is of another model")
+                raise CheckpointError(
+                    f"{source.path} has no {name}: it is of another model", key=name, where=source.path
+                )
 
     together(grid, fill)
 
@@ -40,7 +42,9 @@ def _refuse_not_finite(name: str, parameter: nn.Parameter, source: Source) -> No
     if not is_finite(parameter.data):
         raise NumericsError(
             f"{source.path}: {name} holds NaN, infinity or values that {parameter.dtype} cannot hold: fetch the model "
-            "again, or give an earlier checkpoint of its training"
+            "again, or give an earlier checkpoint of its training",
+            key=name,
+            where=source.path,
         )
 
 
@@ -49,7 +53,8 @@ def _fill(name: str, parameter: nn.Parameter, source: Source, rank: int, tp: int
         rows = parameter.shape[0]  # padding included
         mine = source.rows(name, rank * rows, (rank + 1) * rows)
         if mine.shape[1:] != parameter.shape[1:]:
-            raise CheckpointError(f"{name} is stored with rows of {list(mine.shape[1:])} and the model has others")
+            row = list(mine.shape[1:])
+            raise CheckpointError(f"{name} is stored with rows of {row} and the model has others", key=name, value=row)
         parameter.data[: len(mine)].copy_(mine)
         parameter.data[len(mine) :].zero_()
         return
@@ -58,5 +63,6 @@ def _fill(name: str, parameter: nn.Parameter, source: Source, rank: int, tp: int
     if is_sharded(parameter):
         shape[partition_dim(parameter)] *= tp
     if list(whole.shape) != shape:
-        raise CheckpointError(f"{name} is stored with shape {list(whole.shape)} and the model has {shape}")
+        found = list(whole.shape)
+        raise CheckpointError(f"{name} is stored with shape {found} and the model has {shape}", key=name, value=found)
     copy_slice(whole, parameter, rank, tp)

@@ -23,7 +23,7 @@ from megarl.models.exchange.family import Json
 from megarl.models.exchange.nemo_archive import Archive, TensorMember
 from megarl.models.exchange.nemo_config import read_config
 from megarl.models.exchange.parameters import EMBEDDING, OUTPUT, VOCABULARY, parameters
-from megarl.models.exchange.source import Source, tokenizer_of, widest
+from megarl.models.exchange.source import Source, tokenizer_of, unfit_dtype, widest
 from megarl.models.exchange.stored import Stored
 from megarl.parallel.initialise import is_sharded, join_slices, partition_dim
 
@@ -113,25 +113,39 @@ class NemoSource(Source):
                     continue
                 lacking = next((file for file in files if theirs not in file.tensors), None)
                 if lacking:
-                    raise CheckpointError(f"{lacking.label} lacks the tensor {theirs}, which other ranks have")
+                    raise CheckpointError(
+                        f"{lacking.label} lacks the tensor {theirs}, which other ranks have",
+                        key=theirs,
+                        where=lacking.label,
+                    )
                 split = is_sharded(marker(name, self.model))
                 places[name] = Place(theirs, files if split else files[:1])
             offset += layers
         if offset != self.model.num_layers:
             raise CheckpointError(
                 f"{self.path} has {offset} layers and its {CONFIG} says num_layers={self.model.num_layers}: the two do "
-                "not belong together"
+                "not belong together",
+                key="num_layers",
+                value=self.model.num_layers,
+                where=self.path,
             )
         return places
 
     def _vocab_size(self, config: Json) -> int:
         if EMBEDDING not in self._places:
-            raise CheckpointError(f"{self.path} lacks {EMBEDDING}: it is no whole model")
+            raise CheckpointError(
+                f"{self.path} lacks {EMBEDDING}: it is no whole model", key=EMBEDDING, where=self.path
+            )
         place = self._places[EMBEDDING]
         rows = sum(file.tensors[place.name].shape[0] for file in place.files)
         size = int(config.get("override_vocab_size") or rows)
         if size > rows:
-            raise CheckpointError(f"{self.path} has {rows} rows of embeddings and {CONFIG} override_vocab_size={size}")
+            raise CheckpointError(
+                f"{self.path} has {rows} rows of embeddings and {CONFIG} override_vocab_size={size}",
+                key="override_vocab_size",
+                value=size,
+                where=self.path,
+            )
         return size
 
     def _check(self) -> None:
@@ -140,9 +154,17 @@ class NemoSource(Source):
         missing = [name for name in wanted if name not in self._places]
         unknown = [place.name for name, place in self._places.items() if name not in wanted]
         if missing:
-            raise CheckpointError(f"{self.path} lacks {missing[0]} ({len(missing)} in all), which {CONFIG} asks for")
+            raise CheckpointError(
+                f"{self.path} lacks {missing[0]} ({len(missing)} in all), which {CONFIG} asks for",
+                key=missing[0],
+                where=self.path,
+            )
         if unknown:
-            raise CheckpointError(f"{self.path} has a tensor {unknown[0]} that a model of its {CONFIG} does not")
+            raise CheckpointError(
+                f"{self.path} has a tensor {unknown[0]} that a model of its {CONFIG} does not",
+                key=unknown[0],
+                where=self.path,
+            )
         found: list[Stored] = []
         for name, place in self._places.items():
             shape, dim = list(wanted[name]), partition_dim(marker(name, self.model))
@@ -153,10 +175,15 @@ class NemoSource(Source):
             if name in VOCABULARY:  # padded
                 shape[0] = max(shape[0], whole[0])
             if whole != shape or any(part.shape != parts[0].shape for part in parts):
-                raise CheckpointError(f"{self.path}: {place.name} is {whole} in all and {CONFIG} asks for {shape}")
+                raise CheckpointError(
+                    f"{self.path}: {place.name} is {whole} in all and {CONFIG} asks for {shape}",
+                    key=place.name,
+                    value=whole,
+                    where=self.path,
+                )
             bad = next((part.dtype for part in parts if not isinstance(part.dtype, torch.dtype)), None)
             if bad:
-                raise CheckpointError(f"{self.path}: {place.name} has dtype {bad}, which no model here can hold")
+                raise unfit_dtype(self.path, place.name, bad)
             found += parts
         self.dtype = widest([part.dtype for part in found])
         self.stored = (len(found), sum(part.bytes for part in found))
@@ -167,7 +194,9 @@ def _our_name(theirs: str, offset: int) -> tuple[str, int]:
     if ".language_model." in theirs:
         raise CheckpointError(
             f"{theirs} is a name from before Megatron Core (mcore_gpt: false), which cannot be read: convert the "
-            "archive with NeMo's scripts/checkpoint_converters (mcore_gpt: true) first"
+            "archive with NeMo's scripts/checkpoint_converters (mcore_gpt: true) first",
+            key=theirs,
+            offers={"mcore_gpt": [True]},
         )
     name = theirs.removeprefix("model.").removeprefix("module.")
     layer = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
@@ -201,40 +230,59 @@ def _rank_files(archive: Archive, config: Json) -> list[list[TensorMember]]:
     if any(name.startswith("model_weights/") for name in archive.members):
         raise CheckpointError(
             f"{archive.path} holds a distributed checkpoint (model_weights/), which cannot be read: save it from NeMo "
-            "with dist_ckpt_format unset, or convert it to Hugging Face there"
+            "with dist_ckpt_format unset, or convert it to Hugging Face there",
+            key="dist_ckpt_format",
+            where=archive.path,
         )
     sizes = [config.get(f"{kind}_model_parallel_size") or 1 for kind in ("tensor", "pipeline")]
     if config.get("virtual_pipeline_model_parallel_size"):
-        raise CheckpointError(f"{archive.path} has virtual pipeline stages, which cannot be read: save it without them")
+        raise CheckpointError(
+            f"{archive.path} has virtual pipeline stages (virtual_pipeline_model_parallel_size), which cannot be read: "
+            "save it without them",
+            key="virtual_pipeline_model_parallel_size",
+            value=config["virtual_pipeline_model_parallel_size"],
+            where=archive.path,
+        )
     tp, pp = (int(size) for size in sizes)
     if tp * pp > len(archive.members):
-        raise CheckpointError(f"{archive.path} does not hold the {tp * pp} files of TP{tp} x PP{pp}: fetch it again")
+        raise CheckpointError(
+            f"{archive.path} does not hold the {tp * pp} files of TP{tp} x PP{pp}: fetch it again", where=archive.path
+        )
     wanted = [[member_of(rank, tp, stage, pp) for rank in range(tp)] for stage in range(pp)]
     flat = [name for names in wanted for name in names]
     found = {name for name in archive.members if PurePosixPath(name).name == WEIGHTS}
     missing, extra = [name for name in flat if name not in found], sorted(found - set(flat))
     if missing:
         raise CheckpointError(
-            f"{archive.path} lacks {missing[0]}, one of {len(flat)} (TP{tp} x PP{pp}): fetch it again"
+            f"{archive.path} lacks {missing[0]}, one of {len(flat)} (TP{tp} x PP{pp}): fetch it again",
+            key=missing[0],
+            where=archive.path,
         )
     if extra:
-        raise CheckpointError(f"{archive.path} has {extra[0]}, which its {CONFIG} (TP{tp} x PP{pp}) does not ask for")
+        raise CheckpointError(
+            f"{archive.path} has {extra[0]}, which its {CONFIG} (TP{tp} x PP{pp}) does not ask for",
+            key=extra[0],
+            where=archive.path,
+        )
     return [[archive.tensors(name) for name in names] for names in wanted]
 
 
 def _yaml(archive: Archive) -> Json:
+    where = f"{archive.path}: {CONFIG}"
     if CONFIG not in archive.members:
-        raise CheckpointError(f"{archive.path} has no {CONFIG}: it is no archive of NeMo's")
+        raise CheckpointError(
+            f"{archive.path} has no {CONFIG}: it is no archive of NeMo's", key=CONFIG, where=archive.path
+        )
     try:
         text = archive.content(CONFIG).decode("utf-8")
         check_yaml(text)
         config = yaml.safe_load(text)
     except UnreadableError as problem:
-        raise CheckpointError(f"{archive.path}: {CONFIG} {problem}: fetch it again") from None
+        raise CheckpointError(f"{where} {problem}: fetch it again", where=where) from None
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as problem:
-        raise CheckpointError(f"{archive.path}: {CONFIG} cannot be read ({' '.join(str(problem).split())})") from None
+        raise CheckpointError(f"{where} cannot be read ({' '.join(str(problem).split())})", where=where) from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{archive.path}: {CONFIG} holds no settings")
+        raise CheckpointError(f"{where} holds no settings", where=where)
     return config
 
 
@@ -262,6 +310,6 @@ def _unpacked_tokenizer(archive: Archive, config: Json) -> tuple[str, str | None
             shutil.rmtree(aside, ignore_errors=True)
             if not folder.is_dir():  # else another process was first
                 raise CheckpointError(
-                    f"the tokenizer of {archive.path} is not unpacked in {root} ({problem})"
+                    f"the tokenizer of {archive.path} is not unpacked in {root} ({problem})", where=root
                 ) from None
     return tokenizer_of(folder)

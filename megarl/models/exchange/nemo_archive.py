@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megarl.disk import UnreadableError, load_plain
 from megarl.errors import CheckpointError
 from megarl.logging import get_logger
-from megarl.models.exchange.stored import DTYPES, Stored
+from megarl.models.exchange.stored import DTYPES, Stored, cut_short
 
 log = get_logger(__name__)
 _GZIP = b"\x1f\x8b"
@@ -57,13 +57,13 @@ class Archive:
             with tarfile.open(fileobj=self.file, mode="r:", tarinfo=_Member) as tar:
                 found = [member for member in tar.getmembers() if member.isreg() and not member.issparse()]
         except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, ValueError, OverflowError) as problem:
-            raise CheckpointError(f"{path} is no whole tar ({problem}): fetch it again") from None
+            raise CheckpointError(f"{path} is no whole tar ({problem}): fetch it again", where=path) from None
         except OSError as problem:
-            raise CheckpointError(f"{path} cannot be read ({problem.strerror or problem})") from None
+            raise CheckpointError(f"{path} cannot be read ({problem.strerror or problem})", where=path) from None
         self.members = {os.path.normpath(member.name): (member.offset_data, member.size) for member in found}
         for name, (start, length) in self.members.items():
             if start + length > size:
-                raise CheckpointError(f"{path} is cut short within {name}: fetch it again")
+                raise cut_short(path, name)
 
     def content(self, name: str) -> bytes:
         """A small member as it is."""
@@ -92,10 +92,12 @@ class TensorMember:
                 storage: Any = value.untyped_storage()
                 offset = int(storage._checkpoint_offset) + int(value.storage_offset()) * value.element_size()
             except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # sparse, meta, before torch 1.6
-                raise CheckpointError(f"{label}: {name} is no plain tensor in a file of torch 1.6 or later") from None
+                raise CheckpointError(
+                    f"{label}: {name} is no plain tensor in a file of torch 1.6 or later", key=name, where=label
+                ) from None
             extent = _extent(tuple(value.shape), value.stride()) * value.element_size()
             if offset < 0 or offset + extent > size:
-                raise CheckpointError(f"{label} is cut short within {name}: fetch it again")
+                raise cut_short(label, name)
             self.tensors[name] = Stored(tuple(value.shape), dtype)
             self._spans[name] = Span(start + offset, tuple(value.stride()))
 
@@ -131,7 +133,7 @@ class TensorMember:
         while done < len(bytes_):  # one call reads 2 GB at most
             read = os.preadv(self._file.fileno(), [bytes_[done:]], start + done)
             if read == 0:
-                raise CheckpointError(f"{self.label} is cut short within {name}: fetch it again")
+                raise cut_short(self.label, name)
             done += read
         return flat.as_strided(shape, strides)
 
@@ -168,7 +170,8 @@ def _plain(path: Path) -> BinaryIO:
             if plain.tell() > most:
                 raise CheckpointError(
                     f"{path} unpacks into more than {MOST_UNPACKED[0]} times its size, as no model's weights do: "
-                    "fetch it again"
+                    "fetch it again",
+                    where=path,
                 )
     plain.flush()
     plain.seek(0)
@@ -181,9 +184,11 @@ def _index(label: str, window: "_Window") -> dict[str, Any]:
         with FakeTensorMode(), torch.serialization.safe_globals([io.BytesIO]):
             found = load_plain(io.BufferedReader(window), map_location="cpu")
     except UnreadableError as problem:
-        raise CheckpointError(f"{label} {problem}: save it again") from None
+        raise CheckpointError(f"{label} {problem}: save it again", where=label) from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise CheckpointError(f"{label} is no dictionary of tensors: give an archive of one model's weights")
+        raise CheckpointError(
+            f"{label} is no dictionary of tensors: give an archive of one model's weights", where=label
+        )
     return found
 
 

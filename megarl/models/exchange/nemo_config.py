@@ -1,5 +1,6 @@
 """`model_config.yaml` of NeMo's GPT archives beside our `ModelConfig`; what we lack is refused by name."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from megarl.disk import shown
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange.family import Json, check_values, checked, shape_of
 
+WHERE = "model_config.yaml"
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 VOCAB_MULTIPLE = 128  # NeMo's make_vocab_size_divisible_by; times TP
 _LLAMA3 = {
@@ -35,18 +37,34 @@ _ONLY: Json = {
 def read_config(config: Json) -> ModelConfig:
     """The shape that a model_config.yaml describes, with NeMo's defaults where it says nothing."""
     if "GPT" not in str(config.get("target", "GPT")):
-        raise CheckpointError(f"model_config.yaml is of {shown(config['target'])}: only GPT models can be read")
+        raise CheckpointError(
+            f"{WHERE} has target={shown(config['target'])}: only GPT models can be read",
+            key="target",
+            value=config["target"],
+            where=WHERE,
+        )
     for key, only in _ONLY.items():
         if (config.get(key, only) or only) != only:
-            found = shown(repr(config[key]))
-            raise CheckpointError(f"model_config.yaml has {key}={found}, which megarl lacks: it has {only}")
-    check_values(config, "model_config.yaml")
+            raise _lacking(key, config[key], [only])
+    check_values(config, WHERE)
     try:
-        return checked(_read(config), "model_config.yaml")
+        return checked(_read(config), WHERE)
     except KeyError as problem:
-        raise CheckpointError(f"model_config.yaml lacks {problem.args[0]!r}: restore it") from None
+        key = problem.args[0]
+        raise CheckpointError(f"{WHERE} lacks {key!r}: restore it", key=key, where=WHERE) from None
     except (TypeError, ValueError, ArithmeticError, AttributeError) as problem:
-        raise CheckpointError(f"model_config.yaml has a value that cannot be: {problem}") from None
+        raise CheckpointError(f"{WHERE} has a value that cannot be: {problem}", where=WHERE) from None
+
+
+def _lacking(key: str, found: Any, known: Iterable[Any]) -> CheckpointError:
+    known = list(known)
+    return CheckpointError(
+        f"{WHERE} has {key}={shown(repr(found))}, which megarl lacks: it has {', '.join(map(str, known))}",
+        key=key,
+        value=found,
+        where=WHERE,
+        offers={key: known},
+    )
 
 
 def _read(config: Json) -> ModelConfig:
@@ -78,8 +96,7 @@ def _read(config: Json) -> ModelConfig:
 def _choice(config: Json, key: str, default: str, known: dict[str, str]) -> str:
     theirs = config.get(key) or default
     if theirs not in known:
-        found = shown(repr(theirs))
-        raise CheckpointError(f"model_config.yaml has {key}={found}, which megarl lacks: it has {', '.join(known)}")
+        raise _lacking(key, theirs, known)
     return known[theirs]
 
 
@@ -100,8 +117,11 @@ def _rope(config: Json) -> Json:
     if config.get("scale_positional_embedding"):
         if stretch != 1.0:
             raise CheckpointError(
-                "model_config.yaml has scale_positional_embedding and seq_len_interpolation_factor, which megarl "
-                "cannot compute together: drop one of them"
+                f"{WHERE} has scale_positional_embedding and seq_len_interpolation_factor, which megarl cannot compute "
+                "together: drop one of them",
+                key="seq_len_interpolation_factor",
+                value=stretch,
+                where=WHERE,
             )
         return fields | {"rope_scaling": "llama3", **_LLAMA3}
     return fields | ({"rope_scaling": "linear", "rope_factor": stretch} if stretch != 1.0 else {})
@@ -114,7 +134,12 @@ def _window(config: Json) -> int | None:
         return None
     left, right = window
     if right != 0 or left < 0:
-        raise CheckpointError(f"model_config.yaml has window_size={list(window)}: only [N, 0] can be computed")
+        raise CheckpointError(
+            f"{WHERE} has window_size={list(window)}: only [N, 0] can be computed",
+            key="window_size",
+            value=list(window),
+            where=WHERE,
+        )
     return int(left) + 1
 
 
@@ -122,7 +147,12 @@ def write_config(model: ModelConfig, vocab_size: int, dtype: torch.dtype, tp: in
     """A model_config.yaml. Refuses a shape that would come back as another one."""
     positions = {ours: theirs for theirs, ours in _POSITIONS.items()}
     if dtype not in _PRECISIONS:
-        raise ConfigError(f"dtype={str(dtype).removeprefix('torch.')} is none that NeMo has: use fp32, bf16 or fp16")
+        raise ConfigError(
+            f"dtype={str(dtype).removeprefix('torch.')} is none that NeMo has: use fp32, bf16 or fp16",
+            key="dtype",
+            value=dtype,
+            offers={"dtype": ["fp32", "bf16", "fp16"]},
+        )
     config: Json = {
         "target": TARGET,
         "mcore_gpt": True,
@@ -168,16 +198,22 @@ def write_config(model: ModelConfig, vocab_size: int, dtype: torch.dtype, tp: in
         config["scale_positional_embedding"] = True
     if model.sliding_window is not None:
         config["window_size"] = [model.sliding_window - 1, 0]
-    difference = _difference(model, config)
-    if difference:
-        raise ConfigError(f"a .nemo archive cannot have {difference}: use format=huggingface or format=megarl")
+    lost = _lost(model, config)
+    if lost:
+        value = shape_of(model)[lost]
+        raise ConfigError(
+            f"a .nemo archive cannot have model.{lost}={value}: use format=huggingface or format=megarl",
+            key=f"model.{lost}",
+            value=value,
+            offers={"format": ["huggingface", "megarl"]},
+        )
     return config
 
 
-def _difference(model: ModelConfig, config: Json) -> str | None:
+def _lost(model: ModelConfig, config: Json) -> str | None:
     """The first key of a model that does not survive."""
     try:
         back: dict[str, Any] = shape_of(read_config(config))
     except CheckpointError:
-        return f"model.activation={model.activation}"  # the one choice that has no word of NeMo's
-    return next((f"model.{key}={value}" for key, value in shape_of(model).items() if back[key] != value), None)
+        return "activation"  # the one choice that has no word of NeMo's
+    return next((key for key, value in shape_of(model).items() if back[key] != value), None)

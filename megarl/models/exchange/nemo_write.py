@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import yaml
 
 from megarl.config.schema import ModelConfig
-from megarl.errors import CheckpointError, ConfigError
-from megarl.models.exchange.export import aside_of, keep_tokenizer, narrowed, prepare, refuse_existing
+from megarl.errors import ConfigError
+from megarl.models.exchange.export import aside_of, keep_tokenizer, narrowed, prepare, refuse_existing, unwritten
 from megarl.models.exchange.family import Json
 from megarl.models.exchange.nemo import CONFIG, FUSED_NORMS, HEADS, OURS, TOKENIZER, marker, member_of
 from megarl.models.exchange.nemo_archive import finish, reserve
@@ -61,7 +61,7 @@ def write_nemo(
         refuse_existing(path)
         (aside / "archive").rename(path)
     except OSError as problem:
-        raise CheckpointError(f"{path} could not be written ({problem.strerror or problem})") from None
+        raise unwritten(path, problem) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -140,9 +140,15 @@ def _check_split(model: ModelConfig, tp: int, pp: int) -> None:
     }
     for key, count in counts.items():
         if count % tp:
-            raise ConfigError(f"tp={tp} does not divide the model's {key}={count}: use a tp that does")
+            raise _does_not_divide("tp", tp, key, count)
     if model.num_layers % pp:
-        raise ConfigError(f"pp={pp} does not divide the model's num_layers={model.num_layers}: use a pp that does")
+        raise _does_not_divide("pp", pp, "num_layers", model.num_layers)
+
+
+def _does_not_divide(axis: str, size: int, key: str, count: int) -> ConfigError:
+    return ConfigError(
+        f"{axis}={size} does not divide the model's {key}={count}: use a {axis} that does", key=axis, value=size
+    )
 
 
 def _describe_tokenizer(folder: Path) -> Json:

@@ -14,10 +14,18 @@ def read_rope(config: Json, *, theta: float = 10000.0, theta_key: str = "rope_th
     """Our `rope_*` keys; `theta` and `theta_key` are the family's default base and the older name of it."""
     rope: Json = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     if any(isinstance(value, dict) for value in rope.values()):
-        raise CheckpointError("config.json has rotary positions that differ between layers, which megarl lacks")
+        raise CheckpointError(
+            "config.json has rotary positions that differ between layers, which megarl lacks", where="config.json"
+        )
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in KINDS:
-        raise CheckpointError(f"config.json has rope_type={kind!r}, which megarl lacks: it has {', '.join(KINDS)}")
+        raise CheckpointError(
+            f"config.json has rope_type={kind!r}, which megarl lacks: it has {', '.join(KINDS)}",
+            key="rope_type",
+            value=kind,
+            where="config.json",
+            offers={"rope_type": KINDS},
+        )
     base: Any = rope.get("rope_theta", config.get(theta_key, config.get("rope_theta", theta)))
     fields: Json = {"rope_base": float(base), "rope_scaling": KINDS[kind]}
     if kind == "default":
@@ -55,6 +63,17 @@ def _check_yarn(rope: Json, factor: float) -> None:
     for key, value in constants.items():
         found = rope.get(key)
         if found is not None and not math.isclose(found, value, rel_tol=1e-6):
-            raise CheckpointError(f"config.json has YaRN with {key}={found}, which megarl cannot compute: only {value}")
+            raise CheckpointError(
+                f"config.json has YaRN with {key}={found}, which megarl cannot compute: only {value}",
+                key=key,
+                value=found,
+                where="config.json",
+                offers={key: [value]},
+            )
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        raise CheckpointError("config.json has YaRN with mscale and mscale_all_dim, which megarl cannot compute")
+        raise CheckpointError(
+            "config.json has YaRN with mscale and mscale_all_dim, which megarl cannot compute",
+            key="mscale_all_dim",
+            value=rope["mscale_all_dim"],
+            where="config.json",
+        )

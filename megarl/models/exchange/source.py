@@ -78,7 +78,12 @@ class HuggingFaceSource(Source):
         self.path = path
         config = read_config(path)
         if "quantization_config" in config:
-            raise CheckpointError(f"{path / CONFIG} is of a quantised model: give the model in bf16, fp16 or fp32")
+            raise CheckpointError(
+                f"{path / CONFIG} has a quantization_config: give the model in bf16, fp16 or fp32",
+                key="quantization_config",
+                value=config["quantization_config"],
+                where=path / CONFIG,
+            )
         self.family = family_of(config)
         self.model = self.family.model_config(config)
         assert self.model.vocab_size is not None
@@ -92,7 +97,7 @@ class HuggingFaceSource(Source):
         self.heads = self._heads.tensors if self._heads else {}
         for name, stored in self.heads.items():
             if not isinstance(stored.dtype, torch.dtype):
-                raise CheckpointError(f"{path / HEADS}: {name} has dtype {stored.dtype}, which no model here can hold")
+                raise unfit_dtype(path / HEADS, name, stored.dtype)
         all_stored = [*self._folder.tensors.values(), *self.heads.values()]
         self.stored = (len(all_stored), sum(item.bytes for item in all_stored))
 
@@ -131,23 +136,30 @@ class HuggingFaceSource(Source):
             else:
                 raise CheckpointError(
                     f"{self.path} has a tensor {stored} that a {self.family.name} of this config.json does not: "
-                    "the two do not belong together"
+                    "the two do not belong together",
+                    key=stored,
+                    where=self.path,
                 )
         missing = [name for name in wanted if name not in where]
         if missing:
             raise CheckpointError(
                 f"{self.path} lacks {missing[0]} ({len(missing)} tensors in all), which a {self.family.name} of this "
-                "config.json has: fetch it again"
+                "config.json has: fetch it again",
+                key=missing[0],
+                where=self.path,
             )
         dtypes = []
         for name, stored in where.items():
             shape, dtype = self._folder.tensors[stored]
             if shape != wanted[name]:
                 raise CheckpointError(
-                    f"{self.path}: {stored} has shape {list(shape)} and config.json asks for {list(wanted[name])}"
+                    f"{self.path}: {stored} has shape {list(shape)} and config.json asks for {list(wanted[name])}",
+                    key=stored,
+                    value=list(shape),
+                    where=self.path,
                 )
             if not isinstance(dtype, torch.dtype):
-                raise CheckpointError(f"{self.path}: {stored} has dtype {dtype}, which no model here can hold")
+                raise unfit_dtype(self.path, stored, dtype)
             dtypes.append(dtype)
         self.dtype = widest(dtypes)
         return where, left_out
@@ -176,21 +188,33 @@ class CheckpointSource(Source):
         where = f"the card of checkpoint {self.path}"
         if not card:
             raise CheckpointError(
-                f"checkpoint {self.path} does not say what model it is of: it is from an older version"
+                f"checkpoint {self.path} does not say what model it is of: it is from an older version",
+                key="model",
+                where=self.path,
             )
         if not isinstance(card, dict) or not isinstance(card.get("config"), dict):
-            raise CheckpointError(f"{where} describes no model: it is damaged, choose another")
+            raise CheckpointError(
+                f"{where} describes no model: it is damaged, choose another", key="model", value=card, where=where
+            )
         known = {leaf.key for leaf in leaves(ModelConfig)}
         later = [key for key in card["config"] if key not in known]
         if later:
             raise CheckpointError(
                 f"checkpoint {self.path} was written by a later version of megarl: its model has "
-                f"model.{shown(later[0])}, which this version does not know; update megarl"
+                f"model.{shown(later[0])}, which this version does not know; update megarl",
+                key=f"model.{shown(later[0])}",
+                value=card["config"][later[0]],
+                where=self.path,
             )
         self.model = checked(ModelConfig(**{**card["config"], "path": None}), where)
         size, family, tokenizer = card.get("vocab_size"), card.get("family"), card.get("tokenizer")
         if type(size) is not int or not 0 < size < 2**31:
-            raise CheckpointError(f"{where} has vocab_size={shown(size)}: it is damaged, choose another")
+            raise CheckpointError(
+                f"{where} has vocab_size={shown(size)}: it is damaged, choose another",
+                key="vocab_size",
+                value=size,
+                where=where,
+            )
         self.vocab_size = size
         self.family = FAMILIES.get(family) if isinstance(family, str) else None
         self.tokenizer = None if tokenizer is None else _tokenizer_in(tokenizer, where)
@@ -211,13 +235,17 @@ class CheckpointSource(Source):
                 self._parts.setdefault(name, []).append(part)
         missing = [name for name in self._shapes if name not in self._parts]
         if missing:
-            raise CheckpointError(f"checkpoint {self.path} lacks {self.engine}.{missing[0]}")
+            name = f"{self.engine}.{missing[0]}"
+            raise CheckpointError(f"checkpoint {self.path} lacks {name}", key=name, where=self.path)
         for name, shape in self._shapes.items():
             first, *rest = self._parts[name][0].tensor_shape
             padded = name in VOCABULARY and first > shape[0]
             if not (first == shape[0] or padded) or tuple(rest) != shape[1:]:
                 raise CheckpointError(
-                    f"checkpoint {self.path} has {name} of shape {[first, *rest]}, and its card asks for {list(shape)}"
+                    f"checkpoint {self.path} has {name} of shape {[first, *rest]}, and its card asks for {list(shape)}",
+                    key=name,
+                    value=[first, *rest],
+                    where=self.path,
                 )
         described = {
             name: Stored(parts[0].tensor_shape, getattr(torch, parts[0].dtype)) for name, parts in self._parts.items()
@@ -239,16 +267,20 @@ def _check_sizes(path: Path) -> None:
         files = read_json(path / MANIFEST)["files"]
         wrong = [name for name, (size, _) in files.items() if (path / name).stat().st_size != size]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
-        raise CheckpointError(f"checkpoint {path} is not whole ({problem})") from None
+        raise CheckpointError(f"checkpoint {path} is not whole ({problem})", where=path) from None
     if wrong:
-        raise CheckpointError(f"checkpoint {path} is not whole: {wrong[0]} has another size than its {MANIFEST} says")
+        raise CheckpointError(
+            f"checkpoint {path} is not whole: {wrong[0]} has another size than its {MANIFEST} says",
+            key=wrong[0],
+            where=path,
+        )
 
 
 def read_config(path: Path) -> Json:
     try:
         return parse_object(read_text(path / CONFIG))
     except UnreadableError as problem:
-        raise CheckpointError(f"{path / CONFIG} {problem}: restore it") from None
+        raise CheckpointError(f"{path / CONFIG} {problem}: restore it", where=path / CONFIG) from None
 
 
 def tokenizer_of(folder: Path) -> tuple[str, str | None] | None:
@@ -266,8 +298,20 @@ def _tokenizer_in(card: Any, where: str) -> tuple[str, str | None]:
     """Kind and path as a card has them."""
     kind, path = (card.get("kind"), card.get("path")) if isinstance(card, dict) else (None, None)
     if kind not in KINDS or not (path is None or isinstance(path, str)):
-        raise CheckpointError(f"{where} names no tokenizer ({shown(card)}): restore it, or set tokenizer.path")
+        raise CheckpointError(
+            f"{where} names no tokenizer ({shown(card)}): restore it, or set tokenizer.path",
+            key="tokenizer",
+            value=card,
+            where=where,
+        )
     return kind, path
+
+
+def unfit_dtype(where: str | Path, name: str, dtype: torch.dtype | str) -> CheckpointError:
+    """The error of a stored tensor whose dtype no weight may have."""
+    return CheckpointError(
+        f"{where}: {name} has dtype {dtype}, which no model here can hold", key=name, value=dtype, where=where
+    )
 
 
 def widest(dtypes: list[Any]) -> torch.dtype:

@@ -32,6 +32,11 @@ class Stored(NamedTuple):
         return math.prod(self.shape) * (self.dtype.itemsize if isinstance(self.dtype, torch.dtype) else 1)
 
 
+def cut_short(where: str | Path, name: str) -> CheckpointError:
+    """The error of a file that ends before a tensor, or a file in it, does."""
+    return CheckpointError(f"{where} is cut short within {name}: fetch it again", key=name, where=where)
+
+
 class TensorFile(Protocol):
     """A file of named tensors."""
 
@@ -55,7 +60,9 @@ class SafetensorsFile:
                 head = file.read(8)
                 length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
                 if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
-                    raise CheckpointError(f"{path} is no whole safetensors file ({size} bytes): fetch it again")
+                    raise CheckpointError(
+                        f"{path} is no whole safetensors file ({size} bytes): fetch it again", where=path
+                    )
                 header = parse_object(file.read(length))
             for name, fields in header.items():
                 if name == "__metadata__":
@@ -63,23 +70,38 @@ class SafetensorsFile:
                 offsets, shape = fields["data_offsets"], fields["shape"]
                 if not (isinstance(shape, list) and len(offsets) == 2 and all(map(_is_count, [*offsets, *shape]))):
                     raise CheckpointError(
-                        f"{path}: {shown(name)} has a shape or a place that is no list of whole numbers: fetch it again"
+                        f"{path}: {shown(name)} has a shape or a place that is no list of whole numbers: "
+                        "fetch it again",
+                        key=shown(name),
+                        where=path,
                     )
                 start, stop = (8 + length + offset for offset in offsets)
                 if start > stop:
-                    raise CheckpointError(f"{path}: {shown(name)} ends before it begins: fetch it again")
+                    raise CheckpointError(
+                        f"{path}: {shown(name)} ends before it begins: fetch it again", key=shown(name), where=path
+                    )
                 if stop > size:
                     raise CheckpointError(
-                        f"{path} is cut short: {name} ends at byte {stop} and the file at {size}; fetch it again"
+                        f"{path} is cut short: {name} ends at byte {stop} and the file at {size}; fetch it again",
+                        key=name,
+                        value=stop,
+                        where=path,
                     )
                 stored = Stored(tuple(shape), DTYPES.get(fields["dtype"], str(fields["dtype"])))
                 if isinstance(stored.dtype, torch.dtype) and stored.bytes != stop - start:
-                    raise CheckpointError(f"{path}: {name} has {stop - start} bytes instead of {stored.bytes}")
+                    raise CheckpointError(
+                        f"{path}: {name} has {stop - start} bytes instead of {stored.bytes}",
+                        key=name,
+                        value=stop - start,
+                        where=path,
+                    )
                 self.tensors[name], self._spans[name] = stored, (start, stop)
         except OSError as problem:
-            raise CheckpointError(f"{path} cannot be read: {problem.strerror}") from None
+            raise CheckpointError(f"{path} cannot be read: {problem.strerror}", where=path) from None
         except (ValueError, LookupError, TypeError, AttributeError) as problem:
-            raise CheckpointError(f"{path} has no valid safetensors header ({problem}): fetch it again") from None
+            raise CheckpointError(
+                f"{path} has no valid safetensors header ({problem}): fetch it again", key="header", where=path
+            ) from None
 
     def read(self, name: str) -> Tensor:
         stored = self.tensors[name]
@@ -99,7 +121,7 @@ class SafetensorsFile:
         with self.path.open("rb") as file:
             file.seek(start)
             if file.readinto(buffer.numpy().data) != stop - start:
-                raise CheckpointError(f"{self.path} is cut short within {name}: fetch it again")
+                raise cut_short(self.path, name)
         return buffer.view(dtype).reshape(shape)
 
 
@@ -131,13 +153,15 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         except UnreadableError as problem:
             problems.append(str(problem))
     else:
-        raise CheckpointError(f"{path} {problems[-1]}: convert it to safetensors where it comes from")
+        raise CheckpointError(f"{path} {problems[-1]}: convert it to safetensors where it comes from", where=path)
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise CheckpointError(f"{path} is no dictionary of tensors: give the weights alone")
+        raise CheckpointError(f"{path} is no dictionary of tensors: give the weights alone", where=path)
     odd = [name for name, value in found.items() if not isinstance(name, str) or _holds_no_numbers(value)]
     if odd:
         raise CheckpointError(
-            f"{path}: {shown(odd[0])} is no name of a dense tensor with its numbers: give plain weights"
+            f"{path}: {shown(odd[0])} is no name of a dense tensor with its numbers: give plain weights",
+            key=shown(odd[0]),
+            where=path,
         )
     return found
 
@@ -192,7 +216,7 @@ class Folder:
                 break
         else:
             names = ", ".join(name for name, _, _ in self.LAYOUTS)
-            raise CheckpointError(f"{path} holds no weights: none of {names} is there")
+            raise CheckpointError(f"{path} holds no weights: none of {names} is there", where=path)
         self.tensors = {name: self.files[file].tensors[name] for name, file in self.where.items()}
 
     def read(self, name: str) -> Tensor:
@@ -208,23 +232,35 @@ def _single(path: Path, kind: Any) -> tuple[dict[str, TensorFile], dict[str, str
 
 
 def _indexed(folder: Path, index: str, kind: Any) -> tuple[dict[str, TensorFile], dict[str, str]]:
+    path = folder / index
     try:
-        where: dict[str, str] = dict(parse_object(read_text(folder / index))["weight_map"])
+        where: dict[str, str] = dict(parse_object(read_text(path))["weight_map"])
     except UnreadableError as problem:
-        raise CheckpointError(f"{folder / index} {problem}: fetch it again") from None
+        raise CheckpointError(f"{path} {problem}: fetch it again", where=path) from None
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{folder / index} has no weight_map: fetch it again") from None
+        raise CheckpointError(f"{path} has no weight_map: fetch it again", key="weight_map", where=path) from None
     wrong = next((tensor for tensor, name in where.items() if not isinstance(name, str)), None)
     if wrong is not None:
-        raise CheckpointError(f"{folder / index} does not say in which file {shown(wrong)} is: fetch it again")
+        raise CheckpointError(
+            f"{path} does not say in which file {shown(wrong)} is: fetch it again",
+            key=shown(wrong),
+            value=where[wrong],
+            where=path,
+        )
     files: dict[str, TensorFile] = {}
     for name in sorted(set(where.values())):
         if Path(name).name != name:
-            raise CheckpointError(f"{folder / index} names {shown(name)!r}, which is not a file beside it")
+            raise CheckpointError(
+                f"{path} names '{shown(name)}', which is not a file beside it", key=shown(name), where=path
+            )
         if not is_file(folder / name):
-            raise CheckpointError(f"{folder / index} names {shown(name)}, which is missing: fetch it")
+            raise CheckpointError(
+                f"{path} names {shown(name)}, which is missing: fetch it", key=shown(name), where=path
+            )
         files[name] = kind(folder / name)
     for tensor, name in where.items():
         if tensor not in files[name].tensors:
-            raise CheckpointError(f"{folder / index} says that {tensor} is in {name}, which does not have it")
+            raise CheckpointError(
+                f"{path} says that {tensor} is in {name}, which does not have it", key=tensor, value=name, where=path
+            )
     return files, where

@@ -1,6 +1,7 @@
 """Training from a published model and exporting at the end, as one would: import, five steps, export, generate."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from megarl.models.exchange.formats import open_source
 from megarl.train_sft import train
 from tests.e2e.runs import SMALL, metrics, run_sft
 from tests.models.exchange.published import edit_config, save_published, stored
+from tests.refusals import refused
 from tests.worlds import Worlds
 
 VOCAB = 301  # holds the byte tokenizer; no layout divides it
@@ -95,29 +97,29 @@ def start(run_dir: Path, *overrides: str) -> None:
 
 def test_a_target_that_exists_is_refused_before_training(published: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    with pytest.raises(CheckpointError, match="exists and is not overwritten"):
+    with refused(CheckpointError, where="there"):
         start(tmp_path / "run", f"model.path={published}", f"export.hf={tmp_path / 'there'}")
     assert list((tmp_path / "there").iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "data"),
     [
-        (["data.seq_length=128"], "data.seq_length=128 is more than the 64 positions"),
-        (["trainer.devices=2", "parallel.pp=2", "parallel.vpp=2"], "do not divide model.num_layers=2"),
+        (["data.seq_length=128"], {"key": "data.seq_length", "value": 128, "offers": {"data.seq_length": [64]}}),
+        (["trainer.devices=2", "parallel.pp=2", "parallel.vpp=2"], {"names": ("parallel.vpp=2", "model.num_layers=2")}),
     ],
     ids=["length", "layout"],
 )
 def test_what_does_not_fit_the_published_shape_is_refused(
-    overrides: list[str], message: str, published: Path, tmp_path: Path
+    overrides: list[str], data: dict[str, Any], published: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with refused(ConfigError, **data):
         start(tmp_path / "run", *overrides, f"model.path={published}")
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path: Path) -> None:
     save_published("llama", tmp_path / "small")
-    with pytest.raises(ConfigError, match=r"model.vocab_size=53 is smaller than the tokenizer"):
+    with refused(ConfigError, key="model.vocab_size", value=53):
         start(tmp_path / "run", f"model.path={tmp_path / 'small'}")
 
 

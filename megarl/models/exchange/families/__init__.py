@@ -19,16 +19,26 @@ def family_of(config: dict[str, Any]) -> Family:
     named = config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise CheckpointError(
-            f"config.json has architectures={shown(repr(named))}, which is no list of names: restore it"
+            f"config.json has architectures={shown(repr(named))}, which is no list of names: restore it",
+            key="architectures",
+            value=named,
+            where="config.json",
         )
     for family in FAMILIES.values():
         if any(name in family.architectures for name in named) or (
             not named and config.get("model_type") == family.name
         ):
             return family
-    known = ", ".join(family.architectures[0] for family in FAMILIES.values())
-    found = shown(named[0] if named else config.get("model_type", "no architecture at all"))
-    raise CheckpointError(f"config.json is of {found}, which megarl does not know: it knows {known}")
+    key = "architectures" if named else "model_type"
+    known = [family.architectures[0] if named else name for name, family in FAMILIES.items()]
+    raise CheckpointError(
+        f"config.json has {key}={shown(repr(config.get(key)))}, which megarl does not know: it knows "
+        f"{', '.join(known)}",
+        key=key,
+        value=config.get(key),
+        where="config.json",
+        offers={key: known},
+    )
 
 
 def family_for(model: ModelConfig, name: str | None = None) -> Family:
@@ -38,12 +48,15 @@ def family_for(model: ModelConfig, name: str | None = None) -> Family:
     for family in FAMILIES.values():
         if family.holds(model):
             return family
-    lacking = {name: family.lacks(model) or "" for name, family in FAMILIES.items()}
-    nearest = sorted(lacking, key=lambda name: lacking[name].count("model."))
-    ways = "; ".join(f"{name} has no {lacking[name]}" for name in nearest[:3])
+    lacking = {name: lacks for name, family in FAMILIES.items() if (lacks := family.lacks(model))}
+    nearest = sorted(lacking, key=lambda name: lacking[name].words.count("model."))
+    ways = "; ".join(f"{name} has no {lacking[name].words}" for name in nearest[:3])
+    first = lacking[nearest[0]]
     raise ConfigError(
         f"no family of Hugging Face's can hold this model ({ways}): change these keys before training, or keep "
-        "megarl's own checkpoints"
+        "megarl's own checkpoints",
+        key=first.key,
+        value=first.value,
     )
 
 
@@ -52,13 +65,23 @@ def require_family(model: ModelConfig, name: str | None, key: str) -> None:
     try:
         family = family_for(model, name)
     except ConfigError as problem:
-        raise ConfigError(f"{key}: {problem}") from None
+        raise problem.within(key) from None
     lacks = family.lacks(model)
     if lacks:
-        raise ConfigError(f"{key}: a {family.name} cannot have {lacks}: change these keys before training")
+        raise ConfigError(
+            f"{key}: a {family.name} cannot have {lacks.words}: change these keys before training",
+            key=lacks.key,
+            value=lacks.value,
+            where=key,
+        )
 
 
 def family_named(name: str) -> Family:
     if name not in FAMILIES:
-        raise ConfigError(f"family={name} is unknown: use one of {', '.join(FAMILIES)}")
+        raise ConfigError(
+            f"family={name} is unknown: use one of {', '.join(FAMILIES)}",
+            key="family",
+            value=name,
+            offers={"family": FAMILIES},
+        )
     return FAMILIES[name]

@@ -11,7 +11,11 @@ LAYER, THEIRS = "decoder.layers.{}", "transformer.h.{}"
 def read(config: Json) -> ModelConfig:
     rotated = config.get("rotary_dim", 64)
     if rotated is None:
-        raise CheckpointError("config.json has rotary_dim=null, which megarl cannot compute: only a number")
+        raise CheckpointError(
+            "config.json has rotary_dim=null, which megarl cannot compute: only a number",
+            key="rotary_dim",
+            where="config.json",
+        )
     return ModelConfig(
         num_layers=config["n_layer"],
         hidden_size=config["n_embd"],

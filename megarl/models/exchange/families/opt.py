@@ -13,7 +13,10 @@ def read(config: Json) -> ModelConfig:
     if not config.get("do_layer_norm_before", True):
         raise CheckpointError(
             "config.json has do_layer_norm_before=false: OPT-350m puts its norms after the residual sum, which megarl "
-            "does not compute; take another size of OPT"
+            "does not compute; take another size of OPT",
+            key="do_layer_norm_before",
+            value=False,
+            where="config.json",
         )
     hidden = config["hidden_size"]
     require(config, "word_embed_proj_dim", hidden, hidden)

@@ -18,7 +18,11 @@ def read_window(config: Json) -> int | None:
     if len(set(kinds)) > 1:
         raise CheckpointError(
             "config.json has a sliding window in some layers only (max_window_layers, layer_types), which megarl "
-            "cannot compute: set use_sliding_window to false if the context is shorter than the window"
+            "cannot compute: set use_sliding_window to false if the context is shorter than the window",
+            key="layer_types",
+            value=kinds,
+            where="config.json",
+            offers={"use_sliding_window": [False]},
         )
     return int(config["sliding_window"]) if kinds[0] == "sliding_attention" else None
 
