@@ -96,7 +96,9 @@ def run(argv: list[str]) -> int:
     source = open_source(settings.origin)
     problem = verify(source.path) if source.kind == "megarl" else None
     if problem:
-        raise CheckpointError(f"checkpoint {source.path} is not whole: {problem}", where=source.path)
+        raise CheckpointError(
+            f"checkpoint {source.path} is not whole: {problem}", key=problem.key, value=problem.value, where=source.path
+        )
     dtype = getattr(torch, DTYPES[settings.dtype]) if settings.dtype else source.dtype
     write(source, settings, dtype)
     target = open_source(settings.target)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from megarl.config.checks import accumulation, check, check_shape, data_parallel_size, world_size
+from megarl.config.checks import accumulation, check, data_parallel_size, world_size
 from megarl.config.offers import Refusal, divisors, either, enforce, multiples, near, read
 from megarl.config.presets import resource
 from megarl.config.schema import ILQLConfig, ModelConfig, ParallelConfig, PPOConfig, SFTConfig
+from megarl.config.shape import check_shape
 from megarl.disk import writable
 from megarl.errors import ConfigError
 from tests.refusals import refused

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from megarl.config.checks import check, shape_problem
+from megarl.config.checks import check
 from megarl.config.compose import compose
 from megarl.config.leaf import leaves
 from megarl.config.offers import divisors
 from megarl.config.schema import ENTRIES, ILQLConfig, ModelConfig, PPOConfig
+from megarl.config.shape import shape_problem
 from megarl.config.values import check_declared, check_values
 from megarl.errors import ConfigError
 from tests.refusals import assert_refusal, refused

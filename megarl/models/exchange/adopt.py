@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from megarl.checkpoint import verify
-from megarl.config.checks import check_shape
 from megarl.config.schema import ModelConfig
+from megarl.config.shape import check_shape
 from megarl.errors import CheckpointError, ConfigError, MegarlError
 from megarl.logging import get_logger
 from megarl.models.exchange.family import shape_of

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megarl.config.checks import shape_problem
 from megarl.config.leaf import leaves
 from megarl.config.offers import either
 from megarl.config.schema import ModelConfig
+from megarl.config.shape import shape_problem
 from megarl.config.values import LARGEST
 from megarl.disk import shown
 from megarl.errors import CheckpointError, ConfigError
@@ -254,7 +254,12 @@ def checked(model: ModelConfig, where: str) -> ModelConfig:
             setattr(model, leaf.key, False)
     problem = shape_problem(model)
     if problem:
-        raise CheckpointError(f"{where} describes no model that can be built: {problem}", where=where)
+        raise CheckpointError(
+            f"{where} describes no model that can be built: {problem}",
+            key=problem.key,
+            value=problem.value,
+            where=where,
+        )
     return model
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from megarl.checkpoint import COMMON, INDEX, MANIFEST, _size_and_checksum, find, plain_content, tensors, verify
-from megarl.config.checks import check_shape
 from megarl.config.schema import ParallelConfig
+from megarl.config.shape import check_shape
+from megarl.errors import CheckpointError
 from megarl.models.exchange.adopt import open_whole
 from tests.gates.fuzz import mutate
 from tests.gates.fuzz.check import Case
@@ -58,7 +59,7 @@ def read(folder: Path) -> None:
     """Look for it, verify it, and read all that it holds, as a run, `model.path` and `convert` do."""
     path = folder / STEP
     for found in find(folder):
-        assert isinstance(verify(found), str | None)
+        assert isinstance(verify(found), CheckpointError | None)
     problem: Exception | None = None
     for reader in (plain_content, tensors, _opened):
         try:

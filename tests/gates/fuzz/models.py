@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from megarl.config.checks import check_shape
 from megarl.config.schema import ParallelConfig
+from megarl.config.shape import check_shape
 from megarl.models.exchange.export import write_folder
 from megarl.models.exchange.formats import open_source
 from tests.gates.fuzz import mutate
