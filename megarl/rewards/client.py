@@ -63,7 +63,7 @@ class ScoringError(RewardError):
         self.kind = kind
 
 
-_REMEDIES = {
+REMEDIES = {
     "raised": "correct the function",
     "count": "let it return one score for every sample",
     "score": "let it return a finite number for every sample",
@@ -262,7 +262,7 @@ class RewardWorker:
         if self._on_error == "error":
             tries = f" in {self._retries + 1} tries" if self._retries else ""
             raise ScoringError(
-                f"{self._key}={self.name} {failure.reason}{tries}; {_REMEDIES[failure.kind]}, or leave such samples "
+                f"{self._key}={self.name} {failure.reason}{tries}; {REMEDIES[failure.kind]}, or leave such samples "
                 "out with reward.on_error=drop",
                 kind=failure.kind,
                 key=self._key,
@@ -271,7 +271,7 @@ class RewardWorker:
                 offers={"reward.on_error": ["drop"]},
             )
         scores.dropped += len(rows)
-        follows = f"and {len(rows)} samples are dropped (reward.on_error=drop): {_REMEDIES[failure.kind]}"
+        follows = f"and {len(rows)} samples are dropped (reward.on_error=drop): {REMEDIES[failure.kind]}"
         self._tell(failure, dropped=True, follows=follows)
 
     def _tell(self, failure: _Failure, *, dropped: bool, follows: str) -> None:
