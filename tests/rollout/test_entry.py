@@ -140,8 +140,8 @@ def test_a_chat_goes_on_until_an_empty_line(worlds: Worlds) -> None:
 @pytest.mark.parametrize(
     ("argv", "names"),
     [
-        ([], ("prompts", "chat=true")),
-        (["prompts=a", "chat=true"], ("prompts=a", "chat=true")),
+        ([], ("prompts", "--chat")),
+        (["prompts=a", "chat=true"], ("prompts", "chat=true")),
         (["prompts=a", "rollout.top_p=0"], ("rollout.top_p=0",)),
         (["prompts=a", "rollout.n=0"], ("rollout.n=0",)),
         (["prompts=a", "rollout.max_new_tokens=256"], ("rollout.max_new_tokens=256", "model.max_positions=256")),
