@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from megarl.chat.templates import first_line
@@ -12,17 +13,26 @@ from megarl.disk import exists, local, shown, why_no_name
 from megarl.errors import ConfigError, UnavailableError
 
 
+def unusable(path: str | Path, problem: str) -> ConfigError:
+    """The error of a `tokenizer.path` that no tokenizer can be made of."""
+    return ConfigError(f"tokenizer.path={str(path)!r}{problem}", key="tokenizer.path", value=str(path))
+
+
 def load_published(path: str) -> Any:
     """Load a Hugging Face tokenizer from a folder or hub name."""
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise UnavailableError("tokenizer.kind=huggingface: pip install transformers") from error
+        raise UnavailableError(
+            "tokenizer.kind=huggingface: pip install transformers", key="tokenizer.kind", value="huggingface"
+        ) from error
     place = local(path)
     there = exists(place)
     if not there and (place.is_absolute() or path.startswith((".", "~")) or why_no_name(place)):
         raise ConfigError(
-            f"tokenizer.path={shown(path)!r}: no such folder; give one that holds tokenizer.json, or a hub name"
+            f"tokenizer.path={shown(path)!r}: no such folder; give one that holds tokenizer.json, or a hub name",
+            key="tokenizer.path",
+            value=path,
         )
     try:
         found = AutoTokenizer.from_pretrained(str(place) if there else path, trust_remote_code=False)
@@ -31,9 +41,10 @@ def load_published(path: str) -> Any:
     except BaseException as error:  # the hub, the file formats and Python code each raise their own kinds
         if not _of_the_library(error):
             raise
-        raise ConfigError(
-            f"tokenizer.path={path!r} cannot be loaded as a Hugging Face tokenizer ({first_line(error)}); "
-            "give a folder that holds tokenizer.json, or a hub name that is cached or can be reached"
+        raise unusable(
+            path,
+            f" cannot be loaded as a Hugging Face tokenizer ({first_line(error)}); "
+            "give a folder that holds tokenizer.json, or a hub name that is cached or can be reached",
         ) from error
 
 
@@ -45,8 +56,8 @@ def encoding(path: str, text: str) -> Iterator[None]:
     except BaseException as error:
         if not _of_the_library(error):
             raise
-        raise ConfigError(
-            f"tokenizer.path={path!r} cannot encode {shown(text)!r} ({first_line(error)}): restore its tokenizer.json"
+        raise unusable(
+            path, f" cannot encode {shown(text)!r} ({first_line(error)}): restore its tokenizer.json"
         ) from error
 
 

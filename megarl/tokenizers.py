@@ -22,7 +22,7 @@ from megarl.chat.templates import ChatTemplate, Message, check_messages, first_l
 from megarl.chat.turns import Layout, Turns
 from megarl.disk import UnreadableError, is_dir, is_file, local, parse_object, read_text, shown
 from megarl.errors import ConfigError, DataError, UnavailableError
-from megarl.published_tokenizers import encoding, load_published, published_state
+from megarl.published_tokenizers import encoding, load_published, published_state, unusable
 
 KINDS = ("bytes", "characters", "sentencepiece", "huggingface")
 ROLES = ("system", "user", "assistant")
@@ -165,7 +165,11 @@ class Tokenizer(ABC):
             if role not in ROLES:
                 raise DataError(
                     f"turn {turn} has role {role!r}, which the built-in chat template does not know; "
-                    f"use one of {', '.join(ROLES)}, or set data.chat_template"
+                    f"use one of {', '.join(ROLES)}, or set data.chat_template",
+                    key="role",
+                    value=role,
+                    where=f"turn {turn}",
+                    offers={"role": ROLES},
                 )
             opening, answers = self._marker(role), role == "assistant"
             said = self.encode(message.get("content") or "") + ([self.eos_id] if answers else self._marker("end"))
@@ -257,7 +261,7 @@ class CharacterTokenizer(Tokenizer):
 
     def __init__(self, alphabet: str) -> None:
         if not alphabet or len(set(alphabet)) != len(alphabet):
-            raise ConfigError(f"tokenizer.path={alphabet!r}: give the alphabet, each character once")
+            raise unusable(alphabet, ": give the alphabet, each character once")
         self.alphabet = alphabet
         self.ids = {character: index for index, character in enumerate(alphabet)}
         self.pad_id, self.eos_id = len(alphabet), len(alphabet) + 1
@@ -268,7 +272,9 @@ class CharacterTokenizer(Tokenizer):
         if unknown is not None:
             raise DataError(
                 f"{text[:40]!r} holds {unknown!r}, which is not in tokenizer.path={self.alphabet}: add it, or take it "
-                "out of the text"
+                "out of the text",
+                key="tokenizer.path",
+                value=self.alphabet,
             )
         return [self.ids[character] for character in text]
 
@@ -300,24 +306,25 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
-            raise UnavailableError("tokenizer.kind=sentencepiece: pip install sentencepiece") from error
+            raise UnavailableError(
+                "tokenizer.kind=sentencepiece: pip install sentencepiece", key="tokenizer.kind", value=self.kind
+            ) from error
         self.path = local(path)
         if is_dir(self.path):
             self.path = self.path / SENTENCEPIECE_FILE
         if not is_file(self.path):
-            raise ConfigError(f"tokenizer.path={shown(path)!r}: no such file; give a SentencePiece .model file")
+            raise ConfigError(
+                f"tokenizer.path={shown(path)!r}: no such file; give a SentencePiece .model file",
+                key="tokenizer.path",
+                value=str(path),
+            )
         self._processor = SentencePieceProcessor()
         try:
             self._processor.Load(str(self.path))
         except (OSError, RuntimeError) as error:
-            raise ConfigError(
-                f"tokenizer.path={str(path)!r} is not a SentencePiece model; give a .model file"
-            ) from error
+            raise unusable(path, " is not a SentencePiece model; give a .model file") from error
         if self._processor.eos_id() < 0:
-            raise ConfigError(
-                f"tokenizer.path={str(path)!r} has no EOS, so no response could end; "
-                "train the SentencePiece model with an eos_id"
-            )
+            raise unusable(path, " has no EOS, so no response could end; train the SentencePiece model with an eos_id")
         self.size = self._processor.GetPieceSize()
         self.eos_id = self._processor.eos_id()
         self.pad_id = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_id
@@ -359,17 +366,15 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer = load_published(path)
         own = self._tokenizer
         if own.eos_token_id is None:
-            raise ConfigError(
-                f"tokenizer.path={path!r} has no EOS, so no response could end; "
-                "set eos_token in its tokenizer_config.json"
-            )
+            raise unusable(path, " has no EOS, so no response could end; set eos_token in its tokenizer_config.json")
         vocabulary = own.get_vocab()
         # A vocabulary may have holes, so its largest id can be past the number of its entries.
         self.size = max(len(own), *(token + 1 for token in vocabulary.values()))
         if self.size > MOST_TOKENS:
-            raise ConfigError(
-                f"tokenizer.path={path!r} has the id {self.size - 1}, and no vocabulary has more than {MOST_TOKENS} "
-                "entries: restore its tokenizer.json"
+            raise unusable(
+                path,
+                f" has the id {self.size - 1}, and no vocabulary has more than {MOST_TOKENS} "
+                "entries: restore its tokenizer.json",
             )
         self.eos_id = int(own.eos_token_id)
         self.pad_id = int(own.pad_token_id) if own.pad_token_id is not None else self.eos_id
@@ -397,9 +402,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             return str(own.get_chat_template()) if own.chat_template else None
         except ValueError as error:  # several templates, of which none is the default
-            raise ConfigError(
-                f"tokenizer.path={own.name_or_path!r}: {first_line(error)}; set data.chat_template"
-            ) from error
+            raise unusable(own.name_or_path, f": {first_line(error)}; set data.chat_template") from error
 
     @property
     def _structural(self) -> Mapping[str, int]:
@@ -444,26 +447,35 @@ def build_tokenizer(kind: str, path: str | None = None) -> Tokenizer:
     if kind == "bytes":
         return ByteTokenizer()
     if kind not in KINDS:
-        raise ConfigError(f"tokenizer.kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
+        raise ConfigError(
+            f"tokenizer.kind={kind!r} is unknown; use one of {', '.join(KINDS)}",
+            key="tokenizer.kind",
+            value=kind,
+            offers={"tokenizer.kind": KINDS},
+        )
     if not path:
-        raise ConfigError(f"tokenizer.kind={kind} needs tokenizer.path, which is not set")
+        raise ConfigError(f"tokenizer.kind={kind} needs tokenizer.path, which is not set", key="tokenizer.path")
     if kind == "characters":
         saved = Path(path) / ALPHABET_FILE
         try:
             return CharacterTokenizer(read_text(saved) if is_file(saved) else path)
         except UnreadableError as problem:
-            raise ConfigError(f"tokenizer.path={path}: {saved} {problem}: restore it") from None
+            raise ConfigError(
+                f"tokenizer.path={path}: {saved} {problem}: restore it", key="tokenizer.path", value=path, where=saved
+            ) from None
     return SentencePieceTokenizer(path) if kind == "sentencepiece" else HuggingFaceTokenizer(path)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote into a folder."""
     if not is_file(Path(folder) / MARKER_FILE):
-        raise ConfigError(f"{folder}: holds no tokenizer saved by megarl ({MARKER_FILE} is missing)")
+        raise ConfigError(f"{folder}: holds no tokenizer saved by megarl ({MARKER_FILE} is missing)", where=folder)
     saved = read_marker(folder)
     tokenizer = build_tokenizer(str(saved.get("kind")), str(folder))
     if tokenizer.fingerprint() != saved.get("fingerprint"):
-        raise ConfigError(f"{folder}: the tokenizer differs from the one that was saved; restore its files")
+        raise ConfigError(
+            f"{folder}: the tokenizer differs from the one that was saved; restore its files", where=folder
+        )
     return tokenizer
 
 
@@ -473,7 +485,7 @@ def read_marker(folder: str | Path) -> dict[str, Any]:
     try:
         return parse_object(read_text(marker))
     except UnreadableError as problem:
-        raise ConfigError(f"{marker} {problem}: restore it") from None
+        raise ConfigError(f"{marker} {problem}: restore it", where=marker) from None
 
 
 def _write_marker(folder: str | Path, tokenizer: Tokenizer) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megarl.errors import ConfigError, DataError
-from megarl.tokenizers import ByteTokenizer, build_tokenizer, load_tokenizer
+from megarl.tokenizers import MARKER_FILE, ByteTokenizer, build_tokenizer, load_tokenizer
 from tests.chat import templates
+from tests.refusals import refused
 
 PAD, EOS, SYSTEM, USER, ASSISTANT, END = range(256, 262)
 
@@ -71,7 +72,7 @@ def test_a_hugging_face_tokenizer_with_an_absurd_id_is_refused_before_work_that_
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["vocab"]["a"] = 2**31
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=str(2**31)):
+    with refused(ConfigError, key="tokenizer.path", value=str(folder), names=(str(2**31),)):
         build_tokenizer("huggingface", str(folder))
 
 
@@ -79,7 +80,7 @@ def test_settings_that_a_hugging_face_tokenizer_cannot_encode_with_are_refused_w
     folder = Path(make_hugging_face(tmp_path / "tokenizer"))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": ["many"]}))
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with refused(ConfigError, key="tokenizer.path", value=str(folder), names=("TypeError",)):
         build_tokenizer("huggingface", str(folder))
 
 
@@ -92,15 +93,15 @@ def test_what_the_library_panics_of_is_told_in_one_line(tmp_path, monkeypatch):
         raise panic("no entry found for key")
 
     monkeypatch.setattr(type(tokenizer._tokenizer), "__call__", fail)
-    with pytest.raises(ConfigError, match=r"cannot encode 'x' .*no entry found for key"):
+    with refused(ConfigError, key="tokenizer.path", value=folder, names=("'x'", "no entry found for key")):
         tokenizer.encode("x")
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with refused(ConfigError, key="tokenizer.path", value=folder, names=("no entry found for key",)):
         build_tokenizer("huggingface", folder)
 
 
 @pytest.mark.parametrize("messages", [3.5, "text", {"role": "user"}, None])
 def test_a_conversation_that_is_no_list_is_refused(messages):
-    with pytest.raises(DataError, match="list of turns"):
+    with refused(DataError, key="messages", value=messages):
         ByteTokenizer().apply_chat_template(messages)
 
 
@@ -155,7 +156,7 @@ def test_template_that_rewrites_earlier_turns_is_refused():
         "{{ m.content if loop.last or m.role == 'user' else '' }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    with pytest.raises(DataError, match=r"turn 2 \(assistant\).*data.chat_template"):
+    with refused(DataError, key="data.chat_template", where="turn 2", offers={"data.loss_on": ["all"]}):
         ByteTokenizer().encode_chat(CHAT, template)
     tokens, chosen = ByteTokenizer().encode_chat(CHAT[:2], template)
     assert tokens[-len([99, END]) :] == [99, END]
@@ -163,23 +164,25 @@ def test_template_that_rewrites_earlier_turns_is_refused():
 
 
 def test_template_that_raises_says_why_in_one_line():
-    with pytest.raises(DataError, match="roles must alternate") as caught:
+    with refused(DataError, key="data.chat_template", names=("roles must alternate",)):
         ByteTokenizer().apply_chat_template(CHAT, template="{{ raise_exception('roles must alternate') }}")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("turn", "expected"),
     [
-        ([{"role": "user"}], r"turn 1: 'content' is missing.*found keys: role"),
-        ([{"role": "user", "content": 3}], r"turn 1: 'content' is int"),
-        (["hello"], r"turn 1 is a str"),
-        ([{"role": "judge", "content": "x"}], r"turn 1 has role 'judge'.*system, user, assistant"),
+        ({"role": "user"}, {"key": "content", "value": None, "names": ("role",)}),
+        ({"role": "user", "content": 3}, {"key": "content", "value": 3}),
+        ("hello", {"value": "hello"}),
+        (
+            {"role": "judge", "content": "x"},
+            {"key": "role", "value": "judge", "offers": {"role": ["system", "user", "assistant"]}},
+        ),
     ],
 )
-def test_malformed_turns_are_named(messages, said):
-    with pytest.raises(DataError, match=said):
-        ByteTokenizer().apply_chat_template(messages)
+def test_malformed_turns_are_named(turn, expected):
+    with refused(DataError, where="turn 1", **expected):
+        ByteTokenizer().apply_chat_template([turn])
 
 
 def test_hugging_face_round_trip_adds_nothing(tmp_path):
@@ -246,7 +249,7 @@ def test_hugging_face_without_a_template_falls_back_to_the_built_in_one(tmp_path
 def test_hugging_face_template_error_is_one_line(tmp_path):
     template = "{{ raise_exception('no system turns here') }}"
     tokenizer = build_tokenizer("huggingface", make_hugging_face(tmp_path, chat_template=template))
-    with pytest.raises(DataError, match=r"roles \[user\].*no system turns here"):
+    with refused(DataError, key="data.chat_template", names=("user", "no system turns here")):
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
 
 
@@ -393,27 +396,50 @@ def test_fingerprint_tells_templates_and_kinds_apart(tmp_path, sentencepiece_mod
 
 
 @pytest.mark.parametrize(
-    ("kind", "path", "said"),
+    ("kind", "path", "expected"),
     [
-        ("morse", None, "tokenizer.kind='morse'.*bytes, characters, sentencepiece, huggingface"),
-        ("sentencepiece", None, "needs tokenizer.path"),
-        ("sentencepiece", "/no/such.model", "no such file"),
-        ("huggingface", "/no/such/folder", "no such folder"),
+        (
+            "morse",
+            None,
+            {
+                "key": "tokenizer.kind",
+                "value": "morse",
+                "offers": {"tokenizer.kind": ["bytes", "characters", "sentencepiece", "huggingface"]},
+            },
+        ),
+        ("sentencepiece", None, {"key": "tokenizer.path", "value": None, "names": ("tokenizer.kind=sentencepiece",)}),
+        ("sentencepiece", "/no/such.model", {"key": "tokenizer.path", "value": "/no/such.model"}),
+        ("huggingface", "/no/such/folder", {"key": "tokenizer.path", "value": "/no/such/folder"}),
+        ("characters", "aba", {"key": "tokenizer.path", "value": "aba"}),
     ],
 )
-def test_unusable_settings_are_named(kind, path, said):
-    with pytest.raises(ConfigError, match=said):
+def test_unusable_settings_are_named(kind, path, expected):
+    with refused(ConfigError, **expected):
         build_tokenizer(kind, path)
 
 
 def test_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "junk.model").write_bytes(b"not a model")
-    with pytest.raises(ConfigError, match="is not a SentencePiece model"):
-        build_tokenizer("sentencepiece", str(tmp_path / "junk.model"))
+    junk, empty = str(tmp_path / "junk.model"), str(tmp_path / "empty")
+    with refused(ConfigError, key="tokenizer.path", value=junk, names=(junk,)):
+        build_tokenizer("sentencepiece", junk)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="cannot be loaded as a Hugging Face tokenizer") as caught:
-        build_tokenizer("huggingface", str(tmp_path / "empty"))
-    assert "\n" not in str(caught.value)
+    with refused(ConfigError, key="tokenizer.path", value=empty, names=(empty,)):
+        build_tokenizer("huggingface", empty)
+
+
+@pytest.mark.parametrize("damage", ["missing", "not JSON", "fingerprint"])
+def test_a_saved_tokenizer_that_is_damaged_is_named(damage, tmp_path):
+    ByteTokenizer().save(tmp_path)
+    marker = tmp_path / MARKER_FILE
+    if damage == "missing":
+        marker.unlink()
+    else:
+        marker.write_text("{" if damage == "not JSON" else json.dumps({"kind": "bytes", "fingerprint": "another"}))
+    where = {"missing": tmp_path, "not JSON": marker, "fingerprint": tmp_path}[damage]
+    names = {"missing": (MARKER_FILE,), "not JSON": ("JSON",), "fingerprint": ()}[damage]
+    with refused(ConfigError, where=str(where), names=names):
+        load_tokenizer(tmp_path)
 
 
 def test_import_stays_cheap():
@@ -428,7 +454,5 @@ def test_characters_have_one_id_each(tmp_path: Path) -> None:
     assert tokenizer.decode([2, 0, 4, 1, 3]) == "cab"
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path).encode("b") == [1]
-    with pytest.raises(DataError, match=r"'d'.*tokenizer\.path=abc"):
+    with refused(DataError, key="tokenizer.path", value="abc", names=("'d'",)):
         tokenizer.encode("bad")
-    with pytest.raises(ConfigError, match="each character once"):
-        build_tokenizer("characters", "aba")

@@ -51,7 +51,8 @@ class ChatTemplate:
         for turn, message in enumerate(messages, 1):
             if any(border in str(message.get("content")) for border in (_OPEN, _CLOSE)):
                 raise DataError(
-                    f"turn {turn} holds U+FDD0 or U+FDD1, which is no character of a text: take it out of the record"
+                    f"turn {turn} holds U+FDD0 or U+FDD1, which is no character of a text: take it out of the record",
+                    where=f"turn {turn}",
                 )
         return _spans(self._render(messages, add_generation_prompt))
 
@@ -73,23 +74,35 @@ class ChatTemplate:
             roles = ", ".join(str(message["role"]) for message in messages) or "none"
             raise DataError(
                 f"the chat template failed on turns with roles [{roles}] ({first_line(error)}); "
-                "change the record, or set data.chat_template to a template that accepts it"
+                "change the record, or set data.chat_template to a template that accepts it",
+                key="data.chat_template",
             ) from error
 
 
 def check_messages(messages: Sequence[Message]) -> None:
     """Refuse turns without a role, or without content where they do not call a tool."""
     if not isinstance(messages, list | tuple):
-        raise DataError(f"the conversation is a {type(messages).__name__}; expected a list of turns")
+        raise DataError(
+            f"messages is a {type(messages).__name__}; expected a list of turns", key="messages", value=messages
+        )
     for turn, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
-            raise DataError(f"turn {turn} is a {type(message).__name__}; expected an object with role and content")
+            raise DataError(
+                f"turn {turn} is a {type(message).__name__}; expected an object with role and content",
+                value=message,
+                where=f"turn {turn}",
+            )
         needed = ("role",) if message.get("tool_calls") and message.get("content") is None else ("role", "content")
         for key in needed:
             if not isinstance(message.get(key), str):
                 found = type(message[key]).__name__ if key in message else "missing"
                 keys = ", ".join(map(str, message))
-                raise DataError(f"turn {turn}: {key!r} is {found}; expected a string (found keys: {keys})")
+                raise DataError(
+                    f"turn {turn}: {key!r} is {found}; expected a string (found keys: {keys})",
+                    key=key,
+                    value=message.get(key),
+                    where=f"turn {turn}",
+                )
 
 
 def first_line(error: BaseException) -> str:
@@ -164,7 +177,7 @@ def _environment() -> Any:
         from jinja2.ext import loopcontrols as loop_controls
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
-        raise UnavailableError("data.chat_template: pip install jinja2") from error
+        raise UnavailableError("data.chat_template: pip install jinja2", key="data.chat_template") from error
 
     class Generation(Extension):
         """`{% generation %}` ... `{% endgeneration %}`: the body between two borders."""

@@ -266,7 +266,10 @@ class Turns:
     def _unknown(self, turn: int) -> DataError:
         return DataError(
             f"the chat template does not keep the tokens of turn {turn + 1} (assistant) when the conversation is cut "
-            "around it, so they cannot be told from the prompt's; " + REMEDY
+            "around it, so they cannot be told from the prompt's; " + REMEDY,
+            key="data.chat_template",
+            where=f"turn {turn + 1}",
+            offers={"data.loss_on": ["all"]},
         )
 
 

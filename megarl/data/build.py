@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megarl.config.files import load_chat_template
+from megarl.config.offers import either, multiples
 from megarl.data.dataset import PackedDataset, Rows, SFTDataset
 from megarl.data.formats import RecordFormat
 from megarl.data.loaders import EvalLoader, StepLoader
@@ -37,17 +38,23 @@ def build_sft_data(
     """
     data = config.data
     if not data.train:
-        raise ConfigError("data.train is empty; give files, folders or hub names to train on")
+        raise ConfigError(
+            "data.train is empty; give files, folders or hub names to train on", key="data.train", value=data.train
+        )
     if data.pack and data.group_by_length:
         raise ConfigError(
-            "data.pack=true and data.group_by_length=true: packed rows are all about equally long; choose one"
+            "data.pack=true and data.group_by_length=true: packed rows are all about equally long; choose one",
+            key="data.pack",
+            value=True,
         )
     if data.seq_length % multiple_of:
-        lower = data.seq_length // multiple_of * multiple_of
+        working = multiples(multiple_of, data.seq_length)
         raise ConfigError(
             f"data.seq_length={data.seq_length} is not a multiple of {multiple_of}, the number of parts a "
-            f"sequence is split into (parallel.tp, parallel.cp); use {lower or multiple_of} or "
-            f"{lower + multiple_of}"
+            f"sequence is split into (parallel.tp, parallel.cp); use {either(working)}",
+            key="data.seq_length",
+            value=data.seq_length,
+            offers={"data.seq_length": working},
         )
     # Sizes that do not fit are refused before files are read, which may take a while.
     rows = np.arange(config.trainer.global_batch_size)

@@ -113,7 +113,10 @@ class SFTDataset:
                 f"{name}: none of its {self.stats.records} records is left to train on "
                 f"({self.stats.dropped_too_long} longer than data.seq_length={seq_length}, "
                 f"{self.stats.dropped_no_loss} without a response token in reach); "
-                "raise data.seq_length, or check data.format and the keys"
+                "raise data.seq_length, or check data.format and the keys",
+                key="data.seq_length",
+                value=seq_length,
+                where=name,
             )
         self.lengths = np.array([len(document) for document in self.documents], dtype=np.int64)
 
@@ -123,7 +126,11 @@ class SFTDataset:
         if too_long == "error":
             raise DataError(
                 f"{where}: is {len(document)} tokens long, more than data.seq_length={seq_length}; "
-                "shorten it, raise data.seq_length, or set data.too_long to truncate or drop"
+                "shorten it, raise data.seq_length, or set data.too_long to truncate or drop",
+                key="data.seq_length",
+                value=seq_length,
+                where=where,
+                offers={"data.too_long": ("truncate", "drop")},
             )
         if too_long == "drop":
             self.stats.dropped_too_long += 1

@@ -51,22 +51,26 @@ class RecordFormat:
     def encode(self, record: Record, tokenizer: Tokenizer) -> Document:
         """The whole document of a record, however long."""
         shape = self._shape(record)
-        if shape == "text":
-            tokens = [*tokenizer.encode_prompt(self._text(record, self.text_key)), tokenizer.eos_id]
-            chosen = [1] * len(tokens)
-        elif shape == "completion":
-            # The completion is encoded on its own, as generation continues from the prompt's tokens alone.
-            prompt = tokenizer.encode_prompt(self._text(record, self.prompt_key))
-            completion = [*tokenizer.encode(self._text(record, self.completion_key)), tokenizer.eos_id]
-            tokens = prompt + completion
-            chosen = [0] * len(prompt) + [1] * len(completion)
-        else:
-            tokens, chosen = self._encode_chat(record, tokenizer)
+        try:
+            tokens, chosen = self._tokens(record, shape, tokenizer)
+        except DataError as error:
+            raise error.within(record.where) from error
         response_mask = np.asarray(chosen, dtype=np.uint8)
         if self.loss_on == "all":
             response_mask[:] = 1
         response_mask[:1] = 0
         return Document(np.asarray(tokens, dtype=np.int32), response_mask)
+
+    def _tokens(self, record: Record, shape: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        if shape == "text":
+            tokens = [*tokenizer.encode_prompt(self._text(record, self.text_key)), tokenizer.eos_id]
+            return tokens, [1] * len(tokens)
+        if shape == "completion":
+            # The completion is encoded on its own, as generation continues from the prompt's tokens alone.
+            prompt = tokenizer.encode_prompt(self._text(record, self.prompt_key))
+            completion = [*tokenizer.encode(self._text(record, self.completion_key)), tokenizer.eos_id]
+            return prompt + completion, [0] * len(prompt) + [1] * len(completion)
+        return self._encode_chat(record, tokenizer)
 
     def _shape(self, record: Record) -> str:
         needed = {
@@ -81,13 +85,16 @@ class RecordFormat:
             wanted = " or ".join("+".join(map(repr, keys)) for keys in needed.values())
             raise DataError(
                 f"{record.where}: has none of the expected keys {wanted} (found keys: {_keys(record)}); "
-                f"rename them, or set {' or '.join(f'data.{name}' for name in self.settable)}"
+                f"rename them, or set {' or '.join(f'data.{name}' for name in self.settable)}",
+                where=record.where,
             )
         for key in needed[self.format]:
             if key not in record.fields:
                 raise DataError(
                     f"{record.where}: key {key!r} is missing (found keys: {_keys(record)}), and "
-                    f"data.format={self.format} needs it; rename it{self._setting(key)}"
+                    f"data.format={self.format} needs it; rename it{self._setting(key)}",
+                    key=key,
+                    where=record.where,
                 )
         return self.format
 
@@ -100,30 +107,31 @@ class RecordFormat:
         text = record.fields[key]
         if not isinstance(text, str):
             raise DataError(
-                f"{record.where}: key {key!r} holds a {type(text).__name__}; expected a string "
-                f"(found keys: {_keys(record)}); fix the record{self._setting(key)}"
+                f"key {key!r} holds a {type(text).__name__}; expected a string "
+                f"(found keys: {_keys(record)}); fix the record{self._setting(key)}",
+                key=key,
+                value=text,
             )
-        return encodable(text, f"{record.where}: key {key!r}")
+        return encodable(text, key)
 
     def _encode_chat(self, record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         messages = record.fields[self.messages_key]
         if not isinstance(messages, list) or not messages:
             found = f"a {type(messages).__name__}" if not isinstance(messages, list) else "an empty list"
             raise DataError(
-                f"{record.where}: key {self.messages_key!r} holds {found}; expected a list of turns, each "
-                f"with role and content (found keys: {_keys(record)}); fix it, or set data.messages_key"
+                f"key {self.messages_key!r} holds {found}; expected a list of turns, each "
+                f"with role and content (found keys: {_keys(record)}); fix it, or set data.messages_key",
+                key=self.messages_key,
+                value=messages,
             )
+        check_encodable(messages)
         try:
-            check_encodable(messages)
-            try:
-                return tokenizer.encode_chat(messages, self.chat_template)
-            except DataError:
-                if self.loss_on != "all":
-                    raise
-                tokens = tokenizer.apply_chat_template(messages, template=self.chat_template)
-                return tokens, [1] * len(tokens)
-        except DataError as error:
-            raise DataError(f"{record.where}: {error}") from error
+            return tokenizer.encode_chat(messages, self.chat_template)
+        except DataError:
+            if self.loss_on != "all":
+                raise
+            tokens = tokenizer.apply_chat_template(messages, template=self.chat_template)
+            return tokens, [1] * len(tokens)
 
 
 def _keys(record: Record) -> str:
@@ -134,15 +142,22 @@ def check_encodable(messages: Sequence[object]) -> None:
     """Refuse a conversation with a turn that holds a lone surrogate."""
     for turn, message in enumerate(messages, 1):
         if isinstance(message, Mapping) and isinstance(message.get("content"), str):
-            encodable(message["content"], f"turn {turn}")
+            encodable(message["content"], "content", f"turn {turn}")
 
 
-def encodable(text: str, where: str) -> str:
-    """Return the text, or refuse one with a lone surrogate, which has no UTF-8 form; `where` names it."""
+def encodable(text: str, key: str, where: str | None = None) -> str:
+    """Return the text of a record's key, or refuse one with a lone surrogate, which has no UTF-8 form.
+
+    Args:
+        where: which of several texts it is.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where} holds half a character (lone surrogate) at position {error.start}; fix the record"
-        ) from error
+        problem = DataError(
+            f"key {key!r} holds half a character (lone surrogate) at position {error.start}; fix the record",
+            key=key,
+            value=text,
+        )
+        raise (problem.within(where) if where else problem) from error
     return text

@@ -58,48 +58,52 @@ class SampleFormat:
 
     def encode(self, record: Record, tokenizer: Tokenizer) -> Sample:
         """The whole sample of a record, however long. An output ends with EOS, as a generated response does."""
-        fields = record.fields
-        if self.samples_key not in fields and self.messages_key in fields:
-            tokens, chosen = self._chat(record, tokenizer)
-        else:
-            tokens, chosen = _lay_out(_turns(fields.get(self.samples_key), record.where, self.samples_key, tokenizer))
-        if not any(chosen):
-            raise DataError(f"{record.where}: the sample has no action: give it an output, or take the record out")
-        if chosen[0]:
-            raise DataError(
-                f"{record.where}: the dialogue starts with an output, which nothing comes before: put a prompt first"
-            )
-        return Sample(tokens, chosen, self._rewards(record, chosen))
+        try:
+            return self._encode(record.fields, tokenizer)
+        except DataError as problem:
+            raise problem.within(record.where) from None
 
-    def _chat(self, record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-        messages = record.fields[self.messages_key]
+    def _encode(self, fields: Mapping[str, Any], tokenizer: Tokenizer) -> Sample:
+        key = self.samples_key
+        if key not in fields and self.messages_key in fields:
+            key = self.messages_key
+            tokens, chosen = self._chat(fields[key], tokenizer)
+        else:
+            tokens, chosen = _lay_out(_turns(fields.get(key), key, tokenizer))
+        if not any(chosen):
+            raise DataError(
+                f"{key!r} holds no action: give it an output, or take the record out", key=key, value=fields.get(key)
+            )
+        if chosen[0]:
+            raise _starts_with_output(key, fields[key])
+        return Sample(tokens, chosen, self._rewards(fields, chosen))
+
+    def _chat(self, messages: Any, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        key = self.messages_key
         if not isinstance(messages, list) or not messages:
-            raise DataError(f"{record.where}: {self.messages_key!r} is no list of messages: give role and content")
+            raise DataError(f"{key!r} is no list of messages: give role and content", key=key, value=messages)
         first = messages[0]
         if isinstance(first, Mapping) and first.get("role") == "assistant":
-            raise DataError(
-                f"{record.where}: the dialogue starts with an output, which nothing comes before: put a prompt first"
-            )
-        try:
-            check_encodable(messages)
-            return tokenizer.encode_chat(messages, self.chat_template)
-        except DataError as problem:
-            raise DataError(f"{record.where}: {problem}") from None
+            raise _starts_with_output(key, messages)
+        check_encodable(messages)
+        return tokenizer.encode_chat(messages, self.chat_template)
 
-    def _rewards(self, record: Record, chosen: Sequence[int]) -> list[float]:
+    def _rewards(self, fields: Mapping[str, Any], chosen: Sequence[int]) -> list[float]:
         """A reward at the last token of the output that earned it; a single one at the end of the last output."""
         key = self.rewards_key
-        if key not in record.fields:
-            raise DataError(f"{record.where}: has no {key!r}: add the reward, or set data.rewards_key")
-        given = record.fields[key]
-        earned = [_number(value, record.where, key) for value in (given if isinstance(given, list) else [given])]
+        if key not in fields:
+            raise DataError(f"has no {key!r}: add the reward, or set data.rewards_key", key=key)
+        given = fields[key]
+        earned = [_number(value, key) for value in (given if isinstance(given, list) else [given])]
         ends = [at for at, one in enumerate(chosen) if one and (at + 1 == len(chosen) or not chosen[at + 1])]
         if not isinstance(given, list):
             ends = ends[-1:]
         if len(earned) != len(ends):
             raise DataError(
-                f"{record.where}: has {len(earned)} {key} for {len(ends)} outputs: give one number for the whole "
-                "sample, or one for each output"
+                f"has {len(earned)} {key} for {len(ends)} outputs: give one number for the whole sample, or one for "
+                "each output",
+                key=key,
+                value=given,
             )
         rewards = [0.0] * len(chosen)
         for at, value in zip(ends, earned, strict=True):
@@ -113,7 +117,9 @@ def paired(samples: Sequence[Any], rewards: Sequence[Any], name: str = "samples"
         fewer = min(len(samples), len(rewards))
         raise DataError(
             f"{name} holds {len(samples)} samples and {len(rewards)} rewards, so record {fewer + 1} has only one of "
-            "the two: give one reward for each sample"
+            "the two: give one reward for each sample",
+            key="rewards",
+            where=name,
         )
     return [
         Record({"samples": sample, "rewards": reward}, f"{name}: record {number}")
@@ -219,7 +225,11 @@ def build_store(
             if too_long == "error":
                 raise DataError(
                     f"{record.where}: is {len(sample.tokens)} tokens long, more than data.seq_length={seq_length}; "
-                    "shorten it, raise data.seq_length, or set data.too_long to truncate or drop"
+                    "shorten it, raise data.seq_length, or set data.too_long to truncate or drop",
+                    key="data.seq_length",
+                    value=seq_length,
+                    where=record.where,
+                    offers={"data.too_long": ("truncate", "drop")},
                 )
             changed.add(record.where)
             shorter = None if too_long == "drop" else _cut(sample, seq_length)
@@ -231,7 +241,10 @@ def build_store(
     if not kept:
         raise DataError(
             f"{name}: none of its {read} samples is left ({dropped} longer than data.seq_length={seq_length}); "
-            "raise data.seq_length, or give other samples"
+            "raise data.seq_length, or give other samples",
+            key="data.seq_length",
+            value=seq_length,
+            where=name,
         )
     report = ""
     if changed.count:
@@ -274,7 +287,10 @@ def open_store(data: OfflineDataConfig, tokenizer: Tokenizer) -> OfflineStore:
                 log.info("data.train: tokenised and kept in %s", folder)
     except OSError as problem:
         raise DataError(
-            f"data.cache={data.cache} cannot be written ({problem.strerror or problem}): name another folder, or null"
+            f"data.cache={data.cache} cannot be written ({problem.strerror or problem}): name another folder, or null",
+            key="data.cache",
+            value=data.cache,
+            offers={"data.cache": [None]},
         ) from None
     store = OfflineStore.load(folder)
     if store.report and not made:
@@ -323,28 +339,41 @@ def build_offline_loader(
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _turns(sample: Any, where: str, key: str, tokenizer: Tokenizer) -> list[tuple[bool, list[int]]]:
+def _starts_with_output(key: str, sample: Any) -> DataError:
+    return DataError(
+        f"{key!r} starts with an output, which nothing comes before: put a prompt first", key=key, value=sample
+    )
+
+
+def _turns(sample: Any, key: str, tokenizer: Tokenizer) -> list[tuple[bool, list[int]]]:
     """(whether the policy speaks, tokens) of each turn; of a text, everything after its first token is the policy's."""
     if isinstance(sample, str):
-        tokens = [*tokenizer.encode_prompt(encodable(sample, f"{where}: the sample")), tokenizer.eos_id]
+        tokens = [*tokenizer.encode_prompt(encodable(sample, key)), tokenizer.eos_id]
         return [(False, tokens[:1]), (True, tokens[1:])]
     if not isinstance(sample, list | tuple) or not all(isinstance(turn, str) for turn in sample):
         found = "nothing" if sample is None else f"a {type(sample).__name__}"
         raise DataError(
-            f"{where}: holds {found} under {key!r}: give a text, [prompt, output] or a longer list of texts in turn"
+            f"holds {found} under {key!r}: give a text, [prompt, output] or a longer list of texts in turn",
+            key=key,
+            value=sample,
         )
     if len(sample) % 2:
         raise DataError(
-            f"{where}: the sample has {len(sample)} turns, so its last prompt has no action after it: prompts and "
-            "outputs take turns, from a prompt to an output"
+            f"{key!r} holds {len(sample)} turns, so its last prompt has no action after it: prompts and outputs take "
+            "turns, from a prompt to an output",
+            key=key,
+            value=sample,
         )
     turns: list[tuple[bool, list[int]]] = []
     for number, text in enumerate(sample):
         if number % 2 and not text:
             raise DataError(
-                f"{where}: turn {number + 1} is an output with no action: write one, or take the record out"
+                f"turn {number + 1} of {key!r} is an output with no action: write one, or take the record out",
+                key=key,
+                value=sample,
+                where=f"turn {number + 1}",
             )
-        encodable(text, f"{where}: turn {number + 1}")
+        encodable(text, key, f"turn {number + 1}")
         encoded = tokenizer.encode(text) if number else tokenizer.encode_prompt(text)
         turns.append((bool(number % 2), [*encoded, tokenizer.eos_id] if number % 2 else encoded))
     return turns
@@ -355,12 +384,14 @@ def _lay_out(turns: Sequence[tuple[bool, Sequence[int]]]) -> tuple[list[int], li
     return tokens, [int(chosen) for chosen, part in turns for _ in part]
 
 
-def _number(value: Any, where: str, key: str) -> float:
+def _number(value: Any, key: str) -> float:
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not (number and abs(value) <= LARGEST):  # NaN is not, and no integer is too long to be compared
         raise DataError(
-            f"{where}: {key} is {shown(repr(value))}, which is not a finite number between "
-            f"-{LARGEST:g} and {LARGEST:g}: give one, or take the record out"
+            f"{key} is {shown(repr(value))}, which is not a finite number between "
+            f"-{LARGEST:g} and {LARGEST:g}: give one, or take the record out",
+            key=key,
+            value=value,
         )
     return float(value)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from megarl.config.offers import either, multiples
 from megarl.errors import ConfigError
 
 GROUPING_WINDOW = 32
@@ -47,10 +48,16 @@ class TrainBatches:
         if len(lengths) == 0 or global_batch_size < 1:
             raise ConfigError(
                 f"trainer.global_batch_size={global_batch_size} cannot be drawn from {len(lengths)} rows; "
-                "both must be at least 1"
+                "both must be at least 1",
+                key="trainer.global_batch_size",
+                value=global_batch_size,
             )
         if group_by_length and not shuffle:
-            raise ConfigError("data.group_by_length=true reorders rows, which data.shuffle=false forbids; change one")
+            raise ConfigError(
+                "data.group_by_length=true reorders rows, which data.shuffle=false forbids; change one",
+                key="data.group_by_length",
+                value=True,
+            )
         self.lengths = np.asarray(lengths)
         self.global_batch_size = global_batch_size
         self.seed = seed
@@ -125,10 +132,14 @@ def shard_rows(rows: np.ndarray, dp_rank: int, dp_size: int, micro_batch_size: i
     """
     step = micro_batch_size * dp_size
     if len(rows) % step:
+        working = multiples(step, len(rows))
         raise ConfigError(
             f"trainer.global_batch_size={len(rows)} is not a multiple of "
             f"trainer.micro_batch_size={micro_batch_size} times the data-parallel size {dp_size}; use "
-            f"{max(step, len(rows) // step * step)} or {(len(rows) // step + 1) * step}"
+            f"{either(working)}",
+            key="trainer.global_batch_size",
+            value=len(rows),
+            offers={"trainer.global_batch_size": working},
         )
     begins = range(dp_rank * micro_batch_size, len(rows), step)
     return [rows[begin : begin + micro_batch_size] for begin in begins]

@@ -58,7 +58,10 @@ class PromptLimits:
         if self.room < 1:
             raise ConfigError(
                 f"rollout.max_new_tokens={self.max_new_tokens} leaves no room for a prompt in the model's context of "
-                f"{self.context} tokens: use rollout.max_new_tokens={self.context - 1} or less"
+                f"{self.context} tokens: use rollout.max_new_tokens={self.context - 1} or less",
+                key="rollout.max_new_tokens",
+                value=self.max_new_tokens,
+                offers={"rollout.max_new_tokens": [self.context - 1]},
             )
 
     @property
@@ -90,7 +93,7 @@ def read_prompts(
         name: the configuration key of the paths, for messages.
     """
     template = load_chat_template(data.chat_template)
-    records = (record for path in paths for record in _read(path, split, data))
+    records = (record for path in paths for record in _read(path, split, data, name))
     encoded = (
         encode_prompt(record, tokenizer, data.prompt_key, data.messages_key, template, "data.") for record in records
     )
@@ -109,16 +112,25 @@ def encode_prompt(
             tokens = tokenizer.encode_chat_prompt(messages, template)
             text = tokenizer.decode(tokens)
         elif isinstance(text, str):
-            tokens = tokenizer.encode_prompt(encodable(text, f"key {prompt_key!r}"))
+            tokens = tokenizer.encode_prompt(encodable(text, prompt_key))
     except DataError as problem:
-        raise DataError(f"{record.where}: {problem}") from None
+        raise problem.within(record.where) from None
     if not isinstance(text, str):
         raise DataError(
             f"{record.where}: has no text under {prompt_key!r} and no conversation under {messages_key!r}, only "
-            f"{', '.join(map(repr, fields)) or 'nothing'}: set {section}prompt_key or {section}messages_key"
+            f"{', '.join(map(repr, fields)) or 'nothing'}: set {section}prompt_key or {section}messages_key",
+            key=prompt_key,
+            value=text,
+            where=record.where,
         )
     if not tokens:
-        raise DataError(f"{record.where}: the prompt is empty and has no tokens: write one, or take the record out")
+        key = prompt_key if messages is None else messages_key
+        raise DataError(
+            f"{record.where}: the prompt under {key!r} is empty and has no tokens: write one, or take the record out",
+            key=key,
+            value=fields[key],
+            where=record.where,
+        )
     others = {key: value for key, value in fields.items() if key not in (prompt_key, messages_key)}
     return Prompt(text, tuple(tokens), others, record.where)
 
@@ -141,7 +153,11 @@ def fit_prompts(prompts: Iterable[Prompt], limits: PromptLimits, name: str) -> l
             if limits.too_long == "error":
                 raise DataError(
                     f"{prompt.where}: the prompt has {len(tokens)} tokens, and there is room for {limits}: shorten it, "
-                    "lower rollout.max_new_tokens, or set rollout.too_long=truncate or drop"
+                    "lower rollout.max_new_tokens, or set rollout.too_long=truncate or drop",
+                    key="rollout.max_new_tokens",
+                    value=limits.max_new_tokens,
+                    where=prompt.where,
+                    offers={"rollout.too_long": ("truncate", "drop")},
                 )
             long.add(prompt.where)
             if limits.too_long == "drop":
@@ -151,7 +167,11 @@ def fit_prompts(prompts: Iterable[Prompt], limits: PromptLimits, name: str) -> l
     if long.count and not fitting:
         raise DataError(
             f"{name}: none of its {number + 1} prompts is left, as all are longer than {limits} and "
-            "rollout.too_long=drop: shorten them, lower rollout.max_new_tokens, or set rollout.too_long=truncate"
+            "rollout.too_long=drop: shorten them, lower rollout.max_new_tokens, or set rollout.too_long=truncate",
+            key="rollout.too_long",
+            value="drop",
+            where=name,
+            offers={"rollout.too_long": ["truncate"]},
         )
     if long.count:
         done = "left out" if limits.too_long == "drop" else "cut on the left"
@@ -165,7 +185,9 @@ def _check_conversation(messages: Any, messages_key: str) -> None:
     if not isinstance(messages, list) or not messages:
         found = "an empty list" if isinstance(messages, list) else f"a {type(messages).__name__}"
         raise DataError(
-            f"key {messages_key!r} holds {found}; expected a list of turns, each with role and content: fix the record"
+            f"key {messages_key!r} holds {found}; expected a list of turns, each with role and content: fix the record",
+            key=messages_key,
+            value=messages,
         )
     check_encodable(messages)
 
@@ -175,7 +197,10 @@ def _check_vocabulary(prompt: Prompt, vocab_size: int) -> None:
         token = next(token for token in prompt.tokens if not 0 <= token < vocab_size)
         raise DataError(
             f"{prompt.where}: the prompt has token {token}, but the model's vocabulary has {vocab_size} entries: "
-            "set tokenizer.path to the tokenizer that the model was trained with"
+            "set tokenizer.path to the tokenizer that the model was trained with",
+            key="token",
+            value=token,
+            where=prompt.where,
         )
 
 
@@ -189,9 +214,9 @@ def _with_equal_fields(prompts: list[Prompt]) -> list[Prompt]:
     ]
 
 
-def _read(path: str, split: str, data: PromptDataConfig) -> Iterator[Record]:
+def _read(path: str, split: str, data: PromptDataConfig, name: str) -> Iterator[Record]:
     if path != RANDOMWALKS:
-        yield from read_records([path], split, data.prompt_key)
+        yield from read_records([path], split, data.prompt_key, name)
         return
     for start in task(data.graph_seed).starts:
         yield Record({data.prompt_key: start, "graph_seed": data.graph_seed}, f"randomwalks {data.graph_seed}")

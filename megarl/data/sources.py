@@ -19,6 +19,7 @@ from megarl.disk import UnreadableError, is_dir, is_file, local, parse_json
 from megarl.errors import DataError, UnavailableError
 
 _VALIDATION = ("validation", "valid", "val", "dev", "eval")
+_SPLIT_KEYS = ("data.train_split", "data.eval_split")
 _NAMED = 3  # records that a message names
 _lists: ContextVar[Mapping[str, str]] = ContextVar("lists", default={})  # noqa: B039 - never changed in place
 _SPLIT_WORD = re.compile(rf"^(train|test|{'|'.join(_VALIDATION)})(?=[-_.])")
@@ -64,7 +65,7 @@ def named_lists(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def read_records(
-    paths: Sequence[str], split: str = "train", text_key: str = "text", key: str = "data.train and data.eval"
+    paths: Sequence[str], split: str = "train", text_key: str = "text", key: str = "data.train"
 ) -> Iterator[Record]:
     """Records of several sources, one source after the other, in their order.
 
@@ -85,7 +86,11 @@ def read_records(
             count += 1
         if not count:
             source = name or path
-            raise DataError(f"{source}: has no records; give a source with at least one, or take it off {key}")
+            raise DataError(
+                f"{source}: has no records; give a source with at least one, or take it off {key}",
+                key=key,
+                where=source,
+            )
 
 
 def _read_source(path: str, split: str, text_key: str, key: str) -> Iterator[Record]:
@@ -105,18 +110,23 @@ def _read_folder(folder: Path, split: str, text_key: str) -> Iterator[Record]:
     try:
         files = sorted(item for item in folder.iterdir() if item.suffix in SUFFIXES and is_file(item))
     except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror}); name another folder") from error
+        raise _unreadable(folder, f"cannot be read ({error.strerror}); name another folder") from error
     if not files:
-        raise DataError(f"{folder}: holds no {', '.join(SUFFIXES)} file; give a folder that does")
+        raise _unreadable(folder, f"holds no {', '.join(SUFFIXES)} file; give a folder that does")
     # Reading train.jsonl and test.jsonl of one folder together would train on the test set.
     named = {item: word.group(1) for item in files if (word := _SPLIT_WORD.match(item.name))}
     if named:
         names = _VALIDATION if split in _VALIDATION else (split,)
         files = [item for item in files if named.get(item) in names]
         if not files:
+            there = sorted(set(named.values()))
             raise DataError(
-                f"{folder}: has files for {', '.join(sorted(set(named.values())))}, but none for {split!r}; "
-                "set data.train_split or data.eval_split to one of them, or list the files"
+                f"{folder}: has files for {', '.join(there)}, but none for {split!r}; "
+                "set data.train_split or data.eval_split to one of them, or list the files",
+                key="split",
+                value=split,
+                where=folder,
+                offers=dict.fromkeys(_SPLIT_KEYS, there),
             )
     for item in files:
         yield from _read_file(item, text_key)
@@ -131,7 +141,7 @@ def _read_file(path: Path, text_key: str) -> Iterator[Record]:
         return _read_parquet(path)
     if path.suffix == ".txt":
         return _read_text(path, text_key)
-    raise DataError(f"{path}: files of kind {path.suffix!r} are not read; use one of {', '.join(SUFFIXES)}")
+    raise _unreadable(path, f"files of kind {path.suffix!r} are not read; use one of {', '.join(SUFFIXES)}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -139,13 +149,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         file = path.open("rb")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); name another file") from error
+        raise _unreadable(path, f"cannot be read ({error.strerror}); name another file") from error
     with file:
         for number, raw in enumerate(file, 1):
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
             except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: is not UTF-8 ({error.reason}); convert the file") from error
+                raise _unreadable(f"{path}:{number}", f"is not UTF-8 ({error.reason}); convert the file") from error
             if line.strip():
                 yield number, line
 
@@ -156,7 +166,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
         try:
             fields = parse_json(line)
         except UnreadableError as error:
-            raise DataError(f"{where}: {error}; fix or delete the line") from error
+            raise _unreadable(where, f"{error}; fix or delete the line") from error
         yield _record(fields, where)
 
 
@@ -164,13 +174,13 @@ def _read_json(path: Path) -> Iterator[Record]:
     try:
         items = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 ({error.reason}); convert the file") from error
+        raise _unreadable(path, f"is not UTF-8 ({error.reason}); convert the file") from error
     except UnreadableError as error:
-        raise DataError(f"{path}: {error}; if it has one object per line, name it .jsonl") from error
+        raise _unreadable(path, f"{error}; if it has one object per line, name it .jsonl") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); name another file") from error
+        raise _unreadable(path, f"cannot be read ({error.strerror}); name another file") from error
     if not isinstance(items, list):
-        raise DataError(f"{path}: holds a {type(items).__name__}; expected a list of objects")
+        raise _unreadable(path, f"holds a {type(items).__name__}; expected a list of objects")
     for number, fields in enumerate(items, 1):
         yield _record(fields, f"{path}: record {number}")
 
@@ -185,7 +195,9 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise UnavailableError(f'{path}: reading parquet needs pyarrow; pip install "megarl[data]"') from error
+        raise UnavailableError(
+            f'{path}: reading parquet needs pyarrow; pip install "megarl[data]"', key="pyarrow", where=path
+        ) from error
     number = 0
     try:
         with ParquetFile(path) as file:
@@ -194,7 +206,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                     number += 1
                     yield _record(fields, f"{path}: record {number}")
     except (ArrowException, OSError, ValueError, ArithmeticError) as error:  # a value that Python has no type for
-        raise DataError(f"{path}: is not a readable parquet file ({_first_line(error)}); write it anew") from error
+        raise _unreadable(path, f"is not a readable parquet file ({_first_line(error)}); write it anew") from error
 
 
 def _read_saved(folder: Path, split: str) -> Iterator[Record]:
@@ -202,12 +214,16 @@ def _read_saved(folder: Path, split: str) -> Iterator[Record]:
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # the library raises its own, Arrow's and Python's kinds
-        raise DataError(f"{folder}: is not a readable saved data set ({_first_line(error)})") from error
+        raise _unreadable(folder, f"is not a readable saved data set ({_first_line(error)})") from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
             raise DataError(
                 f"{folder}: has no split {split!r}; set data.train_split or data.eval_split to one of "
-                f"{', '.join(sorted(found))}"
+                f"{', '.join(sorted(found))}",
+                key="split",
+                value=split,
+                where=folder,
+                offers=dict.fromkeys(_SPLIT_KEYS, sorted(found)),
             )
         found = found[split]
     for number, fields in enumerate(found, 1):
@@ -222,7 +238,10 @@ def _read_hub(name: str, split: str) -> Iterator[Record]:
     except Exception as error:  # the library raises its own, the network's and Python's kinds
         raise DataError(
             f"{name}: is no file or folder here, and split {split!r} of it could not be loaded from the hub "
-            f"({_first_line(error)}); check the name, the split and the network, or download it to a folder"
+            f"({_first_line(error)}); check the name, the split and the network, or download it to a folder",
+            key="split",
+            value=split,
+            where=name,
         ) from error
     for number, fields in enumerate(found, 1):
         yield _record(fields, f"{name}: record {number}")
@@ -232,14 +251,20 @@ def _datasets(source: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise UnavailableError(f'{source}: needs the datasets library; pip install "megarl[data]"') from error
+        raise UnavailableError(
+            f'{source}: needs the datasets library; pip install "megarl[data]"', key="datasets", where=source
+        ) from error
     return datasets
 
 
 def _record(fields: Any, where: str) -> Record:
     if not isinstance(fields, Mapping):
-        raise DataError(f"{where}: is a {type(fields).__name__}; expected an object with keys")
+        raise _unreadable(where, f"is a {type(fields).__name__}; expected an object with keys")
     return Record(fields, where)
+
+
+def _unreadable(where: str | Path, problem: str) -> DataError:
+    return DataError(f"{where}: {problem}", where=where)
 
 
 def _first_line(error: BaseException) -> str:

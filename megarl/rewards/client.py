@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megarl.config.offers import either
 from megarl.config.rl import SCORER_START_S
 from megarl.errors import ConfigError, DataError, RewardError
 from megarl.logging import get_logger
@@ -50,7 +51,19 @@ class Scores:
     seconds: float = 0.0
 
 
-_REMEDIES = {
+class ScoringError(RewardError):
+    """A call that came to nothing.
+
+    Attributes:
+        kind: what went wrong: raised, count (of the scores), score (of a sample), late or died.
+    """
+
+    def __init__(self, message: str, *, kind: str, **data: Any) -> None:
+        super().__init__(message, **data)
+        self.kind = kind
+
+
+REMEDIES = {
     "raised": "correct the function",
     "count": "let it return one score for every sample",
     "score": "let it return a finite number for every sample",
@@ -61,11 +74,12 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class _Failure:
-    """What became of a call: its kind, in words, and which samples it leaves without a score."""
+    """What became of a call: its kind, in words, which samples it leaves without a score, and where it went wrong."""
 
     kind: str
     what: str
     samples: str
+    where: str | None
 
     @property
     def reason(self) -> str:
@@ -128,11 +142,19 @@ class RewardWorker:
         for name, good, value, wants in (
             ("timeout", timeout_s > 0 and math.isfinite(timeout_s), timeout_s, "a number of seconds above 0"),
             ("retries", retries >= 0, retries, "0 or more"),
-            ("on_error", on_error in ON_ERROR, on_error, " or ".join(ON_ERROR)),
             ("batch_size", batch_size is None or batch_size >= 1, batch_size, "1 or more, or null for one call"),
         ):
             if not good:
-                raise ConfigError(f"reward.{name}={value} cannot be used: give {wants}")
+                raise ConfigError(
+                    f"reward.{name}={value} cannot be used: give {wants}", key=f"reward.{name}", value=value
+                )
+        if on_error not in ON_ERROR:
+            raise ConfigError(
+                f"reward.on_error={on_error} cannot be used: give {either(ON_ERROR)}",
+                key="reward.on_error",
+                value=on_error,
+                offers={"reward.on_error": ON_ERROR},
+            )
         self._function = resolve(function, key)
         self._setup = _pack_setup(self._function, tokenizer, dict(options or {}), timeout_s, key)
         self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
@@ -214,14 +236,15 @@ class RewardWorker:
         if taken:
             raise DataError(
                 f"a field of the prompt records is called {taken[0]!r}, which {self._key} is given for something "
-                f"else; rename it (none may be called {', '.join(RESERVED)})"
+                f"else; rename it (none may be called {', '.join(RESERVED)})",
+                key=taken[0],
             )
         columns: dict[str, Sequence[Any]] = {**question.metadata, **question.texts}
         if question.lengths is not None:
             columns["lengths"] = question.lengths
         for name, column in columns.items():
             if len(column) != count:
-                raise DataError(f"{name} has {len(column)} entries for {count} samples; give one for each")
+                raise DataError(f"{name} has {len(column)} entries for {count} samples; give one for each", key=name)
 
     def _score_batch(self, question: _Question, rows: Sequence[int], scores: Scores) -> None:
         """Ask until every sample has a score or the tries are used up; a later try asks only about the rest."""
@@ -238,12 +261,17 @@ class RewardWorker:
         assert failure is not None
         if self._on_error == "error":
             tries = f" in {self._retries + 1} tries" if self._retries else ""
-            raise RewardError(
-                f"{self._key}={self.name} {failure.reason}{tries}; {_REMEDIES[failure.kind]}, or leave such samples "
-                "out with reward.on_error=drop"
+            raise ScoringError(
+                f"{self._key}={self.name} {failure.reason}{tries}; {REMEDIES[failure.kind]}, or leave such samples "
+                "out with reward.on_error=drop",
+                kind=failure.kind,
+                key=self._key,
+                value=self.name,
+                where=failure.where,
+                offers={"reward.on_error": ["drop"]},
             )
         scores.dropped += len(rows)
-        follows = f"and {len(rows)} samples are dropped (reward.on_error=drop): {_REMEDIES[failure.kind]}"
+        follows = f"and {len(rows)} samples are dropped (reward.on_error=drop): {REMEDIES[failure.kind]}"
         self._tell(failure, dropped=True, follows=follows)
 
     def _tell(self, failure: _Failure, *, dropped: bool, follows: str) -> None:
@@ -258,12 +286,13 @@ class RewardWorker:
         self, question: _Question, rows: Sequence[int], scores: Scores
     ) -> tuple[Sequence[int], _Failure | None]:
         """One call. The samples still without a score, and what happened to the first of them."""
-        payload = _pack(question.about(rows), f"a field of the prompt records ({', '.join(question.metadata)})")
+        fields = ", ".join(question.metadata)
+        payload = _pack(question.about(rows), f"a field of the prompt records ({fields})", key=fields)
         process = self._running()
         try:
             answer = process.ask(payload, self._timeout_s)
         except CallFailedError as error:
-            return rows, _Failure(error.kind, str(error), _span(rows))
+            return rows, _Failure(error.kind, str(error), _span(rows), error.where)
         flaws: dict[int, str] = {}
         for row, value in zip(rows, answer["values"], strict=True):
             if isinstance(value, dict):
@@ -278,7 +307,8 @@ class RewardWorker:
             return [], None
         first, why = next(iter(flaws.items()))
         others = f"and {len(flaws) - 1} more" if len(flaws) > 1 else ""
-        return list(flaws), _Failure("score", f"gave no usable score: sample {first} {why}", others)
+        where = f"sample {first}"
+        return list(flaws), _Failure("score", f"gave no usable score: {where} {why}", others, where)
 
     def _running(self) -> WorkerProcess:
         """The worker, up and with the function loaded."""
@@ -291,8 +321,12 @@ class RewardWorker:
         try:
             process.ask(self._setup, self._start_timeout_s)
         except CallFailedError as error:
-            raise RewardError(
-                f"{self._key}={self.name} could not be loaded: it {error}; correct {self._key} or what it imports"
+            raise ScoringError(
+                f"{self._key}={self.name} could not be loaded: it {error}; correct {self._key} or what it imports",
+                kind=error.kind,
+                key=self._key,
+                value=self.name,
+                where=error.where,
             ) from error
         else:
             self._process = process
@@ -308,12 +342,12 @@ def _pack_setup(
     """The first frame: where to import from, then the function, the tokenizer and the options."""
     here = str(Path.cwd())
     path = [entry or here for entry in sys.path]
-    packed = _pack((function, tokenizer, options), f"the tokenizer or an option of {key}")
+    packed = _pack((function, tokenizer, options), f"the tokenizer or an option of {key}", key)
     path = path if here in path else [*path, here]
     return pickle.dumps({"path": path, "timeout_s": timeout_s, "packed": packed})
 
 
-def _pack(content: object, what: str) -> bytes:
+def _pack(content: object, what: str, key: str) -> bytes:
     import cloudpickle
 
     try:
@@ -322,7 +356,8 @@ def _pack(content: object, what: str) -> bytes:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"{what} cannot be sent to the worker process ({type(error).__name__}: {reason}); "
-            "use plain values, and for a tokenizer its (kind, path)"
+            "use plain values, and for a tokenizer its (kind, path)",
+            key=key,
         ) from error
 
 

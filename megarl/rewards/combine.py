@@ -97,15 +97,19 @@ def combine(
         key: the configuration key they came from, for the messages.
     """
     if not functions:
-        raise ConfigError(f"{key} is an empty list: name at least one function")
+        raise ConfigError(f"{key} is an empty list: name at least one function", key=key, value=[])
     weights = [1.0] * len(functions) if weights is None else weights
     options = [{}] * len(functions) if options is None else options
     for what, given in (("weights", weights), ("options", options)):
         if len(given) != len(functions):
-            raise ConfigError(f"{key} names {len(functions)} functions but has {len(given)} {what}: give one for each")
+            raise ConfigError(
+                f"{key} names {len(functions)} functions but has {len(given)} {what}: give one for each",
+                key=what,
+                value=given,
+            )
     for weight in weights:
         if not math.isfinite(weight):
-            raise ConfigError(f"{key}: a weight is {weight}; use a finite number")
+            raise ConfigError(f"{key}: a weight is {weight}; use a finite number", key="weight", value=weight)
     resolved = tuple(resolve(function, key) for function in functions)
     return Combined(
         functions=resolved,

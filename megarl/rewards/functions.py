@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -58,6 +58,25 @@ class RewardFunction:
         return loaded  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class _Given:
+    """The name of a function as the configuration gives it."""
+
+    key: str
+    name: str
+
+    def refused(self, problem: str, where: str | Path | None = None, functions: Sequence[str] = ()) -> ConfigError:
+        """The error; `functions` of the same module or file can be used instead."""
+        place = self.name.rpartition(":")[0]
+        return ConfigError(
+            f"{self.key}={self.name}{problem}",
+            key=self.key,
+            value=self.name,
+            where=where,
+            offers={self.key: [f"{place}:{function}" for function in functions]} if functions else None,
+        )
+
+
 def resolve(spec: Spec | RewardFunction, key: str = "reward.fn") -> RewardFunction:
     """Check a function's name, or pack a callable, before anything is started.
 
@@ -75,14 +94,15 @@ def resolve(spec: Spec | RewardFunction, key: str = "reward.fn") -> RewardFuncti
         return spec
     if not isinstance(spec, str):
         return _pack(spec, key)
-    given = f"{key}={spec}"
+    given = _Given(key, spec)
     place, colon, path = spec.rpartition(":")
     if not colon or not place or not all(part.isidentifier() for part in path.split(".")):
-        raise ConfigError(f"{given} names no function: write package.module:function or path/to/file.py:function")
+        raise given.refused(" names no function: write package.module:function or path/to/file.py:function")
     if _is_file(place):
         file = _python_file(place)
         if file is None:
-            raise ConfigError(f"{given}: there is no file {Path(place).absolute()}; give the path of a Python file")
+            missing = Path(place).absolute()
+            raise given.refused(f": there is no file {missing}; give the path of a Python file", missing)
         _check_name(file, path, given)
         return RewardFunction(spec, f"{file}:{path}", str(file), spec)
     file_of_module = _find_module(place, given)
@@ -103,7 +123,8 @@ def name_of(function: Function) -> str:
 def _pack(function: object, key: str) -> RewardFunction:
     if not callable(function):
         raise ConfigError(
-            f"{key} is a {type(function).__name__}: give a function, or its name as package.module:function"
+            f"{key} is a {type(function).__name__}: give a function, or its name as package.module:function",
+            key=key,
         )
     import cloudpickle
 
@@ -114,7 +135,9 @@ def _pack(function: object, key: str) -> RewardFunction:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"{key}={name} cannot be sent to the process that runs it ({type(error).__name__}: {reason}); "
-            "create what it holds inside the function, or name it as package.module:function"
+            "create what it holds inside the function, or name it as package.module:function",
+            key=key,
+            value=name,
         ) from error
 
 
@@ -143,7 +166,7 @@ def _is_file(place: str) -> bool:
     return place.endswith(".py") or "/" in place
 
 
-def _find_module(name: str, given: str) -> Path | None:
+def _find_module(name: str, given: _Given) -> Path | None:
     """The source file of a module, found without importing its packages; None if it has none that can be read."""
     importlib.invalidate_caches()  # the file may be younger than the last look at its folder
     path: Iterable[str] | None = None
@@ -157,12 +180,13 @@ def _find_module(name: str, given: str) -> Path | None:
             return None
         if found is None:
             inside = f" in the package {'.'.join(parts[: depth - 1])}" if depth > 1 else ""
-            raise ConfigError(
-                f"{given}: there is no module {part}{inside}; {_nearest_built_in(given, name)}"
-                f"run from the folder that holds it, install it, or give a file as path/to/file.py:function"
+            raise given.refused(
+                f": there is no module {part}{inside}; {_nearest_built_in(name)}"
+                f"run from the folder that holds it, install it, or give a file as path/to/file.py:function",
+                part,
             )
         if depth < len(parts) and found.submodule_search_locations is None:
-            raise ConfigError(f"{given}: {part} is a module, not a package, so it holds no module {name}")
+            raise given.refused(f": {part} is a module, not a package, so it holds no module {name}", part)
         path = found.submodule_search_locations
     origin = found.origin if found else None
     return Path(origin) if origin and origin.endswith(".py") and Path(origin).is_file() else None
@@ -177,22 +201,21 @@ def _find_in(name: str, path: Iterable[str] | None) -> ModuleSpec | None:
     return PathFinder.find_spec(name, [str(Path.cwd())]) if path is None else None
 
 
-def _nearest_built_in(given: str, module: str) -> str:
+def _nearest_built_in(module: str) -> str:
     return f"the ready-made ones are in {BUILT_IN}; " if module in ("builtin", "builtins", "rewards") else ""
 
 
-def _check_name(file: Path, path: str, given: str) -> None:
+def _check_name(file: Path, path: str, given: _Given) -> None:
     try:
         tree = ast.parse(file.read_bytes(), filename=str(file))
     except OSError as error:
-        raise ConfigError(f"{given}: {file} cannot be read ({error.strerror})") from error
+        raise given.refused(f": {file} cannot be read ({error.strerror})", file) from error
     except (RecursionError, MemoryError) as error:  # Python's parser has both for code that is nested too deep
-        raise ConfigError(f"{given}: {file} is nested too deep for Python; simplify it") from error
+        raise given.refused(f": {file} is nested too deep for Python; simplify it", file) from error
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
-        raise ConfigError(
-            f"{given}: {file}{f':{line}' if line else ''} is not valid Python ({getattr(error, 'msg', error)}); fix it"
-        ) from error
+        where = f"{file}:{line}" if line else file
+        raise given.refused(f": {where} is not valid Python ({getattr(error, 'msg', error)}); fix it", where) from error
     names, complete = _top_level_names(tree)
     name = path.split(".")[0]
     if name in names or not complete:
@@ -200,7 +223,7 @@ def _check_name(file: Path, path: str, given: str) -> None:
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     near = difflib.get_close_matches(name, sorted(names), n=1)
     hint = f"did you mean {near[0]}?" if near else f"it defines {', '.join(functions) or 'no function'}"
-    raise ConfigError(f"{given}: {file} defines no {name}; {hint}")
+    raise given.refused(f": {file} defines no {name}; {hint}", file, near or functions)
 
 
 def _top_level_names(tree: ast.Module) -> tuple[set[str], bool]:

@@ -39,11 +39,12 @@ class CallFailedError(Exception):
 
     Attributes:
         kind: what went wrong, one of raised, count, late and died.
+        where: `file:line` of the user's code that raised, if that is known.
     """
 
-    def __init__(self, text: str, kind: str) -> None:
+    def __init__(self, text: str, kind: str, where: str | None = None) -> None:
         super().__init__(text)
-        self.kind = kind
+        self.kind, self.where = kind, where
 
 
 class WorkerProcess:
@@ -111,7 +112,7 @@ class WorkerProcess:
             raise
         if "failure" in answer:
             _log.debug("%s\n%s", self._name, answer["traceback"])
-            raise CallFailedError(_shortened(answer["failure"]), answer["kind"])
+            raise CallFailedError(_shortened(answer["failure"]), answer["kind"], answer["where"])
         return answer
 
     def close(self) -> None:

@@ -127,7 +127,7 @@ def _answer(function: Function, tokenizer: Any, options: Mapping[str, Any], requ
 def _failure(error: BaseException, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What happened in one line, where in the user's code, and the whole traceback."""
     if isinstance(error, AnswerError):
-        return {"failure": str(error), "kind": "count", "traceback": ""}
+        return {"failure": str(error), "kind": "count", "where": None, "traceback": ""}
     what = " ".join("".join(traceback.format_exception_only(type(error), error)).split())
     hint = ""
     if isinstance(error, TypeError) and "unexpected keyword argument" in what:
@@ -137,6 +137,7 @@ def _failure(error: BaseException, metadata: Mapping[str, Any] | None = None) ->
     return {
         "failure": f"raised {what}{f' ({where})' if where else ''}{hint}",
         "kind": "raised",
+        "where": where or None,
         "traceback": "".join(traceback.format_exception(type(error), error, error.__traceback__)),
     }
 

@@ -38,7 +38,10 @@ class Limits:
         if self.graphs and layout.pp > 1:
             raise ConfigError(
                 f"rollout.cuda_graphs=true at {layout}: a pipeline's passes wait for other processes, so use "
-                "rollout.cuda_graphs=false, or a rollout.layout of tp alone"
+                "rollout.cuda_graphs=false, or a rollout.layout of tp alone",
+                key="rollout.cuda_graphs",
+                value=True,
+                offers={"rollout.cuda_graphs": [False]},
             )
 
 
@@ -134,7 +137,10 @@ class Generator:
                 f"rollout.cache_bytes={limit} is too little: a sequence of {length} tokens needs {needed // groups} "
                 "bytes on each process"
                 + (f", and {groups} are under way" if groups > 1 else "")
-                + f", so use rollout.cache_bytes={needed} or more, or shorter sequences"
+                + f", so use rollout.cache_bytes={needed} or more, or shorter sequences",
+                key="rollout.cache_bytes",
+                value=limit,
+                offers={"rollout.cache_bytes": [needed]},
             )
 
     @property
@@ -236,10 +242,13 @@ def refuse_not_finite(rollouts: Sequence[Rollout], place: Callable[[int], str]) 
     for rollout in rollouts:
         if not is_finite(rollout):
             token = next(i for i, logprob in enumerate(rollout.logprobs, 1) if not math.isfinite(logprob))
+            where = place(rollout.prompt_id)
             raise NumericsError(
-                f"{place(rollout.prompt_id)}: the model's scores for token {token} of response {rollout.sample_id} are "
+                f"{where}: the model's scores for token {token} of response {rollout.sample_id} are "
                 "NaN or infinite: check the weights (megarl.convert names a bad tensor), or go on from an earlier "
-                "checkpoint with a lower learning rate"
+                "checkpoint with a lower learning rate",
+                key="scores",
+                where=where,
             )
 
 

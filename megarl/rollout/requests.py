@@ -39,13 +39,25 @@ class Sampling:
             ("allowed", self.allowed, self.allowed is None or len(self.allowed) > 0, "at least one token, or null"),
         ):
             if not good:
-                raise ConfigError(f"rollout.{key}={value} cannot be drawn with: use {wants}")
+                raise ConfigError(
+                    f"rollout.{key}={value} cannot be drawn with: use {wants}", key=f"rollout.{key}", value=value
+                )
         if any(not sequence for sequence in self.stop):
-            raise ConfigError("rollout.stop holds a sequence of no tokens: remove it")
+            raise ConfigError(
+                "rollout.stop holds a sequence of no tokens: remove it", key="rollout.stop", value=list(self.stop)
+            )
         if "" in self.stop_text:
-            raise ConfigError("rollout.stop holds an empty text, which would end every response: remove it")
+            raise ConfigError(
+                "rollout.stop holds an empty text, which would end every response: remove it",
+                key="rollout.stop",
+                value=list(self.stop_text),
+            )
         if self.allowed is not None and set(self.allowed) <= set(self.forbidden):
-            raise ConfigError(f"rollout.forbidden={list(self.forbidden)} leaves none of the allowed tokens: allow more")
+            raise ConfigError(
+                f"rollout.forbidden={list(self.forbidden)} leaves none of the allowed tokens: allow more",
+                key="rollout.forbidden",
+                value=list(self.forbidden),
+            )
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,12 @@ class Request:
 
     def __post_init__(self) -> None:
         if not self.prompt:
-            raise ConfigError(f"prompt {self.prompt_id} has no tokens: drop it, or begin it with the tokenizer's bos")
+            raise ConfigError(
+                f"prompt {self.prompt_id} has no tokens: drop it, or begin it with the tokenizer's bos",
+                key="prompt",
+                value=self.prompt,
+                where=f"prompt {self.prompt_id}",
+            )
 
 
 @dataclass
@@ -100,7 +117,7 @@ def sampling_from(rollout: RolloutConfig) -> Sampling:
 def repeat(prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[Request]:
     """`n` requests for each prompt, numbered by position."""
     if n < 1:
-        raise ConfigError(f"rollout.n={n} asks for no responses: use 1 or more")
+        raise ConfigError(f"rollout.n={n} asks for no responses: use 1 or more", key="rollout.n", value=n)
     return [
         Request(prompt_id, sample_id, tuple(prompt), sampling)
         for prompt_id, prompt in enumerate(prompts)
@@ -114,29 +131,40 @@ def check_requests(requests: Sequence[Request], vocab_size: int, max_positions: 
     if len(named) < len(requests):
         raise ConfigError(
             f"{len(requests)} requests share {len(named)} pairs of prompt_id and sample_id, and those of a pair would "
-            "get the same response: number them apart"
+            "get the same response: number them apart",
+            key="prompt_id",
         )
     for request in requests:
+        where = f"prompt {request.prompt_id}"
         length = len(request.prompt) + request.sampling.max_new_tokens
         if length > max_positions:
             raise ConfigError(
-                f"prompt {request.prompt_id} has {len(request.prompt)} tokens and rollout.max_new_tokens="
-                f"{request.sampling.max_new_tokens}, but the model's context is {max_positions}: shorten one of them"
+                f"{where} has {len(request.prompt)} tokens and rollout.max_new_tokens="
+                f"{request.sampling.max_new_tokens}, but the model's context is {max_positions}: shorten one of them",
+                key="rollout.max_new_tokens",
+                value=request.sampling.max_new_tokens,
+                where=where,
             )
         if min(request.prompt) < 0 or max(request.prompt) >= vocab_size:
             token = next(token for token in request.prompt if not 0 <= token < vocab_size)
             raise ConfigError(
-                f"prompt {request.prompt_id} holds token {token}, but the model's vocabulary has {vocab_size} entries: "
-                "tokenizer and model do not belong together"
+                f"{where} holds token {token}, but the model's vocabulary has {vocab_size} entries: "
+                "tokenizer and model do not belong together",
+                key="token",
+                value=token,
+                where=where,
             )
     for sampling in {id(request.sampling): request.sampling for request in requests}.values():
         if not _leaves_something(sampling, vocab_size):
             raise ConfigError(
-                f"rollout.allowed and rollout.forbidden leave none of the model's {vocab_size} tokens: allow more"
+                f"rollout.allowed and rollout.forbidden leave none of the model's {vocab_size} tokens: allow more",
+                key="rollout.allowed",
+                value=sampling.allowed,
             )
         if sampling.stop_text and not can_decode:
             raise ConfigError(
-                "a stop text needs the tokenizer: give the Generator decode=tokenizer.decode, or stop tokens"
+                "a stop text needs the tokenizer: give the Generator decode=tokenizer.decode, or stop tokens",
+                key="decode",
             )
 
 

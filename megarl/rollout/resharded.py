@@ -63,13 +63,18 @@ def parse_layout(text: str, world: int) -> Layout:
     sizes = {match[1]: int(match[2]) for axis in axes if (match := re.fullmatch(r"(tp|pp)([1-9]\d*)", axis))}
     if len(sizes) < len(axes):
         raise ConfigError(
-            f"rollout.layout={text} is no layout: write tp4, pp2 or tp2xpp2, or null for the training one"
+            f"rollout.layout={text} is no layout: write tp4, pp2 or tp2xpp2, or null for the training one",
+            key="rollout.layout",
+            value=text,
+            offers={"rollout.layout": [None]},
         )
     layout = Layout(tp=sizes.get("tp", 1), pp=sizes.get("pp", 1))
     if world % layout.replica_size:
         raise ConfigError(
             f"rollout.layout={text} takes {layout.replica_size} processes for one model, which do not divide the "
-            f"{world} that there are: use a layout whose sizes do"
+            f"{world} that there are: use a layout whose sizes do",
+            key="rollout.layout",
+            value=text,
         )
     return Layout(tp=layout.tp, pp=layout.pp, dp=world // layout.replica_size)
 
@@ -83,10 +88,17 @@ def check_divides(config: GPTConfig, layout: Layout, text: str) -> None:
         ("pp", layout.pp, "layers", config.num_layers),
     ):
         if count % size:
-            raise ConfigError(f"rollout.layout={text} cuts {count} {what} {size} ways: use a {axis} that divides them")
+            raise ConfigError(
+                f"rollout.layout={text} cuts {count} {what} {size} ways: use a {axis} that divides them",
+                key="rollout.layout",
+                value=text,
+            )
     if config.num_kv_heads % layout.tp and layout.tp % config.num_kv_heads:
         raise ConfigError(
-            f"rollout.layout={text}: {config.num_kv_heads} key-value heads and tp={layout.tp} do not divide one another"
+            f"rollout.layout={text}: {config.num_kv_heads} key-value heads and tp={layout.tp} do not divide one "
+            "another",
+            key="rollout.layout",
+            value=text,
         )
 
 

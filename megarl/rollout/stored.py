@@ -43,7 +43,10 @@ def dump(path: str | Path, rollouts: Iterable[Rollout]) -> None:
         unfinished.replace(path)
     except OSError as problem:
         raise DataError(
-            f"rollouts {path} cannot be written ({problem}): give rollout.dump a folder with room, or null"
+            f"rollouts {path} cannot be written ({problem}): give rollout.dump a folder with room, or null",
+            key="rollout.dump",
+            where=path,
+            offers={"rollout.dump": [None]},
         ) from None
 
 
@@ -53,18 +56,23 @@ def load(path: str | Path) -> list[Rollout]:
     try:
         lines = read_text(path).splitlines()
     except UnreadableError as problem:
-        raise DataError(f"{path} {problem}: give a file that rollout.dump wrote") from None
+        raise DataError(f"{path} {problem}: give a file that rollout.dump wrote", where=path) from None
     head = _parsed(lines[0] if lines else "", path, 1)
     if head.get("format") != FORMAT:
-        raise DataError(f"{path} holds no rollouts of a kind known here ('{FORMAT}'): dump them again")
+        raise DataError(f"{path} holds no rollouts of a kind known here ('{FORMAT}'): dump them again", where=path)
     if len(lines) - 1 != head.get("rollouts"):
-        raise DataError(f"{path} is torn: it holds {len(lines) - 1} of {head.get('rollouts')} rollouts")
+        raise DataError(
+            f"{path} is torn: it holds {len(lines) - 1} of {head.get('rollouts')} rollouts",
+            key="rollouts",
+            value=head.get("rollouts"),
+            where=path,
+        )
     names = {field.name for field in fields(Rollout)}
     rollouts = []
     for number, line in enumerate(lines[1:], 2):
         record = _parsed(line, path, number)
         if record.keys() != names or not _is_whole(record):
-            raise DataError(f"{path}:{number} is no whole rollout: dump them again")
+            raise DataError(f"{path}:{number} is no whole rollout: dump them again", where=f"{path}:{number}")
         rollouts.append(Rollout(**record))
     return rollouts
 
@@ -75,7 +83,11 @@ def replay(folder: str | Path, stream: int, phase: int, requests: Sequence[Reque
     if not is_file(path):
         raise ConfigError(
             f"rollout.replay={folder} has no {path.name}, which this phase needs: give a folder that rollout.dump "
-            "filled in a run with the same prompts, or null to generate"
+            "filled in a run with the same prompts, or null to generate",
+            key="rollout.replay",
+            value=folder,
+            where=path.name,
+            offers={"rollout.replay": [None]},
         )
     stored = {(rollout.prompt_id, rollout.sample_id): rollout for rollout in load(path)}
     found = []
@@ -84,7 +96,10 @@ def replay(folder: str | Path, stream: int, phase: int, requests: Sequence[Reque
         if rollout is None or tuple(rollout.prompt) != request.prompt:
             raise ConfigError(
                 f"{path} has no answer to prompt {request.prompt_id}, sample {request.sample_id}: rollout.replay needs "
-                "the prompts, tokenizer and seed of the run that dumped"
+                "the prompts, tokenizer and seed of the run that dumped",
+                key="rollout.replay",
+                value=folder,
+                where=path,
             )
         found.append(rollout)
     return found
@@ -102,7 +117,11 @@ def require_phases(folder: str | Path, phases: Mapping[int, Iterable[int]]) -> N
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigError(
             f"rollout.replay={folder} has no {missing[0]}{others}, of {len(wanted)} files that this run needs: set "
-            "trainer.max_phases and trainer.eval_every to what the dump holds, or rollout.replay=null to generate"
+            "trainer.max_phases and trainer.eval_every to what the dump holds, or rollout.replay=null to generate",
+            key="rollout.replay",
+            value=folder,
+            where=missing[0],
+            offers={"rollout.replay": [None]},
         )
 
 
@@ -110,7 +129,9 @@ def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         return parse_object(line)
     except UnreadableError as problem:
-        raise DataError(f"{path}:{number} is not a JSON object (it {problem}): dump the rollouts again") from None
+        raise DataError(
+            f"{path}:{number} is not a JSON object (it {problem}): dump the rollouts again", where=f"{path}:{number}"
+        ) from None
 
 
 def _is_whole(record: Mapping[str, Any]) -> bool:

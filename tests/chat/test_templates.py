@@ -6,6 +6,7 @@ from megarl.chat.templates import ChatTemplate
 from megarl.errors import DataError
 from tests.chat import templates
 from tests.chat.templates import chat
+from tests.refusals import refused
 
 TALK = chat("u:one", "a:two", "u:three", "a:four")
 
@@ -45,7 +46,7 @@ def test_a_marked_template_renders_for_generation() -> None:
 
 
 def test_a_record_cannot_forge_a_mark() -> None:
-    with pytest.raises(DataError, match="turn 1 holds U\\+FDD0"):
+    with refused(DataError, where="turn 1", names=("U+FDD0",)):
         ChatTemplate(templates.MARKED, {}).render_marked(chat("u:\ufdd0x\ufdd1", "a:y"))
 
 
@@ -66,7 +67,7 @@ def test_a_record_cannot_forge_a_mark() -> None:
     ],
 )
 def test_a_template_cannot_fill_the_memory_in_one_step(source: str) -> None:
-    with pytest.raises(DataError, match="longer than any chat"):
+    with refused(DataError, key="data.chat_template", names=("TemplateError",)):
         ChatTemplate(f"{{{{ {source} }}}}", {}).render(TALK)
 
 
@@ -93,8 +94,14 @@ def test_templates_find_what_transformers_gives_them() -> None:
     assert ChatTemplate(source, {}).render(messages) == '"<é>"why'
 
 
-@pytest.mark.parametrize("source", ["{{ ''.__class__.__mro__ }}", "{% for m in messages %}", "{{ 1 / 0 }}"])
-def test_what_a_template_may_not_do_is_one_line(source: str) -> None:
-    with pytest.raises(DataError, match="chat template failed on turns with roles") as caught:
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("{% for m in messages %}", "TemplateSyntaxError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_what_a_template_may_not_do_is_one_line(source: str, kind: str) -> None:
+    with refused(DataError, key="data.chat_template", names=("user, assistant, user, assistant", kind)):
         ChatTemplate(source, {}).render(TALK)
-    assert "\n" not in str(caught.value)

@@ -7,6 +7,7 @@ from megarl.chat.turns import Turns
 from megarl.errors import DataError
 from tests.chat import templates
 from tests.chat.templates import chat
+from tests.refusals import refused
 
 TOKENS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 STABLE = {
@@ -144,17 +145,13 @@ def test_content_that_a_template_leaves_out_is_told_of() -> None:
     ],
 )
 def test_a_turn_that_cannot_be_told_is_named_with_what_to_do(source: str, turn: int) -> None:
-    with pytest.raises(
-        DataError, match=rf"turn {turn} \(assistant\).*data\.chat_template.*data\.loss_on=all"
-    ) as caught:
+    with refused(DataError, key="data.chat_template", where=f"turn {turn}", offers={"data.loss_on": ["all"]}):
         turns(source).lay_out(TALK)
-    assert "\n" not in str(caught.value)
 
 
 def test_roles_in_a_wrong_order_are_told_in_the_templates_own_words() -> None:
-    with pytest.raises(DataError, match="roles must alternate") as caught:
+    with refused(DataError, key="data.chat_template", offers={}, names=("roles must alternate",)):
         turns(templates.SYSTEM_LAST).lay_out(chat("u:a", "u:b", "a:c"))
-    assert "\n" not in str(caught.value)
 
 
 def test_a_call_of_a_tool_belongs_to_the_answer() -> None:

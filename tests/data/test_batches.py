@@ -17,6 +17,7 @@ from megarl.data.order import TrainBatches, shard_rows
 from megarl.data.sources import Record
 from megarl.errors import ConfigError
 from megarl.tokenizers import ByteTokenizer
+from tests.refusals import refused
 
 PAD, EOS = 256, 257
 DEMO = Path(make.__file__).parent
@@ -198,7 +199,7 @@ def test_grouped_batches_come_in_mixed_order():
 
 
 def test_grouping_without_shuffle_is_refused():
-    with pytest.raises(ConfigError, match=r"data.group_by_length=true.*data.shuffle=false"):
+    with refused(ConfigError, key="data.group_by_length", value=True, names=("data.shuffle=false",)):
         TrainBatches(np.ones(4), 2, 1, shuffle=False, group_by_length=True)
 
 
@@ -226,10 +227,13 @@ def test_ranks_cover_each_global_batch_exactly_once(dp_size):
 
 
 def test_batch_that_does_not_divide_names_sizes_that_do():
-    with pytest.raises(ConfigError, match=r"global_batch_size=8 .*micro_batch_size=3 .*size 2; use 6 or 12"):
+    key = "trainer.global_batch_size"
+    with refused(ConfigError, key=key, value=8, offers={key: [6, 12]}, names=("trainer.micro_batch_size=3",)):
         shard_rows(np.arange(8), 0, 2, 3)
-    with pytest.raises(ConfigError, match="use 6 or 12"):
+    with refused(ConfigError, key=key, value=8, offers={key: [6, 12]}):
         make_loader(make_dataset([4] * 9), micro=3, dp_size=2)
+    with refused(ConfigError, key=key, value=4, offers={key: [6]}):
+        shard_rows(np.arange(4), 0, 2, 3)
 
 
 # Loaders
@@ -326,17 +330,26 @@ def test_no_evaluation_files_means_none():
 
 
 @pytest.mark.parametrize(
-    ("changes", "multiple_of", "said"),
+    ("changes", "multiple_of", "expected"),
     [
-        ({"train": []}, 1, "data.train is empty"),
-        ({"pack": True, "group_by_length": True}, 1, "data.pack=true and data.group_by_length=true"),
-        ({"seq_length": 126}, 4, "data.seq_length=126 is not a multiple of 4.*use 124 or 128"),
-        ({"global_batch_size": 18}, 1, "trainer.global_batch_size=18 .*use 16 or 20"),
-        ({"chat_template": "chatml"}, 1, "data.chat_template='chatml'"),
+        ({"train": []}, 1, {"key": "data.train", "value": []}),
+        (
+            {"pack": True, "group_by_length": True},
+            1,
+            {"key": "data.pack", "value": True, "names": ("data.group_by_length=true",)},
+        ),
+        ({"seq_length": 126}, 4, {"key": "data.seq_length", "value": 126, "offers": {"data.seq_length": [124, 128]}}),
+        ({"seq_length": 3}, 4, {"key": "data.seq_length", "value": 3, "offers": {"data.seq_length": [4]}}),
+        (
+            {"global_batch_size": 18},
+            1,
+            {"key": "trainer.global_batch_size", "value": 18, "offers": {"trainer.global_batch_size": [16, 20]}},
+        ),
+        ({"chat_template": "chatml"}, 1, {"names": ("data.chat_template='chatml'",)}),
     ],
 )
-def test_settings_that_cannot_work_are_named(changes, multiple_of, said):
-    with pytest.raises(ConfigError, match=said):
+def test_settings_that_cannot_work_are_named(changes, multiple_of, expected):
+    with refused(ConfigError, **expected):
         build_sft_data(config(**changes), ByteTokenizer(), 0, 1, multiple_of)
 
 

@@ -16,6 +16,7 @@ from megarl.data.randomwalks import task
 from megarl.errors import ConfigError, DataError
 from megarl.rollout.requests import Sampling, check_requests, repeat
 from megarl.tokenizers import ByteTokenizer, CharacterTokenizer
+from tests.refusals import refused
 
 BYTES = ByteTokenizer()
 ROOMY = PromptLimits(context=1024, max_new_tokens=8, vocab_size=BYTES.size)
@@ -60,36 +61,48 @@ def test_lines_of_a_text_file_are_prompts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "expected"),
     [
-        ({"text": "x", "id": 1}, "has no text under 'prompt' and no conversation under 'messages', only 'text', 'id'"),
-        ({"prompt": 7}, "set data.prompt_key or data.messages_key"),
-        ({}, "only nothing"),
-        ({"prompt": ""}, "the prompt is empty and has no tokens"),
-        ('{"prompt": "a"', "a.jsonl:2"),
-        ({"prompt": "a\ud800"}, "key 'prompt' holds half a character"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "turn 1 holds half a character"),
-        ({"messages": []}, "key 'messages' holds an empty list"),
-        ({"messages": 5}, "key 'messages' holds a int"),
-        ({"messages": [{"role": "critic", "content": "a"}]}, "role 'critic'"),
+        ({"text": "x", "id": 1}, {"key": "prompt", "value": None, "names": ("'messages'", "'text', 'id'")}),
+        ({"prompt": 7}, {"key": "prompt", "value": 7, "names": ("data.prompt_key", "data.messages_key")}),
+        ({}, {"key": "prompt", "value": None, "names": ("'messages'",)}),
+        ({"prompt": ""}, {"key": "prompt", "value": ""}),
+        ('{"prompt": "a"', {"names": ("JSON",)}),
+        ({"prompt": "a\ud800"}, {"key": "prompt", "value": "a\ud800"}),
+        (
+            {"messages": [{"role": "user", "content": "\ud800"}]},
+            {"key": "content", "value": "\ud800", "where": "a.jsonl:2: turn 1"},
+        ),
+        ({"messages": []}, {"key": "messages", "value": []}),
+        ({"messages": 5}, {"key": "messages", "value": 5}),
+        (
+            {"messages": [{"role": "critic", "content": "a"}]},
+            {"key": "role", "value": "critic", "where": "a.jsonl:2: turn 1"},
+        ),
     ],
 )
-def test_a_record_that_is_no_prompt_is_named_by_file_and_line(record: Any, said: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError) as problem:
+def test_a_record_that_is_no_prompt_is_named_by_file_and_line(
+    record: Any, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    with refused(DataError, **{"where": f"{tmp_path / 'a.jsonl'}:2", **expected}):
         read(tmp_path / "a.jsonl", {"prompt": "good"}, record)
-    assert f"{tmp_path / 'a.jsonl'}:2" in str(problem.value)
-    assert said in str(problem.value)
+
+
+def test_a_conversation_that_a_template_makes_nothing_of_is_named(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    with refused(DataError, key="messages", value=messages, where="a.jsonl:1"):
+        read(tmp_path / "a.jsonl", {"messages": messages}, chat_template="{{ '' }}")
 
 
 def test_text_that_the_tokenizer_refuses_is_named_by_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "abba"}\n{"prompt": "abc"}\n')
-    with pytest.raises(DataError, match=r"a.jsonl:2: 'abc' holds 'c', which is not in tokenizer.path=ab: add it"):
+    with refused(DataError, key="tokenizer.path", value="ab", where="a.jsonl:2", names=("'abc'", "'c'")):
         read_prompts([str(path)], "train", PromptDataConfig(), CharacterTokenizer("ab"), ROOMY)
 
 
 def test_an_empty_file_of_prompts_is_refused_by_its_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.jsonl: has no records"):
+    with refused(DataError, key="data.train", where="a.jsonl"):
         read(tmp_path / "a.jsonl")
 
 
@@ -114,12 +127,15 @@ MIXED = [{"prompt": "a" * length} for length in (2, 5, 4, 9, 1, 7, 6)]  # room f
 
 
 def test_a_prompt_that_is_too_long_is_refused_by_file_and_line_with_its_length_and_the_room(tmp_path: Path) -> None:
-    with pytest.raises(DataError) as problem:
+    with refused(
+        DataError,
+        key="rollout.max_new_tokens",
+        value=8,
+        where=f"{tmp_path / 'a.jsonl'}:2",
+        offers={"rollout.too_long": ["truncate", "drop"]},
+        names=("5", "4", "12"),
+    ):
         read(tmp_path / "a.jsonl", *MIXED, limits=limits("error"))
-    said = str(problem.value)
-    assert said.startswith(f"{tmp_path / 'a.jsonl'}:2: the prompt has 5 tokens")
-    assert "4 tokens (the model's context of 12 less rollout.max_new_tokens=8)" in said
-    assert "rollout.too_long=truncate or drop" in said
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted_in_one_line(
@@ -145,17 +161,19 @@ def test_prompts_that_are_too_long_lose_their_beginning_and_are_counted_in_one_l
 
 
 def test_only_where_no_prompt_is_left_is_leaving_out_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.train: none of its 2 prompts is left.*rollout\.too_long=truncate"):
+    offers = {"rollout.too_long": ["truncate"]}
+    with refused(DataError, key="rollout.too_long", value="drop", where="data.train", offers=offers):
         read(tmp_path / "a.jsonl", *[{"prompt": "a" * 5}] * 2, limits=limits("drop"))
 
 
 def test_a_context_that_responses_fill_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"rollout\.max_new_tokens=8 leaves no room .* rollout\.max_new_tokens=7"):
+    key = "rollout.max_new_tokens"
+    with refused(ConfigError, key=key, value=8, offers={key: [7]}):
         PromptLimits(context=8, max_new_tokens=8, vocab_size=9)
 
 
 def test_a_token_that_the_model_has_not_is_refused_by_file_and_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"a\.jsonl:2: the prompt has token {ord('b')}, .* {ord('b')} entries"):
+    with refused(DataError, key="token", value=ord("b"), where="a.jsonl:2", names=("tokenizer.path",)):
         read(tmp_path / "a.jsonl", {"prompt": "a"}, {"prompt": "ab"}, limits=limits("error", vocab_size=ord("b")))
 
 

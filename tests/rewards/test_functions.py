@@ -5,11 +5,13 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megarl.errors import ConfigError
 from megarl.rewards import resolve
+from tests.refusals import refused
 
 Write = Callable[..., Path]
 
@@ -29,11 +31,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     return write
 
 
-def refusal(spec: object) -> str:
-    with pytest.raises(ConfigError) as caught:
-        resolve(spec)  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def assert_refused(name: str, **expected: Any) -> None:
+    with refused(ConfigError, key="reward.fn", value=name, names=(f"reward.fn={name}",), **expected):
+        resolve(name)
+
+
+def score(**_: object) -> list[float]:
+    return []
 
 
 def test_a_name_is_checked_without_running_the_module(package: Write) -> None:
@@ -71,34 +75,46 @@ def test_a_name_may_be_bound_in_any_way(package: Write, text: str, name: str) ->
 
 def test_a_missing_function_names_the_nearest(package: Write) -> None:
     file = package("def score_walks(**_): ...\ndef other(**_):\n    def inner(): ...\n")
-    assert refusal("judges.own:score_walk") == (
-        f"reward.fn=judges.own:score_walk: {file} defines no score_walk; did you mean score_walks?"
-    )
-    assert refusal("judges.own:zzz").endswith("it defines score_walks, other")
-    assert "defines no inner" in refusal(f"{file}:inner")
+
+    def assert_offered(name: str, *offers: str) -> None:
+        assert_refused(name, where=str(file), offers={"reward.fn": list(offers)})
+
+    assert_offered("judges.own:score_walk", "judges.own:score_walks")
+    assert_offered("judges.own:zzz", "judges.own:score_walks", "judges.own:other")
+    assert_offered(f"{file}:inner", f"{file}:score_walks", f"{file}:other")
+
+
+def test_a_file_without_a_function_offers_none(package: Write) -> None:
+    file = package("x = 1\n")
+    assert_refused("judges.own:score", where=str(file), offers={})
 
 
 def test_a_missing_module_file_or_package_part_is_named(package: Write, tmp_path: Path) -> None:
     package("def score(**_): ...\n")
-    assert "there is no module jugdes;" in refusal("jugdes.own:score")
-    assert "there is no module judges.mine in the package judges" in refusal("judges.mine:score")
-    assert "judges.own is a module, not a package" in refusal("judges.own.score:score")
-    assert f"there is no file {tmp_path}/none.py" in refusal(f"{tmp_path}/none.py:score")
+    for name, where in (
+        ("jugdes.own:score", "jugdes"),
+        ("judges.mine:score", "judges.mine"),
+        ("judges.own.score:score", "judges.own"),
+        (f"{tmp_path}/none.py:score", f"{tmp_path}/none.py"),
+    ):
+        assert_refused(name, where=where, offers={})
 
 
 def test_a_broken_file_is_named_with_its_line(package: Write) -> None:
     file = package("x = 1\ndef score(:\n")
-    assert f"{file}:2 is not valid Python" in refusal("judges.own:score")
+    assert_refused("judges.own:score", where=f"{file}:2")
 
 
 @pytest.mark.parametrize("spec", ["score", "judges.own", ":score", "judges.own:", "judges.own:sc ore", "own.py"])
 def test_a_spec_without_module_and_function_says_how_to_write_one(spec: str) -> None:
-    assert "write package.module:function or path/to/file.py:function" in refusal(spec)
+    with refused(ConfigError, key="reward.fn", value=spec, names=("package.module:function",)) as found:
+        resolve(spec)
+    assert found.error.where is None
 
 
 def test_a_callable_is_named_after_its_function() -> None:
     assert resolve(partial(partial(str.split, "a"), "b")).name == "str.split"
-    assert resolve(refusal).name == "tests.rewards.test_functions:refusal"
+    assert resolve(score).name == "tests.rewards.test_functions:score"
 
 
 def test_what_cannot_travel_or_is_no_function_is_refused() -> None:
@@ -108,21 +124,27 @@ def test_what_cannot_travel_or_is_no_function_is_refused() -> None:
         with lock:
             return []
 
-    assert "cannot be sent to the process that runs it (TypeError: cannot pickle" in refusal(locked)
-    assert "reward.fn is a int: give a function" in refusal(3)
+    name = f"{__name__}:{locked.__qualname__}"
+    with refused(ConfigError, key="reward.fn", value=name, names=(name, "TypeError")):
+        resolve(locked)
+    with refused(ConfigError, key="reward.fn", value=None, names=("int",)):
+        resolve(3)  # type: ignore[arg-type]
 
 
 def test_the_key_is_the_callers() -> None:
-    with pytest.raises(ConfigError, match=r"^metric\.fn=nothing names no function"):
+    with refused(ConfigError, key="metric.fn", value="nothing", names=("metric.fn=nothing",)):
         resolve("nothing", key="metric.fn")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "~nobody-of-this-name/rewards", "half\ud800"])
 def test_a_name_that_no_file_can_have_is_a_file_that_is_not_there(name: str) -> None:
-    assert "there is no file" in refusal(f"./{name}.py:score" if name[0] != "~" else f"{name}.py:score")
+    file = f"{name}.py" if name[0] == "~" else f"./{name}.py"
+    assert_refused(f"{file}:score", where=str(Path(file).absolute()))
 
 
 @pytest.mark.parametrize("text", ["x = " + "-" * 100_000 + "1", "x = " + "(" * 5_000 + ")" * 5_000])
 def test_a_file_that_is_nested_too_deep_for_pythons_parser_is_refused(text: str, package: Write) -> None:
     file = package(text)
-    assert str(file) in refusal(f"{file}:score")
+    with refused(ConfigError, key="reward.fn", value=f"{file}:score", offers={}) as found:
+        resolve(f"{file}:score")
+    assert found.error.where in (str(file), f"{file}:1")

@@ -4,7 +4,6 @@ refusals."""
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 
 from megarl.config.compose import compose, run
 from megarl.errors import MegarlError
+from tests.refusals import assert_command_refused, assert_refusal
 from tests.worlds import Worlds
 
 SMALL = ["model.num_layers=2", "model.hidden_size=32", "rollout.max_new_tokens=6", "trainer.progress=none"]
@@ -36,13 +36,13 @@ def entry(argv: list[str], stdin: str = "") -> str:
         sys.stdout, sys.stdin = before
 
 
-def refusal(argv: list[str]) -> str:
-    """What the entry point says of input that it does not take."""
+def error_of(argv: list[str]) -> MegarlError | None:
+    """What the entry point raises of input that it does not take."""
     try:
         entry(argv)
     except MegarlError as problem:
-        return str(problem)
-    return "nothing"
+        return problem
+    return None
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -89,10 +89,13 @@ def test_one_prompt_on_the_command_line_answers_on_standard_output(worlds: World
 
 def test_long_prompts_are_left_out_cut_or_refused(worlds: Worlds, prompts: Path, tmp_path: Path) -> None:
     narrow = [f"prompts={prompts}", "model.max_positions=20"]  # room for 14 tokens: four of the six prompts fit
-    (said,) = worlds.run(1, refusal, narrow)
-    assert re.search(r"prompts\.jsonl:5: the prompt has 17 tokens.*rollout\.too_long", said)
-    (said,) = worlds.run(1, refusal, ["prompts='Once upon a time'", "model.max_positions=20"])
-    assert said.startswith("prompts='Once upon a time': the prompt has 16 tokens")
+    for argv, where, length in (
+        (narrow, "prompts.jsonl:5", "17"),
+        (["prompts='Once upon a time'", "model.max_positions=20"], "prompts='Once upon a time'", "16"),
+    ):
+        (error,) = worlds.run(1, error_of, argv)
+        offers = {"rollout.too_long": ["truncate", "drop"]}
+        assert_refusal(error, key="rollout.max_new_tokens", value=6, where=where, offers=offers, names=(length,))
     for how, numbers in (("drop", [0, 1, 2, 3, 5]), ("truncate", [0, 1, 2, 3, 4, 5])):
         out = tmp_path / f"{how}.jsonl"
         worlds.run(1, entry, [*narrow, f"out={out}", f"rollout.too_long={how}"])
@@ -135,19 +138,23 @@ def test_a_chat_goes_on_until_an_empty_line(worlds: Worlds) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "names"),
     [
-        ([], "prompts is empty"),
-        (["prompts=a", "chat=true"], "exclude each other"),
-        (["prompts=a", "rollout.top_p=0"], "rollout.top_p=0"),
-        (["prompts=a", "rollout.n=0"], "rollout.n=0"),
-        (["prompts=a", "rollout.max_new_tokens=256"], "leaves no room for a prompt"),
-        (["prompts=a", "parallel.tp=3", "trainer.devices=3"], "parallel.tp=3"),
-        (["prompts=a", "rollout.topk=3"], "rollout.top_k"),
+        ([], ("prompts", "--chat")),
+        (["prompts=a", "chat=true"], ("prompts", "chat=true")),
+        (["prompts=a", "rollout.top_p=0"], ("rollout.top_p=0",)),
+        (["prompts=a", "rollout.n=0"], ("rollout.n=0",)),
+        (["prompts=a", "rollout.max_new_tokens=256"], ("rollout.max_new_tokens=256", "model.max_positions=256")),
+        (["prompts=a", "parallel.tp=3", "trainer.devices=3"], ("parallel.tp=3",)),
+        (["prompts=a", "rollout.topk=3"], ("rollout.topk", "rollout.top_k")),
     ],
 )
 def test_a_bad_configuration_is_refused_before_anything_is_built(
-    argv: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    argv: list[str],
+    names: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -155,32 +162,36 @@ def test_a_bad_configuration_is_refused_before_anything_is_built(
         run("generate", argv, lambda config: 0)
     error = capsys.readouterr().err
     assert ended.value.code == 2
-    assert said in error
+    assert all(name in error for name in names), error
     assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("prepare", "said"),
+    ("prepare", "expected"),
     [
-        (lambda folder: ["prompts=missing.jsonl"], "prompts=missing.jsonl: no such file"),
-        (lambda folder: [f"prompts={_file(folder, 'a.jsonl', '{}')}"], "a.jsonl:1: has no text under 'prompt'"),
-        (lambda folder: [f"prompts={_file(folder, 'b.jsonl', '{')}"], "b.jsonl:1"),
+        (lambda folder: ["prompts=missing.jsonl"], {"names": ("prompts=missing.jsonl",)}),
+        (
+            lambda folder: [f"prompts={_file(folder, 'a.jsonl', '{}')}"],
+            {"key": "prompt", "value": None, "where": "a.jsonl:1"},
+        ),
+        (lambda folder: [f"prompts={_file(folder, 'b.jsonl', '{')}"], {"where": "b.jsonl:1", "names": ("JSON",)}),
         (
             lambda folder: [f"prompts={_file(folder, 'c.jsonl', json.dumps({'prompt': ''}))}"],
-            "c.jsonl:1: the prompt is empty",
+            {"key": "prompt", "value": "", "where": "c.jsonl:1"},
         ),
-        (lambda folder: ["prompts=a", f"out={_file(folder, 'out.jsonl', 'kept')}"], "out.jsonl exists"),
-        (lambda folder: ["prompts=a", "rollout.stop=['']"], "rollout.stop holds an empty text"),
-        (lambda folder: ["prompts=a", "rollout.cache_bytes=10"], "rollout.cache_bytes=10 is too little"),
-        (lambda folder: ["prompts=a", "rollout.layout=tp2"], "set parallel.tp"),
-        (lambda folder: ["prompts=a", "chat_template=missing.jinja"], "chat_template='missing.jinja' is neither"),
-        (lambda folder: ["prompts=a", f"out={_file(folder, 'file', '')}/out.jsonl"], "out.jsonl cannot be written"),
+        (lambda folder: ["prompts=a", f"out={_file(folder, 'out.jsonl', 'kept')}"], {"names": ("out.jsonl",)}),
+        (lambda folder: ["prompts=a", "rollout.stop=['']"], {"key": "rollout.stop", "value": [""]}),
+        (lambda folder: ["prompts=a", "rollout.cache_bytes=10"], {"key": "rollout.cache_bytes", "value": 10}),
+        (lambda folder: ["prompts=a", "rollout.layout=tp2"], {"names": ("rollout.layout=tp2", "parallel.tp")}),
+        (lambda folder: ["prompts=a", "chat_template=missing.jinja"], {"names": ("chat_template='missing.jinja'",)}),
+        (lambda folder: ["prompts=a", f"out={_file(folder, 'file', '')}/out.jsonl"], {"names": ("file/out.jsonl",)}),
     ],
 )
 def test_bad_input_is_one_clear_line(
-    prepare: Callable[[Path], list[str]], said: str, worlds: Worlds, tmp_path: Path
+    prepare: Callable[[Path], list[str]], expected: dict[str, Any], worlds: Worlds, tmp_path: Path
 ) -> None:
-    assert said in worlds.run(1, refusal, prepare(tmp_path))[0]
+    (error,) = worlds.run(1, error_of, prepare(tmp_path))
+    assert_refusal(error, **expected)
     kept = tmp_path / "out.jsonl"
     assert not kept.exists() or kept.read_text() == "kept"
 
@@ -198,6 +209,5 @@ def test_it_starts_its_own_processes(prompts: Path, tmp_path: Path) -> None:
     assert len(lines(out)) == 6
     assert "6 responses, 36 tokens in" in ended.stderr
     again = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert again.returncode == 2
-    assert again.stderr.startswith("error: out=")
+    assert_command_refused(again, f"out={out}")
     assert again.stderr.count("\n") == 1

@@ -19,6 +19,7 @@ from megarl.rollout.generator import Generator, Limits, Stats
 from megarl.rollout.noise import EVALUATION, TRAINING
 from megarl.rollout.requests import Request, Rollout, Sampling
 from tests.parallel.engines import VOCAB, batches, count_tokens, small_engine, token_loss
+from tests.refusals import refused
 from tests.worlds import Worlds
 
 EOS = 3
@@ -113,14 +114,14 @@ def test_passes_of_fixed_shapes_draw_the_same_tokens(
         check_same(rollouts, alone, (layout, slots))
 
 
-def graphs_in_a_pipeline() -> str:
-    with pytest.raises(ConfigError) as told:
-        generator_of(small_engine({"pp": 2}, train=False), graphs=True)
-    return str(told.value)
+def graphs_in_a_pipeline() -> None:
+    engine, key = small_engine({"pp": 2}, train=False), "rollout.cuda_graphs"
+    with refused(ConfigError, key=key, value=True, offers={key: [False]}, names=("rollout.cuda_graphs=true", "PP2")):
+        generator_of(engine, graphs=True)
 
 
 def test_a_pipeline_has_no_passes_of_fixed_shapes(worlds: Worlds) -> None:
-    assert all("rollout.cuda_graphs=true at PP2" in told for told in worlds.run(2, graphs_in_a_pipeline))
+    worlds.run(2, graphs_in_a_pipeline)
 
 
 def static_shapes() -> list[set[tuple[int, int]]]:
@@ -326,29 +327,26 @@ def test_the_cache_keeps_to_its_budget_and_close_frees_it(slots: float, held: in
     assert freed
 
 
-def refused(layout: dict[str, Any], requests: list[Request], **limits: Any) -> str:
-    """What this rank is told, and then whether it can go on."""
+def refused_and_gone_on(
+    layout: dict[str, Any], requests: list[Request], expected: dict[str, Any], **limits: Any
+) -> None:
     generator = generator_of(small_engine(layout, train=False), **limits)
-    try:
+    with refused(ConfigError, **expected):
         generator.generate(requests)
-    except ConfigError as problem:
-        generator.limits = Limits()
-        assert len(generator.generate([Request(0, 0, (1,), Sampling(max_new_tokens=2))])) == 1
-        return str(problem)
-    return "nothing"
+    generator.limits = Limits()
+    assert len(generator.generate([Request(0, 0, (1,), Sampling(max_new_tokens=2))])) == 1
 
 
 def test_every_rank_refuses_what_one_cannot_do(worlds: Worlds) -> None:
     """Also a rank whose own share would be fine: it would wait for the others for ever."""
     fine = [Request(n, 0, (1, 2), Sampling(max_new_tokens=4)) for n in range(5)]
     long = Request(9, 0, (1,) * 60, Sampling(max_new_tokens=5))
-    for told in worlds.run(2, refused, {}, [*fine, long]):
-        assert "prompt 9 has 60 tokens" in told
-        assert "context is 64" in told
-    for told in worlds.run(2, refused, {"pp": 2}, fine, cache_bytes=1000):
-        # 2 layers x keys and values x 4 heads x 16 x float32 x 6 tokens = 6144, twice
-        assert "rollout.cache_bytes=1000 is too little: a sequence of 6 tokens needs 6144 bytes" in told
-        assert "rollout.cache_bytes=12288 or more" in told
+    expected = {"key": "rollout.max_new_tokens", "value": 5, "where": "prompt 9", "names": ("60", "64")}
+    worlds.run(2, refused_and_gone_on, {}, [*fine, long], expected)
+    # 2 layers x keys and values x 4 heads x 16 x float32 x 6 tokens = 6144, twice
+    key = "rollout.cache_bytes"
+    expected = {"key": key, "value": 1000, "offers": {key: [12288]}, "names": ("6 tokens", "6144")}
+    worlds.run(2, refused_and_gone_on, {"pp": 2}, fine, expected, cache_bytes=1000)
 
 
 def few(layout: dict[str, Any], count: int) -> tuple[list[list[int]], list[int]]:
@@ -418,8 +416,8 @@ def test_a_scorer_replaces_the_model_s_own_logits(worlds: Worlds) -> None:
 # --- scores that are no numbers ---------------------------------------------------------------------------------------
 
 
-def drawn_by_bad_scores(layout: dict[str, Any], bad: float) -> tuple[str, set[int]]:
-    """Of five prompts, the first token of the third has a bad score on one shard: the error, and who was reported."""
+def drawn_by_bad_scores(layout: dict[str, Any], bad: float) -> set[int]:
+    """Of five prompts, the first token of the third has a bad score on one shard: who was reported."""
 
     def scorer(model: GPT, states: torch.Tensor) -> torch.Tensor:
         scores = model.logits(states)
@@ -438,19 +436,18 @@ def drawn_by_bad_scores(layout: dict[str, Any], bad: float) -> tuple[str, set[in
     states = engine.forward([batch], lambda model, hidden, batch: {"state": model.whole_sequence(hidden)[0]})
     mark.append(float(states[0]["state"][0, 0]))
     reported: set[int] = set()
-    with pytest.raises(NumericsError) as told:
+    with refused(NumericsError, where="file:3", names=("token 1", "response 0")):
         generator.generate(
             requests,
             on_finished=lambda found: reported.update(rollout.prompt_id for rollout in found),
             place=lambda number: f"file:{number + 1}",
         )
-    return str(told.value), reported
+    return reported
 
 
 @pytest.mark.parametrize("name", ["one", "TP2", "PP2", "DP2"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_scores_that_are_no_numbers_end_all_ranks_by_the_prompt(name: str, bad: float, worlds: Worlds) -> None:
     size, layout = LAYOUTS.get(name, (1, {}))
-    for message, reported in worlds.run(size, drawn_by_bad_scores, layout, bad):
-        assert message.startswith("file:3: the model's scores for token 1 of response 0 are NaN or infinite")
+    for reported in worlds.run(size, drawn_by_bad_scores, layout, bad):
         assert 2 not in reported

@@ -14,6 +14,7 @@ from megarl.rollout.resharded import for_generation, parse_layout
 from megarl.rollout.stored import load
 from tests.e2e.runs import metrics, run_ppo
 from tests.parallel.engines import batches, count_tokens, small_engine, token_loss
+from tests.refusals import assert_refusal, refused
 from tests.rollout.test_generate import MODERATE, check_same, generator_of, some_requests
 from tests.worlds import Worlds
 
@@ -74,30 +75,35 @@ def test_another_layout_has_the_same_weights_and_draws_the_same_tokens(name: str
             assert found["links"][0, rank] == sum(found["received"].values()) - upper
 
 
-def refused(layout: dict[str, Any], wanted: str, model: dict[str, Any]) -> str:
+def error_of(layout: dict[str, Any], wanted: str, model: dict[str, Any]) -> ConfigError | None:
     engine = small_engine(layout, model, train=False)
     try:
         for_generation(engine, wanted)
     except ConfigError as problem:
-        return str(problem)
-    return "nothing"
+        return problem
+    return None
 
 
 @pytest.mark.parametrize(
-    ("layout", "wanted", "model", "told"),
+    ("layout", "wanted", "model", "names"),
     [
-        ({"pp": 2, "vpp": 2}, "tp2", {}, "set parallel.vpp=null"),
-        ({}, "pp2", {"tie_embeddings": True}, "tied to its embedding"),
-        ({}, "tp2", {"num_heads": 1}, "cuts 1 attention heads 2 ways"),
-        ({}, "tp3", {}, "takes 3 processes"),
-        ({}, "tp2,pp1", {}, "write tp4, pp2 or tp2xpp2"),
-        ({"pp": 2}, "pp2", {}, "nothing"),
+        ({"pp": 2, "vpp": 2}, "tp2", {}, ("parallel.vpp=null",)),
+        ({}, "pp2", {"tie_embeddings": True}, ("embedding",)),
+        ({}, "tp2", {"num_heads": 1}, ("rollout.layout=tp2", "attention heads")),
+        ({}, "tp3", {}, ("rollout.layout=tp3", "3 processes")),
+        ({}, "tp2,pp1", {}, ("rollout.layout=tp2,pp1", "tp2xpp2", "null")),
     ],
 )
 def test_what_cannot_be_moved_is_refused_by_every_rank(
-    layout: dict[str, Any], wanted: str, model: dict[str, Any], told: str, worlds: Worlds
+    layout: dict[str, Any], wanted: str, model: dict[str, Any], names: tuple[str, ...], worlds: Worlds
 ) -> None:
-    assert all(told in answer for answer in worlds.run(2, refused, layout, wanted, model))
+    for error in worlds.run(2, error_of, layout, wanted, model):
+        assert isinstance(error, ConfigError)
+        assert_refusal(error, names=names)
+
+
+def test_the_layout_of_training_is_no_other(worlds: Worlds) -> None:
+    assert worlds.run(2, error_of, {"pp": 2}, "pp2", {}) == [None, None]
 
 
 def shown() -> str:
@@ -116,8 +122,10 @@ def test_the_cost_is_a_table_before_anything_moves(worlds: Worlds) -> None:
 def test_a_layout_is_written_as_it_is_shown() -> None:
     assert str(parse_layout("TP2xPP2", 8)) == "TP2xPP2xDP2"
     for text in ("", "tp0", "dp2", "tp2xtp2", "2"):
-        with pytest.raises(ConfigError, match=r"rollout\.layout"):
+        with refused(ConfigError, key="rollout.layout", value=text, offers={"rollout.layout": [None]}):
             parse_layout(text, 4)
+    with refused(ConfigError, key="rollout.layout", value="tp3", offers={}):
+        parse_layout("tp3", 4)
 
 
 def test_a_run_of_ppo_is_the_same_when_it_generates_in_another_layout(worlds: Worlds, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from megarl.errors import ConfigError, DataError
 from megarl.rollout.generator import Generator
 from megarl.rollout.noise import EVALUATION, TRAINING
 from megarl.rollout.requests import Request, Rollout, Sampling
-from megarl.rollout.stored import dump, load, phase_file, replay, require_phases
+from megarl.rollout.stored import FORMAT, dump, load, phase_file, replay, require_phases
 from tests.parallel.engines import small_engine
+from tests.refusals import refused
 from tests.worlds import Worlds
 
 
@@ -34,39 +35,56 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "line", "is_json"),
     [
-        (lambda text: "\n".join(text.splitlines()[:-1]), "is torn: it holds 2 of 3 rollouts"),
-        (lambda text: text.replace("megarl rollouts 1", "megarl rollouts 0"), "of a kind known here"),
-        (lambda text: text.replace('"sample_id": 1', '"sample": 1'), ":3 is no whole rollout"),
-        (lambda text: text.replace("[-0.25]", "[-0.25, 1]"), ":3 is no whole rollout"),
-        (lambda text: text[:-20] + "\n", ":4 is not a JSON object"),
-        (lambda text: "", ":1 is not a JSON object"),
-        (lambda text: text.replace("[-0.25]", '["x"]'), ":3 is no whole rollout"),
-        (lambda text: text.replace("[-0.25]", "[NaN]"), ":3 is no whole rollout"),
-        (lambda text: text.replace("[-0.25]", "3"), ":3 is no whole rollout"),
-        (lambda text: text.replace("[5]", "[-5]"), ":3 is no whole rollout"),
-        (lambda text: text.replace("[5]", "[5.5]"), ":3 is no whole rollout"),
-        (lambda text: text.replace('"eos"', '["eos"]'), ":3 is no whole rollout"),
-        (lambda text: text.replace("[9]", "[]"), ":4 is no whole rollout"),
-        (lambda text: text.replace("[9]", "[" + "9" * 5000 + "]"), ":4 is not a JSON object"),
-        (lambda text: text.replace("[9]", "[" * 100_000), ":4 is not a JSON object"),
+        (lambda text: text.replace('"sample_id": 1', '"sample": 1'), 3, True),
+        (lambda text: text.replace("[-0.25]", "[-0.25, 1]"), 3, True),
+        (lambda text: text[:-20] + "\n", 4, False),
+        (lambda text: "", 1, False),
+        (lambda text: text.replace("[-0.25]", '["x"]'), 3, True),
+        (lambda text: text.replace("[-0.25]", "[NaN]"), 3, True),
+        (lambda text: text.replace("[-0.25]", "3"), 3, True),
+        (lambda text: text.replace("[5]", "[-5]"), 3, True),
+        (lambda text: text.replace("[5]", "[5.5]"), 3, True),
+        (lambda text: text.replace('"eos"', '["eos"]'), 3, True),
+        (lambda text: text.replace("[9]", "[]"), 4, True),
+        (lambda text: text.replace("[9]", "[" + "9" * 5000 + "]"), 4, False),
+        (lambda text: text.replace("[9]", "[" * 100_000), 4, False),
     ],
 )
-def test_a_file_that_is_not_whole_is_refused(change: Any, said: str, tmp_path: Path) -> None:
+def test_a_line_that_is_no_rollout_is_refused(change: Any, line: int, is_json: bool, tmp_path: Path) -> None:
     path = tmp_path / "phase.jsonl"
     dump(path, some_rollouts())
     path.write_text(change(path.read_text()))
-    with pytest.raises(DataError) as problem:
+    with refused(DataError, where=f"{path}:{line}") as found:
         load(path)
-    assert said in str(problem.value)
+    assert ("JSON" in found.line) != is_json
+
+
+def test_a_file_that_is_torn_or_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "phase.jsonl"
+    dump(path, some_rollouts())
+    whole = path.read_text()
+    path.write_text("\n".join(whole.splitlines()[:-1]))
+    with refused(DataError, key="rollouts", value=3, where=str(path), names=("2 of 3",)):
+        load(path)
+    path.write_text(whole.replace(FORMAT, "megarl rollouts 0"))
+    with refused(DataError, where=str(path), names=(FORMAT,)):
+        load(path)
 
 
 def test_a_dump_that_lacks_a_phase_is_refused_by_the_files_name(tmp_path: Path) -> None:
     for stream, phase in ((TRAINING, 0), (TRAINING, 1), (EVALUATION, 1)):
         dump(phase_file(tmp_path, stream, phase), some_rollouts())
     require_phases(tmp_path, {TRAINING: range(2), EVALUATION: [1]})
-    with pytest.raises(ConfigError, match=r"rollout\.replay=.* has no train-000002\.jsonl and 2 more.*max_phases"):
+    with refused(
+        ConfigError,
+        key="rollout.replay",
+        value=tmp_path,
+        where="train-000002.jsonl",
+        offers={"rollout.replay": [None]},
+        names=("trainer.max_phases", "trainer.eval_every"),
+    ):
         require_phases(tmp_path, {TRAINING: range(1, 4), EVALUATION: [2]})
 
 
@@ -74,14 +92,14 @@ def test_a_replay_answers_the_requests_of_its_phase_and_no_others(tmp_path: Path
     dump(phase_file(tmp_path, TRAINING, 12), some_rollouts())
     requests = [Request(7, 0, (9,)), Request(0, 1, (1, 2)), Request(0, 0, (1, 2))]
     assert replay(tmp_path, TRAINING, 12, requests) == some_rollouts()
-    for stream, phase, asked, said in (
-        (EVALUATION, 12, requests, "has no eval-000012.jsonl"),
-        (TRAINING, 13, requests, "has no train-000013.jsonl"),
-        (TRAINING, 12, [Request(0, 2, (1, 2))], "no answer to prompt 0, sample 2"),
-        (TRAINING, 12, [Request(0, 0, (1, 3))], "no answer to prompt 0, sample 0"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            replay(tmp_path, stream, phase, asked)
+    for stream, phase, where in ((EVALUATION, 12, "eval-000012.jsonl"), (TRAINING, 13, "train-000013.jsonl")):
+        offers = {"rollout.replay": [None]}
+        with refused(ConfigError, key="rollout.replay", value=tmp_path, where=where, offers=offers):
+            replay(tmp_path, stream, phase, requests)
+    for asked, names in ((Request(0, 2, (1, 2)), ("prompt 0", "sample 2")), (Request(0, 0, (1, 3)), ("sample 0",))):
+        where = str(phase_file(tmp_path, TRAINING, 12))
+        with refused(ConfigError, key="rollout.replay", value=tmp_path, where=where, offers={}, names=names):
+            replay(tmp_path, TRAINING, 12, [asked])
 
 
 def dumped_and_replayed(folder: str) -> tuple[list[Rollout], list[Rollout]]:
@@ -99,15 +117,13 @@ def test_a_generator_dumps_and_replays_a_phase(worlds: Worlds, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["train-000002.jsonl"]
 
 
-def dumped_where_nothing_can_be(folder: str) -> str:
+def dumped_where_nothing_can_be(folder: str) -> None:
     engine = small_engine({}, seed=1, train=False)
-    with pytest.raises(DataError) as caught:
-        Generator(engine, 3, seed=1, dump=folder).generate([Request(0, 0, (1,), Sampling(max_new_tokens=2))])
-    return str(caught.value)
+    generator = Generator(engine, 3, seed=1, dump=folder)
+    with refused(DataError, key="rollout.dump", where="train-000000.jsonl", offers={"rollout.dump": [None]}):
+        generator.generate([Request(0, 0, (1,), Sampling(max_new_tokens=2))])
 
 
 def test_a_dump_that_cannot_be_written_ends_every_rank(worlds: Worlds, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for said in worlds.run(2, dumped_where_nothing_can_be, str(tmp_path / "file")):
-        assert "train-000000.jsonl cannot be written" in said
-        assert "rollout.dump" in said
+    worlds.run(2, dumped_where_nothing_can_be, str(tmp_path / "file"))
