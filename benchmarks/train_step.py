@@ -23,11 +23,13 @@ from torch import Tensor
 from benchmarks.rates import product_rate, synchronize
 from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
 from megarl.models.flops import flops_per_token
-from megarl.models.gpt import GPT
 from megarl.modules.base import build_gpt_engine
-from megarl.parallel.engine import Batch, Engine
+from megarl.modules.losses import count_targets, cross_entropy
+from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
+from megarl.parallel.microbatches import MicrobatchPlan
+from megarl.parallel.rows import Rows
 from megarl.parallel.vocab import padded_vocab
 
 Step = Callable[[], float]  # runs forward and backward, returns the loss
@@ -121,23 +123,16 @@ def build_engine(shape: Shape, grid: Grid, precision: str) -> Engine:
 
 def our_step(engine: Engine, shape: Shape) -> Step:
     """`Engine.train_step` over one microbatch: gradient buffers and Megatron's schedule included."""
-    tokens = shape.tokens(engine.grid.device)
-    batch = {
-        "tokens": tokens,
-        "positions": torch.arange(shape.length, device=tokens.device).expand(shape.batch, -1).contiguous(),
-        "response_mask": torch.ones(shape.batch, shape.length, device=tokens.device),
-    }
-    batch["response_mask"][:, 0] = 0.0  # nothing stands before a first token that could predict it
-
-    def count(batch: Batch) -> Batch:
-        return {"tokens": batch["response_mask"].sum()}
-
-    def loss(model: GPT, output: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Batch]:
-        logprobs = model.logprobs(output, batch["tokens"], batch["response_mask"]).logprobs
-        nll = -logprobs.sum() / counts["tokens"]
-        return nll, {"loss": nll}
-
-    return lambda: engine.train_step([batch], loss, count)["loss"]
+    tokens = shape.tokens(torch.device("cpu"))
+    mask = torch.ones(shape.batch, shape.length)
+    mask[:, 0] = 0.0  # nothing stands before a first token that could predict it
+    rows = Rows(tokens, torch.full((shape.batch,), shape.length), mask)
+    # The last token is read too, as transformers reads it: both do the same work.
+    plan = MicrobatchPlan(
+        rows.lengths, engine.grid.layout, 0, per_microbatch=shape.batch, share_bins=False, read_last=True
+    )
+    microbatches = [batch.to(engine.grid.device) for batch in plan.microbatches(rows)]
+    return lambda: engine.train_step(microbatches, cross_entropy, count_targets)["loss"]
 
 
 def their_step(shape: Shape, device: torch.device) -> tuple[Step, int]:

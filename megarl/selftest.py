@@ -110,8 +110,12 @@ def train(settings: Settings) -> dict[str, Any]:
 
     from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
     from megarl.modules.base import build_gpt_engine
+    from megarl.modules.experience import forward_rows
+    from megarl.modules.losses import count_targets, cross_entropy
     from megarl.parallel.grid import Grid, start_world
     from megarl.parallel.layout import Layout
+    from megarl.parallel.microbatches import make_microbatches
+    from megarl.parallel.rows import Microbatch, Rows
 
     device = start_world()
     layout = Layout.for_world(
@@ -134,35 +138,26 @@ def train(settings: Settings) -> dict[str, Any]:
         total_steps=settings.steps,
     )
 
-    def microbatches(step: int) -> list[dict[str, torch.Tensor]]:
+    def rows(step: int) -> Rows:
         tokens = torch.randint(0, VOCAB, (ROWS, TIME), generator=torch.Generator().manual_seed(step))
         mask = torch.ones(ROWS, TIME)
         mask[:, 0] = 0.0
         mask[::3, TIME // 2 :] = 0.0
-        share = ROWS // layout.dp
-        positions = torch.arange(TIME).expand(2, TIME)
-        return [
-            {"tokens": tokens[i : i + 2], "positions": positions, "response_mask": mask[i : i + 2]}
-            for i in range(grid.dp_rank * share, (grid.dp_rank + 1) * share, 2)
-        ]
+        return Rows(tokens, torch.full((ROWS,), TIME), mask)
 
-    def loss(model: Any, hidden: Any, batch: Any, counts: dict[str, float]) -> Any:
-        logprobs = model.logprobs(hidden, batch["tokens"], batch["response_mask"]).logprobs
-        value = -logprobs.sum() / counts["tokens"]
-        return value, {"loss": value}
+    def microbatches(step: int) -> list[Microbatch]:
+        return make_microbatches(rows(step), torch.arange(ROWS), grid, per_microbatch=2, share_bins=False)
 
-    def logprobs(model: Any, hidden: Any, batch: Any) -> Any:
-        return {"logprobs": model.logprobs(hidden, batch["tokens"], batch["response_mask"]).logprobs}
+    def logprobs(model: Any, hidden: Any, batch: Microbatch) -> Any:
+        return {"logprobs": model.logprobs(hidden, batch.targets, batch.target_mask).logprobs}
 
     losses, norms = [], []
     for step in range(settings.steps):
-        metrics = engine.train_step(microbatches(step), loss, lambda batch: {"tokens": batch["response_mask"].sum()})
+        metrics = engine.train_step(microbatches(step), cross_entropy, count_targets)
         losses.append(metrics["loss"])
         norms.append(engine.apply_gradients())
-    local = torch.cat([result["logprobs"] for result in engine.forward(microbatches(0), logprobs)]).tolist()
-    by_rank = grid.gather((grid.dp_rank, local))
-    rows = dict(by_rank)
-    result = {"loss": losses, "grad_norm": norms, "logprobs": [v for r in sorted(rows) for row in rows[r] for v in row]}
+    found = forward_rows(engine, rows(0), logprobs, per_microbatch=2, share_bins=False)["logprobs"]
+    result = {"loss": losses, "grad_norm": norms, "logprobs": found.flatten().tolist()}
     grid.close()
     dist.destroy_process_group()
     return result

@@ -21,8 +21,9 @@ from megarl.callbacks.checkpoints import Checkpoints
 from megarl.checkpoint import COMMON, INDEX, MANIFEST, find, step_folder, step_of, tensors, tidy, verify
 from megarl.config.schema import CheckpointConfig
 from megarl.errors import CheckpointError
+from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel import shards
-from tests.parallel.engines import batches, count_tokens, small_engine, token_loss
+from tests.parallel.engines import batches, small_engine
 from tests.refusals import assert_refusal
 from tests.tiny_runs import checkpoint_io, load, run_tiny, save
 from tests.worlds import Worlds
@@ -446,7 +447,7 @@ def test_plain_values_come_back_as_they_were(worlds: Worlds, tmp_path: Path) -> 
 def engine_checkpoint(layout: dict[str, Any], path: Path) -> None:
     engine = small_engine(layout)
     io = checkpoint_io_of(engine.grid)
-    engine.train_step(batches(engine, 0), token_loss, count_tokens)
+    engine.train_step(batches(engine, 0), cross_entropy, count_targets)
     engine.apply_gradients()
     io.save_checkpoint({"state_dict": {"policy": engine.sharded_state_dict()}, "global_step": 1, "layout": "x"}, path)
 
@@ -502,7 +503,7 @@ def test_training_on_does_not_change_what_is_being_saved(worlds: Worlds, tmp_pat
         background = checkpoint_io_of(engine.grid, asynchronous=True)
 
         def step(number: int) -> None:
-            engine.train_step(batches(engine, number), token_loss, count_tokens)
+            engine.train_step(batches(engine, number), cross_entropy, count_targets)
             engine.apply_gradients()
 
         def saved_by(io: checkpoints.ShardedCheckpointIO, path: Path) -> None:

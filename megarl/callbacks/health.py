@@ -19,7 +19,7 @@ class Health(Callback):
     """Raises `NumericsError` where anything that a step or an evaluation logged is not finite, and at the end of
     training where a weight is not.
 
-    Every process writes its part of the step's batch, `module.last_batch` (a list of microbatches, dicts of tensors),
+    Every process writes its part of the step's batch, `module.last_batch` (a list of microbatches),
     to `nan-batch-rank<R>.pt` in the run folder; also where the step itself raised `NumericsError`, as the optimizer
     does before it would apply such gradients. All processes are given the same loss, so all of them stop.
     """
@@ -72,7 +72,7 @@ class Health(Callback):
         path = self.folder / f"nan-batch-rank{trainer.global_rank}.pt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            torch.save([_on_cpu(microbatch) for microbatch in batch], path)
+            torch.save([_on_cpu(microbatch.tensors()) for microbatch in batch], path)
         except OSError as problem:  # the numbers are the news, not the disk
             logger.error("%s could not be written: %s", path, problem)
             return f", {_NAMED} not saved"
@@ -86,7 +86,5 @@ def _is_watched(name: str) -> bool:
     return not is_evaluation(name) and not name.startswith("perf/")
 
 
-def _on_cpu(microbatch: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.detach().cpu() if isinstance(value, torch.Tensor) else value for name, value in microbatch.items()
-    }
+def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().cpu() for name, value in tensors.items()}

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from megarl.data.formats import Document, RecordFormat
 from megarl.data.sources import Places, Record
 from megarl.errors import DataError
+from megarl.parallel.packing import pack
+from megarl.parallel.rows import Rows
 from megarl.tokenizers import Tokenizer
 
-PACKING_WINDOW = 8192
 log = logging.getLogger(__name__)
-
-
-class Rows(Protocol):
-    """What batches are made of: rows of one or several documents, with their lengths known up front."""
-
-    packed: bool
-    lengths: np.ndarray
-
-    def __len__(self) -> int: ...
-
-    def row(self, index: int) -> Sequence[Document]:
-        """The documents of a row, in order."""
 
 
 @dataclass
@@ -73,8 +61,6 @@ class SFTDataset:
     Records longer than `seq_length` are cut at the end ("truncate"), left out ("drop") or refused ("error");
     records without a token to train on, from the start or after the cut, are left out. `stats` counts each.
     """
-
-    packed = False
 
     def __init__(
         self,
@@ -148,9 +134,8 @@ class SFTDataset:
     def row(self, index: int) -> Sequence[Document]:
         return (self.documents[index],)
 
-    def fingerprint(self) -> str:
-        """Hex digest of all tokens and masks, in order: two runs saw the same data only if it is the same."""
-        return _fingerprint(self)
+    def take(self, numbers: Tensor) -> Rows:
+        return documents_to_rows([self.row(number) for number in numbers.tolist()], packed=False)
 
 
 class PackedDataset:
@@ -159,12 +144,10 @@ class PackedDataset:
     The packing is made once; epochs draw the rows in new orders.
     """
 
-    packed = True
-
     def __init__(self, documents: SFTDataset, seq_length: int, seed: int, shuffle: bool = True) -> None:
         self.documents = documents
         self.stats = documents.stats
-        self.rows = pack(documents.lengths, seq_length, seed, shuffle)
+        self.rows = pack(documents.lengths, seq_length, seed, shuffle=shuffle)
         self.lengths = np.array([documents.lengths[row].sum() for row in self.rows], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -173,53 +156,30 @@ class PackedDataset:
     def row(self, index: int) -> Sequence[Document]:
         return [self.documents[int(document)] for document in self.rows[index]]
 
-    def fingerprint(self) -> str:
-        """Hex digest of all tokens and masks, in order: two runs saw the same data only if it is the same."""
-        return _fingerprint(self)
+    def take(self, numbers: Tensor) -> Rows:
+        return documents_to_rows([self.row(number) for number in numbers.tolist()], packed=True)
 
 
-def pack(lengths: np.ndarray, seq_length: int, seed: int, shuffle: bool = True) -> list[np.ndarray]:
-    """Share documents out to rows of at most `seq_length` tokens; every document is in exactly one row.
-
-    Documents are taken in a seeded order (their own without shuffle), `PACKING_WINDOW` at a time. Within a
-    window the longest goes first, each into the row with the least room that still holds it.
+def documents_to_rows(rows: Sequence[Sequence[Document]], *, packed: bool) -> Rows:
+    """Return rows that hold the given documents, one behind the other.
 
     Args:
-        lengths: tokens of each document, [documents], none above `seq_length`.
-
-    Returns:
-        The documents of each row; rows follow the order in which their first document was taken.
+        packed: add the columns positions and segment_ids, which begin anew with each document.
     """
-    order = np.arange(len(lengths))
-    if shuffle:
-        order = np.random.default_rng([seed, 0x9AC]).permutation(len(lengths))
-    rows: list[np.ndarray] = []
-    for start in range(0, len(order), PACKING_WINDOW):
-        window = order[start : start + PACKING_WINDOW]
-        rows += [window[row] for row in _best_fit(lengths[window], seq_length)]
-    return rows
-
-
-def _best_fit(lengths: np.ndarray, seq_length: int) -> list[np.ndarray]:
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for document in np.argsort(-lengths, kind="stable"):
-        length = int(lengths[document])
-        place = bisect_left(room, (length, -1))
-        if place < len(room):
-            left, row = room.pop(place)
-        else:
-            left, row = seq_length, len(rows)
-            rows.append([])
-        rows[row].append(int(document))
-        insort(room, (left - length, row))
-    return [np.array(row) for row in sorted((sorted(row) for row in rows), key=lambda row: row[0])]
-
-
-def _fingerprint(rows: SFTDataset | PackedDataset) -> str:
-    digest = hashlib.sha256(rows.lengths.tobytes())
-    for index in range(len(rows)):
-        for document in rows.row(index):
-            digest.update(document.tokens.tobytes())
-            digest.update(document.response_mask.tobytes())
-    return digest.hexdigest()
+    lengths = np.array([sum(map(len, documents)) for documents in rows], dtype=np.int64)
+    shape = (len(rows), int(lengths.max()))
+    tokens, positions, segment_ids = np.zeros((3, *shape), dtype=np.int64)
+    action_mask = np.zeros(shape, dtype=np.float32)
+    for row, documents in enumerate(rows):
+        begin = 0
+        for segment, document in enumerate(documents, 1):
+            end = begin + len(document)
+            tokens[row, begin:end] = document.tokens
+            action_mask[row, begin:end] = document.response_mask
+            positions[row, begin:end] = np.arange(len(document))
+            segment_ids[row, begin:end] = segment
+            begin = end
+    made = Rows(torch.from_numpy(tokens), torch.from_numpy(lengths), torch.from_numpy(action_mask))
+    if not packed:
+        return made
+    return made.with_columns(positions=torch.from_numpy(positions), segment_ids=torch.from_numpy(segment_ids))

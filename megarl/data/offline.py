@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megarl.config.files import load_chat_template
-from megarl.data.collate import Batch
 from megarl.data.formats import check_encodable, encodable
-from megarl.data.order import TrainBatches
+from megarl.data.order import TrainBatches, TrainLoader
 from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Places, Record, read_records
 from megarl.disk import exists, is_file, local, shown
 from megarl.errors import DataError
+from megarl.parallel.rows import Rows
 from megarl.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -162,32 +163,25 @@ class OfflineStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def batch(self, rows: Sequence[int] | np.ndarray, length: int, pad_id: int) -> Batch:
-        """Some samples, right-padded.
-
-        Returns:
-            tokens [rows, length] long; response_mask, rewards [rows, length] float32; lengths [rows] long.
-        """
-        rows = np.asarray(rows)
+    def take(self, numbers: Tensor) -> Rows:
+        """Return some samples; their column rewards [rows, time] is standardised as said above."""
+        rows = numbers.numpy()
         sizes = self.lengths[rows]
-        within = np.arange(length) < sizes[:, None]  # [rows, length]
-        index = (self.starts[rows][:, None] + np.arange(length))[within]
+        within = np.arange(sizes.max()) < sizes[:, None]  # [rows, time]
+        index = (self.starts[rows][:, None] + np.arange(within.shape[1]))[within]
 
-        def filled(name: str, empty: float, dtype: type) -> np.ndarray:
-            whole = np.full(within.shape, empty, dtype)
+        def filled(name: str, dtype: type) -> np.ndarray:
+            whole = np.zeros(within.shape, dtype)
             whole[within] = self.arrays[name][index]
             return whole
 
-        response_mask = filled("response_mask", 0, np.float32)
-        rewards = filled("rewards", 0, np.float32) / np.float32(self.deviation)
-        last = length - 1 - np.argmax(response_mask[:, ::-1], axis=1)
+        action_mask = filled("response_mask", np.float32)
+        rewards = filled("rewards", np.float32) / np.float32(self.deviation)
+        last = within.shape[1] - 1 - np.argmax(action_mask[:, ::-1], axis=1)
         rewards[np.arange(len(rows)), last] -= self.mean / self.deviation
-        return {
-            "tokens": torch.from_numpy(filled("tokens", pad_id, np.int64)),
-            "response_mask": torch.from_numpy(response_mask),
-            "rewards": torch.from_numpy(rewards),
-            "lengths": torch.from_numpy(sizes),
-        }
+        tokens = torch.from_numpy(filled("tokens", np.int64))
+        samples = Rows(tokens, torch.from_numpy(sizes), torch.from_numpy(action_mask))
+        return samples.with_columns(rewards=torch.from_numpy(rewards))
 
     def save(self, folder: Path) -> None:
         """Write aside, then rename: a folder that is there is whole."""
@@ -298,33 +292,10 @@ def open_store(data: OfflineDataConfig, tokenizer: Tokenizer) -> OfflineStore:
     return store
 
 
-class OfflineLoader:
-    """The samples of each optimizer step, the same on every rank, from a cursor that can be set to any step at once."""
-
-    def __init__(self, store: OfflineStore, batches: TrainBatches, *, pad_id: int, steps: int) -> None:
-        """`steps`: the step at which the stream ends, counted from the run's first."""
-        self.store, self.batches, self.pad_id, self.steps = store, batches, pad_id, steps
-
-    def step(self, index: int) -> Batch:
-        """The global batch of step `index`."""
-        rows = self.batches.batch(index)
-        return self.store.batch(rows, int(self.store.lengths[rows].max()), self.pad_id)
-
-    def __iter__(self) -> Iterator[Batch]:
-        while self.batches.consumed < self.steps:
-            batch = self.step(self.batches.consumed)
-            self.batches.consumed += 1
-            yield batch
-
-    def __len__(self) -> int:
-        """Steps of the whole run, those before the cursor included."""
-        return self.steps
-
-
 def build_offline_loader(
-    config: ILQLConfig, store: OfflineStore, tokenizer: Tokenizer, start: int = 0, rows: int | None = None
-) -> OfflineLoader:
-    """Steps `start` up to `trainer.max_steps` of a run; `rows` were used before."""
+    config: ILQLConfig, store: OfflineStore, start: int = 0, rows: int | None = None
+) -> TrainLoader:
+    """Return the rows of steps `start` up to `trainer.max_steps` of a run; `rows` were used before."""
     batches = TrainBatches(
         store.lengths,
         config.trainer.global_batch_size,
@@ -333,7 +304,7 @@ def build_offline_loader(
         start=start,
         rows=rows,
     )
-    return OfflineLoader(store, batches, pad_id=tokenizer.pad_id, steps=config.trainer.max_steps)
+    return TrainLoader(batches, config.trainer.max_steps)
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Which rows make up which global batch, and which of them a data-parallel rank takes.
+"""Which rows make up which global batch.
 
 Global batch k is a function of (seed, k) and the data alone: no state runs along, and no layout is known.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from megarl.config.offers import either, multiples
 from megarl.errors import ConfigError
 
 GROUPING_WINDOW = 32
@@ -80,16 +81,6 @@ class TrainBatches:
             begin += len(piece)
         return np.concatenate(pieces)
 
-    def epoch(self, index: int) -> float:
-        """Epochs behind the stream when global batch `index` begins."""
-        return (self._origin + index * self.global_batch_size) / len(self.lengths)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        while True:
-            rows = self.batch(self.consumed)
-            self.consumed += 1
-            yield rows
-
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
             # A batch touches at most two epochs, unless it is larger than the data; older orders are let go.
@@ -117,29 +108,37 @@ class TrainBatches:
         return order
 
 
-def shard_rows(rows: np.ndarray, dp_rank: int, dp_size: int, micro_batch_size: int) -> list[np.ndarray]:
-    """A data-parallel rank's microbatches of a global batch.
+class TrainLoader:
+    """The numbers of the rows of each training step, from the order's cursor on.
 
-    Rank r takes as its m-th microbatch the `micro_batch_size` rows from (m * dp_size + r) * that size on.
-    So the m-th microbatches of all ranks together are one contiguous slice, and the batch is the same set of
-    rows in every layout.
-
-    Args:
-        rows: [global_batch_size].
-
-    Returns:
-        Arrays [micro_batch_size], as many as there are accumulation steps.
+    Every rank is given the same; a plan shares the rows out.
     """
-    step = micro_batch_size * dp_size
-    if len(rows) % step:
-        working = multiples(step, len(rows))
-        raise ConfigError(
-            f"trainer.global_batch_size={len(rows)} is not a multiple of "
-            f"trainer.micro_batch_size={micro_batch_size} times the data-parallel size {dp_size}; use "
-            f"{either(working)}",
-            key="trainer.global_batch_size",
-            value=len(rows),
-            offers={"trainer.global_batch_size": working},
-        )
-    begins = range(dp_rank * micro_batch_size, len(rows), step)
-    return [rows[begin : begin + micro_batch_size] for begin in begins]
+
+    def __init__(self, batches: TrainBatches, steps: int | None = None) -> None:
+        """`steps` is the step at which the stream ends, counted from the run's first (None: never)."""
+        self.batches, self.steps = batches, steps
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self.steps is None or self.batches.consumed < self.steps:
+            numbers = torch.as_tensor(self.batches.batch(self.batches.consumed))
+            self.batches.consumed += 1
+            yield numbers
+
+    def __len__(self) -> int:
+        """Steps of the whole run, those before the cursor included."""
+        if self.steps is None:
+            raise TypeError("a loader without steps has no end")
+        return self.steps
+
+
+class EvalLoader:
+    """The numbers of all rows once, in their order."""
+
+    def __init__(self, rows: int, rows_per_step: int) -> None:
+        self.rows, self.rows_per_step = rows, rows_per_step
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from torch.arange(self.rows).split(self.rows_per_step)
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.rows_per_step)

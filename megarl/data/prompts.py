@@ -14,7 +14,7 @@ import numpy as np
 from megarl.config.files import load_chat_template
 from megarl.config.rl import PromptDataConfig
 from megarl.data.formats import check_encodable, encodable
-from megarl.data.order import TrainBatches
+from megarl.data.order import TrainBatches, TrainLoader
 from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Places, Record, read_records
 from megarl.errors import ConfigError, DataError
@@ -222,16 +222,14 @@ def _read(path: str, split: str, data: PromptDataConfig, name: str) -> Iterator[
         yield Record({data.prompt_key: start, "graph_seed": data.graph_seed}, f"randomwalks {data.graph_seed}")
 
 
-class PhaseLoader:
-    """Without end, the numbers of each phase's prompts, in an order that follows from the seed."""
+def build_phase_loader(
+    prompts: Sequence[Prompt], per_phase: int, seed: int, start: int = 0, rows: int | None = None
+) -> TrainLoader:
+    """Return, without end, the numbers of each phase's prompts, in an order that follows from the seed.
 
-    def __init__(
-        self, prompts: Sequence[Prompt], per_phase: int, seed: int, start: int = 0, rows: int | None = None
-    ) -> None:
-        """`start` is the phase to begin with, `rows` the prompts of those before it (None: as many in each)."""
-        lengths = np.array([len(prompt.tokens) for prompt in prompts])
-        self.batches = TrainBatches(lengths, per_phase, seed, start=start, rows=rows)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for rows in self.batches:
-            yield rows.tolist()
+    Args:
+        start: the phase to begin with.
+        rows: the prompts of the phases before it (None: `per_phase` in each).
+    """
+    lengths = np.array([len(prompt.tokens) for prompt in prompts])
+    return TrainLoader(TrainBatches(lengths, per_phase, seed, start=start, rows=rows))

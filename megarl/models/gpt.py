@@ -31,21 +31,21 @@ from megarl.models.rotary import rotation
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import initialise
 from megarl.parallel.products import by_onednn, rounded_up
+from megarl.parallel.rows import ModelInputs
 from megarl.parallel.vocab import VocabShard, VocabStats, padded_vocab, vocab_stats
 
-Batch = dict[str, Tensor]
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class TokenLogprobs(NamedTuple):
-    """Per token [batch, time], 0 where not asked for; `entropy` is of the distribution the token was drawn from."""
+    """Of targets [bins, time], 0 where the mask is 0; `entropy` is of the distribution that each was sampled from."""
 
     logprobs: Tensor
     entropy: Tensor | None
 
 
 class TokenQ(NamedTuple):
-    """Of every Q head [batch, time], 0 where not asked for: the value of the token, the cross entropy of the head's
+    """Of every Q head [bins, time], 0 where the mask is 0: the value of the token, the cross entropy of the head's
     values against it, and the target head's value of it, which has no gradient."""
 
     q: list[Tensor]
@@ -149,12 +149,12 @@ class GPT(LanguageModule):
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
-    def forward(self, batch: Batch, cache: CacheView | None = None) -> Tensor:
-        """batch: tokens, positions and (packed) segment_ids, each [batch, time], to [time, batch, hidden].
+    def forward(self, inputs: ModelInputs, cache: CacheView | None = None) -> Tensor:
+        """Return the final hidden states [time, bins, hidden] of what is read, or a stage's own output.
 
         With a cache, the pass leaves its keys and values there, and a pass over single tokens reads earlier ones.
         """
-        tokens, positions = batch["tokens"], batch["positions"]
+        tokens, positions = inputs.tokens, inputs.positions
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=tokens, position_ids=positions + self.config.position_offset)
@@ -169,9 +169,7 @@ class GPT(LanguageModule):
         if cache is not None and cache.length is not None:
             mask = cache.mask(window)
         else:
-            mask = attention_mask(
-                batch.get("segment_ids"), tokens.shape[1], window, tokens.device, self.config.params_dtype
-            )
+            mask = attention_mask(inputs.segment_ids, tokens.shape[1], window, tokens.device, self.config.params_dtype)
         result: Tensor = self.decoder(
             hidden_states=hidden, attention_mask=None, packed_seq_params=Context(turn, mask, cache)
         )
@@ -185,30 +183,31 @@ class GPT(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def logprobs(
-        self, hidden: Tensor, tokens: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
+        self, hidden: Tensor, targets: Tensor, target_mask: Tensor, temperature: float = 1.0, entropy: bool = False
     ) -> TokenLogprobs:
-        """log p(x_t | x_<t) of `tokens` [batch, time] where `mask` is not 0, from the last chunk's hidden states.
+        """Return the log-probs of `targets` [bins, time], each in the state beside it; 0 where the mask is 0.
 
-        The token at t is judged by the hidden state at t - 1. A first token has no state before it, so its log-prob is
-        0. There may be one token more than states: what came after the last of them.
+        Args:
+            hidden: [time, bins, hidden], of the last chunk.
         """
-        states, chosen, where = self._chosen(hidden, tokens, mask)
+        states, tokens, where = self._at_targets(hidden, targets, target_mask)
         stats = self.output_layer(
-            states, chosen, self.shard, self._output_weight(), temperature=temperature, entropy=entropy
+            states, tokens, self.shard, self._output_weight(), temperature=temperature, entropy=entropy
         )
         return TokenLogprobs(
             _scatter(where, stats.logprobs), None if stats.entropy is None else _scatter(where, stats.entropy)
         )
 
-    def token_q(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> TokenQ:
-        """What the Q heads and their targets make of choosing x_t after x_<t, for the same positions as `logprobs`."""
-        states, chosen, where = self._chosen(hidden, tokens, mask)
-        stats = [head.stats(states, chosen, self.shard) for head in self.q_heads]
-        targets = [head.chosen(states.detach(), chosen, self.shard) for head in self.target_q_heads]
+    def token_q(self, hidden: Tensor, targets: Tensor, target_mask: Tensor) -> TokenQ:
+        """Return the Q values that the heads and their target heads give `targets`, each in the state beside it; 0
+        where the mask is 0."""
+        states, tokens, where = self._at_targets(hidden, targets, target_mask)
+        stats = [head.stats(states, tokens, self.shard) for head in self.q_heads]
+        followed = [head.chosen(states.detach(), tokens, self.shard) for head in self.target_q_heads]
         return TokenQ(
             q=[_scatter(where, stat.target_logits) for stat in stats],
             nll=[_scatter(where, -stat.logprobs) for stat in stats],
-            target_q=[_scatter(where, target) for target in targets],
+            target_q=[_scatter(where, target) for target in followed],
         )
 
     def move_targets(self, alpha: float) -> None:
@@ -216,26 +215,29 @@ class GPT(LanguageModule):
         if hasattr(self, TARGET_Q):
             move_targets(self.target_q_heads, self.q_heads, alpha)
 
-    def _chosen(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """States [n, hidden] that tokens [n] were chosen in, where the mask is not 0, and where these stand.
+    def _at_targets(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the states [n, hidden] and targets [n] where the mask is not 0, and that mask as booleans.
 
-        There may be rows of zeros behind them, which stand nowhere: nearly every microbatch has another n.
+        Both may be padded with zeros, as nearly every microbatch has another n.
         """
-        chosen, taken = mask[:, 1:] != 0, tokens[:, 1:]
-        states, taken = self.whole_sequence(hidden)[: taken.shape[1]].transpose(0, 1)[chosen], taken[chosen]
+        where = mask != 0
+        bins, times = where.nonzero(as_tuple=True)
+        # Not a transposed view, whose gradient would not be contiguous: of such a one, Megatron's reduction over the
+        # tensor-parallel ranks keeps each rank's own part and says nothing.
+        states, tokens = self.whole_sequence(hidden)[times, bins], targets[bins, times]
         if by_onednn(states):
-            states, taken = rounded_up(states), rounded_up(taken)
-        return states, taken, nn.functional.pad(chosen, (1, 0))
+            states, tokens = rounded_up(states), rounded_up(tokens)
+        return states, tokens, where
 
     def values(self, hidden: Tensor) -> Tensor:
-        """[batch, 1 + time] V(x_<t), the value of the state in which the token at t is chosen; 0 at the first token."""
+        """Return the values [bins, time] of the states, each of which has read the token at its place."""
         if self.config.sequence_parallel:
             # Every rank computes the same values, so each has the whole gradient already: it is split, not summed.
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
         values: Tensor = self.value_head(hidden).t()
-        return nn.functional.pad(values, (1, 0))
+        return values
 
     def logits(self, states: Tensor) -> Tensor:
         """[rows, hidden] final hidden states to this shard's [rows, valid] logits in float32, for drawing tokens."""
@@ -310,7 +312,7 @@ class GPT(LanguageModule):
 
 
 def _scatter(where: Tensor, values: Tensor) -> Tensor:
-    """[batch, time] with `values` in order at the True positions and 0 elsewhere; what is left of them is dropped."""
+    """[bins, time] with `values` in order at the True positions and 0 elsewhere; what is left of them is dropped."""
     return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(where, values)
 
 

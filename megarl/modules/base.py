@@ -17,9 +17,10 @@ from megarl.models.exchange.card import ModelCard
 from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.load import load
 from megarl.models.gpt import GPT, trains
-from megarl.parallel.engine import Batch, Engine, OptimSpec
+from megarl.parallel.engine import Engine, OptimSpec
 from megarl.parallel.grid import Grid
 from megarl.parallel.optimizer import Optimizers
+from megarl.parallel.rows import Microbatch
 from megarl.tokenizers import Tokenizer
 
 log = get_logger(__name__)
@@ -50,7 +51,7 @@ class Module(LightningModule):
         self.changed: set[str] = set()  # keys that had another value in the run that is resumed
         self.clock = Clock()
         self.work = Work(tokens=0, flops=0.0)
-        self.last_batch: list[Batch] = []
+        self.last_batch: list[Microbatch] = []
         self.samples: list[dict[str, Any]] = []
         self.baseline: dict[str, float] = {}  # metrics of an evaluation before the first step
         self.card: ModelCard | None = None  # says in a checkpoint what model it is of

@@ -5,25 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from megarl.algorithms import aggregate
 from megarl.config.files import load_chat_template
 from megarl.config.rl import PromptDataConfig
 from megarl.config.schema import PPOConfig, RFTConfig
-from megarl.data.collate import collate
 from megarl.data.dataset import SFTDataset
 from megarl.data.formats import RecordFormat
-from megarl.data.order import TrainBatches
+from megarl.data.order import TrainBatches, TrainLoader
 from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Record, read_records
 from megarl.logging import get_logger
-from megarl.models.gpt import GPT
 from megarl.modules.base import build_gpt_engine
-from megarl.modules.experience import Passes, count_chosen
-from megarl.parallel.engine import Batch, Engine, Stats
+from megarl.modules.losses import count_targets, cross_entropy
+from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid
+from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.shards import refused_once
 from megarl.tokenizers import Tokenizer
 
@@ -52,13 +47,12 @@ def clone_behaviour(
     how, length = sample_format(config.data), config.model.max_positions
     documents = refused_once(grid, lambda: SFTDataset(_records(config), tokenizer, length, how, name="clone.data"))
     documents.stats.report("clone.data", "the model's context")
-    samples = as_rows(documents)
-    log.info("cloning the behaviour of %d samples first: %d steps of cross entropy", len(samples["tokens"]), steps)
-    order = TrainBatches(samples["lengths"].numpy(), config.trainer.global_batch_size, config.seed)
-    for step in range(steps):
-        rows = torch.as_tensor(order.batch(step))
-        passes = Passes(samples, rows, grid, config.trainer.micro_batch_size, share_slots=True)
-        metrics = student.train_step(passes.microbatches(), clone_loss, count_chosen)
+    log.info("cloning the behaviour of %d samples first: %d steps of cross entropy", len(documents), steps)
+    order = TrainBatches(documents.lengths, config.trainer.global_batch_size, config.seed)
+    micro = config.trainer.micro_batch_size
+    for step, numbers in enumerate(TrainLoader(order, steps)):
+        microbatches = make_microbatches(documents, numbers, grid, per_microbatch=micro, share_bins=True)
+        metrics = student.train_step(microbatches, cross_entropy, count_targets)
         student.apply_gradients()
         if (step + 1) % max(1, steps // REPORTS) == 0:
             log.info("cloning step %d/%d  loss %.4f", step + 1, steps, metrics["loss"])
@@ -75,19 +69,6 @@ def sample_format(data: PromptDataConfig) -> RecordFormat:
         chat_template=load_chat_template(data.chat_template),
         settable=("messages_key", "prompt_key"),
     )
-
-
-def as_rows(samples: SFTDataset) -> Batch:
-    """tokens, response_mask [rows, time] and lengths [rows] of all samples."""
-    batch = collate([samples.row(row) for row in range(len(samples))], int(samples.lengths.max()), pad_id=0)
-    return {key: batch[key] for key in ("tokens", "response_mask", "lengths")}
-
-
-def clone_loss(model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
-    """Cross entropy, the mean over the trained tokens of the global batch."""
-    logprobs = model.logprobs(hidden, batch["choices"], batch["chosen"]).logprobs
-    loss = aggregate(-logprobs, batch["chosen"], "token_mean", denominator=counts["tokens"])
-    return loss, {"loss": loss}
 
 
 def _records(config: PPOConfig | RFTConfig) -> Iterable[Record]:

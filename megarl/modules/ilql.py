@@ -16,9 +16,12 @@ from megarl.data.prompts import Prompt
 from megarl.models.exchange.card import ModelCard
 from megarl.models.gpt import GPT
 from megarl.modules.base import build_gpt_engine, vocabulary
-from megarl.modules.experience import Passes, count_chosen, in_rows, training_flops
+from megarl.modules.experience import training_flops
 from megarl.modules.generative import GenerativeModule
-from megarl.parallel.engine import Batch, Stats
+from megarl.modules.losses import count_targets
+from megarl.parallel.engine import Stats
+from megarl.parallel.microbatches import make_microbatches
+from megarl.parallel.rows import Microbatch
 from megarl.parallel.shards import refused_once
 from megarl.rollout.guided import guided
 from megarl.rollout.requests import Rollout
@@ -69,42 +72,42 @@ class ILQL(GenerativeModule):
     def rows_per_step(self) -> int:
         return self.config.trainer.global_batch_size
 
-    def train_dataloader(self) -> Iterable[Batch]:
-        return build_offline_loader(self.config, self.store, self.tokenizer, start=self.consumed, rows=self.rows)
+    def train_dataloader(self) -> Iterable[Tensor]:
+        return build_offline_loader(self.config, self.store, start=self.consumed, rows=self.rows)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        settings, rows = self.config.ilql, torch.arange(len(batch["tokens"]))
+    def training_step(self, numbers: Tensor, batch_idx: int) -> None:
+        settings, micro = self.config.ilql, self.config.trainer.micro_batch_size
         with self.clock.part("train"):
             rate = self.policy.learning_rate
-            passes = Passes(batch, rows, self.grid, self.config.trainer.micro_batch_size, share_slots=settings.pack)
-            self.last_batch = passes.microbatches()
-            metrics = self.policy.train_step(self.last_batch, self.loss, count_chosen)
+            self.last_batch = make_microbatches(
+                self.store, numbers, self.grid, per_microbatch=micro, share_bins=settings.pack
+            )
+            metrics = self.policy.train_step(self.last_batch, self.loss, count_targets)
             norms = self.step_optimizers()
             self.advance()
             if self.consumed % settings.target_every == 0:  # of all steps of the run, resumed or not
                 for model in self.policy.models:
                     model.move_targets(settings.target_alpha)
-        flops = training_flops(self.config.model, self.vocab_size, batch["lengths"])
-        self.work = Work(int(batch["lengths"].sum()), flops)
+        lengths = torch.as_tensor(self.store.lengths[numbers.numpy()])
+        self.work = Work(int(lengths.sum()), training_flops(self.config.model, self.vocab_size, lengths))
         self.log_dict({name: metrics[name.removeprefix("train/")] for name in TERMS})
         self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})
 
-    def loss(self, model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
+    def loss(self, model: GPT, hidden: Tensor, batch: Microbatch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
         """Means over the actions of the global batch."""
-        settings = self.config.ilql
-        choices, chosen, mask = batch["choices"], batch["chosen"], batch["response_mask"]
-        v = in_rows(model.values(hidden), batch)
+        settings, mask, to_rows = self.config.ilql, batch.rows.action_mask, batch.gather_rows
+        v = to_rows(model.values(hidden))
         next_v, not_done = following(v, mask)
-        heads = model.token_q(hidden, choices, chosen)
-        q, target_q, q_nll = ([in_rows(one, batch) for one in each] for each in (heads.q, heads.target_q, heads.nll))
+        heads = model.token_q(hidden, batch.targets, batch.target_mask)
+        q, target_q, q_nll = ([to_rows(one) for one in each] for each in (heads.q, heads.target_q, heads.nll))
         loss, parts = ilql_loss(
             q=q,
             target_q=target_q,
             v=v,
             next_v=next_v,
             q_nll=q_nll,
-            policy_nll=-in_rows(model.logprobs(hidden, choices, chosen).logprobs, batch),
-            rewards=batch["rewards"],
+            policy_nll=-to_rows(model.logprobs(hidden, batch.targets, batch.target_mask).logprobs),
+            rewards=batch.rows["rewards"],
             not_done=not_done,
             mask=mask,
             tau=settings.tau,

@@ -15,7 +15,7 @@ from megarl.clock import Work
 from megarl.config.files import load_chat_template
 from megarl.config.resume import from_plain
 from megarl.config.schema import PPOConfig
-from megarl.data.prompts import PhaseLoader
+from megarl.data.prompts import build_phase_loader
 from megarl.errors import NumericsError
 from megarl.logging import get_logger
 from megarl.models.exchange.adopt import adopt_critic
@@ -23,13 +23,15 @@ from megarl.models.exchange.card import ModelCard
 from megarl.models.gpt import GPT
 from megarl.modules.base import build_gpt_engine, vocabulary
 from megarl.modules.clone import clone_behaviour
-from megarl.modules.experience import Passes, as_batch, evaluate, in_rows, training_flops
+from megarl.modules.experience import forward_rows, rollouts_to_rows, training_flops
 from megarl.modules.generative import REWARD, GenerativeModule
 from megarl.modules.invariants import Invariants
 from megarl.modules.reference import keep, take
 from megarl.modules.shaping import Shaping
-from megarl.parallel.engine import Batch, Engine, ForwardFn, Stats
+from megarl.parallel.engine import Engine, ForwardFn, Outputs, Stats
 from megarl.parallel.grid import SEEDS
+from megarl.parallel.microbatches import make_microbatches
+from megarl.parallel.rows import Microbatch, Rows
 from megarl.tokenizers import Tokenizer
 
 NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
@@ -174,85 +176,86 @@ class PPO(GenerativeModule):
     def rows_per_step(self) -> int:
         return self.config.ppo.rollouts // self.config.rollout.n
 
-    def train_dataloader(self) -> Iterable[list[int]]:
-        return PhaseLoader(self.prompts, self.rows_per_step, self.config.seed, start=self.consumed, rows=self.rows)
+    def train_dataloader(self) -> Iterable[Tensor]:
+        return build_phase_loader(
+            self.prompts, self.rows_per_step, self.config.seed, start=self.consumed, rows=self.rows
+        )
 
     # --- a phase ----------------------------------------------------------------------------------------------------
 
-    def training_step(self, prompt_numbers: list[int], batch_idx: int) -> None:
-        prompts = [self.prompts[number] for number in prompt_numbers]
+    def training_step(self, numbers: Tensor, batch_idx: int) -> None:
+        prompts = [self.prompts[number] for number in numbers.tolist()]
         self._place_schedules()
         rate = self.policy.learning_rate
         rollouts, scores, judgement = self.explore(prompts)
-        batch = as_batch(rollouts)
+        rows = rollouts_to_rows(rollouts)
         self.places = [f"{prompts[one.prompt_id].where}, response {one.sample_id}" for one in rollouts]
         with self.clock.part("evaluate"):
-            stats = self._evaluate(batch)
+            rows, stats = self._evaluate(rows)
         with self.clock.part("shape"):
-            stats |= self.shaping.shape(batch, scores, [rollout.finish_reason == "length" for rollout in rollouts])
-            self._refuse_not_finite(batch, "advantages", "returns")
+            rows, shaped = self.shaping.shape(rows, scores)
+            stats |= shaped
+            self._refuse_not_finite(rows, "advantages", "returns")
         kl = stats.get("rollout/kl", 0.0)
         self._watch_kl(kl)
         self._watch_scores(stats)
         with self.clock.part("train"):
-            stats |= self._train(batch)
+            stats |= self._train(rows)
         self.shaping.kl_control.update(kl, len(rollouts))
         self.advance()
-        self.work = self._work(batch)
+        self.work = self._work(rows)
         parts = {f"rollout/score/{name}": mean for name, mean in judgement.means().items()}
         self.log_dict({"train/lr": rate, "rollout/dropped": float(judgement.dropped), **parts, **stats})
 
-    def _evaluate(self, batch: Batch) -> dict[str, float]:
-        """Add old_logprobs, values and (where there is a reference) ref_logprobs to the batch."""
-        mask = batch["response_mask"]
+    def _evaluate(self, rows: Rows) -> tuple[Rows, dict[str, float]]:
+        """Add the columns old_logprobs, values and (where there is a reference) ref_logprobs."""
+        mask = rows.action_mask
 
-        def of_policy(model: GPT, hidden: Tensor, rows: Batch) -> Batch:
-            out = model.logprobs(hidden, rows["choices"], rows["chosen"], self.temperature, entropy=True)
+        def of_policy(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
+            out = model.logprobs(hidden, batch.targets, batch.target_mask, self.temperature, entropy=True)
             assert out.entropy is not None
             found = {"old_logprobs": out.logprobs, "entropy": out.entropy}
             return {**found, "values": model.values(hidden)} if self.critic is self.policy else found
 
-        found = self._everywhere(self.policy, batch, of_policy)
+        found = self._forward(self.policy, rows, of_policy)
         entropy = found.pop("entropy")
-        batch.update(found)
         if self.critic is not self.policy:
-            batch.update(
-                self._everywhere(self.critic, batch, lambda model, hidden, _: {"values": model.values(hidden)})
-            )
+            found |= self._forward(self.critic, rows, lambda model, hidden, _: {"values": model.values(hidden)})
         if self.reference is not None:
             with self.policy.with_weights(self.reference):
-                batch["ref_logprobs"] = self._everywhere(self.policy, batch, of_policy)["old_logprobs"]
-        self._refuse_not_finite(batch, "old_logprobs", "values", *(["ref_logprobs"] if "ref_logprobs" in batch else []))
+                found["ref_logprobs"] = self._forward(self.policy, rows, of_policy)["old_logprobs"]
+        rows = rows.with_columns(**found)
+        self._refuse_not_finite(rows, *found)
         if self.reference is not None and self.trainer.global_step == 0:
-            gap = (batch["old_logprobs"] - batch["ref_logprobs"]) * mask
+            gap = (rows["old_logprobs"] - rows["ref_logprobs"]) * mask
             self.invariants.same_weights(float(gap.abs().max()))
         tokens = mask.sum()
-        drift = float(((batch["rollout_logprobs"] - batch["old_logprobs"]).abs() * mask).sum() / tokens)
+        drift = float(((rows["rollout_logprobs"] - rows["old_logprobs"]).abs() * mask).sum() / tokens)
         self.invariants.drift(drift)
-        return {
+        return rows, {
             "rollout/logprob_drift": drift,
             "rollout/entropy": float((entropy * mask).sum() / tokens),
-            "rollout/response_tokens": float(tokens / len(mask)),
+            "rollout/response_tokens": float(tokens / len(rows)),
         }
 
-    def _everywhere(self, engine: Engine, batch: Batch, fn: ForwardFn) -> Batch:
+    def _forward(self, engine: Engine, rows: Rows, fn: ForwardFn) -> dict[str, Tensor]:
         micro, pack = self.config.trainer.micro_batch_size, self.config.ppo.pack
-        return evaluate(engine, batch, fn, micro, share_slots=pack)
+        return forward_rows(engine, rows, fn, per_microbatch=micro, share_bins=pack)
 
-    def _train(self, batch: Batch) -> dict[str, float]:
+    def _train(self, rows: Rows) -> dict[str, float]:
         """Inner epochs of minibatches, in one order that follows from the seed.
 
         A policy that has moved further than ppo.stop_at_kl trains no more in this phase; a separate critic goes on.
         """
         ppo, size = self.config.ppo, self.config.trainer.global_batch_size
-        rows, expected = len(batch["tokens"]), float(batch["response_mask"].count_nonzero())
+        expected = float(rows.action_mask.count_nonzero())
         shuffle = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.consumed) % SEEDS)
         collected: list[dict[str, float]] = []
         self.policy_trains = self.consumed >= self.config.critic.warmup_phases
         for _ in range(ppo.inner_epochs):
             counted = 0.0
-            for minibatch in torch.randperm(rows, generator=shuffle).split(size):
-                stats = self._minibatch(batch, minibatch, first=not collected)
+            for numbers in torch.randperm(len(rows), generator=shuffle).split(size):
+                stats = self._minibatch(rows, numbers, first=not collected)
                 counted += stats.pop("tokens")
                 collected.append(stats)
                 if self._is_over():
@@ -284,15 +287,15 @@ class PPO(GenerativeModule):
         steps = len(columns.get(NORMS["policy" if self.critic is self.policy else "critic"], ()))
         return {**means, "train/optimizer_steps": float(steps)}
 
-    def _minibatch(self, batch: Batch, rows: Tensor, first: bool) -> dict[str, float]:
+    def _minibatch(self, rows: Rows, numbers: Tensor, first: bool) -> dict[str, float]:
         """One optimizer step, unless the policy turns out to have moved too far already."""
         micro, pack = self.config.trainer.micro_batch_size, self.config.ppo.pack
-        self.last_batch = Passes(batch, rows, self.grid, micro, share_slots=pack).microbatches()
+        self.last_batch = make_microbatches(rows, numbers, self.grid, per_microbatch=micro, share_bins=pack)
         metrics: dict[str, float] = {}
         if self.policy_trains:
             metrics = self.policy.train_step(self.last_batch, self.policy_loss, self._count)
             metrics["train/loss"] = metrics["loss"]
-            learns = self.policy.learning_rate > 0 and bool(batch["advantages"][rows].any())
+            learns = self.policy.learning_rate > 0 and bool(rows["advantages"][numbers].any())
             if self.critic is self.policy:
                 learns = learns and self.config.ppo.vf_coef * metrics["value/loss"] != 0
             self.invariants.gradients(self.policy, learns, fresh=self._is_fresh(self.config.critic.warmup_phases))
@@ -317,16 +320,19 @@ class PPO(GenerativeModule):
 
     # --- losses -----------------------------------------------------------------------------------------------------
 
-    def policy_loss(self, model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
+    def policy_loss(
+        self, model: GPT, hidden: Tensor, batch: Microbatch, counts: dict[str, float]
+    ) -> tuple[Tensor, Stats]:
         """The clipped policy loss, the entropy bonus, the KL where it is a loss, and a shared critic's value loss."""
-        ppo, mask = self.config.ppo, batch["response_mask"]
+        ppo, rows, mask = self.config.ppo, batch.rows, batch.rows.action_mask
         how = {"norm": float(self.config.rollout.max_new_tokens), "denominator": counts["units"]}
-        out = model.logprobs(hidden, batch["choices"], batch["chosen"], self.temperature, entropy=ppo.entropy_coef > 0)
-        logprobs = in_rows(out.logprobs, batch)
+        entropy_counts = ppo.entropy_coef > 0
+        out = model.logprobs(hidden, batch.targets, batch.target_mask, self.temperature, entropy=entropy_counts)
+        logprobs = batch.gather_rows(out.logprobs)
         loss, found = ppo_policy_loss(
             logprobs,
-            batch["old_logprobs"],
-            batch["advantages"],
+            rows["old_logprobs"],
+            rows["advantages"],
             mask,
             clip_low=ppo.clip_low,
             clip_high=ppo.clip_high,
@@ -340,11 +346,11 @@ class PPO(GenerativeModule):
         stats = {f"policy/{key}": found[key] * share for key in ("clip_fraction", "approx_kl", "ratio")}
         stats["policy/loss"] = loss
         if out.entropy is not None:
-            entropy = aggregate(in_rows(out.entropy, batch), mask, ppo.aggregation, **how)
+            entropy = aggregate(batch.gather_rows(out.entropy), mask, ppo.aggregation, **how)
             loss = loss - ppo.entropy_coef * entropy
             stats["policy/entropy"] = entropy
-        if ppo.kl_in == "loss" and "ref_logprobs" in batch:
-            kl = kl_estimate(mask_out(logprobs, mask), mask_out(batch["ref_logprobs"], mask), ppo.kl_kind)
+        if ppo.kl_in == "loss" and "ref_logprobs" in rows:
+            kl = kl_estimate(mask_out(logprobs, mask), mask_out(rows["ref_logprobs"], mask), ppo.kl_kind)
             kl_loss = aggregate(kl, mask, ppo.aggregation, **how)
             loss = loss + self.shaping.kl_control.value * kl_loss
             stats["policy/kl_loss"] = kl_loss
@@ -354,20 +360,22 @@ class PPO(GenerativeModule):
             stats |= values
         return loss, {**stats, "loss": loss}
 
-    def value_loss(self, model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
+    def value_loss(
+        self, model: GPT, hidden: Tensor, batch: Microbatch, counts: dict[str, float]
+    ) -> tuple[Tensor, Stats]:
         """The clipped value loss, the mean over the response tokens of the global minibatch."""
         loss, found = ppo_value_loss(
-            in_rows(model.values(hidden), batch),
-            batch["values"],
-            batch["returns"],
-            batch["response_mask"],
+            batch.gather_rows(model.values(hidden)),
+            batch.rows["values"],
+            batch.rows["returns"],
+            batch.rows.action_mask,
             clip=self.config.ppo.clip_value,
             denominator=counts["tokens"],
         )
         return loss, {"value/loss": loss, "value/clip_fraction": found["clip_fraction"]}
 
-    def _count(self, batch: Batch) -> Stats:
-        mask = batch["response_mask"]
+    def _count(self, batch: Microbatch) -> Stats:
+        mask = batch.rows.action_mask
         return {"tokens": mask.sum(), "units": aggregation_count(mask, self.config.ppo.aggregation)}
 
     # --- state -----------------------------------------------------------------------------------------------------
@@ -393,10 +401,10 @@ class PPO(GenerativeModule):
 
     # --- watching ---------------------------------------------------------------------------------------------------
 
-    def _refuse_not_finite(self, batch: Batch, *names: str) -> None:
-        """Of tensors [rows, time] that are the same on every rank: what is NaN or infinite must not be trained on."""
+    def _refuse_not_finite(self, rows: Rows, *names: str) -> None:
+        """Refuse columns that hold NaN or infinity; they are the same on every rank."""
         for name in names:
-            wrong = (~torch.isfinite(batch[name])).any(dim=1).nonzero()
+            wrong = (~torch.isfinite(rows[name])).any(dim=1).nonzero()
             if len(wrong):
                 raise NumericsError(
                     f"{self.places[int(wrong[0])]}: {name} in phase {self.consumed + 1} are NaN or infinite: look at "
@@ -432,10 +440,10 @@ class PPO(GenerativeModule):
                 stats["rollout/score"],
             )
 
-    def _work(self, batch: Batch) -> Work:
+    def _work(self, rows: Rows) -> Work:
         """Generating and evaluating are forward passes; each inner epoch is a forward and a backward."""
-        once = training_flops(self.config.model, self.vocab_size, batch["lengths"])
+        once = training_flops(self.config.model, self.vocab_size, rows.lengths)
         models = 2 if self.critic is not self.policy else 1
         self.training_flops = once * models * self.config.ppo.inner_epochs
         passes = FORWARD_SHARE * (models + 1 + (self.reference is not None))
-        return Work(int(batch["lengths"].sum()), self.training_flops + once * passes)
+        return Work(int(rows.lengths.sum()), self.training_flops + once * passes)

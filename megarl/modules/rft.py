@@ -8,19 +8,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megarl.clock import Work
 from megarl.config.files import load_chat_template
 from megarl.config.schema import RFTConfig
-from megarl.data.prompts import PhaseLoader
+from megarl.data.prompts import build_phase_loader
 from megarl.models.exchange.card import ModelCard
 from megarl.modules.base import build_gpt_engine, vocabulary
-from megarl.modules.clone import clone_behaviour, clone_loss
-from megarl.modules.experience import Passes, as_batch, count_chosen, training_flops
+from megarl.modules.clone import clone_behaviour
+from megarl.modules.experience import rollouts_to_rows, training_flops
 from megarl.modules.generative import GenerativeModule
 from megarl.modules.judge import total
-from megarl.parallel.engine import Batch
+from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel.grid import SEEDS
+from megarl.parallel.microbatches import make_microbatches
+from megarl.parallel.rows import Rows
 from megarl.rewards.answers import Score
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
@@ -74,19 +77,21 @@ class RFT(GenerativeModule):
     def rows_per_step(self) -> int:
         return self.config.rft.prompts or len(self.prompts)
 
-    def train_dataloader(self) -> Iterable[list[int]]:
-        return PhaseLoader(self.prompts, self.rows_per_step, self.config.seed, start=self.consumed, rows=self.rows)
+    def train_dataloader(self) -> Iterable[Tensor]:
+        return build_phase_loader(
+            self.prompts, self.rows_per_step, self.config.seed, start=self.consumed, rows=self.rows
+        )
 
-    def training_step(self, prompt_numbers: list[int], batch_idx: int) -> None:
-        prompts = [self.prompts[number] for number in prompt_numbers]
+    def training_step(self, numbers: Tensor, batch_idx: int) -> None:
+        prompts = [self.prompts[number] for number in numbers.tolist()]
         rate = self.policy.learning_rate
         rollouts, scored, judgement = self.explore(prompts)
         answers = distinct(rollouts, scored)
-        batch = as_batch([rollout for rollout, _ in answers])
+        rows = rollouts_to_rows([rollout for rollout, _ in answers])
         with self.clock.part("train"):
-            stats = self._improve(batch, answers)
+            stats = self._improve(rows, answers)
         self.advance()
-        self.work = self._work(batch, stats["train/optimizer_steps"])
+        self.work = self._work(rows, stats["train/optimizer_steps"])
         scores = judgement.totals()
         self.log_dict(
             {
@@ -99,19 +104,19 @@ class RFT(GenerativeModule):
             }
         )
 
-    def _improve(self, batch: Batch, answers: Sequence[tuple[Rollout, float]]) -> dict[str, float]:
+    def _improve(self, rows: Rows, answers: Sequence[tuple[Rollout, float]]) -> dict[str, float]:
         """Train on the answers above a percentile of their prompt's, which rises from step to step."""
         config, rft = self.config, self.config.rft
         shuffle = torch.Generator().manual_seed((config.seed * 1_000_003 + self.consumed) % SEEDS)
         collected: list[dict[str, float]] = []
         kept = 0
         for percentile in np.linspace(rft.start_percentile, rft.end_percentile, rft.improve_steps):
-            rows = torch.tensor(above(answers, float(percentile)))
-            kept += len(rows)
-            for minibatch in rows[torch.randperm(len(rows), generator=shuffle)].split(config.trainer.global_batch_size):
+            best = torch.tensor(above(answers, float(percentile)))
+            kept += len(best)
+            for numbers in best[torch.randperm(len(best), generator=shuffle)].split(config.trainer.global_batch_size):
                 micro = config.trainer.micro_batch_size
-                self.last_batch = Passes(batch, minibatch, self.grid, micro, share_slots=True).microbatches()
-                metrics = self.policy.train_step(self.last_batch, clone_loss, count_chosen)
+                self.last_batch = make_microbatches(rows, numbers, self.grid, per_microbatch=micro, share_bins=True)
+                metrics = self.policy.train_step(self.last_batch, cross_entropy, count_targets)
                 norms = self.step_optimizers()
                 collected.append({"train/loss": metrics["loss"], "train/grad_norm": norms["policy"]})
         means = {key: sum(stats[key] for stats in collected) / len(collected) for key in collected[0]}
@@ -121,8 +126,8 @@ class RFT(GenerativeModule):
             "train/optimizer_steps": float(len(collected)),
         }
 
-    def _work(self, batch: Batch, steps: float) -> Work:
-        lengths = batch["lengths"]
+    def _work(self, rows: Rows, steps: float) -> Work:
+        lengths = rows.lengths
         passes = self.config.trainer.global_batch_size * steps / len(lengths)
         flops = training_flops(self.config.model, self.vocab_size, lengths)
         return Work(int(lengths.sum() * passes), flops * passes)

@@ -5,16 +5,19 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from megarl.algorithms import aggregate
 from megarl.clock import Work
 from megarl.config.files import load_chat_template
 from megarl.config.schema import SFTConfig
-from megarl.data.build import build_eval_loader, build_sft_data, build_train_loader
+from megarl.data.build import build_sft_data, build_train_loader
+from megarl.data.order import EvalLoader
 from megarl.models.exchange.card import ModelCard
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
 from megarl.modules.base import Module, build_gpt_engine, vocabulary
-from megarl.parallel.engine import Batch, Stats
+from megarl.modules.losses import count_targets, cross_entropy
+from megarl.parallel.engine import Stats
+from megarl.parallel.microbatches import make_microbatches
+from megarl.parallel.rows import Microbatch
 from megarl.parallel.shards import refused_once
 from megarl.tokenizers import Tokenizer
 
@@ -36,14 +39,8 @@ class SFT(Module):
     def configure_model(self) -> None:
         if self.engines:
             return
-        layout = self.grid.layout
-        self.share = {
-            "dp_rank": self.grid.dp_rank,
-            "dp_size": layout.dp,
-            "multiple_of": layout.tp if layout.sequence_parallel else 1,
-        }
         self.train_data, self.eval_data = refused_once(
-            self.grid, lambda: build_sft_data(self.config, self.tokenizer, **self.share)
+            self.grid, lambda: build_sft_data(self.config, self.tokenizer, report=self.grid.dp_rank == 0)
         )
         self.policy = build_gpt_engine(
             self.grid,
@@ -62,23 +59,21 @@ class SFT(Module):
     def rows_per_step(self) -> int:
         return self.config.trainer.global_batch_size
 
-    def train_dataloader(self) -> Iterable[list[Batch]]:
-        return build_train_loader(
-            self.config, self.train_data, self.tokenizer, start=self.consumed, rows=self.rows, **self.share
-        )
+    def train_dataloader(self) -> Iterable[Tensor]:
+        return build_train_loader(self.config, self.train_data, start=self.consumed, rows=self.rows)
 
-    def val_dataloader(self) -> Iterable[list[Batch]]:
-        return (
-            []
-            if self.eval_data is None
-            else build_eval_loader(self.config, self.eval_data, self.tokenizer, **self.share)
-        )
+    def val_dataloader(self) -> Iterable[Tensor]:
+        if self.eval_data is None:
+            return []
+        per_step = self.config.trainer.eval_batch_size * self.grid.layout.pp * self.grid.layout.dp
+        return EvalLoader(len(self.eval_data), per_step)
 
-    def training_step(self, microbatches: list[Batch], batch_idx: int) -> None:
-        self.last_batch = microbatches
+    def training_step(self, numbers: Tensor, batch_idx: int) -> None:
+        micro = self.config.trainer.micro_batch_size
+        self.last_batch = make_microbatches(self.train_data, numbers, self.grid, per_microbatch=micro, share_bins=False)
         with self.clock.part("train"):
             rate = self.policy.learning_rate
-            metrics = self.policy.train_step(microbatches, token_loss, count)
+            metrics = self.policy.train_step(self.last_batch, cross_entropy, count)
             norms = self.step_optimizers()
         self.advance()
         tokens = int(metrics["all_tokens"])
@@ -89,34 +84,30 @@ class SFT(Module):
     def on_validation_epoch_start(self) -> None:
         self.eval_sums = {"nll": 0.0, "tokens": 0.0}
 
-    def validation_step(self, microbatches: list[Batch], batch_idx: int) -> None:
+    def validation_step(self, numbers: Tensor, batch_idx: int) -> None:
+        assert self.eval_data is not None
+        micro = self.config.trainer.eval_batch_size
+        microbatches = make_microbatches(self.eval_data, numbers, self.grid, per_microbatch=micro, share_bins=False)
         with self.clock.part("eval"):
-            sums = self.policy.evaluate(microbatches, self.negative_log_likelihood)
+            sums = self.policy.evaluate(microbatches, negative_log_likelihood)
         self.eval_sums = {key: self.eval_sums[key] + sums[key] for key in self.eval_sums}
-
-    def negative_log_likelihood(self, model: GPT, hidden: Tensor, batch: Batch) -> Stats:
-        mask = batch["response_mask"]
-        logprobs = model.logprobs(hidden, batch["tokens"], mask).logprobs
-        return {"nll": -(logprobs.double() * mask).sum(), "tokens": mask.sum()}
 
     def on_validation_epoch_end(self) -> None:
         loss = self.eval_sums["nll"] / max(self.eval_sums["tokens"], 1.0)
         self.log_dict({"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 100.0))})
 
 
-def token_loss(model: GPT, hidden: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
-    """Cross entropy, the mean over the response tokens of the global batch."""
-    mask = batch["response_mask"]
-    logprobs = model.logprobs(hidden, batch["tokens"], mask).logprobs
-    loss = aggregate(-logprobs, mask, "token_mean", denominator=counts["tokens"])
-    return loss, {"loss": loss}
+def negative_log_likelihood(model: GPT, hidden: Tensor, batch: Microbatch) -> Stats:
+    """Return the sum over the targets of a microbatch, and their number."""
+    logprobs = model.logprobs(hidden, batch.targets, batch.target_mask).logprobs
+    return {"nll": -(logprobs.double() * batch.target_mask).sum(), "tokens": batch.target_mask.sum()}
 
 
-def count(batch: Batch) -> Stats:
-    """What is counted over a global batch: response tokens, tokens without padding, and squares of rows' lengths."""
-    lengths = batch["lengths"]
+def count(batch: Microbatch) -> Stats:
+    """Count what is trained on, tokens without padding, and squares of rows' lengths."""
+    lengths = batch.rows.lengths
     return {
-        "tokens": batch["response_mask"].sum(),
+        **count_targets(batch),
         "all_tokens": lengths.sum(),
         "squared_lengths": (lengths.double() ** 2).sum(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from megarl.algorithms import (
 from megarl.algorithms.advantages import VARIANCE_EPS
 from megarl.config.rl import PPOSettings
 from megarl.modules.judge import total
-from megarl.parallel.engine import Batch
+from megarl.parallel.rows import Rows
 from megarl.rewards.answers import Score
 
 SMALLEST_STD = 1e-8  # scores that are all equal are divided by nothing
@@ -39,37 +40,39 @@ class Shaping:
         self.moments = RunningMoments()
         self.first_std: float | None = None  # of the first phase's scores
 
-    def shape(self, batch: Batch, scores: Sequence[Score], cut: Sequence[bool]) -> dict[str, float]:
-        """Add advantages and returns [rows, time] to the batch; what is logged of it.
+    def shape(self, rows: Rows, scores: Sequence[Score]) -> tuple[Rows, dict[str, float]]:
+        """Return the rows with the columns advantages and returns, and what is logged of them.
+
+        With `ppo.mask_overlong` no action of a truncated response is left in their action mask.
 
         Args:
-            batch: with old_logprobs, values and, where there is a reference, ref_logprobs.
+            rows: with old_logprobs, values, truncated and, where there is a reference, ref_logprobs.
             scores: of each row, one number or one per response token.
-            cut: whether a row's response was cut at its length.
         """
-        settings, mask = self.settings, batch["response_mask"]
+        settings, mask, truncated = self.settings, rows.action_mask, rows["truncated"]
         given = torch.tensor([total(score) for score in scores], dtype=torch.float32)
         kl = torch.zeros_like(mask)
-        if "ref_logprobs" in batch:
-            kl = kl_estimate(batch["old_logprobs"], batch["ref_logprobs"], settings.kl_kind) * mask
+        if "ref_logprobs" in rows:
+            kl = kl_estimate(rows["old_logprobs"], rows["ref_logprobs"], settings.kl_kind) * mask
         coef = self.kl_control.value if settings.kl_in == "reward" else 0.0
         rewards = self._rewards(given, scores, mask, kl, coef)
-        rewards = self._penalise(rewards, mask, cut)
+        rewards = self._penalise(rewards, mask, truncated)
         if settings.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         if settings.mask_overlong:
-            mask = batch["response_mask"] = mask * ~torch.tensor(cut)[:, None]
-        advantages, returns = gae(rewards, batch["values"], mask, settings.gamma, settings.lam)
-        batch["advantages"] = whiten(advantages, mask) if settings.whiten_advantages else advantages * mask
-        batch["returns"] = returns
+            mask = mask * ~truncated[:, None]
+        advantages, returns = gae(rewards, rows["values"], mask, settings.gamma, settings.lam)
+        shaped = replace(rows, action_mask=mask).with_columns(
+            advantages=whiten(advantages, mask) if settings.whiten_advantages else advantages * mask, returns=returns
+        )
         stats = {"rollout/whitening_factor": whitening_factor(advantages, mask)} if settings.whiten_advantages else {}
-        return {
+        return shaped, {
             **stats,
             "rollout/score": float(given.mean()),
             "rollout/score_std": float(given.std()) if len(given) > 1 else 0.0,
-            **self._kl_stats(batch, kl),
-            "rollout/cut": sum(cut) / len(cut),
-            "value/explained_variance": explained_variance(batch["values"], returns, mask),
+            **self._kl_stats(rows, kl),
+            "rollout/cut": float(truncated.float().mean()),
+            "value/explained_variance": explained_variance(rows["values"], returns, mask),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,16 +123,16 @@ class Shaping:
         bound = self.settings.clip_scores
         return scores if bound is None else scores.clamp(-bound, bound)
 
-    def _kl_stats(self, batch: Batch, kl: Tensor) -> dict[str, float]:
-        if "ref_logprobs" not in batch:
+    def _kl_stats(self, rows: Rows, kl: Tensor) -> dict[str, float]:
+        if "ref_logprobs" not in rows:
             return {}
         return {"rollout/kl": float(kl.sum() / len(kl)), "rollout/kl_coef": float(self.kl_control.value)}
 
-    def _penalise(self, rewards: Tensor, mask: Tensor, cut: Sequence[bool]) -> Tensor:
+    def _penalise(self, rewards: Tensor, mask: Tensor, truncated: Tensor) -> Tensor:
         """Take the penalty for a missing end of sequence from where the score landed."""
         if self.settings.missing_eos_penalty == 0:
             return rewards
-        penalty = torch.tensor(cut).float() * self.settings.missing_eos_penalty
+        penalty = truncated.float() * self.settings.missing_eos_penalty
         return rewards + per_token_rewards(-penalty, torch.zeros_like(mask), mask, 0.0)
 
 

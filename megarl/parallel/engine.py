@@ -27,16 +27,17 @@ from megarl.parallel.optimizer import (
     restore_schedule,
     trains_here,
 )
+from megarl.parallel.rows import Microbatch
 
-Batch = dict[str, Tensor]
 Stats = dict[str, Tensor]
+Outputs = dict[str, Tensor]
 
 # loss_fn(model, output, microbatch, counts) -> (loss, stats). `counts` are sums over all microbatches and data-parallel
 # ranks: a loss divided by one of them does not depend on how its batch was cut. Stats are such shares, to be added up.
-LossFn = Callable[[Any, Tensor, Batch, dict[str, float]], tuple[Tensor, Stats]]
-CountFn = Callable[[Batch], Stats]
-# fn(model, output, microbatch) -> tensors [batch, ...]
-ForwardFn = Callable[[Any, Tensor, Batch], Batch]
+LossFn = Callable[[Any, Tensor, Microbatch, dict[str, float]], tuple[Tensor, Stats]]
+CountFn = Callable[[Microbatch], Stats]
+# fn(model, output, microbatch) -> tensors [bins, ...]
+ForwardFn = Callable[[Any, Tensor, Microbatch], Outputs]
 
 
 class BuildModel(Protocol):
@@ -83,10 +84,10 @@ class Engine:
 
     # --- training -------------------------------------------------------------------------------------------------
 
-    def train_step(self, microbatches: Sequence[Batch], loss_fn: LossFn, count_fn: CountFn) -> dict[str, float]:
+    def train_step(self, microbatches: Sequence[Microbatch], loss_fn: LossFn, count_fn: CountFn) -> dict[str, float]:
         """Gradients of one optimizer step: forward and backward over this replica's microbatches, summed over replicas.
 
-        All microbatches have the same [batch, time]. Returns the counts, and the stats summed over microbatches and
+        All microbatches have the same [bins, time]. Returns the counts, and the stats summed over microbatches and
         data-parallel ranks, on every rank; the optimizer is stepped by the caller, through Lightning.
         """
         self.train()
@@ -95,7 +96,7 @@ class Engine:
         # Megatron divides a loss by the number of microbatches and its gradient by the data-parallel size.
         undo_averaging = len(microbatches) * self.grid.layout.dp
 
-        def loss_and_stats(model: Any, batch: Batch, output: Tensor) -> tuple[Tensor, Stats]:
+        def loss_and_stats(model: Any, batch: Microbatch, output: Tensor) -> tuple[Tensor, Stats]:
             loss, stats = loss_fn(model, output, batch, counts)
             return loss * undo_averaging, {key: value.detach() for key, value in stats.items()}
 
@@ -107,7 +108,7 @@ class Engine:
                 self._check_finite(key, value)
         return {**counts, **sums}
 
-    def count(self, microbatches: Sequence[Batch], count_fn: CountFn) -> dict[str, float]:
+    def count(self, microbatches: Sequence[Microbatch], count_fn: CountFn) -> dict[str, float]:
         """Sums of `count_fn` over the microbatches of all data-parallel ranks."""
         parts = [count_fn(batch) for batch in microbatches]
         names = sorted(parts[0])
@@ -166,17 +167,17 @@ class Engine:
     # --- evaluation -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def forward(self, microbatches: Sequence[Batch], fn: ForwardFn) -> list[Batch]:
+    def forward(self, microbatches: Sequence[Microbatch], fn: ForwardFn) -> list[Outputs]:
         """`fn` of each microbatch's output, without gradients or dropout; results on every rank of the replica."""
         self.eval()
-        results: list[Batch] = self._run(
+        results: list[Outputs] = self._run(
             microbatches, lambda model, batch, output: fn(model, output, batch), forward_only=True
         )
         if self.grid.layout.pp == 1:
             return results
         return self._from_last_stage(results, len(microbatches))
 
-    def evaluate(self, microbatches: Sequence[Batch], fn: ForwardFn) -> dict[str, float]:
+    def evaluate(self, microbatches: Sequence[Microbatch], fn: ForwardFn) -> dict[str, float]:
         """Scalars that `fn` gives for each microbatch, without gradients, summed over all of them and all replicas."""
         self.eval()
         with torch.no_grad():
@@ -308,19 +309,17 @@ class Engine:
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _run(
-        self, microbatches: Sequence[Batch], finish: Callable[[Any, Batch, Tensor], Any], *, forward_only: bool
+        self,
+        microbatches: Sequence[Microbatch],
+        finish: Callable[[Any, Microbatch, Tensor], Any],
+        *,
+        forward_only: bool,
     ) -> list[Any]:
         """Megatron's schedule over the microbatches; what `finish(model, batch, output)` gave, on the last stage."""
-        on_device = [
-            {key: value.to(self.grid.device, non_blocking=True) for key, value in batch.items()}
-            for batch in microbatches
-        ]
-        batch_size, time = on_device[0]["tokens"].shape
-        if forward_only and self.grid.layout.vpp > 1:
-            # The interleaved schedule works in rounds of pp microbatches: fill the last round, drop what it gives.
-            on_device += [on_device[-1]] * (-len(on_device) % self.grid.layout.pp)
+        on_device = [batch.to(self.grid.device) for batch in microbatches]
+        batch_size, time = on_device[0].tokens.shape
 
-        def step(batches: Iterator[Batch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        def step(batches: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
             model = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
 
@@ -343,7 +342,7 @@ class Engine:
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
-        return results[: len(microbatches)]
+        return results
 
     def _summed(self, collected: list[Stats]) -> dict[str, float]:
         """Stats added up over microbatches and data-parallel ranks, on every rank."""
@@ -356,7 +355,7 @@ class Engine:
         assert isinstance(received, dict)
         return received
 
-    def _from_last_stage(self, results: list[Batch], count: int) -> list[Batch]:
+    def _from_last_stage(self, results: list[Outputs], count: int) -> list[Outputs]:
         """Broadcast tensors that only the last stage has to the other stages of the replica."""
         described = self.grid.object_from_last_stage(
             [{key: (tuple(value.shape), value.dtype) for key, value in result.items()} for result in results]
@@ -433,4 +432,4 @@ def _global_names(model: Any) -> list[tuple[str, nn.Parameter]]:
     return named
 
 
-__all__ = ["Batch", "BuildModel", "CountFn", "Engine", "ForwardFn", "LossFn", "OptimSpec", "Stats"]
+__all__ = ["BuildModel", "CountFn", "Engine", "ForwardFn", "LossFn", "OptimSpec", "Outputs", "Stats"]

@@ -4,7 +4,7 @@ MKL, which torch takes for float32, uses AVX2 on AMD's processors whatever they 
 twice as fast. For dense float32 tensors torch offers it only as the operator that its compiler calls.
 
 oneDNN compiles a kernel for every shape: about a millisecond and a megabyte each, so the shapes that are kept are
-limited, and who can choose a number of rows takes one of `few_sizes`.
+limited, and whoever can choose a number of rows takes one from `round_up_to_bucket`.
 """
 
 import os
@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megarl.parallel.packing import round_up_to_bucket
 
 KERNELS_KEPT = 128
 BLOCK = 2**18  # elements of a product that is added to something larger: they stay in a core's cache meanwhile
@@ -52,16 +54,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
 
 
-def few_sizes(n: int, multiple_of: int = 1, *, steps: int = 8) -> int:
-    """`n` or a little more: at most n / `steps`, and what a multiple of `multiple_of` needs."""
-    step = max(1, (1 << n.bit_length() - 1) // steps) if n > 0 else 1
-    step = -(-step // multiple_of) * multiple_of
-    return -(-n // step) * step
-
-
 def rounded_up(x: Tensor) -> Tensor:
     """x [rows, ...] with rows of zeros behind it, up to one of few sizes."""
-    spare = few_sizes(x.shape[0]) - x.shape[0]
+    spare = round_up_to_bucket(x.shape[0]) - x.shape[0]
     return torch.cat([x, x.new_zeros(spare, *x.shape[1:])]) if spare else x
 
 

@@ -17,6 +17,7 @@ from megarl.models.cache import CacheView, KVCache
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.parallel.layout import Layout
+from megarl.parallel.rows import ModelInputs
 from megarl.rollout import stored
 from megarl.rollout.noise import TRAINING, sequence_key
 from megarl.rollout.requests import Request, Rollout, check_requests
@@ -352,14 +353,14 @@ class _Lane:
 
     def _through_stage(self, tokens: NDArray[np.int64], view: CacheView) -> Tensor | None:
         """tokens [rows, time] through this stage's chunks; the final hidden states [time, rows, hidden] on the last."""
-        batch = {"tokens": torch.tensor(tokens, device=self.grid.device), "positions": view.positions}
+        inputs = ModelInputs(tokens=torch.tensor(tokens, device=self.grid.device), positions=view.positions)
         chunks = self.generator.models
         hidden: Tensor | None = None
         for index, model in enumerate(chunks):
             if not model.pre_process:
                 hidden = self._receive_hidden(*tokens.shape)
                 model.set_input_tensor(hidden)
-            hidden = model(batch, cache=view)
+            hidden = model(inputs, cache=view)
             if self.grid.is_last_stage and index == len(chunks) - 1:
                 return hidden
             self._send_hidden(hidden)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megarl.models.cache import CacheView, KVCache
 from megarl.models.gpt import GPT
+from megarl.parallel.rows import ModelInputs
 
 # (last chunk, final hidden states [rows, hidden]) -> this shard's [rows, valid] float32 scores that tokens are drawn by
 Scorer = Callable[[GPT, Tensor], Tensor]
@@ -56,7 +57,7 @@ class StaticPass:
     def _compute(self) -> Tensor:
         # A new view each time: what it derives from the positions has to be part of the recording.
         view = CacheView(self.cache, self.slots, self.positions, self.length)
-        hidden = self.model({"tokens": self.tokens, "positions": self.positions}, cache=view)
+        hidden = self.model(ModelInputs(tokens=self.tokens, positions=self.positions), cache=view)
         return self.scorer(self.model, hidden[0])
 
     def _record(self) -> None:

@@ -9,6 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
 
 from megarl.clock import Clock, Work
+from megarl.parallel.layout import Layout
+from megarl.parallel.microbatches import MicrobatchPlan
+from megarl.parallel.rows import Microbatch, Rows
 
 
 class Tiny(LightningModule):
@@ -21,7 +24,7 @@ class Tiny(LightningModule):
         self.losses, self.evals = losses, list(evals)
         self.clock = Clock()
         self.work = Work(tokens=0, flops=0.0)
-        self.last_batch: list[dict[str, Any]] = []
+        self.last_batch: list[Microbatch] = []
         self.in_step: Callable[[int], None] = lambda step: None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -29,7 +32,11 @@ class Tiny(LightningModule):
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
         step = self.trainer.global_step
-        self.last_batch = [{"tokens": batch, "step": torch.tensor(step)}]
+        rows = Rows(batch[:, None], torch.ones(1, dtype=torch.long), torch.zeros(1, 1)).with_columns(
+            step=torch.tensor([step])
+        )
+        plan = MicrobatchPlan(rows.lengths, Layout(), 0, per_microbatch=1, share_bins=False)
+        self.last_batch = plan.microbatches(rows)
         with self.clock.part("train"):
             self.in_step(step)
             self.optimizers().step()

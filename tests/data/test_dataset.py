@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megarl.config.files import load_chat_template
-from megarl.data.dataset import PackedDataset, SFTDataset, pack
+from megarl.data.dataset import PackedDataset, SFTDataset
 from megarl.data.formats import RecordFormat
 from megarl.data.sources import Record
 from megarl.errors import ConfigError, DataError
@@ -199,34 +199,6 @@ def test_chat_template_is_a_template_a_file_or_an_error(tmp_path):
     assert load_chat_template(str(tmp_path / "t.jinja")) == "{{ messages[0].content }}"
     with refused(ConfigError, names=("data.chat_template='chatml'",)):
         load_chat_template("chatml")
-
-
-def test_fingerprint_follows_tokens_and_masks():
-    same = [dataset({"prompt": "ab", "completion": "c"}).fingerprint() for _ in range(2)]
-    other = dataset({"prompt": "a", "completion": "bc"}).fingerprint()  # same tokens, another mask
-    assert same[0] == same[1] != other
-
-
-def test_packing_puts_every_document_in_one_row_that_fits():
-    lengths = np.random.default_rng(0).integers(2, 60, size=500)
-    rows = pack(lengths, 64, seed=3)
-    assert sorted(np.concatenate(rows)) == list(range(500))
-    filled = np.array([lengths[row].sum() for row in rows])
-    assert filled.max() <= 64
-    assert len(rows) <= 1.06 * lengths.sum() / 64
-
-
-def test_packing_by_hand():
-    # Longest first: 7 opens row A, 5 opens row B, 4 fits B, 3 fills A, and 2 opens row C.
-    rows = pack(np.array([3, 7, 5, 2, 4]), 10, seed=0, shuffle=False)
-    assert [list(row) for row in rows] == [[0, 1], [2, 4], [3]]
-
-
-def test_packing_is_repeatable_and_follows_the_seed():
-    lengths = np.full(100, 10)
-    one, again, other = (pack(lengths, 30, seed=seed) for seed in (1, 1, 2))
-    assert [list(row) for row in one] == [list(row) for row in again]
-    assert [list(row) for row in one] != [list(row) for row in other]
 
 
 def test_packed_rows_hold_whole_documents():

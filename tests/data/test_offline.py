@@ -11,16 +11,25 @@ import torch
 
 from megarl.config.offline import OfflineDataConfig
 from megarl.data import offline
-from megarl.data.offline import SampleFormat, build_store, open_store, paired, random_walks
-from megarl.data.order import TrainBatches
+from megarl.data.offline import OfflineStore, SampleFormat, build_store, open_store, paired, random_walks
 from megarl.data.randomwalks import task
 from megarl.data.sources import Record
 from megarl.errors import DataError
+from megarl.parallel.rows import Rows
 from megarl.tokenizers import build_tokenizer
 from tests.refusals import refused
 
 LETTERS = build_tokenizer("characters", "abcdefg")
 EOS = LETTERS.eos_id
+
+
+def taken(found: OfflineStore, *numbers: int) -> Rows:
+    return found.take(torch.tensor(numbers))
+
+
+def assert_same(ours: Rows, theirs: Rows) -> None:
+    for name, column in theirs.tensors().items():
+        assert torch.equal(ours.tensors()[name], column), name
 
 
 def store(samples: list[Any], rewards: list[Any], **options: Any) -> offline.OfflineStore:
@@ -66,9 +75,9 @@ def test_conversations_are_samples_too() -> None:
 def test_returns_are_standardised_over_the_data_set() -> None:
     """Returns 1, 2, 6: mean 3, deviation sqrt((4 + 1 + 9) / 2) = 2.6458."""
     found = store([["a", "b"], ["a", "b"], ["a", "b", "a", "c"]], [1, 2, [4, 2]])
-    rewards = found.batch([0, 1, 2], 8, LETTERS.pad_id)["rewards"]
+    rewards = taken(found, 0, 1, 2)["rewards"]
     deviation = 7**0.5
-    wanted = torch.zeros(3, 8)
+    wanted = torch.zeros(3, 6)
     wanted[0, 2], wanted[1, 2] = -2 / deviation, -1 / deviation
     wanted[2, 2], wanted[2, 5] = 4 / deviation, (2 - 3) / deviation
     assert torch.allclose(rewards, wanted)
@@ -79,22 +88,21 @@ def test_returns_are_standardised_over_the_data_set() -> None:
 def test_a_reward_of_the_last_turn_is_the_reward_of_the_sample() -> None:
     turns = ["a", "b", "c", "d"]
     once, dense = store([turns, turns], [1, 3]), store([turns, turns], [[0, 1], [0, 3]])
-    assert torch.equal(once.batch([0, 1], 8, 0)["rewards"], dense.batch([0, 1], 8, 0)["rewards"])
+    assert torch.equal(taken(once, 0, 1)["rewards"], taken(dense, 0, 1)["rewards"])
 
 
 @pytest.mark.parametrize(("value", "count"), [(0.1, 1000), (1 / 3, 7), (5, 1)])
 def test_equal_rewards_are_all_zero(value: float, count: int) -> None:
     found = store([["a", "b"]] * count, [value] * count)
-    assert torch.equal(found.batch(range(count), 3, 0)["rewards"], torch.zeros(count, 3))
+    assert torch.equal(taken(found, *range(count))["rewards"], torch.zeros(count, 3))
 
 
-def test_a_batch_says_where_what_is() -> None:
-    batch = store([["a", "bc"], ["ab", "c"]], [0, 1]).batch([1, 0], 6, LETTERS.pad_id)
-    pad = LETTERS.pad_id
-    assert batch["tokens"].tolist() == [[0, 1, 2, EOS, pad, pad], [0, 1, 2, EOS, pad, pad]]
-    assert batch["response_mask"].tolist() == [[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 0, 0]]
-    assert batch["lengths"].tolist() == [4, 4]
-    assert batch["rewards"][0, 3] == -batch["rewards"][1, 3] == pytest.approx(0.5**0.5)
+def test_samples_become_rows() -> None:
+    rows = taken(store([["a", "bc"], ["ab", "c"], ["a", "b"]], [0, 1, 0.5]), 2, 1, 0)
+    assert rows.tokens.tolist() == [[0, 1, EOS, 0], [0, 1, 2, EOS], [0, 1, 2, EOS]]
+    assert rows.action_mask.tolist() == [[0, 1, 1, 0], [0, 0, 1, 1], [0, 1, 1, 1]]
+    assert rows.lengths.tolist() == [3, 4, 4]
+    assert rows["rewards"].tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, -1]]
 
 
 @pytest.mark.parametrize(
@@ -180,8 +188,7 @@ def test_samples_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(offline, "build_store", None)  # not asked again
     found = open_store(data, LETTERS)
     for row in range(3):
-        ours, theirs = found.batch([row], 8, 0), built.batch([row], 8, 0)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert_same(taken(found, row), taken(built, row))
     assert isinstance(found.arrays["tokens"], np.memmap)  # a rank reads no more than its rows
 
 
@@ -210,9 +217,8 @@ def test_other_samples_or_settings_are_tokenised_anew(change: str, tmp_path: Pat
     other = settings(tmp_path, text, **({"seq_length": 4} if change == "length" else {}))
     tokenizer = build_tokenizer("characters", "gfedcba") if change == "tokenizer" else LETTERS
     found = open_store(other, tokenizer)
-    batch = found.batch([2], 8, 0)
-    wanted = build_store(offline.read_records(other.train), tokenizer, other.seq_length).batch([2], 8, 0)
-    assert all(torch.equal(batch[key], wanted[key]) for key in wanted)
+    wanted = build_store(offline.read_records(other.train), tokenizer, other.seq_length)
+    assert_same(taken(found, 2), taken(wanted, 2))
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
 
 
@@ -234,21 +240,6 @@ def test_without_a_cache_nothing_is_written(tmp_path: Path) -> None:
     before = set(os.listdir(tmp_path))  # noqa: PTH208
     open_store(settings(tmp_path, LINES, cache=None), LETTERS)
     assert set(os.listdir(tmp_path)) - before == {"train.jsonl"}  # noqa: PTH208
-
-
-# --- batches --------------------------------------------------------------------------------------------------------
-
-
-def test_a_resumed_loader_goes_on_with_the_same_batches() -> None:
-    found = build_store(random_walks(1000), build_tokenizer("characters", "abcdefghijklmnopqrstu"), 11)
-
-    def loader(start: int) -> offline.OfflineLoader:
-        return offline.OfflineLoader(found, TrainBatches(found.lengths, 8, seed=3, start=start), pad_id=0, steps=5)
-
-    every, resumed = list(loader(0)), list(loader(3))
-    assert (len(every), len(resumed), len(loader(3))) == (5, 2, 5)
-    for batch, again in zip(every[3:], resumed, strict=True):
-        assert all(torch.equal(batch[key], again[key]) for key in batch)
 
 
 def test_the_walks_of_the_task_earn_their_optimality() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megarl.config.rl import PromptDataConfig
-from megarl.data.prompts import PhaseLoader, Prompt, PromptLimits, read_prompts
+from megarl.data.prompts import Prompt, PromptLimits, build_phase_loader, read_prompts
 from megarl.data.randomwalks import task
 from megarl.errors import ConfigError, DataError
 from megarl.rollout.requests import Sampling, check_requests, repeat
@@ -198,8 +198,9 @@ def test_whatever_the_file_every_phase_can_be_answered_or_the_run_is_refused_at_
             continue
         prompts = read(path, *records, limits=measured)
         assert [prompt.number for prompt in prompts] == usable
-        drawn = list(islice(PhaseLoader(prompts, per_phase, number), 40))
-        assert drawn == list(islice(PhaseLoader([Prompt("", (1,), {})] * len(usable), per_phase, number), 40))
+        drawn = phases(number, 40, prompts=prompts, per_phase=per_phase)
+        others = [Prompt("", (1,), {})] * len(usable)
+        assert drawn == phases(number, 40, prompts=others, per_phase=per_phase)
         for numbers in drawn:
             assert len(numbers) == per_phase
             requests = repeat([prompts[one].tokens for one in numbers], 2, Sampling(max_new_tokens=new))
@@ -209,9 +210,12 @@ def test_whatever_the_file_every_phase_can_be_answered_or_the_run_is_refused_at_
 # --- phases -----------------------------------------------------------------------------------------------------------
 
 
-def phases(seed: int, count: int, start: int = 0) -> list[list[int]]:
-    prompts = [Prompt("", (1,), {})] * 5
-    return list(islice(iter(PhaseLoader(prompts, 3, seed, start=start)), count))
+def phases(
+    seed: int, count: int, start: int = 0, prompts: list[Prompt] | None = None, per_phase: int = 3
+) -> list[list[int]]:
+    prompts = prompts or [Prompt("", (1,), {})] * 5
+    loader = build_phase_loader(prompts, per_phase, seed, start=start)
+    return [numbers.tolist() for numbers in islice(loader, count)]
 
 
 def test_phases_go_through_all_prompts_before_any_comes_again() -> None:

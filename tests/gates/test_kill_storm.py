@@ -75,7 +75,7 @@ class Storm:
         process = self.start("checkpoint.every=50")
         assert process.wait(timeout=1800) == 0, self.console()
         if self.newest_at_start:
-            assert f"(step {self.newest_at_start}," in self.console()
+            assert f"({self.newest_at_start} optimizer steps," in self.console()
 
     def start(self, *overrides: str) -> "subprocess.Popen[bytes]":
         self.newest_at_start = self.newest()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megarl.config.schema import ModelConfig
 from megarl.models.config import GPTConfig, Rope
@@ -15,6 +16,7 @@ from megarl.models.gpt import GPT
 from megarl.models.rotary import inverse_frequencies
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
+from megarl.parallel.rows import ModelInputs
 from tests.models.exchange.published import (
     FFN,
     HEADS,
@@ -68,8 +70,9 @@ def token_logprobs(gpt: GPT, tokens: Tensor, positions: Tensor | None = None, **
     if positions is None:
         positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     with torch.no_grad():
-        hidden = gpt({"tokens": tokens, "positions": positions, **more})
-        return gpt.logprobs(hidden, tokens, torch.ones(tokens.shape)).logprobs
+        hidden = gpt(ModelInputs(tokens=tokens, positions=positions, **more))
+        followed = pad(torch.ones(len(tokens), tokens.shape[1] - 1), (0, 1))  # nothing follows the last token
+        return pad(gpt.logprobs(hidden, tokens.roll(-1, dims=1), followed).logprobs[:, :-1], (1, 0))
 
 
 def compare_with_transformers(name: str, folder: Path) -> tuple[float, float]:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from megarl.models.linear import affine
+from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel.cpu import needed
 from megarl.parallel.device import CPU, assumed
 from megarl.parallel.engine import Engine
 from megarl.parallel.vocab import VocabShard, vocab_stats
-from tests.parallel.engines import batches, count_tokens, small_engine, token_loss
+from tests.parallel.engines import batches, small_engine
 from tests.worlds import Worlds
 
 pytestmark = pytest.mark.skipif(not needed(), reason="these layers are used on machines without a GPU")
@@ -30,7 +31,7 @@ LLAMA = {"num_kv_heads": 2}
 
 def buffered(engine: Engine) -> dict[str, Tensor]:
     """Gradients in Megatron's buffers after one step over several microbatches."""
-    engine.train_step(batches(engine, step=0), token_loss, count_tokens)
+    engine.train_step(batches(engine, step=0), cross_entropy, count_targets)
     return {name: parameter.main_grad.clone() for name, parameter in engine.parameters()}
 
 
@@ -40,9 +41,9 @@ def handed_over(engine: Engine) -> dict[str, Tensor]:
     for _, parameter in engine.parameters():
         parameter.requires_grad_(True)
     microbatches = batches(engine, step=0)
-    counts = engine.count(microbatches, count_tokens)
+    counts = engine.count(microbatches, count_targets)
     for batch in microbatches:
-        loss, _ = token_loss(model, model(batch), batch, counts)
+        loss, _ = cross_entropy(model, model(batch), batch, counts)
         loss.backward()
     return {name: parameter.grad for name, parameter in engine.parameters()}
 
@@ -104,7 +105,7 @@ def test_vocabulary_gradient_is_added_to_what_the_buffer_holds() -> None:
 def test_bfloat16_gradients_go_through_autograd_into_float32_buffers(worlds: Worlds) -> None:
     def norms() -> list[float]:
         engine = small_engine({}, GPT2, precision="bf16")
-        engine.train_step(batches(engine, step=0), token_loss, count_tokens)
+        engine.train_step(batches(engine, step=0), cross_entropy, count_targets)
         return [float(parameter.main_grad.norm()) for _, parameter in engine.parameters()]
 
     (found,) = worlds.run(1, norms)

@@ -14,15 +14,17 @@ from megarl.config.compose import compose
 from megarl.models.config import GPTConfig
 from megarl.models.exchange.parameters import parameters
 from megarl.models.gpt import GPT, trains
-from megarl.parallel.engine import Batch, Engine
+from megarl.modules.losses import count_targets
+from megarl.parallel.engine import Engine, Outputs
 from megarl.parallel.fake import fake_world
 from megarl.parallel.initialise import is_sharded
 from megarl.parallel.layout import Layout
+from megarl.parallel.rows import Microbatch
 from megarl.parallel.vocab import padded_vocab
 from megarl.rollout.generator import Generator
 from megarl.rollout.guided import guided
 from megarl.rollout.requests import Request, Sampling
-from tests.parallel.engines import VOCAB, batches, count_tokens, small_engine
+from tests.parallel.engines import VOCAB, batches, small_engine
 from tests.worlds import Worlds
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
@@ -36,13 +38,13 @@ def ilql_engine(layout: dict[str, Any], **options: Any) -> Engine:
     return small_engine(layout, value_head=True, q_heads=2, trainable=lambda name: trains(name, 4, -1), **options)
 
 
-def loss(model: GPT, hidden: torch.Tensor, batch: Batch, counts: dict[str, float]) -> tuple[torch.Tensor, Batch]:
-    tokens, mask = batch["tokens"], batch["response_mask"]
-    heads, v = model.token_q(hidden, tokens, mask), model.values(hidden)[:, :-1]
+def loss(model: GPT, hidden: torch.Tensor, batch: Microbatch, counts: dict[str, float]) -> tuple[torch.Tensor, Outputs]:
+    targets, mask = batch.targets, batch.target_mask
+    heads, v = model.token_q(hidden, targets, mask), model.values(hidden)
     next_v, not_done = following(v, mask)
     total, parts = ilql_loss(
-        *(heads.q, heads.target_q, v, next_v, heads.nll, -model.logprobs(hidden, tokens, mask).logprobs),
-        rewards=tokens / 50.0 - 1.0,
+        *(heads.q, heads.target_q, v, next_v, heads.nll, -model.logprobs(hidden, targets, mask).logprobs),
+        rewards=targets / 50.0 - 1.0,
         not_done=not_done,
         mask=mask,
         **{"tau": 0.8, "gamma": 0.9, "cql_scale": 0.1, "awac_scale": 1.0, "awac_beta": 0.5},
@@ -69,7 +71,7 @@ def trained(layout: dict[str, Any]) -> tuple[list[dict[str, float]], list[list[i
     engine = ilql_engine(layout)
     course = []
     for step in range(1, 5):
-        metrics = engine.train_step(batches(engine, step), loss, count_tokens)
+        metrics = engine.train_step(batches(engine, step), loss, count_targets)
         course.append({**{term: metrics[term] for term in TERMS}, "norm": engine.apply_gradients()})
         if step % 2 == 0:
             for model in engine.models:
@@ -110,7 +112,7 @@ def test_layouts_train_and_generate_alike(
 def total_probability(layout: dict[str, Any]) -> list[float]:
     """Of each row, summed over the shards of its unguided scores."""
 
-    def of_rows(model: GPT, hidden: torch.Tensor, _: Batch) -> Batch:
+    def of_rows(model: GPT, hidden: torch.Tensor, _: Microbatch) -> Outputs:
         sums = guided(0.0)(model, model.whole_sequence(hidden)[-1]).exp().sum(1)
         dist.all_reduce(sums)
         return {"sums": sums}
@@ -135,10 +137,10 @@ def against_dense(precision: str) -> dict[str, bool]:
         wide = torch.relu(F.linear(states, head.inner.weight.to(states.dtype), head.inner.bias.to(states.dtype)))
         return F.linear(wide.double(), head.outer.weight.double(), head.outer.bias.double())[:, :VOCAB]
 
-    def compare(model: GPT, hidden: torch.Tensor, batch: Batch) -> Batch:
-        mask = batch["response_mask"][:, 1:] != 0
-        states, chosen = hidden[:-1].transpose(0, 1)[mask], batch["tokens"][:, 1:][mask]
-        found = model.token_q(hidden, batch["tokens"], batch["response_mask"])
+    def compare(model: GPT, hidden: torch.Tensor, batch: Microbatch) -> Outputs:
+        mask = batch.target_mask != 0
+        states, chosen = hidden.transpose(0, 1)[mask], batch.targets[mask]
+        found = model.token_q(hidden, batch.targets, batch.target_mask)
         close = {"q": True, "nll": True, "target_q": True}
         for number, (head, target) in enumerate(zip(model.q_heads, model.target_q_heads, strict=True)):
             values, followed = dense(head, states), dense(target, states)
@@ -148,16 +150,14 @@ def against_dense(precision: str) -> dict[str, bool]:
                 "target_q": followed.gather(1, chosen[:, None])[:, 0],
             }
             for name, want in wanted.items():
-                got = getattr(found, name)[number][:, 1:][mask].double()
+                got = getattr(found, name)[number][mask].double()
                 close[name] &= torch.allclose(got, want, rtol=1e-5 if precision == "fp32" else 0.03, atol=1e-5)
         smallest = torch.stack([dense(target, states) for target in model.target_q_heads]).amin(0)
         logits, v = model.logits(states).double(), model.value_head(states).double()
         scores = guided(3.0)(model, states).double()
         bound = 1e-4 if precision == "fp32" else 0.2
         close["guided"] = bool((scores - ilql_scores(logits, smallest, v, 3.0)).abs().max() < bound)
-        unasked = (batch["response_mask"] == 0).any() and all(
-            bool((tensor[batch["response_mask"] == 0] == 0).all()) for tensors in found for tensor in tensors
-        )
+        unasked = (~mask).any() and all(bool((tensor[~mask] == 0).all()) for tensors in found for tensor in tensors)
         return {**{name: torch.tensor([value]) for name, value in close.items()}, "unasked": torch.tensor([unasked])}
 
     (result,) = engine.forward(batches(engine, 3, rows=2), compare)
@@ -180,7 +180,7 @@ def targets(precision: str) -> dict[str, bool]:
         model.q_heads.get_submodule("0").inner.weight, model.q_heads.get_submodule("1").inner.weight
     )
     first = [target.clone() for _, target in pairs]
-    engine.train_step(batches(engine, 0), loss, count_tokens)
+    engine.train_step(batches(engine, 0), loss, count_targets)
     engine.apply_gradients()
     untouched = all(torch.equal(before, target) for before, (_, target) in zip(first, pairs, strict=True))
     model.move_targets(0.001)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from megarl.config.rl import PPOSettings
 from megarl.modules.shaping import Shaping, explained_variance, whitening_factor
-from megarl.parallel.engine import Batch
+from megarl.parallel.rows import Rows
 from megarl.rewards.answers import Score
 
 JUNK = 100.0
-NOT_CUT = [False, False]
 
 
 def shaping(**settings: Any) -> Shaping:
@@ -24,22 +23,24 @@ def shaping(**settings: Any) -> Shaping:
     return Shaping(PPOSettings(**{**plain, **settings}))
 
 
-def phase(gap: float | None = None, value: float = 0.0) -> Batch:
+def phase(gap: float | None = None, value: float = 0.0, truncated: tuple[bool, bool] = (False, False)) -> Rows:
     """A prompt token and three actions; a prompt token, two actions and padding. Junk where there is no action."""
     mask = torch.tensor([[0.0, 1, 1, 1], [0, 1, 1, 0]])
-    batch = {"response_mask": mask, "values": torch.full_like(mask, value), "old_logprobs": torch.full_like(mask, -1.0)}
-    if gap is not None:
-        batch["ref_logprobs"] = batch["old_logprobs"] - gap
-    for name in batch.keys() - {"response_mask"}:
-        batch[name][mask == 0] = JUNK
-    return batch
+
+    def column(number: float) -> Tensor:
+        return torch.where(mask == 0, JUNK, number)
+
+    rows = Rows(torch.zeros(2, 4, dtype=torch.long), torch.tensor([4, 3]), mask)
+    rows = rows.with_columns(values=column(value), old_logprobs=column(-1.0), truncated=torch.tensor(truncated))
+    return rows if gap is None else rows.with_columns(ref_logprobs=column(-1.0 - gap))
 
 
-def shaped(shaping: Shaping, scores: list[Score], cut: list[bool] = NOT_CUT, **made: Any) -> tuple[Tensor, Tensor]:
+def shaped(
+    shaping: Shaping, scores: list[Score], truncated: tuple[bool, bool] = (False, False), **made: Any
+) -> tuple[Tensor, Tensor]:
     """advantages and returns of a phase."""
-    batch = phase(**made)
-    shaping.shape(batch, scores, cut)
-    return batch["advantages"], batch["returns"]
+    rows, _ = shaping.shape(phase(truncated=truncated, **made), scores)
+    return rows["advantages"], rows["returns"]
 
 
 def test_a_score_lands_on_the_last_action_of_its_row() -> None:
@@ -70,7 +71,7 @@ def test_a_kl_that_is_a_loss_is_not_taken_from_the_reward() -> None:
 
 
 def test_the_kl_that_is_logged_is_the_mean_of_the_rows_sums() -> None:
-    stats = shaping(kl_coef=0.1).shape(phase(gap=0.5), [1.0, 2.0], NOT_CUT)
+    _, stats = shaping(kl_coef=0.1).shape(phase(gap=0.5), [1.0, 2.0])
     assert stats["rollout/kl"] == pytest.approx((3 * 0.5 + 2 * 0.5) / 2)
     assert stats["rollout/kl_coef"] == pytest.approx(0.1)
     assert stats["rollout/score"] == 1.5
@@ -130,7 +131,7 @@ def test_whitened_rewards_keep_their_mean() -> None:
     it = shaping(whiten_rewards=True, gamma=0.0)
     advantages, _ = shaped(it, [[1.0, 2.0, 3.0], [4.0, 5.0]])
     raw = torch.tensor([[0.0, 1, 2, 3], [0, 4, 5, 0]])
-    wanted = torch.where(phase()["response_mask"] != 0, (raw - 3) / math.sqrt(2.5) + 3, torch.zeros(()))
+    wanted = torch.where(phase().action_mask != 0, (raw - 3) / math.sqrt(2.5) + 3, torch.zeros(()))
     torch.testing.assert_close(advantages, wanted)
 
 
@@ -141,23 +142,22 @@ def test_returns_are_advantages_plus_values() -> None:
 
 
 def test_a_missing_end_costs_its_penalty_at_the_last_action() -> None:
-    advantages, _ = shaped(shaping(missing_eos_penalty=0.5, gamma=0.0), [1.0, 2.0], cut=[True, False])
+    advantages, _ = shaped(shaping(missing_eos_penalty=0.5, gamma=0.0), [1.0, 2.0], truncated=(True, False))
     assert advantages.tolist() == [[0, 0, 0, 0.5], [0, 0, 2, 0]]
 
 
 def test_overlong_responses_neither_train_nor_count_in_whitening() -> None:
-    batch = phase()
     it = shaping(mask_overlong=True, whiten_advantages=True)
-    it.shape(batch, [[9.0, 9.0, 9.0], [4.0, 5.0]], [True, False])
-    assert batch["response_mask"].tolist() == [[0, 0, 0, 0], [0, 1, 1, 0]]
-    assert batch["advantages"][0].tolist() == [0] * 4
-    torch.testing.assert_close(batch["advantages"][1], torch.tensor([0, 1, -1, 0]) / math.sqrt(2))  # of 9 and 5
+    rows, _ = it.shape(phase(truncated=(True, False)), [[9.0, 9.0, 9.0], [4.0, 5.0]])
+    assert rows.action_mask.tolist() == [[0, 0, 0, 0], [0, 1, 1, 0]]
+    assert rows["advantages"][0].tolist() == [0] * 4
+    torch.testing.assert_close(rows["advantages"][1], torch.tensor([0, 1, -1, 0]) / math.sqrt(2))  # of 9 and 5
 
 
 def test_a_phase_of_nothing_but_overlong_responses_is_finite() -> None:
-    batch = phase()
-    stats = shaping(mask_overlong=True, whiten_advantages=True).shape(batch, [1.0, 2.0], [True, True])
-    assert not batch["advantages"].any()
+    it = shaping(mask_overlong=True, whiten_advantages=True)
+    rows, stats = it.shape(phase(truncated=(True, True)), [1.0, 2.0])
+    assert not rows["advantages"].any()
     assert all(math.isfinite(value) for value in stats.values())
     assert stats["rollout/cut"] == 1.0
 

@@ -8,9 +8,12 @@ import torch.distributed as dist
 from megarl.config.schema import ModelConfig, OptimConfig
 from megarl.models.config import GPTConfig
 from megarl.models.gpt import GPT
-from megarl.parallel.engine import Batch, Engine, OptimSpec
+from megarl.modules.losses import count_targets, cross_entropy
+from megarl.parallel.engine import Engine, OptimSpec
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
+from megarl.parallel.microbatches import make_microbatches
+from megarl.parallel.rows import Microbatch, Rows
 
 VOCAB = 101
 
@@ -50,30 +53,20 @@ def small_engine(
     return Engine(grid, build, optim=spec, trainable=options.get("trainable"))
 
 
-def batches(engine: Engine, step: int, rows: int = 8, time: int = 16, micro: int = 2) -> list[Batch]:
-    """This replica's microbatches of a seeded global batch of `rows` sequences, the first half of each a prompt."""
+def seeded_rows(step: int, rows: int = 8, time: int = 16) -> Rows:
+    """Sequences of `time` tokens, the first half of each a prompt."""
     tokens = torch.randint(0, VOCAB, (rows, time), generator=torch.Generator().manual_seed(step))
     mask = torch.zeros(rows, time)
     mask[:, time // 2 :] = 1.0
     mask[::3, -2:] = 0.0  # rows of unequal length, so that local means are not the global one
-    share = rows // engine.grid.layout.dp
-    start = engine.grid.dp_rank * share
-    positions = torch.arange(time).expand(micro, time)
-    return [
-        {"tokens": tokens[i : i + micro], "positions": positions, "response_mask": mask[i : i + micro]}
-        for i in range(start, start + share, micro)
-    ]
+    return Rows(tokens, torch.full((rows,), time), mask)
 
 
-def token_loss(model: GPT, output: torch.Tensor, batch: Batch, counts: dict[str, float]) -> tuple[torch.Tensor, Batch]:
-    mask = batch["response_mask"]
-    logprobs = model.logprobs(output, batch["tokens"], mask).logprobs
-    loss = -(logprobs * mask).sum() / counts["tokens"]
-    return loss, {"loss": loss}
-
-
-def count_tokens(batch: Batch) -> Batch:
-    return {"tokens": batch["response_mask"].sum()}
+def batches(engine: Engine, step: int, rows: int = 8, time: int = 16, micro: int = 2) -> list[Microbatch]:
+    """This replica's microbatches of a seeded global batch."""
+    return make_microbatches(
+        seeded_rows(step, rows, time), torch.arange(rows), engine.grid, per_microbatch=micro, share_bins=False
+    )
 
 
 def train(
@@ -83,6 +76,6 @@ def train(
     engine = small_engine(layout, model, **options)
     history = []
     for step in range(steps):
-        metrics = engine.train_step(batches(engine, step), token_loss, count_tokens)
+        metrics = engine.train_step(batches(engine, step), cross_entropy, count_targets)
         history.append((metrics["loss"], engine.apply_gradients()))
     return history

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from megarl.config.schema import OptimConfig
 from megarl.models.gpt import GPT
+from megarl.modules.losses import count_targets, cross_entropy
+from megarl.modules.sft import negative_log_likelihood
 from megarl.parallel import vocab
-from megarl.parallel.engine import Batch, Engine, OptimSpec
-from tests.parallel.engines import VOCAB, batches, count_tokens, small_engine, token_loss
+from megarl.parallel.engine import Engine, OptimSpec, Outputs
+from megarl.parallel.microbatches import make_microbatches
+from megarl.parallel.rows import Microbatch
+from tests.parallel.engines import VOCAB, batches, seeded_rows, small_engine
 from tests.parallel.test_vocab import LargestTensor
 from tests.worlds import Worlds
 
@@ -83,21 +87,16 @@ def merged(ranks: list[Weights]) -> Weights:
     return model
 
 
-def judge(model: GPT, output: Tensor, batch: Batch) -> Batch:
-    result = model.logprobs(output, batch["tokens"], batch["response_mask"], temperature=0.7, entropy=True)
+def judge(model: GPT, output: Tensor, batch: Microbatch) -> Outputs:
+    result = model.logprobs(output, batch.targets, batch.target_mask, temperature=0.7, entropy=True)
     assert result.entropy is not None
-    return {"logprobs": result.logprobs, "entropy": result.entropy, "tokens": batch["tokens"]}
+    return {"logprobs": result.logprobs, "entropy": result.entropy, "tokens": batch.tokens}
 
 
 def evaluated(engine: Engine) -> float:
     """Mean negative log-likelihood of a batch that is not trained on."""
 
-    def sums(model: GPT, output: Tensor, batch: Batch) -> Batch:
-        mask = batch["response_mask"]
-        logprobs = model.logprobs(output, batch["tokens"], mask).logprobs
-        return {"nll": -(logprobs * mask).sum(), "tokens": mask.sum()}
-
-    found = engine.evaluate(batches(engine, 99), sums)
+    found = engine.evaluate(batches(engine, 99), negative_log_likelihood)
     return found["nll"] / found["tokens"]
 
 
@@ -108,7 +107,7 @@ def life(layout: dict[str, Any], model: dict[str, Any], options: dict[str, Any])
     report["forward"] = engine.forward(batches(engine, 99), judge)
     history = []
     for step in range(STEPS):
-        metrics = engine.train_step(batches(engine, step), token_loss, count_tokens)
+        metrics = engine.train_step(batches(engine, step), cross_entropy, count_targets)
         if step == 0 and engine.grid.layout.dp == 1:
             report["gradients"] = whole(engine, lambda parameter: parameter.main_grad)
         history.append((metrics["loss"], engine.apply_gradients()))
@@ -195,12 +194,12 @@ def test_forward_gives_every_rank_of_a_replica_the_same_tensors(lives: Lives, mo
     for report in lives(model, layout):
         found = report["forward"]
         share = len(wanted) // (2 if "DP2" in layout else 1)
-        mine = wanted[report["dp_rank"] * share :][:share]
-        assert len(found) == share
+        mine = wanted[report["dp_rank"] :: len(wanted) // share]
         for given, expected in zip(found, mine, strict=True):
-            assert torch.equal(given["tokens"], expected["tokens"])
+            time = expected["tokens"].shape[1]  # a sequence that is split has padding
+            assert torch.equal(given["tokens"][:, :time], expected["tokens"])
             for key in ("logprobs", "entropy"):
-                torch.testing.assert_close(given[key], expected[key], rtol=0, atol=1e-5)
+                torch.testing.assert_close(given[key][:, :time], expected[key], rtol=0, atol=1e-5)
     for key in ("logprobs", "entropy"):
         of_replica = [report["forward"] for report in lives(model, layout) if report["dp_rank"] == 0]
         assert all(torch.equal(one[i][key], of_replica[0][i][key]) for one in of_replica for i in range(len(one)))
@@ -233,7 +232,7 @@ def engine_with(
 
 def cut(layout: dict[str, Any], micro: int) -> tuple[float, float]:
     engine = small_engine(layout)
-    metrics = engine.train_step(batches(engine, 0, micro=micro), token_loss, count_tokens)
+    metrics = engine.train_step(batches(engine, 0, micro=micro), cross_entropy, count_targets)
     return metrics["loss"], engine.apply_gradients()
 
 
@@ -248,12 +247,13 @@ def test_a_loss_does_not_depend_on_how_its_batch_is_cut(worlds: Worlds, size: in
 def with_emptied(layout: dict[str, Any], micro: int, emptied: int, rows: int = 8) -> dict[str, Any]:
     """A step whose first `emptied` rows of the global batch have no response."""
     engine = small_engine(layout)
-    mine = batches(engine, 0, rows=rows, micro=micro)
-    first = engine.grid.dp_rank * rows // engine.grid.layout.dp
-    for index, batch in enumerate(mine):
-        batch["response_mask"] = batch["response_mask"].clone()
-        batch["response_mask"][: max(0, emptied - first - index * micro)] = 0.0
-    metrics = engine.train_step(mine, token_loss, count_tokens)
+    given = seeded_rows(0, rows)
+    given.action_mask[:emptied] = 0.0
+    numbers = torch.arange(rows)
+    if engine.grid.layout.dp == 2:  # microbatches are dealt out in turn: the first replica gets all that are empty
+        numbers = numbers.view(2, -1, micro).transpose(0, 1).flatten()
+    mine = make_microbatches(given, numbers, engine.grid, per_microbatch=micro, share_bins=False)
+    metrics = engine.train_step(mine, cross_entropy, count_targets)
     finite = all(torch.isfinite(parameter.main_grad).all() for _, parameter in engine.parameters())
     return {"loss": metrics["loss"], "norm": engine.apply_gradients(), "finite": finite}
 
@@ -278,7 +278,7 @@ def largest_tensor_of_a_step() -> tuple[int, int]:
     budget, vocab.CHUNK_ELEMENTS_CPU = vocab.CHUNK_ELEMENTS_CPU, 2**14
     try:
         with LargestTensor() as seen:
-            engine.train_step(given, token_loss, count_tokens)
+            engine.train_step(given, cross_entropy, count_targets)
     finally:
         vocab.CHUNK_ELEMENTS_CPU = budget
     return seen.numel, 8 * 512 * VOCAB
@@ -292,8 +292,8 @@ def test_a_training_step_never_holds_the_logits_of_its_batch(worlds: Worlds) -> 
 # --- the optimizer's rules --------------------------------------------------------------------------------------------
 
 
-def nothing(model: GPT, output: Tensor, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Batch]:
-    loss = token_loss(model, output, batch, counts)[0] * 0.0
+def nothing(model: GPT, output: Tensor, batch: Microbatch, counts: dict[str, float]) -> tuple[Tensor, Outputs]:
+    loss = cross_entropy(model, output, batch, counts)[0] * 0.0
     return loss, {"loss": loss}
 
 
@@ -304,7 +304,7 @@ def decay_without_gradient() -> dict[str, tuple[Tensor, Tensor]]:
         {}, settings, {**EXOTIC, "lm_head_bias": True}, prepare=lambda name, parameter: parameter.add_(0.25)
     )
     before = whole(engine)
-    engine.train_step(batches(engine, 0), nothing, count_tokens)
+    engine.train_step(batches(engine, 0), nothing, count_targets)
     engine.apply_gradients()
     after = whole(engine)
     return {name: (value, after[name]) for name, value in before.items()}
@@ -327,7 +327,7 @@ def size_of_update(clip: float) -> tuple[float, float]:
     settings = OptimConfig(lr=100.0, eps=1e4, weight_decay=0.0, warmup_steps=0, schedule="constant", clip_grad=clip)
     engine = engine_with({}, settings)
     before = whole(engine)
-    engine.train_step(batches(engine, 0), token_loss, count_tokens)
+    engine.train_step(batches(engine, 0), cross_entropy, count_targets)
     norm = engine.apply_gradients()
     after = whole(engine)
     moved = math.sqrt(sum(float((after[name] - value).double().square().sum()) for name, value in before.items()))
@@ -353,7 +353,7 @@ def rates(settings: OptimConfig, total_steps: int, steps: int) -> list[float]:
         told = {group["lr"] for group in engine.optimizer.param_groups}  # type: ignore[union-attr]
         assert told == {engine.learning_rate}
         used.append(engine.learning_rate)
-        engine.train_step(batches(engine, step, rows=2), token_loss, count_tokens)
+        engine.train_step(batches(engine, step, rows=2), cross_entropy, count_targets)
         engine.apply_gradients()
     return used
 
@@ -386,7 +386,7 @@ def rate_after_loading() -> tuple[float, float]:
     tiny = {"num_layers": 1, "hidden_size": 8, "num_heads": 1}
     first = engine_with({}, settings, tiny)
     for step in range(3):
-        first.train_step(batches(first, step, rows=2), token_loss, count_tokens)
+        first.train_step(batches(first, step, rows=2), cross_entropy, count_targets)
         first.apply_gradients()
     assert first.schedule is not None
     assert first.optimizer is not None
@@ -430,7 +430,7 @@ def frozen_run(
     engine = engine_with(layout, settings, trainable=trainable, **options)
     before, history = whole(engine), []
     for step in range(3):
-        metrics = engine.train_step(batches(engine, step), token_loss, count_tokens)
+        metrics = engine.train_step(batches(engine, step), cross_entropy, count_targets)
         history.append((metrics["loss"], engine.apply_gradients()))
         assert engine.learning_rate > 0
     return before, whole(engine), history
@@ -480,11 +480,12 @@ def judged(layout: dict[str, Any], rows: int, model: dict[str, Any]) -> list[Ten
 @pytest.mark.parametrize("layout", ["PP2", "PP2+vpp2"])
 @pytest.mark.parametrize("rows", [2, 6])
 def test_any_number_of_microbatches_is_evaluated(worlds: Worlds, layout: str, rows: int) -> None:
-    """One and three microbatches of two rows; an interleaved pipeline of two stages works in rounds of two."""
-    (wanted,) = worlds.run(1, judged, {}, rows, {})
+    """One and three microbatches of two rows; an interleaved pipeline of two stages works in rounds of two, over which
+    the rows are spread."""
+    wanted = torch.cat(worlds.run(1, judged, {}, rows, {})[0])
     size, grid, _ = LAYOUTS[layout]
     for found in worlds.run(size, judged, grid, rows, {}):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.cat(found)[:rows], wanted, rtol=0, atol=1e-5)
 
 
 def test_evaluation_drops_nothing_out(worlds: Worlds) -> None:
@@ -500,7 +501,7 @@ def short_history(layout: dict[str, Any], model: dict[str, Any], options: dict[s
     engine = small_engine(layout, model, **options)
     losses = []
     for step in range(4):
-        losses.append(engine.train_step(batches(engine, step), token_loss, count_tokens)["loss"])
+        losses.append(engine.train_step(batches(engine, step), cross_entropy, count_targets)["loss"])
         engine.apply_gradients()
     return losses, evaluated(engine)
 
@@ -525,7 +526,7 @@ def test_dropout_keeps_tensor_parallel_ranks_in_step(worlds: Worlds, sequence_pa
     def trained() -> Weights:
         engine = small_engine(layout, {"dropout": 0.3})
         for step in range(3):
-            engine.train_step(batches(engine, step), token_loss, count_tokens)
+            engine.train_step(batches(engine, step), cross_entropy, count_targets)
             engine.apply_gradients()
         return whole(engine)
 

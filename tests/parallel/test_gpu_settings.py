@@ -14,11 +14,12 @@ from torch.nn.attention import SDPBackend
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models import attention
 from megarl.models.attention import attention_mask
+from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel import device
 from megarl.parallel.device import CPU, GPU, VARIABLE, DeviceSettings, assumed, device_settings
 from megarl.parallel.engine import _load_weights
 from megarl.rollout import static
-from tests.parallel.engines import batches, count_tokens, small_engine, token_loss
+from tests.parallel.engines import batches, small_engine
 from tests.refusals import refused
 from tests.worlds import Worlds
 
@@ -43,7 +44,7 @@ def trained(
     course = []
     for step, count in enumerate(STEPS):
         rows = batches(engine, step, rows=2 * count * engine.grid.layout.dp)
-        course.append(engine.train_step(rows, token_loss, count_tokens)["loss"])
+        course.append(engine.train_step(rows, cross_entropy, count_targets)["loss"])
         course.append(engine.apply_gradients())
     return course, {name: weight.detach().clone() for name, weight in engine.parameters()}
 
@@ -94,7 +95,7 @@ def swapped() -> tuple[list[int], list[int], bool]:
     """Where a reference is swapped in twice: the memory used each time, and whether the weights came back."""
     engine = small_engine({})
     reference = engine.trainable_copy()
-    engine.train_step(batches(engine, 0), token_loss, count_tokens)
+    engine.train_step(batches(engine, 0), cross_entropy, count_targets)
     engine.apply_gradients()
     present = {name: weight.clone() for name, weight in engine.parameters()}
     used = []

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megarl.parallel import products
-from megarl.parallel.products import add_product, few_sizes, linear, rounded_up
+from megarl.parallel.products import add_product, linear
 
 SHAPES = [(1, 8, 8), (7, 24, 16), (0, 8, 4), (5, 8, 0), (33, 1, 40), (130, 96, 48)]
 
@@ -84,23 +84,3 @@ def test_the_library_follows_from_the_processor(
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         monkeypatch.setenv(name, "7")
     assert products.onednn_is_faster.__wrapped__() is expected
-
-
-@pytest.mark.parametrize("steps", [8, 16])
-def test_few_sizes_waste_little(steps: int) -> None:
-    for multiple_of in (1, 2, 8):
-        for n in range(1, 3000):
-            size = few_sizes(n, multiple_of, steps=steps)
-            assert size >= n
-            assert size % multiple_of == 0
-            assert size - n < n / steps + multiple_of
-    assert len({few_sizes(n, steps=steps) for n in range(1024, 2048)}) <= steps + 1
-    assert few_sizes(0) == 0
-
-
-def test_rows_are_rounded_up_with_zeros() -> None:
-    assert rounded_up(x := normal(16, 3)) is x
-    more = rounded_up(normal(17, 3))
-    assert more.shape == (18, 3)
-    assert torch.equal(more[:17], normal(17, 3))
-    assert not more[17:].any()

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from megarl.modules.losses import count_targets, cross_entropy
 from megarl.modules.ppo import PPO
-from megarl.parallel.engine import Batch, Engine
+from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
+from megarl.parallel.microbatches import MicrobatchPlan
+from megarl.parallel.rows import Microbatch, Rows
 from megarl.planning.shards import build_engine
 from megarl.planning.work import Role, Work
 from megarl.rollout.generator import Generator, Limits
@@ -84,12 +87,7 @@ def trained(work: Work) -> Measured:
         engine = _engine(grid, work)
         batches = [_batch(work) for _ in range(work.accumulation)]
 
-        def loss(model: Any, output: torch.Tensor, batch: Batch, counts: dict[str, float]) -> Any:
-            logprobs = model.logprobs(output, batch["tokens"], batch["response_mask"]).logprobs
-            total = -(logprobs * batch["response_mask"]).sum() / counts["tokens"]
-            return total, {"loss": total}
-
-        engine.train_step(batches, loss, lambda batch: {"tokens": batch["response_mask"].sum()})
+        engine.train_step(batches, cross_entropy, count_targets)
         engine.apply_gradients()
         del batches
         gc.collect()
@@ -139,10 +137,10 @@ def watched(run_dir: Path, *overrides: str) -> set[str]:
     found: set[str] = set()
 
     def watch(method: Any, phase: str) -> Any:
-        def call(self: PPO, batch: Batch) -> Any:
+        def call(self: PPO, rows: Rows) -> Any:
             if self.responder.generator.cache is not None:
                 found.add(phase)
-            return method(self, batch)
+            return method(self, rows)
 
         return call
 
@@ -162,7 +160,7 @@ def scored(work: Work) -> Measured:
         engine.forward(
             batches,
             lambda model, output, batch: {
-                "logprobs": model.logprobs(output, batch["tokens"], batch["response_mask"]).logprobs
+                "logprobs": model.logprobs(output, batch.targets, batch.target_mask).logprobs
             },
         )
     measured = Measured(grid.pp_rank, allocations.peak, allocations.left)
@@ -179,11 +177,12 @@ def _engine(grid: Grid, work: Work) -> Engine:
     return engine
 
 
-def _batch(work: Work) -> Batch:
-    mask = torch.zeros(work.micro, work.length)
-    mask[:, work.length - work.loss_tokens :] = 1.0
-    return {
-        "tokens": torch.randint(0, work.vocab_size, (work.micro, work.length)),
-        "positions": torch.arange(work.length).expand(work.micro, -1),
-        "response_mask": mask,
-    }
+def _batch(work: Work) -> Microbatch:
+    """A microbatch that reads `work.length` tokens of each row."""
+    mask = torch.zeros(work.micro, work.length + 1)
+    mask[:, work.length + 1 - work.loss_tokens :] = 1.0
+    tokens = torch.randint(0, work.vocab_size, mask.shape)
+    rows = Rows(tokens, torch.full((work.micro,), work.length + 1), mask)
+    plan = MicrobatchPlan(rows.lengths, Layout(), 0, per_microbatch=work.micro, share_bins=False)
+    (batch,) = plan.microbatches(rows)
+    return batch

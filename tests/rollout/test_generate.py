@@ -14,11 +14,15 @@ import torch
 from megarl.errors import ConfigError, NumericsError
 from megarl.models.cache import KVCache
 from megarl.models.gpt import GPT
+from megarl.modules.experience import forward_rows
+from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel.engine import Engine
+from megarl.parallel.microbatches import make_microbatches
+from megarl.parallel.rows import Microbatch, Rows
 from megarl.rollout.generator import Generator, Limits, Stats
 from megarl.rollout.noise import EVALUATION, TRAINING
 from megarl.rollout.requests import Request, Rollout, Sampling
-from tests.parallel.engines import VOCAB, batches, count_tokens, small_engine, token_loss
+from tests.parallel.engines import VOCAB, batches, small_engine
 from tests.refusals import refused
 from tests.worlds import Worlds
 
@@ -197,11 +201,13 @@ def rescored(layout: dict[str, Any], model: dict[str, Any], **limits: Any) -> tu
     settings = {(request.prompt_id, request.sample_id): request.sampling for request in requests}
     heats = [settings[rollout.prompt_id, rollout.sample_id].temperature or 1.0 for rollout in rollouts]
 
-    def score(model: GPT, hidden: torch.Tensor, batch: Any) -> Any:
-        return {str(heat): model.logprobs(hidden, batch["tokens"], batch["mask"], heat).logprobs for heat in set(heats)}
+    def score(model: GPT, hidden: torch.Tensor, batch: Microbatch) -> dict[str, torch.Tensor]:
+        return {
+            str(heat): model.logprobs(hidden, batch.targets, batch.target_mask, heat).logprobs for heat in set(heats)
+        }
 
-    batch = {"tokens": tokens, "positions": torch.arange(time).expand(tokens.shape), "mask": mask}
-    (whole,) = engine.forward([batch], score)
+    rows = Rows(tokens, torch.tensor([len(rollout.tokens) for rollout in rollouts]), mask)
+    whole = forward_rows(engine, rows, score, per_microbatch=len(rows), share_bins=False)
     worst = max(float((whole[str(heat)][row] - drawn[row]).abs().max()) for row, heat in enumerate(heats))
     return rollouts, worst
 
@@ -263,7 +269,7 @@ def trained(layout: dict[str, Any], generating: bool, **options: Any) -> list[fl
         if generating:
             generator.generate([Request(n, 0, (1, 2, n), Sampling(max_new_tokens=4 + n)) for n in range(6)], phase=step)
             assert all(module.training for chunk in engine.chunks for module in chunk.modules())
-        metrics = engine.train_step(batches(engine, step), token_loss, count_tokens)
+        metrics = engine.train_step(batches(engine, step), cross_entropy, count_targets)
         numbers += [metrics["loss"], engine.apply_gradients()]
     return numbers
 
@@ -432,8 +438,9 @@ def drawn_by_bad_scores(layout: dict[str, Any], bad: float) -> set[int]:
     engine = small_engine(layout, MODERATE, train=False)
     generator = Generator(engine, EOS, seed=5, limits=Limits(slots=2), scorer=scorer)
     requests = [Request(number, 0, (number + 1,), Sampling(max_new_tokens=2)) for number in range(5)]
-    batch = {"tokens": torch.tensor([[3]]), "positions": torch.tensor([[0]])}
-    states = engine.forward([batch], lambda model, hidden, batch: {"state": model.whole_sequence(hidden)[0]})
+    rows = Rows(torch.tensor([[3]]), torch.tensor([1]), torch.zeros(1, 1))
+    (one_token,) = make_microbatches(rows, torch.arange(1), engine.grid, per_microbatch=1, share_bins=False)
+    states = engine.forward([one_token], lambda model, hidden, batch: {"state": model.whole_sequence(hidden)[0]})
     mark.append(float(states[0]["state"][0, 0]))
     reported: set[int] = set()
     with refused(NumericsError, where="file:3", names=("token 1", "response 0")):

@@ -8,12 +8,13 @@ import torch
 
 from megarl.errors import ConfigError
 from megarl.models.gpt import GPT
+from megarl.modules.losses import count_targets, cross_entropy
 from megarl.rollout.guided import guided
 from megarl.rollout.requests import Rollout
 from megarl.rollout.resharded import for_generation, parse_layout
 from megarl.rollout.stored import load
 from tests.e2e.runs import metrics, run_ppo
-from tests.parallel.engines import batches, count_tokens, small_engine, token_loss
+from tests.parallel.engines import batches, small_engine
 from tests.refusals import assert_refusal, refused
 from tests.rollout.test_generate import MODERATE, check_same, generator_of, some_requests
 from tests.worlds import Worlds
@@ -47,7 +48,7 @@ def in_both(layout: dict[str, Any], wanted: str, model: dict[str, Any]) -> dict[
             reshard.engine.models[0].initialise(reshard.grid, SEED)
             found["as drawn"] = all(torch.equal(moved[key], value) for key, value in reshard.engine.parameters())
             found["received"] = {key: value.numel() * value.element_size() for key, value in moved.items()}
-            engine.train_step(batches(engine, 0), token_loss, count_tokens)
+            engine.train_step(batches(engine, 0), cross_entropy, count_targets)
             engine.apply_gradients()
     there.close()
     reshard.close()

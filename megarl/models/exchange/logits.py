@@ -12,6 +12,7 @@ from megarl.models.exchange.source import HuggingFaceSource, Source
 from megarl.models.gpt import GPT
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
+from megarl.parallel.rows import ModelInputs
 
 
 def fixed_batch(source: Source) -> Tensor:
@@ -44,9 +45,8 @@ def _by_megarl(source: Source, tokens: Tensor) -> Tensor:
         load(gpt, source, grid)
         gpt.eval()
         positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
-        hidden = gpt(
-            {"tokens": tokens.to(grid.device), "positions": positions.to(grid.device)}
-        )  # [time, batch, hidden]
+        inputs = ModelInputs(tokens=tokens.to(grid.device), positions=positions.to(grid.device))
+        hidden = gpt(inputs)  # [time, batch, hidden]
         found = gpt.logits(hidden.transpose(0, 1).flatten(0, 1))
         return found.reshape(*tokens.shape, -1).cpu()
     finally:

@@ -19,9 +19,11 @@ from megarl.models.exchange.family import shape_of
 from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.parameters import parameters
 from megarl.modules.base import build_gpt_engine
+from megarl.modules.experience import forward_rows
 from megarl.modules.reference import FOLDER, keep
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
+from megarl.parallel.rows import Microbatch, Rows
 from megarl.tokenizers import build_tokenizer
 from tests.chat import templates
 from tests.chat.templates import CHATML
@@ -52,12 +54,12 @@ def import_and_export(folders: dict[str, Path], tp: int, pp: int, out: Path) -> 
             grid, model, ParallelConfig(), name="policy", vocab_size=VOCAB, precision="fp32", seed=1
         )
         tokens = fixed_tokens()
-        batch = {"tokens": tokens, "positions": torch.arange(tokens.shape[1]).expand(tokens.shape)}
+        rows = Rows(tokens, torch.full((len(tokens),), tokens.shape[1]), torch.ones(tokens.shape))
 
-        def logprobs(gpt: Any, hidden: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {"logprobs": gpt.logprobs(hidden, batch["tokens"], torch.ones(batch["tokens"].shape)).logprobs}
+        def logprobs(gpt: Any, hidden: Tensor, batch: Microbatch) -> dict[str, Tensor]:
+            return {"logprobs": gpt.logprobs(hidden, batch.targets, batch.target_mask).logprobs}
 
-        found = engine.forward([batch], logprobs)[0]["logprobs"]
+        found = forward_rows(engine, rows, logprobs, per_microbatch=len(rows), share_bins=False)["logprobs"]
         results[name] = (found, {name: tuple(parameter.shape) for name, parameter in engine.parameters()})
         export(engine, out / name, model=model, vocab_size=VOCAB, family=source.family and source.family.name)
         grid.close()

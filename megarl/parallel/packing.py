@@ -1,0 +1,56 @@
+"""Sequences of unequal lengths into bins of one length, and sizes that come in few steps."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+import numpy as np
+
+WINDOW = 8192
+"""Sequences that are packed together: more fills bins better, and takes longer."""
+
+
+def pack(lengths: np.ndarray, capacity: int, seed: int = 0, *, shuffle: bool = False) -> list[np.ndarray]:
+    """Share sequences out to bins of at most `capacity` tokens; every sequence is in exactly one bin.
+
+    Sequences are taken in their order, or in a seeded one, `WINDOW` at a time. Within a window the longest goes first,
+    each into the fullest bin that still holds it.
+
+    Args:
+        lengths: tokens of each sequence, [sequences], none above `capacity`.
+
+    Returns:
+        The sequences of each bin; bins follow the order in which their first sequence was taken.
+    """
+    order = np.arange(len(lengths))
+    if shuffle:
+        order = np.random.default_rng([seed, 0x9AC]).permutation(len(lengths))
+    bins: list[np.ndarray] = []
+    for start in range(0, len(order), WINDOW):
+        window = order[start : start + WINDOW]
+        bins += [window[members] for members in _best_fit(lengths[window], capacity)]
+    return bins
+
+
+def _best_fit(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
+    bins: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+    for sequence in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[sequence])
+        fullest = bisect_left(free, (length, -1))
+        if fullest < len(free):
+            left, target = free.pop(fullest)
+        else:
+            left, target = capacity, len(bins)
+            bins.append([])
+        bins[target].append(int(sequence))
+        insort(free, (left - length, target))
+    return [np.array(members) for members in sorted((sorted(one) for one in bins), key=lambda one: one[0])]
+
+
+def round_up_to_bucket(n: int, multiple_of: int = 1, *, steps: int = 8) -> int:
+    """Return `n` or a little more, so that sizes which vary take few values: at most n / `steps` more, and what a
+    multiple of `multiple_of` needs."""
+    step = max(1, (1 << n.bit_length() - 1) // steps) if n > 0 else 1
+    step = -(-step // multiple_of) * multiple_of
+    return -(-n // step) * step

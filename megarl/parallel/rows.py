@@ -1,0 +1,161 @@
+"""Sequences to learn from, and what one forward pass reads of them.
+
+`Rows` are what algorithms, losses and data sets speak of: one sequence each. A `Microbatch` is what a model is given:
+the same tokens laid into bins by `MicrobatchPlan`. Both are values that nobody changes; a step that adds a column
+returns new rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Sequences to learn from, right-padded.
+
+    Attributes:
+        tokens: [rows, time] long.
+        lengths: [rows] long, tokens of each row without padding.
+        action_mask: [rows, time] float32, 1 where the policy acted, or where the loss applies; 0 on prompts, what an
+            environment said, and padding. Always 0 at a row's first token, which nothing predicts.
+        per_token: more columns [rows, time], such as rollout_logprobs, old_logprobs, ref_logprobs, values, rewards,
+            advantages and returns; of rows that hold several documents, positions and segment_ids.
+        per_row: more columns [rows], such as group (the prompt that a response belongs to) and truncated.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    action_mask: Tensor
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    per_row: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.per_token or name in self.per_row
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a column by its name."""
+        return self.per_token[name] if name in self.per_token else self.per_row[name]
+
+    def with_columns(self, **columns: Tensor) -> Self:
+        """Return these rows with more columns, or with others of the same name: [rows, time] or [rows]."""
+        per_token, per_row = dict(self.per_token), dict(self.per_row)
+        for name, column in columns.items():
+            if column.shape not in (self.tokens.shape, self.lengths.shape):
+                raise ValueError(f"{name} has shape {list(column.shape)} and the rows {list(self.tokens.shape)}")
+            (per_token if column.dim() == 2 else per_row)[name] = column
+        return replace(self, per_token=per_token, per_row=per_row)
+
+    def take(self, numbers: Tensor) -> Self:
+        """Return some of the rows, in the order of their numbers [rows]."""
+        return replace(
+            self,
+            tokens=self.tokens[numbers],
+            lengths=self.lengths[numbers],
+            action_mask=self.action_mask[numbers],
+            per_token={name: column[numbers] for name, column in self.per_token.items()},
+            per_row={name: column[numbers] for name, column in self.per_row.items()},
+        )
+
+    def to(self, device: torch.device) -> Self:
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=True),
+            lengths=self.lengths.to(device, non_blocking=True),
+            action_mask=self.action_mask.to(device, non_blocking=True),
+            per_token={name: column.to(device, non_blocking=True) for name, column in self.per_token.items()},
+            per_row={name: column.to(device, non_blocking=True) for name, column in self.per_row.items()},
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything by name."""
+        own = {"tokens": self.tokens, "lengths": self.lengths, "action_mask": self.action_mask}
+        return {**own, **self.per_token, **self.per_row}
+
+
+class RowSource(Protocol):
+    """Where rows come from: `Rows` themselves, or a data set that makes them as they are needed."""
+
+    @property
+    def lengths(self) -> Tensor | np.ndarray:
+        """Tokens of each row, [rows]."""
+
+    def take(self, numbers: Tensor) -> Rows:
+        """Return some of the rows, in the order of their numbers [rows]."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModelInputs:
+    """What a model reads.
+
+    Attributes:
+        tokens: [bins, time] long; 0 in padding.
+        positions: [bins, time] long, which begin anew with every row.
+        segment_ids: [bins, time] long, where bins hold several rows: 1, 2, ... for the rows of a bin, 0 in padding.
+            Tokens attend to their own segment alone.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segment_ids: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Microbatch(ModelInputs):
+    """One forward pass of a replica: what a model reads, what it predicts, and the rows these belong to.
+
+    A target stands beside the state that predicts it: the shift by one is done here, and nowhere in a model or a loss.
+
+        row                A  B  C  D            what is read    A  B  C
+        columns of rows    0  1  2  3            targets         B  C  D
+
+    Attributes:
+        targets: [bins, time] long, the token after each that is read.
+        target_mask: [bins, time] float32, the action mask of the targets.
+        rows: the rows that are read here, on the same device.
+        token_index: [rows, time of rows] long: for each token of each row, where in the flat [bins, time] the state
+            that predicts it is; -1 for first tokens and padding.
+        last_index: [rows] long: where each row's last token is read; -1 where the plan leaves it out.
+    """
+
+    targets: Tensor
+    target_mask: Tensor
+    rows: Rows
+    token_index: Tensor
+    last_index: Tensor
+
+    def gather_rows(self, outputs: Tensor) -> Tensor:
+        """Bring outputs [bins, time] into rows: [rows, time], at each token what was computed in the state that
+        predicts it; 0 at first tokens and in padding."""
+        return gather(outputs, self.token_index)
+
+    def gather_last(self, outputs: Tensor) -> Tensor:
+        """Return what outputs [bins, time] hold where each row's last token was read: [rows]."""
+        return gather(outputs, self.last_index)
+
+    def to(self, device: torch.device) -> Self:
+        moved = {
+            item.name: value.to(device, non_blocking=True)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return replace(self, rows=self.rows.to(device), **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything by name; what belongs to rows begins with `rows.`."""
+        own = {item.name: value for item in fields(self) if isinstance(value := getattr(self, item.name), Tensor)}
+        return {**own, **{f"rows.{name}": column for name, column in self.rows.tensors().items()}}
+
+
+def gather(outputs: Tensor, index: Tensor) -> Tensor:
+    """Return the flat outputs at an index of any shape, 0 where it is -1."""
+    return torch.where(index >= 0, outputs.flatten()[index.clamp(min=0)], 0)

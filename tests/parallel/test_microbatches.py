@@ -1,0 +1,231 @@
+"""Rows in microbatches: every token where it belongs, each row once over all replicas, units whole, the same rows
+back."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from megarl.parallel.grid import Grid, start_world
+from megarl.parallel.layout import Layout
+from megarl.parallel.microbatches import MicrobatchPlan
+from megarl.parallel.packing import round_up_to_bucket
+from megarl.parallel.rows import Microbatch, Rows
+from tests.worlds import Worlds
+
+LAYOUTS = [Layout(), Layout(dp=2), Layout(dp=4), Layout(pp=2, vpp=2), Layout(tp=4, dp=2, sequence_parallel=True)]
+
+
+def rows_of(*lengths: tuple[int, int]) -> Rows:
+    """Rows of (prompt, response) tokens; every token of a row is different, and none is 0."""
+    width = max(map(sum, lengths))
+    tokens, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width)
+    for row, (prompt, response) in enumerate(lengths):
+        tokens[row, : prompt + response] = (7 * row + torch.arange(prompt + response)) % 100 + 1
+        mask[row, prompt : prompt + response] = 1
+    sizes = torch.tensor([sum(length) for length in lengths])
+    return Rows(tokens, sizes, mask).with_columns(number=torch.arange(len(lengths)), doubled=tokens * 2)
+
+
+UNEQUAL = rows_of((1, 9), (2, 1), (1, 4), (3, 3), (1, 1), (5, 5), (1, 2))
+ROWS = [[0, 1, 2, 3, 4, 5, 6], [6, 0, 3], [4]]
+
+
+def replicas(layout: Layout, rows: Rows, numbers: list[int] | None = None, **options: Any) -> list[list[Microbatch]]:
+    """Every replica's microbatches."""
+    chosen = torch.arange(len(rows)) if numbers is None else torch.tensor(numbers)
+    options = {"per_microbatch": 100, "share_bins": True, **options}
+    plans = [MicrobatchPlan(rows.lengths[chosen], layout, rank, **options) for rank in range(layout.dp)]
+    return [plan.microbatches(rows, chosen) for plan in plans]
+
+
+def check_microbatch(batch: Microbatch, rows: Rows, *, read_last: bool = False) -> list[int]:
+    """Check each row of a microbatch against the row it was made of; return their numbers."""
+    found = []
+    before = batch.gather_rows(batch.tokens)
+    positions, targets, mask = map(batch.gather_rows, (batch.positions, batch.targets, batch.target_mask))
+    last = batch.gather_last(batch.tokens)
+    for row, length in enumerate(batch.rows.lengths.tolist()):
+        if not length:  # a filler
+            assert not batch.rows.action_mask[row].any()
+            assert (batch.token_index[row] == -1).all()
+            continue
+        number = int(batch.rows["number"][row])
+        tokens = rows.tokens[number]
+        assert torch.equal(batch.rows["doubled"][row], rows["doubled"][number])
+        assert before[row, 1:length].tolist() == tokens[: length - 1].tolist()
+        assert targets[row, 1:length].tolist() == tokens[1:length].tolist()
+        assert positions[row, 1:length].tolist() == list(range(length - 1))
+        assert torch.equal(mask[row], rows.action_mask[number])
+        assert not targets[row, 0]
+        assert not targets[row, length:].any()
+        index = batch.token_index[row, 1:length]
+        assert len(set(index.tolist())) == length - 1
+        assert int(last[row]) == (int(tokens[length - 1]) if read_last or length == 1 else 0)
+        found.append(number)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("per_microbatch", [1, 2, 100])
+@pytest.mark.parametrize("share_bins", [False, True])
+@pytest.mark.parametrize("read_last", [False, True])
+@pytest.mark.parametrize("numbers", ROWS, ids=str)
+def test_each_row_is_read_once_and_whole(
+    layout: Layout, per_microbatch: int, share_bins: bool, read_last: bool, numbers: list[int]
+) -> None:
+    options = {"per_microbatch": per_microbatch, "share_bins": share_bins, "read_last": read_last}
+    microbatches = replicas(layout, UNEQUAL, numbers, **options)
+    found, read, shapes = [], 0, set()
+    for mine in microbatches:
+        assert len(mine) % (layout.pp if layout.vpp > 1 else 1) == 0
+        for batch in mine:
+            shapes.add((len(mine), *batch.tokens.shape))
+            found += check_microbatch(batch, UNEQUAL, read_last=read_last)
+            read += int(batch.tokens.count_nonzero())
+            assert float(batch.target_mask.sum()) == float(batch.rows.action_mask.sum())
+    assert sorted(found) == sorted(numbers)
+    assert read == int(UNEQUAL.lengths[numbers].sum()) - (0 if read_last else len(numbers))
+    assert len(shapes) == 1, "all microbatches of all replicas have one shape"
+    (shape,) = shapes
+    assert shape[2] % (layout.tp if layout.sequence_parallel else 1) == 0
+
+
+def test_units_are_never_parted_and_everything_is_read_once() -> None:
+    """Random units of one to four rows, in any layout: the rows of a unit stand in one bin, one after the other."""
+    dice = random.Random(0)
+    for _ in range(100):
+        lengths = [(dice.randint(1, 5), dice.randint(1, 9)) for _ in range(dice.randint(1, 30))]
+        rows = rows_of(*lengths)
+        unit = torch.tensor(sorted(dice.randint(0, len(lengths) // 2) for _ in lengths))
+        if dice.random() < 0.5:  # rows of a unit need not be neighbours
+            unit = unit[torch.randperm(len(unit), generator=torch.Generator().manual_seed(dice.randint(0, 99)))]
+        layout = dice.choice(LAYOUTS)
+        options = {"share_bins": dice.random() < 0.5, "per_microbatch": dice.choice([1, 2, 100])}
+        read_last = dice.random() < 0.5
+        found = []
+        for mine in replicas(layout, rows, unit=unit, read_last=read_last, **options):
+            for batch in mine:
+                numbers = check_microbatch(batch, rows, read_last=read_last)
+                found += numbers
+                for number in numbers:
+                    members = torch.nonzero(unit == unit[number]).flatten().tolist()
+                    assert set(members) <= set(numbers)
+                    bins = {
+                        int(batch.token_index[numbers.index(one)].max()) // batch.tokens.shape[1]
+                        for one in members
+                        if rows.lengths[one] > 1
+                    }
+                    assert len(bins) == 1
+                if not numbers:  # the filler is a whole unit too
+                    first = torch.nonzero(unit == unit[0]).flatten()
+                    assert torch.equal(batch.rows["number"], first)
+        assert sorted(found) == list(range(len(lengths)))
+
+
+def test_rows_that_share_a_bin_have_segments_and_positions_of_their_own() -> None:
+    """Rows of which 9 and 2, 4 and 5, 1 ... tokens are read: a bin of 18 holds several, each from position 0."""
+    ((batch,),) = replicas(Layout(), UNEQUAL)
+    assert len(batch.tokens) < len(UNEQUAL)
+    assert batch.segment_ids is not None
+    for segments, positions, mask in zip(batch.segment_ids, batch.positions, batch.target_mask, strict=True):
+        for segment in range(1, int(segments.max()) + 1):
+            (where,) = torch.nonzero(segments == segment, as_tuple=True)
+            assert torch.equal(where, torch.arange(int(where[0]), int(where[0]) + len(where)))
+            assert positions[where].tolist() == list(range(len(where)))
+        assert not mask[segments == 0].any()
+    assert replicas(Layout(), UNEQUAL, share_bins=False)[0][0].segment_ids is None
+
+
+def test_rows_that_hold_documents_keep_their_segments_and_positions() -> None:
+    mask = torch.tensor([[0.0, 1, 1, 0, 1], [0, 1, 0, 1, 0]])
+    rows = Rows(torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]]), torch.tensor([5, 4]), mask).with_columns(
+        positions=torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 1, 0]]),
+        segment_ids=torch.tensor([[1, 1, 1, 2, 2], [1, 1, 2, 2, 0]]),
+    )
+    ((batch,),) = replicas(Layout(), rows, share_bins=False)
+    assert batch.tokens.tolist() == [[1, 2, 3, 4], [6, 7, 8, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0], [0, 1, 0, 0]]
+    assert batch.segment_ids is not None
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 2], [1, 1, 2, 0]]
+    assert batch.targets.tolist() == [[2, 3, 4, 5], [7, 8, 9, 0]]
+    assert batch.target_mask.tolist() == [[1, 1, 0, 1], [1, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("lengths", [[(1, 0)] * 3, [(1, 0), (1, 4), (1, 0)]], ids=str)
+def test_a_row_of_one_token_is_read_and_has_no_target(lengths: list[tuple[int, int]]) -> None:
+    rows = rows_of(*lengths)
+    ((batch,),) = replicas(Layout(), rows)
+    assert check_microbatch(batch, rows) == [0, 1, 2]
+    assert float(batch.target_mask.sum()) == float(rows.action_mask.sum())
+
+
+def test_plans_meet_few_shapes() -> None:
+    """Of minibatches that differ by a row, and never more bins than a microbatch may hold."""
+    seen = set()
+    for rows in range(64, 129):
+        plan = MicrobatchPlan(torch.full((rows,), 40), Layout(), 0, per_microbatch=128, share_bins=True)
+        assert rows <= plan.bins <= 128
+        seen.add((plan.bins, plan.time))
+    assert len(seen) <= 17
+    assert MicrobatchPlan(torch.full((37,), 40), Layout(), 0, per_microbatch=37, share_bins=True).bins == 37
+
+
+def test_a_microbatch_holds_no_more_than_its_rows_of_full_length() -> None:
+    for share_bins in (False, True):
+        for batch in replicas(Layout(), UNEQUAL, per_microbatch=2, share_bins=share_bins)[0]:
+            assert batch.tokens.numel() <= round_up_to_bucket(2 * 10) + 2
+
+
+def test_tensors_have_names_that_say_whose_they_are() -> None:
+    ((batch,),) = replicas(Layout(), UNEQUAL)
+    assert {"tokens", "targets", "segment_ids", "rows.tokens", "rows.action_mask", "rows.doubled"} <= set(
+        batch.tensors()
+    )
+    assert "segment_ids" not in replicas(Layout(), UNEQUAL, share_bins=False)[0][0].tensors()
+
+
+def test_a_column_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="advantages"):
+        UNEQUAL.with_columns(advantages=torch.zeros(7, 3))
+
+
+def echoed(per_microbatch: int, share_bins: bool, width: int) -> tuple[Tensor, Tensor]:
+    """Targets in rows, and last tokens, over the current world, all of it data parallel."""
+    grid = Grid(Layout.for_world(dist.get_world_size()), start_world())
+    options: dict[str, Any] = {"per_microbatch": per_microbatch, "share_bins": share_bins, "read_last": True}
+    try:
+        plan = MicrobatchPlan(UNEQUAL.lengths, grid.layout, grid.dp_rank, **options)
+        microbatches = plan.microbatches(UNEQUAL)
+        targets = plan.collect([batch.targets for batch in microbatches], grid, width)
+        return targets, plan.collect_last([batch.tokens for batch in microbatches], grid)
+    finally:
+        grid.close()
+
+
+def test_every_rank_gets_all_rows_back_in_their_order(worlds: Worlds) -> None:
+    wanted = pad(UNEQUAL.tokens[:, 1:], (1, 0))
+    last = UNEQUAL.tokens[torch.arange(7), UNEQUAL.lengths - 1]
+    for world in (1, 2):
+        for per_microbatch, share_bins in ((1, False), (3, False), (2, True)):
+            for targets, tokens in worlds.run(world, echoed, per_microbatch, share_bins, UNEQUAL.tokens.shape[1]):
+                assert torch.equal(targets, wanted)
+                assert torch.equal(tokens, last)
+
+
+def test_outputs_that_are_not_finite_stay_where_they_are() -> None:
+    """Padding and first tokens have no output, whatever stands at the place they would be read from."""
+    ((batch,),) = replicas(Layout(), UNEQUAL)
+    outputs = torch.full(batch.tokens.shape, np.nan, requires_grad=True)
+    gathered = batch.gather_rows(outputs)
+    assert gathered[:, 0].tolist() == [0] * 7
+    gathered[:, 0].sum().backward()
+    assert outputs.grad is not None
+    assert not outputs.grad.isnan().any()
