@@ -86,6 +86,7 @@ class Trained:
         Args:
             settings: of the `rollout` section, such as temperature, max_new_tokens or ilql_beta.
         """
+        from megarl.data.formats import RecordFormat
         from megarl.data.prompts import PromptLimits, encode_prompt, fit_prompts
         from megarl.data.sources import Record
         from megarl.generate import opened
@@ -117,7 +118,7 @@ class Trained:
                 generator.config.vocab_size,
                 config.rollout.too_long,
             )
-            encoded = (encode_prompt(record, tokenizer, "prompt", "messages", None) for record in records)
+            encoded = (encode_prompt(record, tokenizer, RecordFormat()) for record in records)
             tokens = [prompt.tokens for prompt in fit_prompts(encoded, limits, "prompts")]
             rollouts = generator.generate(repeat(tokens, n, sampling_from(config.rollout)), stream=EVALUATION)
             texts = [tokenizer.decode(rollout.spoken) for rollout in rollouts]

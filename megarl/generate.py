@@ -174,6 +174,7 @@ def opened(
 
 def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer", vocab_size: int) -> "list[Prompt]":
     """Every prompt, measured. What names a file is read as one; anything else is a prompt itself."""
+    from megarl.data.formats import RecordFormat
     from megarl.data.prompts import PromptLimits, encode_prompt, fit_prompts
     from megarl.data.sources import Record, read_records
 
@@ -192,8 +193,13 @@ def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer", vocab_size: i
         if named
         else [Record({config.prompt_key: config.prompts}, f"prompts={_start_of(config.prompts)!r}")]
     )
-    keys = config.prompt_key, config.messages_key
-    encoded = (encode_prompt(record, tokenizer, *keys, config.chat_template) for record in records)
+    record_format = RecordFormat(
+        prompt_key=config.prompt_key,
+        messages_key=config.messages_key,
+        chat_template=config.chat_template,
+        section="",
+    )
+    encoded = (encode_prompt(record, tokenizer, record_format) for record in records)
     rollout = config.rollout
     limits = PromptLimits(config.model.max_positions, rollout.max_new_tokens, vocab_size, rollout.too_long)
     return fit_prompts(encoded, limits, f"prompts={_start_of(config.prompts)}")

@@ -81,7 +81,7 @@ class SFTDataset:
         record_format = record_format or RecordFormat()
         for record in records:
             self.stats.records += 1
-            whole = record_format.encode(record, tokenizer)
+            whole = record_format.document(record, tokenizer)
             document = self._fit(whole, seq_length, too_long, record.where)
             if document is not None and not document.response_mask.any():
                 self.stats.dropped_no_loss += 1

@@ -1,18 +1,25 @@
-"""One record to one document: token ids, and which of them the policy is trained to choose.
+"""One record to tokens, and which of them the policy chose: texts, completions, chats, dialogues, pairs, prompts.
 
-Three shapes of record are known: a text, a prompt with its completion, and a chat.
+A completion, an output and an answer are encoded on their own and end with EOS (or with what the chat template ends an
+answer with), as generation continues from the prompt's tokens alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, TypeVar
 
 import numpy as np
 
 from megarl.data.sources import Record
 from megarl.errors import DataError
 from megarl.tokenizers import Tokenizer
+
+Encoded = tuple[list[int], list[int]]
+"""Tokens, and for each 1 where the policy chose it."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class RecordFormat:
     """How records are read; the fields are the keys of the same name under `data`.
 
     `chat_template` is the template itself (see `load_chat_template`), or None for the tokenizer's own. `settable` are
-    the keys that the configuration has, for messages.
+    the keys that the configuration has, and `section` stands before them, for messages.
     """
 
     format: str = "auto"
@@ -44,33 +51,132 @@ class RecordFormat:
     prompt_key: str = "prompt"
     completion_key: str = "completion"
     messages_key: str = "messages"
+    samples_key: str = "samples"
+    chosen_key: str = "chosen"
+    rejected_key: str = "rejected"
     chat_template: str | None = None
     loss_on: str = "completion"
     settable: tuple[str, ...] = ("messages_key", "prompt_key", "completion_key", "text_key")
+    section: str = "data."
 
-    def encode(self, record: Record, tokenizer: Tokenizer) -> Document:
-        """The whole document of a record, however long."""
-        shape = self._shape(record)
-        try:
-            tokens, chosen = self._tokens(record, shape, tokenizer)
-        except DataError as error:
-            raise error.within(record.where) from error
-        response_mask = np.asarray(chosen, dtype=np.uint8)
-        if self.loss_on == "all":
-            response_mask[:] = 1
-        response_mask[:1] = 0
-        return Document(np.asarray(tokens, dtype=np.int32), response_mask)
+    # --- what a record can be read as -------------------------------------------------------------------------------
 
-    def _tokens(self, record: Record, shape: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-        if shape == "text":
-            tokens = [*tokenizer.encode_prompt(self._text(record, self.text_key)), tokenizer.eos_id]
-            return tokens, [1] * len(tokens)
-        if shape == "completion":
-            # The completion is encoded on its own, as generation continues from the prompt's tokens alone.
-            prompt = tokenizer.encode_prompt(self._text(record, self.prompt_key))
-            completion = [*tokenizer.encode(self._text(record, self.completion_key)), tokenizer.eos_id]
-            return prompt + completion, [0] * len(prompt) + [1] * len(completion)
-        return self._encode_chat(record, tokenizer)
+    def document(self, record: Record, tokenizer: Tokenizer) -> Document:
+        """Return a text, a prompt with its completion, or a chat, whole, however long."""
+
+        def encode() -> Document:
+            shape = self._shape(record)
+            if shape == "text":
+                tokens = [*tokenizer.encode_prompt(self._text(record, self.text_key)), tokenizer.eos_id]
+                return _document((tokens, [1] * len(tokens)))
+            if shape == "completion":
+                prompt = tokenizer.encode_prompt(self._text(record, self.prompt_key))
+                found = _continued(prompt, self._text(record, self.completion_key), tokenizer)
+            else:
+                found = self._chat(self._messages(record, self.messages_key), tokenizer)
+            return _document((found[0], [1] * len(found[0])) if self.loss_on == "all" else found)
+
+        return _placed(record, encode)
+
+    def prompt(self, record: Record, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+        """Return a prompt as text and tokens: a conversation that awaits an answer, or a text."""
+
+        def encode() -> tuple[str, list[int]]:
+            fields = record.fields
+            if fields.get(self.messages_key) is not None:
+                key = self.messages_key
+                tokens = tokenizer.encode_chat_prompt(self._messages(record, key), self.chat_template)
+                text = tokenizer.decode(tokens)
+            else:
+                key = self.prompt_key
+                if not isinstance(fields.get(key), str):
+                    raise DataError(
+                        f"has no text under {key!r} and no conversation under {self.messages_key!r}, only "
+                        f"{', '.join(map(repr, fields)) or 'nothing'}: set {self.section}prompt_key or "
+                        f"{self.section}messages_key",
+                        key=key,
+                        value=fields.get(key),
+                    )
+                text = self._text(record, key)
+                tokens = tokenizer.encode_prompt(text)
+            if not tokens:
+                raise DataError(
+                    f"the prompt under {key!r} is empty and has no tokens: write one, or take the record out",
+                    key=key,
+                    value=fields[key],
+                )
+            return text, tokens
+
+        return _placed(record, encode)
+
+    def dialogue(self, record: Record, tokenizer: Tokenizer) -> Document:
+        """Return what was said in turns, from a prompt to an output: of `samples_key` a text, of which all but the
+        first token is an output, or texts in turn; or a conversation."""
+
+        def encode() -> Document:
+            key, fields = self.samples_key, record.fields
+            if key not in fields and self.messages_key in fields:
+                key = self.messages_key
+                messages = self._messages(record, key)
+                if isinstance(messages[0], Mapping) and messages[0].get("role") == "assistant":
+                    raise _starts_with_output(key, messages)
+                tokens, chosen = self._chat(messages, tokenizer)
+            else:
+                tokens, chosen = _turns(fields.get(key), key, tokenizer)
+            if not any(chosen):
+                raise DataError(
+                    f"{key!r} holds no action: give it an output, or take the record out",
+                    key=key,
+                    value=fields.get(key),
+                )
+            if chosen[0]:
+                raise _starts_with_output(key, fields[key])
+            return _document((tokens, chosen))
+
+        return _placed(record, encode)
+
+    def pair(self, record: Record, tokenizer: Tokenizer) -> tuple[Document, Document]:
+        """Return the preferred and the rejected response, each behind the prompt, which is not trained on.
+
+        Both are texts, behind a prompt that is a text or a conversation, or both are messages, behind a conversation
+        or with what they have in common at the start as the prompt.
+        """
+
+        def encode() -> tuple[Document, Document]:
+            both = {key: record.fields.get(key) for key in (self.chosen_key, self.rejected_key)}
+            if all(isinstance(response, str) for response in both.values()):
+                texts = [self._text(record, key) for key in both]
+                if record.fields.get(self.messages_key) is None:
+                    prompt = tokenizer.encode_prompt(self._text(record, self.prompt_key))
+                    chosen, rejected = (_document(_continued(prompt, text, tokenizer)) for text in texts)
+                    return chosen, rejected
+                messages = self._messages(record, self.messages_key)
+                answers = [[{"role": "assistant", "content": text}] for text in texts]
+            elif all(isinstance(response, list) for response in both.values()):
+                answers = [self._messages(record, key) for key in both]
+                messages = []
+                if record.fields.get(self.messages_key) is not None:
+                    messages = self._messages(record, self.messages_key)
+                alike = len(list(takewhile(lambda turns: turns[0] == turns[1], zip(*answers, strict=False))))
+                messages, answers = [*messages, *answers[0][:alike]], [answer[alike:] for answer in answers]
+            else:
+                kinds = {key: type(response).__name__ for key, response in both.items()}
+                wrong = next(key for key, response in both.items() if not isinstance(response, str))
+                raise DataError(
+                    f"holds {' and '.join(f'a {kind} under {key!r}' for key, kind in kinds.items())}: give two texts, "
+                    f"or two lists of messages; or set {self.section}chosen_key and {self.section}rejected_key",
+                    key=wrong,
+                    value=both[wrong],
+                )
+            chosen, rejected = (
+                _document(self._answer(messages, answer, key, tokenizer))
+                for key, answer in zip(both, answers, strict=True)
+            )
+            return chosen, rejected
+
+        return _placed(record, encode)
+
+    # --- inside -----------------------------------------------------------------------------------------------------
 
     def _shape(self, record: Record) -> str:
         needed = {
@@ -84,47 +190,50 @@ class RecordFormat:
                     return shape
             wanted = " or ".join("+".join(map(repr, keys)) for keys in needed.values())
             raise DataError(
-                f"{record.where}: has none of the expected keys {wanted} (found keys: {_keys(record)}); "
-                f"rename them, or set {' or '.join(f'data.{name}' for name in self.settable)}",
-                where=record.where,
+                f"has none of the expected keys {wanted} (found keys: {_keys(record)}); rename them, or set "
+                f"{' or '.join(f'{self.section}{name}' for name in self.settable)}",
+                key=wanted,
             )
         for key in needed[self.format]:
             if key not in record.fields:
                 raise DataError(
-                    f"{record.where}: key {key!r} is missing (found keys: {_keys(record)}), and "
-                    f"data.format={self.format} needs it; rename it{self._setting(key)}",
+                    f"key {key!r} is missing (found keys: {_keys(record)}), and {self.section}format={self.format} "
+                    f"needs it; rename it{self._setting(key)}",
                     key=key,
-                    where=record.where,
                 )
         return self.format
 
     def _setting(self, key: str) -> str:
         """Words that name the configuration key whose value is the given key of a record, where there is one."""
         found = [name for name in self.settable if getattr(self, name) == key]
-        return f", or set data.{found[0]}" if found else ""
+        return f", or set {self.section}{found[0]}" if found else ""
 
     def _text(self, record: Record, key: str) -> str:
-        text = record.fields[key]
+        text = record.fields.get(key)
         if not isinstance(text, str):
             raise DataError(
-                f"key {key!r} holds a {type(text).__name__}; expected a string "
-                f"(found keys: {_keys(record)}); fix the record{self._setting(key)}",
+                f"key {key!r} holds {_kind(text)}; expected a string (found keys: {_keys(record)}); fix the record"
+                f"{self._setting(key)}",
                 key=key,
                 value=text,
             )
         return encodable(text, key)
 
-    def _encode_chat(self, record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-        messages = record.fields[self.messages_key]
+    def _messages(self, record: Record, key: str) -> list[Any]:
+        messages = record.fields[key]
         if not isinstance(messages, list) or not messages:
-            found = f"a {type(messages).__name__}" if not isinstance(messages, list) else "an empty list"
             raise DataError(
-                f"key {self.messages_key!r} holds {found}; expected a list of turns, each "
-                f"with role and content (found keys: {_keys(record)}); fix it, or set data.messages_key",
-                key=self.messages_key,
+                f"key {key!r} holds {_kind(messages)}; expected a list of turns, each with role and content (found "
+                f"keys: {_keys(record)}); fix the record{self._setting(key)}",
+                key=key,
                 value=messages,
             )
-        check_encodable(messages)
+        for turn, message in enumerate(messages, 1):
+            if isinstance(message, Mapping) and isinstance(message.get("content"), str):
+                encodable(message["content"], "content", f"turn {turn}")
+        return messages
+
+    def _chat(self, messages: list[Any], tokenizer: Tokenizer) -> Encoded:
         try:
             return tokenizer.encode_chat(messages, self.chat_template)
         except DataError:
@@ -133,16 +242,89 @@ class RecordFormat:
             tokens = tokenizer.apply_chat_template(messages, template=self.chat_template)
             return tokens, [1] * len(tokens)
 
+    def _answer(self, messages: list[Any], answer: list[Any], key: str, tokenizer: Tokenizer) -> Encoded:
+        """The whole conversation, of which the answer alone was chosen."""
+        if not answer or not isinstance(answer[-1], Mapping) or answer[-1].get("role") != "assistant":
+            raise DataError(f"{key!r} ends with no answer of the assistant's own: give it one", key=key, value=answer)
+        if not messages:
+            raise _starts_with_output(key, answer)
+        tokens, chosen = tokenizer.encode_chat([*messages, *answer], self.chat_template)
+        follows = isinstance(answer[0], Mapping) and answer[0].get("role") == "assistant"
+        if follows:
+            before = len(tokenizer.encode_chat_prompt(messages, self.chat_template))
+        else:  # more turns of a user come first
+            before = len(tokenizer.encode_chat(messages, self.chat_template)[0])
+        return tokens, [0] * before + chosen[before:]
+
+
+def _placed(record: Record, encode: Callable[[], _T]) -> _T:
+    """Encode; the record's place stands before what is wrong with it."""
+    try:
+        return encode()
+    except DataError as problem:
+        raise problem.within(record.where) from problem.__cause__
+
+
+def _document(encoded: Encoded) -> Document:
+    tokens, chosen = encoded
+    response_mask = np.asarray(chosen, dtype=np.uint8)
+    response_mask[:1] = 0
+    return Document(np.asarray(tokens, dtype=np.int32), response_mask)
+
+
+def _continued(prompt: list[int], text: str, tokenizer: Tokenizer) -> Encoded:
+    response = [*tokenizer.encode(text), tokenizer.eos_id]
+    return prompt + response, [0] * len(prompt) + [1] * len(response)
+
+
+def _turns(sample: Any, key: str, tokenizer: Tokenizer) -> Encoded:
+    if isinstance(sample, str):
+        tokens = [*tokenizer.encode_prompt(encodable(sample, key)), tokenizer.eos_id]
+        return tokens, [0] + [1] * (len(tokens) - 1)
+    if not isinstance(sample, list | tuple) or not all(isinstance(turn, str) for turn in sample):
+        raise DataError(
+            f"holds {'nothing' if sample is None else _kind(sample)} under {key!r}: give a text, [prompt, output] or a "
+            "longer list of texts in turn",
+            key=key,
+            value=sample,
+        )
+    if len(sample) % 2:
+        raise DataError(
+            f"{key!r} holds {len(sample)} turns, so its last prompt has no action after it: prompts and outputs take "
+            "turns, from a prompt to an output",
+            key=key,
+            value=sample,
+        )
+    tokens, chosen = [], []
+    for number, text in enumerate(sample):
+        is_output = number % 2
+        if is_output and not text:
+            raise DataError(
+                f"turn {number + 1} of {key!r} is an output with no action: write one, or take the record out",
+                key=key,
+                value=sample,
+                where=f"turn {number + 1}",
+            )
+        encodable(text, key, f"turn {number + 1}")
+        turn = tokenizer.encode(text) if number else tokenizer.encode_prompt(text)
+        turn = [*turn, tokenizer.eos_id] if is_output else turn
+        tokens += turn
+        chosen += [is_output] * len(turn)
+    return tokens, chosen
+
+
+def _starts_with_output(key: str, sample: Any) -> DataError:
+    return DataError(
+        f"{key!r} starts with an output, which nothing comes before: put a prompt first", key=key, value=sample
+    )
+
+
+def _kind(value: Any) -> str:
+    return "an empty list" if isinstance(value, Sequence) and not value else f"a {type(value).__name__}"
+
 
 def _keys(record: Record) -> str:
     return ", ".join(map(str, record.fields)) or "none"
-
-
-def check_encodable(messages: Sequence[object]) -> None:
-    """Refuse a conversation with a turn that holds a lone surrogate."""
-    for turn, message in enumerate(messages, 1):
-        if isinstance(message, Mapping) and isinstance(message.get("content"), str):
-            encodable(message["content"], "content", f"turn {turn}")
 
 
 def encodable(text: str, key: str, where: str | None = None) -> str:

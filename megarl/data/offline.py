@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megarl.config.files import load_chat_template
-from megarl.data.formats import check_encodable, encodable
+from megarl.data.formats import Document, RecordFormat
 from megarl.data.order import TrainBatches, TrainLoader
 from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Places, Record, read_records
@@ -41,79 +41,49 @@ REPORT = "report.txt"
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of a dialogue; which of them the policy chose; what it earned, at the token that earned it."""
+    """A dialogue, and what it earned [time], at the token that earned it."""
 
-    tokens: list[int]
-    response_mask: list[int]
-    rewards: list[float]
+    document: Document
+    rewards: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.document)
 
 
-@dataclass(frozen=True)
-class SampleFormat:
-    """How a record becomes a sample; the fields are the keys of the same name under `data`."""
+def encode_sample(
+    record: Record, tokenizer: Tokenizer, record_format: RecordFormat, rewards_key: str = "rewards"
+) -> Sample:
+    """Return the whole sample of a record, however long."""
+    document = record_format.dialogue(record, tokenizer)
+    try:
+        return Sample(document, _rewards(record.fields, rewards_key, document.response_mask))
+    except DataError as problem:
+        raise problem.within(record.where) from None
 
-    samples_key: str = "samples"
-    rewards_key: str = "rewards"
-    messages_key: str = "messages"
-    chat_template: str | None = None
 
-    def encode(self, record: Record, tokenizer: Tokenizer) -> Sample:
-        """The whole sample of a record, however long. An output ends with EOS, as a generated response does."""
-        try:
-            return self._encode(record.fields, tokenizer)
-        except DataError as problem:
-            raise problem.within(record.where) from None
-
-    def _encode(self, fields: Mapping[str, Any], tokenizer: Tokenizer) -> Sample:
-        key = self.samples_key
-        if key not in fields and self.messages_key in fields:
-            key = self.messages_key
-            tokens, chosen = self._chat(fields[key], tokenizer)
-        else:
-            tokens, chosen = _lay_out(_turns(fields.get(key), key, tokenizer))
-        if not any(chosen):
-            raise DataError(
-                f"{key!r} holds no action: give it an output, or take the record out", key=key, value=fields.get(key)
-            )
-        if chosen[0]:
-            raise _starts_with_output(key, fields[key])
-        return Sample(tokens, chosen, self._rewards(fields, chosen))
-
-    def _chat(self, messages: Any, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-        key = self.messages_key
-        if not isinstance(messages, list) or not messages:
-            raise DataError(f"{key!r} is no list of messages: give role and content", key=key, value=messages)
-        first = messages[0]
-        if isinstance(first, Mapping) and first.get("role") == "assistant":
-            raise _starts_with_output(key, messages)
-        check_encodable(messages)
-        return tokenizer.encode_chat(messages, self.chat_template)
-
-    def _rewards(self, fields: Mapping[str, Any], chosen: Sequence[int]) -> list[float]:
-        """A reward at the last token of the output that earned it; a single one at the end of the last output."""
-        key = self.rewards_key
-        if key not in fields:
-            raise DataError(f"has no {key!r}: add the reward, or set data.rewards_key", key=key)
-        given = fields[key]
-        earned = [_number(value, key) for value in (given if isinstance(given, list) else [given])]
-        ends = [at for at, one in enumerate(chosen) if one and (at + 1 == len(chosen) or not chosen[at + 1])]
-        if not isinstance(given, list):
-            ends = ends[-1:]
-        if len(earned) != len(ends):
-            raise DataError(
-                f"has {len(earned)} {key} for {len(ends)} outputs: give one number for the whole sample, or one for "
-                "each output",
-                key=key,
-                value=given,
-            )
-        rewards = [0.0] * len(chosen)
-        for at, value in zip(ends, earned, strict=True):
-            rewards[at] = value
-        return rewards
+def _rewards(fields: Mapping[str, Any], key: str, chosen: np.ndarray) -> np.ndarray:
+    """A reward at the last token of the output that earned it; a single one at the end of the last output."""
+    if key not in fields:
+        raise DataError(f"has no {key!r}: add the reward, or set data.rewards_key", key=key)
+    given = fields[key]
+    earned = [_number(value, key) for value in (given if isinstance(given, list) else [given])]
+    (ends,) = np.nonzero(chosen & ~np.append(chosen[1:], 0).astype(bool))
+    if not isinstance(given, list):
+        ends = ends[-1:]
+    if len(earned) != len(ends):
+        raise DataError(
+            f"has {len(earned)} {key} for {len(ends)} outputs: give one number for the whole sample, or one for "
+            "each output",
+            key=key,
+            value=given,
+        )
+    rewards = np.zeros(len(chosen))
+    rewards[ends] = earned
+    return rewards
 
 
 def paired(samples: Sequence[Any], rewards: Sequence[Any], name: str = "samples") -> list[Record]:
-    """Lists of samples and their rewards as records, for `SampleFormat` with its own keys."""
+    """Lists of samples and their rewards as records, under the keys that are the defaults."""
     if len(samples) != len(rewards):
         fewer = min(len(samples), len(rewards))
         raise DataError(
@@ -202,23 +172,24 @@ def build_store(
     records: Iterable[Record],
     tokenizer: Tokenizer,
     seq_length: int,
-    sample_format: SampleFormat | None = None,
+    record_format: RecordFormat | None = None,
     too_long: str = "truncate",
     name: str = "data.train",
+    rewards_key: str = "rewards",
 ) -> OfflineStore:
     """Read and tokenise all records. Of a sample that is cut, what was earned beyond the cut counts at its last
     action; one that has no action left is left out."""
-    sample_format = sample_format or SampleFormat()
+    record_format = record_format or RecordFormat()
     kept: list[Sample] = []
     read = cut = dropped = 0
     changed = Places()
     for record in records:
         read += 1
-        sample = sample_format.encode(record, tokenizer)
-        if len(sample.tokens) > seq_length:
+        sample = encode_sample(record, tokenizer, record_format, rewards_key)
+        if len(sample) > seq_length:
             if too_long == "error":
                 raise DataError(
-                    f"{record.where}: is {len(sample.tokens)} tokens long, more than data.seq_length={seq_length}; "
+                    f"{record.where}: is {len(sample)} tokens long, more than data.seq_length={seq_length}; "
                     "shorten it, raise data.seq_length, or set data.too_long to truncate or drop",
                     key="data.seq_length",
                     value=seq_length,
@@ -244,14 +215,14 @@ def build_store(
     if changed.count:
         report = f"{name}: of {read} samples, {cut} were cut to data.seq_length and {dropped} left out"
         log.warning("%s: %s", report, changed)
-    starts = np.cumsum([0, *(len(sample.tokens) for sample in kept)], dtype=np.int64)
+    starts = np.cumsum([0, *(len(sample) for sample in kept)], dtype=np.int64)
     return OfflineStore(
         {
-            "tokens": np.fromiter(chain.from_iterable(s.tokens for s in kept), np.int32, int(starts[-1])),
-            "response_mask": np.fromiter(chain.from_iterable(s.response_mask for s in kept), np.uint8, int(starts[-1])),
-            "rewards": np.fromiter(chain.from_iterable(s.rewards for s in kept), np.float32, int(starts[-1])),
+            "tokens": np.concatenate([sample.document.tokens for sample in kept]),
+            "response_mask": np.concatenate([sample.document.response_mask for sample in kept]),
+            "rewards": np.concatenate([sample.rewards for sample in kept]).astype(np.float32),
             "starts": starts,
-            "returns": np.array([sum(sample.rewards) for sample in kept], np.float64),
+            "returns": np.array([sum(sample.rewards.tolist()) for sample in kept], np.float64),
         },
         report,
     )
@@ -262,14 +233,19 @@ def open_store(data: OfflineDataConfig, tokenizer: Tokenizer) -> OfflineStore:
 
     Of several processes on a machine one makes it while the others wait.
     """
-    sample_format = SampleFormat(
-        data.samples_key, data.rewards_key, data.messages_key, load_chat_template(data.chat_template)
+    record_format = RecordFormat(
+        samples_key=data.samples_key,
+        messages_key=data.messages_key,
+        chat_template=load_chat_template(data.chat_template),
+        settable=("samples_key", "messages_key"),
     )
 
     def build() -> OfflineStore:
-        return build_store(_records(data), tokenizer, data.seq_length, sample_format, data.too_long)
+        return build_store(
+            _records(data), tokenizer, data.seq_length, record_format, data.too_long, rewards_key=data.rewards_key
+        )
 
-    name = None if data.cache is None else _content_name(data, tokenizer, sample_format)
+    name = None if data.cache is None else _content_name(data, tokenizer, record_format)
     if data.cache is None or name is None:
         return build()
     folder = local(data.cache) / f"samples-{name}"
@@ -310,51 +286,6 @@ def build_offline_loader(
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _starts_with_output(key: str, sample: Any) -> DataError:
-    return DataError(
-        f"{key!r} starts with an output, which nothing comes before: put a prompt first", key=key, value=sample
-    )
-
-
-def _turns(sample: Any, key: str, tokenizer: Tokenizer) -> list[tuple[bool, list[int]]]:
-    """(whether the policy speaks, tokens) of each turn; of a text, everything after its first token is the policy's."""
-    if isinstance(sample, str):
-        tokens = [*tokenizer.encode_prompt(encodable(sample, key)), tokenizer.eos_id]
-        return [(False, tokens[:1]), (True, tokens[1:])]
-    if not isinstance(sample, list | tuple) or not all(isinstance(turn, str) for turn in sample):
-        found = "nothing" if sample is None else f"a {type(sample).__name__}"
-        raise DataError(
-            f"holds {found} under {key!r}: give a text, [prompt, output] or a longer list of texts in turn",
-            key=key,
-            value=sample,
-        )
-    if len(sample) % 2:
-        raise DataError(
-            f"{key!r} holds {len(sample)} turns, so its last prompt has no action after it: prompts and outputs take "
-            "turns, from a prompt to an output",
-            key=key,
-            value=sample,
-        )
-    turns: list[tuple[bool, list[int]]] = []
-    for number, text in enumerate(sample):
-        if number % 2 and not text:
-            raise DataError(
-                f"turn {number + 1} of {key!r} is an output with no action: write one, or take the record out",
-                key=key,
-                value=sample,
-                where=f"turn {number + 1}",
-            )
-        encodable(text, key, f"turn {number + 1}")
-        encoded = tokenizer.encode(text) if number else tokenizer.encode_prompt(text)
-        turns.append((bool(number % 2), [*encoded, tokenizer.eos_id] if number % 2 else encoded))
-    return turns
-
-
-def _lay_out(turns: Sequence[tuple[bool, Sequence[int]]]) -> tuple[list[int], list[int]]:
-    tokens = [token for _, part in turns for token in part]
-    return tokens, [int(chosen) for chosen, part in turns for _ in part]
-
-
 def _number(value: Any, key: str) -> float:
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not (number and abs(value) <= LARGEST):  # NaN is not, and no integer is too long to be compared
@@ -369,12 +300,13 @@ def _number(value: Any, key: str) -> float:
 
 def _cut(sample: Sample, length: int) -> Sample | None:
     """The first `length` tokens, with what was earned later on the last action; None without an action."""
-    actions = [at for at in range(length) if sample.response_mask[at]]
-    if not actions:
+    document = sample.document
+    (actions,) = np.nonzero(document.response_mask[:length])
+    if not len(actions):
         return None
-    rewards = sample.rewards[:length]
-    rewards[actions[-1]] += sum(sample.rewards[length:])
-    return Sample(sample.tokens[:length], sample.response_mask[:length], rewards)
+    rewards = sample.rewards[:length].copy()
+    rewards[actions[-1]] += sample.rewards[length:].sum()
+    return Sample(Document(document.tokens[:length], document.response_mask[:length]), rewards)
 
 
 def _records(data: OfflineDataConfig) -> Iterator[Record]:
@@ -387,9 +319,12 @@ def _records(data: OfflineDataConfig) -> Iterator[Record]:
             yield from read_records(list(paths), data.train_split, key="data.train")
 
 
-def _content_name(data: OfflineDataConfig, tokenizer: Tokenizer, sample_format: SampleFormat) -> str | None:
+def _content_name(data: OfflineDataConfig, tokenizer: Tokenizer, record_format: RecordFormat) -> str | None:
     """A digest of all that a store follows from; None where that is not all in files."""
-    settings = [VERSION, data.seq_length, data.too_long, data.train_split, vars(sample_format), tokenizer.fingerprint()]
+    settings = [
+        *(VERSION, data.seq_length, data.too_long, data.train_split, data.rewards_key),
+        *(vars(record_format), tokenizer.fingerprint()),
+    ]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for path in data.train:
         source = local(path)

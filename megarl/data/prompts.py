@@ -13,7 +13,7 @@ import numpy as np
 
 from megarl.config.files import load_chat_template
 from megarl.config.rl import PromptDataConfig
-from megarl.data.formats import check_encodable, encodable
+from megarl.data.formats import RecordFormat
 from megarl.data.order import TrainBatches, TrainLoader
 from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Places, Record, read_records
@@ -92,46 +92,28 @@ def read_prompts(
     Args:
         name: the configuration key of the paths, for messages.
     """
-    template = load_chat_template(data.chat_template)
+    record_format = prompt_format(data)
     records = (record for path in paths for record in _read(path, split, data, name))
-    encoded = (
-        encode_prompt(record, tokenizer, data.prompt_key, data.messages_key, template, "data.") for record in records
-    )
+    encoded = (encode_prompt(record, tokenizer, record_format) for record in records)
     return _with_equal_fields(fit_prompts(encoded, limits, name))
 
 
-def encode_prompt(
-    record: Record, tokenizer: Tokenizer, prompt_key: str, messages_key: str, template: str | None, section: str = ""
-) -> Prompt:
-    """A record's prompt as text and tokens; `section` is where the configuration keeps the two keys."""
-    fields = dict(record.fields)
-    messages, text = fields.get(messages_key), fields.get(prompt_key)
-    try:
-        if messages is not None:
-            _check_conversation(messages, messages_key)
-            tokens = tokenizer.encode_chat_prompt(messages, template)
-            text = tokenizer.decode(tokens)
-        elif isinstance(text, str):
-            tokens = tokenizer.encode_prompt(encodable(text, prompt_key))
-    except DataError as problem:
-        raise problem.within(record.where) from None
-    if not isinstance(text, str):
-        raise DataError(
-            f"{record.where}: has no text under {prompt_key!r} and no conversation under {messages_key!r}, only "
-            f"{', '.join(map(repr, fields)) or 'nothing'}: set {section}prompt_key or {section}messages_key",
-            key=prompt_key,
-            value=text,
-            where=record.where,
-        )
-    if not tokens:
-        key = prompt_key if messages is None else messages_key
-        raise DataError(
-            f"{record.where}: the prompt under {key!r} is empty and has no tokens: write one, or take the record out",
-            key=key,
-            value=fields[key],
-            where=record.where,
-        )
-    others = {key: value for key, value in fields.items() if key not in (prompt_key, messages_key)}
+def prompt_format(data: PromptDataConfig) -> RecordFormat:
+    """Return how prompts are read, and samples that the policy is to answer them like: by the same keys and the same
+    chat template."""
+    return RecordFormat(
+        prompt_key=data.prompt_key,
+        messages_key=data.messages_key,
+        chat_template=load_chat_template(data.chat_template),
+        settable=("messages_key", "prompt_key"),
+    )
+
+
+def encode_prompt(record: Record, tokenizer: Tokenizer, record_format: RecordFormat) -> Prompt:
+    """Return a record's prompt as text and tokens, with its other fields."""
+    text, tokens = record_format.prompt(record, tokenizer)
+    keys = (record_format.prompt_key, record_format.messages_key)
+    others = {key: value for key, value in record.fields.items() if key not in keys}
     return Prompt(text, tuple(tokens), others, record.where)
 
 
@@ -179,17 +161,6 @@ def fit_prompts(prompts: Iterable[Prompt], limits: PromptLimits, name: str) -> l
             "%s: %d of %d prompts are longer than %s and were %s: %s", name, long.count, number + 1, limits, done, long
         )
     return fitting
-
-
-def _check_conversation(messages: Any, messages_key: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        found = "an empty list" if isinstance(messages, list) else f"a {type(messages).__name__}"
-        raise DataError(
-            f"key {messages_key!r} holds {found}; expected a list of turns, each with role and content: fix the record",
-            key=messages_key,
-            value=messages,
-        )
-    check_encodable(messages)
 
 
 def _check_vocabulary(prompt: Prompt, vocab_size: int) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from megarl.config.files import load_chat_template
-from megarl.config.rl import PromptDataConfig
 from megarl.config.schema import PPOConfig, RFTConfig
 from megarl.data.dataset import SFTDataset
-from megarl.data.formats import RecordFormat
 from megarl.data.order import TrainBatches, TrainLoader
+from megarl.data.prompts import prompt_format
 from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Record, read_records
 from megarl.logging import get_logger
@@ -44,7 +42,7 @@ def clone_behaviour(
         total_steps=steps,
         lr_key="clone.lr",
     )
-    how, length = sample_format(config.data), config.model.max_positions
+    how, length = prompt_format(config.data), config.model.max_positions
     documents = refused_once(grid, lambda: SFTDataset(_records(config), tokenizer, length, how, name="clone.data"))
     documents.stats.report("clone.data", "the model's context")
     log.info("cloning the behaviour of %d samples first: %d steps of cross entropy", len(documents), steps)
@@ -59,16 +57,6 @@ def clone_behaviour(
     student.refuse_not_finite()
     for engine in engines:
         engine.start_from(student)
-
-
-def sample_format(data: PromptDataConfig) -> RecordFormat:
-    """How samples are read: by the keys and the chat template of the prompts that the policy will answer."""
-    return RecordFormat(
-        prompt_key=data.prompt_key,
-        messages_key=data.messages_key,
-        chat_template=load_chat_template(data.chat_template),
-        settable=("messages_key", "prompt_key"),
-    )
 
 
 def _records(config: PPOConfig | RFTConfig) -> Iterable[Record]:

@@ -11,7 +11,8 @@ import torch
 
 from megarl.config.offline import OfflineDataConfig
 from megarl.data import offline
-from megarl.data.offline import OfflineStore, SampleFormat, build_store, open_store, paired, random_walks
+from megarl.data.formats import RecordFormat
+from megarl.data.offline import OfflineStore, build_store, encode_sample, open_store, paired, random_walks
 from megarl.data.randomwalks import task
 from megarl.data.sources import Record
 from megarl.errors import DataError
@@ -38,36 +39,42 @@ def store(samples: list[Any], rewards: list[Any], **options: Any) -> offline.Off
 
 def encoded(sample: Any, rewards: Any) -> offline.Sample:
     (record,) = paired([sample], [rewards])
-    return SampleFormat().encode(record, LETTERS)
+    return encode_sample(record, LETTERS, RecordFormat())
+
+
+def laid_out(sample: offline.Sample) -> tuple[list[int], list[int], list[float]]:
+    """tokens, mask, rewards."""
+    document = sample.document
+    return document.tokens.tolist(), document.response_mask.tolist(), sample.rewards.tolist()
 
 
 def test_an_output_ends_with_eos_and_earns_at_it() -> None:
-    sample = encoded(["ab", "cd"], 2.5)
-    assert sample.tokens == [0, 1, 2, 3, EOS]
-    assert sample.response_mask == [0, 0, 1, 1, 1]
-    assert sample.rewards == [0, 0, 0, 0, 2.5]
+    tokens, mask, rewards = laid_out(encoded(["ab", "cd"], 2.5))
+    assert tokens == [0, 1, 2, 3, EOS]
+    assert mask == [0, 0, 1, 1, 1]
+    assert rewards == [0, 0, 0, 0, 2.5]
 
 
 def test_of_a_text_everything_but_the_first_token_is_chosen() -> None:
-    sample = encoded("abc", 1)
-    assert sample.tokens == [0, 1, 2, EOS]
-    assert sample.response_mask == [0, 1, 1, 1]
+    tokens, mask, _ = laid_out(encoded("abc", 1))
+    assert tokens == [0, 1, 2, EOS]
+    assert mask == [0, 1, 1, 1]
 
 
 def test_a_dialogue_earns_once_at_its_end_or_in_every_turn() -> None:
     turns = ["a", "b", "cd", "e"]
-    assert encoded(turns, 3).rewards == [0, 0, 0, 0, 0, 0, 3]
+    assert encoded(turns, 3).rewards.tolist() == [0, 0, 0, 0, 0, 0, 3]
     dense = encoded(turns, [1, -1])
-    assert dense.tokens == [0, 1, EOS, 2, 3, 4, EOS]
-    assert dense.response_mask == [0, 1, 1, 0, 0, 1, 1]
-    assert dense.rewards == [0, 0, 1, 0, 0, 0, -1]
+    assert dense.document.tokens.tolist() == [0, 1, EOS, 2, 3, 4, EOS]
+    assert dense.document.response_mask.tolist() == [0, 1, 1, 0, 0, 1, 1]
+    assert dense.rewards.tolist() == [0, 0, 1, 0, 0, 0, -1]
 
 
 def test_conversations_are_samples_too() -> None:
     tokenizer = build_tokenizer("bytes", None)
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    sample = SampleFormat().encode(Record({"messages": messages, "rewards": 1}, "here"), tokenizer)
-    spoken = [token for token, chosen in zip(sample.tokens, sample.response_mask, strict=True) if chosen]
+    sample = encode_sample(Record({"messages": messages, "rewards": 1}, "here"), tokenizer, RecordFormat())
+    spoken = [token for token, chosen in zip(*laid_out(sample)[:2], strict=True) if chosen]
     assert spoken == [*b"yo", tokenizer.eos_id]
     assert sample.rewards[-1] == 1
 
@@ -150,7 +157,7 @@ def test_a_chat_that_the_assistant_opens_is_refused() -> None:
     tokenizer = build_tokenizer("bytes", None)
     messages = [{"role": "assistant", "content": "yo"}, {"role": "user", "content": "hi"}]
     with refused(DataError, key="messages", value=messages, where="data.jsonl:3"):
-        SampleFormat().encode(Record({"messages": messages, "rewards": 1}, "data.jsonl:3"), tokenizer)
+        encode_sample(Record({"messages": messages, "rewards": 1}, "data.jsonl:3"), tokenizer, RecordFormat())
 
 
 def test_what_was_earned_beyond_a_cut_counts_at_the_last_action() -> None:

@@ -8,10 +8,9 @@ import pytest
 
 from megarl.config.rl import PromptDataConfig
 from megarl.data.dataset import SFTDataset
-from megarl.data.prompts import encode_prompt
+from megarl.data.prompts import encode_prompt, prompt_format
 from megarl.data.sources import Record
 from megarl.errors import DataError
-from megarl.modules.clone import sample_format
 from megarl.tokenizers import ByteTokenizer
 from tests.refusals import refused
 
@@ -32,9 +31,8 @@ ASKED = {"role": "user", "content": "ab"}
 def test_a_sample_begins_with_the_tokens_that_its_prompt_has_in_training(
     prompt: dict[str, Any], sample: dict[str, Any]
 ) -> None:
-    keys = DATA.prompt_key, DATA.messages_key, DATA.chat_template
-    tokens = list(encode_prompt(Record(prompt, "file:1"), TOKENIZER, *keys).tokens)
-    (document,) = SFTDataset([Record(sample, "file:1")], TOKENIZER, 32, sample_format(DATA)).documents
+    tokens = list(encode_prompt(Record(prompt, "file:1"), TOKENIZER, prompt_format(DATA)).tokens)
+    (document,) = SFTDataset([Record(sample, "file:1")], TOKENIZER, 32, prompt_format(DATA)).documents
     assert list(document.tokens[: len(tokens)]) == tokens
     assert list(document.response_mask[: len(tokens) + 1]) == [0] * len(tokens) + [1]
 
@@ -42,5 +40,5 @@ def test_a_sample_begins_with_the_tokens_that_its_prompt_has_in_training(
 def test_a_sample_without_the_keys_is_told_of_those_that_can_be_set() -> None:
     names = ("file:1", "'question'", "'turns'", "data.prompt_key", "data.messages_key")
     with refused(DataError, names=names) as found:
-        SFTDataset([Record({"prompt": "ab", "completion": "c"}, "file:1")], TOKENIZER, 32, sample_format(DATA))
+        SFTDataset([Record({"prompt": "ab", "completion": "c"}, "file:1")], TOKENIZER, 32, prompt_format(DATA))
     assert "data.completion_key" not in found.line
