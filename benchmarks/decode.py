@@ -15,7 +15,8 @@ import torch
 from benchmarks.rates import copy_bandwidth, seconds
 from benchmarks.train_step import GPU_SHAPES, Shape, describe, live_grid, llama, markdown
 from megarl.config.schema import ParallelConfig
-from megarl.modules.base import build_gpt_engine
+from megarl.models.build import build_engine
+from megarl.models.roles import Role
 from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid, start_world
 from megarl.rollout.generator import Generator, Limits
@@ -65,8 +66,8 @@ def bound_seconds(engine: Engine, shape: Shape, rows: int, prompt: int, new: int
 def lines(
     shape: Shape, grid: Grid, batches: Sequence[int], prompt: int, new: int, repeats: int, bandwidth: float
 ) -> list[list[str]]:
-    engine = build_gpt_engine(
-        grid, shape.model, ParallelConfig(), name="policy", vocab_size=shape.vocab_size, precision="bf16", seed=1
+    engine = build_engine(
+        Role("policy", shape.model, shape.vocab_size), grid, ParallelConfig(), precision="bf16", seed=1
     )
     found = []
     for rows in batches:

@@ -19,8 +19,9 @@ import torch
 from benchmarks.rates import copy_bandwidth, product_rate
 from benchmarks.train_step import describe, live_grid, markdown
 from megarl.config.schema import ParallelConfig
+from megarl.models.build import build_engine
 from megarl.models.exchange.formats import open_source
-from megarl.modules.base import build_gpt_engine
+from megarl.models.roles import Role
 from megarl.parallel.grid import Grid, start_world
 from megarl.rollout.generator import Generator, Limits
 from megarl.rollout.requests import Request, Sampling
@@ -127,9 +128,7 @@ def theirs(model: Any, case: Case) -> Side:
 def ours(folder: Path, grid: Grid, case: Case) -> Side:
     model = open_source(folder).model
     model.path = str(folder)
-    engine = build_gpt_engine(
-        grid, model, ParallelConfig(), name="policy", vocab_size=case.vocab_size, precision="fp32", seed=1
-    )
+    engine = build_engine(Role("policy", model, case.vocab_size), grid, ParallelConfig(), precision="fp32", seed=1)
     generator = Generator(engine, NO_EOS, seed=1, limits=Limits(slots=case.rows))
     requests = [
         Request(row, 0, tuple(prompt), Sampling(temperature=0.0, max_new_tokens=length))

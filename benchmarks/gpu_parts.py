@@ -167,7 +167,7 @@ def graphs(options: Options) -> Outcome:
     for precision in BOUNDS:
         for temperature in (0.0, 1.0):
             with _world() as grid:
-                engine = train_step.build_engine(shape, grid, precision)
+                engine = train_step.engine_of(shape, grid, precision)
                 left, right = (_answers(engine, shape, temperature, recorded) for recorded in (False, True))
             share = sum(a.response == b.response for a, b in zip(left, right, strict=True)) / len(left)
             ok &= share == 1.0 or precision == "bf16"  # bf16 rounds so much that two candidates can change places
@@ -221,7 +221,7 @@ def memory(options: Options) -> Outcome:
     shape = options.shape("1b")
     planned = _planned(shape)
     with _world() as grid:
-        engine = train_step.build_engine(shape, grid, "bf16")
+        engine = train_step.engine_of(shape, grid, "bf16")
         step = train_step.our_step(engine, shape)
         for _ in range(2):
             step()
@@ -294,7 +294,7 @@ def swap(options: Options) -> Outcome:
     """Putting a reference's weights in a policy's place and back, in bytes per second."""
     shape = options.shape("1b")
     with _world() as grid:
-        engine = train_step.build_engine(shape, grid, "bf16")
+        engine = train_step.engine_of(shape, grid, "bf16")
         reference = engine.trainable_copy()
         size = sum(weight.numel() * weight.element_size() for weight in reference.values())
 

@@ -60,8 +60,9 @@ def measure(rank: int, tp: int, port: int, folder: str, out: str) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(tp), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    from megarl.models.build import build_engine
     from megarl.models.exchange.formats import open_source
-    from megarl.modules.base import build_gpt_engine
+    from megarl.models.roles import Role
     from megarl.parallel.grid import Grid, start_world
     from megarl.parallel.layout import Layout
 
@@ -70,19 +71,17 @@ def measure(rank: int, tp: int, port: int, folder: str, out: str) -> None:
     source = open_source(folder)
     model = source.model
     # Libraries take their memory at first use: that is not the import's.
-    build_gpt_engine(
+    build_engine(
+        Role("warm", ModelConfig(num_layers=1, hidden_size=64, num_heads=4), 64),
         grid,
-        ModelConfig(num_layers=1, hidden_size=64, num_heads=4),
         ParallelConfig(),
-        name="warm",
-        vocab_size=64,
         precision="fp32",
         seed=1,
     )
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = resident("VmRSS")
     model.path = folder
-    engine = build_gpt_engine(grid, model, ParallelConfig(), name="policy", vocab_size=VOCAB, precision="fp32", seed=1)
+    engine = build_engine(Role("policy", model, VOCAB), grid, ParallelConfig(), precision="fp32", seed=1)
     shard = sum(parameter.numel() * parameter.element_size() for _, parameter in engine.parameters())
     largest = max(tp * parameter.numel() * parameter.element_size() for _, parameter in engine.parameters())
     found: list[Any] = grid.gather([shard, largest, resident("VmHWM") - before, resident("VmRSS") - before])

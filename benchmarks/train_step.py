@@ -22,8 +22,9 @@ from torch import Tensor
 
 from benchmarks.rates import product_rate, synchronize
 from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from megarl.models.build import build_engine
 from megarl.models.flops import flops_per_token
-from megarl.modules.base import build_gpt_engine
+from megarl.models.roles import Role
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid, start_world
@@ -107,17 +108,13 @@ GPU_SHAPES = {
 # --- the two sides ----------------------------------------------------------------------------------------------------
 
 
-def build_engine(shape: Shape, grid: Grid, precision: str) -> Engine:
-    return build_gpt_engine(
+def engine_of(shape: Shape, grid: Grid, precision: str) -> Engine:
+    return build_engine(
+        Role("policy", shape.model, shape.vocab_size, optim=OptimConfig(), total_steps=1),
         grid,
-        shape.model,
         ParallelConfig(),
-        name="policy",
-        vocab_size=shape.vocab_size,
         precision=precision,
         seed=1,
-        optim=OptimConfig(),
-        total_steps=1,
     )
 
 
@@ -219,7 +216,7 @@ def measure(
 def beside_transformers(shape: Shape, grid: Grid, seconds: float, matmul_size: int) -> tuple[list[str], float]:
     """A row of the CPU table, and the ratio of process times."""
     limit = product_rate(*[matmul_size] * 3, grid.device, torch.float32)
-    engine = build_engine(shape, grid, "fp32")
+    engine = engine_of(shape, grid, "fp32")
     theirs, size = their_step(shape, grid.device)
     check_same_size(engine, shape, size)
     ours_timing, theirs_timing = measure([our_step(engine, shape), theirs], grid.device, seconds)
@@ -261,7 +258,7 @@ CPU_HEADER = [
 def beside_matmul(shape: Shape, grid: Grid, seconds: float, matmul_size: int, peak_tflops: float | None) -> list[str]:
     """A row of the GPU table."""
     limit = product_rate(*[matmul_size] * 3, grid.device, torch.bfloat16)
-    engine = build_engine(shape, grid, "bf16")
+    engine = engine_of(shape, grid, "bf16")
     (timing,) = measure([our_step(engine, shape)], grid.device, seconds)
     limit = max(limit, product_rate(*[matmul_size] * 3, grid.device, torch.bfloat16))
     rate = shape.flops / timing.median_wall

@@ -111,9 +111,10 @@ def opened(
     """The model over the processes that are there, ready to generate, and the prompts that the configuration names."""
     import torch.distributed as dist
 
+    from megarl.models.build import build_engine, vocabulary
     from megarl.models.exchange.adopt import adopt
     from megarl.models.gpt import GPT
-    from megarl.modules.base import build_gpt_engine, vocabulary
+    from megarl.models.roles import Role
     from megarl.parallel.grid import Grid, start_world
     from megarl.parallel.layout import Layout
     from megarl.rollout.generator import Generator, Limits
@@ -139,16 +140,12 @@ def opened(
     layout = Layout.for_world(dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp or 1)
     grid = Grid(layout, device, config.seed, parallel.timeout_s)
     try:
-        engine = build_gpt_engine(
+        engine = build_engine(
+            Role("policy", config.model, vocab_size, heads=("lm", "value", *["q"] * q_heads) if q_heads else ("lm",)),
             grid,
-            config.model,
             parallel,
-            name="policy",
-            vocab_size=vocab_size,
             precision=config.trainer.precision,
             seed=config.seed,
-            value_head=q_heads > 0,
-            q_heads=q_heads,
         )
         generator = Generator(
             engine,

@@ -109,7 +109,8 @@ def train(settings: Settings) -> dict[str, Any]:
     import torch.distributed as dist
 
     from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
-    from megarl.modules.base import build_gpt_engine
+    from megarl.models.build import build_engine
+    from megarl.models.roles import Role
     from megarl.modules.experience import forward_rows
     from megarl.modules.losses import count_targets, cross_entropy
     from megarl.parallel.grid import Grid, start_world
@@ -126,16 +127,18 @@ def train(settings: Settings) -> dict[str, Any]:
         sequence_parallel=settings.sequence_parallel,
     )
     grid = Grid(layout, device)
-    engine = build_gpt_engine(
+    engine = build_engine(
+        Role(
+            "policy",
+            ModelConfig(num_layers=4, hidden_size=64, num_heads=4, max_positions=TIME),
+            VOCAB,
+            optim=OptimConfig(lr=1e-3, warmup_steps=2),
+            total_steps=settings.steps,
+        ),
         grid,
-        ModelConfig(num_layers=4, hidden_size=64, num_heads=4, max_positions=TIME),
         ParallelConfig(recompute=settings.recompute),
-        name="policy",
-        vocab_size=VOCAB,
         precision=settings.precision,
         seed=1,
-        optim=OptimConfig(lr=1e-3, warmup_steps=2),
-        total_steps=settings.steps,
     )
 
     def rows(step: int) -> Rows:

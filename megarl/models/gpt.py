@@ -1,6 +1,7 @@
 """A pipeline stage's part of a GPT that ends in hidden states, and the log-probs that are computed from them."""
 
-from collections.abc import Container
+from collections import Counter
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from megarl.models.attention import Context, attention_mask
 from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
-from megarl.models.heads import TARGET_Q, VALUE, Q, QHeads, ValueHead, is_vocabulary_wide, linear_std, move_targets
+from megarl.models.heads import HEADS, QHeads, TargetQHeads, ValueHead, head_of, is_vocabulary_wide, linear_std
 from megarl.models.kernels import kernels
 from megarl.models.layer import Layer
 from megarl.models.linear import product
@@ -76,6 +77,10 @@ class GPT(LanguageModule):
     vocabulary is asked of `logprobs`, at the positions that matter.
     """
 
+    value_head: ValueHead
+    q_heads: QHeads
+    target_q_heads: TargetQHeads
+
     def __init__(
         self,
         config: GPTConfig,
@@ -84,9 +89,9 @@ class GPT(LanguageModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
-        value_head: bool = False,
-        q_heads: int = 0,
+        heads: Sequence[str] = ("lm",),
     ) -> None:
+        """`heads` are names of `HEADS`, once for each; without `lm` the output layer is there and not used."""
         super().__init__(config=config, pg_collection=grid.groups)
         self.config: GPTConfig = config
         self.model_type = ModelType.encoder_or_decoder
@@ -138,14 +143,17 @@ class GPT(LanguageModule):
                 skip_weight_param_allocation=pre_process and config.tie_embeddings,
                 tp_group=grid.groups.tp,
             )
-        if post_process and value_head:
-            self.value_head = ValueHead(config)
-        if post_process and q_heads:
-            self.q_heads = QHeads(config, q_heads, grid.groups.tp)
+        self.heads = tuple(heads)
+        counts = Counter(heads)
+        counts["target_q"] = counts["q"]
+        mine = [(name, head) for name, head in HEADS.items() if post_process and counts[name]]
+        for name, head in mine:
+            setattr(self, head.attribute, head(config, counts[name], grid.groups.tp))
         # Megatron makes learned positions, and its Apex norms, on the default device.
         self.to(device=grid.device, dtype=config.params_dtype)
-        if post_process and q_heads:  # float32, as steps of a small alpha would be lost in bf16
-            self.target_q_heads = QHeads(config, q_heads, grid.groups.tp).float()
+        for _, head in mine:
+            if head.dtype is not None:
+                getattr(self, head.attribute).to(head.dtype)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -212,8 +220,8 @@ class GPT(LanguageModule):
 
     def move_targets(self, alpha: float) -> None:
         """Take the target heads `alpha` of the way to the Q heads; on stages without heads there is nothing to do."""
-        if hasattr(self, TARGET_Q):
-            move_targets(self.target_q_heads, self.q_heads, alpha)
+        if hasattr(self, TargetQHeads.attribute):
+            self.target_q_heads.move(self.q_heads, alpha)
 
     def _at_targets(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the states [n, hidden] and targets [n] where the mask is not 0, and that mask as booleans.
@@ -289,13 +297,14 @@ class GPT(LanguageModule):
                 return None
             if name.endswith(".bias"):
                 return 0.0
-            if name.startswith((Q, VALUE)):
+            if head_of(name) is not None:
                 return linear_std(parameter)
             return deep if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else self.config.init_std
 
         def drawn_as(name: str) -> str:
-            """Target heads start as the heads that they follow."""
-            return Q + name.removeprefix(TARGET_Q) if name.startswith(TARGET_Q) else name
+            """A head that follows another starts as that does."""
+            head = head_of(name)
+            return name if head is None else head.starts_as + name.removeprefix(head.attribute)
 
         initialise(
             [(drawn_as(name), parameter) for name, parameter in self.global_names() if name not in loaded],
@@ -314,19 +323,3 @@ class GPT(LanguageModule):
 def _scatter(where: Tensor, values: Tensor) -> Tensor:
     """[bins, time] with `values` in order at the True positions and 0 elsewhere; what is left of them is dropped."""
     return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(where, values)
-
-
-def trains(name: str, num_layers: int, unfrozen: int, *, speaks: bool = True) -> bool:
-    """Whether a parameter trains when only the last `unfrozen` layers, the final norm and the heads do (-1: all do).
-
-    The embedding counts as below the layers, also where it is tied to the output. Target heads follow, whatever trains.
-    A model that never speaks is only asked for what its heads say: an output layer of its own does not train.
-    """
-    if name.startswith(TARGET_Q) or (name.startswith("output_layer.") and not speaks):
-        return False
-    if unfrozen < 0:
-        return True
-    _, _, rest = name.partition("decoder.layers.")
-    if rest:
-        return int(rest.partition(".")[0]) >= num_layers - unfrozen
-    return not name.startswith("embedding.")

@@ -1,6 +1,11 @@
-"""Heads on a trunk's last hidden state beside the vocabulary: the value of a state, and of every token chosen in it."""
+"""Heads on a trunk's last hidden state beside the output layer: the value of a state, and of every token chosen in it.
+
+`HEADS` has them by the names that roles use. What is to be known of a head's parameters (what they start as, whether
+they train, whether they have a row for every token) is known by its class, and found by their names with `head_of`.
+"""
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -13,9 +18,6 @@ from megarl.models.config import GPTConfig
 from megarl.models.linear import affine
 from megarl.parallel.vocab import VocabShard, VocabStats, padded_vocab, token_outputs, vocab_stats
 
-VALUE = "value_head"
-Q, TARGET_Q = "q_heads", "target_q_heads"
-
 
 class ValueHead(nn.Module):
     """Linear(h, 2h), ReLU, Linear(2h, 1).
@@ -27,7 +29,13 @@ class ValueHead(nn.Module):
     Held whole on every tensor-parallel rank: each sees the same states and computes the same gradient.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    attribute: ClassVar[str] = "value_head"  # of a model, so that the names of its parameters begin with it
+    starts_as: ClassVar[str] = "value_head"  # the attribute of the head whose initial weights it has
+    trains: ClassVar[bool] = True
+    vocabulary_wide: ClassVar[str | None] = None  # layer with a row for every token of the vocabulary
+    dtype: ClassVar[torch.dtype | None] = None  # None: the model's
+
+    def __init__(self, config: GPTConfig, count: int, tp_group: dist.ProcessGroup) -> None:
         super().__init__()
         place = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         self.inner = nn.Linear(config.hidden_size, 2 * config.hidden_size, **place)
@@ -86,6 +94,12 @@ class QHead(MegatronModule):
 class QHeads(MegatronModule):
     """One or two Q heads, by number."""
 
+    attribute: ClassVar[str] = "q_heads"
+    starts_as: ClassVar[str] = "q_heads"
+    trains: ClassVar[bool] = True
+    vocabulary_wide: ClassVar[str | None] = "outer"
+    dtype: ClassVar[torch.dtype | None] = None
+
     def __init__(self, config: GPTConfig, count: int, tp_group: dist.ProcessGroup) -> None:
         super().__init__(config=config)
         for number in range(count):
@@ -99,18 +113,36 @@ class QHeads(MegatronModule):
         return torch.stack([head.values(states, shard) for head in self]).amin(dim=0)
 
 
-@torch.no_grad()
-def move_targets(targets: QHeads, heads: QHeads, alpha: float) -> None:
-    """Polyak averaging: every target weight goes `alpha` of the way to the weight it follows."""
-    for target, parameter in zip(targets.parameters(), heads.parameters(), strict=True):
-        target.lerp_(parameter.to(target.dtype), alpha)
+class TargetQHeads(QHeads):
+    """Q heads that follow those which train, and start as they do. In float32, as steps of a small alpha would be lost
+    in bf16."""
+
+    attribute = "target_q_heads"
+    trains = False
+    dtype = torch.float32
+
+    @torch.no_grad()
+    def move(self, heads: QHeads, alpha: float) -> None:
+        """Polyak averaging: every target weight goes `alpha` of the way to the weight it follows."""
+        for target, parameter in zip(self.parameters(), heads.parameters(), strict=True):
+            target.lerp_(parameter.to(target.dtype), alpha)
+
+
+HEADS: dict[str, type[ValueHead | QHeads]] = {"value": ValueHead, "q": QHeads, "target_q": TargetQHeads}
+"""By name. `lm`, the output layer, is every model's and no head of these; whoever has `q` has `target_q` too."""
+
+
+def head_of(parameter: str) -> type[ValueHead | QHeads] | None:
+    """Return the class of the head that a parameter belongs to, by its global name; None for the trunk's."""
+    return next((head for head in HEADS.values() if parameter.startswith(f"{head.attribute}.")), None)
+
+
+def is_vocabulary_wide(parameter: str) -> bool:
+    """Whether a parameter of a head has a row for every token of the vocabulary."""
+    head = head_of(parameter)
+    return head is not None and head.vocabulary_wide is not None and f".{head.vocabulary_wide}." in parameter
 
 
 def linear_std(weight: Tensor) -> float:
     """Return the standard deviation that torch's linear layers start with, from the number of inputs."""
     return float((3 * weight.shape[1]) ** -0.5)
-
-
-def is_vocabulary_wide(name: str) -> bool:
-    """Whether a parameter of a head, by its global name, has a row for every token of the vocabulary."""
-    return name.partition(".")[0] in (Q, TARGET_Q) and ".outer." in name

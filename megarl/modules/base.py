@@ -9,19 +9,15 @@ from lightning.pytorch import LightningModule
 
 from megarl.clock import Clock, Work
 from megarl.config import resume
-from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
-from megarl.errors import CheckpointError, ConfigError
+from megarl.errors import CheckpointError
 from megarl.logging import get_logger
-from megarl.models.config import GPTConfig
+from megarl.models.build import build_engine
 from megarl.models.exchange.card import ModelCard
-from megarl.models.exchange.formats import open_source
-from megarl.models.exchange.load import load
-from megarl.models.gpt import GPT, trains
-from megarl.parallel.engine import Engine, OptimSpec
+from megarl.models.roles import Role
+from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid
 from megarl.parallel.optimizer import Optimizers
 from megarl.parallel.rows import Microbatch
-from megarl.tokenizers import Tokenizer
 
 log = get_logger(__name__)
 
@@ -73,6 +69,16 @@ class Module(LightningModule):
     def grid(self) -> Grid:
         grid: Grid = self.trainer.strategy.grid  # type: ignore[attr-defined]
         return grid
+
+    def build(self, role: Role, seed: int | None = None) -> Engine:
+        """Build a role's engine on the run's grid; random weights are drawn by `seed`, by default the run's."""
+        return build_engine(
+            role,
+            self.grid,
+            self.config.parallel,
+            precision=self.config.trainer.precision,
+            seed=self.config.seed if seed is None else seed,
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return Optimizers(list(self.engines.values()))
@@ -145,67 +151,3 @@ class Module(LightningModule):
         self.changed = {difference.key for difference in found}
         if told := resume.told(found):
             log.warning("this run's settings are not those of the run that it resumes: %s", told)
-
-
-def vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> int:
-    """Entries of the model's vocabulary: at least the tokenizer's."""
-    if model.vocab_size is not None and model.vocab_size < tokenizer.size:
-        raise ConfigError(
-            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer, which has {tokenizer.size} entries: "
-            f"use model.vocab_size={tokenizer.size} or more, null for the tokenizer's size, or another tokenizer",
-            key="model.vocab_size",
-            value=model.vocab_size,
-            offers={"model.vocab_size": [tokenizer.size, None]},
-        )
-    return model.vocab_size or tokenizer.size
-
-
-def build_gpt_engine(
-    grid: Grid,
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    *,
-    name: str,
-    vocab_size: int,
-    precision: str,
-    seed: int,
-    optim: OptimConfig | None = None,
-    total_steps: int = 0,
-    lr_key: str = "optim.lr",
-    value_head: bool = False,
-    q_heads: int = 0,
-    speaks: bool = True,
-) -> Engine:
-    """A GPT in a role, with the weights of `model.path`, or random ones that are the same in every layout."""
-    source = open_source(model.path) if model.path else None
-    config = GPTConfig.build(
-        model,
-        grid.layout,
-        vocab_size=vocab_size,
-        precision=precision,
-        recompute=parallel.recompute,
-        kernels=parallel.kernels,
-    )
-
-    def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
-        gpt = GPT(
-            config,
-            grid,
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-            value_head=value_head,
-            q_heads=q_heads,
-        )
-        gpt.initialise(grid, seed, loaded=source.names if source else ())
-        if source is not None:
-            load(gpt, source, grid)
-        return gpt
-
-    return Engine(
-        grid,
-        build,
-        name=name,
-        optim=None if optim is None else OptimSpec(optim, total_steps, lr_key),
-        trainable=lambda parameter: trains(parameter, model.num_layers, model.num_layers_unfrozen, speaks=speaks),
-    )

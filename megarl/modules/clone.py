@@ -12,7 +12,8 @@ from megarl.data.prompts import prompt_format
 from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Record, read_records
 from megarl.logging import get_logger
-from megarl.modules.base import build_gpt_engine
+from megarl.models.build import build_engine
+from megarl.models.roles import Role
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid
@@ -30,17 +31,12 @@ def clone_behaviour(
     """Train a model of the policy's shape on samples by cross entropy, and give its weights to the engines."""
     clone, steps = config.clone, config.clone.steps
     settings = replace(config.optim, lr=clone.lr, schedule="constant", warmup_steps=0)
-    student = build_gpt_engine(
+    student = build_engine(
+        Role("clone", config.model, vocab_size, optim=settings, total_steps=steps, lr_key="clone.lr"),
         grid,
-        config.model,
         config.parallel,
-        name="clone",
-        vocab_size=vocab_size,
         precision=config.trainer.precision,
         seed=config.seed,
-        optim=settings,
-        total_steps=steps,
-        lr_key="clone.lr",
     )
     how, length = prompt_format(config.data), config.model.max_positions
     documents = refused_once(grid, lambda: SFTDataset(_records(config), tokenizer, length, how, name="clone.data"))

@@ -13,9 +13,10 @@ from megarl.config.files import load_chat_template
 from megarl.config.schema import ILQLConfig
 from megarl.data.offline import build_offline_loader, open_store
 from megarl.data.prompts import Prompt
+from megarl.models.build import vocabulary
 from megarl.models.exchange.card import ModelCard
 from megarl.models.gpt import GPT
-from megarl.modules.base import build_gpt_engine, vocabulary
+from megarl.models.roles import Role
 from megarl.modules.experience import training_flops
 from megarl.modules.generative import GenerativeModule
 from megarl.modules.losses import count_targets
@@ -52,19 +53,15 @@ class ILQL(GenerativeModule):
         if self.engines:
             return
         self.store = refused_once(self.grid, lambda: open_store(self.config.data, self.tokenizer))
-        self.policy = build_gpt_engine(
-            self.grid,
+        policy = Role(
+            "policy",
             self.config.model,
-            self.config.parallel,
-            name="policy",
-            vocab_size=self.vocab_size,
-            precision=self.config.trainer.precision,
-            seed=self.config.seed,
+            self.vocab_size,
+            heads=("lm", "value", *["q"] * self.config.ilql.q_heads),
             optim=self.config.optim,
             total_steps=self.config.trainer.max_steps,
-            value_head=True,
-            q_heads=self.config.ilql.q_heads,
         )
+        self.policy = self.build(policy)
         self.engines = {"policy": self.policy}
         self.prepare_responses(self.respond)
 

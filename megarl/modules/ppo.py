@@ -18,10 +18,11 @@ from megarl.config.schema import PPOConfig
 from megarl.data.prompts import build_phase_loader
 from megarl.errors import NumericsError
 from megarl.logging import get_logger
+from megarl.models.build import vocabulary
 from megarl.models.exchange.adopt import adopt_critic
 from megarl.models.exchange.card import ModelCard
 from megarl.models.gpt import GPT
-from megarl.modules.base import build_gpt_engine, vocabulary
+from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour
 from megarl.modules.experience import forward_rows, rollouts_to_rows, training_flops
 from megarl.modules.generative import REWARD, GenerativeModule
@@ -74,39 +75,30 @@ class PPO(GenerativeModule):
             return
         config = self.config
         per_phase = self.steps_of_a_phase
-        common: dict[str, Any] = {
-            "vocab_size": self.vocab_size,
-            "precision": config.trainer.precision,
-            "seed": config.seed,
-        }
         shared = config.critic.kind == "shared"
-        self.policy = self.critic = build_gpt_engine(
-            self.grid,
+        policy = Role(
+            "policy",
             config.model,
-            config.parallel,
-            name="policy",
+            self.vocab_size,
+            heads=("lm", "value") if shared else ("lm",),
             optim=config.optim,
             total_steps=(config.trainer.max_phases - config.critic.warmup_phases) * per_phase,
-            value_head=shared,
-            **common,
         )
+        self.policy = self.critic = self.build(policy)
         self.engines = {"policy": self.policy}
         if not shared:
             lr = config.optim.lr if config.critic.lr is None else config.critic.lr
             model = adopt_critic(config, self.vocab_size)
-            self.critic = build_gpt_engine(
-                self.grid,
+            critic = Role(
+                "critic",
                 model,
-                config.parallel,
-                name="critic",
+                model.vocab_size or self.vocab_size,
+                heads=("value",),
                 optim=replace(config.optim, lr=lr),
                 total_steps=config.trainer.max_phases * per_phase,
                 lr_key="optim.lr" if config.critic.lr is None else "critic.lr",
-                value_head=True,
-                speaks=False,
-                **{**common, "vocab_size": model.vocab_size or self.vocab_size},
             )
-            self.engines["critic"] = self.critic
+            self.engines["critic"] = self.critic = self.build(critic)
         self.prepare_responses()
 
     @property
@@ -162,15 +154,7 @@ class PPO(GenerativeModule):
         return ours.path != theirs.path
 
     def _start_of(self, started_as: PPOConfig) -> Engine:
-        return build_gpt_engine(
-            self.grid,
-            started_as.model,
-            self.config.parallel,
-            name="start",
-            vocab_size=self.vocab_size,
-            precision=self.config.trainer.precision,
-            seed=started_as.seed,
-        )
+        return self.build(Role("start", started_as.model, self.vocab_size), started_as.seed)
 
     @property
     def rows_per_step(self) -> int:

@@ -14,8 +14,9 @@ from megarl.clock import Work
 from megarl.config.files import load_chat_template
 from megarl.config.schema import RFTConfig
 from megarl.data.prompts import build_phase_loader
+from megarl.models.build import vocabulary
 from megarl.models.exchange.card import ModelCard
-from megarl.modules.base import build_gpt_engine, vocabulary
+from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour
 from megarl.modules.experience import rollouts_to_rows, training_flops
 from megarl.modules.generative import GenerativeModule
@@ -49,17 +50,14 @@ class RFT(GenerativeModule):
         if self.engines:
             return
         config = self.config
-        self.policy = build_gpt_engine(
-            self.grid,
+        policy = Role(
+            "policy",
             config.model,
-            config.parallel,
-            name="policy",
-            vocab_size=self.vocab_size,
-            precision=config.trainer.precision,
-            seed=config.seed,
+            self.vocab_size,
             optim=config.optim,
             total_steps=config.trainer.max_phases * config.rft.improve_steps * self._most_minibatches(),
         )
+        self.policy = self.build(policy)
         self.engines = {"policy": self.policy}
         self.prepare_responses()
 

@@ -10,10 +10,12 @@ from megarl.config.files import load_chat_template
 from megarl.config.schema import SFTConfig
 from megarl.data.build import build_sft_data, build_train_loader
 from megarl.data.order import EvalLoader
+from megarl.models.build import vocabulary
 from megarl.models.exchange.card import ModelCard
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
-from megarl.modules.base import Module, build_gpt_engine, vocabulary
+from megarl.models.roles import Role
+from megarl.modules.base import Module
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel.engine import Stats
 from megarl.parallel.microbatches import make_microbatches
@@ -42,17 +44,14 @@ class SFT(Module):
         self.train_data, self.eval_data = refused_once(
             self.grid, lambda: build_sft_data(self.config, self.tokenizer, report=self.grid.dp_rank == 0)
         )
-        self.policy = build_gpt_engine(
-            self.grid,
+        policy = Role(
+            "policy",
             self.config.model,
-            self.config.parallel,
-            name="policy",
-            vocab_size=self.vocab_size,
-            precision=self.config.trainer.precision,
-            seed=self.config.seed,
+            self.vocab_size,
             optim=self.config.optim,
             total_steps=self.config.trainer.max_steps,
         )
+        self.policy = self.build(policy)
         self.engines = {"policy": self.policy}
 
     @property

@@ -8,7 +8,7 @@ from megarl.parallel.vocab import padded_vocab
 from megarl.planning import activations as act
 from megarl.planning.activations import Shape
 from megarl.planning.shards import Shard, gpt_config, shard, stages_that_differ
-from megarl.planning.work import Role, Work
+from megarl.planning.work import Part, Work
 from megarl.rollout.generator import Limits
 from megarl.rollout.resharded import check_divides
 
@@ -125,7 +125,7 @@ def _stages_there(work: Work, there: Work, stage: int) -> range:
     return range(stage * ranks // theirs, ((stage + 1) * ranks - 1) // theirs + 1)
 
 
-def _use(work: Work, role: Role, shards: dict[str, Shard], stage: int, phase: str, *, on_cpu: bool) -> Use:
+def _use(work: Work, role: Part, shards: dict[str, Shard], stage: int, phase: str, *, on_cpu: bool) -> Use:
     if role.name == "reference":
         # Its values are copied in and the policy's out, so there are two copies while it is asked.
         copies = 2 if phase == "score" else 1
@@ -160,7 +160,7 @@ def in_flight(work: Work, stage: int) -> float:
     return float(min(pp - stage, work.accumulation))
 
 
-def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float]:
+def _training(work: Work, role: Part, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float]:
     """Activations and logits at the fullest moment of a step: the backward pass of a microbatch has just begun."""
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu)
     recompute = work.parallel.recompute
@@ -186,15 +186,15 @@ def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) 
     if last:
         kept += tokens * act.kept_by_norm(config, shape)
         kept += tokens * shape.whole * shape.element if shape.gathered else 0.0
-        if role.value_head:
+        if "value" in role.heads:
             kept += tokens * (2 * shape.whole * shape.element + 8)
-        if role.speaks:
+        if "lm" in role.heads:
             kept += rows * (shape.whole * shape.element + 16)
             logits = act.vocabulary(
                 config, shape, work.layout, rows, backward=True, entropy=work.entropy, width=shape.whole
             )
-        if role.q_heads:
-            kept += 2 * role.q_heads * rows * 2 * shape.whole * shape.element
+        if "q" in role.heads:
+            kept += 2 * role.heads.count("q") * rows * 2 * shape.whole * shape.element
             logits = act.vocabulary(
                 config, shape, work.layout, rows, backward=True, entropy=False, width=2 * shape.whole
             )
@@ -203,14 +203,14 @@ def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) 
     return kept + passing, logits  # the optimizer, a fused one, has no temporaries
 
 
-def _scoring(work: Work, role: Role, stage: int, *, on_cpu: bool) -> tuple[float, float]:
+def _scoring(work: Work, role: Part, stage: int, *, on_cpu: bool) -> tuple[float, float]:
     """Log-probs and values of responses, without gradients."""
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu)
     tokens, rows = work.micro * work.length, work.micro * work.loss_tokens
     passing = tokens * (act.passing_forward(config, shape) + shape.rotary * 2 * shape.element)
     passing += tokens * _INPUTS * -(-work.rollouts // (work.layout.dp * work.micro))
     logits = 0.0
-    if stage == work.layout.pp - 1 and role.speaks:
+    if stage == work.layout.pp - 1 and "lm" in role.heads:
         logits = act.vocabulary(
             config, shape, work.layout, rows, backward=False, entropy=work.entropy, width=shape.whole
         )
@@ -235,9 +235,8 @@ def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[f
     if stage == work.layout.pp - 1:
         columns = padded_vocab(config.vocab_size, work.layout.tp) // work.layout.tp
         narrow = shape.element if shape.element < 4 else 0
-        guiding = (
-            4 * (1 + work.engines[0].q_heads) if work.engines[0].q_heads else 0
-        )  # their values, and what is drawn by
+        q_heads = work.engines[0].heads.count("q")
+        guiding = 4 * (1 + q_heads) if q_heads else 0  # their values, and what is drawn by
         logits = float(rows * columns * (_SAMPLING["cpu" if on_cpu else "gpu"] + narrow + guiding))
     return max(0.0, passing - logits), logits, cache
 

@@ -113,9 +113,9 @@ def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
         yield f"rollout.slots={work.slots // 2}", replace(work, slots=work.slots // 2)
     if len(work.engines) > 1:
         roles = tuple(
-            replace(role, value_head=role.name == "policy", trained=role.name == "policy", on_device=False)
+            replace(role, trained=False, on_device=False)
             if role.name == "critic"
-            else replace(role, value_head=role.name == "policy")
+            else replace(role, heads=("lm", "value") if role.name == "policy" else role.heads)
             for role in work.roles
         )
         yield "critic.kind=shared", replace(work, roles=roles)

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
+from megarl.models.build import empty_model, engine_of
 from megarl.models.config import GPTConfig
-from megarl.models.gpt import GPT, trains
-from megarl.parallel.engine import Engine, OptimSpec
+from megarl.models.roles import Role
+from megarl.parallel.engine import Engine
 from megarl.parallel.fake import fake_world, rank_of
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
-from megarl.planning.work import Role, Work
+from megarl.planning.work import Part, Work
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def stages_that_differ(layout: Layout) -> list[int]:
     return sorted({0, min(1, layout.pp - 1), layout.pp - 1})
 
 
-def shard(work: Work, role: Role, stage: int) -> Shard:
+def shard(work: Work, role: Part, stage: int) -> Shard:
     """The part of a role's model on the ranks of a pipeline stage; stages in the middle are alike."""
     work = work.of(role)
     kinds = stages_that_differ(work.layout)
@@ -58,35 +59,17 @@ def shard(work: Work, role: Role, stage: int) -> Shard:
     found = _KNOWN.get(key)
     if found is None:
         with fake_world(work.layout, rank) as grid:
-            found = _KNOWN[key] = measure(build_engine(grid, work, role), stage)
+            found = _KNOWN[key] = measure(build_shard(grid, work, role), stage)
     return found
 
 
 _KNOWN: dict[Any, Shard] = {}  # plans of one run differ in much that changes no model
 
 
-def build_engine(grid: Grid, work: Work, role: Role) -> Engine:
-    """A role's engine as training builds it, with weights that are not filled."""
-    config = gpt_config(work)
-
-    def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
-        return GPT(
-            config,
-            grid,
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-            value_head=role.value_head,
-            q_heads=role.q_heads,
-        )
-
-    return Engine(
-        grid,
-        build,
-        name=role.name,
-        optim=OptimSpec(work.optim, 1) if role.trained else None,
-        trainable=lambda name: trains(name, work.model.num_layers, work.model.num_layers_unfrozen, speaks=role.speaks),
-    )
+def build_shard(grid: Grid, work: Work, part: Part) -> Engine:
+    """Build a part's engine as training does, with weights that are not filled."""
+    role = Role(part.name, work.model, work.vocab_size, part.heads, work.optim if part.trained else None, 1)
+    return engine_of(role, grid, empty_model(gpt_config(work), grid, role.heads))
 
 
 def measure(engine: Engine, stage: int) -> Shard:

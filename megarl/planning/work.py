@@ -14,16 +14,14 @@ from megarl.rollout.resharded import other_layout
 
 
 @dataclass(frozen=True)
-class Role:
-    """A model (or function) in a role. Its heads are those of `GPT`."""
+class Part:
+    """A model of a run, or what takes a model's place. Its heads are those of `Role`."""
 
     name: str
     trained: bool
     on_device: bool  # False: weights in host memory that take another role's place, or no model at all
     about: str
-    value_head: bool = False
-    q_heads: int = 0
-    speaks: bool = True  # False: only its heads are asked
+    heads: tuple[str, ...] = ("lm",)
     model: ModelConfig | None = None  # None: the run's
 
 
@@ -32,7 +30,7 @@ class Work:
     """A run on a layout. Counts of sequences are of one unit of work: a phase of PPO, a step of SFT or ILQL."""
 
     algorithm: str
-    roles: tuple[Role, ...]
+    roles: tuple[Part, ...]
     model: ModelConfig
     parallel: ParallelConfig
     optim: OptimConfig
@@ -67,14 +65,14 @@ class Work:
         return 2 if self.precision == "bf16" else 4
 
     @property
-    def engines(self) -> tuple[Role, ...]:
+    def engines(self) -> tuple[Part, ...]:
         """The roles that hold memory on the device."""
         return tuple(role for role in self.roles if role.on_device)
 
-    def role(self, name: str) -> Role | None:
+    def role(self, name: str) -> Part | None:
         return next((role for role in self.roles if role.name == name), None)
 
-    def of(self, role: Role) -> "Work":
+    def of(self, role: Part) -> "Work":
         """The same run, as far as it is that role's model's."""
         model = role.model
         return self if model is None else replace(self, model=model, vocab_size=model.vocab_size or self.vocab_size)
@@ -129,14 +127,14 @@ def work_of(algorithm: str, config: Any, plan: PlanConfig, gpus: int, vocab_size
 
 def _sft(common: Work, config: Any, plan: PlanConfig) -> Work:
     length = config.data.seq_length
-    policy = Role("policy", True, True, "trains")
+    policy = Part("policy", True, True, "trains")
     return replace(common, roles=(policy,), length=length, loss_tokens=length)
 
 
 def _ilql(common: Work, config: Any, plan: PlanConfig) -> Work:
     length = config.data.seq_length
     about = "trains, with Q heads, their targets and V"
-    policy = Role("policy", True, True, about, value_head=True, q_heads=config.ilql.q_heads)
+    policy = Part("policy", True, True, about, heads=("lm", "value", *["q"] * config.ilql.q_heads))
     work = replace(common, roles=(policy,), length=length, loss_tokens=length)
     if not config.data.eval or config.trainer.eval_every is None:
         return work
@@ -145,15 +143,15 @@ def _ilql(common: Work, config: Any, plan: PlanConfig) -> Work:
 
 def _ppo(common: Work, config: Any, plan: PlanConfig) -> Work:
     separate = config.critic.kind == "separate"
-    roles = [Role("policy", True, True, "trains and generates", value_head=not separate)]
+    roles = [Part("policy", True, True, "trains and generates", heads=("lm",) if separate else ("lm", "value"))]
     if separate:
         about, model = "trains, a model of its own", adopt_critic(config, common.vocab_size)
-        roles.append(Role("critic", True, True, about, value_head=True, speaks=False, model=model))
+        roles.append(Part("critic", True, True, about, heads=("value",), model=model))
     else:
-        roles.append(Role("critic", True, False, "a head on the policy's trunk"))
+        roles.append(Part("critic", True, False, "a head on the policy's trunk"))
     if config.ppo.kl_coef > 0:
-        roles.append(Role("reference", False, False, "the policy's first weights, in host memory"))
-    roles.append(Role("reward", False, False, "a function in a process of its own"))
+        roles.append(Part("reference", False, False, "the policy's first weights, in host memory"))
+    roles.append(Part("reward", False, False, "a function in a process of its own"))
     minibatches = -(-config.ppo.rollouts // common.global_batch)
     return replace(
         common,
@@ -177,8 +175,8 @@ def _rft(common: Work, config: Any, plan: PlanConfig) -> Work:
     return replace(
         common,
         roles=(
-            Role("policy", True, True, "trains and generates"),
-            Role("reward", False, False, "a function in a process of its own"),
+            Part("policy", True, True, "trains and generates"),
+            Part("reward", False, False, "a function in a process of its own"),
         ),
         steps=rft.improve_steps * max(1, math.ceil(rollouts * kept / common.global_batch)),
         rollouts=rollouts,

@@ -5,9 +5,8 @@ import re
 
 from megarl.errors import ConfigError
 from megarl.logging import get_logger
+from megarl.models.build import empty_model
 from megarl.models.config import GPTConfig
-from megarl.models.gpt import GPT
-from megarl.models.heads import VALUE, Q
 from megarl.parallel.engine import BuildModel, Engine
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
@@ -25,25 +24,10 @@ def for_generation(engine: Engine, layout: str | None) -> Reshard | None:
     if wanted is None:
         return None
     check_divides(engine.config, wanted, str(layout))
-    names = {name for rank in engine.grid.gather([name for name, _ in engine.parameters()]) for name in rank}
-    value_head = any(name.startswith(f"{VALUE}.") for name in names)
-    q_heads = len({name.split(".")[1] for name in names if name.startswith(f"{Q}.")})
+    heads = engine.models[0].heads
 
     def build_on(grid: Grid) -> BuildModel:
-        config = _config_for(engine.config, grid.layout)
-
-        def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
-            return GPT(
-                config,
-                grid,
-                pre_process=pre_process,
-                post_process=post_process,
-                vp_stage=vp_stage,
-                value_head=value_head,
-                q_heads=q_heads,
-            )
-
-        return build
+        return empty_model(_config_for(engine.config, grid.layout), grid, heads)
 
     reshard = Reshard(engine, wanted, build_on)
     if engine.grid.rank == 0:

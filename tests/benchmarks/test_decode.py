@@ -8,7 +8,8 @@ import pytest
 from benchmarks import decode
 from benchmarks.train_step import live_grid
 from megarl.config.schema import ParallelConfig
-from megarl.modules.base import build_gpt_engine
+from megarl.models.build import build_engine
+from megarl.models.roles import Role
 from megarl.parallel.cpu import needed
 from megarl.parallel.grid import start_world
 from tests.worlds import Worlds
@@ -41,8 +42,8 @@ def test_each_batch_has_a_line_with_graphs_and_one_without(worlds: Worlds) -> No
 def read_bytes(rows: int) -> float:
     shape = decode.SHAPES["tiny"]
     with live_grid(start_world()) as grid:
-        engine = build_gpt_engine(
-            grid, shape.model, ParallelConfig(), name="policy", vocab_size=shape.vocab_size, precision="bf16", seed=1
+        engine = build_engine(
+            Role("policy", shape.model, shape.vocab_size), grid, ParallelConfig(), precision="bf16", seed=1
         )
         return decode.bound_seconds(engine, shape, rows, prompt=3, new=3, bandwidth=1.0)
 

@@ -76,7 +76,7 @@ def test_unequal_models_are_not_compared(worlds: Worlds) -> None:
     def compare() -> None:
         shape = train_step.CPU_SHAPES["tiny"]
         with train_step.live_grid(train_step.start_world()) as grid:
-            engine = train_step.build_engine(shape, grid, "fp32")
+            engine = train_step.engine_of(shape, grid, "fp32")
             _, size = train_step.their_step(shape, grid.device)
             train_step.check_same_size(engine, shape, size)
             train_step.check_same_size(engine, shape, size + 1)

@@ -217,7 +217,7 @@ def elsewhere(kind: str, shape: dict[str, Any]) -> list[str]:
     with assumed(GPU), fake_world(Layout(tp=2), default_device=False) as grid:
         model = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, **shape)
         config = GPTConfig.build(model, grid.layout, vocab_size=50, kernels=kind)
-        gpt = GPT(config, grid, value_head=True)
+        gpt = GPT(config, grid, heads=("lm", "value"))
         tensors = [*gpt.named_parameters(), *gpt.named_buffers()]
         return [name for name, tensor in tensors if tensor.device.type != "meta"]
 

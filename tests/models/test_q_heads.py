@@ -11,9 +11,11 @@ import torch.nn.functional as F
 
 from megarl.algorithms import following, ilql_loss, ilql_scores
 from megarl.config.compose import compose
+from megarl.config.schema import ModelConfig
 from megarl.models.config import GPTConfig
 from megarl.models.exchange.parameters import parameters
-from megarl.models.gpt import GPT, trains
+from megarl.models.gpt import GPT
+from megarl.models.roles import Role
 from megarl.modules.losses import count_targets
 from megarl.parallel.engine import Engine, Outputs
 from megarl.parallel.fake import fake_world
@@ -35,7 +37,8 @@ TERMS = ("loss", "loss_q", "loss_v", "loss_cql", "loss_awac", "q", "target_q")
 
 
 def ilql_engine(layout: dict[str, Any], **options: Any) -> Engine:
-    return small_engine(layout, value_head=True, q_heads=2, trainable=lambda name: trains(name, 4, -1), **options)
+    role = Role("policy", ModelConfig(num_layers=4), VOCAB, ("lm", "value", "q", "q"))
+    return small_engine(layout, value_head=True, q_heads=2, trainable=role.trains, **options)
 
 
 def loss(model: GPT, hidden: torch.Tensor, batch: Microbatch, counts: dict[str, float]) -> tuple[torch.Tensor, Outputs]:
@@ -206,7 +209,7 @@ def test_every_rank_of_a_20b_model_with_heads_builds_and_the_counts_add_up() -> 
             shape = GPTConfig.build(config.model, layout, vocab_size=vocab, precision="bf16")
             last = grid.is_last_stage
             gpt = GPT(
-                shape, grid, pre_process=grid.is_first_stage, post_process=last, value_head=True, q_heads=2
+                shape, grid, pre_process=grid.is_first_stage, post_process=last, heads=("lm", "value", "q", "q")
             )  # heads are made where the last stage is
             gpt.initialise(grid, 1)
             for name, parameter in gpt.global_names():

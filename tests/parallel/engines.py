@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megarl.config.schema import ModelConfig, OptimConfig
+from megarl.models.build import empty_model
 from megarl.models.config import GPTConfig
 from megarl.models.gpt import GPT
 from megarl.modules.losses import count_targets, cross_entropy
@@ -36,16 +37,11 @@ def small_engine(
         recompute=options.get("recompute", "none"),
     )
 
+    heads = ("lm", *["value"] * bool(options.get("value_head")), *["q"] * options.get("q_heads", 0))
+    empty = empty_model(config, grid, heads)
+
     def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
-        gpt = GPT(
-            config,
-            grid,
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-            value_head=options.get("value_head", False),
-            q_heads=options.get("q_heads", 0),
-        )
+        gpt = empty(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
         gpt.initialise(grid, options.get("seed", 1))
         return gpt
 

@@ -86,8 +86,7 @@ def global_counts(layout: Layout, model: ModelConfig, ranks: list[int]) -> dict[
                     pre_process=grid.is_first_stage and not part,
                     post_process=grid.is_last_stage and part in (None, layout.vpp - 1),
                     vp_stage=part,
-                    value_head=True,
-                    q_heads=2,
+                    heads=("lm", "value", "q", "q"),
                 )
                 for part in parts
             ]
@@ -119,12 +118,12 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("heads", [{}, {"value_head": True}, {"q_heads": 2}], ids=["plain", "value", "q"])
-def test_a_model_lies_on_its_grids_device_whatever_the_default_is(family: str, heads: dict[str, int]) -> None:
+@pytest.mark.parametrize("heads", [("lm",), ("lm", "value"), ("lm", "q", "q")], ids=["plain", "value", "q"])
+def test_a_model_lies_on_its_grids_device_whatever_the_default_is(family: str, heads: tuple[str, ...]) -> None:
     """On a GPU nothing is there by default: what megarl or Megatron makes without a device would stay on the CPU."""
     shape = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, **FAMILIES[family])
     with fake_world(Layout(tp=2), default_device=False) as grid:
-        model = GPT(GPTConfig.build(shape, grid.layout, vocab_size=50), grid, **heads)
+        model = GPT(GPTConfig.build(shape, grid.layout, vocab_size=50), grid, heads=heads)
         tensors = [*model.named_parameters(), *model.named_buffers()]
         elsewhere = [name for name, tensor in tensors if tensor.device.type != "meta"]
     assert elsewhere == []

@@ -16,8 +16,8 @@ from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
 from megarl.parallel.microbatches import MicrobatchPlan
 from megarl.parallel.rows import Microbatch, Rows
-from megarl.planning.shards import build_engine
-from megarl.planning.work import Role, Work
+from megarl.planning.shards import build_shard
+from megarl.planning.work import Part, Work
 from megarl.rollout.generator import Generator, Limits
 from megarl.rollout.requests import Request, Sampling
 from megarl.rollout.resharded import for_generation
@@ -48,7 +48,7 @@ def describe(
     response = loss_tokens or length
     return Work(
         algorithm=algorithm,
-        roles=(Role("policy", True, True, "trains"),),
+        roles=(Part("policy", True, True, "trains"),),
         model=model,
         parallel=ParallelConfig(
             tp=layout.tp, pp=layout.pp, sequence_parallel=layout.sequence_parallel, recompute=recompute
@@ -169,7 +169,7 @@ def scored(work: Work) -> Measured:
 
 
 def _engine(grid: Grid, work: Work) -> Engine:
-    engine = build_engine(grid, work, work.roles[0])
+    engine = build_shard(grid, work, work.roles[0])
     for _, parameter in engine.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02)

@@ -12,7 +12,7 @@ from megarl.models.cache import KVCache
 from megarl.parallel.layout import Layout
 from megarl.planning.memory import GENERATOR, RankPlan, in_flight, plan_ranks, plan_stage, slots_of
 from megarl.planning.shards import gpt_config
-from megarl.planning.work import Role, Work
+from megarl.planning.work import Part, Work
 from tests.planning.runs import GPT2, LLAMA, NEOX, Measured, describe, generated, moved, scored, trained, watched
 from tests.refusals import refused
 from tests.worlds import Worlds
@@ -114,13 +114,13 @@ def test_recorded_passes_are_refused_over_pipeline_stages_as_the_run_refuses_the
     assert plan_stage(replace(staged, rollout_layout="tp2"), 0).part("train", "cache") > 0
 
 
-def with_roles(*roles: Role) -> Work:
+def with_roles(*roles: Part) -> Work:
     work = describe(Layout(), LLAMA, rollouts=8, loss_tokens=256)
     return Work(**{**work.__dict__, "roles": roles})
 
 
 def test_a_reference_is_held_in_host_memory_and_twice_while_it_is_asked() -> None:
-    policy, reference = Role("policy", True, True, ""), Role("reference", False, False, "")
+    policy, reference = Part("policy", True, True, ""), Part("reference", False, False, "")
     plan = plan_stage(with_roles(policy, reference), 0)
     weights = plan.shards["policy"].copy
     assert plan.host("train") - plan.host("score") == -weights
@@ -130,9 +130,9 @@ def test_a_reference_is_held_in_host_memory_and_twice_while_it_is_asked() -> Non
 
 
 def test_a_critic_of_its_own_costs_a_second_engine_and_a_head_next_to_nothing() -> None:
-    policy, critic = Role("policy", True, True, ""), Role("critic", True, True, "", value_head=True, speaks=False)
+    policy, critic = Part("policy", True, True, ""), Part("critic", True, True, "", heads=("value",))
     alone, asked = (plan_stage(with_roles(role), 0) for role in (policy, critic))
-    shared = plan_stage(with_roles(replace(policy, value_head=True)), 0)
+    shared = plan_stage(with_roles(replace(policy, heads=("lm", "value"))), 0)
     separate = plan_stage(with_roles(policy, critic), 0)
     # The head is 256 x 512 and its bias, a vector of 512 and its bias: 132097 parameters of 16 bytes in float32. The
     # output layer, 2048 x 256, has neither gradients nor moments, 12 bytes.
@@ -147,10 +147,10 @@ def held(plan: RankPlan) -> float:
 
 
 def test_a_critic_of_another_shape_counts_as_what_it_is() -> None:
-    policy = Role("policy", True, True, "")
+    policy = Part("policy", True, True, "")
     wide = replace(with_roles(policy).model, hidden_size=512)
-    one = plan_stage(with_roles(policy, Role("critic", True, True, "", value_head=True, speaks=False, model=wide)), 0)
-    alone = plan_stage(with_roles(replace(policy, value_head=True, speaks=False, model=wide)), 0)
+    one = plan_stage(with_roles(policy, Part("critic", True, True, "", heads=("value",), model=wide)), 0)
+    alone = plan_stage(with_roles(replace(policy, heads=("value",), model=wide)), 0)
     assert one.shards["critic"] == alone.shards["policy"]
     assert one.uses["train"][1] == replace(alone.uses["train"][0], role="critic")  # the policy waits: it is smaller
     assert one.uses["train"][0].activations == 0

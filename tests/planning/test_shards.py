@@ -8,8 +8,8 @@ from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
 from megarl.models.flops import layer_weights
 from megarl.parallel.fake import fake_world, rank_of
 from megarl.parallel.layout import Layout
-from megarl.planning.shards import build_engine, measure, shard, stages_that_differ
-from megarl.planning.work import Role, Work
+from megarl.planning.shards import build_shard, measure, shard, stages_that_differ
+from megarl.planning.work import Part, Work
 from tests.planning.runs import LLAMA, describe
 
 NEOX_20B = ModelConfig(
@@ -26,7 +26,7 @@ NEOX_20B = ModelConfig(
     out_bias=True,
     mlp_bias=True,
 )
-POLICY = Role("policy", True, True, "")
+POLICY = Part("policy", True, True, "")
 
 
 def neox(layout: Layout) -> Work:
@@ -49,7 +49,7 @@ def test_every_rank_of_a_20b_model_builds_and_together_they_are_the_model(layout
     for pp in range(layout.pp):
         for tp in range(layout.tp):
             with fake_world(layout, rank_of(layout, tp=tp, pp=pp)) as grid:
-                held.append(measure(build_engine(grid, work, POLICY), pp).parameters)
+                held.append(measure(build_shard(grid, work, POLICY), pp).parameters)
     # Held by every tensor rank: norms, and the biases of the products that are summed over the ranks.
     h = 6144
     common = 44 * (4 * h + 2 * h) + 2 * h
@@ -74,10 +74,10 @@ def test_what_is_frozen_has_no_gradients_and_no_copy() -> None:
     assert held.gradients == pytest.approx(4 * held.trainable, rel=0.001)
 
 
-def test_a_model_that_never_speaks_has_an_output_layer_that_does_not_train() -> None:
+def test_a_model_without_its_output_layer_in_use_does_not_train_it() -> None:
     work = describe(Layout(), LLAMA)
     speaking, silent = (
-        shard(work, Role("critic", True, True, "", value_head=True, speaks=speaks), 0) for speaks in (True, False)
+        shard(work, Part("critic", True, True, "", heads=heads), 0) for heads in (("lm", "value"), ("value",))
     )
     assert speaking.parameters == silent.parameters
     assert speaking.trainable - silent.trainable == 2048 * 256
@@ -86,7 +86,9 @@ def test_a_model_that_never_speaks_has_an_output_layer_that_does_not_train() -> 
 
 def test_ilqls_heads_are_two_that_train_and_two_that_follow() -> None:
     layout = Layout(tp=2)
-    plain, headed = (shard(describe(layout, LLAMA), Role("policy", True, True, "", q_heads=n), 0) for n in (0, 2))
+    plain, headed = (
+        shard(describe(layout, LLAMA), Part("policy", True, True, "", ("lm", *["q"] * n)), 0) for n in (0, 2)
+    )
     # Per head and rank: 256 -> 512 and 512 -> 2048 with biases, cut in two
     head = (256 * 512 + 512 + 512 * 2048 + 2048) // 2
     assert headed.parameters - plain.parameters == 4 * head

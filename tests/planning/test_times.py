@@ -8,7 +8,7 @@ from megarl.parallel.layout import Layout
 from megarl.planning.hardware import KINDS, Cluster
 from megarl.planning.plan import Plan, make_plan, remedies, suggest
 from megarl.planning.times import Rates
-from megarl.planning.work import Role, Work
+from megarl.planning.work import Part, Work
 from tests.planning.runs import LLAMA, describe
 
 QWEN_32B = ModelConfig(
@@ -51,7 +51,7 @@ def test_a_published_ppo_step_of_a_70b_policy(gpus: int, published: float) -> No
         128256,
         Layout(tp=8, dp=actors // 8, sequence_parallel=True),
         algorithm="ppo",
-        roles=(Role("policy", True, True, ""), Role("reference", False, False, "")),
+        roles=(Part("policy", True, True, ""), Part("reference", False, False, "")),
         global_batch=128,
         steps=8,
         length=2560,

@@ -8,9 +8,10 @@ import torch
 import transformers
 
 from megarl.config.schema import ParallelConfig
+from megarl.models.build import build_engine
 from megarl.models.exchange.families import FAMILIES
 from megarl.models.exchange.formats import open_source
-from megarl.modules.base import build_gpt_engine
+from megarl.models.roles import Role
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
 from megarl.rollout.generator import Generator, Limits
@@ -69,9 +70,7 @@ def ours(folders: dict[str, Path]) -> dict[str, list[Rollout]]:
         grid = Grid(Layout(), device)
         model = open_source(folder).model
         model.path = str(folder)
-        engine = build_gpt_engine(
-            grid, model, ParallelConfig(), name="policy", vocab_size=VOCAB, precision="fp32", seed=1
-        )
+        engine = build_engine(Role("policy", model, VOCAB), grid, ParallelConfig(), precision="fp32", seed=1)
         generator = Generator(engine, -1, seed=1, limits=Limits(slots=3))
         answers[name] = generator.generate(requests())
         grid.close()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megarl.config.schema import ModelConfig, ParallelConfig, TokenizerConfig
 from megarl.errors import CheckpointError
+from megarl.models.build import build_engine
 from megarl.models.exchange import export as writer
 from megarl.models.exchange.card import ModelCard
 from megarl.models.exchange.export import export, write_folder
@@ -18,7 +19,7 @@ from megarl.models.exchange.families import FAMILIES, family_for
 from megarl.models.exchange.family import shape_of
 from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.parameters import parameters
-from megarl.modules.base import build_gpt_engine
+from megarl.models.roles import Role
 from megarl.modules.experience import forward_rows
 from megarl.modules.reference import FOLDER, keep
 from megarl.parallel.grid import Grid, start_world
@@ -50,9 +51,7 @@ def import_and_export(folders: dict[str, Path], tp: int, pp: int, out: Path) -> 
         source = open_source(folder)
         model = source.model
         model.path = str(folder)
-        engine = build_gpt_engine(
-            grid, model, ParallelConfig(), name="policy", vocab_size=VOCAB, precision="fp32", seed=1
-        )
+        engine = build_engine(Role("policy", model, VOCAB), grid, ParallelConfig(), precision="fp32", seed=1)
         tokens = fixed_tokens()
         rows = Rows(tokens, torch.full((len(tokens),), tokens.shape[1]), torch.ones(tokens.shape))
 
@@ -115,7 +114,7 @@ def export_with_a_full_disk_on_the_last_stage(folder: Path, out: Path) -> str:
     device = start_world()
     grid = Grid(Layout(tp=2, pp=2), device)
     model = open_source(folder).model
-    engine = build_gpt_engine(grid, model, ParallelConfig(), name="policy", vocab_size=VOCAB, precision="fp32", seed=1)
+    engine = build_engine(Role("policy", model, VOCAB), grid, ParallelConfig(), precision="fp32", seed=1)
     narrowed = writer.narrowed
 
     def full(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -173,9 +172,7 @@ def export_with_template(words: str, template: str, out: Path) -> None:
     tokenizer = build_tokenizer("huggingface", words)
     model = ModelConfig(num_layers=1, hidden_size=8, num_heads=1, ffn_size=8, max_positions=8)
     card = ModelCard.of(model, tokenizer.size, tokenizer, TokenizerConfig("huggingface", words), template)
-    engine = build_gpt_engine(
-        grid, model, ParallelConfig(), name="policy", vocab_size=tokenizer.size, precision="fp32", seed=1
-    )
+    engine = build_engine(Role("policy", model, tokenizer.size), grid, ParallelConfig(), precision="fp32", seed=1)
     export(engine, out / "live", model=model, vocab_size=tokenizer.size, tokenizer=tokenizer, chat_template=template)
     write_folder(open_source(out / FOLDER / keep(engine, card, out)), out / "stored")
     grid.close()

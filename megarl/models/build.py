@@ -1,0 +1,67 @@
+"""Engines of GPTs from their roles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megarl.config.schema import ModelConfig, ParallelConfig
+from megarl.errors import ConfigError
+from megarl.models.config import GPTConfig
+from megarl.models.exchange.formats import open_source
+from megarl.models.exchange.load import load
+from megarl.models.gpt import GPT
+from megarl.models.roles import Role
+from megarl.parallel.engine import BuildModel, Engine, OptimSpec
+from megarl.parallel.grid import Grid
+from megarl.tokenizers import Tokenizer
+
+
+def vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> int:
+    """Return the number of entries of the model's vocabulary: at least the tokenizer's."""
+    if model.vocab_size is not None and model.vocab_size < tokenizer.size:
+        raise ConfigError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer, which has {tokenizer.size} entries: "
+            f"use model.vocab_size={tokenizer.size} or more, null for the tokenizer's size, or another tokenizer",
+            key="model.vocab_size",
+            value=model.vocab_size,
+            offers={"model.vocab_size": [tokenizer.size, None]},
+        )
+    return model.vocab_size or tokenizer.size
+
+
+def build_engine(role: Role, grid: Grid, parallel: ParallelConfig, *, precision: str, seed: int) -> Engine:
+    """Build a role's engine, with the weights of `model.path`, or random ones that are the same in every layout."""
+    config = GPTConfig.build(
+        role.model,
+        grid.layout,
+        vocab_size=role.vocab_size,
+        precision=precision,
+        recompute=parallel.recompute,
+        kernels=parallel.kernels,
+    )
+    source = open_source(role.model.path) if role.model.path else None
+    empty = empty_model(config, grid, role.heads)
+
+    def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
+        gpt: GPT = empty(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+        gpt.initialise(grid, seed, loaded=source.names if source else ())
+        if source is not None:
+            load(gpt, source, grid)
+        return gpt
+
+    return engine_of(role, grid, build)
+
+
+def empty_model(config: GPTConfig, grid: Grid, heads: Sequence[str]) -> BuildModel:
+    """Return what builds a model's chunks, with weights that are not filled."""
+
+    def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
+        return GPT(config, grid, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage, heads=heads)
+
+    return build
+
+
+def engine_of(role: Role, grid: Grid, build: BuildModel) -> Engine:
+    """Return the engine of a role over the chunks that `build` builds."""
+    optim = None if role.optim is None else OptimSpec(role.optim, role.total_steps, role.lr_key)
+    return Engine(grid, build, name=role.name, optim=optim, trainable=role.trains)
