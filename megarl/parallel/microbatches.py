@@ -11,7 +11,7 @@ The last token of a row (the dots) is predicted and not read, as nothing follows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -75,30 +75,15 @@ class MicrobatchPlan:
         self._place(bins if unit is None else [np.concatenate([members[number] for number in one]) for one in bins])
 
     def _place(self, bins: Sequence[np.ndarray]) -> None:
-        """Compute where each row begins, and which token of which row is read at each place of each bin.
-
-        `row_bin`, `row_start` [rows]: the bin of a row and the place of its first token in it.
-        `place_row`, `place_offset` [bins, time]: the row that is read at a place (-1: padding) and the token's offset
-        in it. `segment_ids` [bins, time]: 1, 2, ... for the rows of a bin.
-        """
+        """Note for each row its bin, the place of its first token in that, and its number there, from 1."""
         order = np.concatenate(bins)  # rows, bin by bin
         rows_in_bin = np.array([len(rows) for rows in bins])
         first = np.repeat(np.cumsum(rows_in_bin) - rows_in_bin, rows_in_bin)  # index in `order` of a bin's first row
-        ends = np.cumsum(self.read[order])
-        begins = ends - self.read[order]
-        bin_of, start_of = np.repeat(np.arange(len(bins)), rows_in_bin), begins - begins[first]
-        self.row_bin, self.row_start = np.zeros((2, len(order)), dtype=np.int64)
-        self.row_bin[order], self.row_start[order] = bin_of, start_of
-
-        # For each token that is read, bin by bin: the index of its row in `order`, and its offset in the row.
-        at = np.repeat(np.arange(len(order)), self.read[order])
-        offset = np.arange(len(at)) - begins[at]
-        places = bin_of[at], start_of[at] + offset
-        shape = (self.layout.dp * self.count * self.bins, self.time)
-        self.place_row = np.full(shape, -1, dtype=np.int64)
-        self.place_offset, self.segment_ids = np.zeros((2, *shape), dtype=np.int64)
-        self.place_row[places], self.place_offset[places] = order[at], offset
-        self.segment_ids[places] = at - first[at] + 1
+        begins = np.cumsum(self.read[order]) - self.read[order]
+        self.row_bin, self.row_start, self.row_segment = np.zeros((3, len(order)), dtype=np.int64)
+        self.row_bin[order] = np.repeat(np.arange(len(bins)), rows_in_bin)
+        self.row_start[order] = begins - begins[first]
+        self.row_segment[order] = np.arange(len(order)) - first + 1
 
     def microbatches(self, source: RowSource, numbers: Tensor | None = None) -> list[Microbatch]:
         """Make this replica's microbatches.
@@ -109,62 +94,66 @@ class MicrobatchPlan:
             source: where the planned rows are.
             numbers: [rows], their numbers in the source (None: it holds just these, in order).
         """
-        stride = self.layout.dp * self.bins
-        firsts = range(self.dp_rank * self.bins, len(self.place_row), stride)
+        firsts = (self.bins * (turn * self.layout.dp + self.dp_rank) for turn in range(self.count))
         return [self._microbatch(source, numbers, first) for first in firsts]
 
     def _microbatch(self, source: RowSource, numbers: Tensor | None, first: int) -> Microbatch:
-        stop = first + self.bins
-        members = np.flatnonzero((self.row_bin >= first) & (self.row_bin < stop))
+        """Lay out the rows of the bins from `first` on."""
+        members = np.flatnonzero((self.row_bin >= first) & (self.row_bin < first + self.bins))
         idle = len(members) == 0
-        if idle:  # its bins hold nothing, but losses want rows: a unit that counts for nothing
+        if idle:  # the bins hold nothing, but losses want rows: a unit that counts for nothing
             members = self.first_unit
         taken = torch.from_numpy(members)
         rows = source.take(taken if numbers is None else numbers[taken])
         if idle:
             rows = _without_effect(rows)
+        read = np.zeros_like(members) if idle else self.read[members]
         width = rows.tokens.shape[1]
-        place_row, offset = self.place_row[first:stop], torch.from_numpy(self.place_offset[first:stop])
-        inside = torch.from_numpy(place_row >= 0)
-        # Index of each place's row among those of this microbatch; in padding, any.
-        row = torch.from_numpy(np.searchsorted(members, place_row).clip(max=len(members) - 1))
-        here = row * width + offset.clamp(max=width - 1)
-        predicts = inside & (offset + 1 < rows.lengths[row])
-        after = here + predicts
 
-        def read(column: Tensor) -> Tensor:
-            return column.flatten()[here] * inside
+        # For each token that is read: its row here, its offset in the row, and its place in the flat bins.
+        row = np.repeat(np.arange(len(members)), read)
+        offset = np.arange(len(row)) - np.repeat(np.cumsum(read) - read, read)
+        place = torch.from_numpy(self._begins(members, first)[row] + offset)
+        token = torch.from_numpy(row * width + offset)
+        is_followed = torch.from_numpy(offset + 1 < self.lengths[members][row])
+        target = token + is_followed
 
+        def lay_out(values: Tensor) -> Tensor:
+            bins = values.new_zeros(self.bins * self.time)
+            bins[place] = values
+            return bins.view(self.bins, self.time)
+
+        segments = torch.from_numpy(self.row_segment[members][row]) if self.segmented else None
+        if "segment_ids" in rows:
+            assert segments is None, "rows that hold documents have bins to themselves"
+            segments = rows["segment_ids"].flatten()[token]
+        positions = rows["positions"].flatten()[token] if "positions" in rows else torch.from_numpy(offset)
         return Microbatch(
-            tokens=read(rows.tokens),
-            positions=read(rows["positions"]) if "positions" in rows else offset * inside,
-            segment_ids=self._segments(rows, read, first, stop),
-            targets=rows.tokens.flatten()[after] * predicts,
-            target_mask=rows.action_mask.flatten()[after] * predicts,
+            tokens=lay_out(rows.tokens.flatten()[token]),
+            positions=lay_out(positions),
+            segment_ids=None if segments is None else lay_out(segments),
+            targets=lay_out(rows.tokens.flatten()[target] * is_followed),
+            target_mask=lay_out(rows.action_mask.flatten()[target] * is_followed),
             rows=rows,
             token_index=torch.full(rows.tokens.shape, -1) if idle else self._token_index(members, first, width),
             last_index=torch.full((len(rows),), -1) if idle else self._last_index(members, first),
         )
 
-    def _segments(self, rows: Rows, read: Callable[[Tensor], Tensor], first: int, stop: int) -> Tensor | None:
-        """[bins, time]: the rows that share a bin, or the documents that a row holds."""
-        if "segment_ids" in rows:
-            assert not self.segmented, "rows that hold documents have bins to themselves"
-            return read(rows["segment_ids"])
-        return torch.from_numpy(self.segment_ids[first:stop]) if self.segmented else None
+    def _begins(self, members: np.ndarray, first: int) -> np.ndarray:
+        """[members]: where each row's first token is in the flat bins from `first` on."""
+        begins: np.ndarray = (self.row_bin[members] - first) * self.time + self.row_start[members]
+        return begins
 
     def _token_index(self, members: np.ndarray, first: int, width: int) -> Tensor:
         """[members, width]: where the state that predicts each token is in the flat bins from `first` on, or -1."""
-        begin = (self.row_bin[members] - first) * self.time + self.row_start[members]
         offset = np.arange(width)
-        predicted = (offset > 0) & (offset < self.lengths[members][:, None])
-        return torch.from_numpy(np.where(predicted, begin[:, None] + offset - 1, -1))
+        is_target = (offset > 0) & (offset < self.lengths[members][:, None])
+        return torch.from_numpy(np.where(is_target, self._begins(members, first)[:, None] + offset - 1, -1))
 
     def _last_index(self, members: np.ndarray, first: int) -> Tensor:
         """[members]: where each row's last token is in the flat bins from `first` on, or -1 where it is not read."""
-        begin = (self.row_bin[members] - first) * self.time + self.row_start[members]
-        is_read = self.read[members] >= self.lengths[members]
-        return torch.from_numpy(np.where(is_read, begin + self.lengths[members] - 1, -1))
+        last = self._begins(members, first) + self.lengths[members] - 1
+        return torch.from_numpy(np.where(self.read[members] >= self.lengths[members], last, -1))
 
     def collect(self, outputs: Sequence[Tensor], grid: Grid, width: int) -> Tensor:
         """Bring the outputs [bins, time] of all replicas' microbatches into rows: [rows, width] on every rank's host,
