@@ -104,7 +104,7 @@ class Killed(Exception):
 def killed(run_dir: Path, where: str, *overrides: str) -> None:
     """A run that dies in the midst of cloning, with the reference half written, or before it has its name."""
     owner, name = {
-        "cloning": (clone, "clone_loss"),
+        "cloning": (clone, "cross_entropy"),
         "writing": (torch, "save"),
         "naming": (reference, "_named"),
     }[where]

@@ -9,6 +9,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
+
 from megarl.config.files import load_chat_template
 from megarl.config.offline import OfflineDataConfig
 from megarl.config.rl import PromptDataConfig
@@ -33,6 +35,11 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
         {"samples": ["a", "b"], "rewards": 0.5},
         {"messages": CHAT, "rewards": [1]},
         {"samples": "abc", "rewards": -1},
+    ],
+    "pairs": [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"messages": CHAT[:1], "chosen": "b", "rejected": "c"},
+        {"chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "Badly."}]},
     ],
 }
 TEMPLATES = (
@@ -83,7 +90,7 @@ def _case(draw: Random, number: str, makers: Sequence[Callable[..., Laid]], temp
     what, file, lay = draw.choice(makers)(draw, RECORDS[reader])
     template = draw.choice(TEMPLATES) if draw.random() < templates else None
     told = f", template {template[:30]!r}" if template else ""
-    read = {"sft": _documents, "prompts": _prompts, "offline": _samples}[reader]
+    read = {"sft": _documents, "prompts": _prompts, "offline": _samples, "pairs": _pairs}[reader]
     options = _options(draw)
 
     def act(folder: Path) -> None:
@@ -121,7 +128,13 @@ def _samples(path: str, template: str | None, options: dict[str, Any]) -> None:
         train=[path], chat_template=template, seq_length=32, too_long=options["too_long"], cache=None
     )
     store = open_store(data, ByteTokenizer())
-    store.batch([0], int(store.lengths[0]), 0)
+    store.take(torch.tensor([0]))
+
+
+def _pairs(path: str, template: str | None, options: dict[str, Any]) -> None:
+    record_format = RecordFormat(chat_template=load_chat_template(template))
+    for record in read_records([path], options["split"]):
+        record_format.pair(record, ByteTokenizer())
 
 
 def _written(what: str, name: str, content: bytes | str) -> Laid:
