@@ -71,7 +71,7 @@ def flops_of_all_steps(config: Any) -> float:
     store = open_store(config.data, tokenizer)
     heads = head_flops(config.model.hidden_size, tokenizer.size, 2 if config.ilql.two_qs else 1)
     once = training_flops(config.model, tokenizer.size, torch.as_tensor(store.lengths))
-    once += float(store.arrays["response_mask"].sum()) * heads
+    once += float(store.arrays["action_mask"].sum()) * heads
     return once / len(store) * config.trainer.global_batch_size * config.trainer.max_steps
 
 

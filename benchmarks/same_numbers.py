@@ -1,5 +1,5 @@
 """Runs every algorithm small, in several layouts, on this checkout and on another revision, and compares every number
-that a run prints: for changes that should change none.
+that a run prints. Use it for refactorings, which must not change any number.
 
     python -m benchmarks.same_numbers HEAD~1
     python -m benchmarks.same_numbers main --runs ppo_separate,sft --layouts tp2,pp2
@@ -67,6 +67,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "tp2": ("trainer.devices=2", "parallel.tp=2", "parallel.sequence_parallel=true"),
     "pp2": ("trainer.devices=2", "parallel.pp=2"),
     "dp2": ("trainer.devices=2",),
+    "vpp2": ("trainer.devices=2", "parallel.pp=2", "parallel.vpp=2"),
 }
 UNLIKE = ("perf/", "time/", "memory/")  # columns that differ from run to run
 
@@ -103,7 +104,7 @@ def tokens(out: Path) -> list[tuple[object, ...]]:
     return found
 
 
-def compare(ours: Path, theirs: Path) -> tuple[float, str, str]:
+def compare(ours: Path, theirs: Path, *, dumped: bool) -> tuple[float, str, str]:
     """The largest relative difference of a number, its column, and what else differs in words."""
     worst, where, problems = 0.0, "", []
     left, right = metrics(ours), metrics(theirs)
@@ -118,10 +119,12 @@ def compare(ours: Path, theirs: Path) -> tuple[float, str, str]:
                 problems.append(f"{name} of row {step} is {a or 'empty'} instead of {b or 'empty'}")
             elif a:
                 difference = abs(float(a) - float(b)) / max(abs(float(b)), 1e-3)
-                if not difference <= worst:  # NaN is the worst of all
+                if math.isnan(difference):
+                    problems.append(f"{name} of row {step} is {a} instead of {b}")
+                elif difference > worst:
                     worst, where = difference, f"{name} of row {step}"
-                    if math.isnan(difference):
-                        problems.append(f"{where} is {a} instead of {b}")
+    if dumped and not tokens(theirs):
+        problems.append("no rollout was dumped")
     if tokens(ours) != tokens(theirs):
         problems.append("other tokens were sampled")
     return worst, where, "; ".join(problems[:3])
@@ -154,7 +157,8 @@ def main() -> int:
                 ours, theirs = (Path(folder) / f"{name}-{layout}-{side}" for side in ("ours", "theirs"))
                 for checkout, out in ((ROOT, ours), (tree, theirs)):
                     run(checkout, command, (*overrides, *LAYOUTS[layout]), out)
-                worst, where, problems = compare(ours, theirs)
+                dumped = any(override.startswith("rollout.dump=") for override in overrides)
+                worst, where, problems = compare(ours, theirs, dumped=dumped)
                 bad = bool(problems) or worst > options.tolerance
                 wrong += bad
                 verdict = "DIFFERENT" if bad else "same"

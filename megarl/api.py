@@ -118,7 +118,7 @@ class Trained:
                 generator.config.vocab_size,
                 config.rollout.too_long,
             )
-            encoded = (encode_prompt(record, tokenizer, RecordFormat()) for record in records)
+            encoded = (encode_prompt(record, tokenizer, RecordFormat(section="", settable=())) for record in records)
             tokens = [prompt.tokens for prompt in fit_prompts(encoded, limits, "prompts")]
             rollouts = generator.generate(repeat(tokens, n, sampling_from(config.rollout)), stream=EVALUATION)
             texts = [tokenizer.decode(rollout.spoken) for rollout in rollouts]

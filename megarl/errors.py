@@ -5,11 +5,14 @@ Entry points turn them into one line and an exit code; anything else is a bug an
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Mapping
 from copy import copy
 from os import PathLike, fspath
 from typing import Any, Self
 
+LARGEST = 10_000
+"""Bytes of a value that travels with an error to other processes."""
 LONGEST = 3_000
 """Characters of a message. Of a longer one, which repeats somebody's long value, the middle is left out."""
 
@@ -20,8 +23,8 @@ class MegarlError(Exception):
     The line is for people. Programs and tests read the attributes, so the wording of a line can change.
 
     Attributes:
-        key: what is wrong: a configuration key ("trainer.devices"), an option, an environment variable, a key of a
-            record, or the name of a tensor or metric.
+        key: name of what is wrong: a configuration key ("trainer.devices"), an option, an environment variable, a key
+            of a record, or the name of a tensor or metric.
         value: the value that `key` has, or None where it has none or is missing.
         where: the file, folder, record, checkpoint or tensor that holds it.
         offers: values that would work, for each key that could be changed.
@@ -49,17 +52,25 @@ class MegarlError(Exception):
         half = LONGEST // 2
         return line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}"
 
-    def within(self, where: str | PathLike[str], remedy: str = "") -> Self:
-        """Return this error with the place in front of its line, and a remedy behind it: raise the result."""
-        after = f"; {remedy}" if remedy else ""
+    def within(self, where: str | PathLike[str]) -> Self:
+        """Return this error with its location in front of the line: raise the result. `where` then lists locations
+        from the outermost to the innermost."""
         outer = copy(self)
-        outer.args = (f"{fspath(where)}: {self}{after}",)
+        outer.args = (f"{fspath(where)}: {self}",)
         outer.where = fspath(where) if self.where is None else f"{fspath(where)}: {self.where}"
         return outer
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Errors travel between processes with their attributes."""
-        return _restore, (type(self), self.args, self.__dict__)
+        """Errors travel between processes with their attributes; of a value that cannot, its text."""
+        return _restore, (type(self), self.args, {**self.__dict__, "value": _portable(self.value)})
+
+
+def _portable(value: Any) -> Any:
+    try:
+        small = len(pickle.dumps(value)) <= LARGEST
+    except Exception:
+        small = False
+    return value if small else repr(value)[:200]
 
 
 def _restore(kind: type[MegarlError], args: tuple[Any, ...], attributes: dict[str, Any]) -> MegarlError:

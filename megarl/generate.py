@@ -194,6 +194,7 @@ def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer", vocab_size: i
         prompt_key=config.prompt_key,
         messages_key=config.messages_key,
         chat_template=config.chat_template,
+        settable=("messages_key", "prompt_key"),
         section="",
     )
     encoded = (encode_prompt(record, tokenizer, record_format) for record in records)

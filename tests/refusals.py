@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def refused(
     offers: Mapping[str, list[Any]] = _ANY,
     names: tuple[str, ...] = (),
 ) -> Iterator[Refused]:
-    """Expect a refusal.
+    """Assert that the block raises one error with this data, and that its line names it.
 
     Args:
         key: the error's `key`. The line must contain it.
@@ -69,6 +70,8 @@ def assert_refusal(
         assert error.where.endswith(where), (error.where, line)
     if offers is not _ANY:
         assert error.offers == offers, line
+    for name, values in error.offers.items():
+        assert any(_written(value).rpartition(".")[2] in line for value in values), (name, values, line)
     for name in (error.key, where, *error.offers, *names):
         assert name is None or name in line, (name, line)
 
@@ -80,7 +83,7 @@ def assert_command_refused(
 
     Args:
         names: identifiers such as keys, values, files. No prose.
-        told: how many processes may say it.
+        told: number of processes that must report it.
     """
     assert done.returncode == exit_code, done.stderr[-2000:]
     assert "Traceback" not in done.stderr, done.stderr[-4000:]
@@ -89,3 +92,8 @@ def assert_command_refused(
     for name in names:
         assert name in lines[0], (name, lines[0])
     return lines[0]
+
+
+def _written(value: Any) -> str:
+    """A value as a line offers it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

@@ -290,7 +290,7 @@ def _phase(config: Any, world_size: int) -> None:
         if critic.kind == "shared" and getattr(critic, key):
             raise Refusal(
                 f"critic.{key}={getattr(critic, key)} is of a critic of its own, but critic.kind=shared",
-                otherwise="critic.kind=separate",
+                {"critic.kind": ["separate"]},
                 key=f"critic.{key}",
                 value=getattr(critic, key),
             )

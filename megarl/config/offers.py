@@ -119,5 +119,5 @@ def _working(key: str, values: list[Any], rules: Sequence[Rule], config: Any, wo
         except Refusal:
             continue
         working.append(value)
-    numbers = [value for value in working if value is not None]
-    return near(numbers, current or 0) or working
+    numbers = [value for value in working if isinstance(value, int | float) and not isinstance(value, bool)]
+    return near(numbers, current or 0) if numbers else working

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
+from megarl.config.offers import either
 from megarl.errors import CheckpointError
 
 NOW, CHECKPOINT, REFUSED = "takes effect now", "taken from the checkpoint", "refused"
@@ -153,7 +154,7 @@ class Difference:
 
     @property
     def remedy(self) -> str:
-        setting = f"{self.key}={'null' if self.old is None else self.old}"
+        setting = f"{self.key}={either([self.old])}"
         return f"{setting} with the content that it had" if self.changed else setting
 
 

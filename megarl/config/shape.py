@@ -14,7 +14,7 @@ MOST_PARAMETERS = 10**13
 
 
 def check_shape(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """A model's own arithmetic and its divisibility by the layout.
+    """Refuse a shape that contradicts itself or does not divide over the layout.
 
     `check` leaves out models with `model.path`, whose shape is in the file: call this once it is known.
     """
@@ -22,7 +22,7 @@ def check_shape(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def shape_rule(config: Any, world_size: int) -> None:
-    """A model's own arithmetic, and its divisibility by the layout."""
+    """Refuse a shape that contradicts itself or does not divide over the layout."""
     model, parallel = config.model, config.parallel
     if model.head_dim is None:
         require_divides("model.num_heads", "model.hidden_size", model.num_heads, model.hidden_size)
@@ -59,7 +59,7 @@ def _size(model: ModelConfig) -> None:
 
 
 def shape_problem(model: ModelConfig) -> ConfigError | None:
-    """What is wrong with the values of a model that came from a file; None where it can be computed."""
+    """Return the first error in the values of a model that came from a file, or None."""
     try:
         check_types(model, "model.")
         check_declared(model, "model.")
@@ -75,7 +75,7 @@ def _rope(model: ModelConfig, head_dim: int) -> None:
         if model.rope_scaling != "none":
             raise Refusal(
                 f"model.rope_scaling={model.rope_scaling} needs rotary positions, not model.position={model.position}",
-                otherwise="model.position=rope or model.rope_scaling=none",
+                {"model.position": ["rope"], "model.rope_scaling": ["none"]},
                 key="model.rope_scaling",
                 value=model.rope_scaling,
             )
@@ -100,7 +100,8 @@ def _rope(model: ModelConfig, head_dim: int) -> None:
         raise Refusal(
             f"model.rope_low_freq_factor={model.rope_low_freq_factor:g} is not below "
             f"model.rope_high_freq_factor={model.rope_high_freq_factor:g}",
-            otherwise="a smaller low factor, for example 1 and 4",
+            {"model.rope_low_freq_factor": [1], "model.rope_high_freq_factor": [4]},
+            "another pair, the low one smaller",
             key="model.rope_low_freq_factor",
             value=model.rope_low_freq_factor,
         )

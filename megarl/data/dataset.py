@@ -83,7 +83,7 @@ class SFTDataset:
             self.stats.records += 1
             whole = record_format.document(record, tokenizer)
             document = self._fit(whole, seq_length, too_long, record.where)
-            if document is not None and not document.response_mask.any():
+            if document is not None and not document.action_mask.any():
                 self.stats.dropped_no_loss += 1
                 document = None
             if document is not whole:
@@ -92,7 +92,7 @@ class SFTDataset:
                 continue
             self.documents.append(document)
             self.stats.tokens += len(document)
-            self.stats.response_tokens += int(document.response_mask.sum())
+            self.stats.response_tokens += int(document.action_mask.sum())
         self.stats.kept = len(self.documents)
         if not self.documents:
             raise DataError(
@@ -123,7 +123,7 @@ class SFTDataset:
             return None
         self.stats.truncated += 1
         # Copied, since a view would keep the whole of a long document in memory.
-        return Document(document.tokens[:seq_length].copy(), document.response_mask[:seq_length].copy())
+        return Document(document.tokens[:seq_length].copy(), document.action_mask[:seq_length].copy())
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -134,8 +134,8 @@ class SFTDataset:
     def row(self, index: int) -> Sequence[Document]:
         return (self.documents[index],)
 
-    def take(self, numbers: Tensor) -> Rows:
-        return documents_to_rows([self.row(number) for number in numbers.tolist()], packed=False)
+    def take(self, indices: Tensor) -> Rows:
+        return documents_to_rows([self.row(index) for index in indices.tolist()], packed=False)
 
 
 class PackedDataset:
@@ -156,30 +156,27 @@ class PackedDataset:
     def row(self, index: int) -> Sequence[Document]:
         return [self.documents[int(document)] for document in self.rows[index]]
 
-    def take(self, numbers: Tensor) -> Rows:
-        return documents_to_rows([self.row(number) for number in numbers.tolist()], packed=True)
+    def take(self, indices: Tensor) -> Rows:
+        return documents_to_rows([self.row(index) for index in indices.tolist()], packed=True)
 
 
 def documents_to_rows(rows: Sequence[Sequence[Document]], *, packed: bool) -> Rows:
-    """Return rows that hold the given documents, one behind the other.
+    """Return rows that hold the given documents, one after the other.
 
     Args:
         packed: add the columns positions and segment_ids, which begin anew with each document.
     """
     lengths = np.array([sum(map(len, documents)) for documents in rows], dtype=np.int64)
     shape = (len(rows), int(lengths.max()))
-    tokens, positions, segment_ids = np.zeros((3, *shape), dtype=np.int64)
-    action_mask = np.zeros(shape, dtype=np.float32)
+    tokens, action_mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.float32)
+    columns = {name: np.zeros(shape, dtype=np.int64) for name in ("positions", "segment_ids") if packed}
     for row, documents in enumerate(rows):
         begin = 0
         for segment, document in enumerate(documents, 1):
-            end = begin + len(document)
-            tokens[row, begin:end] = document.tokens
-            action_mask[row, begin:end] = document.response_mask
-            positions[row, begin:end] = np.arange(len(document))
-            segment_ids[row, begin:end] = segment
-            begin = end
+            here = row, slice(begin, begin + len(document))
+            tokens[here], action_mask[here] = document.tokens, document.action_mask
+            if packed:
+                columns["positions"][here], columns["segment_ids"][here] = np.arange(len(document)), segment
+            begin += len(document)
     made = Rows(torch.from_numpy(tokens), torch.from_numpy(lengths), torch.from_numpy(action_mask))
-    if not packed:
-        return made
-    return made.with_columns(positions=torch.from_numpy(positions), segment_ids=torch.from_numpy(segment_ids))
+    return made.with_columns(**{name: torch.from_numpy(column) for name, column in columns.items()})

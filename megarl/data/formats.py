@@ -1,4 +1,4 @@
-"""One record to tokens, and which of them the policy chose: texts, completions, chats, dialogues, pairs, prompts.
+"""Convert a record to tokens and a mask of those to train on: text, completion, chat, dialogue, pair, prompt.
 
 A completion, an output and an answer are encoded on their own and end with EOS (or with what the chat template ends an
 answer with), as generation continues from the prompt's tokens alone.
@@ -6,7 +6,7 @@ answer with), as generation continues from the prompt's tokens alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from megarl.errors import DataError
 from megarl.tokenizers import Tokenizer
 
 Encoded = tuple[list[int], list[int]]
-"""Tokens, and for each 1 where the policy chose it."""
+"""Tokens, and for each 1 where it is trained on."""
 _T = TypeVar("_T")
 
 
@@ -28,11 +28,11 @@ class Document:
 
     Attributes:
         tokens: int32 [time].
-        response_mask: uint8 [time], 1 where the token is trained on; 0 at the first, which nothing predicts.
+        action_mask: uint8 [time], 1 where the token is trained on; 0 at the first, which nothing predicts.
     """
 
     tokens: np.ndarray
-    response_mask: np.ndarray
+    action_mask: np.ndarray
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -110,8 +110,8 @@ class RecordFormat:
         return _placed(record, encode)
 
     def dialogue(self, record: Record, tokenizer: Tokenizer) -> Document:
-        """Return what was said in turns, from a prompt to an output: of `samples_key` a text, of which all but the
-        first token is an output, or texts in turn; or a conversation."""
+        """Return a dialogue as one document. `samples_key` holds a text (all tokens but the first are output) or a list
+        that alternates prompt and output; without it, `messages_key` is read."""
 
         def encode() -> Document:
             key, fields = self.samples_key, record.fields
@@ -120,57 +120,63 @@ class RecordFormat:
                 messages = self._messages(record, key)
                 if isinstance(messages[0], Mapping) and messages[0].get("role") == "assistant":
                     raise _starts_with_output(key, messages)
-                tokens, chosen = self._chat(messages, tokenizer)
+                tokens, mask = self._chat(messages, tokenizer)
             else:
-                tokens, chosen = _turns(fields.get(key), key, tokenizer)
-            if not any(chosen):
+                tokens, mask = _turns(fields.get(key), key, tokenizer)
+            if not any(mask):
                 raise DataError(
                     f"{key!r} holds no action: give it an output, or take the record out",
                     key=key,
                     value=fields.get(key),
                 )
-            if chosen[0]:
+            if mask[0]:
                 raise _starts_with_output(key, fields[key])
-            return _document((tokens, chosen))
+            return _document((tokens, mask))
 
         return _placed(record, encode)
 
     def pair(self, record: Record, tokenizer: Tokenizer) -> tuple[Document, Document]:
-        """Return the preferred and the rejected response, each behind the prompt, which is not trained on.
+        """Return the preferred and the rejected response, each preceded by the prompt, which is not trained on.
 
-        Both are texts, behind a prompt that is a text or a conversation, or both are messages, behind a conversation
-        or with what they have in common at the start as the prompt.
+        Both are texts, after a prompt that is a text or a conversation; or both are messages, after a conversation, or
+        with the turns that both begin with as the prompt.
         """
 
         def encode() -> tuple[Document, Document]:
-            both = {key: record.fields.get(key) for key in (self.chosen_key, self.rejected_key)}
-            if all(isinstance(response, str) for response in both.values()):
-                texts = [self._text(record, key) for key in both]
+            keys = (self.chosen_key, self.rejected_key)
+            both = [record.fields.get(key) for key in keys]
+            if both[0] == both[1] and both[0] is not None:
+                raise DataError(
+                    f"{keys[0]!r} and {keys[1]!r} hold the same: give two responses, or take the record out",
+                    key=keys[0],
+                    value=both[0],
+                )
+            if all(isinstance(response, str) for response in both):
+                texts = [self._text(record, key) for key in keys]
                 if record.fields.get(self.messages_key) is None:
                     prompt = tokenizer.encode_prompt(self._text(record, self.prompt_key))
                     chosen, rejected = (_document(_continued(prompt, text, tokenizer)) for text in texts)
                     return chosen, rejected
                 messages = self._messages(record, self.messages_key)
                 answers = [[{"role": "assistant", "content": text}] for text in texts]
-            elif all(isinstance(response, list) for response in both.values()):
-                answers = [self._messages(record, key) for key in both]
+            elif all(isinstance(response, list) for response in both):
+                answers = [self._messages(record, key) for key in keys]
                 messages = []
                 if record.fields.get(self.messages_key) is not None:
                     messages = self._messages(record, self.messages_key)
                 alike = len(list(takewhile(lambda turns: turns[0] == turns[1], zip(*answers, strict=False))))
                 messages, answers = [*messages, *answers[0][:alike]], [answer[alike:] for answer in answers]
             else:
-                kinds = {key: type(response).__name__ for key, response in both.items()}
-                wrong = next(key for key, response in both.items() if not isinstance(response, str))
+                wrong = 1 if isinstance(both[0], str) else 0
+                found = " and ".join(f"{_kind(one)} under {key!r}" for one, key in zip(both, keys, strict=True))
                 raise DataError(
-                    f"holds {' and '.join(f'a {kind} under {key!r}' for key, kind in kinds.items())}: give two texts, "
-                    f"or two lists of messages; or set {self.section}chosen_key and {self.section}rejected_key",
-                    key=wrong,
+                    f"holds {found}: give two texts, or two lists of messages{self._setting(keys[wrong])}",
+                    key=keys[wrong],
                     value=both[wrong],
                 )
             chosen, rejected = (
                 _document(self._answer(messages, answer, key, tokenizer))
-                for key, answer in zip(both, answers, strict=True)
+                for key, answer in zip(keys, answers, strict=True)
             )
             return chosen, rejected
 
@@ -243,22 +249,22 @@ class RecordFormat:
             return tokens, [1] * len(tokens)
 
     def _answer(self, messages: list[Any], answer: list[Any], key: str, tokenizer: Tokenizer) -> Encoded:
-        """The whole conversation, of which the answer alone was chosen."""
+        """The whole conversation, of which the answer alone is trained on."""
         if not answer or not isinstance(answer[-1], Mapping) or answer[-1].get("role") != "assistant":
             raise DataError(f"{key!r} ends with no answer of the assistant's own: give it one", key=key, value=answer)
         if not messages:
             raise _starts_with_output(key, answer)
-        tokens, chosen = tokenizer.encode_chat([*messages, *answer], self.chat_template)
+        tokens, mask = tokenizer.encode_chat([*messages, *answer], self.chat_template)
         follows = isinstance(answer[0], Mapping) and answer[0].get("role") == "assistant"
         if follows:
             before = len(tokenizer.encode_chat_prompt(messages, self.chat_template))
         else:  # more turns of a user come first
             before = len(tokenizer.encode_chat(messages, self.chat_template)[0])
-        return tokens, [0] * before + chosen[before:]
+        return tokens, [0] * before + mask[before:]
 
 
 def _placed(record: Record, encode: Callable[[], _T]) -> _T:
-    """Encode; the record's place stands before what is wrong with it."""
+    """Encode, and prefix errors with the record's location."""
     try:
         return encode()
     except DataError as problem:
@@ -266,10 +272,10 @@ def _placed(record: Record, encode: Callable[[], _T]) -> _T:
 
 
 def _document(encoded: Encoded) -> Document:
-    tokens, chosen = encoded
-    response_mask = np.asarray(chosen, dtype=np.uint8)
-    response_mask[:1] = 0
-    return Document(np.asarray(tokens, dtype=np.int32), response_mask)
+    tokens, mask = encoded
+    action_mask = np.asarray(mask, dtype=np.uint8)
+    action_mask[:1] = 0
+    return Document(np.asarray(tokens, dtype=np.int32), action_mask)
 
 
 def _continued(prompt: list[int], text: str, tokenizer: Tokenizer) -> Encoded:
@@ -295,7 +301,7 @@ def _turns(sample: Any, key: str, tokenizer: Tokenizer) -> Encoded:
             key=key,
             value=sample,
         )
-    tokens, chosen = [], []
+    tokens, mask = [], []
     for number, text in enumerate(sample):
         is_output = number % 2
         if is_output and not text:
@@ -309,8 +315,8 @@ def _turns(sample: Any, key: str, tokenizer: Tokenizer) -> Encoded:
         turn = tokenizer.encode(text) if number else tokenizer.encode_prompt(text)
         turn = [*turn, tokenizer.eos_id] if is_output else turn
         tokens += turn
-        chosen += [is_output] * len(turn)
-    return tokens, chosen
+        mask += [is_output] * len(turn)
+    return tokens, mask
 
 
 def _starts_with_output(key: str, sample: Any) -> DataError:
@@ -320,7 +326,7 @@ def _starts_with_output(key: str, sample: Any) -> DataError:
 
 
 def _kind(value: Any) -> str:
-    return "an empty list" if isinstance(value, Sequence) and not value else f"a {type(value).__name__}"
+    return "an empty list" if value == [] else f"a {type(value).__name__}"
 
 
 def _keys(record: Record) -> str:

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LARGEST = 1e30  # a reward; sums and squares of such are still finite where they are computed
-VERSION = 2  # of the files in a cache: another meaning of the same samples is another number
-ARRAYS = ("tokens", "response_mask", "rewards", "starts", "returns")
+VERSION = 3  # of the files in a cache: another meaning of the same samples is another number
+ARRAYS = ("tokens", "action_mask", "rewards", "starts", "returns")
 REPORT = "report.txt"
 
 
@@ -56,18 +56,18 @@ def encode_sample(
     """Return the whole sample of a record, however long."""
     document = record_format.dialogue(record, tokenizer)
     try:
-        return Sample(document, _rewards(record.fields, rewards_key, document.response_mask))
+        return Sample(document, _rewards(record.fields, rewards_key, document.action_mask))
     except DataError as problem:
         raise problem.within(record.where) from None
 
 
-def _rewards(fields: Mapping[str, Any], key: str, chosen: np.ndarray) -> np.ndarray:
+def _rewards(fields: Mapping[str, Any], key: str, mask: np.ndarray) -> np.ndarray:
     """A reward at the last token of the output that earned it; a single one at the end of the last output."""
     if key not in fields:
         raise DataError(f"has no {key!r}: add the reward, or set data.rewards_key", key=key)
     given = fields[key]
     earned = [_number(value, key) for value in (given if isinstance(given, list) else [given])]
-    (ends,) = np.nonzero(chosen & ~np.append(chosen[1:], 0).astype(bool))
+    (ends,) = np.nonzero(mask & ~np.append(mask[1:], 0).astype(bool))
     if not isinstance(given, list):
         ends = ends[-1:]
     if len(earned) != len(ends):
@@ -77,7 +77,7 @@ def _rewards(fields: Mapping[str, Any], key: str, chosen: np.ndarray) -> np.ndar
             key=key,
             value=given,
         )
-    rewards = np.zeros(len(chosen))
+    rewards = np.zeros(len(mask))
     rewards[ends] = earned
     return rewards
 
@@ -119,7 +119,7 @@ class OfflineStore:
     def __init__(self, arrays: Mapping[str, np.ndarray], report: str = "") -> None:
         """
         Args:
-            arrays: tokens int32, response_mask uint8 and rewards float32 of all samples one after the other; starts
+            arrays: tokens int32, action_mask uint8 and rewards float32 of all samples one after the other; starts
                 int64 [samples + 1]; returns float64 [samples].
             report: how many samples were cut or left out, in words.
         """
@@ -133,9 +133,9 @@ class OfflineStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def take(self, numbers: Tensor) -> Rows:
+    def take(self, indices: Tensor) -> Rows:
         """Return some samples; their column rewards [rows, time] is standardised as said above."""
-        rows = numbers.numpy()
+        rows = indices.numpy()
         sizes = self.lengths[rows]
         within = np.arange(sizes.max()) < sizes[:, None]  # [rows, time]
         index = (self.starts[rows][:, None] + np.arange(within.shape[1]))[within]
@@ -145,7 +145,7 @@ class OfflineStore:
             whole[within] = self.arrays[name][index]
             return whole
 
-        action_mask = filled("response_mask", np.float32)
+        action_mask = filled("action_mask", np.float32)
         rewards = filled("rewards", np.float32) / np.float32(self.deviation)
         last = within.shape[1] - 1 - np.argmax(action_mask[:, ::-1], axis=1)
         rewards[np.arange(len(rows)), last] -= self.mean / self.deviation
@@ -219,7 +219,7 @@ def build_store(
     return OfflineStore(
         {
             "tokens": np.concatenate([sample.document.tokens for sample in kept]),
-            "response_mask": np.concatenate([sample.document.response_mask for sample in kept]),
+            "action_mask": np.concatenate([sample.document.action_mask for sample in kept]),
             "rewards": np.concatenate([sample.rewards for sample in kept]).astype(np.float32),
             "starts": starts,
             "returns": np.array([sum(sample.rewards.tolist()) for sample in kept], np.float64),
@@ -301,12 +301,12 @@ def _number(value: Any, key: str) -> float:
 def _cut(sample: Sample, length: int) -> Sample | None:
     """The first `length` tokens, with what was earned later on the last action; None without an action."""
     document = sample.document
-    (actions,) = np.nonzero(document.response_mask[:length])
+    (actions,) = np.nonzero(document.action_mask[:length])
     if not len(actions):
         return None
     rewards = sample.rewards[:length].copy()
     rewards[actions[-1]] += sample.rewards[length:].sum()
-    return Sample(Document(document.tokens[:length], document.response_mask[:length]), rewards)
+    return Sample(Document(document.tokens[:length].copy(), document.action_mask[:length].copy()), rewards)
 
 
 def _records(data: OfflineDataConfig) -> Iterator[Record]:
@@ -322,8 +322,8 @@ def _records(data: OfflineDataConfig) -> Iterator[Record]:
 def _content_name(data: OfflineDataConfig, tokenizer: Tokenizer, record_format: RecordFormat) -> str | None:
     """A digest of all that a store follows from; None where that is not all in files."""
     settings = [
-        *(VERSION, data.seq_length, data.too_long, data.train_split, data.rewards_key),
-        *(vars(record_format), tokenizer.fingerprint()),
+        *(VERSION, data.seq_length, data.too_long, data.train_split, data.rewards_key, data.samples_key),
+        *(data.messages_key, record_format.chat_template, tokenizer.fingerprint()),
     ]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for path in data.train:

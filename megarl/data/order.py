@@ -109,9 +109,9 @@ class TrainBatches:
 
 
 class TrainLoader:
-    """The numbers of the rows of each training step, from the order's cursor on.
+    """Yield the row indices of each step, from `batches.consumed` on.
 
-    Every rank is given the same; a plan shares the rows out.
+    All ranks get the same; `MicrobatchPlan` splits them.
     """
 
     def __init__(self, batches: TrainBatches, steps: int | None = None) -> None:
@@ -120,9 +120,9 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Tensor]:
         while self.steps is None or self.batches.consumed < self.steps:
-            numbers = torch.as_tensor(self.batches.batch(self.batches.consumed))
+            indices = torch.as_tensor(self.batches.batch(self.batches.consumed))
             self.batches.consumed += 1
-            yield numbers
+            yield indices
 
     def __len__(self) -> int:
         """Steps of the whole run, those before the cursor included."""
@@ -132,7 +132,7 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """The numbers of all rows once, in their order."""
+    """Yield each row index once, in order."""
 
     def __init__(self, rows: int, rows_per_step: int) -> None:
         self.rows, self.rows_per_step = rows, rows_per_step

@@ -1,4 +1,4 @@
-"""Engines of GPTs from their roles."""
+"""Build engines from roles."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def build_engine(role: Role, grid: Grid, parallel: ParallelConfig, *, precision:
 
 
 def empty_model(config: GPTConfig, grid: Grid, heads: Sequence[str]) -> BuildModel:
-    """Return what builds a model's chunks, with weights that are not filled."""
+    """Return a function that builds a model's chunks with uninitialised weights."""
 
     def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
         return GPT(config, grid, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage, heads=heads)
@@ -64,4 +64,4 @@ def empty_model(config: GPTConfig, grid: Grid, heads: Sequence[str]) -> BuildMod
 def engine_of(role: Role, grid: Grid, build: BuildModel) -> Engine:
     """Return the engine of a role over the chunks that `build` builds."""
     optim = None if role.optim is None else OptimSpec(role.optim, role.total_steps, role.lr_key)
-    return Engine(grid, build, name=role.name, optim=optim, trainable=role.trains)
+    return Engine(grid, build, name=role.name, optim=optim, trainable=role.is_trainable)

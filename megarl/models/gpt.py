@@ -143,6 +143,8 @@ class GPT(LanguageModule):
                 skip_weight_param_allocation=pre_process and config.tie_embeddings,
                 tp_group=grid.groups.tp,
             )
+        if unknown := set(heads) - {"lm", "value", "q"}:
+            raise ValueError(f"{sorted(unknown)} are no heads")
         self.heads = tuple(heads)
         counts = Counter(heads)
         counts["target_q"] = counts["q"]
@@ -211,7 +213,7 @@ class GPT(LanguageModule):
         where the mask is 0."""
         states, tokens, where = self._at_targets(hidden, targets, target_mask)
         stats = [head.stats(states, tokens, self.shard) for head in self.q_heads]
-        followed = [head.chosen(states.detach(), tokens, self.shard) for head in self.target_q_heads]
+        followed = [head.values_of(states.detach(), tokens, self.shard) for head in self.target_q_heads]
         return TokenQ(
             q=[_scatter(where, stat.target_logits) for stat in stats],
             nll=[_scatter(where, -stat.logprobs) for stat in stats],

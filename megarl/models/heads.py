@@ -1,7 +1,7 @@
-"""Heads on a trunk's last hidden state beside the output layer: the value of a state, and of every token chosen in it.
+"""Heads on a trunk's last hidden state beside the output layer: the value of a state, and of every token as its next.
 
-`HEADS` has them by the names that roles use. What is to be known of a head's parameters (what they start as, whether
-they train, whether they have a row for every token) is known by its class, and found by their names with `head_of`.
+`HEADS` has them by the names that roles use. Each class states how its parameters are initialised, whether they train,
+and which layer is as wide as the vocabulary. `head_of` finds the class from a parameter's name.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ class ValueHead(nn.Module):
 
     attribute: ClassVar[str] = "value_head"  # of a model, so that the names of its parameters begin with it
     starts_as: ClassVar[str] = "value_head"  # the attribute of the head whose initial weights it has
-    trains: ClassVar[bool] = True
+    trainable: ClassVar[bool] = True
     vocabulary_wide: ClassVar[str | None] = None  # layer with a row for every token of the vocabulary
     dtype: ClassVar[torch.dtype | None] = None  # None: the model's
 
@@ -62,11 +62,11 @@ class QHead(MegatronModule):
         self.outer = self._columns(wide, padded_vocab(config.vocab_size, tp_group.size()))
 
     def stats(self, states: Tensor, tokens: Tensor, shard: VocabShard) -> VocabStats:
-        """Of the values of all tokens in each state; `target_logits` is the value of `tokens` [n]."""
+        """Return statistics over the values of all tokens in each state; `target_logits` are those of `tokens` [n]."""
         return vocab_stats(self._wide(states), self.outer.weight, tokens, shard, bias=self.outer.bias)
 
     @torch.no_grad()
-    def chosen(self, states: Tensor, tokens: Tensor, shard: VocabShard) -> Tensor:
+    def values_of(self, states: Tensor, tokens: Tensor, shard: VocabShard) -> Tensor:
         """[n] the value of `tokens` [n] alone, float32, without a gradient: no other token's is computed."""
         return token_outputs(self._wide(states), self.outer.weight, tokens, shard, bias=self.outer.bias)
 
@@ -96,7 +96,7 @@ class QHeads(MegatronModule):
 
     attribute: ClassVar[str] = "q_heads"
     starts_as: ClassVar[str] = "q_heads"
-    trains: ClassVar[bool] = True
+    trainable: ClassVar[bool] = True
     vocabulary_wide: ClassVar[str | None] = "outer"
     dtype: ClassVar[torch.dtype | None] = None
 
@@ -118,7 +118,7 @@ class TargetQHeads(QHeads):
     in bf16."""
 
     attribute = "target_q_heads"
-    trains = False
+    trainable = False
     dtype = torch.float32
 
     @torch.no_grad()
@@ -129,7 +129,7 @@ class TargetQHeads(QHeads):
 
 
 HEADS: dict[str, type[ValueHead | QHeads]] = {"value": ValueHead, "q": QHeads, "target_q": TargetQHeads}
-"""By name. `lm`, the output layer, is every model's and no head of these; whoever has `q` has `target_q` too."""
+"""By name. Every model has the output layer, `lm`, which is not listed. A model with `q` also gets `target_q`."""
 
 
 def head_of(parameter: str) -> type[ValueHead | QHeads] | None:

@@ -1,4 +1,4 @@
-"""What a model is in a run: the one description that building, resharding and planning read."""
+"""The description of a model in a run, from which it is built and planned."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Role:
     """A model in a run.
 
     Attributes:
-        name: policy, critic, reference or reward; the names of its tensors in checkpoints begin with it.
+        name: policy, critic and so on; the names of its tensors in checkpoints begin with it.
         model: its shape, and with `model.path` where its weights come from.
         vocab_size: entries of its vocabulary.
-        heads: `lm` and names of `heads.HEADS`, `q` once for each Q head. Without `lm` (a critic of its own), the output
+        heads: `lm` and names of `heads.HEADS`, `q` once for each Q head. Without `lm` (a separate critic), the output
             layer does not train.
         optim: None for a model that only evaluates.
         total_steps: optimizer steps of the whole run, for the learning rate.
@@ -31,15 +31,15 @@ class Role:
     total_steps: int = 0
     lr_key: str = "optim.lr"
 
-    def trains(self, parameter: str) -> bool:
-        """Whether a parameter trains, by its global name.
+    def is_trainable(self, parameter: str) -> bool:
+        """Return whether a parameter trains, by its global name.
 
         With `model.num_layers_unfrozen`, only so many of the last layers, the final norm and the heads do. The
         embedding counts as below the layers, also where it is tied to the output.
         """
         head = head_of(parameter)
         if head is not None:
-            return head.trains
+            return head.trainable
         if parameter.startswith("output_layer.") and "lm" not in self.heads:
             return False
         unfrozen = self.model.num_layers_unfrozen

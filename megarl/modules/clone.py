@@ -44,8 +44,8 @@ def clone_behaviour(
     log.info("cloning the behaviour of %d samples first: %d steps of cross entropy", len(documents), steps)
     order = TrainBatches(documents.lengths, config.trainer.global_batch_size, config.seed)
     micro = config.trainer.micro_batch_size
-    for step, numbers in enumerate(TrainLoader(order, steps)):
-        microbatches = make_microbatches(documents, numbers, grid, per_microbatch=micro, share_bins=True)
+    for step, indices in enumerate(TrainLoader(order, steps)):
+        microbatches = make_microbatches(documents, indices, grid, per_microbatch=micro, share_bins=True)
         metrics = student.train_step(microbatches, cross_entropy, count_targets)
         student.apply_gradients()
         if (step + 1) % max(1, steps // REPORTS) == 0:

@@ -50,6 +50,6 @@ def forward_rows(
 
 
 def training_flops(model: ModelConfig, vocab_size: int, lengths: Tensor) -> float:
-    """Return the operations of forward and backward over rows of these lengths, whose last tokens are not read."""
+    """Return the FLOPs of a forward and a backward pass over rows of these lengths; their last tokens are not read."""
     read = (lengths.double() - 1).clamp(min=1)
     return float(read.sum()) * flops_per_token(model, vocab_size, float((read**2).sum() / read.sum()))

@@ -72,12 +72,12 @@ class ILQL(GenerativeModule):
     def train_dataloader(self) -> Iterable[Tensor]:
         return build_offline_loader(self.config, self.store, start=self.consumed, rows=self.rows)
 
-    def training_step(self, numbers: Tensor, batch_idx: int) -> None:
+    def training_step(self, indices: Tensor, batch_idx: int) -> None:
         settings, micro = self.config.ilql, self.config.trainer.micro_batch_size
         with self.clock.part("train"):
             rate = self.policy.learning_rate
             self.last_batch = make_microbatches(
-                self.store, numbers, self.grid, per_microbatch=micro, share_bins=settings.pack
+                self.store, indices, self.grid, per_microbatch=micro, share_bins=settings.pack
             )
             metrics = self.policy.train_step(self.last_batch, self.loss, count_targets)
             norms = self.step_optimizers()
@@ -85,7 +85,7 @@ class ILQL(GenerativeModule):
             if self.consumed % settings.target_every == 0:  # of all steps of the run, resumed or not
                 for model in self.policy.models:
                     model.move_targets(settings.target_alpha)
-        lengths = torch.as_tensor(self.store.lengths[numbers.numpy()])
+        lengths = torch.as_tensor(self.store.lengths[indices.numpy()])
         self.work = Work(int(lengths.sum()), training_flops(self.config.model, self.vocab_size, lengths))
         self.log_dict({name: metrics[name.removeprefix("train/")] for name in TERMS})
         self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})

@@ -1,4 +1,4 @@
-"""Losses that several algorithms train by."""
+"""Losses shared by several algorithms."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from megarl.parallel.rows import Microbatch
 
 
 def cross_entropy(model: GPT, hidden: Tensor, batch: Microbatch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
-    """Return the cross entropy of the targets, the mean over those of the global batch."""
+    """Return the cross entropy, averaged over the targets of the global batch."""
     logprobs = model.logprobs(hidden, batch.targets, batch.target_mask).logprobs
     loss = aggregate(-logprobs, batch.target_mask, "token_mean", denominator=counts["tokens"])
     return loss, {"loss": loss}

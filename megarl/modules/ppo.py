@@ -167,8 +167,8 @@ class PPO(GenerativeModule):
 
     # --- a phase ----------------------------------------------------------------------------------------------------
 
-    def training_step(self, numbers: Tensor, batch_idx: int) -> None:
-        prompts = [self.prompts[number] for number in numbers.tolist()]
+    def training_step(self, indices: Tensor, batch_idx: int) -> None:
+        prompts = [self.prompts[index] for index in indices.tolist()]
         self._place_schedules()
         rate = self.policy.learning_rate
         rollouts, scores, judgement = self.explore(prompts)
@@ -238,8 +238,8 @@ class PPO(GenerativeModule):
         self.policy_trains = self.consumed >= self.config.critic.warmup_phases
         for _ in range(ppo.inner_epochs):
             counted = 0.0
-            for numbers in torch.randperm(len(rows), generator=shuffle).split(size):
-                stats = self._minibatch(rows, numbers, first=not collected)
+            for indices in torch.randperm(len(rows), generator=shuffle).split(size):
+                stats = self._minibatch(rows, indices, first=not collected)
                 counted += stats.pop("tokens")
                 collected.append(stats)
                 if self._is_over():
@@ -271,15 +271,15 @@ class PPO(GenerativeModule):
         steps = len(columns.get(NORMS["policy" if self.critic is self.policy else "critic"], ()))
         return {**means, "train/optimizer_steps": float(steps)}
 
-    def _minibatch(self, rows: Rows, numbers: Tensor, first: bool) -> dict[str, float]:
+    def _minibatch(self, rows: Rows, indices: Tensor, first: bool) -> dict[str, float]:
         """One optimizer step, unless the policy turns out to have moved too far already."""
         micro, pack = self.config.trainer.micro_batch_size, self.config.ppo.pack
-        self.last_batch = make_microbatches(rows, numbers, self.grid, per_microbatch=micro, share_bins=pack)
+        self.last_batch = make_microbatches(rows, indices, self.grid, per_microbatch=micro, share_bins=pack)
         metrics: dict[str, float] = {}
         if self.policy_trains:
             metrics = self.policy.train_step(self.last_batch, self.policy_loss, self._count)
             metrics["train/loss"] = metrics["loss"]
-            learns = self.policy.learning_rate > 0 and bool(rows["advantages"][numbers].any())
+            learns = self.policy.learning_rate > 0 and bool(rows["advantages"][indices].any())
             if self.critic is self.policy:
                 learns = learns and self.config.ppo.vf_coef * metrics["value/loss"] != 0
             self.invariants.gradients(self.policy, learns, fresh=self._is_fresh(self.config.critic.warmup_phases))

@@ -80,8 +80,8 @@ class RFT(GenerativeModule):
             self.prompts, self.rows_per_step, self.config.seed, start=self.consumed, rows=self.rows
         )
 
-    def training_step(self, numbers: Tensor, batch_idx: int) -> None:
-        prompts = [self.prompts[number] for number in numbers.tolist()]
+    def training_step(self, indices: Tensor, batch_idx: int) -> None:
+        prompts = [self.prompts[index] for index in indices.tolist()]
         rate = self.policy.learning_rate
         rollouts, scored, judgement = self.explore(prompts)
         answers = distinct(rollouts, scored)
@@ -111,9 +111,9 @@ class RFT(GenerativeModule):
         for percentile in np.linspace(rft.start_percentile, rft.end_percentile, rft.improve_steps):
             best = torch.tensor(above(answers, float(percentile)))
             kept += len(best)
-            for numbers in best[torch.randperm(len(best), generator=shuffle)].split(config.trainer.global_batch_size):
+            for indices in best[torch.randperm(len(best), generator=shuffle)].split(config.trainer.global_batch_size):
                 micro = config.trainer.micro_batch_size
-                self.last_batch = make_microbatches(rows, numbers, self.grid, per_microbatch=micro, share_bins=True)
+                self.last_batch = make_microbatches(rows, indices, self.grid, per_microbatch=micro, share_bins=True)
                 metrics = self.policy.train_step(self.last_batch, cross_entropy, count_targets)
                 norms = self.step_optimizers()
                 collected.append({"train/loss": metrics["loss"], "train/grad_norm": norms["policy"]})

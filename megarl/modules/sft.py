@@ -9,6 +9,7 @@ from megarl.clock import Work
 from megarl.config.files import load_chat_template
 from megarl.config.schema import SFTConfig
 from megarl.data.build import build_sft_data, build_train_loader
+from megarl.data.dataset import PackedDataset, SFTDataset
 from megarl.data.order import EvalLoader
 from megarl.models.build import vocabulary
 from megarl.models.exchange.card import ModelCard
@@ -67,10 +68,19 @@ class SFT(Module):
         per_step = self.config.trainer.eval_batch_size * self.grid.layout.pp * self.grid.layout.dp
         return EvalLoader(len(self.eval_data), per_step)
 
-    def training_step(self, numbers: Tensor, batch_idx: int) -> None:
-        micro = self.config.trainer.micro_batch_size
-        self.last_batch = make_microbatches(self.train_data, numbers, self.grid, per_microbatch=micro, share_bins=False)
+    def _microbatches(self, data: SFTDataset | PackedDataset, indices: Tensor, per_microbatch: int) -> list[Microbatch]:
+        return make_microbatches(
+            data,
+            indices,
+            self.grid,
+            per_microbatch=per_microbatch,
+            share_bins=False,
+            longest=self.config.data.seq_length - 1,  # the last token is not read
+        )
+
+    def training_step(self, indices: Tensor, batch_idx: int) -> None:
         with self.clock.part("train"):
+            self.last_batch = self._microbatches(self.train_data, indices, self.config.trainer.micro_batch_size)
             rate = self.policy.learning_rate
             metrics = self.policy.train_step(self.last_batch, cross_entropy, count)
             norms = self.step_optimizers()
@@ -83,11 +93,10 @@ class SFT(Module):
     def on_validation_epoch_start(self) -> None:
         self.eval_sums = {"nll": 0.0, "tokens": 0.0}
 
-    def validation_step(self, numbers: Tensor, batch_idx: int) -> None:
+    def validation_step(self, indices: Tensor, batch_idx: int) -> None:
         assert self.eval_data is not None
-        micro = self.config.trainer.eval_batch_size
-        microbatches = make_microbatches(self.eval_data, numbers, self.grid, per_microbatch=micro, share_bins=False)
         with self.clock.part("eval"):
+            microbatches = self._microbatches(self.eval_data, indices, self.config.trainer.eval_batch_size)
             sums = self.policy.evaluate(microbatches, negative_log_likelihood)
         self.eval_sums = {key: self.eval_sums[key] + sums[key] for key in self.eval_sums}
 

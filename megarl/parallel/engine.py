@@ -87,8 +87,9 @@ class Engine:
     def train_step(self, microbatches: Sequence[Microbatch], loss_fn: LossFn, count_fn: CountFn) -> dict[str, float]:
         """Gradients of one optimizer step: forward and backward over this replica's microbatches, summed over replicas.
 
-        All microbatches have the same [bins, time]. Returns the counts, and the stats summed over microbatches and
-        data-parallel ranks, on every rank; the optimizer is stepped by the caller, through Lightning.
+        All microbatches have the same [bins, time]; with virtual stages, their number is a multiple of pp. Returns the
+        counts, and the stats summed over microbatches and data-parallel ranks, on every rank; the optimizer is stepped
+        by the caller, through Lightning.
         """
         self.train()
         self.zero_gradients()

@@ -1,6 +1,6 @@
 """Rows laid out for the forward passes of all replicas, and outputs brought back to rows.
 
-    rows                     bins of 6 places, two of them for each microbatch
+    rows                     bins of 6 tokens, two of them for each microbatch
 
     0  a b c d .             bin 0   a b c | x y z       rows 0 and 1
     1  x y z .               bin 1   p q r s t -         row 2
@@ -29,7 +29,7 @@ SHORT = 32
 
 
 class MicrobatchPlan:
-    """Which row is read where, in which microbatch of which replica.
+    """Assign rows to bins, and bins to the microbatches of all replicas.
 
     Every rank computes the whole plan, from lengths alone, and makes its own microbatches. All microbatches of all
     ranks have the same [bins, time]; bins that are left over hold nothing.
@@ -37,45 +37,53 @@ class MicrobatchPlan:
 
     def __init__(
         self,
-        lengths: Tensor | np.ndarray,
+        lengths: Tensor | np.ndarray | Sequence[int],
         layout: Layout,
         dp_rank: int,
         *,
         per_microbatch: int,
         share_bins: bool,
-        unit: Tensor | np.ndarray | None = None,
+        keep_together: Tensor | np.ndarray | None = None,
         read_last: bool = False,
+        longest: int | None = None,
     ) -> None:
         """
         Args:
             lengths: tokens of each row, [rows].
-            per_microbatch: units of full length that a microbatch may hold; without `unit`, every row is one.
+            per_microbatch: units of full length that a microbatch may hold. A unit is a row, or the rows that
+                `keep_together` joins.
             share_bins: put several short units into one bin.
-            unit: [rows], a number for each row. Rows with the same number are never parted: they are read one after
-                the other in one bin.
-            read_last: read the last token of each row too, where a score of the whole row lies on it.
+            keep_together: [rows], equal values mark rows that share a bin, one directly after the other (a pair, a
+                group).
+            read_last: read the last token of each row too, for a score of the whole row.
+            longest: maximum length of any row of the data, which bounds the length of bins.
         """
         self.layout, self.dp_rank = layout, dp_rank
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.read = np.maximum(self.lengths - (0 if read_last else 1), 1)
-        self.segmented = share_bins or unit is not None
-        members = _members(len(self.lengths), unit)
-        sizes = np.array([self.read[rows].sum() for rows in members]) if unit is not None else self.read
-        longest = int(sizes.max())
-        capacity = 2 * longest if share_bins and longest <= SHORT else longest
-        self.time = round_up_to_bucket(capacity, layout.tp if layout.sequence_parallel else 1)
+        self.segmented = share_bins or keep_together is not None
+        members = _members(len(self.lengths), keep_together)
+        sizes = np.array([self.read[rows].sum() for rows in members]) if keep_together is not None else self.read
+        largest = int(sizes.max())
+        capacity = 2 * largest if share_bins and largest <= SHORT else largest
+        multiple_of = layout.tp if layout.sequence_parallel else 1
+        self.time = round_up_to_bucket(capacity, multiple_of)
+        if longest is not None:
+            self.time = min(self.time, -(-max(capacity, longest) // multiple_of) * multiple_of)
         bins = pack(sizes, self.time) if share_bins else list(np.arange(len(members))[:, None])
-        most = max(1, per_microbatch * longest // capacity)
+        most = max(1, per_microbatch * largest // capacity)
         count = -(-len(bins) // (layout.dp * most))
         if layout.vpp > 1:  # an interleaved pipeline works in rounds of a microbatch per stage
             count = -(-count // layout.pp) * layout.pp
         self.count = count
         self.bins = min(most, round_up_to_bucket(-(-len(bins) // (layout.dp * count)), steps=16))
         self.first_unit = members[0]
-        self._place(bins if unit is None else [np.concatenate([members[number] for number in one]) for one in bins])
+        self._assign(
+            bins if keep_together is None else [np.concatenate([members[number] for number in one]) for one in bins]
+        )
 
-    def _place(self, bins: Sequence[np.ndarray]) -> None:
-        """Note for each row its bin, the place of its first token in that, and its number there, from 1."""
+    def _assign(self, bins: Sequence[np.ndarray]) -> None:
+        """Compute for each row its bin, the position of its first token in that, and its segment there, from 1."""
         order = np.concatenate(bins)  # rows, bin by bin
         rows_in_bin = np.array([len(rows) for rows in bins])
         first = np.repeat(np.cumsum(rows_in_bin) - rows_in_bin, rows_in_bin)  # index in `order` of a bin's first row
@@ -85,42 +93,40 @@ class MicrobatchPlan:
         self.row_start[order] = begins - begins[first]
         self.row_segment[order] = np.arange(len(order)) - first + 1
 
-    def microbatches(self, source: RowSource, numbers: Tensor | None = None) -> list[Microbatch]:
-        """Make this replica's microbatches.
-
-        Bins are dealt out in rounds, `bins` of them to each replica.
+    def microbatches(self, source: RowSource, indices: Tensor | None = None) -> list[Microbatch]:
+        """Make this replica's microbatches. Bins are assigned round-robin: `bins` consecutive ones per replica.
 
         Args:
             source: where the planned rows are.
-            numbers: [rows], their numbers in the source (None: it holds just these, in order).
+            indices: [rows], their indices in the source (None: it holds just these, in order).
         """
         firsts = (self.bins * (turn * self.layout.dp + self.dp_rank) for turn in range(self.count))
-        return [self._microbatch(source, numbers, first) for first in firsts]
+        return [self._microbatch(source, indices, first) for first in firsts]
 
-    def _microbatch(self, source: RowSource, numbers: Tensor | None, first: int) -> Microbatch:
+    def _microbatch(self, source: RowSource, indices: Tensor | None, first: int) -> Microbatch:
         """Lay out the rows of the bins from `first` on."""
         members = np.flatnonzero((self.row_bin >= first) & (self.row_bin < first + self.bins))
         idle = len(members) == 0
         if idle:  # the bins hold nothing, but losses want rows: a unit that counts for nothing
             members = self.first_unit
         taken = torch.from_numpy(members)
-        rows = source.take(taken if numbers is None else numbers[taken])
+        rows = source.take(taken if indices is None else indices[taken])
         if idle:
-            rows = _without_effect(rows)
+            rows = _as_filler(rows)
         read = np.zeros_like(members) if idle else self.read[members]
         width = rows.tokens.shape[1]
 
-        # For each token that is read: its row here, its offset in the row, and its place in the flat bins.
+        # For each token that is read: its row here, its offset in the row, and its position in the flat bins.
         row = np.repeat(np.arange(len(members)), read)
         offset = np.arange(len(row)) - np.repeat(np.cumsum(read) - read, read)
-        place = torch.from_numpy(self._begins(members, first)[row] + offset)
+        position = torch.from_numpy(self._begins(members, first)[row] + offset)
         token = torch.from_numpy(row * width + offset)
         is_followed = torch.from_numpy(offset + 1 < self.lengths[members][row])
         target = token + is_followed
 
         def lay_out(values: Tensor) -> Tensor:
             bins = values.new_zeros(self.bins * self.time)
-            bins[place] = values
+            bins[position] = values
             return bins.view(self.bins, self.time)
 
         segments = torch.from_numpy(self.row_segment[members][row]) if self.segmented else None
@@ -152,8 +158,9 @@ class MicrobatchPlan:
 
     def _last_index(self, members: np.ndarray, first: int) -> Tensor:
         """[members]: where each row's last token is in the flat bins from `first` on, or -1 where it is not read."""
-        last = self._begins(members, first) + self.lengths[members] - 1
-        return torch.from_numpy(np.where(self.read[members] >= self.lengths[members], last, -1))
+        lengths = self.lengths[members]
+        is_read = (lengths > 0) & (self.read[members] >= lengths)
+        return torch.from_numpy(np.where(is_read, self._begins(members, first) + lengths - 1, -1))
 
     def collect(self, outputs: Sequence[Tensor], grid: Grid, width: int) -> Tensor:
         """Bring the outputs [bins, time] of all replicas' microbatches into rows: [rows, width] on every rank's host,
@@ -174,25 +181,38 @@ class MicrobatchPlan:
         return torch.stack(shares, dim=1).flatten(0, 2).cpu()
 
 
-def _members(rows: int, unit: Tensor | np.ndarray | None) -> list[np.ndarray]:
-    """The rows of each unit, units in the order in which they begin."""
-    if unit is None:
+def _members(rows: int, keep_together: Tensor | np.ndarray | None) -> list[np.ndarray]:
+    """Return the rows of each unit, units in the order in which they begin."""
+    if keep_together is None:
         return list(np.arange(rows)[:, None])
     by_unit: dict[int, list[int]] = {}
-    for row, number in enumerate(np.asarray(unit).tolist()):
+    for row, number in enumerate(np.asarray(keep_together).tolist()):
         by_unit.setdefault(number, []).append(row)
     return [np.array(members) for members in by_unit.values()]
 
 
-def _without_effect(rows: Rows) -> Rows:
-    """The rows with no length and no token that counts."""
+def _as_filler(rows: Rows) -> Rows:
+    """Return filler rows: length 0 and an empty action mask."""
     return replace(rows, lengths=torch.zeros_like(rows.lengths), action_mask=torch.zeros_like(rows.action_mask))
 
 
 def make_microbatches(
-    source: RowSource, numbers: Tensor, grid: Grid, *, per_microbatch: int, share_bins: bool
+    source: RowSource,
+    indices: Tensor,
+    grid: Grid,
+    *,
+    per_microbatch: int,
+    share_bins: bool,
+    longest: int | None = None,
 ) -> list[Microbatch]:
-    """Plan some rows of a source, by their numbers [rows], and make this replica's microbatches of them."""
-    lengths = np.asarray(source.lengths)[numbers.numpy()]
-    plan = MicrobatchPlan(lengths, grid.layout, grid.dp_rank, per_microbatch=per_microbatch, share_bins=share_bins)
-    return plan.microbatches(source, numbers)
+    """Plan some rows of a source, by their indices [rows], and make this replica's microbatches of them."""
+    lengths = np.asarray(source.lengths)[indices.numpy()]
+    plan = MicrobatchPlan(
+        lengths,
+        grid.layout,
+        grid.dp_rank,
+        per_microbatch=per_microbatch,
+        share_bins=share_bins,
+        longest=longest,
+    )
+    return plan.microbatches(source, indices)

@@ -1,4 +1,4 @@
-"""Sequences of unequal lengths into bins of one length, and sizes that come in few steps."""
+"""Pack sequences into bins of one length, and round sizes up to a few values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WINDOW = 8192
 
 
 def pack(lengths: np.ndarray, capacity: int, seed: int = 0, *, shuffle: bool = False) -> list[np.ndarray]:
-    """Share sequences out to bins of at most `capacity` tokens; every sequence is in exactly one bin.
+    """Assign each sequence to one bin of at most `capacity` tokens.
 
     Sequences are taken in their order, or in a seeded one, `WINDOW` at a time. Within a window the longest goes first,
     each into the fullest bin that still holds it.

@@ -1,8 +1,7 @@
-"""Sequences to learn from, and what one forward pass reads of them.
+"""Sequences to learn from, and the input of one forward pass.
 
-`Rows` are what algorithms, losses and data sets speak of: one sequence each. A `Microbatch` is what a model is given:
-the same tokens laid into bins by `MicrobatchPlan`. Both are values that nobody changes; a step that adds a column
-returns new rows.
+`Rows` hold one sequence per row; algorithms, losses and data sets use them. `MicrobatchPlan` lays them out as
+`Microbatch`es, which models and losses are given. Both are immutable: a step that adds a column returns new rows.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ class Rows:
     Attributes:
         tokens: [rows, time] long.
         lengths: [rows] long, tokens of each row without padding.
-        action_mask: [rows, time] float32, 1 where the policy acted, or where the loss applies; 0 on prompts, what an
-            environment said, and padding. Always 0 at a row's first token, which nothing predicts.
+        action_mask: [rows, time] float32, 1 where the policy acted, or where the loss applies; 0 on prompts,
+            environment text, padding and the first token, which has no prediction.
         per_token: more columns [rows, time], such as rollout_logprobs, old_logprobs, ref_logprobs, values, rewards,
             advantages and returns; of rows that hold several documents, positions and segment_ids.
         per_row: more columns [rows], such as group (the prompt that a response belongs to) and truncated.
@@ -50,20 +49,22 @@ class Rows:
         """Return these rows with more columns, or with others of the same name: [rows, time] or [rows]."""
         per_token, per_row = dict(self.per_token), dict(self.per_row)
         for name, column in columns.items():
+            if name in ("tokens", "lengths", "action_mask"):
+                raise ValueError(f"{name} is no further column: use dataclasses.replace")
             if column.shape not in (self.tokens.shape, self.lengths.shape):
                 raise ValueError(f"{name} has shape {list(column.shape)} and the rows {list(self.tokens.shape)}")
             (per_token if column.dim() == 2 else per_row)[name] = column
         return replace(self, per_token=per_token, per_row=per_row)
 
-    def take(self, numbers: Tensor) -> Self:
-        """Return some of the rows, in the order of their numbers [rows]."""
+    def take(self, indices: Tensor) -> Self:
+        """Return the rows of these indices, in their order."""
         return replace(
             self,
-            tokens=self.tokens[numbers],
-            lengths=self.lengths[numbers],
-            action_mask=self.action_mask[numbers],
-            per_token={name: column[numbers] for name, column in self.per_token.items()},
-            per_row={name: column[numbers] for name, column in self.per_row.items()},
+            tokens=self.tokens[indices],
+            lengths=self.lengths[indices],
+            action_mask=self.action_mask[indices],
+            per_token={name: column[indices] for name, column in self.per_token.items()},
+            per_row={name: column[indices] for name, column in self.per_row.items()},
         )
 
     def to(self, device: torch.device) -> Self:
@@ -77,29 +78,29 @@ class Rows:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return everything by name."""
+        """Return all columns by name, including tokens, lengths and action_mask."""
         own = {"tokens": self.tokens, "lengths": self.lengths, "action_mask": self.action_mask}
         return {**own, **self.per_token, **self.per_row}
 
 
 class RowSource(Protocol):
-    """Where rows come from: `Rows` themselves, or a data set that makes them as they are needed."""
+    """Where rows come from: `Rows` themselves, or a data set that builds them on demand."""
 
     @property
     def lengths(self) -> Tensor | np.ndarray:
         """Tokens of each row, [rows]."""
 
-    def take(self, numbers: Tensor) -> Rows:
-        """Return some of the rows, in the order of their numbers [rows]."""
+    def take(self, indices: Tensor) -> Rows:
+        """Return the rows of these indices, in their order."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ModelInputs:
-    """What a model reads.
+    """The input of a model.
 
     Attributes:
         tokens: [bins, time] long; 0 in padding.
-        positions: [bins, time] long, which begin anew with every row.
+        positions: [bins, time] long, position of each token in its row or document, from 0.
         segment_ids: [bins, time] long, where bins hold several rows: 1, 2, ... for the rows of a bin, 0 in padding.
             Tokens attend to their own segment alone.
     """
@@ -111,9 +112,10 @@ class ModelInputs:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Microbatch(ModelInputs):
-    """One forward pass of a replica: what a model reads, what it predicts, and the rows these belong to.
+    """The input and the targets of one forward pass of a replica, and the rows that they belong to.
 
-    A target stands beside the state that predicts it: the shift by one is done here, and nowhere in a model or a loss.
+    `targets[b, t]` is the token that the state at `[b, t]` predicts. The shift by one happens in the plan and nowhere
+    else, neither in a model nor in a loss.
 
         row                A  B  C  D            what is read    A  B  C
         columns of rows    0  1  2  3            targets         B  C  D
@@ -121,10 +123,12 @@ class Microbatch(ModelInputs):
     Attributes:
         targets: [bins, time] long, the token after each that is read.
         target_mask: [bins, time] float32, the action mask of the targets.
-        rows: the rows that are read here, on the same device.
-        token_index: [rows, time of rows] long: for each token of each row, where in the flat [bins, time] the state
-            that predicts it is; -1 for first tokens and padding.
-        last_index: [rows] long: where each row's last token is read; -1 where the plan leaves it out.
+        rows: the rows that are read here, on the same device. Where a replica has none left, filler rows of length 0
+            and with an empty action mask: a loss over whole rows must mask with `rows.lengths > 0`.
+        token_index: [rows, time of rows] long, for each token of each row the index of the state that predicts it in
+            the flat [bins, time]; -1 for first tokens and padding.
+        last_index: [rows] long, index of the state that has read the whole row; -1 where the plan leaves its last
+            token out.
     """
 
     targets: Tensor
@@ -151,7 +155,7 @@ class Microbatch(ModelInputs):
         return replace(self, rows=self.rows.to(device), **moved)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return everything by name; what belongs to rows begins with `rows.`."""
+        """Return all tensors by name; those of the rows begin with `rows.`."""
         own = {item.name: value for item in fields(self) if isinstance(value := getattr(self, item.name), Tensor)}
         return {**own, **{f"rows.{name}": column for name, column in self.rows.tensors().items()}}
 

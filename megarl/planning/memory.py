@@ -17,7 +17,7 @@ GENERATOR = "generator"  # the policy's copy in `rollout.layout`
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache")
 PROCESS = 4 * 2**30  # of host memory: Python, torch, CUDA's libraries and their buffers, before any model
 BUCKET_ELEMENTS = 40_000_000  # Megatron cuts gradients into parts of at least this many
-_INPUTS = 72  # bytes per token of a microbatch: tokens, positions, choices, masks, old log-probs, advantages, places
+_INPUTS = 80  # bytes per token of a microbatch: 36 of what is read and its targets, 44 of rows and their columns
 _SAMPLING = {"gpu": 20, "cpu": 14}  # bytes per logit that drawing a token takes, at its fullest moment
 
 

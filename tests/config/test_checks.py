@@ -106,7 +106,12 @@ def test_what_can_run_passes(world: int, values: dict[str, Any]) -> None:
             {"model.rope_percent": [0.0625, 0.125]},
         ),
         (1, {"model__rope_scaling": "yarn"}, "model.rope_original_positions", {}),
-        (1, {"model__rope_scaling": "linear", "model__position": "learned"}, "model.rope_scaling", {}),
+        (
+            1,
+            {"model__rope_scaling": "linear", "model__position": "learned"},
+            "model.rope_scaling",
+            {"model.position": ["rope"], "model.rope_scaling": ["none"]},
+        ),
         (1, {"tokenizer__kind": "huggingface"}, "tokenizer.path", {}),
         (1, {"data__train": []}, "data.train", {}),
         (
@@ -282,9 +287,9 @@ def test_phases_that_can_run_pass(world: int, values: dict[str, Any]) -> None:
             "rollout.max_new_tokens",
             {"rollout.max_new_tokens": [255], "model.max_positions": [257]},
         ),
-        (1, {"critic__path": "/weights"}, "critic.path", {}),
-        (1, {"critic__lr": 1e-4}, "critic.lr", {}),
-        (1, {"critic__warmup_phases": 1}, "critic.warmup_phases", {}),
+        (1, {"critic__path": "/weights"}, "critic.path", {"critic.kind": ["separate"]}),
+        (1, {"critic__lr": 1e-4}, "critic.lr", {"critic.kind": ["separate"]}),
+        (1, {"critic__warmup_phases": 1}, "critic.warmup_phases", {"critic.kind": ["separate"]}),
         (
             1,
             {"critic__kind": "separate", "critic__warmup_phases": 100},

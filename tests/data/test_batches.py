@@ -237,5 +237,5 @@ def test_demo_files_are_what_the_script_makes():
 def test_demo_set_fits_and_evaluates_on_prompts_of_its_own():
     train, held_out = build_sft_data(config(too_long="error"), ByteTokenizer())
     assert (len(train), len(held_out)) == (400, 60)
-    prompts = [{bytes(d.tokens[d.response_mask == 0].astype(np.uint8)) for d in s.documents} for s in (train, held_out)]
+    prompts = [{bytes(d.tokens[d.action_mask == 0].astype(np.uint8)) for d in s.documents} for s in (train, held_out)]
     assert not prompts[0] & prompts[1]

@@ -40,7 +40,7 @@ def dataset(*rows, seq_length=64, tokenizer=None, too_long="truncate", **keys):
 
 
 def shown(document):
-    return list(document.tokens), list(document.response_mask)
+    return list(document.tokens), list(document.action_mask)
 
 
 def test_text_is_trained_on_from_its_second_token_to_eos():
@@ -50,7 +50,7 @@ def test_text_is_trained_on_from_its_second_token_to_eos():
 def test_completion_masks_the_prompt_and_appends_eos_as_an_action():
     document = dataset({"prompt": "ab", "completion": "cd"})[0]
     assert shown(document) == ([97, 98, 99, 100, EOS], [0, 0, 1, 1, 1])
-    assert (document.tokens.dtype, document.response_mask.dtype) == (np.int32, np.uint8)
+    assert (document.tokens.dtype, document.action_mask.dtype) == (np.int32, np.uint8)
 
 
 def test_eos_is_an_action_even_where_it_is_the_padding():
@@ -93,7 +93,7 @@ def test_empty_prompt_does_not_train_on_the_first_token():
 def test_format_is_told_by_the_keys_of_each_record():
     chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     found = dataset({"text": "ab"}, {"prompt": "a", "completion": "b"}, {"messages": chat})
-    assert [list(document.response_mask) for document in found.documents] == [
+    assert [list(document.action_mask) for document in found.documents] == [
         [0, 1, 1],
         [0, 1, 1],
         [0, 0, 0, 0, 1, 1],

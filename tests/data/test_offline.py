@@ -45,7 +45,7 @@ def encoded(sample: Any, rewards: Any) -> offline.Sample:
 def laid_out(sample: offline.Sample) -> tuple[list[int], list[int], list[float]]:
     """tokens, mask, rewards."""
     document = sample.document
-    return document.tokens.tolist(), document.response_mask.tolist(), sample.rewards.tolist()
+    return document.tokens.tolist(), document.action_mask.tolist(), sample.rewards.tolist()
 
 
 def test_an_output_ends_with_eos_and_earns_at_it() -> None:
@@ -66,7 +66,7 @@ def test_a_dialogue_earns_once_at_its_end_or_in_every_turn() -> None:
     assert encoded(turns, 3).rewards.tolist() == [0, 0, 0, 0, 0, 0, 3]
     dense = encoded(turns, [1, -1])
     assert dense.document.tokens.tolist() == [0, 1, EOS, 2, 3, 4, EOS]
-    assert dense.document.response_mask.tolist() == [0, 1, 1, 0, 0, 1, 1]
+    assert dense.document.action_mask.tolist() == [0, 1, 1, 0, 0, 1, 1]
     assert dense.rewards.tolist() == [0, 0, 1, 0, 0, 0, -1]
 
 

@@ -34,7 +34,7 @@ def read(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _text(document: Document, trained: int) -> str:
-    tokens = [int(token) for token, one in zip(document.tokens, document.response_mask, strict=True) if one == trained]
+    tokens = [int(token) for token, one in zip(document.tokens, document.action_mask, strict=True) if one == trained]
     return "".join("$" if token == EOS else chr(token) for token in tokens)
 
 

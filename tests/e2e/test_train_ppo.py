@@ -309,7 +309,7 @@ ONE_TRY = ["reward.retries=0", "reward.timeout=1"]
     ("function", "names"),
     [
         ("tests.rewards.functions:raises", ("cannot judge this",)),
-        ("tests.rewards.functions:too_few", ("15", "16")),
+        ("tests.rewards.functions:too_few", ("15 scores", "16 samples")),
         ("tests.rewards.functions:sleeps", ("1 s",)),
         ("tests.e2e.scores:not_a_number", ("sample 0", "nan", "15")),
     ],

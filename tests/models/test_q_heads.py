@@ -38,7 +38,7 @@ TERMS = ("loss", "loss_q", "loss_v", "loss_cql", "loss_awac", "q", "target_q")
 
 def ilql_engine(layout: dict[str, Any], **options: Any) -> Engine:
     role = Role("policy", ModelConfig(num_layers=4), VOCAB, ("lm", "value", "q", "q"))
-    return small_engine(layout, value_head=True, q_heads=2, trainable=role.trains, **options)
+    return small_engine(layout, value_head=True, q_heads=2, trainable=role.is_trainable, **options)
 
 
 def loss(model: GPT, hidden: torch.Tensor, batch: Microbatch, counts: dict[str, float]) -> tuple[torch.Tensor, Outputs]:

@@ -34,7 +34,7 @@ def test_a_sample_begins_with_the_tokens_that_its_prompt_has_in_training(
     tokens = list(encode_prompt(Record(prompt, "file:1"), TOKENIZER, prompt_format(DATA)).tokens)
     (document,) = SFTDataset([Record(sample, "file:1")], TOKENIZER, 32, prompt_format(DATA)).documents
     assert list(document.tokens[: len(tokens)]) == tokens
-    assert list(document.response_mask[: len(tokens) + 1]) == [0] * len(tokens) + [1]
+    assert list(document.action_mask[: len(tokens) + 1]) == [0] * len(tokens) + [1]
 
 
 def test_a_sample_without_the_keys_is_told_of_those_that_can_be_set() -> None:

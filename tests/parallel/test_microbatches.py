@@ -56,6 +56,8 @@ def check_microbatch(batch: Microbatch, rows: Rows, *, read_last: bool = False) 
         if not length:  # a filler
             assert not batch.rows.action_mask[row].any()
             assert (batch.token_index[row] == -1).all()
+            assert (batch.last_index == -1).all()
+            assert not last.any()
             continue
         number = int(batch.rows["number"][row])
         tokens = rows.tokens[number]
@@ -111,23 +113,60 @@ def test_units_are_never_parted_and_everything_is_read_once() -> None:
         options = {"share_bins": dice.random() < 0.5, "per_microbatch": dice.choice([1, 2, 100])}
         read_last = dice.random() < 0.5
         found = []
-        for mine in replicas(layout, rows, unit=unit, read_last=read_last, **options):
+        for mine in replicas(layout, rows, keep_together=unit, read_last=read_last, **options):
             for batch in mine:
                 numbers = check_microbatch(batch, rows, read_last=read_last)
                 found += numbers
                 for number in numbers:
                     members = torch.nonzero(unit == unit[number]).flatten().tolist()
                     assert set(members) <= set(numbers)
-                    bins = {
-                        int(batch.token_index[numbers.index(one)].max()) // batch.tokens.shape[1]
-                        for one in members
-                        if rows.lengths[one] > 1
-                    }
-                    assert len(bins) == 1
+                    assert one_after_the_other(batch, rows, numbers, members, read_last=read_last)
                 if not numbers:  # the filler is a whole unit too
                     first = torch.nonzero(unit == unit[0]).flatten()
                     assert torch.equal(batch.rows["number"], first)
         assert sorted(found) == list(range(len(lengths)))
+
+
+def one_after_the_other(
+    batch: Microbatch, rows: Rows, numbers: list[int], members: list[int], *, read_last: bool
+) -> bool:
+    """Whether rows are read one directly after the other in one bin, each as a segment of its own."""
+    assert batch.segment_ids is not None
+    segments = batch.segment_ids.flatten()
+    starts = {int(batch.token_index[numbers.index(one), 1]): one for one in members}
+    assert -1 not in starts
+    at = min(starts)
+    seen = []
+    for start in sorted(starts):
+        length = int(rows.lengths[starts[start]]) - (0 if read_last else 1)
+        if start != at or len(set(segments[start : start + length].tolist())) != 1:
+            return False
+        seen.append(int(segments[start]))
+        at += length
+    one_bin = min(starts) // batch.tokens.shape[1] == (at - 1) // batch.tokens.shape[1]
+    return one_bin and len(set(seen)) == len(members) and 0 not in seen
+
+
+def test_a_row_of_no_tokens_has_no_last_one() -> None:
+    rows = Rows(torch.tensor([[1, 2, 3], [0, 0, 0], [4, 5, 6]]), torch.tensor([3, 0, 3]), torch.zeros(3, 3))
+    ((batch,),) = replicas(Layout(), rows, read_last=True)
+    assert batch.gather_last(batch.tokens).tolist() == [3, 0, 6]
+
+
+def test_bins_are_no_longer_than_the_data_allows() -> None:
+    for sequence_parallel, wanted in ((False, 1025), (True, 1026)):
+        layout = Layout(tp=2, sequence_parallel=sequence_parallel)
+        plan = MicrobatchPlan([1026], layout, 0, per_microbatch=1, share_bins=False, longest=1025)
+        assert plan.time == wanted
+    assert MicrobatchPlan([1026], Layout(), 0, per_microbatch=1, share_bins=False).time == 1152
+
+
+def test_everything_moves_to_a_device() -> None:
+    ((batch,),) = replicas(Layout(), UNEQUAL)
+    moved = batch.to(torch.device("meta")).tensors()
+    assert {name: (tensor.shape, tensor.device.type) for name, tensor in moved.items()} == {
+        name: (tensor.shape, "meta") for name, tensor in batch.tensors().items()
+    }
 
 
 def test_rows_that_share_a_bin_have_segments_and_positions_of_their_own() -> None:
@@ -195,6 +234,8 @@ def test_tensors_have_names_that_say_whose_they_are() -> None:
 def test_a_column_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match="advantages"):
         UNEQUAL.with_columns(advantages=torch.zeros(7, 3))
+    with pytest.raises(ValueError, match="tokens"):
+        UNEQUAL.with_columns(tokens=UNEQUAL.tokens)
 
 
 def echoed(per_microbatch: int, share_bins: bool, width: int) -> tuple[Tensor, Tensor]:
@@ -221,11 +262,8 @@ def test_every_rank_gets_all_rows_back_in_their_order(worlds: Worlds) -> None:
 
 
 def test_outputs_that_are_not_finite_stay_where_they_are() -> None:
-    """Padding and first tokens have no output, whatever stands at the place they would be read from."""
+    """Padding and first tokens have no output, whatever stands at the position they would be read from."""
     ((batch,),) = replicas(Layout(), UNEQUAL)
-    outputs = torch.full(batch.tokens.shape, np.nan, requires_grad=True)
-    gathered = batch.gather_rows(outputs)
-    assert gathered[:, 0].tolist() == [0] * 7
-    gathered[:, 0].sum().backward()
-    assert outputs.grad is not None
-    assert not outputs.grad.isnan().any()
+    gathered = batch.gather_rows(torch.full(batch.tokens.shape, np.nan))
+    assert torch.equal(gathered.isnan(), batch.token_index >= 0)
+    assert gathered[~gathered.isnan()].tolist() == [0] * int((batch.token_index < 0).sum())
