@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -71,7 +72,8 @@ def assert_refusal(
     if offers is not _ANY:
         assert error.offers == offers, line
     for name, values in error.offers.items():
-        assert any(_written(value).rpartition(".")[2] in line for value in values), (name, values, line)
+        # Of a name in a module or a section, the line may show the name alone.
+        assert any(re.split("[.:]", _written(value))[-1] in line for value in values), (name, values, line)
     for name in (error.key, where, *error.offers, *names):
         assert name is None or name in line, (name, line)
 
