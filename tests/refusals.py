@@ -73,7 +73,8 @@ def assert_refusal(
         assert error.offers == offers, line
     for name, values in error.offers.items():
         # Of a name in a module or a section, the line may show the name alone.
-        assert any(re.split("[.:]", _written(value))[-1] in line for value in values), (name, values, line)
+        texts = [text for value in values for text in (str(value), _written(value))]
+        assert any(re.split("[.:]", text)[-1] in line for text in texts), (name, values, line)
     for name in (error.key, where, *error.offers, *names):
         assert name is None or name in line, (name, line)
 

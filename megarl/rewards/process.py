@@ -17,7 +17,7 @@ import megarl
 from megarl.command import printable
 from megarl.disk import UnreadableError, parse_object
 from megarl.logging import get_logger
-from megarl.rewards.wire import Channel, PipeClosed
+from megarl.rewards.wire import END_OF_CALL, Channel, PipeClosed
 
 _log = get_logger(__name__)
 
@@ -93,7 +93,6 @@ class WorkerProcess:
             CallFailedError: the answer is a failure, or there is none: the process is late or has ended. After the
                 latter two, and after any other exception, it is dead.
         """
-        self._output.begin_call()
         try:
             check = self._watch(timeout_s)
             self._channel.send(payload, check)
@@ -133,7 +132,7 @@ class WorkerProcess:
             pid = self._process.pid
             _log.warning("the process of %s (pid %d) does not die; going on without it", self._name, pid)
         self._printing.join(timeout=1)
-        self._output.begin_call()
+        self._output.end_call()
 
     def death(self) -> str:
         """How it ended, and the last line it printed."""
@@ -198,7 +197,8 @@ class Output:
         self.lines = self.unlogged = self._logged = 0
         self.last = ""
 
-    def begin_call(self) -> None:
+    def end_call(self) -> None:
+        """Log how many lines were not, and count anew."""
         if self.unlogged:
             _log.info("%s printed %s more lines in this call, which are not logged", self._name, f"{self.unlogged:,}")
         self.lines = self.unlogged = self._logged = 0
@@ -216,6 +216,10 @@ class Output:
 
     def _take(self, lines: list[bytes]) -> None:
         for line in lines:
+            if line.endswith(END_OF_CALL):
+                self._take([line.removesuffix(END_OF_CALL)] if line != END_OF_CALL else [])
+                self.end_call()
+                continue
             if self.lines >= MOST_LINES or self._logged >= _MOST_BYTES:
                 self.unlogged += 1
             elif text := printable(line.decode("utf-8", errors="replace").rstrip()):
@@ -223,7 +227,7 @@ class Output:
                 for start in range(0, len(text), _LONGEST_LINE):
                     _log.info("%s: %s", self._name, text[start : start + _LONGEST_LINE])
             self.lines += 1
-        said = next((line for line in reversed(lines) if line.strip()), None)
+        said = next((line for line in reversed(lines) if line.strip() and not line.endswith(END_OF_CALL)), None)
         if said is not None:
             self.last = said[:_LONGEST_LINE].decode("utf-8", errors="replace").strip()
 

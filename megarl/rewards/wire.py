@@ -10,6 +10,9 @@ from collections.abc import Callable
 LOOK_UP_S = 0.2
 """How long a wait may last before `check` is asked whether to go on."""
 
+END_OF_CALL = b"\x00end of call\x00"
+"""What a worker writes behind all that a call has printed, with a line end."""
+
 _HEADER = struct.Struct("<Q")
 _CHUNK = 1 << 20
 

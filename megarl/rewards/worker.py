@@ -6,6 +6,7 @@ It imports nothing heavy of its own accord, and it ends when the process that st
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import os
@@ -23,7 +24,7 @@ from typing import Any, TextIO
 from megarl.rewards.answers import AnswerError, NoScore, read_scores
 from megarl.rewards.combine import Combined, number_of
 from megarl.rewards.functions import Function
-from megarl.rewards.wire import Channel, PipeClosed
+from megarl.rewards.wire import END_OF_CALL, Channel, PipeClosed
 
 GRACE_S = 2.0
 """How long a function may go on after the run has gone."""
@@ -63,7 +64,17 @@ def serve(channel: Channel) -> None:
         faulthandler.dump_traceback_later(timeout_s + LATE_S, exit=True)
         answer = _answer(function, tokenizer, options, request)
         faulthandler.cancel_dump_traceback_later()
+        _mark_end_of_output()
         _reply(channel, answer)
+
+
+def _mark_end_of_output() -> None:
+    """Tell the run in the output itself where a call's output ends: it reads that in another thread than the answer."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # a function may have put something else in their place
+            stream.flush()
+    with contextlib.suppress(OSError):
+        os.write(1, END_OF_CALL + b"\n")
 
 
 def _listen(channel: Channel, requests: queue.SimpleQueue[bytes | None]) -> None:
