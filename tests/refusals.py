@@ -90,7 +90,7 @@ def assert_command_refused(
     """
     assert done.returncode == exit_code, done.stderr[-2000:]
     assert "Traceback" not in done.stderr, done.stderr[-4000:]
-    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    lines = [line for line in done.stderr.splitlines() if "error: " in line and not line.startswith("srun: ")]
     assert len(lines) == told, done.stderr[-2000:]
     for name in names:
         assert name in lines[0], (name, lines[0])
