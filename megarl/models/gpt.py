@@ -73,8 +73,8 @@ class OutputLayer(ColumnParallelLinear):
 class GPT(LanguageModule):
     """One chunk of a GPT: embedding if it is the first, layers, final norm and output layer if it is the last.
 
-    `forward(batch)` returns hidden states (the last chunk's after the final norm); what is to be known of the
-    vocabulary is asked of `logprobs`, at the positions that matter.
+    `forward(inputs)` returns hidden states (the last chunk's after the final norm). `logprobs` applies the output layer
+    to them where a target counts.
     """
 
     value_head: ValueHead

@@ -286,13 +286,18 @@ def require(config: Json, key: str, value: Any, default: Any) -> None:
     """Refuse a variant that our model cannot compute."""
     found = config.get(key, default)
     if found != value:
-        raise CheckpointError(
-            f"config.json has {key}={shown(repr(found))}, which megarl cannot compute: only {value!r}",
-            key=key,
-            value=found,
-            where="config.json",
-            offers={key: [value]},
-        )
+        raise unsupported(key, found, value)
+
+
+def unsupported(key: str, found: Any, only: Any, *, of: str = "") -> CheckpointError:
+    """Return the refusal of a value that our model cannot compute; `of` names what the key belongs to."""
+    return CheckpointError(
+        f"config.json has {of}{key}={shown(repr(found))}, which megarl cannot compute: only {only!r}",
+        key=key,
+        value=found,
+        where="config.json",
+        offers={key: [only]},
+    )
 
 
 def share(rotated: int, head_dim: int) -> float:

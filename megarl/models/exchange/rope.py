@@ -5,7 +5,7 @@ from typing import Any
 
 from megarl.config.schema import ModelConfig
 from megarl.errors import CheckpointError
-from megarl.models.exchange.family import Json
+from megarl.models.exchange.family import Json, unsupported
 
 KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 
@@ -63,13 +63,7 @@ def _check_yarn(rope: Json, factor: float) -> None:
     for key, value in constants.items():
         found = rope.get(key)
         if found is not None and not math.isclose(found, value, rel_tol=1e-6):
-            raise CheckpointError(
-                f"config.json has YaRN with {key}={found}, which megarl cannot compute: only {value}",
-                key=key,
-                value=found,
-                where="config.json",
-                offers={key: [value]},
-            )
+            raise unsupported(key, found, value, of="YaRN with ")
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         raise CheckpointError(
             "config.json has YaRN with mscale and mscale_all_dim, which megarl cannot compute",
