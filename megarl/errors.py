@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Mapping
-from copy import copy
 from os import PathLike, fspath
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 LARGEST = 10_000
 """Bytes of a value that travels with an error to other processes."""
 LONGEST = 3_000
 """Characters of a message. Of a longer one, which repeats somebody's long value, the middle is left out."""
+
+
+_E = TypeVar("_E", bound="MegarlError")
 
 
 class MegarlError(Exception):
@@ -55,8 +57,7 @@ class MegarlError(Exception):
     def within(self, where: str | PathLike[str]) -> Self:
         """Return this error with its location in front of the line: raise the result. `where` then lists locations
         from the outermost to the innermost."""
-        outer = copy(self)
-        outer.args = (f"{fspath(where)}: {self}",)
+        outer: Self = _restore(type(self), (f"{fspath(where)}: {self}",), self.__dict__)
         outer.where = fspath(where) if self.where is None else f"{fspath(where)}: {self.where}"
         return outer
 
@@ -73,7 +74,7 @@ def _portable(value: Any) -> Any:
     return value if small else repr(value)[:200]
 
 
-def _restore(kind: type[MegarlError], args: tuple[Any, ...], attributes: dict[str, Any]) -> MegarlError:
+def _restore(kind: type[_E], args: tuple[Any, ...], attributes: dict[str, Any]) -> _E:
     error = kind.__new__(kind, *args)
     error.__dict__.update(attributes)
     return error
