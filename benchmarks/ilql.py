@@ -21,8 +21,8 @@ from benchmarks.rates import product_rate
 from benchmarks.train_step import describe, markdown
 from megarl.config.compose import compose
 from megarl.data.offline import open_store
+from megarl.experience.rows import training_flops
 from megarl.modules.base import Module
-from megarl.modules.experience import training_flops
 from megarl.modules.fit import fit
 from megarl.modules.ilql import ILQL
 from megarl.tokenizers import build_tokenizer

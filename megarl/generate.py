@@ -154,9 +154,7 @@ def opened(
             also_eos=tokenizer.stop_ids(config.chat_template)[1:],
             limits=Limits(config.rollout.slots, config.rollout.cache_bytes, graphs=config.rollout.cuda_graphs),
             decode=tokenizer.decode,
-            scorer=guided(config.rollout.ilql_beta) if q_heads else GPT.logits,
-            dump=config.rollout.dump,
-            replay=config.rollout.replay,
+            token_scorer=guided(config.rollout.ilql_beta) if q_heads else GPT.logits,
         )
         yield generator, tokenizer, prompts
         generator.close()
@@ -214,6 +212,7 @@ def answer(
     prompts: "Sequence[Prompt]",
 ) -> None:
     """Write a line for every response as soon as it is done (those of other replicas at the end)."""
+    from megarl.rollout import stored
     from megarl.rollout.noise import EVALUATION
     from megarl.rollout.requests import Request, sampling_from
 
@@ -242,9 +241,16 @@ def answer(
             out.flush()
             advance(rollouts)
 
-        rollouts = generator.generate(
-            requests, stream=EVALUATION, on_finished=write, place=lambda number: by_number[number].where
-        )
+        dump, replay = config.rollout.dump, config.rollout.replay
+        if replay is not None:
+            rollouts = stored.replay(replay, EVALUATION, 0, requests)
+        else:
+            rollouts = generator.generate(
+                requests, stream=EVALUATION, on_finished=write, place=lambda number: by_number[number].where
+            )
+            if dump is not None:
+                file = stored.phase_file(dump, EVALUATION, 0)
+                generator.grid.by_first(lambda: stored.dump(file, rollouts))
         write([rollout for rollout in rollouts if (rollout.prompt_id, rollout.sample_id) not in written])
     if first:
         seconds, tokens = time.monotonic() - start, sum(len(rollout.response) for rollout in rollouts)

@@ -109,9 +109,9 @@ def train(settings: Settings) -> dict[str, Any]:
     import torch.distributed as dist
 
     from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+    from megarl.experience.rows import forward_rows
     from megarl.models.build import build_engine
     from megarl.models.roles import Role
-    from megarl.modules.experience import forward_rows
     from megarl.modules.losses import count_targets, cross_entropy
     from megarl.parallel.grid import Grid, start_world
     from megarl.parallel.layout import Layout

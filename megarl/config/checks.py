@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from megarl.config.advantages import ADVANTAGES
 from megarl.config.launcher import started_by_slurm
 from megarl.config.offers import Refusal, Rule, divisors, either, enforce, multiples
 from megarl.config.presets import DEMO_EVAL, DEMO_TRAIN, resource
@@ -34,7 +35,7 @@ def _rules(config: Any) -> list[Rule]:
     if hasattr(config, "ppo"):
         return PHASE_RULES
     if hasattr(config, "rft"):
-        return [_rejection if rule is _phase else rule for rule in PHASE_RULES]
+        return [_rejection if rule is _phase else rule for rule in PHASE_RULES if rule is not _critic]
     if hasattr(config, "ilql"):
         return OFFLINE_RULES
     return RULES if hasattr(config, "optim") else GENERATION_RULES
@@ -275,7 +276,7 @@ def _sweep(config: Any, world_size: int) -> None:
 
 
 def _phase(config: Any, world_size: int) -> None:
-    """A phase's responses are whole groups, drawn at random, and its critic's keys belong together."""
+    """A phase's responses are whole groups, drawn at random."""
     rollouts, n = config.ppo.rollouts, config.rollout.n
     if rollouts % n:
         raise Refusal(
@@ -285,22 +286,16 @@ def _phase(config: Any, world_size: int) -> None:
             value=rollouts,
         )
     _explores(config)
-    critic = config.critic
-    for key in ("path", "lr", "warmup_phases"):
-        if critic.kind == "shared" and getattr(critic, key):
-            raise Refusal(
-                f"critic.{key}={getattr(critic, key)} is of a critic of its own, but critic.kind=shared",
-                {"critic.kind": ["separate"]},
-                key=f"critic.{key}",
-                value=getattr(critic, key),
-            )
-    if critic.warmup_phases >= config.trainer.max_phases:
+    if ADVANTAGES[config.ppo.advantages].groups and n < 2:
         raise Refusal(
-            f"critic.warmup_phases={critic.warmup_phases} leaves the policy none of trainer.max_phases="
-            f"{config.trainer.max_phases}",
-            {"critic.warmup_phases": [config.trainer.max_phases - 1]},
-            key="critic.warmup_phases",
-            value=critic.warmup_phases,
+            f"ppo.advantages={config.ppo.advantages} compares the responses to a prompt, and with rollout.n={n} there "
+            "is one",
+            {
+                "rollout.n": [divisor for divisor in divisors(rollouts) if divisor > 1],
+                "ppo.advantages": [name for name, needs in ADVANTAGES.items() if not needs.groups],
+            },
+            key="rollout.n",
+            value=n,
         )
     for key in ("kl_target", "kl_limit"):
         if config.ppo.kl_coef == 0 and getattr(config.ppo, key) is not None:
@@ -317,6 +312,39 @@ def _phase(config: Any, world_size: int) -> None:
             {"model.dropout": [0.0]},
             key="model.dropout",
             value=config.model.dropout,
+        )
+
+
+def _critic(config: Any, world_size: int) -> None:
+    """There is a critic if it is needed, and its keys belong together. Keys that nothing reads are warned of later."""
+    critic, advantages = config.critic, config.ppo.advantages
+    if not ADVANTAGES[advantages].values:
+        return
+    if critic.kind == "none":
+        raise Refusal(
+            f"ppo.advantages={advantages} needs the values of a critic, and critic.kind=none",
+            {
+                "critic.kind": ["shared", "separate"],
+                "ppo.advantages": [name for name, needs in ADVANTAGES.items() if not needs.values],
+            },
+            key="critic.kind",
+            value="none",
+        )
+    for key in ("path", "lr", "warmup_phases"):
+        if critic.kind == "shared" and getattr(critic, key):
+            raise Refusal(
+                f"critic.{key}={getattr(critic, key)} is of a critic of its own, but critic.kind=shared",
+                {"critic.kind": ["separate"]},
+                key=f"critic.{key}",
+                value=getattr(critic, key),
+            )
+    if critic.warmup_phases >= config.trainer.max_phases:
+        raise Refusal(
+            f"critic.warmup_phases={critic.warmup_phases} leaves the policy none of trainer.max_phases="
+            f"{config.trainer.max_phases}",
+            {"critic.warmup_phases": [config.trainer.max_phases - 1]},
+            key="critic.warmup_phases",
+            value=critic.warmup_phases,
         )
 
 
@@ -368,7 +396,7 @@ RULES: list[Rule] = [_context_parallel, _model, _sequence_parallel, _world, _bat
 """Rules that join several keys, in the order they are applied."""
 
 PHASE_RULES: list[Rule] = [
-    *(_context_parallel, _room, _world, _batch, _prompts, _sweep, _phase, _reward_time, _tokenizer)
+    *(_context_parallel, _room, _world, _batch, _prompts, _sweep, _critic, _phase, _reward_time, _tokenizer)
 ]
 """Those of an entry point whose steps are phases."""
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
+from megarl.config.advantages import ADVANTAGES
 from megarl.config.offers import either
 from megarl.errors import CheckpointError
 
@@ -51,7 +52,7 @@ RULES = (
     _rule("model", "max_positions", NOW, "the context; a table of learned positions of another size is refused"),
     _rule("model", "dropout", NOW, "it is no part of the weights"),
     _rule("model", "num_layers_unfrozen", REFUSED, "optimizer state exists for the layers that train"),
-    _rule("critic", "kind", REFUSED, "the stored critic is either a shared head or a separate model"),
+    _rule("critic", "kind", REFUSED, "the checkpoint holds a shared head, a separate model, or no critic"),
     _rule("critic", "path", CHECKPOINT, "the weights it led to are in the checkpoint"),
     _rule("critic", "lr", NOW, "the schedule continues at its step with the new rate"),
     _rule("critic", "warmup_phases", NOW, _BUDGET),
@@ -92,6 +93,7 @@ RULES = (
         *("ppo", "rollouts", NOW),
         "prompts go on with the first that was not used yet; the learning rate follows the phases",
     ),
+    _rule("ppo", "advantages", REFUSED, "the checkpoint holds the critic that they need, or none"),
     _rule("ppo", "inner_epochs", NOW, _BUDGET),
     _rule("ppo", "gamma lam clip_low clip_high dual_clip ratio aggregation clip_value", NOW, "the loss from here on"),
     _rule("ppo", "vf_coef entropy_coef kl_in kl_kind", NOW, "the loss from here on"),
@@ -270,6 +272,8 @@ def _in_force(plain: Mapping[str, Any], key: str) -> Any:
         return model["hidden_size"] // model["num_heads"]
     if value is None and key == "model.ffn_size":
         return 4 * model["hidden_size"]
+    if value is None and key == "ppo.whiten_advantages":
+        return ADVANTAGES[plain["ppo"].get("advantages", "gae")].whitened
     return value
 
 

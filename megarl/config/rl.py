@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megarl.config.advantages import ADVANTAGES
 from megarl.config.leaf import leaf, section
 
 TOO_LONG = ("truncate", "drop", "error")
@@ -112,7 +113,10 @@ class CriticConfig:
     """The model that expects returns."""
 
     kind: str = leaf(
-        "shared", "a head on the policy's trunk, or a model of its own shape and weights", ("shared", "separate")
+        "shared",
+        "a head on the policy's trunk, a model of its own shape and weights, or no critic at all, where ppo.advantages "
+        "need no values",
+        ("shared", "separate", "none"),
     )
     path: str | None = leaf(None, "separate: checkpoint whose trunk it starts from (null: the policy's start)")
     lr: float | None = leaf(None, "separate: peak learning rate (null: optim.lr)", at_least=0)
@@ -150,6 +154,13 @@ class PPOSettings:
 
     rollouts: int = leaf(128, "responses per phase, over all processes", at_least=1, at_most=2**24)
     inner_epochs: int = leaf(4, "times a phase's responses are trained on", at_least=1)
+    advantages: str = leaf(
+        "gae",
+        "how advantages are computed: from the values of a critic (gae); from the scores of all responses to a prompt "
+        "(grpo, dr_grpo, rloo, opo, reinforce_pp_baseline); from the later rewards alone (reinforce_pp), or less the "
+        "score of the prompt's likeliest response (remax)",
+        tuple(ADVANTAGES),
+    )
     gamma: float = leaf(1.0, "discount of later rewards", at_least=0, at_most=1)
     lam: float = leaf(0.95, "lambda of generalised advantage estimation", at_least=0, at_most=1)
     clip_low: float = leaf(0.2, "how far the ratio may fall below 1 and still be followed", at_least=0, below=1)
@@ -187,7 +198,10 @@ class PPOSettings:
         "scores are divided by nothing, their deviation so far, or the first phase's",
         ("ignored", "running", "ref"),
     )
-    whiten_advantages: bool = leaf(True, "give a phase's advantages mean 0 and deviation 1")
+    whiten_advantages: bool | None = leaf(
+        None,
+        "give a phase's advantages mean 0 and deviation 1 (null: with gae, reinforce_pp and reinforce_pp_baseline)",
+    )
     whiten_rewards: bool = leaf(False, "give a phase's rewards deviation 1, their mean kept")
     missing_eos_penalty: float = leaf(0.0, "taken from the score of a response that was cut at its length", at_least=0)
     mask_overlong: bool = leaf(False, "responses cut at their length do not train")

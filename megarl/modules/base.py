@@ -26,9 +26,11 @@ class Module(LightningModule):
     """A module whose models are engines over the strategy's grid. Subclasses fill `engines` in `configure_model`.
 
     `consumed` counts the training steps so far and `rows` the rows of data they took, `rows_per_step` each: what a
-    resume needs to go on with the next record. `entry` names the algorithm, `unit` is what a step is called, `planned`
-    how many there will be, where that is not the Trainer's to say. `resumes` is set where a checkpoint is about to be
-    restored. `samples` are rows of a table that the last evaluation filled.
+    resume needs to go on with the next record. `weights_version` counts the steps that changed the policy.
+
+    `entry` names the algorithm, `unit` is what a step is called, `planned` how many there will be, where that is not
+    the Trainer's to say. `resumes` is set where a checkpoint is about to be restored. `samples` are rows of a table
+    that the last evaluation filled.
     """
 
     entry = ""
@@ -42,7 +44,7 @@ class Module(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.engines: dict[str, Engine] = {}
-        self.consumed = self.rows = 0
+        self.consumed = self.rows = self.weights_version = 0
         self.started_as: dict[str, Any] | None = None  # the configuration of the first run of this one's line
         self.changed: set[str] = set()  # keys that had another value in the run that is resumed
         self.clock = Clock()
@@ -57,7 +59,7 @@ class Module(LightningModule):
         return 1
 
     @property
-    def scorers(self) -> dict[str, str]:
+    def scorer_fingerprints(self) -> dict[str, str]:
         """Fingerprints of the functions that score responses, by their key."""
         return {}
 
@@ -97,13 +99,15 @@ class Module(LightningModule):
         norms: dict[str, float] = optimizer.optimizer.grad_norms  # type: ignore[union-attr]
         return norms
 
-    def advance(self) -> None:
-        """One training step more is done."""
+    def advance(self, *, new_weights: bool = True) -> None:
+        """Count a training step, and new weights of the policy where it changed them."""
         self.consumed += 1
         self.rows += self.rows_per_step
+        self.weights_version += new_weights
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["consumed"], checkpoint["rows"] = self.consumed, self.rows
+        checkpoint["weights_version"] = self.weights_version
         if self.config is not None and self.tokenizer is not None:
             present = asdict(self.config)
             checkpoint["run"] = {
@@ -112,7 +116,7 @@ class Module(LightningModule):
                 "started_as": self.started_as or present,
                 "tokenizer": self.tokenizer.fingerprint(),
             }
-        checkpoint["scorers"] = self.scorers
+        checkpoint["scorers"] = self.scorer_fingerprints
         checkpoint["clock"] = self.clock.state_dict()
         if self.card is not None:
             checkpoint["model"] = self.card.plain()
@@ -123,6 +127,7 @@ class Module(LightningModule):
             self._compare(checkpoint["run"], checkpoint.get("model") or {}, checkpoint["folder"])
         self.consumed = checkpoint["consumed"]
         self.rows = checkpoint.get("rows", self.consumed * self.rows_per_step)
+        self.weights_version = checkpoint.get("weights_version", self.consumed)
         self.clock.load_state_dict(checkpoint["clock"])
 
     def _compare(self, saved: dict[str, Any], card: dict[str, Any], folder: str) -> None:

@@ -102,7 +102,9 @@ def _fit(config: Any, folder: RunFolder, lock: RunLock, build: Callable[[Any], M
     module = build(config)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, _eval_every(config))
     preemption = Preemption(checkpoints)
-    collapse = Collapse(config.checkpoint.metric, config.checkpoint.mode, checkpoints.best, lambda: module.scorers)
+    collapse = Collapse(
+        config.checkpoint.metric, config.checkpoint.mode, checkpoints.best, lambda: module.scorer_fingerprints
+    )
     callbacks: list[Callback] = [
         Ownership(lock),
         StepAxis(),

@@ -1,4 +1,4 @@
-"""What modules that generate share: the responder, the functions that judge, and evaluation by generation."""
+"""What modules that generate share: prompts, where responses come from, what scores them, and evaluation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megarl.config.files import load_chat_template
 from megarl.data.prompts import Prompt, PromptLimits, read_prompts
 from megarl.disk import local
 from megarl.errors import RewardError
+from megarl.experience.evaluation import Collect, Evaluated, Evaluation
+from megarl.experience.journal import Journal
+from megarl.experience.scorers import FunctionScorer, Scorer, check_fields
+from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts, RolloutSource
 from megarl.modules.base import Module
-from megarl.modules.evaluation import Evaluated, Evaluation, Respond
-from megarl.modules.journal import Journal
-from megarl.modules.judge import Judge, Judgement, check_fields
-from megarl.modules.responder import Responder
-from megarl.rewards.answers import Score
+from megarl.rewards.scores import Scores
 from megarl.rollout.noise import EVALUATION, TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.rollout.stored import require_phases
@@ -34,6 +34,8 @@ class GenerativeModule(Module):
     """
 
     vocab_size: int
+    source: RolloutSource
+    streams: tuple[int, ...] = (TRAINING,)  # of responses that a phase collects
 
     def __init__(self, config: Any, tokenizer: Tokenizer, functions: Mapping[str, Callable[..., Any]] | None) -> None:
         """
@@ -45,7 +47,7 @@ class GenerativeModule(Module):
         self.config, self.tokenizer, self.functions = config, tokenizer, dict(functions or {})
         self.evaluation: Evaluation | None = None
         self.evaluated = Evaluated()
-        self.judges: dict[str, Judge] = {}
+        self.scorers: dict[str, Scorer] = {}
         self.prompts: list[Prompt] = []
         self.eval_prompts: list[Prompt] = []
 
@@ -58,8 +60,8 @@ class GenerativeModule(Module):
             self.eval_prompts = self._read_prompts("data.eval", data.eval, data.eval_split)
 
     @property
-    def scorers(self) -> dict[str, str]:
-        return {key: judge.scorer for key, judge in self.judges.items()}
+    def scorer_fingerprints(self) -> dict[str, str]:
+        return {key: scorer.fingerprint for key, scorer in self.scorers.items()}
 
     def _read_prompts(self, name: str, paths: Sequence[str], split: str) -> list[Prompt]:
         rollout = self.config.rollout
@@ -76,22 +78,16 @@ class GenerativeModule(Module):
         """The callable of `reward.fn` or `metric.fn`, or its name; None where there is none."""
         return self.functions.get(key) or getattr(self.config, key.partition(".")[0]).fn
 
-    def prepare_responses(self, respond: Respond | None = None) -> None:
-        """The responder, a judge for each function there is, and the evaluation; `respond` draws its responses."""
+    def prepare_responses(self, collect: Collect | None = None) -> None:
+        """Make the source of responses, a scorer for each function there is, and the evaluation, whose responses
+        `collect` gives."""
         config = self.config
-        self.responder = Responder(
-            self.engines["policy"],
-            self.tokenizer,
-            config.rollout,
-            seed=config.seed,
-            chat_template=load_chat_template(config.data.chat_template),
-            unit=self.unit,
-        )
-        self.responder.check_room([*self.prompts, *self.eval_prompts])
+        self.source = self._make_source()
+        self.source.check_prompts([*self.prompts, *self.eval_prompts])
         for key, options in ((REWARD, config.reward.options), (METRIC, {})):
             function = self._function(key)
             if function is not None:
-                self.judges[key] = Judge(
+                self.scorers[key] = FunctionScorer(
                     function,
                     config.reward,
                     self.tokenizer,
@@ -101,20 +97,36 @@ class GenerativeModule(Module):
                     journal=self._journal(key.partition(".")[0]),
                 )
         if self.eval_prompts:
-            named = {"score" if key == REWARD else judge.name: judge for key, judge in self.judges.items()}
+            named = {"score" if key == REWARD else scorer.name: scorer for key, scorer in self.scorers.items()}
             self.evaluation = Evaluation(
-                respond or self.responder.respond, self.eval_prompts, named, config.eval, self.tokenizer
+                collect or self.source.collect, self.eval_prompts, named, config.eval, self.tokenizer
             )
 
-    def explore(self, prompts: Sequence[Prompt]) -> tuple[list[Rollout], list[Score], Judgement]:
-        """This phase's responses to prompts, `rollout.n` to each: those that have a score, and their scores."""
+    def _make_source(self) -> RolloutSource:
+        rollout = self.config.rollout
+        if rollout.replay is not None:
+            return ReplayedRollouts(rollout.replay, rollout)
+        return GeneratedRollouts(
+            self.engines["policy"],
+            self.tokenizer,
+            rollout,
+            seed=self.config.seed,
+            chat_template=load_chat_template(self.config.data.chat_template),
+            unit=self.unit,
+        )
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """Return this phase's responses, `rollout.n` to each prompt."""
         self.last_batch = []  # that of the phase before is none of this phase's
         with self.clock.part("generate"):
-            rollouts = self.responder.respond(prompts, self.config.rollout.n, stream=TRAINING, phase=self.consumed)
+            self.source.publish(self.weights_version)
+            return self.source.collect(prompts, self.config.rollout.n, stream=TRAINING, phase=self.consumed)
+
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Scores:
+        """Score this phase's responses. At least one of them has a score."""
         with self.clock.part("score"):
-            judgement = self.judges[REWARD].score(prompts, rollouts, TRAINING, self.consumed)
-        pairs = [(one, score) for one, score in zip(rollouts, judgement.scores, strict=True) if score is not None]
-        if not pairs:
+            scores = self.scorers[REWARD].score(prompts, rollouts, stream=TRAINING, phase=self.consumed)
+        if scores.dropped == len(rollouts):
             raise RewardError(
                 f"reward.fn={self.config.reward.fn} left all {len(rollouts)} responses of phase {self.consumed + 1} "
                 "without a score: correct the function, or set reward.on_error=error to see what it does",
@@ -122,12 +134,22 @@ class GenerativeModule(Module):
                 value=self.config.reward.fn,
                 offers={"reward.on_error": ["error"]},
             )
-        return [rollout for rollout, _ in pairs], [score for _, score in pairs], judgement
+        return scores
+
+    def score_metrics(self, scores: Scores) -> dict[str, float]:
+        """Return what is logged of a phase's scoring."""
+        return {
+            "rollout/dropped": float(scores.dropped),
+            "rollout/failed_calls": float(scores.failed_calls),
+            "rollout/repeated_calls": float(scores.repeated_calls),
+            **{f"rollout/score/{name}": mean for name, mean in scores.means().items()},
+        }
 
     def evaluate(self) -> Evaluated:
         """Answer the evaluation prompts with the present weights."""
         assert self.evaluation is not None
         with self.clock.part("eval"):
+            self.source.publish(self.weights_version)
             return self.evaluation.run(self.consumed)
 
     def on_train_start(self) -> None:
@@ -136,7 +158,7 @@ class GenerativeModule(Module):
         if folder is None:
             return
         last = self.planned or self.config.trainer.max_steps
-        phases = {TRAINING: range(self.consumed, last)} if self.prompts else {}
+        phases = {stream: range(self.consumed, last) for stream in self.streams} if self.prompts else {}
         if self.evaluation is not None:
             evaluated = range(self.consumed - self.consumed % every + every, last + 1, every)
             phases |= {EVALUATION + index: evaluated for index in range(len(self.evaluation.changes))}
@@ -155,17 +177,17 @@ class GenerativeModule(Module):
 
     def close(self) -> None:
         """End the functions' processes and free the cache; also after a run that failed half-way."""
-        if hasattr(self, "responder"):  # a run may fail before there is one
-            self.responder.close()
-        for judge in self.judges.values():
-            judge.close()
+        if hasattr(self, "source"):  # a run may fail before there is one
+            self.source.close()
+        for scorer in self.scorers.values():
+            scorer.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         # What comes before the oldest checkpoint that is there is not run again.
         kept = find(self.run_dir / "checkpoints")
-        for judge in self.judges.values() if kept else ():
-            judge.forget(before=step_of(kept[0]))
+        for scorer in self.scorers.values() if kept else ():
+            scorer.forget(before=step_of(kept[0]))
 
     def _journal(self, name: str) -> Journal:
         """Of scores; a dump of rollouts holds theirs too, so that a replay asks for none of them again."""

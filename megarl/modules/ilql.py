@@ -13,11 +13,11 @@ from megarl.config.files import load_chat_template
 from megarl.config.schema import ILQLConfig
 from megarl.data.offline import build_offline_loader, open_store
 from megarl.data.prompts import Prompt
+from megarl.experience.rows import training_flops
 from megarl.models.build import vocabulary
 from megarl.models.exchange.card import ModelCard
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
-from megarl.modules.experience import training_flops
 from megarl.modules.generative import GenerativeModule
 from megarl.modules.losses import count_targets
 from megarl.parallel.engine import Stats
@@ -63,7 +63,7 @@ class ILQL(GenerativeModule):
         )
         self.policy = self.build(policy)
         self.engines = {"policy": self.policy}
-        self.prepare_responses(self.respond)
+        self.prepare_responses(self.collect)
 
     @property
     def rows_per_step(self) -> int:
@@ -119,7 +119,7 @@ class ILQL(GenerativeModule):
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
-    def respond(
+    def collect(
         self,
         prompts: Sequence[Prompt],
         n: int,
@@ -130,5 +130,5 @@ class ILQL(GenerativeModule):
         **changes: Any,
     ) -> list[Rollout]:
         """Responses that the values guide; `beta` and `changes` differ from the settings of `rollout`."""
-        scorer = guided(self.config.rollout.ilql_beta if beta is None else beta)
-        return self.responder.respond(prompts, n, stream=stream, phase=phase, scorer=scorer, **changes)
+        token_scorer = guided(self.config.rollout.ilql_beta if beta is None else beta)
+        return self.source.collect(prompts, n, stream=stream, phase=phase, token_scorer=token_scorer, **changes)

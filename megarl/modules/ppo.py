@@ -1,4 +1,5 @@
-"""Proximal policy optimisation. One training step is one phase: generate, score, evaluate, shape, train."""
+"""Proximal policy optimisation, with a critic or without. One training step is one phase: generate, score, evaluate,
+shape, train."""
 
 from __future__ import annotations
 
@@ -10,13 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarl.algorithms import aggregate, aggregation_count, kl_estimate, mask_out, ppo_policy_loss, ppo_value_loss
+from megarl.algorithms import aggregate, aggregation_count, kl_estimate, mask_out, ppo_policy_loss
 from megarl.clock import Work
+from megarl.config.advantages import ADVANTAGES, critic_kind, without_effect
 from megarl.config.files import load_chat_template
 from megarl.config.resume import from_plain
 from megarl.config.schema import PPOConfig
-from megarl.data.prompts import build_phase_loader
+from megarl.data.prompts import Prompt, build_phase_loader
 from megarl.errors import NumericsError
+from megarl.experience.invariants import Invariants
+from megarl.experience.reference import Reference, SwappedReference
+from megarl.experience.rows import forward_rows, rollouts_to_rows, training_flops
+from megarl.experience.scorers import keep_scored
+from megarl.experience.shaping import Shaping
+from megarl.experience.start_weights import keep, take
 from megarl.logging import get_logger
 from megarl.models.build import vocabulary
 from megarl.models.exchange.adopt import adopt_critic
@@ -24,15 +32,14 @@ from megarl.models.exchange.card import ModelCard
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour
-from megarl.modules.experience import forward_rows, rollouts_to_rows, training_flops
+from megarl.modules.critics import NoCritic, SeparateCritic, SharedCritic
 from megarl.modules.generative import REWARD, GenerativeModule
-from megarl.modules.invariants import Invariants
-from megarl.modules.reference import keep, take
-from megarl.modules.shaping import Shaping
 from megarl.parallel.engine import Engine, ForwardFn, Outputs, Stats
 from megarl.parallel.grid import SEEDS
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch, Rows
+from megarl.rollout.noise import GREEDY, TRAINING
+from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
 
 NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
@@ -42,7 +49,10 @@ log = get_logger(__name__)
 
 
 class PPO(GenerativeModule):
-    """Policy, critic (a head on the policy's trunk or a model of its own), reference, and the phase that joins them."""
+    """Policy, critic, reference, and the phase that joins them.
+
+    `ppo.advantages` says how advantages are computed, and with it whether there is a critic.
+    """
 
     entry, unit = "ppo", "phase"
     remedy_of_collapse = "ppo.stop_at_kl=0.05, a lower optim.lr, fewer ppo.inner_epochs or ppo.whiten_advantages=false"
@@ -58,9 +68,12 @@ class PPO(GenerativeModule):
         self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer, template)
         self.planned = config.trainer.max_phases
         self.temperature = config.rollout.temperature
+        self.needs = ADVANTAGES[config.ppo.advantages]
+        self.streams = (TRAINING, GREEDY) if self.needs.greedy else (TRAINING,)
         self.shaping = Shaping(config.ppo)
         self.invariants = Invariants(config.ppo.invariants, config.trainer.precision, lambda: self.consumed)
-        self.reference: dict[str, Tensor] | None = None  # empty on a stage of frozen layers
+        self.reference: Reference | None = None
+        self.critic = NoCritic()
         self.policy_trains = True  # until it has moved too far in a phase
         self.reference_name: str | None = None  # of its weights in the run folder, where behaviour was cloned
         self.places: list[str] = []  # what messages call the rows of a phase
@@ -75,18 +88,20 @@ class PPO(GenerativeModule):
             return
         config = self.config
         per_phase = self.steps_of_a_phase
-        shared = config.critic.kind == "shared"
+        kind = critic_kind(config)
         policy = Role(
             "policy",
             config.model,
             self.vocab_size,
-            heads=("lm", "value") if shared else ("lm",),
+            heads=("lm", "value") if kind == "shared" else ("lm",),
             optim=config.optim,
-            total_steps=(config.trainer.max_phases - config.critic.warmup_phases) * per_phase,
+            total_steps=(config.trainer.max_phases - self.warmup_phases) * per_phase,
         )
-        self.policy = self.critic = self.build(policy)
+        self.policy = self.build(policy)
         self.engines = {"policy": self.policy}
-        if not shared:
+        if kind == "shared":
+            self.critic = SharedCritic(config.ppo.clip_value, config.ppo.vf_coef)
+        elif kind == "separate":
             lr = config.optim.lr if config.critic.lr is None else config.critic.lr
             model = adopt_critic(config, self.vocab_size)
             critic = Role(
@@ -98,8 +113,18 @@ class PPO(GenerativeModule):
                 total_steps=config.trainer.max_phases * per_phase,
                 lr_key="optim.lr" if config.critic.lr is None else "critic.lr",
             )
-            self.engines["critic"] = self.critic = self.build(critic)
+            self.engines["critic"] = self.build(critic)
+            self.critic = SeparateCritic(self.engines["critic"], config.ppo.clip_value)
+        if ignored := without_effect(config):
+            log.warning(
+                "%s: without effect, as ppo.advantages=%s does not read it", ", ".join(ignored), config.ppo.advantages
+            )
         self.prepare_responses()
+
+    @property
+    def warmup_phases(self) -> int:
+        """The first phases, in which only a critic of its own trains."""
+        return self.config.critic.warmup_phases if critic_kind(self.config) == "separate" else 0
 
     @property
     def steps_of_a_phase(self) -> int:
@@ -113,10 +138,10 @@ class PPO(GenerativeModule):
         if self.resumes:
             return
         if config.clone.data:
-            own_start = self.critic is not self.policy and config.critic.path is not None
+            own_start = self.critic.engine is not None and config.critic.path is not None
             self._clone(config, [self.policy] if own_start else list(self.engines.values()))
         if config.ppo.kl_coef > 0:
-            self.reference = self.policy.trainable_copy()
+            self.reference = self._make_reference()
             if config.clone.data:
                 self._keep_reference()
 
@@ -144,7 +169,11 @@ class PPO(GenerativeModule):
             self._keep_reference()
         elif not kept and self._starts_otherwise(started_as):
             self.policy.start_from(self._start_of(started_as))
-        self.reference = self.policy.trainable_copy()
+        self.reference = self._make_reference()
+
+    def _make_reference(self) -> Reference:
+        """Keep the policy's present weights as the reference."""
+        return SwappedReference(self.policy, self._logprobs_of)
 
     def _starts_otherwise(self, started_as: PPOConfig) -> bool:
         """Whether the run began with other weights than those this configuration gives a new run."""
@@ -171,43 +200,55 @@ class PPO(GenerativeModule):
         prompts = [self.prompts[index] for index in indices.tolist()]
         self._place_schedules()
         rate = self.policy.learning_rate
-        rollouts, scores, judgement = self.explore(prompts)
+        # 1. Generate responses.
+        sampled = self.generate(prompts)
+        greedy = self._generate_greedy(prompts) if self.needs.greedy else []
+        # 2. Score them, all in one call.
+        scores = self.score(prompts, [*sampled, *greedy])
+        of_greedy = scores.part(slice(len(sampled), None)).values
+        scores = scores.part(slice(len(sampled)))
+        rollouts, given, baselines = keep_scored(sampled, scores, of_greedy if self.needs.greedy else None)
         rows = rollouts_to_rows(rollouts)
         self.places = [f"{prompts[one.prompt_id].where}, response {one.sample_id}" for one in rollouts]
+        # 3. Evaluate them with the weights that training starts from.
         with self.clock.part("evaluate"):
             rows, stats = self._evaluate(rows)
+        # 4. Shape scores into advantages.
         with self.clock.part("shape"):
-            rows, shaped = self.shaping.shape(rows, scores)
+            rows, shaped = self.shaping.shape(rows, given, baselines)
             stats |= shaped
-            self._refuse_not_finite(rows, "advantages", "returns")
+            self._refuse_not_finite(rows, *(name for name in ("advantages", "returns") if name in rows))
         kl = stats.get("rollout/kl", 0.0)
         self._watch_kl(kl)
         self._watch_scores(stats)
+        # 5. Train.
         with self.clock.part("train"):
             stats |= self._train(rows)
         self.shaping.kl_control.update(kl, len(rollouts))
-        self.advance()
+        self.advance(new_weights=self.consumed >= self.warmup_phases)
         self.work = self._work(rows)
-        parts = {f"rollout/score/{name}": mean for name, mean in judgement.means().items()}
-        self.log_dict({"train/lr": rate, "rollout/dropped": float(judgement.dropped), **parts, **stats})
+        self.log_dict({"train/lr": rate, **self.score_metrics(scores), **stats})
+
+    def _generate_greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """Return the likeliest response to each prompt, with which its sampled ones are compared."""
+        with self.clock.part("generate_greedy"):
+            return self.source.collect(prompts, 1, stream=GREEDY, phase=self.consumed, temperature=0.0)
 
     def _evaluate(self, rows: Rows) -> tuple[Rows, dict[str, float]]:
-        """Add the columns old_logprobs, values and (where there is a reference) ref_logprobs."""
+        """Add the columns old_logprobs, values (where there is a critic) and ref_logprobs (where there is a
+        reference)."""
         mask = rows.action_mask
 
         def of_policy(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
             out = model.logprobs(hidden, batch.targets, batch.target_mask, self.temperature, entropy=True)
             assert out.entropy is not None
-            found = {"old_logprobs": out.logprobs, "entropy": out.entropy}
-            return {**found, "values": model.values(hidden)} if self.critic is self.policy else found
+            return {"old_logprobs": out.logprobs, "entropy": out.entropy, **self.critic.values_beside(model, hidden)}
 
         found = self._forward(self.policy, rows, of_policy)
         entropy = found.pop("entropy")
-        if self.critic is not self.policy:
-            found |= self._forward(self.critic, rows, lambda model, hidden, _: {"values": model.values(hidden)})
+        found |= self.critic.values_of(rows, self._forward)
         if self.reference is not None:
-            with self.policy.with_weights(self.reference):
-                found["ref_logprobs"] = self._forward(self.policy, rows, of_policy)["old_logprobs"]
+            found["ref_logprobs"] = self.reference.logprobs(rows)
         rows = rows.with_columns(**found)
         self._refuse_not_finite(rows, *found)
         if self.reference is not None and self.trainer.global_step == 0:
@@ -222,6 +263,14 @@ class PPO(GenerativeModule):
             "rollout/response_tokens": float(tokens / len(rows)),
         }
 
+    def _logprobs_of(self, engine: Engine, rows: Rows) -> Tensor:
+        """[rows, time] log-probs of all rows' tokens under an engine's present weights."""
+
+        def of_tokens(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
+            return {"logprobs": model.logprobs(hidden, batch.targets, batch.target_mask, self.temperature).logprobs}
+
+        return self._forward(engine, rows, of_tokens)["logprobs"]
+
     def _forward(self, engine: Engine, rows: Rows, fn: ForwardFn) -> dict[str, Tensor]:
         micro, pack = self.config.trainer.micro_batch_size, self.config.ppo.pack
         return forward_rows(engine, rows, fn, per_microbatch=micro, share_bins=pack)
@@ -235,7 +284,7 @@ class PPO(GenerativeModule):
         expected = float(rows.action_mask.count_nonzero())
         shuffle = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.consumed) % SEEDS)
         collected: list[dict[str, float]] = []
-        self.policy_trains = self.consumed >= self.config.critic.warmup_phases
+        self.policy_trains = self.consumed >= self.warmup_phases
         for _ in range(ppo.inner_epochs):
             counted = 0.0
             for indices in torch.randperm(len(rows), generator=shuffle).split(size):
@@ -252,14 +301,13 @@ class PPO(GenerativeModule):
     def _place_schedules(self) -> None:
         """Learning rates follow the phases that are done, also where some of them had fewer steps: were cut short by
         ppo.stop_at_kl, lost responses, or were of another length before a resume."""
-        warm_up = self.config.critic.warmup_phases
-        self.policy.move_schedule_to(max(0, self.consumed - warm_up) * self.steps_of_a_phase)
-        if self.critic is not self.policy:
-            self.critic.move_schedule_to(self.consumed * self.steps_of_a_phase)
+        self.policy.move_schedule_to(max(0, self.consumed - self.warmup_phases) * self.steps_of_a_phase)
+        if self.critic.engine is not None:
+            self.critic.engine.move_schedule_to(self.consumed * self.steps_of_a_phase)
 
     def _is_over(self) -> bool:
         """Whether nothing trains any more in this phase."""
-        return not self.policy_trains and self.critic is self.policy
+        return not self.policy_trains and self.critic.engine is None
 
     def _means(self, collected: Sequence[dict[str, float]]) -> dict[str, float]:
         """Means over the minibatches that have a statistic, the largest KL among them, and the optimizer's steps."""
@@ -268,7 +316,7 @@ class PPO(GenerativeModule):
         means = {name: sum(column) / len(column) for name, column in columns.items()}
         if "policy/approx_kl" in columns:
             means["policy/approx_kl_max"] = max(columns["policy/approx_kl"])
-        steps = len(columns.get(NORMS["policy" if self.critic is self.policy else "critic"], ()))
+        steps = len(columns.get(NORMS["policy" if self.critic.engine is None else "critic"], ()))
         return {**means, "train/optimizer_steps": float(steps)}
 
     def _minibatch(self, rows: Rows, indices: Tensor, first: bool) -> dict[str, float]:
@@ -280,19 +328,19 @@ class PPO(GenerativeModule):
             metrics = self.policy.train_step(self.last_batch, self.policy_loss, self._count)
             metrics["train/loss"] = metrics["loss"]
             learns = self.policy.learning_rate > 0 and bool(rows["advantages"][indices].any())
-            if self.critic is self.policy:
+            if self.critic.shares_trunk:
                 learns = learns and self.config.ppo.vf_coef * metrics["value/loss"] != 0
-            self.invariants.gradients(self.policy, learns, fresh=self._is_fresh(self.config.critic.warmup_phases))
+            self.invariants.gradients(self.policy, learns, fresh=self._is_fresh(self.warmup_phases))
             if first and metrics["tokens"] > 0:
                 self.invariants.on_policy(metrics["policy/ratio"], metrics["policy/clip_fraction"])
             limit = self.config.ppo.stop_at_kl
             if limit is not None and metrics["policy/approx_kl"] > limit:
                 self.policy_trains = False
                 self.policy.zero_gradients()
-        if self.critic is not self.policy:
-            metrics |= self.critic.train_step(self.last_batch, self.value_loss, self._count)
-            learns = self.critic.learning_rate > 0 and metrics["value/loss"] != 0
-            self.invariants.gradients(self.critic, learns, fresh=self._is_fresh(0))
+        metrics |= self.critic.train_step(self.last_batch, self._count)
+        if self.critic.engine is not None:
+            learns = self.critic.engine.learning_rate > 0 and metrics["value/loss"] != 0
+            self.invariants.gradients(self.critic.engine, learns, fresh=self._is_fresh(0))
         norms = {} if self._is_over() else self.step_optimizers()
         named = {NORMS[name]: norm for name, norm in norms.items()}
         logged = {key: value for key, value in metrics.items() if "/" in key}
@@ -338,25 +386,9 @@ class PPO(GenerativeModule):
             kl_loss = aggregate(kl, mask, ppo.aggregation, **how)
             loss = loss + self.shaping.kl_control.value * kl_loss
             stats["policy/kl_loss"] = kl_loss
-        if self.critic is self.policy:
-            value_loss, values = self.value_loss(model, hidden, batch, counts)
-            loss = loss + ppo.vf_coef * value_loss
-            stats |= values
-        return loss, {**stats, "loss": loss}
-
-    def value_loss(
-        self, model: GPT, hidden: Tensor, batch: Microbatch, counts: dict[str, float]
-    ) -> tuple[Tensor, Stats]:
-        """The clipped value loss, the mean over the response tokens of the global minibatch."""
-        loss, found = ppo_value_loss(
-            batch.gather_rows(model.values(hidden)),
-            batch.rows["values"],
-            batch.rows["returns"],
-            batch.rows.action_mask,
-            clip=self.config.ppo.clip_value,
-            denominator=counts["tokens"],
-        )
-        return loss, {"value/loss": loss, "value/clip_fraction": found["clip_fraction"]}
+        more, values = self.critic.loss_beside(model, hidden, batch, counts)
+        loss = loss + more
+        return loss, {**stats, **values, "loss": loss}
 
     def _count(self, batch: Microbatch) -> Stats:
         mask = batch.rows.action_mask
@@ -372,7 +404,7 @@ class PPO(GenerativeModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         if "scorers" in checkpoint:
-            other_function = checkpoint["scorers"].get(REWARD) != self.scorers.get(REWARD)
+            other_function = checkpoint["scorers"].get(REWARD) != self.scorer_fingerprints.get(REWARD)
         else:  # an older version's
             other_function = not self.changed.isdisjoint(("reward.fn", "reward.options"))
         if other_function:
@@ -427,7 +459,7 @@ class PPO(GenerativeModule):
     def _work(self, rows: Rows) -> Work:
         """Generating and evaluating are forward passes; each inner epoch is a forward and a backward."""
         once = training_flops(self.config.model, self.vocab_size, rows.lengths)
-        models = 2 if self.critic is not self.policy else 1
+        models = len(self.engines)
         self.training_flops = once * models * self.config.ppo.inner_epochs
         passes = FORWARD_SHARE * (models + 1 + (self.reference is not None))
         return Work(int(rows.lengths.sum()), self.training_flops + once * passes)

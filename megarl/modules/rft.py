@@ -14,18 +14,19 @@ from megarl.clock import Work
 from megarl.config.files import load_chat_template
 from megarl.config.schema import RFTConfig
 from megarl.data.prompts import build_phase_loader
+from megarl.experience.rows import rollouts_to_rows, training_flops
+from megarl.experience.scorers import keep_scored
 from megarl.models.build import vocabulary
 from megarl.models.exchange.card import ModelCard
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour
-from megarl.modules.experience import rollouts_to_rows, training_flops
 from megarl.modules.generative import GenerativeModule
-from megarl.modules.judge import total
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel.grid import SEEDS
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Rows
 from megarl.rewards.answers import Score
+from megarl.rewards.scores import total
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
 
@@ -83,20 +84,22 @@ class RFT(GenerativeModule):
     def training_step(self, indices: Tensor, batch_idx: int) -> None:
         prompts = [self.prompts[index] for index in indices.tolist()]
         rate = self.policy.learning_rate
-        rollouts, scored, judgement = self.explore(prompts)
+        responses = self.generate(prompts)
+        scores = self.score(prompts, responses)
+        rollouts, scored, _ = keep_scored(responses, scores)
         answers = distinct(rollouts, scored)
         rows = rollouts_to_rows([rollout for rollout, _ in answers])
         with self.clock.part("train"):
             stats = self._improve(rows, answers)
         self.advance()
         self.work = self._work(rows, stats["train/optimizer_steps"])
-        scores = judgement.totals()
+        totals = scores.totals()
         self.log_dict(
             {
                 "train/lr": rate,
-                "rollout/score": sum(scores) / len(scores),
+                "rollout/score": sum(totals) / len(totals),
                 "rollout/distinct": len(answers) / len(rollouts),
-                "rollout/dropped": float(judgement.dropped),
+                **self.score_metrics(scores),
                 "rollout/response_tokens": sum(len(rollout.response) for rollout in rollouts) / len(rollouts),
                 **stats,
             }

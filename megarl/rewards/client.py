@@ -1,4 +1,4 @@
-"""The run's side of scoring: batches, tries and counts around a worker process.
+"""The run's side of scoring: tries and counts around a worker process.
 
 A sample without a score is an error or a counted drop, never a 0.
 """
@@ -9,9 +9,8 @@ import logging
 import math
 import pickle
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,35 +19,14 @@ from megarl.config.offers import either
 from megarl.config.rl import SCORER_START_S
 from megarl.errors import ConfigError, DataError, RewardError
 from megarl.logging import get_logger
-from megarl.rewards.answers import Score
 from megarl.rewards.functions import RewardFunction, Spec, resolve
 from megarl.rewards.process import CallFailedError, WorkerProcess
+from megarl.rewards.scores import Scores
 
 _log = get_logger(__name__)
 
 RESERVED = ("samples", "prompts", "outputs", "tokenizer")
 ON_ERROR = ("error", "drop")
-
-
-@dataclass
-class Scores:
-    """What came back for the samples, in their order.
-
-    Attributes:
-        values: a score, or one reward per token, for each sample; None where it was dropped.
-        parts: for several functions, each one's own scores, without its weight, by its name.
-        failed: calls that left at least one sample without a usable score.
-        retried: calls that were made again.
-        dropped: samples without a score in the end.
-        seconds: wall time of scoring.
-    """
-
-    values: list[Score | None]
-    parts: dict[str, list[float | None]] = field(default_factory=dict)
-    failed: int = 0
-    retried: int = 0
-    dropped: int = 0
-    seconds: float = 0.0
 
 
 class ScoringError(RewardError):
@@ -118,7 +96,6 @@ class RewardWorker:
         timeout_s: float = 60.0,
         retries: int = 1,
         on_error: str = "error",
-        batch_size: int | None = None,
         options: Mapping[str, Any] | None = None,
         devices: str | None = "",
         start_timeout_s: float = SCORER_START_S,
@@ -132,7 +109,6 @@ class RewardWorker:
             timeout_s: seconds one call may take.
             retries: how often a call that failed is made again.
             on_error: what happens to samples that still have no score: "error" raises, "drop" leaves them out.
-            batch_size: samples per call; None asks about all in one.
             options: keyword arguments of the function, which go before fields of the records.
             devices: CUDA_VISIBLE_DEVICES of the worker; "" hides every GPU, None shows what the run sees.
             start_timeout_s: seconds the worker may take to load the function and the tokenizer.
@@ -142,7 +118,6 @@ class RewardWorker:
         for name, good, value, wants in (
             ("timeout", timeout_s > 0 and math.isfinite(timeout_s), timeout_s, "a number of seconds above 0"),
             ("retries", retries >= 0, retries, "0 or more"),
-            ("batch_size", batch_size is None or batch_size >= 1, batch_size, "1 or more, or null for one call"),
         ):
             if not good:
                 raise ConfigError(
@@ -158,7 +133,7 @@ class RewardWorker:
         self._function = resolve(function, key)
         self._setup = _pack_setup(self._function, tokenizer, dict(options or {}), timeout_s, key)
         self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
-        self._retries, self._on_error, self._batch_size = retries, on_error, batch_size
+        self._retries, self._on_error = retries, on_error
         self._devices = devices
         self._process: WorkerProcess | None = None
         self._told: set[tuple[str, str, bool]] = set()
@@ -167,14 +142,6 @@ class RewardWorker:
     def name(self) -> str:
         """The function, as messages call it."""
         return self._function.name
-
-    def longest_s(self, count: int) -> float:
-        """Seconds that scoring `count` samples can take at most: every try of every call up to its time-out.
-
-        A process group that waits meanwhile needs a longer time-out than this.
-        """
-        calls = math.ceil(count / (self._batch_size or max(count, 1)))
-        return calls * (self._retries + 1) * (self._timeout_s + self._start_timeout_s)
 
     def start(self) -> None:
         """Start the worker and load the function, unless it is up.
@@ -192,7 +159,7 @@ class RewardWorker:
         metadata: Mapping[str, Sequence[Any]] | None = None,
         lengths: Sequence[int] | None = None,
     ) -> Scores:
-        """Ask the function about samples.
+        """Ask the function about samples, in one call; a further try is about those that have no score yet.
 
         Args:
             samples: prompt and response as one text each.
@@ -204,16 +171,13 @@ class RewardWorker:
         Raises:
             RewardError: with on_error="error", samples without a usable score after the last try.
         """
-        began = time.monotonic()
         question = _Question(
             {"samples": samples, "prompts": prompts, "outputs": outputs}, dict(metadata or {}), lengths
         )
         self._check(question)
         scores = Scores(values=[None] * len(samples))
-        size = self._batch_size or max(len(samples), 1)
-        for first in range(0, len(samples), size):
-            self._score_batch(question, range(first, min(first + size, len(samples))), scores)
-        scores.seconds = time.monotonic() - began
+        if samples:
+            self._ask_until_scored(question, range(len(samples)), scores)
         return scores
 
     def close(self) -> None:
@@ -246,18 +210,18 @@ class RewardWorker:
             if len(column) != count:
                 raise DataError(f"{name} has {len(column)} entries for {count} samples; give one for each", key=name)
 
-    def _score_batch(self, question: _Question, rows: Sequence[int], scores: Scores) -> None:
+    def _ask_until_scored(self, question: _Question, rows: Sequence[int], scores: Scores) -> None:
         """Ask until every sample has a score or the tries are used up; a later try asks only about the rest."""
         failure: _Failure | None = None
         for attempt in range(self._retries + 1):
-            scores.retried += attempt > 0
+            scores.repeated_calls += attempt > 0
             rows, found = self._attempt(question, rows, scores)
             if failure is not None and found != failure:  # what fails the same way again is told once, in the end
                 self._tell(failure, dropped=False, follows="and is asked again")
             failure = found
             if failure is None:
                 return
-            scores.failed += 1
+            scores.failed_calls += 1
         assert failure is not None
         if self._on_error == "error":
             tries = f" in {self._retries + 1} tries" if self._retries else ""
@@ -270,7 +234,6 @@ class RewardWorker:
                 where=failure.where,
                 offers={"reward.on_error": ["drop"]},
             )
-        scores.dropped += len(rows)
         follows = f"and {len(rows)} samples are dropped (reward.on_error=drop): {REMEDIES[failure.kind]}"
         self._tell(failure, dropped=True, follows=follows)
 

@@ -18,12 +18,11 @@ from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.parallel.layout import Layout
 from megarl.parallel.rows import ModelInputs
-from megarl.rollout import stored
 from megarl.rollout.noise import TRAINING, sequence_key
 from megarl.rollout.requests import Request, Rollout, check_requests
 from megarl.rollout.sampling import Drawn, RowSettings, draw
 from megarl.rollout.schedule import Decode, Schedule, deal
-from megarl.rollout.static import Scorer, StaticPasses
+from megarl.rollout.static import StaticPasses, TokenScorer
 
 
 @dataclass(frozen=True)
@@ -69,21 +68,17 @@ class Generator:
         also_eos: Sequence[int] = (),
         limits: Limits | None = None,
         decode: Decode | None = None,
-        scorer: Scorer = GPT.logits,
-        dump: str | None = None,
-        replay: str | None = None,
+        token_scorer: TokenScorer = GPT.logits,
     ) -> None:
         """
         Args:
             also_eos: other tokens that end a response like EOS: the chat template's marker.
             decode: tokens to text; needed where a request has stop texts.
-            scorer: for other draws than the model's own.
-            dump: folder in which every phase's rollouts are kept.
-            replay: folder of a dump, whose rollouts are returned instead of new ones.
+            token_scorer: for other draws than the model's own.
         """
         self.engine, self.grid, self.config = engine, engine.grid, engine.config
-        self.eos_id, self.also_eos, self.seed, self.decode, self.scorer = eos_id, also_eos, seed, decode, scorer
-        self.dump, self.replay = dump, replay
+        self.eos_id, self.also_eos, self.seed, self.decode = eos_id, also_eos, seed, decode
+        self.token_scorer = token_scorer
         self.limits = limits or Limits()
         self.limits.check(self.grid.layout)
         self.models: list[GPT] = list(engine.models)
@@ -109,8 +104,6 @@ class Generator:
         """
         # Every rank judges all requests, so that they all refuse or none does.
         check_requests(requests, self.config.vocab_size, self.config.max_positions, can_decode=self.decode is not None)
-        if self.replay is not None:
-            return stored.replay(self.replay, stream, phase, requests)
         mine = deal(requests, self.grid.layout.dp)[self.grid.dp_rank]
         if self.tokens_group is None and self.grid.layout.pp > 1:
             self.tokens_group = self._make_tokens_group()
@@ -124,9 +117,6 @@ class Generator:
         rollouts = [rollout for share in shares for rollout in share]
         rollouts.sort(key=lambda r: (r.prompt_id, r.sample_id))
         refuse_not_finite(rollouts, place)
-        if self.dump is not None:
-            path = stored.phase_file(self.dump, stream, phase)
-            self.grid.by_first(lambda: stored.dump(path, rollouts))  # any rank may replay it after this
         return rollouts
 
     def check_length(self, length: int) -> None:
@@ -159,12 +149,12 @@ class Generator:
             self.cache = None
 
     def static_passes(self) -> StaticPasses | None:
-        """Decode passes of fixed shapes, where they are asked for; over the present cache, by the scorer."""
+        """Decode passes of fixed shapes, where they are asked for; over the present cache, by the token scorer."""
         if not self.limits.graphs:
             return None
-        if self.static is None or self.static.scorer is not self.scorer:
+        if self.static is None or self.static.token_scorer is not self.token_scorer:
             assert self.cache is not None
-            self.static = StaticPasses(self.models[0], self.scorer, self.cache)
+            self.static = StaticPasses(self.models[0], self.token_scorer, self.cache)
         return self.static
 
     def _make_tokens_group(self) -> dist.ProcessGroup:
@@ -349,7 +339,7 @@ class _Lane:
         even = longest == int(schedule.lengths.min())
         view = CacheView(self.cache, where, lengths[:, None] - 1, longest, self.first, even)
         hidden = self._through_stage(schedule.last_tokens[:, None], view)
-        return None if hidden is None else generator.scorer(generator.models[-1], hidden[0])
+        return None if hidden is None else generator.token_scorer(generator.models[-1], hidden[0])
 
     def _through_stage(self, tokens: NDArray[np.int64], view: CacheView) -> Tensor | None:
         """tokens [rows, time] through this stage's chunks; the final hidden states [time, rows, hidden] on the last."""
@@ -453,4 +443,4 @@ def _generating(engine: Engine) -> Iterator[None]:
             module.training = was
 
 
-__all__ = ["Generator", "Limits", "Scorer", "Stats"]
+__all__ = ["Generator", "Limits", "TokenScorer", "Stats"]

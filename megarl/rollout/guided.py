@@ -10,11 +10,11 @@ from megarl.models.exchange.formats import open_source
 from megarl.models.gpt import GPT
 from megarl.models.heads import TargetQHeads, head_of
 from megarl.parallel.vocab import VocabShard
-from megarl.rollout.generator import Scorer
+from megarl.rollout.generator import TokenScorer
 
 
-@cache  # a scorer by identity names what is recorded as a CUDA graph
-def guided(beta: float) -> Scorer:
+@cache  # a function by identity names what is recorded as a CUDA graph
+def guided(beta: float) -> TokenScorer:
     """Scores log_softmax(logits) + beta * (min target Q - V), for a `Generator`; the usual filters come after."""
 
     def scores(model: GPT, states: Tensor) -> Tensor:

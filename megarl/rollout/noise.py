@@ -9,7 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-TRAINING, EVALUATION = 0, 1  # streams
+TRAINING, EVALUATION = 0, 1  # streams; every value of an evaluation's sweep has the next one
+GREEDY = 1 << 20  # of the likeliest responses beside those of training
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1

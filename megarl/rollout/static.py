@@ -15,7 +15,7 @@ from megarl.models.gpt import GPT
 from megarl.parallel.rows import ModelInputs
 
 # (last chunk, final hidden states [rows, hidden]) -> this shard's [rows, valid] float32 scores that tokens are drawn by
-Scorer = Callable[[GPT, Tensor], Tensor]
+TokenScorer = Callable[[GPT, Tensor], Tensor]
 SHORTEST = 64  # entries of the smallest bucket
 
 
@@ -27,10 +27,12 @@ class StaticPass:
     somebody gets it.
     """
 
-    def __init__(self, model: GPT, scorer: Scorer, cache: KVCache, rows: int, length: int, pool: Any = None) -> None:
+    def __init__(
+        self, model: GPT, token_scorer: TokenScorer, cache: KVCache, rows: int, length: int, pool: Any = None
+    ) -> None:
         """`pool`: memory that the recordings of several passes share."""
         self.pool = pool
-        self.model, self.scorer, self.cache, self.length = model, scorer, cache, length
+        self.model, self.token_scorer, self.cache, self.length = model, token_scorer, cache, length
         device = cache.store.device
         self.records = device.type == "cuda"
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
@@ -58,7 +60,7 @@ class StaticPass:
         # A new view each time: what it derives from the positions has to be part of the recording.
         view = CacheView(self.cache, self.slots, self.positions, self.length)
         hidden = self.model(ModelInputs(tokens=self.tokens, positions=self.positions), cache=view)
-        return self.scorer(self.model, hidden[0])
+        return self.token_scorer(self.model, hidden[0])
 
     def _record(self) -> None:
         aside = torch.cuda.Stream()
@@ -74,13 +76,13 @@ class StaticPass:
 
 @dataclass
 class StaticPasses:
-    """A pass for every bucket of rows and lengths that has come up, over one cache and with one scorer.
+    """A pass for every bucket of rows and lengths that has come up, over one cache and with one token scorer.
 
     Recordings share their memory: scores are read before the next pass, whichever it is, so nothing is lost.
     """
 
     model: GPT
-    scorer: Scorer
+    token_scorer: TokenScorer
     cache: KVCache
     passes: dict[tuple[int, int], StaticPass] = field(default_factory=dict)
     pool: Any = None
@@ -92,7 +94,7 @@ class StaticPasses:
         if self.pool is None and self.cache.store.device.type == "cuda":
             self.pool = torch.cuda.graph_pool_handle()
         if (rows, length) not in self.passes:
-            self.passes[rows, length] = StaticPass(self.model, self.scorer, self.cache, rows, length, self.pool)
+            self.passes[rows, length] = StaticPass(self.model, self.token_scorer, self.cache, rows, length, self.pool)
         return self.passes[rows, length].run(tokens, positions)
 
 

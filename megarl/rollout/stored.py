@@ -10,15 +10,16 @@ from typing import Any
 
 from megarl.disk import UnreadableError, is_file, local, parse_object, read_text
 from megarl.errors import ConfigError, DataError
+from megarl.rollout.noise import EVALUATION, GREEDY, TRAINING
 from megarl.rollout.requests import FINISH_REASONS, Request, Rollout
 
 FORMAT = "megarl rollouts 1"
-_STREAMS = ("train", "eval")
+_STREAMS = {TRAINING: "train", EVALUATION: "eval", GREEDY: "greedy"}
 
 
 def phase_file(folder: str | Path, stream: int, phase: int) -> Path:
     """Where a phase of a stream of randomness is kept."""
-    name = _STREAMS[stream] if stream < len(_STREAMS) else f"stream{stream}"
+    name = _STREAMS.get(stream, f"stream{stream}")
     return local(folder) / f"{name}-{phase:06d}.jsonl"
 
 

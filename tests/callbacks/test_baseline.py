@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 
 from megarl.callbacks.baseline import Baseline
 from megarl.callbacks.csv_logger import MetricsFile
-from megarl.modules.evaluation import Evaluated
+from megarl.experience.evaluation import Evaluated
 from tests.callbacks.tiny import SaveAt, Tiny, train
 
 LOSSES = [3.0, 2.0, 1.0, 0.5]

@@ -24,6 +24,13 @@ def written_down(samples: list[str], outputs: list[str], folder: str, **_: Any) 
     return scores
 
 
+def counted(outputs: list[str], folder: str, **_: Any) -> list[float]:
+    """Different letters of a response; how many samples a call asked about is written down."""
+    with Path(folder, "calls.txt").open("a") as file:
+        file.write(f"{len(outputs)}\n")
+    return [float(len(set(output))) for output in outputs]
+
+
 def sleeps_once(outputs: list[str], folder: str, **_: Any) -> list[float]:
     """Never returns from its first call."""
     mark = Path(folder, "slept")

@@ -11,7 +11,7 @@ from megarl.parallel.device import VARIABLE
 
 pytestmark = pytest.mark.gate
 ROOT = Path(__file__).parents[2]
-FLOORS = ("parallel", "rollout", "models", "modules", "e2e", "test_checkpoint.py")
+FLOORS = ("parallel", "rollout", "models", "experience", "modules", "e2e", "test_checkpoint.py")
 
 
 @pytest.mark.parametrize("floor", FLOORS)

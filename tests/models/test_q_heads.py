@@ -61,7 +61,7 @@ def loss(model: GPT, hidden: torch.Tensor, batch: Microbatch, counts: dict[str, 
 
 
 def greedy(engine: Engine, beta: float) -> list[list[int]]:
-    generator = Generator(engine, eos_id=0, seed=1, scorer=guided(beta))
+    generator = Generator(engine, eos_id=0, seed=1, token_scorer=guided(beta))
     sampling = Sampling(temperature=0.0, max_new_tokens=12)
     rollouts = generator.generate([Request(number, 0, (number + 1, 7), sampling) for number in range(6)])
     generator.close()

@@ -181,7 +181,7 @@ def test_recorded_passes_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(static.StaticPass, "run", lambda self, *_: pools.append(self.pool))
     cache = SimpleNamespace(store=SimpleNamespace(device=torch.device("cuda")), slots=8, length=256)
     monkeypatch.setattr(static.StaticPass, "__init__", lambda self, *args: setattr(self, "pool", args[-1]))
-    passes = static.StaticPasses(model=None, scorer=None, cache=cache)  # type: ignore[arg-type]
+    passes = static.StaticPasses(model=None, token_scorer=None, cache=cache)  # type: ignore[arg-type]
     for rows, length in ((1, 10), (4, 100), (8, 200)):
         passes.scores(torch.zeros(rows), torch.zeros(rows), length)
     assert pools == ["one pool"] * 3

@@ -89,9 +89,9 @@ def test_each_function_has_options_of_its_own() -> None:
     assert call(combined, "abb", pattern=["of the record"])[0] == [21.0]
 
 
-def test_it_runs_in_the_worker_and_parts_come_back_in_order_over_batches() -> None:
+def test_it_runs_in_the_worker_and_parts_come_back_in_order() -> None:
     combined = combine([counted, "megarl.rewards.builtin:length"], [1.0, 0.5])
-    with RewardWorker(combined, None, batch_size=2, retries=0) as worker:
+    with RewardWorker(combined, None, retries=0) as worker:
         scores = worker.score(["a", "bb", "ccc"], [""] * 3, ["a", "bb", "ccc"])
     assert scores.values == [1.5, 3.0, 4.5]
     assert scores.parts == {"counted": [1.0, 2.0, 3.0], "length": [1.0, 2.0, 3.0]}

@@ -99,19 +99,15 @@ def test_a_tokenizer_object_travels_too() -> None:
         assert ask(worker, "a", "b").values == [float(tokenizer.eos_id), 65.0]
 
 
-def test_order_is_kept_over_batches_and_a_short_last_one(start: Start) -> None:
+def test_a_call_asks_about_all_samples_in_their_order(start: Start) -> None:
     outputs = ["x" * n for n in (5, 3, 9, 1, 4, 8, 2)]
-    assert ask(start("lengths", batch_size=3), *outputs).values == [5.0, 3.0, 9.0, 1.0, 4.0, 8.0, 2.0]
-
-
-@pytest.mark.parametrize(("batch_size", "seen"), [(2, [2, 2, 2, 2, 1]), (None, [5] * 5)])
-def test_a_call_asks_about_batch_size_samples(start: Start, batch_size: int | None, seen: list[int]) -> None:
-    assert ask(start("calls_seen", batch_size=batch_size), *"abcde").values == seen
+    assert ask(start("lengths"), *outputs).values == [5.0, 3.0, 9.0, 1.0, 4.0, 8.0, 2.0]
+    assert ask(start("calls_seen"), *"abcde").values == [5] * 5
 
 
 def test_no_samples_need_no_worker(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
-    assert ask(start("lengths")) == Scores([], seconds=pytest.approx(0, abs=1))
+    assert ask(start("lengths")) == Scores([])
 
 
 def test_a_lambda_and_a_closure_travel(start: Start) -> None:
@@ -276,7 +272,7 @@ def test_an_answer_that_is_no_list_is_shown(start: Start) -> None:
     ],
 )
 def test_a_score_that_is_none_names_the_sample(start: Start, bad: object, shown: str) -> None:
-    worker = start("answer_of_the_record", batch_size=2)
+    worker = start("answer_of_the_record")
     message = failure_of(worker, *"abcd", kind="score", where="sample 3", answer=[1.0, 2.0, 3.0, bad])
     assert shown in message
 
@@ -318,7 +314,7 @@ def test_what_fails_once_is_retried_and_counted(start: Start, tmp_path: Path, ac
     worker = start("acts_once", retries=1, timeout_s=2.0)
     scores = ask(worker, action, "abc", mark=[str(tmp_path / "mark")] * 2)
     assert scores.values == [float(len(action)), 3.0]
-    assert (scores.failed, scores.retried, scores.dropped) == (1, 1, 0)
+    assert (scores.failed_calls, scores.repeated_calls, scores.dropped) == (1, 1, 0)
 
 
 def test_retries_end(start: Start) -> None:
@@ -326,17 +322,17 @@ def test_retries_end(start: Start) -> None:
 
 
 @pytest.mark.parametrize("function", ["raises", "dies", "too_few", "sleeps"])
-def test_with_drop_a_failed_call_costs_its_batch_alone_and_is_counted(start: Start, function: str) -> None:
-    scores = ask(start(function, on_error="drop", timeout_s=0.5, batch_size=2, retries=1), "a", "b")
+def test_with_drop_a_failed_call_costs_its_samples_and_is_counted(start: Start, function: str) -> None:
+    scores = ask(start(function, on_error="drop", timeout_s=0.5, retries=1), "a", "b")
     assert scores.values == [None, None]
-    assert (scores.failed, scores.retried, scores.dropped) == (2, 1, 2)
+    assert (scores.failed_calls, scores.repeated_calls, scores.dropped) == (2, 1, 2)
 
 
-def test_with_drop_other_batches_and_other_samples_keep_their_scores(start: Start) -> None:
-    worker = start("bad_word_raises", on_error="drop", batch_size=2)
-    scores = ask(worker, "a", "b", "bad", "c", "d")
-    assert scores.values == [1.0, 1.0, None, None, 1.0]
-    assert (scores.failed, scores.dropped) == (1, 2)
+def test_with_drop_other_calls_and_other_samples_keep_their_scores(start: Start) -> None:
+    worker = start("bad_word_raises", on_error="drop")
+    calls = [ask(worker, *outputs) for outputs in (("a", "b"), ("bad", "c"), ("d",))]
+    assert [scores.values for scores in calls] == [[1.0, 1.0], [None, None], [1.0]]
+    assert [(scores.failed_calls, scores.dropped) for scores in calls] == [(0, 0), (1, 2), (0, 0)]
     flawed = ask(start("answer_of_the_record", on_error="drop"), "a", "b", "c", answer=[1.0, None, 3.0])
     assert flawed.values == [1.0, None, 3.0]
     assert flawed.dropped == 1
@@ -359,7 +355,7 @@ def test_a_worker_that_died_between_calls_is_started_again(start: Start) -> None
     assert "SIGKILL" in worker._process.death()
     scores = ask(worker, "a")
     assert scores.values != [first]
-    assert scores.failed == 0
+    assert scores.failed_calls == 0
 
 
 def test_signals_of_the_job_leave_the_worker_alone(start: Start) -> None:
@@ -461,7 +457,6 @@ def test_a_function_that_lets_no_other_thread_run_ends_soon_after_its_time_out(t
         ({"timeout_s": 0}, "reward.timeout", {}),
         ({"retries": -1}, "reward.retries", {}),
         ({"on_error": "ignore"}, "reward.on_error", {"reward.on_error": ["error", "drop"]}),
-        ({"batch_size": 0}, "reward.batch_size", {}),
     ],
 )
 def test_settings_that_cannot_work_are_refused(setting: dict[str, Any], key: str, offers: dict[str, Any]) -> None:
@@ -481,13 +476,6 @@ def test_columns_of_unequal_length_and_taken_names_are_refused(start: Start) -> 
         ask(worker, "a", "b", goal=[1])
     with refused(DataError, key="prompts", names=("reward.fn",)):
         worker.score(["a"], [""], ["a"], {"prompts": ["x"]})
-
-
-def test_the_longest_scoring_counts_every_try_and_start() -> None:
-    worker = RewardWorker(
-        "tests.rewards.functions:lengths", None, timeout_s=10, start_timeout_s=5, retries=2, batch_size=4
-    )
-    assert worker.longest_s(9) == 3 * 3 * 15
 
 
 # What is said of it

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megarl.errors import ConfigError, NumericsError
+from megarl.experience.rows import forward_rows
 from megarl.models.cache import KVCache
 from megarl.models.gpt import GPT
-from megarl.modules.experience import forward_rows
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel.engine import Engine
 from megarl.parallel.microbatches import make_microbatches
@@ -133,10 +133,10 @@ def static_shapes() -> list[set[tuple[int, int]]]:
     generator = generator_of(small_engine({}, MODERATE, train=False), slots=6, graphs=True)
     shapes = []
     for call in range(3):
-        generator.scorer = GPT.logits if call < 2 else lambda model, states: model.logits(states) / 2
+        generator.token_scorer = GPT.logits if call < 2 else lambda model, states: model.logits(states) / 2
         generator.generate([Request(n, 0, (n,) * 50, Sampling(max_new_tokens=1 + 3 * n)) for n in range(5)], phase=call)
         assert generator.static is not None
-        assert generator.static.scorer is generator.scorer
+        assert generator.static.token_scorer is generator.token_scorer
         shapes.append(set(generator.static.passes))
     generator.close()
     assert generator.static is None
@@ -405,8 +405,8 @@ def test_stop_texts_are_found_across_the_borders_of_tokens(worlds: Worlds) -> No
     assert across > 3
 
 
-def scored(scorer: Callable[[GPT, torch.Tensor], torch.Tensor]) -> list[list[int]]:
-    generator = Generator(small_engine({}, train=False), EOS, seed=1, scorer=scorer)
+def scored(token_scorer: Callable[[GPT, torch.Tensor], torch.Tensor]) -> list[list[int]]:
+    generator = Generator(small_engine({}, train=False), EOS, seed=1, token_scorer=token_scorer)
     return [r.response for r in generator.generate([Request(0, 0, (1,), Sampling(max_new_tokens=3))])]
 
 
@@ -425,7 +425,7 @@ def test_a_scorer_replaces_the_model_s_own_logits(worlds: Worlds) -> None:
 def drawn_by_bad_scores(layout: dict[str, Any], bad: float) -> set[int]:
     """Of five prompts, the first token of the third has a bad score on one shard: who was reported."""
 
-    def scorer(model: GPT, states: torch.Tensor) -> torch.Tensor:
+    def token_scorer(model: GPT, states: torch.Tensor) -> torch.Tensor:
         scores = model.logits(states)
         if model.shard.start == 0:
             scores[marked(states), 5] = bad
@@ -436,7 +436,7 @@ def drawn_by_bad_scores(layout: dict[str, Any], bad: float) -> set[int]:
 
     mark: list[float] = []
     engine = small_engine(layout, MODERATE, train=False)
-    generator = Generator(engine, EOS, seed=5, limits=Limits(slots=2), scorer=scorer)
+    generator = Generator(engine, EOS, seed=5, limits=Limits(slots=2), token_scorer=token_scorer)
     requests = [Request(number, 0, (number + 1,), Sampling(max_new_tokens=2)) for number in range(5)]
     rows = Rows(torch.tensor([[3]]), torch.tensor([1]), torch.zeros(1, 1))
     (one_token,) = make_microbatches(rows, torch.arange(1), engine.grid, per_microbatch=1, share_bins=False)

@@ -37,7 +37,7 @@ def in_both(layout: dict[str, Any], wanted: str, model: dict[str, Any]) -> dict[
     reshard = for_generation(engine, wanted)
     assert reshard is not None
     here, there = generator_of(engine), generator_of(reshard.engine)
-    here.scorer = there.scorer = guided(1.0) if heads else GPT.logits
+    here.token_scorer = there.token_scorer = guided(1.0) if heads else GPT.logits
     found: dict[str, Any] = {"links": reshard.links, "weights": reshard.weight_bytes}
     torch.manual_seed(7)
     for name in ("first", "trained"):

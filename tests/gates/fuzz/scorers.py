@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megarl.modules.judge import fingerprint, read_function
+from megarl.experience.scorers import fingerprint, read_function
 from megarl.rewards.answers import AnswerError, NoScore, read_scores
 from megarl.rewards.client import RewardWorker
 from megarl.tokenizers import ByteTokenizer

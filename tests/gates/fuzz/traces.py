@@ -13,7 +13,7 @@ from typing import Any
 from megarl import why_stuck
 from megarl.callbacks.crumb import FOLDER
 from megarl.callbacks.csv_logger import MetricsFile
-from megarl.modules.journal import Journal
+from megarl.experience.journal import Journal
 from megarl.rollout import stored
 from megarl.rollout.requests import Request
 from tests.gates.fuzz import mutate

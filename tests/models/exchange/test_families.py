@@ -11,6 +11,8 @@ from torch import Tensor
 
 from megarl.config.schema import ModelConfig, ParallelConfig, TokenizerConfig
 from megarl.errors import CheckpointError
+from megarl.experience.rows import forward_rows
+from megarl.experience.start_weights import FOLDER, keep
 from megarl.models.build import build_engine
 from megarl.models.exchange import export as writer
 from megarl.models.exchange.card import ModelCard
@@ -20,8 +22,6 @@ from megarl.models.exchange.family import shape_of
 from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.parameters import parameters
 from megarl.models.roles import Role
-from megarl.modules.experience import forward_rows
-from megarl.modules.reference import FOLDER, keep
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
 from megarl.parallel.rows import Microbatch, Rows

@@ -10,9 +10,9 @@ import pytest
 from megarl.config.rl import RolloutConfig
 from megarl.data.prompts import Prompt
 from megarl.errors import ConfigError
+from megarl.experience import sources
+from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts
 from megarl.models.gpt import GPT
-from megarl.modules import responder as responding
-from megarl.modules.responder import Responder
 from megarl.parallel.layout import Layout
 from megarl.rollout.noise import EVALUATION, TRAINING
 from megarl.rollout.requests import Request
@@ -26,7 +26,7 @@ class Remembers:
     """Stands for the generator."""
 
     def __init__(self, *_: Any, **options: Any) -> None:
-        self.options, self.scorer = options, None
+        self.options, self.token_scorer = options, None
         self.requests: list[Request] = []
         self.has_cache = False
 
@@ -40,22 +40,23 @@ class Remembers:
 
 @pytest.fixture
 def generator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(responding, "Generator", Remembers)
+    monkeypatch.setattr(sources, "Generator", Remembers)
 
 
-def responder(unit: str = "phase", **settings: Any) -> Responder:
+def source(unit: str = "phase", **settings: Any) -> GeneratedRollouts:
     engine: Any = SimpleNamespace(grid=SimpleNamespace(layout=Layout()))
-    return Responder(engine, CharacterTokenizer("abcd"), RolloutConfig(**settings), seed=3, unit=unit)
+    return GeneratedRollouts(engine, CharacterTokenizer("abcd"), RolloutConfig(**settings), seed=3, unit=unit)
 
 
-def respond(n: int = 1, changes: dict[str, Any] | None = None, **settings: Any) -> Any:
-    made = responder(**settings)
-    made.respond(PROMPTS, n, stream=1, phase=4, **(changes or {}))
+def collected(n: int = 1, changes: dict[str, Any] | None = None, **settings: Any) -> Any:
+    made = source(**settings)
+    made.publish(9)
+    made.collect(PROMPTS, n, stream=1, phase=4, **(changes or {}))
     return made.generator
 
 
 def test_each_prompt_is_asked_n_times_and_numbered_by_its_place(generator: None) -> None:
-    asked = respond(n=2, max_new_tokens=3, temperature=0.5, stop=["x"])
+    asked = collected(n=2, max_new_tokens=3, temperature=0.5, stop=["x"])
     assert [(r.prompt_id, r.sample_id, r.prompt) for r in asked.requests] == [
         (0, 0, (1, 2, 3)),
         (0, 1, (1, 2, 3)),
@@ -66,9 +67,9 @@ def test_each_prompt_is_asked_n_times_and_numbered_by_its_place(generator: None)
         (0.5, 3, ("x",))
     }
     del asked.which["place"]
-    assert asked.which == {"stream": 1, "phase": 4, "weights_version": 4}
+    assert asked.which == {"stream": 1, "phase": 4, "weights_version": 9}
     assert asked.options["seed"] == 3
-    assert asked.scorer is GPT.logits
+    assert asked.token_scorer is GPT.logits
 
 
 @pytest.mark.parametrize(
@@ -82,18 +83,18 @@ def test_each_prompt_is_asked_n_times_and_numbered_by_its_place(generator: None)
 def test_messages_say_in_what_part_of_a_run_a_response_was_drawn(
     generator: None, stream: int, unit: str, when: str
 ) -> None:
-    made = responder(unit=unit)
-    made.respond(PROMPTS, 1, stream=stream, phase=4)
+    made = source(unit=unit)
+    made.collect(PROMPTS, 1, stream=stream, phase=4)
     assert made.generator.which["place"](1) == f"prompt 1 {when}"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_the_cache_is_kept_for_graphs_alone(generator: None, graphs: bool) -> None:
-    assert respond(max_new_tokens=3, cuda_graphs=graphs).has_cache == graphs
+    assert collected(max_new_tokens=3, cuda_graphs=graphs).has_cache == graphs
 
 
 def test_a_setting_may_differ_from_the_runs(generator: None) -> None:
-    asked = respond(max_new_tokens=3, temperature=0.5, changes={"temperature": 0.0})
+    asked = collected(max_new_tokens=3, temperature=0.5, changes={"temperature": 0.0})
     assert {(r.sampling.temperature, r.sampling.max_new_tokens) for r in asked.requests} == {(0.0, 3)}
 
 
@@ -102,12 +103,14 @@ def test_a_cache_that_is_too_small_for_the_longest_prompt_is_refused_before_any_
 ) -> None:
     checked: list[int] = []
     monkeypatch.setattr(Remembers, "check_length", lambda self, length: checked.append(length), raising=False)
-    responder(max_new_tokens=3).check_room(PROMPTS)
-    responder(max_new_tokens=3, replay="folder").check_room(PROMPTS)  # makes no cache
-    responder(max_new_tokens=3).check_room([])  # never generates
+    source(max_new_tokens=3).check_prompts(PROMPTS)
+    ReplayedRollouts("folder", RolloutConfig(max_new_tokens=3)).check_prompts(PROMPTS)  # makes no cache
+    source(max_new_tokens=3).check_prompts([])  # never generates
     assert checked == [8]
 
 
 def test_stop_texts_that_cannot_be_sampled_with_are_refused_before_any_phase(generator: None) -> None:
     with refused(ConfigError, names=("rollout.stop",)):
-        responder(stop=[""])
+        source(stop=[""])
+    with refused(ConfigError, names=("rollout.stop",)):
+        ReplayedRollouts("folder", RolloutConfig(stop=[""]))

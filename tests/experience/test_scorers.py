@@ -17,15 +17,15 @@ import torch.distributed as dist
 from megarl.config.rl import RewardConfig
 from megarl.data.prompts import Prompt
 from megarl.errors import ConfigError, RewardError
-from megarl.modules import judge as judging
-from megarl.modules.journal import Journal
-from megarl.modules.judge import Judge, fingerprint, read_function
+from megarl.experience import scorers as scoring
+from megarl.experience.journal import Journal
+from megarl.experience.scorers import FunctionScorer, fingerprint, keep_scored, read_function
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
 from megarl.rewards import builtin
-from megarl.rewards.client import Scores
 from megarl.rewards.combine import Combined
 from megarl.rewards.identity import identity
+from megarl.rewards.scores import Scores
 from megarl.rollout.noise import TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import CharacterTokenizer
@@ -63,7 +63,9 @@ class Scripted:
             raise RewardError("no more")
         self.questions.append(question)
         values = [self.score_of(output) for output in question["outputs"]]
-        return Scores(values=list(values), parts={"half": [None if v is None else v / 2 for v in values]}, failed=1)
+        return Scores(
+            values=list(values), parts={"half": [None if v is None else v / 2 for v in values]}, failed_calls=1
+        )
 
     def close(self) -> None:
         """Nothing is running."""
@@ -76,16 +78,18 @@ class Scripted:
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     scripted = Scripted()
-    monkeypatch.setattr(judging, "RewardWorker", scripted)
+    monkeypatch.setattr(scoring, "RewardWorker", scripted)
     return scripted
 
 
-def make(journal: Journal | None = None, function: Any = "megarl.rewards.builtin:length", **settings: Any) -> Judge:
-    return Judge(function, RewardConfig(**settings), TOKENIZER, ALONE, journal=journal)
+def make(
+    journal: Journal | None = None, function: Any = "megarl.rewards.builtin:length", **settings: Any
+) -> FunctionScorer:
+    return FunctionScorer(function, RewardConfig(**settings), TOKENIZER, ALONE, journal=journal)
 
 
 def test_a_question_holds_texts_without_the_end_and_every_records_fields(worker: Scripted) -> None:
-    judgement = make().score(PROMPTS, ROLLOUTS, TRAINING, 0)
+    scores = make().score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0)
     assert worker.questions == [
         {
             "samples": ["acd", "ac", "b"],
@@ -95,9 +99,9 @@ def test_a_question_holds_texts_without_the_end_and_every_records_fields(worker:
             "lengths": [3, 1, 1],
         }
     ]
-    assert judgement.scores == [2.0, 1.0, 0.0]
-    assert judgement.parts == {"half": [1.0, 0.5, 0.0]}
-    assert judgement.totals() == [2.0, 1.0, 0.0]
+    assert scores.values == [2.0, 1.0, 0.0]
+    assert scores.parts == {"half": [1.0, 0.5, 0.0]}
+    assert scores.totals() == [2.0, 1.0, 0.0]
 
 
 def test_only_an_end_that_was_drawn_is_no_text() -> None:
@@ -110,33 +114,45 @@ def test_what_was_scored_before_the_end_of_a_process_is_not_asked_again(worker: 
     worker.fail_at = 1
     first = make(Journal(tmp_path, "reward"), batch_size=2)
     with pytest.raises(RewardError):
-        first.score(PROMPTS, ROLLOUTS, TRAINING, 0)
+        first.score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0)
     worker.fail_at = -1
     second = make(Journal(tmp_path, "reward"), batch_size=2)
-    judgement = second.score(PROMPTS, ROLLOUTS, TRAINING, 0)
+    scores = second.score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0)
     assert worker.outputs == [["cd", "c"], [""]]
-    assert judgement.scores == [2.0, 1.0, 0.0]
-    assert judgement.parts == {"half": [1.0, 0.5, 0.0]}
-    second.score(PROMPTS, ROLLOUTS, TRAINING, 0)
+    assert scores.values == [2.0, 1.0, 0.0]
+    assert scores.parts == {"half": [1.0, 0.5, 0.0]}
+    second.score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0)
     assert len(worker.questions) == 2
-    second.score(PROMPTS, ROLLOUTS, TRAINING, 1)
+    second.score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=1)
     assert worker.outputs[2:] == [["cd", "c"], [""]], "another phase is another question"
 
 
 def test_samples_without_a_score_are_counted_and_never_a_zero(worker: Scripted, tmp_path: Path) -> None:
     worker.score_of = lambda output: float(len(output)) if output else None
     journal = Journal(tmp_path, "reward")
-    judgement = make(journal).score(PROMPTS, ROLLOUTS, TRAINING, 0)
-    assert (judgement.scores, judgement.dropped, judgement.failed) == ([2.0, 1.0, None], 1, 1)
-    assert judgement.totals() == [2.0, 1.0]
-    again = make(journal).score(PROMPTS, ROLLOUTS, TRAINING, 0)
-    assert (again.scores, again.dropped) == (judgement.scores, 1), "a resume drops what was dropped"
+    scores = make(journal).score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0)
+    assert (scores.values, scores.dropped, scores.failed_calls) == ([2.0, 1.0, None], 1, 1)
+    assert scores.totals() == [2.0, 1.0]
+    again = make(journal).score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0)
+    assert (again.values, again.dropped) == (scores.values, 1), "a resume drops what was dropped"
+
+
+def test_rollouts_without_a_score_or_without_what_they_are_compared_with_are_left_out() -> None:
+    scores = Scores([2.0, None, 1.0])
+    assert keep_scored(ROLLOUTS, scores) == ([ROLLOUTS[0], ROLLOUTS[2]], [2.0, 1.0], None)
+    assert keep_scored(ROLLOUTS, scores, [5.0, None]) == ([ROLLOUTS[0]], [2.0], [5.0])
+
+
+def test_a_part_of_the_scores_has_the_parts_of_its_samples() -> None:
+    part = Scores([1.0, None, 3.0], {"a": [1.0, 2.0, 3.0]}, failed_calls=2, repeated_calls=1).part(slice(1, None))
+    assert part == Scores([None, 3.0], {"a": [2.0, 3.0]}, failed_calls=2, repeated_calls=1)
+    assert (part.dropped, part.totals(), part.means()) == (1, [3.0], {"a": 2.5})
 
 
 def test_rewards_of_tokens_count_as_their_sum_in_a_mean(worker: Scripted) -> None:
     worker.score_of = lambda output: [1.0] * (len(output) + 1)  # type: ignore[assignment,return-value]
     worker.score = lambda **q: Scores(values=[worker.score_of(o) for o in q["outputs"]])  # type: ignore[method-assign]
-    assert make().score(PROMPTS, ROLLOUTS, TRAINING, 0).totals() == [3.0, 2.0, 1.0]
+    assert make().score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0).totals() == [3.0, 2.0, 1.0]
 
 
 @pytest.fixture
@@ -149,10 +165,10 @@ def scores_file(tmp_path: Path) -> Path:
 def test_a_function_that_was_mended_is_asked_again(worker: Scripted, scores_file: Path, tmp_path: Path) -> None:
     """Its name is the same, and the responses are: only what its file says has changed."""
     for _ in range(2):
-        make(Journal(tmp_path, "reward"), f"{scores_file}:score").score(PROMPTS, ROLLOUTS, TRAINING, 0)
+        make(Journal(tmp_path, "reward"), f"{scores_file}:score").score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0)
     assert len(worker.questions) == 1
     scores_file.write_text(scores_file.read_text().replace("1.0", "2.0"))
-    make(Journal(tmp_path, "reward"), f"{scores_file}:score").score(PROMPTS, ROLLOUTS, TRAINING, 0)
+    make(Journal(tmp_path, "reward"), f"{scores_file}:score").score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0)
     assert len(worker.questions) == 2
 
 
@@ -230,20 +246,20 @@ def test_what_is_no_sum_of_functions_is_refused_by_its_key(written: str) -> None
 
 def test_a_metric_never_takes_the_place_of_the_score(scores_file: Path) -> None:
     path = scores_file
-    metric = Judge(f"{path}:score", RewardConfig(), TOKENIZER, ALONE, key="metric.fn")
+    metric = FunctionScorer(f"{path}:score", RewardConfig(), TOKENIZER, ALONE, key="metric.fn")
     assert metric.name == "score_metric"
 
 
 def across_ranks(function: str, **settings: Any) -> Any:
     """Scores, and whether this rank has a worker; or the failure."""
     grid = Grid(Layout.for_world(dist.get_world_size()), start_world())
-    judge = Judge(function, RewardConfig(**settings), TOKENIZER, grid)
+    scorer = FunctionScorer(function, RewardConfig(**settings), TOKENIZER, grid)
     try:
-        return judge.score(PROMPTS, ROLLOUTS, TRAINING, 0).scores, judge.worker is not None
+        return scorer.score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0).values, scorer.worker is not None
     except RewardError as problem:
         return str(problem)
     finally:
-        judge.close()
+        scorer.close()
         grid.close()
 
 
@@ -259,14 +275,14 @@ def test_every_rank_gets_the_scores_or_the_error_of_the_one_that_asks(worlds: Wo
 
 def test_the_settings_of_a_run_reach_the_worker(worker: Scripted) -> None:
     make(timeout=7.0, retries=3, on_error="drop", batch_size=5, devices="1")
-    wanted = {"timeout_s": 7.0, "retries": 3, "on_error": "drop", "batch_size": 5, "devices": "1", "key": "reward.fn"}
+    wanted = {"timeout_s": 7.0, "retries": 3, "on_error": "drop", "devices": "1", "key": "reward.fn"}
     assert wanted.items() <= worker.settings.items()
 
 
 CALLABLES = """
 import os, sys
 sys.path.insert(0, os.getcwd())
-from megarl.modules.judge import fingerprint, read_function
+from megarl.experience.scorers import fingerprint, read_function
 
 class Judge:
     def __init__(self, bonus):

@@ -1,58 +1,55 @@
-"""Rollouts in, scores out: one rank asks the function, every rank gets the answer, or the error."""
+"""What scores rollouts: `Scorer`, and the one that asks a reward function in a process of its own."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megarl.config.rl import RewardConfig
 from megarl.data.prompts import Prompt
 from megarl.errors import DataError
-from megarl.modules.journal import Entry, Journal, identity
+from megarl.experience.journal import Entry, Journal, identity
 from megarl.parallel.grid import Grid
 from megarl.rewards.answers import Score
 from megarl.rewards.client import RESERVED, RewardWorker
 from megarl.rewards.combine import Combined, combine
 from megarl.rewards.functions import RewardFunction, Spec, resolve
+from megarl.rewards.scores import Scores
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
 
 _WEIGHTED = re.compile(
     r"^(?:(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?(?P<function>\S+)$", re.IGNORECASE
 )
-TAKEN = ("score", "response_tokens")  # names that evaluations log other things under
+RESERVED_METRICS = ("score", "response_tokens")  # names that evaluations log other things under
 
 
-@dataclass
-class Judgement:
-    """Scores in the order of the rollouts; None where there is none in the end (counted in `dropped`)."""
+class Scorer(Protocol):
+    """Scores rollouts. Every rank of the world asks, and every rank gets the same scores, or the same error.
 
-    scores: list[Score | None] = field(default_factory=list)
-    parts: dict[str, list[float | None]] = field(default_factory=dict)
-    failed: int = 0
-    retried: int = 0
-    dropped: int = 0
+    Attributes:
+        name: what evaluations log the mean score under.
+        fingerprint: changes with whatever gives the scores, so that a resume can tell.
+    """
 
-    def totals(self) -> list[float]:
-        """A number per sample that has a score; per-token rewards count as their sum."""
-        return [total(score) for score in self.scores if score is not None]
+    name: str
+    fingerprint: str
 
-    def means(self) -> dict[str, float]:
-        """Of each part, over the samples that have it."""
-        present = {part: [value for value in column if value is not None] for part, column in self.parts.items()}
-        return {part: sum(values) / len(values) for part, values in present.items() if values}
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
+        """Return the scores of rollouts, in their order; `prompts[rollout.prompt_id]` is a rollout's prompt."""
 
+    def forget(self, before: int) -> None:
+        """Let go of what is remembered of phases before that one."""
 
-def total(score: Score) -> float:
-    return sum(score) if isinstance(score, list) else score
+    def close(self) -> None:
+        """Release processes and memory until the next call."""
 
 
-class Judge:
-    """Asks one function. Only the first rank has the worker process; it starts with the first question."""
+class FunctionScorer:
+    """A scorer that asks a function. Only the first rank has the function's process, from the first call on."""
 
     def __init__(
         self,
@@ -71,10 +68,10 @@ class Judge:
         chosen = read_function(function, key)
         name = getattr(chosen, "name", "combined").rpartition(":")[2].rpartition(".")[2]
         name = key.partition(".")[0] if name == "<lambda>" else name
-        self.name = free_name(name) if key == "metric.fn" else name
-        self.scorer: str = grid.by_first(lambda: fingerprint(chosen, options or {}))
+        self.name = unique_metric_name(name) if key == "metric.fn" else name
+        self.fingerprint: str = grid.by_first(lambda: fingerprint(chosen, options or {}))
         if journal is not None:
-            journal.function = self.scorer
+            journal.function = self.fingerprint
         if grid.rank == 0:
             self.worker = RewardWorker(
                 chosen,
@@ -82,19 +79,18 @@ class Judge:
                 timeout_s=settings.timeout,
                 retries=settings.retries,
                 on_error=settings.on_error,
-                batch_size=settings.batch_size,
                 options=options,
                 devices=settings.devices,
                 key=key,
             )
 
-    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], stream: int, phase: int) -> Judgement:
-        """The same on every rank; `prompts[rollout.prompt_id]` is a rollout's prompt."""
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
+        """Return the scores of rollouts, in their order, from the journal where it has them."""
         asking = iter(()) if self.worker is None else self._ask(self.worker, prompts, rollouts, stream, phase)
-        judgement: Judgement | None = None
-        while judgement is None:  # the others hear of every call, so that they wait for no more than one of them
-            judgement = self.grid.by_first(lambda: next(asking))
-        return judgement
+        scores: Scores | None = None
+        while scores is None:  # the others hear of every call, so that they wait for no more than one of them
+            scores = self.grid.by_first(lambda: next(asking))
+        return scores
 
     def forget(self, before: int) -> None:
         """Let go of what the journal holds of phases before that one."""
@@ -107,10 +103,11 @@ class Judge:
 
     def _ask(
         self, worker: RewardWorker, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], stream: int, phase: int
-    ) -> Iterator[Judgement | None]:
-        """Ask about what the journal does not know, a call's worth at a time, so that each answer is kept at once.
+    ) -> Iterator[Scores | None]:
+        """Ask about what the journal does not know, `reward.batch_size` samples in a call, and keep each call's scores
+        at once.
 
-        Yields None after each call, and in the end what came of all.
+        Yields None after each call, and all scores in the end.
         """
         known = {} if self.journal is None else self.journal.read(stream, phase)
         names = [identity(rollout, prompts[rollout.prompt_id].metadata) for rollout in rollouts]
@@ -120,7 +117,7 @@ class Judge:
             if name in known and _fits(known[name], rollout)
         }
         unknown = [row for row in range(len(rollouts)) if row not in found]
-        judgement = Judgement()
+        failed = repeated = 0
         size = self.batch_size or max(len(unknown), 1)
         for first in range(0, len(unknown), size):
             rows = unknown[first : first + size]
@@ -130,15 +127,17 @@ class Judge:
                 self.journal.write(stream, phase, [names[row] for row in rows], scores.values, scores.parts)
             for index, row in enumerate(rows):
                 found[row] = (scores.values[index], {name: column[index] for name, column in scores.parts.items()})
-            judgement.failed += scores.failed
-            judgement.retried += scores.retried
+            failed += scores.failed_calls
+            repeated += scores.repeated_calls
             yield None
-        order = [found[row] for row in range(len(rollouts))]
-        judgement.scores = [score for score, _ in order]
-        terms = list(dict.fromkeys(term for _, parts in order for term in parts))
-        judgement.parts = {term: [parts.get(term) for _, parts in order] for term in terms}
-        judgement.dropped = sum(score is None for score in judgement.scores)
-        yield judgement
+        entries = [found[row] for row in range(len(rollouts))]
+        names_of_parts = list(dict.fromkeys(part for _, parts in entries for part in parts))
+        yield Scores(
+            values=[score for score, _ in entries],
+            parts={part: [parts.get(part) for _, parts in entries] for part in names_of_parts},
+            failed_calls=failed,
+            repeated_calls=repeated,
+        )
 
     def _question(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, Any]:
         """Texts of samples and the other fields of their records. A sampled end of sequence is no text."""
@@ -151,6 +150,26 @@ class Judge:
             "metadata": {name: [prompt.metadata.get(name) for prompt in prompts] for name in names},
             "lengths": [len(rollout.response) for rollout in rollouts],
         }
+
+
+def keep_scored(
+    rollouts: Sequence[Rollout], scores: Scores, greedy: Sequence[Score | None] | None = None
+) -> tuple[list[Rollout], list[Score], list[Score] | None]:
+    """Return the rollouts that have a score, their scores, and the baselines of their prompts.
+
+    Args:
+        greedy: by prompt_id, scores that rollouts are compared with. Those of a prompt without one are left out too.
+    """
+    kept: list[Rollout] = []
+    values: list[Score] = []
+    baselines: list[Score] = []
+    for rollout, score in zip(rollouts, scores.values, strict=True):
+        baseline = 0.0 if greedy is None else greedy[rollout.prompt_id]
+        if score is not None and baseline is not None:
+            kept.append(rollout)
+            values.append(score)
+            baselines.append(baseline)
+    return kept, values, None if greedy is None else baselines
 
 
 def check_fields(prompts: Sequence[Prompt], key: str) -> None:
@@ -172,9 +191,9 @@ def _fits(entry: Entry, rollout: Rollout) -> bool:
     return not isinstance(entry[0], list) or len(entry[0]) == len(rollout.response)
 
 
-def free_name(name: str) -> str:
+def unique_metric_name(name: str) -> str:
     """Of a metric, beside what evaluations log anyway."""
-    return f"{name}_metric" if name in TAKEN else name
+    return f"{name}_metric" if name in RESERVED_METRICS else name
 
 
 def read_function(function: Spec | RewardFunction, key: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megarl.errors import DataError
-from megarl.modules.journal import Journal, identity
+from megarl.experience.journal import Journal, identity
 from megarl.rollout.noise import EVALUATION, TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.rollout.stored import dump, load, phase_file

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megarl.errors import InvariantError
-from megarl.modules.invariants import Invariants
-from megarl.parallel.device import GPU, assumed
+from megarl.experience.invariants import Invariants
+from megarl.parallel.device import CPU, GPU, assumed
 from tests.refusals import refused
 
 TRAINABLE = {"embedding", "value_head.inner", "value_head.outer"}
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu() -> Iterator[None]:
+    """Bounds are a CPU's, whatever settings the tests run with."""
+    with assumed(CPU):
+        yield
 
 
 def invariants(mode: str = "strict", precision: str = "fp32") -> Invariants:

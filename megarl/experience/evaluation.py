@@ -8,15 +8,14 @@ from typing import Any
 
 from megarl.config.rl import EvalConfig
 from megarl.data.prompts import Prompt
-from megarl.modules.judge import Judge, Judgement, free_name, total
+from megarl.experience.scorers import Scorer, unique_metric_name
+from megarl.rewards.scores import Scores, total
 from megarl.rollout.noise import EVALUATION
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
 
-# respond(prompts, n, stream=, phase=, **{setting: value}) -> rollouts
-Respond = Callable[..., list[Rollout]]
-
-
+# collect(prompts, n, stream=, phase=, **{setting: value}) -> rollouts
+Collect = Callable[..., list[Rollout]]
 SCORE = "eval/score"
 
 
@@ -29,18 +28,18 @@ class Evaluated:
 
 
 class Evaluation:
-    """Answers, judges, and keeps a few responses to be shown."""
+    """Collects responses to held-out prompts, scores them, and keeps a few to be shown."""
 
     def __init__(
         self,
-        respond: Respond,
+        collect: Collect,
         prompts: Sequence[Prompt],
-        judges: dict[str, Judge],
+        scorers: dict[str, Scorer],
         settings: EvalConfig,
         tokenizer: Tokenizer,
     ) -> None:
-        """`judges` by the name their mean is logged under, `score` for the reward."""
-        self.respond, self.prompts, self.judges = respond, prompts, judges
+        """`scorers` by the name their mean is logged under, `score` for the reward."""
+        self.collect, self.prompts, self.scorers = collect, prompts, scorers
         self.settings, self.tokenizer = settings, tokenizer
         sweeps = [(name, values) for name, values in asdict(settings.sweep).items() if values]
         self.changes: list[dict[str, float]] = [{}]
@@ -54,23 +53,22 @@ class Evaluation:
         # Each value of the sweep is a stream of its own, as its responses are kept and scored apart from the others'.
         for stream, changes in enumerate(self.changes, EVALUATION):
             suffix = "".join(f"@{name}={value:g}" for name, value in changes.items())
-            rollouts = self.respond(self.prompts, self.settings.n, stream=stream, phase=phase, **changes)
-            judged = {name: judge.score(self.prompts, rollouts, stream, phase) for name, judge in self.judges.items()}
-            for name, judgement in judged.items():
-                evaluated.metrics |= _means(f"eval/{name}", judgement, suffix)
+            rollouts = self.collect(self.prompts, self.settings.n, stream=stream, phase=phase, **changes)
+            scored = {
+                name: scorer.score(self.prompts, rollouts, stream=stream, phase=phase)
+                for name, scorer in self.scorers.items()
+            }
+            for name, scores in scored.items():
+                evaluated.metrics |= _means(f"eval/{name}", scores, suffix)
             lengths = [len(rollout.response) for rollout in rollouts]
             evaluated.metrics[f"eval/response_tokens{suffix}"] = sum(lengths) / len(lengths)
-            evaluated.samples += self._rows(rollouts, judged, suffix.removeprefix("@"))
+            evaluated.samples += self._rows(rollouts, scored, suffix.removeprefix("@"))
         return evaluated
 
-    def close(self) -> None:
-        for judge in self.judges.values():
-            judge.close()
-
-    def _rows(self, rollouts: Sequence[Rollout], judged: dict[str, Judgement], setting: str) -> list[dict[str, Any]]:
+    def _rows(self, rollouts: Sequence[Rollout], scored: dict[str, Scores], setting: str) -> list[dict[str, Any]]:
         rows = []
         for row, rollout in enumerate(rollouts[: self.settings.table]):
-            found = {name: judgement.scores[row] for name, judgement in judged.items()}
+            found = {name: scores.values[row] for name, scores in scored.items()}
             rows.append(
                 {
                     **({"setting": setting} if setting else {}),
@@ -82,14 +80,14 @@ class Evaluation:
         return rows
 
 
-def _means(name: str, judgement: Judgement, suffix: str) -> dict[str, float]:
+def _means(name: str, scores: Scores, suffix: str) -> dict[str, float]:
     """Means over the samples that have a score; of several functions, each one's own too."""
     # The parts of a metric are metrics of their own, those of a score belong to it.
     means = {
-        f"{SCORE}/{part}" if name == SCORE else f"eval/{free_name(part)}": mean
-        for part, mean in judgement.means().items()
+        f"{SCORE}/{part}" if name == SCORE else f"eval/{unique_metric_name(part)}": mean
+        for part, mean in scores.means().items()
     }
-    totals = judgement.totals()
-    if totals and (name == SCORE or not judgement.parts):
+    totals = scores.totals()
+    if totals and (name == SCORE or not scores.parts):
         means[name] = sum(totals) / len(totals)
     return {key + suffix: mean for key, mean in means.items()}

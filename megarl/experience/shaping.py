@@ -1,4 +1,4 @@
-"""From scores to what PPO trains on: rewards, advantages and returns of a whole phase, the same on every rank."""
+"""From scores to what a policy trains on: rewards, advantages and returns of a whole phase, the same on every rank."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from megarl.algorithms import (
     AdaptiveKL,
     FixedKL,
     RunningMoments,
-    gae,
     kl_estimate,
+    mask_out,
     per_token_rewards,
     whiten,
 )
 from megarl.algorithms.advantages import VARIANCE_EPS
+from megarl.config.advantages import ADVANTAGES, whitens
 from megarl.config.rl import PPOSettings
-from megarl.modules.judge import total
+from megarl.experience.advantages import COMPUTE, Outcome, group_counts
 from megarl.parallel.rows import Rows
 from megarl.rewards.answers import Score
+from megarl.rewards.scores import total
 
 SMALLEST_STD = 1e-8  # scores that are all equal are divided by nothing
 
@@ -40,14 +42,18 @@ class Shaping:
         self.moments = RunningMoments()
         self.first_std: float | None = None  # of the first phase's scores
 
-    def shape(self, rows: Rows, scores: Sequence[Score]) -> tuple[Rows, dict[str, float]]:
-        """Return the rows with the columns advantages and returns, and what is logged of them.
+    def shape(
+        self, rows: Rows, scores: Sequence[Score], greedy: Sequence[Score] | None = None
+    ) -> tuple[Rows, dict[str, float]]:
+        """Return the rows with the columns advantages and, where there are values, returns, and what is logged of them.
 
         With `ppo.mask_overlong` no action of a truncated response is left in their action mask.
 
         Args:
-            rows: with old_logprobs, values, truncated and, where there is a reference, ref_logprobs.
+            rows: with old_logprobs, group, truncated and, where there are a critic and a reference, values and
+                ref_logprobs.
             scores: of each row, one number or one per response token.
+            greedy: of each row, the score of the likeliest response to its prompt.
         """
         settings, mask, truncated = self.settings, rows.action_mask, rows["truncated"]
         given = torch.tensor([total(score) for score in scores], dtype=torch.float32)
@@ -55,25 +61,44 @@ class Shaping:
         if "ref_logprobs" in rows:
             kl = kl_estimate(rows["old_logprobs"], rows["ref_logprobs"], settings.kl_kind) * mask
         coef = self.kl_control.value if settings.kl_in == "reward" else 0.0
-        rewards = self._rewards(given, scores, mask, kl, coef)
+        factor = self._factor(given)
+        rewards = self._rewards(scores, factor, mask, kl, coef)
         rewards = self._penalise(rewards, mask, truncated)
         if settings.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         if settings.mask_overlong:
             mask = mask * ~truncated[:, None]
-        advantages, returns = gae(rewards, rows["values"], mask, settings.gamma, settings.lam)
-        shaped = replace(rows, action_mask=mask).with_columns(
-            advantages=whiten(advantages, mask) if settings.whiten_advantages else advantages * mask, returns=returns
+        outcome = Outcome(
+            rewards,
+            mask,
+            rows["group"],
+            values=rows.per_token.get("values"),
+            greedy=None if greedy is None else self._greedy(greedy, factor),
+            gamma=settings.gamma,
+            lam=settings.lam,
         )
-        stats = {"rollout/whitening_factor": whitening_factor(advantages, mask)} if settings.whiten_advantages else {}
-        return shaped, {
-            **stats,
+        advantages = COMPUTE[settings.advantages](outcome)
+        white = whitens(settings)
+        shaped = replace(rows, action_mask=mask).with_columns(
+            advantages=whiten(advantages, mask) if white else advantages * mask
+        )
+        stats = {
             "rollout/score": float(given.mean()),
             "rollout/score_std": float(given.std()) if len(given) > 1 else 0.0,
             **self._kl_stats(rows, kl),
             "rollout/cut": float(truncated.float().mean()),
-            "value/explained_variance": explained_variance(rows["values"], returns, mask),
         }
+        if white:
+            stats["rollout/whitening_factor"] = whitening_factor(advantages, mask)
+        if ADVANTAGES[settings.advantages].groups:
+            stats |= group_counts(self._clipped(given), rows["group"])  # what is clipped alike trains nothing
+        if outcome.greedy is not None:
+            stats["rollout/greedy_score"] = float(torch.tensor([total(score) for score in greedy or ()]).mean())
+        if outcome.values is not None:
+            returns = advantages + mask_out(outcome.values, mask)
+            shaped = shaped.with_columns(returns=returns)
+            stats["value/explained_variance"] = explained_variance(outcome.values, returns, mask)
+        return shaped, stats
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -97,9 +122,8 @@ class Shaping:
         """From which coefficient to which KL, where it is."""
         return [self.settings.kl_coef, self.settings.kl_target]
 
-    def _rewards(self, given: Tensor, scores: Sequence[Score], mask: Tensor, kl: Tensor, coef: float) -> Tensor:
+    def _rewards(self, scores: Sequence[Score], factor: float, mask: Tensor, kl: Tensor, coef: float) -> Tensor:
         """[rows, time]: a score lands on the last token of its response, per-token rewards on their own."""
-        factor = self._factor(given)
         placed = torch.zeros_like(mask)
         single = torch.zeros(len(scores))
         for row, score in enumerate(scores):
@@ -109,6 +133,11 @@ class Shaping:
                 single[row] = score
         rewards = per_token_rewards(self._clipped(single) * factor, kl, mask, coef)
         return rewards + self._clipped(placed) * factor
+
+    def _greedy(self, scores: Sequence[Score], factor: float) -> Tensor:
+        """[rows] scores as the rewards have them."""
+        clipped = [self._clipped(torch.tensor(score, dtype=torch.float32)).sum() for score in scores]
+        return torch.stack(clipped) * factor
 
     def _factor(self, given: Tensor) -> float:
         """What clipped scores are multiplied by; takes note of this phase's."""

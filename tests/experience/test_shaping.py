@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megarl.config.rl import PPOSettings
-from megarl.modules.shaping import Shaping, explained_variance, whitening_factor
+from megarl.experience.shaping import Shaping, explained_variance, whitening_factor
 from megarl.parallel.rows import Rows
 from megarl.rewards.answers import Score
 
@@ -31,7 +31,12 @@ def phase(gap: float | None = None, value: float = 0.0, truncated: tuple[bool, b
         return torch.where(mask == 0, JUNK, number)
 
     rows = Rows(torch.zeros(2, 4, dtype=torch.long), torch.tensor([4, 3]), mask)
-    rows = rows.with_columns(values=column(value), old_logprobs=column(-1.0), truncated=torch.tensor(truncated))
+    rows = rows.with_columns(
+        values=column(value),
+        old_logprobs=column(-1.0),
+        truncated=torch.tensor(truncated),
+        group=torch.tensor([0, 1]),
+    )
     return rows if gap is None else rows.with_columns(ref_logprobs=column(-1.0 - gap))
 
 

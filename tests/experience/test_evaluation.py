@@ -9,8 +9,8 @@ import pytest
 from megarl.callbacks.samples import as_table
 from megarl.config.rl import EvalConfig, SweepConfig
 from megarl.data.prompts import Prompt
-from megarl.modules.evaluation import Evaluation
-from megarl.modules.judge import Judgement
+from megarl.experience.evaluation import Evaluation
+from megarl.rewards.scores import Scores
 from megarl.rollout.noise import EVALUATION
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import CharacterTokenizer
@@ -46,12 +46,12 @@ class Lengths:
         self.asked: list[tuple[int, int]] = []
         self.closed = 0
 
-    def score(self, prompts: list[Prompt], rollouts: list[Rollout], stream: int, phase: int) -> Judgement:
+    def score(self, prompts: list[Prompt], rollouts: list[Rollout], *, stream: int, phase: int) -> Scores:
         self.asked.append((stream, phase))
         scores = [len(rollout.response) - 1 + self.bonus + rollout.prompt_id for rollout in rollouts]
         given = [None if row < self.without else score for row, score in enumerate(scores)]
         halves = {"half": [None if score is None else score / 2 for score in given]}
-        return Judgement(scores=list(given), parts=halves if self.parts else {})
+        return Scores(values=list(given), parts=halves if self.parts else {})
 
     def close(self) -> None:
         self.closed += 1
@@ -77,9 +77,9 @@ def test_parts_of_a_weighted_sum_have_means_of_their_own() -> None:
 class Named(Lengths):
     """A metric whose parts have the names of what evaluations log anyway."""
 
-    def score(self, prompts: list[Prompt], rollouts: list[Rollout], stream: int, phase: int) -> Judgement:
+    def score(self, prompts: list[Prompt], rollouts: list[Rollout], *, stream: int, phase: int) -> Scores:
         ones = [1.0 for _ in rollouts]
-        return Judgement(scores=list(ones), parts={"score": list(ones), "response_tokens": list(ones)})
+        return Scores(values=list(ones), parts={"score": list(ones), "response_tokens": list(ones)})
 
 
 def test_a_metrics_part_does_not_take_the_place_of_the_score() -> None:
@@ -130,9 +130,3 @@ def test_a_table_is_plain_text_and_takes_no_response_for_markup() -> None:
     assert "[bold]x[/bold] [/oops]" in shown
     assert "0.1235" in shown
     assert "\x1b" not in shown
-
-
-def test_closing_ends_every_judge() -> None:
-    judges = {"score": Lengths(), "metric": Lengths()}
-    evaluation(judges)[0].close()
-    assert [judge.closed for judge in judges.values()] == [1, 1]

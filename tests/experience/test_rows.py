@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from megarl.config.schema import ModelConfig
+from megarl.experience.rows import forward_rows, rollouts_to_rows, training_flops
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
-from megarl.modules.experience import forward_rows, rollouts_to_rows, training_flops
 from megarl.parallel.engine import Outputs
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch

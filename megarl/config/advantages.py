@@ -1,0 +1,64 @@
+"""What each kind of advantages needs of a run; `experience.advantages` computes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one kind of advantages needs.
+
+    Attributes:
+        values: a critic, which expects returns.
+        groups: several responses to each prompt, which are compared.
+        greedy: the score of each prompt's likeliest response.
+        whitened: whether advantages are whitened where `ppo.whiten_advantages` is null.
+        unread: keys of the `ppo` section that have no effect.
+    """
+
+    values: bool = False
+    groups: bool = False
+    greedy: bool = False
+    whitened: bool = False
+    unread: tuple[str, ...] = ("gamma", "lam", "clip_value", "vf_coef")
+
+
+_DISCOUNTED = ("lam", "clip_value", "vf_coef")
+
+ADVANTAGES: dict[str, Needs] = {
+    "gae": Needs(values=True, whitened=True, unread=()),
+    "grpo": Needs(groups=True),
+    "dr_grpo": Needs(groups=True),
+    "rloo": Needs(groups=True),
+    "reinforce_pp": Needs(whitened=True, unread=_DISCOUNTED),
+    "reinforce_pp_baseline": Needs(groups=True, whitened=True),
+    "remax": Needs(greedy=True),
+    "opo": Needs(groups=True),
+}
+"""By the value of `ppo.advantages`."""
+
+
+def critic_kind(config: Any) -> str:
+    """Return shared, separate or none: `critic.kind`, unless the advantages of this run need no values."""
+    return str(config.critic.kind) if ADVANTAGES[config.ppo.advantages].values else "none"
+
+
+def whitens(ppo: Any) -> bool:
+    """Return whether the advantages of this run are whitened."""
+    return ADVANTAGES[ppo.advantages].whitened if ppo.whiten_advantages is None else bool(ppo.whiten_advantages)
+
+
+def without_effect(config: Any) -> list[str]:
+    """Return the keys that this run's settings give a value other than the default, and that it does not read."""
+    needs = ADVANTAGES[config.ppo.advantages]
+    present = {f"ppo.{key}": (getattr(config.ppo, key), getattr(type(config.ppo)(), key)) for key in needs.unread}
+    if not needs.values:
+        default = type(config.critic)()
+        present |= {f"critic.{key}": (value, getattr(default, key)) for key, value in vars(config.critic).items()}
+    return [
+        key
+        for key, (value, default) in present.items()
+        if value != default and not (key == "critic.kind" and value == "none")
+    ]

@@ -1,0 +1,1 @@
+"""Rows to learn from, made from responses: collecting them, scoring, shaping, and evaluation by generation."""

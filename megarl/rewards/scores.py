@@ -1,0 +1,48 @@
+"""The scores of samples, as they are asked for, kept and logged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megarl.rewards.answers import Score
+
+
+@dataclass
+class Scores:
+    """Scores of samples, in the order of the samples.
+
+    Attributes:
+        values: a score, or one reward per response token, for each sample; None where it has none in the end.
+        parts: of several functions, the scores of each without its weight, by its name.
+        failed_calls: calls of the function that left at least one sample without a usable score.
+        repeated_calls: calls that were made again.
+    """
+
+    values: list[Score | None]
+    parts: dict[str, list[float | None]] = field(default_factory=dict)
+    failed_calls: int = 0
+    repeated_calls: int = 0
+
+    @property
+    def dropped(self) -> int:
+        """The number of samples without a score."""
+        return sum(value is None for value in self.values)
+
+    def part(self, rows: slice) -> Scores:
+        """Return the scores of some samples; calls are counted in all parts."""
+        parts = {name: column[rows] for name, column in self.parts.items()}
+        return Scores(self.values[rows], parts, self.failed_calls, self.repeated_calls)
+
+    def totals(self) -> list[float]:
+        """Return a number for each sample that has a score."""
+        return [total(score) for score in self.values if score is not None]
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each part, over the samples that have it."""
+        present = {part: [value for value in column if value is not None] for part, column in self.parts.items()}
+        return {part: sum(values) / len(values) for part, values in present.items() if values}
+
+
+def total(score: Score) -> float:
+    """Return a score as one number: per-token rewards count as their sum."""
+    return sum(score) if isinstance(score, list) else score
