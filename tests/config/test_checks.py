@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megarl.config.advantages import ADVANTAGES, critic_kind, whitens, without_effect
 from megarl.config.checks import accumulation, check, data_parallel_size, world_size
 from megarl.config.offers import Refusal, divisors, either, enforce, multiples, near, read
 from megarl.config.presets import resource
@@ -258,6 +259,9 @@ def phases(**values: Any) -> PPOConfig:
         (4, {"parallel__tp": 2, "parallel__pp": 2}),
         (1, {"ppo__rollouts": 12, "rollout__n": 4}),
         (1, {"critic__kind": "separate", "critic__lr": 1e-4, "critic__path": "/weights", "critic__warmup_phases": 3}),
+        (1, {"ppo__advantages": "grpo", "rollout__n": 8}),
+        (1, {"ppo__advantages": "rloo", "rollout__n": 2, "critic__kind": "separate", "critic__lr": 1e-4}),
+        (1, {"ppo__advantages": "remax", "critic__kind": "none", "critic__path": "/weights"}),
         (1, {"reward__timeout": 9000.0}),
         (2, {"reward__timeout": 9000.0, "parallel__timeout_s": 20_000}),
         (1, {"ppo__kl_coef": 0.0}),
@@ -296,6 +300,21 @@ def test_phases_that_can_run_pass(world: int, values: dict[str, Any]) -> None:
             "critic.warmup_phases",
             {"critic.warmup_phases": [99]},
         ),
+        (
+            1,
+            {"critic__kind": "none"},
+            "critic.kind",
+            {
+                "critic.kind": ["shared", "separate"],
+                "ppo.advantages": ["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "remax", "opo"],
+            },
+        ),
+        (
+            1,
+            {"ppo__advantages": "grpo", "ppo__rollouts": 6},
+            "rollout.n",
+            {"rollout.n": [2, 3, 6], "ppo.advantages": ["gae", "reinforce_pp", "remax"]},
+        ),
         (2, {"reward__timeout": 200.0, "trainer__devices": 2}, "reward.timeout", {"parallel.timeout_s": [760]}),
         (1, {"ppo__kl_coef": 0.0, "ppo__kl_limit": 5.0}, "ppo.kl_limit", {"ppo.kl_limit": [None]}),
         (1, {"ppo__kl_coef": 0.0, "ppo__kl_target": 5.0}, "ppo.kl_target", {"ppo.kl_target": [None]}),
@@ -311,6 +330,31 @@ def test_phases_that_can_run_pass(world: int, values: dict[str, Any]) -> None:
 )
 def test_phases_that_cannot_run_are_told_what_can(world: int, values: dict[str, Any], key: str, offers: Offers) -> None:
     assert_refused(world, phases(**values), key, offers)
+
+
+def test_keys_that_the_kind_of_advantages_does_not_read_are_named() -> None:
+    assert without_effect(phases(critic__kind="separate", critic__lr=1e-4, ppo__lam=0.9)) == []
+    plain = phases(ppo__advantages="grpo", rollout__n=8)
+    assert without_effect(plain) == []
+    assert critic_kind(plain) == "none"
+    found = phases(
+        **{
+            "ppo__advantages": "grpo",
+            "critic__kind": "separate",
+            "critic__lr": 1e-4,
+            "ppo__lam": 0.9,
+            "ppo__gamma": 0.9,
+        }
+    )
+    assert without_effect(found) == ["ppo.gamma", "ppo.lam", "critic.kind", "critic.lr"]
+    assert without_effect(phases(ppo__advantages="reinforce_pp", critic__kind="none", ppo__gamma=0.9)) == []
+
+
+def test_advantages_are_whitened_by_their_kind_unless_it_is_said() -> None:
+    white = [name for name in ADVANTAGES if whitens(phases(ppo__advantages=name).ppo)]
+    assert white == ["gae", "reinforce_pp", "reinforce_pp_baseline"]
+    assert whitens(phases(ppo__advantages="grpo", ppo__whiten_advantages=True).ppo)
+    assert not whitens(phases(ppo__whiten_advantages=False).ppo)
 
 
 def test_the_patience_of_others_matters_only_where_a_function_is_asked() -> None:
