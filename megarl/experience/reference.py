@@ -35,16 +35,3 @@ class SwappedReference:
         """[rows, time] on every rank."""
         with self.engine.with_weights(self.weights):
             return self._logprobs_of(self.engine, rows)
-
-
-class ResidentReference:
-    """An engine of its own, with the weights that another has now. It costs the memory of a model and no copying."""
-
-    def __init__(self, engine: Engine, start: Engine, logprobs_of: LogprobsOf) -> None:
-        """`engine` takes the present weights of `start`."""
-        self.engine, self._logprobs_of = engine, logprobs_of
-        engine.start_from(start)
-
-    def logprobs(self, rows: Rows) -> Tensor:
-        """[rows, time] on every rank."""
-        return self._logprobs_of(self.engine, rows)

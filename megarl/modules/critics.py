@@ -92,4 +92,8 @@ def value_loss(
         clip=clip,
         denominator=counts["tokens"],
     )
-    return loss, {"value/loss": loss, "value/clip_fraction": found["clip_fraction"]}
+    return loss, {
+        "value/loss": loss,
+        "value/clip_fraction": found["clip_fraction"],
+        "value/error": found["value_error"],
+    }
