@@ -5,7 +5,7 @@ that a run prints. Use it for refactorings, which must not change any number.
     python -m benchmarks.same_numbers main --runs ppo_separate,sft --layouts tp2,pp2
 
 Losses, norms and all other columns of metrics.csv that are not times must agree to `--tolerance`, and the sampled
-tokens must be equal.
+tokens must be equal. Columns that the other revision does not have are named.
 """
 
 from __future__ import annotations
@@ -108,11 +108,12 @@ def compare(ours: Path, theirs: Path, *, dumped: bool) -> tuple[float, str, str]
     """The largest relative difference of a number, its column, and what else differs in words."""
     worst, where, problems = 0.0, "", []
     left, right = metrics(ours), metrics(theirs)
+    new = sorted({*left[0]} - {*right[0]}) if left and right else []
     if len(left) != len(right) or not left:
         problems.append(f"{len(left)} rows of metrics.csv instead of {len(right)}")
     for step, (one, other) in enumerate(zip(left, right, strict=False)):
         for name in sorted(one.keys() | other.keys()):
-            if name.startswith(UNLIKE):
+            if name.startswith(UNLIKE) or name in new:
                 continue
             a, b = one.get(name) or "", other.get(name) or ""
             if bool(a) != bool(b):
@@ -127,7 +128,7 @@ def compare(ours: Path, theirs: Path, *, dumped: bool) -> tuple[float, str, str]
         problems.append("no rollout was dumped")
     if tokens(ours) != tokens(theirs):
         problems.append("other tokens were sampled")
-    return worst, where, "; ".join(problems[:3])
+    return worst, f"{where} {'new: ' if new else ''}{' '.join(new)}", "; ".join(problems[:3])
 
 
 @contextmanager
