@@ -61,7 +61,7 @@ RULES = (
     _rule("clone", "data steps lr", CHECKPOINT, _HAPPENED),
     # where and how it is computed
     _rule("parallel", "tp pp cp vpp sequence_parallel", NOW, "tensors are stored by name; dropout is seeded anew"),
-    _rule("parallel", "recompute timeout_s kernels", NOW, "how this process computes"),
+    _rule("parallel", "recompute timeout_s kernels offload", NOW, "how this process computes"),
     _rule("trainer", "devices num_nodes accelerator", NOW, "where it computes"),
     _rule("trainer", "precision", NOW, "weights are converted; the optimizer's own are float32 in both"),
     _rule("trainer", "max_steps max_phases", NOW, _BUDGET),

@@ -150,6 +150,11 @@ class ParallelConfig:
         "layer kernels: the fastest that can be imported, or one kind by name",
         ("auto", "torch", "te", "apex"),
     )
+    offload: bool = leaf(
+        False,
+        "move the optimizer's state, the gradients, and models that only wait to host memory while responses are "
+        "generated and evaluated; they return when they are used (no effect on runs that generate nothing)",
+    )
 
 
 @dataclass

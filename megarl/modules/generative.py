@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -17,8 +18,9 @@ from megarl.experience.journal import Journal
 from megarl.experience.scorers import FunctionScorer, Scorer, check_fields
 from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts, RolloutSource
 from megarl.modules.base import Module
+from megarl.parallel.offload import alone
 from megarl.rewards.scores import Scores
-from megarl.rollout.noise import EVALUATION, TRAINING
+from megarl.rollout.noise import EVALUATION, GREEDY, TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.rollout.stored import require_phases
 from megarl.tokenizers import Tokenizer
@@ -118,9 +120,14 @@ class GenerativeModule(Module):
     def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Return this phase's responses, `rollout.n` to each prompt."""
         self.last_batch = []  # that of the phase before is none of this phase's
-        with self.clock.part("generate"):
+        with self.clock.part("generate"), self._policy_alone():
             self.source.publish(self.weights_version)
             return self.source.collect(prompts, self.config.rollout.n, stream=TRAINING, phase=self.consumed)
+
+    def generate_greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """Return the likeliest response to each prompt, by the weights that `generate` used."""
+        with self.clock.part("generate_greedy"), self._policy_alone():
+            return self.source.collect(prompts, 1, stream=GREEDY, phase=self.consumed, temperature=0.0)
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Scores:
         """Score this phase's responses. At least one of them has a score."""
@@ -145,10 +152,14 @@ class GenerativeModule(Module):
             **{f"rollout/score/{name}": mean for name, mean in scores.means().items()},
         }
 
+    def _policy_alone(self) -> AbstractContextManager[None]:
+        """With parallel.offload, engines hold only the policy's weights on the device inside this context."""
+        return alone(self.engines["policy"], self.engines.values()) if self.config.parallel.offload else nullcontext()
+
     def evaluate(self) -> Evaluated:
         """Answer the evaluation prompts with the present weights."""
         assert self.evaluation is not None
-        with self.clock.part("eval"):
+        with self.clock.part("eval"), self._policy_alone():
             self.source.publish(self.weights_version)
             return self.evaluation.run(self.consumed)
 

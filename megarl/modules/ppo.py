@@ -17,7 +17,7 @@ from megarl.config.advantages import ADVANTAGES, critic_kind, without_effect
 from megarl.config.files import load_chat_template
 from megarl.config.resume import from_plain
 from megarl.config.schema import PPOConfig
-from megarl.data.prompts import Prompt, build_phase_loader
+from megarl.data.prompts import build_phase_loader
 from megarl.errors import NumericsError
 from megarl.experience.invariants import Invariants
 from megarl.experience.reference import Reference, SwappedReference
@@ -39,7 +39,6 @@ from megarl.parallel.grid import SEEDS
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch, Rows
 from megarl.rollout.noise import GREEDY, TRAINING
-from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
 
 NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
@@ -202,7 +201,7 @@ class PPO(GenerativeModule):
         rate = self.policy.learning_rate
         # 1. Generate responses.
         sampled = self.generate(prompts)
-        greedy = self._generate_greedy(prompts) if self.needs.greedy else []
+        greedy = self.generate_greedy(prompts) if self.needs.greedy else []
         # 2. Score them, all in one call.
         scores = self.score(prompts, [*sampled, *greedy])
         of_greedy = scores.part(slice(len(sampled), None)).values
@@ -228,11 +227,6 @@ class PPO(GenerativeModule):
         self.advance(new_weights=self.consumed >= self.warmup_phases)
         self.work = self._work(rows)
         self.log_dict({"train/lr": rate, **self.score_metrics(scores), **stats})
-
-    def _generate_greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Return the likeliest response to each prompt, with which its sampled ones are compared."""
-        with self.clock.part("generate_greedy"):
-            return self.source.collect(prompts, 1, stream=GREEDY, phase=self.consumed, temperature=0.0)
 
     def _evaluate(self, rows: Rows) -> tuple[Rows, dict[str, float]]:
         """Add the columns old_logprobs, values (where there is a critic) and ref_logprobs (where there is a

@@ -12,6 +12,7 @@ import torch
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from megarl.errors import CheckpointError, NumericsError
 from megarl.parallel.device import device_settings
 from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
+from megarl.parallel.offload import GRADIENTS, OPTIMIZER, WEIGHTS, memory_of
 from megarl.parallel.optimizer import (
     OptimSpec,
     build_optimizer,
@@ -61,26 +63,68 @@ class Engine:
         """`trainable(global name)` chooses the parameters that train, before gradient buffers are made."""
         self.grid, self.name = grid, name
         self.lr_key = "optim.lr" if optim is None else optim.lr_key  # what messages say to lower
-        self.models = _build_chunks(grid, build)
-        self.config = self.models[0].config
-        for model in self.models:
+        self._models = _build_chunks(grid, build)
+        self.config = self._models[0].config
+        for model in self._models:
             for parameter_name, parameter in _global_names(model):
                 parameter.requires_grad_(optim is not None and (trainable is None or trainable(parameter_name)))
-        self.optimizer = self.schedule = None
-        self.chunks: list[Any] = list(self.models)
+        self._optimizer: MegatronOptimizer | None = None
+        self.schedule = None
+        self._chunks: list[Any] = list(self._models)
         self.has_gradients = False
         self.pins = device_settings().pinned_copies
         self.aside: dict[str, Tensor] | None = None  # host memory for weights that others stand in for
         if optim is not None:
-            self.chunks = [_with_gradient_buffers(model, grid, index) for index, model in enumerate(self.models)]
+            self._chunks = [_with_gradient_buffers(model, grid, index) for index, model in enumerate(self._models)]
             self.config.finalize_model_grads_func = finalize_model_grads
             # Without it, an overlapped reduction takes the gradients of every microbatch for complete.
-            waits = [chunk.no_sync for chunk in self.chunks]
+            waits = [chunk.no_sync for chunk in self._chunks]
             self.config.no_sync_func = waits[0] if len(waits) == 1 else waits
-            self.optimizer = build_optimizer(self.chunks, optim, grid, bf16=self.config.bf16)
-            self.schedule = build_schedule(self.optimizer, optim)
+            self._optimizer = build_optimizer(self._chunks, optim, grid, bf16=self.config.bf16)
+            self.schedule = build_schedule(self._optimizer, optim)
             # A schedule's first step is step 0 with lr 0 unless it is told that the step to come is the first.
             self.schedule.step(1)
+        self.memory = memory_of(self._models, self._chunks, self._optimizer, grid.device, pins=self.pins)
+
+    # --- device memory: whoever reads tensors comes by one of these properties, which bring back what is away ---------
+
+    @property
+    def models(self) -> list[Any]:
+        """The bare chunks, with their weights on the device."""
+        self.memory.need(WEIGHTS)
+        return self._models
+
+    @property
+    def chunks(self) -> list[Any]:
+        """The chunks as they train, with their weights on the device; their gradient buffers may be away."""
+        self.memory.need(WEIGHTS)
+        return self._chunks
+
+    @property
+    def optimizer(self) -> MegatronOptimizer | None:
+        """Megatron's optimizer, with all that it reads and writes on the device."""
+        if self._optimizer is not None:
+            self.memory.need(WEIGHTS, GRADIENTS, OPTIMIZER)
+        return self._optimizer
+
+    def offload(self, *, weights: bool = True, optimizer: bool = True) -> None:
+        """Move weights, and the optimizer's state with its gradient buffers, to host memory until they are used.
+
+        Gradients that the optimizer has not applied yet are kept, others are dropped.
+        """
+        if weights:
+            self.memory.release(WEIGHTS)
+        if optimizer:
+            self.memory.release(OPTIMIZER)
+            self.memory.release(GRADIENTS, keep=self.has_gradients)
+
+    def onload(self, *, weights: bool = True, optimizer: bool = True) -> None:
+        """Start to bring back what is away. On a GPU, copies run beside other work; the first use waits for them."""
+        if weights:
+            self.memory.restore(WEIGHTS)
+        if optimizer:
+            self.memory.restore(OPTIMIZER)
+            self.memory.restore(GRADIENTS)
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -92,6 +136,8 @@ class Engine:
         by the caller, through Lightning.
         """
         self.train()
+        self.memory.need(WEIGHTS, GRADIENTS)
+        self.memory.restore(OPTIMIZER)  # while gradients are computed
         self.zero_gradients()
         counts = self.count(microbatches, count_fn)
         # Megatron divides a loss by the number of microbatches and its gradient by the data-parallel size.
@@ -124,9 +170,10 @@ class Engine:
 
     def apply_gradients(self) -> float:
         """Clip, update, move the schedule. Returns the gradient norm before clipping."""
-        assert self.optimizer is not None
+        optimizer = self.optimizer
+        assert optimizer is not None
         assert self.schedule is not None
-        _, norm, _ = self.optimizer.step()
+        _, norm, _ = optimizer.step()
         self.has_gradients = False
         self.schedule.step(1)
         self._check_finite("the gradient norm", float(norm))
@@ -142,20 +189,25 @@ class Engine:
             )
 
     def zero_gradients(self) -> None:
-        if self.optimizer is None:
+        if self._optimizer is None:
             return
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()  # parameters' own .grad is taken by the buffers' hooks as soon as it is there
         self.has_gradients = False
+        if self.memory.is_away(GRADIENTS):
+            self.memory.forget(GRADIENTS)
+            return
+        self.memory.need(GRADIENTS)
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()  # parameters' own .grad is taken by the buffers' hooks as soon as it is there
 
     @property
     def learning_rate(self) -> float:
         """The rate that the next step uses."""
-        assert self.optimizer is not None
-        return float(self.optimizer.param_groups[0]["lr"])
+        assert self._optimizer is not None
+        return float(self._optimizer.param_groups[0]["lr"])
 
     def gradient_names(self) -> tuple[set[str], set[str]]:
         """Names of the tensors whose gradient is not 0 on some rank, and of all that train; the same on every rank."""
+        self.memory.need(GRADIENTS)
         local = {
             name: bool(getattr(parameter, "main_grad").any())  # noqa: B009 - Megatron puts it there
             for name, parameter in self.parameters()
@@ -188,7 +240,7 @@ class Engine:
         return self._summed(collected)
 
     def train(self, mode: bool = True) -> None:
-        for chunk in self.chunks:
+        for chunk in self._chunks:
             if chunk.training != mode:  # a walk through all modules
                 chunk.train(mode)
 
@@ -332,11 +384,12 @@ class Engine:
         run = get_forward_backward_func(
             pp_size=self.grid.layout.pp, vp_size=self.grid.layout.vpp if self.grid.layout.vpp > 1 else None
         )
-        iterators = [iter(on_device) for _ in self.chunks]
+        chunks = self.chunks
+        iterators = [iter(on_device) for _ in chunks]
         results: list[Any] = run(
             forward_step_func=step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(on_device),
             seq_length=time,
             micro_batch_size=batch_size,

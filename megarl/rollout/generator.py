@@ -81,9 +81,9 @@ class Generator:
         self.token_scorer = token_scorer
         self.limits = limits or Limits()
         self.limits.check(self.grid.layout)
-        self.models: list[GPT] = list(engine.models)
         self.cache: KVCache | None = None
         self.static: StaticPasses | None = None
+        self.recorded_over = 0  # how often the weights had come back to the device when `static` was made
         self.stats = Stats()
         self.tokens_group: dist.ProcessGroup | None = None
 
@@ -135,6 +135,11 @@ class Generator:
             )
 
     @property
+    def models(self) -> list[GPT]:
+        """The engine's chunks, whose weights are on the device from here on."""
+        return self.engine.models
+
+    @property
     def _layers(self) -> list[int]:
         """Numbers of the layers whose keys and values this process caches."""
         return [layer.layer_number for model in self.models for layer in model.decoder.layers]
@@ -152,8 +157,10 @@ class Generator:
         """Decode passes of fixed shapes, where they are asked for; over the present cache, by the token scorer."""
         if not self.limits.graphs:
             return None
-        if self.static is None or self.static.token_scorer is not self.token_scorer:
+        returns = self.engine.memory.returns  # each time to other addresses than a recording reads
+        if self.static is None or self.static.token_scorer is not self.token_scorer or self.recorded_over != returns:
             assert self.cache is not None
+            self.recorded_over = returns
             self.static = StaticPasses(self.models[0], self.token_scorer, self.cache)
         return self.static
 
