@@ -126,9 +126,10 @@ def theirs(model: Any, case: Case) -> Side:
 
 
 def ours(folder: Path, grid: Grid, case: Case) -> Side:
-    model = open_source(folder).model
-    model.path = str(folder)
-    engine = build_engine(Role("policy", model, case.vocab_size), grid, ParallelConfig(), precision="fp32", seed=1)
+    source = open_source(folder)
+    engine = build_engine(
+        Role("policy", source.model, case.vocab_size, source=source), grid, ParallelConfig(), precision="fp32", seed=1
+    )
     generator = Generator(engine, NO_EOS, seed=1, limits=Limits(slots=case.rows))
     requests = [
         Request(row, 0, tuple(prompt), Sampling(temperature=0.0, max_new_tokens=length))

@@ -27,6 +27,7 @@ from megarl.config.cluster import PlanConfig
 from megarl.config.compose import compose
 from megarl.config.schema import ModelConfig
 from megarl.data.randomwalks import task
+from megarl.modules.sft import SFT
 from megarl.parallel.device import VARIABLE, device_settings
 from megarl.parallel.grid import Grid, start_world
 from megarl.planning.hardware import GIB, KINDS
@@ -252,7 +253,7 @@ def _planned(shape: Shape) -> float:
             "trainer.precision=bf16",
         ],
     )
-    ranks = plan_ranks(work_of("sft", config, PlanConfig(algorithm="sft"), 1, shape.vocab_size))
+    ranks = plan_ranks(work_of(SFT, config, PlanConfig(algorithm="sft"), 1, shape.vocab_size))
     return max(rank.total("train") for rank in ranks)
 
 

@@ -22,6 +22,7 @@ from benchmarks.train_step import describe, markdown
 from megarl.config.compose import compose
 from megarl.data.offline import open_store
 from megarl.experience.rows import training_flops
+from megarl.models.exchange.pretrained import Sources
 from megarl.modules.base import Module
 from megarl.modules.fit import fit
 from megarl.modules.ilql import ILQL
@@ -50,8 +51,9 @@ def fitted(entry: str, config: Any, kind: type[AnyModule]) -> AnyModule:
     """A module of the kind after the whole run that the configuration describes."""
     built: list[AnyModule] = []
 
-    def build(resolved: Any) -> AnyModule:
-        built.append(kind(resolved, build_tokenizer(resolved.tokenizer.kind, resolved.tokenizer.path)))
+    def build(resolved: Any, sources: Sources) -> AnyModule:
+        tokenizer = build_tokenizer(resolved.tokenizer.kind, resolved.tokenizer.path)
+        built.append(kind(resolved, tokenizer, sources=sources))
         return built[0]
 
     fit(entry, config, build)

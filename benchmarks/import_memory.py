@@ -69,7 +69,6 @@ def measure(rank: int, tp: int, port: int, folder: str, out: str) -> None:
     torch.set_num_threads(1)
     grid = Grid(Layout(tp=tp), start_world())
     source = open_source(folder)
-    model = source.model
     # Libraries take their memory at first use: that is not the import's.
     build_engine(
         Role("warm", ModelConfig(num_layers=1, hidden_size=64, num_heads=4), 64),
@@ -80,8 +79,9 @@ def measure(rank: int, tp: int, port: int, folder: str, out: str) -> None:
     )
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = resident("VmRSS")
-    model.path = folder
-    engine = build_engine(Role("policy", model, VOCAB), grid, ParallelConfig(), precision="fp32", seed=1)
+    engine = build_engine(
+        Role("policy", source.model, VOCAB, source=source), grid, ParallelConfig(), precision="fp32", seed=1
+    )
     shard = sum(parameter.numel() * parameter.element_size() for _, parameter in engine.parameters())
     largest = max(tp * parameter.numel() * parameter.element_size() for _, parameter in engine.parameters())
     found: list[Any] = grid.gather([shard, largest, resident("VmHWM") - before, resident("VmRSS") - before])

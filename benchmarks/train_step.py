@@ -110,7 +110,7 @@ GPU_SHAPES = {
 
 def engine_of(shape: Shape, grid: Grid, precision: str) -> Engine:
     return build_engine(
-        Role("policy", shape.model, shape.vocab_size, optim=OptimConfig(), total_steps=1),
+        Role("policy", shape.model, shape.vocab_size, optim=OptimConfig()),
         grid,
         ParallelConfig(),
         precision=precision,

@@ -112,13 +112,14 @@ def opened(
     import torch.distributed as dist
 
     from megarl.models.build import build_engine, vocabulary
-    from megarl.models.exchange.adopt import adopt
+    from megarl.models.exchange.pretrained import resolve_pretrained
     from megarl.models.gpt import GPT
+    from megarl.models.heads import heads_in
     from megarl.models.roles import Role
     from megarl.parallel.grid import Grid, start_world
     from megarl.parallel.layout import Layout
     from megarl.rollout.generator import Generator, Limits
-    from megarl.rollout.guided import guided, stored_q_heads
+    from megarl.rollout.guided import guided
     from megarl.tokenizers import build_tokenizer
 
     if config.rollout.layout is not None:
@@ -128,11 +129,12 @@ def opened(
             key="rollout.layout",
             value=config.rollout.layout,
         )
-    if config.model.path is not None:
-        adopt(config)
+    config, sources = resolve_pretrained(config)
+    source = sources.at(config.model.path)
+    heads = heads_in(source.heads) if source else ("lm",)
+    is_guided = {"value", "q"} <= set(heads)
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
     vocab_size = vocabulary(config.model, tokenizer)
-    q_heads = stored_q_heads(config.model.path)
     prompts = [] if config.prompts is None else read_prompts(config, tokenizer, vocab_size)
     joined = not dist.is_initialized()
     device = start_world(config.parallel.timeout_s)
@@ -141,12 +143,14 @@ def opened(
     grid = Grid(layout, device, config.seed, parallel.timeout_s)
     try:
         engine = build_engine(
-            Role("policy", config.model, vocab_size, heads=("lm", "value", *["q"] * q_heads) if q_heads else ("lm",)),
+            Role("policy", config.model, vocab_size, heads if is_guided else ("lm",), source=source),
             grid,
             parallel,
             precision=config.trainer.precision,
             seed=config.seed,
         )
+        del source
+        sources.close()
         generator = Generator(
             engine,
             tokenizer.eos_id,
@@ -154,7 +158,7 @@ def opened(
             also_eos=tokenizer.stop_ids(config.chat_template)[1:],
             limits=Limits(config.rollout.slots, config.rollout.cache_bytes, graphs=config.rollout.cuda_graphs),
             decode=tokenizer.decode,
-            token_scorer=guided(config.rollout.ilql_beta) if q_heads else GPT.logits,
+            token_scorer=guided(config.rollout.ilql_beta) if is_guided else GPT.logits,
         )
         yield generator, tokenizer, prompts
         generator.close()

@@ -101,19 +101,22 @@ def show(argv: list[str]) -> None:
     # Heavy imports only once the configuration is known to be good.
     from rich.console import Console
 
+    from megarl.models.exchange.pretrained import resolve_pretrained
+    from megarl.modules.ilql import ILQL
+    from megarl.modules.ppo import PPO
+    from megarl.modules.rft import RFT
+    from megarl.modules.sft import SFT
     from megarl.planning import show as page
     from megarl.planning.hardware import Cluster
     from megarl.planning.plan import make_plan, remedies, suggest
     from megarl.planning.times import Rates
     from megarl.planning.work import work_of
 
-    if run.model.path is not None:
-        from megarl.models.exchange.adopt import adopt
-
-        adopt(run)
+    run, sources = resolve_pretrained(run)
     cluster = Cluster.of(config.cluster, gpus)
     rates = Rates(config.mfu or cluster.gpu.products, config.host_us_per_layer * 1e-6)
-    plan = make_plan(work_of(config.algorithm, run, config, gpus, vocabulary_of(run)), cluster, rates)
+    module = next(module for module in (PPO, ILQL, SFT, RFT) if module.entry == config.algorithm)
+    plan = make_plan(work_of(module, run, config, gpus, vocabulary_of(run), sources), cluster, rates)
     helps = remedies(plan)
     layouts = suggest(plan) if config.suggest else None
     if config.json:

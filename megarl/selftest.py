@@ -133,12 +133,12 @@ def train(settings: Settings) -> dict[str, Any]:
             ModelConfig(num_layers=4, hidden_size=64, num_heads=4, max_positions=TIME),
             VOCAB,
             optim=OptimConfig(lr=1e-3, warmup_steps=2),
-            total_steps=settings.steps,
         ),
         grid,
         ParallelConfig(recompute=settings.recompute),
         precision=settings.precision,
         seed=1,
+        total_steps=settings.steps,
     )
 
     def rows(step: int) -> Rows:

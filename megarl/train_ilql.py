@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from megarl.config.schema import ILQLConfig
+    from megarl.models.exchange.pretrained import Sources
 
 
 def train(config: "ILQLConfig", functions: "Mapping[str, Callable[..., Any]] | None" = None) -> int:
@@ -18,8 +19,8 @@ def train(config: "ILQLConfig", functions: "Mapping[str, Callable[..., Any]] | N
     from megarl.modules.ilql import ILQL
     from megarl.tokenizers import build_tokenizer
 
-    def build(config: "ILQLConfig") -> ILQL:
-        return ILQL(config, build_tokenizer(config.tokenizer.kind, config.tokenizer.path), functions)
+    def build(config: "ILQLConfig", sources: "Sources") -> ILQL:
+        return ILQL(config, build_tokenizer(config.tokenizer.kind, config.tokenizer.path), functions, sources)
 
     return fit("ilql", config, build)
 

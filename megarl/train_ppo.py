@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from megarl.config.schema import PPOConfig
+    from megarl.models.exchange.pretrained import Sources
 
 
 def train(config: "PPOConfig", functions: "Mapping[str, Callable[..., Any]] | None" = None) -> int:
@@ -18,8 +19,8 @@ def train(config: "PPOConfig", functions: "Mapping[str, Callable[..., Any]] | No
     from megarl.modules.ppo import PPO
     from megarl.tokenizers import build_tokenizer
 
-    def build(config: "PPOConfig") -> PPO:
-        return PPO(config, build_tokenizer(config.tokenizer.kind, config.tokenizer.path), functions)
+    def build(config: "PPOConfig", sources: "Sources") -> PPO:
+        return PPO(config, build_tokenizer(config.tokenizer.kind, config.tokenizer.path), functions, sources)
 
     return fit("ppo", config, build)
 

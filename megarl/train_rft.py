@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from megarl.config.schema import RFTConfig
+    from megarl.models.exchange.pretrained import Sources
 
 
 def train(config: "RFTConfig", functions: "Mapping[str, Callable[..., Any]] | None" = None) -> int:
@@ -18,8 +19,8 @@ def train(config: "RFTConfig", functions: "Mapping[str, Callable[..., Any]] | No
     from megarl.modules.rft import RFT
     from megarl.tokenizers import build_tokenizer
 
-    def build(config: "RFTConfig") -> RFT:
-        return RFT(config, build_tokenizer(config.tokenizer.kind, config.tokenizer.path), functions)
+    def build(config: "RFTConfig", sources: "Sources") -> RFT:
+        return RFT(config, build_tokenizer(config.tokenizer.kind, config.tokenizer.path), functions, sources)
 
     return fit("rft", config, build)
 

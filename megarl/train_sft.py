@@ -7,14 +7,15 @@ from megarl.config.compose import run
 
 if TYPE_CHECKING:
     from megarl.config.schema import SFTConfig
+    from megarl.models.exchange.pretrained import Sources
     from megarl.modules.sft import SFT
 
 
-def build(config: "SFTConfig") -> "SFT":
+def build(config: "SFTConfig", sources: "Sources") -> "SFT":
     from megarl.modules.sft import SFT
     from megarl.tokenizers import build_tokenizer
 
-    return SFT(config, build_tokenizer(config.tokenizer.kind, config.tokenizer.path))
+    return SFT(config, build_tokenizer(config.tokenizer.kind, config.tokenizer.path), sources)
 
 
 def train(config: "SFTConfig") -> int:

@@ -55,11 +55,13 @@ def test_json_says_every_role_in_every_phase(capsys: pytest.CaptureFixture[str])
     (rank,) = found["ranks"]
     assert set(rank["phases"]) == {"generate", "score", "train", "save"}
     for phase in rank["phases"].values():
-        assert set(phase["roles"]) == {"policy", "critic", "reference", "reward"}
+        assert set(phase["roles"]) == {"policy", "critic", "reference"}
         parts = ("weights", "gradients", "optimizer", "activations", "logits", "cache")
         total = sum(role[part] for role in phase["roles"].values() for part in parts)
         assert phase["bytes"] == pytest.approx(total, abs=20)
     assert found["peak"]["bytes"] == max(phase["bytes"] for phase in rank["phases"].values())
+    assert set(found["roles"]) == {"policy", "critic", "reference"}
+    assert set(found["notes"]) == {"reward"}
     assert found["layouts"]
     assert all("parallel.tp=" in layout["overrides"] for layout in found["layouts"])
 
@@ -132,7 +134,8 @@ def test_rft_generates_and_trains_and_reads_nothing_again(capsys: pytest.Capture
     found = answer(capsys, "algorithm=rft", "rft.prompts=32", *settings)
     phases = found["ranks"][0]["phases"]
     assert list(phases) == ["generate", "train", "save"]
-    assert list(phases["generate"]["roles"]) == ["policy", "reward"]
+    assert list(phases["generate"]["roles"]) == ["policy"]
+    assert list(found["notes"]) == ["reward"]
 
 
 def shipped() -> list[str]:

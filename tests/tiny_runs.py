@@ -58,6 +58,7 @@ class TinyEngine:
 
     name = "policy"
     optimizer = None
+    saved = True
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid

@@ -30,7 +30,7 @@ def check_files(config: Any) -> None:
     load_chat_template(getattr(config, "chat_template", None), "chat_template")  # of an entry that reads no data
     for key in ("model.path", "critic.path"):
         path = _value(config, key)
-        if path is not None and (key != "critic.path" or _value(config, "critic.kind") == "separate"):
+        if path is not None and (key != "critic.path" or critic_kind(config) == "separate"):
             require_weights(path, key)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from megarl.config.schema import ModelConfig, ParallelConfig
 from megarl.errors import ConfigError
 from megarl.models.config import GPTConfig
-from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.load import load
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
@@ -29,8 +28,14 @@ def vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> int:
     return model.vocab_size or tokenizer.size
 
 
-def build_engine(role: Role, grid: Grid, parallel: ParallelConfig, *, precision: str, seed: int) -> Engine:
-    """Build a role's engine, with the weights of `model.path`, or random ones that are the same in every layout."""
+def build_engine(
+    role: Role, grid: Grid, parallel: ParallelConfig, *, precision: str, seed: int, total_steps: int = 0
+) -> Engine:
+    """Build a role's engine, with the weights of its source, or random ones that are the same in every layout.
+
+    Args:
+        total_steps: optimizer steps of the whole run, for the learning rate of a role that trains.
+    """
     config = GPTConfig.build(
         role.model,
         grid.layout,
@@ -39,7 +44,9 @@ def build_engine(role: Role, grid: Grid, parallel: ParallelConfig, *, precision:
         recompute=parallel.recompute,
         kernels=parallel.kernels,
     )
-    source = open_source(role.model.path) if role.model.path else None
+    source = role.source
+    if source is None and role.model.path is not None:
+        raise ValueError(f"role {role.name} starts from {role.model.path}, which was not opened")
     empty = empty_model(config, grid, role.heads)
 
     def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
@@ -49,7 +56,7 @@ def build_engine(role: Role, grid: Grid, parallel: ParallelConfig, *, precision:
             load(gpt, source, grid)
         return gpt
 
-    return engine_of(role, grid, build)
+    return engine_of(role, grid, build, total_steps)
 
 
 def empty_model(config: GPTConfig, grid: Grid, heads: Sequence[str]) -> BuildModel:
@@ -61,7 +68,7 @@ def empty_model(config: GPTConfig, grid: Grid, heads: Sequence[str]) -> BuildMod
     return build
 
 
-def engine_of(role: Role, grid: Grid, build: BuildModel) -> Engine:
+def engine_of(role: Role, grid: Grid, build: BuildModel, total_steps: int) -> Engine:
     """Return the engine of a role over the chunks that `build` builds."""
-    optim = None if role.optim is None else OptimSpec(role.optim, role.total_steps, role.lr_key)
-    return Engine(grid, build, name=role.name, optim=optim, trainable=role.is_trainable)
+    optim = None if role.optim is None else OptimSpec(role.optim, total_steps, role.lr_key)
+    return Engine(grid, build, name=role.name, optim=optim, trainable=role.is_trainable, saved=role.saved)

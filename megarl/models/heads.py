@@ -4,7 +4,7 @@
 and which layer is as wide as the vocabulary. `head_of` finds the class from a parameter's name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 import torch
@@ -135,6 +135,14 @@ HEADS: dict[str, type[ValueHead | QHeads]] = {"value": ValueHead, "q": QHeads, "
 def head_of(parameter: str) -> type[ValueHead | QHeads] | None:
     """Return the class of the head that a parameter belongs to, by its global name; None for the trunk's."""
     return next((head for head in HEADS.values() if parameter.startswith(f"{head.attribute}.")), None)
+
+
+def heads_in(parameters: Iterable[str]) -> tuple[str, ...]:
+    """Return the heads that parameters belong to, by their global names, as a role states them."""
+    names = list(parameters)
+    heads = ["value"] if any(head_of(name) is ValueHead for name in names) else []
+    numbers = {name.split(".")[1] for name in names if head_of(name) is TargetQHeads}
+    return ("lm", *heads, *["q"] * len(numbers))
 
 
 def is_vocabulary_wide(parameter: str) -> bool:

@@ -1,11 +1,15 @@
-"""The description of a model in a run, from which it is built and planned."""
+"""The description of a model in a run, from which it is built, planned, saved and restored."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from megarl.config.schema import ModelConfig, OptimConfig
 from megarl.models.heads import head_of
+
+if TYPE_CHECKING:
+    from megarl.models.exchange.source import Source
 
 
 @dataclass(frozen=True)
@@ -14,13 +18,16 @@ class Role:
 
     Attributes:
         name: policy, critic and so on; the names of its tensors in checkpoints begin with it.
-        model: its shape, and with `model.path` where its weights come from.
+        model: its shape.
         vocab_size: entries of its vocabulary.
         heads: `lm` and names of `heads.HEADS`, `q` once for each Q head. Without `lm` (a separate critic), the output
             layer does not train.
         optim: None for a model that only evaluates.
-        total_steps: optimizer steps of the whole run, for the learning rate.
         lr_key: the configuration key that messages say to lower.
+        source: the stored model whose weights it starts from. None: random weights.
+        about: what it does, in a line of the plan.
+        swaps_with: the role whose weights it replaces while it is evaluated; its own weights wait in host memory.
+            None: its weights stay on the device.
     """
 
     name: str
@@ -28,8 +35,24 @@ class Role:
     vocab_size: int
     heads: tuple[str, ...] = ("lm",)
     optim: OptimConfig | None = None
-    total_steps: int = 0
     lr_key: str = "optim.lr"
+    source: Source | None = field(default=None, repr=False, compare=False)
+    about: str = field(default="", repr=False, compare=False)
+    swaps_with: str | None = None
+
+    @property
+    def trains(self) -> bool:
+        return self.optim is not None
+
+    @property
+    def saved(self) -> bool:
+        """Whether checkpoints hold its weights. A frozen role is built again from what it started from."""
+        return self.trains
+
+    @property
+    def on_device(self) -> bool:
+        """Whether it is an engine, with weights that stay on the device."""
+        return self.swaps_with is None
 
     def is_trainable(self, parameter: str) -> bool:
         """Return whether a parameter trains, by its global name.

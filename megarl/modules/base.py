@@ -9,21 +9,29 @@ from lightning.pytorch import LightningModule
 
 from megarl.clock import Clock, Work
 from megarl.config import resume
+from megarl.config.cluster import PlanConfig
+from megarl.config.files import load_chat_template
 from megarl.errors import CheckpointError
 from megarl.logging import get_logger
-from megarl.models.build import build_engine
+from megarl.models.build import build_engine, vocabulary
 from megarl.models.exchange.card import ModelCard
+from megarl.models.exchange.pretrained import Sources
 from megarl.models.roles import Role
+from megarl.modules.workload import Workload
 from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid
 from megarl.parallel.optimizer import Optimizers
 from megarl.parallel.rows import Microbatch
+from megarl.tokenizers import Tokenizer
 
 log = get_logger(__name__)
 
 
 class Module(LightningModule):
-    """A module whose models are engines over the strategy's grid. Subclasses fill `engines` in `configure_model`.
+    """A module whose models are engines over the strategy's grid.
+
+    Subclasses state their models in `roles` and the size of their work in `plan`, both without building anything, and
+    fill `engines` from the roles in `configure_model`.
 
     `consumed` counts the training steps so far and `rows` the rows of data they took, `rows_per_step` each: what a
     resume needs to go on with the next record. `weights_version` counts the steps that changed the policy.
@@ -36,13 +44,20 @@ class Module(LightningModule):
     entry = ""
     unit = "step"
     planned: int | None = None
-    config: Any = None
-    tokenizer: Any = None
     resumes = False
 
-    def __init__(self) -> None:
+    def __init__(self, config: Any = None, tokenizer: Tokenizer | None = None, sources: Sources | None = None) -> None:
+        """
+        Args:
+            config: the tree of the algorithm's entry; None for a module without GPTs.
+            tokenizer: of the same tree.
+            sources: stored models that were opened already.
+        """
         super().__init__()
         self.automatic_optimization = False
+        self.config: Any = config
+        self.tokenizer: Any = tokenizer
+        self.sources = Sources() if sources is None else sources
         self.engines: dict[str, Engine] = {}
         self.consumed = self.rows = self.weights_version = 0
         self.started_as: dict[str, Any] | None = None  # the configuration of the first run of this one's line
@@ -53,6 +68,26 @@ class Module(LightningModule):
         self.samples: list[dict[str, Any]] = []
         self.baseline: dict[str, float] = {}  # metrics of an evaluation before the first step
         self.card: ModelCard | None = None  # says in a checkpoint what model it is of
+        if config is not None and tokenizer is not None:
+            self.vocab_size = vocabulary(config.model, tokenizer)
+            self.card = ModelCard.of(
+                config.model,
+                self.vocab_size,
+                tokenizer,
+                config.tokenizer,
+                load_chat_template(config.data.chat_template),
+                self.sources.at(config.model.path),
+            )
+
+    @staticmethod
+    def roles(config: Any, vocab_size: int, sources: Sources) -> list[Role]:
+        """Return the models of a run, the policy first."""
+        raise NotImplementedError
+
+    @staticmethod
+    def plan(config: Any, assumed: PlanConfig) -> Workload:
+        """Return the numbers of a unit of work (a phase, or a step): counts of sequences, lengths, steps."""
+        raise NotImplementedError
 
     @property
     def rows_per_step(self) -> int:
@@ -72,14 +107,20 @@ class Module(LightningModule):
         grid: Grid = self.trainer.strategy.grid  # type: ignore[attr-defined]
         return grid
 
-    def build(self, role: Role, seed: int | None = None) -> Engine:
-        """Build a role's engine on the run's grid; random weights are drawn by `seed`, by default the run's."""
+    def build(self, role: Role, total_steps: int = 0, seed: int | None = None) -> Engine:
+        """Build a role's engine on the run's grid.
+
+        Args:
+            total_steps: optimizer steps of the whole run.
+            seed: of random weights; None for the run's.
+        """
         return build_engine(
             role,
             self.grid,
             self.config.parallel,
             precision=self.config.trainer.precision,
             seed=self.config.seed if seed is None else seed,
+            total_steps=total_steps,
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -89,8 +130,13 @@ class Module(LightningModule):
         """Batches stay on the host: engines take what a pass needs."""
         return batch
 
+    def on_train_start(self) -> None:
+        """Release the stored models: every model is built, and a resumed run is restored."""
+        self.sources.close()
+
     def close(self) -> None:
-        """Let go of what the module holds outside its engines."""
+        """Release what the module holds outside its engines."""
+        self.sources.close()
 
     def step_optimizers(self) -> dict[str, float]:
         """Move every engine that has gradients; its gradient norm by name. Lightning counts this as one step."""

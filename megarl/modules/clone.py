@@ -13,6 +13,7 @@ from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Record, read_records
 from megarl.logging import get_logger
 from megarl.models.build import build_engine
+from megarl.models.exchange.pretrained import Sources
 from megarl.models.roles import Role
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel.engine import Engine
@@ -26,17 +27,24 @@ log = get_logger(__name__)
 
 
 def clone_behaviour(
-    config: PPOConfig | RFTConfig, tokenizer: Tokenizer, grid: Grid, vocab_size: int, engines: Sequence[Engine]
+    config: PPOConfig | RFTConfig,
+    tokenizer: Tokenizer,
+    grid: Grid,
+    vocab_size: int,
+    engines: Sequence[Engine],
+    sources: Sources,
 ) -> None:
     """Train a model of the policy's shape on samples by cross entropy, and give its weights to the engines."""
     clone, steps = config.clone, config.clone.steps
     settings = replace(config.optim, lr=clone.lr, schedule="constant", warmup_steps=0)
+    source = sources.at(config.model.path)
     student = build_engine(
-        Role("clone", config.model, vocab_size, optim=settings, total_steps=steps, lr_key="clone.lr"),
+        Role("clone", config.model, vocab_size, optim=settings, lr_key="clone.lr", source=source),
         grid,
         config.parallel,
         precision=config.trainer.precision,
         seed=config.seed,
+        total_steps=steps,
     )
     how, length = prompt_format(config.data), config.model.max_positions
     documents = refused_once(grid, lambda: SFTDataset(_records(config), tokenizer, length, how, name="clone.data"))

@@ -36,9 +36,10 @@ from megarl.config.launcher import check_launcher, started_by_slurm
 from megarl.disk import local
 from megarl.errors import CheckpointError, ConfigError
 from megarl.logging import get_logger, setup
-from megarl.models.exchange.adopt import adopt, open_whole
 from megarl.models.exchange.export import refuse_existing
 from megarl.models.exchange.families import require_family
+from megarl.models.exchange.pretrained import Sources, resolve_pretrained
+from megarl.models.exchange.source import family_name
 from megarl.modules.base import Module
 from megarl.parallel.strategy import MegatronStrategy
 
@@ -46,11 +47,16 @@ log = get_logger(__name__)
 RUN_DIR = "MEGARL_RUN_DIR"  # tells the processes that a run starts where the first one put it
 
 
-def fit(entry: str, config: Any, build: Callable[[Any], Module]) -> int:
+Build = Callable[[Any, Sources], Module]
+
+
+def fit(entry: str, config: Any, build: Build) -> int:
     """Check, build, train, and leave a run folder behind. Returns the exit code; INTERRUPTED or NOTICED where the run
     was stopped early, with a checkpoint.
 
-    `build(config)` makes the module, before any process group exists; its models are made in `configure_model`.
+    `build(config, sources)` makes the module, before any process group exists; its models are made in
+    `configure_model`. It is given a tree with the shape and the tokenizer of the model at `model.path`, and the stored
+    models that were opened for it. The tree that `fit` was given is left as it is.
     """
     check_launcher(os.environ)
     with hide_gpus(config.trainer.accelerator):
@@ -82,24 +88,21 @@ def _owned(config: Any, run_dir: Path) -> Iterator[RunLock]:
         yield lock
 
 
-def _fit(config: Any, folder: RunFolder, lock: RunLock, build: Callable[[Any], Module]) -> int:
+def _fit(config: Any, folder: RunFolder, lock: RunLock, build: Build) -> int:
     run_dir = folder.path
     with _writing(run_dir):
         setup(run_dir, rank=process_number(), debug=config.debug)
-    family = adopt(config).family if config.model.path is not None else None
-    critic = getattr(config, "critic", None)
-    if critic is not None and critic.path is not None:
-        open_whole(critic.path, "critic.path")
+    config, sources = resolve_pretrained(config)
     if config.export.hf is not None:
         refuse_existing(local(config.export.hf))
-        require_family(config.model, family.name if family else None, "export.hf")
+        require_family(config.model, family_name(sources.at(config.model.path)), "export.hf")
     quiet()
     resolved = asdict(config)
     if process_number() == 0:
         with _writing(run_dir):
             folder.write_config(resolved)
             folder.write_environment()
-    module = build(config)
+    module = build(config, sources)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, _eval_every(config))
     preemption = Preemption(checkpoints)
     collapse = Collapse(

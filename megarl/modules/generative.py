@@ -17,6 +17,7 @@ from megarl.experience.evaluation import Collect, Evaluated, Evaluation
 from megarl.experience.journal import Journal
 from megarl.experience.scorers import FunctionScorer, Scorer, check_fields
 from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts, RolloutSource
+from megarl.models.exchange.pretrained import Sources
 from megarl.modules.base import Module
 from megarl.parallel.offload import alone
 from megarl.rewards.scores import Scores
@@ -35,18 +36,25 @@ class GenerativeModule(Module):
     and models are built, and `prepare_responses` once their engines stand.
     """
 
-    vocab_size: int
     source: RolloutSource
     streams: tuple[int, ...] = (TRAINING,)  # of responses that a phase collects
 
-    def __init__(self, config: Any, tokenizer: Tokenizer, functions: Mapping[str, Callable[..., Any]] | None) -> None:
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: Tokenizer,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+        sources: Sources | None = None,
+    ) -> None:
         """
         Args:
             config: a tree with the sections data, rollout, reward, metric and eval.
+            tokenizer: of the same tree.
             functions: callables that take the place of those that `reward.fn` and `metric.fn` name.
+            sources: stored models that were opened already.
         """
-        super().__init__()
-        self.config, self.tokenizer, self.functions = config, tokenizer, dict(functions or {})
+        super().__init__(config, tokenizer, sources)
+        self.functions = dict(functions or {})
         self.evaluation: Evaluation | None = None
         self.evaluated = Evaluated()
         self.scorers: dict[str, Scorer] = {}
@@ -165,6 +173,7 @@ class GenerativeModule(Module):
 
     def on_train_start(self) -> None:
         """With a replay, see that it holds every phase that is still to come."""
+        super().on_train_start()
         folder, every = self.config.rollout.replay, self.config.trainer.eval_every
         if folder is None:
             return
@@ -188,6 +197,7 @@ class GenerativeModule(Module):
 
     def close(self) -> None:
         """End the functions' processes and free the cache; also after a run that failed half-way."""
+        super().close()
         if hasattr(self, "source"):  # a run may fail before there is one
             self.source.close()
         for scorer in self.scorers.values():

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from megarl.algorithms import following, ilql_loss
 from megarl.clock import Work
-from megarl.config.files import load_chat_template
+from megarl.config.cluster import PlanConfig
 from megarl.config.schema import ILQLConfig
 from megarl.data.offline import build_offline_loader, open_store
 from megarl.data.prompts import Prompt
 from megarl.experience.rows import training_flops
-from megarl.models.build import vocabulary
-from megarl.models.exchange.card import ModelCard
+from megarl.models.exchange.pretrained import Sources
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.generative import GenerativeModule
 from megarl.modules.losses import count_targets
+from megarl.modules.workload import Workload, generation
 from megarl.parallel.engine import Stats
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch
@@ -41,27 +41,41 @@ class ILQL(GenerativeModule):
     config: ILQLConfig
 
     def __init__(
-        self, config: ILQLConfig, tokenizer: Tokenizer, functions: Mapping[str, Callable[..., Any]] | None = None
+        self,
+        config: ILQLConfig,
+        tokenizer: Tokenizer,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+        sources: Sources | None = None,
     ) -> None:
-        super().__init__(config, tokenizer, functions)
-        self.vocab_size = vocabulary(config.model, tokenizer)
-        template = load_chat_template(config.data.chat_template)
-        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer, template)
+        super().__init__(config, tokenizer, functions, sources)
         self.prepare_prompts(train=False)
+
+    @staticmethod
+    def roles(config: ILQLConfig, vocab_size: int, sources: Sources) -> list[Role]:
+        policy = Role(
+            "policy",
+            config.model,
+            vocab_size,
+            heads=("lm", "value", *["q"] * config.ilql.q_heads),
+            optim=config.optim,
+            source=sources.at(config.model.path),
+            about="trains, with Q heads, their targets and V",
+        )
+        return [policy]
+
+    @staticmethod
+    def plan(config: ILQLConfig, assumed: PlanConfig) -> Workload:
+        length = config.data.seq_length
+        if not config.data.eval or config.trainer.eval_every is None:
+            return Workload(length=length, loss_tokens=length)
+        return Workload(length=length, loss_tokens=length, evaluates=True, **generation(config, assumed))
 
     def configure_model(self) -> None:
         if self.engines:
             return
         self.store = refused_once(self.grid, lambda: open_store(self.config.data, self.tokenizer))
-        policy = Role(
-            "policy",
-            self.config.model,
-            self.vocab_size,
-            heads=("lm", "value", *["q"] * self.config.ilql.q_heads),
-            optim=self.config.optim,
-            total_steps=self.config.trainer.max_steps,
-        )
-        self.policy = self.build(policy)
+        (policy,) = self.roles(self.config, self.vocab_size, self.sources)
+        self.policy = self.build(policy, self.config.trainer.max_steps)
         self.engines = {"policy": self.policy}
         self.prepare_responses(self.collect)
 

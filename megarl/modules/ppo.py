@@ -14,7 +14,7 @@ from torch import Tensor
 from megarl.algorithms import aggregate, aggregation_count, kl_estimate, mask_out, ppo_policy_loss
 from megarl.clock import Work
 from megarl.config.advantages import ADVANTAGES, critic_kind, without_effect
-from megarl.config.files import load_chat_template
+from megarl.config.cluster import PlanConfig
 from megarl.config.resume import from_plain
 from megarl.config.schema import PPOConfig
 from megarl.data.prompts import build_phase_loader
@@ -26,14 +26,13 @@ from megarl.experience.scorers import keep_scored
 from megarl.experience.shaping import Shaping
 from megarl.experience.start_weights import keep, take
 from megarl.logging import get_logger
-from megarl.models.build import vocabulary
-from megarl.models.exchange.adopt import adopt_critic
-from megarl.models.exchange.card import ModelCard
+from megarl.models.exchange.pretrained import Sources, critic_model
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour
 from megarl.modules.critics import NoCritic, SeparateCritic, SharedCritic
 from megarl.modules.generative import REWARD, GenerativeModule
+from megarl.modules.workload import REWARD_NOTE, Workload, responses
 from megarl.parallel.engine import Engine, ForwardFn, Outputs, Stats
 from megarl.parallel.grid import SEEDS
 from megarl.parallel.microbatches import make_microbatches
@@ -59,12 +58,13 @@ class PPO(GenerativeModule):
     config: PPOConfig
 
     def __init__(
-        self, config: PPOConfig, tokenizer: Tokenizer, functions: Mapping[str, Callable[..., Any]] | None = None
+        self,
+        config: PPOConfig,
+        tokenizer: Tokenizer,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+        sources: Sources | None = None,
     ) -> None:
-        super().__init__(config, tokenizer, functions)
-        self.vocab_size = vocabulary(config.model, tokenizer)
-        template = load_chat_template(config.data.chat_template)
-        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer, template)
+        super().__init__(config, tokenizer, functions, sources)
         self.planned = config.trainer.max_phases
         self.temperature = config.rollout.temperature
         self.needs = ADVANTAGES[config.ppo.advantages]
@@ -82,43 +82,52 @@ class PPO(GenerativeModule):
 
     # --- models and data --------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def roles(config: PPOConfig, vocab_size: int, sources: Sources) -> list[Role]:
+        model, source = config.model, sources.at(config.model.path)
+        critic = critic_kind(config)
+        heads = ("lm", "value") if critic == "shared" else ("lm",)
+        about = "trains and generates"
+        roles = [Role("policy", model, vocab_size, heads, optim=config.optim, source=source, about=about)]
+        if critic == "separate":
+            roles.append(_critic(config, vocab_size, sources))
+        if config.ppo.kl_coef > 0:
+            about = "the policy's first weights, in host memory"
+            roles.append(Role("reference", model, vocab_size, source=source, about=about, swaps_with="policy"))
+        return roles
+
+    @staticmethod
+    def plan(config: PPOConfig, assumed: PlanConfig) -> Workload:
+        notes = {"critic": "a head on the policy's trunk"} if critic_kind(config) == "shared" else {}
+        return Workload(
+            steps=steps_of_a_phase(config),
+            entropy=config.ppo.entropy_coef > 0,
+            rollouts=config.ppo.rollouts,
+            rescored=True,
+            notes={**notes, "reward": REWARD_NOTE},
+            **responses(config, assumed),
+        )
+
     def configure_model(self) -> None:
         if self.engines:
             return
-        config = self.config
-        per_phase = self.steps_of_a_phase
-        kind = critic_kind(config)
-        policy = Role(
-            "policy",
-            config.model,
-            self.vocab_size,
-            heads=("lm", "value") if kind == "shared" else ("lm",),
-            optim=config.optim,
-            total_steps=(config.trainer.max_phases - self.warmup_phases) * per_phase,
-        )
-        self.policy = self.build(policy)
-        self.engines = {"policy": self.policy}
-        if kind == "shared":
-            self.critic = SharedCritic(config.ppo.clip_value, config.ppo.vf_coef)
-        elif kind == "separate":
-            lr = config.optim.lr if config.critic.lr is None else config.critic.lr
-            model = adopt_critic(config, self.vocab_size)
-            critic = Role(
-                "critic",
-                model,
-                model.vocab_size or self.vocab_size,
-                heads=("value",),
-                optim=replace(config.optim, lr=lr),
-                total_steps=config.trainer.max_phases * per_phase,
-                lr_key="optim.lr" if config.critic.lr is None else "critic.lr",
-            )
-            self.engines["critic"] = self.build(critic)
-            self.critic = SeparateCritic(self.engines["critic"], config.ppo.clip_value)
-        if ignored := without_effect(config):
-            log.warning(
-                "%s: without effect, as ppo.advantages=%s does not read it", ", ".join(ignored), config.ppo.advantages
-            )
+        phases = self.config.trainer.max_phases
+        trained = {"policy": phases - self.warmup_phases, "critic": phases}
+        for role in self.roles(self.config, self.vocab_size, self.sources):
+            if role.on_device:
+                self.engines[role.name] = self.build(role, trained[role.name] * self.steps_of_a_phase)
+        self.policy = self.engines["policy"]
+        self.critic = self._make_critic()
+        if ignored := without_effect(self.config):
+            kind = self.config.ppo.advantages
+            log.warning("%s: without effect, as ppo.advantages=%s does not read it", ", ".join(ignored), kind)
         self.prepare_responses()
+
+    def _make_critic(self) -> NoCritic:
+        kind, ppo = critic_kind(self.config), self.config.ppo
+        if kind == "separate":
+            return SeparateCritic(self.engines["critic"], ppo.clip_value)
+        return SharedCritic(ppo.clip_value, ppo.vf_coef) if kind == "shared" else NoCritic()
 
     @property
     def warmup_phases(self) -> int:
@@ -127,9 +136,7 @@ class PPO(GenerativeModule):
 
     @property
     def steps_of_a_phase(self) -> int:
-        """Optimizer steps of a phase that trains on all of its responses to its end."""
-        minibatches = -(-self.config.ppo.rollouts // self.config.trainer.global_batch_size)
-        return self.config.ppo.inner_epochs * minibatches
+        return steps_of_a_phase(self.config)
 
     def on_fit_start(self) -> None:
         """What a run starts from. A resume has it from its checkpoint, and its reference from `on_load_checkpoint`."""
@@ -146,7 +153,7 @@ class PPO(GenerativeModule):
 
     def _clone(self, config: PPOConfig, engines: Sequence[Engine]) -> None:
         with self.clock.part("clone"):
-            clone_behaviour(config, self.tokenizer, self.grid, self.vocab_size, engines)
+            clone_behaviour(config, self.tokenizer, self.grid, self.vocab_size, engines, self.sources)
 
     def _keep_reference(self) -> None:
         assert self.card is not None
@@ -182,7 +189,8 @@ class PPO(GenerativeModule):
         return ours.path != theirs.path
 
     def _start_of(self, started_as: PPOConfig) -> Engine:
-        return self.build(Role("start", started_as.model, self.vocab_size), started_as.seed)
+        source = self.sources.at(started_as.model.path)
+        return self.build(Role("start", started_as.model, self.vocab_size, source=source), seed=started_as.seed)
 
     @property
     def rows_per_step(self) -> int:
@@ -458,3 +466,24 @@ class PPO(GenerativeModule):
         self.training_flops = once * models * self.config.ppo.inner_epochs
         passes = FORWARD_SHARE * (models + 1 + (self.reference is not None))
         return Work(int(rows.lengths.sum()), self.training_flops + once * passes)
+
+
+def steps_of_a_phase(config: PPOConfig) -> int:
+    """Return the optimizer steps of a phase that trains on all of its responses to its end."""
+    return config.ppo.inner_epochs * -(-config.ppo.rollouts // config.trainer.global_batch_size)
+
+
+def _critic(config: PPOConfig, vocab_size: int, sources: Sources) -> Role:
+    """Return a separate critic: the model at `critic.path`, or where that is null one that starts as the policy."""
+    model = critic_model(config, vocab_size, sources.at(config.critic.path))
+    lr = config.optim.lr if config.critic.lr is None else config.critic.lr
+    return Role(
+        "critic",
+        model,
+        model.vocab_size or vocab_size,
+        heads=("value",),
+        optim=replace(config.optim, lr=lr),
+        lr_key="optim.lr" if config.critic.lr is None else "critic.lr",
+        source=sources.at(config.critic.path or config.model.path),
+        about="trains, a separate model",
+    )

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from megarl.clock import Work
-from megarl.config.files import load_chat_template
+from megarl.config.cluster import PlanConfig
 from megarl.config.schema import RFTConfig
 from megarl.data.prompts import build_phase_loader
+from megarl.errors import ConfigError
 from megarl.experience.rows import rollouts_to_rows, training_flops
 from megarl.experience.scorers import keep_scored
-from megarl.models.build import vocabulary
-from megarl.models.exchange.card import ModelCard
+from megarl.models.exchange.pretrained import Sources
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour
 from megarl.modules.generative import GenerativeModule
 from megarl.modules.losses import count_targets, cross_entropy
+from megarl.modules.workload import REWARD_NOTE, Workload, responses
 from megarl.parallel.grid import SEEDS
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Rows
@@ -38,27 +39,46 @@ class RFT(GenerativeModule):
     config: RFTConfig
 
     def __init__(
-        self, config: RFTConfig, tokenizer: Tokenizer, functions: Mapping[str, Callable[..., Any]] | None = None
+        self,
+        config: RFTConfig,
+        tokenizer: Tokenizer,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+        sources: Sources | None = None,
     ) -> None:
-        super().__init__(config, tokenizer, functions)
-        self.vocab_size = vocabulary(config.model, tokenizer)
-        template = load_chat_template(config.data.chat_template)
-        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer, template)
+        super().__init__(config, tokenizer, functions, sources)
         self.planned = config.trainer.max_phases
         self.prepare_prompts(train=True)
+
+    @staticmethod
+    def roles(config: RFTConfig, vocab_size: int, sources: Sources) -> list[Role]:
+        source = sources.at(config.model.path)
+        about = "trains and generates"
+        return [Role("policy", config.model, vocab_size, optim=config.optim, source=source, about=about)]
+
+    @staticmethod
+    def plan(config: RFTConfig, assumed: PlanConfig) -> Workload:
+        rft = config.rft
+        if rft.prompts is None:
+            raise ConfigError(
+                "rft.prompts=null is all prompts of a file that a plan does not read: set their number",
+                key="rft.prompts",
+            )
+        rollouts = rft.prompts * config.rollout.n
+        kept = 1 - (rft.start_percentile + rft.end_percentile) / 2  # of the answers, in a mean improvement step
+        return Workload(
+            steps=rft.improve_steps * max(1, math.ceil(rollouts * kept / config.trainer.global_batch_size)),
+            rollouts=rollouts,
+            notes={"reward": REWARD_NOTE},
+            **responses(config, assumed),
+        )
 
     def configure_model(self) -> None:
         if self.engines:
             return
         config = self.config
-        policy = Role(
-            "policy",
-            config.model,
-            self.vocab_size,
-            optim=config.optim,
-            total_steps=config.trainer.max_phases * config.rft.improve_steps * self._most_minibatches(),
-        )
-        self.policy = self.build(policy)
+        (policy,) = self.roles(config, self.vocab_size, self.sources)
+        improvements = config.trainer.max_phases * config.rft.improve_steps
+        self.policy = self.build(policy, improvements * self._most_minibatches())
         self.engines = {"policy": self.policy}
         self.prepare_responses()
 
@@ -70,7 +90,7 @@ class RFT(GenerativeModule):
     def on_fit_start(self) -> None:
         if self.config.clone.data and not self.resumes:
             with self.clock.part("clone"):
-                clone_behaviour(self.config, self.tokenizer, self.grid, self.vocab_size, [self.policy])
+                clone_behaviour(self.config, self.tokenizer, self.grid, self.vocab_size, [self.policy], self.sources)
 
     @property
     def rows_per_step(self) -> int:

@@ -6,18 +6,18 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from megarl.clock import Work
-from megarl.config.files import load_chat_template
+from megarl.config.cluster import PlanConfig
 from megarl.config.schema import SFTConfig
 from megarl.data.build import build_sft_data, build_train_loader
 from megarl.data.dataset import PackedDataset, SFTDataset
 from megarl.data.order import EvalLoader
-from megarl.models.build import vocabulary
-from megarl.models.exchange.card import ModelCard
+from megarl.models.exchange.pretrained import Sources
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.base import Module
 from megarl.modules.losses import count_targets, cross_entropy
+from megarl.modules.workload import Workload
 from megarl.parallel.engine import Stats
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch
@@ -31,13 +31,18 @@ class SFT(Module):
     entry = "sft"
     config: SFTConfig
 
-    def __init__(self, config: SFTConfig, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self.config, self.tokenizer = config, tokenizer
-        self.vocab_size = vocabulary(config.model, tokenizer)
-        template = load_chat_template(config.data.chat_template)
-        self.card = ModelCard.of(config.model, self.vocab_size, tokenizer, config.tokenizer, template)
+    def __init__(self, config: SFTConfig, tokenizer: Tokenizer, sources: Sources | None = None) -> None:
+        super().__init__(config, tokenizer, sources)
         self.eval_sums = {"nll": 0.0, "tokens": 0.0}
+
+    @staticmethod
+    def roles(config: SFTConfig, vocab_size: int, sources: Sources) -> list[Role]:
+        source = sources.at(config.model.path)
+        return [Role("policy", config.model, vocab_size, optim=config.optim, source=source, about="trains")]
+
+    @staticmethod
+    def plan(config: SFTConfig, assumed: PlanConfig) -> Workload:
+        return Workload(length=config.data.seq_length, loss_tokens=config.data.seq_length)
 
     def configure_model(self) -> None:
         if self.engines:
@@ -45,14 +50,8 @@ class SFT(Module):
         self.train_data, self.eval_data = refused_once(
             self.grid, lambda: build_sft_data(self.config, self.tokenizer, report=self.grid.dp_rank == 0)
         )
-        policy = Role(
-            "policy",
-            self.config.model,
-            self.vocab_size,
-            optim=self.config.optim,
-            total_steps=self.config.trainer.max_steps,
-        )
-        self.policy = self.build(policy)
+        (policy,) = self.roles(self.config, self.vocab_size, self.sources)
+        self.policy = self.build(policy, self.config.trainer.max_steps)
         self.engines = {"policy": self.policy}
 
     @property

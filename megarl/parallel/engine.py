@@ -59,9 +59,11 @@ class Engine:
         name: str = "policy",
         optim: OptimSpec | None = None,
         trainable: Callable[[str], bool] | None = None,
+        saved: bool = True,
     ) -> None:
-        """`trainable(global name)` chooses the parameters that train, before gradient buffers are made."""
-        self.grid, self.name = grid, name
+        """`trainable(global name)` chooses the parameters that train, before gradient buffers are made. Checkpoints
+        hold the engine where it is `saved`."""
+        self.grid, self.name, self.saved = grid, name, saved
         self.lr_key = "optim.lr" if optim is None else optim.lr_key  # what messages say to lower
         self._models = _build_chunks(grid, build)
         self.config = self._models[0].config

@@ -90,6 +90,11 @@ class MegatronStrategy(DDPStrategy):
         return engines
 
     @property
+    def saved_engines(self) -> dict[str, Engine]:
+        """The engines that checkpoints hold: frozen ones have the weights that they were built with."""
+        return {name: engine for name, engine in self.engines.items() if engine.saved}
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Data is dealt out over replicas, not over ranks."""
         assert self.grid is not None
@@ -109,7 +114,7 @@ class MegatronStrategy(DDPStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {name: engine.sharded_state_dict() for name, engine in self.engines.items()}
+        return {name: engine.sharded_state_dict() for name, engine in self.saved_engines.items()}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         assert self.grid is not None
@@ -123,9 +128,10 @@ class MegatronStrategy(DDPStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.grid is not None
-        template = {name: engine.sharded_state_dict(loading=True) for name, engine in self.engines.items()}
+        engines = self.saved_engines
+        template = {name: engine.sharded_state_dict(loading=True) for name, engine in engines.items()}
         state = checkpoint["state_dict"](template)
-        for name, engine in self.engines.items():
+        for name, engine in engines.items():
             engine.load_state_dict(state[name])
         if checkpoint["layout"] == str(self.grid.layout):
             self.grid.set_random_state(checkpoint["random_states"][self.grid.rank])

@@ -3,12 +3,13 @@
 from dataclasses import dataclass, field, replace
 
 from megarl.models.cache import KVCache
+from megarl.models.roles import Role
 from megarl.parallel.reshard import refuse_what_cannot_be_moved
 from megarl.parallel.vocab import padded_vocab
 from megarl.planning import activations as act
 from megarl.planning.activations import Shape
 from megarl.planning.shards import Shard, gpt_config, shard, stages_that_differ
-from megarl.planning.work import Part, Work
+from megarl.planning.work import Work
 from megarl.rollout.generator import Limits
 from megarl.rollout.resharded import check_divides
 
@@ -99,7 +100,7 @@ def _add_generation(plan: RankPlan, work: Work, *, on_cpu: bool) -> None:
     if moved:
         check_divides(gpt_config(work), there.layout, str(work.rollout_layout))
         refuse_what_cannot_be_moved(work.layout, there.layout, tied=work.model.tie_embeddings)
-        copy = replace(work.engines[0], trained=False)
+        copy = replace(work.engines[0], optim=None)
         parts = {at: shard(there, copy, at) for at in _stages_there(work, there, stage)}
         stage, name = max(parts, key=lambda at: parts[at].weights), GENERATOR
         plan.shards[name] = parts[stage]
@@ -125,20 +126,18 @@ def _stages_there(work: Work, there: Work, stage: int) -> range:
     return range(stage * ranks // theirs, ((stage + 1) * ranks - 1) // theirs + 1)
 
 
-def _use(work: Work, role: Part, shards: dict[str, Shard], stage: int, phase: str, *, on_cpu: bool) -> Use:
-    if role.name == "reference":
-        # Its values are copied in and the policy's out, so there are two copies while it is asked.
+def _use(work: Work, role: Role, shards: dict[str, Shard], stage: int, phase: str, *, on_cpu: bool) -> Use:
+    if role.swaps_with is not None:
+        # Its values are copied in and the other role's out, so there are two copies while it is evaluated.
         copies = 2 if phase == "score" else 1
-        return Use(role.name, host=copies * shards["policy"].copy)
-    if not role.on_device:
-        return Use(role.name)
+        return Use(role.name, host=copies * shards[role.swaps_with].copy)
     held, work = shards[role.name], work.of(role)
     passing, logits, host = 0.0, 0.0, 0.0
     if phase == "score":
         passing, logits = _scoring(work, role, stage, on_cpu=on_cpu)
-    elif phase == "train":
+    elif phase == "train" and role.trains:
         passing, logits = _training(work, role, held, stage, on_cpu=on_cpu)
-    elif phase == "save":
+    elif phase == "save" and role.saved:
         passing, host = _saving(work, held, stage, on_cpu=on_cpu)
     return Use(role.name, held.weights, held.gradients, held.optimizer, passing, logits, host=host)
 
@@ -160,7 +159,7 @@ def in_flight(work: Work, stage: int) -> float:
     return float(min(pp - stage, work.accumulation))
 
 
-def _training(work: Work, role: Part, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float]:
+def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float]:
     """Activations and logits at the fullest moment of a step: the backward pass of a microbatch has just begun."""
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu)
     recompute = work.parallel.recompute
@@ -203,7 +202,7 @@ def _training(work: Work, role: Part, held: Shard, stage: int, *, on_cpu: bool) 
     return kept + passing, logits  # the optimizer, a fused one, has no temporaries
 
 
-def _scoring(work: Work, role: Part, stage: int, *, on_cpu: bool) -> tuple[float, float]:
+def _scoring(work: Work, role: Role, stage: int, *, on_cpu: bool) -> tuple[float, float]:
     """Log-probs and values of responses, without gradients."""
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu)
     tokens, rows = work.micro * work.length, work.micro * work.loss_tokens

@@ -111,14 +111,10 @@ def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
             )
     if (work.rollouts or work.evaluates) and work.slots > 1:
         yield f"rollout.slots={work.slots // 2}", replace(work, slots=work.slots // 2)
-    if len(work.engines) > 1:
-        roles = tuple(
-            replace(role, trained=False, on_device=False)
-            if role.name == "critic"
-            else replace(role, heads=("lm", "value") if role.name == "policy" else role.heads)
-            for role in work.roles
-        )
-        yield "critic.kind=shared", replace(work, roles=roles)
+    if any(role.name == "critic" for role in work.roles):
+        policy, *others = work.roles
+        roles = [replace(policy, heads=("lm", "value")), *(role for role in others if role.name != "critic")]
+        yield "critic.kind=shared", replace(work, roles=tuple(roles))
 
 
 def suggest(plan: Plan, most: int = 8) -> list[Plan]:

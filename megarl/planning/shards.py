@@ -13,7 +13,7 @@ from megarl.parallel.engine import Engine
 from megarl.parallel.fake import fake_world, rank_of
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
-from megarl.planning.work import Part, Work
+from megarl.planning.work import Work
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,12 @@ def stages_that_differ(layout: Layout) -> list[int]:
     return sorted({0, min(1, layout.pp - 1), layout.pp - 1})
 
 
-def shard(work: Work, role: Part, stage: int) -> Shard:
+def shard(work: Work, role: Role, stage: int) -> Shard:
     """The part of a role's model on the ranks of a pipeline stage; stages in the middle are alike."""
-    work = work.of(role)
     kinds = stages_that_differ(work.layout)
     built = stage if stage in kinds else kinds[1]
     rank = rank_of(work.layout, pp=built)
-    key = (repr(work.model), repr(work.optim), work.layout, work.vocab_size, work.precision, rank, repr(role))
+    key = (repr(role), work.layout, work.precision, rank)
     found = _KNOWN.get(key)
     if found is None:
         with fake_world(work.layout, rank) as grid:
@@ -66,10 +65,9 @@ def shard(work: Work, role: Part, stage: int) -> Shard:
 _KNOWN: dict[Any, Shard] = {}  # plans of one run differ in much that changes no model
 
 
-def build_shard(grid: Grid, work: Work, part: Part) -> Engine:
-    """Build a part's engine as training does, with weights that are not filled."""
-    role = Role(part.name, work.model, work.vocab_size, part.heads, work.optim if part.trained else None, 1)
-    return engine_of(role, grid, empty_model(gpt_config(work), grid, role.heads))
+def build_shard(grid: Grid, work: Work, role: Role) -> Engine:
+    """Build a role's engine as training does, with weights that are not filled."""
+    return engine_of(role, grid, empty_model(gpt_config(work.of(role)), grid, role.heads), total_steps=1)
 
 
 def measure(engine: Engine, stage: int) -> Shard:

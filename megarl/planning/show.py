@@ -19,6 +19,8 @@ def as_json(plan: Plan, helps: list[Remedy], layouts: list[Plan] | None) -> dict
     return {
         "algorithm": work.algorithm,
         "layout": str(work.layout),
+        "roles": {role.name: role.about for role in work.roles},
+        "notes": dict(work.notes),
         "cluster": {"gpu": cluster.gpu.name, "gpus": cluster.gpus, "gpus_per_node": cluster.per_node},
         "fits": plan.fits,
         "peak": {"stage": plan.fullest.stage, "phase": plan.fullest.peak, "bytes": round(plan.peak_bytes)},
@@ -98,11 +100,14 @@ def _head(plan: Plan) -> Text:
     work, cluster = plan.work, plan.cluster
     policy = work.engines[0].name
     largest = plan.fullest.shards[policy].parameters
+    parts = [f"{role.name}: {role.about}" for role in work.roles]
+    parts += [f"{name}: {note}" for name, note in work.notes.items()]
     verdict = "fits" if plan.fits else "does not fit"
     lines = [
         f"{work.algorithm} on {cluster.gpus} x {cluster.gpu.name} ({cluster.per_node} to a node), {work.layout}, "
         f"micro batch {work.micro} x {work.accumulation} accumulated, {work.precision}, "
         f"recompute {work.parallel.recompute}",
+        "; ".join(parts),
         f"{largest:,} of the policy's parameters on the fullest rank",
         f"{verdict}: the peak is {gib(plan.peak_bytes)} of {gib(cluster.usable)} usable GiB, in {plan.fullest.peak} "
         f"on pipeline stage {plan.fullest.stage}; host memory {gib(plan.host_bytes)} of {gib(cluster.host)} GiB a node",

@@ -82,17 +82,17 @@ class Clock:
         return phase
 
     def score(self) -> Phase:
-        """Log-probs of policy and reference, values of a critic of its own; the reference is copied in and out."""
+        """A pass of every model over the responses; a reference is copied in and out."""
         work, layout = self.work, self.layout
         phase = Phase("score")
-        passes = 1 + (work.role("reference") is not None) + (self._models() - 1)
+        passes = len(work.roles)
         batches = -(-work.rollouts // (layout.dp * work.micro))
         one = self._pass(work.micro, work.length, phase, backward=False)
         bubble = 1 + (layout.pp - 1) / batches
         phase.seconds = passes * batches * one * bubble
         phase.sent = {link: sent * passes * batches for link, sent in phase.sent.items()}
-        if work.role("reference") is not None:
-            phase.seconds += 4 * self.fullest.copy / 20e9  # out, in and back over PCIe, from pageable memory
+        swapped = len(work.roles) - len(work.engines)
+        phase.seconds += swapped * 4 * self.fullest.copy / 20e9  # out, in and back over PCIe, from pageable memory
         phase.tokens = work.rollouts * work.length
         phase.flops = passes * work.rollouts * self._flops(work.length, output=work.loss_tokens)
         phase.bound = "products"
@@ -133,7 +133,8 @@ class Clock:
     # --- parts ------------------------------------------------------------------------------------------------------
 
     def _models(self) -> int:
-        return len(self.work.engines)
+        """Models that train, and so are saved."""
+        return sum(role.trains for role in self.work.roles)
 
     def _flops(self, length: int, output: int) -> float:
         """Of one sequence's forward pass; the output layer is applied at `output` positions only."""

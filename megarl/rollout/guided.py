@@ -6,9 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.models.exchange.formats import open_source
 from megarl.models.gpt import GPT
-from megarl.models.heads import TargetQHeads, head_of
 from megarl.parallel.vocab import VocabShard
 from megarl.rollout.generator import TokenScorer
 
@@ -26,12 +24,6 @@ def guided(beta: float) -> TokenScorer:
         return logprobs + beta * advantages
 
     return scores
-
-
-def stored_q_heads(path: str | None) -> int:
-    """Q heads of the model stored at a path; 0 for one that is not ILQL's."""
-    heads = open_source(path).heads if path else {}
-    return len({name.split(".")[1] for name in heads if head_of(name) is TargetQHeads})
 
 
 def _log_softmax(logits: Tensor, shard: VocabShard) -> Tensor:

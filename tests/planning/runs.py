@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from megarl.models.roles import Role
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.modules.ppo import PPO
 from megarl.parallel.engine import Engine
@@ -17,7 +18,7 @@ from megarl.parallel.layout import Layout
 from megarl.parallel.microbatches import MicrobatchPlan
 from megarl.parallel.rows import Microbatch, Rows
 from megarl.planning.shards import build_shard
-from megarl.planning.work import Part, Work
+from megarl.planning.work import Work
 from megarl.rollout.generator import Generator, Limits
 from megarl.rollout.requests import Request, Sampling
 from megarl.rollout.resharded import for_generation
@@ -28,6 +29,11 @@ GPT2 = {"norm": "layernorm", "activation": "gelu_tanh", "position": "learned", "
 NEOX = {"norm": "layernorm", "activation": "gelu_tanh", "parallel_residual": "two_norms", "rope_percent": 0.25}
 LLAMA = {"activation": "swiglu", "num_kv_heads": 2}
 VOCAB = 2048
+
+
+def policy_of(model: ModelConfig, vocab_size: int = VOCAB, heads: tuple[str, ...] = ("lm",)) -> Role:
+    """A policy that trains."""
+    return Role("policy", model, vocab_size, heads, optim=OptimConfig())
 
 
 def describe(
@@ -48,12 +54,11 @@ def describe(
     response = loss_tokens or length
     return Work(
         algorithm=algorithm,
-        roles=(Part("policy", True, True, "trains"),),
+        roles=(policy_of(model),),
         model=model,
         parallel=ParallelConfig(
             tp=layout.tp, pp=layout.pp, sequence_parallel=layout.sequence_parallel, recompute=recompute
         ),
-        optim=OptimConfig(),
         layout=layout,
         vocab_size=VOCAB,
         precision=precision,

@@ -9,10 +9,11 @@ import pytest
 
 from megarl.errors import ConfigError
 from megarl.models.cache import KVCache
+from megarl.models.roles import Role
 from megarl.parallel.layout import Layout
 from megarl.planning.memory import GENERATOR, RankPlan, in_flight, plan_ranks, plan_stage, slots_of
 from megarl.planning.shards import gpt_config
-from megarl.planning.work import Part, Work
+from megarl.planning.work import Work
 from tests.planning.runs import GPT2, LLAMA, NEOX, Measured, describe, generated, moved, scored, trained, watched
 from tests.refusals import refused
 from tests.worlds import Worlds
@@ -114,26 +115,29 @@ def test_recorded_passes_are_refused_over_pipeline_stages_as_the_run_refuses_the
     assert plan_stage(replace(staged, rollout_layout="tp2"), 0).part("train", "cache") > 0
 
 
-def with_roles(*roles: Part) -> Work:
-    work = describe(Layout(), LLAMA, rollouts=8, loss_tokens=256)
-    return Work(**{**work.__dict__, "roles": roles})
+SCORED = describe(Layout(), LLAMA, rollouts=8, loss_tokens=256)
+POLICY = SCORED.roles[0]
+CRITIC = replace(POLICY, name="critic", heads=("value",))
 
 
-def test_a_reference_is_held_in_host_memory_and_twice_while_it_is_asked() -> None:
-    policy, reference = Part("policy", True, True, ""), Part("reference", False, False, "")
-    plan = plan_stage(with_roles(policy, reference), 0)
+def with_roles(*roles: Role) -> Work:
+    return replace(SCORED, roles=roles)
+
+
+def test_a_reference_is_held_in_host_memory_and_twice_while_it_is_evaluated() -> None:
+    reference = Role("reference", POLICY.model, POLICY.vocab_size, swaps_with="policy")
+    plan = plan_stage(with_roles(POLICY, reference), 0)
     weights = plan.shards["policy"].copy
     assert plan.host("train") - plan.host("score") == -weights
-    alone = plan_stage(with_roles(policy), 0)
+    alone = plan_stage(with_roles(POLICY), 0)
     assert plan.host("generate") - alone.host("generate") == weights
     assert all(plan.total(phase) == alone.total(phase) for phase in plan.uses)
 
 
-def test_a_critic_of_its_own_costs_a_second_engine_and_a_head_next_to_nothing() -> None:
-    policy, critic = Part("policy", True, True, ""), Part("critic", True, True, "", heads=("value",))
-    alone, asked = (plan_stage(with_roles(role), 0) for role in (policy, critic))
-    shared = plan_stage(with_roles(replace(policy, heads=("lm", "value"))), 0)
-    separate = plan_stage(with_roles(policy, critic), 0)
+def test_a_separate_critic_costs_a_second_engine_and_a_head_next_to_nothing() -> None:
+    alone, asked = (plan_stage(with_roles(role), 0) for role in (POLICY, CRITIC))
+    shared = plan_stage(with_roles(replace(POLICY, heads=("lm", "value"))), 0)
+    separate = plan_stage(with_roles(POLICY, CRITIC), 0)
     # The head is 256 x 512 and its bias, a vector of 512 and its bias: 132097 parameters of 16 bytes in float32. The
     # output layer, 2048 x 256, has neither gradients nor moments, 12 bytes.
     extra = 16 * 132097 - 12 * 2048 * 256
@@ -147,13 +151,21 @@ def held(plan: RankPlan) -> float:
 
 
 def test_a_critic_of_another_shape_counts_as_what_it_is() -> None:
-    policy = Part("policy", True, True, "")
-    wide = replace(with_roles(policy).model, hidden_size=512)
-    one = plan_stage(with_roles(policy, Part("critic", True, True, "", heads=("value",), model=wide)), 0)
-    alone = plan_stage(with_roles(replace(policy, heads=("value",), model=wide)), 0)
+    wide = replace(CRITIC, model=replace(POLICY.model, hidden_size=512))
+    one = plan_stage(with_roles(POLICY, wide), 0)
+    alone = plan_stage(with_roles(replace(wide, name="policy")), 0)
     assert one.shards["critic"] == alone.shards["policy"]
     assert one.uses["train"][1] == replace(alone.uses["train"][0], role="critic")  # the policy waits: it is smaller
     assert one.uses["train"][0].activations == 0
+
+
+def test_a_frozen_model_takes_its_weights_alone_and_is_not_saved() -> None:
+    frozen = Role("reward", POLICY.model, POLICY.vocab_size)
+    alone, both = (plan_stage(with_roles(*roles), 0) for roles in ((POLICY,), (POLICY, frozen)))
+    weights = both.shards["reward"].weights
+    for phase in ("train", "save"):
+        assert both.total(phase) == alone.total(phase) + weights
+        assert both.host(phase) == alone.host(phase)
 
 
 @pytest.mark.parametrize(

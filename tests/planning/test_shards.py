@@ -1,16 +1,18 @@
 """What ranks hold, exactly, of models that no machine here could build."""
 
+from dataclasses import replace
+
 import pytest
 
 from megarl.config.compose import compose
 from megarl.config.presets import conf_folder, preset_files
-from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from megarl.config.schema import ModelConfig
 from megarl.models.flops import layer_weights
 from megarl.parallel.fake import fake_world, rank_of
 from megarl.parallel.layout import Layout
 from megarl.planning.shards import build_shard, measure, shard, stages_that_differ
-from megarl.planning.work import Part, Work
-from tests.planning.runs import LLAMA, describe
+from megarl.planning.work import Work
+from tests.planning.runs import LLAMA, describe, policy_of
 
 NEOX_20B = ModelConfig(
     num_layers=44,
@@ -26,12 +28,11 @@ NEOX_20B = ModelConfig(
     out_bias=True,
     mlp_bias=True,
 )
-POLICY = Part("policy", True, True, "")
+POLICY = policy_of(NEOX_20B, 50432)
 
 
 def neox(layout: Layout) -> Work:
-    work = describe(layout, {}, precision="bf16")
-    return Work(**{**work.__dict__, "model": NEOX_20B, "vocab_size": 50432})
+    return describe(layout, {}, precision="bf16")
 
 
 def test_gpt_neox_20b_has_its_published_number_of_parameters() -> None:
@@ -67,7 +68,7 @@ def test_data_parallel_ranks_share_the_optimizer_and_nothing_else() -> None:
 
 def test_what_is_frozen_has_no_gradients_and_no_copy() -> None:
     work = describe(Layout(), {**LLAMA, "num_layers_unfrozen": 1})
-    held = shard(work, POLICY, 0)
+    held = shard(work, work.roles[0], 0)
     layer = layer_weights(work.model) + 2 * 256
     assert held.trainable == layer + 256 + 2048 * 256
     assert held.copy == 4 * held.trainable
@@ -76,19 +77,15 @@ def test_what_is_frozen_has_no_gradients_and_no_copy() -> None:
 
 def test_a_model_without_its_output_layer_in_use_does_not_train_it() -> None:
     work = describe(Layout(), LLAMA)
-    speaking, silent = (
-        shard(work, Part("critic", True, True, "", heads=heads), 0) for heads in (("lm", "value"), ("value",))
-    )
+    speaking, silent = (shard(work, policy_of(work.model, heads=heads), 0) for heads in (("lm", "value"), ("value",)))
     assert speaking.parameters == silent.parameters
     assert speaking.trainable - silent.trainable == 2048 * 256
     assert speaking.gradients - silent.gradients == pytest.approx(4 * 2048 * 256, rel=0.01)
 
 
 def test_ilqls_heads_are_two_that_train_and_two_that_follow() -> None:
-    layout = Layout(tp=2)
-    plain, headed = (
-        shard(describe(layout, LLAMA), Part("policy", True, True, "", ("lm", *["q"] * n)), 0) for n in (0, 2)
-    )
+    work = describe(Layout(tp=2), LLAMA)
+    plain, headed = (shard(work, policy_of(work.model, heads=("lm", *["q"] * n)), 0) for n in (0, 2))
     # Per head and rank: 256 -> 512 and 512 -> 2048 with biases, cut in two
     head = (256 * 512 + 512 + 512 * 2048 + 2048) // 2
     assert headed.parameters - plain.parameters == 4 * head
@@ -111,13 +108,12 @@ def test_every_preset_builds_at_its_world_size(name: str) -> None:
         sequence_parallel=parallel.sequence_parallel,
     )
     work = describe(layout, {}, precision=trainer.precision)
-    work = Work(**{**work.__dict__, "model": config.model, "vocab_size": config.model.vocab_size,
-                   "parallel": ParallelConfig(), "optim": OptimConfig()})  # fmt: skip
+    policy = policy_of(config.model, config.model.vocab_size)
     stages = stages_that_differ(layout)
-    parts = {stage: shard(work, POLICY, stage) for stage in stages}
+    parts = {stage: shard(work, policy, stage) for stage in stages}
     between = (layout.pp - 2) * parts[stages[1]].parameters if layout.pp > 2 else 0
     held = parts[0].parameters + between + (parts[layout.pp - 1].parameters if layout.pp > 1 else 0)
-    whole = shard(Work(**{**work.__dict__, "layout": Layout()}), POLICY, 0).parameters
+    whole = shard(replace(work, layout=Layout()), policy, 0).parameters
     # A rank's parts are a tp-th and what all tensor ranks hold; a tied table is on the first and on the last stage.
     assert whole <= held * layout.tp < whole * 1.02
     assert parts[0].layers == config.model.num_layers // layout.pp

@@ -1,15 +1,18 @@
 """Seconds against hand-worked ones, and against times that others have published."""
 
+from dataclasses import replace
+
 import pytest
 
 from megarl.config.cluster import ClusterConfig
-from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from megarl.config.schema import ModelConfig, ParallelConfig
+from megarl.models.roles import Role
 from megarl.parallel.layout import Layout
 from megarl.planning.hardware import KINDS, Cluster
 from megarl.planning.plan import Plan, make_plan, remedies, suggest
 from megarl.planning.times import Rates
-from megarl.planning.work import Part, Work
-from tests.planning.runs import LLAMA, describe
+from megarl.planning.work import Work
+from tests.planning.runs import LLAMA, describe, policy_of
 
 QWEN_32B = ModelConfig(
     num_layers=64, hidden_size=5120, num_heads=40, num_kv_heads=8, ffn_size=27648, max_positions=4096
@@ -27,7 +30,9 @@ def planned(work: Work, host_s_per_layer: float = 0.0, gpu: str = "h100") -> Pla
 def large(model: ModelConfig, vocab_size: int, layout: Layout, **changes: object) -> Work:
     """Micro batch 1, 4096 tokens, 32 microbatches to a step, bf16, selective recompute."""
     work = describe(layout, {}, micro=1, accumulation=32, length=4096, precision="bf16", recompute="selective")
-    return Work(**{**work.__dict__, "model": model, "vocab_size": vocab_size, **changes})
+    return replace(
+        work, **{"model": model, "vocab_size": vocab_size, "roles": (policy_of(model, vocab_size),), **changes}
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,7 @@ def test_a_published_ppo_step_of_a_70b_policy(gpus: int, published: float) -> No
         128256,
         Layout(tp=8, dp=actors // 8, sequence_parallel=True),
         algorithm="ppo",
-        roles=(Part("policy", True, True, ""), Part("reference", False, False, "")),
+        roles=(policy_of(LLAMA_70B, 128256), Role("reference", LLAMA_70B, 128256, swaps_with="policy")),
         global_batch=128,
         steps=8,
         length=2560,
@@ -120,7 +125,6 @@ def test_suggestions_fit_and_the_fastest_comes_first() -> None:
     assert all(plan.fits and plan.work.layout.world_size == 8 for plan in plans)
     assert [plan.seconds for plan in plans] == sorted(plan.seconds for plan in plans)
     assert isinstance(plans[0].work.parallel, ParallelConfig)
-    assert isinstance(plans[0].work.optim, OptimConfig)
 
 
 def test_nothing_is_suggested_where_nothing_fits() -> None:

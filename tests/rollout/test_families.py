@@ -68,9 +68,9 @@ def ours(folders: dict[str, Path]) -> dict[str, list[Rollout]]:
     answers = {}
     for name, folder in folders.items():
         grid = Grid(Layout(), device)
-        model = open_source(folder).model
-        model.path = str(folder)
-        engine = build_engine(Role("policy", model, VOCAB), grid, ParallelConfig(), precision="fp32", seed=1)
+        source = open_source(folder)
+        role = Role("policy", source.model, VOCAB, source=source)
+        engine = build_engine(role, grid, ParallelConfig(), precision="fp32", seed=1)
         generator = Generator(engine, -1, seed=1, limits=Limits(slots=3))
         answers[name] = generator.generate(requests())
         grid.close()

@@ -5,7 +5,7 @@ from typing import Any
 
 from megarl.config.schema import ModelConfig, TokenizerConfig
 from megarl.models.exchange.export import token_ids
-from megarl.models.exchange.formats import open_source
+from megarl.models.exchange.source import Source, family_name
 from megarl.tokenizers import Tokenizer
 
 
@@ -29,9 +29,10 @@ class ModelCard:
         tokenizer: Tokenizer,
         settings: TokenizerConfig,
         chat_template: str | None = None,
+        source: Source | None = None,
     ) -> "ModelCard":
-        family = open_source(model.path).family if model.path else None
-        return cls(model, vocab_size, family.name if family else None, tokenizer, settings.path, chat_template)
+        """`source` is the stored model that the weights started from."""
+        return cls(model, vocab_size, family_name(source), tokenizer, settings.path, chat_template)
 
     def plain(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""

@@ -69,6 +69,11 @@ class Source(ABC):
         return self.read(name)[first:last]
 
 
+def family_name(source: Source | None) -> str | None:
+    """Return the name of the family that a stored model was published in; None where there is none."""
+    return source.family.name if source is not None and source.family is not None else None
+
+
 class HuggingFaceSource(Source):
     """A folder as `save_pretrained` writes it."""
 

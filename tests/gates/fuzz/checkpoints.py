@@ -16,7 +16,7 @@ from megarl.checkpoint import COMMON, INDEX, MANIFEST, _size_and_checksum, find,
 from megarl.config.schema import ParallelConfig
 from megarl.config.shape import check_shape
 from megarl.errors import CheckpointError
-from megarl.models.exchange.adopt import open_whole
+from megarl.models.exchange.pretrained import Sources
 from tests.gates.fuzz import mutate
 from tests.gates.fuzz.check import Case
 from tests.gates.fuzz.runs import sft_run
@@ -75,7 +75,7 @@ def read(folder: Path) -> None:
 
 
 def _opened(path: Path) -> None:
-    source = open_whole(str(path), "model.path")
+    source = Sources().whole(str(path), "model.path")
     check_shape(source.model, ParallelConfig())
     for name in sorted(source.names):
         source.read(name)

@@ -50,8 +50,8 @@ def import_and_export(folders: dict[str, Path], tp: int, pp: int, out: Path) -> 
         grid = Grid(Layout(tp=tp, pp=pp), device)
         source = open_source(folder)
         model = source.model
-        model.path = str(folder)
-        engine = build_engine(Role("policy", model, VOCAB), grid, ParallelConfig(), precision="fp32", seed=1)
+        role = Role("policy", model, VOCAB, source=source)
+        engine = build_engine(role, grid, ParallelConfig(), precision="fp32", seed=1)
         tokens = fixed_tokens()
         rows = Rows(tokens, torch.full((len(tokens),), tokens.shape[1]), torch.ones(tokens.shape))
 

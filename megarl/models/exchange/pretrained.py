@@ -1,0 +1,131 @@
+"""Pretrained models of a run before anything is built: opened once, checked, and their shape and tokenizer taken."""
+
+import os
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from megarl.checkpoint import verify
+from megarl.config.advantages import critic_kind
+from megarl.config.schema import ModelConfig, TokenizerConfig
+from megarl.config.shape import check_shape
+from megarl.errors import CheckpointError, ConfigError, MegarlError
+from megarl.logging import get_logger
+from megarl.models.exchange.family import shape_of
+from megarl.models.exchange.formats import open_source
+from megarl.models.exchange.source import Source
+
+Tree = TypeVar("Tree", bound=Any)
+log = get_logger(__name__)
+OURS = ("dropout", "init_std", "num_layers_unfrozen")
+"""Keys of `model` that stay as they are set; all others are the stored model's."""
+
+
+class Sources:
+    """The stored models of a run, by path. Each is opened once in a process, until `close`."""
+
+    def __init__(self) -> None:
+        self._opened: dict[str, Source] = {}
+
+    def at(self, path: str | None) -> Source | None:
+        """Return the model stored at a path; None where the path is null."""
+        if path is None:
+            return None
+        if path not in self._opened:
+            source = open_source(path)
+            self._opened[path] = self._opened[str(source.path)] = source
+        return self._opened[path]
+
+    def whole(self, path: str, key: str) -> Source:
+        """Return the model stored at the path of a configuration key.
+
+        The first process reads a whole checkpoint of ours to compare its checksums.
+        """
+        try:
+            source = self.at(path)
+        except MegarlError as refused:
+            raise refused.within(f"{key}={path}") from None
+        assert source is not None
+        problem = verify(source.path) if source.kind == "megarl" and int(os.environ.get("RANK", "0")) == 0 else None
+        if problem:
+            raise CheckpointError(
+                f"{key}={source.path} is not whole: {problem}", key=problem.key, value=problem.value, where=source.path
+            )
+        return source
+
+    def close(self) -> None:
+        """Release the open files and unpacked archives, once every model is built."""
+        self._opened.clear()
+
+
+def resolve_pretrained(config: Tree) -> tuple[Tree, Sources]:
+    """Open and check the models that an entry's tree starts from.
+
+    Returns:
+        The tree with the shape and the tokenizer of the model at `model.path`, or the tree itself where that is null;
+        and the models at `model.path` and `critic.path`. The tree that was given is left as it is.
+    """
+    sources = Sources()
+    if config.model.path is not None:
+        config = _with_shape(config, sources.whole(config.model.path, "model.path"))
+    if hasattr(config, "critic") and config.critic.path is not None and critic_kind(config) == "separate":
+        sources.whole(config.critic.path, "critic.path")
+    return config, sources
+
+
+def _with_shape(config: Tree, source: Source) -> Tree:
+    """The tree with `model`, and `tokenizer` where it is at its default, taken from a stored model. Refuses a model
+    that does not fit the layout or the sequence length."""
+    model, tokenizer = _model_of(config, source), _tokenizer_of(config.tokenizer, source)
+    check_shape(model, config.parallel)
+    if getattr(getattr(config, "data", None), "seq_length", 0) > model.max_positions:
+        raise ConfigError(
+            f"data.seq_length={config.data.seq_length} is more than the {model.max_positions} positions of "
+            f"model.path={source.path}: use data.seq_length={model.max_positions} or less",
+            key="data.seq_length",
+            value=config.data.seq_length,
+            where=source.path,
+            offers={"data.seq_length": [model.max_positions]},
+        )
+    shape = " ".join(f"{key}={value}" for key, value in shape_of(model).items() if value not in (None, False))
+    log.info("model.path=%s gives vocab_size=%s %s", source.path, source.vocab_size, shape)
+    resolved: Tree = replace(config, model=model, tokenizer=tokenizer)
+    return resolved
+
+
+def critic_model(config: Any, vocab_size: int, source: Source | None) -> ModelConfig:
+    """Return the shape of a separate critic: that of the model at `critic.path`, or the policy's where that is null.
+
+    Refuses a critic that cannot read sequences of a policy of that vocabulary.
+    """
+    if source is None:
+        policy: ModelConfig = config.model
+        return policy
+    critic = _model_of(config, source)
+    for name, policys in (("vocab_size", vocab_size), ("max_positions", config.model.max_positions)):
+        its = getattr(critic, name)
+        if its < policys:
+            raise ConfigError(
+                f"critic.path={config.critic.path} has {name}={its}, but the policy's sequences need {policys}: use a "
+                "critic that was trained with the policy's tokenizer and context, or critic.path=null",
+                key=name,
+                value=its,
+                where=config.critic.path,
+                offers={"critic.path": [None]},
+            )
+    check_shape(critic, config.parallel)
+    return critic
+
+
+def _model_of(config: Any, source: Source) -> ModelConfig:
+    kept = {key: getattr(config.model, key) for key in OURS}
+    return replace(source.model, path=str(source.path), vocab_size=source.vocab_size, **kept)
+
+
+def _tokenizer_of(tokenizer: TokenizerConfig, source: Source) -> TokenizerConfig:
+    if source.tokenizer is None or tokenizer.path is not None:
+        return tokenizer
+    kind, path = source.tokenizer
+    if tokenizer.kind == kind or (tokenizer.kind == "bytes" and kind != "bytes"):
+        log.info("the tokenizer is model.path's: tokenizer.kind=%s tokenizer.path=%s", kind, path)
+        return replace(tokenizer, kind=kind, path=path)
+    return tokenizer
