@@ -16,19 +16,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megarl.command import INTERRUPTED, NOTICED, process_number
+from megarl.config.algorithms import ALGORITHMS, LearnsFrom
 from megarl.config.compose import compose, explained, typed
 from megarl.config.files import check_files, load_chat_template
 from megarl.config.leaf import leaves
 from megarl.config.messages import nearest_keys, one_of
-from megarl.config.presets import DEMO_EVAL, DEMO_TRAIN, resource
-from megarl.config.schema import ENTRIES
-from megarl.config.settings import settings_of
+from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN, resource
+from megarl.config.settings import algorithm_of, settings_of
 from megarl.config.values import check_values
 from megarl.disk import UnreadableError, parse_object, read_text, writable
 from megarl.errors import ConfigError, DataError
 from megarl.logging import get_logger, warn_once
 
-ALGORITHMS = ("ppo", "ilql", "sft", "rft")
 DRAWN_BY = (*("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "ilql_beta"),)
 """Keys of the `rollout` section that say how tokens are drawn."""
 Function = Callable[..., Any]
@@ -188,11 +187,12 @@ def train(
     run_dir = writable(str(_run_dir(entry, filled)), "run.dir")
     filled.run.dir = str(run_dir)
     lists: dict[str, list[dict[str, Any]]] = {}
-    if entry in ("ppo", "rft"):
+    learns_from = ALGORITHMS[entry].learns_from
+    if learns_from == "prompts":
         lists["prompts"] = _records(prompts if prompts is not None else [""])
     elif samples is not None:
         lists["samples"] = _samples(samples, rewards)
-        if entry == "sft":
+        if learns_from == "samples":
             filled.data.format = "auto"  # told by the keys that we write
     if eval_prompts is not None:
         _section(filled, "eval", "eval_prompts", entry)
@@ -220,7 +220,7 @@ def default_config(algorithm: str, *settings: str) -> DictConfig:
     """The configuration of an algorithm, by attribute; unknown keys are refused.
 
     Args:
-        algorithm: ppo, ilql, sft or rft.
+        algorithm: NAME of `python -m megarl.train_NAME`, such as ppo.
         settings: as on the command line, such as "+conf=randomwalks" or "optim.lr=1e-4".
     """
     if algorithm not in ALGORITHMS:
@@ -228,21 +228,22 @@ def default_config(algorithm: str, *settings: str) -> DictConfig:
             f"algorithm {algorithm!r} is not known here: use {', '.join(ALGORITHMS)}",
             key="algorithm",
             value=algorithm,
-            offers={"algorithm": ALGORITHMS},
+            offers={"algorithm": list(ALGORITHMS)},
         )
     config, _ = compose(algorithm, list(settings))
-    return settings_of(config)
+    return settings_of(config, algorithm)
 
 
 def _algorithm(reward_fn: Any, samples: Any, rewards: Any, config: DictConfig | None) -> str:
     """What the arguments ask for."""
     named = None if config is None else _entry_of(config)
+    given: LearnsFrom
     if reward_fn is not None and samples is None:
-        asked = "rft" if named == "rft" else "ppo"
+        given = "prompts"
     elif samples is not None and rewards is not None and reward_fn is None:
-        asked = "ilql"
+        given = "rewarded samples"
     elif samples is not None and rewards is None and reward_fn is None:
-        asked = "sft"
+        given = "samples"
     elif named is not None and reward_fn is samples is rewards is None:
         return named
     else:
@@ -251,7 +252,10 @@ def _algorithm(reward_fn: Any, samples: Any, rewards: Any, config: DictConfig | 
             "them",
             key="train()",
         )
-    if named is not None and named != asked:
+    if named is not None and ALGORITHMS[named].learns_from == given:
+        return named
+    asked = next(name for name, algorithm in ALGORITHMS.items() if algorithm.learns_from == given)
+    if named is not None:
         raise ConfigError(
             f"config is of {named}, but the arguments ask for {asked}: use default_config({asked!r})",
             key="config",
@@ -262,13 +266,12 @@ def _algorithm(reward_fn: Any, samples: Any, rewards: Any, config: DictConfig | 
 
 
 def _entry_of(config: DictConfig) -> str:
-    kind = OmegaConf.get_type(config)
-    for entry in ALGORITHMS:
-        if ENTRIES[entry] is kind:
-            return entry
-    raise ConfigError(
-        "config is not from megarl.default_config(...): make it with that, and set its attributes", key="config"
-    )
+    name = algorithm_of(config)
+    if name is None:
+        raise ConfigError(
+            "config is not from megarl.default_config(...): make it with that, and set its attributes", key="config"
+        )
+    return name
 
 
 def _warn_of_no_family(config: Any) -> None:
@@ -416,17 +419,14 @@ def _plain(value: Any) -> Any:
 
 def _run(entry: str, config: Any, functions: dict[str, Function], names: dict[str, str]) -> None:
     """Run the entry point; `names` are those of the lists that were written to files, by path."""
-    from megarl import train_ilql, train_ppo, train_rft, train_sft
+    from megarl import training
     from megarl.config.checks import check, world_size
     from megarl.data.sources import named_lists
 
     check(config, world_size(config, os.environ))
     check_files(config)
     with named_lists(names):
-        if entry == "sft":
-            code = train_sft.train(config)
-        else:
-            code = {"ppo": train_ppo, "ilql": train_ilql, "rft": train_rft}[entry].train(config, functions)
+        code = training.train(entry, config, functions)
     # The run is saved, but what follows the call is for a trained model.
     if code == INTERRUPTED:
         raise KeyboardInterrupt

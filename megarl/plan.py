@@ -13,12 +13,12 @@ from yaml import YAMLError
 
 import megarl
 from megarl.command import ended
+from megarl.config.algorithms import ALGORITHMS
 from megarl.config.checks import check, local_devices
 from megarl.config.cluster import PlanConfig
 from megarl.config.compose import compose
 from megarl.config.leaf import leaves, sections
 from megarl.config.messages import EXPLAINED, explain
-from megarl.config.schema import ENTRIES
 from megarl.config.values import check_declared
 from megarl.disk import shown
 from megarl.errors import ConfigError
@@ -61,7 +61,7 @@ def read(own: list[str]) -> PlanConfig:
 
 def compose_run(plan: PlanConfig, argv: list[str]) -> tuple[Any, int]:
     """The run's configuration, refused as the run itself would refuse it, and its number of GPUs."""
-    tree = ENTRIES[plan.algorithm]
+    tree = ALGORITHMS[plan.algorithm].config
     for word in argv:
         head = word.lstrip("+~").partition("=")[0].partition(".")[0]
         near = difflib.get_close_matches(head, [*_OWN, *sections(tree)], n=1, cutoff=0.7)
@@ -102,21 +102,18 @@ def show(argv: list[str]) -> None:
     from rich.console import Console
 
     from megarl.models.exchange.pretrained import resolve_pretrained
-    from megarl.modules.ilql import ILQL
-    from megarl.modules.ppo import PPO
-    from megarl.modules.rft import RFT
-    from megarl.modules.sft import SFT
     from megarl.planning import show as page
     from megarl.planning.hardware import Cluster
     from megarl.planning.plan import make_plan, remedies, suggest
     from megarl.planning.times import Rates
     from megarl.planning.work import work_of
+    from megarl.training import module_of
 
     run, sources = resolve_pretrained(run)
     cluster = Cluster.of(config.cluster, gpus)
     rates = Rates(config.mfu or cluster.gpu.products, config.host_us_per_layer * 1e-6)
-    module = next(module for module in (PPO, ILQL, SFT, RFT) if module.entry == config.algorithm)
-    plan = make_plan(work_of(module, run, config, gpus, vocabulary_of(run), sources), cluster, rates)
+    work = work_of(module_of(config.algorithm), run, config, gpus, vocabulary_of(run), sources)
+    plan = make_plan(work, cluster, rates)
     helps = remedies(plan)
     layouts = suggest(plan) if config.suggest else None
     if config.json:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import megarl
 from megarl.api import _algorithm
 from megarl.callbacks.owner import RunLock
+from megarl.config.algorithms import ALGORITHMS
 from megarl.errors import ConfigError, DataError, MegarlError
 from tests.refusals import refused
 from tests.worlds import Worlds
@@ -180,7 +181,7 @@ def test_a_configuration_refuses_unknown_keys_and_other_algorithms() -> None:
         config.optim.lrr = 1.0
     with refused(ConfigError, key="config", value="ppo", offers={"config": ["sft"]}):
         megarl.train(samples=["a"], config=config)
-    with refused(ConfigError, key="algorithm", value="dpo", offers={"algorithm": ["ppo", "ilql", "sft", "rft"]}):
+    with refused(ConfigError, key="algorithm", value="dpo", offers={"algorithm": list(ALGORITHMS)}):
         megarl.default_config("dpo")
 
 

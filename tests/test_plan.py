@@ -11,9 +11,11 @@ import torch.distributed as dist
 
 import megarl
 from megarl import plan
-from megarl.config.cluster import GPUS, PLANNED, PlanConfig
+from megarl.config.algorithms import ALGORITHMS
+from megarl.config.cluster import GPUS, PlanConfig
 from megarl.config.leaf import leaves
-from megarl.config.presets import conf_folder, preset_files
+from megarl.config.presets import preset_files
+from megarl.config.resources import conf_folder
 from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError
 from megarl.parallel.vocab import padded_vocab
@@ -155,7 +157,7 @@ def test_every_preset_fits_80_gb_at_its_world_size(capsys: pytest.CaptureFixture
         (["cluster.gpuz=64"], "cluster.gpuz", {"names": ("cluster.gpus",)}),
         (["cluster.gpu=b100"], "cluster.gpu", {"value": "b100", "offers": {"cluster.gpu": list(GPUS)}}),
         (["clusters.gpus=64"], "clusters", {"offers": {"clusters": ["cluster"]}}),
-        (["algorithm=pppo"], "algorithm", {"value": "pppo", "offers": {"algorithm": list(PLANNED)}}),
+        (["algorithm=pppo"], "algorithm", {"value": "pppo", "offers": {"algorithm": list(ALGORITHMS)}}),
         (["algorithm=rft", "rollout.n=8"], "rft.prompts", {"value": None}),
         (["--jason"], "--jason", {"names": ("--json",)}),
         (["json=\x1b[31m"], "json=\\x1b[31m", {}),

@@ -1,6 +1,7 @@
 """Rules a configuration must meet before anything is built: values, batch arithmetic, what goes together.
 
-Pure Python. A new rule is a function `(config, world_size) -> None` that raises `Refusal`, added to `RULES`.
+Pure Python. A new rule is a function `(config, world_size) -> None` that raises `Refusal`, added to a list
+below. The tree of an entry point says which list is its own (`rules`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from megarl.config.advantages import ADVANTAGES
 from megarl.config.launcher import started_by_slurm
 from megarl.config.offers import Refusal, Rule, divisors, either, enforce, multiples
-from megarl.config.presets import DEMO_EVAL, DEMO_TRAIN, resource
+from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN, resource
 from megarl.config.rl import SCORER_START_S
 from megarl.config.shape import shape_rule
 from megarl.config.values import MOST_PER_NODE, check_values
@@ -28,17 +29,7 @@ def check(config: Any, world_size: int) -> None:
         world_size: processes of the whole run, from `world_size()`.
     """
     check_values(config)
-    enforce(_rules(config), config, world_size)
-
-
-def _rules(config: Any) -> list[Rule]:
-    if hasattr(config, "ppo"):
-        return PHASE_RULES
-    if hasattr(config, "rft"):
-        return [_rejection if rule is _phase else rule for rule in PHASE_RULES if rule is not _critic]
-    if hasattr(config, "ilql"):
-        return OFFLINE_RULES
-    return RULES if hasattr(config, "optim") else GENERATION_RULES
+    enforce(config.rules, config, world_size)
 
 
 def world_size(config: Any, environ: Mapping[str, str]) -> int:
@@ -398,7 +389,10 @@ RULES: list[Rule] = [_context_parallel, _model, _sequence_parallel, _world, _bat
 PHASE_RULES: list[Rule] = [
     *(_context_parallel, _room, _world, _batch, _prompts, _sweep, _critic, _phase, _reward_time, _tokenizer)
 ]
-"""Those of an entry point whose steps are phases."""
+"""Those of an entry point whose steps are phases of PPO and its kin."""
+
+REJECTION_RULES: list[Rule] = [_rejection if rule is _phase else rule for rule in PHASE_RULES if rule is not _critic]
+"""Those of an entry point whose steps are phases of rejection sampling."""
 
 OFFLINE_RULES: list[Rule] = [*RULES, _room, _sweep, _reward_time]
 """Those of an entry point that learns from samples and generates in evaluations."""

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megarl.config.algorithms import ALGORITHMS
 from megarl.config.leaf import leaf, section
 
 GPUS = ("a100", "h100", "h200")
-PLANNED = ("ppo", "sft", "ilql", "rft")
 
 
 @dataclass
@@ -33,7 +33,7 @@ class ClusterConfig:
 class PlanConfig:
     """What `python -m megarl.plan` can be told besides the keys of the run."""
 
-    algorithm: str = leaf("ppo", "the run that is planned: python -m megarl.train_ALGORITHM", PLANNED)
+    algorithm: str = leaf("ppo", "the run that is planned: python -m megarl.train_ALGORITHM", tuple(ALGORITHMS))
     suggest: bool = leaf(False, "list layouts that fit, fastest first")
     json: bool = leaf(False, "print the plan as JSON (also: --json)")
     debug: bool = leaf(False, "show tracebacks")

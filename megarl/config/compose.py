@@ -17,14 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 
 import megarl
 from megarl.command import INTERRUPTED, NOTICED, ended
+from megarl.config.algorithms import entry_point
 from megarl.config.checks import check, world_size
 from megarl.config.devices import hide_gpus
 from megarl.config.files import check_files
 from megarl.config.launcher import check_launcher
 from megarl.config.messages import EXPLAINED, check_argument, explain
-from megarl.config.presets import conf_folder, register
+from megarl.config.presets import register
 from megarl.config.reference import help_text
-from megarl.config.schema import ENTRIES, program
+from megarl.config.resources import conf_folder
 from megarl.config.values import check_values
 from megarl.errors import ConfigError, MegarlError
 
@@ -42,23 +43,24 @@ def compose(entry: str, argv: list[str]) -> tuple[Any, dict[str, Any]]:
     """The configuration of one run.
 
     Args:
-        entry: a key of `schema.ENTRIES`.
+        entry: name of an entry point, as in `algorithms.entry_points()`.
         argv: overrides as on the command line, `["+conf=gpt20b", "parallel.tp=2"]`.
 
     Returns:
-        The typed tree (an instance of `ENTRIES[entry]`) and the same, resolved, as plain dicts and lists.
+        The typed tree (an instance of the entry point's `config`) and the same, resolved, as plain dicts and lists.
     """
     with explained(entry, argv):
         for argument in argv:
-            check_argument(argument, ENTRIES[entry])
+            check_argument(argument, entry_point(entry).config)
         register(argv, entry)
-        with hydra.initialize_config_dir(str(conf_folder()), version_base=_VERSION_BASE, job_name=program(entry)):
+        program = entry_point(entry).program
+        with hydra.initialize_config_dir(str(conf_folder()), version_base=_VERSION_BASE, job_name=program):
             try:
-                tree = hydra.compose(program(entry), argv)
+                tree = hydra.compose(program, argv)
             except (*EXPLAINED, MegarlError):
                 raise
             except Exception as error:  # whatever Hydra stumbles over, it is something in the settings
-                raise explain(error, ENTRIES[entry], argv) from error
+                raise explain(error, entry_point(entry).config, argv) from error
         return typed(entry, tree)
 
 
@@ -66,7 +68,7 @@ def typed(entry: str, tree: DictConfig) -> tuple[Any, dict[str, Any]]:
     """A composed tree as an instance of the entry's schema and as plain dicts; refuses foreign keys."""
     # Hydra lets `+section.key=value` add keys even to a typed tree; merging into a fresh schema does not.
     untyped = OmegaConf.create(OmegaConf.to_container(tree, resolve=False))
-    merged = OmegaConf.merge(OmegaConf.structured(ENTRIES[entry]), untyped)
+    merged = OmegaConf.merge(OmegaConf.structured(entry_point(entry).config), untyped)
     plain = cast("dict[str, Any]", OmegaConf.to_container(merged, resolve=True))
     config = OmegaConf.to_object(merged)
     check_values(config)
@@ -154,10 +156,12 @@ def _needs_hydra(argv: list[str]) -> bool:
 def _run_hydra(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> int:
     """Hand the command line to Hydra: multirun, --cfg, --info, shell completion."""
     for argument in _settings(argv):
-        check_argument(argument, ENTRIES[entry])
+        check_argument(argument, entry_point(entry).config)
     with explained(entry, argv), _hydra_environment(argv):
         register(argv, entry)
-        start = hydra.main(version_base=_VERSION_BASE, config_path=str(conf_folder()), config_name=program(entry))
+        start = hydra.main(
+            version_base=_VERSION_BASE, config_path=str(conf_folder()), config_name=entry_point(entry).program
+        )
         start(_Job(entry, main))()
     return 0
 
@@ -199,4 +203,4 @@ def explained(entry: str, argv: list[str]) -> Iterator[None]:
     try:
         yield
     except EXPLAINED as error:
-        raise explain(error, ENTRIES[entry], argv) from error
+        raise explain(error, entry_point(entry).config, argv) from error

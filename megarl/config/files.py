@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megarl.config.advantages import critic_kind
 from megarl.disk import UnreadableError, exists, is_file, local, read_text, shown, why_missing, why_no_name, writable
 from megarl.errors import CheckpointError, ConfigError, DataError
 

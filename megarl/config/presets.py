@@ -1,11 +1,11 @@
-"""Where shipped configuration lies, and presets: whole-tree YAML files chosen with `+conf=NAME`."""
+"""What Hydra composes: the primary configuration of an entry point, and presets, which are whole-tree YAML files chosen
+with `+conf=NAME`."""
 
 from __future__ import annotations
 
 import difflib
 import io
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +14,15 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megarl.config.algorithms import EntryPoint, entry_point, entry_points
 from megarl.config.leaf import leaves
 from megarl.config.messages import describe_type, one_of
-from megarl.config.schema import ENTRIES
+from megarl.config.resources import conf_folder, demo_eval, resource
 from megarl.disk import UnreadableError, check_yaml, is_file, read_text, shown
 from megarl.errors import ConfigError
 
 GROUP = "conf"
 HEADER = "# @package _global_"
-DEMO_TRAIN = "data/demo/train.jsonl"
-DEMO_EVAL = "data/demo/eval.jsonl"
-_PACKAGE = Path(__file__).resolve().parents[1]
-
-
-def conf_folder() -> Path:
-    """The shipped configuration: inside the package when installed, beside it in a checkout."""
-    installed = _PACKAGE / "conf"
-    return installed if installed.is_dir() else _PACKAGE.parent / "conf"
-
-
-def resource(path: str) -> str:
-    """Absolute path of a file that ships inside the package; behind `${resource:...}` in YAML."""
-    return str(_PACKAGE / path)
-
-
-def shown_resource(value: str) -> str:
-    """A path of a file that ships inside the package as YAML has it, whatever folder megarl is in."""
-    path = Path(value)
-    if not path.is_relative_to(_PACKAGE):
-        return value
-    return f"${{resource:{path.relative_to(_PACKAGE).as_posix()}}}"
-
-
-def demo_eval(train: Sequence[str]) -> list[str]:
-    """The demo's evaluation set where the demo is trained on; behind `${demo_eval:...}` in YAML."""
-    return [resource(DEMO_EVAL)] if resource(DEMO_TRAIN) in train else []
 
 
 def preset_files(user_folder: Path) -> dict[str, Path]:
@@ -63,7 +37,7 @@ def chosen_presets(argv: list[str]) -> list[str]:
 
 
 def register(argv: list[str], entry: str) -> None:
-    """Make the schemas, the resolvers and all presets known to Hydra.
+    """Make the schema, the primary configuration, the resolvers and all presets known to Hydra.
 
     Registered presets are replaced every time, so that a process that changes folder never sees stale ones.
 
@@ -74,7 +48,9 @@ def register(argv: list[str], entry: str) -> None:
     OmegaConf.register_new_resolver("resource", resource, replace=True)
     OmegaConf.register_new_resolver("demo_eval", demo_eval, replace=True)
     store = ConfigStore.instance()
-    store.store(name=f"schema_{entry}", node=ENTRIES[entry])
+    described = entry_point(entry)
+    store.store(name=_schema(described), node=described.config)
+    store.store(name=described.program, node=_primary(described))
     user_folder = Path.cwd() / "conf"
     files = preset_files(user_folder)
     chosen = chosen_presets(argv)
@@ -82,6 +58,7 @@ def register(argv: list[str], entry: str) -> None:
         if name not in files:
             raise _unknown(name, list(files), user_folder)
     store.repo.pop(GROUP, None)
+    of_others = _of_others(described.config)
     for name, path in files.items():
         try:
             part = _load(path)
@@ -92,10 +69,39 @@ def register(argv: list[str], entry: str) -> None:
                     f"preset '{name}' cannot be read ({path}): {reason}", key="preset", value=name, where=path
                 ) from error
             continue  # a broken file that nobody asked for does not concern this run
-        own = _without(OmegaConf.to_container(part), _of_others(entry))
+        own = _without(OmegaConf.to_container(part), of_others)
         if name in chosen:
-            _check_lists(own, entry, path)
+            _check_lists(own, described.config, path)
         store.store(group=GROUP, name=name, node=own, package="_global_", provider=str(path))
+
+
+def _schema(described: EntryPoint) -> str:
+    return f"schema_{described.name}"
+
+
+def _primary(described: EntryPoint) -> DictConfig:
+    """The configuration that Hydra starts from. Later parts win: the schema, the groups, the entry point's defaults."""
+    primary = OmegaConf.create(
+        {
+            "defaults": [
+                _schema(described),
+                *({group: option} for group, option in described.groups.items()),
+                "_self_",
+                {"override hydra/job_logging": "disabled"},
+                {"override hydra/hydra_logging": "disabled"},
+            ],
+            # megarl has its own run folder and logs: Hydra writes nothing and stays in the folder it was started in.
+            "hydra": {
+                "output_subdir": None,
+                "run": {"dir": "."},
+                "job": {"name": described.program, "chdir": False},
+                "sweep": {"dir": "runs/multirun-${now:%Y%m%d-%H%M%S}", "subdir": "${hydra.job.num}"},
+            },
+        }
+    )
+    for key, value in described.defaults.items():
+        OmegaConf.update(primary, key, value)
+    return primary
 
 
 def _load(path: Path) -> DictConfig:
@@ -112,11 +118,10 @@ def _load(path: Path) -> DictConfig:
     return part
 
 
-@cache
-def _of_others(entry: str) -> set[str]:
-    """Keys that other entry points have and this one has not, so that one preset can serve a family of them."""
-    own = {leaf.key for leaf in leaves(ENTRIES[entry])}
-    return {leaf.key for tree in ENTRIES.values() for leaf in leaves(tree)} - own
+def _of_others(tree: type) -> set[str]:
+    """Keys that other trees have and this one has not, so that one preset can serve a family of entry points."""
+    trees = {described.config for described in entry_points().values()}
+    return {leaf.key for other in trees for leaf in leaves(other)} - {leaf.key for leaf in leaves(tree)}
 
 
 def _without(part: Any, keys: set[str], prefix: str = "") -> Any:
@@ -129,9 +134,9 @@ def _without(part: Any, keys: set[str], prefix: str = "") -> Any:
     return {name: node for name, node in kept.items() if node != {} or part[name] == {}}
 
 
-def _check_lists(part: Any, entry: str, path: Path) -> None:
+def _check_lists(part: Any, tree: type, path: Path) -> None:
     """Refuse a mapping in a list's place: of that, OmegaConf does not name the key."""
-    for leaf in leaves(ENTRIES[entry]):
+    for leaf in leaves(tree):
         section, _, key = leaf.key.rpartition(".")
         keys = (part.get(section) if section else part) if isinstance(part, dict) else None
         if leaf.type.startswith("list") and isinstance(keys, dict) and isinstance(keys.get(key), dict):

@@ -10,16 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megarl.config.algorithms import entry_point, entry_points
 from megarl.config.leaf import Leaf, leaves
-from megarl.config.presets import GROUP, conf_folder, preset_files, shown_resource
-from megarl.config.schema import ENTRIES, program
+from megarl.config.presets import GROUP, preset_files
+from megarl.config.resources import conf_folder, shown_resource
 
 _PREAMBLE = """# Configuration
 
 Made from the schema by `python -m megarl.config.reference > docs/configuration.md`; do not edit by hand.
 
 Any key can be set on the command line: `python -m megarl.train_sft optim.lr=1e-4 parallel.tp=2`. Values come,
-later ones winning, from the schema's defaults, the groups, the entry's file in `conf/`, presets (`+conf=NAME`,
+later ones winning, from the schema's defaults, the groups, the entry point's own defaults, presets (`+conf=NAME`,
 `+conf=[a,b]`) and the command line. The defaults below are what an entry point has without presets and without a
 command line; `${resource:FILE}` is a file inside the installed package. `--cfg job` prints the result without running
 it, and `--multirun` runs once per value: `--multirun optim.lr=1e-3,1e-4`.
@@ -48,16 +49,19 @@ def help_text(entry: str, plain: dict[str, Any]) -> str:
     """Every key of an entry point with its type, value, choices and meaning.
 
     Args:
-        entry: a key of `schema.ENTRIES`.
+        entry: name of an entry point.
         plain: the composed configuration whose values are shown.
     """
+    described = entry_point(entry)
     lines = [
-        f"usage: python -m megarl.{program(entry)} [key=value ...] [group=option ...] [+conf=preset or [a,b]]",
+        f"usage: python -m megarl.{described.program} [key=value ...] [group=option ...] [+conf=preset or [a,b]]",
+        "",
+        described.about,
         "",
         "Settings (type, value with this command line, choices):",
     ]
     section = None
-    for leaf in leaves(ENTRIES[entry]):
+    for leaf in leaves(described.config):
         choices = "|".join(leaf.choices)
         head = leaf.key.rpartition(".")[0]
         if head != section:
@@ -88,15 +92,17 @@ def page() -> str:
     """The text of docs/configuration.md."""
     from megarl.config.compose import compose  # which shows this module's text
 
-    lines = [_PREAMBLE, "## Groups", "", "| option | what it is for |", "| --- | --- |"]
+    lines = [_PREAMBLE, "## Entry points", "", "| program | what it does |", "| --- | --- |"]
+    lines += [f"| `megarl.{each.program}` | {each.about} |" for each in entry_points().values()]
+    lines += ["", "## Groups", "", "| option | what it is for |", "| --- | --- |"]
     for group, options in _groups().items():
         lines += [f"| `{group}={name}` | {about} |" for name, about in options]
     lines += ["", _ABOUT_PRESETS, "| preset | what it is for |", "| --- | --- |"]
     lines += [f"| `+{GROUP}={name}` | {about} |" for name, about in _presets(None)]
-    for entry, tree in ENTRIES.items():
-        lines += ["", f"## Keys of `megarl.{program(entry)}`"]
-        section, plain = None, compose(entry, [])[1]
-        for leaf in leaves(tree):
+    for each in entry_points().values():
+        lines += ["", f"## Keys of `megarl.{each.program}`"]
+        section, plain = None, compose(each.name, [])[1]
+        for leaf in leaves(each.config):
             head = leaf.key.rpartition(".")[0]
             if head != section:
                 title = f"### {head}" if head else "### top level"

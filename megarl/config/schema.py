@@ -1,6 +1,7 @@
 """The typed configuration tree: a dataclass per section, a documented leaf per key, a tree per entry point.
 
-This file only declares; composition is in `compose`, rules that join several keys are in `checks`.
+This file only declares; composition is in `compose`. Rules that join several keys are in `checks`, and each tree names
+its own. Which algorithm has which tree is in `algorithms`.
 """
 
 # ruff: noqa: RUF009 - `leaf` and `section` return dataclass fields
@@ -10,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megarl.config import checks
 from megarl.config.leaf import leaf, section
 from megarl.config.offline import GuidedEvalConfig, GuidedRolloutConfig, ILQLSettings, OfflineDataConfig
 from megarl.config.rl import (
@@ -273,6 +275,8 @@ class LoggerConfig:
 class SFTConfig:
     """Everything `python -m megarl.train_sft` can be told."""
 
+    rules = checks.RULES
+
     seed: int = leaf(1, "seed of weights, data order and dropout", at_least=0)
     debug: bool = leaf(False, "show tracebacks and log in detail")
     run: RunConfig = section(RunConfig)
@@ -321,6 +325,8 @@ class PhaseTrainerConfig:
 class PPOConfig:
     """Everything `python -m megarl.train_ppo` can be told."""
 
+    rules = checks.PHASE_RULES
+
     seed: int = leaf(1, "seed of weights, prompt order, draws and dropout", at_least=0)
     debug: bool = leaf(False, "show tracebacks and log in detail")
     run: RunConfig = section(RunConfig)
@@ -346,6 +352,8 @@ class PPOConfig:
 class RFTConfig:
     """Everything `python -m megarl.train_rft` can be told."""
 
+    rules = checks.REJECTION_RULES
+
     seed: int = leaf(1, "seed of weights, prompt order, draws and dropout", at_least=0)
     debug: bool = leaf(False, "show tracebacks and log in detail")
     run: RunConfig = section(RunConfig)
@@ -369,6 +377,8 @@ class RFTConfig:
 @dataclass
 class ILQLConfig:
     """Everything `python -m megarl.train_ilql` can be told."""
+
+    rules = checks.OFFLINE_RULES
 
     seed: int = leaf(1, "seed of weights, sample order, draws and dropout", at_least=0)
     debug: bool = leaf(False, "show tracebacks and log in detail")
@@ -404,6 +414,8 @@ class DevicesConfig:
 class GenerateConfig:
     """Everything `python -m megarl.generate` can be told."""
 
+    rules = checks.GENERATION_RULES
+
     seed: int = leaf(1, "seed of random weights and of the draws", at_least=0)
     debug: bool = leaf(False, "show tracebacks and log in detail")
     prompts: str | None = leaf(None, "prompts: a .jsonl, .json, .parquet or .txt file, or the text of one prompt")
@@ -420,22 +432,3 @@ class GenerateConfig:
     parallel: ParallelConfig = section(ParallelConfig)
     rollout: GuidedRolloutConfig = section(GuidedRolloutConfig)
     trainer: DevicesConfig = section(DevicesConfig)
-
-
-ENTRIES: dict[str, type] = {
-    "sft": SFTConfig,
-    "ppo": PPOConfig,
-    "rft": RFTConfig,
-    "ilql": ILQLConfig,
-    "generate": GenerateConfig,
-}
-"""The tree of each entry point; `conf/<program>.yaml` is its primary configuration."""
-
-
-TRAINING = ("sft", "ppo", "rft", "ilql")
-"""Those whose module is called `train_NAME`."""
-
-
-def program(entry: str) -> str:
-    """The module of an entry point, and the name of its primary configuration."""
-    return f"train_{entry}" if entry in TRAINING else entry

@@ -12,6 +12,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from megarl.config.messages import EXPLAINED, explain
 from megarl.errors import ConfigError
 
+_ALGORITHM = "megarl.algorithm="  # begins the name of a flag: OmegaConf's flags are true or false and have no value
+
 
 class UnknownKeyError(ConfigError, AttributeError, KeyError):
     """A key that a configuration does not have. `hasattr`, `getattr` with a default and `in` work as ever."""
@@ -40,13 +42,19 @@ class Settings(DictConfig):
             super().__setitem__(key, value)
 
 
-def settings_of(config: Any) -> Settings:
-    """A typed tree as `Settings`."""
-    tree = OmegaConf.structured(config)
+def settings_of(config: Any, algorithm: str) -> Settings:
+    """A typed tree as `Settings` that remember whose they are, also when they are copied, merged or pickled."""
+    tree = OmegaConf.structured(config, flags={_ALGORITHM + algorithm: True})
     assert isinstance(tree, DictConfig)
     _convert(tree)
     assert isinstance(tree, Settings)
     return tree
+
+
+def algorithm_of(tree: Any) -> str | None:
+    """The algorithm whose settings these are, None where nobody has said so: several algorithms may share a tree."""
+    flags = (tree._metadata.flags or {}) if isinstance(tree, DictConfig) else {}
+    return next((flag.removeprefix(_ALGORITHM) for flag in flags if flag.startswith(_ALGORITHM)), None)
 
 
 def _convert(tree: DictConfig) -> None:

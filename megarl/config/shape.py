@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megarl.config.offers import Refusal, divisors, enforce, multiples, require_divides
-from megarl.config.schema import ModelConfig, ParallelConfig
 from megarl.config.values import check_declared, check_types
 from megarl.errors import ConfigError
 
+if TYPE_CHECKING:
+    from megarl.config.schema import ModelConfig, ParallelConfig
+
 MOST_PARAMETERS = 10**13
+_UNSPLIT = SimpleNamespace(tp=1, pp=1, vpp=None)
 
 
 def check_shape(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -63,7 +66,7 @@ def shape_problem(model: ModelConfig) -> ConfigError | None:
     try:
         check_types(model, "model.")
         check_declared(model, "model.")
-        shape_rule(SimpleNamespace(model=model, parallel=ParallelConfig()), 1)
+        shape_rule(SimpleNamespace(model=model, parallel=_UNSPLIT), 1)
     except ConfigError as problem:
         return problem
     return None

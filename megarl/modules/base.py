@@ -1,5 +1,6 @@
 """What every algorithm's module shares: its engines, the one optimizer over them, its cursor, its clock."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ class Module(LightningModule):
     `consumed` counts the training steps so far and `rows` the rows of data they took, `rows_per_step` each: what a
     resume needs to go on with the next record. `weights_version` counts the steps that changed the policy.
 
-    `entry` names the algorithm, `unit` is what a step is called, `planned` how many there will be, where that is not
-    the Trainer's to say. `resumes` is set where a checkpoint is about to be restored. `samples` are rows of a table
-    that the last evaluation filled.
+    `entry` is the algorithm's name and `unit` what it calls a step; `fit` sets both. `planned` is how many steps there
+    will be, where that is not the Trainer's to say. `resumes` is set where a checkpoint is about to be restored.
+    `samples` are rows of a table that the last evaluation filled.
     """
 
     entry = ""
@@ -46,17 +47,25 @@ class Module(LightningModule):
     planned: int | None = None
     resumes = False
 
-    def __init__(self, config: Any = None, tokenizer: Tokenizer | None = None, sources: Sources | None = None) -> None:
+    def __init__(
+        self,
+        config: Any = None,
+        tokenizer: Tokenizer | None = None,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+        sources: Sources | None = None,
+    ) -> None:
         """
         Args:
             config: the tree of the algorithm's entry; None for a module without GPTs.
             tokenizer: of the same tree.
+            functions: callables that take the place of those that `reward.fn` and `metric.fn` name.
             sources: stored models that were opened already.
         """
         super().__init__()
         self.automatic_optimization = False
         self.config: Any = config
         self.tokenizer: Any = tokenizer
+        self.functions = dict(functions or {})
         self.sources = Sources() if sources is None else sources
         self.engines: dict[str, Engine] = {}
         self.consumed = self.rows = self.weights_version = 0

@@ -31,6 +31,7 @@ from megarl.callbacks.throughput import Throughput
 from megarl.checkpoint import ShardedCheckpointIO, find, refuse_empty
 from megarl.command import process_number, quiet
 from megarl.config import checks
+from megarl.config.algorithms import ALGORITHMS, Algorithm
 from megarl.config.devices import hide_gpus
 from megarl.config.launcher import check_launcher, started_by_slurm
 from megarl.disk import local
@@ -69,7 +70,7 @@ def fit(entry: str, config: Any, build: Build) -> int:
         try:
             folder = RunFolder(run_dir)
             with _owned(config, run_dir) as lock:
-                return _fit(config, folder, lock, build)
+                return _fit(ALGORITHMS[entry], config, folder, lock, build)
         finally:
             os.environ.pop(RUN_DIR, None)
 
@@ -88,7 +89,7 @@ def _owned(config: Any, run_dir: Path) -> Iterator[RunLock]:
         yield lock
 
 
-def _fit(config: Any, folder: RunFolder, lock: RunLock, build: Build) -> int:
+def _fit(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, build: Build) -> int:
     run_dir = folder.path
     with _writing(run_dir):
         setup(run_dir, rank=process_number(), debug=config.debug)
@@ -103,6 +104,7 @@ def _fit(config: Any, folder: RunFolder, lock: RunLock, build: Build) -> int:
             folder.write_config(resolved)
             folder.write_environment()
     module = build(config, sources)
+    module.entry, module.unit = algorithm.name, algorithm.unit
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, _eval_every(config))
     preemption = Preemption(checkpoints)
     collapse = Collapse(

@@ -53,8 +53,7 @@ class GenerativeModule(Module):
             functions: callables that take the place of those that `reward.fn` and `metric.fn` name.
             sources: stored models that were opened already.
         """
-        super().__init__(config, tokenizer, sources)
-        self.functions = dict(functions or {})
+        super().__init__(config, tokenizer, functions, sources)
         self.evaluation: Evaluation | None = None
         self.evaluated = Evaluated()
         self.scorers: dict[str, Scorer] = {}

@@ -37,7 +37,6 @@ TERMS = (
 class ILQL(GenerativeModule):
     """One training step is one optimizer step over a global batch of samples."""
 
-    entry = "ilql"
     config: ILQLConfig
 
     def __init__(

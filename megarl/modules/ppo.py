@@ -52,7 +52,6 @@ class PPO(GenerativeModule):
     `ppo.advantages` says how advantages are computed, and with it whether there is a critic.
     """
 
-    entry, unit = "ppo", "phase"
     remedy_of_collapse = "ppo.stop_at_kl=0.05, a lower optim.lr, fewer ppo.inner_epochs or ppo.whiten_advantages=false"
 
     config: PPOConfig

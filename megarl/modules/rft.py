@@ -35,7 +35,6 @@ from megarl.tokenizers import Tokenizer
 class RFT(GenerativeModule):
     """One training step is one phase: generate, score, then improvement steps on an ever smaller share of the best."""
 
-    entry, unit = "rft", "phase"
     config: RFTConfig
 
     def __init__(

@@ -1,7 +1,8 @@
 """Supervised fine-tuning: cross entropy on the response tokens of each record."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -28,11 +29,16 @@ from megarl.tokenizers import Tokenizer
 class SFT(Module):
     """One training step is one optimizer step over a global batch of records."""
 
-    entry = "sft"
     config: SFTConfig
 
-    def __init__(self, config: SFTConfig, tokenizer: Tokenizer, sources: Sources | None = None) -> None:
-        super().__init__(config, tokenizer, sources)
+    def __init__(
+        self,
+        config: SFTConfig,
+        tokenizer: Tokenizer,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+        sources: Sources | None = None,
+    ) -> None:
+        super().__init__(config, tokenizer, functions, sources)
         self.eval_sums = {"nll": 0.0, "tokens": 0.0}
 
     @staticmethod

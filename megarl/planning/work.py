@@ -88,7 +88,7 @@ def work_of(
     )
     return Work(
         **vars(module.plan(config, plan)),
-        algorithm=module.entry,
+        algorithm=plan.algorithm,
         roles=tuple(module.roles(config, vocab_size, Sources() if sources is None else sources)),
         model=config.model,
         parallel=parallel,

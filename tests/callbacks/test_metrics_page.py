@@ -1,7 +1,10 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import megarl
+from megarl.config.algorithms import ALGORITHMS
 
 FAMILY = "(?:train|eval|perf|rollout|policy|value)"
 PACKAGE = Path(megarl.__file__).parent
@@ -26,3 +29,8 @@ def test_every_logged_name_is_defined():
 
 def test_no_name_is_defined_that_is_not_logged():
     assert names_on_page() - names_in_code() == set()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_page_says_what_every_algorithm_logs(name):
+    assert re.search(rf"\b{name}\b", PAGE.read_text(), flags=re.IGNORECASE), f"{PAGE} says nothing of {name}"

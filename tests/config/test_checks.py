@@ -12,7 +12,7 @@ import pytest
 from megarl.config.advantages import ADVANTAGES, critic_kind, whitens, without_effect
 from megarl.config.checks import accumulation, check, data_parallel_size, world_size
 from megarl.config.offers import Refusal, divisors, either, enforce, multiples, near, read
-from megarl.config.presets import resource
+from megarl.config.resources import resource
 from megarl.config.schema import ILQLConfig, ModelConfig, ParallelConfig, PPOConfig, SFTConfig
 from megarl.config.shape import check_shape
 from megarl.disk import writable

@@ -17,10 +17,12 @@ import yaml
 from hydra.core.config_store import ConfigStore
 
 import megarl
+from megarl.config.algorithms import ALGORITHMS, entry_point, entry_points
 from megarl.config.checks import check, world_size
 from megarl.config.compose import _Job, _overrides_first, compose
-from megarl.config.presets import HEADER, conf_folder, preset_files
-from megarl.config.schema import ENTRIES, TRAINING, SFTConfig, program
+from megarl.config.presets import HEADER, preset_files
+from megarl.config.resources import conf_folder
+from megarl.config.schema import SFTConfig
 from megarl.errors import DataError, NumericsError
 from tests.refusals import assert_command_refused
 
@@ -92,12 +94,11 @@ def test_a_broken_file_matters_only_to_the_run_that_asks_for_it(folder: Path, pr
     assert compose("sft", ["+conf=mine"])[0].optim.lr == 0.5
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", entry_points())
 def test_every_shipped_preset_and_every_option_of_every_group_composes(folder: Path, entry: str) -> None:
-    for name in preset_files(conf_folder()) if entry in TRAINING else ():  # presets are of training
+    for name in preset_files(conf_folder()) if entry in ALGORITHMS else ():  # presets are of training
         compose(entry, [f"+conf={name}"])
-    primary = yaml.safe_load((conf_folder() / f"{program(entry)}.yaml").read_text(encoding="utf-8"))
-    groups = {group for default in primary["defaults"] if isinstance(default, dict) for group in default}
+    groups = entry_point(entry).groups
     for option in conf_folder().glob("*/*.yaml"):
         if option.parent.name in groups:
             compose(entry, [f"{option.parent.name}={option.stem}"])

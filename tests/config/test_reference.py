@@ -10,10 +10,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import megarl
+from megarl.config.algorithms import entry_points
 from megarl.config.compose import compose
 from megarl.config.leaf import leaves
 from megarl.config.reference import page
-from megarl.config.schema import ENTRIES, SFTConfig, program
+from megarl.config.schema import SFTConfig
 
 PAGE = Path(megarl.__file__).resolve().parents[1] / "docs" / "configuration.md"
 Start = Callable[..., tuple[int, str, str]]
@@ -38,18 +39,18 @@ def documented() -> dict[str, dict[str, str]]:
 
 def test_the_page_shows_what_every_entry_point_composes_to(folder: Path) -> None:
     pages = documented()
-    for entry, tree in ENTRIES.items():
-        keys = [leaf.key for leaf in leaves(tree)]
-        rows = pages[program(entry)]
+    for name, entry in entry_points().items():
+        keys = [leaf.key for leaf in leaves(entry.config)]
+        rows = pages[entry.program]
         assert [key for key in rows if key in keys] == keys
-        _, plain = compose(entry, [])
+        _, plain = compose(name, [])
         shown: Any = OmegaConf.to_container(OmegaConf.create({key: rows[key] for key in keys}), resolve=True)
-        for leaf in leaves(tree):
+        for leaf in leaves(entry.config):
             value: Any = plain
             for part in leaf.key.split("."):
                 value = value[part]
             text = shown[leaf.key]
-            assert (text if isinstance(value, str) else json.loads(text)) == value, f"{program(entry)} {leaf.key}"
+            assert (text if isinstance(value, str) else json.loads(text)) == value, f"{entry.program} {leaf.key}"
 
 
 def test_help_lists_every_key_with_its_value_choices_and_meaning(start: Start, preset: Callable[..., None]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import megarl
+from megarl.config.algorithms import ALGORITHMS
 from megarl.config.leaf import leaves
 from megarl.config.resume import (
     CHECKPOINT,
@@ -24,14 +25,14 @@ from megarl.config.resume import (
     rows,
     told,
 )
-from megarl.config.schema import ENTRIES, TRAINING, ILQLConfig, PPOConfig, SFTConfig
+from megarl.config.schema import ILQLConfig, PPOConfig, SFTConfig
 from megarl.errors import CheckpointError
 from tests.refusals import refused
 
 
 def test_every_key_of_every_training_entry_has_one_rule_and_no_rule_is_of_a_key_that_is_gone() -> None:
     named = Counter(key for rule in RULES for key in rule.keys)
-    keys = {leaf.key for entry in TRAINING for leaf in leaves(ENTRIES[entry])}
+    keys = {leaf.key for algorithm in ALGORITHMS.values() for leaf in leaves(algorithm.config)}
     assert named.keys() == keys, "say in megarl/config/resume.py what a resume does with a new key"
     assert max(named.values()) == 1
     assert {rule.kind for rule in RULES} == {NOW, CHECKPOINT, REFUSED}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
+from megarl.config.algorithms import entry_point, entry_points
 from megarl.config.leaf import leaves, sections
-from megarl.config.schema import ENTRIES, SFTConfig
+from megarl.config.schema import SFTConfig
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", entry_points())
 def test_an_entry_has_about_150_keys_at_most_and_each_says_what_it_is(entry: str) -> None:
-    keys = list(leaves(ENTRIES[entry]))
+    keys = list(leaves(entry_point(entry).config))
     assert 50 < len(keys) <= 155
     for leaf in keys:
         assert leaf.doc, leaf.key
@@ -19,11 +20,11 @@ def test_an_entry_has_about_150_keys_at_most_and_each_says_what_it_is(entry: str
         assert "|" not in leaf.doc, f"{leaf.key}: a bar would end the cell of the reference table"
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", entry_points())
 def test_defaults_are_of_their_own_type_choices_and_bounds(entry: str) -> None:
     from megarl.config.checks import check_values
 
-    tree = ENTRIES[entry]
+    tree = entry_point(entry).config
     check_values(tree())
     assert OmegaConf.to_object(OmegaConf.structured(tree)) == tree()
 

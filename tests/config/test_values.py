@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from megarl.config.algorithms import entry_point, entry_points
 from megarl.config.checks import check
 from megarl.config.compose import compose
 from megarl.config.leaf import leaves
 from megarl.config.offers import divisors
-from megarl.config.schema import ENTRIES, ILQLConfig, ModelConfig, PPOConfig
+from megarl.config.schema import ILQLConfig, ModelConfig, PPOConfig
 from megarl.config.shape import shape_problem
 from megarl.config.values import check_declared, check_values
 from megarl.errors import ConfigError
@@ -38,10 +39,10 @@ def assert_refused(key: str, value: Any, tree: type = PPOConfig) -> str:
     return found.line
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", entry_points())
 def test_every_number_has_bounds(entry: str) -> None:
     """No integer may be as large as one likes, and no number as large, as small, or not a number at all."""
-    tree = ENTRIES[entry]
+    tree = entry_point(entry).config
     for leaf in leaves(tree):
         kinds = leaf.type.split(" | ")
         bad: list[float] = [HUGE] if "int" in kinds and "str" not in kinds else []

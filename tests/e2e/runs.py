@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,39 +98,32 @@ OFFLINE_WALKS = [
 
 def run_sft(run_dir: Path, *overrides: str) -> None:
     """Run in the current world, as under torchrun."""
-    from megarl.train_sft import train
-
-    _run("sft", train, [*SMALL, f"run.dir={run_dir}", *overrides])
+    _run("sft", [*SMALL, f"run.dir={run_dir}", *overrides])
 
 
 def run_ppo(run_dir: Path, *overrides: str) -> None:
     """Run in the current world, as under torchrun."""
-    from megarl.train_ppo import train
-
-    _run("ppo", train, [*WALKS, f"run.dir={run_dir}", *overrides])
+    _run("ppo", [*WALKS, f"run.dir={run_dir}", *overrides])
 
 
 def run_rft(run_dir: Path, *overrides: str) -> None:
     """Run in the current world, as under torchrun."""
-    from megarl.train_rft import train
-
     walks = [setting for setting in WALKS[1:] if not setting.startswith("ppo.")]
-    _run("rft", train, ["+conf=randomwalks_rft", "rollout.n=8", *walks, f"run.dir={run_dir}", *overrides])
+    _run("rft", ["+conf=randomwalks_rft", "rollout.n=8", *walks, f"run.dir={run_dir}", *overrides])
 
 
 def run_ilql(run_dir: Path, *overrides: str) -> None:
     """Run in the current world, as under torchrun."""
-    from megarl.train_ilql import train
-
-    _run("ilql", train, [*OFFLINE_WALKS, f"run.dir={run_dir}", *overrides])
+    _run("ilql", [*OFFLINE_WALKS, f"run.dir={run_dir}", *overrides])
 
 
-def _run(entry: str, train: Callable[[Any], int], settings: list[str]) -> None:
+def _run(entry: str, settings: list[str]) -> None:
     from megarl.config.compose import compose
+    from megarl.training import train
 
     with launched():
         config, _ = compose(entry, settings)
-        assert train(config) == 0
+        assert train(entry, config) == 0
 
 
 def metrics(run_dir: Path, *names: str) -> list[tuple[float, ...]]:

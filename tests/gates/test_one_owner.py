@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 from omegaconf import OmegaConf
 
-from megarl import train_sft
+from megarl import training
 from megarl.checkpoint import find, verify
 from megarl.config.compose import run
 from tests.e2e.runs import SMALL
@@ -79,7 +80,7 @@ def train(run_dir: Path, lr: float, delay_s: float, console: Path) -> None:
     time.sleep(delay_s)
     os.dup2(os.open(console, os.O_WRONLY | os.O_CREAT), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    run("sft", [*TINY, *ENDLESS, f"run.dir={run_dir}", f"optim.lr={lr}"], train_sft.train)
+    run("sft", [*TINY, *ENDLESS, f"run.dir={run_dir}", f"optim.lr={lr}"], partial(training.train, "sft"))
 
 
 @pytest.mark.gate

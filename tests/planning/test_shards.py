@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megarl.config.compose import compose
-from megarl.config.presets import conf_folder, preset_files
+from megarl.config.presets import preset_files
+from megarl.config.resources import conf_folder
 from megarl.config.schema import ModelConfig
 from megarl.models.flops import layer_weights
 from megarl.parallel.fake import fake_world, rank_of

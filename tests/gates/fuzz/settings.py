@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
+from megarl.config.algorithms import entry_point, entry_points
 from megarl.config.checks import check, world_size
 from megarl.config.compose import _needs_hydra, compose
 from megarl.config.files import check_files
 from megarl.config.leaf import Leaf, leaves, sections
 from megarl.config.presets import HEADER
-from megarl.config.schema import ENTRIES
 from tests.gates.fuzz import mutate
 from tests.gates.fuzz.check import Case
 
@@ -186,7 +186,7 @@ ODD_PRESETS = (
 
 def cases(seed: int, count: int, store: Path) -> list[Case]:
     made = []
-    trees = {entry: list(leaves(tree)) for entry, tree in ENTRIES.items()}
+    trees = {name: list(leaves(entry.config)) for name, entry in entry_points().items()}
     for number in range(count):
         draw = Random(f"settings {seed} {number}")
         kind = draw.choices(("override", "preset", "command"), (6, 3, 2))[0]
@@ -217,7 +217,7 @@ def _override(draw: Random, name: str, trees: dict[str, list[Leaf]]) -> Case:
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         key = draw.choice(trees[entry]).key
         if draw.random() < 0.12:
-            key = draw.choice(sections(ENTRIES[entry]))
+            key = draw.choice(sections(entry_point(entry).config))
         if draw.random() < 0.15:
             key = _misspelt(draw, key)
         names += [key, key.rpartition(".")[2], key.partition(".")[0]]

@@ -11,7 +11,7 @@ from megarl.checkpoint import find
 from megarl.config.compose import compose
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange.formats import open_source
-from megarl.train_sft import train
+from megarl.training import train
 from tests.e2e.runs import SMALL, metrics, run_sft
 from tests.models.exchange.published import edit_config, save_published, stored
 from tests.refusals import refused
@@ -92,7 +92,7 @@ def test_a_checkpoint_is_a_model_to_start_from(worlds: Worlds, trained: dict[str
 def start(run_dir: Path, *overrides: str) -> None:
     """A run in this process, for what is refused before any other is started."""
     config, _ = compose("sft", [*SMALL, *FIVE, f"run.dir={run_dir}", *overrides])
-    train(config)
+    train("sft", config)
 
 
 def test_a_target_that_exists_is_refused_before_training(published: Path, tmp_path: Path) -> None:

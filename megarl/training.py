@@ -1,0 +1,48 @@
+"""What every `python -m megarl.train_NAME` does: compose the configuration, make the algorithm's module, train it."""
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from megarl.config.algorithms import ALGORITHMS
+from megarl.config.compose import run
+
+if TYPE_CHECKING:
+    from megarl.models.exchange.pretrained import Sources
+    from megarl.modules.base import Module
+
+
+def command(name: str) -> Callable[[], None]:
+    """The `main` of an algorithm's entry point, which reads the command line."""
+    return partial(_main, name)
+
+
+def _main(name: str) -> None:
+    run(name, sys.argv[1:], partial(train, name))
+
+
+def train(name: str, config: Any, functions: Mapping[str, Callable[..., Any]] | None = None) -> int:
+    """Train and return the exit code.
+
+    Args:
+        name: of the algorithm.
+        config: the typed tree of its configuration.
+        functions: callables that take the place of those that `reward.fn` and `metric.fn` name.
+    """
+    from megarl.modules.fit import fit  # heavy imports only once the configuration is known to be good
+    from megarl.tokenizers import build_tokenizer
+
+    def build(config: Any, sources: "Sources") -> "Module":
+        tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
+        return module_of(name)(config, tokenizer, functions, sources)
+
+    return fit(name, config, build)
+
+
+def module_of(name: str) -> "type[Module]":
+    """Import the class that trains, and with it torch, Megatron and Lightning."""
+    file, _, kind = ALGORITHMS[name].module.partition(":")
+    found: type[Module] = getattr(importlib.import_module(file), kind)
+    return found
