@@ -69,6 +69,13 @@ class Algorithm(EntryPoint):
 
 _LEARNED_WEIGHTS_LR = 1e-5  # for weights that have learned; small models from nothing want a hundred times that
 
+_PPO_DEFAULTS = {
+    "optim.lr": _LEARNED_WEIGHTS_LR,
+    "checkpoint.every": 10,
+    "checkpoint.metric": "eval/score",
+    "checkpoint.mode": "max",
+}
+
 ALGORITHMS: dict[str, Algorithm] = {
     algorithm.name: algorithm
     for algorithm in (
@@ -87,12 +94,17 @@ ALGORITHMS: dict[str, Algorithm] = {
             about="Proximal policy optimisation of a GPT on prompts and a reward function.",
             learns_from="prompts",
             unit="phase",
-            defaults={
-                "optim.lr": _LEARNED_WEIGHTS_LR,
-                "checkpoint.every": 10,
-                "checkpoint.metric": "eval/score",
-                "checkpoint.mode": "max",
-            },
+            defaults=_PPO_DEFAULTS,
+        ),
+        Algorithm(
+            "grpo",
+            config=PPOConfig,
+            module="megarl.modules.ppo:PPO",
+            about="Group relative policy optimisation: PPO whose advantages compare the responses to a prompt, without "
+            "a critic.",
+            learns_from="prompts",
+            unit="phase",
+            defaults={**_PPO_DEFAULTS, "ppo.advantages": "grpo", "critic.kind": "none", "rollout.n": 8},
         ),
         Algorithm(
             "rft",

@@ -376,8 +376,9 @@ class PPO(GenerativeModule):
         )
         # Where the loss counts rows, statistics are means over this microbatch's tokens: weigh them by its share.
         share = 1.0 if ppo.aggregation == "token_mean" else mask.sum() / max(counts["tokens"], 1.0)
-        shown = ("clip_fraction", "approx_kl", "ratio", *(["dual_clip_fraction"] if ppo.dual_clip is not None else []))
-        stats = {f"policy/{key}": found[key] * share for key in shown}
+        stats = {f"policy/{key}": found[key] * share for key in ("clip_fraction", "approx_kl", "ratio")}
+        if ppo.dual_clip is not None:
+            stats["policy/dual_clip_fraction"] = found["dual_clip_fraction"] * share
         stats["policy/loss"] = loss
         if out.entropy is not None:
             entropy = aggregate(batch.gather_rows(out.entropy), mask, ppo.aggregation, **how)

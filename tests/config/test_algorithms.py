@@ -16,7 +16,6 @@ import megarl
 from megarl.api import _algorithm
 from megarl.config.algorithms import ALGORITHMS, Algorithm, entry_points
 from megarl.config.compose import compose, run
-from megarl.config.leaf import leaves
 from megarl.config.presets import preset_files
 from megarl.config.resources import conf_folder
 from megarl.config.settings import algorithm_of
@@ -56,8 +55,11 @@ def test_presets_give_an_algorithm_what_they_give_another_of_the_same_tree(kin: 
     own = kin.defaults.keys() - ALGORITHMS["ppo"].defaults.keys()
     for name in preset_files(conf_folder()):
         ours, theirs = (compose(algorithm, [f"+conf={name}"])[1] for algorithm in (kin.name, "ppo"))
-        for key in {leaf.key for leaf in leaves(kin.config)} - own:
-            assert OmegaConf.select(OmegaConf.create(ours), key) == OmegaConf.select(OmegaConf.create(theirs), key)
+        for key in own:
+            section, _, last = key.rpartition(".")
+            ours[section].pop(last)
+            theirs[section].pop(last)
+        assert ours == theirs, name
 
 
 def test_help_says_what_an_algorithm_is_and_its_own_defaults(
