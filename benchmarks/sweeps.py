@@ -32,6 +32,7 @@ from megarl.data.randomwalks import MOST_NODES, task
 PACKAGE = Path(megarl.__file__).parent  # files of presets lie in it, wherever it is
 RESULTS = Path(__file__).parent / "results" / "sweeps.jsonl"
 TORCH, NARROW = "torch", "narrow"
+GRAPHS = (1000, 1005, 1008)  # of the short gates
 GATEWAYS = (1011, 1032, 1055)  # graphs in which a single node leads to the goal
 SETTLED = 5  # last evaluations that are averaged
 COLLAPSED = 0.5  # of the best evaluation: a settled run below that has collapsed
@@ -67,9 +68,9 @@ def learnable(graph: int) -> bool:
     return all(found.shortest[start] < MOST_NODES for start in found.starts)
 
 
-def walks(graph: int, seed: int, *settings: str, head: str = TORCH) -> Case:
+def walks(graph: int, seed: int, *settings: str, entry: str = "ppo", head: str = TORCH) -> Case:
     own = (f"data.graph_seed={graph}", f"seed={seed}", *settings)
-    return Case("ppo", "randomwalks", own, "eval/optimality", head)
+    return Case(entry, "randomwalks", own, "eval/optimality", head)
 
 
 def value_head() -> Iterator[Case]:
@@ -100,6 +101,14 @@ def ppo() -> Iterator[Case]:
         yield from (walks(graph, seed) for graph in range(1000, 1021) if learnable(graph))
 
 
+def grpo() -> Iterator[Case]:
+    """Advantages without a critic, with PPO's preset and number of samples."""
+    for seed in (1, 2, 3):
+        for graph in GRAPHS:
+            for kind in ("grpo", "rloo"):
+                yield walks(graph, seed, f"ppo.advantages={kind}", entry="grpo")
+
+
 def ilql() -> Iterator[Case]:
     """ILQL on every learnable graph from 1000 to 1020."""
     for seed in (1, 2, 3):
@@ -112,6 +121,7 @@ SWEEPS: dict[str, Callable[[], Iterator[Case]]] = {
     "value_head": value_head,
     "stop_at_kl": stop_at_kl,
     "ppo": ppo,
+    "grpo": grpo,
     "ilql": ilql,
 }
 NOTED = ("policy/approx_kl_max", "rollout/whitening_factor", "value/loss")  # series that are kept beside the metric
