@@ -15,11 +15,12 @@ from megarl.disk import local
 from megarl.errors import RewardError
 from megarl.experience.evaluation import Collect, Evaluated, Evaluation
 from megarl.experience.journal import Journal
-from megarl.experience.scorers import FunctionScorer, Scorer, check_fields
+from megarl.experience.scorers import FunctionScorer, Scorer, check_fields, keep_scored
 from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts, RolloutSource
 from megarl.models.exchange.pretrained import Sources
 from megarl.modules.base import Module
 from megarl.parallel.offload import alone
+from megarl.rewards.answers import Score
 from megarl.rewards.scores import Scores
 from megarl.rollout.noise import EVALUATION, GREEDY, TRAINING
 from megarl.rollout.requests import Rollout
@@ -137,10 +138,16 @@ class GenerativeModule(Module):
             return self.source.collect(prompts, 1, stream=GREEDY, phase=self.consumed, temperature=0.0)
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Scores:
-        """Score this phase's responses. At least one of them has a score."""
+        """Score this phase's responses."""
         with self.clock.part("score"):
-            scores = self.scorers[REWARD].score(prompts, rollouts, stream=TRAINING, phase=self.consumed)
-        if scores.dropped == len(rollouts):
+            return self.scorers[REWARD].score(prompts, rollouts, stream=TRAINING, phase=self.consumed)
+
+    def keep_scored(
+        self, rollouts: Sequence[Rollout], scores: Scores, greedy: Sequence[Score | None] | None = None
+    ) -> tuple[list[Rollout], list[Score], list[Score] | None]:
+        """Return what `experience.scorers.keep_scored` keeps of this phase's responses: at least one."""
+        kept = keep_scored(rollouts, scores, greedy)
+        if not kept[0]:
             raise RewardError(
                 f"reward.fn={self.config.reward.fn} left all {len(rollouts)} responses of phase {self.consumed + 1} "
                 "without a score: correct the function, or set reward.on_error=error to see what it does",
@@ -148,12 +155,12 @@ class GenerativeModule(Module):
                 value=self.config.reward.fn,
                 offers={"reward.on_error": ["error"]},
             )
-        return scores
+        return kept
 
-    def score_metrics(self, scores: Scores) -> dict[str, float]:
-        """Return what is logged of a phase's scoring."""
+    def score_metrics(self, scores: Scores, kept: int) -> dict[str, float]:
+        """Return what is logged of scoring a phase's responses, of which some were kept."""
         return {
-            "rollout/dropped": float(scores.dropped),
+            "rollout/dropped": float(len(scores.values) - kept),
             "rollout/failed_calls": float(scores.failed_calls),
             "rollout/repeated_calls": float(scores.repeated_calls),
             **{f"rollout/score/{name}": mean for name, mean in scores.means().items()},

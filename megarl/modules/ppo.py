@@ -22,7 +22,6 @@ from megarl.errors import NumericsError
 from megarl.experience.invariants import Invariants
 from megarl.experience.reference import Reference, SwappedReference
 from megarl.experience.rows import forward_rows, rollouts_to_rows, training_flops
-from megarl.experience.scorers import keep_scored
 from megarl.experience.shaping import Shaping
 from megarl.experience.start_weights import keep, take
 from megarl.logging import get_logger
@@ -213,7 +212,7 @@ class PPO(GenerativeModule):
         scores = self.score(prompts, [*sampled, *greedy])
         of_greedy = scores.part(slice(len(sampled), None)).values
         scores = scores.part(slice(len(sampled)))
-        rollouts, given, baselines = keep_scored(sampled, scores, of_greedy if self.needs.greedy else None)
+        rollouts, given, baselines = self.keep_scored(sampled, scores, of_greedy if self.needs.greedy else None)
         rows = rollouts_to_rows(rollouts)
         self.places = [f"{prompts[one.prompt_id].where}, response {one.sample_id}" for one in rollouts]
         # 3. Evaluate them with the weights that training starts from.
@@ -226,14 +225,14 @@ class PPO(GenerativeModule):
             self._refuse_not_finite(rows, *(name for name in ("advantages", "returns") if name in rows))
         kl = stats.get("rollout/kl", 0.0)
         self._watch_kl(kl)
-        self._watch_scores(stats)
+        self._watch_scores(stats, groups=len(rows["group"].unique()))
         # 5. Train.
         with self.clock.part("train"):
             stats |= self._train(rows)
         self.shaping.kl_control.update(kl, len(rollouts))
         self.advance(new_weights=self.consumed >= self.warmup_phases)
         self.work = self._work(rows)
-        self.log_dict({"train/lr": rate, **self.score_metrics(scores), **stats})
+        self.log_dict({"train/lr": rate, **self.score_metrics(scores, len(rollouts)), **stats})
 
     def _evaluate(self, rows: Rows) -> tuple[Rows, dict[str, float]]:
         """Add the columns old_logprobs, values (where there is a critic) and ref_logprobs (where there is a
@@ -448,15 +447,18 @@ class PPO(GenerativeModule):
             self.kl_warned = True
             log.warning("the KL to the reference is %.4g per response, over half of ppo.kl_limit=%g", kl, limit)
 
-    def _watch_scores(self, stats: Mapping[str, float]) -> None:
+    def _watch_scores(self, stats: Mapping[str, float], groups: int) -> None:
         """Warn once of scores that say nothing, phase after phase."""
-        self.equal_phases = self.equal_phases + 1 if stats["rollout/score_std"] == 0 else 0
+        alike = stats["rollout/score_std"] == 0
+        nothing = alike or stats.get("rollout/zero_spread_groups") == groups
+        self.equal_phases = self.equal_phases + 1 if nothing else 0
         if self.equal_phases == EQUAL_PHASES:
             log.warning(
-                "all responses of %d phases in a row scored %.4g: there is nothing to learn from that; look at "
+                "all responses %sof %d phases in a row scored %s: there is nothing to learn from that; look at "
                 "reward.fn and at samples.jsonl",
+                "" if alike else "to a prompt ",
                 EQUAL_PHASES,
-                stats["rollout/score"],
+                f"{stats['rollout/score']:.4g}" if alike else "the same",
             )
 
     def _work(self, rows: Rows) -> Work:

@@ -16,7 +16,6 @@ from megarl.config.schema import RFTConfig
 from megarl.data.prompts import build_phase_loader
 from megarl.errors import ConfigError
 from megarl.experience.rows import rollouts_to_rows, training_flops
-from megarl.experience.scorers import keep_scored
 from megarl.models.exchange.pretrained import Sources
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour
@@ -105,7 +104,7 @@ class RFT(GenerativeModule):
         rate = self.policy.learning_rate
         responses = self.generate(prompts)
         scores = self.score(prompts, responses)
-        rollouts, scored, _ = keep_scored(responses, scores)
+        rollouts, scored, _ = self.keep_scored(responses, scores)
         answers = distinct(rollouts, scored)
         rows = rollouts_to_rows([rollout for rollout, _ in answers])
         with self.clock.part("train"):
@@ -118,7 +117,7 @@ class RFT(GenerativeModule):
                 "train/lr": rate,
                 "rollout/score": sum(totals) / len(totals),
                 "rollout/distinct": len(answers) / len(rollouts),
-                **self.score_metrics(scores),
+                **self.score_metrics(scores, len(rollouts)),
                 "rollout/response_tokens": sum(len(rollout.response) for rollout in rollouts) / len(rollouts),
                 **stats,
             }
