@@ -99,9 +99,9 @@ class Timed(PPO):
     """PPO that draws no end of sequence and reads the clocks at the end of every phase; the scoring process counts
     too."""
 
-    def __init__(self, config: PPOConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: PPOConfig, tokenizer: Tokenizer, **given: Any) -> None:
         tokenizer.eos_id = tokenizer.size
-        super().__init__(config, tokenizer)
+        super().__init__(config, tokenizer, **given)
         self.marks: list[tuple[float, float]] = []  # seconds on the wall and on a core
 
     def on_train_batch_end(self, *_: Any) -> None:

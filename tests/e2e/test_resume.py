@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from megarl.checkpoint import find, plain_content
 from megarl.errors import CheckpointError, MegarlError
-from megarl.modules import clone, reference
+from megarl.experience import start_weights
+from megarl.modules import clone
 from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_ppo, run_rft
 from tests.refusals import assert_refusal
 from tests.worlds import Worlds
@@ -106,7 +107,7 @@ def killed(run_dir: Path, where: str, *overrides: str) -> None:
     owner, name = {
         "cloning": (clone, "cross_entropy"),
         "writing": (torch, "save"),
-        "naming": (reference, "_named"),
+        "naming": (start_weights, "_named"),
     }[where]
     calls = 0
     original = getattr(owner, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,15 +10,17 @@ import pytest
 
 from megarl.config.rl import RolloutConfig
 from megarl.data.prompts import Prompt
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, DataError
 from megarl.experience import sources
 from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts
 from megarl.models.gpt import GPT
 from megarl.parallel.layout import Layout
 from megarl.rollout.noise import EVALUATION, TRAINING
-from megarl.rollout.requests import Request
+from megarl.rollout.requests import Request, Rollout
 from megarl.tokenizers import CharacterTokenizer
+from tests.parallel.engines import small_engine
 from tests.refusals import refused
+from tests.worlds import Worlds
 
 PROMPTS = [Prompt("", (1, 2, 3), {}), Prompt("", (1, 2, 3, 0, 1), {})]
 
@@ -114,3 +117,37 @@ def test_stop_texts_that_cannot_be_sampled_with_are_refused_before_any_phase(gen
         source(stop=[""])
     with refused(ConfigError, names=("rollout.stop",)):
         ReplayedRollouts("folder", RolloutConfig(stop=[""]))
+
+
+WORDLESS: Any = SimpleNamespace(eos_id=3, stop_ids=lambda template: [3], decode=str)
+ASKED = [Prompt("", (number, 1), {}) for number in range(4)]
+
+
+def dumped_and_replayed(folder: str) -> tuple[list[Rollout], list[Rollout]]:
+    """Responses of a model, and what a replay in the same world gives; the model is not asked."""
+    settings = RolloutConfig(max_new_tokens=5, dump=folder)
+    model = GeneratedRollouts(small_engine({}, seed=1, train=False), WORDLESS, settings, seed=1)
+    model.publish(7)
+    drawn = model.collect(ASKED, 1, stream=TRAINING, phase=2)
+    replayed = ReplayedRollouts(folder, settings)
+    replayed.publish(8)
+    return drawn, replayed.collect(ASKED, 1, stream=TRAINING, phase=2, temperature=0.5)
+
+
+def test_what_one_source_dumps_another_replays_with_its_version(worlds: Worlds, tmp_path: Path) -> None:
+    for drawn, replayed in worlds.run(2, dumped_and_replayed, str(tmp_path)):
+        assert replayed == drawn
+        assert [(rollout.prompt, rollout.weights_version) for rollout in drawn] == [([n, 1], 7) for n in range(4)]
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000002.jsonl"]
+
+
+def dumped_where_nothing_can_be(folder: str) -> None:
+    settings = RolloutConfig(max_new_tokens=2, dump=folder)
+    model = GeneratedRollouts(small_engine({}, seed=1, train=False), WORDLESS, settings, seed=1)
+    with refused(DataError, key="rollout.dump", where="train-000000.jsonl", offers={"rollout.dump": [None]}):
+        model.collect([Prompt("", (1,), {})], 1, stream=TRAINING, phase=0)
+
+
+def test_a_dump_that_cannot_be_written_ends_every_rank(worlds: Worlds, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    worlds.run(2, dumped_where_nothing_can_be, str(tmp_path / "file"))

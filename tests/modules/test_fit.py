@@ -23,7 +23,7 @@ class Interrupted(SFT):
 def interrupted(run_dir: Path) -> None:
     config, _ = compose("sft", [f"run.dir={run_dir}", "trainer.progress=none", "logger.tensorboard=false"])
     with pytest.raises(KeyboardInterrupt):
-        fit("sft", config, lambda config, sources: Interrupted(config, build_tokenizer("bytes", None), sources))
+        fit("sft", config, lambda config, sources: Interrupted(config, build_tokenizer("bytes", None), sources=sources))
 
 
 def test_an_interrupt_before_training_stays_an_interrupt(worlds: Worlds, tmp_path: Path) -> None:

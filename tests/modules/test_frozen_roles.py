@@ -40,7 +40,7 @@ def run_with_frozen(run_dir: Path, steps: int, frozen_seed: int, *settings: str)
     built: list[WithFrozen] = []
 
     def build(config: object, sources: object) -> WithFrozen:
-        built.append(WithFrozen(config, build_tokenizer("bytes", None), sources))  # type: ignore[arg-type]
+        built.append(WithFrozen(config, build_tokenizer("bytes", None), sources=sources))  # type: ignore[arg-type]
         built[0].frozen_seed = frozen_seed
         return built[0]
 

@@ -143,7 +143,7 @@ def watched(run_dir: Path, *overrides: str) -> set[str]:
 
     def watch(method: Any, phase: str) -> Any:
         def call(self: PPO, rows: Rows) -> Any:
-            if self.responder.generator.cache is not None:
+            if self.source.generator.cache is not None:
                 found.add(phase)
             return method(self, rows)
 

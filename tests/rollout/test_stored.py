@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 
 from megarl.errors import ConfigError, DataError
-from megarl.rollout.generator import Generator
 from megarl.rollout.noise import EVALUATION, TRAINING
-from megarl.rollout.requests import Request, Rollout, Sampling
+from megarl.rollout.requests import Request, Rollout
 from megarl.rollout.stored import FORMAT, dump, load, phase_file, replay, require_phases
-from tests.parallel.engines import small_engine
 from tests.refusals import refused
-from tests.worlds import Worlds
 
 
 def some_rollouts() -> list[Rollout]:
@@ -100,30 +97,3 @@ def test_a_replay_answers_the_requests_of_its_phase_and_no_others(tmp_path: Path
         where = str(phase_file(tmp_path, TRAINING, 12))
         with refused(ConfigError, key="rollout.replay", value=tmp_path, where=where, offers={}, names=names):
             replay(tmp_path, TRAINING, 12, [asked])
-
-
-def dumped_and_replayed(folder: str) -> tuple[list[Rollout], list[Rollout]]:
-    """Drawn by one model, and replayed by a generator over another, which would draw otherwise."""
-    requests = [Request(n, 0, (n, 1), Sampling(max_new_tokens=5)) for n in range(4)]
-    engine = small_engine({}, seed=1, train=False)
-    drawn = Generator(engine, 3, seed=1, dump=folder).generate(requests, phase=2)
-    other = Generator(small_engine({}, seed=2, train=False, grid=engine.grid), 3, seed=9, replay=folder)
-    return drawn, other.generate(requests, phase=2)
-
-
-def test_a_generator_dumps_and_replays_a_phase(worlds: Worlds, tmp_path: Path) -> None:
-    for drawn, replayed in worlds.run(2, dumped_and_replayed, str(tmp_path)):
-        assert replayed == drawn
-    assert [path.name for path in tmp_path.iterdir()] == ["train-000002.jsonl"]
-
-
-def dumped_where_nothing_can_be(folder: str) -> None:
-    engine = small_engine({}, seed=1, train=False)
-    generator = Generator(engine, 3, seed=1, dump=folder)
-    with refused(DataError, key="rollout.dump", where="train-000000.jsonl", offers={"rollout.dump": [None]}):
-        generator.generate([Request(0, 0, (1,), Sampling(max_new_tokens=2))])
-
-
-def test_a_dump_that_cannot_be_written_ends_every_rank(worlds: Worlds, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    worlds.run(2, dumped_where_nothing_can_be, str(tmp_path / "file"))

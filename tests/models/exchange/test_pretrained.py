@@ -15,7 +15,7 @@ from megarl.config.compose import compose
 from megarl.models.exchange.pretrained import Sources, resolve_pretrained
 from megarl.models.exchange.source import HuggingFaceSource
 from megarl.modules.ppo import PPO
-from megarl.train_ppo import train
+from megarl.training import train
 from tests.e2e.runs import WALKS, launched
 from tests.models.exchange.published import HIDDEN, VOCAB, save_published
 from tests.worlds import Worlds
@@ -51,7 +51,7 @@ def run_and_count(run_dir: Path, policy: Path, critic: Path) -> dict[str, Any]:
         patch.setattr(PPO, "training_step", count_alive)
         config, _ = compose("ppo", [*WALKS, *start, "trainer.max_phases=1", f"run.dir={run_dir}"])
         before = asdict(config)
-        assert train(config) == 0
+        assert train("ppo", config) == 0
         return {"opened": sorted(opened), "alive": alive, "same": asdict(config) == before}
 
 
