@@ -24,8 +24,8 @@ from megarl.data.offline import open_store
 from megarl.experience.rows import training_flops
 from megarl.models.exchange.pretrained import Sources
 from megarl.modules.base import Module
-from megarl.modules.fit import fit
 from megarl.modules.ilql import ILQL
+from megarl.run.runner import run_training
 from megarl.tokenizers import build_tokenizer
 
 HEADER = ["part", "CPU s", "share of all", "share that is matrix products", "at torch.mm's rate"]
@@ -56,7 +56,7 @@ def fitted(entry: str, config: Any, kind: type[AnyModule]) -> AnyModule:
         built.append(kind(resolved, tokenizer, sources=sources))
         return built[0]
 
-    fit(entry, config, build)
+    run_training(entry, config, build)
     return built[0]
 
 

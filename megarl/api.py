@@ -24,8 +24,8 @@ from megarl.config.messages import nearest_keys, one_of
 from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN, resource
 from megarl.config.settings import algorithm_of, settings_of
 from megarl.config.values import check_values
-from megarl.disk import UnreadableError, parse_object, read_text, writable
-from megarl.errors import ConfigError, DataError
+from megarl.disk import UnreadableError, parse_object, read_text, writable, write_atomically
+from megarl.errors import ConfigError, DataError, first_line
 from megarl.logging import get_logger, warn_once
 
 DRAWN_BY = (*("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "ilql_beta"),)
@@ -88,7 +88,7 @@ class Trained:
         from megarl.data.formats import RecordFormat
         from megarl.data.prompts import PromptLimits, encode_prompt, fit_prompts
         from megarl.data.sources import Record
-        from megarl.generate import opened
+        from megarl.generate import open_generator
         from megarl.rollout.noise import EVALUATION
         from megarl.rollout.requests import repeat, sampling_from
 
@@ -109,7 +109,7 @@ class Trained:
         check_values(config)
         for key in ("tp", "pp"):
             setattr(config.parallel, key, getattr(self.config.parallel, key))
-        with opened(config) as (generator, tokenizer, _):
+        with open_generator(config) as (generator, tokenizer, _):
             records = [Record({"prompt": text}, f"prompts[{index}]") for index, text in enumerate(asked)]
             limits = PromptLimits(
                 generator.config.max_positions,
@@ -120,7 +120,7 @@ class Trained:
             encoded = (encode_prompt(record, tokenizer, RecordFormat(section="", settable=())) for record in records)
             tokens = [prompt.tokens for prompt in fit_prompts(encoded, limits, "prompts")]
             rollouts = generator.generate(repeat(tokens, n, sampling_from(config.rollout)), stream=EVALUATION)
-            texts = [tokenizer.decode(rollout.spoken) for rollout in rollouts]
+            texts = [tokenizer.decode(rollout.response_without_eos) for rollout in rollouts]
         return texts if n == 1 else [texts[start : start + n] for start in range(0, len(texts), n)]
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -306,7 +306,7 @@ def _fill(section: Any, values: Mapping[str, Any], name: str) -> None:
             tree[key] = _literal(value)
         except OmegaConfBaseException as problem:
             raise ConfigError(
-                f"{name}.{key}={value!r}: {str(problem).splitlines()[0]}", key=f"{name}.{key}", value=value
+                f"{name}.{key}={value!r}: {first_line(problem)}", key=f"{name}.{key}", value=value
             ) from None
     filled = OmegaConf.to_object(tree)
     for key in values:
@@ -322,14 +322,14 @@ def _literal(value: Any) -> Any:
 
 def _run_dir(entry: str, config: Any) -> Path:
     """The run's folder, the same in every process."""
-    from megarl.callbacks.run_folder import resolve_run_dir
-    from megarl.modules.fit import RUN_DIR
+    from megarl.run.run_folder import resolve_run_dir
+    from megarl.run.runner import RUN_DIR
 
     return Path(os.environ.get(RUN_DIR) or resolve_run_dir(entry, config)).absolute()
 
 
 def _owned(run_dir: Path, config: Any) -> AbstractContextManager[Any]:
-    from megarl.callbacks.owner import owned
+    from megarl.run.owner import owned
 
     return owned(run_dir, config.parallel.timeout_s)
 
@@ -379,9 +379,7 @@ def _write(path: Path, records: list[dict[str, Any]], timeout_s: float) -> str:
     text = "".join(_as_json(record) + "\n" for record in records)
     if process_number() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.unfinished")
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        write_atomically(path, text)
         return str(path)
     give_up = time.monotonic() + timeout_s
     while not (path.is_file() and path.read_text(encoding="utf-8") == text):

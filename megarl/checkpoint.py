@@ -20,12 +20,12 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from megarl.disk import UnreadableError, is_dir, is_file, load_plain, read_json, shown, sync
-from megarl.errors import CheckpointError, NumericsError
+from megarl.errors import CheckpointError, NumericsError, first_line
 from megarl.logging import get_logger
 from megarl.parallel import shards
 from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
-from megarl.parallel.shards import Part, together
+from megarl.parallel.shards import Part, run_on_all_ranks
 
 MANIFEST, INDEX, COMMON = "manifest.json", "index.json", "common.pt"
 FORMAT = 1
@@ -73,9 +73,9 @@ class ShardedCheckpointIO(CheckpointIO):
         """
         grid = self.grid
         assert grid is not None
-        folder = grid.by_first(lambda: _choose(Path(path)))
+        folder = grid.run_on_rank0(lambda: _choose(Path(path)))
         contents: list[tuple[dict[str, Any], list[Part]]] = []
-        together(grid, lambda: contents.append(plain_content(folder)))
+        run_on_all_ranks(grid, lambda: contents.append(plain_content(folder)))
         common, parts = contents[0]
         if common.get("weights_only"):
             raise CheckpointError(
@@ -123,7 +123,7 @@ class _Save:
         self.written: dict[str, list[int]] = {}
         self.thread: threading.Thread | None = None
         self.common = b""  # on the first rank
-        self.aside: Path = grid.by_first(lambda: self._prepare(common))
+        self.aside: Path = grid.run_on_rank0(lambda: self._prepare(common))
 
     def _refuse_not_finite(self, parts: Sequence[tuple[Part, torch.Tensor]]) -> None:
         """On all ranks, before anything is written: nothing good gives way to numbers that are of no use."""
@@ -163,7 +163,7 @@ class _Save:
         if self.thread is not None:
             self.thread.join()
         reports = self.grid.gather(self._report())
-        self.grid.by_first(lambda: self._finish(reports))
+        self.grid.run_on_rank0(lambda: self._finish(reports))
         self.parts = []
 
     def salvage(self) -> None:
@@ -210,7 +210,8 @@ class _Save:
             torch.load(buffer, weights_only=True)  # what cannot be read back must be known now, not at the resume
         except Exception as problem:
             raise CheckpointError(
-                f"checkpoint {self.folder}: a module's or callback's state cannot be saved ({_first_line(problem)}): "
+                f"checkpoint {self.folder}: a module's or callback's state cannot be saved "
+                f"({first_line(problem, kind=True)}): "
                 "keep plain values and tensors in it",
                 key="state",
                 where=self.folder,
@@ -484,11 +485,7 @@ def _successor(path: Path) -> Path:
 def _completed(problem: Exception) -> str:
     if isinstance(problem, UnreadableError):
         return str(problem)
-    return f"cannot be used ({problem if type(problem) is ValueError else _first_line(problem)})"
-
-
-def _first_line(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
+    return f"cannot be used ({problem if type(problem) is ValueError else first_line(problem, kind=True)})"
 
 
 def _size_and_checksum(path: Path) -> list[int]:

@@ -28,7 +28,7 @@ STATUS_FILE = "MEGARL_STATUS_FILE"
 """
 
 
-def ended(work: Callable[[], int | None], debug: Callable[[], bool] = lambda: False) -> NoReturn:
+def run_command(work: Callable[[], int | None], debug: Callable[[], bool] = lambda: False) -> NoReturn:
     """Do a command's work and exit.
 
     A `MegarlError` ends in one line on stderr and its exit code (2 for bad input, 3 for bad numbers), with a traceback
@@ -97,6 +97,14 @@ def process_number(environ: Mapping[str, str] = os.environ) -> int:
     if environ.get("RANK"):
         return int(environ["RANK"])
     return max(int(environ.get(name) or 0) for name in ("SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
+
+
+def local_process_number(environ: Mapping[str, str] = os.environ) -> int:
+    """The number of this process among those of its run on this machine, which is its GPU's too.
+
+    torchrun, Lightning and `set_env_from_slurm` say it in LOCAL_RANK; a process without it is alone.
+    """
+    return int(environ.get("LOCAL_RANK") or 0)
 
 
 def _rank_prefix() -> str:

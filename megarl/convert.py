@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megarl.command import ended
+from megarl.command import run_command
 from megarl.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def main() -> None:
         sys.exit(0)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    ended(lambda: run(sys.argv[1:]))
+    run_command(lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

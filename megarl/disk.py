@@ -6,15 +6,19 @@ Paths that no file system can have, files that cannot be read, JSON and YAML of 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, first_line
 
 DEEPEST = 200
 """Levels that JSON may be nested in. Python's own limit would be met later, wherever a deep value is next looked at."""
@@ -98,6 +102,42 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_atomically(path: Path, text: str | Iterable[str]) -> None:
+    """Write a file, in one piece or many, so that a reader, or a crash, never sees half of it."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("w", encoding="utf-8", newline="") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """Give the block an empty folder to fill, and that the name `folder` when the block has ended well.
+
+    For one process; `temp_sibling` is where several write together.
+    """
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def temp_sibling(path: Path) -> Path:
+    """Where a file or folder is written before it is renamed to `path`; the same in every process of a run."""
+    return path.with_name(f".{path.name}.writing")
+
+
 # --- content ----------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +178,17 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     return value
 
 
+def nan_to_null(content: Any) -> Any:
+    """Return content for JSON with null for the numbers that it cannot hold: NaN and infinity."""
+    if isinstance(content, dict):
+        return {key: nan_to_null(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [nan_to_null(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content
+
+
 def check_yaml(text: str) -> None:
     """Refuse YAML that refers to itself, is nested without end, or says little that stands for very much."""
     if len(text) > _LONGEST_YAML:
@@ -169,7 +220,7 @@ def load_plain(file: Any, **options: Any) -> Any:
             damaged = ", or is damaged" if "operand" in said else ""  # a newer kind of pickle, or no pickle at all
             raise UnreadableError(f"holds more than weights and plain values{damaged}; it is not loaded") from None
         detail = re.search(r"WeightsUnpickler error: ([^\n]*)", said)
-        first = detail[1] if detail else (said.strip().splitlines() or [type(problem).__name__])[0]
+        first = detail[1] if detail else first_line(problem)
         raise UnreadableError(f"is damaged, or no file of torch's ({first[:160].strip()})") from None
 
 

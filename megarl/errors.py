@@ -80,6 +80,20 @@ def _restore(kind: type[_E], args: tuple[Any, ...], attributes: dict[str, Any]) 
     return error
 
 
+def first_line(exception: BaseException, *, kind: bool = False) -> str:
+    """The first line of what an exception says, behind the name of its kind where that is asked for. One that says
+    nothing is its kind alone."""
+    name, lines = type(exception).__name__, str(exception).strip().splitlines()
+    if not lines:
+        return name
+    return f"{name}: {lines[0]}" if kind else lines[0]
+
+
+def one_line(exception: BaseException) -> str:
+    """All of an exception as one line: its kind and what it says."""
+    return " ".join(f"{type(exception).__name__}: {exception}".split()).removesuffix(":")
+
+
 class ConfigError(MegarlError):
     """A key or a combination of keys that cannot work."""
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from megarl.command import printable, say
+from megarl.command import printable, process_number, say
 from megarl.config.checks import local_devices
 from megarl.config.compose import run
 from megarl.config.files import SUFFIXES, load_chat_template
@@ -31,9 +31,9 @@ CHAT_HELP = "Type a message; /reset forgets the conversation, /quit (or an empty
 
 def generate(config: "GenerateConfig") -> int:
     """In the processes that a launcher started, or in `trainer.devices` of our own."""
-    from megarl.parallel.processes import know_slurm, spawned
+    from megarl.parallel.processes import launched_workers, set_env_from_slurm
 
-    know_slurm()
+    set_env_from_slurm()
     devices = 1 if "WORLD_SIZE" in os.environ else local_devices(config)
     if devices == 1:
         work(config)
@@ -51,7 +51,7 @@ def generate(config: "GenerateConfig") -> int:
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells of every process it ends
     problems = get_context("spawn").SimpleQueue()
     try:
-        spawned(devices, _one_line, config, problems)
+        launched_workers(devices, _one_line, config, problems)
     except ProcessExitedException as ended:
         if not problems.empty():  # one line, whichever process was first
             say(f"error: {problems.get()}")
@@ -73,16 +73,16 @@ def _one_line(config: "GenerateConfig", problems: Any) -> None:
 
 def work(config: "GenerateConfig") -> None:
     """Build the model, answer, and say how fast."""
-    from megarl.callbacks.owner import owned
     from megarl.logging import setup
+    from megarl.run.owner import owned
 
-    setup(None, rank=int(os.environ.get("RANK", "0")), debug=config.debug)
+    setup(None, rank=process_number(), debug=config.debug)
     config.chat_template = load_chat_template(config.chat_template, "chat_template")
     if config.out is not None:
         _check_out(config.out)
     dump = config.rollout.dump
     held = nullcontext() if dump is None else owned(local(dump), config.parallel.timeout_s, key="rollout.dump")
-    with held, opened(config) as (generator, tokenizer, prompts):
+    with held, open_generator(config) as (generator, tokenizer, prompts):
         if config.chat:
             chat(config, generator, tokenizer)
         else:
@@ -105,7 +105,7 @@ def _check_out(out: str) -> None:
 
 
 @contextmanager
-def opened(
+def open_generator(
     config: "GenerateConfig",
 ) -> "Iterator[tuple[Generator, Tokenizer, list[Prompt]]]":
     """The model over the processes that are there, ready to generate, and the prompts that the configuration names."""
@@ -254,7 +254,7 @@ def answer(
             )
             if dump is not None:
                 file = stored.phase_file(dump, EVALUATION, 0)
-                generator.grid.by_first(lambda: stored.dump(file, rollouts))
+                generator.grid.run_on_rank0(lambda: stored.dump(file, rollouts))
         write([rollout for rollout in rollouts if (rollout.prompt_id, rollout.sample_id) not in written])
     if first:
         seconds, tokens = time.monotonic() - start, sum(len(rollout.response) for rollout in rollouts)
@@ -269,7 +269,7 @@ def _line(rollout: "Rollout", prompt: str, tokenizer: "Tokenizer") -> dict[str, 
         "prompt_id": rollout.prompt_id,
         "sample_id": rollout.sample_id,
         "prompt": prompt,
-        "response": tokenizer.decode(rollout.spoken),
+        "response": tokenizer.decode(rollout.response_without_eos),
         "finish_reason": rollout.finish_reason,
         "tokens": len(rollout.response),
         "logprob": sum(rollout.logprobs),
@@ -340,7 +340,7 @@ def chat(config: "GenerateConfig", generator: "Generator", tokenizer: "Tokenizer
     if first:
         sys.stderr.write(CHAT_HELP + "\n")
     for turn in range(1_000_000):
-        said: str = generator.grid.by_first(_read_line)
+        said: str = generator.grid.run_on_rank0(_read_line)
         if said in ("", "/quit"):
             return
         if said == "/reset":
@@ -353,7 +353,7 @@ def chat(config: "GenerateConfig", generator: "Generator", tokenizer: "Tokenizer
             sys.stderr.write(f"(the model reads the last {len(newest)} of this conversation's {len(tokens)} tokens)\n")
         request = Request(0, 0, newest, sampling)
         (rollout,) = generator.generate([request], stream=EVALUATION, phase=turn)
-        text = tokenizer.decode(rollout.spoken)
+        text = tokenizer.decode(rollout.response_without_eos)
         messages.append({"role": "assistant", "content": text})
         if first:
             sys.stdout.write(printable(text) + "\n")

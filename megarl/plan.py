@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 import megarl
-from megarl.command import ended
+from megarl.command import run_command
 from megarl.config.algorithms import ALGORITHMS
 from megarl.config.checks import check, local_devices
 from megarl.config.cluster import PlanConfig
@@ -144,7 +144,7 @@ def main() -> None:
         else:
             show(argv)
 
-    ended(work, lambda: "debug=true" in argv)
+    run_command(work, lambda: "debug=true" in argv)
 
 
 if __name__ == "__main__":

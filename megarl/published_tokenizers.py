@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megarl.chat.templates import first_line
 from megarl.disk import exists, local, shown, why_no_name
-from megarl.errors import ConfigError, UnavailableError
+from megarl.errors import ConfigError, UnavailableError, first_line
 
 
 def unusable(path: str | Path, problem: str) -> ConfigError:
@@ -43,7 +42,7 @@ def load_published(path: str) -> Any:
             raise
         raise unusable(
             path,
-            f" cannot be loaded as a Hugging Face tokenizer ({first_line(error)}); "
+            f" cannot be loaded as a Hugging Face tokenizer ({first_line(error, kind=True)}); "
             "give a folder that holds tokenizer.json, or a hub name that is cached or can be reached",
         ) from error
 
@@ -57,7 +56,7 @@ def encoding(path: str, text: str) -> Iterator[None]:
         if not _of_the_library(error):
             raise
         raise unusable(
-            path, f" cannot encode {shown(text)!r} ({first_line(error)}): restore its tokenizer.json"
+            path, f" cannot encode {shown(text)!r} ({first_line(error, kind=True)}): restore its tokenizer.json"
         ) from error
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megarl.command import ended
+from megarl.command import process_number, run_command
 from megarl.config.launcher import check_launcher
 from megarl.errors import ConfigError
 
@@ -169,17 +169,17 @@ def train(settings: Settings) -> dict[str, Any]:
 def _write(settings: Settings, out: str) -> None:
     """One process of a world that this command starts."""
     result = train(settings)
-    if os.environ["RANK"] == "0":
+    if process_number() == 0:
         Path(out).write_text(json.dumps(result, allow_nan=False))
 
 
 def started(settings: Settings) -> dict[str, Any]:
     """Train in a world of fresh processes on this machine."""
-    from megarl.parallel.processes import spawned
+    from megarl.parallel.processes import launched_workers
 
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "result.json")
-        spawned(settings.world, _write, settings, out)
+        launched_workers(settings.world, _write, settings, out)
         result: dict[str, Any] = json.loads(Path(out).read_text())
     return result
 
@@ -216,12 +216,12 @@ def report(settings: Settings, rows: list[list[str]], agree: bool) -> None:
 
 def run(argv: list[str]) -> int:
     from megarl.parallel.device import device_settings
-    from megarl.parallel.processes import know_slurm
+    from megarl.parallel.processes import set_env_from_slurm
 
     settings = parse(argv)
     check_launcher(os.environ)
     device_settings()  # refuses what its variable must not be, before any process is started
-    know_slurm()
+    set_env_from_slurm()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         layout, alone = started(settings), started(settings.alone())
@@ -233,7 +233,7 @@ def run(argv: list[str]) -> int:
                 value=settings.world,
             )
         layout = train(settings)
-        if int(os.environ["RANK"]) != 0:
+        if process_number() != 0:
             return 0
         os.environ["WORLD_SIZE"] = "1"
         alone = train(settings.alone())
@@ -246,7 +246,7 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         sys.stdout.write(HELP)
         sys.exit(0)
-    ended(lambda: run(sys.argv[1:]))
+    run_command(lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 
 from megarl.chat.cutting import Anchor, encode_cut
 from megarl.chat.notices import note_layout, tell
-from megarl.chat.templates import ChatTemplate, Message, check_messages, first_line
+from megarl.chat.templates import ChatTemplate, Message, check_messages
 from megarl.chat.turns import Layout, Turns
 from megarl.disk import UnreadableError, is_dir, is_file, local, parse_object, read_text, shown
-from megarl.errors import ConfigError, DataError, UnavailableError
+from megarl.errors import ConfigError, DataError, UnavailableError, first_line
 from megarl.published_tokenizers import encoding, load_published, published_state, unusable
 
 KINDS = ("bytes", "characters", "sentencepiece", "huggingface")
@@ -402,7 +402,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             return str(own.get_chat_template()) if own.chat_template else None
         except ValueError as error:  # several templates, of which none is the default
-            raise unusable(own.name_or_path, f": {first_line(error)}; set data.chat_template") from error
+            raise unusable(own.name_or_path, f": {first_line(error, kind=True)}; set data.chat_template") from error
 
     @property
     def _structural(self) -> Mapping[str, int]:

@@ -31,14 +31,14 @@ def train(name: str, config: Any, functions: Mapping[str, Callable[..., Any]] | 
         config: the typed tree of its configuration.
         functions: callables that take the place of those that `reward.fn` and `metric.fn` name.
     """
-    from megarl.modules.fit import fit  # heavy imports only once the configuration is known to be good
+    from megarl.run.runner import run_training  # heavy imports only once the configuration is known to be good
     from megarl.tokenizers import build_tokenizer
 
     def build(config: Any, sources: "Sources") -> "Module":
         tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
         return module_of(name)(config, tokenizer, functions, sources)
 
-    return fit(name, config, build)
+    return run_training(name, config, build)
 
 
 def module_of(name: str) -> "type[Module]":

@@ -9,9 +9,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megarl.callbacks.crumb import BEAT_S, FOLDER, Crumb, judge, read
-from megarl.command import ended
+from megarl.command import run_command
 from megarl.errors import ConfigError
+from megarl.heartbeat import BEAT_S, FOLDER, Heartbeat, diagnose, read
 
 HELP = """python -m megarl.why_stuck RUN [beat=SECONDS]
 
@@ -21,19 +21,28 @@ HELP = """python -m megarl.why_stuck RUN [beat=SECONDS]
 _MOST_ROWS = 32
 
 
-def report(crumbs: Sequence[Crumb], blamed: Sequence[int], now: float) -> None:
+def report(heartbeats: Sequence[Heartbeat], blamed: Sequence[int], now: float) -> None:
     """A table of what each rank said last: the blamed ones first, and not more than can be read."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table("rank", "host", "process", "phase", "step", "for (s)", "last sign (s ago)", "collective", "at")
-    ordered = sorted(crumbs, key=lambda crumb: (crumb.rank not in blamed, crumb.rank))
-    for crumb in ordered[:_MOST_ROWS]:
-        ages = (f"{now - crumb.since:.0f}", f"{now - crumb.alive:.0f}")
-        phase = crumb.phase or "-"
-        row = (str(crumb.rank), crumb.host, str(crumb.pid), phase, str(crumb.step), *ages, crumb.collective, crumb.at)
-        table.add_row(*map(Text, row), style="bold" if crumb.rank in blamed else None)
+    ordered = sorted(heartbeats, key=lambda heartbeat: (heartbeat.rank not in blamed, heartbeat.rank))
+    for heartbeat in ordered[:_MOST_ROWS]:
+        ages = (f"{now - heartbeat.since:.0f}", f"{now - heartbeat.alive:.0f}")
+        phase = heartbeat.phase or "-"
+        row = (
+            str(heartbeat.rank),
+            heartbeat.host,
+            str(heartbeat.pid),
+            phase,
+            str(heartbeat.step),
+            *ages,
+            heartbeat.collective,
+            heartbeat.at,
+        )
+        table.add_row(*map(Text, row), style="bold" if heartbeat.rank in blamed else None)
     console = Console()
     console.print(table)
     if len(ordered) > _MOST_ROWS:
@@ -48,14 +57,14 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"'{' '.join(argv)}' is not RUN [beat=SECONDS]: name one run folder", key="RUN", value=list(argv)
         )
-    crumbs = read(Path(folders[0]))
-    if not crumbs:
+    heartbeats = read(Path(folders[0]))
+    if not heartbeats:
         raise ConfigError(
             f"{folders[0]} holds no {FOLDER}/rank-*.json: give the folder of a run that has started", where=folders[0]
         )
     now = time.time()
-    verdict = judge(crumbs, now, float(beat))
-    report(crumbs, verdict.ranks, now)
+    verdict = diagnose(heartbeats, now, float(beat))
+    report(heartbeats, verdict.ranks, now)
     sys.stdout.write(verdict.sentence + "\n")
     return 0 if verdict.ranks else 1
 
@@ -64,7 +73,7 @@ def main() -> None:
     if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
         sys.stdout.write(HELP)
         sys.exit(0)
-    ended(lambda: run(sys.argv[1:]))
+    run_command(lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

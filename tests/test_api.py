@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 import megarl
 from megarl.api import _algorithm
-from megarl.callbacks.owner import RunLock
 from megarl.config.algorithms import ALGORITHMS
 from megarl.errors import ConfigError, DataError, MegarlError
+from megarl.run.owner import RunLock
 from tests.refusals import refused
 from tests.worlds import Worlds
 

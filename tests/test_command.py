@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.command import ended, printable, process_number
+from megarl.command import printable, process_number, run_command
 from megarl.errors import ConfigError, NumericsError
 
 
@@ -16,7 +16,7 @@ def test_control_characters_are_shown_as_escapes() -> None:
 
 
 def test_text_that_the_terminal_cannot_show_ends_nothing() -> None:
-    script = "import sys; from megarl.command import ended; ended(lambda: print('\\u00e9 \\ud800') or 0)"
+    script = "import sys; from megarl.command import run_command; run_command(lambda: print('\\u00e9 \\ud800') or 0)"
     environ = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ, check=False)
     assert (done.returncode, done.stdout) == (0, "\\xe9 \\ud800\n")
@@ -35,7 +35,7 @@ def test_an_error_is_one_line_and_its_exit_code(
         raise error("two\nlines with \x1b[31m")
 
     with pytest.raises(SystemExit) as end:
-        ended(work)
+        run_command(work)
     assert end.value.code == code
     assert capsys.readouterr().err == "error: two lines with \\x1b[31m\n"
 
@@ -54,7 +54,7 @@ def test_an_interrupt_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> Non
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as end:
-        ended(work)
+        run_command(work)
     assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
 
 
@@ -66,7 +66,7 @@ def test_what_would_end_the_same_way_again_is_told_to_the_launcher(
 
     monkeypatch.setenv("MEGARL_STATUS_FILE", str(tmp_path / "status"))
     with pytest.raises(SystemExit):
-        ended(work)
+        run_command(work)
     assert (tmp_path / "status.exit").read_text() == "2"
 
 
@@ -75,7 +75,7 @@ def test_a_bug_keeps_its_traceback() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        ended(work)
+        run_command(work)
 
 
 def test_an_error_that_was_said_is_not_said_again(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +86,7 @@ def test_an_error_that_was_said_is_not_said_again(capsys: pytest.CaptureFixture[
         raise error
 
     with pytest.raises(SystemExit) as end:
-        ended(work)
+        run_command(work)
     assert end.value.code == 2
     assert capsys.readouterr().err == ""
 

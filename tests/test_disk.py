@@ -148,3 +148,41 @@ def test_a_damaged_pickle_is_called_that(content: bytes, tmp_path: Path) -> None
 def test_long_values_are_shortened_and_cannot_steer_a_terminal() -> None:
     assert disk.shown("a" * 1000) == "a" * 120 + "... (1000 characters)"
     assert disk.shown("a\n\x1b[2J\0") == "a\\n\\x1b[2J\\x00"
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    disk.write_atomically(path, "first")
+
+    def full(handle: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        disk.write_atomically(path, "second")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_written_of_many_pieces(tmp_path: Path) -> None:
+    disk.write_atomically(tmp_path / "file", (str(number) for number in range(3)))
+    assert (tmp_path / "file").read_text() == "012"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def fill_and_fail(folder: Path) -> None:
+    with disk.written_aside(folder) as aside:
+        (aside / "file").write_text("")
+        raise ZeroDivisionError
+
+
+def test_a_folder_that_is_not_filled_to_the_end_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "above" / "folder"
+    with pytest.raises(ZeroDivisionError):
+        fill_and_fail(folder)
+    assert not list((tmp_path / "above").iterdir())
+    with disk.written_aside(folder) as aside:
+        (aside / "file").write_text("")
+        assert not folder.exists()
+    assert [path.name for path in folder.iterdir()] == ["file"]
+    assert list((tmp_path / "above").iterdir()) == [folder]

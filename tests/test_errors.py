@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megarl.config.offers import Refusal
-from megarl.errors import DataError
+from megarl.errors import DataError, first_line
 
 
 def test_a_location_is_put_in_front_and_the_data_stay() -> None:
@@ -32,3 +32,16 @@ def test_of_a_value_that_cannot_travel_the_text_does(value: Any) -> None:
     found = pickle.loads(pickle.dumps(DataError("a is wrong", key="a", value=value)))
     assert str(found) == "a is wrong"
     assert found.value == repr(value)[:200]
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "with_kind"),
+    [
+        (ValueError("\n  one\ntwo"), "one", "ValueError: one"),
+        (KeyError(), "KeyError", "KeyError"),
+        (OSError(" \n"), "OSError", "OSError"),
+    ],
+)
+def test_the_first_line_of_an_exception(error: Exception, line: str, with_kind: str) -> None:
+    assert first_line(error) == line
+    assert first_line(error, kind=True) == with_kind

@@ -13,10 +13,10 @@ from megarl.callbacks.checkpoints import Checkpoints
 from megarl.checkpoint import ShardedCheckpointIO
 from megarl.config.schema import CheckpointConfig, ParallelConfig
 from megarl.modules.base import Module
-from megarl.modules.fit import resume_from
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
 from megarl.parallel.strategy import MegatronStrategy
+from megarl.run.runner import resume_from
 from tests.e2e.runs import launched
 
 State = dict[str, torch.Tensor]

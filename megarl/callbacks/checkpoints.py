@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from megarl.callbacks.readings import is_evaluation, readings, steps_taken
+from megarl.callbacks.trainer_state import is_evaluation, readings, steps_taken
 from megarl.checkpoint import ShardedCheckpointIO, find, remove, step_folder, tidy
 from megarl.clock import Clock
 from megarl.config.schema import CheckpointConfig

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from megarl.callbacks.readings import readings, steps_taken, unit
+from megarl.callbacks.trainer_state import readings, steps_taken, unit
 from megarl.logging import get_logger
 
 log = get_logger(__name__)

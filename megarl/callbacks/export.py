@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from megarl.callbacks.readings import planned_steps, steps_taken
+from megarl.callbacks.trainer_state import planned_steps, steps_taken
 from megarl.disk import local
 from megarl.logging import get_logger
 from megarl.models.exchange.card import ModelCard

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from megarl.callbacks.readings import is_evaluation, readings, steps_taken, unit
+from megarl.callbacks.trainer_state import is_evaluation, readings, steps_taken, unit
 from megarl.errors import NumericsError
 from megarl.logging import get_logger
 

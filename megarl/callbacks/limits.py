@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from megarl.callbacks.checkpoints import Checkpoints
-from megarl.callbacks.readings import planned_steps, steps_taken, unit
+from megarl.callbacks.trainer_state import planned_steps, steps_taken, unit
 from megarl.logging import get_logger
 
 log = get_logger(__name__)

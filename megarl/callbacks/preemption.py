@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from megarl.callbacks.checkpoints import Checkpoints
-from megarl.callbacks.readings import planned_steps, steps_taken, unit
-from megarl.command import INTERRUPTED, NOTICED, STATUS_FILE
+from megarl.callbacks.trainer_state import planned_steps, steps_taken, unit
+from megarl.command import INTERRUPTED, NOTICED, STATUS_FILE, local_process_number
 from megarl.logging import get_logger
 from megarl.parallel.strategy import MegatronStrategy
 
@@ -70,11 +70,11 @@ class Preemption(Callback):
             self.interrupts += 1
             if self.interrupts > 1:
                 raise KeyboardInterrupt
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if local_process_number() == 0:
                 os.write(2, _SAID)
         self.notice = self.notice or signal.Signals(number).name
 
     def _leave_word(self, text: str) -> None:
         """One process of a node for all of it: nodes may have file systems of their own."""
-        if STATUS_FILE in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
+        if STATUS_FILE in os.environ and local_process_number() == 0:
             Path(os.environ[STATUS_FILE]).write_text(text, encoding="utf-8")

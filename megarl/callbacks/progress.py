@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from megarl.callbacks.readings import EVALUATION, is_evaluation, planned_steps, readings, steps_taken, unit
+from megarl.callbacks.trainer_state import EVALUATION, is_evaluation, planned_steps, readings, steps_taken, unit
 from megarl.errors import ConfigError
 from megarl.logging import get_logger
 

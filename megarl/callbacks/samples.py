@@ -12,8 +12,9 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from rich.console import Console
 from rich.table import Table
 
-from megarl.callbacks.readings import plain, steps_taken, unit
+from megarl.callbacks.trainer_state import steps_taken, unit
 from megarl.command import printable
+from megarl.disk import nan_to_null
 from megarl.logging import get_logger
 
 logger = get_logger(__name__)
@@ -39,7 +40,9 @@ class Samples(Callback):
             return
         step = steps_taken(trainer)
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(plain({unit(trainer): step, **row}), allow_nan=False) + "\n" for row in rows)
+            file.writelines(
+                json.dumps(nan_to_null({unit(trainer): step, **row}), allow_nan=False) + "\n" for row in rows
+            )
         logger.info("%s %d  samples:\n%s", unit(trainer), step, as_table(rows))
         for entry in trainer.loggers:
             if isinstance(entry, TensorBoardLogger):

@@ -12,11 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from megarl.callbacks.collapse import Collapse
-from megarl.callbacks.readings import is_evaluation, logging_interval, plain, planned_steps, readings, steps_taken, unit
-from megarl.callbacks.run_folder import write_whole
 from megarl.callbacks.throughput import peak_memory_gb
+from megarl.callbacks.trainer_state import is_evaluation, logging_interval, planned_steps, readings, steps_taken, unit
 from megarl.clock import Clock
-from megarl.disk import UnreadableError, parse_object, read_text
+from megarl.disk import UnreadableError, nan_to_null, parse_object, read_text, write_atomically
+from megarl.errors import one_line
 from megarl.logging import get_logger
 
 logger = get_logger(__name__)
@@ -150,7 +150,7 @@ class Summary(Callback):
         content = self._content(trainer) if self._started else self._earlier_content() or self._content(trainer)
         content.pop("error", None)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, json.dumps(plain({**content, **ending}), indent=2, allow_nan=False) + "\n")
+        write_atomically(self.path, json.dumps(nan_to_null({**content, **ending}), indent=2, allow_nan=False) + "\n")
 
     def _content(self, trainer: Trainer) -> dict[str, Any]:
         wall, cpu = self._seconds()
@@ -203,8 +203,3 @@ class _Series:
 
     def state(self) -> dict[str, Any]:
         return {"first": self._first, "last": self._last, "best": self._best, "recent": list(self._recent)}
-
-
-def one_line(exception: BaseException) -> str:
-    """An exception as one line: its kind and what it says."""
-    return " ".join(f"{type(exception).__name__}: {exception}".split()).removesuffix(":")

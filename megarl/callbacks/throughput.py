@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from megarl.callbacks.readings import logging_interval
+from megarl.callbacks.trainer_state import logging_interval
 from megarl.clock import Work
 
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from functools import cache, lru_cache
 from typing import Any
 
-from megarl.errors import DataError, UnavailableError
+from megarl.errors import DataError, UnavailableError, first_line
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]
@@ -73,7 +73,7 @@ class ChatTemplate:
         except Exception as error:  # a template may raise anything; the record that broke it is what matters
             roles = ", ".join(str(message["role"]) for message in messages) or "none"
             raise DataError(
-                f"the chat template failed on turns with roles [{roles}] ({first_line(error)}); "
+                f"the chat template failed on turns with roles [{roles}] ({first_line(error, kind=True)}); "
                 "change the record, or set data.chat_template to a template that accepts it",
                 key="data.chat_template",
             ) from error
@@ -103,11 +103,6 @@ def check_messages(messages: Sequence[Message]) -> None:
                     value=message.get(key),
                     where=f"turn {turn}",
                 )
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _spans(text: str) -> tuple[str, list[Span]]:

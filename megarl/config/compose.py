@@ -16,7 +16,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import megarl
-from megarl.command import INTERRUPTED, NOTICED, ended
+from megarl.command import INTERRUPTED, NOTICED, run_command
 from megarl.config.algorithms import entry_point
 from megarl.config.checks import check, world_size
 from megarl.config.devices import hide_gpus
@@ -94,7 +94,7 @@ def run(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> NoRet
         debug = config.debug
         return _checked(config, main)
 
-    ended(work, lambda: debug)
+    run_command(work, lambda: debug)
 
 
 def _checked(config: Any, main: Callable[[Any], int | None]) -> int | None:

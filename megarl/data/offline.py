@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from megarl.data.formats import Document, RecordFormat
 from megarl.data.order import TrainBatches, TrainLoader
 from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Places, Record, read_records
-from megarl.disk import exists, is_file, local, shown
+from megarl.disk import exists, is_file, local, shown, written_aside
 from megarl.errors import DataError
 from megarl.parallel.rows import Rows
 from megarl.tokenizers import Tokenizer
@@ -155,12 +154,10 @@ class OfflineStore:
 
     def save(self, folder: Path) -> None:
         """Write aside, then rename: a folder that is there is whole."""
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-        aside.mkdir(parents=True)
-        for name in ARRAYS:
-            np.save(aside / f"{name}.npy", self.arrays[name], allow_pickle=False)
-        (aside / REPORT).write_text(self.report, encoding="utf-8")
-        aside.rename(folder)
+        with written_aside(folder) as aside:
+            for name in ARRAYS:
+                np.save(aside / f"{name}.npy", self.arrays[name], allow_pickle=False)
+            (aside / REPORT).write_text(self.report, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> OfflineStore:

@@ -16,7 +16,7 @@ from typing import Any
 
 from megarl.config.files import SUFFIXES, require_data
 from megarl.disk import UnreadableError, is_dir, is_file, local, parse_json
-from megarl.errors import DataError, UnavailableError
+from megarl.errors import DataError, UnavailableError, first_line
 
 _VALIDATION = ("validation", "valid", "val", "dev", "eval")
 _SPLIT_KEYS = ("data.train_split", "data.eval_split")
@@ -206,7 +206,9 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                     number += 1
                     yield _record(fields, f"{path}: record {number}")
     except (ArrowException, OSError, ValueError, ArithmeticError) as error:  # a value that Python has no type for
-        raise _unreadable(path, f"is not a readable parquet file ({_first_line(error)}); write it anew") from error
+        raise _unreadable(
+            path, f"is not a readable parquet file ({first_line(error, kind=True)}); write it anew"
+        ) from error
 
 
 def _read_saved(folder: Path, split: str) -> Iterator[Record]:
@@ -214,7 +216,7 @@ def _read_saved(folder: Path, split: str) -> Iterator[Record]:
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # the library raises its own, Arrow's and Python's kinds
-        raise _unreadable(folder, f"is not a readable saved data set ({_first_line(error)})") from error
+        raise _unreadable(folder, f"is not a readable saved data set ({first_line(error, kind=True)})") from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:
             raise DataError(
@@ -238,7 +240,7 @@ def _read_hub(name: str, split: str) -> Iterator[Record]:
     except Exception as error:  # the library raises its own, the network's and Python's kinds
         raise DataError(
             f"{name}: is no file or folder here, and split {split!r} of it could not be loaded from the hub "
-            f"({_first_line(error)}); check the name, the split and the network, or download it to a folder",
+            f"({first_line(error, kind=True)}); check the name, the split and the network, or download it to a folder",
             key="split",
             value=split,
             where=name,
@@ -265,8 +267,3 @@ def _record(fields: Any, where: str) -> Record:
 
 def _unreadable(where: str | Path, problem: str) -> DataError:
     return DataError(f"{where}: {problem}", where=where)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

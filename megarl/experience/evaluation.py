@@ -73,7 +73,7 @@ class Evaluation:
                 {
                     **({"setting": setting} if setting else {}),
                     "prompt": self.prompts[rollout.prompt_id].text,
-                    "response": self.tokenizer.decode(rollout.spoken),
+                    "response": self.tokenizer.decode(rollout.response_without_eos),
                     **{name: None if score is None else total(score) for name, score in found.items()},
                 }
             )

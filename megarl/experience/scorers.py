@@ -69,7 +69,7 @@ class FunctionScorer:
         name = getattr(chosen, "name", "combined").rpartition(":")[2].rpartition(".")[2]
         name = key.partition(".")[0] if name == "<lambda>" else name
         self.name = unique_metric_name(name) if key == "metric.fn" else name
-        self.fingerprint: str = grid.by_first(lambda: fingerprint(chosen, options or {}))
+        self.fingerprint: str = grid.run_on_rank0(lambda: fingerprint(chosen, options or {}))
         if journal is not None:
             journal.function = self.fingerprint
         if grid.rank == 0:
@@ -89,7 +89,7 @@ class FunctionScorer:
         asking = iter(()) if self.worker is None else self._ask(self.worker, prompts, rollouts, stream, phase)
         scores: Scores | None = None
         while scores is None:  # the others hear of every call, so that they wait for no more than one of them
-            scores = self.grid.by_first(lambda: next(asking))
+            scores = self.grid.run_on_rank0(lambda: next(asking))
         return scores
 
     def forget(self, before: int) -> None:
@@ -141,7 +141,7 @@ class FunctionScorer:
 
     def _question(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, Any]:
         """Texts of samples and the other fields of their records. A sampled end of sequence is no text."""
-        outputs = [self.tokenizer.decode(rollout.spoken) for rollout in rollouts]
+        outputs = [self.tokenizer.decode(rollout.response_without_eos) for rollout in rollouts]
         names = sorted({name for prompt in prompts for name in prompt.metadata})
         return {
             "samples": [prompt.text + output for prompt, output in zip(prompts, outputs, strict=True)],

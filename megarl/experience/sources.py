@@ -110,7 +110,7 @@ class GeneratedRollouts:
         )
         if self.settings.dump is not None:
             path = stored.phase_file(self.settings.dump, stream, phase)
-            self.generator.grid.by_first(lambda: stored.dump(path, rollouts))  # any rank may replay it after this
+            self.generator.grid.run_on_rank0(lambda: stored.dump(path, rollouts))  # any rank may replay it after this
         if not self.settings.cuda_graphs:  # they are recorded over the cache, and recording takes seconds
             self.generator.close()  # what comes next has the memory
         return rollouts

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megarl.checkpoint import MANIFEST, ShardedCheckpointIO, remove, verify
+from megarl.disk import written_aside
 from megarl.errors import CheckpointError
 from megarl.logging import get_logger
 from megarl.models.exchange.card import ModelCard
@@ -31,7 +32,7 @@ def keep(engine: Engine, card: ModelCard, run_dir: Path) -> str:
     files.grid = engine.grid
     described = {"global_step": 0, "layout": str(engine.grid.layout), "model": card.plain(), "weights_only": True}
     files.save_checkpoint({**described, "state_dict": engine.sharded_weights()}, unnamed)
-    name: str = engine.grid.by_first(lambda: _named(unnamed))
+    name: str = engine.grid.run_on_rank0(lambda: _named(unnamed))
     return name
 
 
@@ -41,7 +42,7 @@ def take(engine: Engine, name: str, run_dir: Path, checkpoint: Path) -> bool:
     They lie in this run's folder or in that of the checkpoint, from which they are copied into this run's.
     """
     here = run_dir / FOLDER / name
-    found: Path | None = engine.grid.by_first(lambda: _copied(name, here, checkpoint))
+    found: Path | None = engine.grid.run_on_rank0(lambda: _copied(name, here, checkpoint))
     if found is None:
         return False
     source = CheckpointSource(found)
@@ -72,12 +73,10 @@ def _copied(name: str, here: Path, checkpoint: Path) -> Path | None:
             log.warning("the reference's weights %s are not whole (%s): passed over", folder, problem)
             continue
         if folder != here:
-            aside = here.with_name(f".{name}.writing")
             try:
-                shutil.rmtree(aside, ignore_errors=True)
-                shutil.copytree(folder, aside)
-                remove(here)
-                aside.rename(here)
+                with written_aside(here) as aside:
+                    shutil.copytree(folder, aside, dirs_exist_ok=True)
+                    remove(here)
             except OSError as problem:
                 raise CheckpointError(
                     f"the reference's weights {folder} cannot be copied to {here} ({problem}): free space, or set "

@@ -27,11 +27,10 @@ from megarl.models.config import GPTConfig
 from megarl.models.heads import HEADS, QHeads, TargetQHeads, ValueHead, head_of, is_vocabulary_wide, linear_std
 from megarl.models.kernels import kernels
 from megarl.models.layer import Layer
-from megarl.models.linear import product
+from megarl.models.linear import pad_for_products, product
 from megarl.models.rotary import rotation
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import initialise
-from megarl.parallel.products import by_onednn, rounded_up
 from megarl.parallel.rows import ModelInputs
 from megarl.parallel.vocab import VocabShard, VocabStats, padded_vocab, vocab_stats
 
@@ -228,15 +227,14 @@ class GPT(LanguageModule):
     def _at_targets(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the states [n, hidden] and targets [n] where the mask is not 0, and that mask as booleans.
 
-        Both may be padded with zeros, as nearly every microbatch has another n.
+        Both may be padded with zeros, whose results `_scatter` drops.
         """
         where = mask != 0
         bins, times = where.nonzero(as_tuple=True)
         # Not a transposed view, whose gradient would not be contiguous: of such a one, Megatron's reduction over the
         # tensor-parallel ranks keeps each rank's own part and says nothing.
         states, tokens = self.whole_sequence(hidden)[times, bins], targets[bins, times]
-        if by_onednn(states):
-            states, tokens = rounded_up(states), rounded_up(tokens)
+        states, tokens = pad_for_products(states, tokens)
         return states, tokens, where
 
     def values(self, hidden: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import Tensor
 
 from megarl.parallel.gradients import gradient_buffer, handed_over
-from megarl.parallel.products import add_product, by_onednn, linear, rounded_up
+from megarl.parallel.products import add_product, by_onednn, linear, pad_rows
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -70,13 +70,22 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out, inner = weight.shape
     rows = x.numel() // inner
     if by_onednn(x):
-        return linear(rounded_up(x.reshape(rows, inner)), weight, bias)[:rows].view(*x.shape[:-1], out)
+        return linear(pad_rows(x.reshape(rows, inner)), weight, bias)[:rows].view(*x.shape[:-1], out)
     most = 128 if inner > out else 64 if weight.numel() >= 2**18 else 0
     if not 2 <= rows <= most or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     columns = x.reshape(rows, inner).t().contiguous()
     result = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
     return result.t().contiguous().view(*x.shape[:-1], out)
+
+
+def pad_for_products(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors [n, ...], of which the first is about to be multiplied, perhaps with zeros behind them.
+
+    For an n that is another in nearly every call: a library that compiles a kernel for every n is given few of them.
+    Results for the zeros are to be dropped.
+    """
+    return tuple(pad_rows(tensor) for tensor in tensors) if by_onednn(tensors[0]) else tensors
 
 
 class _Linear(torch.autograd.Function):

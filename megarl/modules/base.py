@@ -19,9 +19,9 @@ from megarl.models.exchange.card import ModelCard
 from megarl.models.exchange.pretrained import Sources
 from megarl.models.roles import Role
 from megarl.modules.workload import Workload
+from megarl.parallel.all_optimizers import Optimizers
 from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid
-from megarl.parallel.optimizer import Optimizers
 from megarl.parallel.rows import Microbatch
 from megarl.tokenizers import Tokenizer
 
@@ -37,9 +37,9 @@ class Module(LightningModule):
     `consumed` counts the training steps so far and `rows` the rows of data they took, `rows_per_step` each: what a
     resume needs to go on with the next record. `weights_version` counts the steps that changed the policy.
 
-    `entry` is the algorithm's name and `unit` what it calls a step; `fit` sets both. `planned` is how many steps there
-    will be, where that is not the Trainer's to say. `resumes` is set where a checkpoint is about to be restored.
-    `samples` are rows of a table that the last evaluation filled.
+    `entry` is the algorithm's name and `unit` what it calls a step; `run_training` sets both. `planned` is how many
+    steps there will be, where that is not the Trainer's to say. `resumes` is set where a checkpoint is about to be
+    restored. `samples` are rows of a table that the last evaluation filled.
     """
 
     entry = ""

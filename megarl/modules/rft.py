@@ -105,7 +105,7 @@ class RFT(GenerativeModule):
         responses = self.generate(prompts)
         scores = self.score(prompts, responses)
         rollouts, scored, _ = self.keep_scored(responses, scores)
-        answers = distinct(rollouts, scored)
+        answers = drop_duplicates(rollouts, scored)
         rows = rollouts_to_rows([rollout for rollout, _ in answers])
         with self.clock.part("train"):
             stats = self._improve(rows, answers)
@@ -130,7 +130,7 @@ class RFT(GenerativeModule):
         collected: list[dict[str, float]] = []
         kept = 0
         for percentile in np.linspace(rft.start_percentile, rft.end_percentile, rft.improve_steps):
-            best = torch.tensor(above(answers, float(percentile)))
+            best = torch.tensor(rows_above_percentile(answers, float(percentile)))
             kept += len(best)
             for indices in best[torch.randperm(len(best), generator=shuffle)].split(config.trainer.global_batch_size):
                 micro = config.trainer.micro_batch_size
@@ -152,7 +152,7 @@ class RFT(GenerativeModule):
         return Work(int(lengths.sum() * passes), flops * passes)
 
 
-def distinct(rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list[tuple[Rollout, float]]:
+def drop_duplicates(rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list[tuple[Rollout, float]]:
     """Answers with their scores, each once: of those to a prompt with the same tokens, the first."""
     found: dict[tuple[int, tuple[int, ...]], tuple[Rollout, float]] = {}
     for rollout, score in zip(rollouts, scores, strict=True):
@@ -160,7 +160,7 @@ def distinct(rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list[tuple
     return list(found.values())
 
 
-def above(answers: Sequence[tuple[Rollout, float]], percentile: float) -> list[int]:
+def rows_above_percentile(answers: Sequence[tuple[Rollout, float]], percentile: float) -> list[int]:
     """Numbers of the answers that score at least their prompt's percentile (0 to 1), its worst ones never among them.
 
     Where all answers to a prompt score alike, there is no better or worse: they are kept if they score at least the

@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from torch import Tensor
 
+from megarl.command import local_process_number
 from megarl.errors import ConfigError, MegarlError
 from megarl.parallel import cpu
 from megarl.parallel.layout import Layout
@@ -26,7 +27,7 @@ def start_world(timeout_s: float = 1800.0) -> torch.device:
         cpu.install()
         device = torch.device("cpu")
     else:
-        number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        number, count = local_process_number(), torch.cuda.device_count()
         if number >= count:
             raise ConfigError(
                 f"process {number} of this machine has no GPU of its own: there are {count}; start as many processes "
@@ -119,7 +120,7 @@ class Grid:
         dist.all_gather_object(values, value)
         return values
 
-    def by_first(self, work: Callable[[], Any]) -> Any:
+    def run_on_rank0(self, work: Callable[[], Any]) -> Any:
         """What the first rank's work comes to, on every rank: a (small, picklable) value, or the error it raised."""
         if dist.get_world_size() == 1:
             return work()

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megarl.command import process_number, say
-from megarl.errors import MegarlError, UnavailableError
-from megarl.parallel.processes import know_slurm
+from megarl.errors import MegarlError, UnavailableError, first_line
+from megarl.parallel.processes import set_env_from_slurm
 
 LOOPBACK = "127.0.0.1"
 _PATIENCE_S = 300.0  # beyond the run's own, for the first process, which may wait for a silent owner of the run folder
@@ -47,7 +47,7 @@ class Seat:
 
     @staticmethod
     def launched(environ: Mapping[str, str] = os.environ) -> "Seat | None":
-        """As torchrun, a launcher or `know_slurm` has it; None in a process that was started alone."""
+        """As torchrun, a launcher or `set_env_from_slurm` has it; None in a process that was started alone."""
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
             return None
         world = int(environ["WORLD_SIZE"])
@@ -104,7 +104,7 @@ def open_store(seat: Seat, timeout_s: float) -> Store:
         )
     except (RuntimeError, OSError) as problem:
         raise UnavailableError(
-            f"the processes of this run cannot meet at {address}:{seat.port} ({_first_line(problem)}): look at what "
+            f"the processes of this run cannot meet at {address}:{seat.port} ({first_line(problem)}): look at what "
             "the first one said, or set MASTER_ADDR and MASTER_PORT to a free port",
             key="MASTER_PORT",
             value=seat.port,
@@ -120,7 +120,7 @@ def first_does(work: Callable[[], None], timeout_s: float) -> None:
 
     A `MegarlError` of the first process ends all of them. Where the first starts the others itself, it works before.
     """
-    know_slurm()
+    set_env_from_slurm()
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
     else:
@@ -162,7 +162,7 @@ def _hear(store: Store, word: str, timeout_s: float) -> None:
     except RuntimeError as problem:
         raise UnavailableError(
             f"the first process of this run ended, or did not answer within {timeout_s + _PATIENCE_S:g} s, "
-            f"before it held the folders that the run writes ({_first_line(problem)}): look at what it said",
+            f"before it held the folders that the run writes ({first_line(problem)}): look at what it said",
             where="the first process of this run",
         ) from None
     if refusal:
@@ -201,7 +201,3 @@ def _store_is_torchruns() -> bool:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _first_line(problem: Exception) -> str:
-    return str(problem).strip().partition("\n")[0]

@@ -10,13 +10,10 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from megarl.parallel.engine import Engine
 
 WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
 PIECE = 1 << 28  # bytes of one allocation of host memory
@@ -204,8 +201,16 @@ def memory_of(
     return memory
 
 
+class Offloadable(Protocol):
+    """An engine, of which this file needs to know no more."""
+
+    def offload(self, *, weights: bool = True, optimizer: bool = True) -> None: ...
+
+    def onload(self, *, weights: bool = True, optimizer: bool = True) -> None: ...
+
+
 @contextmanager
-def alone(active: "Engine", engines: Iterable["Engine"]) -> Iterator[None]:
+def alone(active: Offloadable, engines: Iterable[Offloadable]) -> Iterator[None]:
     """Keep only the weights of `active` on the device. Afterwards the other weights are on their way back; optimizer
     state and gradients stay away until they are used."""
     others = [engine for engine in engines if engine is not active]

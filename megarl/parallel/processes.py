@@ -10,7 +10,7 @@ from megarl.config.launcher import started_by_slurm
 from megarl.errors import ConfigError
 
 
-def spawned(world: int, work: Callable[..., None], *arguments: Any) -> None:
+def launched_workers(world: int, work: Callable[..., None], *arguments: Any) -> None:
     """`work(*arguments)` in fresh processes on this machine, each with its rank and its share of the cores.
 
     One that fails ends the others; what it failed of is raised as torch.multiprocessing puts it.
@@ -23,7 +23,7 @@ def spawned(world: int, work: Callable[..., None], *arguments: Any) -> None:
     spawn(_process, (world, port, work, arguments), nprocs=world)
 
 
-def know_slurm() -> None:
+def set_env_from_slurm() -> None:
     """In a task of srun, the variables that torchrun would have set."""
     if "WORLD_SIZE" in os.environ or not started_by_slurm(os.environ):
         return

@@ -4,7 +4,8 @@ MKL, which torch takes for float32, uses AVX2 on AMD's processors whatever they 
 twice as fast. For dense float32 tensors torch offers it only as the operator that its compiler calls.
 
 oneDNN compiles a kernel for every shape: about a millisecond and a megabyte each, so the shapes that are kept are
-limited, and whoever can choose a number of rows takes one from `round_up_to_bucket`.
+limited, and where numbers of rows would all differ they are rounded up to few (`pad_rows`). What follows from the
+choice of a library is decided here and in `models/linear.py` alone; whoever multiplies need not know of it.
 """
 
 import os
@@ -54,7 +55,20 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
 
 
-def rounded_up(x: Tensor) -> Tensor:
+def linear_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """out [rows, out] = x @ weight.T, without a gradient; `out` may be a view of something larger."""
+    result = linear(x, weight, out=out)
+    if result is not out:
+        out.copy_(result)
+
+
+def reusable_output(x: Tensor, rows: int, columns: int) -> Tensor | None:
+    """Return memory [rows, columns] for the `out` of several products of parts of `x`; None where the library takes
+    fresh memory for each."""
+    return None if by_onednn(x) else x.new_empty(rows, columns)
+
+
+def pad_rows(x: Tensor) -> Tensor:
     """x [rows, ...] with rows of zeros behind it, up to one of few sizes."""
     spare = round_up_to_bucket(x.shape[0]) - x.shape[0]
     return torch.cat([x, x.new_zeros(spare, *x.shape[1:])]) if spare else x

@@ -127,7 +127,7 @@ def read(
     for part in parts:
         index.setdefault(part.key, []).append(part)
     wanted = list(_tensors(sharded))
-    unused = sorted(index.keys() - set().union(*together(grid, lambda: _same_tensors(wanted, index, folder))))
+    unused = sorted(index.keys() - set().union(*run_on_all_ranks(grid, lambda: _same_tensors(wanted, index, folder))))
     if unused:
         raise CheckpointError(
             f"the checkpoint {folder} has {unused[0]} ({len(unused)} such tensors), which this model does not: "
@@ -140,13 +140,13 @@ def read(
     def assemble() -> None:
         dict_list_map_inplace(lambda tensor: _assemble(tensor, index[tensor.key], files), sharded)
 
-    together(grid, assemble)
+    run_on_all_ranks(grid, assemble)
     merged = merge(merge(common, local), sharded)
     filled: dict[str, Any] = apply_factory_merges(merged, factories)
     return filled
 
 
-def together(grid: Grid, action: Callable[[], Any]) -> list[Any]:
+def run_on_all_ranks(grid: Grid, action: Callable[[], Any]) -> list[Any]:
     """Do something on every rank; its (small, picklable) results by rank.
 
     Where it fails on one rank all ranks raise, so that none waits for one that is gone.
@@ -177,7 +177,7 @@ def refused_once(grid: Grid, work: Callable[[], T]) -> T:
     """
     done: list[T] = []
     try:
-        together(grid, lambda: done.append(work()))
+        run_on_all_ranks(grid, lambda: done.append(work()))
     except MegarlError as problem:
         if grid.layout.world_size > 1:
             if grid.rank == 0:

@@ -14,11 +14,11 @@ from megarl.config.schema import ParallelConfig
 from megarl.errors import ConfigError
 from megarl.logging import get_logger
 from megarl.parallel import cpu
+from megarl.parallel.all_optimizers import save_bytes, warn_of_save_memory
 from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
 from megarl.parallel.meeting import Seat, interruptible, join
-from megarl.parallel.optimizer import save_bytes, warn_of_save_memory
 
 log = get_logger(__name__)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.parallel.gradients import gradient_buffer, handed_over
-from megarl.parallel.products import add_product, by_onednn, linear
+from megarl.parallel.products import add_product, linear, linear_into, reusable_output
 
 # Elements of one chunk of logits: large enough for an efficient product, small beside the activations of a layer.
 CHUNK_ELEMENTS_CPU = 2**23
@@ -156,14 +156,12 @@ class _VocabStats(torch.autograd.Function):
             if ctx.temperature != 1.0:
                 grad.div_(ctx.temperature)
             narrow = grad.to(weight.dtype)
-            part = linear(narrow, weight[valid].t(), out=(place := grad_hidden[rows]))
-            if part is not place:
-                place.copy_(part)
+            linear_into(grad_hidden[rows], narrow, weight[valid].t())
             if grad_weight is not None:
                 add_product(grad_weight[valid], narrow.t(), hidden[rows])
             if grad_bias is not None:
                 grad_bias[valid] += grad.sum(0)
-            del logits, grad, narrow, part
+            del logits, grad, narrow
         return (
             grad_hidden,
             _for_autograd(grad_weight, buffer, weight),
@@ -196,9 +194,7 @@ def _chunks_of_logits(
     whoever takes one may write to it."""
     chunks = _chunks(hidden.shape[0], shard.valid, hidden.device)
     weight, bias = weight[: shard.valid], None if bias is None else bias[: shard.valid]
-    shared = None
-    if chunks and not by_onednn(hidden):  # which always takes fresh memory
-        shared = hidden.new_empty(chunks[0].stop, shard.valid)
+    shared = reusable_output(hidden, chunks[0].stop, shard.valid) if chunks else None
     for rows in chunks:
         out = None if shared is None else shared[: rows.stop - rows.start]
         logits = linear(hidden[rows], weight, bias, out=out).to(dtype)

@@ -52,11 +52,6 @@ def add_gumbel(scores: Tensor, keys: Tensor, positions: Tensor, start: int) -> T
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else scores
 
 
-def gumbel(keys: Tensor, positions: Tensor, count: int, start: int = 0) -> Tensor:
-    """Standard Gumbel noise [rows, count] of the token ids from `start`, float32."""
-    return add_gumbel(torch.zeros(keys.shape[0], count, device=keys.device), keys, positions, start)
-
-
 def _log_exponential(low: Tensor, high: Tensor, constants: Tensor) -> Tensor:
     """The logarithm [rows, tokens] of standard exponential noise: minus Gumbel noise.
 

@@ -96,7 +96,7 @@ class Rollout:
         return self.prompt + self.response
 
     @property
-    def spoken(self) -> list[int]:
+    def response_without_eos(self) -> list[int]:
         """The response without the end of sequence."""
         return self.response[:-1] if self.finish_reason == "eos" else self.response
 

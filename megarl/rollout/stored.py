@@ -1,14 +1,13 @@
 """Rollouts as files, so that any phase can be looked at or run again without generating: JSON lines, floats exact."""
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from megarl.disk import UnreadableError, is_file, local, parse_object, read_text
+from megarl.disk import UnreadableError, is_file, local, parse_object, read_text, write_atomically
 from megarl.errors import ConfigError, DataError
 from megarl.rollout.noise import EVALUATION, GREEDY, TRAINING
 from megarl.rollout.requests import FINISH_REASONS, Request, Rollout
@@ -33,15 +32,10 @@ def dump(path: str | Path, rollouts: Iterable[Rollout]) -> None:
     """Write rollouts, whole or not at all. A float is written with all digits it needs to be read as itself."""
     path = Path(path)
     records = [asdict(rollout) for rollout in rollouts]
-    unfinished = path.with_name(path.name + ".unfinished")
+    head = {"format": FORMAT, "rollouts": len(records)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"format": FORMAT, "rollouts": len(records)}) + "\n")
-            file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        write_atomically(path, (json.dumps(record, allow_nan=False) + "\n" for record in (head, *records)))
     except OSError as problem:
         raise DataError(
             f"rollouts {path} cannot be written ({problem}): give rollout.dump a folder with room, or null",

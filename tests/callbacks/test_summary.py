@@ -7,9 +7,9 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from megarl.callbacks.run_folder import RunFolder
 from megarl.callbacks.summary import Summary
 from megarl.errors import NumericsError
+from megarl.run.run_folder import RunFolder
 from tests.callbacks.tiny import SaveAt, Tiny, train
 
 
@@ -155,7 +155,7 @@ def test_a_full_disk_does_not_hide_the_first_error(tmp_path, monkeypatch):
 
     def then_fill_disk(step: int) -> None:
         if step == 2:
-            monkeypatch.setattr("megarl.callbacks.summary.write_whole", refuse)
+            monkeypatch.setattr("megarl.callbacks.summary.write_atomically", refuse)
         inner(step)
 
     def refuse(path: Path, text: str) -> None:

@@ -41,7 +41,7 @@ ROLLOUTS = [
     Rollout(0, 1, [A], [C], [-1.0], "length"),
     Rollout(1, 0, [B], [EOS], [-1.0], "eos"),
 ]
-ALONE: Any = SimpleNamespace(rank=0, by_first=lambda work: work())
+ALONE: Any = SimpleNamespace(rank=0, run_on_rank0=lambda work: work())
 
 
 class Scripted:
@@ -106,8 +106,8 @@ def test_a_question_holds_texts_without_the_end_and_every_records_fields(worker:
 
 def test_only_an_end_that_was_drawn_is_no_text() -> None:
     """A tokenizer may decode its end of sequence to something; a stop text stays."""
-    assert [rollout.spoken for rollout in ROLLOUTS] == [[C, D], [C], []]
-    assert Rollout(0, 0, [A], [C, D], [-1.0] * 2, "stop").spoken == [C, D]
+    assert [rollout.response_without_eos for rollout in ROLLOUTS] == [[C, D], [C], []]
+    assert Rollout(0, 0, [A], [C, D], [-1.0] * 2, "stop").response_without_eos == [C, D]
 
 
 def test_what_was_scored_before_the_end_of_a_process_is_not_asked_again(worker: Scripted, tmp_path: Path) -> None:

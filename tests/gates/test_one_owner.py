@@ -85,7 +85,7 @@ def train(run_dir: Path, lr: float, delay_s: float, console: Path) -> None:
 
 @pytest.mark.gate
 def test_of_two_runs_started_within_a_second_one_trains(tmp_path: Path) -> None:
-    importlib.import_module("megarl.modules.fit")
+    importlib.import_module("megarl.run.runner")
     importlib.import_module("megarl.modules.sft")
     context, draw = multiprocessing.get_context("fork"), random.Random(0)
     for pair in range(PAIRS):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.callbacks import crumb
+from megarl import heartbeat
 from megarl.checkpoint import find, verify
 from tests.e2e.runs import WALKS, assert_same_bits, final_tensors
 
@@ -86,7 +86,7 @@ def kill_in(part: str, folder: Path, draw: random.Random, *overrides: str) -> st
     while True:
         assert running.poll() is None, console(folder)
         assert time.monotonic() < deadline, console(folder)
-        last = [word for word in crumb.read(run) if word.pid == running.pid]
+        last = [word for word in heartbeat.read(run) if word.pid == running.pid]
         if last and last[0].phase == part and (wanted_step is None or last[0].step >= wanted_step):
             break
         time.sleep(0.001)
@@ -95,7 +95,7 @@ def kill_in(part: str, folder: Path, draw: random.Random, *overrides: str) -> st
     running.wait()
     for path in find(run / "checkpoints"):
         assert verify(path) is None
-    return crumb.read(run)[0].phase
+    return heartbeat.read(run)[0].phase
 
 
 @pytest.mark.gate

@@ -10,32 +10,32 @@ import pytest
 import torch.distributed as dist
 
 from megarl import why_stuck
-from megarl.callbacks.breadcrumbs import Breadcrumbs
-from megarl.callbacks.crumb import Crumb, judge, read
+from megarl.callbacks.heartbeat import HeartbeatCallback
+from megarl.heartbeat import Heartbeat, diagnose, read
 from tests.e2e.runs import run_ppo
 from tests.worlds import Worlds
 
 
 def stops_in(run_dir: Path, part: str) -> None:
     """PPO over two processes, of which the second is stopped in that part of its second phase."""
-    from megarl.modules import fit
+    from megarl.run import trainer
 
-    class Stop(Breadcrumbs):
+    class Stop(HeartbeatCallback):
         def __init__(self, run_dir: Path) -> None:
             super().__init__(run_dir, beat_s=0.2)
             self.stopped = False
 
         def _enter(self, phase: str) -> None:
             super()._enter(phase)
-            if dist.get_rank() == 1 and phase == part and self.crumb.step == 1 and not self.stopped:
+            if dist.get_rank() == 1 and phase == part and self.heartbeat.step == 1 and not self.stopped:
                 self.stopped = True
                 os.kill(os.getpid(), signal.SIGSTOP)
 
-    real, fit.Breadcrumbs = fit.Breadcrumbs, Stop  # type: ignore[attr-defined,misc]
+    real, trainer.HeartbeatCallback = trainer.HeartbeatCallback, Stop  # type: ignore[attr-defined,misc]
     try:
         run_ppo(run_dir, "parallel.tp=2", "checkpoint.save_last=true", "trainer.eval_every=1")
     finally:
-        fit.Breadcrumbs = real  # type: ignore[attr-defined]
+        trainer.HeartbeatCallback = real  # type: ignore[attr-defined]
 
 
 @pytest.mark.gate
@@ -48,13 +48,13 @@ def test_the_stopped_rank_and_its_part_are_named(
     try:
         deadline = time.monotonic() + 240
         while not named(tmp_path):
-            assert time.monotonic() < deadline, [str(crumb.__dict__) for crumb in read(tmp_path)]
+            assert time.monotonic() < deadline, [str(heartbeat.__dict__) for heartbeat in read(tmp_path)]
             assert runs.is_alive(), "it was never stopped"
             time.sleep(0.2)
         assert why_stuck.run([str(tmp_path), "beat=1"]) == 0
     finally:
-        for crumb in read(tmp_path):
-            os.kill(crumb.pid, signal.SIGCONT)
+        for heartbeat in read(tmp_path):
+            os.kill(heartbeat.pid, signal.SIGCONT)
         runs.join()
     sentence = capsys.readouterr().out.splitlines()[-1]
     assert sentence.startswith("rank 1 (")
@@ -64,9 +64,9 @@ def test_the_stopped_rank_and_its_part_are_named(
 
 def named(run_dir: Path) -> bool:
     """Rank 1 is; before it is stopped, others may well be waited for, as for a reward function that starts."""
-    crumbs = read(run_dir)
-    return bool(crumbs) and judge(crumbs, time.time(), beat_s=1).ranks == (1,) and silent(crumbs[1])
+    heartbeats = read(run_dir)
+    return bool(heartbeats) and diagnose(heartbeats, time.time(), beat_s=1).ranks == (1,) and silent(heartbeats[1])
 
 
-def silent(crumb: Crumb) -> bool:
-    return time.time() - crumb.alive > 3
+def silent(heartbeat: Heartbeat) -> bool:
+    return time.time() - heartbeat.alive > 3

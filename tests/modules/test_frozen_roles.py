@@ -9,8 +9,8 @@ from torch import Tensor
 from megarl.checkpoint import find
 from megarl.config.compose import compose
 from megarl.models.roles import Role
-from megarl.modules.fit import fit
 from megarl.modules.sft import SFT
+from megarl.run.runner import run_training
 from megarl.tokenizers import build_tokenizer
 from tests.e2e.runs import SMALL, assert_same_bits, final_tensors, launched
 from tests.worlds import Worlds
@@ -46,7 +46,7 @@ def run_with_frozen(run_dir: Path, steps: int, frozen_seed: int, *settings: str)
 
     with launched():
         config, _ = compose("sft", [*SMALL, *QUICK, f"run.dir={run_dir}", f"trainer.max_steps={steps}", *settings])
-        assert fit("sft", config, build) == 0
+        assert run_training("sft", config, build) == 0
     (module,) = built
     assert not any(parameter.requires_grad for _, parameter in module.engines["reward"].parameters())
     after = module.frozen()

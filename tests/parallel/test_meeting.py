@@ -140,7 +140,7 @@ def fails_on_the_first() -> tuple[str | None, bool]:
         raise ConfigError("run.dir is no such thing", key="run.dir")
 
     try:
-        grid.by_first(fail)
+        grid.run_on_rank0(fail)
     except ConfigError as error:
         return error.key, error.said
     return "nothing", False

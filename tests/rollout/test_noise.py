@@ -3,10 +3,16 @@
 import math
 
 import torch
+from torch import Tensor
 
-from megarl.rollout.noise import EVALUATION, TRAINING, add_gumbel, gumbel, sequence_key
+from megarl.rollout.noise import EVALUATION, TRAINING, add_gumbel, sequence_key
 
 KEYS = torch.tensor([sequence_key(1, TRAINING, 0, prompt, 0) for prompt in range(64)])
+
+
+def gumbel(keys: Tensor, positions: Tensor, count: int, start: int = 0) -> Tensor:
+    """Standard Gumbel noise [rows, count] of the token ids from `start`, float32."""
+    return add_gumbel(torch.zeros(keys.shape[0], count, device=keys.device), keys, positions, start)
 
 
 def test_noise_has_the_gumbel_distribution() -> None:

@@ -118,7 +118,7 @@ def test_the_end_marker_of_a_chat_ends_a_response_like_eos() -> None:
     step(schedule, 7, marker)
     step(schedule, EOS)
     assert [rollout.finish_reason for rollout in schedule.finished] == ["eos", "eos"]
-    assert [rollout.spoken for rollout in schedule.finished] == [[], [7]]
+    assert [rollout.response_without_eos for rollout in schedule.finished] == [[], [7]]
 
 
 def test_work_is_dealt_evenly_longest_first_and_the_same_whatever_the_order() -> None:

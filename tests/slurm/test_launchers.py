@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megarl.callbacks.crumb import Crumb, read
-from megarl.callbacks.owner import RunLock
+from megarl.heartbeat import Heartbeat, read
+from megarl.run.owner import RunLock
 from tests.e2e.runs import SMALL, WALKS, assert_same_bits, final_tensors, metrics, run_ppo, run_sft
 from tests.refusals import assert_command_refused
 from tests.slurm.cluster import Cluster
@@ -44,12 +44,12 @@ class Job:
     def state(self) -> str:
         return self.cluster.state(self.number)
 
-    def rank(self, rank: int, when: Callable[[Crumb], bool]) -> Crumb:
+    def rank(self, rank: int, when: Callable[[Heartbeat], bool]) -> Heartbeat:
         """What a rank says of itself, once it says something of that kind."""
-        found: list[Crumb] = []
+        found: list[Heartbeat] = []
 
         def met() -> bool:
-            found[:] = [crumb for crumb in read(self.run_dir) if crumb.rank == rank and when(crumb)]
+            found[:] = [heartbeat for heartbeat in read(self.run_dir) if heartbeat.rank == rank and when(heartbeat)]
             return bool(found)
 
         self.cluster.wait(met, f"rank {rank} never came to it: {self.log()}", PATIENCE_S)
@@ -87,7 +87,7 @@ def test_a_notice_leads_to_a_requeue_and_an_exact_continuation(
     cluster: Cluster, worlds: Worlds, tmp_path: Path
 ) -> None:
     job = Job(cluster, tmp_path, *LONG)
-    job.rank(1, lambda crumb: crumb.step >= 3)
+    job.rank(1, lambda heartbeat: heartbeat.step >= 3)
     cluster.run("scancel", "--signal=USR1", job.number)
     worlds.run(2, run_sft, tmp_path / "unbroken", *TINY, *LONG)
     cluster.wait(lambda: cluster.job(job.number)["Restarts"] == "1", f"no requeue: {job.log()}", PATIENCE_S)
@@ -129,7 +129,7 @@ def test_torchrun_per_node_gives_the_same_and_passes_a_notice_on(
     cluster: Cluster, worlds: Worlds, tmp_path: Path
 ) -> None:
     job = Job(cluster, tmp_path, *LONG, MEGARL_LAUNCH="torchrun")
-    job.rank(1, lambda crumb: crumb.step >= 3)
+    job.rank(1, lambda heartbeat: heartbeat.step >= 3)
     cluster.run("scancel", "--signal=USR1", job.number)
     worlds.run(2, run_sft, tmp_path / "unbroken", *TINY, *LONG)
     cluster.wait(lambda: cluster.job(job.number)["Restarts"] == "1", f"no requeue: {job.log()}", PATIENCE_S)
@@ -143,9 +143,9 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(
     cluster: Cluster, worlds: Worlds, tmp_path: Path
 ) -> None:
     job = Job(cluster, tmp_path, *LONG)
-    first = job.rank(1, lambda crumb: 102 <= crumb.step < 200)
+    first = job.rank(1, lambda heartbeat: 102 <= heartbeat.step < 200)
     os.kill(first.pid, signal.SIGKILL)
-    job.rank(1, lambda crumb: crumb.pid != first.pid and crumb.step >= 101)
+    job.rank(1, lambda heartbeat: heartbeat.pid != first.pid and heartbeat.step >= 101)
     worlds.run(2, run_sft, tmp_path / "unbroken", *TINY, *LONG)
     assert job.ends("COMPLETED", "FAILED") == "COMPLETED", job.log()
     assert "starting again from the newest checkpoint (1 of 3)" in job.log()
@@ -156,7 +156,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(
 @pytest.mark.gate
 def test_a_stopped_rank_ends_the_job_at_its_time_out_and_is_named(cluster: Cluster, tmp_path: Path) -> None:
     job = Job(cluster, tmp_path, *LONG, "parallel.timeout_s=20", MEGARL_RESTARTS="0")
-    stopped = job.rank(1, lambda crumb: crumb.step >= 3)
+    stopped = job.rank(1, lambda heartbeat: heartbeat.step >= 3)
     os.kill(stopped.pid, signal.SIGSTOP)
     cluster.wait(lambda: job.state() not in ("RUNNING", "COMPLETING"), f"it hangs: {job.log()}", 120)
     assert job.state() == "FAILED"
@@ -172,7 +172,7 @@ def test_the_time_limit_leads_to_a_requeue_and_the_run_goes_on(cluster: Cluster,
     assert "SIGUSR1: saving and stopping" in job.log()
     (saved,) = [path.name for path in (job.run_dir / "checkpoints").glob("step-*")]
     reached = int(saved.removeprefix("step-"))
-    job.rank(0, lambda crumb: crumb.step > reached)
+    job.rank(0, lambda heartbeat: heartbeat.step > reached)
     cluster.run("scancel", job.number)
     job.ends("CANCELLED")
     steps = job.steps()
@@ -185,7 +185,7 @@ def test_a_chain_goes_on_where_requeueing_is_forbidden(cluster: Cluster, worlds:
     command = [*TWO, f"--output={tmp_path}/job-%j.log", SFT, *TINY, f"run.dir={run_dir}", *LONG]
     first, second = cluster.run(ROOT / "launchers" / "chain.sh", "2", *command, cwd=tmp_path, **THREADS).split()
     assert f"afterany:{first}" in cluster.job(second)["Dependency"]
-    cluster.wait(lambda: any(crumb.step >= 3 for crumb in read(run_dir)), "it never trained", PATIENCE_S)
+    cluster.wait(lambda: any(heartbeat.step >= 3 for heartbeat in read(run_dir)), "it never trained", PATIENCE_S)
     cluster.run("scancel", "--signal=USR1", first)
     worlds.run(2, run_sft, tmp_path / "unbroken", *TINY, *LONG)
     assert cluster.wait_for(first, ("FAILED", "COMPLETED"), PATIENCE_S, logs=tmp_path) == "FAILED"
@@ -220,7 +220,7 @@ def test_of_two_jobs_in_one_folder_one_trains(cluster: Cluster, tmp_path: Path) 
         logs = {job: (folder / node / "job.log").read_text() for job, node in zip(jobs, ("n1", "n2"), strict=True)}
         assert "is in use by process" in logs[refused]
         cluster.wait(
-            lambda folder=folder: any(crumb.step >= 3 for crumb in read(folder / "run")), "no step", PATIENCE_S
+            lambda folder=folder: any(heartbeat.step >= 3 for heartbeat in read(folder / "run")), "no step", PATIENCE_S
         )
         assert cluster.state(owner) == "RUNNING"
         assert "is in use" not in (folder / "run" / "console" / owner / "rank-0000.log").read_text()

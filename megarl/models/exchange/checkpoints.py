@@ -1,7 +1,6 @@
 """A stored model as a megarl checkpoint of weights alone: what `model.path` reads, in any layout."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megarl.checkpoint import COMMON, INDEX, seal
-from megarl.models.exchange.export import aside_of, keep_tokenizer, narrowed, prepare, unwritten
+from megarl.models.exchange.export import cast_checked, keep_tokenizer, written_whole
 from megarl.models.exchange.parameters import EMBEDDING, OUTPUT, OUTPUT_BIAS, parameters
 from megarl.models.exchange.source import Source, tokenizer_of
 from megarl.models.exchange.stored import Stored, write_safetensors
@@ -47,13 +46,11 @@ def write_checkpoint(
     def tensors() -> Iterator[Tensor]:
         for name, shape in shapes.items():
             progress(name)
-            whole = narrowed(name, source.read(name), dtype)
+            whole = cast_checked(name, source.read(name), dtype)
             missing = shape[0] - whole.shape[0] if shape else 0
             yield F.pad(whole, (0, 0) * (whole.dim() - 1) + (0, missing)) if missing else whole
 
-    aside = aside_of(folder)
-    prepare(folder, aside)
-    try:
+    with written_whole(folder) as aside:
         described = [(part.name, Stored(part.shape, dtype)) for part in parts.values()]
         write_safetensors(aside / FILE, described, tensors(), {"format": "pt"})
         (aside / INDEX).write_text(json.dumps({"parts": [part.to_json() for part in parts.values()]}))
@@ -62,10 +59,6 @@ def write_checkpoint(
         torch.save(_common(source, folder, aside, family), aside / COMMON)
         seal(aside, step=0)
         aside.rename(folder)
-    except OSError as problem:
-        raise unwritten(folder, problem) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _common(source: Source, folder: Path, aside: Path, family: str | None) -> dict[str, object]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarl.config.schema import ModelConfig
+from megarl.disk import temp_sibling
 from megarl.errors import CheckpointError, MegarlError, NumericsError
 from megarl.logging import get_logger
 from megarl.models.exchange.families import family_for
@@ -22,7 +24,7 @@ from megarl.parallel.engine import Engine
 from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import is_sharded, join_slices, partition_dim
-from megarl.parallel.shards import together
+from megarl.parallel.shards import run_on_all_ranks
 from megarl.tokenizers import Tokenizer, build_tokenizer
 
 SHARD_BYTES = 5_000_000_000
@@ -78,11 +80,11 @@ def export(
     dtype = engine.config.params_dtype
     plan = plan_files(mapping, heads, stages, dtype, shard_bytes)
     config |= _describe(dtype, token_ids(tokenizer) if tokenizer else {})
-    aside = aside_of(folder)
-    grid.by_first(lambda: prepare(folder, aside))
+    aside = temp_sibling(folder)
+    grid.run_on_rank0(lambda: prepare(folder, aside))
     try:
-        together(grid, lambda: _write_stage(plan, mapping, heads, local, dtype, aside, grid))
-        grid.by_first(lambda: _finish(folder, aside, plan, mapping, config, tokenizer, chat_template))
+        run_on_all_ranks(grid, lambda: _write_stage(plan, mapping, heads, local, dtype, aside, grid))
+        grid.run_on_rank0(lambda: _finish(folder, aside, plan, mapping, config, tokenizer, chat_template))
     except Exception:
         if grid.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -111,17 +113,11 @@ def write_folder(
         progress(name)
         return source.read(name)
 
-    aside = aside_of(folder)
-    prepare(folder, aside)
-    try:
+    with written_whole(folder) as aside:
         for file in plan:
             _write_file(aside, file, file.parameters, fetch, mapping, source.heads, dtype)
         tokenizer = keep_tokenizer(source, aside)
         _finish(folder, aside, plan, mapping, config, tokenizer, source.chat_template)
-    except OSError as problem:
-        raise unwritten(folder, problem) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def keep_tokenizer(source: Source, aside: Path) -> Tokenizer | None:
@@ -173,8 +169,17 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     return dict(zip(TOKEN_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True))
 
 
-def aside_of(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.writing")
+@contextmanager
+def written_whole(place: Path) -> Iterator[Path]:
+    """Give the block an empty folder beside `place` to write in; its last act is to rename what it wrote to `place`."""
+    aside = temp_sibling(place)
+    prepare(place, aside)
+    try:
+        yield aside
+    except OSError as problem:
+        raise unwritten(place, problem) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def prepare(folder: Path, aside: Path) -> None:
@@ -269,14 +274,14 @@ def _pieces(name: str, whole: Tensor | None, mapping: Mapping[str, Mapped], dtyp
     """What the other side stores of one of our tensors."""
     assert whole is not None
     if name not in mapping:
-        yield narrowed(name, whole, dtype)
+        yield cast_checked(name, whole, dtype)
         return
     mapped = mapping[name]
     for piece in mapped.pieces(whole[: mapped.shape[0]]):  # without the padding rows of a vocabulary
-        yield narrowed(name, piece.view, dtype).reshape(piece.shape)
+        yield cast_checked(name, piece.view, dtype).reshape(piece.shape)
 
 
-def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In another dtype, unless it cannot hold the values. What is no finite number is not passed on."""
     if not is_finite(tensor):
         raise NumericsError(

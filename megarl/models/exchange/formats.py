@@ -10,7 +10,7 @@ import torch
 from megarl.checkpoint import MANIFEST, find
 from megarl.config.files import require_weights
 from megarl.disk import exists, is_file, local
-from megarl.errors import CheckpointError, UnavailableError
+from megarl.errors import CheckpointError, UnavailableError, first_line
 from megarl.logging import get_logger
 from megarl.models.exchange.checkpoints import write_checkpoint
 from megarl.models.exchange.export import write_folder
@@ -100,10 +100,9 @@ def resolve(path: str) -> Path:
         if not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(path, allow_patterns=[*_WEIGHTS, "*.bin"]))
     except Exception as problem:  # the hub's client and the network raise many kinds
-        first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         raise CheckpointError(
-            f"{path} is neither a folder here nor a model that the hub gives out ({first[:160]}): check the name, or "
-            "download it where there is a network and give its folder",
+            f"{path} is neither a folder here nor a model that the hub gives out ({first_line(problem)[:160]}): check "
+            "the name, or download it where there is a network and give its folder",
             where=path,
         ) from None
     log.info("model %s is at %s", path, folder)

@@ -12,7 +12,7 @@ from megarl.models.heads import is_vocabulary_wide
 from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import copy_slice, is_sharded, partition_dim
-from megarl.parallel.shards import together
+from megarl.parallel.shards import run_on_all_ranks
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def load(chunk: Any, source: Source, grid: Grid) -> None:
                     f"{source.path} has no {name}: it is of another model", key=name, where=source.path
                 )
 
-    together(grid, fill)
+    run_on_all_ranks(grid, fill)
 
 
 def _refuse_not_finite(name: str, parameter: nn.Parameter, source: Source) -> None:

@@ -6,7 +6,6 @@ The names in them are Megatron's, as ours are; what differs is where layers are 
 import hashlib
 import os
 import re
-import shutil
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -16,14 +15,14 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
 from megarl.config.schema import ModelConfig
-from megarl.disk import UnreadableError, check_yaml
+from megarl.disk import UnreadableError, check_yaml, written_aside
 from megarl.errors import CheckpointError
 from megarl.models.exchange.families import FAMILIES
 from megarl.models.exchange.family import Json
 from megarl.models.exchange.nemo_archive import Archive, TensorMember
 from megarl.models.exchange.nemo_config import read_config
 from megarl.models.exchange.parameters import EMBEDDING, OUTPUT, VOCABULARY, parameters
-from megarl.models.exchange.source import Source, tokenizer_of, unfit_dtype, widest
+from megarl.models.exchange.source import Source, tokenizer_of, unfit_dtype, widest_dtype
 from megarl.models.exchange.stored import Stored
 from megarl.parallel.initialise import is_sharded, join_slices, partition_dim
 
@@ -185,7 +184,7 @@ class NemoSource(Source):
             if bad:
                 raise unfit_dtype(self.path, place.name, bad)
             found += parts
-        self.dtype = widest([part.dtype for part in found])
+        self.dtype = widest_dtype([part.dtype for part in found])
         self.stored = (len(found), sum(part.bytes for part in found))
 
 
@@ -299,15 +298,13 @@ def _unpacked_tokenizer(archive: Archive, config: Json) -> tuple[str, str | None
     contents = {target: archive.content(name) for name, target in sorted(files.items())}
     digest = hashlib.sha256(repr(contents).encode()).hexdigest()[:16]
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "megarl" / "nemo"
-    folder, aside = root / digest, root / f".{digest}.{os.getpid()}"
+    folder = root / digest
     if not folder.is_dir():
         try:
-            aside.mkdir(parents=True, exist_ok=True)
-            for target, content in contents.items():
-                (aside / target).write_bytes(content)
-            aside.rename(folder)
+            with written_aside(folder) as aside:
+                for target, content in contents.items():
+                    (aside / target).write_bytes(content)
         except OSError as problem:
-            shutil.rmtree(aside, ignore_errors=True)
             if not folder.is_dir():  # else another process was first
                 raise CheckpointError(
                     f"the tokenizer of {archive.path} is not unpacked in {root} ({problem})", where=root

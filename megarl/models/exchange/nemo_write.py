@@ -1,7 +1,6 @@
 """Writing NeMo's GPT archives (.nemo): whole tensors cut into the files of tensor and pipeline parallel ranks."""
 
 import re
-import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml
 
 from megarl.config.schema import ModelConfig
 from megarl.errors import ConfigError
-from megarl.models.exchange.export import aside_of, keep_tokenizer, narrowed, prepare, refuse_existing, unwritten
+from megarl.models.exchange.export import cast_checked, keep_tokenizer, refuse_existing, written_whole
 from megarl.models.exchange.family import Json
 from megarl.models.exchange.nemo import CONFIG, FUSED_NORMS, HEADS, OURS, TOKENIZER, marker, member_of
 from megarl.models.exchange.nemo_archive import finish, reserve
@@ -42,9 +41,7 @@ def write_nemo(
     _check_split(source.model, tp, pp)
     named = family or (source.family.name if source.family else None)
     config[OURS] = {"family": named, "token_ids": source.token_ids}
-    aside = aside_of(path)
-    prepare(path, aside)
-    try:
+    with written_whole(path) as aside:
         with tarfile.open(aside / "archive", "w:") as tar:
             (aside / TOKENIZER).mkdir()
             keep_tokenizer(source, aside / TOKENIZER)
@@ -60,10 +57,6 @@ def write_nemo(
                 _write_heads(source, aside, tar, dtype)
         refuse_existing(path)
         (aside / "archive").rename(path)
-    except OSError as problem:
-        raise unwritten(path, problem) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_stage(
@@ -89,7 +82,7 @@ def _write_stage(
     try:
         for theirs, (name, _) in names.items():
             progress(name)
-            tensor = narrowed(name, source.read(name), dtype)
+            tensor = cast_checked(name, source.read(name), dtype)
             if name in VOCABULARY:
                 tensor = F.pad(tensor, (0, 0, 0, rows - tensor.shape[0]))
             for rank, member in enumerate(ranks):
@@ -106,7 +99,7 @@ def _write_heads(source: Source, aside: Path, tar: tarfile.TarFile, dtype: torch
     member = reserve(aside / HEADS, {name: Stored(stored.shape, dtype) for name, stored in source.heads.items()})
     try:
         for name in source.heads:
-            member.write(name, narrowed(name, source.read(name), dtype))
+            member.write(name, cast_checked(name, source.read(name), dtype))
     finally:
         finish(member)
     tar.add(aside / HEADS, f"./{HEADS}")

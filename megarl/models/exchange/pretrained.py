@@ -1,10 +1,10 @@
 """Pretrained models of a run before anything is built: opened once, checked, and their shape and tokenizer taken."""
 
-import os
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from megarl.checkpoint import verify
+from megarl.command import process_number
 from megarl.config.advantages import critic_kind
 from megarl.config.schema import ModelConfig, TokenizerConfig
 from megarl.config.shape import check_shape
@@ -45,7 +45,7 @@ class Sources:
         except MegarlError as refused:
             raise refused.within(f"{key}={path}") from None
         assert source is not None
-        problem = verify(source.path) if source.kind == "megarl" and int(os.environ.get("RANK", "0")) == 0 else None
+        problem = verify(source.path) if source.kind == "megarl" and process_number() == 0 else None
         if problem:
             raise CheckpointError(
                 f"{key}={source.path} is not whole: {problem}", key=problem.key, value=problem.value, where=source.path

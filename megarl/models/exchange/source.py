@@ -166,7 +166,7 @@ class HuggingFaceSource(Source):
             if not isinstance(dtype, torch.dtype):
                 raise unfit_dtype(self.path, stored, dtype)
             dtypes.append(dtype)
-        self.dtype = widest(dtypes)
+        self.dtype = widest_dtype(dtypes)
         return where, left_out
 
     def _reason_to_leave_out(self, name: str) -> str | None:
@@ -257,7 +257,7 @@ class CheckpointSource(Source):
         }
         self.heads = {name: stored for name, stored in described.items() if not name.startswith(TRUNK)}
         self.left_out = {"optimizer state": f"{others} parts; only weights are read"} if others else {}
-        self.dtype = widest([described[name].dtype for name in self._shapes])  # target heads are kept in float32
+        self.dtype = widest_dtype([described[name].dtype for name in self._shapes])  # target heads are kept in float32
         self.stored = (len(described), sum(stored.bytes for stored in described.values()))
 
     def read(self, name: str) -> Tensor:
@@ -319,7 +319,7 @@ def unfit_dtype(where: str | Path, name: str, dtype: torch.dtype | str) -> Check
     )
 
 
-def widest(dtypes: list[Any]) -> torch.dtype:
+def widest_dtype(dtypes: list[Any]) -> torch.dtype:
     """The dtype that holds all of them without rounding."""
     result: torch.dtype = dtypes[0]
     for dtype in dtypes[1:]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from megarl.callbacks.run_folder import resolve_run_dir
 from megarl.command import process_number, say
 from megarl.config.checks import check, world_size
 from megarl.config.compose import compose
 from megarl.config.launcher import check_launcher
-from megarl.modules import fit
-from megarl.parallel.processes import know_slurm
+from megarl.parallel.processes import set_env_from_slurm
+from megarl.run import trainer
+from megarl.run.run_folder import resolve_run_dir
 from tests.gates.fuzz.check import Case
 
 NUMBERS = (
@@ -165,11 +165,11 @@ def _act(entry: str, variables: dict[str, str | None]) -> Any:
         check_launcher(os.environ)
         world = world_size(config, os.environ)
         check(config, world)
-        know_slurm()
+        set_env_from_slurm()
         if entry == "generate":
             return
         process_number()
-        assert fit._devices(config) * fit._nodes(config) >= 1
+        assert trainer._devices(config) * trainer._nodes(config) >= 1
         runs = folder.parent.parent / "runs of all cases"  # a run on its own makes its folder at once
         runs.mkdir(exist_ok=True)
         os.chdir(runs)

@@ -11,11 +11,11 @@ from random import Random
 from typing import Any
 
 from megarl import why_stuck
-from megarl.callbacks.crumb import FOLDER
-from megarl.callbacks.csv_logger import MetricsFile
 from megarl.experience.journal import Journal
+from megarl.heartbeat import FOLDER
 from megarl.rollout import stored
 from megarl.rollout.requests import Request
+from megarl.run.csv_logger import MetricsFile
 from tests.gates.fuzz import mutate
 from tests.gates.fuzz.check import Case
 from tests.gates.fuzz.runs import ppo_run
@@ -97,7 +97,7 @@ def _dump(draw: Random, name: str, home: Path) -> Case:
         for rollout in stored.replay(folder, 0, 0, requests):
             assert all(isinstance(token, int) and token >= 0 for token in rollout.response), rollout
             assert all(isinstance(value, int | float) for value in rollout.logprobs), rollout
-            assert rollout.spoken is not None
+            assert rollout.response_without_eos is not None
 
     return Case(f"{name}: {what}", lay, act)
 

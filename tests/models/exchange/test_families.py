@@ -115,15 +115,15 @@ def export_with_a_full_disk_on_the_last_stage(folder: Path, out: Path) -> str:
     grid = Grid(Layout(tp=2, pp=2), device)
     model = open_source(folder).model
     engine = build_engine(Role("policy", model, VOCAB), grid, ParallelConfig(), precision="fp32", seed=1)
-    narrowed = writer.narrowed
+    cast_checked = writer.cast_checked
 
     def full(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if name == "decoder.layers.1.mlp.linear_fc1.weight":
             raise OSError(28, "No space left on device")
-        return narrowed(name, tensor, dtype)
+        return cast_checked(name, tensor, dtype)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "narrowed", full)
+        patch.setattr(writer, "cast_checked", full)
         try:
             export(engine, out, model=model, vocab_size=VOCAB)
         except CheckpointError as problem:

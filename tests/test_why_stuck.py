@@ -1,4 +1,4 @@
-"""Breadcrumbs say where each rank is, and from them the rank that the others wait for is named."""
+"""Heartbeats say where each rank is, and from them the rank that the others wait for is named."""
 
 import os
 import re
@@ -15,9 +15,9 @@ import pytest
 import torch.distributed as dist
 
 from megarl import why_stuck
-from megarl.callbacks.breadcrumbs import Breadcrumbs, whereabouts
-from megarl.callbacks.crumb import Crumb, CrumbFile, judge, read
+from megarl.callbacks.heartbeat import HeartbeatCallback, whereabouts
 from megarl.errors import ConfigError
+from megarl.heartbeat import Heartbeat, HeartbeatFile, diagnose, read
 from tests.refusals import refused
 from tests.tiny_runs import run_tiny
 from tests.worlds import Worlds
@@ -25,19 +25,19 @@ from tests.worlds import Worlds
 NOW = 1000.0
 
 
-def ranks(count: int, **same: Any) -> list[Crumb]:
+def ranks(count: int, **same: Any) -> list[Heartbeat]:
     """A world in which everybody waits in one collective since 100 s, and beats."""
     long_ago = {"since": NOW - 100, "still": NOW - 90}
     told = {"phase": "train", "step": 7, "alive": NOW - 1, "collective": "all_reduce", **long_ago, **same}
-    return [Crumb(rank, count, f"node{rank}", 100 + rank, **told) for rank in range(count)]
+    return [Heartbeat(rank, count, f"node{rank}", 100 + rank, **told) for rank in range(count)]
 
 
-def changed(crumbs: list[Crumb], rank: int, **other: Any) -> list[Crumb]:
-    return [replace(crumb, **other) if crumb.rank == rank else crumb for crumb in crumbs]
+def changed(heartbeats: list[Heartbeat], rank: int, **other: Any) -> list[Heartbeat]:
+    return [replace(heartbeat, **other) if heartbeat.rank == rank else heartbeat for heartbeat in heartbeats]
 
 
 def test_a_rank_without_a_sign_of_life_is_named_with_its_phase_and_who_waits() -> None:
-    verdict = judge(changed(ranks(4), 2, alive=NOW - 60, phase="generate"), NOW)
+    verdict = diagnose(changed(ranks(4), 2, alive=NOW - 60, phase="generate"), NOW)
     assert verdict.ranks == (2,)
     assert "rank 2 (node2, process 102)" in verdict.sentence
     assert "generate of step 7" in verdict.sentence
@@ -46,32 +46,32 @@ def test_a_rank_without_a_sign_of_life_is_named_with_its_phase_and_who_waits() -
 
 def test_a_rank_in_an_earlier_phase_is_named() -> None:
     late = changed(ranks(4), 1, phase="score", since=NOW - 400, collective="", at="rewards/client.py:20 wait")
-    verdict = judge(late, NOW)
+    verdict = diagnose(late, NOW)
     assert verdict.ranks == (1,)
     assert "score of step 7 for 400 s, at rewards/client.py:20 wait" in verdict.sentence
-    assert judge(changed(ranks(4), 3, step=6), NOW).ranks == (3,)
+    assert diagnose(changed(ranks(4), 3, step=6), NOW).ranks == (3,)
 
 
 def test_a_rank_at_work_while_the_others_wait_in_a_collective_is_named() -> None:
-    assert judge(changed(ranks(4), 3, collective=""), NOW).ranks == (3,)
+    assert diagnose(changed(ranks(4), 3, collective=""), NOW).ranks == (3,)
 
 
 def test_the_first_that_failed_is_named_and_not_those_that_fell_with_it() -> None:
     fallen = changed(ranks(3), 0, ended="RuntimeError: connection closed by peer", alive=NOW - 5)
     fallen = changed(fallen, 1, ended="RewardError: no answer", alive=NOW - 9)
-    verdict = judge(fallen, NOW)
+    verdict = diagnose(fallen, NOW)
     assert verdict.ranks == (1,)
     assert "RewardError: no answer" in verdict.sentence
 
 
 def test_a_rank_that_never_came_is_named() -> None:
-    verdict = judge(ranks(4)[:3], NOW)
+    verdict = diagnose(ranks(4)[:3], NOW)
     assert verdict.ranks == (3,)
     assert "never came" in verdict.sentence
 
 
 @pytest.mark.parametrize(
-    ("crumbs", "says"),
+    ("heartbeats", "says"),
     [
         (ranks(2, since=NOW - 2), "the run moves"),
         (ranks(2), "none is seen to hold up"),
@@ -80,28 +80,28 @@ def test_a_rank_that_never_came_is_named() -> None:
         (ranks(2, alive=NOW - 90), "no rank has given a sign of life for 90 s"),
     ],
 )
-def test_nobody_is_named_where_nobody_is_to_blame(crumbs: list[Crumb], says: str) -> None:
-    verdict = judge(crumbs, NOW)
+def test_nobody_is_named_where_nobody_is_to_blame(heartbeats: list[Heartbeat], says: str) -> None:
+    verdict = diagnose(heartbeats, NOW)
     assert verdict.ranks == ()
     assert says in verdict.sentence
 
 
 def test_ranks_of_an_earlier_larger_world_are_not_waited_for(tmp_path: Path) -> None:
-    for crumb in [*ranks(2), *changed(ranks(4, alive=NOW - 9000), 3)[2:]]:
-        CrumbFile(tmp_path, crumb.rank).write(crumb)
-    assert [crumb.rank for crumb in read(tmp_path)] == [0, 1]
+    for heartbeat in [*ranks(2), *changed(ranks(4, alive=NOW - 9000), 3)[2:]]:
+        HeartbeatFile(tmp_path, heartbeat.rank).write(heartbeat)
+    assert [heartbeat.rank for heartbeat in read(tmp_path)] == [0, 1]
 
 
-def test_a_long_message_of_failure_still_makes_a_crumb(tmp_path: Path) -> None:
-    CrumbFile(tmp_path, 0).write(replace(ranks(1)[0], ended="x" * 5000))
-    (crumb,) = read(tmp_path)
-    assert crumb.ended == "x" * 200
+def test_a_long_message_of_failure_still_makes_a_heartbeat(tmp_path: Path) -> None:
+    HeartbeatFile(tmp_path, 0).write(replace(ranks(1)[0], ended="x" * 5000))
+    (heartbeat,) = read(tmp_path)
+    assert heartbeat.ended == "x" * 200
 
 
-def test_what_a_crumb_says_neither_steers_the_terminal_nor_ends_the_table(
+def test_what_a_heartbeat_says_neither_steers_the_terminal_nor_ends_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    CrumbFile(tmp_path, 0).write(replace(ranks(1)[0], host="\ud800[/red]\x1b[2J", ended="RuntimeError \udfff"))
+    HeartbeatFile(tmp_path, 0).write(replace(ranks(1)[0], host="\ud800[/red]\x1b[2J", ended="RuntimeError \udfff"))
     assert why_stuck.run([str(tmp_path)]) == 0
     said = capsys.readouterr().out.encode().decode()
     assert "\x1b" not in said
@@ -134,9 +134,7 @@ def test_whereabouts_name_the_collective_that_was_called_and_the_line_that_calle
 
     waiting, at_work = worlds.run(2, waits_for_rank_1)
     assert waiting[0] == "all_gather_object"
-    assert re.match(
-        r"(callbacks/test_why_stuck\.py|tests\.callbacks\.test_why_stuck):\d+ waits_for_rank_1$", waiting[1]
-    )
+    assert re.match(r"(tests/test_why_stuck\.py|tests\.test_why_stuck):\d+ waits_for_rank_1$", waiting[1])
     assert at_work[0] == ""
 
 
@@ -150,15 +148,15 @@ def test_code_without_a_file_is_named_by_its_module() -> None:
 def stops_itself(run_dir: Path, phase: str) -> dict[str, Any]:
     """A run whose rank 1 is stopped, as by SIGSTOP, at its third step inside that phase."""
 
-    class Stop(Breadcrumbs):
+    class Stop(HeartbeatCallback):
         def _enter(self, name: str) -> None:
             super()._enter(name)
-            if dist.get_rank() == 1 and name == phase and self.crumb.step == 2:
+            if dist.get_rank() == 1 and name == phase and self.heartbeat.step == 2:
                 os.kill(os.getpid(), signal.SIGSTOP)
 
-    crumbs = Stop(run_dir, beat_s=0.1)
+    heartbeats = Stop(run_dir, beat_s=0.1)
     step = Stepper()
-    return run_tiny(run_dir, 4, each_step=step, more_callbacks=lambda _: [crumbs, step.bound(crumbs)], every=2)
+    return run_tiny(run_dir, 4, each_step=step, more_callbacks=lambda _: [heartbeats, step.bound(heartbeats)], every=2)
 
 
 class Stepper:
@@ -167,9 +165,9 @@ class Stepper:
     def __init__(self) -> None:
         self.enter: Callable[[str], None] = lambda name: None
 
-    def bound(self, crumbs: Breadcrumbs) -> Breadcrumbs:
-        self.enter = crumbs._enter
-        return crumbs
+    def bound(self, heartbeats: HeartbeatCallback) -> HeartbeatCallback:
+        self.enter = heartbeats._enter
+        return heartbeats
 
     def __call__(self, step: int) -> None:
         self.enter("train")
@@ -189,14 +187,14 @@ def test_a_stopped_rank_is_named_in_the_phase_it_stopped_in(
             assert runs.is_alive()
             time.sleep(0.1)
     finally:
-        for crumb in read(tmp_path):
-            os.kill(crumb.pid, signal.SIGCONT)
+        for heartbeat in read(tmp_path):
+            os.kill(heartbeat.pid, signal.SIGCONT)
         runs.join()
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith("rank 1 (")
     assert f"last in {phase} of step 2" in said
     assert "1 of 2 ranks wait for it" in said
-    assert judge(read(tmp_path), time.time()).sentence == "the run has finished"
+    assert diagnose(read(tmp_path), time.time()).sentence == "the run has finished"
 
 
 def why_stuck_or_none(run_dir: Path) -> int | None:
@@ -214,7 +212,7 @@ def test_a_folder_without_breadcrumbs_is_one_clear_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["{", "[1]", "[" * 100_000, '{"rank": "a", "world": 1, "host": "h", "pid": 1}', "1" * 5000]
 )
-def test_a_crumb_that_cannot_be_read_is_passed_over(content: str, tmp_path: Path) -> None:
+def test_a_heartbeat_that_cannot_be_read_is_passed_over(content: str, tmp_path: Path) -> None:
     (tmp_path / "breadcrumbs").mkdir()
     (tmp_path / "breadcrumbs" / "rank-0.json").write_text(content)
     assert read(tmp_path) == []

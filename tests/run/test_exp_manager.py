@@ -9,9 +9,9 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from megarl.callbacks.exp_manager import hand_to_nemo
 from megarl.config.compose import compose
 from megarl.errors import ConfigError, UnavailableError
+from megarl.run.exp_manager import attach_nemo_exp_manager
 from tests.refusals import refused
 
 
@@ -53,7 +53,7 @@ def test_the_group_sets_the_key_and_takes_options() -> None:
 def test_checkpoints_resuming_and_stopping_stay_ours(given: list[dict[str, Any]], tmp_path: Path) -> None:
     ours = trainer(tmp_path)
     loggers = ours.loggers
-    hand_to_nemo(ours, {"log_delta_step_timing": True}, tmp_path)
+    attach_nemo_exp_manager(ours, {"log_delta_step_timing": True}, tmp_path)
     (told,) = given
     off = ("create_checkpoint_callback", "create_preemption_callback", "resume_if_exists", "create_tensorboard_logger")
     assert {name: told[name] for name in off} == dict.fromkeys(off, False)
@@ -67,18 +67,18 @@ def test_checkpoints_resuming_and_stopping_stay_ours(given: list[dict[str, Any]]
 def test_an_option_that_is_ours_is_refused_by_name(given: list[dict[str, Any]], tmp_path: Path) -> None:
     key = "trainer.exp_manager_options.resume_if_exists"
     with refused(ConfigError, key=key, value=True, names=("run.resume",)):
-        hand_to_nemo(trainer(tmp_path), {"resume_if_exists": True}, tmp_path)
+        attach_nemo_exp_manager(trainer(tmp_path), {"resume_if_exists": True}, tmp_path)
     assert not given
 
 
 def test_what_nemo_refuses_is_one_line(given: list[dict[str, Any]], tmp_path: Path) -> None:
     ours = trainer(tmp_path)
     with refused(ConfigError, key="trainer.exp_manager", value="nemo", names=("KeyError: 'unknown'",)):
-        hand_to_nemo(ours, {"unknown": 1}, tmp_path)
+        attach_nemo_exp_manager(ours, {"unknown": 1}, tmp_path)
     assert len(ours.loggers) == 1
 
 
 def test_without_nemo_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "nemo.utils.exp_manager", None)  # an import of None fails
     with refused(UnavailableError, key="trainer.exp_manager", value="nemo", names=("megarl[nemo]",)):
-        hand_to_nemo(trainer(tmp_path), {}, tmp_path)
+        attach_nemo_exp_manager(trainer(tmp_path), {}, tmp_path)

@@ -18,7 +18,7 @@ _BYTES = 1024
 
 
 @dataclass
-class Crumb:
+class Heartbeat:
     """One process's last words. Times are seconds since the epoch by its host's clock."""
 
     rank: int
@@ -42,40 +42,42 @@ class Crumb:
         return f"{self.phase or 'between phases'} of step {self.step}"
 
 
-class CrumbFile:
-    """A file that always holds one crumb: rewritten in place in one call, which costs microseconds."""
+class HeartbeatFile:
+    """A file that always holds one heartbeat: rewritten in place in one call, which costs microseconds."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         folder = run_dir / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         self._file = os.open(folder / f"rank-{rank}.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
 
-    def write(self, crumb: Crumb) -> None:
-        plain = asdict(crumb)
+    def write(self, heartbeat: Heartbeat) -> None:
+        plain = asdict(heartbeat)
         line = json.dumps(plain).encode()
         if len(line) >= _BYTES:  # a message of failure can be long
-            line = json.dumps({**plain, "ended": crumb.ended[:200], "at": crumb.at[:200]}).encode()
+            line = json.dumps({**plain, "ended": heartbeat.ended[:200], "at": heartbeat.at[:200]}).encode()
         os.pwrite(self._file, line.ljust(_BYTES - 1) + b"\n", 0)
 
     def close(self) -> None:
         os.close(self._file)
 
 
-def read(run_dir: Path) -> list[Crumb]:
-    """The crumbs of a run, by rank. Those of an earlier, larger world are left out."""
-    folder, crumbs = run_dir / FOLDER, []
+def read(run_dir: Path) -> list[Heartbeat]:
+    """The heartbeats of a run, by rank. Those of an earlier, larger world are left out."""
+    folder, heartbeats = run_dir / FOLDER, []
     for path in sorted(folder.glob("rank-*.json")) if is_dir(folder) else ():
         try:
             found: dict[str, Any] = parse_object(read_text(path))
-            crumb = Crumb(**{key: _shown(value) for key, value in found.items()})
-            check_types(crumb)
+            heartbeat = Heartbeat(**{key: _shown(value) for key, value in found.items()})
+            check_types(heartbeat)
         except (ConfigError, UnreadableError, TypeError):
             continue  # just being written, or of another version
-        crumbs.append(crumb)
-    if not crumbs:
+        heartbeats.append(heartbeat)
+    if not heartbeats:
         return []
-    world = max(crumbs, key=lambda crumb: crumb.alive).world
-    return sorted((crumb for crumb in crumbs if crumb.rank < world), key=lambda crumb: crumb.rank)
+    world = max(heartbeats, key=lambda heartbeat: heartbeat.alive).world
+    return sorted(
+        (heartbeat for heartbeat in heartbeats if heartbeat.rank < world), key=lambda heartbeat: heartbeat.rank
+    )
 
 
 def _shown(value: Any) -> Any:
@@ -90,89 +92,91 @@ class Verdict:
     sentence: str
 
 
-def judge(crumbs: Sequence[Crumb], now: float, beat_s: float = BEAT_S) -> Verdict:
+def diagnose(heartbeats: Sequence[Heartbeat], now: float, beat_s: float = BEAT_S) -> Verdict:
     """Who the others wait for: in this order, who failed, is silent, never came, is behind."""
-    first = _failed(crumbs) or _silent(crumbs, beat_s) or _missing(crumbs)
+    first = _failed(heartbeats) or _silent(heartbeats, beat_s) or _missing(heartbeats)
     if first is not None:
         return first
-    if all(crumb.ended for crumb in crumbs):
+    if all(heartbeat.ended for heartbeat in heartbeats):
         return Verdict((), "the run has finished")
-    newest = max(crumb.alive for crumb in crumbs)
+    newest = max(heartbeat.alive for heartbeat in heartbeats)
     if now - newest > 3 * beat_s:
         return Verdict(
             (), f"no rank has given a sign of life for {now - newest:.0f} s: the job is over or its hosts are down"
         )
-    moved = now - max(crumb.since for crumb in crumbs)
+    moved = now - max(heartbeat.since for heartbeat in heartbeats)
     if moved < 3 * beat_s:
         return Verdict((), f"the run moves: a rank went on to another phase {moved:.0f} s ago")
-    return _behind(crumbs, now, beat_s)
+    return _behind(heartbeats, now, beat_s)
 
 
-def _failed(crumbs: Sequence[Crumb]) -> Verdict | None:
-    failed = [crumb for crumb in crumbs if crumb.ended not in ("", "finished")]
+def _failed(heartbeats: Sequence[Heartbeat]) -> Verdict | None:
+    failed = [heartbeat for heartbeat in heartbeats if heartbeat.ended not in ("", "finished")]
     if not failed:
         return None
-    first = min(failed, key=lambda crumb: crumb.alive)
+    first = min(failed, key=lambda heartbeat: heartbeat.alive)
     return Verdict((first.rank,), f"{first} failed first, in {first.where}: {first.ended}")
 
 
-def _silent(crumbs: Sequence[Crumb], beat_s: float) -> Verdict | None:
+def _silent(heartbeats: Sequence[Heartbeat], beat_s: float) -> Verdict | None:
     """Ranks that stopped beating while others went on. A rank that waits for others beats."""
-    newest = max(crumb.alive for crumb in crumbs)
-    silent = [crumb for crumb in crumbs if not crumb.ended and newest - crumb.alive > 3 * beat_s]
+    newest = max(heartbeat.alive for heartbeat in heartbeats)
+    silent = [heartbeat for heartbeat in heartbeats if not heartbeat.ended and newest - heartbeat.alive > 3 * beat_s]
     if not silent:
         return None
-    first = min(silent, key=lambda crumb: crumb.alive)
+    first = min(silent, key=lambda heartbeat: heartbeat.alive)
     return Verdict(
-        tuple(crumb.rank for crumb in silent),
+        tuple(heartbeat.rank for heartbeat in silent),
         f"{_names(silent)} gave no sign of life for {newest - first.alive:.0f} s (killed, stopped, or its host is "
-        f"down), last in {first.where}; {_waiting(crumbs, silent)}",
+        f"down), last in {first.where}; {_waiting(heartbeats, silent)}",
     )
 
 
-def _missing(crumbs: Sequence[Crumb]) -> Verdict | None:
-    absent = sorted(set(range(crumbs[0].world)) - {crumb.rank for crumb in crumbs})
+def _missing(heartbeats: Sequence[Heartbeat]) -> Verdict | None:
+    absent = sorted(set(range(heartbeats[0].world)) - {heartbeat.rank for heartbeat in heartbeats})
     if not absent:
         return None
     ranks = ", ".join(map(str, absent[:8])) + (" ..." if len(absent) > 8 else "")
-    return Verdict(tuple(absent), f"rank {ranks} of {crumbs[0].world} never came up; the others wait for it to start")
+    return Verdict(
+        tuple(absent), f"rank {ranks} of {heartbeats[0].world} never came up; the others wait for it to start"
+    )
 
 
-def _behind(crumbs: Sequence[Crumb], now: float, beat_s: float) -> Verdict:
+def _behind(heartbeats: Sequence[Heartbeat], now: float, beat_s: float) -> Verdict:
     """Ranks in another phase than those that went on, or at work where the others wait in a collective."""
-    here = [crumb for crumb in crumbs if not crumb.ended]
-    places = {(crumb.step, crumb.phase) for crumb in here}
+    here = [heartbeat for heartbeat in heartbeats if not heartbeat.ended]
+    places = {(heartbeat.step, heartbeat.phase) for heartbeat in here}
     if len(places) > 1:
         begun = {place: min(c.since for c in here if (c.step, c.phase) == place) for place in places}
         last = min(places, key=lambda place: (place[0], begun[place]))
-        late = [crumb for crumb in here if (crumb.step, crumb.phase) == last]
+        late = [heartbeat for heartbeat in here if (heartbeat.step, heartbeat.phase) == last]
     else:
-        late = [crumb for crumb in here if not crumb.collective]
+        late = [heartbeat for heartbeat in here if not heartbeat.collective]
         # At work in a long phase everybody is in and out of collectives; who waits is seen in the same one each time.
-        if any(now - crumb.still < 3 * beat_s for crumb in here if crumb.collective):
+        if any(now - heartbeat.still < 3 * beat_s for heartbeat in here if heartbeat.collective):
             late = []
     if not late or len(late) == len(here):
-        longest = max(now - crumb.since for crumb in here)
+        longest = max(now - heartbeat.since for heartbeat in here)
         return Verdict(
             (), f"all ranks are in {here[0].where}, for {longest:.0f} s at most: none is seen to hold up the others"
         )
     one = late[0]
     return Verdict(
-        tuple(crumb.rank for crumb in late),
+        tuple(heartbeat.rank for heartbeat in late),
         f"{_names(late)} is in {one.where} for {now - one.since:.0f} s{f', at {one.at}' if one.at else ''}; "
-        f"{_waiting(crumbs, late)}",
+        f"{_waiting(heartbeats, late)}",
     )
 
 
-def _waiting(crumbs: Sequence[Crumb], late: Sequence[Crumb]) -> str:
-    others = [crumb for crumb in crumbs if crumb not in late and not crumb.ended]
+def _waiting(heartbeats: Sequence[Heartbeat], late: Sequence[Heartbeat]) -> str:
+    others = [heartbeat for heartbeat in heartbeats if heartbeat not in late and not heartbeat.ended]
     if not others:
         return "nobody else is left"
-    calls = sorted({crumb.collective for crumb in others if crumb.collective})
+    calls = sorted({heartbeat.collective for heartbeat in others if heartbeat.collective})
     call = f", in {' and '.join(calls)}" if calls else ""
-    return f"{len(others)} of {crumbs[0].world} ranks wait for it in {others[0].where}{call}"
+    return f"{len(others)} of {heartbeats[0].world} ranks wait for it in {others[0].where}{call}"
 
 
-def _names(crumbs: Sequence[Crumb]) -> str:
-    more = f" and {len(crumbs) - 3} more" if len(crumbs) > 3 else ""
-    return ", ".join(str(crumb) for crumb in crumbs[:3]) + more
+def _names(heartbeats: Sequence[Heartbeat]) -> str:
+    more = f" and {len(heartbeats) - 3} more" if len(heartbeats) > 3 else ""
+    return ", ".join(str(heartbeat) for heartbeat in heartbeats[:3]) + more

@@ -17,13 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
-from megarl.callbacks.process_identity import Holder, lives, read, this_process
 from megarl.command import say
 from megarl.errors import ConfigError
 from megarl.logging import get_logger
 from megarl.parallel.meeting import first_does
+from megarl.run.process_identity import Holder, lives, read, this_process
 
 BEAT_S = 5.0  # between two refreshes of the owner file
 SILENCE_S = 120.0  # after which an owner on another machine counts as dead
@@ -297,25 +295,6 @@ def owned(folder: Path, timeout_s: float, *, key: str = "run.dir", beside: bool 
 
 
 _around: ContextVar[dict[Path, RunLock]] = ContextVar("locks around this code", default={})  # noqa: B039
-
-
-class Ownership(Callback):
-    """Looks whether the run folder is still ours before it is written, where the lock's thread could not."""
-
-    def __init__(self, lock: RunLock) -> None:
-        self.lock = lock
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        self.lock.check()
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.lock.check()
-
-    def on_validation_end(self, *args: Any) -> None:
-        self.lock.check()
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.lock.check()
 
 
 def _write(path: Path, holder: Holder) -> None:

@@ -6,8 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from megarl.callbacks.summary import one_line
-from megarl.errors import ConfigError, UnavailableError
+from megarl.errors import ConfigError, UnavailableError, one_line
 
 OURS = {
     "create_checkpoint_callback": "checkpoints are sharded, and saved as checkpoint.* says",
@@ -38,7 +37,7 @@ def settings(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {**off, "log_tflops_per_sec_per_gpu": False, "explicit_log_dir": str(folder), **options}
 
 
-def hand_to_nemo(trainer: Trainer, options: Mapping[str, Any], run_dir: Path) -> None:
+def attach_nemo_exp_manager(trainer: Trainer, options: Mapping[str, Any], run_dir: Path) -> None:
     """Let NeMo's exp_manager add its files, in nemo/ of the run folder, and its callbacks to a Trainer of megarl's."""
     given = settings(options, run_dir / "nemo")
     try:

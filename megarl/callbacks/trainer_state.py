@@ -1,8 +1,6 @@
-"""What a run has logged so far, as plain numbers."""
+"""What callbacks read of a Trainer: the metrics logged so far, and how far the run is."""
 
-import math
 from collections.abc import Callable
-from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -40,17 +38,6 @@ def planned_steps(trainer: Trainer) -> int | None:
     if planned is not None:
         return int(planned)
     return trainer.max_steps if trainer.max_steps >= 0 else None
-
-
-def plain(content: Any) -> Any:
-    """With null for numbers that JSON cannot write: NaN and infinity."""
-    if isinstance(content, dict):
-        return {key: plain(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [plain(value) for value in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return content
 
 
 def unit(trainer: Trainer) -> str:

@@ -7,19 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from megarl.callbacks.csv_logger import MetricsFile
-from megarl.callbacks.readings import steps_taken
-from megarl.callbacks.run_folder import write_whole
-from megarl.callbacks.summary import one_line
 from megarl.config.schema import LoggerConfig
-from megarl.disk import UnreadableError, read_text
-from megarl.errors import ConfigError, UnavailableError
+from megarl.disk import UnreadableError, read_text, write_atomically
+from megarl.errors import ConfigError, UnavailableError, one_line
 from megarl.logging import get_logger, warn_once
+from megarl.run.csv_logger import MetricsFile
 
 logger = get_logger(__name__)
 
@@ -51,21 +47,6 @@ def build_loggers(
     if config.mlflow:
         loggers.append(_mlflow(config, folder, run_name, resolved_config))
     return loggers
-
-
-class StepAxis(Callback):
-    """Makes loggers count training steps taken, as everything else in a run does.
-
-    Left alone, Lightning numbers batches from 0: what was measured after step 50 would stand at 49. A metric called
-    `step` overrides that and is not itself logged.
-    """
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        pl_module.log("step", float(steps_taken(trainer)))
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            pl_module.log("step", float(steps_taken(trainer)))
 
 
 def _tensorboard(folder: Path) -> list[Logger]:
@@ -121,7 +102,7 @@ def _identity(path: Path, make: Callable[[], str]) -> str:
         return known
     made = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, made + "\n")
+    write_atomically(path, made + "\n")
     return made
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
-from megarl.callbacks.csv_logger import MetricsFile
-from megarl.callbacks.loggers import StepAxis, build_loggers
+from megarl.callbacks.step_axis import StepAxis
 from megarl.config.schema import LoggerConfig
 from megarl.errors import UnavailableError
+from megarl.run.csv_logger import MetricsFile
+from megarl.run.loggers import build_loggers
 from tests.callbacks.tiny import SaveAt, Tiny, train
 from tests.refusals import refused
 
@@ -111,7 +112,7 @@ def test_missing_tensorboard_is_a_warning_since_it_is_on_by_default(tmp_path, mo
     def missing(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("tensorboard")
 
-    monkeypatch.setattr("megarl.callbacks.loggers.TensorBoardLogger", missing)
+    monkeypatch.setattr("megarl.run.loggers.TensorBoardLogger", missing)
     assert build_loggers(only(tensorboard=True), tmp_path, "r", RESOLVED) == []
     assert "pip install 'megarl[log]'" in caplog.text
 
@@ -159,7 +160,7 @@ def test_missing_package_says_what_to_install(kind, package, tmp_path, monkeypat
         def __init__(self, *_: object, **__: object) -> None:
             raise ModuleNotFoundError(f"No module named '{package}'")
 
-    monkeypatch.setattr(f"megarl.callbacks.loggers.{'WandbLogger' if kind == 'wandb' else 'MLFlowLogger'}", Missing)
+    monkeypatch.setattr(f"megarl.run.loggers.{'WandbLogger' if kind == 'wandb' else 'MLFlowLogger'}", Missing)
     with refused(UnavailableError, key=f"logger.{kind}", value=True, names=(f"'{package}'", "megarl[log]")):
         build_loggers(only(**{kind: True}), tmp_path, "r", RESOLVED)
 

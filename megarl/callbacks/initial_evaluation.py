@@ -4,14 +4,14 @@ import math
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from megarl.callbacks.readings import steps_taken
+from megarl.callbacks.trainer_state import steps_taken
 from megarl.errors import NumericsError
 from megarl.logging import get_logger
 
 logger = get_logger(__name__)
 
 
-class Baseline(Callback):
+class InitialEvaluation(Callback):
     """Lightning's evaluations only come after steps; this one is logged at step 0 and left in `module.baseline` and
     `module.samples`.
 

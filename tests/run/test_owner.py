@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from megarl.callbacks import owner
-from megarl.callbacks.owner import BEAT_S, SILENCE_S, RunLock, owned
-from megarl.callbacks.process_identity import Holder, lives, parse, read, start_of
 from megarl.errors import ConfigError
+from megarl.run import owner
+from megarl.run.owner import BEAT_S, SILENCE_S, RunLock, owned
+from megarl.run.process_identity import Holder, lives, parse, read, start_of
 from tests.refusals import refused
 
 ROUNDS = 200

@@ -11,11 +11,11 @@ import pytest
 from omegaconf import OmegaConf
 
 import megarl
-from megarl.callbacks import run_folder
-from megarl.callbacks.run_folder import RunFolder, resolve_run_dir, versions, write_whole
 from megarl.config.schema import SFTConfig
 from megarl.errors import ConfigError
 from megarl.parallel.device import CPU
+from megarl.run import run_folder
+from megarl.run.run_folder import RunFolder, resolve_run_dir, versions
 from tests.refusals import refused
 
 RESOLVED = {
@@ -171,16 +171,3 @@ def test_several_machines_without_a_common_name_are_refused():
 def test_slurm_tasks_agree_and_a_requeued_job_finds_its_folder():
     environ = {"SLURM_JOB_ID": "42", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "train"}
     assert resolve_run_dir("sft", named(), environ) == Path("runs/sft-job42-0")
-
-
-def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "file.json"
-    write_whole(path, "first")
-
-    def full(handle: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, "second")
-    assert path.read_text() == "first"

@@ -11,8 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from megarl.callbacks.run_folder import write_whole
-from megarl.disk import UnreadableError, read_text
+from megarl.disk import UnreadableError, read_text, write_atomically
 from megarl.errors import DataError
 
 _STEP = "step"
@@ -101,7 +100,7 @@ class MetricsFile(Logger):
         head = self._line({name: name for name in self._columns})
         lines = [self._line(row) for row in rows]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, "".join([head, *lines]))
+        write_atomically(self.path, "".join([head, *lines]))
         self._last = rows[-1] if rows else {}
         self._last_at = self.path.stat().st_size - (len(lines[-1].encode()) if lines else 0)
 

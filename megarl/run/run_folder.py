@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 import megarl
 from megarl.config.launcher import started_by_slurm
+from megarl.disk import write_atomically
 from megarl.errors import ConfigError
 from megarl.logging import get_logger
 from megarl.parallel.device import device_settings
@@ -57,9 +58,6 @@ class RunFolder:
                 where=self.path,
             ) from problem
 
-    def __fspath__(self) -> str:
-        return str(self.path)
-
     def write_config(self, resolved: Mapping[str, Any]) -> Path:
         """config.yaml: every key with the value it had."""
         return self._write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
@@ -78,7 +76,7 @@ class RunFolder:
         path = self.path / name
         if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
             self._set_aside(path)
-        write_whole(path, text)
+        write_atomically(path, text)
         return path
 
     def _set_aside(self, path: Path) -> None:
@@ -140,16 +138,6 @@ def _claim(entry: str, stamp: str) -> Path:
 
 def _format(seconds: float) -> str:
     return time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, never sees half of it."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with unfinished.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def versions() -> dict[str, Any]:

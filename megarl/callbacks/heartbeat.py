@@ -11,15 +11,15 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from megarl.callbacks.crumb import BEAT_S, Crumb, CrumbFile
-from megarl.callbacks.readings import steps_taken
-from megarl.callbacks.summary import one_line
+from megarl.callbacks.trainer_state import steps_taken
+from megarl.errors import one_line
+from megarl.heartbeat import BEAT_S, Heartbeat, HeartbeatFile
 
 _COLLECTIVES = "torch/distributed/distributed_c10d.py"
 _FOREIGN = ("/torch/", "/threading.py", "/contextlib.py")
 
 
-class Breadcrumbs(Callback):
+class HeartbeatCallback(Callback):
     """Writes `breadcrumbs/rank-N.json` in the run folder whenever the clock's part changes, and every few seconds.
 
     The regular beat comes from a thread, which looks at where the main thread is: a process that waits in a collective
@@ -28,7 +28,7 @@ class Breadcrumbs(Callback):
 
     def __init__(self, run_dir: str | os.PathLike[str], beat_s: float = BEAT_S) -> None:
         self.run_dir, self.beat_s = Path(run_dir), beat_s
-        self._file: CrumbFile | None = None
+        self._file: HeartbeatFile | None = None
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._beating: threading.Thread | None = None
@@ -37,8 +37,8 @@ class Breadcrumbs(Callback):
         if self._file is not None:
             return
         self.trainer = trainer
-        self.crumb = Crumb(trainer.global_rank, trainer.world_size, socket.gethostname(), os.getpid())
-        self._file = CrumbFile(self.run_dir, trainer.global_rank)
+        self.heartbeat = Heartbeat(trainer.global_rank, trainer.world_size, socket.gethostname(), os.getpid())
+        self._file = HeartbeatFile(self.run_dir, trainer.global_rank)
         self._enter("setup")
         clock = getattr(pl_module, "clock", None)
         if clock is not None:
@@ -61,10 +61,10 @@ class Breadcrumbs(Callback):
     def _enter(self, phase: str) -> None:
         now = time.time()
         with self._lock:
-            crumb = self.crumb
-            crumb.phase, crumb.step = phase, steps_taken(self.trainer)
-            crumb.since = crumb.alive = crumb.still = now
-            crumb.collective = crumb.at = ""
+            heartbeat = self.heartbeat
+            heartbeat.phase, heartbeat.step = phase, steps_taken(self.trainer)
+            heartbeat.since = heartbeat.alive = heartbeat.still = now
+            heartbeat.collective = heartbeat.at = ""
             self._write()
 
     def _beat(self, watched: int) -> None:
@@ -72,9 +72,9 @@ class Breadcrumbs(Callback):
             collective, at = whereabouts(sys._current_frames().get(watched))
             now = time.time()
             with self._lock:
-                if (collective, at) != (self.crumb.collective, self.crumb.at):
-                    self.crumb.still = now
-                self.crumb.collective, self.crumb.at, self.crumb.alive = collective, at, now
+                if (collective, at) != (self.heartbeat.collective, self.heartbeat.at):
+                    self.heartbeat.still = now
+                self.heartbeat.collective, self.heartbeat.at, self.heartbeat.alive = collective, at, now
                 self._write()
 
     def _end(self, word: str) -> None:
@@ -83,14 +83,14 @@ class Breadcrumbs(Callback):
         with self._lock:
             if self._file is None:
                 return
-            self.crumb.ended, self.crumb.alive = word, time.time()
+            self.heartbeat.ended, self.heartbeat.alive = word, time.time()
             self._write()
             self._file.close()
             self._file = None
 
     def _write(self) -> None:
         if self._file is not None:
-            self._file.write(self.crumb)
+            self._file.write(self.heartbeat)
 
 
 def whereabouts(frame: FrameType | None) -> tuple[str, str]:

@@ -1,0 +1,119 @@
+"""The Lightning Trainer of a run: its callbacks, in their order, its loggers, devices and nodes."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from megarl.callbacks.checkpoints import Checkpoints
+from megarl.callbacks.collapse import Collapse
+from megarl.callbacks.export import Export
+from megarl.callbacks.health import Health
+from megarl.callbacks.heartbeat import HeartbeatCallback
+from megarl.callbacks.initial_evaluation import InitialEvaluation
+from megarl.callbacks.limits import StepLimit, TimeLimit, parse_duration
+from megarl.callbacks.ownership import Ownership
+from megarl.callbacks.preemption import Preemption
+from megarl.callbacks.progress import make_progress
+from megarl.callbacks.samples import Samples
+from megarl.callbacks.step_axis import StepAxis
+from megarl.callbacks.summary import Summary
+from megarl.callbacks.throughput import Throughput
+from megarl.checkpoint import ShardedCheckpointIO
+from megarl.config import checks
+from megarl.config.launcher import started_by_slurm
+from megarl.modules.base import Module
+from megarl.parallel.strategy import MegatronStrategy
+from megarl.run.loggers import build_loggers
+from megarl.run.owner import RunLock
+from megarl.run.run_folder import RunFolder
+
+
+def build_trainer(
+    config: Any, module: Module, folder: RunFolder, lock: RunLock, resolved: Mapping[str, Any]
+) -> tuple[Trainer, Preemption]:
+    """Make the Trainer, and return with it the callback that knows how the run ended.
+
+    Args:
+        config: the typed tree of the run.
+        module: what is trained.
+        folder: where the run writes.
+        lock: of that folder.
+        resolved: the configuration as plain values, for the loggers.
+    """
+    run_dir = folder.path
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, _eval_every(config))
+    preemption = Preemption(checkpoints)
+    trainer = Trainer(
+        accelerator=config.trainer.accelerator,
+        devices=_devices(config),
+        num_nodes=_nodes(config),
+        strategy=MegatronStrategy(
+            config.parallel, seed=config.seed, checkpoint_io=ShardedCheckpointIO(config.checkpoint.async_save)
+        ),
+        logger=build_loggers(config.logger, run_dir, run_dir.name, resolved),
+        callbacks=_callbacks(config, module, folder, lock, checkpoints, preemption),
+        max_steps=getattr(config.trainer, "max_steps", -1),  # phases are counted by StepLimit
+        max_epochs=-1,
+        val_check_interval=_eval_every(config),
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if _eval_every(config) else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=config.trainer.log_every,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=run_dir,
+    )
+    return trainer, preemption
+
+
+def _callbacks(
+    config: Any, module: Module, folder: RunFolder, lock: RunLock, checkpoints: Checkpoints, preemption: Preemption
+) -> list[Callback]:
+    """In the order that Lightning calls them in; `megarl/callbacks/__init__.py` says where it matters."""
+    run_dir = folder.path
+    collapse = Collapse(
+        config.checkpoint.metric, config.checkpoint.mode, checkpoints.best, lambda: module.scorer_fingerprints
+    )
+    callbacks: list[Callback] = [
+        Ownership(lock.check),
+        StepAxis(),
+        InitialEvaluation(),
+        StepLimit(),
+        Throughput(config.trainer.peak_tflops),
+        Health(run_dir),
+        checkpoints,
+        preemption,
+        HeartbeatCallback(run_dir),
+        *([Export(config.export.hf)] if config.export.hf is not None else []),
+        Samples(run_dir),
+        collapse,
+        Summary(run_dir, collapse),
+        *make_progress(config.trainer.progress, config.trainer.log_every),
+    ]
+    if config.trainer.max_time is not None:
+        callbacks.append(TimeLimit(parse_duration(config.trainer.max_time), checkpoints))
+    return callbacks
+
+
+def _eval_every(config: Any) -> int | None:
+    return config.trainer.eval_every if config.data.eval else None
+
+
+def _devices(config: Any) -> int:
+    """Processes on this node: what a launcher started, else what the configuration asks for."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    if started_by_slurm(os.environ):
+        return int(os.environ["SLURM_NTASKS"]) // int(os.environ.get("SLURM_NNODES", "1"))
+    return checks.local_devices(config)
+
+
+def _nodes(config: Any) -> int:
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+    if started_by_slurm(os.environ):
+        return int(os.environ.get("SLURM_NNODES", "1"))
+    return int(config.trainer.num_nodes)
