@@ -103,7 +103,7 @@ def test_a_critic_that_starts_from_a_checkpoint_has_its_shape(
 ) -> None:
     save_published("llama", tmp_path / "critic")
     policy = ["model.vocab_size=53", "model.max_positions=64", "rollout.max_new_tokens=16", "critic.kind=separate"]
-    found = answer(capsys, *policy, f"critic.path={tmp_path / 'critic'}")
+    found = answer(capsys, *policy, f"critic.separate.path={tmp_path / 'critic'}")
     stored = {path: tensor for path, tensor in tensors_of(tmp_path / "critic").items() if path != "lm_head.weight"}
     parts = found["ranks"][0]["parameters"]
     padded = padded_vocab(53, 1)

@@ -55,8 +55,9 @@ def without_effect(config: Any) -> list[str]:
     needs = ADVANTAGES[config.ppo.advantages]
     present = {f"ppo.{key}": (getattr(config.ppo, key), getattr(type(config.ppo)(), key)) for key in needs.unread}
     if not needs.values:
-        default = type(config.critic)()
-        present |= {f"critic.{key}": (value, getattr(default, key)) for key, value in vars(config.critic).items()}
+        own, default = config.critic.own, type(config.critic)()
+        present["critic.kind"] = (config.critic.kind, default.kind)
+        present |= {f"critic.separate.{key}": (value, getattr(default.own, key)) for key, value in vars(own).items()}
     return [
         key
         for key, (value, default) in present.items()

@@ -322,20 +322,20 @@ def _critic(config: Any, world_size: int) -> None:
             value="none",
         )
     for key in ("path", "lr", "warmup_phases"):
-        if critic.kind == "shared" and getattr(critic, key):
+        if critic.kind == "shared" and getattr(critic.own, key):
             raise Refusal(
-                f"critic.{key}={getattr(critic, key)} is of a critic of its own, but critic.kind=shared",
+                f"critic.separate.{key}={getattr(critic.own, key)} is of a critic of its own, but critic.kind=shared",
                 {"critic.kind": ["separate"]},
-                key=f"critic.{key}",
-                value=getattr(critic, key),
+                key=f"critic.separate.{key}",
+                value=getattr(critic.own, key),
             )
-    if critic.warmup_phases >= config.trainer.max_phases:
+    if critic.own.warmup_phases >= config.trainer.max_phases:
         raise Refusal(
-            f"critic.warmup_phases={critic.warmup_phases} leaves the policy none of trainer.max_phases="
+            f"critic.separate.warmup_phases={critic.own.warmup_phases} leaves the policy none of trainer.max_phases="
             f"{config.trainer.max_phases}",
-            {"critic.warmup_phases": [config.trainer.max_phases - 1]},
-            key="critic.warmup_phases",
-            value=critic.warmup_phases,
+            {"critic.separate.warmup_phases": [config.trainer.max_phases - 1]},
+            key="critic.separate.warmup_phases",
+            value=critic.own.warmup_phases,
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -23,8 +23,11 @@ from megarl.config.devices import hide_gpus
 from megarl.config.files import check_files
 from megarl.config.launcher import check_launcher
 from megarl.config.messages import EXPLAINED, check_argument, explain
+from megarl.config.optional import reopened, settle
 from megarl.config.presets import register
+from megarl.config.printed import settled_output
 from megarl.config.reference import help_text
+from megarl.config.renames import renamed_arguments
 from megarl.config.resources import conf_folder
 from megarl.config.values import check_values
 from megarl.errors import ConfigError, MegarlError
@@ -52,7 +55,7 @@ def compose(entry: str, argv: list[str]) -> tuple[Any, dict[str, Any]]:
     with explained(entry, argv):
         for argument in argv:
             check_argument(argument, entry_point(entry).config)
-        register(argv, entry)
+        argv = _current(argv, entry)
         program = entry_point(entry).program
         with hydra.initialize_config_dir(str(conf_folder()), version_base=_VERSION_BASE, job_name=program):
             try:
@@ -61,14 +64,27 @@ def compose(entry: str, argv: list[str]) -> tuple[Any, dict[str, Any]]:
                 raise
             except Exception as error:  # whatever Hydra stumbles over, it is something in the settings
                 raise explain(error, entry_point(entry).config, argv) from error
-        return typed(entry, tree)
+        return typed(entry, tree, argv)
 
 
-def typed(entry: str, tree: DictConfig) -> tuple[Any, dict[str, Any]]:
-    """A composed tree as an instance of the entry's schema and as plain dicts; refuses foreign keys."""
+def _current(argv: list[str], entry: str) -> list[str]:
+    """Register what the command line names; return the command line in today's keys, for Hydra."""
+    tree = entry_point(entry).config
+    argv = renamed_arguments(argv, tree)
+    register(argv, entry)
+    return reopened(argv, tree)
+
+
+def typed(entry: str, tree: DictConfig, argv: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
+    """A composed tree as an instance of the entry's schema and as plain dicts; refuses foreign keys.
+
+    Args:
+        argv: the command line that Hydra composed it with.
+    """
     # Hydra lets `+section.key=value` add keys even to a typed tree; merging into a fresh schema does not.
-    untyped = OmegaConf.create(OmegaConf.to_container(tree, resolve=False))
-    merged = OmegaConf.merge(OmegaConf.structured(entry_point(entry).config), untyped)
+    untyped = cast("dict[str, Any]", OmegaConf.to_container(tree, resolve=False))
+    settle(untyped, entry_point(entry).config, argv)
+    merged = OmegaConf.merge(OmegaConf.structured(entry_point(entry).config), OmegaConf.create(untyped))
     plain = cast("dict[str, Any]", OmegaConf.to_container(merged, resolve=True))
     config = OmegaConf.to_object(merged)
     check_values(config)
@@ -120,7 +136,7 @@ class _Job:
         register([], self.entry)
         settings = HydraConfig.get()
         with explained(self.entry, list(settings.overrides.task)):
-            config, _ = typed(self.entry, tree)
+            config, _ = typed(self.entry, tree, list(settings.overrides.task))
         if settings.mode == RunMode.MULTIRUN:
             # Jobs that shared a run folder would resume from, and overwrite, each other's checkpoints.
             number = str(settings.job.num)
@@ -157,8 +173,11 @@ def _run_hydra(entry: str, argv: list[str], main: Callable[[Any], int | None]) -
     """Hand the command line to Hydra: multirun, --cfg, --info, shell completion."""
     for argument in _settings(argv):
         check_argument(argument, entry_point(entry).config)
-    with explained(entry, argv), _hydra_environment(argv):
-        register(argv, entry)
+    with (
+        explained(entry, argv),
+        settled_output(entry_point(entry).config, argv),
+        _hydra_environment(_current(argv, entry)),
+    ):
         start = hydra.main(
             version_base=_VERSION_BASE, config_path=str(conf_folder()), config_name=entry_point(entry).program
         )

@@ -29,9 +29,9 @@ def check_files(config: Any) -> None:
                 require_data(path, key)
     load_chat_template(_value(config, "data.chat_template"))
     load_chat_template(getattr(config, "chat_template", None), "chat_template")  # of an entry that reads no data
-    for key in ("model.path", "critic.path"):
+    for key in ("model.path", "critic.separate.path"):
         path = _value(config, key)
-        if path is not None and (key != "critic.path" or critic_kind(config) == "separate"):
+        if path is not None and (key != "critic.separate.path" or critic_kind(config) == "separate"):
             require_weights(path, key)
 
 
@@ -97,5 +97,6 @@ def _why(place: Path) -> str:
 
 
 def _value(config: Any, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section, None), name, None)
+    for part in key.split("."):
+        config = getattr(config, part, None)
+    return config

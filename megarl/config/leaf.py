@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 def leaf(
@@ -42,6 +43,19 @@ def section(kind: type) -> Any:
     return field(default_factory=kind)
 
 
+def optional_section(kind: type, doc: str, *, needs: str = "", null_is_defaults: bool = False) -> Any:
+    """Declare a sub-tree that is null, and counts as one key, until something sets one of its keys.
+
+    Args:
+        kind: the class of the section. It must not contain optional sections.
+        doc: one line, shown by `--help` and in docs/configuration.md.
+        needs: the key without which the section has no effect; a resume treats the section as null while it is empty.
+        null_is_defaults: whether the section has the same effect when it is null as with its defaults.
+    """
+    told = {"doc": doc, "optional": kind, "needs": needs, "null_is_defaults": null_is_defaults}
+    return field(default=None, metadata=told)
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One key of a tree as `--help`, the reference page and the checks see it."""
@@ -52,15 +66,32 @@ class Leaf:
     doc: str
     choices: tuple[str, ...]
     bounds: dict[str, float]
+    optional: str = ""
+    """The optional section that the key belongs to."""
 
 
-def leaves(tree: type, prefix: str = "") -> Iterator[Leaf]:
+@dataclass(frozen=True)
+class OptionalSection:
+    """A sub-tree that may be null."""
+
+    key: str
+    kind: type
+    doc: str
+    needs: str
+    null_is_defaults: bool
+
+    def is_off(self, value: Any) -> bool:
+        """Whether the section has no effect with this value: null, or a mapping."""
+        return value is None or (bool(self.needs) and not value.get(self.needs))
+
+
+def leaves(tree: type, prefix: str = "", optional: str = "") -> Iterator[Leaf]:
     """Every key of a tree in the order of declaration, sub-trees flattened to dotted keys."""
     hints = get_type_hints(tree)
     for item in fields(tree):
         key = prefix + item.name
-        if is_dataclass(hints[item.name]):
-            yield from leaves(hints[item.name], key + ".")
+        if (below := section_kind(hints[item.name])) is not None:
+            yield from leaves(below, key + ".", key if "optional" in item.metadata else optional)
             continue
         default = item.default if item.default_factory is MISSING else item.default_factory()
         kind = hints[item.name]
@@ -71,10 +102,36 @@ def leaves(tree: type, prefix: str = "") -> Iterator[Leaf]:
             doc=item.metadata.get("doc", ""),
             choices=item.metadata.get("choices", ()),
             bounds=item.metadata.get("bounds", {}),
+            optional=optional,
         )
 
 
 def sections(tree: type) -> list[str]:
     """Names of a tree's sub-trees."""
     hints = get_type_hints(tree)
-    return [item.name for item in fields(tree) if is_dataclass(hints[item.name])]
+    return [item.name for item in fields(tree) if section_kind(hints[item.name]) is not None]
+
+
+def optional_sections(tree: type, prefix: str = "") -> Iterator[OptionalSection]:
+    """Every sub-tree that may be null, in the order of declaration."""
+    hints = get_type_hints(tree)
+    for item in fields(tree):
+        key, below = prefix + item.name, section_kind(hints[item.name])
+        if below is None:
+            continue
+        if "optional" in item.metadata:
+            told = {name: item.metadata[name] for name in ("doc", "needs", "null_is_defaults")}
+            yield OptionalSection(key, below, **told)
+        else:
+            yield from optional_sections(below, key + ".")
+
+
+def count(tree: type) -> int:
+    """The number of keys of a tree as `--cfg job` shows it: an optional section is null, and one key."""
+    return len({leaf.optional or leaf.key for leaf in leaves(tree)})
+
+
+def section_kind(hint: Any) -> type | None:
+    """The class of a sub-tree, from its annotation: a dataclass, or one that may be null. None for a key's type."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return next((kind for kind in kinds if is_dataclass(kind) and isinstance(kind, type)), None)

@@ -17,7 +17,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from megarl.config.leaf import Leaf, leaves, sections
+from megarl.config.leaf import Leaf, leaves, optional_sections, section_kind, sections
 from megarl.disk import shown
 from megarl.errors import ConfigError
 
@@ -80,6 +80,10 @@ def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
         return ConfigError(
             f"'{inner.full_key}' cannot be removed: every key has a value; set it to another", key=str(inner.full_key)
         )
+    if (absent := re.match(r"Could not delete from config\. '([^']+)' does not exist", str(error))) and absent[
+        1
+    ] in known:
+        return ConfigError(f"'{absent[1]}' cannot be removed: every key has a value; set it to another", key=absent[1])
     if ambiguous := re.match(r"Ambiguous value for argument '\+*([^=']*)", str(error)):
         return ConfigError(
             f"{_first_line(error)}: write key=[a,b] for a list, \"key='a,b'\" for text, "
@@ -224,8 +228,11 @@ def _omegaconf_error(error: BaseException | None) -> OmegaConfBaseException | No
 def _section_of(said: str, tree: type) -> str | None:
     """The section that was given a value instead of keys, where that is what OmegaConf complains of."""
     found = re.search(r"Merge error: \w+ is not a subclass of (\w+)", said)
-    kinds = get_type_hints(tree)
-    return next((name for name in sections(tree) if found and kinds[name].__name__ == found[1]), None)
+    found = found or re.search(r"Invalid type assigned: \w+ is not a subclass of (\w+)", said)
+    hints = get_type_hints(tree)
+    kinds = {name: section_kind(hints[name]) for name in sections(tree)}
+    kinds |= {section.key: section.kind for section in optional_sections(tree)}
+    return next((name for name, kind in kinds.items() if found and kind and kind.__name__ == found[1]), None)
 
 
 def _leaf_key(error: OmegaConfBaseException) -> str:

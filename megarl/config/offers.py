@@ -96,9 +96,9 @@ def either(values: Iterable[Any]) -> str:
 
 
 def read(config: Any, key: str) -> Any:
-    """Value of a dotted key in a typed tree."""
+    """Value of a dotted key in a typed tree; null in a section that is null."""
     for part in key.split("."):
-        config = getattr(config, part)
+        config = None if config is None else getattr(config, part)
     return config
 
 

@@ -17,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from megarl.config.algorithms import EntryPoint, entry_point, entry_points
 from megarl.config.leaf import leaves
 from megarl.config.messages import describe_type, one_of
+from megarl.config.optional import opened, prepare_preset, set_sections
+from megarl.config.renames import RENAMES, keys, renamed_tree
 from megarl.config.resources import conf_folder, demo_eval, resource
 from megarl.disk import UnreadableError, check_yaml, is_file, read_text, shown
 from megarl.errors import ConfigError
@@ -49,7 +51,7 @@ def register(argv: list[str], entry: str) -> None:
     OmegaConf.register_new_resolver("demo_eval", demo_eval, replace=True)
     store = ConfigStore.instance()
     described = entry_point(entry)
-    store.store(name=_schema(described), node=described.config)
+    store.store(name=_schema(described), node=opened(described.config))
     store.store(name=described.program, node=_primary(described))
     user_folder = Path.cwd() / "conf"
     files = preset_files(user_folder)
@@ -59,6 +61,7 @@ def register(argv: list[str], entry: str) -> None:
             raise _unknown(name, list(files), user_folder)
     store.repo.pop(GROUP, None)
     of_others = _of_others(described.config)
+    set_later = set_sections(argv, described.config)
     for name, path in files.items():
         try:
             part = _load(path)
@@ -69,9 +72,13 @@ def register(argv: list[str], entry: str) -> None:
                     f"preset '{name}' cannot be read ({path}): {reason}", key="preset", value=name, where=path
                 ) from error
             continue  # a broken file that nobody asked for does not concern this run
-        own = _without(OmegaConf.to_container(part), of_others)
+        plain = OmegaConf.to_container(part)
+        assert isinstance(plain, dict)
+        own = _without(plain, of_others)
         if name in chosen:
+            own = renamed_tree(own, described.config, where=str(path))
             _check_lists(own, described.config, path)
+        prepare_preset(own, described.config, set_later)
         store.store(group=GROUP, name=name, node=own, package="_global_", provider=str(path))
 
 
@@ -121,15 +128,18 @@ def _load(path: Path) -> DictConfig:
 def _of_others(tree: type) -> set[str]:
     """Keys that other trees have and this one has not, so that one preset can serve a family of entry points."""
     trees = {described.config for described in entry_points().values()}
-    return {leaf.key for other in trees for leaf in leaves(other)} - {leaf.key for leaf in leaves(tree)}
+    theirs = {key for other in trees for key in keys(other)} | {rename.old for rename in RENAMES}
+    return theirs - keys(tree) - {rename.old for rename in RENAMES if rename.new in keys(tree)}
 
 
-def _without(part: Any, keys: set[str], prefix: str = "") -> Any:
+def _without(part: Any, foreign: set[str], prefix: str = "") -> Any:
     """A preset's plain content without some keys; a section that loses all of its keys goes with them."""
     if not isinstance(part, dict):
         return part
     kept = {
-        name: _without(node, keys, f"{prefix}{name}.") for name, node in part.items() if f"{prefix}{name}" not in keys
+        name: _without(node, foreign, f"{prefix}{name}.")
+        for name, node in part.items()
+        if f"{prefix}{name}" not in foreign or (isinstance(node, dict) and node)
     }
     return {name: node for name, node in kept.items() if node != {} or part[name] == {}}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config.algorithms import entry_point, entry_points
-from megarl.config.leaf import Leaf, leaves
+from megarl.config.leaf import Leaf, OptionalSection, leaves, optional_sections
 from megarl.config.presets import GROUP, preset_files
 from megarl.config.resources import conf_folder, shown_resource
 
@@ -60,14 +60,16 @@ def help_text(entry: str, plain: dict[str, Any]) -> str:
         "",
         "Settings (type, value with this command line, choices):",
     ]
-    section = None
+    section, optional = None, {each.key: each for each in optional_sections(described.config)}
     for leaf in leaves(described.config):
         choices = "|".join(leaf.choices)
         head = leaf.key.rpartition(".")[0]
         if head != section:
             lines.append("")
             section = head
-        lines.append(f"  {leaf.key}={_shown(_value(plain, leaf.key))}  [{choices or _type(leaf)}]")
+            if head in optional:
+                lines += _optional_help(optional[head], _value(plain, head) is not None)
+        lines.append(f"  {leaf.key}={_shown(_in_force(plain, leaf))}  [{choices or _type(leaf)}]")
         lines.append(f"      {leaf.doc}")
     lines += ["", "Groups (a file each of keys of one section; the first line says what it is for):", ""]
     for group, options in _groups().items():
@@ -102,15 +104,37 @@ def page() -> str:
     for each in entry_points().values():
         lines += ["", f"## Keys of `megarl.{each.program}`"]
         section, plain = None, compose(each.name, [])[1]
+        optional = {found.key: found for found in optional_sections(each.config)}
         for leaf in leaves(each.config):
             head = leaf.key.rpartition(".")[0]
             if head != section:
                 title = f"### {head}" if head else "### top level"
-                lines += ["", title, "", "| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+                lines += ["", title, ""]
+                if head in optional:
+                    lines += [_about_optional(optional[head], code="`"), ""]
+                lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
                 section = head
             kind = ", ".join(leaf.choices) or _type(leaf)
-            lines.append(f"| `{leaf.key}` | {kind} | `{_shown(portable(_value(plain, leaf.key)))}` | {leaf.doc} |")
+            lines.append(f"| `{leaf.key}` | {kind} | `{_shown(portable(_in_force(plain, leaf)))}` | {leaf.doc} |")
     return "\n".join([*lines, "", _ABOUT_PROCESSES])
+
+
+def _optional_help(section: OptionalSection, on: bool) -> list[str]:
+    state = f"on; {section.key}=null switches it off" if on else "a section"
+    return [f"  {section.key}={'{}' if on else 'null'}  [{state}]", f"      {_about_optional(section)}"]
+
+
+def _about_optional(section: OptionalSection, code: str = "") -> str:
+    about = section.doc[0].upper() + section.doc[1:]
+    return (
+        f"{about}. Off by default ({code}null{code}): setting one of its keys, or {code}{section.key}={{}}{code}, "
+        f"switches it on, {code}{section.key}=null{code} off."
+    )
+
+
+def _in_force(plain: dict[str, Any], leaf: Leaf) -> Any:
+    """A key's value; in a section that is off, the default that it would have."""
+    return leaf.default if leaf.optional and _value(plain, leaf.optional) is None else _value(plain, leaf.key)
 
 
 def portable(value: Any) -> Any:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
 from megarl.config.advantages import ADVANTAGES
+from megarl.config.leaf import optional_sections, section_kind
 from megarl.config.offers import either
+from megarl.config.renames import renamed_tree
 from megarl.errors import CheckpointError
 
 NOW, CHECKPOINT, REFUSED = "takes effect now", "taken from the checkpoint", "refused"
@@ -53,9 +55,9 @@ RULES = (
     _rule("model", "dropout", NOW, "it is no part of the weights"),
     _rule("model", "num_layers_unfrozen", REFUSED, "optimizer state exists for the layers that train"),
     _rule("critic", "kind", REFUSED, "the checkpoint holds a shared head, a separate model, or no critic"),
-    _rule("critic", "path", CHECKPOINT, "the weights it led to are in the checkpoint"),
-    _rule("critic", "lr", NOW, "the schedule continues at its step with the new rate"),
-    _rule("critic", "warmup_phases", NOW, _BUDGET),
+    _rule("critic", "separate.path", CHECKPOINT, "the weights it led to are in the checkpoint"),
+    _rule("critic", "separate.lr", NOW, "the schedule continues at its step with the new rate"),
+    _rule("critic", "separate.warmup_phases", NOW, _BUDGET),
     _rule("ilql", "two_qs", REFUSED, "the checkpoint holds one Q head or two"),
     _rule("tokenizer", "kind path", REFUSED, "token ids would mean other text; the same tokenizer elsewhere is fine"),
     _rule("clone", "data steps lr", CHECKPOINT, _HAPPENED),
@@ -132,7 +134,7 @@ RULES = (
     _rule("checkpoint", "every keep_last keep_best async_save save_last", NOW, "checkpoints from here on"),
     _rule("checkpoint", "metric mode", NOW, "checkpoints are ranked by what was measured of this metric alone"),
     _rule("export", "hf", NOW, "what is left behind at the end"),
-    _rule("logger", "tensorboard csv wandb wandb_project wandb_mode mlflow mlflow_uri", NOW, "where metrics go"),
+    _rule("logger", "tensorboard csv wandb.project wandb.mode mlflow.uri", NOW, "where metrics go"),
 )
 
 TABLE: dict[str, Rule] = {key: rule for rule in RULES for key in rule.keys}
@@ -149,13 +151,15 @@ class Difference:
 
     @property
     def rule(self) -> Rule:
-        return TABLE[self.key]
+        return _rule_of(self.key)
 
     def __str__(self) -> str:
         return f"{self.key}: {self.old} -> {self.new}{' (with other content than it had)' if self.changed else ''}"
 
     @property
     def remedy(self) -> str:
+        if isinstance(self.old, Mapping) and self.key not in TABLE:
+            return " ".join(f"{self.key}.{name}={either([value])}" for name, value in self.old.items())
         setting = f"{self.key}={either([self.old])}"
         return f"{setting} with the content that it had" if self.changed else setting
 
@@ -165,6 +169,7 @@ def differences(
     started_as: Mapping[str, Any],
     now: Mapping[str, Any],
     *,
+    tree: type,
     same_tokenizer: bool,
     same_template: bool | None = None,
 ) -> list[Difference]:
@@ -174,15 +179,28 @@ def differences(
         before: configuration, as nested plain values, of the run that wrote the checkpoint.
         started_as: of the first run of its line, which made what only a start makes.
         now: of this run.
+        tree: the class of the configuration. Of an optional section that only one of the runs has, the section is told.
         same_tokenizer: whether both read and write text alike, wherever their files lie.
         same_template: whether both have the same text as data.chat_template, wherever its file lies. None: unknown.
     """
+    before, started_as, now = (_comparable(plain, tree) for plain in (before, started_as, now))
     found: list[Difference] = []
+    alone: set[str] = set()  # sections that one run has, or none
+    for section in optional_sections(tree):
+        theirs = started_as if _rule_of(section.key).kind == CHECKPOINT else before
+        if _has(theirs, section.key) and _has(now, section.key):
+            old, new = (None if section.is_off(value) else value for value in _values(section.key, theirs, now))
+            if (old is None) != (new is None):
+                found.append(Difference(section.key, old, new))
+            if None in (old, new):
+                alone.add(section.key)
     for key, rule in TABLE.items():
         theirs = started_as if rule.kind == CHECKPOINT else before
         if not (_has(theirs, key) and _has(now, key)) or key.startswith("tokenizer."):
             continue
-        old, new, changed = _value(theirs, key), _value(now, key), False
+        if key.rpartition(".")[0] in alone:
+            continue
+        (old, new), changed = _values(key, theirs, now), False
         if (old is None) != (new is None):
             old, new = _in_force(theirs, key), _in_force(now, key)
         unknown = key == "model.vocab_size" and None in (old, new)  # the tokenizer's, or checked with the weights
@@ -221,14 +239,16 @@ def told(found: list[Difference]) -> str:
 
 def from_plain(tree: type, plain: Mapping[str, Any]) -> Any:
     """A configuration from the plain values a checkpoint keeps. Keys of other versions are left out or at defaults."""
+    return _from_plain(tree, renamed_tree(plain, tree, warn=False))
+
+
+def _from_plain(tree: type, plain: Mapping[str, Any]) -> Any:
     hints = get_type_hints(tree)
-    values = {
-        item.name: from_plain(hints[item.name], plain[item.name])
-        if is_dataclass(hints[item.name])
-        else plain[item.name]
-        for item in fields(tree)
-        if item.name in plain
-    }
+    values = {}
+    for item in fields(tree):
+        if item.name in plain:
+            kind, value = section_kind(hints[item.name]), plain[item.name]
+            values[item.name] = value if kind is None or value is None else _from_plain(kind, value)
     return tree(**values)
 
 
@@ -245,6 +265,28 @@ def _tokenizers(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
     old, new = before["tokenizer"], now["tokenizer"]
     named = [Difference(f"tokenizer.{key}", old[key], new[key]) for key in ("kind", "path") if old[key] != new[key]]
     return named or [Difference("tokenizer.path", old["path"], new["path"], changed=True)]
+
+
+def _comparable(plain: Mapping[str, Any], tree: type) -> dict[str, Any]:
+    """A configuration in today's keys, with defaults in sections where null means them."""
+    found: dict[str, Any] = renamed_tree(plain, tree, warn=False)
+    for section in optional_sections(tree):
+        if section.null_is_defaults and _has(found, section.key) and _value(found, section.key) is None:
+            *parents, name = section.key.split(".")
+            holder = found
+            for part in parents:
+                holder = holder[part]
+            holder[name] = asdict(section.kind())
+    return found
+
+
+def _rule_of(key: str) -> Rule:
+    """The rule of a key; of an optional section, that of its first key."""
+    return TABLE.get(key) or next(rule for known, rule in TABLE.items() if known.startswith(key + "."))
+
+
+def _values(key: str, *plain: Mapping[str, Any]) -> list[Any]:
+    return [_value(one, key) for one in plain]
 
 
 def _has(plain: Mapping[str, Any], key: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megarl.config.advantages import ADVANTAGES
-from megarl.config.leaf import leaf, section
+from megarl.config.leaf import leaf, optional_section, section
 
 TOO_LONG = ("truncate", "drop", "error")
 ON_ERROR = ("error", "drop")
@@ -109,6 +109,15 @@ class EvalConfig:
 
 
 @dataclass
+class SeparateCriticConfig:
+    """A critic with its own weights."""
+
+    path: str | None = leaf(None, "checkpoint whose trunk it starts from (null: the policy's start)")
+    lr: float | None = leaf(None, "peak learning rate (null: optim.lr)", at_least=0)
+    warmup_phases: int = leaf(0, "first phases in which only the critic trains", at_least=0)
+
+
+@dataclass
 class CriticConfig:
     """The model that expects returns."""
 
@@ -118,14 +127,24 @@ class CriticConfig:
         "need no values",
         ("shared", "separate", "none"),
     )
-    path: str | None = leaf(None, "separate: checkpoint whose trunk it starts from (null: the policy's start)")
-    lr: float | None = leaf(None, "separate: peak learning rate (null: optim.lr)", at_least=0)
-    warmup_phases: int = leaf(0, "separate: first phases in which only the critic trains", at_least=0)
+    separate: SeparateCriticConfig | None = optional_section(
+        SeparateCriticConfig,
+        "settings of a critic of kind separate, whose defaults hold where it is null",
+        null_is_defaults=True,
+    )
+
+    @property
+    def own(self) -> SeparateCriticConfig:
+        """The settings of a separate critic, at their defaults where they are null."""
+        return self.separate or SeparateCriticConfig()
+
+
+CLONE = "supervised cloning of samples before the first phase; the reference is what comes out of it"
 
 
 @dataclass
 class CloneConfig:
-    """Supervised cloning of samples before the first phase; the reference is what comes out of it."""
+    """Supervised cloning of samples before the first phase."""
 
     data: list[str] = leaf(
         [],

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megarl.config import checks
-from megarl.config.leaf import leaf, section
+from megarl.config.leaf import leaf, optional_section, section
 from megarl.config.offline import GuidedEvalConfig, GuidedRolloutConfig, ILQLSettings, OfflineDataConfig
 from megarl.config.rl import (
     A_YEAR_S,
+    CLONE,
     TOO_LONG,
     CloneConfig,
     CriticConfig,
@@ -259,16 +260,28 @@ class ExportConfig:
 
 
 @dataclass
+class WandbConfig:
+    """How Weights & Biases is reported to."""
+
+    project: str = leaf("megarl", "Weights & Biases project")
+    mode: str = leaf("online", "Weights & Biases mode", ("online", "offline"))
+
+
+@dataclass
+class MlflowConfig:
+    """How MLflow is reported to."""
+
+    uri: str | None = leaf(None, "MLflow tracking server or folder (null: mlruns/ in the run folder)")
+
+
+@dataclass
 class LoggerConfig:
     """Where metrics go besides the console."""
 
     tensorboard: bool = leaf(True, "write TensorBoard event files")
     csv: bool = leaf(True, "write metrics.csv")
-    wandb: bool = leaf(False, "log to Weights & Biases")
-    wandb_project: str = leaf("megarl", "Weights & Biases project")
-    wandb_mode: str = leaf("online", "Weights & Biases mode", ("online", "offline"))
-    mlflow: bool = leaf(False, "log to MLflow")
-    mlflow_uri: str | None = leaf(None, "MLflow tracking server or folder (null: mlruns/ in the run folder)")
+    wandb: WandbConfig | None = optional_section(WandbConfig, "log to Weights & Biases")
+    mlflow: MlflowConfig | None = optional_section(MlflowConfig, "log to MLflow")
 
 
 @dataclass
@@ -338,7 +351,7 @@ class PPOConfig:
     reward: RewardConfig = section(RewardConfig)
     metric: MetricConfig = section(MetricConfig)
     eval: EvalConfig = section(EvalConfig)
-    clone: CloneConfig = section(CloneConfig)
+    clone: CloneConfig | None = optional_section(CloneConfig, CLONE, needs="data")
     critic: CriticConfig = section(CriticConfig)
     ppo: PPOSettings = section(PPOSettings)
     optim: OptimConfig = section(OptimConfig)
@@ -365,7 +378,7 @@ class RFTConfig:
     reward: RewardConfig = section(RewardConfig)
     metric: MetricConfig = section(MetricConfig)
     eval: EvalConfig = section(EvalConfig)
-    clone: CloneConfig = section(CloneConfig)
+    clone: CloneConfig | None = optional_section(CloneConfig, CLONE, needs="data")
     rft: RFTSettings = section(RFTSettings)
     optim: OptimConfig = section(OptimConfig)
     trainer: PhaseTrainerConfig = section(PhaseTrainerConfig)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from megarl.config.messages import EXPLAINED, explain
+from megarl.config.messages import EXPLAINED, explain, unknown_key
+from megarl.config.renames import rename_of, warn_renamed
 from megarl.errors import ConfigError
 
 _ALGORITHM = "megarl.algorithm="  # begins the name of a flag: OmegaConf's flags are true or false and have no value
@@ -23,23 +25,39 @@ class UnknownKeyError(ConfigError, AttributeError, KeyError):
 
 
 class Settings(DictConfig):
-    """OmegaConf's tree with our words for its errors."""
+    """OmegaConf's tree with our words for its errors, optional sections, and keys under their old names.
+
+    An optional section that is off is an empty `Settings`, equal to None; setting one of its keys switches it on.
+    """
 
     def __getattr__(self, key: str) -> Any:
         with _explained(self):
+            if (section := _section_off(self, key)) is not None:
+                return section
             return super().__getattr__(key)
 
     def __setattr__(self, key: str, value: Any) -> None:
         with _explained(self):
-            super().__setattr__(key, value)
+            if not _set_renamed(self, key, value):
+                with _switched_on(self, key):
+                    super().__setattr__(key, value)
 
     def __getitem__(self, key: Any) -> Any:
         with _explained(self):
+            if (section := _section_off(self, key)) is not None:
+                return section
             return super().__getitem__(key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         with _explained(self):
-            super().__setitem__(key, value)
+            if not _set_renamed(self, key, value):
+                with _switched_on(self, key):
+                    super().__setitem__(key, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DictConfig:
+        copied = super().__deepcopy__(memo)
+        _convert(copied)
+        return copied
 
 
 def settings_of(config: Any, algorithm: str) -> Settings:
@@ -59,11 +77,80 @@ def algorithm_of(tree: Any) -> str | None:
 
 def _convert(tree: DictConfig) -> None:
     """OmegaConf makes the nodes of a tree itself, so their class is changed afterwards."""
-    for key in tree:
+    for key in () if tree._is_none() else tree:
         node = tree._get_node(key)
-        if isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict:
+        if isinstance(node, DictConfig) and is_dataclass(node._metadata.ref_type):
             _convert(node)
     object.__setattr__(tree, "__class__", Settings)
+
+
+def _section_off(tree: DictConfig, key: Any) -> DictConfig | None:
+    """An optional section that is off, which OmegaConf would give as None. A key of one that is off has no value."""
+    if str(key).startswith("_"):
+        return None
+    if tree._is_none():
+        full = str(tree._get_full_key(key))
+        _require_known(tree, key)
+        raise UnknownKeyError(f"{full} has no value, as its section is off (null): set {full} first", key=full)
+    node = tree.__dict__["_content"].get(key) if isinstance(tree.__dict__["_content"], dict) else None
+    if isinstance(node, DictConfig) and node._is_none() and is_dataclass(node._metadata.ref_type):
+        _convert(node)
+        return node
+    return None
+
+
+@contextmanager
+def _switched_on(tree: DictConfig, key: Any) -> Iterator[None]:
+    """Give an optional section its defaults while one of its keys is set; it stays on unless that fails."""
+    if not tree._is_none():
+        yield
+        return
+    _require_known(tree, key)
+    tree._set_value(tree._metadata.ref_type())
+    _convert(tree)
+    try:
+        yield
+    except Exception:
+        tree._set_value(None)
+        raise
+
+
+def _require_known(tree: DictConfig, key: Any) -> None:
+    kind = OmegaConf.get_type(_root(tree))
+    if key not in {item.name for item in fields(tree._metadata.ref_type)} and isinstance(kind, type):
+        told = unknown_key(str(tree._get_full_key(key)), kind)
+        raise UnknownKeyError(str(told), key=told.key, offers=told.offers)
+
+
+def _set_renamed(tree: DictConfig, key: Any, value: Any) -> bool:
+    """Set a key under its old name, or with a value of its old kind. Returns whether the key is one."""
+    root = _root(tree)
+    kind = OmegaConf.get_type(root)
+    rename = rename_of(tree._get_full_key(key), value, kind) if is_dataclass(kind) and isinstance(kind, type) else None
+    if rename is None:
+        return False
+    warn_renamed(rename.old, rename.new)
+    *sections, name = rename.new.split(".")
+    node: Any = root
+    for section in sections:
+        node = node[section]
+    new = rename.converted(value)
+    if isinstance(new, dict):
+        below = node[name]
+        if isinstance(below, DictConfig) and below._is_none():
+            below._set_value(below._metadata.ref_type())
+            _convert(below)
+        for part, one in new.items():
+            node[name][part] = one
+    else:
+        node[name] = new
+    return True
+
+
+def _root(tree: DictConfig) -> DictConfig:
+    while (above := tree.__dict__["_parent"]) is not None:
+        tree = above
+    return tree
 
 
 @contextmanager
@@ -71,10 +158,7 @@ def _explained(tree: DictConfig) -> Iterator[None]:
     try:
         yield
     except EXPLAINED as error:
-        root = tree
-        while (above := root.__dict__["_parent"]) is not None:
-            root = above
-        kind = OmegaConf.get_type(root)
+        kind = OmegaConf.get_type(_root(tree))
         told = (
             explain(error, kind, [])
             if isinstance(kind, type)

@@ -204,6 +204,7 @@ class Module(LightningModule):
             saved["config"],
             saved["started_as"],
             asdict(self.config),
+            tree=type(self.config),
             same_tokenizer=same_tokenizer,
             same_template=same_template,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from megarl.config.rl import CloneConfig
 from megarl.config.schema import PPOConfig, RFTConfig
 from megarl.data.dataset import SFTDataset
 from megarl.data.order import TrainBatches, TrainLoader
@@ -26,6 +27,11 @@ REPORTS = 8  # lines of progress
 log = get_logger(__name__)
 
 
+def clones(config: PPOConfig | RFTConfig) -> bool:
+    """Whether a run begins with behaviour cloning."""
+    return config.clone is not None and bool(config.clone.data)
+
+
 def clone_behaviour(
     config: PPOConfig | RFTConfig,
     tokenizer: Tokenizer,
@@ -35,6 +41,7 @@ def clone_behaviour(
     sources: Sources,
 ) -> None:
     """Train a model of the policy's shape on samples by cross entropy, and give its weights to the engines."""
+    assert config.clone is not None
     clone, steps = config.clone, config.clone.steps
     settings = replace(config.optim, lr=clone.lr, schedule="constant", warmup_steps=0)
     source = sources.at(config.model.path)
@@ -47,7 +54,9 @@ def clone_behaviour(
         total_steps=steps,
     )
     how, length = prompt_format(config.data), config.model.max_positions
-    documents = refused_once(grid, lambda: SFTDataset(_records(config), tokenizer, length, how, name="clone.data"))
+    documents = refused_once(
+        grid, lambda: SFTDataset(_records(clone, config), tokenizer, length, how, name="clone.data")
+    )
     documents.stats.report("clone.data", "the model's context")
     log.info("cloning the behaviour of %d samples first: %d steps of cross entropy", len(documents), steps)
     order = TrainBatches(documents.lengths, config.trainer.global_batch_size, config.seed)
@@ -63,8 +72,8 @@ def clone_behaviour(
         engine.start_from(student)
 
 
-def _records(config: PPOConfig | RFTConfig) -> Iterable[Record]:
-    for path in config.clone.data:
+def _records(clone: CloneConfig, config: PPOConfig | RFTConfig) -> Iterable[Record]:
+    for path in clone.data:
         if path == RANDOMWALKS:
             graph = config.data.graph_seed
             yield from (Record({"text": walk}, f"randomwalks {graph}") for walk in task(graph).walks)

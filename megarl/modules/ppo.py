@@ -28,7 +28,7 @@ from megarl.logging import get_logger
 from megarl.models.exchange.pretrained import Sources, critic_model
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
-from megarl.modules.clone import clone_behaviour
+from megarl.modules.clone import clone_behaviour, clones
 from megarl.modules.critics import NoCritic, SeparateCritic, SharedCritic
 from megarl.modules.generative import REWARD, GenerativeModule
 from megarl.modules.workload import REWARD_NOTE, Workload, responses
@@ -130,7 +130,7 @@ class PPO(GenerativeModule):
     @property
     def warmup_phases(self) -> int:
         """The first phases, in which only a critic of its own trains."""
-        return self.config.critic.warmup_phases if critic_kind(self.config) == "separate" else 0
+        return self.config.critic.own.warmup_phases if critic_kind(self.config) == "separate" else 0
 
     @property
     def steps_of_a_phase(self) -> int:
@@ -141,12 +141,12 @@ class PPO(GenerativeModule):
         config = self.config
         if self.resumes:
             return
-        if config.clone.data:
-            own_start = self.critic.engine is not None and config.critic.path is not None
+        if clones(config):
+            own_start = self.critic.engine is not None and config.critic.own.path is not None
             self._clone(config, [self.policy] if own_start else list(self.engines.values()))
         if config.ppo.kl_coef > 0:
             self.reference = self._make_reference()
-            if config.clone.data:
+            if clones(config):
                 self._keep_reference()
 
     def _clone(self, config: PPOConfig, engines: Sequence[Engine]) -> None:
@@ -163,7 +163,7 @@ class PPO(GenerativeModule):
         started_as.parallel = self.config.parallel
         name = self.reference_name
         kept = name is not None and take(self.policy, name, self.run_dir, checkpoint)
-        if started_as.clone.data and not kept:
+        if clones(started_as) and not kept:
             log.warning(
                 "the weights that the reference had are neither in %s nor beside the checkpoint: cloning the behaviour "
                 "again, as the run did at its start",
@@ -476,16 +476,17 @@ def steps_of_a_phase(config: PPOConfig) -> int:
 
 
 def _critic(config: PPOConfig, vocab_size: int, sources: Sources) -> Role:
-    """Return a separate critic: the model at `critic.path`, or where that is null one that starts as the policy."""
-    model = critic_model(config, vocab_size, sources.at(config.critic.path))
-    lr = config.optim.lr if config.critic.lr is None else config.critic.lr
+    """Return a separate critic: the model at `critic.separate.path`, or a copy of the policy if that is null."""
+    critic = config.critic.own
+    model = critic_model(config, vocab_size, sources.at(critic.path))
+    lr = config.optim.lr if critic.lr is None else critic.lr
     return Role(
         "critic",
         model,
         model.vocab_size or vocab_size,
         heads=("value",),
         optim=replace(config.optim, lr=lr),
-        lr_key="optim.lr" if config.critic.lr is None else "critic.lr",
-        source=sources.at(config.critic.path or config.model.path),
+        lr_key="optim.lr" if critic.lr is None else "critic.separate.lr",
+        source=sources.at(critic.path or config.model.path),
         about="trains, a separate model",
     )

@@ -18,7 +18,7 @@ from megarl.errors import ConfigError
 from megarl.experience.rows import rollouts_to_rows, training_flops
 from megarl.models.exchange.pretrained import Sources
 from megarl.models.roles import Role
-from megarl.modules.clone import clone_behaviour
+from megarl.modules.clone import clone_behaviour, clones
 from megarl.modules.generative import GenerativeModule
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.modules.workload import REWARD_NOTE, Workload, responses
@@ -86,7 +86,7 @@ class RFT(GenerativeModule):
         return -(-answers // self.config.trainer.global_batch_size)
 
     def on_fit_start(self) -> None:
-        if self.config.clone.data and not self.resumes:
+        if clones(self.config) and not self.resumes:
             with self.clock.part("clone"):
                 clone_behaviour(self.config, self.tokenizer, self.grid, self.vocab_size, [self.policy], self.sources)
 

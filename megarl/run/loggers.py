@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogg
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from megarl.config.schema import LoggerConfig
+from megarl.config.schema import LoggerConfig, MlflowConfig, WandbConfig
 from megarl.disk import UnreadableError, read_text, write_atomically
 from megarl.errors import ConfigError, UnavailableError, one_line
 from megarl.logging import get_logger, warn_once
@@ -42,10 +42,10 @@ def build_loggers(
         loggers += _tensorboard(folder)
     for entry in loggers:
         entry.log_hyperparams(dict(resolved_config))
-    if config.wandb:
-        loggers.append(_wandb(config, folder, run_name, resolved_config))
-    if config.mlflow:
-        loggers.append(_mlflow(config, folder, run_name, resolved_config))
+    if config.wandb is not None:
+        loggers.append(_wandb(config.wandb, folder, run_name, resolved_config))
+    if config.mlflow is not None:
+        loggers.append(_mlflow(config.mlflow, folder, run_name, resolved_config))
     return loggers
 
 
@@ -62,21 +62,21 @@ def _tensorboard(folder: Path) -> list[Logger]:
         return []
 
 
-def _wandb(config: LoggerConfig, folder: Path, run_name: str, resolved: Mapping[str, Any]) -> Logger:
-    with _explained("logger.wandb", "wandb login, logger.wandb_mode=offline or logger.wandb=false"):
+def _wandb(config: WandbConfig, folder: Path, run_name: str, resolved: Mapping[str, Any]) -> Logger:
+    with _explained("logger.wandb", "wandb login, logger.wandb.mode=offline or logger.wandb=null"):
         entry = WandbLogger(
-            project=config.wandb_project,
+            project=config.project,
             name=run_name,
             save_dir=folder,
             id=_identity(folder / "wandb-id.txt", lambda: uuid.uuid4().hex[:8]),
-            offline=config.wandb_mode == "offline",
+            offline=config.mode == "offline",
         )
         entry.log_hyperparams(dict(resolved))
     return entry
 
 
-def _mlflow(config: LoggerConfig, folder: Path, run_name: str, resolved: Mapping[str, Any]) -> Logger:
-    uri = config.mlflow_uri or str(folder / "mlruns")
+def _mlflow(config: MlflowConfig, folder: Path, run_name: str, resolved: Mapping[str, Any]) -> Logger:
+    uri = config.uri or str(folder / "mlruns")
     if ":" not in uri:
         uri = f"file:{Path(uri).absolute()}"
     if uri.startswith("file:"):
@@ -84,7 +84,7 @@ def _mlflow(config: LoggerConfig, folder: Path, run_name: str, resolved: Mapping
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     identity = folder / "mlflow-id.txt"
     known = _known(identity)
-    with _explained("logger.mlflow", "another logger.mlflow_uri or logger.mlflow=false"):
+    with _explained("logger.mlflow", "another logger.mlflow.uri or logger.mlflow=null"):
         entry = MLFlowLogger(
             experiment_name=_EXPERIMENT, run_name=run_name, tracking_uri=uri, save_dir=None, run_id=known
         )
@@ -121,10 +121,6 @@ def _explained(key: str, otherwise: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as problem:
-        raise UnavailableError(
-            f"{key}=true, but a package is not installed ({problem}): {_INSTALL}", key=key, value=True
-        ) from problem
+        raise UnavailableError(f"{key}: a package is not installed ({problem}): {_INSTALL}", key=key) from problem
     except Exception as problem:  # their own kinds of error, of packages that may not be importable here
-        raise UnavailableError(
-            f"{key}=true cannot start ({one_line(problem)}): use {otherwise}", key=key, value=True
-        ) from problem
+        raise UnavailableError(f"{key} cannot start ({one_line(problem)}): use {otherwise}", key=key) from problem

@@ -13,6 +13,7 @@ from megarl.config.advantages import ADVANTAGES, critic_kind, whitens, without_e
 from megarl.config.checks import accumulation, check, data_parallel_size, world_size
 from megarl.config.offers import Refusal, divisors, either, enforce, multiples, near, read
 from megarl.config.resources import resource
+from megarl.config.rl import SeparateCriticConfig
 from megarl.config.schema import ILQLConfig, ModelConfig, ParallelConfig, PPOConfig, SFTConfig
 from megarl.config.shape import check_shape
 from megarl.disk import writable
@@ -31,6 +32,7 @@ def configured(**values: Any) -> SFTConfig:
     return config
 
 
+own = SeparateCriticConfig
 Offers = dict[str, list[Any]]
 
 
@@ -258,10 +260,10 @@ def phases(**values: Any) -> PPOConfig:
         (1, {}),
         (4, {"parallel__tp": 2, "parallel__pp": 2}),
         (1, {"ppo__rollouts": 12, "rollout__n": 4}),
-        (1, {"critic__kind": "separate", "critic__lr": 1e-4, "critic__path": "/weights", "critic__warmup_phases": 3}),
+        (1, {"critic__kind": "separate", "critic__separate": own(lr=1e-4, path="/weights", warmup_phases=3)}),
         (1, {"ppo__advantages": "grpo", "rollout__n": 8}),
-        (1, {"ppo__advantages": "rloo", "rollout__n": 2, "critic__kind": "separate", "critic__lr": 1e-4}),
-        (1, {"ppo__advantages": "remax", "critic__kind": "none", "critic__path": "/weights"}),
+        (1, {"ppo__advantages": "rloo", "rollout__n": 2, "critic__kind": "separate", "critic__separate": own(lr=1e-4)}),
+        (1, {"ppo__advantages": "remax", "critic__kind": "none", "critic__separate": own(path="/weights")}),
         (1, {"reward__timeout": 9000.0}),
         (2, {"reward__timeout": 9000.0, "parallel__timeout_s": 20_000}),
         (1, {"ppo__kl_coef": 0.0}),
@@ -291,14 +293,14 @@ def test_phases_that_can_run_pass(world: int, values: dict[str, Any]) -> None:
             "rollout.max_new_tokens",
             {"rollout.max_new_tokens": [255], "model.max_positions": [257]},
         ),
-        (1, {"critic__path": "/weights"}, "critic.path", {"critic.kind": ["separate"]}),
-        (1, {"critic__lr": 1e-4}, "critic.lr", {"critic.kind": ["separate"]}),
-        (1, {"critic__warmup_phases": 1}, "critic.warmup_phases", {"critic.kind": ["separate"]}),
+        (1, {"critic__separate": own(path="/weights")}, "critic.separate.path", {"critic.kind": ["separate"]}),
+        (1, {"critic__separate": own(lr=1e-4)}, "critic.separate.lr", {"critic.kind": ["separate"]}),
+        (1, {"critic__separate": own(warmup_phases=1)}, "critic.separate.warmup_phases", {"critic.kind": ["separate"]}),
         (
             1,
-            {"critic__kind": "separate", "critic__warmup_phases": 100},
-            "critic.warmup_phases",
-            {"critic.warmup_phases": [99]},
+            {"critic__kind": "separate", "critic__separate": own(warmup_phases=100)},
+            "critic.separate.warmup_phases",
+            {"critic.separate.warmup_phases": [99]},
         ),
         (
             1,
@@ -333,7 +335,7 @@ def test_phases_that_cannot_run_are_told_what_can(world: int, values: dict[str, 
 
 
 def test_keys_that_the_kind_of_advantages_does_not_read_are_named() -> None:
-    assert without_effect(phases(critic__kind="separate", critic__lr=1e-4, ppo__lam=0.9)) == []
+    assert without_effect(phases(critic__kind="separate", critic__separate=own(lr=1e-4), ppo__lam=0.9)) == []
     plain = phases(ppo__advantages="grpo", rollout__n=8)
     assert without_effect(plain) == []
     assert critic_kind(plain) == "none"
@@ -341,12 +343,12 @@ def test_keys_that_the_kind_of_advantages_does_not_read_are_named() -> None:
         **{
             "ppo__advantages": "grpo",
             "critic__kind": "separate",
-            "critic__lr": 1e-4,
+            "critic__separate": own(lr=1e-4),
             "ppo__lam": 0.9,
             "ppo__gamma": 0.9,
         }
     )
-    assert without_effect(found) == ["ppo.gamma", "ppo.lam", "critic.kind", "critic.lr"]
+    assert without_effect(found) == ["ppo.gamma", "ppo.lam", "critic.kind", "critic.separate.lr"]
     assert without_effect(phases(ppo__advantages="reinforce_pp", critic__kind="none", ppo__gamma=0.9)) == []
 
 

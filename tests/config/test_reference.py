@@ -37,6 +37,12 @@ def documented() -> dict[str, dict[str, str]]:
     return found
 
 
+def plain_value(plain: Any, key: str) -> Any:
+    for part in key.split("."):
+        plain = plain[part]
+    return plain
+
+
 def test_the_page_shows_what_every_entry_point_composes_to(folder: Path) -> None:
     pages = documented()
     for name, entry in entry_points().items():
@@ -46,9 +52,11 @@ def test_the_page_shows_what_every_entry_point_composes_to(folder: Path) -> None
         _, plain = compose(name, [])
         shown: Any = OmegaConf.to_container(OmegaConf.create({key: rows[key] for key in keys}), resolve=True)
         for leaf in leaves(entry.config):
-            value: Any = plain
-            for part in leaf.key.split("."):
-                value = value[part]
+            if leaf.optional:
+                assert plain_value(plain, leaf.optional) is None
+                value = leaf.default
+            else:
+                value = plain_value(plain, leaf.key)
             text = shown[leaf.key]
             assert (text if isinstance(value, str) else json.loads(text)) == value, f"{entry.program} {leaf.key}"
 

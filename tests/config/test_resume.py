@@ -25,6 +25,7 @@ from megarl.config.resume import (
     rows,
     told,
 )
+from megarl.config.rl import CloneConfig, CriticConfig, SeparateCriticConfig
 from megarl.config.schema import ILQLConfig, PPOConfig, SFTConfig
 from megarl.errors import CheckpointError
 from tests.refusals import refused
@@ -43,6 +44,10 @@ def test_the_table_of_the_page_is_current() -> None:
     assert "\n".join(rows()) in page.read_text(encoding="utf-8"), "put in what python -m megarl.config.resume prints"
 
 
+def cloning(**sections: Any) -> PPOConfig:
+    return PPOConfig(clone=CloneConfig(data=["samples.jsonl"]), **sections)
+
+
 def found(tree: Any, **changed: Any) -> list[Difference]:
     """Differences of a run whose keys (dots as two underscores) were changed from the defaults."""
     before, now = asdict(tree()), asdict(tree())
@@ -52,7 +57,7 @@ def found(tree: Any, **changed: Any) -> list[Difference]:
         for part in rest:
             target, node = target[node], part
         target[node] = value
-    return differences(before, before, now, same_tokenizer=True)
+    return differences(before, before, now, tree=type(tree()), same_tokenizer=True)
 
 
 def test_nothing_is_said_where_nothing_differs() -> None:
@@ -62,13 +67,13 @@ def test_nothing_is_said_where_nothing_differs() -> None:
 
 @pytest.mark.parametrize("key", [key for key, rule in TABLE.items() if rule.kind == REFUSED])
 def test_what_cannot_change_is_refused_by_key_old_and_new_value(key: str) -> None:
-    tree = ILQLConfig if key.startswith("ilql") else PPOConfig
+    tree: type = ILQLConfig if key.startswith("ilql") else PPOConfig
     section, name = key.split(".")
     started = {} if key != "model.vocab_size" else {section: {name: 64}}
     before, now = asdict(tree()), asdict(tree())
     before[section] |= started.get(section, {})
     now[section][name] = "other"
-    changed = differences(before, before, now, same_tokenizer=section != "tokenizer")
+    changed = differences(before, before, now, tree=tree, same_tokenizer=section != "tokenizer")
     assert [difference.key for difference in changed] == [key]
     offers = {key: [changed[0].old]}
     with refused(
@@ -78,7 +83,7 @@ def test_what_cannot_change_is_refused_by_key_old_and_new_value(key: str) -> Non
 
 
 def test_what_differs_is_said_with_both_values_and_where_it_comes_from() -> None:
-    changed = found(PPOConfig, ppo__kl_coef=0.01, clone__steps=7)
+    changed = found(cloning, ppo__kl_coef=0.01, clone__steps=7)
     refuse(changed, "RUN/step-1")
     line = told(changed)
     assert f"ppo.kl_coef: 0.05 -> 0.01 ({NOW}" in line
@@ -88,9 +93,9 @@ def test_what_differs_is_said_with_both_values_and_where_it_comes_from() -> None
 
 def test_what_only_a_start_uses_is_compared_with_the_start_of_the_line() -> None:
     """A run resumed with other clone.steps saves those, and they never were in force."""
-    first, second = asdict(PPOConfig()), asdict(PPOConfig())
+    first, second = asdict(cloning()), asdict(cloning())
     second["clone"]["steps"], second["optim"]["lr"] = 7, 1.0
-    keys = [change.key for change in differences(second, first, second, same_tokenizer=True)]
+    keys = [change.key for change in differences(second, first, second, tree=PPOConfig, same_tokenizer=True)]
     assert keys == ["clone.steps"]
 
 
@@ -101,15 +106,17 @@ def test_the_same_shape_in_other_words_is_no_difference() -> None:
 def test_the_same_tokenizer_elsewhere_is_no_difference() -> None:
     before, now = asdict(SFTConfig()), asdict(SFTConfig())
     now["tokenizer"]["path"] = "moved"
-    assert differences(before, before, now, same_tokenizer=True) == []
-    assert [change.key for change in differences(before, before, now, same_tokenizer=False)] == ["tokenizer.path"]
+    assert differences(before, before, now, tree=SFTConfig, same_tokenizer=True) == []
+    assert [change.key for change in differences(before, before, now, tree=SFTConfig, same_tokenizer=False)] == [
+        "tokenizer.path"
+    ]
 
 
 def test_a_tokenizer_whose_file_changed_is_refused_too() -> None:
     plain = asdict(SFTConfig())
     plain["tokenizer"]["path"] = "words"
     with refused(CheckpointError, key="tokenizer.path", value="words", offers={"tokenizer.path": ["words"]}):
-        refuse(differences(plain, plain, plain, same_tokenizer=False), "RUN/step-1")
+        refuse(differences(plain, plain, plain, tree=SFTConfig, same_tokenizer=False), "RUN/step-1")
 
 
 @pytest.mark.parametrize(("old", "shown"), [("words", "words"), (None, "null")])
@@ -118,7 +125,7 @@ def test_the_remedy_for_another_tokenizer_is_the_old_value(old: str | None, show
     before["tokenizer"]["path"], now["tokenizer"]["path"] = old, "others"
     data = {"key": "tokenizer.path", "value": "others", "offers": {"tokenizer.path": [old]}}
     with refused(CheckpointError, **data, names=(f"tokenizer.path={shown}",)):
-        refuse(differences(before, before, now, same_tokenizer=False), "RUN/step-1")
+        refuse(differences(before, before, now, tree=SFTConfig, same_tokenizer=False), "RUN/step-1")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +142,7 @@ def test_chat_templates_are_compared_by_what_their_files_hold(
 ) -> None:
     before, now = asdict(SFTConfig()), asdict(SFTConfig())
     before["data"]["chat_template"], now["data"]["chat_template"] = old, new
-    line = told(differences(before, before, now, same_tokenizer=True, same_template=same))
+    line = told(differences(before, before, now, tree=SFTConfig, same_tokenizer=True, same_template=same))
     assert line.startswith(said)
     assert bool(line) == bool(said)
 
@@ -144,5 +151,50 @@ def test_keys_that_another_version_had_are_passed_over() -> None:
     before = asdict(SFTConfig())
     del before["optim"]["beta1"], before["export"]
     before["optim"]["gone"] = 1
-    assert differences(before, before, asdict(SFTConfig()), same_tokenizer=True) == []
+    assert differences(before, before, asdict(SFTConfig()), tree=SFTConfig, same_tokenizer=True) == []
     assert from_plain(SFTConfig, before) == SFTConfig()
+
+
+OLD_LOGGER = {
+    "tensorboard": True,
+    "csv": True,
+    "wandb": False,
+    "wandb_project": "megarl",
+    "wandb_mode": "online",
+    "mlflow": False,
+    "mlflow_uri": None,
+}
+
+
+def changed_since(old: dict[str, Any], now: PPOConfig) -> dict[str, tuple[Any, Any]]:
+    before = asdict(PPOConfig()) | old
+    found = differences(before, before, asdict(now), tree=PPOConfig, same_tokenizer=True)
+    return {difference.key: (difference.old, difference.new) for difference in found}
+
+
+def test_a_section_that_was_off_and_one_that_is_null_are_the_same() -> None:
+    off = {"data": [], "steps": 20, "lr": 1e-3}
+    assert changed_since({"clone": off, "logger": OLD_LOGGER}, PPOConfig()) == {}
+    assert changed_since({}, PPOConfig(clone=CloneConfig(steps=3))) == {}
+
+
+def test_a_section_that_one_run_has_is_one_difference() -> None:
+    on = asdict(CloneConfig(["a.jsonl"]))
+    assert changed_since({"clone": on}, PPOConfig()) == {"clone": (on, None)}
+    assert changed_since({}, PPOConfig(clone=CloneConfig(["a.jsonl"]))) == {"clone": (None, on)}
+    wandb = {"project": "megarl", "mode": "online"}
+    assert changed_since({"logger": OLD_LOGGER | {"wandb": True}}, PPOConfig()) == {"logger.wandb": (wandb, None)}
+
+
+def test_keys_of_an_older_version_are_compared_under_their_new_names() -> None:
+    old = {"kind": "separate", "path": None, "lr": 0.5, "warmup_phases": 0}
+    now = PPOConfig(critic=CriticConfig("separate", SeparateCriticConfig(lr=0.25)))
+    assert changed_since({"critic": old}, now) == {"critic.separate.lr": (0.5, 0.25)}
+    assert from_plain(PPOConfig, {"critic": old}).critic.own == SeparateCriticConfig(lr=0.5)
+    assert changed_since({"critic": old | {"kind": "shared", "lr": None}}, PPOConfig()) == {}
+
+
+def test_the_remedy_for_a_section_is_its_keys() -> None:
+    difference = Difference("clone", {"data": ["a"], "steps": 4, "lr": 0.1}, None)
+    assert difference.remedy == "clone.data=['a'] clone.steps=4 clone.lr=0.1"
+    assert Difference("clone", None, {}).remedy == "clone=null"

@@ -10,7 +10,7 @@ import pytest
 from megarl.config.algorithms import entry_point, entry_points
 from megarl.config.checks import check
 from megarl.config.compose import compose
-from megarl.config.leaf import leaves
+from megarl.config.leaf import leaves, optional_sections
 from megarl.config.offers import divisors
 from megarl.config.schema import ILQLConfig, ModelConfig, PPOConfig
 from megarl.config.shape import shape_problem
@@ -26,6 +26,9 @@ def with_value(key: str, value: Any, tree: type = PPOConfig) -> Any:
     *above, name = key.split(".")
     section = config
     for part in above:
+        if getattr(section, part) is None:  # an optional section
+            kind = next(found.kind for found in optional_sections(tree) if found.key.endswith(part))
+            setattr(section, part, kind())
         section = getattr(section, part)
     setattr(section, name, value)
     return config

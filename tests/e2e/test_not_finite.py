@@ -142,7 +142,7 @@ def test_a_learning_rate_that_ruins_the_weights_leaves_the_checkpoints_before_it
 
 @pytest.mark.parametrize(
     ("key", "settings"),
-    [("clone.lr", []), ("critic.lr", ["critic.kind=separate", "clone.data=[]", "ppo.inner_epochs=4"])],
+    [("clone.lr", []), ("critic.separate.lr", ["critic.kind=separate", "clone.data=[]", "ppo.inner_epochs=4"])],
 )
 def test_the_learning_rate_to_lower_is_that_of_the_engine_that_failed(
     key: str, settings: list[str], worlds: Worlds, tmp_path: Path

@@ -32,7 +32,7 @@ LAYOUTS = {
 }
 CRITICS = {
     "shared": ["ppo.kl_target=1", "ppo.kl_horizon=100", "ppo.scale_scores=running"],
-    "separate": ["critic.kind=separate", "critic.lr=1e-3", "ppo.kl_in=loss", "ppo.entropy_coef=0.01"],
+    "separate": ["critic.kind=separate", "critic.separate.lr=1e-3", "ppo.kl_in=loss", "ppo.entropy_coef=0.01"],
 }
 TO_1E5 = ("rollout/score", "rollout/kl", "rollout/kl_coef", "rollout/entropy", "policy/loss", "value/loss")
 TO_1E4 = ("train/grad_norm",)
@@ -189,7 +189,7 @@ QUICK = ["clone.data=[]", "ppo.inner_epochs=2", "trainer.max_phases=1"]
 
 def test_a_critic_starts_from_the_trunk_it_is_given(worlds: Worlds, shared: list[str], tmp_path: Path) -> None:
     given = find(Path(shared[-1]) / "checkpoints")[-1]
-    still = ["critic.kind=separate", f"critic.path={given}", "optim.lr=0", *SAVED]
+    still = ["critic.kind=separate", f"critic.separate.path={given}", "optim.lr=0", *SAVED]
     worlds.run(1, run_ppo, tmp_path, *QUICK, *still)
     ours, theirs = final_tensors(tmp_path), tensors(given)
     trunk = [name for name in theirs if name.startswith("policy.decoder.") and "optimizer" not in name]
@@ -203,15 +203,15 @@ def test_a_critic_of_another_tokenizer_is_refused(worlds: Worlds, shared: list[s
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\ntwo\n")
     policy = ["tokenizer.kind=bytes", "tokenizer.path=null", f"data.train=[{prompts}]", "data.eval=[]"]
-    error = ended(worlds, tmp_path, "critic.kind=separate", f"critic.path={given}", *policy)
+    error = ended(worlds, tmp_path, "critic.kind=separate", f"critic.separate.path={given}", *policy)
     assert isinstance(error, ConfigError)
-    assert_refusal(error, names=(f"critic.path={given}", "vocab_size=23"))
+    assert_refusal(error, names=(f"critic.separate.path={given}", "vocab_size=23"))
 
 
 def test_a_critic_that_begins_alone_has_a_longer_schedule(worlds: Worlds, tmp_path: Path) -> None:
     """Two minibatches and two inner epochs a phase: the critic's rate falls over all three phases, the policy's over
     two."""
-    alone = ["critic.kind=separate", "critic.warmup_phases=1", "trainer.max_phases=3", "optim.schedule=linear"]
+    alone = ["critic.kind=separate", "critic.separate.warmup_phases=1", "trainer.max_phases=3", "optim.schedule=linear"]
     worlds.run(1, run_ppo, tmp_path, "clone.data=[]", "checkpoint.save_last=true", *alone)
     (saved,) = find(tmp_path / "checkpoints")
     engines = plain_content(saved)[0]["sharded_common"]
@@ -219,7 +219,7 @@ def test_a_critic_that_begins_alone_has_a_longer_schedule(worlds: Worlds, tmp_pa
     assert steps == {"policy": 8, "critic": 12}
 
 
-@pytest.mark.parametrize("key", ["model.path", "critic.path"])
+@pytest.mark.parametrize("key", ["model.path", "critic.separate.path"])
 def test_a_damaged_checkpoint_is_refused(key: str, worlds: Worlds, shared: list[str], tmp_path: Path) -> None:
     given = tmp_path / "given"
     shutil.copytree(find(Path(shared[-1]) / "checkpoints")[-1], given)

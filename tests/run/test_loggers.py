@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
 from megarl.callbacks.step_axis import StepAxis
-from megarl.config.schema import LoggerConfig
+from megarl.config.schema import LoggerConfig, MlflowConfig, WandbConfig
 from megarl.errors import UnavailableError
 from megarl.run.csv_logger import MetricsFile
 from megarl.run.loggers import build_loggers
@@ -122,7 +122,7 @@ def test_wandb_offline_run_continues_under_the_same_id(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")  # Lightning sets it; set here, it is put back afterwards
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_CONSOLE", "off")
-    config = only(wandb=True, wandb_project="p", wandb_mode="offline")
+    config = only(wandb=WandbConfig("p", "offline"))
     try:
         (first,) = build_loggers(config, tmp_path, "name", RESOLVED)
         first.log_metrics({"train/loss": 1.0}, step=3)
@@ -142,9 +142,9 @@ def test_mlflow_run_continues_and_keeps_its_first_parameters(tmp_path, monkeypat
     from mlflow.tracking import MlflowClient
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # put back afterwards
-    (first,) = build_loggers(only(mlflow=True), tmp_path, "name", RESOLVED)
+    (first,) = build_loggers(only(mlflow=MlflowConfig()), tmp_path, "name", RESOLVED)
     first.log_metrics({"train/loss": 2.0}, step=3)
-    (second,) = build_loggers(only(mlflow=True), tmp_path, "name", {**RESOLVED, "seed": 8})
+    (second,) = build_loggers(only(mlflow=MlflowConfig()), tmp_path, "name", {**RESOLVED, "seed": 8})
     second.log_metrics({"train/loss": 1.0}, step=4)
     client = MlflowClient(f"file:{tmp_path}/mlruns")
     run = client.get_run((tmp_path / "mlflow-id.txt").read_text().strip())
@@ -161,20 +161,20 @@ def test_missing_package_says_what_to_install(kind, package, tmp_path, monkeypat
             raise ModuleNotFoundError(f"No module named '{package}'")
 
     monkeypatch.setattr(f"megarl.run.loggers.{'WandbLogger' if kind == 'wandb' else 'MLFlowLogger'}", Missing)
-    with refused(UnavailableError, key=f"logger.{kind}", value=True, names=(f"'{package}'", "megarl[log]")):
-        build_loggers(only(**{kind: True}), tmp_path, "r", RESOLVED)
+    with refused(UnavailableError, key=f"logger.{kind}", names=(f"'{package}'", "megarl[log]")):
+        build_loggers(only(**{kind: {"wandb": WandbConfig, "mlflow": MlflowConfig}[kind]()}), tmp_path, "r", RESOLVED)
 
 
 def test_service_that_cannot_be_reached_names_the_key(tmp_path):
     pytest.importorskip("mlflow")
-    with refused(UnavailableError, key="logger.mlflow", value=True, names=("logger.mlflow_uri",)):
-        build_loggers(only(mlflow=True, mlflow_uri="nosuch://place"), tmp_path, "r", RESOLVED)
+    with refused(UnavailableError, key="logger.mlflow", names=("logger.mlflow.uri",)):
+        build_loggers(only(mlflow=MlflowConfig("nosuch://place")), tmp_path, "r", RESOLVED)
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     monkeypatch.setenv("WANDB_MODE", "offline")  # put back afterwards
-    everything = LoggerConfig(wandb=True, wandb_mode="offline")
+    everything = LoggerConfig(wandb=WandbConfig(mode="offline"))
     for entry in build_loggers(everything, tmp_path, "r", RESOLVED):
         entry.log_metrics({"a": 1.0}, step=1)
         entry.save()

@@ -62,13 +62,13 @@ def resolve_pretrained(config: Tree) -> tuple[Tree, Sources]:
 
     Returns:
         The tree with the shape and the tokenizer of the model at `model.path`, or the tree itself where that is null;
-        and the models at `model.path` and `critic.path`. The tree that was given is left as it is.
+        and the models at `model.path` and `critic.separate.path`. The tree that was given is left as it is.
     """
     sources = Sources()
     if config.model.path is not None:
         config = _with_shape(config, sources.whole(config.model.path, "model.path"))
-    if hasattr(config, "critic") and config.critic.path is not None and critic_kind(config) == "separate":
-        sources.whole(config.critic.path, "critic.path")
+    if hasattr(config, "critic") and config.critic.own.path is not None and critic_kind(config) == "separate":
+        sources.whole(config.critic.own.path, "critic.separate.path")
     return config, sources
 
 
@@ -93,7 +93,7 @@ def _with_shape(config: Tree, source: Source) -> Tree:
 
 
 def critic_model(config: Any, vocab_size: int, source: Source | None) -> ModelConfig:
-    """Return the shape of a separate critic: that of the model at `critic.path`, or the policy's where that is null.
+    """Return the shape of a separate critic: of the model at `critic.separate.path`, or the policy's if that is null.
 
     Refuses a critic that cannot read sequences of a policy of that vocabulary.
     """
@@ -105,12 +105,13 @@ def critic_model(config: Any, vocab_size: int, source: Source | None) -> ModelCo
         its = getattr(critic, name)
         if its < policys:
             raise ConfigError(
-                f"critic.path={config.critic.path} has {name}={its}, but the policy's sequences need {policys}: use a "
-                "critic that was trained with the policy's tokenizer and context, or critic.path=null",
+                f"critic.separate.path={config.critic.own.path} has {name}={its}, but the policy's sequences need "
+                f"{policys}: use a critic that was trained with the policy's tokenizer and context, or "
+                "critic.separate.path=null",
                 key=name,
                 value=its,
-                where=config.critic.path,
-                offers={"critic.path": [None]},
+                where=config.critic.own.path,
+                offers={"critic.separate.path": [None]},
             )
     check_shape(critic, config.parallel)
     return critic

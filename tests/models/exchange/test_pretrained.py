@@ -45,7 +45,7 @@ def run_and_count(run_dir: Path, policy: Path, critic: Path) -> dict[str, Any]:
         alive.append(len(sources))
         trains(self, indices, batch_idx)
 
-    start = [f"model.path={policy}", "critic.kind=separate", f"critic.path={critic}", "clone.steps=2"]
+    start = [f"model.path={policy}", "critic.kind=separate", f"critic.separate.path={critic}", "clone.steps=2"]
     with launched(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(HuggingFaceSource, "__init__", count_opening)
         patch.setattr(PPO, "training_step", count_alive)

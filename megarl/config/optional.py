@@ -1,0 +1,118 @@
+"""Optional sections while a configuration is composed.
+
+Hydra and OmegaConf cannot set a key below null. So Hydra composes with a schema in which the keys of every optional
+section are missing. Afterwards a section in which every key is still missing becomes null, and in any other the
+defaults take the place of what is missing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from megarl.config.leaf import OptionalSection, leaves, optional_sections
+
+
+def opened(tree: type) -> DictConfig:
+    """The schema that Hydra composes with."""
+    schema = OmegaConf.structured(tree)
+    assert isinstance(schema, DictConfig)
+    for section in optional_sections(tree):
+        node = OmegaConf.structured(section.kind)
+        for leaf in leaves(section.kind):
+            OmegaConf.update(node, leaf.key, MISSING)
+        parent, _, name = section.key.rpartition(".")
+        holder = OmegaConf.select(schema, parent) if parent else schema
+        holder[name] = node
+    return schema
+
+
+def settle(plain: dict[str, Any], tree: type, argv: Sequence[str]) -> None:
+    """Make every optional section of a composed configuration null or whole, in place.
+
+    Args:
+        plain: the configuration as plain dictionaries, with missing values as OmegaConf writes them.
+        argv: the command line. SECTION={} switches a section on with all keys at their defaults.
+    """
+    switched_on = {key for argument in argv for key, value in [_assigned(argument)] if value == "{}"}
+    for section in optional_sections(tree):
+        holder, name = _holder(plain, section.key)
+        if holder is None or not isinstance(holder.get(name), dict):
+            continue
+        holder[name] = settled(holder[name], section, switched_on)
+
+
+def settled(keys: dict[str, Any], section: OptionalSection, switched_on: Collection[str] = ()) -> Any:
+    """The keys of one section, completed with its defaults, or None where none of them is set."""
+    given = {name: value for name, value in keys.items() if not _missing(value)}
+    return {**asdict(section.kind()), **given} if given or section.key in switched_on else None
+
+
+def reopened(argv: list[str], tree: type) -> list[str]:
+    """The same command line for Hydra, which cannot set a key of a section that an earlier argument sets to null.
+
+    There, null is written as what it means: no key of the section is set.
+    """
+    optional = {section.key: section.kind for section in optional_sections(tree)}
+    found = []
+    for index, argument in enumerate(argv):
+        key, value = _assigned(argument)
+        if key in optional and value == "null" and key in set_sections(argv[index + 1 :], tree):
+            found += [f"{key}.{leaf.key}={MISSING}" for leaf in leaves(optional[key])]
+        else:
+            found.append(argument)
+    return found
+
+
+def set_sections(argv: Sequence[str], tree: type) -> set[str]:
+    """Optional sections that a command line sets a key of, or switches on."""
+    assigned = [_assigned(argument) for argument in argv]
+    return {
+        section.key
+        for section in optional_sections(tree)
+        for key, value in assigned
+        if key.startswith(section.key + ".") or (key == section.key and value != "null")
+    }
+
+
+def prepare_preset(plain: Any, tree: type, set_later: Collection[str]) -> None:
+    """Change, in place, what Hydra cannot compose of optional sections.
+
+    Args:
+        plain: the preset.
+        tree: the schema of the entry point.
+        set_later: sections that the command line sets a key of, where null in the preset says nothing.
+    """
+    for section in optional_sections(tree):
+        holder, name = _holder(plain, section.key)
+        if holder is None or name not in holder:
+            continue
+        if holder[name] == {}:
+            holder[name] = asdict(section.kind())
+        if holder[name] is None and section.key in set_later:
+            del holder[name]
+
+
+def _assigned(argument: str) -> tuple[str, str]:
+    """The key and the value of an argument, without spaces inside of an empty mapping."""
+    key, _, value = argument.lstrip("+").partition("=")
+    return key, re.sub(r"^\{\s*\}$", "{}", value.strip())
+
+
+def _missing(value: Any) -> bool:
+    """Whether a key, or every key of a section below, is missing."""
+    if isinstance(value, dict) and value:
+        return all(_missing(one) for one in value.values())
+    return isinstance(value, str) and value == MISSING
+
+
+def _holder(plain: Any, key: str) -> tuple[dict[str, Any] | None, str]:
+    """The mapping that holds a section, None where there is none, and the section's name in it."""
+    *parents, name = key.split(".")
+    for part in parents:
+        plain = plain.get(part) if isinstance(plain, dict) else None
+    return (plain if isinstance(plain, dict) else None), name

@@ -1,0 +1,224 @@
+"""Keys that had another name, or another kind of value, in an earlier version. The old spelling works with a warning.
+
+`python -m megarl.config.renames` prints the table of docs/migrate.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+
+from megarl.config.leaf import leaves, optional_sections
+from megarl.errors import ConfigError
+from megarl.logging import get_logger, warn_once
+
+_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+@dataclass(frozen=True)
+class Rename:
+    """An old key and what became of it.
+
+    Args:
+        old: the key as it was.
+        new: the key as it is. It may be the same, where only the kind of value has changed.
+        value: what the new key is set to, given the old value. None: the same value.
+        takes: recognises the old value where the key has kept its name. None: every value.
+        change: the change of the value in words, for docs/migrate.md.
+    """
+
+    old: str
+    new: str
+    value: Callable[[Any], Any] | None = None
+    takes: Callable[[Any], bool] | None = None
+    change: str = ""
+
+    def applies(self, value: Any) -> bool:
+        return self.takes is None or self.takes(value)
+
+    def converted(self, value: Any) -> Any:
+        return value if self.value is None else self.value(value)
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool) or str(value).lower() in _WORDS
+
+
+def _section_or_null(value: Any) -> dict[str, Any] | None:
+    return {} if value is True or _WORDS.get(str(value).lower()) else None
+
+
+def _switch(key: str) -> Rename:
+    """A switch that has become an optional section of the same name."""
+    return Rename(key, key, _section_or_null, _is_switch, "`true`: `{}`, or any of its keys; `false`: `null`")
+
+
+RENAMES = (
+    Rename("critic.path", "critic.separate.path"),
+    Rename("critic.lr", "critic.separate.lr"),
+    Rename("critic.warmup_phases", "critic.separate.warmup_phases"),
+    Rename("logger.wandb_project", "logger.wandb.project"),
+    Rename("logger.wandb_mode", "logger.wandb.mode"),
+    _switch("logger.wandb"),
+    Rename("logger.mlflow_uri", "logger.mlflow.uri"),
+    _switch("logger.mlflow"),
+)
+"""The switch of a section comes after the keys of the section."""
+
+
+def rename_of(key: str, value: Any, tree: type) -> Rename | None:
+    """What became of a key, where the tree has what it became."""
+    for rename in RENAMES:
+        if rename.old == key and rename.applies(value) and rename.new in keys(tree):
+            return rename
+    return None
+
+
+def renamed_arguments(argv: list[str], tree: type) -> list[str]:
+    """A command line in today's keys; a warning for each that is not.
+
+    Args:
+        argv: as it was typed. Flags stay as they are.
+        tree: the schema of the entry point.
+    """
+    typed = {_key_of(argument): argument.partition("=")[2] for argument in argv}
+    found: list[str] = []
+    off: list[str] = []
+    for switch in RENAMES:
+        if switch.takes is _is_switch and _WORDS.get(typed.get(switch.old, "").lower()) is False:
+            off.append(switch.new)
+    for argument in argv:
+        key, equals, text = argument.partition("=")
+        name = key.lstrip("+~")
+        rename = rename_of(name, _value_of(argument) if equals else None, tree)
+        if rename is None:
+            found.append(argument)
+            continue
+        new = key.removesuffix(name) + rename.new + (equals + _converted(rename, argument, text) if equals else "")
+        warn_renamed(rename.old, new)
+        if rename.new in typed and rename.new != rename.old and typed[rename.new] != text:
+            raise _both(rename, text, typed[rename.new])
+        if not any(rename.new.startswith(section + ".") for section in off):  # a switch that is off: no key counts
+            found.append(new)
+    return found
+
+
+def renamed_tree(plain: Mapping[str, Any], tree: type, *, warn: bool = True, where: str | None = None) -> Any:
+    """A configuration of plain values, or a part of one, in today's keys.
+
+    Args:
+        plain: of a preset, or as a checkpoint keeps it. It is not changed.
+        tree: the schema of the entry point.
+        warn: whether old keys are worth a warning.
+        where: the file that it comes from.
+    """
+    found: Any = copy.deepcopy(dict(plain))
+    changes = []
+    for rename in RENAMES:
+        *parents, name = rename.old.split(".")
+        holder: Any = found
+        for part in parents:
+            holder = holder.get(part) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and name in holder and rename_of(rename.old, holder[name], tree) is rename:
+            changes.append((rename, holder.pop(name)))
+    for rename, old in changes:
+        if warn:
+            warn_renamed(rename.old, rename.new, where)
+        _put(found, rename, rename.converted(old), old)
+    return found
+
+
+def rows() -> Iterator[str]:
+    """The table of docs/migrate.md, a line at a time."""
+    yield "| old key | new key | value |"
+    yield "| --- | --- | --- |"
+    for rename in RENAMES:
+        yield f"| `{rename.old}` | `{rename.new}` | {rename.change or 'the same'} |"
+
+
+def keys(tree: type) -> set[str]:
+    """Every key of a tree, and every optional section."""
+    return {leaf.key for leaf in leaves(tree)} | {section.key for section in optional_sections(tree)}
+
+
+def _put(plain: dict[str, Any], rename: Rename, value: Any, old: Any) -> None:
+    """Set a new key. Null switches a section off whatever its keys are; an empty mapping keeps them."""
+    *parents, name = rename.new.split(".")
+    holder = plain
+    for part in parents:
+        if not isinstance(holder.get(part), dict):
+            holder[part] = {}
+        holder = holder[part]
+    if isinstance(value, dict) and isinstance(holder.get(name), dict):
+        holder[name] = {**holder[name], **value}
+        return
+    if rename.takes is None and name in holder and holder[name] != value:
+        raise _both(rename, old, holder[name])
+    holder[name] = value
+
+
+def _both(rename: Rename, old: Any, new: Any) -> ConfigError:
+    return ConfigError(
+        f"{rename.old}={old} and {rename.new}={new} are one key under its old and its new name, with two values: leave "
+        f"{rename.old} out",
+        key=rename.old,
+        value=old,
+        offers={rename.new: [old, new]},
+    )
+
+
+def warn_renamed(old: str, new: str, where: str | None = None) -> None:
+    """Say once how a setting is written now."""
+    place = f" (in {where})" if where else ""
+    warn_once(get_logger(__name__), f"{old} has changed{place}: write {new}, see docs/migrate.md")
+
+
+def _key_of(argument: str) -> str:
+    return argument.partition("=")[0].lstrip("+~")
+
+
+def _value_of(argument: str) -> Any:
+    """The value of an argument; of several to run over, the first. Text where Hydra cannot read it."""
+    parsed = _parsed(argument)
+    if parsed is None:
+        return argument.partition("=")[2]
+    value = parsed._value
+    return _plain(value.list[0]) if isinstance(value, ChoiceSweep) else _plain(value)
+
+
+def _converted(rename: Rename, argument: str, text: str) -> str:
+    """The value of an argument as the new key has it, written for Hydra."""
+    if rename.value is None:
+        return text
+    parsed = _parsed(argument)
+    value = text if parsed is None else parsed._value
+    values = value.list if isinstance(value, ChoiceSweep) else [value]
+    return ",".join(_written(rename.converted(_plain(one))) for one in values)
+
+
+def _parsed(argument: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except Exception:  # it is refused when the configuration is composed
+        return None
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "text", value)  # of a quoted text
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_written(one)}" for key, one in value.items()) + "}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n".join(rows()) + "\n")

@@ -1,0 +1,116 @@
+"""A key's old name works with a warning that says the new one, wherever the key comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import megarl
+from megarl.config.algorithms import entry_points
+from megarl.config.compose import compose, run, typed
+from megarl.config.renames import RENAMES, keys, renamed_arguments, renamed_tree, rows
+from megarl.config.rl import SeparateCriticConfig
+from megarl.config.schema import MlflowConfig, PPOConfig, WandbConfig
+from megarl.errors import ConfigError
+from tests.refusals import refused
+
+Preset = Callable[..., None]
+
+
+def test_the_table_of_the_page_is_current() -> None:
+    page = Path(megarl.__file__).resolve().parents[1] / "docs" / "migrate.md"
+    assert "\n".join(rows()) in page.read_text(encoding="utf-8"), "put in what python -m megarl.config.renames prints"
+
+
+def test_every_new_key_exists_and_no_old_one_does() -> None:
+    known = {key for entry in entry_points().values() for key in keys(entry.config)}
+    for rename in RENAMES:
+        assert rename.new in known
+        assert rename.old not in known or rename.old == rename.new
+
+
+@pytest.mark.parametrize(
+    ("argv", "wandb", "mlflow"),
+    [
+        (["logger.wandb=true"], WandbConfig(), None),
+        (["logger.wandb=True", "logger.wandb_project=x"], WandbConfig("x"), None),
+        (["logger.wandb_project=x", "logger.wandb_mode=offline"], WandbConfig("x", "offline"), None),
+        (["logger=wandb", "logger.wandb_project=x"], WandbConfig("x"), None),
+        (["logger=wandb", "logger.wandb=false"], None, None),
+        (["logger.wandb=false", "logger.wandb_project=x"], None, None),
+        (["+logger.mlflow_uri=u"], None, MlflowConfig("u")),
+        (["++logger.mlflow_uri=u", "logger.mlflow=true"], None, MlflowConfig("u")),
+    ],
+)
+def test_old_keys_on_the_command_line(argv: list[str], wandb: Any, mlflow: Any, folder: Path) -> None:
+    logger = compose("sft", argv)[0].logger
+    assert (logger.wandb, logger.mlflow) == (wandb, mlflow)
+
+
+def test_a_warning_says_how_it_is_written_now(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert renamed_arguments(["+critic.lr=0.125", "seed=3", "--cfg"], PPOConfig) == [
+        "+critic.separate.lr=0.125",
+        "seed=3",
+        "--cfg",
+    ]
+    assert "critic.lr" in caplog.text
+    assert "+critic.separate.lr=0.125" in caplog.text
+    assert "seed" not in caplog.text
+
+
+def test_an_old_key_that_is_removed_is_named_by_its_new_name(folder: Path) -> None:
+    with refused(ConfigError, key="logger.wandb.project"):
+        compose("sft", ["~logger.wandb_project"])
+
+
+def test_old_keys_are_swept_over(folder: Path) -> None:
+    seen: list[Any] = []
+    argv = ["-m", "logger.wandb_project=a,b", "logger.mlflow=true,false"]
+    with pytest.raises(SystemExit) as ended:
+        run("sft", argv, lambda config: seen.append((config.logger.wandb.project, config.logger.mlflow)))
+    assert ended.value.code == 0
+    assert seen == [("a", MlflowConfig()), ("a", None), ("b", MlflowConfig()), ("b", None)]
+
+
+def test_old_keys_in_presets(folder: Path, preset: Preset) -> None:
+    preset("old", "critic: {kind: separate, lr: 0.5}\nlogger: {wandb: true, wandb_project: x}\n")
+    preset("off", "logger: {wandb: false, wandb_project: x}\n")
+    config, _ = compose("ppo", ["+conf=old"])
+    assert (config.critic.separate, config.logger.wandb) == (SeparateCriticConfig(lr=0.5), WandbConfig("x"))
+    assert compose("ppo", ["+conf=old", "critic.separate.lr=0.25"])[0].critic.separate.lr == 0.25
+    assert compose("ppo", ["+conf=old", "critic.lr=0.25"])[0].critic.separate.lr == 0.25
+    assert compose("sft", ["+conf=old"])[0].logger.wandb == WandbConfig("x")
+    assert compose("sft", ["+conf=[old,off]"])[0].logger.wandb is None
+
+
+def test_old_keys_by_attribute() -> None:
+    config = megarl.default_config("ppo", "critic.lr=0.5")
+    config.critic.warmup_phases = 2
+    config.logger.wandb = True
+    config["logger"]["wandb_project"] = "x"
+    config.logger.mlflow_uri = "u"
+    found, _ = typed("ppo", config)
+    assert found.critic.separate == SeparateCriticConfig(lr=0.5, warmup_phases=2)
+    assert (found.logger.wandb, found.logger.mlflow) == (WandbConfig("x"), MlflowConfig("u"))
+    config.logger.wandb = False
+    assert typed("ppo", config)[0].logger.wandb is None
+
+
+def test_an_old_and_a_new_key_with_two_values_are_refused(folder: Path, preset: Preset) -> None:
+    preset("both", "critic: {lr: 0.5, separate: {lr: 0.25}}\n")
+    for argv, old, new in (
+        (["critic.lr=0.5", "critic.separate.lr=0.25"], "0.5", "0.25"),
+        (["+conf=both"], 0.5, 0.25),
+    ):
+        with refused(ConfigError, key="critic.lr", value=old, offers={"critic.separate.lr": [old, new]}):
+            compose("ppo", argv)
+    assert compose("ppo", ["critic.lr=0.5", "critic.separate.lr=0.5"])[0].critic.separate.lr == 0.5
+
+
+def test_a_tree_that_is_brought_up_to_date_is_not_changed() -> None:
+    old = {"logger": {"wandb": False, "wandb_project": "x"}}
+    assert renamed_tree(old, PPOConfig, warn=False) == {"logger": {"wandb": None}}
+    assert old == {"logger": {"wandb": False, "wandb_project": "x"}}
