@@ -27,7 +27,7 @@ def refuses(start: Start, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
 
     def check(*argv: str, **data: Any) -> None:
         with monkeypatch.context() as here, refused(ConfigError, **data) as found:
-            here.setattr("megarl.config.compose.ended", lambda work, debug: work())
+            here.setattr("megarl.config.compose.run_command", lambda work, debug: work())
             run("sft", list(argv), lambda config: 0)
         code, out, err = start(*argv)
         assert (code, out) == (2, "")
