@@ -55,9 +55,11 @@ def without_effect(config: Any) -> list[str]:
     needs = ADVANTAGES[config.ppo.advantages]
     present = {f"ppo.{key}": (getattr(config.ppo, key), getattr(type(config.ppo)(), key)) for key in needs.unread}
     if not needs.values:
-        own, default = config.critic.own, type(config.critic)()
+        own, default = config.critic.settings, type(config.critic)()
         present["critic.kind"] = (config.critic.kind, default.kind)
-        present |= {f"critic.separate.{key}": (value, getattr(default.own, key)) for key, value in vars(own).items()}
+        present |= {
+            f"critic.separate.{key}": (value, getattr(default.settings, key)) for key, value in vars(own).items()
+        }
     return [
         key
         for key, (value, default) in present.items()

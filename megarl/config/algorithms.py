@@ -104,7 +104,14 @@ ALGORITHMS: dict[str, Algorithm] = {
             "a critic.",
             learns_from="prompts",
             unit="phase",
-            defaults={**_PPO_DEFAULTS, "ppo.advantages": "grpo", "critic.kind": "none", "rollout.n": 8},
+            defaults={
+                **_PPO_DEFAULTS,
+                "ppo.advantages": "grpo",
+                "critic.kind": "none",
+                "rollout.n": 8,
+                "ppo.kl_in": "loss",  # a KL in the scores would be divided by the deviation of a group, too
+                "ppo.kl_kind": "k3",
+            },
         ),
         Algorithm(
             "rft",

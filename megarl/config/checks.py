@@ -288,6 +288,15 @@ def _phase(config: Any, world_size: int) -> None:
             key="rollout.n",
             value=n,
         )
+    needs = ADVANTAGES[config.ppo.advantages]
+    if config.ppo.whiten_rewards and (needs.groups or needs.greedy):
+        raise Refusal(
+            f"ppo.advantages={config.ppo.advantages} compares scores of whole responses, which ppo.whiten_rewards=true "
+            "would change by their lengths",
+            {"ppo.whiten_rewards": [False]},
+            key="ppo.whiten_rewards",
+            value=True,
+        )
     for key in ("kl_target", "kl_limit"):
         if config.ppo.kl_coef == 0 and getattr(config.ppo, key) is not None:
             raise Refusal(
@@ -321,21 +330,22 @@ def _critic(config: Any, world_size: int) -> None:
             key="critic.kind",
             value="none",
         )
+    own = critic.settings
     for key in ("path", "lr", "warmup_phases"):
-        if critic.kind == "shared" and getattr(critic.own, key):
+        if critic.kind == "shared" and getattr(own, key):
             raise Refusal(
-                f"critic.separate.{key}={getattr(critic.own, key)} is of a critic of its own, but critic.kind=shared",
+                f"critic.separate.{key}={getattr(own, key)} applies to critic.kind=separate alone, which is shared",
                 {"critic.kind": ["separate"]},
                 key=f"critic.separate.{key}",
-                value=getattr(critic.own, key),
+                value=getattr(own, key),
             )
-    if critic.own.warmup_phases >= config.trainer.max_phases:
+    if own.warmup_phases >= config.trainer.max_phases:
         raise Refusal(
-            f"critic.separate.warmup_phases={critic.own.warmup_phases} leaves the policy none of trainer.max_phases="
+            f"critic.separate.warmup_phases={own.warmup_phases} leaves the policy none of trainer.max_phases="
             f"{config.trainer.max_phases}",
             {"critic.separate.warmup_phases": [config.trainer.max_phases - 1]},
             key="critic.separate.warmup_phases",
-            value=critic.own.warmup_phases,
+            value=own.warmup_phases,
         )
 
 

@@ -130,9 +130,15 @@ def renamed_tree(plain: Mapping[str, Any], tree: type, *, warn: bool = True, whe
             changes.append((rename, holder.pop(name)))
     for rename, old in changes:
         if warn:
-            warn_renamed(rename.old, rename.new, where)
+            warn_renamed(rename.old, written(rename, old), where)
         _put(found, rename, rename.converted(old), old)
     return found
+
+
+def written(rename: Rename, value: Any) -> str:
+    """Return how a setting is written now: its key, and its value where that is of another kind than it was."""
+    new = rename.converted(value)
+    return rename.new if new == value else f"{rename.new}={'null' if new is None else new}"
 
 
 def rows() -> Iterator[str]:

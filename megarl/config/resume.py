@@ -137,6 +137,9 @@ RULES = (
     _rule("logger", "tensorboard csv wandb.project wandb.mode mlflow.uri", NOW, "where metrics go"),
 )
 
+BEFORE = {"ppo.advantages": "gae"}
+"""What was in force where a checkpoint lacks a key, as it is older than the key."""
+
 TABLE: dict[str, Rule] = {key: rule for rule in RULES for key in rule.keys}
 
 
@@ -204,7 +207,7 @@ def differences(
         if (old is None) != (new is None):
             old, new = _in_force(theirs, key), _in_force(now, key)
         unknown = key == "model.vocab_size" and None in (old, new)  # the tokenizer's, or checked with the weights
-        same = old == new
+        same = old == new or (key == "critic.kind" and _critic_of(theirs) == _critic_of(now))
         if key == "data.chat_template" and same_template is not None:
             changed, same = same and not same_template, same_template
         if not same and not unknown:
@@ -277,6 +280,10 @@ def _comparable(plain: Mapping[str, Any], tree: type) -> dict[str, Any]:
             for part in parents:
                 holder = holder[part]
             holder[name] = asdict(section.kind())
+    for key, value in BEFORE.items():
+        *parents, name = key.split(".")
+        if _has(found, parents[0]):
+            found[parents[0]].setdefault(name, value)
     return found
 
 
@@ -287,6 +294,12 @@ def _rule_of(key: str) -> Rule:
 
 def _values(key: str, *plain: Mapping[str, Any]) -> list[Any]:
     return [_value(one, key) for one in plain]
+
+
+def _critic_of(plain: Mapping[str, Any]) -> str:
+    """Shared, separate or none, as the advantages need it."""
+    needs = ADVANTAGES[plain["ppo"]["advantages"]]
+    return str(plain["critic"]["kind"]) if needs.values else "none"
 
 
 def _has(plain: Mapping[str, Any], key: str) -> bool:

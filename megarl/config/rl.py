@@ -134,7 +134,7 @@ class CriticConfig:
     )
 
     @property
-    def own(self) -> SeparateCriticConfig:
+    def settings(self) -> SeparateCriticConfig:
         """The settings of a separate critic, at their defaults where they are null."""
         return self.separate or SeparateCriticConfig()
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from megarl.config.messages import EXPLAINED, explain, unknown_key
-from megarl.config.renames import rename_of, warn_renamed
+from megarl.config.renames import rename_of, warn_renamed, written
 from megarl.errors import ConfigError
 
 _ALGORITHM = "megarl.algorithm="  # begins the name of a flag: OmegaConf's flags are true or false and have no value
@@ -129,7 +129,7 @@ def _set_renamed(tree: DictConfig, key: Any, value: Any) -> bool:
     rename = rename_of(tree._get_full_key(key), value, kind) if is_dataclass(kind) and isinstance(kind, type) else None
     if rename is None:
         return False
-    warn_renamed(rename.old, rename.new)
+    warn_renamed(rename.old, written(rename, value))
     *sections, name = rename.new.split(".")
     node: Any = root
     for section in sections:

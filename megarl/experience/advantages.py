@@ -20,8 +20,8 @@ from megarl.algorithms import (
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a phase came to, the same on every rank.
+class PhaseResults:
+    """The results of a phase, the same on every rank.
 
     Attributes:
         rewards: [rows, time], of each response token; the KL is in them where it counts as a reward.
@@ -51,37 +51,37 @@ class Outcome:
         return mask_out(of_rows[:, None].expand_as(self.mask), self.mask)
 
 
-def _gae(outcome: Outcome) -> Tensor:
-    assert outcome.values is not None
-    return gae(outcome.rewards, outcome.values, outcome.mask, outcome.gamma, outcome.lam)[0]
+def _gae(results: PhaseResults) -> Tensor:
+    assert results.values is not None
+    return gae(results.rewards, results.values, results.mask, results.gamma, results.lam)[0]
 
 
-def _grpo(outcome: Outcome) -> Tensor:
-    return outcome.on_tokens(grpo_advantages(outcome.scores, outcome.groups))
+def _grpo(results: PhaseResults) -> Tensor:
+    return results.on_tokens(grpo_advantages(results.scores, results.groups))
 
 
-def _without_deviation(outcome: Outcome) -> Tensor:
-    return outcome.on_tokens(grpo_advantages(outcome.scores, outcome.groups, normalize=False))
+def _without_deviation(results: PhaseResults) -> Tensor:
+    return results.on_tokens(grpo_advantages(results.scores, results.groups, normalize=False))
 
 
-def _rloo(outcome: Outcome) -> Tensor:
-    return outcome.on_tokens(rloo_advantages(outcome.scores, outcome.groups))
+def _rloo(results: PhaseResults) -> Tensor:
+    return results.on_tokens(rloo_advantages(results.scores, results.groups))
 
 
-def _opo(outcome: Outcome) -> Tensor:
-    return outcome.on_tokens(opo_advantages(outcome.scores, outcome.groups, outcome.mask.sum(dim=1)))
+def _opo(results: PhaseResults) -> Tensor:
+    return results.on_tokens(opo_advantages(results.scores, results.groups, results.mask.sum(dim=1)))
 
 
-def _reinforce_pp(outcome: Outcome) -> Tensor:
-    return reward_to_go(outcome.rewards, outcome.mask, outcome.gamma)
+def _reinforce_pp(results: PhaseResults) -> Tensor:
+    return reward_to_go(results.rewards, results.mask, results.gamma)
 
 
-def _remax(outcome: Outcome) -> Tensor:
-    assert outcome.greedy is not None
-    return remax_advantages(outcome.rewards, outcome.greedy, outcome.mask)
+def _remax(results: PhaseResults) -> Tensor:
+    assert results.greedy is not None
+    return remax_advantages(results.rewards, results.greedy, results.mask)
 
 
-COMPUTE: dict[str, Callable[[Outcome], Tensor]] = {
+COMPUTE: dict[str, Callable[[PhaseResults], Tensor]] = {
     "gae": _gae,
     "grpo": _grpo,
     "dr_grpo": _without_deviation,

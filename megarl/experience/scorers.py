@@ -42,7 +42,7 @@ class Scorer(Protocol):
         """Return the scores of rollouts, in their order; `prompts[rollout.prompt_id]` is a rollout's prompt."""
 
     def forget(self, before: int) -> None:
-        """Let go of what is remembered of phases before that one."""
+        """Discard what is stored about earlier phases."""
 
     def close(self) -> None:
         """Release processes and memory until the next call."""
@@ -64,6 +64,7 @@ class FunctionScorer:
     ) -> None:
         """`journal` remembers scores over the end of a process, for this function as it is now."""
         self.grid, self.tokenizer, self.journal, self.batch_size = grid, tokenizer, journal, settings.batch_size
+        self.drops = settings.on_error == "drop"  # else what was left without a score is asked for again
         self.worker: RewardWorker | None = None
         chosen = read_function(function, key)
         name = getattr(chosen, "name", "combined").rpartition(":")[2].rpartition(".")[2]
@@ -93,7 +94,7 @@ class FunctionScorer:
         return scores
 
     def forget(self, before: int) -> None:
-        """Let go of what the journal holds of phases before that one."""
+        """Discard the journal of earlier phases."""
         if self.worker is not None and self.journal is not None:
             self.journal.forget(before)
 
@@ -114,7 +115,7 @@ class FunctionScorer:
         found: dict[int, Entry] = {
             row: known[name]
             for row, (name, rollout) in enumerate(zip(names, rollouts, strict=True))
-            if name in known and _fits(known[name], rollout)
+            if name in known and _fits(known[name], rollout) and (self.drops or known[name][0] is not None)
         }
         unknown = [row for row in range(len(rollouts)) if row not in found]
         failed = repeated = 0

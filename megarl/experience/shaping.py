@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,12 +21,21 @@ from megarl.algorithms import (
 from megarl.algorithms.advantages import VARIANCE_EPS
 from megarl.config.advantages import ADVANTAGES, whitens
 from megarl.config.rl import PPOSettings
-from megarl.experience.advantages import COMPUTE, Outcome, group_counts
+from megarl.experience.advantages import COMPUTE, PhaseResults, group_counts
 from megarl.parallel.rows import Rows
 from megarl.rewards.answers import Score
 from megarl.rewards.scores import total
 
 SMALLEST_STD = 1e-8  # scores that are all equal are divided by nothing
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """The likeliest responses that rows are compared with, one for each row: scores, and which ended at their maximum
+    length."""
+
+    scores: Sequence[Score]
+    truncated: Sequence[bool]
 
 
 class Shaping:
@@ -42,9 +51,7 @@ class Shaping:
         self.moments = RunningMoments()
         self.first_std: float | None = None  # of the first phase's scores
 
-    def shape(
-        self, rows: Rows, scores: Sequence[Score], greedy: Sequence[Score] | None = None
-    ) -> tuple[Rows, dict[str, float]]:
+    def shape(self, rows: Rows, scores: Sequence[Score], greedy: Greedy | None = None) -> tuple[Rows, dict[str, float]]:
         """Return the rows with the columns advantages and, where there are values, returns, and what is logged of them.
 
         With `ppo.mask_overlong` no action of a truncated response is left in their action mask.
@@ -53,34 +60,33 @@ class Shaping:
             rows: with old_logprobs, group, truncated and, where there are a critic and a reference, values and
                 ref_logprobs.
             scores: of each row, one number or one per response token.
-            greedy: of each row, the score of the likeliest response to its prompt.
+            greedy: the likeliest response to each row's prompt.
         """
-        settings, mask, truncated = self.settings, rows.action_mask, rows["truncated"]
+        settings, chosen, truncated = self.settings, rows.action_mask, rows["truncated"]
         given = torch.tensor([total(score) for score in scores], dtype=torch.float32)
-        kl = torch.zeros_like(mask)
+        kl = torch.zeros_like(chosen)
         if "ref_logprobs" in rows:
-            kl = kl_estimate(rows["old_logprobs"], rows["ref_logprobs"], settings.kl_kind) * mask
+            kl = kl_estimate(rows["old_logprobs"], rows["ref_logprobs"], settings.kl_kind) * chosen
         coef = self.kl_control.value if settings.kl_in == "reward" else 0.0
-        factor = self._factor(given)
-        rewards = self._rewards(scores, factor, mask, kl, coef)
-        rewards = self._penalise(rewards, mask, truncated)
+        factor = self._update_moments(given)
+        rewards = self._rewards(scores, factor, chosen, kl, coef)
+        rewards = self._penalise(rewards, chosen, truncated)
         if settings.whiten_rewards:
-            rewards = whiten(rewards, mask, shift_mean=False)
-        if settings.mask_overlong:
-            mask = mask * ~truncated[:, None]
-        outcome = Outcome(
+            rewards = whiten(rewards, chosen, shift_mean=False)
+        mask = chosen * ~truncated[:, None] if settings.mask_overlong else chosen
+        results = PhaseResults(
             rewards,
-            mask,
+            chosen,
             rows["group"],
             values=rows.per_token.get("values"),
             greedy=None if greedy is None else self._greedy(greedy, factor),
             gamma=settings.gamma,
             lam=settings.lam,
         )
-        advantages = COMPUTE[settings.advantages](outcome)
+        advantages = mask_out(COMPUTE[settings.advantages](results), mask)
         white = whitens(settings)
         shaped = replace(rows, action_mask=mask).with_columns(
-            advantages=whiten(advantages, mask) if white else advantages * mask
+            advantages=whiten(advantages, mask) if white else advantages
         )
         stats = {
             "rollout/score": float(given.mean()),
@@ -91,13 +97,14 @@ class Shaping:
         if white:
             stats["rollout/whitening_factor"] = whitening_factor(advantages, mask)
         if ADVANTAGES[settings.advantages].groups:
-            stats |= group_counts(self._clipped(given), rows["group"])  # what is clipped alike trains nothing
-        if outcome.greedy is not None:
-            stats["rollout/greedy_score"] = float(torch.tensor([total(score) for score in greedy or ()]).mean())
-        if outcome.values is not None:
-            returns = advantages + mask_out(outcome.values, mask)
+            earned = self._penalise(self._rewards(scores, factor, chosen, kl, 0.0), chosen, truncated)
+            stats |= group_counts(earned.sum(dim=1), rows["group"])
+        if greedy is not None:
+            stats["rollout/greedy_score"] = float(torch.tensor([total(score) for score in greedy.scores]).mean())
+        if results.values is not None:
+            returns = advantages + mask_out(results.values, mask)
             shaped = shaped.with_columns(returns=returns)
-            stats["value/explained_variance"] = explained_variance(outcome.values, returns, mask)
+            stats["value/explained_variance"] = explained_variance(results.values, returns, mask)
         return shaped, stats
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,12 +141,13 @@ class Shaping:
         rewards = per_token_rewards(self._clipped(single) * factor, kl, mask, coef)
         return rewards + self._clipped(placed) * factor
 
-    def _greedy(self, scores: Sequence[Score], factor: float) -> Tensor:
-        """[rows] scores as the rewards have them."""
-        clipped = [self._clipped(torch.tensor(score, dtype=torch.float32)).sum() for score in scores]
-        return torch.stack(clipped) * factor
+    def _greedy(self, greedy: Greedy, factor: float) -> Tensor:
+        """[rows] scores as the rewards have them: clipped, scaled, less the penalty for a missing end of sequence."""
+        clipped = [self._clipped(torch.tensor(score, dtype=torch.float32)).sum() for score in greedy.scores]
+        truncated = torch.tensor(greedy.truncated, dtype=torch.float32)
+        return torch.stack(clipped) * factor - truncated * self.settings.missing_eos_penalty
 
-    def _factor(self, given: Tensor) -> float:
+    def _update_moments(self, given: Tensor) -> float:
         """What clipped scores are multiplied by; takes note of this phase's."""
         clipped = self._clipped(given).double()
         _, running = self.moments.update(clipped)

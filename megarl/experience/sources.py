@@ -12,7 +12,7 @@ from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.rollout import stored
 from megarl.rollout.generator import Generator, Limits, TokenScorer
-from megarl.rollout.noise import TRAINING
+from megarl.rollout.noise import GREEDY, TRAINING
 from megarl.rollout.requests import Request, Rollout, repeat, sampling_from
 from megarl.rollout.resharded import for_generation
 from megarl.tokenizers import Tokenizer
@@ -100,7 +100,8 @@ class GeneratedRollouts:
     ) -> list[Rollout]:
         """Generate, and keep what was generated where `rollout.dump` says."""
         self.generator.token_scorer = token_scorer
-        when = f"in {self.unit} {phase + 1}" if stream == TRAINING else f"in the evaluation after {self.unit} {phase}"
+        trains = stream in (TRAINING, GREEDY)
+        when = f"in {self.unit} {phase + 1}" if trains else f"in the evaluation after {self.unit} {phase}"
         rollouts = self.generator.generate(
             requests_of(prompts, n, self.settings, **changes),
             stream=stream,
@@ -146,7 +147,7 @@ class ReplayedRollouts:
         token_scorer: TokenScorer = GPT.logits,
         **changes: Any,
     ) -> list[Rollout]:
-        """Return the dumped responses to these prompts; how they were drawn is the other run's affair."""
+        """Return the dumped responses to these prompts, with whatever settings they were drawn."""
         return stored.replay(self.folder, stream, phase, requests_of(prompts, n, self.settings))
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:

@@ -1,4 +1,4 @@
-"""Who expects the returns of PPO's rows: a head on the policy's trunk, a model of its own, or nobody."""
+"""The critic of PPO, which expects returns: a head on the policy's trunk, a separate model, or none."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Forward = Callable[[Engine, Rows, ForwardFn], Outputs]
 """Columns that a function gives of every row, from passes of an engine."""
 
 
-class NoCritic:
-    """No values are expected: the advantages need none. The other critics fill in what this one leaves out.
+class Critic:
+    """What PPO asks of a critic. By default it does nothing; each kind of critic fills in its part.
 
     Attributes:
-        engine: a model of its own.
+        engine: the engine of a separate critic.
         shares_trunk: whether its loss is a part of the policy's.
     """
 
@@ -31,7 +31,7 @@ class NoCritic:
         return {}
 
     def values_of(self, rows: Rows, forward: Forward) -> Outputs:
-        """Return the column of values, from passes of its own."""
+        """Return the column of values, from passes of the separate critic."""
         return {}
 
     def loss_beside(
@@ -41,11 +41,15 @@ class NoCritic:
         return 0.0, {}
 
     def train_step(self, microbatches: Sequence[Microbatch], count: CountFn) -> dict[str, float]:
-        """Compute the gradients of its own model; return the counts and the statistics."""
+        """Compute the gradients of the separate critic; return the counts and the statistics."""
         return {}
 
 
-class SharedCritic(NoCritic):
+class NoCritic(Critic):
+    """For advantages that need no values."""
+
+
+class SharedCritic(Critic):
     """A value head on the policy's trunk, trained with the policy."""
 
     shares_trunk = True
@@ -63,8 +67,8 @@ class SharedCritic(NoCritic):
         return self.weight * loss, stats
 
 
-class SeparateCritic(NoCritic):
-    """A model of its own, with an optimizer of its own."""
+class SeparateCritic(Critic):
+    """A separate model with its own optimizer."""
 
     def __init__(self, engine: Engine, clip: float | None) -> None:
         self.engine = self._own = engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -135,7 +136,9 @@ class GenerativeModule(Module):
     def generate_greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """Return the likeliest response to each prompt, by the weights that `generate` used."""
         with self.clock.part("generate_greedy"), self._policy_alone():
-            return self.source.collect(prompts, 1, stream=GREEDY, phase=self.consumed, temperature=0.0)
+            found = self.source.collect(prompts, 1, stream=GREEDY, phase=self.consumed, temperature=0.0)
+        # Numbered after the sampled ones, from which the journal of scores must tell them.
+        return [replace(rollout, sample_id=self.config.rollout.n) for rollout in found]
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Scores:
         """Score this phase's responses."""
@@ -148,8 +151,10 @@ class GenerativeModule(Module):
         """Return what `experience.scorers.keep_scored` keeps of this phase's responses: at least one."""
         kept = keep_scored(rollouts, scores, greedy)
         if not kept[0]:
+            all_scored = greedy is None or scores.dropped == len(rollouts)
+            what = "responses" if all_scored else "responses or the likeliest responses to their prompts"
             raise RewardError(
-                f"reward.fn={self.config.reward.fn} left all {len(rollouts)} responses of phase {self.consumed + 1} "
+                f"reward.fn={self.config.reward.fn} left all {len(rollouts)} {what} of phase {self.consumed + 1} "
                 "without a score: correct the function, or set reward.on_error=error to see what it does",
                 key="reward.fn",
                 value=self.config.reward.fn,

@@ -22,14 +22,14 @@ from megarl.errors import NumericsError
 from megarl.experience.invariants import Invariants
 from megarl.experience.reference import Reference, SwappedReference
 from megarl.experience.rows import forward_rows, rollouts_to_rows, training_flops
-from megarl.experience.shaping import Shaping
+from megarl.experience.shaping import Greedy, Shaping
 from megarl.experience.start_weights import keep, take
 from megarl.logging import get_logger
 from megarl.models.exchange.pretrained import Sources, critic_model
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour, clones
-from megarl.modules.critics import NoCritic, SeparateCritic, SharedCritic
+from megarl.modules.critics import Critic, NoCritic, SeparateCritic, SharedCritic
 from megarl.modules.generative import REWARD, GenerativeModule
 from megarl.modules.workload import REWARD_NOTE, Workload, responses
 from megarl.parallel.engine import Engine, ForwardFn, Outputs, Stats
@@ -70,7 +70,7 @@ class PPO(GenerativeModule):
         self.shaping = Shaping(config.ppo)
         self.invariants = Invariants(config.ppo.invariants, config.trainer.precision, lambda: self.consumed)
         self.reference: Reference | None = None
-        self.critic = NoCritic()
+        self.critic: Critic = NoCritic()
         self.policy_trains = True  # until it has moved too far in a phase
         self.reference_name: str | None = None  # of its weights in the run folder, where behaviour was cloned
         self.places: list[str] = []  # what messages call the rows of a phase
@@ -121,7 +121,7 @@ class PPO(GenerativeModule):
             log.warning("%s: without effect, as ppo.advantages=%s does not read it", ", ".join(ignored), kind)
         self.prepare_responses()
 
-    def _make_critic(self) -> NoCritic:
+    def _make_critic(self) -> Critic:
         kind, ppo = critic_kind(self.config), self.config.ppo
         if kind == "separate":
             return SeparateCritic(self.engines["critic"], ppo.clip_value)
@@ -130,7 +130,7 @@ class PPO(GenerativeModule):
     @property
     def warmup_phases(self) -> int:
         """The first phases, in which only a critic of its own trains."""
-        return self.config.critic.own.warmup_phases if critic_kind(self.config) == "separate" else 0
+        return self.config.critic.settings.warmup_phases if critic_kind(self.config) == "separate" else 0
 
     @property
     def steps_of_a_phase(self) -> int:
@@ -142,7 +142,7 @@ class PPO(GenerativeModule):
         if self.resumes:
             return
         if clones(config):
-            own_start = self.critic.engine is not None and config.critic.own.path is not None
+            own_start = self.critic.engine is not None and config.critic.settings.path is not None
             self._clone(config, [self.policy] if own_start else list(self.engines.values()))
         if config.ppo.kl_coef > 0:
             self.reference = self._make_reference()
@@ -213,6 +213,9 @@ class PPO(GenerativeModule):
         of_greedy = scores.part(slice(len(sampled), None)).values
         scores = scores.part(slice(len(sampled)))
         rollouts, given, baselines = self.keep_scored(sampled, scores, of_greedy if self.needs.greedy else None)
+        compared = None
+        if baselines is not None:
+            compared = Greedy(baselines, [greedy[one.prompt_id].finish_reason == "length" for one in rollouts])
         rows = rollouts_to_rows(rollouts)
         self.places = [f"{prompts[one.prompt_id].where}, response {one.sample_id}" for one in rollouts]
         # 3. Evaluate them with the weights that training starts from.
@@ -220,7 +223,7 @@ class PPO(GenerativeModule):
             rows, stats = self._evaluate(rows)
         # 4. Shape scores into advantages.
         with self.clock.part("shape"):
-            rows, shaped = self.shaping.shape(rows, given, baselines)
+            rows, shaped = self.shaping.shape(rows, given, compared)
             stats |= shaped
             self._refuse_not_finite(rows, *(name for name in ("advantages", "returns") if name in rows))
         kl = stats.get("rollout/kl", 0.0)
@@ -477,7 +480,7 @@ def steps_of_a_phase(config: PPOConfig) -> int:
 
 def _critic(config: PPOConfig, vocab_size: int, sources: Sources) -> Role:
     """Return a separate critic: the model at `critic.separate.path`, or a copy of the policy if that is null."""
-    critic = config.critic.own
+    critic = config.critic.settings
     model = critic_model(config, vocab_size, sources.at(critic.path))
     lr = config.optim.lr if critic.lr is None else critic.lr
     return Role(

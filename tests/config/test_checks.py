@@ -317,6 +317,12 @@ def test_phases_that_can_run_pass(world: int, values: dict[str, Any]) -> None:
             "rollout.n",
             {"rollout.n": [2, 3, 6], "ppo.advantages": ["gae", "reinforce_pp", "remax"]},
         ),
+        (
+            1,
+            {"ppo__advantages": "remax", "ppo__whiten_rewards": True},
+            "ppo.whiten_rewards",
+            {"ppo.whiten_rewards": [False]},
+        ),
         (2, {"reward__timeout": 200.0, "trainer__devices": 2}, "reward.timeout", {"parallel.timeout_s": [760]}),
         (1, {"ppo__kl_coef": 0.0, "ppo__kl_limit": 5.0}, "ppo.kl_limit", {"ppo.kl_limit": [None]}),
         (1, {"ppo__kl_coef": 0.0, "ppo__kl_target": 5.0}, "ppo.kl_target", {"ppo.kl_target": [None]}),

@@ -190,7 +190,7 @@ def test_keys_of_an_older_version_are_compared_under_their_new_names() -> None:
     old = {"kind": "separate", "path": None, "lr": 0.5, "warmup_phases": 0}
     now = PPOConfig(critic=CriticConfig("separate", SeparateCriticConfig(lr=0.25)))
     assert changed_since({"critic": old}, now) == {"critic.separate.lr": (0.5, 0.25)}
-    assert from_plain(PPOConfig, {"critic": old}).critic.own == SeparateCriticConfig(lr=0.5)
+    assert from_plain(PPOConfig, {"critic": old}).critic.settings == SeparateCriticConfig(lr=0.5)
     assert changed_since({"critic": old | {"kind": "shared", "lr": None}}, PPOConfig()) == {}
 
 
@@ -198,3 +198,20 @@ def test_the_remedy_for_a_section_is_its_keys() -> None:
     difference = Difference("clone", {"data": ["a"], "steps": 4, "lr": 0.1}, None)
     assert difference.remedy == "clone.data=['a'] clone.steps=4 clone.lr=0.1"
     assert Difference("clone", None, {}).remedy == "clone=null"
+
+
+def test_a_checkpoint_that_is_older_than_the_kinds_of_advantages_is_of_the_one_there_was() -> None:
+    before, now = asdict(PPOConfig()), asdict(PPOConfig())
+    del before["ppo"]["advantages"]
+    assert differences(before, before, now, tree=PPOConfig, same_tokenizer=True) == []
+    now["ppo"]["advantages"] = "grpo"
+    (change,) = differences(before, before, now, tree=PPOConfig, same_tokenizer=True)
+    assert (change.key, change.old, change.new, change.rule.kind) == ("ppo.advantages", "gae", "grpo", REFUSED)
+
+
+def test_kinds_of_critics_are_compared_as_far_as_there_is_one() -> None:
+    before, now = asdict(PPOConfig()), asdict(PPOConfig())
+    for plain in (before, now):
+        plain["ppo"]["advantages"] = "grpo"
+    now["critic"]["kind"] = "none"
+    assert differences(before, before, now, tree=PPOConfig, same_tokenizer=True) == []

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megarl.config.advantages import ADVANTAGES
 from megarl.config.rl import PPOSettings
-from megarl.experience.advantages import COMPUTE, Outcome, group_counts
-from megarl.experience.shaping import Shaping
+from megarl.experience.advantages import COMPUTE, PhaseResults, group_counts
+from megarl.experience.shaping import Greedy, Shaping
 from megarl.parallel.rows import Rows
 from megarl.rewards.answers import Score
 
@@ -34,14 +34,15 @@ def shaped(
     kind: str, mask: Tensor, scores: list[Score], groups: list[int], **more: Any
 ) -> tuple[Rows, dict[str, float]]:
     """A phase without a critic and a KL, as `ppo.advantages=kind` shapes it."""
-    greedy = more.pop("greedy", None)
+    greedy, truncated = more.pop("greedy", None), more.pop("truncated", [False] * len(mask))
     lengths = torch.full((len(mask),), mask.shape[1])
     rows = Rows(torch.zeros(mask.shape, dtype=torch.long), lengths, mask).with_columns(
         old_logprobs=torch.full(mask.shape, JUNK),
         group=torch.tensor(groups),
-        truncated=torch.zeros(len(mask), dtype=torch.bool),
+        truncated=torch.tensor(truncated),
     )
-    return Shaping(PPOSettings(advantages=kind, kl_coef=0.0, **more)).shape(rows, scores, greedy)
+    compared = None if greedy is None else Greedy(greedy, more.pop("greedy_truncated", [False] * len(mask)))
+    return Shaping(PPOSettings(advantages=kind, kl_coef=0.0, **more)).shape(rows, scores, compared)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
@@ -75,8 +76,8 @@ def test_nothing_but_response_tokens_has_an_advantage_and_nothing_is_nan(kind: s
     """Two rows that score alike, one alone in its group, and one with no token at all."""
     mask = torch.tensor([[0.0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]])
     rewards = torch.where(mask == 0, JUNK, 0.5)
-    outcome = Outcome(rewards, mask, torch.tensor([7, 7, 3, 5]), greedy=torch.tensor([0.5, 0.5, 1.0, 0.0]))
-    advantages = COMPUTE[kind](outcome)
+    results = PhaseResults(rewards, mask, torch.tensor([7, 7, 3, 5]), greedy=torch.tensor([0.5, 0.5, 1.0, 0.0]))
+    advantages = COMPUTE[kind](results)
     assert torch.isfinite(advantages).all()
     assert not advantages[mask == 0].any()
 
@@ -117,6 +118,8 @@ def test_groups_that_say_nothing_and_those_of_one_are_counted() -> None:
     assert (stats["rollout/zero_spread_groups"], stats["rollout/groups_of_one"]) == (1.0, 2.0)
     _, stats = shaped("grpo", torch.ones(2, 2), [5.0, 7.0], [0, 0], clip_scores=1.0)
     assert stats["rollout/zero_spread_groups"] == 1.0
+    _, stats = shaped("grpo", torch.ones(2, 2), [2.0, 2.0], [0, 0], truncated=[True, False], missing_eos_penalty=1.0)
+    assert stats["rollout/zero_spread_groups"] == 0.0
 
 
 def test_a_greedy_score_is_clipped_and_scaled_as_the_others_are() -> None:
@@ -124,3 +127,17 @@ def test_a_greedy_score_is_clipped_and_scaled_as_the_others_are() -> None:
     rows, stats = shaped("remax", mask, [9.0, 1.0], [0, 1], greedy=[[2.0, 7.0], 0.5], clip_scores=3.0)
     assert rows["advantages"][:, 0].tolist() == [3.0 - 5.0, 0.5]
     assert stats["rollout/greedy_score"] == 4.75
+
+
+def test_a_greedy_response_that_was_cut_is_penalised_as_a_sampled_one_is() -> None:
+    cut = {"truncated": [True, True], "greedy_truncated": [True, False], "missing_eos_penalty": 3.0}
+    rows, _ = shaped("remax", torch.ones(2, 2), [1.0, 1.0], [0, 1], greedy=[1.0, 1.0], **cut)
+    assert rows["advantages"][:, 0].tolist() == [0.0, -3.0]
+
+
+def test_responses_that_do_not_train_for_their_length_count_in_their_group_with_their_score() -> None:
+    """Three that score -1 and one that was cut at -5: its score is in the mean of -2, and it does not train."""
+    mask, scores = torch.ones(4, 2), [-1.0, -1.0, -1.0, -5.0]
+    rows, _ = shaped("dr_grpo", mask, scores, [0] * 4, truncated=[False, False, False, True], mask_overlong=True)
+    assert rows["advantages"].tolist() == [[1.0, 1.0]] * 3 + [[0.0, 0.0]]
+    assert rows.action_mask.sum(dim=1).tolist() == [2, 2, 2, 0]

@@ -133,8 +133,12 @@ def test_samples_without_a_score_are_counted_and_never_a_zero(worker: Scripted, 
     scores = make(journal).score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0)
     assert (scores.values, scores.dropped, scores.failed_calls) == ([2.0, 1.0, None], 1, 1)
     assert scores.totals() == [2.0, 1.0]
-    again = make(journal).score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0)
+    asked = len(worker.questions)
+    again = make(journal, on_error="drop").score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0)
     assert (again.values, again.dropped) == (scores.values, 1), "a resume drops what was dropped"
+    assert len(worker.questions) == asked
+    make(journal, on_error="error").score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0)
+    assert worker.outputs[asked:] == [[""]], "what has no score is asked for again where that is an error"
 
 
 def test_rollouts_without_a_score_or_without_what_they_are_compared_with_are_left_out() -> None:

@@ -15,7 +15,7 @@ from megarl.experience import sources
 from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts
 from megarl.models.gpt import GPT
 from megarl.parallel.layout import Layout
-from megarl.rollout.noise import EVALUATION, TRAINING
+from megarl.rollout.noise import EVALUATION, GREEDY, TRAINING
 from megarl.rollout.requests import Request, Rollout
 from megarl.tokenizers import CharacterTokenizer
 from tests.parallel.engines import small_engine
@@ -79,6 +79,7 @@ def test_each_prompt_is_asked_n_times_and_numbered_by_its_place(generator: None)
     ("stream", "unit", "when"),
     [
         (TRAINING, "phase", "in phase 5"),
+        (GREEDY, "phase", "in phase 5"),
         (EVALUATION, "phase", "in the evaluation after phase 4"),
         (EVALUATION + 1, "step", "in the evaluation after step 4"),
     ],

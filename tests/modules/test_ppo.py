@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megarl.config.rl import SeparateCriticConfig
 from megarl.config.schema import PPOConfig
 from megarl.errors import RewardError
 from megarl.models.exchange.pretrained import Sources
@@ -56,8 +57,9 @@ def test_there_is_a_critic_where_values_are_needed(
 
 
 def test_only_a_critic_of_its_own_warms_up(make: Make) -> None:
-    assert make(critic__kind="separate", critic__warmup_phases=3).warmup_phases == 3
-    alone = make(ppo__advantages="grpo", rollout__n=2, critic__kind="separate", critic__warmup_phases=3)
+    warm_up = SeparateCriticConfig(warmup_phases=3)
+    assert make(critic__kind="separate", critic__separate=warm_up).warmup_phases == 3
+    alone = make(ppo__advantages="grpo", rollout__n=2, critic__kind="separate", critic__separate=warm_up)
     assert alone.warmup_phases == 0
 
 

@@ -67,8 +67,8 @@ def resolve_pretrained(config: Tree) -> tuple[Tree, Sources]:
     sources = Sources()
     if config.model.path is not None:
         config = _with_shape(config, sources.whole(config.model.path, "model.path"))
-    if hasattr(config, "critic") and config.critic.own.path is not None and critic_kind(config) == "separate":
-        sources.whole(config.critic.own.path, "critic.separate.path")
+    if hasattr(config, "critic") and config.critic.settings.path is not None and critic_kind(config) == "separate":
+        sources.whole(config.critic.settings.path, "critic.separate.path")
     return config, sources
 
 
@@ -105,12 +105,12 @@ def critic_model(config: Any, vocab_size: int, source: Source | None) -> ModelCo
         its = getattr(critic, name)
         if its < policys:
             raise ConfigError(
-                f"critic.separate.path={config.critic.own.path} has {name}={its}, but the policy's sequences need "
+                f"critic.separate.path={config.critic.settings.path} has {name}={its}, but the policy's sequences need "
                 f"{policys}: use a critic that was trained with the policy's tokenizer and context, or "
                 "critic.separate.path=null",
                 key=name,
                 value=its,
-                where=config.critic.own.path,
+                where=config.critic.settings.path,
                 offers={"critic.separate.path": [None]},
             )
     check_shape(critic, config.parallel)
