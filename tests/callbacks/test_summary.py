@@ -9,7 +9,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from megarl.callbacks.summary import Summary
 from megarl.errors import NumericsError
-from megarl.run.run_folder import RunFolder
 from tests.callbacks.tiny import SaveAt, Tiny, train
 
 
@@ -111,7 +110,7 @@ def test_resumed_run_keeps_history_and_time(tmp_path):
     module.clock._counted["train"] = (700.0, 300.0)
     train(module, [first, SaveAt(4, checkpoint)], steps=5, eval_every=3)
     resumed = Tiny(losses, evals=[3.5])
-    train(resumed, [Summary(RunFolder(tmp_path))], steps=6, eval_every=3, resume=checkpoint)
+    train(resumed, [Summary(tmp_path)], steps=6, eval_every=3, resume=checkpoint)
     summary = read(tmp_path)
     mean = pytest.approx(19 / 5)  # of 1 6 5 4 3
     assert summary["metrics"]["train/loss"] == {"first": 8.0, "last": 3.0, "best": 1.0, "last5": mean}

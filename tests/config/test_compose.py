@@ -94,7 +94,11 @@ def test_a_broken_file_matters_only_to_the_run_that_asks_for_it(folder: Path, pr
     assert compose("sft", ["+conf=mine"])[0].optim.lr == 0.5
 
 
-@pytest.mark.parametrize("entry", entry_points())
+TREES = {entry.config: name for name, entry in reversed(entry_points().items())}
+"""An entry point for each tree: test_algorithms compares those that share one."""
+
+
+@pytest.mark.parametrize("entry", TREES.values())
 def test_every_shipped_preset_and_every_option_of_every_group_composes(folder: Path, entry: str) -> None:
     for name in preset_files(conf_folder()) if entry in ALGORITHMS else ():  # presets are of training
         compose(entry, [f"+conf={name}"])
