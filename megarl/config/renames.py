@@ -183,7 +183,10 @@ def _both(rename: Rename, old: Any, new: Any) -> ConfigError:
 def warn_renamed(old: str, new: str, where: str | None = None) -> None:
     """Say once how a setting is written now."""
     place = f" (in {where})" if where else ""
-    warn_once(get_logger(__name__), f"{old} has changed{place}: write {new}, see docs/migrate.md")
+    section = new.partition("=")[0].rpartition(".")[0]
+    switched = {rename.new for rename in RENAMES if rename.takes is _is_switch}
+    effect = f", which switches {section} on" if section in switched else ""
+    warn_once(get_logger(__name__), f"{old} has changed{place}: write {new}{effect}, see docs/migrate.md")
 
 
 def _key_of(argument: str) -> str:

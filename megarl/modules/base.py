@@ -87,6 +87,10 @@ class Module(LightningModule):
                 load_chat_template(config.data.chat_template),
                 self.sources.at(config.model.path),
             )
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Set up what needs no models and no other processes; the constructor calls it at its end."""
 
     @staticmethod
     def roles(config: Any, vocab_size: int, sources: Sources) -> list[Role]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,6 @@ from megarl.experience.evaluation import Collect, Evaluated, Evaluation
 from megarl.experience.journal import Journal
 from megarl.experience.scorers import FunctionScorer, Scorer, check_fields, keep_scored
 from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts, RolloutSource
-from megarl.models.exchange.pretrained import Sources
 from megarl.modules.base import Module
 from megarl.parallel.offload import alone
 from megarl.rewards.answers import Score
@@ -26,7 +25,6 @@ from megarl.rewards.scores import Scores
 from megarl.rollout.noise import EVALUATION, GREEDY, TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.rollout.stored import require_phases
-from megarl.tokenizers import Tokenizer
 
 REWARD, METRIC = "reward.fn", "metric.fn"
 
@@ -34,28 +32,14 @@ REWARD, METRIC = "reward.fn", "metric.fn"
 class GenerativeModule(Module):
     """A module with a policy that answers prompts.
 
-    Subclasses call `prepare_prompts` when they are made, so that bad prompts are refused before processes are started
+    Subclasses call `prepare_prompts` in `prepare`, so that bad prompts are refused before processes are started
     and models are built, and `prepare_responses` once their engines stand.
     """
 
     source: RolloutSource
     streams: tuple[int, ...] = (TRAINING,)  # of responses that a phase collects
 
-    def __init__(
-        self,
-        config: Any,
-        tokenizer: Tokenizer,
-        functions: Mapping[str, Callable[..., Any]] | None = None,
-        sources: Sources | None = None,
-    ) -> None:
-        """
-        Args:
-            config: a tree with the sections data, rollout, reward, metric and eval.
-            tokenizer: of the same tree.
-            functions: callables that take the place of those that `reward.fn` and `metric.fn` name.
-            sources: stored models that were opened already.
-        """
-        super().__init__(config, tokenizer, functions, sources)
+    def prepare(self) -> None:
         self.evaluation: Evaluation | None = None
         self.evaluated = Evaluated()
         self.scorers: dict[str, Scorer] = {}

@@ -1,7 +1,7 @@
 """Implicit language Q-learning: a policy, V and Q on one trunk learn from samples with rewards; the values guide what
 is generated."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from megarl.parallel.rows import Microbatch
 from megarl.parallel.shards import refused_once
 from megarl.rollout.guided import guided
 from megarl.rollout.requests import Rollout
-from megarl.tokenizers import Tokenizer
 
 TERMS = (
     *("train/loss", "train/loss_q", "train/loss_v", "train/loss_cql", "train/loss_awac"),
@@ -39,14 +38,8 @@ class ILQL(GenerativeModule):
 
     config: ILQLConfig
 
-    def __init__(
-        self,
-        config: ILQLConfig,
-        tokenizer: Tokenizer,
-        functions: Mapping[str, Callable[..., Any]] | None = None,
-        sources: Sources | None = None,
-    ) -> None:
-        super().__init__(config, tokenizer, functions, sources)
+    def prepare(self) -> None:
+        super().prepare()
         self.prepare_prompts(train=False)
 
     @staticmethod

@@ -3,7 +3,7 @@ shape, train."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ from megarl.parallel.grid import SEEDS
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch, Rows
 from megarl.rollout.noise import GREEDY, TRAINING
-from megarl.tokenizers import Tokenizer
 
 NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
 EQUAL_PHASES = 2  # in which all scores are the same, before that is worth a warning
@@ -55,14 +54,9 @@ class PPO(GenerativeModule):
 
     config: PPOConfig
 
-    def __init__(
-        self,
-        config: PPOConfig,
-        tokenizer: Tokenizer,
-        functions: Mapping[str, Callable[..., Any]] | None = None,
-        sources: Sources | None = None,
-    ) -> None:
-        super().__init__(config, tokenizer, functions, sources)
+    def prepare(self) -> None:
+        super().prepare()
+        config = self.config
         self.planned = config.trainer.max_phases
         self.temperature = config.rollout.temperature
         self.needs = ADVANTAGES[config.ppo.advantages]

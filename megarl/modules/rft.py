@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +27,6 @@ from megarl.parallel.rows import Rows
 from megarl.rewards.answers import Score
 from megarl.rewards.scores import total
 from megarl.rollout.requests import Rollout
-from megarl.tokenizers import Tokenizer
 
 
 class RFT(GenerativeModule):
@@ -36,15 +34,9 @@ class RFT(GenerativeModule):
 
     config: RFTConfig
 
-    def __init__(
-        self,
-        config: RFTConfig,
-        tokenizer: Tokenizer,
-        functions: Mapping[str, Callable[..., Any]] | None = None,
-        sources: Sources | None = None,
-    ) -> None:
-        super().__init__(config, tokenizer, functions, sources)
-        self.planned = config.trainer.max_phases
+    def prepare(self) -> None:
+        super().prepare()
+        self.planned = self.config.trainer.max_phases
         self.prepare_prompts(train=True)
 
     @staticmethod

@@ -1,8 +1,7 @@
 """Supervised fine-tuning: cross entropy on the response tokens of each record."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -23,7 +22,6 @@ from megarl.parallel.engine import Stats
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch
 from megarl.parallel.shards import refused_once
-from megarl.tokenizers import Tokenizer
 
 
 class SFT(Module):
@@ -31,14 +29,7 @@ class SFT(Module):
 
     config: SFTConfig
 
-    def __init__(
-        self,
-        config: SFTConfig,
-        tokenizer: Tokenizer,
-        functions: Mapping[str, Callable[..., Any]] | None = None,
-        sources: Sources | None = None,
-    ) -> None:
-        super().__init__(config, tokenizer, functions, sources)
+    def prepare(self) -> None:
         self.eval_sums = {"nll": 0.0, "tokens": 0.0}
 
     @staticmethod

@@ -250,9 +250,10 @@ def test_a_mapping_in_a_lists_place_is_named_in_a_preset(preset: Preset, folder:
     register([], "sft")
 
 
-def test_a_folder_with_a_presets_name_is_passed_over(folder: Path) -> None:
+def test_a_folder_with_a_presets_name_is_passed_over(folder: Path, refuses: Refuses) -> None:
     (folder / "conf" / "odd.yaml").mkdir(parents=True)
     register([], "sft")
+    refuses("+conf=odd", key="preset", value="odd")
 
 
 def test_a_section_that_is_given_a_value_is_named(refuses: Refuses, preset: Preset) -> None:

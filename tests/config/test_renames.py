@@ -61,6 +61,13 @@ def test_a_warning_says_how_it_is_written_now(folder: Path, caplog: pytest.LogCa
     assert "seed" not in caplog.text
 
 
+def test_a_warning_says_that_a_key_switches_its_section_on(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    renamed_arguments(["logger.wandb_project=said_here", "critic.lr=0.03125"], PPOConfig)
+    switches, other = [record.getMessage() for record in caplog.records if "migrate.md" in record.getMessage()]
+    assert "switches logger.wandb on" in switches
+    assert "switches" not in other
+
+
 def test_an_old_key_that_is_removed_is_named_by_its_new_name(folder: Path) -> None:
     with refused(ConfigError, key="logger.wandb.project"):
         compose("sft", ["~logger.wandb_project"])

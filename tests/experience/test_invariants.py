@@ -83,12 +83,14 @@ def test_nan_holds_nowhere() -> None:
             breaks(invariants())
 
 
-def test_what_holds_says_nothing() -> None:
-    it = invariants()
+def test_what_holds_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    it = invariants("warn")
     it.same_weights(0.0)
     it.drift(1e-4)
     it.on_policy(1.000009, 0.0)
     it.tokens(30, 30)
+    it.gradients(engine(*TRAINABLE), learns=True, fresh=True)
+    assert not caplog.records
 
 
 def test_bf16_has_wider_bounds_but_the_reference_is_still_exact() -> None:
