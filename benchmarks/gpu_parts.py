@@ -26,7 +26,6 @@ from megarl import selftest
 from megarl.config.cluster import PlanConfig
 from megarl.config.compose import compose
 from megarl.config.schema import ModelConfig
-from megarl.data.randomwalks import task
 from megarl.modules.sft import SFT
 from megarl.parallel.device import VARIABLE, device_settings
 from megarl.parallel.grid import Grid, start_world
@@ -35,6 +34,7 @@ from megarl.planning.memory import plan_ranks
 from megarl.planning.work import work_of
 from megarl.rollout.generator import Generator, Limits
 from megarl.rollout.requests import Request, Rollout, Sampling
+from megarl.tasks.randomwalks import task
 
 BOUNDS = {"fp32": 1e-3, "bf16": 5e-2}
 """Difference of losses and gradient norms, relative above 1, that passes as rounding between a GPU and a CPU."""

@@ -24,12 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import megarl
 from benchmarks.train_step import markdown
 from megarl.config.compose import compose
-from megarl.data.randomwalks import MOST_NODES, task
+from megarl.tasks.randomwalks import MOST_NODES, task
 
-PACKAGE = Path(megarl.__file__).parent  # files of presets lie in it, wherever it is
 RESULTS = Path(__file__).parent / "results" / "sweeps.jsonl"
 TORCH, NARROW = "torch", "narrow"
 GRAPHS = (1000, 1005, 1008)  # of the short gates
@@ -58,7 +56,7 @@ class Case:
         """A digest of what decides the run's numbers. Keys that are off do not count: a new one changes nothing."""
         _, plain = compose(self.entry, self.overrides)
         decides = {name: _set(section) for name, section in plain.items() if name not in ASIDE}
-        text = json.dumps([decides, self.head], sort_keys=True).replace(str(PACKAGE), "megarl")
+        text = json.dumps([decides, self.head], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -69,7 +67,7 @@ def learnable(graph: int) -> bool:
 
 
 def walks(graph: int, seed: int, *settings: str, entry: str = "ppo", head: str = TORCH) -> Case:
-    own = (f"data.graph_seed={graph}", f"seed={seed}", *settings)
+    own = (f"data.options.seed={graph}", f"seed={seed}", *settings)
     return Case(entry, "randomwalks", own, "eval/optimality", head)
 
 
@@ -113,7 +111,7 @@ def ilql() -> Iterator[Case]:
     """ILQL on every learnable graph from 1000 to 1020."""
     for seed in (1, 2, 3):
         for graph in filter(learnable, range(1000, 1021)):
-            own = (f"data.graph_seed={graph}", f"seed={seed}")
+            own = (f"data.options.seed={graph}", f"seed={seed}")
             yield Case("ilql", "randomwalks_ilql", own, "eval/optimality@beta=100")
 
 

@@ -21,7 +21,7 @@ from megarl.config.compose import compose, explained, typed
 from megarl.config.files import check_files, load_chat_template
 from megarl.config.leaf import leaves
 from megarl.config.messages import nearest_keys, one_of
-from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN, resource
+from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
 from megarl.config.settings import algorithm_of, settings_of
 from megarl.config.values import check_values
 from megarl.disk import UnreadableError, parse_object, read_text, writable, write_atomically
@@ -341,8 +341,8 @@ def _write_inputs(folder: Path, lists: dict[str, list[dict[str, Any]]], config: 
         path = _write(folder / f"{name}.jsonl", records, config.parallel.timeout_s)
         names[path] = name
         setattr(config.data, "eval" if name == "eval_prompts" else "train", [path])
-    if resource(DEMO_TRAIN) not in config.data.train:
-        config.data.eval = [path for path in config.data.eval if path != resource(DEMO_EVAL)]
+    if DEMO_TRAIN not in config.data.train:
+        config.data.eval = [path for path in config.data.eval if path != DEMO_EVAL]
     return names
 
 

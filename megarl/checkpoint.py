@@ -1,4 +1,4 @@
-"""Checkpoints as folders that are whole or not there: written aside, checked, and committed by a rename.
+"""Checkpoints as folders that are either complete or absent: written aside, checked, and committed by a rename.
 
 Behind Lightning's public `CheckpointIO`. A folder holds one shard file per writing rank, `common.pt` (plain values,
 read with weights_only), `index.json` (where every tensor lies) and `manifest.json` (sizes and checksums), last of all.
@@ -35,7 +35,7 @@ log = get_logger(__name__)
 
 
 class ShardedCheckpointIO(CheckpointIO):
-    """Saves and loads on every rank together. With `asynchronous`, files are written by a thread from host copies."""
+    """Save and load on every rank together. With `asynchronous`, a thread writes the files from host copies."""
 
     def __init__(self, asynchronous: bool = False) -> None:
         self.asynchronous = asynchronous
@@ -56,7 +56,7 @@ class ShardedCheckpointIO(CheckpointIO):
             self.wait()
 
     def poll(self) -> None:
-        """Commit a background save once every rank has written its file. All ranks call this together."""
+        """Commit a background save once every rank has written its file. Call on all ranks."""
         if self.pending is not None and self.grid is not None and not self.grid.any_rank(not self.pending.done):
             self.wait()
 
@@ -95,10 +95,11 @@ class ShardedCheckpointIO(CheckpointIO):
         return {**common, "state_dict": fill, "folder": str(folder)}
 
     def remove_checkpoint(self, path: Any) -> None:
+        """Delete a checkpoint."""
         remove(Path(path))
 
     def teardown(self) -> None:
-        """Lightning is done, after a failure perhaps: a background save that still runs must not be lost."""
+        """Finish a pending background save when Lightning is done, also after a failure."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             pending.salvage()
@@ -145,7 +146,7 @@ class _Save:
         return self.thread is None or not self.thread.is_alive()
 
     def run(self) -> None:
-        """Write this rank's file. A failure is kept for `commit`, which every rank must reach."""
+        """Write this rank's file. A failure is stored for `commit`, which every rank must reach."""
         try:
             if self.parts:
                 path = self.aside / self.file
@@ -275,12 +276,12 @@ class _Save:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole and in this process's memory: for inspection and export."""
+    """Return every tensor of a checkpoint, whole and in this process's memory, for inspection and export."""
     return shards.read_whole(plain_content(folder)[1], folder)
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies among a run's checkpoints."""
+    """Return the path of a step's checkpoint among a run's checkpoints."""
     return folder / f"step-{step:07d}"
 
 
@@ -301,7 +302,7 @@ def find(folder: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     match = _NAME.search(folder.name)
     return int(match.group(1)) if match else -1
 
@@ -432,7 +433,7 @@ def _choose(path: Path) -> Path:
 
 
 def plain_content(folder: Path) -> tuple[dict[str, Any], list[Part]]:
-    """A checkpoint's plain values and its index. Nothing in them is executed."""
+    """Return a checkpoint's plain values and its index, without executing anything from them."""
     reading = COMMON
     try:
         common = load_plain(folder / COMMON, map_location="cpu")
@@ -459,7 +460,7 @@ def plain_content(folder: Path) -> tuple[dict[str, Any], list[Part]]:
 
 
 def _check_run(common: dict[str, Any], folder: Path) -> None:
-    """Refuse to continue from values that are not what Lightning and megarl keep of a run."""
+    """Raise unless the values are those that Lightning and megarl save of a run."""
     kinds = {"global_step": int, "epoch": int, "loops": dict, "callbacks": dict, "consumed": int, "clock": dict}
     for name, kind in kinds.items():
         if name in common and not isinstance(common[name], kind):
@@ -473,7 +474,7 @@ def _check_run(common: dict[str, Any], folder: Path) -> None:
 
 
 def _hidden(folder: Path, state: str) -> Path:
-    """The folder's name while it is being written, replaced or removed."""
+    """Return the folder's temporary name while it is being written, replaced or removed."""
     return folder.with_name(f".{folder.name}.{state}")
 
 

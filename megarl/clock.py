@@ -1,4 +1,4 @@
-"""Where a process's time went, part by part, and how much work a step was; nothing here influences training."""
+"""Wall-clock and CPU time of a process by section, and the work of a step; nothing here influences training."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Work:
-    """What one step did over all processes: tokens in, floating-point operations of forward and backward."""
+    """The work of one step over all processes: input tokens, and floating-point operations of forward and backward."""
 
     tokens: int
     flops: float
 
 
 class Clock:
-    """Adds up wall and CPU seconds per named part of a run.
+    """Adds up wall-clock and CPU seconds per named section of a run.
 
     Parts nest: the time of an inner part counts to the inner part only, so that the parts never sum to more than the
     whole. CPU seconds are those of all threads of this process.
@@ -25,7 +25,7 @@ class Clock:
     def __init__(
         self, wall: Callable[[], float] = time.perf_counter, cpu: Callable[[], float] = time.process_time
     ) -> None:
-        """`wall` and `cpu` read the time; tests pass their own."""
+        """`wall` and `cpu` read the two times; tests replace them."""
         self._read = (wall, cpu)
         self._open: list[str] = []
         self._listeners: list[Callable[[str], None]] = []
@@ -60,6 +60,7 @@ class Clock:
         return result
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the totals for a checkpoint."""
         return {"parts": self.totals()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -71,7 +72,7 @@ class Clock:
             listener(self._open[-1] if self._open else "")
 
     def _charge(self) -> None:
-        """Give the time since the last mark to the innermost open part."""
+        """Add the time since the last mark to the innermost open section."""
         now = (self._read[0](), self._read[1]())
         if self._open:
             wall, cpu = self._counted.get(self._open[-1], (0.0, 0.0))

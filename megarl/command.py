@@ -1,4 +1,4 @@
-"""How a command ends: in its exit code, and in one line where the user can mend what went wrong."""
+"""Exit codes, and one-line error messages for problems that the user can fix."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from megarl.errors import MegarlError
 
 _TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of writing
 INTERRUPTED = 130
-"""The exit code after Ctrl-C, as shells have it."""
+"""The exit code after Ctrl-C, as in shells."""
 NOTICED = 143
 """What a run comes to that a notice (SIGTERM, SIGUSR1) stopped with a checkpoint. Its command exits with 0: launchers
 learn of it by a file, and srun would kill the ranks that are still writing."""
@@ -29,7 +29,7 @@ STATUS_FILE = "MEGARL_STATUS_FILE"
 
 
 def run_command(work: Callable[[], int | None], debug: Callable[[], bool] = lambda: False) -> NoReturn:
-    """Do a command's work and exit.
+    """Run a command's work and exit.
 
     A `MegarlError` ends in one line on stderr and its exit code (2 for bad input, 3 for bad numbers), with a traceback
     only where `debug()`; any other exception is a bug and keeps its traceback.
@@ -70,12 +70,12 @@ def _ran_out_of_memory(error: Exception) -> bool:
 
 
 def say(text: str) -> None:
-    """One line on stderr that any terminal can show, and which process it comes from where that is not the first."""
+    """Print one line to stderr that any terminal can show, with the rank if this is not the first process."""
     sys.stderr.write(f"{_rank_prefix()}{printable(' '.join(text.split()))}\n")
 
 
 def printable(text: str) -> str:
-    """Text with its control characters as escapes: what a model says must not steer a terminal."""
+    """Return text with its control characters escaped, so that a model's output cannot control a terminal."""
     return "".join(c.encode("unicode_escape").decode() if _steers(c) else c for c in text)
 
 
@@ -84,12 +84,12 @@ def _steers(c: str) -> bool:
 
 
 def quiet() -> None:
-    """Leave out other libraries' warnings about themselves: a user can do nothing about them."""
+    """Suppress other libraries' warnings about themselves, which a user cannot act on."""
     warnings.filterwarnings("ignore", module=r"(lightning|megatron|torch|transformers)\.")
 
 
 def process_number(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of this process in its run, before there is a process group; 0 is the first, and only the first.
+    """Return this process's rank in its run, before there is a process group; only the first process has 0.
 
     torchrun's RANK decides. Else SLURM numbers the tasks of srun (and has 0 in a batch script), and Lightning the
     processes of `trainer.devices`.
@@ -100,7 +100,7 @@ def process_number(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def local_process_number(environ: Mapping[str, str] = os.environ) -> int:
-    """The number of this process among those of its run on this machine, which is its GPU's too.
+    """Return this process's rank on this machine, which is also the index of its GPU.
 
     torchrun, Lightning and `set_env_from_slurm` say it in LOCAL_RANK; a process without it is alone.
     """

@@ -1,4 +1,4 @@
-"""`python -m megarl.convert from=A to=B`: a model from one format to another, counted and compared by its logits."""
+"""`python -m megarl.convert from=A to=B`: convert a model to another format, and compare counts and logits."""
 
 import os
 import re
@@ -37,7 +37,7 @@ EXACT, ROUNDED = 1e-4, {"float16": 1e-2, "bfloat16": 5e-2}
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line asks for."""
+    """The settings of the command line."""
 
     origin: str
     target: Path
@@ -49,7 +49,7 @@ class Settings:
 
 
 def parse(argv: list[str]) -> Settings:
-    """Settings from key=value words, each with a clear error."""
+    """Parse settings from key=value words; raise `ConfigError` for unknown, missing or invalid ones."""
     values: dict[str, str] = {}
     for word in argv:
         key, equals, text = word.partition("=")
@@ -68,7 +68,9 @@ def parse(argv: list[str]) -> Settings:
         )
     for key in ("tp", "pp"):
         if not re.fullmatch(r"[1-9]\d{0,3}", values.get(key, "1")):
-            raise ConfigError(f"{key}={values[key]} is no number of ranks: use 1 or more", key=key, value=values[key])
+            raise ConfigError(
+                f"{key}={values[key]} is not a valid number of ranks: use 1 or more", key=key, value=values[key]
+            )
     target = Path(values["to"]).expanduser().absolute()
     return Settings(
         values["from"],
@@ -82,6 +84,7 @@ def parse(argv: list[str]) -> Settings:
 
 
 def run(argv: list[str]) -> int:
+    """Convert a model and compare the result with the source. Return the exit code: 1 if logits differ too much."""
     settings = parse(argv)
     import torch
 
@@ -109,7 +112,7 @@ def run(argv: list[str]) -> int:
 
 
 def write(source: "Source", settings: Settings, dtype: "torch.dtype") -> None:
-    """Write the target, with a bar that counts our parameters."""
+    """Write the target, with a progress bar over our parameters."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -151,7 +154,7 @@ def write(source: "Source", settings: Settings, dtype: "torch.dtype") -> None:
 
 
 def compare(source: "Source", target: "Source") -> tuple[float, float]:
-    """The largest difference of a logit on the fixed batch (infinite where one is not a number), the largest logit."""
+    """Return the largest logit difference on the fixed batch (infinite if one is NaN), and the largest logit."""
     import torch
 
     from megarl.models.exchange.logits import fixed_batch, logits
@@ -164,7 +167,7 @@ def compare(source: "Source", target: "Source") -> tuple[float, float]:
 
 
 def tolerance(before: "torch.dtype", after: "torch.dtype") -> float:
-    """How far logits may be apart, as a share of the largest: rounding is allowed where the target must round."""
+    """Return the allowed logit difference as a fraction of the largest logit; nonzero if the target must round."""
     import torch
 
     exact = torch.promote_types(before, after) == after
@@ -172,6 +175,7 @@ def tolerance(before: "torch.dtype", after: "torch.dtype") -> float:
 
 
 def report(source: "Source", target: "Source", difference: float, bound: float) -> None:
+    """Print a table that compares source and target, the tensors left out, and the verdict on the logits."""
     from rich.console import Console
     from rich.table import Table
 
@@ -198,6 +202,7 @@ def report(source: "Source", target: "Source", difference: float, bound: float) 
 
 
 def main() -> None:
+    """Entry point of `python -m megarl.convert`."""
     if {"--help", "-h"} & set(sys.argv[1:]):
         sys.stdout.write(HELP)
         sys.exit(0)

@@ -1,6 +1,6 @@
-"""What a user or a disk hands over, looked at and parsed so that whatever is wrong with it can be said in one line.
+"""Read and check files and values from users, so that every problem with them can be reported in one line.
 
-Paths that no file system can have, files that cannot be read, JSON and YAML of any size and depth, torch's pickles.
+It handles impossible paths, unreadable files, JSON and YAML of any size and depth, and torch's pickles.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import yaml
 from megarl.errors import ConfigError, first_line
 
 DEEPEST = 200
-"""Levels that JSON may be nested in. Python's own limit would be met later, wherever a deep value is next looked at."""
+"""Maximum nesting of JSON. Python's own limit would be reached later, wherever a deep value is next visited."""
 _LONGEST_YAML = 1_000_000
 _BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 _MOST_YAML = 100_000  # values in a YAML file, each alias counted as all that it stands for
@@ -36,7 +36,7 @@ class UnreadableError(ValueError):
 
 
 def local(path: str | os.PathLike[str]) -> Path:
-    """A path with the home folder in place of `~`; one of a user that does not exist stays as it is."""
+    """Return a path with `~` expanded; the home of a user that does not exist stays as it is."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -44,20 +44,22 @@ def local(path: str | os.PathLike[str]) -> Path:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something at a path. What the file system refuses to look at is not there."""
+    """Return whether a path exists. A path that the file system cannot look up does not exist."""
     return why_missing(path) is None
 
 
 def is_file(path: Path) -> bool:
+    """Return whether a path is a file; False for paths that the file system cannot look up."""
     return exists(path) and path.is_file()
 
 
 def is_dir(path: Path) -> bool:
+    """Return whether a path is a folder; False for paths that the file system cannot look up."""
     return exists(path) and path.is_dir()
 
 
 def why_missing(path: Path) -> str | None:
-    """Why nothing can be found at a path, in a few words; None where something is there."""
+    """Return in a few words why a path does not exist; None if it exists."""
     try:
         path.stat()
     except (OSError, ValueError) as problem:  # ValueError: a zero byte
@@ -66,7 +68,7 @@ def why_missing(path: Path) -> str | None:
 
 
 def why_no_name(path: Path) -> str | None:
-    """Why nothing could ever be written at a path; None where its name is in order."""
+    """Return why a path can never be written; None if its name is valid."""
     if "\0" in str(path):
         return "a path cannot hold a zero byte"
     try:
@@ -77,7 +79,7 @@ def why_no_name(path: Path) -> str | None:
 
 
 def writable(path: str, key: str) -> Path:
-    """The absolute path that a key names for something to be written, refused where that cannot be."""
+    """Return the absolute path of a key's value for writing; raise `ConfigError` if it cannot be written."""
     place = local(path).absolute()
     problem, there = why_no_name(place), None
     if not problem:
@@ -94,7 +96,7 @@ def writable(path: str, key: str) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Ask the disk to keep a file, or a folder's entries, over a power cut."""
+    """Flush a file, or a folder's entries, to disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -142,6 +144,7 @@ def temp_sibling(path: Path) -> Path:
 
 
 def read_text(path: Path) -> str:
+    """Read a UTF-8 file; raise `UnreadableError` with the reason if that fails."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as problem:
@@ -151,11 +154,12 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
+    """Read a JSON file; raise `UnreadableError` with the reason if that fails."""
     return parse_json(read_text(path))
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Numbers of thousands of digits and nesting without end are no valid JSON here."""
+    """Parse a JSON text. Numbers of thousands of digits and unlimited nesting are rejected."""
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         value = json.loads(text)
@@ -171,7 +175,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """The JSON object in a text."""
+    """Parse a JSON text that must contain an object."""
     value = parse_json(text)
     if not isinstance(value, dict):
         raise UnreadableError(f"holds a {type(value).__name__} instead of a JSON object")
@@ -190,7 +194,7 @@ def nan_to_null(content: Any) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """Refuse YAML that refers to itself, is nested without end, or says little that stands for very much."""
+    """Raise for YAML with recursive aliases, unlimited nesting, or aliases that expand to very many values."""
     if len(text) > _LONGEST_YAML:
         raise UnreadableError(f"is YAML of more than {_LONGEST_YAML:,} characters")
     opened = list(accumulate(_BRACKETS.get(sign, 0) for sign in text))
@@ -209,7 +213,7 @@ def check_yaml(text: str) -> None:
 
 
 def load_plain(file: Any, **options: Any) -> Any:
-    """What `torch.save` wrote, where that is tensors and plain values alone: nothing in it is executed."""
+    """Load a `torch.save` file of tensors and plain values alone; nothing in it is executed."""
     import torch  # takes seconds, and most of what this module looks at is not torch's
 
     try:
@@ -225,7 +229,7 @@ def load_plain(file: Any, **options: Any) -> Any:
 
 
 def shown(value: object, most: int = 120) -> str:
-    """A value in a message, no longer than can be read."""
+    """Return a value for a message, shortened to a readable length."""
     text = str(value)
     start = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text[:most])
     return start if len(text) <= most else f"{start}... ({len(text)} characters)"

@@ -1,4 +1,4 @@
-"""The errors a user can cause or must see: each says the key, the value and what to do.
+"""Errors that users can cause or need to see: each names the key, the value and the remedy.
 
 Entry points turn them into one line and an exit code; anything else is a bug and keeps its traceback.
 """
@@ -11,9 +11,9 @@ from os import PathLike, fspath
 from typing import Any, Self, TypeVar
 
 LARGEST = 10_000
-"""Bytes of a value that travels with an error to other processes."""
+"""Maximum bytes of a value that is sent with an error to other processes."""
 LONGEST = 3_000
-"""Characters of a message. Of a longer one, which repeats somebody's long value, the middle is left out."""
+"""Maximum characters of a message. The middle of a longer one, which repeats a long value, is omitted."""
 
 
 _E = TypeVar("_E", bound="MegarlError")
@@ -33,7 +33,7 @@ class MegarlError(Exception):
     """
 
     exit_code = 2
-    said = False  # the line is on stderr already, of this process or of the first
+    said = False  # whether this process or the first one has printed the line
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class MegarlError(Exception):
         return outer
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Errors travel between processes with their attributes; of a value that cannot, its text."""
+        """Pickle the error with its attributes; a value that cannot be pickled is replaced by its text."""
         return _restore, (type(self), self.args, {**self.__dict__, "value": _portable(self.value)})
 
 
@@ -81,8 +81,7 @@ def _restore(kind: type[_E], args: tuple[Any, ...], attributes: dict[str, Any]) 
 
 
 def first_line(exception: BaseException, *, kind: bool = False) -> str:
-    """The first line of what an exception says, behind the name of its kind where that is asked for. One that says
-    nothing is its kind alone."""
+    """Return the first line of an exception's message, after its type if `kind`; the type alone if it is empty."""
     name, lines = type(exception).__name__, str(exception).strip().splitlines()
     if not lines:
         return name
@@ -90,12 +89,12 @@ def first_line(exception: BaseException, *, kind: bool = False) -> str:
 
 
 def one_line(exception: BaseException) -> str:
-    """All of an exception as one line: its kind and what it says."""
+    """Return an exception's type and whole message as one line."""
     return " ".join(f"{type(exception).__name__}: {exception}".split()).removesuffix(":")
 
 
 class ConfigError(MegarlError):
-    """A key or a combination of keys that cannot work."""
+    """A configuration key or a combination of keys that is not valid."""
 
 
 class DataError(MegarlError):
@@ -103,22 +102,22 @@ class DataError(MegarlError):
 
 
 class CheckpointError(MegarlError):
-    """A checkpoint that is torn, partial or of another model, or that could not be written."""
+    """A checkpoint that is incomplete, of another model, or that could not be written."""
 
 
 class RewardError(MegarlError):
-    """A reward function that failed: it raised, timed out, died, or returned something that is no score."""
+    """A reward function that failed: it raised, timed out, exited, or did not return a valid score."""
 
 
 class UnavailableError(MegarlError):
-    """The machine or an installed package does not offer what was asked for."""
+    """A request that the machine or an installed package does not support."""
 
 
 class NumericsError(MegarlError):
-    """Training produced numbers that must not be trained on (NaN, infinity)."""
+    """Training produced values that cannot be trained on (NaN, infinity)."""
 
     exit_code = 3
 
 
 class InvariantError(NumericsError):
-    """A property that always holds was seen broken; the message names it."""
+    """An invariant was violated; the message names it."""

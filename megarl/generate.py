@@ -1,4 +1,4 @@
-"""`python -m megarl.generate model.path=... prompts=FILE`: answers to prompts as JSON lines, or a chat in a
+"""`python -m megarl.generate model.path=... prompts=FILE`: responses to prompts as JSON lines, or a chat in the
 terminal."""
 
 import json
@@ -30,7 +30,7 @@ CHAT_HELP = "Type a message; /reset forgets the conversation, /quit (or an empty
 
 
 def generate(config: "GenerateConfig") -> int:
-    """In the processes that a launcher started, or in `trainer.devices` of our own."""
+    """Generate in the processes that a launcher started, else in `trainer.devices` new ones. Return the exit code."""
     from megarl.parallel.processes import launched_workers, set_env_from_slurm
 
     set_env_from_slurm()
@@ -53,14 +53,14 @@ def generate(config: "GenerateConfig") -> int:
     try:
         launched_workers(devices, _one_line, config, problems)
     except ProcessExitedException as ended:
-        if not problems.empty():  # one line, whichever process was first
+        if not problems.empty():  # the error of the process that failed first
             say(f"error: {problems.get()}")
         return int(ended.exit_code)
     return 0
 
 
 def _one_line(config: "GenerateConfig", problems: Any) -> None:
-    """`work` in one of several processes: what the user can mend goes into `problems`."""
+    """Run `work` in one of several processes. Errors that the user can fix are put into `problems`."""
     try:
         work(config)
     except MegarlError as error:
@@ -72,7 +72,7 @@ def _one_line(config: "GenerateConfig", problems: Any) -> None:
 
 
 def work(config: "GenerateConfig") -> None:
-    """Build the model, answer, and say how fast."""
+    """Build the model and generate: a chat, or responses to prompts."""
     from megarl.logging import setup
     from megarl.run.owner import owned
 
@@ -81,8 +81,8 @@ def work(config: "GenerateConfig") -> None:
     if config.out is not None:
         _check_out(config.out)
     dump = config.rollout.dump
-    held = nullcontext() if dump is None else owned(local(dump), config.parallel.timeout_s, key="rollout.dump")
-    with held, open_generator(config) as (generator, tokenizer, prompts):
+    dump_lock = nullcontext() if dump is None else owned(local(dump), config.parallel.timeout_s, key="rollout.dump")
+    with dump_lock, open_generator(config) as (generator, tokenizer, prompts):
         if config.chat:
             chat(config, generator, tokenizer)
         else:
@@ -90,7 +90,7 @@ def work(config: "GenerateConfig") -> None:
 
 
 def _check_out(out: str) -> None:
-    """Before the ranks meet, so that all refuse."""
+    """Refuse an output file that exists or cannot be written, before the ranks communicate, so that all refuse."""
     if exists(local(out)):
         raise ConfigError(
             f"out={out} exists and would be overwritten: remove it, or name another file", key="out", value=out
@@ -108,7 +108,7 @@ def _check_out(out: str) -> None:
 def open_generator(
     config: "GenerateConfig",
 ) -> "Iterator[tuple[Generator, Tokenizer, list[Prompt]]]":
-    """The model over the processes that are there, ready to generate, and the prompts that the configuration names."""
+    """Yield a generator with the model on the processes of the world, its tokenizer, and the configured prompts."""
     import torch.distributed as dist
 
     from megarl.models.build import build_engine, vocabulary
@@ -124,8 +124,8 @@ def open_generator(
 
     if config.rollout.layout is not None:
         raise ConfigError(
-            f"rollout.layout={config.rollout.layout} is for weights that train in another layout: set parallel.tp and "
-            "parallel.pp here",
+            f"rollout.layout={config.rollout.layout} applies only where weights are trained in another layout: set "
+            "parallel.tp and parallel.pp instead",
             key="rollout.layout",
             value=config.rollout.layout,
         )
@@ -136,7 +136,7 @@ def open_generator(
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
     vocab_size = vocabulary(config.model, tokenizer)
     prompts = [] if config.prompts is None else read_prompts(config, tokenizer, vocab_size)
-    joined = not dist.is_initialized()
+    starts_world = not dist.is_initialized()
     device = start_world(config.parallel.timeout_s)
     parallel = config.parallel
     layout = Layout.for_world(dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp or 1)
@@ -164,15 +164,15 @@ def open_generator(
         generator.close()
     finally:
         grid.close()
-        if joined:
+        if starts_world:
             dist.destroy_process_group()
 
 
-# --- prompts to answers -----------------------------------------------------------------------------------------------
+# --- responses to prompts ---------------------------------------------------------------------------------------------
 
 
 def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer", vocab_size: int) -> "list[Prompt]":
-    """Every prompt, measured. What names a file is read as one; anything else is a prompt itself."""
+    """Return all prompts, tokenized. `prompts` is a file if it names one, else it is itself the prompt."""
     from megarl.data.formats import RecordFormat
     from megarl.data.prompts import PromptLimits, encode_prompt, fit_prompts
     from megarl.data.sources import Record, read_records
@@ -181,7 +181,7 @@ def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer", vocab_size: i
     path = local(config.prompts)
     named = path.suffix in SUFFIXES or is_file(path)
     if named and not is_file(path):
-        why = why_missing(path) or "is no file"
+        why = why_missing(path) or "is not a file"
         raise DataError(
             f"prompts={shown(config.prompts)}: {why} (looked from {Path.cwd()}); name a file, or a text",
             key="prompts",
@@ -215,13 +215,13 @@ def answer(
     tokenizer: "Tokenizer",
     prompts: "Sequence[Prompt]",
 ) -> None:
-    """Write a line for every response as soon as it is done (those of other replicas at the end)."""
+    """Write one line per response as soon as it is finished; those of other replicas are written at the end."""
     from megarl.rollout import stored
     from megarl.rollout.noise import EVALUATION
     from megarl.rollout.requests import Request, sampling_from
 
     sampling = sampling_from(config.rollout)
-    # By their numbers in the file: a prompt that was left out changes neither the others' ids nor their responses.
+    # By number in the file, so that a prompt that is left out changes neither the others' ids nor their responses.
     by_number = {prompt.number: prompt for prompt in prompts}
     requests = [
         Request(prompt.number, sample_id, prompt.tokens, sampling)
@@ -278,7 +278,7 @@ def _line(rollout: "Rollout", prompt: str, tokenizer: "Tokenizer") -> dict[str, 
 
 @contextmanager
 def _output(path: str | None, first: bool) -> Iterator[TextIO | None]:
-    """Where lines go; nowhere but on the first rank."""
+    """Yield the file for the lines, or stdout; None on ranks other than the first."""
     if not first or path is None:
         yield sys.stdout if first else None
         return
@@ -288,7 +288,8 @@ def _output(path: str | None, first: bool) -> Iterator[TextIO | None]:
 
 @contextmanager
 def _progress(config: "GenerateConfig", total: int, first: bool) -> Iterator[Callable[[Sequence["Rollout"]], None]]:
-    """A bar with tokens per second on a terminal's stderr, a line now and then elsewhere."""
+    """Yield a callback that shows progress: a bar with tokens per second on a terminal's stderr, else a line every few
+    seconds."""
     kind = config.trainer.progress
     if kind == "auto":
         kind = "rich" if sys.stderr.isatty() and config.out else "plain"
@@ -328,25 +329,25 @@ def _progress(config: "GenerateConfig", total: int, first: bool) -> Iterator[Cal
 
 
 def chat(config: "GenerateConfig", generator: "Generator", tokenizer: "Tokenizer") -> None:
-    """Turn by turn: the first rank reads the terminal and shows the answer, all ranks compute it."""
+    """Run a conversation. The first rank reads the terminal and shows the responses; all ranks compute them."""
     from megarl.rollout.noise import EVALUATION
     from megarl.rollout.requests import Request, sampling_from
 
     context = generator.config.max_positions
-    sampling = _short_of(sampling_from(config.rollout), context)
+    sampling = _limit_to_half_context(sampling_from(config.rollout), context)
     first = generator.grid.rank == 0
     opening: list[dict[str, str]] = [] if config.system is None else [{"role": "system", "content": config.system}]
     messages = list(opening)
     if first:
         sys.stderr.write(CHAT_HELP + "\n")
     for turn in range(1_000_000):
-        said: str = generator.grid.run_on_rank0(_read_line)
-        if said in ("", "/quit"):
+        line: str = generator.grid.run_on_rank0(_read_line)
+        if line in ("", "/quit"):
             return
-        if said == "/reset":
+        if line == "/reset":
             messages = list(opening)
             continue
-        messages.append({"role": "user", "content": said})
+        messages.append({"role": "user", "content": line})
         tokens = tokenizer.encode_chat_prompt(messages, config.chat_template)
         newest = tuple(tokens[-max(1, context - sampling.max_new_tokens) :])
         if first and len(newest) < len(tokens):
@@ -360,8 +361,8 @@ def chat(config: "GenerateConfig", generator: "Generator", tokenizer: "Tokenizer
             sys.stdout.flush()
 
 
-def _short_of(sampling: "Sampling", max_positions: int) -> "Sampling":
-    """Answers take at most half of a small context, so that the conversation has the other."""
+def _limit_to_half_context(sampling: "Sampling", max_positions: int) -> "Sampling":
+    """Limit responses to half of a small context, so that the other half is left for the conversation."""
     return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, max(1, max_positions // 2)))
 
 
@@ -373,6 +374,7 @@ def _read_line() -> str:
 
 
 def main() -> None:
+    """Run the command. `--chat` is short for chat=true."""
     run("generate", ["chat=true" if word == "--chat" else word for word in sys.argv[1:]], generate)
 
 

@@ -1,4 +1,4 @@
-"""What a process of a run last said of itself, and who is to blame when a run stands still. Reading needs no torch."""
+"""Heartbeats of a run's processes, and a diagnosis of which rank blocks a stalled run. Reading needs no torch."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from megarl.disk import UnreadableError, is_dir, parse_object, read_text
 from megarl.errors import ConfigError
 
 FOLDER = "breadcrumbs"
-BEAT_S = 5.0  # seconds between two signs of life of a process that is in good health
+BEAT_S = 5.0  # seconds between two heartbeats of a healthy process
 _BYTES = 1024
 
 
 @dataclass
 class Heartbeat:
-    """One process's last words. Times are seconds since the epoch by its host's clock."""
+    """Heartbeat of one process. Times are seconds since the epoch by its host's clock."""
 
     rank: int
     world: int
@@ -28,22 +28,23 @@ class Heartbeat:
     phase: str = ""  # the clock's part: train, eval, save, generate ...; "" between them
     step: int = 0
     since: float = 0.0  # when this phase of this step began
-    alive: float = 0.0  # the last sign of life
+    alive: float = 0.0  # the last heartbeat
     collective: str = ""  # the call of torch.distributed that it waits in
     at: str = ""  # the innermost line of code outside torch
-    still: float = 0.0  # since when those two have not changed
-    ended: str = ""  # finished, or what it failed of
+    still: float = 0.0  # time of the last change of those two
+    ended: str = ""  # "finished", or the error
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.host}, process {self.pid})"
 
     @property
     def where(self) -> str:
+        """Phase and step of the process in words."""
         return f"{self.phase or 'between phases'} of step {self.step}"
 
 
 class HeartbeatFile:
-    """A file that always holds one heartbeat: rewritten in place in one call, which costs microseconds."""
+    """A file with one heartbeat, which is overwritten in one call that costs microseconds."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         folder = run_dir / FOLDER
@@ -51,6 +52,7 @@ class HeartbeatFile:
         self._file = os.open(folder / f"rank-{rank}.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
 
     def write(self, heartbeat: Heartbeat) -> None:
+        """Overwrite the file with a heartbeat, in one call."""
         plain = asdict(heartbeat)
         line = json.dumps(plain).encode()
         if len(line) >= _BYTES:  # a message of failure can be long
@@ -58,11 +60,12 @@ class HeartbeatFile:
         os.pwrite(self._file, line.ljust(_BYTES - 1) + b"\n", 0)
 
     def close(self) -> None:
+        """Close the file; the last heartbeat stays in it."""
         os.close(self._file)
 
 
 def read(run_dir: Path) -> list[Heartbeat]:
-    """The heartbeats of a run, by rank. Those of an earlier, larger world are left out."""
+    """Read the heartbeats of a run, by rank; those of an earlier, larger world are ignored."""
     folder, heartbeats = run_dir / FOLDER, []
     for path in sorted(folder.glob("rank-*.json")) if is_dir(folder) else ():
         try:
@@ -86,14 +89,14 @@ def _shown(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which ranks hold up the others (none: nobody is seen to), and a sentence about it."""
+    """The ranks that block the others (empty if none is found), and a sentence about it."""
 
     ranks: tuple[int, ...]
     sentence: str
 
 
 def diagnose(heartbeats: Sequence[Heartbeat], now: float, beat_s: float = BEAT_S) -> Verdict:
-    """Who the others wait for: in this order, who failed, is silent, never came, is behind."""
+    """Find the ranks that the others wait for: in order, failed, silent, missing or behind."""
     first = _failed(heartbeats) or _silent(heartbeats, beat_s) or _missing(heartbeats)
     if first is not None:
         return first
@@ -119,7 +122,7 @@ def _failed(heartbeats: Sequence[Heartbeat]) -> Verdict | None:
 
 
 def _silent(heartbeats: Sequence[Heartbeat], beat_s: float) -> Verdict | None:
-    """Ranks that stopped beating while others went on. A rank that waits for others beats."""
+    """Find ranks that stopped beating while others continued. A rank that waits for others still beats."""
     newest = max(heartbeat.alive for heartbeat in heartbeats)
     silent = [heartbeat for heartbeat in heartbeats if not heartbeat.ended and newest - heartbeat.alive > 3 * beat_s]
     if not silent:

@@ -1,4 +1,4 @@
-"""Logging of a run: short lines on the first process's console, everything in a file per process.
+"""Logging of a run: short lines of the first process on the console, and all records in one file per process.
 
 Libraries log through `get_logger(__name__)`; only entry points call `setup`.
 """
@@ -30,12 +30,12 @@ _seen: set[tuple[str, str]] = set()
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module of megarl: `get_logger(__name__)`."""
+    """Return the logger of a megarl module: `get_logger(__name__)`."""
     return logging.getLogger(name if name.split(".")[0] == _OURS else f"{_OURS}.{name}")
 
 
 def warn_once(logger: logging.Logger, message: str) -> None:
-    """Log a warning the first time this process says it."""
+    """Log a warning only the first time in this process."""
     if (logger.name, message) not in _seen:
         _seen.add((logger.name, message))
         logger.warning(message)
@@ -77,7 +77,7 @@ def setup(run_dir: Path | None, rank: int, debug: bool) -> None:
 
 
 class _Console(_TextHandler):
-    """Writes to whatever stderr is now: a progress display replaces it to keep lines above the bar."""
+    """Writes to the current stderr, which a progress display replaces to keep lines above the bar."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -93,12 +93,12 @@ def _add(root: logging.Logger, handler: logging.Handler) -> None:
 
 
 def _quiet_foreign(record: logging.LogRecord) -> bool:
-    """Only megarl speaks below WARNING on the console."""
+    """Return False for records below WARNING from other libraries."""
     return record.levelno >= logging.WARNING or record.name.split(".")[0] == _OURS
 
 
 def _adopt(logger: logging.Logger) -> None:
-    """Take away a library's own console handlers, so that its records arrive at ours, once."""
+    """Remove a library's own console handlers, so that its records reach ours, once."""
     for handler in list(logger.handlers):
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             logger.removeHandler(handler)

@@ -1,6 +1,6 @@
 """`python -m megarl.plan +conf=gpt20b cluster.gpus=64 cluster.gpu=h100`: what a run would take, before it is queued.
 
-Takes the keys of the run that it plans, and its own. No GPU is needed.
+It accepts the keys of the run that it plans, and its own. No GPU is needed.
 """
 
 import difflib
@@ -27,7 +27,7 @@ _OWN = {leaf.key.partition(".")[0] for leaf in leaves(PlanConfig)}
 
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Our own arguments, and those of the run."""
+    """Split the arguments into the plan's own and those of the run."""
     own: list[str] = []
     theirs: list[str] = []
     for word in argv:
@@ -41,7 +41,7 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def read(own: list[str]) -> PlanConfig:
-    """Our keys, typed and checked."""
+    """Return the plan's own keys, typed and checked."""
     for word in own:
         try:
             OmegaConf.from_dotlist([word])
@@ -60,7 +60,7 @@ def read(own: list[str]) -> PlanConfig:
 
 
 def compose_run(plan: PlanConfig, argv: list[str]) -> tuple[Any, int]:
-    """The run's configuration, refused as the run itself would refuse it, and its number of GPUs."""
+    """Return the run's configuration, validated as the run itself would, and its number of GPUs."""
     tree = ALGORITHMS[plan.algorithm].config
     for word in argv:
         head = word.lstrip("+~").partition("=")[0].partition(".")[0]
@@ -77,7 +77,7 @@ def compose_run(plan: PlanConfig, argv: list[str]) -> tuple[Any, int]:
 
 
 def _without_files(config: Any) -> None:
-    """A plan reads no data: what only says where it lies need not be there yet."""
+    """Fill in file paths: a plan reads no data, so the files need not exist."""
     config.data.train = config.data.train or ["to be named"]
     if config.tokenizer.path is None:
         config.tokenizer.kind = "bytes"
@@ -86,7 +86,7 @@ def _without_files(config: Any) -> None:
 
 
 def vocabulary_of(config: Any) -> int:
-    """Entries of the model's vocabulary."""
+    """Return the size of the model's vocabulary."""
     if config.model.vocab_size is not None:
         return int(config.model.vocab_size)
     from megarl.tokenizers import build_tokenizer
@@ -95,6 +95,7 @@ def vocabulary_of(config: Any) -> int:
 
 
 def show(argv: list[str]) -> None:
+    """Plan the run that the arguments describe and print the plan."""
     own, theirs = split(argv)
     config = read(own)
     run, gpus = compose_run(config, theirs)
@@ -123,6 +124,7 @@ def show(argv: list[str]) -> None:
 
 
 def help_text() -> str:
+    """Return the help text, with every key of the plan."""
     lines = ["usage: python -m megarl.plan [key=value ...] [+conf=preset or [a,b]] [--json]", ""]
     for leaf in leaves(PlanConfig):
         lines += [
@@ -134,6 +136,7 @@ def help_text() -> str:
 
 
 def main() -> None:
+    """Entry point of `python -m megarl.plan`."""
     argv = sys.argv[1:]
 
     def work() -> None:

@@ -1,6 +1,7 @@
-"""`python -m megarl.selftest tp=2 pp=2`: does this machine give the same numbers in a layout as in one process?
+"""`python -m megarl.selftest tp=2 pp=2`: check that a parallel layout gives the same numbers as one process on this
+machine.
 
-Trains a tiny random GPT both ways and compares losses, gradient norms and log-probs. Exit code 1 where they differ.
+Trains a tiny random GPT both ways and compares losses, gradient norms and log-probs. Exit code 1 if they differ.
 """
 
 import json
@@ -23,7 +24,7 @@ HELP = """python -m megarl.selftest [key=value ...]
   precision=fp32              fp32 or bf16
   steps=8                     optimizer steps that are compared
 """
-# (relative, absolute) differences of losses, gradient norms and log-probs that pass as rounding.
+# (relative, absolute) differences of losses, gradient norms and log-probs that count as rounding.
 TOLERANCES = {
     "fp32": {"loss": (1e-5, 1e-6), "grad_norm": (1e-4, 1e-6), "logprobs": (1e-5, 1e-5)},
     "bf16": {"loss": (1e-2, 1e-3), "grad_norm": (5e-2, 1e-3), "logprobs": (5e-2, 5e-2)},
@@ -33,6 +34,8 @@ VOCAB, ROWS, TIME = 131, 8, 32
 
 @dataclass(frozen=True)
 class Settings:
+    """The layout and the training to test."""
+
     tp: int = 1
     pp: int = 1
     dp: int = 1
@@ -44,15 +47,16 @@ class Settings:
 
     @property
     def world(self) -> int:
+        """Number of processes of the layout."""
         return self.tp * self.pp * self.dp
 
     def alone(self) -> "Settings":
-        """The same training in one process."""
+        """Return the settings of the same training in one process."""
         return Settings(precision=self.precision, steps=self.steps)
 
 
 def parse(argv: list[str]) -> Settings:
-    """Settings from key=value words, each with a clear error."""
+    """Parse key=value words. Refuse unknown keys and invalid values."""
     known: dict[str, Any] = {field.name: field.default for field in fields(Settings)}
     values: dict[str, Any] = {}
     for word in argv:
@@ -104,7 +108,8 @@ def parse(argv: list[str]) -> Settings:
 
 
 def train(settings: Settings) -> dict[str, Any]:
-    """Train in the current world. Losses and gradient norms of every step, log-probs of the last weights."""
+    """Train in the current world. Return losses and gradient norms of every step, and log-probs under the last
+    weights."""
     import torch
     import torch.distributed as dist
 
@@ -159,22 +164,22 @@ def train(settings: Settings) -> dict[str, Any]:
         metrics = engine.train_step(microbatches(step), cross_entropy, count_targets)
         losses.append(metrics["loss"])
         norms.append(engine.apply_gradients())
-    found = forward_rows(engine, rows(0), logprobs, per_microbatch=2, share_bins=False)["logprobs"]
-    result = {"loss": losses, "grad_norm": norms, "logprobs": found.flatten().tolist()}
+    final = forward_rows(engine, rows(0), logprobs, per_microbatch=2, share_bins=False)["logprobs"]
+    result = {"loss": losses, "grad_norm": norms, "logprobs": final.flatten().tolist()}
     grid.close()
     dist.destroy_process_group()
     return result
 
 
 def _write(settings: Settings, out: str) -> None:
-    """One process of a world that this command starts."""
+    """Train in one process of a world that this command starts. The first rank writes the result to `out`."""
     result = train(settings)
     if process_number() == 0:
         Path(out).write_text(json.dumps(result, allow_nan=False))
 
 
 def started(settings: Settings) -> dict[str, Any]:
-    """Train in a world of fresh processes on this machine."""
+    """Train in new processes on this machine and return the result."""
     from megarl.parallel.processes import launched_workers
 
     with tempfile.TemporaryDirectory() as folder:
@@ -185,12 +190,12 @@ def started(settings: Settings) -> dict[str, Any]:
 
 
 def compare(alone: dict[str, Any], layout: dict[str, Any], precision: str) -> tuple[list[list[str]], bool]:
-    """Rows of the table, and whether everything agrees."""
+    """Return the rows of the table, and whether all numbers agree."""
     rows, agree = [], True
     for name, (relative, absolute) in TOLERANCES[precision].items():
         pairs = list(zip(alone[name], layout[name], strict=True))
         worst = max(abs(a - b) for a, b in pairs)
-        # Written so that NaN counts as a difference.
+        # NaN compares as False, so it counts as a difference.
         same = all(abs(a - b) <= relative * abs(a) + absolute for a, b in pairs)
         agree &= same
         shown = [(f"{name} {step}", a, b) for step, (a, b) in enumerate(pairs)] if name != "logprobs" else []
@@ -200,6 +205,7 @@ def compare(alone: dict[str, Any], layout: dict[str, Any], precision: str) -> tu
 
 
 def report(settings: Settings, rows: list[list[str]], agree: bool) -> None:
+    """Print the settings of the device and the table of differences."""
     from rich.console import Console
     from rich.table import Table
 
@@ -215,12 +221,13 @@ def report(settings: Settings, rows: list[list[str]], agree: bool) -> None:
 
 
 def run(argv: list[str]) -> int:
+    """Run the test that the command line describes. Return the exit code."""
     from megarl.parallel.device import device_settings
     from megarl.parallel.processes import set_env_from_slurm
 
     settings = parse(argv)
     check_launcher(os.environ)
-    device_settings()  # refuses what its variable must not be, before any process is started
+    device_settings()  # refuses invalid values of its environment variable before any process starts
     set_env_from_slurm()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -243,6 +250,7 @@ def run(argv: list[str]) -> int:
 
 
 def main() -> None:
+    """Run the command."""
     if {"--help", "-h"} & set(sys.argv[1:]):
         sys.stdout.write(HELP)
         sys.exit(0)

@@ -1,4 +1,4 @@
-"""What every `python -m megarl.train_NAME` does: compose the configuration, make the algorithm's module, train it."""
+"""The code of every `python -m megarl.train_NAME`: compose the configuration, make the algorithm's module, train it."""
 
 import importlib
 import sys
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def command(name: str) -> Callable[[], None]:
-    """The `main` of an algorithm's entry point, which reads the command line."""
+    """Return the `main` of an algorithm's entry point, which reads the command line."""
     return partial(_main, name)
 
 
@@ -27,11 +27,11 @@ def train(name: str, config: Any, functions: Mapping[str, Callable[..., Any]] | 
     """Train and return the exit code.
 
     Args:
-        name: of the algorithm.
-        config: the typed tree of its configuration.
-        functions: callables that take the place of those that `reward.fn` and `metric.fn` name.
+        name: name of the algorithm.
+        config: typed configuration tree.
+        functions: callables to use instead of the functions that `reward.fn` and `metric.fn` name.
     """
-    from megarl.run.runner import run_training  # heavy imports only once the configuration is known to be good
+    from megarl.run.runner import run_training  # heavy imports only after the configuration is checked
     from megarl.tokenizers import build_tokenizer
 
     def build(config: Any, sources: "Sources") -> "Module":
@@ -42,7 +42,7 @@ def train(name: str, config: Any, functions: Mapping[str, Callable[..., Any]] | 
 
 
 def module_of(name: str) -> "type[Module]":
-    """Import the class that trains, and with it torch, Megatron and Lightning."""
+    """Import and return the module class of an algorithm. This imports torch, Megatron and Lightning."""
     file, _, kind = ALGORITHMS[name].module.partition(":")
-    found: type[Module] = getattr(importlib.import_module(file), kind)
-    return found
+    module: type[Module] = getattr(importlib.import_module(file), kind)
+    return module

@@ -1,6 +1,6 @@
-"""`python -m megarl.why_stuck RUN`: which rank do the others wait for, and in which phase? Reads a run's breadcrumbs.
+"""`python -m megarl.why_stuck RUN`: find the rank that the others wait for, and its phase, from a run's heartbeats.
 
-Exit code 0 where a rank is named, 1 where none is seen to hold up the others, 2 where there is nothing to read.
+Exit code 0 if it names a rank, 1 if no rank is found to hold up the others, 2 if there is nothing to read.
 """
 
 import re
@@ -16,13 +16,13 @@ from megarl.heartbeat import BEAT_S, FOLDER, Heartbeat, diagnose, read
 HELP = """python -m megarl.why_stuck RUN [beat=SECONDS]
 
   RUN       folder of a run, on a file system that this machine sees too
-  beat=5    seconds between two signs of life of a rank; one that misses three counts as silent
+  beat=5    seconds between two heartbeats of a rank; a rank that misses three counts as silent
 """
 _MOST_ROWS = 32
 
 
 def report(heartbeats: Sequence[Heartbeat], blamed: Sequence[int], now: float) -> None:
-    """A table of what each rank said last: the blamed ones first, and not more than can be read."""
+    """Print a table of the last heartbeat of each rank: first the ranks that hold up the others, at most 32 rows."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -50,6 +50,7 @@ def report(heartbeats: Sequence[Heartbeat], blamed: Sequence[int], now: float) -
 
 
 def run(argv: Sequence[str]) -> int:
+    """Diagnose the run that the command line names. Return the exit code."""
     folders = [word for word in argv if "=" not in word]
     settings = dict(word.split("=", 1) for word in argv if "=" in word)
     beat = settings.pop("beat", str(BEAT_S))
@@ -60,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
     heartbeats = read(Path(folders[0]))
     if not heartbeats:
         raise ConfigError(
-            f"{folders[0]} holds no {FOLDER}/rank-*.json: give the folder of a run that has started", where=folders[0]
+            f"{folders[0]} has no {FOLDER}/rank-*.json: name the folder of a run that has started", where=folders[0]
         )
     now = time.time()
     verdict = diagnose(heartbeats, now, float(beat))
@@ -70,6 +71,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main() -> None:
+    """Run the command."""
     if not sys.argv[1:] or {"--help", "-h"} & set(sys.argv[1:]):
         sys.stdout.write(HELP)
         sys.exit(0)

@@ -16,6 +16,7 @@ ROOT = PACKAGE.parent
 # An import points down, or sideways inside a room. The first that a path starts with decides.
 FLOORS = {
     "config/": 0,
+    "functions/": 0,
     "errors.py": 0,
     "command.py": 0,
     "logging.py": 0,
@@ -24,6 +25,7 @@ FLOORS = {
     "heartbeat.py": 0,
     "__init__.py": 0,
     "algorithms/": 1,
+    "tasks/": 1,
     "chat/": 1,
     "tokenizers.py": 1,
     "published_tokenizers.py": 1,

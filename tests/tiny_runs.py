@@ -83,7 +83,7 @@ class TinyModule(Module):
             self.engines = {"policy": TinyEngine(self.grid)}  # type: ignore[dict-item]
 
     def train_dataloader(self) -> "Cursor":
-        return Cursor(self.consumed)
+        return Cursor(self.steps_done)
 
     def val_dataloader(self) -> "Cursor":
         return Cursor(0, end=1)
@@ -93,7 +93,7 @@ class TinyModule(Module):
         weight = self.engines["policy"].weight  # type: ignore[attr-defined]
         weight.mul_(0.9).add_(self.grid.sum_over_data(torch.rand(8)) * (1 + batch))
         self.step_optimizers()
-        self.consumed += 1
+        self.steps_done += 1
 
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """Scores are scripted."""
@@ -154,5 +154,5 @@ def run_tiny(
         "weight": module.engines["policy"].weight,  # type: ignore[attr-defined]
         "step": trainer.global_step,
         "best": best.name if best else None,
-        "consumed": module.consumed,
+        "consumed": module.steps_done,
     }

@@ -1,7 +1,7 @@
 """The algorithms as pure tensor functions: no Megatron, no Lightning, no configuration, no globals.
 
-Tensors are right-padded [batch, time] and sit at the token they speak of; `mask` is 1 where the policy chose
-the token. What is masked out may hold anything and never reaches a value or a gradient.
+Tensors are right-padded [batch, time], and each entry belongs to the token at its position. `mask` is 1 where the
+policy chose the token. Masked-out entries may have any value and never affect a result or a gradient.
 """
 
 from megarl.algorithms.advantages import (

@@ -1,7 +1,7 @@
-"""Per-token credit: rewards from scores and KL, advantages and returns, whitening.
+"""Per-token credit assignment: rewards from scores and KL, advantages and returns, whitening.
 
-Everything here sees the whole phase at once, so that nothing depends on how it is later cut in minibatches.
-Masked-out positions may hold anything, inside a response (tool output) as well as after it.
+All functions take the whole phase at once, so results do not depend on its later split into minibatches.
+Masked-out positions may have any value, inside a response (tool output) as well as after it.
 """
 
 import torch
@@ -13,10 +13,11 @@ VARIANCE_EPS = 1e-8
 
 
 def per_token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float | Tensor) -> Tensor:
-    """The KL penalty of every token, plus the sequence's score on its last masked-in position.
+    """Return the KL penalty of every token, plus the sequence's score on its last masked-in position.
 
-    The last position comes from the mask and never from comparing ids, so an EOS that the policy chose
-    receives the score also where the pad id is the same. A row with nothing masked in gets nothing.
+    This is the reward of Ziegler et al., 2019 (arXiv 1909.08593), equation 2. The last position comes from the mask and
+    never from comparing ids, so an EOS that the policy chose receives the score even if it equals the pad id. A row
+    without masked-in positions gets no reward.
 
     Args:
         scores: [batch], one per sequence.
@@ -35,17 +36,17 @@ def per_token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float |
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over the masked-in positions.
+    """Generalised advantage estimation over the masked-in positions (Schulman et al., 2016, equation 16).
 
     delta_t = r_t + gamma*V' - V_t and A_t = delta_t + gamma*lam*A', where V' and A' are those of the next
-    masked-in position, and 0 after the last one: a hole in the mask is not a step.
+    masked-in position, and 0 after the last one: masked-out positions inside a row are not time steps.
 
     Args:
         rewards: [batch, time].
         values: [batch, time], V(x_<t).
         mask: [batch, time], 0/1.
         gamma: discount.
-        lam: between one-step errors (0) and Monte-Carlo returns (1).
+        lam: weight between one-step errors (0) and Monte-Carlo returns (1).
 
     Returns:
         advantages and returns (advantages + values, unwhitened), both [batch, time] and 0 where masked out.
@@ -66,7 +67,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Discounted sum of the rewards from each position on; holes in the mask neither count nor discount.
+    """Return the discounted sum of rewards from each position on; masked-out positions are not time steps.
 
     Args:
         rewards: [batch, time].
@@ -81,12 +82,12 @@ def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scale the masked-in entries to unit (unbiased) variance, and centre them on 0 if asked.
+    """Scale the masked-in entries to unit (unbiased) variance, and centre them on 0 if `shift_mean`.
 
     Args:
-        x: [batch, time]; hand over the whole phase: statistics are taken over what is given here.
+        x: [batch, time] of the whole phase: the statistics are those of this tensor.
         mask: [batch, time], 0/1.
-        shift_mean: False leaves the mean where it is.
+        shift_mean: False keeps the mean.
 
     Returns:
         [batch, time], 0 where masked out. A single masked-in entry equals its mean and becomes 0.
@@ -101,7 +102,7 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def reinforce_pp_advantages(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """REINFORCE++: discounted reward-to-go, whitened over the batch.
+    """REINFORCE++ (Hu, 2025, arXiv 2501.03262): discounted reward-to-go, whitened over the batch.
 
     Args:
         rewards: [batch, time].
@@ -115,7 +116,7 @@ def reinforce_pp_advantages(rewards: Tensor, mask: Tensor, gamma: float) -> Tens
 
 
 def remax_advantages(rewards: Tensor, baselines: Tensor, mask: Tensor) -> Tensor:
-    """ReMax: undiscounted reward-to-go minus the score of the prompt's greedy response.
+    """ReMax (Li et al., 2023, arXiv 2310.10505): undiscounted reward-to-go minus the score of the greedy response.
 
     Args:
         rewards: [batch, time].

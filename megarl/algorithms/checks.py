@@ -1,4 +1,4 @@
-"""Refusals shared by the algorithms: an option that does not exist, or a number that cannot work."""
+"""Checks shared by the algorithms, which raise for unknown options and numbers out of range."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     """Raise a ConfigError unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(
-            f"{key}={value!r} is not known: use one of {', '.join(choices)}",
+            f"{key}={value!r} is not a valid choice: use one of {', '.join(choices)}",
             key=key,
             value=value,
             offers={key: choices},
@@ -17,6 +17,6 @@ def check_choice(key: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_range(key: str, value: float, holds: bool, remedy: str) -> None:
-    """Raise a ConfigError that says `remedy` unless `holds`."""
+    """Raise a ConfigError with `remedy` unless `holds`."""
     if not holds:
-        raise ConfigError(f"{key}={value!r} cannot work: {remedy}", key=key, value=value)
+        raise ConfigError(f"{key}={value!r} is out of range: {remedy}", key=key, value=value)

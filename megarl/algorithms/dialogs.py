@@ -1,7 +1,7 @@
-"""ILQL's view of a dialogue: which positions are states, which are actions, and where the return lands.
+"""Dialogues as ILQL sees them: the positions of states and actions, and the position of the return.
 
-Action i is choosing the token after position actions_ixs[i]; states are the positions an action is taken
-from, plus the last token of the row, which is terminal.
+Action i chooses the token after position actions_ixs[i]. The states are the positions from which actions are taken,
+plus the last token of the row, which is terminal.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Dialog = Sequence[tuple[bool, Sequence[int]]]
 
 
 class ILQLBatch(NamedTuple):
-    """Dialogues as right-padded tensors (pad 0), all integers but the rewards."""
+    """Dialogues as right-padded tensors (pad 0), all integers except the rewards."""
 
     input_ids: Tensor
     """[batch, time]"""
@@ -34,7 +34,7 @@ class ILQLBatch(NamedTuple):
 
 
 def standardize_returns(returns: Tensor) -> Tensor:
-    """z-scores over the data set, with ddof 1; returns that are all equal become 0.
+    """Return z-scores over the data set, with ddof 1; returns that are all equal become 0.
 
     Args:
         returns: [dialogues].
@@ -42,18 +42,18 @@ def standardize_returns(returns: Tensor) -> Tensor:
     Returns:
         [dialogues].
     """
-    if returns.numel() == 0 or bool(returns.min() == returns.max()):  # their mean may differ from them by rounding
+    if returns.numel() == 0 or bool(returns.min() == returns.max()):  # rounding may make their mean differ from them
         return torch.zeros_like(returns)
     centred = returns - returns.mean()
     return centred / (centred.square().sum() / (returns.numel() - 1)).sqrt()
 
 
 def collate_dialogs(dialogs: Sequence[Dialog], returns: Tensor) -> ILQLBatch:
-    """Lay dialogues out as one batch, each with its return on its last action.
+    """Collate dialogues into one batch, each with its return on its last action.
 
     Args:
-        dialogs: per row its turns in order: (whether the policy speaks, token ids).
-        returns: [batch], as they shall appear in the rewards.
+        dialogs: per row its turns in order: (whether the policy wrote the turn, token ids).
+        returns: [batch], copied unchanged into the rewards.
     """
     rows = [_positions(dialog, number) for number, dialog in enumerate(dialogs)]
     ids = [torch.tensor([token for _, tokens in dialog for token in tokens]) for dialog in dialogs]
@@ -77,17 +77,17 @@ def collate_dialogs(dialogs: Sequence[Dialog], returns: Tensor) -> ILQLBatch:
 
 
 def ilql_batch(dialogs: Sequence[Dialog], rewards: Tensor) -> ILQLBatch:
-    """A whole data set as one batch: returns standardised over it, each on its dialogue's last action.
+    """Collate a whole data set into one batch: returns are standardised over it, each on its last action.
 
     Args:
-        dialogs: per dialogue its turns in order: (whether the policy speaks, token ids).
+        dialogs: per dialogue its turns in order: (whether the policy wrote the turn, token ids).
         rewards: [dialogues], one return each.
     """
     return collate_dialogs(dialogs, standardize_returns(rewards))
 
 
 def _positions(dialog: Dialog, number: int) -> list[int]:
-    """Positions an action is taken from: each output token is chosen at the one before it."""
+    """Return the positions from which actions are taken: each output token is chosen at the position before it."""
     positions: list[int] = []
     start = 0
     for is_output, tokens in dialog:

@@ -1,7 +1,7 @@
-"""Advantages from several responses to one prompt: each is measured against its siblings.
+"""Advantages from several responses to one prompt, each relative to the others in its group.
 
-A group with one member has no siblings and keeps its score; a group whose scores are all equal teaches
-nothing and gets exactly 0.
+A group with one member keeps its score. A group whose scores are all equal has no learning signal, and its advantages
+are exactly 0.
 """
 
 from collections.abc import Hashable, Sequence
@@ -18,11 +18,11 @@ Groups = Tensor | Sequence[Hashable]
 
 
 def group_index(groups: Groups, device: torch.device) -> Tensor:
-    """Number the groups 0, 1, ...
+    """Map group ids to the integers 0, 1, ...
 
     Args:
         groups: [batch], ids of any kind: a tensor, or one hashable per row.
-        device: where the index is wanted.
+        device: device of the result.
 
     Returns:
         [batch], integers below the number of groups.
@@ -35,15 +35,15 @@ def group_index(groups: Groups, device: torch.device) -> Tensor:
 
 
 def group_sums(x: Tensor, index: Tensor) -> Tensor:
-    """For each row the sum of `x` over its group: [batch] -> [batch]."""
+    """Return for each row the sum of `x` over its group: [batch] -> [batch]."""
     return torch.zeros_like(x).index_add(0, index, x)[index]
 
 
 def centre_by_group(scores: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Scores minus the weighted mean of their group; a singleton keeps its score.
+    """Return scores minus the weighted mean of their group; a single member keeps its score.
 
-    The mean is taken of the distances from the group's lowest score: equal scores then cancel exactly,
-    where a mean rounded in float32 and divided by a tiny spread would leave noise.
+    The mean is computed from the distances to the group's lowest score, so that equal scores cancel exactly. A mean
+    rounded in float32 and divided by a tiny standard deviation would leave noise.
 
     Args:
         scores, index, weights: [batch].
@@ -59,20 +59,20 @@ def centre_by_group(scores: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
 
 def group_sizes(scores: Tensor, index: Tensor) -> Tensor:
-    """For each row the number of members of its group, in the dtype of `scores`: [batch]."""
+    """Return for each row the number of members of its group, in the dtype of `scores`: [batch]."""
     return group_sums(torch.ones_like(scores), index)
 
 
 def grpo_advantages(scores: Tensor, groups: Groups, normalize: bool = True) -> Tensor:
-    """GRPO: score minus group mean, over the group's standard deviation (ddof 1) + 1e-6.
+    """GRPO (Shao et al., 2024, arXiv 2402.03300): score minus group mean, over the group's std (ddof 1) + 1e-6.
 
     Args:
         scores: [batch].
         groups: [batch], which prompt each response belongs to.
-        normalize: False leaves out the division (Dr.GRPO).
+        normalize: False omits the division (Dr. GRPO; Liu et al., 2025, arXiv 2503.20783).
 
     Returns:
-        [batch]. A singleton counts as mean 0 and deviation 1.
+        [batch]. A group of one is treated as mean 0 and standard deviation 1.
     """
     index = group_index(groups, scores.device)
     centred = centre_by_group(scores, index, torch.ones_like(scores))
@@ -80,13 +80,13 @@ def grpo_advantages(scores: Tensor, groups: Groups, normalize: bool = True) -> T
         return centred
     sizes = group_sizes(scores, index)
     variance = group_sums(centred.square(), index) / (sizes - 1).clamp(min=1)
-    # A constant variance where there is no spread: sqrt has an infinite slope at 0.
+    # Use a constant variance where all scores are equal: sqrt has an infinite slope at 0.
     spread = torch.where(variance > 0, variance, 1).sqrt() * (variance > 0)
     return centred / (torch.where(sizes == 1, 1, spread) + STD_EPS)
 
 
 def rloo_advantages(scores: Tensor, groups: Groups) -> Tensor:
-    """RLOO: score minus the mean score of the others in the group; a singleton keeps its score.
+    """RLOO (Ahmadian et al., 2024, arXiv 2402.14740): score minus the others' mean; a group of one keeps its score.
 
     Args:
         scores: [batch].
@@ -102,7 +102,7 @@ def rloo_advantages(scores: Tensor, groups: Groups) -> Tensor:
 
 
 def opo_advantages(scores: Tensor, groups: Groups, lengths: Tensor) -> Tensor:
-    """OPO: score minus the group's mean weighted by length; a singleton keeps its score.
+    """OPO (Hao et al., 2025): score minus the group's mean weighted by length; a group of one keeps its score.
 
     Args:
         scores: [batch].
@@ -117,7 +117,7 @@ def opo_advantages(scores: Tensor, groups: Groups, lengths: Tensor) -> Tensor:
 
 
 def reinforce_pp_baseline_advantages(scores: Tensor, groups: Groups, mask: Tensor) -> Tensor:
-    """REINFORCE++ with a group baseline: score minus group mean, on every token, whitened over the batch.
+    """REINFORCE++-baseline (Hu, 2025): score minus group mean on every token, whitened over the batch.
 
     Args:
         scores: [batch].

@@ -1,7 +1,7 @@
-"""Implicit language Q-learning: its loss on gathered values, and the scores it samples from.
+"""Implicit language Q-learning (Snell et al., 2022, arXiv 2206.11871): the loss and the sampling scores.
 
-The vocabulary is never needed for the loss: values of the token taken and cross entropies against it come in
-already gathered, [batch, actions].
+The loss never needs the vocabulary dimension: values of the chosen tokens and cross entropies against them are inputs
+that are already gathered, [batch, actions].
 """
 
 from collections.abc import Sequence
@@ -30,30 +30,30 @@ def ilql_loss(
     awac_beta: float,
     denominator: Tensor | float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """TD error of Q, expectile regression of V, and the two terms that keep both near the data.
+    """TD error of Q, expectile regression of V, and two terms that keep both near the data.
 
-    Q_hat is the smallest target head. Gradients reach q, v, q_nll and policy_nll; the TD target, Q_hat and
-    the AWAC weight have none.
+    Q_hat is the minimum over the target heads. Gradients flow to q, v, q_nll and policy_nll, but not through the TD
+    target, Q_hat and the AWAC weight.
 
     Args:
         q: one or two heads, each [batch, actions]: value of the token taken.
         target_q: the same of the target heads.
-        v: [batch, actions], V of the state the action is taken from.
-        next_v: [batch, actions], V of the state that follows.
+        v: [batch, actions], V of the state in which the action is taken.
+        next_v: [batch, actions], V of the next state.
         q_nll: per head [batch, actions], cross entropy of the head's outputs against the token taken.
         policy_nll: [batch, actions], cross entropy of the policy's logits against the token taken.
         rewards: [batch, actions].
-        not_done: [batch, actions], 1 where the state that follows is not terminal.
+        not_done: [batch, actions], 1 where the next state is not terminal.
         mask: [batch, actions], 1 where there is an action.
         tau: expectile; above 0.5 V leans towards the better actions.
         gamma: discount.
         cql_scale: weight of the conservative term (q_nll).
         awac_scale: weight of the policy's own loss.
-        awac_beta: how much the policy's loss prefers actions of high advantage; 0 for none.
+        awac_beta: how strongly the policy's loss weights actions of high advantage; 0 for not at all.
         denominator: global number of actions; None for this batch's own.
 
     Returns:
-        The loss, and the unscaled parts loss_q, loss_v, loss_cql, loss_awac, detached.
+        The loss, and its unscaled, detached terms loss_q, loss_v, loss_cql and loss_awac.
     """
 
     def action_mean(x: Tensor) -> Tensor:
@@ -79,20 +79,20 @@ def ilql_loss(
 
 
 def following(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """V of the state that follows each action, in index order of tokens: that of the row's next action.
+    """Return V of the next state of each action: the state of the row's next action.
 
-    Between two actions may lie another speaker's turn. After the last action nothing follows.
+    The columns are token indices. Turns of others may lie between two actions. The last action has no next state.
 
     Args:
-        values: [batch, time], V of the state that the token is chosen in.
+        values: [batch, time], V of the state in which the token is chosen.
         mask: [batch, time], 1 where the token is an action.
 
     Returns:
-        next_v [batch, time], 0 where nothing follows; not_done [batch, time], 1 where something does.
+        next_v [batch, time], 0 without a next state; not_done [batch, time], 1 with one.
     """
     end = mask.shape[1]
     where = torch.arange(end, device=mask.device).expand_as(mask).masked_fill(mask == 0, end)
-    first = where.flip(1).cummin(dim=1).values.flip(1)  # of the actions at the token or after it
+    first = where.flip(1).cummin(dim=1).values.flip(1)  # index of the first action at the token or after it
     later = torch.nn.functional.pad(first[:, 1:], (0, 1), value=end)
     not_done = (later < end) & (mask != 0)
     next_v = values.gather(1, later.clamp(max=end - 1))
@@ -100,15 +100,15 @@ def following(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ilql_scores(logits: Tensor, q: Tensor | Sequence[Tensor], v: Tensor, beta: float) -> Tensor:
-    """log_softmax(logits) + beta*(q - v): the policy, tilted towards tokens of high advantage.
+    """Return log_softmax(logits) + beta*(q - v): the policy shifted towards tokens of high advantage.
 
-    Forbidden tokens are logits of -inf and stay so; top-k and the like come after.
+    Forbidden tokens have logits of -inf and keep them; apply top-k and other filters afterwards.
 
     Args:
         logits: [batch, vocabulary].
-        q: [batch, vocabulary] of the target head, or several of them: then the smallest counts.
+        q: [batch, vocabulary] of the target head, or of several: then their minimum is used.
         v: [batch] or [batch, 1].
-        beta: how far to trust the advantage.
+        beta: weight of the advantage.
 
     Returns:
         [batch, vocabulary].

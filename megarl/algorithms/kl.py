@@ -1,4 +1,4 @@
-"""How far the policy is from its reference, and how strongly that is held against it."""
+"""Estimators of the KL divergence between policy and reference, and controllers of its coefficient."""
 
 import math
 from typing import Protocol
@@ -14,11 +14,11 @@ MAX_PROPORTIONAL_ERROR = 0.2
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
-    """Per-token estimate of KL(policy, reference) from samples of the policy.
+    """Return a per-token estimate of KL(policy, reference) from samples of the policy (Schulman, 2020).
 
     With d = logprobs - ref_logprobs: k1 = d (unbiased, signed), k2 = d^2/2, k3 = exp(-d) - 1 + d (unbiased,
-    never negative), abs = |d|. Nothing is clamped. Where masked-out positions may be junk and a gradient is
-    wanted, pass both inputs through `mask_out` first: here no mask is known.
+    never negative), abs = |d|. Nothing is clamped. The function has no mask: if masked-out positions may be arbitrary
+    and a gradient is needed, apply `mask_out` to both inputs first.
 
     Args:
         logprobs: [batch, time], of the policy.
@@ -41,55 +41,58 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
 
 
 class KLController(Protocol):
-    """What sets the KL coefficient: `value` is read in a phase, `update` is called once at its end."""
+    """A controller of the KL coefficient: `value` is read during a phase, `update` is called once at its end."""
 
     value: float
 
-    def update(self, kl: float, n: int) -> None: ...
+    def update(self, kl: float, n: int) -> None:
+        """Update the coefficient from the phase's mean KL per sequence `kl` over `n` samples."""
 
-    def state_dict(self) -> dict[str, float]: ...
+    def state_dict(self) -> dict[str, float]:
+        """Return the state for a checkpoint."""
 
-    def load_state_dict(self, state: dict[str, float]) -> None: ...
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restore the state of a checkpoint."""
 
 
 class FixedKL:
-    """A coefficient that stays what it is."""
+    """A constant coefficient."""
 
     def __init__(self, coef: float) -> None:
         check_range("coef", coef, coef >= 0, "a KL coefficient is 0 or more")
         self.value = float(coef)
 
     def update(self, kl: float, n: int) -> None:
-        """Take note of nothing: the coefficient is fixed."""
+        """Do nothing: the coefficient is constant."""
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state of a checkpoint."""
         self.value = float(state["value"])
 
 
 class AdaptiveKL:
-    """A coefficient that moves the KL towards a target (Ziegler et al., 2019, section 2.2).
+    """A coefficient that steers the KL towards a target (Ziegler et al., 2019, section 2.2).
 
     Args:
-        init: first coefficient.
-        target: the KL per sequence that is aimed at.
-        horizon: how many samples it takes to change the coefficient by at most a fifth of itself.
+        init: initial coefficient.
+        target: target of the KL per sequence.
+        horizon: number of samples over which the coefficient changes by at most a fifth of itself.
     """
 
     def __init__(self, init: float, target: float, horizon: float) -> None:
         check_range("init", init, init >= 0, "a KL coefficient is 0 or more")
-        check_range("target", target, target > 0, "give a KL above 0, or take a fixed coefficient")
-        check_range("horizon", horizon, horizon > 0, "give a number of samples above 0")
+        check_range("target", target, target > 0, "use a KL above 0, or a fixed coefficient")
+        check_range("horizon", horizon, horizon > 0, "use a number of samples above 0")
         self.value = float(init)
         self.target = float(target)
         self.horizon = float(horizon)
 
     def update(self, kl: float, n: int) -> None:
-        """Move the coefficient after a phase: value * (1 + clip(kl/target - 1, +-0.2) * n/horizon).
+        """Update the coefficient after a phase: value * (1 + clip(kl/target - 1, +-0.2) * n/horizon).
 
         Args:
             kl: mean KL per sequence of the phase.
@@ -111,9 +114,9 @@ class AdaptiveKL:
         self.value *= factor
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps: target and horizon come from the configuration."""
+        """Return the state for a checkpoint; target and horizon come from the configuration."""
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state of a checkpoint."""
         self.value = float(state["value"])

@@ -1,8 +1,8 @@
-"""The two losses of PPO: the clipped policy loss (with its GRPO, DAPO and GSPO variants) and the value loss.
+"""The two losses of PPO: the clipped policy loss (with GRPO, DAPO and GSPO variants) and the value loss.
 
-Statistics are detached scalars and means over tokens. Where the loss is divided by a global token count, so
-are they: like the loss, they add up over microbatches and ranks to the mean of the whole batch. Where the
-loss's `denominator` counts rows, the token count of this batch is used: average them over microbatches.
+Statistics are detached scalars and token means. If the loss is divided by a global token count, so are they: like
+the loss, they sum over microbatches and ranks to the mean of the whole batch. If the loss's `denominator` counts
+rows, they use the token count of this batch: average them over microbatches.
 """
 
 import torch
@@ -30,16 +30,19 @@ def ppo_policy_loss(
     norm: float | None = None,
     denominator: Tensor | float | None = None,
 ) -> tuple[Tensor, Stats]:
-    """The clipped surrogate: max(-A*ratio, -A*clip(ratio, 1 - clip_low, 1 + clip_high)).
+    """The clipped surrogate (Schulman et al., 2017, equation 7).
+
+    It is max(-A*ratio, -A*clip(ratio, 1 - clip_low, 1 + clip_high)), aggregated over tokens.
 
     Args:
-        logprobs: [batch, time], of the policy in training.
-        old_logprobs: [batch, time], of the policy before this phase's training; no gradient goes there.
+        logprobs: [batch, time], of the policy being trained.
+        old_logprobs: [batch, time], of the policy before this phase's training; they get no gradient.
         advantages: [batch, time].
         mask: [batch, time], 0/1.
-        clip_low, clip_high: how far the ratio may fall below or rise above 1 and still be followed.
-        dual_clip: bounds the loss of a token with a negative advantage to dual_clip*|A|; above 1, or None.
-        ratio: "token": exp(logprobs - old_logprobs); "sequence": exp of that gap's mean over the row (GSPO).
+        clip_low, clip_high: how far the ratio may fall below or rise above 1 with a gradient.
+        dual_clip: limits the loss to dual_clip*|A| where A is negative (Ye et al., 2020); above 1, or None.
+        ratio: "token": exp(logprobs - old_logprobs); "sequence": exp of that difference's mean over the
+            row (GSPO, arXiv 2507.18071).
         aggregation, norm, denominator: see `aggregate`.
 
     Returns:
@@ -50,7 +53,7 @@ def ppo_policy_loss(
     check_choice("ratio", ratio, RATIOS)
     check_choice("aggregation", aggregation, AGGREGATIONS)
     if dual_clip is not None:
-        check_range("dual_clip", dual_clip, dual_clip > 1, "give a bound above 1, or null for none")
+        check_range("dual_clip", dual_clip, dual_clip > 1, "use a bound above 1, or null for none")
     log_ratio = mask_out(logprobs - old_logprobs.detach(), mask)
     advantages = mask_out(advantages, mask)
     followed = log_ratio
@@ -88,14 +91,14 @@ def ppo_value_loss(
     clip: float | None = 0.2,
     denominator: Tensor | float | None = None,
 ) -> tuple[Tensor, Stats]:
-    """Half the token mean of max((V - R)^2, (clip(V, V_old +- clip) - R)^2).
+    """The clipped value loss: half the token mean of max((V - R)^2, (clip(V, V_old +- clip) - R)^2).
 
     Args:
-        values: [batch, time], of the critic in training.
-        old_values: [batch, time], of the critic before this phase's training; no gradient goes there.
-        returns: [batch, time]; no gradient goes there.
+        values: [batch, time], of the critic being trained.
+        old_values: [batch, time], of the critic before this phase's training; they get no gradient.
+        returns: [batch, time]; they get no gradient.
         mask: [batch, time], 0/1.
-        clip: how far a value may move from its old one and still be followed; None for no bound.
+        clip: how far a value may move from its old one with a gradient; None for no bound.
         denominator: global token count; None for this batch's own.
 
     Returns:
@@ -108,7 +111,7 @@ def ppo_value_loss(
     plain = (values - returns).square()
     losses, is_clipped = plain, torch.zeros_like(mask, dtype=torch.bool)
     if clip is not None:
-        check_range("clip", clip, clip >= 0, "give a width of 0 or more, or null for none")
+        check_range("clip", clip, clip >= 0, "use a width of 0 or more, or null for none")
         moved = values.clamp(old_values - clip, old_values + clip)
         clipped = (moved - returns).square()
         losses, is_clipped = torch.maximum(plain, clipped), clipped > plain
@@ -121,5 +124,5 @@ def ppo_value_loss(
 
 
 def _token_mean(x: Tensor, like: Tensor, mask: Tensor, denominator: Tensor | float | None) -> Tensor:
-    """Detached token mean of `x`, [batch, time] of any dtype, in the dtype of `like`."""
+    """Return the detached token mean of `x`, [batch, time] of any dtype, in the dtype of `like`."""
     return aggregate(x.detach().to(like.dtype), mask, "token_mean", denominator=denominator)

@@ -1,7 +1,7 @@
-"""Losses on preferred and rejected responses: DPO and its kin, KTO, ORPO, CPO, SimPO, reward models.
+"""Losses on preferred and rejected responses: DPO and its variants, KTO, ORPO, CPO, SimPO, reward models.
 
-Inputs are log-probs (or scores) of whole responses, [batch]. Every loss comes per example, so that the caller
-divides by the global count; only the reward model's is a mean, with that count as an argument.
+Inputs are log-probs (or scores) of whole responses, [batch]. Every loss is returned per example, so that the caller
+divides by the global count. Only the reward model's loss is a mean, with that count as an argument.
 """
 
 import math
@@ -27,15 +27,15 @@ def dpo_loss(
     kind: str = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Direct preference optimisation and the losses that share its inputs.
+    """Direct preference optimisation (Rafailov et al., 2023, equation 7) and losses with the same inputs.
 
     Args:
-        policy_chosen, policy_rejected: [batch], log-probs under the policy. For ipo, means over the tokens
-            are customary; they are used as given.
+        policy_chosen, policy_rejected: [batch], log-probs under the policy. For ipo, use means over the tokens, as is
+            customary; the inputs are not averaged here.
         ref_chosen, ref_rejected: [batch], the same under the reference.
-        beta: how tightly the policy is held to the reference.
+        beta: how strongly the policy is tied to the reference.
         kind: one of `DPO_KINDS`.
-        label_smoothing: assumed share of flipped labels; for sigmoid, robust (below 0.5) and exo_pair
+        label_smoothing: assumed fraction of flipped labels; for sigmoid, robust (below 0.5) and exo_pair
             (above 0).
 
     Returns:
@@ -78,11 +78,13 @@ def cpo_loss(
     kind: str = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """CPO's preference part: DPO without a reference. The NLL of the chosen response is the caller's to add.
+    """The preference term of CPO (Xu et al., 2024, arXiv 2401.08417): DPO without a reference.
+
+    The caller adds the NLL of the chosen response.
 
     Args:
         policy_chosen, policy_rejected: [batch], log-probs under the policy.
-        beta: sharpness.
+        beta: scale of the log-prob difference.
         kind: one of `CPO_KINDS`.
         label_smoothing: as in `dpo_loss`; sigmoid only.
 
@@ -97,13 +99,13 @@ def cpo_loss(
 def simpo_loss(
     policy_chosen: Tensor, policy_rejected: Tensor, beta: float, gamma: float, label_smoothing: float = 0.0
 ) -> Tensor:
-    """SimPO: the chosen response shall lead by `gamma`, without a reference.
+    """SimPO (Meng et al., 2024, arXiv 2405.14734): the chosen response should lead by `gamma`; there is no reference.
 
     Args:
         policy_chosen, policy_rejected: [batch], log-probs averaged over the tokens.
-        beta: sharpness.
-        gamma: the lead asked for, in units of beta times log-prob.
-        label_smoothing: assumed share of flipped labels.
+        beta: scale of the log-prob difference.
+        gamma: the target margin, in units of beta times log-prob.
+        label_smoothing: assumed fraction of flipped labels.
 
     Returns:
         [batch].
@@ -113,7 +115,7 @@ def simpo_loss(
 
 
 def orpo_odds_ratio_loss(policy_chosen: Tensor, policy_rejected: Tensor, beta: float) -> Tensor:
-    """ORPO's log odds ratio term, 0 or less: SUBTRACT its mean from the NLL of the chosen responses.
+    """The log odds ratio term of ORPO (Hong et al., 2024, arXiv 2403.07691), 0 or less: SUBTRACT its mean from the NLL.
 
     Args:
         policy_chosen, policy_rejected: [batch], log-probs averaged over the tokens.
@@ -137,18 +139,18 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """KTO: each response by itself, against the batch's KL as the point of reference.
+    """KTO (Ethayarajh et al., 2024, arXiv 2402.01306): each response separately, relative to the batch's KL.
 
     Args:
         policy_chosen, ref_chosen: [desirable], log-probs of the desirable responses; may be empty.
         policy_rejected, ref_rejected: [undesirable], of the undesirable ones; may be empty.
         policy_kl, ref_kl: [pairs], log-probs of mismatched prompts and responses, gathered over the global
             batch, for the KL estimate. It carries no gradient and is 0 at least.
-        beta: how tightly the policy is held to the reference.
-        desirable_weight, undesirable_weight: to balance unequal counts.
+        beta: how strongly the policy is tied to the reference.
+        desirable_weight, undesirable_weight: weights that balance unequal counts.
 
     Returns:
-        [desirable + undesirable], the desirable first.
+        [desirable + undesirable], the desirable ones first.
     """
     gaps = (policy_kl - ref_kl).detach()
     kl = (gaps.sum() / max(gaps.numel(), 1)).clamp(min=0)
@@ -168,8 +170,8 @@ def bradley_terry_loss(
 
     Args:
         chosen, rejected: [batch], scores.
-        margin: [batch], by how much the chosen one shall lead; None for 0.
-        mask: [batch], 0 for rows that only fill up a minibatch; None when there are none.
+        margin: [batch], by how much the chosen one should lead; None for 0.
+        mask: [batch], 0 for filler rows of a minibatch; None if there are none.
         denominator: global number of pairs; None for this batch's own.
 
     Returns:
@@ -182,12 +184,12 @@ def bradley_terry_loss(
 
 
 def _smoothed_sigmoid(z: Tensor, label_smoothing: float) -> Tensor:
-    """-log sigmoid(z), mixed with the same of the flipped label."""
+    """Return -log sigmoid(z), mixed with the loss of the flipped label."""
     return -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
 
 
 def _log_odds(logprob: Tensor) -> Tensor:
-    """log(p / (1 - p)) from log p <= 0."""
+    """Return log(p / (1 - p)) from log p <= 0."""
     # A log-prob of exactly 0 has infinite odds and no usable gradient.
     below_one = logprob.clamp(max=-torch.finfo(logprob.dtype).eps)
     # expm1 keeps the digits of 1 - p that exp loses near p = 1.
@@ -195,7 +197,7 @@ def _log_odds(logprob: Tensor) -> Tensor:
 
 
 def _check_smoothing(kind: str, label_smoothing: float) -> None:
-    """Refuse a label smoothing that the kind has no use for or that makes it meaningless."""
+    """Raise for a label smoothing that this kind does not use or that makes it meaningless."""
     key = "label_smoothing"
     if kind not in SMOOTHED_DPO_KINDS:
         remedy = f"{kind} has no label smoothing; set it to 0, or use one of {', '.join(SMOOTHED_DPO_KINDS)}"
@@ -206,4 +208,4 @@ def _check_smoothing(kind: str, label_smoothing: float) -> None:
     elif kind == "robust":
         check_range(key, label_smoothing, 0 <= label_smoothing < 0.5, "robust needs 0 or more, below 0.5")
     else:
-        check_range(key, label_smoothing, 0 <= label_smoothing < 1, "give 0 or more, below 1")
+        check_range(key, label_smoothing, 0 <= label_smoothing < 1, "use 0 or more, below 1")

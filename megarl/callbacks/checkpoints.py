@@ -18,19 +18,19 @@ log = get_logger(__name__)
 
 
 class Checkpoints(Checkpoint):
-    """Saves at the edge of a step, after its evaluation where there is one, so that the metric is known.
+    """Saves at the end of a step, after its evaluation if there is one, so that the metric is known.
 
-    A checkpoint is deleted only after its successor is committed, background saves included.
+    A checkpoint is deleted only after its successor is complete, background saves included.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, eval_every: int | None) -> None:
         self.folder, self.config, self.eval_every = folder, config, eval_every
-        self.measured: dict[str, dict[str, float]] = {}  # by evaluations, of checkpoints by folder name
+        self.measured: dict[str, dict[str, float]] = {}  # metrics of evaluated checkpoints, by folder name
         self.saved_step = -1
-        self.told = False  # that nothing is called as the metric
+        self.warned = False  # that checkpoint.metric is not logged
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What is restored by now decides which checkpoints in the folder belong to this course of the run."""
+        """Move aside the checkpoints that do not lead to the restored step; stop all ranks if that fails."""
         self._io(trainer).restoring = None
         here = self._start_from(steps_taken(trainer)) if trainer.is_global_zero else ({}, None)
         self.measured, problem = trainer.strategy.broadcast(here)
@@ -38,6 +38,7 @@ class Checkpoints(Checkpoint):
             raise problem
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Save if a checkpoint is due and no evaluation follows at this step."""
         self._io(trainer).poll()
         step = steps_taken(trainer)
         evaluation_follows = self.eval_every is not None and step % self.eval_every == 0
@@ -45,45 +46,48 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if a checkpoint is due or the metric is among the best."""
         if trainer.sanity_checking or (not trainer.training and trainer.state.fn != "fit"):
             return
-        self._tell_of_missing_metric(trainer)
+        self._warn_of_missing_metric(trainer)
         measured = self._measured(trainer)
         score = measured.get(self.config.metric)
         if self._due(steps_taken(trainer)) or (score is not None and self._among_best(score)):
             self._save(trainer, measured)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step, wait for background saves, and delete checkpoints that are not kept."""
         if self.config.save_last and self.saved_step != steps_taken(trainer):
             self._save(trainer)
         self._io(trainer).wait()
         self._prune(trainer)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the metrics of evaluated checkpoints."""
         return {"measured": {name: dict(values) for name, values in self.measured.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Everything that was measured, as this run may rank by another metric than the one that is resumed."""
+        """Restore all metrics of evaluated checkpoints, as this run may rank by another metric than the earlier one."""
         if "measured" in state_dict:
             self.measured = {name: dict(values) for name, values in state_dict["measured"].items()}
-        else:  # as earlier versions kept it
+        else:  # the format of earlier versions
             self.measured = {name: {self.config.metric: score} for name, score in state_dict["scores"].items()}
 
     @property
     def scores(self) -> dict[str, float]:
-        """Of evaluated checkpoints, by folder name, in the metric that ranks them."""
+        """The ranking metric of evaluated checkpoints, by folder name."""
         metric = self.config.metric
         return {name: values[metric] for name, values in self.measured.items() if metric in values}
 
     def best(self) -> Path | None:
-        """The kept checkpoint with the best metric."""
+        """Return the folder of the kept checkpoint with the best metric; None if there is none."""
         ranked = self._ranked(self.scores)
         return self.folder / ranked[0] if ranked else None
 
     def stop(self, trainer: Trainer) -> None:
-        """Save and end the run at this edge, for a reason outside the schedule (a time limit, a notice).
+        """Save and end the run after this step, for a reason outside the schedule (a time limit, a signal).
 
-        Lightning evaluates whenever it stops early; here only an evaluation that is due at this step still runs.
+        Lightning evaluates whenever it stops early. Here only an evaluation that is due at this step still runs.
         """
         if self.saved_step != steps_taken(trainer):
             self._save(trainer)
@@ -103,8 +107,8 @@ class Checkpoints(Checkpoint):
         self._prune(trainer)
 
     def _start_from(self, step: int) -> tuple[dict[str, dict[str, float]], CheckpointError | None]:
-        """On the first rank: what is known of checkpoints that are there (others would bar new ones), or what is
-        wrong."""
+        """Tidy the folder on the first rank. Return the metrics of the checkpoints that stay, and the error if it
+        fails."""
         try:
             tidy(self.folder, step)
         except CheckpointError as problem:
@@ -113,7 +117,7 @@ class Checkpoints(Checkpoint):
         return {name: values for name, values in self.measured.items() if name in there}, None
 
     def _prune(self, trainer: Trainer) -> None:
-        """Delete what is neither among the last nor among the best. What is still being written counts for neither."""
+        """Delete checkpoints that are neither among the last nor among the best. Incomplete ones count as neither."""
         if not trainer.is_global_zero:
             return
         names = [path.name for path in find(self.folder)]
@@ -127,18 +131,19 @@ class Checkpoints(Checkpoint):
         return self.config.every is not None and step % self.config.every == 0 and step != self.saved_step
 
     def _measured(self, trainer: Trainer) -> dict[str, float]:
-        """What the evaluation that just ended measured, and the metric that ranks, where it is one of training."""
+        """Return the finite metrics of the evaluation that just ended, and checkpoint.metric even if training logs
+        it."""
         found = readings(trainer, lambda name: is_evaluation(name) or name == self.config.metric)
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
-    def _tell_of_missing_metric(self, trainer: Trainer) -> None:
-        """Once, at an evaluation: without the metric that says which checkpoint is best, none is kept as such."""
+    def _warn_of_missing_metric(self, trainer: Trainer) -> None:
+        """Warn once, after an evaluation, if checkpoint.metric is not logged and no best checkpoint can be kept."""
         there = readings(trainer)
-        if self.told or self.config.keep_best == 0 or self.config.metric in there:
+        if self.warned or self.config.keep_best == 0 or self.config.metric in there:
             return
-        self.told = True
+        self.warned = True
         log.warning(
-            "checkpoint.metric=%s is not logged, so no best checkpoint is kept: name one of %s",
+            "checkpoint.metric=%s is not logged, so no best checkpoint is kept: choose from %s",
             self.config.metric,
             ", ".join(sorted(filter(is_evaluation, there))) or "the logged metrics",
         )

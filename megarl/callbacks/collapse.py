@@ -1,4 +1,4 @@
-"""Says so when a run loses most of what it had gained and does not get it back."""
+"""Warns when a run loses most of its progress and does not recover."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from megarl.logging import get_logger
 log = get_logger(__name__)
 
 SCORE, SPREAD = "rollout/score", "rollout/score_std"
-PATIENCE = 3  # readings in a row that are down, before it is a collapse and no dip
-LOST = 0.5  # of the gain since the first reading, or of a best above 0
-EVALUATION_NOISE = 0.05  # of the larger of best and first: what an evaluation may move by chance
-SCORE_NOISE = 0.5  # of the scores' standard deviation: likewise, of a phase's mean score
+PATIENCE = 3  # number of readings in a row that are down in a collapse
+LOST = 0.5  # share of the gain since the first reading, or of a best above 0
+EVALUATION_NOISE = 0.05  # noise of an evaluation, relative to the larger of best and first
+SCORE_NOISE = 0.5  # noise of a phase's mean score, relative to the scores' standard deviation
 REMEDY = "a lower optim.lr"
 
 
 @dataclass
 class Fall:
-    """Follows one metric of which more is better.
+    """Tracks a metric of which more is better, to detect a collapse.
 
-    A reading is down when it has lost more than half of what was gained since the first reading, or more than half of
-    a best that is above 0, and by more than noise.
+    A reading is down when the metric lost more than half of its gain since the first reading, or more than half of a
+    best that is above 0, and lost more than noise.
     """
 
     first: float | None = None
@@ -35,11 +35,11 @@ class Fall:
     best_step: int = 0
     best_noise: float = 0.0
     last: float = 0.0
-    down: int = 0  # readings in a row
-    since: int = 0  # the step of the first of them
+    down: int = 0  # number of readings in a row that are down
+    since: int = 0  # step of the first of these
 
     def add(self, step: int, value: float, noise: float) -> None:
-        """Take a reading; `noise` is what it may be off by chance."""
+        """Add a reading. `noise` is how much it may be off by chance."""
         self.last = value
         if self.first is None:
             self.first = value
@@ -53,6 +53,7 @@ class Fall:
 
     @property
     def collapsed(self) -> bool:
+        """Whether enough readings in a row are down."""
         return self.down >= PATIENCE
 
     def _is_down(self, first: float, best: float, noise: float) -> bool:
@@ -63,9 +64,10 @@ class Fall:
 
 
 class Collapse(Callback):
-    """Watches the phases' mean score, and the metric that ranks checkpoints; warns once of each fall, with what to try.
+    """Watches the phases' mean score and the metric that ranks checkpoints. Warns once of each collapse, with settings
+    to try.
 
-    A module may have a text `remedy_of_collapse`: settings to try instead of a lower learning rate.
+    A module may define `remedy_of_collapse`: settings to try instead of a lower learning rate.
     """
 
     def __init__(
@@ -77,44 +79,48 @@ class Collapse(Callback):
     ) -> None:
         """
         Args:
-            metric, mode: of `checkpoint`.
-            best_checkpoint: names the best checkpoint that is kept.
-            scorers: fingerprints of the functions whose scores are read, by their key.
+            metric, mode: of the section `checkpoint`.
+            best_checkpoint: returns the best checkpoint that is kept.
+            scorers: returns the fingerprints of the functions whose scores are read, by configuration key.
         """
         self.metric, self.mode, self.sign = metric, mode, 1.0 if mode == "max" else -1.0
         self.best_checkpoint, self.scorers = best_checkpoint, scorers
         self.falls: dict[str, Fall] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the evaluation before the first step as a reading."""
         baseline = getattr(pl_module, "baseline", None) or {}
         if self.metric in baseline and self.metric not in self.falls:
             self._take(trainer, self.metric, baseline[self.metric])
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Add the mean score of the phase as a reading."""
         there = readings(trainer)
         if SCORE in there:
             self._take(trainer, SCORE, there[SCORE], SCORE_NOISE * there.get(SPREAD, 0.0))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the metric that ranks checkpoints as a reading."""
         there = readings(trainer)
         if not trainer.sanity_checking and self.metric != SCORE and self.metric in there:
             self._take(trainer, self.metric, there[self.metric])
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._read(), "falls": {name: asdict(fall) for name, fall in self.falls.items()}}
+        """Return the readings, and the metric, mode and scorers that they come from."""
+        return {**self._source(), "falls": {name: asdict(fall) for name, fall in self.falls.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Readings of another metric, mode or function are not continued."""
-        read = self._read()
-        if state_dict.get("scorers") != read["scorers"]:
+        """Restore readings, except those of another metric, mode or scoring function."""
+        source = self._source()
+        if state_dict.get("scorers") != source["scorers"]:
             return
-        same_metric = all(state_dict[key] == read[key] for key in ("metric", "mode"))
+        same_metric = all(state_dict[key] == source[key] for key in ("metric", "mode"))
         self.falls = {
             name: Fall(**fields) for name, fields in state_dict["falls"].items() if name == SCORE or same_metric
         }
 
     def found(self) -> list[dict[str, Any]]:
-        """The metrics that have collapsed, as summary.json has them."""
+        """Return the metrics that have collapsed, in the format of summary.json."""
         return [
             {
                 "metric": name,
@@ -128,7 +134,7 @@ class Collapse(Callback):
             if fall.collapsed
         ]
 
-    def _read(self) -> dict[str, Any]:
+    def _source(self) -> dict[str, Any]:
         return {"metric": self.metric, "mode": self.mode, "scorers": self.scorers()}
 
     def _take(self, trainer: Trainer, name: str, value: float, noise: float | None = None) -> None:
@@ -147,7 +153,7 @@ class Collapse(Callback):
         log.warning(
             "%s has collapsed: %.4g at its best, in %s %d, and %.4g now, down since %s %d; %s; try %s",
             *(name, sign * (fall.best or 0.0), step, fall.best_step, sign * fall.last, step, fall.since),
-            "no checkpoint of its best is kept (set trainer.eval_every and checkpoint.keep_best)"
+            "the best checkpoint is not kept (set trainer.eval_every and checkpoint.keep_best)"
             if best is None
             else f"the best checkpoint is {best}",
             getattr(trainer.lightning_module, "remedy_of_collapse", REMEDY),

@@ -1,4 +1,4 @@
-"""`export.hf`: the trained model as a Hugging Face folder, once training has come to its end."""
+"""`export.hf`: the trained model as a Hugging Face folder, written after the last planned step."""
 
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,18 @@ log = get_logger(__name__)
 
 
 class Export(Callback):
-    """Exports the policy of a module that has a `card`. A run that stopped early exports when, resumed, it ends."""
+    """Exports the policy of a module that has a `card`. A run that stopped early exports once a resume finishes it."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = local(folder).absolute()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export the policy, unless the run stopped early."""
         planned = planned_steps(trainer)
         if trainer.should_stop and (planned is None or steps_taken(trainer) < planned):
-            log.warning("training stopped early: nothing is exported to %s until a resumed run ends", self.folder)
+            log.warning(
+                "training stopped early: nothing is exported to %s until a resume finishes the run", self.folder
+            )
             return
         card: Any = pl_module.card
         assert isinstance(card, ModelCard)

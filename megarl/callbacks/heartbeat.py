@@ -1,4 +1,4 @@
-"""Each process leaves word of where it is, so that a run that stands still can be understood from outside."""
+"""Each process writes heartbeats, from which `megarl.why_stuck` finds out what a stuck run waits for."""
 
 import os
 import socket
@@ -20,10 +20,11 @@ _FOREIGN = ("/torch/", "/threading.py", "/contextlib.py")
 
 
 class HeartbeatCallback(Callback):
-    """Writes `breadcrumbs/rank-N.json` in the run folder whenever the clock's part changes, and every few seconds.
+    """Writes `breadcrumbs/rank-N.json` in the run folder whenever the clock enters a part, and every few seconds.
 
-    The regular beat comes from a thread, which looks at where the main thread is: a process that waits in a collective
-    beats and says in which, one that is stopped or gone does not. `python -m megarl.why_stuck RUN` reads the files.
+    A thread writes the regular heartbeat and looks up where the main thread is. A process that waits in a collective
+    continues to write and names the collective; one that is stopped or gone does not write. `python -m megarl.why_stuck
+    RUN` reads the files.
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], beat_s: float = BEAT_S) -> None:
@@ -34,6 +35,7 @@ class HeartbeatCallback(Callback):
         self._beating: threading.Thread | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the first heartbeat and start the thread."""
         if self._file is not None:
             return
         self.trainer = trainer
@@ -47,15 +49,19 @@ class HeartbeatCallback(Callback):
         self._beating.start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write a heartbeat at the step that the run starts from."""
         self._enter("")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Write a heartbeat with the new step."""
         self._enter("")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write a last heartbeat that says finished."""
         self._end("finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write a last heartbeat with the error."""
         self._end(one_line(exception) or "an exception")
 
     def _enter(self, phase: str) -> None:
@@ -77,13 +83,13 @@ class HeartbeatCallback(Callback):
                 self.heartbeat.collective, self.heartbeat.at, self.heartbeat.alive = collective, at, now
                 self._write()
 
-    def _end(self, word: str) -> None:
-        """The first word stays: a teardown follows a failure too."""
+    def _end(self, reason: str) -> None:
+        """Write the last heartbeat. Later calls do nothing, as teardown follows a failure too."""
         self._over.set()
         with self._lock:
             if self._file is None:
                 return
-            self.heartbeat.ended, self.heartbeat.alive = word, time.time()
+            self.heartbeat.ended, self.heartbeat.alive = reason, time.time()
             self._write()
             self._file.close()
             self._file = None
@@ -94,20 +100,21 @@ class HeartbeatCallback(Callback):
 
 
 def whereabouts(frame: FrameType | None) -> tuple[str, str]:
-    """The collective that a thread waits in ("" for none), and its innermost line outside torch, as file:line name."""
+    """Return the collective that a thread waits in ("" for none), and its innermost line outside torch, as file:line
+    name."""
     collective = at = ""
     while frame is not None:
         path, name = frame.f_code.co_filename, frame.f_code.co_name
         if path.endswith(_COLLECTIVES) and not name.startswith("_"):
-            collective = name  # the outermost: what was called, not what it is made of
+            collective = name  # the outermost call, which is the one that was made
         if not at and not any(part in path for part in _FOREIGN):
-            at = f"{_place(frame)}:{frame.f_lineno} {name}"
+            at = f"{_short_path(frame)}:{frame.f_lineno} {name}"
         frame = frame.f_back
     return collective, at
 
 
-def _place(frame: FrameType) -> str:
-    """The end of a frame's path. Code without a file (a function that was pickled by value) is named by its module."""
+def _short_path(frame: FrameType) -> str:
+    """Return the end of a frame's path. Code without a file (a function pickled by value) is named by its module."""
     path = frame.f_code.co_filename
     if path.startswith("<"):
         return str(frame.f_globals.get("__name__", path))

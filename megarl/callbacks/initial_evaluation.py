@@ -1,4 +1,4 @@
-"""What a run starts from: an evaluation before the first training step, where the module can evaluate by itself."""
+"""An evaluation before the first training step, where the module can evaluate by itself."""
 
 import math
 
@@ -12,14 +12,15 @@ logger = get_logger(__name__)
 
 
 class InitialEvaluation(Callback):
-    """Lightning's evaluations only come after steps; this one is logged at step 0 and left in `module.baseline` and
-    `module.samples`.
+    """Evaluates at step 0, as Lightning evaluates only after steps. Logs the result and stores it in `module.baseline`
+    and `module.samples`.
 
-    A module that can do it has `evaluation`, which may be None, and `evaluate()`. A resumed run has had its baseline,
-    and one that is never evaluated has none.
+    A module supports this with `evaluation`, which may be None, and `evaluate()`. A resumed run has its baseline
+    already, and a run without evaluations has none.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate a new run and log the metrics at step 0."""
         never = trainer.limit_val_batches == 0
         if never or steps_taken(trainer) > 0 or getattr(pl_module, "evaluation", None) is None:
             return
@@ -33,5 +34,5 @@ class InitialEvaluation(Callback):
         pl_module.samples = evaluated.samples  # type: ignore[assignment]
         for entry in trainer.loggers:
             entry.log_metrics(evaluated.metrics, step=0)
-        said = "  ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in evaluated.metrics.items())
-        logger.info("before training  evaluation: %s", said)
+        shown = "  ".join(f"{name.removeprefix('eval/')} {value:.4g}" for name, value in evaluated.metrics.items())
+        logger.info("before training  evaluation: %s", shown)

@@ -1,4 +1,4 @@
-"""Ends a run cleanly before its time is up, at the edge of a step, with a checkpoint."""
+"""Limits of a run: stops it after the last planned step, or before its time is up, with a checkpoint."""
 
 import time
 from datetime import timedelta
@@ -14,18 +14,20 @@ log = get_logger(__name__)
 
 
 def parse_duration(text: str) -> timedelta:
-    """ "HH:MM:SS" as a duration; hours may exceed 23."""
+    """Convert "HH:MM:SS" to a duration. Hours may exceed 23."""
     hours, minutes, seconds = (int(part) for part in text.split(":"))
     return timedelta(hours=hours, minutes=minutes, seconds=seconds)
 
 
 class StepLimit(Callback):
-    """Ends a run whose steps Lightning does not count: those that are phases, each of many optimizer steps."""
+    """Ends a run whose steps Lightning does not count: its steps are phases of many optimizer steps each."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop a resumed run that has all planned steps already."""
         self._stop_at_end(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Stop the run after the last planned step."""
         self._stop_at_end(trainer)
 
     def _stop_at_end(self, trainer: Trainer) -> None:
@@ -35,7 +37,8 @@ class StepLimit(Callback):
 
 
 class TimeLimit(Callback):
-    """Counts from the start of this process, so that a resumed run has the whole limit again."""
+    """Stops a run after a time limit, which counts from the start of this process; a resume has the whole limit
+    again."""
 
     def __init__(self, limit: timedelta, checkpoints: Checkpoints) -> None:
         self.limit, self.checkpoints = limit, checkpoints
@@ -43,8 +46,9 @@ class TimeLimit(Callback):
         self.reached = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Save a checkpoint and stop the run if the limit is reached."""
         elapsed = time.monotonic() - self.start
-        # The first rank's clock decides, so that all stop at the same step.
+        # The first rank's clock decides, so that all ranks stop after the same step.
         if not trainer.strategy.broadcast(elapsed >= self.limit.total_seconds()):
             return
         if not self.reached:

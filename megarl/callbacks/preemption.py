@@ -1,4 +1,4 @@
-"""A notice that the machine is about to be taken away ends a run at the next edge of a step, with a checkpoint."""
+"""Stops a run with a checkpoint after the current step when a signal announces that the machine will be taken away."""
 
 import os
 import signal
@@ -17,16 +17,17 @@ from megarl.parallel.strategy import MegatronStrategy
 
 log = get_logger(__name__)
 
-NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # what SLURM, Kubernetes and people send before they kill
-_SAID = b"\nCtrl-C: saving and stopping once this step or phase is done (again: at once, without a checkpoint)\n"
+# What SLURM, Kubernetes and users send before they kill a process.
+NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_CTRL_C_NOTE = b"\nCtrl-C: saving and stopping once this step or phase is done (again: at once, without a checkpoint)\n"
 
 
 class Preemption(Callback):
-    """Any rank's SIGTERM, SIGUSR1 or Ctrl-C stops all ranks after the same step, once its checkpoint is committed.
+    """Stops all ranks after the same step, with a checkpoint, once any rank receives SIGTERM, SIGUSR1 or Ctrl-C.
 
-    A second Ctrl-C stops at once, without a checkpoint. Takes the place of Lightning's handlers while training: those
-    would talk to other ranks from inside a signal, save in another format and requeue the job themselves. When the fit
-    is over, Lightning puts back what was there before.
+    A second Ctrl-C stops at once, without a checkpoint. This replaces Lightning's signal handlers during training:
+    those would communicate with other ranks inside a signal handler, save in another format and requeue the job
+    themselves. Lightning restores the earlier handlers after the fit.
     """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
@@ -34,17 +35,19 @@ class Preemption(Callback):
         self.notice: str | None = None
         self.interrupts = 0
         self.stopping = False
-        self.outcome = 0  # INTERRUPTED by some rank's Ctrl-C, NOTICED where a notice left steps undone
+        self.outcome = 0  # INTERRUPTED by Ctrl-C on any rank; NOTICED if another signal left steps undone
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Install the signal handlers, in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may handle signals
         for number in NOTICES:
             if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # a shell's `&`: Ctrl-C is for others
+                continue  # started with `&` in a shell: Ctrl-C is for the foreground process
             signal.signal(number, self._noticed)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Save and stop if any rank received a signal."""
         strategy = trainer.strategy
         assert isinstance(strategy, MegatronStrategy)
         assert strategy.grid is not None
@@ -52,29 +55,29 @@ class Preemption(Callback):
             return
         if not self.stopping:
             self.stopping = True
-            reason = self.notice or "a notice to another rank"
+            reason = self.notice or "a signal to another rank"
             log.info("%s: saving and stopping after %s %d", reason, unit(trainer), steps_taken(trainer))
             self.checkpoints.stop(trainer)
-            # At once: an evaluation may be due now, and the notice may be short.
+            # Write the status now: an evaluation may follow, and the time until the kill may be short.
             planned = planned_steps(trainer)
             if strategy.grid.any_rank(self.notice == signal.SIGINT.name):
                 self.outcome = INTERRUPTED
             elif planned is None or steps_taken(trainer) < planned:
                 self.outcome = NOTICED
-                self._leave_word(f"stopped after {unit(trainer)} {steps_taken(trainer)}: start again\n")
+                self._write_status(f"stopped after {unit(trainer)} {steps_taken(trainer)}: start again\n")
         trainer.should_stop = True
 
     def _noticed(self, number: int, frame: FrameType | None) -> None:
-        """Only a note: a handler may run between any two instructions."""
+        """Record the signal, and nothing else: a handler may run between any two instructions."""
         if number == signal.SIGINT:
             self.interrupts += 1
             if self.interrupts > 1:
                 raise KeyboardInterrupt
             if local_process_number() == 0:
-                os.write(2, _SAID)
+                os.write(2, _CTRL_C_NOTE)
         self.notice = self.notice or signal.Signals(number).name
 
-    def _leave_word(self, text: str) -> None:
-        """One process of a node for all of it: nodes may have file systems of their own."""
+    def _write_status(self, text: str) -> None:
+        """Write the status file, from one process per node, as nodes may have separate file systems."""
         if STATUS_FILE in os.environ and local_process_number() == 0:
             Path(os.environ[STATUS_FILE]).write_text(text, encoding="utf-8")

@@ -1,4 +1,5 @@
-"""What a person watching the run sees: a bar on a terminal, plain lines elsewhere. First process only."""
+"""Progress display for a person who watches the run: a progress bar on a terminal, plain lines elsewhere. First process
+only."""
 
 import sys
 import time
@@ -22,7 +23,7 @@ _REFRESH_S = 0.1
 
 
 def _count(value: float) -> str:
-    """1234.5 as 1.23k."""
+    """Format a number in short: 1234.5 as 1.23k."""
     for letter, size in (("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g}{letter}"
@@ -40,8 +41,8 @@ _SHOWN: dict[str, Callable[[float], str]] = {
 
 
 @dataclass
-class Standing:
-    """How far a run is."""
+class RunProgress:
+    """How far a run is, and its latest metrics."""
 
     step: int
     total: int | None
@@ -52,85 +53,93 @@ class Standing:
 
     @property
     def steps(self) -> str:
+        """The step and the total, as in `step 3/10`."""
         return f"{self.unit} {self.step}" if self.total is None else f"{self.unit} {self.step}/{self.total}"
 
     def details(self) -> str:
-        """The metrics worth a glance, those that were logged, and the time left."""
+        """Return the most important metrics of those that were logged, and the remaining time."""
         parts = [show(self.metrics[name]) for name, show in _SHOWN.items() if name in self.metrics]
         if self.eta_s is not None:
             parts.append(f"eta {duration(self.eta_s)}")
         return "  ".join(parts)
 
     def evaluated(self) -> str:
-        """The last evaluation's metrics."""
+        """Return the metrics of the last evaluation."""
         return "  ".join(f"{name.removeprefix(EVALUATION)} {value:.4g}" for name, value in self.evaluation.items())
 
 
 class ProgressDisplay(Callback):
-    """Keeps the standing of a run and hands it to a display; steps of earlier processes of the run are not timed."""
+    """Tracks the progress of a run for a display. The remaining time is estimated from the steps of this process
+    alone."""
 
     def __init__(self, log_every: int, now: Callable[[], float] = time.perf_counter) -> None:
         self.log_every = log_every
-        self.standing = Standing(0, None)
+        self.progress = RunProgress(0, None)
         self._now = now
         self._first_step = 0
         self._began = 0.0
 
     def begin(self) -> None:
-        """The first step is about to be taken."""
+        """Show that the first step is about to start. A display overrides this."""
 
     def stepped(self) -> None:
-        """A step was taken."""
+        """Show that a step is done. A display overrides this."""
 
     def end(self) -> None:
-        """No more will be shown; also called when the run fails."""
+        """Stop the display; also called when the run fails. A display overrides this."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the display at the step that the run starts from."""
         if trainer.is_global_zero:
             self._first_step, self._began = steps_taken(trainer), self._now()
-            self.standing = Standing(steps_taken(trainer), planned_steps(trainer), unit=unit(trainer))
+            self.progress = RunProgress(steps_taken(trainer), planned_steps(trainer), unit=unit(trainer))
             self.begin()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Update the step, the metrics and the remaining time."""
         if not trainer.is_global_zero:
             return
-        standing = self.standing
-        standing.step = steps_taken(trainer)
-        standing.metrics = readings(trainer, lambda name: name in _SHOWN)
-        taken = standing.step - self._first_step
-        if standing.total is not None and taken > 0:
-            standing.eta_s = (self._now() - self._began) / taken * (standing.total - standing.step)
+        progress = self.progress
+        progress.step = steps_taken(trainer)
+        progress.metrics = readings(trainer, lambda name: name in _SHOWN)
+        taken = progress.step - self._first_step
+        if progress.total is not None and taken > 0:
+            progress.eta_s = (self._now() - self._began) / taken * (progress.total - progress.step)
         self.stepped()
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        """Update the metrics of the last evaluation and log them."""
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
-        self.standing.step = steps_taken(trainer)
-        self.standing.evaluation = readings(trainer, is_evaluation)
-        if self.standing.evaluation:
-            logger.info("%s  evaluation: %s", self.standing.steps, self.standing.evaluated())
+        self.progress.step = steps_taken(trainer)
+        self.progress.evaluation = readings(trainer, is_evaluation)
+        if self.progress.evaluation:
+            logger.info("%s  evaluation: %s", self.progress.steps, self.progress.evaluated())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the display."""
         if trainer.is_global_zero:
             self.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop the display, so that the error is shown below it."""
         if trainer.is_global_zero:
             self.end()
 
 
 class PlainProgress(ProgressDisplay):
-    """One line per `log_every` steps and one for the last step, through the log."""
+    """Logs one line every `log_every` steps and one for the last step."""
 
     def stepped(self) -> None:
-        if self.standing.step % self.log_every == 0 or self.standing.step == self.standing.total:
-            logger.info("%s  %s", self.standing.steps, self.standing.details())
+        """Log a line if it is due."""
+        if self.progress.step % self.log_every == 0 or self.progress.step == self.progress.total:
+            logger.info("%s  %s", self.progress.steps, self.progress.details())
 
 
 class RichProgress(ProgressDisplay):
-    """A bar with a line of metrics under it; log lines appear above.
+    """A progress bar with a line of metrics below it; log lines appear above.
 
-    Drawn by the training loop itself, at most every 0.1 s: a drawing thread of its own could hold a lock at the moment
+    The training loop draws it, at most every 0.1 s: a separate drawing thread could hold a lock at the moment when
     data-loading processes are forked.
     """
 
@@ -153,17 +162,20 @@ class RichProgress(ProgressDisplay):
         self._drawn = 0.0
 
     def begin(self) -> None:
+        """Draw the bar."""
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
-        self._bar.add_task("train", total=self.standing.total, completed=self.standing.step)
-        self._live = Live(self._picture(), console=self._console, auto_refresh=False)
+        self._bar.add_task("train", total=self.progress.total, completed=self.progress.step)
+        self._live = Live(self._render(), console=self._console, auto_refresh=False)
         self._live.start()
 
     def stepped(self) -> None:
-        if self._now() - self._drawn >= _REFRESH_S or self.standing.step == self.standing.total:
+        """Redraw the bar, at most every 0.1 s."""
+        if self._now() - self._drawn >= _REFRESH_S or self.progress.step == self.progress.total:
             self._draw()
 
     def end(self) -> None:
+        """Draw the final state and release the terminal."""
         if self._live is not None:
             self._draw()
             self._live.stop()
@@ -171,23 +183,23 @@ class RichProgress(ProgressDisplay):
 
     def _draw(self) -> None:
         if self._live is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self.standing.step)
-            self._live.update(self._picture(), refresh=True)
+            self._bar.update(self._bar.task_ids[0], completed=self.progress.step)
+            self._live.update(self._render(), refresh=True)
             self._drawn = self._now()
 
-    def _picture(self) -> Group:
-        lines = [Text(self.standing.details() or "waiting for the first step")]
-        if self.standing.evaluation:
-            lines.append(Text(f"last evaluation: {self.standing.evaluated()}", style="dim"))
+    def _render(self) -> Group:
+        lines = [Text(self.progress.details() or "waiting for the first step")]
+        if self.progress.evaluation:
+            lines.append(Text(f"last evaluation: {self.progress.evaluated()}", style="dim"))
         return Group(self._bar, *lines)
 
 
 def make_progress(kind: str, log_every: int) -> list[ProgressDisplay]:
-    """The display that `trainer.progress` asks for: a list of one, empty for none.
+    """Return the display for `trainer.progress`: a list of one, empty for none.
 
     Args:
         kind: auto (rich on a terminal, else plain), rich, plain or none.
-        log_every: steps between plain lines.
+        log_every: number of steps between plain lines.
     """
     if kind == "auto":
         kind = "rich" if sys.stderr.isatty() and Console(stderr=True).is_terminal else "plain"
@@ -198,7 +210,7 @@ def make_progress(kind: str, log_every: int) -> list[ProgressDisplay]:
     if kind == "none":
         return []
     raise ConfigError(
-        f"trainer.progress={kind} is no display: use auto, rich, plain or none",
+        f"trainer.progress={kind} is not a valid display: choose from auto, rich, plain, none",
         key="trainer.progress",
         value=kind,
         offers={"trainer.progress": ["auto", "rich", "plain", "none"]},
@@ -206,6 +218,6 @@ def make_progress(kind: str, log_every: int) -> list[ProgressDisplay]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as H:MM:SS."""
+    """Format seconds as H:MM:SS."""
     whole = max(0, round(seconds))
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

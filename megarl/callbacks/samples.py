@@ -1,4 +1,4 @@
-"""A few responses of every evaluation, on the terminal, in the run folder and where loggers take text."""
+"""Shows a few responses of every evaluation on the terminal, in the run folder and in loggers that take text."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from megarl.disk import nan_to_null
 from megarl.logging import get_logger
 
 logger = get_logger(__name__)
-_WIDTH, _LONGEST = 110, 200  # of the table, and of a text in it
+_WIDTH, _LONGEST = 110, 200  # characters of the table's width, and of a text in it
 
 
 class Samples(Callback):
-    """Shows `module.samples`, rows (dicts) that an evaluation left there; all rows go to `samples.jsonl`."""
+    """Shows `module.samples`, the rows (dicts) of the last evaluation, and appends them to `samples.jsonl`."""
 
     def __init__(self, run_folder: Path) -> None:
         self.path = run_folder / "samples.jsonl"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._show(trainer, pl_module)  # those of the evaluation before training, where there was one
+        """Show the samples of the evaluation before training, if there was one."""
+        self._show(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the samples of the evaluation."""
         if not trainer.sanity_checking:
             self._show(trainer, pl_module)
 
@@ -52,7 +54,7 @@ class Samples(Callback):
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
-    """Rows with the same keys as a table of plain text."""
+    """Format rows with the same keys as a plain-text table."""
     table = Table(show_edge=False, pad_edge=False)
     for name in rows[0]:
         table.add_column(name, overflow="fold")

@@ -1,4 +1,4 @@
-"""The step that every logger writes beside a metric."""
+"""The step that every logger writes with a metric."""
 
 from typing import Any
 
@@ -8,15 +8,17 @@ from megarl.callbacks.trainer_state import steps_taken
 
 
 class StepAxis(Callback):
-    """Makes loggers count training steps taken, as everything else in a run does.
+    """Makes loggers count completed training steps, like everything else in a run.
 
-    Left alone, Lightning numbers batches from 0: what was measured after step 50 would stand at 49. A metric called
-    `step` overrides that and is not itself logged.
+    By default Lightning numbers batches from 0, so that the metrics of step 50 would be logged at 49. A logged metric
+    named `step` overrides that and is not itself logged.
     """
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Log the number of completed steps as the step of this step's metrics."""
         pl_module.log("step", float(steps_taken(trainer)))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the number of completed steps as the step of the evaluation's metrics."""
         if trainer.state.fn == "fit":
             pl_module.log("step", float(steps_taken(trainer)))

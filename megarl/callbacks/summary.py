@@ -1,4 +1,4 @@
-"""summary.json: what a run came to, for people and programs that were not watching."""
+"""summary.json: the results of a run, for people and programs that did not watch it."""
 
 import json
 import math
@@ -23,15 +23,15 @@ logger = get_logger(__name__)
 
 LOWER_IS_BETTER = ("loss", "perplexity", "kl", "seconds", "memory_gb")
 _RECENT = 5
-_STORY = "{name}: {first:.4g} at first, {last:.4g} at last, best {best:.4g}, mean of the last five {last5:.4g}"
+_RESULT_LINE = "{name}: {first:.4g} at first, {last:.4g} at last, best {best:.4g}, mean of the last five {last5:.4g}"
 
 
 class Summary(Callback):
-    """Collects logged metrics at every logging and evaluation and keeps `summary.json` up to date with them.
+    """Collects metrics whenever they are logged or evaluated, and keeps `summary.json` up to date with them.
 
-    `status` is running (refreshed by every evaluation), finished, stopped (by trainer.max_time, a signal or Ctrl-C,
-    with a checkpoint), interrupted (at once, without one) or failed. What was collected travels in checkpoints: a
-    resumed run continues it.
+    `status` is running (updated at every evaluation), finished, stopped (by trainer.max_time, a signal or Ctrl-C, with
+    a checkpoint), interrupted (at once, without a checkpoint) or failed. Collected metrics are stored in checkpoints,
+    so that a resumed run continues them.
     """
 
     def __init__(self, run_folder: str | os.PathLike[str], collapse: Collapse | None = None) -> None:
@@ -43,23 +43,26 @@ class Summary(Callback):
         self._peak_memory_gb = 0.0
         self._clock = Clock()
         self._started = False
-        self._steps_here = 0  # of this process
+        self._steps_here = 0  # number of steps of this process
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Checkpoints are restored after this, so that the module's clock continues with the rest.
+        """Use the module's clock. Checkpoints are restored after this, and with them the clock's times."""
         self._clock = getattr(pl_module, "clock", self._clock)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collect the evaluation before training and write the summary."""
         self._started = True
         self._collect(getattr(pl_module, "baseline", {}))
         self._write(trainer, "running")
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Collect the metrics of a step whose metrics are logged."""
         self._steps_here += 1
         if steps_taken(trainer) % logging_interval(trainer) == 0:
             self._collect_step(trainer)
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        """Collect the metrics of the evaluation and write the summary."""
         if trainer.sanity_checking:
             return
         self._collect(readings(trainer, is_evaluation))
@@ -67,43 +70,49 @@ class Summary(Callback):
         self._write(trainer, "running" if trainer.state.fn == "fit" else "finished")
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        """Collect the metrics of the last step."""
         self._collect_step(trainer)
 
     def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
+        """Write the final summary and log the main results."""
         total = planned_steps(trainer)
         early = trainer.should_stop and (total is None or steps_taken(trainer) < total)
         self._write(trainer, "stopped" if early else "finished")
         if trainer.is_global_zero:
-            self._say()
+            self._log_results()
             if not self._steps_here and not early:
                 done = (unit(trainer), steps_taken(trainer))
                 if total is not None and done[1] > total:
-                    logger.info("%s %d is done, and this command plans %d: there is nothing to do", *done, total)
+                    logger.info(
+                        "%s %d is done already, and this command plans %d: there is nothing to do", *done, total
+                    )
                 else:
-                    logger.info("%s %d was the last one planned, and is done", *done)
+                    logger.info("%s %d, the last one planned, is done already", *done)
             if early:
-                logger.info("to go on: the same command with run.dir=%s run.resume=auto", self.path.parent)
+                logger.info("to resume: run the same command with run.dir=%s run.resume=auto", self.path.parent)
 
-    def _say(self) -> None:
-        """The way from the first evaluation to the last, and where the rest is."""
+    def _log_results(self) -> None:
+        """Log the first and last values of the evaluation metrics, collapses, and the run folder."""
         for name, series in sorted(self._metrics.items()):
             if is_evaluation(name):
                 values = {key: math.nan if value is None else value for key, value in series.summary().items()}
-                logger.info("%s", _STORY.format(name=name, **values))
+                logger.info("%s", _RESULT_LINE.format(name=name, **values))
         for fall in self.collapse.found() if self.collapse is not None else []:
             logger.warning("{metric} ended collapsed: {last:.4g}, down since {since_step}".format(**fall))
         logger.info("run folder: %s", self.path.parent)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write the summary with the status of the failure."""
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
         try:
             self._write(
                 trainer, "interrupted" if interrupted else "failed", None if interrupted else one_line(exception)
             )
-        except OSError as problem:  # a full disk must not hide what went wrong first
+        except OSError as problem:  # a full disk must not hide the first error
             logger.error("%s could not be written: %s", self.path, problem)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the collected metrics, times and peak memory."""
         wall, cpu = self._seconds()
         return {
             "metrics": {name: series.state() for name, series in self._metrics.items()},
@@ -115,6 +124,7 @@ class Summary(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the collected metrics, times and peak memory."""
         self._metrics = {name: _Series(name, **kept) for name, kept in state_dict["metrics"].items()}
         self._step_of_metrics = state_dict["step_of_metrics"]
         self._earlier = (state_dict["wall_s"], state_dict["cpu_s"])
@@ -132,7 +142,8 @@ class Summary(Callback):
         self._peak_memory_gb = max(self._peak_memory_gb, peak_memory_gb())
 
     def _seconds(self) -> tuple[float, float]:
-        """Wall and CPU seconds of this process since the callback was made, and of earlier ones of the run."""
+        """Return the wall-clock and CPU seconds of this process since the callback was made, and of earlier ones of the
+        run."""
         return (
             self._earlier[0] + time.perf_counter() - self._began[0],
             self._earlier[1] + time.process_time() - self._began[1],
@@ -146,7 +157,7 @@ class Summary(Callback):
             **({"error": error} if error is not None else {}),
             "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        # A resume that fails before its checkpoint is restored has nothing to say of the run but that.
+        # A resume that fails before its checkpoint is restored changes nothing but the status.
         content = self._content(trainer) if self._started else self._earlier_content() or self._content(trainer)
         content.pop("error", None)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +167,7 @@ class Summary(Callback):
         wall, cpu = self._seconds()
         self._peak_memory_gb = max(self._peak_memory_gb, peak_memory_gb())
         return {
-            "status": None,  # filled in when written; first, where a reader looks first
+            "status": None,  # filled in when written; the first key, where readers look first
             "steps": steps_taken(trainer),
             "max_steps": planned_steps(trainer),
             "metrics": {name: series.summary() for name, series in sorted(self._metrics.items())},
@@ -169,7 +180,7 @@ class Summary(Callback):
         }
 
     def _earlier_content(self) -> dict[str, Any] | None:
-        """What an earlier process of the run wrote."""
+        """Return what an earlier process of the run wrote; None if that cannot be read."""
         try:
             return parse_object(read_text(self.path))
         except UnreadableError:
@@ -177,7 +188,7 @@ class Summary(Callback):
 
 
 class _Series:
-    """One metric's values, as far as the summary needs them."""
+    """The values of one metric, as far as the summary needs them."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""How fast a run trains and how much memory it takes. Measured only: nothing here may influence training."""
+"""How fast a run trains and how much memory it takes. This only measures and must not influence training."""
 
 import resource
 import sys
@@ -20,42 +20,48 @@ class _Step(NamedTuple):
 
 
 class Throughput(Callback):
-    """Logs `perf/*`: means over the steps since the last logging.
+    """Logs `perf/*`: means over the steps since metrics were last logged.
 
-    A step lasts from the end of the one before to its own end, so waiting for data counts; evaluation and checkpoints
-    do not. The first step of a process, which warms up, is left out as soon as there is another.
-    The module says what a step did in `module.work`, summed over all processes.
+    A step lasts from the end of the step before to its own end. That includes waiting for data, but not evaluation and
+    checkpoints. The first step of a process, which warms up, is left out as soon as there is another. The module
+    reports the work of a step in `module.work`, summed over all processes.
     """
 
     def __init__(self, peak_tflops: float | None = None, now: Callable[[], float] = time.perf_counter) -> None:
-        """Args:
-        peak_tflops: stated peak of one device in TFLOP/s; without it no utilisation is logged.
-        now: reads the time in seconds; tests pass their own.
+        """
+        Args:
+            peak_tflops: peak of one device in TFLOP/s; without it no utilisation is logged.
+            now: returns the time in seconds; tests pass their own.
         """
         self.peak_tflops = peak_tflops
         self._now = now
         self._steps: deque[_Step] = deque()
         self._warm = False
         self._elapsed = 0.0
-        self._since: float | None = None  # None while the stopwatch stands still
+        self._since: float | None = None  # None while the stopwatch is paused
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # As many steps as lie between two loggings: what a logger is given is the mean over exactly those.
+        """Reset the measurements."""
+        # As many steps as there are between two loggings, so that the logged means cover exactly those.
         self._steps = deque(maxlen=logging_interval(trainer))
         self._warm, self._elapsed, self._since = False, 0.0, None
 
     def on_train_batch_start(self, *_: Any) -> None:
+        """Start the stopwatch, unless it runs since the end of the last step."""
         if self._since is None:
             self._since = self._now()
 
     def on_validation_start(self, *_: Any) -> None:
+        """Pause the stopwatch during the evaluation."""
         self._pause()
 
     def on_save_checkpoint(self, *_: Any) -> None:
+        """Pause the stopwatch while a checkpoint is saved."""
         self._pause()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        # A step has ended on the device too: its gradient norm has been read.
+        """Record the step's time and work, and log the means."""
+        # The step is done on the device too, as its gradient norm has been read.
         self._pause()
         if self._steps and not self._warm:
             self._steps.clear()
@@ -65,7 +71,7 @@ class Throughput(Callback):
         pl_module.log_dict(self._metrics(trainer.world_size))
 
     def _pause(self) -> None:
-        """Stop the stopwatch; the next batch starts it again."""
+        """Pause the stopwatch; the next batch starts it again."""
         if self._since is not None:
             self._elapsed += self._now() - self._since
             self._since = None
@@ -86,7 +92,7 @@ class Throughput(Callback):
 
 
 def peak_memory_gb() -> float:
-    """Most memory this process has held, in 10^9 bytes: on its GPU where there is one, else resident in RAM."""
+    """Return the peak memory of this process in 10^9 bytes: on its GPU if it uses one, else resident in RAM."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""What callbacks read of a Trainer: the metrics logged so far, and how far the run is."""
+"""What callbacks read from a Trainer: the metrics logged so far, and the progress of the run."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ _BOOKKEEPING = ("step", "epoch")
 
 
 def readings(trainer: Trainer, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, float]:
-    """The latest value of every logged metric whose name is wanted, this step's included."""
+    """Return the latest value of every logged metric whose name is wanted, including those of this step."""
     return {
         name: float(value)
         for name, value in trainer.callback_metrics.items()
@@ -18,22 +18,23 @@ def readings(trainer: Trainer, wanted: Callable[[str], bool] = lambda name: True
 
 
 def is_evaluation(name: str) -> bool:
-    """Whether a metric is measured by evaluations, not by training steps."""
+    """Return whether evaluations, not training steps, measure this metric."""
     return name.startswith(EVALUATION)
 
 
 def logging_interval(trainer: Trainer) -> int:
-    """Steps between two loggings."""
+    """Return the number of steps between two loggings."""
     return max(int(trainer.log_every_n_steps), 1)  # type: ignore[attr-defined]
 
 
 def steps_taken(trainer: Trainer) -> int:
-    """Training steps of the run so far, resumed ones included: a module's own count, where a step is a phase."""
-    return int(getattr(trainer.lightning_module, "consumed", trainer.global_step))
+    """Return the training steps of the run so far, before a resume too. A module's own count wins, as its step may be a
+    phase."""
+    return int(getattr(trainer.lightning_module, "steps_done", trainer.global_step))
 
 
 def planned_steps(trainer: Trainer) -> int | None:
-    """Training steps of the whole run; None where no limit was set."""
+    """Return the training steps of the whole run; None without a limit."""
     planned = getattr(trainer.lightning_module, "planned", None)
     if planned is not None:
         return int(planned)
@@ -41,5 +42,5 @@ def planned_steps(trainer: Trainer) -> int | None:
 
 
 def unit(trainer: Trainer) -> str:
-    """What a training step is called: a step, or a phase."""
+    """Return what a training step is called: step or phase."""
     return str(getattr(trainer.lightning_module, "unit", "step"))

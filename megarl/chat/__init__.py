@@ -1,1 +1,1 @@
-"""Chat templates as text: how a conversation is rendered, and which characters are the assistant's."""
+"""Chat templates as text: rendering of conversations, and the character spans of the assistant's turns."""

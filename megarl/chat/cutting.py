@@ -1,4 +1,4 @@
-"""Rendered text to token ids, cut where generation begins: a policy continues from the tokens of its prompt alone."""
+"""Tokenise rendered text with boundaries where generation begins: a policy sees only the tokens of its prompt."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 Anchor = tuple[int, int]
-"""A character of a text and the index of the token that starts there. No token before depends on what follows it."""
+"""A character index and the index of the token that starts there. Earlier tokens do not depend on later text."""
 Encode = Callable[[str, bool], tuple[list[int], list[Anchor]]]
 
 
 def encode_cut(encode: Encode, text: str, cuts: Sequence[int], continued: bool = False) -> tuple[list[int], list[int]]:
-    """Token ids of a text, and how many of them come before each of some characters.
+    """Return the token ids of a text, and the number of tokens before each cut.
 
-    What comes before a cut has the ids that it has alone: where a token would lie across the cut, or was chosen for
-    what follows it, the text is encoded in two.
+    The text before a cut has the ids that it has alone: where a token would cross the cut, or was chosen because of
+    what follows, the text is encoded in two pieces.
 
     Args:
-        encode: token ids of a text, and its anchors, of which the first is (0, 0). Its second argument says whether
-            other text comes before.
-        cuts: indices of characters, in rising order.
-        continued: whether other text comes before this one.
+        encode: function that returns the token ids of a text and its anchors, of which the first is (0, 0). Its second
+            argument says whether other text precedes.
+        cuts: indices of characters, in ascending order.
+        continued: whether other text precedes this one.
     """
     settled: list[int] = []  # ids of the text before `origin`
     places: list[int] = []

@@ -1,6 +1,6 @@
 """Jinja chat templates: the environment that published templates expect, and `{% generation %}` marks.
 
-What a template sees is what transformers shows it, but for the date, which does not change from day to day.
+Templates get the same variables and functions as in transformers, except for the date, which is constant.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ Message = Mapping[str, Any]
 Span = tuple[int, int]
 
 DATE = datetime(2024, 7, 26)
-"""What `strftime_now` tells templates: the default date of Llama's own, so that tokens do not depend on the day."""
+"""The result of `strftime_now`: the default date of Llama's templates, so that tokens do not depend on the day."""
 
-# Characters that Unicode reserves for use inside programs. They mark the borders of a generation block until the text
+# Characters that Unicode reserves for use inside programs. They delimit a generation block until the text
 # is whole, so that blocks are found inside of macros and of `{% set %}` too.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _LARGEST = 10**6
-"""Characters, or parts of a list, that a template may make of one operation."""
+"""Maximum number of characters, or list items, that one operation of a template may create."""
 _WIDENING = ("center", "ljust", "rjust", "zfill", "expandtabs", "indent")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
-    """A template with the special tokens that it asks for by name.
+    """A template with the special tokens that it uses by name.
 
     Attributes:
-        marked: whether the template says itself, by `{% generation %}` blocks, what the assistant generates.
+        marked: whether the template marks what the assistant generates with `{% generation %}` blocks.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
@@ -42,16 +42,16 @@ class ChatTemplate:
         self.marked = bool(_GENERATION.search(source))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The text of a conversation; a template that fails raises `DataError` with the template's own message."""
+        """Render a conversation; a template that fails raises `DataError` with the template's own message."""
         text = self._render(messages, add_generation_prompt)
         return text.replace(_OPEN, "").replace(_CLOSE, "") if self.marked else text
 
     def render_marked(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
-        """The text of a conversation, and the characters from and to which it lies in a generation block."""
+        """Render a conversation, and return the character spans of its generation blocks."""
         for turn, message in enumerate(messages, 1):
             if any(border in str(message.get("content")) for border in (_OPEN, _CLOSE)):
                 raise DataError(
-                    f"turn {turn} holds U+FDD0 or U+FDD1, which is no character of a text: take it out of the record",
+                    f"turn {turn} holds U+FDD0 or U+FDD1, which are not valid in text: take it out of the record",
                     where=f"turn {turn}",
                 )
         return _spans(self._render(messages, add_generation_prompt))
@@ -65,12 +65,12 @@ class ChatTemplate:
             except Exception:
                 if all("content" in message for message in shown):
                     raise
-                # A turn that calls a tool may have no content, and some templates read it all the same.
+                # A turn that calls a tool may have no content, but some templates read it anyway.
                 shown = [{"content": ""} | message for message in shown]
                 return str(_compiled(self.source).render(messages=shown, **settings, **self.variables))
         except UnavailableError:
             raise
-        except Exception as error:  # a template may raise anything; the record that broke it is what matters
+        except Exception as error:  # a template may raise anything; the message names the record
             roles = ", ".join(str(message["role"]) for message in messages) or "none"
             raise DataError(
                 f"the chat template failed on turns with roles [{roles}] ({first_line(error, kind=True)}); "
@@ -80,7 +80,7 @@ class ChatTemplate:
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Refuse turns without a role, or without content where they do not call a tool."""
+    """Raise for turns without a role, or without content unless they call a tool."""
     if not isinstance(messages, list | tuple):
         raise DataError(
             f"messages is a {type(messages).__name__}; expected a list of turns", key="messages", value=messages
@@ -106,7 +106,7 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def _spans(text: str) -> tuple[str, list[Span]]:
-    """The text without the borders of generation blocks, and where the outermost blocks were."""
+    """Return the text without the delimiters of generation blocks, and the spans of the outermost blocks."""
     spans: list[Span] = []
     pieces: list[str] = []
     length = depth = start = 0
@@ -125,14 +125,14 @@ def _spans(text: str) -> tuple[str, list[Span]]:
 
 
 def _shown(message: Message) -> dict[str, Any]:
-    """A message as a template sees it: without keys that hold nothing, and reasoning under all of its names."""
+    """Return a message for the template: without empty keys, and with reasoning under all of its names."""
     shown = {key: value for key, value in message.items() if value is not None}
     reasoning = next((shown[key] for key in REASONING if key in shown), None)
     return shown if reasoning is None else {"thinking": reasoning, **shown, "reasoning_content": reasoning}
 
 
 def without_reasoning(message: Message) -> dict[str, Any]:
-    """A message without what it holds beside its content under a name of reasoning."""
+    """Return a message without the keys that contain reasoning."""
     return {key: value for key, value in message.items() if key not in REASONING}
 
 
@@ -143,12 +143,12 @@ def _strftime_now(form: str) -> str:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """JSON as it is; Jinja's own filter writes some characters as HTML does."""
+    """Return plain JSON; Jinja's own filter escapes some characters for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _is_huge(operator: str, left: Any, right: Any) -> bool:
-    """Whether a text or list repeated, a power, or a text made as wide as `%` says has more than `_LARGEST` parts."""
+    """Return whether a repetition, a power, or a `%` with a width creates more than `_LARGEST` characters or items."""
     if operator == "*":
         return any(
             isinstance(part, str | list | tuple) and isinstance(times, int) and len(part) * times > _LARGEST
@@ -175,7 +175,7 @@ def _environment() -> Any:
         raise UnavailableError("data.chat_template: pip install jinja2", key="data.chat_template") from error
 
     class Generation(Extension):
-        """`{% generation %}` ... `{% endgeneration %}`: the body between two borders."""
+        """`{% generation %}` ... `{% endgeneration %}`: the body between two delimiters."""
 
         tags = {"generation"}  # noqa: RUF012  Jinja declares it so
 
@@ -189,7 +189,7 @@ def _environment() -> Any:
         raise TemplateError(message)
 
     class Bounded(ImmutableSandboxedEnvironment):
-        """One operation or call of a template cannot fill the memory. A loop that doubles a text still can."""
+        """Limits the memory of one operation or call of a template. A loop that doubles a text is not limited."""
 
         intercepted_binops = frozenset(("*", "**", "%"))
 

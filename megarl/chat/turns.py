@@ -1,16 +1,16 @@
-"""Which characters of a rendered conversation are the assistant's, for templates that do not mark them.
+"""Find the characters of the assistant's turns in a rendered conversation, for templates that do not mark them.
 
-A policy generates a turn after the *generation prompt*: the conversation before it, as the template renders it when it
-asks for an answer. So a turn is what the template writes after that prompt when the turn is the last one, through the
-marker that ends it:
+A policy generates a turn after the *generation prompt*: the earlier conversation as the template renders it with
+add_generation_prompt. So a turn is what the template writes after that prompt when the turn is the last one, up to and
+including the end marker:
 
     <|im_start|>user⏎ hi <|im_end|>⏎ <|im_start|>assistant⏎ | hello <|im_end|> | ⏎ <|im_start|>user⏎ ...
     ---------------- generation prompt -------------------   ---- turn ------   -- what comes between --
 
-Some templates write a turn differently once others follow: Qwen3's drop earlier reasoning, Phi-3's put an EOS after
-the last turn only. There, every turn is kept as it was generated, and what comes between two turns is taken from the
-template, which shows it where the content of the turn has been replaced by a placeholder. Where a template writes a
-conversation the same whatever follows, the text is the template's own, to the letter.
+Some templates write a turn differently when others follow: Qwen3's drop earlier reasoning, Phi-3's put an EOS after
+the last turn only. For these, every turn is kept as it was generated. The text between two turns is taken from the
+template, after replacing the content of the turn by a placeholder. If a template writes a conversation the same
+whatever follows, the text is exactly the template's own.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Ending:
-    """What a template writes after the content of an assistant's turn.
+    """The text that a template writes after the content of an assistant's turn.
 
     Attributes:
-        last: all of it, where the turn is the last one.
-        marker: the beginning of `last` through the token at which generation stops; empty where nothing is written.
-        between: the marker of a turn that others follow; mostly the same.
-        opening: what the generation prompt has at its end, beyond the header of a turn that others follow.
+        last: the whole text, if the turn is the last one.
+        marker: the beginning of `last` up to the token at which generation stops; empty if nothing is written.
+        between: the marker of a turn that others follow; usually the same.
+        opening: the end of the generation prompt, beyond the header of a turn that others follow.
     """
 
     last: str
@@ -51,9 +51,9 @@ class Layout:
     """A conversation as one text.
 
     Attributes:
-        spans: characters from and to which each of the assistant's turns lies, its end marker included.
-        changed: whether the text differs from the template's, as a turn was kept that the template writes differently.
-        shortened: the number of the first turn whose content the template leaves out in part, from 1; or None.
+        spans: first and last character of each assistant's turn, including its end marker.
+        changed: whether the text differs from the template's, because a turn was kept as it was generated.
+        shortened: index, from 1, of the first turn of which the template omits some content; or None.
     """
 
     text: str
@@ -66,8 +66,8 @@ class Turns:
     """Lays out conversations with one template.
 
     Args:
-        tokens: the written form of all tokens that stand for structure.
-        eos: the written form of the end of sequence, or "".
+        tokens: the text of all structural tokens.
+        eos: the text of the end of sequence, or "".
     """
 
     def __init__(self, template: ChatTemplate, tokens: Sequence[str], eos: str) -> None:
@@ -76,11 +76,11 @@ class Turns:
 
     @property
     def marker(self) -> str:
-        """What ends an answer; empty where nothing does."""
+        """The text that ends a response; empty if there is none."""
         return "" if self.ending is None else self.ending.marker
 
     def lay_out(self, messages: Sequence[Message]) -> Layout:
-        """A conversation to train on. Raises `DataError` where the assistant's characters cannot be told."""
+        """Lay out a conversation to train on. Raises `DataError` if the assistant's characters cannot be determined."""
         whole = self.template.render(messages)
         text, spans, changed, shortened = self._through_last_answer(messages, whole)
         if not spans or whole.startswith(text):
@@ -90,7 +90,7 @@ class Turns:
         return Layout(text + rest, spans, True, shortened)
 
     def prompt(self, messages: Sequence[Message]) -> Layout:
-        """A conversation and the generation prompt, with earlier turns as `lay_out` writes them."""
+        """Lay out a conversation with the generation prompt; earlier turns are as in `lay_out`."""
         published = self.template.render(messages, True)
         text, spans, changed, shortened = self._through_last_answer(messages)
         if not spans or published.startswith(text):
@@ -98,11 +98,11 @@ class Turns:
         return Layout(text + self._after(messages, _answers(messages)[-1], True), spans, True, shortened)
 
     def marks_beginning(self) -> bool:
-        """Whether the template's text, as far as it is not marked, is what generation starts from."""
+        """Whether the template's text before its marks equals the generation prompt."""
         return self.template.render_marked(_talk()[:2])[0].startswith(self.template.render(_talk()[:1], True))
 
     def marks_ending(self) -> bool:
-        """Whether the template's generation marks enclose what ends an answer."""
+        """Whether the template's generation marks enclose the end marker of a response."""
         talk = _talk()[:2]
         text, spans = self.template.render_marked(talk)
         end = text.find(self.marker, text.find(_placeholder(1))) + len(self.marker)
@@ -111,9 +111,9 @@ class Turns:
     def _through_last_answer(
         self, messages: Sequence[Message], whole: str | None = None
     ) -> tuple[str, list[Span], bool, int | None]:
-        """The text through the last answer, the answers' characters, and what else a `Layout` holds.
+        """Return the text up to the last response, the responses' spans, and the other fields of `Layout`.
 
-        `whole` is the rendered conversation, where that is there already.
+        `whole` is the rendered conversation, if it is available already.
         """
         spans: list[Span] = []
         text, changed, shortened = "", False, None
@@ -138,7 +138,7 @@ class Turns:
         return text, spans, changed, shortened
 
     def _generation_prompt(self, through: Sequence[Message]) -> str:
-        """What precedes the last of some messages where it is generated."""
+        """Return the generation prompt of the last message."""
         if len(through) > 1:
             return self.template.render(through[:-1], True)
         try:  # many templates cannot render a conversation of no turns
@@ -147,7 +147,7 @@ class Turns:
             return self._around(through, 0, False)[0]
 
     def _response(self, through: Sequence[Message], prompt: str, rendered: str) -> str:
-        """The last of some messages as it is generated after a prompt, with its end marker."""
+        """Return the last message as it is generated after a prompt, with its end marker."""
         generated, published = None, (prompt, rendered)
         for skip in _skips(through):
             if skip:
@@ -161,7 +161,7 @@ class Turns:
         return generated[: len(generated) - len(self.ending.last)] + self.ending.marker
 
     def _is_shortened(self, message: Message, prompt: str, response: str) -> bool:
-        """Whether the template leaves out more of a message than white space, and what the prompt begins with."""
+        """Return whether the template omits more of a message than white space and the beginning in the prompt."""
         content = str(message.get("content") or "").lstrip()
         missing = _letters(content) - (_letters(response) - _letters(self.marker))
         if missing <= 0:
@@ -171,10 +171,10 @@ class Turns:
         return missing > _letters(shared)
 
     def _as_generated(self, through: Sequence[Message], prompt: str, rendered: str) -> str:
-        """A turn that the template writes in another way than its generation prompt begins it.
+        """Return a turn that the template writes differently from how its generation prompt begins it.
 
-        DeepSeek's prompt opens with `<think>`, and the rendered turn has no thinking. What is generated is then the
-        turn's own thinking, or none where it has none, and what the template writes after it.
+        DeepSeek's prompt opens with `<think>`, but the rendered turn has no thinking. The generated text is then the
+        turn's own thinking, or none if it has none, and the text that the template writes after it.
         """
         common = _shared(prompt, rendered)
         if not prompt[common:].strip():
@@ -193,9 +193,9 @@ class Turns:
         return str(reasoning).strip("\n") + closed + content + after
 
     def _pieces(self, messages: Sequence[Message], first: str) -> list[str]:
-        """What the template writes around the answers, from one rendering that shows them all; or nothing.
+        """Return the text around the responses, from one rendering that contains them all; else an empty list.
 
-        Nothing where what comes before the first answer is not there as it was when that was generated.
+        It is empty if the text before the first response differs from what it was when that was generated.
         """
         try:
             text = self.template.render(_blanked(messages), True)
@@ -210,7 +210,7 @@ class Turns:
         return [*pieces, text] if pieces and _meets(pieces[0], first) else []
 
     def _known_after(self, pieces: Sequence[str], number: int, prompt: str) -> str | None:
-        """What comes after an answer's end marker, where the generation prompt that follows ends in just this."""
+        """Return the text after a response's end marker, if the next generation prompt ends in exactly this text."""
         if self.ending is None or number >= len(pieces):
             return None
         _, marker, after = pieces[number].partition(self.ending.between)
@@ -220,9 +220,9 @@ class Turns:
         return next((one for one in (after, after + self.ending.opening) if one and prompt.endswith(one)), None)
 
     def _after(self, messages: Sequence[Message], turn: int, add_generation_prompt: bool) -> str:
-        """What the template writes after the end marker of an assistant's turn that others follow.
+        """Return the text after the end marker of an assistant's turn that others follow.
 
-        What comes before the turn must be where it was when the turn was generated.
+        The text before the turn must be the same as when the turn was generated.
         """
         if self.ending is None:
             raise self._unknown(turn)
@@ -242,7 +242,7 @@ class Turns:
         raise self._unknown(turn)
 
     def _plainly_after(self, messages: Sequence[Message], turn: int, add_generation_prompt: bool) -> str:
-        """The same, where the template writes the turn alike whatever follows."""
+        """Return the same text, for templates that write the turn alike whatever follows."""
         through = messages[: turn + 1]
         prompt = self._generation_prompt(through)
         text = prompt + self._response(through, prompt, self.template.render(through))
@@ -252,7 +252,7 @@ class Turns:
         return whole[len(text) :]
 
     def _around(self, messages: Sequence[Message], turn: int, add_generation_prompt: bool) -> tuple[str, str]:
-        """What the template writes before and after the content of a turn."""
+        """Return the text before and after the content of a turn."""
         marked = [*messages]
         marked[turn] = without_reasoning(messages[turn]) | {"content": _placeholder(turn)}
         pieces = self.template.render(marked, add_generation_prompt).split(_placeholder(turn))
@@ -274,7 +274,7 @@ class Turns:
 
 
 def _ending(template: ChatTemplate, tokens: Sequence[str], eos: str) -> Ending | None:
-    """Ask a template by a conversation of placeholders how it ends a turn; None where it refuses to say."""
+    """Render a placeholder conversation to find how a template ends a turn; None if it raises."""
     talk = _talk()
     try:
         last = template.render(talk[:2]).partition(_placeholder(1))[2]
@@ -292,7 +292,7 @@ def _talk() -> list[Message]:
 
 
 def _marker(text: str, tokens: Sequence[str], eos: str) -> str:
-    """A text through its first structural token, or through EOS where only such tokens come before it."""
+    """Return a text up to its first structural token, or up to EOS if only such tokens precede it."""
     starts = [(text.find(token), -len(token)) for token in tokens if token in text]
     if not starts:
         return text.rstrip()
@@ -307,18 +307,18 @@ def _marker(text: str, tokens: Sequence[str], eos: str) -> str:
 
 
 def _meets(before: str, prompt: str) -> bool:
-    """Whether what precedes a turn that others follow is its generation prompt, but for how the turn itself begins."""
+    """Return whether the text before a turn is its generation prompt, except for how the turn itself begins."""
     common = _shared(before, prompt)
     return len(before) == common or not prompt[common:].strip()
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Return the length of the common prefix of two texts."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _blanked(messages: Sequence[Message]) -> list[Message]:
-    """Messages whose assistant's turns hold a placeholder and no reasoning."""
+    """Return messages whose assistant's turns contain a placeholder and no reasoning."""
     return [
         without_reasoning(message) | {"content": _placeholder(turn)} if message["role"] == "assistant" else message
         for turn, message in enumerate(messages)
@@ -326,10 +326,10 @@ def _blanked(messages: Sequence[Message]) -> list[Message]:
 
 
 def _skips(messages: Sequence[Message]) -> tuple[int, ...]:
-    """How many messages to leave out at the beginning: none, then the system's.
+    """Return the numbers of leading messages to try to omit: none, then the system message.
 
-    Mistral's templates move the system message along with the last user's turn. It stays with the first one here, so
-    what such a template writes later is asked for without it.
+    Mistral's templates move the system message to the last user's turn. Here it stays with the first turn, so later
+    text of such a template is rendered without it.
     """
     first = next((at for at, message in enumerate(messages) if message["role"] != "system"), 0)
     return (0, first) if first else (0,)
@@ -340,10 +340,10 @@ def _answers(messages: Sequence[Message]) -> list[int]:
 
 
 def _placeholder(turn: int) -> str:
-    """Plain letters, which no template treats in a special way and nobody writes."""
+    """Return plain letters, which no template treats specially and no user writes."""
     return f"megarlturn{turn}x7q3vplaceholder"
 
 
 def _letters(text: str) -> int:
-    """The number of characters that are not white space, which templates trim."""
+    """Return the number of characters that are not white space, as templates trim that."""
     return len("".join(text.split()))

@@ -13,7 +13,7 @@ from typing import Any
 from megarl.config.advantages import ADVANTAGES
 from megarl.config.launcher import started_by_slurm
 from megarl.config.offers import Refusal, Rule, divisors, either, enforce, multiples
-from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN, resource
+from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
 from megarl.config.rl import SCORER_START_S
 from megarl.config.shape import shape_rule
 from megarl.config.values import MOST_PER_NODE, check_values
@@ -180,7 +180,7 @@ def _data(config: Any, world_size: int) -> None:
         raise Refusal(
             "data.train is empty: name files, for example data.train=[train.jsonl]", key="data.train", value=train
         )
-    if resource(DEMO_EVAL) in evaluation and resource(DEMO_TRAIN) not in train:
+    if DEMO_EVAL in evaluation and DEMO_TRAIN not in train:
         warn_once(
             get_logger(__name__),
             "data.eval is the demo set while data.train is not: set data.eval=[...], or [] for no evaluation",

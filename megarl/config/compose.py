@@ -22,6 +22,7 @@ from megarl.config.checks import check, world_size
 from megarl.config.devices import hide_gpus
 from megarl.config.files import check_files
 from megarl.config.launcher import check_launcher
+from megarl.config.leaf import leaves
 from megarl.config.messages import EXPLAINED, check_argument, explain
 from megarl.config.optional import reopened, settle
 from megarl.config.presets import register
@@ -72,7 +73,13 @@ def _current(argv: list[str], entry: str) -> list[str]:
     tree = entry_point(entry).config
     argv = renamed_arguments(argv, tree)
     register(argv, entry)
-    return reopened(argv, tree)
+    return reopened(_with_new_entries(argv, tree), tree)
+
+
+def _with_new_entries(argv: list[str], tree: type) -> list[str]:
+    """Return a command line in which an entry of a mapping may be new, which Hydra allows with ++ only."""
+    mappings = tuple(f"{leaf.key}." for leaf in leaves(tree) if leaf.type.startswith("dict"))
+    return [f"++{argument}" if argument.startswith(mappings) else argument for argument in argv]
 
 
 def typed(entry: str, tree: DictConfig, argv: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:

@@ -7,6 +7,8 @@ from typing import Any
 from megarl.config.advantages import critic_kind
 from megarl.disk import UnreadableError, exists, is_file, local, read_text, shown, why_missing, why_no_name, writable
 from megarl.errors import CheckpointError, ConfigError, DataError
+from megarl.functions.named import check_options, data_source
+from megarl.logging import get_logger, warn_once
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 """Of files with records."""
@@ -23,16 +25,33 @@ def check_files(config: Any) -> None:
     for key in WRITTEN:
         if _value(config, key) is not None:
             writable(_value(config, key), key)
-    for key in ("data.train", "data.eval", "clone.data"):
-        if key != "data.eval" or _value(config, "trainer.eval_every") is not None:
-            for path in _value(config, key) or ():
-                require_data(path, key)
+    _check_data(config)
     load_chat_template(_value(config, "data.chat_template"))
     load_chat_template(getattr(config, "chat_template", None), "chat_template")  # of an entry that reads no data
     for key in ("model.path", "critic.separate.path"):
         path = _value(config, key)
         if path is not None and (key != "critic.separate.path" or critic_kind(config) == "separate"):
             require_weights(path, key)
+
+
+def _check_data(config: Any) -> None:
+    """Refuse a source of data that is not there, and options that the functions among the sources do not take."""
+    options, functions = _value(config, "data.options") or {}, 0
+    for key in ("data.train", "data.eval", "clone.data"):
+        if key == "data.eval" and _value(config, "trainer.eval_every") is None:
+            continue
+        for path in _value(config, key) or ():
+            function = data_source(path, key)
+            if function is None:
+                require_data(path, key)
+            else:
+                check_options(function, options, "data.options")
+                functions += 1
+    if options and not functions:
+        warn_once(
+            get_logger(__name__),
+            "data.options has no effect: no source of data is a function; leave data.options out",
+        )
 
 
 def require_data(path: str, key: str = "data.train and data.eval") -> None:

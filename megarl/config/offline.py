@@ -7,17 +7,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megarl.config.leaf import leaf, section
-from megarl.config.rl import TOO_LONG, EvalConfig, PromptDataConfig, RolloutConfig, SweepConfig
+from megarl.config.rl import SOURCES, TOO_LONG, EvalConfig, PromptDataConfig, RolloutConfig, SweepConfig
 
 
 @dataclass
 class OfflineDataConfig(PromptDataConfig):
     """Which samples are learnt from, and which prompts evaluations answer."""
 
-    train: list[str] = leaf(
-        [], "files, folders or hub names of samples with rewards; `randomwalks` is the walks of the task of that name"
-    )
-    eval: list[str] = leaf([], "prompts of evaluations, `randomwalks` likewise (empty: no evaluation)")
+    train: list[str] = leaf([], SOURCES.format("samples with rewards"))
+    eval: list[str] = leaf([], "prompts of evaluations, likewise (empty: no evaluation)")
     samples_key: str = leaf(
         "samples", "key of the sample in a record: a text, [prompt, output], or a longer dialogue of such turns"
     )

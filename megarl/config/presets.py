@@ -129,7 +129,7 @@ def _of_others(tree: type) -> set[str]:
     """Keys that other trees have and this one has not, so that one preset can serve a family of entry points."""
     trees = {described.config for described in entry_points().values()}
     theirs = {key for other in trees for key in keys(other)} | {rename.old for rename in RENAMES}
-    return theirs - keys(tree) - {rename.old for rename in RENAMES if rename.new in keys(tree)}
+    return theirs - keys(tree).keys() - {rename.old for rename in RENAMES if rename.concerns(tree)}
 
 
 def _without(part: Any, foreign: set[str], prefix: str = "") -> Any:

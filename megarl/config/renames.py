@@ -32,6 +32,8 @@ class Rename:
         value: what the new key is set to, given the old value. None: the same value.
         takes: recognises the old value where the key has kept its name. None: every value.
         change: the change of the value in words, for docs/migrate.md.
+        only_with: the rename concerns trees that have this key. Empty: every tree.
+        default: the old key's default, which every earlier checkpoint holds and which says nothing.
     """
 
     old: str
@@ -39,9 +41,19 @@ class Rename:
     value: Callable[[Any], Any] | None = None
     takes: Callable[[Any], bool] | None = None
     change: str = ""
+    only_with: str = ""
+    default: Any = None
 
     def applies(self, value: Any) -> bool:
         return self.takes is None or self.takes(value)
+
+    def concerns(self, tree: type) -> bool:
+        """Whether a tree has the new key, or a mapping that the new key is an entry of."""
+        known = keys(tree)
+        return (not self.only_with or self.only_with in known) and any(
+            self.new == key or (self.new.startswith(f"{key}.") and kind.startswith("dict"))
+            for key, kind in known.items()
+        )
 
     def converted(self, value: Any) -> Any:
         return value if self.value is None else self.value(value)
@@ -60,7 +72,27 @@ def _switch(key: str) -> Rename:
     return Rename(key, key, _section_or_null, _is_switch, "`true`: `{}`, or any of its keys; `false`: `null`")
 
 
+def _task(old: str, new: str, key: str, only_with: str = "") -> Rename:
+    """An entry of a list of data sources, or a part of a function's name, that stands for another text now."""
+    change = f"`{old}`: `{new}`" + (f" (where there is `{only_with}`)" if only_with else "")
+    if key.endswith(".fn"):
+        return Rename(key, key, lambda name: name.replace(old, new), lambda name: old in str(name), change, only_with)
+
+    def sources(value: Any) -> Any:
+        return [new if entry == old else entry for entry in value]
+
+    return Rename(key, key, sources, lambda value: isinstance(value, list) and old in value, change, only_with)
+
+
+_WALKS = "megarl.tasks.randomwalks"
 RENAMES = (
+    Rename("data.graph_seed", "data.options.seed", default=1000),
+    _task("randomwalks", f"{_WALKS}:samples", "data.train", "data.samples_key"),
+    _task("randomwalks", f"{_WALKS}:prompts", "data.train", "rollout.n"),
+    _task("randomwalks", f"{_WALKS}:prompts", "data.eval", "rollout.n"),
+    _task("randomwalks", f"{_WALKS}:walks", "clone.data"),
+    _task("megarl.data.randomwalks:optimality", f"{_WALKS}:optimality", "reward.fn"),
+    _task("megarl.data.randomwalks:optimality", f"{_WALKS}:optimality", "metric.fn"),
     Rename("critic.path", "critic.separate.path"),
     Rename("critic.lr", "critic.separate.lr"),
     Rename("critic.warmup_phases", "critic.separate.warmup_phases"),
@@ -76,7 +108,7 @@ RENAMES = (
 def rename_of(key: str, value: Any, tree: type) -> Rename | None:
     """What became of a key, where the tree has what it became."""
     for rename in RENAMES:
-        if rename.old == key and rename.applies(value) and rename.new in keys(tree):
+        if rename.old == key and rename.applies(value) and rename.concerns(tree):
             return rename
     return None
 
@@ -127,7 +159,9 @@ def renamed_tree(plain: Mapping[str, Any], tree: type, *, warn: bool = True, whe
         for part in parents:
             holder = holder.get(part) if isinstance(holder, dict) else None
         if isinstance(holder, dict) and name in holder and rename_of(rename.old, holder[name], tree) is rename:
-            changes.append((rename, holder.pop(name)))
+            old = holder.pop(name)
+            if warn or rename.default is None or old != rename.default:
+                changes.append((rename, old))
     for rename, old in changes:
         if warn:
             warn_renamed(rename.old, written(rename, old), where)
@@ -149,9 +183,10 @@ def rows() -> Iterator[str]:
         yield f"| `{rename.old}` | `{rename.new}` | {rename.change or 'the same'} |"
 
 
-def keys(tree: type) -> set[str]:
-    """Every key of a tree, and every optional section."""
-    return {leaf.key for leaf in leaves(tree)} | {section.key for section in optional_sections(tree)}
+def keys(tree: type) -> dict[str, str]:
+    """Return the type of every key of a tree; for an optional section, the name of its class."""
+    found = {leaf.key: leaf.type for leaf in leaves(tree)}
+    return {**found, **{section.key: section.kind.__name__ for section in optional_sections(tree)}}
 
 
 def _put(plain: dict[str, Any], rename: Rename, value: Any, old: Any) -> None:
@@ -220,13 +255,17 @@ def _parsed(argument: str) -> Override | None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
     return getattr(value, "text", value)  # of a quoted text
 
 
 def _written(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{_written(one)}" for key, one in value.items()) + "}"
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return value
+    return json.dumps(value)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-DEMO_TRAIN = "data/demo/train.jsonl"
-DEMO_EVAL = "data/demo/eval.jsonl"
+from megarl.logging import get_logger, warn_once
+
+DEMO_TRAIN, DEMO_EVAL = "megarl.tasks.demo:train", "megarl.tasks.demo:held_out"
+"""Functions that return the demo's records."""
+_MOVED = {
+    "data/demo/train.jsonl": DEMO_TRAIN,
+    "data/demo/eval.jsonl": DEMO_EVAL,
+    "data/demo/feelings-train.jsonl": "megarl.tasks.sentiment:train",
+    "data/demo/feelings-eval.jsonl": "megarl.tasks.sentiment:held_out",
+}
+"""Files of earlier versions, and the functions that return their records."""
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -17,7 +26,10 @@ def conf_folder() -> Path:
 
 
 def resource(path: str) -> str:
-    """Absolute path of a file that ships inside the package; behind `${resource:...}` in YAML."""
+    """Return the absolute path of a file inside the package. It is the resolver `${resource:...}` of YAML."""
+    if path in _MOVED:
+        warn_once(get_logger(__name__), f"${{resource:{path}}} has moved: write {_MOVED[path]}, see docs/migrate.md")
+        return _MOVED[path]
     return str(_PACKAGE / path)
 
 
@@ -31,4 +43,4 @@ def shown_resource(value: str) -> str:
 
 def demo_eval(train: Sequence[str]) -> list[str]:
     """The demo's evaluation set where the demo is trained on; behind `${demo_eval:...}` in YAML."""
-    return [resource(DEMO_EVAL)] if resource(DEMO_TRAIN) in train else []
+    return [DEMO_EVAL] if DEMO_TRAIN in train else []

@@ -83,7 +83,7 @@ RULES = (
     ),
     _rule("data", "chat_template", NOW, "prompts, and the tokens that end responses, from here on"),
     _rule("data", "seq_length too_long loss_on cache", NOW, "how it is read"),
-    _rule("data", "graph_seed", NOW, "the task from here on"),
+    _rule("data", "options", NOW, "the data from here on"),
     _rule("data", "pack group_by_length shuffle", NOW, "the order from here on; records may repeat within an epoch"),
     # optimization
     _rule(

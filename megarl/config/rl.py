@@ -12,6 +12,8 @@ from megarl.config.leaf import leaf, optional_section, section
 
 TOO_LONG = ("truncate", "drop", "error")
 ON_ERROR = ("error", "drop")
+SOURCES = "files, folders, hub names or functions (package.module:function, file.py:function) of {}"
+OPTIONS = "keyword arguments of the functions among the sources of data"
 A_YEAR_S = 31_536_000
 """The longest that anything waits: timers of the operating system and of torch overflow some way above."""
 
@@ -54,7 +56,7 @@ class RolloutConfig:
 class PromptDataConfig:
     """Which prompts are trained and evaluated on; a record's other fields go to the reward function."""
 
-    train: list[str] = leaf([], "files, folders or hub names of prompts; `randomwalks` is the task of that name")
+    train: list[str] = leaf([], SOURCES.format("prompts"))
     eval: list[str] = leaf([], "prompts of evaluations, likewise (empty: no evaluation)")
     prompt_key: str = leaf("prompt", "key of the prompt in a record")
     messages_key: str = leaf("messages", "key of the list of messages, in records that are conversations")
@@ -63,7 +65,7 @@ class PromptDataConfig:
     )
     train_split: str = leaf("train", "split of a hub data set that is trained on")
     eval_split: str = leaf("validation", "split of a hub data set that is evaluated on")
-    graph_seed: int = leaf(1000, "graph of the randomwalks task", at_least=0, at_most=2**32 - 1)
+    options: dict[str, Any] = leaf({}, OPTIONS)
 
 
 SCORER_START_S = 120.0
@@ -148,8 +150,8 @@ class CloneConfig:
 
     data: list[str] = leaf(
         [],
-        "files, folders or hub names of samples (empty: none): conversations under data.messages_key, prompts under "
-        'data.prompt_key with their "completion", or a "text"; `randomwalks` is that task\'s walks',
+        "files, folders, hub names or functions (package.module:function) of samples (empty: none): conversations "
+        'under data.messages_key, prompts under data.prompt_key with their "completion", or a "text"',
     )
     steps: int = leaf(400, "optimizer steps", at_least=1)
     lr: float = leaf(1e-3, "learning rate", at_least=0)

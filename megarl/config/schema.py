@@ -17,6 +17,8 @@ from megarl.config.offline import GuidedEvalConfig, GuidedRolloutConfig, ILQLSet
 from megarl.config.rl import (
     A_YEAR_S,
     CLONE,
+    OPTIONS,
+    SOURCES,
     TOO_LONG,
     CloneConfig,
     CriticConfig,
@@ -164,12 +166,13 @@ class ParallelConfig:
 class DataConfig:
     """Which records are read and how they become batches."""
 
-    train: list[str] = leaf([], "files, folders or hub names of the records to train on")
+    train: list[str] = leaf([], SOURCES.format("records to train on"))
     eval: list[str] = leaf(
         [],
-        "files, folders or hub names of the records to evaluate on (empty: no evaluation). The default is the demo "
-        "set, and only if data.train is the demo set",
+        "records to evaluate on, likewise (empty: no evaluation). The default is the demo set, and only if data.train "
+        "is the demo set",
     )
+    options: dict[str, Any] = leaf({}, OPTIONS)
     format: str = leaf("auto", "shape of a record (auto: told by its keys)", ("auto", "text", "completion", "chat"))
     text_key: str = leaf("text", "key of the text in a text record")
     prompt_key: str = leaf("prompt", "key of the prompt in a completion record")

@@ -92,5 +92,5 @@ def _read(
     tokenizer: Tokenizer,
     record_format: RecordFormat,
 ) -> SFTDataset:
-    records = islice(read_records(paths, split, data.text_key, name), limit)
+    records = islice(read_records(paths, split, data.text_key, name, data.options), limit)
     return SFTDataset(records, tokenizer, data.seq_length, record_format, data.too_long, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -106,6 +106,10 @@ class SFTDataset:
             )
         self.lengths = np.array([len(document) for document in self.documents], dtype=np.int64)
 
+    def token_rows(self) -> Iterator[np.ndarray]:
+        """Iterate over the token ids of the documents."""
+        return (document.tokens for document in self.documents)
+
     def _fit(self, document: Document, seq_length: int, too_long: str, where: str) -> Document | None:
         if len(document) <= seq_length:
             return document
@@ -152,6 +156,10 @@ class PackedDataset:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def token_rows(self) -> Iterator[np.ndarray]:
+        """Iterate over the token ids of the documents."""
+        return self.documents.token_rows()
 
     def row(self, index: int) -> Sequence[Document]:
         return [self.documents[int(document)] for document in self.rows[index]]

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ from torch import Tensor
 from megarl.config.files import load_chat_template
 from megarl.data.formats import Document, RecordFormat
 from megarl.data.order import TrainBatches, TrainLoader
-from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Places, Record, read_records
 from megarl.disk import exists, is_file, local, shown, written_aside
 from megarl.errors import DataError
@@ -95,14 +93,6 @@ def paired(samples: Sequence[Any], rewards: Sequence[Any], name: str = "samples"
         Record({"samples": sample, "rewards": reward}, f"{name}: record {number}")
         for number, (sample, reward) in enumerate(zip(samples, rewards, strict=True), 1)
     ]
-
-
-def random_walks(graph_seed: int) -> list[Record]:
-    """The walks of the randomwalks task: the start is the prompt, the rest the output, the optimality the reward."""
-    walks = task(graph_seed).walks
-    return paired(
-        [[walk[:1], walk[1:]] for walk in walks], [task(graph_seed).optimality(walk) for walk in walks], RANDOMWALKS
-    )
 
 
 # --- the store --------------------------------------------------------------------------------------------------------
@@ -239,7 +229,12 @@ def open_store(data: OfflineDataConfig, tokenizer: Tokenizer) -> OfflineStore:
 
     def build() -> OfflineStore:
         return build_store(
-            _records(data), tokenizer, data.seq_length, record_format, data.too_long, rewards_key=data.rewards_key
+            read_records(data.train, data.train_split, key="data.train", options=data.options),
+            tokenizer,
+            data.seq_length,
+            record_format,
+            data.too_long,
+            rewards_key=data.rewards_key,
         )
 
     name = None if data.cache is None else _content_name(data, tokenizer, record_format)
@@ -306,16 +301,6 @@ def _cut(sample: Sample, length: int) -> Sample | None:
     return Sample(Document(document.tokens[:length].copy(), document.action_mask[:length].copy()), rewards)
 
 
-def _records(data: OfflineDataConfig) -> Iterator[Record]:
-    """Of all sources in their order."""
-    for built_in, paths in groupby(data.train, lambda path: path == RANDOMWALKS):
-        if built_in:
-            for _ in paths:
-                yield from random_walks(data.graph_seed)
-        else:
-            yield from read_records(list(paths), data.train_split, key="data.train")
-
-
 def _content_name(data: OfflineDataConfig, tokenizer: Tokenizer, record_format: RecordFormat) -> str | None:
     """A digest of all that a store follows from; None where that is not all in files."""
     settings = [
@@ -327,7 +312,7 @@ def _content_name(data: OfflineDataConfig, tokenizer: Tokenizer, record_format: 
         source = local(path)
         inside = source.rglob("*") if exists(source) else ()
         files = [source] if is_file(source) else sorted(item for item in inside if is_file(item))
-        if path == RANDOMWALKS or not files:
+        if not files:
             return None
         for file in files:
             digest.update(json.dumps([str(file.relative_to(source)), file.suffix, file.stat().st_size]).encode())

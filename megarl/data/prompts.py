@@ -5,7 +5,7 @@ They are measured when they are read, so that no later phase can find one that t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,6 @@ from megarl.config.files import load_chat_template
 from megarl.config.rl import PromptDataConfig
 from megarl.data.formats import RecordFormat
 from megarl.data.order import TrainBatches, TrainLoader
-from megarl.data.randomwalks import RANDOMWALKS, task
 from megarl.data.sources import Places, Record, read_records
 from megarl.errors import ConfigError, DataError
 from megarl.logging import get_logger
@@ -84,7 +83,7 @@ def read_prompts(
     limits: PromptLimits,
     name: str = "data.train",
 ) -> list[Prompt]:
-    """Every record's prompt, measured. The path `randomwalks` stands for the starts of that task's graph.
+    """Return the prompt of every record, after it was compared with the limits.
 
     All prompts have the same metadata fields, None where a record lacks one, so that what a reward function is given
     does not depend on which prompts share a call.
@@ -93,7 +92,7 @@ def read_prompts(
         name: the configuration key of the paths, for messages.
     """
     record_format = prompt_format(data)
-    records = (record for path in paths for record in _read(path, split, data, name))
+    records = read_records(paths, split, data.prompt_key, name, data.options)
     encoded = (encode_prompt(record, tokenizer, record_format) for record in records)
     return _with_equal_fields(fit_prompts(encoded, limits, name))
 
@@ -183,14 +182,6 @@ def _with_equal_fields(prompts: list[Prompt]) -> list[Prompt]:
         else replace(prompt, metadata={name: prompt.metadata.get(name) for name in names})
         for prompt in prompts
     ]
-
-
-def _read(path: str, split: str, data: PromptDataConfig, name: str) -> Iterator[Record]:
-    if path != RANDOMWALKS:
-        yield from read_records([path], split, data.prompt_key, name)
-        return
-    for start in task(data.graph_seed).starts:
-        yield Record({data.prompt_key: start, "graph_seed": data.graph_seed}, f"randomwalks {data.graph_seed}")
 
 
 def build_phase_loader(

@@ -1,4 +1,4 @@
-"""Files, folders and hub data sets in, records out, each with the place it came from.
+"""Files, folders, hub data sets and functions in, records out, each with the place it came from.
 
 What a record means is decided in `formats`; here it is an object with keys.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +17,8 @@ from typing import Any
 
 from megarl.config.files import SUFFIXES, require_data
 from megarl.disk import UnreadableError, is_dir, is_file, local, parse_json
-from megarl.errors import DataError, UnavailableError, first_line
+from megarl.errors import DataError, MegarlError, UnavailableError, first_line
+from megarl.functions.named import NamedFunction, check_options, data_source
 
 _VALIDATION = ("validation", "valid", "val", "dev", "eval")
 _SPLIT_KEYS = ("data.train_split", "data.eval_split")
@@ -65,23 +67,29 @@ def named_lists(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def read_records(
-    paths: Sequence[str], split: str = "train", text_key: str = "text", key: str = "data.train"
+    paths: Sequence[str],
+    split: str = "train",
+    text_key: str = "text",
+    key: str = "data.train",
+    options: Mapping[str, Any] | None = None,
 ) -> Iterator[Record]:
     """Records of several sources, one source after the other, in their order.
 
     Args:
         paths: .jsonl, .json (a list of objects), .parquet or .txt files (a record per line); folders of them;
-            folders written by `datasets.save_to_disk`; hub names, "owner/name" or "owner/name:subset".
+            folders written by `datasets.save_to_disk`; hub names, "owner/name" or "owner/name:subset"; functions that
+            return records, "package.module:function" or "path/to/file.py:function".
         split: split of a hub data set, and the files that are read in a folder that names files after splits.
         text_key: key under which a line of a .txt file is put.
         key: of the configuration, where the sources come from; for the messages.
+        options: keyword arguments of the functions.
 
     Raises:
         DataError: a source is missing, empty or broken; the message names the file and the record.
     """
     for path in paths:
         name, count = _lists.get().get(path), 0
-        for record in _read_source(path, split, text_key, key):
+        for record in _read_source(path, split, text_key, key, options or {}):
             yield record if name is None else Record(record.fields, f"{name}[{count}]")
             count += 1
         if not count:
@@ -93,14 +101,36 @@ def read_records(
             )
 
 
-def _read_source(path: str, split: str, text_key: str, key: str) -> Iterator[Record]:
+def _read_source(path: str, split: str, text_key: str, key: str, options: Mapping[str, Any]) -> Iterator[Record]:
     place = local(path)
     if is_dir(place):
         return _read_folder(place, split, text_key)
     if is_file(place):
         return _read_file(place, text_key)
+    function = data_source(path, key)
+    if function is not None:
+        return _read_function(function, key, options)
     require_data(path, key)
     return _read_hub(path, split)
+
+
+def _read_function(function: NamedFunction, key: str, options: Mapping[str, Any]) -> Iterator[Record]:
+    """Run a function of the user in this process."""
+    check_options(function, options, "data.options")
+    try:
+        for number, fields in enumerate(function.load()(**options), 1):
+            yield _record(fields, f"{function.name}: record {number}")
+    except MegarlError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's code raises anything
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise DataError(
+            f"{key}: {function.name} failed with {first_line(error, kind=True)} at {frame.filename}:{frame.lineno}; "
+            "it must return records, which are mappings",
+            key=key,
+            value=function.name,
+            where=f"{frame.filename}:{frame.lineno}",
+        ) from error
 
 
 def _read_folder(folder: Path, split: str, text_key: str) -> Iterator[Record]:

@@ -1,4 +1,4 @@
-"""Advantages of a phase, by the kinds of `ppo.advantages`; what each needs is in `config.advantages`."""
+"""Advantages of a phase, for each value of `ppo.advantages`. `config.advantages` states what each kind needs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class PhaseResults:
     """The results of a phase, the same on every rank.
 
     Attributes:
-        rewards: [rows, time], of each response token; the KL is in them where it counts as a reward.
+        rewards: [rows, time] reward of each response token, with the KL penalty where it counts as a reward.
         mask: [rows, time], 1 at response tokens.
-        groups: [rows], which prompt each row answers.
-        values: [rows, time], of the critic; None where there is none.
-        greedy: [rows], the score of the likeliest response to each row's prompt; None where it was not asked for.
+        groups: [rows] index of the prompt that each row responds to.
+        values: [rows, time] predictions of the critic; None without a critic.
+        greedy: [rows] score of the greedy response to each row's prompt; None where it is not needed.
         gamma: discount of later rewards.
         lam: lambda of generalised advantage estimation.
     """
@@ -43,11 +43,11 @@ class PhaseResults:
 
     @property
     def scores(self) -> Tensor:
-        """[rows] the sum of each row's rewards."""
+        """[rows] sum of each row's rewards."""
         return mask_out(self.rewards, self.mask).sum(dim=1)
 
     def on_tokens(self, of_rows: Tensor) -> Tensor:
-        """[rows, time] from [rows]: the same on every response token."""
+        """Return [rows, time]: the value of each row in `of_rows` [rows] at all of its response tokens."""
         return mask_out(of_rows[:, None].expand_as(self.mask), self.mask)
 
 
@@ -91,14 +91,15 @@ COMPUTE: dict[str, Callable[[PhaseResults], Tensor]] = {
     "remax": _remax,
     "opo": _opo,
 }
-"""[rows, time] advantages of a phase before they are whitened, 0 where masked out, by the value of `ppo.advantages`.
+"""The functions that compute the advantages [rows, time] of a phase before whitening, 0 where masked out.
 
-REINFORCE++ is its rewards to go whitened, and its baseline is Dr.GRPO whitened.
+REINFORCE++ whitens its rewards to go. Its baseline variant whitens the advantages of Dr.GRPO.
 """
 
 
 def group_counts(scores: Tensor, groups: Tensor) -> dict[str, float]:
-    """Count the groups whose members all score the same, which say nothing, and those of one member."""
+    """Count the groups whose scores are all equal, which give no signal, and the groups of one response. Both arguments
+    are [rows]."""
     _, index, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
     lowest = torch.full((len(sizes),), torch.inf, dtype=scores.dtype).scatter_reduce(0, index, scores, "amin")
     highest = torch.full((len(sizes),), -torch.inf, dtype=scores.dtype).scatter_reduce(0, index, scores, "amax")

@@ -1,4 +1,4 @@
-"""Evaluation by generation: responses to held-out prompts, their scores and metrics, over the values of a setting."""
+"""Evaluation by generation: responses to held-out prompts with their scores and metrics, for each value of a sweep."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SCORE = "eval/score"
 
 @dataclass
 class Evaluated:
-    """`metrics` by the names they are logged under; `samples` as rows of a table."""
+    """The result of an evaluation: `metrics` by logged name, `samples` as rows of a table."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Evaluation:
-    """Collects responses to held-out prompts, scores them, and keeps a few to be shown."""
+    """Collects responses to held-out prompts, scores them, and keeps some as samples to show."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Evaluation:
         settings: EvalConfig,
         tokenizer: Tokenizer,
     ) -> None:
-        """`scorers` by the name their mean is logged under, `score` for the reward."""
+        """Map the name under which a mean score is logged (`score` for the reward) to its scorer in `scorers`."""
         self.collect, self.prompts, self.scorers = collect, prompts, scorers
         self.settings, self.tokenizer = settings, tokenizer
         sweeps = [(name, values) for name, values in asdict(settings.sweep).items() if values]
@@ -48,9 +48,10 @@ class Evaluation:
             self.changes = [{name: value} for value in values]
 
     def run(self, phase: int) -> Evaluated:
-        """Answer every prompt under every value of the sweep. The same on every rank."""
+        """Collect and score responses to all prompts for each value of the sweep. The result is the same on every
+        rank."""
         evaluated = Evaluated()
-        # Each value of the sweep is a stream of its own, as its responses are kept and scored apart from the others'.
+        # Each value of the sweep has its own stream, which keeps its responses and scores apart.
         for stream, changes in enumerate(self.changes, EVALUATION):
             suffix = "".join(f"@{name}={value:g}" for name, value in changes.items())
             rollouts = self.collect(self.prompts, self.settings.n, stream=stream, phase=phase, **changes)
@@ -68,21 +69,21 @@ class Evaluation:
     def _rows(self, rollouts: Sequence[Rollout], scored: dict[str, Scores], setting: str) -> list[dict[str, Any]]:
         rows = []
         for row, rollout in enumerate(rollouts[: self.settings.table]):
-            found = {name: scores.values[row] for name, scores in scored.items()}
+            by_scorer = {name: scores.values[row] for name, scores in scored.items()}
             rows.append(
                 {
                     **({"setting": setting} if setting else {}),
                     "prompt": self.prompts[rollout.prompt_id].text,
                     "response": self.tokenizer.decode(rollout.response_without_eos),
-                    **{name: None if score is None else total(score) for name, score in found.items()},
+                    **{name: None if score is None else total(score) for name, score in by_scorer.items()},
                 }
             )
         return rows
 
 
 def _means(name: str, scores: Scores, suffix: str) -> dict[str, float]:
-    """Means over the samples that have a score; of several functions, each one's own too."""
-    # The parts of a metric are metrics of their own, those of a score belong to it.
+    """Return the mean scores over the samples that have one, and the mean of each component of a combined function."""
+    # Each component of a metric function is a metric itself; those of the reward are logged below its name.
     means = {
         f"{SCORE}/{part}" if name == SCORE else f"eval/{unique_metric_name(part)}": mean
         for part, mean in scores.means().items()

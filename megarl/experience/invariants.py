@@ -1,4 +1,4 @@
-"""What must hold in every run, checked while it runs; each names itself when it breaks."""
+"""Invariants that every run must meet, checked while it runs. A violation is reported by the invariant's name."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from megarl.logging import get_logger
 from megarl.parallel.device import device_settings
 from megarl.parallel.engine import Engine
 
-RATIO_BOUND = {"fp32": 1e-5, "bf16": 5e-2}  # of |ratio - 1| before the first step; products differ by their shapes
-DRIFT_BOUND = {"fp32": 1e-3, "bf16": 5e-2}  # of the mean |log-prob as drawn - as recomputed|
-KL_BOUND_GPU = {"fp32": 1e-4, "bf16": 5e-2}  # of a token's |log-prob of the policy - of the reference|, not on a CPU
-CLIPPED_BOUND_BF16 = 0.05  # share of tokens
+RATIO_BOUND = {"fp32": 1e-5, "bf16": 5e-2}  # on |ratio - 1| before the first step; matrix products differ by shape
+DRIFT_BOUND = {"fp32": 1e-3, "bf16": 5e-2}  # on the mean |sampled log-prob - recomputed log-prob|
+KL_BOUND_GPU = {"fp32": 1e-4, "bf16": 5e-2}  # on a token's |policy log-prob - reference log-prob|
+CLIPPED_BOUND_BF16 = 0.05  # on the share of clipped tokens
 
 log = get_logger(__name__)
 
 
 class Invariants:
-    """`mode` says what a broken one does: `strict` stops the run, `warn` logs it once."""
+    """Checks of a PPO run. `mode` is what a violation does: `strict` stops the run, `warn` logs it once."""
 
     def __init__(self, mode: str, precision: str, phase: Callable[[], int]) -> None:
-        """`phase()` is the number of phases that are done."""
+        """`phase()` returns the number of completed phases."""
         self.strict, self.precision, self.phase = mode == "strict", precision, phase
-        self.looked_at: dict[str, bool] = {}  # engines that began to train here: whether their gradients were checked
+        self.checked: dict[str, bool] = {}  # by engine that began to train here: whether its gradients were checked
         self.warned: set[str] = set()
 
     def same_weights(self, largest_kl: float) -> None:
-        """Before the first update the policy is its reference."""
+        """Check that the policy equals its reference before the first update."""
         bound = 0.0 if device_settings().repeats_exactly else KL_BOUND_GPU[self.precision]
         self._expect(
             "kl_zero",
@@ -37,17 +37,17 @@ class Invariants:
         )
 
     def drift(self, mean: float) -> None:
-        """Generation and training mean the same by a log-prob."""
+        """Check that generation and training compute the same log-probs."""
         bound = DRIFT_BOUND[self.precision]
         self._expect(
             "logprob_drift",
             mean,
             mean <= bound,
-            f"log-probs as drawn and as recomputed differ by {mean:.2e} > {bound:g}",
+            f"sampled and recomputed log-probs differ by {mean:.2e} > {bound:g}",
         )
 
     def on_policy(self, ratio: float, clipped: float) -> None:
-        """On the first minibatch of a phase the policy is still the one that was evaluated."""
+        """Check that the policy is unchanged since the evaluation when the first minibatch of a phase starts."""
         bound = RATIO_BOUND[self.precision]
         self._expect("ratio_one", ratio, abs(ratio - 1) <= bound, f"the first minibatch's ratio is {ratio:.7f}, not 1")
         # In bf16 the rounding of single tokens may pass a narrow clip.
@@ -55,23 +55,24 @@ class Invariants:
         self._expect("nothing_clipped", clipped, clipped <= most, f"{clipped:.2%} of the first minibatch is clipped")
 
     def tokens(self, counted: float, expected: float) -> None:
-        """Every response token is trained on once in an epoch, whichever ranks and microbatches it went to."""
+        """Check that an epoch trained on each response token once, over all ranks and microbatches."""
         self._expect(
             "token_count", counted, counted == expected, f"an epoch counted {counted:g} response tokens of {expected:g}"
         )
 
     def gradients(self, engine: Engine, learns: bool, *, fresh: bool) -> None:
-        """In an engine's first step that can learn, every tensor that trains has a gradient that is not 0.
+        """Check that every trainable tensor has a nonzero gradient in an engine's first step that can learn.
 
         Args:
-            learns: whether there is anything to learn from: a learning rate and a loss that are not 0.
+            engine: the engine whose gradients are checked.
+            learns: whether the learning rate and the loss are nonzero.
             fresh: whether this is the first phase in which the engine trains.
         """
         if fresh:
-            self.looked_at.setdefault(engine.name, False)
-        if not learns or self.looked_at.get(engine.name, True):
+            self.checked.setdefault(engine.name, False)
+        if not learns or self.checked.get(engine.name, True):
             return
-        self.looked_at[engine.name] = True
+        self.checked[engine.name] = True
         with_gradient, trainable = engine.gradient_names()
         missed = sorted(trainable - with_gradient)
         shown = ", ".join(missed[:3]) + (f" and {len(missed) - 3} more" if len(missed) > 3 else "")
@@ -83,7 +84,7 @@ class Invariants:
         message = f"invariant {name} is broken in phase {self.phase() + 1}: {problem}"
         if self.strict:
             raise InvariantError(
-                f"{message} (ppo.invariants=warn would go on)",
+                f"{message} (ppo.invariants=warn logs it and continues)",
                 key=name,
                 value=value,
                 offers={"ppo.invariants": ["warn"]},

@@ -1,4 +1,4 @@
-"""Scores written down as soon as they are known, so that no response is scored twice, whatever happens to the run."""
+"""Scores that are written to disk as soon as they are known, so that no response is scored twice after a restart."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ Entry = tuple[Score | None, dict[str, float | None]]
 
 
 class Journal:
-    """A file per phase and stream in a folder, a line per scored response. Lives on the rank that asks for scores.
+    """One file per phase and stream in a folder, with one line per scored response. It lives on the rank that calls the
+    scorer.
 
-    A response is known by its prompt's record, its number and its tokens, and a score by the function that gave it:
-    other weights, records, settings or functions find nothing.
+    A response is identified by its prompt's record, its sample id and its tokens, and a score by the function that
+    returned it. Other weights, records, settings or functions therefore find no score.
     """
 
     def __init__(
@@ -32,30 +33,33 @@ class Journal:
     ) -> None:
         """
         Args:
-            name: what was asked: each key of the configuration has its own files.
-            function: `fingerprint` of what answers.
-            copy: folder of a dump of rollouts, in which their scores are kept too.
-            source: folder of such a dump, whose scores are known.
+            folder: folder of the journal.
+            name: prefix of the files; each scored configuration key has its own.
+            function: `fingerprint` of the scoring function.
+            copy: folder of a dump of rollouts, into which scores are written too.
+            source: folder of such a dump, from which scores are read too.
         """
         self.folder, self.name, self.function = folder, name, function
         self.folders = [folder] if copy is None else [folder, copy]
         self.sources = [folder] if source is None else [source, folder]
 
     def read(self, stream: int, phase: int) -> dict[str, Entry]:
-        """Scores of a phase by `identity`. Lines that are no entries, such as one that was cut off, do not count."""
-        found: dict[str, Entry] = {}
+        """Return the stored scores of a phase by `identity`. Invalid lines, such as a truncated one, are skipped."""
+        entries: dict[str, Entry] = {}
         for folder in self.sources:
             path = self._path(folder, stream, phase)
-            odd = []
+            invalid = []
             for number, line in enumerate(_lines(path), 1):
                 record = _entry(line)
                 if record is None:
-                    odd.append(number)
+                    invalid.append(number)
                 elif record["by"] == self.function:
-                    found[record["of"]] = (record["score"], record["parts"])
-            if odd:
-                log.warning("%s: line %d is no score (%d such lines) and is passed over", path, odd[0], len(odd))
-        return found
+                    entries[record["of"]] = (record["score"], record["parts"])
+            if invalid:
+                log.warning(
+                    "%s: line %d is not a valid score (%d such lines) and is skipped", path, invalid[0], len(invalid)
+                )
+        return entries
 
     def write(
         self,
@@ -65,7 +69,7 @@ class Journal:
         scores: Sequence[Score | None],
         parts: dict[str, list[float | None]],
     ) -> None:
-        """Add scores of responses by `identity`; they are on disk when this returns."""
+        """Append scores of responses, which `names` identifies (see `identity`). They are on disk when this returns."""
         lines = []
         for row, (name, score) in enumerate(zip(names, scores, strict=True)):
             own = {part: column[row] for part, column in parts.items()}
@@ -75,7 +79,7 @@ class Journal:
             _append(self._path(folder, stream, phase), lines)
 
     def forget(self, before: int) -> None:
-        """Remove phases that no kept checkpoint leads to again; copies stay."""
+        """Delete the phases before this one, to which no checkpoint leads back. Copies in a dump stay."""
         for path in self.folder.glob(f"{self.name}-*.jsonl"):
             phase = phase_of(path.name.removeprefix(f"{self.name}-"))
             if phase is not None and phase < before:
@@ -87,9 +91,9 @@ class Journal:
 
 
 def identity(rollout: Rollout, metadata: Mapping[str, Any] | None = None) -> str:
-    """Names a response by its place, its tokens and the other fields of its prompt's record."""
-    told = json.dumps([rollout.prompt, rollout.response, *filter(None, [metadata])], sort_keys=True, default=repr)
-    return f"{rollout.prompt_id}-{rollout.sample_id}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    """Return an identifier of a response: its ids, and a hash of its tokens and its record's other fields."""
+    content = json.dumps([rollout.prompt, rollout.response, *filter(None, [metadata])], sort_keys=True, default=repr)
+    return f"{rollout.prompt_id}-{rollout.sample_id}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
 def _lines(path: Path) -> list[bytes]:
@@ -99,14 +103,14 @@ def _lines(path: Path) -> list[bytes]:
         return [line for line in path.read_bytes().split(b"\n") if line.strip()]
     except OSError as problem:
         raise DataError(
-            f"the scores in {path} cannot be read ({problem.strerror}): give this user the right to read them, or "
-            "remove the file and they are asked for again",
+            f"the scores in {path} cannot be read ({problem.strerror}): give this user read permission, or "
+            "remove the file to compute the scores again",
             where=path,
         ) from None
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """What `write` wrote, or None for anything else."""
+    """Return the record that `write` wrote in this line; None if the line is anything else."""
     try:
         record = parse_object(line)
     except UnreadableError:
@@ -134,6 +138,6 @@ def _append(path: Path, lines: Sequence[str]) -> None:
             os.fsync(file.fileno())
     except OSError as problem:
         raise DataError(
-            f"scores cannot be kept in {path} ({problem.strerror}): free space or mend the folder, then start again",
+            f"scores cannot be written to {path} ({problem.strerror}): free space or fix the folder, then start again",
             where=path,
         ) from None

@@ -1,4 +1,4 @@
-"""The reference: the policy that a run started from, or another that it is held close to."""
+"""The reference model of the KL term: usually the policy's weights at the start of the run."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from megarl.parallel.engine import Engine
 from megarl.parallel.rows import Rows
 
 LogprobsOf = Callable[[Engine, Rows], Tensor]
-"""[rows, time] log-probs of the tokens of all rows under an engine's present weights, on every rank."""
+"""Computes the log-probs [rows, time] of all rows' tokens under an engine's present weights, on every rank."""
 
 
 class Reference(Protocol):
-    """Says how likely the reference finds the tokens of rows."""
+    """Computes log-probs of rows under the reference model."""
 
     def logprobs(self, rows: Rows) -> Tensor:
-        """[rows, time] on every rank."""
+        """Return the log-probs [rows, time] of the rows' tokens, on every rank."""
 
 
 class SwappedReference:
-    """The weights that an engine has now, kept in host memory and put in the place of its later ones for each pass.
+    """A copy of an engine's present weights in host memory, which replaces the later weights during each forward pass.
 
-    Only what trains is kept, so a policy with few trainable layers has a small reference.
+    Only trainable weights are copied, so a policy with few trainable layers has a small reference.
     """
 
     def __init__(self, engine: Engine, logprobs_of: LogprobsOf) -> None:
         self.engine, self._logprobs_of = engine, logprobs_of
-        self.weights = engine.trainable_copy()  # empty on a stage of frozen layers
+        self.weights = engine.trainable_copy()  # empty on a pipeline stage of frozen layers
 
     def logprobs(self, rows: Rows) -> Tensor:
-        """[rows, time] on every rank."""
+        """Return the log-probs [rows, time] of the rows' tokens under the copied weights, on every rank."""
         with self.engine.with_weights(self.weights):
             return self._logprobs_of(self.engine, rows)

@@ -1,4 +1,4 @@
-"""Rows of rollouts, the same on every rank, and forward passes over all of them."""
+"""Conversion of rollouts to rows, the same on every rank, and forward passes over all rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from megarl.rollout.requests import Rollout
 
 
 def rollouts_to_rows(rollouts: Sequence[Rollout]) -> Rows:
-    """Return a row for each rollout, on the host.
+    """Return one row per rollout, on the host.
 
-    Its columns are rollout_logprobs; group, the number of the prompt within the phase; truncated, whether the response
-    ended at its maximum length; and weights_version, that of the weights that sampled it.
+    The columns are rollout_logprobs [rows, time]; group [rows], the index of the prompt within the phase; truncated
+    [rows], whether the response ended at its maximum length; and weights_version [rows], the version of the weights
+    that sampled it.
     """
     lengths = torch.tensor([len(rollout.tokens) for rollout in rollouts])
     shape = (len(rollouts), int(lengths.max()))
@@ -40,7 +41,7 @@ def rollouts_to_rows(rollouts: Sequence[Rollout]) -> Rows:
 def forward_rows(
     engine: Engine, rows: Rows, fn: ForwardFn, *, per_microbatch: int, share_bins: bool
 ) -> dict[str, Tensor]:
-    """Return `fn`'s outputs [bins, time] for every row, as columns [rows, time] on every rank: each replica runs its
+    """Return `fn`'s outputs [bins, time] as columns [rows, time] of all rows, on every rank. Each replica computes its
     share."""
     grid = engine.grid
     plan = MicrobatchPlan(rows.lengths, grid.layout, grid.dp_rank, per_microbatch=per_microbatch, share_bins=share_bins)
@@ -50,6 +51,7 @@ def forward_rows(
 
 
 def training_flops(model: ModelConfig, vocab_size: int, lengths: Tensor) -> float:
-    """Return the FLOPs of a forward and a backward pass over rows of these lengths; their last tokens are not read."""
+    """Return the FLOPs of a forward and a backward pass over rows of these lengths [rows]. Last tokens are not
+    inputs."""
     read = (lengths.double() - 1).clamp(min=1)
     return float(read.sum()) * flops_per_token(model, vocab_size, float((read**2).sum() / read.sum()))

@@ -1,4 +1,4 @@
-"""What scores rollouts: `Scorer`, and the one that asks a reward function in a process of its own."""
+"""Scoring of rollouts: the `Scorer` protocol, and the scorer that calls a reward function in its own process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megarl.config.rl import RewardConfig
 from megarl.data.prompts import Prompt
 from megarl.errors import DataError
 from megarl.experience.journal import Entry, Journal, identity
+from megarl.functions.named import NamedFunction, Spec, resolve
 from megarl.parallel.grid import Grid
 from megarl.rewards.answers import Score
 from megarl.rewards.client import RESERVED, RewardWorker
 from megarl.rewards.combine import Combined, combine
-from megarl.rewards.functions import RewardFunction, Spec, resolve
 from megarl.rewards.scores import Scores
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
@@ -24,36 +24,36 @@ from megarl.tokenizers import Tokenizer
 _WEIGHTED = re.compile(
     r"^(?:(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?(?P<function>\S+)$", re.IGNORECASE
 )
-RESERVED_METRICS = ("score", "response_tokens")  # names that evaluations log other things under
+RESERVED_METRICS = ("score", "response_tokens")  # names that evaluations use for other metrics
 
 
 class Scorer(Protocol):
-    """Scores rollouts. Every rank of the world asks, and every rank gets the same scores, or the same error.
+    """Scores rollouts. Every rank calls a scorer, and every rank gets the same scores or the same error.
 
     Attributes:
-        name: what evaluations log the mean score under.
-        fingerprint: changes with whatever gives the scores, so that a resume can tell.
+        name: name under which evaluations log the mean score.
+        fingerprint: identifier of the code and options that produce the scores; a resume compares it.
     """
 
     name: str
     fingerprint: str
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
-        """Return the scores of rollouts, in their order; `prompts[rollout.prompt_id]` is a rollout's prompt."""
+        """Return the scores of rollouts in their order. `prompts[rollout.prompt_id]` is a rollout's prompt."""
 
     def forget(self, before: int) -> None:
-        """Discard what is stored about earlier phases."""
+        """Discard the stored scores of phases before this one."""
 
     def close(self) -> None:
         """Release processes and memory until the next call."""
 
 
 class FunctionScorer:
-    """A scorer that asks a function. Only the first rank has the function's process, from the first call on."""
+    """Scores rollouts with a function. Rank 0 owns the function's process, which starts at the first call."""
 
     def __init__(
         self,
-        function: Spec | RewardFunction,
+        function: Spec | NamedFunction,
         settings: RewardConfig,
         tokenizer: Tokenizer,
         grid: Grid,
@@ -62,20 +62,21 @@ class FunctionScorer:
         options: dict[str, Any] | None = None,
         journal: Journal | None = None,
     ) -> None:
-        """`journal` remembers scores over the end of a process, for this function as it is now."""
+        """Resolve and check the function. `journal` keeps its scores across restarts, for the present code and
+        options."""
         self.grid, self.tokenizer, self.journal, self.batch_size = grid, tokenizer, journal, settings.batch_size
-        self.drops = settings.on_error == "drop"  # else what was left without a score is asked for again
+        self.drops = settings.on_error == "drop"  # otherwise samples without a score are scored again
         self.worker: RewardWorker | None = None
-        chosen = read_function(function, key)
-        name = getattr(chosen, "name", "combined").rpartition(":")[2].rpartition(".")[2]
+        resolved = read_function(function, key)
+        name = getattr(resolved, "name", "combined").rpartition(":")[2].rpartition(".")[2]
         name = key.partition(".")[0] if name == "<lambda>" else name
         self.name = unique_metric_name(name) if key == "metric.fn" else name
-        self.fingerprint: str = grid.run_on_rank0(lambda: fingerprint(chosen, options or {}))
+        self.fingerprint: str = grid.run_on_rank0(lambda: fingerprint(resolved, options or {}))
         if journal is not None:
             journal.function = self.fingerprint
         if grid.rank == 0:
             self.worker = RewardWorker(
-                chosen,
+                resolved,
                 tokenizer,
                 timeout_s=settings.timeout,
                 retries=settings.retries,
@@ -86,29 +87,30 @@ class FunctionScorer:
             )
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
-        """Return the scores of rollouts, in their order, from the journal where it has them."""
-        asking = iter(()) if self.worker is None else self._ask(self.worker, prompts, rollouts, stream, phase)
+        """Return the scores of rollouts in their order. Scores that the journal has are reused."""
+        calls = iter(()) if self.worker is None else self._call(self.worker, prompts, rollouts, stream, phase)
         scores: Scores | None = None
-        while scores is None:  # the others hear of every call, so that they wait for no more than one of them
-            scores = self.grid.run_on_rank0(lambda: next(asking))
+        while scores is None:  # one broadcast per call, so that no rank waits longer than one call takes
+            scores = self.grid.run_on_rank0(lambda: next(calls))
         return scores
 
     def forget(self, before: int) -> None:
-        """Discard the journal of earlier phases."""
+        """Delete the journal of phases before this one."""
         if self.worker is not None and self.journal is not None:
             self.journal.forget(before)
 
     def close(self) -> None:
+        """Stop the function's process; the next call starts it again."""
         if self.worker is not None:
             self.worker.close()
 
-    def _ask(
+    def _call(
         self, worker: RewardWorker, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], stream: int, phase: int
     ) -> Iterator[Scores | None]:
-        """Ask about what the journal does not know, `reward.batch_size` samples in a call, and keep each call's scores
-        at once.
+        """Score the rollouts that the journal lacks, `reward.batch_size` per call, and store each call's scores at
+        once.
 
-        Yields None after each call, and all scores in the end.
+        Yields None after each call, and all scores at the end.
         """
         known = {} if self.journal is None else self.journal.read(stream, phase)
         names = [identity(rollout, prompts[rollout.prompt_id].metadata) for rollout in rollouts]
@@ -122,8 +124,8 @@ class FunctionScorer:
         size = self.batch_size or max(len(unknown), 1)
         for first in range(0, len(unknown), size):
             rows = unknown[first : first + size]
-            asked = [rollouts[row] for row in rows]
-            scores = worker.score(**self._question([prompts[rollout.prompt_id] for rollout in asked], asked))
+            batch = [rollouts[row] for row in rows]
+            scores = worker.score(**self._question([prompts[rollout.prompt_id] for rollout in batch], batch))
             if self.journal is not None:
                 self.journal.write(stream, phase, [names[row] for row in rows], scores.values, scores.parts)
             for index, row in enumerate(rows):
@@ -132,16 +134,17 @@ class FunctionScorer:
             repeated += scores.repeated_calls
             yield None
         entries = [found[row] for row in range(len(rollouts))]
-        names_of_parts = list(dict.fromkeys(part for _, parts in entries for part in parts))
+        components = list(dict.fromkeys(part for _, parts in entries for part in parts))
         yield Scores(
             values=[score for score, _ in entries],
-            parts={part: [parts.get(part) for _, parts in entries] for part in names_of_parts},
+            parts={part: [parts.get(part) for _, parts in entries] for part in components},
             failed_calls=failed,
             repeated_calls=repeated,
         )
 
     def _question(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, Any]:
-        """Texts of samples and the other fields of their records. A sampled end of sequence is no text."""
+        """Return the function's arguments: texts, other fields of the prompt records, and lengths. A sampled EOS is
+        left out."""
         outputs = [self.tokenizer.decode(rollout.response_without_eos) for rollout in rollouts]
         names = sorted({name for prompt in prompts for name in prompt.metadata})
         return {
@@ -159,7 +162,9 @@ def keep_scored(
     """Return the rollouts that have a score, their scores, and the baselines of their prompts.
 
     Args:
-        greedy: by prompt_id, scores that rollouts are compared with. Those of a prompt without one are left out too.
+        rollouts: the rollouts of a phase.
+        scores: their scores, in the same order.
+        greedy: scores of the greedy responses by prompt_id, as baselines. Rollouts of a prompt without one are dropped.
     """
     kept: list[Rollout] = []
     values: list[Score] = []
@@ -174,11 +179,11 @@ def keep_scored(
 
 
 def check_fields(prompts: Sequence[Prompt], key: str) -> None:
-    """Refuse prompts whose records have a field by the name of something else that functions are given."""
+    """Refuse prompts whose records have a field with the name of a reserved argument of scoring functions."""
     for name in RESERVED:
-        having = [prompt for prompt in prompts if name in prompt.metadata]
-        if having:  # all have it once one record has; None is what the others were given
-            first = next((prompt for prompt in having if prompt.metadata[name] is not None), having[0])
+        clashing = [prompt for prompt in prompts if name in prompt.metadata]
+        if clashing:  # a field of one record is in the metadata of all, as None where a record lacks it
+            first = next((prompt for prompt in clashing if prompt.metadata[name] is not None), clashing[0])
             raise DataError(
                 f"{first.where}: {name!r} is a reserved argument of {key}: rename the field "
                 f"(none may be called {', '.join(RESERVED)})",
@@ -188,28 +193,28 @@ def check_fields(prompts: Sequence[Prompt], key: str) -> None:
 
 
 def _fits(entry: Entry, rollout: Rollout) -> bool:
-    """Per-token rewards are as many as the response has tokens."""
+    """Return whether per-token rewards are as many as the response has tokens."""
     return not isinstance(entry[0], list) or len(entry[0]) == len(rollout.response)
 
 
 def unique_metric_name(name: str) -> str:
-    """Of a metric, beside what evaluations log anyway."""
+    """Return a name for a metric that does not clash with the names that evaluations log themselves."""
     return f"{name}_metric" if name in RESERVED_METRICS else name
 
 
-def read_function(function: Spec | RewardFunction, key: str) -> Any:
-    """A function by name or as a callable; `0.7*a:f + 0.3*b:g` is a weighted sum of several."""
+def read_function(function: Spec | NamedFunction, key: str) -> Any:
+    """Resolve a function given by name or as a callable. `0.7*a:f + 0.3*b:g` is a weighted sum of several functions."""
     if not isinstance(function, str) or not re.search(r"\s\+\s|\*", function):
         return resolve(function, key)
-    found = [_WEIGHTED.match(part.strip()) for part in re.split(r"\s\+\s", function)]
-    if not all(found):
-        return resolve(function, key)  # says what a name looks like
-    terms = [term for term in found if term is not None]
+    matches = [_WEIGHTED.match(part.strip()) for part in re.split(r"\s\+\s", function)]
+    if not all(matches):
+        return resolve(function, key)  # its error describes valid names
+    terms = [term for term in matches if term is not None]
     return combine([term["function"] for term in terms], [float(term["weight"] or 1.0) for term in terms], key=key)
 
 
-def fingerprint(function: RewardFunction | Combined, options: dict[str, Any]) -> str:
-    """Stands for a function, what its file says now, and what it is given: other scores may come of any other."""
+def fingerprint(function: NamedFunction | Combined, options: dict[str, Any]) -> str:
+    """Return a hash of a function, its source file and its options. Scores are reused only if it is equal."""
     parts: list[object] = [sorted((name, repr(value)) for name, value in options.items())]
     if isinstance(function, Combined):
         parts += [function.weights, [fingerprint(one, {}) for one in function.functions]]

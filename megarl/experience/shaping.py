@@ -1,4 +1,4 @@
-"""From scores to what a policy trains on: rewards, advantages and returns of a whole phase, the same on every rank."""
+"""Reward shaping: from scores to the rewards, advantages and returns of a whole phase, the same on every rank."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ from megarl.parallel.rows import Rows
 from megarl.rewards.answers import Score
 from megarl.rewards.scores import total
 
-SMALLEST_STD = 1e-8  # scores that are all equal are divided by nothing
+SMALLEST_STD = 1e-8  # below this standard deviation, scores are not rescaled
 
 
 @dataclass(frozen=True)
 class Greedy:
-    """The likeliest responses that rows are compared with, one for each row: scores, and which ended at their maximum
-    length."""
+    """The greedy responses that rows are compared with, one per row: their scores, and whether each was truncated."""
 
     scores: Sequence[Score]
     truncated: Sequence[bool]
 
 
 class Shaping:
-    """Holds what a run remembers of earlier phases: the KL coefficient and the moments of the scores."""
+    """Shapes the rewards of each phase. Its state over phases is the KL coefficient and the moments of the scores."""
 
     def __init__(self, settings: PPOSettings) -> None:
         self.settings = settings
@@ -49,34 +48,33 @@ class Shaping:
             else AdaptiveKL(settings.kl_coef, settings.kl_target, settings.kl_horizon)
         )
         self.moments = RunningMoments()
-        self.first_std: float | None = None  # of the first phase's scores
+        self.first_std: float | None = None  # standard deviation of the first phase's scores
 
     def shape(self, rows: Rows, scores: Sequence[Score], greedy: Greedy | None = None) -> tuple[Rows, dict[str, float]]:
-        """Return the rows with the columns advantages and, where there are values, returns, and what is logged of them.
+        """Return the rows with the column advantages and, with a critic, returns [rows, time]; and metrics to log.
 
-        With `ppo.mask_overlong` no action of a truncated response is left in their action mask.
+        With `ppo.mask_overlong` the action mask of a truncated response becomes zero.
 
         Args:
-            rows: with old_logprobs, group, truncated and, where there are a critic and a reference, values and
-                ref_logprobs.
-            scores: of each row, one number or one per response token.
-            greedy: the likeliest response to each row's prompt.
+            rows: with the columns old_logprobs, group and truncated, and values and ref_logprobs where there are any.
+            scores: score of each row, one number or one per response token.
+            greedy: the greedy response to each row's prompt.
         """
-        settings, chosen, truncated = self.settings, rows.action_mask, rows["truncated"]
-        given = torch.tensor([total(score) for score in scores], dtype=torch.float32)
-        kl = torch.zeros_like(chosen)
+        settings, actions, truncated = self.settings, rows.action_mask, rows["truncated"]
+        totals = torch.tensor([total(score) for score in scores], dtype=torch.float32)
+        kl = torch.zeros_like(actions)
         if "ref_logprobs" in rows:
-            kl = kl_estimate(rows["old_logprobs"], rows["ref_logprobs"], settings.kl_kind) * chosen
+            kl = kl_estimate(rows["old_logprobs"], rows["ref_logprobs"], settings.kl_kind) * actions
         coef = self.kl_control.value if settings.kl_in == "reward" else 0.0
-        factor = self._update_moments(given)
-        rewards = self._rewards(scores, factor, chosen, kl, coef)
-        rewards = self._penalise(rewards, chosen, truncated)
+        factor = self._update_moments(totals)
+        rewards = self._rewards(scores, factor, actions, kl, coef)
+        rewards = self._penalise(rewards, actions, truncated)
         if settings.whiten_rewards:
-            rewards = whiten(rewards, chosen, shift_mean=False)
-        mask = chosen * ~truncated[:, None] if settings.mask_overlong else chosen
+            rewards = whiten(rewards, actions, shift_mean=False)
+        mask = actions * ~truncated[:, None] if settings.mask_overlong else actions
         results = PhaseResults(
             rewards,
-            chosen,
+            actions,
             rows["group"],
             values=rows.per_token.get("values"),
             greedy=None if greedy is None else self._greedy(greedy, factor),
@@ -89,15 +87,15 @@ class Shaping:
             advantages=whiten(advantages, mask) if white else advantages
         )
         stats = {
-            "rollout/score": float(given.mean()),
-            "rollout/score_std": float(given.std()) if len(given) > 1 else 0.0,
+            "rollout/score": float(totals.mean()),
+            "rollout/score_std": float(totals.std()) if len(totals) > 1 else 0.0,
             **self._kl_stats(rows, kl),
             "rollout/cut": float(truncated.float().mean()),
         }
         if white:
             stats["rollout/whitening_factor"] = whitening_factor(advantages, mask)
         if ADVANTAGES[settings.advantages].groups:
-            earned = self._penalise(self._rewards(scores, factor, chosen, kl, 0.0), chosen, truncated)
+            earned = self._penalise(self._rewards(scores, factor, actions, kl, 0.0), actions, truncated)
             stats |= group_counts(earned.sum(dim=1), rows["group"])
         if greedy is not None:
             stats["rollout/greedy_score"] = float(torch.tensor([total(score) for score in greedy.scores]).mean())
@@ -108,6 +106,7 @@ class Shaping:
         return shaped, stats
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the KL coefficient with its settings, and the moments of the scores."""
         return {
             "kl_control": self.kl_control.state_dict(),
             "kl_steered": self._kl_steered,
@@ -116,8 +115,8 @@ class Shaping:
         }
 
     def load_state_dict(self, state: dict[str, Any], *, other_scores: bool = False) -> None:
-        """A coefficient that was steered goes on, unless this run steers it from or to another value; one that is fixed
-        is this run's. Moments are left out where this run has `other_scores`."""
+        """Restore an adaptive KL coefficient if its settings are unchanged; a fixed one stays as configured. Restore
+        the moments of the scores unless this run has `other_scores`."""
         if self.settings.kl_target is not None and state.get("kl_steered", self._kl_steered) == self._kl_steered:
             self.kl_control.load_state_dict(state["kl_control"])
         if not other_scores:
@@ -126,11 +125,12 @@ class Shaping:
 
     @property
     def _kl_steered(self) -> list[float | None]:
-        """From which coefficient to which KL, where it is."""
+        """Initial coefficient and target of the KL; the target is None for a fixed coefficient."""
         return [self.settings.kl_coef, self.settings.kl_target]
 
     def _rewards(self, scores: Sequence[Score], factor: float, mask: Tensor, kl: Tensor, coef: float) -> Tensor:
-        """[rows, time]: a score lands on the last token of its response, per-token rewards on their own."""
+        """Return rewards [rows, time]: a score is at the last token of its response, per-token rewards are at their
+        tokens."""
         placed = torch.zeros_like(mask)
         single = torch.zeros(len(scores))
         for row, score in enumerate(scores):
@@ -142,14 +142,14 @@ class Shaping:
         return rewards + self._clipped(placed) * factor
 
     def _greedy(self, greedy: Greedy, factor: float) -> Tensor:
-        """[rows] scores as the rewards have them: clipped, scaled, less the penalty for a missing end of sequence."""
+        """Return the scores [rows] shaped like rewards: clipped, scaled, less the penalty for a missing EOS."""
         clipped = [self._clipped(torch.tensor(score, dtype=torch.float32)).sum() for score in greedy.scores]
         truncated = torch.tensor(greedy.truncated, dtype=torch.float32)
         return torch.stack(clipped) * factor - truncated * self.settings.missing_eos_penalty
 
-    def _update_moments(self, given: Tensor) -> float:
-        """What clipped scores are multiplied by; takes note of this phase's."""
-        clipped = self._clipped(given).double()
+    def _update_moments(self, totals: Tensor) -> float:
+        """Update the moments with a phase's scores [rows] and return the factor that scales clipped scores."""
+        clipped = self._clipped(totals).double()
         _, running = self.moments.update(clipped)
         if self.first_std is None:
             self.first_std = float(clipped.std()) if len(clipped) > 1 else 1.0
@@ -166,7 +166,7 @@ class Shaping:
         return {"rollout/kl": float(kl.sum() / len(kl)), "rollout/kl_coef": float(self.kl_control.value)}
 
     def _penalise(self, rewards: Tensor, mask: Tensor, truncated: Tensor) -> Tensor:
-        """Take the penalty for a missing end of sequence from where the score landed."""
+        """Subtract the penalty for a missing EOS from the reward of each truncated response's last token."""
         if self.settings.missing_eos_penalty == 0:
             return rewards
         penalty = truncated.float() * self.settings.missing_eos_penalty
@@ -174,16 +174,18 @@ class Shaping:
 
 
 def whitening_factor(advantages: Tensor, mask: Tensor) -> float:
-    """Return what whitening multiplies advantages by: much where they, and so errors of the critic, are small."""
+    """Return the factor by which whitening scales advantages. It is large where they are small, and scales the critic's
+    errors too."""
     return float(torch.rsqrt(advantages[mask != 0].var(correction=1) + VARIANCE_EPS)) if mask.sum() > 1 else 0.0
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over response tokens: 1 for a perfect critic, 0 for a constant one."""
-    chosen = mask != 0
-    if chosen.sum() < 2:
+    """Return 1 - Var(returns - values) / Var(returns) over response tokens: 1 for a perfect critic, 0 for a constant
+    one."""
+    actions = mask != 0
+    if actions.sum() < 2:
         return 0.0
-    spread = returns[chosen].double().var()
+    spread = returns[actions].double().var()
     if spread <= SMALLEST_STD:
         return 0.0
-    return float(1 - (returns - values)[chosen].double().var() / spread)
+    return float(1 - (returns - values)[actions].double().var() / spread)

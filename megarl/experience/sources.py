@@ -1,4 +1,4 @@
-"""Where responses come from: `RolloutSource`, the model's own generation, and a dump of an earlier run."""
+"""Sources of rollouts: the `RolloutSource` protocol, generation by the model, and the dump of an earlier run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from megarl.tokenizers import Tokenizer
 
 
 class RolloutSource(Protocol):
-    """Gives responses to prompts. Every rank of the world asks, and every rank gets all of them."""
+    """Returns responses to prompts. Every rank calls it, and every rank gets all responses."""
 
     def publish(self, version: int) -> None:
-        """Give responses of the policy's present weights from now on; rollouts carry the number of these weights."""
+        """Use the policy's present weights from now on. `version` is stored in the rollouts."""
 
     def collect(
         self,
@@ -34,26 +34,27 @@ class RolloutSource(Protocol):
         token_scorer: TokenScorer = GPT.logits,
         **changes: Any,
     ) -> list[Rollout]:
-        """Return `n` responses to each prompt, sorted by (prompt_id, sample_id); a prompt's id is its index in
+        """Return `n` responses to each prompt, sorted by (prompt_id, sample_id). A prompt's id is its index in
         `prompts`.
 
         Args:
-            stream: which stream of randomness, of training or of an evaluation.
-            phase: training steps that are done.
-            token_scorer: gives the scores that tokens are drawn by.
-            changes: settings of `Sampling` that differ from the run's.
+            prompts: the prompts.
+            n: number of responses to each.
+            stream: random stream: training, greedy or one of an evaluation.
+            phase: number of training steps done.
+            token_scorer: computes the scores from which tokens are sampled.
+            changes: overrides of the run's `Sampling` settings.
         """
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse prompts that this source cannot answer, before the first phase."""
+        """Refuse prompts that this source cannot respond to, before the first phase."""
 
     def close(self) -> None:
         """Release memory until the next call."""
 
 
 class GeneratedRollouts:
-    """Responses of an engine's model. What is sampled follows from the seed, the stream, the phase and a prompt's
-    index."""
+    """Generates responses with an engine's model. The seed, stream, phase and prompt index determine each sample."""
 
     def __init__(
         self,
@@ -67,7 +68,11 @@ class GeneratedRollouts:
     ) -> None:
         """
         Args:
-            chat_template: the one that prompts are rendered with; its end marker ends a response too.
+            engine: the policy's engine.
+            tokenizer: tokenizer of the policy.
+            settings: the section `rollout`.
+            seed: seed of the samples.
+            chat_template: template that renders the prompts; its end marker ends a response too.
             unit: what messages call a training step.
         """
         self.unit, self.version = unit, 0
@@ -83,7 +88,7 @@ class GeneratedRollouts:
         )
 
     def publish(self, version: int) -> None:
-        """Take the engine's present weights, where it generates in another layout."""
+        """Copy the engine's present weights, where generation has its own parallel layout."""
         self.version = version
         if self.reshard is not None:
             self.reshard.refresh()
@@ -98,10 +103,10 @@ class GeneratedRollouts:
         token_scorer: TokenScorer = GPT.logits,
         **changes: Any,
     ) -> list[Rollout]:
-        """Generate, and keep what was generated where `rollout.dump` says."""
+        """Generate the responses, and write them to `rollout.dump` if it is set."""
         self.generator.token_scorer = token_scorer
-        trains = stream in (TRAINING, GREEDY)
-        when = f"in {self.unit} {phase + 1}" if trains else f"in the evaluation after {self.unit} {phase}"
+        is_training = stream in (TRAINING, GREEDY)
+        when = f"in {self.unit} {phase + 1}" if is_training else f"in the evaluation after {self.unit} {phase}"
         rollouts = self.generator.generate(
             requests_of(prompts, n, self.settings, **changes),
             stream=stream,
@@ -111,31 +116,31 @@ class GeneratedRollouts:
         )
         if self.settings.dump is not None:
             path = stored.phase_file(self.settings.dump, stream, phase)
-            self.generator.grid.run_on_rank0(lambda: stored.dump(path, rollouts))  # any rank may replay it after this
-        if not self.settings.cuda_graphs:  # they are recorded over the cache, and recording takes seconds
-            self.generator.close()  # what comes next has the memory
+            self.generator.grid.run_on_rank0(lambda: stored.dump(path, rollouts))  # complete on return, for any rank
+        if not self.settings.cuda_graphs:  # CUDA graphs are recorded over the cache, and recording takes seconds
+            self.generator.close()  # frees the memory for scoring and training
         return rollouts
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse a cache that is too small for the response to any of these prompts."""
+        """Refuse a KV cache that is too small for the longest possible response to these prompts."""
         if prompts:
             longest = max(len(prompt.tokens) for prompt in prompts)
             self.generator.check_length(longest + self.sampling.max_new_tokens)
 
     def close(self) -> None:
-        """Free the cache until the next call."""
+        """Free the KV cache until the next call."""
         self.generator.close()
 
 
 class ReplayedRollouts:
-    """Responses of an earlier run, from the folder of its `rollout.dump`."""
+    """Reads the responses of an earlier run from the folder that its `rollout.dump` names."""
 
     def __init__(self, folder: str, settings: RolloutConfig) -> None:
         self.folder, self.settings = folder, settings
-        sampling_from(settings)  # refuses what no run could sample with
+        sampling_from(settings)  # refuses invalid sampling settings
 
     def publish(self, version: int) -> None:
-        """Nothing changes: each rollout carries the version that it was dumped with."""
+        """Do nothing: each rollout has the version that it was dumped with."""
 
     def collect(
         self,
@@ -147,16 +152,17 @@ class ReplayedRollouts:
         token_scorer: TokenScorer = GPT.logits,
         **changes: Any,
     ) -> list[Rollout]:
-        """Return the dumped responses to these prompts, with whatever settings they were drawn."""
+        """Return the dumped responses to these prompts, whatever settings sampled them."""
         return stored.replay(self.folder, stream, phase, requests_of(prompts, n, self.settings))
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Nothing is generated, so nothing can be too long."""
+        """Accept all prompts: nothing is generated, so none is too long."""
 
     def close(self) -> None:
-        """There is nothing to release."""
+        """Do nothing: there is nothing to release."""
 
 
 def requests_of(prompts: Sequence[Prompt], n: int, settings: RolloutConfig, **changes: Any) -> list[Request]:
-    """Return `n` requests for each prompt, numbered by its index, with a run's sampling settings but for `changes`."""
+    """Return `n` requests for each prompt, with the run's sampling settings and `changes` to them. prompt_id is the
+    prompt's index."""
     return repeat([prompt.tokens for prompt in prompts], n, replace(sampling_from(settings), **changes))

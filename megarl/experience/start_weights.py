@@ -1,7 +1,7 @@
-"""The weights that a run with a reference started from: kept where they cannot be read again, and found by a resume.
+"""The initial weights of a run with a reference: stored where they cannot be read again, and found by a resume.
 
-Kept as `RUN/reference/NAME`, a checkpoint of weights alone. The name follows from the content, so that a checkpoint
-which knows it finds these weights or none.
+They are stored as `RUN/reference/NAME`, a checkpoint of weights alone. The name is a hash of the content, so that a
+checkpoint with this name finds exactly these weights or none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = get_logger(__name__)
 
 
 def keep(engine: Engine, card: ModelCard, run_dir: Path) -> str:
-    """Write the policy's present weights, whole or not at all; their name. All ranks call this together."""
+    """Write the policy's present weights, all or nothing, and return their name. All ranks call this together."""
     unnamed = run_dir / FOLDER / UNNAMED
     files = ShardedCheckpointIO()
     files.grid = engine.grid
@@ -37,9 +37,10 @@ def keep(engine: Engine, card: ModelCard, run_dir: Path) -> str:
 
 
 def take(engine: Engine, name: str, run_dir: Path, checkpoint: Path) -> bool:
-    """Give the engine the kept weights of that name, where they are whole; whether they are. On all ranks together.
+    """Load the stored weights of this name into the engine. Return whether they were found intact. All ranks call this
+    together.
 
-    They lie in this run's folder or in that of the checkpoint, from which they are copied into this run's.
+    They are in this run's folder or in that of the checkpoint, from which they are copied into this run's folder.
     """
     here = run_dir / FOLDER / name
     found: Path | None = engine.grid.run_on_rank0(lambda: _copied(name, here, checkpoint))
@@ -52,7 +53,8 @@ def take(engine: Engine, name: str, run_dir: Path, checkpoint: Path) -> bool:
 
 
 def _named(unnamed: Path) -> str:
-    """Rename what was just written after its content. The same content may be there from an earlier start."""
+    """Rename the folder that was just written to the hash of its content. An earlier start may have left the same
+    content."""
     files = json.loads((unnamed / MANIFEST).read_text())["files"]
     weights = sorted((name, *found) for name, found in files.items() if name.endswith(".safetensors"))
     name = hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:12]
@@ -66,11 +68,11 @@ def _named(unnamed: Path) -> str:
 
 
 def _copied(name: str, here: Path, checkpoint: Path) -> Path | None:
-    """Where whole weights of that name lie, in this run's folder if it can hold them."""
-    for folder in _places(name, here, checkpoint):
+    """Return a folder with intact weights of this name, copied into this run's folder first; None if there is none."""
+    for folder in _candidates(name, here, checkpoint):
         problem = verify(folder)
         if problem is not None:
-            log.warning("the reference's weights %s are not whole (%s): passed over", folder, problem)
+            log.warning("the reference's weights %s are damaged (%s) and are skipped", folder, problem)
             continue
         if folder != here:
             try:
@@ -87,8 +89,8 @@ def _copied(name: str, here: Path, checkpoint: Path) -> Path | None:
     return None
 
 
-def _places(name: str, here: Path, checkpoint: Path) -> Iterator[Path]:
-    """A checkpoint lies in RUN/checkpoints, or in RUN/checkpoints/earlier-N."""
+def _candidates(name: str, here: Path, checkpoint: Path) -> Iterator[Path]:
+    """Yield the folders that may have the weights. A checkpoint is in RUN/checkpoints or RUN/checkpoints/earlier-N."""
     for folder in (here, *(parent / FOLDER / name for parent in list(checkpoint.parents)[1:3])):
         if folder.is_dir():
             yield folder

@@ -21,17 +21,17 @@ from megarl.parallel.device import device_settings
 
 log = get_logger(__name__)
 _logged: set[tuple[object, ...]] = set()
-SHORT = 64  # queries up to which two plain products are faster than torch's fused kernel on a CPU
+SHORT = 64  # largest number of queries for which two matrix products beat torch's fused kernel on a CPU
 LARGE_SCORES = 2**30
-"""Bytes of a layer's scores from which it is warned of a kernel that keeps them."""
-ALIGNED = 8  # torch's fused kernels on a GPU read a mask whose rows begin at multiples of this
+"""Size in bytes of a layer's scores above which a kernel that keeps them is warned about."""
+ALIGNED = 8  # torch's fused kernels on a GPU need masks whose rows begin at multiples of this
 
 
 @dataclass
 class Context:
-    """What attention must know of the batch beyond the hidden states; made once per forward pass of a chunk.
+    """The inputs of attention besides the hidden states; made once per forward pass of a chunk.
 
-    `mask` [batch or 1, 1, time, keys] is True where a query may look, or a number to add to the scores. None means
+    `mask` [batch or 1, 1, time, keys] is True where a query may attend, or a float to add to the scores. None means
     plain causal attention, which needs no mask because batches are right-padded, or a single token that sees all keys.
     """
 
@@ -43,10 +43,10 @@ class Context:
 def attention_mask(
     segment_ids: Tensor | None, time: int, window: int | None, device: torch.device, dtype: torch.dtype
 ) -> Tensor | None:
-    """Causal, within documents (segment_ids [batch, time]; 0 is padding) and within a sliding window.
+    """Return a mask that is causal, within documents (segment_ids [batch, time]; 0 is padding) and within the window.
 
-    With a GPU's settings, the mask is a number to add, in the model's dtype: one for all layers, where torch would make
-    one of each layer's boolean mask and keep it for the backward pass.
+    With a GPU's settings, the mask is a float to add, in the model's dtype, and shared by all layers. Torch would make
+    one from each layer's boolean mask and keep it for the backward pass.
     """
     plain = device_settings().plain_attention
     short = plain and time <= SHORT
@@ -59,7 +59,7 @@ def attention_mask(
         allowed = allowed & (distance < window)
     allowed = allowed[None, None]
     if segment_ids is not None:
-        # Padding rows form a document of their own, so that no softmax is over nothing.
+        # Padding forms a separate document, so that no softmax is over an empty set.
         allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     if plain and not short:
         return allowed
@@ -71,8 +71,8 @@ def attention_mask(
 class SelfAttention(MegatronModule):
     """Fused QKV projection, optional QK-norm, rotary positions, grouped heads, output projection.
 
-    Weights are laid out as Megatron does: per key-value head its queries, then the key, then the value. Where there are
-    fewer key-value heads than tensor-parallel ranks, the projection is still cut evenly and its output is gathered.
+    Weights have Megatron's layout: per key-value head its queries, then the key, then the value. If there are fewer
+    key-value heads than tensor-parallel ranks, the projection is still split evenly and its output is gathered.
     """
 
     def __init__(self, config: GPTConfig, layer_number: int, groups: ProcessGroupCollection) -> None:
@@ -117,7 +117,10 @@ class SelfAttention(MegatronModule):
         self.recompute = config.recompute_granularity == "selective"
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
-        """hidden: [time (a tp-th of it under sequence parallelism), batch, hidden] to the same."""
+        """Return the attention output for hidden [time, batch, hidden], with the same shape.
+
+        Under sequence parallelism, hidden has a tp-th of the time steps.
+        """
         query, key, value = self._project(hidden)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
@@ -137,7 +140,7 @@ class SelfAttention(MegatronModule):
         return output
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of this rank's heads, each [time, batch, heads, head_dim]."""
+        """Return queries, keys and values of this rank's heads, each [time, batch, heads, head_dim]."""
         mixed, _ = self.linear_qkv(hidden)
         if self.shares_kv_heads:
             return self._shared_kv(all_gather_last_dim_from_tensor_parallel_region(mixed, self.tp_group))
@@ -146,7 +149,7 @@ class SelfAttention(MegatronModule):
         return query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
 
     def _shared_kv(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From the projection of all heads, this rank's queries and the one key-value head that they share."""
+        """Select this rank's queries, and the one key-value head that they share, from the projection of all heads."""
         mixed = mixed.unflatten(-1, (self.config.num_kv_heads, self.queries_per_kv + 2, self.config.head_dim))
         tp, rank = self.tp_group.size(), self.tp_group.rank()
         ranks_per_kv = tp // self.config.num_kv_heads
@@ -156,7 +159,7 @@ class SelfAttention(MegatronModule):
         return mine[..., start : start + heads, :], mine[..., -2:-1, :], mine[..., -1:, :]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Softmax attention of [batch, heads, time, head_dim] tensors to [time, batch, heads * head_dim]."""
+        """Attend over [batch, heads, time, head_dim] tensors; returns [time, batch, heads * head_dim]."""
         dropout = self.config.attention_dropout if self.training else 0.0
         causal = mask is None and q.shape[2] == k.shape[2] > 1
         grouped = q.shape[1] != k.shape[1]
@@ -167,7 +170,7 @@ class SelfAttention(MegatronModule):
             mixed = _attend_in_products(q, k, v, mask)
         else:
             if grouped and mask is not None and not device_settings().plain_attention:
-                # A fused kernel that takes masks need not know grouped heads; torch's other one keeps all scores.
+                # Fused kernels with masks may lack grouped heads; torch's unfused kernel keeps all scores.
                 k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
                 grouped = False
             if not device_settings().plain_attention:
@@ -182,10 +185,10 @@ class SelfAttention(MegatronModule):
 def log_kernel(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, grouped: bool
 ) -> None:
-    """Log which of torch's kernels attention gets, once for each kind of input.
+    """Log which of torch's kernels attention uses, once for each kind of input.
 
-    The one that is not fused, "math", keeps the scores of every layer for the backward pass: of long rows, more
-    than a GPU has.
+    The unfused kernel, "math", keeps the scores of every layer for the backward pass. For long rows these exceed a
+    GPU's memory.
     """
     scores = 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     large = scores > LARGE_SCORES
@@ -201,7 +204,7 @@ def log_kernel(
     log.info("attention in %s%s: torch's kernel %s", str(q.dtype).removeprefix("torch."), with_these, name)
     if choice == SDPBackend.MATH and large:
         log.warning(
-            "attention keeps %.1f GiB of scores a layer for rows of %s tokens, because no fused kernel takes these: "
+            "attention keeps %.1f GiB of scores a layer for rows of %s tokens, as no fused kernel supports them: "
             "use shorter rows, no packing (data.pack=false, ppo.pack=false) or trainer.precision=bf16",
             scores / 2**30,
             q.shape[2],
@@ -209,10 +212,10 @@ def log_kernel(
 
 
 def _few(special: bool) -> int:
-    """Queries up to which plain products are taken.
+    """Return the largest number of queries for which plain matrix products are used.
 
-    With a GPU's settings that is one, if there is a mask or heads are grouped: fused kernels that lack these copy the
-    cache for every head, and others plan anew for every length.
+    With a GPU's settings, this is one if there is a mask or heads are grouped: fused kernels that do not support these
+    copy the cache for every head, and other kernels are planned again for every length.
     """
     if device_settings().plain_attention:
         return SHORT
@@ -220,12 +223,12 @@ def _few(special: bool) -> int:
 
 
 def _attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of few queries, [batch, heads, time, head_dim], to the same shape.
+    """Compute attention for few queries, [batch, heads, time, head_dim], to the same shape.
 
-    Two batched products: for so few queries, torch's fused kernel takes up to twice as long on a CPU.
+    It uses two batched products: for so few queries, torch's fused kernel takes up to twice as long on a CPU.
     """
     groups, time = k.shape[1], q.shape[2]
-    queries = (q * q.shape[-1] ** -0.5).reshape(q.shape[0], groups, -1, q.shape[-1])  # those of a group, side by side
+    queries = (q * q.shape[-1] ** -0.5).reshape(q.shape[0], groups, -1, q.shape[-1])  # groups adjacent
     scores = queries @ k.transpose(2, 3)
     if mask is not None:
         by_query = scores.view(q.shape[0], q.shape[1], time, -1)

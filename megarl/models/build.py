@@ -16,7 +16,7 @@ from megarl.tokenizers import Tokenizer
 
 
 def vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> int:
-    """Return the number of entries of the model's vocabulary: at least the tokenizer's."""
+    """Return the size of the model's vocabulary: at least the tokenizer's."""
     if model.vocab_size is not None and model.vocab_size < tokenizer.size:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size} is smaller than the tokenizer, which has {tokenizer.size} entries: "
@@ -31,10 +31,10 @@ def vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> int:
 def build_engine(
     role: Role, grid: Grid, parallel: ParallelConfig, *, precision: str, seed: int, total_steps: int = 0
 ) -> Engine:
-    """Build a role's engine, with the weights of its source, or random ones that are the same in every layout.
+    """Build a role's engine with the weights of its source, or random weights that are the same in every layout.
 
     Args:
-        total_steps: optimizer steps of the whole run, for the learning rate of a role that trains.
+        total_steps: optimizer steps of the whole run, for the learning-rate schedule of a trainable role.
     """
     config = GPTConfig.build(
         role.model,
@@ -46,7 +46,7 @@ def build_engine(
     )
     source = role.source
     if source is None and role.model.path is not None:
-        raise ValueError(f"role {role.name} starts from {role.model.path}, which was not opened")
+        raise ValueError(f"role {role.name} starts from {role.model.path}, which is not open")
     empty = empty_model(config, grid, role.heads)
 
     def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
@@ -69,6 +69,6 @@ def empty_model(config: GPTConfig, grid: Grid, heads: Sequence[str]) -> BuildMod
 
 
 def engine_of(role: Role, grid: Grid, build: BuildModel, total_steps: int) -> Engine:
-    """Return the engine of a role over the chunks that `build` builds."""
+    """Return the engine of a role, with the chunks that `build` builds."""
     optim = None if role.optim is None else OptimSpec(role.optim, total_steps, role.lr_key)
     return Engine(grid, build, name=role.name, optim=optim, trainable=role.is_trainable, saved=role.saved)

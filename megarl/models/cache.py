@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens, in slots: what attention reads when it is not given a whole sequence at once."""
+"""KV cache: keys and values of earlier tokens in slots, for attention over one token at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from megarl.models.config import GPTConfig
 
 
 class KVCache:
-    """Keys and values of this rank's layers: one tensor [2 x layers, slots, kv heads here, length, head_dim]."""
+    """Keys and values of this rank's layers, one tensor [2 x layers, slots, local kv heads, length, head_dim]."""
 
     def __init__(
         self, config: GPTConfig, layers: Sequence[int], tp: int, slots: int, length: int, device: torch.device
     ) -> None:
         heads = max(1, config.num_kv_heads // tp)
         self.slots, self.length = slots, length
-        # Zeros: what a mask hides is still multiplied by its weight 0, which a NaN in fresh memory would survive.
+        # Zeros: masked entries are still multiplied by weight 0, and uninitialised memory may contain NaN.
         self.store = torch.zeros(
             (2 * len(layers), slots, heads, length, config.head_dim), dtype=config.params_dtype, device=device
         )
@@ -27,19 +27,21 @@ class KVCache:
 
     @staticmethod
     def slot_bytes(config: GPTConfig, layers: int, tp: int, length: int) -> int:
-        """Bytes that one slot takes on a rank with so many layers."""
+        """Return the bytes that one slot takes on a rank with `layers` layers."""
         element = torch.empty((), dtype=config.params_dtype).element_size()
         return 2 * layers * max(1, config.num_kv_heads // tp) * length * config.head_dim * element
 
     @property
     def nbytes(self) -> int:
+        """Size of the cache on this rank in bytes."""
         return self.store.numel() * self.store.element_size()
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` entries of one slot over another's."""
+        """Copy the first `length` entries of one slot to another."""
         self.store[:, target, :, :length] = self.store[:, source, :, :length]
 
     def free(self) -> None:
+        """Release the cache's memory; the cache cannot be used afterwards."""
         self.keys.clear()
         self.values.clear()
         self.store = self.store.new_empty(0)
@@ -47,23 +49,23 @@ class KVCache:
 
 @dataclass
 class CacheView:
-    """The cache as one forward pass sees it.
+    """The cache for one forward pass.
 
-    First tokens of prompts: `slots` are any, `length` is None; the pass attends to itself and leaves its keys and
-    values in the cache. Later tokens: consecutive slots; the pass attends to the first `length` entries of each, its
-    own included. They are `even` where every row's tokens are the last of these `length`: then they are stored as one
-    block, and single tokens need no mask.
+    For the first tokens of prompts, `slots` are arbitrary and `length` is None: the pass attends to its own tokens only
+    and stores their keys and values. For later tokens, slots are consecutive and the pass attends to the first `length`
+    entries of each, including its own. `even` means that every row's tokens are the last of these `length`: they are
+    then stored as one block, and single tokens need no mask.
     """
 
     cache: KVCache
     slots: Tensor  # [rows]
     positions: Tensor  # [rows, time]
     length: int | None
-    first: int = 0  # of the consecutive slots, as a plain number: asking the tensor would wait for the device
+    first: int = 0  # first of the consecutive slots, as an int: reading it from the tensor would wait for the device
     even: bool = False
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this pass's keys and values [time, rows, heads, head_dim]; return those to attend to, heads second."""
+        """Store keys and values [time, rows, heads, head_dim]; return those to attend to, heads second."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         if self.length is None:
             key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
@@ -80,16 +82,16 @@ class CacheView:
 
     @cached_property
     def _entries(self) -> Tensor:
-        """[rows x heads x time] where this pass's keys and values go in a layer's store, as numbers of its vectors."""
+        """Return [rows x heads x time], the indices in a layer's store of this pass's key and value vectors."""
         _, _, heads, length, _ = self.cache.store.shape
         head = torch.arange(heads, device=self.positions.device)
         first = (self.slots[:, None] * heads + head) * length
         return (first[:, :, None] + self.positions[:, None, :]).flatten()
 
     def mask(self, window: int | None) -> Tensor | None:
-        """[rows, 1, time, length] 0 where a token may look and minus infinity elsewhere, to be added to scores.
+        """Return [rows, 1, time, length] to add to the scores: 0 where a token may attend, else minus infinity.
 
-        None where the pass attends to itself alone, or every token to all that is there.
+        None if the pass attends to its own tokens only, or if every token attends to all entries.
         """
         if self.length is None:
             return None

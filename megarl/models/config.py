@@ -1,4 +1,4 @@
-"""The shape of a GPT as Megatron wants to read it, with what Megatron's own configuration lacks."""
+"""The shape of a GPT as Megatron's configuration, with the fields that Megatron's own lacks."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,13 +22,13 @@ ACTIVATIONS = {
 
 
 def _leave(weight: Tensor) -> Tensor:
-    """Megatron's init hook: weights are filled by `megarl.parallel.initialise`, the same in every layout."""
+    """Do nothing: Megatron's init hook. `megarl.parallel.initialise` fills weights, the same in every layout."""
     return weight
 
 
 @dataclass
 class Rope:
-    """Rotary positions: which part of a head turns, how fast, and how the speeds are stretched for long contexts."""
+    """Rotary positions: the rotated fraction of a head, the base frequency, and the scaling for long contexts."""
 
     base: float = 10000.0
     percent: float = 1.0
@@ -42,7 +42,7 @@ class Rope:
 
 @dataclass
 class GPTConfig(TransformerConfig):
-    """Megatron's `TransformerConfig` and the parts of a GPT it has no field for."""
+    """Megatron's `TransformerConfig` with the additional fields of a GPT."""
 
     vocab_size: int = 0
     max_positions: int = 0
@@ -68,6 +68,7 @@ class GPTConfig(TransformerConfig):
         recompute: str = "none",
         kernels: str = "auto",
     ) -> "GPTConfig":
+        """Build the configuration of a model in a layout; `recompute` and `kernels` are choices of parallel.* keys."""
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         choices: dict[str, dict[str, Any]] = {
             "none": {},
@@ -106,7 +107,7 @@ class GPTConfig(TransformerConfig):
             context_parallel_size=layout.cp,
             sequence_parallel=layout.sequence_parallel,
             deallocate_pipeline_outputs=True,
-            # With two stages, "previous" and "next" are one process, and a batch would mix up what is meant for which.
+            # With two stages, the previous and next rank are one process, and a batch would mix up their messages.
             batch_p2p_comm=device_settings().batched_p2p and not (layout.vpp > 1 and layout.pp == 2),
             vocab_size=vocab_size,
             max_positions=model.max_positions,
@@ -134,13 +135,15 @@ class GPTConfig(TransformerConfig):
 
     @property
     def head_dim(self) -> int:
+        """Width of a head's queries, keys and values."""
         return int(self.kv_channels or 0)
 
     @property
     def num_kv_heads(self) -> int:
+        """Number of key-value heads; fewer than query heads under grouped-query attention."""
         return int(self.num_query_groups or self.num_attention_heads)
 
     @property
     def rotary_dim(self) -> int:
-        """Width of a head's rotated part: even, as rotation works on pairs."""
+        """Number of a head's dimensions that are rotated; even, because rotation works on pairs."""
         return int(self.head_dim * self.rope.percent) // 2 * 2

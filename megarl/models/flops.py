@@ -1,17 +1,17 @@
-"""Model FLOPs: the floating-point operations one token costs, counted from the shape of the model.
+"""Model FLOPs: the number of floating-point operations per token, from the shape of the model.
 
-What the mathematics needs, not what a machine happens to do: recomputed activations are not counted, nor is the
-attention of masked-out pairs. This is the usual numerator of model FLOPs utilisation (MFU).
+This counts what the mathematics needs, not what a machine executes: neither recomputed activations nor the attention
+of masked-out pairs. It is the usual numerator of model FLOPs utilisation (MFU).
 """
 
 from megarl.config.schema import ModelConfig
 
 _PER_WEIGHT = 2  # a multiplication and an addition
-_FORWARD_AND_BACKWARD = 3  # the backward pass is two products per product of the forward: to the inputs, to the weights
+_FORWARD_AND_BACKWARD = 3  # the backward pass has two products per forward product: for the inputs and for the weights
 
 
 def flops_per_token(model: ModelConfig, vocab_size: int, length: float) -> float:
-    """Operations of forward and backward per token of a sequence.
+    """Return the operations of forward and backward pass per token of a sequence.
 
     Per token, with `keys` the mean number of tokens attended to (`mean_keys`):
 
@@ -19,14 +19,14 @@ def flops_per_token(model: ModelConfig, vocab_size: int, length: float) -> float
                  + 4 * layers * heads * head_dim * keys         (queries x keys, attention x values)
         training = 3 * forward
 
-    which is the familiar 6 * weights + 12 * layers * hidden * length / 2. Layers below `model.num_layers_unfrozen`
-    run forward only. Looking up embeddings, norms, activations, biases and the softmax are left out.
+    This is the familiar 6 * weights + 12 * layers * hidden * length / 2. Layers below `model.num_layers_unfrozen`
+    run forward only. Embedding look-ups, norms, activations, biases and the softmax are not counted.
 
     Args:
         model: shape of the model.
         vocab_size: rows of the output layer, without padding for the layout.
-        length: tokens of a sequence; of several sequences (or documents of a packed one) the mean weighted by
-            tokens, sum(length**2) / sum(length), is exact up to the constant term.
+        length: tokens of a sequence. For several sequences (or packed documents), the mean weighted by tokens,
+            sum(length**2) / sum(length), is exact up to the constant term.
     """
     attention = 4 * model.num_heads * _head_dim(model) * mean_keys(length, model.sliding_window)
     layer = _PER_WEIGHT * layer_weights(model) + attention
@@ -37,7 +37,7 @@ def flops_per_token(model: ModelConfig, vocab_size: int, length: float) -> float
 
 
 def layer_weights(model: ModelConfig) -> int:
-    """Weights of one layer's matrix products: query, key, value and output projections, and the MLP's two or three."""
+    """Return the weights of one layer's matrix products: query, key, value and output projections, and the MLP's."""
     head_dim, kv_heads = _head_dim(model), model.num_kv_heads or model.num_heads
     attention = model.hidden_size * head_dim * (2 * model.num_heads + 2 * kv_heads)
     matrices = 3 if model.activation == "swiglu" else 2
@@ -45,7 +45,7 @@ def layer_weights(model: ModelConfig) -> int:
 
 
 def mean_keys(length: float, window: int | None = None) -> float:
-    """Tokens that a token attends to, itself included, on average over a causal sequence."""
+    """Return the mean number of tokens that a token attends to, including itself, over a causal sequence."""
     if window is None or window >= length:
         return (length + 1) / 2
     # The first `window` tokens see 1, 2, ..., window; all later ones see `window`.

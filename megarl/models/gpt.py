@@ -1,4 +1,4 @@
-"""A pipeline stage's part of a GPT that ends in hidden states, and the log-probs that are computed from them."""
+"""One pipeline stage of a GPT that returns hidden states, and the log-probs and values computed from them."""
 
 from collections import Counter
 from collections.abc import Container, Sequence
@@ -38,15 +38,15 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class TokenLogprobs(NamedTuple):
-    """Of targets [bins, time], 0 where the mask is 0; `entropy` is of the distribution that each was sampled from."""
+    """Log-probs of targets and entropy of the sampling distribution, [bins, time], 0 where the mask is 0."""
 
     logprobs: Tensor
     entropy: Tensor | None
 
 
 class TokenQ(NamedTuple):
-    """Of every Q head [bins, time], 0 where the mask is 0: the value of the token, the cross entropy of the head's
-    values against it, and the target head's value of it, which has no gradient."""
+    """Results per Q head, [bins, time], 0 where the mask is 0: the value of the target token, the cross entropy of the
+    head's values against it, and the target head's value of it, which has no gradient."""
 
     q: list[Tensor]
     nll: list[Tensor]
@@ -54,7 +54,7 @@ class TokenQ(NamedTuple):
 
 
 class OutputLayer(ColumnParallelLinear):
-    """The vocabulary-wide output weight, which answers with statistics instead of logits."""
+    """The output layer over the vocabulary, which returns statistics of the targets instead of logits."""
 
     def forward(  # type: ignore[override]
         self,
@@ -65,15 +65,16 @@ class OutputLayer(ColumnParallelLinear):
         temperature: float = 1.0,
         entropy: bool = False,
     ) -> VocabStats:
+        """Return `vocab_stats` of hidden [n, hidden] at targets [n]; a tied `weight` replaces the layer's own."""
         weight = self.weight if weight is None else weight
         return vocab_stats(hidden, weight, targets, shard, bias=self.bias, temperature=temperature, entropy=entropy)
 
 
 class GPT(LanguageModule):
-    """One chunk of a GPT: embedding if it is the first, layers, final norm and output layer if it is the last.
+    """One chunk of a GPT: embedding in the first chunk; layers; final norm and output layer in the last chunk.
 
     `forward(inputs)` returns hidden states (the last chunk's after the final norm). `logprobs` applies the output layer
-    to them where a target counts.
+    to them at masked-in targets only.
     """
 
     value_head: ValueHead
@@ -90,7 +91,7 @@ class GPT(LanguageModule):
         vp_stage: int | None = None,
         heads: Sequence[str] = ("lm",),
     ) -> None:
-        """`heads` are names of `HEADS`, once for each; without `lm` the output layer is there and not used."""
+        """`heads` are names from `HEADS`, repeated for several; without `lm` the output layer exists but is unused."""
         super().__init__(config=config, pg_collection=grid.groups)
         self.config: GPTConfig = config
         self.model_type = ModelType.encoder_or_decoder
@@ -109,7 +110,7 @@ class GPT(LanguageModule):
                 tp_group=grid.groups.tp,
             )
             words = kernels(config.kernels).words
-            if not isinstance(self.embedding.word_embeddings, words):  # Megatron's embedding lets nobody choose
+            if not isinstance(self.embedding.word_embeddings, words):  # Megatron accepts no embedding class
                 self.embedding.word_embeddings = words(
                     rows,
                     config.hidden_size,
@@ -143,14 +144,14 @@ class GPT(LanguageModule):
                 tp_group=grid.groups.tp,
             )
         if unknown := set(heads) - {"lm", "value", "q"}:
-            raise ValueError(f"{sorted(unknown)} are no heads")
+            raise ValueError(f"{sorted(unknown)} are not valid heads")
         self.heads = tuple(heads)
         counts = Counter(heads)
         counts["target_q"] = counts["q"]
         mine = [(name, head) for name, head in HEADS.items() if post_process and counts[name]]
         for name, head in mine:
             setattr(self, head.attribute, head(config, counts[name], grid.groups.tp))
-        # Megatron makes learned positions, and its Apex norms, on the default device.
+        # Megatron creates learned positions and Apex norms on the default device.
         self.to(device=grid.device, dtype=config.params_dtype)
         for _, head in mine:
             if head.dtype is not None:
@@ -159,9 +160,9 @@ class GPT(LanguageModule):
             self.setup_embeddings_and_output_layer()
 
     def forward(self, inputs: ModelInputs, cache: CacheView | None = None) -> Tensor:
-        """Return the final hidden states [time, bins, hidden] of what is read, or a stage's own output.
+        """Return the final hidden states [time, bins, hidden] of the inputs; other stages return their own output.
 
-        With a cache, the pass leaves its keys and values there, and a pass over single tokens reads earlier ones.
+        With a cache, the pass stores its keys and values there, and a pass over single tokens reads earlier ones.
         """
         tokens, positions = inputs.tokens, inputs.positions
         hidden = None
@@ -188,16 +189,16 @@ class GPT(LanguageModule):
         return any(parameter.requires_grad for parameter in self.decoder.parameters())
 
     def set_input_tensor(self, input_tensor: list[Tensor] | Tensor) -> None:
-        """Megatron's schedule hands over the previous stage's output."""
+        """Set the previous stage's output as this stage's input; Megatron's schedule calls this."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def logprobs(
         self, hidden: Tensor, targets: Tensor, target_mask: Tensor, temperature: float = 1.0, entropy: bool = False
     ) -> TokenLogprobs:
-        """Return the log-probs of `targets` [bins, time], each in the state beside it; 0 where the mask is 0.
+        """Return log-probs of `targets` [bins, time], each predicted from the state at its position; 0 if masked out.
 
         Args:
-            hidden: [time, bins, hidden], of the last chunk.
+            hidden: [time, bins, hidden], the output of the last chunk.
         """
         states, tokens, where = self._at_targets(hidden, targets, target_mask)
         stats = self.output_layer(
@@ -208,8 +209,8 @@ class GPT(LanguageModule):
         )
 
     def token_q(self, hidden: Tensor, targets: Tensor, target_mask: Tensor) -> TokenQ:
-        """Return the Q values that the heads and their target heads give `targets`, each in the state beside it; 0
-        where the mask is 0."""
+        """Return the values of `targets` [bins, time] from the Q heads and their target heads, predicted from the state
+        at the same position; 0 where the mask is 0."""
         states, tokens, where = self._at_targets(hidden, targets, target_mask)
         stats = [head.stats(states, tokens, self.shard) for head in self.q_heads]
         followed = [head.values_of(states.detach(), tokens, self.shard) for head in self.target_q_heads]
@@ -220,27 +221,27 @@ class GPT(LanguageModule):
         )
 
     def move_targets(self, alpha: float) -> None:
-        """Take the target heads `alpha` of the way to the Q heads; on stages without heads there is nothing to do."""
+        """Move the target heads by `alpha` towards the Q heads (Polyak averaging); stages without heads do nothing."""
         if hasattr(self, TargetQHeads.attribute):
             self.target_q_heads.move(self.q_heads, alpha)
 
     def _at_targets(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the states [n, hidden] and targets [n] where the mask is not 0, and that mask as booleans.
+        """Gather the states [n, hidden] and targets [n] at masked-in positions; return them with the mask as booleans.
 
         Both may be padded with zeros, whose results `_scatter` drops.
         """
         where = mask != 0
         bins, times = where.nonzero(as_tuple=True)
-        # Not a transposed view, whose gradient would not be contiguous: of such a one, Megatron's reduction over the
-        # tensor-parallel ranks keeps each rank's own part and says nothing.
+        # A copy and not a transposed view: a view's gradient would not be contiguous, and for such tensors Megatron's
+        # reduction over tensor-parallel ranks silently keeps each rank's partial gradient.
         states, tokens = self.whole_sequence(hidden)[times, bins], targets[bins, times]
         states, tokens = pad_for_products(states, tokens)
         return states, tokens, where
 
     def values(self, hidden: Tensor) -> Tensor:
-        """Return the values [bins, time] of the states, each of which has read the token at its place."""
+        """Return the values [bins, time] of the states after the token at each position."""
         if self.config.sequence_parallel:
-            # Every rank computes the same values, so each has the whole gradient already: it is split, not summed.
+            # Every rank computes the same values and has the whole gradient already: it is split, not summed.
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
@@ -248,14 +249,14 @@ class GPT(LanguageModule):
         return values
 
     def logits(self, states: Tensor) -> Tensor:
-        """[rows, hidden] final hidden states to this shard's [rows, valid] logits in float32, for drawing tokens."""
+        """Return this shard's logits [rows, valid] in float32 for final hidden states [rows, hidden], for sampling."""
         weight = self._output_weight()
         weight = self.output_layer.weight if weight is None else weight
         valid, bias = slice(0, self.shard.valid), self.output_layer.bias
         return product(states, weight[valid], None if bias is None else bias[valid]).float()
 
     def whole_sequence(self, hidden: Tensor) -> Tensor:
-        """Hidden states of all positions on every tensor-parallel rank, with the gradient summed over the group."""
+        """Return the hidden states of all positions on every tensor-parallel rank; their gradient is summed over it."""
         whole: Tensor
         if self.config.sequence_parallel:
             whole = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
@@ -267,11 +268,12 @@ class GPT(LanguageModule):
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
 
     def shared_embedding_or_output_weight(self) -> Tensor:
+        """Return the embedding weight on the first stage and the output weight on others; Megatron ties the two."""
         weight: Tensor = self.embedding.word_embeddings.weight if self.pre_process else self.output_layer.weight
         return weight
 
     def global_names(self) -> list[tuple[str, nn.Parameter]]:
-        """Parameters by their names in the whole model: layers counted from the bottom, a tied output as embedding."""
+        """Return parameters by their names in the whole model: layers counted from 0, a tied output as embedding."""
         first = self.decoder.layers[0].layer_number - 1 if len(self.decoder.layers) else 0
         named = []
         for name, parameter in self.named_parameters():
@@ -285,10 +287,10 @@ class GPT(LanguageModule):
         return named
 
     def initialise(self, grid: Grid, seed: int, loaded: Container[str] = ()) -> None:
-        """Normal weights of `init_std`, those that feed the residual stream scaled down by depth (GPT-2's rule), and
-        heads as wide as torch's linear layers.
+        """Initialise weights as GPT-2 does: normal with `init_std`, scaled down by depth where they feed the residual
+        stream. Heads have the width of torch's linear layers.
 
-        `loaded` are names that are about to be read from files: drawing them would be for nothing.
+        `loaded` are names that will be read from files and need no random values.
         """
         deep = self.config.init_std / (2 * self.config.num_layers) ** 0.5
 
@@ -302,7 +304,7 @@ class GPT(LanguageModule):
             return deep if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else self.config.init_std
 
         def drawn_as(name: str) -> str:
-            """A head that follows another starts as that does."""
+            """Return the name whose random values are used: a target head starts as the head that it tracks."""
             head = head_of(name)
             return name if head is None else head.starts_as + name.removeprefix(head.attribute)
 
@@ -321,5 +323,5 @@ class GPT(LanguageModule):
 
 
 def _scatter(where: Tensor, values: Tensor) -> Tensor:
-    """[bins, time] with `values` in order at the True positions and 0 elsewhere; what is left of them is dropped."""
+    """Return [bins, time] with `values` in order at the True positions and 0 elsewhere; surplus values are dropped."""
     return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(where, values)

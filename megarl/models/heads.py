@@ -1,7 +1,7 @@
-"""Heads on a trunk's last hidden state beside the output layer: the value of a state, and of every token as its next.
+"""Heads on the last hidden state besides the output layer: state values, and values of every possible next token.
 
-`HEADS` has them by the names that roles use. Each class states how its parameters are initialised, whether they train,
-and which layer is as wide as the vocabulary. `head_of` finds the class from a parameter's name.
+`HEADS` maps the names that roles use to classes. Each class states how its parameters are initialised, whether they
+train, and which layer is as wide as the vocabulary. `head_of` finds the class from a parameter's name.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,18 +22,18 @@ from megarl.parallel.vocab import VocabShard, VocabStats, padded_vocab, token_ou
 class ValueHead(nn.Module):
     """Linear(h, 2h), ReLU, Linear(2h, 1).
 
-    Its weights start as wide as those of torch's linear layers, as in trlX. With a narrow inner and a zero outer layer
-    the critic lags in the first phases, and its error can cost the policy the only good action of a state: docs/ppo.md
+    Its weights start with the width of torch's linear layers, as in trlX. With a narrow inner and a zero outer layer
+    the critic lags in the first phases, and its error can cost the policy the only good action of a state; docs/ppo.md
     has the measurements.
 
-    Held whole on every tensor-parallel rank: each sees the same states and computes the same gradient.
+    It is replicated on every tensor-parallel rank: all ranks have the same states and compute the same gradient.
     """
 
-    attribute: ClassVar[str] = "value_head"  # of a model, so that the names of its parameters begin with it
-    starts_as: ClassVar[str] = "value_head"  # the attribute of the head whose initial weights it has
+    attribute: ClassVar[str] = "value_head"  # the model's attribute, which is the prefix of its parameters' names
+    starts_as: ClassVar[str] = "value_head"  # the attribute of the head whose initial weights it shares
     trainable: ClassVar[bool] = True
-    vocabulary_wide: ClassVar[str | None] = None  # layer with a row for every token of the vocabulary
-    dtype: ClassVar[torch.dtype | None] = None  # None: the model's
+    vocabulary_wide: ClassVar[str | None] = None  # the layer with a row for every token of the vocabulary
+    dtype: ClassVar[torch.dtype | None] = None  # None: the model's dtype
 
     def __init__(self, config: GPTConfig, count: int, tp_group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class ValueHead(nn.Module):
         self.outer = nn.Linear(2 * config.hidden_size, 1, **place)
 
     def forward(self, states: Tensor) -> Tensor:
-        """[..., hidden] to [...], float32."""
+        """Return the values [...] in float32 for states [..., hidden]."""
         inner = torch.relu(affine(states, self.inner.weight, self.inner.bias))
         return affine(inner, self.outer.weight, self.outer.bias).squeeze(-1).float()
 
@@ -50,8 +50,8 @@ class ValueHead(nn.Module):
 class QHead(MegatronModule):
     """Linear(h, 2h), ReLU, Linear(2h, vocabulary): the value of choosing each token in a state.
 
-    Both layers are cut over the tensor-parallel ranks, the second as the output layer is. All ranks are given the same
-    states, [n, hidden]; a gradient of them is this rank's part, to be summed over the group by whoever made them.
+    Both layers are split over the tensor-parallel ranks, the second one like the output layer. All ranks receive the
+    same states [n, hidden]. Their gradient is this rank's partial sum; the caller must sum it over the group.
     """
 
     def __init__(self, config: GPTConfig, tp_group: dist.ProcessGroup) -> None:
@@ -67,32 +67,32 @@ class QHead(MegatronModule):
 
     @torch.no_grad()
     def values_of(self, states: Tensor, tokens: Tensor, shard: VocabShard) -> Tensor:
-        """[n] the value of `tokens` [n] alone, float32, without a gradient: no other token's is computed."""
+        """Return the values [n] of `tokens` [n] in float32, without a gradient and without computing other tokens'."""
         return token_outputs(self._wide(states), self.outer.weight, tokens, shard, bias=self.outer.bias)
 
     @torch.no_grad()
     def values(self, states: Tensor, shard: VocabShard) -> Tensor:
-        """[n, valid] the values of this shard's tokens, float32."""
+        """Return the values [n, valid] of this shard's tokens in float32."""
         valid = slice(0, shard.valid)
         weight, bias = self.outer.weight[valid].to(states.dtype), self.outer.bias[valid].to(states.dtype)
         return affine(self._wide(states), weight, bias).float()
 
     def _wide(self, states: Tensor) -> Tensor:
-        """[n, 2 x hidden] in the dtype of the states: targets are kept in float32 and used as the others are."""
+        """Return the inner activations [n, 2 x hidden] in the states' dtype; target heads have float32 weights."""
         weight, bias = self.inner.weight.to(states.dtype), self.inner.bias.to(states.dtype)
         part = torch.relu(affine(states, weight, bias))
         whole: Tensor = all_gather_last_dim_from_tensor_parallel_region(part, self.tp_group)
         return whole
 
     def _columns(self, inputs: int, outputs: int) -> ColumnParallelLinear:
-        """Megatron's layer as a place for weights that know how they are cut; its forward is not used."""
+        """Create Megatron's layer as a container of sharded weights; its forward is not used."""
         return ColumnParallelLinear(
             inputs, outputs, config=self.config, init_method=self.config.init_method, tp_group=self.tp_group
         )
 
 
 class QHeads(MegatronModule):
-    """One or two Q heads, by number."""
+    """One or two Q heads, by index."""
 
     attribute: ClassVar[str] = "q_heads"
     starts_as: ClassVar[str] = "q_heads"
@@ -109,13 +109,13 @@ class QHeads(MegatronModule):
         yield from self.children()  # type: ignore[misc]
 
     def smallest(self, states: Tensor, shard: VocabShard) -> Tensor:
-        """[n, valid] the smaller of the heads' values of this shard's tokens."""
+        """Return the values [n, valid] of this shard's tokens, the minimum over the heads."""
         return torch.stack([head.values(states, shard) for head in self]).amin(dim=0)
 
 
 class TargetQHeads(QHeads):
-    """Q heads that follow those which train, and start as they do. In float32, as steps of a small alpha would be lost
-    in bf16."""
+    """Moving averages of the Q heads, which start with the same weights. They are float32, because steps of a small
+    alpha would be rounded away in bf16."""
 
     attribute = "target_q_heads"
     trainable = False
@@ -123,22 +123,22 @@ class TargetQHeads(QHeads):
 
     @torch.no_grad()
     def move(self, heads: QHeads, alpha: float) -> None:
-        """Polyak averaging: every target weight goes `alpha` of the way to the weight it follows."""
+        """Polyak averaging: move every target weight by `alpha` towards the weight that it tracks."""
         for target, parameter in zip(self.parameters(), heads.parameters(), strict=True):
             target.lerp_(parameter.to(target.dtype), alpha)
 
 
 HEADS: dict[str, type[ValueHead | QHeads]] = {"value": ValueHead, "q": QHeads, "target_q": TargetQHeads}
-"""By name. Every model has the output layer, `lm`, which is not listed. A model with `q` also gets `target_q`."""
+"""Head classes by name. Every model has the output layer, `lm`, not listed here. A model with `q` has `target_q`."""
 
 
 def head_of(parameter: str) -> type[ValueHead | QHeads] | None:
-    """Return the class of the head that a parameter belongs to, by its global name; None for the trunk's."""
+    """Return the class of the head that a parameter belongs to, by its global name; None for the trunk."""
     return next((head for head in HEADS.values() if parameter.startswith(f"{head.attribute}.")), None)
 
 
 def heads_in(parameters: Iterable[str]) -> tuple[str, ...]:
-    """Return the heads that parameters belong to, by their global names, as a role states them."""
+    """Return the heads that parameters belong to, by their global names, in the form that a role uses."""
     names = list(parameters)
     heads = ["value"] if any(head_of(name) is ValueHead for name in names) else []
     numbers = {name.split(".")[1] for name in names if head_of(name) is TargetQHeads}
@@ -146,11 +146,11 @@ def heads_in(parameters: Iterable[str]) -> tuple[str, ...]:
 
 
 def is_vocabulary_wide(parameter: str) -> bool:
-    """Whether a parameter of a head has a row for every token of the vocabulary."""
+    """Return whether a parameter of a head has a row for every token of the vocabulary."""
     head = head_of(parameter)
     return head is not None and head.vocabulary_wide is not None and f".{head.vocabulary_wide}." in parameter
 
 
 def linear_std(weight: Tensor) -> float:
-    """Return the standard deviation that torch's linear layers start with, from the number of inputs."""
+    """Return the standard deviation of the initial weights of torch's linear layers, from the number of inputs."""
     return float((3 * weight.shape[1]) ** -0.5)

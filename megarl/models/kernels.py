@@ -1,5 +1,5 @@
-"""Which linear layers, norms and word embedding are used: Transformer Engine's or Apex's where importable and asked
-for, else Megatron's or ours."""
+"""Choose the classes of linear layers, norms and word embedding: Transformer Engine's or Apex's if requested and
+importable, else Megatron's or megarl's."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -24,11 +24,12 @@ class Kernels:
     words: type = VocabParallelEmbedding
 
     def norm(self, normalization: str) -> Any:
+        """Return the class for `normalization`: RMSNorm or LayerNorm."""
         return self.rmsnorm if normalization == "RMSNorm" else self.layernorm
 
 
 def kernels(kind: str = "auto") -> Kernels:
-    """`auto`: Transformer Engine, then Apex, then torch; on a CPU, torch and layers of our own."""
+    """`auto` chooses Transformer Engine, then Apex, then torch; on a CPU, torch and megarl's own layers."""
     return _kernels(kind, device_settings().cpu_layers)
 
 
@@ -60,8 +61,8 @@ def _transformer_engine(plain: Kernels) -> Kernels:
     import transformer_engine.pytorch  # noqa: F401
     from megatron.core.extensions import transformer_engine as te
 
-    if not te.HAVE_TE:  # then its classes are there, and refuse to be made
-        raise ImportError("Megatron does not find in it what it needs")
+    if not te.HAVE_TE:  # then its classes exist but cannot be instantiated
+        raise ImportError("Megatron does not find the classes that it needs")
     return Kernels(te.TEColumnParallelLinear, te.TERowParallelLinear, te.TENorm, te.TENorm)
 
 
@@ -70,5 +71,5 @@ def _apex(plain: Kernels) -> Kernels:
     from megatron.core.fusions import fused_layer_norm
 
     if not fused_layer_norm.HAVE_FUSED_LAYER_NORM:
-        raise ImportError("Megatron does not find in it what it needs")
+        raise ImportError("Megatron does not find the classes that it needs")
     return Kernels(plain.column, plain.row, fused_layer_norm.FusedLayerNorm, plain.rmsnorm)

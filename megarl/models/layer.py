@@ -1,4 +1,4 @@
-"""One transformer layer: attention and MLP one after the other, or side by side from one norm or two."""
+"""One transformer layer: attention and MLP in sequence, or in parallel after one norm or two."""
 
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -14,10 +14,10 @@ from megarl.models.kernels import kernels
 
 
 class Layer(MegatronModule, BaseTransformerLayer):
-    """Pre-norm layer with the names of Megatron's own, so that its checkpoints read the same.
+    """Pre-norm layer with Megatron's parameter names, so that its checkpoints are compatible.
 
-    The batch's `Context` travels in `packed_seq_params`, the argument that Megatron's block hands through untouched
-    (also past activation recompute).
+    The batch's `Context` is passed as `packed_seq_params`, the argument that Megatron's block passes to layers
+    unchanged (also under activation recomputation).
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Layer(MegatronModule, BaseTransformerLayer):
         )
 
     def forward(self, hidden_states: Tensor, packed_seq_params: Context, **_: object) -> tuple[Tensor, None]:
-        """[time, batch, hidden] to the same; the second value is Megatron's cross-attention context."""
+        """Map hidden states [time, batch, hidden] to the same shape; the second result is Megatron's unused context."""
         normed = self.input_layernorm(hidden_states)
         attended = self.self_attention(normed, packed_seq_params)
         if self.config.parallel_residual == "none":
@@ -67,7 +67,7 @@ class Layer(MegatronModule, BaseTransformerLayer):
         rate = self.config.hidden_dropout
         if rate == 0.0 or not self.training:
             return x
-        if self.config.sequence_parallel:  # each rank holds other tokens and must draw another mask
+        if self.config.sequence_parallel:  # each rank has different tokens and must sample a different mask
             with get_cuda_rng_tracker().fork():
                 return F.dropout(x, rate)
         return F.dropout(x, rate)

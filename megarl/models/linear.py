@@ -1,7 +1,7 @@
-"""Megatron's parallel linear layers and word embedding for machines without a GPU: a bias is added inside the product
-and the gradient of a weight goes straight to Megatron's gradient buffer.
+"""Megatron's parallel linear layers and word embedding for machines without a GPU: the bias is added inside the matrix
+product, and the gradient of a weight is added directly to Megatron's gradient buffer.
 
-Not for GPUs: there the kernels of Transformer Engine do this, or Megatron's own layers are used as they are.
+They are not for GPUs: there Transformer Engine's kernels do the same, or Megatron's own layers are used.
 """
 
 from typing import Any
@@ -17,21 +17,22 @@ from megarl.parallel.products import add_product, by_onednn, linear, pad_rows
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """Output features split over the tensor-parallel ranks. A bias never comes back as a second result: it is this
-    rank's own, so nothing has to be summed before it is added."""
+    """Linear layer with output features split over the tensor-parallel ranks. The bias is always added inside, because
+    it is local to this rank and nothing has to be summed first."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "skip_bias_add": False})
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:
-        alone = self.tp_group.size() == 1 or not torch.is_grad_enabled()  # nothing to do for other ranks
+        """Return x @ weight.T + bias [..., out of this rank] and None instead of a separate bias."""
+        alone = self.tp_group.size() == 1 or not torch.is_grad_enabled()  # no communication is needed
         if alone and not self.sequence_parallel and not self.gather_output and weight is None:
             return affine(input_, self.weight, self.bias), None
         result: tuple[Tensor, Tensor | None] = super().forward(input_, weight, **options)
         return result
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:  # noqa: A002
-        if options["sequence_parallel"]:  # Megatron's overlaps the gather of the tokens with the products
+        if options["sequence_parallel"]:  # Megatron's version overlaps the gather of tokens with the products
             gathered: Tensor = super()._forward_impl(input=input, weight=weight, bias=bias, **options)
             return gathered
         group = options["tp_group"] if options["allreduce_dgrad"] else None
@@ -40,9 +41,10 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """Input features split over the tensor-parallel ranks."""
+    """Linear layer with input features split over the tensor-parallel ranks."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the sum over ranks of x @ weight.T, with the bias added or as the second result."""
         if self.tp_group.size() > 1 or not self.input_is_parallel:  # partial products are summed first
             summed: tuple[Tensor, Tensor | None] = super().forward(input_)
             return summed
@@ -53,7 +55,7 @@ class RowLinear(RowParallelLinear):
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias, with gradients if they are wanted; x [..., in], weight [out, in]."""
+    """Compute x @ weight.T + bias, with gradients if they are needed; x [..., in], weight [out, in]."""
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
@@ -63,9 +65,9 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias without a gradient; x [..., in], weight [out, in]. For any number of rows, as generation's.
+    """Compute x @ weight.T + bias without a gradient, for any number of rows; x [..., in], weight [out, in].
 
-    With MKL, a CPU's matrix product is up to twice as fast with few rows as its columns than as its rows.
+    With MKL, a product with few rows (as in generation) is up to twice as fast when the rows are its columns.
     """
     out, inner = weight.shape
     rows = x.numel() // inner
@@ -80,20 +82,20 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def pad_for_products(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return tensors [n, ...], of which the first is about to be multiplied, perhaps with zeros behind them.
+    """Return tensors [n, ...] padded with zero rows to a common size, if the library of the first needs it.
 
-    For an n that is another in nearly every call: a library that compiles a kernel for every n is given few of them.
-    Results for the zeros are to be dropped.
+    For an n that changes with nearly every call: a library that compiles a kernel per n then sees only a few sizes.
+    The caller must drop the results of the padding.
     """
     return tuple(pad_rows(tensor) for tensor in tensors) if by_onednn(tensors[0]) else tensors
 
 
 class _Linear(torch.autograd.Function):
-    """x @ weight.T + bias; x [..., in], weight [out, in]. With a group, the gradient of x is summed over it."""
+    """x @ weight.T + bias; x [..., in], weight [out, in]. With a group, the gradient of x is summed over the group."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
-        # A frozen weight needs no gradient, so the activations it saw are not kept.
+        # A frozen weight needs no gradient, so its input is not kept.
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
         ctx.group = group
         return linear(x, weight, bias)
@@ -105,7 +107,7 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = summing = None
         if ctx.needs_input_grad[0]:
             grad_x = linear(grad, weight.t()).view(*grads[0].shape[:-1], weight.shape[1])
-            if ctx.group is not None:  # meanwhile the weight's gradient is computed
+            if ctx.group is not None:  # overlaps the computation of the weight's gradient
                 summing = dist.all_reduce(grad_x, group=ctx.group, async_op=True)
         if ctx.needs_input_grad[1]:
             rows = x.reshape(-1, weight.shape[1])
@@ -123,10 +125,11 @@ class _Linear(torch.autograd.Function):
 
 
 class WordEmbedding(VocabParallelEmbedding):
-    """Rows of a table, whose gradient touches only the rows that were looked up."""
+    """Embedding table whose gradient touches only the rows that were looked up."""
 
     def forward(self, input_: Tensor) -> Tensor:
-        if self.tp_group.size() > 1:  # other ranks' rows are masked and the ranks summed
+        """Return the rows [..., hidden] of the tokens [...]."""
+        if self.tp_group.size() > 1:  # rows of other ranks are masked, and results are summed over ranks
             summed: Tensor = super().forward(input_)
             return summed
         rows: Tensor = _Lookup.apply(input_, self.weight)

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm that know sequence parallelism (torch's do not, and Megatron's wrapper of them refuses it)."""
+"""LayerNorm and RMSNorm with sequence parallelism (torch's lack it, and Megatron's wrapper of them rejects it)."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 
 class LayerNorm(nn.Module):
-    """Scale and shift per channel. Under sequence parallelism each rank sees a part of the tokens: the mark on the
-    parameters tells Megatron to sum their gradients over the tensor-parallel group."""
+    """Layer normalisation with scale and shift per channel. Under sequence parallelism each rank has a slice of the
+    tokens; the attribute on the parameters makes Megatron sum their gradients over the tensor-parallel group."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
@@ -22,11 +22,12 @@ class LayerNorm(nn.Module):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., hidden] to mean 0 and variance 1, then scale and shift."""
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):
-    """Scale per channel by the root mean square."""
+    """Normalisation by the root mean square, with a scale per channel."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
@@ -37,4 +38,5 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Divide x [..., hidden] by its root mean square, then scale."""
         return F.rms_norm(x, self.shape, self.weight, self.eps)

@@ -1,4 +1,4 @@
-"""The description of a model in a run, from which it is built, planned, saved and restored."""
+"""The description of a model in a run, which building, planning, saving and restoring use."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class Role:
     """A model in a run.
 
     Attributes:
-        name: policy, critic and so on; the names of its tensors in checkpoints begin with it.
+        name: policy, critic and so on; the prefix of its tensors' names in checkpoints.
         model: its shape.
-        vocab_size: entries of its vocabulary.
-        heads: `lm` and names of `heads.HEADS`, `q` once for each Q head. Without `lm` (a separate critic), the output
+        vocab_size: size of its vocabulary.
+        heads: `lm` and names from `heads.HEADS`, `q` once for each Q head. Without `lm` (a separate critic), the output
             layer does not train.
-        optim: None for a model that only evaluates.
-        lr_key: the configuration key that messages say to lower.
+        optim: optimizer settings; None for a model that only computes forward passes.
+        lr_key: the configuration key that messages suggest to lower.
         source: the stored model whose weights it starts from. None: random weights.
-        about: what it does, in a line of the plan.
-        swaps_with: the role whose weights it replaces while it is evaluated; its own weights wait in host memory.
+        about: its purpose, one line in the output of `megarl plan`.
+        swaps_with: the role whose weights it replaces while it computes; its own weights wait in host memory.
             None: its weights stay on the device.
     """
 
@@ -42,23 +42,24 @@ class Role:
 
     @property
     def trains(self) -> bool:
+        """Whether the model has an optimizer."""
         return self.optim is not None
 
     @property
     def saved(self) -> bool:
-        """Whether checkpoints hold its weights. A frozen role is built again from what it started from."""
+        """Whether checkpoints contain its weights. A frozen role is built again from its source."""
         return self.trains
 
     @property
     def on_device(self) -> bool:
-        """Whether it is an engine, with weights that stay on the device."""
+        """Whether it has a separate engine whose weights stay on the device."""
         return self.swaps_with is None
 
     def is_trainable(self, parameter: str) -> bool:
         """Return whether a parameter trains, by its global name.
 
-        With `model.num_layers_unfrozen`, only so many of the last layers, the final norm and the heads do. The
-        embedding counts as below the layers, also where it is tied to the output.
+        With `model.num_layers_unfrozen`, only that many of the last layers, the final norm and the heads train. The
+        embedding counts as below the layers, also if it is tied to the output.
         """
         head = head_of(parameter)
         if head is not None:

@@ -17,7 +17,7 @@ class Rotation(NamedTuple):
 
 
 def inverse_frequencies(rope: Rope, dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
-    """[dim / 2] turning speeds in radians per position, and the factor that YaRN puts on cosine and sine."""
+    """Return angular frequencies [dim / 2] in radians per position, and the factor of YaRN for cosine and sine."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     speeds = 1.0 / rope.base**exponents
     if rope.scaling == "linear":
@@ -30,15 +30,15 @@ def inverse_frequencies(rope: Rope, dim: int, device: torch.device | str = "cpu"
 
 
 def _llama3(speeds: Tensor, rope: Rope) -> Tensor:
-    """Slow waves are stretched by the factor, fast ones are left, those between are blended."""
-    turns = float(rope.original_positions or 1) * speeds / (2 * math.pi)  # turns within the original context
+    """Scale the frequencies as Llama 3.1 does: low ones are divided by the factor, high ones kept, others blended."""
+    turns = float(rope.original_positions or 1) * speeds / (2 * math.pi)  # full turns within the original context
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = blend.clamp(0.0, 1.0)
     return blend * speeds + (1 - blend) * speeds / rope.factor
 
 
 def _yarn(speeds: Tensor, rope: Rope, dim: int, fast_turns: float = 32.0, slow_turns: float = 1.0) -> Tensor:
-    """As llama3, but blended linearly over the index of the frequency (Peng et al., 2023)."""
+    """Scale the frequencies as `_llama3` does, but blend linearly over their index (YaRN, Peng et al., 2023)."""
     original = float(rope.original_positions or 1)
 
     def index_of(turns: float) -> float:
@@ -51,7 +51,7 @@ def _yarn(speeds: Tensor, rope: Rope, dim: int, fast_turns: float = 32.0, slow_t
 
 
 def rotation(positions: Tensor, rope: Rope, dim: int, dtype: torch.dtype) -> Rotation:
-    """Angles for positions [batch, time], computed in float32 and then cast to `dtype`."""
+    """Return the rotation for positions [batch, time], computed in float32 and then cast to `dtype`."""
     speeds, factor = inverse_frequencies(rope, dim, positions.device)
     angles = positions.t().float()[:, :, None] * speeds  # [time, batch, dim / 2]
     angles = angles.repeat_interleave(2, dim=-1) if rope.interleaved else torch.cat([angles, angles], dim=-1)
@@ -59,7 +59,7 @@ def rotation(positions: Tensor, rope: Rope, dim: int, dtype: torch.dtype) -> Rot
 
 
 def rotate(x: Tensor, turn: Rotation, interleaved: bool) -> Tensor:
-    """Rotate the first rotary_dim channels of x [time, batch, heads, head_dim]; the rest passes through."""
+    """Rotate the first rotary_dim channels of x [time, batch, heads, head_dim] and keep the rest."""
     dim = turn.cos.shape[-1]
     part, rest = (x, None) if dim == x.shape[-1] else (x[..., :dim], x[..., dim:])
     if interleaved:

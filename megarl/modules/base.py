@@ -1,4 +1,5 @@
-"""What every algorithm's module shares: its engines, the one optimizer over them, its cursor, its clock."""
+"""The base class of all algorithms: the engines, the optimizer that steps them, the progress counters and the
+timers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -29,17 +30,20 @@ log = get_logger(__name__)
 
 
 class Module(LightningModule):
-    """A module whose models are engines over the strategy's grid.
+    """A LightningModule whose models are engines on the strategy's process grid.
 
-    Subclasses state their models in `roles` and the size of their work in `plan`, both without building anything, and
-    fill `engines` from the roles in `configure_model`.
+    A subclass describes its models in `roles` and the size of its work in `plan`; neither builds anything. It fills
+    `engines` from the roles in `configure_model`.
 
-    `consumed` counts the training steps so far and `rows` the rows of data they took, `rows_per_step` each: what a
-    resume needs to go on with the next record. `weights_version` counts the steps that changed the policy.
-
-    `entry` is the algorithm's name and `unit` what it calls a step; `run_training` sets both. `planned` is how many
-    steps there will be, where that is not the Trainer's to say. `resumes` is set where a checkpoint is about to be
-    restored. `samples` are rows of a table that the last evaluation filled.
+    Attributes:
+        entry: name of the algorithm; `run_training` sets it.
+        unit: what the algorithm calls a training step, for messages; `run_training` sets it.
+        planned: training steps of the whole run; None where the Trainer's limit applies.
+        resumes: whether a checkpoint is about to be restored.
+        steps_done: training steps so far.
+        rows_read: data rows that these steps used, `rows_per_step` each; a resume continues with the next row.
+        weights_version: number of the steps that changed the policy.
+        samples: rows of the table that the last evaluation filled.
     """
 
     entry = ""
@@ -56,10 +60,10 @@ class Module(LightningModule):
     ) -> None:
         """
         Args:
-            config: the tree of the algorithm's entry; None for a module without GPTs.
-            tokenizer: of the same tree.
-            functions: callables that take the place of those that `reward.fn` and `metric.fn` name.
-            sources: stored models that were opened already.
+            config: configuration tree of the algorithm; None for a module without GPTs.
+            tokenizer: tokenizer of that configuration.
+            functions: callables to use instead of the functions that `reward.fn` and `metric.fn` name.
+            sources: stored models that are open already.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -68,15 +72,15 @@ class Module(LightningModule):
         self.functions = dict(functions or {})
         self.sources = Sources() if sources is None else sources
         self.engines: dict[str, Engine] = {}
-        self.consumed = self.rows = self.weights_version = 0
-        self.started_as: dict[str, Any] | None = None  # the configuration of the first run of this one's line
-        self.changed: set[str] = set()  # keys that had another value in the run that is resumed
+        self.steps_done = self.rows_read = self.weights_version = 0
+        self.started_as: dict[str, Any] | None = None  # configuration of the run's first process, before any resume
+        self.changed: set[str] = set()  # keys whose value differs from the checkpoint's
         self.clock = Clock()
         self.work = Work(tokens=0, flops=0.0)
         self.last_batch: list[Microbatch] = []
         self.samples: list[dict[str, Any]] = []
-        self.baseline: dict[str, float] = {}  # metrics of an evaluation before the first step
-        self.card: ModelCard | None = None  # says in a checkpoint what model it is of
+        self.baseline: dict[str, float] = {}  # metrics of the evaluation before the first step
+        self.card: ModelCard | None = None  # describes the policy in checkpoints
         if config is not None and tokenizer is not None:
             self.vocab_size = vocabulary(config.model, tokenizer)
             self.card = ModelCard.of(
@@ -90,42 +94,46 @@ class Module(LightningModule):
         self.prepare()
 
     def prepare(self) -> None:
-        """Set up what needs no models and no other processes; the constructor calls it at its end."""
+        """Set up what needs neither models nor other processes. The constructor calls this last."""
 
     @staticmethod
     def roles(config: Any, vocab_size: int, sources: Sources) -> list[Role]:
-        """Return the models of a run, the policy first."""
+        """Return the roles of a run's models, the policy first."""
         raise NotImplementedError
 
     @staticmethod
     def plan(config: Any, assumed: PlanConfig) -> Workload:
-        """Return the numbers of a unit of work (a phase, or a step): counts of sequences, lengths, steps."""
+        """Return the size of a unit of work (a phase or a step): numbers of sequences, lengths, optimizer steps."""
         raise NotImplementedError
 
     @property
     def rows_per_step(self) -> int:
+        """Number of data rows that a training step uses."""
         return 1
 
     @property
     def scorer_fingerprints(self) -> dict[str, str]:
-        """Fingerprints of the functions that score responses, by their key."""
+        """Fingerprints of the functions that score responses, by configuration key."""
         return {}
 
     @property
     def run_dir(self) -> Path:
+        """Folder of the run."""
         return Path(self.trainer.default_root_dir)
 
     @property
     def grid(self) -> Grid:
+        """Process grid of the strategy."""
         grid: Grid = self.trainer.strategy.grid  # type: ignore[attr-defined]
         return grid
 
     def build(self, role: Role, total_steps: int = 0, seed: int | None = None) -> Engine:
-        """Build a role's engine on the run's grid.
+        """Build the engine of a role on the run's grid.
 
         Args:
+            role: the model to build.
             total_steps: optimizer steps of the whole run.
-            seed: of random weights; None for the run's.
+            seed: seed of the random weights; None for the run's seed.
         """
         return build_engine(
             role,
@@ -137,42 +145,45 @@ class Module(LightningModule):
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return one optimizer that steps all engines."""
         return Optimizers(list(self.engines.values()))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Batches stay on the host: engines take what a pass needs."""
+        """Return the batch unchanged: engines copy what a forward pass needs to the device."""
         return batch
 
     def on_train_start(self) -> None:
-        """Release the stored models: every model is built, and a resumed run is restored."""
+        """Close the stored models, as every model is built and a resumed run is restored by now."""
         self.sources.close()
 
     def close(self) -> None:
-        """Release what the module holds outside its engines."""
+        """Release the resources that the module holds outside its engines."""
         self.sources.close()
 
     def step_optimizers(self) -> dict[str, float]:
-        """Move every engine that has gradients; its gradient norm by name. Lightning counts this as one step."""
+        """Step every engine that has gradients and return the gradient norms by engine name. Lightning counts this as
+        one step."""
         optimizer = self.optimizers()
         optimizer.step()  # type: ignore[union-attr]
         norms: dict[str, float] = optimizer.optimizer.grad_norms  # type: ignore[union-attr]
         return norms
 
     def advance(self, *, new_weights: bool = True) -> None:
-        """Count a training step, and new weights of the policy where it changed them."""
-        self.consumed += 1
-        self.rows += self.rows_per_step
+        """Count a training step; with `new_weights`, count a new version of the policy's weights too."""
+        self.steps_done += 1
+        self.rows_read += self.rows_per_step
         self.weights_version += new_weights
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["consumed"], checkpoint["rows"] = self.consumed, self.rows
+        """Store the counters, the configuration, the timers and the description of the model."""
+        checkpoint["consumed"], checkpoint["rows"] = self.steps_done, self.rows_read
         checkpoint["weights_version"] = self.weights_version
         if self.config is not None and self.tokenizer is not None:
-            present = asdict(self.config)
+            config = asdict(self.config)
             checkpoint["run"] = {
                 "entry": self.entry,
-                "config": present,
-                "started_as": self.started_as or present,
+                "config": config,
+                "started_as": self.started_as or config,
                 "tokenizer": self.tokenizer.fingerprint(),
             }
         checkpoint["scorers"] = self.scorer_fingerprints
@@ -181,20 +192,21 @@ class Module(LightningModule):
             checkpoint["model"] = self.card.plain()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Before the weights are restored: those of a run that this one cannot go on from are refused."""
+        """Restore the counters and timers. Refuse a checkpoint that this run cannot resume from, before weights are
+        restored."""
         if "run" in checkpoint and self.tokenizer is not None:
             self._compare(checkpoint["run"], checkpoint.get("model") or {}, checkpoint["folder"])
-        self.consumed = checkpoint["consumed"]
-        self.rows = checkpoint.get("rows", self.consumed * self.rows_per_step)
-        self.weights_version = checkpoint.get("weights_version", self.consumed)
+        self.steps_done = checkpoint["consumed"]
+        self.rows_read = checkpoint.get("rows", self.steps_done * self.rows_per_step)
+        self.weights_version = checkpoint.get("weights_version", self.steps_done)
         self.clock.load_state_dict(checkpoint["clock"])
 
     def _compare(self, saved: dict[str, Any], card: dict[str, Any], folder: str) -> None:
-        """Say what differs between this run's configuration and the one that is resumed, or refuse it."""
+        """Log how this run's configuration differs from the checkpoint's, or refuse the checkpoint."""
         if saved["entry"] != self.entry:
             raise CheckpointError(
-                f"the checkpoint {folder} is of train_{saved['entry']}, and this is train_{self.entry}: give it as "
-                "model.path with run.resume=never, or another run.dir",
+                f"the checkpoint {folder} was written by train_{saved['entry']}, and this is train_{self.entry}: pass "
+                "it as model.path with run.resume=never, or choose another run.dir",
                 key=f"train_{saved['entry']}",
                 where=folder,
                 offers={"run.resume": ["never"]},
@@ -204,7 +216,7 @@ class Module(LightningModule):
         same_template = None
         if self.card is not None and "chat_template" in card:  # cards of older versions lack it
             same_template = card["chat_template"] == self.card.chat_template
-        found = resume.differences(
+        differences = resume.differences(
             saved["config"],
             saved["started_as"],
             asdict(self.config),
@@ -212,7 +224,7 @@ class Module(LightningModule):
             same_tokenizer=same_tokenizer,
             same_template=same_template,
         )
-        resume.refuse(found, folder)
-        self.changed = {difference.key for difference in found}
-        if told := resume.told(found):
-            log.warning("this run's settings are not those of the run that it resumes: %s", told)
+        resume.refuse(differences, folder)
+        self.changed = {difference.key for difference in differences}
+        if described := resume.told(differences):
+            log.warning("the settings of this run differ from those in the checkpoint: %s", described)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from megarl.config.rl import CloneConfig
 from megarl.config.schema import PPOConfig, RFTConfig
+from megarl.data.agreement import refuse_different_data
 from megarl.data.dataset import SFTDataset
 from megarl.data.order import TrainBatches, TrainLoader
 from megarl.data.prompts import prompt_format
-from megarl.data.randomwalks import RANDOMWALKS, task
-from megarl.data.sources import Record, read_records
+from megarl.data.sources import read_records
 from megarl.logging import get_logger
 from megarl.models.build import build_engine
 from megarl.models.exchange.pretrained import Sources
@@ -54,9 +53,9 @@ def clone_behaviour(
         total_steps=steps,
     )
     how, length = prompt_format(config.data), config.model.max_positions
-    documents = refused_once(
-        grid, lambda: SFTDataset(_records(clone, config), tokenizer, length, how, name="clone.data")
-    )
+    records = read_records(clone.data, config.data.train_split, key="clone.data", options=config.data.options)
+    documents = refused_once(grid, lambda: SFTDataset(records, tokenizer, length, how, name="clone.data"))
+    refuse_different_data(grid, documents.token_rows(), "clone.data")
     documents.stats.report("clone.data", "the model's context")
     log.info("cloning the behaviour of %d samples first: %d steps of cross entropy", len(documents), steps)
     order = TrainBatches(documents.lengths, config.trainer.global_batch_size, config.seed)
@@ -70,12 +69,3 @@ def clone_behaviour(
     student.refuse_not_finite()
     for engine in engines:
         engine.start_from(student)
-
-
-def _records(clone: CloneConfig, config: PPOConfig | RFTConfig) -> Iterable[Record]:
-    for path in clone.data:
-        if path == RANDOMWALKS:
-            graph = config.data.graph_seed
-            yield from (Record({"text": walk}, f"randomwalks {graph}") for walk in task(graph).walks)
-        else:
-            yield from read_records([path], config.data.train_split, key="clone.data")

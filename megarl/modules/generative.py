@@ -1,4 +1,4 @@
-"""What modules that generate share: prompts, where responses come from, what scores them, and evaluation."""
+"""What modules that generate responses share: prompts, a rollout source, scorers and evaluation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from megarl.checkpoint import find, step_of
 from megarl.config.files import load_chat_template
+from megarl.data.agreement import refuse_different_data
 from megarl.data.prompts import Prompt, PromptLimits, read_prompts
 from megarl.disk import local
 from megarl.errors import RewardError
@@ -30,16 +31,17 @@ REWARD, METRIC = "reward.fn", "metric.fn"
 
 
 class GenerativeModule(Module):
-    """A module with a policy that answers prompts.
+    """A module whose policy generates responses to prompts.
 
-    Subclasses call `prepare_prompts` in `prepare`, so that bad prompts are refused before processes are started
-    and models are built, and `prepare_responses` once their engines stand.
+    Subclasses call `prepare_prompts` in `prepare`, so that bad prompts are refused before processes start and models
+    are built. They call `prepare_responses` after they built their engines.
     """
 
     source: RolloutSource
-    streams: tuple[int, ...] = (TRAINING,)  # of responses that a phase collects
+    streams: tuple[int, ...] = (TRAINING,)  # random streams of the responses that a phase collects
 
     def prepare(self) -> None:
+        """Start without prompts, scorers and evaluation; the other two methods of preparation fill these in."""
         self.evaluation: Evaluation | None = None
         self.evaluated = Evaluated()
         self.scorers: dict[str, Scorer] = {}
@@ -47,7 +49,7 @@ class GenerativeModule(Module):
         self.eval_prompts: list[Prompt] = []
 
     def prepare_prompts(self, *, train: bool) -> None:
-        """Read and measure the prompts of evaluations, and with `train` those of phases."""
+        """Read and tokenize the evaluation prompts and, with `train`, the training prompts."""
         data = self.config.data
         if train:
             self.prompts = self._read_prompts("data.train", data.train, data.train_split)
@@ -56,6 +58,7 @@ class GenerativeModule(Module):
 
     @property
     def scorer_fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the reward and metric functions, by configuration key."""
         return {key: scorer.fingerprint for key, scorer in self.scorers.items()}
 
     def _read_prompts(self, name: str, paths: Sequence[str], split: str) -> list[Prompt]:
@@ -70,13 +73,19 @@ class GenerativeModule(Module):
         return prompts
 
     def _function(self, key: str) -> Any:
-        """The callable of `reward.fn` or `metric.fn`, or its name; None where there is none."""
+        """Return the callable for `reward.fn` or `metric.fn`, else the configured name; None if there is neither."""
         return self.functions.get(key) or getattr(self.config, key.partition(".")[0]).fn
 
     def prepare_responses(self, collect: Collect | None = None) -> None:
-        """Make the source of responses, a scorer for each function there is, and the evaluation, whose responses
-        `collect` gives."""
+        """Make the rollout source, a scorer for each configured function, and the evaluation.
+
+        Args:
+            collect: collects the responses of evaluations; by default the rollout source does.
+        """
         config = self.config
+        for prompts, name in ((self.prompts, "data.train"), (self.eval_prompts, "data.eval")):
+            texts = [prompt.text for prompt in prompts]
+            refuse_different_data(self.grid, (prompt.tokens for prompt in prompts), name, kept=texts)
         self.source = self._make_source()
         self.source.check_prompts([*self.prompts, *self.eval_prompts])
         for key, options in ((REWARD, config.reward.options), (METRIC, {})):
@@ -111,34 +120,34 @@ class GenerativeModule(Module):
         )
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Return this phase's responses, `rollout.n` to each prompt."""
-        self.last_batch = []  # that of the phase before is none of this phase's
+        """Return the responses of this phase, `rollout.n` to each prompt."""
+        self.last_batch = []  # a failure here must not dump the batch of the phase before
         with self.clock.part("generate"), self._policy_alone():
             self.source.publish(self.weights_version)
-            return self.source.collect(prompts, self.config.rollout.n, stream=TRAINING, phase=self.consumed)
+            return self.source.collect(prompts, self.config.rollout.n, stream=TRAINING, phase=self.steps_done)
 
     def generate_greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Return the likeliest response to each prompt, by the weights that `generate` used."""
+        """Return the greedy response to each prompt, from the weights that `generate` used."""
         with self.clock.part("generate_greedy"), self._policy_alone():
-            found = self.source.collect(prompts, 1, stream=GREEDY, phase=self.consumed, temperature=0.0)
-        # Numbered after the sampled ones, from which the journal of scores must tell them.
-        return [replace(rollout, sample_id=self.config.rollout.n) for rollout in found]
+            rollouts = self.source.collect(prompts, 1, stream=GREEDY, phase=self.steps_done, temperature=0.0)
+        # Their sample_id follows those of the sampled responses, so that the journal keeps their scores apart.
+        return [replace(rollout, sample_id=self.config.rollout.n) for rollout in rollouts]
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Scores:
-        """Score this phase's responses."""
+        """Return the scores of this phase's responses."""
         with self.clock.part("score"):
-            return self.scorers[REWARD].score(prompts, rollouts, stream=TRAINING, phase=self.consumed)
+            return self.scorers[REWARD].score(prompts, rollouts, stream=TRAINING, phase=self.steps_done)
 
     def keep_scored(
         self, rollouts: Sequence[Rollout], scores: Scores, greedy: Sequence[Score | None] | None = None
     ) -> tuple[list[Rollout], list[Score], list[Score] | None]:
-        """Return what `experience.scorers.keep_scored` keeps of this phase's responses: at least one."""
+        """Apply `experience.scorers.keep_scored` to this phase's responses; refuse a phase that has none left."""
         kept = keep_scored(rollouts, scores, greedy)
         if not kept[0]:
             all_scored = greedy is None or scores.dropped == len(rollouts)
-            what = "responses" if all_scored else "responses or the likeliest responses to their prompts"
+            what = "responses" if all_scored else "responses or the greedy responses to their prompts"
             raise RewardError(
-                f"reward.fn={self.config.reward.fn} left all {len(rollouts)} {what} of phase {self.consumed + 1} "
+                f"reward.fn={self.config.reward.fn} left all {len(rollouts)} {what} of phase {self.steps_done + 1} "
                 "without a score: correct the function, or set reward.on_error=error to see what it does",
                 key="reward.fn",
                 value=self.config.reward.fn,
@@ -147,7 +156,7 @@ class GenerativeModule(Module):
         return kept
 
     def score_metrics(self, scores: Scores, kept: int) -> dict[str, float]:
-        """Return what is logged of scoring a phase's responses, of which some were kept."""
+        """Return the metrics of scoring a phase. `kept` is the number of responses that are trained on."""
         return {
             "rollout/dropped": float(len(scores.values) - kept),
             "rollout/failed_calls": float(scores.failed_calls),
@@ -156,57 +165,61 @@ class GenerativeModule(Module):
         }
 
     def _policy_alone(self) -> AbstractContextManager[None]:
-        """With parallel.offload, engines hold only the policy's weights on the device inside this context."""
+        """Return a context in which, with parallel.offload, only the policy's weights are on the device."""
         return alone(self.engines["policy"], self.engines.values()) if self.config.parallel.offload else nullcontext()
 
     def evaluate(self) -> Evaluated:
-        """Answer the evaluation prompts with the present weights."""
+        """Generate responses to the evaluation prompts with the present weights, and score them."""
         assert self.evaluation is not None
         with self.clock.part("eval"), self._policy_alone():
             self.source.publish(self.weights_version)
-            return self.evaluation.run(self.consumed)
+            return self.evaluation.run(self.steps_done)
 
     def on_train_start(self) -> None:
-        """With a replay, see that it holds every phase that is still to come."""
+        """Check that a replayed dump has every phase that is still to come."""
         super().on_train_start()
         folder, every = self.config.rollout.replay, self.config.trainer.eval_every
         if folder is None:
             return
         last = self.planned or self.config.trainer.max_steps
-        phases = {stream: range(self.consumed, last) for stream in self.streams} if self.prompts else {}
+        phases = {stream: range(self.steps_done, last) for stream in self.streams} if self.prompts else {}
         if self.evaluation is not None:
-            evaluated = range(self.consumed - self.consumed % every + every, last + 1, every)
+            evaluated = range(self.steps_done - self.steps_done % every + every, last + 1, every)
             phases |= {EVALUATION + index: evaluated for index in range(len(self.evaluation.changes))}
         require_phases(folder, phases)
 
     def val_dataloader(self) -> Iterable[int]:
-        """One batch, which stands for all prompts: the generator has its own idea of how many are under way."""
+        """Return a single batch that represents all prompts, as the generator does its own batching."""
         return DataLoader([0], batch_size=None) if self.evaluation is not None else []  # type: ignore[arg-type]
 
     def validation_step(self, _: int, batch_idx: int) -> None:
+        """Run the evaluation; keep its metrics, and its samples for the callbacks."""
         self.evaluated = self.evaluate()
         self.samples = self.evaluated.samples
 
     def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the evaluation."""
         self.log_dict(self.evaluated.metrics)
 
     def close(self) -> None:
-        """End the functions' processes and free the cache; also after a run that failed half-way."""
+        """Stop the functions' processes and free the KV cache. Also runs after a failure during setup."""
         super().close()
-        if hasattr(self, "source"):  # a run may fail before there is one
+        if hasattr(self, "source"):  # a run may fail before the source is made
             self.source.close()
         for scorer in self.scorers.values():
             scorer.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Discard the scores of phases before the oldest checkpoint."""
         super().on_save_checkpoint(checkpoint)
-        # What comes before the oldest checkpoint that is there is not run again.
-        kept = find(self.run_dir / "checkpoints")
-        for scorer in self.scorers.values() if kept else ():
-            scorer.forget(before=step_of(kept[0]))
+        # No resume starts before the oldest checkpoint.
+        checkpoints = find(self.run_dir / "checkpoints")
+        for scorer in self.scorers.values() if checkpoints else ():
+            scorer.forget(before=step_of(checkpoints[0]))
 
     def _journal(self, name: str) -> Journal:
-        """Of scores; a dump of rollouts holds theirs too, so that a replay asks for none of them again."""
+        """Return the journal of scores. Scores are also copied into a dump of rollouts, so that a replay reuses
+        them."""
         rollout = self.config.rollout
         copy, source = (None if folder is None else local(folder) for folder in (rollout.dump, rollout.replay))
         return Journal(self.run_dir / "journal", name, copy=copy, source=source)

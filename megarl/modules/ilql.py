@@ -1,5 +1,5 @@
-"""Implicit language Q-learning: a policy, V and Q on one trunk learn from samples with rewards; the values guide what
-is generated."""
+"""Implicit language Q-learning: a policy, V and Q heads on one trunk learn from scored samples. The values guide
+generation."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,6 +11,7 @@ from megarl.algorithms import following, ilql_loss
 from megarl.clock import Work
 from megarl.config.cluster import PlanConfig
 from megarl.config.schema import ILQLConfig
+from megarl.data.agreement import refuse_different_data
 from megarl.data.offline import build_offline_loader, open_store
 from megarl.data.prompts import Prompt
 from megarl.experience.rows import training_flops
@@ -34,16 +35,18 @@ TERMS = (
 
 
 class ILQL(GenerativeModule):
-    """One training step is one optimizer step over a global batch of samples."""
+    """Implicit language Q-learning. One training step is one optimizer step over a global batch of samples."""
 
     config: ILQLConfig
 
     def prepare(self) -> None:
+        """Read the evaluation prompts."""
         super().prepare()
         self.prepare_prompts(train=False)
 
     @staticmethod
     def roles(config: ILQLConfig, vocab_size: int, sources: Sources) -> list[Role]:
+        """Return one model: the policy with a value head and the Q heads."""
         policy = Role(
             "policy",
             config.model,
@@ -57,15 +60,19 @@ class ILQL(GenerativeModule):
 
     @staticmethod
     def plan(config: ILQLConfig, assumed: PlanConfig) -> Workload:
+        """Return the size of an optimizer step over samples, and of the generation in evaluations."""
         length = config.data.seq_length
         if not config.data.eval or config.trainer.eval_every is None:
             return Workload(length=length, loss_tokens=length)
         return Workload(length=length, loss_tokens=length, evaluates=True, **generation(config, assumed))
 
     def configure_model(self) -> None:
+        """Open the store of samples and build the policy."""
         if self.engines:
             return
         self.store = refused_once(self.grid, lambda: open_store(self.config.data, self.tokenizer))
+        arrays = [self.store.arrays[name] for name in ("starts", "tokens", "action_mask")]
+        refuse_different_data(self.grid, arrays, "data.train", kept=self.store.returns.tobytes())
         (policy,) = self.roles(self.config, self.vocab_size, self.sources)
         self.policy = self.build(policy, self.config.trainer.max_steps)
         self.engines = {"policy": self.policy}
@@ -73,12 +80,15 @@ class ILQL(GenerativeModule):
 
     @property
     def rows_per_step(self) -> int:
+        """Number of samples in a global batch."""
         return self.config.trainer.global_batch_size
 
     def train_dataloader(self) -> Iterable[Tensor]:
-        return build_offline_loader(self.config, self.store, start=self.consumed, rows=self.rows)
+        """Return the loader of sample indices, from the first sample that the run did not use yet."""
+        return build_offline_loader(self.config, self.store, start=self.steps_done, rows=self.rows_read)
 
     def training_step(self, indices: Tensor, batch_idx: int) -> None:
+        """Take one optimizer step, update the target Q heads when they are due, and log the terms of the loss."""
         settings, micro = self.config.ilql, self.config.trainer.micro_batch_size
         with self.clock.part("train"):
             rate = self.policy.learning_rate
@@ -88,7 +98,7 @@ class ILQL(GenerativeModule):
             metrics = self.policy.train_step(self.last_batch, self.loss, count_targets)
             norms = self.step_optimizers()
             self.advance()
-            if self.consumed % settings.target_every == 0:  # of all steps of the run, resumed or not
+            if self.steps_done % settings.target_every == 0:  # counted over the whole run, resumes included
                 for model in self.policy.models:
                     model.move_targets(settings.target_alpha)
         lengths = torch.as_tensor(self.store.lengths[indices.numpy()])
@@ -97,7 +107,7 @@ class ILQL(GenerativeModule):
         self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})
 
     def loss(self, model: GPT, hidden: Tensor, batch: Microbatch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
-        """Means over the actions of the global batch."""
+        """Return the ILQL loss and its terms, averaged over the actions (response tokens) of the global batch."""
         settings, mask, to_rows = self.config.ilql, batch.rows.action_mask, batch.gather_rows
         v = to_rows(model.values(hidden))
         next_v, not_done = following(v, mask)
@@ -135,6 +145,7 @@ class ILQL(GenerativeModule):
         beta: float | None = None,
         **changes: Any,
     ) -> list[Rollout]:
-        """Responses that the values guide; `beta` and `changes` differ from the settings of `rollout`."""
+        """Return responses whose tokens the Q and V heads guide. `beta` and `changes` override settings of
+        `rollout`."""
         token_scorer = guided(self.config.rollout.ilql_beta if beta is None else beta)
         return self.source.collect(prompts, n, stream=stream, phase=phase, token_scorer=token_scorer, **changes)

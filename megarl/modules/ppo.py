@@ -1,4 +1,4 @@
-"""Proximal policy optimisation, with a critic or without. One training step is one phase: generate, score, evaluate,
+"""Proximal policy optimisation, with or without a critic. One training step is one phase: generate, score, evaluate,
 shape, train."""
 
 from __future__ import annotations
@@ -39,22 +39,21 @@ from megarl.parallel.rows import Microbatch, Rows
 from megarl.rollout.noise import GREEDY, TRAINING
 
 NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
-EQUAL_PHASES = 2  # in which all scores are the same, before that is worth a warning
-FORWARD_SHARE = 1 / 3  # of what a token costs in forward and backward
+EQUAL_PHASES = 2  # phases in a row with equal scores, before a warning
+FORWARD_SHARE = 1 / 3  # cost of a forward pass, relative to forward and backward
 log = get_logger(__name__)
 
 
 class PPO(GenerativeModule):
-    """Policy, critic, reference, and the phase that joins them.
-
-    `ppo.advantages` says how advantages are computed, and with it whether there is a critic.
-    """
+    """The policy, the critic, the reference, and the phase that uses them. `ppo.advantages` decides whether there is a
+    critic."""
 
     remedy_of_collapse = "ppo.stop_at_kl=0.05, a lower optim.lr, fewer ppo.inner_epochs or ppo.whiten_advantages=false"
 
     config: PPOConfig
 
     def prepare(self) -> None:
+        """Set up the shaping of rewards, the invariants and the counters; read the prompts."""
         super().prepare()
         config = self.config
         self.planned = config.trainer.max_phases
@@ -62,20 +61,21 @@ class PPO(GenerativeModule):
         self.needs = ADVANTAGES[config.ppo.advantages]
         self.streams = (TRAINING, GREEDY) if self.needs.greedy else (TRAINING,)
         self.shaping = Shaping(config.ppo)
-        self.invariants = Invariants(config.ppo.invariants, config.trainer.precision, lambda: self.consumed)
+        self.invariants = Invariants(config.ppo.invariants, config.trainer.precision, lambda: self.steps_done)
         self.reference: Reference | None = None
         self.critic: Critic = NoCritic()
-        self.policy_trains = True  # until it has moved too far in a phase
-        self.reference_name: str | None = None  # of its weights in the run folder, where behaviour was cloned
-        self.places: list[str] = []  # what messages call the rows of a phase
+        self.policy_trains = True  # False after the policy passed ppo.stop_at_kl in this phase
+        self.reference_name: str | None = None  # name of its weights in the run folder, after behaviour cloning
+        self.row_names: list[str] = []  # names of a phase's rows, for messages
         self.kl_warned = False
-        self.equal_phases = 0  # in a row, in which all scores were the same
+        self.equal_phases = 0  # phases in a row with equal scores
         self.prepare_prompts(train=True)
 
     # --- models and data --------------------------------------------------------------------------------------------
 
     @staticmethod
     def roles(config: PPOConfig, vocab_size: int, sources: Sources) -> list[Role]:
+        """Return the policy, a separate critic if there is one, and the reference if there is a KL term."""
         model, source = config.model, sources.at(config.model.path)
         critic = critic_kind(config)
         heads = ("lm", "value") if critic == "shared" else ("lm",)
@@ -90,6 +90,7 @@ class PPO(GenerativeModule):
 
     @staticmethod
     def plan(config: PPOConfig, assumed: PlanConfig) -> Workload:
+        """Return the size of a phase."""
         notes = {"critic": "a head on the policy's trunk"} if critic_kind(config) == "shared" else {}
         return Workload(
             steps=steps_of_a_phase(config),
@@ -101,6 +102,7 @@ class PPO(GenerativeModule):
         )
 
     def configure_model(self) -> None:
+        """Build the engines, the critic and the rollout source."""
         if self.engines:
             return
         phases = self.config.trainer.max_phases
@@ -112,7 +114,7 @@ class PPO(GenerativeModule):
         self.critic = self._make_critic()
         if ignored := without_effect(self.config):
             kind = self.config.ppo.advantages
-            log.warning("%s: without effect, as ppo.advantages=%s does not read it", ", ".join(ignored), kind)
+            log.warning("%s: no effect, because ppo.advantages=%s does not use it", ", ".join(ignored), kind)
         self.prepare_responses()
 
     def _make_critic(self) -> Critic:
@@ -123,15 +125,16 @@ class PPO(GenerativeModule):
 
     @property
     def warmup_phases(self) -> int:
-        """The first phases, in which only a critic of its own trains."""
+        """Number of first phases in which only a separate critic trains."""
         return self.config.critic.settings.warmup_phases if critic_kind(self.config) == "separate" else 0
 
     @property
     def steps_of_a_phase(self) -> int:
+        """Number of optimizer steps of a whole phase."""
         return steps_of_a_phase(self.config)
 
     def on_fit_start(self) -> None:
-        """What a run starts from. A resume has it from its checkpoint, and its reference from `on_load_checkpoint`."""
+        """Clone behaviour and make the reference, unless the run resumes: then `on_load_checkpoint` restores them."""
         config = self.config
         if self.resumes:
             return
@@ -152,15 +155,15 @@ class PPO(GenerativeModule):
         self.reference_name = keep(self.policy, self.card, self.run_dir)
 
     def _find_reference(self, checkpoint: Path) -> None:
-        """What the run that is resumed started from, made with the policy's weights before they are restored."""
+        """Restore a resumed run's reference: the policy takes its weights until the checkpoint's are loaded."""
         started_as: PPOConfig = from_plain(PPOConfig, self.started_as or asdict(self.config))
         started_as.parallel = self.config.parallel
         name = self.reference_name
         kept = name is not None and take(self.policy, name, self.run_dir, checkpoint)
         if clones(started_as) and not kept:
             log.warning(
-                "the weights that the reference had are neither in %s nor beside the checkpoint: cloning the behaviour "
-                "again, as the run did at its start",
+                "the weights of the reference are neither in %s nor beside the checkpoint: repeating the behaviour "
+                "cloning that the run began with",
                 self.run_dir,
             )
             self._clone(started_as, [self.policy])
@@ -170,11 +173,11 @@ class PPO(GenerativeModule):
         self.reference = self._make_reference()
 
     def _make_reference(self) -> Reference:
-        """Keep the policy's present weights as the reference."""
+        """Copy the policy's present weights as the reference."""
         return SwappedReference(self.policy, self._logprobs_of)
 
     def _starts_otherwise(self, started_as: PPOConfig) -> bool:
-        """Whether the run began with other weights than those this configuration gives a new run."""
+        """Return whether the run's first weights differ from those that this configuration gives a new run."""
         ours, theirs = self.config.model, started_as.model
         if theirs.path is None:
             return ours.path is not None or (started_as.seed, theirs.init_std) != (self.config.seed, ours.init_std)
@@ -186,16 +189,19 @@ class PPO(GenerativeModule):
 
     @property
     def rows_per_step(self) -> int:
+        """Number of prompts in a phase."""
         return self.config.ppo.rollouts // self.config.rollout.n
 
     def train_dataloader(self) -> Iterable[Tensor]:
+        """Return the loader of prompt indices, from the first prompt that the run did not use yet."""
         return build_phase_loader(
-            self.prompts, self.rows_per_step, self.config.seed, start=self.consumed, rows=self.rows
+            self.prompts, self.rows_per_step, self.config.seed, start=self.steps_done, rows=self.rows_read
         )
 
     # --- a phase ----------------------------------------------------------------------------------------------------
 
     def training_step(self, indices: Tensor, batch_idx: int) -> None:
+        """Run one phase over the prompts at `indices` [prompts] and log its metrics."""
         prompts = [self.prompts[index] for index in indices.tolist()]
         self._place_schedules()
         rate = self.policy.learning_rate
@@ -204,20 +210,20 @@ class PPO(GenerativeModule):
         greedy = self.generate_greedy(prompts) if self.needs.greedy else []
         # 2. Score them, all in one call.
         scores = self.score(prompts, [*sampled, *greedy])
-        of_greedy = scores.part(slice(len(sampled), None)).values
+        greedy_scores = scores.part(slice(len(sampled), None)).values if self.needs.greedy else None
         scores = scores.part(slice(len(sampled)))
-        rollouts, given, baselines = self.keep_scored(sampled, scores, of_greedy if self.needs.greedy else None)
-        compared = None
-        if baselines is not None:
-            compared = Greedy(baselines, [greedy[one.prompt_id].finish_reason == "length" for one in rollouts])
+        rollouts, kept_scores, baseline_scores = self.keep_scored(sampled, scores, greedy_scores)
+        baselines = None
+        if baseline_scores is not None:
+            baselines = Greedy(baseline_scores, [greedy[one.prompt_id].finish_reason == "length" for one in rollouts])
         rows = rollouts_to_rows(rollouts)
-        self.places = [f"{prompts[one.prompt_id].where}, response {one.sample_id}" for one in rollouts]
-        # 3. Evaluate them with the weights that training starts from.
+        self.row_names = [f"{prompts[one.prompt_id].where}, response {one.sample_id}" for one in rollouts]
+        # 3. Evaluate them: log-probs and values under the weights that training starts from.
         with self.clock.part("evaluate"):
             rows, stats = self._evaluate(rows)
         # 4. Shape scores into advantages.
         with self.clock.part("shape"):
-            rows, shaped = self.shaping.shape(rows, given, compared)
+            rows, shaped = self.shaping.shape(rows, kept_scores, baselines)
             stats |= shaped
             self._refuse_not_finite(rows, *(name for name in ("advantages", "returns") if name in rows))
         kl = stats.get("rollout/kl", 0.0)
@@ -227,13 +233,12 @@ class PPO(GenerativeModule):
         with self.clock.part("train"):
             stats |= self._train(rows)
         self.shaping.kl_control.update(kl, len(rollouts))
-        self.advance(new_weights=self.consumed >= self.warmup_phases)
+        self.advance(new_weights=self.steps_done >= self.warmup_phases)
         self.work = self._work(rows)
         self.log_dict({"train/lr": rate, **self.score_metrics(scores, len(rollouts)), **stats})
 
     def _evaluate(self, rows: Rows) -> tuple[Rows, dict[str, float]]:
-        """Add the columns old_logprobs, values (where there is a critic) and ref_logprobs (where there is a
-        reference)."""
+        """Add the columns old_logprobs, values (if there is a critic) and ref_logprobs (if there is a reference)."""
         mask = rows.action_mask
 
         def of_policy(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
@@ -241,13 +246,13 @@ class PPO(GenerativeModule):
             assert out.entropy is not None
             return {"old_logprobs": out.logprobs, "entropy": out.entropy, **self.critic.values_beside(model, hidden)}
 
-        found = self._forward(self.policy, rows, of_policy)
-        entropy = found.pop("entropy")
-        found |= self.critic.values_of(rows, self._forward)
+        columns = self._forward(self.policy, rows, of_policy)
+        entropy = columns.pop("entropy")
+        columns |= self.critic.values_of(rows, self._forward)
         if self.reference is not None:
-            found["ref_logprobs"] = self.reference.logprobs(rows)
-        rows = rows.with_columns(**found)
-        self._refuse_not_finite(rows, *found)
+            columns["ref_logprobs"] = self.reference.logprobs(rows)
+        rows = rows.with_columns(**columns)
+        self._refuse_not_finite(rows, *columns)
         if self.reference is not None and self.trainer.global_step == 0:
             gap = (rows["old_logprobs"] - rows["ref_logprobs"]) * mask
             self.invariants.same_weights(float(gap.abs().max()))
@@ -261,7 +266,7 @@ class PPO(GenerativeModule):
         }
 
     def _logprobs_of(self, engine: Engine, rows: Rows) -> Tensor:
-        """[rows, time] log-probs of all rows' tokens under an engine's present weights."""
+        """Return the log-probs [rows, time] of all rows' tokens under an engine's present weights."""
 
         def of_tokens(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
             return {"logprobs": model.logprobs(hidden, batch.targets, batch.target_mask, self.temperature).logprobs}
@@ -273,15 +278,15 @@ class PPO(GenerativeModule):
         return forward_rows(engine, rows, fn, per_microbatch=micro, share_bins=pack)
 
     def _train(self, rows: Rows) -> dict[str, float]:
-        """Inner epochs of minibatches, in one order that follows from the seed.
+        """Run the inner epochs over minibatches, in an order that the seed determines.
 
-        A policy that has moved further than ppo.stop_at_kl trains no more in this phase; a separate critic goes on.
+        A policy that moved further than ppo.stop_at_kl stops training in this phase; a separate critic continues.
         """
         ppo, size = self.config.ppo, self.config.trainer.global_batch_size
         expected = float(rows.action_mask.count_nonzero())
-        shuffle = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.consumed) % SEEDS)
+        shuffle = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.steps_done) % SEEDS)
         collected: list[dict[str, float]] = []
-        self.policy_trains = self.consumed >= self.warmup_phases
+        self.policy_trains = self.steps_done >= self.warmup_phases
         for _ in range(ppo.inner_epochs):
             counted = 0.0
             for indices in torch.randperm(len(rows), generator=shuffle).split(size):
@@ -296,18 +301,18 @@ class PPO(GenerativeModule):
         return self._means(collected)
 
     def _place_schedules(self) -> None:
-        """Learning rates follow the phases that are done, also where some of them had fewer steps: were cut short by
-        ppo.stop_at_kl, lost responses, or were of another length before a resume."""
-        self.policy.move_schedule_to(max(0, self.consumed - self.warmup_phases) * self.steps_of_a_phase)
+        """Set learning-rate schedules by completed phases, which may have had fewer steps than planned."""
+        self.policy.move_schedule_to(max(0, self.steps_done - self.warmup_phases) * self.steps_of_a_phase)
         if self.critic.engine is not None:
-            self.critic.engine.move_schedule_to(self.consumed * self.steps_of_a_phase)
+            self.critic.engine.move_schedule_to(self.steps_done * self.steps_of_a_phase)
 
     def _is_over(self) -> bool:
-        """Whether nothing trains any more in this phase."""
+        """Return whether nothing trains any more in this phase."""
         return not self.policy_trains and self.critic.engine is None
 
     def _means(self, collected: Sequence[dict[str, float]]) -> dict[str, float]:
-        """Means over the minibatches that have a statistic, the largest KL among them, and the optimizer's steps."""
+        """Return the mean of each statistic over the minibatches that have it, the largest KL, and the number of
+        steps."""
         names = dict.fromkeys(name for stats in collected for name in stats)
         columns = {name: [stats[name] for stats in collected if name in stats] for name in names}
         means = {name: sum(column) / len(column) for name, column in columns.items()}
@@ -317,7 +322,7 @@ class PPO(GenerativeModule):
         return {**means, "train/optimizer_steps": float(steps)}
 
     def _minibatch(self, rows: Rows, indices: Tensor, first: bool) -> dict[str, float]:
-        """One optimizer step, unless the policy turns out to have moved too far already."""
+        """Take one optimizer step. The policy takes no part if it has moved past ppo.stop_at_kl."""
         micro, pack = self.config.trainer.micro_batch_size, self.config.ppo.pack
         self.last_batch = make_microbatches(rows, indices, self.grid, per_microbatch=micro, share_bins=pack)
         metrics: dict[str, float] = {}
@@ -344,15 +349,16 @@ class PPO(GenerativeModule):
         return {**logged, **named, "tokens": metrics["tokens"]}
 
     def _is_fresh(self, first_phase: int) -> bool:
-        """Whether an engine that trains from a phase on is in that phase."""
-        return self.consumed == first_phase
+        """Return whether this is the first phase in which an engine trains, if it trains from `first_phase` on."""
+        return self.steps_done == first_phase
 
     # --- losses -----------------------------------------------------------------------------------------------------
 
     def policy_loss(
         self, model: GPT, hidden: Tensor, batch: Microbatch, counts: dict[str, float]
     ) -> tuple[Tensor, Stats]:
-        """The clipped policy loss, the entropy bonus, the KL where it is a loss, and a shared critic's value loss."""
+        """Return the clipped policy loss with the entropy bonus, the KL loss and a shared critic's value loss, as
+        configured."""
         ppo, rows, mask = self.config.ppo, batch.rows, batch.rows.action_mask
         how = {"norm": float(self.config.rollout.max_new_tokens), "denominator": counts["units"]}
         entropy_counts = ppo.entropy_coef > 0
@@ -370,7 +376,7 @@ class PPO(GenerativeModule):
             aggregation=ppo.aggregation,
             **how,
         )
-        # Where the loss counts rows, statistics are means over this microbatch's tokens: weigh them by its share.
+        # Where the loss counts rows, statistics are means over the microbatch's tokens: weight them by its share.
         share = 1.0 if ppo.aggregation == "token_mean" else mask.sum() / max(counts["tokens"], 1.0)
         stats = {f"policy/{key}": found[key] * share for key in ("clip_fraction", "approx_kl", "ratio")}
         if ppo.dual_clip is not None:
@@ -385,9 +391,9 @@ class PPO(GenerativeModule):
             kl_loss = aggregate(kl, mask, ppo.aggregation, **how)
             loss = loss + self.shaping.kl_control.value * kl_loss
             stats["policy/kl_loss"] = kl_loss
-        more, values = self.critic.loss_beside(model, hidden, batch, counts)
-        loss = loss + more
-        return loss, {**stats, **values, "loss": loss}
+        value_loss, value_stats = self.critic.loss_beside(model, hidden, batch, counts)
+        loss = loss + value_loss
+        return loss, {**stats, **value_stats, "loss": loss}
 
     def _count(self, batch: Microbatch) -> Stats:
         mask = batch.rows.action_mask
@@ -396,18 +402,20 @@ class PPO(GenerativeModule):
     # --- state -----------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the state of the shaping and the name of the reference's weights."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["shaping"] = self.shaping.state_dict()
         checkpoint["reference"] = self.reference_name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the shaping, without the scores' moments if the scores changed, and the reference."""
         super().on_load_checkpoint(checkpoint)
         if "scorers" in checkpoint:
             other_function = checkpoint["scorers"].get(REWARD) != self.scorer_fingerprints.get(REWARD)
-        else:  # an older version's
+        else:  # a checkpoint of an older version
             other_function = not self.changed.isdisjoint(("reward.fn", "reward.options"))
         if other_function:
-            log.warning("the file or the options of reward.fn changed: the scores' moments are counted anew")
+            log.warning("the file or the options of reward.fn changed: the moments of the scores start again")
         other_scores = other_function or "ppo.clip_scores" in self.changed
         self.shaping.load_state_dict(checkpoint["shaping"], other_scores=other_scores)
         self.reference_name = checkpoint.get("reference")
@@ -417,49 +425,49 @@ class PPO(GenerativeModule):
     # --- watching ---------------------------------------------------------------------------------------------------
 
     def _refuse_not_finite(self, rows: Rows, *names: str) -> None:
-        """Refuse columns that hold NaN or infinity; they are the same on every rank."""
+        """Refuse columns that have NaN or infinity. The columns are the same on every rank."""
         for name in names:
             wrong = (~torch.isfinite(rows[name])).any(dim=1).nonzero()
             if len(wrong):
                 raise NumericsError(
-                    f"{self.places[int(wrong[0])]}: {name} in phase {self.consumed + 1} are NaN or infinite: look at "
-                    "the model's weights (a lower optim.lr, an earlier checkpoint) and at the scores of this response",
+                    f"{self.row_names[int(wrong[0])]}: {name} in phase {self.steps_done + 1} has NaN or infinity: "
+                    "check the weights (a lower optim.lr, an earlier checkpoint) and the scores of this response",
                     key=name,
-                    where=self.places[int(wrong[0])],
+                    where=self.row_names[int(wrong[0])],
                 )
 
     def _watch_kl(self, kl: float) -> None:
-        """Warn of a policy that runs away from its reference, then stop it."""
+        """Warn when the KL to the reference exceeds half of ppo.kl_limit; stop the run when it exceeds the limit."""
         limit = self.config.ppo.kl_limit
         if limit is None:
             return
         if kl > limit:
             raise NumericsError(
-                f"the KL to the reference is {kl:.4g} per response, past ppo.kl_limit={limit:g}: raise ppo.kl_coef, "
-                "lower optim.lr, or go on from an earlier checkpoint (run.resume)",
+                f"the KL to the reference is {kl:.4g} per response, above ppo.kl_limit={limit:g}: raise ppo.kl_coef, "
+                "lower optim.lr, or resume from an earlier checkpoint (run.resume)",
                 key="ppo.kl_limit",
                 value=limit,
             )
         if kl > limit / 2 and not self.kl_warned:
             self.kl_warned = True
-            log.warning("the KL to the reference is %.4g per response, over half of ppo.kl_limit=%g", kl, limit)
+            log.warning("the KL to the reference is %.4g per response, above half of ppo.kl_limit=%g", kl, limit)
 
     def _watch_scores(self, stats: Mapping[str, float], groups: int) -> None:
-        """Warn once of scores that say nothing, phase after phase."""
-        alike = stats["rollout/score_std"] == 0
-        nothing = alike or stats.get("rollout/zero_spread_groups") == groups
-        self.equal_phases = self.equal_phases + 1 if nothing else 0
+        """Warn once when the scores of several phases in a row do not differ."""
+        all_equal = stats["rollout/score_std"] == 0
+        no_signal = all_equal or stats.get("rollout/zero_spread_groups") == groups
+        self.equal_phases = self.equal_phases + 1 if no_signal else 0
         if self.equal_phases == EQUAL_PHASES:
             log.warning(
-                "all responses %sof %d phases in a row scored %s: there is nothing to learn from that; look at "
-                "reward.fn and at samples.jsonl",
-                "" if alike else "to a prompt ",
+                "all responses %sof %d phases in a row scored %s: the advantages are zero and nothing is learned; "
+                "check reward.fn and samples.jsonl",
+                "" if all_equal else "to a prompt ",
                 EQUAL_PHASES,
-                f"{stats['rollout/score']:.4g}" if alike else "the same",
+                f"{stats['rollout/score']:.4g}" if all_equal else "the same",
             )
 
     def _work(self, rows: Rows) -> Work:
-        """Generating and evaluating are forward passes; each inner epoch is a forward and a backward."""
+        """Count generation and evaluation as forward passes, and each inner epoch as a forward and a backward pass."""
         once = training_flops(self.config.model, self.vocab_size, rows.lengths)
         models = len(self.engines)
         self.training_flops = once * models * self.config.ppo.inner_epochs
@@ -468,12 +476,13 @@ class PPO(GenerativeModule):
 
 
 def steps_of_a_phase(config: PPOConfig) -> int:
-    """Return the optimizer steps of a phase that trains on all of its responses to its end."""
+    """Return the optimizer steps of a phase that trains on all of its responses in every epoch."""
     return config.ppo.inner_epochs * -(-config.ppo.rollouts // config.trainer.global_batch_size)
 
 
 def _critic(config: PPOConfig, vocab_size: int, sources: Sources) -> Role:
-    """Return a separate critic: the model at `critic.separate.path`, or a copy of the policy if that is null."""
+    """Return the role of a separate critic: the model at `critic.separate.path`, or a copy of the policy if that is
+    null."""
     critic = config.critic.settings
     model = critic_model(config, vocab_size, sources.at(critic.path))
     lr = config.optim.lr if critic.lr is None else critic.lr

@@ -1,4 +1,4 @@
-"""Rejection-sampling fine-tuning: answer every prompt many times, keep the best answers, fine-tune on them."""
+"""Rejection-sampling fine-tuning: sample many responses to each prompt, keep the best, fine-tune on them."""
 
 from __future__ import annotations
 
@@ -30,31 +30,37 @@ from megarl.rollout.requests import Rollout
 
 
 class RFT(GenerativeModule):
-    """One training step is one phase: generate, score, then improvement steps on an ever smaller share of the best."""
+    """Rejection-sampling fine-tuning. One training step is one phase: generate, score, then several improvement steps,
+    each on a smaller share of the best responses."""
 
     config: RFTConfig
 
     def prepare(self) -> None:
+        """Read the prompts and set the number of phases."""
         super().prepare()
         self.planned = self.config.trainer.max_phases
         self.prepare_prompts(train=True)
 
     @staticmethod
     def roles(config: RFTConfig, vocab_size: int, sources: Sources) -> list[Role]:
+        """Return one model, the policy."""
         source = sources.at(config.model.path)
         about = "trains and generates"
         return [Role("policy", config.model, vocab_size, optim=config.optim, source=source, about=about)]
 
     @staticmethod
     def plan(config: RFTConfig, assumed: PlanConfig) -> Workload:
+        """Return the size of a phase, with the mean number of responses that improvement steps keep."""
         rft = config.rft
         if rft.prompts is None:
             raise ConfigError(
-                "rft.prompts=null is all prompts of a file that a plan does not read: set their number",
+                "rft.prompts=null means all prompts of a file, which a plan does not read: set their number",
                 key="rft.prompts",
             )
         rollouts = rft.prompts * config.rollout.n
-        kept = 1 - (rft.start_percentile + rft.end_percentile) / 2  # of the answers, in a mean improvement step
+        kept = (
+            1 - (rft.start_percentile + rft.end_percentile) / 2
+        )  # share of responses, averaged over improvement steps
         return Workload(
             steps=rft.improve_steps * max(1, math.ceil(rollouts * kept / config.trainer.global_batch_size)),
             rollouts=rollouts,
@@ -63,6 +69,7 @@ class RFT(GenerativeModule):
         )
 
     def configure_model(self) -> None:
+        """Build the policy and the rollout source."""
         if self.engines:
             return
         config = self.config
@@ -73,25 +80,30 @@ class RFT(GenerativeModule):
         self.prepare_responses()
 
     def _most_minibatches(self) -> int:
-        """Of an improvement step that keeps every answer: how many steps a run will take is not known beforehand."""
-        answers = self.rows_per_step * self.config.rollout.n
-        return -(-answers // self.config.trainer.global_batch_size)
+        """Return the minibatches of an improvement step that keeps all responses: an upper bound for the learning-rate
+        schedule."""
+        responses = self.rows_per_step * self.config.rollout.n
+        return -(-responses // self.config.trainer.global_batch_size)
 
     def on_fit_start(self) -> None:
+        """Clone behaviour at the start of a run that is configured to; a resumed run has it in its weights."""
         if clones(self.config) and not self.resumes:
             with self.clock.part("clone"):
                 clone_behaviour(self.config, self.tokenizer, self.grid, self.vocab_size, [self.policy], self.sources)
 
     @property
     def rows_per_step(self) -> int:
+        """Number of prompts in a phase."""
         return self.config.rft.prompts or len(self.prompts)
 
     def train_dataloader(self) -> Iterable[Tensor]:
+        """Return the loader of prompt indices, from the first prompt that the run did not use yet."""
         return build_phase_loader(
-            self.prompts, self.rows_per_step, self.config.seed, start=self.consumed, rows=self.rows
+            self.prompts, self.rows_per_step, self.config.seed, start=self.steps_done, rows=self.rows_read
         )
 
     def training_step(self, indices: Tensor, batch_idx: int) -> None:
+        """Run one phase over the prompts at `indices` [prompts] and log its metrics."""
         prompts = [self.prompts[index] for index in indices.tolist()]
         rate = self.policy.learning_rate
         responses = self.generate(prompts)
@@ -116,9 +128,10 @@ class RFT(GenerativeModule):
         )
 
     def _improve(self, rows: Rows, answers: Sequence[tuple[Rollout, float]]) -> dict[str, float]:
-        """Train on the answers above a percentile of their prompt's, which rises from step to step."""
+        """Train on the responses above a percentile of their prompt's scores. The percentile rises with each
+        improvement step."""
         config, rft = self.config, self.config.rft
-        shuffle = torch.Generator().manual_seed((config.seed * 1_000_003 + self.consumed) % SEEDS)
+        shuffle = torch.Generator().manual_seed((config.seed * 1_000_003 + self.steps_done) % SEEDS)
         collected: list[dict[str, float]] = []
         kept = 0
         for percentile in np.linspace(rft.start_percentile, rft.end_percentile, rft.improve_steps):
@@ -145,28 +158,31 @@ class RFT(GenerativeModule):
 
 
 def drop_duplicates(rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list[tuple[Rollout, float]]:
-    """Answers with their scores, each once: of those to a prompt with the same tokens, the first."""
-    found: dict[tuple[int, tuple[int, ...]], tuple[Rollout, float]] = {}
+    """Return the responses with their scores. Of responses to one prompt with the same tokens, only the first is
+    kept."""
+    unique: dict[tuple[int, tuple[int, ...]], tuple[Rollout, float]] = {}
     for rollout, score in zip(rollouts, scores, strict=True):
-        found.setdefault((rollout.prompt_id, tuple(rollout.response)), (rollout, total(score)))
-    return list(found.values())
+        unique.setdefault((rollout.prompt_id, tuple(rollout.response)), (rollout, total(score)))
+    return list(unique.values())
 
 
 def rows_above_percentile(answers: Sequence[tuple[Rollout, float]], percentile: float) -> list[int]:
-    """Numbers of the answers that score at least their prompt's percentile (0 to 1), its worst ones never among them.
+    """Return the indices of the responses that score at least their prompt's percentile (0 to 1).
 
-    Where all answers to a prompt score alike, there is no better or worse: they are kept if they score at least the
-    mean of all answers.
+    The lowest score of a prompt is never kept. Where all responses to a prompt score the same, they are kept if they
+    score at least the mean of all responses.
     """
     by_prompt: dict[int, list[int]] = {}
-    for number, (rollout, _) in enumerate(answers):
-        by_prompt.setdefault(rollout.prompt_id, []).append(number)
-    every = [score for _, score in answers]
-    mean = min(math.fsum(every) / len(every), max(every))  # rounding must not lift it above equal scores
+    for index, (rollout, _) in enumerate(answers):
+        by_prompt.setdefault(rollout.prompt_id, []).append(index)
+    all_scores = [score for _, score in answers]
+    mean = min(
+        math.fsum(all_scores) / len(all_scores), max(all_scores)
+    )  # rounding must not raise it above equal scores
     kept: list[int] = []
-    for numbers in by_prompt.values():
-        scores = [answers[number][1] for number in numbers]
+    for indices in by_prompt.values():
+        scores = [answers[index][1] for index in indices]
         better = [score for score in scores if score > min(scores)]
         bound = max(float(np.quantile(scores, percentile)), min(better)) if better else mean
-        kept += [number for number, score in zip(numbers, scores, strict=True) if score >= bound]
+        kept += [index for index, score in zip(indices, scores, strict=True) if score >= bound]
     return sorted(kept)

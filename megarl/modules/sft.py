@@ -8,6 +8,7 @@ from torch import Tensor
 from megarl.clock import Work
 from megarl.config.cluster import PlanConfig
 from megarl.config.schema import SFTConfig
+from megarl.data.agreement import refuse_different_data
 from megarl.data.build import build_sft_data, build_train_loader
 from megarl.data.dataset import PackedDataset, SFTDataset
 from megarl.data.order import EvalLoader
@@ -25,40 +26,51 @@ from megarl.parallel.shards import refused_once
 
 
 class SFT(Module):
-    """One training step is one optimizer step over a global batch of records."""
+    """Supervised fine-tuning. One training step is one optimizer step over a global batch of records."""
 
     config: SFTConfig
 
     def prepare(self) -> None:
+        """Start the sums of the evaluation loss at zero."""
         self.eval_sums = {"nll": 0.0, "tokens": 0.0}
 
     @staticmethod
     def roles(config: SFTConfig, vocab_size: int, sources: Sources) -> list[Role]:
+        """Return one model, the policy."""
         source = sources.at(config.model.path)
         return [Role("policy", config.model, vocab_size, optim=config.optim, source=source, about="trains")]
 
     @staticmethod
     def plan(config: SFTConfig, assumed: PlanConfig) -> Workload:
+        """Return the size of an optimizer step: sequences of data.seq_length tokens, each token of which may be a
+        target."""
         return Workload(length=config.data.seq_length, loss_tokens=config.data.seq_length)
 
     def configure_model(self) -> None:
+        """Read the data sets and build the policy."""
         if self.engines:
             return
         self.train_data, self.eval_data = refused_once(
             self.grid, lambda: build_sft_data(self.config, self.tokenizer, report=self.grid.dp_rank == 0)
         )
+        for data, name in ((self.train_data, "data.train"), (self.eval_data, "data.eval")):
+            if data is not None:
+                refuse_different_data(self.grid, data.token_rows(), name)
         (policy,) = self.roles(self.config, self.vocab_size, self.sources)
         self.policy = self.build(policy, self.config.trainer.max_steps)
         self.engines = {"policy": self.policy}
 
     @property
     def rows_per_step(self) -> int:
+        """Number of data rows in a global batch."""
         return self.config.trainer.global_batch_size
 
     def train_dataloader(self) -> Iterable[Tensor]:
-        return build_train_loader(self.config, self.train_data, start=self.consumed, rows=self.rows)
+        """Return the loader of row indices, from the first row that the run did not use yet."""
+        return build_train_loader(self.config, self.train_data, start=self.steps_done, rows=self.rows_read)
 
     def val_dataloader(self) -> Iterable[Tensor]:
+        """Return the loader of evaluation rows, one microbatch per pipeline stage and replica in each step."""
         if self.eval_data is None:
             return []
         per_step = self.config.trainer.eval_batch_size * self.grid.layout.pp * self.grid.layout.dp
@@ -71,10 +83,11 @@ class SFT(Module):
             self.grid,
             per_microbatch=per_microbatch,
             share_bins=False,
-            longest=self.config.data.seq_length - 1,  # the last token is not read
+            longest=self.config.data.seq_length - 1,  # the last token is a target only
         )
 
     def training_step(self, indices: Tensor, batch_idx: int) -> None:
+        """Take one optimizer step on the rows and log its loss."""
         with self.clock.part("train"):
             self.last_batch = self._microbatches(self.train_data, indices, self.config.trainer.micro_batch_size)
             rate = self.policy.learning_rate
@@ -82,14 +95,16 @@ class SFT(Module):
             norms = self.step_optimizers()
         self.advance()
         tokens = int(metrics["all_tokens"])
-        length = metrics["squared_lengths"] / max(tokens, 1)  # the mean that attention's cost goes by
+        length = metrics["squared_lengths"] / max(tokens, 1)  # token-weighted mean: attention's cost
         self.work = Work(tokens, tokens * flops_per_token(self.config.model, self.vocab_size, length))
         self.log_dict({"train/loss": metrics["loss"], "train/grad_norm": norms["policy"], "train/lr": rate})
 
     def on_validation_epoch_start(self) -> None:
+        """Reset the sums of the evaluation loss."""
         self.eval_sums = {"nll": 0.0, "tokens": 0.0}
 
     def validation_step(self, indices: Tensor, batch_idx: int) -> None:
+        """Add the loss of these rows to the sums."""
         assert self.eval_data is not None
         with self.clock.part("eval"):
             microbatches = self._microbatches(self.eval_data, indices, self.config.trainer.eval_batch_size)
@@ -97,18 +112,19 @@ class SFT(Module):
         self.eval_sums = {key: self.eval_sums[key] + sums[key] for key in self.eval_sums}
 
     def on_validation_epoch_end(self) -> None:
+        """Log the mean loss and the perplexity."""
         loss = self.eval_sums["nll"] / max(self.eval_sums["tokens"], 1.0)
         self.log_dict({"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 100.0))})
 
 
 def negative_log_likelihood(model: GPT, hidden: Tensor, batch: Microbatch) -> Stats:
-    """Return the sum over the targets of a microbatch, and their number."""
+    """Return the summed negative log-likelihood of a microbatch's target tokens, and the number of these tokens."""
     logprobs = model.logprobs(hidden, batch.targets, batch.target_mask).logprobs
     return {"nll": -(logprobs.double() * batch.target_mask).sum(), "tokens": batch.target_mask.sum()}
 
 
 def count(batch: Microbatch) -> Stats:
-    """Count what is trained on, tokens without padding, and squares of rows' lengths."""
+    """Return the numbers of target tokens and of all tokens without padding, and the sum of the squared row lengths."""
     lengths = batch.rows.lengths
     return {
         **count_targets(batch),

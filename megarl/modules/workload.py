@@ -1,4 +1,4 @@
-"""The size of an algorithm's unit of work, in numbers that a plan computes memory and time from."""
+"""The size of an algorithm's unit of work, from which a plan estimates memory and time."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ REWARD_NOTE = "a function in its own process"
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A unit of work: a phase of an algorithm that generates, else an optimizer step. Lengths are in tokens.
+    """The size of a unit of work: a phase for algorithms that generate, else an optimizer step. Lengths are in tokens.
 
     Attributes:
-        length: of a sequence in training.
-        loss_tokens: of these, those that log-probs are computed of.
+        length: length of a training sequence.
+        loss_tokens: number of its tokens whose log-probs are computed.
         steps: optimizer steps.
-        entropy: whether the loss has the policy's entropy.
-        rollouts: responses that are trained on.
+        entropy: whether the loss includes the policy's entropy.
+        rollouts: number of responses that are trained on.
         evaluates: whether a run without rollouts generates in its evaluations.
-        rescored: whether every model reads the responses before training.
+        rescored: whether every model runs a forward pass over the responses before training.
         prompt: mean length of a prompt.
         response: mean length of a response.
-        longest: length of the longest response.
-        slots: responses that a replica generates at once, at most.
-        cache_bytes: limit of the cache of keys and values; None for none.
-        rollout_layout: the layout that is generated in; None for the training one.
-        cuda_graphs: whether decode passes are recorded.
-        notes: what takes part and is not a model, by name: a line of the plan each.
+        longest: maximum length of a response.
+        slots: maximum number of responses that a replica generates at once.
+        cache_bytes: maximum size of the KV cache; None for no limit.
+        rollout_layout: parallel layout for generation; None for that of training.
+        cuda_graphs: whether decoding steps are recorded as CUDA graphs.
+        notes: one line of the plan for each participant that is not a model, by name.
     """
 
     length: int
@@ -52,13 +52,14 @@ class Workload:
 
 
 def responses(config: Any, assumed: PlanConfig) -> dict[str, Any]:
-    """Return the fields of `Workload` of an algorithm that trains on its own responses."""
-    found = generation(config, assumed)
-    return {"length": found["prompt"] + found["longest"], "loss_tokens": found["longest"], **found}
+    """Return the `Workload` fields of an algorithm that trains on its own responses."""
+    generated = generation(config, assumed)
+    length = generated["prompt"] + generated["longest"]
+    return {"length": length, "loss_tokens": generated["longest"], **generated}
 
 
 def generation(config: Any, assumed: PlanConfig) -> dict[str, Any]:
-    """Return the fields of `Workload` that say what is generated, and how."""
+    """Return the `Workload` fields that describe generation."""
     prompt, response, longest = _lengths(config, assumed)
     return {
         "prompt": prompt,
@@ -72,29 +73,29 @@ def generation(config: Any, assumed: PlanConfig) -> dict[str, Any]:
 
 
 def _lengths(config: Any, assumed: PlanConfig) -> tuple[int, int, int]:
-    """Return the tokens of a prompt, of a mean response and of the longest response."""
-    longest, most = config.rollout.max_new_tokens, config.model.max_positions
-    if longest >= most:
+    """Return the number of tokens of a prompt, of a mean response and of the longest response."""
+    longest, context = config.rollout.max_new_tokens, config.model.max_positions
+    if longest >= context:
         raise ConfigError(
-            f"rollout.max_new_tokens={longest} leaves no room for a prompt in model.max_positions={most}: "
-            f"use rollout.max_new_tokens={max(1, most // 2)} or a longer context",
+            f"rollout.max_new_tokens={longest} leaves no tokens for a prompt in model.max_positions={context}: "
+            f"use rollout.max_new_tokens={max(1, context // 2)} or a longer context",
             key="rollout.max_new_tokens",
             value=longest,
-            offers={"rollout.max_new_tokens": [max(1, most // 2)]},
+            offers={"rollout.max_new_tokens": [max(1, context // 2)]},
         )
-    prompt = min(longest, most - longest) if assumed.prompt_tokens is None else assumed.prompt_tokens
-    if prompt + longest > most:
+    prompt = min(longest, context - longest) if assumed.prompt_tokens is None else assumed.prompt_tokens
+    if prompt + longest > context:
         raise ConfigError(
-            f"prompt_tokens={prompt} and rollout.max_new_tokens={longest} are more than model.max_positions={most}: "
-            f"use prompt_tokens={most - longest} or less",
+            f"prompt_tokens={prompt} and rollout.max_new_tokens={longest} exceed model.max_positions={context}: "
+            f"use prompt_tokens={context - longest} or less",
             key="prompt_tokens",
             value=prompt,
-            offers={"prompt_tokens": [most - longest]},
+            offers={"prompt_tokens": [context - longest]},
         )
     response = longest if assumed.response_tokens is None else assumed.response_tokens
     if response > longest:
         raise ConfigError(
-            f"response_tokens={response} is more than rollout.max_new_tokens={longest}: use {longest} or less",
+            f"response_tokens={response} exceeds rollout.max_new_tokens={longest}: use {longest} or less",
             key="response_tokens",
             value=response,
             offers={"response_tokens": [longest]},

@@ -1,4 +1,4 @@
-"""The optimizers of all engines together: as the one that Lightning sees, and what saving their state takes."""
+"""The optimizers of all engines as one optimizer for Lightning, and the host memory that saving them needs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,40 +13,42 @@ log = get_logger(__name__)
 
 
 class Optimizers(torch.optim.Optimizer):
-    """All engines' Megatron optimizers as the one that Lightning counts steps of.
+    """All engines' Megatron optimizers as one optimizer whose steps Lightning counts.
 
-    A step moves the engines that have been given gradients since the last one. Learning rates are Megatron's schedule,
-    stepped here too, so that there is one count of steps.
+    A step updates the engines that have new gradients since the last step. It also advances Megatron's learning-rate
+    schedules, so that there is one step count.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self.engines = [engine for engine in engines if engine.optimizer is not None]
-        # Lightning wants a torch optimizer with parameters; the real ones are inside Megatron's buffers.
+        # Lightning expects a torch optimizer with parameters; the real ones are inside Megatron's buffers.
         super().__init__([torch.nn.Parameter(torch.zeros(()))], {"lr": 0.0})
         self.grad_norms: dict[str, float] = {}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Apply the gradients of every engine that has some; record the gradient norms by engine name."""
         result = closure() if closure is not None else None
         self.grad_norms = {engine.name: engine.apply_gradients() for engine in self.engines if engine.has_gradients}
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all engines; `set_to_none` has no effect on Megatron's buffers."""
         for engine in self.engines:
             engine.zero_gradients()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: optimizer state is sharded and travels with the engines' checkpoints."""
+        """Return nothing: optimizer state is sharded and saved with the engines' checkpoints."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing, as in `state_dict`."""
+        """Load nothing, as in `state_dict`."""
 
 
 def save_bytes(engines: Sequence[Engine]) -> int:
-    """Host memory that a save takes on this rank at its fullest: Megatron's optimizer gathers every replica's part.
+    """Return the peak host memory of a save on this rank: Megatron's optimizer gathers the state of all replicas.
 
-    Of each number that trains there are three in float32, and, where there are several replicas, one of the three once
-    more while its padding is put back.
+    Each trainable value has three float32 copies. With several replicas, the largest buffer has one more copy while
+    its padding is restored.
     """
     total = largest = 0
     for engine in engines:
@@ -58,12 +60,12 @@ def save_bytes(engines: Sequence[Engine]) -> int:
 
 
 def warn_of_save_memory(needed: int, ranks: int, available: int) -> None:
-    """Warn before the first save where the host memory of a machine is too small for those of its ranks.
+    """Warn before the first save if the free host memory of a machine is too small for the saves of its ranks.
 
     Args:
-        needed: bytes of a rank.
-        ranks: of this machine.
-        available: bytes of this machine's memory that are free.
+        needed: bytes per rank.
+        ranks: number of ranks on this machine.
+        available: bytes of free memory on this machine.
     """
     if needed * ranks > available:
         log.warning(

@@ -1,7 +1,7 @@
-"""The quarantined adapter that lets megatron-core run where there is no CUDA.
+"""Adapter that lets megatron-core run without CUDA.
 
-It is switched on once per process, refuses to run beside a GPU, and refuses versions it was not tested with.
-Nothing here changes what a GPU does; each patch says which line of Megatron needs it.
+It is switched on once per process. It refuses to run beside a GPU and with versions that it was not tested with.
+Nothing here changes the behaviour on a GPU. Each patch names the line of Megatron that needs it.
 """
 
 import logging
@@ -16,7 +16,7 @@ from megarl.errors import UnavailableError
 
 TESTED_VERSIONS = ("0.16.1",)
 
-# Modules whose functions name the CUDA device or a CUDA tensor type in a constant.
+# Modules whose functions contain the CUDA device or a CUDA tensor type as a constant.
 _MODULES_WITH_CUDA_CONSTANTS = (
     "megatron.core.pipeline_parallel.schedules",  # token counters made with device="cuda"
     "megatron.core.optimizer.clip_grads",  # grad norm and overflow buffers, type() checks
@@ -36,17 +36,17 @@ _installed = False
 
 
 def needed() -> bool:
-    """True where no CUDA device is present."""
+    """Return whether no CUDA device is present."""
     return not torch.cuda.is_available()
 
 
 def installed() -> bool:
-    """True once the adapter is switched on in this process, which cannot be undone."""
+    """Return whether the adapter is switched on in this process, which cannot be undone."""
     return _installed
 
 
 def install() -> None:
-    """Switch the adapter on (idempotent). Refused beside a GPU and with an untested megatron-core."""
+    """Switch the adapter on (idempotent). Raises beside a GPU and with an untested megatron-core."""
     global _installed
     if _installed:
         return
@@ -68,7 +68,7 @@ def install() -> None:
     keep_random_states_on_cpu()
     from megatron.core.tensor_parallel import random
 
-    # With one generator for all, every dropout mask drawn in a fork would be warned of.
+    # There is one generator for all states, so Megatron would warn about every forked dropout mask.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
     for name in _MODULES_WITH_CUDA_CONSTANTS:
         for function in _functions(import_module(name)):
@@ -77,7 +77,7 @@ def install() -> None:
 
 
 def _patch_torch_cuda() -> None:
-    """Functions that raise without CUDA and that Megatron calls unasked; nobody else can be relying on them."""
+    """Replace functions that raise without CUDA and that Megatron calls unconditionally; no other code can use them."""
     # device= of every collective, p2p and gradient buffer
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     # after batched p2p and in the checkpoint writer
@@ -87,9 +87,9 @@ def _patch_torch_cuda() -> None:
 
 
 def keep_random_states_on_cpu() -> Callable[[], None]:
-    """Megatron's RNG tracker and activation recompute keep the states of a CUDA generator: give them the CPU's.
+    """Make Megatron's RNG tracker and activation recomputation store the CPU generator's states instead of CUDA's.
 
-    Returns what takes that back.
+    Returns a function that undoes this.
     """
     from megatron.core.tensor_parallel import random
 
@@ -119,7 +119,7 @@ def keep_random_states_on_cpu() -> Callable[[], None]:
 
 
 def _functions(module: types.ModuleType) -> Iterator[types.FunctionType]:
-    """Every function and method that `module` itself defines."""
+    """Yield every function and method that `module` itself defines."""
     owners: list[Any] = [module, *(value for value in vars(module).values() if isinstance(value, type))]
     for owner in owners:
         if isinstance(owner, type) and owner.__module__ != module.__name__:
@@ -134,7 +134,7 @@ def _functions(module: types.ModuleType) -> Iterator[types.FunctionType]:
 
 
 def _on_cpu(value: Any) -> Any:
-    """`value` (a constant, a tuple of them, or code with nested functions) with CUDA's names replaced."""
+    """Return `value` (a constant, a tuple, or code with nested functions) with CUDA's names replaced by the CPU's."""
     if isinstance(value, str):
         return _CONSTANTS.get(value, value)
     if isinstance(value, tuple):

@@ -1,7 +1,7 @@
-"""What differs between a GPU and a CPU apart from the device itself, as a few flags that are chosen here alone.
+"""Settings that differ between a GPU and a CPU, apart from the device itself, as flags that are set only here.
 
-A GPU's flags can be switched on where there is none: the environment variable MEGARL_GPU_SETTINGS=1 does so for every
-command, `assumed(GPU)` for a block of code. So what only a GPU does is tried on a CPU.
+A GPU's flags can be used without a GPU: the environment variable MEGARL_GPU_SETTINGS=1 does so for every command, and
+`assumed(GPU)` for a block of code. This tests GPU-only code paths on a CPU.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class DeviceSettings:
     Attributes:
         overlap_grad_reduce: reduce a bucket of gradients over replicas as soon as it is full, during the backward pass.
         batched_p2p: send and receive between pipeline stages in one batch of operations.
-        cpu_layers: linear layers and an embedding of our own, which add their gradients to Megatron's buffer.
-        plain_attention: attention of short sequences in two plain matrix products instead of torch's fused kernels.
+        cpu_layers: use megarl's linear layers and embedding, which add their gradients to Megatron's buffer.
+        plain_attention: compute attention of short sequences as two matrix products instead of torch's fused kernels.
         pinned_copies: keep weights that are swapped in and out in page-locked host memory, and copy without waiting.
-        repeats_exactly: the same pass over the same weights gives the same bits; NCCL may choose another order of sums.
+        repeats_exactly: the same pass over the same weights gives the same bits. NCCL may sum in another order.
     """
 
     overlap_grad_reduce: bool
@@ -64,7 +64,7 @@ _assumed: DeviceSettings | None = None
 
 
 def device_settings() -> DeviceSettings:
-    """The flags of this process."""
+    """Return the flags of this process."""
     return _of_this_machine() if _assumed is None else _assumed
 
 
@@ -83,7 +83,7 @@ def _of_this_machine() -> DeviceSettings:
 
 @contextmanager
 def assumed(settings: DeviceSettings) -> Iterator[None]:
-    """Use other flags in a block of code: engines are built, trained and evaluated inside it."""
+    """Use other flags in a block of code, in which engines are built, trained and evaluated."""
     global _assumed
     before, _assumed = _assumed, settings
     try:

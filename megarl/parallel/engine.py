@@ -1,6 +1,6 @@
-"""One Megatron model in a role: its chunks, gradient buffers, optimizer and schedule, and the verbs on them.
+"""One Megatron model in a role: its chunks, gradient buffers, optimizer and schedule, and the operations on them.
 
-The engine is given a callable that builds the model, so it knows nothing of GPT.
+The engine takes a callable that builds the model, so it does not depend on the model's architecture.
 """
 
 import math
@@ -35,7 +35,7 @@ Stats = dict[str, Tensor]
 Outputs = dict[str, Tensor]
 
 # loss_fn(model, output, microbatch, counts) -> (loss, stats). `counts` are sums over all microbatches and data-parallel
-# ranks: a loss divided by one of them does not depend on how its batch was cut. Stats are such shares, to be added up.
+# ranks: a loss divided by one does not depend on how its batch was split. Stats are such quotients, to be summed.
 LossFn = Callable[[Any, Tensor, Microbatch, dict[str, float]], tuple[Tensor, Stats]]
 CountFn = Callable[[Microbatch], Stats]
 # fn(model, output, microbatch) -> tensors [bins, ...]
@@ -45,11 +45,12 @@ ForwardFn = Callable[[Any, Tensor, Microbatch], Outputs]
 class BuildModel(Protocol):
     """Builds one chunk; `vp_stage` is None without virtual stages."""
 
-    def __call__(self, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> LanguageModule: ...
+    def __call__(self, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> LanguageModule:
+        """Build the chunk of this pipeline stage; its weights are uninitialised."""
 
 
 class Engine:
-    """A model in a role over the ranks of a grid. Without `optim` it only evaluates."""
+    """A model in a role over the ranks of a grid. Without `optim` it only computes forward passes."""
 
     def __init__(
         self,
@@ -61,10 +62,10 @@ class Engine:
         trainable: Callable[[str], bool] | None = None,
         saved: bool = True,
     ) -> None:
-        """`trainable(global name)` chooses the parameters that train, before gradient buffers are made. Checkpoints
-        hold the engine where it is `saved`."""
+        """`trainable(global name)` selects the trainable parameters, before gradient buffers are made. Checkpoints
+        contain the engine if `saved`."""
         self.grid, self.name, self.saved = grid, name, saved
-        self.lr_key = "optim.lr" if optim is None else optim.lr_key  # what messages say to lower
+        self.lr_key = "optim.lr" if optim is None else optim.lr_key  # the key that error messages suggest to lower
         self._models = _build_chunks(grid, build)
         self.config = self._models[0].config
         for model in self._models:
@@ -75,36 +76,36 @@ class Engine:
         self._chunks: list[Any] = list(self._models)
         self.has_gradients = False
         self.pins = device_settings().pinned_copies
-        self.aside: dict[str, Tensor] | None = None  # host memory for weights that others stand in for
+        self.aside: dict[str, Tensor] | None = None  # host memory for the weights that `with_weights` replaces
         if optim is not None:
             self._chunks = [_with_gradient_buffers(model, grid, index) for index, model in enumerate(self._models)]
             self.config.finalize_model_grads_func = finalize_model_grads
-            # Without it, an overlapped reduction takes the gradients of every microbatch for complete.
+            # Without it, an overlapped reduction would run after every microbatch instead of after the last.
             waits = [chunk.no_sync for chunk in self._chunks]
             self.config.no_sync_func = waits[0] if len(waits) == 1 else waits
             self._optimizer = build_optimizer(self._chunks, optim, grid, bf16=self.config.bf16)
             self.schedule = build_schedule(self._optimizer, optim)
-            # A schedule's first step is step 0 with lr 0 unless it is told that the step to come is the first.
+            # A schedule's first step is step 0 with lr 0 unless it is advanced to the first.
             self.schedule.step(1)
         self.memory = memory_of(self._models, self._chunks, self._optimizer, grid.device, pins=self.pins)
 
-    # --- device memory: whoever reads tensors comes by one of these properties, which bring back what is away ---------
+    # --- device memory: these properties bring tensors back to the device before they are read ------------------------
 
     @property
     def models(self) -> list[Any]:
-        """The bare chunks, with their weights on the device."""
+        """The chunks without gradient buffers, with their weights on the device."""
         self.memory.need(WEIGHTS)
         return self._models
 
     @property
     def chunks(self) -> list[Any]:
-        """The chunks as they train, with their weights on the device; their gradient buffers may be away."""
+        """The chunks with their gradient buffers, and their weights on the device; the buffers may be offloaded."""
         self.memory.need(WEIGHTS)
         return self._chunks
 
     @property
     def optimizer(self) -> MegatronOptimizer | None:
-        """Megatron's optimizer, with all that it reads and writes on the device."""
+        """Megatron's optimizer, with everything that it reads and writes on the device."""
         if self._optimizer is not None:
             self.memory.need(WEIGHTS, GRADIENTS, OPTIMIZER)
         return self._optimizer
@@ -112,7 +113,7 @@ class Engine:
     def offload(self, *, weights: bool = True, optimizer: bool = True) -> None:
         """Move weights, and the optimizer's state with its gradient buffers, to host memory until they are used.
 
-        Gradients that the optimizer has not applied yet are kept, others are dropped.
+        Gradients that the optimizer has not applied yet are kept; others are dropped.
         """
         if weights:
             self.memory.release(WEIGHTS)
@@ -121,7 +122,7 @@ class Engine:
             self.memory.release(GRADIENTS, keep=self.has_gradients)
 
     def onload(self, *, weights: bool = True, optimizer: bool = True) -> None:
-        """Start to bring back what is away. On a GPU, copies run beside other work; the first use waits for them."""
+        """Start to bring offloaded memory back. On a GPU, copies overlap other work; the first use waits for them."""
         if weights:
             self.memory.restore(WEIGHTS)
         if optimizer:
@@ -131,7 +132,7 @@ class Engine:
     # --- training -------------------------------------------------------------------------------------------------
 
     def train_step(self, microbatches: Sequence[Microbatch], loss_fn: LossFn, count_fn: CountFn) -> dict[str, float]:
-        """Gradients of one optimizer step: forward and backward over this replica's microbatches, summed over replicas.
+        """Compute the gradients of one optimizer step: forward and backward over microbatches, summed over replicas.
 
         All microbatches have the same [bins, time]; with virtual stages, their number is a multiple of pp. Returns the
         counts, and the stats summed over microbatches and data-parallel ranks, on every rank; the optimizer is stepped
@@ -139,10 +140,10 @@ class Engine:
         """
         self.train()
         self.memory.need(WEIGHTS, GRADIENTS)
-        self.memory.restore(OPTIMIZER)  # while gradients are computed
+        self.memory.restore(OPTIMIZER)  # overlaps the computation of gradients
         self.zero_gradients()
         counts = self.count(microbatches, count_fn)
-        # Megatron divides a loss by the number of microbatches and its gradient by the data-parallel size.
+        # Megatron divides a loss by the number of microbatches, and its gradient by the data-parallel size.
         undo_averaging = len(microbatches) * self.grid.layout.dp
 
         def loss_and_stats(model: Any, batch: Microbatch, output: Tensor) -> tuple[Tensor, Stats]:
@@ -152,13 +153,13 @@ class Engine:
         collected: list[Stats] = self._run(microbatches, loss_and_stats, forward_only=False)
         self.has_gradients = True
         sums = self._summed(collected)
-        for key, value in sums.items():  # the same on every rank; the optimizer is yet to be stepped
+        for key, value in sums.items():  # the same on every rank, and checked before the optimizer step
             if "loss" in key:
                 self._check_finite(key, value)
         return {**counts, **sums}
 
     def count(self, microbatches: Sequence[Microbatch], count_fn: CountFn) -> dict[str, float]:
-        """Sums of `count_fn` over the microbatches of all data-parallel ranks."""
+        """Return the sums of `count_fn` over the microbatches of all data-parallel ranks."""
         parts = [count_fn(batch) for batch in microbatches]
         names = sorted(parts[0])
         sums = torch.stack([torch.stack([part[name].double() for part in parts]).sum() for name in names])
@@ -166,12 +167,12 @@ class Engine:
         return dict(zip(names, sums.tolist(), strict=True))
 
     def move_schedule_to(self, step: int) -> None:
-        """Put the learning rate where it is after so many steps."""
+        """Set the learning-rate schedule to its state after `step` steps."""
         if self.schedule is not None and self.schedule.num_steps != step:
             self.schedule.step(step - self.schedule.num_steps)
 
     def apply_gradients(self) -> float:
-        """Clip, update, move the schedule. Returns the gradient norm before clipping."""
+        """Clip gradients, update the weights and advance the schedule. Returns the gradient norm before clipping."""
         optimizer = self.optimizer
         assert optimizer is not None
         assert self.schedule is not None
@@ -191,6 +192,7 @@ class Engine:
             )
 
     def zero_gradients(self) -> None:
+        """Clear the gradients; offloaded gradients return as zeros."""
         if self._optimizer is None:
             return
         self.has_gradients = False
@@ -199,16 +201,16 @@ class Engine:
             return
         self.memory.need(GRADIENTS)
         for chunk in self._chunks:
-            chunk.zero_grad_buffer()  # parameters' own .grad is taken by the buffers' hooks as soon as it is there
+            chunk.zero_grad_buffer()  # the buffers' hooks consume the parameters' own .grad as soon as it is set
 
     @property
     def learning_rate(self) -> float:
-        """The rate that the next step uses."""
+        """The learning rate of the next step."""
         assert self._optimizer is not None
         return float(self._optimizer.param_groups[0]["lr"])
 
     def gradient_names(self) -> tuple[set[str], set[str]]:
-        """Names of the tensors whose gradient is not 0 on some rank, and of all that train; the same on every rank."""
+        """Return names of tensors with a nonzero gradient on some rank, and of all trainable ones, over all ranks."""
         self.memory.need(GRADIENTS)
         local = {
             name: bool(getattr(parameter, "main_grad").any())  # noqa: B009 - Megatron puts it there
@@ -223,7 +225,7 @@ class Engine:
 
     @torch.no_grad()
     def forward(self, microbatches: Sequence[Microbatch], fn: ForwardFn) -> list[Outputs]:
-        """`fn` of each microbatch's output, without gradients or dropout; results on every rank of the replica."""
+        """Return `fn` of each microbatch's output, without gradients or dropout, on every rank of the replica."""
         self.eval()
         results: list[Outputs] = self._run(
             microbatches, lambda model, batch, output: fn(model, output, batch), forward_only=True
@@ -233,7 +235,7 @@ class Engine:
         return self._from_last_stage(results, len(microbatches))
 
     def evaluate(self, microbatches: Sequence[Microbatch], fn: ForwardFn) -> dict[str, float]:
-        """Scalars that `fn` gives for each microbatch, without gradients, summed over all of them and all replicas."""
+        """Return the scalars of `fn` for each microbatch, without gradients, summed over microbatches and replicas."""
         self.eval()
         with torch.no_grad():
             collected: list[Stats] = self._run(
@@ -242,21 +244,23 @@ class Engine:
         return self._summed(collected)
 
     def train(self, mode: bool = True) -> None:
+        """Set all chunks to training mode, or to evaluation mode if `mode` is False."""
         for chunk in self._chunks:
-            if chunk.training != mode:  # a walk through all modules
+            if chunk.training != mode:  # chunk.train visits all modules, so skip it where nothing changes
                 chunk.train(mode)
 
     def eval(self) -> None:
+        """Set all chunks to evaluation mode, which switches dropout off."""
         self.train(False)
 
     # --- other weights in the same memory ---------------------------------------------------------------------------
 
     @torch.no_grad()
     def trainable_copy(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The present values of what trains, in host memory: frozen layers need no copy, whatever is frozen.
+        """Return a copy of the trainable parameters in host memory; frozen ones never change and need none.
 
         Args:
-            into: an earlier copy whose memory is used again.
+            into: an earlier copy whose memory is reused.
         """
         trainable = {name: parameter for name, parameter in self.parameters() if parameter.requires_grad}
         if into is None:
@@ -276,10 +280,10 @@ class Engine:
 
     @contextmanager
     def with_weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Run with other values of what trains (a reference's), copied in place and back: parameters are views of
-        Megatron's buffers and are never replaced."""
+        """Run with other values of the trainable parameters (a reference's), copied in place and back afterwards:
+        parameters are views of Megatron's buffers and must not be replaced."""
         present = self.trainable_copy(self.aside)
-        if self.pins:  # locking memory takes as long as the copy: it is kept for the next time
+        if self.pins:  # page-locking takes as long as the copy, so the memory is kept for reuse
             self.aside = present
         self._copy_in(weights)
         try:
@@ -296,7 +300,7 @@ class Engine:
 
     @torch.no_grad()
     def start_from(self, other: "Engine") -> None:
-        """Take another engine's weights, where both have the parameter; the optimizer's master weights follow."""
+        """Copy another engine's weights where both have the parameter, and update the optimizer's master weights."""
         theirs = dict(other.parameters())
         for name, parameter in self.parameters():
             if name in theirs:
@@ -307,23 +311,23 @@ class Engine:
     # --- state ----------------------------------------------------------------------------------------------------
 
     def refuse_not_finite(self) -> None:
-        """On all ranks, where a weight on any of them holds NaN or infinity."""
+        """Raise on all ranks if a weight on any of them contains NaN or infinity."""
         mine = next((name for name, parameter in self.parameters() if not is_finite(parameter.data)), None)
         found = next((name for name in self.grid.gather(mine) if name is not None), None)
         if found is not None:
             raise NumericsError(
-                f"{self.name}.{found} holds NaN or infinity: lower {self.lr_key}, and go on from an earlier checkpoint "
+                f"{self.name}.{found} holds NaN or infinity: lower {self.lr_key}, and resume an earlier checkpoint "
                 "if there is one",
                 key=f"{self.name}.{found}",
             )
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(global name, parameter) of this rank."""
+        """Yield (global name, parameter) of this rank."""
         for model in self.models:
             yield from _global_names(model)
 
     def sharded_weights(self) -> dict[str, Any]:
-        """Megatron's description of this rank's shards of the weights alone, under this engine's name."""
+        """Return Megatron's description of this rank's weight shards alone, under this engine's name."""
         state = {"weights": self._sharded_weights(self._sharding())}
         add_prefix_for_sharding(state, f"{self.name}.")
         return state
@@ -333,7 +337,7 @@ class Engine:
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
             "chained_optim_avoid_prefix": True,
-            "non_homogeneous_layers": True,  # a name per layer, as optimizer state exists for layers that train only
+            "non_homogeneous_layers": True,  # a name per layer, as only trainable layers have optimizer state
             "dp_cp_group": self.grid.groups.dp_cp,
         }
 
@@ -341,7 +345,7 @@ class Engine:
         return {f"model{index}": model.sharded_state_dict(metadata=metadata) for index, model in enumerate(self.models)}
 
     def sharded_state_dict(self, *, loading: bool = False) -> dict[str, Any]:
-        """Megatron's description of this rank's shards of weights, optimizer and schedule, under this engine's name."""
+        """Return Megatron's description of this rank's shards of weights, optimizer and schedule, under this name."""
         metadata = self._sharding()
         weights = self._sharded_weights(metadata)
         state: dict[str, Any] = {"weights": weights}
@@ -353,7 +357,7 @@ class Engine:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what was loaded into the shape of `sharded_state_dict(loading=True)`."""
+        """Load the state that was read into the structure of `sharded_state_dict(loading=True)`."""
         for index, model in enumerate(self.models):
             _load_weights(model, state["weights"][f"model{index}"])
         if self.optimizer is not None and self.schedule is not None:
@@ -370,7 +374,7 @@ class Engine:
         *,
         forward_only: bool,
     ) -> list[Any]:
-        """Megatron's schedule over the microbatches; what `finish(model, batch, output)` gave, on the last stage."""
+        """Run Megatron's schedule over the microbatches; the last stage returns each `finish(model, batch, output)`."""
         on_device = [batch.to(self.grid.device) for batch in microbatches]
         batch_size, time = on_device[0].tokens.shape
 
@@ -401,7 +405,7 @@ class Engine:
         return results
 
     def _summed(self, collected: list[Stats]) -> dict[str, float]:
-        """Stats added up over microbatches and data-parallel ranks, on every rank."""
+        """Return the stats summed over microbatches and data-parallel ranks, on every rank."""
         sums: dict[str, float] = {}
         if collected:  # the last stage
             names = sorted(collected[0])
@@ -433,7 +437,7 @@ class Engine:
 
 
 def _build_chunks(grid: Grid, build: BuildModel) -> list[Any]:
-    """This rank's chunks: one, or one per virtual stage."""
+    """Build this rank's chunks: one, or one per virtual stage."""
     layout = grid.layout
     if layout.vpp == 1:
         return [build(pre_process=grid.is_first_stage, post_process=grid.is_last_stage, vp_stage=None)]
@@ -448,7 +452,7 @@ def _build_chunks(grid: Grid, build: BuildModel) -> list[Any]:
 
 
 class _GradientBuffers(DistributedDataParallel):
-    """Megatron's DDP, in which a lone replica sends nothing: gloo would copy all it has to itself, and back."""
+    """Megatron's DDP, except that a single replica sends nothing: gloo would copy all gradients to itself and back."""
 
     def finish_grad_sync(self, force_all_reduce: bool = False) -> None:
         if self.dp_cp_group.size() > 1 or self.ddp_config.overlap_grad_reduce:
@@ -460,7 +464,7 @@ class _GradientBuffers(DistributedDataParallel):
 
 
 def _with_gradient_buffers(model: Any, grid: Grid, index: int) -> DistributedDataParallel:
-    """Megatron's DDP: contiguous float32 gradients, sharded over data-parallel ranks for the optimizer."""
+    """Wrap a chunk in Megatron's DDP: contiguous float32 gradients, sharded over data-parallel ranks."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=device_settings().overlap_grad_reduce,
@@ -473,8 +477,8 @@ def _with_gradient_buffers(model: Any, grid: Grid, index: int) -> DistributedDat
 
 
 def _load_weights(model: Any, state: dict[str, Any]) -> None:
-    """Load a chunk's weights. Extra state, which Transformer Engine's layers have and which is empty without FP8, is
-    not in checkpoints: a layer keeps its own."""
+    """Load a chunk's weights. Extra state of Transformer Engine's layers is empty without FP8 and not saved in
+    checkpoints, so each layer keeps its present one."""
     missing, unexpected = model.load_state_dict(state, strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
     if wrong:

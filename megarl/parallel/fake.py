@@ -1,6 +1,6 @@
-"""Any rank of any layout in one process: for counting what a rank of a large world would hold, without the world.
+"""Any rank of any layout in one process, to count what a rank of a large world would store without that world.
 
-Collectives of the fake process group do nothing, so shapes and sizes are right and values are not.
+Collectives of the fake process group do nothing: shapes and sizes are right, values are not.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,9 @@ from megarl.parallel.layout import Layout
 
 @contextmanager
 def fake_world(layout: Layout, rank: int = 0, device: str = "meta", *, default_device: bool = True) -> Iterator[Grid]:
-    """The grid as process `rank` of `layout` sees it. What is built inside lies on `device`: on "meta" it takes no
-    memory, on "cpu" it is real. Without `default_device` this holds, as on a GPU, only for what names a device."""
+    """Yield the grid as process `rank` of `layout` has it. Tensors made inside are on `device`: on "meta" they take no
+    memory, on "cpu" they are real. Without `default_device`, only code that names a device explicitly is redirected,
+    as on a GPU."""
     if dist.is_initialized():
         raise UnavailableError(
             "a process group is live in this process: plan in a process of its own", key="process group"
@@ -32,7 +33,7 @@ def fake_world(layout: Layout, rank: int = 0, device: str = "meta", *, default_d
     place = torch.device(device)
     random_state = torch.get_rng_state()
     current_device, tensor_type = torch.cuda.current_device, torch.Tensor.type
-    put_back = cpu.keep_random_states_on_cpu()  # also beside a GPU, which has no generator of this device
+    put_back = cpu.keep_random_states_on_cpu()  # also beside a GPU, as CUDA has no generator for this device
     dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
     # device= of every buffer that Megatron makes
     torch.cuda.current_device = lambda: place  # type: ignore[assignment,return-value]
@@ -50,12 +51,12 @@ def fake_world(layout: Layout, rank: int = 0, device: str = "meta", *, default_d
 
 
 def rank_of(layout: Layout, *, tp: int = 0, dp: int = 0, pp: int = 0) -> int:
-    """The process with these coordinates: Megatron counts tensor ranks fastest, then data ranks, then stages."""
+    """Return the rank with these coordinates: Megatron orders ranks by tp (fastest), then dp, then pp."""
     return tp + layout.tp * layout.cp * (dp + layout.dp * pp)
 
 
 def _type_off_meta(tensor_type: Any) -> Any:
-    """`Tensor.type`, with tensors on "meta" answering as real ones: Megatron's optimizer sorts parameters by it."""
+    """`Tensor.type`, with real type names for tensors on "meta": Megatron's optimizer groups parameters by it."""
     real = "torch.cuda." if torch.cuda.is_available() else "torch."
 
     def answer(self: torch.Tensor, *args: Any, **options: Any) -> Any:

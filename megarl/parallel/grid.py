@@ -1,4 +1,4 @@
-"""A live layout: the process groups of a grid of ranks and this rank's place in it."""
+"""The process groups of the live layout, and this rank's coordinates in it."""
 
 import os
 from collections.abc import Callable
@@ -18,11 +18,11 @@ from megarl.parallel.layout import Layout
 from megarl.parallel.meeting import Seat, join
 
 SEEDS = 2**63
-"""Torch's generators take seeds below this. Whatever is computed from the run's seed is reduced to one."""
+"""Upper bound (exclusive) of torch's seeds; seeds derived from the run's seed are reduced modulo this."""
 
 
 def start_world(timeout_s: float = 1800.0) -> torch.device:
-    """Join the process group that the environment describes (alone: a world of one). Returns this rank's device."""
+    """Join the process group that the environment describes (else a world of one). Returns this rank's device."""
     if cpu.needed():
         cpu.install()
         device = torch.device("cpu")
@@ -48,15 +48,15 @@ def start_world(timeout_s: float = 1800.0) -> torch.device:
         )
     if device.type == "cpu":
         join("gloo", seat, timeout_s)
-    else:  # with a device, NCCL connects at once, and not pair by pair while sends are under way
+    else:  # with a device, NCCL connects all ranks at once instead of pair by pair during the first sends
         join("nccl", seat, timeout_s, device)
     return device
 
 
 class Grid:
-    """Process groups and coordinates of this rank. One grid is live in a process at a time: `close` it before the next.
+    """Process groups and coordinates of this rank. A process has one live grid: `close` it before making another.
 
-    `groups` is Megatron's collection, passed explicitly wherever Megatron takes it.
+    `groups` is Megatron's collection of process groups; it is passed explicitly wherever Megatron accepts it.
     """
 
     def __init__(self, layout: Layout, device: torch.device, seed: int = 1, timeout_s: float = 1800.0) -> None:
@@ -85,43 +85,47 @@ class Grid:
 
     @property
     def rank(self) -> int:
+        """Rank of this process in the world."""
         return dist.get_rank()
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether this rank is on the first pipeline stage."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank is on the last pipeline stage."""
         return self.pp_rank == self.layout.pp - 1
 
     def seed_dropout(self, seed: int) -> None:
-        """Seed what dropout draws from: a generator per stage and data-parallel rank, split over TP by Megatron."""
+        """Seed dropout's generators: one per stage and data-parallel rank; Megatron splits them over tensor ranks."""
         base = (seed + 100 * self.pp_rank + 10_000 * self.dp_rank) % SEEDS
         torch.manual_seed(base)
         model_parallel_cuda_manual_seed(base, force_reset_rng=True)
 
     def random_state(self) -> dict[str, Any]:
-        """The generators that dropout draws from, as plain tensors."""
+        """Return the states of the generators that dropout uses, as plain tensors."""
         state: dict[str, Any] = {"default": torch.get_rng_state(), "tracked": get_cuda_rng_tracker().get_states()}
         if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state()
         return state
 
     def set_random_state(self, state: dict[str, Any]) -> None:
+        """Restore the generator states that `random_state` returned."""
         torch.set_rng_state(state["default"])
         get_cuda_rng_tracker().set_states(state["tracked"])
         if "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"])
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's (small, picklable) value, by rank, on every rank."""
+        """Return every rank's (small, picklable) value, in rank order, on every rank."""
         values: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
         return values
 
     def run_on_rank0(self, work: Callable[[], Any]) -> Any:
-        """What the first rank's work comes to, on every rank: a (small, picklable) value, or the error it raised."""
+        """Run `work` on rank 0 and broadcast its (small, picklable) result, or the error that it raised."""
         if dist.get_world_size() == 1:
             return work()
         box: list[Any] = [None, None]
@@ -129,31 +133,31 @@ class Grid:
         if self.rank == 0:
             try:
                 box[0] = work()
-            except Exception as problem:  # every rank must hear of it, or the others wait for ever
+            except Exception as problem:  # every rank must receive it, or the others wait forever
                 failure = problem
                 travels = isinstance(problem, MegarlError)
                 box[1] = problem if travels else RuntimeError(f"rank 0: {type(problem).__name__}: {problem}")
         dist.broadcast_object_list(box, src=0, device=self.device)
         if box[1] is not None:
             if isinstance(box[1], MegarlError) and failure is None:
-                box[1].said = True  # by the first rank, which raises it too
+                box[1].said = True  # printed by rank 0, which raises it too
             raise failure or box[1]
         return box[0]
 
     def sum_over_data(self, values: Tensor) -> Tensor:
-        """Sum over the data-parallel ranks, in place. A `Layout` with one replica sends nothing."""
+        """Sum over the data-parallel ranks, in place. With one replica nothing is sent."""
         if self.layout.dp * self.layout.cp > 1:
             dist.all_reduce(values, group=self.groups.dp_cp)
         return values
 
     def broadcast_from_last_stage(self, values: Tensor) -> Tensor:
-        """Give every stage the last stage's `values`, in place; shapes must agree on all stages."""
+        """Broadcast the last stage's `values` to every stage, in place; shapes must agree on all stages."""
         if self.layout.pp > 1:
             dist.broadcast(values, src=self._last_stage, group=self.groups.pp)
         return values
 
     def object_from_last_stage(self, value: object) -> object:
-        """Give every stage the last stage's (small, picklable) object."""
+        """Return the last stage's (small, picklable) object on every stage."""
         if self.layout.pp == 1:
             return value
         box = [value]
@@ -161,16 +165,17 @@ class Grid:
         return box[0]
 
     def any_rank(self, flag: bool) -> bool:
-        """True on every rank where it is true on one."""
+        """Return True on every rank if `flag` is True on any rank."""
         value = torch.tensor([int(flag)], device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
 
     def barrier(self) -> None:
+        """Wait until every rank has called this."""
         dist.barrier()
 
     def close(self) -> None:
-        """Forget the groups, so that another grid can be made."""
+        """Destroy the groups, so that another grid can be made."""
         parallel_state.destroy_model_parallel()
 
     @property

@@ -1,4 +1,4 @@
-"""Initial weights from (seed, global name) and then sliced, so that every layout starts from the same model."""
+"""Initial weights from (seed, global name), sliced afterwards, so that every layout starts from the same model."""
 
 import hashlib
 from collections.abc import Callable
@@ -19,10 +19,10 @@ def initialise(
     tp: int,
     full_rows: Callable[[str], int | None],
 ) -> None:
-    """Fill parameters in place. Names are global (layer numbers of the whole model, not of the stage).
+    """Fill parameters in place. Names are global: layers are numbered over the whole model, not within the stage.
 
-    A sharded parameter carries Megatron's `partition_dim` and `partition_stride`. `full_rows(name)` is the number of
-    rows that are drawn where the table is padded to suit the layout (vocabularies); None where there is no padding.
+    A sharded parameter has Megatron's `partition_dim` and `partition_stride` attributes. `full_rows(name)` is the
+    number of rows to sample of a table that is padded for the layout (vocabularies); None if it is not padded.
     """
     for name, parameter in named_parameters:
         deviation = std(name, parameter)
@@ -38,7 +38,7 @@ def initialise(
 
 
 def _draw(name: str, parameter: nn.Parameter, seed: int, std: float, tp: int, rows: int | None) -> Tensor:
-    """The whole tensor, zero in padded rows."""
+    """Sample the whole tensor, with zeros in padded rows."""
     shape = list(parameter.shape)
     if is_sharded(parameter):
         shape[partition_dim(parameter)] *= tp
@@ -51,7 +51,7 @@ def _draw(name: str, parameter: nn.Parameter, seed: int, std: float, tp: int, ro
 
 
 def local_slice(full: Tensor, parameter: Tensor, tp_rank: int, tp: int) -> Tensor:
-    """This rank's part: with a stride of s, the tensor is s blocks that are each cut tp ways (gate and up of a GLU)."""
+    """Return this rank's slice. With stride s, the tensor is s blocks, each split tp ways (gate and up of a GLU)."""
     if not is_sharded(parameter) or tp == 1:
         return full
     dim, stride = partition_dim(parameter), int(getattr(parameter, "partition_stride", 1))
@@ -60,7 +60,7 @@ def local_slice(full: Tensor, parameter: Tensor, tp_rank: int, tp: int) -> Tenso
 
 
 def copy_slice(full: Tensor, parameter: Tensor, tp_rank: int, tp: int) -> None:
-    """Copy this rank's part into the parameter, block by block: without a copy of the part in between."""
+    """Copy this rank's slice into the parameter, block by block, without a temporary copy of the slice."""
     if not is_sharded(parameter) or tp == 1:
         parameter.data.copy_(full)
         return
@@ -72,15 +72,17 @@ def copy_slice(full: Tensor, parameter: Tensor, tp_rank: int, tp: int) -> None:
 
 
 def join_slices(parts: list[Tensor], parameter: Tensor) -> Tensor:
-    """The whole tensor from all ranks' parts: the inverse of `local_slice`."""
+    """Join all ranks' slices to the whole tensor: the inverse of `local_slice`."""
     dim, stride = partition_dim(parameter), int(getattr(parameter, "partition_stride", 1))
     cut = [part.chunk(stride, dim=dim) for part in parts]
     return torch.cat([pieces[block] for block in range(stride) for pieces in cut], dim=dim)
 
 
 def is_sharded(parameter: Tensor) -> bool:
+    """Return whether Megatron split this parameter over the tensor-parallel ranks."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
 def partition_dim(parameter: Tensor) -> int:
+    """Return the dimension along which Megatron split this parameter (0 if it has no such attribute)."""
     return int(getattr(parameter, "partition_dim", 0))

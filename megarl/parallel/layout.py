@@ -1,4 +1,4 @@
-"""The grid of ranks as plain numbers: the one place that knows how a world is cut. No torch, no process groups."""
+"""The grid of ranks as plain numbers; only this module computes how a world is split. No torch, no process groups."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from megarl.errors import ConfigError
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ways tensors, layers and data are split. One replica is tp x pp x cp ranks."""
+    """Sizes of the tensor-, pipeline-, context- and data-parallel splits. One replica is tp x pp x cp ranks."""
 
     tp: int = 1
     pp: int = 1
@@ -36,8 +36,8 @@ class Layout:
     def for_world(
         cls, world: int, *, tp: int = 1, pp: int = 1, cp: int = 1, vpp: int = 1, sequence_parallel: bool = False
     ) -> "Layout":
-        """The layout whose data-parallel size fills a world of `world` ranks."""
-        replica = cls(tp=tp, pp=pp, cp=cp, vpp=vpp).replica_size  # also refuses sizes below one by their key
+        """Return the layout whose data-parallel size fills a world of `world` ranks."""
+        replica = cls(tp=tp, pp=pp, cp=cp, vpp=vpp).replica_size  # also rejects sizes below one, naming their key
         if world % replica:
             raise ConfigError(
                 f"parallel.tp={tp} x parallel.pp={pp} x parallel.cp={cp} = {replica} ranks do not divide the world "
@@ -49,11 +49,12 @@ class Layout:
 
     @property
     def replica_size(self) -> int:
-        """Ranks that together hold one whole model."""
+        """Number of ranks that together store one whole model."""
         return self.tp * self.pp * self.cp
 
     @property
     def world_size(self) -> int:
+        """Number of ranks of all replicas."""
         return self.replica_size * self.dp
 
     def __str__(self) -> str:

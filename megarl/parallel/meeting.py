@@ -1,6 +1,6 @@
-"""How the processes of a run find each other: the store they meet at, and the sockets that they listen on.
+"""Rendezvous of a run's processes: the store that they connect to, and the sockets that they listen on.
 
-A run on one machine listens on the loopback interface only. A run over several listens as torch has it.
+A run on one machine listens on the loopback interface only. A run over several machines uses torch's defaults.
 """
 
 import atexit
@@ -25,15 +25,15 @@ from megarl.errors import MegarlError, UnavailableError, first_line
 from megarl.parallel.processes import set_env_from_slurm
 
 LOOPBACK = "127.0.0.1"
-_PATIENCE_S = 300.0  # beyond the run's own, for the first process, which may wait for a silent owner of the run folder
-_HEARD_S = 30.0  # how long the first process stays for the others to hear why it ends
+_PATIENCE_S = 300.0  # added to the run's timeout, as the first process may wait for the run folder to be released
+_ERROR_READ_S = 30.0  # how long a failing first process waits for the others to read its error
 _stores: dict["Seat", Store] = {}  # opened by this process
-_groups = 0  # made so far; each has keys of its own in the store
+_groups = 0  # process groups made so far; each uses separate keys in the store
 
 
 @dataclass(frozen=True)
 class Seat:
-    """This process's place among those of the run, and where they meet."""
+    """This process's rank in the run, and the address of the run's store."""
 
     rank: int
     world: int
@@ -43,11 +43,12 @@ class Seat:
 
     @staticmethod
     def alone() -> "Seat":
+        """Return the seat of a process that was started alone: a world of one on the loopback interface."""
         return Seat(0, 1, LOOPBACK, 0, one_machine=True)
 
     @staticmethod
     def launched(environ: Mapping[str, str] = os.environ) -> "Seat | None":
-        """As torchrun, a launcher or `set_env_from_slurm` has it; None in a process that was started alone."""
+        """Return the seat that torchrun, a launcher or `set_env_from_slurm` set; None in a process started alone."""
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
             return None
         world = int(environ["WORLD_SIZE"])
@@ -56,7 +57,7 @@ class Seat:
 
 
 def join(backend: str, seat: Seat, timeout_s: float, device_id: torch.device | None = None) -> None:
-    """Make the default process group, unless there is one."""
+    """Create the default process group, unless it exists."""
     global _groups
     if dist.is_initialized():
         return
@@ -73,11 +74,11 @@ def join(backend: str, seat: Seat, timeout_s: float, device_id: torch.device | N
         backend, store=store, rank=seat.rank, world_size=seat.world, timeout=timeout, device_id=device_id
     )
     if backend == "nccl":
-        atexit.register(_leave)  # torch warns about a group that is still there at the end
+        atexit.register(_leave)  # torch warns about a group that still exists at exit
 
 
 def stay_on_this_machine() -> None:
-    """Let gloo and NCCL listen on the loopback interface, unless the environment names another."""
+    """Make gloo and NCCL listen on the loopback interface, unless the environment names another one."""
     names = [name for name, found in psutil.net_if_addrs().items() if any(one.address == LOOPBACK for one in found)]
     if names:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
@@ -85,7 +86,7 @@ def stay_on_this_machine() -> None:
 
 
 def open_store(seat: Seat, timeout_s: float) -> Store:
-    """The store of a run: torchrun's where it has one, else the first process's. Opened once in a process."""
+    """Return the run's store: torchrun's if it has one, else the first process's. It is opened once per process."""
     if seat in _stores:
         return _stores[seat]
     hosted = not _store_is_torchruns()
@@ -104,21 +105,22 @@ def open_store(seat: Seat, timeout_s: float) -> Store:
         )
     except (RuntimeError, OSError) as problem:
         raise UnavailableError(
-            f"the processes of this run cannot meet at {address}:{seat.port} ({first_line(problem)}): look at what "
-            "the first one said, or set MASTER_ADDR and MASTER_PORT to a free port",
+            f"the processes of this run cannot connect to {address}:{seat.port} ({first_line(problem)}): read what "
+            "the first one printed, or set MASTER_ADDR and MASTER_PORT to a free port",
             key="MASTER_PORT",
             value=seat.port,
             where=f"{address}:{seat.port}",
         ) from None
-    # A worker group that torchrun starts again meets at the same store.
+    # A worker group that torchrun restarts uses the same store, so the restart count is part of the keys.
     _stores[seat] = PrefixStore(f"megarl{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     return _stores[seat]
 
 
 def first_does(work: Callable[[], None], timeout_s: float) -> None:
-    """Let the first process of the run work while the others wait, before there is a process group.
+    """Run `work` on the first process of the run while the others wait, before there is a process group.
 
-    A `MegarlError` of the first process ends all of them. Where the first starts the others itself, it works before.
+    A `MegarlError` on the first process is raised on all. Where the first process starts the others itself, it runs
+    `work` before it starts them.
     """
     set_env_from_slurm()
     if dist.is_initialized():
@@ -131,51 +133,51 @@ def first_does(work: Callable[[], None], timeout_s: float) -> None:
             work()
         return
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else open_store(seat, timeout_s)
-    word = f"first/{store.add(f'first/of{rank}', 1)}"  # all processes have called this as often
+    key = f"first/{store.add(f'first/of{rank}', 1)}"  # all processes have called this as often
     if rank == 0:
-        _work_and_tell(work, store, word, world)
+        _work_as_first(work, store, key, world)
     else:
-        _hear(store, word, timeout_s)
+        _wait_for_first(store, key, timeout_s)
 
 
-def _work_and_tell(work: Callable[[], None], store: Store, word: str, world: int) -> None:
+def _work_as_first(work: Callable[[], None], store: Store, key: str, world: int) -> None:
     try:
         work()
     except MegarlError as problem:
-        # Said before the others end: a launcher that sees one end stops the rest.
+        # Printed before the others exit: a launcher stops all processes when one exits.
         say(f"error: {problem}")
         problem.said = True
-        store.set(word, pickle.dumps(problem))  # type: ignore[arg-type]
-        deadline = time.monotonic() + (0.0 if _store_is_torchruns() else _HEARD_S)
-        while store.add(f"{word}/heard", 0) < world - 1 and time.monotonic() < deadline:
+        store.set(key, pickle.dumps(problem))  # type: ignore[arg-type]
+        deadline = time.monotonic() + (0.0 if _store_is_torchruns() else _ERROR_READ_S)
+        while store.add(f"{key}/read", 0) < world - 1 and time.monotonic() < deadline:
             time.sleep(0.05)
         raise
-    store.set(word, "")
+    store.set(key, "")
 
 
-def _hear(store: Store, word: str, timeout_s: float) -> None:
+def _wait_for_first(store: Store, key: str, timeout_s: float) -> None:
     try:
         with interruptible():
-            store.wait([word], timedelta(seconds=timeout_s + _PATIENCE_S))
-        refusal = store.get(word)
-        store.add(f"{word}/heard", 1)
+            store.wait([key], timedelta(seconds=timeout_s + _PATIENCE_S))
+        refusal = store.get(key)
+        store.add(f"{key}/read", 1)
     except RuntimeError as problem:
         raise UnavailableError(
             f"the first process of this run ended, or did not answer within {timeout_s + _PATIENCE_S:g} s, "
-            f"before it held the folders that the run writes ({first_line(problem)}): look at what it said",
+            f"before it locked the folders that the run writes ({first_line(problem)}): read what it printed",
             where="the first process of this run",
         ) from None
     if refusal:
-        time.sleep(1.0)  # the first process is to be the first that ends, as launchers report that one
+        time.sleep(1.0)  # let the first process exit first: launchers report the first that exits
         error: MegarlError = pickle.loads(refusal)
         raise error
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """While processes wait for each other in C++, where no Python handler runs, Ctrl-C ends this one at once."""
-    python_answers = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not python_answers or threading.current_thread() is not threading.main_thread():
+    """Let Ctrl-C end this process at once while processes wait in C++, where Python's signal handlers do not run."""
+    python_handles_sigint = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not python_handles_sigint or threading.current_thread() is not threading.main_thread():
         yield
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -186,7 +188,7 @@ def interruptible() -> Iterator[None]:
 
 
 def _listen(port: int) -> int:
-    """The descriptor of a socket that only this machine reaches."""
+    """Return the descriptor of a listening socket on the loopback interface."""
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((LOOPBACK, port))

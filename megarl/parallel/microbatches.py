@@ -1,4 +1,4 @@
-"""Rows laid out for the forward passes of all replicas, and outputs brought back to rows.
+"""Plan the packing of rows for the forward passes of all replicas, and gather outputs back into rows.
 
     rows                     bins of 6 tokens, two of them for each microbatch
 
@@ -6,7 +6,7 @@
     1  x y z .               bin 1   p q r s t -         row 2
     2  p q r s t .
 
-The last token of a row (the dots) is predicted and not read, as nothing follows from it, unless `read_last`.
+The last token of a row (the dots) is predicted but not read, as no later token depends on it, unless `read_last`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from megarl.parallel.packing import pack, round_up_to_bucket
 from megarl.parallel.rows import Microbatch, Rows, RowSource, gather
 
 SHORT = 32
-"""Rows up to this long share bins twice as long as the longest, so that less of a bin stays empty."""
+"""Rows up to this length share bins that are twice as long as the longest row, so that less of a bin stays empty."""
 
 
 class MicrobatchPlan:
     """Assign rows to bins, and bins to the microbatches of all replicas.
 
-    Every rank computes the whole plan, from lengths alone, and makes its own microbatches. All microbatches of all
-    ranks have the same [bins, time]; bins that are left over hold nothing.
+    Every rank computes the whole plan from the lengths alone and builds its own microbatches. All microbatches of all
+    ranks have the same [bins, time]; surplus bins are empty.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class MicrobatchPlan:
         bins = pack(sizes, self.time) if share_bins else list(np.arange(len(members))[:, None])
         most = max(1, per_microbatch * largest // capacity)
         count = -(-len(bins) // (layout.dp * most))
-        if layout.vpp > 1:  # an interleaved pipeline works in rounds of a microbatch per stage
+        if layout.vpp > 1:  # an interleaved pipeline needs a multiple of pp microbatches
             count = -(-count // layout.pp) * layout.pp
         self.count = count
         self.bins = min(most, round_up_to_bucket(-(-len(bins) // (layout.dp * count)), steps=16))
@@ -83,7 +83,7 @@ class MicrobatchPlan:
         )
 
     def _assign(self, bins: Sequence[np.ndarray]) -> None:
-        """Compute for each row its bin, the position of its first token in that, and its segment there, from 1."""
+        """Compute for each row its bin, the position of its first token in the bin, and its segment there, from 1."""
         order = np.concatenate(bins)  # rows, bin by bin
         rows_in_bin = np.array([len(rows) for rows in bins])
         first = np.repeat(np.cumsum(rows_in_bin) - rows_in_bin, rows_in_bin)  # index in `order` of a bin's first row
@@ -94,20 +94,20 @@ class MicrobatchPlan:
         self.row_segment[order] = np.arange(len(order)) - first + 1
 
     def microbatches(self, source: RowSource, indices: Tensor | None = None) -> list[Microbatch]:
-        """Make this replica's microbatches. Bins are assigned round-robin: `bins` consecutive ones per replica.
+        """Build this replica's microbatches. Bins are assigned round-robin: `bins` consecutive ones per replica.
 
         Args:
-            source: where the planned rows are.
-            indices: [rows], their indices in the source (None: it holds just these, in order).
+            source: contains the planned rows.
+            indices: [rows], their indices in the source (None: it contains only these rows, in order).
         """
         firsts = (self.bins * (turn * self.layout.dp + self.dp_rank) for turn in range(self.count))
         return [self._microbatch(source, indices, first) for first in firsts]
 
     def _microbatch(self, source: RowSource, indices: Tensor | None, first: int) -> Microbatch:
-        """Lay out the rows of the bins from `first` on."""
+        """Lay out the rows of the bins that begin at index `first`."""
         members = np.flatnonzero((self.row_bin >= first) & (self.row_bin < first + self.bins))
         idle = len(members) == 0
-        if idle:  # the bins hold nothing, but losses want rows: a unit that counts for nothing
+        if idle:  # empty bins, but losses expect rows: use a unit whose mask is empty
             members = self.first_unit
         taken = torch.from_numpy(members)
         rows = source.take(taken if indices is None else indices[taken])
@@ -146,33 +146,33 @@ class MicrobatchPlan:
         )
 
     def _begins(self, members: np.ndarray, first: int) -> np.ndarray:
-        """[members]: where each row's first token is in the flat bins from `first` on."""
+        """Return [members], the index of each row's first token in the flat bins from bin `first` on."""
         begins: np.ndarray = (self.row_bin[members] - first) * self.time + self.row_start[members]
         return begins
 
     def _token_index(self, members: np.ndarray, first: int, width: int) -> Tensor:
-        """[members, width]: where the state that predicts each token is in the flat bins from `first` on, or -1."""
+        """Return [members, width], index in the flat bins from `first` on of each token's predicting state, or -1."""
         offset = np.arange(width)
         is_target = (offset > 0) & (offset < self.lengths[members][:, None])
         return torch.from_numpy(np.where(is_target, self._begins(members, first)[:, None] + offset - 1, -1))
 
     def _last_index(self, members: np.ndarray, first: int) -> Tensor:
-        """[members]: where each row's last token is in the flat bins from `first` on, or -1 where it is not read."""
+        """Return [members], the index of each row's last token in the flat bins from bin `first` on; -1 if not read."""
         lengths = self.lengths[members]
         is_read = (lengths > 0) & (self.read[members] >= lengths)
         return torch.from_numpy(np.where(is_read, self._begins(members, first) + lengths - 1, -1))
 
     def collect(self, outputs: Sequence[Tensor], grid: Grid, width: int) -> Tensor:
-        """Bring the outputs [bins, time] of all replicas' microbatches into rows: [rows, width] on every rank's host,
-        as `Microbatch.gather_rows` has them."""
-        return gather(self._everywhere(outputs, grid), self._token_index(np.arange(len(self.lengths)), 0, width))
+        """Gather all replicas' outputs [bins, time] into rows [rows, width] in host memory, on every rank, as
+        `Microbatch.gather_rows` does for one microbatch."""
+        return gather(self._all_bins(outputs, grid), self._token_index(np.arange(len(self.lengths)), 0, width))
 
     def collect_last(self, outputs: Sequence[Tensor], grid: Grid) -> Tensor:
-        """Return what the outputs hold where each row's last token was read: [rows] on every rank's host."""
-        return gather(self._everywhere(outputs, grid), self._last_index(np.arange(len(self.lengths)), 0))
+        """Return the outputs at the last token of each row, [rows] in host memory on every rank; 0 where not read."""
+        return gather(self._all_bins(outputs, grid), self._last_index(np.arange(len(self.lengths)), 0))
 
-    def _everywhere(self, outputs: Sequence[Tensor], grid: Grid) -> Tensor:
-        """[all bins in their order, time]: they were dealt out in rounds."""
+    def _all_bins(self, outputs: Sequence[Tensor], grid: Grid) -> Tensor:
+        """Gather all bins of all replicas in plan order, [all bins, time]: the plan assigned them round-robin."""
         local = torch.stack(list(outputs)).contiguous()  # [microbatches, bins, time]
         shares = [local]
         if self.layout.dp > 1:
@@ -182,7 +182,7 @@ class MicrobatchPlan:
 
 
 def _members(rows: int, keep_together: Tensor | np.ndarray | None) -> list[np.ndarray]:
-    """Return the rows of each unit, units in the order in which they begin."""
+    """Return the rows of each unit; units are in the order of their first rows."""
     if keep_together is None:
         return list(np.arange(rows)[:, None])
     by_unit: dict[int, list[int]] = {}
@@ -205,7 +205,7 @@ def make_microbatches(
     share_bins: bool,
     longest: int | None = None,
 ) -> list[Microbatch]:
-    """Plan some rows of a source, by their indices [rows], and make this replica's microbatches of them."""
+    """Plan the rows of a source with indices [rows], and build this replica's microbatches of them."""
     lengths = np.asarray(source.lengths)[indices.numpy()]
     plan = MicrobatchPlan(
         lengths,

@@ -13,14 +13,13 @@ from megarl.logging import get_logger
 from megarl.parallel.grid import Grid
 
 log = get_logger(__name__)
-RESTORED = ("params", "step")  # of a group of parameters; checkpoints hold its settings too
-STATES = ("param", "exp_avg", "exp_avg_sq")  # what a checkpoint holds of a tensor that trains
+RESTORED = ("params", "step")  # restored entries of a parameter group; its saved settings are ignored
+STATES = ("param", "exp_avg", "exp_avg_sq")  # state of a trained tensor in a checkpoint
 
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """What an engine needs to know to train: the optimizer's settings, the length of its schedule, and which key of the
-    configuration the learning rate is of."""
+    """The optimizer's settings, the length of its schedule, and the configuration key that sets the learning rate."""
 
     settings: OptimConfig
     total_steps: int
@@ -28,7 +27,7 @@ class OptimSpec:
 
 
 def build_optimizer(chunks: list[Any], spec: OptimSpec, grid: Grid, bf16: bool) -> MegatronOptimizer:
-    """ZeRO-1 AdamW over an engine's chunks; biases and norms are not decayed (Megatron's standard rule)."""
+    """Build ZeRO-1 AdamW over an engine's chunks; biases and norms are not decayed (Megatron's standard rule)."""
     _make_states_loadable()
     _make_states_savable()
     settings = spec.settings
@@ -53,29 +52,29 @@ def build_optimizer(chunks: list[Any], spec: OptimSpec, grid: Grid, bf16: bool) 
 
 
 def trains_here(optimizer: MegatronOptimizer) -> bool:
-    """Whether this rank updates any parameter: a stage of frozen layers does not."""
+    """Return whether this rank updates any parameter: a pipeline stage of frozen layers does not."""
     return any(group["params"] for group in optimizer.param_groups)
 
 
 def fuse(part: MegatronOptimizer) -> None:
-    """On the CPU, update a tensor in one pass: Megatron has no setting for torch's fused kernel."""
+    """On the CPU, switch on torch's fused kernel, for which Megatron has no setting."""
     for group in part.optimizer.param_groups:
         if isinstance(part.optimizer, torch.optim.AdamW) and all(p.device.type == "cpu" for p in group["params"]):
             group["fused"] = True
 
 
 def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
-    """Take master weights, moments and the number of steps from a checkpoint.
+    """Load master weights, moments and the step count from a checkpoint.
 
-    All else that a group holds is this run's and this machine's: the Adams of torch, Transformer Engine and Apex do not
-    have the same entries. Every parameter gets a step counter of its own (Megatron loads one tensor into all of torch's
-    Adam states, which then each count it up).
+    All other entries of a parameter group keep this run's values, because the Adams of torch, Transformer Engine and
+    Apex have different entries. Every parameter gets a separate step counter: Megatron loads one tensor into all of
+    torch's Adam states, and each of them would then increment it.
     """
     mine = [{key: group[key] for key in group if key not in RESTORED} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, entries in zip(optimizer.param_groups, mine, strict=True):
         restored = {key: group[key] for key in RESTORED if key in group}
-        if "step" in restored:  # torch counts in floats, which the kernels of the others do not take
+        if "step" in restored:  # torch counts in floats, which the other kernels do not accept
             restored["step"] = int(restored["step"])
         group.clear()
         group.update(restored | entries)
@@ -89,21 +88,21 @@ def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
 
 
 def _allocate_state(part: MegatronOptimizer) -> None:
-    """Make Adam's state before the first step, so that a checkpoint of any step has the same content."""
+    """Create Adam's state before the first step, so that checkpoints of all steps have the same content."""
     if part.is_stub_optimizer:
         return
     part.init_state_fn(part.optimizer, part.config)
     if isinstance(part.optimizer, torch.optim.AdamW):
         for state in part.optimizer.state.values():
             state.setdefault("step", torch.tensor(0.0))
-    else:  # Transformer Engine's and Apex's count in groups, from the first step on
+    else:  # Transformer Engine and Apex count per group, from the first step on
         for group in part.optimizer.param_groups:
             group.setdefault("step", 0)
     fuse(part)
 
 
 def build_schedule(optimizer: MegatronOptimizer, spec: OptimSpec) -> OptimizerParamScheduler:
-    """Linear warm-up, then constant, linear or cosine down to min_lr at the last step."""
+    """Build the schedule: linear warm-up, then constant, linear or cosine decay to min_lr at the last step."""
     settings = spec.settings
     return OptimizerParamScheduler(
         optimizer,
@@ -118,28 +117,28 @@ def build_schedule(optimizer: MegatronOptimizer, spec: OptimSpec) -> OptimizerPa
         wd_incr_steps=max(spec.total_steps, 1),
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # a resumed run may be told to go on for longer
+        override_opt_param_scheduler=True,  # a resumed run may have more steps
     )
 
 
 def restore_schedule(schedule: OptimizerParamScheduler, saved: dict[str, Any], name: str) -> None:
-    """Go on from the saved step by this run's settings, which may be others: that is said."""
+    """Continue from the saved step with this run's settings, and warn where they differ from the saved ones."""
     ours = schedule.state_dict()
     keys = ["max_lr", "min_lr", "lr_warmup_steps", "lr_decay_style", "start_wd"]
     if schedule.lr_decay_style != "constant":
         keys.append("lr_decay_steps")
     changed = [f"{key} {saved[key]} -> {ours[key]}" for key in keys if saved[key] != ours[key]]
     if changed:
-        log.warning("the optimizer of %s goes on by other settings than the checkpoint's: %s", name, ", ".join(changed))
-    schedule.num_steps = 0  # Megatron adds the steps it reads to those it has
+        log.warning("optimizer settings of %s differ from the checkpoint and replace it: %s", name, ", ".join(changed))
+    schedule.num_steps = 0  # Megatron adds the loaded steps to the present ones
     schedule.load_state_dict(saved)
 
 
 def _make_states_loadable() -> None:
-    """Replace one method of Megatron's distributed optimizer that cannot load a checkpoint with torch's own Adam.
+    """Patch a method of Megatron's distributed optimizer that fails to load a checkpoint into torch's Adam.
 
-    It walks the keys of its own state (`step` among them, which files do not carry per parameter) and copies into
-    leaves that require grad. This version copies what both sides have, without autograd.
+    The original walks the keys of its own state (including `step`, which files do not store per parameter) and copies
+    into leaves that require grad. The patch copies the keys that both have, without autograd.
     """
     optimizer = mcore_distrib_optimizer.DistributedOptimizer
     original = optimizer._set_main_param_and_optimizer_states
@@ -162,10 +161,10 @@ def _make_states_loadable() -> None:
 
 
 def _make_states_savable() -> None:
-    """Mend a method of Megatron's distributed optimizer that saves one tensor's state under another's name.
+    """Patch a method of Megatron's distributed optimizer that saves one tensor's state under another's name.
 
-    It gathers the state of a buffer without the padding between its buckets, and its caller cuts tensors out of that
-    where they lie with the padding. This version puts the padding back. A lone replica has nothing to gather.
+    The original gathers the state of a buffer without the padding between its buckets, but its caller slices tensors
+    at their padded offsets. The patch adds the padding again. A single replica has nothing to gather.
     """
     optimizer = mcore_distrib_optimizer.DistributedOptimizer
     original = optimizer.get_parameter_state_dp_zero
@@ -173,7 +172,7 @@ def _make_states_savable() -> None:
         return
 
     def with_padding(self: Any, *args: Any, **settings: Any) -> Any:
-        everywhere = settings.get("return_on_all_ranks")  # other callers want it without padding
+        everywhere = settings.get("return_on_all_ranks")  # other callers expect no padding
         if everywhere and not settings.get("empty_data") and self.data_parallel_group.size() == 1:
             return {number: _own_state(self, number) for number in range(len(self.buffers))}
         state = original(self, *args, **settings)
@@ -195,13 +194,13 @@ def _make_states_savable() -> None:
 
 
 def _own_state(optimizer: Any, number: int) -> dict[Any, dict[str, torch.Tensor]]:
-    """By dtype, the state of everything in one of a lone replica's buffers, where it lies in the buffer."""
+    """Return optimizer state per dtype, flattened in buffer order, for a single replica."""
     found = {}
     for dtype, buckets in optimizer.gbuf_ranges[number].items():
         found[dtype] = {key: torch.empty(optimizer.buffers[number].numel) for key in STATES}
         for parameter, ranges in (item for bucket in buckets for item in bucket["param_map"].items()):
-            place = slice(ranges["gbuf_world"].start, ranges["gbuf_world"].end)
+            span = slice(ranges["gbuf_world"].start, ranges["gbuf_world"].end)
             state = optimizer._get_main_param_and_optimizer_states(parameter)
             for key in STATES:
-                found[dtype][key][place] = state[key].detach()
+                found[dtype][key][span] = state[key].detach()
     return found

@@ -1,4 +1,4 @@
-"""Pack sequences into bins of one length, and round sizes up to a few values."""
+"""Pack sequences into bins of equal length, and round sizes up to a few values."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from bisect import bisect_left, insort
 import numpy as np
 
 WINDOW = 8192
-"""Sequences that are packed together: more fills bins better, and takes longer."""
+"""Number of sequences that are packed together: a larger window fills bins better and takes longer."""
 
 
 def pack(lengths: np.ndarray, capacity: int, seed: int = 0, *, shuffle: bool = False) -> list[np.ndarray]:
     """Assign each sequence to one bin of at most `capacity` tokens.
 
-    Sequences are taken in their order, or in a seeded one, `WINDOW` at a time. Within a window the longest goes first,
-    each into the fullest bin that still holds it.
+    Sequences are processed in order, or in a seeded random order, `WINDOW` at a time. Within a window the longest
+    comes first, and each goes into the fullest bin with enough free space (best fit decreasing).
 
     Args:
         lengths: tokens of each sequence, [sequences], none above `capacity`.
 
     Returns:
-        The sequences of each bin; bins follow the order in which their first sequence was taken.
+        The sequence indices of each bin; bins are in the order of their first sequence.
     """
     order = np.arange(len(lengths))
     if shuffle:
@@ -49,8 +49,8 @@ def _best_fit(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
 
 
 def round_up_to_bucket(n: int, multiple_of: int = 1, *, steps: int = 8) -> int:
-    """Return `n` or a little more, so that sizes which vary take few values: at most n / `steps` more, and what a
-    multiple of `multiple_of` needs."""
+    """Return `n` rounded up, so that varying sizes take few values: at most n / `steps` more, plus the rounding to a
+    multiple of `multiple_of`."""
     step = max(1, (1 << n.bit_length() - 1) // steps) if n > 0 else 1
     step = -(-step // multiple_of) * multiple_of
     return -(-n // step) * step

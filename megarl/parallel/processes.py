@@ -1,4 +1,4 @@
-"""Processes that a command starts itself, or that SLURM started, as torchrun would have them."""
+"""Start worker processes, and set torchrun's environment variables in processes that SLURM started."""
 
 import os
 import socket
@@ -11,9 +11,9 @@ from megarl.errors import ConfigError
 
 
 def launched_workers(world: int, work: Callable[..., None], *arguments: Any) -> None:
-    """`work(*arguments)` in fresh processes on this machine, each with its rank and its share of the cores.
+    """Run `work(*arguments)` in new processes on this machine, each with its rank and its share of the cores.
 
-    One that fails ends the others; what it failed of is raised as torch.multiprocessing puts it.
+    If one fails, the others are stopped and its error is raised as torch.multiprocessing formats it.
     """
     from torch.multiprocessing.spawn import spawn
 
@@ -24,14 +24,14 @@ def launched_workers(world: int, work: Callable[..., None], *arguments: Any) -> 
 
 
 def set_env_from_slurm() -> None:
-    """In a task of srun, the variables that torchrun would have set."""
+    """In a task of srun, set the variables that torchrun would set."""
     if "WORLD_SIZE" in os.environ or not started_by_slurm(os.environ):
         return
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     try:
         slurm = SLURMEnvironment(auto_requeue=False)
-    except RuntimeError as problem:  # of --ntasks without --ntasks-per-node
+    except RuntimeError as problem:  # raised for --ntasks without --ntasks-per-node
         raise ConfigError(f"srun: {problem}", where="srun") from None
     numbers = {"RANK": slurm.global_rank(), "LOCAL_RANK": slurm.local_rank(), "WORLD_SIZE": slurm.world_size()}
     numbers["LOCAL_WORLD_SIZE"] = slurm.world_size() // int(os.environ.get("SLURM_NNODES", "1"))

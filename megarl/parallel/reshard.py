@@ -1,6 +1,6 @@
-"""An engine's weights in a second layout over the same ranks, moved there as Megatron plans it.
+"""Copy an engine's weights to a second layout over the same ranks, with Megatron's resharding plan.
 
-The second engine only computes forward passes. What a move costs is known, and can be shown, before the first one.
+The second engine only computes forward passes. The cost of a copy is computed before the first one.
 """
 
 from collections import Counter
@@ -26,9 +26,9 @@ Link = tuple[int, int]  # from rank, to rank
 
 
 class SecondGrid(Grid):
-    """The groups of another layout, beside the grid that is live.
+    """The process groups of another layout, beside the live grid.
 
-    Megatron's globals stay those of the live grid, so this one serves only what takes its groups from it explicitly.
+    Megatron's globals stay those of the live grid, so only code that takes its groups from this object can use it.
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
@@ -36,42 +36,43 @@ class SecondGrid(Grid):
         order = RankGenerator(tp=layout.tp, ep=1, dp=layout.dp, pp=layout.pp, cp=layout.cp, order="tp-cp-ep-dp-pp")
         made = {axis: dist.new_subgroups_by_enumeration(order.get_ranks(axis))[0] for axis in ("tp", "pp", "dp", "cp")}
         self._made = list(made.values())
-        # Neither tied embeddings over stages nor context parallelism are moved: see `Reshard`.
+        # Tied embeddings over stages and context parallelism are not supported: see `refuse_what_cannot_be_moved`.
         self.groups = ProcessGroupCollection(**made, tp_cp=made["tp"], dp_cp=made["dp"], embd=None)
         self.tp_rank, self.pp_rank, self.dp_rank = (made[axis].rank() for axis in ("tp", "pp", "dp"))
 
     def close(self) -> None:
+        """Destroy the process groups of this layout."""
         for group in self._made:
             dist.destroy_process_group(group)
 
 
 class Reshard:
-    """`engine` is `source` in another layout; `refresh()` gives it the source's present weights.
+    """Build `engine`, a copy of `source` in another layout; `refresh()` copies the source's present weights into it.
 
-    `links` has the bytes that a move sends along every pair of ranks (a rank's to itself included), `weight_bytes` and
-    `peak_bytes` what every rank holds for it: always, and at most while weights move.
+    `links` maps each pair of ranks (also of a rank with itself) to the bytes that one copy sends. `weight_bytes` and
+    `peak_bytes` list the extra memory of every rank: permanently, and at most while weights are copied.
     """
 
     def __init__(self, source: Engine, layout: Layout, build: Callable[[Grid], BuildModel]) -> None:
-        """On all ranks. `build(grid)` is for that grid's layout, which is of one chunk per rank."""
+        """Call on all ranks. `build(grid)` builds the model for that grid, whose layout has one chunk per rank."""
         tied = source.models[0].share_embeddings_and_output_weights
         refuse_what_cannot_be_moved(source.grid.layout, layout, tied=tied)
         self.source, self.grid = source, SecondGrid(layout, source.grid.device)
         self.engine = Engine(self.grid, build(self.grid), name=source.name)
         _check_shapes(source, self.engine)
-        # What `swap_model_weights` does in one call, in two: the plan is shown before it is carried out.
+        # `swap_model_weights` in two steps, so that the plan can be shown before it is executed.
         self._plan = build_centralized_reshard_plan(source.models[0], self.engine.models[0])
         self._service: CopyService = _GlooCopies() if self.grid.device.type == "cpu" else NCCLCopyService()
         self.links, self.weight_bytes, self.peak_bytes = self._cost()
 
     def refresh(self) -> None:
-        """Move the source's present weights. On all ranks."""
+        """Copy the source's present weights. Call on all ranks."""
         if self.grid.device.type == "cuda":
-            torch.cuda.synchronize()  # Megatron's service copies on a stream of its own, which waits for nobody
+            torch.cuda.synchronize()  # Megatron's service copies on its own stream without waiting for this one
         execute_reshard_plan(self._plan, self.source.models[0], self.engine.models[0], self._service)
 
     def table(self) -> str:
-        """What a move sends and what it needs, for people."""
+        """Return a readable table of the bytes that a copy sends and the memory that it needs."""
         between = sum(count for (source, target), count in self.links.items() if source != target)
         lines = [
             f"weights from {self.source.grid.layout} to {self.grid.layout}: {_size(sum(self.links.values()))}, "
@@ -85,7 +86,7 @@ class Reshard:
         return "\n".join(lines)
 
     def close(self) -> None:
-        """Give the second engine's groups back; it cannot be used afterwards. On all ranks."""
+        """Destroy the second engine's groups; it cannot be used afterwards. Call on all ranks."""
         self.grid.close()
 
     def _cost(self) -> tuple[dict[Link, int], list[int], list[int]]:
@@ -97,16 +98,16 @@ class Reshard:
             part = here[op.param_name][op.my_slice]
             sent += 0 if part.is_contiguous() else _bytes(part)  # copied before it is sent
         weights = sum(_bytes(parameter) for parameter in there.values())
-        # Megatron receives everything into buffers, and then copies it to its place.
+        # Megatron receives everything into buffers, and then copies it to its destination.
         ranks = self.grid.gather((dict(received), weights, weights + received.total() + sent))
         links = {(source, rank): count for rank, (of, _, _) in enumerate(ranks) for source, count in sorted(of.items())}
         return links, [weights for _, weights, _ in ranks], [peak for _, _, peak in ranks]
 
 
 class _GlooCopies(CopyService):
-    """Sends and receives on machines without a GPU; Megatron's own service for these asks for CUDA streams.
+    """Send and receive without a GPU; Megatron's own service for this case requires CUDA streams.
 
-    Both ends of a pair of ranks submit in the order of the plan, so that messages need no names.
+    Both ranks of a pair submit in the order of the plan, so messages need no tags.
     """
 
     def __init__(self) -> None:
@@ -134,7 +135,7 @@ class _GlooCopies(CopyService):
 
 
 def refuse_what_cannot_be_moved(present: Layout, layout: Layout, *, tied: bool) -> None:
-    """What megatron-core 0.16.1 cannot do, told before anything is built."""
+    """Raise for layouts that megatron-core 0.16.1 cannot copy to, before anything is built."""
     if present.vpp > 1 or layout.vpp > 1:
         raise ConfigError(
             f"rollout.layout={layout} cannot be reached from {present}: megatron-core moves one chunk per process, and "
@@ -162,7 +163,7 @@ def refuse_what_cannot_be_moved(present: Layout, layout: Layout, *, tied: bool) 
 
 
 def _check_shapes(source: Engine, target: Engine) -> None:
-    """Every tensor of the second model must be in the first, in the same shape. All ranks refuse or none does."""
+    """Raise on all ranks unless every tensor of the second model exists in the first with the same shape."""
     whole: dict[str, tuple[int, ...]] = {}
     wanted: dict[str, tuple[int, ...]] = {}
     for shapes, engine in ((whole, source), (wanted, target)):

@@ -1,7 +1,7 @@
-"""Sequences to learn from, and the input of one forward pass.
+"""Token sequences to train on, and the input of one forward pass.
 
-`Rows` hold one sequence per row; algorithms, losses and data sets use them. `MicrobatchPlan` lays them out as
-`Microbatch`es, which models and losses are given. Both are immutable: a step that adds a column returns new rows.
+`Rows` contain one sequence per row and are used by algorithms, losses and data sets. `MicrobatchPlan` lays them out as
+`Microbatch`es, the input of models and losses. Both are immutable: a step that adds a column returns new rows.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Sequences to learn from, right-padded.
+    """Token sequences to train on, right-padded.
 
     Attributes:
         tokens: [rows, time] long.
         lengths: [rows] long, tokens of each row without padding.
-        action_mask: [rows, time] float32, 1 where the policy acted, or where the loss applies; 0 on prompts,
+        action_mask: [rows, time] float32, 1 on the policy's actions, or where the loss applies; 0 on prompts,
             environment text, padding and the first token, which has no prediction.
         per_token: more columns [rows, time], such as rollout_logprobs, old_logprobs, ref_logprobs, values, rewards,
             advantages and returns; of rows that hold several documents, positions and segment_ids.
@@ -42,22 +42,22 @@ class Rows:
         return name in self.per_token or name in self.per_row
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return a column by its name."""
+        """Return the column of this name: [rows, time] or [rows]."""
         return self.per_token[name] if name in self.per_token else self.per_row[name]
 
     def with_columns(self, **columns: Tensor) -> Self:
-        """Return these rows with more columns, or with others of the same name: [rows, time] or [rows]."""
+        """Return these rows with the given columns added or replaced: [rows, time] or [rows]."""
         per_token, per_row = dict(self.per_token), dict(self.per_row)
         for name, column in columns.items():
             if name in ("tokens", "lengths", "action_mask"):
-                raise ValueError(f"{name} is no further column: use dataclasses.replace")
+                raise ValueError(f"{name} is not an additional column: use dataclasses.replace")
             if column.shape not in (self.tokens.shape, self.lengths.shape):
                 raise ValueError(f"{name} has shape {list(column.shape)} and the rows {list(self.tokens.shape)}")
             (per_token if column.dim() == 2 else per_row)[name] = column
         return replace(self, per_token=per_token, per_row=per_row)
 
     def take(self, indices: Tensor) -> Self:
-        """Return the rows of these indices, in their order."""
+        """Return the rows at these indices, in the order of the indices."""
         return replace(
             self,
             tokens=self.tokens[indices],
@@ -68,6 +68,7 @@ class Rows:
         )
 
     def to(self, device: torch.device) -> Self:
+        """Return these rows with all columns on a device."""
         return replace(
             self,
             tokens=self.tokens.to(device, non_blocking=True),
@@ -84,14 +85,14 @@ class Rows:
 
 
 class RowSource(Protocol):
-    """Where rows come from: `Rows` themselves, or a data set that builds them on demand."""
+    """A source of rows: `Rows` themselves, or a data set that builds them on demand."""
 
     @property
     def lengths(self) -> Tensor | np.ndarray:
-        """Tokens of each row, [rows]."""
+        """Number of tokens of each row, [rows]."""
 
     def take(self, indices: Tensor) -> Rows:
-        """Return the rows of these indices, in their order."""
+        """Return the rows at these indices, in the order of the indices."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -101,8 +102,8 @@ class ModelInputs:
     Attributes:
         tokens: [bins, time] long; 0 in padding.
         positions: [bins, time] long, position of each token in its row or document, from 0.
-        segment_ids: [bins, time] long, where bins hold several rows: 1, 2, ... for the rows of a bin, 0 in padding.
-            Tokens attend to their own segment alone.
+        segment_ids: [bins, time] long if bins contain several rows: 1, 2, ... for the rows of a bin, 0 in padding.
+            Tokens attend to their own segment only.
     """
 
     tokens: Tensor
@@ -112,23 +113,23 @@ class ModelInputs:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Microbatch(ModelInputs):
-    """The input and the targets of one forward pass of a replica, and the rows that they belong to.
+    """The input and the targets of one forward pass of a replica, and the rows that they come from.
 
-    `targets[b, t]` is the token that the state at `[b, t]` predicts. The shift by one happens in the plan and nowhere
-    else, neither in a model nor in a loss.
+    `targets[b, t]` is the token that the state at `[b, t]` predicts. Only the plan shifts by one; models and losses
+    do not.
 
-        row                A  B  C  D            what is read    A  B  C
+            row                A  B  C  D            input tokens    A  B  C
         columns of rows    0  1  2  3            targets         B  C  D
 
     Attributes:
-        targets: [bins, time] long, the token after each that is read.
+        targets: [bins, time] long, the token after each input token.
         target_mask: [bins, time] float32, the action mask of the targets.
-        rows: the rows that are read here, on the same device. Where a replica has none left, filler rows of length 0
-            and with an empty action mask: a loss over whole rows must mask with `rows.lengths > 0`.
+        rows: the rows of this microbatch, on the same device. Where a replica has none left, these are filler rows of
+            length 0 with an empty action mask: a loss over whole rows must mask with `rows.lengths > 0`.
         token_index: [rows, time of rows] long, for each token of each row the index of the state that predicts it in
             the flat [bins, time]; -1 for first tokens and padding.
-        last_index: [rows] long, index of the state that has read the whole row; -1 where the plan leaves its last
-            token out.
+        last_index: [rows] long, index of the state after the last token of the row; -1 where the plan does not read
+            the last token.
     """
 
     targets: Tensor
@@ -138,15 +139,16 @@ class Microbatch(ModelInputs):
     last_index: Tensor
 
     def gather_rows(self, outputs: Tensor) -> Tensor:
-        """Bring outputs [bins, time] into rows: [rows, time], at each token what was computed in the state that
-        predicts it; 0 at first tokens and in padding."""
+        """Gather outputs [bins, time] into rows [rows, time]: the output of the state that predicts each token; 0 at
+        first tokens and in padding."""
         return gather(outputs, self.token_index)
 
     def gather_last(self, outputs: Tensor) -> Tensor:
-        """Return what outputs [bins, time] hold where each row's last token was read: [rows]."""
+        """Return the outputs [bins, time] at the last token of each row, [rows]; 0 where it was not read."""
         return gather(outputs, self.last_index)
 
     def to(self, device: torch.device) -> Self:
+        """Return this microbatch with all tensors, including those of its rows, on a device."""
         moved = {
             item.name: value.to(device, non_blocking=True)
             for item in fields(self)
@@ -155,11 +157,11 @@ class Microbatch(ModelInputs):
         return replace(self, rows=self.rows.to(device), **moved)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by name; those of the rows begin with `rows.`."""
+        """Return all tensors by name; names of the rows' tensors begin with `rows.`."""
         own = {item.name: value for item in fields(self) if isinstance(value := getattr(self, item.name), Tensor)}
         return {**own, **{f"rows.{name}": column for name, column in self.rows.tensors().items()}}
 
 
 def gather(outputs: Tensor, index: Tensor) -> Tensor:
-    """Return the flat outputs at an index of any shape, 0 where it is -1."""
+    """Return the flat outputs at an index tensor of any shape, and 0 where the index is -1."""
     return torch.where(index >= 0, outputs.flatten()[index.clamp(min=0)], 0)

@@ -1,7 +1,7 @@
-"""Megarl's shard files: Megatron says which part of which tensor a rank holds, this room writes and reads the bytes.
+"""Megarl's shard files: Megatron decides which slice of which tensor a rank stores; this module reads and writes bytes.
 
-A rank's parts go into one safetensors file; an index of plain JSON says where every part of every tensor lies, so any
-layout can read what it needs. Nothing is pickled and no helper process is started.
+A rank's slices go into one safetensors file. A JSON index lists the file of every slice of every tensor, so any layout
+can read what it needs. Nothing is pickled and no helper process is started.
 """
 
 import time
@@ -31,12 +31,12 @@ from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
 
 T = TypeVar("T")
-LAST_WORDS_S = 1.0  # the first rank is to be the first that ends, as launchers report that one
+_FIRST_EXIT_S = 1.0  # let the first rank exit first: launchers report the first that exits
 
 
 @dataclass(frozen=True)
 class Part:
-    """One rank's rectangle of one tensor, and the file it is in."""
+    """One rank's rectangular slice of one tensor, and the file that contains it."""
 
     key: str
     tensor_shape: tuple[int, ...]
@@ -47,40 +47,42 @@ class Part:
 
     @property
     def name(self) -> str:
+        """Name of the slice within its file: the tensor's key and the offset."""
         return f"{self.key}@{','.join(map(str, self.offset))}"
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, fields: Any) -> "Part":
-        """What `to_json` gave. Raises ValueError where a field is of another kind, or the part outside its tensor."""
+        """Build a part from `to_json`'s fields. Raises ValueError for a wrong type or a slice out of bounds."""
         names = ("key", "tensor_shape", "offset", "shape", "dtype", "file")
         if not isinstance(fields, dict) or sorted(fields) != sorted(names):
             raise ValueError(f"a part is not described by {', '.join(names)}")
         for name in ("key", "dtype", "file"):
             if not isinstance(fields[name], str):
-                raise ValueError(f"the {name} of a part is {shown(fields[name])}, which is no text")
+                raise ValueError(f"the {name} of a part is {shown(fields[name])}, which is not a string")
         shapes = [fields[name] for name in ("tensor_shape", "offset", "shape")]
         if not all(
             isinstance(shape, list | tuple) and all(type(n) is int and n >= 0 for n in shape) for shape in shapes
         ):
-            raise ValueError(f"{fields['key']} has a shape or an offset that is no list of whole numbers")
+            raise ValueError(f"{fields['key']} has a shape or an offset that is not a list of whole numbers")
         inside = all(start + length <= whole for whole, start, length in zip(*shapes, strict=False))
         if len({len(shape) for shape in shapes}) > 1 or not inside:
-            raise ValueError(f"{fields['key']} has a part that lies outside of it")
+            raise ValueError(f"{fields['key']} has a part outside its bounds")
         if not isinstance(getattr(torch, fields["dtype"], None), torch.dtype):
             raise ValueError(f"{fields['key']} has dtype {shown(fields['dtype'])}, which torch does not know")
         if Path(fields["file"]).name != fields["file"] or fields["file"] in ("", ".."):
-            raise ValueError(f"{fields['key']} is in {shown(fields['file'])}, which is no file of the checkpoint")
+            raise ValueError(f"{fields['key']} is in {shown(fields['file'])}, which is not a file of the checkpoint")
         tensor_shape, offset, shape = (tuple(one) for one in shapes)
         return cls(fields["key"], tensor_shape, offset, shape, fields["dtype"], fields["file"])
 
 
 def collect(state: dict[str, Any], grid: Grid, file: str) -> tuple[list[tuple[Part, Tensor]], dict[str, Any]]:
-    """Split a sharded state dict into the parts that this rank writes and what is common to all ranks.
+    """Split a sharded state dict into the parts that this rank writes and the values common to all ranks.
 
-    Parts that all data-parallel ranks hold are dealt out among them by size, so that each writes its share.
+    Parts that all data-parallel ranks have are distributed among them by size, so that each writes its share.
     """
     sharded, common = save_preprocess(state, validate_access_integrity=False)
     replicas, me = grid.groups.dp_cp.size(), grid.groups.dp_cp.rank()
@@ -98,7 +100,7 @@ def collect(state: dict[str, Any], grid: Grid, file: str) -> tuple[list[tuple[Pa
 
 
 def union(commons: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the ranks have in common: equal where several have a key, and a stage that trains nothing lacks some."""
+    """Merge the ranks' common values: equal where several ranks have a key; a stage without training lacks some."""
     found: dict[str, Any] = {}
     for common in commons:
         for key, value in common.items():
@@ -110,15 +112,16 @@ def union(commons: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write(path: Path, parts: Sequence[tuple[Part, Tensor]]) -> None:
+    """Write this rank's parts to one safetensors file."""
     save_file({part.name: data.contiguous() for part, data in parts}, path)
 
 
 def read(
     template: dict[str, Any], common: dict[str, Any], parts: Sequence[Part], folder: Path, grid: Grid
 ) -> dict[str, Any]:
-    """Fill the shape of `template` (a state dict made for loading) from shard files, whatever layout wrote them.
+    """Fill the structure of `template` (a state dict made for loading) from shard files of any layout.
 
-    Refused unless all ranks together want every tensor that there is: a partial restore is never silent.
+    Raises unless all ranks together request every tensor of the checkpoint: a partial restore is never silent.
     """
     sharded, local, factories = load_preprocess(template)
     sharded, _ = extract_sharded_base(sharded)
@@ -147,9 +150,9 @@ def read(
 
 
 def run_on_all_ranks(grid: Grid, action: Callable[[], Any]) -> list[Any]:
-    """Do something on every rank; its (small, picklable) results by rank.
+    """Run `action` on every rank and return the (small, picklable) results by rank.
 
-    Where it fails on one rank all ranks raise, so that none waits for one that is gone.
+    If it fails on one rank, all ranks raise, so that none waits for a rank that has exited.
     """
     result: Any = None
     problem: Exception | None = None
@@ -158,8 +161,8 @@ def run_on_all_ranks(grid: Grid, action: Callable[[], Any]) -> list[Any]:
     except Exception as caught:
         problem = caught
     expected = problem is None or isinstance(problem, MegarlError)
-    said = problem if expected else f"{type(problem).__name__}: {problem}"
-    reports = grid.gather((result, said))
+    report = problem if expected else f"{type(problem).__name__}: {problem}"
+    reports = grid.gather((result, report))
     if problem is not None and not expected:
         raise problem
     for rank, (_, theirs) in enumerate(reports):
@@ -171,9 +174,9 @@ def run_on_all_ranks(grid: Grid, action: Callable[[], Any]) -> list[Any]:
 
 
 def refused_once(grid: Grid, work: Callable[[], T]) -> T:
-    """Return what work comes to on this rank, where every rank does the same and so meets the same bad input.
+    """Return this rank's result of `work`, where every rank does the same and so fails on the same bad input.
 
-    A `MegarlError` ends all ranks and is one line, which the first rank says.
+    A `MegarlError` ends all ranks, and only the first rank prints it.
     """
     done: list[T] = []
     try:
@@ -183,14 +186,14 @@ def refused_once(grid: Grid, work: Callable[[], T]) -> T:
             if grid.rank == 0:
                 say(f"error: {problem}")
             else:
-                time.sleep(LAST_WORDS_S)
+                time.sleep(_FIRST_EXIT_S)
             problem.said = True
         raise
     return done[0]
 
 
 def read_whole(parts: Sequence[Part], folder: Path) -> dict[str, Tensor]:
-    """Every tensor of an index, put together from its parts."""
+    """Return every tensor of an index, joined from its parts."""
     files = _Files(folder)
     whole: dict[str, Tensor] = {}
     for part in parts:
@@ -201,8 +204,8 @@ def read_whole(parts: Sequence[Part], folder: Path) -> dict[str, Tensor]:
 
 
 def check_complete(parts: Sequence[Part], folder: Path) -> None:
-    """Refuse parts that do not add up to their tensors. In a checkpoint that is written into `folder`, a gap or an
-    overlap is a fault of ours, found before the commit.
+    """Raise if the parts do not fill their tensors. For a checkpoint that is being written into `folder`, a gap or an
+    overlap is a bug of megarl, and this finds it before the commit.
     """
     volume: dict[str, int] = {}
     shapes = {part.key: part.tensor_shape for part in parts}
@@ -232,7 +235,7 @@ def _part(tensor: ShardedTensor, file: str) -> Part:
 
 
 def _same_tensors(wanted: Sequence[ShardedTensor], index: dict[str, list[Part]], folder: Path) -> set[str]:
-    """The keys of what this rank wants; refuses what the index lacks or has in another shape."""
+    """Return the keys that this rank requests; raise if the index lacks one or has another shape."""
     for tensor in wanted:
         if tensor.key not in index:
             raise CheckpointError(
@@ -253,7 +256,7 @@ def _same_tensors(wanted: Sequence[ShardedTensor], index: dict[str, list[Part]],
 
 
 def _assemble(wanted: ShardedTensor, parts: Sequence[Part], files: "_Files") -> Tensor:
-    """This rank's rectangle of a tensor, copied out of the parts that overlap it."""
+    """Assemble this rank's slice of a tensor from the parts that overlap it."""
     shape = (1,) * wanted.prepend_axis_num + tuple(wanted.local_shape)
     result = torch.empty(shape, dtype=wanted.dtype)
     filled = 0
@@ -287,7 +290,7 @@ def _assemble(wanted: ShardedTensor, parts: Sequence[Part], files: "_Files") -> 
 
 
 class _Files:
-    """Shard files of a checkpoint, each opened (memory-mapped) once."""
+    """Shard files of a checkpoint; each is opened (memory-mapped) once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Lightning's strategy for Megatron: the world, the grid, and sharded checkpoints. Public hooks only."""
+"""Lightning's strategy for Megatron: the world, the grid, and sharded checkpoints. It uses public hooks only."""
 
 from collections.abc import Mapping
 from datetime import timedelta
@@ -24,9 +24,9 @@ log = get_logger(__name__)
 
 
 class MegatronStrategy(DDPStrategy):
-    """Runs a module whose models are `Engine`s.
+    """Run a Lightning module whose models are `Engine`s.
 
-    `checkpoint_io` is called on every rank. Its `load_checkpoint` answers with Lightning's part of a checkpoint, in
+    `checkpoint_io` is called on every rank. Its `load_checkpoint` returns Lightning's section of a checkpoint, in
     which `state_dict` is a function from a template to this rank's shards.
     """
 
@@ -36,6 +36,7 @@ class MegatronStrategy(DDPStrategy):
         self.grid: Grid | None = None
 
     def setup_environment(self) -> None:
+        """Install the CPU adapter if it is needed, join the world and create the grid."""
         if cpu.needed():
             cpu.install()
         with interruptible():
@@ -52,12 +53,12 @@ class MegatronStrategy(DDPStrategy):
         self.checkpoint_io.grid = self.grid  # type: ignore[attr-defined]
 
     def setup_distributed(self) -> None:
-        """Lightning finds the process group made: its own would listen on every interface, also on one machine."""
+        """Create the process group before Lightning does: Lightning's would listen on every interface of a machine."""
         self.set_world_ranks()
         environment = self.cluster_environment
         assert environment is not None
         seat = Seat.launched()
-        if seat is None:  # of `trainer.devices`
+        if seat is None:  # a process that Lightning started for `trainer.devices`
             one_machine = self.num_nodes == 1
             address, port = environment.main_address, environment.main_port
             seat = Seat(environment.global_rank(), self.world_size, address, port, one_machine)
@@ -66,6 +67,7 @@ class MegatronStrategy(DDPStrategy):
         super().setup_distributed()
 
     def setup(self, trainer: Any) -> None:
+        """Reject Trainer options that have no effect here, and warn if a save needs more memory than is free."""
         for value, default, theirs, ours in (
             (trainer.gradient_clip_val, None, "gradient_clip_val", "optim.clip_grad"),
             (trainer.accumulate_grad_batches, 1, "accumulate_grad_batches", "trainer.global_batch_size"),
@@ -82,26 +84,27 @@ class MegatronStrategy(DDPStrategy):
         warn_of_save_memory(save_bytes(list(self.engines.values())), self.num_processes, free)
 
     def configure_ddp(self) -> None:
-        """Gradients are reduced by Megatron's buffers inside each engine, not by torch's DDP around the module."""
+        """Do not wrap the module in torch's DDP: Megatron's buffers inside each engine reduce gradients."""
 
     @property
     def engines(self) -> dict[str, Engine]:
+        """All engines of the module, by name."""
         engines: dict[str, Engine] = self.lightning_module.engines  # type: ignore[union-attr,assignment]
         return engines
 
     @property
     def saved_engines(self) -> dict[str, Engine]:
-        """The engines that checkpoints hold: frozen ones have the weights that they were built with."""
+        """The engines that checkpoints contain; frozen engines are rebuilt from their source instead."""
         return {name: engine for name, engine in self.engines.items() if engine.saved}
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Data is dealt out over replicas, not over ranks."""
+        """Distribute data over replicas, not over ranks."""
         assert self.grid is not None
         return {"num_replicas": self.grid.layout.dp, "rank": self.grid.dp_rank}
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Metrics are reduced over replicas: the ranks of one replica have the same value."""
+        """Reduce metrics over replicas: the ranks of one replica have the same value."""
         if not isinstance(tensor, Tensor) or self.grid is None:
             return tensor
         return super().reduce(tensor, group or self.grid.groups.dp, reduce_op)
@@ -110,23 +113,27 @@ class MegatronStrategy(DDPStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Shards are read into engines, which exist once the strategy is set up."""
+        """Restore after setup, because shards are loaded into engines that exist only then."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Describe the shards of all saved engines, by engine name."""
         return {name: engine.sharded_state_dict() for name, engine in self.saved_engines.items()}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Add the layout and every rank's random states, and save. Call on all ranks."""
         assert self.grid is not None
         checkpoint["layout"] = str(self.grid.layout)
         checkpoint["random_states"] = self.grid.gather(self.grid.random_state())
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Free cached GPU memory and read a checkpoint. Call on all ranks."""
         torch.cuda.empty_cache()
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the shards of all saved engines; dropout states are restored only in the same layout."""
         assert self.grid is not None
         engines = self.saved_engines
         template = {name: engine.sharded_state_dict(loading=True) for name, engine in engines.items()}
@@ -135,14 +142,16 @@ class MegatronStrategy(DDPStrategy):
             engine.load_state_dict(state[name])
         if checkpoint["layout"] == str(self.grid.layout):
             self.grid.set_random_state(checkpoint["random_states"][self.grid.rank])
-        else:  # another layout draws other dropout masks: there is no state to continue
-            log.info("layout %s resumes as %s: dropout is seeded anew", checkpoint["layout"], self.grid.layout)
+        else:  # another layout samples other dropout masks, so its states cannot be restored
+            log.info("layout %s resumes as %s: dropout is reseeded", checkpoint["layout"], self.grid.layout)
 
     def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint, on the first rank only."""
         if self.is_global_zero:
             self.checkpoint_io.remove_checkpoint(filepath)
 
     def teardown(self) -> None:
+        """Close the grid after Lightning's own teardown."""
         super().teardown()
         if self.grid is not None:
             self.grid.close()

@@ -1,7 +1,7 @@
-"""Log-probs, entropy and log-sum-exp over a sharded vocabulary, without ever holding the logits of a batch.
+"""Compute log-probs, entropy and log-sum-exp over a sharded vocabulary without storing a whole batch of logits.
 
-Hidden states of chosen positions come in; the output weight is applied in chunks over positions, which are computed
-again in the backward pass. Everything returned is float32 (or float64) whatever the model's dtype.
+The input is the hidden states of selected positions. The output weight is applied in chunks of positions, and each
+chunk of logits is recomputed in the backward pass. All results are float32 (or float64) whatever the model's dtype.
 """
 
 from collections.abc import Iterator
@@ -22,28 +22,29 @@ CHUNK_ELEMENTS_GPU = 2**26
 
 
 def padded_vocab(size: int, tp: int) -> int:
-    """Rows of a vocabulary table: a multiple of tp, and of 64 (8 for toy vocabularies) whatever tp, for resharding."""
+    """Return the rows of a vocabulary table: a multiple of tp, and of 64 (8 for toy vocabularies) for resharding."""
     multiple = lcm(64 if size >= 1024 else 8, tp)
     return (size + multiple - 1) // multiple * multiple
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The rows of a vocabulary table that this tensor-parallel rank holds: `start` ... `start + valid`."""
+    """The rows of a vocabulary table on this tensor-parallel rank: `valid` ones from `start` on, then padding."""
 
     start: int
-    valid: int  # rows that stand for a token; the rest is padding and never enters a sum
+    valid: int  # rows with a token id; the remaining rows are padding and never enter a sum
     group: dist.ProcessGroup | None
 
     @classmethod
     def of(cls, vocab_size: int, tp_rank: int, tp: int, group: dist.ProcessGroup | None) -> "VocabShard":
+        """Return the shard of rank `tp_rank`; the group is None without tensor parallelism."""
         rows = padded_vocab(vocab_size, tp) // tp
         start = rows * tp_rank
         return cls(start=start, valid=max(0, min(vocab_size - start, rows)), group=group if tp > 1 else None)
 
 
 class VocabStats(NamedTuple):
-    """Per position [n]: the scaled logit of the target, the log-sum-exp, and the entropy (None if not asked for)."""
+    """Per position [n]: the scaled logit of the target, the log-sum-exp, and the entropy (None unless requested)."""
 
     target_logits: Tensor
     lse: Tensor
@@ -51,6 +52,7 @@ class VocabStats(NamedTuple):
 
     @property
     def logprobs(self) -> Tensor:
+        """[n] log-probs of the targets."""
         return self.target_logits - self.lse
 
 
@@ -64,10 +66,10 @@ def vocab_stats(
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> VocabStats:
-    """Statistics of softmax((hidden @ weight.T + bias) / temperature) at each of n positions.
+    """Compute statistics of softmax((hidden @ weight.T + bias) / temperature) at each of n positions.
 
-    hidden: [n, hidden], the same on every tensor-parallel rank; its gradient is this shard's part, to be summed over
-    the group by whoever made it (`copy_to_tensor_model_parallel_region` or the sequence gather).
+    hidden: [n, hidden], the same on every tensor-parallel rank. Its gradient is this shard's partial sum; the caller
+    must sum it over the group (`copy_to_tensor_model_parallel_region` or the sequence gather does so).
     weight: [rows of this shard, hidden]; bias: [rows of this shard]; targets: [n] token ids.
     """
     target_logits, lse, mean_logit = _VocabStats.apply(hidden, weight, bias, targets, shard, temperature, entropy)
@@ -78,7 +80,7 @@ def vocab_stats(
 def token_outputs(
     hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, *, bias: Tensor | None = None
 ) -> Tensor:
-    """[n] hidden @ weight[target] + bias[target], float32, without the product for all the other tokens.
+    """Return hidden @ weight[target] + bias[target], [n] in float32, without computing the other tokens' logits.
 
     Arguments as in `vocab_stats`; there is no gradient.
     """
@@ -138,7 +140,7 @@ class _VocabStats(torch.autograd.Function):
         hidden, weight, bias, targets, lse, mean_logit = ctx.saved_tensors
         shard: VocabShard = ctx.shard
         grad_hidden = torch.zeros_like(hidden)
-        # Summed over chunks in float32 so that the number of chunks does not show in a bf16 gradient.
+        # Sum over chunks in float32, so that a bf16 gradient does not depend on the number of chunks.
         grad_weight = buffer = None
         if weight.requires_grad:
             buffer = gradient_buffer(weight, ctx.dtype)
@@ -180,7 +182,7 @@ def _for_autograd(grad: Tensor | None, buffer: Tensor | None, weight: Tensor) ->
 
 
 def _chunks(n: int, columns: int, device: torch.device) -> list[slice]:
-    """`n` rows cut evenly, with at most a budget's worth of logits in each chunk."""
+    """Return slices that split `n` rows evenly; the logits of one slice have at most `CHUNK_ELEMENTS_*` elements."""
     budget = CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS_GPU
     count = max(1, -(-n // max(1, budget // columns)))
     size = max(1, -(-n // count))
@@ -190,8 +192,8 @@ def _chunks(n: int, columns: int, device: torch.device) -> list[slice]:
 def _chunks_of_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: VocabShard, temperature: float, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of rows with their scaled logits [rows, valid] of this shard. All chunks may share the same memory, and
-    whoever takes one may write to it."""
+    """Yield slices of rows with this shard's scaled logits [rows, valid]. All chunks may share the same memory, and
+    the caller may overwrite it."""
     chunks = _chunks(hidden.shape[0], shard.valid, hidden.device)
     weight, bias = weight[: shard.valid], None if bias is None else bias[: shard.valid]
     shared = reusable_output(hidden, chunks[0].stop, shard.valid) if chunks else None
@@ -199,18 +201,18 @@ def _chunks_of_logits(
         out = None if shared is None else shared[: rows.stop - rows.start]
         logits = linear(hidden[rows], weight, bias, out=out).to(dtype)
         yield rows, logits.div_(temperature) if temperature != 1.0 else logits
-        del logits  # before the next chunk is made, as who takes chunks does
+        del logits  # free it before the next chunk is made; the caller does the same
 
 
 def _local_targets(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Which targets this shard holds, and their row (0 where it does not hold them)."""
+    """Return a mask [n] of the targets on this shard, and their row in it (0 for targets on other shards)."""
     index = targets - shard.start
     mine = (index >= 0) & (index < shard.valid)
     return mine, index.masked_fill(~mine, 0)
 
 
 def _combine(local: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Shards' [3, n] statistics to the whole vocabulary's: one gather, so every rank adds in the same order."""
+    """Combine the shards' [3, n] statistics. One gather, so that every rank adds in the same order."""
     if group is None:
         return local[0].clone(), local[1].clone(), local[2].clone()
     parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]

@@ -1,7 +1,7 @@
-"""Bytes of activations: what a layer keeps for the backward pass, and what is live for a moment.
+"""Bytes of activations: what a layer keeps for the backward pass, and what is allocated temporarily.
 
-Derived for megarl's own layer in docs/planning.md, after Korthikanti et al. (2022), and compared in the tests with what
-autograd keeps. `tokens` is always those of one microbatch, micro batch size x length.
+The formulas are derived for megarl's own layer in docs/planning.md, after Korthikanti et al. (2022); tests compare them
+with what autograd keeps. `tokens` is the number of tokens of one microbatch, micro batch size x length.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from megarl.parallel.vocab import CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU, padded
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths of one rank's part of a layer, in elements per token, and what an element takes."""
+    """Widths of one rank's slice of a layer, in elements per token, and the bytes of an element."""
 
     hidden: float  # of the residual stream: a tp-th of the tokens under sequence parallelism
     whole: int  # of the residual stream with all tokens
@@ -28,6 +28,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: GPTConfig, layout: Layout, element: int, *, on_cpu: bool) -> "Shape":
+        """Compute the widths for a configuration and a layout; `element` is in bytes."""
         tp = layout.tp
         split = tp if layout.sequence_parallel else 1
         return cls(
@@ -45,18 +46,18 @@ class Shape:
 
 
 def kept_by_norm(config: GPTConfig, shape: Shape, *, inputs: bool = True) -> float:
-    """Per token: a norm's input, its statistics, and its output, which the product after it keeps."""
+    """Return bytes per token of a norm: its input, its statistics, and its output, which the next product keeps."""
     split = shape.whole / shape.hidden
     output = shape.hidden * shape.element
     if config.normalization == "LayerNorm":
         return output + (shape.hidden * shape.element if inputs else 0.0) + 2 * shape.element / split
-    if shape.on_cpu:  # made of single operations, in float32: the input and the input over its root mean square
+    if shape.on_cpu:  # several float32 operations: they keep the input and the input over its root mean square
         return output + 2 * shape.hidden * 4 - (0.0 if inputs else shape.hidden * 4) + 4 / split
     return output + (shape.hidden * shape.element if inputs else 0.0) + 4 / split
 
 
 def kept_by_layer(config: GPTConfig, shape: Shape, recompute: str) -> float:
-    """Bytes per token that one layer keeps from its forward to its backward pass."""
+    """Return the bytes per token that one layer keeps from its forward to its backward pass."""
     if recompute == "full":
         return shape.hidden * shape.element
     norms = 1 if config.parallel_residual == "one_norm" else 2
@@ -65,14 +66,14 @@ def kept_by_layer(config: GPTConfig, shape: Shape, recompute: str) -> float:
         total -= shape.hidden * shape.element  # both norms keep the same input
     total += _kept_by_attention(config, shape, recompute) + _kept_by_mlp(config, shape)
     if config.hidden_dropout > 0:
-        total += 2 * shape.hidden  # a byte for each element of two masks
+        total += 2 * shape.hidden  # one byte per element of two masks
     return total
 
 
 def _kept_by_attention(config: GPTConfig, shape: Shape, recompute: str) -> float:
-    """The projection (whose part is the values), queries and keys as they are compared, the output, statistics."""
+    """Return bytes per token of the projection (whose slice is the values), queries, keys, output and statistics."""
     vectors = shape.queries + shape.keys
-    # Queries of several groups lie apart in the projection, and are copied together.
+    # Queries of several groups are not contiguous in the projection, so they are copied.
     copied = config.num_kv_heads != config.num_attention_heads and shape.keys > config.head_dim
     elements = 2 * shape.queries + 2 * shape.keys  # the projection, and the output
     if config.position == "rope" or config.qk_layernorm:
@@ -91,25 +92,25 @@ def _kept_by_attention(config: GPTConfig, shape: Shape, recompute: str) -> float
 
 
 def _kept_by_mlp(config: GPTConfig, shape: Shape) -> float:
-    """Inputs of the activation and of the second product: of a gated one both halves, both factors, the product."""
+    """Return bytes per token of the inputs of activation and second product; gated: halves, factors and product."""
     return (5 if config.gated_linear_unit else 2) * shape.inner * shape.element
 
 
 def passing_forward(config: GPTConfig, shape: Shape) -> float:
-    """Bytes per token live at the fullest moment of one layer's forward pass, when nothing is kept."""
+    """Return the peak bytes per token during one layer's forward pass, when nothing is kept."""
     wide = shape.element if not shape.on_cpu or shape.element == 4 else 4
     gathered = shape.whole if shape.gathered else 0.0
     attention = 2 * shape.hidden + gathered + 4 * shape.queries + 4 * shape.keys
-    # Seven: the embedding's output, the layer's input, what attention was given and gave, their sum, its norm, a spare.
+    # Seven: the embedding's output, the layer's input, input and output of attention, their sum, its norm, one spare.
     mlp = 7 * shape.hidden + gathered + (5 if config.gated_linear_unit else 2) * shape.inner
     norm = 2 * shape.hidden * shape.element + 3 * shape.hidden * wide
     return max(attention * shape.element, mlp * shape.element, norm)
 
 
 def passing_backward(config: GPTConfig, shape: Shape) -> float:
-    """Bytes per token live, besides what is kept, at the fullest moment of one layer's backward pass.
+    """Return the peak bytes per token during one layer's backward pass, in addition to what is kept.
 
-    That is in the MLP: what a step of it leaves behind takes the place of what the step after it has kept.
+    The peak is in the MLP: what a step allocates replaces what the next step had kept.
     """
     gathered = shape.whole if shape.gathered else 0.0
     mlp = (2 if config.gated_linear_unit else 1) * shape.inner
@@ -117,7 +118,7 @@ def passing_backward(config: GPTConfig, shape: Shape) -> float:
 
 
 def logits_chunk(rows: int, columns: int, *, on_cpu: bool) -> int:
-    """Elements of the logits that are live at once: `vocab_stats` cuts the rows evenly."""
+    """Return the number of logits in memory at once: `vocab_stats` splits the rows evenly into chunks."""
     budget = CHUNK_ELEMENTS_CPU if on_cpu else CHUNK_ELEMENTS_GPU
     count = max(1, -(-rows // max(1, budget // columns)))
     return -(-rows // count) * columns
@@ -126,9 +127,9 @@ def logits_chunk(rows: int, columns: int, *, on_cpu: bool) -> int:
 def vocabulary(
     config: GPTConfig, shape: Shape, layout: Layout, rows: int, *, backward: bool, entropy: bool, width: int
 ) -> float:
-    """Bytes at the output layer (or a Q head) for `rows` positions, its chunks of logits included.
+    """Return the bytes at the output layer (or a Q head) for `rows` positions, including a chunk of logits.
 
-    `width` is that of the states: the model's, or twice it for a head.
+    `width` is the width of the states: the model's, or twice that for a head.
     """
     columns = padded_vocab(config.vocab_size, layout.tp) // layout.tp
     chunk = logits_chunk(rows, columns, on_cpu=shape.on_cpu)
@@ -140,6 +141,6 @@ def vocabulary(
     if backward:
         total += rows * width * shape.element  # the states' gradient
         total += chunk * shape.element if narrow else 0
-        if not shape.on_cpu or narrow:  # the weight's gradient is summed in float32 before it is handed over
+        if not shape.on_cpu or narrow:  # the weight's gradient is summed in float32 before autograd receives it
             total += columns * width * (4 + shape.element)
     return total

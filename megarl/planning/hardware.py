@@ -1,4 +1,4 @@
-"""What GPUs and their links can do: stated peaks, and the shares of them that well-kept kernels reach."""
+"""Speeds of GPUs and their links: the vendor's peaks, and the fractions of them that good kernels reach."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class GPU:
-    """One kind of device. Peaks are the vendor's, in bytes or operations per second; the rest is assumed.
+    """One kind of device. Peaks are the vendor's, in bytes or operations per second; the other numbers are assumptions.
 
-    `links` is NVLink in one direction, `network` one GPU's share of the machine's adapters.
+    `links` is NVLink in one direction, `network` is one GPU's share of the machine's network adapters.
     """
 
     name: str
@@ -20,9 +20,9 @@ class GPU:
     bandwidth: float
     links: float
     network: float
-    products: float  # share of peak that the matrix products of a large layer reach, their surroundings included
-    reads: float = 0.80  # share of memory bandwidth that a decode pass reaches
-    sends: float = 0.75  # share of a link's bandwidth that a large collective reaches
+    products: float  # fraction of peak that a large layer reaches, including the operations around its matrix products
+    reads: float = 0.80  # fraction of memory bandwidth that a decode pass reaches
+    sends: float = 0.75  # fraction of a link's bandwidth that a large collective reaches
     latency_s: float = 15e-6  # of a small all-reduce within a machine
 
 
@@ -40,11 +40,12 @@ class Cluster:
     gpu: GPU
     gpus: int
     per_node: int
-    usable: int  # bytes of a GPU that tensors may take
-    host: int  # bytes of a machine
+    usable: int  # bytes of a GPU that are available to tensors
+    host: int  # host memory of a machine in bytes
 
     @classmethod
     def of(cls, config: ClusterConfig, gpus: int) -> "Cluster":
+        """Build the cluster of `gpus` GPUs that the configuration describes; usable memory excludes the reserve."""
         gpu = KINDS[config.gpu]
         memory = gpu.memory if config.memory_gib is None else int(config.memory_gib * GIB)
         usable = int((memory - config.reserve_gib * GIB) * (1 - config.fragmentation))
@@ -52,5 +53,5 @@ class Cluster:
         return cls(gpu, gpus, per_node, usable, int(config.host_memory_gib * GIB))
 
     def speed(self, span: int) -> float:
-        """Bytes per second and GPU of a collective over ranks that lie within `span` neighbouring ones."""
+        """Return bytes per second and GPU of a collective over ranks within `span` neighbouring ones."""
         return self.gpu.sends * (self.gpu.links if span <= self.per_node else self.gpu.network)

@@ -1,4 +1,4 @@
-"""Bytes on every rank, by phase and by what they are for; and in host memory."""
+"""Device memory of every rank by phase and purpose, and host memory, in bytes."""
 
 from dataclasses import dataclass, field, replace
 
@@ -17,9 +17,9 @@ PHASES = ("generate", "score", "train", "save")
 GENERATOR = "generator"  # the policy's copy in `rollout.layout`
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache")
 PROCESS = 4 * 2**30  # of host memory: Python, torch, CUDA's libraries and their buffers, before any model
-BUCKET_ELEMENTS = 40_000_000  # Megatron cuts gradients into parts of at least this many
-_INPUTS = 80  # bytes per token of a microbatch: 36 of what is read and its targets, 44 of rows and their columns
-_SAMPLING = {"gpu": 20, "cpu": 14}  # bytes per logit that drawing a token takes, at its fullest moment
+BUCKET_ELEMENTS = 40_000_000  # minimum number of elements of Megatron's gradient buckets
+_INPUTS = 80  # bytes per token of a microbatch: 36 for inputs and targets, 44 for rows and their columns
+_SAMPLING = {"gpu": 20, "cpu": 14}  # peak bytes per logit while a token is sampled
 
 
 @dataclass(frozen=True)
@@ -37,46 +37,50 @@ class Use:
 
     @property
     def total(self) -> float:
-        """On the device."""
+        """Bytes on the device."""
         return float(sum(getattr(self, part) for part in PARTS))
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One pipeline stage's ranks: all tensor- and data-parallel ranks of a stage hold the same."""
+    """One pipeline stage's ranks: all tensor- and data-parallel ranks of a stage have the same sizes."""
 
     stage: int
     shards: dict[str, Shard]
     uses: dict[str, list[Use]] = field(default_factory=dict)  # by phase
 
     def total(self, phase: str) -> float:
+        """Return the device bytes of a phase, over all roles."""
         return sum(use.total for use in self.uses[phase])
 
     def host(self, phase: str) -> float:
+        """Return the host bytes of a phase, including those of the process itself."""
         return PROCESS + sum(use.host for use in self.uses[phase])
 
     def part(self, phase: str, part: str) -> float:
+        """Return the bytes of one field of `Use` in a phase, over all roles."""
         return float(sum(getattr(use, part) for use in self.uses[phase]))
 
     @property
     def peak(self) -> str:
-        """The phase that needs most."""
+        """The phase that needs the most memory."""
         return max(self.uses, key=self.total)
 
 
 def phases_of(work: Work) -> tuple[str, ...]:
-    """In their order; answers that are only kept or left out are not read again before training."""
+    """Return the phases in order. Responses that are only kept or dropped are not scored by models before training."""
     there = {"generate": work.rollouts or work.evaluates, "score": work.rescored, "train": True, "save": True}
     return tuple(phase for phase in PHASES if there[phase])
 
 
 def plan_ranks(work: Work, *, on_cpu: bool = False, every_stage: bool = False) -> list[RankPlan]:
-    """A plan of each kind of rank: the first stage's, one between, the last's (or of every stage)."""
+    """Plan one rank of each kind: of the first stage, one in the middle, and the last (or of every stage)."""
     stages = range(work.layout.pp) if every_stage else stages_that_differ(work.layout)
     return [plan_stage(work, stage, on_cpu=on_cpu) for stage in stages]
 
 
 def plan_stage(work: Work, stage: int, *, on_cpu: bool = False) -> RankPlan:
+    """Plan the memory of a pipeline stage's ranks in every phase."""
     shards = {role.name: shard(work, role, stage) for role in work.engines}
     plan = RankPlan(stage, shards)
     for phase in phases_of(work):
@@ -87,13 +91,13 @@ def plan_stage(work: Work, stage: int, *, on_cpu: bool = False) -> RankPlan:
 
 
 def _in_turn(uses: list[Use]) -> list[Use]:
-    """Engines take turns: what passes through counts for the one whose turn takes most."""
+    """Engines run one after the other: only the largest temporary memory counts."""
     busiest = max(uses, key=lambda use: use.activations + use.logits)
     return [use if use is busiest else replace(use, activations=0, logits=0) for use in uses]
 
 
 def _add_generation(plan: RankPlan, work: Work, *, on_cpu: bool) -> None:
-    """The cache, the passes over it, and with `rollout.layout` the policy's second copy, a role of its own."""
+    """Add the cache, the passes over it, and with `rollout.layout` the policy's second copy as an additional role."""
     there, stage, name = work.generating, plan.stage, work.engines[0].name
     Limits(graphs=work.cuda_graphs).check(there.layout)
     moved = there is not work
@@ -106,8 +110,8 @@ def _add_generation(plan: RankPlan, work: Work, *, on_cpu: bool) -> None:
         plan.shards[name] = parts[stage]
     held = plan.shards[name]
     passing, logits, cache = _generating(there, held, stage, on_cpu=on_cpu)
-    kept = cache if work.cuda_graphs else 0.0  # graphs are recorded over it; without them it is freed after each use
-    if moved:  # weights arrive in buffers, and may have been copied to be sent; the cache is made afterwards
+    kept = cache if work.cuda_graphs else 0.0  # graphs contain its addresses; without graphs it is freed after each use
+    if moved:  # weights use receive and send buffers; the cache is allocated afterwards
         passing = max(passing, 2 * held.weights + kept - cache - logits)
     for phase, uses in plan.uses.items():
         if moved:
@@ -121,14 +125,14 @@ def _add_generation(plan: RankPlan, work: Work, *, on_cpu: bool) -> None:
 
 
 def _stages_there(work: Work, there: Work, stage: int) -> range:
-    """Pipeline stages of the layout that is generated in on the ranks of a stage: in both, stages count slowest."""
+    """Return the stages of the generation layout on the ranks of a stage; in both layouts stages vary slowest."""
     ranks, theirs = work.layout.tp * work.layout.dp, there.layout.tp * there.layout.dp
     return range(stage * ranks // theirs, ((stage + 1) * ranks - 1) // theirs + 1)
 
 
 def _use(work: Work, role: Role, shards: dict[str, Shard], stage: int, phase: str, *, on_cpu: bool) -> Use:
     if role.swaps_with is not None:
-        # Its values are copied in and the other role's out, so there are two copies while it is evaluated.
+        # Its values are copied in and the other role's out, so there are two copies during its forward passes.
         copies = 2 if phase == "score" else 1
         return Use(role.name, host=copies * shards[role.swaps_with].copy)
     held, work = shards[role.name], work.of(role)
@@ -151,7 +155,7 @@ def _shape(work: Work, *, on_cpu: bool, gathered: bool = True) -> Shape:
 
 
 def in_flight(work: Work, stage: int) -> float:
-    """Microbatches whose activations a stage holds at once, in units of all its layers (1F1B, or interleaved)."""
+    """Return how many microbatches a stage keeps activations of, in units of all its layers (1F1B or interleaved)."""
     pp, vpp = work.layout.pp, work.layout.vpp
     if vpp > 1:
         chunks = min((pp - stage - 1) * 2 + (vpp - 1) * pp + 1, work.accumulation * vpp)
@@ -160,12 +164,12 @@ def in_flight(work: Work, stage: int) -> float:
 
 
 def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float]:
-    """Activations and logits at the fullest moment of a step: the backward pass of a microbatch has just begun."""
+    """Return activations and logits at the peak of a step, when the backward pass of a microbatch has just begun."""
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu)
     recompute = work.parallel.recompute
     tokens = work.micro * work.length
     trained = held.layers
-    if 0 <= work.model.num_layers_unfrozen < work.model.num_layers:  # frozen layers below keep nothing
+    if 0 <= work.model.num_layers_unfrozen < work.model.num_layers:  # frozen layers keep no activations
         above = work.model.num_layers // work.layout.pp * (work.layout.pp - 1 - stage)
         trained = max(0, min(held.layers, work.model.num_layers_unfrozen - above))
     per_token = trained * act.kept_by_layer(config, shape, recompute)
@@ -174,7 +178,7 @@ def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) 
     kept = in_flight(work, stage) * tokens * per_token
     kept += work.accumulation * tokens * _INPUTS
     if work.layout.pp > 1:
-        kept += 2 * tokens * shape.hidden * shape.element  # received from the neighbours
+        kept += 2 * tokens * shape.hidden * shape.element  # received from neighbouring stages
     rows = work.micro * work.loss_tokens
     logits = 0.0
     passing = tokens * act.passing_backward(config, shape)
@@ -197,13 +201,13 @@ def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) 
             logits = act.vocabulary(
                 config, shape, work.layout, rows, backward=True, entropy=False, width=2 * shape.whole
             )
-        # The output layer's turn comes before the layers'.
+        # The backward pass of the output layer precedes that of the layers.
         passing = max(0.0, passing - logits)
-    return kept + passing, logits  # the optimizer, a fused one, has no temporaries
+    return kept + passing, logits  # the fused optimizer allocates no temporary memory
 
 
 def _scoring(work: Work, role: Role, stage: int, *, on_cpu: bool) -> tuple[float, float]:
-    """Log-probs and values of responses, without gradients."""
+    """Return activations and logits while log-probs and values of responses are computed, without gradients."""
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu)
     tokens, rows = work.micro * work.length, work.micro * work.loss_tokens
     passing = tokens * (act.passing_forward(config, shape) + shape.rotary * 2 * shape.element)
@@ -219,7 +223,7 @@ def _scoring(work: Work, role: Role, stage: int, *, on_cpu: bool) -> tuple[float
 
 
 def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float, float]:
-    """Activations of a pass over prompts, logits of a decode pass, keys and values."""
+    """Return activations of a pass over prompts, logits of a decode pass, and the KV cache."""
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu, gathered=False)
     slots = slots_of(work)
     length = work.prompt + work.longest
@@ -228,22 +232,22 @@ def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[f
     passing = tokens * (act.passing_forward(config, shape) + shape.rotary * 2 * shape.element + _INPUTS)
     rows = -(-slots // work.layout.pp)
     if config.num_kv_heads != config.num_attention_heads and not on_cpu:
-        # With a mask, torch's kernels want a key and a value for every head: those of one layer are repeated.
+        # With a mask, torch's kernels need a key and a value per query head, so those of one layer are repeated.
         passing = max(passing, 2 * rows * length * shape.queries * shape.element)
     logits = 0.0
     if stage == work.layout.pp - 1:
         columns = padded_vocab(config.vocab_size, work.layout.tp) // work.layout.tp
         narrow = shape.element if shape.element < 4 else 0
         q_heads = work.engines[0].heads.count("q")
-        guiding = 4 * (1 + q_heads) if q_heads else 0  # their values, and what is drawn by
+        guiding = 4 * (1 + q_heads) if q_heads else 0  # their values, and the sampling scores
         logits = float(rows * columns * (_SAMPLING["cpu" if on_cpu else "gpu"] + narrow + guiding))
     return max(0.0, passing - logits), logits, cache
 
 
 def slots_of(work: Work) -> int:
-    """Responses in flight on a replica: what the cache is made for."""
+    """Return the responses in flight per replica, for which the cache is allocated."""
     groups = work.layout.pp
-    share = -(-work.rollouts // work.layout.dp) if work.rollouts else work.slots  # prompts of evaluations are not read
+    share = -(-work.rollouts // work.layout.dp) if work.rollouts else work.slots  # evaluation prompts are not counted
     per_group = max(1, -(-min(work.slots, share) // groups))
     if work.cache_bytes is not None:
         layers = work.model.num_layers // groups
@@ -253,11 +257,11 @@ def slots_of(work: Work) -> int:
 
 
 def _saving(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float]:
-    """A bucket of optimizer state is gathered on the device; master weights and both moments end up on every host."""
+    """Return device bytes of one gathered bucket of optimizer state, and host bytes of master weights and moments."""
     whole = held.trainable * 4
-    # Megatron cuts the gradients of the first stage into buckets, for they are reduced meanwhile; not of later ones.
+    # Megatron splits the first stage's gradients into buckets to overlap their reduction, but not later stages'.
     bucket = min(whole, max(BUCKET_ELEMENTS, held.largest) * 4) if stage == 0 and not on_cpu else held.bucket * 4
-    # This rank's part is there twice: the float32 that is sent, and what comes of all.
+    # This rank's slice exists twice: the float32 copy that is sent, and within the gathered result.
     gathered = bucket * (1 + 1 / work.layout.dp) if not on_cpu else 0.0
     file = (held.weights + 3 * whole) / work.layout.dp
     host = 3 * whole + file

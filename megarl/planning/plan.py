@@ -1,4 +1,4 @@
-"""A run's plan: bytes on every kind of rank in every phase, whether they fit, what would help, and seconds."""
+"""A run's plan: bytes of every kind of rank in every phase, whether they fit, possible remedies, and seconds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ RECOMPUTE = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a cluster."""
+    """The estimated memory and time of a run on a cluster."""
 
     work: Work
     cluster: Cluster
@@ -28,41 +28,44 @@ class Plan:
 
     @property
     def fullest(self) -> RankPlan:
-        """The rank that needs most memory in its worst phase."""
+        """The rank with the highest peak memory."""
         return max(self.ranks, key=lambda rank: rank.total(rank.peak))
 
     @property
     def peak_bytes(self) -> float:
+        """Device memory of the fullest rank in its worst phase, in bytes."""
         return self.fullest.total(self.fullest.peak)
 
     @property
     def host_bytes(self) -> float:
-        """Of the machine that needs most, in the phase in which it does."""
+        """Host memory of the fullest machine in its worst phase, in bytes."""
         worst = max(rank.host(phase) for rank in self.ranks for phase in rank.uses)
         return worst * self.cluster.per_node
 
     @property
     def fits(self) -> bool:
+        """Whether device and host memory suffice."""
         return self.peak_bytes <= self.cluster.usable and self.host_bytes <= self.cluster.host
 
     @property
     def seconds(self) -> float:
-        """Of a unit of work; checkpoints are not of every unit."""
+        """Seconds of a unit of work, without checkpoints, which are not written in every unit."""
         return sum(phase.seconds for phase in self.phases if phase.name != "save")
 
     @property
     def mfu(self) -> float:
-        """Of training alone."""
+        """Model FLOPs utilisation of training alone."""
         train = next(phase for phase in self.phases if phase.name == "train")
         return train.flops / (train.seconds * self.cluster.gpus * self.cluster.gpu.flops)
 
     @property
     def parameters(self) -> int:
-        """Of the policy, counted in its parts: every replica's ranks, what tensor ranks hold in common once each."""
+        """The policy's parameters over the ranks of one replica; tensors that tensor ranks share count once each."""
         return sum(rank.shards[self.work.engines[0].name].parameters for rank in self.ranks)
 
 
 def make_plan(work: Work, cluster: Cluster, rates: Rates) -> Plan:
+    """Estimate memory and time of a run on a cluster."""
     ranks = plan_ranks(work)
     shards = [rank.shards[work.engines[0].name] for rank in ranks]
     return Plan(work, cluster, rates, ranks, Clock(work, cluster, rates, shards).phases())
@@ -70,7 +73,7 @@ def make_plan(work: Work, cluster: Cluster, rates: Rates) -> Plan:
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change of one key, and the peak that it leads to."""
+    """A change of one key, and the resulting peak."""
 
     change: str
     peak_bytes: float
@@ -78,7 +81,7 @@ class Remedy:
 
 
 def remedies(plan: Plan) -> list[Remedy]:
-    """Changes of one key that lower the peak, those that make the run fit first, then the strongest."""
+    """Return changes of one key that lower the peak: first those that make the run fit, then by effect."""
     found = []
     for change, work in _changes(plan.work, plan.cluster):
         other = make_plan(work, plan.cluster, plan.rates)
@@ -88,7 +91,7 @@ def remedies(plan: Plan) -> list[Remedy]:
 
 
 def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
-    """Runs that differ from this one in one key."""
+    """Yield variants of this run that differ in one key."""
     layout, parallel = work.layout, work.parallel
     if layout.tp > 1 and not layout.sequence_parallel:
         yield (
@@ -118,7 +121,7 @@ def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
 
 
 def suggest(plan: Plan, most: int = 8) -> list[Plan]:
-    """Layouts of the same GPUs that fit, fastest first: of each TP x PP, the microbatch and recomputation that win."""
+    """Return fitting layouts of the same GPUs, fastest first: one per TP x PP, with the best microbatch."""
     found = []
     for layout in _layouts(plan.work, plan.cluster):
         if _least(plan.work, layout) > plan.cluster.usable:
@@ -145,7 +148,7 @@ def _layouts(work: Work, cluster: Cluster) -> Iterator[Layout]:
 
 
 def _layout(work: Work, cluster: Cluster, tp: int, pp: int) -> Layout | None:
-    """TP within a machine, the rest data-parallel; None where the model or the batch cannot be cut so."""
+    """Return the layout with TP within a machine and the rest data-parallel; None if model or batch cannot be split."""
     if tp > cluster.per_node or cluster.gpus % (tp * pp):
         return None
     if not all(_divides(work.of(role).model, tp, pp) for role in work.engines):
@@ -164,7 +167,7 @@ def _divides(model: ModelConfig, tp: int, pp: int) -> bool:
 
 
 def _least(work: Work, layout: Layout) -> float:
-    """Bytes that weights, gradients and optimizer take at least: layouts that cannot fit are not built."""
+    """Return the minimum bytes of weights, gradients and optimizer, to skip layouts that cannot fit."""
     model = work.model
     head_dim = model.head_dim or model.hidden_size // model.num_heads
     kv_heads = model.num_kv_heads or model.num_heads
@@ -177,4 +180,5 @@ def _least(work: Work, layout: Layout) -> float:
 
 
 def gib(size: float) -> str:
+    """Return a number of bytes as GiB with one decimal."""
     return f"{size / GIB:.1f}"

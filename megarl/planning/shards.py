@@ -1,4 +1,4 @@
-"""What a rank's part of a model takes, exactly: its engine is built on the meta device, as that rank would build it."""
+"""Exact sizes of a rank's slice of a model: its engine is built on the meta device, as that rank would build it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from megarl.planning.work import Work
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's part of one model. Sizes are in bytes, of all the memory that its engine allocates for them."""
+    """One rank's slice of one model. Sizes are bytes of all the memory that its engine allocates."""
 
     stage: int
     parameters: int  # elements
@@ -26,14 +26,14 @@ class Shard:
     weights: int
     gradients: int
     optimizer: int
-    copy: int  # of the weights that train: what a reference keeps in host memory
+    copy: int  # bytes of the trainable weights: a reference keeps them in host memory
     largest: int  # elements of the largest parameter
     layers: int
-    bucket: int  # elements of the largest part of the gradients that is communicated at once
+    bucket: int  # elements of the largest gradient bucket that is communicated at once
 
 
 def gpt_config(work: Work) -> GPTConfig:
-    """The model's configuration; kernels do not change what is allocated and need not be importable here."""
+    """Return the model's configuration; kernels do not change sizes and need not be importable here."""
     return GPTConfig.build(
         work.model,
         work.layout,
@@ -45,12 +45,12 @@ def gpt_config(work: Work) -> GPTConfig:
 
 
 def stages_that_differ(layout: Layout) -> list[int]:
-    """One of each kind: the first, one between, the last."""
+    """Return one stage of each kind: the first, one in the middle, the last."""
     return sorted({0, min(1, layout.pp - 1), layout.pp - 1})
 
 
 def shard(work: Work, role: Role, stage: int) -> Shard:
-    """The part of a role's model on the ranks of a pipeline stage; stages in the middle are alike."""
+    """Return the sizes of a role's model on the ranks of a pipeline stage; stages in the middle are equal."""
     kinds = stages_that_differ(work.layout)
     built = stage if stage in kinds else kinds[1]
     rank = rank_of(work.layout, pp=built)
@@ -62,21 +62,21 @@ def shard(work: Work, role: Role, stage: int) -> Shard:
     return found
 
 
-_KNOWN: dict[Any, Shard] = {}  # plans of one run differ in much that changes no model
+_KNOWN: dict[Any, Shard] = {}  # cache: many variants of a run have the same models
 
 
 def build_shard(grid: Grid, work: Work, role: Role) -> Engine:
-    """Build a role's engine as training does, with weights that are not filled."""
+    """Build a role's engine as training does, with uninitialised weights."""
     return engine_of(role, grid, empty_model(gpt_config(work.of(role)), grid, role.heads), total_steps=1)
 
 
 def measure(engine: Engine, stage: int) -> Shard:
-    """Sizes of what an engine holds, every storage counted once."""
+    """Return the sizes of an engine's memory; every storage is counted once."""
     parameters = [parameter for _, parameter in engine.parameters()]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     buffers = [
         buffer
-        for chunk in (engine.chunks if engine.optimizer is not None else ())  # else they are the bare models
+        for chunk in (engine.chunks if engine.optimizer is not None else ())  # else the bare models
         for buffer in (*getattr(chunk, "buffers", ()), *getattr(chunk, "expert_parallel_buffers", ()))
         if hasattr(buffer, "grad_data")
     ]
@@ -97,7 +97,7 @@ def measure(engine: Engine, stage: int) -> Shard:
 
 
 def _optimizer_tensors(engine: Engine) -> Iterator[Tensor]:
-    """Master weights and Adam's moments; float32 parameters are their own master weights."""
+    """Yield master weights and Adam's moments; float32 parameters are their own master weights."""
     if engine.optimizer is None:
         return
     for part in engine.optimizer.chained_optimizers:
@@ -109,5 +109,5 @@ def _optimizer_tensors(engine: Engine) -> Iterator[Tensor]:
 
 
 def _storages(tensors: Any) -> dict[int, int]:
-    """Bytes by storage."""
+    """Return the bytes of each distinct storage."""
     return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}

@@ -1,4 +1,4 @@
-"""A plan as a table for a terminal, and as JSON."""
+"""Print a plan as tables for a terminal, or as JSON."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _LINKS = {"NVLink": "sent, NVLink", "network": "sent, network"}
 
 
 def as_json(plan: Plan, helps: list[Remedy], layouts: list[Plan] | None) -> dict[str, Any]:
-    """Everything that the tables say, in bytes and seconds."""
+    """Return the content of all tables, in bytes and seconds."""
     work, cluster = plan.work, plan.cluster
     return {
         "algorithm": work.algorithm,
@@ -74,7 +74,7 @@ def _layout(plan: Plan) -> dict[str, Any]:
 
 
 def overrides(plan: Plan) -> str:
-    """The keys of a plan's layout as they would be typed."""
+    """Return the keys of a plan's layout as command-line overrides."""
     work = plan.work
     words = [
         f"parallel.tp={work.layout.tp}",
@@ -87,7 +87,7 @@ def overrides(plan: Plan) -> str:
 
 
 def write(plan: Plan, helps: list[Remedy], layouts: list[Plan] | None, console: Console) -> None:
-    """Print the plan."""
+    """Print the plan as tables."""
     parts: list[RenderableType] = [_head(plan), _memory(plan), _seconds(plan), *_assumptions(plan)]
     if helps:
         parts.append(_remedies(plan, helps))
@@ -116,7 +116,7 @@ def _head(plan: Plan) -> Text:
 
 
 def _memory(plan: Plan) -> Table:
-    """GiB of the fullest rank, by role and phase; what holds nothing there is left out."""
+    """Return the GiB of the fullest rank, by role and phase, without empty rows."""
     rank: RankPlan = plan.fullest
     parts = [part for part in PARTS if any(rank.part(phase, part) for phase in rank.uses)]
     table = Table(title=f"GiB on a GPU of pipeline stage {rank.stage}", title_justify="left")

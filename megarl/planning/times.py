@@ -1,6 +1,6 @@
-"""Seconds of each phase, from operations, bytes and stated shares of what the hardware can do.
+"""Seconds of each phase, from operations, bytes and assumed fractions of the hardware's peaks.
 
-A model to compare layouts with, not a promise: docs/planning.md says what it leaves out and how near it comes.
+This model compares layouts; it does not predict exactly. docs/planning.md lists what it omits and its accuracy.
 """
 
 from dataclasses import dataclass, field
@@ -14,35 +14,36 @@ from megarl.planning.work import Work
 from megarl.rollout.generator import Limits
 
 _WITHIN, _BETWEEN = "NVLink", "network"
-_SAVED_BYTES_PER_S = 1e9  # that one process writes to a shared file system
+_SAVED_BYTES_PER_S = 1e9  # write speed of one process to a shared file system
 
 
 @dataclass
 class Phase:
-    """One phase of a unit of work (a PPO phase, a step of SFT). Bytes are those a GPU sends, by link."""
+    """One phase of a unit of work (a PPO phase, an SFT step). Bytes are those that a GPU sends, by link."""
 
     name: str
     seconds: float = 0.0
     tokens: float = 0.0  # over all GPUs
-    flops: float = 0.0  # of the model, over all GPUs; recomputation does not count
+    flops: float = 0.0  # model FLOPs over all GPUs, without recomputation
     sent: dict[str, float] = field(default_factory=lambda: {_WITHIN: 0.0, _BETWEEN: 0.0})
-    bound: str = ""  # what most of the time goes into
+    bound: str = ""  # what takes most of the time
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens per second over all GPUs; 0 for an empty phase."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Assumptions that a user may replace."""
+    """Assumptions that a user can override."""
 
-    products: float  # share of peak FLOP/s
-    host_s_per_layer: float  # of a decode pass, until CUDA graphs capture it
+    products: float  # fraction of peak FLOP/s
+    host_s_per_layer: float  # host time per layer of a decode pass without CUDA graphs
 
 
 class Clock:
-    """Times of one run on one cluster. Stages are taken to be alike, the last with the output layer besides."""
+    """Times of one run on one cluster. Stages are assumed equal, except for the output layer on the last."""
 
     def __init__(self, work: Work, cluster: Cluster, rates: Rates, shards: list[Shard]) -> None:
         self.work, self.cluster, self.rates = work, cluster, rates
@@ -55,10 +56,12 @@ class Clock:
     # --- phases -----------------------------------------------------------------------------------------------------
 
     def phases(self) -> list[Phase]:
+        """Return the timed phases of a unit of work; generation for evaluations is not timed."""
         untimed = {"generate"} if self.work.evaluates else set()
         return [getattr(self, name)() for name in phases_of(self.work) if name not in untimed]
 
     def train(self) -> Phase:
+        """Estimate the optimizer steps: passes, the pipeline's bubble, and gradient and weight communication."""
         work, layout = self.work, self.layout
         phase = Phase("train")
         forward = self._pass(work.micro, work.length, phase, backward=False)
@@ -71,7 +74,7 @@ class Clock:
         sequences = work.steps * work.global_batch
         phase.sent = {link: sent * work.accumulation * work.steps for link, sent in phase.sent.items()}
         reducing, gathering, updating = self._step(phase)
-        step = computing + max(0.0, reducing - backward)  # gradients travel during the last backward pass
+        step = computing + max(0.0, reducing - backward)  # gradients are reduced during the last backward pass
         step += gathering + updating
         phase.seconds = step * work.steps * self._models()
         phase.tokens = sequences * work.length
@@ -82,7 +85,7 @@ class Clock:
         return phase
 
     def score(self) -> Phase:
-        """A pass of every model over the responses; a reference is copied in and out."""
+        """Estimate a forward pass of every model over the responses; a reference is copied in and out."""
         work, layout = self.work, self.layout
         phase = Phase("score")
         passes = len(work.roles)
@@ -99,7 +102,7 @@ class Clock:
         return phase
 
     def generate(self) -> Phase:
-        """Prompts are read at the rate of products; then every pass reads the weights, and the keys and values."""
+        """Estimate generation: prompts at the speed of products, then decode passes that read weights and KV cache."""
         if self.work.generating is not self.work:
             return Clock(self.work.generating, self.cluster, self.rates, [self.fullest]).generate()
         work, layout, gpu = self.work, self.layout, self.cluster.gpu
@@ -107,13 +110,13 @@ class Clock:
         slots = slots_of(work)
         rows = max(1, slots // layout.pp)
         share = -(-work.rollouts // layout.dp)
-        passes = max(work.longest, share / slots * work.response)  # slots are refilled as responses end
+        passes = max(work.longest, share / slots * work.response)  # slots are refilled when responses end
         reads = self._decode_bytes(rows) / (gpu.bandwidth * gpu.reads)
         products = rows * self._flops_of_one() / layout.tp / layout.pp / (gpu.flops * self.rates.products)
         sending = 2 * self.layers * self._small_all_reduce(rows, phase)
         device = max(reads, products) + sending
         host = self.layers * self.rates.host_s_per_layer
-        one = max(device, host) * layout.pp  # a group of slots on each stage, one pass of each for one token of all
+        one = max(device, host) * layout.pp  # one group of slots per stage, one pass per group and token
         prefill_rows = max(1, min(share, Limits.prefill_tokens // max(1, work.prompt)))
         reading = Phase("prompts")
         prompts = self._pass(prefill_rows, work.prompt, reading, backward=False) * -(-share // prefill_rows)
@@ -126,18 +129,18 @@ class Clock:
         return phase
 
     def save(self) -> Phase:
-        """Weights, master weights and moments of all engines, each rank its part; outside of the other phases."""
+        """Estimate a checkpoint, in which ranks write weights, master weights and moments; not part of a unit."""
         held = (self.fullest.weights + 12 * self.fullest.trainable) / self.layout.dp * self._models()
         return Phase("save", seconds=held / _SAVED_BYTES_PER_S, bound="writing")
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
     def _models(self) -> int:
-        """Models that train, and so are saved."""
+        """Number of models that train, and so are saved."""
         return sum(role.trains for role in self.work.roles)
 
     def _flops(self, length: int, output: int) -> float:
-        """Of one sequence's forward pass; the output layer is applied at `output` positions only."""
+        """Return the FLOPs of one sequence's forward pass; the output layer is applied at `output` positions only."""
         model = self.work.model
         head_dim = model.head_dim or model.hidden_size // model.num_heads
         attention = 4 * model.num_heads * head_dim * mean_keys(length, model.sliding_window)
@@ -145,12 +148,12 @@ class Clock:
         return float(length * model.num_layers * layer + output * 2 * model.hidden_size * self.work.vocab_size)
 
     def _flops_of_one(self) -> float:
-        """Of one new token, its reading of the cache left out."""
+        """Return the FLOPs of one new token, without attention over the cache."""
         model = self.work.model
         return float(2 * (model.num_layers * layer_weights(model) + model.hidden_size * self.work.vocab_size))
 
     def _pass(self, rows: int, length: int, phase: Phase, *, backward: bool) -> float:
-        """Seconds of one microbatch on one stage; adds what it sends to the phase."""
+        """Return the seconds of one microbatch on one stage, and add the bytes it sends to the phase."""
         work, layout, cluster = self.work, self.layout, self.cluster
         flops = rows * self._flops(length, output=min(length, work.loss_tokens)) / layout.tp / layout.pp
         seconds = flops * (2 if backward else 1) / (cluster.gpu.flops * self.rates.products)
@@ -159,9 +162,9 @@ class Clock:
             part = (layout.tp - 1) / layout.tp
             sent = self.layers * 4 * part * whole  # two all-reduces, or as many gathers and scatters
             if backward and layout.sequence_parallel:
-                sent += self.layers * 2 * part * whole  # inputs are gathered again
+                sent += self.layers * 2 * part * whole  # inputs are gathered again in the backward pass
             self._add(phase, self.tp_span, sent)
-            # Half of the backward pass's traffic runs beside the products of the weights' gradients.
+            # Half of the backward pass's communication overlaps the products for the weight gradients.
             seconds += sent / cluster.speed(self.tp_span) * (0.5 if backward else 1.0)
         if layout.pp > 1:
             split = layout.tp if layout.sequence_parallel else 1
@@ -172,7 +175,7 @@ class Clock:
         return seconds
 
     def _step(self, phase: Phase) -> tuple[float, float, float]:
-        """Seconds to sum gradients over replicas, to gather updated weights, and to update one's share."""
+        """Return the seconds to reduce gradients over replicas, gather updated weights, and update a rank's share."""
         dp, held, gpu = self.layout.dp, self.fullest, self.cluster.gpu
         part = (dp - 1) / dp
         gradients, weights = 4 * held.trainable * part, self.work.element * held.trainable * part
@@ -181,7 +184,7 @@ class Clock:
         return gradients / speed, weights / speed, 30 * held.trainable / dp / (gpu.bandwidth * gpu.reads)
 
     def _decode_bytes(self, rows: int) -> float:
-        """Read by one stage in one decode pass: all weights, and the keys and values of half-grown responses."""
+        """Return the bytes that one stage reads per decode pass: weights, and a half-filled KV cache."""
         work = self.work
         model, layout = work.model, self.layout
         heads = max(1.0, (model.num_kv_heads or model.num_heads) / layout.tp)

@@ -1,4 +1,4 @@
-"""A run on a layout, as numbers: its models, batches, lengths and how often each part of it happens."""
+"""A run on a layout as numbers: its models, batches, lengths, and how often each operation happens."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,14 +15,14 @@ from megarl.rollout.resharded import other_layout
 
 @dataclass(frozen=True, kw_only=True)
 class Work(Workload):
-    """A run on a layout. Counts of sequences are of one unit of work, as in `Workload`.
+    """A run on a layout. Counts of sequences are per unit of work, as in `Workload`.
 
     Attributes:
         roles: the models of the run, the policy first.
-        model: the shape of the model in question: the policy's, or with `of` another role's.
-        vocab_size: of that model.
-        micro: sequences of one forward pass.
-        global_batch: sequences of an optimizer step.
+        model: the shape of the present model: the policy's, or after `of` another role's.
+        vocab_size: vocabulary size of that model.
+        micro: number of sequences in one forward pass.
+        global_batch: number of sequences per optimizer step.
     """
 
     algorithm: str
@@ -47,21 +47,21 @@ class Work(Workload):
 
     @property
     def engines(self) -> tuple[Role, ...]:
-        """The roles that hold memory on the device."""
+        """The roles that use memory on the device."""
         return tuple(role for role in self.roles if role.on_device)
 
     def of(self, role: Role) -> "Work":
-        """The same run, as far as it is that role's model's."""
+        """Return the same run with the model of another role."""
         return replace(self, model=role.model, vocab_size=role.vocab_size)
 
     @property
     def generating(self) -> "Work":
-        """The same run in the layout that it generates in."""
+        """The same run in its generation layout."""
         other = other_layout(self.rollout_layout, self.layout)
         return self if other is None else self.on(other, micro=self.micro, recompute="none")
 
     def on(self, layout: Layout, *, micro: int, recompute: str) -> "Work":
-        """The same run in another layout."""
+        """Return the same run in another layout."""
         parallel = replace(
             self.parallel,
             tp=layout.tp,
@@ -76,7 +76,7 @@ class Work(Workload):
 def work_of(
     module: type[Module], config: Any, plan: PlanConfig, gpus: int, vocab_size: int, sources: Sources | None = None
 ) -> Work:
-    """The run of an algorithm's module that `config`, the tree of its entry point, describes on so many GPUs."""
+    """Return the run of an algorithm's module that `config`, its entry point's tree, describes on `gpus` GPUs."""
     parallel = config.parallel
     layout = Layout.for_world(
         gpus,

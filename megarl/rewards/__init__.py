@@ -1,9 +1,9 @@
-"""Sequences in, scores out: reward functions, run in a process of their own that can be timed and killed."""
+"""Reward functions, which turn samples into scores in a separate process that can be timed and killed."""
 
+from megarl.functions.named import NamedFunction, resolve
 from megarl.rewards.answers import NoScore, Score
 from megarl.rewards.client import RewardWorker
 from megarl.rewards.combine import Combined, combine
-from megarl.rewards.functions import RewardFunction, resolve
 from megarl.rewards.scores import Scores
 
-__all__ = ["Combined", "NoScore", "RewardFunction", "RewardWorker", "Score", "Scores", "combine", "resolve"]
+__all__ = ["Combined", "NoScore", "NamedFunction", "RewardWorker", "Score", "Scores", "combine", "resolve"]

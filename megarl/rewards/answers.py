@@ -1,4 +1,4 @@
-"""What a reward function returned, read as scores: one finite number, or one per token, for every sample."""
+"""Reads what a reward function returned as scores: one finite number, or one per token, for every sample."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any
 
 Score = float | list[float]
 LARGEST = 1e30
-"""Size of the largest score: sums and squares of such are still finite in float32 and float64."""
+"""Largest absolute score: sums and squares of such scores are finite in float64, and sums in float32."""
 _SHOWN = 60
 
 
 @dataclass(frozen=True)
 class NoScore:
-    """Stands where a sample got no usable score; `why` completes "sample 3 ..."."""
+    """A sample without a usable score. `why` completes "sample 3 ..."."""
 
     why: str
 
 
 class AnswerError(Exception):
-    """The answer as a whole cannot be matched to the samples."""
+    """The returned value as a whole cannot be matched to the samples."""
 
 
 def read_scores(answer: object, count: int, lengths: Sequence[int | None] | None = None) -> list[Score | NoScore]:
-    """One score, or the reason why there is none, for each of `count` samples.
+    """Return a score, or the reason why there is none, for each of `count` samples.
 
     Args:
         answer: what the function returned: a list, tuple, array or tensor.
-        count: samples it was asked about.
+        count: number of samples that the function scored.
         lengths: tokens of each response, which a list of per-token rewards must match; None is not checked.
 
     Raises:
-        AnswerError: it is no list, or of another length than `count`.
+        AnswerError: it is not a list, or its length is not `count`.
     """
     answer = _plain(answer)
     if not isinstance(answer, list | tuple):
@@ -52,7 +52,7 @@ def _read_one(value: Any, length: int | None) -> Score | NoScore:
     if length is not None and len(value) != length:
         return NoScore(f"got {len(value)} per-token rewards, but its response has {length} tokens")
     if length is None and not value:
-        return NoScore("got an empty list, which says nothing")
+        return NoScore("got an empty list, which has no reward")
     rewards: list[float] = []
     for token, reward in enumerate(value):
         number = _number(_plain(reward))
@@ -63,13 +63,13 @@ def _read_one(value: Any, length: int | None) -> Score | NoScore:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays, tensors and their scalars as Python's own lists and numbers, without importing their libraries."""
+    """Convert arrays, tensors and their scalars to Python lists and numbers, without importing their libraries."""
     convert = getattr(value, "tolist", None)
     return convert() if callable(convert) and not isinstance(value, type) else value
 
 
 def _number(value: Any) -> float | None:
-    """A finite float, or None. Text is no number, even where Python could read it as one."""
+    """Return a finite float, or None. Text is never a number, even where Python could parse it as one."""
     if isinstance(value, str | bytes | bytearray | complex) or not hasattr(value, "__float__"):
         return None
     try:
@@ -85,7 +85,7 @@ def _not_a_score(value: Any) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value that was read from JSON can be a score."""
+    """Return whether a value read from JSON can be a score."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 

@@ -1,4 +1,4 @@
-"""The run's side of scoring: tries and counts around a worker process.
+"""The run's side of scoring: it calls the worker process, repeats failed calls and counts them.
 
 A sample without a score is an error or a counted drop, never a 0.
 """
@@ -18,8 +18,8 @@ from typing import Any
 from megarl.config.offers import either
 from megarl.config.rl import SCORER_START_S
 from megarl.errors import ConfigError, DataError, RewardError
+from megarl.functions.named import NamedFunction, Spec, resolve
 from megarl.logging import get_logger
-from megarl.rewards.functions import RewardFunction, Spec, resolve
 from megarl.rewards.process import CallFailedError, WorkerProcess
 from megarl.rewards.scores import Scores
 
@@ -30,10 +30,10 @@ ON_ERROR = ("error", "drop")
 
 
 class ScoringError(RewardError):
-    """A call that came to nothing.
+    """A call of a reward function that failed.
 
     Attributes:
-        kind: what went wrong: raised, count (of the scores), score (of a sample), late or died.
+        kind: what went wrong: raised, count (number of scores), score (of a sample), late or died.
     """
 
     def __init__(self, message: str, *, kind: str, **data: Any) -> None:
@@ -52,7 +52,8 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class _Failure:
-    """What became of a call: its kind, in words, which samples it leaves without a score, and where it went wrong."""
+    """The failure of a call: its kind, a description, the samples that it leaves without a score, and where it
+    happened."""
 
     kind: str
     what: str
@@ -66,14 +67,14 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _Question:
-    """What `score` was given: texts, fields of the records, lengths of the responses."""
+    """The arguments of `score`: texts, fields of the records, lengths of the responses."""
 
     texts: Mapping[str, Sequence[str]]
     metadata: Mapping[str, Sequence[Any]]
     lengths: Sequence[int] | None
 
     def about(self, rows: Sequence[int]) -> dict[str, Any]:
-        """The part of it that asks about some samples."""
+        """Return the arguments for some of the samples."""
         return {
             "texts": {name: [column[row] for row in rows] for name, column in self.texts.items()},
             "metadata": {name: [column[row] for row in rows] for name, column in self.metadata.items()},
@@ -82,15 +83,15 @@ class _Question:
 
 
 class RewardWorker:
-    """A reward function in a process of its own, which is started at the first call and again after a failure.
+    """A reward function in a separate process, which is started at the first call and again after a failure.
 
-    Use it from one rank and one thread. The function is called as
-    `fn(samples=..., prompts=..., outputs=..., tokenizer=..., **metadata)`.
+    Use it from one rank and one thread. The function is called as `fn(samples=..., prompts=..., outputs=...,
+    tokenizer=..., **metadata)`.
     """
 
     def __init__(
         self,
-        function: Spec | RewardFunction,
+        function: Spec | NamedFunction,
         tokenizer: object,
         *,
         timeout_s: float = 60.0,
@@ -101,18 +102,18 @@ class RewardWorker:
         start_timeout_s: float = SCORER_START_S,
         key: str = "reward.fn",
     ) -> None:
-        """Check the function and pack it; nothing is started yet.
+        """Check the function and pickle it. The process is not started yet.
 
         Args:
             function: "package.module:function", "path/to/file.py:function", a callable, or what `combine` returns.
             tokenizer: an object that can be pickled, or (kind, path) for `build_tokenizer` in the worker.
-            timeout_s: seconds one call may take.
-            retries: how often a call that failed is made again.
+            timeout_s: maximum seconds of a call.
+            retries: how often a failed call is repeated.
             on_error: what happens to samples that still have no score: "error" raises, "drop" leaves them out.
-            options: keyword arguments of the function, which go before fields of the records.
+            options: keyword arguments of the function, which override fields of the records.
             devices: CUDA_VISIBLE_DEVICES of the worker; "" hides every GPU, None shows what the run sees.
-            start_timeout_s: seconds the worker may take to load the function and the tokenizer.
-            key: configuration key of the function, for the messages.
+            start_timeout_s: maximum seconds in which the worker loads the function and the tokenizer.
+            key: configuration key of the function, for messages.
         """
         self._key = key
         for name, good, value, wants in (
@@ -120,12 +121,10 @@ class RewardWorker:
             ("retries", retries >= 0, retries, "0 or more"),
         ):
             if not good:
-                raise ConfigError(
-                    f"reward.{name}={value} cannot be used: give {wants}", key=f"reward.{name}", value=value
-                )
+                raise ConfigError(f"reward.{name}={value} is not valid: use {wants}", key=f"reward.{name}", value=value)
         if on_error not in ON_ERROR:
             raise ConfigError(
-                f"reward.on_error={on_error} cannot be used: give {either(ON_ERROR)}",
+                f"reward.on_error={on_error} is not valid: use {either(ON_ERROR)}",
                 key="reward.on_error",
                 value=on_error,
                 offers={"reward.on_error": ON_ERROR},
@@ -136,18 +135,18 @@ class RewardWorker:
         self._retries, self._on_error = retries, on_error
         self._devices = devices
         self._process: WorkerProcess | None = None
-        self._told: set[tuple[str, str, bool]] = set()
+        self._warned: set[tuple[str, str, bool]] = set()
 
     @property
     def name(self) -> str:
-        """The function, as messages call it."""
+        """Name of the function, for messages."""
         return self._function.name
 
     def start(self) -> None:
-        """Start the worker and load the function, unless it is up.
+        """Start the worker and load the function, unless it is running.
 
         Raises:
-            RewardError: the function or the tokenizer cannot be loaded there. Trying again would not help.
+            RewardError: the worker cannot load the function or the tokenizer. Repeating would not help.
         """
         self._running()
 
@@ -159,17 +158,17 @@ class RewardWorker:
         metadata: Mapping[str, Sequence[Any]] | None = None,
         lengths: Sequence[int] | None = None,
     ) -> Scores:
-        """Ask the function about samples, in one call; a further try is about those that have no score yet.
+        """Score samples in one call. Repeated calls have only the samples without a score.
 
         Args:
-            samples: prompt and response as one text each.
-            prompts: as many prompts.
-            outputs: as many responses.
+            samples: prompt and response of each sample as one text.
+            prompts: prompt of each sample.
+            outputs: response of each sample.
             metadata: the other fields of the prompt records, each with a value for every sample.
-            lengths: tokens of each response; a list of per-token rewards must have as many.
+            lengths: tokens of each response, which a list of per-token rewards must match.
 
         Raises:
-            RewardError: with on_error="error", samples without a usable score after the last try.
+            RewardError: with on_error="error", samples without a usable score after the last call.
         """
         question = _Question(
             {"samples": samples, "prompts": prompts, "outputs": outputs}, dict(metadata or {}), lengths
@@ -181,7 +180,7 @@ class RewardWorker:
         return scores
 
     def close(self) -> None:
-        """End the worker; a later call would start it again."""
+        """Stop the worker. A later call starts it again."""
         if self._process is not None:
             self._process.close()
             self._process = None
@@ -199,8 +198,8 @@ class RewardWorker:
         taken = [name for name in question.metadata if name in RESERVED]
         if taken:
             raise DataError(
-                f"a field of the prompt records is called {taken[0]!r}, which {self._key} is given for something "
-                f"else; rename it (none may be called {', '.join(RESERVED)})",
+                f"a field of the prompt records is called {taken[0]!r}, which is a reserved argument of {self._key}; "
+                f"rename it (none may be called {', '.join(RESERVED)})",
                 key=taken[0],
             )
         columns: dict[str, Sequence[Any]] = {**question.metadata, **question.texts}
@@ -208,17 +207,18 @@ class RewardWorker:
             columns["lengths"] = question.lengths
         for name, column in columns.items():
             if len(column) != count:
-                raise DataError(f"{name} has {len(column)} entries for {count} samples; give one for each", key=name)
+                raise DataError(f"{name} has {len(column)} entries for {count} samples; pass one for each", key=name)
 
     def _ask_until_scored(self, question: _Question, rows: Sequence[int], scores: Scores) -> None:
-        """Ask until every sample has a score or the tries are used up; a later try asks only about the rest."""
+        """Call until every sample has a score or the retries are used up. Repeated calls have only the remaining
+        samples."""
         failure: _Failure | None = None
         for attempt in range(self._retries + 1):
             scores.repeated_calls += attempt > 0
-            rows, found = self._attempt(question, rows, scores)
-            if failure is not None and found != failure:  # what fails the same way again is told once, in the end
-                self._tell(failure, dropped=False, follows="and is asked again")
-            failure = found
+            rows, latest = self._attempt(question, rows, scores)
+            if failure is not None and latest != failure:  # a failure that repeats is logged once, at the end
+                self._warn(failure, dropped=False, follows="and is called again")
+            failure = latest
             if failure is None:
                 return
             scores.failed_calls += 1
@@ -235,20 +235,20 @@ class RewardWorker:
                 offers={"reward.on_error": ["drop"]},
             )
         follows = f"and {len(rows)} samples are dropped (reward.on_error=drop): {REMEDIES[failure.kind]}"
-        self._tell(failure, dropped=True, follows=follows)
+        self._warn(failure, dropped=True, follows=follows)
 
-    def _tell(self, failure: _Failure, *, dropped: bool, follows: str) -> None:
-        """A warning the first time that samples are asked for again, or dropped, for a reason; the counts that are
-        logged tell of the others."""
-        told = (failure.kind, failure.what, dropped)
-        level = logging.DEBUG if told in self._told else logging.WARNING
-        self._told.add(told)
+    def _warn(self, failure: _Failure, *, dropped: bool, follows: str) -> None:
+        """Log a warning the first time that samples are scored again, or dropped, for this reason; logged metrics count
+        the others."""
+        reason = (failure.kind, failure.what, dropped)
+        level = logging.DEBUG if reason in self._warned else logging.WARNING
+        self._warned.add(reason)
         _log.log(level, "%s=%s %s, %s", self._key, self.name, failure.reason, follows)
 
     def _attempt(
         self, question: _Question, rows: Sequence[int], scores: Scores
     ) -> tuple[Sequence[int], _Failure | None]:
-        """One call. The samples still without a score, and what happened to the first of them."""
+        """Call once. Return the samples still without a score, and the failure of the first of them."""
         fields = ", ".join(question.metadata)
         payload = _pack(question.about(rows), f"a field of the prompt records ({fields})", key=fields)
         process = self._running()
@@ -274,11 +274,11 @@ class RewardWorker:
         return list(flaws), _Failure("score", f"gave no usable score: {where} {why}", others, where)
 
     def _running(self) -> WorkerProcess:
-        """The worker, up and with the function loaded."""
+        """Return a running worker that has loaded the function."""
         if self._process is not None and self._process.alive:
             return self._process
         if self._process is not None:
-            self._process.kill()  # it is dead; what it started may not be
+            self._process.kill()  # it is dead, but processes that it started may be alive
             self._process = None
         process = WorkerProcess(self.name, self._devices)
         try:
@@ -300,9 +300,9 @@ class RewardWorker:
 
 
 def _pack_setup(
-    function: RewardFunction, tokenizer: object, options: Mapping[str, Any], timeout_s: float, key: str
+    function: NamedFunction, tokenizer: object, options: Mapping[str, Any], timeout_s: float, key: str
 ) -> bytes:
-    """The first frame: where to import from, then the function, the tokenizer and the options."""
+    """Return the first frame: the import path, then the function, the tokenizer and the options."""
     here = str(Path.cwd())
     path = [entry or here for entry in sys.path]
     packed = _pack((function, tokenizer, options), f"the tokenizer or an option of {key}", key)
@@ -315,7 +315,7 @@ def _pack(content: object, what: str, key: str) -> bytes:
 
     try:
         return cloudpickle.dumps(content)  # type: ignore[no-any-return]
-    except Exception as error:  # what an object holds may raise anything when it is pickled
+    except Exception as error:  # pickling an object may raise anything
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"{what} cannot be sent to the worker process ({type(error).__name__}: {reason}); "

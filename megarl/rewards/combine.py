@@ -1,4 +1,4 @@
-"""Several reward functions as one: a weighted sum, with each function's own scores kept for the log."""
+"""Several reward functions combined into a weighted sum. Each function's own scores are kept for the log."""
 
 from __future__ import annotations
 
@@ -8,42 +8,43 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megarl.errors import ConfigError
+from megarl.functions.named import Function, NamedFunction, Spec, resolve
 from megarl.rewards.answers import AnswerError, NoScore, Score, read_scores
-from megarl.rewards.functions import Function, RewardFunction, Spec, resolve
 
 
 @dataclass
 class Combined:
-    """Callable like any reward function; made by `combine`.
+    """A weighted sum of reward functions, callable like one; made by `combine`.
 
     Attributes:
-        functions: what is summed.
-        weights: one factor for each.
-        options: keyword arguments for each, which go before the fields of the records.
-        names: a short and different name for each.
+        functions: the functions.
+        weights: weight of each function.
+        options: keyword arguments of each function, which override the fields of the records.
+        names: a short, unique name of each function.
     """
 
-    functions: tuple[RewardFunction, ...]
+    functions: tuple[NamedFunction, ...]
     weights: tuple[float, ...]
     options: tuple[dict[str, Any], ...]
     names: tuple[str, ...]
     _loaded: list[Function] = field(default_factory=list, repr=False)
 
     def load(self) -> None:
-        """Load every function now, so that one that cannot be loaded is found before the first call."""
+        """Load every function, so that one that cannot be loaded is found before the first call."""
         if not self._loaded:
             self._loaded = [function.load() for function in self.functions]
 
     def __call__(self, samples: Sequence[str], **columns: Any) -> list[Score | NoScore]:
+        """Return the weighted sum for each sample."""
         return self.evaluate(samples=samples, **columns)[0]
 
     def evaluate(
         self, samples: Sequence[str], **columns: Any
     ) -> tuple[list[Score | NoScore], dict[str, list[float | None]]]:
-        """The weighted sum for each sample, and each function's own scores without its weight.
+        """Return the weighted sum for each sample, and each function's own scores without its weight.
 
-        A sample for which any function has no score has none. Lists of per-token rewards count as their sum in the
-        second.
+        A sample without a score from any one function has none. In the second result, lists of per-token rewards count
+        as their sum.
         """
         self.load()
         answers = [
@@ -70,7 +71,8 @@ class Combined:
         return [NoScore(f"{s.why} (from {name})") if isinstance(s, NoScore) else s for s in scores]
 
     def _sum(self, scores: Sequence[Score | NoScore]) -> Score | NoScore:
-        """Per-token lists add up token by token; a plain score lands on the last token, as it does in training."""
+        """Add weighted scores. Per-token lists add up token by token; a plain score is added at the last token, as in
+        training."""
         total: Score = 0.0
         for score, weight in zip(scores, self.weights, strict=True):
             if isinstance(score, NoScore):
@@ -88,13 +90,13 @@ def combine(
     options: Sequence[Mapping[str, Any]] | None = None,
     key: str = "reward.fn",
 ) -> Combined:
-    """One reward function that returns the weighted sum of several.
+    """Return one reward function that computes the weighted sum of several.
 
     Args:
         functions: names or callables, as `RewardWorker` takes them.
-        weights: one for each; None weighs all by 1.
-        options: keyword arguments for each, None for none.
-        key: the configuration key they came from, for the messages.
+        weights: a weight for each function; None weighs all by 1.
+        options: keyword arguments for each function; None for none.
+        key: configuration key that they come from, for messages.
     """
     if not functions:
         raise ConfigError(f"{key} is an empty list: name at least one function", key=key, value=[])
@@ -103,7 +105,7 @@ def combine(
     for what, given in (("weights", weights), ("options", options)):
         if len(given) != len(functions):
             raise ConfigError(
-                f"{key} names {len(functions)} functions but has {len(given)} {what}: give one for each",
+                f"{key} names {len(functions)} functions but has {len(given)} {what}: set one for each",
                 key=what,
                 value=given,
             )
@@ -119,8 +121,8 @@ def combine(
     )
 
 
-def _short_names(functions: Sequence[RewardFunction]) -> tuple[str, ...]:
-    """The function's own name; from its second use on, numbered."""
+def _short_names(functions: Sequence[NamedFunction]) -> tuple[str, ...]:
+    """Return each function's own name, numbered from its second use on."""
     names: list[str] = []
     for function in functions:
         short = function.name.rpartition(":")[2]
@@ -142,7 +144,7 @@ def _add(left: Score, right: Score) -> Score:
 
 
 def number_of(score: Score | NoScore) -> float | None:
-    """A score as one number: per-token rewards count as their sum."""
+    """Return a score as one number: per-token rewards count as their sum. None if there is no score."""
     if isinstance(score, NoScore):
         return None
     return sum(score) if isinstance(score, list) else score

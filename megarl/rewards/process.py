@@ -1,4 +1,4 @@
-"""One worker process and the pipe to it: started, asked, timed and killed here, with no idea what is asked."""
+"""One worker process and the pipe to it: start, call, time out and kill. The content of a call is bytes here."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ DISTRIBUTED_PREFIXES = ("LOCAL_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_",
 """Environment variables of a process group: a library that sees them in the worker would wait for other ranks."""
 
 MOST_LINES = 200
-"""Lines of a call that are logged; all that follow are counted."""
+"""Maximum number of logged lines per call; further lines are only counted."""
 _MOST_BYTES = 40_000
-"""The same, of a call that prints few lines, and long ones."""
+"""Maximum number of logged bytes per call, for calls that print few but long lines."""
 _LONGEST_LINE = 4000
 _BLOCK = 1 << 16
 _LONGEST_REASON = 400
 
 
 class CallFailedError(Exception):
-    """A call came to nothing; the text completes "reward.fn=NAME ...".
+    """A call failed. The text completes "reward.fn=NAME ...".
 
     Attributes:
-        kind: what went wrong, one of raised, count, late and died.
-        where: `file:line` of the user's code that raised, if that is known.
+        kind: what went wrong: raised, count, late or died.
+        where: `file:line` of the user's code that raised, if it is known.
     """
 
     def __init__(self, text: str, kind: str, where: str | None = None) -> None:
@@ -48,13 +48,13 @@ class CallFailedError(Exception):
 
 
 class WorkerProcess:
-    """A running `python -m megarl.rewards.worker`, in a process group of its own."""
+    """A running `python -m megarl.rewards.worker`, in its own process group."""
 
     def __init__(self, name: str, devices: str | None) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
-            name: whose output it is, for the log.
+            name: name of the function, for the log of its output.
             devices: CUDA_VISIBLE_DEVICES; None keeps this process's.
         """
         self._name = name
@@ -71,7 +71,7 @@ class WorkerProcess:
                 stderr=subprocess.STDOUT,
                 pass_fds=(request_end, answer_end),
                 env=worker_environment(devices),
-                start_new_session=True,  # so that all it starts can be killed with it
+                start_new_session=True,  # so that everything it starts can be killed with it
             )
         except BaseException:
             self._channel.close()
@@ -84,14 +84,15 @@ class WorkerProcess:
 
     @property
     def alive(self) -> bool:
+        """Whether the process is running."""
         return self._process.poll() is None
 
     def ask(self, payload: bytes, timeout_s: float) -> dict[str, Any]:
-        """Send a frame and wait for its answer.
+        """Send a frame and wait for the response.
 
         Raises:
-            CallFailedError: the answer is a failure, or there is none: the process is late or has ended. After the
-                latter two, and after any other exception, it is dead.
+            CallFailedError: the response is a failure, or there is none because the process is late or has ended. In
+                the latter two cases, and after any other exception, the process is dead.
         """
         try:
             check = self._watch(timeout_s)
@@ -103,10 +104,8 @@ class WorkerProcess:
             raise CallFailedError(f"ended its process ({death})", "died") from error
         except UnreadableError as error:
             self.kill()
-            raise CallFailedError(
-                f"wrote something else into the pipe of its answers, which {error}", "died"
-            ) from error
-        except BaseException:  # an interrupted conversation must not be taken up again
+            raise CallFailedError(f"wrote invalid data into its response pipe, which {error}", "died") from error
+        except BaseException:  # the connection is unusable after an interrupted call
             self.kill()
             raise
         if "failure" in answer:
@@ -115,14 +114,14 @@ class WorkerProcess:
         return answer
 
     def close(self) -> None:
-        """End it. The function may clean up; what still runs two seconds later is killed."""
+        """Stop the process. The function may clean up; what still runs two seconds later is killed."""
         self._channel.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=2)
         self.kill()
 
     def kill(self) -> None:
-        """Kill it and everything it started."""
+        """Kill the process and everything that it started."""
         self._channel.close()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -130,12 +129,12 @@ class WorkerProcess:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             pid = self._process.pid
-            _log.warning("the process of %s (pid %d) does not die; going on without it", self._name, pid)
+            _log.warning("the process of %s (pid %d) does not die; continuing without it", self._name, pid)
         self._printing.join(timeout=1)
         self._output.end_call()
 
     def death(self) -> str:
-        """How it ended, and the last line it printed."""
+        """Return how the process ended, and the last line that it printed."""
         try:
             code = self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
@@ -148,7 +147,8 @@ class WorkerProcess:
         return f"{how}; its last line: {self._output.last[:200]}" if self._output.last else how
 
     def _watch(self, timeout_s: float) -> Callable[[], None]:
-        """What ends a wait: the time, or the worker's death while something it started still holds the pipe."""
+        """Return a check that ends a wait: after the timeout, or if the worker is dead while a process that it started
+        still holds the pipe."""
         deadline = time.monotonic() + timeout_s
 
         def check() -> None:
@@ -162,7 +162,7 @@ class WorkerProcess:
 
 
 def worker_environment(devices: str | None = "") -> dict[str, str]:
-    """This process's environment without what would make the worker part of the run.
+    """Return this process's environment without the variables that would make the worker part of the run.
 
     Args:
         devices: CUDA_VISIBLE_DEVICES of the worker; "" hides every GPU, None keeps this process's.
@@ -174,7 +174,7 @@ def worker_environment(devices: str | None = "") -> dict[str, str]:
     }
     if devices is not None:
         kept["CUDA_VISIBLE_DEVICES"] = devices
-    kept.setdefault("PYTHONHASHSEED", "0")  # so that a function that goes through a set scores the same every time
+    kept.setdefault("PYTHONHASHSEED", "0")  # so that functions that iterate over sets return the same scores
     home = Path(megarl.__file__).resolve().parent.parent
     if home.name not in ("site-packages", "dist-packages"):
         kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))
@@ -182,14 +182,14 @@ def worker_environment(devices: str | None = "") -> dict[str, str]:
 
 
 class Output:
-    """What a worker prints, on its way to the log: the first lines of every call, and how many more there were.
+    """The output of a worker, on its way to the log: the first lines of every call, and the number of the others.
 
-    The pipe is emptied as fast as it fills, so that no function waits for the log.
+    The pipe is read as fast as it fills, so that no function waits for the log.
 
     Attributes:
-        lines: printed since the call began.
-        unlogged: those of them that are counted only.
-        last: the last one that is not empty.
+        lines: number of lines printed since the call began.
+        unlogged: number of these lines that were not logged.
+        last: the last line that is not empty.
     """
 
     def __init__(self, name: str) -> None:
@@ -198,13 +198,13 @@ class Output:
         self.last = ""
 
     def end_call(self) -> None:
-        """Log how many lines were not, and count anew."""
+        """Log how many lines were not logged, and reset the counts."""
         if self.unlogged:
             _log.info("%s printed %s more lines in this call, which are not logged", self._name, f"{self.unlogged:,}")
         self.lines = self.unlogged = self._logged = 0
 
     def pass_on(self, stream: IO[bytes]) -> None:
-        """Read until the worker's process has ended."""
+        """Read the output and log it until the worker's process has ended."""
         rest = b""
         with stream:
             while block := stream.read1(_BLOCK):  # type: ignore[attr-defined]
@@ -235,7 +235,7 @@ class Output:
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
-    except ValueError:  # real-time signals have no name of their own
+    except ValueError:  # real-time signals have no names
         return f"signal {number}"
 
 

@@ -1,4 +1,4 @@
-"""The scores of samples, as they are asked for, kept and logged."""
+"""The scores of samples, with what is logged about them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Scores:
     """Scores of samples, in the order of the samples.
 
     Attributes:
-        values: a score, or one reward per response token, for each sample; None where it has none in the end.
-        parts: of several functions, the scores of each without its weight, by its name.
-        failed_calls: calls of the function that left at least one sample without a usable score.
-        repeated_calls: calls that were made again.
+        values: score of each sample, one number or one reward per response token; None without a score.
+        parts: with several functions, the scores of each without its weight, by its name.
+        failed_calls: number of calls that left at least one sample without a usable score.
+        repeated_calls: number of calls that were repeated.
     """
 
     values: list[Score | None]
@@ -25,20 +25,20 @@ class Scores:
 
     @property
     def dropped(self) -> int:
-        """The number of samples without a score."""
+        """Number of samples without a score."""
         return sum(value is None for value in self.values)
 
     def part(self, rows: slice) -> Scores:
-        """Return the scores of some samples; calls are counted in all parts."""
+        """Return the scores of some samples. Each part has the counts of all calls."""
         parts = {name: column[rows] for name, column in self.parts.items()}
         return Scores(self.values[rows], parts, self.failed_calls, self.repeated_calls)
 
     def totals(self) -> list[float]:
-        """Return a number for each sample that has a score."""
+        """Return one number for each sample that has a score."""
         return [total(score) for score in self.values if score is not None]
 
     def means(self) -> dict[str, float]:
-        """Return the mean of each part, over the samples that have it."""
+        """Return the mean of each component, over the samples that have it."""
         present = {part: [value for value in column if value is not None] for part, column in self.parts.items()}
         return {part: sum(values) / len(values) for part, values in present.items() if values}
 

@@ -1,4 +1,4 @@
-"""Frames over a pair of pipes: how a run and its reward worker talk. What the frames say is not known here."""
+"""Frames over a pair of pipes between a run and its reward worker. The content of a frame is bytes here."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import struct
 from collections.abc import Callable
 
 LOOK_UP_S = 0.2
-"""How long a wait may last before `check` is asked whether to go on."""
+"""Seconds of waiting between two calls of `check`."""
 
 END_OF_CALL = b"\x00end of call\x00"
-"""What a worker writes behind all that a call has printed, with a line end."""
+"""What a worker writes after the output of a call, with a line end."""
 
 _HEADER = struct.Struct("<Q")
 _CHUNK = 1 << 20
@@ -20,14 +20,14 @@ Check = Callable[[], None]
 
 
 class PipeClosed(Exception):  # noqa: N818 - for the worker it is the normal end
-    """The other side closed its end, or ended."""
+    """The other side closed its end of the pipe, or ended."""
 
 
 class Channel:
-    """One side of the conversation.
+    """One side of the connection.
 
-    Both descriptors are made non-blocking, so that neither a reader nor a writer that has stopped can hold this side
-    for longer than its `check` allows.
+    Both descriptors are non-blocking, so that a stopped reader or writer on the other side cannot block this side for
+    longer than `check` allows.
     """
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
@@ -37,7 +37,7 @@ class Channel:
             os.set_inheritable(fd, False)
 
     def send(self, payload: bytes, check: Check) -> None:
-        """Write one frame. `check` is called while nothing moves; what it raises ends the wait."""
+        """Write one frame. `check` is called during waits; an exception from it ends the wait."""
         rest = memoryview(_HEADER.pack(len(payload)) + payload)
         while rest:
             _wait(self._write_fd, select.POLLOUT, check)
@@ -49,7 +49,7 @@ class Channel:
                 raise PipeClosed from error
 
     def receive(self, check: Check) -> bytes:
-        """Read one frame. `check` is called while nothing moves; what it raises ends the wait."""
+        """Read one frame. `check` is called during waits; an exception from it ends the wait."""
         (length,) = _HEADER.unpack(self._read(_HEADER.size, check))
         return self._read(length, check)
 
@@ -75,7 +75,7 @@ class Channel:
 
 
 def _wait(fd: int, event: int, check: Check) -> None:
-    """Return when the descriptor is ready or closed. `poll`, as `select` fails on descriptors above 1023."""
+    """Return when the descriptor is ready or closed. Uses `poll`, as `select` fails on descriptors above 1023."""
     poll = select.poll()
     poll.register(fd, event)
     while not poll.poll(LOOK_UP_S * 1000):

@@ -1,6 +1,6 @@
 """The process in which reward functions run: `python -m megarl.rewards.worker`, started by `RewardWorker`.
 
-It imports nothing heavy of its own accord, and it ends when the process that started it does, whatever it is doing.
+It imports nothing heavy itself. It ends when the process that started it ends, even in the middle of a call.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
+from megarl.functions.named import Function
 from megarl.rewards.answers import AnswerError, NoScore, read_scores
 from megarl.rewards.combine import Combined, number_of
-from megarl.rewards.functions import Function
 from megarl.rewards.wire import END_OF_CALL, Channel, PipeClosed
 
 GRACE_S = 2.0
-"""How long a function may go on after the run has gone."""
+"""Seconds for which a function may continue after the run is gone."""
 LATE_S = 5.0
-"""How long after its time-out a call ends itself, where the run has not ended it."""
+"""Seconds after its timeout at which a call ends itself, if the run has not ended it."""
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main() -> None:
-    """Serve the process whose pipe ends were passed on."""
+    """Serve the process that passed the pipe descriptors."""
     parser = argparse.ArgumentParser(description="Scores samples for the process that started it; not for use by hand.")
     parser.add_argument("--requests", type=int, required=True, help="descriptor to read frames from")
     parser.add_argument("--answers", type=int, required=True, help="descriptor to write frames to")
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def serve(channel: Channel) -> None:
-    """Load the function of the first frame, then answer each further frame until the pipe is closed."""
+    """Load the function from the first frame, then respond to each further frame until the pipe is closed."""
     requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(channel, requests), daemon=True).start()
     setup = requests.get()
@@ -59,8 +59,8 @@ def serve(channel: Channel) -> None:
         return
     _reply(channel, {"ready": True})
     while (request := requests.get()) is not None:
-        # Native code that keeps the interpreter's lock (a regular expression can) stops the listening thread too, and
-        # would outlive a killed run; this timer needs no lock.
+        # Native code that holds the interpreter lock (a regular expression can) blocks the listening thread too, and
+        # would outlive a killed run. This timer needs no lock.
         faulthandler.dump_traceback_later(timeout_s + LATE_S, exit=True)
         answer = _answer(function, tokenizer, options, request)
         faulthandler.cancel_dump_traceback_later()
@@ -69,20 +69,20 @@ def serve(channel: Channel) -> None:
 
 
 def _mark_end_of_output() -> None:
-    """Tell the run in the output itself where a call's output ends: it reads that in another thread than the answer."""
+    """Mark the end of a call's output in the output itself, as the run reads it in another thread than the scores."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # a function may have put something else in their place
+        with contextlib.suppress(Exception):  # a function may have replaced them
             stream.flush()
     with contextlib.suppress(OSError):
         os.write(1, END_OF_CALL + b"\n")
 
 
 def _listen(channel: Channel, requests: queue.SimpleQueue[bytes | None]) -> None:
-    """Pass frames on; when the run is gone, end this process and all it started, even in the middle of a call."""
+    """Put frames into the queue. When the run is gone, kill this process and all it started, even during a call."""
     parent = os.getppid()
 
     def check() -> None:
-        # The pipe alone would not tell: a process forked by the run may hold its end open.
+        # The pipe alone is not enough: a process forked by the run may keep its end open.
         if os.getppid() != parent:
             raise PipeClosed
 
@@ -98,7 +98,7 @@ def _listen(channel: Channel, requests: queue.SimpleQueue[bytes | None]) -> None
 
 
 def _prepare(setup: bytes) -> tuple[float, Function, Any, dict[str, Any]]:
-    """Time-out of a call, function, tokenizer and options, from the first frame."""
+    """Return the timeout of a call, the function, the tokenizer and the options, from the first frame."""
     first = pickle.loads(setup)
     sys.path[:] = first["path"]  # before the rest is unpickled, which may import the user's modules
     reward, tokenizer, options = pickle.loads(first["packed"])
@@ -123,20 +123,20 @@ def _answer(function: Function, tokenizer: Any, options: Mapping[str, Any], requ
             answer, parts = function.evaluate(**columns)
         else:
             answer = function(**columns)
-        if isinstance(answer, Mapping):  # several measures by name, the first of which is the score
+        if isinstance(answer, Mapping):  # several named scores, the first of which is the reward
             count = len(texts["samples"])
             named = {str(name): read_scores(column, count) for name, column in answer.items()}
             parts = {name: [number_of(score) for score in own] for name, own in named.items()}
             answer = [*answer.values(), None][0]
         scores = read_scores(answer, len(texts["samples"]), asked["lengths"])
-    except BaseException as error:  # whatever the user's function raises is an answer; a sys.exit() of its too
+    except BaseException as error:  # whatever the user's function raises is returned, even SystemExit
         return _failure(error, metadata)
     values = [{"why": score.why} if isinstance(score, NoScore) else score for score in scores]
     return {"values": values, "parts": parts}
 
 
 def _failure(error: BaseException, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What happened in one line, where in the user's code, and the whole traceback."""
+    """Return what happened in one line, where in the user's code, and the whole traceback."""
     if isinstance(error, AnswerError):
         return {"failure": str(error), "kind": "count", "where": None, "traceback": ""}
     what = " ".join("".join(traceback.format_exception_only(type(error), error)).split())
@@ -154,7 +154,7 @@ def _failure(error: BaseException, metadata: Mapping[str, Any] | None = None) ->
 
 
 def _users_frame(error: BaseException) -> str:
-    """file:line of the innermost frame that is the user's; of the innermost one if all are a library's."""
+    """Return file:line of the innermost frame in the user's code, or of the innermost frame if all are in libraries."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     libraries = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")})
     own = [f for f in frames if not f.filename.startswith((*libraries, "<frozen"))]
@@ -168,11 +168,11 @@ def _reply(channel: Channel, answer: Mapping[str, Any]) -> None:
 
 
 def _nothing() -> None:
-    """The listening thread watches the run; this side may wait."""
+    """Do nothing: this side may wait, as the listening thread watches the run."""
 
 
 def _keep_output_flowing() -> None:
-    """Show the function's prints line by line as they come, whatever characters they hold."""
+    """Flush the function's output after each line, and accept any characters."""
     faulthandler.enable()
     for stream in (sys.stdout, sys.stderr):
         _reconfigure(stream)
@@ -185,9 +185,10 @@ def _reconfigure(stream: TextIO) -> None:
 
 
 def _leave_signals_to_the_run() -> None:
-    """A batch system signals every process of a job; the run decides what to do, and ends this one by its pipe.
+    """Ignore signals that a batch system sends to every process of a job. The run handles them and ends this process by
+    its pipe.
 
-    Children get the default back: `multiprocessing` ends its workers with SIGTERM.
+    Child processes get the default handlers: `multiprocessing` ends its workers with SIGTERM.
     """
     for number in _IGNORED:
         signal.signal(number, lambda *_: None)

@@ -1,4 +1,5 @@
-"""Generation on an engine's own model: prompts into the cache, a token at a time for all slots, at any TP x PP x DP."""
+"""Generation with an engine's model: prompts are read into the KV cache, then all slots get a token per step, at any TP
+x PP x DP."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -27,14 +28,15 @@ from megarl.rollout.static import StaticPasses, TokenScorer
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of a device generation may take."""
+    """How much of a device generation may use."""
 
-    slots: int = 128  # responses in flight on a replica
-    cache_bytes: int | None = None  # of keys and values on a rank; None: what `slots` need
-    prefill_tokens: int = 4096  # of one pass over prompts: enough to fill a device, little beside the cache
-    graphs: bool = False  # decode passes of fixed shapes, recorded as CUDA graphs on a GPU; not with pipeline stages
+    slots: int = 128  # responses that a replica generates at once
+    cache_bytes: int | None = None  # KV cache of a rank; None: as much as `slots` need
+    prefill_tokens: int = 4096  # padded tokens of a pass over prompts: enough to keep a device busy
+    graphs: bool = False  # decoding steps of fixed shapes, as CUDA graphs on a GPU; not with pipeline stages
 
     def check(self, layout: Layout) -> None:
+        """Refuse CUDA graphs in a layout with pipeline stages."""
         if self.graphs and layout.pp > 1:
             raise ConfigError(
                 f"rollout.cuda_graphs=true at {layout}: a pipeline's passes wait for other processes, so use "
@@ -47,17 +49,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Stats:
-    """What the last call did on this replica, over all groups of slots."""
+    """Counts of the last call on this replica, over all groups of slots."""
 
     responses: int = 0
     response_tokens: int = 0
     prefilled_tokens: int = 0
     decode_passes: int = 0
-    decoded_rows: int = 0  # of all decode passes; rows over passes is how full they were
+    decoded_rows: int = 0  # sum over decode passes; rows per pass shows how full they were
 
 
 class Generator:
-    """Draws responses with an engine's present weights. `close` frees the cache; the next call makes it again."""
+    """Samples responses with an engine's present weights. `close` frees the KV cache; the next call allocates it
+    again."""
 
     def __init__(
         self,
@@ -72,9 +75,13 @@ class Generator:
     ) -> None:
         """
         Args:
-            also_eos: other tokens that end a response like EOS: the chat template's marker.
-            decode: tokens to text; needed where a request has stop texts.
-            token_scorer: for other draws than the model's own.
+            engine: engine of the model.
+            eos_id: token that ends a response.
+            seed: seed of the samples.
+            also_eos: other tokens that end a response like EOS, such as the chat template's end marker.
+            limits: how much of the device to use.
+            decode: converts tokens to text; needed where a request has stop texts.
+            token_scorer: computes the scores to sample from, if not the model's logits.
         """
         self.engine, self.grid, self.config = engine, engine.grid, engine.config
         self.eos_id, self.also_eos, self.seed, self.decode = eos_id, also_eos, seed, decode
@@ -83,7 +90,7 @@ class Generator:
         self.limits.check(self.grid.layout)
         self.cache: KVCache | None = None
         self.static: StaticPasses | None = None
-        self.recorded_over = 0  # how often the weights had come back to the device when `static` was made
+        self.recorded_over = 0  # value of `engine.memory.returns` when `static` was made
         self.stats = Stats()
         self.tokens_group: dist.ProcessGroup | None = None
 
@@ -97,12 +104,19 @@ class Generator:
         on_finished: Callable[[list[Rollout]], None] | None = None,
         place: Callable[[int], str] = "prompt {}".format,
     ) -> list[Rollout]:
-        """Every request's response, sorted by (prompt_id, sample_id), on every rank of the world.
+        """Return the response to every request, sorted by (prompt_id, sample_id), on every rank of the world.
 
-        `on_finished` is given this replica's responses as they are done; `place(prompt_id)` is what messages call a
-        prompt. Scores that are not finite end the call on all ranks.
+        Scores that are not finite are an error on all ranks.
+
+        Args:
+            requests: the requests, the same on every rank.
+            stream: random stream.
+            phase: phase, which seeds the samples with the stream.
+            weights_version: version to store in the rollouts.
+            on_finished: called with this replica's responses as they finish.
+            place: returns what messages call a prompt, from its prompt_id.
         """
-        # Every rank judges all requests, so that they all refuse or none does.
+        # Every rank checks all requests, so that all of them refuse or none does.
         check_requests(requests, self.config.vocab_size, self.config.max_positions, can_decode=self.decode is not None)
         mine = deal(requests, self.grid.layout.dp)[self.grid.dp_rank]
         if self.tokens_group is None and self.grid.layout.pp > 1:
@@ -120,14 +134,14 @@ class Generator:
         return rollouts
 
     def check_length(self, length: int) -> None:
-        """Refuse a `rollout.cache_bytes` that cannot hold sequences of `length` tokens."""
+        """Refuse a `rollout.cache_bytes` that has no space for sequences of `length` tokens."""
         groups, limit = self.grid.layout.pp, self.limits.cache_bytes
         needed = groups * self._slot_bytes(length)
         if limit is not None and limit < needed:
             raise ConfigError(
-                f"rollout.cache_bytes={limit} is too little: a sequence of {length} tokens needs {needed // groups} "
+                f"rollout.cache_bytes={limit} is too small: a sequence of {length} tokens needs {needed // groups} "
                 "bytes on each process"
-                + (f", and {groups} are under way" if groups > 1 else "")
+                + (f", and {groups} are generated at once" if groups > 1 else "")
                 + f", so use rollout.cache_bytes={needed} or more, or shorter sequences",
                 key="rollout.cache_bytes",
                 value=limit,
@@ -136,7 +150,7 @@ class Generator:
 
     @property
     def models(self) -> list[GPT]:
-        """The engine's chunks, whose weights are on the device from here on."""
+        """The engine's model chunks, whose weights are moved to the device if they are not there."""
         return self.engine.models
 
     @property
@@ -148,16 +162,18 @@ class Generator:
         return KVCache.slot_bytes(self.config, len(self._layers), self.grid.layout.tp, length)
 
     def close(self) -> None:
-        self.static = None  # recorded over this cache
+        """Free the KV cache and the CUDA graphs recorded over it."""
+        self.static = None  # was recorded over this cache
         if self.cache is not None:
             self.cache.free()
             self.cache = None
 
     def static_passes(self) -> StaticPasses | None:
-        """Decode passes of fixed shapes, where they are asked for; over the present cache, by the token scorer."""
+        """Return decoding steps of fixed shapes over the present cache and token scorer; None without
+        rollout.cuda_graphs."""
         if not self.limits.graphs:
             return None
-        returns = self.engine.memory.returns  # each time to other addresses than a recording reads
+        returns = self.engine.memory.returns  # each return moves the weights to other addresses than a recording reads
         if self.static is None or self.static.token_scorer is not self.token_scorer or self.recorded_over != returns:
             assert self.cache is not None
             self.recorded_over = returns
@@ -165,10 +181,10 @@ class Generator:
         return self.static
 
     def _make_tokens_group(self) -> dist.ProcessGroup:
-        """The stages of this replica again, for drawn tokens: among the hidden states of other groups of slots they
+        """Create a second group of this replica's stages, for sampled tokens: in the group of the hidden states, they
         would be received out of order."""
         mine = tuple(dist.get_process_group_ranks(self.grid.groups.pp))
-        every = sorted(set(self.grid.gather(mine)))  # every rank takes part in making every group
+        every = sorted(set(self.grid.gather(mine)))  # every rank must take part in creating every group
         groups: dict[Any, dist.ProcessGroup] = {ranks: dist.new_group(list(ranks)) for ranks in every}
         return groups[mine]
 
@@ -180,7 +196,7 @@ class Generator:
         weights_version: int,
         on_finished: Callable[[list[Rollout]], None] | None,
     ) -> list[Rollout]:
-        # One group of slots per pipeline stage, so that every stage has a pass to work on.
+        # One group of slots per pipeline stage, so that every stage has work.
         groups = self.grid.layout.pp
         shares = [requests[group::groups] for group in range(groups)]
         schedules = [
@@ -195,7 +211,7 @@ class Generator:
                 new = lane.schedule.finished[reported[group] :]
                 reported[group] += len(new)
                 good = [rollout for rollout in new if is_finite(rollout)]
-                if len(good) < len(new):  # the call fails, after what is under way, so that no rank waits for another
+                if len(good) < len(new):  # the call fails once running responses end, so that no rank waits forever
                     for other in schedules:
                         other.queue.clear()
                 if good and on_finished is not None:
@@ -211,7 +227,7 @@ class Generator:
         return finished
 
     def _make_cache(self, requests: Sequence[Request]) -> int:
-        """A cache for this call's longest sequence; slots per group."""
+        """Make sure that the cache fits this call's longest sequence. Return the number of slots per group."""
         groups, tp, dp = self.grid.layout.pp, self.grid.layout.tp, self.grid.layout.dp
         length = max((len(r.prompt) + r.sampling.max_new_tokens for r in requests), default=1)
         per_group = max(1, -(-min(self.limits.slots, -(-len(requests) // dp)) // groups))
@@ -232,18 +248,20 @@ class Generator:
 
 
 def is_finite(rollout: Rollout) -> bool:
-    """Whether every token was drawn by finite scores: one that is NaN or infinite leaves no finite log-prob."""
+    """Return whether every token was sampled from finite scores: NaN or infinity gives a log-prob that is not
+    finite."""
     return all(map(math.isfinite, rollout.logprobs))
 
 
 def refuse_not_finite(rollouts: Sequence[Rollout], place: Callable[[int], str]) -> None:
+    """Refuse a response that was sampled from scores with NaN or infinity. `place(prompt_id)` names a prompt."""
     for rollout in rollouts:
         if not is_finite(rollout):
             token = next(i for i, logprob in enumerate(rollout.logprobs, 1) if not math.isfinite(logprob))
             where = place(rollout.prompt_id)
             raise NumericsError(
                 f"{where}: the model's scores for token {token} of response {rollout.sample_id} are "
-                "NaN or infinite: check the weights (megarl.convert names a bad tensor), or go on from an earlier "
+                "NaN or infinite: check the weights (megarl.convert names a bad tensor), or resume from an earlier "
                 "checkpoint with a lower learning rate",
                 key="scores",
                 where=where,
@@ -251,10 +269,16 @@ def refuse_not_finite(rollouts: Sequence[Rollout], place: Callable[[int], str]) 
 
 
 class _Lane:
-    """One group of slots on its way through the pipeline, a turn at a time.
+    """One group of slots on its way through the pipeline, one turn at a time.
 
-    A turn runs its passes on this stage, and the last stage sends what it drew to the others, which take it when they
-    come to the lane's next turn. So while one lane is on a later stage, this stage works on another.
+    In a turn, every stage runs its forward passes, and the last stage sends the sampled tokens to the others, which
+    receive them at the start of the lane's next turn. While one lane is on a later stage, this stage works on another
+    lane.
+
+        two stages, lanes a and b, turns 1 and 2:
+
+        stage 0:  a1  b1  a2  b2
+        stage 1:      a1  b1  a2  b2
     """
 
     def __init__(self, generator: Generator, schedule: Schedule, first_slot: int, name: tuple[int, int, int]) -> None:
@@ -263,7 +287,7 @@ class _Lane:
         assert generator.cache is not None
         self.cache = generator.cache
         self.under_way = False
-        self.sends: list[tuple[Any, Tensor]] = []  # with the tensor that must live until the send is done
+        self.sends: list[tuple[Any, Tensor]] = []  # with the tensor that must stay alive until the send is done
         self.settings: RowSettings | None = None
         self.seen: Tensor | None = None
         penalised = [*schedule.running, *schedule.queue]
@@ -276,7 +300,7 @@ class _Lane:
         return self.under_way or not self.schedule.done
 
     def begin_turn(self) -> None:
-        """Run the passes of a turn, if there is anything left to draw."""
+        """Run the forward passes of a turn, if there is anything left to sample."""
         if self.schedule.done:
             return
         self.under_way = True
@@ -287,7 +311,7 @@ class _Lane:
             self._send_drawn(drawn)
 
     def finish_turn(self) -> None:
-        """Take what was drawn in the lane's turn before, and move on."""
+        """Receive the tokens that were sampled in the lane's last turn, and add them to the schedule."""
         if not self.under_way:
             return
         self.under_way = False
@@ -308,7 +332,7 @@ class _Lane:
     # --- passes -----------------------------------------------------------------------------------------------------
 
     def _prefill(self, slots: list[int]) -> None:
-        """Prompts up to their last token into the cache; one that is longer than a pass, piece by piece."""
+        """Read prompts, without their last token, into the cache. A prompt longer than a pass is read in pieces."""
         prompts = [self.schedule.running[slot].prompt[:-1] for slot in slots]
         longest, step = max(len(prompt) for prompt in prompts), self.generator.limits.prefill_tokens
         padded = np.zeros((len(slots), longest), np.int64)
@@ -323,7 +347,7 @@ class _Lane:
             self._through_stage(tokens, view)
 
     def _decode(self) -> Drawn | None:
-        """The next token of every row, on the last stage."""
+        """Return the next token of every row on the last stage; None on the others."""
         schedule, device = self.schedule, self.grid.device
         lengths = torch.tensor(schedule.lengths, device=device)
         scores = self._scores(lengths, int(schedule.lengths.max()))
@@ -336,7 +360,8 @@ class _Lane:
         return draw(scores, lengths, self._settings(), model.shard, seen)
 
     def _scores(self, lengths: Tensor, longest: int) -> Tensor | None:
-        """[rows, valid] what the next tokens are drawn by, on the last stage; lengths: [rows] of the sequences."""
+        """Return the scores [rows, valid] of the next tokens on the last stage. `lengths` [rows]: tokens of the
+        sequences so far."""
         schedule, generator = self.schedule, self.generator
         static = generator.static_passes()
         if static is not None:
@@ -349,7 +374,8 @@ class _Lane:
         return None if hidden is None else generator.token_scorer(generator.models[-1], hidden[0])
 
     def _through_stage(self, tokens: NDArray[np.int64], view: CacheView) -> Tensor | None:
-        """tokens [rows, time] through this stage's chunks; the final hidden states [time, rows, hidden] on the last."""
+        """Run `tokens` [rows, time] through this stage's chunks. Return the final hidden states [time, rows, hidden] on
+        the last stage."""
         inputs = ModelInputs(tokens=torch.tensor(tokens, device=self.grid.device), positions=view.positions)
         chunks = self.generator.models
         hidden: Tensor | None = None
@@ -366,7 +392,7 @@ class _Lane:
     # --- sampling settings ------------------------------------------------------------------------------------------
 
     def _settings(self) -> RowSettings:
-        """Of the present rows; kept while the slots hold the same responses."""
+        """Return the settings of the present rows, kept while the slots have the same responses."""
         if self.settings is None:
             running = self.schedule.running
             keys = [sequence_key(*self.name, request.prompt_id, request.sample_id) for request in running]
@@ -375,7 +401,7 @@ class _Lane:
         return self.settings
 
     def _see_prompts(self, seen: Tensor) -> None:
-        """A repetition penalty applies to the tokens of the prompt ..."""
+        """Mark the tokens of fresh prompts in `seen` [rows, valid], to which the repetition penalty applies."""
         shard = self.generator.models[-1].shard
         for slot in self.schedule.fresh:
             tokens = torch.tensor(self.schedule.running[slot].prompt, device=seen.device) - shard.start
@@ -383,7 +409,7 @@ class _Lane:
             seen[slot, tokens[(tokens >= 0) & (tokens < shard.valid)]] = True
 
     def _see_drawn(self, seen: Tensor, tokens: NDArray[np.int64]) -> None:
-        """... and to those drawn so far."""
+        """Mark the sampled `tokens` [rows] in `seen` [rows, valid], to which the repetition penalty applies."""
         shard = self.generator.models[-1].shard
         local = torch.tensor(tokens, device=seen.device) - shard.start
         rows = torch.arange(len(tokens), device=seen.device)
@@ -407,7 +433,8 @@ class _Lane:
         return hidden
 
     def _send_drawn(self, drawn: Drawn) -> None:
-        """From the last stage to every other: tokens and log-probs [2, rows] in float64, which holds ids exactly."""
+        """Send tokens and log-probs [2, rows] from the last stage to every other, in float64, which represents ids
+        exactly."""
         self.result = torch.stack([drawn.tokens.double(), drawn.logprobs.double()])
         for step in range(1, self.grid.layout.pp):
             work = dist.isend(self.result, self._neighbour(step), group=self.generator.tokens_group)
@@ -425,7 +452,8 @@ class _Lane:
 
 @contextmanager
 def _generating(engine: Engine) -> Iterator[None]:
-    """Evaluation mode without sequence parallelism (a decode pass has one token to split); as before afterwards."""
+    """Switch the engine to evaluation mode without sequence parallelism, as a decoding step has one token; restore both
+    afterwards."""
     modules = [module for chunk in engine.chunks for module in chunk.modules()]
     training = [module.training for module in modules]
     switched: list[tuple[Any, str, Any]] = []

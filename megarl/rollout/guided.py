@@ -1,4 +1,4 @@
-"""What an ILQL model draws tokens by: its log-probs, tilted towards tokens whose value is above the state's."""
+"""Token scores for an ILQL model: its log-probs plus beta times the advantage of each token."""
 
 from functools import cache
 
@@ -11,9 +11,10 @@ from megarl.parallel.vocab import VocabShard
 from megarl.rollout.generator import TokenScorer
 
 
-@cache  # a function by identity names what is recorded as a CUDA graph
+@cache  # recorded CUDA graphs are valid for this same function object only
 def guided(beta: float) -> TokenScorer:
-    """Scores log_softmax(logits) + beta * (min target Q - V), for a `Generator`; the usual filters come after."""
+    """Return a `TokenScorer` that computes log_softmax(logits) + beta * (min target Q - V), before the usual
+    filters."""
 
     def scores(model: GPT, states: Tensor) -> Tensor:
         logprobs = _log_softmax(model.logits(states), model.shard)
@@ -27,7 +28,7 @@ def guided(beta: float) -> TokenScorer:
 
 
 def _log_softmax(logits: Tensor, shard: VocabShard) -> Tensor:
-    """[rows, valid] of a shard, over the whole vocabulary."""
+    """Return the log-softmax [rows, valid] of a shard's logits, normalised over the whole vocabulary."""
     if shard.group is None:
         return torch.log_softmax(logits, dim=1)
     own = torch.logsumexp(logits, dim=1)  # -inf where a shard has no tokens

@@ -1,4 +1,4 @@
-"""What is asked of generation and what comes back."""
+"""Requests for responses, their sampling settings, and the rollouts that generation returns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ FINISH_REASONS = ("eos", "stop", "length")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. The defaults draw from the model's own distribution.
+    """How the next token is sampled. The defaults sample from the model's distribution.
 
-    Order: forbidden and allowed tokens, repetition penalty, temperature, then top-k, top-p and min-p (each judged on
-    what the ones before it left), then the draw. Temperature 0 takes the likeliest token.
+    Order: forbidden and allowed tokens, repetition penalty, temperature, then top-k, top-p and min-p (each applied to
+    what the ones before it left), then the sample. Temperature 0 takes the most likely token.
     """
 
     temperature: float = 1.0
@@ -40,15 +40,15 @@ class Sampling:
         ):
             if not good:
                 raise ConfigError(
-                    f"rollout.{key}={value} cannot be drawn with: use {wants}", key=f"rollout.{key}", value=value
+                    f"rollout.{key}={value} is not a valid setting: use {wants}", key=f"rollout.{key}", value=value
                 )
         if any(not sequence for sequence in self.stop):
             raise ConfigError(
-                "rollout.stop holds a sequence of no tokens: remove it", key="rollout.stop", value=list(self.stop)
+                "rollout.stop has an empty sequence of tokens: remove it", key="rollout.stop", value=list(self.stop)
             )
         if "" in self.stop_text:
             raise ConfigError(
-                "rollout.stop holds an empty text, which would end every response: remove it",
+                "rollout.stop has an empty text, which would end every response: remove it",
                 key="rollout.stop",
                 value=list(self.stop_text),
             )
@@ -62,7 +62,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to be drawn. (prompt_id, sample_id) names it, and its randomness, whatever batch it runs in."""
+    """A request for one response. (prompt_id, sample_id) identifies it and seeds its randomness, in any batch."""
 
     prompt_id: int
     sample_id: int
@@ -72,7 +72,7 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ConfigError(
-                f"prompt {self.prompt_id} has no tokens: drop it, or begin it with the tokenizer's bos",
+                f"prompt {self.prompt_id} has no tokens: remove it, or start it with the tokenizer's bos",
                 key="prompt",
                 value=self.prompt,
                 where=f"prompt {self.prompt_id}",
@@ -81,7 +81,7 @@ class Request:
 
 @dataclass
 class Rollout:
-    """A finished response. `logprobs` and `response` are as long as each other."""
+    """A finished response. `logprobs` has one entry per token of `response`."""
 
     prompt_id: int
     sample_id: int
@@ -93,16 +93,17 @@ class Rollout:
 
     @property
     def tokens(self) -> list[int]:
+        """Tokens of the prompt and the response."""
         return self.prompt + self.response
 
     @property
     def response_without_eos(self) -> list[int]:
-        """The response without the end of sequence."""
+        """Tokens of the response without its EOS."""
         return self.response[:-1] if self.finish_reason == "eos" else self.response
 
 
 def sampling_from(rollout: RolloutConfig) -> Sampling:
-    """The `rollout` section as settings; its stop texts are found wherever their tokens begin and end."""
+    """Convert the section `rollout` to sampling settings. A stop text is found wherever its tokens begin and end."""
     return Sampling(
         temperature=rollout.temperature,
         top_k=rollout.top_k,
@@ -115,9 +116,9 @@ def sampling_from(rollout: RolloutConfig) -> Sampling:
 
 
 def repeat(prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[Request]:
-    """`n` requests for each prompt, numbered by position."""
+    """Return `n` requests for each prompt. prompt_id is the prompt's index."""
     if n < 1:
-        raise ConfigError(f"rollout.n={n} asks for no responses: use 1 or more", key="rollout.n", value=n)
+        raise ConfigError(f"rollout.n={n} requests no responses: use 1 or more", key="rollout.n", value=n)
     return [
         Request(prompt_id, sample_id, tuple(prompt), sampling)
         for prompt_id, prompt in enumerate(prompts)
@@ -126,12 +127,12 @@ def repeat(prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list
 
 
 def check_requests(requests: Sequence[Request], vocab_size: int, max_positions: int, *, can_decode: bool) -> None:
-    """Refuse what a model with this vocabulary and context cannot be asked."""
-    named = {(request.prompt_id, request.sample_id) for request in requests}
-    if len(named) < len(requests):
+    """Refuse requests that a model with this vocabulary and context cannot serve."""
+    ids = {(request.prompt_id, request.sample_id) for request in requests}
+    if len(ids) < len(requests):
         raise ConfigError(
-            f"{len(requests)} requests share {len(named)} pairs of prompt_id and sample_id, and those of a pair would "
-            "get the same response: number them apart",
+            f"{len(requests)} requests share {len(ids)} pairs of prompt_id and sample_id, and those of a pair would "
+            "get the same response: give them different numbers",
             key="prompt_id",
         )
     for request in requests:
@@ -148,14 +149,14 @@ def check_requests(requests: Sequence[Request], vocab_size: int, max_positions: 
         if min(request.prompt) < 0 or max(request.prompt) >= vocab_size:
             token = next(token for token in request.prompt if not 0 <= token < vocab_size)
             raise ConfigError(
-                f"{where} holds token {token}, but the model's vocabulary has {vocab_size} entries: "
+                f"{where} has token {token}, but the model's vocabulary has {vocab_size} entries: "
                 "tokenizer and model do not belong together",
                 key="token",
                 value=token,
                 where=where,
             )
     for sampling in {id(request.sampling): request.sampling for request in requests}.values():
-        if not _leaves_something(sampling, vocab_size):
+        if not _allows_some_token(sampling, vocab_size):
             raise ConfigError(
                 f"rollout.allowed and rollout.forbidden leave none of the model's {vocab_size} tokens: allow more",
                 key="rollout.allowed",
@@ -163,12 +164,12 @@ def check_requests(requests: Sequence[Request], vocab_size: int, max_positions: 
             )
         if sampling.stop_text and not can_decode:
             raise ConfigError(
-                "a stop text needs the tokenizer: give the Generator decode=tokenizer.decode, or stop tokens",
+                "a stop text needs the tokenizer: pass decode=tokenizer.decode to the Generator, or use stop tokens",
                 key="decode",
             )
 
 
-def _leaves_something(sampling: Sampling, vocab_size: int) -> bool:
+def _allows_some_token(sampling: Sampling, vocab_size: int) -> bool:
     forbidden = set(sampling.forbidden)
     if sampling.allowed is not None:
         return any(0 <= token < vocab_size and token not in forbidden for token in sampling.allowed)

@@ -1,4 +1,4 @@
-"""A GPT in the layout that it generates in, where that is not the one that it trains in (`rollout.layout`)."""
+"""A GPT in a separate parallel layout for generation (`rollout.layout`)."""
 
 import copy
 import re
@@ -16,9 +16,10 @@ log = get_logger(__name__)
 
 
 def for_generation(engine: Engine, layout: str | None) -> Reshard | None:
-    """The engine in another layout, for a `Generator`; None where `layout` is null or the engine's own. On all ranks.
+    """Return the engine in another layout, for a `Generator`; None if `layout` is null or the engine's own. All ranks
+    call this.
 
-    What the moves will send and take is logged before anything moves; call `refresh()` before generating.
+    The amounts of data to move are logged before anything moves. Call `refresh()` before generating.
     """
     wanted = other_layout(layout, engine.grid.layout)
     if wanted is None:
@@ -36,18 +37,18 @@ def for_generation(engine: Engine, layout: str | None) -> Reshard | None:
 
 
 def other_layout(text: str | None, present: Layout) -> Layout | None:
-    """The layout that `rollout.layout` names; None where that is null or the present one."""
+    """Return the layout that `rollout.layout` names; None if it is null or the present one."""
     wanted = None if text is None else parse_layout(text, present.world_size)
     return None if wanted is None or (wanted.tp, wanted.pp) == (present.tp, present.pp) else wanted
 
 
 def parse_layout(text: str, world: int) -> Layout:
-    """`tp4`, `pp2` or `tp2xpp2`: the axes that are named, as many replicas as fill the world."""
+    """Parse `tp4`, `pp2` or `tp2xpp2`. The number of replicas is as many as fill the world."""
     axes = text.lower().split("x")
     sizes = {match[1]: int(match[2]) for axis in axes if (match := re.fullmatch(r"(tp|pp)([1-9]\d*)", axis))}
     if len(sizes) < len(axes):
         raise ConfigError(
-            f"rollout.layout={text} is no layout: write tp4, pp2 or tp2xpp2, or null for the training one",
+            f"rollout.layout={text} is not a valid layout: use tp4, pp2 or tp2xpp2, or null for the training layout",
             key="rollout.layout",
             value=text,
             offers={"rollout.layout": [None]},
@@ -56,7 +57,7 @@ def parse_layout(text: str, world: int) -> Layout:
     if world % layout.replica_size:
         raise ConfigError(
             f"rollout.layout={text} takes {layout.replica_size} processes for one model, which do not divide the "
-            f"{world} that there are: use a layout whose sizes do",
+            f"{world} processes of the run: use a layout whose sizes do",
             key="rollout.layout",
             value=text,
         )
@@ -64,7 +65,7 @@ def parse_layout(text: str, world: int) -> Layout:
 
 
 def check_divides(config: GPTConfig, layout: Layout, text: str) -> None:
-    """The cuts that `parallel.tp` and `parallel.pp` are held to as well."""
+    """Refuse a layout whose sizes do not divide the model's dimensions, as for `parallel.tp` and `parallel.pp`."""
     for axis, size, what, count in (
         ("tp", layout.tp, "attention heads", config.num_attention_heads),
         ("tp", layout.tp, "channels", config.hidden_size),
@@ -73,22 +74,22 @@ def check_divides(config: GPTConfig, layout: Layout, text: str) -> None:
     ):
         if count % size:
             raise ConfigError(
-                f"rollout.layout={text} cuts {count} {what} {size} ways: use a {axis} that divides them",
+                f"rollout.layout={text} splits {count} {what} {size} ways: use a {axis} that divides them",
                 key="rollout.layout",
                 value=text,
             )
     if config.num_kv_heads % layout.tp and layout.tp % config.num_kv_heads:
         raise ConfigError(
-            f"rollout.layout={text}: {config.num_kv_heads} key-value heads and tp={layout.tp} do not divide one "
-            "another",
+            f"rollout.layout={text}: of {config.num_kv_heads} key-value heads and tp={layout.tp}, "
+            "neither divides the other",
             key="rollout.layout",
             value=text,
         )
 
 
 def _config_for(config: GPTConfig, layout: Layout) -> GPTConfig:
-    """The same model in another layout, without what only training needs."""
-    changed = copy.copy(config)  # not built again: that would fill in once more what is filled in
+    """Return the model's configuration for another layout, without settings that only training needs."""
+    changed = copy.copy(config)  # not constructed again, which would derive its derived values a second time
     changed.tensor_model_parallel_size = layout.tp
     changed.pipeline_model_parallel_size = layout.pp
     changed.sequence_parallel = False

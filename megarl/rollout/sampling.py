@@ -1,4 +1,5 @@
-"""Drawing tokens over a sharded vocabulary: filters are thresholds, the draw is one maximum, no logits are gathered."""
+"""Sampling of tokens over a sharded vocabulary. Filters are thresholds and the sample is one maximum, so logits stay
+local."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from megarl.rollout.noise import add_gumbel
 from megarl.rollout.requests import Sampling
 
 _NO_LIMIT = 2**31  # a top_k that keeps everything
-_CANDIDATES = 256  # of each shard, among which a nucleus is looked for first
-_BISECTIONS = 40  # of the scores between the likeliest and nothing: far below float32 resolution
+_CANDIDATES = 256  # highest scores of each shard, among which a nucleus is searched first
+_BISECTIONS = 40  # steps; the remaining interval is far below float32 resolution
 
 
 class Drawn(NamedTuple):
-    """Per row [rows]: the token, and its log-prob under softmax(logits / temperature) over the whole vocabulary."""
+    """The sampled token of each row [rows], and its log-prob under softmax(logits / temperature) over the whole
+    vocabulary."""
 
     tokens: Tensor
     logprobs: Tensor
@@ -26,9 +28,9 @@ class Drawn(NamedTuple):
 
 @dataclass
 class RowSettings:
-    """The sampling settings of the rows of a batch as tensors, made anew only when the rows change.
+    """The sampling settings of the rows of a batch as tensors, rebuilt only when the rows change.
 
-    What no row asks for is None, and costs nothing.
+    A setting that no row uses is None and costs nothing.
     """
 
     keys: Tensor  # [rows] of `sequence_key`
@@ -36,7 +38,7 @@ class RowSettings:
     greedy: Tensor | None  # [rows] bool; None where no row or every row is
     temperature: Tensor | None  # [rows]; 1 where greedy
     top_k: Tensor | None  # [rows] int64
-    largest_k: int  # of the rows that have one
+    largest_k: int  # maximum over the rows that have one
     top_p: Tensor | None
     min_p: Tensor | None
     penalty: Tensor | None
@@ -46,6 +48,8 @@ class RowSettings:
     def of(
         cls, settings: Sequence[Sampling], keys: Sequence[int], shard: VocabShard, device: torch.device
     ) -> "RowSettings":
+        """Convert the settings and the `sequence_key` of each row to tensors on a device."""
+
         def column(values: Sequence[float | None], neutral: float) -> Tensor | None:
             """None where every row has the neutral value."""
             if all(value is None or value == neutral for value in values):
@@ -69,15 +73,19 @@ class RowSettings:
 
 
 def draw(logits: Tensor, positions: Tensor, rows: RowSettings, shard: VocabShard, seen: Tensor | None = None) -> Drawn:
-    """One token per row by Gumbel-max.
+    """Sample one token per row with the Gumbel-max trick.
 
-    logits: [rows, valid], this shard's, float32, at temperature 1; positions: [rows] of the tokens to be drawn.
-    seen: [rows, valid] True for tokens that the repetition penalty applies to.
+    Args:
+        logits: [rows, valid] float32 logits of this shard at temperature 1.
+        positions: [rows] positions of the tokens to sample.
+        rows: settings of the rows.
+        shard: this shard of the vocabulary.
+        seen: [rows, valid] True for tokens that the repetition penalty applies to.
     """
     scaled = logits if rows.temperature is None else logits / rows.temperature[:, None]
     scores = scaled
     if rows.penalty is not None and seen is not None:
-        # Before the temperature, as everywhere; dividing by a positive number commutes with it.
+        # Usually applied before the temperature; the order does not matter, as dividing by a positive number commutes.
         penalty = rows.penalty[:, None]
         scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
     if rows.blocked is not None:
@@ -92,7 +100,8 @@ def draw(logits: Tensor, positions: Tensor, rows: RowSettings, shard: VocabShard
 
 
 def _winner(scores: Tensor, scaled: Tensor, shard: VocabShard) -> Drawn:
-    """The best token of all shards (the lowest id among equals), and its log-prob: one gather of [4, rows]."""
+    """Return the best token of all shards (the lowest id among equals) and its log-prob, with one gather of [4,
+    rows]."""
     count = scores.shape[0]
     if not shard.valid:
         local = scores.new_full((4, count), -torch.inf, dtype=torch.float64)
@@ -105,15 +114,15 @@ def _winner(scores: Tensor, scaled: Tensor, shard: VocabShard) -> Drawn:
         local = torch.stack([best.double(), (index + shard.start).double(), own.double(), lse.double()])
     parts = _gather(local, shard)
     lse = torch.logsumexp(parts[:, 3], dim=0)
-    winner = parts[:, 0].argmax(dim=0)  # the first among equals is the shard with the lower ids
+    winner = parts[:, 0].argmax(dim=0)  # among equals, argmax takes the shard with the lower ids
     picked = parts.gather(0, winner[None, None, :].expand(1, 4, count))[0]
     return Drawn(picked[1].long(), (picked[2] - lse).float())
 
 
 def _threshold(scores: Tensor, rows: RowSettings, shard: VocabShard) -> Tensor | None:
-    """[rows] the score below which a token is filtered out, or None where nothing is filtered.
+    """Return the score [rows] below which tokens are filtered out; None if nothing is filtered.
 
-    Tokens with the very same score stay or go together, so the choice does not depend on how they are sorted.
+    Tokens with equal scores are kept or filtered together, so the result does not depend on how they are sorted.
     """
     if rows.top_k is None and rows.top_p is None and rows.min_p is None:
         return None
@@ -131,7 +140,7 @@ def _threshold(scores: Tensor, rows: RowSettings, shard: VocabShard) -> Tensor |
 
 
 def _best(scores: Tensor, count: int, shard: VocabShard) -> Tensor:
-    """[rows, at least `count` or the vocabulary] the highest scores, in falling order."""
+    """Return the highest scores [rows, at least `count` or the vocabulary] in descending order."""
     local = torch.topk(scores, min(count, shard.valid), dim=1).values
     if shard.group is None:
         return local
@@ -143,25 +152,27 @@ def _best(scores: Tensor, count: int, shard: VocabShard) -> Tensor:
 
 
 def _nucleus(scores: Tensor, best: Tensor, floor: Tensor, top_p: Tensor, shard: VocabShard) -> Tensor:
-    """[rows] the highest score whose tokens and all above it hold at least `top_p` of the mass at or above `floor`.
+    """Return the highest score [rows] such that tokens at or above it have at least `top_p` of the mass at or above
+    `floor`.
 
-    best: [rows, n] the highest scores in falling order, which nearly always hold the nucleus.
+    `best` [rows, n] has the highest scores in descending order; they nearly always contain the nucleus.
     """
     largest = best[:, :1]
     mass = torch.exp(scores - largest).masked_fill_(scores < floor[:, None], 0.0)
     wanted = top_p.double() * _all_sum(mass.sum(1, dtype=torch.float64), shard)
-    held = torch.exp(best - largest).masked_fill_(best < floor[:, None], 0.0).cumsum(1, dtype=torch.float64)
-    enough = held >= wanted[:, None] * (1 - 1e-12)  # two orders of adding up the same masses
+    cumulative = torch.exp(best - largest).masked_fill_(best < floor[:, None], 0.0).cumsum(1, dtype=torch.float64)
+    enough = cumulative >= wanted[:, None] * (1 - 1e-12)  # the two sums differ in order, and so in rounding
     threshold = best.gather(1, enough.int().argmax(1, keepdim=True))[:, 0]
-    everything = top_p >= 1.0
-    if not bool((enough[:, -1] | everything).all()):
+    unfiltered = top_p >= 1.0
+    if not bool((enough[:, -1] | unfiltered).all()):
         threshold = torch.where(enough[:, -1], threshold, _bisect(scores, mass, largest[:, 0], wanted, shard))
-    return torch.where(everything, floor, threshold)
+    return torch.where(unfiltered, floor, threshold)
 
 
 def _bisect(scores: Tensor, mass: Tensor, largest: Tensor, wanted: Tensor, shard: VocabShard) -> Tensor:
-    """[rows] the same by bisection, for flat distributions: a step costs one reduction of [rows] and sorts nothing."""
-    # Invariant: the mass at or above `low` is enough, above `high` it is not. Scores this far down weigh nothing.
+    """Find the same score [rows] by bisection, for flat distributions. A step costs one reduction of [rows] and no
+    sort."""
+    # Invariant: the mass at or above `low` is enough, above `high` it is not. Lower scores have negligible mass.
     high, low = largest.double() + 1e-6, largest.double() - 60.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
@@ -188,7 +199,7 @@ def _mine(tokens: Sequence[int], shard: VocabShard) -> list[int]:
 
 
 def _gather(local: Tensor, shard: VocabShard) -> Tensor:
-    """[tp, ...]"""
+    """Return the tensors of all shards [tp, ...]."""
     parts = [torch.empty_like(local) for _ in range(dist.get_world_size(shard.group))]
     dist.all_gather(parts, local.contiguous(), group=shard.group)
     return torch.stack(parts)

@@ -1,6 +1,6 @@
-"""Which response is in which slot: continuous batching as plain bookkeeping, the same on every rank of a replica.
+"""Continuous batching: which response is in which slot, computed identically on every rank of a replica.
 
-Decisions follow from lengths and tokens alone, never from timing, so ranks that see the same tokens agree.
+Decisions depend only on lengths and tokens, never on timing, so ranks that see the same tokens decide the same.
 """
 
 from collections import deque
@@ -18,10 +18,17 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class Schedule:
-    """Slots 0 ... n-1 of one group, of which the first `rows` are in use, so that a decode pass needs no gather.
+    """The slots 0 ... n-1 of one group. The first `rows` are in use, so that a decoding step needs no gather.
 
-    A turn reads the prompts of `fresh` slots into the cache, all but their last token, and then gives every slot in use
-    its next token in one decode pass; a fresh slot's pass is over the last token of its prompt.
+    A turn has two parts. First the prompts of `fresh` slots, all but their last token, are read into the cache. Then
+    one decoding step gives every slot in use its next token; for a fresh slot its input is the last token of the
+    prompt.
+
+        slot      0        1        2        3
+               running  running   fresh   unused      rows = 3
+
+        prefill:  -        -     prompt[:-1]
+        decode:   last     last  prompt[-1]           one step for all rows
     """
 
     def __init__(
@@ -33,7 +40,7 @@ class Schedule:
         decode: Decode | None = None,
         also_eos: Sequence[int] = (),
     ) -> None:
-        """`also_eos`: other tokens that end a response like EOS."""
+        """Fill the slots with the first requests. `also_eos`: other tokens that end a response like EOS."""
         self.queue = deque(requests)
         self.eos_ids, self.weights_version, self._decode = (eos_id, *also_eos), weights_version, decode
         capacity = min(slots, len(requests))
@@ -42,12 +49,12 @@ class Schedule:
         self.fresh: list[int] = []
         self.finished: list[Rollout] = []
         self.decode_passes = self.decoded_rows = self.prefilled_tokens = 0
-        # Per slot, as arrays: a turn costs a few operations whatever the number of rows.
+        # One entry per slot, as arrays, so that a turn costs few operations for any number of rows.
         self._tokens = np.zeros((capacity, longest), np.int64)
         self._logprobs = np.zeros((capacity, longest), np.float32)
-        self._count = np.zeros(capacity, np.int64)  # of tokens drawn
+        self._count = np.zeros(capacity, np.int64)  # number of sampled tokens
         self._limit = np.zeros(capacity, np.int64)
-        self._length = np.zeros(capacity, np.int64)  # of prompt and response
+        self._length = np.zeros(capacity, np.int64)  # tokens of prompt and response
         self._last = np.zeros(capacity, np.int64)
         self._stops = np.zeros(capacity, np.bool_)
         while self.queue and len(self.running) < capacity:
@@ -56,30 +63,33 @@ class Schedule:
 
     @property
     def rows(self) -> int:
+        """Number of slots in use."""
         return len(self.running)
 
     @property
     def done(self) -> bool:
+        """Whether all requests are finished."""
         return not self.running
 
     @property
     def last_tokens(self) -> Integers:
-        """[rows] what the decode pass is given."""
+        """[rows] input tokens of the next decoding step."""
         return self._last[: self.rows]
 
     @property
     def lengths(self) -> Integers:
-        """[rows] tokens so far; the position of the token to be drawn."""
+        """[rows] number of tokens so far, which is the position of the next token."""
         return self._length[: self.rows]
 
     def prefill(self, budget: int) -> Iterator[list[int]]:
-        """Fresh slots that have a prompt to read, in passes of at most `budget` padded tokens (or of one slot).
+        """Yield the fresh slots whose prompt must be read, in batches of at most `budget` padded tokens (or of one
+        slot).
 
-        Sorted by length, so that a pass pads little.
+        They are sorted by length, so that a batch has little padding.
         """
         chunk: list[int] = []
         for slot in sorted(self.fresh, key=lambda slot: (self._length[slot], slot)):
-            length = int(self._length[slot]) - 1  # the longest so far
+            length = int(self._length[slot]) - 1  # the longest so far, as they are sorted
             if length == 0:
                 continue
             self.prefilled_tokens += length
@@ -91,9 +101,9 @@ class Schedule:
             yield chunk
 
     def accept(self, tokens: Integers, logprobs: NDArray[np.float32]) -> list[Move]:
-        """Take the token [rows] drawn for each slot; retire what is finished and refill.
+        """Add the sampled token [rows] of each slot, remove finished responses and refill their slots.
 
-        Returns what the cache must copy, in order.
+        Return the moves that the cache must make, in order.
         """
         rows = self.rows
         self.decode_passes += 1
@@ -120,7 +130,7 @@ class Schedule:
         return self._close_up(holes[refilled:])
 
     def _start(self, slot: int) -> None:
-        """The next request of the queue takes a slot."""
+        """Put the next request of the queue into a slot."""
         request = self.queue.popleft()
         self.running[slot] = request
         self.fresh.append(slot)
@@ -131,7 +141,7 @@ class Schedule:
         self._stops[slot] = bool(request.sampling.stop or request.sampling.stop_text)
 
     def _close_up(self, holes: Sequence[int]) -> list[Move]:
-        """Fill holes with the last slots in use, the highest hole first."""
+        """Fill empty slots with the last slots in use, the highest empty slot first."""
         moves = []
         for hole in reversed(holes):
             last = self.rows - 1
@@ -150,7 +160,7 @@ class Schedule:
         return self._tokens, self._logprobs, self._count, self._limit, self._length, self._last, self._stops
 
     def _stopped(self, slot: int) -> bool:
-        """Whether the response ends in a stop sequence, or its text holds a stop text."""
+        """Return whether the response ends in a stop sequence or its text contains a stop text."""
         sampling, count = self.running[slot].sampling, int(self._count[slot])
         tail = self._tokens[slot, :count]
         for stop in sampling.stop:
@@ -158,14 +168,14 @@ class Schedule:
                 return True
         if not sampling.stop_text or self._decode is None:
             return False
-        # A token holds a byte or more, so the tokens that hold the new end of a stop text lie in this window. The few
-        # before it are for characters that are cut in the middle, and for special tokens, which hold none.
+        # A token is at least one byte, so this window contains all tokens of a stop text that has just ended. The 8
+        # extra tokens are for characters that are split between tokens, and for special tokens, which have no text.
         window = max(len(text.encode()) for text in sampling.stop_text) + 8
         text = self._decode(tail[-window:].tolist())
         return any(stop in text for stop in sampling.stop_text)
 
     def _retire(self, slot: int) -> None:
-        """The first reason that holds, in this order: eos, stop, length."""
+        """Add the finished response with the first reason that applies, in the order eos, stop, length."""
         request, count = self.running[slot], int(self._count[slot])
         response = self._tokens[slot, :count].tolist()
         if response[-1] in self.eos_ids:
@@ -187,9 +197,10 @@ class Schedule:
 
 
 def deal(requests: Sequence[Request], hands: int) -> list[list[Request]]:
-    """Share requests out by expected work, the same on every rank: longest first, each to the lightest hand.
+    """Split requests into `hands` shares of similar expected work, the same on every rank.
 
-    Within a hand the longest come first too, so that no long response starts last.
+    The longest requests are assigned first, each to the share with the least work. A share is sorted the same way, so
+    that no long response starts last.
     """
 
     def work(request: Request) -> int:

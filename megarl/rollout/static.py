@@ -1,6 +1,6 @@
-"""Decode passes over buffers that stay where they are, so that a GPU can record a pass once and replay it: CUDA graphs.
+"""Decoding steps over buffers at fixed addresses, which a GPU can record once as a CUDA graph and replay.
 
-Not for pipelines, whose passes wait for other processes in between.
+Pipelines cannot use this, as their forward passes wait for other processes.
 """
 
 from collections.abc import Callable
@@ -14,23 +14,24 @@ from megarl.models.cache import CacheView, KVCache
 from megarl.models.gpt import GPT
 from megarl.parallel.rows import ModelInputs
 
-# (last chunk, final hidden states [rows, hidden]) -> this shard's [rows, valid] float32 scores that tokens are drawn by
+# (last chunk, final hidden states [rows, hidden]) -> float32 scores [rows, valid] of this shard, to sample from
 TokenScorer = Callable[[GPT, Tensor], Tensor]
-SHORTEST = 64  # entries of the smallest bucket
+SHORTEST = 64  # cache entries of the smallest bucket
 
 
 class StaticPass:
-    """Scores of the next tokens of up to `rows` rows, which may look at the first `length` entries of their slots.
+    """Computes the scores of the next tokens of up to `rows` rows, which attend to the first `length` entries of their
+    slots.
 
-    The same kernels run on the same memory whatever the rows hold: without a GPU as they are called, on a GPU as they
-    were recorded. Rows without a response write to the first entry of a slot that nobody has; it is overwritten when
-    somebody gets it.
+    The same kernels run on the same memory for any content: called directly on a CPU, replayed from a recording on a
+    GPU. Rows without a response write to the first entry of an unused slot; the next response in that slot overwrites
+    it.
     """
 
     def __init__(
         self, model: GPT, token_scorer: TokenScorer, cache: KVCache, rows: int, length: int, pool: Any = None
     ) -> None:
-        """`pool`: memory that the recordings of several passes share."""
+        """`pool` is the memory that the recordings of several passes share."""
         self.pool = pool
         self.model, self.token_scorer, self.cache, self.length = model, token_scorer, cache, length
         device = cache.store.device
@@ -42,7 +43,8 @@ class StaticPass:
         self.scores: Tensor | None = None
 
     def run(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """[rows in use, valid] scores after `tokens` [rows in use] at `positions`; valid until the next pass."""
+        """Return the scores [rows in use, valid] after `tokens` [rows in use] at `positions`, valid until the next
+        pass."""
         count = tokens.shape[0]
         self.tokens[:count, 0] = tokens
         self.positions[:count, 0] = positions
@@ -57,18 +59,18 @@ class StaticPass:
         return self.scores[:count]
 
     def _compute(self) -> Tensor:
-        # A new view each time: what it derives from the positions has to be part of the recording.
+        # A new view each time, so that what it derives from the positions is part of the recording.
         view = CacheView(self.cache, self.slots, self.positions, self.length)
         hidden = self.model(ModelInputs(tokens=self.tokens, positions=self.positions), cache=view)
         return self.token_scorer(self.model, hidden[0])
 
     def _record(self) -> None:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # kernels are chosen and workspaces made before the recording
+        warmup = torch.cuda.Stream()
+        warmup.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warmup):  # selects kernels and allocates workspaces before the recording
             for _ in range(2):
                 self._compute()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(warmup)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=self.pool):
             self.scores = self._compute()
@@ -76,9 +78,9 @@ class StaticPass:
 
 @dataclass
 class StaticPasses:
-    """A pass for every bucket of rows and lengths that has come up, over one cache and with one token scorer.
+    """The static passes for every bucket of rows and lengths used so far, over one cache and with one token scorer.
 
-    Recordings share their memory: scores are read before the next pass, whichever it is, so nothing is lost.
+    Recordings share their memory. That is safe because scores are read before the next pass runs.
     """
 
     model: GPT
@@ -88,7 +90,8 @@ class StaticPasses:
     pool: Any = None
 
     def scores(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """[rows, valid] scores of the rows in slots 0 ..., of which the longest has `longest` tokens so far."""
+        """Return the scores [rows, valid] of the rows in slots 0 ..., the longest of which has `longest` tokens so
+        far."""
         rows = bucket(tokens.shape[0], 1, self.cache.slots)
         length = bucket(longest, SHORTEST, self.cache.length)
         if self.pool is None and self.cache.store.device.type == "cuda":
@@ -99,7 +102,7 @@ class StaticPasses:
 
 
 def bucket(count: int, smallest: int, largest: int) -> int:
-    """`count` rounded up to the next power of two times `smallest`, but not past `largest`, which holds it."""
+    """Round `count` up to the next power of two times `smallest`, but at most to `largest`."""
     size = smallest
     while size < count:
         size *= 2

@@ -1,4 +1,4 @@
-"""Rollouts as files, so that any phase can be looked at or run again without generating: JSON lines, floats exact."""
+"""Rollouts as JSON-lines files with exact floats, so that any phase can be inspected or repeated without generation."""
 
 import json
 import re
@@ -17,19 +17,19 @@ _STREAMS = {TRAINING: "train", EVALUATION: "eval", GREEDY: "greedy"}
 
 
 def phase_file(folder: str | Path, stream: int, phase: int) -> Path:
-    """Where a phase of a stream of randomness is kept."""
+    """Return the file of a phase of a random stream."""
     name = _STREAMS.get(stream, f"stream{stream}")
     return local(folder) / f"{name}-{phase:06d}.jsonl"
 
 
 def phase_of(name: str) -> int | None:
-    """The phase in the name of such a file; None for any other file."""
+    """Return the phase in the name of such a file; None for any other file."""
     found = re.fullmatch(r"[a-z]+\d*-(\d{6,18})\.jsonl", name)
     return int(found[1]) if found else None
 
 
 def dump(path: str | Path, rollouts: Iterable[Rollout]) -> None:
-    """Write rollouts, whole or not at all. A float is written with all digits it needs to be read as itself."""
+    """Write rollouts, all or nothing. Floats are written with enough digits to be read back exactly."""
     path = Path(path)
     records = [asdict(rollout) for rollout in rollouts]
     head = {"format": FORMAT, "rollouts": len(records)}
@@ -38,7 +38,7 @@ def dump(path: str | Path, rollouts: Iterable[Rollout]) -> None:
         write_atomically(path, (json.dumps(record, allow_nan=False) + "\n" for record in (head, *records)))
     except OSError as problem:
         raise DataError(
-            f"rollouts {path} cannot be written ({problem}): give rollout.dump a folder with room, or null",
+            f"rollouts {path} cannot be written ({problem}): set rollout.dump to a folder with free space, or to null",
             key="rollout.dump",
             where=path,
             offers={"rollout.dump": [None]},
@@ -46,18 +46,18 @@ def dump(path: str | Path, rollouts: Iterable[Rollout]) -> None:
 
 
 def load(path: str | Path) -> list[Rollout]:
-    """What `dump` wrote. Refuses a file that is torn, or of something else."""
+    """Read what `dump` wrote. Refuse an incomplete file or one with other content."""
     path = Path(path)
     try:
         lines = read_text(path).splitlines()
     except UnreadableError as problem:
-        raise DataError(f"{path} {problem}: give a file that rollout.dump wrote", where=path) from None
+        raise DataError(f"{path} {problem}: use a file that rollout.dump wrote", where=path) from None
     head = _parsed(lines[0] if lines else "", path, 1)
     if head.get("format") != FORMAT:
-        raise DataError(f"{path} holds no rollouts of a kind known here ('{FORMAT}'): dump them again", where=path)
+        raise DataError(f"{path} has no rollouts in the format '{FORMAT}': dump them again", where=path)
     if len(lines) - 1 != head.get("rollouts"):
         raise DataError(
-            f"{path} is torn: it holds {len(lines) - 1} of {head.get('rollouts')} rollouts",
+            f"{path} is incomplete: it has {len(lines) - 1} of {head.get('rollouts')} rollouts",
             key="rollouts",
             value=head.get("rollouts"),
             where=path,
@@ -67,17 +67,17 @@ def load(path: str | Path) -> list[Rollout]:
     for number, line in enumerate(lines[1:], 2):
         record = _parsed(line, path, number)
         if record.keys() != names or not _is_whole(record):
-            raise DataError(f"{path}:{number} is no whole rollout: dump them again", where=f"{path}:{number}")
+            raise DataError(f"{path}:{number} is not a complete rollout: dump them again", where=f"{path}:{number}")
         rollouts.append(Rollout(**record))
     return rollouts
 
 
 def replay(folder: str | Path, stream: int, phase: int, requests: Sequence[Request]) -> list[Rollout]:
-    """The stored responses to these requests, in the order that generation returns them."""
+    """Return the stored responses to these requests, in the order in which generation returns them."""
     path = phase_file(folder, stream, phase)
     if not is_file(path):
         raise ConfigError(
-            f"rollout.replay={folder} has no {path.name}, which this phase needs: give a folder that rollout.dump "
+            f"rollout.replay={folder} has no {path.name}, which this phase needs: use a folder that rollout.dump "
             "filled in a run with the same prompts, or null to generate",
             key="rollout.replay",
             value=folder,
@@ -85,26 +85,27 @@ def replay(folder: str | Path, stream: int, phase: int, requests: Sequence[Reque
             offers={"rollout.replay": [None]},
         )
     stored = {(rollout.prompt_id, rollout.sample_id): rollout for rollout in load(path)}
-    found = []
+    rollouts = []
     for request in sorted(requests, key=lambda request: (request.prompt_id, request.sample_id)):
         rollout = stored.get((request.prompt_id, request.sample_id))
         if rollout is None or tuple(rollout.prompt) != request.prompt:
             raise ConfigError(
-                f"{path} has no answer to prompt {request.prompt_id}, sample {request.sample_id}: rollout.replay needs "
-                "the prompts, tokenizer and seed of the run that dumped",
+                f"{path} has no response to prompt {request.prompt_id}, sample {request.sample_id}: rollout.replay "
+                "needs the prompts, tokenizer and seed of the run that wrote the dump",
                 key="rollout.replay",
                 value=folder,
                 where=path,
             )
-        found.append(rollout)
-    return found
+        rollouts.append(rollout)
+    return rollouts
 
 
 def require_phases(folder: str | Path, phases: Mapping[int, Iterable[int]]) -> None:
     """Refuse a dump that lacks a phase.
 
     Args:
-        phases: the phases that a run will replay, by stream.
+        folder: folder of the dump.
+        phases: phases that the run will replay, by stream.
     """
     wanted = [phase_file(folder, stream, phase) for stream, numbers in phases.items() for phase in numbers]
     missing = [path.name for path in wanted if not path.is_file()]
@@ -112,7 +113,7 @@ def require_phases(folder: str | Path, phases: Mapping[int, Iterable[int]]) -> N
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigError(
             f"rollout.replay={folder} has no {missing[0]}{others}, of {len(wanted)} files that this run needs: set "
-            "trainer.max_phases and trainer.eval_every to what the dump holds, or rollout.replay=null to generate",
+            "trainer.max_phases and trainer.eval_every to what the dump has, or rollout.replay=null to generate",
             key="rollout.replay",
             value=folder,
             where=missing[0],
@@ -130,7 +131,7 @@ def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
 
 
 def _is_whole(record: Mapping[str, Any]) -> bool:
-    """Every field is of its kind, and responses can be trained on."""
+    """Return whether every field has the right type and the response can be trained on."""
     tokens, logprobs = [record["prompt"], record["response"]], record["logprobs"]
     return (
         all(isinstance(part, list) and part and all(map(_is_count, part)) for part in tokens)

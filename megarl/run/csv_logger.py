@@ -1,4 +1,4 @@
-"""metrics.csv: one row per step, one column per metric, in the run folder, also when the run is resumed."""
+"""metrics.csv in the run folder: one row per step and one column per metric, also across resumes."""
 
 import csv
 import io
@@ -21,37 +21,41 @@ Row = dict[str, str]
 class MetricsFile(Logger):
     """A Lightning logger that keeps a whole run, resumed or not, in one table.
 
-    Lightning's own starts a file anew per version and writes a step's training and evaluation metrics into separate
-    rows. Here values of a step join its row; a step that is logged again, as after a resume from an older checkpoint,
-    replaces its values; rows of other steps stay. Every value is on disk when `log_metrics` returns.
+    Lightning's own CSV logger starts a new file per version and writes the training and evaluation metrics of a step
+    into separate rows. Here all values of a step share a row. A step that is logged again, as after a resume from an
+    older checkpoint, replaces its values; rows of other steps stay. Every value is on disk when `log_metrics` returns.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
         self.path = Path(path)
-        self._columns: list[str] | None = None  # read from the file when first needed
+        self._columns: list[str] | None = None  # read from the file on first use
         self._last: Row = {}
-        self._last_at = 0  # byte where the last row begins
+        self._last_at = 0  # byte offset of the last row
 
     @property
     def name(self) -> str:
+        """Name of the logger."""
         return "csv"
 
     @property
     def version(self) -> str:
+        """Empty: all processes of a run share one file."""
         return ""
 
     @property
     def save_dir(self) -> str:
+        """Folder of the file."""
         return str(self.path.parent)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: a table of metrics has no place for them, config.yaml lies beside it."""
+        """Do nothing: the configuration is in config.yaml beside the table."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        step = int(step or 0)  # Lightning before 2.5 passes the `step` of `StepAxis` on as the float it was logged as
+        """Write the metrics into the row of the step, with new columns where they are needed."""
+        step = int(step or 0)  # Lightning before 2.5 passes the `step` that `StepAxis` logs as a float
         row = {_STEP: str(step), **{name: _text(value) for name, value in metrics.items()}}
         if self._columns is None:
             self._open()
@@ -74,7 +78,7 @@ class MetricsFile(Logger):
             return [], []
         try:
             text = read_text(self.path)
-            whole = text[: text.rfind("\n") + 1]  # a line without its end was cut off by a crash
+            whole = text[: text.rfind("\n") + 1]  # a crash truncated a line that has no end
             reader = csv.DictReader(io.StringIO(whole, newline=""))
             rows = [{name: value for name, value in row.items() if name and value} for row in reader]
             return list(reader.fieldnames or []), [
@@ -82,14 +86,14 @@ class MetricsFile(Logger):
             ]
         except (UnreadableError, csv.Error) as problem:
             raise DataError(
-                f"{self.path} {problem}: move it away, and the run begins another", where=self.path
+                f"{self.path} {problem}: move it away, and the run starts a new one", where=self.path
             ) from None
 
     def _rewrite(self, row: Row) -> None:
-        """Put a row where it belongs, by step, with columns for what it brings."""
+        """Insert or update a row, sorted by step, and add columns for its new metrics."""
         columns, rows = self._read()
         columns += [name for name in row if name not in columns]
-        # The step first, the rest in alphabetical order: the same table whatever was logged first.
+        # The step, then the metrics in alphabetical order, so that the order of logging does not matter.
         self._columns = [_STEP, *sorted(name for name in columns if name != _STEP)]
         table = {int(old[_STEP]): old for old in rows}
         table[int(row[_STEP])] = {**table.get(int(row[_STEP]), {}), **row}
@@ -105,7 +109,7 @@ class MetricsFile(Logger):
         self._last_at = self.path.stat().st_size - (len(lines[-1].encode()) if lines else 0)
 
     def _put_last(self, row: Row, replace: bool) -> None:
-        """Write the last row without touching those before it."""
+        """Append the last row, or replace it, without touching the rows before it."""
         with self.path.open("r+b") as file:
             if replace:
                 file.seek(self._last_at)
@@ -123,6 +127,6 @@ class MetricsFile(Logger):
 
 
 def _text(value: Any) -> str:
-    """A number such that reading it gives the same number."""
+    """Format a number so that reading it returns the same number."""
     item = value.item() if hasattr(value, "item") else value
     return repr(item) if isinstance(item, float) else str(item)

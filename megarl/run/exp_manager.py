@@ -1,4 +1,4 @@
-"""`trainer/exp_manager=nemo`: the Trainer goes through NeMo's `exp_manager` for its folder and its callbacks."""
+"""`trainer/exp_manager=nemo`: NeMo's `exp_manager` adds its folder and its callbacks to the Trainer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +9,10 @@ from lightning.pytorch import Trainer
 from megarl.errors import ConfigError, UnavailableError, one_line
 
 OURS = {
-    "create_checkpoint_callback": "checkpoints are sharded, and saved as checkpoint.* says",
-    "create_preemption_callback": "megarl saves and stops at the edge of a step by itself",
-    "resume_if_exists": "run.resume says where a run continues",
-    "resume_from_checkpoint": "run.resume says where a run continues",
+    "create_checkpoint_callback": "checkpoint.* configures checkpoints, which are sharded",
+    "create_preemption_callback": "megarl itself saves and stops after a step",
+    "resume_if_exists": "run.resume selects the checkpoint to resume from",
+    "resume_from_checkpoint": "run.resume selects the checkpoint to resume from",
     "disable_validation_on_resume": "it would replace Lightning's loop",
     "create_tensorboard_logger": "logger.tensorboard does that",
     "create_wandb_logger": "logger.wandb does that",
@@ -21,15 +21,15 @@ OURS = {
     "exp_dir": "it is nemo/ in the run folder",
     "max_time_per_run": "trainer.max_time does that",
 }
-"""Keys of NeMo's that would do a second time, in another way, what megarl does."""
+"""NeMo options that conflict with what megarl does itself, and what to use instead."""
 
 
 def settings(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What NeMo is given: the user's keys, its folder, and off what is megarl's own."""
+    """Return NeMo's settings: the user's options, its folder, and everything off that megarl does itself."""
     for key in options:
         if key in OURS:
             raise ConfigError(
-                f"trainer.exp_manager_options.{key} is not NeMo's to say here: {OURS[key]}; leave it out",
+                f"trainer.exp_manager_options.{key} cannot be used: {OURS[key]}; remove it",
                 key=f"trainer.exp_manager_options.{key}",
                 value=options[key],
             )
@@ -38,21 +38,21 @@ def settings(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def attach_nemo_exp_manager(trainer: Trainer, options: Mapping[str, Any], run_dir: Path) -> None:
-    """Let NeMo's exp_manager add its files, in nemo/ of the run folder, and its callbacks to a Trainer of megarl's."""
-    given = settings(options, run_dir / "nemo")
+    """Let NeMo's exp_manager add its files, in nemo/ of the run folder, and its callbacks to the Trainer."""
+    nemo_settings = settings(options, run_dir / "nemo")
     try:
         from nemo.utils.exp_manager import exp_manager
     except ImportError as problem:
         raise UnavailableError(
             f"trainer.exp_manager=nemo, but NeMo cannot be imported ({one_line(problem)}): pip install 'megarl[nemo]', "
-            "or leave trainer/exp_manager out",
+            "or remove trainer/exp_manager",
             key="trainer.exp_manager",
             value="nemo",
         ) from problem
-    loggers, trainer.loggers = trainer.loggers, []  # it takes its folder from a logger, where there is one
+    loggers, trainer.loggers = trainer.loggers, []  # it would take its folder from the first logger
     try:
-        exp_manager(trainer, given)
-    except Exception as problem:  # NeMo's own kinds of error, which cannot be named where it is not installed
+        exp_manager(trainer, nemo_settings)
+    except Exception as problem:  # NeMo's own error classes, which cannot be imported without NeMo
         raise ConfigError(
             f"trainer.exp_manager=nemo does not start ({one_line(problem)}): see trainer.exp_manager_options",
             key="trainer.exp_manager",

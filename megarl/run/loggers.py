@@ -1,4 +1,4 @@
-"""The places a run's metrics are written to, as Lightning loggers, from the `logger` section of the configuration."""
+"""Lightning loggers of a run's metrics, from the section `logger` of the configuration."""
 
 import os
 import uuid
@@ -20,16 +20,16 @@ from megarl.run.csv_logger import MetricsFile
 logger = get_logger(__name__)
 
 _INSTALL = "pip install 'megarl[log]'"
-_EXPERIMENT = "megarl"  # MLflow's name for a collection of runs
+_EXPERIMENT = "megarl"  # MLflow's experiment: a collection of runs
 
 
 def build_loggers(
     config: LoggerConfig, run_dir: str | os.PathLike[str], run_name: str, resolved_config: Mapping[str, Any]
 ) -> list[Logger]:
-    """The loggers that are asked for, each told the resolved configuration. A resumed run continues its entries.
+    """Return the configured loggers, each with the resolved configuration logged. A resumed run continues its entries.
 
     Args:
-        config: which loggers, and where they report to.
+        config: which loggers to use, and where they report to.
         run_dir: folder of the run; everything local is written there.
         run_name: name shown by W&B and MLflow.
         resolved_config: nested plain values, logged as hyperparameters.
@@ -53,7 +53,7 @@ def _tensorboard(folder: Path) -> list[Logger]:
     try:
         return [TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False)]
     except ModuleNotFoundError:
-        # On by default, so that its absence must not keep a bare installation from training.
+        # It is on by default, so a minimal installation without it must still train.
         warn_once(
             logger,
             "logger.tensorboard=true, but tensorboard is not installed, so no event files are written: "
@@ -80,7 +80,7 @@ def _mlflow(config: MlflowConfig, folder: Path, run_name: str, resolved: Mapping
     if ":" not in uri:
         uri = f"file:{Path(uri).absolute()}"
     if uri.startswith("file:"):
-        # Newer versions of MLflow want to be told that a folder is what one means.
+        # Newer versions of MLflow require this to use a folder.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     identity = folder / "mlflow-id.txt"
     known = _known(identity)
@@ -88,7 +88,7 @@ def _mlflow(config: MlflowConfig, folder: Path, run_name: str, resolved: Mapping
         entry = MLFlowLogger(
             experiment_name=_EXPERIMENT, run_name=run_name, tracking_uri=uri, save_dir=None, run_id=known
         )
-        if known is None:  # MLflow refuses to change the parameters of a run, and a resumed one may have changed some
+        if known is None:  # MLflow refuses changed parameters, and a resumed run may have some
             entry.log_hyperparams(dict(resolved))
             _identity(identity, lambda: str(entry.run_id))
     return entry
@@ -96,7 +96,7 @@ def _mlflow(config: MlflowConfig, folder: Path, run_name: str, resolved: Mapping
 
 @rank_zero_only
 def _identity(path: Path, make: Callable[[], str]) -> str:
-    """The name under which a logging service knows this run; made once, kept in the run folder."""
+    """Return the id of this run in a logging service. It is created once and kept in the run folder."""
     known = _known(path)
     if known is not None:
         return known
@@ -112,15 +112,15 @@ def _known(path: Path) -> str | None:
     try:
         return read_text(path).strip()
     except UnreadableError as problem:
-        raise ConfigError(f"{path} {problem}: remove it, and the run is logged as a new one", where=path) from None
+        raise ConfigError(f"{path} {problem}: remove it to log the run as a new one", where=path) from None
 
 
 @contextmanager
 def _explained(key: str, otherwise: str) -> Iterator[None]:
-    """Turn what a logging library raises into one line that names our key."""
+    """Turn an exception of a logging library into a one-line error that names our key."""
     try:
         yield
     except ModuleNotFoundError as problem:
         raise UnavailableError(f"{key}: a package is not installed ({problem}): {_INSTALL}", key=key) from problem
-    except Exception as problem:  # their own kinds of error, of packages that may not be importable here
+    except Exception as problem:  # the libraries' own error classes, which may not be importable here
         raise UnavailableError(f"{key} cannot start ({one_line(problem)}): use {otherwise}", key=key) from problem

@@ -1,8 +1,9 @@
-"""A run folder has one owner: a lock for local and shared file systems that a dead or silent owner does not keep.
+"""The lock of a run folder, on local and shared file systems. A dead or silent owner loses it.
 
-The owner is whoever wrote the file of the highest number, `.owner-0000007.json`. Taking the folder over means creating
-the next number, whole and exclusively. A thread refreshes the file's modification time; who finds no sign of a process
-on this machine, or no refresh for `SILENCE_S` from another, takes the next number.
+The owner is the process that wrote the owner file with the highest number, such as `.owner-0000007.json`. A process
+takes over by creating the file of the next number, exclusively and with its full content. A thread of the owner
+refreshes the file's modification time. A process may take over if the owner on the same machine is dead, or if an owner
+on another machine did not refresh its file for `SILENCE_S`.
 """
 
 import contextlib
@@ -23,16 +24,16 @@ from megarl.logging import get_logger
 from megarl.parallel.meeting import first_does
 from megarl.run.process_identity import Holder, lives, read, this_process
 
-BEAT_S = 5.0  # between two refreshes of the owner file
-SILENCE_S = 120.0  # after which an owner on another machine counts as dead
-WATCH_S = 3 * BEAT_S  # how long a file is watched at least before its owner does
+BEAT_S = 5.0  # seconds between two refreshes of the owner file
+SILENCE_S = 120.0  # seconds after which an owner on another machine counts as dead
+WATCH_S = 3 * BEAT_S  # minimum seconds for which its file is watched before
 _LOOK_S = 1.0
-_held: set[str] = set()  # locks of this process, by id
+_held: set[str] = set()  # ids of this process's locks
 log = get_logger(__name__)
 
 
 class RunLock:
-    """The lock of one folder. `take` it before anything is written there, `release` it after everything is."""
+    """The lock of one folder. Call `take` before anything is written there and `release` after everything is."""
 
     def __init__(
         self,
@@ -51,13 +52,14 @@ class RunLock:
         """
         Args:
             target: the folder to own.
-            key: the configuration key that names it, for messages.
-            beside: leave the lock's files beside the folder, which must not be there before it is complete.
+            key: configuration key of the folder, for messages.
+            beside: put the lock's files beside the folder, which must not exist before it is complete.
             host, pid: of the owner; default: this process.
-            alive: whether the process of an id and a start still runs on this machine.
-            clock: the time in seconds; default: the monotonic clock here, and the file server's for files.
+            environ: environment variables, which name the SLURM job.
+            alive: returns whether the process with an id and a start time still runs on this machine.
+            clock: returns the time in seconds; default: the monotonic clock, and the file server's for files.
             sleep: waits for some seconds.
-            lost: is told when another owner has taken the folder over; default: this process ends at once.
+            lost: called when another owner has taken the folder over; default: end this process at once.
         """
         self.what, self.key, self.target = f"{key}={target}", key, str(target)
         self.folder = target.absolute().parent if beside else target.absolute()
@@ -65,18 +67,18 @@ class RunLock:
         self._host, self._pid, self._environ = host, pid, environ
         self._alive, self._clock, self._sleep = alive, clock, sleep
         self._lost = _end if lost is None else lost
-        self._turn = threading.Lock()  # the thread and the callback may look at the same time
-        self.number: int | None = None  # of our file, while we are the owner
+        self._turn = threading.Lock()  # the thread and the callback may check at the same time
+        self.number: int | None = None  # number of our file while we are the owner
         self._looked = 0.0
 
     def take(self) -> None:
-        """Become the owner. Raises a `ConfigError` if another process is."""
+        """Become the owner. Raise a `ConfigError` if another process is."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._me = this_process(self.folder, self._host, self._pid, self._environ)
             self._process, self._over = os.getpid(), threading.Event()
             self._mine = self.folder / f".{self.name}-{self._me.id}.tmp"
-            _held.add(self._me.id)  # before the file is there: other threads read it
+            _held.add(self._me.id)  # before the file exists, as other threads read it
             try:
                 _write(self._mine, self._me)
                 self._become(self._take())
@@ -93,7 +95,7 @@ class RunLock:
             ) from None
 
     def beat(self) -> None:
-        """Refresh the owner file, or notice that it is no longer ours."""
+        """Refresh the owner file, or find out that another process has taken over."""
         with self._turn:
             if self.number is None:
                 return
@@ -107,24 +109,24 @@ class RunLock:
                 if number <= self.number and (holder is None or holder.released):
                     self._put(self._me, self.number)  # the file was deleted or damaged
                     return
-            except OSError as problem:  # a file server that does not answer for a while
+            except OSError as problem:  # a file server that does not respond for a while
                 log.debug("%s: %s", self.folder, problem)
                 return
             self.number = None
         self._lost(
-            f"{self.what} was taken over by {holder or 'another run'}, as this run had given no sign of "
-            f"life for {SILENCE_S:g} s: it ends here, so that the two do not mix; its checkpoints are kept"
+            f"{self.what} was taken over by {holder or 'another run'}, because this run had given no sign of "
+            f"life for {SILENCE_S:g} s: this run ends, so that the two do not mix; its checkpoints are kept"
         )
 
     def check(self) -> None:
-        """Make sure that the folder is still ours where the thread has not for a while, as after this host slept."""
+        """Check that the folder is still ours if the thread has not checked for a while, as after this host slept."""
         if self.number is not None and abs(time.time() - self._looked) > 1.5 * BEAT_S:
             self.beat()
 
     def release(self) -> None:
-        """Leave the folder to the next. The file stays, marked, so that numbers only rise."""
+        """Release the folder. The file stays, marked as released, so that numbers only rise."""
         if self.number is None or os.getpid() != self._process:
-            return  # a forked child holds nothing
+            return  # a forked child holds no lock
         self._over.set()
         with self._turn:
             number, self.number = self.number, None
@@ -138,39 +140,39 @@ class RunLock:
     # --- taking -----------------------------------------------------------------------------------------------------
 
     def _take(self) -> int:
-        """The number of our file, once it is there."""
+        """Create our owner file and return its number. Waits to find out whether a silent owner is dead."""
         watched: Path | None = None
-        since, told = 0.0, False
+        since, reported = 0.0, False
         while True:
             number, path = self._highest()
-            stands: bool | None = False
+            is_alive: bool | None = False
             if path is not None:
                 try:
                     holder, refreshed = read(path)
                 except FileNotFoundError:
-                    continue  # cleared away by the owner of a higher number
-                stands = self._stands(holder)
-                if stands:
+                    continue  # removed by the owner of a higher number
+                is_alive = self._is_alive(holder)
+                if is_alive:
                     raise self._refusal(holder)
-            if stands is None:
+            if is_alive is None:
                 here = self._here()
                 if watched != path:
                     watched, since, refreshed_at_first = path, here, refreshed
                 if refreshed != refreshed_at_first:
                     raise self._refusal(holder, foreign=True)
-                # Hosts may date files by their own clocks: the age alone says nothing before the file was watched.
+                # Hosts may date files by their own clocks, so the file's age alone proves nothing until it was watched.
                 silent = max(self._now() - refreshed, here - since)
                 if here - since < WATCH_S or silent < SILENCE_S:
-                    if not told and here - since > 2 * BEAT_S and silent < SILENCE_S:
-                        told = True
-                        self._tell(holder, silent)
+                    if not reported and here - since > 2 * BEAT_S and silent < SILENCE_S:
+                        reported = True
+                        self._report_wait(holder, silent)
                     self._sleep(_LOOK_S)
                     continue
             if self._claim(number + 1):
                 return number + 1
 
-    def _stands(self, holder: Holder | None) -> bool | None:
-        """Whether the owner is at work; None if only its heartbeat can tell."""
+    def _is_alive(self, holder: Holder | None) -> bool | None:
+        """Return whether the owner is alive; None if only its refreshes can show that."""
         me = self._me
         if holder is None:
             return None
@@ -180,28 +182,28 @@ class RunLock:
         if holder.machine != me.machine:
             return None
         if holder.pid == os.getpid() == me.pid and holder.started == me.started:
-            return holder.id in _held  # a process that has replaced itself by exec holds nothing
+            return holder.id in _held  # a process that replaced itself by exec holds no lock
         copied = holder.folder != me.folder and holder.inode != me.inode
         return not copied and self._alive(holder.pid, holder.started)
 
     def _claim(self, number: int) -> bool:
-        """Create the file of a number. False if another was faster."""
+        """Create the owner file of a number. Return False if another process was faster."""
         path = self._path(number)
         try:
             os.link(self._mine, path)
         except FileExistsError:
-            if not path.exists() or not path.samefile(self._mine):  # else a file server repeated our own request
+            if not path.exists() or not path.samefile(self._mine):  # otherwise a file server repeated our own request
                 return False
         except FileNotFoundError:
             raise
-        except OSError:  # a file system without hard links: exclusive, though not whole at once
+        except OSError:  # a file system without hard links: exclusive, but not atomic
             try:
                 _write(path, self._me)
             except FileExistsError:
                 return False
         if self._highest()[0] == number:
             return True
-        path.unlink(missing_ok=True)  # the numbers between were taken and cleared away while we looked
+        path.unlink(missing_ok=True)  # others took and removed the numbers in between meanwhile
         return False
 
     def _become(self, number: int) -> None:
@@ -210,7 +212,7 @@ class RunLock:
         for path in list(self.folder.iterdir()):
             found = self._number(path.name)
             with contextlib.suppress(OSError):
-                # A candidate that is not refreshed was left by a process that died while it took the folder.
+                # A process that died while it took the folder left a candidate that is not refreshed.
                 candidate = path.name.startswith(f".{self.name}-") and path.suffix == ".tmp"
                 left = candidate and now - path.stat().st_mtime > SILENCE_S
                 if left or (found is not None and found < number):
@@ -226,23 +228,23 @@ class RunLock:
             value=self.target,
         )
 
-    def _tell(self, holder: Holder | None, silent: float) -> None:
+    def _report_wait(self, holder: Holder | None, silent: float) -> None:
         say(
             f"waiting for {self.what}: {holder or 'its unknown owner'} has given no sign of life for "
-            f"{silent:.0f} s, and is taken to be dead after {SILENCE_S:g} s"
+            f"{silent:.0f} s, and counts as dead after {SILENCE_S:g} s"
         )
 
     # --- holding ----------------------------------------------------------------------------------------------------
 
     def _keep(self, over: threading.Event) -> None:
-        # Short waits: a thread's wait does not count the time in which its host sleeps.
+        # Short waits, as a thread's wait does not count the time for which its host sleeps.
         while not over.wait(_LOOK_S):
             if abs(time.time() - self._looked) >= BEAT_S:
                 self.beat()
 
     def _put(self, holder: Holder, number: int) -> None:
-        """Replace our file, in one step."""
-        self._mine.unlink(missing_ok=True)  # of an attempt that failed half-way
+        """Replace our owner file atomically."""
+        self._mine.unlink(missing_ok=True)  # left by a failed attempt
         _write(self._mine, holder)
         self._mine.replace(self._path(number))
 
@@ -256,7 +258,7 @@ class RunLock:
         return int(found[1]) if found else None
 
     def _highest(self) -> tuple[int, Path | None]:
-        """The highest number and its file; 0 and None without any."""
+        """Return the highest number and its file; 0 and None without any."""
         found = (self._number(path.name) for path in self.folder.iterdir())
         numbers = [number for number in found if number is not None]
         return (max(numbers), self._path(max(numbers))) if numbers else (0, None)
@@ -265,7 +267,7 @@ class RunLock:
         os.utime(path, None if self._clock is None else (self._clock(), self._clock()))
 
     def _now(self) -> float:
-        """The time by which files here are dated: a shared file system has its own."""
+        """Return the time by which files here are dated, as a shared file system has its own clock."""
         self._touch(self._mine)
         return self._mine.stat().st_mtime
 
@@ -277,7 +279,7 @@ class RunLock:
 def owned(folder: Path, timeout_s: float, *, key: str = "run.dir", beside: bool = False) -> Iterator[RunLock]:
     """Hold a folder for a run. Every process of the run calls this: the first takes the lock, the others wait for it.
 
-    A call inside a call for the same folder has nothing to do. All processes raise the `ConfigError` of a refusal.
+    A nested call for the same folder does nothing. All processes raise the `ConfigError` of a refusal.
     """
     folder = folder.absolute()
     around = _around.get()
@@ -298,7 +300,7 @@ _around: ContextVar[dict[Path, RunLock]] = ContextVar("locks around this code", 
 
 
 def _write(path: Path, holder: Holder) -> None:
-    """A new file; it must not be there."""
+    """Create a file, which must not exist, with the holder as its content."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(holder.to_json())
@@ -312,7 +314,7 @@ def _write(path: Path, holder: Holder) -> None:
 
 
 def _end(message: str) -> None:
-    """End this process at once: whatever it would still write belongs to another run's folder."""
+    """End this process at once, because anything it still writes would go into the folder of another run."""
     say(f"error: {message}")
     sys.stderr.flush()
     os._exit(ConfigError.exit_code)

@@ -1,4 +1,4 @@
-"""Which process holds a run folder: what identifies it, and whether it still lives."""
+"""Identification of the process that holds a run folder, and whether it is still alive."""
 
 import json
 import os
@@ -12,29 +12,29 @@ from typing import Any
 
 import psutil
 
-_DEAD = ("Z", "X")  # a zombie keeps its process id until its parent has asked for its exit code
+_DEAD = ("Z", "X")  # a zombie keeps its process id until its parent reads its exit code
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a folder, as the owner file describes it."""
+    """The process that holds a folder, as stored in the owner file."""
 
-    id: str  # of this one lock, unique
+    id: str  # unique id of the lock
     host: str
     pid: int
-    started: float | None  # when the process started, by `start_of`; null: unknown
+    started: float | None  # `start_of` the process; null: unknown
     boot: str | None  # the kernel's boot id; null: not Linux
-    namespace: int | None  # of process ids: a container has its own; null: not Linux
+    namespace: int | None  # of process ids, as a container has its own; null: not Linux
     folder: str
     inode: int
     job: str | None  # SLURM cluster and job id
     restart: int  # how often SLURM has requeued the job
-    since: float  # seconds since the epoch, by its host's clock
+    since: float  # seconds since the epoch, by the holder's clock
     released: bool = False
 
     @property
     def machine(self) -> tuple[str, str | None, int | None]:
-        """Process ids mean the same to two processes if this is equal."""
+        """Identifies the namespace of process ids: ids are comparable between processes for which this is equal."""
         return self.host, self.boot, self.namespace
 
     def __str__(self) -> str:
@@ -42,20 +42,21 @@ class Holder:
         return f"process {self.pid} on host {self.host}, started {since}"
 
     def to_json(self) -> str:
+        """Return the content of the owner file."""
         return json.dumps(asdict(self)) + "\n"
 
 
 def read(path: Path) -> tuple[Holder | None, float]:
-    """The content of an owner file (None if it is empty or damaged) and when it was last refreshed.
+    """Return the content of an owner file (None if it is empty or damaged) and the time of its last refresh.
 
-    Opening it makes a file server's client ask for the present state.
+    Opening the file makes the client of a file server fetch its present state.
     """
     with path.open("rb") as file:
         return parse(file.read()), os.fstat(file.fileno()).st_mtime
 
 
 def parse(text: bytes) -> Holder | None:
-    """What `Holder.to_json` wrote; None for anything else."""
+    """Parse what `Holder.to_json` wrote; return None for anything else."""
     try:
         content: dict[str, Any] = json.loads(text)
         holder = Holder(**{field.name: content[field.name] for field in fields(Holder)})
@@ -70,7 +71,7 @@ def parse(text: bytes) -> Holder | None:
 
 
 def this_process(folder: Path, host: str | None, pid: int | None, environ: Mapping[str, str]) -> Holder:
-    """This process as the holder of a folder. Tests give another host and process id."""
+    """Return this process as the holder of a folder. Tests pass another host and process id."""
     job = environ.get("SLURM_JOB_ID")
     restart = environ.get("SLURM_RESTART_COUNT", "0")
     pid = os.getpid() if pid is None else pid
@@ -90,9 +91,9 @@ def this_process(folder: Path, host: str | None, pid: int | None, environ: Mappi
 
 
 def lives(pid: int, started: float | None) -> bool:
-    """Whether a process of this machine still runs, and is not another one that was given the same id.
+    """Return whether a process of this machine still runs and its id was not reused by another process.
 
-    A process that cannot be looked at (another user's, hidden) counts as alive.
+    A process that cannot be inspected (another user's, hidden) counts as alive.
     """
     try:
         os.kill(pid, 0)
@@ -108,14 +109,15 @@ def lives(pid: int, started: float | None) -> bool:
 
 
 def start_of(pid: int) -> float | None:
-    """When a process started: clock ticks since boot on Linux, which setting the clock does not change, else a time."""
+    """Return when a process started: clock ticks since boot on Linux, which setting the clock does not change, else a
+    time."""
     found = _state_and_start(pid)
     return None if found is None else found[1]
 
 
 def _state_and_start(pid: int) -> tuple[str, float] | None:
     try:
-        # The name, in parentheses, may hold any character.
+        # The process name, in parentheses, may contain any character.
         words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return words[0].decode(), float(words[19])
     except (OSError, IndexError, ValueError):

@@ -1,4 +1,4 @@
-"""The folder of a run: where it is, and what is written there so that the run can be understood and repeated."""
+"""The folder of a run: its path, and the files that describe the run so that it can be repeated."""
 
 import importlib.metadata
 import json
@@ -42,9 +42,10 @@ _GIT_TIMEOUT_S = 30
 
 
 class RunFolder:
-    """A run's folder, created at once. Only the first process of a run writes into it through this class.
+    """The folder of a run, created by the constructor. Only the first process of a run writes into it through this
+    class.
 
-    A resumed run that would write something else than what is there keeps the earlier file as `<name>.<n><suffix>`.
+    If a resumed run writes different content into a file, the earlier file is kept as `<name>.<n><suffix>`.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -53,17 +54,17 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise ConfigError(
-                f"the run folder {self.path} cannot be created ({problem.strerror}): set run.dir to a folder that can",
+                f"the run folder {self.path} cannot be created ({problem.strerror}): set run.dir to another folder",
                 key="run.dir",
                 where=self.path,
             ) from problem
 
     def write_config(self, resolved: Mapping[str, Any]) -> Path:
-        """config.yaml: every key with the value it had."""
+        """Write config.yaml: every key with its value."""
         return self._write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
 
     def write_environment(self) -> None:
-        """versions.json, git.json and, where tracked files differ from the commit, git.diff."""
+        """Write versions.json, git.json and, if tracked files differ from the commit, git.diff."""
         self._write("versions.json", json.dumps(versions(), indent=2) + "\n")
         state, diff = _git_state()
         self._write("git.json", json.dumps(state, indent=2) + "\n")
@@ -80,7 +81,7 @@ class RunFolder:
         return path
 
     def _set_aside(self, path: Path) -> None:
-        """Give what an earlier process of this run left here a numbered name."""
+        """Rename a file of an earlier process of this run with a number."""
         if not path.exists():
             return
         number = 1
@@ -90,16 +91,16 @@ class RunFolder:
 
 
 def resolve_run_dir(entry: str, config: Any, environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder of a run: `run.dir`, else `runs/NAME` with NAME = `run.name` or "<entry>-<yyyymmdd-hhmmss>".
+    """Return the folder of a run: `run.dir`, else `runs/NAME` with NAME = `run.name` or "<entry>-<yyyymmdd-hhmmss>".
 
-    Processes that a launcher starts side by side must come to the same answer without talking to each other. Under
-    torchrun the time is that at which their common parent started; several SLURM tasks take the numbers of job and step
-    instead, so that a requeued job finds its folder again. A process on its own creates the folder at once, so that no
-    other run started in the same second takes it.
+    Processes that a launcher starts must find the same folder without communication. Under torchrun the time is the
+    start of their common parent. Several SLURM tasks use the numbers of the job and the step instead, so that a
+    requeued job finds its folder again. A process started alone creates the folder at once, so that no other run
+    started in the same second uses it.
 
     Args:
         entry: name of the entry point, as in sft.
-        config: the entry's typed tree.
+        config: the entry's typed configuration tree.
         environ: the environment; tests pass their own.
     """
     if config.run.dir:
@@ -119,7 +120,7 @@ def resolve_run_dir(entry: str, config: Any, environ: Mapping[str, str] = os.env
 
 
 def _claim(entry: str, stamp: str) -> Path:
-    """Create the folder of a name, numbered where another run already has it."""
+    """Create the folder of a name, with a number if another run has the name."""
     for number in range(1, 1000):
         folder = Path("runs", f"{entry}-{stamp}" if number == 1 else f"{entry}-{stamp}-{number}")
         try:
@@ -127,10 +128,10 @@ def _claim(entry: str, stamp: str) -> Path:
         except FileExistsError:
             continue
         except OSError:
-            return folder  # RunFolder will say what is wrong with the place
+            return folder  # RunFolder reports what is wrong with the folder
         return folder
     raise ConfigError(
-        f"run.name=null, but runs/{entry}-{stamp} and 998 more are taken: set run.name",
+        f"run.name=null, but runs/{entry}-{stamp} and 998 more exist: set run.name",
         key="run.name",
         where=f"runs/{entry}-{stamp}",
     )
@@ -141,7 +142,7 @@ def _format(seconds: float) -> str:
 
 
 def versions() -> dict[str, Any]:
-    """Software and machine of this process."""
+    """Return the software versions and the hardware of this process."""
     packages = {name: _version(name) for name in PACKAGES}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -173,7 +174,7 @@ def _cpu_name() -> str:
 
 
 def _git_state() -> tuple[dict[str, Any], str]:
-    """Commit and changes of the checkout that megarl is run from, else of the current folder's."""
+    """Return the commit and the changes of megarl's checkout, else of the current folder's."""
     reason = "no git checkout"
     for folder in (Path(megarl.__file__).parent, Path.cwd()):
         try:
@@ -209,6 +210,6 @@ def _git(folder: Path, *arguments: str) -> str:
 
 def _git_reason(problem: Exception) -> str:
     if isinstance(problem, subprocess.CalledProcessError):
-        said = (problem.stderr or "").strip().splitlines()
-        return said[0] if said else f"git exited with {problem.returncode}"
+        lines = (problem.stderr or "").strip().splitlines()
+        return lines[0] if lines else f"git exited with {problem.returncode}"
     return "git is not installed" if isinstance(problem, FileNotFoundError) else str(problem)

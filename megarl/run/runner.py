@@ -1,4 +1,4 @@
-"""From a typed configuration to a finished run: the part that all entry points share."""
+"""From a typed configuration to a finished run: the code that all entry points share."""
 
 import gc
 import os
@@ -30,19 +30,24 @@ from megarl.run.owner import RunLock, owned
 from megarl.run.run_folder import RunFolder, resolve_run_dir
 from megarl.run.trainer import build_trainer
 
-RUN_DIR = "MEGARL_RUN_DIR"  # tells the processes that a run starts where the first one put it
+RUN_DIR = "MEGARL_RUN_DIR"  # passes the run folder of the first process to the processes that it starts
 
 
 Build = Callable[[Any, Sources], Module]
 
 
 def run_training(entry: str, config: Any, build: Build) -> int:
-    """Check, build, train, and leave a run folder behind. Returns the exit code; INTERRUPTED or NOTICED where the run
-    was stopped early, with a checkpoint.
+    """Check the configuration, build the module, train it, and write a run folder. Return the exit code: INTERRUPTED or
+    NOTICED if the run was stopped early, with a checkpoint.
 
-    `build(config, sources)` makes the module, before any process group exists; its models are made in
-    `configure_model`. It is given a tree with the shape and the tokenizer of the model at `model.path`, and the stored
-    models that were opened for it. The tree that `run_training` was given is left as it is.
+    `build(config, sources)` makes the module before any process group exists; `configure_model` makes its models.
+    `build` gets a copy of the configuration, with the architecture and tokenizer of the model at `model.path`, and the
+    stored models opened for it. The `config` argument is not changed.
+
+    Args:
+        entry: name of the algorithm.
+        config: typed configuration tree.
+        build: makes the module.
     """
     check_launcher(os.environ)
     with hide_gpus(config.trainer.accelerator):
@@ -62,7 +67,7 @@ def run_training(entry: str, config: Any, build: Build) -> int:
 
 @contextmanager
 def _owned(config: Any, run_dir: Path) -> Iterator[RunLock]:
-    """Hold every folder that this run writes, before anything is written there."""
+    """Take the lock of every folder that this run writes, before anything is written there."""
     timeout_s = config.parallel.timeout_s
     with ExitStack() as stack:
         lock = stack.enter_context(owned(run_dir, timeout_s))
@@ -95,7 +100,7 @@ def _train(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, 
     assert isinstance(io, ShardedCheckpointIO)
     if config.trainer.exp_manager == "nemo":
         attach_nemo_exp_manager(trainer, config.trainer.exp_manager_options, run_dir)
-    gc.freeze()  # every save collects garbage: let it not look through all that imports have made
+    gc.freeze()  # every save collects garbage; exclude the objects that imports made
     try:
         restored = resume_from(config.run.resume, run_dir)
         module.resumes = restored is not None
@@ -104,13 +109,14 @@ def _train(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, 
         if io.restoring is None or isinstance(problem, torch.OutOfMemoryError | dist.DistError):
             raise
         raise CheckpointError(
-            f"checkpoint {io.restoring} cannot be restored ({one_line(problem)}): it is damaged, or of another "
-            "version; choose another with run.resume=FOLDER",
+            f"checkpoint {io.restoring} cannot be restored ({one_line(problem)}): it is damaged or was written by "
+            "another version; choose another with run.resume=FOLDER",
             key="run.resume",
             where=io.restoring,
         ) from problem
     except SystemExit as ending:
-        if isinstance(ending.__context__, KeyboardInterrupt):  # before training, or again: Lightning exits with 1
+        # Before training, or at a second Ctrl-C, Lightning exits with 1.
+        if isinstance(ending.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
     finally:
@@ -130,7 +136,8 @@ def _writing(run_dir: Path) -> Iterator[None]:
 
 
 def resume_from(resume: str, run_dir: Path) -> str | None:
-    """What Lightning is to restore: a checkpoint, or a folder whose newest whole one is taken when all ranks are up."""
+    """Return the checkpoint to restore, or the folder whose newest intact checkpoint is chosen once all ranks are up;
+    None for a new run."""
     if resume == "never":
         return None
     if resume != "auto":

@@ -1,4 +1,4 @@
-"""The Lightning Trainer of a run: its callbacks, in their order, its loggers, devices and nodes."""
+"""The Lightning Trainer of a run: callbacks in order, loggers, devices and nodes."""
 
 import os
 from collections.abc import Mapping
@@ -33,13 +33,13 @@ from megarl.run.run_folder import RunFolder
 def build_trainer(
     config: Any, module: Module, folder: RunFolder, lock: RunLock, resolved: Mapping[str, Any]
 ) -> tuple[Trainer, Preemption]:
-    """Make the Trainer, and return with it the callback that knows how the run ended.
+    """Return the Trainer, and the callback that stores how the run ended.
 
     Args:
-        config: the typed tree of the run.
-        module: what is trained.
-        folder: where the run writes.
-        lock: of that folder.
+        config: typed configuration tree of the run.
+        module: the module to train.
+        folder: folder of the run.
+        lock: lock of that folder.
         resolved: the configuration as plain values, for the loggers.
     """
     run_dir = folder.path
@@ -54,7 +54,7 @@ def build_trainer(
         ),
         logger=build_loggers(config.logger, run_dir, run_dir.name, resolved),
         callbacks=_callbacks(config, module, folder, lock, checkpoints, preemption),
-        max_steps=getattr(config.trainer, "max_steps", -1),  # phases are counted by StepLimit
+        max_steps=getattr(config.trainer, "max_steps", -1),  # StepLimit counts phases
         max_epochs=-1,
         val_check_interval=_eval_every(config),
         check_val_every_n_epoch=None,
@@ -72,7 +72,7 @@ def build_trainer(
 def _callbacks(
     config: Any, module: Module, folder: RunFolder, lock: RunLock, checkpoints: Checkpoints, preemption: Preemption
 ) -> list[Callback]:
-    """In the order that Lightning calls them in; `megarl/callbacks/__init__.py` says where it matters."""
+    """Return the callbacks in the order in which Lightning calls them; see `megarl/callbacks/__init__.py`."""
     run_dir = folder.path
     collapse = Collapse(
         config.checkpoint.metric, config.checkpoint.mode, checkpoints.best, lambda: module.scorer_fingerprints
@@ -103,7 +103,7 @@ def _eval_every(config: Any) -> int | None:
 
 
 def _devices(config: Any) -> int:
-    """Processes on this node: what a launcher started, else what the configuration asks for."""
+    """Return the number of processes on this node: those that a launcher started, else the configured number."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"])
     if started_by_slurm(os.environ):

@@ -100,24 +100,24 @@ class Phases(Tiny):
 
     def __init__(self, planned: int) -> None:
         super().__init__([1.0] * 100)
-        self.planned, self.consumed = planned, 0
+        self.planned, self.steps_done = planned, 0
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
         for _ in range(3):
             self.optimizers().step()
-        self.consumed += 1
+        self.steps_done += 1
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["consumed"] = self.consumed
+        checkpoint["consumed"] = self.steps_done
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.consumed = checkpoint["consumed"]
+        self.steps_done = checkpoint["consumed"]
 
 
 def test_phases_are_counted_by_the_module_and_not_by_the_optimizer() -> None:
     module = Phases(planned=4)
     trainer = train(module, [StepLimit()], steps=-1)
-    assert (module.consumed, trainer.global_step) == (4, 12)
+    assert (module.steps_done, trainer.global_step) == (4, 12)
 
 
 def test_a_resumed_run_does_the_phases_that_are_left_and_a_finished_one_none(tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_a_resumed_run_does_the_phases_that_are_left_and_a_finished_one_none(tmp
     train(Phases(planned=2), [StepLimit(), SaveAt(6, saved)], steps=-1)
     longer, done = Phases(planned=5), Phases(planned=2)
     trainer = train(longer, [StepLimit()], steps=-1, resume=saved)
-    assert (longer.consumed, trainer.global_step) == (5, 15)
+    assert (longer.steps_done, trainer.global_step) == (5, 15)
     trainer = train(done, [StepLimit()], steps=-1, resume=saved)
-    assert (done.consumed, trainer.global_step) == (2, 6)
+    assert (done.steps_done, trainer.global_step) == (2, 6)
 
 
 def test_a_module_without_a_plan_is_left_to_lightning() -> None:

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from megarl.callbacks import progress
-from megarl.callbacks.progress import PlainProgress, RichProgress, Standing, duration, make_progress
+from megarl.callbacks.progress import PlainProgress, RichProgress, RunProgress, duration, make_progress
 from megarl.callbacks.throughput import Throughput
 from megarl.errors import ConfigError
 from tests.callbacks.tiny import Ticks, Tiny, train
@@ -109,9 +109,9 @@ def test_unknown_kind_is_refused():
 
 
 def test_without_a_limit_no_total_and_no_time_left():
-    standing = Standing(7, None, {"train/loss": float("nan")})
-    assert standing.steps == "step 7"
-    assert standing.details() == "loss nan"
+    progress = RunProgress(7, None, {"train/loss": float("nan")})
+    assert progress.steps == "step 7"
+    assert progress.details() == "loss nan"
 
 
 def test_duration():

@@ -12,7 +12,7 @@ import pytest
 from megarl.config.advantages import ADVANTAGES, critic_kind, whitens, without_effect
 from megarl.config.checks import accumulation, check, data_parallel_size, world_size
 from megarl.config.offers import Refusal, divisors, either, enforce, multiples, near, read
-from megarl.config.resources import resource
+from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
 from megarl.config.rl import SeparateCriticConfig
 from megarl.config.schema import ILQLConfig, ModelConfig, ParallelConfig, PPOConfig, SFTConfig
 from megarl.config.shape import check_shape
@@ -158,11 +158,10 @@ def test_an_interleaved_pipeline_needs_accumulation_in_rounds_of_its_stages() ->
 
 
 def test_evaluating_ones_own_training_on_the_demo_set_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
-    demo = {name: resource(f"data/demo/{name}.jsonl") for name in ("train", "eval")}
-    check(configured(data__train=[demo["train"]], data__eval=[demo["eval"]]), 1)
+    check(configured(data__train=[DEMO_TRAIN], data__eval=[DEMO_EVAL]), 1)
     check(configured(data__train=["mine.jsonl"], data__eval=["mine_too.jsonl"]), 1)
     assert caplog.messages == []
-    check(configured(data__train=["mine.jsonl"], data__eval=[demo["eval"]]), 1)
+    check(configured(data__train=["mine.jsonl"], data__eval=[DEMO_EVAL]), 1)
     assert [message.partition(":")[0] for message in caplog.messages] == [
         "data.eval is the demo set while data.train is not"
     ]

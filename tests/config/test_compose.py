@@ -21,7 +21,7 @@ from megarl.config.algorithms import ALGORITHMS, entry_point, entry_points
 from megarl.config.checks import check, world_size
 from megarl.config.compose import _Job, _overrides_first, compose
 from megarl.config.presets import HEADER, preset_files
-from megarl.config.resources import conf_folder
+from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN, conf_folder
 from megarl.config.schema import SFTConfig
 from megarl.errors import DataError, NumericsError
 from tests.refusals import assert_command_refused
@@ -34,8 +34,8 @@ Preset = Callable[..., None]
 def test_without_arguments_the_schemas_defaults_run_on_the_shipped_demo(folder: Path) -> None:
     config, plain = compose("sft", [])
     expected = SFTConfig()
-    expected.data.train = [str(REPOSITORY / "megarl/data/demo/train.jsonl")]
-    expected.data.eval = [str(REPOSITORY / "megarl/data/demo/eval.jsonl")]
+    expected.data.train = [DEMO_TRAIN]
+    expected.data.eval = [DEMO_EVAL]
     assert config == expected
     assert plain == asdict(expected)
     check(config, world_size(config, {}))
@@ -43,11 +43,11 @@ def test_without_arguments_the_schemas_defaults_run_on_the_shipped_demo(folder: 
 
 def test_the_demo_is_evaluated_on_only_where_it_is_trained_on(folder: Path, preset: Preset) -> None:
     preset("mine", "data: {train: [mine.jsonl]}\n")
-    demo = str(REPOSITORY / "megarl/data/demo/eval.jsonl")
     for settings, evaluated in (
         (["+conf=mine"], []),
-        (["data.train=[mine.jsonl]", "data.eval=['${resource:data/demo/eval.jsonl}']"], [demo]),
-        (["data.train=['${resource:data/demo/train.jsonl}',mine.jsonl]"], [demo]),
+        (["data.train=[mine.jsonl]", "data.eval=['megarl.tasks.demo:held_out']"], [DEMO_EVAL]),
+        (["data.train=['megarl.tasks.demo:train',mine.jsonl]"], [DEMO_EVAL]),
+        (["data.train=['${resource:data/demo/train.jsonl}']"], [DEMO_EVAL]),
     ):
         config, plain = compose("sft", settings)
         assert (config.data.eval, plain["data"]["eval"]) == (evaluated, evaluated)
@@ -300,16 +300,15 @@ def test_a_typo_in_a_fresh_process_is_one_line_and_exit_code_2(folder: Path) -> 
 
 def test_an_installed_package_finds_its_own_conf_and_the_users(folder: Path, preset: Preset) -> None:
     package = folder / "site" / "megarl"
-    shutil.copytree(REPOSITORY / "megarl/config", package / "config")
+    for room in ("config", "functions", "tasks"):
+        shutil.copytree(REPOSITORY / "megarl" / room, package / room)
     for name in ("__init__.py", "command.py", "disk.py", "errors.py", "logging.py"):
         shutil.copy(REPOSITORY / "megarl" / name, package)
     shutil.copytree(conf_folder(), package / "conf")
-    shutil.copytree(REPOSITORY / "megarl/data/demo", package / "data/demo")
     shipped = package / "conf" / "only_here.yaml"
     shipped.write_text(HEADER + "\noptim: {lr: 0.5}\n", encoding="utf-8")
     preset("mine", "optim: {lr: 0.25}\n")
-    train = package / "data/demo/train.jsonl"
     done = in_process(folder, folder / "site", "+conf=only_here")
-    assert (done.returncode, done.stdout) == (0, f"lr 0.5 from {train}\n")
+    assert (done.returncode, done.stdout) == (0, f"lr 0.5 from {DEMO_TRAIN}\n")
     done = in_process(folder, folder / "site", "+conf=[only_here,mine]")
-    assert (done.returncode, done.stdout) == (0, f"lr 0.25 from {train}\n")
+    assert (done.returncode, done.stdout) == (0, f"lr 0.25 from {DEMO_TRAIN}\n")

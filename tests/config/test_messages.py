@@ -209,9 +209,9 @@ def test_a_multirun_refuses_in_the_same_line(argument: str, key: str, refuses: R
     refuses("--multirun", "seed=1,2", argument, key=key)
 
 
-def test_an_entry_of_a_mapping_is_added_with_a_plus(folder: Path) -> None:
-    with refused(ConfigError, key="reward.options.x", offers={"reward.options.x": ["+reward.options.x"]}):
-        compose("ppo", ["reward.options.x=1"])
+def test_an_entry_of_a_mapping_may_be_new_with_or_without_a_plus(folder: Path) -> None:
+    for argument in ("reward.options.x=1", "+reward.options.x=1", "++reward.options.x=1"):
+        assert compose("ppo", [argument])[0].reward.options == {"x": 1}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import megarl
+from megarl import default_config
 from megarl.config.algorithms import entry_points
 from megarl.config.compose import compose, run, typed
 from megarl.config.renames import RENAMES, keys, renamed_arguments, renamed_tree, rows
@@ -26,9 +27,10 @@ def test_the_table_of_the_page_is_current() -> None:
 
 
 def test_every_new_key_exists_and_no_old_one_does() -> None:
-    known = {key for entry in entry_points().values() for key in keys(entry.config)}
+    trees = [entry.config for entry in entry_points().values()]
+    known = {key for tree in trees for key in keys(tree)}
     for rename in RENAMES:
-        assert rename.new in known
+        assert any(rename.concerns(tree) for tree in trees)
         assert rename.old not in known or rename.old == rename.new
 
 
@@ -121,3 +123,37 @@ def test_a_tree_that_is_brought_up_to_date_is_not_changed() -> None:
     old = {"logger": {"wandb": False, "wandb_project": "x"}}
     assert renamed_tree(old, PPOConfig, warn=False) == {"logger": {"wandb": None}}
     assert old == {"logger": {"wandb": False, "wandb_project": "x"}}
+
+
+WALKS = "megarl.tasks.randomwalks"
+
+
+@pytest.mark.parametrize("old", ["[randomwalks]", "['randomwalks']", '["randomwalks"]'])
+@pytest.mark.parametrize(
+    ("entry", "train"), [("ppo", f"{WALKS}:prompts"), ("grpo", f"{WALKS}:prompts"), ("ilql", f"{WALKS}:samples")]
+)
+def test_the_toy_task_under_its_old_names(old: str, entry: str, train: str, folder: Path) -> None:
+    argv = [f"data.train={old}", f"data.eval={old}", "data.graph_seed=1005"]
+    fn = "0.5*megarl.data.randomwalks:optimality + 0.5*own.py:score"
+    config, _ = compose(entry, [*argv, f"reward.fn={fn!r}", "metric.fn=megarl.data.randomwalks:optimality"])
+    assert (config.data.train, config.data.eval) == ([train], [f"{WALKS}:prompts"])
+    assert config.data.options == {"seed": 1005}
+    assert config.reward.fn == f"0.5*{WALKS}:optimality + 0.5*own.py:score"
+    assert config.metric.fn == f"{WALKS}:optimality"
+
+
+def test_the_toy_task_under_its_old_names_in_a_preset_a_sweep_and_from_python(folder: Path, preset: Preset) -> None:
+    preset("old", "data: {train: [randomwalks, mine.jsonl], graph_seed: 1005}\nclone: {data: [randomwalks]}\n")
+    config, _ = compose("ppo", ["+conf=old"])
+    assert config.data.train == [f"{WALKS}:prompts", "mine.jsonl"]
+    assert (config.data.options, config.clone.data) == ({"seed": 1005}, [f"{WALKS}:walks"])
+    assert renamed_arguments(["data.graph_seed=1000,1005"], PPOConfig) == ["data.options.seed=1000,1005"]
+    settings = default_config("ppo")
+    settings.data.graph_seed = 1005
+    settings.data.train = ["randomwalks"]
+    assert (settings.data.options.seed, list(settings.data.train)) == (1005, [f"{WALKS}:prompts"])
+
+
+def test_an_old_checkpoints_default_graph_is_no_option() -> None:
+    assert renamed_tree({"data": {"graph_seed": 1000}}, PPOConfig, warn=False) == {"data": {}}
+    assert renamed_tree({"data": {"graph_seed": 1005}}, PPOConfig, warn=False) == {"data": {"options": {"seed": 1005}}}

@@ -1,16 +1,15 @@
 """Rows of documents, their order, resuming, evaluation, and the demo set."""
 
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
 from megarl.data.build import build_sft_data, build_train_loader
 from megarl.data.dataset import PackedDataset, SFTDataset
-from megarl.data.demo import make
 from megarl.data.order import EvalLoader, TrainBatches, TrainLoader
 from megarl.data.sources import Record
 from megarl.errors import ConfigError
@@ -18,7 +17,6 @@ from megarl.tokenizers import ByteTokenizer
 from tests.refusals import refused
 
 EOS = 257
-DEMO = Path(make.__file__).parent
 
 
 def make_dataset(lengths):
@@ -29,7 +27,7 @@ def make_dataset(lengths):
 
 def config(**changes):
     data = {
-        "train": [str(DEMO / "train.jsonl")], "eval": [str(DEMO / "eval.jsonl")], "format": "auto",
+        "train": [DEMO_TRAIN], "eval": [DEMO_EVAL], "options": {}, "format": "auto",
         "text_key": "text", "prompt_key": "prompt", "completion_key": "completion",
         "messages_key": "messages", "chat_template": None, "train_split": "train",
         "eval_split": "validation", "seq_length": 128, "too_long": "truncate", "loss_on": "completion",
@@ -227,11 +225,6 @@ def test_no_evaluation_files_means_none():
 def test_settings_that_cannot_work_are_named(changes, expected):
     with refused(ConfigError, **expected):
         build_sft_data(config(**changes), ByteTokenizer())
-
-
-def test_demo_files_are_what_the_script_makes():
-    for name, text in make.files().items():
-        assert (DEMO / name).read_text(encoding="utf-8") == text
 
 
 def test_demo_set_fits_and_evaluates_on_prompts_of_its_own():

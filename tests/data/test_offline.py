@@ -12,8 +12,7 @@ import torch
 from megarl.config.offline import OfflineDataConfig
 from megarl.data import offline
 from megarl.data.formats import RecordFormat
-from megarl.data.offline import OfflineStore, build_store, encode_sample, open_store, paired, random_walks
-from megarl.data.randomwalks import task
+from megarl.data.offline import OfflineStore, build_store, encode_sample, open_store, paired
 from megarl.data.sources import Record
 from megarl.errors import DataError
 from megarl.parallel.rows import Rows
@@ -247,11 +246,3 @@ def test_without_a_cache_nothing_is_written(tmp_path: Path) -> None:
     before = set(os.listdir(tmp_path))  # noqa: PTH208
     open_store(settings(tmp_path, LINES, cache=None), LETTERS)
     assert set(os.listdir(tmp_path)) - before == {"train.jsonl"}  # noqa: PTH208
-
-
-def test_the_walks_of_the_task_earn_their_optimality() -> None:
-    walks = random_walks(1000)
-    assert len(walks) == 1000
-    assert all(record.fields["samples"][0] == walk[0] for record, walk in zip(walks, task(1000).walks, strict=True))
-    mean = sum(record.fields["rewards"] for record in walks) / 1000
-    assert mean == pytest.approx(0.352, abs=0.001)

@@ -12,9 +12,9 @@ import pytest
 
 from megarl.config.rl import PromptDataConfig
 from megarl.data.prompts import Prompt, PromptLimits, build_phase_loader, read_prompts
-from megarl.data.randomwalks import task
 from megarl.errors import ConfigError, DataError
 from megarl.rollout.requests import Sampling, check_requests, repeat
+from megarl.tasks.randomwalks import task
 from megarl.tokenizers import ByteTokenizer, CharacterTokenizer
 from tests.refusals import refused
 
@@ -107,12 +107,16 @@ def test_an_empty_file_of_prompts_is_refused_by_its_name(tmp_path: Path) -> None
 
 
 def test_the_starts_of_a_graph_are_prompts() -> None:
-    """Every start of seed 1000's walks once, as the one letter that it is, with the graph that judges it."""
+    """Every start of a seed's walks once, as the one letter that it is, with the graph that judges it."""
     prompts = read_prompts(
-        ["randomwalks"], "train", PromptDataConfig(graph_seed=1000), CharacterTokenizer("abcdefghijklmnopqrstu"), ROOMY
+        ["megarl.tasks.randomwalks:prompts"],
+        "train",
+        PromptDataConfig(options={"seed": 1005}),
+        CharacterTokenizer("abcdefghijklmnopqrstu"),
+        ROOMY,
     )
-    assert [prompt.text for prompt in prompts] == task(1000).starts == sorted(set(task(1000).starts))
-    assert prompts[0] == Prompt("b", (1,), {"graph_seed": 1000})
+    assert [prompt.text for prompt in prompts] == task(1005).starts == sorted(set(task(1005).starts))
+    assert prompts[0] == Prompt("b", (1,), {"graph_seed": 1005})
     assert {len(prompt.tokens) for prompt in prompts} == {1}
 
 

@@ -1,11 +1,12 @@
 """Reading records: every kind of source, and one clear line for every way a source can be wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from megarl.data.sources import named_lists, read_records
-from megarl.errors import DataError
+from megarl.errors import ConfigError, DataError
 from tests.refusals import refused
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
@@ -154,3 +155,46 @@ def test_an_empty_source_is_refused_with_the_key(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with refused(DataError, key="clone.data", where="empty.jsonl"):
         list(read_records([str(tmp_path / "empty.jsonl")], key="clone.data"))
+
+
+# --- functions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> Path:
+    path = tmp_path / "own_records.py"
+    path.write_text(
+        "def rows(count=2):\n    for number in range(count):\n        yield {'text': f'row {number}'}\n"
+        "def broken():\n    yield {'text': 'a'}\n    raise KeyError('lost')\n"
+        "def leaves():\n    raise SystemExit(3)\n"
+        "def texts():\n    return ['a', 'b']\n"
+        "def number():\n    return 7\n"
+        "def nothing():\n    return []\n"
+    )
+    return path
+
+
+def test_a_function_returns_records_and_takes_options(module: Path) -> None:
+    assert fields([f"{module}:rows"]) == [{"text": "row 0"}, {"text": "row 1"}]
+    (record,) = read_records([f"{module}:rows"], options={"count": 1})
+    assert (dict(record.fields), record.where) == ({"text": "row 0"}, f"{module}:rows: record 1")
+
+
+@pytest.mark.parametrize(("name", "line"), [("broken", 6), ("leaves", 8)])
+def test_a_function_that_fails_is_named_with_its_line(module: Path, name: str, line: int) -> None:
+    with refused(DataError, key="data.eval", value=f"{module}:{name}", where=f"{module}:{line}"):
+        list(read_records([f"{module}:{name}"], key="data.eval"))
+
+
+def test_a_function_that_returns_no_records_is_named(module: Path) -> None:
+    with refused(DataError, where=f"{module}:texts: record 1", names=("str",)):
+        list(read_records([f"{module}:texts"]))
+    with refused(DataError, key="data.train", value=f"{module}:number", names=("int",)):
+        list(read_records([f"{module}:number"]))
+    with refused(DataError, key="data.train", where=f"{module}:nothing"):
+        list(read_records([f"{module}:nothing"]))
+
+
+def test_options_are_checked_before_the_function_runs(module: Path) -> None:
+    with refused(ConfigError, key="data.options.cuont", value=1, offers={"data.options": ["count"]}):
+        list(read_records([f"{module}:rows"], options={"cuont": 1}))

@@ -30,7 +30,7 @@ TINY = [
     "checkpoint.keep_last=9",
     "checkpoint.save_last=true",
 ]
-CLONING, AGAIN = "cloning the behaviour of", "cloning the behaviour again"
+CLONING, AGAIN = "cloning the behaviour of", "repeating the behaviour cloning"
 
 
 def log_of(run_dir: Path) -> str:
@@ -161,7 +161,7 @@ def test_a_fixed_kl_coefficient_is_this_runs_and_that_is_said(worlds: Worlds, un
     worlds.run(1, run_ppo, tmp_path, *TINY, "ppo.kl_coef=0.5", "optim.clip_grad=0.3", start)
     ((coefficient,),) = metrics(tmp_path, "rollout/kl_coef")
     assert coefficient == 0.5
-    assert log_of(tmp_path).count("this run's settings are not those") == 1
+    assert log_of(tmp_path).count("the settings of this run differ") == 1
     for said in ("ppo.kl_coef: 0.1 -> 0.5 (takes effect now", "optim.clip_grad: 1.0 -> 0.3 (takes effect now"):
         assert said in log_of(tmp_path)
 

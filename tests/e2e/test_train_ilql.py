@@ -162,7 +162,7 @@ def test_one_q_head_is_enough(worlds: Worlds, tmp_path: Path) -> None:
 
 def test_a_graph_whose_goal_cannot_be_reached_trains_without_nan(worlds: Worlds, tmp_path: Path) -> None:
     """All rewards are equal."""
-    worlds.run(1, run_ilql, tmp_path, "data.graph_seed=1001", "trainer.max_steps=5")
+    worlds.run(1, run_ilql, tmp_path, "data.options.seed=1001", "trainer.max_steps=5")
     for values in metrics(tmp_path, "train/loss", "train/loss_q", "train/grad_norm"):
         assert all(value == value for value in values)
 

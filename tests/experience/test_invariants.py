@@ -103,7 +103,7 @@ def test_bf16_has_wider_bounds_but_the_reference_is_still_exact() -> None:
         it.on_policy(1.06, 0.0)
 
 
-def test_only_the_first_step_is_looked_at() -> None:
+def test_only_the_first_step_is_checked() -> None:
     it = invariants()
     it.gradients(engine(*TRAINABLE), learns=True, fresh=True)
     it.gradients(engine(), learns=True, fresh=True)  # later steps may do as they like
@@ -118,7 +118,7 @@ def test_a_step_with_nothing_to_learn_from_leaves_it_to_the_next() -> None:
         it.gradients(engine("embedding", "value_head.outer"), learns=True, fresh=False)
 
 
-def test_each_engine_is_looked_at_when_it_begins_to_train() -> None:
+def test_each_engine_is_checked_when_it_begins_to_train() -> None:
     """A critic may train for phases before the policy does."""
     critic = SimpleNamespace(name="critic", gradient_names=lambda: (set(TRAINABLE), set(TRAINABLE)))
     it: Any = invariants()

@@ -155,7 +155,7 @@ def test_a_line_that_is_no_score_is_passed_over_with_a_warning(
     before = path.read_bytes()
     path.write_bytes(line + b"\n" + before)
     assert journal.read(TRAINING, 3) == SCORES
-    assert f"{path}: line 1 is no score" in caplog.text
+    assert f"{path}: line 1 is not a valid score" in caplog.text
     path.write_bytes(before + line)  # as when a process ends within a line
     written(tmp_path)
     assert journal.read(TRAINING, 3) == SCORES

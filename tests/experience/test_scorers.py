@@ -20,11 +20,11 @@ from megarl.errors import ConfigError, RewardError
 from megarl.experience import scorers as scoring
 from megarl.experience.journal import Journal
 from megarl.experience.scorers import FunctionScorer, fingerprint, keep_scored, read_function
+from megarl.functions.identity import identity
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
 from megarl.rewards import builtin
 from megarl.rewards.combine import Combined
-from megarl.rewards.identity import identity
 from megarl.rewards.scores import Scores
 from megarl.rollout.noise import TRAINING
 from megarl.rollout.requests import Rollout

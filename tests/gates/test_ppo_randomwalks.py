@@ -20,7 +20,7 @@ MEAN_OF_ALL, LEAST = 0.95, 0.90  # of the mean of a run's last five evaluations
 
 def run(folder: Path, graph: int, seed: int) -> dict[str, Any]:
     """What the run came to; it is the one that anybody would start."""
-    settings = ["+conf=randomwalks", f"data.graph_seed={graph}", f"seed={seed}", f"run.dir={folder}"]
+    settings = ["+conf=randomwalks", f"data.options.seed={graph}", f"seed={seed}", f"run.dir={folder}"]
     done = subprocess.run(
         [sys.executable, "-m", "megarl.train_ppo", *settings, "trainer.progress=none"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -15,7 +15,7 @@ GRAPHS, SEEDS = (1000, 1005, 1008), (1, 2, 3)
 
 def run(folder: Path, graph: int, seed: int, *overrides: str) -> dict[str, dict[str, float]]:
     """The metrics of a whole run of the preset."""
-    command = [sys.executable, "-m", "megarl.train_ilql", "+conf=randomwalks_ilql", f"data.graph_seed={graph}"]
+    command = [sys.executable, "-m", "megarl.train_ilql", "+conf=randomwalks_ilql", f"data.options.seed={graph}"]
     done = subprocess.run(
         [
             *command,

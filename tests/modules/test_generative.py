@@ -59,7 +59,7 @@ def test_a_field_by_the_name_of_what_functions_are_given_is_refused_by_file_and_
 
 def test_a_replay_must_hold_every_phase_and_evaluation_that_is_to_come(make: Make, tmp_path: Path) -> None:
     made = make([{"prompt": "a"}], [{"prompt": "b"}], replay=str(tmp_path))
-    made.config.trainer.eval_every, made.planned, made.consumed = 2, 5, 2
+    made.config.trainer.eval_every, made.planned, made.steps_done = 2, 5, 2
     made.evaluation = SimpleNamespace(changes=[{}, {}])  # type: ignore[assignment]
     wanted = [(TRAINING, 2), (TRAINING, 3), (TRAINING, 4), (EVALUATION, 4), (EVALUATION + 1, 4)]
     for stream, phase in wanted:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from megarl.data.demo.make import feelings
 from megarl.rewards import RewardWorker
 from megarl.rewards.builtin import exact_match, json_valid, last_number, length, numeric_match, regex, sentiment
 from megarl.rewards.words import NEGATIVE, POSITIVE
+from megarl.tasks.sentiment import train
 from megarl.tokenizers import build_tokenizer
 
 
@@ -143,7 +143,6 @@ def test_each_runs_in_the_worker_beside_fields_it_does_not_use(
 
 
 def test_sentiment_tells_the_answers_of_its_preset_apart() -> None:
-    train, _ = feelings()
-    scores = sentiment([record["completion"] for record in train])
+    scores = sentiment([record["completion"] for record in train()])
     assert {round(score, 3) for score in scores} == {-0.667, 0.0, 0.667}
     assert abs(sum(scores)) / len(scores) < 0.1

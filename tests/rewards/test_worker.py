@@ -545,7 +545,7 @@ def test_samples_that_are_dropped_after_another_try_are_told_of(start: Start, ca
     worker = start("nan_first", retries=1, on_error="drop")
     assert ask(worker, "a", "b", "c", "d").dropped == 1
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert ["is asked again" in line for line in told] == [True, False]
+    assert ["is called again" in line for line in told] == [True, False]
     assert "and 1 samples are dropped" in told[1]
 
 

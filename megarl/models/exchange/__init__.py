@@ -1,1 +1,1 @@
-"""Weights in and out: Hugging Face's families, one declarative file each, and one reader and writer for all of them."""
+"""Import and export of weights: one declarative file per Hugging Face family, and one reader and writer for all."""

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the model in it, so that it can be read and exported without its run's settings."""
+"""The model card in a checkpoint, with which it can be read and exported without its run's settings."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,8 +11,8 @@ from megarl.tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Shape, vocabulary, the family that the model was published in (None: made from scratch), tokenizer, and the run's
-    chat template (None: the tokenizer's own)."""
+    """Shape, vocabulary size, the family in which the model was published (None: made from scratch), tokenizer, and the
+    run's chat template (None: the tokenizer's own)."""
 
     model: ModelConfig
     vocab_size: int
@@ -31,11 +31,11 @@ class ModelCard:
         chat_template: str | None = None,
         source: Source | None = None,
     ) -> "ModelCard":
-        """`source` is the stored model that the weights started from."""
+        """Build the card; `source` is the stored model that the weights started from."""
         return cls(model, vocab_size, family_name(source), tokenizer, settings.path, chat_template)
 
     def plain(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
+        """Return the card as plain values, for a checkpoint."""
         return {
             "config": asdict(self.model),
             "vocab_size": self.vocab_size,

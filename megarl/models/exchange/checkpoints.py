@@ -1,4 +1,4 @@
-"""A stored model as a megarl checkpoint of weights alone: what `model.path` reads, in any layout."""
+"""Write a stored model as a megarl checkpoint of weights alone, which `model.path` reads in any layout."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -29,9 +29,9 @@ def write_checkpoint(
     family: str | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Write every tensor as one whole part, in this process alone. Vocabularies get the padding rows of a run's.
+    """Write every tensor as one whole part, in this process alone. Vocabularies are padded with rows as in a run.
 
-    `family` is what the checkpoint will be exported as (None: what the source says).
+    `family` is the family in which the checkpoint will be exported (None: the source's).
     """
     dtype = dtype or source.dtype
     rows = padded_vocab(source.vocab_size, 1)
@@ -62,7 +62,7 @@ def write_checkpoint(
 
 
 def _common(source: Source, folder: Path, aside: Path, family: str | None) -> dict[str, object]:
-    """The plain values that `CheckpointSource` reads, and that `run.resume` refuses."""
+    """Return the plain values that `CheckpointSource` reads; `run.resume` rejects such a checkpoint."""
     kept = tokenizer_of(aside / TOKENIZER)
     tokenizer = None
     if kept is not None:

@@ -1,4 +1,4 @@
-"""From our models to a Hugging Face folder: one tensor at a time, written aside and renamed when it is whole."""
+"""Export a model to a Hugging Face folder: one tensor at a time, into a sibling folder that is renamed at the end."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ log = get_logger(__name__)
 
 
 class PlannedFile(NamedTuple):
-    """A file, the pipeline stage that writes it, and our parameters that go into it."""
+    """A file, the pipeline stage that writes it, and the parameters that it contains."""
 
     name: str
     stage: int
@@ -56,11 +56,11 @@ def export(
     chat_template: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write an engine's model; all ranks call this together, and raise together where one of them cannot.
+    """Write an engine's model. All ranks call this together, and all raise if one of them fails.
 
     Each pipeline stage writes its own files through its first rank. Parameters beyond the language model go into a
-    file of their own, from which `model.path` reads them back. Generation settings name the tokens at which answers end
-    by `chat_template` (None: the tokenizer's own).
+    separate file, from which `model.path` reads them. Generation settings contain the stop tokens of `chat_template`
+    (None: the tokenizer's own).
     """
     grid = engine.grid
     kind = family_for(model, family)
@@ -101,7 +101,7 @@ def write_folder(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Write a stored model as a Hugging Face folder, in this process alone; `progress` hears of every tensor."""
+    """Write a stored model as a Hugging Face folder, in this process; `progress` is called with every tensor's name."""
     named = family or (source.family.name if source.family else None)
     kind = family_for(source.model, named)
     dtype = dtype or source.dtype
@@ -121,8 +121,8 @@ def write_folder(
 
 
 def keep_tokenizer(source: Source, aside: Path) -> Tokenizer | None:
-    """Keep the source's tokenizer files and generation settings as they are, or build its tokenizer, save and return
-    it."""
+    """Copy the source's tokenizer files and generation settings unchanged, or else build its tokenizer, save it and
+    return it."""
     if isinstance(source, HuggingFaceSource):
         for name in (*TOKENIZER_FILES, "generation_config.json"):
             if (source.path / name).is_file():
@@ -141,7 +141,7 @@ def plan_files(
     dtype: torch.dtype,
     shard_bytes: int,
 ) -> list[PlannedFile]:
-    """Cut every stage's parameters, in order, into files of at most `shard_bytes` (or one tensor)."""
+    """Distribute every stage's parameters, in order, over files of at most `shard_bytes` (or one tensor)."""
     groups: list[tuple[int, list[str]]] = []
     size = 0
     for name, mapped in sorted(mapping.items(), key=lambda item: stages.get(item[0], 0)):
@@ -160,18 +160,19 @@ def plan_files(
     plan = [PlannedFile(name, stage, group) for name, (stage, group) in zip(names, groups, strict=True)]
     if heads:
         by_stage = {stages.get(name, 0) for name in heads}
-        assert len(by_stage) == 1, "heads sit on the last stage"
+        assert len(by_stage) == 1, "heads are on the last stage"
         plan.append(PlannedFile(HEADS, by_stage.pop(), list(heads)))
     return plan
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the tokenizer's special ids by the names that config.json uses."""
     return dict(zip(TOKEN_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True))
 
 
 @contextmanager
 def written_whole(place: Path) -> Iterator[Path]:
-    """Give the block an empty folder beside `place` to write in; its last act is to rename what it wrote to `place`."""
+    """Yield an empty folder beside `place`, and rename it to `place` when the block ends without an error."""
     aside = temp_sibling(place)
     prepare(place, aside)
     try:
@@ -183,7 +184,7 @@ def written_whole(place: Path) -> Iterator[Path]:
 
 
 def prepare(folder: Path, aside: Path) -> None:
-    """An empty folder to write in; refused where the target is there already."""
+    """Create an empty folder to write in; raise if the target exists."""
     refuse_existing(folder)
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -195,12 +196,13 @@ def prepare(folder: Path, aside: Path) -> None:
 
 
 def unwritten(place: Path, problem: OSError) -> CheckpointError:
-    """The error of a file or folder that a disk did not take."""
+    """Return the error for a file or folder that could not be written."""
     said = problem.strerror or problem
     return CheckpointError(f"{place} could not be written ({said})", where=place)
 
 
 def refuse_existing(folder: Path) -> None:
+    """Raise if the target folder exists."""
     if folder.exists():
         raise CheckpointError(
             f"{folder} exists and is not overwritten: remove it, or name another folder", where=folder
@@ -216,7 +218,7 @@ def _write_stage(
     aside: Path,
     grid: Grid,
 ) -> None:
-    """This stage's files: tensor-parallel ranks of one replica send their parts to the first, which writes."""
+    """Write this stage's files: tensor-parallel ranks of one replica send their slices to the first, which writes."""
     if grid.groups.dp_cp.rank() != 0:
         return
     problem: Exception | None = None
@@ -227,7 +229,7 @@ def _write_stage(
         if problem is None and grid.tp_rank == 0:
             try:
                 _write_file(aside, file, names, lambda name: _gathered(local[name], grid), mapping, heads, dtype)
-            except Exception as caught:  # the others go on sending, and must find someone who receives
+            except Exception as caught:  # the other ranks keep sending, so this one must keep receiving
                 problem = caught
         for name in names:
             _gathered(local[name], grid)
@@ -238,7 +240,7 @@ def _write_stage(
 
 
 def _gathered(parameter: Tensor, grid: Grid) -> Tensor | None:
-    """The whole of a parameter in host memory, on the first tensor-parallel rank."""
+    """Return the whole parameter in host memory on the first tensor-parallel rank, and None on the others."""
     value = parameter.detach()
     if not is_sharded(parameter) or grid.layout.tp == 1:
         return value.cpu() if grid.tp_rank == 0 else None
@@ -271,7 +273,7 @@ def _described(
 
 
 def _pieces(name: str, whole: Tensor | None, mapping: Mapping[str, Mapped], dtype: torch.dtype) -> Iterator[Tensor]:
-    """What the other side stores of one of our tensors."""
+    """Yield the tensors that the target format stores for one of our tensors."""
     assert whole is not None
     if name not in mapping:
         yield cast_checked(name, whole, dtype)
@@ -282,10 +284,10 @@ def _pieces(name: str, whole: Tensor | None, mapping: Mapping[str, Mapped], dtyp
 
 
 def cast_checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another dtype, unless it cannot hold the values. What is no finite number is not passed on."""
+    """Return the tensor in another dtype. Raise if that dtype cannot represent the values, or if any is not finite."""
     if not is_finite(tensor):
         raise NumericsError(
-            f"{name} holds NaN or infinity: fetch the model again, or give an earlier checkpoint of its training",
+            f"{name} holds NaN or infinity: fetch the model again, or use an earlier checkpoint of its training",
             key=name,
         )
     if tensor.dtype == dtype:
@@ -308,7 +310,7 @@ def _finish(
     tokenizer: Tokenizer | None,
     chat_template: str | None,
 ) -> None:
-    """Index, configuration and tokenizer; then the rename that makes it a model."""
+    """Write index, configuration and tokenizer, and rename the folder to its final name."""
     weights = [file for file in plan if file.name != HEADS]
     if len(weights) > 1:
         where = {theirs: file.name for file in weights for name in file.parameters for theirs in mapping[name].theirs}
@@ -328,7 +330,7 @@ def _finish(
 
 
 def _stops(tokenizer: Tokenizer, chat_template: str | None) -> tuple[int, ...]:
-    """Tokens at which the trained model's responses ended. A template that cannot be read was not trained with."""
+    """Return the stop tokens of the model's training. An unreadable template was not used in training."""
     try:
         return tokenizer.stop_ids(chat_template)
     except MegarlError as problem:

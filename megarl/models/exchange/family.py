@@ -1,4 +1,4 @@
-"""What is known of a family of published models: its configuration and its tensors, beside ours."""
+"""A family of published models: how its configuration and its tensors map to ours."""
 
 import math
 import re
@@ -27,13 +27,13 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "relu": "relu",
 }
-"""Names that configurations of transformers have for ours; the first of several is written."""
+"""Names in transformers configurations for our names; the first of several is written."""
 
 _NOT_SHAPE = ("path", "vocab_size", "dropout", "init_std", "num_layers_unfrozen")
 
 
 class Lacking(NamedTuple):
-    """What of a model a family cannot have: the keys in words, and the first of them."""
+    """Properties of a model that a family lacks: the keys in words, and the first key with its value."""
 
     words: str
     key: str | None
@@ -41,7 +41,7 @@ class Lacking(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One of our parameters (`{}` stands for the layer) and the tensors that it is stored as."""
+    """One of our parameters (`{}` is the layer number) and the tensors that it is stored as."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -49,11 +49,12 @@ class Entry(NamedTuple):
 
 
 def entry(ours: str, *theirs: str, views: Views = same) -> tuple[Entry, ...]:
+    """Return one entry as a tuple, so that entries can be concatenated."""
     return (Entry(ours, theirs, views),)
 
 
 def both(ours: str, *theirs: str, views: Views = same) -> tuple[Entry, ...]:
-    """Weight and bias of a module (a bias that the model lacks is passed over)."""
+    """Return entries for weight and bias of a module (a bias that the model lacks is ignored)."""
     return tuple(
         Entry(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), views) for kind in ("weight", "bias")
     )
@@ -69,10 +70,11 @@ class Mapped:
     model: ModelConfig
 
     def pieces(self, whole: torch.Tensor) -> list[Piece]:
+        """Return views of our whole tensor, one for each stored tensor."""
         return self.views(whole, self.model)
 
     def their_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes that the other side stores, without making a tensor."""
+        """Return the shapes of the stored tensors, without allocating one."""
         pieces = self.pieces(torch.empty(self.shape, device="meta"))
         return {name: piece.shape for name, piece in zip(self.theirs, pieces, strict=True)}
 
@@ -84,12 +86,12 @@ class Family:
     Attributes:
         name: the `model_type` of transformers.
         architectures: values of `architectures` in config.json; the first is written.
-        prefix: what the names of a model without its output layer lack.
-        entries: our parameters and theirs.
-        read: config.json to the shape of our model; refuses what we cannot compute.
-        write: the way back. Which models it can hold is found out by reading what it wrote.
-        ignored: patterns of tensors that hold no weights, with the reason.
-        renamed: names that other versions of transformers use, to the names in `entries`.
+        prefix: prefix of tensor names that is missing in models without an output layer.
+        entries: our parameters and the stored ones.
+        read: converts config.json to the shape of our model; raises for what megarl cannot compute.
+        write: the inverse of `read`. Whether a family can represent a model is tested by reading what it wrote.
+        ignored: patterns of stored tensors that are not weights, with the reason.
+        renamed: names from other versions of transformers, mapped to the names in `entries`.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     def model_config(self, config: Json) -> ModelConfig:
+        """Convert a config.json to the shape of our model; raise `CheckpointError` for missing or invalid values."""
         where = f"config.json of this {self.name}"
         check_values(config, where)
         try:
@@ -116,7 +119,7 @@ class Family:
         return checked(model, where)
 
     def hf_config(self, model: ModelConfig, vocab_size: int) -> Json:
-        """What config.json says of the shape; token ids and dtype are the writer's."""
+        """Return the shape's keys of config.json; the writer adds token ids and dtype."""
         config = {
             "architectures": [self.architectures[0]],
             "model_type": self.name,
@@ -133,10 +136,11 @@ class Family:
         return config
 
     def holds(self, model: ModelConfig) -> bool:
+        """Return whether this family can represent the model."""
         return self.lacks(model) is None
 
     def difference(self, model: ModelConfig, config: Json) -> Lacking | None:
-        """The keys of a model that do not survive being written as this family."""
+        """Return the keys of a model that change when it is written as this family and read again."""
         try:
             back = shape_of(self.model_config({"vocab_size": 1, **config}))
         except (CheckpointError, ConfigError) as problem:
@@ -152,24 +156,24 @@ class Family:
         return Lacking(words, f"model.{lost[0]}", getattr(model, lost[0]))
 
     def lacks(self, model: ModelConfig) -> Lacking | None:
-        """What of a model this family cannot have; None where it can hold it."""
+        """Return the properties of a model that this family lacks; None if it can represent it."""
         return self.difference(model, self.write(model) | {"tie_word_embeddings": model.tie_embeddings})
 
     def mapping(self, model: ModelConfig, vocab_size: int) -> dict[str, Mapped]:
-        """Our parameters of this model, each with what it is stored as."""
+        """Return our parameters of this model by name, each with the tensors that it is stored as."""
         known = {item.ours: item for item in self.entries}
         mapped = {}
         for name, shape in parameters(model, vocab_size).items():
             layer = re.match(r"decoder\.layers\.(\d+)\.", name)
             pattern = name if layer is None else name.replace(f".{layer[1]}.", ".{}.", 1)
             if pattern not in known:
-                raise CheckpointError(f"a {self.name} has no place for {name}: export as another family", key=name)
+                raise CheckpointError(f"a {self.name} cannot store {name}: export as another family", key=name)
             theirs = tuple(their.format(layer[1]) if layer else their for their in known[pattern].theirs)
             mapped[name] = Mapped(shape, theirs, known[pattern].views, model)
         return mapped
 
     def canonical(self, name: str, wanted: Mapping[str, Any]) -> str:
-        """A stored name as `entries` has it, whichever version wrote it, with or without the output layer."""
+        """Return the name in `entries` of a stored tensor, from any version, with or without the output layer."""
         name = self.renamed.get(name, name)
         for candidate in (name, self.prefix + name):
             if candidate in wanted or self.reason_to_ignore(candidate):
@@ -177,11 +181,12 @@ class Family:
         return name
 
     def reason_to_ignore(self, name: str) -> str | None:
+        """Return why a stored tensor is not a weight; None if it is one."""
         return next((why for pattern, why in self.ignored.items() if re.fullmatch(pattern, name)), None)
 
 
 def shape_of(model: ModelConfig) -> Json:
-    """All of a model's keys that shape its computation, each choice spelled in one way only."""
+    """Return all of a model's keys that shape its computation, with one canonical spelling for each choice."""
     shape = {key: value for key, value in asdict(model).items() if key not in _NOT_SHAPE}
     shape["num_kv_heads"] = model.num_kv_heads or model.num_heads
     shape["head_dim"] = model.head_dim or model.hidden_size // model.num_heads
@@ -224,7 +229,7 @@ _NESTED = ("rope_scaling", "rope_parameters")
 
 
 def check_values(config: Json, where: str) -> None:
-    """Refuse a value that is not of the kind that its key has in all families; null is left to whoever reads it."""
+    """Raise for a value of a wrong type for its key, which is the same in all families; null is allowed here."""
     for key, value in config.items():
         if value is None:
             continue
@@ -248,14 +253,14 @@ def check_values(config: Json, where: str) -> None:
 
 
 def checked(model: ModelConfig, where: str) -> ModelConfig:
-    """A model that was read from a file, with false for flags that are null there; refused where it cannot be built."""
+    """Return the model read from a file, with false for flags that are null there; raise if it cannot be built."""
     for leaf in leaves(ModelConfig):
         if leaf.type == "bool" and getattr(model, leaf.key) is None:
             setattr(model, leaf.key, False)
     problem = shape_problem(model)
     if problem:
         raise CheckpointError(
-            f"{where} describes no model that can be built: {problem}",
+            f"{where} describes a model that cannot be built: {problem}",
             key=problem.key,
             value=problem.value,
             where=where,
@@ -264,11 +269,11 @@ def checked(model: ModelConfig, where: str) -> ModelConfig:
 
 
 def activation(config: Json, key: str, default: str) -> str:
-    """Our name of the activation that `key` names."""
+    """Return our name of the activation in `config[key]`."""
     theirs = config.get(key, default)
     if theirs not in ACTIVATIONS:
         raise CheckpointError(
-            f"config.json has {key}={shown(repr(theirs))}, which megarl lacks: it has {', '.join(ACTIVATIONS)}",
+            f"config.json has {key}={shown(repr(theirs))}, which megarl lacks: choose from {', '.join(ACTIVATIONS)}",
             key=key,
             value=theirs,
             where="config.json",
@@ -278,19 +283,20 @@ def activation(config: Json, key: str, default: str) -> str:
 
 
 def their_activation(model: ModelConfig) -> str:
+    """Return the name that transformers uses for the model's activation."""
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     return names.get(model.activation, model.activation)
 
 
 def require(config: Json, key: str, value: Any, default: Any) -> None:
-    """Refuse a variant that our model cannot compute."""
+    """Raise unless a key has the one value that our model can compute."""
     found = config.get(key, default)
     if found != value:
         raise unsupported(key, found, value)
 
 
 def unsupported(key: str, found: Any, only: Any, *, of: str = "") -> CheckpointError:
-    """Return the refusal of a value that our model cannot compute; `of` names what the key belongs to."""
+    """Return the error for a value that our model cannot compute; `of` is a prefix of the key."""
     return CheckpointError(
         f"config.json has {of}{key}={shown(repr(found))}, which megarl cannot compute: only {only!r}",
         key=key,
@@ -301,6 +307,6 @@ def unsupported(key: str, found: Any, only: Any, *, of: str = "") -> CheckpointE
 
 
 def share(rotated: int, head_dim: int) -> float:
-    """The share of a head that is rotated, such that it comes out as `rotated` dimensions again."""
+    """Return the fraction of a head that is rotated, which multiplies back to exactly `rotated` dimensions."""
     percent = rotated / head_dim
     return percent if int(head_dim * percent) == rotated else math.nextafter(percent, 2.0)

@@ -1,4 +1,4 @@
-"""The formats that a model may come in, told apart by what lies at a path. A new one is a line in `FORMATS`."""
+"""The formats of stored models, recognised by the files at a path. A new format is a line in `FORMATS`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ _WEIGHTS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 class Write(Protocol):
-    """Writes a stored model aside and renames it when whole; `progress` hears the name of every tensor."""
+    """Write a stored model to a sibling path and rename it; `progress` is called with the name of every tensor."""
 
     def __call__(
         self,
@@ -34,12 +34,13 @@ class Write(Protocol):
         dtype: torch.dtype | None = None,
         family: str | None = None,
         progress: Callable[[str], None] = ...,
-    ) -> None: ...
+    ) -> None:
+        """Write `source` to `target`, optionally in another dtype, for a later export as `family`."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """How to recognise one, open it and write it."""
+    """How to recognise a format, open it and write it."""
 
     name: str
     matches: Callable[[Path], bool]
@@ -48,7 +49,7 @@ class Format:
 
 
 def _newest(path: Path) -> Path:
-    """A checkpoint, or the newest in its folder, or in the run's folder above that."""
+    """Return a checkpoint, or the newest in its folder, or the newest in a run's folder."""
     if is_file(path / MANIFEST):
         return path
     found = find(path) or find(path / "checkpoints")
@@ -70,19 +71,19 @@ FORMATS: dict[str, Format] = {
 
 
 def open_source(path: str | Path) -> Source:
-    """The model stored at a path: a Hugging Face folder or hub name, a .nemo, a megarl checkpoint or run folder."""
+    """Open the model at a path: a Hugging Face folder or hub name, a .nemo, a megarl checkpoint or run folder."""
     folder = resolve(str(path))
     for known in FORMATS.values():
         if known.matches(folder):
             return known.open(folder)
     raise CheckpointError(
-        f"{folder} holds no model: no Hugging Face folder (with config.json), no .nemo archive, no megarl checkpoint",
+        f"{folder} contains no model: no Hugging Face folder (with config.json), .nemo archive or megarl checkpoint",
         where=folder,
     )
 
 
 def resolve(path: str) -> Path:
-    """A folder as it is, and a hub name as the folder that its snapshot is in."""
+    """Return the path of a local folder, or the snapshot folder of a hub name."""
     place = local(path)
     if exists(place):
         return place.absolute()
@@ -91,7 +92,7 @@ def resolve(path: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UnavailableError(
-            f"{path} is no folder here, and a hub name needs: pip install huggingface_hub",
+            f"{path} is not a local folder, and a hub name needs: pip install huggingface_hub",
             key="huggingface_hub",
             where=path,
         ) from None
@@ -99,10 +100,10 @@ def resolve(path: str) -> Path:
         folder = Path(snapshot_download(path, allow_patterns=_WEIGHTS))
         if not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(path, allow_patterns=[*_WEIGHTS, "*.bin"]))
-    except Exception as problem:  # the hub's client and the network raise many kinds
+    except Exception as problem:  # the hub's client and the network raise many types
         raise CheckpointError(
-            f"{path} is neither a folder here nor a model that the hub gives out ({first_line(problem)[:160]}): check "
-            "the name, or download it where there is a network and give its folder",
+            f"{path} is neither a local folder nor a model on the hub ({first_line(problem)[:160]}): check "
+            "the name, or download it on a machine with network access and use its folder",
             where=path,
         ) from None
     log.info("model %s is at %s", path, folder)

@@ -1,4 +1,4 @@
-"""From a stored model into the shards of one that was built: each rank keeps its part of one tensor after another."""
+"""Load a stored model into the shards of a built one: each rank keeps its slice of one tensor after another."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ from megarl.parallel.shards import run_on_all_ranks
 def load(chunk: Any, source: Source, grid: Grid) -> None:
     """Fill a chunk's parameters in place, before gradient buffers and optimizers are made from them.
 
-    Heads that the source does not have keep their values. Host memory beyond the shards is that of one tensor. What one
-    rank refuses, all refuse: they call this together.
+    Heads that the source lacks keep their values. Host memory beyond the shards is that of one tensor. All ranks call
+    this together, and all raise if one of them fails.
     """
     held = source.names
 
@@ -31,18 +31,18 @@ def load(chunk: Any, source: Source, grid: Grid) -> None:
                 _refuse_not_finite(name, parameter, source)
             elif name.startswith(TRUNK):
                 raise CheckpointError(
-                    f"{source.path} has no {name}: it is of another model", key=name, where=source.path
+                    f"{source.path} has no {name}: it belongs to another model", key=name, where=source.path
                 )
 
     run_on_all_ranks(grid, fill)
 
 
 def _refuse_not_finite(name: str, parameter: nn.Parameter, source: Source) -> None:
-    """Of this rank's part, as it is held here: a narrower dtype than the stored one may not reach as far."""
+    """Raise if this rank's slice is not finite in the parameter's dtype, which may be narrower than the stored one."""
     if not is_finite(parameter.data):
         raise NumericsError(
             f"{source.path}: {name} holds NaN, infinity or values that {parameter.dtype} cannot hold: fetch the model "
-            "again, or give an earlier checkpoint of its training",
+            "again, or use an earlier checkpoint of its training",
             key=name,
             where=source.path,
         )

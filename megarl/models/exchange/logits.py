@@ -1,4 +1,4 @@
-"""Logits of a stored model on a fixed batch, in float32: the proof that a conversion kept the model."""
+"""Logits of a stored model on a fixed batch, in float32: evidence that a conversion preserved the model."""
 
 from typing import Any
 
@@ -16,14 +16,14 @@ from megarl.parallel.rows import ModelInputs
 
 
 def fixed_batch(source: Source) -> Tensor:
-    """[2, time] token ids, the same for every model of this vocabulary and context length."""
+    """Return token ids [2, time], the same for every model with this vocabulary size and context length."""
     time = min(64, source.model.max_positions)
     return torch.randint(0, source.vocab_size, (2, time), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
 def logits(source: Source, tokens: Tensor) -> Tensor:
-    """[batch, time, vocab]: by transformers for what it is to load, by our model for the rest."""
+    """Return logits [batch, time, vocab], from transformers for Hugging Face folders and from our model otherwise."""
     if isinstance(source, HuggingFaceSource):
         return _by_transformers(source, tokens)
     return _by_megarl(source, tokens)

@@ -1,6 +1,6 @@
-"""NeMo's GPT archives (.nemo): shards of tensor and pipeline parallel ranks, merged as they are read.
+"""NeMo's GPT archives (.nemo): shards of tensor- and pipeline-parallel ranks, merged while reading.
 
-The names in them are Megatron's, as ours are; what differs is where layers are counted from and where norms sit.
+Their tensor names are Megatron's, like ours, except for layer numbers and the names of norms.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ from megarl.parallel.initialise import is_sharded, join_slices, partition_dim
 
 CONFIG, WEIGHTS, HEADS, TOKENIZER = "model_config.yaml", "model_weights.ckpt", "megarl_heads.ckpt", "tokenizer"
 OURS = "megarl"
-"""A key of model_config.yaml that NeMo does not look at: the family to export as, and the tokenizer's ids."""
-# With transformer_engine, NeMo has the norm before a projection inside of it.
+"""A key of model_config.yaml that NeMo ignores: the family to export as, and the tokenizer's ids."""
+# With transformer_engine, NeMo stores a norm within the projection that follows it.
 FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -41,14 +41,14 @@ _LEFT_OUT = {
 
 
 class Place(NamedTuple):
-    """Where a parameter is stored: its name there, and the files of all tensor-parallel ranks that have it."""
+    """The stored name of a parameter, and the files of all tensor-parallel ranks that contain it."""
 
     name: str
     files: list[TensorMember]
 
 
 class NemoSource(Source):
-    """A .nemo of one GPT, in any split."""
+    """A .nemo archive of one GPT, in any tensor- and pipeline-parallel split."""
 
     kind = "nemo"
 
@@ -72,6 +72,7 @@ class NemoSource(Source):
         self.model.vocab_size = self.vocab_size
 
     def read(self, name: str) -> Tensor:
+        """Return a whole tensor, joined from its shards; vocabularies without padding rows."""
         if self._heads is not None and name in self.heads:
             return self._heads.read(name)
         place = self._places[name]
@@ -82,6 +83,7 @@ class NemoSource(Source):
         return whole[: self.vocab_size] if name in VOCABULARY else whole
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Return rows first ... last - 1; of a vocabulary, only the shards that contain them are read."""
         if name not in VOCABULARY:
             return super().rows(name, first, last)
         place, last = self._places[name], min(last, self.vocab_size)
@@ -96,7 +98,7 @@ class NemoSource(Source):
         return torch.cat(parts)
 
     def _find(self, stages: list[list[TensorMember]]) -> dict[str, Place]:
-        """Our names and where they are: layers are counted within the stage there, and over all stages here."""
+        """Return where our parameters are stored: NeMo counts layers within a stage, we count over all stages."""
         places: dict[str, Place] = {}
         offset = 0
         for files in stages:
@@ -106,14 +108,14 @@ class NemoSource(Source):
                 layers = max(layers, layer + 1)
                 reason = next((why for pattern, why in _LEFT_OUT.items() if re.fullmatch(pattern, name)), None)
                 if name == OUTPUT and self.model.tie_embeddings:
-                    reason = "tied to the embedding, which is read"
+                    reason = "tied to the embedding, which is read instead"
                 if reason:
                     self.left_out[theirs] = reason
                     continue
                 lacking = next((file for file in files if theirs not in file.tensors), None)
                 if lacking:
                     raise CheckpointError(
-                        f"{lacking.label} lacks the tensor {theirs}, which other ranks have",
+                        f"{lacking.label} lacks the tensor {theirs}, which other ranks contain",
                         key=theirs,
                         where=lacking.label,
                     )
@@ -122,7 +124,7 @@ class NemoSource(Source):
             offset += layers
         if offset != self.model.num_layers:
             raise CheckpointError(
-                f"{self.path} has {offset} layers and its {CONFIG} says num_layers={self.model.num_layers}: the two do "
+                f"{self.path} has {offset} layers and its {CONFIG} says num_layers={self.model.num_layers}: they do "
                 "not belong together",
                 key="num_layers",
                 value=self.model.num_layers,
@@ -133,7 +135,7 @@ class NemoSource(Source):
     def _vocab_size(self, config: Json) -> int:
         if EMBEDDING not in self._places:
             raise CheckpointError(
-                f"{self.path} lacks {EMBEDDING}: it is no whole model", key=EMBEDDING, where=self.path
+                f"{self.path} lacks {EMBEDDING}: the model is incomplete", key=EMBEDDING, where=self.path
             )
         place = self._places[EMBEDDING]
         rows = sum(file.tensors[place.name].shape[0] for file in place.files)
@@ -148,13 +150,13 @@ class NemoSource(Source):
         return size
 
     def _check(self) -> None:
-        """Refuse what is missing, unknown, misshapen or no weight."""
+        """Raise for tensors that are missing, unknown, misshapen or not weights."""
         wanted = parameters(self.model, self.vocab_size)
         missing = [name for name in wanted if name not in self._places]
         unknown = [place.name for name, place in self._places.items() if name not in wanted]
         if missing:
             raise CheckpointError(
-                f"{self.path} lacks {missing[0]} ({len(missing)} in all), which {CONFIG} asks for",
+                f"{self.path} lacks {missing[0]} ({len(missing)} in all), which {CONFIG} requires",
                 key=missing[0],
                 where=self.path,
             )
@@ -175,7 +177,7 @@ class NemoSource(Source):
                 shape[0] = max(shape[0], whole[0])
             if whole != shape or any(part.shape != parts[0].shape for part in parts):
                 raise CheckpointError(
-                    f"{self.path}: {place.name} is {whole} in all and {CONFIG} asks for {shape}",
+                    f"{self.path}: {place.name} has shape {whole} over all ranks, but {CONFIG} requires {shape}",
                     key=place.name,
                     value=whole,
                     where=self.path,
@@ -189,7 +191,7 @@ class NemoSource(Source):
 
 
 def _our_name(theirs: str, offset: int) -> tuple[str, int]:
-    """Our name of a stored tensor, and the layer within its stage (-1: none)."""
+    """Return our name of a stored tensor, and its layer within the stage (-1 if it belongs to none)."""
     if ".language_model." in theirs:
         raise CheckpointError(
             f"{theirs} is a name from before Megatron Core (mcore_gpt: false), which cannot be read: convert the "
@@ -208,7 +210,7 @@ def _our_name(theirs: str, offset: int) -> tuple[str, int]:
 
 
 def marker(name: str, model: ModelConfig) -> Tensor:
-    """A tensor without data that carries Megatron's marks of how a parameter of this name is split."""
+    """Return a tensor without data but with Megatron's attributes for how a parameter of this name is split."""
     mark = torch.empty(0, device="meta")
     column = name in VOCABULARY or ".linear_qkv." in name or ".linear_fc1." in name
     row = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
@@ -218,14 +220,14 @@ def marker(name: str, model: ModelConfig) -> Tensor:
 
 
 def member_of(rank: int, tp: int, stage: int, pp: int) -> str:
-    """Where NeMo keeps the weights of a rank."""
+    """Return the path of a rank's weights within the archive."""
     if pp > 1:
         return f"tp_rank_{rank:02d}_pp_rank_{stage:03d}/{WEIGHTS}"
     return f"mp_rank_{rank:02d}/{WEIGHTS}" if tp > 1 else WEIGHTS
 
 
 def _rank_files(archive: Archive, config: Json) -> list[list[TensorMember]]:
-    """Files by stage and by tensor-parallel rank: all that the configuration asks for, no more and no less."""
+    """Return the files by stage and tensor-parallel rank; raise unless they are exactly those of the configuration."""
     if any(name.startswith("model_weights/") for name in archive.members):
         raise CheckpointError(
             f"{archive.path} holds a distributed checkpoint (model_weights/), which cannot be read: save it from NeMo "
@@ -245,7 +247,8 @@ def _rank_files(archive: Archive, config: Json) -> list[list[TensorMember]]:
     tp, pp = (int(size) for size in sizes)
     if tp * pp > len(archive.members):
         raise CheckpointError(
-            f"{archive.path} does not hold the {tp * pp} files of TP{tp} x PP{pp}: fetch it again", where=archive.path
+            f"{archive.path} lacks some of the {tp * pp} files of TP{tp} x PP{pp}: fetch it again",
+            where=archive.path,
         )
     wanted = [[member_of(rank, tp, stage, pp) for rank in range(tp)] for stage in range(pp)]
     flat = [name for names in wanted for name in names]
@@ -259,7 +262,7 @@ def _rank_files(archive: Archive, config: Json) -> list[list[TensorMember]]:
         )
     if extra:
         raise CheckpointError(
-            f"{archive.path} has {extra[0]}, which its {CONFIG} (TP{tp} x PP{pp}) does not ask for",
+            f"{archive.path} has {extra[0]}, which its {CONFIG} (TP{tp} x PP{pp}) does not include",
             key=extra[0],
             where=archive.path,
         )
@@ -270,7 +273,7 @@ def _yaml(archive: Archive) -> Json:
     where = f"{archive.path}: {CONFIG}"
     if CONFIG not in archive.members:
         raise CheckpointError(
-            f"{archive.path} has no {CONFIG}: it is no archive of NeMo's", key=CONFIG, where=archive.path
+            f"{archive.path} has no {CONFIG}: it is not a NeMo archive", key=CONFIG, where=archive.path
         )
     try:
         text = archive.content(CONFIG).decode("utf-8")
@@ -281,12 +284,13 @@ def _yaml(archive: Archive) -> Json:
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as problem:
         raise CheckpointError(f"{where} cannot be read ({' '.join(str(problem).split())})", where=where) from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{where} holds no settings", where=where)
+        raise CheckpointError(f"{where} contains no settings", where=where)
     return config
 
 
 def _unpacked_tokenizer(archive: Archive, config: Json) -> tuple[str, str | None] | None:
-    """Kind and folder of the archive's tokenizer, in a cache that is named by its content: runs refer to it later."""
+    """Unpack the archive's tokenizer into a cache folder named by its content, as later runs refer to it; return its
+    kind and folder."""
     files = {name: Path(name).name for name in archive.members if Path(name).parent.as_posix() == TOKENIZER}
     theirs = config.get("tokenizer")
     theirs = theirs if isinstance(theirs, dict) else {}
@@ -305,8 +309,8 @@ def _unpacked_tokenizer(archive: Archive, config: Json) -> tuple[str, str | None
                 for target, content in contents.items():
                     (aside / target).write_bytes(content)
         except OSError as problem:
-            if not folder.is_dir():  # else another process was first
+            if not folder.is_dir():  # otherwise another process was faster
                 raise CheckpointError(
-                    f"the tokenizer of {archive.path} is not unpacked in {root} ({problem})", where=root
+                    f"the tokenizer of {archive.path} could not be unpacked in {root} ({problem})", where=root
                 ) from None
     return tokenizer_of(folder)

@@ -1,7 +1,7 @@
-"""NeMo's archives as files: members of a tar, and in them torch's files of tensors, read and written one at a time.
+"""NeMo's archives at the file level: tar members, and torch files of tensors in them, read and written one at a time.
 
-Nothing here knows of models. Torch's file of a rank is never loaded: its index is read (weights only, no code is run)
-and tensors are taken from their place in the archive, so that memory is that of one tensor.
+This module knows no models. A rank's torch file is never loaded as a whole: its index is read (weights only, no code is
+executed) and tensors are read at their offsets in the archive, so memory is that of one tensor.
 """
 
 import gzip
@@ -27,27 +27,27 @@ from megarl.models.exchange.stored import DTYPES, Stored, cut_short
 log = get_logger(__name__)
 _GZIP = b"\x1f\x8b"
 MOST_UNPACKED = (100, 2**30)
-"""How many times its size a compressed archive may unpack into, and bytes that any may."""
+"""Limits for unpacking a compressed archive: a multiple of its size, and a number of bytes that is always allowed."""
 
 
 class Span(NamedTuple):
-    """Where a tensor lies in a file: its first byte, and its strides in elements."""
+    """Location of a tensor in a file: its first byte, and its strides in elements."""
 
     start: int
     strides: tuple[int, ...]
 
 
 class _Member(tarfile.TarInfo):
-    """Refuses a size below 0, at which tarfile would go back and read the same members for ever."""
+    """Rejects a negative member size, for which tarfile would seek back and read the same members forever."""
 
     def _block(self, count: int) -> int:
         if count < 0:
-            raise tarfile.ReadError("a member has a size below 0")
+            raise tarfile.ReadError("a member has a negative size")
         return int(super()._block(count))  # type: ignore[misc]
 
 
 class Archive:
-    """A tar, plain or compressed. A compressed one is unpacked into an unnamed temporary file first."""
+    """A tar file, plain or compressed. A compressed one is first unpacked into an unnamed temporary file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,7 +57,7 @@ class Archive:
             with tarfile.open(fileobj=self.file, mode="r:", tarinfo=_Member) as tar:
                 found = [member for member in tar.getmembers() if member.isreg() and not member.issparse()]
         except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, ValueError, OverflowError) as problem:
-            raise CheckpointError(f"{path} is no whole tar ({problem}): fetch it again", where=path) from None
+            raise CheckpointError(f"{path} is not a whole tar file ({problem}): fetch it again", where=path) from None
         except OSError as problem:
             raise CheckpointError(f"{path} cannot be read ({problem.strerror or problem})", where=path) from None
         self.members = {os.path.normpath(member.name): (member.offset_data, member.size) for member in found}
@@ -66,17 +66,18 @@ class Archive:
                 raise cut_short(path, name)
 
     def content(self, name: str) -> bytes:
-        """A small member as it is."""
+        """Return the bytes of a small member."""
         start, size = self.members[name]
         return os.pread(self.file.fileno(), size, start)
 
     def tensors(self, name: str) -> "TensorMember":
+        """Open a member as a file of tensors."""
         start, size = self.members[name]
         return TensorMember(f"{self.path}:{name}", self.file, start, size)
 
 
 class TensorMember:
-    """What `torch.save` wrote, within a larger file; `others` are the names of values that are no tensors."""
+    """A torch file within a larger file; `others` lists the names of values that are not tensors."""
 
     def __init__(self, label: str, file: BinaryIO, start: int, size: int) -> None:
         self.label, self._file = label, file
@@ -93,7 +94,7 @@ class TensorMember:
                 offset = int(storage._checkpoint_offset) + int(value.storage_offset()) * value.element_size()
             except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # sparse, meta, before torch 1.6
                 raise CheckpointError(
-                    f"{label}: {name} is no plain tensor in a file of torch 1.6 or later", key=name, where=label
+                    f"{label}: {name} is not a plain tensor in a file of torch 1.6 or later", key=name, where=label
                 ) from None
             extent = _extent(tuple(value.shape), value.stride()) * value.element_size()
             if offset < 0 or offset + extent > size:
@@ -102,18 +103,19 @@ class TensorMember:
             self._spans[name] = Span(start + offset, tuple(value.stride()))
 
     def read(self, name: str) -> Tensor:
+        """Return a whole tensor by its stored name."""
         stored, span = self.tensors[name], self._spans[name]
         return self._read(name, stored.shape, span.start)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first ... last - 1 alone are read."""
+        """Return rows first ... last - 1 of a tensor; only these are read from disk."""
         (length, *rest), span = self.tensors[name].shape, self._spans[name]
         last = min(last, length)
         first = min(first, last)
         return self._read(name, (last - first, *rest), span.start + first * span.strides[0] * self._width(name))
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Fill the place of a tensor that `reserve` made."""
+        """Write a tensor into the space that `reserve` made for it."""
         stored, span = self.tensors[name], self._spans[name]
         assert tuple(tensor.shape) == stored.shape, (name, tensor.shape, stored.shape)
         self._file.seek(span.start)
@@ -130,7 +132,7 @@ class TensorMember:
         flat = torch.empty(_extent(shape, strides), dtype=dtype)
         bytes_ = flat.view(torch.uint8).numpy().data
         done = 0
-        while done < len(bytes_):  # one call reads 2 GB at most
+        while done < len(bytes_):  # one call reads at most 2 GB
             read = os.preadv(self._file.fileno(), [bytes_[done:]], start + done)
             if read == 0:
                 raise cut_short(self.label, name)
@@ -139,7 +141,7 @@ class TensorMember:
 
 
 def reserve(path: Path, described: Mapping[str, Stored]) -> TensorMember:
-    """A file as `torch.save` writes it, with room for the tensors: `write` fills it in, one after another."""
+    """Create a file in `torch.save`'s format with space for the tensors, which `write` fills one after another."""
     with FakeTensorMode():
         empty = {}
         for name, stored in described.items():
@@ -152,6 +154,7 @@ def reserve(path: Path, described: Mapping[str, Stored]) -> TensorMember:
 
 
 def finish(member: TensorMember) -> None:
+    """Close a file that `reserve` created."""
     member._file.close()
 
 
@@ -169,7 +172,7 @@ def _plain(path: Path) -> BinaryIO:
             plain.write(block)
             if plain.tell() > most:
                 raise CheckpointError(
-                    f"{path} unpacks into more than {MOST_UNPACKED[0]} times its size, as no model's weights do: "
+                    f"{path} unpacks into more than {MOST_UNPACKED[0]} times its size, which no model's weights do: "
                     "fetch it again",
                     where=path,
                 )
@@ -179,7 +182,7 @@ def _plain(path: Path) -> BinaryIO:
 
 
 def _index(label: str, window: "_Window") -> dict[str, Any]:
-    """Names, shapes and places, without data. BytesIO holds what Transformer Engine keeps beside its weights."""
+    """Return names, shapes and offsets without data. BytesIO is what Transformer Engine stores beside its weights."""
     try:
         with FakeTensorMode(), torch.serialization.safe_globals([io.BytesIO]):
             found = load_plain(io.BufferedReader(window), map_location="cpu")
@@ -187,20 +190,20 @@ def _index(label: str, window: "_Window") -> dict[str, Any]:
         raise CheckpointError(f"{label} {problem}: save it again", where=label) from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise CheckpointError(
-            f"{label} is no dictionary of tensors: give an archive of one model's weights", where=label
+            f"{label} is not a dictionary of tensors: use an archive of one model's weights", where=label
         )
     return found
 
 
 def _extent(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements from the first to the last of a tensor in memory."""
+    """Return the number of elements between the first and the last of a strided tensor, inclusive."""
     if math.prod(shape) == 0:
         return 0
     return 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
 
 
 class _Window(io.RawIOBase):
-    """A part of a file, as a file."""
+    """A section of a file as a file object."""
 
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:
         self._file, self._start, self._size, self._at = file, start, size, 0

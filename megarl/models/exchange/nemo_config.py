@@ -1,4 +1,4 @@
-"""`model_config.yaml` of NeMo's GPT archives beside our `ModelConfig`; what we lack is refused by name."""
+"""Conversion between `model_config.yaml` of NeMo's GPT archives and `ModelConfig`; unsupported keys are named."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +19,7 @@ _LLAMA3 = {
     "rope_high_freq_factor": 4.0,
     "rope_original_positions": 8192,
 }
-"""What NeMo's scale_positional_embedding stands for; it has no keys for other values."""
+"""The value of NeMo's scale_positional_embedding; it has no keys for other values."""
 _POSITIONS = {"learned_absolute": "learned", "rope": "rope", "none": "none"}
 _NORMS = {"layernorm": "layernorm", "low_precision_layernorm": "layernorm", "rmsnorm": "rmsnorm"}
 _PRECISIONS = {torch.float32: 32, torch.bfloat16: "bf16", torch.float16: 16}
@@ -31,11 +31,11 @@ _ONLY: Json = {
     "embedding_multiplier": None,
     "multi_latent_attention": False,
 }
-"""Keys whose other values are models that ours is not, with NeMo's defaults."""
+"""Keys whose other values describe models that megarl lacks, with NeMo's defaults."""
 
 
 def read_config(config: Json) -> ModelConfig:
-    """The shape that a model_config.yaml describes, with NeMo's defaults where it says nothing."""
+    """Return the shape that a model_config.yaml describes, with NeMo's defaults for missing keys."""
     if "GPT" not in str(config.get("target", "GPT")):
         raise CheckpointError(
             f"{WHERE} has target={shown(config['target'])}: only GPT models can be read",
@@ -59,7 +59,7 @@ def read_config(config: Json) -> ModelConfig:
 def _lacking(key: str, found: Any, known: Iterable[Any]) -> CheckpointError:
     known = list(known)
     return CheckpointError(
-        f"{WHERE} has {key}={shown(repr(found))}, which megarl lacks: it has {', '.join(map(str, known))}",
+        f"{WHERE} has {key}={shown(repr(found))}, which megarl lacks: choose from {', '.join(map(str, known))}",
         key=key,
         value=found,
         where=WHERE,
@@ -101,7 +101,7 @@ def _choice(config: Json, key: str, default: str, known: dict[str, str]) -> str:
 
 
 def _activation(config: Json, bias: bool) -> str:
-    """`gelu` is the tanh approximation where NeMo fuses it with the bias, which is its default."""
+    """Return the activation; `gelu` is the tanh approximation if NeMo fuses it with the bias, as it does by default."""
     fused = bias and bool(config.get("bias_activation_fusion", True))
     gelu = "gelu_tanh" if fused or config.get("openai_gelu") else "gelu"
     return _choice(config, "activation", "gelu", {"gelu": gelu, "swiglu": "swiglu", "fast-swiglu": "swiglu"})
@@ -128,7 +128,7 @@ def _rope(config: Json) -> Json:
 
 
 def _window(config: Json) -> int | None:
-    """NeMo's is [tokens to the left of a token, to the right]; ours counts the token itself too."""
+    """Convert the window: NeMo's is [tokens to the left, to the right]; ours also counts the token itself."""
     window = config.get("window_size")
     if window is None or tuple(window) == (-1, -1) or tuple(window) == (-1, 0):
         return None
@@ -144,11 +144,11 @@ def _window(config: Json) -> int | None:
 
 
 def write_config(model: ModelConfig, vocab_size: int, dtype: torch.dtype, tp: int, pp: int) -> Json:
-    """A model_config.yaml. Refuses a shape that would come back as another one."""
+    """Return a model_config.yaml. Raise for a shape that would be read back as another one."""
     positions = {ours: theirs for theirs, ours in _POSITIONS.items()}
     if dtype not in _PRECISIONS:
         raise ConfigError(
-            f"dtype={str(dtype).removeprefix('torch.')} is none that NeMo has: use fp32, bf16 or fp16",
+            f"dtype={str(dtype).removeprefix('torch.')} is not a dtype of NeMo: use fp32, bf16 or fp16",
             key="dtype",
             value=dtype,
             offers={"dtype": ["fp32", "bf16", "fp16"]},
@@ -211,9 +211,9 @@ def write_config(model: ModelConfig, vocab_size: int, dtype: torch.dtype, tp: in
 
 
 def _lost(model: ModelConfig, config: Json) -> str | None:
-    """The first key of a model that does not survive."""
+    """Return the first key of a model that does not survive writing and reading."""
     try:
         back: dict[str, Any] = shape_of(read_config(config))
     except CheckpointError:
-        return "activation"  # the one choice that has no word of NeMo's
+        return "activation"  # the only choice without a name in NeMo
     return next((key for key, value in shape_of(model).items() if back[key] != value), None)

@@ -1,4 +1,4 @@
-"""Writing NeMo's GPT archives (.nemo): whole tensors cut into the files of tensor and pipeline parallel ranks."""
+"""Writing NeMo's GPT archives (.nemo): tensors are split into the files of tensor- and pipeline-parallel ranks."""
 
 import re
 import tarfile
@@ -32,9 +32,9 @@ def write_nemo(
     tp: int = 1,
     pp: int = 1,
 ) -> None:
-    """Write a stored model as an archive for `tp` x `pp` ranks. `family` is what it is exported as later on.
+    """Write a stored model as an archive for `tp` x `pp` ranks. `family` is the family for a later export.
 
-    One pipeline stage's files at a time stand beside the archive, which is renamed when it is whole.
+    The files of one pipeline stage at a time are beside the archive, which is renamed when it is complete.
     """
     dtype = dtype or source.dtype
     config = write_config(source.model, source.vocab_size, dtype, tp, pp)
@@ -68,7 +68,7 @@ def _write_stage(
     stage: tuple[int, int],
     tp: int,
 ) -> None:
-    """The files of one stage's ranks, filled side by side: every tensor is read once."""
+    """Write the files of one stage's ranks together, so that every tensor is read once."""
     number, pp = stage
     names = _stage_names(source.model, source.vocab_size, number, pp)
     rows = -(-source.vocab_size // (VOCAB_MULTIPLE * tp)) * VOCAB_MULTIPLE * tp
@@ -106,7 +106,7 @@ def _write_heads(source: Source, aside: Path, tar: tarfile.TarFile, dtype: torch
 
 
 def _stage_names(model: ModelConfig, vocab_size: int, stage: int, pp: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """NeMo's names of a stage's tensors, with ours and their whole shapes."""
+    """Return NeMo's names of a stage's tensors, with our names and whole shapes."""
     per_stage = model.num_layers // pp
     shapes = parameters(model, vocab_size)
     if pp > 1 and model.tie_embeddings:  # the last stage has a copy of the embedding to compute logits with
@@ -145,7 +145,7 @@ def _does_not_divide(axis: str, size: int, key: str, count: int) -> ConfigError:
 
 
 def _describe_tokenizer(folder: Path) -> Json:
-    """NeMo's `tokenizer` section; a tokenizer that NeMo does not know (bytes) is for us alone."""
+    """Return NeMo's `tokenizer` section; a kind that NeMo lacks (bytes) is recorded for megarl only."""
     kind = tokenizer_of(folder)
     if kind is not None and kind[0] == "sentencepiece":
         return {"library": "sentencepiece", "type": None, "model": f"nemo:{TOKENIZER}/tokenizer.model"}

@@ -1,6 +1,6 @@
-"""The parameters of a whole GPT by their global names, from its shape alone: nothing is built, no process group needed.
+"""The parameters of a whole GPT by their global names, from its shape alone, without building it.
 
-Conversion and the checks of what a file holds go by this; a test compares it with a model that was built.
+Conversion and the checks of files use this; a test compares it with a model that was built.
 """
 
 from megarl.config.schema import ModelConfig
@@ -11,11 +11,11 @@ POSITIONS = "embedding.position_embeddings.weight"
 OUTPUT = "output_layer.weight"
 OUTPUT_BIAS = "output_layer.bias"
 VOCABULARY = (EMBEDDING, OUTPUT, OUTPUT_BIAS)
-TRUNK = ("embedding.", "decoder.", "output_layer.")  # all that is not a head of ours
+TRUNK = ("embedding.", "decoder.", "output_layer.")  # prefixes of all parameters except those of megarl's heads
 
 
 def parameters(model: ModelConfig, vocab_size: int) -> Shapes:
-    """Name to shape of the whole tensor, vocabulary without padding, from the bottom to the top."""
+    """Return the shape of each whole tensor by name, vocabulary without padding, from the first to the last layer."""
     hidden = model.hidden_size
     shapes: Shapes = {EMBEDDING: (vocab_size, hidden)}
     if model.position == "learned":

@@ -1,4 +1,4 @@
-"""Pretrained models of a run before anything is built: opened once, checked, and their shape and tokenizer taken."""
+"""Open a run's pretrained models once, check them, and take over their shape and tokenizer, before building any."""
 
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -17,17 +17,17 @@ from megarl.models.exchange.source import Source
 Tree = TypeVar("Tree", bound=Any)
 log = get_logger(__name__)
 OURS = ("dropout", "init_std", "num_layers_unfrozen")
-"""Keys of `model` that stay as they are set; all others are the stored model's."""
+"""Keys of `model` that the user sets; all others are taken from the stored model."""
 
 
 class Sources:
-    """The stored models of a run, by path. Each is opened once in a process, until `close`."""
+    """The stored models of a run, by path. Each is opened once per process and stays open until `close`."""
 
     def __init__(self) -> None:
         self._opened: dict[str, Source] = {}
 
     def at(self, path: str | None) -> Source | None:
-        """Return the model stored at a path; None where the path is null."""
+        """Return the stored model at a path; None if the path is null."""
         if path is None:
             return None
         if path not in self._opened:
@@ -36,9 +36,9 @@ class Sources:
         return self._opened[path]
 
     def whole(self, path: str, key: str) -> Source:
-        """Return the model stored at the path of a configuration key.
+        """Return the stored model at the path of a configuration key.
 
-        The first process reads a whole checkpoint of ours to compare its checksums.
+        The first process reads a whole megarl checkpoint to compare its checksums.
         """
         try:
             source = self.at(path)
@@ -53,16 +53,16 @@ class Sources:
         return source
 
     def close(self) -> None:
-        """Release the open files and unpacked archives, once every model is built."""
+        """Close the files and unpacked archives, once every model is built."""
         self._opened.clear()
 
 
 def resolve_pretrained(config: Tree) -> tuple[Tree, Sources]:
-    """Open and check the models that an entry's tree starts from.
+    """Open and check the models that an entry point's configuration tree starts from.
 
     Returns:
-        The tree with the shape and the tokenizer of the model at `model.path`, or the tree itself where that is null;
-        and the models at `model.path` and `critic.separate.path`. The tree that was given is left as it is.
+        The tree with the shape and the tokenizer of the model at `model.path` (the same tree if that is null), and the
+        models at `model.path` and `critic.separate.path`. The tree that was passed in is not changed.
     """
     sources = Sources()
     if config.model.path is not None:
@@ -73,8 +73,8 @@ def resolve_pretrained(config: Tree) -> tuple[Tree, Sources]:
 
 
 def _with_shape(config: Tree, source: Source) -> Tree:
-    """The tree with `model`, and `tokenizer` where it is at its default, taken from a stored model. Refuses a model
-    that does not fit the layout or the sequence length."""
+    """Return the tree with `model` taken from a stored model, and `tokenizer` too if it has its default. Raise if the
+    model does not fit the layout or the sequence length."""
     model, tokenizer = _model_of(config, source), _tokenizer_of(config.tokenizer, source)
     check_shape(model, config.parallel)
     if getattr(getattr(config, "data", None), "seq_length", 0) > model.max_positions:
@@ -95,7 +95,7 @@ def _with_shape(config: Tree, source: Source) -> Tree:
 def critic_model(config: Any, vocab_size: int, source: Source | None) -> ModelConfig:
     """Return the shape of a separate critic: of the model at `critic.separate.path`, or the policy's if that is null.
 
-    Refuses a critic that cannot read sequences of a policy of that vocabulary.
+    Raise if the critic cannot read sequences of a policy with that vocabulary.
     """
     if source is None:
         policy: ModelConfig = config.model

@@ -1,4 +1,4 @@
-"""Rotary positions in config.json: `rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` before it."""
+"""Rotary positions in config.json: `rope_parameters` of transformers 5, or older `rope_theta` and `rope_scaling`."""
 
 import math
 from typing import Any
@@ -11,16 +11,17 @@ KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yar
 
 
 def read_rope(config: Json, *, theta: float = 10000.0, theta_key: str = "rope_theta") -> Json:
-    """Our `rope_*` keys; `theta` and `theta_key` are the family's default base and the older name of it."""
+    """Return our `rope_*` keys; `theta` and `theta_key` are the family's default base and the older name of its key."""
     rope: Json = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     if any(isinstance(value, dict) for value in rope.values()):
         raise CheckpointError(
-            "config.json has rotary positions that differ between layers, which megarl lacks", where="config.json"
+            "config.json has rotary positions that differ between layers, which megarl lacks",
+            where="config.json",
         )
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in KINDS:
         raise CheckpointError(
-            f"config.json has rope_type={kind!r}, which megarl lacks: it has {', '.join(KINDS)}",
+            f"config.json has rope_type={kind!r}, which megarl does not support: choose from {', '.join(KINDS)}",
             key="rope_type",
             value=kind,
             where="config.json",
@@ -43,7 +44,7 @@ def read_rope(config: Json, *, theta: float = 10000.0, theta_key: str = "rope_th
 
 
 def write_rope(model: ModelConfig) -> Json:
-    """`rope_parameters` as transformers 5 reads it."""
+    """Return `rope_parameters` in the format of transformers 5."""
     kinds = {ours: theirs for theirs, ours in KINDS.items()}
     rope: Json = {"rope_type": kinds[model.rope_scaling], "rope_theta": model.rope_base}
     if model.rope_scaling != "none":
@@ -57,7 +58,7 @@ def write_rope(model: ModelConfig) -> Json:
 
 
 def _check_yarn(rope: Json, factor: float) -> None:
-    """Our YaRN has the paper's constants; others would give other numbers."""
+    """Raise for YaRN constants other than the paper's, which are built in."""
     usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     constants: dict[str, Any] = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": usual}
     for key, value in constants.items():

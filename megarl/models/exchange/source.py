@@ -1,4 +1,4 @@
-"""Whole models as they are stored, whatever stored them: their shape, and their tensors in our layout one at a time."""
+"""Stored models in any format: their shape, and their whole tensors in our layout, one at a time."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -28,18 +28,18 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Source(ABC):
-    """A stored model. Everything that can be found wrong without reading its weights is found when it is opened.
+    """A stored model. Opening it finds every error that can be found without reading its weights.
 
     Attributes:
         model: the shape, with `path` unset.
-        family: of Hugging Face, where it is known.
-        dtype: of the weights.
+        family: the Hugging Face family, if it is known.
+        dtype: dtype of the weights.
         tokenizer: kind and path of its tokenizer, or None.
-        token_ids: the ids that config.json names.
-        chat_template: the one it was trained with, where that is not the tokenizer's own.
+        token_ids: the special ids in config.json.
+        chat_template: the template that it was trained with, if that is not the tokenizer's own.
         left_out: stored tensors that are not read, with the reason.
         heads: names of tensors beyond the language model.
-        stored: tensors and bytes that are stored, heads included.
+        stored: number of stored tensors and bytes, including heads.
     """
 
     kind: ClassVar[str]
@@ -57,25 +57,25 @@ class Source(ABC):
 
     @property
     def names(self) -> set[str]:
-        """Our names of all that it holds."""
+        """Our names of all tensors that it contains."""
         return set(parameters(self.model, self.vocab_size)) | set(self.heads)
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """A whole tensor by our name, in the dtype it is stored in; vocabularies without padding rows."""
+        """Return a whole tensor by our name, in its stored dtype; vocabularies without padding rows."""
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first ... last - 1 of a tensor, as far as it has them."""
+        """Return rows first ... last - 1 of a tensor, or fewer if it has fewer."""
         return self.read(name)[first:last]
 
 
 def family_name(source: Source | None) -> str | None:
-    """Return the name of the family that a stored model was published in; None where there is none."""
+    """Return the name of the family in which a stored model was published; None if there is none."""
     return source.family.name if source is not None and source.family is not None else None
 
 
 class HuggingFaceSource(Source):
-    """A folder as `save_pretrained` writes it."""
+    """A folder written by `save_pretrained`."""
 
     kind = "huggingface"
 
@@ -84,7 +84,7 @@ class HuggingFaceSource(Source):
         config = read_config(path)
         if "quantization_config" in config:
             raise CheckpointError(
-                f"{path / CONFIG} has a quantization_config: give the model in bf16, fp16 or fp32",
+                f"{path / CONFIG} has a quantization_config: use the model in bf16, fp16 or fp32",
                 key="quantization_config",
                 value=config["quantization_config"],
                 where=path / CONFIG,
@@ -107,6 +107,7 @@ class HuggingFaceSource(Source):
         self.stored = (len(all_stored), sum(item.bytes for item in all_stored))
 
     def read(self, name: str) -> Tensor:
+        """Return a whole tensor by our name, joined from the stored tensors."""
         if self._heads is not None and name in self.heads:
             return self._heads.read(name)
         mapped = self.mapping[name]
@@ -121,13 +122,15 @@ class HuggingFaceSource(Source):
         return whole
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Return rows first ... last - 1; only these are read if the tensor is stored as we have it."""
         mapped = self.mapping.get(name)
         if mapped is None or mapped.views is not same:
             return super().rows(name, first, last)
         return self._folder.rows(self._where[mapped.theirs[0]], first, last)
 
     def _check_tensors(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Their names as stored, and what is left out. Refuses what is missing, unknown, misshapen or no weight."""
+        """Return stored names by canonical name, and the tensors that are not read. Raise for tensors that are missing,
+        unknown, misshapen or not weights."""
         assert self.family is not None
         wanted = {name: shape for mapped in self.mapping.values() for name, shape in mapped.their_shapes().items()}
         where: dict[str, str] = {}
@@ -141,7 +144,7 @@ class HuggingFaceSource(Source):
             else:
                 raise CheckpointError(
                     f"{self.path} has a tensor {stored} that a {self.family.name} of this config.json does not: "
-                    "the two do not belong together",
+                    "they do not belong together",
                     key=stored,
                     where=self.path,
                 )
@@ -158,7 +161,7 @@ class HuggingFaceSource(Source):
             shape, dtype = self._folder.tensors[stored]
             if shape != wanted[name]:
                 raise CheckpointError(
-                    f"{self.path}: {stored} has shape {list(shape)} and config.json asks for {list(wanted[name])}",
+                    f"{self.path}: {stored} has shape {list(shape)} but config.json requires {list(wanted[name])}",
                     key=stored,
                     value=list(shape),
                     where=self.path,
@@ -172,7 +175,7 @@ class HuggingFaceSource(Source):
     def _reason_to_leave_out(self, name: str) -> str | None:
         assert self.family is not None
         if self.model.tie_embeddings and self.family.renamed.get(name, name) in ("lm_head.weight", "embed_out.weight"):
-            return "tied to the embedding, which is read"
+            return "tied to the embedding, which is read instead"
         return self.family.reason_to_ignore(name)
 
 
@@ -189,17 +192,20 @@ class CheckpointSource(Source):
         self._sort(parts)
 
     def _read_card(self, card: Any) -> None:
-        """Keys that an older version did not have are at their defaults; those that this version lacks are refused."""
+        """Read the model card. Keys missing from older versions get their defaults; unknown keys are rejected."""
         where = f"the card of checkpoint {self.path}"
         if not card:
             raise CheckpointError(
-                f"checkpoint {self.path} does not say what model it is of: it is from an older version",
+                f"checkpoint {self.path} does not describe its model: it is from an older version",
                 key="model",
                 where=self.path,
             )
         if not isinstance(card, dict) or not isinstance(card.get("config"), dict):
             raise CheckpointError(
-                f"{where} describes no model: it is damaged, choose another", key="model", value=card, where=where
+                f"{where} describes no model: it is damaged, choose another",
+                key="model",
+                value=card,
+                where=where,
             )
         known = {leaf.key for leaf in leaves(ModelConfig)}
         later = [key for key in card["config"] if key not in known]
@@ -247,7 +253,7 @@ class CheckpointSource(Source):
             padded = name in VOCABULARY and first > shape[0]
             if not (first == shape[0] or padded) or tuple(rest) != shape[1:]:
                 raise CheckpointError(
-                    f"checkpoint {self.path} has {name} of shape {[first, *rest]}, and its card asks for {list(shape)}",
+                    f"checkpoint {self.path} has {name} of shape {[first, *rest]}, but its card requires {list(shape)}",
                     key=name,
                     value=[first, *rest],
                     where=self.path,
@@ -261,13 +267,14 @@ class CheckpointSource(Source):
         self.stored = (len(described), sum(stored.bytes for stored in described.values()))
 
     def read(self, name: str) -> Tensor:
+        """Return a whole tensor by our name, joined from its parts; vocabularies without padding rows."""
         parts = self._parts[name]
         whole = shards.read_whole(parts, self.path)[parts[0].key]
         return whole[: self._shapes[name][0]] if name in self._shapes else whole  # a vocabulary has padding rows
 
 
 def _check_sizes(path: Path) -> None:
-    """A checkpoint's files are there in full. Checksums are for `megarl.checkpoint.verify`: once, not on every rank."""
+    """Check that a checkpoint's files are complete. `megarl.checkpoint.verify` compares checksums, once per run."""
     try:
         files = read_json(path / MANIFEST)["files"]
         wrong = [name for name, (size, _) in files.items() if (path / name).stat().st_size != size]
@@ -275,13 +282,14 @@ def _check_sizes(path: Path) -> None:
         raise CheckpointError(f"checkpoint {path} is not whole ({problem})", where=path) from None
     if wrong:
         raise CheckpointError(
-            f"checkpoint {path} is not whole: {wrong[0]} has another size than its {MANIFEST} says",
+            f"checkpoint {path} is not whole: {wrong[0]} differs in size from its {MANIFEST}",
             key=wrong[0],
             where=path,
         )
 
 
 def read_config(path: Path) -> Json:
+    """Read config.json of a Hugging Face folder."""
     try:
         return parse_object(read_text(path / CONFIG))
     except UnreadableError as problem:
@@ -289,7 +297,7 @@ def read_config(path: Path) -> Json:
 
 
 def tokenizer_of(folder: Path) -> tuple[str, str | None] | None:
-    """Kind and path of the tokenizer whose files lie in a folder."""
+    """Return kind and path of the tokenizer whose files are in a folder."""
     marker = folder / "megarl_tokenizer.json"
     if is_file(marker):
         kind, _ = _tokenizer_in({**read_marker(folder), "path": str(folder)}, str(marker))
@@ -300,11 +308,11 @@ def tokenizer_of(folder: Path) -> tuple[str, str | None] | None:
 
 
 def _tokenizer_in(card: Any, where: str) -> tuple[str, str | None]:
-    """Kind and path as a card has them."""
+    """Return kind and path of the tokenizer in a model card."""
     kind, path = (card.get("kind"), card.get("path")) if isinstance(card, dict) else (None, None)
     if kind not in KINDS or not (path is None or isinstance(path, str)):
         raise CheckpointError(
-            f"{where} names no tokenizer ({shown(card)}): restore it, or set tokenizer.path",
+            f"{where} does not name a tokenizer ({shown(card)}): restore it, or set tokenizer.path",
             key="tokenizer",
             value=card,
             where=where,
@@ -313,14 +321,14 @@ def _tokenizer_in(card: Any, where: str) -> tuple[str, str | None]:
 
 
 def unfit_dtype(where: str | Path, name: str, dtype: torch.dtype | str) -> CheckpointError:
-    """The error of a stored tensor whose dtype no weight may have."""
+    """Return the error for a stored tensor whose dtype is not valid for weights."""
     return CheckpointError(
-        f"{where}: {name} has dtype {dtype}, which no model here can hold", key=name, value=dtype, where=where
+        f"{where}: {name} has dtype {dtype}, which is not supported for weights", key=name, value=dtype, where=where
     )
 
 
 def widest_dtype(dtypes: list[Any]) -> torch.dtype:
-    """The dtype that holds all of them without rounding."""
+    """Return the dtype that represents all of the given ones without rounding."""
     result: torch.dtype = dtypes[0]
     for dtype in dtypes[1:]:
         result = torch.promote_types(result, dtype)

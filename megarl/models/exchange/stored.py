@@ -1,6 +1,6 @@
-"""Tensors in files, one at a time: safetensors read and written without mapping a file, and torch's pickles.
+"""Tensors in files, one at a time: safetensors without memory-mapping, and torch's pickles.
 
-Nothing here knows of models. Files are checked when they are opened, before a tensor is read.
+This module knows no models. Files are checked when they are opened, before a tensor is read.
 """
 
 import json
@@ -18,23 +18,24 @@ from megarl.errors import CheckpointError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_HEADER_LIMIT = 100_000_000  # what the safetensors library allows
+_HEADER_LIMIT = 100_000_000  # limit of the safetensors library
 
 
 class Stored(NamedTuple):
-    """A tensor's description. `dtype` is the file's own word where it is none that a weight may have."""
+    """A tensor's description. `dtype` is the file's own string if it is not a valid dtype for weights."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
 
     @property
     def bytes(self) -> int:
+        """Size of the values in bytes; an unknown dtype counts as one byte per value."""
         return math.prod(self.shape) * (self.dtype.itemsize if isinstance(self.dtype, torch.dtype) else 1)
 
 
 def cut_short(where: str | Path, name: str) -> CheckpointError:
-    """The error of a file that ends before a tensor, or a file in it, does."""
-    return CheckpointError(f"{where} is cut short within {name}: fetch it again", key=name, where=where)
+    """Return the error for a file that ends before a tensor, or a file in it, does."""
+    return CheckpointError(f"{where} is truncated within {name}: fetch it again", key=name, where=where)
 
 
 class TensorFile(Protocol):
@@ -42,13 +43,15 @@ class TensorFile(Protocol):
 
     tensors: dict[str, Stored]
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> Tensor:
+        """Return a whole tensor by its stored name."""
 
-    def rows(self, name: str, first: int, last: int) -> Tensor: ...
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Return rows first ... last - 1 of a tensor."""
 
 
 class SafetensorsFile:
-    """Reads by plain file reads: a mapped file would count, page by page, as memory of every process that reads it."""
+    """Reads with plain file reads: a memory-mapped file would count as memory of every process that reads it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,7 +64,7 @@ class SafetensorsFile:
                 length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
                 if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
                     raise CheckpointError(
-                        f"{path} is no whole safetensors file ({size} bytes): fetch it again", where=path
+                        f"{path} is not a complete safetensors file ({size} bytes): fetch it again", where=path
                     )
                 header = parse_object(file.read(length))
             for name, fields in header.items():
@@ -70,7 +73,7 @@ class SafetensorsFile:
                 offsets, shape = fields["data_offsets"], fields["shape"]
                 if not (isinstance(shape, list) and len(offsets) == 2 and all(map(_is_count, [*offsets, *shape]))):
                     raise CheckpointError(
-                        f"{path}: {shown(name)} has a shape or a place that is no list of whole numbers: "
+                        f"{path}: {shown(name)} has a shape or an offset that is not a list of whole numbers: "
                         "fetch it again",
                         key=shown(name),
                         where=path,
@@ -82,7 +85,7 @@ class SafetensorsFile:
                     )
                 if stop > size:
                     raise CheckpointError(
-                        f"{path} is cut short: {name} ends at byte {stop} and the file at {size}; fetch it again",
+                        f"{path} is truncated: {name} ends at byte {stop} and the file at {size}; fetch it again",
                         key=name,
                         value=stop,
                         where=path,
@@ -104,11 +107,12 @@ class SafetensorsFile:
             ) from None
 
     def read(self, name: str) -> Tensor:
+        """Return a whole tensor by its stored name."""
         stored = self.tensors[name]
         return self._read(name, stored.shape, *self._spans[name])
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first ... last - 1 of a tensor; nothing else is read."""
+        """Return rows first ... last - 1 of a tensor; only these are read from disk."""
         (length, *rest), (start, _) = self.tensors[name].shape, self._spans[name]
         first, last = min(first, length), min(last, length)
         row = Stored(tuple(rest), self.tensors[name].dtype).bytes
@@ -126,7 +130,7 @@ class SafetensorsFile:
 
 
 class PickledFile:
-    """What `torch.save` wrote, read with weights_only: tensors and plain values, never code."""
+    """A `torch.save` file, read with weights_only: tensors and plain values, never code."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -137,9 +141,11 @@ class PickledFile:
         }
 
     def read(self, name: str) -> Tensor:
+        """Return a whole tensor by its stored name."""
         return self._values[name]
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Return rows first ... last - 1 of a tensor."""
         return self._values[name][first:last]
 
 
@@ -153,13 +159,13 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         except UnreadableError as problem:
             problems.append(str(problem))
     else:
-        raise CheckpointError(f"{path} {problems[-1]}: convert it to safetensors where it comes from", where=path)
+        raise CheckpointError(f"{path} {problems[-1]}: convert it to safetensors at its origin", where=path)
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise CheckpointError(f"{path} is no dictionary of tensors: give the weights alone", where=path)
+        raise CheckpointError(f"{path} is not a dictionary of tensors: save the weights alone", where=path)
     odd = [name for name, value in found.items() if not isinstance(name, str) or _holds_no_numbers(value)]
     if odd:
         raise CheckpointError(
-            f"{path}: {shown(odd[0])} is no name of a dense tensor with its numbers: give plain weights",
+            f"{path}: {shown(odd[0])} is not the name of a dense tensor with data: save plain weights",
             key=shown(odd[0]),
             where=path,
         )
@@ -177,7 +183,7 @@ def _is_count(value: Any) -> bool:
 def write_safetensors(
     path: Path, described: Sequence[tuple[str, Stored]], tensors: Iterable[Tensor], metadata: dict[str, str]
 ) -> None:
-    """Write tensors in the order described, one at a time: memory is that of one tensor."""
+    """Write tensors in the described order, one at a time, so that memory is that of one tensor."""
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, stored in described:
@@ -199,7 +205,7 @@ def write_safetensors(
 
 
 class Folder:
-    """The weights of a Hugging Face folder: one file, or several with an index; safetensors before pickles."""
+    """The weights of a Hugging Face folder: one file, or several with an index; safetensors preferred to pickles."""
 
     LAYOUTS = (
         ("model.safetensors.index.json", True, SafetensorsFile),
@@ -216,13 +222,15 @@ class Folder:
                 break
         else:
             names = ", ".join(name for name, _, _ in self.LAYOUTS)
-            raise CheckpointError(f"{path} holds no weights: none of {names} is there", where=path)
+            raise CheckpointError(f"{path} contains no weights: none of {names} exists", where=path)
         self.tensors = {name: self.files[file].tensors[name] for name, file in self.where.items()}
 
     def read(self, name: str) -> Tensor:
+        """Return a whole tensor by its stored name."""
         return self.files[self.where[name]].read(name)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Return rows first ... last - 1 of a tensor."""
         return self.files[self.where[name]].rows(name, first, last)
 
 

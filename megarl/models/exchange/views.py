@@ -1,7 +1,7 @@
-"""How a published tensor lies inside one of ours: as a view of it, so that reading and writing are the same rule.
+"""How a stored tensor is contained in one of ours: as a view, so that reading and writing share one rule.
 
-Every rule takes one of our whole tensors and answers with the pieces that the other side stores, in its order. Reading
-copies into the views, writing copies out of them: what is written is what was read, bit for bit.
+Every rule takes one of our whole tensors and returns the pieces that the other format stores, in its order. Reading
+copies into the views and writing copies out of them, so a round trip preserves every bit.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from megarl.config.schema import ModelConfig
 
 
 class Piece(NamedTuple):
-    """A view of our tensor, and the shape in which the other side stores its values (in the view's order)."""
+    """A view of our tensor, and the shape in which the other format stores its values (in the view's order)."""
 
     view: Tensor
     shape: tuple[int, ...]
@@ -23,30 +23,30 @@ Views = Callable[[Tensor, ModelConfig], list[Piece]]
 
 
 def same(whole: Tensor, model: ModelConfig) -> list[Piece]:
-    """Stored as we have it."""
+    """Return the whole tensor: it is stored as we have it."""
     return [Piece(whole, tuple(whole.shape))]
 
 
 def transposed(whole: Tensor, model: ModelConfig) -> list[Piece]:
-    """A linear weight [out, in] that is stored [in, out]; a bias is stored as it is."""
+    """Return a linear weight [out, in] as it is stored, [in, out]; a bias is stored as it is."""
     view = whole.t() if whole.dim() == 2 else whole
     return [Piece(view, tuple(view.shape))]
 
 
 def gate_and_up(whole: Tensor, model: ModelConfig) -> list[Piece]:
-    """The first projection of a gated MLP, [2 * ffn, ...]: two tensors, the gate and the up projection."""
+    """Split the first projection of a gated MLP, [2 * ffn, ...], into the gate and the up projection."""
     return [Piece(half, tuple(half.shape)) for half in whole.chunk(2)]
 
 
 def query_key_value(whole: Tensor, model: ModelConfig) -> list[Piece]:
-    """Three tensors. Ours has, per key-value head, its queries, then the key, then the value: [rows, ...]."""
+    """Split our projection [rows, ...] (per key-value head its queries, the key, the value) into three tensors."""
     heads = _by_kv_head(whole, model)
     parts = heads[:, :-2], heads[:, -2], heads[:, -1]
     return [Piece(part, (part.numel() // _width(whole), *whole.shape[1:])) for part in parts]
 
 
 def fused_query_key_value_transposed(whole: Tensor, model: ModelConfig) -> list[Piece]:
-    """One tensor of all queries, all keys, all values, stored [in, out] as GPT-2's Conv1D does."""
+    """Return one tensor of all queries, all keys, all values, stored [in, out] as GPT-2's Conv1D does."""
     view = _by_kv_head(whole, model).movedim(1, 0)  # [3, heads, head_dim, ...]
     if whole.dim() == 2:
         view = view.movedim(-1, 0)
@@ -54,7 +54,7 @@ def fused_query_key_value_transposed(whole: Tensor, model: ModelConfig) -> list[
 
 
 def _by_kv_head(whole: Tensor, model: ModelConfig) -> Tensor:
-    """[rows, ...] as [kv_heads, queries per kv head + 2, head_dim, ...]."""
+    """Return [rows, ...] as [kv_heads, queries per kv head + 2, head_dim, ...]."""
     kv_heads = model.num_kv_heads or model.num_heads
     head_dim = model.head_dim or model.hidden_size // model.num_heads
     by_head: Tensor = whole.unflatten(0, (kv_heads, model.num_heads // kv_heads + 2, head_dim))

@@ -192,7 +192,7 @@ def test_a_tied_last_stage_has_its_copy_of_the_embedding(published: Path, tmp_pa
     copy = torch.load(io.BytesIO(last), weights_only=True)["model.output_layer.weight"]
     source = open_source(tmp_path / "split.nemo")
     assert torch.equal(copy[:53], source.read("embedding.word_embeddings.weight"))
-    assert source.left_out == {"model.output_layer.weight": "tied to the embedding, which is read"}
+    assert source.left_out == {"model.output_layer.weight": "tied to the embedding, which is read instead"}
 
 
 def test_names_of_other_writers_are_known(archive: Path, tmp_path: Path) -> None:

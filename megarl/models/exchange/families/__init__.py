@@ -1,4 +1,4 @@
-"""The families of published models that megarl reads and writes: a declarative file each."""
+"""The families of published models that megarl reads and writes, one declarative file each."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange.families import gpt2, gpt_neox, gptj, llama, mistral, opt, qwen2, qwen3
 from megarl.models.exchange.family import Family
 
-# A model that several families can hold is exported as the first of them.
+# A model that several families can represent is exported as the first of them.
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY for module in (llama, mistral, qwen2, qwen3, gpt2, gptj, gpt_neox, opt)
 }
 
 
 def family_of(config: dict[str, Any]) -> Family:
-    """The family that a config.json belongs to, by its architecture, or by `model_type` where that is missing."""
+    """Return the family of a config.json, by its architecture, or by `model_type` if that is missing."""
     named = config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise CheckpointError(
-            f"config.json has architectures={shown(repr(named))}, which is no list of names: restore it",
+            f"config.json has architectures={shown(repr(named))}, which is not a list of names: restore it",
             key="architectures",
             value=named,
             where="config.json",
@@ -32,7 +32,7 @@ def family_of(config: dict[str, Any]) -> Family:
     key = "architectures" if named else "model_type"
     known = [family.architectures[0] if named else name for name, family in FAMILIES.items()]
     raise CheckpointError(
-        f"config.json has {key}={shown(repr(config.get(key)))}, which megarl does not know: it knows "
+        f"config.json has {key}={shown(repr(config.get(key)))}, which megarl does not know: choose from "
         f"{', '.join(known)}",
         key=key,
         value=config.get(key),
@@ -42,7 +42,7 @@ def family_of(config: dict[str, Any]) -> Family:
 
 
 def family_for(model: ModelConfig, name: str | None = None) -> Family:
-    """The family to write a model as: the one named, else the first that can hold it."""
+    """Return the family to write a model as: the named one, else the first that can represent it."""
     if name is not None:
         return family_named(name)
     for family in FAMILIES.values():
@@ -53,7 +53,7 @@ def family_for(model: ModelConfig, name: str | None = None) -> Family:
     ways = "; ".join(f"{name} has no {lacking[name].words}" for name in nearest[:3])
     first = lacking[nearest[0]]
     raise ConfigError(
-        f"no family of Hugging Face's can hold this model ({ways}): change these keys before training, or keep "
+        f"no family of Hugging Face's can represent this model ({ways}): change these keys before training, or keep "
         "megarl's own checkpoints",
         key=first.key,
         value=first.value,
@@ -61,7 +61,7 @@ def family_for(model: ModelConfig, name: str | None = None) -> Family:
 
 
 def require_family(model: ModelConfig, name: str | None, key: str) -> None:
-    """Refuse to train what could not be exported in the end: of a family by name, or of any."""
+    """Raise before training if the model could not be exported to the named family, or to any."""
     try:
         family = family_for(model, name)
     except ConfigError as problem:
@@ -77,6 +77,7 @@ def require_family(model: ModelConfig, name: str | None, key: str) -> None:
 
 
 def family_named(name: str) -> Family:
+    """Return the family with this name; raise `ConfigError` if it is unknown."""
     if name not in FAMILIES:
         raise ConfigError(
             f"family={name} is unknown: use one of {', '.join(FAMILIES)}",

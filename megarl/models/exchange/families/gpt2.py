@@ -8,6 +8,7 @@ LAYER, THEIRS = "decoder.layers.{}", "transformer.h.{}"
 
 
 def read(config: Json) -> ModelConfig:
+    """Convert GPT-2's config.json to our shape; scaling variants and cross attention are rejected."""
     require(config, "scale_attn_weights", True, True)
     require(config, "scale_attn_by_inverse_layer_idx", False, False)
     require(config, "add_cross_attention", False, False)
@@ -29,6 +30,7 @@ def read(config: Json) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> Json:
+    """Return GPT-2's config.json keys for a shape."""
     return {
         "n_layer": model.num_layers,
         "n_embd": model.hidden_size,

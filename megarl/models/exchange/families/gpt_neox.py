@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: rotary positions on a part of each head, attention and MLP side by side from a norm each."""
+"""GPT-NeoX and Pythia: rotary positions on a part of each head, attention and MLP in parallel, each with its norm."""
 
 from megarl.config.schema import ModelConfig
 from megarl.models.exchange.family import Family, Json, activation, both, entry, share, their_activation
@@ -8,6 +8,7 @@ LAYER, THEIRS = "decoder.layers.{}", "gpt_neox.layers.{}"
 
 
 def read(config: Json) -> ModelConfig:
+    """Convert GPT-NeoX's config.json to our shape; its QKV bias and output biases share `attention_bias`."""
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     percent = (config.get("rope_parameters") or {}).get("partial_rotary_factor", config.get("rotary_pct", 0.25))
     bias = config.get("attention_bias", True)
@@ -31,6 +32,7 @@ def read(config: Json) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> Json:
+    """Return GPT-NeoX's config.json keys for a shape."""
     return {
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -56,7 +58,7 @@ FAMILY = Family(
     entries=(
         *entry("embedding.word_embeddings.weight", "gpt_neox.embed_in.weight"),
         *both(f"{LAYER}.input_layernorm", f"{THEIRS}.input_layernorm"),
-        # Stored per head as query, key, value: with a key-value head per query head that is our order.
+        # Stored per head as query, key, value: with one key-value head per query head this is our order.
         *both(f"{LAYER}.self_attention.linear_qkv", f"{THEIRS}.attention.query_key_value"),
         *both(f"{LAYER}.self_attention.linear_proj", f"{THEIRS}.attention.dense"),
         *both(f"{LAYER}.pre_mlp_layernorm", f"{THEIRS}.post_attention_layernorm"),

@@ -1,4 +1,4 @@
-"""GPT-J: rotary positions on neighbouring pairs, attention and MLP side by side from one norm, a biased output."""
+"""GPT-J: rotary positions on adjacent pairs, attention and MLP in parallel after one norm, a biased output layer."""
 
 from megarl.config.schema import ModelConfig
 from megarl.errors import CheckpointError
@@ -9,6 +9,7 @@ LAYER, THEIRS = "decoder.layers.{}", "transformer.h.{}"
 
 
 def read(config: Json) -> ModelConfig:
+    """Convert GPT-J's config.json to our shape; `rotary_dim` must be a number."""
     rotated = config.get("rotary_dim", 64)
     if rotated is None:
         raise CheckpointError(
@@ -35,6 +36,7 @@ def read(config: Json) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> Json:
+    """Return GPT-J's config.json keys for a shape."""
     head_dim = model.head_dim or model.hidden_size // model.num_heads
     return {
         "n_layer": model.num_layers,

@@ -1,6 +1,6 @@
 """Llama 1 to 3.x: rotary positions (stretched in several ways), RMSNorm, gated MLP, grouped heads.
 
-Mistral, Qwen2 and Qwen3 store the same tensors and share what stands here.
+Mistral, Qwen2 and Qwen3 store the same tensors and share the functions here.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ ENTRIES = (
 
 
 def read_shape(config: Json, *, eps: float = 1e-6) -> dict[str, Any]:
-    """What all of them have in common."""
+    """Return the shape's keys that all of these families share."""
     require(config, "hidden_act", "silu", "silu")
     return {
         "num_layers": config["num_hidden_layers"],
@@ -49,6 +49,7 @@ def read_shape(config: Json, *, eps: float = 1e-6) -> dict[str, Any]:
 
 
 def write_shape(model: ModelConfig) -> Json:
+    """Return the config.json keys that all of these families share."""
     return {
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -65,11 +66,13 @@ def write_shape(model: ModelConfig) -> Json:
 
 
 def read(config: Json) -> ModelConfig:
+    """Convert Llama's config.json to our shape, with its optional attention and MLP biases."""
     bias = config.get("attention_bias", False)
     return ModelConfig(**read_shape(config), qkv_bias=bias, out_bias=bias, mlp_bias=config.get("mlp_bias", False))
 
 
 def write(model: ModelConfig) -> Json:
+    """Return Llama's config.json keys for a shape."""
     return {**write_shape(model), "attention_bias": model.qkv_bias, "mlp_bias": model.mlp_bias}
 
 

@@ -1,4 +1,4 @@
-"""Mistral: a Llama that may look back no further than a sliding window."""
+"""Mistral: a Llama whose attention is limited to a sliding window."""
 
 from megarl.config.schema import ModelConfig
 from megarl.models.exchange.families.llama import ENTRIES, IGNORED, PREFIX, read_shape, write_shape
@@ -6,10 +6,12 @@ from megarl.models.exchange.family import Family, Json
 
 
 def read(config: Json) -> ModelConfig:
+    """Convert Mistral's config.json to our shape; the window defaults to 4096 tokens."""
     return ModelConfig(**read_shape(config), sliding_window=config.get("sliding_window", 4096))
 
 
 def write(model: ModelConfig) -> Json:
+    """Return Mistral's config.json keys for a shape."""
     return {**write_shape(model), "sliding_window": model.sliding_window}
 
 

@@ -1,4 +1,4 @@
-"""OPT: learned positions that start at 2, biases everywhere, tied embeddings. Post-norm (350m) is refused."""
+"""OPT: learned positions that start at 2, biases everywhere, tied embeddings. Post-norm models (350m) are rejected."""
 
 from megarl.config.schema import ModelConfig
 from megarl.errors import CheckpointError
@@ -10,6 +10,7 @@ OFFSET = 2
 
 
 def read(config: Json) -> ModelConfig:
+    """Convert OPT's config.json to our shape; post-norm and embedding projections are rejected."""
     if not config.get("do_layer_norm_before", True):
         raise CheckpointError(
             "config.json has do_layer_norm_before=false: OPT-350m puts its norms after the residual sum, which megarl "
@@ -41,6 +42,7 @@ def read(config: Json) -> ModelConfig:
 
 
 def write(model: ModelConfig) -> Json:
+    """Return OPT's config.json keys for a shape."""
     return {
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,

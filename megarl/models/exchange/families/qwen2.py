@@ -7,7 +7,7 @@ from megarl.models.exchange.family import Family, Json
 
 
 def read_window(config: Json) -> int | None:
-    """The sliding window of all layers; models that mix windowed and full layers are refused."""
+    """Return the sliding window of all layers; raise for models that mix windowed and full layers."""
     if not config.get("use_sliding_window", False) or config.get("sliding_window") is None:
         return None
     layers = config["num_hidden_layers"]
@@ -28,6 +28,7 @@ def read_window(config: Json) -> int | None:
 
 
 def write_window(model: ModelConfig) -> Json:
+    """Return the config.json keys of the sliding window: in all layers or in none."""
     kind = "full_attention" if model.sliding_window is None else "sliding_attention"
     return {
         "use_sliding_window": model.sliding_window is not None,
@@ -38,10 +39,12 @@ def write_window(model: ModelConfig) -> Json:
 
 
 def read(config: Json) -> ModelConfig:
+    """Convert Qwen2's config.json to our shape: biases on queries, keys and values only."""
     return ModelConfig(**read_shape(config), qkv_bias=True, sliding_window=read_window(config))
 
 
 def write(model: ModelConfig) -> Json:
+    """Return Qwen2's config.json keys for a shape."""
     return {**write_shape(model), **write_window(model)}
 
 

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from megarl.data.randomwalks import ALPHABET, RandomWalks, optimality, task
+from megarl.errors import ConfigError
+from megarl.tasks.randomwalks import ALPHABET, RandomWalks, optimality, prompts, samples, task, walks
+from tests.refusals import refused
 
 
 @pytest.mark.parametrize(("seed", "mean"), [(1000, 0.352), (1005, 0.145), (1008, 0.297), (1001, 0.0)])
@@ -46,6 +48,22 @@ def test_a_goal_ten_nodes_away_is_worth_1_or_0() -> None:
 
 
 def test_the_reward_function_takes_the_graph_of_each_sample() -> None:
-    samples = [task(1000).walks[0], task(1005).walks[0]]
-    expected = [task(1000).optimality(samples[0]), task(1005).optimality(samples[1])]
-    assert optimality(samples=samples, graph_seed=[1000, 1005], prompts=["", ""], outputs=["", ""]) == expected
+    paths = [task(1000).walks[0], task(1005).walks[0]]
+    expected = [task(1000).optimality(paths[0]), task(1005).optimality(paths[1])]
+    assert optimality(samples=paths, graph_seed=[1000, 1005], prompts=["", ""], outputs=["", ""]) == expected
+
+
+def test_sources_hold_the_graph_of_their_seed() -> None:
+    assert [record["prompt"] for record in prompts(1005)] == task(1005).starts
+    assert {record["graph_seed"] for record in prompts(1005)} == {1005}
+    assert [record["text"] for record in walks(1005)] == task(1005).walks
+    rewarded = samples(1000)
+    assert ["".join(record["samples"]) for record in rewarded] == task(1000).walks
+    assert all(len(record["samples"][0]) == 1 for record in rewarded)
+    assert np.mean([record["rewards"] for record in rewarded]) == pytest.approx(0.352, abs=5e-4)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, True, "x", None])
+def test_what_is_not_a_seed_is_refused(seed: object) -> None:
+    with refused(ConfigError, key="data.options.seed", value=seed):
+        prompts(seed)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Naming a reward function, checking that it is there without running it, and loading it where it will run."""
+"""Functions by name: checked without being run, and loaded where they will run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
+from megarl.disk import exists, local
 from megarl.errors import ConfigError
-from megarl.rewards.identity import identity
+from megarl.functions.identity import identity
 
 Function = Callable[..., Any]
 Spec = str | Function
@@ -27,7 +28,7 @@ _DYNAMIC = {"globals", "exec", "eval", "setattr", "vars", "locals"}
 
 
 @dataclass(frozen=True)
-class RewardFunction:
+class NamedFunction:
     """A function that another process can load.
 
     Attributes:
@@ -50,6 +51,8 @@ class RewardFunction:
             loaded = cloudpickle.loads(self.source)
         else:
             place, _, path = self.source.rpartition(":")
+            if str(Path.cwd()) not in sys.path and "" not in sys.path:  # a console script's import path lacks it
+                sys.path.append(str(Path.cwd()))
             loaded = _import_file(Path(place)) if _is_file(place) else importlib.import_module(place)
             for attribute in path.split("."):
                 loaded = getattr(loaded, attribute)
@@ -77,7 +80,7 @@ class _Given:
         )
 
 
-def resolve(spec: Spec | RewardFunction, key: str = "reward.fn") -> RewardFunction:
+def resolve(spec: Spec | NamedFunction, key: str = "reward.fn") -> NamedFunction:
     """Check a function's name, or pack a callable, before anything is started.
 
     A module or file is found and read, not run: the training process never executes the user's code. A name that only
@@ -90,7 +93,7 @@ def resolve(spec: Spec | RewardFunction, key: str = "reward.fn") -> RewardFuncti
     Raises:
         ConfigError: no such module, file or function, or a callable that cannot travel to another process.
     """
-    if isinstance(spec, RewardFunction):
+    if isinstance(spec, NamedFunction):
         return spec
     if not isinstance(spec, str):
         return _pack(spec, key)
@@ -104,11 +107,68 @@ def resolve(spec: Spec | RewardFunction, key: str = "reward.fn") -> RewardFuncti
             missing = Path(place).absolute()
             raise given.refused(f": there is no file {missing}; give the path of a Python file", missing)
         _check_name(file, path, given)
-        return RewardFunction(spec, f"{file}:{path}", str(file), spec)
+        return NamedFunction(spec, f"{file}:{path}", str(file), spec)
     file_of_module = _find_module(place, given)
     if file_of_module is not None:
         _check_name(file_of_module, path, given)
-    return RewardFunction(spec, spec, None if file_of_module is None else str(file_of_module), spec)
+    return NamedFunction(spec, spec, None if file_of_module is None else str(file_of_module), spec)
+
+
+def data_source(text: str, key: str) -> NamedFunction | None:
+    """Return the function that an entry of a list of data sources names, or None for a file, folder or hub name.
+
+    `name:subset` may also be a data set on the hub. It is a function where a module `name` defines `subset`, and a
+    mistake where a file name.py in this folder does not.
+    """
+    place, colon, path = text.rpartition(":")
+    if not (colon and place and all(part.isidentifier() for part in path.split("."))) or exists(local(text)):
+        return None
+    if place.endswith(".py"):
+        return resolve(text, key)
+    if not all(part.isidentifier() for part in place.split(".")):
+        return None
+    if "." in place:
+        return resolve(text, key)
+    try:
+        function = resolve(text, key)
+    except ConfigError:
+        if exists(Path(f"{place}.py")):
+            raise
+        return None
+    return function if function.file else None
+
+
+def check_options(function: NamedFunction, options: Mapping[str, Any], key: str) -> None:
+    """Refuse an option that a function certainly does not take.
+
+    Args:
+        options: keyword arguments of the function.
+        key: the configuration key of the options.
+    """
+    takes = _parameters(function)
+    for name in options:
+        if takes is not None and name not in takes:
+            near = difflib.get_close_matches(name, takes, n=1) or takes
+            meant = f"it takes {', '.join(takes)}" if takes else "it takes no options"
+            raise ConfigError(
+                f"{key}.{name}: {function.name} has no such option; {meant}",
+                key=f"{key}.{name}",
+                value=options[name],
+                where=function.file,
+                offers={key: near} if takes else None,
+            )
+
+
+def _parameters(function: NamedFunction) -> list[str] | None:
+    """Return the names of a function's parameters, or None where reading its file does not tell them all."""
+    name = str(function.source).rpartition(":")[2]
+    if function.file is None or isinstance(function.source, bytes):
+        return None
+    tree = ast.parse(Path(function.file).read_bytes(), filename=function.file)
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    if len(found) != 1 or found[0].decorator_list or found[0].args.kwarg is not None:
+        return None
+    return [argument.arg for argument in (*found[0].args.args, *found[0].args.kwonlyargs)]
 
 
 def name_of(function: Function) -> str:
@@ -120,7 +180,7 @@ def name_of(function: Function) -> str:
     return f"{module}:{name}" if module else str(name)
 
 
-def _pack(function: object, key: str) -> RewardFunction:
+def _pack(function: object, key: str) -> NamedFunction:
     if not callable(function):
         raise ConfigError(
             f"{key} is a {type(function).__name__}: give a function, or its name as package.module:function",
@@ -130,7 +190,7 @@ def _pack(function: object, key: str) -> RewardFunction:
 
     name = name_of(function)
     try:
-        return RewardFunction(name, cloudpickle.dumps(function), _file_of(function), identity(function))
+        return NamedFunction(name, cloudpickle.dumps(function), _file_of(function), identity(function))
     except Exception as error:  # what a closure holds may raise anything when it is pickled
         reason = " ".join(str(error).split())
         raise ConfigError(
@@ -246,7 +306,7 @@ def _top_level_names(tree: ast.Module) -> tuple[set[str], bool]:
 
 def _import_file(file: Path) -> Any:
     """Run a file as a module of its own; its neighbours can be imported, as when it is run as a script."""
-    name = f"reward_file_{file.stem}"
+    name = f"function_file_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} is not a Python file")

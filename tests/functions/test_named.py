@@ -1,4 +1,4 @@
-"""Names of reward functions: found without running the user's code, or refused in one clear line."""
+"""Names of functions: found without running the user's code, or refused in one clear line."""
 
 import sys
 import threading
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megarl.errors import ConfigError
-from megarl.rewards import resolve
+from megarl.functions.named import check_options, data_source, resolve
 from tests.refusals import refused
 
 Write = Callable[..., Path]
@@ -114,7 +114,7 @@ def test_a_spec_without_module_and_function_says_how_to_write_one(spec: str) -> 
 
 def test_a_callable_is_named_after_its_function() -> None:
     assert resolve(partial(partial(str.split, "a"), "b")).name == "str.split"
-    assert resolve(score).name == "tests.rewards.test_functions:score"
+    assert resolve(score).name == "tests.functions.test_named:score"
 
 
 def test_what_cannot_travel_or_is_no_function_is_refused() -> None:
@@ -148,3 +148,48 @@ def test_a_file_that_is_nested_too_deep_for_pythons_parser_is_refused(text: str,
     with refused(ConfigError, key="reward.fn", value=f"{file}:score", offers={}) as found:
         resolve(f"{file}:score")
     assert found.error.where in (str(file), f"{file}:1")
+
+
+# --- among sources of data --------------------------------------------------------------------------------------------
+
+
+def test_a_function_among_sources_is_told_from_a_file_and_a_name_on_the_hub(
+    package: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = package("def records(): ...\n")
+    package("def records(): ...\n", "mine/tasks.py")
+    (tmp_path / "alone.py").write_text("def records(): ...\n")
+    (tmp_path / "judges.own:kept").write_text("a line")
+    monkeypatch.chdir(tmp_path)
+    for name in ("judges.own:records", f"{file}:records", "judges/own.py:records", "alone:records"):
+        assert data_source(name, "data.train") is not None, name
+    hub = ("squad", "owner/name", "owner/name:records", "glue:mrpc", "json:dumps_it", "math:algebra")
+    for name in (*hub, "train.jsonl", "judges.own:kept", "a:b:c", "data/x.jsonl", "C:name-x"):
+        assert data_source(name, "data.train") is None, name
+
+
+@pytest.mark.parametrize("name", ["judges.own:recods", "judges.owm:records", "none.py:records", "own:recods"])
+def test_a_misspelt_function_among_sources_is_refused(
+    package: Write, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(package("def records(): ...\n").parent)
+    with refused(ConfigError, key="clone.data", value=name):
+        data_source(name, "clone.data")
+
+
+def test_an_option_that_a_function_does_not_take_is_refused_without_running_it(package: Write) -> None:
+    file = package(
+        "from own import wrapped\nraise SystemExit\ndef one(seed=1, *, size=2): ...\ndef none(): ...\n"
+        "def any(**_): ...\n@wrapped\ndef other(): ...\n"
+    )
+
+    def check(name: str, **options: object) -> None:
+        check_options(resolve(f"{file}:{name}"), options, "data.options")
+
+    check("one", seed=3, size=4)
+    check("any", whatever=1)
+    check("other", whatever=1)  # a decorator may take it
+    with refused(ConfigError, key="data.options.sede", value=3, where=str(file), offers={"data.options": ["seed"]}):
+        check("one", sede=3)
+    with refused(ConfigError, key="data.options.x", value=3, where=str(file)):
+        check("none", x=3)

@@ -1,0 +1,1 @@
+"""Functions of the user, named in the configuration: found and checked without being run, then loaded."""
