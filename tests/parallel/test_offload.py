@@ -196,12 +196,12 @@ def allocated(settings: DeviceSettings) -> list[int]:
         engine = small_engine({}, **BF16)
 
         def mark() -> None:
+            gc.collect()  # what is garbage by then must not be freed between two marks
             marker = torch.empty(MARKER, dtype=torch.uint8)
             del marker
 
         for _ in range(2):
             train(engine, 1, lambda *_: None)
-            gc.collect()
             mark()
             engine.offload()
             mark()
