@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 
 def problem_of(wanted: Requirement) -> str | None:
+    """Return why a requirement is not met, or None where it is."""
     try:
         found = version(wanted.name)
     except PackageNotFoundError:
@@ -26,6 +27,7 @@ def problem_of(wanted: Requirement) -> str | None:
 
 
 def problems(package: Requirement, needed: list[str]) -> list[str]:
+    """Return why a package cannot run here: requirements of its own, and those named, that are not met."""
     if absent := problem_of(package):
         return [absent]
     required = [Requirement(text) for text in requires(package.name) or []]

@@ -27,8 +27,7 @@ FLOORS = {
     "algorithms/": 1,
     "tasks/": 1,
     "chat/": 1,
-    "tokenizers.py": 1,
-    "published_tokenizers.py": 1,
+    "tokenizers/": 1,
     "parallel/": 2,
     "models/": 3,
     "checkpoint.py": 3,
@@ -44,9 +43,7 @@ FLOORS = {
 }
 # Rooms of one floor that are built of one another, and in which direction.
 BESIDE = {
-    ("tokenizers.py", "chat/"),
-    ("tokenizers.py", "published_tokenizers.py"),
-    ("published_tokenizers.py", "chat/"),
+    ("tokenizers/", "chat/"),
     ("checkpoint.py", "models/"),
     ("models/", "checkpoint.py"),
 }

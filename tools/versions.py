@@ -93,6 +93,7 @@ def lock() -> None:
 
 
 def main() -> None:
+    """Run the command that the arguments name."""
     if sys.argv[1:2] == ["constrain"]:
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         always = [normal(name) for name in sys.argv[3:]]

@@ -64,6 +64,7 @@ class Algorithm(EntryPoint):
 
     @property
     def program(self) -> str:
+        """Name of its program, `train_NAME`, which is also the name of its primary configuration."""
         return f"train_{self.name}"
 
 
@@ -153,4 +154,5 @@ def entry_points() -> dict[str, EntryPoint]:
 
 
 def entry_point(name: str) -> EntryPoint:
+    """Return the entry point of a name, such as `ppo` or `generate`."""
     return entry_points()[name]

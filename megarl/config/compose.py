@@ -35,6 +35,7 @@ from megarl.errors import ConfigError, MegarlError
 
 _PATH_FLAGS = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 _OTHER_FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--multirun", "-m", "--info", "-i")
+_MODES = ("--cfg", "-c", "--run", "-r", "--multirun", "-m", "--info", "-i", "--shell-completion", "-sc")
 HYDRA_FLAGS = frozenset((*_PATH_FLAGS, *_OTHER_FLAGS, "--hydra-help", "--shell-completion", "-sc"))
 _VERSION_BASE = "1.3"
 
@@ -78,8 +79,9 @@ def _current(argv: list[str], entry: str) -> list[str]:
 
 def _with_new_entries(argv: list[str], tree: type) -> list[str]:
     """Return a command line in which an entry of a mapping may be new, which Hydra allows with ++ only."""
-    mappings = tuple(f"{leaf.key}." for leaf in leaves(tree) if leaf.type.startswith("dict"))
-    return [f"++{argument}" if argument.startswith(mappings) else argument for argument in argv]
+    mappings = [leaf.key for leaf in leaves(tree) if leaf.type.startswith("dict")]
+    beginnings = tuple(f"{key}{mark}" for key in mappings for mark in (".", "="))
+    return [f"++{argument}" if argument.startswith(beginnings) else argument for argument in argv]
 
 
 def typed(entry: str, tree: DictConfig, argv: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
@@ -171,6 +173,9 @@ def _needs_hydra(argv: list[str]) -> bool:
                 f"parallel.tp=2; flags are --help, --version, {', '.join(sorted(HYDRA_FLAGS))}",
                 key=flag,
             )
+    modes = [flag for flag in flags if flag in _MODES]
+    if len(modes) > 1:
+        raise ConfigError(f"{modes[0]} and {modes[1]} cannot be combined: leave one out", key=modes[1])
     if "--resolve" in flags and not {"--cfg", "-c"} & set(flags):
         raise ConfigError("--resolve goes with --cfg: --cfg job --resolve", key="--resolve")
     return bool(flags) or any(part.lstrip("+~").startswith(("hydra.", "hydra/")) for part in argv)

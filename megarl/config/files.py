@@ -55,6 +55,7 @@ def _check_data(config: Any) -> None:
 
 
 def require_data(path: str, key: str = "data.train and data.eval") -> None:
+    """Refuse a source of data that does not exist here and cannot be a name on the hub."""
     place = local(path)
     if exists(place) or not (place.suffix in SUFFIXES or path.startswith(_HERE) or not _HUB_DATA.fullmatch(path)):
         return
@@ -64,6 +65,7 @@ def require_data(path: str, key: str = "data.train and data.eval") -> None:
 
 
 def require_weights(path: str, key: str = "") -> None:
+    """Refuse a model that does not exist here and cannot be a name on the hub."""
     place = local(path)
     if exists(place) or not (path.startswith(_HERE) or not _HUB_MODEL.fullmatch(path)):
         return

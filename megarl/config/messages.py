@@ -162,10 +162,10 @@ def unknown_key(key: str, tree: type, argument: str | None = None, source: str |
     if parents and next(item for item in leaves(tree) if item.key == parents[0]).type.startswith("dict"):
         entry = key.removeprefix(parents[0] + ".")
         return ConfigError(
-            f"'{parents[0]}' has no entry '{entry}' yet{place}: add it as +{key}=VALUE",
+            f"'{parents[0]}' has no entry '{entry}' yet{place}: add it as {key}=VALUE",
             key=key,
             where=source,
-            offers={key: [f"+{key}"]},
+            offers={key: [key]},
         )
     if parents:
         return unknown(f": '{parents[0]}' holds a value and has no keys below it", [parents[0]])

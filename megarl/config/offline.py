@@ -69,4 +69,5 @@ class ILQLSettings:
 
     @property
     def q_heads(self) -> int:
+        """Number of Q heads."""
         return 2 if self.two_qs else 1

@@ -45,6 +45,7 @@ class Rename:
     default: Any = None
 
     def applies(self, value: Any) -> bool:
+        """Whether an old value is of the kind that has changed."""
         return self.takes is None or self.takes(value)
 
     def concerns(self, tree: type) -> bool:
@@ -56,6 +57,7 @@ class Rename:
         )
 
     def converted(self, value: Any) -> Any:
+        """Return the new value of an old one."""
         return value if self.value is None else self.value(value)
 
 

@@ -154,6 +154,7 @@ class Difference:
 
     @property
     def rule(self) -> Rule:
+        """How a resume treats the key."""
         return _rule_of(self.key)
 
     def __str__(self) -> str:
@@ -161,6 +162,7 @@ class Difference:
 
     @property
     def remedy(self) -> str:
+        """What to set so that the resume is not refused."""
         if isinstance(self.old, Mapping) and self.key not in TABLE:
             return " ".join(f"{self.key}.{name}={either([value])}" for name, value in self.old.items())
         setting = f"{self.key}={either([self.old])}"

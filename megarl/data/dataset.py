@@ -136,9 +136,11 @@ class SFTDataset:
         return self.documents[index]
 
     def row(self, index: int) -> Sequence[Document]:
+        """Return the one document of a row."""
         return (self.documents[index],)
 
     def take(self, indices: Tensor) -> Rows:
+        """Return some rows, a document each."""
         return documents_to_rows([self.row(index) for index in indices.tolist()], packed=False)
 
 
@@ -162,9 +164,11 @@ class PackedDataset:
         return self.documents.token_rows()
 
     def row(self, index: int) -> Sequence[Document]:
+        """Return the documents that a row holds, in order."""
         return [self.documents[int(document)] for document in self.rows[index]]
 
     def take(self, indices: Tensor) -> Rows:
+        """Return some rows, with the columns positions and segment_ids."""
         return documents_to_rows([self.row(index) for index in indices.tolist()], packed=True)
 
 

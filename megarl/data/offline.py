@@ -151,6 +151,7 @@ class OfflineStore:
 
     @classmethod
     def load(cls, folder: Path) -> OfflineStore:
+        """Map the arrays that `save` wrote into memory."""
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
         return cls(arrays, (folder / REPORT).read_text(encoding="utf-8"))
 

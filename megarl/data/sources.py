@@ -6,9 +6,10 @@ What a record means is decided in `formats`; here it is an object with keys.
 from __future__ import annotations
 
 import codecs
+import inspect
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 
 from megarl.config.files import SUFFIXES, require_data
 from megarl.disk import UnreadableError, is_dir, is_file, local, parse_json
-from megarl.errors import DataError, MegarlError, UnavailableError, first_line
+from megarl.errors import ConfigError, DataError, MegarlError, UnavailableError, first_line
 from megarl.functions.named import NamedFunction, check_options, data_source
 
 _VALIDATION = ("validation", "valid", "val", "dev", "eval")
@@ -43,6 +44,7 @@ class Places:
     first: list[str] = field(default_factory=list)
 
     def add(self, where: str) -> None:
+        """Count a record, and remember where it is if it is one of the first."""
         self.count += 1
         if len(self.first) < _NAMED:
             self.first.append(where)
@@ -118,12 +120,21 @@ def _read_function(function: NamedFunction, key: str, options: Mapping[str, Any]
     """Run a function of the user in this process."""
     check_options(function, options, "data.options")
     try:
-        for number, fields in enumerate(function.load()(**options), 1):
+        loaded = function.load()
+        if problem := _unbound(loaded, options):
+            raise ConfigError(
+                f"{key}: {function.name} cannot be called with data.options={dict(options)}: {problem}",
+                key="data.options",
+                value=dict(options),
+                where=function.file,
+            )
+        for number, fields in enumerate(loaded(**options), 1):
             yield _record(fields, f"{function.name}: record {number}")
     except MegarlError:
         raise
     except (Exception, SystemExit) as error:  # the user's code raises anything
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((frame for frame in reversed(frames) if frame.filename == function.file), frames[-1])
         raise DataError(
             f"{key}: {function.name} failed with {first_line(error, kind=True)} at {frame.filename}:{frame.lineno}; "
             "it must return records, which are mappings",
@@ -131,6 +142,17 @@ def _read_function(function: NamedFunction, key: str, options: Mapping[str, Any]
             value=function.name,
             where=f"{frame.filename}:{frame.lineno}",
         ) from error
+
+
+def _unbound(function: Callable[..., Any], options: Mapping[str, Any]) -> str | None:
+    """Return why a function cannot be called with these keyword arguments, or None where it can, or may."""
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError as problem:
+        return str(problem)
+    except ValueError:  # a built-in function whose parameters are not known
+        return None
+    return None
 
 
 def _read_folder(folder: Path, split: str, text_key: str) -> Iterator[Record]:

@@ -212,6 +212,14 @@ def test_a_multirun_refuses_in_the_same_line(argument: str, key: str, refuses: R
 def test_an_entry_of_a_mapping_may_be_new_with_or_without_a_plus(folder: Path) -> None:
     for argument in ("reward.options.x=1", "+reward.options.x=1", "++reward.options.x=1"):
         assert compose("ppo", [argument])[0].reward.options == {"x": 1}
+    assert compose("ppo", ["reward.options={x: 1, y: {z: [2]}}"])[0].reward.options == {"x": 1, "y": {"z": [2]}}
+    assert compose("ppo", ["reward.options={}", "reward.options.x=1"])[0].reward.options == {"x": 1}
+    assert compose("ppo", ["+conf=randomwalks", "data.options.seed=5"])[0].data.options == {"seed": 5}
+
+
+@pytest.mark.parametrize(("first", "second"), [("--multirun", "--cfg"), ("-m", "-c"), ("--info", "--cfg")])
+def test_two_ways_to_run_at_once_are_refused(first: str, second: str, refuses: Refuses) -> None:
+    refuses(first, second, "job", key=second)
 
 
 @pytest.mark.parametrize(

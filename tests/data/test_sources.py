@@ -170,6 +170,9 @@ def module(tmp_path: Path) -> Path:
         "def texts():\n    return ['a', 'b']\n"
         "def number():\n    return 7\n"
         "def nothing():\n    return []\n"
+        "def needs(path):\n    return []\n"
+        "again = rows\n"
+        "def imports():\n    import no_such_module_here\n    return []\n"
     )
     return path
 
@@ -180,7 +183,7 @@ def test_a_function_returns_records_and_takes_options(module: Path) -> None:
     assert (dict(record.fields), record.where) == ({"text": "row 0"}, f"{module}:rows: record 1")
 
 
-@pytest.mark.parametrize(("name", "line"), [("broken", 6), ("leaves", 8)])
+@pytest.mark.parametrize(("name", "line"), [("broken", 6), ("leaves", 8), ("imports", 19)])
 def test_a_function_that_fails_is_named_with_its_line(module: Path, name: str, line: int) -> None:
     with refused(DataError, key="data.eval", value=f"{module}:{name}", where=f"{module}:{line}"):
         list(read_records([f"{module}:{name}"], key="data.eval"))
@@ -198,3 +201,10 @@ def test_a_function_that_returns_no_records_is_named(module: Path) -> None:
 def test_options_are_checked_before_the_function_runs(module: Path) -> None:
     with refused(ConfigError, key="data.options.cuont", value=1, offers={"data.options": ["count"]}):
         list(read_records([f"{module}:rows"], options={"cuont": 1}))
+
+
+def test_what_a_function_cannot_be_called_with_is_refused(module: Path) -> None:
+    with refused(ConfigError, key="data.options", value={}, where=str(module), names=("path",)):
+        list(read_records([f"{module}:needs"]))
+    with refused(ConfigError, key="data.options", value={"cuont": 1}, where=str(module), names=("cuont",)):
+        list(read_records([f"{module}:again"], options={"cuont": 1}))

@@ -82,7 +82,7 @@ def test_a_greedy_response_to_each_prompt_is_scored_with_the_others_and_does_not
     ones."""
     calls = tmp_path / "calls"
     calls.mkdir()
-    asked = ["reward.fn=tests.e2e.scores:counted", f"+reward.options.folder={calls}"]
+    asked = ["reward.fn=tests.e2e.scores:counted", f"reward.options.folder={calls}"]
     remax = ["ppo.advantages=remax", "critic.kind=none", "rollout.n=2", *asked]
     worlds.run(1, run_ppo, tmp_path / "one", *remax, f"rollout.dump={tmp_path / 'dump'}")
     assert (calls / "calls.txt").read_text().split() == ["24", "24"]
