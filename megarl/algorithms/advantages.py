@@ -15,8 +15,8 @@ VARIANCE_EPS = 1e-8
 def per_token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float | Tensor) -> Tensor:
     """Return the KL penalty of every token, plus the sequence's score on its last masked-in position.
 
-    This is the reward of Ziegler et al., 2019 (arXiv 1909.08593), equation 2. The last position comes from the mask and
-    never from comparing ids, so an EOS that the policy chose receives the score even if it equals the pad id. A row
+    With k1, a row sums to the reward of Ziegler et al., 2019 (arXiv 1909.08593). The last position comes from the mask
+    and never from comparing ids, so an EOS that the policy chose receives the score even if it equals the pad id. A row
     without masked-in positions gets no reward.
 
     Args:
@@ -36,7 +36,7 @@ def per_token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float |
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over the masked-in positions (Schulman et al., 2016, equation 16).
+    """Generalised advantage estimation over the masked-in positions (Schulman et al., 2016).
 
     delta_t = r_t + gamma*V' - V_t and A_t = delta_t + gamma*lam*A', where V' and A' are those of the next
     masked-in position, and 0 after the last one: masked-out positions inside a row are not time steps.

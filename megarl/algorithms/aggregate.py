@@ -81,7 +81,7 @@ def aggregate(
 
 
 def divide_or_zero(total: Tensor, count: Tensor | float) -> Tensor:
-    """Return `total / count` if the total is 0 whenever the count is: an empty batch gives 0, not nan."""
+    """Return `total / count`, for a total that is 0 whenever the count is: an empty batch gives 0, not nan."""
     if isinstance(count, Tensor):
         return total / torch.where(count > 0, count, torch.ones_like(count))
     return total / (count if count > 0 else 1.0)

@@ -49,7 +49,7 @@ def ilql_loss(
         gamma: discount.
         cql_scale: weight of the conservative term (q_nll).
         awac_scale: weight of the policy's own loss.
-        awac_beta: how strongly the policy's loss weights actions of high advantage; 0 for not at all.
+        awac_beta: how strongly the policy's loss weights actions of high advantage; 0 weights all equally.
         denominator: global number of actions; None for this batch's own.
 
     Returns:

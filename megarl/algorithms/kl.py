@@ -14,7 +14,7 @@ MAX_PROPORTIONAL_ERROR = 0.2
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:
-    """Return a per-token estimate of KL(policy, reference) from samples of the policy (Schulman, 2020).
+    """Return a per-token estimate of KL(policy, reference) from samples of the policy (k1 to k3: Schulman, 2020).
 
     With d = logprobs - ref_logprobs: k1 = d (unbiased, signed), k2 = d^2/2, k3 = exp(-d) - 1 + d (unbiased,
     never negative), abs = |d|. Nothing is clamped. The function has no mask: if masked-out positions may be arbitrary

@@ -20,7 +20,7 @@ _FOREIGN = ("/torch/", "/threading.py", "/contextlib.py")
 
 
 class HeartbeatCallback(Callback):
-    """Writes `breadcrumbs/rank-N.json` in the run folder whenever the clock enters a part, and every few seconds.
+    """Writes `breadcrumbs/rank-N.json` in the run folder whenever the clock's part changes, and every few seconds.
 
     A thread writes the regular heartbeat and looks up where the main thread is. A process that waits in a collective
     continues to write and names the collective; one that is stopped or gone does not write. `python -m megarl.why_stuck

@@ -91,7 +91,7 @@ COMPUTE: dict[str, Callable[[PhaseResults], Tensor]] = {
     "remax": _remax,
     "opo": _opo,
 }
-"""The functions that compute the advantages [rows, time] of a phase before whitening, 0 where masked out.
+"""By the value of ppo.advantages, what computes a phase's advantages [rows, time] before whitening; 0 where masked out.
 
 REINFORCE++ whitens its rewards to go. Its baseline variant whitens the advantages of Dr.GRPO.
 """

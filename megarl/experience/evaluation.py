@@ -38,7 +38,7 @@ class Evaluation:
         settings: EvalConfig,
         tokenizer: Tokenizer,
     ) -> None:
-        """Map the name under which a mean score is logged (`score` for the reward) to its scorer in `scorers`."""
+        """Expand the sweep. `scorers` maps the name of a logged mean (`score` for the reward) to its scorer."""
         self.collect, self.prompts, self.scorers = collect, prompts, scorers
         self.settings, self.tokenizer = settings, tokenizer
         sweeps = [(name, values) for name, values in asdict(settings.sweep).items() if values]

@@ -11,7 +11,7 @@ from megarl.parallel.engine import Engine
 
 RATIO_BOUND = {"fp32": 1e-5, "bf16": 5e-2}  # on |ratio - 1| before the first step; matrix products differ by shape
 DRIFT_BOUND = {"fp32": 1e-3, "bf16": 5e-2}  # on the mean |sampled log-prob - recomputed log-prob|
-KL_BOUND_GPU = {"fp32": 1e-4, "bf16": 5e-2}  # on a token's |policy log-prob - reference log-prob|
+KL_BOUND_GPU = {"fp32": 1e-4, "bf16": 5e-2}  # on a token's |policy - reference log-prob|; 0 on a CPU
 CLIPPED_BOUND_BF16 = 0.05  # on the share of clipped tokens
 
 log = get_logger(__name__)

@@ -1,4 +1,4 @@
-"""The initial weights of a run with a reference: stored where they cannot be read again, and found by a resume.
+"""The initial weights of a run with a reference: stored if they cannot be read again from elsewhere.
 
 They are stored as `RUN/reference/NAME`, a checkpoint of weights alone. The name is a hash of the content, so that a
 checkpoint with this name finds exactly these weights or none.

@@ -228,7 +228,7 @@ def _attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
     It uses two batched products: for so few queries, torch's fused kernel takes up to twice as long on a CPU.
     """
     groups, time = k.shape[1], q.shape[2]
-    queries = (q * q.shape[-1] ** -0.5).reshape(q.shape[0], groups, -1, q.shape[-1])  # groups adjacent
+    queries = (q * q.shape[-1] ** -0.5).reshape(q.shape[0], groups, -1, q.shape[-1])  # a group's are adjacent
     scores = queries @ k.transpose(2, 3)
     if mask is not None:
         by_query = scores.view(q.shape[0], q.shape[1], time, -1)

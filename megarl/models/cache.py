@@ -1,4 +1,4 @@
-"""KV cache: keys and values of earlier tokens in slots, for attention over one token at a time."""
+"""KV cache: keys and values of earlier tokens in slots, for attention when a pass does not have the whole sequence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

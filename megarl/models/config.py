@@ -28,7 +28,7 @@ def _leave(weight: Tensor) -> Tensor:
 
 @dataclass
 class Rope:
-    """Rotary positions: the rotated fraction of a head, the base frequency, and the scaling for long contexts."""
+    """Rotary positions: the rotated fraction of a head, the base, and the scaling for long contexts."""
 
     base: float = 10000.0
     percent: float = 1.0

@@ -256,7 +256,7 @@ class GPT(LanguageModule):
         return product(states, weight[valid], None if bias is None else bias[valid]).float()
 
     def whole_sequence(self, hidden: Tensor) -> Tensor:
-        """Return the hidden states of all positions on every tensor-parallel rank; their gradient is summed over it."""
+        """Return the hidden states of all positions on every tensor-parallel rank. Their gradients are summed."""
         whole: Tensor
         if self.config.sequence_parallel:
             whole = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
@@ -288,7 +288,7 @@ class GPT(LanguageModule):
 
     def initialise(self, grid: Grid, seed: int, loaded: Container[str] = ()) -> None:
         """Initialise weights as GPT-2 does: normal with `init_std`, scaled down by depth where they feed the residual
-        stream. Heads have the width of torch's linear layers.
+        stream. Heads start with the deviation of torch's linear layers.
 
         `loaded` are names that will be read from files and need no random values.
         """

@@ -22,7 +22,7 @@ from megarl.parallel.vocab import VocabShard, VocabStats, padded_vocab, token_ou
 class ValueHead(nn.Module):
     """Linear(h, 2h), ReLU, Linear(2h, 1).
 
-    Its weights start with the width of torch's linear layers, as in trlX. With a narrow inner and a zero outer layer
+    Its weights start as those of torch's linear layers do, as in trlX. With a narrow inner and a zero outer layer
     the critic lags in the first phases, and its error can cost the policy the only good action of a state; docs/ppo.md
     has the measurements.
 

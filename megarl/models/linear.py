@@ -24,7 +24,7 @@ class ColumnLinear(ColumnParallelLinear):
         super().__init__(*args, **{**options, "skip_bias_add": False})
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """Return x @ weight.T + bias [..., out of this rank] and None instead of a separate bias."""
+        """Return x @ weight.T + bias [..., out of this rank, or all of out with `gather_output`], and None."""
         alone = self.tp_group.size() == 1 or not torch.is_grad_enabled()  # no communication is needed
         if alone and not self.sequence_parallel and not self.gather_output and weight is None:
             return affine(input_, self.weight, self.bias), None

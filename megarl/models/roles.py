@@ -25,7 +25,7 @@ class Role:
         optim: optimizer settings; None for a model that only computes forward passes.
         lr_key: the configuration key that messages suggest to lower.
         source: the stored model whose weights it starts from. None: random weights.
-        about: its purpose, one line in the output of `megarl plan`.
+        about: its purpose, one line in the output of `python -m megarl.plan`.
         swaps_with: the role whose weights it replaces while it computes; its own weights wait in host memory.
             None: its weights stay on the device.
     """

@@ -73,7 +73,7 @@ class Module(LightningModule):
         self.sources = Sources() if sources is None else sources
         self.engines: dict[str, Engine] = {}
         self.steps_done = self.rows_read = self.weights_version = 0
-        self.started_as: dict[str, Any] | None = None  # configuration of the run's first process, before any resume
+        self.started_as: dict[str, Any] | None = None  # configuration of the first run in the chain of resumes
         self.changed: set[str] = set()  # keys whose value differs from the checkpoint's
         self.clock = Clock()
         self.work = Work(tokens=0, flops=0.0)

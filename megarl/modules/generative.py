@@ -156,7 +156,7 @@ class GenerativeModule(Module):
         return kept
 
     def score_metrics(self, scores: Scores, kept: int) -> dict[str, float]:
-        """Return the metrics of scoring a phase. `kept` is the number of responses that are trained on."""
+        """Return the metrics of scoring a phase. `kept` is the number that `keep_scored` kept."""
         return {
             "rollout/dropped": float(len(scores.values) - kept),
             "rollout/failed_calls": float(scores.failed_calls),

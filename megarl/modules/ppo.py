@@ -45,8 +45,8 @@ log = get_logger(__name__)
 
 
 class PPO(GenerativeModule):
-    """The policy, the critic, the reference, and the phase that uses them. `ppo.advantages` decides whether there is a
-    critic."""
+    """The policy, the critic, the reference, and the phase that uses them. `ppo.advantages` sets how advantages are
+    computed, and with that whether there is a critic."""
 
     remedy_of_collapse = "ppo.stop_at_kl=0.05, a lower optim.lr, fewer ppo.inner_epochs or ppo.whiten_advantages=false"
 
@@ -301,7 +301,8 @@ class PPO(GenerativeModule):
         return self._means(collected)
 
     def _place_schedules(self) -> None:
-        """Set learning-rate schedules by completed phases, which may have had fewer steps than planned."""
+        """Set learning rates by completed phases, which may have had another number of steps: cut short by
+        ppo.stop_at_kl, with dropped responses, or of another length before a resume."""
         self.policy.move_schedule_to(max(0, self.steps_done - self.warmup_phases) * self.steps_of_a_phase)
         if self.critic.engine is not None:
             self.critic.engine.move_schedule_to(self.steps_done * self.steps_of_a_phase)
@@ -322,7 +323,8 @@ class PPO(GenerativeModule):
         return {**means, "train/optimizer_steps": float(steps)}
 
     def _minibatch(self, rows: Rows, indices: Tensor, first: bool) -> dict[str, float]:
-        """Take one optimizer step. The policy takes no part if it has moved past ppo.stop_at_kl."""
+        """Take one optimizer step. A policy that has moved past ppo.stop_at_kl takes no part; without a separate critic
+        there is then no step."""
         micro, pack = self.config.trainer.micro_batch_size, self.config.ppo.pack
         self.last_batch = make_microbatches(rows, indices, self.grid, per_microbatch=micro, share_bins=pack)
         metrics: dict[str, float] = {}
@@ -459,7 +461,7 @@ class PPO(GenerativeModule):
         self.equal_phases = self.equal_phases + 1 if no_signal else 0
         if self.equal_phases == EQUAL_PHASES:
             log.warning(
-                "all responses %sof %d phases in a row scored %s: the advantages are zero and nothing is learned; "
+                "all responses %sof %d phases in a row scored %s: they give no signal to learn from; "
                 "check reward.fn and samples.jsonl",
                 "" if all_equal else "to a prompt ",
                 EQUAL_PHASES,

@@ -169,7 +169,7 @@ def drop_duplicates(rollouts: Sequence[Rollout], scores: Sequence[Score]) -> lis
 def rows_above_percentile(answers: Sequence[tuple[Rollout, float]], percentile: float) -> list[int]:
     """Return the indices of the responses that score at least their prompt's percentile (0 to 1).
 
-    The lowest score of a prompt is never kept. Where all responses to a prompt score the same, they are kept if they
+    The lowest score of a prompt is not kept. Only where all responses to a prompt score the same are they kept, if they
     score at least the mean of all responses.
     """
     by_prompt: dict[int, list[int]] = {}

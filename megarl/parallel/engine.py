@@ -46,7 +46,7 @@ class BuildModel(Protocol):
     """Builds one chunk; `vp_stage` is None without virtual stages."""
 
     def __call__(self, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> LanguageModule:
-        """Build the chunk of this pipeline stage; its weights are uninitialised."""
+        """Build the chunk of this pipeline stage."""
 
 
 class Engine:

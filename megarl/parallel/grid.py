@@ -18,7 +18,7 @@ from megarl.parallel.layout import Layout
 from megarl.parallel.meeting import Seat, join
 
 SEEDS = 2**63
-"""Upper bound (exclusive) of torch's seeds; seeds derived from the run's seed are reduced modulo this."""
+"""Torch's generators take all seeds below this. Seeds derived from the run's are reduced modulo it."""
 
 
 def start_world(timeout_s: float = 1800.0) -> torch.device:

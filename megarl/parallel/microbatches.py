@@ -104,7 +104,7 @@ class MicrobatchPlan:
         return [self._microbatch(source, indices, first) for first in firsts]
 
     def _microbatch(self, source: RowSource, indices: Tensor | None, first: int) -> Microbatch:
-        """Lay out the rows of the bins that begin at index `first`."""
+        """Lay out the rows of `self.bins` bins, from bin `first` on."""
         members = np.flatnonzero((self.row_bin >= first) & (self.row_bin < first + self.bins))
         idle = len(members) == 0
         if idle:  # empty bins, but losses expect rows: use a unit whose mask is empty

@@ -129,7 +129,9 @@ def restore_schedule(schedule: OptimizerParamScheduler, saved: dict[str, Any], n
         keys.append("lr_decay_steps")
     changed = [f"{key} {saved[key]} -> {ours[key]}" for key in keys if saved[key] != ours[key]]
     if changed:
-        log.warning("optimizer settings of %s differ from the checkpoint and replace it: %s", name, ", ".join(changed))
+        log.warning(
+            "the optimizer settings of %s differ from the checkpoint's and are used: %s", name, ", ".join(changed)
+        )
     schedule.num_steps = 0  # Megatron adds the loaded steps to the present ones
     schedule.load_state_dict(saved)
 
@@ -194,7 +196,7 @@ def _make_states_savable() -> None:
 
 
 def _own_state(optimizer: Any, number: int) -> dict[Any, dict[str, torch.Tensor]]:
-    """Return optimizer state per dtype, flattened in buffer order, for a single replica."""
+    """Return, by dtype, a single replica's state of buffer `number`, at the buffer's offsets, with its padding."""
     found = {}
     for dtype, buckets in optimizer.gbuf_ranges[number].items():
         found[dtype] = {key: torch.empty(optimizer.buffers[number].numel) for key in STATES}

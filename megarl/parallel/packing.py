@@ -20,7 +20,7 @@ def pack(lengths: np.ndarray, capacity: int, seed: int = 0, *, shuffle: bool = F
         lengths: tokens of each sequence, [sequences], none above `capacity`.
 
     Returns:
-        The sequence indices of each bin; bins are in the order of their first sequence.
+        The sequence indices of each bin; bins are in the order in which their first sequence was placed.
     """
     order = np.arange(len(lengths))
     if shuffle:

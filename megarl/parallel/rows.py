@@ -118,7 +118,7 @@ class Microbatch(ModelInputs):
     `targets[b, t]` is the token that the state at `[b, t]` predicts. Only the plan shifts by one; models and losses
     do not.
 
-            row                A  B  C  D            input tokens    A  B  C
+        row                A  B  C  D            input tokens    A  B  C
         columns of rows    0  1  2  3            targets         B  C  D
 
     Attributes:

@@ -58,11 +58,6 @@ class Plan:
         train = next(phase for phase in self.phases if phase.name == "train")
         return train.flops / (train.seconds * self.cluster.gpus * self.cluster.gpu.flops)
 
-    @property
-    def parameters(self) -> int:
-        """The policy's parameters over the ranks of one replica; tensors that tensor ranks share count once each."""
-        return sum(rank.shards[self.work.engines[0].name].parameters for rank in self.ranks)
-
 
 def make_plan(work: Work, cluster: Cluster, rates: Rates) -> Plan:
     """Estimate memory and time of a run on a cluster."""
@@ -121,7 +116,8 @@ def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
 
 
 def suggest(plan: Plan, most: int = 8) -> list[Plan]:
-    """Return fitting layouts of the same GPUs, fastest first: one per TP x PP, with the best microbatch."""
+    """Return fitting layouts of the same GPUs, fastest first: one per TP x PP, with its fastest microbatch size
+    and recomputation."""
     found = []
     for layout in _layouts(plan.work, plan.cluster):
         if _least(plan.work, layout) > plan.cluster.usable:

@@ -184,7 +184,8 @@ class Clock:
         return gradients / speed, weights / speed, 30 * held.trainable / dp / (gpu.bandwidth * gpu.reads)
 
     def _decode_bytes(self, rows: int) -> float:
-        """Return the bytes that one stage reads per decode pass: weights, and a half-filled KV cache."""
+        """Return the bytes that one stage reads per decode pass: weights, and the keys and
+        values of prompts and half-finished responses."""
         work = self.work
         model, layout = work.model, self.layout
         heads = max(1.0, (model.num_kv_heads or model.num_heads) / layout.tp)

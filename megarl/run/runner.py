@@ -41,8 +41,8 @@ def run_training(entry: str, config: Any, build: Build) -> int:
     NOTICED if the run was stopped early, with a checkpoint.
 
     `build(config, sources)` makes the module before any process group exists; `configure_model` makes its models.
-    `build` gets a copy of the configuration, with the architecture and tokenizer of the model at `model.path`, and the
-    stored models opened for it. The `config` argument is not changed.
+    `build` gets the configuration with the architecture and tokenizer of the model at `model.path` (the same tree where
+    that is null), and the stored models opened for it. The `config` argument is not changed.
 
     Args:
         entry: name of the algorithm.

@@ -88,7 +88,7 @@ def test_a_resume_takes_the_optimizers_settings_of_the_run(worlds: Worlds, refer
     ours, theirs = metrics(tmp_path, "train/lr"), metrics(reference, "train/lr")[10:]
     assert [rate for (rate,) in ours] == pytest.approx([2 * rate for (rate,) in theirs])
     log = (tmp_path / "logs" / "rank-0000.log").read_text()
-    assert "optimizer settings of policy differ from the checkpoint and replace it: max_lr 0.001 -> 0.002" in log
+    assert "the optimizer settings of policy differ from the checkpoint's and are used: max_lr 0.001 -> 0.002" in log
     common, _ = plain_content(find(tmp_path / "checkpoints")[-1])
     groups = values_of(common, "param_groups")
     assert groups

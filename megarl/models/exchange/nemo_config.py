@@ -19,7 +19,7 @@ _LLAMA3 = {
     "rope_high_freq_factor": 4.0,
     "rope_original_positions": 8192,
 }
-"""The value of NeMo's scale_positional_embedding; it has no keys for other values."""
+"""What NeMo's scale_positional_embedding=true stands for; NeMo has no keys for other values."""
 _POSITIONS = {"learned_absolute": "learned", "rope": "rope", "none": "none"}
 _NORMS = {"layernorm": "layernorm", "low_precision_layernorm": "layernorm", "rmsnorm": "rmsnorm"}
 _PRECISIONS = {torch.float32: 32, torch.bfloat16: "bf16", torch.float16: 16}
