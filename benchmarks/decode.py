@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.rates import copy_bandwidth, seconds
 from benchmarks.train_step import GPU_SHAPES, Shape, describe, live_grid, llama, markdown
-from megarl.config.schema import ParallelConfig
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.build import build_engine
 from megarl.models.roles import Role
 from megarl.parallel.engine import Engine
@@ -57,7 +57,7 @@ def bound_seconds(engine: Engine, shape: Shape, rows: int, prompt: int, new: int
     """Of the same steps: weights and cache are read once in each. Of the input embedding only the rows' lines are."""
     model = shape.model
     weights = sum(p.numel() for name, p in engine.parameters() if not name.startswith("embedding."))
-    heads = model.num_kv_heads or model.num_heads
+    heads = model.kv_heads
     entry = 2 * model.num_layers * heads * (model.hidden_size // model.num_heads)  # numbers of a token in the cache
     read = [weights + rows * (prompt + step) * entry for step in range(1, new)]
     return BYTES * sum(read) / bandwidth

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.rates import copy_bandwidth, product_rate
 from benchmarks.train_step import describe, live_grid, markdown
-from megarl.config.schema import ParallelConfig
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.build import build_engine
 from megarl.models.exchange.formats import open_source
 from megarl.models.roles import Role

@@ -25,7 +25,7 @@ from benchmarks.train_step import GPU_SHAPES, Shape, describe, live_grid
 from megarl import selftest
 from megarl.config.cluster import PlanConfig
 from megarl.config.compose import compose
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.modules.sft import SFT
 from megarl.parallel.device import VARIABLE, device_settings
 from megarl.parallel.grid import Grid, start_world

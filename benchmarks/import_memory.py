@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from megarl.config.schema import ModelConfig, ParallelConfig
+from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.exchange.families import FAMILIES
 from megarl.models.exchange.stored import Stored, write_safetensors
 

@@ -24,7 +24,7 @@ import torch
 from benchmarks.ilql import HEADER, AfterStartUp, Floor, fitted
 from benchmarks.train_step import describe, markdown
 from megarl.config.compose import compose
-from megarl.config.schema import PPOConfig
+from megarl.config.ppo import PPOConfig
 from megarl.modules.ppo import PPO
 from megarl.parallel.vocab import padded_vocab
 from megarl.tokenizers import Tokenizer, build_tokenizer

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.rates import product_rate, synchronize
-from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.optim import OptimConfig
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.build import build_engine
 from megarl.models.flops import flops_per_token
 from megarl.models.roles import Role

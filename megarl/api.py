@@ -418,7 +418,8 @@ def _plain(value: Any) -> Any:
 def _run(entry: str, config: Any, functions: dict[str, Function], names: dict[str, str]) -> None:
     """Run the entry point; `names` are those of the lists that were written to files, by path."""
     from megarl import training
-    from megarl.config.checks import check, world_size
+    from megarl.config.rules import check
+    from megarl.config.world import world_size
     from megarl.data.sources import named_lists
 
     check(config, world_size(config, os.environ))

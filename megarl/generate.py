@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megarl.command import printable, process_number, say
-from megarl.config.checks import local_devices
 from megarl.config.compose import run
 from megarl.config.files import SUFFIXES, load_chat_template
+from megarl.config.world import local_devices
 from megarl.disk import exists, is_file, local, shown, why_missing, writable
 from megarl.errors import ConfigError, DataError, MegarlError
 
 if TYPE_CHECKING:
-    from megarl.config.schema import GenerateConfig
+    from megarl.config.generate import GenerateConfig
     from megarl.data.prompts import Prompt
     from megarl.rollout.generator import Generator
     from megarl.rollout.requests import Rollout, Sampling

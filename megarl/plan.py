@@ -14,12 +14,13 @@ from yaml import YAMLError
 import megarl
 from megarl.command import run_command
 from megarl.config.algorithms import ALGORITHMS
-from megarl.config.checks import check, local_devices
 from megarl.config.cluster import PlanConfig
 from megarl.config.compose import compose
 from megarl.config.leaf import leaves, sections
 from megarl.config.messages import EXPLAINED, explain
-from megarl.config.values import check_declared
+from megarl.config.rules import check
+from megarl.config.values import check_values
+from megarl.config.world import local_devices
 from megarl.disk import shown
 from megarl.errors import ConfigError
 
@@ -54,7 +55,7 @@ def read(own: list[str]) -> PlanConfig:
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PlanConfig), given))
     except EXPLAINED as error:
         raise explain(error, PlanConfig, own) from error
-    check_declared(config)
+    check_values(config)
     plan: PlanConfig = config
     return plan
 

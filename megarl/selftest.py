@@ -113,7 +113,9 @@ def train(settings: Settings) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+    from megarl.config.sections.model import ModelConfig
+    from megarl.config.sections.optim import OptimConfig
+    from megarl.config.sections.parallel import ParallelConfig
     from megarl.experience.rows import forward_rows
     from megarl.models.build import build_engine
     from megarl.models.roles import Role

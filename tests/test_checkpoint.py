@@ -19,7 +19,7 @@ import torch
 from megarl import checkpoint as checkpoints
 from megarl.callbacks.checkpoints import Checkpoints
 from megarl.checkpoint import COMMON, INDEX, MANIFEST, find, step_folder, step_of, tensors, tidy, verify
-from megarl.config.schema import CheckpointConfig
+from megarl.config.sections.run import CheckpointConfig
 from megarl.errors import CheckpointError
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel import shards

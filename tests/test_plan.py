@@ -14,9 +14,9 @@ from megarl import plan
 from megarl.config.algorithms import ALGORITHMS
 from megarl.config.cluster import GPUS, PlanConfig
 from megarl.config.leaf import leaves
+from megarl.config.ppo import PPOConfig
 from megarl.config.presets import preset_files
 from megarl.config.resources import conf_folder
-from megarl.config.schema import PPOConfig
 from megarl.errors import ConfigError
 from megarl.parallel.vocab import padded_vocab
 from tests.models.exchange.published import save_published

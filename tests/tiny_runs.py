@@ -11,7 +11,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megarl.callbacks.checkpoints import Checkpoints
 from megarl.checkpoint import ShardedCheckpointIO
-from megarl.config.schema import CheckpointConfig, ParallelConfig
+from megarl.config.sections.parallel import ParallelConfig
+from megarl.config.sections.run import CheckpointConfig
 from megarl.modules.base import Module
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from megarl.callbacks.trainer_state import is_evaluation, readings, steps_taken
 from megarl.checkpoint import ShardedCheckpointIO, find, remove, step_folder, tidy
 from megarl.clock import Clock
-from megarl.config.schema import CheckpointConfig
+from megarl.config.sections.run import CheckpointConfig
 from megarl.errors import CheckpointError
 from megarl.logging import get_logger
 

@@ -10,7 +10,11 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
-from megarl.config.schema import GenerateConfig, ILQLConfig, PPOConfig, RFTConfig, SFTConfig
+from megarl.config.generate import GenerateConfig
+from megarl.config.ilql import ILQLConfig
+from megarl.config.ppo import PPOConfig
+from megarl.config.rft import RFTConfig
+from megarl.config.sft import SFTConfig
 
 LearnsFrom = Literal["prompts", "samples", "rewarded samples"]
 _GROUPS = {"model": "tiny", "parallel": "single"}

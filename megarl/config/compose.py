@@ -18,19 +18,20 @@ from omegaconf import DictConfig, OmegaConf
 import megarl
 from megarl.command import INTERRUPTED, NOTICED, run_command
 from megarl.config.algorithms import entry_point
-from megarl.config.checks import check, world_size
 from megarl.config.devices import hide_gpus
 from megarl.config.files import check_files
+from megarl.config.help import help_text
 from megarl.config.launcher import check_launcher
 from megarl.config.leaf import leaves
 from megarl.config.messages import EXPLAINED, check_argument, explain
 from megarl.config.optional import reopened, settle
 from megarl.config.presets import register
 from megarl.config.printed import settled_output
-from megarl.config.reference import help_text
 from megarl.config.renames import renamed_arguments
 from megarl.config.resources import conf_folder
+from megarl.config.rules import check
 from megarl.config.values import check_values
+from megarl.config.world import world_size
 from megarl.errors import ConfigError, MegarlError
 
 _PATH_FLAGS = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")

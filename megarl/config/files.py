@@ -101,18 +101,6 @@ def load_chat_template(value: str | None, key: str = "data.chat_template") -> st
         ) from None
 
 
-def check_name(name: str, key: str) -> None:
-    """Refuse a name that would be another folder than the one it names."""
-    if name in ("", ".", "..") or not name.isprintable() or re.search(r"[/\\\\]", name) or name != name.strip():
-        raise ConfigError(
-            f"{key}={shown(name)!r} is no name: use one word without separators, or set run.dir to the folder you mean",
-            key=key,
-            value=name,
-        )
-    if problem := why_no_name(Path(name)):
-        raise ConfigError(f"{key}={shown(name)!r} is no name: {problem}; use a shorter one", key=key, value=name)
-
-
 def _why(place: Path) -> str:
     return why_no_name(place) or why_missing(place) or "no such file or folder"
 

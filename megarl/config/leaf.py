@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+A_YEAR_S = 31_536_000
+"""The longest that anything waits: timers of the operating system and of torch overflow some way above."""
+
+
+class Section:
+    """A dataclass of keys that stand together in a configuration."""
+
+    def check(self) -> None:
+        """Refuse values of its keys that do not go together, by raising `Refusal`."""
 
 
 def leaf(
@@ -18,20 +28,24 @@ def leaf(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    form: Callable[[str, Any], None] | None = None,
 ) -> Any:
     """Declare one configuration key.
 
     Args:
         default: the value when nobody says otherwise; lists and dictionaries are copied per instance.
-        doc: one line, shown by `--help` and in docs/configuration.md.
+        doc: one line of full sentences, shown by `--help` and in docs/configuration.md.
         choices: the only values allowed, for keys that name one of a few things.
         at_least, above, at_most, below: bounds of a number; `None` values of optional keys are exempt.
+        form: called with the dotted key and the value, or with each element of a list; raises where it has not the
+            form that it must have. `None` values are exempt.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {
         "doc": doc,
         "choices": tuple(choices),
         "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
+        "form": form,
     }
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy(default), metadata=metadata)
@@ -48,7 +62,7 @@ def optional_section(kind: type, doc: str, *, needs: str = "", null_is_defaults:
 
     Args:
         kind: the class of the section. It must not contain optional sections.
-        doc: one line, shown by `--help` and in docs/configuration.md.
+        doc: one line of full sentences, shown by `--help` and in docs/configuration.md.
         needs: the key without which the section has no effect; a resume treats the section as null while it is empty.
         null_is_defaults: whether the section has the same effect when it is null as with its defaults.
     """
@@ -66,6 +80,7 @@ class Leaf:
     doc: str
     choices: tuple[str, ...]
     bounds: dict[str, float]
+    form: Callable[[str, Any], None] | None = None
     optional: str = ""
     """The optional section that the key belongs to."""
 
@@ -102,6 +117,7 @@ def leaves(tree: type, prefix: str = "", optional: str = "") -> Iterator[Leaf]:
             doc=item.metadata.get("doc", ""),
             choices=item.metadata.get("choices", ()),
             bounds=item.metadata.get("bounds", {}),
+            form=item.metadata.get("form"),
             optional=optional,
         )
 

@@ -305,7 +305,7 @@ def _wrong_type(leaf: Leaf, error: ValidationError, argv: Sequence[str], source:
     value = "null" if error.value is None else shown(error.value)
     remedy = f": write {leaf.key}=[{value}]" if leaf.type == "list[str]" else ""
     return ConfigError(
-        f"{leaf.key}={value} is not {describe_type(leaf.type)}{remedy} ({leaf.key}: {leaf.doc}){place}",
+        f"{leaf.key}={value} is not {describe_type(leaf.type)}{remedy} ({leaf.key}: {leaf.doc.rstrip('.')}){place}",
         key=leaf.key,
         value=error.value,
         where=source,

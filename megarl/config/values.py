@@ -1,15 +1,13 @@
-"""Rules of single keys: types, choices, bounds and formats. Rules that join several keys are in `checks`.
+"""What must be true of single keys: types, choices, bounds and forms, as `leaf` declares them.
 
 Pure Python, and used for what comes out of files, too.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
-from megarl.config.files import check_name
 from megarl.config.leaf import Leaf, leaves
 from megarl.config.messages import describe_type
 from megarl.config.offers import either, read
@@ -25,19 +23,10 @@ _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 SMALLEST, LARGEST = 1e-30, 1e30
 """Sizes of numbers other than 0 that float32 can still compute with."""
 MOST_INTEGER = 2**63 - 1
-MOST_PER_NODE = 1024  # processes
-COLDEST = 0.01
-"""The lowest temperature of draws at random: below it, rounding of logits decides as much as the logits do."""
 
 
-def check_values(config: Any) -> None:
-    """Rules of single keys: choices, bounds and formats. `compose` has applied them already."""
-    check_declared(config)
-    _check_formats(config)
-
-
-def check_declared(config: Any, section: str = "") -> None:
-    """What the declarations of a tree's keys say: choices and bounds, those of a list for each of its elements.
+def check_values(config: Any, section: str = "") -> None:
+    """Refuse values that the declarations of their keys do not allow; in a list, each element is checked.
 
     Args:
         section: where the tree stands in a larger one, as in "model.".
@@ -55,7 +44,7 @@ def check_declared(config: Any, section: str = "") -> None:
             )
         if leaf.type == "list[str]" and not all(isinstance(part, str) for part in value):
             raise ConfigError(
-                f"{key}={shown(value)} holds something that is no text: write {key}=[a,b]", key=key, value=value
+                f"{key}={shown(value)} holds something that is not text: write {key}=[a,b]", key=key, value=value
             )
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, int | float) and not _within(one, leaf):
@@ -65,6 +54,8 @@ def check_declared(config: Any, section: str = "") -> None:
                     key=key,
                     value=value,
                 )
+            if leaf.form is not None:
+                leaf.form(key, one)
 
 
 def _within(value: float, leaf: Leaf) -> bool:
@@ -107,62 +98,3 @@ def _is_of(value: object, kind: str) -> bool:
     if value is None or isinstance(value, bool):
         return ("None" if value is None else "bool") in kinds
     return type(value).__name__ in kinds or (isinstance(value, int) and "float" in kinds)
-
-
-def _check_formats(config: Any) -> None:
-    """Keys whose text must have a form."""
-    devices = config.trainer.devices
-    if devices != "auto" and not (isinstance(devices, int) and devices >= 1):
-        raise ConfigError(
-            f"trainer.devices={shown(devices)} is neither a count nor auto: use 1, 2, ... or auto",
-            key="trainer.devices",
-            value=devices,
-            offers={"trainer.devices": ["auto"]},
-        )
-    if devices != "auto" and devices > MOST_PER_NODE:
-        raise ConfigError(
-            f"trainer.devices={shown(devices)} is out of range: use auto, or at most {MOST_PER_NODE}",
-            key="trainer.devices",
-            value=devices,
-            offers={"trainer.devices": ["auto", MOST_PER_NODE]},
-        )
-    _check_temperatures(config)
-    if not hasattr(config, "run"):  # an entry point that does not train
-        return
-    if config.run.name is not None:
-        check_name(config.run.name, "run.name")
-    limit = config.trainer.max_time
-    if limit is not None and not re.fullmatch(r"[0-9]{1,6}:[0-5][0-9]:[0-5][0-9]", limit):
-        raise ConfigError(
-            f"trainer.max_time={shown(limit)} is not HH:MM:SS: for two hours use '02:00:00', quoted in YAML",
-            key="trainer.max_time",
-            value=limit,
-        )
-    if not config.checkpoint.metric.strip():
-        raise ConfigError(
-            "checkpoint.metric is empty: use the name of a logged metric, for example eval/loss",
-            key="checkpoint.metric",
-            value=config.checkpoint.metric,
-        )
-    if not config.run.resume.strip():
-        raise ConfigError(
-            "run.resume is empty: use auto, never or a checkpoint folder",
-            key="run.resume",
-            value=config.run.resume,
-            offers={"run.resume": ["auto", "never"]},
-        )
-
-
-def _check_temperatures(config: Any) -> None:
-    sweep = getattr(getattr(config, "eval", None), "sweep", None)
-    given = [("rollout.temperature", getattr(getattr(config, "rollout", None), "temperature", 0))]
-    given += [("eval.sweep.temperature", value) for value in (sweep.temperature if sweep is not None else ())]
-    for key, value in given:
-        if 0 < value < COLDEST:
-            raise ConfigError(
-                f"{key}={value} is too low to draw at random with: use 0 for the likeliest token, or at least "
-                f"{COLDEST}",
-                key=key,
-                value=value,
-                offers={key: [0, COLDEST]},
-            )

@@ -16,7 +16,8 @@ from megarl.errors import ConfigError
 from megarl.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
-    from megarl.config.schema import DataConfig, SFTConfig
+    from megarl.config.sections.data import DataConfig
+    from megarl.config.sft import SFTConfig
 
 log = logging.getLogger(__name__)
 

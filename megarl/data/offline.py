@@ -26,8 +26,8 @@ from megarl.parallel.rows import Rows
 from megarl.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
-    from megarl.config.offline import OfflineDataConfig
-    from megarl.config.schema import ILQLConfig
+    from megarl.config.ilql import ILQLConfig
+    from megarl.config.sections.data import OfflineDataConfig
 
 log = logging.getLogger(__name__)
 LARGEST = 1e30  # a reward; sums and squares of such are still finite where they are computed

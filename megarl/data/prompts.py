@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megarl.config.files import load_chat_template
-from megarl.config.rl import PromptDataConfig
+from megarl.config.sections.data import PromptDataConfig
 from megarl.data.formats import RecordFormat
 from megarl.data.order import TrainBatches, TrainLoader
 from megarl.data.sources import Places, Record, read_records

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megarl.config.rl import EvalConfig
+from megarl.config.sections.evaluation import EvalConfig
 from megarl.data.prompts import Prompt
 from megarl.experience.scorers import Scorer, unique_metric_name
 from megarl.rewards.scores import Scores, total

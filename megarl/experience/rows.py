@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.models.flops import flops_per_token
 from megarl.parallel.engine import Engine, ForwardFn
 from megarl.parallel.microbatches import MicrobatchPlan

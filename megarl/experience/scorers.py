@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megarl.config.rl import RewardConfig
+from megarl.config.sections.reward import RewardConfig
 from megarl.data.prompts import Prompt
 from megarl.errors import DataError
 from megarl.experience.journal import Entry, Journal, identity

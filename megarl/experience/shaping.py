@@ -20,7 +20,7 @@ from megarl.algorithms import (
 )
 from megarl.algorithms.advantages import VARIANCE_EPS
 from megarl.config.advantages import ADVANTAGES, whitens
-from megarl.config.rl import PPOSettings
+from megarl.config.ppo import PPOSettings
 from megarl.experience.advantages import COMPUTE, PhaseResults, group_counts
 from megarl.parallel.rows import Rows
 from megarl.rewards.answers import Score

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from megarl.config.rl import RolloutConfig
+from megarl.config.sections.rollout import RolloutConfig
 from megarl.data.prompts import Prompt
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine

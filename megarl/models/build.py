@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megarl.config.schema import ModelConfig, ParallelConfig
+from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.errors import ConfigError
 from megarl.models.config import GPTConfig
 from megarl.models.exchange.load import load

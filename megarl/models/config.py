@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.parallel.device import device_settings
 from megarl.parallel.layout import Layout
 
@@ -79,9 +79,9 @@ class GPTConfig(TransformerConfig):
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
             num_attention_heads=model.num_heads,
-            num_query_groups=model.num_kv_heads or model.num_heads,
-            kv_channels=model.head_dim or model.hidden_size // model.num_heads,
-            ffn_hidden_size=model.ffn_size or 4 * model.hidden_size,
+            num_query_groups=model.kv_heads,
+            kv_channels=model.head_width,
+            ffn_hidden_size=model.ffn_width,
             normalization="RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
             layernorm_epsilon=model.norm_eps,
             qk_layernorm=model.qk_norm,

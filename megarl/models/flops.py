@@ -4,7 +4,7 @@ This counts what the mathematics needs, not what a machine executes: neither rec
 of masked-out pairs. It is the usual numerator of model FLOPs utilisation (MFU).
 """
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 
 _PER_WEIGHT = 2  # a multiplication and an addition
 _FORWARD_AND_BACKWARD = 3  # the backward pass has two products per forward product: for the inputs and for the weights
@@ -38,10 +38,10 @@ def flops_per_token(model: ModelConfig, vocab_size: int, length: float) -> float
 
 def layer_weights(model: ModelConfig) -> int:
     """Return the weights of one layer's matrix products: query, key, value and output projections, and the MLP's."""
-    head_dim, kv_heads = _head_dim(model), model.num_kv_heads or model.num_heads
+    head_dim, kv_heads = _head_dim(model), model.kv_heads
     attention = model.hidden_size * head_dim * (2 * model.num_heads + 2 * kv_heads)
     matrices = 3 if model.activation == "swiglu" else 2
-    return attention + matrices * model.hidden_size * (model.ffn_size or 4 * model.hidden_size)
+    return attention + matrices * model.hidden_size * model.ffn_width
 
 
 def mean_keys(length: float, window: int | None = None) -> float:
@@ -53,4 +53,4 @@ def mean_keys(length: float, window: int | None = None) -> float:
 
 
 def _head_dim(model: ModelConfig) -> int:
-    return model.head_dim or model.hidden_size // model.num_heads
+    return model.head_width

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from megarl.config.schema import ModelConfig, OptimConfig
+from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.optim import OptimConfig
 from megarl.models.heads import head_of
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megarl.config.schema import PPOConfig, RFTConfig
+from megarl.config.ppo import PPOConfig
+from megarl.config.rft import RFTConfig
 from megarl.data.agreement import refuse_different_data
 from megarl.data.dataset import SFTDataset
 from megarl.data.order import TrainBatches, TrainLoader

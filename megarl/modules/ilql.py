@@ -10,7 +10,7 @@ from torch import Tensor
 from megarl.algorithms import following, ilql_loss
 from megarl.clock import Work
 from megarl.config.cluster import PlanConfig
-from megarl.config.schema import ILQLConfig
+from megarl.config.ilql import ILQLConfig
 from megarl.data.agreement import refuse_different_data
 from megarl.data.offline import build_offline_loader, open_store
 from megarl.data.prompts import Prompt

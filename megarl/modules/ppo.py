@@ -15,8 +15,8 @@ from megarl.algorithms import aggregate, aggregation_count, kl_estimate, mask_ou
 from megarl.clock import Work
 from megarl.config.advantages import ADVANTAGES, critic_kind, without_effect
 from megarl.config.cluster import PlanConfig
+from megarl.config.ppo import PPOConfig
 from megarl.config.resume import from_plain
-from megarl.config.schema import PPOConfig
 from megarl.data.prompts import build_phase_loader
 from megarl.errors import NumericsError
 from megarl.experience.invariants import Invariants

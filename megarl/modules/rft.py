@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megarl.clock import Work
 from megarl.config.cluster import PlanConfig
-from megarl.config.schema import RFTConfig
+from megarl.config.rft import RFTConfig
 from megarl.data.prompts import build_phase_loader
 from megarl.errors import ConfigError
 from megarl.experience.rows import rollouts_to_rows, training_flops

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megarl.clock import Work
 from megarl.config.cluster import PlanConfig
-from megarl.config.schema import SFTConfig
+from megarl.config.sft import SFTConfig
 from megarl.data.agreement import refuse_different_data
 from megarl.data.build import build_sft_data, build_train_loader
 from megarl.data.dataset import PackedDataset, SFTDataset

@@ -8,7 +8,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer import distrib_optimizer as mcore_distrib_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megarl.config.schema import OptimConfig
+from megarl.config.sections.optim import OptimConfig
 from megarl.logging import get_logger
 from megarl.parallel.grid import Grid
 

@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from megarl.config.schema import ParallelConfig
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.errors import ConfigError
 from megarl.logging import get_logger
 from megarl.parallel import cpu

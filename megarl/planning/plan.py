@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megarl.config.offers import divisors
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.parallel.layout import Layout
 from megarl.planning.hardware import GIB, Cluster
 from megarl.planning.memory import RankPlan, plan_ranks
@@ -157,18 +157,18 @@ def _layout(work: Work, cluster: Cluster, tp: int, pp: int) -> Layout | None:
 
 
 def _divides(model: ModelConfig, tp: int, pp: int) -> bool:
-    kv_heads = model.num_kv_heads or model.num_heads
-    cut = (model.num_heads, model.hidden_size, model.ffn_size or 4 * model.hidden_size)
+    kv_heads = model.kv_heads
+    cut = (model.num_heads, model.hidden_size, model.ffn_width)
     return not (model.num_layers % pp or any(width % tp for width in cut) or (kv_heads % tp and tp % kv_heads))
 
 
 def _least(work: Work, layout: Layout) -> float:
     """Return the minimum bytes of weights, gradients and optimizer, to skip layouts that cannot fit."""
     model = work.model
-    head_dim = model.head_dim or model.hidden_size // model.num_heads
-    kv_heads = model.num_kv_heads or model.num_heads
+    head_dim = model.head_width
+    kv_heads = model.kv_heads
     attention = model.hidden_size * head_dim * 2 * (model.num_heads + kv_heads)
-    mlp = (3 if model.activation == "swiglu" else 2) * model.hidden_size * (model.ffn_size or 4 * model.hidden_size)
+    mlp = (3 if model.activation == "swiglu" else 2) * model.hidden_size * model.ffn_width
     trained = model.num_layers if model.num_layers_unfrozen < 0 else model.num_layers_unfrozen
     master = 12 if work.precision == "bf16" else 8
     layers = model.num_layers * work.element + trained * (4 + master / layout.dp)

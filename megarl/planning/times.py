@@ -142,7 +142,7 @@ class Clock:
     def _flops(self, length: int, output: int) -> float:
         """Return the FLOPs of one sequence's forward pass; the output layer is applied at `output` positions only."""
         model = self.work.model
-        head_dim = model.head_dim or model.hidden_size // model.num_heads
+        head_dim = model.head_width
         attention = 4 * model.num_heads * head_dim * mean_keys(length, model.sliding_window)
         layer = 2 * layer_weights(model) + attention
         return float(length * model.num_layers * layer + output * 2 * model.hidden_size * self.work.vocab_size)
@@ -188,8 +188,8 @@ class Clock:
         values of prompts and half-finished responses."""
         work = self.work
         model, layout = work.model, self.layout
-        heads = max(1.0, (model.num_kv_heads or model.num_heads) / layout.tp)
-        head_dim = model.head_dim or model.hidden_size // model.num_heads
+        heads = max(1.0, model.kv_heads / layout.tp)
+        head_dim = model.head_width
         seen = work.prompt + work.response / 2
         cache = 2 * self.layers * rows * heads * head_dim * seen * work.element
         weights = self.layers * layer_weights(model) / layout.tp

@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megarl.config.cluster import PlanConfig
-from megarl.config.schema import ModelConfig, ParallelConfig
+from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.exchange.pretrained import Sources
 from megarl.models.roles import Role
 from megarl.modules.base import Module

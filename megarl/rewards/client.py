@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from megarl.config.offers import either
-from megarl.config.rl import SCORER_START_S
+from megarl.config.sections.reward import SCORER_START_S
 from megarl.errors import ConfigError, DataError, RewardError
 from megarl.functions.named import NamedFunction, Spec, resolve
 from megarl.logging import get_logger

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megarl.config.rl import RolloutConfig
+from megarl.config.sections.rollout import RolloutConfig
 from megarl.errors import ConfigError
 
 FINISH_REASONS = ("eos", "stop", "length")

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogg
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from megarl.config.schema import LoggerConfig, MlflowConfig, WandbConfig
+from megarl.config.sections.logger import LoggerConfig, MlflowConfig, WandbConfig
 from megarl.disk import UnreadableError, read_text, write_atomically
 from megarl.errors import ConfigError, UnavailableError, one_line
 from megarl.logging import get_logger, warn_once

@@ -13,10 +13,11 @@ import torch.distributed as dist
 
 from megarl.checkpoint import ShardedCheckpointIO, find, refuse_empty
 from megarl.command import process_number, quiet
-from megarl.config import checks
 from megarl.config.algorithms import ALGORITHMS, Algorithm
 from megarl.config.devices import hide_gpus
 from megarl.config.launcher import check_launcher
+from megarl.config.rules import check
+from megarl.config.world import world_size
 from megarl.disk import local
 from megarl.errors import CheckpointError, ConfigError, one_line
 from megarl.logging import setup
@@ -51,7 +52,7 @@ def run_training(entry: str, config: Any, build: Build) -> int:
     """
     check_launcher(os.environ)
     with hide_gpus(config.trainer.accelerator):
-        checks.check(config, checks.world_size(config, os.environ))
+        check(config, world_size(config, os.environ))
         resume = config.run.resume
         if resume not in ("auto", "never"):
             refuse_empty(Path(resume))

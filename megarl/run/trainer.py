@@ -21,8 +21,8 @@ from megarl.callbacks.step_axis import StepAxis
 from megarl.callbacks.summary import Summary
 from megarl.callbacks.throughput import Throughput
 from megarl.checkpoint import ShardedCheckpointIO
-from megarl.config import checks
 from megarl.config.launcher import started_by_slurm
+from megarl.config.world import local_devices
 from megarl.modules.base import Module
 from megarl.parallel.strategy import MegatronStrategy
 from megarl.run.loggers import build_loggers
@@ -108,7 +108,7 @@ def _devices(config: Any) -> int:
         return int(os.environ["LOCAL_WORLD_SIZE"])
     if started_by_slurm(os.environ):
         return int(os.environ["SLURM_NTASKS"]) // int(os.environ.get("SLURM_NNODES", "1"))
-    return checks.local_devices(config)
+    return local_devices(config)
 
 
 def _nodes(config: Any) -> int:

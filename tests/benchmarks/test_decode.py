@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import decode
 from benchmarks.train_step import live_grid
-from megarl.config.schema import ParallelConfig
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.build import build_engine
 from megarl.models.roles import Role
 from megarl.parallel.cpu import needed

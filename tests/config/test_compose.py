@@ -18,11 +18,12 @@ from hydra.core.config_store import ConfigStore
 
 import megarl
 from megarl.config.algorithms import ALGORITHMS, entry_point, entry_points
-from megarl.config.checks import check, world_size
 from megarl.config.compose import _Job, _overrides_first, compose
 from megarl.config.presets import HEADER, preset_files
 from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN, conf_folder
-from megarl.config.schema import SFTConfig
+from megarl.config.rules import check
+from megarl.config.sft import SFTConfig
+from megarl.config.world import world_size
 from megarl.errors import DataError, NumericsError
 from tests.refusals import assert_command_refused
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from megarl.config.files import check_files
-from megarl.config.schema import GenerateConfig, PPOConfig, SFTConfig
+from megarl.config.generate import GenerateConfig
+from megarl.config.ppo import PPOConfig
+from megarl.config.sft import SFTConfig
 from megarl.errors import ConfigError
 from tests.refusals import refused
 

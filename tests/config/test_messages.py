@@ -12,7 +12,7 @@ from megarl.config.compose import compose, run
 from megarl.config.leaf import sections
 from megarl.config.messages import check_argument
 from megarl.config.presets import HEADER, preset_files, register
-from megarl.config.schema import SFTConfig
+from megarl.config.sft import SFTConfig
 from megarl.errors import ConfigError
 from tests.refusals import refused
 

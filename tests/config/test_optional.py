@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 
 import megarl
 from megarl.config.compose import compose, run, typed
-from megarl.config.rl import CloneConfig
-from megarl.config.schema import WandbConfig
+from megarl.config.sections.clone import CloneConfig
+from megarl.config.sections.logger import WandbConfig
 from megarl.config.settings import UnknownKeyError
 from megarl.errors import ConfigError
 from tests.refusals import refused

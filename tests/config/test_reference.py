@@ -14,7 +14,7 @@ from megarl.config.algorithms import entry_points
 from megarl.config.compose import compose
 from megarl.config.leaf import leaves
 from megarl.config.reference import page
-from megarl.config.schema import SFTConfig
+from megarl.config.sft import SFTConfig
 
 PAGE = Path(megarl.__file__).resolve().parents[1] / "docs" / "configuration.md"
 Start = Callable[..., tuple[int, str, str]]

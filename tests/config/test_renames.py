@@ -12,9 +12,9 @@ import megarl
 from megarl import default_config
 from megarl.config.algorithms import entry_points
 from megarl.config.compose import compose, run, typed
+from megarl.config.ppo import PPOConfig, SeparateCriticConfig
 from megarl.config.renames import RENAMES, keys, renamed_arguments, renamed_tree, rows
-from megarl.config.rl import SeparateCriticConfig
-from megarl.config.schema import MlflowConfig, PPOConfig, WandbConfig
+from megarl.config.sections.logger import MlflowConfig, WandbConfig
 from megarl.errors import ConfigError
 from tests.refusals import refused
 

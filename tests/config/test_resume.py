@@ -11,7 +11,9 @@ import pytest
 
 import megarl
 from megarl.config.algorithms import ALGORITHMS
+from megarl.config.ilql import ILQLConfig
 from megarl.config.leaf import leaves
+from megarl.config.ppo import CriticConfig, PPOConfig, SeparateCriticConfig
 from megarl.config.resume import (
     CHECKPOINT,
     NOW,
@@ -25,8 +27,8 @@ from megarl.config.resume import (
     rows,
     told,
 )
-from megarl.config.rl import CloneConfig, CriticConfig, SeparateCriticConfig
-from megarl.config.schema import ILQLConfig, PPOConfig, SFTConfig
+from megarl.config.sections.clone import CloneConfig
+from megarl.config.sft import SFTConfig
 from megarl.errors import CheckpointError
 from tests.refusals import refused
 

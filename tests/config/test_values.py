@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from megarl.config.algorithms import entry_point, entry_points
-from megarl.config.checks import check
 from megarl.config.compose import compose
+from megarl.config.ilql import ILQLConfig
 from megarl.config.leaf import leaves, optional_sections
 from megarl.config.offers import divisors
-from megarl.config.schema import ILQLConfig, ModelConfig, PPOConfig
+from megarl.config.ppo import PPOConfig
+from megarl.config.rules import check
+from megarl.config.sections.model import ModelConfig
 from megarl.config.shape import shape_problem
 from megarl.config.values import check_declared, check_values
 from megarl.errors import ConfigError

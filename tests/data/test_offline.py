@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megarl.config.offline import OfflineDataConfig
+from megarl.config.sections.data import OfflineDataConfig
 from megarl.data import offline
 from megarl.data.formats import RecordFormat
 from megarl.data.offline import OfflineStore, build_store, encode_sample, open_store, paired

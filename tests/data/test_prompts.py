@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megarl.config.rl import PromptDataConfig
+from megarl.config.sections.data import PromptDataConfig
 from megarl.data.prompts import Prompt, PromptLimits, build_phase_loader, read_prompts
 from megarl.errors import ConfigError, DataError
 from megarl.rollout.requests import Sampling, check_requests, repeat

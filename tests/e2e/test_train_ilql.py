@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from megarl import generate
 from megarl.checkpoint import find, tensors
-from megarl.config.checks import check
 from megarl.config.compose import compose
+from megarl.config.rules import check
 from megarl.errors import ConfigError, DataError
 from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.source import HEADS

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megarl.config.advantages import ADVANTAGES
-from megarl.config.rl import PPOSettings
+from megarl.config.ppo import PPOSettings
 from megarl.experience.advantages import COMPUTE, PhaseResults, group_counts
 from megarl.experience.shaping import Greedy, Shaping
 from megarl.parallel.rows import Rows

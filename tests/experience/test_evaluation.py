@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megarl.callbacks.samples import as_table
-from megarl.config.rl import EvalConfig, SweepConfig
+from megarl.config.sections.evaluation import EvalConfig, SweepConfig
 from megarl.data.prompts import Prompt
 from megarl.experience.evaluation import Evaluation
 from megarl.rewards.scores import Scores

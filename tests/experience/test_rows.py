@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.experience.rows import forward_rows, rollouts_to_rows, training_flops
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megarl.config.rl import RewardConfig
+from megarl.config.sections.reward import RewardConfig
 from megarl.data.prompts import Prompt
 from megarl.errors import ConfigError, RewardError
 from megarl.experience import scorers as scoring

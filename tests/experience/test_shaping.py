@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarl.config.rl import PPOSettings
+from megarl.config.ppo import PPOSettings
 from megarl.experience.shaping import Shaping, explained_variance, whitening_factor
 from megarl.parallel.rows import Rows
 from megarl.rewards.answers import Score

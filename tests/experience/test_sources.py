@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megarl.config.rl import RolloutConfig
+from megarl.config.sections.rollout import RolloutConfig
 from megarl.data.prompts import Prompt
 from megarl.errors import ConfigError, DataError
 from megarl.experience import sources

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megarl.checkpoint import plain_content
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.models.config import GPTConfig
 from megarl.models.gpt import GPT
 from megarl.parallel.device import GPU, assumed

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.models.flops import flops_per_token, layer_weights, mean_keys
 
 SMALL = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "ffn_size": 16}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.models.config import GPTConfig, Rope
 from megarl.models.exchange.formats import open_source
 from megarl.models.gpt import GPT

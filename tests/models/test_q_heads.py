@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from megarl.algorithms import following, ilql_loss, ilql_scores
 from megarl.config.compose import compose
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.models.config import GPTConfig
 from megarl.models.exchange.parameters import parameters
 from megarl.models.gpt import GPT

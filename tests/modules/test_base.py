@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megarl.config.schema import SFTConfig
+from megarl.config.sft import SFTConfig
 from megarl.modules.sft import SFT
 from megarl.tokenizers import ByteTokenizer
 

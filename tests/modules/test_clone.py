@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megarl.config.rl import PromptDataConfig
+from megarl.config.sections.data import PromptDataConfig
 from megarl.data.dataset import SFTDataset
 from megarl.data.prompts import encode_prompt, prompt_format
 from megarl.data.sources import Record

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megarl.config.schema import PPOConfig
+from megarl.config.ppo import PPOConfig
 from megarl.errors import ConfigError, DataError
 from megarl.modules.generative import GenerativeModule
 from megarl.rollout.noise import EVALUATION, TRAINING

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from megarl.config.rl import SeparateCriticConfig
-from megarl.config.schema import PPOConfig
+from megarl.config.ppo import PPOConfig, SeparateCriticConfig
 from megarl.errors import RewardError
 from megarl.models.exchange.pretrained import Sources
 from megarl.modules.ppo import PPO

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megarl.config.schema import ModelConfig, OptimConfig
+from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.optim import OptimConfig
 from megarl.models.build import empty_model
 from megarl.models.config import GPTConfig
 from megarl.models.gpt import GPT

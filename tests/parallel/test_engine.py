@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.config.schema import OptimConfig
+from megarl.config.sections.optim import OptimConfig
 from megarl.models.gpt import GPT
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.modules.sft import negative_log_likelihood

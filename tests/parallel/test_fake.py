@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.errors import UnavailableError
 from megarl.models.config import GPTConfig
 from megarl.models.gpt import GPT

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megarl.config.schema import OptimConfig
+from megarl.config.sections.optim import OptimConfig
 from megarl.parallel.optimizer import OptimSpec, build_schedule, restore_schedule
 
 

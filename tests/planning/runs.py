@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from megarl.config.schema import ModelConfig, OptimConfig, ParallelConfig
+from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.optim import OptimConfig
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.roles import Role
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.modules.ppo import PPO

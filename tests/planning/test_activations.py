@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.models.attention import Context
 from megarl.models.config import GPTConfig
 from megarl.models.layer import Layer

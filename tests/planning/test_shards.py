@@ -7,7 +7,7 @@ import pytest
 from megarl.config.compose import compose
 from megarl.config.presets import preset_files
 from megarl.config.resources import conf_folder
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.models.flops import layer_weights
 from megarl.parallel.fake import fake_world, rank_of
 from megarl.parallel.layout import Layout

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from megarl.config.cluster import ClusterConfig
-from megarl.config.schema import ModelConfig, ParallelConfig
+from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.roles import Role
 from megarl.parallel.layout import Layout
 from megarl.planning.hardware import KINDS, Cluster

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from megarl.config.schema import ParallelConfig
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.build import build_engine
 from megarl.models.exchange.families import FAMILIES
 from megarl.models.exchange.formats import open_source

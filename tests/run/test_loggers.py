@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
 from megarl.callbacks.step_axis import StepAxis
-from megarl.config.schema import LoggerConfig, MlflowConfig, WandbConfig
+from megarl.config.sections.logger import LoggerConfig, MlflowConfig, WandbConfig
 from megarl.errors import UnavailableError
 from megarl.run.csv_logger import MetricsFile
 from megarl.run.loggers import build_loggers

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import megarl
-from megarl.config.schema import SFTConfig
+from megarl.config.sft import SFTConfig
 from megarl.errors import ConfigError
 from megarl.parallel.device import CPU
 from megarl.run import run_folder

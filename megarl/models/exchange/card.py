@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megarl.config.schema import ModelConfig, TokenizerConfig
+from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.tokenizer import TokenizerConfig
 from megarl.models.exchange.export import token_ids
 from megarl.models.exchange.source import Source, family_name
 from megarl.tokenizers import Tokenizer

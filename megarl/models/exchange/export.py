@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.disk import temp_sibling
 from megarl.errors import CheckpointError, MegarlError, NumericsError
 from megarl.logging import get_logger

@@ -10,7 +10,7 @@ import torch
 
 from megarl.config.leaf import leaves
 from megarl.config.offers import either
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.config.shape import shape_problem
 from megarl.config.values import LARGEST
 from megarl.disk import shown
@@ -188,9 +188,9 @@ class Family:
 def shape_of(model: ModelConfig) -> Json:
     """Return all of a model's keys that shape its computation, with one canonical spelling for each choice."""
     shape = {key: value for key, value in asdict(model).items() if key not in _NOT_SHAPE}
-    shape["num_kv_heads"] = model.num_kv_heads or model.num_heads
-    shape["head_dim"] = model.head_dim or model.hidden_size // model.num_heads
-    shape["ffn_size"] = model.ffn_size or 4 * model.hidden_size
+    shape["num_kv_heads"] = model.kv_heads
+    shape["head_dim"] = model.head_width
+    shape["ffn_size"] = model.ffn_width
     shape["rope_percent"] = int(shape["head_dim"] * model.rope_percent) / shape["head_dim"]
     unused = []
     if model.position != "rope":

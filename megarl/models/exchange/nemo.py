@@ -14,7 +14,7 @@ import yaml
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.disk import UnreadableError, check_yaml, written_aside
 from megarl.errors import CheckpointError
 from megarl.models.exchange.families import FAMILIES

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.disk import shown
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange.family import Json, check_values, checked, shape_of
@@ -168,10 +168,10 @@ def write_config(model: ModelConfig, vocab_size: int, dtype: torch.dtype, tp: in
         "max_position_embeddings": model.max_positions,
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_size or 4 * model.hidden_size,
+        "ffn_hidden_size": model.ffn_width,
         "num_attention_heads": model.num_heads,
-        "num_query_groups": model.num_kv_heads or model.num_heads,
-        "kv_channels": model.head_dim or model.hidden_size // model.num_heads,
+        "num_query_groups": model.kv_heads,
+        "kv_channels": model.head_width,
         "init_method_std": model.init_std,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.errors import ConfigError
 from megarl.models.exchange.export import cast_checked, keep_tokenizer, refuse_existing, written_whole
 from megarl.models.exchange.family import Json
@@ -128,8 +128,8 @@ def _stage_names(model: ModelConfig, vocab_size: int, stage: int, pp: int) -> di
 def _check_split(model: ModelConfig, tp: int, pp: int) -> None:
     counts = {
         "num_heads": model.num_heads,
-        "num_kv_heads": model.num_kv_heads or model.num_heads,
-        "ffn_size": model.ffn_size or 4 * model.hidden_size,
+        "num_kv_heads": model.kv_heads,
+        "ffn_size": model.ffn_width,
     }
     for key, count in counts.items():
         if count % tp:

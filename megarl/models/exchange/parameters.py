@@ -3,7 +3,7 @@
 Conversion and the checks of files use this; a test compares it with a model that was built.
 """
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -32,9 +32,9 @@ def parameters(model: ModelConfig, vocab_size: int) -> Shapes:
 
 def _layer(model: ModelConfig) -> Shapes:
     hidden = model.hidden_size
-    head_dim = model.head_dim or hidden // model.num_heads
-    ffn = model.ffn_size or 4 * hidden
-    qkv = head_dim * (model.num_heads + 2 * (model.num_kv_heads or model.num_heads))
+    head_dim = model.head_width
+    ffn = model.ffn_width
+    qkv = head_dim * (model.num_heads + 2 * model.kv_heads)
     shapes = _norm(model, "input_layernorm", hidden)
     shapes |= _linear("self_attention.linear_qkv", (qkv, hidden), model.qkv_bias)
     shapes |= _linear("self_attention.linear_proj", (hidden, head_dim * model.num_heads), model.out_bias)

@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 from megarl.checkpoint import verify
 from megarl.command import process_number
 from megarl.config.advantages import critic_kind
-from megarl.config.schema import ModelConfig, TokenizerConfig
+from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.tokenizer import TokenizerConfig
 from megarl.config.shape import check_shape
 from megarl.errors import CheckpointError, ConfigError, MegarlError
 from megarl.logging import get_logger

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.errors import CheckpointError
 from megarl.models.exchange.family import Json, unsupported
 

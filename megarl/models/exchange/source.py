@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megarl.checkpoint import MANIFEST, plain_content
 from megarl.config.leaf import leaves
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.disk import UnreadableError, is_file, parse_object, read_json, read_text, shown
 from megarl.errors import CheckpointError
 from megarl.models.exchange.families import FAMILIES, family_of

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 
 
 class Piece(NamedTuple):
@@ -55,8 +55,8 @@ def fused_query_key_value_transposed(whole: Tensor, model: ModelConfig) -> list[
 
 def _by_kv_head(whole: Tensor, model: ModelConfig) -> Tensor:
     """Return [rows, ...] as [kv_heads, queries per kv head + 2, head_dim, ...]."""
-    kv_heads = model.num_kv_heads or model.num_heads
-    head_dim = model.head_dim or model.hidden_size // model.num_heads
+    kv_heads = model.kv_heads
+    head_dim = model.head_width
     by_head: Tensor = whole.unflatten(0, (kv_heads, model.num_heads // kv_heads + 2, head_dim))
     return by_head
 

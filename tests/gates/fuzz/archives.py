@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from megarl.config.schema import ParallelConfig
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.config.shape import check_shape
 from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.nemo_write import write_nemo

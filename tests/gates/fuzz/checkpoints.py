@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megarl.checkpoint import COMMON, INDEX, MANIFEST, _size_and_checksum, find, plain_content, tensors, verify
-from megarl.config.schema import ParallelConfig
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.config.shape import check_shape
 from megarl.errors import CheckpointError
 from megarl.models.exchange.pretrained import Sources

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megarl.config.schema import ParallelConfig
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.config.shape import check_shape
 from megarl.models.exchange.export import write_folder
 from megarl.models.exchange.formats import open_source

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from megarl.config.files import load_chat_template
-from megarl.config.offline import OfflineDataConfig
-from megarl.config.rl import PromptDataConfig
+from megarl.config.sections.data import OfflineDataConfig, PromptDataConfig
 from megarl.data.dataset import SFTDataset
 from megarl.data.formats import RecordFormat
 from megarl.data.offline import open_store

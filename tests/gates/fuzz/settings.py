@@ -11,11 +11,12 @@ from typing import Any
 import yaml
 
 from megarl.config.algorithms import entry_point, entry_points
-from megarl.config.checks import check, world_size
 from megarl.config.compose import _needs_hydra, compose
 from megarl.config.files import check_files
 from megarl.config.leaf import Leaf, leaves, sections
 from megarl.config.presets import HEADER
+from megarl.config.rules import check
+from megarl.config.world import world_size
 from tests.gates.fuzz import mutate
 from tests.gates.fuzz.check import Case
 

@@ -10,9 +10,10 @@ from random import Random
 from typing import Any
 
 from megarl.command import process_number, say
-from megarl.config.checks import check, world_size
 from megarl.config.compose import compose
 from megarl.config.launcher import check_launcher
+from megarl.config.rules import check
+from megarl.config.world import world_size
 from megarl.parallel.processes import set_env_from_slurm
 from megarl.run import trainer
 from megarl.run.run_folder import resolve_run_dir

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.errors import CheckpointError, ConfigError, MegarlError
 from megarl.models.exchange.export import write_folder
 from megarl.models.exchange.families import FAMILIES, family_of, require_family

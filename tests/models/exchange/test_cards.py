@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megarl.checkpoint import COMMON, INDEX, MANIFEST, plain_content, seal, verify
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.disk import shown
 from megarl.errors import CheckpointError
 from megarl.models.exchange.checkpoints import FILE, write_checkpoint

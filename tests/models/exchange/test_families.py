@@ -9,7 +9,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from megarl.config.schema import ModelConfig, ParallelConfig, TokenizerConfig
+from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.parallel import ParallelConfig
+from megarl.config.sections.tokenizer import TokenizerConfig
 from megarl.errors import CheckpointError
 from megarl.experience.rows import forward_rows
 from megarl.experience.start_weights import FOLDER, keep

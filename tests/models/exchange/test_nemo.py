@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megarl import convert
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange import nemo_archive
 from megarl.models.exchange.formats import open_source

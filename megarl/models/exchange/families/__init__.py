@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.disk import shown
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange.families import gpt2, gpt_neox, gptj, llama, mistral, opt, qwen2, qwen3

@@ -1,6 +1,6 @@
 """GPT-2: learned positions, fused QKV stored transposed (Conv1D), tied embeddings."""
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.models.exchange.family import Family, Json, activation, both, entry, require, their_activation
 from megarl.models.exchange.views import fused_query_key_value_transposed, transposed
 
@@ -35,7 +35,7 @@ def write(model: ModelConfig) -> Json:
         "n_layer": model.num_layers,
         "n_embd": model.hidden_size,
         "n_head": model.num_heads,
-        "n_inner": model.ffn_size or 4 * model.hidden_size,
+        "n_inner": model.ffn_width,
         "n_positions": model.max_positions,
         "layer_norm_epsilon": model.norm_eps,
         "activation_function": their_activation(model),

@@ -1,6 +1,6 @@
 """GPT-NeoX and Pythia: rotary positions on a part of each head, attention and MLP in parallel, each with its norm."""
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.models.exchange.family import Family, Json, activation, both, entry, share, their_activation
 from megarl.models.exchange.rope import read_rope, write_rope
 
@@ -37,7 +37,7 @@ def write(model: ModelConfig) -> Json:
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "num_attention_heads": model.num_heads,
-        "intermediate_size": model.ffn_size or 4 * model.hidden_size,
+        "intermediate_size": model.ffn_width,
         "max_position_embeddings": model.max_positions,
         "rope_parameters": {**write_rope(model), "partial_rotary_factor": model.rope_percent},
         "layer_norm_eps": model.norm_eps,

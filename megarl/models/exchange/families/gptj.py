@@ -1,6 +1,6 @@
 """GPT-J: rotary positions on adjacent pairs, attention and MLP in parallel after one norm, a biased output layer."""
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.errors import CheckpointError
 from megarl.models.exchange.family import Family, Json, activation, both, entry, share, their_activation
 from megarl.models.exchange.views import query_key_value
@@ -37,12 +37,12 @@ def read(config: Json) -> ModelConfig:
 
 def write(model: ModelConfig) -> Json:
     """Return GPT-J's config.json keys for a shape."""
-    head_dim = model.head_dim or model.hidden_size // model.num_heads
+    head_dim = model.head_width
     return {
         "n_layer": model.num_layers,
         "n_embd": model.hidden_size,
         "n_head": model.num_heads,
-        "n_inner": model.ffn_size or 4 * model.hidden_size,
+        "n_inner": model.ffn_width,
         "n_positions": model.max_positions,
         "rotary_dim": int(head_dim * model.rope_percent),
         "layer_norm_epsilon": model.norm_eps,

@@ -5,7 +5,7 @@ Mistral, Qwen2 and Qwen3 store the same tensors and share the functions here.
 
 from typing import Any
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.models.exchange.family import Family, Json, both, entry, require
 from megarl.models.exchange.rope import read_rope, write_rope
 from megarl.models.exchange.views import gate_and_up, query_key_value
@@ -54,9 +54,9 @@ def write_shape(model: ModelConfig) -> Json:
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads or model.num_heads,
-        "head_dim": model.head_dim or model.hidden_size // model.num_heads,
-        "intermediate_size": model.ffn_size or 4 * model.hidden_size,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_width,
+        "intermediate_size": model.ffn_width,
         "max_position_embeddings": model.max_positions,
         "rope_parameters": write_rope(model),
         "rms_norm_eps": model.norm_eps,

@@ -1,6 +1,6 @@
 """Mistral: a Llama whose attention is limited to a sliding window."""
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.models.exchange.families.llama import ENTRIES, IGNORED, PREFIX, read_shape, write_shape
 from megarl.models.exchange.family import Family, Json
 

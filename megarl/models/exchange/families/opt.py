@@ -1,6 +1,6 @@
 """OPT: learned positions that start at 2, biases everywhere, tied embeddings. Post-norm models (350m) are rejected."""
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.errors import CheckpointError
 from megarl.models.exchange.family import Family, Json, activation, both, entry, require, their_activation
 from megarl.models.exchange.views import query_key_value
@@ -48,7 +48,7 @@ def write(model: ModelConfig) -> Json:
         "hidden_size": model.hidden_size,
         "word_embed_proj_dim": model.hidden_size,
         "num_attention_heads": model.num_heads,
-        "ffn_dim": model.ffn_size or 4 * model.hidden_size,
+        "ffn_dim": model.ffn_width,
         "max_position_embeddings": model.max_positions,
         "activation_function": their_activation(model),
         "do_layer_norm_before": True,

@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5: a Llama with biases on queries, keys and values, and sliding windows in all layers or none."""
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.errors import CheckpointError
 from megarl.models.exchange.families.llama import ENTRIES, IGNORED, PREFIX, read_shape, write_shape
 from megarl.models.exchange.family import Family, Json

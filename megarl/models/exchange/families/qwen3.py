@@ -1,6 +1,6 @@
 """Qwen3: a Llama whose queries and keys are normalised per head, and whose head width is configured separately."""
 
-from megarl.config.schema import ModelConfig
+from megarl.config.sections.model import ModelConfig
 from megarl.models.exchange.families.llama import ENTRIES, IGNORED, LAYER, PREFIX, THEIRS, read_shape, write_shape
 from megarl.models.exchange.families.qwen2 import read_window, write_window
 from megarl.models.exchange.family import Family, Json, entry

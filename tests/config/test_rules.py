@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 
 from megarl.config.advantages import ADVANTAGES, critic_kind, whitens, without_effect
-from megarl.config.checks import accumulation, check, data_parallel_size, world_size
+from megarl.config.ilql import ILQLConfig
 from megarl.config.offers import Refusal, divisors, either, enforce, multiples, near, read
+from megarl.config.ppo import PPOConfig, SeparateCriticConfig
 from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
-from megarl.config.rl import SeparateCriticConfig
-from megarl.config.schema import ILQLConfig, ModelConfig, ParallelConfig, PPOConfig, SFTConfig
+from megarl.config.rules import check
+from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.parallel import ParallelConfig
+from megarl.config.sft import SFTConfig
 from megarl.config.shape import check_shape
+from megarl.config.world import accumulation, data_parallel_size, world_size
 from megarl.disk import writable
 from megarl.errors import ConfigError
 from tests.refusals import refused

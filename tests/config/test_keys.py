@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from megarl.config.algorithms import entry_point, entry_points
 from megarl.config.leaf import count, leaves, optional_sections, sections
-from megarl.config.schema import PPOConfig, SFTConfig
+from megarl.config.ppo import PPOConfig
+from megarl.config.sft import SFTConfig
 
 
 @pytest.mark.parametrize("entry", entry_points())
@@ -27,7 +28,7 @@ def test_an_entry_has_fewer_than_150_keys_and_each_says_what_it_is(entry: str) -
 
 @pytest.mark.parametrize("entry", entry_points())
 def test_defaults_are_of_their_own_type_choices_and_bounds(entry: str) -> None:
-    from megarl.config.checks import check_values
+    from megarl.config.values import check_values
 
     tree = entry_point(entry).config
     check_values(tree())

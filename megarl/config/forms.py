@@ -1,0 +1,86 @@
+"""Forms that the value of a single key must have: functions `(key, value)` that raise, named by `leaf(form=...)`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megarl.disk import shown, why_no_name
+from megarl.errors import ConfigError
+
+MOST_PER_NODE = 1024  # processes
+COLDEST = 0.01
+"""The lowest temperature of random sampling: below it, rounding of logits decides as much as the logits do."""
+
+
+def folder_name(key: str, value: str) -> None:
+    """Refuse a name that would be another folder than the one it names."""
+    if value in ("", ".", "..") or not value.isprintable() or re.search(r"[/\\\\]", value) or value != value.strip():
+        raise ConfigError(
+            f"{key}={shown(value)!r} is not a valid name: use one word without separators, or set run.dir to the "
+            "folder you mean",
+            key=key,
+            value=value,
+        )
+    if problem := why_no_name(Path(value)):
+        raise ConfigError(
+            f"{key}={shown(value)!r} is not a valid name: {problem}; use a shorter one", key=key, value=value
+        )
+
+
+def device_count(key: str, value: int | str) -> None:
+    """Refuse what is neither a number of processes that a machine can hold nor "auto"."""
+    if value == "auto":
+        return
+    if not (isinstance(value, int) and value >= 1):
+        raise ConfigError(
+            f"{key}={shown(value)} is neither a count nor auto: use 1, 2, ... or auto",
+            key=key,
+            value=value,
+            offers={key: ["auto"]},
+        )
+    if value > MOST_PER_NODE:
+        raise ConfigError(
+            f"{key}={shown(value)} is out of range: use auto, or at most {MOST_PER_NODE}",
+            key=key,
+            value=value,
+            offers={key: ["auto", MOST_PER_NODE]},
+        )
+
+
+def wall_clock_time(key: str, value: str) -> None:
+    """Refuse what is not hours, minutes and seconds."""
+    if not re.fullmatch(r"[0-9]{1,6}:[0-5][0-9]:[0-5][0-9]", value):
+        raise ConfigError(
+            f"{key}={shown(value)} is not HH:MM:SS: for two hours use '02:00:00', quoted in YAML", key=key, value=value
+        )
+
+
+def metric_name(key: str, value: str) -> None:
+    """Refuse an empty name of a metric."""
+    if not value.strip():
+        raise ConfigError(
+            f"{key} is empty: use the name of a logged metric, for example eval/loss", key=key, value=value
+        )
+
+
+def resume_choice(key: str, value: str) -> None:
+    """Refuse an empty choice of what to resume from."""
+    if not value.strip():
+        raise ConfigError(
+            f"{key} is empty: use auto, never or a checkpoint folder",
+            key=key,
+            value=value,
+            offers={key: ["auto", "never"]},
+        )
+
+
+def temperature(key: str, value: float) -> None:
+    """Refuse a temperature at which rounding decides which token is sampled; 0 takes the most likely one."""
+    if 0 < value < COLDEST:
+        raise ConfigError(
+            f"{key}={value} is too low to sample with: use 0 for the most likely token, or at least {COLDEST}",
+            key=key,
+            value=value,
+            offers={key: [0, COLDEST]},
+        )

@@ -1,0 +1,50 @@
+"""The configuration of `python -m megarl.generate`."""
+
+# ruff: noqa: RUF009 - `leaf` and `section` return dataclass fields
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from megarl.config.leaf import leaf, section
+from megarl.config.offers import Refusal, Rule
+from megarl.config.rules import responses_fit_model
+from megarl.config.sections.rollout import GuidedRolloutConfig
+from megarl.config.sections.trainer import DevicesConfig
+from megarl.config.trees import Tree
+
+
+def prompts_or_chat(config: Any, world_size: int) -> None:
+    """There are prompts to respond to, or somebody to talk to."""
+    if config.chat == (config.prompts is not None):
+        raise Refusal(
+            "chat=true and prompts exclude each other: leave one out"
+            if config.chat
+            else "prompts is empty: give a file or a text, prompts=questions.jsonl, or --chat to talk to the model",
+            key="prompts",
+            value=config.prompts,
+        )
+
+
+@dataclass
+class GenerateConfig(Tree):
+    """The keys of generation with a trained model."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (*Tree.rules, responses_fit_model, prompts_or_chat)
+
+    prompts: str | None = leaf(None, "Prompts: a .jsonl, .json, .parquet or .txt file, or the text of a single prompt.")
+    prompt_key: str = leaf("prompt", "Field of a record that holds the prompt.")
+    messages_key: str = leaf("messages", "Field of a record that holds a conversation: a list of messages.")
+    chat_template: str | None = leaf(
+        None,
+        "Jinja template that turns conversations into text, or a file that holds one (null: the tokenizer's own "
+        "template, or the built-in one if it has none).",
+    )
+    out: str | None = leaf(
+        None, "File to which each response is written as soon as it is complete (null: standard output)."
+    )
+    chat: bool = leaf(False, "Talk to the model in the terminal; --chat does the same.")
+    system: str | None = leaf(None, "System message at the beginning of a chat (null: none).")
+    rollout: GuidedRolloutConfig = section(GuidedRolloutConfig)
+    trainer: DevicesConfig = section(DevicesConfig)

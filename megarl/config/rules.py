@@ -1,0 +1,181 @@
+"""What must be true of several sections of a configuration together, before anything is built.
+
+Pure Python. A rule is a function `(config, world_size) -> None` that raises `Refusal`. The tree of an entry point names
+its own (`rules`); those of one algorithm alone stand beside its tree. What joins keys of one section is in the `check`
+of that section, and what is true of a single key is declared with it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megarl.config.forms import MOST_PER_NODE
+from megarl.config.leaf import Section, sections
+from megarl.config.offers import Refusal, divisors, either, enforce, multiples
+from megarl.config.sections.reward import SCORER_START_S
+from megarl.config.shape import shape_rule
+from megarl.config.values import check_values
+from megarl.config.world import accumulation, data_parallel_size, replica_size
+
+
+def check(config: Any, world_size: int) -> None:
+    """Refuse a configuration that cannot run on `world_size` processes.
+
+    Args:
+        config: an entry point's typed tree.
+        world_size: processes of the whole run, from `world_size()`.
+    """
+    check_values(config)
+    enforce([each_section, *config.rules], config, world_size)
+
+
+def each_section(config: Any, world_size: int) -> None:
+    """Apply the `check` of every section."""
+    for name in sections(type(config)):
+        section = getattr(config, name)
+        if isinstance(section, Section):  # an optional one may be null
+            section.check()
+
+
+def model_fits_layout(config: Any, world_size: int) -> None:
+    """The shape of a model that is built from the configuration makes sense and divides over the layout."""
+    if config.model.path is None:
+        shape_rule(config, world_size)
+
+
+def sequences_fit_model(config: Any, world_size: int) -> None:
+    """Training sequences fit into the model's context, and can be split as sequence parallelism splits them."""
+    length, most = config.data.seq_length, config.model.max_positions
+    if config.model.path is None and length > most:
+        raise Refusal(
+            f"data.seq_length={length} is more than model.max_positions={most}",
+            {"data.seq_length": [most], "model.max_positions": [length]},
+            key="data.seq_length",
+            value=length,
+        )
+    tp = config.parallel.tp
+    if config.parallel.sequence_parallel and length % tp:  # with tp = 1 it is off, whatever the key says
+        raise Refusal(
+            f"parallel.sequence_parallel=true splits sequences into parallel.tp={tp} pieces, and "
+            f"data.seq_length={length} is not a multiple of it",
+            {"data.seq_length": multiples(tp, length), "parallel.sequence_parallel": [False]},
+            key="data.seq_length",
+            value=length,
+        )
+
+
+def responses_fit_model(config: Any, world_size: int) -> None:
+    """A model that is built from the configuration has room for a prompt besides the longest response."""
+    most, new = config.model.max_positions, config.rollout.max_new_tokens
+    if config.model.path is None and new >= most:
+        raise Refusal(
+            f"rollout.max_new_tokens={new} leaves no room for a prompt in model.max_positions={most}",
+            {"rollout.max_new_tokens": [most - 1], "model.max_positions": [new + 1]},
+            key="rollout.max_new_tokens",
+            value=new,
+        )
+
+
+def whole_replicas(config: Any, world_size: int) -> None:
+    """The processes hold a whole number of replicas."""
+    size = replica_size(config)
+    if world_size % size == 0:
+        return
+    parallel, trainer = config.parallel, config.trainer
+    offers: dict[str, list[int]] = {}
+    if trainer.devices != "auto" and trainer.devices * trainer.num_nodes == world_size:
+        world = f"trainer.devices={trainer.devices} * trainer.num_nodes={trainer.num_nodes} = {world_size} processes"
+        unit = size // math.gcd(size, trainer.num_nodes)
+        nearest = range(trainer.devices // unit - 3, trainer.devices // unit + 2)
+        offers["trainer.devices"] = [unit * count for count in nearest if 0 < unit * count <= MOST_PER_NODE]
+    else:
+        world = f"the {world_size} processes that were started"
+    for name in ("tp", "pp", "cp"):
+        if getattr(parallel, name) > 1:
+            offers[f"parallel.{name}"] = divisors(world_size)
+    raise Refusal(
+        f"parallel.tp={parallel.tp} * parallel.pp={parallel.pp} * parallel.cp={parallel.cp} = {size} "
+        f"processes per model do not divide {world}",
+        offers,
+        None if "trainer.devices" in offers else f"{either(multiples(size, world_size))} processes",
+        key="parallel.tp",
+        value=parallel.tp,
+    )
+
+
+def whole_batches(config: Any, world_size: int) -> None:
+    """micro * accumulation * data-parallel size = global, with a whole accumulation."""
+    trainer, parallel = config.trainer, config.parallel
+    replicas, micro, whole = (
+        data_parallel_size(config, world_size),
+        trainer.micro_batch_size,
+        trainer.global_batch_size,
+    )
+    step = micro * replicas
+    batch = (
+        f"trainer.micro_batch_size={micro} * data-parallel size {replicas} "
+        f"({world_size} processes / {replica_size(config)} per model)"
+    )
+    # An interleaved pipeline hands microbatches from stage to stage in rounds of pp.
+    rounds = parallel.pp if parallel.vpp is not None else 1
+    offers: dict[str, list[Any]] = {
+        "trainer.global_batch_size": multiples(step * rounds, whole),
+        "trainer.micro_batch_size": divisors(max(1, whole // replicas)),
+    }
+    if whole % step:
+        raise Refusal(
+            f"trainer.global_batch_size={whole} is not a multiple of {batch} = {step}",
+            offers,
+            key="trainer.global_batch_size",
+            value=whole,
+        )
+    count = accumulation(config, world_size)
+    if count % rounds:
+        raise Refusal(
+            f"parallel.vpp={parallel.vpp} needs an accumulation that is a multiple of "
+            f"parallel.pp={parallel.pp}, but trainer.global_batch_size={whole} / ({batch}) is {count}",
+            {**offers, "parallel.vpp": [None]},
+            key="parallel.vpp",
+            value=parallel.vpp,
+        )
+
+
+def tokenizer_is_named(config: Any, world_size: int) -> None:
+    """A tokenizer that is read from a file is told which, unless the model brings its own."""
+    tokenizer = config.tokenizer
+    if tokenizer.kind != "bytes" and tokenizer.path is None and config.model.path is None:
+        raise Refusal(f"tokenizer.kind={tokenizer.kind} needs tokenizer.path: its file or folder", key="tokenizer.path")
+
+
+def responses_are_scored(config: Any, world_size: int) -> None:
+    """Something scores the responses that are trained on."""
+    if config.reward.fn is None:
+        raise Refusal("reward.fn is empty: name a function, for example reward.fn=rewards.py:score", key="reward.fn")
+
+
+def responses_are_sampled(config: Any, world_size: int) -> None:
+    """Responses that are trained on differ from one another."""
+    if config.rollout.temperature == 0:
+        raise Refusal(
+            "rollout.temperature=0 takes the most likely token every time, so there is nothing to learn from: use 1",
+            key="rollout.temperature",
+            value=0,
+        )
+
+
+def scoring_ends_in_time(config: Any, world_size: int) -> None:
+    """The processes that wait for scores wait longer than a call of the reward function can take."""
+    reward = config.reward
+    longest = (reward.retries + 1) * (reward.timeout + SCORER_START_S)
+    asks = reward.fn is not None or config.metric.fn is not None
+    if asks and world_size > 1 and longest >= config.parallel.timeout_s:
+        raise Refusal(
+            f"a call of the reward function can take {reward.retries + 1} tries * (reward.timeout={reward.timeout:g} + "
+            f"{SCORER_START_S:g} to start) = {longest:g} s, and the other processes wait only parallel.timeout_s="
+            f"{config.parallel.timeout_s} s",
+            {"parallel.timeout_s": [int(longest) + 120]},
+            "a shorter reward.timeout",
+            key="reward.timeout",
+            value=reward.timeout,
+        )

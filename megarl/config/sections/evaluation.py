@@ -1,0 +1,61 @@
+"""How evaluations generate."""
+
+# ruff: noqa: RUF009 - `leaf` and `section` return dataclass fields
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megarl.config.forms import temperature
+from megarl.config.leaf import Section, leaf, section
+from megarl.config.offers import Refusal
+
+
+@dataclass
+class SweepConfig(Section):
+    """Values of one setting that every evaluation runs through; metrics are logged as name@setting=value."""
+
+    temperature: list[float] = leaf(
+        [],
+        "Values of rollout.temperature; every evaluation runs once with each (empty: once, with rollout.temperature).",
+        at_least=0,
+        form=temperature,
+    )
+
+
+@dataclass
+class EvalConfig(Section):
+    """How evaluations generate. All other settings are those of rollout."""
+
+    n: int = leaf(1, "Number of responses per prompt in evaluations.", at_least=1, at_most=2**20)
+    table: int = leaf(4, "Number of responses that each evaluation prints.", at_least=0, at_most=1000)
+    sweep: SweepConfig = section(SweepConfig)
+
+    def check(self) -> None:
+        """Refuse values for two settings: an evaluation runs through those of one."""
+        swept = [name for name, values in vars(self.sweep).items() if values]
+        if len(swept) > 1:
+            keys = " and ".join(f"eval.sweep.{name}" for name in swept)
+            raise Refusal(
+                f"{keys} are both given, and an evaluation goes through one setting: leave one empty",
+                key=f"eval.sweep.{swept[0]}",
+                value=getattr(self.sweep, swept[0]),
+            )
+
+
+@dataclass
+class GuidedSweepConfig(SweepConfig):
+    """The same for models whose Q heads guide the sampling."""
+
+    beta: list[float] = leaf(
+        [],
+        "Values of rollout.ilql_beta; every evaluation runs once with each (empty: once, with rollout.ilql_beta).",
+        at_least=0,
+    )
+
+
+@dataclass
+class GuidedEvalConfig(EvalConfig):
+    """How evaluations generate. All other settings are those of rollout."""
+
+    sweep: GuidedSweepConfig = section(GuidedSweepConfig)

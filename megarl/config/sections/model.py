@@ -1,0 +1,202 @@
+"""The shape of the transformer, and what must be true of it in any layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megarl.config.leaf import Section, leaf
+from megarl.config.offers import Refusal, multiples, require_divides
+
+MOST_PARAMETERS = 10**13
+
+
+@dataclass
+class ModelConfig(Section):
+    """Shape of the transformer, or the folder it is loaded from."""
+
+    path: str | None = leaf(
+        None,
+        "Pretrained model: a Hugging Face folder or hub name, or a megarl checkpoint. It sets the keys of the shape "
+        "below, and the tokenizer unless tokenizer.kind is given (null: random weights in the shape below).",
+    )
+    num_layers: int = leaf(4, "Number of transformer layers.", at_least=1, at_most=10_000)
+    hidden_size: int = leaf(128, "Width of the hidden states.", at_least=1, at_most=2**24)
+    num_heads: int = leaf(4, "Number of attention heads.", at_least=1, at_most=2**20)
+    num_kv_heads: int | None = leaf(
+        None,
+        "Number of key and value heads, for grouped-query attention (null: model.num_heads).",
+        at_least=1,
+        at_most=2**20,
+    )
+    head_dim: int | None = leaf(
+        None,
+        "Width of one attention head (null: model.hidden_size / model.num_heads).",
+        at_least=1,
+        at_most=2**20,
+    )
+    ffn_size: int | None = leaf(
+        None, "Inner width of the MLP (null: 4 * model.hidden_size).", at_least=1, at_most=2**26
+    )
+    max_positions: int = leaf(
+        256, "Context length: maximum number of tokens in a sequence.", at_least=1, at_most=2**31 - 1
+    )
+    vocab_size: int | None = leaf(
+        None,
+        "Number of tokens in the vocabulary, before padding for tensor parallelism (null: as the tokenizer says).",
+        at_least=1,
+        at_most=2**31 - 1,
+    )
+    position: str = leaf("rope", "Kind of position embedding.", ("learned", "rope", "none"))
+    position_offset: int = leaf(
+        0,
+        "Added to every position before a learned embedding is looked up (OPT: 2).",
+        at_least=0,
+        at_most=2**31 - 1,
+    )
+    rope_base: float = leaf(10000.0, "Base of the rotary frequencies.", above=0)
+    rope_percent: float = leaf(1.0, "Share of each head's width that is rotated.", above=0, at_most=1)
+    rope_interleaved: bool = leaf(
+        False, "Rotate neighbouring pairs, as GPT-J does, instead of the two halves, as GPT-NeoX and Llama do."
+    )
+    rope_scaling: str = leaf(
+        "none",
+        "Method that stretches the rotary frequencies for longer contexts.",
+        ("none", "linear", "llama3", "yarn"),
+    )
+    rope_factor: float = leaf(1.0, "Factor by which model.rope_scaling stretches the context.", at_least=1)
+    rope_low_freq_factor: float = leaf(
+        1.0,
+        "Only with rope_scaling=llama3: frequencies with fewer turns per original context than this are stretched by "
+        "the whole factor.",
+        above=0,
+    )
+    rope_high_freq_factor: float = leaf(
+        4.0,
+        "Only with rope_scaling=llama3: frequencies with more turns per original context than this are not stretched.",
+        above=0,
+    )
+    rope_original_positions: int | None = leaf(
+        None,
+        "Context length before stretching. Required with rope_scaling=llama3 and yarn.",
+        at_least=1,
+        at_most=2**31 - 1,
+    )
+    norm: str = leaf("rmsnorm", "Normalisation layer.", ("layernorm", "rmsnorm"))
+    norm_eps: float = leaf(1e-5, "Constant added to the variance in the normalisation.", above=0)
+    activation: str = leaf("swiglu", "Activation function of the MLP.", ("gelu", "gelu_tanh", "relu", "swiglu"))
+    tie_embeddings: bool = leaf(False, "Use the weights of the input embedding in the output layer as well.")
+    qk_norm: bool = leaf(False, "Normalise the queries and keys of each head.")
+    qkv_bias: bool = leaf(False, "Give the projection to queries, keys and values a bias.")
+    out_bias: bool = leaf(False, "Give the output projection of the attention a bias.")
+    mlp_bias: bool = leaf(False, "Give the projections of the MLP biases.")
+    lm_head_bias: bool = leaf(False, "Give the output layer a bias.")
+    parallel_residual: str = leaf(
+        "none",
+        "Compute attention and MLP from the same hidden states, with one shared norm (GPT-J) or a norm each "
+        "(GPT-NeoX). none: one after the other.",
+        ("none", "one_norm", "two_norms"),
+    )
+    sliding_window: int | None = leaf(
+        None,
+        "Number of latest tokens that each token attends to, itself included (null: all).",
+        at_least=1,
+        at_most=2**31 - 1,
+    )
+    dropout: float = leaf(
+        0.0, "Dropout probability of hidden states and attention weights in training.", at_least=0, below=1
+    )
+    init_std: float = leaf(0.02, "Standard deviation of random initial weights.", above=0)
+    num_layers_unfrozen: int = leaf(
+        -1,
+        "Number of last layers that train, besides the final norm and the heads; earlier layers and the embeddings "
+        "stay as they are (-1: everything trains).",
+        at_least=-1,
+    )
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Inner width of the MLP."""
+        return self.ffn_size or 4 * self.hidden_size
+
+    def check_shape(self) -> None:
+        """Refuse a shape that contradicts itself. With `model.path` it is known once the model has been opened."""
+        if self.head_dim is None:
+            require_divides("model.num_heads", "model.hidden_size", self.num_heads, self.hidden_size)
+        if self.num_kv_heads is not None:
+            require_divides("model.num_kv_heads", "model.num_heads", self.num_kv_heads, self.num_heads)
+        self._check_rope()
+        if self.num_layers_unfrozen > self.num_layers:
+            raise Refusal(
+                f"model.num_layers_unfrozen={self.num_layers_unfrozen} is more than model.num_layers={self.num_layers}",
+                {"model.num_layers_unfrozen": [self.num_layers]},
+                "-1 to train everything",
+                key="model.num_layers_unfrozen",
+                value=self.num_layers_unfrozen,
+            )
+        self._check_size()
+
+    def _check_rope(self) -> None:
+        """Rotary embeddings need an even width and, stretched, the length they were trained at."""
+        if self.position != "rope":
+            if self.rope_scaling != "none":
+                raise Refusal(
+                    f"model.rope_scaling={self.rope_scaling} needs rotary positions, not model.position="
+                    f"{self.position}",
+                    {"model.position": ["rope"], "model.rope_scaling": ["none"]},
+                    key="model.rope_scaling",
+                    value=self.rope_scaling,
+                )
+            return
+        rotated = int(self.head_width * self.rope_percent)
+        if rotated < 2 or rotated % 2:
+            raise Refusal(
+                f"model.rope_percent={self.rope_percent:g} of a head {self.head_width} wide rotates {rotated} "
+                "dimensions, which must be an even number",
+                {
+                    "model.rope_percent": [
+                        even / self.head_width for even in multiples(2, rotated) if even <= self.head_width
+                    ]
+                },
+                "an even model.head_dim",
+                key="model.rope_percent",
+                value=self.rope_percent,
+            )
+        if self.rope_scaling in ("llama3", "yarn") and self.rope_original_positions is None:
+            raise Refusal(
+                f"model.rope_scaling={self.rope_scaling} needs model.rope_original_positions, the context "
+                "length before stretching: set it, for example to 8192",
+                key="model.rope_original_positions",
+            )
+        if self.rope_scaling == "llama3" and self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise Refusal(
+                f"model.rope_low_freq_factor={self.rope_low_freq_factor:g} is not below "
+                f"model.rope_high_freq_factor={self.rope_high_freq_factor:g}",
+                {"model.rope_low_freq_factor": [1], "model.rope_high_freq_factor": [4]},
+                "another pair, the low one smaller",
+                key="model.rope_low_freq_factor",
+                value=self.rope_low_freq_factor,
+            )
+
+    def _check_size(self) -> None:
+        """Refuse a model that is too large to be intended."""
+        rows = (self.vocab_size or 0) + (self.max_positions if self.position == "learned" else 0)
+        layer = 2 * self.num_heads * self.head_width + 2 * self.ffn_width
+        parameters = self.hidden_size * (self.num_layers * layer + rows)
+        if parameters > MOST_PARAMETERS:
+            raise Refusal(
+                f"model.hidden_size={self.hidden_size}, model.num_layers={self.num_layers} and the other sizes come to "
+                f"{parameters:.0e} parameters, and megarl builds no model of more than {MOST_PARAMETERS:.0e}: use "
+                "smaller ones",
+                key="model.hidden_size",
+                value=self.hidden_size,
+            )

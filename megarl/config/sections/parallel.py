@@ -1,0 +1,77 @@
+"""How one model is spread over processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megarl.config.leaf import A_YEAR_S, Section, leaf
+from megarl.config.offers import Refusal
+
+
+@dataclass
+class ParallelConfig(Section):
+    """The grid of processes that one model is spread over; the other processes hold further replicas."""
+
+    tp: int = leaf(
+        1,
+        "Tensor-parallel size: number of processes that each layer is split over.",
+        at_least=1,
+        at_most=2**20,
+    )
+    pp: int = leaf(
+        1,
+        "Pipeline-parallel size: number of stages that the layers are split over.",
+        at_least=1,
+        at_most=2**20,
+    )
+    cp: int = leaf(
+        1,
+        "Context-parallel size: number of processes that each sequence is split over. Only 1 is supported so far.",
+        at_least=1,
+        at_most=2**20,
+    )
+    vpp: int | None = leaf(
+        None,
+        "Virtual pipeline stages per process, for the interleaved schedule (null: the plain schedule).",
+        at_least=1,
+        at_most=2**20,
+    )
+    sequence_parallel: bool = leaf(
+        False,
+        "Split the activations between tensor-parallel layers along the sequence, which saves memory. No effect with "
+        "parallel.tp=1.",
+    )
+    recompute: str = leaf(
+        "none",
+        "Activations that are recomputed in the backward pass to save memory: none, those of the attention's core, or "
+        "those of whole layers.",
+        ("none", "selective", "full"),
+    )
+    timeout_s: int = leaf(
+        600,
+        "Seconds that a process waits for the others in a collective operation before the run fails.",
+        at_least=1,
+        at_most=A_YEAR_S,
+    )
+    kernels: str = leaf(
+        "auto",
+        "Implementation of the layers: PyTorch, Transformer Engine or Apex. auto: the fastest one that is installed.",
+        ("auto", "torch", "te", "apex"),
+    )
+    offload: bool = leaf(
+        False,
+        "Move the optimizer's state, the gradients and idle models to host memory while responses are generated and "
+        "evaluated, and back when they are needed. No effect in runs that do not generate.",
+    )
+
+    def check(self) -> None:
+        """Refuse context parallelism, which is not implemented."""
+        if self.cp > 1:
+            raise Refusal(
+                f"parallel.cp={self.cp}: context parallelism needs Transformer Engine's attention, which megarl does "
+                "not drive yet",
+                {"parallel.cp": [1]},
+                "parallel.tp with parallel.sequence_parallel=true for long sequences",
+                key="parallel.cp",
+                value=self.cp,
+            )

@@ -1,0 +1,54 @@
+"""What a run leaves behind: its folder, its checkpoints, its exported model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megarl.config.forms import folder_name, metric_name, resume_choice
+from megarl.config.leaf import Section, leaf
+
+
+@dataclass
+class RunConfig(Section):
+    """Where a run lives and whether it continues an earlier one."""
+
+    dir: str | None = leaf(
+        None, "Folder of this run, for logs and checkpoints (null: runs/NAME). A multirun appends the job's number."
+    )
+    name: str | None = leaf(
+        None, "Name of this run (null: the name of the entry point and a timestamp).", form=folder_name
+    )
+    resume: str = leaf(
+        "auto",
+        "Where the run starts from. auto: the newest checkpoint in the run folder, if there is one; never: the "
+        "beginning; or the path of a checkpoint.",
+        form=resume_choice,
+    )
+
+
+@dataclass
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept."""
+
+    every: int | None = leaf(
+        50, "Training steps between checkpoints (null: one checkpoint, when training ends).", at_least=1
+    )
+    keep_last: int = leaf(2, "Number of newest checkpoints that are kept.", at_least=1)
+    keep_best: int = leaf(1, "Number of best checkpoints, by checkpoint.metric, that are kept as well.", at_least=0)
+    metric: str = leaf(
+        "eval/loss", "Logged metric that decides which checkpoint is the best, as in docs/metrics.md.", form=metric_name
+    )
+    mode: str = leaf("min", "Whether the smallest or the largest value of the metric is the best.", ("min", "max"))
+    async_save: bool = leaf(False, "Write checkpoints in the background while training continues.")
+    save_last: bool = leaf(True, "Write a checkpoint when training ends.")
+
+
+@dataclass
+class ExportConfig(Section):
+    """What is written for other programs when training ends."""
+
+    hf: str | None = leaf(
+        None,
+        "Folder, which must not exist yet, for the trained model in the format of Hugging Face transformers "
+        "(null: no export).",
+    )

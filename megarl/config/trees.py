@@ -1,0 +1,85 @@
+"""What the configuration trees of the entry points have in common; the tree of each is in the file of its name."""
+
+# ruff: noqa: RUF009 - `leaf` and `section` return dataclass fields
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megarl.config.leaf import leaf, optional_section, section
+from megarl.config.offers import Rule
+from megarl.config.rules import (
+    model_fits_layout,
+    responses_are_sampled,
+    responses_are_scored,
+    responses_fit_model,
+    scoring_ends_in_time,
+    tokenizer_is_named,
+    whole_batches,
+    whole_replicas,
+)
+from megarl.config.sections.clone import CLONE, CloneConfig
+from megarl.config.sections.data import PromptDataConfig
+from megarl.config.sections.evaluation import EvalConfig
+from megarl.config.sections.logger import LoggerConfig
+from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.optim import OptimConfig
+from megarl.config.sections.parallel import ParallelConfig
+from megarl.config.sections.reward import MetricConfig, RewardConfig
+from megarl.config.sections.rollout import RolloutConfig
+from megarl.config.sections.run import CheckpointConfig, ExportConfig, RunConfig
+from megarl.config.sections.tokenizer import TokenizerConfig
+from megarl.config.sections.trainer import PhaseTrainerConfig
+
+
+@dataclass
+class Tree:
+    """The keys of every entry point that builds a model."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (model_fits_layout, whole_replicas, tokenizer_is_named)
+    """What must be true of several sections together, in the order in which it is checked."""
+
+    seed: int = leaf(
+        1,
+        "Seed of everything random: initial weights, the order of the data, sampled tokens, dropout.",
+        at_least=0,
+    )
+    debug: bool = leaf(False, "Show tracebacks of errors, and log more.")
+    model: ModelConfig = section(ModelConfig)
+    tokenizer: TokenizerConfig = section(TokenizerConfig)
+    parallel: ParallelConfig = section(ParallelConfig)
+
+
+@dataclass
+class TrainingTree(Tree):
+    """The keys of every entry point that trains."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (model_fits_layout, whole_replicas, whole_batches, tokenizer_is_named)
+
+    run: RunConfig = section(RunConfig)
+    optim: OptimConfig = section(OptimConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+    export: ExportConfig = section(ExportConfig)
+    logger: LoggerConfig = section(LoggerConfig)
+
+
+@dataclass
+class PhaseTree(TrainingTree):
+    """The keys of every algorithm that generates the responses it trains on."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *TrainingTree.rules,
+        responses_fit_model,
+        responses_are_scored,
+        responses_are_sampled,
+        scoring_ends_in_time,
+    )
+
+    data: PromptDataConfig = section(PromptDataConfig)
+    rollout: RolloutConfig = section(RolloutConfig)
+    reward: RewardConfig = section(RewardConfig)
+    metric: MetricConfig = section(MetricConfig)
+    eval: EvalConfig = section(EvalConfig)
+    clone: CloneConfig | None = optional_section(CloneConfig, CLONE, needs="data")
+    trainer: PhaseTrainerConfig = section(PhaseTrainerConfig)
