@@ -20,7 +20,7 @@ from megarl.algorithms.groups import (
     reinforce_pp_baseline_advantages,
     rloo_advantages,
 )
-from megarl.algorithms.ilql import following, ilql_loss, ilql_scores
+from megarl.algorithms.ilql import ilql_loss, ilql_scores, next_state_values
 from megarl.algorithms.kl import KL_KINDS, AdaptiveKL, FixedKL, KLController, kl_estimate
 from megarl.algorithms.moments import RunningMoments
 from megarl.algorithms.ppo import RATIOS, ppo_policy_loss, ppo_value_loss
@@ -52,7 +52,7 @@ __all__ = [
     "collate_dialogs",
     "cpo_loss",
     "dpo_loss",
-    "following",
+    "next_state_values",
     "gae",
     "grpo_advantages",
     "ilql_batch",

@@ -78,7 +78,7 @@ def ilql_loss(
     return loss, {name: part.detach() for name, part in parts.items()}
 
 
-def following(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def next_state_values(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Return V of the next state of each action: the state of the row's next action.
 
     The columns are token indices. Turns of others may lie between two actions. The last action has no next state.

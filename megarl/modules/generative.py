@@ -34,7 +34,7 @@ class GenerativeModule(Module):
     """A module whose policy generates responses to prompts.
 
     Subclasses call `prepare_prompts` in `prepare`, so that bad prompts are refused before processes start and models
-    are built. They call `prepare_responses` after they built their engines.
+    are built. They call `prepare_generation` after they built their engines.
     """
 
     source: RolloutSource
@@ -76,7 +76,7 @@ class GenerativeModule(Module):
         """Return the callable for `reward.fn` or `metric.fn`, else the configured name; None if there is neither."""
         return self.functions.get(key) or getattr(self.config, key.partition(".")[0]).fn
 
-    def prepare_responses(self, collect: Collect | None = None) -> None:
+    def prepare_generation(self, collect: Collect | None = None) -> None:
         """Make the rollout source, a scorer for each configured function, and the evaluation.
 
         Args:

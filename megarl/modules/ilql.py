@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarl.algorithms import following, ilql_loss
+from megarl.algorithms import ilql_loss, next_state_values
 from megarl.clock import Work
 from megarl.config.cluster import PlanConfig
 from megarl.config.ilql import ILQLConfig
@@ -76,7 +76,7 @@ class ILQL(GenerativeModule):
         (policy,) = self.roles(self.config, self.vocab_size, self.sources)
         self.policy = self.build(policy, self.config.trainer.max_steps)
         self.engines = {"policy": self.policy}
-        self.prepare_responses(self.collect)
+        self.prepare_generation(self.collect)
 
     @property
     def rows_per_step(self) -> int:
@@ -110,7 +110,7 @@ class ILQL(GenerativeModule):
         """Return the ILQL loss and its terms, averaged over the actions (response tokens) of the global batch."""
         settings, mask, to_rows = self.config.ilql, batch.rows.action_mask, batch.gather_rows
         v = to_rows(model.values(hidden))
-        next_v, not_done = following(v, mask)
+        next_v, not_done = next_state_values(v, mask)
         heads = model.token_q(hidden, batch.targets, batch.target_mask)
         q, target_q, q_nll = ([to_rows(one) for one in each] for each in (heads.q, heads.target_q, heads.nll))
         loss, parts = ilql_loss(

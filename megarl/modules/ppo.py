@@ -93,7 +93,7 @@ class PPO(GenerativeModule):
         """Return the size of a phase."""
         notes = {"critic": "a head on the policy's trunk"} if critic_kind(config) == "shared" else {}
         return Workload(
-            steps=steps_of_a_phase(config),
+            steps=steps_per_phase(config),
             entropy=config.ppo.entropy_coef > 0,
             rollouts=config.ppo.rollouts,
             rescored=True,
@@ -109,13 +109,13 @@ class PPO(GenerativeModule):
         trained = {"policy": phases - self.warmup_phases, "critic": phases}
         for role in self.roles(self.config, self.vocab_size, self.sources):
             if role.on_device:
-                self.engines[role.name] = self.build(role, trained[role.name] * self.steps_of_a_phase)
+                self.engines[role.name] = self.build(role, trained[role.name] * self.steps_per_phase)
         self.policy = self.engines["policy"]
         self.critic = self._make_critic()
         if ignored := without_effect(self.config):
             kind = self.config.ppo.advantages
             log.warning("%s: no effect, because ppo.advantages=%s does not use it", ", ".join(ignored), kind)
-        self.prepare_responses()
+        self.prepare_generation()
 
     def _make_critic(self) -> Critic:
         kind, ppo = critic_kind(self.config), self.config.ppo
@@ -129,9 +129,9 @@ class PPO(GenerativeModule):
         return self.config.critic.settings.warmup_phases if critic_kind(self.config) == "separate" else 0
 
     @property
-    def steps_of_a_phase(self) -> int:
+    def steps_per_phase(self) -> int:
         """Number of optimizer steps of a whole phase."""
-        return steps_of_a_phase(self.config)
+        return steps_per_phase(self.config)
 
     def on_fit_start(self) -> None:
         """Clone behaviour and make the reference, unless the run resumes: then `on_load_checkpoint` restores them."""
@@ -203,7 +203,7 @@ class PPO(GenerativeModule):
     def training_step(self, indices: Tensor, batch_idx: int) -> None:
         """Run one phase over the prompts at `indices` [prompts] and log its metrics."""
         prompts = [self.prompts[index] for index in indices.tolist()]
-        self._place_schedules()
+        self._move_schedules()
         rate = self.policy.learning_rate
         # 1. Generate responses.
         sampled = self.generate(prompts)
@@ -300,12 +300,12 @@ class PPO(GenerativeModule):
             self.invariants.tokens(counted, expected)
         return self._means(collected)
 
-    def _place_schedules(self) -> None:
+    def _move_schedules(self) -> None:
         """Set learning rates by completed phases, which may have had another number of steps: cut short by
         ppo.stop_at_kl, with dropped responses, or of another length before a resume."""
-        self.policy.move_schedule_to(max(0, self.steps_done - self.warmup_phases) * self.steps_of_a_phase)
+        self.policy.move_schedule_to(max(0, self.steps_done - self.warmup_phases) * self.steps_per_phase)
         if self.critic.engine is not None:
-            self.critic.engine.move_schedule_to(self.steps_done * self.steps_of_a_phase)
+            self.critic.engine.move_schedule_to(self.steps_done * self.steps_per_phase)
 
     def _is_over(self) -> bool:
         """Return whether nothing trains any more in this phase."""
@@ -477,7 +477,7 @@ class PPO(GenerativeModule):
         return Work(int(rows.lengths.sum()), self.training_flops + once * passes)
 
 
-def steps_of_a_phase(config: PPOConfig) -> int:
+def steps_per_phase(config: PPOConfig) -> int:
     """Return the optimizer steps of a phase that trains on all of its responses in every epoch."""
     return config.ppo.inner_epochs * -(-config.ppo.rollouts // config.trainer.global_batch_size)
 

@@ -77,7 +77,7 @@ class RFT(GenerativeModule):
         improvements = config.trainer.max_phases * config.rft.improve_steps
         self.policy = self.build(policy, improvements * self._most_minibatches())
         self.engines = {"policy": self.policy}
-        self.prepare_responses()
+        self.prepare_generation()
 
     def _most_minibatches(self) -> int:
         """Return the minibatches of an improvement step that keeps all responses: an upper bound for the learning-rate

@@ -133,13 +133,13 @@ def test_the_state_that_follows_is_that_of_the_next_action() -> None:
     """Between turns, others speak; after a row's last action nothing follows."""
     values = torch.tensor([[9.0, 1.0, 2.0, 9.0, 3.0, 4.0, 9.0], [9.0, 5.0, 9.0, 9.0, 9.0, 9.0, 9.0]])
     mask = torch.tensor([[0, 1, 1, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0]])
-    next_v, not_done = a.following(values, mask)
+    next_v, not_done = a.next_state_values(values, mask)
     assert next_v[mask != 0].tolist() == [2, 3, 4, 0, 0]
     assert not_done.tolist() == [[0, 1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0]]
 
 
 def test_the_next_state_agrees_with_the_laid_out_batch() -> None:
-    """`collate_dialogs` lists the states; V of the following one, by position, is what `following` finds."""
+    """`collate_dialogs` lists the states; the V of the state after each is what `next_state_values` finds."""
     dialogs = [[(False, [1, 2]), (True, [3, 4])], [(False, [1]), (True, [2]), (False, [3, 4]), (True, [5, 6])]]
     batch = a.collate_dialogs(dialogs, torch.tensor([0.0, 1.0]))
     time = batch.input_ids.shape[1]
@@ -147,7 +147,7 @@ def test_the_next_state_agrees_with_the_laid_out_batch() -> None:
     mask = torch.zeros(2, time)
     for row, (actions, dones) in enumerate(zip(batch.actions_ixs, batch.dones[:, :-1], strict=True)):
         mask[row, actions[dones != 0] + 1] = 1
-    next_v, not_done = a.following(values, mask)
+    next_v, not_done = a.next_state_values(values, mask)
     for row, (actions, states, dones) in enumerate(zip(batch.actions_ixs, batch.states_ixs, batch.dones, strict=True)):
         for number in range(int(dones.sum())):
             token = int(actions[number]) + 1

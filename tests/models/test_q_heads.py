@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megarl.algorithms import following, ilql_loss, ilql_scores
+from megarl.algorithms import ilql_loss, ilql_scores, next_state_values
 from megarl.config.compose import compose
 from megarl.config.sections.model import ModelConfig
 from megarl.models.config import GPTConfig
@@ -44,7 +44,7 @@ def ilql_engine(layout: dict[str, Any], **options: Any) -> Engine:
 def loss(model: GPT, hidden: torch.Tensor, batch: Microbatch, counts: dict[str, float]) -> tuple[torch.Tensor, Outputs]:
     targets, mask = batch.targets, batch.target_mask
     heads, v = model.token_q(hidden, targets, mask), model.values(hidden)
-    next_v, not_done = following(v, mask)
+    next_v, not_done = next_state_values(v, mask)
     total, parts = ilql_loss(
         *(heads.q, heads.target_q, v, next_v, heads.nll, -model.logprobs(hidden, targets, mask).logprobs),
         rewards=targets / 50.0 - 1.0,
