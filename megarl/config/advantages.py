@@ -1,4 +1,4 @@
-"""What each kind of advantages needs of a run; `experience.advantages` computes them."""
+"""The requirements of each kind of advantages; `experience.advantages` computes them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Needs:
-    """What one kind of advantages needs.
+    """Requirements and properties of one kind of advantages.
 
     Attributes:
-        values: a critic, which expects returns.
-        groups: several responses to each prompt, which are compared.
-        greedy: the score of each prompt's likeliest response.
-        whitened: whether advantages are whitened where `ppo.whiten_advantages` is null.
+        values: whether it needs a critic, which predicts returns.
+        groups: whether it compares several responses per prompt.
+        greedy: whether it needs the score of the greedy response to each prompt.
+        whitened: whether advantages are whitened if `ppo.whiten_advantages` is null.
         unread: keys of the `ppo` section that have no effect.
     """
 
@@ -37,11 +37,11 @@ ADVANTAGES: dict[str, Needs] = {
     "remax": Needs(greedy=True),
     "opo": Needs(groups=True),
 }
-"""By the value of `ppo.advantages`."""
+"""The kinds of advantages by the value of `ppo.advantages`."""
 
 
 def critic_kind(config: Any) -> str:
-    """Return shared, separate or none: `critic.kind`, unless the advantages of this run need no values."""
+    """Return `critic.kind` (shared, separate or none), or none if the advantages of this run need no values."""
     return str(config.critic.kind) if ADVANTAGES[config.ppo.advantages].values else "none"
 
 
@@ -51,7 +51,7 @@ def whitens(ppo: Any) -> bool:
 
 
 def without_effect(config: Any) -> list[str]:
-    """Return the keys that this run's settings give a value other than the default, and that it does not read."""
+    """Return the keys whose value is not the default and has no effect in this run."""
     needs = ADVANTAGES[config.ppo.advantages]
     present = {f"ppo.{key}": (getattr(config.ppo, key), getattr(type(config.ppo)(), key)) for key in needs.unread}
     if not needs.values:

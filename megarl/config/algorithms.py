@@ -1,7 +1,7 @@
-"""The table of algorithms. What sets one apart is declared here, once.
+"""The table of algorithms. All properties in which they differ are declared here.
 
-The command line, the Python interface, the plan, `--help` and docs/configuration.md read this table; tests compare it
-with the files that cannot (launchers, pyproject.toml). docs/design.md lists what a new algorithm needs.
+The command line, the Python interface, the plan, `--help` and docs/configuration.md read this table. Tests compare it
+with the files that cannot read it (launchers, pyproject.toml). docs/design.md lists what a new algorithm needs.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _TRAINING_GROUPS = {**_GROUPS, "trainer/exp_manager": "none", "logger": "default
 
 @dataclass(frozen=True)
 class EntryPoint:
-    """A program that is configured by a tree: `python -m megarl.PROGRAM [key=value ...]`.
+    """A program with a configuration tree: `python -m megarl.PROGRAM [key=value ...]`.
 
-    Values come from the tree, then `groups`, then `defaults`, then presets, then the command line; later ones win.
+    Values come from the tree, `groups`, `defaults`, presets and the command line. Later ones override earlier ones.
 
     Args:
-        name: what the entry point is called in megarl.
-        config: the tree of its configuration. Several entry points may share one.
+        name: name of the entry point in megarl.
+        config: class of its configuration tree. Several entry points may share one.
         about: one sentence for `--help` and docs/configuration.md.
-        groups: option of each configuration group that is chosen unless the command line chooses another.
-        defaults: values by dotted key, where they differ from those of the tree and of the groups.
+        groups: option of each configuration group that is used unless the command line selects another.
+        defaults: values by dotted key that differ from those of the tree and of the groups.
     """
 
     name: str
@@ -44,7 +44,7 @@ class EntryPoint:
 
     @property
     def program(self) -> str:
-        """The module of megarl that is run, and the name of the primary configuration."""
+        """Name of the program's module in megarl, and of its primary configuration."""
         return self.name
 
 
@@ -53,11 +53,11 @@ class Algorithm(EntryPoint):
     """An entry point that trains: `python -m megarl.train_NAME`.
 
     Args:
-        module: the class that trains, as package.module:Class. It is made with the configuration, the tokenizer and
-            the functions that take the place of those that the configuration names.
-        learns_from: what `megarl.train` must be given for it. Of several algorithms that learn from the same, it
-            runs the first one unless its `config` is of another.
-        unit: what one training step is called, "step" or "phase".
+        module: the class that trains, as package.module:Class. Its arguments are the configuration, the tokenizer and
+            the functions that replace those that the configuration names.
+        learns_from: the argument with which `megarl.train` selects it. If several algorithms have the same one, the
+            first is selected unless `config` belongs to another.
+        unit: name of one training step, "step" or "phase".
     """
 
     _: KW_ONLY
@@ -72,7 +72,7 @@ class Algorithm(EntryPoint):
         return f"train_{self.name}"
 
 
-_LEARNED_WEIGHTS_LR = 1e-5  # for weights that have learned; small models from nothing want a hundred times that
+_LEARNED_WEIGHTS_LR = 1e-5  # for pretrained weights; small models with random weights need a hundred times that
 
 _PPO_DEFAULTS = {
     "optim.lr": _LEARNED_WEIGHTS_LR,
@@ -114,7 +114,7 @@ ALGORITHMS: dict[str, Algorithm] = {
                 "ppo.advantages": "grpo",
                 "critic.kind": "none",
                 "rollout.n": 8,
-                "ppo.kl_in": "loss",  # a KL in the scores would be divided by the deviation of a group, too
+                "ppo.kl_in": "loss",  # a KL penalty in the scores would also be divided by a group's standard deviation
                 "ppo.kl_kind": "k3",
             },
         ),
@@ -153,10 +153,10 @@ GENERATE = EntryPoint("generate", config=GenerateConfig, about="Responses of a t
 
 
 def entry_points() -> dict[str, EntryPoint]:
-    """Every entry point that is configured by a tree, by name: the algorithms, and `generate`."""
+    """Return every entry point by name: the algorithms, and `generate`."""
     return {**ALGORITHMS, GENERATE.name: GENERATE}
 
 
 def entry_point(name: str) -> EntryPoint:
-    """Return the entry point of a name, such as `ppo` or `generate`."""
+    """Return the entry point with a name, such as `ppo` or `generate`."""
     return entry_points()[name]

@@ -1,6 +1,6 @@
-"""From a command line to a typed configuration, and the shell every entry point runs in.
+"""Compose a typed configuration from a command line, and run an entry point with it.
 
-Composition is Hydra's; its errors, and all of megarl's, become one line and an exit code here.
+Hydra composes. Its errors, and all of megarl's, become one line and an exit code here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class JobError(MegarlError):
 
 
 def compose(entry: str, argv: list[str]) -> tuple[Any, dict[str, Any]]:
-    """The configuration of one run.
+    """Return the configuration of one run.
 
     Args:
         entry: name of an entry point, as in `algorithms.entry_points()`.
@@ -65,13 +65,13 @@ def compose(entry: str, argv: list[str]) -> tuple[Any, dict[str, Any]]:
                 tree = hydra.compose(program, argv)
             except (*EXPLAINED, MegarlError):
                 raise
-            except Exception as error:  # whatever Hydra stumbles over, it is something in the settings
+            except Exception as error:  # any other error of Hydra is caused by the settings, too
                 raise explain(error, entry_point(entry).config, argv) from error
         return typed(entry, tree, argv)
 
 
 def _current(argv: list[str], entry: str) -> list[str]:
-    """Register what the command line names; return the command line in today's keys, for Hydra."""
+    """Register schema and presets with Hydra; return the command line with today's keys, in a form for Hydra."""
     tree = entry_point(entry).config
     argv = renamed_arguments(argv, tree)
     register(argv, entry)
@@ -86,10 +86,10 @@ def _with_new_entries(argv: list[str], tree: type) -> list[str]:
 
 
 def typed(entry: str, tree: DictConfig, argv: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
-    """A composed tree as an instance of the entry's schema and as plain dicts; refuses foreign keys.
+    """Return a composed tree as an instance of the entry's schema and as plain dictionaries. Refuse unknown keys.
 
     Args:
-        argv: the command line that Hydra composed it with.
+        argv: the command line from which Hydra composed the tree.
     """
     # Hydra lets `+section.key=value` add keys even to a typed tree; merging into a fresh schema does not.
     untyped = cast("dict[str, Any]", OmegaConf.to_container(tree, resolve=False))
@@ -102,7 +102,7 @@ def typed(entry: str, tree: DictConfig, argv: Sequence[str] = ()) -> tuple[Any, 
 
 
 def run(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> NoReturn:
-    """Run an entry point and exit: answer flags, compose, call `main` with the typed configuration."""
+    """Run an entry point and exit: handle flags, compose, call `main` with the typed configuration."""
     debug = any(part.lstrip("+").lower() in ("debug=true", "debug=yes", "debug=on", "debug=1") for part in argv)
 
     def work() -> int | None:
@@ -124,7 +124,7 @@ def run(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> NoRet
 
 
 def _checked(config: Any, main: Callable[[Any], int | None]) -> int | None:
-    """Call `main` with a configuration whose arithmetic works, so that heavy imports come after cheap errors."""
+    """Check a configuration, then call `main` with it. The checks come before slow imports."""
     check_launcher(os.environ)
     with hide_gpus(config.trainer.accelerator):
         check(config, world_size(config, os.environ))
@@ -133,7 +133,7 @@ def _checked(config: Any, main: Callable[[Any], int | None]) -> int | None:
 
 
 class _Job:
-    """What Hydra calls, once per job, on this machine or (pickled by a launcher plugin) on another."""
+    """The function that Hydra calls once per job, on this machine or, pickled by a launcher plugin, on another."""
 
     def __init__(self, entry: str, main: Callable[[Any], int | None]) -> None:
         self.entry = entry
@@ -153,7 +153,7 @@ class _Job:
             config.run.dir = str(Path(config.run.dir, number)) if config.run.dir else settings.runtime.output_dir
         code = _checked(config, self.main)
         if code == INTERRUPTED:
-            raise KeyboardInterrupt  # the jobs that follow are not wanted either
+            raise KeyboardInterrupt  # skip the remaining jobs
         if code and code != NOTICED:
             error = JobError(f"a job of the multirun ended with exit code {code}", key="exit code", value=code)
             error.exit_code = code
@@ -161,12 +161,12 @@ class _Job:
 
 
 def _needs_hydra(argv: list[str]) -> bool:
-    """Whether Hydra's own command line must run: its flags, or settings of Hydra itself. Refuses others."""
+    """Return whether Hydra's command line must run, for its flags or settings. Refuse unknown flags."""
     flags = [part.partition("=")[0] for part in argv if part.startswith("-")]
     for flag in flags:
         if flag == "--experimental-rerun":
             raise ConfigError(
-                f"{flag} unpickles a file and is not offered: use run.resume, or repeat the command", key=flag
+                f"{flag} unpickles a file and is not supported: use run.resume, or repeat the command", key=flag
             )
         if flag not in HYDRA_FLAGS:
             raise ConfigError(
@@ -176,14 +176,14 @@ def _needs_hydra(argv: list[str]) -> bool:
             )
     modes = [flag for flag in flags if flag in _MODES]
     if len(modes) > 1:
-        raise ConfigError(f"{modes[0]} and {modes[1]} cannot be combined: leave one out", key=modes[1])
+        raise ConfigError(f"{modes[0]} and {modes[1]} cannot be combined: remove one", key=modes[1])
     if "--resolve" in flags and not {"--cfg", "-c"} & set(flags):
-        raise ConfigError("--resolve goes with --cfg: --cfg job --resolve", key="--resolve")
+        raise ConfigError("--resolve needs --cfg: write --cfg job --resolve", key="--resolve")
     return bool(flags) or any(part.lstrip("+~").startswith(("hydra.", "hydra/")) for part in argv)
 
 
 def _run_hydra(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> int:
-    """Hand the command line to Hydra: multirun, --cfg, --info, shell completion."""
+    """Pass the command line to Hydra: multirun, --cfg, --info, shell completion."""
     for argument in _settings(argv):
         check_argument(argument, entry_point(entry).config)
     with (
@@ -200,7 +200,7 @@ def _run_hydra(entry: str, argv: list[str], main: Callable[[Any], int | None]) -
 
 @contextmanager
 def _hydra_environment(argv: list[str]) -> Iterator[None]:
-    """Let Hydra read `argv` and raise its errors instead of printing them and exiting with 1."""
+    """Make Hydra read `argv`, and raise its errors instead of printing them and exiting with 1."""
     arguments, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [sys.argv[0], *_overrides_first(argv)]
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -215,13 +215,13 @@ def _hydra_environment(argv: list[str]) -> Iterator[None]:
 
 
 def _overrides_first(argv: list[str]) -> list[str]:
-    """The same arguments, settings before flags: argparse refuses settings on both sides of a flag."""
+    """Return the arguments with settings before flags, as argparse refuses settings on both sides of a flag."""
     settings = set(_settings(argv))
     return [part for part in argv if part in settings] + [part for part in argv if part not in settings]
 
 
 def _settings(argv: list[str]) -> list[str]:
-    """The arguments that are neither flags nor what a flag is given."""
+    """Return the arguments that are neither flags nor values of flags."""
     return [
         part
         for before, part in zip(["", *argv], argv, strict=False)
@@ -231,7 +231,7 @@ def _settings(argv: list[str]) -> list[str]:
 
 @contextmanager
 def explained(entry: str, argv: list[str]) -> Iterator[None]:
-    """Turn errors of composition into a `ConfigError` of one line."""
+    """Convert errors of composition inside the block to a `ConfigError` of one line."""
     try:
         yield
     except EXPLAINED as error:

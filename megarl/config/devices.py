@@ -1,4 +1,4 @@
-"""Which devices this process may see."""
+"""Which GPUs this process can see."""
 
 import os
 import sys
@@ -12,11 +12,11 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @contextmanager
 def hide_gpus(accelerator: str) -> Iterator[None]:
-    """Let a run with trainer.accelerator=cpu see no GPU: Megatron would build its models on one.
+    """Hide all GPUs from a run with trainer.accelerator=cpu, as Megatron would build its models on one.
 
-    CUDA reads the variable when it is first asked for a device, so this comes before torch is imported where it can.
-    The environment is afterwards as it was before, unless Megatron has been changed for a CPU: of that there is no way
-    back, and later runs of this process see no GPU either.
+    CUDA reads the variable when it is first used, so call this before torch is imported if possible. The environment is
+    restored afterwards, unless Megatron has been patched for CPUs. That patch cannot be undone, so later runs of this
+    process see no GPU either.
     """
     if accelerator != "cpu":
         yield

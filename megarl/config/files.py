@@ -1,4 +1,4 @@
-"""What a configuration names on disk, looked for before anything heavy is imported."""
+"""Check the files and folders that a configuration names, before slow imports."""
 
 import re
 from pathlib import Path
@@ -11,23 +11,23 @@ from megarl.functions.named import check_options, data_source
 from megarl.logging import get_logger, warn_once
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
-"""Of files with records."""
+"""Suffixes of files with records."""
 WRITTEN = ("run.dir", "export.hf", "rollout.dump", "data.cache")
-"""Keys of what a run writes."""
+"""Keys of the files and folders that a run writes."""
 _HUB_DATA = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(:[\w.-]{1,96})?")
 _HUB_MODEL = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _HERE = (".", "/", "~")
 
 
 def check_files(config: Any) -> None:
-    """Refuse a source of data or weights that is not there and can be no name on a hub, a chat template that cannot be
-    read, and a place to write that cannot be written."""
+    """Refuse data or weights that are neither on this machine nor a name on a hub, a chat template that cannot be read,
+    and a path that cannot be written."""
     for key in WRITTEN:
         if _value(config, key) is not None:
             writable(_value(config, key), key)
     _check_data(config)
     load_chat_template(_value(config, "data.chat_template"))
-    load_chat_template(getattr(config, "chat_template", None), "chat_template")  # of an entry that reads no data
+    load_chat_template(getattr(config, "chat_template", None), "chat_template")  # of `generate`
     for key in ("model.path", "critic.separate.path"):
         path = _value(config, key)
         if path is not None and (key != "critic.separate.path" or critic_kind(config) == "separate"):
@@ -35,7 +35,7 @@ def check_files(config: Any) -> None:
 
 
 def _check_data(config: Any) -> None:
-    """Refuse a source of data that is not there, and options that the functions among the sources do not take."""
+    """Refuse a data source that does not exist, and options that the functions among the sources do not accept."""
     options, functions = _value(config, "data.options") or {}, 0
     for key in ("data.train", "data.eval", "clone.data"):
         if key == "data.eval" and _value(config, "trainer.eval_every") is None:
@@ -50,22 +50,25 @@ def _check_data(config: Any) -> None:
     if options and not functions:
         warn_once(
             get_logger(__name__),
-            "data.options has no effect: no source of data is a function; leave data.options out",
+            "data.options has no effect, because no data source is a function: remove data.options",
         )
 
 
 def require_data(path: str, key: str = "data.train and data.eval") -> None:
-    """Refuse a source of data that does not exist here and cannot be a name on the hub."""
+    """Refuse a data source that does not exist on this machine and cannot be a name on the hub."""
     place = local(path)
     if exists(place) or not (place.suffix in SUFFIXES or path.startswith(_HERE) or not _HUB_DATA.fullmatch(path)):
         return
     raise DataError(
-        f"{shown(path)}: {_why(place)} (looked from {Path.cwd()}); check {key}", key=key, value=path, where=shown(path)
+        f"{shown(path)}: {_why(place)} (current folder: {Path.cwd()}); check {key}",
+        key=key,
+        value=path,
+        where=shown(path),
     )
 
 
 def require_weights(path: str, key: str = "") -> None:
-    """Refuse a model that does not exist here and cannot be a name on the hub."""
+    """Refuse a model that does not exist on this machine and cannot be a name on the hub."""
     place = local(path)
     if exists(place) or not (path.startswith(_HERE) or not _HUB_MODEL.fullmatch(path)):
         return
@@ -79,14 +82,14 @@ def require_weights(path: str, key: str = "") -> None:
 
 
 def load_chat_template(value: str | None, key: str = "data.chat_template") -> str | None:
-    """The Jinja template that the key means: itself, or the file it names."""
+    """Return the Jinja template of a key: its value, or the content of the file that it names."""
     if value is None or "{" in value:
         return value
     path = local(value)
     if not is_file(path):
         raise ConfigError(
             f"{key}={shown(value)!r} is neither a Jinja template nor a file; "
-            "give a template with {{ }} or {% %}, or the path of a file that holds one",
+            "give a template with {{ }} or {% %}, or the path of a file that contains one",
             key=key,
             value=value,
         )
@@ -94,7 +97,7 @@ def load_chat_template(value: str | None, key: str = "data.chat_template") -> st
         return read_text(path)
     except UnreadableError as problem:
         raise ConfigError(
-            f"{key}={value!r} {problem}: give a text file that holds a Jinja template",
+            f"{key}={value!r} {problem}: give a text file that contains a Jinja template",
             key=key,
             value=value,
             where=value,

@@ -1,4 +1,4 @@
-"""The keys of an entry point as text, which `--help` prints."""
+"""The text of `--help`: the keys, groups and presets of an entry point."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megarl.config.resources import conf_folder
 
 
 def help_text(entry: str, plain: dict[str, Any]) -> str:
-    """Every key of an entry point with its type, value, choices and meaning.
+    """Return the text of `--help`: every key with its type, value, choices and meaning.
 
     Args:
         entry: name of an entry point.
-        plain: the composed configuration whose values are shown.
+        plain: the composed configuration with the values to show.
     """
     described = entry_point(entry)
     lines = [
@@ -38,12 +38,12 @@ def help_text(entry: str, plain: dict[str, Any]) -> str:
                 lines += _optional_help(optional[head], value(plain, head) is not None)
         lines.append(f"  {leaf.key}={shown(in_force(plain, leaf))}  [{choices or type_name(leaf)}]")
         lines.append(f"      {leaf.doc}")
-    lines += ["", "Groups (a file each of keys of one section; the first line says what it is for):", ""]
+    lines += ["", "Groups (each option is a file that sets keys of one section):", ""]
     for group, options in groups().items():
         lines += [f"  {group}={name:<12} {about}" for name, about in options]
     lines += [
         "",
-        "Presets (whole setups, from megarl's conf/ and from ./conf/; settings given besides win):",
+        "Presets (complete setups from megarl's conf/ and from ./conf/; settings on the command line override them):",
         "",
     ]
     lines += [f"  +{GROUP}={name:<12} {about}" for name, about in presets(Path.cwd() / "conf")]
@@ -51,7 +51,7 @@ def help_text(entry: str, plain: dict[str, Any]) -> str:
         "",
         "Flags: --help --version --cfg job [--resolve] [-p SECTION] --multirun --info",
         "       --shell-completion install=bash",
-        "With --multirun, values may be lists to run over: optim.lr=1e-3,1e-4",
+        "With --multirun, a key may have several values, and each is run: optim.lr=1e-3,1e-4",
         "",
     ]
     return "\n".join(lines)
@@ -63,7 +63,7 @@ def _optional_help(section: OptionalSection, on: bool) -> list[str]:
 
 
 def about_optional(section: OptionalSection, code: str = "") -> str:
-    """Return what an optional section is for and how it is switched on and off; `code` stands around keys."""
+    """Return what an optional section is for and how it is switched on and off. `code` is put around keys."""
     return (
         f"{section.doc} Off by default ({code}null{code}): setting one of its keys, or {code}{section.key}={{}}{code}, "
         f"switches it on, {code}{section.key}=null{code} off."
@@ -71,17 +71,17 @@ def about_optional(section: OptionalSection, code: str = "") -> str:
 
 
 def in_force(plain: dict[str, Any], leaf: Leaf) -> Any:
-    """A key's value; in a section that is off, the default that it would have."""
+    """Return a key's value; in a section that is off, its default."""
     return leaf.default if leaf.optional and value(plain, leaf.optional) is None else value(plain, leaf.key)
 
 
 def type_name(leaf: Leaf) -> str:
-    """A key's type as YAML has it, without the bar that would end a table's cell."""
+    """Return a key's type in YAML's terms, without a bar, which would end a table's cell."""
     return leaf.type.replace("None", "null").replace(" | ", " or ")
 
 
 def shown(value: Any) -> str:
-    """A value as it would be typed."""
+    """Return a value as it would be typed."""
     if isinstance(value, str):
         return value
     return json.dumps(value, separators=(",", ":"))
@@ -96,19 +96,19 @@ def value(plain: dict[str, Any], key: str) -> Any:
 
 
 def groups() -> dict[str, list[tuple[str, str]]]:
-    """Options of each group with their first comment."""
+    """Return the options of each group, each with the first comment of its file."""
     folders = sorted(path for path in conf_folder().iterdir() if path.is_dir())
     return {folder.name: [(path.stem, _about(path)) for path in sorted(folder.glob("*.yaml"))] for folder in folders}
 
 
 def presets(user_folder: Path | None) -> list[tuple[str, str]]:
-    """Presets with their first comment after the package line."""
+    """Return the presets, each with the first comment of its file after the package line."""
     files = preset_files(user_folder or conf_folder())
     return [(name, _about(path)) for name, path in sorted(files.items())]
 
 
 def _about(path: Path) -> str:
-    """The first comment of a configuration file that says something to people."""
+    """Return the first comment of a configuration file that is not an instruction to Hydra."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("#") and not line.startswith("# @"):
             return line.lstrip("# ")

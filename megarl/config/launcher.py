@@ -1,4 +1,4 @@
-"""Check what a launcher leaves in the environment, before anything reads it."""
+"""Check the environment variables that a launcher sets, before anything reads them."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ _BELOW = (
     ("SLURM_PROCID", "SLURM_NTASKS"),
     ("SLURM_NODEID", "SLURM_NNODES"),
 )
-"""A number of the first counts from 0 to below the second."""
+"""The first variable counts from 0 and must be below the second."""
 _SHARED_OUT = (("WORLD_SIZE", "LOCAL_WORLD_SIZE"), ("SLURM_NTASKS", "SLURM_NNODES"))
-"""A number of the first is a multiple of the second."""
+"""The first variable must be a multiple of the second."""
 _MOST = 2**31 - 1
 
 
 def started_by_slurm(environ: Environment) -> bool:
-    """Whether this process is a task of `srun`, and not in a shell inside an allocation."""
+    """Return whether this process is a task of `srun`, not of a shell inside an allocation."""
     return "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in _INTERACTIVE
 
 
 def check_launcher(environ: Environment) -> None:
-    """Refuse an environment in which the processes of a run could not find each other, with the variable to change."""
+    """Refuse an environment in which the processes of a run could not find each other. The error names the variable."""
     names = [*_SIZES, *_NUMBERS]
     by_slurm = started_by_slurm(environ)
     if by_slurm:
         names += _SLURM_NUMBERS
-    else:  # what a shell inside an allocation has, but for the rank, which logs are named for
+    else:  # a shell inside an allocation has them, too; only the rank is used, in names of logs
         names = [name for name in names if not name.startswith("SLURM_") or name == "SLURM_PROCID"]
     numbers = {name: _number(environ, name) for name in names if name in environ}
     if numbers.get("MASTER_PORT", 1) > 65535:
         raise ConfigError(
-            f"MASTER_PORT={numbers['MASTER_PORT']} in the environment is no port: use one below 65536",
+            f"MASTER_PORT={numbers['MASTER_PORT']} in the environment is not a port: use one below 65536",
             key="MASTER_PORT",
             value=numbers["MASTER_PORT"],
         )
     if "LOCAL_WORLD_SIZE" in numbers:
         _require(environ, "LOCAL_WORLD_SIZE", ("WORLD_SIZE",), "start with torchrun")
     for rank in ("RANK", "LOCAL_RANK"):
-        # Lightning numbers the processes that it starts itself, and takes WORLD_SIZE back after each run of a script.
+        # Lightning sets LOCAL_RANK in the processes that it starts, and removes WORLD_SIZE after each run of a script.
         by_lightning = rank == "LOCAL_RANK" and "NODE_RANK" in environ and "MASTER_PORT" in environ
         if numbers.get(rank, 0) > 0 and not by_lightning:
             _require(environ, rank, ("WORLD_SIZE",), "start with torchrun")
@@ -67,8 +67,8 @@ def check_launcher(environ: Environment) -> None:
     for name, size in _SHARED_OUT:
         if name in numbers and size in numbers and numbers[name] % numbers[size]:
             raise ConfigError(
-                f"{name}={numbers[name]} in the environment is no multiple of {size}={numbers[size]}: start as many "
-                "processes on every node",
+                f"{name}={numbers[name]} in the environment is not a multiple of {size}={numbers[size]}: start the "
+                "same number of processes on every node",
                 key=name,
                 value=numbers[name],
             )
@@ -80,7 +80,9 @@ def _number(environ: Environment, name: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 10 and least <= int(text) <= _MOST):
         what = "number of processes" if name in _SIZES else "number"
         raise ConfigError(
-            f"the launcher's {name}={text[:80]} is no {what}: unset it, or start with torchrun", key=name, value=text
+            f"the launcher's {name}={text[:80]} is not a valid {what}: unset it, or start with torchrun",
+            key=name,
+            value=text,
         )
     return int(text)
 
@@ -89,6 +91,6 @@ def _require(environ: Environment, given: str, needed: tuple[str, ...], remedy: 
     missing = next((name for name in needed if not environ.get(name)), None)
     if missing:
         raise ConfigError(
-            f"{given}={environ[given]} is in the environment and {missing} is not: {remedy}, or unset {given}",
+            f"{given}={environ[given]} is set in the environment, but {missing} is not: {remedy}, or unset {given}",
             key=missing,
         )

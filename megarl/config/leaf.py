@@ -1,4 +1,4 @@
-"""How a key of the configuration is declared, and how a declared tree is walked."""
+"""Declaration of configuration keys, and iteration over the keys of a declared tree."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 A_YEAR_S = 31_536_000
-"""The longest that anything waits: timers of the operating system and of torch overflow some way above."""
+"""Upper bound of timeouts in seconds. Timers of the operating system and of torch overflow at larger values."""
 
 
 class Section:
-    """A dataclass of keys that stand together in a configuration."""
+    """Base class of a section: a dataclass of configuration keys."""
 
     def check(self) -> None:
-        """Refuse values of its keys that do not go together, by raising `Refusal`."""
+        """Raise `Refusal` if the values of the keys cannot be combined."""
 
 
 def leaf(
@@ -33,12 +33,12 @@ def leaf(
     """Declare one configuration key.
 
     Args:
-        default: the value when nobody says otherwise; lists and dictionaries are copied per instance.
+        default: the value of a key that is not set. Lists and dictionaries are copied per instance.
         doc: one line of full sentences, shown by `--help` and in docs/configuration.md.
-        choices: the only values allowed, for keys that name one of a few things.
+        choices: the only valid values; empty: any.
         at_least, above, at_most, below: bounds of a number; `None` values of optional keys are exempt.
-        form: called with the dotted key and the value, or with each element of a list; raises where it has not the
-            form that it must have. `None` values are exempt.
+        form: called with the dotted key and the value, or with each element of a list; raises if its form is not valid.
+            `None` values are exempt.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {
@@ -53,17 +53,17 @@ def leaf(
 
 
 def section(kind: type) -> Any:
-    """Declare a sub-tree of the configuration, built from its own defaults."""
+    """Declare a sub-tree of the configuration with its own defaults."""
     return field(default_factory=kind)
 
 
 def optional_section(kind: type, doc: str, *, needs: str = "", null_is_defaults: bool = False) -> Any:
-    """Declare a sub-tree that is null, and counts as one key, until something sets one of its keys.
+    """Declare a sub-tree that is null, and counts as one key, until one of its keys is set.
 
     Args:
         kind: the class of the section. It must not contain optional sections.
         doc: one line of full sentences, shown by `--help` and in docs/configuration.md.
-        needs: the key without which the section has no effect; a resume treats the section as null while it is empty.
+        needs: the key without which the section has no effect. A resume treats the section as null if it is empty.
         null_is_defaults: whether the section has the same effect when it is null as with its defaults.
     """
     told = {"doc": doc, "optional": kind, "needs": needs, "null_is_defaults": null_is_defaults}
@@ -72,7 +72,7 @@ def optional_section(kind: type, doc: str, *, needs: str = "", null_is_defaults:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One key of a tree as `--help`, the reference page and the checks see it."""
+    """One key of a tree, for `--help`, the reference page and the checks."""
 
     key: str
     type: str
@@ -82,7 +82,7 @@ class Leaf:
     bounds: dict[str, float]
     form: Callable[[str, Any], None] | None = None
     optional: str = ""
-    """The optional section that the key belongs to."""
+    """Key of the optional section that contains this key; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ class OptionalSection:
     null_is_defaults: bool
 
     def is_off(self, value: Any) -> bool:
-        """Whether the section has no effect with this value: null, or a mapping."""
+        """Return whether the section has no effect with this value, which is None or a mapping."""
         return value is None or (bool(self.needs) and not value.get(self.needs))
 
 
 def leaves(tree: type, prefix: str = "", optional: str = "") -> Iterator[Leaf]:
-    """Every key of a tree in the order of declaration, sub-trees flattened to dotted keys."""
+    """Yield every key of a tree in the order of declaration, with dotted keys for sub-trees."""
     hints = get_type_hints(tree)
     for item in fields(tree):
         key = prefix + item.name
@@ -123,13 +123,13 @@ def leaves(tree: type, prefix: str = "", optional: str = "") -> Iterator[Leaf]:
 
 
 def sections(tree: type) -> list[str]:
-    """Names of a tree's sub-trees."""
+    """Return the names of a tree's sub-trees."""
     hints = get_type_hints(tree)
     return [item.name for item in fields(tree) if section_kind(hints[item.name]) is not None]
 
 
 def optional_sections(tree: type, prefix: str = "") -> Iterator[OptionalSection]:
-    """Every sub-tree that may be null, in the order of declaration."""
+    """Yield every sub-tree that may be null, in the order of declaration."""
     hints = get_type_hints(tree)
     for item in fields(tree):
         key, below = prefix + item.name, section_kind(hints[item.name])
@@ -143,11 +143,11 @@ def optional_sections(tree: type, prefix: str = "") -> Iterator[OptionalSection]
 
 
 def count(tree: type) -> int:
-    """The number of keys of a tree as `--cfg job` shows it: an optional section is null, and one key."""
+    """Return the number of keys of a tree in `--cfg job`, where an optional section is null and counts as one."""
     return len({leaf.optional or leaf.key for leaf in leaves(tree)})
 
 
 def section_kind(hint: Any) -> type | None:
-    """The class of a sub-tree, from its annotation: a dataclass, or one that may be null. None for a key's type."""
+    """Return the class of a sub-tree from its annotation, a dataclass or an optional one; None for a key's type."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return next((kind for kind in kinds if is_dataclass(kind) and isinstance(kind, type)), None)

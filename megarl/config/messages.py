@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's errors retold in one line: the key, the value, and the nearest thing that works."""
+"""Convert errors of Hydra and OmegaConf to one line with the key, the value and the nearest valid alternatives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megarl.disk import shown
 from megarl.errors import ConfigError
 
 EXPLAINED = (HydraException, OmegaConfBaseException, YAMLError, RecursionError)
-"""The errors of composition that `explain` can retell."""
+"""The errors of composition that `explain` converts."""
 _KEY = re.compile(r"(\+\+|\+|~)?(?P<name>[^=@]*)(?P<package>@[^=]*)?(?P<value>=.*)?", re.DOTALL)
 _NAME = re.compile(r"[\w$-]+([./][\w$-]+)*")
 
@@ -30,12 +30,12 @@ _TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "st
 
 
 def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
-    """Retell an error of composition.
+    """Convert an error of composition to a `ConfigError` of one line.
 
     Args:
-        error: what Hydra, OmegaConf or the YAML reader raised.
+        error: raised by Hydra, OmegaConf or the YAML parser.
         tree: the schema of the entry point.
-        argv: the command line, to show what was typed.
+        argv: the command line, to quote the argument that is wrong.
     """
     known = {item.key: item for item in leaves(tree)}
     source = _source(error)
@@ -60,7 +60,7 @@ def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
         key = str(inner.full_key)
         if key in known:
             return ConfigError(f"{key}: {_first_line(inner)}", key=key)
-        # of a whole section, OmegaConf does not say which
+        # OmegaConf names a section, not the key in it
         argument = next((shown(part) for part in argv if "${" in part), None)
         place = f"'{argument}'" if argument else source or "a preset"
         return ConfigError(f"in {place}: {_first_line(inner)}", where=argument or place)
@@ -69,7 +69,7 @@ def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
         group = moved.group(1)
         if group == "conf":
             return ConfigError(
-                "'conf=...' must be written '+conf=...': presets are added, they replace nothing",
+                "'conf=...' must be written '+conf=...': presets are added and replace nothing",
                 key="conf",
                 offers={"conf": ["+conf"]},
             )
@@ -78,12 +78,12 @@ def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
         return ConfigError("+conf is given twice: write several presets as one list, +conf=[a,b]", key="+conf")
     if inner is not None and "does not support deletion" in str(inner):
         return ConfigError(
-            f"'{inner.full_key}' cannot be removed: every key has a value; set it to another", key=str(inner.full_key)
+            f"'{inner.full_key}' cannot be removed: every key has a value; set another one", key=str(inner.full_key)
         )
     if (absent := re.match(r"Could not delete from config\. '([^']+)' does not exist", str(error))) and absent[
         1
     ] in known:
-        return ConfigError(f"'{absent[1]}' cannot be removed: every key has a value; set it to another", key=absent[1])
+        return ConfigError(f"'{absent[1]}' cannot be removed: every key has a value; set another one", key=absent[1])
     if ambiguous := re.match(r"Ambiguous value for argument '\+*([^=']*)", str(error)):
         return ConfigError(
             f"{_first_line(error)}: write key=[a,b] for a list, \"key='a,b'\" for text, "
@@ -97,18 +97,18 @@ def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
         return ConfigError(f"{typed} is not {describe_type(known[key].type)}", key=_name(typed), value=value)
     if (section := _section_of(said, tree)) is not None:
         return ConfigError(
-            f"{section} is a section and has no value of its own: set its keys, {section}.KEY=VALUE", key=section
+            f"{section} is a section, not a key with a value: set its keys, {section}.KEY=VALUE", key=section
         )
     full_key = re.search(r" full_key: (?!object_type=)(\S+)", said)
     named = full_key[1] if full_key else None
     if named and not isinstance(error, EXPLAINED):
         return ConfigError(f"{named}: {_first_line(error)}", key=named)
-    line = said if isinstance(error, EXPLAINED) else f"the settings cannot be put together ({said})"
+    line = said if isinstance(error, EXPLAINED) else f"the settings cannot be composed ({said})"
     return ConfigError(line, key=named)
 
 
 def check_argument(argument: str, tree: type) -> None:
-    """Refuse a key that Hydra cannot parse, or reports unclearly."""
+    """Refuse an argument that Hydra cannot parse, or for which its error is unclear."""
     short = shown(argument)
     try:
         argument.encode("utf-8")
@@ -117,40 +117,38 @@ def check_argument(argument: str, tree: type) -> None:
             f"{short!r} is not valid UTF-8: write settings as key=value in UTF-8", key=repr(short)[1:-1]
         ) from None
     found = _KEY.fullmatch(argument)
-    assert found is not None, "every part of it may be empty"
+    assert found is not None, "every group of the expression may be empty"
     name = found["name"]
     example = "settings are written key=value, for example parallel.tp=2"
     if not name.strip():
         raise ConfigError(
-            f"unknown key '' in '{short}': {example}" if found["value"] else f"'{short}' is no setting: {example}",
+            f"unknown key '' in '{short}': {example}" if found["value"] else f"'{short}' is not a setting: {example}",
             key=short,
         )
     if found["package"] and name.partition(".")[0] not in (*sections(tree), "conf", "hydra", "logger"):
         raise unknown_key(name, tree, short)
     if found["package"]:
         raise ConfigError(
-            f"'{short}' puts a group in another place with '@', which no key here has: leave {found['package']} out",
+            f"'{short}' moves a group to another key with '@', which is not supported: remove {found['package']}",
             key=found["package"],
         )
-    if re.search(r"\d{4301}", argument):  # the longest that Python reads
-        raise ConfigError(
-            f"'{short}' holds a number of more than 4300 digits: write one that the key can mean", key=shown(name)
-        )
+    if re.search(r"\d{4301}", argument):  # more than Python's limit
+        raise ConfigError(f"'{short}' contains a number of more than 4300 digits: use a shorter one", key=shown(name))
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"unknown key '{shown(name)}' in '{short}': a key is names joined by single dots, as in parallel.tp",
+            f"unknown key '{shown(name)}' in '{short}': write names joined by single dots, as in parallel.tp",
             key=shown(name),
         )
 
 
 def unknown_key(key: str, tree: type, argument: str | None = None, source: str | None = None) -> ConfigError:
-    """The error for a key the tree does not have: where it stands and what it may have meant.
+    """Return the error for a key that the tree does not have, with its location and the nearest keys.
 
     Args:
-        key: as it was written.
+        key: the key as it was written.
         tree: the schema of the entry point.
-        argument: of the command line, which has it.
-        source: the configuration file that has it, in the argument's place.
+        argument: the argument of the command line that contains it.
+        source: the configuration file that contains it, if no argument does.
     """
     known = [item.key for item in leaves(tree)]
     place = f" (in {source})" if source else f" (in '{argument}')" if argument else ""
@@ -168,9 +166,9 @@ def unknown_key(key: str, tree: type, argument: str | None = None, source: str |
             offers={key: [key]},
         )
     if parents:
-        return unknown(f": '{parents[0]}' holds a value and has no keys below it", [parents[0]])
+        return unknown(f": '{parents[0]}' has a value and no keys below it", [parents[0]])
     if difflib.get_close_matches(key, ["conf", "preset"]):
-        return unknown("; did you mean '+conf=NAME', which chooses a preset? All keys: --help", ["+conf"])
+        return unknown("; did you mean '+conf=NAME', which selects a preset? All keys: --help", ["+conf"])
     near = nearest_keys(key, known if "." in key else [*known, *sections(tree)])
     if near:
         return unknown(f"; did you mean {one_of(near)}? All keys: --help", near)
@@ -182,9 +180,9 @@ def unknown_key(key: str, tree: type, argument: str | None = None, source: str |
 
 
 def nearest_keys(key: str, known: Sequence[str], count: int = 3) -> list[str]:
-    """Known keys most like a mistyped one.
+    """Return the known keys that are most similar to a mistyped one.
 
-    A near name in the same section comes first, then the same name in another section, then anything alike.
+    A similar name in the same section comes first, then the same name in another section, then any similar key.
     """
     section, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if section and k.rpartition(".")[0] == section}
@@ -200,13 +198,13 @@ def nearest_keys(key: str, known: Sequence[str], count: int = 3) -> list[str]:
 
 
 def one_of(names: Iterable[object]) -> str:
-    """Quoted alternatives in a sentence: 'a', 'b' or 'c'."""
+    """Return quoted alternatives for a sentence: 'a', 'b' or 'c'."""
     quoted = [f"'{name}'" for name in names]
     return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
 
 
 def describe_type(kind: str) -> str:
-    """A type of the schema in words, `int | None` as "an integer or null"."""
+    """Return a type of the schema in words: `int | None` as "an integer or null"."""
     if kind == "list[str]":
         return "a list, [a,b]"
     if kind == "list[float]":
@@ -217,7 +215,7 @@ def describe_type(kind: str) -> str:
 
 
 def _omegaconf_error(error: BaseException | None) -> OmegaConfBaseException | None:
-    """The OmegaConf error at the root of a Hydra error, where there is one."""
+    """Return the OmegaConf error that caused a Hydra error; None if there is none."""
     while error is not None:
         if isinstance(error, OmegaConfBaseException):
             return error
@@ -226,7 +224,7 @@ def _omegaconf_error(error: BaseException | None) -> OmegaConfBaseException | No
 
 
 def _section_of(said: str, tree: type) -> str | None:
-    """The section that was given a value instead of keys, where that is what OmegaConf complains of."""
+    """Return the section that was given a value instead of keys; None if that is not OmegaConf's complaint."""
     found = re.search(r"Merge error: \w+ is not a subclass of (\w+)", said)
     found = found or re.search(r"Invalid type assigned: \w+ is not a subclass of (\w+)", said)
     hints = get_type_hints(tree)
@@ -236,23 +234,23 @@ def _section_of(said: str, tree: type) -> str | None:
 
 
 def _leaf_key(error: OmegaConfBaseException) -> str:
-    """The key an error is about, without the index of an element of a list."""
+    """Return the key of an error, without the index of a list element."""
     return str(error.full_key).partition("[")[0]
 
 
 def _source(error: Exception) -> str | None:
-    """The configuration file Hydra was reading, from the start of its message."""
+    """Return the configuration file that Hydra was reading, from the start of its message."""
     found = re.match(r"In '([^']+)'", str(error))
     return found[1] if found else None
 
 
 def _name(argument: str) -> str:
-    """The key an argument sets."""
+    """Return the key that an argument sets."""
     return argument.lstrip("+~").partition("=")[0]
 
 
 def _argument(key: str, argv: Sequence[str]) -> str | None:
-    """The argument that set a key, something below it, or a section around it."""
+    """Return the argument that sets a key, a key below it, or a section that contains it."""
     for part in argv:
         name = _name(part)
         if name == key or name.startswith(key + ".") or key.startswith(name + "."):
@@ -261,10 +259,10 @@ def _argument(key: str, argv: Sequence[str]) -> str | None:
 
 
 def _malformed(error: OverrideParseException, known: dict[str, Leaf]) -> ConfigError:
-    """The error for an argument that is not of the form key=value."""
+    """Return the error for an argument that is not of the form key=value."""
     key, equals, value = error.override.lstrip("+~").partition("=")
     if not equals and key == "conf":
-        return ConfigError(f"'{error.override}' names no preset: write +conf=NAME", key="conf")
+        return ConfigError(f"'{error.override}' does not name a preset: write +conf=NAME", key="conf")
     if not equals:
         near = [key] if key in known else nearest_keys(key, list(known))
         example = near[0] if near else "parallel.tp"
@@ -281,7 +279,7 @@ def _malformed(error: OverrideParseException, known: dict[str, Leaf]) -> ConfigE
 
 
 def _missing_option(error: MissingConfigException) -> ConfigError:
-    """The error for an option of a group, or a primary configuration, that does not exist."""
+    """Return the error for an option of a group, or a primary configuration, that does not exist."""
     group, _, option = str(error.missing_cfg_file).rpartition("/")
     options = list(error.options or [])
     near = difflib.get_close_matches(option, options, n=3, cutoff=0.5)
@@ -296,11 +294,11 @@ def _missing_option(error: MissingConfigException) -> ConfigError:
 
 
 def _wrong_type(leaf: Leaf, error: ValidationError, argv: Sequence[str], source: str | None) -> ConfigError:
-    """The error for a value that is not of its key's type."""
+    """Return the error for a value that is not of its key's type."""
     place = f" (in {source})" if source else ""
     below = next((part for part in argv if part.lstrip("+").startswith(leaf.key + ".")), None)
     if below:
-        line = f"unknown key in '{below}': '{leaf.key}' holds a value and has no keys below it{place}"
+        line = f"unknown key in '{below}': '{leaf.key}' has a value and no keys below it{place}"
         return ConfigError(line, key=_name(below), where=source, offers={_name(below): [leaf.key]})
     value = "null" if error.value is None else shown(error.value)
     remedy = f": write {leaf.key}=[{value}]" if leaf.type == "list[str]" else ""

@@ -1,4 +1,4 @@
-"""A rule's refusal, and the nearest values that would satisfy it."""
+"""Errors of rules for several keys, and the nearest values that satisfy the rules."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from megarl.errors import ConfigError
 
 Rule = Callable[[Any, int], None]
-"""A check of several keys: takes a typed configuration and the world size, raises `Refusal`."""
+"""A check of several keys. It takes a typed configuration and the world size, and raises `Refusal`."""
 _LONGEST_SEARCH = 100_000
 
 
 class Refusal(ConfigError):  # noqa: N818 - it becomes an error, with advice, in `enforce`
-    """What a rule found wrong, with values that may put it right.
+    """The error of a rule, with values that may satisfy it.
 
     Args:
-        problem: the keys, their values and why they do not go together.
+        problem: the keys, their values and why they cannot be combined.
         offers: candidates per dotted key; `enforce` shows the nearest of those that work.
         otherwise: a remedy in words, added after the offers.
         key: the key that is refused.
@@ -41,9 +41,9 @@ class Refusal(ConfigError):  # noqa: N818 - it becomes an error, with advice, in
 
 
 def enforce(rules: Sequence[Rule], config: Any, world_size: int) -> None:
-    """Apply rules in order; the first refusal becomes a `ConfigError` that says which values work.
+    """Apply rules in order. The first refusal becomes a `ConfigError` with the values that work.
 
-    A value is offered when, put in place, it satisfies the rule that refused and all rules before it.
+    A value is offered if it satisfies the rule that refused and all rules before it.
     """
     for index, rule in enumerate(rules):
         try:
@@ -62,7 +62,7 @@ def enforce(rules: Sequence[Rule], config: Any, world_size: int) -> None:
 
 
 def require_divides(key: str, whole_key: str, value: int, whole: int) -> None:
-    """Refuse unless the value of `key` divides that of `whole_key`; offers other values of both."""
+    """Refuse a value of `key` that does not divide the value of `whole_key`; offer other values of both."""
     if whole % value:
         raise Refusal(
             f"{key}={value} does not divide {whole_key}={whole}",
@@ -73,37 +73,37 @@ def require_divides(key: str, whole_key: str, value: int, whole: int) -> None:
 
 
 def divisors(number: int) -> list[int]:
-    """Every divisor of a positive number, ascending; of one above 10**10 those that a short search finds."""
+    """Return the divisors of a positive number, ascending; above 10**10, only those that a short search finds."""
     small = [i for i in range(1, min(math.isqrt(number), _LONGEST_SEARCH) + 1) if number % i == 0]
     return sorted({*small, *(number // i for i in small)})
 
 
 def multiples(step: int, number: int) -> list[int]:
-    """The positive multiples of `step` at or just below `number`, and just above it."""
+    """Return the positive multiples of `step` at or just below `number`, and just above it."""
     below = number // step * step
     return [value for value in (below, below + step) if value > 0]
 
 
 def near(values: Iterable[Any], target: float, count: int = 4) -> list[Any]:
-    """The `count` values nearest to a target, ascending."""
+    """Return the `count` values nearest to a target, ascending."""
     return sorted(sorted(set(values), key=lambda value: (abs(value - target), value))[:count])
 
 
 def either(values: Iterable[Any]) -> str:
-    """Alternatives in a sentence: 1, 2 or 4."""
+    """Return alternatives for a sentence: 1, 2 or 4."""
     words = [json.dumps(value) if value is None or isinstance(value, bool) else str(value) for value in values]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def read(config: Any, key: str) -> Any:
-    """Value of a dotted key in a typed tree; null in a section that is null."""
+    """Return the value of a dotted key in a typed tree; None if its section is None."""
     for part in key.split("."):
         config = None if config is None else getattr(config, part)
     return config
 
 
 def _working(key: str, values: list[Any], rules: Sequence[Rule], config: Any, world_size: int) -> list[Any]:
-    """The nearest candidates that satisfy all of the rules when put in place."""
+    """Return the nearest candidates with which the configuration satisfies all of the rules."""
     section, _, name = key.rpartition(".")
     current = read(config, key)
     world_of = dict.fromkeys(values, world_size)

@@ -1,8 +1,8 @@
-"""Optional sections while a configuration is composed.
+"""Composition of optional sections.
 
 Hydra and OmegaConf cannot set a key below null. So Hydra composes with a schema in which the keys of every optional
-section are missing. Afterwards a section in which every key is still missing becomes null, and in any other the
-defaults take the place of what is missing.
+section are missing. Afterwards a section in which every key is still missing becomes null. In other sections, missing
+keys get their defaults.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megarl.config.leaf import OptionalSection, leaves, optional_sections
 
 
 def opened(tree: type) -> DictConfig:
-    """The schema that Hydra composes with."""
+    """Return the schema that Hydra composes with, in which the keys of optional sections are missing."""
     schema = OmegaConf.structured(tree)
     assert isinstance(schema, DictConfig)
     for section in optional_sections(tree):
@@ -32,7 +32,7 @@ def opened(tree: type) -> DictConfig:
 
 
 def settle(plain: dict[str, Any], tree: type, argv: Sequence[str]) -> None:
-    """Make every optional section of a composed configuration null or whole, in place.
+    """Make every optional section of a composed configuration null or complete, in place.
 
     Args:
         plain: the configuration as plain dictionaries, with missing values as OmegaConf writes them.
@@ -47,15 +47,15 @@ def settle(plain: dict[str, Any], tree: type, argv: Sequence[str]) -> None:
 
 
 def settled(keys: dict[str, Any], section: OptionalSection, switched_on: Collection[str] = ()) -> Any:
-    """The keys of one section, completed with its defaults, or None where none of them is set."""
+    """Return the keys of one section, completed with its defaults; None if the section is off."""
     given = {name: value for name, value in keys.items() if not _missing(value)}
     return {**asdict(section.kind()), **given} if given or section.key in switched_on else None
 
 
 def reopened(argv: list[str], tree: type) -> list[str]:
-    """The same command line for Hydra, which cannot set a key of a section that an earlier argument sets to null.
+    """Return the command line for Hydra, which cannot set a key of a section that an earlier argument sets to null.
 
-    There, null is written as what it means: no key of the section is set.
+    Such a null is replaced by arguments that make every key of the section missing.
     """
     optional = {section.key: section.kind for section in optional_sections(tree)}
     found = []
@@ -69,7 +69,7 @@ def reopened(argv: list[str], tree: type) -> list[str]:
 
 
 def set_sections(argv: Sequence[str], tree: type) -> set[str]:
-    """Optional sections that a command line sets a key of, or switches on."""
+    """Return the optional sections that a command line switches on, also by setting one of their keys."""
     assigned = [_assigned(argument) for argument in argv]
     return {
         section.key
@@ -80,12 +80,12 @@ def set_sections(argv: Sequence[str], tree: type) -> set[str]:
 
 
 def prepare_preset(plain: Any, tree: type, set_later: Collection[str]) -> None:
-    """Change, in place, what Hydra cannot compose of optional sections.
+    """Rewrite, in place, optional sections of a preset that Hydra cannot compose.
 
     Args:
-        plain: the preset.
+        plain: the content of the preset.
         tree: the schema of the entry point.
-        set_later: sections that the command line sets a key of, where null in the preset says nothing.
+        set_later: sections that the command line switches on. Null in the preset is dropped for them.
     """
     for section in optional_sections(tree):
         holder, name = _holder(plain, section.key)
@@ -98,20 +98,20 @@ def prepare_preset(plain: Any, tree: type, set_later: Collection[str]) -> None:
 
 
 def _assigned(argument: str) -> tuple[str, str]:
-    """The key and the value of an argument, without spaces inside of an empty mapping."""
+    """Return the key and the value of an argument, without spaces inside an empty mapping."""
     key, _, value = argument.lstrip("+").partition("=")
     return key, re.sub(r"^\{\s*\}$", "{}", value.strip())
 
 
 def _missing(value: Any) -> bool:
-    """Whether a key, or every key of a section below, is missing."""
+    """Return whether a key, or every key of a section, is missing."""
     if isinstance(value, dict) and value:
         return all(_missing(one) for one in value.values())
     return isinstance(value, str) and value == MISSING
 
 
 def _holder(plain: Any, key: str) -> tuple[dict[str, Any] | None, str]:
-    """The mapping that holds a section, None where there is none, and the section's name in it."""
+    """Return the mapping that contains a section (None if there is none) and the section's name in it."""
     *parents, name = key.split(".")
     for part in parents:
         plain = plain.get(part) if isinstance(plain, dict) else None

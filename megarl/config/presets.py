@@ -1,5 +1,5 @@
-"""What Hydra composes: the primary configuration of an entry point, and presets, which are whole-tree YAML files chosen
-with `+conf=NAME`."""
+"""The primary configuration of an entry point, and presets: YAML files with keys of any section, selected with
+`+conf=NAME`."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ HEADER = "# @package _global_"
 
 
 def preset_files(user_folder: Path) -> dict[str, Path]:
-    """Presets by name: the shipped ones, then the user's, which replace shipped ones of the same name."""
+    """Return presets by name. The user's presets replace shipped ones of the same name."""
     return {path.stem: path for folder in (conf_folder(), user_folder) for path in sorted(_presets_in(folder))}
 
 
 def chosen_presets(argv: list[str]) -> list[str]:
-    """Names given to `+conf=` on a command line, in order."""
+    """Return the names given to `+conf=` on a command line, in order."""
     values = (part.partition("=")[2] for part in argv if part.lstrip("+").startswith(GROUP + "="))
     return [name.strip(" '\"") for value in values for name in value.strip("[] ").split(",") if name.strip()]
 
 
 def register(argv: list[str], entry: str) -> None:
-    """Make the schema, the primary configuration, the resolvers and all presets known to Hydra.
+    """Register the schema, the primary configuration, the resolvers and all presets with Hydra.
 
-    Registered presets are replaced every time, so that a process that changes folder never sees stale ones.
+    Each call replaces the registered presets, so that a process that changes its folder uses the ones there.
 
     Args:
-        argv: the command line; the presets it asks for must exist and be readable.
-        entry: the entry point; what a preset says to others only is left out.
+        argv: the command line. The presets that it names must exist and be readable.
+        entry: the entry point. Keys of a preset that only other entry points have are dropped.
     """
     OmegaConf.register_new_resolver("resource", resource, replace=True)
     OmegaConf.register_new_resolver("demo_eval", demo_eval, replace=True)
@@ -71,7 +71,7 @@ def register(argv: list[str], entry: str) -> None:
                 raise ConfigError(
                     f"preset '{name}' cannot be read ({path}): {reason}", key="preset", value=name, where=path
                 ) from error
-            continue  # a broken file that nobody asked for does not concern this run
+            continue  # a broken preset that this run does not use
         plain = OmegaConf.to_container(part)
         assert isinstance(plain, dict)
         own = _without(plain, of_others)
@@ -87,7 +87,7 @@ def _schema(described: EntryPoint) -> str:
 
 
 def _primary(described: EntryPoint) -> DictConfig:
-    """The configuration that Hydra starts from. Later parts win: the schema, the groups, the entry point's defaults."""
+    """Return the configuration that Hydra starts from. Later entries override earlier ones."""
     primary = OmegaConf.create(
         {
             "defaults": [
@@ -126,14 +126,14 @@ def _load(path: Path) -> DictConfig:
 
 
 def _of_others(tree: type) -> set[str]:
-    """Keys that other trees have and this one has not, so that one preset can serve a family of entry points."""
+    """Return the keys that only other trees have. They are dropped, so that one preset serves several entry points."""
     trees = {described.config for described in entry_points().values()}
     theirs = {key for other in trees for key in keys(other)} | {rename.old for rename in RENAMES}
     return theirs - keys(tree).keys() - {rename.old for rename in RENAMES if rename.concerns(tree)}
 
 
 def _without(part: Any, foreign: set[str], prefix: str = "") -> Any:
-    """A preset's plain content without some keys; a section that loses all of its keys goes with them."""
+    """Return a preset's plain content without some keys. A section that loses all of its keys is removed."""
     if not isinstance(part, dict):
         return part
     kept = {
@@ -145,7 +145,7 @@ def _without(part: Any, foreign: set[str], prefix: str = "") -> Any:
 
 
 def _check_lists(part: Any, tree: type, path: Path) -> None:
-    """Refuse a mapping in a list's place: of that, OmegaConf does not name the key."""
+    """Refuse a mapping as the value of a list, because OmegaConf's error would not name the key."""
     for leaf in leaves(tree):
         section, _, key = leaf.key.rpartition(".")
         keys = (part.get(section) if section else part) if isinstance(part, dict) else None
@@ -159,22 +159,22 @@ def _check_lists(part: Any, tree: type, path: Path) -> None:
 
 
 def _presets_in(folder: Path) -> Iterator[Path]:
-    """YAML files directly in a folder whose first line marks them as presets."""
+    """Yield the YAML files directly in a folder whose first line marks them as presets."""
     for path in folder.glob("*.yaml"):
         try:
             with path.open(encoding="utf-8", errors="replace") as lines:
                 if lines.readline().strip() == HEADER:
                     yield path
-        except OSError:  # a folder of that name, or a file of someone else's
+        except OSError:  # a folder with that name, or a file that cannot be opened
             continue
 
 
 def _unknown(name: str, known: list[str], user_folder: Path) -> ConfigError:
-    """The error for a preset that does not exist, or that is no preset for want of its first line."""
+    """Return the error for a preset that does not exist, or whose file lacks the first line of a preset."""
     file = user_folder / f"{name}.yaml"
     if is_file(file):
         return ConfigError(
-            f"{file} is no preset: its first line must be '{HEADER}'", key="preset", value=name, where=file
+            f"{file} is not a preset: its first line must be '{HEADER}'", key="preset", value=name, where=file
         )
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     meant = f"did you mean {one_of(near)}? " if near else ""

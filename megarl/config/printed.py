@@ -1,4 +1,4 @@
-"""What `--cfg job` prints: Hydra's composed configuration, with optional sections null or whole."""
+"""The output of `--cfg job`: Hydra's composed configuration, with optional sections null or complete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megarl.config.optional import settle
 
 @contextmanager
 def settled_output(tree: type, argv: list[str]) -> Iterator[None]:
-    """Complete what Hydra prints in the block, if the command line asks for the configuration.
+    """Complete the configuration that Hydra prints in the block, if the command line asks for it.
 
     Args:
         tree: the schema of the entry point.

@@ -1,6 +1,6 @@
-"""The keys of every entry point as a page, docs/configuration.md.
+"""The page docs/configuration.md: the keys of every entry point.
 
-`python -m megarl.config.reference > docs/configuration.md` brings the page up to date.
+`python -m megarl.config.reference > docs/configuration.md` updates the page.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from megarl.config.resources import shown_resource
 
 _PREAMBLE = """# Configuration
 
-Made from the schema by `python -m megarl.config.reference > docs/configuration.md`; do not edit by hand.
+Generated from the schema by `python -m megarl.config.reference > docs/configuration.md`; do not edit by hand.
 
-Any key can be set on the command line: `python -m megarl.train_sft optim.lr=1e-4 parallel.tp=2`. Values come,
-later ones winning, from the schema's defaults, the groups, the entry point's own defaults, presets (`+conf=NAME`,
-`+conf=[a,b]`) and the command line. The defaults below are what an entry point has without presets and without a
-command line; `${resource:FILE}` is a file inside the installed package. `--cfg job` prints the result without running
-it, and `--multirun` runs once per value: `--multirun optim.lr=1e-3,1e-4`.
+Any key can be set on the command line: `python -m megarl.train_sft optim.lr=1e-4 parallel.tp=2`. Values come from
+the schema's defaults, the groups, the entry point's own defaults, presets (`+conf=NAME`, `+conf=[a,b]`) and the command
+line; later ones override earlier ones. The defaults below are those of an entry point without presets and without a
+command line. `${resource:FILE}` is a file inside the installed package. `--cfg job` prints the configuration without
+running it, and `--multirun` runs once per value: `--multirun optim.lr=1e-3,1e-4`.
 """
 
 _ABOUT_PRESETS = """## Presets
 
-A preset is a YAML file whose first line is `# @package _global_`, directly in megarl's `conf/` or in the
-`./conf/` of the folder a run is started in; yours replaces a shipped one of the same name.
+A preset is a YAML file whose first line is `# @package _global_`, directly in megarl's `conf/` or in `./conf/` of the
+folder in which a run is started. Your preset replaces a shipped one of the same name.
 """
 
 _ABOUT_PROCESSES = """## How many processes
 
-Under `torchrun` or SLURM the number of processes is what the launcher says, and `trainer.devices` and
-`trainer.num_nodes` are not consulted; alone, megarl starts `trainer.devices` processes on each of
-`trainer.num_nodes` machines. The data-parallel size is that number divided by `tp * pp * cp`, and
+Under `torchrun` or SLURM, the launcher sets the number of processes, and `trainer.devices` and `trainer.num_nodes` have
+no effect. Without a launcher, megarl starts `trainer.devices` processes on each of `trainer.num_nodes` machines. The
+data-parallel size is the number of processes divided by `tp * pp * cp`, and
 `global_batch_size = micro_batch_size * accumulation * data-parallel size` gives the accumulation.
 `parallel.sequence_parallel` has no effect when `parallel.tp` is 1.
 
-In a multirun each job gets a run folder of its own: `run.dir/NUMBER`, or `runs/multirun-TIME/NUMBER` when
+In a multirun each job has a separate run folder: `run.dir/NUMBER`, or `runs/multirun-TIME/NUMBER` when
 `run.dir` is null.
 """
 
 
 def page() -> str:
-    """The text of docs/configuration.md."""
+    """Return the text of docs/configuration.md."""
     lines = [_PREAMBLE, "## Entry points", "", "| program | what it does |", "| --- | --- |"]
     lines += [f"| `megarl.{each.program}` | {each.about} |" for each in entry_points().values()]
     lines += ["", "## Groups", "", "| option | what it is for |", "| --- | --- |"]
@@ -73,7 +73,7 @@ def page() -> str:
 
 
 def portable(value: Any) -> Any:
-    """A composed value with the paths of shipped files as YAML has them, the same wherever megarl is installed."""
+    """Return a composed value in which paths of shipped files do not depend on where megarl is installed."""
     return [shown_resource(part) for part in value] if isinstance(value, list) else value
 
 

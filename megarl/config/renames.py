@@ -24,16 +24,16 @@ _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 
 @dataclass(frozen=True)
 class Rename:
-    """An old key and what became of it.
+    """An old key and its replacement.
 
     Args:
-        old: the key as it was.
-        new: the key as it is. It may be the same, where only the kind of value has changed.
-        value: what the new key is set to, given the old value. None: the same value.
-        takes: recognises the old value where the key has kept its name. None: every value.
-        change: the change of the value in words, for docs/migrate.md.
-        only_with: the rename concerns trees that have this key. Empty: every tree.
-        default: the old key's default, which every earlier checkpoint holds and which says nothing.
+        old: the old key.
+        new: the new key. It is the same if only the kind of value has changed.
+        value: converts the old value to the new one. None: the value is the same.
+        takes: returns whether a value is of the old kind, for a key that has kept its name. None: every value is.
+        change: description of the change of the value, for docs/migrate.md.
+        only_with: the rename applies only to trees that have this key. Empty: to every tree.
+        default: the old key's default. Every earlier checkpoint contains it, so it is dropped from checkpoints.
     """
 
     old: str
@@ -45,11 +45,11 @@ class Rename:
     default: Any = None
 
     def applies(self, value: Any) -> bool:
-        """Whether an old value is of the kind that has changed."""
+        """Return whether a value is of the old kind."""
         return self.takes is None or self.takes(value)
 
     def concerns(self, tree: type) -> bool:
-        """Whether a tree has the new key, or a mapping that the new key is an entry of."""
+        """Return whether a tree has the new key, or a mapping of which the new key is an entry."""
         known = keys(tree)
         return (not self.only_with or self.only_with in known) and any(
             self.new == key or (self.new.startswith(f"{key}.") and kind.startswith("dict"))
@@ -70,13 +70,13 @@ def _section_or_null(value: Any) -> dict[str, Any] | None:
 
 
 def _switch(key: str) -> Rename:
-    """A switch that has become an optional section of the same name."""
+    """Return the rename of a switch that has become an optional section of the same name."""
     return Rename(key, key, _section_or_null, _is_switch, "`true`: `{}`, or any of its keys; `false`: `null`")
 
 
 def _task(old: str, new: str, key: str, only_with: str = "") -> Rename:
-    """An entry of a list of data sources, or a part of a function's name, that stands for another text now."""
-    change = f"`{old}`: `{new}`" + (f" (where there is `{only_with}`)" if only_with else "")
+    """Return the rename of an entry in a list of data sources, or of a part of a function's name."""
+    change = f"`{old}`: `{new}`" + (f" (for entry points with `{only_with}`)" if only_with else "")
     if key.endswith(".fn"):
         return Rename(key, key, lambda name: name.replace(old, new), lambda name: old in str(name), change, only_with)
 
@@ -108,7 +108,7 @@ RENAMES = (
 
 
 def rename_of(key: str, value: Any, tree: type) -> Rename | None:
-    """What became of a key, where the tree has what it became."""
+    """Return the rename of a key with this value in a tree; None if there is none."""
     for rename in RENAMES:
         if rename.old == key and rename.applies(value) and rename.concerns(tree):
             return rename
@@ -116,10 +116,10 @@ def rename_of(key: str, value: Any, tree: type) -> Rename | None:
 
 
 def renamed_arguments(argv: list[str], tree: type) -> list[str]:
-    """A command line in today's keys; a warning for each that is not.
+    """Return a command line with today's keys; warn about each old one.
 
     Args:
-        argv: as it was typed. Flags stay as they are.
+        argv: the command line as it was typed. Flags stay as they are.
         tree: the schema of the entry point.
     """
     typed = {_key_of(argument): argument.partition("=")[2] for argument in argv}
@@ -139,19 +139,19 @@ def renamed_arguments(argv: list[str], tree: type) -> list[str]:
         warn_renamed(rename.old, new)
         if rename.new in typed and rename.new != rename.old and typed[rename.new] != text:
             raise _both(rename, text, typed[rename.new])
-        if not any(rename.new.startswith(section + ".") for section in off):  # a switch that is off: no key counts
+        if not any(rename.new.startswith(section + ".") for section in off):  # the section is off: drop its keys
             found.append(new)
     return found
 
 
 def renamed_tree(plain: Mapping[str, Any], tree: type, *, warn: bool = True, where: str | None = None) -> Any:
-    """A configuration of plain values, or a part of one, in today's keys.
+    """Return a configuration, or a section of one, with today's keys.
 
     Args:
-        plain: of a preset, or as a checkpoint keeps it. It is not changed.
+        plain: nested plain values, from a preset or a checkpoint. They are not changed.
         tree: the schema of the entry point.
-        warn: whether old keys are worth a warning.
-        where: the file that it comes from.
+        warn: whether to warn about old keys.
+        where: the file that contains the values, for messages.
     """
     found: Any = copy.deepcopy(dict(plain))
     changes = []
@@ -172,13 +172,13 @@ def renamed_tree(plain: Mapping[str, Any], tree: type, *, warn: bool = True, whe
 
 
 def written(rename: Rename, value: Any) -> str:
-    """Return how a setting is written now: its key, and its value where that is of another kind than it was."""
+    """Return how a setting is written now: its new key, with the new value if that differs from the old one."""
     new = rename.converted(value)
     return rename.new if new == value else f"{rename.new}={'null' if new is None else new}"
 
 
 def rows() -> Iterator[str]:
-    """The table of docs/migrate.md, a line at a time."""
+    """Yield the lines of the table in docs/migrate.md."""
     yield "| old key | new key | value |"
     yield "| --- | --- | --- |"
     for rename in RENAMES:
@@ -192,7 +192,7 @@ def keys(tree: type) -> dict[str, str]:
 
 
 def _put(plain: dict[str, Any], rename: Rename, value: Any, old: Any) -> None:
-    """Set a new key. Null switches a section off whatever its keys are; an empty mapping keeps them."""
+    """Set a new key. Null switches a section off even if its keys are set; an empty mapping keeps them."""
     *parents, name = rename.new.split(".")
     holder = plain
     for part in parents:
@@ -209,8 +209,8 @@ def _put(plain: dict[str, Any], rename: Rename, value: Any, old: Any) -> None:
 
 def _both(rename: Rename, old: Any, new: Any) -> ConfigError:
     return ConfigError(
-        f"{rename.old}={old} and {rename.new}={new} are one key under its old and its new name, with two values: leave "
-        f"{rename.old} out",
+        f"{rename.old}={old} and {rename.new}={new} set one key, under its old and its new name, to two values: remove "
+        f"{rename.old}",
         key=rename.old,
         value=old,
         offers={rename.new: [old, new]},
@@ -218,7 +218,7 @@ def _both(rename: Rename, old: Any, new: Any) -> ConfigError:
 
 
 def warn_renamed(old: str, new: str, where: str | None = None) -> None:
-    """Say once how a setting is written now."""
+    """Warn once that a setting has changed, with the new way to write it."""
     place = f" (in {where})" if where else ""
     section = new.partition("=")[0].rpartition(".")[0]
     switched = {rename.new for rename in RENAMES if rename.takes is _is_switch}
@@ -231,7 +231,7 @@ def _key_of(argument: str) -> str:
 
 
 def _value_of(argument: str) -> Any:
-    """The value of an argument; of several to run over, the first. Text where Hydra cannot read it."""
+    """Return the value of an argument, or the first of a multirun's values. It is text if Hydra cannot parse it."""
     parsed = _parsed(argument)
     if parsed is None:
         return argument.partition("=")[2]
@@ -240,7 +240,7 @@ def _value_of(argument: str) -> Any:
 
 
 def _converted(rename: Rename, argument: str, text: str) -> str:
-    """The value of an argument as the new key has it, written for Hydra."""
+    """Return the value of an argument, converted for the new key, in Hydra's syntax."""
     if rename.value is None:
         return text
     parsed = _parsed(argument)
@@ -252,14 +252,14 @@ def _converted(rename: Rename, argument: str, text: str) -> str:
 def _parsed(argument: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(argument)
-    except Exception:  # it is refused when the configuration is composed
+    except Exception:  # composition reports the error
         return None
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
-    return getattr(value, "text", value)  # of a quoted text
+    return getattr(value, "text", value)  # quoted text is an object with the attribute `text`
 
 
 def _written(value: Any) -> str:

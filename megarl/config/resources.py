@@ -1,4 +1,4 @@
-"""Files that ship inside the package, and how YAML names them."""
+"""Files that ship inside the package, and their names in YAML."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def conf_folder() -> Path:
-    """The shipped configuration: inside the package when installed, beside it in a checkout."""
+    """Return the folder of the shipped configuration: inside the package if installed, beside it in a checkout."""
     installed = _PACKAGE / "conf"
     return installed if installed.is_dir() else _PACKAGE.parent / "conf"
 
@@ -34,7 +34,7 @@ def resource(path: str) -> str:
 
 
 def shown_resource(value: str) -> str:
-    """A path of a file that ships inside the package as YAML has it, whatever folder megarl is in."""
+    """Return the path of a file that ships inside the package in YAML's form; other values are unchanged."""
     path = Path(value)
     if not path.is_relative_to(_PACKAGE):
         return value
@@ -42,5 +42,5 @@ def shown_resource(value: str) -> str:
 
 
 def demo_eval(train: Sequence[str]) -> list[str]:
-    """The demo's evaluation set where the demo is trained on; behind `${demo_eval:...}` in YAML."""
+    """Return the demo's evaluation set if the demo is trained on. It is the resolver `${demo_eval:...}` of YAML."""
     return [DEMO_EVAL] if DEMO_TRAIN in train else []

@@ -1,4 +1,4 @@
-"""What a resumed run takes from its checkpoint and what from its own configuration, key by key.
+"""For every key, whether a resume uses the value of this run or of the checkpoint, or refuses another value.
 
 `python -m megarl.config.resume` prints the table of docs/checkpoints.md.
 """
@@ -21,7 +21,7 @@ NOW, CHECKPOINT, REFUSED = "takes effect now", "taken from the checkpoint", "ref
 
 @dataclass(frozen=True)
 class Rule:
-    """How a resume treats some keys, and why. `quiet` keys are expected to differ and are not worth a line."""
+    """How a resume treats some keys, and why. Differences in `quiet` keys are expected and not logged."""
 
     keys: tuple[str, ...]
     kind: str
@@ -34,16 +34,14 @@ def _rule(section: str, names: str, kind: str, reason: str, *, quiet: bool = Fal
     return Rule(tuple(prefix + name for name in names.split()), kind, reason, quiet)
 
 
-_HAPPENED = "the weights it led to are in the checkpoint; a reference is what the run started from"
-_SHAPE = "the stored weights are of a model of this shape"
-_BUDGET = "a learning rate that decays follows the new length at once"
+_HAPPENED = "the resulting weights are in the checkpoint; a reference model is the one that the run started from"
+_SHAPE = "the stored weights fit only this architecture"
+_BUDGET = "a decaying learning rate follows the new length at once"
 
 RULES = (
     _rule("run", "dir name resume", NOW, "where this process writes and what it restores", quiet=True),
-    _rule("", "debug", NOW, "how this process reports"),
-    _rule(
-        "", "seed", NOW, "order of data and what is sampled; initial weights and dropout's state are the checkpoint's"
-    ),
+    _rule("", "debug", NOW, "how this process logs and displays"),
+    _rule("", "seed", NOW, "order of data and sampling; initial weights and dropout's state: the checkpoint's"),
     # models
     _rule("model", "path init_std", CHECKPOINT, _HAPPENED),
     _rule("model", "num_layers hidden_size num_heads num_kv_heads head_dim ffn_size vocab_size", REFUSED, _SHAPE),
@@ -51,101 +49,127 @@ RULES = (
     _rule("model", "rope_scaling rope_factor rope_low_freq_factor rope_high_freq_factor", REFUSED, _SHAPE),
     _rule("model", "rope_original_positions norm norm_eps activation tie_embeddings qk_norm", REFUSED, _SHAPE),
     _rule("model", "qkv_bias out_bias mlp_bias lm_head_bias parallel_residual sliding_window", REFUSED, _SHAPE),
-    _rule("model", "max_positions", NOW, "the context; a table of learned positions of another size is refused"),
-    _rule("model", "dropout", NOW, "it is no part of the weights"),
-    _rule("model", "num_layers_unfrozen", REFUSED, "optimizer state exists for the layers that train"),
-    _rule("critic", "kind", REFUSED, "the checkpoint holds a shared head, a separate model, or no critic"),
-    _rule("critic", "separate.path", CHECKPOINT, "the weights it led to are in the checkpoint"),
+    _rule("model", "max_positions", NOW, "length of the context; with learned positions, another size is refused"),
+    _rule("model", "dropout", NOW, "the weights do not depend on it"),
+    _rule("model", "num_layers_unfrozen", REFUSED, "the checkpoint has optimizer state for the trainable layers only"),
+    _rule("critic", "kind", REFUSED, "the checkpoint contains a shared head, a separate model, or no critic"),
+    _rule("critic", "separate.path", CHECKPOINT, "the resulting weights are in the checkpoint"),
     _rule("critic", "separate.lr", NOW, "the schedule continues at its step with the new rate"),
     _rule("critic", "separate.warmup_phases", NOW, _BUDGET),
-    _rule("ilql", "two_qs", REFUSED, "the checkpoint holds one Q head or two"),
-    _rule("tokenizer", "kind path", REFUSED, "token ids would mean other text; the same tokenizer elsewhere is fine"),
+    _rule("ilql", "two_qs", REFUSED, "the checkpoint contains one Q head or two"),
+    _rule(
+        "tokenizer",
+        "kind path",
+        REFUSED,
+        "token ids would stand for other text; another path to the same tokenizer is fine",
+    ),
     _rule("clone", "data steps lr", CHECKPOINT, _HAPPENED),
     # where and how it is computed
-    _rule("parallel", "tp pp cp vpp sequence_parallel", NOW, "tensors are stored by name; dropout is seeded anew"),
+    _rule(
+        "parallel",
+        "tp pp cp vpp sequence_parallel",
+        NOW,
+        "tensors are stored by name; dropout's random state is reinitialised",
+    ),
     _rule("parallel", "recompute timeout_s kernels offload", NOW, "how this process computes"),
-    _rule("trainer", "devices num_nodes accelerator", NOW, "where it computes"),
-    _rule("trainer", "precision", NOW, "weights are converted; the optimizer's own are float32 in both"),
+    _rule("trainer", "devices num_nodes accelerator", NOW, "where the run computes"),
+    _rule("trainer", "precision", NOW, "weights are converted; the optimizer state is float32 in both"),
     _rule("trainer", "max_steps max_phases", NOW, _BUDGET),
     _rule(
         *("trainer", "global_batch_size", NOW),
-        "data goes on with the first row that was not used yet; PPO's learning rate follows the phases",
+        "data continues at the first unused row; PPO's learning rate depends on completed phases",
     ),
     _rule("trainer", "micro_batch_size eval_batch_size", NOW, "how this process computes"),
-    _rule("trainer", "eval_every max_time", NOW, "evaluations and the time limit from here on"),
-    _rule("trainer", "log_every peak_tflops progress", NOW, "how this process reports"),
-    _rule("trainer", "exp_manager exp_manager_options", NOW, "how this process reports"),
+    _rule("trainer", "eval_every max_time", NOW, "evaluations and the time limit after the resume"),
+    _rule("trainer", "log_every peak_tflops progress", NOW, "how this process logs and displays"),
+    _rule("trainer", "exp_manager exp_manager_options", NOW, "how this process logs and displays"),
     # data
-    _rule("data", "train train_split", NOW, "the new data is taken up after as many rows as were used of the old"),
-    _rule("data", "eval eval_split eval_limit", NOW, "evaluations before and after are of different records"),
+    _rule("data", "train train_split", NOW, "the new data starts after as many rows as were used of the old"),
+    _rule("data", "eval eval_split eval_limit", NOW, "evaluations before and after the resume use different records"),
     _rule(
-        "data", "format text_key prompt_key completion_key messages_key samples_key rewards_key", NOW, "how it is read"
+        "data",
+        "format text_key prompt_key completion_key messages_key samples_key rewards_key",
+        NOW,
+        "how data is read",
     ),
-    _rule("data", "chat_template", NOW, "prompts, and the tokens that end responses, from here on"),
-    _rule("data", "seq_length too_long loss_on cache", NOW, "how it is read"),
-    _rule("data", "options", NOW, "the data from here on"),
-    _rule("data", "pack group_by_length shuffle", NOW, "the order from here on; records may repeat within an epoch"),
+    _rule("data", "chat_template", NOW, "prompts, and tokens that end responses, after the resume"),
+    _rule("data", "seq_length too_long loss_on cache", NOW, "how data is read"),
+    _rule("data", "options", NOW, "data that is read after the resume"),
+    _rule(
+        "data", "pack group_by_length shuffle", NOW, "the order after the resume; records may repeat within an epoch"
+    ),
     # optimization
     _rule(
-        "optim", "lr min_lr_ratio warmup_steps schedule", NOW, "the schedule goes on at its step by the new settings"
+        "optim",
+        "lr min_lr_ratio warmup_steps schedule",
+        NOW,
+        "the schedule continues at its step with the new settings",
     ),
-    _rule("optim", "weight_decay beta1 beta2 eps clip_grad", NOW, "Adam's moments are the checkpoint's"),
+    _rule("optim", "weight_decay beta1 beta2 eps clip_grad", NOW, "Adam's moments come from the checkpoint"),
     # algorithms
     _rule(
         *("ppo", "rollouts", NOW),
-        "prompts go on with the first that was not used yet; the learning rate follows the phases",
+        "prompts continue at the first unused one; the learning rate depends on completed phases",
     ),
-    _rule("ppo", "advantages", REFUSED, "the checkpoint holds the critic that they need, or none"),
+    _rule("ppo", "advantages", REFUSED, "the checkpoint contains the critic that these advantages need, or none"),
     _rule("ppo", "inner_epochs", NOW, _BUDGET),
-    _rule("ppo", "gamma lam clip_low clip_high dual_clip ratio aggregation clip_value", NOW, "the loss from here on"),
-    _rule("ppo", "vf_coef entropy_coef kl_in kl_kind", NOW, "the loss from here on"),
-    _rule("ppo", "kl_limit stop_at_kl", NOW, "the limits from here on"),
     _rule(
-        "ppo", "kl_coef kl_target", NOW, "a steered coefficient goes on from the checkpoint unless one of them changed"
+        "ppo", "gamma lam clip_low clip_high dual_clip ratio aggregation clip_value", NOW, "the loss after the resume"
     ),
-    _rule("ppo", "kl_horizon", NOW, "a steered coefficient goes on from the checkpoint"),
-    _rule("ppo", "clip_scores", NOW, "the scores' moments are counted anew"),
-    _rule("ppo", "scale_scores whiten_advantages whiten_rewards", NOW, "the scores' moments are the checkpoint's"),
-    _rule("ppo", "missing_eos_penalty mask_overlong", NOW, "rewards from here on"),
+    _rule("ppo", "vf_coef entropy_coef kl_in kl_kind", NOW, "the loss after the resume"),
+    _rule("ppo", "kl_limit stop_at_kl", NOW, "the limits after the resume"),
+    _rule("ppo", "kl_coef kl_target", NOW, "an adaptive coefficient continues unless one of these has changed"),
+    _rule("ppo", "kl_horizon", NOW, "an adaptive coefficient continues"),
+    _rule("ppo", "clip_scores", NOW, "the running moments of the scores restart"),
+    _rule(
+        "ppo",
+        "scale_scores whiten_advantages whiten_rewards",
+        NOW,
+        "the running moments of the scores come from the checkpoint",
+    ),
+    _rule("ppo", "missing_eos_penalty mask_overlong", NOW, "rewards after the resume"),
     _rule("ppo", "pack invariants", NOW, "how this process computes"),
-    _rule("rft", "prompts", NOW, "prompts go on with the first that was not used yet"),
+    _rule("rft", "prompts", NOW, "prompts continue at the first unused one"),
     _rule("rft", "improve_steps", NOW, _BUDGET),
-    _rule("rft", "start_percentile end_percentile", NOW, "what is kept from here on"),
-    _rule("ilql", "tau gamma cql_scale awac_scale awac_beta", NOW, "the loss from here on"),
-    _rule("ilql", "target_alpha target_every", NOW, "the target heads are the checkpoint's"),
+    _rule("rft", "start_percentile end_percentile", NOW, "the selection of responses after the resume"),
+    _rule("ilql", "tau gamma cql_scale awac_scale awac_beta", NOW, "the loss after the resume"),
+    _rule("ilql", "target_alpha target_every", NOW, "the target heads come from the checkpoint"),
     _rule("ilql", "pack", NOW, "how this process computes"),
     # generation, scores, evaluation
     _rule(
-        "rollout", "max_new_tokens temperature top_k top_p min_p repetition_penalty stop", NOW, "responses from here on"
+        "rollout",
+        "max_new_tokens temperature top_k top_p min_p repetition_penalty stop",
+        NOW,
+        "responses after the resume",
     ),
-    _rule("rollout", "n", NOW, "prompts go on with the first that was not used yet"),
+    _rule("rollout", "n", NOW, "prompts continue at the first unused one"),
     _rule("rollout", "slots cache_bytes layout cuda_graphs", NOW, "how this process computes"),
-    _rule("rollout", "too_long dump replay ilql_beta", NOW, "responses from here on"),
+    _rule("rollout", "too_long dump replay ilql_beta", NOW, "responses after the resume"),
     _rule(
         "reward",
         "fn options",
         NOW,
-        "no score of another function, code or option is reused, and the scores' moments are counted anew",
+        "scores of another function, code or option are not reused, and the running moments of the scores restart",
     ),
     _rule("reward", "timeout retries on_error batch_size devices", NOW, "how the function is called"),
-    _rule("metric", "fn", NOW, "evaluations from here on"),
-    _rule("eval", "n table sweep.temperature sweep.beta", NOW, "evaluations from here on"),
+    _rule("metric", "fn", NOW, "evaluations after the resume"),
+    _rule("eval", "n table sweep.temperature sweep.beta", NOW, "evaluations after the resume"),
     # what is kept
-    _rule("checkpoint", "every keep_last keep_best async_save save_last", NOW, "checkpoints from here on"),
-    _rule("checkpoint", "metric mode", NOW, "checkpoints are ranked by what was measured of this metric alone"),
-    _rule("export", "hf", NOW, "what is left behind at the end"),
-    _rule("logger", "tensorboard csv wandb.project wandb.mode mlflow.uri", NOW, "where metrics go"),
+    _rule("checkpoint", "every keep_last keep_best async_save save_last", NOW, "checkpoints after the resume"),
+    _rule("checkpoint", "metric mode", NOW, "checkpoints are ranked by their values of this metric only"),
+    _rule("export", "hf", NOW, "what is exported when training ends"),
+    _rule("logger", "tensorboard csv wandb.project wandb.mode mlflow.uri", NOW, "where metrics are logged"),
 )
 
 BEFORE = {"ppo.advantages": "gae"}
-"""What was in force where a checkpoint lacks a key, as it is older than the key."""
+"""Values of keys that a checkpoint lacks because it is older than the key."""
 
 TABLE: dict[str, Rule] = {key: rule for rule in RULES for key in rule.keys}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A key that had another value in the run that is resumed, or names a file that `changed` since."""
+    """A key whose value differs from the resumed run's, or that names a file whose content has `changed` since."""
 
     key: str
     old: Any
@@ -154,7 +178,7 @@ class Difference:
 
     @property
     def rule(self) -> Rule:
-        """How a resume treats the key."""
+        """The rule for the key."""
         return _rule_of(self.key)
 
     def __str__(self) -> str:
@@ -162,7 +186,7 @@ class Difference:
 
     @property
     def remedy(self) -> str:
-        """What to set so that the resume is not refused."""
+        """The settings with which the resume is not refused."""
         if isinstance(self.old, Mapping) and self.key not in TABLE:
             return " ".join(f"{self.key}.{name}={either([value])}" for name, value in self.old.items())
         setting = f"{self.key}={either([self.old])}"
@@ -178,19 +202,21 @@ def differences(
     same_tokenizer: bool,
     same_template: bool | None = None,
 ) -> list[Difference]:
-    """Every key that both runs have, and whose value another was in force in the run that is resumed.
+    """Return the keys that both runs have and whose values differ.
 
     Args:
-        before: configuration, as nested plain values, of the run that wrote the checkpoint.
-        started_as: of the first run of its line, which made what only a start makes.
-        now: of this run.
-        tree: the class of the configuration. Of an optional section that only one of the runs has, the section is told.
-        same_tokenizer: whether both read and write text alike, wherever their files lie.
-        same_template: whether both have the same text as data.chat_template, wherever its file lies. None: unknown.
+        before: configuration of the run that wrote the checkpoint, as nested plain values.
+        started_as: configuration of the first run in the chain of resumes. Keys that act only at the start of a run are
+            compared with it.
+        now: configuration of this run.
+        tree: the class of the configuration. If only one of the runs has an optional section switched on, the result
+            contains the section instead of its keys.
+        same_tokenizer: whether both have the same tokenizer, whatever its path.
+        same_template: whether both have the same text as data.chat_template, whatever its path. None: unknown.
     """
     before, started_as, now = (_comparable(plain, tree) for plain in (before, started_as, now))
     found: list[Difference] = []
-    alone: set[str] = set()  # sections that one run has, or none
+    alone: set[str] = set()  # optional sections that are off in at least one of the runs
     for section in optional_sections(tree):
         theirs = started_as if _rule_of(section.key).kind == CHECKPOINT else before
         if _has(theirs, section.key) and _has(now, section.key):
@@ -208,7 +234,10 @@ def differences(
         (old, new), changed = _values(key, theirs, now), False
         if (old is None) != (new is None):
             old, new = _in_force(theirs, key), _in_force(now, key)
-        unknown = key == "model.vocab_size" and None in (old, new)  # the tokenizer's, or checked with the weights
+        unknown = key == "model.vocab_size" and None in (
+            old,
+            new,
+        )  # follows from the tokenizer, or is checked with the weights
         same = old == new or (key == "critic.kind" and _critic_of(theirs) == _critic_of(now))
         if key == "data.chat_template" and same_template is not None:
             changed, same = same and not same_template, same_template
@@ -218,13 +247,13 @@ def differences(
 
 
 def refuse(found: list[Difference], folder: str) -> None:
-    """End here where the checkpoint cannot be gone on from by this run's settings."""
+    """Raise `CheckpointError` if one of the differences does not allow a resume."""
     wrong = [difference for difference in found if difference.rule.kind == REFUSED]
     if wrong:
         said = "; ".join(f"{difference} ({difference.rule.reason})" for difference in wrong)
         remedy = " ".join(difference.remedy for difference in wrong)
         raise CheckpointError(
-            f"the checkpoint {folder} does not fit settings (as model.* are) that a resume cannot change: {said}; "
+            f"the checkpoint {folder} was written with other values of keys that a resume cannot change: {said}; "
             f"use {remedy}, or start another run (another run.dir, or run.resume=never)",
             key=wrong[0].key,
             value=wrong[0].new,
@@ -234,7 +263,7 @@ def refuse(found: list[Difference], folder: str) -> None:
 
 
 def told(found: list[Difference]) -> str:
-    """What differs, as one line; empty where nothing does that is worth a word."""
+    """Return the differences as one line for the log; empty if none is worth logging."""
     return "; ".join(
         f"{difference} ({difference.rule.kind}: {difference.rule.reason})"
         for difference in found
@@ -243,7 +272,7 @@ def told(found: list[Difference]) -> str:
 
 
 def from_plain(tree: type, plain: Mapping[str, Any]) -> Any:
-    """A configuration from the plain values a checkpoint keeps. Keys of other versions are left out or at defaults."""
+    """Return a configuration from a checkpoint's plain values. Unknown keys are dropped; missing ones get defaults."""
     return _from_plain(tree, renamed_tree(plain, tree, warn=False))
 
 
@@ -258,7 +287,7 @@ def _from_plain(tree: type, plain: Mapping[str, Any]) -> Any:
 
 
 def rows() -> Iterator[str]:
-    """The table of docs/checkpoints.md, a line at a time."""
+    """Yield the lines of the table in docs/checkpoints.md."""
     yield "| key | on a resume | why, or what that means |"
     yield "| --- | --- | --- |"
     for rule in RULES:
@@ -266,14 +295,14 @@ def rows() -> Iterator[str]:
 
 
 def _tokenizers(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """By which keys two tokenizers differ that are known to; a file may have changed where it lies."""
+    """Return the keys of two tokenizers that differ. If all keys are equal, the file at tokenizer.path has changed."""
     old, new = before["tokenizer"], now["tokenizer"]
     named = [Difference(f"tokenizer.{key}", old[key], new[key]) for key in ("kind", "path") if old[key] != new[key]]
     return named or [Difference("tokenizer.path", old["path"], new["path"], changed=True)]
 
 
 def _comparable(plain: Mapping[str, Any], tree: type) -> dict[str, Any]:
-    """A configuration in today's keys, with defaults in sections where null means them."""
+    """Return a configuration with today's keys, and with the defaults of sections for which null means the defaults."""
     found: dict[str, Any] = renamed_tree(plain, tree, warn=False)
     for section in optional_sections(tree):
         if section.null_is_defaults and _has(found, section.key) and _value(found, section.key) is None:
@@ -290,7 +319,7 @@ def _comparable(plain: Mapping[str, Any], tree: type) -> dict[str, Any]:
 
 
 def _rule_of(key: str) -> Rule:
-    """The rule of a key; of an optional section, that of its first key."""
+    """Return the rule of a key; for an optional section, the rule of its first key."""
     return TABLE.get(key) or next(rule for known, rule in TABLE.items() if known.startswith(key + "."))
 
 
@@ -299,7 +328,7 @@ def _values(key: str, *plain: Mapping[str, Any]) -> list[Any]:
 
 
 def _critic_of(plain: Mapping[str, Any]) -> str:
-    """Shared, separate or none, as the advantages need it."""
+    """Return shared, separate or none; none if the advantages need no critic."""
     needs = ADVANTAGES[plain["ppo"]["advantages"]]
     return str(plain["critic"]["kind"]) if needs.values else "none"
 
@@ -321,7 +350,7 @@ def _value(plain: Mapping[str, Any], key: str) -> Any:
 
 
 def _in_force(plain: Mapping[str, Any], key: str) -> Any:
-    """A key's value; where null stands for one that follows from others, that one."""
+    """Return a key's value, or the value that follows from other keys where null stands for it."""
     value, model = _value(plain, key), plain["model"]
     if value is None and key == "model.num_kv_heads":
         return model["num_heads"]

@@ -1,4 +1,4 @@
-"""A configuration by attribute, for Python: what is wrong with an assignment is said as on the command line."""
+"""A configuration with attributes, for Python. An assignment raises the same errors as the command line."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _ALGORITHM = "megarl.algorithm="  # begins the name of a flag: OmegaConf's flags
 
 
 class UnknownKeyError(ConfigError, AttributeError, KeyError):
-    """A key that a configuration does not have. `hasattr`, `getattr` with a default and `in` work as ever."""
+    """A key that a configuration does not have. `hasattr`, `getattr` with a default and `in` work as usual."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class Settings(DictConfig):
-    """OmegaConf's tree with our words for its errors, optional sections, and keys under their old names.
+    """OmegaConf's tree with megarl's error messages, optional sections, and old names of keys.
 
     An optional section that is off is an empty `Settings`, equal to None; setting one of its keys switches it on.
     """
@@ -61,7 +61,7 @@ class Settings(DictConfig):
 
 
 def settings_of(config: Any, algorithm: str) -> Settings:
-    """A typed tree as `Settings` that remember whose they are, also when they are copied, merged or pickled."""
+    """Return a typed tree as `Settings`. They store the algorithm, also in copies, merged trees and pickles."""
     tree = OmegaConf.structured(config, flags={_ALGORITHM + algorithm: True})
     assert isinstance(tree, DictConfig)
     _convert(tree)
@@ -70,13 +70,13 @@ def settings_of(config: Any, algorithm: str) -> Settings:
 
 
 def algorithm_of(tree: Any) -> str | None:
-    """The algorithm whose settings these are, None where nobody has said so: several algorithms may share a tree."""
+    """Return the algorithm that the settings were made for; None if unknown, as algorithms may share a tree."""
     flags = (tree._metadata.flags or {}) if isinstance(tree, DictConfig) else {}
     return next((flag.removeprefix(_ALGORITHM) for flag in flags if flag.startswith(_ALGORITHM)), None)
 
 
 def _convert(tree: DictConfig) -> None:
-    """OmegaConf makes the nodes of a tree itself, so their class is changed afterwards."""
+    """Change the class of a tree's nodes, which OmegaConf makes itself, to `Settings`."""
     for key in () if tree._is_none() else tree:
         node = tree._get_node(key)
         if isinstance(node, DictConfig) and is_dataclass(node._metadata.ref_type):
@@ -85,7 +85,7 @@ def _convert(tree: DictConfig) -> None:
 
 
 def _section_off(tree: DictConfig, key: Any) -> DictConfig | None:
-    """An optional section that is off, which OmegaConf would give as None. A key of one that is off has no value."""
+    """Return an optional section that is off, for which OmegaConf would return None; refuse to read its keys."""
     if str(key).startswith("_"):
         return None
     if tree._is_none():
@@ -101,7 +101,7 @@ def _section_off(tree: DictConfig, key: Any) -> DictConfig | None:
 
 @contextmanager
 def _switched_on(tree: DictConfig, key: Any) -> Iterator[None]:
-    """Give an optional section its defaults while one of its keys is set; it stays on unless that fails."""
+    """Switch an optional section on, with its defaults, before one of its keys is set; off again if that fails."""
     if not tree._is_none():
         yield
         return
@@ -123,7 +123,7 @@ def _require_known(tree: DictConfig, key: Any) -> None:
 
 
 def _set_renamed(tree: DictConfig, key: Any, value: Any) -> bool:
-    """Set a key under its old name, or with a value of its old kind. Returns whether the key is one."""
+    """Set a key under its old name, or with a value of its old kind. Return whether this is such a key."""
     root = _root(tree)
     kind = OmegaConf.get_type(root)
     rename = rename_of(tree._get_full_key(key), value, kind) if is_dataclass(kind) and isinstance(kind, type) else None

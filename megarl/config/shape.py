@@ -1,4 +1,4 @@
-"""Rules of a model's shape, alone and against the layout that splits it."""
+"""Rules for a model's architecture, alone and with the parallel layout that splits it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _UNSPLIT = SimpleNamespace(tp=1, pp=1, vpp=None)
 
 
 def check_shape(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Refuse a shape that contradicts itself or does not divide over the layout.
+    """Refuse an architecture that contradicts itself or that the layout cannot split.
 
-    `check` leaves out models with `model.path`, whose shape is in the file: call this once it is known.
+    `check` skips models with `model.path`, whose architecture is in a file: call this once it is known.
     """
     enforce([shape_rule], SimpleNamespace(model=model, parallel=parallel), parallel.tp * parallel.pp * parallel.cp)
 
 
 def shape_rule(config: Any, world_size: int) -> None:
-    """Refuse a shape that contradicts itself or does not divide over the layout."""
+    """Refuse an architecture that contradicts itself or that the layout cannot split."""
     model, parallel = config.model, config.parallel
     model.check_shape()
     _width(model, parallel)
@@ -42,7 +42,7 @@ def shape_problem(model: ModelConfig) -> ConfigError | None:
 
 
 def _width(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """What tensor parallelism cuts into pieces."""
+    """Check the sizes that tensor parallelism splits."""
     tp, kv_heads = parallel.tp, model.kv_heads
     require_divides("parallel.tp", "model.num_heads", tp, model.num_heads)
     if kv_heads % tp and tp % kv_heads:
@@ -57,7 +57,7 @@ def _width(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def _depth(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """What pipeline parallelism cuts into stages."""
+    """Check the layers that pipeline parallelism splits into stages."""
     layers, pp, vpp = model.num_layers, parallel.pp, parallel.vpp
     if vpp is None:
         require_divides("parallel.pp", "model.num_layers", pp, layers)

@@ -1,6 +1,6 @@
-"""What must be true of single keys: types, choices, bounds and forms, as `leaf` declares them.
+"""Checks of single keys: types, choices, bounds and forms, as `leaf` declares them.
 
-Pure Python, and used for what comes out of files, too.
+Pure Python. Values from files are checked with them, too.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "below": ("below", lambda value, bound: value < bound),
 }
 SMALLEST, LARGEST = 1e-30, 1e30
-"""Sizes of numbers other than 0 that float32 can still compute with."""
+"""Smallest and largest magnitude of a number other than 0 that float32 can compute with."""
 MOST_INTEGER = 2**63 - 1
 
 
 def check_values(config: Any, section: str = "") -> None:
-    """Refuse values that the declarations of their keys do not allow; in a list, each element is checked.
+    """Refuse values that the declarations of their keys do not allow. In a list, each element is checked.
 
     Args:
-        section: where the tree stands in a larger one, as in "model.".
+        section: prefix of the keys in messages, as in "model.".
     """
     for leaf in leaves(type(config)):
         key, value = section + leaf.key, read(config, leaf.key)
@@ -44,7 +44,7 @@ def check_values(config: Any, section: str = "") -> None:
             )
         if leaf.type == "list[str]" and not all(isinstance(part, str) for part in value):
             raise ConfigError(
-                f"{key}={shown(value)} holds something that is not text: write {key}=[a,b]", key=key, value=value
+                f"{key}={shown(value)} contains an element that is not text: write {key}=[a,b]", key=key, value=value
             )
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, int | float) and not _within(one, leaf):
@@ -60,20 +60,20 @@ def check_values(config: Any, section: str = "") -> None:
 
 def _within(value: float, leaf: Leaf) -> bool:
     if isinstance(value, float):
-        sensible = value == 0 or SMALLEST <= abs(value) <= LARGEST  # NaN is not
+        sensible = value == 0 or SMALLEST <= abs(value) <= LARGEST  # False for NaN
     else:
         sensible = abs(value) <= MOST_INTEGER
     return sensible and all(_BOUNDS[name][1](value, bound) for name, bound in leaf.bounds.items())
 
 
 def _bounds_in_words(value: float, leaf: Leaf) -> str:
-    """Its bounds, and the one that all numbers have where that is what the value breaks."""
+    """Return the bounds of a key, and the general bound of all numbers if the value breaks that."""
     words = [f"{_BOUNDS[name][0]} {_written(bound)}" for name, bound in leaf.bounds.items()]
     largest = LARGEST if isinstance(value, float) else MOST_INTEGER
     if abs(value) > largest and not {"at_most", "below"} & leaf.bounds.keys():
         words.append(f"at most {_written(largest)}")
     if 0 < abs(value) < SMALLEST:
-        words.append(f"no nearer to 0 than {SMALLEST:g}")
+        words.append(f"no closer to 0 than {SMALLEST:g}")
     return " and ".join(words or [f"between -{LARGEST:g} and {LARGEST:g}"])
 
 
@@ -82,7 +82,7 @@ def _written(bound: float) -> str:
 
 
 def check_types(tree: Any, section: str = "") -> None:
-    """Refuse a value of a tree, filled from a file, that is not of its key's type."""
+    """Refuse values of a tree, read from a file, that are not of their keys' types."""
     for leaf in leaves(type(tree)):
         value = read(tree, leaf.key)
         if not _is_of(value, leaf.type):
