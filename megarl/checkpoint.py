@@ -1,7 +1,8 @@
-"""Checkpoints as folders that are either complete or absent: written aside, checked, and committed by a rename.
+"""Checkpoints as folders that are either complete or absent: written under a temporary name and committed by a rename.
 
-Behind Lightning's public `CheckpointIO`. A folder holds one shard file per writing rank, `common.pt` (plain values,
-read with weights_only), `index.json` (where every tensor lies) and `manifest.json` (sizes and checksums), last of all.
+This implements Lightning's `CheckpointIO`. A folder contains one shard file per writing rank, `common.pt` (plain
+values, read with weights_only), `index.json` (the position of every shard) and `manifest.json` (sizes and checksums),
+which is written last.
 """
 
 import io
@@ -29,13 +30,13 @@ from megarl.parallel.shards import Part, run_on_all_ranks
 
 MANIFEST, INDEX, COMMON = "manifest.json", "index.json", "common.pt"
 FORMAT = 1
-PATIENCE_S = 60.0  # how long a failing run waits for the other ranks' part of a background save
+PATIENCE_S = 60.0  # seconds for which a failing run waits for the other ranks' files of a background save
 _NAME = re.compile(r"step-(\d+)")
 log = get_logger(__name__)
 
 
 class ShardedCheckpointIO(CheckpointIO):
-    """Save and load on every rank together. With `asynchronous`, a thread writes the files from host copies."""
+    """Saves and loads on all ranks together. If `asynchronous`, a thread writes the files from host copies."""
 
     def __init__(self, asynchronous: bool = False) -> None:
         self.asynchronous = asynchronous
@@ -45,7 +46,7 @@ class ShardedCheckpointIO(CheckpointIO):
         """The checkpoint that is being restored, until training starts."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """`checkpoint["state_dict"]` is a sharded state dict; the rest is Lightning's and is common to all ranks."""
+        """Save a checkpoint. Its `state_dict` is sharded; the rest is Lightning's and is common to all ranks."""
         assert self.grid is not None
         self.wait()
         self.pending = _Save(Path(path), checkpoint, self.grid, copy=self.asynchronous)
@@ -67,7 +68,7 @@ class ShardedCheckpointIO(CheckpointIO):
             pending.commit()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Lightning's part of the newest whole checkpoint at `path` (one checkpoint, or a folder of them).
+        """Load Lightning's values of the newest intact checkpoint at `path` (one checkpoint, or a folder of them).
 
         `state_dict` in the result is a function that fills a template with this rank's shards.
         """
@@ -79,7 +80,7 @@ class ShardedCheckpointIO(CheckpointIO):
         common, parts = contents[0]
         if common.get("weights_only"):
             raise CheckpointError(
-                f"checkpoint {folder} holds weights without a run to continue: give it as model.path, not run.resume",
+                f"checkpoint {folder} contains weights only, no run to resume: pass it as model.path, not run.resume",
                 key="run.resume",
                 where=folder,
             )
@@ -90,7 +91,7 @@ class ShardedCheckpointIO(CheckpointIO):
         def fill(template: dict[str, Any]) -> dict[str, Any]:
             return shards.read(template, sharded_common, parts, folder, grid)
 
-        steps = common.get("global_step")  # the folder's name counts phases, where a run has them
+        steps = common.get("global_step")  # in a run with phases, the folder's name counts those
         log.info("restoring from %s (%s optimizer steps, written at %s)", folder, steps, common.get("layout"))
         return {**common, "state_dict": fill, "folder": str(folder)}
 
@@ -99,14 +100,14 @@ class ShardedCheckpointIO(CheckpointIO):
         remove(Path(path))
 
     def teardown(self) -> None:
-        """Finish a pending background save when Lightning is done, also after a failure."""
+        """Finish a pending background save when Lightning ends, also after a failure."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             pending.salvage()
 
 
 class _Save:
-    """One save: collected at once, written (perhaps by a thread), committed by all ranks together."""
+    """One save: tensors are collected at once, written (possibly by a thread) and committed by all ranks together."""
 
     def __init__(self, folder: Path, checkpoint: dict[str, Any], grid: Grid, *, copy: bool) -> None:
         self.folder, self.grid = folder, grid
@@ -117,7 +118,7 @@ class _Save:
         parts, sharded_common = shards.collect(checkpoint["state_dict"], grid, self.file)
         self._refuse_not_finite(parts)
         common["sharded_common"] = shards.union(grid.gather(sharded_common))
-        if copy:  # training goes on and changes the tensors
+        if copy:  # training continues and changes the tensors
             parts = [(part, data.to("cpu", copy=True)) for part, data in parts]
         self.parts = parts
         self.problem: str | None = None
@@ -127,13 +128,13 @@ class _Save:
         self.aside: Path = grid.run_on_rank0(lambda: self._prepare(common))
 
     def _refuse_not_finite(self, parts: Sequence[tuple[Part, torch.Tensor]]) -> None:
-        """On all ranks, before anything is written: nothing good gives way to numbers that are of no use."""
+        """Raise on all ranks if a tensor is not finite, before anything is written or deleted."""
         mine = next((part.key for part, data in parts if not is_finite(data)), None)
         found = next((key for key in self.grid.gather(mine) if key is not None), None)
         if found is not None:
             raise NumericsError(
-                f"{found} holds NaN or infinity at step {self.step}, so no checkpoint is written: go on from an "
-                "earlier one with a lower optim.lr",
+                f"{found} holds NaN or infinity at step {self.step}, so no checkpoint is written: resume from "
+                "an earlier one with a lower optim.lr",
                 key=found,
             )
 
@@ -160,7 +161,7 @@ class _Save:
             self.problem = f"{type(problem).__name__}: {problem}"
 
     def commit(self) -> None:
-        """All ranks call this together."""
+        """Commit the save; all ranks call this together."""
         if self.thread is not None:
             self.thread.join()
         reports = self.grid.gather(self._report())
@@ -168,7 +169,7 @@ class _Save:
         self.parts = []
 
     def salvage(self) -> None:
-        """Commit without a word to the other ranks, which may have failed: their reports lie in the folder."""
+        """Commit without communication, as other ranks may have failed. Their reports are read from the folder."""
         if self.thread is not None:
             self.thread.join()
         if self.rank != 0:
@@ -177,7 +178,7 @@ class _Save:
         while (reports := self._reports()) is None and self.problem is None and time.monotonic() < deadline:
             time.sleep(0.05)
         if reports is None:
-            log.warning("the checkpoint of step %s was not finished when the run ended: it is given up", self.step)
+            log.warning("the checkpoint of step %s was not complete when the run ended: it is deleted", self.step)
             shutil.rmtree(self.aside, ignore_errors=True)
             return
         try:
@@ -192,28 +193,28 @@ class _Save:
         return self.aside / f"rank-{rank:05d}.report"
 
     def _reports(self) -> list[Any] | None:
-        """Every rank's report, from the folder; None while one is missing or half written."""
+        """Return every rank's report from the folder; None while one is missing or incomplete."""
         try:
             return [json.loads(self._report_path(rank).read_text()) for rank in range(self.world)]
         except (OSError, ValueError):
             return None
 
     def _prepare(self, common: dict[str, Any]) -> Path:
-        """On the first rank: make the folder to write in, and keep the plain values as they are now.
+        """On the first rank, create the temporary folder and serialize the plain values as they are now.
 
-        No two saves share a folder: ranks of a run that lost its run.dir may still write, and must not write into the
-        checkpoint of the run that took it over.
+        Each save has a separate folder: ranks of a run that lost its run.dir may still write, and must not write into
+        the checkpoint of the run that took it over.
         """
         buffer = io.BytesIO()
         try:
             torch.save(common, buffer)
             buffer.seek(0)
-            torch.load(buffer, weights_only=True)  # what cannot be read back must be known now, not at the resume
+            torch.load(buffer, weights_only=True)  # fail now, not at the resume, if it cannot be read back
         except Exception as problem:
             raise CheckpointError(
                 f"checkpoint {self.folder}: a module's or callback's state cannot be saved "
                 f"({first_line(problem, kind=True)}): "
-                "keep plain values and tensors in it",
+                "use only plain values and tensors in it",
                 key="state",
                 where=self.folder,
             ) from None
@@ -225,14 +226,14 @@ class _Save:
             aside.mkdir(parents=True)
         except OSError as problem:
             raise CheckpointError(
-                f"cannot write in {self.folder.parent}: {problem.strerror}; set run.dir elsewhere",
+                f"cannot write in {self.folder.parent}: {problem.strerror}; set run.dir to another folder",
                 key="run.dir",
                 where=self.folder.parent,
             ) from None
         return aside
 
     def _finish(self, reports: list[Any]) -> None:
-        """On the first rank: the files that make the folder whole, then the rename that makes it a checkpoint."""
+        """On the first rank, write the files that complete the folder, then rename it, which makes it a checkpoint."""
         try:
             problems = [f"rank {rank}: {report[0]}" for rank, report in enumerate(reports) if report[0]]
             if problems:
@@ -258,14 +259,15 @@ class _Save:
         except OSError as problem:
             shutil.rmtree(self.aside, ignore_errors=True)
             raise CheckpointError(
-                f"checkpoint {self.folder} could not be written ({problem}); earlier checkpoints are whole. "
-                "Free space or set run.dir to another disk, then start again: the run resumes",
+                f"checkpoint {self.folder} could not be written ({problem}); earlier checkpoints are intact. "
+                "Free disk space and start again, or set run.dir to a folder on another disk and "
+                f"run.resume={self.folder.parent}",
                 key="run.dir",
                 where=self.folder,
             ) from None
 
     def _put_in_place(self) -> None:
-        """Rename the finished folder. An older checkpoint of the same step is kept, and found, until then."""
+        """Rename the finished folder. Until then `find` returns an older checkpoint of the same step."""
         replaced = _hidden(self.folder, "replaced")
         if self.folder.exists():
             remove(replaced)
@@ -276,7 +278,7 @@ class _Save:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of a checkpoint, whole and in this process's memory, for inspection and export."""
+    """Return every tensor of a checkpoint, unsharded and in this process's memory, for inspection and export."""
     return shards.read_whole(plain_content(folder)[1], folder)
 
 
@@ -286,9 +288,9 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def find(folder: Path) -> list[Path]:
-    """Committed checkpoints in a folder, oldest first; unfinished ones are not seen.
+    """Return the committed checkpoints in a folder, oldest first. Unfinished ones are ignored.
 
-    One that was being replaced (the same step saved again) counts until its successor is in place.
+    A checkpoint that is being replaced (the same step is saved again) counts until its successor is in place.
     """
     if not is_dir(folder):
         return []
@@ -308,10 +310,10 @@ def step_of(folder: Path) -> int:
 
 
 def tidy(folder: Path, step: int) -> None:
-    """Before training goes on from `step`: delete what a kill left half done, and put out of the way what lies ahead.
+    """Before training continues from `step`, delete unfinished saves and move checkpoints of later steps away.
 
-    Checkpoints of later steps are torn or of a course that was given up. Among the newest they would be kept in the
-    place of those to come, and be resumed from.
+    Checkpoints of later steps are damaged or belong to an abandoned course of training. They would count as the newest,
+    so that they would be kept instead of future ones, and be resumed from.
     """
     for path in folder.glob(".step-*"):
         successor = _successor(path)
@@ -329,17 +331,19 @@ def tidy(folder: Path, step: int) -> None:
             path.rename(shelf / _successor(path).name)
     except OSError as problem:
         raise CheckpointError(
-            f"{len(ahead)} checkpoints in {folder} are of later steps than {step} and cannot be moved "
-            f"({problem.strerror}): set run.dir elsewhere",
+            f"{len(ahead)} checkpoints in {folder} are of steps after {step} and cannot be moved "
+            f"({problem.strerror}): set run.dir to another folder",
             key="run.dir",
             where=folder,
         ) from None
-    log.warning("training goes on from step %d: %d checkpoints of later steps moved to %s", step, len(ahead), shelf)
+    log.warning(
+        "training continues from step %d: %d checkpoints of later steps were moved to %s", step, len(ahead), shelf
+    )
 
 
 def verify(folder: Path) -> CheckpointError | None:
-    """What is wrong with a checkpoint, or None: every file's size and checksum against the manifest. Who raises the
-    error adds which checkpoint it is of."""
+    """Compare the size and checksum of every file with the manifest. Return the error, or None; the caller adds the
+    name of the checkpoint."""
     try:
         manifest = read_json(folder / MANIFEST)
         if (number := manifest["format"]) != FORMAT:
@@ -352,7 +356,7 @@ def verify(folder: Path) -> CheckpointError | None:
         for name, expected in manifest["files"].items():
             path = folder / name
             if path.name != name:
-                return CheckpointError(f"{shown(name)} in its {MANIFEST} is no file of it", key=shown(name))
+                return CheckpointError(f"{shown(name)} in its {MANIFEST} is not the name of a file", key=shown(name))
             if not is_file(path):
                 return CheckpointError(f"{shown(name)} is missing", key=shown(name))
             size = path.stat().st_size
@@ -367,7 +371,7 @@ def verify(folder: Path) -> CheckpointError | None:
 
 
 def seal(folder: Path, step: int) -> None:
-    """Write the manifest of a folder whose files are all there, and ask the disk to keep them."""
+    """Write the manifest of a folder that contains all of its files, and flush everything to disk."""
     files = {path.name: _size_and_checksum(path) for path in sorted(folder.iterdir()) if path.is_file()}
     (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
     for path in folder.iterdir():
@@ -376,7 +380,7 @@ def seal(folder: Path, step: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint so that a half-deleted one is never taken for whole: it loses its name first."""
+    """Delete a checkpoint. It is renamed first, so that a half-deleted one never counts as complete."""
     if not folder.exists():
         return
     doomed = _hidden(_successor(folder), "removed")
@@ -389,7 +393,7 @@ def remove(folder: Path) -> None:
 
 
 def refuse_empty(path: Path) -> None:
-    """Before anything is built or written: what run.resume names must be a checkpoint or hold some, whole or not."""
+    """Refuse a path for run.resume that is not a checkpoint and contains none, before anything is built or written."""
     if not _is_checkpoint(path) and not find(path):
         raise CheckpointError(
             f"run.resume={shown(path)}: there is no checkpoint; give one (RUN/checkpoints/step-...), a folder of them "
@@ -405,13 +409,13 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _choose(path: Path) -> Path:
-    """`path` itself if it is a checkpoint (an error if it is torn), else the newest whole one in it."""
+    """Return `path` if it is a checkpoint (raise if it is damaged), else the newest intact one in it."""
     refuse_empty(path)
     if _is_checkpoint(path):
         problem = verify(path)
         if problem:
             raise CheckpointError(
-                f"checkpoint {path} is not whole: {problem}; choose another with run.resume=FOLDER",
+                f"checkpoint {path} is incomplete or damaged: {problem}; choose another with run.resume=FOLDER",
                 key=problem.key,
                 value=problem.value,
                 where=path,
@@ -422,9 +426,9 @@ def _choose(path: Path) -> Path:
         problem = verify(folder)
         if problem is None:
             return folder
-        log.warning("checkpoint %s is not whole (%s): passed over", folder, problem)
+        log.warning("checkpoint %s is incomplete or damaged (%s): skipped", folder, problem)
     raise CheckpointError(
-        f"none of the {len(candidates)} checkpoints in {path} is whole; start anew with run.resume=never",
+        f"none of the {len(candidates)} checkpoints in {path} is intact; start a new run with run.resume=never",
         key="run.resume",
         value=str(path),
         where=path,
@@ -438,7 +442,7 @@ def plain_content(folder: Path) -> tuple[dict[str, Any], list[Part]]:
     try:
         common = load_plain(folder / COMMON, map_location="cpu")
         if not isinstance(common, dict) or not isinstance(common.get("sharded_common"), dict):
-            raise UnreadableError("does not hold what megarl keeps there")
+            raise UnreadableError("does not contain what megarl stores there")
         reading = INDEX
         index = read_json(folder / INDEX)
         if not isinstance(index, dict) or not isinstance(index.get("parts"), list):
@@ -450,8 +454,8 @@ def plain_content(folder: Path) -> tuple[dict[str, Any], list[Part]]:
             raise UnreadableError(f"does not list {sorted(unlisted)[0]}, which {INDEX} names")
     except (OSError, ValueError, LookupError, TypeError) as problem:
         raise CheckpointError(
-            f"checkpoint {folder}: {reading} {_completed(problem)}; it is not one that megarl wrote, or was damaged "
-            "since: choose another",
+            f"checkpoint {folder}: {reading} {_completed(problem)}; it was not written by megarl, or is "
+            "damaged: choose another",
             key=reading,
             where=folder,
         ) from None
@@ -460,12 +464,12 @@ def plain_content(folder: Path) -> tuple[dict[str, Any], list[Part]]:
 
 
 def _check_run(common: dict[str, Any], folder: Path) -> None:
-    """Raise unless the values are those that Lightning and megarl save of a run."""
+    """Raise if a value is not of the type that Lightning or megarl saves."""
     kinds = {"global_step": int, "epoch": int, "loops": dict, "callbacks": dict, "consumed": int, "clock": dict}
     for name, kind in kinds.items():
         if name in common and not isinstance(common[name], kind):
             raise CheckpointError(
-                f"checkpoint {folder}: {COMMON} has no usable {name}: it is damaged, or not one that megarl wrote; "
+                f"checkpoint {folder}: {COMMON} has no valid {name}: it is damaged, or was not written by megarl; "
                 "choose another",
                 key=name,
                 value=common[name],
@@ -479,7 +483,7 @@ def _hidden(folder: Path, state: str) -> Path:
 
 
 def _successor(path: Path) -> Path:
-    """The proper name behind a hidden one; a proper name itself."""
+    """Return the final path of a temporary one; other paths are unchanged."""
     return path.with_name(path.stem[1:]) if path.name.startswith(".") else path
 
 

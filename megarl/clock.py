@@ -18,8 +18,8 @@ class Work:
 class Clock:
     """Adds up wall-clock and CPU seconds per named section of a run.
 
-    Parts nest: the time of an inner part counts to the inner part only, so that the parts never sum to more than the
-    whole. CPU seconds are those of all threads of this process.
+    Sections nest: the time of an inner section counts for the inner one only, so that the sum of all sections never
+    exceeds the time of the run. CPU seconds are those of all threads of this process.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the time spent inside the `with` block to `name`."""
+        """Add the time spent inside the `with` block to the section `name`."""
         self._charge()
         self._open.append(name)
         self._tell()
@@ -47,11 +47,11 @@ class Clock:
             self._tell()
 
     def listen(self, listener: Callable[[str], None]) -> None:
-        """Call `listener` with the innermost open part ("" between parts) whenever that changes."""
+        """Call `listener` with the innermost open section ("" between sections) whenever that changes."""
         self._listeners.append(listener)
 
     def totals(self) -> dict[str, dict[str, float]]:
-        """Seconds per part up to now, those before a resume included: {part: {"wall_s": ..., "cpu_s": ...}}."""
+        """Return the seconds per section up to now, also before a resume: {section: {"wall_s": ..., "cpu_s": ...}}."""
         self._charge()
         result = {}
         for name in [*self._earlier, *(name for name in self._counted if name not in self._earlier)]:
@@ -64,7 +64,7 @@ class Clock:
         return {"parts": self.totals()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue an earlier process's totals. Loading the same state twice counts it once."""
+        """Continue an earlier process's totals. A state that is loaded twice counts once."""
         self._earlier = {name: (part["wall_s"], part["cpu_s"]) for name, part in state["parts"].items()}
 
     def _tell(self) -> None:

@@ -13,30 +13,31 @@ from typing import NoReturn
 
 from megarl.errors import MegarlError
 
-_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of writing
+_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # characters that change the direction of writing
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as in shells."""
 NOTICED = 143
-"""What a run comes to that a notice (SIGTERM, SIGUSR1) stopped with a checkpoint. Its command exits with 0: launchers
-learn of it by a file, and srun would kill the ranks that are still writing."""
+"""The result of a run that a signal (SIGTERM, SIGUSR1) stopped with a checkpoint. Its command exits with 0, because
+srun would kill the ranks that are still writing. Launchers read the status file."""
 
 STATUS_FILE = "MEGARL_STATUS_FILE"
-"""Names a file that a run which stopped early leaves a line in, so that its launcher starts it again.
+"""Environment variable with the path of a status file. A run that stopped early writes a line to it, so that its
+launcher starts it again.
 
-(Not an exit code: torchrun passes none on, and srun would kill the ranks that are still writing.) Beside it, with
-`.exit` behind its name, lies the exit code of what would end the same way again.
+An exit code does not serve: torchrun does not pass it on, and srun would kill the ranks that are still writing. A run
+that fails writes its exit code to the same path with `.exit` appended.
 """
 
 
 def run_command(work: Callable[[], int | None], debug: Callable[[], bool] = lambda: False) -> NoReturn:
-    """Run a command's work and exit.
+    """Call a command's function and exit.
 
     A `MegarlError` ends in one line on stderr and its exit code (2 for bad input, 3 for bad numbers), with a traceback
-    only where `debug()`; any other exception is a bug and keeps its traceback.
+    only if `debug()`; any other exception is a bug and keeps its traceback.
     """
     quiet()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # text that the terminal's encoding lacks must end nothing
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal's encoding lacks must not raise
             stream.reconfigure(errors="backslashreplace")
     try:
         code = work()
@@ -53,10 +54,10 @@ def run_command(work: Callable[[], int | None], debug: Callable[[], bool] = lamb
         if debug() or not _ran_out_of_memory(error):
             raise
         said = " ".join(str(error).split())[:200] or type(error).__name__
-        say(f"error: memory ran out ({said}): use a smaller model, batch or number of responses in flight")
+        say(f"error: out of memory ({said}): use a smaller model, batch or number of responses in flight")
         code = MegarlError.exit_code
     if code == NOTICED or (code == INTERRUPTED and _rank_prefix()):
-        code = 0  # whoever started this process would kill the first one, which may still be writing
+        code = 0  # a launcher would kill the first process, which may still be writing
     if code and STATUS_FILE in os.environ:
         with contextlib.suppress(OSError):
             Path(f"{os.environ[STATUS_FILE]}.exit").write_text(str(code), encoding="utf-8")
@@ -64,7 +65,7 @@ def run_command(work: Callable[[], int | None], debug: Callable[[], bool] = lamb
 
 
 def _ran_out_of_memory(error: Exception) -> bool:
-    """Torch's own kind of error for it exists on GPUs only."""
+    """Return whether memory ran out. Torch has its own class of error for this on GPUs only."""
     said = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
     return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
@@ -102,7 +103,7 @@ def process_number(environ: Mapping[str, str] = os.environ) -> int:
 def local_process_number(environ: Mapping[str, str] = os.environ) -> int:
     """Return this process's rank on this machine, which is also the index of its GPU.
 
-    torchrun, Lightning and `set_env_from_slurm` say it in LOCAL_RANK; a process without it is alone.
+    torchrun, Lightning and `set_env_from_slurm` set LOCAL_RANK; a process without it is the only one.
     """
     return int(environ.get("LOCAL_RANK") or 0)
 
@@ -110,6 +111,6 @@ def local_process_number(environ: Mapping[str, str] = os.environ) -> int:
 def _rank_prefix() -> str:
     try:
         number = process_number()
-    except ValueError:  # what a launcher left is no number, which is about to be said
+    except ValueError:  # the launcher's variable is not a number, which `check_launcher` reports
         return ""
     return f"[rank {number}] " if number else ""

@@ -24,12 +24,12 @@ DEEPEST = 200
 """Maximum nesting of JSON. Python's own limit would be reached later, wherever a deep value is next visited."""
 _LONGEST_YAML = 1_000_000
 _BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
-_MOST_YAML = 100_000  # values in a YAML file, each alias counted as all that it stands for
-_NAME_BYTES = 255  # of one component of a path, on the file systems that there are
+_MOST_YAML = 100_000  # maximum values in a YAML file with its aliases expanded
+_NAME_BYTES = 255  # maximum length of one component of a path on common file systems
 
 
 class UnreadableError(ValueError):
-    """Content that cannot be used; the text completes "FILE ..."."""
+    """Content that cannot be used. The message continues a sentence that starts with the name of the file."""
 
 
 # --- paths ------------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def writable(path: str, key: str) -> Path:
             problem = f"{there} is read-only"
     if problem:
         raise ConfigError(
-            f"{key}={shown(path)} cannot be written: {problem}; name another", key=key, value=path, where=there
+            f"{key}={shown(path)} cannot be written: {problem}; choose another path", key=key, value=path, where=there
         )
     return place
 
@@ -105,7 +105,7 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str | Iterable[str]) -> None:
-    """Write a file, in one piece or many, so that a reader, or a crash, never sees half of it."""
+    """Write a file, from one or several strings, so that a reader never sees, and a crash never leaves, half of it."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("w", encoding="utf-8", newline="") as file:
@@ -120,9 +120,9 @@ def write_atomically(path: Path, text: str | Iterable[str]) -> None:
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """Give the block an empty folder to fill, and that the name `folder` when the block has ended well.
+    """Yield an empty temporary folder, and rename it to `folder` when the block ends without an error.
 
-    For one process; `temp_sibling` is where several write together.
+    For one process; several processes that write together use `temp_sibling`.
     """
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
@@ -136,7 +136,10 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 
 def temp_sibling(path: Path) -> Path:
-    """Where a file or folder is written before it is renamed to `path`; the same in every process of a run."""
+    """Return the temporary path of a file or folder that is written and then renamed to `path`.
+
+    It is the same in every process of a run.
+    """
     return path.with_name(f".{path.name}.writing")
 
 
@@ -167,7 +170,7 @@ def parse_json(text: str | bytes) -> Any:
         raise UnreadableError(_too_deep("JSON")) from None
     except UnicodeDecodeError as problem:
         raise UnreadableError(f"is not UTF-8 ({problem.reason} at byte {problem.start})") from None
-    except ValueError as problem:  # json's own kind, and a plain one for an integer of too many digits
+    except ValueError as problem:  # JSONDecodeError, or a plain ValueError for an integer of too many digits
         raise UnreadableError(f"is not valid JSON ({str(problem).partition(';')[0]})") from None
     if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
         raise UnreadableError(_too_deep("JSON"))
@@ -198,7 +201,7 @@ def check_yaml(text: str) -> None:
     if len(text) > _LONGEST_YAML:
         raise UnreadableError(f"is YAML of more than {_LONGEST_YAML:,} characters")
     opened = list(accumulate(_BRACKETS.get(sign, 0) for sign in text))
-    if max(opened, default=0) > DEEPEST:  # the reader would take minutes to give up
+    if max(opened, default=0) > DEEPEST:  # the parser would take minutes to fail
         raise UnreadableError(_too_deep("YAML"))
     if "&" not in text:
         return
@@ -213,19 +216,19 @@ def check_yaml(text: str) -> None:
 
 
 def load_plain(file: Any, **options: Any) -> Any:
-    """Load a `torch.save` file of tensors and plain values alone; nothing in it is executed."""
-    import torch  # takes seconds, and most of what this module looks at is not torch's
+    """Load a `torch.save` file that contains only tensors and plain values. Nothing in it is executed."""
+    import torch  # takes seconds, and most users of this module do not need it
 
     try:
         return torch.load(file, weights_only=True, **options)
     except Exception as problem:  # a broken or hostile pickle may raise anything
         said = str(problem)
         if re.search(r"unsupported (global|class|operand)", said, re.IGNORECASE):
-            damaged = ", or is damaged" if "operand" in said else ""  # a newer kind of pickle, or no pickle at all
+            damaged = ", or is damaged" if "operand" in said else ""  # a newer pickle protocol, or not a pickle
             raise UnreadableError(f"holds more than weights and plain values{damaged}; it is not loaded") from None
         detail = re.search(r"WeightsUnpickler error: ([^\n]*)", said)
         first = detail[1] if detail else first_line(problem)
-        raise UnreadableError(f"is damaged, or no file of torch's ({first[:160].strip()})") from None
+        raise UnreadableError(f"is damaged, or not a torch.save file ({first[:160].strip()})") from None
 
 
 def shown(value: object, most: int = 120) -> str:
@@ -261,7 +264,7 @@ def _depth(value: Any) -> int:
 
 
 def _expanded(node: yaml.Node, known: dict[int, int], inside: set[int]) -> int:
-    """Values that a node comes to, with aliases counted as what they stand for."""
+    """Return the number of values in a node with its aliases expanded."""
     name = id(node)
     if name in inside:
         raise UnreadableError("has an alias that refers to itself")
@@ -270,5 +273,5 @@ def _expanded(node: yaml.Node, known: dict[int, int], inside: set[int]) -> int:
         inner = [one for child in children for one in (child if isinstance(child, tuple) else (child,))]
         known[name] = 1 + sum(_expanded(one, known, inside | {name}) for one in inner)
         if known[name] > _MOST_YAML:
-            raise UnreadableError(f"has aliases that come to more than {_MOST_YAML:,} values")
+            raise UnreadableError(f"has aliases that expand to more than {_MOST_YAML:,} values")
     return known[name]

@@ -25,13 +25,13 @@ class Heartbeat:
     world: int
     host: str
     pid: int
-    phase: str = ""  # the clock's part: train, eval, save, generate ...; "" between them
+    phase: str = ""  # section of the clock: train, eval, save, generate ...; "" between sections
     step: int = 0
     since: float = 0.0  # when this phase of this step began
     alive: float = 0.0  # the last heartbeat
-    collective: str = ""  # the call of torch.distributed that it waits in
+    collective: str = ""  # the function of torch.distributed in which it waits
     at: str = ""  # the innermost line of code outside torch
-    still: float = 0.0  # time of the last change of those two
+    still: float = 0.0  # when `collective` or `at` last changed
     ended: str = ""  # "finished", or the error
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ class Heartbeat:
 
     @property
     def where(self) -> str:
-        """Phase and step of the process in words."""
+        """Phase and step of the process, for messages."""
         return f"{self.phase or 'between phases'} of step {self.step}"
 
 
@@ -55,7 +55,7 @@ class HeartbeatFile:
         """Overwrite the file with a heartbeat, in one call."""
         plain = asdict(heartbeat)
         line = json.dumps(plain).encode()
-        if len(line) >= _BYTES:  # a message of failure can be long
+        if len(line) >= _BYTES:  # an error message can be long
             line = json.dumps({**plain, "ended": heartbeat.ended[:200], "at": heartbeat.at[:200]}).encode()
         os.pwrite(self._file, line.ljust(_BYTES - 1) + b"\n", 0)
 
@@ -73,7 +73,7 @@ def read(run_dir: Path) -> list[Heartbeat]:
             heartbeat = Heartbeat(**{key: _shown(value) for key, value in found.items()})
             check_types(heartbeat)
         except (ConfigError, UnreadableError, TypeError):
-            continue  # just being written, or of another version
+            continue  # being written, or of another version
         heartbeats.append(heartbeat)
     if not heartbeats:
         return []
@@ -89,7 +89,7 @@ def _shown(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The ranks that block the others (empty if none is found), and a sentence about it."""
+    """The ranks that block the others (empty if none is found), and a sentence that explains it."""
 
     ranks: tuple[int, ...]
     sentence: str
@@ -105,11 +105,11 @@ def diagnose(heartbeats: Sequence[Heartbeat], now: float, beat_s: float = BEAT_S
     newest = max(heartbeat.alive for heartbeat in heartbeats)
     if now - newest > 3 * beat_s:
         return Verdict(
-            (), f"no rank has given a sign of life for {now - newest:.0f} s: the job is over or its hosts are down"
+            (), f"no rank has written a heartbeat for {now - newest:.0f} s: the job is over or its hosts are down"
         )
     moved = now - max(heartbeat.since for heartbeat in heartbeats)
     if moved < 3 * beat_s:
-        return Verdict((), f"the run moves: a rank went on to another phase {moved:.0f} s ago")
+        return Verdict((), f"the run makes progress: a rank entered another phase {moved:.0f} s ago")
     return _behind(heartbeats, now, beat_s)
 
 
@@ -122,7 +122,7 @@ def _failed(heartbeats: Sequence[Heartbeat]) -> Verdict | None:
 
 
 def _silent(heartbeats: Sequence[Heartbeat], beat_s: float) -> Verdict | None:
-    """Find ranks that stopped beating while others continued. A rank that waits for others still beats."""
+    """Find ranks whose heartbeat stopped while others continued. A rank that waits for others still writes it."""
     newest = max(heartbeat.alive for heartbeat in heartbeats)
     silent = [heartbeat for heartbeat in heartbeats if not heartbeat.ended and newest - heartbeat.alive > 3 * beat_s]
     if not silent:
@@ -130,7 +130,7 @@ def _silent(heartbeats: Sequence[Heartbeat], beat_s: float) -> Verdict | None:
     first = min(silent, key=lambda heartbeat: heartbeat.alive)
     return Verdict(
         tuple(heartbeat.rank for heartbeat in silent),
-        f"{_names(silent)} gave no sign of life for {newest - first.alive:.0f} s (killed, stopped, or its host is "
+        f"{_names(silent)} wrote no heartbeat for {newest - first.alive:.0f} s (killed, stopped, or its host is "
         f"down), last in {first.where}; {_waiting(heartbeats, silent)}",
     )
 
@@ -140,13 +140,11 @@ def _missing(heartbeats: Sequence[Heartbeat]) -> Verdict | None:
     if not absent:
         return None
     ranks = ", ".join(map(str, absent[:8])) + (" ..." if len(absent) > 8 else "")
-    return Verdict(
-        tuple(absent), f"rank {ranks} of {heartbeats[0].world} never came up; the others wait for it to start"
-    )
+    return Verdict(tuple(absent), f"rank {ranks} of {heartbeats[0].world} never started; the others wait for it")
 
 
 def _behind(heartbeats: Sequence[Heartbeat], now: float, beat_s: float) -> Verdict:
-    """Ranks in another phase than those that went on, or at work where the others wait in a collective."""
+    """Find ranks that are not in the latest phase, or that compute while the others wait in a collective."""
     here = [heartbeat for heartbeat in heartbeats if not heartbeat.ended]
     places = {(heartbeat.step, heartbeat.phase) for heartbeat in here}
     if len(places) > 1:
@@ -155,13 +153,13 @@ def _behind(heartbeats: Sequence[Heartbeat], now: float, beat_s: float) -> Verdi
         late = [heartbeat for heartbeat in here if (heartbeat.step, heartbeat.phase) == last]
     else:
         late = [heartbeat for heartbeat in here if not heartbeat.collective]
-        # At work in a long phase everybody is in and out of collectives; who waits is seen in the same one each time.
+        # Ranks that work enter and leave collectives; a rank that waits is in the same one at every heartbeat.
         if any(now - heartbeat.still < 3 * beat_s for heartbeat in here if heartbeat.collective):
             late = []
     if not late or len(late) == len(here):
         longest = max(now - heartbeat.since for heartbeat in here)
         return Verdict(
-            (), f"all ranks are in {here[0].where}, for {longest:.0f} s at most: none is seen to hold up the others"
+            (), f"all ranks are in {here[0].where}, for {longest:.0f} s at most: none is found to block the others"
         )
     one = late[0]
     return Verdict(
@@ -174,7 +172,7 @@ def _behind(heartbeats: Sequence[Heartbeat], now: float, beat_s: float) -> Verdi
 def _waiting(heartbeats: Sequence[Heartbeat], late: Sequence[Heartbeat]) -> str:
     others = [heartbeat for heartbeat in heartbeats if heartbeat not in late and not heartbeat.ended]
     if not others:
-        return "nobody else is left"
+        return "no other rank is running"
     calls = sorted({heartbeat.collective for heartbeat in others if heartbeat.collective})
     call = f", in {' and '.join(calls)}" if calls else ""
     return f"{len(others)} of {heartbeats[0].world} ranks wait for it in {others[0].where}{call}"

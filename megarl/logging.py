@@ -69,7 +69,7 @@ def setup(run_dir: Path | None, rank: int, debug: bool) -> None:
         file.setLevel(level)
         file.setFormatter(logging.Formatter(_FORMAT))
         _add(root, file)
-    root.setLevel(logging.INFO)  # other libraries' debug output would drown ours, even in the file
+    root.setLevel(logging.INFO)  # other libraries' debug output would hide megarl's, even in the file
     logging.getLogger(_OURS).setLevel(level)
     logging.captureWarnings(True)
     for name in FOREIGN:

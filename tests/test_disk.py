@@ -102,7 +102,7 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (LAUGHS, "come to more than"),
+        (LAUGHS, "expand to more than"),
         ("a: &a [*a]", "refers to itself"),
         ("a: &a {b: *a}", "refers to itself"),
         ("[" * 5000, "too deep"),

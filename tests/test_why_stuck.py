@@ -67,17 +67,17 @@ def test_the_first_that_failed_is_named_and_not_those_that_fell_with_it() -> Non
 def test_a_rank_that_never_came_is_named() -> None:
     verdict = diagnose(ranks(4)[:3], NOW)
     assert verdict.ranks == (3,)
-    assert "never came" in verdict.sentence
+    assert "never started" in verdict.sentence
 
 
 @pytest.mark.parametrize(
     ("heartbeats", "says"),
     [
-        (ranks(2, since=NOW - 2), "the run moves"),
-        (ranks(2), "none is seen to hold up"),
-        (changed(ranks(2, still=NOW - 2), 1, collective=""), "none is seen to hold up"),
+        (ranks(2, since=NOW - 2), "the run makes progress"),
+        (ranks(2), "none is found to block"),
+        (changed(ranks(2, still=NOW - 2), 1, collective=""), "none is found to block"),
         (ranks(2, ended="finished"), "has finished"),
-        (ranks(2, alive=NOW - 90), "no rank has given a sign of life for 90 s"),
+        (ranks(2, alive=NOW - 90), "no rank has written a heartbeat for 90 s"),
     ],
 )
 def test_nobody_is_named_where_nobody_is_to_blame(heartbeats: list[Heartbeat], says: str) -> None:

@@ -30,7 +30,7 @@ class Checkpoints(Checkpoint):
         self.warned = False  # that checkpoint.metric is not logged
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move aside the checkpoints that do not lead to the restored step; stop all ranks if that fails."""
+        """Move checkpoints of later steps than the restored one away; stop all ranks if that fails."""
         self._io(trainer).restoring = None
         here = self._start_from(steps_taken(trainer)) if trainer.is_global_zero else ({}, None)
         self.measured, problem = trainer.strategy.broadcast(here)

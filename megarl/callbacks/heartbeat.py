@@ -1,4 +1,4 @@
-"""Each process writes heartbeats, from which `megarl.why_stuck` finds out what a stuck run waits for."""
+"""Writes heartbeats of each process, from which `megarl.why_stuck` finds what a stalled run waits for."""
 
 import os
 import socket
@@ -20,11 +20,11 @@ _FOREIGN = ("/torch/", "/threading.py", "/contextlib.py")
 
 
 class HeartbeatCallback(Callback):
-    """Writes `breadcrumbs/rank-N.json` in the run folder whenever the clock's part changes, and every few seconds.
+    """Writes `breadcrumbs/rank-N.json` in the run folder whenever the clock's section changes, and every few seconds.
 
-    A thread writes the regular heartbeat and looks up where the main thread is. A process that waits in a collective
-    continues to write and names the collective; one that is stopped or gone does not write. `python -m megarl.why_stuck
-    RUN` reads the files.
+    A thread writes the regular heartbeat, with the line that the main thread executes. A process that waits in a
+    collective continues to write and names the collective; one that is stopped or dead does not write.
+    `python -m megarl.why_stuck RUN` reads the files.
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], beat_s: float = BEAT_S) -> None:
@@ -57,7 +57,7 @@ class HeartbeatCallback(Callback):
         self._enter("")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write a last heartbeat that says finished."""
+        """Write a last heartbeat with `ended` set to finished."""
         self._end("finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -42,7 +42,7 @@ _SHOWN: dict[str, Callable[[float], str]] = {
 
 @dataclass
 class RunProgress:
-    """How far a run is, and its latest metrics."""
+    """The progress of a run, and its latest metrics."""
 
     step: int
     total: int | None

@@ -1,4 +1,4 @@
-"""How fast a run trains and how much memory it takes. This only measures and must not influence training."""
+"""Throughput and peak memory of a run. This only measures and must not influence training."""
 
 import resource
 import sys

@@ -1,1 +1,1 @@
-"""From a checked configuration to a finished run: its folder and who owns it, its Trainer, its loggers, its ending."""
+"""Runs a checked configuration: the run folder and its lock, the Trainer, the loggers, and the exit code."""

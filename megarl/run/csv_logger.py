@@ -19,7 +19,7 @@ Row = dict[str, str]
 
 
 class MetricsFile(Logger):
-    """A Lightning logger that keeps a whole run, resumed or not, in one table.
+    """A Lightning logger that writes all metrics of a run, also after resumes, into one table.
 
     Lightning's own CSV logger starts a new file per version and writes the training and evaluation metrics of a step
     into separate rows. Here all values of a step share a row. A step that is logged again, as after a resume from an
@@ -78,7 +78,7 @@ class MetricsFile(Logger):
             return [], []
         try:
             text = read_text(self.path)
-            whole = text[: text.rfind("\n") + 1]  # a crash truncated a line that has no end
+            whole = text[: text.rfind("\n") + 1]  # drop a line without an end, which a crash left
             reader = csv.DictReader(io.StringIO(whole, newline=""))
             rows = [{name: value for name, value in row.items() if name and value} for row in reader]
             return list(reader.fieldnames or []), [

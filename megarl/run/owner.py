@@ -88,7 +88,7 @@ class RunLock:
                     _held.discard(self._me.id)
         except OSError as problem:
             raise ConfigError(
-                f"{self.what} cannot be written ({problem.strerror or problem}): set {self.key} elsewhere",
+                f"{self.what} cannot be written ({problem.strerror or problem}): set {self.key} to another path",
                 key=self.key,
                 value=self.target,
                 where=self.target,
@@ -114,8 +114,8 @@ class RunLock:
                 return
             self.number = None
         self._lost(
-            f"{self.what} was taken over by {holder or 'another run'}, because this run had given no sign of "
-            f"life for {SILENCE_S:g} s: this run ends, so that the two do not mix; its checkpoints are kept"
+            f"{self.what} was taken over by {holder or 'another run'}, because this run had not refreshed "
+            f"its lock for {SILENCE_S:g} s: this run ends, so that the two do not mix; its checkpoints are kept"
         )
 
     def check(self) -> None:
@@ -220,7 +220,7 @@ class RunLock:
         threading.Thread(target=self._keep, args=(self._over,), name="run lock", daemon=True).start()
 
     def _refusal(self, holder: Holder | None, *, foreign: bool = False) -> ConfigError:
-        far = f" (taken over once it gives no sign of life for {SILENCE_S:g} s)" if foreign else ""
+        far = f" (can be taken over once it has not refreshed its lock for {SILENCE_S:g} s)" if foreign else ""
         return ConfigError(
             f"{self.what} is in use by {holder or 'another run'}{far}: "
             f"set another {self.key}, or wait for that run or stop it",
@@ -230,7 +230,7 @@ class RunLock:
 
     def _report_wait(self, holder: Holder | None, silent: float) -> None:
         say(
-            f"waiting for {self.what}: {holder or 'its unknown owner'} has given no sign of life for "
+            f"waiting for {self.what}: {holder or 'its unknown owner'} has not refreshed its lock for "
             f"{silent:.0f} s, and counts as dead after {SILENCE_S:g} s"
         )
 

@@ -132,7 +132,9 @@ def _writing(run_dir: Path) -> Iterator[None]:
         yield
     except OSError as problem:
         raise ConfigError(
-            f"run.dir={run_dir} cannot be written ({problem}): set run.dir elsewhere", key="run.dir", value=str(run_dir)
+            f"run.dir={run_dir} cannot be written ({problem}): set run.dir to another folder",
+            key="run.dir",
+            value=str(run_dir),
         ) from None
 
 
