@@ -336,9 +336,7 @@ def tidy(folder: Path, step: int) -> None:
             key="run.dir",
             where=folder,
         ) from None
-    log.warning(
-        "training continues from step %d: %d checkpoints of later steps were moved to %s", step, len(ahead), shelf
-    )
+    log.warning("training continues from step %d: moved %d checkpoints of later steps to %s", step, len(ahead), shelf)
 
 
 def verify(folder: Path) -> CheckpointError | None:

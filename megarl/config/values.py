@@ -46,7 +46,7 @@ def check_values(config: Any, section: str = "") -> None:
             raise ConfigError(
                 f"{key}={shown(value)} contains an element that is not text: write {key}=[a,b]", key=key, value=value
             )
-        for one in value if isinstance(value, list) else [value]:
+        for one in value if leaf.type.startswith("list") else [value]:
             if isinstance(one, int | float) and not _within(one, leaf):
                 kind = describe_type(leaf.type)
                 raise ConfigError(

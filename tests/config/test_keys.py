@@ -1,4 +1,4 @@
-"""The schema stays small, documented and safe to instantiate."""
+"""The keys stay few, documented and safe to instantiate."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_leaves_flatten_sections_and_keep_what_was_declared() -> None:
     assert by_key["trainer.devices"].type == "int | str"
     assert by_key["model.norm"].choices == ("layernorm", "rmsnorm")
     assert by_key["model.rope_percent"].bounds == {"above": 0, "at_most": 1}
-    assert sections(SFTConfig)[:3] == ["run", "model", "tokenizer"]
+    assert sections(SFTConfig)[:3] == ["model", "tokenizer", "parallel"]
 
 
 @pytest.mark.parametrize("entry", entry_points())
