@@ -16,7 +16,7 @@ from megarl.config.trees import Tree
 
 
 def prompts_or_chat(config: Any, world_size: int) -> None:
-    """There are prompts to respond to, or somebody to talk to."""
+    """Require exactly one of prompts and chat=true."""
     if config.chat == (config.prompts is not None):
         raise Refusal(
             "chat=true and prompts exclude each other: leave one out"
@@ -42,9 +42,14 @@ class GenerateConfig(Tree):
         "template, or the built-in one if it has none).",
     )
     out: str | None = leaf(
-        None, "File to which each response is written as soon as it is complete (null: standard output)."
+        None,
+        "JSON-lines file, which must not exist yet, for the responses. Each is written when it is complete, those of "
+        "other replicas at the end (null: standard output).",
     )
-    chat: bool = leaf(False, "Talk to the model in the terminal; --chat does the same.")
+    chat: bool = leaf(
+        False,
+        "Talk to the model in the terminal; --chat does the same. Excludes prompts; rollout.n has no effect.",
+    )
     system: str | None = leaf(None, "System message at the beginning of a chat (null: none).")
     rollout: GuidedRolloutConfig = section(GuidedRolloutConfig)
     trainer: DevicesConfig = section(DevicesConfig)

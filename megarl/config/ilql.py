@@ -24,7 +24,8 @@ class ILQLSettings(Section):
 
     tau: float = leaf(
         0.7,
-        "Expectile that V regresses to: above 0.5, better actions weigh more.",
+        "Expectile of the target Q values of the actions taken that V regresses to: above 0.5, actions better than V "
+        "weigh more.",
         above=0,
         below=1,
     )
@@ -32,16 +33,20 @@ class ILQLSettings(Section):
     cql_scale: float = leaf(
         0.1, "Weight of the conservative (CQL) loss, which keeps Q low for tokens that are not in the data.", at_least=0
     )
-    awac_scale: float = leaf(1.0, "Weight of the policy's own loss.", at_least=0)
+    awac_scale: float = leaf(1.0, "Weight of the policy loss, the cross entropy of the output tokens.", at_least=0)
     awac_beta: float = leaf(
         0.0,
-        "How strongly the policy's loss weights tokens by their advantage (0: all tokens weigh the same).",
+        "Each token's policy loss is multiplied by exp(awac_beta * (Q - V)) (0: all tokens weigh the same).",
         at_least=0,
     )
-    two_qs: bool = leaf(True, "Train two Q heads and use the smaller of their values; otherwise one.")
+    two_qs: bool = leaf(
+        True,
+        "Train two Q heads, and use the smaller of the values of their target heads for V and for generation; "
+        "otherwise one.",
+    )
     target_alpha: float = leaf(
         0.001,
-        "Share of the difference by which the target heads move towards the Q heads.",
+        "Share of the difference by which the target heads move towards the Q heads, every ilql.target_every steps.",
         above=0,
         at_most=1,
     )

@@ -15,10 +15,13 @@ from megarl.config.trees import PhaseTree
 
 @dataclass
 class SeparateCriticConfig(Section):
-    """A critic with its own weights."""
+    """Settings of a separate critic."""
 
     path: str | None = leaf(
-        None, "Checkpoint whose transformer the critic starts from (null: the same weights as the policy)."
+        None,
+        "Model whose weights the critic starts from, in any form that model.path accepts; of a checkpoint, the "
+        "policy's weights, with a value head if there is one. It needs the policy's tokenizer and context (null: the "
+        "policy's initial weights).",
     )
     lr: float | None = leaf(None, "Peak learning rate of the critic (null: optim.lr).", at_least=0)
     warmup_phases: int = leaf(0, "Number of first phases in which only the critic trains.", at_least=0)
@@ -50,41 +53,66 @@ class CriticConfig(Section):
 class PPOSettings(Section):
     """Proximal policy optimisation."""
 
-    rollouts: int = leaf(128, "Responses per phase, over all processes.", at_least=1, at_most=2**24)
-    inner_epochs: int = leaf(4, "Number of times that the responses of a phase are trained on.", at_least=1)
+    rollouts: int = leaf(
+        128, "Responses per phase, over all processes. A multiple of rollout.n.", at_least=1, at_most=2**24
+    )
+    inner_epochs: int = leaf(
+        4, "Number of passes over the responses of a phase; ppo.stop_at_kl may end them early.", at_least=1
+    )
     advantages: str = leaf(
         "gae",
-        "How advantages are computed. gae: from the values of a critic; grpo, dr_grpo, rloo, opo, "
-        "reinforce_pp_baseline: by comparing the scores of all responses to a prompt; reinforce_pp: from the later "
-        "rewards alone; remax: from the score minus that of the most likely response.",
+        "How advantages are computed. gae: generalised advantage estimation with a critic; grpo, dr_grpo, rloo, opo, "
+        "reinforce_pp_baseline: each response's score relative to the other responses to its prompt (rollout.n of 2 "
+        "or more); reinforce_pp: the discounted sum of rewards from each token on; remax: the sum of rewards from "
+        "each token on, minus the score of the greedy response.",
         tuple(ADVANTAGES),
     )
-    gamma: float = leaf(1.0, "Discount of later rewards.", at_least=0, at_most=1)
-    lam: float = leaf(0.95, "Lambda of generalised advantage estimation.", at_least=0, at_most=1)
+    gamma: float = leaf(
+        1.0,
+        "Discount of later rewards, per token. Only with ppo.advantages=gae and reinforce_pp.",
+        at_least=0,
+        at_most=1,
+    )
+    lam: float = leaf(
+        0.95, "Lambda of generalised advantage estimation. Only with ppo.advantages=gae.", at_least=0, at_most=1
+    )
     clip_low: float = leaf(
-        0.2, "A token whose advantage is negative trains until its ratio is this far below 1.", at_least=0, below=1
+        0.2,
+        "Lower clip range: a token with a negative advantage gets no gradient once its ratio (see ppo.ratio) is below"
+        " 1 - ppo.clip_low.",
+        at_least=0,
+        below=1,
     )
     clip_high: float = leaf(
-        0.2, "A token whose advantage is positive trains until its ratio is this far above 1.", at_least=0
+        0.2,
+        "Upper clip range: a token with a positive advantage gets no gradient once its ratio (see ppo.ratio) is above"
+        " 1 + ppo.clip_high.",
+        at_least=0,
     )
     dual_clip: float | None = leaf(
         None,
-        "Maximum loss of a token with a negative advantage, as a multiple of its size (null: no maximum).",
+        "Maximum policy loss of a token with a negative advantage, as a multiple of the advantage's absolute value "
+        "(null: no maximum).",
         above=1,
     )
     ratio: str = leaf(
         "token",
-        "Ratio of new to old probability, of each token or of the whole response (GSPO).",
+        "Ratio of new to old probability. token: of each token; sequence: the geometric mean of a response's token "
+        "ratios, for all of its tokens (GSPO).",
         ("token", "sequence"),
     )
     aggregation: str = leaf(
         "token_mean",
-        "How the losses of tokens become one number: the mean over all tokens, the mean over responses of their mean "
-        "or of their sum, or that of their sum divided by rollout.max_new_tokens.",
+        "How policy, entropy and KL losses are reduced. token_mean: mean over all tokens; seq_mean_token_mean: mean "
+        "over responses of their token means; seq_mean_token_sum: mean over responses of their token sums; "
+        "seq_mean_token_sum_norm: the same divided by rollout.max_new_tokens. The value loss is always a token mean.",
         ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"),
     )
     clip_value: float | None = leaf(
-        0.2, "How far a value may move in a phase before it no longer trains (null: no limit).", at_least=0
+        0.2,
+        "Maximum distance that a value may move towards its return in a phase before its loss has no gradient (null: "
+        "no limit).",
+        at_least=0,
     )
     vf_coef: float = leaf(1.0, "Weight of the value loss of a shared critic.", at_least=0)
     entropy_coef: float = leaf(0.0, "Weight of the entropy bonus in the loss.", at_least=0)
@@ -92,32 +120,49 @@ class PPOSettings(Section):
         0.05, "Initial weight of the KL to the reference model (0: there is no reference model).", at_least=0
     )
     kl_in: str = leaf(
-        "reward", "Where the KL is added: to the reward of each token, or to the loss.", ("reward", "loss")
+        "reward",
+        "Where the KL to the reference acts: subtracted from the reward of each token, or added to the loss.",
+        ("reward", "loss"),
     )
-    kl_kind: str = leaf("k1", "Estimator of the KL.", ("k1", "k2", "k3", "abs"))
+    kl_kind: str = leaf(
+        "k1",
+        "Estimator of the KL per token, with d = log-prob of the policy minus that of the reference. k1: d; k2: "
+        "d^2/2; k3: exp(-d) - 1 + d; abs: the absolute value of d.",
+        ("k1", "k2", "k3", "abs"),
+    )
     kl_target: float | None = leaf(
-        None, "KL per response that ppo.kl_coef is adapted to reach (null: ppo.kl_coef stays constant).", above=0
+        None,
+        "KL to the reference per response (the sum over its tokens) that ppo.kl_coef is adapted to reach. Requires "
+        "ppo.kl_coef above 0 (null: ppo.kl_coef stays constant).",
+        above=0,
     )
     kl_horizon: float = leaf(
-        10_000.0, "Number of responses over which an adapted ppo.kl_coef can change by a fifth.", above=0
+        10_000.0,
+        "Number of responses over which an adapted ppo.kl_coef changes by at most a fifth of itself, more than "
+        "ppo.rollouts / 5. No effect if ppo.kl_target is null.",
+        above=0,
     )
     kl_limit: float | None = leaf(
-        None, "KL per response at which the run stops; at half of it, a warning is logged (null: no limit).", above=0
+        None,
+        "Maximum mean KL to the reference per response (the sum over its tokens). A phase above it ends the run with "
+        "an error before it trains; a phase above half of it logs a warning once. Requires ppo.kl_coef above 0 (null:"
+        " no limit).",
+        above=0,
     )
     stop_at_kl: float | None = leaf(
         0.2,
-        "Maximum KL between the policy and itself at the start of the phase: the policy stops training for the phase "
-        "at the first minibatch above it. It is the mean of old minus new log-probs over the minibatch's tokens, so it "
-        "can be negative (null: no limit).",
+        "Maximum KL per token between the policy at the start of the phase and now, as a minibatch's mean of old "
+        "minus new log-probs (which can be negative). The first minibatch above it is not applied, and the policy is "
+        "not trained further in this phase; a separate critic is (null: no limit).",
         above=0,
     )
     clip_scores: float | None = leaf(
-        None, "Scores are clipped to plus or minus this value (null: not clipped).", above=0
+        None, "Scores are clipped to plus or minus this value, before ppo.scale_scores (null: not clipped).", above=0
     )
     scale_scores: str = leaf(
         "ignored",
-        "What scores are divided by: nothing, the standard deviation of all scores so far, or that of the first "
-        "phase's scores.",
+        "Scaling of the scores. ignored: none; running: divided by the standard deviation of all scores so far; ref: "
+        "by that of the run's first phase. The mean is not subtracted.",
         ("ignored", "running", "ref"),
     )
     whiten_advantages: bool | None = leaf(
@@ -126,27 +171,45 @@ class PPOSettings(Section):
         "reinforce_pp_baseline).",
     )
     whiten_rewards: bool = leaf(
-        False, "Give the token rewards of a phase standard deviation 1; their mean stays the same."
+        False,
+        "Scale the token rewards of a phase, KL included, to standard deviation 1; their mean stays the same. Only "
+        "with ppo.advantages=gae and reinforce_pp.",
     )
     missing_eos_penalty: float = leaf(
-        0.0, "Subtracted from the score of a response that reached rollout.max_new_tokens without EOS.", at_least=0
+        0.0,
+        "Subtracted, after clipping and scaling, from the score of a response that reached rollout.max_new_tokens "
+        "without EOS or a stop text.",
+        at_least=0,
     )
     mask_overlong: bool = leaf(
-        False, "Leave responses that reached rollout.max_new_tokens without EOS out of the loss."
+        False,
+        "Exclude responses that reached rollout.max_new_tokens without EOS or a stop text from the loss. They are "
+        "still scored and compared with the other responses to their prompt.",
     )
     pack: bool = leaf(
         True, "Put several short responses into one sequence of a forward pass, without attention between them."
     )
     invariants: str = leaf(
         "strict",
-        "What a violated invariant does, such as two computations of the same log-prob that differ: end the run with "
-        "an error, or log a warning.",
+        "What happens when a check during training fails: the run ends with an error, or one warning per check is "
+        "logged. Checked: the policy equals the reference before training, generated and recomputed log-probs agree, "
+        "the first minibatch has ratio 1, each epoch uses every response token once, every trained tensor gets a "
+        "gradient.",
         ("strict", "warn"),
     )
 
     def check(self) -> None:
-        """Refuse whitened rewards where responses are compared, and limits of a KL that is not computed."""
+        """Refuse whitened rewards where responses are compared, too short a horizon, and limits of an absent KL."""
         needs = ADVANTAGES[self.advantages]
+        if self.kl_target is not None and self.kl_horizon <= self.rollouts / 5:
+            raise Refusal(
+                f"ppo.kl_horizon={self.kl_horizon:g} lets ppo.kl_coef change by more than itself in a phase of "
+                f"ppo.rollouts={self.rollouts}",
+                {},
+                f"more than {self.rollouts / 5:g}",
+                key="ppo.kl_horizon",
+                value=self.kl_horizon,
+            )
         if self.whiten_rewards and (needs.groups or needs.greedy):
             raise Refusal(
                 f"ppo.advantages={self.advantages} compares scores of whole responses, which ppo.whiten_rewards=true "
@@ -167,7 +230,7 @@ class PPOSettings(Section):
 
 
 def groups_are_whole(config: Any, world_size: int) -> None:
-    """A phase holds all responses to each of its prompts, and several where they are compared."""
+    """Require ppo.rollouts to be a multiple of rollout.n, and rollout.n of 2 or more where responses are compared."""
     rollouts, n, advantages = config.ppo.rollouts, config.rollout.n, config.ppo.advantages
     if rollouts % n:
         raise Refusal(
@@ -188,8 +251,8 @@ def groups_are_whole(config: Any, world_size: int) -> None:
         )
 
 
-def policy_is_the_one_that_responds(config: Any, world_size: int) -> None:
-    """Training evaluates the same policy that generated, so nothing is dropped out at random."""
+def dropout_is_zero(config: Any, world_size: int) -> None:
+    """Refuse dropout: log-probs in training must be those of the policy that generated."""
     if config.model.dropout > 0:
         raise Refusal(
             f"model.dropout={config.model.dropout:g} would train another policy than the one that responded",
@@ -199,8 +262,9 @@ def policy_is_the_one_that_responds(config: Any, world_size: int) -> None:
         )
 
 
-def critic_is_needed(config: Any, world_size: int) -> None:
-    """There is a critic if it is needed, and its keys belong together. Keys that nothing reads are warned of later."""
+def critic_exists_if_needed(config: Any, world_size: int) -> None:
+    """Refuse critic.kind=none with advantages that need values, keys of a separate critic with a shared one, and a
+    warm-up as long as the run."""
     critic, advantages = config.critic, config.ppo.advantages
     if not ADVANTAGES[advantages].values:
         return
@@ -235,13 +299,13 @@ def critic_is_needed(config: Any, world_size: int) -> None:
 
 @dataclass
 class PPOConfig(PhaseTree):
-    """The keys of PPO and its kin."""
+    """The keys of PPO and GRPO."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *PhaseTree.rules,
-        critic_is_needed,
+        critic_exists_if_needed,
         groups_are_whole,
-        policy_is_the_one_that_responds,
+        dropout_is_zero,
     )
 
     critic: CriticConfig = section(CriticConfig)

@@ -18,15 +18,22 @@ class RFTSettings(Section):
 
     prompts: int | None = leaf(None, "Number of prompts per phase (null: all of them).", at_least=1, at_most=2**24)
     improve_steps: int = leaf(
-        4, "Number of times that a phase's responses are trained on, each time fewer of them.", at_least=1
+        4,
+        "Number of passes over the best responses of a phase; the required quantile rises from rft.start_percentile "
+        "to rft.end_percentile.",
+        at_least=1,
     )
     start_percentile: float = leaf(
         0.7,
-        "Responses whose score is below this quantile of the scores of their prompt are left out at first.",
+        "In the first pass, responses whose score is below this quantile (0 to 1) of the distinct responses to their "
+        "prompt are left out. The lowest score of a prompt is always left out; if all its scores are equal, they are "
+        "kept only if they reach the phase's mean.",
         at_least=0,
         at_most=1,
     )
-    end_percentile: float = leaf(0.95, "The same quantile in the last of rft.improve_steps.", at_least=0, at_most=1)
+    end_percentile: float = leaf(
+        0.95, "Quantile in the last pass. It rises linearly from rft.start_percentile.", at_least=0, at_most=1
+    )
 
     def check(self) -> None:
         """Refuse a selection that grows less strict."""
@@ -40,7 +47,7 @@ class RFTSettings(Section):
 
 
 def responses_are_compared(config: Any, world_size: int) -> None:
-    """There are several responses to a prompt to select among."""
+    """Require rollout.n of 2 or more."""
     if config.rollout.n < 2:
         raise Refusal(
             f"rollout.n={config.rollout.n} leaves nothing to select among the responses to a prompt: use rollout.n=32",

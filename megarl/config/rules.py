@@ -1,8 +1,8 @@
-"""What must be true of several sections of a configuration together, before anything is built.
+"""Checks of several sections of a configuration together, before anything is built.
 
-Pure Python. A rule is a function `(config, world_size) -> None` that raises `Refusal`. The tree of an entry point names
-its own (`rules`); those of one algorithm alone stand beside its tree. What joins keys of one section is in the `check`
-of that section, and what is true of a single key is declared with it.
+Pure Python. A rule is a function `(config, world_size) -> None` that raises `Refusal`. A tree lists its rules in
+`rules`; rules of a single algorithm are defined next to its tree. Checks within one section are in `Section.check`,
+and those of a single key in its declaration.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ def each_section(config: Any, world_size: int) -> None:
 
 
 def model_fits_layout(config: Any, world_size: int) -> None:
-    """The shape of a model that is built from the configuration makes sense and divides over the layout."""
+    """Require the shape of a model that is built from the configuration to be valid and to divide over the layout."""
     if config.model.path is None:
         shape_rule(config, world_size)
 
 
 def sequences_fit_model(config: Any, world_size: int) -> None:
-    """Training sequences fit into the model's context, and can be split as sequence parallelism splits them."""
+    """Require training sequences to fit into the context (of a model without `path`), and to divide by parallel.tp with
+    sequence parallelism."""
     length, most = config.data.seq_length, config.model.max_positions
     if config.model.path is None and length > most:
         raise Refusal(
@@ -66,7 +67,7 @@ def sequences_fit_model(config: Any, world_size: int) -> None:
 
 
 def responses_fit_model(config: Any, world_size: int) -> None:
-    """A model that is built from the configuration has room for a prompt besides the longest response."""
+    """Require room for a prompt besides the longest response, in the context of a model without `path`."""
     most, new = config.model.max_positions, config.rollout.max_new_tokens
     if config.model.path is None and new >= most:
         raise Refusal(
@@ -78,7 +79,7 @@ def responses_fit_model(config: Any, world_size: int) -> None:
 
 
 def whole_replicas(config: Any, world_size: int) -> None:
-    """The processes hold a whole number of replicas."""
+    """Require a number of processes that is a multiple of those of one replica."""
     size = replica_size(config)
     if world_size % size == 0:
         return
@@ -105,7 +106,7 @@ def whole_replicas(config: Any, world_size: int) -> None:
 
 
 def whole_batches(config: Any, world_size: int) -> None:
-    """micro * accumulation * data-parallel size = global, with a whole accumulation."""
+    """Require micro * accumulation * data-parallel size = global, with an integer accumulation."""
     trainer, parallel = config.trainer, config.parallel
     replicas, micro, whole = (
         data_parallel_size(config, world_size),
@@ -142,20 +143,21 @@ def whole_batches(config: Any, world_size: int) -> None:
 
 
 def tokenizer_is_named(config: Any, world_size: int) -> None:
-    """A tokenizer that is read from a file is told which, unless the model brings its own."""
+    """Require tokenizer.path for kinds other than bytes, unless the model has a tokenizer."""
     tokenizer = config.tokenizer
     if tokenizer.kind != "bytes" and tokenizer.path is None and config.model.path is None:
-        raise Refusal(f"tokenizer.kind={tokenizer.kind} needs tokenizer.path: its file or folder", key="tokenizer.path")
+        needed = "the alphabet" if tokenizer.kind == "characters" else "its file or folder"
+        raise Refusal(f"tokenizer.kind={tokenizer.kind} needs tokenizer.path: {needed}", key="tokenizer.path")
 
 
 def responses_are_scored(config: Any, world_size: int) -> None:
-    """Something scores the responses that are trained on."""
+    """Require a reward function for responses that are trained on."""
     if config.reward.fn is None:
         raise Refusal("reward.fn is empty: name a function, for example reward.fn=rewards.py:score", key="reward.fn")
 
 
 def responses_are_sampled(config: Any, world_size: int) -> None:
-    """Responses that are trained on differ from one another."""
+    """Refuse greedy sampling in training."""
     if config.rollout.temperature == 0:
         raise Refusal(
             "rollout.temperature=0 takes the most likely token every time, so there is nothing to learn from: use 1",
@@ -165,11 +167,11 @@ def responses_are_sampled(config: Any, world_size: int) -> None:
 
 
 def scoring_ends_in_time(config: Any, world_size: int) -> None:
-    """The processes that wait for scores wait longer than a call of the reward function can take."""
+    """Require parallel.timeout_s to exceed the longest possible scoring call."""
     reward = config.reward
     longest = (reward.retries + 1) * (reward.timeout + SCORER_START_S)
-    asks = reward.fn is not None or config.metric.fn is not None
-    if asks and world_size > 1 and longest >= config.parallel.timeout_s:
+    scores = reward.fn is not None or config.metric.fn is not None
+    if scores and world_size > 1 and longest >= config.parallel.timeout_s:
         raise Refusal(
             f"a call of the reward function can take {reward.retries + 1} tries * (reward.timeout={reward.timeout:g} + "
             f"{SCORER_START_S:g} to start) = {longest:g} s, and the other processes wait only parallel.timeout_s="

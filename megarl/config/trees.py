@@ -1,4 +1,4 @@
-"""What the configuration trees of the entry points have in common; the tree of each is in the file of its name."""
+"""What the configuration trees of the entry points have in common; their trees are in the files of the algorithms."""
 
 # ruff: noqa: RUF009 - `leaf` and `section` return dataclass fields
 

@@ -12,7 +12,6 @@ from megarl.data.dataset import PackedDataset, SFTDataset
 from megarl.data.formats import RecordFormat
 from megarl.data.order import TrainBatches, TrainLoader
 from megarl.data.sources import read_records
-from megarl.errors import ConfigError
 from megarl.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -33,16 +32,6 @@ def build_sft_data(
         report: log what became of the records, as the first rank does.
     """
     data = config.data
-    if not data.train:
-        raise ConfigError(
-            "data.train is empty; give files, folders or hub names to train on", key="data.train", value=data.train
-        )
-    if data.pack and data.group_by_length:
-        raise ConfigError(
-            "data.pack=true and data.group_by_length=true: packed rows are all about equally long; choose one",
-            key="data.pack",
-            value=True,
-        )
     record_format = RecordFormat(
         format=data.format,
         text_key=data.text_key,

@@ -329,6 +329,7 @@ def test_phases_that_can_run_pass(world: int, values: dict[str, Any]) -> None:
         (2, {"reward__timeout": 200.0, "trainer__devices": 2}, "reward.timeout", {"parallel.timeout_s": [760]}),
         (1, {"ppo__kl_coef": 0.0, "ppo__kl_limit": 5.0}, "ppo.kl_limit", {"ppo.kl_limit": [None]}),
         (1, {"ppo__kl_coef": 0.0, "ppo__kl_target": 5.0}, "ppo.kl_target", {"ppo.kl_target": [None]}),
+        (1, {"ppo__kl_target": 5.0, "ppo__kl_horizon": 2.0}, "ppo.kl_horizon", {}),
         (1, {"model__dropout": 0.1}, "model.dropout", {"model.dropout": [0.0]}),
         (
             1,

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
+from megarl.config.rules import check
+from megarl.config.sections.data import DataConfig
+from megarl.config.sft import SFTConfig
 from megarl.data.build import build_sft_data, build_train_loader
 from megarl.data.dataset import PackedDataset, SFTDataset
 from megarl.data.order import EvalLoader, TrainBatches, TrainLoader
@@ -219,12 +222,17 @@ def test_no_evaluation_files_means_none():
             {"pack": True, "group_by_length": True},
             {"key": "data.pack", "value": True, "names": ("data.group_by_length=true",)},
         ),
-        ({"chat_template": "chatml"}, {"names": ("data.chat_template='chatml'",)}),
+        ({"group_by_length": True, "shuffle": False}, {"key": "data.group_by_length", "value": True}),
     ],
 )
-def test_settings_that_cannot_work_are_named(changes, expected):
+def test_settings_that_exclude_each_other_are_refused_before_data_is_read(changes, expected):
     with refused(ConfigError, **expected):
-        build_sft_data(config(**changes), ByteTokenizer())
+        check(SFTConfig(data=DataConfig(**{"train": ["a.jsonl"], **changes})), 1)
+
+
+def test_a_chat_template_that_is_neither_template_nor_file_is_named():
+    with refused(ConfigError, names=("data.chat_template='chatml'",)):
+        build_sft_data(config(chat_template="chatml"), ByteTokenizer())
 
 
 def test_demo_set_fits_and_evaluates_on_prompts_of_its_own():

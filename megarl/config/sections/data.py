@@ -24,9 +24,19 @@ class SourcesConfig(Section):
 
     train: list[str] = leaf([], SOURCES.format("Records to train on"))
     eval: list[str] = leaf([], SOURCES.format("Records to evaluate on") + " Empty: no evaluation.")
-    options: dict[str, Any] = leaf({}, "Keyword arguments of the functions among the sources of data.")
-    train_split: str = leaf("train", "Split of a hub data set that is trained on.")
-    eval_split: str = leaf("validation", "Split of a hub data set that is evaluated on.")
+    options: dict[str, Any] = leaf(
+        {},
+        "Keyword arguments of every function in data.train, data.eval and clone.data.",
+    )
+    train_split: str = leaf(
+        "train",
+        "Split to train on, of hub data sets, of folders written by save_to_disk, and of folders with files named "
+        "after splits.",
+    )
+    eval_split: str = leaf(
+        "validation",
+        "Split to evaluate on, of the same sources as data.train_split.",
+    )
     prompt_key: str = leaf("prompt", "Field of a record that holds the prompt.")
     messages_key: str = leaf("messages", "Field of a record that holds a conversation: a list of messages.")
     chat_template: str | None = leaf(
@@ -47,7 +57,8 @@ class DataConfig(SourcesConfig):
     )
     format: str = leaf(
         "auto",
-        "What records contain. auto: the fields of each record decide.",
+        "Fields that records have. text: data.text_key; completion: data.prompt_key and data.completion_key; chat: "
+        "data.messages_key. auto: the first of chat, completion and text whose fields a record has.",
         ("auto", "text", "completion", "chat"),
     )
     text_key: str = leaf("text", "Field of a text record that holds the text.")
@@ -61,19 +72,45 @@ class DataConfig(SourcesConfig):
     )
     loss_on: str = leaf(
         "completion",
-        "Tokens that are trained on: completions and the assistant's messages, or all.",
+        "Tokens that are trained on. completion: the completion, or the assistant's messages of a conversation; all: "
+        "every token. Plain text is always trained on as a whole.",
         ("completion", "all"),
     )
     pack: bool = leaf(
-        False, "Put several short records into one sequence, without attention between them. Saves padding."
+        False,
+        "Put several short records into one training sequence, without attention between them, which saves padding. "
+        "Excludes data.group_by_length.",
     )
-    group_by_length: bool = leaf(False, "Put records of similar length into one batch. Saves padding.")
+    group_by_length: bool = leaf(
+        False,
+        "Put records of similar length into one batch, which saves padding. Requires data.shuffle=true and "
+        "data.pack=false.",
+    )
     shuffle: bool = leaf(True, "Read the records in a new random order every epoch; the order depends on the seed.")
-    eval_limit: int | None = leaf(None, "Number of records to evaluate on (null: all).", at_least=1)
+    eval_limit: int | None = leaf(
+        None, "Maximum number of records to evaluate on, the first ones (null: all).", at_least=1
+    )
 
     def check(self) -> None:
-        """Refuse an empty training set; warn where the demo's evaluation set judges another training set."""
+        """Refuse an empty training set and orders that exclude each other.
+
+        Warn if the demo's evaluation set is used with another training set.
+        """
         _require_data(self.train, "train.jsonl")
+        if self.pack and self.group_by_length:
+            raise Refusal(
+                "data.pack=true and data.group_by_length=true: packed sequences are all about equally long",
+                {"data.pack": [False], "data.group_by_length": [False]},
+                key="data.pack",
+                value=True,
+            )
+        if self.group_by_length and not self.shuffle:
+            raise Refusal(
+                "data.group_by_length=true reorders records, which data.shuffle=false forbids",
+                {"data.group_by_length": [False], "data.shuffle": [True]},
+                key="data.group_by_length",
+                value=True,
+            )
         if DEMO_EVAL in self.eval and DEMO_TRAIN not in self.train:
             warn_once(
                 get_logger(__name__),
@@ -101,21 +138,26 @@ class OfflineDataConfig(SourcesConfig):
     eval: list[str] = leaf([], SOURCES.format("Prompts of evaluations") + " Empty: no evaluation.")
     samples_key: str = leaf(
         "samples",
-        "Field of a record that holds the sample: a text, [prompt, output], or a longer dialogue of such turns.",
+        "Field of a record that holds the sample: a text (all of it output), [prompt, output], or a longer list that "
+        "alternates prompts and outputs. Records without it are read by data.messages_key.",
     )
     rewards_key: str = leaf(
-        "rewards", "Field of a record that holds the reward of its sample: a number, or one number for each output."
+        "rewards",
+        "Field of a record that holds the reward: a number, which counts at the last output, or one number for each "
+        "output. Rewards are standardised so that returns have mean 0 and standard deviation 1 over the data.",
     )
     seq_length: int = leaf(128, "Maximum number of tokens per sample.", at_least=2, at_most=2**31 - 1)
     too_long: str = leaf(
         "truncate",
-        "What happens to samples longer than data.seq_length: their end is cut off, they are left out, or the run ends "
-        "with an error.",
+        "What happens to samples longer than data.seq_length: their end is cut off, and later rewards count at the "
+        "last remaining output token; they are left out; or the run ends with an error.",
         TOO_LONG,
     )
     shuffle: bool = leaf(True, "Read the samples in a new random order every epoch; the order depends on the seed.")
     cache: str | None = leaf(
-        "~/.cache/megarl", "Folder in which tokenised samples are kept for later runs (null: they are not kept)."
+        "~/.cache/megarl",
+        "Folder in which tokenised samples are kept for later runs, if data.train names only files and folders (null:"
+        " they are not kept).",
     )
 
     def check(self) -> None:

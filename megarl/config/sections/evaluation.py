@@ -1,4 +1,4 @@
-"""How evaluations generate."""
+"""Generation in evaluations."""
 
 # ruff: noqa: RUF009 - `leaf` and `section` return dataclass fields
 
@@ -17,7 +17,8 @@ class SweepConfig(Section):
 
     temperature: list[float] = leaf(
         [],
-        "Values of rollout.temperature; every evaluation runs once with each (empty: once, with rollout.temperature).",
+        "Values of rollout.temperature; every evaluation runs once with each (empty: once, with rollout.temperature)."
+        " checkpoint.metric must then name one, as eval/score@temperature=0.5.",
         at_least=0,
         form=temperature,
     )
@@ -25,10 +26,12 @@ class SweepConfig(Section):
 
 @dataclass
 class EvalConfig(Section):
-    """How evaluations generate. All other settings are those of rollout."""
+    """Settings of generation in evaluations, which otherwise use those of rollout."""
 
     n: int = leaf(1, "Number of responses per prompt in evaluations.", at_least=1, at_most=2**20)
-    table: int = leaf(4, "Number of responses that each evaluation prints.", at_least=0, at_most=1000)
+    table: int = leaf(
+        4, "Number of responses that each evaluation prints and adds to samples.jsonl.", at_least=0, at_most=1000
+    )
     sweep: SweepConfig = section(SweepConfig)
 
     def check(self) -> None:
@@ -45,17 +48,18 @@ class EvalConfig(Section):
 
 @dataclass
 class GuidedSweepConfig(SweepConfig):
-    """The same for models whose Q heads guide the sampling."""
+    """Values of one setting, for models whose Q heads guide the sampling."""
 
     beta: list[float] = leaf(
         [],
-        "Values of rollout.ilql_beta; every evaluation runs once with each (empty: once, with rollout.ilql_beta).",
+        "Values of rollout.ilql_beta; every evaluation runs once with each (empty: once, with rollout.ilql_beta). "
+        "checkpoint.metric must then name one, as eval/score@beta=1. Excludes eval.sweep.temperature.",
         at_least=0,
     )
 
 
 @dataclass
 class GuidedEvalConfig(EvalConfig):
-    """How evaluations generate. All other settings are those of rollout."""
+    """Settings of generation in evaluations, which otherwise use those of rollout."""
 
     sweep: GuidedSweepConfig = section(GuidedSweepConfig)

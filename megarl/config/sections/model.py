@@ -16,8 +16,10 @@ class ModelConfig(Section):
 
     path: str | None = leaf(
         None,
-        "Pretrained model: a Hugging Face folder or hub name, or a megarl checkpoint. It sets the keys of the shape "
-        "below, and the tokenizer unless tokenizer.kind is given (null: random weights in the shape below).",
+        "Pretrained model: a Hugging Face folder or hub name, a .nemo archive, a megarl checkpoint, or a run folder "
+        "(its newest checkpoint). It sets all other keys of model except dropout, init_std and num_layers_unfrozen. "
+        "Its tokenizer is used if tokenizer.path is null and tokenizer.kind is bytes or the model's kind (null: "
+        "random weights).",
     )
     num_layers: int = leaf(4, "Number of transformer layers.", at_least=1, at_most=10_000)
     hidden_size: int = leaf(128, "Width of the hidden states.", at_least=1, at_most=2**24)
@@ -38,11 +40,14 @@ class ModelConfig(Section):
         None, "Inner width of the MLP (null: 4 * model.hidden_size).", at_least=1, at_most=2**26
     )
     max_positions: int = leaf(
-        256, "Context length: maximum number of tokens in a sequence.", at_least=1, at_most=2**31 - 1
+        256,
+        "Context length: maximum number of tokens in a sequence, also with model.rope_scaling.",
+        at_least=1,
+        at_most=2**31 - 1,
     )
     vocab_size: int | None = leaf(
         None,
-        "Number of tokens in the vocabulary, before padding for tensor parallelism (null: as the tokenizer says).",
+        "Number of tokens in the vocabulary before padding, at least the tokenizer's (null: the tokenizer's size).",
         at_least=1,
         at_most=2**31 - 1,
     )
@@ -60,24 +65,25 @@ class ModelConfig(Section):
     )
     rope_scaling: str = leaf(
         "none",
-        "Method that stretches the rotary frequencies for longer contexts.",
+        "How rotary frequencies are lowered for contexts longer than in pretraining. Requires model.position=rope.",
         ("none", "linear", "llama3", "yarn"),
     )
-    rope_factor: float = leaf(1.0, "Factor by which model.rope_scaling stretches the context.", at_least=1)
+    rope_factor: float = leaf(1.0, "Factor of the longer context. No effect with model.rope_scaling=none.", at_least=1)
     rope_low_freq_factor: float = leaf(
         1.0,
-        "Only with rope_scaling=llama3: frequencies with fewer turns per original context than this are stretched by "
-        "the whole factor.",
+        "Only with rope_scaling=llama3: frequencies with fewer turns within model.rope_original_positions than this "
+        "are divided by model.rope_factor.",
         above=0,
     )
     rope_high_freq_factor: float = leaf(
         4.0,
-        "Only with rope_scaling=llama3: frequencies with more turns per original context than this are not stretched.",
+        "Only with rope_scaling=llama3: frequencies with more turns within model.rope_original_positions than this "
+        "are kept; those between the two are interpolated.",
         above=0,
     )
     rope_original_positions: int | None = leaf(
         None,
-        "Context length before stretching. Required with rope_scaling=llama3 and yarn.",
+        "Context length in pretraining. Required with rope_scaling=llama3 and yarn; no effect otherwise.",
         at_least=1,
         at_most=2**31 - 1,
     )
@@ -103,13 +109,21 @@ class ModelConfig(Section):
         at_most=2**31 - 1,
     )
     dropout: float = leaf(
-        0.0, "Dropout probability of hidden states and attention weights in training.", at_least=0, below=1
+        0.0,
+        "Dropout probability of hidden states and attention weights in training. Must be 0 in PPO and GRPO.",
+        at_least=0,
+        below=1,
     )
-    init_std: float = leaf(0.02, "Standard deviation of random initial weights.", above=0)
+    init_std: float = leaf(
+        0.02,
+        "Standard deviation of random initial weights. Output projections of attention and MLP get this divided by "
+        "sqrt(2 * model.num_layers); value and Q heads start like torch's linear layers.",
+        above=0,
+    )
     num_layers_unfrozen: int = leaf(
         -1,
-        "Number of last layers that train, besides the final norm and the heads; earlier layers and the embeddings "
-        "stay as they are (-1: everything trains).",
+        "Number of last layers that are trained, together with the final norm, value and Q heads, and an output layer"
+        " that is not tied to the embedding (-1: everything). At most model.num_layers.",
         at_least=-1,
     )
 

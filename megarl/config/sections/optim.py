@@ -13,10 +13,13 @@ class OptimConfig(Section):
 
     lr: float = leaf(1e-3, "Peak learning rate.", at_least=0)
     min_lr_ratio: float = leaf(
-        0.1, "Learning rate at the end of the schedule, as a share of optim.lr.", at_least=0, at_most=1
+        0.1,
+        "Learning rate at the end of the schedule, as a share of optim.lr. No effect with optim.schedule=constant.",
+        at_least=0,
+        at_most=1,
     )
     warmup_steps: int = leaf(
-        10, "Training steps over which the learning rate rises linearly from 0 to optim.lr.", at_least=0
+        10, "Optimizer steps over which the learning rate rises linearly from 0 to optim.lr.", at_least=0
     )
     schedule: str = leaf("cosine", "How the learning rate decays after the warm-up.", ("constant", "linear", "cosine"))
     weight_decay: float = leaf(0.01, "Decoupled weight decay. It does not apply to norms and biases.", at_least=0)

@@ -32,14 +32,16 @@ class ParallelConfig(Section):
     )
     vpp: int | None = leaf(
         None,
-        "Virtual pipeline stages per process, for the interleaved schedule (null: the plain schedule).",
+        "Model chunks per pipeline stage, for the interleaved 1F1B schedule (null: 1F1B). Requires parallel.pp of 2 "
+        "or more, parallel.pp * parallel.vpp that divides model.num_layers, and a multiple of parallel.pp "
+        "microbatches per replica. Excludes rollout.layout.",
         at_least=1,
         at_most=2**20,
     )
     sequence_parallel: bool = leaf(
         False,
-        "Split the activations between tensor-parallel layers along the sequence, which saves memory. No effect with "
-        "parallel.tp=1.",
+        "Split the activations between tensor-parallel layers along the sequence, which saves memory. Where "
+        "data.seq_length exists, it must be a multiple of parallel.tp. No effect with parallel.tp=1.",
     )
     recompute: str = leaf(
         "none",
@@ -49,19 +51,22 @@ class ParallelConfig(Section):
     )
     timeout_s: int = leaf(
         600,
-        "Seconds that a process waits for the others in a collective operation before the run fails.",
+        "Seconds that a process waits for the others in a collective operation before the run fails. With several "
+        "processes and a reward function it must exceed (reward.retries + 1) * (reward.timeout + 120).",
         at_least=1,
         at_most=A_YEAR_S,
     )
     kernels: str = leaf(
         "auto",
-        "Implementation of the layers: PyTorch, Transformer Engine or Apex. auto: the fastest one that is installed.",
+        "Implementation of linear layers and norms: PyTorch and Megatron (torch), Transformer Engine (te) or Apex "
+        "(apex, LayerNorm only). auto: the first of te, apex and torch that can be imported; torch on a CPU. "
+        "Attention is always PyTorch's.",
         ("auto", "torch", "te", "apex"),
     )
     offload: bool = leaf(
         False,
-        "Move the optimizer's state, the gradients and idle models to host memory while responses are generated and "
-        "evaluated, and back when they are needed. No effect in runs that do not generate.",
+        "Move the optimizer's state, the gradients and idle models to host memory while responses are generated, also"
+        " in evaluations, and back when they are needed. No effect in runs that do not generate.",
     )
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""What scores responses."""
+"""Settings of the functions that score responses."""
 
 # ruff: noqa: RUF009 - `leaf` and `section` return dataclass fields
 
@@ -20,12 +20,19 @@ class RewardConfig(Section):
 
     fn: str | None = leaf(
         None,
-        "Reward function, as package.module:function or file.py:function; several as a weighted sum, "
-        "'0.7*a:f + 0.3*b:g'.",
+        "Reward function, as package.module:function or file.py:function; several as a weighted sum, '0.7*a:f + "
+        "0.3*b:g'. It is called with samples, prompts, outputs, tokenizer and the other fields of the prompts' "
+        "records, and returns a number, or a number per token, for each sample. ILQL calls it in evaluations only.",
     )
-    options: dict[str, Any] = leaf({}, "Additional keyword arguments of the reward function.")
+    options: dict[str, Any] = leaf(
+        {},
+        "Additional keyword arguments of the reward function. They override fields of the records.",
+    )
     timeout: float = leaf(
-        60.0, "Seconds that one call may take before its process is killed.", above=0, at_most=A_YEAR_S
+        60.0,
+        "Seconds that one call may take before its process is killed. See also parallel.timeout_s.",
+        above=0,
+        at_most=A_YEAR_S,
     )
     retries: int = leaf(1, "Number of times that a failed call is repeated.", at_least=0, at_most=1000)
     on_error: str = leaf(
@@ -42,10 +49,10 @@ class RewardConfig(Section):
 
 @dataclass
 class MetricConfig(Section):
-    """What evaluations measure besides the score."""
+    """Settings of an additional metric of evaluations."""
 
     fn: str | None = leaf(
         None,
-        "Function that is called in evaluations as the reward function is, with the same time limit; the mean of what "
-        "it returns is logged under its name.",
+        "Function that evaluations call like reward.fn, with the settings of reward except reward.options. The mean "
+        "of its scores is logged as eval/NAME.",
     )

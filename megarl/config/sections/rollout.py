@@ -1,4 +1,4 @@
-"""How responses are generated."""
+"""Generation of responses."""
 
 # ruff: noqa: RUF009 - `leaf` and `section` return dataclass fields
 
@@ -13,12 +13,12 @@ from megarl.config.sections.data import TOO_LONG
 
 @dataclass
 class RolloutConfig(Section):
-    """How responses are generated."""
+    """Settings of generation."""
 
     max_new_tokens: int = leaf(128, "Maximum number of new tokens per response.", at_least=1, at_most=2**31 - 1)
     temperature: float = leaf(
         1.0,
-        "Divides the logits before sampling; 0 takes the most likely token every time.",
+        "Divides the logits before sampling. 0 takes the most likely token every time, which training refuses.",
         at_least=0,
         form=temperature,
     )
@@ -38,43 +38,68 @@ class RolloutConfig(Section):
         below=1,
     )
     repetition_penalty: float = leaf(
-        1.0, "Divides positive and multiplies negative logits of tokens that have occurred (1: no penalty).", above=0
+        1.0,
+        "Divides positive and multiplies negative logits of tokens that occur in the prompt or in the response so far"
+        " (1: no penalty). Log-probs are those without penalty, top_k, top_p and min_p.",
+        above=0,
     )
-    n: int = leaf(1, "Number of responses per prompt.", at_least=1, at_most=2**20)
-    stop: list[str] = leaf([], "Texts that end a response.")
-    slots: int = leaf(128, "Number of responses that one replica generates at a time.", at_least=1, at_most=2**20)
+    n: int = leaf(
+        1,
+        "Number of responses per prompt in training; evaluations use eval.n. In PPO a divisor of ppo.rollouts, in RFT"
+        " at least 2, in ILQL without effect.",
+        at_least=1,
+        at_most=2**20,
+    )
+    stop: list[str] = leaf(
+        [],
+        "Texts at which a response ends, besides EOS. The text stays in the response.",
+    )
+    slots: int = leaf(
+        128, "Maximum number of responses that one replica generates at a time.", at_least=1, at_most=2**20
+    )
     cache_bytes: int | None = leaf(
         None,
         "Maximum size in bytes of the key-value cache on one device (null: what rollout.slots need). A smaller cache "
-        "generates fewer responses at a time.",
+        "generates fewer responses at a time; it must hold one longest sequence per pipeline stage.",
         at_least=1,
     )
     layout: str | None = leaf(
         None,
-        "Layout that generates, as in tp4 or tp2xpp2; the weights are moved to it before each phase (null: the layout "
-        "that trains).",
+        "Parallel layout for generation: tp4, pp2 or tp2xpp2. The weights are copied into it before each phase and "
+        "evaluation, which takes memory for a second copy. Excludes parallel.vpp, and pipeline stages if "
+        "model.tie_embeddings=true. Not available in megarl.generate (null: the training layout).",
     )
     cuda_graphs: bool = leaf(
-        False, "Generate in forward passes of fixed shapes, which a GPU replays as CUDA graphs. Requires parallel.pp=1."
+        False,
+        "Decode in forward passes of fixed shapes, which a GPU replays as CUDA graphs. The layout that generates must"
+        " have no pipeline stages. The key-value cache then stays allocated during training.",
     )
     too_long: str = leaf(
         "error",
-        "What happens to prompts that leave no room for rollout.max_new_tokens in the model's context: their beginning "
-        "is cut off, they are left out, or the run ends with an error before it starts.",
+        "What happens to prompts longer than the model's context minus rollout.max_new_tokens. truncate: their "
+        "beginning is cut off; drop: they are left out; error: the run is refused before the first phase.",
         TOO_LONG,
     )
-    dump: str | None = leaf(None, "Folder to which the rollouts of every phase are written (null: they are not kept).")
+    dump: str | None = leaf(
+        None,
+        "Folder to which the responses of every phase and evaluation, and their scores, are written (null: they are "
+        "not kept).",
+    )
     replay: str | None = leaf(
-        None, "Folder of an earlier rollout.dump, whose rollouts are used instead of new ones (null: generate)."
+        None,
+        "Folder of an earlier rollout.dump, whose responses are used instead of new ones (null: generate). It needs "
+        "the same prompts, order and tokenizer, and a file for every phase and evaluation. Stored scores are used if "
+        "the function and its options are the same.",
     )
 
 
 @dataclass
 class GuidedRolloutConfig(RolloutConfig):
-    """How responses are generated, also by a model whose Q heads guide the sampling."""
+    """Settings of generation, also for models whose Q heads guide the sampling."""
 
     ilql_beta: float = leaf(
         1.0,
-        "Only for models trained with ILQL: weight of the advantages that are added to the log-probs before sampling.",
+        "Only for models trained with ILQL: weight of Q minus V of each token, which is added to its log-prob before "
+        "sampling.",
         at_least=0,
     )

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, its checkpoints, its exported model."""
+"""The files that a run writes: its folder, checkpoints and an exported model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megarl.config.leaf import Section, leaf
 
 @dataclass
 class RunConfig(Section):
-    """Where a run lives and whether it continues an earlier one."""
+    """Settings of the run folder and of resuming."""
 
     dir: str | None = leaf(
         None, "Folder of this run, for logs and checkpoints (null: runs/NAME). A multirun appends the job's number."
@@ -31,10 +31,18 @@ class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
 
     every: int | None = leaf(
-        50, "Training steps between checkpoints (null: one checkpoint, when training ends).", at_least=1
+        50,
+        "Training steps between checkpoints; in PPO, GRPO and RFT a training step is a phase (null: only those of "
+        "checkpoint.keep_best and checkpoint.save_last).",
+        at_least=1,
     )
     keep_last: int = leaf(2, "Number of newest checkpoints that are kept.", at_least=1)
-    keep_best: int = leaf(1, "Number of best checkpoints, by checkpoint.metric, that are kept as well.", at_least=0)
+    keep_best: int = leaf(
+        1,
+        "Number of best checkpoints, by checkpoint.metric, that are kept as well. An evaluation among the best writes"
+        " a checkpoint even between those of checkpoint.every.",
+        at_least=0,
+    )
     metric: str = leaf(
         "eval/loss", "Logged metric that decides which checkpoint is the best, as in docs/metrics.md.", form=metric_name
     )
@@ -45,10 +53,10 @@ class CheckpointConfig(Section):
 
 @dataclass
 class ExportConfig(Section):
-    """What is written for other programs when training ends."""
+    """Settings of the files for other programs that are written when training ends."""
 
     hf: str | None = leaf(
         None,
-        "Folder, which must not exist yet, for the trained model in the format of Hugging Face transformers "
-        "(null: no export).",
+        "Folder, which must not exist yet, for the trained model in the format of Hugging Face transformers (null: no"
+        " export). A run that stops early does not write it; its resume does.",
     )

@@ -14,6 +14,7 @@ class TokenizerConfig(Section):
     kind: str = leaf("bytes", "Kind of tokenizer.", ("bytes", "characters", "sentencepiece", "huggingface"))
     path: str | None = leaf(
         None,
-        "What the tokenizer is made from. characters: the alphabet as text; sentencepiece: a model file; huggingface: "
-        "a folder or hub name; bytes: nothing.",
+        "What the tokenizer is made from. characters: the alphabet as text, or the folder of a saved tokenizer; "
+        "sentencepiece: a model file, or a folder with tokenizer.model; huggingface: a folder or hub name; bytes: "
+        "nothing.",
     )

@@ -1,4 +1,4 @@
-"""What a run is computed on, how long it lasts, and how often it is looked at."""
+"""Devices, batch sizes, length of a run, and how often it evaluates and logs."""
 
 # ruff: noqa: RUF009 - `leaf` and `section` return dataclass fields
 
@@ -37,13 +37,24 @@ class DevicesConfig(Section):
 class LoopConfig(DevicesConfig):
     """What every training loop has, whatever one of its steps does."""
 
-    global_batch_size: int = leaf(16, "Sequences per optimizer step, over all processes.", at_least=1, at_most=2**24)
+    global_batch_size: int = leaf(
+        16,
+        "Sequences per optimizer step, over all processes. A multiple of trainer.micro_batch_size * data-parallel "
+        "size.",
+        at_least=1,
+        at_most=2**24,
+    )
     micro_batch_size: int = leaf(
-        8, "Sequences per forward pass of one replica of the model.", at_least=1, at_most=2**24
+        8,
+        "Sequences per forward pass of one replica of the model. Where short sequences are packed, it counts packed "
+        "ones.",
+        at_least=1,
+        at_most=2**24,
     )
     max_time: str | None = leaf(
         None,
-        'Wall-clock time, "HH:MM:SS", after which the run writes a checkpoint and ends (null: no limit).',
+        'Wall-clock time, "HH:MM:SS", after which the run writes a checkpoint and ends (null: no limit). It is '
+        "checked after each training step; a resume has the whole time again.",
         form=wall_clock_time,
     )
     peak_tflops: float | None = leaf(
@@ -53,7 +64,7 @@ class LoopConfig(DevicesConfig):
     )
     exp_manager: str = leaf(
         "none",
-        "Whether NeMo's exp_manager prepares the Trainer too; choose it as a group, trainer/exp_manager=nemo.",
+        "nemo: NeMo's exp_manager adds its folder and callbacks to the Trainer. Requires megarl[nemo].",
         ("none", "nemo"),
     )
     exp_manager_options: dict[str, Any] = leaf(
@@ -64,21 +75,38 @@ class LoopConfig(DevicesConfig):
 
 @dataclass
 class TrainerConfig(LoopConfig):
-    """How long a run lasts, how large its batches are, on which devices, and how often it evaluates and logs."""
+    """Length of a run in optimizer steps, batches, devices, evaluations and logging."""
 
     max_steps: int = leaf(200, "Number of training steps, each one step of the optimizer.", at_least=1)
-    eval_every: int | None = leaf(50, "Training steps between evaluations (null: no evaluation).", at_least=1)
+    eval_every: int | None = leaf(
+        50,
+        "Training steps between evaluations (null: no evaluation). Runs that generate also evaluate before the first "
+        "step.",
+        at_least=1,
+    )
     eval_batch_size: int = leaf(
-        16, "Sequences per forward pass of one replica in evaluations.", at_least=1, at_most=2**24
+        16,
+        "Sequences per forward pass of one replica in evaluations that compute a loss. Evaluations that generate use "
+        "rollout.slots.",
+        at_least=1,
+        at_most=2**24,
     )
     log_every: int = leaf(10, "Training steps between logged metrics.", at_least=1)
 
 
 @dataclass
 class PhaseTrainerConfig(LoopConfig):
-    """The same for a run whose steps are phases: each generates responses, then trains on them."""
+    """Length of a run whose steps are phases, which generate responses and then train on them; batches and devices."""
 
     max_phases: int = leaf(100, "Number of phases.", at_least=1)
-    global_batch_size: int = leaf(64, "Sequences per optimizer step, over all processes.", at_least=1, at_most=2**24)
-    eval_every: int | None = leaf(5, "Phases between evaluations (null: no evaluation).", at_least=1)
+    global_batch_size: int = leaf(
+        64,
+        "Sequences per optimizer step, over all processes. A multiple of trainer.micro_batch_size * data-parallel "
+        "size.",
+        at_least=1,
+        at_most=2**24,
+    )
+    eval_every: int | None = leaf(
+        5, "Phases between evaluations, and before the first phase (null: no evaluation).", at_least=1
+    )
     log_every: int = leaf(1, "Phases between logged metrics.", at_least=1)
