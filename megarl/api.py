@@ -140,11 +140,13 @@ def train(
     eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
     samples: Sequence[Sample] | None = None,
     rewards: Sequence[float | Sequence[float]] | None = None,
+    pairs: Sequence[Mapping[str, Any]] | None = None,
+    eval_pairs: Sequence[Mapping[str, Any]] | None = None,
     metric_fn: Function | str | None = None,
     stop_sequences: Sequence[str] | None = None,
     config: DictConfig | None = None,
 ) -> Trained:
-    """Train by PPO (a reward function), ILQL (samples with rewards) or SFT (samples alone).
+    """Train by PPO (a reward function), ILQL (samples with rewards), SFT (samples alone) or DPO (pairs).
 
     Runs in a script, a notebook, or every process that torchrun started. A notice or Ctrl-C saves the run and ends the
     script; the same call with the same run.dir goes on.
@@ -157,15 +159,23 @@ def train(
         eval_prompts: what evaluations answer.
         samples: texts, [prompt, output] pairs, or longer alternating dialogues (with rewards).
         rewards: one number, or one per output, for each sample.
+        pairs: records with the fields prompt, chosen and rejected; for KTO, also prompt, completion and label.
+        eval_pairs: the same, for evaluations.
         metric_fn: called as reward_fn is; a list of numbers, or a mapping of such lists by name.
         stop_sequences: texts that end a response.
         config: from `default_config`; it says which algorithm unless the arguments do.
     """
-    entry = _algorithm(reward_fn, samples, rewards, config)
+    entry = _algorithm(reward_fn, samples, rewards, config, pairs)
+    if eval_pairs is not None and ALGORITHMS[entry].learns_from != "pairs":
+        raise ConfigError(
+            f"eval_pairs= has no meaning for {entry}, which does not learn from pairs: leave it out", key="eval_pairs"
+        )
     if samples is None and rewards is not None:
         raise ConfigError(
             "rewards= are of samples, and there are none: give samples=, or leave rewards out", key="rewards"
         )
+    if pairs is not None and prompts is not None:
+        raise ConfigError("prompts= are for a reward function, and pairs= are given: leave one out", key="prompts")
     if samples is not None and prompts is not None:
         raise ConfigError(
             "prompts= are for a reward function, and samples= are given: use eval_prompts=, or leave one out",
@@ -194,6 +204,10 @@ def train(
         lists["samples"] = _samples(samples, rewards)
         if learns_from == "samples":
             filled.data.format = "auto"  # told by the keys that we write
+    if pairs is not None:
+        lists["pairs"] = _pairs(pairs, "pairs")
+    if eval_pairs is not None:
+        lists["eval_pairs"] = _pairs(eval_pairs, "eval_pairs")
     if eval_prompts is not None:
         _section(filled, "eval", "eval_prompts", entry)
         lists["eval_prompts"] = _records(eval_prompts)
@@ -234,11 +248,17 @@ def default_config(algorithm: str, *settings: str) -> DictConfig:
     return settings_of(config, algorithm)
 
 
-def _algorithm(reward_fn: Any, samples: Any, rewards: Any, config: DictConfig | None) -> str:
+def _algorithm(reward_fn: Any, samples: Any, rewards: Any, config: DictConfig | None, pairs: Any = None) -> str:
     """What the arguments ask for."""
     named = None if config is None else _entry_of(config)
     given: LearnsFrom
-    if reward_fn is not None and samples is None:
+    if pairs is not None and reward_fn is samples is rewards is None:
+        given = "pairs"
+    elif pairs is not None:
+        raise ConfigError(
+            "train() takes pairs without reward_fn, samples and rewards: leave the others out", key="pairs"
+        )
+    elif reward_fn is not None and samples is None:
         given = "prompts"
     elif samples is not None and rewards is not None and reward_fn is None:
         given = "rewarded samples"
@@ -248,8 +268,8 @@ def _algorithm(reward_fn: Any, samples: Any, rewards: Any, config: DictConfig | 
         return named
     else:
         raise ConfigError(
-            "train() takes reward_fn (PPO), samples with rewards (ILQL) or samples alone (SFT), and not several of "
-            "them",
+            "train() takes reward_fn (PPO), samples with rewards (ILQL), samples alone (SFT) or pairs (DPO), and not "
+            "several of them",
             key="train()",
         )
     if named is not None and ALGORITHMS[named].learns_from == given:
@@ -340,7 +360,7 @@ def _write_inputs(folder: Path, lists: dict[str, list[dict[str, Any]]], config: 
     for name, records in lists.items():
         path = _write(folder / f"{name}.jsonl", records, config.parallel.timeout_s)
         names[path] = name
-        setattr(config.data, "eval" if name == "eval_prompts" else "train", [path])
+        setattr(config.data, "eval" if name.startswith("eval_") else "train", [path])
     if DEMO_TRAIN not in config.data.train:
         config.data.eval = [path for path in config.data.eval if path != DEMO_EVAL]
     return names
@@ -348,6 +368,18 @@ def _write_inputs(folder: Path, lists: dict[str, list[dict[str, Any]]], config: 
 
 def _records(prompts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"prompt": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
+
+
+def _pairs(pairs: Sequence[Any], name: str) -> list[dict[str, Any]]:
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, Mapping):
+            raise DataError(
+                f"{name}[{index}] is a {type(pair).__name__}: give a mapping with prompt, chosen and rejected",
+                key=name,
+                value=pair,
+                where=f"{name}[{index}]",
+            )
+    return [dict(pair) for pair in pairs]
 
 
 def _samples(samples: Sequence[Sample], rewards: Sequence[Any] | None) -> list[dict[str, Any]]:

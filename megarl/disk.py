@@ -5,6 +5,7 @@ It handles impossible paths, unreadable files, JSON and YAML of any size and dep
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -104,12 +105,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str | Iterable[str]) -> None:
-    """Write a file, from one or several strings, so that a reader never sees, and a crash never leaves, half of it."""
+def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
+    """Write a file, from text in one or several pieces or from bytes. A reader never sees, and a crash never leaves,
+    half of it."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with unfinished.open("w", encoding="utf-8", newline="") as file:
-            file.writelines([text] if isinstance(text, str) else text)
+        with unfinished.open("wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                file.writelines(part.encode() for part in ([content] if isinstance(content, str) else content))
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
@@ -133,6 +138,15 @@ def written_aside(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file during the block; other processes of this machine wait for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def temp_sibling(path: Path) -> Path:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from megarl.command import printable, process_number, say
 from megarl.config.compose import run
-from megarl.config.files import SUFFIXES, load_chat_template
+from megarl.config.files import SUFFIXES, data_suffix, load_chat_template
 from megarl.config.world import local_devices
 from megarl.disk import exists, is_file, local, shown, why_missing, writable
 from megarl.errors import ConfigError, DataError, MegarlError
@@ -179,7 +179,7 @@ def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer", vocab_size: i
 
     assert config.prompts is not None
     path = local(config.prompts)
-    named = path.suffix in SUFFIXES or is_file(path)
+    named = data_suffix(path) in SUFFIXES or is_file(path)
     if named and not is_file(path):
         why = why_missing(path) or "is not a file"
         raise DataError(

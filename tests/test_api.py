@@ -181,8 +181,8 @@ def test_a_configuration_refuses_unknown_keys_and_other_algorithms() -> None:
         config.optim.lrr = 1.0
     with refused(ConfigError, key="config", value="ppo", offers={"config": ["sft"]}):
         megarl.train(samples=["a"], config=config)
-    with refused(ConfigError, key="algorithm", value="dpo", offers={"algorithm": list(ALGORITHMS)}):
-        megarl.default_config("dpo")
+    with refused(ConfigError, key="algorithm", value="dqn", offers={"algorithm": list(ALGORITHMS)}):
+        megarl.default_config("dqn")
 
 
 def test_a_mistyped_attribute_is_answered_like_a_mistyped_argument() -> None:

@@ -141,7 +141,9 @@ def test_rft_generates_and_trains_and_reads_nothing_again(capsys: pytest.Capture
 
 
 def shipped() -> list[str]:
-    return sorted(name for name in preset_files(conf_folder()) if not name.startswith(("randomwalks", "sentiment")))
+    return sorted(
+        name for name in preset_files(conf_folder()) if not name.startswith(("randomwalks", "sentiment", "hh"))
+    )
 
 
 @pytest.mark.parametrize("name", shipped())

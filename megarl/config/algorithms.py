@@ -13,10 +13,11 @@ from typing import Any, Literal
 from megarl.config.generate import GenerateConfig
 from megarl.config.ilql import ILQLConfig
 from megarl.config.ppo import PPOConfig
+from megarl.config.preference import CPOConfig, DPOConfig, KTOConfig, ORPOConfig
 from megarl.config.rft import RFTConfig
 from megarl.config.sft import SFTConfig
 
-LearnsFrom = Literal["prompts", "samples", "rewarded samples"]
+LearnsFrom = Literal["prompts", "samples", "rewarded samples", "pairs"]
 _GROUPS = {"model": "tiny", "parallel": "single"}
 _TRAINING_GROUPS = {**_GROUPS, "trainer/exp_manager": "none", "logger": "default"}
 
@@ -78,6 +79,12 @@ _PPO_DEFAULTS = {
     "optim.lr": _LEARNED_WEIGHTS_LR,
     "checkpoint.every": 10,
     "checkpoint.metric": "eval/score",
+    "checkpoint.mode": "max",
+}
+
+_PREFERENCE_DEFAULTS = {
+    "optim.lr": 1e-6,
+    "checkpoint.metric": "eval/accuracy",
     "checkpoint.mode": "max",
 }
 
@@ -144,6 +151,39 @@ ALGORITHMS: dict[str, Algorithm] = {
                 "checkpoint.metric": "eval/score",
                 "checkpoint.mode": "max",
             },
+        ),
+        Algorithm(
+            "dpo",
+            config=DPOConfig,
+            module="megarl.modules.dpo:DPO",
+            about="Direct preference optimisation of a GPT on pairs of a preferred and a rejected response.",
+            learns_from="pairs",
+            defaults=_PREFERENCE_DEFAULTS,
+        ),
+        Algorithm(
+            "kto",
+            config=KTOConfig,
+            module="megarl.modules.kto:KTO",
+            about="Kahneman-Tversky optimisation of a GPT on responses that are labelled as desirable or not.",
+            learns_from="pairs",
+            defaults=_PREFERENCE_DEFAULTS,
+        ),
+        Algorithm(
+            "orpo",
+            config=ORPOConfig,
+            module="megarl.modules.orpo:ORPO",
+            about="Odds-ratio preference optimisation of a GPT: supervised fine-tuning that also learns from rejected "
+            "responses, without a reference.",
+            learns_from="pairs",
+            defaults=_PREFERENCE_DEFAULTS,
+        ),
+        Algorithm(
+            "cpo",
+            config=CPOConfig,
+            module="megarl.modules.cpo:CPO",
+            about="Contrastive preference optimisation of a GPT, and SimPO: DPO without a reference.",
+            learns_from="pairs",
+            defaults=_PREFERENCE_DEFAULTS,
         ),
     )
 }

@@ -4,14 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megarl.config.advantages import critic_kind
 from megarl.disk import UnreadableError, exists, is_file, local, read_text, shown, why_missing, why_no_name, writable
 from megarl.errors import CheckpointError, ConfigError, DataError
 from megarl.functions.named import check_options, data_source
 from megarl.logging import get_logger, warn_once
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
-"""Suffixes of files with records."""
+"""Suffixes of files with records; a text file may be compressed, as in .jsonl.gz."""
 WRITTEN = ("run.dir", "export.hf", "rollout.dump", "data.cache")
 """Keys of the files and folders that a run writes."""
 _HUB_DATA = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(:[\w.-]{1,96})?")
@@ -25,12 +24,14 @@ def check_files(config: Any) -> None:
     for key in WRITTEN:
         if _value(config, key) is not None:
             writable(_value(config, key), key)
+    reference = getattr(config, "reference", None)
+    if reference is not None and reference.reference == "cached":
+        writable(reference.cache, f"{config.own}.cache")
     _check_data(config)
     load_chat_template(_value(config, "data.chat_template"))
     load_chat_template(getattr(config, "chat_template", None), "chat_template")  # of `generate`
-    for key in ("model.path", "critic.separate.path"):
-        path = _value(config, key)
-        if path is not None and (key != "critic.separate.path" or critic_kind(config) == "separate"):
+    for key, path in {"model.path": config.model.path, **config.more_models()}.items():
+        if path is not None:
             require_weights(path, key)
 
 
@@ -54,10 +55,16 @@ def _check_data(config: Any) -> None:
         )
 
 
+def data_suffix(path: Path) -> str:
+    """Return the suffix that says how a file of records is read: of a compressed file, the one before .gz."""
+    inner = path.with_suffix("")
+    return inner.suffix if path.suffix == ".gz" and inner.suffix in (".jsonl", ".json", ".txt") else path.suffix
+
+
 def require_data(path: str, key: str = "data.train and data.eval") -> None:
     """Refuse a data source that does not exist on this machine and cannot be a name on the hub."""
     place = local(path)
-    if exists(place) or not (place.suffix in SUFFIXES or path.startswith(_HERE) or not _HUB_DATA.fullmatch(path)):
+    if exists(place) or not (data_suffix(place) in SUFFIXES or path.startswith(_HERE) or not _HUB_DATA.fullmatch(path)):
         return
     raise DataError(
         f"{shown(path)}: {_why(place)} (current folder: {Path.cwd()}); check {key}",

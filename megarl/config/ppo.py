@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from megarl.config.advantages import ADVANTAGES
+from megarl.config.advantages import ADVANTAGES, critic_kind
 from megarl.config.leaf import Section, leaf, optional_section, section
 from megarl.config.offers import Refusal, Rule, divisors, multiples
 from megarl.config.trees import PhaseTree
@@ -310,3 +310,8 @@ class PPOConfig(PhaseTree):
 
     critic: CriticConfig = section(CriticConfig)
     ppo: PPOSettings = section(PPOSettings)
+
+    def more_models(self) -> dict[str, str]:
+        """Return the path of a separate critic."""
+        path = self.critic.settings.path
+        return {"critic.separate.path": path} if path is not None and critic_kind(self) == "separate" else {}

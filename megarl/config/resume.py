@@ -92,6 +92,7 @@ RULES = (
         NOW,
         "how data is read",
     ),
+    _rule("data", "chosen_key rejected_key label_key on_error", NOW, "how data is read"),
     _rule("data", "chat_template", NOW, "prompts, and tokens that end responses, after the resume"),
     _rule("data", "seq_length too_long loss_on cache", NOW, "how data is read"),
     _rule("data", "options", NOW, "data that is read after the resume"),
@@ -135,6 +136,12 @@ RULES = (
     _rule("ilql", "tau gamma cql_scale awac_scale awac_beta", NOW, "the loss after the resume"),
     _rule("ilql", "target_alpha target_every", NOW, "the target heads come from the checkpoint"),
     _rule("ilql", "pack", NOW, "how this process computes"),
+    _rule("dpo", "beta kind mix label_smoothing average_logprobs sft_coef", NOW, "the loss after the resume"),
+    _rule("dpo", "reference reference_path cache", NOW, "where the log-probs of the reference come from"),
+    _rule("kto", "beta desirable_weight undesirable_weight", NOW, "the loss after the resume"),
+    _rule("kto", "reference reference_path cache", NOW, "where the log-probs of the reference come from"),
+    _rule("orpo", "beta", NOW, "the loss after the resume"),
+    _rule("cpo", "kind beta gamma label_smoothing sft_coef", NOW, "the loss after the resume"),
     # generation, scores, evaluation
     _rule(
         "rollout",

@@ -50,6 +50,10 @@ class Tree:
     tokenizer: TokenizerConfig = section(TokenizerConfig)
     parallel: ParallelConfig = section(ParallelConfig)
 
+    def more_models(self) -> dict[str, str]:
+        """Return the paths of stored models that a run uses besides `model.path`, by key."""
+        return {}
+
 
 @dataclass
 class TrainingTree(Tree):

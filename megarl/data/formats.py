@@ -6,7 +6,7 @@ answer with), as generation continues from the prompt's tokens alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, TypeVar
@@ -54,6 +54,7 @@ class RecordFormat:
     samples_key: str = "samples"
     chosen_key: str = "chosen"
     rejected_key: str = "rejected"
+    label_key: str = "label"
     chat_template: str | None = None
     loss_on: str = "completion"
     settable: tuple[str, ...] = ("messages_key", "prompt_key", "completion_key", "text_key")
@@ -138,8 +139,8 @@ class RecordFormat:
     def pair(self, record: Record, tokenizer: Tokenizer) -> tuple[Document, Document]:
         """Return the preferred and the rejected response, each preceded by the prompt, which is not trained on.
 
-        Both are texts, after a prompt that is a text or a conversation; or both are messages, after a conversation, or
-        with the turns that both begin with as the prompt.
+        Both are texts, after a prompt that is a text or a conversation; or both are messages, after a conversation.
+        Without a prompt, it is what both begin with: the same tokens, or the same turns.
         """
 
         def encode() -> tuple[Document, Document]:
@@ -153,17 +154,22 @@ class RecordFormat:
                 )
             if all(isinstance(response, str) for response in both):
                 texts = [self._text(record, key) for key in keys]
-                if record.fields.get(self.messages_key) is None:
-                    prompt = tokenizer.encode_prompt(self._text(record, self.prompt_key))
+                for key, text in zip(keys, texts, strict=True):
+                    _require_response(text, key)
+                if self._has_messages(record):
+                    messages = self._conversation(record)
+                elif record.fields.get(self.prompt_key) is not None:
+                    prompt = self._prompt(record, tokenizer)
                     chosen, rejected = (_document(_continued(prompt, text, tokenizer)) for text in texts)
-                    return chosen, rejected
-                messages = self._messages(record, self.messages_key)
+                    return _differing(chosen, rejected, keys)
+                else:
+                    return _transcripts(texts, keys, self.prompt_key, tokenizer)
                 answers = [[{"role": "assistant", "content": text}] for text in texts]
             elif all(isinstance(response, list) for response in both):
                 answers = [self._messages(record, key) for key in keys]
-                messages = []
-                if record.fields.get(self.messages_key) is not None:
-                    messages = self._messages(record, self.messages_key)
+                messages = self._conversation(record) if self._has_messages(record) else []
+                if messages and all(answer[0] == messages[0] for answer in answers):
+                    messages = []  # the lists are whole conversations
                 alike = len(list(takewhile(lambda turns: turns[0] == turns[1], zip(*answers, strict=False))))
                 messages, answers = [*messages, *answers[0][:alike]], [answer[alike:] for answer in answers]
             else:
@@ -178,11 +184,72 @@ class RecordFormat:
                 _document(self._answer(messages, answer, key, tokenizer))
                 for key, answer in zip(keys, answers, strict=True)
             )
-            return chosen, rejected
+            return _differing(chosen, rejected, keys)
 
         return _placed(record, encode)
 
+    def labelled(self, record: Record, tokenizer: Tokenizer) -> list[tuple[Document, bool]]:
+        """Return responses, each preceded by its prompt, and whether it is desirable: one, or the two of a pair."""
+        if record.fields.get(self.completion_key) is None and record.fields.get(self.chosen_key) is not None:
+            chosen, rejected = self.pair(record, tokenizer)
+            return [(chosen, True), (rejected, False)]
+
+        def encode() -> tuple[Document, bool]:
+            key, label = self.completion_key, record.fields.get(self.label_key)
+            if isinstance(label, np.bool_ | np.integer):
+                label = label.item()
+            if not isinstance(label, bool | int) or label not in (0, 1):
+                raise DataError(
+                    f"key {self.label_key!r} holds {_kind(label) if label is None else repr(label)}; expected true or "
+                    f"false (found keys: {_keys(record)}); fix the record{self._setting(self.label_key)}",
+                    key=self.label_key,
+                    value=label,
+                )
+            response = record.fields.get(key)
+            if isinstance(response, list):
+                if not self._has_messages(record):
+                    raise DataError(
+                        f"{key!r} is a list of messages, and the prompt is not: give the prompt as messages, or the "
+                        "response as text",
+                        key=key,
+                        value=response,
+                    )
+                messages = self._conversation(record)
+                return _document(self._answer(messages, self._messages(record, key), key, tokenizer)), bool(label)
+            text = self._text(record, key)
+            _require_response(text, key)
+            if self._has_messages(record):
+                answer = [{"role": "assistant", "content": text}]
+                return _document(self._answer(self._conversation(record), answer, key, tokenizer)), bool(label)
+            return _document(_continued(self._prompt(record, tokenizer), text, tokenizer)), bool(label)
+
+        return [_placed(record, encode)]
+
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    def has_prompt(self, record: Record) -> bool:
+        """Return whether a record of a pair has a prompt, or its responses are lists of messages."""
+        lists = isinstance(record.fields.get(self.chosen_key), list)
+        return lists or self._has_messages(record) or record.fields.get(self.prompt_key) is not None
+
+    def _prompt(self, record: Record, tokenizer: Tokenizer) -> list[int]:
+        tokens = tokenizer.encode_prompt(self._text(record, self.prompt_key))
+        if not tokens:
+            raise DataError(
+                f"the prompt under {self.prompt_key!r} is empty and has no tokens: write one, or take the record out",
+                key=self.prompt_key,
+                value="",
+            )
+        return tokens
+
+    def _has_messages(self, record: Record) -> bool:
+        """Whether the prompt is a conversation: under its own key, or in the place of the prompt's text."""
+        in_place = isinstance(record.fields.get(self.prompt_key), list)
+        return in_place or record.fields.get(self.messages_key) is not None
+
+    def _conversation(self, record: Record) -> list[Any]:
+        key = self.messages_key if record.fields.get(self.messages_key) is not None else self.prompt_key
+        return self._messages(record, key)
 
     def _shape(self, record: Record) -> str:
         needed = {
@@ -252,6 +319,10 @@ class RecordFormat:
         """The whole conversation, of which the answer alone is trained on."""
         if not answer or not isinstance(answer[-1], Mapping) or answer[-1].get("role") != "assistant":
             raise DataError(f"{key!r} ends with no answer of the assistant's own: give it one", key=key, value=answer)
+        if not answer[-1].get("content"):
+            raise DataError(
+                f"the response under {key!r} is empty: write one, or take the record out", key=key, value=answer
+            )
         if not messages:
             raise _starts_with_output(key, answer)
         tokens, mask = tokenizer.encode_chat([*messages, *answer], self.chat_template)
@@ -281,6 +352,47 @@ def _document(encoded: Encoded) -> Document:
 def _continued(prompt: list[int], text: str, tokenizer: Tokenizer) -> Encoded:
     response = [*tokenizer.encode(text), tokenizer.eos_id]
     return prompt + response, [0] * len(prompt) + [1] * len(response)
+
+
+def _differing(chosen: Document, rejected: Document, keys: Sequence[str]) -> tuple[Document, Document]:
+    """Return two documents, or refuse them if they are equal, as after a template that strips spaces."""
+    if np.array_equal(chosen.tokens, rejected.tokens):
+        raise DataError(
+            f"{keys[0]!r} and {keys[1]!r} have the same tokens: give two responses, or take the record out", key=keys[0]
+        )
+    return chosen, rejected
+
+
+def _require_response(text: str, key: str) -> None:
+    if not text:
+        raise DataError(f"the response under {key!r} is empty: write one, or take the record out", key=key, value=text)
+
+
+def _transcripts(
+    texts: Sequence[str], keys: Sequence[str], prompt_key: str, tokenizer: Tokenizer
+) -> tuple[Document, Document]:
+    """Return two texts as documents, whose prompt is the tokens that both begin with."""
+    both = [tokenizer.encode_prompt(text) for text in texts]
+    alike = len(list(takewhile(lambda tokens: tokens[0] == tokens[1], zip(*both, strict=False))))
+    if alike <= len(tokenizer.encode_prompt("")):  # nothing, or the token that begins every text
+        raise DataError(
+            f"has no prompt under {prompt_key!r}, and {keys[0]!r} and {keys[1]!r} have no common beginning that "
+            "could be one: add a prompt",
+            key=prompt_key,
+            value=None,
+        )
+    for key, tokens in zip(keys, both, strict=True):
+        if len(tokens) == alike:
+            raise DataError(
+                f"{key!r} is the beginning of the other response, so that its own is empty: write one, or take the "
+                "record out",
+                key=key,
+                value=tokens,
+            )
+    chosen, rejected = (
+        _document(([*tokens, tokenizer.eos_id], [0] * alike + [1] * (len(tokens) + 1 - alike))) for tokens in both
+    )
+    return chosen, rejected
 
 
 def _turns(sample: Any, key: str, tokenizer: Tokenizer) -> Encoded:

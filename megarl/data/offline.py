@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +18,7 @@ from megarl.config.files import load_chat_template
 from megarl.data.formats import Document, RecordFormat
 from megarl.data.order import TrainBatches, TrainLoader
 from megarl.data.sources import Places, Record, read_records
-from megarl.disk import exists, is_file, local, shown, written_aside
+from megarl.disk import exists, is_file, local, locked, shown, written_aside
 from megarl.errors import DataError
 from megarl.parallel.rows import Rows
 from megarl.tokenizers import Tokenizer
@@ -243,7 +241,7 @@ def open_store(data: OfflineDataConfig, tokenizer: Tokenizer) -> OfflineStore:
         return build()
     folder = local(data.cache) / f"samples-{name}"
     try:
-        with _locked(folder.with_suffix(".lock")):
+        with locked(folder.with_suffix(".lock")):
             made = not folder.is_dir()
             if made:
                 build().save(folder)
@@ -321,11 +319,3 @@ def _content_name(data: OfflineDataConfig, tokenizer: Tokenizer, record_format: 
                 while block := content.read(2**20):
                     digest.update(block)
     return digest.hexdigest()[:32]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

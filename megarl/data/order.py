@@ -132,13 +132,20 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Yield each row index once, in order."""
+    """Yield each row index once: in order, or mixed, in a random order that is always the same.
 
-    def __init__(self, rows: int, rows_per_step: int) -> None:
-        self.rows, self.rows_per_step = rows, rows_per_step
+    Mixed steps have at least `rows_per_step` rows each, if there are that many.
+    """
+
+    def __init__(self, rows: int, rows_per_step: int, *, mixed: bool = False) -> None:
+        if mixed:
+            order = torch.from_numpy(np.random.default_rng(0).permutation(rows))
+            self.steps = order.tensor_split(max(1, rows // rows_per_step))
+        else:
+            self.steps = torch.arange(rows).split(rows_per_step)
 
     def __iter__(self) -> Iterator[Tensor]:
-        yield from torch.arange(self.rows).split(self.rows_per_step)
+        return iter(self.steps)
 
     def __len__(self) -> int:
-        return -(-self.rows // self.rows_per_step)
+        return len(self.steps)

@@ -6,23 +6,26 @@ What a record means is decided in `formats`; here it is an object with keys.
 from __future__ import annotations
 
 import codecs
+import gzip
 import inspect
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
-from megarl.config.files import SUFFIXES, require_data
+from megarl.config.files import SUFFIXES, data_suffix, require_data
 from megarl.disk import UnreadableError, is_dir, is_file, local, parse_json
 from megarl.errors import ConfigError, DataError, MegarlError, UnavailableError, first_line
 from megarl.functions.named import NamedFunction, check_options, data_source
 
 _VALIDATION = ("validation", "valid", "val", "dev", "eval")
 _SPLIT_KEYS = ("data.train_split", "data.eval_split")
+_DAMAGED_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
 _NAMED = 3  # records that a message names
 _lists: ContextVar[Mapping[str, str]] = ContextVar("lists", default={})  # noqa: B039 - never changed in place
 _SPLIT_WORD = re.compile(rf"^(train|test|{'|'.join(_VALIDATION)})(?=[-_.])")
@@ -160,7 +163,7 @@ def _read_folder(folder: Path, split: str, text_key: str) -> Iterator[Record]:
         yield from _read_saved(folder, split)
         return
     try:
-        files = sorted(item for item in folder.iterdir() if item.suffix in SUFFIXES and is_file(item))
+        files = sorted(item for item in folder.iterdir() if data_suffix(item) in SUFFIXES and is_file(item))
     except OSError as error:
         raise _unreadable(folder, f"cannot be read ({error.strerror}); name another folder") from error
     if not files:
@@ -181,29 +184,45 @@ def _read_folder(folder: Path, split: str, text_key: str) -> Iterator[Record]:
                 offers=dict.fromkeys(_SPLIT_KEYS, there),
             )
     for item in files:
+        if item.with_name(f"{item.name}.gz") in files:
+            raise _unreadable(folder, f"holds {item.name} and {item.name}.gz, the same records twice; remove one")
+    for item in files:
         yield from _read_file(item, text_key)
 
 
 def _read_file(path: Path, text_key: str) -> Iterator[Record]:
-    if path.suffix == ".jsonl":
+    suffix = data_suffix(path)
+    if suffix == ".jsonl":
         return _read_jsonl(path)
-    if path.suffix == ".json":
+    if suffix == ".json":
         return _read_json(path)
-    if path.suffix == ".parquet":
+    if suffix == ".parquet":
         return _read_parquet(path)
-    if path.suffix == ".txt":
+    if suffix == ".txt":
         return _read_text(path, text_key)
     raise _unreadable(path, f"files of kind {path.suffix!r} are not read; use one of {', '.join(SUFFIXES)}")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1."""
+def _opened(path: Path) -> IO[bytes]:
+    """Open a file for reading, or what is compressed in it."""
+    return cast("IO[bytes]", gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+
+
+def _raw_lines(path: Path) -> Generator[bytes, None, None]:
+    """Iterate over the lines of a file."""
     try:
-        file = path.open("rb")
+        with _opened(path) as file:
+            yield from file
+    except _DAMAGED_GZIP as error:
+        raise _unreadable(path, "is not a readable gzip file; compress it again") from error
     except OSError as error:
         raise _unreadable(path, f"cannot be read ({error.strerror}); name another file") from error
-    with file:
-        for number, raw in enumerate(file, 1):
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1."""
+    with closing(_raw_lines(path)) as lines:
+        for number, raw in enumerate(lines, 1):
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
             except UnicodeDecodeError as error:
@@ -224,13 +243,12 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 
 def _read_json(path: Path) -> Iterator[Record]:
     try:
-        items = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+        content = b"".join(_raw_lines(path))
+        items = parse_json(content.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise _unreadable(path, f"is not UTF-8 ({error.reason}); convert the file") from error
     except UnreadableError as error:
         raise _unreadable(path, f"{error}; if it has one object per line, name it .jsonl") from error
-    except OSError as error:
-        raise _unreadable(path, f"cannot be read ({error.strerror}); name another file") from error
     if not isinstance(items, list):
         raise _unreadable(path, f"holds a {type(items).__name__}; expected a list of objects")
     for number, fields in enumerate(items, 1):

@@ -25,7 +25,7 @@ from megarl.experience.rows import forward_rows, rollouts_to_rows, training_flop
 from megarl.experience.shaping import Greedy, Shaping
 from megarl.experience.start_weights import keep, take
 from megarl.logging import get_logger
-from megarl.models.exchange.pretrained import Sources, critic_model
+from megarl.models.exchange.pretrained import Sources, second_model
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour, clones
@@ -486,7 +486,7 @@ def _critic(config: PPOConfig, vocab_size: int, sources: Sources) -> Role:
     """Return the role of a separate critic: the model at `critic.separate.path`, or a copy of the policy if that is
     null."""
     critic = config.critic.settings
-    model = critic_model(config, vocab_size, sources.at(critic.path))
+    model = second_model(config, "critic.separate.path", critic.path, vocab_size, sources)
     lr = config.optim.lr if critic.lr is None else critic.lr
     return Role(
         "critic",

@@ -20,6 +20,7 @@ class Workload:
         length: length of a training sequence.
         loss_tokens: number of its tokens whose log-probs are computed.
         steps: optimizer steps.
+        per_unit: number of sequences in one of the units that the batch sizes count: 2 where they count pairs.
         entropy: whether the loss includes the policy's entropy.
         rollouts: number of responses that are trained on.
         evaluates: whether a run without rollouts generates in its evaluations.
@@ -37,6 +38,7 @@ class Workload:
     length: int
     loss_tokens: int
     steps: int = 1
+    per_unit: int = 1
     entropy: bool = False
     rollouts: int = 0
     evaluates: bool = False

@@ -203,6 +203,7 @@ def make_microbatches(
     *,
     per_microbatch: int,
     share_bins: bool,
+    keep_together: Tensor | None = None,
     longest: int | None = None,
 ) -> list[Microbatch]:
     """Plan the rows of a source with indices [rows], and build this replica's microbatches of them."""
@@ -213,6 +214,7 @@ def make_microbatches(
         grid.dp_rank,
         per_microbatch=per_microbatch,
         share_bins=share_bins,
+        keep_together=keep_together,
         longest=longest,
     )
     return plan.microbatches(source, indices)

@@ -87,8 +87,9 @@ def work_of(
         vpp=parallel.vpp or 1,
         sequence_parallel=parallel.sequence_parallel,
     )
+    workload = module.plan(config, plan)
     return Work(
-        **vars(module.plan(config, plan)),
+        **vars(workload),
         algorithm=plan.algorithm,
         roles=tuple(module.roles(config, vocab_size, Sources() if sources is None else sources)),
         model=config.model,
@@ -96,6 +97,6 @@ def work_of(
         layout=layout,
         vocab_size=vocab_size,
         precision=config.trainer.precision,
-        micro=config.trainer.micro_batch_size,
-        global_batch=config.trainer.global_batch_size,
+        micro=config.trainer.micro_batch_size * workload.per_unit,
+        global_batch=config.trainer.global_batch_size * workload.per_unit,
     )

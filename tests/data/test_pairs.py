@@ -57,6 +57,20 @@ def _text(document: Document, trained: int) -> str:
                 ("<user>hi<assistant>yo</s><user>so?<assistant>", "2</s>"),
             ],
         ),
+        (  # published data sets have the preferred conversation once more, as messages
+            {
+                "prompt": "hi",
+                "messages": turns("u:hi", "a:yo"),
+                "chosen": turns("u:hi", "a:yo"),
+                "rejected": turns("u:hi", "a:no"),
+            },
+            [("<user>hi<assistant>", "yo</s>"), ("<user>hi<assistant>", "no</s>")],
+        ),
+        (
+            {"prompt": turns("u:hi"), "chosen": turns("u:hi", "a:yo"), "rejected": turns("u:hi", "a:no")},
+            [("<user>hi<assistant>", "yo</s>"), ("<user>hi<assistant>", "no</s>")],
+        ),
+        ({"prompt": None, "chosen": "so 1", "rejected": "so 2"}, [("so ", "1$"), ("so ", "2$")]),
         (  # responses of several turns
             {"chosen": turns("u:hi", "a:1", "u:why", "a:2"), "rejected": turns("u:hi", "a:0", "u:how", "a:3")},
             [
@@ -77,6 +91,10 @@ def test_both_responses_are_behind_the_prompt(record: dict[str, Any], expected: 
         ({"prompt": "a", "chosen": ["b"], "rejected": "c"}, "chosen"),
         ({"chosen": "b", "rejected": "c"}, "prompt"),
         ({"prompt": "a", "chosen": "\ud800", "rejected": "c"}, "chosen"),
+        ({"prompt": "", "chosen": "b", "rejected": "c"}, "prompt"),
+        ({"prompt": "a", "chosen": "b", "rejected": ""}, "rejected"),
+        ({"messages": turns("u:hi"), "chosen": "", "rejected": "c"}, "chosen"),
+        ({"messages": turns("u:hi"), "chosen": turns("a:b"), "rejected": turns("a:")}, "rejected"),
         ({"chosen": turns("u:hi", "a:1"), "rejected": turns("u:hi")}, "rejected"),
         ({"chosen": turns("u:hi", "a:1"), "rejected": turns("u:hi", "a:1")}, "chosen"),
         ({"chosen": turns("a:1"), "rejected": turns("a:2")}, "chosen"),

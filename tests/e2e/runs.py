@@ -31,6 +31,23 @@ SMALL = [
 ]
 
 
+# Preferences of the small model, 12 steps of 6 pairs or responses.
+PAIRS = [
+    *SMALL,
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "trainer.global_batch_size=8",
+    "trainer.micro_batch_size=2",
+    "trainer.eval_batch_size=4",
+    "trainer.max_steps=12",
+    "trainer.eval_every=6",
+    "optim.lr=1e-3",
+    "optim.schedule=constant",
+    "data.seq_length=48",
+    "checkpoint.keep_best=0",
+]
+
+
 @contextmanager
 def launched() -> Iterator[None]:
     """The environment that torchrun would give this rank of the current world."""
@@ -115,6 +132,12 @@ def run_rft(run_dir: Path, *overrides: str) -> None:
 def run_ilql(run_dir: Path, *overrides: str) -> None:
     """Run in the current world, as under torchrun."""
     _run("ilql", [*OFFLINE_WALKS, f"run.dir={run_dir}", *overrides])
+
+
+def run_preference(run_dir: Path, entry: str, data: Path, *overrides: str) -> None:
+    """Train on pairs of this rank's world; `data` holds train.jsonl and eval.jsonl."""
+    files = [f"data.train=[{data / 'train.jsonl'}]", f"data.eval=[{data / 'eval.jsonl'}]"]
+    _run(entry, [*PAIRS, *files, f"run.dir={run_dir}", *overrides])
 
 
 def _run(entry: str, settings: list[str]) -> None:

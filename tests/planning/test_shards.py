@@ -94,7 +94,9 @@ def test_ilqls_heads_are_two_that_train_and_two_that_follow() -> None:
 
 
 def shipped() -> list[str]:
-    return sorted(name for name in preset_files(conf_folder()) if not name.startswith(("randomwalks", "sentiment")))
+    return sorted(
+        name for name in preset_files(conf_folder()) if not name.startswith(("randomwalks", "sentiment", "hh"))
+    )
 
 
 @pytest.mark.parametrize("name", shipped())

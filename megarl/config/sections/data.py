@@ -13,6 +13,7 @@ from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
 from megarl.logging import get_logger, warn_once
 
 TOO_LONG = ("truncate", "drop", "error")
+ON_ERROR = ("error", "drop")
 SOURCES = (
     "{}: files, folders, names of hub data sets, or functions (package.module:function or file.py:function), as a list."
 )
@@ -163,6 +164,58 @@ class OfflineDataConfig(SourcesConfig):
     def check(self) -> None:
         """Refuse an empty training set."""
         _require_data(self.train, "samples.jsonl", " of samples")
+
+
+@dataclass
+class PairDataConfig(SourcesConfig):
+    """Which pairs of a preferred and a rejected response are trained and evaluated on."""
+
+    train: list[str] = leaf([], SOURCES.format("Pairs to train on"))
+    eval: list[str] = leaf([], SOURCES.format("Pairs to evaluate on") + " Empty: no evaluation.")
+    prompt_key: str = leaf(
+        "prompt",
+        "Field of a record that holds the prompt. In records without it, the prompt is what both responses begin with.",
+    )
+    chosen_key: str = leaf(
+        "chosen", "Field of a record that holds the preferred response: a text, or a list of messages."
+    )
+    rejected_key: str = leaf(
+        "rejected", "Field of a record that holds the rejected response: a text, or a list of messages."
+    )
+    seq_length: int = leaf(
+        128, "Maximum number of tokens of a prompt with one response.", at_least=2, at_most=2**31 - 1
+    )
+    too_long: str = leaf(
+        "truncate",
+        "What happens to pairs with more than data.seq_length tokens in one of the two: the end is cut off, they are "
+        "left out, or the run ends with an error.",
+        TOO_LONG,
+    )
+    on_error: str = leaf(
+        "error",
+        "What happens to records that cannot be used, such as two equal responses or an empty one: the run ends with "
+        "an error, or they are left out, counted and named.",
+        ON_ERROR,
+    )
+    shuffle: bool = leaf(True, "Read the pairs in a new random order every epoch; the order depends on the seed.")
+    pack: bool = leaf(
+        True, "Put several short pairs into one sequence of a forward pass, without attention between responses."
+    )
+    eval_limit: int | None = leaf(None, "Number of pairs to evaluate on (null: all).", at_least=1)
+
+    def check(self) -> None:
+        """Refuse an empty training set."""
+        _require_data(self.train, "pairs.jsonl", " of pairs")
+
+
+@dataclass
+class LabelledDataConfig(PairDataConfig):
+    """Which responses with a label are trained and evaluated on. Pairs count as two of them."""
+
+    completion_key: str = leaf("completion", "Field of a record that holds a response with a label.")
+    label_key: str = leaf(
+        "label", "Field of a record that holds its label: true for a desirable response, false for an undesirable one."
+    )
 
 
 def _require_data(train: list[str], example: str, of: str = "") -> None:

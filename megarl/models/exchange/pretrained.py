@@ -5,7 +5,6 @@ from typing import Any, TypeVar
 
 from megarl.checkpoint import verify
 from megarl.command import process_number
-from megarl.config.advantages import critic_kind
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.tokenizer import TokenizerConfig
 from megarl.config.shape import check_shape
@@ -62,14 +61,14 @@ def resolve_pretrained(config: Tree) -> tuple[Tree, Sources]:
     """Open and check the models that an entry point's configuration tree starts from.
 
     Returns:
-        The tree with the shape and the tokenizer of the model at `model.path` (the same tree if that is null), and the
-        models at `model.path` and `critic.separate.path`. The tree that was passed in is not changed.
+        The tree with the shape and the tokenizer of the model at `model.path` (the same tree if that is null), and all
+        models that the tree names. The tree that was passed in is not changed.
     """
     sources = Sources()
     if config.model.path is not None:
         config = _with_shape(config, sources.whole(config.model.path, "model.path"))
-    if hasattr(config, "critic") and config.critic.settings.path is not None and critic_kind(config) == "separate":
-        sources.whole(config.critic.settings.path, "critic.separate.path")
+    for key, path in config.more_models().items():
+        sources.whole(path, key)
     return config, sources
 
 
@@ -93,29 +92,29 @@ def _with_shape(config: Tree, source: Source) -> Tree:
     return resolved
 
 
-def critic_model(config: Any, vocab_size: int, source: Source | None) -> ModelConfig:
-    """Return the shape of a separate critic: of the model at `critic.separate.path`, or the policy's if that is null.
+def second_model(config: Any, key: str, path: str | None, vocab_size: int, sources: Sources) -> ModelConfig:
+    """Return the shape of the model at the path of a key, or the policy's if that is null.
 
-    Raise if the critic cannot read sequences of a policy with that vocabulary.
+    Raise if that model cannot read sequences of a policy with that vocabulary.
     """
+    source = sources.at(path)
     if source is None:
         policy: ModelConfig = config.model
         return policy
-    critic = _model_of(config, source)
+    model = _model_of(config, source)
     for name, policys in (("vocab_size", vocab_size), ("max_positions", config.model.max_positions)):
-        its = getattr(critic, name)
+        its = getattr(model, name)
         if its < policys:
             raise ConfigError(
-                f"critic.separate.path={config.critic.settings.path} has {name}={its}, but the policy's sequences need "
-                f"{policys}: use a critic that was trained with the policy's tokenizer and context, or "
-                "critic.separate.path=null",
+                f"{key}={path} has {name}={its}, but the policy's sequences need {policys}: use a model that was "
+                f"trained with the policy's tokenizer and context, or {key}=null",
                 key=name,
                 value=its,
-                where=config.critic.settings.path,
-                offers={"critic.separate.path": [None]},
+                where=path,
+                offers={key: [None]},
             )
-    check_shape(critic, config.parallel)
-    return critic
+    check_shape(model, config.parallel)
+    return model
 
 
 def _model_of(config: Any, source: Source) -> ModelConfig:

@@ -1,0 +1,367 @@
+"""The base class of algorithms that learn from preferred and rejected, or from labelled, responses."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarl.clock import Work
+from megarl.config.cluster import PlanConfig
+from megarl.config.preference import PreferenceTree
+from megarl.config.sections.data import LabelledDataConfig
+from megarl.data.agreement import refuse_different_data
+from megarl.data.order import EvalLoader, TrainBatches, TrainLoader
+from megarl.data.pairs import ResponseData, build_preference_data
+from megarl.errors import CheckpointError, ConfigError
+from megarl.experience.response_reference import CachedReference, NoReference, ResidentReference, ResponseReference
+from megarl.experience.rows import training_flops
+from megarl.models.exchange.pretrained import Sources, second_model
+from megarl.models.gpt import GPT
+from megarl.models.roles import Role
+from megarl.modules.base import Module
+from megarl.modules.workload import Workload
+from megarl.parallel.engine import Stats
+from megarl.parallel.microbatches import make_microbatches
+from megarl.parallel.rows import Microbatch, Rows
+from megarl.parallel.shards import refused_once
+
+CHUNK = 256
+"""Number of units whose rows are looked up in a reference at a time."""
+
+TRAINING = (
+    *("train/loss", "train/nll", "train/kl", "train/accuracy", "train/margin"),
+    *("train/reward_chosen", "train/reward_rejected", "train/logprob_chosen", "train/logprob_rejected"),
+)
+EVALUATION = (
+    *("eval/loss", "eval/nll", "eval/kl", "eval/accuracy", "eval/margin"),
+    *("eval/reward_chosen", "eval/reward_rejected", "eval/logprob_chosen", "eval/logprob_rejected"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Responses:
+    """The responses of a microbatch, as losses see them. Filler rows have no tokens.
+
+    Attributes:
+        logprobs: [rows] sum of the log-probs of each response under the policy.
+        reference: [rows] the same under the reference.
+        lengths: [rows] number of tokens of each response, at least 1.
+        present: [rows] False for filler rows.
+        cross_entropy: [rows] negative log-prob of all tokens of the row that the algorithm's cross entropy is over.
+        desirable: [rows] the labels, where responses have labels.
+    """
+
+    logprobs: Tensor
+    reference: Tensor
+    lengths: Tensor
+    present: Tensor
+    cross_entropy: Tensor
+    desirable: Tensor | None = None
+
+    @property
+    def gains(self) -> Tensor:
+        """How much more likely each response is under the policy than under the reference, as log-probs."""
+        return self.logprobs - self.reference
+
+
+class Preference(Module):
+    """One training step is one optimizer step over a global batch of units: pairs, or single labelled responses.
+
+    A subclass defines `measure` and `means`.
+    """
+
+    config: PreferenceTree
+    labelled = False  # units are single responses
+    with_prompt = False  # the cross entropy of a preferred response includes its prompt
+
+    def prepare(self) -> None:
+        """Start the sums of an evaluation at zero."""
+        self.eval_sums: dict[str, float] = {}
+        self.reference: ResponseReference = NoReference()
+
+    # --- what a subclass defines ------------------------------------------------------------------------------------
+
+    def measure(self, responses: Responses) -> Stats:
+        """Return sums over the units of a microbatch: unit_loss, which trains, and what metrics are made of."""
+        raise NotImplementedError
+
+    def total_loss(self, sums: Mapping[str, Any], counts: Mapping[str, float]) -> Any:
+        """Return the loss from the sums of `measure`, given the counts of `count` over the global batch."""
+        return sums["unit_loss"] / counts["units"]
+
+    def means(self, sums: dict[str, float]) -> dict[str, float]:
+        """Return metrics from sums over a global batch or an evaluation."""
+        raise NotImplementedError
+
+    def before_step(self, rows: Rows) -> None:
+        """Compute what the loss needs to know of the whole batch."""
+
+    def further_rows(self) -> Iterator[Rows]:
+        """Iterate over rows besides the data's own whose reference log-probs the run needs."""
+        return iter(())
+
+    # --- models and data --------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def roles(config: PreferenceTree, vocab_size: int, sources: Sources) -> list[Role]:
+        """Return the policy, and the reference if it stays on the device."""
+        source = sources.at(config.model.path)
+        roles = [Role("policy", config.model, vocab_size, optim=config.optim, source=source, about="trains")]
+        if config.reference.reference == "resident":
+            roles.append(reference_role(config, vocab_size, sources))
+        return roles
+
+    @staticmethod
+    def plan(config: PreferenceTree, assumed: PlanConfig) -> Workload:
+        """Return the size of an optimizer step. The two sequences of a pair share a forward pass."""
+        length = config.data.seq_length
+        notes = {"reference": "log-probs on disk, no model"} if config.reference.reference == "cached" else {}
+        per_unit = 1 if isinstance(config.data, LabelledDataConfig) else 2
+        return Workload(length=length, loss_tokens=length, per_unit=per_unit, notes=notes)
+
+    def configure_model(self) -> None:
+        """Read the data, build the policy, and prepare the reference while the policy has its first weights."""
+        if self.engines:
+            return
+        self.train_data, self.eval_data = refused_once(
+            self.grid,
+            lambda: build_preference_data(
+                self.config.data, self.tokenizer, labelled=self.labelled, report=self.grid.dp_rank == 0
+            ),
+        )
+        for data, name in ((self.train_data, "data.train"), (self.eval_data, "data.eval")):
+            if data is not None:
+                refuse_different_data(self.grid, data.token_rows(), name, kept=data.digest())
+        for role in self.roles(self.config, self.vocab_size, self.sources):
+            self.engines[role.name] = self.build(role, self.config.trainer.max_steps)
+        self.policy = self.engines["policy"]
+        self.reference = self._make_reference()
+
+    def _make_reference(self) -> ResponseReference:
+        settings, per_microbatch = self.config.reference, self._rows_per_microbatch
+        if settings.reference == "resident":
+            return ResidentReference(self.engines["reference"], per_microbatch)
+        if settings.reference == "none":
+            return NoReference()
+        engine, model = self.policy, self.config.model
+        if settings.reference_path is not None:
+            role = reference_role(self.config, self.vocab_size, self.sources)
+            engine, model = self.build(role), role.model
+        cached = CachedReference(
+            engine, model, self.config.trainer.precision, settings.cache, per_microbatch, f"{self.config.own}.cache"
+        )
+        with self.clock.part("reference"):
+            cached.fill(self._rows_of_the_run())
+        return cached
+
+    def _rows_of_the_run(self) -> Iterator[Rows]:
+        for data in (self.train_data, self.eval_data):
+            if data is not None:
+                yield from (data.take(units) for units in torch.arange(len(data)).split(CHUNK))
+        yield from self.further_rows()
+
+    @property
+    def _rows_per_microbatch(self) -> int:
+        return self.config.trainer.micro_batch_size * (1 if self.labelled else 2)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Number of units in a global batch."""
+        return self.config.trainer.global_batch_size
+
+    def batches(self, start: int = 0, rows: int | None = None) -> TrainBatches:
+        """Return the global batches of the run from step `start`, before which `rows` units were used."""
+        size, seed, shuffle = self.rows_per_step, self.config.seed, self.config.data.shuffle
+        return TrainBatches(self.train_data.lengths, size, seed, shuffle=shuffle, start=start, rows=rows)
+
+    def train_dataloader(self) -> Iterable[Tensor]:
+        """Return the loader of unit indices, from the first unit that the run did not use yet."""
+        return TrainLoader(self.batches(self.steps_done, self.rows_read), self.config.trainer.max_steps)
+
+    def val_dataloader(self) -> Iterable[Tensor]:
+        """Return the loader of evaluation units, one microbatch per pipeline stage and replica in each step."""
+        if self.eval_data is None:
+            return []
+        per_step = self.config.trainer.eval_batch_size * self.grid.layout.pp * self.grid.layout.dp
+        return EvalLoader(len(self.eval_data), per_step)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the counters; refuse a resume that would compare with another reference."""
+        super().on_load_checkpoint(checkpoint)
+        reference = self.config.reference
+        if self.started_as is None or reference.reference == "none" or reference.reference_path is not None:
+            return
+        first, now = self.started_as["model"], self.config.model
+        same = first["path"] == now.path and (now.path is not None or self.started_as["seed"] == self.config.seed)
+        if not same:
+            key = "model.path" if first["path"] != now.path else "seed"
+            wanted = first["path"] if key == "model.path" else self.started_as["seed"]
+            raise CheckpointError(
+                f"the run started from {key}={wanted}, whose weights are its reference: set that again, or name the "
+                f"reference with {self.config.own}.reference_path",
+                key=key,
+                value=now.path if key == "model.path" else self.config.seed,
+                offers={key: [wanted]},
+            )
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, units: Tensor, batch_idx: int) -> None:
+        """Take one optimizer step on the units and log its loss and what it measures."""
+        with self.clock.part("train"):
+            rows = self._rows(self.train_data, units)
+            self.before_step(rows)
+            self.last_batch = self._microbatches(rows, self.config.trainer.micro_batch_size)
+            rate = self.policy.learning_rate
+            sums = self.policy.train_step(self.last_batch, self._loss, self.count)
+            norms = self.step_optimizers()
+        self.advance()
+        models = 1 + ("reference" in self.engines) / 3
+        flops = training_flops(self.config.model, self.vocab_size, rows.lengths)
+        self.work = Work(int(rows.lengths.sum()), flops * models)
+        metrics = {"loss": sums["loss"], **self.means(sums)}
+        self.log_dict(named(metrics, TRAINING))
+        self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})
+
+    def _rows(self, data: ResponseData, units: Tensor) -> Rows:
+        """Return the rows of units with the log-probs of the reference, and the responses' own mask."""
+        rows = data.take(units)
+        columns = {"reference": self.reference.totals(rows), "responses": rows.action_mask}
+        if self.with_prompt:
+            return with_prompts(rows, columns)
+        return rows.with_columns(**columns)
+
+    def _microbatches(self, rows: Rows, per_microbatch: int) -> list[Microbatch]:
+        return make_microbatches(
+            rows,
+            torch.arange(len(rows)),
+            self.grid,
+            per_microbatch=per_microbatch,
+            share_bins=self.config.data.pack,
+            keep_together=rows["unit"],
+        )
+
+    def _loss(self, model: GPT, hidden: Tensor, batch: Microbatch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
+        sums = self.measure(responses_of(model, hidden, batch))
+        loss: Tensor = self.total_loss(sums, counts)
+        return loss, {"loss": loss, **sums}
+
+    def count(self, batch: Microbatch) -> Stats:
+        """Return the number of units, and of the tokens that the cross entropy is over."""
+        present = batch.rows.lengths > 0
+        units = present.sum() if self.labelled else present[0::2].sum()
+        return {"units": units, "tokens": batch.rows.action_mask[0::2].sum()}
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Reset the sums."""
+        self.eval_sums = {}
+
+    def validation_step(self, units: Tensor, batch_idx: int) -> None:
+        """Add what is measured on these units to the sums."""
+        assert self.eval_data is not None
+        with self.clock.part("eval"):
+            rows = self._rows(self.eval_data, units)
+            self.before_step(rows)
+            batches = self._microbatches(rows, self.config.trainer.eval_batch_size)
+            sums = self.policy.evaluate(
+                batches, lambda model, hidden, batch: self.measure(responses_of(model, hidden, batch))
+            )
+            sums |= self.policy.count(batches, self.count)
+        self.eval_sums = {name: self.eval_sums.get(name, 0.0) + value for name, value in sums.items()}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean loss and what else is measured."""
+        sums = self.eval_sums
+        metrics = {"loss": self.total_loss(sums, sums), **self.means(sums)}
+        self.log_dict(named(metrics, EVALUATION))
+
+
+class PairPreference(Preference):
+    """An algorithm whose units are pairs. A subclass defines `pair_losses` and `rewards`."""
+
+    nll_coef = 0.0
+    """Weight of the cross entropy of the preferred responses, a mean over their tokens."""
+
+    def pair_losses(self, responses: Responses) -> Tensor:
+        """Return the loss of each pair, [pairs]."""
+        raise NotImplementedError
+
+    def rewards(self, responses: Responses) -> Tensor:
+        """Return the implicit reward of each response, [rows]."""
+        raise NotImplementedError
+
+    def total_loss(self, sums: Mapping[str, Any], counts: Mapping[str, float]) -> Any:
+        """Return the mean loss of the pairs, with the cross entropy if it has a weight."""
+        loss = super().total_loss(sums, counts)
+        return loss + self.nll_coef * sums["nll"] / counts["tokens"] if self.nll_coef else loss
+
+    def measure(self, responses: Responses) -> Stats:
+        """Return sums over the pairs of a microbatch."""
+        present = responses.present[0::2]
+        rewards = self.rewards(responses).detach()
+        margin = rewards[0::2] - rewards[1::2]
+        right = (margin > 0).double() + 0.5 * (margin == 0)
+        measured = {
+            "unit_loss": self.pair_losses(responses),
+            "nll": responses.cross_entropy[0::2],
+            "accuracy": right,
+            "margin": margin,
+            "reward_chosen": rewards[0::2],
+            "reward_rejected": rewards[1::2],
+            "logprob_chosen": responses.logprobs[0::2],
+            "logprob_rejected": responses.logprobs[1::2],
+        }
+        return {name: torch.where(present, value, 0).sum() for name, value in measured.items()}
+
+    def means(self, sums: dict[str, float]) -> dict[str, float]:
+        """Return means over pairs; of the cross entropy, over the tokens of the preferred responses."""
+        names = ("accuracy", "margin", "reward_chosen", "reward_rejected", "logprob_chosen", "logprob_rejected")
+        return {"nll": sums["nll"] / max(sums["tokens"], 1.0), **{name: sums[name] / sums["units"] for name in names}}
+
+
+def named(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Return the metrics that an algorithm has, under the names that are logged."""
+    return {name: metrics[short] for name in names if (short := name.partition("/")[2]) in metrics}
+
+
+def responses_of(model: GPT, hidden: Tensor, batch: Microbatch) -> Responses:
+    """Return the log-probs of a microbatch's responses."""
+    rows = batch.rows
+    logprobs = batch.gather_rows(model.logprobs(hidden, batch.targets, batch.target_mask).logprobs)
+    mask = rows["responses"]
+    return Responses(
+        logprobs=(logprobs * mask).sum(dim=1),
+        reference=rows["reference"].to(logprobs.dtype),
+        lengths=mask.sum(dim=1).clamp(min=1),
+        present=rows.lengths > 0,
+        cross_entropy=-(logprobs * rows.action_mask).sum(dim=1),
+        desirable=rows.per_row.get("desirable"),
+    )
+
+
+def with_prompts(rows: Rows, columns: dict[str, Tensor]) -> Rows:
+    """Return pairs whose preferred rows have an action mask over all of their tokens but the first."""
+    mask = rows.action_mask.clone()
+    time = torch.arange(mask.shape[1])
+    mask[0::2] = ((time > 0) & (time < rows.lengths[0::2, None])).to(mask.dtype)
+    return replace(rows, action_mask=mask).with_columns(**columns)
+
+
+def reference_role(config: PreferenceTree, vocab_size: int, sources: Sources) -> Role:
+    """Return the role of the reference: the model at its path, or the weights that the policy starts from."""
+    path, key = config.reference.reference_path, f"{config.own}.reference_path"
+    model = second_model(config, key, path, vocab_size, sources)
+    if path is not None and model.vocab_size != vocab_size:
+        raise ConfigError(
+            f"{key}={path} has a vocabulary of {model.vocab_size} tokens, and the policy {vocab_size}: name a model "
+            f"with the policy's tokenizer, or {key}=null for the policy's first weights",
+            key=key,
+            value=path,
+            offers={key: [None]},
+        )
+    source: Any = sources.at(config.model.path if path is None else path)
+    return Role("reference", model, vocab_size, source=source, about="does not train")
