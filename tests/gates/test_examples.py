@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.hh import write_hh
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = pytest.mark.gate
 
@@ -41,8 +43,49 @@ def test_values_steer_towards_the_better_answer(tmp_path: Path) -> None:
     assert "geese" in lines[1]
 
 
+def test_a_tiny_llama_learns_to_give_the_answer_with_more_votes(tmp_path: Path) -> None:
+    stack = EXAMPLES / "stack_llama"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+
+    def run(*command: str | Path) -> str:
+        quiet = ("trainer.progress=none",) if command[0] != sys.executable else ()
+        done = subprocess.run(
+            [*command, *quiet], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("bash", stack / "sft.sh")
+    run("bash", stack / "dpo.sh", f"dpo.cache={tmp_path / 'cache'}")
+    metrics = json.loads((tmp_path / "runs/stack_llama/dpo/summary.json").read_text())["metrics"]
+    assert metrics["eval/accuracy"]["last"] > 0.95
+    (tmp_path / "questions.jsonl").write_text(run(sys.executable, stack / "questions.py"))
+    model = "model.path=runs/stack_llama/dpo"
+    lines = run(sys.executable, "-m", "megarl.generate", model, "prompts=questions.jsonl").splitlines()
+    responses = [json.loads(line)["response"] for line in lines]
+    assert sum(response.startswith("Use `") for response in responses) > 0.7 * len(responses)
+
+
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"ppo_words.py", "ilql_rewards.py"}
+    names = {"ppo_words.py", "ilql_rewards.py", "stack_llama"}
+    assert {path.name for path in EXAMPLES.iterdir() if path.name != "__pycache__"} == names
+
+
+def test_the_hh_preset_learns_from_transcripts(tmp_path: Path) -> None:
+    write_hh(tmp_path)
+    files = [f"data.{name}=[{tmp_path}]" for name in ("train", "eval")]
+    small = ["optim.lr=1e-3", "optim.warmup_steps=0", "trainer.max_steps=20", "trainer.eval_every=20"]
+    batch = ["trainer.global_batch_size=8", f"run.dir={tmp_path / 'run'}", f"dpo.cache={tmp_path / 'cache'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "megarl.train_dpo", "+conf=hh", *files, *small, *batch],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run/summary.json").read_text())["metrics"]
+    assert metrics["eval/accuracy"]["last"] == 1.0
 
 
 def test_the_sentiment_preset_learns_kinder_answers(tmp_path: Path) -> None:
