@@ -21,12 +21,10 @@ _HERE = (".", "/", "~")
 def check_files(config: Any) -> None:
     """Refuse data or weights that are neither on this machine nor a name on a hub, a chat template that cannot be read,
     and a path that cannot be written."""
-    for key in WRITTEN:
-        if _value(config, key) is not None:
-            writable(_value(config, key), key)
-    reference = getattr(config, "reference", None)
-    if reference is not None and reference.reference == "cached":
-        writable(reference.cache, f"{config.own}.cache")
+    written = {key: _value(config, key) for key in WRITTEN}
+    for key, path in {**written, **config.more_folders()}.items():
+        if path is not None:
+            writable(path, key)
     _check_data(config)
     load_chat_template(_value(config, "data.chat_template"))
     load_chat_template(getattr(config, "chat_template", None), "chat_template")  # of `generate`

@@ -9,13 +9,12 @@ from typing import ClassVar
 
 from megarl.config.leaf import Section, leaf, section
 from megarl.config.offers import Rule
-from megarl.config.rules import responses_fit_model, scoring_ends_in_time, sequences_fit_model
+from megarl.config.rules import sequences_fit_model
 from megarl.config.sections.data import OfflineDataConfig
 from megarl.config.sections.evaluation import GuidedEvalConfig
-from megarl.config.sections.reward import MetricConfig, RewardConfig
 from megarl.config.sections.rollout import GuidedRolloutConfig
 from megarl.config.sections.trainer import TrainerConfig
-from megarl.config.trees import TrainingTree
+from megarl.config.trees import GeneratingTree
 
 
 @dataclass
@@ -62,20 +61,13 @@ class ILQLSettings(Section):
 
 
 @dataclass
-class ILQLConfig(TrainingTree):
+class ILQLConfig(GeneratingTree):
     """The keys of implicit language Q-learning."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (
-        *TrainingTree.rules,
-        sequences_fit_model,
-        responses_fit_model,
-        scoring_ends_in_time,
-    )
+    rules: ClassVar[tuple[Rule, ...]] = (*GeneratingTree.rules, sequences_fit_model)
 
     data: OfflineDataConfig = section(OfflineDataConfig)
     rollout: GuidedRolloutConfig = section(GuidedRolloutConfig)
-    reward: RewardConfig = section(RewardConfig)
-    metric: MetricConfig = section(MetricConfig)
     eval: GuidedEvalConfig = section(GuidedEvalConfig)
     ilql: ILQLSettings = section(ILQLSettings)
     trainer: TrainerConfig = section(TrainerConfig)

@@ -208,6 +208,11 @@ class PreferenceTree(TrainingTree):
         """Settings of the reference model; of an algorithm without one, that there is none."""
         return ReferenceSettings(reference="none")
 
+    def more_folders(self) -> dict[str, str]:
+        """Return the folder of the reference's log-probs."""
+        used = self.reference
+        return {f"{self.own}.cache": used.cache} if used.reference == "cached" else {}
+
     def more_models(self) -> dict[str, str]:
         """Return the path of the reference."""
         used = self.reference

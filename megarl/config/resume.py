@@ -137,9 +137,19 @@ RULES = (
     _rule("ilql", "target_alpha target_every", NOW, "the target heads come from the checkpoint"),
     _rule("ilql", "pack", NOW, "how this process computes"),
     _rule("dpo", "beta kind mix label_smoothing average_logprobs sft_coef", NOW, "the loss after the resume"),
-    _rule("dpo", "reference reference_path cache", NOW, "where the log-probs of the reference come from"),
+    _rule(
+        "dpo",
+        "reference reference_path cache",
+        NOW,
+        "where the log-probs of the reference come from; other weights are refused",
+    ),
     _rule("kto", "beta desirable_weight undesirable_weight", NOW, "the loss after the resume"),
-    _rule("kto", "reference reference_path cache", NOW, "where the log-probs of the reference come from"),
+    _rule(
+        "kto",
+        "reference reference_path cache",
+        NOW,
+        "where the log-probs of the reference come from; other weights are refused",
+    ),
     _rule("orpo", "beta", NOW, "the loss after the resume"),
     _rule("cpo", "kind beta gamma label_smoothing sft_coef", NOW, "the loss after the resume"),
     # generation, scores, evaluation

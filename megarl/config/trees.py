@@ -50,6 +50,10 @@ class Tree:
     tokenizer: TokenizerConfig = section(TokenizerConfig)
     parallel: ParallelConfig = section(ParallelConfig)
 
+    def more_folders(self) -> dict[str, str]:
+        """Return the folders that a run writes to besides those of every tree, by key."""
+        return {}
+
     def more_models(self) -> dict[str, str]:
         """Return the paths of stored models that a run uses besides `model.path`, by key."""
         return {}
@@ -69,21 +73,23 @@ class TrainingTree(Tree):
 
 
 @dataclass
-class PhaseTree(TrainingTree):
-    """The keys of every algorithm that generates the responses it trains on."""
+class GeneratingTree(TrainingTree):
+    """The keys of every algorithm that generates, in training or only in evaluations."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (
-        *TrainingTree.rules,
-        responses_fit_model,
-        responses_are_scored,
-        responses_are_sampled,
-        scoring_ends_in_time,
-    )
+    rules: ClassVar[tuple[Rule, ...]] = (*TrainingTree.rules, responses_fit_model, scoring_ends_in_time)
 
-    data: PromptDataConfig = section(PromptDataConfig)
     rollout: RolloutConfig = section(RolloutConfig)
     reward: RewardConfig = section(RewardConfig)
     metric: MetricConfig = section(MetricConfig)
     eval: EvalConfig = section(EvalConfig)
+
+
+@dataclass
+class PhaseTree(GeneratingTree):
+    """The keys of every algorithm that generates the responses it trains on."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (*GeneratingTree.rules, responses_are_scored, responses_are_sampled)
+
+    data: PromptDataConfig = section(PromptDataConfig)
     clone: CloneConfig | None = optional_section(CloneConfig, CLONE, needs="data")
     trainer: PhaseTrainerConfig = section(PhaseTrainerConfig)

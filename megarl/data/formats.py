@@ -225,12 +225,12 @@ class RecordFormat:
 
         return [_placed(record, encode)]
 
-    # --- inside -----------------------------------------------------------------------------------------------------
-
     def has_prompt(self, record: Record) -> bool:
         """Return whether a record of a pair has a prompt, or its responses are lists of messages."""
         lists = isinstance(record.fields.get(self.chosen_key), list)
         return lists or self._has_messages(record) or record.fields.get(self.prompt_key) is not None
+
+    # --- inside -----------------------------------------------------------------------------------------------------
 
     def _prompt(self, record: Record, tokenizer: Tokenizer) -> list[int]:
         tokens = tokenizer.encode_prompt(self._text(record, self.prompt_key))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from megarl.config.sections.data import PairDataConfig
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 CHOSEN, REJECTED = 0, 1
 """The two rows of a pair, in this order."""
 
@@ -41,7 +42,7 @@ class PairStats:
     reason: str = ""
 
     def report(self, name: str, kept: str) -> None:
-        """Log how many were kept, and in further lines which were cut or left out."""
+        """Log how many were kept, and in further lines which were truncated or left out."""
         log.info("%s: kept %s of %d records", name, kept, self.records)
         if self.transcripts.count:
             log.warning(
@@ -120,8 +121,8 @@ class ResponseData:
 def mismatched(rows: Rows, longest: int) -> Rows:
     """Return each row's prompt with the response of the next row; the last row takes that of the first.
 
-    A response begins at the first token that is trained on. It is cut where the row exceeds `longest` tokens, but one
-    token of it stays.
+    A response begins at the first token that is trained on. A row of more than `longest` tokens is truncated, but one
+    token of the response stays.
     """
     starts = [int(mask.argmax()) for mask in rows.action_mask]
     documents = []
@@ -175,13 +176,7 @@ def read_pairs(
 ) -> ResponseData:
     """Tokenise pairs of a preferred and a rejected response."""
     stats, documents = PairStats(), []
-    for record in records:
-        stats.records += 1
-        try:
-            whole = record_format.pair(record, tokenizer)
-        except DataError as problem:
-            _leave_out(problem, record, data, stats)
-            continue
+    for record, whole in _encoded(records, lambda record: record_format.pair(record, tokenizer), data, stats):
         pair = _fit(whole, record, data, stats)
         if pair is None:
             continue
@@ -197,13 +192,7 @@ def read_labelled(
 ) -> ResponseData:
     """Tokenise responses with a label; a pair becomes a desirable response and an undesirable one."""
     stats, documents, desirable = PairStats(), [], []
-    for record in records:
-        stats.records += 1
-        try:
-            responses = record_format.labelled(record, tokenizer)
-        except DataError as problem:
-            _leave_out(problem, record, data, stats)
-            continue
+    for record, responses in _encoded(records, lambda record: record_format.labelled(record, tokenizer), data, stats):
         for document, label in responses:
             fitting = _fit((document,), record, data, stats)
             if fitting is not None:
@@ -225,18 +214,27 @@ def read_labelled(
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _leave_out(problem: DataError, record: Record, data: PairDataConfig, stats: PairStats) -> None:
-    """Count a record that cannot be used, or raise its error."""
-    if data.on_error == "error":
-        raise DataError(
-            f"{problem}; or set data.on_error=drop to leave out such records",
-            key=problem.key,
-            value=problem.value,
-            where=problem.where,
-            offers={"data.on_error": ["drop"]},
-        ) from None
-    stats.unusable.add(record.where)
-    stats.reason = stats.reason or str(problem)
+def _encoded(
+    records: Iterable[Record], encode: Callable[[Record], _T], data: PairDataConfig, stats: PairStats
+) -> Iterator[tuple[Record, _T]]:
+    """Yield each record with what it is read as. Count the records that cannot be used, or raise their error."""
+    for record in records:
+        stats.records += 1
+        try:
+            found = encode(record)
+        except DataError as problem:
+            if data.on_error == "error":
+                raise DataError(
+                    f"{problem}; or set data.on_error=drop to leave out such records",
+                    key=problem.key,
+                    value=problem.value,
+                    where=problem.where,
+                    offers={"data.on_error": ["drop"]},
+                ) from None
+            stats.unusable.add(record.where)
+            stats.reason = stats.reason or str(problem)
+            continue
+        yield record, found
 
 
 def _fit(
@@ -255,14 +253,14 @@ def _fit(
             where=record.where,
             offers={"data.too_long": ("truncate", "drop")},
         )
-    cut = [Document(document.tokens[:limit].copy(), document.action_mask[:limit].copy()) for document in documents]
-    nothing_left = not all(document.action_mask.any() for document in cut)
-    same = len(cut) == 2 and np.array_equal(cut[CHOSEN].tokens, cut[REJECTED].tokens)
+    short = [Document(document.tokens[:limit].copy(), document.action_mask[:limit].copy()) for document in documents]
+    nothing_left = not all(document.action_mask.any() for document in short)
+    same = len(short) == 2 and np.array_equal(short[CHOSEN].tokens, short[REJECTED].tokens)
     if data.too_long == "drop" or nothing_left or same:
         stats.too_long.add(record.where)
         return None
     stats.truncated.add(record.where)
-    return cut
+    return short
 
 
 def _require_some(documents: Sequence[Document], stats: PairStats, data: PairDataConfig, name: str, what: str) -> None:

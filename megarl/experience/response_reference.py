@@ -20,7 +20,6 @@ from megarl.errors import DataError
 from megarl.experience.rows import forward_rows
 from megarl.logging import get_logger
 from megarl.models.gpt import GPT
-from megarl.parallel.digest import weights_digest
 from megarl.parallel.engine import Engine, Outputs
 from megarl.parallel.rows import Microbatch, Rows
 
@@ -37,6 +36,13 @@ SAVED_EVERY = 100_000
 """Number of computed rows after which the file is written, so that a kill loses little."""
 NOT_SHAPE = ("path", "dropout", "init_std", "num_layers_unfrozen")
 """Keys of a model that do not change what it computes."""
+
+
+def reference_name(digest: str, model: ModelConfig, precision: str) -> str:
+    """Return the name of the file with the log-probs of a reference, given the digest of its weights."""
+    shape = {key: value for key, value in asdict(model).items() if key not in NOT_SHAPE}
+    decides = json.dumps([VERSION, precision, shape, digest], sort_keys=True)
+    return f"reference-{hashlib.sha256(decides.encode()).hexdigest()[:32]}.bin"
 
 
 class ResponseReference(Protocol):
@@ -75,24 +81,20 @@ class CachedReference:
     record needs new entries and nothing that is stored can be wrong for it. The model is released when `fill` returns.
     """
 
-    def __init__(
-        self, engine: Engine, model: ModelConfig, precision: str, folder: str, per_microbatch: int, key: str
-    ) -> None:
+    def __init__(self, engine: Engine, folder: str, name: str, per_microbatch: int, tolerance: float, key: str) -> None:
         """
         Args:
             engine: an engine that has the reference's weights until `fill` returns.
-            model: shape of the reference.
             folder: value of the `cache` key.
+            name: name of the file, which belongs to these weights alone.
             per_microbatch: rows of full length in a forward pass of a replica.
+            tolerance: difference of a response's log-prob, per token, above which a stored value is wrong.
             key: the configuration key of the folder, for messages.
         """
         self.key = key
         self.grid = engine.grid
         self.model: ResidentReference | None = ResidentReference(engine, per_microbatch)
-        self.tolerance = TOLERANCES[precision]
-        shape = {key: value for key, value in asdict(model).items() if key not in NOT_SHAPE}
-        named = json.dumps([VERSION, precision, shape, weights_digest(engine)], sort_keys=True)
-        self.path = local(folder) / f"reference-{hashlib.sha256(named.encode()).hexdigest()[:32]}.bin"
+        self.tolerance, self.path = tolerance, local(folder) / name
         self.known: dict[bytes, float] = {}
         self.computed: dict[bytes, float] = {}  # by this run
         self.trusted = True  # whether what the file held is right
@@ -157,12 +159,16 @@ class CachedReference:
     def _open(self) -> dict[bytes, float]:
         """Return the stored entries, once it is known that more can be added."""
         with self._writing():
-            return _read(self.path)
+            found = _read(self.path)
+        if found is None:
+            log.warning("reference: %s is damaged: its log-probs are computed again", self.path)
+        self.trusted = found is not None
+        return found or {}
 
     def _write(self) -> None:
         """Add this run's entries to those that other runs may have written meanwhile."""
         with self._writing():
-            entries = {**(_read(self.path) if self.trusted else {}), **self.known}
+            entries = {**((self.trusted and _read(self.path)) or {}), **self.known}
             self.trusted = True
             table = np.array(sorted(entries.items()), dtype=ENTRY)
             digest = hashlib.sha256(table.tobytes()).digest()
@@ -198,16 +204,15 @@ def row_names(rows: Rows) -> list[bytes]:
     return names
 
 
-def _read(path: Path) -> dict[bytes, float]:
-    """Return the entries of a file; none, with a warning, where it is damaged."""
+def _read(path: Path) -> dict[bytes, float] | None:
+    """Return the entries of a file, none if it does not exist; None if it is damaged."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return {}
     digest, table = content[:32], content[32:]
     if hashlib.sha256(table).digest() != digest:
-        log.warning("reference: %s is damaged: its log-probs are computed again", path)
-        return {}
+        return None
     return {bytes(row): float(total) for row, total in np.frombuffer(table, dtype=ENTRY)}
 
 

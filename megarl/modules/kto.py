@@ -54,15 +54,15 @@ class KTO(Preference):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters; refuse another batch size where the mismatched rows of the run are already computed."""
         super().on_load_checkpoint(checkpoint)
-        key = "trainer.global_batch_size"
-        if key in self.changed and self.config.kto.reference == "cached":
-            before = checkpoint["run"]["config"]["trainer"]["global_batch_size"]
+        if self.config.kto.reference == "cached" and self.rows_read != self.steps_done * self.rows_per_step:
+            key, before = "trainer.global_batch_size", checkpoint["run"]["config"]["trainer"]["global_batch_size"]
             raise CheckpointError(
-                f"{key}={self.rows_per_step} joins other prompts and responses than {before} did, and "
-                f"their log-probs under the reference are not known: use {key}={before}, or kto.reference=resident",
+                f"{key}={self.rows_per_step} is not that of all steps so far, so that other prompts and responses are "
+                f"joined than those whose log-probs under the reference are known: use kto.reference=resident, or "
+                f"{key}={before} if it was never changed before",
                 key=key,
                 value=self.rows_per_step,
-                offers={key: [before], "kto.reference": ["resident"]},
+                offers={"kto.reference": ["resident"], key: [before]},
             )
 
     def further_rows(self) -> Iterator[Rows]:

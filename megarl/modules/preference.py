@@ -9,25 +9,34 @@ from torch import Tensor
 
 from megarl.clock import Work
 from megarl.config.cluster import PlanConfig
+from megarl.config.offers import read
 from megarl.config.preference import PreferenceTree
 from megarl.config.sections.data import LabelledDataConfig
 from megarl.data.agreement import refuse_different_data
 from megarl.data.order import EvalLoader, TrainBatches, TrainLoader
 from megarl.data.pairs import ResponseData, build_preference_data
 from megarl.errors import CheckpointError, ConfigError
-from megarl.experience.response_reference import CachedReference, NoReference, ResidentReference, ResponseReference
+from megarl.experience.response_reference import (
+    TOLERANCES,
+    CachedReference,
+    NoReference,
+    ResidentReference,
+    ResponseReference,
+    reference_name,
+)
 from megarl.experience.rows import training_flops
 from megarl.models.exchange.pretrained import Sources, second_model
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.base import Module
 from megarl.modules.workload import Workload
+from megarl.parallel.digest import weights_digest
 from megarl.parallel.engine import Stats
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch, Rows
 from megarl.parallel.shards import refused_once
 
-CHUNK = 256
+LOOKED_UP = 256
 """Number of units whose rows are looked up in a reference at a time."""
 
 TRAINING = (
@@ -69,7 +78,7 @@ class Responses:
 class Preference(Module):
     """One training step is one optimizer step over a global batch of units: pairs, or single labelled responses.
 
-    A subclass defines `measure` and `means`.
+    A subclass defines `measure`, `count` and `means`.
     """
 
     config: PreferenceTree
@@ -80,11 +89,16 @@ class Preference(Module):
         """Start the sums of an evaluation at zero."""
         self.eval_sums: dict[str, float] = {}
         self.reference: ResponseReference = NoReference()
+        self.reference_digest: str | None = None  # of its weights
 
     # --- what a subclass defines ------------------------------------------------------------------------------------
 
     def measure(self, responses: Responses) -> Stats:
         """Return sums over the units of a microbatch: unit_loss, which trains, and what metrics are made of."""
+        raise NotImplementedError
+
+    def count(self, batch: Microbatch) -> Stats:
+        """Return the number of units of a microbatch, as "units", and what else `means` divides by."""
         raise NotImplementedError
 
     def total_loss(self, sums: Mapping[str, Any], counts: Mapping[str, float]) -> Any:
@@ -142,6 +156,7 @@ class Preference(Module):
     def _make_reference(self) -> ResponseReference:
         settings, per_microbatch = self.config.reference, self._rows_per_microbatch
         if settings.reference == "resident":
+            self.reference_digest = weights_digest(self.engines["reference"])
             return ResidentReference(self.engines["reference"], per_microbatch)
         if settings.reference == "none":
             return NoReference()
@@ -149,9 +164,10 @@ class Preference(Module):
         if settings.reference_path is not None:
             role = reference_role(self.config, self.vocab_size, self.sources)
             engine, model = self.build(role), role.model
-        cached = CachedReference(
-            engine, model, self.config.trainer.precision, settings.cache, per_microbatch, f"{self.config.own}.cache"
-        )
+        self.reference_digest = weights_digest(engine)
+        name = reference_name(self.reference_digest, model, self.config.trainer.precision)
+        tolerance = TOLERANCES[self.config.trainer.precision]
+        cached = CachedReference(engine, settings.cache, name, per_microbatch, tolerance, f"{self.config.own}.cache")
         with self.clock.part("reference"):
             cached.fill(self._rows_of_the_run())
         return cached
@@ -159,12 +175,12 @@ class Preference(Module):
     def _rows_of_the_run(self) -> Iterator[Rows]:
         for data in (self.train_data, self.eval_data):
             if data is not None:
-                yield from (data.take(units) for units in torch.arange(len(data)).split(CHUNK))
+                yield from (data.take(units) for units in torch.arange(len(data)).split(LOOKED_UP))
         yield from self.further_rows()
 
     @property
     def _rows_per_microbatch(self) -> int:
-        return self.config.trainer.micro_batch_size * (1 if self.labelled else 2)
+        return self.config.trainer.micro_batch_size * self.train_data.per_unit
 
     @property
     def rows_per_step(self) -> int:
@@ -187,24 +203,35 @@ class Preference(Module):
         per_step = self.config.trainer.eval_batch_size * self.grid.layout.pp * self.grid.layout.dp
         return EvalLoader(len(self.eval_data), per_step)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store which weights the reference has."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["reference"] = [self.config.trainer.precision, self.reference_digest]
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters; refuse a resume that would compare with another reference."""
         super().on_load_checkpoint(checkpoint)
-        reference = self.config.reference
-        if self.started_as is None or reference.reference == "none" or reference.reference_path is not None:
+        settings, before = self.config.reference, checkpoint.get("reference")
+        now = [self.config.trainer.precision, self.reference_digest]
+        comparable = before is not None and None not in (before[1], now[1]) and before[0] == now[0]
+        if self.started_as is None or not comparable or before == now:
             return
-        first, now = self.started_as["model"], self.config.model
-        same = first["path"] == now.path and (now.path is not None or self.started_as["seed"] == self.config.seed)
-        if not same:
-            key = "model.path" if first["path"] != now.path else "seed"
-            wanted = first["path"] if key == "model.path" else self.started_as["seed"]
-            raise CheckpointError(
-                f"the run started from {key}={wanted}, whose weights are its reference: set that again, or name the "
-                f"reference with {self.config.own}.reference_path",
-                key=key,
-                value=now.path if key == "model.path" else self.config.seed,
-                offers={key: [wanted]},
-            )
+        key = f"{self.config.own}.reference_path"
+        first = self.started_as["model"]["path"]
+        if settings.reference_path is not None:
+            changed, wanted = key, self.started_as[self.config.own]["reference_path"]
+        elif first is None and self.config.model.path is None:
+            changed, wanted = "seed", self.started_as["seed"]
+        else:
+            changed, wanted = "model.path", first
+        setting = f"{changed}={'null' if wanted is None else wanted}"
+        raise CheckpointError(
+            f"the run compares with the weights of {setting} as they were when it started, and its reference has "
+            f"others now: set {setting} with those weights, or name them with {key}",
+            key=changed,
+            value=read(self.config, changed),
+            offers={changed: [wanted]},
+        )
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -248,12 +275,6 @@ class Preference(Module):
         loss: Tensor = self.total_loss(sums, counts)
         return loss, {"loss": loss, **sums}
 
-    def count(self, batch: Microbatch) -> Stats:
-        """Return the number of units, and of the tokens that the cross entropy is over."""
-        present = batch.rows.lengths > 0
-        units = present.sum() if self.labelled else present[0::2].sum()
-        return {"units": units, "tokens": batch.rows.action_mask[0::2].sum()}
-
     # --- evaluation -------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
@@ -293,6 +314,10 @@ class PairPreference(Preference):
     def rewards(self, responses: Responses) -> Tensor:
         """Return the implicit reward of each response, [rows]."""
         raise NotImplementedError
+
+    def count(self, batch: Microbatch) -> Stats:
+        """Return the number of pairs, and of the tokens that the cross entropy is over."""
+        return {"units": (batch.rows.lengths[0::2] > 0).sum(), "tokens": batch.rows.action_mask[0::2].sum()}
 
     def total_loss(self, sums: Mapping[str, Any], counts: Mapping[str, float]) -> Any:
         """Return the mean loss of the pairs, with the cross entropy if it has a weight."""
