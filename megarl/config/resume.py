@@ -106,7 +106,12 @@ RULES = (
         NOW,
         "the schedule continues at its step with the new settings",
     ),
-    _rule("optim", "weight_decay beta1 beta2 eps clip_grad", NOW, "Adam's moments come from the checkpoint"),
+    _rule("optim", "kind", REFUSED, "the checkpoint contains the state of this kind of optimizer"),
+    _rule(
+        *("optim", "momentum", NOW),
+        "the momentum buffers come from the checkpoint; a change from 0 or to 0 is refused",
+    ),
+    _rule("optim", "weight_decay beta1 beta2 eps clip_grad", NOW, "the optimizer's moments come from the checkpoint"),
     # algorithms
     _rule(
         *("ppo", "rollouts", NOW),
@@ -178,10 +183,12 @@ RULES = (
     _rule("logger", "tensorboard csv wandb.project wandb.mode mlflow.uri", NOW, "where metrics are logged"),
 )
 
-BEFORE = {"ppo.advantages": "gae"}
+BEFORE = {"ppo.advantages": "gae", "optim.kind": "adamw", "optim.momentum": 0.0}
 """Values of keys that a checkpoint lacks because it is older than the key."""
 
 TABLE: dict[str, Rule] = {key: rule for rule in RULES for key in rule.keys}
+
+_MOMENTUM_SWITCHED = _rule("optim", "momentum", REFUSED, "the checkpoint contains momentum buffers, or none")
 
 
 @dataclass(frozen=True)
@@ -196,6 +203,8 @@ class Difference:
     @property
     def rule(self) -> Rule:
         """The rule for the key."""
+        if self.key == "optim.momentum" and 0 in (self.old, self.new):
+            return _MOMENTUM_SWITCHED
         return _rule_of(self.key)
 
     def __str__(self) -> str:

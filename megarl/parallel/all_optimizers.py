@@ -47,8 +47,9 @@ class Optimizers(torch.optim.Optimizer):
 def save_bytes(engines: Sequence[Engine]) -> int:
     """Return the peak host memory of a save on this rank: Megatron's optimizer gathers the state of all replicas.
 
-    Each trainable value has three float32 numbers: itself and Adam's moments. With several replicas, one of the three
-    is held once more for the largest buffer while its padding is restored.
+    Each trainable value has three float32 numbers: itself and Adam's moments (other optimizers have fewer, and Megatron
+    gathers zeros instead). With several replicas, one of the three is held once more for the largest buffer while its
+    padding is restored.
     """
     total = largest = 0
     for engine in engines:

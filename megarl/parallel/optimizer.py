@@ -1,4 +1,4 @@
-"""AdamW through Megatron's distributed optimizer, and its schedule."""
+"""AdamW, RMSprop or SGD in Megatron's distributed optimizer, and the learning-rate schedule."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megarl.config.sections.optim import OptimConfig
 from megarl.logging import get_logger
 from megarl.parallel.grid import Grid
+from megarl.parallel.update_rules import MOMENTS, RULES, UpdateRule
 
 log = get_logger(__name__)
 RESTORED = ("params", "step")  # restored entries of a parameter group; its saved settings are ignored
-STATES = ("param", "exp_avg", "exp_avg_sq")  # state of a trained tensor in a checkpoint
+STATES = ("param", *MOMENTS)  # state of a trained tensor in a checkpoint: of AdamW, and at most of other kinds
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,13 @@ class OptimSpec:
 
 
 def build_optimizer(chunks: list[Any], spec: OptimSpec, grid: Grid, bf16: bool) -> MegatronOptimizer:
-    """Build ZeRO-1 AdamW over an engine's chunks; biases and norms are not decayed (Megatron's standard rule)."""
+    """Build a ZeRO-1 optimizer over an engine's chunks; biases and norms are not decayed (Megatron's standard rule).
+
+    Megatron accepts no optimizer but Adam. Another kind takes Adam's place, with Adam's shards of the parameters, after
+    Megatron has made them and before Adam has any state.
+    """
     _make_states_loadable()
+    _fill_missing_states()
     _make_states_savable()
     settings = spec.settings
     config = OptimizerConfig(
@@ -47,8 +53,16 @@ def build_optimizer(chunks: list[Any], spec: OptimSpec, grid: Grid, bf16: bool) 
     )
     optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=grid.groups)
     for part in optimizer.chained_optimizers:
+        if settings.kind in RULES and not part.is_stub_optimizer:
+            part.optimizer = RULES[settings.kind](_groups_of(part.optimizer), settings)
         _allocate_state(part)
     return optimizer
+
+
+def _groups_of(adam: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return an Adam's parameter groups without the settings that only Adam has."""
+    own = adam.defaults.keys() - {"lr", "weight_decay"}
+    return [{key: value for key, value in group.items() if key not in own} for group in adam.param_groups]
 
 
 def trains_here(optimizer: MegatronOptimizer) -> bool:
@@ -88,8 +102,11 @@ def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
 
 
 def _allocate_state(part: MegatronOptimizer) -> None:
-    """Create Adam's state before the first step, so that checkpoints of all steps have the same content."""
+    """Create the state before the first step, so that checkpoints of all steps have the same content."""
     if part.is_stub_optimizer:
+        return
+    if isinstance(part.optimizer, UpdateRule):
+        part.optimizer.allocate()
         return
     part.init_state_fn(part.optimizer, part.config)
     if isinstance(part.optimizer, torch.optim.AdamW):
@@ -166,7 +183,8 @@ def _make_states_savable() -> None:
     """Patch a method of Megatron's distributed optimizer that saves one tensor's state under another's name.
 
     The original gathers the state of a buffer without the padding between its buckets, but its caller slices tensors
-    at their padded offsets. The patch adds the padding again. A single replica has nothing to gather.
+    at their padded offsets. The patch adds the padding again. A single replica has nothing to gather. States that the
+    optimizer does not have are left out of checkpoints.
     """
     optimizer = mcore_distrib_optimizer.DistributedOptimizer
     original = optimizer.get_parameter_state_dp_zero
@@ -182,7 +200,9 @@ def _make_states_savable() -> None:
             return state
         for number, buffer in enumerate(self.buffers):
             for tensors in state[number].values():
-                for key in STATES:
+                for key in set(STATES) - set(_states_of(self)):
+                    del tensors[key]
+                for key in _states_of(self):
                     padded, start = torch.zeros(buffer.numel, dtype=tensors[key].dtype), 0
                     for bucket in buffer.buckets:
                         end = start + bucket.numel_unpadded
@@ -195,14 +215,39 @@ def _make_states_savable() -> None:
     optimizer.get_parameter_state_dp_zero = with_padding
 
 
+def _fill_missing_states() -> None:
+    """Patch a method of Megatron's distributed optimizer, whose callers gather the states of Adam, whatever there is.
+
+    The patch returns zeros, which take no memory, for the states that the optimizer does not have.
+    """
+    optimizer = mcore_distrib_optimizer.DistributedOptimizer
+    original = optimizer._get_main_param_and_optimizer_states
+    if getattr(original, "_megarl", False):
+        return
+
+    def with_zeros(self: Any, model_param: Any) -> dict[str, torch.Tensor]:
+        found = original(self, model_param)
+        zeros = found["param"].new_zeros(()).expand_as(found["param"])
+        return {**dict.fromkeys(STATES, zeros), **found}
+
+    with_zeros._megarl = True  # type: ignore[attr-defined]
+    optimizer._get_main_param_and_optimizer_states = with_zeros
+
+
+def _states_of(optimizer: Any) -> tuple[str, ...]:
+    """Return the states of a trained tensor that one of Megatron's distributed optimizers stores in a checkpoint."""
+    inner = optimizer.optimizer
+    return ("param", *inner.moments) if isinstance(inner, UpdateRule) else STATES
+
+
 def _own_state(optimizer: Any, number: int) -> dict[Any, dict[str, torch.Tensor]]:
     """Return, by dtype, a single replica's state of buffer `number`, at the buffer's offsets, with its padding."""
-    found = {}
+    found, names = {}, _states_of(optimizer)
     for dtype, buckets in optimizer.gbuf_ranges[number].items():
-        found[dtype] = {key: torch.empty(optimizer.buffers[number].numel) for key in STATES}
+        found[dtype] = {key: torch.empty(optimizer.buffers[number].numel) for key in names}
         for parameter, ranges in (item for bucket in buckets for item in bucket["param_map"].items()):
             span = slice(ranges["gbuf_world"].start, ranges["gbuf_world"].end)
             state = optimizer._get_main_param_and_optimizer_states(parameter)
-            for key in STATES:
+            for key in names:
                 found[dtype][key][span] = state[key].detach()
     return found

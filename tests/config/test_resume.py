@@ -211,6 +211,28 @@ def test_a_checkpoint_that_is_older_than_the_kinds_of_advantages_is_of_the_one_t
     assert (change.key, change.old, change.new, change.rule.kind) == ("ppo.advantages", "gae", "grpo", REFUSED)
 
 
+def test_a_checkpoint_that_is_older_than_the_kinds_of_optimizers_is_of_adamw() -> None:
+    before, now = asdict(SFTConfig()), asdict(SFTConfig())
+    del before["optim"]["kind"], before["optim"]["momentum"]
+    assert differences(before, before, now, tree=SFTConfig, same_tokenizer=True) == []
+    now["optim"]["kind"] = "sgd"
+    (change,) = differences(before, before, now, tree=SFTConfig, same_tokenizer=True)
+    assert (change.key, change.old, change.new, change.rule.kind) == ("optim.kind", "adamw", "sgd", REFUSED)
+
+
+@pytest.mark.parametrize(("old", "new", "kind"), [(0.9, 0.8, NOW), (0.0, 0.9, REFUSED), (0.9, 0.0, REFUSED)])
+def test_momentum_can_change_and_cannot_be_switched(old: float, new: float, kind: str) -> None:
+    before, now = asdict(SFTConfig()), asdict(SFTConfig())
+    before["optim"] |= {"kind": "sgd", "momentum": old}
+    now["optim"] |= {"kind": "sgd", "momentum": new}
+    (change,) = differences(before, before, now, tree=SFTConfig, same_tokenizer=True)
+    assert (change.key, change.rule.kind) == ("optim.momentum", kind)
+    if kind == REFUSED:
+        offers = {"optim.momentum": [old]}
+        with refused(CheckpointError, key="optim.momentum", value=new, where="RUN/step-1", offers=offers):
+            refuse([change], "RUN/step-1")
+
+
 def test_kinds_of_critics_are_compared_as_far_as_there_is_one() -> None:
     before, now = asdict(PPOConfig()), asdict(PPOConfig())
     for plain in (before, now):

@@ -120,6 +120,12 @@ def test_what_can_run_passes(world: int, values: dict[str, Any]) -> None:
             {"model.position": ["rope"], "model.rope_scaling": ["none"]},
         ),
         (1, {"tokenizer__kind": "huggingface"}, "tokenizer.path", {}),
+        (
+            1,
+            {"optim__momentum": 0.9},
+            "optim.momentum",
+            {"optim.momentum": [0.0], "optim.kind": ["rmsprop", "sgd"]},
+        ),
         (1, {"data__train": []}, "data.train", {}),
         (
             1,

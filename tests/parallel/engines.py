@@ -25,7 +25,7 @@ def small_engine(
 ) -> Engine:
     """A 4-layer GPT over the current world.
 
-    `options`: precision, recompute, seed, trainable, value_head, q_heads, grid.
+    `options`: precision, recompute, seed, trainable, value_head, q_heads, grid, optim (keys of the optimizer).
     """
     device = start_world()
     grid = options.get("grid") or Grid(Layout.for_world(dist.get_world_size(), **layout), device)
@@ -46,7 +46,8 @@ def small_engine(
         gpt.initialise(grid, options.get("seed", 1))
         return gpt
 
-    spec = OptimSpec(OptimConfig(lr=1e-3, warmup_steps=2), total_steps=20) if train else None
+    settings = {"lr": 1e-3, "warmup_steps": 2, **options.get("optim", {})}
+    spec = OptimSpec(OptimConfig(**settings), total_steps=20) if train else None
     return Engine(grid, build, optim=spec, trainable=options.get("trainable"))
 
 

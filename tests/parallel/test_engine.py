@@ -297,9 +297,9 @@ def nothing(model: GPT, output: Tensor, batch: Microbatch, counts: dict[str, flo
     return loss, {"loss": loss}
 
 
-def decay_without_gradient() -> dict[str, tuple[Tensor, Tensor]]:
+def decay_without_gradient(kind: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Weights before and after a step of lr 0.1 and weight decay 0.5 in which all gradients are 0."""
-    settings = OptimConfig(lr=0.1, weight_decay=0.5, warmup_steps=0, schedule="constant")
+    settings = OptimConfig(kind=kind, lr=0.1, weight_decay=0.5, warmup_steps=0, schedule="constant")
     engine = engine_with(
         {}, settings, {**EXOTIC, "lm_head_bias": True}, prepare=lambda name, parameter: parameter.add_(0.25)
     )
@@ -310,9 +310,10 @@ def decay_without_gradient() -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (value, after[name]) for name, value in before.items()}
 
 
-def test_matrices_decay_and_biases_and_norms_do_not(worlds: Worlds) -> None:
+@pytest.mark.parametrize("kind", ["adamw", "rmsprop", "sgd"])
+def test_matrices_decay_and_biases_and_norms_do_not(worlds: Worlds, kind: str) -> None:
     kinds = {True: 0, False: 0}
-    for name, (before, after) in worlds.run(1, decay_without_gradient)[0].items():
+    for name, (before, after) in worlds.run(1, decay_without_gradient, kind)[0].items():
         exempt = "norm" in name or name.endswith("bias")
         kinds[exempt] += 1
         torch.testing.assert_close(
