@@ -91,13 +91,17 @@ def test_kernels_train_alike_and_go_on_bit_for_bit(image: Worlds, tmp_path: Path
     assert course(again) == course(unbroken)[6:]
 
 
-def test_a_run_without_the_packages_goes_on_with_them_and_back(worlds: Worlds, image: Worlds, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_a_run_without_the_packages_goes_on_with_them_and_back(
+    optimizer: str, worlds: Worlds, image: Worlds, tmp_path: Path
+) -> None:
     """Their Adam counts its steps elsewhere than torch's, and has other settings in its groups."""
     case = ("gpt2", "one")
-    unbroken = train(worlds, "torch", tmp_path / "torch", *case)
-    there = resumed(image, "te", tmp_path / "there", *case, unbroken)
+    kind = f"optim.kind={optimizer}"
+    unbroken = train(worlds, "torch", tmp_path / "torch", *case, kind)
+    there = resumed(image, "te", tmp_path / "there", *case, unbroken, kind)
     assert course(there) == pytest.approx(course(unbroken)[6:], rel=1e-5)
-    further = ["trainer.max_steps=9"]
+    further = ["trainer.max_steps=9", kind]
     expected = train(worlds, "torch", unbroken, *case, *further)
     back = train(worlds, "torch", tmp_path / "back", *case, f"run.resume={newest(there)}", *further)
     assert course(back) == pytest.approx(course(expected)[-6:], rel=1e-5)

@@ -1,0 +1,102 @@
+"""Whole SFT runs with RMSprop and SGD: what a checkpoint contains, exact resume, resume elsewhere, refusals."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megarl.checkpoint import find, tensors
+from megarl.errors import CheckpointError
+from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_sft
+from tests.refusals import refused
+from tests.worlds import Worlds
+
+TINY = [
+    "model.num_layers=2",
+    "model.hidden_size=16",
+    "trainer.max_steps=6",
+    "checkpoint.every=3",
+    "checkpoint.keep_last=9",
+    "optim.warmup_steps=2",
+]
+# name: (settings, moments in a checkpoint)
+KINDS = {
+    "rmsprop": (["optim.kind=rmsprop"], {"exp_avg_sq"}),
+    "rmsprop, momentum, bf16": (
+        ["optim.kind=rmsprop", "optim.momentum=0.9", "trainer.precision=bf16"],
+        {"exp_avg", "exp_avg_sq"},
+    ),
+    "sgd": (["optim.kind=sgd", "optim.lr=0.1"], set()),
+    "sgd, momentum": (["optim.kind=sgd", "optim.lr=0.1", "optim.momentum=0.9"], {"exp_avg"}),
+}
+Run = tuple[Path, list[str], set[str]]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def unbroken(request: pytest.FixtureRequest, worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Six steps over two replicas, with a checkpoint after three: the run's folder, its settings, its moments."""
+    settings, moments = KINDS[request.param]
+    run_dir = tmp_path_factory.mktemp("unbroken")
+    worlds.run(2, run_sft, run_dir, *TINY, *settings)
+    return run_dir, [*TINY, *settings], moments
+
+
+def half(run_dir: Path) -> Path:
+    return find(run_dir / "checkpoints")[0]
+
+
+def test_a_checkpoint_contains_the_states_that_the_kind_has(unbroken: Run) -> None:
+    run_dir, _, moments = unbroken
+    saved = tensors(half(run_dir))
+    found = {match[1] for name in saved if (match := re.search(r"\.optimizer\.state\.(\w+?)\.", name))}
+    assert found == {"param", *moments}
+    weights = {name for name in saved if ".optimizer." not in name}
+    for state in found:
+        there = f".optimizer.state.{state}."
+        assert {name.replace(there, ".") for name in saved if there in name} == weights
+    assert all(saved[name].any() for name in saved if ".state.exp_avg" in name)
+
+
+def test_a_resume_ends_in_the_same_bits(worlds: Worlds, unbroken: Run, tmp_path: Path) -> None:
+    run_dir, settings, _ = unbroken
+    worlds.run(2, run_sft, tmp_path, *settings, f"run.resume={half(run_dir)}")
+    assert_same_bits(final_tensors(tmp_path), final_tensors(run_dir))
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"), [(1, []), (2, ["parallel.tp=2"]), (2, ["parallel.pp=2"])], ids=["one", "TP2", "PP2"]
+)
+def test_a_checkpoint_resumes_in_another_layout(
+    world: int, layout: list[str], worlds: Worlds, unbroken: Run, tmp_path: Path
+) -> None:
+    run_dir, settings, _ = unbroken
+    worlds.run(world, run_sft, tmp_path, *settings, *layout, f"run.resume={half(run_dir)}")
+    ours, theirs = (metrics(folder, "train/loss", "train/grad_norm") for folder in (tmp_path, run_dir))
+    rounding = 1e-2 if "trainer.precision=bf16" in settings else 1e-4
+    assert len(ours) == 3
+    for found, wanted in zip(ours, theirs[3:], strict=True):
+        assert found == pytest.approx(wanted, rel=rounding)
+
+
+@pytest.fixture(scope="module")
+def with_rmsprop(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("rmsprop")
+    worlds.run(1, run_sft, run_dir, *TINY, "optim.kind=rmsprop", "trainer.max_steps=1")
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("other", "key", "old", "new"),
+    [
+        (["optim.kind=adamw"], "optim.kind", "rmsprop", "adamw"),
+        (["optim.kind=rmsprop", "optim.momentum=0.5"], "optim.momentum", 0.0, 0.5),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused(
+    other: list[str], key: str, old: object, new: object, worlds: Worlds, with_rmsprop: Path, tmp_path: Path
+) -> None:
+    where = str(half(with_rmsprop))
+    with refused(CheckpointError, key=key, value=new, where=where, offers={key: [old]}):
+        worlds.run(1, run_sft, tmp_path, *TINY, *other, f"run.resume={with_rmsprop / 'checkpoints'}")
