@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from megarl.models.cache import KVCache
 from megarl.models.roles import Role
 from megarl.parallel.reshard import refuse_what_cannot_be_moved
+from megarl.parallel.update_rules import MOMENTS, moments_of
 from megarl.parallel.vocab import padded_vocab
 from megarl.planning import activations as act
 from megarl.planning.activations import Shape
@@ -142,7 +143,7 @@ def _use(work: Work, role: Role, shards: dict[str, Shard], stage: int, phase: st
     elif phase == "train" and role.trains:
         passing, logits = _training(work, role, held, stage, on_cpu=on_cpu)
     elif phase == "save" and role.saved:
-        passing, host = _saving(work, held, stage, on_cpu=on_cpu)
+        passing, host = _saving(work, role, held, stage, on_cpu=on_cpu)
     return Use(role.name, held.weights, held.gradients, held.optimizer, passing, logits, host=host)
 
 
@@ -203,7 +204,8 @@ def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) 
             )
         # The backward pass of the output layer precedes that of the layers.
         passing = max(0.0, passing - logits)
-    return kept + passing, logits  # the fused optimizer allocates no temporary memory
+    # The optimizer runs after all that is freed: AdamW is fused, the others allocate one tensor at a time.
+    return kept + passing, logits
 
 
 def _scoring(work: Work, role: Role, stage: int, *, on_cpu: bool) -> tuple[float, float]:
@@ -256,15 +258,17 @@ def slots_of(work: Work) -> int:
     return per_group * groups
 
 
-def _saving(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float]:
+def _saving(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float]:
     """Return device bytes of one gathered bucket of optimizer state, and host bytes of master weights and moments."""
     whole = held.trainable * 4
     # Megatron splits the first stage's gradients into buckets to overlap their reduction, but not later stages'.
     bucket = min(whole, max(BUCKET_ELEMENTS, held.largest) * 4) if stage == 0 and not on_cpu else held.bucket * 4
     # This rank's slice exists twice: the float32 copy that is sent, and within the gathered result.
     gathered = bucket * (1 + 1 / work.layout.dp) if not on_cpu else 0.0
-    file = (held.weights + 3 * whole) / work.layout.dp
-    host = 3 * whole + file
+    stored = whole * (1 + len(moments_of(role.optim))) if role.optim is not None else 0
+    file = (held.weights + stored) / work.layout.dp
+    # Megatron gathers as many tensors as Adam has; a single replica gathers nothing.
+    host = file + (whole * (1 + len(MOMENTS)) if work.layout.dp > 1 else stored)
     if on_cpu:
         host += bucket * (2 + 3 / work.layout.dp)
     return gathered, float(host)

@@ -97,7 +97,7 @@ def measure(engine: Engine, stage: int) -> Shard:
 
 
 def _optimizer_tensors(engine: Engine) -> Iterator[Tensor]:
-    """Yield master weights and Adam's moments; float32 parameters are their own master weights."""
+    """Yield master weights and the optimizer's moments; float32 parameters are their own master weights."""
     if engine.optimizer is None:
         return
     for part in engine.optimizer.chained_optimizers:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megarl.config.sections.optim import OptimConfig
 from megarl.errors import ConfigError
 from megarl.models.cache import KVCache
 from megarl.models.roles import Role
@@ -157,6 +158,18 @@ def test_a_critic_of_another_shape_counts_as_what_it_is() -> None:
     assert one.shards["critic"] == alone.shards["policy"]
     assert one.uses["train"][1] == replace(alone.uses["train"][0], role="critic")  # the policy waits: it is smaller
     assert one.uses["train"][0].activations == 0
+
+
+def test_a_save_holds_and_writes_the_moments_of_the_optimizers_kind() -> None:
+    alone, shared = (describe(Layout(dp=dp), LLAMA) for dp in (1, 2))
+    plain = replace(POLICY, optim=OptimConfig(kind="sgd"))
+
+    def host(work: Work, role: Role) -> float:
+        return plan_stage(replace(work, roles=(role,)), 0).host("save")
+
+    trained = 4 * plan_stage(alone, 0).shards["policy"].trainable
+    assert host(alone, POLICY) - host(alone, plain) == 2 * 2 * trained  # two moments, in memory and on disk
+    assert host(shared, POLICY) - host(shared, plain) == 2 * trained / 2  # both are gathered, and none is written
 
 
 def test_a_frozen_model_takes_its_weights_alone_and_is_not_saved() -> None:

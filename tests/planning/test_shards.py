@@ -8,6 +8,7 @@ from megarl.config.compose import compose
 from megarl.config.presets import preset_files
 from megarl.config.resources import conf_folder
 from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.optim import OptimConfig
 from megarl.models.flops import layer_weights
 from megarl.parallel.fake import fake_world, rank_of
 from megarl.parallel.layout import Layout
@@ -65,6 +66,13 @@ def test_data_parallel_ranks_share_the_optimizer_and_nothing_else() -> None:
     assert one.gradients == pytest.approx(4 * one.parameters, rel=1e-4)
     assert one.optimizer == pytest.approx(12 * one.parameters, rel=1e-4)
     assert four.optimizer == pytest.approx(one.optimizer / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "momentum", "moments"), [("rmsprop", 0, 1), ("rmsprop", 0.9, 2), ("sgd", 0, 0)])
+def test_an_optimizer_holds_the_moments_of_its_kind(kind: str, momentum: float, moments: int) -> None:
+    role = replace(POLICY, optim=OptimConfig(kind=kind, momentum=momentum))
+    held = shard(neox(Layout(tp=4, pp=2)), role, 0)
+    assert held.optimizer == pytest.approx((4 + 4 * moments) * held.parameters, rel=1e-4)
 
 
 def test_what_is_frozen_has_no_gradients_and_no_copy() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from megarl.config.cluster import ClusterConfig
 from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.optim import OptimConfig
 from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.roles import Role
 from megarl.parallel.layout import Layout
@@ -86,6 +87,16 @@ def test_a_step_on_one_gpu_is_its_operations_over_what_products_reach() -> None:
     parameters = planned(work).ranks[0].shards["policy"].trainable
     assert train.seconds == pytest.approx(products + 30 * parameters / (3.35e12 * 0.8))
     assert sum(train.sent.values()) == 0
+
+
+def test_an_optimizer_with_fewer_moments_updates_and_saves_faster() -> None:
+    adamw = describe(Layout(), LLAMA, precision="bf16")
+    sgd = replace(adamw, roles=(replace(adamw.roles[0], optim=OptimConfig(kind="sgd")),))
+    held = planned(adamw).ranks[0].shards["policy"].trainable
+    (train, save), (plain_train, plain_save) = (planned(work).phases for work in (adamw, sgd))
+    # Two moments are read and written in float32, and saved.
+    assert train.seconds - plain_train.seconds == pytest.approx(16 * held / (3.35e12 * 0.8))
+    assert save.seconds - plain_save.seconds == pytest.approx(8 * held / 1e9)
 
 
 def test_a_pipelines_bubble_is_the_share_of_its_stages() -> None:
