@@ -84,6 +84,8 @@ def _written(bound: float) -> str:
 def check_types(tree: Any, section: str = "") -> None:
     """Refuse values of a tree, read from a file, that are not of their keys' types."""
     for leaf in leaves(type(tree)):
+        if leaf.optional and read(tree, leaf.optional) is None:
+            continue
         value = read(tree, leaf.key)
         if not _is_of(value, leaf.type):
             raise ConfigError(
