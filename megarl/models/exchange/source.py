@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from megarl.checkpoint import MANIFEST, plain_content
-from megarl.config.leaf import leaves
+from megarl.config.leaf import leaves, section, sections
+from megarl.config.renames import renamed_tree
+from megarl.config.resume import from_plain
 from megarl.config.sections.model import ModelConfig
 from megarl.disk import UnreadableError, is_file, parse_object, read_json, read_text, shown
 from megarl.errors import CheckpointError
@@ -25,6 +28,13 @@ from megarl.tokenizers import KINDS, read_marker
 CONFIG = "config.json"
 HEADS = "megarl_heads.safetensors"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass
+class _Described:
+    """The section of a configuration that a card contains."""
+
+    model: ModelConfig = section(ModelConfig)  # noqa: RUF009 - it returns a dataclass field
 
 
 class Source(ABC):
@@ -207,17 +217,7 @@ class CheckpointSource(Source):
                 value=card,
                 where=where,
             )
-        known = {leaf.key for leaf in leaves(ModelConfig)}
-        later = [key for key in card["config"] if key not in known]
-        if later:
-            raise CheckpointError(
-                f"checkpoint {self.path} was written by a later version of megarl: its model has "
-                f"model.{shown(later[0])}, which this version does not know; update megarl",
-                key=f"model.{shown(later[0])}",
-                value=card["config"][later[0]],
-                where=self.path,
-            )
-        self.model = checked(ModelConfig(**{**card["config"], "path": None}), where)
+        self.model = checked(self._described(card["config"], where), where)
         size, family, tokenizer = card.get("vocab_size"), card.get("family"), card.get("tokenizer")
         if type(size) is not int or not 0 < size < 2**31:
             raise CheckpointError(
@@ -233,6 +233,33 @@ class CheckpointSource(Source):
         self.token_ids = dict(token_ids) if isinstance(token_ids, dict) else {}
         template = card.get("chat_template")
         self.chat_template = template if isinstance(template, str) else None
+
+    def _described(self, config: Json, where: str) -> ModelConfig:
+        """Return the model of a card, whose keys may have the names of an earlier version."""
+        plain = renamed_tree({"model": {**config, "path": None}}, _Described, warn=False)["model"]
+        known = {leaf.key for leaf in leaves(ModelConfig)}
+        flat = dict(plain)
+        for name in sections(ModelConfig):
+            keys = flat.pop(name, None)
+            if not (keys is None or isinstance(keys, dict)):
+                raise CheckpointError(
+                    f"{where} has model.{name}={shown(keys)}, which is not a section: it is damaged, choose another",
+                    key=f"model.{name}",
+                    value=keys,
+                    where=where,
+                )
+            flat |= {f"{name}.{key}": value for key, value in (keys or {}).items()}
+        later = next((key for key in flat if key not in known), None)
+        if later is not None:
+            raise CheckpointError(
+                f"checkpoint {self.path} was written by a later version of megarl: its model has "
+                f"model.{shown(later)}, which this version does not know; update megarl",
+                key=f"model.{shown(later)}",
+                value=flat[later],
+                where=self.path,
+            )
+        described: _Described = from_plain(_Described, {"model": plain})
+        return described.model
 
     def _sort(self, parts: Sequence[Part]) -> None:
         self._shapes = parameters(self.model, self.vocab_size)
