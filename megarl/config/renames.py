@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.core.override_parser.types import ChoiceSweep
 
 from megarl.config.leaf import leaves, optional_sections
 from megarl.errors import ConfigError
@@ -34,6 +34,7 @@ class Rename:
         change: description of the change of the value, for docs/migrate.md.
         only_with: the rename applies only to trees that have this key. Empty: to every tree.
         default: the old key's default. Every earlier checkpoint contains it, so it is dropped from checkpoints.
+        switch: whether the old value switched on or off what is now an optional section of the same name.
     """
 
     old: str
@@ -43,6 +44,7 @@ class Rename:
     change: str = ""
     only_with: str = ""
     default: Any = None
+    switch: bool = False
 
     def applies(self, value: Any) -> bool:
         """Return whether a value is of the old kind."""
@@ -71,7 +73,22 @@ def _section_or_null(value: Any) -> dict[str, Any] | None:
 
 def _switch(key: str) -> Rename:
     """Return the rename of a switch that has become an optional section of the same name."""
-    return Rename(key, key, _section_or_null, _is_switch, "`true`: `{}`, or any of its keys; `false`: `null`")
+    change = "`true`: `{}`, or any of its keys; `false`: `null`"
+    return Rename(key, key, _section_or_null, _is_switch, change, switch=True)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier()
+
+
+def _kind_or_null(value: str) -> dict[str, Any] | None:
+    return None if value == "none" else {"kind": value}
+
+
+def _kind(key: str) -> Rename:
+    """Return the rename of a choice that has become an optional section of the same name with the key `kind`."""
+    change = f"`none`: `null`; `KIND`: `{{kind: KIND}}`, or `{key}.kind=KIND`"
+    return Rename(key, key, _kind_or_null, _is_word, change, switch=True)
 
 
 def _task(old: str, new: str, key: str, only_with: str = "") -> Rename:
@@ -103,6 +120,11 @@ RENAMES = (
     _switch("logger.wandb"),
     Rename("logger.mlflow_uri", "logger.mlflow.uri"),
     _switch("logger.mlflow"),
+    Rename("model.rope_factor", "model.rope_scaling.factor"),
+    Rename("model.rope_low_freq_factor", "model.rope_scaling.low_freq_factor"),
+    Rename("model.rope_high_freq_factor", "model.rope_scaling.high_freq_factor"),
+    Rename("model.rope_original_positions", "model.rope_scaling.original_positions"),
+    _kind("model.rope_scaling"),
 )
 """The switch of a section comes after the keys of the section."""
 
@@ -125,8 +147,10 @@ def renamed_arguments(argv: list[str], tree: type) -> list[str]:
     typed = {_key_of(argument): argument.partition("=")[2] for argument in argv}
     found: list[str] = []
     off: list[str] = []
-    for switch in RENAMES:
-        if switch.takes is _is_switch and _WORDS.get(typed.get(switch.old, "").lower()) is False:
+    last: list[str] = []  # switches of several values: Hydra can set a section to null after its keys, not before
+    for switch in (rename for rename in RENAMES if rename.switch and rename.old in typed):
+        value = typed[switch.old]
+        if switch.applies(value) and switch.converted(value) is None:
             off.append(switch.new)
     for argument in argv:
         key, equals, text = argument.partition("=")
@@ -140,8 +164,8 @@ def renamed_arguments(argv: list[str], tree: type) -> list[str]:
         if rename.new in typed and rename.new != rename.old and typed[rename.new] != text:
             raise _both(rename, text, typed[rename.new])
         if not any(rename.new.startswith(section + ".") for section in off):  # the section is off: drop its keys
-            found.append(new)
-    return found
+            (last if rename.switch and isinstance(_typed(argument), ChoiceSweep) else found).append(new)
+    return found + last
 
 
 def renamed_tree(plain: Mapping[str, Any], tree: type, *, warn: bool = True, where: str | None = None) -> Any:
@@ -174,7 +198,8 @@ def renamed_tree(plain: Mapping[str, Any], tree: type, *, warn: bool = True, whe
 def written(rename: Rename, value: Any) -> str:
     """Return how a setting is written now: its new key, with the new value if that differs from the old one."""
     new = rename.converted(value)
-    return rename.new if new == value else f"{rename.new}={'null' if new is None else new}"
+    shown = _written(new) if new is None or isinstance(new, dict) else new
+    return rename.new if new == value else f"{rename.new}={shown}"
 
 
 def rows() -> Iterator[str]:
@@ -221,7 +246,7 @@ def warn_renamed(old: str, new: str, where: str | None = None) -> None:
     """Warn once that a setting has changed, with the new way to write it."""
     place = f" (in {where})" if where else ""
     section = new.partition("=")[0].rpartition(".")[0]
-    switched = {rename.new for rename in RENAMES if rename.takes is _is_switch}
+    switched = {rename.new for rename in RENAMES if rename.switch}
     effect = f", which switches {section} on" if section in switched else ""
     warn_once(get_logger(__name__), f"{old} has changed{place}: write {new}{effect}, see docs/migrate.md")
 
@@ -232,10 +257,7 @@ def _key_of(argument: str) -> str:
 
 def _value_of(argument: str) -> Any:
     """Return the value of an argument, or the first of a multirun's values. It is text if Hydra cannot parse it."""
-    parsed = _parsed(argument)
-    if parsed is None:
-        return argument.partition("=")[2]
-    value = parsed._value
+    value = _typed(argument)
     return _plain(value.list[0]) if isinstance(value, ChoiceSweep) else _plain(value)
 
 
@@ -243,17 +265,17 @@ def _converted(rename: Rename, argument: str, text: str) -> str:
     """Return the value of an argument, converted for the new key, in Hydra's syntax."""
     if rename.value is None:
         return text
-    parsed = _parsed(argument)
-    value = text if parsed is None else parsed._value
+    value = _typed(argument)
     values = value.list if isinstance(value, ChoiceSweep) else [value]
     return ",".join(_written(rename.converted(_plain(one))) for one in values)
 
 
-def _parsed(argument: str) -> Override | None:
+def _typed(argument: str) -> Any:
+    """Return the value of an argument, or a `ChoiceSweep` of several. It is text if Hydra cannot parse it."""
     try:
-        return OverridesParser.create().parse_override(argument)
+        return OverridesParser.create().parse_override(argument)._value
     except Exception:  # composition reports the error
-        return None
+        return argument.partition("=")[2]
 
 
 def _plain(value: Any) -> Any:

@@ -46,8 +46,11 @@ RULES = (
     _rule("model", "path init_std", CHECKPOINT, _HAPPENED),
     _rule("model", "num_layers hidden_size num_heads num_kv_heads head_dim ffn_size vocab_size", REFUSED, _SHAPE),
     _rule("model", "position position_offset rope_base rope_percent rope_interleaved", REFUSED, _SHAPE),
-    _rule("model", "rope_scaling rope_factor rope_low_freq_factor rope_high_freq_factor", REFUSED, _SHAPE),
-    _rule("model", "rope_original_positions norm norm_eps activation tie_embeddings qk_norm", REFUSED, _SHAPE),
+    _rule(
+        *("model.rope_scaling", "kind factor low_freq_factor high_freq_factor original_positions", REFUSED),
+        _SHAPE,
+    ),
+    _rule("model", "norm norm_eps activation tie_embeddings qk_norm", REFUSED, _SHAPE),
     _rule("model", "qkv_bias out_bias mlp_bias lm_head_bias parallel_residual sliding_window", REFUSED, _SHAPE),
     _rule("model", "max_positions", NOW, "length of the context; with learned positions, another size is refused"),
     _rule("model", "dropout", NOW, "the weights do not depend on it"),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.model import ModelConfig, RopeScalingConfig
 from megarl.parallel.device import device_settings
 from megarl.parallel.layout import Layout
 
@@ -69,6 +69,7 @@ class GPTConfig(TransformerConfig):
         kernels: str = "auto",
     ) -> "GPTConfig":
         """Build the configuration of a model in a layout; `recompute` and `kernels` are choices of parallel.* keys."""
+        scaling = model.rope_scaling or RopeScalingConfig()
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         choices: dict[str, dict[str, Any]] = {
             "none": {},
@@ -117,11 +118,11 @@ class GPTConfig(TransformerConfig):
                 base=model.rope_base,
                 percent=model.rope_percent,
                 interleaved=model.rope_interleaved,
-                scaling=model.rope_scaling,
-                factor=model.rope_factor,
-                low_freq_factor=model.rope_low_freq_factor,
-                high_freq_factor=model.rope_high_freq_factor,
-                original_positions=model.rope_original_positions,
+                scaling=scaling.kind or "none",
+                factor=scaling.factor,
+                low_freq_factor=scaling.low_freq_factor,
+                high_freq_factor=scaling.high_freq_factor,
+                original_positions=scaling.original_positions,
             ),
             tie_embeddings=model.tie_embeddings,
             out_bias=model.out_bias,

@@ -66,4 +66,8 @@ def test_keys_of_an_optional_section_know_it() -> None:
     assert by_key["logger.wandb.mode"].optional == "logger.wandb"
     assert by_key["logger.csv"].optional == ""
     assert "clone" in sections(PPOConfig)
-    assert [section.key for section in optional_sections(SFTConfig)] == ["logger.wandb", "logger.mlflow"]
+    assert [section.key for section in optional_sections(SFTConfig)] == [
+        "model.rope_scaling",
+        "logger.wandb",
+        "logger.mlflow",
+    ]

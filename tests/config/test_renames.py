@@ -14,7 +14,9 @@ from megarl.config.algorithms import entry_points
 from megarl.config.compose import compose, run, typed
 from megarl.config.ppo import PPOConfig, SeparateCriticConfig
 from megarl.config.renames import RENAMES, keys, renamed_arguments, renamed_tree, rows
+from megarl.config.rules import check
 from megarl.config.sections.logger import MlflowConfig, WandbConfig
+from megarl.config.sections.model import RopeScalingConfig
 from megarl.errors import ConfigError
 from tests.refusals import refused
 
@@ -157,3 +159,82 @@ def test_the_toy_task_under_its_old_names_in_a_preset_a_sweep_and_from_python(fo
 def test_an_old_checkpoints_default_graph_is_no_option() -> None:
     assert renamed_tree({"data": {"graph_seed": 1000}}, PPOConfig, warn=False) == {"data": {}}
     assert renamed_tree({"data": {"graph_seed": 1005}}, PPOConfig, warn=False) == {"data": {"options": {"seed": 1005}}}
+
+
+YARN = RopeScalingConfig("yarn", 4.0, original_positions=64)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["model.rope_scaling=yarn", "model.rope_factor=4", "model.rope_original_positions=64"], YARN),
+        (["model.rope_original_positions=64", "model.rope_factor=4", "model.rope_scaling=yarn"], YARN),
+        (["model.rope_scaling='yarn'", "++model.rope_factor=4", "model.rope_scaling.original_positions=64"], YARN),
+        (
+            ["model.rope_scaling=llama3", "model.rope_low_freq_factor=2", "model.rope_high_freq_factor=8"],
+            RopeScalingConfig("llama3", low_freq_factor=2.0, high_freq_factor=8.0),
+        ),
+        (["model.rope_scaling=none"], None),
+        (["model.rope_scaling=none", "model.rope_factor=4"], None),
+        (["model.rope_factor=4", "model.rope_scaling=none"], None),
+        (["model.rope_scaling=null"], None),
+        (["model.rope_scaling={kind: yarn, factor: 4, original_positions: 64}"], YARN),
+    ],
+)
+def test_rope_scaling_as_it_was_written(argv: list[str], expected: Any, folder: Path) -> None:
+    assert compose("sft", argv)[0].model.rope_scaling == expected
+
+
+def test_rope_scaling_as_it_was_written_in_presets(folder: Path, preset: Preset) -> None:
+    preset("old", "model: {rope_scaling: yarn, rope_factor: 4, rope_original_positions: 64}\n")
+    preset("off", "model: {rope_scaling: none, rope_factor: 4}\n")
+    for argv, expected in (
+        (["+conf=old"], YARN),
+        (["+conf=off"], None),
+        (["+conf=[old,off]"], None),
+        (["+conf=[off,old]"], YARN),
+        (["+conf=old", "model.rope_scaling=none"], None),
+        (["+conf=off", "model.rope_scaling=linear"], RopeScalingConfig("linear")),
+        (["+conf=old", "model.rope_factor=2"], RopeScalingConfig("yarn", 2.0, original_positions=64)),
+    ):
+        assert compose("ppo", argv)[0].model.rope_scaling == expected, argv
+
+
+def test_rope_scaling_as_it_was_written_by_attribute() -> None:
+    config = megarl.default_config("ppo")
+    config.model.rope_scaling = "yarn"
+    config.model.rope_factor = 4
+    config["model"]["rope_original_positions"] = 64
+    assert typed("ppo", config)[0].model.rope_scaling == YARN
+    config.model.rope_scaling = "none"
+    assert typed("ppo", config)[0].model.rope_scaling is None
+
+
+def test_rope_scaling_as_it_was_written_is_swept_over(folder: Path) -> None:
+    seen: list[Any] = []
+    argv = ["-m", "model.rope_scaling=none,linear", "model.rope_factor=4"]
+    with pytest.raises(SystemExit) as ended:
+        run("sft", argv, lambda config: seen.append(config.model.rope_scaling))
+    assert (ended.value.code, seen) == (0, [None, RopeScalingConfig("linear", 4.0)])
+
+
+def test_a_factor_without_a_kind_had_no_effect_and_is_refused(folder: Path) -> None:
+    config, _ = compose("sft", ["model.rope_factor=4"])
+    with refused(ConfigError, key="model.rope_scaling.kind"):
+        check(config, 1)
+
+
+@pytest.mark.parametrize("argument", ["model.rope_scaling=longrope", "model.rope_scaling.kind=longrope"])
+def test_a_kind_of_rope_scaling_that_never_was_is_refused_by_its_new_key(argument: str, folder: Path) -> None:
+    with refused(ConfigError, key="model.rope_scaling.kind", value="longrope"):
+        compose("sft", [argument])
+
+
+def test_a_warning_says_how_a_kind_is_written_now(
+    folder: Path, preset: Preset, caplog: pytest.LogCaptureFixture
+) -> None:
+    preset("linear", "model: {rope_scaling: linear}\n")
+    compose("sft", ["+conf=linear"])
+    assert renamed_arguments(["+model.rope_scaling=yarn"], PPOConfig) == ["+model.rope_scaling={kind:yarn}"]
+    assert "write model.rope_scaling={kind:linear}" in caplog.text
+    assert "write +model.rope_scaling={kind:yarn}" in caplog.text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from megarl.config.resume import (
     told,
 )
 from megarl.config.sections.clone import CloneConfig
+from megarl.config.sections.model import ModelConfig, RopeScalingConfig
 from megarl.config.sft import SFTConfig
 from megarl.errors import CheckpointError
 from tests.refusals import refused
@@ -70,12 +71,15 @@ def test_nothing_is_said_where_nothing_differs() -> None:
 @pytest.mark.parametrize("key", [key for key, rule in TABLE.items() if rule.kind == REFUSED])
 def test_what_cannot_change_is_refused_by_key_old_and_new_value(key: str) -> None:
     tree: type = ILQLConfig if key.startswith("ilql") else PPOConfig
-    section, name = key.split(".")
-    started = {} if key != "model.vocab_size" else {section: {name: 64}}
+    *sections, name = key.split(".")
     before, now = asdict(tree()), asdict(tree())
-    before[section] |= started.get(section, {})
-    now[section][name] = "other"
-    changed = differences(before, before, now, tree=tree, same_tokenizer=section != "tokenizer")
+    for plain in (before, now):
+        plain["model"] |= {"vocab_size": 64, "rope_scaling": asdict(RopeScalingConfig("linear"))}
+    holder = now
+    for section in sections:
+        holder = holder[section]
+    holder[name] = "other"
+    changed = differences(before, before, now, tree=tree, same_tokenizer=sections != ["tokenizer"])
     assert [difference.key for difference in changed] == [key]
     offers = {key: [changed[0].old]}
     with refused(
@@ -194,6 +198,34 @@ def test_keys_of_an_older_version_are_compared_under_their_new_names() -> None:
     assert changed_since({"critic": old}, now) == {"critic.separate.lr": (0.5, 0.25)}
     assert from_plain(PPOConfig, {"critic": old}).critic.settings == SeparateCriticConfig(lr=0.5)
     assert changed_since({"critic": old | {"kind": "shared", "lr": None}}, PPOConfig()) == {}
+
+
+OLD_ROPE = {
+    "rope_scaling": "none",
+    "rope_factor": 1.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_original_positions": None,
+}
+
+
+def test_rope_scaling_of_an_older_version_is_compared_as_a_section() -> None:
+    def changed(old: dict[str, Any], now: RopeScalingConfig | None) -> dict[str, tuple[Any, Any]]:
+        model = asdict(PPOConfig())["model"]
+        del model["rope_scaling"]
+        return changed_since({"model": model | OLD_ROPE | old}, PPOConfig(model=ModelConfig(rope_scaling=now)))
+
+    yarn = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_positions": 64}
+    same = RopeScalingConfig("yarn", 4.0, original_positions=64)
+    assert changed({}, None) == {}
+    assert changed(yarn, same) == {}
+    assert from_plain(PPOConfig, {"model": OLD_ROPE | yarn}).model.rope_scaling == same
+    assert from_plain(PPOConfig, {"model": OLD_ROPE}).model.rope_scaling is None
+    assert changed(yarn, replace(same, factor=2.0)) == {"model.rope_scaling.factor": (4.0, 2.0)}
+    assert changed(yarn, replace(same, low_freq_factor=2.0)) == {"model.rope_scaling.low_freq_factor": (1.0, 2.0)}
+    assert changed(yarn, None) == {"model.rope_scaling": (asdict(same), None)}
+    assert changed({}, same) == {"model.rope_scaling": (None, asdict(same))}
+    assert Difference("model.rope_scaling", asdict(same), None).rule.kind == REFUSED
 
 
 def test_the_remedy_for_a_section_is_its_keys() -> None:

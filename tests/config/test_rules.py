@@ -15,7 +15,7 @@ from megarl.config.offers import Refusal, divisors, either, enforce, multiples, 
 from megarl.config.ppo import PPOConfig, SeparateCriticConfig
 from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
 from megarl.config.rules import check
-from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.model import ModelConfig, RopeScalingConfig
 from megarl.config.sections.parallel import ParallelConfig
 from megarl.config.sft import SFTConfig
 from megarl.config.shape import check_shape
@@ -112,12 +112,24 @@ def test_what_can_run_passes(world: int, values: dict[str, Any]) -> None:
             "model.rope_percent",
             {"model.rope_percent": [0.0625, 0.125]},
         ),
-        (1, {"model__rope_scaling": "yarn"}, "model.rope_original_positions", {}),
+        (1, {"model__rope_scaling": RopeScalingConfig("yarn")}, "model.rope_scaling.original_positions", {}),
         (
             1,
-            {"model__rope_scaling": "linear", "model__position": "learned"},
-            "model.rope_scaling",
-            {"model.position": ["rope"], "model.rope_scaling": ["none"]},
+            {"model__rope_scaling": RopeScalingConfig(factor=2.0)},
+            "model.rope_scaling.kind",
+            {"model.rope_scaling.kind": ["linear"], "model.rope_scaling": [None]},
+        ),
+        (
+            1,
+            {"model__rope_scaling": RopeScalingConfig("llama3", low_freq_factor=4.0, original_positions=64)},
+            "model.rope_scaling.low_freq_factor",
+            {"model.rope_scaling.low_freq_factor": [1]},
+        ),
+        (
+            1,
+            {"model__rope_scaling": RopeScalingConfig("linear"), "model__position": "learned"},
+            "model.rope_scaling.kind",
+            {"model.position": ["rope"], "model.rope_scaling": [None]},
         ),
         (1, {"tokenizer__kind": "huggingface"}, "tokenizer.path", {}),
         (

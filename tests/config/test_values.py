@@ -14,7 +14,7 @@ from megarl.config.leaf import leaves, optional_sections
 from megarl.config.offers import divisors
 from megarl.config.ppo import PPOConfig
 from megarl.config.rules import check
-from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.model import ModelConfig, RopeScalingConfig
 from megarl.config.shape import shape_problem
 from megarl.config.values import check_values
 from megarl.errors import ConfigError
@@ -153,6 +153,9 @@ def test_processes_per_node_are_a_sensible_count(devices: Any) -> None:
         ({"position": "learnt"}, "model.position"),
         ({"num_layers": 10**9}, "model.num_layers"),
         ({"num_heads": True}, "model.num_heads"),
+        ({"rope_scaling": RopeScalingConfig("linear", "two")}, "model.rope_scaling.factor"),  # type: ignore[arg-type]
+        ({"rope_scaling": RopeScalingConfig("other")}, "model.rope_scaling.kind"),
+        ({"rope_scaling": RopeScalingConfig("yarn", 2.0)}, "model.rope_scaling.original_positions"),
     ],
 )
 def test_a_shape_from_a_file_is_checked_in_type_range_and_arithmetic(changes: dict[str, Any], key: str) -> None:

@@ -1,6 +1,5 @@
 """Tiny random models of published families, built by transformers: our GPT must give the same log-probs."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def compare_with_transformers(name: str, folder: Path) -> tuple[float, float]:
     """The largest difference of a log-prob, and how far theirs spread (a flat model would prove nothing)."""
     logits = save_published(name, folder)[:, :-1]
     source = open_source(folder)
-    gpt = our_gpt(asdict(source.model))
+    gpt = our_gpt(vars(source.model))
     load(gpt, {name: source.read(name) for name in source.names})
     tokens = fixed_tokens()
     wanted = torch.log_softmax(logits.float(), -1).gather(2, tokens[:, 1:, None])[..., 0]

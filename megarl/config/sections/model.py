@@ -1,13 +1,66 @@
 """The shape of the transformer, and what must be true of it in any layout."""
 
+# ruff: noqa: RUF009 - `leaf` and `section` return dataclass fields
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarl.config.leaf import Section, leaf
-from megarl.config.offers import Refusal, multiples, require_divides
+from megarl.config.leaf import Section, leaf, optional_section
+from megarl.config.offers import Refusal, either, multiples, require_divides
 
 MOST_PARAMETERS = 10**13
+SCALINGS = ("linear", "llama3", "yarn")
+
+
+@dataclass
+class RopeScalingConfig(Section):
+    """How rotary frequencies are lowered for contexts longer than in pretraining."""
+
+    kind: str | None = leaf(None, "How the frequencies are lowered. Required (null is refused).", SCALINGS)
+    factor: float = leaf(1.0, "Factor of the longer context.", at_least=1)
+    low_freq_factor: float = leaf(
+        1.0,
+        "Only with kind=llama3: frequencies with fewer turns within original_positions than this are divided by "
+        "factor.",
+        above=0,
+    )
+    high_freq_factor: float = leaf(
+        4.0,
+        "Only with kind=llama3: frequencies with more turns within original_positions than this are kept; those "
+        "between the two are interpolated.",
+        above=0,
+    )
+    original_positions: int | None = leaf(
+        None,
+        "Context length in pretraining. Required with kind=llama3 and yarn; no effect otherwise.",
+        at_least=1,
+        at_most=2**31 - 1,
+    )
+
+    def check(self) -> None:
+        """Require a kind, and what the kind needs."""
+        if self.kind is None:
+            raise Refusal(
+                "model.rope_scaling.kind=null does not say how rotary frequencies are lowered",
+                {"model.rope_scaling.kind": SCALINGS, "model.rope_scaling": [None]},
+                key="model.rope_scaling.kind",
+            )
+        if self.kind in ("llama3", "yarn") and self.original_positions is None:
+            raise Refusal(
+                f"model.rope_scaling.kind={self.kind} needs model.rope_scaling.original_positions, the context "
+                "length before stretching: set it, for example to 8192",
+                key="model.rope_scaling.original_positions",
+            )
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise Refusal(
+                f"model.rope_scaling.low_freq_factor={self.low_freq_factor:g} is not below "
+                f"model.rope_scaling.high_freq_factor={self.high_freq_factor:g}",
+                {"model.rope_scaling.low_freq_factor": [1], "model.rope_scaling.high_freq_factor": [4]},
+                "another pair, the low one smaller",
+                key="model.rope_scaling.low_freq_factor",
+                value=self.low_freq_factor,
+            )
 
 
 @dataclass
@@ -63,30 +116,6 @@ class ModelConfig(Section):
     rope_interleaved: bool = leaf(
         False, "Rotate neighbouring pairs, as GPT-J does, instead of the two halves, as GPT-NeoX and Llama do."
     )
-    rope_scaling: str = leaf(
-        "none",
-        "How rotary frequencies are lowered for contexts longer than in pretraining. Requires model.position=rope.",
-        ("none", "linear", "llama3", "yarn"),
-    )
-    rope_factor: float = leaf(1.0, "Factor of the longer context. No effect with model.rope_scaling=none.", at_least=1)
-    rope_low_freq_factor: float = leaf(
-        1.0,
-        "Only with rope_scaling=llama3: frequencies with fewer turns within model.rope_original_positions than this "
-        "are divided by model.rope_factor.",
-        above=0,
-    )
-    rope_high_freq_factor: float = leaf(
-        4.0,
-        "Only with rope_scaling=llama3: frequencies with more turns within model.rope_original_positions than this "
-        "are kept; those between the two are interpolated.",
-        above=0,
-    )
-    rope_original_positions: int | None = leaf(
-        None,
-        "Context length in pretraining. Required with rope_scaling=llama3 and yarn; no effect otherwise.",
-        at_least=1,
-        at_most=2**31 - 1,
-    )
     norm: str = leaf("rmsnorm", "Normalisation layer.", ("layernorm", "rmsnorm"))
     norm_eps: float = leaf(1e-5, "Constant added to the variance in the normalisation.", above=0)
     activation: str = leaf("swiglu", "Activation function of the MLP.", ("gelu", "gelu_tanh", "relu", "swiglu"))
@@ -126,6 +155,11 @@ class ModelConfig(Section):
         " that is not tied to the embedding (-1: everything). At most model.num_layers.",
         at_least=-1,
     )
+    rope_scaling: RopeScalingConfig | None = optional_section(
+        RopeScalingConfig,
+        "Lower rotary frequencies for contexts longer than in pretraining. Requires model.position=rope.",
+        needs="kind",
+    )
 
     @property
     def kv_heads(self) -> int:
@@ -162,13 +196,14 @@ class ModelConfig(Section):
     def _check_rope(self) -> None:
         """Rotary embeddings need an even width and, stretched, the length they were trained at."""
         if self.position != "rope":
-            if self.rope_scaling != "none":
+            if self.rope_scaling is not None:
+                kind = self.rope_scaling.kind
                 raise Refusal(
-                    f"model.rope_scaling={self.rope_scaling} needs rotary positions, not model.position="
+                    f"model.rope_scaling.kind={either([kind])} needs rotary positions, not model.position="
                     f"{self.position}",
-                    {"model.position": ["rope"], "model.rope_scaling": ["none"]},
-                    key="model.rope_scaling",
-                    value=self.rope_scaling,
+                    {"model.position": ["rope"], "model.rope_scaling": [None]},
+                    key="model.rope_scaling.kind",
+                    value=kind,
                 )
             return
         rotated = int(self.head_width * self.rope_percent)
@@ -185,21 +220,8 @@ class ModelConfig(Section):
                 key="model.rope_percent",
                 value=self.rope_percent,
             )
-        if self.rope_scaling in ("llama3", "yarn") and self.rope_original_positions is None:
-            raise Refusal(
-                f"model.rope_scaling={self.rope_scaling} needs model.rope_original_positions, the context "
-                "length before stretching: set it, for example to 8192",
-                key="model.rope_original_positions",
-            )
-        if self.rope_scaling == "llama3" and self.rope_low_freq_factor >= self.rope_high_freq_factor:
-            raise Refusal(
-                f"model.rope_low_freq_factor={self.rope_low_freq_factor:g} is not below "
-                f"model.rope_high_freq_factor={self.rope_high_freq_factor:g}",
-                {"model.rope_low_freq_factor": [1], "model.rope_high_freq_factor": [4]},
-                "another pair, the low one smaller",
-                key="model.rope_low_freq_factor",
-                value=self.rope_low_freq_factor,
-            )
+        if self.rope_scaling is not None:
+            self.rope_scaling.check()
 
     def _check_size(self) -> None:
         """Refuse a model that is too large to be intended."""

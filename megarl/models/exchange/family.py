@@ -3,13 +3,13 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from megarl.config.leaf import leaves
-from megarl.config.offers import either
+from megarl.config.offers import either, read
 from megarl.config.sections.model import ModelConfig
 from megarl.config.shape import shape_problem
 from megarl.config.values import LARGEST
@@ -152,8 +152,8 @@ class Family:
         lost = [key for key, value in shape_of(model).items() if back[key] != value]
         if not lost:
             return None
-        words = " and ".join(f"model.{key}={either([getattr(model, key)])}" for key in lost)
-        return Lacking(words, f"model.{lost[0]}", getattr(model, lost[0]))
+        words = " and ".join(f"model.{key}={either([read(model, key)])}" for key in lost)
+        return Lacking(words, f"model.{lost[0]}", read(model, lost[0]))
 
     def lacks(self, model: ModelConfig) -> Lacking | None:
         """Return the properties of a model that this family lacks; None if it can represent it."""
@@ -186,8 +186,11 @@ class Family:
 
 
 def shape_of(model: ModelConfig) -> Json:
-    """Return all of a model's keys that shape its computation, with one canonical spelling for each choice."""
-    shape = {key: value for key, value in asdict(model).items() if key not in _NOT_SHAPE}
+    """Return all of a model's keys that shape its computation, with one canonical spelling for each choice.
+
+    Keys of a section are dotted. Keys without effect are None.
+    """
+    shape = {leaf.key: read(model, leaf.key) for leaf in leaves(ModelConfig) if leaf.key not in _NOT_SHAPE}
     shape["num_kv_heads"] = model.kv_heads
     shape["head_dim"] = model.head_width
     shape["ffn_size"] = model.ffn_width
@@ -197,12 +200,10 @@ def shape_of(model: ModelConfig) -> Json:
         unused += [key for key in shape if key.startswith("rope_")]
     if model.position != "learned":
         unused.append("position_offset")
-    if model.rope_scaling == "none":
-        unused.append("rope_factor")
-    if model.rope_scaling not in ("llama3", "yarn"):
-        unused.append("rope_original_positions")
-    if model.rope_scaling != "llama3":
-        unused += ["rope_low_freq_factor", "rope_high_freq_factor"]
+    if shape["rope_scaling.kind"] not in ("llama3", "yarn"):
+        unused.append("rope_scaling.original_positions")
+    if shape["rope_scaling.kind"] != "llama3":
+        unused += ["rope_scaling.low_freq_factor", "rope_scaling.high_freq_factor"]
     return shape | dict.fromkeys(unused)
 
 

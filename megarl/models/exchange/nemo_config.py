@@ -1,11 +1,12 @@
 """Conversion between `model_config.yaml` of NeMo's GPT archives and `ModelConfig`; unsupported keys are named."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.model import ModelConfig, RopeScalingConfig
 from megarl.disk import shown
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange.family import Json, check_values, checked, shape_of
@@ -13,12 +14,9 @@ from megarl.models.exchange.family import Json, check_values, checked, shape_of
 WHERE = "model_config.yaml"
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 VOCAB_MULTIPLE = 128  # NeMo's make_vocab_size_divisible_by; times TP
-_LLAMA3 = {
-    "rope_factor": 8.0,
-    "rope_low_freq_factor": 1.0,
-    "rope_high_freq_factor": 4.0,
-    "rope_original_positions": 8192,
-}
+_LLAMA3 = RopeScalingConfig(
+    kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192
+)
 """What NeMo's scale_positional_embedding=true stands for; NeMo has no keys for other values."""
 _POSITIONS = {"learned_absolute": "learned", "rope": "rope", "none": "none"}
 _NORMS = {"layernorm": "layernorm", "low_precision_layernorm": "layernorm", "rmsnorm": "rmsnorm"}
@@ -123,8 +121,8 @@ def _rope(config: Json) -> Json:
                 value=stretch,
                 where=WHERE,
             )
-        return fields | {"rope_scaling": "llama3", **_LLAMA3}
-    return fields | ({"rope_scaling": "linear", "rope_factor": stretch} if stretch != 1.0 else {})
+        return fields | {"rope_scaling": replace(_LLAMA3)}
+    return fields | ({"rope_scaling": RopeScalingConfig("linear", stretch)} if stretch != 1.0 else {})
 
 
 def _window(config: Json) -> int | None:
@@ -192,9 +190,9 @@ def write_config(model: ModelConfig, vocab_size: int, dtype: torch.dtype, tp: in
         "make_vocab_size_divisible_by": VOCAB_MULTIPLE,
         "override_vocab_size": vocab_size,
     }
-    if model.rope_scaling == "linear":
-        config["seq_len_interpolation_factor"] = model.rope_factor
-    if model.rope_scaling == "llama3":
+    if model.rope_scaling is not None and model.rope_scaling.kind == "linear":
+        config["seq_len_interpolation_factor"] = model.rope_scaling.factor
+    if model.rope_scaling is not None and model.rope_scaling.kind == "llama3":
         config["scale_positional_embedding"] = True
     if model.sliding_window is not None:
         config["window_size"] = [model.sliding_window - 1, 0]

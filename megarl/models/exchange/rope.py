@@ -3,11 +3,11 @@
 import math
 from typing import Any
 
-from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.model import SCALINGS, ModelConfig, RopeScalingConfig
 from megarl.errors import CheckpointError
 from megarl.models.exchange.family import Json, unsupported
 
-KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+KINDS = ("default", *SCALINGS)
 
 
 def read_rope(config: Json, *, theta: float = 10000.0, theta_key: str = "rope_theta") -> Json:
@@ -28,32 +28,32 @@ def read_rope(config: Json, *, theta: float = 10000.0, theta_key: str = "rope_th
             offers={"rope_type": KINDS},
         )
     base: Any = rope.get("rope_theta", config.get(theta_key, config.get("rope_theta", theta)))
-    fields: Json = {"rope_base": float(base), "rope_scaling": KINDS[kind]}
+    fields: Json = {"rope_base": float(base)}
     if kind == "default":
         return fields
     original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    fields["rope_original_positions"] = int(original or config["max_position_embeddings"])
-    factor = rope.get("factor") or config["max_position_embeddings"] / fields["rope_original_positions"]
-    fields["rope_factor"] = float(factor)
+    positions = int(original or config["max_position_embeddings"])
+    factor = float(rope.get("factor") or config["max_position_embeddings"] / positions)
+    scaling = RopeScalingConfig(kind, factor, original_positions=positions)
     if kind == "llama3":
-        fields["rope_low_freq_factor"] = float(rope["low_freq_factor"])
-        fields["rope_high_freq_factor"] = float(rope["high_freq_factor"])
+        scaling.low_freq_factor = float(rope["low_freq_factor"])
+        scaling.high_freq_factor = float(rope["high_freq_factor"])
     if kind == "yarn":
-        _check_yarn(rope, fields["rope_factor"])
-    return fields
+        _check_yarn(rope, factor)
+    return fields | {"rope_scaling": scaling}
 
 
 def write_rope(model: ModelConfig) -> Json:
     """Return `rope_parameters` in the format of transformers 5."""
-    kinds = {ours: theirs for theirs, ours in KINDS.items()}
-    rope: Json = {"rope_type": kinds[model.rope_scaling], "rope_theta": model.rope_base}
-    if model.rope_scaling != "none":
-        rope["factor"] = model.rope_factor
-    if model.rope_scaling in ("llama3", "yarn"):
-        rope["original_max_position_embeddings"] = model.rope_original_positions
-    if model.rope_scaling == "llama3":
-        rope["low_freq_factor"] = model.rope_low_freq_factor
-        rope["high_freq_factor"] = model.rope_high_freq_factor
+    scaling = model.rope_scaling
+    if scaling is None:
+        return {"rope_type": "default", "rope_theta": model.rope_base}
+    rope: Json = {"rope_type": scaling.kind, "rope_theta": model.rope_base, "factor": scaling.factor}
+    if scaling.kind in ("llama3", "yarn"):
+        rope["original_max_position_embeddings"] = scaling.original_positions
+    if scaling.kind == "llama3":
+        rope["low_freq_factor"] = scaling.low_freq_factor
+        rope["high_freq_factor"] = scaling.high_freq_factor
     return rope
 
 

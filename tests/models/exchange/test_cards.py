@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megarl.checkpoint import COMMON, INDEX, MANIFEST, plain_content, seal, verify
-from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.model import ModelConfig, RopeScalingConfig
 from megarl.disk import shown
 from megarl.errors import CheckpointError
 from megarl.models.exchange.checkpoints import FILE, write_checkpoint
@@ -67,6 +67,52 @@ def test_a_key_of_a_later_version_is_named(key: str, checkpoint: Path) -> None:
 def test_a_key_that_an_older_version_did_not_have_is_at_its_default(key: str, checkpoint: Path) -> None:
     with_common(checkpoint, lambda common: common["model"]["config"].pop(key) and None)
     assert getattr(open_source(checkpoint).model, key) == getattr(ModelConfig(), key)
+
+
+def flat_rope(**keys: Any) -> Callable[[dict[str, Any]], None]:
+    """Write the scaling of rotary positions as a card had it before it was a section."""
+
+    def change(common: dict[str, Any]) -> None:
+        config = common["model"]["config"]
+        scaling = config.pop("rope_scaling")
+        config["rope_scaling"] = scaling.pop("kind")
+        config |= {f"rope_{name}": value for name, value in scaling.items()} | keys
+
+    return change
+
+
+def test_the_scaling_of_rotary_positions_in_an_older_card_is_read(checkpoint: Path) -> None:
+    model = open_source(checkpoint).model
+    assert model.rope_scaling is not None
+    assert model.rope_scaling != RopeScalingConfig("llama3")
+    with_common(checkpoint, flat_rope())
+    config = plain_content(checkpoint)[0]["model"]["config"]
+    assert (config["rope_scaling"], config["rope_factor"]) == ("llama3", model.rope_scaling.factor)
+    assert open_source(checkpoint).model == model
+
+
+def test_an_older_card_without_scaled_rotary_positions_is_read(checkpoint: Path) -> None:
+    with_common(checkpoint, flat_rope(rope_scaling="none"))
+    assert open_source(checkpoint).model.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (flat_rope(rope_factor="two"), "model.rope_scaling.factor"),
+        (flat_rope(rope_scaling="longrope"), "model.rope_scaling.kind"),
+        (flat_rope(rope_scaling=5), "model.rope_scaling.kind"),
+        (flat_rope(rope_original_positions=None), "model.rope_scaling.original_positions"),
+        (lambda common: common["model"]["config"].update(rope_scaling=5), "model.rope_scaling"),
+        (lambda common: common["model"]["config"]["rope_scaling"].update(kind=5), "model.rope_scaling.kind"),
+        (lambda common: common["model"]["config"]["rope_scaling"].update(turns=5), "model.rope_scaling.turns"),
+    ],
+)
+def test_a_scaling_of_rotary_positions_that_cannot_be_is_refused_by_its_key(
+    change: Any, key: str, checkpoint: Path
+) -> None:
+    with_common(checkpoint, change)
+    assert_not_opened(checkpoint, key=key, where="checkpoint")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megarl import convert
-from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.model import ModelConfig, RopeScalingConfig
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange import nemo_archive
 from megarl.models.exchange.formats import open_source
@@ -306,13 +306,13 @@ def test_a_size_that_is_null_is_refused() -> None:
         ({"activation": "relu"}, "model.activation", "relu"),
         ({"position": "learned", "position_offset": 2}, "model.position_offset", 2),
         (
-            {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_positions": 16},
-            "model.rope_scaling",
+            {"rope_scaling": RopeScalingConfig("yarn", 4.0, original_positions=16)},
+            "model.rope_scaling.kind",
             "yarn",
         ),
         (
-            {"rope_scaling": "llama3", "rope_factor": 32.0, "rope_original_positions": 8192},
-            "model.rope_factor",
+            {"rope_scaling": RopeScalingConfig("llama3", 32.0, original_positions=8192)},
+            "model.rope_scaling.factor",
             32.0,
         ),
         ({"out_bias": True}, "model.out_bias", True),
