@@ -27,13 +27,13 @@ from megarl.algorithms.ppo import RATIOS, ppo_policy_loss, ppo_value_loss
 from megarl.algorithms.preference import (
     CPO_KINDS,
     DPO_KINDS,
-    bradley_terry_loss,
     cpo_loss,
     dpo_loss,
     kto_loss,
     orpo_odds_ratio_loss,
     simpo_loss,
 )
+from megarl.algorithms.ranking import Pairs, bradley_terry_loss, ranked_pairs, ranking_loss
 
 __all__ = [
     "AGGREGATIONS",
@@ -74,4 +74,7 @@ __all__ = [
     "simpo_loss",
     "standardize_returns",
     "whiten",
+    "Pairs",
+    "ranked_pairs",
+    "ranking_loss",
 ]

@@ -1,7 +1,7 @@
-"""Losses on preferred and rejected responses: DPO and its variants, KTO, ORPO, CPO, SimPO, reward models.
+"""Losses on preferred and rejected responses: DPO and its variants, KTO, ORPO, CPO, SimPO.
 
-Inputs are log-probs (or scores) of whole responses, [batch]. Every loss is returned per example, so that the caller
-divides by the global count. Only the reward model's loss is a mean, with that count as an argument.
+Inputs are log-probs of whole responses, [batch]. Every loss is returned per example, so that the caller divides by the
+global count.
 """
 
 import math
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megarl.algorithms.aggregate import aggregate
 from megarl.algorithms.checks import check_choice, check_range
 
 SMOOTHED_DPO_KINDS = ("sigmoid", "robust", "exo_pair")
@@ -157,30 +156,6 @@ def kto_loss(
     chosen = 1 - (beta * (policy_chosen - ref_chosen - kl)).sigmoid()
     rejected = 1 - (beta * (kl - (policy_rejected - ref_rejected))).sigmoid()
     return torch.cat([desirable_weight * chosen, undesirable_weight * rejected])
-
-
-def bradley_terry_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    margin: Tensor | None = None,
-    mask: Tensor | None = None,
-    denominator: Tensor | float | None = None,
-) -> Tensor:
-    """The reward model's loss: mean of -log sigmoid(chosen - rejected - margin).
-
-    Args:
-        chosen, rejected: [batch], scores.
-        margin: [batch], by how much the chosen one should lead; None for 0.
-        mask: [batch], 0 for filler rows of a minibatch; None if there are none.
-        denominator: global number of pairs; None for this batch's own.
-
-    Returns:
-        A scalar.
-    """
-    lead = chosen - rejected if margin is None else chosen - rejected - margin
-    mask = torch.ones_like(lead) if mask is None else mask
-    lead = torch.where(mask.bool(), lead, 0)
-    return aggregate(-logsigmoid(lead), mask, "token_mean", denominator=denominator)
 
 
 def _smoothed_sigmoid(z: Tensor, label_smoothing: float) -> Tensor:

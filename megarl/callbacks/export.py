@@ -39,4 +39,5 @@ class Export(Callback):
             family=card.family,
             tokenizer=card.tokenizer,
             chat_template=card.chat_template,
+            score_moments=card.score_moments,
         )

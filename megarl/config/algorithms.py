@@ -15,6 +15,7 @@ from megarl.config.ilql import ILQLConfig
 from megarl.config.ppo import PPOConfig
 from megarl.config.preference import CPOConfig, DPOConfig, KTOConfig, ORPOConfig
 from megarl.config.rft import RFTConfig
+from megarl.config.rm import RewardModelConfig
 from megarl.config.sft import SFTConfig
 
 LearnsFrom = Literal["prompts", "samples", "rewarded samples", "pairs"]
@@ -184,6 +185,14 @@ ALGORITHMS: dict[str, Algorithm] = {
             about="Contrastive preference optimisation of a GPT, and SimPO: DPO without a reference.",
             learns_from="pairs",
             defaults=_PREFERENCE_DEFAULTS,
+        ),
+        Algorithm(
+            "rm",
+            config=RewardModelConfig,
+            module="megarl.modules.rm:RewardModel",
+            about="Training of a reward model on pairs, ranked lists, scores, or scores of steps.",
+            learns_from="pairs",
+            defaults={"optim.lr": _LEARNED_WEIGHTS_LR, "checkpoint.metric": "eval/loss", "checkpoint.mode": "min"},
         ),
     )
 }

@@ -96,6 +96,8 @@ RULES = (
         "how data is read",
     ),
     _rule("data", "chosen_key rejected_key label_key on_error", NOW, "how data is read"),
+    _rule("data", "margin_key responses_key ranks_key scores_key score_key", NOW, "how data is read"),
+    _rule("data", "steps_key labels_key step_separator", NOW, "how data is read"),
     _rule("data", "chat_template", NOW, "prompts, and tokens that end responses, after the resume"),
     _rule("data", "seq_length too_long loss_on cache", NOW, "how data is read"),
     _rule("data", "options", NOW, "data that is read after the resume"),
@@ -160,6 +162,9 @@ RULES = (
     ),
     _rule("orpo", "beta", NOW, "the loss after the resume"),
     _rule("cpo", "kind beta gamma label_smoothing sft_coef", NOW, "the loss after the resume"),
+    _rule("rm", "kind center_coef step_loss", NOW, "the loss after the resume"),
+    _rule("rm", "init_std", CHECKPOINT, _HAPPENED),
+    _rule("rm", "normalise", NOW, "whether later checkpoints describe the scores"),
     # generation, scores, evaluation
     _rule(
         "rollout",

@@ -1,13 +1,14 @@
-"""Prompts with preferred and rejected responses, or with labelled ones, and the order in which they are trained on."""
+"""Responses to learn from: pairs, labelled, ranked and scored ones, in units that are trained on together."""
 
 from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from megarl.config.files import load_chat_template
 from megarl.data.dataset import documents_to_rows
-from megarl.data.formats import Document, RecordFormat
+from megarl.data.formats import Document
+from megarl.data.responses import ResponseFormat
 from megarl.data.sources import Places, Record, read_records
 from megarl.errors import DataError
 from megarl.parallel.rows import Rows
@@ -25,9 +27,6 @@ if TYPE_CHECKING:
     from megarl.config.sections.data import PairDataConfig
 
 log = logging.getLogger(__name__)
-_T = TypeVar("_T")
-CHOSEN, REJECTED = 0, 1
-"""The two rows of a pair, in this order."""
 
 
 @dataclass
@@ -72,50 +71,69 @@ class PairStats:
             )
 
 
-class ResponseData:
-    """Rows of a prompt with one response each, in units that are trained on together.
+class Unit(NamedTuple):
+    """Responses that are trained on together, each with its prompt, and their columns: a value, or one per token."""
 
-    Pairs: unit i is the preferred response, row 2i, and the rejected one, row 2i + 1. Labelled responses: unit i is
-    row i.
+    documents: tuple[Document, ...]
+    per_row: Mapping[str, Sequence[float | bool]] = MappingProxyType({})
+    per_token: Mapping[str, Sequence[np.ndarray]] = MappingProxyType({})
+
+
+class ResponseData:
+    """Rows of a prompt with one response each, in units that are trained on together, one row directly after another.
 
     Attributes:
-        documents: one per row; the action mask covers the response.
-        desirable: [rows] whether a labelled response is desirable; None for pairs.
+        documents: one per row; the action mask covers the response, or what is scored of it.
+        per_row: further columns [rows].
+        per_token: further columns, an array [tokens] for each row.
+        first: [units + 1] the first row of each unit, and the number of rows.
         lengths: [units] tokens of each unit.
     """
 
-    def __init__(
-        self, documents: Sequence[Document], desirable: Sequence[bool] | None = None, stats: PairStats | None = None
-    ) -> None:
-        self.documents = list(documents)
-        self.desirable = None if desirable is None else np.array(desirable, dtype=bool)
+    def __init__(self, units: Sequence[Unit], stats: PairStats | None = None) -> None:
+        """All units have the same columns."""
         self.stats = stats or PairStats()
-        self.per_unit = 2 if desirable is None else 1
-        self.row_lengths = np.array([len(document) for document in self.documents], dtype=np.int64)
-        self.lengths = self.row_lengths.reshape(-1, self.per_unit).sum(axis=1)
+        self.documents = [document for unit in units for document in unit.documents]
+        self.per_row = {
+            name: np.array([value for unit in units for value in unit.per_row[name]]) for name in units[0].per_row
+        }
+        self.per_token = {name: [row for unit in units for row in unit.per_token[name]] for name in units[0].per_token}
+        self.first = np.cumsum([0, *(len(unit.documents) for unit in units)])
+        lengths = np.array([len(document) for document in self.documents], dtype=np.int64)
+        self.lengths = np.add.reduceat(lengths, self.first[:-1])
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def per_unit(self) -> int:
+        """Number of rows of the largest unit."""
+        return int(np.diff(self.first).max())
 
     def token_rows(self) -> Iterator[np.ndarray]:
         """Iterate over the token ids of the rows."""
         return (document.tokens for document in self.documents)
 
     def digest(self) -> int:
-        """Return a checksum of what is trained on in each row, and of the labels."""
-        found = zlib.crc32(b"" if self.desirable is None else self.desirable.tobytes())
-        for document in self.documents:
-            found = zlib.crc32(document.action_mask.tobytes(), found)
+        """Return a checksum of what is trained on in each row, and of all columns."""
+        found = zlib.crc32(self.first.tobytes())
+        columns = [*self.per_row.values(), *(row for rows in self.per_token.values() for row in rows)]
+        for array in (*columns, *(document.action_mask for document in self.documents)):
+            found = zlib.crc32(array.tobytes(), found)
         return found
 
     def take(self, units: Tensor) -> Rows:
-        """Return the rows of some units, unit by unit, with the columns unit, and desirable for labelled responses."""
-        indices = (units[:, None] * self.per_unit + torch.arange(self.per_unit)).flatten()
-        rows = documents_to_rows([[self.documents[index]] for index in indices.tolist()], packed=False)
-        rows = rows.with_columns(unit=torch.arange(len(units)).repeat_interleave(self.per_unit))
-        if self.desirable is None:
-            return rows
-        return rows.with_columns(desirable=torch.from_numpy(self.desirable[indices.numpy()]))
+        """Return the rows of some units, unit by unit, with their columns, and the column unit."""
+        sizes = np.diff(self.first)[units.numpy()]
+        indices = np.concatenate([np.arange(self.first[unit], self.first[unit + 1]) for unit in units.tolist()])
+        rows = documents_to_rows([[self.documents[index]] for index in indices], packed=False)
+        columns = {name: torch.from_numpy(values[indices]) for name, values in self.per_row.items()}
+        for name, values in self.per_token.items():
+            column = torch.zeros_like(rows.action_mask)
+            for row, index in enumerate(indices):
+                column[row, : len(values[index])] = torch.from_numpy(values[index])
+            columns[name] = column
+        return rows.with_columns(unit=torch.arange(len(units)).repeat_interleave(torch.from_numpy(sizes)), **columns)
 
 
 def mismatched(rows: Rows, longest: int) -> Rows:
@@ -137,33 +155,28 @@ def mismatched(rows: Rows, longest: int) -> Rows:
 
 
 def build_preference_data(
-    data: PairDataConfig, tokenizer: Tokenizer, *, labelled: bool, report: bool = True
+    data: PairDataConfig, tokenizer: Tokenizer, kind: str, *, report: bool = True
 ) -> tuple[ResponseData, ResponseData | None]:
     """Return the training and the evaluation data, or None in the place of the latter where `data.eval` is empty.
 
     Args:
-        labelled: each record is a response with a label, or a pair, which counts as two of them.
+        kind: what each record is read as, a key of `READERS`.
         report: log what became of the records, as the first rank does.
     """
-    record_format = RecordFormat(
-        prompt_key=data.prompt_key,
-        completion_key=getattr(data, "completion_key", "completion"),
-        label_key=getattr(data, "label_key", "label"),
-        messages_key=data.messages_key,
-        chosen_key=data.chosen_key,
-        rejected_key=data.rejected_key,
+    keys = [one.name for one in fields(ResponseFormat) if hasattr(data, one.name) and one.name != "chat_template"]
+    record_format = ResponseFormat(
+        **{key: getattr(data, key) for key in keys},
         chat_template=load_chat_template(data.chat_template),
-        settable=("prompt_key", "chosen_key", "rejected_key", "messages_key")
-        + (("completion_key", "label_key") if labelled else ()),
+        settable=tuple(key for key in keys if key.endswith("_key")),
     )
 
     def read(paths: Sequence[str], split: str, limit: int | None, name: str) -> ResponseData | None:
         if not paths:
             return None
         records = islice(read_records(paths, split, key=name, options=data.options), limit)
-        found = (read_labelled if labelled else read_pairs)(records, tokenizer, record_format, data, name)
+        found = read_units(records, tokenizer, record_format, data, name, kind)
         if report:
-            found.stats.report(name, f"{len(found)} {'responses' if labelled else 'pairs'}")
+            found.stats.report(name, f"{len(found)} {READERS[kind].plural}")
         return found
 
     train = read(data.train, data.train_split, None, "data.train")
@@ -171,79 +184,99 @@ def build_preference_data(
     return train, read(data.eval, data.eval_split, data.eval_limit, "data.eval")
 
 
-def read_pairs(
-    records: Iterable[Record], tokenizer: Tokenizer, record_format: RecordFormat, data: PairDataConfig, name: str
+def read_units(
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    record_format: ResponseFormat,
+    data: PairDataConfig,
+    name: str,
+    kind: str,
 ) -> ResponseData:
-    """Tokenise pairs of a preferred and a rejected response."""
-    stats, documents = PairStats(), []
-    for record, whole in _encoded(records, lambda record: record_format.pair(record, tokenizer), data, stats):
-        pair = _fit(whole, record, data, stats)
-        if pair is None:
+    """Tokenise records as units of a kind, a key of `READERS`."""
+    stats, units = PairStats(), []
+    for record in records:
+        stats.records += 1
+        try:
+            found = READERS[kind].read(record_format, record, tokenizer)
+        except DataError as problem:
+            _leave_out(problem, record, data, stats)
             continue
-        if not record_format.has_prompt(record):
+        if record_format.is_transcript(record):
             stats.transcripts.add(record.where)
-        documents += pair
-    _require_some(documents, stats, data, name, "pairs")
-    return ResponseData(documents, stats=stats)
+        units += [fitting for unit in found if (fitting := _fit(unit, record, data, stats)) is not None]
+    _require_some(units, stats, data, name, READERS[kind].plural)
+    result = ResponseData(units, stats)
+    if kind == "labelled" and name == "data.train":
+        _require_both_labels(result.per_row["desirable"], record_format, name)
+    return result
 
 
-def read_labelled(
-    records: Iterable[Record], tokenizer: Tokenizer, record_format: RecordFormat, data: PairDataConfig, name: str
-) -> ResponseData:
-    """Tokenise responses with a label; a pair becomes a desirable response and an undesirable one."""
-    stats, documents, desirable = PairStats(), [], []
-    for record, responses in _encoded(records, lambda record: record_format.labelled(record, tokenizer), data, stats):
-        for document, label in responses:
-            fitting = _fit((document,), record, data, stats)
-            if fitting is not None:
-                documents += fitting
-                desirable.append(label)
-    _require_some(documents, stats, data, name, "responses")
-    if name == "data.train" and len(set(desirable)) == 1:
-        kind = "desirable" if desirable[0] else "undesirable"
-        raise DataError(
-            f"{name}: all {len(desirable)} responses are {kind}, and the loss needs both kinds: give both, or "
-            f"check data.label_key={record_format.label_key}",
-            key="data.label_key",
-            value=record_format.label_key,
-            where=name,
-        )
-    return ResponseData(documents, desirable, stats)
+class Reader(NamedTuple):
+    """How a record becomes units, and what those are called."""
+
+    read: Callable[[ResponseFormat, Record, Tokenizer], list[Unit]]
+    plural: str
+
+
+def _pair(record_format: ResponseFormat, record: Record, tokenizer: Tokenizer) -> list[Unit]:
+    return [Unit(record_format.pair(record, tokenizer))]
+
+
+def _labelled(record_format: ResponseFormat, record: Record, tokenizer: Tokenizer) -> list[Unit]:
+    found = record_format.labelled(record, tokenizer)
+    return [Unit((document,), {"desirable": (label,)}) for document, label in found]
+
+
+def _ranked(record_format: ResponseFormat, record: Record, tokenizer: Tokenizer) -> list[Unit]:
+    documents, levels, margin = record_format.ranked(record, tokenizer)
+    return [Unit(documents, {"level": levels, "margin": [margin] * len(levels)})]
+
+
+def _scored(record_format: ResponseFormat, record: Record, tokenizer: Tokenizer) -> list[Unit]:
+    found = record_format.scored(record, tokenizer)
+    return [Unit((document,), {"target": (score,)}) for document, score in found]
+
+
+def _steps(record_format: ResponseFormat, record: Record, tokenizer: Tokenizer) -> list[Unit]:
+    document, scores = record_format.steps(record, tokenizer)
+    target = np.zeros(len(document), dtype=np.float32)
+    target[document.action_mask == 1] = scores
+    return [Unit((document,), per_token={"target": (target,)})]
+
+
+READERS = {
+    "pairs": Reader(_pair, "pairs"),
+    "labelled": Reader(_labelled, "responses"),
+    "ranking": Reader(_ranked, "prompts"),
+    "regression": Reader(_scored, "responses"),
+    "steps": Reader(_steps, "responses"),
+}
+"""What a record can be read as. A unit is a pair; a response with a label (a pair is two of them); a prompt with ranked
+responses; a response with a score; a response with a score for each step."""
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _encoded(
-    records: Iterable[Record], encode: Callable[[Record], _T], data: PairDataConfig, stats: PairStats
-) -> Iterator[tuple[Record, _T]]:
-    """Yield each record with what it is read as. Count the records that cannot be used, or raise their error."""
-    for record in records:
-        stats.records += 1
-        try:
-            found = encode(record)
-        except DataError as problem:
-            if data.on_error == "error":
-                raise DataError(
-                    f"{problem}; or set data.on_error=drop to leave out such records",
-                    key=problem.key,
-                    value=problem.value,
-                    where=problem.where,
-                    offers={"data.on_error": ["drop"]},
-                ) from None
-            stats.unusable.add(record.where)
-            stats.reason = stats.reason or str(problem)
-            continue
-        yield record, found
+def _leave_out(problem: DataError, record: Record, data: PairDataConfig, stats: PairStats) -> None:
+    """Count a record that cannot be used, or raise its error."""
+    if data.on_error == "error":
+        raise DataError(
+            f"{problem}; or set data.on_error=drop to leave out such records",
+            key=problem.key,
+            value=problem.value,
+            where=problem.where,
+            offers={"data.on_error": ["drop"]},
+        ) from None
+    stats.unusable.add(record.where)
+    stats.reason = stats.reason or str(problem)
 
 
-def _fit(
-    documents: Sequence[Document], record: Record, data: PairDataConfig, stats: PairStats
-) -> list[Document] | None:
-    """Return the rows of a record within data.seq_length; None if it is left out."""
-    longest, limit = max(map(len, documents)), data.seq_length
+def _fit(unit: Unit, record: Record, data: PairDataConfig, stats: PairStats) -> Unit | None:
+    """Return a unit within data.seq_length; None if it is left out."""
+    longest, limit = max(map(len, unit.documents)), data.seq_length
     if longest <= limit:
-        return list(documents)
+        return unit
     if data.too_long == "error":
         raise DataError(
             f"{record.where}: is {longest} tokens long, more than data.seq_length={limit}; shorten it, raise "
@@ -253,18 +286,25 @@ def _fit(
             where=record.where,
             offers={"data.too_long": ("truncate", "drop")},
         )
-    short = [Document(document.tokens[:limit].copy(), document.action_mask[:limit].copy()) for document in documents]
+    short = tuple(
+        Document(document.tokens[:limit].copy(), document.action_mask[:limit].copy()) for document in unit.documents
+    )
     nothing_left = not all(document.action_mask.any() for document in short)
-    same = len(short) == 2 and np.array_equal(short[CHOSEN].tokens, short[REJECTED].tokens)
-    if data.too_long == "drop" or nothing_left or same:
+    if data.too_long == "drop" or nothing_left or _different(short) < _different(unit.documents):
         stats.too_long.add(record.where)
         return None
     stats.truncated.add(record.where)
-    return short
+    per_token = {name: [row[:limit] for row in rows] for name, rows in unit.per_token.items()}
+    return Unit(short, unit.per_row, per_token)
 
 
-def _require_some(documents: Sequence[Document], stats: PairStats, data: PairDataConfig, name: str, what: str) -> None:
-    if documents:
+def _different(documents: Sequence[Document]) -> int:
+    """Return the number of documents with different tokens."""
+    return len({document.tokens.tobytes() for document in documents})
+
+
+def _require_some(units: Sequence[Unit], stats: PairStats, data: PairDataConfig, name: str, what: str) -> None:
+    if units:
         return
     why = f"; the first: {stats.reason}" if stats.reason else ""
     raise DataError(
@@ -275,3 +315,15 @@ def _require_some(documents: Sequence[Document], stats: PairStats, data: PairDat
         value=data.seq_length,
         where=name,
     )
+
+
+def _require_both_labels(desirable: np.ndarray, record_format: ResponseFormat, name: str) -> None:
+    if desirable.min() == desirable.max():
+        kind = "desirable" if desirable[0] else "undesirable"
+        raise DataError(
+            f"{name}: all {len(desirable)} responses are {kind}, and the loss needs both kinds: give both, or "
+            f"check data.label_key={record_format.label_key}",
+            key="data.label_key",
+            value=record_format.label_key,
+            where=name,
+        )

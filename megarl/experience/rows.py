@@ -9,9 +9,10 @@ from torch import Tensor
 
 from megarl.config.sections.model import ModelConfig
 from megarl.models.flops import flops_per_token
-from megarl.parallel.engine import Engine, ForwardFn
+from megarl.models.gpt import GPT
+from megarl.parallel.engine import Engine, ForwardFn, Outputs
 from megarl.parallel.microbatches import MicrobatchPlan
-from megarl.parallel.rows import Rows
+from megarl.parallel.rows import Microbatch, Rows
 from megarl.rollout.requests import Rollout
 
 
@@ -48,6 +49,25 @@ def forward_rows(
     results = engine.forward(plan.microbatches(rows), fn)
     width = rows.tokens.shape[1]
     return {key: plan.collect([result[key] for result in results], grid, width) for key in results[0]}
+
+
+def score_rows(engine: Engine, rows: Rows, *, per_microbatch: int, share_bins: bool) -> Tensor:
+    """Return the score after each token of all rows, [rows, time] in host memory on every rank."""
+    grid = engine.grid
+    plan = MicrobatchPlan(
+        rows.lengths, grid.layout, grid.dp_rank, per_microbatch=per_microbatch, share_bins=share_bins, read_last=True
+    )
+
+    def scores(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
+        return {"scores": model.scores(hidden)}
+
+    results = engine.forward(plan.microbatches(rows), scores)
+    return plan.collect_states([result["scores"] for result in results], grid, rows.tokens.shape[1])
+
+
+def at_last(columns: Tensor, rows: Rows) -> Tensor:
+    """Return the entries [rows] of a column [rows, time] at the last token of each row."""
+    return columns.gather(1, (rows.lengths - 1).clamp(min=0)[:, None]).squeeze(1)
 
 
 def training_flops(model: ModelConfig, vocab_size: int, lengths: Tensor) -> float:

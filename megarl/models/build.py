@@ -52,7 +52,7 @@ def build_engine(
 
     def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
         gpt: GPT = empty(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
-        gpt.initialise(grid, seed, loaded=source.names if source else ())
+        gpt.initialise(grid, seed, loaded=source.names if source else (), head_std=role.head_std)
         if source is not None:
             load(gpt, source, grid)
         return gpt

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Container, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from megarl.models.attention import Context, attention_mask
 from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
-from megarl.models.heads import HEADS, QHeads, TargetQHeads, ValueHead, head_of, is_vocabulary_wide, linear_std
+from megarl.models.heads import (
+    HEADS,
+    QHeads,
+    ScoreHead,
+    TargetQHeads,
+    ValueHead,
+    head_of,
+    is_vocabulary_wide,
+)
 from megarl.models.kernels import kernels
 from megarl.models.layer import Layer
 from megarl.models.linear import pad_for_products, product
@@ -78,6 +86,7 @@ class GPT(LanguageModule):
     """
 
     value_head: ValueHead
+    score_head: ScoreHead
     q_heads: QHeads
     target_q_heads: TargetQHeads
 
@@ -91,12 +100,12 @@ class GPT(LanguageModule):
         vp_stage: int | None = None,
         heads: Sequence[str] = ("lm",),
     ) -> None:
-        """`heads` are names from `HEADS`, repeated for several; without `lm` the output layer exists but is unused."""
+        """`heads` are names from `HEADS`, repeated for several; without `lm` there is no output layer."""
         super().__init__(config=config, pg_collection=grid.groups)
         self.config: GPTConfig = config
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
-        self.share_embeddings_and_output_weights = config.tie_embeddings
+        self.share_embeddings_and_output_weights = config.tie_embeddings and "lm" in heads
         self.tp_group = grid.groups.tp
         rows = padded_vocab(config.vocab_size, grid.layout.tp)
         self.shard = VocabShard.of(config.vocab_size, grid.tp_rank, grid.layout.tp, grid.groups.tp)
@@ -131,7 +140,7 @@ class GPT(LanguageModule):
             pg_collection=grid.groups,
             vp_stage=vp_stage,
         )
-        if post_process:
+        if post_process and "lm" in heads:
             self.output_layer = OutputLayer(
                 config.hidden_size,
                 rows,
@@ -143,7 +152,7 @@ class GPT(LanguageModule):
                 skip_weight_param_allocation=pre_process and config.tie_embeddings,
                 tp_group=grid.groups.tp,
             )
-        if unknown := set(heads) - {"lm", "value", "q"}:
+        if unknown := set(heads) - {"lm", "value", "score", "q"}:
             raise ValueError(f"{sorted(unknown)} are not valid heads")
         self.heads = tuple(heads)
         counts = Counter(heads)
@@ -156,8 +165,10 @@ class GPT(LanguageModule):
         for _, head in mine:
             if head.dtype is not None:
                 getattr(self, head.attribute).to(head.dtype)
-        if pre_process or post_process:
+        if "lm" in heads and (pre_process or post_process):
             self.setup_embeddings_and_output_layer()
+        elif pre_process:
+            self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
 
     def forward(self, inputs: ModelInputs, cache: CacheView | None = None) -> Tensor:
         """Return the final hidden states [time, bins, hidden] of the inputs; other stages return their own output.
@@ -240,13 +251,23 @@ class GPT(LanguageModule):
 
     def values(self, hidden: Tensor) -> Tensor:
         """Return the values [bins, time] of the states after the token at each position."""
-        if self.config.sequence_parallel:
-            # Every rank computes the same values and has the whole gradient already: it is split, not summed.
-            hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=self.tp_group
-            )
-        values: Tensor = self.value_head(hidden).t()
+        values: Tensor = self.value_head(self._replicated(hidden)).t()
         return values
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Return the scores [bins, time] of all tokens up to each position."""
+        scores: Tensor = self.score_head(self._replicated(hidden)).t()
+        return scores
+
+    def _replicated(self, hidden: Tensor) -> Tensor:
+        """Return the hidden states of all positions for a head that every tensor-parallel rank computes whole."""
+        if not self.config.sequence_parallel:
+            return hidden
+        # Every rank has the whole gradient already: it is split, not summed.
+        whole: Tensor = gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=False, group=self.tp_group
+        )
+        return whole
 
     def logits(self, states: Tensor) -> Tensor:
         """Return this shard's logits [rows, valid] in float32 for final hidden states [rows, hidden], for sampling."""
@@ -272,6 +293,12 @@ class GPT(LanguageModule):
         weight: Tensor = self.embedding.word_embeddings.weight if self.pre_process else self.output_layer.weight
         return weight
 
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return Megatron's description of this chunk's weight shards; Megatron's own method expects an output
+        layer."""
+        language_model = "lm" in self.heads
+        return (super() if language_model else super(LanguageModule, self)).sharded_state_dict(*args, **kwargs)
+
     def global_names(self) -> list[tuple[str, nn.Parameter]]:
         """Return parameters by their names in the whole model: layers counted from 0, a tied output as embedding."""
         first = self.decoder.layers[0].layer_number - 1 if len(self.decoder.layers) else 0
@@ -281,14 +308,14 @@ class GPT(LanguageModule):
             if rest:
                 local, _, tail = rest.partition(".")
                 name = f"{head}decoder.layers.{int(local) + first}.{tail}"
-            elif name == "output_layer.weight" and self.config.tie_embeddings:
+            elif name == "output_layer.weight" and self.share_embeddings_and_output_weights:
                 name = EMBEDDING
             named.append((name, parameter))
         return named
 
-    def initialise(self, grid: Grid, seed: int, loaded: Container[str] = ()) -> None:
+    def initialise(self, grid: Grid, seed: int, loaded: Container[str] = (), head_std: float | None = None) -> None:
         """Initialise weights as GPT-2 does: normal with `init_std`, scaled down by depth where they feed the residual
-        stream. Heads start with the deviation of torch's linear layers.
+        stream. Heads have a standard deviation of their own, or `head_std`.
 
         `loaded` are names that will be read from files and need no random values.
         """
@@ -299,8 +326,8 @@ class GPT(LanguageModule):
                 return None
             if name.endswith(".bias"):
                 return 0.0
-            if head_of(name) is not None:
-                return linear_std(parameter)
+            if head := head_of(name):
+                return head.std(parameter) if head_std is None else head_std
             return deep if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else self.config.init_std
 
         def drawn_as(name: str) -> str:

@@ -1,4 +1,5 @@
-"""Heads on the last hidden state besides the output layer: state values, and values of every possible next token.
+"""Heads on the last hidden state besides the output layer: state values, scores of whole sequences, and values of every
+possible next token.
 
 `HEADS` maps the names that roles use to classes. Each class states how its parameters are initialised, whether they
 train, and which layer is as wide as the vocabulary. `head_of` finds the class from a parameter's name.
@@ -35,6 +36,11 @@ class ValueHead(nn.Module):
     vocabulary_wide: ClassVar[str | None] = None  # the layer with a row for every token of the vocabulary
     dtype: ClassVar[torch.dtype | None] = None  # None: the model's dtype
 
+    @staticmethod
+    def std(weight: Tensor) -> float:
+        """Return the standard deviation of a weight's initial values: that of torch's linear layers."""
+        return linear_std(weight)
+
     def __init__(self, config: GPTConfig, count: int, tp_group: dist.ProcessGroup) -> None:
         super().__init__()
         place = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
@@ -45,6 +51,34 @@ class ValueHead(nn.Module):
         """Return the values [...] in float32 for states [..., hidden]."""
         inner = torch.relu(affine(states, self.inner.weight, self.inner.bias))
         return affine(inner, self.outer.weight, self.outer.bias).squeeze(-1).float()
+
+
+class ScoreHead(nn.Module):
+    """Linear(h, 1) without a bias: how good all tokens up to a position are. It is that of transformers' models for
+    sequence classification.
+
+    It is replicated on every tensor-parallel rank, like the value head.
+    """
+
+    attribute: ClassVar[str] = "score_head"
+    starts_as: ClassVar[str] = "score_head"
+    trainable: ClassVar[bool] = True
+    vocabulary_wide: ClassVar[str | None] = None
+    dtype: ClassVar[torch.dtype | None] = None
+
+    @staticmethod
+    def std(weight: Tensor) -> float:
+        """Return the standard deviation of the weight's initial values, as in InstructGPT."""
+        return float((weight.shape[1] + 1) ** -0.5)
+
+    def __init__(self, config: GPTConfig, count: int, tp_group: dist.ProcessGroup) -> None:
+        super().__init__()
+        place = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        self.outer = nn.Linear(config.hidden_size, 1, bias=False, **place)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return the scores [...] in float32 for states [..., hidden]."""
+        return affine(states, self.outer.weight, None).squeeze(-1).float()
 
 
 class QHead(MegatronModule):
@@ -100,6 +134,11 @@ class QHeads(MegatronModule):
     vocabulary_wide: ClassVar[str | None] = "outer"
     dtype: ClassVar[torch.dtype | None] = None
 
+    @staticmethod
+    def std(weight: Tensor) -> float:
+        """Return the standard deviation of a weight's initial values: that of torch's linear layers."""
+        return linear_std(weight)
+
     def __init__(self, config: GPTConfig, count: int, tp_group: dist.ProcessGroup) -> None:
         super().__init__(config=config)
         for number in range(count):
@@ -128,18 +167,24 @@ class TargetQHeads(QHeads):
             target.lerp_(parameter.to(target.dtype), alpha)
 
 
-HEADS: dict[str, type[ValueHead | QHeads]] = {"value": ValueHead, "q": QHeads, "target_q": TargetQHeads}
+Head = ValueHead | ScoreHead | QHeads
+HEADS: dict[str, type[Head]] = {"value": ValueHead, "score": ScoreHead, "q": QHeads, "target_q": TargetQHeads}
 """Head classes by name. Every model has the output layer, `lm`, not listed here. A model with `q` has `target_q`."""
 
 
-def head_of(parameter: str) -> type[ValueHead | QHeads] | None:
+def head_of(parameter: str) -> type[Head] | None:
     """Return the class of the head that a parameter belongs to, by its global name; None for the trunk."""
     return next((head for head in HEADS.values() if parameter.startswith(f"{head.attribute}.")), None)
 
 
 def heads_in(parameters: Iterable[str]) -> tuple[str, ...]:
-    """Return the heads that parameters belong to, by their global names, in the form that a role uses."""
+    """Return the heads that parameters belong to, by their global names, in the form that a role uses.
+
+    A model with a score head has no output layer.
+    """
     names = list(parameters)
+    if any(head_of(name) is ScoreHead for name in names):
+        return ("score",)
     heads = ["value"] if any(head_of(name) is ValueHead for name in names) else []
     numbers = {name.split(".")[1] for name in names if head_of(name) is TargetQHeads}
     return ("lm", *heads, *["q"] * len(numbers))

@@ -21,14 +21,15 @@ class Role:
         name: policy, critic and so on; the prefix of its tensors' names in checkpoints.
         model: its shape.
         vocab_size: size of its vocabulary.
-        heads: `lm` and names from `heads.HEADS`, `q` once for each Q head. Without `lm` (a separate critic), the output
-            layer does not train.
+        heads: `lm` and names from `heads.HEADS`, `q` once for each Q head. Without `lm` (a separate critic, a reward
+            model), there is no output layer.
         optim: optimizer settings; None for a model that only computes forward passes.
         lr_key: the configuration key that messages suggest to lower.
         source: the stored model whose weights it starts from. None: random weights.
         about: its purpose, one line in the output of `python -m megarl.plan`.
         swaps_with: the role whose weights it replaces while it computes; its own weights wait in host memory.
             None: its weights stay on the device.
+        head_std: standard deviation of the initial weights of heads that the source lacks. None: that of the head.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Role:
     source: Source | None = field(default=None, repr=False, compare=False)
     about: str = field(default="", repr=False, compare=False)
     swaps_with: str | None = None
+    head_std: float | None = None
 
     @property
     def trains(self) -> bool:
@@ -65,8 +67,6 @@ class Role:
         head = head_of(parameter)
         if head is not None:
             return head.trainable
-        if parameter.startswith("output_layer.") and "lm" not in self.heads:
-            return False
         unfrozen = self.model.num_layers_unfrozen
         if unfrozen < 0:
             return True

@@ -1,20 +1,17 @@
 """The base class of algorithms that learn from preferred and rejected, or from labelled, responses."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megarl.clock import Work
 from megarl.config.cluster import PlanConfig
 from megarl.config.offers import read
 from megarl.config.preference import PreferenceTree
 from megarl.config.sections.data import LabelledDataConfig
-from megarl.data.agreement import refuse_different_data
-from megarl.data.order import EvalLoader, TrainBatches, TrainLoader
-from megarl.data.pairs import ResponseData, build_preference_data
+from megarl.data.pairs import ResponseData
 from megarl.errors import CheckpointError, ConfigError
 from megarl.experience.response_reference import (
     TOLERANCES,
@@ -24,17 +21,14 @@ from megarl.experience.response_reference import (
     ResponseReference,
     reference_name,
 )
-from megarl.experience.rows import training_flops
 from megarl.models.exchange.pretrained import Sources, second_model
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
-from megarl.modules.base import Module
+from megarl.modules.units import UnitModule, named
 from megarl.modules.workload import Workload
 from megarl.parallel.digest import weights_digest
 from megarl.parallel.engine import Stats
-from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch, Rows
-from megarl.parallel.shards import refused_once
 
 LOOKED_UP = 256
 """Number of units whose rows are looked up in a reference at a time."""
@@ -75,13 +69,14 @@ class Responses:
         return self.logprobs - self.reference
 
 
-class Preference(Module):
+class Preference(UnitModule):
     """One training step is one optimizer step over a global batch of units: pairs, or single labelled responses.
 
-    A subclass defines `measure`, `count` and `means`.
+    A subclass defines `measured`, `count` and `means`.
     """
 
     config: PreferenceTree
+    training_metrics = TRAINING
     labelled = False  # units are single responses
     with_prompt = False  # the cross entropy of a preferred response includes its prompt
 
@@ -93,24 +88,9 @@ class Preference(Module):
 
     # --- what a subclass defines ------------------------------------------------------------------------------------
 
-    def measure(self, responses: Responses) -> Stats:
+    def measured(self, responses: Responses) -> Stats:
         """Return sums over the units of a microbatch: unit_loss, which trains, and what metrics are made of."""
         raise NotImplementedError
-
-    def count(self, batch: Microbatch) -> Stats:
-        """Return the number of units of a microbatch, as "units", and what else `means` divides by."""
-        raise NotImplementedError
-
-    def total_loss(self, sums: Mapping[str, Any], counts: Mapping[str, float]) -> Any:
-        """Return the loss from the sums of `measure`, given the counts of `count` over the global batch."""
-        return sums["unit_loss"] / counts["units"]
-
-    def means(self, sums: dict[str, float]) -> dict[str, float]:
-        """Return metrics from sums over a global batch or an evaluation."""
-        raise NotImplementedError
-
-    def before_step(self, rows: Rows) -> None:
-        """Compute what the loss needs to know of the whole batch."""
 
     def further_rows(self) -> Iterator[Rows]:
         """Iterate over rows besides the data's own whose reference log-probs the run needs."""
@@ -135,22 +115,13 @@ class Preference(Module):
         per_unit = 1 if isinstance(config.data, LabelledDataConfig) else 2
         return Workload(length=length, loss_tokens=length, per_unit=per_unit, notes=notes)
 
-    def configure_model(self) -> None:
-        """Read the data, build the policy, and prepare the reference while the policy has its first weights."""
-        if self.engines:
-            return
-        self.train_data, self.eval_data = refused_once(
-            self.grid,
-            lambda: build_preference_data(
-                self.config.data, self.tokenizer, labelled=self.labelled, report=self.grid.dp_rank == 0
-            ),
-        )
-        for data, name in ((self.train_data, "data.train"), (self.eval_data, "data.eval")):
-            if data is not None:
-                refuse_different_data(self.grid, data.token_rows(), name, kept=data.digest())
-        for role in self.roles(self.config, self.vocab_size, self.sources):
-            self.engines[role.name] = self.build(role, self.config.trainer.max_steps)
-        self.policy = self.engines["policy"]
+    @property
+    def kind(self) -> str:
+        """What each record is read as."""
+        return "labelled" if self.labelled else "pairs"
+
+    def with_models(self) -> None:
+        """Prepare the reference while the policy has its first weights."""
         self.reference = self._make_reference()
 
     def _make_reference(self) -> ResponseReference:
@@ -181,27 +152,6 @@ class Preference(Module):
     @property
     def _rows_per_microbatch(self) -> int:
         return self.config.trainer.micro_batch_size * self.train_data.per_unit
-
-    @property
-    def rows_per_step(self) -> int:
-        """Number of units in a global batch."""
-        return self.config.trainer.global_batch_size
-
-    def batches(self, start: int = 0, rows: int | None = None) -> TrainBatches:
-        """Return the global batches of the run from step `start`, before which `rows` units were used."""
-        size, seed, shuffle = self.rows_per_step, self.config.seed, self.config.data.shuffle
-        return TrainBatches(self.train_data.lengths, size, seed, shuffle=shuffle, start=start, rows=rows)
-
-    def train_dataloader(self) -> Iterable[Tensor]:
-        """Return the loader of unit indices, from the first unit that the run did not use yet."""
-        return TrainLoader(self.batches(self.steps_done, self.rows_read), self.config.trainer.max_steps)
-
-    def val_dataloader(self) -> Iterable[Tensor]:
-        """Return the loader of evaluation units, one microbatch per pipeline stage and replica in each step."""
-        if self.eval_data is None:
-            return []
-        per_step = self.config.trainer.eval_batch_size * self.grid.layout.pp * self.grid.layout.dp
-        return EvalLoader(len(self.eval_data), per_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store which weights the reference has."""
@@ -235,45 +185,17 @@ class Preference(Module):
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def training_step(self, units: Tensor, batch_idx: int) -> None:
-        """Take one optimizer step on the units and log its loss and what it measures."""
-        with self.clock.part("train"):
-            rows = self._rows(self.train_data, units)
-            self.before_step(rows)
-            self.last_batch = self._microbatches(rows, self.config.trainer.micro_batch_size)
-            rate = self.policy.learning_rate
-            sums = self.policy.train_step(self.last_batch, self._loss, self.count)
-            norms = self.step_optimizers()
-        self.advance()
-        models = 1 + ("reference" in self.engines) / 3
-        flops = training_flops(self.config.model, self.vocab_size, rows.lengths)
-        self.work = Work(int(rows.lengths.sum()), flops * models)
-        metrics = {"loss": sums["loss"], **self.means(sums)}
-        self.log_dict(named(metrics, TRAINING))
-        self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})
-
-    def _rows(self, data: ResponseData, units: Tensor) -> Rows:
+    def rows_of(self, data: ResponseData, units: Tensor) -> Rows:
         """Return the rows of units with the log-probs of the reference, and the responses' own mask."""
-        rows = data.take(units)
+        rows = super().rows_of(data, units)
         columns = {"reference": self.reference.totals(rows), "responses": rows.action_mask}
         if self.with_prompt:
             return with_prompts(rows, columns)
         return rows.with_columns(**columns)
 
-    def _microbatches(self, rows: Rows, per_microbatch: int) -> list[Microbatch]:
-        return make_microbatches(
-            rows,
-            torch.arange(len(rows)),
-            self.grid,
-            per_microbatch=per_microbatch,
-            share_bins=self.config.data.pack,
-            keep_together=rows["unit"],
-        )
-
-    def _loss(self, model: GPT, hidden: Tensor, batch: Microbatch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
-        sums = self.measure(responses_of(model, hidden, batch))
-        loss: Tensor = self.total_loss(sums, counts)
-        return loss, {"loss": loss, **sums}
+    def measure(self, model: GPT, hidden: Tensor, batch: Microbatch) -> Stats:
+        """Return `measured` of the microbatch's responses."""
+        return self.measured(responses_of(model, hidden, batch))
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -285,12 +207,10 @@ class Preference(Module):
         """Add what is measured on these units to the sums."""
         assert self.eval_data is not None
         with self.clock.part("eval"):
-            rows = self._rows(self.eval_data, units)
+            rows = self.rows_of(self.eval_data, units)
             self.before_step(rows)
-            batches = self._microbatches(rows, self.config.trainer.eval_batch_size)
-            sums = self.policy.evaluate(
-                batches, lambda model, hidden, batch: self.measure(responses_of(model, hidden, batch))
-            )
+            batches = self.microbatches(rows, self.config.trainer.eval_batch_size)
+            sums = self.policy.evaluate(batches, self.measure)
             sums |= self.policy.count(batches, self.count)
         self.eval_sums = {name: self.eval_sums.get(name, 0.0) + value for name, value in sums.items()}
 
@@ -324,7 +244,7 @@ class PairPreference(Preference):
         loss = super().total_loss(sums, counts)
         return loss + self.nll_coef * sums["nll"] / counts["tokens"] if self.nll_coef else loss
 
-    def measure(self, responses: Responses) -> Stats:
+    def measured(self, responses: Responses) -> Stats:
         """Return sums over the pairs of a microbatch."""
         present = responses.present[0::2]
         rewards = self.rewards(responses).detach()
@@ -346,11 +266,6 @@ class PairPreference(Preference):
         """Return means over pairs; of the cross entropy, over the tokens of the preferred responses."""
         names = ("accuracy", "margin", "reward_chosen", "reward_rejected", "logprob_chosen", "logprob_rejected")
         return {"nll": sums["nll"] / max(sums["tokens"], 1.0), **{name: sums[name] / sums["units"] for name in names}}
-
-
-def named(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Return the metrics that an algorithm has, under the names that are logged."""
-    return {name: metrics[short] for name in names if (short := name.partition("/")[2]) in metrics}
 
 
 def responses_of(model: GPT, hidden: Tensor, batch: Microbatch) -> Responses:

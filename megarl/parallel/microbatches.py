@@ -22,7 +22,7 @@ from torch import Tensor
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
 from megarl.parallel.packing import pack, round_up_to_bucket
-from megarl.parallel.rows import Microbatch, Rows, RowSource, gather
+from megarl.parallel.rows import Microbatch, Rows, RowSource, gather, states_index
 
 SHORT = 32
 """Rows up to this length share bins that are twice as long as the longest row, so that less of a bin stays empty."""
@@ -167,9 +167,14 @@ class MicrobatchPlan:
         `Microbatch.gather_rows` does for one microbatch."""
         return gather(self._all_bins(outputs, grid), self._token_index(np.arange(len(self.lengths)), 0, width))
 
-    def collect_last(self, outputs: Sequence[Tensor], grid: Grid) -> Tensor:
-        """Return the outputs at the last token of each row, [rows] in host memory on every rank; 0 where not read."""
-        return gather(self._all_bins(outputs, grid), self._last_index(np.arange(len(self.lengths)), 0))
+    def collect_states(self, outputs: Sequence[Tensor], grid: Grid, width: int) -> Tensor:
+        """Gather all replicas' outputs [bins, time] into rows [rows, width] in host memory, on every rank, as
+        `Microbatch.gather_states` does for one microbatch."""
+        rows = np.arange(len(self.lengths))
+        index = states_index(
+            self._token_index(rows, 0, width), self._last_index(rows, 0), torch.from_numpy(self.lengths)
+        )
+        return gather(self._all_bins(outputs, grid), index)
 
     def _all_bins(self, outputs: Sequence[Tensor], grid: Grid) -> Tensor:
         """Gather all bins of all replicas in plan order, [all bins, time]: the plan assigned them round-robin."""
@@ -204,6 +209,7 @@ def make_microbatches(
     per_microbatch: int,
     share_bins: bool,
     keep_together: Tensor | None = None,
+    read_last: bool = False,
     longest: int | None = None,
 ) -> list[Microbatch]:
     """Plan the rows of a source with indices [rows], and build this replica's microbatches of them."""
@@ -215,6 +221,7 @@ def make_microbatches(
         per_microbatch=per_microbatch,
         share_bins=share_bins,
         keep_together=keep_together,
+        read_last=read_last,
         longest=longest,
     )
     return plan.microbatches(source, indices)

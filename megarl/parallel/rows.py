@@ -12,6 +12,7 @@ from typing import Protocol, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -143,9 +144,10 @@ class Microbatch(ModelInputs):
         first tokens and in padding."""
         return gather(outputs, self.token_index)
 
-    def gather_last(self, outputs: Tensor) -> Tensor:
-        """Return the outputs [bins, time] at the last token of each row, [rows]; 0 where it was not read."""
-        return gather(outputs, self.last_index)
+    def gather_states(self, outputs: Tensor) -> Tensor:
+        """Gather outputs [bins, time] into rows [rows, time]: the output of the state after each token; 0 in padding
+        and where a token was not read."""
+        return gather(outputs, states_index(self.token_index, self.last_index, self.rows.lengths))
 
     def to(self, device: torch.device) -> Self:
         """Return this microbatch with all tensors, including those of its rows, on a device."""
@@ -160,6 +162,19 @@ class Microbatch(ModelInputs):
         """Return all tensors by name; names of the rows' tensors begin with `rows.`."""
         own = {item.name: value for item in fields(self) if isinstance(value := getattr(self, item.name), Tensor)}
         return {**own, **{f"rows.{name}": column for name, column in self.rows.tensors().items()}}
+
+
+def states_index(token_index: Tensor, last_index: Tensor, lengths: Tensor) -> Tensor:
+    """Return [rows, time], for each token of each row the index of the state after it; -1 in padding.
+
+    Args:
+        token_index: [rows, time], the index of the state that predicts each token.
+        last_index: [rows], the index of the state after the last token of each row.
+        lengths: [rows], tokens of each row.
+    """
+    index = F.pad(token_index[:, 1:], (0, 1), value=-1)
+    last = (lengths - 1).clamp(min=0)[:, None]
+    return index.scatter(1, last, last_index[:, None])
 
 
 def gather(outputs: Tensor, index: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from megarl.data.formats import Document, RecordFormat
+from megarl.data.formats import Document
+from megarl.data.responses import ResponseFormat
 from megarl.data.sources import Record
 from megarl.errors import DataError
 from megarl.tokenizers import ByteTokenizer
@@ -29,7 +30,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
 def read(record: dict[str, Any]) -> list[tuple[str, str]]:
     """Of both documents the text that is a prompt, and the text that is trained on."""
     template = None if all(not isinstance(value, list) for value in record.values()) else CHAT
-    pair = RecordFormat(chat_template=template).pair(Record(record, "pairs.jsonl:4"), BYTES)
+    pair = ResponseFormat(chat_template=template).pair(Record(record, "pairs.jsonl:4"), BYTES)
     return [(_text(document, 0), _text(document, 1)) for document in pair]
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megarl.config.sections.data import LabelledDataConfig
-from megarl.data.formats import RecordFormat
-from megarl.data.pairs import ResponseData, mismatched, read_labelled, read_pairs
+from megarl.data.pairs import ResponseData, mismatched, read_units
+from megarl.data.responses import ResponseFormat
 from megarl.data.sources import Record
 from megarl.errors import DataError
 from megarl.tokenizers import ByteTokenizer
@@ -25,11 +25,13 @@ def records(*fields: dict[str, Any]) -> list[Record]:
 
 
 def pairs(*fields: dict[str, Any], **settings: Any) -> ResponseData:
-    return read_pairs(records(*fields), BYTES, RecordFormat(), LabelledDataConfig(**settings), "data.train")
+    return read_units(records(*fields), BYTES, ResponseFormat(), LabelledDataConfig(**settings), "data.train", "pairs")
 
 
 def labelled(*fields: dict[str, Any], **settings: Any) -> ResponseData:
-    return read_labelled(records(*fields), BYTES, RecordFormat(), LabelledDataConfig(**settings), "data.train")
+    return read_units(
+        records(*fields), BYTES, ResponseFormat(), LabelledDataConfig(**settings), "data.train", "labelled"
+    )
 
 
 def texts(data: ResponseData) -> list[str]:
@@ -59,8 +61,7 @@ def test_pairs_become_labelled_responses_and_stand_beside_them() -> None:
         GOOD, {"prompt": "q", "completion": "x", "label": False}, {"prompt": "q", "completion": "y", "label": 1}
     )
     assert texts(data) == ["qgood", "qbad", "qx", "qy"]
-    assert data.desirable is not None
-    assert data.desirable.tolist() == [True, False, False, True]
+    assert data.per_row["desirable"].tolist() == [True, False, False, True]
     assert data.take(torch.tensor([3]))["desirable"].tolist() == [True]
 
 

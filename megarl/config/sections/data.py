@@ -218,6 +218,35 @@ class LabelledDataConfig(PairDataConfig):
     )
 
 
+@dataclass
+class ScoredDataConfig(PairDataConfig):
+    """Which judged responses a reward model is trained and evaluated on."""
+
+    train: list[str] = leaf([], SOURCES.format("Judged responses to train on"))
+    eval: list[str] = leaf([], SOURCES.format("Judged responses to evaluate on") + " Empty: no evaluation.")
+    margin_key: str = leaf(
+        "margin",
+        "Field of a record that holds by how much the better response should lead: a number, which may be missing.",
+    )
+    responses_key: str = leaf(
+        "responses",
+        "Field of a record that holds several responses to one prompt: a list of texts, or of lists of messages.",
+    )
+    ranks_key: str = leaf(
+        "ranks",
+        "Field of a record that holds the rank of each response of a list: 1 is the best, and equal ranks are not "
+        "compared. Without ranks and scores, the best response comes first.",
+    )
+    scores_key: str = leaf(
+        "scores", "Field of a record that holds the score of each response of a list: higher is better."
+    )
+    completion_key: str = leaf("completion", "Field of a record that holds a single response with a score.")
+    score_key: str = leaf("score", "Field of a record that holds the score of a single response.")
+    steps_key: str = leaf("steps", "Field of a record that holds a response step by step: a list of texts.")
+    labels_key: str = leaf("labels", "Field of a record that holds the score of each step; true is 1 and false is 0.")
+    step_separator: str = leaf("\\n", "Text between two steps.")
+
+
 def _require_data(train: list[str], example: str, of: str = "") -> None:
     if not train:
         raise Refusal(

@@ -21,6 +21,8 @@ class ModelCard:
     tokenizer: Tokenizer
     tokenizer_path: str | None
     chat_template: str | None = None
+    score_moments: tuple[float, float] | None = None
+    """Mean and standard deviation of a reward model's scores on its reference set."""
 
     @classmethod
     def of(
@@ -44,4 +46,5 @@ class ModelCard:
             "tokenizer": {"kind": self.tokenizer.kind, "path": self.tokenizer_path},
             "token_ids": token_ids(self.tokenizer),
             "chat_template": self.chat_template,
+            "score_moments": None if self.score_moments is None else list(self.score_moments),
         }

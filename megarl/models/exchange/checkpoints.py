@@ -35,7 +35,7 @@ def write_checkpoint(
     """
     dtype = dtype or source.dtype
     rows = padded_vocab(source.vocab_size, 1)
-    shapes = parameters(source.model, source.vocab_size)
+    shapes = parameters(source.model, source.vocab_size, output=source.has_output)
     shapes |= {name: (rows, *shapes[name][1:]) for name in (EMBEDDING, OUTPUT, OUTPUT_BIAS) if name in shapes}
     shapes |= {name: stored.shape for name, stored in source.heads.items()}
     word = str(dtype).removeprefix("torch.")
@@ -74,5 +74,6 @@ def _common(source: Source, folder: Path, aside: Path, family: str | None) -> di
         "family": family or (source.family.name if source.family else None),
         "tokenizer": tokenizer,
         "token_ids": source.token_ids,
+        "score_moments": source.score_moments,
     }
     return {"model": card, "weights_only": True, "global_step": 0, "layout": "TP1", "sharded_common": {}}

@@ -18,7 +18,7 @@ from megarl.logging import get_logger
 from megarl.models.exchange.families import family_for
 from megarl.models.exchange.family import Json, Mapped
 from megarl.models.exchange.parameters import TRUNK
-from megarl.models.exchange.source import CONFIG, HEADS, TOKEN_IDS, HuggingFaceSource, Source
+from megarl.models.exchange.source import CONFIG, HEADS, MOMENTS, TOKEN_IDS, HuggingFaceSource, Source
 from megarl.models.exchange.stored import Stored, write_safetensors
 from megarl.parallel.engine import Engine
 from megarl.parallel.finite import is_finite
@@ -54,18 +54,20 @@ def export(
     family: str | None = None,
     tokenizer: Tokenizer | None = None,
     chat_template: str | None = None,
+    score_moments: tuple[float, float] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write an engine's model. All ranks call this together, and all raise if one of them fails.
 
     Each pipeline stage writes its own files through its first rank. Parameters beyond the language model go into a
-    separate file, from which `model.path` reads them. Generation settings contain the stop tokens of `chat_template`
+    separate file, from which `model.path` reads them; the score head of a reward model, in the place of the output
+    layer. Generation settings contain the stop tokens of `chat_template`
     (None: the tokenizer's own).
     """
     grid = engine.grid
     kind = family_for(model, family)
-    config = kind.hf_config(model, vocab_size)
-    mapping = kind.mapping(model, vocab_size)
+    scores = "score" in engine.models[0].heads
+    mapping = kind.mapping(model, vocab_size, scores=scores)
     local = dict(engine.parameters())
     here = {name: _whole_shape(parameter, grid.layout.tp) for name, parameter in local.items()}
     dtypes = {name: parameter.dtype for name, parameter in local.items()}
@@ -75,11 +77,14 @@ def export(
     for stage, shapes, kinds in sorted(found, key=lambda item: item[0]):
         for name, shape in shapes.items():
             stages.setdefault(name, stage)
-            if not name.startswith(TRUNK):
+            if name not in mapping and not name.startswith(TRUNK):
                 heads[name] = Stored(shape, kinds[name])
     dtype = engine.config.params_dtype
     plan = plan_files(mapping, heads, stages, dtype, shard_bytes)
-    config |= _describe(dtype, token_ids(tokenizer) if tokenizer else {})
+    ids = token_ids(tokenizer) if tokenizer else {}
+    config = kind.hf_config(model, vocab_size, scores=scores) | _describe(dtype, ids)
+    if scores:
+        config |= _of_reward_model(config, score_moments)
     aside = temp_sibling(folder)
     grid.run_on_rank0(lambda: prepare(folder, aside))
     try:
@@ -105,9 +110,13 @@ def write_folder(
     named = family or (source.family.name if source.family else None)
     kind = family_for(source.model, named)
     dtype = dtype or source.dtype
-    config = kind.hf_config(source.model, source.vocab_size) | _describe(dtype, source.token_ids)
-    mapping = kind.mapping(source.model, source.vocab_size)
-    plan = plan_files(mapping, source.heads, {}, dtype, shard_bytes)
+    scores = not source.has_output
+    config = kind.hf_config(source.model, source.vocab_size, scores=scores) | _describe(dtype, source.token_ids)
+    if scores:
+        config |= _of_reward_model(config, source.score_moments)
+    mapping = kind.mapping(source.model, source.vocab_size, scores=scores)
+    heads = {name: stored for name, stored in source.heads.items() if name not in mapping}
+    plan = plan_files(mapping, heads, {}, dtype, shard_bytes)
 
     def fetch(name: str) -> Tensor:
         progress(name)
@@ -115,7 +124,7 @@ def write_folder(
 
     with written_whole(folder) as aside:
         for file in plan:
-            _write_file(aside, file, file.parameters, fetch, mapping, source.heads, dtype)
+            _write_file(aside, file, file.parameters, fetch, mapping, heads, dtype)
         tokenizer = keep_tokenizer(source, aside)
         _finish(folder, aside, plan, mapping, config, tokenizer, source.chat_template)
 
@@ -340,6 +349,18 @@ def _stops(tokenizer: Tokenizer, chat_template: str | None) -> tuple[int, ...]:
 
 def _describe(dtype: torch.dtype, ids: Mapping[str, Any]) -> Json:
     return {"dtype": str(dtype).removeprefix("torch."), **ids}
+
+
+def _of_reward_model(config: Json, score_moments: tuple[float, float] | None) -> Json:
+    """Return the keys of config.json that only a reward model has.
+
+    Transformers reads the score at the last token that is not padding. A score belongs to the EOS here, so it must not
+    be the padding too: without a padding token, transformers scores one sequence at a time, at its last token.
+    """
+    found: Json = dict(zip(MOMENTS, score_moments or (), strict=False))
+    if config.get("pad_token_id") is not None and config["pad_token_id"] == config.get("eos_token_id"):
+        found["pad_token_id"] = None
+    return found
 
 
 def _write_json(path: Path, values: Json) -> None:

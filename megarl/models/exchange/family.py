@@ -15,7 +15,7 @@ from megarl.config.shape import shape_problem
 from megarl.config.values import LARGEST
 from megarl.disk import shown
 from megarl.errors import CheckpointError, ConfigError
-from megarl.models.exchange.parameters import parameters
+from megarl.models.exchange.parameters import SCORE, parameters
 from megarl.models.exchange.views import Piece, Views, same
 
 Json = dict[str, Any]
@@ -28,6 +28,9 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 """Names in transformers configurations for our names; the first of several is written."""
+
+CLASSIFIER = "ForSequenceClassification"
+"""The end of the names of transformers' classes that score sequences."""
 
 _NOT_SHAPE = ("path", "vocab_size", "dropout", "init_std", "num_layers_unfrozen")
 
@@ -118,10 +121,18 @@ class Family:
             raise CheckpointError(f"{where} has a value that cannot be: {problem}", where=where) from None
         return checked(model, where)
 
-    def hf_config(self, model: ModelConfig, vocab_size: int) -> Json:
-        """Return the shape's keys of config.json; the writer adds token ids and dtype."""
+    @property
+    def classifier(self) -> str:
+        """Transformers' class of a reward model of this family."""
+        return re.sub("(ForCausalLM|LMHeadModel)$", CLASSIFIER, self.architectures[0])
+
+    def hf_config(self, model: ModelConfig, vocab_size: int, *, scores: bool = False) -> Json:
+        """Return the shape's keys of config.json, with `scores` of a reward model; the writer adds token ids and
+        dtype."""
+        labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}} if scores else {}
         config = {
-            "architectures": [self.architectures[0]],
+            "architectures": [self.classifier if scores else self.architectures[0]],
+            **labels,
             "model_type": self.name,
             **self.write(model),
             "vocab_size": vocab_size,
@@ -159,11 +170,12 @@ class Family:
         """Return the properties of a model that this family lacks; None if it can represent it."""
         return self.difference(model, self.write(model) | {"tie_word_embeddings": model.tie_embeddings})
 
-    def mapping(self, model: ModelConfig, vocab_size: int) -> dict[str, Mapped]:
-        """Return our parameters of this model by name, each with the tensors that it is stored as."""
+    def mapping(self, model: ModelConfig, vocab_size: int, *, scores: bool = False) -> dict[str, Mapped]:
+        """Return our parameters of this model by name, each with the tensors that it is stored as. With `scores`, it
+        has a score head in the place of the output layer."""
         known = {item.ours: item for item in self.entries}
-        mapped = {}
-        for name, shape in parameters(model, vocab_size).items():
+        mapped = {SCORE: Mapped((1, model.hidden_size), ("score.weight",), same, model)} if scores else {}
+        for name, shape in parameters(model, vocab_size, output=not scores).items():
             layer = re.match(r"decoder\.layers\.(\d+)\.", name)
             pattern = name if layer is None else name.replace(f".{layer[1]}.", ".{}.", 1)
             if pattern not in known:

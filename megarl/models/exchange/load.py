@@ -23,6 +23,10 @@ def load(chunk: Any, source: Source, grid: Grid) -> None:
     this together, and all raise if one of them fails.
     """
     held = source.names
+    if "lm" in chunk.heads and not source.has_output:
+        raise CheckpointError(
+            f"{source.path} is a reward model, which has no output layer: name a language model", where=source.path
+        )
 
     def fill() -> None:
         for name, parameter in chunk.global_names():

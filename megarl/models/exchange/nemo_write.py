@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import yaml
 
 from megarl.config.sections.model import ModelConfig
-from megarl.errors import ConfigError
+from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange.export import cast_checked, keep_tokenizer, refuse_existing, written_whole
 from megarl.models.exchange.family import Json
 from megarl.models.exchange.nemo import CONFIG, FUSED_NORMS, HEADS, OURS, TOKENIZER, marker, member_of
@@ -36,6 +36,12 @@ def write_nemo(
 
     The files of one pipeline stage at a time are beside the archive, which is renamed when it is complete.
     """
+    if not source.has_output:
+        raise CheckpointError(
+            f"{source.path} is a reward model, which a .nemo archive cannot hold: write a Hugging Face folder or a "
+            "megarl checkpoint",
+            where=source.path,
+        )
     dtype = dtype or source.dtype
     config = write_config(source.model, source.vocab_size, dtype, tp, pp)
     _check_split(source.model, tp, pp)

@@ -12,10 +12,14 @@ OUTPUT = "output_layer.weight"
 OUTPUT_BIAS = "output_layer.bias"
 VOCABULARY = (EMBEDDING, OUTPUT, OUTPUT_BIAS)
 TRUNK = ("embedding.", "decoder.", "output_layer.")  # prefixes of all parameters except those of megarl's heads
+SCORE = "score_head.outer.weight"
 
 
-def parameters(model: ModelConfig, vocab_size: int) -> Shapes:
-    """Return the shape of each whole tensor by name, vocabulary without padding, from the first to the last layer."""
+def parameters(model: ModelConfig, vocab_size: int, *, output: bool = True) -> Shapes:
+    """Return the shape of each whole tensor by name, vocabulary without padding, from the first to the last layer.
+
+    `output` is whether there is an output layer: a reward model has none.
+    """
     hidden = model.hidden_size
     shapes: Shapes = {EMBEDDING: (vocab_size, hidden)}
     if model.position == "learned":
@@ -23,9 +27,9 @@ def parameters(model: ModelConfig, vocab_size: int) -> Shapes:
     for layer in range(model.num_layers):
         shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in _layer(model).items()}
     shapes |= _norm(model, "decoder.final_layernorm", hidden)
-    if not model.tie_embeddings:
+    if output and not model.tie_embeddings:
         shapes[OUTPUT] = (vocab_size, hidden)
-    if model.lm_head_bias:
+    if output and model.lm_head_bias:
         shapes[OUTPUT_BIAS] = (vocab_size,)
     return shapes
 

@@ -18,7 +18,7 @@ from megarl.disk import UnreadableError, is_file, parse_object, read_json, read_
 from megarl.errors import CheckpointError
 from megarl.models.exchange.families import FAMILIES, family_of
 from megarl.models.exchange.family import Family, Json, checked
-from megarl.models.exchange.parameters import TRUNK, VOCABULARY, parameters
+from megarl.models.exchange.parameters import SCORE, TRUNK, VOCABULARY, parameters
 from megarl.models.exchange.stored import Folder, SafetensorsFile, Stored
 from megarl.models.exchange.views import same
 from megarl.parallel import shards
@@ -28,6 +28,7 @@ from megarl.tokenizers import KINDS, read_marker
 CONFIG = "config.json"
 HEADS = "megarl_heads.safetensors"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+MOMENTS = ("score_mean", "score_std")  # keys of a reward model's config.json, which transformers ignores
 
 
 @dataclass
@@ -48,7 +49,9 @@ class Source(ABC):
         token_ids: the special ids in config.json.
         chat_template: the template that it was trained with, if that is not the tokenizer's own.
         left_out: stored tensors that are not read, with the reason.
-        heads: names of tensors beyond the language model.
+        heads: tensors beyond the language model, by name.
+        has_output: whether it has an output layer; a reward model has a score head instead.
+        score_moments: mean and standard deviation of a reward model's scores on its reference set; None if unknown.
         stored: number of stored tensors and bytes, including heads.
     """
 
@@ -63,12 +66,14 @@ class Source(ABC):
     chat_template: str | None = None
     left_out: dict[str, str]
     heads: dict[str, Stored]
+    has_output: bool = True
+    score_moments: tuple[float, float] | None = None
     stored: tuple[int, int]
 
     @property
     def names(self) -> set[str]:
         """Our names of all tensors that it contains."""
-        return set(parameters(self.model, self.vocab_size)) | set(self.heads)
+        return set(parameters(self.model, self.vocab_size, output=self.has_output)) | set(self.heads)
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -105,11 +110,16 @@ class HuggingFaceSource(Source):
         self.vocab_size = self.model.vocab_size
         self.token_ids = {key: config[key] for key in TOKEN_IDS if key in config}
         self.tokenizer = tokenizer_of(path)
-        self.mapping = self.family.mapping(self.model, self.vocab_size)
+        self.has_output = self.family.classifier not in (config.get("architectures") or [])
+        if not self.has_output:
+            self.score_moments = _read_moments(config, path)
+        self.mapping = self.family.mapping(self.model, self.vocab_size, scores=not self.has_output)
         self._folder = Folder(path)
         self._where, self.left_out = self._check_tensors()
         self._heads = SafetensorsFile(path / HEADS) if is_file(path / HEADS) else None
-        self.heads = self._heads.tensors if self._heads else {}
+        self.heads = dict(self._heads.tensors) if self._heads else {}
+        if not self.has_output:
+            self.heads[SCORE] = self._folder.tensors[self._where["score.weight"]]
         for name, stored in self.heads.items():
             if not isinstance(stored.dtype, torch.dtype):
                 raise unfit_dtype(path / HEADS, name, stored.dtype)
@@ -118,7 +128,7 @@ class HuggingFaceSource(Source):
 
     def read(self, name: str) -> Tensor:
         """Return a whole tensor by our name, joined from the stored tensors."""
-        if self._heads is not None and name in self.heads:
+        if self._heads is not None and name in self._heads.tensors:
             return self._heads.read(name)
         mapped = self.mapping[name]
         theirs = [self._where[stored] for stored in mapped.theirs]
@@ -184,8 +194,11 @@ class HuggingFaceSource(Source):
 
     def _reason_to_leave_out(self, name: str) -> str | None:
         assert self.family is not None
-        if self.model.tie_embeddings and self.family.renamed.get(name, name) in ("lm_head.weight", "embed_out.weight"):
-            return "tied to the embedding, which is read instead"
+        if self.family.renamed.get(name, name) in ("lm_head.weight", "lm_head.bias", "embed_out.weight"):
+            if not self.has_output:
+                return "an output layer, which a reward model does not need"
+            if self.model.tie_embeddings and not name.endswith(".bias"):
+                return "tied to the embedding, which is read instead"
         return self.family.reason_to_ignore(name)
 
 
@@ -231,6 +244,8 @@ class CheckpointSource(Source):
         self.tokenizer = None if tokenizer is None else _tokenizer_in(tokenizer, where)
         token_ids = card.get("token_ids") or {}
         self.token_ids = dict(token_ids) if isinstance(token_ids, dict) else {}
+        moments = card.get("score_moments")
+        self.score_moments = None if moments is None else (float(moments[0]), float(moments[1]))
         template = card.get("chat_template")
         self.chat_template = template if isinstance(template, str) else None
 
@@ -262,7 +277,8 @@ class CheckpointSource(Source):
         return described.model
 
     def _sort(self, parts: Sequence[Part]) -> None:
-        self._shapes = parameters(self.model, self.vocab_size)
+        self.has_output = all(part.key != f"{self.engine}.{SCORE}" for part in parts)
+        self._shapes = parameters(self.model, self.vocab_size, output=self.has_output)
         self._parts: dict[str, list[Part]] = {}
         others = 0
         for part in parts:
@@ -298,6 +314,33 @@ class CheckpointSource(Source):
         parts = self._parts[name]
         whole = shards.read_whole(parts, self.path)[parts[0].key]
         return whole[: self._shapes[name][0]] if name in self._shapes else whole  # a vocabulary has padding rows
+
+
+def _read_moments(config: Json, path: Path) -> tuple[float, float] | None:
+    """Return the mean and the standard deviation of a reward model's scores from its config.json; refuse a model with
+    several scores."""
+    labels = config.get("id2label")
+    count = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)  # transformers' default
+    if count != 1:
+        raise CheckpointError(
+            f"{path} gives {shown(count)} scores to a sequence, and a reward model gives one: name a model with one "
+            "label (id2label in config.json)",
+            key="id2label",
+            value=labels,
+            where=path,
+        )
+    mean, std = (config.get(key) for key in MOMENTS)
+    if mean is None and std is None:
+        return None
+    if not isinstance(mean, int | float) or not isinstance(std, int | float) or not std > 0:
+        raise CheckpointError(
+            f"{path / CONFIG} has {MOMENTS[0]}={shown(repr(mean))} and {MOMENTS[1]}={shown(repr(std))}, which are no "
+            "mean and standard deviation: restore them",
+            key=MOMENTS[0],
+            value=mean,
+            where=path / CONFIG,
+        )
+    return float(mean), float(std)
 
 
 def _check_sizes(path: Path) -> None:

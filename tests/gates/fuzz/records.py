@@ -17,6 +17,7 @@ from megarl.data.dataset import SFTDataset
 from megarl.data.formats import RecordFormat
 from megarl.data.offline import open_store
 from megarl.data.prompts import PromptLimits, read_prompts
+from megarl.data.responses import ResponseFormat
 from megarl.data.sources import read_records
 from megarl.tokenizers import ByteTokenizer
 from tests.gates.fuzz import mutate
@@ -131,7 +132,7 @@ def _samples(path: str, template: str | None, options: dict[str, Any]) -> None:
 
 
 def _pairs(path: str, template: str | None, options: dict[str, Any]) -> None:
-    record_format = RecordFormat(chat_template=load_chat_template(template))
+    record_format = ResponseFormat(chat_template=load_chat_template(template))
     for record in read_records([path], options["split"]):
         record_format.pair(record, ByteTokenizer())
 

@@ -25,7 +25,7 @@ def family_of(config: dict[str, Any]) -> Family:
             where="config.json",
         )
     for family in FAMILIES.values():
-        if any(name in family.architectures for name in named) or (
+        if any(name in (*family.architectures, family.classifier) for name in named) or (
             not named and config.get("model_type") == family.name
         ):
             return family

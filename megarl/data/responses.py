@@ -1,0 +1,355 @@
+"""Convert a record to responses, each preceded by its prompt: pairs, labelled, ranked and scored ones, steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megarl.data.formats import (
+    Document,
+    Encoded,
+    RecordFormat,
+    as_document,
+    continued,
+    encodable,
+    keys_of,
+    kind_of,
+    placed,
+    starts_with_output,
+)
+from megarl.data.sources import Record
+from megarl.errors import DataError
+from megarl.tokenizers import Tokenizer
+
+
+class Ranked(NamedTuple):
+    """Responses to one prompt and how good each is, higher is better. Responses of one level are not compared.
+
+    `margin` is by how much a better response should lead.
+    """
+
+    documents: tuple[Document, ...]
+    levels: tuple[float, ...]
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class ResponseFormat(RecordFormat):
+    """How records of responses are read; the fields are the keys of the same name under `data`."""
+
+    chosen_key: str = "chosen"
+    rejected_key: str = "rejected"
+    label_key: str = "label"
+    margin_key: str = "margin"
+    responses_key: str = "responses"
+    ranks_key: str = "ranks"
+    scores_key: str = "scores"
+    score_key: str = "score"
+    steps_key: str = "steps"
+    labels_key: str = "labels"
+    step_separator: str = "\n"
+
+    # --- what a record can be read as -------------------------------------------------------------------------------
+
+    def pair(self, record: Record, tokenizer: Tokenizer) -> tuple[Document, Document]:
+        """Return the preferred and the rejected response, each preceded by the prompt, which is not trained on.
+
+        Both are texts, after a prompt that is a text or a conversation; or both are messages, after a conversation.
+        Without a prompt, it is what both begin with: the same tokens, or the same turns.
+        """
+
+        def encode() -> tuple[Document, Document]:
+            keys = (self.chosen_key, self.rejected_key)
+            both = [record.fields.get(key) for key in keys]
+            if both[0] == both[1] and both[0] is not None:
+                raise DataError(
+                    f"{keys[0]!r} and {keys[1]!r} hold the same: give two responses, or take the record out",
+                    key=keys[0],
+                    value=both[0],
+                )
+            if all(isinstance(response, str) for response in both):
+                texts = [self._text(record, key) for key in keys]
+                for key, text in zip(keys, texts, strict=True):
+                    _require_response(text, key)
+                if self._has_messages(record):
+                    messages = self._conversation(record)
+                elif record.fields.get(self.prompt_key) is not None:
+                    prompt = self._prompt(record, tokenizer)
+                    chosen, rejected = (as_document(continued(prompt, text, tokenizer)) for text in texts)
+                    return _differing(chosen, rejected, keys)
+                else:
+                    return _transcripts(texts, keys, self.prompt_key, tokenizer)
+                answers = [[{"role": "assistant", "content": text}] for text in texts]
+            elif all(isinstance(response, list) for response in both):
+                answers = [self._messages(record, key) for key in keys]
+                messages = self._conversation(record) if self._has_messages(record) else []
+                if messages and all(answer[0] == messages[0] for answer in answers):
+                    messages = []  # the lists are whole conversations
+                alike = len(list(takewhile(lambda turns: turns[0] == turns[1], zip(*answers, strict=False))))
+                messages, answers = [*messages, *answers[0][:alike]], [answer[alike:] for answer in answers]
+            else:
+                wrong = 1 if isinstance(both[0], str) else 0
+                found = " and ".join(f"{kind_of(one)} under {key!r}" for one, key in zip(both, keys, strict=True))
+                raise DataError(
+                    f"holds {found}: give two texts, or two lists of messages{self._setting(keys[wrong])}",
+                    key=keys[wrong],
+                    value=both[wrong],
+                )
+            chosen, rejected = (
+                as_document(self._answer(messages, answer, key, tokenizer))
+                for key, answer in zip(keys, answers, strict=True)
+            )
+            return _differing(chosen, rejected, keys)
+
+        return placed(record, encode)
+
+    def labelled(self, record: Record, tokenizer: Tokenizer) -> list[tuple[Document, bool]]:
+        """Return responses, each preceded by its prompt, and whether it is desirable: one, or the two of a pair."""
+        if record.fields.get(self.completion_key) is None and record.fields.get(self.chosen_key) is not None:
+            chosen, rejected = self.pair(record, tokenizer)
+            return [(chosen, True), (rejected, False)]
+
+        def encode() -> tuple[Document, bool]:
+            key, label = self.completion_key, record.fields.get(self.label_key)
+            if isinstance(label, np.bool_ | np.integer):
+                label = label.item()
+            if not isinstance(label, bool | int) or label not in (0, 1):
+                raise DataError(
+                    f"key {self.label_key!r} holds {kind_of(label) if label is None else repr(label)}; expected true "
+                    f"or false (found keys: {keys_of(record)}); fix the record{self._setting(self.label_key)}",
+                    key=self.label_key,
+                    value=label,
+                )
+            return self._response(record, record.fields.get(key), key, tokenizer), bool(label)
+
+        return [placed(record, encode)]
+
+    def ranked(self, record: Record, tokenizer: Tokenizer) -> Ranked:
+        """Return the responses of a list, or the two of a pair, with their levels.
+
+        A list has ranks, of which 1 is the best, or scores, or neither if the best response comes first.
+        """
+        if record.fields.get(self.responses_key) is None:
+            documents = self.pair(record, tokenizer)
+            return Ranked(documents, (1.0, 0.0), placed(record, lambda: self._margin(record)))
+
+        def encode() -> Ranked:
+            key = self.responses_key
+            responses = self._responses(record)
+            given = [name for name in (self.ranks_key, self.scores_key) if record.fields.get(name) is not None]
+            levels = tuple(-float(place) for place in range(len(responses)))
+            if given:
+                levels = self._numbers(record, given[0], len(responses))
+                levels = tuple(-rank for rank in levels) if given[0] == self.ranks_key else levels
+            if len(set(levels)) == 1:
+                raise DataError(
+                    f"{given[0]!r} ties all {len(levels)} responses, so that none is better: rank them, or take the "
+                    "record out",
+                    key=given[0],
+                    value=record.fields[given[0]],
+                )
+            documents = tuple(self._response(record, response, key, tokenizer) for response in responses)
+            by_tokens: dict[bytes, float] = {}
+            for document, level in zip(documents, levels, strict=True):
+                if by_tokens.setdefault(document.tokens.tobytes(), level) != level:
+                    raise DataError(
+                        f"{key!r} has two responses with the same tokens and different ranks: take one out",
+                        key=key,
+                        value=responses,
+                    )
+            return Ranked(documents, levels, self._margin(record))
+
+        return placed(record, encode)
+
+    def scored(self, record: Record, tokenizer: Tokenizer) -> list[tuple[Document, float]]:
+        """Return the response with its score, or the responses of a list with theirs."""
+
+        def encode() -> list[tuple[Document, float]]:
+            if record.fields.get(self.responses_key) is not None:
+                key, responses = self.responses_key, self._responses(record, least=1)
+                scores = self._numbers(record, self.scores_key, len(responses))
+            else:
+                key, responses = self.completion_key, [record.fields.get(self.completion_key)]
+                scores = (self._number(record.fields.get(self.score_key), self.score_key, record),)
+            return [
+                (self._response(record, response, key, tokenizer), score)
+                for response, score in zip(responses, scores, strict=True)
+            ]
+
+        return placed(record, encode)
+
+    def steps(self, record: Record, tokenizer: Tokenizer) -> tuple[Document, tuple[float, ...]]:
+        """Return the steps of a response as one sequence, of which the last token of each step is marked, and the
+        steps' scores.
+
+        Each step but the last is followed by the separator, and the last by EOS. They are encoded one by one.
+        """
+
+        def encode() -> tuple[Document, tuple[float, ...]]:
+            key, steps = self.steps_key, record.fields.get(self.steps_key)
+            if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step for step in steps):
+                raise DataError(
+                    f"key {key!r} holds {_list_kind(steps)}; expected a list of texts (found keys: {keys_of(record)}); "
+                    f"fix the record{self._setting(key)}",
+                    key=key,
+                    value=steps,
+                )
+            labels = self._numbers(record, self.labels_key, len(steps))
+            if self._has_messages(record):
+                tokens = tokenizer.encode_chat_prompt(self._conversation(record), self.chat_template)
+            else:
+                tokens = self._prompt(record, tokenizer)
+            marks = [0] * len(tokens)
+            for number, step in enumerate(steps, 1):
+                end = tokenizer.encode(self.step_separator) if number < len(steps) else [tokenizer.eos_id]
+                added = [*tokenizer.encode(encodable(step, key, f"step {number}")), *end]
+                tokens = [*tokens, *added]
+                marks += [0] * (len(added) - 1) + [1]
+            return as_document((tokens, marks)), labels
+
+        return placed(record, encode)
+
+    def is_transcript(self, record: Record) -> bool:
+        """Return whether a record is a pair of texts that have no prompt of their own."""
+        is_text = isinstance(record.fields.get(self.chosen_key), str)
+        return is_text and not self._has_messages(record) and record.fields.get(self.prompt_key) is None
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _prompt(self, record: Record, tokenizer: Tokenizer) -> list[int]:
+        tokens = tokenizer.encode_prompt(self._text(record, self.prompt_key))
+        if not tokens:
+            raise DataError(
+                f"the prompt under {self.prompt_key!r} is empty and has no tokens: write one, or take the record out",
+                key=self.prompt_key,
+                value="",
+            )
+        return tokens
+
+    def _response(self, record: Record, response: Any, key: str, tokenizer: Tokenizer) -> Document:
+        """Return the prompt of a record with one response, a text or a list of messages, which alone is trained on."""
+        if isinstance(response, list):
+            if not self._has_messages(record):
+                raise DataError(
+                    f"{key!r} is a list of messages, and the prompt is not: give the prompt as messages, or the "
+                    "response as text",
+                    key=key,
+                    value=response,
+                )
+            answer = self._checked_messages(record, response, key)
+            return as_document(self._answer(self._conversation(record), answer, key, tokenizer))
+        text = self._checked_text(record, response, key)
+        _require_response(text, key)
+        if self._has_messages(record):
+            answer = [{"role": "assistant", "content": text}]
+            return as_document(self._answer(self._conversation(record), answer, key, tokenizer))
+        return as_document(continued(self._prompt(record, tokenizer), text, tokenizer))
+
+    def _responses(self, record: Record, least: int = 2) -> list[Any]:
+        key, responses = self.responses_key, record.fields[self.responses_key]
+        if not isinstance(responses, list) or len(responses) < least:
+            found = f"{len(responses)} response" if isinstance(responses, list) and responses else kind_of(responses)
+            raise DataError(
+                f"key {key!r} holds {found}; expected a list of {least} or more (found keys: {keys_of(record)}); fix "
+                f"the record{self._setting(key)}",
+                key=key,
+                value=responses,
+            )
+        return responses
+
+    def _numbers(self, record: Record, key: str, count: int) -> tuple[float, ...]:
+        """Return a list of as many numbers as there are responses or steps."""
+        values = record.fields.get(key)
+        if not isinstance(values, list) or len(values) != count:
+            found = f"{len(values)} values" if isinstance(values, list) else kind_of(values)
+            raise DataError(
+                f"key {key!r} holds {found}; expected a list of {count} numbers, one for each (found keys: "
+                f"{keys_of(record)}); fix the record{self._setting(key)}",
+                key=key,
+                value=values,
+            )
+        return tuple(self._number(value, key, record) for value in values)
+
+    def _number(self, value: Any, key: str, record: Record) -> float:
+        if isinstance(value, np.generic):
+            value = value.item()
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise DataError(
+                f"key {key!r} holds {kind_of(value) if value is None else repr(value)}; expected a number (found keys: "
+                f"{keys_of(record)}); fix the record{self._setting(key)}",
+                key=key,
+                value=value,
+            )
+        return float(value)
+
+    def _margin(self, record: Record) -> float:
+        value = record.fields.get(self.margin_key)
+        return 0.0 if value is None else self._number(value, self.margin_key, record)
+
+    def _answer(self, messages: list[Any], answer: list[Any], key: str, tokenizer: Tokenizer) -> Encoded:
+        """The whole conversation, of which the answer alone is trained on."""
+        if not answer or not isinstance(answer[-1], Mapping) or answer[-1].get("role") != "assistant":
+            raise DataError(f"{key!r} ends with no answer of the assistant's own: give it one", key=key, value=answer)
+        if not answer[-1].get("content"):
+            raise DataError(
+                f"the response under {key!r} is empty: write one, or take the record out", key=key, value=answer
+            )
+        if not messages:
+            raise starts_with_output(key, answer)
+        tokens, mask = tokenizer.encode_chat([*messages, *answer], self.chat_template)
+        follows = isinstance(answer[0], Mapping) and answer[0].get("role") == "assistant"
+        if follows:
+            before = len(tokenizer.encode_chat_prompt(messages, self.chat_template))
+        else:  # more turns of a user come first
+            before = len(tokenizer.encode_chat(messages, self.chat_template)[0])
+        return tokens, [0] * before + mask[before:]
+
+
+def _differing(chosen: Document, rejected: Document, keys: Sequence[str]) -> tuple[Document, Document]:
+    """Return two documents, or refuse them if they are equal, as after a template that strips spaces."""
+    if np.array_equal(chosen.tokens, rejected.tokens):
+        raise DataError(
+            f"{keys[0]!r} and {keys[1]!r} have the same tokens: give two responses, or take the record out", key=keys[0]
+        )
+    return chosen, rejected
+
+
+def _require_response(text: str, key: str) -> None:
+    if not text:
+        raise DataError(f"the response under {key!r} is empty: write one, or take the record out", key=key, value=text)
+
+
+def _transcripts(
+    texts: Sequence[str], keys: Sequence[str], prompt_key: str, tokenizer: Tokenizer
+) -> tuple[Document, Document]:
+    """Return two texts as documents, whose prompt is the tokens that both begin with."""
+    both = [tokenizer.encode_prompt(text) for text in texts]
+    alike = len(list(takewhile(lambda tokens: tokens[0] == tokens[1], zip(*both, strict=False))))
+    if alike <= len(tokenizer.encode_prompt("")):  # nothing, or the token that begins every text
+        raise DataError(
+            f"has no prompt under {prompt_key!r}, and {keys[0]!r} and {keys[1]!r} have no common beginning that "
+            "could be one: add a prompt",
+            key=prompt_key,
+            value=None,
+        )
+    for key, tokens in zip(keys, both, strict=True):
+        if len(tokens) == alike:
+            raise DataError(
+                f"{key!r} is the beginning of the other response, so that its own is empty: write one, or take the "
+                "record out",
+                key=key,
+                value=tokens,
+            )
+    chosen, rejected = (
+        as_document(([*tokens, tokenizer.eos_id], [0] * alike + [1] * (len(tokens) + 1 - alike))) for tokens in both
+    )
+    return chosen, rejected
+
+
+def _list_kind(value: Any) -> str:
+    return "a list with something else than texts" if isinstance(value, list) and value else kind_of(value)

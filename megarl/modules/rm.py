@@ -1,0 +1,230 @@
+"""Reward models: a GPT with a score head learns to tell better responses from worse ones."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarl.algorithms import RunningMoments, ranked_pairs, ranking_loss
+from megarl.config.cluster import PlanConfig
+from megarl.config.rm import RewardModelConfig
+from megarl.disk import write_atomically
+from megarl.experience.calibration import Calibration
+from megarl.experience.rows import at_last, score_rows
+from megarl.models.exchange.pretrained import Sources
+from megarl.models.gpt import GPT
+from megarl.models.roles import Role
+from megarl.modules.units import UnitModule, named
+from megarl.modules.workload import Workload
+from megarl.parallel.engine import Stats
+from megarl.parallel.rows import Microbatch, Rows
+
+MEASURED = ("loss", "accuracy", "margin", "error", "score")
+TRAINING = ("train/loss", "train/accuracy", "train/margin", "train/error", "train/score")
+EVALUATION = (
+    *("eval/loss", "eval/accuracy", "eval/margin", "eval/error", "eval/score"),
+    *("eval/score_std", "eval/calibration_error", "eval/correlation"),
+)
+SHOWN = 8
+"""Number of rows that each evaluation shows."""
+
+
+class RewardModel(UnitModule):
+    """One training step is one optimizer step over a global batch of prompts with ranked responses, or of responses
+    with scores.
+
+    The score of a response is read at its last token; that of a step at the last token of the step.
+    """
+
+    config: RewardModelConfig
+    training_metrics = TRAINING
+    read_last = True
+
+    def prepare(self) -> None:
+        """Start an evaluation without scores."""
+        self.eval_sums: dict[str, float] = {}
+        self.table: list[dict[str, Any]] = []  # rows of `scores.jsonl`
+        self.calibration, self._moments = Calibration(), RunningMoments()
+        self.scored_at = -1  # steps that the weights of the last evaluation had made
+
+    @staticmethod
+    def roles(config: RewardModelConfig, vocab_size: int, sources: Sources) -> list[Role]:
+        """Return one model with a score head."""
+        source = sources.at(config.model.path)
+        role = Role("policy", config.model, vocab_size, ("score",), optim=config.optim, source=source, about="trains")
+        return [replace(role, head_std=config.rm.init_std)]
+
+    @staticmethod
+    def plan(config: RewardModelConfig, assumed: PlanConfig) -> Workload:
+        """Return the size of an optimizer step; no log-probs are computed. Of ranked responses, two are assumed for a
+        prompt."""
+        return Workload(length=config.data.seq_length, loss_tokens=0, per_unit=2 if config.rm.kind == "ranking" else 1)
+
+    @property
+    def kind(self) -> str:
+        """What each record is read as."""
+        return self.config.rm.kind
+
+    # --- the loss ---------------------------------------------------------------------------------------------------
+
+    def measure(self, model: GPT, hidden: Tensor, batch: Microbatch) -> Stats:
+        """Return sums over the units of a microbatch."""
+        return self._sums(batch.gather_states(model.scores(hidden)), batch.rows)
+
+    def _sums(self, scores: Tensor, rows: Rows) -> Stats:
+        """Return sums over the units of rows, from the scores [rows, time] after each token."""
+        present = rows.lengths > 0
+        if self.kind == "steps":
+            return self._of_steps(scores, rows)
+        last = torch.where(present, at_last(scores, rows), 0)
+        measured = {"score": last.detach().sum()}
+        if self.kind == "regression":
+            difference = torch.where(present, last - rows["target"], 0)
+            return {"unit_loss": difference.square().sum(), "error": difference.detach().abs().sum(), **measured}
+        pairs = ranked_pairs(rows["unit"], rows["level"], present)
+        lead = (last[pairs.better] - last[pairs.worse]).detach()
+        return {
+            "unit_loss": ranking_loss(last, pairs, rows["margin"], self.config.rm.center_coef),
+            "accuracy": (pairs.weight * ((lead > 0).double() + 0.5 * (lead == 0))).sum(),
+            "margin": (pairs.weight * lead).sum(),
+            **measured,
+        }
+
+    def _of_steps(self, scores: Tensor, rows: Rows) -> Stats:
+        marked = rows.action_mask.bool()
+        score, target = scores[marked], rows["target"][marked]
+        if self.config.rm.step_loss == "squared":
+            losses = (score - target).square()
+            found = {"error": (score - target).detach().abs().sum()}
+        else:
+            losses = torch.nn.functional.binary_cross_entropy_with_logits(score, target, reduction="none")
+            found = {"accuracy": ((score > 0) == (target > 0.5)).double().sum()}
+        return {"unit_loss": losses.sum(), "score": score.detach().sum(), **found}
+
+    def count(self, batch: Microbatch) -> Stats:
+        """Return the numbers of units (of steps, where these have scores) and of scores."""
+        return self._counts(batch.rows)
+
+    def _counts(self, rows: Rows) -> Stats:
+        present = rows.lengths > 0
+        if self.kind == "steps":
+            steps = rows.action_mask.sum()
+            return {"units": steps, "scores": steps}
+        return {"units": torch.tensor(len(rows["unit"][present].unique())), "scores": present.sum()}
+
+    def means(self, sums: dict[str, float]) -> dict[str, float]:
+        """Return means over units, and of the scores."""
+        over = {name: sums["scores" if name == "score" else "units"] for name in MEASURED}
+        return {name: sums[name] / over[name] for name in MEASURED[1:] if name in sums}
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start without scores."""
+        self._start_evaluation()
+
+    def validation_step(self, units: Tensor, batch_idx: int) -> None:
+        """Score these units, on every rank."""
+        with self.clock.part("eval"):
+            self._evaluate(units)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean loss and what else is measured, and write what an evaluation leaves in the run folder."""
+        sums = self.eval_sums
+        metrics = {"loss": self.total_loss(sums, sums), **self.means(sums), "score_std": self.moments[1]}
+        if self.kind == "ranking":
+            metrics["calibration_error"] = self.calibration.error
+        if self.kind == "regression":
+            metrics["correlation"] = self._correlation()
+        self.log_dict(named(metrics, EVALUATION))
+        self.samples = self.table[:SHOWN]
+        if self.grid.rank == 0:
+            self._write()
+
+    def _start_evaluation(self) -> None:
+        self.eval_sums, self.table = {}, []
+        self.calibration, self._moments = Calibration(), RunningMoments()
+
+    def _evaluate(self, units: Tensor) -> None:
+        """Score units of the evaluation data, and add them to the sums, the table and the moments."""
+        assert self.eval_data is not None
+        rows = self.rows_of(self.eval_data, units)
+        scores = score_rows(
+            self.policy, rows, per_microbatch=self.config.trainer.eval_batch_size, share_bins=self.config.data.pack
+        )
+        for name, value in {**self._sums(scores, rows), **self._counts(rows)}.items():
+            self.eval_sums[name] = self.eval_sums.get(name, 0.0) + float(value)
+        last = at_last(scores, rows)
+        self._moments.update(scores[rows.action_mask.bool()] if self.kind == "steps" else last)
+        if self.kind == "ranking":
+            pairs = ranked_pairs(rows["unit"], rows["level"], rows.lengths > 0)
+            self.calibration.add(last[pairs.better] - last[pairs.worse], pairs.weight)
+        self.table += [
+            self._described(rows, row, scores[row], int(units[rows["unit"][row]])) for row in range(len(rows))
+        ]
+        self.scored_at = self.steps_done
+
+    def _described(self, rows: Rows, row: int, scores: Tensor, unit: int) -> dict[str, Any]:
+        """Return a row of `scores.jsonl`."""
+        length, mask = int(rows.lengths[row]), rows.action_mask[row].bool()
+        tokens = rows.tokens[row, :length].tolist()
+        start = int(mask.int().argmax())
+        if self.kind == "steps":
+            target = rows["target"][row][mask].tolist()
+            return {
+                "unit": unit,
+                "text": self.tokenizer.decode(tokens),
+                "scores": scores[mask].tolist(),
+                "labels": target,
+            }
+        judged = "level" if self.kind == "ranking" else "target"
+        return {
+            "unit": unit,
+            "prompt": self.tokenizer.decode(tokens[:start]),
+            "response": self.tokenizer.decode(tokens[start:]),
+            "score": float(scores[length - 1]),
+            judged: float(rows[judged][row]),
+        }
+
+    def _correlation(self) -> float:
+        """Return the correlation of scores and targets; 0 where either has no spread."""
+        both = torch.tensor([[row["score"], row["target"]] for row in self.table], dtype=torch.float64).t()
+        found = torch.corrcoef(both)[0, 1] if both.shape[1] > 1 else torch.zeros(())
+        return float(torch.nan_to_num(found))
+
+    def _write(self) -> None:
+        """Write the scores of the last evaluation, and how confidence and accuracy agree."""
+        lines = [json.dumps({self.unit: self.steps_done, **row}, ensure_ascii=False) + "\n" for row in self.table]
+        write_atomically(self.run_dir / "scores.jsonl", lines)
+        if self.kind == "ranking":
+            write_atomically(self.run_dir / "calibration.csv", self.calibration.table())
+            write_atomically(self.run_dir / "calibration.svg", self.calibration.plot())
+
+    # --- normalisation ----------------------------------------------------------------------------------------------
+
+    @property
+    def moments(self) -> tuple[float, float]:
+        """Mean and standard deviation of the scores of the last evaluation."""
+        return self._moments.mean, self._moments.std
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the moments of the scores that the present weights give, with the description of the model."""
+        self._normalise()
+        super().on_save_checkpoint(checkpoint)
+
+    def on_train_end(self) -> None:
+        """Take the moments for an export."""
+        self._normalise()
+
+    def _normalise(self) -> None:
+        """With rm.normalise, put the moments of the present weights' scores into the model's description."""
+        if not self.config.rm.normalise:
+            return
+        if self.scored_at != self.steps_done:
+            self._start_evaluation()
+            for units in self.val_dataloader():
+                self._evaluate(units)
+        assert self.card is not None
+        self.card = replace(self.card, score_moments=self.moments)
