@@ -170,16 +170,15 @@ class ResponseFormat(RecordFormat):
         """Return the response with its score, or the responses of a list with theirs."""
 
         def encode() -> list[tuple[Document, float]]:
-            if record.fields.get(self.responses_key) is not None:
-                key, responses = self.responses_key, self._responses(record, least=1)
-                scores = self._numbers(record, self.scores_key, len(responses))
-            else:
-                key, responses = self.completion_key, [record.fields.get(self.completion_key)]
-                scores = (self._number(record.fields.get(self.score_key), self.score_key, record),)
-            return [
-                (self._response(record, response, key, tokenizer), score)
-                for response, score in zip(responses, scores, strict=True)
-            ]
+            if record.fields.get(self.responses_key) is None:
+                document = self._response(
+                    record, record.fields.get(self.completion_key), self.completion_key, tokenizer
+                )
+                return [(document, self._number(record.fields.get(self.score_key), self.score_key, record))]
+            responses = self._responses(record, least=1)
+            scores = self._numbers(record, self.scores_key, len(responses))
+            documents = [self._response(record, response, self.responses_key, tokenizer) for response in responses]
+            return list(zip(documents, scores, strict=True))
 
         return placed(record, encode)
 

@@ -1,0 +1,165 @@
+"""Whole runs of reward models: equal in every layout, exact resume, anchors that need no oracle."""
+
+import json
+import math
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from megarl.checkpoint import find
+from megarl.errors import CheckpointError, ConfigError, DataError
+from megarl.models.exchange.formats import open_source
+from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_preference
+from tests.refusals import refused
+from tests.worlds import Worlds
+
+LAYOUTS = {
+    "TP2": (2, ["parallel.tp=2"]),
+    "TP2xPP2+SP": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
+    "DP2": (2, []),
+    "a prompt to a bin": (1, ["data.pack=false"]),
+}
+OWN = ["rm.center_coef=0.01", "rm.normalise=true"]
+
+
+def text(random: Random, vowels: float, length: int) -> str:
+    return "".join(random.choice("aeiou" if random.random() < vowels else "bcdfgklm") for _ in range(length))
+
+
+def utility(response: str) -> float:
+    return sum(letter in "aeiou" for letter in response) / len(response)
+
+
+def write(folder: Path, records: Any) -> Path:
+    """Lay down 30 records to train on and 10 to evaluate on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", 30), ("eval", 10)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(records()) + "\n" for _ in range(count)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Data of each kind, on texts of many lengths of which the one with more vowels is better."""
+    random, folder = Random(7), tmp_path_factory.mktemp("judged")
+
+    def ranking() -> dict[str, Any]:
+        prompt = text(random, 0.4, random.randint(1, 9))
+        if random.random() < 0.5:
+            better, worse = text(random, 0.8, random.randint(1, 24)), text(random, 0.1, random.randint(1, 24))
+            return {"prompt": prompt, "chosen": better, "rejected": worse, "margin": 0.5}
+        several = [text(random, random.random(), random.randint(3, 24)) for _ in range(random.randint(2, 5))]
+        return {"prompt": prompt, "responses": several, "scores": [utility(one) for one in several]}
+
+    def regression() -> dict[str, Any]:
+        response = text(random, random.random(), random.randint(1, 24))
+        return {"prompt": text(random, 0.4, 4), "completion": response, "score": utility(response)}
+
+    def steps() -> dict[str, Any]:
+        several = [text(random, random.choice((0.1, 0.9)), random.randint(2, 9)) for _ in range(random.randint(1, 4))]
+        return {"prompt": "p", "steps": several, "labels": [utility(one) > 0.5 for one in several]}
+
+    return {kind.__name__: write(folder / kind.__name__, kind) for kind in (ranking, regression, steps)}
+
+
+@pytest.fixture(scope="module")
+def reference(worlds: Worlds, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on pairs and ranked lists in one process."""
+    run_dir = tmp_path_factory.mktemp("rm")
+    worlds.run(1, run_preference, run_dir, "rm", folders["ranking"], *OWN)
+    return run_dir
+
+
+def assert_same_course(run_dir: Path, reference: Path, *names: str) -> None:
+    for stage, count in (("train", 12), ("eval", 2)):
+        logged = [f"{stage}/{name}" for name in ("loss", *names)]
+        ours, theirs = metrics(run_dir, *logged), metrics(reference, *logged)
+        assert len(ours) == len(theirs) == count
+        for mine, wanted in zip(ours, theirs, strict=True):
+            assert mine == pytest.approx(wanted, rel=1e-5, abs=2e-6)
+
+
+def scores_of(run_dir: Path) -> list[float]:
+    return [json.loads(line)["score"] for line in (run_dir / "scores.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_reward_model_is_the_same_in_every_layout(
+    layout: str, worlds: Worlds, folders: dict[str, Path], reference: Path, tmp_path: Path
+) -> None:
+    world, overrides = LAYOUTS[layout]
+    worlds.run(world, run_preference, tmp_path, "rm", folders["ranking"], *OWN, *overrides)
+    assert_same_course(tmp_path, reference, "accuracy", "margin", "score")
+    assert scores_of(tmp_path) == pytest.approx(scores_of(reference), rel=1e-5, abs=1e-5)
+    assert (tmp_path / "calibration.csv").read_text().splitlines()[0] == "from,to,pairs,confidence,accuracy"
+    assert (tmp_path / "calibration.svg").read_text().startswith("<svg")
+    moments = [torch.tensor(open_source(run / "checkpoints").score_moments) for run in (tmp_path, reference)]
+    torch.testing.assert_close(*moments, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "measured"), [("regression", "error"), ("steps", "accuracy")])
+def test_scores_and_steps_are_learned_the_same_in_every_layout(
+    kind: str, measured: str, worlds: Worlds, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, (world, overrides) in (("one", (1, [])), ("four", LAYOUTS["TP2xPP2+SP"])):
+        worlds.run(world, run_preference, tmp_path / name, "rm", folders[kind], f"rm.kind={kind}", *overrides)
+    assert_same_course(tmp_path / "four", tmp_path / "one", measured, "score")
+    losses = metrics(tmp_path / "one", "train/loss")
+    assert losses[-1] < losses[0]
+
+
+def test_it_learns_to_prefer_and_describes_its_scores(reference: Path) -> None:
+    assert metrics(reference, "eval/accuracy")[-1][0] > 0.85
+    scores = torch.tensor(scores_of(reference), dtype=torch.float64)
+    mean, std = open_source(reference / "checkpoints").score_moments or (0.0, 0.0)
+    assert (mean, std) == pytest.approx((float(scores.mean()), float(scores.std())), rel=1e-6)
+
+
+def test_a_run_cut_in_two_ends_in_the_same_weights(
+    worlds: Worlds, folders: dict[str, Path], reference: Path, tmp_path: Path
+) -> None:
+    command = (1, run_preference, tmp_path, "rm", folders["ranking"], *OWN)
+    worlds.run(*command, "trainer.max_steps=6")
+    worlds.run(*command)
+    assert_same_bits(final_tensors(tmp_path), final_tensors(reference))
+    assert not [name for name in final_tensors(tmp_path) if "output_layer" in name]
+
+
+def test_a_zero_head_gives_ln_2_and_swapped_pairs_mirror_the_evaluation(
+    worlds: Worlds, folders: dict[str, Path], reference: Path, tmp_path: Path
+) -> None:
+    random = Random(3)
+    pairs = [(text(random, 0.7, 9), text(random, 0.3, 9)) for _ in range(16)]
+    for name, swap in (("as they are", False), ("swapped", True)):
+        lines = [json.dumps({"prompt": "p", "chosen": pair[swap], "rejected": pair[not swap]}) + "\n" for pair in pairs]
+        data = tmp_path / "data" / name
+        data.mkdir(parents=True)
+        for file in ("train", "eval"):
+            (data / f"{file}.jsonl").write_text("".join(lines))
+        start = [f"model.path={reference / 'checkpoints'}", "optim.lr=0", "trainer.max_steps=1", "trainer.eval_every=1"]
+        worlds.run(1, run_preference, tmp_path / name, "rm", data, *start)
+    plain, swapped = (
+        metrics(tmp_path / name, "eval/accuracy", "eval/margin")[0] for name in ("as they are", "swapped")
+    )
+    assert swapped[0] == pytest.approx(1 - plain[0])
+    assert swapped[1] == pytest.approx(-plain[1], rel=1e-5)
+    zero = ["rm.init_std=0", "trainer.max_steps=1", "trainer.eval_every=null"]
+    worlds.run(1, run_preference, tmp_path / "zero", "rm", tmp_path / "data" / "swapped", *zero)
+    assert metrics(tmp_path / "zero", "train/loss")[0][0] == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_a_reward_model_cannot_be_a_policy(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    checkpoint = find(reference / "checkpoints")[-1]
+    data = write(tmp_path / "pairs", lambda: {"prompt": "p", "chosen": "a", "rejected": "b"})
+    with refused(CheckpointError, where=str(checkpoint)):
+        worlds.run(1, run_preference, tmp_path / "policy", "orpo", data, f"model.path={checkpoint}")
+
+
+def test_what_cannot_be_learned_from_is_refused(worlds: Worlds, folders: dict[str, Path], tmp_path: Path) -> None:
+    with refused(ConfigError, key="rm.normalise", value=True):
+        worlds.run(1, run_preference, tmp_path, "rm", folders["ranking"], "rm.normalise=true", "data.eval=[]")
+    with refused(DataError, key="completion"):
+        worlds.run(1, run_preference, tmp_path, "rm", folders["ranking"], "rm.kind=regression")
