@@ -312,6 +312,8 @@ class PPOConfig(PhaseTree):
     ppo: PPOSettings = section(PPOSettings)
 
     def more_models(self) -> dict[str, str]:
-        """Return the path of a separate critic."""
-        path = self.critic.settings.path
-        return {"critic.separate.path": path} if path is not None and critic_kind(self) == "separate" else {}
+        """Return the paths of the reward model and of a separate critic."""
+        path, found = self.critic.settings.path, super().more_models()
+        if path is not None and critic_kind(self) == "separate":
+            found["critic.separate.path"] = path
+        return found

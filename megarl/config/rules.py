@@ -151,9 +151,13 @@ def tokenizer_is_named(config: Any, world_size: int) -> None:
 
 
 def responses_are_scored(config: Any, world_size: int) -> None:
-    """Require a reward function for responses that are trained on."""
-    if config.reward.fn is None:
-        raise Refusal("reward.fn is empty: name a function, for example reward.fn=rewards.py:score", key="reward.fn")
+    """Require a reward function or a reward model for responses that are trained on."""
+    if config.reward.fn is None and config.reward.model is None:
+        raise Refusal(
+            "reward.fn is empty: name a function, for example reward.fn=rewards.py:score, or a reward model with "
+            "reward.model",
+            key="reward.fn",
+        )
 
 
 def responses_are_sampled(config: Any, world_size: int) -> None:

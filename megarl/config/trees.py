@@ -83,6 +83,11 @@ class GeneratingTree(TrainingTree):
     metric: MetricConfig = section(MetricConfig)
     eval: EvalConfig = section(EvalConfig)
 
+    def more_models(self) -> dict[str, str]:
+        """Return the path of the reward model."""
+        path = self.reward.model
+        return {} if path is None else {"reward.model": path}
+
 
 @dataclass
 class PhaseTree(GeneratingTree):

@@ -32,6 +32,7 @@ class Prompt:
         metadata: the record's other fields.
         where: `file:line` of the record, for messages.
         number: index of the record among all that were read; prompts that are left out leave gaps.
+        messages: the conversation, where the prompt is one.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Prompt:
     metadata: dict[str, Any]
     where: str = field(default="", compare=False)
     number: int = field(default=0, compare=False)
+    messages: tuple[Any, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, record_format: RecordFor
     text, tokens = record_format.prompt(record, tokenizer)
     keys = (record_format.prompt_key, record_format.messages_key)
     others = {key: value for key, value in record.fields.items() if key not in keys}
-    return Prompt(text, tuple(tokens), others, record.where)
+    messages = record.fields.get(record_format.messages_key) or ()
+    return Prompt(text, tuple(tokens), others, record.where, messages=tuple(messages))
 
 
 def fit_prompts(prompts: Iterable[Prompt], limits: PromptLimits, name: str) -> list[Prompt]:

@@ -296,8 +296,9 @@ class GPT(LanguageModule):
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return Megatron's description of this chunk's weight shards; Megatron's own method expects an output
         layer."""
-        language_model = "lm" in self.heads
-        return (super() if language_model else super(LanguageModule, self)).sharded_state_dict(*args, **kwargs)
+        if "lm" in self.heads:
+            return super().sharded_state_dict(*args, **kwargs)
+        return super(LanguageModule, self).sharded_state_dict(*args, **kwargs)  # type: ignore[misc]
 
     def global_names(self) -> list[tuple[str, nn.Parameter]]:
         """Return parameters by their names in the whole model: layers counted from 0, a tied output as embedding."""

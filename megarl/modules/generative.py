@@ -14,12 +14,16 @@ from megarl.config.files import load_chat_template
 from megarl.data.agreement import refuse_different_data
 from megarl.data.prompts import Prompt, PromptLimits, read_prompts
 from megarl.disk import local
-from megarl.errors import RewardError
+from megarl.errors import ConfigError, RewardError
 from megarl.experience.evaluation import Collect, Evaluated, Evaluation
 from megarl.experience.journal import Journal
+from megarl.experience.model_scorer import ModelScorer
 from megarl.experience.scorers import FunctionScorer, Scorer, check_fields, keep_scored
 from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts, RolloutSource
+from megarl.models.exchange.pretrained import Sources, second_model
+from megarl.models.roles import Role
 from megarl.modules.base import Module
+from megarl.parallel.engine import Engine
 from megarl.parallel.offload import alone
 from megarl.rewards.answers import Score
 from megarl.rewards.scores import Scores
@@ -28,6 +32,7 @@ from megarl.rollout.requests import Rollout
 from megarl.rollout.stored import require_phases
 
 REWARD, METRIC = "reward.fn", "metric.fn"
+"""Keys of functions, and names of scorers. A reward model takes the place of the reward function."""
 
 
 class GenerativeModule(Module):
@@ -88,6 +93,8 @@ class GenerativeModule(Module):
             refuse_different_data(self.grid, (prompt.tokens for prompt in prompts), name, kept=texts)
         self.source = self._make_source()
         self.source.check_prompts([*self.prompts, *self.eval_prompts])
+        if "reward" in self.engines:
+            self.scorers[REWARD] = self._reward_model()
         for key, options in ((REWARD, config.reward.options), (METRIC, {})):
             function = self._function(key)
             if function is not None:
@@ -105,6 +112,18 @@ class GenerativeModule(Module):
             self.evaluation = Evaluation(
                 collect or self.source.collect, self.eval_prompts, named, config.eval, self.tokenizer
             )
+
+    def _reward_model(self) -> ModelScorer:
+        source = self.sources.at(self.config.reward.model)
+        assert source is not None
+        return ModelScorer(
+            self.engines["reward"],
+            source,
+            self.tokenizer,
+            load_chat_template(self.config.data.chat_template),
+            per_microbatch=self.config.trainer.micro_batch_size,
+            alone=self._alone,
+        )
 
     def _make_source(self) -> RolloutSource:
         rollout = self.config.rollout
@@ -161,12 +180,17 @@ class GenerativeModule(Module):
             "rollout/dropped": float(len(scores.values) - kept),
             "rollout/failed_calls": float(scores.failed_calls),
             "rollout/repeated_calls": float(scores.repeated_calls),
+            **({"rollout/reencoded": float(scores.reencoded)} if "reward" in self.engines else {}),
             **{f"rollout/score/{name}": mean for name, mean in scores.means().items()},
         }
 
     def _policy_alone(self) -> AbstractContextManager[None]:
         """Return a context in which, with parallel.offload, only the policy's weights are on the device."""
-        return alone(self.engines["policy"], self.engines.values()) if self.config.parallel.offload else nullcontext()
+        return self._alone(self.engines["policy"])
+
+    def _alone(self, engine: Engine) -> AbstractContextManager[None]:
+        """Return a context in which, with parallel.offload, only this engine's weights are on the device."""
+        return alone(engine, self.engines.values()) if self.config.parallel.offload else nullcontext()
 
     def evaluate(self) -> Evaluated:
         """Generate responses to the evaluation prompts with the present weights, and score them."""
@@ -223,3 +247,21 @@ class GenerativeModule(Module):
         rollout = self.config.rollout
         copy, source = (None if folder is None else local(folder) for folder in (rollout.dump, rollout.replay))
         return Journal(self.run_dir / "journal", name, copy=copy, source=source)
+
+
+def reward_roles(config: Any, sources: Sources) -> list[Role]:
+    """Return the role of the reward model, if there is one."""
+    path, key = config.reward.model, "reward.model"
+    source = sources.at(path)
+    if source is None:
+        return []
+    if source.has_output:
+        raise ConfigError(
+            f"{key}={path} has no score head: name a reward model, such as a checkpoint of train_rm",
+            key=key,
+            value=path,
+            where=path,
+        )
+    model = second_model(config, key, path, 0, sources)
+    about = "scores, does not train"
+    return [Role("reward", model, source.vocab_size, ("score",), source=source, about=about)]

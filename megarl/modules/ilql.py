@@ -18,7 +18,7 @@ from megarl.experience.rows import training_flops
 from megarl.models.exchange.pretrained import Sources
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
-from megarl.modules.generative import GenerativeModule
+from megarl.modules.generative import GenerativeModule, reward_roles
 from megarl.modules.losses import count_targets
 from megarl.modules.workload import Workload, generation
 from megarl.parallel.engine import Stats
@@ -46,7 +46,7 @@ class ILQL(GenerativeModule):
 
     @staticmethod
     def roles(config: ILQLConfig, vocab_size: int, sources: Sources) -> list[Role]:
-        """Return one model: the policy with a value head and the Q heads."""
+        """Return the policy with a value head and the Q heads, and the reward model of evaluations if there is one."""
         policy = Role(
             "policy",
             config.model,
@@ -56,7 +56,7 @@ class ILQL(GenerativeModule):
             source=sources.at(config.model.path),
             about="trains, with Q heads, their targets and V",
         )
-        return [policy]
+        return [policy, *reward_roles(config, sources)]
 
     @staticmethod
     def plan(config: ILQLConfig, assumed: PlanConfig) -> Workload:
@@ -73,9 +73,9 @@ class ILQL(GenerativeModule):
         self.store = refused_once(self.grid, lambda: open_store(self.config.data, self.tokenizer))
         arrays = [self.store.arrays[name] for name in ("starts", "tokens", "action_mask")]
         refuse_different_data(self.grid, arrays, "data.train", kept=self.store.returns.tobytes())
-        (policy,) = self.roles(self.config, self.vocab_size, self.sources)
-        self.policy = self.build(policy, self.config.trainer.max_steps)
-        self.engines = {"policy": self.policy}
+        for role in self.roles(self.config, self.vocab_size, self.sources):
+            self.engines[role.name] = self.build(role, self.config.trainer.max_steps)
+        self.policy = self.engines["policy"]
         self.prepare_generation(self.collect)
 
     @property

@@ -30,8 +30,8 @@ from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour, clones
 from megarl.modules.critics import Critic, NoCritic, SeparateCritic, SharedCritic
-from megarl.modules.generative import REWARD, GenerativeModule
-from megarl.modules.workload import REWARD_NOTE, Workload, responses
+from megarl.modules.generative import REWARD, GenerativeModule, reward_roles
+from megarl.modules.workload import Workload, responses, reward_note
 from megarl.parallel.engine import Engine, ForwardFn, Outputs, Stats
 from megarl.parallel.grid import SEEDS
 from megarl.parallel.microbatches import make_microbatches
@@ -86,7 +86,7 @@ class PPO(GenerativeModule):
         if config.ppo.kl_coef > 0:
             about = "the policy's first weights, in host memory"
             roles.append(Role("reference", model, vocab_size, source=source, about=about, swaps_with="policy"))
-        return roles
+        return [*roles, *reward_roles(config, sources)]
 
     @staticmethod
     def plan(config: PPOConfig, assumed: PlanConfig) -> Workload:
@@ -97,7 +97,7 @@ class PPO(GenerativeModule):
             entropy=config.ppo.entropy_coef > 0,
             rollouts=config.ppo.rollouts,
             rescored=True,
-            notes={**notes, "reward": REWARD_NOTE},
+            notes={**notes, **reward_note(config)},
             **responses(config, assumed),
         )
 
@@ -109,13 +109,17 @@ class PPO(GenerativeModule):
         trained = {"policy": phases - self.warmup_phases, "critic": phases}
         for role in self.roles(self.config, self.vocab_size, self.sources):
             if role.on_device:
-                self.engines[role.name] = self.build(role, trained[role.name] * self.steps_per_phase)
+                self.engines[role.name] = self.build(role, trained.get(role.name, 0) * self.steps_per_phase)
         self.policy = self.engines["policy"]
         self.critic = self._make_critic()
         if ignored := without_effect(self.config):
             kind = self.config.ppo.advantages
             log.warning("%s: no effect, because ppo.advantages=%s does not use it", ", ".join(ignored), kind)
         self.prepare_generation()
+
+    @property
+    def _trained(self) -> list[Engine]:
+        return [engine for engine in self.engines.values() if engine.saved]
 
     def _make_critic(self) -> Critic:
         kind, ppo = critic_kind(self.config), self.config.ppo
@@ -140,7 +144,7 @@ class PPO(GenerativeModule):
             return
         if clones(config):
             own_start = self.critic.engine is not None and config.critic.settings.path is not None
-            self._clone(config, [self.policy] if own_start else list(self.engines.values()))
+            self._clone(config, [self.policy] if own_start else self._trained)
         if config.ppo.kl_coef > 0:
             self.reference = self._make_reference()
             if clones(config):
@@ -471,9 +475,9 @@ class PPO(GenerativeModule):
     def _work(self, rows: Rows) -> Work:
         """Count generation and evaluation as forward passes, and each inner epoch as a forward and a backward pass."""
         once = training_flops(self.config.model, self.vocab_size, rows.lengths)
-        models = len(self.engines)
+        models = len(self._trained)
         self.training_flops = once * models * self.config.ppo.inner_epochs
-        passes = FORWARD_SHARE * (models + 1 + (self.reference is not None))
+        passes = FORWARD_SHARE * (len(self.engines) + 1 + (self.reference is not None))
         return Work(int(rows.lengths.sum()), self.training_flops + once * passes)
 
 

@@ -18,9 +18,9 @@ from megarl.experience.rows import rollouts_to_rows, training_flops
 from megarl.models.exchange.pretrained import Sources
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour, clones
-from megarl.modules.generative import GenerativeModule
+from megarl.modules.generative import GenerativeModule, reward_roles
 from megarl.modules.losses import count_targets, cross_entropy
-from megarl.modules.workload import REWARD_NOTE, Workload, responses
+from megarl.modules.workload import Workload, responses, reward_note
 from megarl.parallel.grid import SEEDS
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Rows
@@ -43,10 +43,11 @@ class RFT(GenerativeModule):
 
     @staticmethod
     def roles(config: RFTConfig, vocab_size: int, sources: Sources) -> list[Role]:
-        """Return one model, the policy."""
+        """Return the policy, and the reward model if there is one."""
         source = sources.at(config.model.path)
         about = "trains and generates"
-        return [Role("policy", config.model, vocab_size, optim=config.optim, source=source, about=about)]
+        policy = Role("policy", config.model, vocab_size, optim=config.optim, source=source, about=about)
+        return [policy, *reward_roles(config, sources)]
 
     @staticmethod
     def plan(config: RFTConfig, assumed: PlanConfig) -> Workload:
@@ -64,7 +65,7 @@ class RFT(GenerativeModule):
         return Workload(
             steps=rft.improve_steps * max(1, math.ceil(rollouts * kept / config.trainer.global_batch_size)),
             rollouts=rollouts,
-            notes={"reward": REWARD_NOTE},
+            notes=reward_note(config),
             **responses(config, assumed),
         )
 
@@ -73,10 +74,10 @@ class RFT(GenerativeModule):
         if self.engines:
             return
         config = self.config
-        (policy,) = self.roles(config, self.vocab_size, self.sources)
         improvements = config.trainer.max_phases * config.rft.improve_steps
-        self.policy = self.build(policy, improvements * self._most_minibatches())
-        self.engines = {"policy": self.policy}
+        for role in self.roles(config, self.vocab_size, self.sources):
+            self.engines[role.name] = self.build(role, improvements * self._most_minibatches())
+        self.policy = self.engines["policy"]
         self.prepare_generation()
 
     def _most_minibatches(self) -> int:

@@ -9,8 +9,6 @@ from typing import Any
 from megarl.config.cluster import PlanConfig
 from megarl.errors import ConfigError
 
-REWARD_NOTE = "a function in its own process"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -51,6 +49,11 @@ class Workload:
     rollout_layout: str | None = None
     cuda_graphs: bool = False
     notes: Mapping[str, str] = field(default_factory=dict)
+
+
+def reward_note(config: Any) -> dict[str, str]:
+    """Return the note of a reward function; a reward model is a role."""
+    return {"reward": "a function in its own process"} if config.reward.model is None else {}
 
 
 def responses(config: Any, assumed: PlanConfig) -> dict[str, Any]:

@@ -16,12 +16,14 @@ class Scores:
         parts: with several functions, the scores of each without its weight, by its name.
         failed_calls: number of calls that left at least one sample without a usable score.
         repeated_calls: number of calls that were repeated.
+        reencoded: number of samples whose token ids differ between the policy and a reward model.
     """
 
     values: list[Score | None]
     parts: dict[str, list[float | None]] = field(default_factory=dict)
     failed_calls: int = 0
     repeated_calls: int = 0
+    reencoded: int = 0
 
     @property
     def dropped(self) -> int:
@@ -31,7 +33,7 @@ class Scores:
     def part(self, rows: slice) -> Scores:
         """Return the scores of some samples. Each part has the counts of all calls."""
         parts = {name: column[rows] for name, column in self.parts.items()}
-        return Scores(self.values[rows], parts, self.failed_calls, self.repeated_calls)
+        return Scores(self.values[rows], parts, self.failed_calls, self.repeated_calls, self.reencoded)
 
     def totals(self) -> list[float]:
         """Return one number for each sample that has a score."""

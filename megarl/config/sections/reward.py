@@ -1,4 +1,4 @@
-"""Settings of the functions that score responses."""
+"""Settings of what scores responses: functions and reward models."""
 
 # ruff: noqa: RUF009 - `leaf` and `section` return dataclass fields
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megarl.config.leaf import A_YEAR_S, Section, leaf
+from megarl.config.offers import Refusal
 
 SCORER_START_S = 120.0
 """Seconds that the scoring process may take to start and to load its function."""
@@ -16,13 +17,19 @@ ON_ERROR = ("error", "drop")
 
 @dataclass
 class RewardConfig(Section):
-    """The reward function, which runs in its own process."""
+    """The reward function, which runs in its own process, or the reward model."""
 
     fn: str | None = leaf(
         None,
         "Reward function, as package.module:function or file.py:function; several as a weighted sum, '0.7*a:f + "
         "0.3*b:g'. It is called with samples, prompts, outputs, tokenizer and the other fields of the prompts' "
         "records, and returns a number, or a number per token, for each sample. ILQL calls it in evaluations only.",
+    )
+    model: str | None = leaf(
+        None,
+        "Reward model, instead of a function: a checkpoint or run folder of train_rm, or a Hugging Face folder or hub "
+        "name of a model for sequence classification with one label. It runs on the run's own processes and in their "
+        "layout; with parallel.offload, its weights leave the device between scorings.",
     )
     options: dict[str, Any] = leaf(
         {},
@@ -45,6 +52,16 @@ class RewardConfig(Section):
         None, "Maximum number of samples per call (null: all in one call).", at_least=1, at_most=2**24
     )
     devices: str = leaf("", "CUDA_VISIBLE_DEVICES of the scoring process (empty: it sees no GPU).")
+
+    def check(self) -> None:
+        """Refuse two sources of scores."""
+        if self.fn is not None and self.model is not None:
+            raise Refusal(
+                f"reward.fn={self.fn} and reward.model={self.model} both give scores",
+                {"reward.fn": [None], "reward.model": [None]},
+                key="reward.model",
+                value=self.model,
+            )
 
 
 @dataclass
