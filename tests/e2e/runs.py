@@ -115,32 +115,33 @@ OFFLINE_WALKS = [
 
 def run_sft(run_dir: Path, *overrides: str) -> None:
     """Run in the current world, as under torchrun."""
-    _run("sft", [*SMALL, f"run.dir={run_dir}", *overrides])
+    run_entry("sft", [*SMALL, f"run.dir={run_dir}", *overrides])
 
 
 def run_ppo(run_dir: Path, *overrides: str) -> None:
     """Run in the current world, as under torchrun."""
-    _run("ppo", [*WALKS, f"run.dir={run_dir}", *overrides])
+    run_entry("ppo", [*WALKS, f"run.dir={run_dir}", *overrides])
 
 
 def run_rft(run_dir: Path, *overrides: str) -> None:
     """Run in the current world, as under torchrun."""
     walks = [setting for setting in WALKS[1:] if not setting.startswith("ppo.")]
-    _run("rft", ["+conf=randomwalks_rft", "rollout.n=8", *walks, f"run.dir={run_dir}", *overrides])
+    run_entry("rft", ["+conf=randomwalks_rft", "rollout.n=8", *walks, f"run.dir={run_dir}", *overrides])
 
 
 def run_ilql(run_dir: Path, *overrides: str) -> None:
     """Run in the current world, as under torchrun."""
-    _run("ilql", [*OFFLINE_WALKS, f"run.dir={run_dir}", *overrides])
+    run_entry("ilql", [*OFFLINE_WALKS, f"run.dir={run_dir}", *overrides])
 
 
 def run_preference(run_dir: Path, entry: str, data: Path, *overrides: str) -> None:
     """Train on pairs of this rank's world; `data` holds train.jsonl and eval.jsonl."""
     files = [f"data.train=[{data / 'train.jsonl'}]", f"data.eval=[{data / 'eval.jsonl'}]"]
-    _run(entry, [*PAIRS, *files, f"run.dir={run_dir}", *overrides])
+    run_entry(entry, [*PAIRS, *files, f"run.dir={run_dir}", *overrides])
 
 
-def _run(entry: str, settings: list[str]) -> None:
+def run_entry(entry: str, settings: list[str]) -> None:
+    """Run an entry point in the current world, as under torchrun."""
     from megarl.config.compose import compose
     from megarl.training import train
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,9 +11,18 @@ import pytest
 import torch
 
 from megarl.checkpoint import find
+from megarl.config.sections.parallel import ParallelConfig
+from megarl.data.prompts import Prompt
 from megarl.errors import CheckpointError, ConfigError, DataError
+from megarl.experience.model_scorer import ModelScorer
+from megarl.models.build import build_engine
 from megarl.models.exchange.formats import open_source
-from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_preference
+from megarl.models.roles import Role
+from megarl.parallel.grid import Grid, start_world
+from megarl.parallel.layout import Layout
+from megarl.rollout.requests import Rollout
+from megarl.tokenizers import ByteTokenizer, build_tokenizer
+from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_entry, run_preference
 from tests.refusals import refused
 from tests.worlds import Worlds
 
@@ -163,3 +173,90 @@ def test_what_cannot_be_learned_from_is_refused(worlds: Worlds, folders: dict[st
         worlds.run(1, run_preference, tmp_path, "rm", folders["ranking"], "rm.normalise=true", "data.eval=[]")
     with refused(DataError, key="completion"):
         worlds.run(1, run_preference, tmp_path, "rm", folders["ranking"], "rm.kind=regression")
+
+
+# --- as a scorer --------------------------------------------------------------------------------------------------
+
+PHASES = [
+    *("model.num_layers=2", "model.hidden_size=32", "model.num_heads=4", "model.max_positions=48"),
+    *("rollout.max_new_tokens=12", "ppo.rollouts=8", "ppo.kl_coef=0.05", "trainer.global_batch_size=8"),
+    *("trainer.micro_batch_size=2", "trainer.max_phases=4", "trainer.eval_every=null", "optim.schedule=constant"),
+    *("trainer.progress=none", "logger.tensorboard=false", "checkpoint.every=2", "optim.lr=1e-3"),
+    "optim.warmup_steps=0",
+]
+
+
+def run_with_model(run_dir: Path, prompts: Path, model: Path, *overrides: str) -> None:
+    """Train by PPO on prompts, against a reward model."""
+    given = [f"data.train=[{prompts}]", f"reward.model={model}", f"run.dir={run_dir}"]
+    run_entry("ppo", [*PHASES, *given, *overrides])
+
+
+def scores_in_process(folder: Path, tp: int, pp: int, records: list[dict[str, Any]], words: str | None) -> list[float]:
+    """Score responses to prompts with a stored reward model, for a policy of bytes or of another tokenizer."""
+    grid = Grid(Layout(tp=tp, pp=pp), start_world())
+    source = open_source(folder)
+    engine = build_engine(
+        Role("reward", source.model, source.vocab_size, ("score",), source=source),
+        grid,
+        ParallelConfig(),
+        precision="fp32",
+        seed=1,
+    )
+    tokenizer = ByteTokenizer() if words is None else build_tokenizer("characters", words)
+    scorer = ModelScorer(engine, source, tokenizer, None, per_microbatch=3, alone=lambda engine: nullcontext())
+    prompts = [Prompt(one["prompt"], tuple(tokenizer.encode_prompt(one["prompt"])), {}) for one in records]
+    rollouts = []
+    for number, one in enumerate(records):
+        response = [*tokenizer.encode(one["response"]), tokenizer.eos_id]
+        ends = "eos" if number % 2 else "length"
+        response = response if ends == "eos" else response[:-1]
+        tokens = list(prompts[number].tokens)
+        rollouts.append(Rollout(number, 0, tokens, response, [0.0] * len(response), ends))
+    found = scorer.score(prompts, rollouts, stream=0, phase=0)
+    assert (found.reencoded > 0) == (words is not None)
+    grid.close()
+    return [float(score) for score in found.values if isinstance(score, float)]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
+def test_scores_in_process_are_those_of_its_evaluation(tp: int, pp: int, worlds: Worlds, reference: Path) -> None:
+    records = [json.loads(line) for line in (reference / "scores.jsonl").read_text().splitlines()]
+    mean, std = open_source(reference / "checkpoints").score_moments or (0.0, 0.0)
+    wanted = [(one["score"] - mean) / std for one in records]
+    for words in (None, "abcdefghijklmnopqrstuvwxyz"):
+        for rank in worlds.run(tp * pp, scores_in_process, reference / "checkpoints", tp, pp, records, words):
+            assert rank == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+
+
+def test_ppo_against_a_reward_model_is_the_same_in_every_layout_and_resumes_exactly(
+    worlds: Worlds, reference: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": letter * 3}) + "\n" for letter in "abcdefgh"))
+    command = (run_with_model, tmp_path / "one", prompts, reference)
+    worlds.run(1, *command)
+    for name, world, overrides in (
+        ("four", 4, [*LAYOUTS["TP2xPP2+SP"][1], "parallel.offload=true"]),
+        ("two", 2, ["critic.kind=separate", f"critic.separate.path={reference}"]),
+    ):
+        worlds.run(world, run_with_model, tmp_path / name, prompts, reference, *overrides)
+    names = ("rollout/score", "train/loss")
+    assert metrics(tmp_path / "four", *names)[0] == pytest.approx(metrics(tmp_path / "one", *names)[0], rel=1e-5)
+    assert metrics(tmp_path / "two", names[0])[0] == pytest.approx(metrics(tmp_path / "one", names[0])[0], rel=1e-5)
+    worlds.run(1, run_with_model, tmp_path / "cut", prompts, reference, "trainer.max_phases=2")
+    worlds.run(1, run_with_model, tmp_path / "cut", prompts, reference)
+    ours, theirs = final_tensors(tmp_path / "cut"), final_tensors(tmp_path / "one")
+    assert_same_bits(ours, theirs)
+    assert not [name for name in ours if name.startswith("reward")]
+
+
+def test_a_policy_is_no_reward_model(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    prompts = write(tmp_path / "prompts", lambda: {"prompt": "a"}) / "train.jsonl"
+    worlds.run(1, run_with_model, tmp_path / "run", prompts, reference, "trainer.max_phases=1")
+    with refused(ConfigError, key="reward.model", value=str(tmp_path / "run")):
+        worlds.run(1, run_with_model, tmp_path / "again", prompts, tmp_path / "run")
+    with refused(
+        ConfigError, key="reward.model", value=str(reference), offers={"reward.fn": [None], "reward.model": [None]}
+    ):
+        worlds.run(1, run_with_model, tmp_path / "both", prompts, reference, "reward.fn=a.py:b")
