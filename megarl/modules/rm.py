@@ -41,6 +41,7 @@ class RewardModel(UnitModule):
     config: RewardModelConfig
     training_metrics = TRAINING
     read_last = True
+    has_output = False
 
     def prepare(self) -> None:
         """Start an evaluation without scores."""

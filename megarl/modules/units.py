@@ -30,6 +30,8 @@ class UnitModule(Module):
     """Names of the metrics of training steps; those that an algorithm does not have are left out."""
     read_last = False
     """Whether the model reads the last token of a row too."""
+    has_output = True
+    """Whether the model has an output layer over the vocabulary."""
 
     # --- what a subclass defines ------------------------------------------------------------------------------------
 
@@ -117,7 +119,7 @@ class UnitModule(Module):
             norms = self.step_optimizers()
         self.advance()
         models = 1 + (len(self.engines) - 1) / 3  # the others only compute forward passes
-        flops = training_flops(self.config.model, self.vocab_size, rows.lengths)
+        flops = training_flops(self.config.model, self.vocab_size if self.has_output else 0, rows.lengths)
         self.work = Work(int(rows.lengths.sum()), flops * models)
         metrics = {"loss": sums["loss"], **self.means(sums)}
         self.log_dict(named(metrics, self.training_metrics))
