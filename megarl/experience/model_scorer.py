@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from megarl.data.prompts import Prompt
 from megarl.errors import DataError, NumericsError
@@ -26,8 +28,52 @@ Alone = Callable[[Engine], AbstractContextManager[None]]
 """A context in which only this engine's weights need to be on the device."""
 
 
+class RewardReader:
+    """The tokens that a reward model reads: a prompt, and a response that ends with EOS as in its training.
+
+    Attributes:
+        tokenizer: its tokenizer.
+        longest: its context, in tokens.
+        fingerprint: identifier of how it reads.
+    """
+
+    def __init__(self, source: Source, default: Tokenizer) -> None:
+        """`default` is the tokenizer of a model that has none of its own."""
+        self.tokenizer = default if source.tokenizer is None else build_tokenizer(*source.tokenizer)
+        self.template = source.chat_template
+        self.longest = source.model.max_positions
+        ids = source.token_ids
+        # Transformers reads a score at the last token that is not padding: where EOS is the padding, before it.
+        self.reads_eos = source.kind != "huggingface" or ids.get("pad_token_id") != ids.get("eos_token_id")
+        self.fingerprint = f"{self.tokenizer.fingerprint()} {self.template!r} {self.reads_eos}"
+
+    def of_text(self, prompt: str, output: str, where: str) -> list[int]:
+        """Return the tokens of a text with a response to it; `where` is what messages call the prompt."""
+        response = [*self.tokenizer.encode(output), self.tokenizer.eos_id]
+        return self.fitting([*self.tokenizer.encode_prompt(prompt), *response], where)
+
+    def of_messages(self, messages: Sequence[Any], output: str, where: str) -> list[int]:
+        """Return the tokens of a conversation with a response to it, in the reward model's own chat template."""
+        turns = [*messages, {"role": "assistant", "content": output}]
+        return self.fitting(self.tokenizer.encode_chat(turns, self.template)[0], where)
+
+    def fitting(self, tokens: list[int], where: str) -> list[int]:
+        """Return the tokens without an EOS that is not read, or for which the context has no place; refuse more."""
+        if tokens[-1] == self.tokenizer.eos_id and (not self.reads_eos or len(tokens) == self.longest + 1):
+            tokens = tokens[:-1]
+        if len(tokens) > self.longest:
+            raise DataError(
+                f"{where}: prompt and response have {len(tokens)} tokens of the reward model, whose context has "
+                f"{self.longest}: shorten them, or use another reward model",
+                key=KEY,
+                value=len(tokens),
+                where=where,
+            )
+        return tokens
+
+
 class ModelScorer:
-    """Scores responses with a reward model, which reads a prompt and a response that ends with EOS.
+    """Scores responses with a reward model.
 
     Token ids pass unchanged if policy and reward model have the same tokenizer. Otherwise both meet in text: prompt and
     response are encoded anew. Nothing is stored, as the same weights give the same scores again.
@@ -40,10 +86,10 @@ class ModelScorer:
         engine: Engine,
         source: Source,
         tokenizer: Tokenizer,
-        chat_template: str | None,
+        chat_template: str | None = None,
         *,
         per_microbatch: int,
-        alone: Alone,
+        alone: Alone = nullcontext,
     ) -> None:
         """
         Args:
@@ -57,62 +103,37 @@ class ModelScorer:
         self.engine, self.policy_tokenizer, self.template = engine, tokenizer, chat_template
         self.per_microbatch, self.alone = per_microbatch, alone
         self.mean, self.std = source.score_moments or (0.0, 1.0)
-        self.longest = source.model.max_positions
-        own = tokenizer if source.tokenizer is None else build_tokenizer(*source.tokenizer)
-        self.same_tokenizer = own.fingerprint() == tokenizer.fingerprint()
-        self.tokenizer = tokenizer if self.same_tokenizer else own
-        self.own_template = source.chat_template
-        ids = source.token_ids
-        # Transformers reads a score at the last token that is not padding: where EOS is the padding, before it.
-        self.reads_eos = source.kind != "huggingface" or ids.get("pad_token_id") != ids.get("eos_token_id")
-        decides = repr((weights_digest(engine), self.mean, self.std, self.tokenizer.fingerprint(), self.reads_eos))
+        self.reader = RewardReader(source, tokenizer)
+        self.same_tokenizer = self.reader.tokenizer.fingerprint() == tokenizer.fingerprint()
+        decides = repr((weights_digest(engine), self.mean, self.std, self.reader.fingerprint))
         self.fingerprint = hashlib.sha256(decides.encode()).hexdigest()[:16]
         if not self.same_tokenizer:
             log.info("%s has another tokenizer than the policy: prompts and responses reach it as text", KEY)
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
         """Return the scores of rollouts in their order, by forward passes of all ranks."""
-        sequences = [self.sequence(prompts[rollout.prompt_id], rollout) for rollout in rollouts]
-        rows = _rows(sequences)
-        with self.alone(self.engine):
-            raw = at_last(
-                score_rows(self.engine, rows, per_microbatch=self.per_microbatch, share_bins=True), rows
-            ).double()
-        wrong = (~torch.isfinite(raw)).nonzero()
+        sequences = [self._sequence(prompts[rollout.prompt_id], rollout) for rollout in rollouts]
+        scores = self.score_tokens(sequences)
+        wrong = (~torch.isfinite(scores)).nonzero()
         if len(wrong):
-            where = prompts[rollouts[int(wrong[0])].prompt_id].where
+            first = int(wrong[0])
+            where = prompts[rollouts[first].prompt_id].where
             raise NumericsError(
-                f"{where}: {KEY} gives a response the score {float(raw[wrong[0]])}: check its weights",
+                f"{where}: {KEY} gives a response the score {float(scores[first])}: check its weights",
                 key=KEY,
                 where=where,
             )
-        changed = (
-            sum(ids != rollout.tokens[: len(ids)] for ids, rollout in zip(sequences, rollouts, strict=True))
-            if not self.same_tokenizer
-            else 0
-        )
-        return Scores(((raw - self.mean) / self.std).tolist(), reencoded=changed)
+        reencoded = 0
+        if not self.same_tokenizer:
+            reencoded = sum(ids != rollout.tokens for ids, rollout in zip(sequences, rollouts, strict=True))
+        return Scores(scores.tolist(), reencoded=reencoded)
 
-    def sequence(self, prompt: Prompt, rollout: Rollout) -> list[int]:
-        """Return the tokens that the reward model reads: the prompt, the response and its end."""
-        if self.same_tokenizer:
-            start, response = list(rollout.prompt), list(rollout.response)
-            if rollout.finish_reason != "eos":
-                response.append(self._end(prompt))
-        else:
-            start, response = self._encoded(prompt, self.policy_tokenizer.decode(rollout.response_without_eos))
-        tokens = [*start, *response]
-        if tokens[-1] == self.tokenizer.eos_id and (not self.reads_eos or len(tokens) > self.longest):
-            tokens.pop()  # beyond its context there is no place for the end of a response that was cut off
-        if len(tokens) > self.longest:
-            raise DataError(
-                f"{prompt.where}: prompt and response have {len(tokens)} tokens of the reward model, whose context has "
-                f"{self.longest}: lower rollout.max_new_tokens, shorten the prompt, or use another {KEY}",
-                key=KEY,
-                value=len(tokens),
-                where=prompt.where,
-            )
-        return tokens
+    def score_tokens(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Return the score of each sequence of tokens, [sequences] float64 on the host, on every rank."""
+        rows = _rows(sequences)
+        with self.alone(self.engine):
+            found = score_rows(self.engine, rows, per_microbatch=self.per_microbatch, share_bins=True)
+        return (at_last(found, rows).double() - self.mean) / self.std
 
     def forget(self, before: int) -> None:
         """Do nothing: no scores are stored."""
@@ -122,17 +143,20 @@ class ModelScorer:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
+    def _sequence(self, prompt: Prompt, rollout: Rollout) -> list[int]:
+        """Return the tokens that the reward model reads: the prompt, the response and its end."""
+        if self.same_tokenizer:
+            end = [] if rollout.finish_reason == "eos" else [self._end(prompt)]
+            return self.reader.fitting([*rollout.tokens, *end], prompt.where)
+        output = self.policy_tokenizer.decode(rollout.response_without_eos)
+        if prompt.messages:
+            return self.reader.of_messages(prompt.messages, output, prompt.where)
+        return self.reader.of_text(prompt.text, output, prompt.where)
+
     def _end(self, prompt: Prompt) -> int:
         """Return the token that ends an answer: that of the chat template, or EOS."""
-        return self.tokenizer.stop_ids(self.template)[-1] if prompt.messages else self.tokenizer.eos_id
-
-    def _encoded(self, prompt: Prompt, output: str) -> tuple[list[int], list[int]]:
-        """Return prompt and response in the reward model's tokens; of a conversation, in its own chat template."""
-        if prompt.messages:
-            turns = [*prompt.messages, {"role": "assistant", "content": output}]
-            start = self.tokenizer.encode_chat_prompt(list(prompt.messages), self.own_template)
-            return start, self.tokenizer.encode_chat(turns, self.own_template)[0][len(start) :]
-        return self.tokenizer.encode_prompt(prompt.text), [*self.tokenizer.encode(output), self.tokenizer.eos_id]
+        tokenizer = self.reader.tokenizer
+        return tokenizer.stop_ids(self.template)[-1] if prompt.messages else tokenizer.eos_id
 
 
 def _rows(sequences: Sequence[Sequence[int]]) -> Rows:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -204,7 +203,7 @@ def scores_in_process(folder: Path, tp: int, pp: int, records: list[dict[str, An
         seed=1,
     )
     tokenizer = ByteTokenizer() if words is None else build_tokenizer("characters", words)
-    scorer = ModelScorer(engine, source, tokenizer, None, per_microbatch=3, alone=lambda engine: nullcontext())
+    scorer = ModelScorer(engine, source, tokenizer, per_microbatch=3)
     prompts = [Prompt(one["prompt"], tuple(tokenizer.encode_prompt(one["prompt"])), {}) for one in records]
     rollouts = []
     for number, one in enumerate(records):
