@@ -89,7 +89,7 @@ class ModelScorer:
         chat_template: str | None = None,
         *,
         per_microbatch: int,
-        alone: Alone = nullcontext,
+        alone: Alone | None = None,
     ) -> None:
         """
         Args:
@@ -98,10 +98,11 @@ class ModelScorer:
             tokenizer: the policy's.
             chat_template: the policy's, None for the tokenizer's own.
             per_microbatch: rows of full length in a forward pass of a replica.
-            alone: what runs around the forward passes.
+            alone: what runs around the forward passes; None for nothing.
         """
         self.engine, self.policy_tokenizer, self.template = engine, tokenizer, chat_template
-        self.per_microbatch, self.alone = per_microbatch, alone
+        self.per_microbatch = per_microbatch
+        self.alone: Alone = alone or (lambda engine: nullcontext())
         self.mean, self.std = source.score_moments or (0.0, 1.0)
         self.reader = RewardReader(source, tokenizer)
         self.same_tokenizer = self.reader.tokenizer.fingerprint() == tokenizer.fingerprint()
