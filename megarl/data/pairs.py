@@ -95,7 +95,7 @@ class ResponseData:
         self.stats = stats or PairStats()
         self.documents = [document for unit in units for document in unit.documents]
         self.per_row = {
-            name: np.array([value for unit in units for value in unit.per_row[name]]) for name in units[0].per_row
+            name: _column([value for unit in units for value in unit.per_row[name]]) for name in units[0].per_row
         }
         self.per_token = {name: [row for unit in units for row in unit.per_token[name]] for name in units[0].per_token}
         self.first = np.cumsum([0, *(len(unit.documents) for unit in units)])
@@ -134,6 +134,12 @@ class ResponseData:
                 column[row, : len(values[index])] = torch.from_numpy(values[index])
             columns[name] = column
         return rows.with_columns(unit=torch.arange(len(units)).repeat_interleave(torch.from_numpy(sizes)), **columns)
+
+
+def _column(values: Sequence[float | bool]) -> np.ndarray:
+    """Return values of rows as booleans or as float32."""
+    found = np.array(values)
+    return found if found.dtype == bool else found.astype(np.float32)
 
 
 def mismatched(rows: Rows, longest: int) -> Rows:

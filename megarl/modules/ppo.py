@@ -421,7 +421,10 @@ class PPO(GenerativeModule):
         else:  # a checkpoint of an older version
             other_function = not self.changed.isdisjoint(("reward.fn", "reward.options"))
         if other_function:
-            log.warning("the file or the options of reward.fn changed: the moments of the scores start again")
+            log.warning(
+                "what scores responses changed (reward.fn, its file or options, or reward.model): the moments of the "
+                "scores start again"
+            )
         other_scores = other_function or "ppo.clip_scores" in self.changed
         self.shaping.load_state_dict(checkpoint["shaping"], other_scores=other_scores)
         self.reference_name = checkpoint.get("reference")

@@ -45,9 +45,7 @@ class RewardModel(UnitModule):
 
     def prepare(self) -> None:
         """Start an evaluation without scores."""
-        self.eval_sums: dict[str, float] = {}
-        self.table: list[dict[str, Any]] = []  # rows of `scores.jsonl`
-        self.calibration, self._moments = Calibration(), RunningMoments()
+        self._start_evaluation()
         self.scored_at = -1  # steps that the weights of the last evaluation had made
 
     @staticmethod
@@ -113,7 +111,8 @@ class RewardModel(UnitModule):
         if self.kind == "steps":
             steps = rows.action_mask.sum()
             return {"units": steps, "scores": steps}
-        return {"units": torch.tensor(len(rows["unit"][present].unique())), "scores": present.sum()}
+        units = rows["unit"][present].unique()
+        return {"units": torch.tensor(len(units), device=units.device), "scores": present.sum()}
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
         """Return means over units, and of the scores."""
@@ -145,7 +144,9 @@ class RewardModel(UnitModule):
             self._write()
 
     def _start_evaluation(self) -> None:
-        self.eval_sums, self.table = {}, []
+        self.eval_sums: dict[str, float] = {}
+        self.table: list[dict[str, Any]] = []  # rows of `scores.jsonl`, on the first rank
+        self.scored: list[Tensor] = []  # scores and targets, [2, rows] each
         self.calibration, self._moments = Calibration(), RunningMoments()
 
     def _evaluate(self, units: Tensor) -> None:
@@ -162,9 +163,11 @@ class RewardModel(UnitModule):
         if self.kind == "ranking":
             pairs = ranked_pairs(rows["unit"], rows["level"], rows.lengths > 0)
             self.calibration.add(last[pairs.better] - last[pairs.worse], pairs.weight)
-        self.table += [
-            self._described(rows, row, scores[row], int(units[rows["unit"][row]])) for row in range(len(rows))
-        ]
+        if self.kind == "regression":
+            self.scored.append(torch.stack([last, rows["target"]]))
+        if self.grid.rank == 0:
+            numbers = units[rows["unit"]].tolist()
+            self.table += [self._described(rows, row, scores[row], unit) for row, unit in enumerate(numbers)]
         self.scored_at = self.steps_done
 
     def _described(self, rows: Rows, row: int, scores: Tensor, unit: int) -> dict[str, Any]:
@@ -191,7 +194,7 @@ class RewardModel(UnitModule):
 
     def _correlation(self) -> float:
         """Return the correlation of scores and targets; 0 where either has no spread."""
-        both = torch.tensor([[row["score"], row["target"]] for row in self.table], dtype=torch.float64).t()
+        both = torch.cat(self.scored, dim=1).double()
         found = torch.corrcoef(both)[0, 1] if both.shape[1] > 1 else torch.zeros(())
         return float(torch.nan_to_num(found))
 
