@@ -41,7 +41,7 @@ demo: venv  ## PPO on a small task with known results: two to three minutes, wit
 
 # A file's tests share what they have set up, so that a file stays on one worker.
 test: venv  ## the tests, on two workers (WORKERS=8 for more)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=25 --durations-min=5
 
 slurm: venv  ## the launchers on a Slurm of two nodes, where it is installed (slurm-wlm, munge)
 	$(BIN)/python -m pytest -m 'slurm and not gate' tests/slurm
