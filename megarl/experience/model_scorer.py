@@ -5,71 +5,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megarl.data.prompts import Prompt
-from megarl.errors import DataError, NumericsError
+from megarl.errors import NumericsError
 from megarl.experience.rows import at_last, score_rows
 from megarl.logging import get_logger
 from megarl.models.exchange.source import Source
 from megarl.parallel.digest import weights_digest
 from megarl.parallel.engine import Engine
 from megarl.parallel.rows import Rows
+from megarl.rewards.reader import KEY, RewardReader
 from megarl.rewards.scores import Scores
 from megarl.rollout.requests import Rollout
-from megarl.tokenizers import Tokenizer, build_tokenizer
+from megarl.tokenizers import Tokenizer
 
 log = get_logger(__name__)
-KEY = "reward.model"
 Alone = Callable[[Engine], AbstractContextManager[None]]
 """A context in which only this engine's weights need to be on the device."""
-
-
-class RewardReader:
-    """The tokens that a reward model reads: a prompt, and a response that ends with EOS as in its training.
-
-    Attributes:
-        tokenizer: its tokenizer.
-        longest: its context, in tokens.
-        fingerprint: identifier of how it reads.
-    """
-
-    def __init__(self, source: Source, default: Tokenizer) -> None:
-        """`default` is the tokenizer of a model that has none of its own."""
-        self.tokenizer = default if source.tokenizer is None else build_tokenizer(*source.tokenizer)
-        self.template = source.chat_template
-        self.longest = source.model.max_positions
-        ids = source.token_ids
-        # Transformers reads a score at the last token that is not padding: where EOS is the padding, before it.
-        self.reads_eos = source.kind != "huggingface" or ids.get("pad_token_id") != ids.get("eos_token_id")
-        self.fingerprint = f"{self.tokenizer.fingerprint()} {self.template!r} {self.reads_eos}"
-
-    def of_text(self, prompt: str, output: str, where: str) -> list[int]:
-        """Return the tokens of a text with a response to it; `where` is what messages call the prompt."""
-        response = [*self.tokenizer.encode(output), self.tokenizer.eos_id]
-        return self.fitting([*self.tokenizer.encode_prompt(prompt), *response], where)
-
-    def of_messages(self, messages: Sequence[Any], output: str, where: str) -> list[int]:
-        """Return the tokens of a conversation with a response to it, in the reward model's own chat template."""
-        turns = [*messages, {"role": "assistant", "content": output}]
-        return self.fitting(self.tokenizer.encode_chat(turns, self.template)[0], where)
-
-    def fitting(self, tokens: list[int], where: str) -> list[int]:
-        """Return the tokens without an EOS that is not read, or for which the context has no place; refuse more."""
-        if tokens[-1] == self.tokenizer.eos_id and (not self.reads_eos or len(tokens) == self.longest + 1):
-            tokens = tokens[:-1]
-        if len(tokens) > self.longest:
-            raise DataError(
-                f"{where}: prompt and response have {len(tokens)} tokens of the reward model, whose context has "
-                f"{self.longest}: shorten them, or use another reward model",
-                key=KEY,
-                value=len(tokens),
-                where=where,
-            )
-        return tokens
 
 
 class ModelScorer:

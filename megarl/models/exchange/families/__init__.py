@@ -6,7 +6,7 @@ from megarl.config.sections.model import ModelConfig
 from megarl.disk import shown
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange.families import gpt2, gpt_neox, gptj, llama, mistral, opt, qwen2, qwen3
-from megarl.models.exchange.family import Family
+from megarl.models.exchange.family import CLASSIFIER, Family
 
 # A model that several families can represent is exported as the first of them.
 FAMILIES: dict[str, Family] = {
@@ -31,9 +31,11 @@ def family_of(config: dict[str, Any]) -> Family:
             return family
     key = "architectures" if named else "model_type"
     known = [family.architectures[0] if named else name for name, family in FAMILIES.items()]
+    score = any(str(name).endswith(CLASSIFIER) for name in named)
+    other = ", or score with reward.fn=megarl.rewards.classifier:score" if score else ""
     raise CheckpointError(
         f"config.json has {key}={shown(repr(config.get(key)))}, which megarl does not know: choose from "
-        f"{', '.join(known)}",
+        f"{', '.join(known)}{other}",
         key=key,
         value=config.get(key),
         where="config.json",

@@ -1,0 +1,128 @@
+"""A reward function that runs transformers' model for sequence classification, of any architecture, in the scoring
+process: `reward.fn=megarl.rewards.classifier:score reward.options.path=FOLDER`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarl.errors import CheckpointError
+from megarl.models.exchange.formats import open_source, resolve
+from megarl.rewards.reader import RewardReader
+from megarl.tokenizers import ByteTokenizer
+
+READS = ("output", "sample", "pair")
+GIVES = ("probability", "logit")
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A loaded model. `reader` says how a causal reward model reads a response; None for other architectures.
+
+    `mean` and `std` are those of a reward model's scores on its reference set.
+    """
+
+    model: Any
+    tokenizer: Any
+    reader: RewardReader | None
+    mean: float = 0.0
+    std: float = 1.0
+
+    def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Return the logits [rows, labels] of rows of token ids."""
+        width = max(map(len, rows))
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        pad = 0 if self.tokenizer is None else self.tokenizer.pad_token_id or 0
+        if self.reader is not None:
+            # Causal models read the last token that is not padding: so padding must be a token that no row has.
+            used = {token for row in rows for token in row}
+            pad = next(token for token in range(len(used) + 1) if token not in used)
+            if pad >= self.model.config.vocab_size and len(rows) > 1:
+                return torch.cat([self.logits([row]) for row in rows])
+            self.model.config.pad_token_id = None if len(rows) == 1 else pad
+            pad = 0 if len(rows) == 1 else pad
+        tokens = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+        place = self.model.device
+        with torch.no_grad():
+            found: Tensor = self.model(input_ids=tokens.to(place), attention_mask=mask.to(place)).logits
+        return found.float().cpu()
+
+
+def score(
+    prompts: Sequence[str],
+    outputs: Sequence[str],
+    *,
+    path: str,
+    label: str | int | None = None,
+    reads: str = "output",
+    gives: str = "probability",
+    batch_size: int = 16,
+    device: str = "cpu",
+    **_: Any,
+) -> list[float]:
+    """Return the score of each response.
+
+    Args:
+        path: folder or hub name of the model.
+        label: name or number of the label whose probability or logit is the score. None for a model with one label,
+            whose logit is the score.
+        reads: what an encoder is given: the output alone, the sample as one text, or prompt and output as a pair. A
+            causal model of a known family reads both, as `reward.model` does.
+        gives: probability or logit, of a model with several labels.
+        batch_size: texts in a forward pass.
+        device: where the model runs, such as cuda:0 with reward.devices=0.
+    """
+    for name, value, offered in (("reads", reads, READS), ("gives", gives, GIVES)):
+        if value not in offered:
+            raise ValueError(f"{name}={value!r}: choose from {', '.join(offered)}")
+    classifier = _load(path, device)
+    column = _column(classifier.model.config, label, path)
+    rows = list(_rows(classifier, prompts, outputs, reads))
+    found: list[float] = []
+    for first in range(0, len(rows), batch_size):
+        logits = classifier.logits(rows[first : first + batch_size])
+        if logits.shape[1] > 1 and gives == "probability":
+            logits = logits.softmax(dim=1)
+        found += ((logits[:, column] - classifier.mean) / classifier.std).tolist()
+    return found
+
+
+@cache
+def _load(path: str, device: str) -> Classifier:
+    import transformers
+
+    folder = resolve(path)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).to(device).eval()
+    try:
+        source = open_source(folder)
+    except CheckpointError:  # another architecture, or several labels
+        return Classifier(model, transformers.AutoTokenizer.from_pretrained(folder), None)
+    return Classifier(model, None, RewardReader(source, ByteTokenizer()), *(source.score_moments or (0.0, 1.0)))
+
+
+def _rows(
+    classifier: Classifier, prompts: Sequence[str], outputs: Sequence[str], reads: str
+) -> Iterator[Sequence[int]]:
+    for prompt, output in zip(prompts, outputs, strict=True):
+        if classifier.reader is not None:
+            yield classifier.reader.of_text(prompt, output, repr(prompt[:40]))
+        elif reads == "pair":
+            yield classifier.tokenizer(prompt, output, truncation=True)["input_ids"]
+        else:
+            yield classifier.tokenizer(output if reads == "output" else prompt + output, truncation=True)["input_ids"]
+
+
+def _column(config: Any, label: str | int | None, path: str) -> int:
+    """Return the index of a label."""
+    names = {int(number): name for number, name in config.id2label.items()}
+    if label is None and len(names) == 1:
+        return 0
+    found = [number for number, name in names.items() if label in (number, name)]
+    if not found:
+        raise ValueError(f"label={label!r}: {path} has the labels {', '.join(names.values())}: name one of them")
+    return found[0]
