@@ -17,6 +17,7 @@ import megarl
 from megarl.command import printable
 from megarl.disk import UnreadableError, parse_object
 from megarl.logging import get_logger
+from megarl.rewards.human import TERMINAL
 from megarl.rewards.wire import END_OF_CALL, Channel, PipeClosed
 
 _log = get_logger(__name__)
@@ -174,6 +175,8 @@ def worker_environment(devices: str | None = "") -> dict[str, str]:
     }
     if devices is not None:
         kept["CUDA_VISIBLE_DEVICES"] = devices
+    if sys.stdin is not None and sys.stdin.isatty():
+        kept.setdefault(TERMINAL, os.ttyname(sys.stdin.fileno()))
     kept.setdefault("PYTHONHASHSEED", "0")  # so that functions that iterate over sets return the same scores
     home = Path(megarl.__file__).resolve().parent.parent
     if home.name not in ("site-packages", "dist-packages"):

@@ -1,0 +1,44 @@
+"""A person scores responses in a terminal, here a pseudo-terminal."""
+
+import os
+import threading
+
+import pytest
+
+from megarl.rewards import human
+from megarl.rewards.client import RewardWorker
+
+
+def type_in(master: int, *lines: str) -> None:
+    for line in lines:
+        os.write(master, f"{line}\n".encode())
+
+
+def test_what_is_typed_is_the_score_and_anything_else_is_asked_again() -> None:
+    master, slave = os.openpty()
+    type_in(master, "0.5", "", "good", "nan", "7", "-1", "s")
+    found = human.ask(
+        ["p"] * 3, ["one", "two", "\x1b[2Jthree"], lowest=-1, highest=1, terminal=os.ttyname(slave), extra=["x"]
+    )
+    assert found == [0.5, -1.0, None]
+    shown = os.read(master, 10_000).decode()
+    assert "\x1b" not in shown
+    assert "(-1 to 1)" in shown
+    assert shown.count("to skip") == 7
+
+
+def test_a_run_without_a_terminal_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(human.TERMINAL, raising=False)
+    with pytest.raises(RuntimeError, match=r"reward\.options\.terminal"):
+        human.ask(["p"], ["one"])
+
+
+def test_the_process_of_the_function_asks_in_the_terminal_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = os.openpty()
+    monkeypatch.setenv(human.TERMINAL, os.ttyname(slave))
+    typing = threading.Thread(target=type_in, args=(master, "1", "2.5"))
+    typing.start()
+    with RewardWorker("megarl.rewards.human:ask", ("bytes", None), timeout_s=60, retries=0, on_error="drop") as worker:
+        scores = worker.score(["pa", "pb"], ["p", "p"], ["a", "b"], {})
+    typing.join()
+    assert scores.values == [1.0, 2.5]
