@@ -20,6 +20,7 @@ from megarl.experience.journal import Journal
 from megarl.experience.model_scorer import ModelScorer
 from megarl.experience.scorers import FunctionScorer, Scorer, check_fields, keep_scored
 from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts, RolloutSource
+from megarl.logging import get_logger
 from megarl.models.exchange.pretrained import Sources, second_model
 from megarl.models.roles import Role
 from megarl.modules.base import Module
@@ -31,6 +32,7 @@ from megarl.rollout.noise import EVALUATION, GREEDY, TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.rollout.stored import require_phases
 
+log = get_logger(__name__)
 REWARD, METRIC = "reward.fn", "metric.fn"
 """Keys of functions, and names of scorers. A reward model takes the place of the reward function."""
 
@@ -240,6 +242,19 @@ class GenerativeModule(Module):
         checkpoints = find(self.run_dir / "checkpoints")
         for scorer in self.scorers.values() if checkpoints else ():
             scorer.forget(before=step_of(checkpoints[0]))
+
+    def scores_otherwise(self, checkpoint: dict[str, Any]) -> bool:
+        """Return whether something else scores responses than in the run that wrote a checkpoint, and log it."""
+        if "scorers" in checkpoint:
+            changed = bool(checkpoint["scorers"].get(REWARD) != self.scorer_fingerprints.get(REWARD))
+        else:  # a checkpoint of an older version
+            changed = not self.changed.isdisjoint(("reward.fn", "reward.options"))
+        if changed:
+            log.warning(
+                "what scores responses changed (reward.fn, its file or options, or reward.model): the moments of the "
+                "scores start again"
+            )
+        return changed
 
     def _journal(self, name: str) -> Journal:
         """Return the journal of scores. Scores are also copied into a dump of rollouts, so that a replay reuses

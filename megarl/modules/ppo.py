@@ -30,7 +30,7 @@ from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour, clones
 from megarl.modules.critics import Critic, NoCritic, SeparateCritic, SharedCritic
-from megarl.modules.generative import REWARD, GenerativeModule, reward_roles
+from megarl.modules.generative import GenerativeModule, reward_roles
 from megarl.modules.workload import Workload, responses, reward_note
 from megarl.parallel.engine import Engine, ForwardFn, Outputs, Stats
 from megarl.parallel.grid import SEEDS
@@ -416,16 +416,7 @@ class PPO(GenerativeModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the shaping, without the scores' moments if the scores changed, and the reference."""
         super().on_load_checkpoint(checkpoint)
-        if "scorers" in checkpoint:
-            other_function = checkpoint["scorers"].get(REWARD) != self.scorer_fingerprints.get(REWARD)
-        else:  # a checkpoint of an older version
-            other_function = not self.changed.isdisjoint(("reward.fn", "reward.options"))
-        if other_function:
-            log.warning(
-                "what scores responses changed (reward.fn, its file or options, or reward.model): the moments of the "
-                "scores start again"
-            )
-        other_scores = other_function or "ppo.clip_scores" in self.changed
+        other_scores = self.scores_otherwise(checkpoint) or "ppo.clip_scores" in self.changed
         self.shaping.load_state_dict(checkpoint["shaping"], other_scores=other_scores)
         self.reference_name = checkpoint.get("reference")
         if self.config.ppo.kl_coef > 0:
