@@ -1,5 +1,6 @@
 """A run that saves every step, killed again and again at any moment, comes to the unbroken run's end, bit for bit."""
 
+import json
 import os
 import random
 import signal
@@ -11,30 +12,31 @@ from pathlib import Path
 
 import pytest
 
+import megarl
 from megarl.checkpoint import find, step_of, verify
-from tests.e2e.runs import SMALL, assert_same_bits, final_tensors
+from tests.e2e.runs import OFFLINE_WALKS, PAIRS, SMALL, assert_same_bits, final_tensors
 
-KILLS = int(os.environ.get("MEGARL_GATE_KILLS", "50"))  # four in five of them in one process, the rest in two
+KILLS = int(os.environ.get("MEGARL_GATE_KILLS", "50"))  # of SFT; the other algorithms have a share of them
 PATIENCE_S = 300.0
 STEPS_PER_KILL = 6
 
-TINY = [
-    *SMALL,
-    "model.num_layers=2",
-    "model.hidden_size=32",
-    "data.seq_length=32",
-    "logger.csv=false",
-    "optim.schedule=constant",
-    "checkpoint.keep_last=2",
-]
+SAVING = ["logger.csv=false", "optim.schedule=constant", "checkpoint.keep_last=2", "trainer.eval_every=null"]
+TINY = ["model.num_layers=2", "model.hidden_size=32"]
+RUNS = {
+    "sft": [*SMALL, *TINY, "data.seq_length=32"],
+    "ilql": [*OFFLINE_WALKS, *TINY],
+    "dpo": [*PAIRS, "data.train=[pairs.jsonl]", "dpo.cache=cache"],
+    "rm": [*PAIRS, "data.train=[pairs.jsonl]"],
+}
 
 
 class Storm:
     """One run, started again after each kill. Draws from a seeded generator when to kill next."""
 
-    def __init__(self, run_dir: Path, processes: int, steps: int, seed: int) -> None:
-        self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
-        self.command = [*TINY, f"run.dir={run_dir}", f"trainer.devices={processes}", f"trainer.max_steps={steps}"]
+    def __init__(self, entry: str, run_dir: Path, processes: int, steps: int, seed: int) -> None:
+        self.entry, self.run_dir, self.folder = entry, run_dir, run_dir / "checkpoints"
+        own = [f"run.dir={run_dir}", f"trainer.devices={processes}", f"trainer.max_steps={steps}"]
+        self.command = [*RUNS[entry], *SAVING, *own]
         self.draw = random.Random(seed)
         self.start_seconds = 0.0  # how long the last process took to its first checkpoint
 
@@ -82,10 +84,11 @@ class Storm:
         self.run_dir.mkdir(exist_ok=True)
         with (self.run_dir / "console.txt").open("wb") as console:
             return subprocess.Popen(
-                [sys.executable, "-m", "megarl.train_sft", *self.command, *overrides],
+                [sys.executable, "-m", f"megarl.train_{self.entry}", *self.command, *overrides],
+                cwd=self.run_dir.parent,
                 stdout=console,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(megarl.__file__).parents[1])},
                 start_new_session=True,  # a group of its own, which the processes that it starts belong to
             )
 
@@ -105,15 +108,30 @@ class Storm:
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize(("processes", "share"), [(1, 0.8), (2, 0.2)])
+@pytest.mark.parametrize(
+    ("entry", "processes", "share"),
+    [
+        ("sft", 1, 0.8),
+        ("sft", 2, 0.2),
+        ("ilql", 1, 0.3),
+        ("ilql", 2, 0.1),
+        ("dpo", 1, 0.1),
+        ("dpo", 2, 0.1),
+        ("rm", 2, 0.1),
+    ],
+)
 def test_a_run_killed_at_any_moment_ends_in_the_unbroken_runs_weights(
-    processes: int, share: float, tmp_path: Path
+    entry: str, processes: int, share: float, tmp_path: Path
 ) -> None:
     kills = max(1, round(KILLS * share))
     steps = 60 + kills * 3 * STEPS_PER_KILL
-    unbroken = Storm(tmp_path / "unbroken", processes, steps, seed=0)
+    pairs = [
+        {"prompt": "q" * (1 + n % 5), "chosen": "a" * (1 + n % 7), "rejected": "b" * (1 + n % 6)} for n in range(40)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    unbroken = Storm(entry, tmp_path / "unbroken", processes, steps, seed=0)
     unbroken.finish()
-    broken = Storm(tmp_path / "broken", processes, steps, seed=processes)
+    broken = Storm(entry, tmp_path / "broken", processes, steps, seed=processes)
     for kill in range(kills):
         moment = broken.kill_once()
         print(f"kill {kill + 1} of {kills}: {moment}")  # noqa: T201 - pytest shows it when the test fails
