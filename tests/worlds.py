@@ -12,6 +12,9 @@ from typing import Any
 
 import cloudpickle
 
+PATIENCE_S = 5.0
+"""Seconds that the other ranks have to end after one failed, before the world is given up."""
+
 
 def _worker(pipe: Connection, index: int, folders: tuple[str, ...]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -67,16 +70,19 @@ class Worlds:
             pipes = [pipe for _, pipe in self._workers[:size]]
             for pipe in pipes:
                 pipe.send_bytes(job)
-            answers = []
+            answers: list[tuple[bool, Any]] = []
             for rank, pipe in enumerate(pipes):
-                if not pipe.poll(timeout):
+                # Others may wait in a collective for a rank that failed, for ever.
+                failed = any(not fine for fine, _ in answers)
+                if not pipe.poll(PATIENCE_S if failed else timeout):
                     self.close()
+                    if failed:
+                        break
                     raise TimeoutError(f"rank {rank} of {size} gave no answer within {timeout} s")
                 answers.append(cloudpickle.loads(pipe.recv_bytes()))
-                if not answers[-1][0]:
-                    # The others may wait in a collective for a rank that failed: start afresh next time.
-                    self.close()
-                    raise answers[-1][1]
+        for fine, value in answers:
+            if not fine:
+                raise value
         return [value for _, value in answers]
 
     def close(self) -> None:

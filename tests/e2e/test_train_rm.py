@@ -26,7 +26,6 @@ from tests.refusals import refused
 from tests.worlds import Worlds
 
 LAYOUTS = {
-    "TP2": (2, ["parallel.tp=2"]),
     "TP2xPP2+SP": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
     "DP2": (2, []),
     "a prompt to a bin": (1, ["data.pack=false"]),
