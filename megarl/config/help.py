@@ -81,8 +81,8 @@ def type_name(leaf: Leaf) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as it would be typed."""
-    if isinstance(value, str):
+    """Return a value as it would be typed; a text of several lines with escapes, on one."""
+    if isinstance(value, str) and "\n" not in value:
         return value
     return json.dumps(value, separators=(",", ":"))
 

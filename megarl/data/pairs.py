@@ -6,6 +6,7 @@ import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -243,8 +244,10 @@ def _scored(record_format: ResponseFormat, record: Record, tokenizer: Tokenizer)
     return [Unit((document,), {"target": (score,)}) for document, score in found]
 
 
-def _steps(record_format: ResponseFormat, record: Record, tokenizer: Tokenizer) -> list[Unit]:
-    document, scores = record_format.steps(record, tokenizer)
+def _steps(
+    record_format: ResponseFormat, record: Record, tokenizer: Tokenizer, *, probabilities: bool = True
+) -> list[Unit]:
+    document, scores = record_format.steps(record, tokenizer, probabilities=probabilities)
     target = np.zeros(len(document), dtype=np.float32)
     target[document.action_mask == 1] = scores
     return [Unit((document,), per_token={"target": (target,)})]
@@ -256,9 +259,10 @@ READERS = {
     "ranking": Reader(_ranked, "prompts"),
     "regression": Reader(_scored, "responses"),
     "steps": Reader(_steps, "responses"),
+    "steps_of_any_score": Reader(partial(_steps, probabilities=False), "responses"),
 }
 """What a record can be read as. A unit is a pair; a response with a label (a pair is two of them); a prompt with ranked
-responses; a response with a score; a response with a score for each step."""
+responses; a response with a score; a response with a score from 0 to 1, or any score, for each step."""
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------
@@ -272,7 +276,7 @@ def _leave_out(problem: DataError, record: Record, data: PairDataConfig, stats: 
             key=problem.key,
             value=problem.value,
             where=problem.where,
-            offers={"data.on_error": ["drop"]},
+            offers={**problem.offers, "data.on_error": ["drop"]},
         ) from None
     stats.unusable.add(record.where)
     stats.reason = stats.reason or str(problem)

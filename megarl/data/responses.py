@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import combinations, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,8 +144,14 @@ class ResponseFormat(RecordFormat):
             given = [name for name in (self.ranks_key, self.scores_key) if record.fields.get(name) is not None]
             levels = tuple(-float(place) for place in range(len(responses)))
             if given:
-                levels = self._numbers(record, given[0], len(responses))
-                levels = tuple(-rank for rank in levels) if given[0] == self.ranks_key else levels
+                levels, *others = (self._levels(record, name, len(responses)) for name in given)
+                if others and _disagree(levels, *others):
+                    raise DataError(
+                        f"{given[0]!r} and {given[1]!r} order the responses differently (1 is the best rank, and a "
+                        f"higher score is better): take one out{self._setting(given[1])}",
+                        key=given[0],
+                        value=record.fields[given[0]],
+                    )
             if len(set(levels)) == 1:
                 raise DataError(
                     f"{given[0]!r} ties all {len(levels)} responses, so that none is better: rank them, or take the "
@@ -182,15 +188,18 @@ class ResponseFormat(RecordFormat):
 
         return placed(record, encode)
 
-    def steps(self, record: Record, tokenizer: Tokenizer) -> tuple[Document, tuple[float, ...]]:
+    def steps(
+        self, record: Record, tokenizer: Tokenizer, *, probabilities: bool = True
+    ) -> tuple[Document, tuple[float, ...]]:
         """Return the steps of a response as one sequence, of which the last token of each step is marked, and the
         steps' scores.
 
         Each step but the last is followed by the separator, and the last by EOS. They are encoded one by one.
+        With `probabilities`, scores are from 0 to 1.
         """
 
         def encode() -> tuple[Document, tuple[float, ...]]:
-            key, steps = self.steps_key, record.fields.get(self.steps_key)
+            key, steps = self.steps_key, _as_list(record.fields.get(self.steps_key))
             if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step for step in steps):
                 raise DataError(
                     f"key {key!r} holds {_list_kind(steps)}; expected a list of texts (found keys: {keys_of(record)}); "
@@ -199,6 +208,15 @@ class ResponseFormat(RecordFormat):
                     value=steps,
                 )
             labels = self._numbers(record, self.labels_key, len(steps))
+            outside = [label for label in labels if probabilities and not 0 <= label <= 1]
+            if outside:
+                raise DataError(
+                    f"key {self.labels_key!r} holds {outside[0]:g}, and the logistic loss takes numbers from 0 to 1: "
+                    f"fix the record{self._setting(self.labels_key)}, or set rm.step_loss=squared",
+                    key=self.labels_key,
+                    value=record.fields[self.labels_key],
+                    offers={"rm.step_loss": ["squared"]},
+                )
             if self._has_messages(record):
                 tokens = tokenizer.encode_chat_prompt(self._conversation(record), self.chat_template)
             else:
@@ -240,8 +258,10 @@ class ResponseFormat(RecordFormat):
                     key=key,
                     value=response,
                 )
-            answer = self._checked_messages(record, response, key)
-            return as_document(self._answer(self._conversation(record), answer, key, tokenizer))
+            answer, prompt = self._checked_messages(record, response, key), self._conversation(record)
+            if answer[: len(prompt)] == prompt:  # the list is the whole conversation
+                answer = answer[len(prompt) :]
+            return as_document(self._answer(prompt, answer, key, tokenizer))
         text = self._checked_text(record, response, key)
         _require_response(text, key)
         if self._has_messages(record):
@@ -250,7 +270,7 @@ class ResponseFormat(RecordFormat):
         return as_document(continued(self._prompt(record, tokenizer), text, tokenizer))
 
     def _responses(self, record: Record, least: int = 2) -> list[Any]:
-        key, responses = self.responses_key, record.fields[self.responses_key]
+        key, responses = self.responses_key, _as_list(record.fields[self.responses_key])
         if not isinstance(responses, list) or len(responses) < least:
             found = f"{len(responses)} response" if isinstance(responses, list) and responses else kind_of(responses)
             raise DataError(
@@ -261,9 +281,15 @@ class ResponseFormat(RecordFormat):
             )
         return responses
 
-    def _numbers(self, record: Record, key: str, count: int) -> tuple[float, ...]:
-        """Return a list of as many numbers as there are responses or steps."""
-        values = record.fields.get(key)
+    def _levels(self, record: Record, key: str, count: int) -> tuple[float, ...]:
+        """Return how good each response is by its rank or its score."""
+        if key == self.ranks_key:
+            return tuple(-rank for rank in self._numbers(record, key, count, truth=False))
+        return self._numbers(record, key, count)
+
+    def _numbers(self, record: Record, key: str, count: int, *, truth: bool = True) -> tuple[float, ...]:
+        """Return a list of as many numbers as there are responses or steps; `truth` is as in `_number`."""
+        values = _as_list(record.fields.get(key))
         if not isinstance(values, list) or len(values) != count:
             found = f"{len(values)} values" if isinstance(values, list) else kind_of(values)
             raise DataError(
@@ -272,12 +298,13 @@ class ResponseFormat(RecordFormat):
                 key=key,
                 value=values,
             )
-        return tuple(self._number(value, key, record) for value in values)
+        return tuple(self._number(value, key, record, truth=truth) for value in values)
 
-    def _number(self, value: Any, key: str, record: Record) -> float:
+    def _number(self, value: Any, key: str, record: Record, *, truth: bool = True) -> float:
+        """Return a value as a number; `truth` allows true for 1 and false for 0."""
         if isinstance(value, np.generic):
             value = value.item()
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_number(value) or (isinstance(value, bool) and not truth):
             raise DataError(
                 f"key {key!r} holds {kind_of(value) if value is None else repr(value)}; expected a number (found keys: "
                 f"{keys_of(record)}); fix the record{self._setting(key)}",
@@ -288,7 +315,7 @@ class ResponseFormat(RecordFormat):
 
     def _margin(self, record: Record) -> float:
         value = record.fields.get(self.margin_key)
-        return 0.0 if value is None else self._number(value, self.margin_key, record)
+        return 0.0 if value is None else self._number(value, self.margin_key, record, truth=False)
 
     def _answer(self, messages: list[Any], answer: list[Any], key: str, tokenizer: Tokenizer) -> Encoded:
         """The whole conversation, of which the answer alone is trained on."""
@@ -348,6 +375,27 @@ def _transcripts(
         as_document(([*tokens, tokenizer.eos_id], [0] * alike + [1] * (len(tokens) + 1 - alike))) for tokens in both
     )
     return chosen, rejected
+
+
+def _as_list(value: Any) -> Any:
+    """Return an array or a tuple as a list, and everything else as it is."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is finite as a float."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
+
+
+def _disagree(levels: Sequence[float], others: Sequence[float]) -> bool:
+    """Return whether any two responses have one order by the first levels and the opposite one by the others."""
+    pairs = combinations(zip(levels, others, strict=True), 2)
+    return any((one[0] - two[0]) * (one[1] - two[1]) < 0 for one, two in pairs)
 
 
 def _list_kind(value: Any) -> str:

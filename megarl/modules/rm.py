@@ -64,7 +64,8 @@ class RewardModel(UnitModule):
     @property
     def kind(self) -> str:
         """What each record is read as."""
-        return self.config.rm.kind
+        rm = self.config.rm
+        return "steps_of_any_score" if rm.kind == "steps" and rm.step_loss == "squared" else rm.kind
 
     # --- the loss ---------------------------------------------------------------------------------------------------
 
@@ -75,11 +76,11 @@ class RewardModel(UnitModule):
     def _sums(self, scores: Tensor, rows: Rows) -> Stats:
         """Return sums over the units of rows, from the scores [rows, time] after each token."""
         present = rows.lengths > 0
-        if self.kind == "steps":
+        if self.config.rm.kind == "steps":
             return self._of_steps(scores, rows)
         last = torch.where(present, at_last(scores, rows), 0)
         measured = {"score": last.detach().sum()}
-        if self.kind == "regression":
+        if self.config.rm.kind == "regression":
             difference = torch.where(present, last - rows["target"], 0)
             return {"unit_loss": difference.square().sum(), "error": difference.detach().abs().sum(), **measured}
         pairs = ranked_pairs(rows["unit"], rows["level"], present)
@@ -108,7 +109,7 @@ class RewardModel(UnitModule):
 
     def _counts(self, rows: Rows) -> Stats:
         present = rows.lengths > 0
-        if self.kind == "steps":
+        if self.config.rm.kind == "steps":
             steps = rows.action_mask.sum()
             return {"units": steps, "scores": steps}
         units = rows["unit"][present].unique()
@@ -133,10 +134,10 @@ class RewardModel(UnitModule):
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss and what else is measured, and write what an evaluation leaves in the run folder."""
         sums = self.eval_sums
-        metrics = {"loss": self.total_loss(sums, sums), **self.means(sums), "score_std": self.moments[1]}
-        if self.kind == "ranking":
+        metrics = {"loss": self.total_loss(sums, sums), **self.means(sums), "score_std": self._moments.std}
+        if self.config.rm.kind == "ranking":
             metrics["calibration_error"] = self.calibration.error
-        if self.kind == "regression":
+        if self.config.rm.kind == "regression":
             metrics["correlation"] = self._correlation()
         self.log_dict(named(metrics, EVALUATION))
         self.samples = self.table[:SHOWN]
@@ -159,8 +160,8 @@ class RewardModel(UnitModule):
         for name, value in {**self._sums(scores, rows), **self._counts(rows)}.items():
             self.eval_sums[name] = self.eval_sums.get(name, 0.0) + float(value)
         last = at_last(scores, rows)
-        self._moments.update(scores[rows.action_mask.bool()] if self.kind == "steps" else last)
-        if self.kind == "ranking":
+        self._moments.update(scores[rows.action_mask.bool()] if self.config.rm.kind == "steps" else last)
+        if self.config.rm.kind == "ranking":
             pairs = ranked_pairs(rows["unit"], rows["level"], rows.lengths > 0)
             self.calibration.add(last[pairs.better] - last[pairs.worse], pairs.weight)
         if self.kind == "regression":
@@ -175,7 +176,7 @@ class RewardModel(UnitModule):
         length, mask = int(rows.lengths[row]), rows.action_mask[row].bool()
         tokens = rows.tokens[row, :length].tolist()
         start = int(mask.int().argmax())
-        if self.kind == "steps":
+        if self.config.rm.kind == "steps":
             target = rows["target"][row][mask].tolist()
             return {
                 "unit": unit,
@@ -183,7 +184,7 @@ class RewardModel(UnitModule):
                 "scores": scores[mask].tolist(),
                 "labels": target,
             }
-        judged = "level" if self.kind == "ranking" else "target"
+        judged = "level" if self.config.rm.kind == "ranking" else "target"
         return {
             "unit": unit,
             "prompt": self.tokenizer.decode(tokens[:start]),
@@ -202,7 +203,7 @@ class RewardModel(UnitModule):
         """Write the scores of the last evaluation, and how confidence and accuracy agree."""
         lines = [json.dumps({self.unit: self.steps_done, **row}, ensure_ascii=False) + "\n" for row in self.table]
         write_atomically(self.run_dir / "scores.jsonl", lines)
-        if self.kind == "ranking":
+        if self.config.rm.kind == "ranking":
             write_atomically(self.run_dir / "calibration.csv", self.calibration.table())
             write_atomically(self.run_dir / "calibration.svg", self.calibration.plot())
 
@@ -210,8 +211,9 @@ class RewardModel(UnitModule):
 
     @property
     def moments(self) -> tuple[float, float]:
-        """Mean and standard deviation of the scores of the last evaluation."""
-        return self._moments.mean, self._moments.std
+        """Mean and standard deviation of the scores of the last evaluation; 1 for scores that are all the same, so that
+        dividing by it changes nothing."""
+        return self._moments.mean, self._moments.std or 1.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the moments of the scores that the present weights give, with the description of the model."""

@@ -51,13 +51,13 @@ def check_microbatch(batch: Microbatch, rows: Rows, *, read_last: bool = False) 
     found = []
     before = batch.gather_rows(batch.tokens)
     positions, targets, mask = map(batch.gather_rows, (batch.positions, batch.targets, batch.target_mask))
-    last = batch.gather_last(batch.tokens)
+    after = batch.gather_states(batch.tokens)
     for row, length in enumerate(batch.rows.lengths.tolist()):
         if not length:  # a filler
             assert not batch.rows.action_mask[row].any()
             assert (batch.token_index[row] == -1).all()
             assert (batch.last_index == -1).all()
-            assert not last.any()
+            assert not after[row].any()
             continue
         number = int(batch.rows["number"][row])
         tokens = rows.tokens[number]
@@ -70,7 +70,8 @@ def check_microbatch(batch: Microbatch, rows: Rows, *, read_last: bool = False) 
         assert not targets[row, length:].any()
         index = batch.token_index[row, 1:length]
         assert len(set(index.tolist())) == length - 1
-        assert int(last[row]) == (int(tokens[length - 1]) if read_last or length == 1 else 0)
+        read = length if read_last or length == 1 else length - 1
+        assert after[row].tolist() == [*tokens[:read].tolist(), *[0] * (after.shape[1] - read)]
         found.append(number)
     return found
 
@@ -150,7 +151,7 @@ def one_after_the_other(
 def test_a_row_of_no_tokens_has_no_last_one() -> None:
     rows = Rows(torch.tensor([[1, 2, 3], [0, 0, 0], [4, 5, 6]]), torch.tensor([3, 0, 3]), torch.zeros(3, 3))
     ((batch,),) = replicas(Layout(), rows, read_last=True)
-    assert batch.gather_last(batch.tokens).tolist() == [3, 0, 6]
+    assert batch.gather_states(batch.tokens).tolist() == [[1, 2, 3], [0, 0, 0], [4, 5, 6]]
 
 
 def test_bins_are_no_longer_than_the_data_allows() -> None:
@@ -238,27 +239,27 @@ def test_a_column_of_another_size_is_refused() -> None:
         UNEQUAL.with_columns(tokens=UNEQUAL.tokens)
 
 
-def echoed(per_microbatch: int, share_bins: bool, width: int) -> tuple[Tensor, Tensor]:
-    """Targets in rows, and last tokens, over the current world, all of it data parallel."""
-    grid = Grid(Layout.for_world(dist.get_world_size()), start_world())
+def echoed(pp: int, per_microbatch: int, share_bins: bool, width: int) -> tuple[Tensor, Tensor]:
+    """Targets in rows, and the tokens that were read, over the current world: stages, and the rest data parallel."""
+    grid = Grid(Layout.for_world(dist.get_world_size(), pp=pp), start_world())
     options: dict[str, Any] = {"per_microbatch": per_microbatch, "share_bins": share_bins, "read_last": True}
     try:
         plan = MicrobatchPlan(UNEQUAL.lengths, grid.layout, grid.dp_rank, **options)
         microbatches = plan.microbatches(UNEQUAL)
         targets = plan.collect([batch.targets for batch in microbatches], grid, width)
-        return targets, plan.collect_last([batch.tokens for batch in microbatches], grid)
+        return targets, plan.collect_states([batch.tokens for batch in microbatches], grid, width)
     finally:
         grid.close()
 
 
 def test_every_rank_gets_all_rows_back_in_their_order(worlds: Worlds) -> None:
     wanted = pad(UNEQUAL.tokens[:, 1:], (1, 0))
-    last = UNEQUAL.tokens[torch.arange(7), UNEQUAL.lengths - 1]
-    for world in (1, 2):
+    width = UNEQUAL.tokens.shape[1]
+    for world, pp in ((1, 1), (2, 1), (2, 2), (4, 2)):
         for per_microbatch, share_bins in ((1, False), (3, False), (2, True)):
-            for targets, tokens in worlds.run(world, echoed, per_microbatch, share_bins, UNEQUAL.tokens.shape[1]):
+            for targets, tokens in worlds.run(world, echoed, pp, per_microbatch, share_bins, width):
                 assert torch.equal(targets, wanted)
-                assert torch.equal(tokens, last)
+                assert torch.equal(tokens, UNEQUAL.tokens)
 
 
 def test_outputs_that_are_not_finite_stay_where_they_are() -> None:
@@ -267,3 +268,6 @@ def test_outputs_that_are_not_finite_stay_where_they_are() -> None:
     gathered = batch.gather_rows(torch.full(batch.tokens.shape, np.nan))
     assert torch.equal(gathered.isnan(), batch.token_index >= 0)
     assert gathered[~gathered.isnan()].tolist() == [0] * int((batch.token_index < 0).sum())
+    ((batch,),) = replicas(Layout(), UNEQUAL, read_last=True)
+    is_token = torch.arange(10) < UNEQUAL.lengths[:, None]
+    assert torch.equal(batch.gather_states(torch.full(batch.tokens.shape, np.nan)).isnan(), is_token)

@@ -244,7 +244,7 @@ class ScoredDataConfig(PairDataConfig):
     score_key: str = leaf("score", "Field of a record that holds the score of a single response.")
     steps_key: str = leaf("steps", "Field of a record that holds a response step by step: a list of texts.")
     labels_key: str = leaf("labels", "Field of a record that holds the score of each step; true is 1 and false is 0.")
-    step_separator: str = leaf("\\n", "Text between two steps.")
+    step_separator: str = leaf("\n", "Text between two steps.")
 
 
 def _require_data(train: list[str], example: str, of: str = "") -> None:
