@@ -192,7 +192,10 @@ class GenerativeModule(Module):
 
     def _alone(self, engine: Engine) -> AbstractContextManager[None]:
         """Return a context in which, with parallel.offload, only this engine's weights are on the device."""
-        return alone(engine, self.engines.values()) if self.config.parallel.offload else nullcontext()
+        if not self.config.parallel.offload:
+            return nullcontext()
+        engines = list(self.engines.values())
+        return alone(engine, engines, frozen=[one for one in engines if not one.saved])
 
     def evaluate(self) -> Evaluated:
         """Generate responses to the evaluation prompts with the present weights, and score them."""

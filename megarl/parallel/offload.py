@@ -213,13 +213,19 @@ class Offloadable(Protocol):
 
 
 @contextmanager
-def alone(active: Offloadable, engines: Iterable[Offloadable]) -> Iterator[None]:
+def alone(active: Offloadable, engines: Iterable[Offloadable], *, frozen: Sequence[Offloadable] = ()) -> Iterator[None]:
     """Keep only the weights of `active` on the device. On exit the other weights are being restored; optimizer state
-    and gradients stay in host memory until they are used."""
+    and gradients stay in host memory until they are used.
+
+    On exit, the weights of `frozen` engines are in host memory: they are idle while others train.
+    """
     others = [engine for engine in engines if engine is not active]
     active.offload(weights=False)
     for engine in others:
         engine.offload()
     yield
+    if active in frozen:
+        active.offload()
     for engine in others:
-        engine.onload(optimizer=False)
+        if engine not in frozen:
+            engine.onload(optimizer=False)

@@ -14,7 +14,7 @@ from megarl.planning.work import Work
 from megarl.rollout.generator import Limits
 from megarl.rollout.resharded import check_divides
 
-PHASES = ("generate", "score", "train", "save")
+PHASES = ("generate", "reward", "score", "train", "save")
 GENERATOR = "generator"  # the policy's copy in `rollout.layout`
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache")
 PROCESS = 4 * 2**30  # of host memory: Python, torch, CUDA's libraries and their buffers, before any model
@@ -69,8 +69,15 @@ class RankPlan:
 
 
 def phases_of(work: Work) -> tuple[str, ...]:
-    """Return the phases in order. Responses that are only kept or dropped are not scored by models before training."""
-    there = {"generate": work.rollouts or work.evaluates, "score": work.rescored, "train": True, "save": True}
+    """Return the phases in order: `reward` if a reward model scores responses, `score` if the other models compute
+    log-probs and values of them before training."""
+    there = {
+        "generate": work.generates,
+        "reward": work.generates and work.reward is not None,
+        "score": work.rescored,
+        "train": True,
+        "save": True,
+    }
     return tuple(phase for phase in PHASES if there[phase])
 
 
@@ -138,13 +145,30 @@ def _use(work: Work, role: Role, shards: dict[str, Shard], stage: int, phase: st
         return Use(role.name, host=copies * shards[role.swaps_with].copy)
     held, work = shards[role.name], work.of(role)
     passing, logits, host = 0.0, 0.0, 0.0
-    if phase == "score":
+    if phase == ("reward" if role is work.reward else "score"):
         passing, logits = _scoring(work, role, stage, on_cpu=on_cpu)
     elif phase == "train" and role.trains:
         passing, logits = _training(work, role, held, stage, on_cpu=on_cpu)
     elif phase == "save" and role.saved:
         passing, host = _saving(work, role, held, stage, on_cpu=on_cpu)
-    return Use(role.name, held.weights, held.gradients, held.optimizer, passing, logits, host=host)
+    use = Use(role.name, held.weights, held.gradients, held.optimizer, passing, logits, host=host)
+    return _offloaded(use, work, role, phase) if work.offloads else use
+
+
+def _offloaded(use: Use, work: Work, role: Role, phase: str) -> Use:
+    """Return the memory of a role with `parallel.offload`.
+
+    While a model generates or gives rewards, it is alone on the device, without its optimizer. The optimizer comes back
+    when training begins, and a reward model only for the next responses. Host memory that was needed once is kept.
+    """
+    policy, reward = work.roles[0].name, work.reward and work.reward.name
+    alone = {"generate": policy, "reward": reward}
+    on_device = role.name == alone[phase] if phase in alone else role.name != reward
+    leaves = role.name != policy or reward is not None  # the policy's weights make room for the reward model
+    host = use.host + use.optimizer + (use.weights if leaves else 0.0)
+    if phase not in ("train", "save"):
+        use = replace(use, gradients=0.0, optimizer=0.0)
+    return replace(use, weights=use.weights if on_device else 0.0, host=host)
 
 
 def _shape(work: Work, *, on_cpu: bool, gathered: bool = True) -> Shape:

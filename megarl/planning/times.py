@@ -3,7 +3,7 @@
 This model compares layouts; it does not predict exactly. docs/planning.md lists what it omits and its accuracy.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megarl.models.flops import layer_weights, mean_keys
 from megarl.parallel.update_rules import moments_of
@@ -57,8 +57,8 @@ class Clock:
     # --- phases -----------------------------------------------------------------------------------------------------
 
     def phases(self) -> list[Phase]:
-        """Return the timed phases of a unit of work; generation for evaluations is not timed."""
-        untimed = {"generate"} if self.work.evaluates else set()
+        """Return the timed phases of a unit of work; generation and rewards of evaluations are not timed."""
+        untimed = {"generate", "reward"} if self.work.evaluates else set()
         return [getattr(self, name)() for name in phases_of(self.work) if name not in untimed]
 
     def train(self) -> Phase:
@@ -85,18 +85,31 @@ class Clock:
         phase.bound = max(shares, key=lambda name: shares[name])
         return phase
 
+    def reward(self) -> Phase:
+        """Estimate the reward model's forward pass over the responses."""
+        role = self.work.reward
+        assert role is not None
+        work = replace(self.work.of(role), loss_tokens=0, roles=(role,))
+        return replace(Clock(work, self.cluster, self.rates, [self.fullest])._forward(1), name="reward")
+
     def score(self) -> Phase:
-        """Estimate a forward pass of every model over the responses; a reference is copied in and out."""
+        """Estimate a forward pass of every model but the reward model over the responses; a reference is copied in and
+        out."""
+        work = self.work
+        phase = self._forward(sum(role is not work.reward for role in work.roles))
+        swapped = len(work.roles) - len(work.engines)
+        phase.seconds += swapped * 4 * self.fullest.copy / 20e9  # out, in and back over PCIe, from pageable memory
+        return phase
+
+    def _forward(self, passes: int) -> Phase:
+        """Estimate forward passes of this model over the responses."""
         work, layout = self.work, self.layout
         phase = Phase("score")
-        passes = len(work.roles)
         batches = -(-work.rollouts // (layout.dp * work.micro))
         one = self._pass(work.micro, work.length, phase, backward=False)
         bubble = 1 + (layout.pp - 1) / batches
         phase.seconds = passes * batches * one * bubble
         phase.sent = {link: sent * passes * batches for link, sent in phase.sent.items()}
-        swapped = len(work.roles) - len(work.engines)
-        phase.seconds += swapped * 4 * self.fullest.copy / 20e9  # out, in and back over PCIe, from pageable memory
         phase.tokens = work.rollouts * work.length
         phase.flops = passes * work.rollouts * self._flops(work.length, output=work.loss_tokens)
         phase.bound = "products"

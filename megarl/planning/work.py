@@ -51,6 +51,21 @@ class Work(Workload):
         """The roles that use memory on the device."""
         return tuple(role for role in self.roles if role.on_device)
 
+    @property
+    def reward(self) -> Role | None:
+        """The reward model, if there is one."""
+        return next((role for role in self.roles if role.name == "reward"), None)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the run generates responses, to train on or to evaluate."""
+        return bool(self.rollouts) or self.evaluates
+
+    @property
+    def offloads(self) -> bool:
+        """Whether idle models and optimizer state move to host memory."""
+        return self.parallel.offload and self.generates
+
     def of(self, role: Role) -> "Work":
         """Return the same run with the model of another role."""
         return replace(self, model=role.model, vocab_size=role.vocab_size)

@@ -17,8 +17,11 @@ from megarl.experience.model_scorer import ModelScorer
 from megarl.models.build import build_engine
 from megarl.models.exchange.formats import open_source
 from megarl.models.roles import Role
+from megarl.modules.ppo import PPO
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
+from megarl.parallel.offload import WEIGHTS
+from megarl.parallel.rows import Rows
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import ByteTokenizer, build_tokenizer
 from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_entry, run_preference
@@ -190,6 +193,21 @@ def run_with_model(run_dir: Path, prompts: Path, model: Path, *overrides: str) -
     run_entry("ppo", [*PHASES, *given, *overrides])
 
 
+def away_while_training(run_dir: Path, prompts: Path, model: Path, *overrides: str) -> list[bool]:
+    """Train by PPO; whether the reward model's weights were away when each phase began to train."""
+    found: list[bool] = []
+    train = PPO._train
+
+    def watch(self: PPO, rows: Rows) -> Any:
+        found.append(self.engines["reward"].memory.is_away(WEIGHTS))
+        return train(self, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPO, "_train", watch)
+        run_with_model(run_dir, prompts, model, *overrides)
+    return found
+
+
 def scores_in_process(folder: Path, tp: int, pp: int, records: list[dict[str, Any]], words: str | None) -> list[float]:
     """Score responses to prompts with a stored reward model, for a policy of bytes or of another tokenizer."""
     grid = Grid(Layout(tp=tp, pp=pp), start_world())
@@ -247,6 +265,21 @@ def test_ppo_against_a_reward_model_is_the_same_in_every_layout_and_resumes_exac
     ours, theirs = final_tensors(tmp_path / "cut"), final_tensors(tmp_path / "one")
     assert_same_bits(ours, theirs)
     assert not [name for name in ours if name.startswith("reward")]
+
+
+def test_with_offload_a_reward_model_is_away_while_the_policy_trains(
+    worlds: Worlds, reference: Path, tmp_path: Path
+) -> None:
+    prompts = write(tmp_path / "prompts", lambda: {"prompt": "abc"}) / "train.jsonl"
+    evaluated = ["trainer.max_phases=3", f"data.eval=[{prompts}]", "trainer.eval_every=1"]
+    for name, offload in (("plain", False), ("offload", True)):
+        setting = f"parallel.offload={str(offload).lower()}"
+        command = (away_while_training, tmp_path / name, prompts, reference, *evaluated, setting)
+        assert worlds.run(1, *command) == [[offload] * 3]
+    names = ("eval/score", "rollout/score", "train/loss")
+    for name in names:
+        assert metrics(tmp_path / "offload", name) == metrics(tmp_path / "plain", name)
+    assert len(metrics(tmp_path / "plain", "eval/score")) >= 3
 
 
 def test_a_policy_is_no_reward_model(worlds: Worlds, reference: Path, tmp_path: Path) -> None:

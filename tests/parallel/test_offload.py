@@ -369,9 +369,38 @@ def alone_on_the_device() -> Any:
     return during, away()
 
 
+def alone_with_a_frozen_model() -> Any:
+    policy = small_engine({}, **BF16)
+    reward = small_engine({}, train=False, grid=policy.grid)
+    found = []
+
+    def note() -> None:
+        found.append(
+            [name for name, one in (("policy", policy), ("reward", reward)) if not one.memory.is_away("weights")]
+        )
+
+    with alone(policy, [policy, reward], frozen=[reward]):
+        note()
+        with alone(reward, [policy, reward], frozen=[reward]):  # responses of an evaluation are scored
+            assert reward.models  # brings the weights back
+            note()
+        note()
+    note()
+    with alone(reward, [policy, reward], frozen=[reward]):
+        assert reward.models  # brings the weights back
+        note()
+    note()
+    return found
+
+
 def test_models_that_wait_return_after_the_one_that_generates(worlds: Worlds) -> None:
     state = ["gradients", "optimizer"]
     assert worlds.run(1, alone_on_the_device) == [([state, ["weights", *state]], [state, state])]
+
+
+def test_a_frozen_model_is_on_the_device_only_while_it_is_alone(worlds: Worlds) -> None:
+    (found,) = worlds.run(1, alone_with_a_frozen_model)
+    assert found == [["policy"], ["reward"], ["policy"], ["policy"], ["reward"], ["policy"]]
 
 
 def test_content_that_spans_pieces_of_host_memory_returns_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

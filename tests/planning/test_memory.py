@@ -139,9 +139,9 @@ def test_a_separate_critic_costs_a_second_engine_and_a_head_next_to_nothing() ->
     alone, asked = (plan_stage(with_roles(role), 0) for role in (POLICY, CRITIC))
     shared = plan_stage(with_roles(replace(POLICY, heads=("lm", "value"))), 0)
     separate = plan_stage(with_roles(POLICY, CRITIC), 0)
-    # The head is 256 x 512 and its bias, a vector of 512 and its bias: 132097 parameters of 16 bytes in float32. The
-    # output layer, 2048 x 256, has neither gradients nor moments, 12 bytes.
-    extra = 16 * 132097 - 12 * 2048 * 256
+    # The head is 256 x 512 and its bias, a vector of 512 and its bias: 132097 parameters of 16 bytes in float32. There
+    # is no output layer, 2048 x 256.
+    extra = 16 * 132097 - 16 * 2048 * 256
     assert held(separate) == pytest.approx(2 * held(alone) + extra, rel=0.001)
     assert separate.total("train") - held(separate) == max(plan.total("train") - held(plan) for plan in (alone, asked))
     assert shared.total("train") - alone.total("train") < 16 * 132097 * 4
@@ -179,6 +179,69 @@ def test_a_frozen_model_takes_its_weights_alone_and_is_not_saved() -> None:
     for phase in ("train", "save"):
         assert both.total(phase) == alone.total(phase) + weights
         assert both.host(phase) == alone.host(phase)
+
+
+REWARD = Role("reward", POLICY.model, POLICY.vocab_size, ("score",))
+REFERENCE = Role("reference", POLICY.model, POLICY.vocab_size, swaps_with="policy")
+FOUR = with_roles(POLICY, CRITIC, REFERENCE, REWARD)
+
+
+def offloading(work: Work, *, offload: bool = True) -> Work:
+    return replace(work, parallel=replace(work.parallel, offload=offload))
+
+
+def of_roles(plan: RankPlan, phase: str, part: str) -> dict[str, float]:
+    """One part's bytes of each role that has any."""
+    return {use.role: size for use in plan.uses[phase] if (size := getattr(use, part))}
+
+
+def test_a_reward_model_computes_in_its_own_phase_and_waits_in_the_others() -> None:
+    without, plan = (plan_stage(with_roles(POLICY, CRITIC, REFERENCE, *more), 0) for more in ((), (REWARD,)))
+    assert list(plan.uses) == ["generate", "reward", "score", "train", "save"]
+    assert list(without.uses) == ["generate", "score", "train", "save"]
+    weights = plan.shards["reward"].weights
+    assert weights < plan.shards["policy"].weights  # it has no output layer
+    for phase, uses in without.uses.items():
+        assert [use for use in plan.uses[phase] if use.role != "reward"] == uses
+        assert of_roles(plan, phase, "weights")["reward"] == weights
+    assert set(of_roles(plan, "reward", "activations")) == {"reward"}
+    assert of_roles(plan, "reward", "logits") == {}
+    # Rewards are read off the same passes over the layers as log-probs, without logits.
+    policy = plan_stage(with_roles(replace(POLICY, heads=("value",))), 0)
+    assert of_roles(plan, "reward", "activations") == {"reward": policy.part("score", "activations")}
+
+
+def test_with_offload_a_model_that_generates_or_gives_rewards_is_alone_on_the_device() -> None:
+    plain, plan = (plan_stage(offloading(FOUR, offload=offload), 0) for offload in (False, True))
+    there = {name: shard.weights for name, shard in plan.shards.items()}
+    assert set(there) == {"policy", "critic", "reward"}
+    both = {name: there[name] for name in ("policy", "critic")}
+    assert of_roles(plan, "generate", "weights") == {"policy": there["policy"]}
+    assert of_roles(plan, "reward", "weights") == {"reward": there["reward"]}
+    for phase in ("score", "train", "save"):
+        assert of_roles(plan, phase, "weights") == both
+        assert of_roles(plan, phase, "activations") == of_roles(plain, phase, "activations")
+    for part in ("gradients", "optimizer"):
+        assert [phase for phase in plan.uses if plan.part(phase, part)] == ["train", "save"]
+        assert all(plain.part(phase, part) for phase in plain.uses)
+    assert plain.total("train") - plan.total("train") == there["reward"]
+    kept = sum(there.values()) + plain.part("train", "optimizer")
+    for phase in plan.uses:
+        assert plan.host(phase) - plain.host(phase) == kept
+
+
+def test_with_offload_the_policy_stays_where_no_reward_model_needs_the_memory() -> None:
+    plain, plan = (plan_stage(offloading(with_roles(POLICY, CRITIC), offload=offload), 0) for offload in (False, True))
+    kept = plan.shards["critic"].weights + plain.part("train", "optimizer")
+    assert plan.host("train") - plain.host("train") == kept
+    train = replace(offloading(SCORED), rollouts=0, rescored=False)  # a run that does not generate
+    assert plan_stage(train, 0) == plan_stage(offloading(train, offload=False), 0)
+
+
+def test_a_reward_model_has_a_phase_where_no_other_model_scores() -> None:
+    for work in (replace(FOUR, rescored=False), replace(FOUR, rescored=False, rollouts=0, evaluates=True, slots=8)):
+        assert list(plan_stage(work, 0).uses) == ["generate", "reward", "train", "save"]
+    assert "reward" not in plan_stage(replace(FOUR, rescored=False, rollouts=0), 0).uses
 
 
 @pytest.mark.parametrize(

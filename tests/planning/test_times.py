@@ -12,6 +12,7 @@ from megarl.models.roles import Role
 from megarl.parallel.layout import Layout
 from megarl.planning.hardware import KINDS, Cluster
 from megarl.planning.plan import Plan, make_plan, remedies, suggest
+from megarl.planning.show import as_json
 from megarl.planning.times import Rates
 from megarl.planning.work import Work
 from tests.planning.runs import LLAMA, describe, policy_of
@@ -74,6 +75,48 @@ def test_a_published_ppo_step_of_a_70b_policy(gpus: int, published: float) -> No
     generate = next(phase for phase in plan.phases if phase.name == "generate")
     assert plan.seconds == pytest.approx(published, rel=0.25)
     assert 0.6 < generate.seconds / plan.seconds < 0.95
+
+
+def four_of_70b(*, offload: bool) -> Work:
+    """PPO of a 70B policy with a critic, a reference and an 8B reward model, on 128 GPUs."""
+    policy = policy_of(LLAMA_70B, 128256)
+    small = replace(LLAMA_70B, num_layers=32, hidden_size=4096, num_heads=32, ffn_size=14336)
+    roles = (
+        policy,
+        replace(policy, name="critic", heads=("value",)),
+        Role("reference", LLAMA_70B, 128256, swaps_with="policy"),
+        Role("reward", small, 128256, ("score",)),
+    )
+    work = large(
+        LLAMA_70B,
+        128256,
+        Layout(tp=8, pp=4, dp=4, sequence_parallel=True),
+        **{"algorithm": "ppo", "roles": roles, "rollouts": 512, "rescored": True, "global_batch": 128, "steps": 4},
+        **{"length": 2048, "loss_tokens": 1024, "prompt": 1024, "response": 1024, "longest": 1024, "slots": 16},
+    )
+    return replace(work, parallel=replace(work.parallel, offload=offload))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_plan_of_a_70b_ppo_has_the_bytes_and_seconds_of_all_four_roles(offload: bool) -> None:
+    page = as_json(planned(four_of_70b(offload=offload), gpu="h200"), [], None)
+    for rank in page["ranks"]:
+        assert set(rank["phases"]) == {"generate", "reward", "score", "train", "save"}
+        for phase, numbers in rank["phases"].items():
+            roles = numbers["roles"]
+            assert list(roles) == ["policy", "critic", "reference", "reward"]
+            on_device = {name for name, parts in roles.items() if parts["weights"]}
+            alone = {"generate": {"policy"}, "reward": {"reward"}}.get(phase, {"policy", "critic"})
+            assert on_device == (alone if offload else {"policy", "critic", "reward"})
+            assert roles["reference"]["host"] > 0
+            assert (roles["reward"]["host"] > 0) == offload
+            assert numbers["bytes"] == pytest.approx(
+                sum(size for parts in roles.values() for part, size in parts.items() if part != "host"), abs=50
+            )
+    seconds = {name: phase["seconds"] for name, phase in page["phases"].items()}
+    # Three passes of 70B and one of 8B: the reference is copied in and out besides.
+    assert 0.05 < seconds["reward"] / (seconds["score"] / 3) < 0.15
+    assert page["seconds"] == pytest.approx(sum(seconds.values()) - seconds["save"])
 
 
 def test_a_step_on_one_gpu_is_its_operations_over_what_products_reach() -> None:
