@@ -2,9 +2,7 @@
 losses, gradient norms and rewards in every one of ten steps."""
 
 import json
-import os
 import random
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,10 @@ from typing import Any
 import pytest
 
 from tests.e2e.runs import launched, metrics
-from tests.gates.environments import ROOT, install, make_environment, run
+from tests.gates.environments import ROOT, run
 from tests.models.exchange.published import save_published
 from tests.worlds import Worlds
 
-TRL = "trl==1.16.0"
 SCRIPT = ROOT / "tests" / "gates" / "trl_preference.py"
 STEPS, BATCH = 10, 8
 PAD, EOS = "<pad>", "<eos>"
@@ -203,20 +200,6 @@ def write_records(path: Path, records: list[dict[str, Any]]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with TRL; `MEGARL_GATE_TRL` names the interpreter of one that is there already."""
-    there = os.environ.get("MEGARL_GATE_TRL")
-    if there is not None:
-        return Path(there)
-    python = make_environment(tmp_path_factory.mktemp("trl") / "venv")
-    try:
-        install(python, TRL)
-    except (AssertionError, subprocess.TimeoutExpired) as problem:
-        pytest.skip(f"{TRL} cannot be installed here: {str(problem)[-500:]}")
-    return python
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     save_published("gpt2", folder, vocab_size=VOCABULARY, n_positions=96, bos_token_id=None, eos_token_id=257)
@@ -225,7 +208,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def theirs(python: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
+def theirs(
+    trl_python: Path, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, float]]]:
     """Metrics of all cases under TRL."""
     folder = tmp_path_factory.mktemp("theirs")
     job = {
@@ -239,6 +224,11 @@ def theirs(python: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) 
             name: {"trainer": case.trainer, "data": case.data, "settings": case.theirs} for name, case in CASES.items()
         },
     }
+    return run_trl(trl_python, job, folder)
+
+
+def run_trl(python: Path, job: dict[str, Any], folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Metrics of each case of a job under TRL, step by step."""
     (folder / "job.json").write_text(json.dumps(job))
     away = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub"), "HF_DATASETS_CACHE": str(folder / "datasets")}
     run(python, SCRIPT, folder / "job.json", folder / "found.json", cwd=folder, timeout=1800, **away)
