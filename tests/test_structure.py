@@ -39,6 +39,7 @@ FLOORS = {
     "callbacks/": 6,
     "run/": 7,
     "planning/": 7,
+    "serving/": 7,
     "": 8,  # entry points
 }
 # Rooms of one floor that are built of one another, and in which direction.
