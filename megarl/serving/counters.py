@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -41,7 +41,7 @@ class Counters:
                 (f'{{path="{path}",status="{status}"}}', n) for (path, status), n in sorted(self.requests.items())
             ]
             errors = [(f'{{status="{status}"}}', n) for status, n in sorted(by_status.items()) if status >= 400]
-            metrics: list[tuple[str, str, str, list[tuple[str, float]]]] = [
+            metrics: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
                 ("requests_total", "counter", "Answered requests.", requests),
                 ("errors_total", "counter", "Requests that were refused or failed.", errors),
                 ("texts_total", "counter", "Texts that the model has scored.", [("", self.texts)]),
