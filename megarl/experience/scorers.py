@@ -1,9 +1,11 @@
-"""Scoring of rollouts: the `Scorer` protocol, and the scorer that calls a reward function in its own process."""
+"""Scoring of rollouts: the `Scorer` protocol, the journal of a scorer that rank 0 runs, and the scorer that calls a
+reward function in its own process."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,7 +50,98 @@ class Scorer(Protocol):
         """Release processes and memory until the next call."""
 
 
-class FunctionScorer:
+Answered = tuple[Sequence[int], Scores]
+"""Indices of rollouts, and their scores."""
+
+
+class JournalledScorer(ABC):
+    """A scorer that works on rank 0, and whose scores are in a journal before anything is done with them.
+
+    Subclasses score what the journal lacks. They set `fingerprint` with `_identify` before the first call.
+    """
+
+    name: str
+    fingerprint: str
+
+    def __init__(self, tokenizer: Tokenizer, grid: Grid, settings: RewardConfig, journal: Journal | None) -> None:
+        """`journal` keeps scores across restarts, for the present fingerprint."""
+        self.grid, self.tokenizer, self.journal, self.batch_size = grid, tokenizer, journal, settings.batch_size
+        self.drops = settings.on_error == "drop"  # otherwise samples without a score are scored again
+
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
+        """Return the scores of rollouts in their order. Scores that the journal has are reused."""
+        scores: Scores = self._from_rank0(self._steps(prompts, rollouts, stream, phase))
+        return scores
+
+    def forget(self, before: int) -> None:
+        """Delete the journal of phases before this one."""
+        if self.grid.rank == 0 and self.journal is not None:
+            self.journal.forget(before)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release processes and connections until the next call."""
+
+    @abstractmethod
+    def _score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Iterator[Answered | None]:
+        """Score rollouts on rank 0. `prompts` has the prompt of each.
+
+        Yields scores as soon as they are known; None to tell the other ranks that it still waits.
+        """
+
+    def _identify(self, fingerprint: str) -> None:
+        """Set the fingerprint of the scores."""
+        self.fingerprint = fingerprint
+        if self.journal is not None:
+            self.journal.function = fingerprint
+
+    def _from_rank0(self, steps: Iterator[Any]) -> Any:
+        """Return, on every rank, the first item that rank 0's iterator yields and that is not None. There is a
+        broadcast per item, so that no rank waits longer than one step takes."""
+        found = None
+        while found is None:
+            found = self.grid.run_on_rank0(lambda: next(steps))
+        return found
+
+    def _steps(
+        self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], stream: int, phase: int
+    ) -> Iterator[Scores | None]:
+        """Score the rollouts that the journal lacks, and store scores as soon as they are known.
+
+        Yields None after each step, and all scores at the end.
+        """
+        known = {} if self.journal is None else self.journal.read(stream, phase)
+        names = [identity(rollout, prompts[rollout.prompt_id].metadata) for rollout in rollouts]
+        found: dict[int, Entry] = {
+            row: known[name]
+            for row, (name, rollout) in enumerate(zip(names, rollouts, strict=True))
+            if name in known and _fits(known[name], rollout) and (self.drops or known[name][0] is not None)
+        }
+        unknown = [row for row in range(len(rollouts)) if row not in found]
+        failed = repeated = 0
+        asked = [rollouts[row] for row in unknown]
+        for answered in self._score([prompts[rollout.prompt_id] for rollout in asked], asked) if asked else ():
+            if answered is not None:
+                indices, scores = answered
+                rows = [unknown[index] for index in indices]
+                if self.journal is not None:
+                    self.journal.write(stream, phase, [names[row] for row in rows], scores.values, scores.parts)
+                for index, row in enumerate(rows):
+                    found[row] = (scores.values[index], {name: column[index] for name, column in scores.parts.items()})
+                failed += scores.failed_calls
+                repeated += scores.repeated_calls
+            yield None
+        entries = [found[row] for row in range(len(rollouts))]
+        components = list(dict.fromkeys(part for _, parts in entries for part in parts))
+        yield Scores(
+            values=[score for score, _ in entries],
+            parts={part: [parts.get(part) for _, parts in entries] for part in components},
+            failed_calls=failed,
+            repeated_calls=repeated,
+        )
+
+
+class FunctionScorer(JournalledScorer):
     """Scores rollouts with a function. Rank 0 owns the function's process, which starts at the first call."""
 
     def __init__(
@@ -64,16 +157,13 @@ class FunctionScorer:
     ) -> None:
         """Resolve and check the function. `journal` keeps its scores across restarts, for the present code and
         options."""
-        self.grid, self.tokenizer, self.journal, self.batch_size = grid, tokenizer, journal, settings.batch_size
-        self.drops = settings.on_error == "drop"  # otherwise samples without a score are scored again
+        super().__init__(tokenizer, grid, settings, journal)
         self.worker: RewardWorker | None = None
         resolved = read_function(function, key)
         name = getattr(resolved, "name", "combined").rpartition(":")[2].rpartition(".")[2]
         name = key.partition(".")[0] if name == "<lambda>" else name
         self.name = unique_metric_name(name) if key == "metric.fn" else name
-        self.fingerprint: str = grid.run_on_rank0(lambda: fingerprint(resolved, options or {}))
-        if journal is not None:
-            journal.function = self.fingerprint
+        self._identify(grid.run_on_rank0(lambda: fingerprint(resolved, options or {})))
         if grid.rank == 0:
             self.worker = RewardWorker(
                 resolved,
@@ -86,61 +176,19 @@ class FunctionScorer:
                 key=key,
             )
 
-    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
-        """Return the scores of rollouts in their order. Scores that the journal has are reused."""
-        calls = iter(()) if self.worker is None else self._call(self.worker, prompts, rollouts, stream, phase)
-        scores: Scores | None = None
-        while scores is None:  # one broadcast per call, so that no rank waits longer than one call takes
-            scores = self.grid.run_on_rank0(lambda: next(calls))
-        return scores
-
-    def forget(self, before: int) -> None:
-        """Delete the journal of phases before this one."""
-        if self.worker is not None and self.journal is not None:
-            self.journal.forget(before)
-
     def close(self) -> None:
         """Stop the function's process; the next call starts it again."""
         if self.worker is not None:
             self.worker.close()
 
-    def _call(
-        self, worker: RewardWorker, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], stream: int, phase: int
-    ) -> Iterator[Scores | None]:
-        """Score the rollouts that the journal lacks, `reward.batch_size` per call, and store each call's scores at
-        once.
-
-        Yields None after each call, and all scores at the end.
-        """
-        known = {} if self.journal is None else self.journal.read(stream, phase)
-        names = [identity(rollout, prompts[rollout.prompt_id].metadata) for rollout in rollouts]
-        found: dict[int, Entry] = {
-            row: known[name]
-            for row, (name, rollout) in enumerate(zip(names, rollouts, strict=True))
-            if name in known and _fits(known[name], rollout) and (self.drops or known[name][0] is not None)
-        }
-        unknown = [row for row in range(len(rollouts)) if row not in found]
-        failed = repeated = 0
-        size = self.batch_size or max(len(unknown), 1)
-        for first in range(0, len(unknown), size):
-            rows = unknown[first : first + size]
-            batch = [rollouts[row] for row in rows]
-            scores = worker.score(**self._question([prompts[rollout.prompt_id] for rollout in batch], batch))
-            if self.journal is not None:
-                self.journal.write(stream, phase, [names[row] for row in rows], scores.values, scores.parts)
-            for index, row in enumerate(rows):
-                found[row] = (scores.values[index], {name: column[index] for name, column in scores.parts.items()})
-            failed += scores.failed_calls
-            repeated += scores.repeated_calls
-            yield None
-        entries = [found[row] for row in range(len(rollouts))]
-        components = list(dict.fromkeys(part for _, parts in entries for part in parts))
-        yield Scores(
-            values=[score for score, _ in entries],
-            parts={part: [parts.get(part) for _, parts in entries] for part in components},
-            failed_calls=failed,
-            repeated_calls=repeated,
-        )
+    def _score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Iterator[Answered]:
+        """Call the function, with `reward.batch_size` rollouts per call."""
+        assert self.worker is not None
+        size = self.batch_size or len(rollouts)
+        for first in range(0, len(rollouts), size):
+            batch = slice(first, first + size)
+            scores = self.worker.score(**self._question(prompts[batch], rollouts[batch]))
+            yield range(len(rollouts))[batch], scores
 
     def _question(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, Any]:
         """Return the function's arguments: texts, other fields of the prompt records, and lengths. A sampled EOS is
