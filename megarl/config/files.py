@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megarl.config.tokens import read_token
 from megarl.disk import UnreadableError, exists, is_file, local, read_text, shown, why_missing, why_no_name, writable
 from megarl.errors import CheckpointError, ConfigError, DataError
 from megarl.functions.named import check_options, data_source
@@ -28,6 +29,9 @@ def check_files(config: Any) -> None:
     _check_data(config)
     load_chat_template(_value(config, "data.chat_template"))
     load_chat_template(getattr(config, "chat_template", None), "chat_template")  # of `generate`
+    for key in ("reward.token_file", "serve.token_file"):
+        if (path := _value(config, key)) is not None:
+            read_token(path, key)
     for key, path in {"model.path": config.model.path, **config.more_models()}.items():
         if path is not None:
             require_weights(path, key)

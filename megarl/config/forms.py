@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from megarl.disk import shown, why_no_name
 from megarl.errors import ConfigError
@@ -83,4 +84,21 @@ def temperature(key: str, value: float) -> None:
             key=key,
             value=value,
             offers={key: [0, COLDEST]},
+        )
+
+
+def server_url(key: str, value: str) -> None:
+    """Refuse what is not the address of a server: http or https, a host, and perhaps a port and a path."""
+    try:
+        parts = urlsplit(value)
+        usable = parts.port != 0 and bool(parts.hostname) and parts.scheme in ("http", "https")
+    except ValueError:  # a port that is no number, or half of an IPv6 address
+        usable = False
+    extra = any(sign in value for sign in "?#@") or not value.isascii() or not re.fullmatch(r"\S+", value)
+    if not usable or extra:
+        raise ConfigError(
+            f"{key}={shown(value)} is not the URL of a server: use http://HOST:PORT or https://HOST, without a user, a "
+            "query or a fragment; a token belongs in reward.token_file",
+            key=key,
+            value=value,
         )

@@ -177,11 +177,15 @@ RULES = (
     _rule("rollout", "too_long dump replay ilql_beta", NOW, "responses after the resume"),
     _rule(
         "reward",
-        "fn model options",
+        "fn model url options",
         NOW,
-        "scores of another function, code or option are not reused, and the running moments of the scores restart",
+        "scores of another function, code, option or served model are not reused, and the running moments of the "
+        "scores restart",
     ),
-    _rule("reward", "timeout retries on_error batch_size devices", NOW, "how the function is called"),
+    _rule(
+        *("reward", "timeout retries on_error batch_size devices token_file", NOW),
+        "how the function or the servers are called",
+    ),
     _rule("metric", "fn", NOW, "evaluations after the resume"),
     _rule("eval", "n table sweep.temperature sweep.beta", NOW, "evaluations after the resume"),
     # what is kept

@@ -151,11 +151,12 @@ def tokenizer_is_named(config: Any, world_size: int) -> None:
 
 
 def responses_are_scored(config: Any, world_size: int) -> None:
-    """Require a reward function or a reward model for responses that are trained on."""
-    if config.reward.fn is None and config.reward.model is None:
+    """Require a reward function, a reward model or reward servers for responses that are trained on."""
+    reward = config.reward
+    if reward.fn is None and reward.model is None and not reward.url:
         raise Refusal(
-            "reward.fn is empty: name a function, for example reward.fn=rewards.py:score, or a reward model with "
-            "reward.model",
+            "reward.fn is empty: name a function, for example reward.fn=rewards.py:score, a reward model with "
+            "reward.model, or reward servers with reward.url",
             key="reward.fn",
         )
 
@@ -171,7 +172,10 @@ def responses_are_sampled(config: Any, world_size: int) -> None:
 
 
 def scoring_ends_in_time(config: Any, world_size: int) -> None:
-    """Require parallel.timeout_s to exceed the longest possible scoring call."""
+    """Require parallel.timeout_s to exceed the longest possible call of a function.
+
+    While rank 0 waits for reward servers, it sends the other ranks a message every half second.
+    """
     reward = config.reward
     longest = (reward.retries + 1) * (reward.timeout + SCORER_START_S)
     scores = reward.fn is not None or config.metric.fn is not None

@@ -16,6 +16,7 @@ from megarl.data.prompts import Prompt, PromptLimits, read_prompts
 from megarl.disk import local
 from megarl.errors import ConfigError, RewardError
 from megarl.experience.evaluation import Collect, Evaluated, Evaluation
+from megarl.experience.http_scorer import HttpScorer
 from megarl.experience.journal import Journal
 from megarl.experience.model_scorer import ModelScorer
 from megarl.experience.scorers import FunctionScorer, Scorer, check_fields, keep_scored
@@ -34,7 +35,7 @@ from megarl.rollout.stored import require_phases
 
 log = get_logger(__name__)
 REWARD, METRIC = "reward.fn", "metric.fn"
-"""Keys of functions, and names of scorers. A reward model takes the place of the reward function."""
+"""Keys of functions, and names of scorers. A reward model or reward servers take the place of the reward function."""
 
 
 class GenerativeModule(Module):
@@ -97,6 +98,9 @@ class GenerativeModule(Module):
         self.source.check_prompts([*self.prompts, *self.eval_prompts])
         if "reward" in self.engines:
             self.scorers[REWARD] = self._reward_model()
+        if config.reward.url:
+            journal = self._journal("reward")
+            self.scorers[REWARD] = HttpScorer(config.reward, self.tokenizer, self.grid, journal=journal)
         for key, options in ((REWARD, config.reward.options), (METRIC, {})):
             function = self._function(key)
             if function is not None:
@@ -167,11 +171,14 @@ class GenerativeModule(Module):
         if not kept[0]:
             all_scored = greedy is None or scores.dropped == len(rollouts)
             what = "responses" if all_scored else "responses or the greedy responses to their prompts"
+            reward = self.config.reward
+            key, value = ("reward.url", reward.url) if reward.url else ("reward.fn", reward.fn)
             raise RewardError(
-                f"reward.fn={self.config.reward.fn} left all {len(rollouts)} {what} of phase {self.steps_done + 1} "
-                "without a score: correct the function, or set reward.on_error=error to see what it does",
-                key="reward.fn",
-                value=self.config.reward.fn,
+                f"{key}={value} left all {len(rollouts)} {what} of phase {self.steps_done + 1} without a score: "
+                f"correct {'the servers' if reward.url else 'the function'}, or set reward.on_error=error to see what "
+                "goes wrong",
+                key=key,
+                value=value,
                 offers={"reward.on_error": ["error"]},
             )
         return kept

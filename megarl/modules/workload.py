@@ -52,8 +52,10 @@ class Workload:
 
 
 def reward_note(config: Any) -> dict[str, str]:
-    """Return the note of a reward function; a reward model is a role."""
-    return {"reward": "a function in its own process"} if config.reward.model is None else {}
+    """Return the note of a reward function or of reward servers; a reward model is a role."""
+    if config.reward.model is not None:
+        return {}
+    return {"reward": "servers that are not part of the run" if config.reward.url else "a function in its own process"}
 
 
 def responses(config: Any, assumed: PlanConfig) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megarl.config.forms import server_url
 from megarl.config.leaf import A_YEAR_S, Section, leaf
 from megarl.config.offers import Refusal
+from megarl.disk import shown
 
 SCORER_START_S = 120.0
 """Seconds that the scoring process may take to start and to load its function."""
@@ -17,7 +19,7 @@ ON_ERROR = ("error", "drop")
 
 @dataclass
 class RewardConfig(Section):
-    """The reward function, which runs in its own process, or the reward model."""
+    """The reward function, which runs in its own process, the reward model, or the reward servers."""
 
     fn: str | None = leaf(
         None,
@@ -31,17 +33,32 @@ class RewardConfig(Section):
         "name of a model for sequence classification with one label. It runs on the run's own processes and in their "
         "layout; with parallel.offload, its weights leave the device between scorings.",
     )
+    url: list[str] = leaf(
+        [],
+        "Reward servers, instead of a function or a model: URLs of megarl.serve_reward, all with the same reward "
+        "model. Calls are shared out over them. A server that fails is left aside for a while.",
+        form=server_url,
+    )
+    token_file: str | None = leaf(
+        None, "File that holds, in one line, the token that the reward servers want (null: none)."
+    )
     options: dict[str, Any] = leaf(
         {},
         "Additional keyword arguments of the reward function. They override fields of the records.",
     )
     timeout: float = leaf(
         60.0,
-        "Seconds that one call may take before its process is killed. See also parallel.timeout_s.",
+        "Seconds that one call may take before its process is killed, or its connection closed. See also "
+        "parallel.timeout_s.",
         above=0,
         at_most=A_YEAR_S,
     )
-    retries: int = leaf(1, "Number of times that a failed call is repeated.", at_least=0, at_most=1000)
+    retries: int = leaf(
+        1,
+        "Number of times that a failed call is repeated; with reward.url, on every server.",
+        at_least=0,
+        at_most=1000,
+    )
     on_error: str = leaf(
         "error",
         "What happens to samples that have no score after the last try: the run ends with an error, or they are left "
@@ -49,18 +66,24 @@ class RewardConfig(Section):
         ON_ERROR,
     )
     batch_size: int | None = leaf(
-        None, "Maximum number of samples per call (null: all in one call).", at_least=1, at_most=2**24
+        None,
+        "Maximum number of samples per call (null: all in one call; with reward.url, one call for each server).",
+        at_least=1,
+        at_most=2**24,
     )
     devices: str = leaf("", "CUDA_VISIBLE_DEVICES of the scoring process (empty: it sees no GPU).")
 
     def check(self) -> None:
         """Refuse two sources of scores."""
-        if self.fn is not None and self.model is not None:
+        sources: dict[str, Any] = {"fn": None, "model": None, "url": []}
+        given = [name for name, nothing in sources.items() if getattr(self, name) != nothing]
+        if len(given) > 1:
+            named = [f"reward.{name}={shown(getattr(self, name))}" for name in given]
             raise Refusal(
-                f"reward.fn={self.fn} and reward.model={self.model} both give scores",
-                {"reward.fn": [None], "reward.model": [None]},
-                key="reward.model",
-                value=self.model,
+                f"{' and '.join(named)} {'both' if len(given) == 2 else 'all'} give scores",
+                {f"reward.{name}": [sources[name]] for name in given},
+                key=f"reward.{given[-1]}",
+                value=getattr(self, given[-1]),
             )
 
 

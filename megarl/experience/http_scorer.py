@@ -1,0 +1,72 @@
+"""A scorer that asks reward servers (`megarl.serve_reward`) over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from megarl.config.sections.reward import RewardConfig
+from megarl.config.tokens import read_token
+from megarl.data.prompts import Prompt
+from megarl.experience.journal import Journal
+from megarl.experience.reward_request import Entry
+from megarl.experience.reward_servers import RewardServers
+from megarl.experience.scorers import Answered, JournalledScorer
+from megarl.parallel.grid import Grid
+from megarl.rewards.scores import Scores
+from megarl.rollout.requests import Rollout
+from megarl.tokenizers import Tokenizer
+
+
+class HttpScorer(JournalledScorer):
+    """Scores rollouts with the reward model of one or several servers. Rank 0 asks them.
+
+    Prompts and responses are sent as text, and the server encodes them with the tokenizer of its model.
+    """
+
+    name = "reward_server"
+
+    def __init__(
+        self, settings: RewardConfig, tokenizer: Tokenizer, grid: Grid, *, journal: Journal | None = None
+    ) -> None:
+        """Ask every server which model it has. `journal` keeps scores across restarts, for the present model."""
+        super().__init__(tokenizer, grid, settings, journal)
+        self.settings = settings
+        self.servers: RewardServers | None = None
+        self._identify(self._from_rank0(self._connect()))
+
+    def close(self) -> None:
+        """End the calls under way."""
+        if self.servers is not None:
+            self.servers.close()
+
+    def _connect(self) -> Iterator[str | None]:
+        settings = self.settings
+        token = None if settings.token_file is None else read_token(settings.token_file, "reward.token_file")
+        self.servers = RewardServers(
+            settings.url, token=token, timeout_s=settings.timeout, retries=settings.retries, drops=self.drops
+        )
+        yield from self.servers.connect()
+
+    def _score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Iterator[Answered | None]:
+        """Send the rollouts, `reward.batch_size` in a call, or in as many calls as there are servers."""
+        assert self.servers is not None
+        entries = [
+            Entry(
+                row,
+                list(prompt.messages) if prompt.messages else prompt.text,
+                self.tokenizer.decode(rollout.response_without_eos),
+                prompt.where,
+            )
+            for row, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))
+        ]
+        size = self.batch_size or -(-len(entries) // len(self.servers.servers))
+        calls = []
+        for talks in (False, True):
+            alike = [entry for entry in entries if isinstance(entry.prompt, str) != talks]
+            calls += [alike[first : first + size] for first in range(0, len(alike), size)]
+        for outcome in self.servers.score(calls):
+            if outcome is None:
+                yield None
+                continue
+            scores = Scores([*outcome.scores], failed_calls=outcome.failed, repeated_calls=outcome.repeated)
+            yield outcome.rows, scores
