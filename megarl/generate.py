@@ -2,7 +2,6 @@
 terminal."""
 
 import json
-import logging
 import os
 import sys
 import time
@@ -12,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from megarl.command import printable, process_number, say
+from megarl.command import printable, process_number
 from megarl.config.compose import run
 from megarl.config.files import SUFFIXES, data_suffix, load_chat_template
 from megarl.config.world import local_devices
 from megarl.disk import exists, is_file, local, shown, why_missing, writable
-from megarl.errors import ConfigError, DataError, MegarlError
+from megarl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from megarl.config.generate import GenerateConfig
@@ -31,7 +30,7 @@ CHAT_HELP = "Type a message; /reset forgets the conversation, /quit (or an empty
 
 def generate(config: "GenerateConfig") -> int:
     """Generate in the processes that a launcher started, else in `trainer.devices` new ones. Return the exit code."""
-    from megarl.parallel.processes import launched_workers, set_env_from_slurm
+    from megarl.parallel.processes import run_in_processes, set_env_from_slurm
 
     set_env_from_slurm()
     devices = 1 if "WORLD_SIZE" in os.environ else local_devices(config)
@@ -45,30 +44,7 @@ def generate(config: "GenerateConfig") -> int:
             key="chat",
             value=True,
         )
-    from torch.multiprocessing import get_context
-    from torch.multiprocessing.spawn import ProcessExitedException
-
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells of every process it ends
-    problems = get_context("spawn").SimpleQueue()
-    try:
-        launched_workers(devices, _one_line, config, problems)
-    except ProcessExitedException as ended:
-        if not problems.empty():  # the error of the process that failed first
-            say(f"error: {problems.get()}")
-        return int(ended.exit_code)
-    return 0
-
-
-def _one_line(config: "GenerateConfig", problems: Any) -> None:
-    """Run `work` in one of several processes. Errors that the user can fix are put into `problems`."""
-    try:
-        work(config)
-    except MegarlError as error:
-        if config.debug:
-            raise
-        if not error.said:
-            problems.put(str(error))
-        sys.exit(error.exit_code)
+    return run_in_processes(devices, work, config)
 
 
 def work(config: "GenerateConfig") -> None:

@@ -16,6 +16,7 @@ from megarl.config.ppo import PPOConfig
 from megarl.config.preference import CPOConfig, DPOConfig, KTOConfig, ORPOConfig
 from megarl.config.rft import RFTConfig
 from megarl.config.rm import RewardModelConfig
+from megarl.config.serve import ServeConfig
 from megarl.config.sft import SFTConfig
 
 LearnsFrom = Literal["prompts", "samples", "rewarded samples", "pairs"]
@@ -199,11 +200,14 @@ ALGORITHMS: dict[str, Algorithm] = {
 """Algorithms by name, in the order in which they are documented."""
 
 GENERATE = EntryPoint("generate", config=GenerateConfig, about="Responses of a trained model to prompts, or a chat.")
+SERVE = EntryPoint(
+    "serve_reward", config=ServeConfig, about="A reward model as a service, which gives scores over HTTP."
+)
 
 
 def entry_points() -> dict[str, EntryPoint]:
-    """Return every entry point by name: the algorithms, and `generate`."""
-    return {**ALGORITHMS, GENERATE.name: GENERATE}
+    """Return every entry point by name: the algorithms, `generate` and `serve_reward`."""
+    return {**ALGORITHMS, GENERATE.name: GENERATE, SERVE.name: SERVE}
 
 
 def entry_point(name: str) -> EntryPoint:

@@ -5,7 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config.tokens import read_token
-from megarl.disk import UnreadableError, exists, is_file, local, read_text, shown, why_missing, why_no_name, writable
+from megarl.disk import (
+    UnreadableError,
+    exists,
+    is_file,
+    local,
+    read_json,
+    read_text,
+    shown,
+    why_missing,
+    why_no_name,
+    writable,
+)
 from megarl.errors import CheckpointError, ConfigError, DataError
 from megarl.functions.named import check_options, data_source
 from megarl.logging import get_logger, warn_once
@@ -87,6 +98,33 @@ def require_weights(path: str, key: str = "") -> None:
         key=key or None,
         value=path,
         where=shown(path),
+    )
+
+
+def require_score_head(path: str, key: str) -> None:
+    """Refuse a model on this machine that has no score head, as far as it can be told without reading weights."""
+    folder = local(path)
+    newest = [sorted(folder.glob(name))[-1:] for name in ("step-*", "checkpoints/step-*")]
+    indices = [one / "index.json" for one in (folder, *newest[0], *newest[1]) if is_file(one / "index.json")]
+    try:
+        if indices:
+            has_one = any(part["key"].endswith(".score_head.outer.weight") for part in read_json(indices[0])["parts"])
+        else:
+            names = read_json(folder / "config.json")["architectures"]
+            has_one = any(name.endswith("ForSequenceClassification") for name in names)
+    except (UnreadableError, ValueError, LookupError, TypeError, AttributeError):
+        return  # whoever opens the model says what is wrong with it
+    if not has_one:
+        raise no_score_head(key, path)
+
+
+def no_score_head(key: str, path: str) -> ConfigError:
+    """Return the error for a model that gives no scores."""
+    return ConfigError(
+        f"{key}={shown(path)} has no score head: name a reward model, such as a checkpoint of train_rm",
+        key=key,
+        value=path,
+        where=path,
     )
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from megarl.checkpoint import find, step_of
-from megarl.config.files import load_chat_template
+from megarl.config.files import load_chat_template, no_score_head
 from megarl.data.agreement import refuse_different_data
 from megarl.data.prompts import Prompt, PromptLimits, read_prompts
 from megarl.disk import local
-from megarl.errors import ConfigError, RewardError
+from megarl.errors import RewardError
 from megarl.experience.evaluation import Collect, Evaluated, Evaluation
 from megarl.experience.http_scorer import HttpScorer
 from megarl.experience.journal import Journal
@@ -281,12 +281,7 @@ def reward_roles(config: Any, sources: Sources) -> list[Role]:
     if source is None:
         return []
     if source.has_output:
-        raise ConfigError(
-            f"{key}={path} has no score head: name a reward model, such as a checkpoint of train_rm",
-            key=key,
-            value=path,
-            where=path,
-        )
+        raise no_score_head(key, path)
     model = second_model(config, key, path, 0, sources)
     about = "scores, does not train"
     return [Role("reward", model, source.vocab_size, ("score",), source=source, about=about)]

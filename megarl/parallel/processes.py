@@ -1,13 +1,46 @@
 """Start worker processes, and set torchrun's environment variables in processes that SLURM started."""
 
+import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from megarl.command import quiet
+from megarl.command import quiet, say
 from megarl.config.launcher import started_by_slurm
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, MegarlError
+
+
+def run_in_processes(world: int, work: Callable[[Any], None], config: Any) -> int:
+    """Run `work(config)` in new processes on this machine, and return the exit code.
+
+    An error that the user can fix is printed once, by this process.
+    """
+    from torch.multiprocessing import get_context
+    from torch.multiprocessing.spawn import ProcessExitedException
+
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells of every process it ends
+    problems = get_context("spawn").SimpleQueue()
+    try:
+        launched_workers(world, _one_line, work, config, problems)
+    except ProcessExitedException as ended:
+        if not problems.empty():  # the error of the process that failed first
+            say(f"error: {problems.get()}")
+        return int(ended.exit_code)
+    return 0
+
+
+def _one_line(work: Callable[[Any], None], config: Any, problems: Any) -> None:
+    """Run `work` in one of several processes. Errors that the user can fix are put into `problems`."""
+    try:
+        work(config)
+    except MegarlError as error:
+        if config.debug:
+            raise
+        if not error.said:
+            problems.put(str(error))
+        sys.exit(error.exit_code)
 
 
 def launched_workers(world: int, work: Callable[..., None], *arguments: Any) -> None:

@@ -45,6 +45,7 @@ class HttpServer:
             server_header=False,
             timeout_graceful_shutdown=_GRACE_S,
         )
+        self.port: int = bound.getsockname()[1]
         self._socket, self._server = bound, uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([bound],), name="http", daemon=True)
 
@@ -76,6 +77,11 @@ class Service:
         self.batcher, self.counters, self.http = batcher, counters, http
         self._batch: Batch | None = None
         self._taken_at = 0.0
+
+    @property
+    def port(self) -> int:
+        """The port on which the server listens."""
+        return self.http.port
 
     def next_texts(self, patience: float) -> list[Text] | None:
         """Return the texts of the next batch, none after `patience` seconds without any; None to stop."""
