@@ -36,9 +36,18 @@ def get_logger(name: str) -> logging.Logger:
 
 def warn_once(logger: logging.Logger, message: str) -> None:
     """Log a warning only the first time in this process."""
+    _log_once(logger, logging.WARNING, message)
+
+
+def info_once(logger: logging.Logger, message: str) -> None:
+    """Log a message only the first time in this process."""
+    _log_once(logger, logging.INFO, message)
+
+
+def _log_once(logger: logging.Logger, level: int, message: str) -> None:
     if (logger.name, message) not in _seen:
         _seen.add((logger.name, message))
-        logger.warning(message)
+        logger.log(level, "%s", message)
 
 
 def setup(run_dir: Path | None, rank: int, debug: bool) -> None:

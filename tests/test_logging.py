@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megarl.logging import get_logger, setup, warn_once
+from megarl.logging import get_logger, info_once, setup, warn_once
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +93,13 @@ def test_a_warning_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
         warn_once(get_logger("megarl.test"), "said once")
     warn_once(get_logger("megarl.test"), "another")
     assert capsys.readouterr().err == "said once\nanother\n"
+
+
+def test_a_message_is_logged_once(capsys: pytest.CaptureFixture[str]) -> None:
+    setup(None, rank=0, debug=False)
+    for _ in range(3):
+        info_once(get_logger("megarl.test"), "100 % once")
+    assert capsys.readouterr().err == "100 % once\n"
 
 
 def test_python_warnings_reach_the_file(tmp_path: Path) -> None:

@@ -329,9 +329,7 @@ def test_generation_stops_at_eos_and_where_the_template_ends_an_answer(tmp_path)
 )
 def test_what_a_template_does_is_told_once(template, said, tmp_path, caplog, monkeypatch):
     from megarl import logging as ours
-    from megarl.chat import notices
 
-    monkeypatch.setattr(notices, "_told", set())
     monkeypatch.setattr(ours, "_seen", set())
     caplog.set_level("INFO", logger="megarl")
     known = build_tokenizer("huggingface", make_hugging_face(tmp_path))

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from megarl.chat.templates import DATE
 from megarl.chat.turns import Layout, Turns
-from megarl.logging import get_logger, warn_once
+from megarl.logging import get_logger, info_once, warn_once
 
 log = get_logger(__name__)
-_told: set[str] = set()
 
 
 def tell(turns: Turns, stop_ids: Sequence[int]) -> None:
@@ -29,7 +28,7 @@ def tell(turns: Turns, stop_ids: Sequence[int]) -> None:
             f"(token {stop_ids[0]}), and generation stops at both"
         )
     if facts:
-        _say_once("chat template: " + "; ".join(facts))
+        info_once(log, "chat template: " + "; ".join(facts))
     if turns.ending is not None:
         _warn_of_endings(turns, len(stop_ids) > 1)
 
@@ -37,9 +36,10 @@ def tell(turns: Turns, stop_ids: Sequence[int]) -> None:
 def note_layout(layout: Layout) -> Layout:
     """A layout, after telling of what the template does to such conversations."""
     if layout.changed:
-        _say_once(
+        info_once(
+            log,
             "chat template: it writes a turn differently once others follow; every answer, and what comes before it, "
-            "is kept as when it was generated (docs/data.md, Chats)"
+            "is kept as when it was generated (docs/data.md, Chats)",
         )
     if layout.shortened is not None:
         warn_once(
@@ -79,9 +79,3 @@ def _warn_of_endings(turns: Turns, has_token: bool) -> None:
             f"chat template: {marker!r}, which ends an answer, is not within {{% generation %}}, so the model does not "
             "learn where to stop; put {% endgeneration %} after it",
         )
-
-
-def _say_once(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
-        log.info("%s", message)

@@ -34,7 +34,10 @@ class GenerateConfig(Tree):
     rules: ClassVar[tuple[Rule, ...]] = (*Tree.rules, responses_fit_model, prompts_or_chat)
 
     prompts: str | None = leaf(None, "Prompts: a .jsonl, .json, .parquet or .txt file, or the text of a single prompt.")
-    prompt_key: str = leaf("prompt", "Field of a record that holds the prompt.")
+    prompt_key: str = leaf(
+        "prompt",
+        "Field of a record that holds the prompt. In records without it, the prompt is their instruction and input.",
+    )
     messages_key: str = leaf("messages", "Field of a record that holds a conversation: a list of messages.")
     chat_template: str | None = leaf(
         None,

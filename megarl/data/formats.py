@@ -1,7 +1,8 @@
 """Convert a record to tokens and a mask of those to train on: text, completion, chat, dialogue, prompt.
 
-A completion, an output and an answer are encoded on their own and end with EOS (or with what the chat template ends an
-answer with), as generation continues from the prompt's tokens alone.
+A prompt may be an instruction with its input (Self-Instruct, arXiv 2212.10560). A completion, an output and an answer
+are encoded on their own and end with EOS (or with what the chat template ends an answer with), as generation continues
+from the prompt's tokens alone.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ import numpy as np
 
 from megarl.data.sources import Record
 from megarl.errors import DataError
+from megarl.logging import get_logger, info_once
 from megarl.tokenizers import Tokenizer
 
+log = get_logger(__name__)
+INSTRUCTION, INPUT, OUTPUT = "instruction", "input", "output"
+"""Keys of a record whose prompt is an instruction, with the text that it is about, and of its completion."""
 Encoded = tuple[list[int], list[int]]
 """Tokens, and for each 1 where it is trained on."""
 _T = TypeVar("_T")
@@ -67,8 +72,8 @@ class RecordFormat:
                 tokens = [*tokenizer.encode_prompt(self._text(record, self.text_key)), tokenizer.eos_id]
                 return as_document((tokens, [1] * len(tokens)))
             if shape == "completion":
-                prompt = tokenizer.encode_prompt(self._text(record, self.prompt_key))
-                found = continued(prompt, self._text(record, self.completion_key), tokenizer)
+                prompt = tokenizer.encode_prompt(self._prompt_text(record))
+                found = continued(prompt, self._text(record, self._completion_key(record)), tokenizer)
             else:
                 found = self._chat(self._messages(record, self.messages_key), tokenizer)
             return as_document((found[0], [1] * len(found[0])) if self.loss_on == "all" else found)
@@ -85,8 +90,8 @@ class RecordFormat:
                 tokens = tokenizer.encode_chat_prompt(self._messages(record, key), self.chat_template)
                 text = tokenizer.decode(tokens)
             else:
-                key = self.prompt_key
-                if not isinstance(fields.get(key), str):
+                key = INSTRUCTION if self.is_instruction(record) else self.prompt_key
+                if key == self.prompt_key and not isinstance(fields.get(key), str):
                     raise DataError(
                         f"has no text under {key!r} and no conversation under {self.messages_key!r}, only "
                         f"{', '.join(map(repr, fields)) or 'nothing'}: set {self.section}prompt_key or "
@@ -94,7 +99,7 @@ class RecordFormat:
                         key=key,
                         value=fields.get(key),
                     )
-                text = self._text(record, key)
+                text = self._prompt_text(record)
                 tokens = tokenizer.encode_prompt(text)
             if not tokens:
                 raise DataError(
@@ -132,7 +137,33 @@ class RecordFormat:
 
         return placed(record, encode)
 
+    def is_instruction(self, record: Record) -> bool:
+        """Return whether a record has an instruction in the place of a prompt or a conversation."""
+        has_prompt = any(record.fields.get(key) is not None for key in (self.prompt_key, self.messages_key))
+        return not has_prompt and record.fields.get(INSTRUCTION) is not None
+
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _has_prompt_text(self, record: Record) -> bool:
+        return record.fields.get(self.prompt_key) is not None or self.is_instruction(record)
+
+    def _prompt_text(self, record: Record) -> str:
+        """Return the prompt: a text, or an instruction and its input with a blank line after each."""
+        if not self.is_instruction(record):
+            return self._text(record, self.prompt_key)
+        info_once(
+            log,
+            f"records without {self.prompt_key!r} that have {INSTRUCTION!r}: the prompt is the instruction and, if "
+            f"there is one, the {INPUT}, with a blank line after each (docs/data.md, Instructions)",
+        )
+        keys = [INSTRUCTION] if record.fields.get(INPUT) is None else [INSTRUCTION, INPUT]
+        return "".join(f"{text}\n\n" for key in keys if (text := self._text(record, key)))
+
+    def _completion_key(self, record: Record) -> str:
+        """Return the key of a single response: "output" beside an instruction, unless the usual key is there."""
+        if self.is_instruction(record) and record.fields.get(self.completion_key) is None:
+            return OUTPUT
+        return self.completion_key
 
     def _has_messages(self, record: Record) -> bool:
         """Whether the prompt is a conversation: under its own key, or in the place of the prompt's text."""
@@ -144,16 +175,22 @@ class RecordFormat:
         return self._messages(record, key)
 
     def _shape(self, record: Record) -> str:
-        needed = {
+        needed: dict[str, list[str]] = {
             "chat": [self.messages_key],
             "completion": [self.prompt_key, self.completion_key],
             "text": [self.text_key],
         }
+        if self.format in ("auto", "completion") and self.is_instruction(record):
+            key = self._completion_key(record)
+            if key in record.fields:
+                return "completion"
+            needed["completion"] = [INSTRUCTION, key]
         if self.format == "auto":
             for shape, keys in needed.items():
                 if all(key in record.fields for key in keys):
                     return shape
-            wanted = " or ".join("+".join(map(repr, keys)) for keys in needed.values())
+            described = [*needed.values(), [INSTRUCTION, OUTPUT]]
+            wanted = " or ".join("+".join(map(repr, keys)) for keys in described)
             raise DataError(
                 f"has none of the expected keys {wanted} (found keys: {keys_of(record)}); rename them, or set "
                 f"{' or '.join(f'{self.section}{name}' for name in self.settable)}",

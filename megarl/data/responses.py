@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megarl.data.formats import (
+    INSTRUCTION,
     Document,
     Encoded,
     RecordFormat,
@@ -78,7 +79,7 @@ class ResponseFormat(RecordFormat):
                     _require_response(text, key)
                 if self._has_messages(record):
                     messages = self._conversation(record)
-                elif record.fields.get(self.prompt_key) is not None:
+                elif self._has_prompt_text(record):
                     prompt = self._prompt(record, tokenizer)
                     chosen, rejected = (as_document(continued(prompt, text, tokenizer)) for text in texts)
                     return _differing(chosen, rejected, keys)
@@ -115,7 +116,7 @@ class ResponseFormat(RecordFormat):
             return [(chosen, True), (rejected, False)]
 
         def encode() -> tuple[Document, bool]:
-            key, label = self.completion_key, record.fields.get(self.label_key)
+            key, label = self._completion_key(record), record.fields.get(self.label_key)
             if isinstance(label, np.bool_ | np.integer):
                 label = label.item()
             if not isinstance(label, bool | int) or label not in (0, 1):
@@ -177,9 +178,8 @@ class ResponseFormat(RecordFormat):
 
         def encode() -> list[tuple[Document, float]]:
             if record.fields.get(self.responses_key) is None:
-                document = self._response(
-                    record, record.fields.get(self.completion_key), self.completion_key, tokenizer
-                )
+                key = self._completion_key(record)
+                document = self._response(record, record.fields.get(key), key, tokenizer)
                 return [(document, self._number(record.fields.get(self.score_key), self.score_key, record))]
             responses = self._responses(record, least=1)
             scores = self._numbers(record, self.scores_key, len(responses))
@@ -234,16 +234,17 @@ class ResponseFormat(RecordFormat):
     def is_transcript(self, record: Record) -> bool:
         """Return whether a record is a pair of texts that have no prompt of their own."""
         is_text = isinstance(record.fields.get(self.chosen_key), str)
-        return is_text and not self._has_messages(record) and record.fields.get(self.prompt_key) is None
+        return is_text and not self._has_messages(record) and not self._has_prompt_text(record)
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _prompt(self, record: Record, tokenizer: Tokenizer) -> list[int]:
-        tokens = tokenizer.encode_prompt(self._text(record, self.prompt_key))
+        tokens = tokenizer.encode_prompt(self._prompt_text(record))
         if not tokens:
+            key = INSTRUCTION if self.is_instruction(record) else self.prompt_key
             raise DataError(
-                f"the prompt under {self.prompt_key!r} is empty and has no tokens: write one, or take the record out",
-                key=self.prompt_key,
+                f"the prompt under {key!r} is empty and has no tokens: write one, or take the record out",
+                key=key,
                 value="",
             )
         return tokens

@@ -19,7 +19,7 @@ class CloneConfig(Section):
     data: list[str] = leaf(
         [],
         SOURCES.format("Samples to clone") + " A sample is a conversation under data.messages_key, a prompt under "
-        'data.prompt_key with its "completion", or a "text".',
+        'data.prompt_key with its "completion", an "instruction" with its "output", or a "text".',
     )
     steps: int = leaf(400, "Number of optimizer steps, each of trainer.global_batch_size samples.", at_least=1)
     lr: float = leaf(1e-3, "Constant learning rate, without warm-up.", at_least=0)

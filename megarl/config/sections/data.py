@@ -38,7 +38,10 @@ class SourcesConfig(Section):
         "validation",
         "Split to evaluate on, of the same sources as data.train_split.",
     )
-    prompt_key: str = leaf("prompt", "Field of a record that holds the prompt.")
+    prompt_key: str = leaf(
+        "prompt",
+        "Field of a record that holds the prompt. In records without it, the prompt is their instruction and input.",
+    )
     messages_key: str = leaf("messages", "Field of a record that holds a conversation: a list of messages.")
     chat_template: str | None = leaf(
         None,
@@ -58,8 +61,9 @@ class DataConfig(SourcesConfig):
     )
     format: str = leaf(
         "auto",
-        "Fields that records have. text: data.text_key; completion: data.prompt_key and data.completion_key; chat: "
-        "data.messages_key. auto: the first of chat, completion and text whose fields a record has.",
+        "Fields that records have. text: data.text_key; completion: data.prompt_key and data.completion_key, or "
+        "instruction, input and output; chat: data.messages_key. auto: the first of chat, completion and text whose "
+        "fields a record has.",
         ("auto", "text", "completion", "chat"),
     )
     text_key: str = leaf("text", "Field of a text record that holds the text.")
@@ -174,7 +178,8 @@ class PairDataConfig(SourcesConfig):
     eval: list[str] = leaf([], SOURCES.format("Pairs to evaluate on") + " Empty: no evaluation.")
     prompt_key: str = leaf(
         "prompt",
-        "Field of a record that holds the prompt. In records without it, the prompt is what both responses begin with.",
+        "Field of a record that holds the prompt. In records without it, the prompt is their instruction and input, or "
+        "else what both responses begin with.",
     )
     chosen_key: str = leaf(
         "chosen", "Field of a record that holds the preferred response: a text, or a list of messages."
