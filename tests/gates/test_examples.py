@@ -66,8 +66,23 @@ def test_a_tiny_llama_learns_to_give_the_answer_with_more_votes(tmp_path: Path) 
     assert sum(response.startswith("Use `") for response in responses) > 0.7 * len(responses)
 
 
+def test_ppo_against_a_reward_model_makes_answers_to_instructions_better(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", EXAMPLES / "instruct" / "run.sh"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = (float(line.split()[2]) for line in done.stdout.splitlines() if ": utility " in line)
+    assert before < 0.55
+    assert after - before > (1 - before) / 2
+
+
 def test_every_example_is_run_here() -> None:
-    names = {"ppo_words.py", "ilql_rewards.py", "stack_llama"}
+    names = {"ppo_words.py", "ilql_rewards.py", "stack_llama", "instruct"}
     assert {path.name for path in EXAMPLES.iterdir() if path.name != "__pycache__"} == names
 
 
