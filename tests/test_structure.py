@@ -199,7 +199,12 @@ def test_only_two_files_know_which_library_multiplies() -> None:
 
 
 def entry_points() -> list[str]:
-    return ["megarl", "megarl.config", *sorted(f"megarl.{path.stem}" for path in PACKAGE.glob("train_*.py"))]
+    return [
+        "megarl",
+        "megarl.config",
+        "megarl.rm_train",
+        *sorted(f"megarl.{path.stem}" for path in PACKAGE.glob("train_*.py")),
+    ]
 
 
 @pytest.mark.parametrize("name", entry_points())
