@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from megarl.config.serve import ServiceConfig
 from megarl.serving.batcher import Batcher, ClosedError, NoScoreError
 from megarl.serving.counters import CONTENT_TYPE, Counters
+from megarl.serving.description import SCORE_ANSWERS, SCORE_REQUEST
 from megarl.serving.questions import Reader, RefusedError, read_question
 
 Message = MutableMapping[str, Any]
@@ -51,11 +52,11 @@ def create_app(
         settings: limits of a request.
         token: token that requests must send; None for none.
     """
-    # There is nothing to browse, and pages of documentation would load scripts from elsewhere.
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    # Pages to browse would load scripts from elsewhere. The description of the interface is /openapi.json.
+    app = FastAPI(title="megarl reward model", docs_url=None, redoc_url=None)
     encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
 
-    @app.post(SCORE)
+    @app.post(SCORE, responses=SCORE_ANSWERS, openapi_extra=SCORE_REQUEST)
     async def score(request: Request) -> Response:
         body = await _read_body(request, settings, batcher)
         loop = asyncio.get_running_loop()

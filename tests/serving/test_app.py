@@ -103,7 +103,11 @@ def test_other_paths_and_methods_are_refused(server: Running) -> None:
     assert ask(server.port, question(["a"], ["b"]), path="/")[0] == 404
     assert ask(server.port, method="GET")[0] == 405
     assert ask(server.port, method="GET", path="/docs")[0] == 404
-    assert ask(server.port, method="GET", path="/openapi.json")[0] == 404
+    status, page = ask(server.port, method="GET", path="/openapi.json")
+    described = page["paths"]["/score"]["post"]
+    assert status == 200
+    assert {"200", "401", "413", "422", "503"} <= described["responses"].keys()
+    assert len(described["requestBody"]["content"]["application/json"]["schema"]["oneOf"]) == 2
 
 
 def test_a_texts_surprise_for_a_tokenizer_is_the_clients_error() -> None:
