@@ -120,9 +120,11 @@ def test_an_idle_server_outlives_the_time_out_of_its_processes(model: Path, tmp_
 def test_ppo_learns_from_a_server_as_from_the_model_in_process(model: Path, worlds: Worlds, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": letter * 3}) + "\n" for letter in "abcdefgh"))
-    worlds.run(1, run_with_model, tmp_path / "within", prompts, model, "trainer.max_phases=2")
+    # All that this policy can write is text, so that both read the same.
+    settings = ["tokenizer.kind=characters", "tokenizer.path=abcdefghijklm", "trainer.max_phases=2"]
+    worlds.run(1, run_with_model, tmp_path / "within", prompts, model, *settings)
     with serving(model, tmp_path) as server:
-        served = ["reward.model=null", f"reward.url=[{server.url}]", "trainer.max_phases=2", "reward.batch_size=3"]
+        served = ["reward.model=null", f"reward.url=[{server.url}]", "reward.batch_size=3", *settings]
         worlds.run(2, run_with_model, tmp_path / "served", prompts, model, *served)
     ours, theirs = (metrics(tmp_path / name, "rollout/score")[0] for name in ("served", "within"))
     assert ours == pytest.approx(theirs, rel=1e-4)
