@@ -1,13 +1,21 @@
-"""The value head: as wide as torch's linear layers at first, one value per chosen token, the same in every layout."""
+"""The value head: as wide as torch's linear layers at first, one value per chosen token, the same in every layout. The
+score head: in the place of the output layer, and as wide at first as it is told."""
 
 from typing import Any
 
 import pytest
 import torch
 
+from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.parallel import ParallelConfig
+from megarl.models.build import build_engine
+from megarl.models.exchange.parameters import SCORE, parameters
 from megarl.models.gpt import GPT
+from megarl.models.roles import Role
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel.engine import Engine
+from megarl.parallel.grid import Grid, start_world
+from megarl.parallel.layout import Layout
 from megarl.parallel.rows import Microbatch
 from tests.parallel.engines import batches, small_engine
 from tests.worlds import Worlds
@@ -129,3 +137,48 @@ def handed_over() -> bool:
 
 def test_an_engine_that_starts_from_another_trains_as_it_does(worlds: Worlds) -> None:
     assert worlds.run(1, handed_over)[0]
+
+
+# --- the score head ---------------------------------------------------------------------------------------------------
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "untied": {"num_kv_heads": 2},
+    "tied": {"tie_embeddings": True, "position": "learned"},
+    "bias": {"lm_head_bias": True, "parallel_residual": "one_norm", "norm": "layernorm"},
+}
+
+
+def reward_models(pp: int) -> tuple[dict[str, dict[str, tuple[int, ...]]], dict[Any, tuple[float, bool]]]:
+    """This rank's parameters of each shape; deviation of the score head's weights by what was asked for, and whether it
+    is on this rank."""
+    grid = Grid(Layout(pp=pp), start_world())
+
+    def built(model: ModelConfig, std: float | None = None) -> dict[str, torch.Tensor]:
+        role = Role("policy", model, 64, ("score",), head_std=std)
+        return dict(build_engine(role, grid, ParallelConfig(), precision="fp32", seed=1).parameters())
+
+    names = {
+        name: {key: tuple(weight.shape) for key, weight in built(ModelConfig(**shape)).items()}
+        for name, shape in SHAPES.items()
+    }
+    wide, deviations = ModelConfig(num_layers=2, hidden_size=1024, ffn_size=64), {}
+    for std in (None, 0.5, 0.0):
+        weight = built(wide, std).get(SCORE)
+        deviations[std] = (0.0 if weight is None else float(weight.std()), weight is not None)
+    grid.close()
+    return names, deviations
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_a_reward_model_has_a_score_head_of_a_given_width_and_no_output_layer(pp: int, worlds: Worlds) -> None:
+    ranks = worlds.run(pp, reward_models, pp)
+    for name, shape in SHAPES.items():
+        whole = {key: size for names, _ in ranks for key, size in names[name].items()}
+        model = ModelConfig(**shape)
+        assert whole == {**parameters(model, 64, output=False), SCORE: (1, model.hidden_size)}
+        assert not [key for key in whole if "output_layer" in key]
+    assert [there for _, deviations in ranks for _, there in deviations.values()] == [False] * 3 * (pp - 1) + [True] * 3
+    _, deviations = ranks[-1]
+    assert deviations[None][0] == pytest.approx(1025**-0.5, rel=0.1)
+    assert deviations[0.5][0] == pytest.approx(0.5, rel=0.1)
+    assert deviations[0.0][0] == 0
