@@ -21,7 +21,6 @@ from megarl.experience.journal import Journal
 from megarl.experience.model_scorer import ModelScorer
 from megarl.experience.scorers import FunctionScorer, Scorer, check_fields, keep_scored
 from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts, RolloutSource
-from megarl.experience.sum_scorer import SumScorer
 from megarl.logging import get_logger
 from megarl.models.exchange.pretrained import Sources, second_model
 from megarl.models.roles import Role
@@ -97,40 +96,28 @@ class GenerativeModule(Module):
             refuse_different_data(self.grid, (prompt.tokens for prompt in prompts), name, kept=texts)
         self.source = self._make_source()
         self.source.check_prompts([*self.prompts, *self.eval_prompts])
-        sources = self._reward_sources()
-        if len(sources) == 1:
-            self.scorers[REWARD] = next(iter(sources.values()))
-        elif sources:
-            self.scorers[REWARD] = SumScorer(sources, {**dict.fromkeys(sources, 1.0), **config.reward.terms})
-        if self._function(METRIC) is not None:
-            self.scorers[METRIC] = self._function_scorer(METRIC, {}, "metric")
+        if "reward" in self.engines:
+            self.scorers[REWARD] = self._reward_model()
+        if config.reward.url:
+            journal = self._journal("reward")
+            self.scorers[REWARD] = HttpScorer(config.reward, self.tokenizer, self.grid, journal=journal)
+        for key, options in ((REWARD, config.reward.options), (METRIC, {})):
+            function = self._function(key)
+            if function is not None:
+                self.scorers[key] = FunctionScorer(
+                    function,
+                    config.reward,
+                    self.tokenizer,
+                    self.grid,
+                    key=key,
+                    options=options,
+                    journal=self._journal(key.partition(".")[0]),
+                )
         if self.eval_prompts:
             named = {"score" if key == REWARD else scorer.name: scorer for key, scorer in self.scorers.items()}
             self.evaluation = Evaluation(
                 collect or self.source.collect, self.eval_prompts, named, config.eval, self.tokenizer
             )
-
-    def _reward_sources(self) -> dict[str, Scorer]:
-        """Return what gives scores, by the name of its key in `reward`."""
-        reward, found = self.config.reward, dict[str, Scorer]()
-        if "reward" in self.engines:
-            found["model"] = self._reward_model()
-        if self._function(REWARD) is not None:
-            found["fn"] = self._function_scorer(REWARD, reward.options, "reward")
-        if reward.url:
-            found["url"] = HttpScorer(reward, self.tokenizer, self.grid, journal=self._journal("reward_servers"))
-        return found
-
-    def _function_scorer(self, key: str, options: dict[str, Any], name: str) -> FunctionScorer:
-        return FunctionScorer(
-            self._function(key),
-            self.config.reward,
-            self.tokenizer,
-            self.grid,
-            key=key,
-            options=options,
-            journal=self._journal(name),
-        )
 
     def _reward_model(self) -> ModelScorer:
         source = self.sources.at(self.config.reward.model)

@@ -51,7 +51,7 @@ class Combined:
             self._ask(function, name, options, samples, columns)
             for function, name, options in zip(self._loaded, self.names, self.options, strict=True)
         ]
-        values = [weighted_sum(scores, self.weights) for scores in zip(*answers, strict=True)]
+        values = [self._sum(scores) for scores in zip(*answers, strict=True)]
         parts = {name: [number_of(score) for score in own] for name, own in zip(self.names, answers, strict=True)}
         return values, parts
 
@@ -70,19 +70,18 @@ class Combined:
             raise AnswerError(f"{error} (the part {name})") from error
         return [NoScore(f"{s.why} (from {name})") if isinstance(s, NoScore) else s for s in scores]
 
-
-def weighted_sum(scores: Sequence[Score | NoScore], weights: Sequence[float]) -> Score | NoScore:
-    """Add weighted scores of one sample. Per-token lists add up token by token; a plain score is added at the last
-    token, as in training."""
-    total: Score = 0.0
-    for score, weight in zip(scores, weights, strict=True):
-        if isinstance(score, NoScore):
-            return score
-        weighted = [weight * reward for reward in score] if isinstance(score, list) else weight * score
-        if isinstance(total, list) and isinstance(weighted, list) and len(total) != len(weighted):
-            return NoScore(f"got lists of {len(total)} and {len(weighted)} per-token rewards, which do not add up")
-        total = _add(total, weighted)
-    return total
+    def _sum(self, scores: Sequence[Score | NoScore]) -> Score | NoScore:
+        """Add weighted scores. Per-token lists add up token by token; a plain score is added at the last token, as in
+        training."""
+        total: Score = 0.0
+        for score, weight in zip(scores, self.weights, strict=True):
+            if isinstance(score, NoScore):
+                return score
+            weighted = [weight * reward for reward in score] if isinstance(score, list) else weight * score
+            if isinstance(total, list) and isinstance(weighted, list) and len(total) != len(weighted):
+                return NoScore(f"got lists of {len(total)} and {len(weighted)} per-token rewards, which do not add up")
+            total = _add(total, weighted)
+        return total
 
 
 def combine(

@@ -282,19 +282,9 @@ def test_with_offload_a_reward_model_is_away_while_the_policy_trains(
     assert len(metrics(tmp_path / "plain", "eval/score")) >= 3
 
 
-def test_scores_add_up_with_those_of_a_function_and_a_policy_is_no_reward_model(
-    worlds: Worlds, reference: Path, tmp_path: Path
-) -> None:
+def test_a_policy_is_no_reward_model(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
     prompts = write(tmp_path / "prompts", lambda: {"prompt": "a"}) / "train.jsonl"
     worlds.run(1, run_with_model, tmp_path / "run", prompts, reference, "trainer.max_phases=1")
-    function = ["reward.fn=megarl.rewards.builtin:length", "reward.terms={model: 2, fn: 0.5}"]
-    worlds.run(1, run_with_model, tmp_path / "sum", prompts, reference, "trainer.max_phases=1", *function)
-    (alone,), ((total, model, fn),) = (
-        metrics(tmp_path / "run", "rollout/score"),
-        metrics(tmp_path / "sum", "rollout/score", "rollout/score/model", "rollout/score/fn"),
-    )
-    assert model == pytest.approx(alone[0], rel=1e-5)
-    assert total == pytest.approx(2 * model + 0.5 * fn, rel=1e-5)
     with refused(ConfigError, key="reward.model", value=str(tmp_path / "run")):
         worlds.run(1, run_with_model, tmp_path / "again", prompts, tmp_path / "run")
     with refused(

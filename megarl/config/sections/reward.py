@@ -42,11 +42,6 @@ class RewardConfig(Section):
     token_file: str | None = leaf(
         None, "File that holds, in one line, the token that the reward servers want (null: none)."
     )
-    terms: dict[str, float] = leaf(
-        {},
-        "Weights of several sources of scores whose sum is the score, as in {model: 1, fn: 0.1}. Required if more than "
-        "one of reward.fn, reward.model and reward.url is set.",
-    )
     options: dict[str, Any] = leaf(
         {},
         "Additional keyword arguments of the reward function. They override fields of the records.",
@@ -79,27 +74,16 @@ class RewardConfig(Section):
     devices: str = leaf("", "CUDA_VISIBLE_DEVICES of the scoring process (empty: it sees no GPU).")
 
     def check(self) -> None:
-        """Refuse several sources of scores without weights, and weights of what is no source."""
+        """Refuse two sources of scores."""
         sources: dict[str, Any] = {"fn": None, "model": None, "url": []}
         given = [name for name, nothing in sources.items() if getattr(self, name) != nothing]
-        wanted = "{" + ", ".join(f"{name}: 1" for name in given) + "}"
-        if len(given) > 1 and not self.terms:
+        if len(given) > 1:
             named = [f"reward.{name}={shown(getattr(self, name))}" for name in given]
             raise Refusal(
                 f"{' and '.join(named)} {'both' if len(given) == 2 else 'all'} give scores",
                 {f"reward.{name}": [sources[name]] for name in given},
-                f"weights for their sum: reward.terms={wanted}",
                 key=f"reward.{given[-1]}",
                 value=getattr(self, given[-1]),
-            )
-        if self.terms and set(self.terms) != set(given):
-            raise Refusal(
-                f"reward.terms has weights for {', '.join(self.terms)}, and scores come from "
-                f"{', '.join(given) or 'nothing'}",
-                {"reward.terms": [{}]},
-                f"reward.terms={wanted}" if given else None,
-                key="reward.terms",
-                value=self.terms,
             )
 
 
