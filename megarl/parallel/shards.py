@@ -116,6 +116,10 @@ def write(path: Path, parts: Sequence[tuple[Part, Tensor]]) -> None:
     save_file({part.name: data.contiguous() for part, data in parts}, path)
 
 
+NEVER_USED = "critic.output_layer."
+"""Tensors that checkpoints of earlier versions have: a separate critic had an output layer, which nothing read."""
+
+
 def read(
     template: dict[str, Any], common: dict[str, Any], parts: Sequence[Part], folder: Path, grid: Grid
 ) -> dict[str, Any]:
@@ -130,6 +134,7 @@ def read(
     for part in parts:
         index.setdefault(part.key, []).append(part)
     wanted = list(_tensors(sharded))
+    index = {key: found for key, found in index.items() if not key.startswith(NEVER_USED)}
     unused = sorted(index.keys() - set().union(*run_on_all_ranks(grid, lambda: _same_tensors(wanted, index, folder))))
     if unused:
         raise CheckpointError(

@@ -44,3 +44,25 @@ def test_the_weights_of_a_checkpoint_of_an_earlier_version_are_read(worlds: Worl
     assert len(names) > 10
     for name in names:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+# By commit 6edfd7f: the same with a separate critic, which had an output layer that nothing read.
+CRITIC = CHECKPOINT.parent / "ppo_critic_6edfd7f"
+UNTIED = ["model.tie_embeddings=false", "critic.kind=separate", "metric.fn=null", "trainer.eval_every=null"]
+WITH_CRITIC = {
+    "rollout/score": 7.25,
+    "rollout/kl": -0.007527589797973633,
+    "value/loss": 3.3502390384674072,
+    "train/grad_norm": 0.60665363073349,
+}
+
+
+def test_a_run_with_a_separate_critic_goes_on_without_the_output_layer_that_it_had(
+    worlds: Worlds, tmp_path: Path
+) -> None:
+    assert "critic.output_layer.weight" in tensors(CRITIC)
+    settings = [*SETTINGS, *UNTIED, "trainer.max_phases=2", f"run.resume={CRITIC}"]
+    worlds.run(1, run_ppo, tmp_path, *settings)
+    (found,) = metrics(tmp_path, *WITH_CRITIC)
+    assert found == pytest.approx(tuple(WITH_CRITIC.values()), rel=1e-5, abs=2e-6)
+    assert "critic.output_layer.weight" not in final_tensors(tmp_path)
