@@ -40,9 +40,8 @@ def check_files(config: Any) -> None:
     _check_data(config)
     load_chat_template(_value(config, "data.chat_template"))
     load_chat_template(getattr(config, "chat_template", None), "chat_template")  # of `generate`
-    for key in ("reward.token_file", "serve.token_file"):
-        if (path := _value(config, key)) is not None:
-            read_token(path, key)
+    if (token := _value(config, "serve.token_file")) is not None:
+        read_token(token, "serve.token_file")
     for key, path in {"model.path": config.model.path, **config.more_models()}.items():
         if path is not None:
             require_weights(path, key)

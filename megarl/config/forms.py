@@ -98,7 +98,7 @@ def server_url(key: str, value: str) -> None:
     if not usable or extra:
         raise ConfigError(
             f"{key}={shown(value)} is not the URL of a server: use http://HOST:PORT or https://HOST, without a user, a "
-            "query or a fragment; a token belongs in reward.token_file",
+            "query or a fragment; a token belongs in MEGARL_REWARD_TOKEN",
             key=key,
             value=value,
         )

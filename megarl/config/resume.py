@@ -183,7 +183,7 @@ RULES = (
         "scores restart",
     ),
     _rule(
-        *("reward", "timeout retries on_error batch_size devices token_file", NOW),
+        *("reward", "timeout retries on_error batch_size devices", NOW),
         "how the function or the servers are called",
     ),
     _rule("metric", "fn", NOW, "evaluations after the resume"),

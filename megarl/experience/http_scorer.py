@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megarl.config.sections.reward import RewardConfig
-from megarl.config.tokens import read_token
+from megarl.config.tokens import token_of_client
 from megarl.data.prompts import Prompt
 from megarl.experience.journal import Journal
 from megarl.experience.reward_request import Entry
@@ -41,9 +41,12 @@ class HttpScorer(JournalledScorer):
 
     def _connect(self) -> Iterator[str | None]:
         settings = self.settings
-        token = None if settings.token_file is None else read_token(settings.token_file, "reward.token_file")
         self.servers = RewardServers(
-            settings.url, token=token, timeout_s=settings.timeout, retries=settings.retries, drops=self.drops
+            settings.url,
+            token=token_of_client(),
+            timeout_s=settings.timeout,
+            retries=settings.retries,
+            drops=self.drops,
         )
         yield from self.servers.connect()
 

@@ -343,7 +343,7 @@ _REMEDIES = {
     "responses per call (reward.batch_size)",
     WRONG: "look into the server's log",
     REFUSED: "send what the server takes: fewer responses per call (reward.batch_size), or shorter ones",
-    FATAL: "correct reward.url or reward.token_file",
+    FATAL: "correct reward.url, or the token in MEGARL_REWARD_TOKEN",
 }
 
 

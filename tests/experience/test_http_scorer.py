@@ -303,29 +303,27 @@ def test_what_a_server_refuses_is_not_asked_again(serve: Serve) -> None:
     assert score(make(server, on_error="drop", retries=5)).dropped == len(ROLLOUTS)
 
 
-def test_a_wrong_token_ends_the_run_at_its_start_and_is_never_shown(serve: Serve, tmp_path: Path) -> None:
-    token = tmp_path / "token"
-    token.write_text("s3cret\n")
+def test_a_wrong_token_ends_the_run_at_its_start_and_is_never_shown(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGARL_REWARD_TOKEN", "s3cret\n")
 
     def guarded(server: StandIn, handler: Any, question: dict[str, Any]) -> bool:
         right = handler.headers["Authorization"] == "Bearer s3cret"
         return not right and answer(handler, 401, {"error": f"not {handler.headers['Authorization']}"})
 
     server = serve(guarded)
-    assert score(make(server, token_file=str(token))).values == WANTED
-    token.write_text("wr0ng")
+    assert score(make(server)).values == WANTED
+    monkeypatch.setenv("MEGARL_REWARD_TOKEN", "wr0ng")
     asked = len(server.headers)
-    with refused(RewardError, key="reward.url", names=(server.url, "401", "reward.token_file")) as found:
-        make(server, token_file=str(token), retries=3, on_error="drop")
+    with refused(RewardError, key="reward.url", names=(server.url, "401", "MEGARL_REWARD_TOKEN")) as found:
+        make(server, retries=3, on_error="drop")
     assert "wr0ng" not in found.line
     assert len(server.headers) == asked + 1
-    for content in (None, "", "two words"):
-        if content is None:
-            token.unlink()
-        else:
-            token.write_text(content)
-        with refused(ConfigError, key="reward.token_file", value=str(token)):
-            make(server, token_file=str(token))
+    for content in ("", "two words"):
+        monkeypatch.setenv("MEGARL_REWARD_TOKEN", content)
+        with refused(ConfigError, key="MEGARL_REWARD_TOKEN"):
+            make(server)
 
 
 def test_servers_with_different_models_are_refused(serve: Serve) -> None:

@@ -36,11 +36,9 @@ class RewardConfig(Section):
     url: list[str] = leaf(
         [],
         "Reward servers, instead of a function or a model: URLs of megarl.serve_reward, all with the same reward "
-        "model. Calls are shared out over them. A server that fails is left aside for a while.",
+        "model. Calls are shared out over them. A server that fails is left aside for a while. A token that they want "
+        "is read from the environment variable MEGARL_REWARD_TOKEN.",
         form=server_url,
-    )
-    token_file: str | None = leaf(
-        None, "File that holds, in one line, the token that the reward servers want (null: none)."
     )
     options: dict[str, Any] = leaf(
         {},
