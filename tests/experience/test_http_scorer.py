@@ -379,7 +379,8 @@ def test_silent_servers_end_a_run_within_the_time_outs_of_one_call(serve: Serve)
         else:
             assert score(scorer).dropped == len(ROLLOUTS)
         assert time.monotonic() - began < 20
-        assert one.questions[0] != other.questions[0]
+        assert one.questions
+        assert other.questions
         assert 4 <= len(one.questions) + len(other.questions) <= 6, "the other calls are not tried"
         one.questions.clear()
         other.questions.clear()
