@@ -463,9 +463,10 @@ def plain_content(folder: Path) -> tuple[dict[str, Any], list[Part]]:
 
 def _check_run(common: dict[str, Any], folder: Path) -> None:
     """Raise if a value is not of the type that Lightning or megarl saves."""
-    kinds = {"global_step": int, "epoch": int, "loops": dict, "callbacks": dict, "consumed": int, "clock": dict}
-    for name, kind in kinds.items():
-        if name in common and not isinstance(common[name], kind):
+    counters = dict.fromkeys(("global_step", "epoch", "consumed", "rows", "weights_version"), int)
+    mappings = dict.fromkeys(("loops", "callbacks", "clock", "scorers"), dict)
+    for name, kind in {**counters, **mappings}.items():
+        if name in common and (not isinstance(common[name], kind) or (kind is int and common[name] < 0)):
             raise CheckpointError(
                 f"checkpoint {folder}: {COMMON} has no valid {name}: it is damaged, or was not written by megarl; "
                 "choose another",

@@ -61,7 +61,8 @@ def run(argv: Sequence[str]) -> int:
     heartbeats = read(Path(folders[0]))
     if not heartbeats:
         raise ConfigError(
-            f"{folders[0]} has no {FOLDER}/rank-*.json: name the folder of a run that has started", where=folders[0]
+            f"{folders[0]} has no {FOLDER}/rank-*.json that can be read: name the folder of a run that has started",
+            where=folders[0],
         )
     now = time.time()
     verdict = diagnose(heartbeats, now, float(beat))

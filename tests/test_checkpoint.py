@@ -444,6 +444,21 @@ def test_plain_values_come_back_as_they_were(worlds: Worlds, tmp_path: Path) -> 
         assert found == {key: value for key, value in plain.items() if key != "tensor"}
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("weights_version", {}), ("rows", 2.5), ("consumed", -1), ("scorers", []), ("clock", None)]
+)
+def test_a_value_of_another_kind_than_a_run_stores_is_refused(
+    name: str, wrong: Any, worlds: Worlds, tmp_path: Path
+) -> None:
+    def load_wrong() -> CheckpointError:
+        io = checkpoint_io()
+        save(io, step_folder(tmp_path, 1), values(1), **{name: wrong})
+        return refusal(load, io, tmp_path, like=values(1))
+
+    where = str(step_folder(tmp_path, 1))
+    assert_refusal(worlds.run(1, load_wrong)[0], key=name, value=wrong, where=where)
+
+
 def engine_checkpoint(layout: dict[str, Any], path: Path) -> None:
     engine = small_engine(layout)
     io = checkpoint_io_of(engine.grid)

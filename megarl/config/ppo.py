@@ -50,6 +50,23 @@ class CriticConfig(Section):
 
 
 @dataclass
+class AdaptiveKLConfig(Section):
+    """How the weight of the KL to the reference is adapted."""
+
+    target: float | None = leaf(
+        None,
+        "KL to the reference per response (the sum over its tokens) that ppo.kl_coef is adapted to reach, once per "
+        "phase. Requires ppo.kl_coef above 0 (null: ppo.kl_coef stays constant).",
+        above=0,
+    )
+    horizon: float = leaf(
+        10_000.0,
+        "Number of responses over which ppo.kl_coef changes by at most a fifth of itself, more than ppo.rollouts / 5.",
+        above=0,
+    )
+
+
+@dataclass
 class PPOSettings(Section):
     """Proximal policy optimisation."""
 
@@ -130,17 +147,8 @@ class PPOSettings(Section):
         "d^2/2; k3: exp(-d) - 1 + d; abs: the absolute value of d.",
         ("k1", "k2", "k3", "abs"),
     )
-    kl_target: float | None = leaf(
-        None,
-        "KL to the reference per response (the sum over its tokens) that ppo.kl_coef is adapted to reach. Requires "
-        "ppo.kl_coef above 0 (null: ppo.kl_coef stays constant).",
-        above=0,
-    )
-    kl_horizon: float = leaf(
-        10_000.0,
-        "Number of responses over which an adapted ppo.kl_coef changes by at most a fifth of itself, more than "
-        "ppo.rollouts / 5. No effect if ppo.kl_target is null.",
-        above=0,
+    adaptive_kl: AdaptiveKLConfig | None = optional_section(
+        AdaptiveKLConfig, "Adapt ppo.kl_coef towards a target (null: it stays constant).", needs="target"
     )
     kl_limit: float | None = leaf(
         None,
@@ -198,17 +206,28 @@ class PPOSettings(Section):
         ("strict", "warn"),
     )
 
+    @property
+    def kl_target(self) -> float | None:
+        """The KL per response that `kl_coef` is adapted to reach; None if it is constant."""
+        return None if self.adaptive_kl is None else self.adaptive_kl.target
+
+    @property
+    def kl_horizon(self) -> float:
+        """Number of responses over which an adapted `kl_coef` changes by at most a fifth of itself."""
+        return (self.adaptive_kl or AdaptiveKLConfig()).horizon
+
     def check(self) -> None:
         """Refuse whitened rewards where responses are compared, too short a horizon, and limits of an absent KL."""
         needs = ADVANTAGES[self.advantages]
-        if self.kl_target is not None and self.kl_horizon <= self.rollouts / 5:
+        target, horizon = self.kl_target, self.kl_horizon
+        if target is not None and horizon <= self.rollouts / 5:
             raise Refusal(
-                f"ppo.kl_horizon={self.kl_horizon:g} lets ppo.kl_coef change by more than itself in a phase of "
+                f"ppo.adaptive_kl.horizon={horizon:g} lets ppo.kl_coef change by more than itself in a phase of "
                 f"ppo.rollouts={self.rollouts}",
                 {},
                 f"more than {self.rollouts / 5:g}",
-                key="ppo.kl_horizon",
-                value=self.kl_horizon,
+                key="ppo.adaptive_kl.horizon",
+                value=horizon,
             )
         if self.whiten_rewards and (needs.groups or needs.greedy):
             raise Refusal(
@@ -218,7 +237,7 @@ class PPOSettings(Section):
                 key="ppo.whiten_rewards",
                 value=True,
             )
-        for key, value in (("ppo.kl_target", self.kl_target), ("ppo.kl_limit", self.kl_limit)):
+        for key, value in (("ppo.adaptive_kl.target", target), ("ppo.kl_limit", self.kl_limit)):
             if self.kl_coef == 0 and value is not None:
                 raise Refusal(
                     f"{key}={value:g} needs a reference model, and with ppo.kl_coef=0 there is none",

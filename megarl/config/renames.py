@@ -115,6 +115,8 @@ RENAMES = (
     Rename("critic.path", "critic.separate.path"),
     Rename("critic.lr", "critic.separate.lr"),
     Rename("critic.warmup_phases", "critic.separate.warmup_phases"),
+    Rename("ppo.kl_target", "ppo.adaptive_kl.target"),
+    Rename("ppo.kl_horizon", "ppo.adaptive_kl.horizon", default=10_000.0),
     Rename("logger.wandb_project", "logger.wandb.project"),
     Rename("logger.wandb_mode", "logger.wandb.mode"),
     _switch("logger.wandb"),

@@ -129,8 +129,10 @@ RULES = (
     ),
     _rule("ppo", "vf_coef entropy_coef kl_in kl_kind", NOW, "the loss after the resume"),
     _rule("ppo", "kl_limit stop_at_kl", NOW, "the limits after the resume"),
-    _rule("ppo", "kl_coef kl_target", NOW, "an adaptive coefficient continues unless one of these has changed"),
-    _rule("ppo", "kl_horizon", NOW, "an adaptive coefficient continues"),
+    _rule(
+        "ppo", "kl_coef adaptive_kl.target", NOW, "an adaptive coefficient continues unless one of these has changed"
+    ),
+    _rule("ppo", "adaptive_kl.horizon", NOW, "an adaptive coefficient continues"),
     _rule("ppo", "clip_scores", NOW, "the running moments of the scores restart"),
     _rule(
         "ppo",

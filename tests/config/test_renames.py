@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import megarl
 from megarl import default_config
 from megarl.config.algorithms import entry_points
 from megarl.config.compose import compose, run, typed
-from megarl.config.ppo import PPOConfig, SeparateCriticConfig
+from megarl.config.ppo import AdaptiveKLConfig, PPOConfig, SeparateCriticConfig
 from megarl.config.renames import RENAMES, keys, renamed_arguments, renamed_tree, rows
+from megarl.config.resume import differences
 from megarl.config.rules import check
 from megarl.config.sections.logger import MlflowConfig, WandbConfig
 from megarl.config.sections.model import RopeScalingConfig
@@ -159,6 +161,31 @@ def test_the_toy_task_under_its_old_names_in_a_preset_a_sweep_and_from_python(fo
 def test_an_old_checkpoints_default_graph_is_no_option() -> None:
     assert renamed_tree({"data": {"graph_seed": 1000}}, PPOConfig, warn=False) == {"data": {}}
     assert renamed_tree({"data": {"graph_seed": 1005}}, PPOConfig, warn=False) == {"data": {"options": {"seed": 1005}}}
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["ppo.kl_target=6"], (6.0, 10_000.0)),
+        (["ppo.kl_horizon=200", "ppo.kl_target=6"], (6.0, 200.0)),
+        (["ppo.kl_target=6", "ppo.adaptive_kl.horizon=200"], (6.0, 200.0)),
+        (["ppo.kl_target=null"], (None, 10_000.0)),
+    ],
+)
+def test_a_target_of_the_kl_as_it_was_written(
+    argv: list[str], expected: tuple[float | None, float], folder: Path, preset: Preset
+) -> None:
+    settings = compose("ppo", argv)[0].ppo
+    assert (settings.kl_target, settings.kl_horizon) == expected
+    preset("old", "ppo: {kl_target: 3, kl_horizon: 100}\n")
+    assert compose("ppo", ["+conf=old", "ppo.adaptive_kl.target=4"])[0].ppo.adaptive_kl == AdaptiveKLConfig(4.0, 100.0)
+
+
+def test_an_old_checkpoints_keys_of_the_kl_without_a_target_change_nothing() -> None:
+    old = asdict(PPOConfig())
+    del old["ppo"]["adaptive_kl"]
+    old["ppo"] |= {"kl_target": None, "kl_horizon": 10_000.0}
+    assert differences(old, old, asdict(PPOConfig()), tree=PPOConfig, same_tokenizer=True) == []
 
 
 YARN = RopeScalingConfig("yarn", 4.0, original_positions=64)

@@ -12,7 +12,7 @@ import pytest
 from megarl.config.advantages import ADVANTAGES, critic_kind, whitens, without_effect
 from megarl.config.ilql import ILQLConfig
 from megarl.config.offers import Refusal, divisors, either, enforce, multiples, near, read
-from megarl.config.ppo import PPOConfig, SeparateCriticConfig
+from megarl.config.ppo import AdaptiveKLConfig, PPOConfig, SeparateCriticConfig
 from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
 from megarl.config.rules import check
 from megarl.config.sections.model import ModelConfig, RopeScalingConfig
@@ -288,7 +288,8 @@ def phases(**values: Any) -> PPOConfig:
         (1, {"reward__timeout": 9000.0}),
         (2, {"reward__timeout": 9000.0, "parallel__timeout_s": 20_000}),
         (1, {"ppo__kl_coef": 0.0}),
-        (1, {"ppo__kl_target": 1.0, "ppo__kl_limit": 10.0}),
+        (1, {"ppo__adaptive_kl": AdaptiveKLConfig(1.0), "ppo__kl_limit": 10.0}),
+        (1, {"ppo__kl_coef": 0.0, "ppo__adaptive_kl": AdaptiveKLConfig(None, 2.0)}),
         (1, {"model__path": "/weights", "rollout__max_new_tokens": 4000}),
     ],
 )
@@ -346,8 +347,13 @@ def test_phases_that_can_run_pass(world: int, values: dict[str, Any]) -> None:
         ),
         (2, {"reward__timeout": 200.0, "trainer__devices": 2}, "reward.timeout", {"parallel.timeout_s": [760]}),
         (1, {"ppo__kl_coef": 0.0, "ppo__kl_limit": 5.0}, "ppo.kl_limit", {"ppo.kl_limit": [None]}),
-        (1, {"ppo__kl_coef": 0.0, "ppo__kl_target": 5.0}, "ppo.kl_target", {"ppo.kl_target": [None]}),
-        (1, {"ppo__kl_target": 5.0, "ppo__kl_horizon": 2.0}, "ppo.kl_horizon", {}),
+        (
+            1,
+            {"ppo__kl_coef": 0.0, "ppo__adaptive_kl": AdaptiveKLConfig(5.0)},
+            "ppo.adaptive_kl.target",
+            {"ppo.adaptive_kl.target": [None]},
+        ),
+        (1, {"ppo__adaptive_kl": AdaptiveKLConfig(5.0, 2.0)}, "ppo.adaptive_kl.horizon", {}),
         (1, {"model__dropout": 0.1}, "model.dropout", {"model.dropout": [0.0]}),
         (
             1,

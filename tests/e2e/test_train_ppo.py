@@ -31,7 +31,7 @@ LAYOUTS = {
     "DP2": (2, []),
 }
 CRITICS = {
-    "shared": ["ppo.kl_target=1", "ppo.kl_horizon=100", "ppo.scale_scores=running"],
+    "shared": ["ppo.adaptive_kl.target=1", "ppo.adaptive_kl.horizon=100", "ppo.scale_scores=running"],
     "separate": ["critic.kind=separate", "critic.separate.lr=1e-3", "ppo.kl_in=loss", "ppo.entropy_coef=0.01"],
 }
 TO_1E5 = ("rollout/score", "rollout/kl", "rollout/kl_coef", "rollout/entropy", "policy/loss", "value/loss")

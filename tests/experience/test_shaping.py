@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarl.config.ppo import PPOSettings
+from megarl.config.ppo import AdaptiveKLConfig, PPOSettings
 from megarl.experience.shaping import Shaping, explained_variance, whitening_factor
 from megarl.parallel.rows import Rows
 from megarl.rewards.answers import Score
@@ -168,7 +168,11 @@ def test_a_phase_of_nothing_but_overlong_responses_is_finite() -> None:
 
 
 def test_what_a_run_remembers_survives_a_checkpoint() -> None:
-    settings: dict[str, Any] = {"kl_coef": 0.1, "kl_target": 1.0, "kl_horizon": 10.0, "scale_scores": "running"}
+    settings: dict[str, Any] = {
+        "kl_coef": 0.1,
+        "adaptive_kl": AdaptiveKLConfig(1.0, 10.0),
+        "scale_scores": "running",
+    }
     first = shaping(**settings)
     shaped(first, [2.0, 1.0], gap=0.5)
     first.kl_control.update(5.0, 2)
@@ -183,16 +187,21 @@ def test_a_fixed_coefficient_is_that_of_the_settings_whatever_was_saved() -> Non
     second = shaping(kl_coef=0.5)
     second.load_state_dict(shaping(kl_coef=0.1).state_dict())
     assert second.kl_control.value == 0.5
-    second.load_state_dict(shaping(kl_coef=0.1, kl_target=1.0).state_dict())
+    second.load_state_dict(shaping(kl_coef=0.1, adaptive_kl=AdaptiveKLConfig(1.0)).state_dict())
     assert second.kl_control.value == 0.5
 
 
 @pytest.mark.parametrize(
     ("changed", "goes_on"),
-    [({}, True), ({"kl_horizon": 99.0}, True), ({"kl_coef": 0.2}, False), ({"kl_target": 2.0}, False)],
+    [
+        ({}, True),
+        ({"adaptive_kl": AdaptiveKLConfig(1.0, 99.0)}, True),
+        ({"kl_coef": 0.2}, False),
+        ({"adaptive_kl": AdaptiveKLConfig(2.0, 10.0)}, False),
+    ],
 )
-def test_a_steered_coefficient_goes_on_unless_it_is_steered_otherwise(changed: dict[str, float], goes_on: bool) -> None:
-    settings: dict[str, Any] = {"kl_coef": 0.1, "kl_target": 1.0, "kl_horizon": 10.0}
+def test_a_steered_coefficient_goes_on_unless_it_is_steered_otherwise(changed: dict[str, Any], goes_on: bool) -> None:
+    settings: dict[str, Any] = {"kl_coef": 0.1, "adaptive_kl": AdaptiveKLConfig(1.0, 10.0)}
     first, second = shaping(**settings), shaping(**{**settings, **changed})
     first.kl_control.update(5.0, 2)
     second.load_state_dict(first.state_dict())

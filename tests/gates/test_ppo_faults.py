@@ -19,7 +19,7 @@ from tests.e2e.runs import WALKS, assert_same_bits, final_tensors
 
 PARTS = ("clone", "generate", "score", "evaluate", "shape", "train", "save")
 CRITICS = {
-    "shared": ["ppo.kl_target=1", "ppo.kl_horizon=100", "ppo.scale_scores=running"],
+    "shared": ["ppo.adaptive_kl.target=1", "ppo.adaptive_kl.horizon=100", "ppo.scale_scores=running"],
     "separate": ["critic.kind=separate", "critic.separate.lr=1e-3", "ppo.kl_in=loss"],
 }
 PHASES = 6

@@ -113,7 +113,7 @@ def _breadcrumbs(draw: Random, name: str, home: Path) -> Case:
         os.chdir(folder)
         assert why_stuck.run(["."]) in (0, 1)
 
-    return Case(f"{name}: {what}", lay, act, (". holds no",))
+    return Case(f"{name}: {what}", lay, act, (f"{FOLDER}/rank-*.json",))
 
 
 def _metrics(draw: Random, name: str, home: Path) -> Case:
