@@ -82,8 +82,8 @@ def _without_files(config: Any) -> None:
     config.data.train = config.data.train or ["to be named"]
     if config.tokenizer.path is None:
         config.tokenizer.kind = "bytes"
-    if hasattr(config, "reward") and config.reward.model is None and not config.reward.url:
-        config.reward.fn = config.reward.fn or "to.be:named"
+    if hasattr(config, "reward") and not config.reward.sources:
+        config.reward.fn = "to.be:named"
 
 
 def vocabulary_of(config: Any) -> int:

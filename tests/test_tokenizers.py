@@ -209,6 +209,15 @@ def test_hugging_face_without_a_pad_token_pads_with_eos(tmp_path):
     assert tokenizer.pad_id == tokenizer.eos_id == 1
 
 
+def test_a_special_token_without_an_id_is_no_token(tmp_path):
+    folder = make_hugging_face(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "pad_token": ""}))
+    tokenizer = build_tokenizer("huggingface", folder)
+    assert tokenizer.pad_id == tokenizer.eos_id
+    assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
+
+
 def test_prompt_opens_with_bos_only_where_the_tokenizer_does_so_itself(tmp_path):
     plain = build_tokenizer("huggingface", make_hugging_face(tmp_path / "plain"))
     opening = build_tokenizer("huggingface", make_hugging_face(tmp_path / "opening", bos=True))

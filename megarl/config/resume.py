@@ -179,7 +179,7 @@ RULES = (
     _rule("rollout", "too_long dump replay ilql_beta", NOW, "responses after the resume"),
     _rule(
         "reward",
-        "fn model url options",
+        "fn model url terms options",
         NOW,
         "scores of another function, code, option or served model are not reused, and the running moments of the "
         "scores restart",

@@ -13,6 +13,7 @@ from typing import Any
 from megarl.config.forms import MOST_PER_NODE
 from megarl.config.leaf import Section, sections
 from megarl.config.offers import Refusal, divisors, either, enforce, multiples
+from megarl.config.reward_terms import FN
 from megarl.config.sections.reward import SCORER_START_S
 from megarl.config.shape import shape_rule
 from megarl.config.values import check_values
@@ -152,11 +153,10 @@ def tokenizer_is_named(config: Any, world_size: int) -> None:
 
 def responses_are_scored(config: Any, world_size: int) -> None:
     """Require a reward function, a reward model or reward servers for responses that are trained on."""
-    reward = config.reward
-    if reward.fn is None and reward.model is None and not reward.url:
+    if not config.reward.sources:
         raise Refusal(
             "reward.fn is empty: name a function, for example reward.fn=rewards.py:score, a reward model with "
-            "reward.model, or reward servers with reward.url",
+            "reward.model, reward servers with reward.url, or several of these with reward.terms",
             key="reward.fn",
         )
 
@@ -178,7 +178,7 @@ def scoring_ends_in_time(config: Any, world_size: int) -> None:
     """
     reward = config.reward
     longest = (reward.retries + 1) * (reward.timeout + SCORER_START_S)
-    scores = reward.fn is not None or config.metric.fn is not None
+    scores = any(term.kind == FN for term in reward.sources) or config.metric.fn is not None
     if scores and world_size > 1 and longest >= config.parallel.timeout_s:
         raise Refusal(
             f"a call of the reward function can take {reward.retries + 1} tries * (reward.timeout={reward.timeout:g} + "

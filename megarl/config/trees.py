@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from megarl.config.leaf import leaf, optional_section, section
 from megarl.config.offers import Rule
+from megarl.config.reward_terms import MODEL
 from megarl.config.rules import (
     model_fits_layout,
     responses_are_sampled,
@@ -84,9 +85,8 @@ class GeneratingTree(TrainingTree):
     eval: EvalConfig = section(EvalConfig)
 
     def more_models(self) -> dict[str, str]:
-        """Return the path of the reward model."""
-        path = self.reward.model
-        return {} if path is None else {"reward.model": path}
+        """Return the paths of the reward models."""
+        return {term.key: term.value for term in self.reward.sources if term.kind == MODEL}
 
 
 @dataclass

@@ -26,11 +26,25 @@ class HttpScorer(JournalledScorer):
     name = "reward_server"
 
     def __init__(
-        self, settings: RewardConfig, tokenizer: Tokenizer, grid: Grid, *, journal: Journal | None = None
+        self,
+        settings: RewardConfig,
+        urls: Sequence[str],
+        tokenizer: Tokenizer,
+        grid: Grid,
+        *,
+        key: str = "reward.url",
+        journal: Journal | None = None,
     ) -> None:
-        """Ask every server which model it has. `journal` keeps scores across restarts, for the present model."""
+        """Ask every server which model it has.
+
+        Args:
+            settings: how servers are called.
+            urls: the servers.
+            key: the configuration key that names them, for messages.
+            journal: keeps scores across restarts, for the present model.
+        """
         super().__init__(tokenizer, grid, settings, journal)
-        self.settings = settings
+        self.settings, self.urls, self.key = settings, urls, key
         self.servers: RewardServers | None = None
         self._identify(self._from_rank0(self._connect()))
 
@@ -42,7 +56,7 @@ class HttpScorer(JournalledScorer):
     def _connect(self) -> Iterator[str | None]:
         settings = self.settings
         self.servers = RewardServers(
-            settings.url,
+            self.urls,
             token=token_of_client(),
             timeout_s=settings.timeout,
             retries=settings.retries,

@@ -49,6 +49,11 @@ class Role:
         return self.optim is not None
 
     @property
+    def scores(self) -> bool:
+        """Whether the model is a reward model of a run that trains another."""
+        return "score" in self.heads and not self.trains
+
+    @property
     def saved(self) -> bool:
         """Whether checkpoints contain its weights. A frozen role is built again from its source."""
         return self.trains

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from megarl.checkpoint import find, step_of
 from megarl.config.files import load_chat_template, no_score_head
+from megarl.config.reward_terms import FN, MODEL, URL, Term
 from megarl.data.agreement import refuse_different_data
 from megarl.data.prompts import Prompt, PromptLimits, read_prompts
 from megarl.disk import local
@@ -21,6 +23,7 @@ from megarl.experience.journal import Journal
 from megarl.experience.model_scorer import ModelScorer
 from megarl.experience.scorers import FunctionScorer, Scorer, check_fields, keep_scored
 from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts, RolloutSource
+from megarl.experience.sum_scorer import SumScorer, Weighted
 from megarl.logging import get_logger
 from megarl.models.exchange.pretrained import Sources, second_model
 from megarl.models.roles import Role
@@ -35,7 +38,10 @@ from megarl.rollout.stored import require_phases
 
 log = get_logger(__name__)
 REWARD, METRIC = "reward.fn", "metric.fn"
-"""Keys of functions, and names of scorers. A reward model or reward servers take the place of the reward function."""
+"""Keys of functions, and names of scorers. Reward models, servers and sums take the place of the reward function."""
+
+
+_CORRECT = {FN: "the function", MODEL: "the model", URL: "the servers"}
 
 
 class GenerativeModule(Module):
@@ -75,14 +81,10 @@ class GenerativeModule(Module):
             self.config.model.max_positions, rollout.max_new_tokens, self.vocab_size, rollout.too_long
         )
         prompts = read_prompts(paths, split, self.config.data, self.tokenizer, limits, name)
-        for key in (REWARD, METRIC):
-            if self._function(key) is not None:
-                check_fields(prompts, key)
+        functions = [term.key for term in self.config.reward.sources if term.kind == FN]
+        for key in (*functions, *([METRIC] if self.config.metric.fn is not None else [])):
+            check_fields(prompts, key)
         return prompts
-
-    def _function(self, key: str) -> Any:
-        """Return the callable for `reward.fn` or `metric.fn`, else the configured name; None if there is neither."""
-        return self.functions.get(key) or getattr(self.config, key.partition(".")[0]).fn
 
     def prepare_generation(self, collect: Collect | None = None) -> None:
         """Make the rollout source, a scorer for each configured function, and the evaluation.
@@ -96,34 +98,41 @@ class GenerativeModule(Module):
             refuse_different_data(self.grid, (prompt.tokens for prompt in prompts), name, kept=texts)
         self.source = self._make_source()
         self.source.check_prompts([*self.prompts, *self.eval_prompts])
-        if "reward" in self.engines:
-            self.scorers[REWARD] = self._reward_model()
-        if config.reward.url:
-            journal = self._journal("reward")
-            self.scorers[REWARD] = HttpScorer(config.reward, self.tokenizer, self.grid, journal=journal)
-        for key, options in ((REWARD, config.reward.options), (METRIC, {})):
-            function = self._function(key)
-            if function is not None:
-                self.scorers[key] = FunctionScorer(
-                    function,
-                    config.reward,
-                    self.tokenizer,
-                    self.grid,
-                    key=key,
-                    options=options,
-                    journal=self._journal(key.partition(".")[0]),
-                )
+        terms = config.reward.sources
+        if config.reward.terms:
+            self.scorers[REWARD] = SumScorer([Weighted(self._scorer(term), term.weight, term.name) for term in terms])
+        elif terms:
+            self.scorers[REWARD] = self._scorer(terms[0])
+        if config.metric.fn is not None:
+            self.scorers[METRIC] = self._scorer(Term(FN, config.metric.fn, METRIC))
         if self.eval_prompts:
             named = {"score" if key == REWARD else scorer.name: scorer for key, scorer in self.scorers.items()}
             self.evaluation = Evaluation(
                 collect or self.source.collect, self.eval_prompts, named, config.eval, self.tokenizer
             )
 
-    def _reward_model(self) -> ModelScorer:
-        source = self.sources.at(self.config.reward.model)
+    def _scorer(self, term: Term) -> Scorer:
+        """Return the scorer of a function, a reward model or servers."""
+        config, journal = self.config, self._journal(_journal_name(term.key))
+        if term.kind == MODEL:
+            return self._reward_model(term)
+        if term.kind == URL:
+            return HttpScorer(config.reward, term.value, self.tokenizer, self.grid, key=term.key, journal=journal)
+        return FunctionScorer(
+            self.functions.get(term.key) or term.value,
+            config.reward,
+            self.tokenizer,
+            self.grid,
+            key=term.key,
+            options=dict(term.options),
+            journal=journal,
+        )
+
+    def _reward_model(self, term: Term) -> ModelScorer:
+        source = self.sources.at(term.value)
         assert source is not None
         return ModelScorer(
-            self.engines["reward"],
+            self.engines[term.role],
             source,
             self.tokenizer,
             load_chat_template(self.config.data.chat_template),
@@ -171,14 +180,14 @@ class GenerativeModule(Module):
         if not kept[0]:
             all_scored = greedy is None or scores.dropped == len(rollouts)
             what = "responses" if all_scored else "responses or the greedy responses to their prompts"
-            reward = self.config.reward
-            key, value = ("reward.url", reward.url) if reward.url else ("reward.fn", reward.fn)
+            terms = self.config.reward.sources
+            named = " and ".join(f"{term.key}={term.value}" for term in terms)
             raise RewardError(
-                f"{key}={value} left all {len(rollouts)} {what} of phase {self.steps_done + 1} without a score: "
-                f"correct {'the servers' if reward.url else 'the function'}, or set reward.on_error=error to see what "
-                "goes wrong",
-                key=key,
-                value=value,
+                f"{named} left all {len(rollouts)} {what} of phase {self.steps_done + 1} without a score: correct "
+                f"{' or '.join(dict.fromkeys(_CORRECT[term.kind] for term in terms))}, or set reward.on_error=error to "
+                "see what goes wrong",
+                key=terms[0].key,
+                value=terms[0].value,
                 offers={"reward.on_error": ["error"]},
             )
         return kept
@@ -189,9 +198,13 @@ class GenerativeModule(Module):
             "rollout/dropped": float(len(scores.values) - kept),
             "rollout/failed_calls": float(scores.failed_calls),
             "rollout/repeated_calls": float(scores.repeated_calls),
-            **({"rollout/reencoded": float(scores.reencoded)} if "reward" in self.engines else {}),
+            **({"rollout/reencoded": float(scores.reencoded)} if self._has_reward_model else {}),
             **{f"rollout/score/{name}": mean for name, mean in scores.means().items()},
         }
+
+    @property
+    def _has_reward_model(self) -> bool:
+        return any(term.kind == MODEL for term in self.config.reward.sources)
 
     def _policy_alone(self) -> AbstractContextManager[None]:
         """Return a context in which, with parallel.offload, only the policy's weights are on the device."""
@@ -261,8 +274,8 @@ class GenerativeModule(Module):
             changed = not self.changed.isdisjoint(("reward.fn", "reward.options"))
         if changed:
             log.warning(
-                "what scores responses changed (reward.fn, its file or options, or reward.model): the moments of the "
-                "scores start again"
+                "what scores responses changed (reward.fn, its file or options, reward.model, reward.url or "
+                "reward.terms): the moments of the scores start again"
             )
         return changed
 
@@ -275,13 +288,22 @@ class GenerativeModule(Module):
 
 
 def reward_roles(config: Any, sources: Sources) -> list[Role]:
-    """Return the role of the reward model, if there is one."""
-    path, key = config.reward.model, "reward.model"
-    source = sources.at(path)
-    if source is None:
-        return []
-    if source.has_output:
-        raise no_score_head(key, path)
-    model = second_model(config, key, path, 0, sources)
-    about = "scores, does not train"
-    return [Role("reward", model, source.vocab_size, ("score",), source=source, about=about)]
+    """Return the roles of the reward models."""
+    roles = []
+    for term in config.reward.sources:
+        source = sources.at(term.value) if term.kind == MODEL else None
+        if source is None:
+            continue
+        if source.has_output:
+            raise no_score_head(term.key, term.value)
+        model = second_model(config, term.key, term.value, 0, sources)
+        about = "scores, does not train"
+        roles.append(Role(term.role, model, source.vocab_size, ("score",), source=source, about=about))
+    return roles
+
+
+def _journal_name(key: str) -> str:
+    """Return the prefix of a journal's files: reward, metric, or reward_term_2 of the second term."""
+    section, _, rest = key.partition(".")
+    number = re.match(r"terms\[(\d+)\]", rest)
+    return f"{section}_term_{int(number[1]) + 1}" if number else section

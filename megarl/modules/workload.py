@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megarl.config.cluster import PlanConfig
+from megarl.config.reward_terms import FN, URL
 from megarl.errors import ConfigError
 
 
@@ -52,10 +53,10 @@ class Workload:
 
 
 def reward_note(config: Any) -> dict[str, str]:
-    """Return the note of a reward function or of reward servers; a reward model is a role."""
-    if config.reward.model is not None:
-        return {}
-    return {"reward": "servers that are not part of the run" if config.reward.url else "a function in its own process"}
+    """Return the note of reward functions and servers; a reward model is a role."""
+    told = {FN: "a function in its own process", URL: "servers that are not part of the run"}
+    found = dict.fromkeys(told[term.kind] for term in config.reward.sources if term.kind in told)
+    return {"reward": " and ".join(found)} if found else {}
 
 
 def responses(config: Any, assumed: PlanConfig) -> dict[str, Any]:

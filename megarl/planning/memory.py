@@ -73,7 +73,7 @@ def phases_of(work: Work) -> tuple[str, ...]:
     log-probs and values of them before training."""
     there = {
         "generate": work.generates,
-        "reward": work.generates and work.reward is not None,
+        "reward": work.generates and bool(work.rewards),
         "score": work.rescored,
         "train": True,
         "save": True,
@@ -145,7 +145,7 @@ def _use(work: Work, role: Role, shards: dict[str, Shard], stage: int, phase: st
         return Use(role.name, host=copies * shards[role.swaps_with].copy)
     held, work = shards[role.name], work.of(role)
     passing, logits, host = 0.0, 0.0, 0.0
-    if phase == ("reward" if role is work.reward else "score"):
+    if phase == ("reward" if role.scores else "score"):
         passing, logits = _scoring(work, role, stage, on_cpu=on_cpu)
     elif phase == "train" and role.trains:
         passing, logits = _training(work, role, held, stage, on_cpu=on_cpu)
@@ -159,12 +159,12 @@ def _offloaded(use: Use, work: Work, role: Role, phase: str) -> Use:
     """Return the memory of a role with `parallel.offload`.
 
     While a model generates or gives rewards, it is alone on the device, without its optimizer. The optimizer comes back
-    when training begins, and a reward model only for the next responses. Host memory that was needed once is kept.
+    when training begins, and a reward model only for the next responses. Several reward models give rewards one after
+    the other, but are all counted. Host memory that was needed once is kept.
     """
-    policy, reward = work.roles[0].name, work.reward and work.reward.name
-    alone = {"generate": policy, "reward": reward}
-    on_device = role.name == alone[phase] if phase in alone else role.name != reward
-    leaves = role.name != policy or reward is not None  # the policy's weights make room for the reward model
+    is_policy = role is work.roles[0]
+    on_device = {"generate": is_policy, "reward": role.scores}.get(phase, not role.scores)
+    leaves = not is_policy or bool(work.rewards)  # the policy's weights make room for the reward model
     host = use.host + use.optimizer + (use.weights if leaves else 0.0)
     if phase not in ("train", "save"):
         use = replace(use, gradients=0.0, optimizer=0.0)

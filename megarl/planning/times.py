@@ -86,17 +86,21 @@ class Clock:
         return phase
 
     def reward(self) -> Phase:
-        """Estimate the reward model's forward pass over the responses."""
-        role = self.work.reward
-        assert role is not None
-        work = replace(self.work.of(role), loss_tokens=0, roles=(role,))
-        return replace(Clock(work, self.cluster, self.rates, [self.fullest])._forward(1), name="reward")
+        """Estimate the reward models' forward passes over the responses."""
+        phase = Phase("reward")
+        for role in self.work.rewards:
+            work = replace(self.work.of(role), loss_tokens=0, roles=(role,))
+            one = Clock(work, self.cluster, self.rates, [self.fullest])._forward(1)
+            phase.seconds, phase.flops, phase.tokens = phase.seconds + one.seconds, phase.flops + one.flops, one.tokens
+            phase.sent = {link: phase.sent[link] + sent for link, sent in one.sent.items()}
+            phase.bound = one.bound
+        return phase
 
     def score(self) -> Phase:
-        """Estimate a forward pass of every model but the reward model over the responses; a reference is copied in and
+        """Estimate a forward pass of every model but reward models over the responses; a reference is copied in and
         out."""
         work = self.work
-        phase = self._forward(sum(role is not work.reward for role in work.roles))
+        phase = self._forward(sum(not role.scores for role in work.roles))
         swapped = len(work.roles) - len(work.engines)
         phase.seconds += swapped * 4 * self.fullest.copy / 20e9  # out, in and back over PCIe, from pageable memory
         return phase

@@ -52,9 +52,9 @@ class Work(Workload):
         return tuple(role for role in self.roles if role.on_device)
 
     @property
-    def reward(self) -> Role | None:
-        """The reward model, if there is one."""
-        return next((role for role in self.roles if role.name == "reward"), None)
+    def rewards(self) -> tuple[Role, ...]:
+        """The reward models."""
+        return tuple(role for role in self.roles if role.scores)
 
     @property
     def generates(self) -> bool:

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megarl.config.reward_terms import numbered
 from megarl.errors import ConfigError
 from megarl.functions.named import Function, NamedFunction, Spec, resolve
 from megarl.rewards.answers import AnswerError, NoScore, Score, read_scores
+from megarl.rewards.scores import weighted_sum
 
 
 @dataclass
@@ -73,15 +75,15 @@ class Combined:
     def _sum(self, scores: Sequence[Score | NoScore]) -> Score | NoScore:
         """Add weighted scores. Per-token lists add up token by token; a plain score is added at the last token, as in
         training."""
-        total: Score = 0.0
-        for score, weight in zip(scores, self.weights, strict=True):
+        given: list[Score] = []
+        for score in scores:
             if isinstance(score, NoScore):
                 return score
-            weighted = [weight * reward for reward in score] if isinstance(score, list) else weight * score
-            if isinstance(total, list) and isinstance(weighted, list) and len(total) != len(weighted):
-                return NoScore(f"got lists of {len(total)} and {len(weighted)} per-token rewards, which do not add up")
-            total = _add(total, weighted)
-        return total
+            given.append(score)
+        lengths = list(dict.fromkeys(len(score) for score in given if isinstance(score, list)))
+        if len(lengths) > 1:
+            return NoScore(f"got lists of {lengths[0]} and {lengths[1]} per-token rewards, which do not add up")
+        return weighted_sum(given, self.weights)
 
 
 def combine(
@@ -125,22 +127,8 @@ def _short_names(functions: Sequence[NamedFunction]) -> tuple[str, ...]:
     """Return each function's own name, numbered from its second use on."""
     names: list[str] = []
     for function in functions:
-        short = function.name.rpartition(":")[2]
-        name, again = short, 2
-        while name in names:
-            name, again = f"{short}_{again}", again + 1
-        names.append(name)
+        names.append(numbered(function.name.rpartition(":")[2], names))
     return tuple(names)
-
-
-def _add(left: Score, right: Score) -> Score:
-    if isinstance(left, list) and isinstance(right, list):
-        return [a + b for a, b in zip(left, right, strict=True)]
-    if isinstance(left, list):
-        return _add(right, left)
-    if isinstance(right, list):
-        return [*right[:-1], right[-1] + left]
-    return left + right
 
 
 def number_of(score: Score | NoScore) -> float | None:

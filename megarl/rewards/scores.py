@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megarl.rewards.answers import Score
@@ -48,3 +49,19 @@ class Scores:
 def total(score: Score) -> float:
     """Return a score as one number: per-token rewards count as their sum."""
     return sum(score) if isinstance(score, list) else score
+
+
+def weighted_sum(scores: Sequence[Score], weights: Sequence[float]) -> Score:
+    """Return the sum of a sample's weighted scores.
+
+    Lists of per-token rewards, all of one length, add up token by token. A single number is added at the last token, as
+    in training.
+    """
+    number, rewards = 0.0, None
+    for score, weight in zip(scores, weights, strict=True):
+        if not isinstance(score, list):
+            number += weight * score
+            continue
+        weighted = [weight * reward for reward in score]
+        rewards = weighted if rewards is None else [a + b for a, b in zip(rewards, weighted, strict=True)]
+    return number if rewards is None else [*rewards[:-1], rewards[-1] + number]

@@ -42,7 +42,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._special = {
             str(token.content): int(index) for index, token in own.added_tokens_decoder.items() if token.special
         }
-        self._special |= {text: int(own.convert_tokens_to_ids(text)) for text in own.all_special_tokens}
+        named = {text: own.convert_tokens_to_ids(text) for text in own.all_special_tokens}
+        self._special |= {text: int(token) for text, token in named.items() if token is not None}
         self._added = {str(token.content): int(index) for index, token in own.added_tokens_decoder.items()}
         self._added_ids = frozenset(self._added.values())
         self._fingerprint = digest([self.kind, *published_state(own, vocabulary)])

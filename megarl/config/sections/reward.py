@@ -10,6 +10,7 @@ from typing import Any
 from megarl.config.forms import server_url
 from megarl.config.leaf import A_YEAR_S, Section, leaf
 from megarl.config.offers import Refusal
+from megarl.config.reward_terms import FN, MODEL, URL, Term, read_terms, reward_term
 from megarl.disk import shown
 
 SCORER_START_S = 120.0
@@ -19,7 +20,7 @@ ON_ERROR = ("error", "drop")
 
 @dataclass
 class RewardConfig(Section):
-    """The reward function, which runs in its own process, the reward model, or the reward servers."""
+    """The reward function, which runs in its own process, the reward model, the reward servers, or a sum of these."""
 
     fn: str | None = leaf(
         None,
@@ -39,6 +40,13 @@ class RewardConfig(Section):
         "model. Calls are shared out over them. A server that fails is left aside for a while. A token that they want "
         "is read from the environment variable MEGARL_REWARD_TOKEN.",
         form=server_url,
+    )
+    terms: list[dict[str, Any]] = leaf(
+        [],
+        "Weighted sum of several functions, reward models and servers, instead of a single one: a list of terms such "
+        "as {fn: rewards.py:score, weight: 0.5, options: {}, name: length}, {model: PATH} and {url: [http://HOST:PORT]"
+        "}. Only fn, model or url is required. Each term's mean is logged as rollout/score/NAME.",
+        form=reward_term,
     )
     options: dict[str, Any] = leaf(
         {},
@@ -71,9 +79,21 @@ class RewardConfig(Section):
     )
     devices: str = leaf("", "CUDA_VISIBLE_DEVICES of the scoring process (empty: it sees no GPU).")
 
+    @property
+    def sources(self) -> list[Term]:
+        """What gives scores: the terms, or the single source; empty if there is none."""
+        if self.terms:
+            return read_terms(self.terms, "reward.terms")
+        single = {FN: self.fn, MODEL: self.model, URL: self.url}
+        return [
+            Term(kind, value, f"reward.{kind}", options=self.options if kind == FN else {}, role="reward")
+            for kind, value in single.items()
+            if value
+        ]
+
     def check(self) -> None:
-        """Refuse two sources of scores."""
-        sources: dict[str, Any] = {"fn": None, "model": None, "url": []}
+        """Refuse two sources of scores, and options of none."""
+        sources: dict[str, Any] = {"fn": None, "model": None, "url": [], "terms": []}
         given = [name for name, nothing in sources.items() if getattr(self, name) != nothing]
         if len(given) > 1:
             named = [f"reward.{name}={shown(getattr(self, name))}" for name in given]
@@ -82,6 +102,14 @@ class RewardConfig(Section):
                 {f"reward.{name}": [sources[name]] for name in given},
                 key=f"reward.{given[-1]}",
                 value=getattr(self, given[-1]),
+            )
+        if self.terms and self.options:
+            raise Refusal(
+                f"reward.options={shown(self.options)} has no function among reward.terms to go to",
+                {"reward.options": [{}]},
+                "the entry options of a term",
+                key="reward.options",
+                value=self.options,
             )
 
 

@@ -14,6 +14,7 @@ from megarl.config.leaf import leaves, section, sections
 from megarl.config.renames import renamed_tree
 from megarl.config.resume import from_plain
 from megarl.config.sections.model import ModelConfig
+from megarl.config.values import LARGEST, SMALLEST
 from megarl.disk import UnreadableError, is_file, parse_object, read_json, read_text, shown
 from megarl.errors import CheckpointError
 from megarl.models.exchange.families import FAMILIES, family_of
@@ -217,7 +218,7 @@ class CheckpointSource(Source):
     def _read_card(self, card: Any) -> None:
         """Read the model card. Keys missing from older versions get their defaults; unknown keys are rejected."""
         where = f"the card of checkpoint {self.path}"
-        if not card:
+        if card is None or card == {}:
             raise CheckpointError(
                 f"checkpoint {self.path} does not describe its model: it is from an older version",
                 key="model",
@@ -245,7 +246,9 @@ class CheckpointSource(Source):
         token_ids = card.get("token_ids") or {}
         self.token_ids = dict(token_ids) if isinstance(token_ids, dict) else {}
         moments = card.get("score_moments")
-        self.score_moments = None if moments is None else (float(moments[0]), float(moments[1]))
+        if moments is not None:
+            both = moments if isinstance(moments, list | tuple) and len(moments) == 2 else (moments, None)
+            self.score_moments = _moments(*both, where)
         template = card.get("chat_template")
         self.chat_template = template if isinstance(template, str) else None
 
@@ -330,15 +333,19 @@ def _read_moments(config: Json, path: Path) -> tuple[float, float] | None:
             where=path,
         )
     mean, std = (config.get(key) for key in MOMENTS)
-    if mean is None and std is None:
-        return None
-    if not isinstance(mean, int | float) or not isinstance(std, int | float) or not std > 0:
+    return None if mean is None and std is None else _moments(mean, std, path / CONFIG)
+
+
+def _moments(mean: Any, std: Any, where: Path | str) -> tuple[float, float]:
+    """Return a mean and a standard deviation; refuse values that are none."""
+    numbers = [value for value in (mean, std) if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) < 2 or not (abs(mean) <= LARGEST and SMALLEST <= std <= LARGEST):
         raise CheckpointError(
-            f"{path / CONFIG} has {MOMENTS[0]}={shown(repr(mean))} and {MOMENTS[1]}={shown(repr(std))}, which are no "
-            "mean and standard deviation: restore them",
+            f"{where} has {MOMENTS[0]}={shown(repr(mean))} and {MOMENTS[1]}={shown(repr(std))}, which are no mean and "
+            "standard deviation: restore them",
             key=MOMENTS[0],
             value=mean,
-            where=path / CONFIG,
+            where=where,
         )
     return float(mean), float(std)
 

@@ -119,7 +119,8 @@ def tree(draw: Random, whole: Any, values: Sequence[tuple[str, Any]] = VALUES) -
 
 def data(draw: Random, content: bytes) -> tuple[str, bytes]:
     """Bytes that are cut, flipped, overwritten, doubled, emptied, padded or exchanged."""
-    size = max(len(content), 1)
+    content = content or b"\0"
+    size = len(content)
     at = draw.randrange(size)
     span = draw.choice((1, 2, 8, 64, 512))
     kind = draw.randrange(9)

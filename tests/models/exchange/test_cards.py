@@ -57,6 +57,22 @@ def with_index(folder: Path, change: Callable[[list[dict[str, Any]]], Any]) -> N
     sealed(folder)
 
 
+@pytest.mark.parametrize("card", [torch.ones(3), [], "gpt", {"config": None}])
+def test_a_card_that_describes_no_model_is_refused(card: Any, checkpoint: Path) -> None:
+    with_common(checkpoint, lambda common: {**common, "model": card})
+    with refused(CheckpointError, key="model", names=(str(checkpoint),)):
+        open_source(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "moments", [3, [], [1.0], [1.0, 0.0], [1.0, -2.0], [float("nan"), 1.0], [0.0, 10**400], ["0", "1"], [True, 1.0]]
+)
+def test_moments_of_scores_that_are_none_are_refused(moments: Any, checkpoint: Path) -> None:
+    with_common(checkpoint, lambda common: {**common, "model": {**common["model"], "score_moments": moments}})
+    with refused(CheckpointError, key="score_mean"):
+        open_source(checkpoint)
+
+
 @pytest.mark.parametrize("key", ["new_key", "num_experts", "x" * 500])
 def test_a_key_of_a_later_version_is_named(key: str, checkpoint: Path) -> None:
     with_common(checkpoint, lambda common: common["model"]["config"].update({key: 1}))
