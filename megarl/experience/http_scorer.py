@@ -13,7 +13,7 @@ from megarl.experience.reward_servers import RewardServers
 from megarl.experience.scorers import Answered, JournalledScorer
 from megarl.parallel.grid import Grid
 from megarl.rewards.scores import Scores
-from megarl.rollout.requests import Rollout
+from megarl.rollout.requests import Rollout, text_without_end
 from megarl.tokenizers import Tokenizer
 
 
@@ -26,11 +26,25 @@ class HttpScorer(JournalledScorer):
     name = "reward_server"
 
     def __init__(
-        self, settings: RewardConfig, tokenizer: Tokenizer, grid: Grid, *, journal: Journal | None = None
+        self,
+        settings: RewardConfig,
+        tokenizer: Tokenizer,
+        grid: Grid,
+        *,
+        journal: Journal | None = None,
+        stop: Sequence[str] = (),
     ) -> None:
-        """Ask every server which model it has. `journal` keeps scores across restarts, for the present model."""
+        """Ask every server which model it has.
+
+        Args:
+            settings: the section `reward`.
+            tokenizer: the policy's.
+            grid: the processes of the run.
+            journal: keeps scores across restarts, for the present model.
+            stop: texts that end a response, which the reward model does not read.
+        """
         super().__init__(tokenizer, grid, settings, journal)
-        self.settings = settings
+        self.settings, self.stop = settings, stop
         self.servers: RewardServers | None = None
         self._identify(self._from_rank0(self._connect()))
 
@@ -57,7 +71,7 @@ class HttpScorer(JournalledScorer):
             Entry(
                 row,
                 list(prompt.messages) if prompt.messages else prompt.text,
-                self.tokenizer.decode(rollout.response_without_eos),
+                text_without_end(rollout, self.stop, self.tokenizer),
                 prompt.where,
             )
             for row, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))

@@ -100,7 +100,8 @@ class GenerativeModule(Module):
             self.scorers[REWARD] = self._reward_model()
         if config.reward.url:
             journal = self._journal("reward")
-            self.scorers[REWARD] = HttpScorer(config.reward, self.tokenizer, self.grid, journal=journal)
+            stop = config.rollout.stop
+            self.scorers[REWARD] = HttpScorer(config.reward, self.tokenizer, self.grid, journal=journal, stop=stop)
         for key, options in ((REWARD, config.reward.options), (METRIC, {})):
             function = self._function(key)
             if function is not None:
@@ -129,6 +130,8 @@ class GenerativeModule(Module):
             load_chat_template(self.config.data.chat_template),
             per_microbatch=self.config.trainer.micro_batch_size,
             alone=self._alone,
+            stop=self.config.rollout.stop,
+            drops=self.config.reward.on_error == "drop",
         )
 
     def _make_source(self) -> RolloutSource:
@@ -172,11 +175,14 @@ class GenerativeModule(Module):
             all_scored = greedy is None or scores.dropped == len(rollouts)
             what = "responses" if all_scored else "responses or the greedy responses to their prompts"
             reward = self.config.reward
-            key, value = ("reward.url", reward.url) if reward.url else ("reward.fn", reward.fn)
+            key, value, at_fault = "reward.fn", reward.fn, "correct the function"
+            if reward.url:
+                key, value, at_fault = "reward.url", reward.url, "correct the servers"
+            elif reward.model:
+                key, value, at_fault = "reward.model", reward.model, "use one that can read them"
             raise RewardError(
                 f"{key}={value} left all {len(rollouts)} {what} of phase {self.steps_done + 1} without a score: "
-                f"correct {'the servers' if reward.url else 'the function'}, or set reward.on_error=error to see what "
-                "goes wrong",
+                f"{at_fault}, or set reward.on_error=error to see what goes wrong",
                 key=key,
                 value=value,
                 offers={"reward.on_error": ["error"]},
