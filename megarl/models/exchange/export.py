@@ -18,7 +18,16 @@ from megarl.logging import get_logger
 from megarl.models.exchange.families import family_for
 from megarl.models.exchange.family import Json, Mapped
 from megarl.models.exchange.parameters import TRUNK
-from megarl.models.exchange.source import CONFIG, HEADS, MOMENTS, READS_EOS, TOKEN_IDS, HuggingFaceSource, Source
+from megarl.models.exchange.source import (
+    CONFIG,
+    HEADS,
+    MOMENTS,
+    READS_EOS,
+    TOKEN_IDS,
+    HuggingFaceSource,
+    Source,
+    pads_with_eos,
+)
 from megarl.models.exchange.stored import Stored, write_safetensors
 from megarl.parallel.engine import Engine
 from megarl.parallel.finite import is_finite
@@ -358,7 +367,7 @@ def _of_reward_model(config: Json, score_moments: tuple[float, float] | None, re
     token as padding, or none: transformers then scores one sequence at a time, at its last token.
     """
     found: Json = {READS_EOS: reads_eos, **dict(zip(MOMENTS, score_moments or (), strict=False))}
-    if reads_eos and config.get("pad_token_id") is not None and config["pad_token_id"] == config.get("eos_token_id"):
+    if reads_eos and pads_with_eos(config):
         found["pad_token_id"] = None
     return found
 

@@ -348,6 +348,12 @@ def _read_moments(config: Json, path: Path) -> tuple[float, float] | None:
     return float(mean), float(std)
 
 
+def pads_with_eos(config: Json) -> bool:
+    """Return whether the padding token in a config.json is the EOS, or one of several."""
+    pad, eos = config.get("pad_token_id"), config.get("eos_token_id")
+    return pad is not None and pad in (eos if isinstance(eos, list) else [eos])
+
+
 def _read_reads_eos(config: Json, path: Path) -> bool:
     """Return whether the score is read at the EOS, from a reward model's config.json.
 
@@ -356,8 +362,7 @@ def _read_reads_eos(config: Json, path: Path) -> bool:
     """
     said = config.get(READS_EOS)
     if said is None:
-        pad, eos = config.get("pad_token_id"), config.get("eos_token_id")
-        return pad is None or pad not in (eos if isinstance(eos, list) else [eos])
+        return not pads_with_eos(config)
     if not isinstance(said, bool):
         raise CheckpointError(
             f"{path / CONFIG} has {READS_EOS}={shown(repr(said))}, which is neither true nor false: restore it",
