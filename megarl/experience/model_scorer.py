@@ -67,12 +67,10 @@ class ModelScorer:
         self.alone: Alone = alone or (lambda engine: nullcontext())
         self.mean, self.std = source.score_moments or (0.0, 1.0)
         self.reader = RewardReader(source, tokenizer, key=key)
-        self.reads_ids = {talks: self.reader.reads_ids(tokenizer, chat_template, talks) for talks in (False, True)}
+        self.template = chat_template
+        self.reads_ids: dict[bool, bool] = {}  # whether ids pass unchanged, of texts and of conversations
         decides = repr((weights_digest(engine), self.mean, self.std, self.reader.fingerprint))
         self.fingerprint = hashlib.sha256(decides.encode()).hexdigest()[:16]
-        for talks, what in ((False, "prompts"), (True, "conversations")):
-            if not self.reads_ids[talks]:
-                log.info("%s encodes %s otherwise than the policy: it is given them as text", key, what)
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
         """Return the scores of rollouts in their order, by forward passes of all ranks."""
@@ -130,7 +128,7 @@ class ModelScorer:
         """Return the tokens that the reward model reads, and whether they differ from the policy's."""
         talks, where = bool(prompt.messages), prompt.where
         response = tokens_without_end(rollout, self.stop, self.policy_tokenizer)
-        if self.reads_ids[talks] and self.reader.knows([*rollout.prompt, *response]):
+        if self._passes_ids(talks) and self.reader.knows([*rollout.prompt, *response]):
             return self.reader.of_ids(rollout.prompt, response, talks, where), False
         output = text_without_end(rollout, self.stop, self.policy_tokenizer)
         if talks:
@@ -138,6 +136,15 @@ class ModelScorer:
         else:
             tokens = self.reader.of_text(prompt.text, output, where)
         return tokens, tokens[: len(rollout.prompt) + len(response)] != [*rollout.prompt, *response]
+
+    def _passes_ids(self, talks: bool) -> bool:
+        """Return whether the reward model would encode texts, or conversations, as the policy does."""
+        if talks not in self.reads_ids:
+            self.reads_ids[talks] = self.reader.reads_ids(self.policy_tokenizer, self.template, talks)
+            if not self.reads_ids[talks]:
+                what = "conversations" if talks else "texts"
+                log.info("%s encodes %s otherwise than the policy, and gets them as text", self.key, what)
+        return self.reads_ids[talks]
 
 
 def _with_remedy(problem: DataError) -> DataError:
