@@ -64,6 +64,10 @@ class HeartbeatFile:
         os.close(self._file)
 
 
+MOST_PROCESSES = 2**20
+"""Maximum number of processes of a world; a heartbeat that says more is damaged."""
+
+
 def read(run_dir: Path) -> list[Heartbeat]:
     """Read the heartbeats of a run, by rank; those of an earlier, larger world are ignored."""
     folder, heartbeats = run_dir / FOLDER, []
@@ -74,7 +78,8 @@ def read(run_dir: Path) -> list[Heartbeat]:
             check_types(heartbeat)
         except (ConfigError, UnreadableError, TypeError):
             continue  # being written, or of another version
-        heartbeats.append(heartbeat)
+        if 0 <= heartbeat.rank < heartbeat.world <= MOST_PROCESSES:
+            heartbeats.append(heartbeat)
     if not heartbeats:
         return []
     world = max(heartbeats, key=lambda heartbeat: heartbeat.alive).world

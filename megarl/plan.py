@@ -9,7 +9,6 @@ import sys
 from typing import Any
 
 from omegaconf import OmegaConf
-from yaml import YAMLError
 
 import megarl
 from megarl.command import run_command
@@ -46,7 +45,7 @@ def read(own: list[str]) -> PlanConfig:
     for word in own:
         try:
             OmegaConf.from_dotlist([word])
-        except YAMLError as error:
+        except EXPLAINED as error:
             raise ConfigError(
                 f"'{shown(word)}' cannot be read: {' '.join(str(error).split())}", key=shown(word)
             ) from error

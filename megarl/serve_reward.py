@@ -103,7 +103,7 @@ def open_scorer(config: ServeConfig) -> Iterator[tuple[Grid, ModelScorer]]:
             precision=config.trainer.precision,
             seed=config.seed,
         )
-        scorer = ModelScorer(engine, source, tokenizer, per_microbatch=config.serve.batch_size)
+        scorer = ModelScorer(engine, source, tokenizer, per_microbatch=config.serve.batch_size, key="model.path")
         sources.close()
         yield grid, scorer
     finally:

@@ -162,6 +162,8 @@ def test_every_preset_fits_80_gb_at_its_world_size(capsys: pytest.CaptureFixture
         (["algorithm=pppo"], "algorithm", {"value": "pppo", "offers": {"algorithm": list(ALGORITHMS)}}),
         (["algorithm=rft", "rollout.n=8"], "rft.prompts", {"value": None}),
         (["--jason"], "--jason", {"names": ("--json",)}),
+        (["cluster.gpus=${"], "cluster.gpus=${", {}),
+        (["mfu=${.}"], "mfu=${.}", {}),
         (["json=\x1b[31m"], "json=\\x1b[31m", {}),
         ([*TOY, "cluster.gpus=3", "parallel.tp=2"], "parallel.tp", {"value": 2, "offers": {"parallel.tp": [1]}}),
         ([*TOY, "prompt_tokens=250"], "prompt_tokens", {"value": 250, "offers": {"prompt_tokens": [192]}}),

@@ -463,3 +463,21 @@ def test_characters_have_one_id_each(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).encode("b") == [1]
     with refused(DataError, key="tokenizer.path", value="abc", names=("'d'",)):
         tokenizer.encode("bad")
+
+
+def test_an_answered_conversation_ends_where_generation_would(tmp_path):
+    tokenizer = build_tokenizer("huggingface", make_hugging_face(tmp_path, chat_template=CHATML))
+    tokens, marks = tokenizer.encode_chat(CHAT)
+    newline = tokenizer.encode("\n")
+    assert tokens[-len(newline) :] == newline
+    assert tokenizer.encode_answered(CHAT) == (tokens[: -len(newline)], marks[: -len(newline)])
+    assert tokenizer.answer_end() == (tokens[-len(newline) - 1],) == tokenizer.stop_ids()[-1:]
+    bare = CHATML.replace("<|im_end|>", "")
+    tokens, marks = tokenizer.encode_answered(CHAT, bare)
+    assert (tokenizer.decode(tokens[-2:]), marks[-1]) == ("ef", 1)
+    assert tokenizer.answer_end(bare) == ()
+    assert tokenizer.answer_end(CHATML.replace("<|im_end|>", " over")) == tuple(tokenizer.encode(" over"))
+    assert len(tokenizer.answer_end(CHATML.replace("<|im_end|>", "<|im_end|></s>"))) == 2
+    built_in = ByteTokenizer()
+    assert built_in.encode_answered(CHAT) == built_in.encode_chat(CHAT)
+    assert built_in.answer_end() == (EOS,)

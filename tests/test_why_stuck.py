@@ -1,5 +1,6 @@
 """Heartbeats say where each rank is, and from them the rank that the others wait for is named."""
 
+import json
 import os
 import re
 import signal
@@ -207,6 +208,16 @@ def why_stuck_or_none(run_dir: Path) -> int | None:
 def test_a_folder_without_breadcrumbs_is_one_clear_line(tmp_path: Path) -> None:
     with refused(ConfigError, where=str(tmp_path), names=("breadcrumbs",)):
         why_stuck.run([str(tmp_path)])
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 2**62), (3, 2), (-1, 2), (0, 0)])
+def test_a_rank_or_a_world_that_cannot_be_is_passed_over(rank: int, world: int, tmp_path: Path) -> None:
+    (tmp_path / "breadcrumbs").mkdir()
+    beat = {"rank": rank, "world": world, "host": "h", "pid": 1}
+    (tmp_path / "breadcrumbs" / "rank-0.json").write_text(json.dumps(beat))
+    assert read(tmp_path) == []
+    (tmp_path / "breadcrumbs" / "rank-0.json").write_text(json.dumps({**beat, "rank": 0, "world": 2}))
+    assert len(read(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(

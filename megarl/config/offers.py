@@ -106,16 +106,15 @@ def _working(key: str, values: list[Any], rules: Sequence[Rule], config: Any, wo
     """Return the nearest candidates with which the configuration satisfies all of the rules."""
     section, _, name = key.rpartition(".")
     current = read(config, key)
-    world_of = dict.fromkeys(values, world_size)
-    if key == "trainer.devices":
-        world_of = {value: value * config.trainer.num_nodes for value in values}
     working = []
     for value in values:
-        trial = copy.deepcopy(config)
+        trial, world = copy.deepcopy(config), world_size
+        if key == "trainer.devices":
+            world = value * config.trainer.num_nodes
         setattr(read(trial, section), name, value)
         try:
             for rule in rules:
-                rule(trial, world_of[value])
+                rule(trial, world)
         except Refusal:
             continue
         working.append(value)

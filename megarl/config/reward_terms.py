@@ -79,7 +79,7 @@ def reward_term(key: str, value: Any) -> None:
         found = value if entry is None else value[entry]
         return ConfigError(
             f"{key}: {problem}: {_EXAMPLE}",
-            key=key if entry is None else f"{key}.{entry}",
+            key=key,
             value=found,
             offers={key: list(offers)} if offers else {},
         )

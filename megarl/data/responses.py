@@ -194,7 +194,8 @@ class ResponseFormat(RecordFormat):
         """Return the steps of a response as one sequence, of which the last token of each step is marked, and the
         steps' scores.
 
-        Each step but the last is followed by the separator, and the last by EOS. They are encoded one by one.
+        Each step but the last is followed by the separator, and the last by EOS, or by what ends an answer of a
+        conversation. They are encoded one by one.
         With `probabilities`, scores are from 0 to 1.
         """
 
@@ -217,13 +218,15 @@ class ResponseFormat(RecordFormat):
                     value=record.fields[self.labels_key],
                     offers={"rm.step_loss": ["squared"]},
                 )
+            last: tuple[int, ...] = (tokenizer.eos_id,)
             if self._has_messages(record):
                 tokens = tokenizer.encode_chat_prompt(self._conversation(record), self.chat_template)
+                last = tokenizer.answer_end(self.chat_template)
             else:
                 tokens = self._prompt(record, tokenizer)
             marks = [0] * len(tokens)
             for number, step in enumerate(steps, 1):
-                end = tokenizer.encode(self.step_separator) if number < len(steps) else [tokenizer.eos_id]
+                end = tokenizer.encode(self.step_separator) if number < len(steps) else last
                 added = [*tokenizer.encode(encodable(step, key, f"step {number}")), *end]
                 tokens = [*tokens, *added]
                 marks += [0] * (len(added) - 1) + [1]
@@ -319,7 +322,7 @@ class ResponseFormat(RecordFormat):
         return 0.0 if value is None else self._number(value, self.margin_key, record, truth=False)
 
     def _answer(self, messages: list[Any], answer: list[Any], key: str, tokenizer: Tokenizer) -> Encoded:
-        """The whole conversation, of which the answer alone is trained on."""
+        """The conversation up to the end of its answer, which alone is trained on."""
         if not answer or not isinstance(answer[-1], Mapping) or answer[-1].get("role") != "assistant":
             raise DataError(f"{key!r} ends with no answer of the assistant's own: give it one", key=key, value=answer)
         if not answer[-1].get("content"):
@@ -328,13 +331,13 @@ class ResponseFormat(RecordFormat):
             )
         if not messages:
             raise starts_with_output(key, answer)
-        tokens, mask = tokenizer.encode_chat([*messages, *answer], self.chat_template)
+        tokens, mask = tokenizer.encode_answered([*messages, *answer], self.chat_template)
         follows = isinstance(answer[0], Mapping) and answer[0].get("role") == "assistant"
         if follows:
             before = len(tokenizer.encode_chat_prompt(messages, self.chat_template))
         else:  # more turns of a user come first
             before = len(tokenizer.encode_chat(messages, self.chat_template)[0])
-        return tokens, [0] * before + mask[before:]
+        return tokens, [0] * len(mask[:before]) + mask[before:]
 
 
 def _differing(chosen: Document, rejected: Document, keys: Sequence[str]) -> tuple[Document, Document]:

@@ -13,7 +13,7 @@ from megarl.experience.reward_servers import RewardServers
 from megarl.experience.scorers import Answered, JournalledScorer
 from megarl.parallel.grid import Grid
 from megarl.rewards.scores import Scores
-from megarl.rollout.requests import Rollout
+from megarl.rollout.requests import Rollout, text_without_end
 from megarl.tokenizers import Tokenizer
 
 
@@ -34,17 +34,21 @@ class HttpScorer(JournalledScorer):
         *,
         key: str = "reward.url",
         journal: Journal | None = None,
+        stop: Sequence[str] = (),
     ) -> None:
         """Ask every server which model it has.
 
         Args:
             settings: how servers are called.
             urls: the servers.
-            key: the configuration key that names them, for messages.
+            tokenizer: the policy's.
+            grid: the processes of the run.
+            key: the configuration key that names the servers, for messages.
             journal: keeps scores across restarts, for the present model.
+            stop: texts that end a response, which the reward model does not read.
         """
         super().__init__(tokenizer, grid, settings, journal)
-        self.settings, self.urls, self.key = settings, urls, key
+        self.settings, self.urls, self.key, self.stop = settings, urls, key, stop
         self.servers: RewardServers | None = None
         self._identify(self._from_rank0(self._connect()))
 
@@ -71,7 +75,7 @@ class HttpScorer(JournalledScorer):
             Entry(
                 row,
                 list(prompt.messages) if prompt.messages else prompt.text,
-                self.tokenizer.decode(rollout.response_without_eos),
+                text_without_end(rollout, self.stop, self.tokenizer),
                 prompt.where,
             )
             for row, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))

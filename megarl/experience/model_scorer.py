@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megarl.data.prompts import Prompt
-from megarl.errors import NumericsError
+from megarl.errors import DataError, NumericsError
 from megarl.experience.rows import at_last, score_rows
 from megarl.logging import get_logger
 from megarl.models.exchange.source import Source
@@ -19,7 +20,7 @@ from megarl.parallel.engine import Engine
 from megarl.parallel.rows import Rows
 from megarl.rewards.reader import KEY, RewardReader
 from megarl.rewards.scores import Scores
-from megarl.rollout.requests import Rollout
+from megarl.rollout.requests import Rollout, text_without_end, tokens_without_end
 from megarl.tokenizers import Tokenizer
 
 log = get_logger(__name__)
@@ -30,8 +31,8 @@ Alone = Callable[[Engine], AbstractContextManager[None]]
 class ModelScorer:
     """Scores responses with a reward model.
 
-    Token ids pass unchanged if policy and reward model have the same tokenizer. Otherwise both meet in text: prompt and
-    response are encoded anew. Nothing is stored, as the same weights give the same scores again.
+    Token ids pass unchanged if the reward model's tokenizer gives the same ones. Otherwise both meet in text: prompt
+    and response are encoded anew. Nothing is stored, as the same weights give the same scores again.
     """
 
     name = "reward_model"
@@ -45,6 +46,9 @@ class ModelScorer:
         *,
         per_microbatch: int,
         alone: Alone | None = None,
+        stop: Sequence[str] = (),
+        drops: bool = False,
+        key: str = KEY,
     ) -> None:
         """
         Args:
@@ -54,35 +58,56 @@ class ModelScorer:
             chat_template: the policy's, None for the tokenizer's own.
             per_microbatch: rows of full length in a forward pass of a replica.
             alone: what runs around the forward passes; None for nothing.
+            stop: texts that end a response, which the reward model does not read.
+            drops: whether a response that it cannot read gets no score; otherwise that is an error.
+            key: the configuration key that names the reward model.
         """
-        self.engine, self.policy_tokenizer, self.template = engine, tokenizer, chat_template
+        self.engine, self.policy_tokenizer, self.stop, self.drops, self.key = engine, tokenizer, stop, drops, key
         self.per_microbatch = per_microbatch
         self.alone: Alone = alone or (lambda engine: nullcontext())
         self.mean, self.std = source.score_moments or (0.0, 1.0)
-        self.reader = RewardReader(source, tokenizer)
-        self.same_tokenizer = self.reader.tokenizer.fingerprint() == tokenizer.fingerprint()
+        self.reader = RewardReader(source, tokenizer, key=key)
+        self.template = chat_template
+        self.reads_ids: dict[bool, bool] = {}  # whether ids pass unchanged, of texts and of conversations
         decides = repr((weights_digest(engine), self.mean, self.std, self.reader.fingerprint))
         self.fingerprint = hashlib.sha256(decides.encode()).hexdigest()[:16]
-        if not self.same_tokenizer:
-            log.info("%s has another tokenizer than the policy: prompts and responses reach it as text", KEY)
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
         """Return the scores of rollouts in their order, by forward passes of all ranks."""
-        sequences = [self._sequence(prompts[rollout.prompt_id], rollout) for rollout in rollouts]
-        scores = self.score_tokens(sequences)
-        wrong = (~torch.isfinite(scores)).nonzero()
-        if len(wrong):
-            first = int(wrong[0])
-            where = prompts[rollouts[first].prompt_id].where
-            raise NumericsError(
-                f"{where}: {KEY} gives a response the score {float(scores[first])}: check its weights",
-                key=KEY,
-                where=where,
+        scores = Scores([None] * len(rollouts))
+        sequences: dict[int, list[int]] = {}  # by index of the rollout
+        refusals: list[DataError] = []
+        for index, rollout in enumerate(rollouts):
+            try:
+                tokens, changed = self._sequence(prompts[rollout.prompt_id], rollout)
+            except DataError as problem:
+                if not self.drops:
+                    raise _with_remedy(problem) from None
+                refusals.append(problem)
+                continue
+            sequences[index] = tokens
+            scores.reencoded += changed
+        if refusals:
+            scores.failed_calls = 1
+            log.warning(
+                "%s: %d responses are dropped (reward.on_error=drop), the first: %s",
+                self.key,
+                len(refusals),
+                refusals[0],
             )
-        reencoded = 0
-        if not self.same_tokenizer:
-            reencoded = sum(ids != rollout.tokens for ids, rollout in zip(sequences, rollouts, strict=True))
-        return Scores(scores.tolist(), reencoded=reencoded)
+        if not sequences:
+            return scores
+        found = self.score_tokens(list(sequences.values()))
+        for index, score in zip(sequences, found.tolist(), strict=True):
+            if not math.isfinite(score):
+                where = prompts[rollouts[index].prompt_id].where
+                raise NumericsError(
+                    f"{where}: {self.key} gives a response the score {score}: check its weights",
+                    key=self.key,
+                    where=where,
+                )
+            scores.values[index] = score
+        return scores
 
     def score_tokens(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Return the score of each sequence of tokens, [sequences] float64 on the host, on every rank."""
@@ -99,20 +124,38 @@ class ModelScorer:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _sequence(self, prompt: Prompt, rollout: Rollout) -> list[int]:
-        """Return the tokens that the reward model reads: the prompt, the response and its end."""
-        if self.same_tokenizer:
-            end = [] if rollout.finish_reason == "eos" else [self._end(prompt)]
-            return self.reader.fitting([*rollout.tokens, *end], prompt.where)
-        output = self.policy_tokenizer.decode(rollout.response_without_eos)
-        if prompt.messages:
-            return self.reader.of_messages(prompt.messages, output, prompt.where)
-        return self.reader.of_text(prompt.text, output, prompt.where)
+    def _sequence(self, prompt: Prompt, rollout: Rollout) -> tuple[list[int], bool]:
+        """Return the tokens that the reward model reads, and whether they differ from the policy's."""
+        talks, where = bool(prompt.messages), prompt.where
+        response = tokens_without_end(rollout, self.stop, self.policy_tokenizer)
+        if self._passes_ids(talks) and self.reader.knows([*rollout.prompt, *response]):
+            return self.reader.of_ids(rollout.prompt, response, talks, where), False
+        output = text_without_end(rollout, self.stop, self.policy_tokenizer)
+        if talks:
+            tokens = self.reader.of_messages(prompt.messages, output, where)
+        else:
+            tokens = self.reader.of_text(prompt.text, output, where)
+        return tokens, tokens[: len(rollout.prompt) + len(response)] != [*rollout.prompt, *response]
 
-    def _end(self, prompt: Prompt) -> int:
-        """Return the token that ends an answer: that of the chat template, or EOS."""
-        tokenizer = self.reader.tokenizer
-        return tokenizer.stop_ids(self.template)[-1] if prompt.messages else tokenizer.eos_id
+    def _passes_ids(self, talks: bool) -> bool:
+        """Return whether the reward model would encode texts, or conversations, as the policy does."""
+        if talks not in self.reads_ids:
+            self.reads_ids[talks] = self.reader.reads_ids(self.policy_tokenizer, self.template, talks)
+            if not self.reads_ids[talks]:
+                what = "conversations" if talks else "texts"
+                log.info("%s encodes %s otherwise than the policy, and gets them as text", self.key, what)
+        return self.reads_ids[talks]
+
+
+def _with_remedy(problem: DataError) -> DataError:
+    """Return the error for a response that cannot be read, with the key that leaves such responses out."""
+    return DataError(
+        f"{problem}; or set reward.on_error=drop to leave out such responses",
+        key=problem.key,
+        value=problem.value,
+        where=problem.where,
+        offers={**problem.offers, "reward.on_error": ["drop"]},
+    )
 
 
 def _rows(sequences: Sequence[Sequence[int]]) -> Rows:

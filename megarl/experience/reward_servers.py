@@ -74,16 +74,17 @@ class Server:
 
 @dataclass(eq=False)
 class _Call:
-    """Responses that are scored by one request, and what came of it so far."""
+    """Responses that are scored by one request, and what came of it so far. `dropped` are those that get no score."""
 
     entries: list[Entry]
     scores: dict[int, float] = field(default_factory=dict)
+    dropped: set[int] = field(default_factory=set)
     failed: dict[Server, int] = field(default_factory=dict)
     refusal: str = ""
 
     @property
     def missing(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry.row not in self.scores]
+        return [entry for entry in self.entries if entry.row not in self.scores and entry.row not in self.dropped]
 
     @property
     def tries(self) -> int:
@@ -289,12 +290,20 @@ class RewardServers:
             result = FailedTry(WRONG, f"gave {what} in the place of a score ({len(flaws)} of {len(done.entries)})")
         if result.kind == FATAL:
             raise self._error(f"{server.url} {result}", _REMEDIES[FATAL])
+        if self.drops and result.index is not None:  # the others of the call are scored without it
+            entry = done.entries[result.index]
+            if not call.dropped:
+                log.warning("%s: %s: a response is dropped (reward.on_error=drop): %s", KEY, entry.where, result)
+            call.dropped.add(entry.row)
+            server.succeeded()
+            return
         if server.said != str(result):
             log.warning("%s=%s %s", KEY, server.url, result)
         server.failed(result, time.monotonic())
         call.failed[server] = call.failed.get(server, 0) + 1
         if result.kind == REFUSED:
-            call.refusal = f"{server.url} {result}"
+            where = "" if result.index is None else done.entries[result.index].where
+            call.refusal = f"{server.url} {result}" + (f" ({where})" if where else "")
 
     def _given_up(self, call: _Call) -> bool:
         """Return whether a call that failed is not repeated."""
@@ -307,7 +316,7 @@ class RewardServers:
     def _outcome(self, call: _Call) -> Outcome:
         scores = [call.scores.get(entry.row) for entry in call.entries]
         repeated = call.tries if not call.missing else max(call.tries - 1, 0)
-        return Outcome([entry.row for entry in call.entries], scores, call.tries, repeated)
+        return Outcome([entry.row for entry in call.entries], scores, call.tries + len(call.dropped), repeated)
 
     def _report(self, lost: Sequence[_Call], reason: _Call) -> None:
         """Log that calls have no scores, or raise if that is an error. `reason` is the call that failed."""

@@ -41,7 +41,7 @@ REWARD, METRIC = "reward.fn", "metric.fn"
 """Keys of functions, and names of scorers. Reward models, servers and sums take the place of the reward function."""
 
 
-_CORRECT = {FN: "the function", MODEL: "the model", URL: "the servers"}
+_CORRECT = {FN: "the function", MODEL: "the reward model", URL: "the servers"}
 
 
 class GenerativeModule(Module):
@@ -117,7 +117,15 @@ class GenerativeModule(Module):
         if term.kind == MODEL:
             return self._reward_model(term)
         if term.kind == URL:
-            return HttpScorer(config.reward, term.value, self.tokenizer, self.grid, key=term.key, journal=journal)
+            return HttpScorer(
+                config.reward,
+                term.value,
+                self.tokenizer,
+                self.grid,
+                key=term.key,
+                journal=journal,
+                stop=config.rollout.stop,
+            )
         return FunctionScorer(
             self.functions.get(term.key) or term.value,
             config.reward,
@@ -138,6 +146,9 @@ class GenerativeModule(Module):
             load_chat_template(self.config.data.chat_template),
             per_microbatch=self.config.trainer.micro_batch_size,
             alone=self._alone,
+            stop=self.config.rollout.stop,
+            drops=self.config.reward.on_error == "drop",
+            key=term.key,
         )
 
     def _make_source(self) -> RolloutSource:

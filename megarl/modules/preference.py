@@ -21,6 +21,7 @@ from megarl.experience.response_reference import (
     ResponseReference,
     reference_name,
 )
+from megarl.models.exchange.load import no_output_layer
 from megarl.models.exchange.pretrained import Sources, second_model
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
@@ -304,4 +305,6 @@ def reference_role(config: PreferenceTree, vocab_size: int, sources: Sources) ->
             offers={key: [None]},
         )
     source: Any = sources.at(config.model.path if path is None else path)
+    if path is not None and not source.has_output:
+        raise no_output_layer(key, path)
     return Role("reference", model, vocab_size, source=source, about="does not train")

@@ -3,7 +3,8 @@ process: `reward.fn=megarl.rewards.classifier:score reward.options.path=FOLDER`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,6 +19,9 @@ from megarl.tokenizers import ByteTokenizer
 
 READS = ("output", "sample", "pair")
 GIVES = ("probability", "logit")
+KEY = "reward.options.path"
+Row = Mapping[str, Sequence[int]]
+"""What a model is given of a text: input_ids, and what else its tokenizer makes, such as token_type_ids."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +37,33 @@ class Classifier:
     mean: float = 0.0
     std: float = 1.0
 
-    def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Return the logits [rows, labels] of rows of token ids."""
-        width = max(map(len, rows))
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        pad = 0 if self.tokenizer is None else self.tokenizer.pad_token_id or 0
-        if self.reader is not None:
-            # Causal models read the last token that is not padding: so padding must be a token that no row has.
-            used = {token for row in rows for token in row}
-            pad = next(token for token in range(len(used) + 1) if token not in used)
-            if pad >= self.model.config.vocab_size and len(rows) > 1:
-                return torch.cat([self.logits([row]) for row in rows])
-            self.model.config.pad_token_id = None if len(rows) == 1 else pad
-            pad = 0 if len(rows) == 1 else pad
-        tokens = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
-        place = self.model.device
+    def logits(self, rows: Sequence[Row]) -> Tensor:
+        """Return the logits [rows, labels] of encoded texts."""
+        if self.reader is None:
+            if self.tokenizer.pad_token is None or self.model.config.pad_token_id is None:  # nothing can be padded
+                alone = [{name: torch.tensor([[*values]]) for name, values in row.items()} for row in rows]
+                return torch.cat([self._forward(**inputs) for inputs in alone])
+            return self._forward(**self.tokenizer.pad([dict(row) for row in rows], return_tensors="pt"))
+        texts = [row["input_ids"] for row in rows]
+        # Causal models read the last token that is not padding: so padding must be a token that no row has.
+        used = {token for text in texts for token in text}
+        pad = next(token for token in range(len(used) + 1) if token not in used)
+        if pad >= self.model.config.vocab_size and len(rows) > 1:
+            return torch.cat([self.logits([row]) for row in rows])
+        self.model.config.pad_token_id = None if len(rows) == 1 else pad
+        width = max(map(len, texts))
+        mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+        tokens = torch.tensor([[*text, *[pad] * (width - len(text))] for text in texts])
+        return self._forward(input_ids=tokens, attention_mask=mask)
+
+    def _forward(self, **inputs: Tensor) -> Tensor:
+        """Run the model on what it takes of the inputs: not every model tells the segments of a pair apart."""
+        known = set(inspect.signature(self.model.forward).parameters)
+        if getattr(self.model.config, "type_vocab_size", 2) < 2:
+            known.discard("token_type_ids")
+        given = {name: tensor.to(self.model.device) for name, tensor in inputs.items() if name in known}
         with torch.no_grad():
-            found: Tensor = self.model(input_ids=tokens.to(place), attention_mask=mask.to(place)).logits
+            found: Tensor = self.model(**given).logits
         return found.float().cpu()
 
 
@@ -73,7 +87,8 @@ def score(
             whose logit is the score.
         reads: what an encoder is given: the output alone, the sample as one text, or prompt and output as a pair. A
             causal model of a known family reads both, as `reward.model` does.
-        gives: probability or logit, of a model with several labels.
+        gives: probability or logit, of a model with several labels. Labels that exclude each other share a probability
+            of 1; those of a multi_label_classification have each their own.
         batch_size: texts in a forward pass.
         device: where the model runs, such as cuda:0 with reward.devices=0.
     """
@@ -82,12 +97,13 @@ def score(
             raise ValueError(f"{name}={value!r}: choose from {', '.join(offered)}")
     classifier = _load(path, device)
     column = _column(classifier.model.config, label, path)
+    is_multi_label = getattr(classifier.model.config, "problem_type", None) == "multi_label_classification"
     rows = list(_rows(classifier, prompts, outputs, reads))
     found: list[float] = []
     for first in range(0, len(rows), batch_size):
         logits = classifier.logits(rows[first : first + batch_size])
         if logits.shape[1] > 1 and gives == "probability":
-            logits = logits.softmax(dim=1)
+            logits = logits.sigmoid() if is_multi_label else logits.softmax(dim=1)
         found += ((logits[:, column] - classifier.mean) / classifier.std).tolist()
     return found
 
@@ -102,19 +118,19 @@ def _load(path: str, device: str) -> Classifier:
         source = open_source(folder)
     except CheckpointError:  # another architecture, or several labels
         return Classifier(model, transformers.AutoTokenizer.from_pretrained(folder), None)
-    return Classifier(model, None, RewardReader(source, ByteTokenizer()), *(source.score_moments or (0.0, 1.0)))
+    return Classifier(
+        model, None, RewardReader(source, ByteTokenizer(), key=KEY), *(source.score_moments or (0.0, 1.0))
+    )
 
 
-def _rows(
-    classifier: Classifier, prompts: Sequence[str], outputs: Sequence[str], reads: str
-) -> Iterator[Sequence[int]]:
-    for prompt, output in zip(prompts, outputs, strict=True):
+def _rows(classifier: Classifier, prompts: Sequence[str], outputs: Sequence[str], reads: str) -> Iterator[Row]:
+    for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         if classifier.reader is not None:
-            yield classifier.reader.of_text(prompt, output, repr(prompt[:40]))
+            yield {"input_ids": classifier.reader.of_text(prompt, output, f"sample {number}")}
         elif reads == "pair":
-            yield classifier.tokenizer(prompt, output, truncation=True)["input_ids"]
+            yield classifier.tokenizer(prompt, output, truncation=True)
         else:
-            yield classifier.tokenizer(output if reads == "output" else prompt + output, truncation=True)["input_ids"]
+            yield classifier.tokenizer(output if reads == "output" else prompt + output, truncation=True)
 
 
 def _column(config: Any, label: str | int | None, path: str) -> int:

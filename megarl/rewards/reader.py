@@ -13,7 +13,10 @@ KEY = "reward.model"
 
 
 class RewardReader:
-    """The tokens that a reward model reads: a prompt, and a response that ends with EOS as in its training.
+    """The tokens that a reward model reads: a prompt, and a response with the end that it has in training.
+
+    A text ends with EOS, and a conversation with what ends an answer in the chat template, if that writes any. An end
+    for which the context has no place is left out.
 
     Attributes:
         tokenizer: its tokenizer.
@@ -21,36 +24,77 @@ class RewardReader:
         fingerprint: identifier of how it reads.
     """
 
-    def __init__(self, source: Source, default: Tokenizer) -> None:
-        """`default` is the tokenizer of a model that has none of its own."""
+    def __init__(self, source: Source, default: Tokenizer, *, key: str = KEY) -> None:
+        """`default` is the tokenizer of a model that has none of its own; `key` is the configuration key that names the
+        model."""
+        self.key = key
         self.tokenizer = default if source.tokenizer is None else build_tokenizer(*source.tokenizer)
         self.template = source.chat_template
-        self.longest = source.model.max_positions
-        ids = source.token_ids
-        # Transformers reads a score at the last token that is not padding: where EOS is the padding, before it.
-        self.reads_eos = source.kind != "huggingface" or ids.get("pad_token_id") != ids.get("eos_token_id")
+        self.longest, self.vocab_size = source.model.max_positions, source.vocab_size
+        self.reads_eos = source.score_reads_eos
         self.fingerprint = f"{self.tokenizer.fingerprint()} {self.template!r} {self.reads_eos}"
 
     def of_text(self, prompt: str, output: str, where: str) -> list[int]:
         """Return the tokens of a text with a response to it; `where` is what messages call the prompt."""
-        response = [*self.tokenizer.encode(output), self.tokenizer.eos_id]
-        return self.fitting([*self.tokenizer.encode_prompt(prompt), *response], where)
+        return self.of_ids(self.tokenizer.encode_prompt(prompt), self.tokenizer.encode(output), False, where)
 
     def of_messages(self, messages: Sequence[Any], output: str, where: str) -> list[int]:
         """Return the tokens of a conversation with a response to it, in the reward model's own chat template."""
         turns = [*messages, {"role": "assistant", "content": output}]
-        return self.fitting(self.tokenizer.encode_chat(turns, self.template)[0], where)
+        tokens, _ = self.tokenizer.encode_answered(turns, self.template)
+        ends = tokens[-1:] == [*self.tokenizer.stop_ids(self.template)[-1:]]
+        return self._fitting(tokens[: len(tokens) - ends], tokens[len(tokens) - ends :], where)
 
-    def fitting(self, tokens: list[int], where: str) -> list[int]:
-        """Return the tokens without an EOS that is not read, or for which the context has no place; refuse more."""
-        if tokens[-1] == self.tokenizer.eos_id and (not self.reads_eos or len(tokens) == self.longest + 1):
-            tokens = tokens[:-1]
-        if len(tokens) > self.longest:
+    def of_ids(self, prompt: Sequence[int], response: Sequence[int], talks: bool, where: str) -> list[int]:
+        """Return the tokens of a prompt and of a response without its end, encoded by a tokenizer of which `reads_ids`
+        is true. `talks` says whether the prompt is a conversation."""
+        end = self.tokenizer.answer_end(self.template) if talks else (self.tokenizer.eos_id,)
+        return self._fitting([*prompt, *response], [*end], where)
+
+    def reads_ids(self, tokenizer: Tokenizer, template: str | None, talks: bool) -> bool:
+        """Return whether token ids of another tokenizer are what this reader would encode.
+
+        Args:
+            tokenizer: the other tokenizer.
+            template: its chat template, None for its own.
+            talks: whether prompts are conversations.
+        """
+        own = self.tokenizer
+        if (own.fingerprint(), own.adds_bos, own.bos_id) != (
+            tokenizer.fingerprint(),
+            tokenizer.adds_bos,
+            tokenizer.bos_id,
+        ):
+            return False
+        if not talks:
+            return True
+        same = own.template_in_use(self.template) == tokenizer.template_in_use(template)
+        # A response contains a part of an end at which generation does not stop at once.
+        return same and own.answer_end(self.template) in ((), own.stop_ids(self.template)[-1:])
+
+    def knows(self, tokens: Sequence[int]) -> bool:
+        """Return whether all tokens are in the reward model's vocabulary."""
+        return max(tokens, default=0) < self.vocab_size
+
+    def _fitting(self, body: list[int], end: list[int], where: str) -> list[int]:
+        """Return the tokens with as much of the end as is read and as the context has a place for; refuse too many."""
+        if not self.reads_eos and end == [self.tokenizer.eos_id]:
+            end = []
+        if len(body) > self.longest:
             raise DataError(
-                f"{where}: prompt and response have {len(tokens)} tokens of the reward model, whose context has "
+                f"{where}: prompt and response have {len(body)} tokens of {self.key}, whose context has "
                 f"{self.longest}: shorten them, or use another reward model",
-                key=KEY,
-                value=len(tokens),
+                key=self.key,
+                value=len(body),
+                where=where,
+            )
+        tokens = [*body, *end][: self.longest]
+        if not self.knows(tokens):
+            raise DataError(
+                f"{where}: prompt and response have the token {max(tokens)}, and the vocabulary of {self.key} has "
+                f"{self.vocab_size} entries: its tokenizer belongs to another model",
+                key=self.key,
+                value=max(tokens),
                 where=where,
             )
         return tokens

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from megarl.config.sections.rollout import RolloutConfig
 from megarl.errors import ConfigError
+from megarl.tokenizers import Tokenizer
 
 FINISH_REASONS = ("eos", "stop", "length")
 
@@ -100,6 +101,36 @@ class Rollout:
     def response_without_eos(self) -> list[int]:
         """Tokens of the response without its EOS."""
         return self.response[:-1] if self.finish_reason == "eos" else self.response
+
+
+def text_without_end(rollout: Rollout, stop: Sequence[str], tokenizer: Tokenizer) -> str:
+    """Return the text of a response without its EOS, or without the stop text that ended it."""
+    text = tokenizer.decode(rollout.response_without_eos)
+    return text[: _start_of_stop(rollout, stop, text)]
+
+
+def tokens_without_end(rollout: Rollout, stop: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens of a response without its EOS, or without the stop text that ended it. Where a token has both
+    the end of the text and the beginning of the stop text, the text is encoded anew."""
+    response = rollout.response_without_eos
+    text = tokenizer.decode(response) if rollout.finish_reason == "stop" else ""
+    start = _start_of_stop(rollout, stop, text)
+    if start is None:
+        return response
+    for count in range(len(response), -1, -1):
+        kept = tokenizer.decode(response[:count])
+        if kept == text[:start]:
+            return response[:count]
+        if len(kept) < start:
+            break
+    return tokenizer.encode(text[:start])
+
+
+def _start_of_stop(rollout: Rollout, stop: Sequence[str], text: str) -> int | None:
+    """Return the index in the response's text at which the stop text begins that ended it; None if none did."""
+    if rollout.finish_reason != "stop":
+        return None
+    return min((text.find(one) for one in stop if one in text), default=None)
 
 
 def sampling_from(rollout: RolloutConfig) -> Sampling:

@@ -105,6 +105,30 @@ class Tokenizer(ABC):
             chosen[start:end] = [1] * (end - start)
         return tokens, chosen
 
+    def encode_answered(self, messages: Sequence[Message], template: str | None = None) -> tuple[list[int], list[int]]:
+        """Token ids and marks of `encode_chat` for a conversation whose last message is an answer, up to its end.
+
+        Nothing generates what the template writes after the answer's last token, so it is left out.
+        """
+        tokens, marks = self.encode_chat(messages, template)
+        turns, end = self._turns(template), self.stop_ids(template)[-1]
+        if turns is None:
+            return tokens, marks
+        ends = [place for place, token in enumerate(tokens) if token == end] if self._ends(turns) else []
+        marked = [place for place, mark in enumerate(marks) if mark]
+        last = (ends or marked or [len(tokens) - 1])[-1]
+        return tokens[: last + 1], marks[: last + 1]
+
+    def answer_end(self, template: str | None = None) -> tuple[int, ...]:
+        """Tokens that a template writes after the content of an answer, up to the one at which generation stops; none
+        if it writes nothing."""
+        turns = self._turns(template)
+        return (self.eos_id,) if turns is None else tuple(self._encode_markup(turns.marker)) if turns.marker else ()
+
+    def template_in_use(self, template: str | None = None) -> str | None:
+        """The source of the template that lays out conversations; None for the built-in one."""
+        return self._own_template() if template is None else template
+
     def encode_chat_prompt(self, messages: Sequence[Message], template: str | None = None) -> list[int]:
         """Token ids of a conversation to be answered, in which earlier answers stand as `encode_chat` has them."""
         check_messages(messages)
@@ -123,13 +147,16 @@ class Tokenizer(ABC):
     def stop_ids(self, template: str | None = None) -> tuple[int, ...]:
         """Tokens at which a response ends: EOS, and the one with which the chat template ends an answer."""
         turns = self._turns(template)
-        marker = "" if turns is None else turns.marker
-        written = next((text for text in self._structural if marker.endswith(text)), None)
+        written = None if turns is None else self._ends(turns)
         return tuple(dict.fromkeys((self.eos_id, self.eos_id if written is None else self._structural[written])))
+
+    def _ends(self, turns: Turns) -> str | None:
+        """The token of structure with which a template ends an answer, by its written form; None if there is none."""
+        return next((text for text in self._structural if turns.marker.endswith(text)), None)
 
     def _turns(self, template: str | None) -> Turns | None:
         """What lays out conversations with a template; None for the built-in one. The first call tells what it does."""
-        source = self._own_template() if template is None else template
+        source = self.template_in_use(template)
         if source is None:
             return None
         if source not in self._known:

@@ -102,7 +102,7 @@ def test_a_conversation_as_prompt_takes_texts_messages_and_whole_conversations(k
     data = read("regression", {key: ASKED, "completion": [*ASKED, *said("a")], "score": 1})
     assert texts(data) == ["u:q;a:a;"]
     data = read("steps", {key: ASKED, "steps": ["one", "two"], "labels": [1, 0]})
-    assert texts(data) == ["u:q;a:one\ntwo"]
+    assert texts(data) == ["u:q;a:one\ntwo;"]
 
 
 # --- scored -----------------------------------------------------------------------------------------------------------
@@ -279,3 +279,43 @@ def test_a_record_of_which_nothing_can_be_learned_once_truncated_is_left_out(kin
     assert (len(data), str(data.stats.too_long)) == (1, "file:2")
     with refused(DataError, key="data.seq_length", where="data.train"):
         read(kind, record, seq_length=12)
+
+
+# --- ends of conversations --------------------------------------------------------------------------------------------
+
+LINES = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = BYTES.special_tokens
+
+
+@pytest.mark.parametrize("kind", ["ranking", "regression", "labelled", "pairs"])
+def test_a_conversation_ends_right_after_the_end_of_its_answer(kind: str) -> None:
+    """What a template writes after it is not generated, so no reward model reads it in a run."""
+    record: dict[str, Any] = {"messages": ASKED, "chosen": "good", "rejected": "bad"}
+    if kind == "regression":
+        record = {"messages": ASKED, "responses": ["good", said("bad")], "scores": [1, 0]}
+    records = [Record(record, "here")]
+    lines = ResponseFormat(chat_template=LINES, settable=tuple(SETTABLE))
+    data = read_units(records, BYTES, lines, ScoredDataConfig(), "data.eval", kind)
+    question = [SPECIAL["<|user|>"], *b"q", SPECIAL["<|end|>"], *b"\n", SPECIAL["<|assistant|>"]]
+    wanted = [[*question, *answer, SPECIAL["<|end|>"]] for answer in (b"good", b"bad")]
+    assert [document.tokens.tolist() for document in data.documents] == wanted
+    assert [int(document.action_mask.sum()) for document in data.documents] == [5, 4]
+
+
+def test_an_end_that_the_template_does_not_write_is_not_added() -> None:
+    lines = ResponseFormat(chat_template=LINES.replace("<|end|>", ""), settable=tuple(SETTABLE))
+    records = [Record({"messages": ASKED, "responses": ["good", "bad"]}, "here")]
+    data = read_units(records, BYTES, lines, ScoredDataConfig(), "data.train", "ranking")
+    assert trained_on(data) == ["good", "bad"]
+    assert [chr(document.tokens[-1]) for document in data.documents] == ["d", "d"]
+
+
+def test_the_last_step_after_a_conversation_ends_as_its_answer_would() -> None:
+    lines = ResponseFormat(chat_template=LINES, settable=tuple(SETTABLE))
+    records = [Record({"messages": ASKED, "steps": ["one", "two"], "labels": [1, 0]}, "here")]
+    (document,) = read_units(records, BYTES, lines, ScoredDataConfig(), "data.train", "steps").documents
+    assert document.tokens.tolist()[-8:] == [*b"one\ntwo", SPECIAL["<|end|>"]]
+    assert np.flatnonzero(document.action_mask).tolist() == [len(document) - 5, len(document) - 1]

@@ -104,6 +104,7 @@ def test_scores_over_http_are_those_in_process_and_a_signal_ends_every_process(
             fingerprints.add(server.fingerprint)
             too_long = ask(server.port, question(["a"], ["b" * 100_000]))
             assert (too_long[0], too_long[1]["where"]) == (422, "prompts[0]")
+            assert "model.path" in too_long[1]["error"]
             assert server.end(number) == 0, server.log.read_text()
             assert "Traceback" not in server.log.read_text()
     assert len(fingerprints) == 1, "it is the same in every layout"

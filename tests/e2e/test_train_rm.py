@@ -165,8 +165,10 @@ def test_a_zero_head_gives_ln_2_and_swapped_pairs_mirror_the_evaluation(
 def test_a_reward_model_cannot_be_a_policy(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
     checkpoint = find(reference / "checkpoints")[-1]
     data = write(tmp_path / "pairs", lambda: {"prompt": "p", "chosen": "a", "rejected": "b"})
-    with refused(CheckpointError, where=str(checkpoint)):
+    with refused(CheckpointError, key="model.path", value=str(checkpoint), where=str(checkpoint)):
         worlds.run(1, run_preference, tmp_path / "policy", "orpo", data, f"model.path={checkpoint}")
+    with refused(CheckpointError, key="dpo.reference_path", value=str(checkpoint)):
+        worlds.run(1, run_preference, tmp_path / "reference", "dpo", data, f"dpo.reference_path={checkpoint}")
 
 
 def test_what_cannot_be_learned_from_is_refused(worlds: Worlds, folders: dict[str, Path], tmp_path: Path) -> None:

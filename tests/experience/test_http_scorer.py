@@ -182,7 +182,7 @@ def serve() -> Iterator[Serve]:
 def make(*servers: StandIn | str, journal: Journal | None = None, **settings: Any) -> HttpScorer:
     urls = [server if isinstance(server, str) else server.url for server in servers]
     settings = {"timeout": 5.0, "batch_size": 3, **settings}
-    return HttpScorer(RewardConfig(url=urls, **settings), TOKENIZER, ALONE, journal=journal)
+    return HttpScorer(RewardConfig(**settings), urls, TOKENIZER, ALONE, journal=journal)
 
 
 def score(scorer: HttpScorer, phase: int = 0) -> Scores:
@@ -431,10 +431,10 @@ def test_a_path_of_a_url_comes_before_the_servers_own(serve: Serve) -> None:
 def on_every_rank(url: str, dead: str) -> tuple[Any, str, str]:
     grid = Grid(Layout.for_world(dist.get_world_size()), start_world())
     try:
-        scorer = HttpScorer(RewardConfig(url=[url], batch_size=3), TOKENIZER, grid)
+        scorer = HttpScorer(RewardConfig(batch_size=3), [url], TOKENIZER, grid)
         values = scorer.score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0).values
         try:
-            HttpScorer(RewardConfig(url=[dead], retries=0), TOKENIZER, grid)
+            HttpScorer(RewardConfig(retries=0), [dead], TOKENIZER, grid)
         except RewardError as problem:
             return values, scorer.fingerprint, str(problem.key)
         return values, scorer.fingerprint, ""
@@ -446,3 +446,38 @@ def test_all_ranks_get_the_same_scores_or_the_same_error(serve: Serve, worlds: W
     server = serve()
     assert worlds.run(2, on_every_rank, server.url, closed_port()) == [(WANTED, "m1", "reward.url")] * 2
     assert len([one for question in server.questions for one in question["outputs"]]) == 16, "one rank asks"
+
+
+# --- texts that a server cannot read ----------------------------------------------------------------------------------
+
+
+def refuses_long(stand_in: StandIn, handler: Any, question: dict[str, Any]) -> bool:
+    """Refuse a request for its first output that ends in 1, as `serve_reward` refuses one that is too long."""
+    long = [index for index, output in enumerate(question["outputs"]) if output.endswith("1")]
+    if not long:
+        return False
+    key = "prompts" if "prompts" in question else "conversations"
+    answer(handler, 422, {"error": f"{key}[{long[0]}]: is too long", "where": f"{key}[{long[0]}]"})
+    return True
+
+
+def test_a_text_that_a_server_cannot_read_is_dropped_alone(serve: Serve) -> None:
+    scores = score(make(serve(refuses_long), on_error="drop"))
+    assert scores.values == [None if row % 2 else wanted for row, wanted in enumerate(WANTED)]
+    assert (scores.dropped, scores.failed_calls) == (8, 8)
+
+
+def test_a_text_that_a_server_cannot_read_is_an_error_otherwise(serve: Serve) -> None:
+    with refused(RewardError, key="reward.url", offers={"reward.on_error": ["drop"]}, names=("is too long",)):
+        score(make(serve(refuses_long)))
+
+
+@pytest.mark.parametrize("where", [None, 3, "outputs", "prompts[99]", "prompts[-1]", "prompts[1", {"a": 1}])
+def test_a_refusal_that_names_no_text_drops_its_call(where: Any, serve: Serve) -> None:
+    def refuse(stand_in: StandIn, handler: Any, question: dict[str, Any]) -> bool:
+        if question["outputs"]:
+            answer(handler, 422, {"error": "no", "where": where})
+        return bool(question["outputs"])
+
+    scores = score(make(serve(refuse), on_error="drop"))
+    assert scores.values == [None] * len(ROLLOUTS)

@@ -1,6 +1,7 @@
 """The value head: as wide as torch's linear layers at first, one value per chosen token, the same in every layout. The
 score head: in the place of the output layer, and as wide at first as it is told."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.build import build_engine
 from megarl.models.exchange.parameters import SCORE, parameters
 from megarl.models.gpt import GPT
+from megarl.models.heads import ScoreHead
 from megarl.models.roles import Role
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel.engine import Engine
@@ -182,3 +184,27 @@ def test_a_reward_model_has_a_score_head_of_a_given_width_and_no_output_layer(pp
     assert deviations[None][0] == pytest.approx(1025**-0.5, rel=0.1)
     assert deviations[0.5][0] == pytest.approx(0.5, rel=0.1)
     assert deviations[0.0][0] == 0
+
+
+def scores_of_a_bf16_head() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores of a bf16 head near 10 and their exact values; the weight's gradient and its exact value."""
+    start_world()
+    config: Any = SimpleNamespace(params_dtype=torch.bfloat16, hidden_size=64)
+    group: Any = None
+    head = ScoreHead(config, 1, group)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(head.outer.weight, 0.15, 0.01)
+    states = (1 + 0.01 * torch.randn(50, 64)).bfloat16()
+    found = head(states)
+    found.sum().backward()
+    exact = states.double() @ head.outer.weight.detach().double().t()
+    assert head.outer.weight.grad is not None
+    return found.detach(), exact.squeeze(1), head.outer.weight.grad, states.double().sum(0)
+
+
+def test_the_scores_of_a_bf16_model_have_the_precision_of_float32(worlds: Worlds) -> None:
+    found, exact, gradient, exact_gradient = worlds.run(1, scores_of_a_bf16_head)[0]
+    assert found.dtype == torch.float32
+    assert exact.mean() == pytest.approx(10, abs=1)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient.double().squeeze(0), exact_gradient, rtol=1e-2, atol=0)

@@ -86,3 +86,6 @@ def test_a_phase_in_which_nothing_is_left_to_train_on_ends_the_run(make: Make) -
     assert module.keep_scored(RESPONSES, Scores([1.0, None]), [0.5, 0.5])[1:] == ([1.0], [0.5])
     with refused(RewardError, key="reward.fn", value="rewards.py:score", names=("2", "phase 1")):
         module.keep_scored(RESPONSES, Scores([1.0, None]), [None, 0.5])
+    module.config.reward.fn, module.config.reward.model = None, "runs/rm"
+    with refused(RewardError, key="reward.model", value="runs/rm", offers={"reward.on_error": ["error"]}):
+        module.keep_scored(RESPONSES, Scores([None, None]))

@@ -7,11 +7,13 @@ import pytest
 import torch
 import transformers
 
+from megarl.errors import DataError
 from megarl.models.exchange.formats import open_source
 from megarl.rewards import classifier
 from megarl.rewards.reader import RewardReader
 from megarl.tokenizers import ByteTokenizer
 from tests.models.exchange.published import PUBLISHED, edit_config, stirred
+from tests.refusals import refused
 
 PROMPTS = ["a", "bc", "what is it? ", "d"]
 OUTPUTS = ["yes", "no no no", "x", "a much longer answer than all others"]
@@ -93,3 +95,75 @@ def test_a_label_that_is_not_there_is_named_with_those_that_are(encoder: Path) -
             scores(encoder, label=label)
     with pytest.raises(ValueError, match="reads='text'"):
         scores(encoder, label=0, reads="text")
+
+
+def by_transformers(folder: Path, *texts: list[str]) -> torch.Tensor:
+    """The logits [samples, labels] that transformers gives, one sample at a time."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        return torch.cat([model(**tokenizer(*one, return_tensors="pt")).logits for one in zip(*texts, strict=True)])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_encoder_is_given_the_segments_of_a_pair(encoder: Path, batch_size: int) -> None:
+    wanted = by_transformers(encoder, PROMPTS, OUTPUTS)[:, 1].tolist()
+    found = scores(encoder, label=1, gives="logit", reads="pair", batch_size=batch_size)
+    assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def copied(folder: Path, target: Path, **config: Any) -> Path:
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    edit_config(target, **config)
+    return target
+
+
+def test_padding_is_that_of_the_tokenizer(encoder: Path, tmp_path: Path) -> None:
+    """On its side, with its token and with its segment."""
+    left = copied(encoder, tmp_path / "left")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder, padding_side="left")
+    tokenizer.save_pretrained(left)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(encoder).eval()
+    with torch.no_grad():
+        wanted = model(**tokenizer(OUTPUTS, return_tensors="pt", padding=True)).logits[:, 0].tolist()
+    assert scores(left, label=0, gives="logit") == pytest.approx(wanted, abs=1e-5)
+    assert scores(encoder, label=0, gives="logit") != pytest.approx(wanted, abs=1e-5), "positions are absolute"
+
+
+def test_a_tokenizer_without_padding_scores_texts_one_by_one(encoder: Path, tmp_path: Path) -> None:
+    folder = copied(encoder, tmp_path / "unpadded", pad_token_id=None)
+    found = scores(folder, label=1, gives="logit", batch_size=4)
+    assert found == pytest.approx(by_transformers(folder, OUTPUTS)[:, 1].tolist(), abs=1e-5)
+
+
+def test_a_model_that_knows_no_segments_is_given_none(encoder: Path, tmp_path: Path) -> None:
+    config = transformers.RobertaConfig(
+        vocab_size=15,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=40,
+        type_vocab_size=1,
+        pad_token_id=0,
+        num_labels=2,
+    )
+    folder = copied(encoder, tmp_path / "roberta")
+    stirred(transformers.RobertaForSequenceClassification(config)).save_pretrained(folder)
+    found = scores(folder, label=1, gives="logit", reads="pair", batch_size=4)
+    assert found == pytest.approx(scores(folder, label=1, gives="logit", reads="pair", batch_size=1), abs=1e-5)
+
+
+def test_labels_that_do_not_exclude_each_other_have_each_their_own_probability(encoder: Path, tmp_path: Path) -> None:
+    folder = copied(encoder, tmp_path / "several", problem_type="multi_label_classification")
+    wanted = by_transformers(folder, OUTPUTS).sigmoid()
+    for label in (0, 1):
+        assert scores(folder, label=label) == pytest.approx(wanted[:, label].tolist(), abs=1e-5)
+    assert scores(folder, label=1, gives="logit") == scores(encoder, label=1, gives="logit")
+
+
+def test_a_text_that_is_too_long_names_the_option_and_the_sample(causal: Path) -> None:
+    with refused(DataError, key="reward.options.path", where="sample 1"):
+        classifier.score(prompts=["a", "b"], outputs=["c", "d" * 500], path=str(causal), samples=[])

@@ -10,11 +10,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from megarl.rewards.reader import RewardReader
+from megarl.tokenizers import ByteTokenizer
 from tests.serving.standins import LONGEST, HashScorer, Running, ask, question, score_of, serving, wanted
 
 
@@ -120,6 +123,21 @@ def test_a_texts_surprise_for_a_tokenizer_is_the_clients_error() -> None:
     with serving(reader=Surprised()) as server:
         status, answer = ask(server.port, question(["a"], ["b"]))
     assert (status, answer["where"]) == (422, "prompts[0]")
+
+
+def test_a_text_that_is_too_long_names_its_number_and_the_servers_own_key() -> None:
+    source: Any = SimpleNamespace(
+        tokenizer=None,
+        chat_template=None,
+        model=SimpleNamespace(max_positions=9),
+        vocab_size=ByteTokenizer().size,
+        score_reads_eos=True,
+    )
+    with serving(reader=RewardReader(source, ByteTokenizer(), key="model.path")) as server:
+        status, answer = ask(server.port, question(["a"] * 4, ["b", "b" * 8, "b" * 9, "b"]))
+    assert (status, answer["where"]) == (422, "prompts[2]")
+    assert "model.path" in answer["error"]
+    assert "reward.model" not in answer["error"]
 
 
 def test_a_large_request_is_refused_without_being_held(server: Running) -> None:

@@ -46,5 +46,6 @@ class ModelCard:
             "tokenizer": {"kind": self.tokenizer.kind, "path": self.tokenizer_path},
             "token_ids": token_ids(self.tokenizer),
             "chat_template": self.chat_template,
+            "score_reads_eos": True,  # a reward model's training reads the score there
             "score_moments": None if self.score_moments is None else list(self.score_moments),
         }

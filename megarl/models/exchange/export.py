@@ -18,7 +18,16 @@ from megarl.logging import get_logger
 from megarl.models.exchange.families import family_for
 from megarl.models.exchange.family import Json, Mapped
 from megarl.models.exchange.parameters import TRUNK
-from megarl.models.exchange.source import CONFIG, HEADS, MOMENTS, TOKEN_IDS, HuggingFaceSource, Source
+from megarl.models.exchange.source import (
+    CONFIG,
+    HEADS,
+    MOMENTS,
+    READS_EOS,
+    TOKEN_IDS,
+    HuggingFaceSource,
+    Source,
+    pads_with_eos,
+)
 from megarl.models.exchange.stored import Stored, write_safetensors
 from megarl.parallel.engine import Engine
 from megarl.parallel.finite import is_finite
@@ -113,7 +122,7 @@ def write_folder(
     scores = not source.has_output
     config = kind.hf_config(source.model, source.vocab_size, scores=scores) | _describe(dtype, source.token_ids)
     if scores:
-        config |= _of_reward_model(config, source.score_moments)
+        config |= _of_reward_model(config, source.score_moments, source.score_reads_eos)
     mapping = kind.mapping(source.model, source.vocab_size, scores=scores)
     heads = {name: stored for name, stored in source.heads.items() if name not in mapping}
     plan = plan_files(mapping, heads, {}, dtype, shard_bytes)
@@ -351,14 +360,14 @@ def _describe(dtype: torch.dtype, ids: Mapping[str, Any]) -> Json:
     return {"dtype": str(dtype).removeprefix("torch."), **ids}
 
 
-def _of_reward_model(config: Json, score_moments: tuple[float, float] | None) -> Json:
+def _of_reward_model(config: Json, score_moments: tuple[float, float] | None, reads_eos: bool = True) -> Json:
     """Return the keys of config.json that only a reward model has.
 
-    Transformers reads the score at the last token that is not padding. A score belongs to the EOS here, so it must not
-    be the padding too: without a padding token, transformers scores one sequence at a time, at its last token.
+    Transformers reads the score at the last token that is not padding. A score that is read at the EOS needs another
+    token as padding, or none: transformers then scores one sequence at a time, at its last token.
     """
-    found: Json = dict(zip(MOMENTS, score_moments or (), strict=False))
-    if config.get("pad_token_id") is not None and config["pad_token_id"] == config.get("eos_token_id"):
+    found: Json = {READS_EOS: reads_eos, **dict(zip(MOMENTS, score_moments or (), strict=False))}
+    if reads_eos and pads_with_eos(config):
         found["pad_token_id"] = None
     return found
 

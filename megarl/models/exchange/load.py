@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megarl.disk import shown
 from megarl.errors import CheckpointError, NumericsError
 from megarl.models.exchange.parameters import TRUNK, VOCABULARY
 from megarl.models.exchange.source import Source
@@ -24,9 +25,7 @@ def load(chunk: Any, source: Source, grid: Grid) -> None:
     """
     held = source.names
     if "lm" in chunk.heads and not source.has_output:
-        raise CheckpointError(
-            f"{source.path} is a reward model, which has no output layer: name a language model", where=source.path
-        )
+        raise no_output_layer("model.path", str(source.path))
 
     def fill() -> None:
         for name, parameter in chunk.global_names():
@@ -39,6 +38,16 @@ def load(chunk: Any, source: Source, grid: Grid) -> None:
                 )
 
     run_on_all_ranks(grid, fill)
+
+
+def no_output_layer(key: str, path: str) -> CheckpointError:
+    """Return the error for a reward model that is named as a language model."""
+    return CheckpointError(
+        f"{key}={shown(path)} is a reward model, which has no output layer: name a language model",
+        key=key,
+        value=path,
+        where=path,
+    )
 
 
 def _refuse_not_finite(name: str, parameter: nn.Parameter, source: Source) -> None:

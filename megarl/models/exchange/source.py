@@ -30,6 +30,7 @@ CONFIG = "config.json"
 HEADS = "megarl_heads.safetensors"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MOMENTS = ("score_mean", "score_std")  # keys of a reward model's config.json, which transformers ignores
+READS_EOS = "score_reads_eos"  # another one
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Source(ABC):
         heads: tensors beyond the language model, by name.
         has_output: whether it has an output layer; a reward model has a score head instead.
         score_moments: mean and standard deviation of a reward model's scores on its reference set; None if unknown.
+        score_reads_eos: whether the score of a reward model is read at the EOS, and not before it.
         stored: number of stored tensors and bytes, including heads.
     """
 
@@ -69,6 +71,7 @@ class Source(ABC):
     heads: dict[str, Stored]
     has_output: bool = True
     score_moments: tuple[float, float] | None = None
+    score_reads_eos: bool = True
     stored: tuple[int, int]
 
     @property
@@ -114,6 +117,7 @@ class HuggingFaceSource(Source):
         self.has_output = self.family.classifier not in (config.get("architectures") or [])
         if not self.has_output:
             self.score_moments = _read_moments(config, path)
+            self.score_reads_eos = _read_reads_eos(config, path)
         self.mapping = self.family.mapping(self.model, self.vocab_size, scores=not self.has_output)
         self._folder = Folder(path)
         self._where, self.left_out = self._check_tensors()
@@ -249,6 +253,7 @@ class CheckpointSource(Source):
         if moments is not None:
             both = moments if isinstance(moments, list | tuple) and len(moments) == 2 else (moments, None)
             self.score_moments = _moments(*both, where)
+        self.score_reads_eos = card.get("score_reads_eos") is not False
         template = card.get("chat_template")
         self.chat_template = template if isinstance(template, str) else None
 
@@ -348,6 +353,31 @@ def _moments(mean: Any, std: Any, where: Path | str) -> tuple[float, float]:
             where=where,
         )
     return float(mean), float(std)
+
+
+def pads_with_eos(config: Json) -> bool:
+    """Return whether the padding token in a config.json is the EOS, or one of several."""
+    pad, eos = config.get("pad_token_id"), config.get("eos_token_id")
+    return pad is not None and pad in (eos if isinstance(eos, list) else [eos])
+
+
+def _read_reads_eos(config: Json, path: Path) -> bool:
+    """Return whether the score is read at the EOS, from a reward model's config.json.
+
+    Models of others do not say it. Transformers reads the score at the last token that is not padding: before the EOS,
+    where that is the padding.
+    """
+    said = config.get(READS_EOS)
+    if said is None:
+        return not pads_with_eos(config)
+    if not isinstance(said, bool):
+        raise CheckpointError(
+            f"{path / CONFIG} has {READS_EOS}={shown(repr(said))}, which is neither true nor false: restore it",
+            key=READS_EOS,
+            value=said,
+            where=path / CONFIG,
+        )
+    return said
 
 
 def _check_sizes(path: Path) -> None:

@@ -9,10 +9,13 @@ import torch
 import transformers
 from torch import Tensor
 
+from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.parallel import ParallelConfig
+from megarl.config.sections.tokenizer import TokenizerConfig
 from megarl.errors import CheckpointError
 from megarl.experience.rows import at_last, score_rows
 from megarl.models.build import build_engine
+from megarl.models.exchange.card import ModelCard
 from megarl.models.exchange.checkpoints import write_checkpoint
 from megarl.models.exchange.export import export, write_folder
 from megarl.models.exchange.formats import open_source
@@ -21,6 +24,7 @@ from megarl.models.roles import Role
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
 from megarl.parallel.rows import Rows
+from megarl.tokenizers import ByteTokenizer
 from tests.models.exchange.published import PUBLISHED, VOCAB, fixed_tokens, stirred, stored
 from tests.refusals import refused
 from tests.worlds import Worlds
@@ -104,17 +108,62 @@ def test_transformers_loads_what_is_written(published: Published, worlds: Worlds
             assert torch.equal(again, scores), folder
 
 
+def copied(folder: Path, made: Path, **keys: Any) -> Path:
+    """A copy of a folder with other keys in its config.json."""
+    made.mkdir()
+    for file in folder.iterdir():
+        (made / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | keys
+    (made / "config.json").write_text(json.dumps(config))
+    return made
+
+
+def logit(folder: Path, tokens: list[int]) -> float:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return float(model(input_ids=torch.tensor([tokens])).logits)
+
+
+@pytest.mark.parametrize("pad", [2, 1, None], ids=["EOS is the padding", "another token is", "there is none"])
+def test_where_a_score_is_read_survives_every_conversion(pad: int | None, published: Published, tmp_path: Path) -> None:
+    """Of a published model, transformers reads the score before the EOS if that is the padding."""
+    folder = copied(published["llama"][0], tmp_path / "first", pad_token_id=pad, eos_token_id=2)
+    reads_eos = pad != 2
+    assert open_source(folder).score_reads_eos == reads_eos
+    write_checkpoint(open_source(folder), tmp_path / "checkpoint")
+    write_folder(open_source(tmp_path / "checkpoint"), tmp_path / "second")
+    write_folder(open_source(tmp_path / "second"), tmp_path / "third")
+    for name in ("checkpoint", "second", "third"):
+        assert open_source(tmp_path / name).score_reads_eos == reads_eos, name
+    text = [5, 6, 7]
+    wanted = logit(folder, [*text, 2])
+    assert (wanted == pytest.approx(logit(folder, text), abs=1e-4)) == (not reads_eos)
+    for name in ("second", "third"):
+        assert logit(tmp_path / name, [*text, 2]) == pytest.approx(wanted, abs=1e-5), name
+
+
+def test_what_is_known_of_the_eos_is_preferred_to_a_guess(published: Published, tmp_path: Path) -> None:
+    folder = published["llama"][0]
+    for name, ids, reads_eos in (("list", {"pad_token_id": 3, "eos_token_id": [2, 3]}, False), ("no ids", {}, True)):
+        assert open_source(copied(folder, tmp_path / name, **ids)).score_reads_eos == reads_eos, name
+    for said in (True, False):
+        made = copied(folder, tmp_path / str(said), pad_token_id=2, eos_token_id=2, score_reads_eos=said)
+        assert open_source(made).score_reads_eos == said
+    with refused(CheckpointError, key="score_reads_eos", value=1):
+        open_source(copied(folder, tmp_path / "wrong", score_reads_eos=1))
+
+
+def test_a_trained_model_reads_the_eos() -> None:
+    tokenizer = ByteTokenizer()
+    card = ModelCard.of(ModelConfig(), tokenizer.size, tokenizer, TokenizerConfig())
+    assert card.plain()["score_reads_eos"] is True
+
+
 def test_what_is_no_reward_model_is_refused(published: Published, tmp_path: Path) -> None:
     folder = published["llama"][0]
 
     def changed(name: str, **keys: Any) -> Path:
-        made = tmp_path / name
-        made.mkdir()
-        for file in folder.iterdir():
-            (made / file.name).write_bytes(file.read_bytes())
-        config = json.loads((folder / "config.json").read_text()) | keys
-        (made / "config.json").write_text(json.dumps(config))
-        return made
+        return copied(folder, tmp_path / name, **keys)
 
     with refused(CheckpointError, key="id2label"):
         open_source(changed("two", id2label={"0": "bad", "1": "good"}))
@@ -124,3 +173,14 @@ def test_what_is_no_reward_model_is_refused(published: Published, tmp_path: Path
         open_source(changed("no head", architectures=["LlamaForCausalLM"]))
     with refused(CheckpointError):
         write_nemo(open_source(folder), tmp_path / "a.nemo")
+
+
+def build_policy(folder: Path) -> None:
+    grid, source = Grid(Layout(), start_world()), open_source(folder)
+    build_engine(Role("policy", source.model, VOCAB, source=source), grid, ParallelConfig(), precision="fp32", seed=1)
+
+
+def test_a_reward_model_that_is_given_as_a_policy_is_refused_by_its_key(published: Published, worlds: Worlds) -> None:
+    folder = published["llama"][0]
+    with refused(CheckpointError, key="model.path", value=str(folder), where=str(folder)):
+        worlds.run(1, build_policy, folder)
