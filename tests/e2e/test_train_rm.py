@@ -254,14 +254,19 @@ def test_ppo_against_a_reward_model_is_the_same_in_every_layout_and_resumes_exac
     prompts.write_text("".join(json.dumps({"prompt": letter * 3}) + "\n" for letter in "abcdefgh"))
     command = (run_with_model, tmp_path / "one", prompts, reference)
     worlds.run(1, *command)
+    halves = f"{{model:{reference},weight:0.5}},{{model:{reference},weight:0.5,name:again}}"
+    twice = ["reward.model=null", f"reward.terms=[{halves},{{fn:tests.e2e.scores:indifferent,weight:0}}]"]
     for name, world, overrides in (
         ("four", 4, [*LAYOUTS["TP2xPP2+SP"][1], "parallel.offload=true"]),
-        ("two", 2, ["critic.kind=separate", f"critic.separate.path={reference}"]),
+        ("two", 2, ["critic.kind=separate", f"critic.separate.path={reference}", *twice]),
     ):
         worlds.run(world, run_with_model, tmp_path / name, prompts, reference, *overrides)
     names = ("rollout/score", "train/loss")
     assert metrics(tmp_path / "four", *names)[0] == pytest.approx(metrics(tmp_path / "one", *names)[0], rel=1e-5)
     assert metrics(tmp_path / "two", names[0])[0] == pytest.approx(metrics(tmp_path / "one", names[0])[0], rel=1e-5)
+    parts = metrics(tmp_path / "two", *(f"rollout/score/{name}" for name in ("reward_model", "again", "indifferent")))
+    for (score,), found in zip(metrics(tmp_path / "two", "rollout/score"), parts, strict=True):
+        assert found == pytest.approx((score, score, 1.0), rel=1e-5)
     worlds.run(1, run_with_model, tmp_path / "cut", prompts, reference, "trainer.max_phases=2")
     worlds.run(1, run_with_model, tmp_path / "cut", prompts, reference)
     ours, theirs = final_tensors(tmp_path / "cut"), final_tensors(tmp_path / "one")

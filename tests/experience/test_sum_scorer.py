@@ -81,4 +81,4 @@ def test_every_term_forgets_and_is_closed() -> None:
     both.forget(4)
     both.close()
     assert (first.forgotten, second.forgotten) == (4, 4)
-    assert first.closed and second.closed
+    assert (first.closed, second.closed) == (True, True)

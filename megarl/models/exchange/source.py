@@ -251,8 +251,8 @@ class CheckpointSource(Source):
         self.token_ids = dict(token_ids) if isinstance(token_ids, dict) else {}
         moments = card.get("score_moments")
         if moments is not None:
-            both = moments if isinstance(moments, list | tuple) and len(moments) == 2 else (moments, None)
-            self.score_moments = _moments(*both, where)
+            mean, std = moments if isinstance(moments, list | tuple) and len(moments) == 2 else (moments, None)
+            self.score_moments = _moments(mean, std, where)
         self.score_reads_eos = card.get("score_reads_eos") is not False
         template = card.get("chat_template")
         self.chat_template = template if isinstance(template, str) else None
