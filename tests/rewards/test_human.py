@@ -2,10 +2,13 @@
 
 import os
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from megarl.rewards import human
+from megarl.errors import RewardError
+from megarl.rewards import human, process
 from megarl.rewards.client import RewardWorker
 
 
@@ -31,6 +34,27 @@ def test_a_run_without_a_terminal_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv(human.TERMINAL, raising=False)
     with pytest.raises(RuntimeError, match=r"reward\.options\.terminal"):
         human.ask(["p"], ["one"])
+
+
+def test_a_terminal_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent" / "tty")
+    with pytest.raises(RuntimeError, match=r"absent.*reward\.options\.terminal"):
+        human.ask(["p"], ["one"], terminal=absent)
+
+
+def test_a_terminal_without_a_name_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless(descriptor: int) -> str:
+        raise OSError(19, "No such device")
+
+    monkeypatch.delenv(human.TERMINAL, raising=False)
+    monkeypatch.setattr(os, "ttyname", nameless)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, fileno=lambda: 0))
+    assert human.TERMINAL not in process.worker_environment()
+    with pytest.raises(RewardError) as found:
+        with RewardWorker("megarl.rewards.human:ask", ("bytes", None), timeout_s=60, retries=0) as worker:
+            worker.score(["pa"], ["p"], ["a"], {})
+    assert "no terminal" in str(found.value)
+    assert "\n" not in str(found.value)
 
 
 def test_the_process_of_the_function_asks_in_the_terminal_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
