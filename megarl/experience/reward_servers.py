@@ -73,13 +73,38 @@ class Server:
 
 
 @dataclass(eq=False)
+class _Splits:
+    """Number of further requests into which a call and its halves may still be split."""
+
+    left: int
+
+
+@dataclass(eq=False)
 class _Call:
     """Responses that are scored by one request, and what came of it so far."""
 
     entries: list[Entry]
+    splits: _Splits
     scores: dict[int, float] = field(default_factory=dict)
     failed: dict[Server, int] = field(default_factory=dict)
     refusal: str = ""
+
+    @classmethod
+    def of(cls, entries: Sequence[Entry]) -> _Call:
+        """Return a call that may be split into as many further requests as it has responses, and two."""
+        return cls(list(entries), _Splits(len(entries) + 2))
+
+    @property
+    def can_be_split(self) -> bool:
+        """Whether a server refused several responses, so that others than one of them may be at fault."""
+        return bool(self.refusal) and len(self.missing) > 1 and self.splits.left >= 2
+
+    def halves(self) -> list[_Call]:
+        """Return two calls with the responses that have no score yet."""
+        self.splits.left -= 2
+        missing = self.missing
+        middle = (len(missing) + 1) // 2
+        return [_Call(half, self.splits) for half in (missing[:middle], missing[middle:])]
 
     @property
     def missing(self) -> list[Entry]:
@@ -196,10 +221,12 @@ class RewardServers:
     def score(self, calls: Iterable[Sequence[Entry]]) -> Iterator[Outcome | None]:
         """Score responses, those of one call by one request. Yields outcomes as they come, and None while it waits.
 
+        A call that a server refuses is halved until the response that is refused is alone.
+
         Raises:
             RewardError: a call has failed on every server, no server answers, or one answers for another model.
         """
-        waiting = deque(_Call(list(entries)) for entries in calls)
+        waiting = deque(_Call.of(entries) for entries in calls)
         open_ = len(waiting)
         for server in self.servers:
             server.silent = 0
@@ -213,6 +240,11 @@ class RewardServers:
                     if not call.missing:
                         open_ -= 1
                         yield self._outcome(call)
+                    elif call.can_be_split:
+                        halves = call.halves()
+                        open_ += len(halves) - 1
+                        waiting.extendleft(reversed(halves))
+                        yield self._outcome_of_split(call)
                     elif self._given_up(call):
                         lost = [call, *waiting] if self._all_silent() else [call]
                         self._report(lost, call)
@@ -289,12 +321,15 @@ class RewardServers:
             result = FailedTry(WRONG, f"gave {what} in the place of a score ({len(flaws)} of {len(done.entries)})")
         if result.kind == FATAL:
             raise self._error(f"{server.url} {result}", _REMEDIES[FATAL])
+        if result.kind == REFUSED:  # the fault of the responses: the server is well
+            server.succeeded()
+            call.failed[server] = call.failed.get(server, 0) + 1
+            call.refusal = f"{server.url} {result}"
+            return
         if server.said != str(result):
             log.warning("%s=%s %s", KEY, server.url, result)
         server.failed(result, time.monotonic())
         call.failed[server] = call.failed.get(server, 0) + 1
-        if result.kind == REFUSED:
-            call.refusal = f"{server.url} {result}"
 
     def _given_up(self, call: _Call) -> bool:
         """Return whether a call that failed is not repeated."""
@@ -309,16 +344,26 @@ class RewardServers:
         repeated = call.tries if not call.missing else max(call.tries - 1, 0)
         return Outcome([entry.row for entry in call.entries], scores, call.tries, repeated)
 
+    def _outcome_of_split(self, call: _Call) -> Outcome:
+        """Return the scores that a call got before it was split. Its two halves are repeated tries."""
+        scored = [entry.row for entry in call.entries if entry.row in call.scores]
+        return Outcome(scored, [call.scores[row] for row in scored], call.tries, call.tries + 1)
+
     def _report(self, lost: Sequence[_Call], reason: _Call) -> None:
         """Log that calls have no scores, or raise if that is an error. `reason` is the call that failed."""
         count = sum(len(call.missing) for call in lost)
+        where = ""
         if reason.refusal:
             problem, remedy = reason.refusal, _REMEDIES[REFUSED]
+            if len(reason.missing) == 1 and (where := reason.missing[0].where):
+                problem = f"{problem} (the response to {where})"
         else:
             problem = "; ".join(f"{server.url} {server.said}" for server in self.servers)
             remedy = _REMEDIES[SILENT if self._all_silent() else WRONG]
         if not self.drops:
-            raise self._error(f"no scores for {count} responses in {reason.tries} tries: {problem}", remedy, drop=True)
+            raise self._error(
+                f"no scores for {count} responses in {reason.tries} tries: {problem}", remedy, drop=True, where=where
+            )
         log.warning("%s: %d responses are dropped (reward.on_error=drop): %s", KEY, count, problem)
 
     def _silence(self, what: str) -> RewardError:
@@ -331,18 +376,18 @@ class RewardServers:
             "start all servers with the same reward model, and this run again",
         )
 
-    def _error(self, problem: str, remedy: str, *, drop: bool = False) -> RewardError:
+    def _error(self, problem: str, remedy: str, *, drop: bool = False, where: str = "") -> RewardError:
         offers = {"reward.on_error": ["drop"]} if drop else {}
         more = ", or leave such responses out with reward.on_error=drop" if drop else ""
         urls = [server.url for server in self.servers]
-        return RewardError(f"{KEY}: {problem}; {remedy}{more}", key=KEY, value=urls, offers=offers)
+        return RewardError(f"{KEY}: {problem}; {remedy}{more}", key=KEY, value=urls, offers=offers, where=where or None)
 
 
 _REMEDIES = {
     SILENT: "start the servers, or give them more time (reward.timeout), more tries (reward.retries) or fewer "
     "responses per call (reward.batch_size)",
     WRONG: "look into the server's log",
-    REFUSED: "send what the server takes: fewer responses per call (reward.batch_size), or shorter ones",
+    REFUSED: "send what the server takes, such as shorter prompts and responses, or raise its limits",
     FATAL: "correct reward.url, or the token in MEGARL_REWARD_TOKEN",
 }
 
