@@ -16,7 +16,6 @@ from megarl.rewards.scores import Scores
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
 
-
 LARGEST_CALL = 256
 """Maximum number of responses in a call without reward.batch_size."""
 

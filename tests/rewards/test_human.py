@@ -50,9 +50,9 @@ def test_a_terminal_without_a_name_is_none(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(os, "ttyname", nameless)
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, fileno=lambda: 0))
     assert human.TERMINAL not in process.worker_environment()
-    with pytest.raises(RewardError) as found:
-        with RewardWorker("megarl.rewards.human:ask", ("bytes", None), timeout_s=60, retries=0) as worker:
-            worker.score(["pa"], ["p"], ["a"], {})
+    worker = RewardWorker("megarl.rewards.human:ask", ("bytes", None), timeout_s=60, retries=0)
+    with worker, pytest.raises(RewardError) as found:
+        worker.score(["pa"], ["p"], ["a"], {})
     assert "no terminal" in str(found.value)
     assert "\n" not in str(found.value)
 
