@@ -27,7 +27,6 @@ from megarl.data.sources import Record
 from megarl.errors import DataError
 from megarl.tokenizers import Tokenizer
 
-
 LARGEST = 1e30
 """Maximum magnitude of scores, labels and margins, which are float32 in training."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarl.algorithms import RunningMoments, ranked_pairs, ranking_loss
+from megarl.algorithms import RunningMoments, count_units, leads, mask_out, ranked_pairs, ranking_loss
 from megarl.config.cluster import PlanConfig
 from megarl.config.rm import RewardModelConfig
 from megarl.disk import write_atomically
@@ -83,25 +83,24 @@ class RewardModel(UnitModule):
         if self.config.rm.kind == "regression":
             difference = torch.where(present, last - rows["target"], 0)
             return {"unit_loss": difference.square().sum(), "error": difference.detach().abs().sum(), **measured}
-        pairs = ranked_pairs(rows["unit"], rows["level"], present)
-        lead = (last[pairs.better] - last[pairs.worse]).detach()
+        weights, lead = ranked_pairs(rows["unit"], rows["level"], present), leads(last).detach()
         return {
-            "unit_loss": ranking_loss(last, pairs, rows["margin"], self.config.rm.center_coef),
-            "accuracy": (pairs.weight * ((lead > 0).double() + 0.5 * (lead == 0))).sum(),
-            "margin": (pairs.weight * lead).sum(),
+            "unit_loss": ranking_loss(last, weights, rows["margin"], self.config.rm.center_coef),
+            "accuracy": (weights * ((lead > 0).double() + 0.5 * (lead == 0))).sum(),
+            "margin": (weights * lead).sum(),
             **measured,
         }
 
     def _of_steps(self, scores: Tensor, rows: Rows) -> Stats:
-        marked = rows.action_mask.bool()
-        score, target = scores[marked], rows["target"][marked]
+        marked = rows.action_mask
+        score, target = mask_out(scores, marked), mask_out(rows["target"], marked)
         if self.config.rm.step_loss == "squared":
             losses = (score - target).square()
             found = {"error": (score - target).detach().abs().sum()}
         else:
             losses = torch.nn.functional.binary_cross_entropy_with_logits(score, target, reduction="none")
-            found = {"accuracy": ((score > 0) == (target > 0.5)).double().sum()}
-        return {"unit_loss": losses.sum(), "score": score.detach().sum(), **found}
+            found = {"accuracy": mask_out(((score > 0) == (target > 0.5)).double(), marked).sum()}
+        return {"unit_loss": mask_out(losses, marked).sum(), "score": score.detach().sum(), **found}
 
     def count(self, batch: Microbatch) -> Stats:
         """Return the numbers of units (of steps, where these have scores) and of scores."""
@@ -112,8 +111,7 @@ class RewardModel(UnitModule):
         if self.config.rm.kind == "steps":
             steps = rows.action_mask.sum()
             return {"units": steps, "scores": steps}
-        units = rows["unit"][present].unique()
-        return {"units": torch.tensor(len(units), device=units.device), "scores": present.sum()}
+        return {"units": count_units(rows["unit"], present), "scores": present.sum()}
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
         """Return means over units, and of the scores."""
@@ -162,8 +160,8 @@ class RewardModel(UnitModule):
         last = at_last(scores, rows)
         self._moments.update(scores[rows.action_mask.bool()] if self.config.rm.kind == "steps" else last)
         if self.config.rm.kind == "ranking":
-            pairs = ranked_pairs(rows["unit"], rows["level"], rows.lengths > 0)
-            self.calibration.add(last[pairs.better] - last[pairs.worse], pairs.weight)
+            weights = ranked_pairs(rows["unit"], rows["level"], rows.lengths > 0)
+            self.calibration.add(leads(last)[weights > 0], weights[weights > 0])
         if self.kind == "regression":
             self.scored.append(torch.stack([last, rows["target"]]))
         if self.grid.rank == 0:
