@@ -75,5 +75,6 @@ def _common(source: Source, folder: Path, aside: Path, family: str | None) -> di
         "tokenizer": tokenizer,
         "token_ids": source.token_ids,
         "score_moments": source.score_moments,
+        "reward_kind": source.reward_kind,
     }
     return {"model": card, "weights_only": True, "global_step": 0, "layout": "TP1", "sharded_common": {}}

@@ -18,7 +18,7 @@ from megarl.logging import get_logger
 from megarl.models.exchange.families import family_for
 from megarl.models.exchange.family import Json, Mapped
 from megarl.models.exchange.parameters import TRUNK
-from megarl.models.exchange.source import CONFIG, HEADS, MOMENTS, TOKEN_IDS, HuggingFaceSource, Source
+from megarl.models.exchange.source import CONFIG, HEADS, MOMENTS, REWARD_KIND, TOKEN_IDS, HuggingFaceSource, Source
 from megarl.models.exchange.stored import Stored, write_safetensors
 from megarl.parallel.engine import Engine
 from megarl.parallel.finite import is_finite
@@ -55,6 +55,7 @@ def export(
     tokenizer: Tokenizer | None = None,
     chat_template: str | None = None,
     score_moments: tuple[float, float] | None = None,
+    reward_kind: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write an engine's model. All ranks call this together, and all raise if one of them fails.
@@ -84,7 +85,7 @@ def export(
     ids = token_ids(tokenizer) if tokenizer else {}
     config = kind.hf_config(model, vocab_size, scores=scores) | _describe(dtype, ids)
     if scores:
-        config |= _of_reward_model(config, score_moments)
+        config |= _of_reward_model(config, score_moments, reward_kind)
     aside = temp_sibling(folder)
     grid.run_on_rank0(lambda: prepare(folder, aside))
     try:
@@ -113,7 +114,7 @@ def write_folder(
     scores = not source.has_output
     config = kind.hf_config(source.model, source.vocab_size, scores=scores) | _describe(dtype, source.token_ids)
     if scores:
-        config |= _of_reward_model(config, source.score_moments)
+        config |= _of_reward_model(config, source.score_moments, source.reward_kind)
     mapping = kind.mapping(source.model, source.vocab_size, scores=scores)
     heads = {name: stored for name, stored in source.heads.items() if name not in mapping}
     plan = plan_files(mapping, heads, {}, dtype, shard_bytes)
@@ -351,13 +352,15 @@ def _describe(dtype: torch.dtype, ids: Mapping[str, Any]) -> Json:
     return {"dtype": str(dtype).removeprefix("torch."), **ids}
 
 
-def _of_reward_model(config: Json, score_moments: tuple[float, float] | None) -> Json:
+def _of_reward_model(config: Json, score_moments: tuple[float, float] | None, reward_kind: str | None) -> Json:
     """Return the keys of config.json that only a reward model has.
 
     Transformers reads the score at the last token that is not padding. A score belongs to the EOS here, so it must not
     be the padding too: without a padding token, transformers scores one sequence at a time, at its last token.
     """
     found: Json = dict(zip(MOMENTS, score_moments or (), strict=False))
+    if reward_kind is not None:
+        found[REWARD_KIND] = reward_kind
     if config.get("pad_token_id") is not None and config["pad_token_id"] == config.get("eos_token_id"):
         found["pad_token_id"] = None
     return found

@@ -29,6 +29,7 @@ CONFIG = "config.json"
 HEADS = "megarl_heads.safetensors"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MOMENTS = ("score_mean", "score_std")  # keys of a reward model's config.json, which transformers ignores
+REWARD_KIND = "reward_kind"  # another one
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Source(ABC):
         heads: tensors beyond the language model, by name.
         has_output: whether it has an output layer; a reward model has a score head instead.
         score_moments: mean and standard deviation of a reward model's scores on its reference set; None if unknown.
+        reward_kind: what a reward model was trained on: ranking, regression or steps; None if unknown.
         stored: number of stored tensors and bytes, including heads.
     """
 
@@ -68,6 +70,7 @@ class Source(ABC):
     heads: dict[str, Stored]
     has_output: bool = True
     score_moments: tuple[float, float] | None = None
+    reward_kind: str | None = None
     stored: tuple[int, int]
 
     @property
@@ -113,6 +116,7 @@ class HuggingFaceSource(Source):
         self.has_output = self.family.classifier not in (config.get("architectures") or [])
         if not self.has_output:
             self.score_moments = _read_moments(config, path)
+            self.reward_kind = _text(config.get(REWARD_KIND))
         self.mapping = self.family.mapping(self.model, self.vocab_size, scores=not self.has_output)
         self._folder = Folder(path)
         self._where, self.left_out = self._check_tensors()
@@ -246,8 +250,8 @@ class CheckpointSource(Source):
         self.token_ids = dict(token_ids) if isinstance(token_ids, dict) else {}
         moments = card.get("score_moments")
         self.score_moments = None if moments is None else (float(moments[0]), float(moments[1]))
-        template = card.get("chat_template")
-        self.chat_template = template if isinstance(template, str) else None
+        self.reward_kind = _text(card.get("reward_kind"))
+        self.chat_template = _text(card.get("chat_template"))
 
     def _described(self, config: Json, where: str) -> ModelConfig:
         """Return the model of a card, whose keys may have the names of an earlier version."""
@@ -314,6 +318,11 @@ class CheckpointSource(Source):
         parts = self._parts[name]
         whole = shards.read_whole(parts, self.path)[parts[0].key]
         return whole[: self._shapes[name][0]] if name in self._shapes else whole  # a vocabulary has padding rows
+
+
+def _text(value: Any) -> str | None:
+    """Return a value that is a text, and None for every other."""
+    return value if isinstance(value, str) else None
 
 
 def _read_moments(config: Json, path: Path) -> tuple[float, float] | None:
