@@ -85,15 +85,12 @@ def open_generator(
     config: "GenerateConfig",
 ) -> "Iterator[tuple[Generator, Tokenizer, list[Prompt]]]":
     """Yield a generator with the model on the processes of the world, its tokenizer, and the configured prompts."""
-    import torch.distributed as dist
-
     from megarl.models.build import build_engine, vocabulary
     from megarl.models.exchange.pretrained import resolve_pretrained
     from megarl.models.gpt import GPT
     from megarl.models.heads import heads_in
     from megarl.models.roles import Role
-    from megarl.parallel.grid import Grid, start_world
-    from megarl.parallel.layout import Layout
+    from megarl.parallel.grid import grid_of_world
     from megarl.rollout.generator import Generator, Limits
     from megarl.rollout.guided import guided
     from megarl.tokenizers import build_tokenizer
@@ -112,16 +109,11 @@ def open_generator(
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
     vocab_size = vocabulary(config.model, tokenizer)
     prompts = [] if config.prompts is None else read_prompts(config, tokenizer, vocab_size)
-    starts_world = not dist.is_initialized()
-    device = start_world(config.parallel.timeout_s)
-    parallel = config.parallel
-    layout = Layout.for_world(dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp or 1)
-    grid = Grid(layout, device, config.seed, parallel.timeout_s)
-    try:
+    with grid_of_world(config) as grid:
         engine = build_engine(
             Role("policy", config.model, vocab_size, heads if is_guided else ("lm",), source=source),
             grid,
-            parallel,
+            config.parallel,
             precision=config.trainer.precision,
             seed=config.seed,
         )
@@ -138,10 +130,6 @@ def open_generator(
         )
         yield generator, tokenizer, prompts
         generator.close()
-    finally:
-        grid.close()
-        if starts_world:
-            dist.destroy_process_group()
 
 
 # --- responses to prompts ---------------------------------------------------------------------------------------------

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
 from megarl.command import INTERRUPTED, process_number
@@ -54,8 +54,11 @@ def serve(config: ServeConfig) -> int:
     if devices == 1:
         work(config)
         return 0
-    with _passed_on():
-        return run_in_processes(devices, work, config)
+    import torch.multiprocessing.spawn  # noqa: F401 - it takes seconds, in which a signal still ends this process
+
+    with _passed_on() as signals:
+        code = run_in_processes(devices, work, config, started=signals.take)
+    return INTERRUPTED if code < 0 and signals.arrived else code
 
 
 def work(config: ServeConfig, ready: Callable[[int], None] = lambda port: None) -> None:
@@ -74,48 +77,41 @@ def work(config: ServeConfig, ready: Callable[[int], None] = lambda port: None) 
 @contextmanager
 def open_scorer(config: ServeConfig) -> Iterator[tuple[Grid, ModelScorer]]:
     """Yield the processes of the world, and the reward model on them."""
-    import torch.distributed as dist
-
     from megarl.experience.model_scorer import ModelScorer
     from megarl.models.build import build_engine
     from megarl.models.exchange.pretrained import resolve_pretrained
     from megarl.models.roles import Role
-    from megarl.parallel.grid import Grid, start_world
-    from megarl.parallel.layout import Layout
+    from megarl.parallel.grid import grid_of_world
     from megarl.tokenizers import build_tokenizer
 
     config, sources = resolve_pretrained(config)
-    path, parallel = config.model.path, config.parallel
+    path = config.model.path
     source = sources.at(path)
     assert source is not None
     if source.has_output:
         raise no_score_head("model.path", str(path))
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
-    starts_world = not dist.is_initialized()
-    device = start_world(parallel.timeout_s)
-    layout = Layout.for_world(dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp or 1)
-    grid = Grid(layout, device, config.seed, parallel.timeout_s)
-    try:
+    with grid_of_world(config) as grid:
         engine = build_engine(
             Role("reward", config.model, source.vocab_size, ("score",), source=source),
             grid,
-            parallel,
+            config.parallel,
             precision=config.trainer.precision,
             seed=config.seed,
         )
         scorer = ModelScorer(engine, source, tokenizer, per_microbatch=config.serve.batch_size, key="model.path")
         sources.close()
         yield grid, scorer
-    finally:
-        grid.close()
-        if starts_world:
-            dist.destroy_process_group()
 
 
 def _serve(config: ServeConfig, grid: Grid, scorer: ModelScorer, stop: _Stop, ready: Callable[[int], None]) -> None:
     """Start the HTTP server in the first process, and score on all of them until a signal arrives."""
-    from megarl.serving.server import follow
+    from megarl.serving.server import follow, warm_up
 
+    settings, longest = config.serve, scorer.reader.longest
+    count, length = settings.batch_size * grid.layout.dp, min(longest, settings.max_tokens or longest)
+    log.info("warm-up: a batch of %d texts of %d tokens (serve.batch_size, serve.max_tokens)", count, length)
+    warm_up(scorer, count, length, scorer.reader.tokenizer.size)
     service: Service | None = None
 
     def start() -> None:
@@ -152,7 +148,7 @@ def _started(config: ServeConfig, scorer: ModelScorer, replicas: int) -> Service
     batcher = Batcher(settings.batch_size * replicas, settings.max_wait)
     counters = Counters(lambda: batcher.waiting)
     app = create_app(scorer.reader, batcher, counters, fingerprint=scorer.fingerprint, settings=settings, token=token)
-    http = HttpServer(app, bind(settings))
+    http = HttpServer(app, bind(settings), settings)
     http.start()
     return Service(batcher, counters, http)
 
@@ -217,17 +213,33 @@ def _stopping() -> Iterator[_Stop]:
         yield stop
 
 
+class _PassOn:
+    """Passes signals on to the processes that this one starts, also one that arrives before all have started."""
+
+    def __init__(self) -> None:
+        self.arrived = False
+        self._processes: Sequence[BaseProcess] = ()
+
+    def __call__(self, number: int, frame: object) -> None:
+        """Handle a signal."""
+        self.arrived = True
+        for process in self._processes:
+            if process.is_alive():
+                process.terminate()
+
+    def take(self, processes: Sequence[BaseProcess]) -> None:
+        """Take the processes, all of which have started."""
+        self._processes = processes
+        if self.arrived:
+            self(signal.SIGTERM, None)
+
+
 @contextmanager
-def _passed_on() -> Iterator[None]:
-    """Pass signals on to the processes that this one has started."""
-
-    def pass_on(number: int, frame: object) -> None:
-        for child in multiprocessing.active_children():
-            if child.pid is not None:
-                os.kill(child.pid, signal.SIGTERM)
-
-    with _handled(pass_on):
-        yield
+def _passed_on() -> Iterator[_PassOn]:
+    """Pass signals on inside the block."""
+    signals = _PassOn()
+    with _handled(signals):
+        yield signals
 
 
 @contextmanager

@@ -62,6 +62,7 @@ def test_the_command_of_the_readme_becomes_keys() -> None:
     [
         ("--model gpt2", "model.path", "gpt2"),
         ("--model_name=gpt2", "model.path", "gpt2"),
+        ("--model_name_or_path gpt2", "model.path", "gpt2"),  # the flag of EasyRLHF.reward_model
         ("--model-name-or-path gpt2", "model.path", "gpt2"),
         ("--batch_size 10", "trainer.global_batch_size", "10"),
         ("--batch_size 10 --epochs 3", "trainer.max_steps", "300"),

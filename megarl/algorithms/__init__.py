@@ -33,7 +33,7 @@ from megarl.algorithms.preference import (
     orpo_odds_ratio_loss,
     simpo_loss,
 )
-from megarl.algorithms.ranking import Pairs, bradley_terry_loss, ranked_pairs, ranking_loss
+from megarl.algorithms.ranking import bradley_terry_loss, count_units, leads, ranked_pairs, ranking_loss
 
 __all__ = [
     "AGGREGATIONS",
@@ -74,7 +74,8 @@ __all__ = [
     "simpo_loss",
     "standardize_returns",
     "whiten",
-    "Pairs",
+    "count_units",
+    "leads",
     "ranked_pairs",
     "ranking_loss",
 ]

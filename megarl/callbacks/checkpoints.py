@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from megarl.callbacks.trainer_state import is_evaluation, readings, steps_taken
+from megarl.callbacks.trainer_state import is_evaluation, planned_steps, readings, steps_taken
 from megarl.checkpoint import ShardedCheckpointIO, find, remove, step_folder, tidy
 from megarl.clock import Clock
 from megarl.config.sections.run import CheckpointConfig
@@ -87,8 +87,12 @@ class Checkpoints(Checkpoint):
     def stop(self, trainer: Trainer) -> None:
         """Save and end the run after this step, for a reason outside the schedule (a time limit, a signal).
 
-        Lightning evaluates whenever it stops early. Here only an evaluation that is due at this step still runs.
+        Lightning evaluates whenever it stops early. Here only an evaluation that is due at this step still runs. If
+        steps are left, the module's `stops_early` tells it to save what it has, without computing anything.
         """
+        module: Any = trainer.lightning_module
+        planned = planned_steps(trainer)
+        module.stops_early = planned is None or steps_taken(trainer) < planned
         if self.saved_step != steps_taken(trainer):
             self._save(trainer)
         self._io(trainer).wait()

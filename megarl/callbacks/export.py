@@ -40,4 +40,5 @@ class Export(Callback):
             tokenizer=card.tokenizer,
             chat_template=card.chat_template,
             score_moments=card.score_moments,
+            reward_kind=card.reward_kind,
         )

@@ -48,6 +48,13 @@ class ServiceConfig(Section):
     max_texts: int = leaf(
         1024, "Maximum number of texts in a request. More are refused with status 422.", at_least=1, at_most=2**20
     )
+    max_tokens: int | None = leaf(
+        None,
+        "Maximum number of tokens of a prompt with its output. More are refused with status 422 (null: the context of "
+        "the model). Before the server takes requests, it scores one batch of serve.batch_size texts of this length, "
+        "so that a lack of memory appears at the start.",
+        at_least=1,
+    )
     max_request_bytes: int = leaf(
         4 * 2**20,
         "Maximum size of a request in bytes. More are refused with status 413 and not kept in memory.",
@@ -56,17 +63,39 @@ class ServiceConfig(Section):
     )
     max_requests: int = leaf(
         128,
-        "Maximum number of requests that are read or answered at the same time; with serve.max_request_bytes it bounds "
-        "the memory. More are refused with status 503.",
+        "Maximum number of requests that are read or answered at the same time. More are refused with status 503, and "
+        "so are connections beyond twice this number and 16.",
         at_least=1,
         at_most=2**16,
     )
+    max_open_bytes: int = leaf(
+        64 * 2**20,
+        "Maximum size in bytes of all requests together that are read or answered at the same time. What exceeds it is "
+        "refused with status 503. The server needs several times as much memory. At least serve.max_request_bytes.",
+        at_least=1024,
+        at_most=2**40,
+    )
     read_timeout: float = leaf(
         30.0,
-        "Seconds in which a whole request must arrive. A slower one is refused with status 408.",
+        "Seconds in which the headers of a request must arrive, or the connection is closed; and then its content, or "
+        "it is refused with status 408.",
         above=0,
         at_most=86400,
     )
+
+    def check(self) -> None:
+        """Require that the largest request fits."""
+        if self.max_open_bytes < self.max_request_bytes:
+            raise Refusal(
+                f"serve.max_open_bytes={self.max_open_bytes} is less than serve.max_request_bytes="
+                f"{self.max_request_bytes}, so that the largest request never fits",
+                {
+                    "serve.max_open_bytes": [self.max_request_bytes],
+                    "serve.max_request_bytes": [self.max_open_bytes],
+                },
+                key="serve.max_open_bytes",
+                value=self.max_open_bytes,
+            )
 
 
 def reward_model_is_named(config: Any, world_size: int) -> None:

@@ -27,15 +27,21 @@ from megarl.data.sources import Record
 from megarl.errors import DataError
 from megarl.tokenizers import Tokenizer
 
+LARGEST = 1e30
+"""Maximum magnitude of scores, labels and margins, which are float32 in training."""
+
 
 class Ranked(NamedTuple):
     """Responses to one prompt and how good each is, higher is better. Responses of one level are not compared.
+
+    Levels are 0, 1, 2 ... in the order of the record's ranks or scores: the data hold them as float32, in which numbers
+    that are large or close to each other would be equal.
 
     `margin` is by how much a better response should lead.
     """
 
     documents: tuple[Document, ...]
-    levels: tuple[float, ...]
+    levels: tuple[int, ...]
     margin: float = 0.0
 
 
@@ -137,13 +143,13 @@ class ResponseFormat(RecordFormat):
         """
         if record.fields.get(self.responses_key) is None:
             documents = self.pair(record, tokenizer)
-            return Ranked(documents, (1.0, 0.0), placed(record, lambda: self._margin(record)))
+            return Ranked(documents, (1, 0), placed(record, lambda: self._margin(record)))
 
         def encode() -> Ranked:
             key = self.responses_key
             responses = self._responses(record)
             given = [name for name in (self.ranks_key, self.scores_key) if record.fields.get(name) is not None]
-            levels = tuple(-float(place) for place in range(len(responses)))
+            levels = tuple(reversed(range(len(responses))))
             if given:
                 levels, *others = (self._levels(record, name, len(responses)) for name in given)
                 if others and _disagree(levels, *others):
@@ -161,7 +167,7 @@ class ResponseFormat(RecordFormat):
                     value=record.fields[given[0]],
                 )
             documents = tuple(self._response(record, response, key, tokenizer) for response in responses)
-            by_tokens: dict[bytes, float] = {}
+            by_tokens: dict[bytes, int] = {}
             for document, level in zip(documents, levels, strict=True):
                 if by_tokens.setdefault(document.tokens.tobytes(), level) != level:
                     raise DataError(
@@ -285,14 +291,16 @@ class ResponseFormat(RecordFormat):
             )
         return responses
 
-    def _levels(self, record: Record, key: str, count: int) -> tuple[float, ...]:
-        """Return how good each response is by its rank or its score."""
+    def _levels(self, record: Record, key: str, count: int) -> tuple[int, ...]:
+        """Return how good each response is by its rank or its score: 0 for the worst, one more for each better one."""
         if key == self.ranks_key:
-            return tuple(-rank for rank in self._numbers(record, key, count, truth=False))
-        return self._numbers(record, key, count)
+            return _ordered([-rank for rank in self._numbers(record, key, count, truth=False, largest=math.inf)])
+        return _ordered(self._numbers(record, key, count, largest=math.inf))
 
-    def _numbers(self, record: Record, key: str, count: int, *, truth: bool = True) -> tuple[float, ...]:
-        """Return a list of as many numbers as there are responses or steps; `truth` is as in `_number`."""
+    def _numbers(
+        self, record: Record, key: str, count: int, *, truth: bool = True, largest: float = LARGEST
+    ) -> tuple[float, ...]:
+        """Return a list of as many numbers as there are responses or steps; the others are as in `_number`."""
         values = _as_list(record.fields.get(key))
         if not isinstance(values, list) or len(values) != count:
             found = f"{len(values)} values" if isinstance(values, list) else kind_of(values)
@@ -302,16 +310,23 @@ class ResponseFormat(RecordFormat):
                 key=key,
                 value=values,
             )
-        return tuple(self._number(value, key, record, truth=truth) for value in values)
+        return tuple(self._number(value, key, record, truth=truth, largest=largest) for value in values)
 
-    def _number(self, value: Any, key: str, record: Record, *, truth: bool = True) -> float:
-        """Return a value as a number; `truth` allows true for 1 and false for 0."""
+    def _number(self, value: Any, key: str, record: Record, *, truth: bool = True, largest: float = LARGEST) -> float:
+        """Return a value as a number of at most this magnitude; `truth` allows true for 1 and false for 0."""
         if isinstance(value, np.generic):
             value = value.item()
         if not _is_number(value) or (isinstance(value, bool) and not truth):
             raise DataError(
                 f"key {key!r} holds {kind_of(value) if value is None else repr(value)}; expected a number (found keys: "
                 f"{keys_of(record)}); fix the record{self._setting(key)}",
+                key=key,
+                value=value,
+            )
+        if abs(float(value)) > largest:
+            raise DataError(
+                f"key {key!r} holds {float(value):g}; expected a number of at most {largest:g} in magnitude: scale the "
+                f"numbers of all records, or fix the record{self._setting(key)}",
                 key=key,
                 value=value,
             )
@@ -396,7 +411,13 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _disagree(levels: Sequence[float], others: Sequence[float]) -> bool:
+def _ordered(values: Sequence[float]) -> tuple[int, ...]:
+    """Return the place of each value among the distinct values, from 0 for the smallest."""
+    places = {value: place for place, value in enumerate(sorted(set(values)))}
+    return tuple(places[value] for value in values)
+
+
+def _disagree(levels: Sequence[int], others: Sequence[int]) -> bool:
     """Return whether any two responses have one order by the first levels and the opposite one by the others."""
     pairs = combinations(zip(levels, others, strict=True), 2)
     return any((one[0] - two[0]) * (one[1] - two[1]) < 0 for one, two in pairs)

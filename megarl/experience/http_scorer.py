@@ -16,6 +16,9 @@ from megarl.rewards.scores import Scores
 from megarl.rollout.requests import Rollout, text_without_end
 from megarl.tokenizers import Tokenizer
 
+LARGEST_CALL = 256
+"""Maximum number of responses in a call without reward.batch_size."""
+
 
 class HttpScorer(JournalledScorer):
     """Scores rollouts with the reward model of one or several servers. Rank 0 asks them.
@@ -65,11 +68,13 @@ class HttpScorer(JournalledScorer):
             timeout_s=settings.timeout,
             retries=settings.retries,
             drops=self.drops,
+            key=self.key,
         )
         yield from self.servers.connect()
 
     def _score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Iterator[Answered | None]:
-        """Send the rollouts, `reward.batch_size` in a call, or in as many calls as there are servers."""
+        """Send the rollouts, `reward.batch_size` in a call; without it, the same number to every server, but not more
+        than `LARGEST_CALL` in a call."""
         assert self.servers is not None
         entries = [
             Entry(
@@ -80,7 +85,7 @@ class HttpScorer(JournalledScorer):
             )
             for row, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))
         ]
-        size = self.batch_size or -(-len(entries) // len(self.servers.servers))
+        size = self.batch_size or min(-(-len(entries) // len(self.servers.servers)), LARGEST_CALL)
         calls = []
         for talks in (False, True):
             alike = [entry for entry in entries if isinstance(entry.prompt, str) != talks]

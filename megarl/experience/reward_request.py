@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import re
 import socket
 import ssl
 import time
@@ -20,7 +19,6 @@ from megarl.errors import DataError, one_line
 
 KEY = "reward.url"
 _LARGEST_ANSWER = 1 << 16  # bytes, with another 64 for each score
-_PLACE = re.compile(r"(prompts|conversations|outputs)\[(?P<index>[0-9]{1,9})\]")
 _LONGEST_MODEL = 200
 _SHOWN = 200
 SILENT, WRONG, REFUSED, FATAL = "silent", "wrong", "refused", "fatal"
@@ -32,12 +30,11 @@ class FailedTry(Exception):  # noqa: N818 - it becomes a `RewardError`
     Attributes:
         kind: silent (no answer), wrong (an answer without usable scores), refused (the same request will be refused
             again), fatal (no request can succeed).
-        index: index of the one response that the request was refused for, or None.
     """
 
-    def __init__(self, kind: str, text: str, index: int | None = None) -> None:
+    def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
-        self.kind, self.index = kind, index
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -97,8 +94,7 @@ class Post:
         if status != 200:
             kind = FATAL if status in (401, 403) else REFUSED if 400 <= status < 500 else WRONG
             kind = SILENT if status in (408, 429, 499, 502, 503, 504) else kind
-            index = _refused_index(content, count) if kind == REFUSED else None
-            raise FailedTry(kind, f"answered with status {status}{self._said(content)}", index)
+            raise FailedTry(kind, f"answered with status {status}{self._said(content)}")
         if len(content) > most:
             raise FailedTry(WRONG, f"answered with more than {most} bytes")
         try:
@@ -120,16 +116,6 @@ class Post:
         text = text.replace(self.token, "***") if self.token else text
         text = printable(" ".join(text.split()))
         return f": {text[:_SHOWN]}" if text else ""
-
-
-def _refused_index(content: bytes, count: int) -> int | None:
-    """Return the index of the response that a refusal names as its place, such as outputs[3]; None if it names none."""
-    try:
-        found = _PLACE.fullmatch(str(parse_object(content[:_LARGEST_ANSWER]).get("where")))
-    except UnreadableError:
-        return None
-    index = int(found["index"]) if found else count
-    return index if index < count else None
 
 
 def connect(url: str, timeout_s: float) -> http.client.HTTPConnection:

@@ -45,6 +45,7 @@ class Server:
     """A server and what is known of it.
 
     Attributes:
+        key: the configuration key that names it, for messages.
         failures: number of its failures since the last success.
         silent: number of these without an answer, in this scoring.
         said: what was wrong last.
@@ -52,6 +53,7 @@ class Server:
     """
 
     url: str
+    key: str = KEY
     failures: int = 0
     silent: int = 0
     said: str = "was not asked"
@@ -68,23 +70,33 @@ class Server:
     def succeeded(self) -> None:
         """Note an answer."""
         if self.failures:
-            log.info("%s=%s answers again", KEY, self.url)
+            log.info("%s=%s answers again", self.key, self.url)
         self.failures, self.silent, self.rests_until = 0, 0, 0.0
 
 
 @dataclass(eq=False)
 class _Call:
-    """Responses that are scored by one request, and what came of it so far. `dropped` are those that get no score."""
+    """Responses that are scored by one request, and what came of it so far."""
 
     entries: list[Entry]
     scores: dict[int, float] = field(default_factory=dict)
-    dropped: set[int] = field(default_factory=set)
     failed: dict[Server, int] = field(default_factory=dict)
     refusal: str = ""
 
     @property
+    def can_be_split(self) -> bool:
+        """Whether a server refused several responses, so that others than one of them may be at fault."""
+        return bool(self.refusal) and len(self.missing) > 1
+
+    def halves(self) -> list[_Call]:
+        """Return two calls with the responses that have no score yet."""
+        missing = self.missing
+        middle = (len(missing) + 1) // 2
+        return [_Call(half) for half in (missing[:middle], missing[middle:])]
+
+    @property
     def missing(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry.row not in self.scores and entry.row not in self.dropped]
+        return [entry for entry in self.entries if entry.row not in self.scores]
 
     @property
     def tries(self) -> int:
@@ -139,7 +151,14 @@ class RewardServers:
     """Servers that score responses. Use it from one thread."""
 
     def __init__(
-        self, urls: Sequence[str], *, token: str | None, timeout_s: float, retries: int, drops: bool = False
+        self,
+        urls: Sequence[str],
+        *,
+        token: str | None,
+        timeout_s: float,
+        retries: int,
+        drops: bool = False,
+        key: str = KEY,
     ) -> None:
         """
         Args:
@@ -148,9 +167,10 @@ class RewardServers:
             timeout_s: maximum seconds of a call.
             retries: how often a server is asked again with the same responses.
             drops: whether responses without a score after the last try are left out; otherwise they are an error.
+            key: the configuration key that names the servers.
         """
-        self.servers = [Server(url) for url in urls]
-        self.timeout_s, self.retries, self.drops = timeout_s, retries, drops
+        self.servers = [Server(url, key) for url in urls]
+        self.timeout_s, self.retries, self.drops, self.key = timeout_s, retries, drops, key
         self.model = ""
         self._post = Post(token, timeout_s)
         self._running: set[_Try] = set()
@@ -182,7 +202,7 @@ class RewardServers:
                     done.server.failed(result, time.monotonic())
                     if not open_[done.server]:
                         open_.pop(done.server)
-                        log.warning("%s=%s %s, and is left aside", KEY, done.server.url, result)
+                        log.warning("%s=%s %s, and is left aside", self.key, done.server.url, result)
                 yield None
         finally:
             self.close()
@@ -196,6 +216,8 @@ class RewardServers:
 
     def score(self, calls: Iterable[Sequence[Entry]]) -> Iterator[Outcome | None]:
         """Score responses, those of one call by one request. Yields outcomes as they come, and None while it waits.
+
+        A call that a server refuses is halved until the response that is refused is alone.
 
         Raises:
             RewardError: a call has failed on every server, no server answers, or one answers for another model.
@@ -214,6 +236,11 @@ class RewardServers:
                     if not call.missing:
                         open_ -= 1
                         yield self._outcome(call)
+                    elif call.can_be_split:
+                        halves = call.halves()
+                        open_ += len(halves) - 1
+                        waiting.extendleft(reversed(halves))
+                        yield self._outcome_of_split(call)
                     elif self._given_up(call):
                         lost = [call, *waiting] if self._all_silent() else [call]
                         self._report(lost, call)
@@ -290,20 +317,15 @@ class RewardServers:
             result = FailedTry(WRONG, f"gave {what} in the place of a score ({len(flaws)} of {len(done.entries)})")
         if result.kind == FATAL:
             raise self._error(f"{server.url} {result}", _REMEDIES[FATAL])
-        if self.drops and result.index is not None:  # the others of the call are scored without it
-            entry = done.entries[result.index]
-            if not call.dropped:
-                log.warning("%s: %s: a response is dropped (reward.on_error=drop): %s", KEY, entry.where, result)
-            call.dropped.add(entry.row)
+        if result.kind == REFUSED:  # the fault of the responses: the server is well
             server.succeeded()
+            call.failed[server] = call.failed.get(server, 0) + 1
+            call.refusal = f"{server.url} {result}"
             return
         if server.said != str(result):
-            log.warning("%s=%s %s", KEY, server.url, result)
+            log.warning("%s=%s %s", self.key, server.url, result)
         server.failed(result, time.monotonic())
         call.failed[server] = call.failed.get(server, 0) + 1
-        if result.kind == REFUSED:
-            where = "" if result.index is None else done.entries[result.index].where
-            call.refusal = f"{server.url} {result}" + (f" ({where})" if where else "")
 
     def _given_up(self, call: _Call) -> bool:
         """Return whether a call that failed is not repeated."""
@@ -316,19 +338,29 @@ class RewardServers:
     def _outcome(self, call: _Call) -> Outcome:
         scores = [call.scores.get(entry.row) for entry in call.entries]
         repeated = call.tries if not call.missing else max(call.tries - 1, 0)
-        return Outcome([entry.row for entry in call.entries], scores, call.tries + len(call.dropped), repeated)
+        return Outcome([entry.row for entry in call.entries], scores, call.tries, repeated)
+
+    def _outcome_of_split(self, call: _Call) -> Outcome:
+        """Return the scores that a call got before it was split. Its two halves are repeated tries."""
+        scored = [entry.row for entry in call.entries if entry.row in call.scores]
+        return Outcome(scored, [call.scores[row] for row in scored], call.tries, call.tries + 1)
 
     def _report(self, lost: Sequence[_Call], reason: _Call) -> None:
         """Log that calls have no scores, or raise if that is an error. `reason` is the call that failed."""
         count = sum(len(call.missing) for call in lost)
+        where = ""
         if reason.refusal:
             problem, remedy = reason.refusal, _REMEDIES[REFUSED]
+            if len(reason.missing) == 1 and (where := reason.missing[0].where):
+                problem = f"{problem} (the response to {where})"
         else:
             problem = "; ".join(f"{server.url} {server.said}" for server in self.servers)
             remedy = _REMEDIES[SILENT if self._all_silent() else WRONG]
         if not self.drops:
-            raise self._error(f"no scores for {count} responses in {reason.tries} tries: {problem}", remedy, drop=True)
-        log.warning("%s: %d responses are dropped (reward.on_error=drop): %s", KEY, count, problem)
+            raise self._error(
+                f"no scores for {count} responses in {reason.tries} tries: {problem}", remedy, drop=True, where=where
+            )
+        log.warning("%s: %d responses are dropped (reward.on_error=drop): %s", self.key, count, problem)
 
     def _silence(self, what: str) -> RewardError:
         said = "; ".join(f"{server.url} {server.said}" for server in self.servers)
@@ -340,18 +372,20 @@ class RewardServers:
             "start all servers with the same reward model, and this run again",
         )
 
-    def _error(self, problem: str, remedy: str, *, drop: bool = False) -> RewardError:
+    def _error(self, problem: str, remedy: str, *, drop: bool = False, where: str = "") -> RewardError:
         offers = {"reward.on_error": ["drop"]} if drop else {}
         more = ", or leave such responses out with reward.on_error=drop" if drop else ""
         urls = [server.url for server in self.servers]
-        return RewardError(f"{KEY}: {problem}; {remedy}{more}", key=KEY, value=urls, offers=offers)
+        return RewardError(
+            f"{self.key}: {problem}; {remedy}{more}", key=self.key, value=urls, offers=offers, where=where or None
+        )
 
 
 _REMEDIES = {
     SILENT: "start the servers, or give them more time (reward.timeout), more tries (reward.retries) or fewer "
     "responses per call (reward.batch_size)",
     WRONG: "look into the server's log",
-    REFUSED: "send what the server takes: fewer responses per call (reward.batch_size), or shorter ones",
+    REFUSED: "send what the server takes, such as shorter prompts and responses, or raise its limits",
     FATAL: "correct reward.url, or the token in MEGARL_REWARD_TOKEN",
 }
 

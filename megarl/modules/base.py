@@ -42,6 +42,7 @@ class Module(LightningModule):
         resumes: whether a checkpoint is about to be restored.
         steps_done: training steps so far.
         rows_read: data rows that these steps used, `rows_per_step` each; a resume continues with the next row.
+        stops_early: whether the run is being stopped before its last step, so that little time may be left to save.
         weights_version: number of the steps that changed the policy.
         samples: rows of the table that the last evaluation filled.
     """
@@ -50,6 +51,7 @@ class Module(LightningModule):
     unit = "step"
     planned: int | None = None
     resumes = False
+    stops_early = False
 
     def __init__(
         self,

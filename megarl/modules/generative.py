@@ -139,6 +139,11 @@ class GenerativeModule(Module):
     def _reward_model(self, term: Term) -> ModelScorer:
         source = self.sources.at(term.value)
         assert source is not None
+        if source.reward_kind == "steps":
+            log.info(
+                "reward.model=%s was trained on steps (rm.kind=steps): a response has the score of its last step",
+                self.config.reward.model,
+            )
         return ModelScorer(
             self.engines[term.role],
             source,

@@ -75,7 +75,7 @@ class KTO(Preference):
             assert self.eval_data is not None
             yield mismatched(self.eval_data.take(units), longest)
 
-    def measured(self, responses: Responses) -> Stats:
+    def measure_responses(self, responses: Responses) -> Stats:
         """Return sums over the responses of a microbatch."""
         settings = self.config.kto
         assert responses.desirable is not None

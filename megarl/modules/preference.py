@@ -73,7 +73,7 @@ class Responses:
 class Preference(UnitModule):
     """One training step is one optimizer step over a global batch of units: pairs, or single labelled responses.
 
-    A subclass defines `measured`, `count` and `means`.
+    A subclass defines `measure_responses`, `count` and `means`.
     """
 
     config: PreferenceTree
@@ -89,7 +89,7 @@ class Preference(UnitModule):
 
     # --- what a subclass defines ------------------------------------------------------------------------------------
 
-    def measured(self, responses: Responses) -> Stats:
+    def measure_responses(self, responses: Responses) -> Stats:
         """Return sums over the units of a microbatch: unit_loss, which trains, and what metrics are made of."""
         raise NotImplementedError
 
@@ -195,8 +195,8 @@ class Preference(UnitModule):
         return rows.with_columns(**columns)
 
     def measure(self, model: GPT, hidden: Tensor, batch: Microbatch) -> Stats:
-        """Return `measured` of the microbatch's responses."""
-        return self.measured(responses_of(model, hidden, batch))
+        """Return `measure_responses` of the microbatch's responses."""
+        return self.measure_responses(responses_of(model, hidden, batch))
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -245,7 +245,7 @@ class PairPreference(Preference):
         loss = super().total_loss(sums, counts)
         return loss + self.nll_coef * sums["nll"] / counts["tokens"] if self.nll_coef else loss
 
-    def measured(self, responses: Responses) -> Stats:
+    def measure_responses(self, responses: Responses) -> Stats:
         """Return sums over the pairs of a microbatch."""
         present = responses.present[0::2]
         rewards = self.rewards(responses).detach()

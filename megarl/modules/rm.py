@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarl.algorithms import RunningMoments, ranked_pairs, ranking_loss
+from megarl.algorithms import RunningMoments, count_units, leads, mask_out, ranked_pairs, ranking_loss
 from megarl.config.cluster import PlanConfig
 from megarl.config.rm import RewardModelConfig
 from megarl.disk import write_atomically
@@ -44,7 +44,9 @@ class RewardModel(UnitModule):
     has_output = False
 
     def prepare(self) -> None:
-        """Start an evaluation without scores."""
+        """Start an evaluation without scores, and describe the model."""
+        if self.card is not None:
+            self.card = replace(self.card, reward_kind=self.config.rm.kind)
         self._start_evaluation()
         self.scored_at = -1  # steps that the weights of the last evaluation had made
 
@@ -83,25 +85,24 @@ class RewardModel(UnitModule):
         if self.config.rm.kind == "regression":
             difference = torch.where(present, last - rows["target"], 0)
             return {"unit_loss": difference.square().sum(), "error": difference.detach().abs().sum(), **measured}
-        pairs = ranked_pairs(rows["unit"], rows["level"], present)
-        lead = (last[pairs.better] - last[pairs.worse]).detach()
+        weights, lead = ranked_pairs(rows["unit"], rows["level"], present), leads(last).detach()
         return {
-            "unit_loss": ranking_loss(last, pairs, rows["margin"], self.config.rm.center_coef),
-            "accuracy": (pairs.weight * ((lead > 0).double() + 0.5 * (lead == 0))).sum(),
-            "margin": (pairs.weight * lead).sum(),
+            "unit_loss": ranking_loss(last, weights, rows["margin"], self.config.rm.center_coef),
+            "accuracy": (weights * ((lead > 0).double() + 0.5 * (lead == 0))).sum(),
+            "margin": (weights * lead).sum(),
             **measured,
         }
 
     def _of_steps(self, scores: Tensor, rows: Rows) -> Stats:
-        marked = rows.action_mask.bool()
-        score, target = scores[marked], rows["target"][marked]
+        marked = rows.action_mask
+        score, target = mask_out(scores, marked), mask_out(rows["target"], marked)
         if self.config.rm.step_loss == "squared":
             losses = (score - target).square()
             found = {"error": (score - target).detach().abs().sum()}
         else:
             losses = torch.nn.functional.binary_cross_entropy_with_logits(score, target, reduction="none")
-            found = {"accuracy": ((score > 0) == (target > 0.5)).double().sum()}
-        return {"unit_loss": losses.sum(), "score": score.detach().sum(), **found}
+            found = {"accuracy": mask_out(((score > 0) == (target > 0.5)).double(), marked).sum()}
+        return {"unit_loss": mask_out(losses, marked).sum(), "score": score.detach().sum(), **found}
 
     def count(self, batch: Microbatch) -> Stats:
         """Return the numbers of units (of steps, where these have scores) and of scores."""
@@ -112,8 +113,7 @@ class RewardModel(UnitModule):
         if self.config.rm.kind == "steps":
             steps = rows.action_mask.sum()
             return {"units": steps, "scores": steps}
-        units = rows["unit"][present].unique()
-        return {"units": torch.tensor(len(units), device=units.device), "scores": present.sum()}
+        return {"units": count_units(rows["unit"], present), "scores": present.sum()}
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
         """Return means over units, and of the scores."""
@@ -141,6 +141,8 @@ class RewardModel(UnitModule):
             metrics["correlation"] = self._correlation()
         self.log_dict(named(metrics, EVALUATION))
         self.samples = self.table[:SHOWN]
+        if self.config.rm.normalise:
+            self._describe_moments(self.moments)
         if self.grid.rank == 0:
             self._write()
 
@@ -148,7 +150,9 @@ class RewardModel(UnitModule):
         self.eval_sums: dict[str, float] = {}
         self.table: list[dict[str, Any]] = []  # rows of `scores.jsonl`, on the first rank
         self.scored: list[Tensor] = []  # scores and targets, [2, rows] each
-        self.calibration, self._moments = Calibration(), RunningMoments()
+        self.calibration = Calibration()
+        self._moments = RunningMoments()  # of all scores
+        self._read_moments = RunningMoments()  # of the scores that reward.model reads, one of each response
 
     def _evaluate(self, units: Tensor) -> None:
         """Score units of the evaluation data, and add them to the sums, the table and the moments."""
@@ -160,10 +164,12 @@ class RewardModel(UnitModule):
         for name, value in {**self._sums(scores, rows), **self._counts(rows)}.items():
             self.eval_sums[name] = self.eval_sums.get(name, 0.0) + float(value)
         last = at_last(scores, rows)
-        self._moments.update(scores[rows.action_mask.bool()] if self.config.rm.kind == "steps" else last)
+        steps = self.config.rm.kind == "steps"
+        self._moments.update(scores[rows.action_mask.bool()] if steps else last)
+        self._read_moments.update(at_last_marked(scores, rows) if steps else last)
         if self.config.rm.kind == "ranking":
-            pairs = ranked_pairs(rows["unit"], rows["level"], rows.lengths > 0)
-            self.calibration.add(last[pairs.better] - last[pairs.worse], pairs.weight)
+            weights = ranked_pairs(rows["unit"], rows["level"], rows.lengths > 0)
+            self.calibration.add(leads(last)[weights > 0], weights[weights > 0])
         if self.kind == "regression":
             self.scored.append(torch.stack([last, rows["target"]]))
         if self.grid.rank == 0:
@@ -211,18 +217,30 @@ class RewardModel(UnitModule):
 
     @property
     def moments(self) -> tuple[float, float]:
-        """Mean and standard deviation of the scores of the last evaluation; 1 for scores that are all the same, so that
-        dividing by it changes nothing."""
-        return self._moments.mean, self._moments.std or 1.0
+        """Mean and standard deviation of the responses' scores in the last evaluation, of steps the last one's, as
+        `reward.model` reads it; 1 for scores that are all the same, so that dividing by it changes nothing."""
+        return self._read_moments.mean, self._read_moments.std or 1.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the moments of the scores that the present weights give, with the description of the model."""
-        self._normalise()
+        """Store the moments of the scores that the present weights give, with the description of the model.
+
+        A run that is stopped early does not wait for them: it keeps those of its last evaluation, if it had one.
+        """
+        if not self.stops_early:
+            self._normalise()
         super().on_save_checkpoint(checkpoint)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the counters, and the moments of the last evaluation."""
+        super().on_load_checkpoint(checkpoint)
+        moments = (checkpoint.get("model") or {}).get("score_moments")
+        if self.config.rm.normalise and moments is not None:
+            self._describe_moments((float(moments[0]), float(moments[1])))
+
     def on_train_end(self) -> None:
-        """Take the moments for an export."""
-        self._normalise()
+        """Take the moments for an export, which a run that is stopped early does not write."""
+        if not self.stops_early:
+            self._normalise()
 
     def _normalise(self) -> None:
         """With rm.normalise, put the moments of the present weights' scores into the model's description."""
@@ -232,5 +250,16 @@ class RewardModel(UnitModule):
             self._start_evaluation()
             for units in self.val_dataloader():
                 self._evaluate(units)
+        self._describe_moments(self.moments)
+
+    def _describe_moments(self, moments: tuple[float, float]) -> None:
         assert self.card is not None
-        self.card = replace(self.card, score_moments=self.moments)
+        self.card = replace(self.card, score_moments=moments)
+
+
+def at_last_marked(scores: Tensor, rows: Rows) -> Tensor:
+    """Return the scores [rows] at the last token of each row that the action mask marks, from those of all tokens
+    [rows, time]."""
+    places = torch.arange(1, scores.shape[1] + 1, device=scores.device)
+    last = (rows.action_mask.bool() * places).argmax(dim=1, keepdim=True)
+    return scores.gather(1, last).squeeze(1)

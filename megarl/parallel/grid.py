@@ -1,7 +1,8 @@
 """The process groups of the live layout, and this rank's coordinates in it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_c
 from torch import Tensor
 
 from megarl.command import local_process_number
+from megarl.config.trees import Tree
 from megarl.errors import ConfigError, MegarlError
 from megarl.parallel import cpu
 from megarl.parallel.layout import Layout
@@ -182,3 +184,24 @@ class Grid:
     def _last_stage(self) -> int:
         ranks: list[int] = dist.get_process_group_ranks(self.groups.pp)
         return ranks[-1]
+
+
+@contextmanager
+def grid_of_world(config: Tree) -> Iterator[Grid]:
+    """Yield a grid over all processes of the world, in the layout of `config.parallel`; close it afterwards.
+
+    A world that has not started yet is started, and ended again.
+    """
+    parallel = config.parallel
+    starts_world = not dist.is_initialized()
+    device = start_world(parallel.timeout_s)
+    try:
+        layout = Layout.for_world(dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp or 1)
+        grid = Grid(layout, device, config.seed, parallel.timeout_s)
+        try:
+            yield grid
+        finally:
+            grid.close()
+    finally:
+        if starts_world:
+            dist.destroy_process_group()

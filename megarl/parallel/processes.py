@@ -4,18 +4,21 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from megarl.command import quiet, say
 from megarl.config.launcher import started_by_slurm
 from megarl.errors import ConfigError, MegarlError
 
+Started = Callable[[Sequence[BaseProcess]], None]
 
-def run_in_processes(world: int, work: Callable[[Any], None], config: Any) -> int:
+
+def run_in_processes(world: int, work: Callable[[Any], None], config: Any, *, started: Started | None = None) -> int:
     """Run `work(config)` in new processes on this machine, and return the exit code.
 
-    An error that the user can fix is printed once, by this process.
+    An error that the user can fix is printed once, by this process. `started` is as in `launched_workers`.
     """
     from torch.multiprocessing import get_context
     from torch.multiprocessing.spawn import ProcessExitedException
@@ -23,7 +26,7 @@ def run_in_processes(world: int, work: Callable[[Any], None], config: Any) -> in
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells of every process it ends
     problems = get_context("spawn").SimpleQueue()
     try:
-        launched_workers(world, _one_line, work, config, problems)
+        launched_workers(world, _one_line, work, config, problems, started=started)
     except ProcessExitedException as ended:
         if not problems.empty():  # the error of the process that failed first
             say(f"error: {problems.get()}")
@@ -43,17 +46,25 @@ def _one_line(work: Callable[[Any], None], config: Any, problems: Any) -> None:
         sys.exit(error.exit_code)
 
 
-def launched_workers(world: int, work: Callable[..., None], *arguments: Any) -> None:
+def launched_workers(world: int, work: Callable[..., None], *arguments: Any, started: Started | None = None) -> None:
     """Run `work(*arguments)` in new processes on this machine, each with its rank and its share of the cores.
 
     If one fails, the others are stopped and its error is raised as torch.multiprocessing formats it.
+
+    Args:
+        started: is called with the processes when all have started.
     """
     from torch.multiprocessing.spawn import spawn
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn(_process, (world, port, work, arguments), nprocs=world)
+    context = spawn(_process, (world, port, work, arguments), nprocs=world, join=False)
+    assert context is not None
+    if started is not None:
+        started(context.processes)
+    while not context.join():
+        """Some processes are still running."""
 
 
 def set_env_from_slurm() -> None:

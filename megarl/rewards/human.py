@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,12 +36,26 @@ def ask(
             "the run has no terminal to ask in: start it in one, or set reward.options.terminal to what `tty` prints"
         )
     bounds = "" if lowest == -math.inf and highest == math.inf else f" ({lowest:g} to {highest:g})"
-    place = Path(path)
-    with place.open(encoding="utf-8") as read, place.open("w", encoding="utf-8") as write:
+    with _opened(path) as (read, write):
         return [
             _ask_one(f"{number}/{len(outputs)}", prompt, output, question + bounds, (lowest, highest), read, write)
             for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), 1)
         ]
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[TextIO, TextIO]]:
+    """Yield a terminal, opened to read and to write."""
+    with ExitStack() as stack:
+        try:
+            read = stack.enter_context(Path(path).open(encoding="utf-8"))
+            write = stack.enter_context(Path(path).open("w", encoding="utf-8"))
+        except OSError as problem:
+            raise RuntimeError(
+                f"the terminal {path} cannot be opened ({problem.strerror}): set reward.options.terminal to what `tty` "
+                "prints in a terminal of this machine"
+            ) from None
+        yield read, write
 
 
 def _ask_one(

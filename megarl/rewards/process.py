@@ -175,13 +175,22 @@ def worker_environment(devices: str | None = "") -> dict[str, str]:
     }
     if devices is not None:
         kept["CUDA_VISIBLE_DEVICES"] = devices
-    if sys.stdin is not None and sys.stdin.isatty():
-        kept.setdefault(TERMINAL, os.ttyname(sys.stdin.fileno()))
+    if (terminal := _terminal()) is not None:
+        kept.setdefault(TERMINAL, terminal)
     kept.setdefault("PYTHONHASHSEED", "0")  # so that functions that iterate over sets return the same scores
     home = Path(megarl.__file__).resolve().parent.parent
     if home.name not in ("site-packages", "dist-packages"):
         kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))
     return kept
+
+
+def _terminal() -> str | None:
+    """Return the path of the terminal of this process, None if it has none, or one without a name here (as in a
+    container whose terminal belongs to its host)."""
+    try:
+        return os.ttyname(sys.stdin.fileno()) if sys.stdin is not None and sys.stdin.isatty() else None
+    except (OSError, ValueError):  # ValueError: stdin is closed
+        return None
 
 
 class Output:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -55,14 +56,17 @@ def create_app(
     # Pages to browse would load scripts from elsewhere. The description of the interface is /openapi.json.
     app = FastAPI(title="megarl reward model", docs_url=None, redoc_url=None)
     encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+    open_bytes = OpenBytes(settings.max_open_bytes)
 
     @app.post(SCORE, responses=SCORE_ANSWERS, openapi_extra=SCORE_REQUEST)
     async def score(request: Request) -> Response:
-        body = await _read_body(request, settings, batcher)
         loop = asyncio.get_running_loop()
-        texts = await loop.run_in_executor(encoder, read_question, body, reader, settings.max_texts)
-        del body
-        scores = await _scores(request, batcher, texts)
+        with open_bytes.share() as add:
+            body = await _read_body(request, settings, batcher, add)
+            limits = settings.max_texts, settings.max_tokens
+            texts = await loop.run_in_executor(encoder, read_question, body, reader, *limits)
+            del body
+            scores = await _scores(request, batcher, texts)
         return JSONResponse({"scores": scores, "model": fingerprint})
 
     @app.get(HEALTH)
@@ -134,6 +138,32 @@ class FrontDoor:
         return None
 
 
+class OpenBytes:
+    """Counts the bytes of all requests that are read or answered. Only the thread of the HTTP server uses it."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held = most, 0
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Yield a function that adds bytes of a request, or refuses it. They count until the block ends."""
+        own = 0
+
+        def add(count: int) -> None:
+            nonlocal own
+            if self.held + count > self.most:
+                raise RefusedError(
+                    503, f"{self.held} bytes of requests are being served: try again later", headers=_LATER
+                )
+            own += count
+            self.held += count
+
+        try:
+            yield add
+        finally:
+            self.held -= own
+
+
 _LATER = {"Retry-After": "1"}
 
 
@@ -150,9 +180,11 @@ def _served() -> str:
     return f"this server has POST {SCORE}, GET {HEALTH} and GET {METRICS}"
 
 
-async def _read_body(request: Request, settings: ServiceConfig, batcher: Batcher) -> bytes:
-    """Return the body of a request. What exceeds the limit is refused while it arrives; the server discards the
-    rest."""
+async def _read_body(request: Request, settings: ServiceConfig, batcher: Batcher, add: Callable[[int], None]) -> bytes:
+    """Return the body of a request. What exceeds a limit is refused while it arrives; the server discards the rest.
+
+    `add` counts the bytes of every part.
+    """
     most = settings.max_request_bytes
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or len(length) > 18 or int(length) > most:
@@ -177,6 +209,7 @@ async def _read_body(request: Request, settings: ServiceConfig, batcher: Batcher
         size += len(part)
         if size > most:
             raise RefusedError(413, f"the request is larger than {most} bytes: send fewer texts")
+        add(len(part))
         parts.append(part)
     return b"".join(parts)
 

@@ -18,7 +18,7 @@ _REFUSALS = {
     "408": "The request did not arrive in time.",
     "413": "The request is too large.",
     "422": "The request is not valid, or a text is too long; `where` is the place.",
-    "503": "The server is stopping, or serves as many requests as it may.",
+    "503": "The server is stopping, or serves as many requests, or as large ones, as it may.",
 }
 
 

@@ -41,8 +41,12 @@ class RefusedError(Exception):
         self.status, self.where, self.headers = status, where, headers
 
 
-def read_question(body: bytes, reader: Reader, max_texts: int) -> list[Text]:
+def read_question(body: bytes, reader: Reader, max_texts: int, max_tokens: int | None = None) -> list[Text]:
     """Return the tokens of every text in the body of a request.
+
+    Args:
+        max_texts: maximum number of texts.
+        max_tokens: maximum number of tokens of a text; None for what the reader takes.
 
     Raises:
         RefusedError: the body is not valid, or a text is too long.
@@ -66,7 +70,12 @@ def read_question(body: bytes, reader: Reader, max_texts: int) -> list[Text]:
         raise _invalid(OUTPUTS, f"has {len(outputs)} entries, and {key} has {len(asked)}")
     if len(outputs) > max_texts:
         raise _invalid(OUTPUTS, f"has {len(outputs)} entries; send at most {max_texts} in a request")
-    return [_read(key, row, one, output, reader) for row, (one, output) in enumerate(zip(asked, outputs, strict=True))]
+    texts = []
+    for row, (one, output) in enumerate(zip(asked, outputs, strict=True)):
+        texts.append(_read(key, row, one, output, reader))
+        if max_tokens is not None and len(texts[-1]) > max_tokens:
+            raise _invalid(f"{key}[{row}]", f"has {len(texts[-1])} tokens with its output; send at most {max_tokens}")
+    return texts
 
 
 def _read(key: str, row: int, asked: Any, output: Any, reader: Reader) -> Text:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 import uvicorn
 from torch import Tensor
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from megarl.errors import UnavailableError
+from megarl.config.serve import ServiceConfig
+from megarl.errors import NumericsError, UnavailableError
 from megarl.parallel.grid import Grid
 from megarl.serving.app import FrontDoor
 from megarl.serving.batcher import Batch, Batcher, Text
@@ -20,6 +24,7 @@ from megarl.serving.counters import Counters
 _GRACE_S = 5
 """Seconds that open requests have to end when the server stops."""
 _START_S = 30.0
+_BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
 class TokenScorer(Protocol):
@@ -29,15 +34,58 @@ class TokenScorer(Protocol):
         """Return the score of each sequence of tokens, on every rank."""
 
 
+def bounded_connections(most: int, patience: float) -> type[H11Protocol]:
+    """Return uvicorn's connection class with two limits that uvicorn lacks.
+
+    Args:
+        most: maximum number of open connections. Uvicorn counts a connection only when its headers are complete.
+        patience: seconds in which the headers of a request must be complete, however often bytes arrive. Uvicorn has
+            such a limit only for the wait between two requests.
+    """
+
+    class Connection(H11Protocol):
+        _late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > most:
+                transport.write(_BUSY)
+                transport.close()
+            else:
+                self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._unwatch()
+            super().connection_lost(exc)
+
+        def _watch(self) -> None:
+            """Watch the time while no request is being answered."""
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._unwatch()
+            elif self._late is None:
+                self._late = self.loop.call_later(patience, self.transport.abort)
+
+        def _unwatch(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
+
+    return Connection
+
+
 class HttpServer:
     """Serves an application on a bound socket, in a thread."""
 
-    def __init__(self, app: FrontDoor, bound: socket.socket) -> None:
+    def __init__(self, app: FrontDoor, bound: socket.socket, settings: ServiceConfig) -> None:
         """Nothing is answered before `start`."""
         config = uvicorn.Config(
             app,
             loop="asyncio",
-            http="h11",
+            http=bounded_connections(2 * settings.max_requests + 16, settings.read_timeout),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -102,6 +150,20 @@ class Service:
         """Refuse what has no scores, and stop the HTTP server."""
         self.batcher.abort(self._batch)
         self.http.stop()
+
+
+def warm_up(scorer: TokenScorer, count: int, length: int, vocabulary: int) -> None:
+    """Score one batch of `count` texts of `length` tokens, so that a lack of memory and bad weights appear before a
+    request. Every rank calls this."""
+    texts = [[(row + 7919 * place) % vocabulary for place in range(length)] for row in range(count)]
+    scores = scorer.score_tokens(texts)
+    wrong = scores[~torch.isfinite(scores)]
+    if len(wrong):
+        raise NumericsError(
+            f"the reward model gives {len(wrong)} of {count} texts of {length} tokens the score {float(wrong[0])}: "
+            "check its weights (model.path), and whether trainer.precision suits them",
+            key="model.path",
+        )
 
 
 def follow(grid: Grid, scorer: TokenScorer, service: Service | None, patience: float) -> None:

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarl.algorithms import bradley_terry_loss, ranked_pairs, ranking_loss
-from megarl.algorithms.ranking import Pairs
+from megarl.algorithms import bradley_terry_loss, count_units, ranked_pairs, ranking_loss
 
 UNIT = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2])
 LEVEL = torch.tensor([1.0, 0.0, 0.3, 0.9, 0.3, 4.0, 2.0, 3.0, 1.0])
@@ -37,23 +36,42 @@ def plain_loss(
     return total
 
 
-def as_sets(pairs: Pairs) -> set[tuple[int, int]]:
-    return set(zip(pairs.better.tolist(), pairs.worse.tolist(), strict=True))
+def pairs_of(weights: Tensor) -> dict[tuple[int, int], float]:
+    """The pairs that have a weight, better row first."""
+    found = weights.nonzero().tolist()
+    return {(better, worse): float(weights[better, worse]) for better, worse in found}
+
+
+def loss_over_listed_pairs(
+    scores: Tensor, unit: Tensor, level: Tensor, present: Tensor, margin: Tensor | None, center: float
+) -> Tensor:
+    """The loss as it was: over a list of the pairs, made with `nonzero`."""
+    together = (unit[:, None] == unit[None, :]) & present[:, None] & present[None, :]
+    is_better = together & (level[:, None] > level[None, :])
+    better, worse = is_better.nonzero(as_tuple=True)
+    weight = 1 / (together.float() @ is_better.float().sum(dim=1))[better].clamp(min=1)
+    lead = scores[better] - scores[worse] - (0 if margin is None else margin[better])
+    losses = -torch.nn.functional.logsigmoid(lead) + center * (scores[better] + scores[worse]).square()
+    return (weight * losses).sum()
 
 
 def test_pairs_are_those_of_one_unit_and_different_levels() -> None:
-    pairs = ranked_pairs(UNIT, LEVEL, PRESENT)
-    assert as_sets(pairs) == {(0, 1), (3, 2), (3, 4), (5, 6), (5, 7), (5, 8), (7, 6), (7, 8), (6, 8)}
-    weight = dict(zip(pairs.better.tolist(), pairs.weight.tolist(), strict=True))
-    assert weight == pytest.approx({0: 1.0, 3: 1 / 2, 5: 1 / 6, 6: 1 / 6, 7: 1 / 6})
+    one, two, six = (1.0,), (0.5,), (1 / 6,)
+    assert pairs_of(ranked_pairs(UNIT, LEVEL, PRESENT)) == pytest.approx(
+        {
+            **dict.fromkeys([(0, 1)], *one),
+            **dict.fromkeys([(3, 2), (3, 4)], *two),
+            **dict.fromkeys([(5, 6), (5, 7), (5, 8), (7, 6), (7, 8), (6, 8)], *six),
+        }
+    )
 
 
 def test_tied_responses_and_fillers_are_in_no_pair() -> None:
     tied = ranked_pairs(torch.tensor([0, 0, 0]), torch.tensor([1.0, 1.0, 1.0]), torch.ones(3, dtype=torch.bool))
-    assert len(tied.better) == 0
+    assert not pairs_of(tied)
     present = PRESENT.clone()
     present[:2] = present[8] = False
-    assert as_sets(ranked_pairs(UNIT, LEVEL, present)) == {(3, 2), (3, 4), (5, 6), (5, 7), (7, 6)}
+    assert set(pairs_of(ranked_pairs(UNIT, LEVEL, present))) == {(3, 2), (3, 4), (5, 6), (5, 7), (7, 6)}
     nothing = ranked_pairs(UNIT, LEVEL, torch.zeros(9, dtype=torch.bool))
     some = scores().requires_grad_()
     loss = ranking_loss(some, nothing, MARGIN, 0.1)
@@ -61,6 +79,41 @@ def test_tied_responses_and_fillers_are_in_no_pair() -> None:
     assert float(loss.detach()) == 0
     assert some.grad is not None
     assert not some.grad.any()
+
+
+def test_units_are_counted_without_fillers_in_any_order() -> None:
+    assert int(count_units(UNIT, PRESENT)) == 3
+    present = PRESENT.clone()
+    present[:2] = present[5] = False
+    assert int(count_units(UNIT, present)) == 2
+    assert int(count_units(torch.tensor([4, 1, 4, 1, 0, 4]), torch.ones(6, dtype=torch.bool))) == 3
+    assert int(count_units(UNIT, torch.zeros(9, dtype=torch.bool))) == 0
+
+
+@pytest.mark.parametrize("center", [0.0, 0.01])
+@pytest.mark.parametrize("margin", [None, MARGIN])
+@pytest.mark.parametrize("fillers", [[], [0, 1], [3, 8]])
+def test_masks_give_the_loss_and_the_gradient_of_a_list_of_pairs(
+    margin: Tensor | None, center: float, fillers: list[int]
+) -> None:
+    present = PRESENT.clone()
+    present[fillers] = False
+    ours, theirs = scores().requires_grad_(), scores().requires_grad_()
+    loss = ranking_loss(ours, ranked_pairs(UNIT, LEVEL, present), margin, center)
+    before = loss_over_listed_pairs(theirs, UNIT, LEVEL, present, margin, center)
+    torch.testing.assert_close(loss, before, rtol=1e-6, atol=1e-7)
+    for one in (loss, before):
+        one.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-7)
+
+
+def test_no_shape_follows_from_a_value() -> None:
+    """A device without values can compute everything: nothing is read back from it."""
+    nowhere = {name: value.to("meta") for name, value in (("unit", UNIT), ("level", LEVEL), ("present", PRESENT))}
+    weights = ranked_pairs(**nowhere)
+    assert weights.shape == (9, 9)
+    assert ranking_loss(scores().to("meta"), weights, MARGIN.to("meta"), 0.1, denominator=3).shape == ()
+    assert count_units(nowhere["unit"], nowhere["present"]).shape == ()
 
 
 def test_what_stands_in_a_filler_does_not_matter() -> None:

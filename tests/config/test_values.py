@@ -163,3 +163,11 @@ def test_a_shape_from_a_file_is_checked_in_type_range_and_arithmetic(changes: di
     problem = shape_problem(ModelConfig(**changes))
     assert problem is not None
     assert_refusal(problem, key=key)
+
+
+def test_addresses_that_are_none_are_refused_by_their_key() -> None:
+    for url in ("127.0.0.1:8000", "ftp://a", "http://", "http://a:x", "http://u:p@a", "http://a?b=c", "'http://a b'"):
+        with refused(ConfigError, key="reward.url"):
+            compose("ppo", [f"reward.url=[{url}]"])
+    config, _ = compose("ppo", ["reward.url=[http://127.0.0.1:8000,https://rewards.example/a/]"])
+    assert config.reward.url == ["http://127.0.0.1:8000", "https://rewards.example/a/"]

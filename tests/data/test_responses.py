@@ -61,15 +61,19 @@ def trained_on(data: ResponseData) -> list[str]:
 @pytest.mark.parametrize(
     ("more", "levels"),
     [
-        ({}, [0, -1, -2]),
-        ({"ranks": [3, 1, 2]}, [-3, -1, -2]),
-        ({"ranks": [1, 1, 2]}, [-1, -1, -2]),
-        ({"scores": [0.1, -3, 7.5]}, [0.1, -3, 7.5]),
-        ({"ranks": None, "scores": [1, 2, 2]}, [1, 2, 2]),
-        ({"ranks": [2, 2, 1], "scores": [0.0, 0.1, 9.0]}, [-2, -2, -1]),
-        ({"ranks": np.array([2, 1, 3])}, [-2, -1, -3]),
-        ({"scores": [np.float32(0.5), np.int64(2), True]}, [0.5, 2, 1]),
-        ({"scores": (1, 2, 3), "responses": np.array(["a", "bb", "ccc"], dtype=object)}, [1, 2, 3]),
+        ({}, [2, 1, 0]),
+        ({"ranks": [3, 1, 2]}, [0, 2, 1]),
+        ({"ranks": [1, 1, 2]}, [1, 1, 0]),
+        ({"scores": [0.1, -3, 7.5]}, [1, 0, 2]),
+        ({"ranks": None, "scores": [1, 2, 2]}, [0, 1, 1]),
+        ({"ranks": [2, 2, 1], "scores": [0.0, 0.1, 9.0]}, [0, 0, 1]),
+        ({"ranks": np.array([2, 1, 3])}, [1, 2, 0]),
+        ({"scores": [np.float32(0.5), np.int64(2), True]}, [0, 2, 1]),
+        ({"scores": (1, 2, 3), "responses": np.array(["a", "bb", "ccc"], dtype=object)}, [0, 1, 2]),
+        ({"scores": [1e9, 1e9 + 1, 1e9 - 1]}, [1, 2, 0]),
+        ({"scores": [0.1, 0.1 + 1e-12, 0.1]}, [0, 1, 0]),
+        ({"ranks": [10**9 + 1, 10**9, 1]}, [0, 1, 2]),
+        ({"scores": [1e300, -1e300, 1e100]}, [2, 0, 1]),
     ],
     ids=str,
 )
@@ -77,7 +81,7 @@ def test_a_list_is_ordered_by_ranks_by_scores_or_as_it_stands(more: dict[str, An
     data = read("ranking", {**LIST, **more})
     assert texts(data) == ["qa", "qbb", "qccc"]
     assert trained_on(data) == ["a$", "bb$", "ccc$"]
-    assert data.per_row["level"].tolist() == pytest.approx(levels)
+    assert data.per_row["level"].tolist() == levels
     assert len(data) == 1
     assert data.per_unit == 3
 
@@ -88,7 +92,7 @@ def test_pairs_and_lists_stand_beside_each_other_with_their_margins() -> None:
     rows = data.take(torch.tensor([2, 0]))
     assert rows["unit"].tolist() == [0, 0, 0, 1, 1]
     assert rows["margin"].tolist() == [2, 2, 2, 0.5, 0.5]
-    assert rows["level"].tolist() == [0, -1, -2, 1, 0]
+    assert rows["level"].tolist() == [2, 1, 0, 1, 0]
     assert data.per_row["margin"].tolist() == [0.5] * 2 + [0] * 3 + [2] * 3 + [0] * 2
 
 
@@ -195,6 +199,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a score that is a text": ("regression", {**SCORED, "score": "0.9"}, "score"),
     "a score that is a list": ("regression", {**SCORED, "score": [0.9]}, "score"),
     "a single score beyond floats": ("regression", {**SCORED, "score": HUGE}, "score"),
+    "a single score beyond float32": ("regression", {**SCORED, "score": -1.1e30}, "score"),
+    "scores of a list beyond float32": ("regression", {**LIST, "scores": [1, 2, 1e31]}, "scores"),
+    "a margin beyond float32": ("ranking", {**PAIR, "margin": 2e30}, "margin"),
+    "a label beyond float32": ("steps_of_any_score", {**STEPS, "labels": [1, 1e39]}, "labels"),
+    "orders that differ by next to nothing": (
+        "ranking",
+        {**LIST, "ranks": [1, 2, 3], "scores": [1e-200, 2e-200, 0]},
+        "ranks",
+    ),
     "no response": ("regression", {"prompt": "q", "score": 1}, "completion"),
     "an empty completion": ("regression", {**SCORED, "completion": ""}, "completion"),
     "a list without scores": ("regression", LIST, "scores"),
@@ -210,7 +223,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a label that is null": ("steps", {**STEPS, "labels": [1, None]}, "labels"),
     "steps without a prompt": ("steps", {"steps": ["one"], "labels": [1]}, "prompt"),
 }
-GOOD = {"ranking": PAIR, "regression": SCORED, "steps": STEPS}
+GOOD = {"ranking": PAIR, "regression": SCORED, "steps": STEPS, "steps_of_any_score": STEPS}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -234,6 +247,11 @@ def test_a_wrong_type_under_a_key_names_the_setting_that_changes_the_key() -> No
     ):
         with refused(DataError, names=(setting,)):
             read(kind, record)
+
+
+def test_scores_of_any_magnitude_up_to_1e30_are_finite_in_training() -> None:
+    data = read("regression", {**SCORED, "score": 1e30}, {**SCORED, "score": -(10**30)})
+    assert data.per_row["target"].tolist() == pytest.approx([1e30, -1e30])
 
 
 def test_responses_of_one_rank_may_be_equal() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,6 +12,8 @@ import pytest
 import torch
 
 from megarl.checkpoint import find
+from megarl.command import NOTICED
+from megarl.config.compose import compose
 from megarl.config.sections.parallel import ParallelConfig
 from megarl.data.prompts import Prompt
 from megarl.errors import CheckpointError, ConfigError, DataError
@@ -18,13 +22,15 @@ from megarl.models.build import build_engine
 from megarl.models.exchange.formats import open_source
 from megarl.models.roles import Role
 from megarl.modules.ppo import PPO
+from megarl.modules.rm import RewardModel
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
 from megarl.parallel.offload import WEIGHTS
 from megarl.parallel.rows import Rows
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import ByteTokenizer, build_tokenizer
-from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_entry, run_preference
+from megarl.training import train
+from tests.e2e.runs import PAIRS, assert_same_bits, final_tensors, launched, metrics, run_entry, run_preference
 from tests.refusals import refused
 from tests.worlds import Worlds
 
@@ -127,6 +133,48 @@ def test_it_learns_to_prefer_and_describes_its_scores(reference: Path) -> None:
     scores = torch.tensor(scores_of(reference), dtype=torch.float64)
     mean, std = open_source(reference / "checkpoints").score_moments or (0.0, 0.0)
     assert (mean, std) == pytest.approx((float(scores.mean()), float(scores.std())), rel=1e-6)
+
+
+def run_with_signal(run_dir: Path, data: Path, at: int, *overrides: str) -> tuple[int, list[int]]:
+    """Train, and get SIGTERM in the step after `at` others. The result of the run, and the steps of all scoring."""
+    scored: list[int] = []
+    step, evaluate = RewardModel.training_step, RewardModel._evaluate
+
+    def training_step(self: RewardModel, *args: Any) -> None:
+        if self.steps_done == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self, *args)
+
+    def watched(self: RewardModel, units: torch.Tensor) -> None:
+        scored.append(self.steps_done)
+        evaluate(self, units)
+
+    files = [f"data.train=[{data / 'train.jsonl'}]", f"data.eval=[{data / 'eval.jsonl'}]"]
+    config, _ = compose("rm", [*PAIRS, *files, f"run.dir={run_dir}", *overrides])
+    with pytest.MonkeyPatch.context() as patch, launched():
+        patch.setattr(RewardModel, "training_step", training_step)
+        patch.setattr(RewardModel, "_evaluate", watched)
+        return train("rm", config), scored
+
+
+def test_a_run_that_is_stopped_early_saves_without_scoring_and_keeps_the_moments_it_has(
+    worlds: Worlds, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    given = (folders["ranking"], "rm.normalise=true", "trainer.max_steps=6", "trainer.eval_every=2")
+    (found,) = worlds.run(1, run_with_signal, tmp_path / "early", given[0], 0, *given[1:])
+    assert found == (NOTICED, [])
+    assert open_source(tmp_path / "early" / "checkpoints").score_moments is None
+    (found,) = worlds.run(1, run_with_signal, tmp_path / "late", given[0], 2, *given[1:])
+    assert (found[0], set(found[1])) == (NOTICED, {2})
+    source = open_source(tmp_path / "late" / "checkpoints")
+    scores = torch.tensor(scores_of(tmp_path / "late"), dtype=torch.float64)
+    assert source.score_moments == pytest.approx((float(scores.mean()), float(scores.std())), rel=1e-6)
+    assert source.reward_kind == "ranking"
+    # Stopped again before its first evaluation, it still has the moments of the one before.
+    worlds.run(1, run_with_signal, tmp_path / "late", given[0], 3, *given[1:], "trainer.eval_every=6")
+    again = open_source(tmp_path / "late" / "checkpoints")
+    assert again.path != source.path
+    assert again.score_moments == source.score_moments
 
 
 def test_a_run_cut_in_two_ends_in_the_same_weights(

@@ -8,6 +8,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,6 +125,18 @@ def instead(change: Callable[[list[float]], Any]) -> Callable[[StandIn, Any, dic
     return act
 
 
+def refusing(*outputs: str, most: int = 100) -> Callable[[StandIn, Any, dict[str, Any]], bool]:
+    """Refuse every question with one of these outputs, and those of more texts than `most`."""
+
+    def act(server: StandIn, handler: Any, question: dict[str, Any]) -> bool:
+        bad = [row for row, output in enumerate(question["outputs"]) if output in outputs]
+        if not bad and len(question["outputs"]) <= most:
+            return False
+        return answer(handler, 422, {"error": f"prompts[{bad[0]}]: too long"} if bad else {"error": "too many"})
+
+    return act
+
+
 def silently(server: StandIn, handler: Any, question: dict[str, Any]) -> bool:
     return bool(question["outputs"]) and (server.ended.wait(30) or True)
 
@@ -214,28 +227,25 @@ def test_without_a_size_of_calls_every_server_gets_one(serve: Serve) -> None:
     assert [[len(question["outputs"]) for question in server.questions] for server in servers] == [[7], [7]]
 
 
-def test_scores_are_in_the_journal_and_are_asked_once_for_a_model(serve: Serve, tmp_path: Path) -> None:
+def test_without_a_size_of_calls_none_is_larger_than_256(serve: Serve) -> None:
     server = serve()
-    calls = 0
+    many = [rollout for rollout in ROLLOUTS if rollout.prompt_id != 3] * 50
+    scores = make(server, batch_size=None).score(PROMPTS, many, stream=TRAINING, phase=0)
+    assert scores.values == [value for row, value in enumerate(WANTED) if row // 2 != 3] * 50
+    assert [len(question["outputs"]) for question in server.questions] == [256, 256, 188]
 
-    def fail_third(server: StandIn, handler: Any, question: dict[str, Any]) -> bool:
-        nonlocal calls
-        calls += bool(question["outputs"])
-        return calls == 3 and answer(handler, 422, {"error": "prompts[0]: too long"})
 
-    server.act = fail_third
+def test_scores_are_in_the_journal_and_are_asked_once_for_a_model(serve: Serve, tmp_path: Path) -> None:
+    server = serve(refusing("r31"))
     with refused(RewardError, key="reward.url"):
         score(make(server, journal=Journal(tmp_path, "reward")))
     server.act = well
     asked = len(server.questions)
     assert score(make(server, journal=Journal(tmp_path, "reward"))).values == WANTED
-    again = [output for question in server.questions[asked:] for output in question["outputs"]]
-    before = [output for question in server.questions[: asked - 1] for output in question["outputs"]]
-    assert len(before) == 6
-    assert sorted(again + before) == sorted(f"r{n}{s}" for n in range(8) for s in range(2))
+    assert [question["outputs"] for question in server.questions[asked:]] == [["r31"]], "all others have a score"
     server.model = "m2"
     assert score(make(server, journal=Journal(tmp_path, "reward"))).values == WANTED
-    assert len([one for question in server.questions for one in question["outputs"]]) == 16 + 3 + 16
+    assert len([one for question in server.questions[asked:] for one in question["outputs"]]) == 1 + 16
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -294,13 +304,65 @@ def test_a_score_that_is_none_drops_its_sample_alone(serve: Serve) -> None:
     assert counts == [2, 2, 2, 4, 4, 4], "only what has no score is asked again"
 
 
-def test_what_a_server_refuses_is_not_asked_again(serve: Serve) -> None:
+def test_a_refused_response_alone_has_no_score_and_the_requests_add_up(serve: Serve) -> None:
+    for bad in (["r00"], ["r21"], ["r71"], ["r10", "r61"]):
+        server = serve(refusing(*bad))
+        scores = score(make(server, on_error="drop", batch_size=14, retries=5))
+        outputs = [f"r{n}{s}" for n in range(8) for s in range(2)]
+        wanted = [None if output in bad else value for output, value in zip(outputs, WANTED, strict=True)]
+        assert scores.values == wanted, bad
+        assert scores.dropped == len(bad)
+        refused_calls = [question for question in server.questions if set(question["outputs"]) & set(bad)]
+        assert scores.failed_calls == len(refused_calls)
+        assert len(server.questions) == 2 + scores.repeated_calls  # a call of texts, and one of conversations
+        assert len(server.questions) <= 2 + 8 * len(bad)
+
+
+def test_a_refused_response_is_named_with_its_record(serve: Serve) -> None:
+    server = serve(refusing("r51"))
+    scorer = make(server, batch_size=14, retries=5)
+    prompts = [replace(prompt, where=f"a.jsonl:{n}") for n, prompt in enumerate(PROMPTS)]
+    offers = {"reward.on_error": ["drop"]}
+    names = (server.url, "422", "prompts[0]", "a.jsonl:5")
+    with refused(RewardError, key="reward.url", where="a.jsonl:5", offers=offers, names=names):
+        scorer.score(prompts, ROLLOUTS, stream=TRAINING, phase=0)
+    assert server.questions[-1]["outputs"] == ["r51"]
+
+
+def test_a_server_that_takes_fewer_texts_gets_fewer(serve: Serve) -> None:
+    server = serve(refusing(most=4))
+    began = time.monotonic()
+    assert score(make(server, batch_size=14)).values == WANTED
+    assert time.monotonic() - began < 10, "a server that refuses does not rest"
+
+
+def test_a_server_that_refuses_everything_gets_a_bounded_number_of_requests(serve: Serve) -> None:
     server = serve(badly(422, {"error": "prompts[1]: too long", "where": "prompts[1]"}))
-    scorer = make(server, retries=5)
-    with refused(RewardError, key="reward.url", names=("422", "prompts[1]", "reward.batch_size")):
-        score(scorer)
-    assert len(server.questions) == 1
-    assert score(make(server, on_error="drop", retries=5)).dropped == len(ROLLOUTS)
+    with refused(RewardError, key="reward.url", names=("422", "prompts[1]")):
+        score(make(server, retries=5, batch_size=14))
+    assert len(server.questions) <= 6, "the first response that is refused ends the run"
+    server.questions.clear()
+    scores = score(make(server, on_error="drop", retries=5, batch_size=14))
+    assert scores.dropped == len(ROLLOUTS)
+    assert len(server.questions) == 2 + scores.repeated_calls <= 2 * len(ROLLOUTS) + 4
+
+
+def test_what_is_scored_before_a_call_is_split_is_kept(serve: Serve) -> None:
+    """Of one call, a response gets no number at first, and another is refused."""
+    server = serve()
+
+    def act(server: StandIn, handler: Any, question: dict[str, Any]) -> bool:
+        if question["outputs"] and len(server.questions) == 1:
+            scores = [None if output in ("r00", "r01") else 7.0 for output in question["outputs"]]
+            return answer(handler, 200, {"scores": scores, "model": "m1"})
+        return refusing("r01")(server, handler, question)
+
+    server.act = act
+    plain = [rollout for rollout in ROLLOUTS if rollout.prompt_id != 3]
+    scores = make(server, on_error="drop", batch_size=14).score(PROMPTS, plain, stream=TRAINING, phase=0)
+    assert scores.values == [WANTED[0], None, *[7.0] * 12]
+    assert [len(question["outputs"]) for question in server.questions] == [14, 2, 1, 1]
+    assert (scores.failed_calls, scores.repeated_calls) == (3, 3)
 
 
 def test_a_wrong_token_ends_the_run_at_its_start_and_is_never_shown(
@@ -405,16 +467,6 @@ def test_a_certificate_that_nobody_signed_is_refused(serve: Serve, tmp_path: Pat
     assert ssl.create_default_context().verify_mode == ssl.CERT_REQUIRED
 
 
-def test_addresses_that_are_none_are_refused_by_their_key() -> None:
-    from megarl.config.compose import compose
-
-    for url in ("127.0.0.1:8000", "ftp://a", "http://", "http://a:x", "http://u:p@a", "http://a?b=c", "'http://a b'"):
-        with refused(ConfigError, key="reward.url"):
-            compose("ppo", [f"reward.url=[{url}]"])
-    config, _ = compose("ppo", ["reward.url=[http://127.0.0.1:8000,https://rewards.example/a/]"])
-    assert config.reward.url == ["http://127.0.0.1:8000", "https://rewards.example/a/"]
-
-
 def test_a_path_of_a_url_comes_before_the_servers_own(serve: Serve) -> None:
     seen = []
 
@@ -464,20 +516,9 @@ def refuses_long(stand_in: StandIn, handler: Any, question: dict[str, Any]) -> b
 def test_a_text_that_a_server_cannot_read_is_dropped_alone(serve: Serve) -> None:
     scores = score(make(serve(refuses_long), on_error="drop"))
     assert scores.values == [None if row % 2 else wanted for row, wanted in enumerate(WANTED)]
-    assert (scores.dropped, scores.failed_calls) == (8, 8)
+    assert scores.dropped == 8
 
 
 def test_a_text_that_a_server_cannot_read_is_an_error_otherwise(serve: Serve) -> None:
     with refused(RewardError, key="reward.url", offers={"reward.on_error": ["drop"]}, names=("is too long",)):
         score(make(serve(refuses_long)))
-
-
-@pytest.mark.parametrize("where", [None, 3, "outputs", "prompts[99]", "prompts[-1]", "prompts[1", {"a": 1}])
-def test_a_refusal_that_names_no_text_drops_its_call(where: Any, serve: Serve) -> None:
-    def refuse(stand_in: StandIn, handler: Any, question: dict[str, Any]) -> bool:
-        if question["outputs"]:
-            answer(handler, 422, {"error": "no", "where": where})
-        return bool(question["outputs"])
-
-    scores = score(make(serve(refuse), on_error="drop"))
-    assert scores.values == [None] * len(ROLLOUTS)

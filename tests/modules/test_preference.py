@@ -41,8 +41,8 @@ def modules() -> list[PairPreference]:
 
 @pytest.mark.parametrize("module", modules(), ids=lambda module: type(module).__name__)
 def test_swapping_the_responses_mirrors_accuracy_and_margin(module: PairPreference) -> None:
-    given = module.measured(responses())
-    other = module.measured(swapped(responses()))
+    given = module.measure_responses(responses())
+    other = module.measure_responses(swapped(responses()))
     assert float(given["accuracy"]) + float(other["accuracy"]) == pytest.approx(5)
     assert float(given["margin"]) == pytest.approx(-float(other["margin"]), abs=1e-6)
     assert float(given["reward_chosen"]) == pytest.approx(float(other["reward_rejected"]))
@@ -50,9 +50,9 @@ def test_swapping_the_responses_mirrors_accuracy_and_margin(module: PairPreferen
 
 @pytest.mark.parametrize("module", modules(), ids=lambda module: type(module).__name__)
 def test_filler_rows_count_for_nothing(module: PairPreference) -> None:
-    padded = module.measured(responses(filler=3))
+    padded = module.measure_responses(responses(filler=3))
     real = slice(0, 10)
-    alone = module.measured(
+    alone = module.measure_responses(
         Responses(**{name: value[real] for name, value in vars(responses(filler=3)).items() if value is not None})
     )
     for name, value in alone.items():
@@ -69,7 +69,7 @@ def test_kinds_are_mixed_by_weight_and_ipo_takes_means() -> None:
 
 def test_the_cross_entropy_is_a_mean_over_tokens_and_has_its_weight() -> None:
     module = DPO(DPOConfig(dpo=DPOSettings(sft_coef=0.5)))
-    sums, counts = module.measured(responses()), {"units": 5.0, "tokens": 20.0}
+    sums, counts = module.measure_responses(responses()), {"units": 5.0, "tokens": 20.0}
     without = DPO(DPOConfig()).total_loss(sums, counts)
     assert float(module.total_loss(sums, counts) - without) == pytest.approx(0.5 * float(sums["nll"]) / 20)
 

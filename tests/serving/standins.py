@@ -77,7 +77,7 @@ class Running:
         app = create_app(reader, self.batcher, self.counters, fingerprint=model, settings=settings, token=token)
         bound = socket.create_server(("127.0.0.1", 0))
         self.port: int = bound.getsockname()[1]
-        self.service = Service(self.batcher, self.counters, HttpServer(app, bound))
+        self.service = Service(self.batcher, self.counters, HttpServer(app, bound, settings))
         self.service.http.start()
         self.failure: BaseException | None = None
         self._model = threading.Thread(target=self._run, daemon=True)

@@ -73,7 +73,8 @@ class RewardConfig(Section):
     )
     batch_size: int | None = leaf(
         None,
-        "Maximum number of samples per call (null: all in one call; with reward.url, one call for each server).",
+        "Maximum number of samples per call (null: all in one call; with reward.url, one call for each server, or "
+        "calls of 256 samples if there are more).",
         at_least=1,
         at_most=2**24,
     )

@@ -23,6 +23,8 @@ class ModelCard:
     chat_template: str | None = None
     score_moments: tuple[float, float] | None = None
     """Mean and standard deviation of a reward model's scores on its reference set."""
+    reward_kind: str | None = None
+    """What a reward model was trained on (`rm.kind`)."""
 
     @classmethod
     def of(
@@ -48,4 +50,5 @@ class ModelCard:
             "chat_template": self.chat_template,
             "score_reads_eos": True,  # a reward model's training reads the score there
             "score_moments": None if self.score_moments is None else list(self.score_moments),
+            "reward_kind": self.reward_kind,
         }

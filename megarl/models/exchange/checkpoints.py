@@ -76,5 +76,6 @@ def _common(source: Source, folder: Path, aside: Path, family: str | None) -> di
         "token_ids": source.token_ids,
         "score_moments": source.score_moments,
         "score_reads_eos": source.score_reads_eos,
+        "reward_kind": source.reward_kind,
     }
     return {"model": card, "weights_only": True, "global_step": 0, "layout": "TP1", "sharded_common": {}}

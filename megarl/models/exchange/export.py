@@ -23,6 +23,7 @@ from megarl.models.exchange.source import (
     HEADS,
     MOMENTS,
     READS_EOS,
+    REWARD_KIND,
     TOKEN_IDS,
     HuggingFaceSource,
     Source,
@@ -64,6 +65,7 @@ def export(
     tokenizer: Tokenizer | None = None,
     chat_template: str | None = None,
     score_moments: tuple[float, float] | None = None,
+    reward_kind: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write an engine's model. All ranks call this together, and all raise if one of them fails.
@@ -93,7 +95,7 @@ def export(
     ids = token_ids(tokenizer) if tokenizer else {}
     config = kind.hf_config(model, vocab_size, scores=scores) | _describe(dtype, ids)
     if scores:
-        config |= _of_reward_model(config, score_moments)
+        config |= _of_reward_model(config, score_moments, reward_kind)
     aside = temp_sibling(folder)
     grid.run_on_rank0(lambda: prepare(folder, aside))
     try:
@@ -122,7 +124,7 @@ def write_folder(
     scores = not source.has_output
     config = kind.hf_config(source.model, source.vocab_size, scores=scores) | _describe(dtype, source.token_ids)
     if scores:
-        config |= _of_reward_model(config, source.score_moments, source.score_reads_eos)
+        config |= _of_reward_model(config, source.score_moments, source.reward_kind, source.score_reads_eos)
     mapping = kind.mapping(source.model, source.vocab_size, scores=scores)
     heads = {name: stored for name, stored in source.heads.items() if name not in mapping}
     plan = plan_files(mapping, heads, {}, dtype, shard_bytes)
@@ -360,13 +362,17 @@ def _describe(dtype: torch.dtype, ids: Mapping[str, Any]) -> Json:
     return {"dtype": str(dtype).removeprefix("torch."), **ids}
 
 
-def _of_reward_model(config: Json, score_moments: tuple[float, float] | None, reads_eos: bool = True) -> Json:
+def _of_reward_model(
+    config: Json, score_moments: tuple[float, float] | None, reward_kind: str | None, reads_eos: bool = True
+) -> Json:
     """Return the keys of config.json that only a reward model has.
 
     Transformers reads the score at the last token that is not padding. A score that is read at the EOS needs another
     token as padding, or none: transformers then scores one sequence at a time, at its last token.
     """
     found: Json = {READS_EOS: reads_eos, **dict(zip(MOMENTS, score_moments or (), strict=False))}
+    if reward_kind is not None:
+        found[REWARD_KIND] = reward_kind
     if reads_eos and pads_with_eos(config):
         found["pad_token_id"] = None
     return found

@@ -30,7 +30,7 @@ CONFIG = "config.json"
 HEADS = "megarl_heads.safetensors"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MOMENTS = ("score_mean", "score_std")  # keys of a reward model's config.json, which transformers ignores
-READS_EOS = "score_reads_eos"  # another one
+READS_EOS, REWARD_KIND = "score_reads_eos", "reward_kind"  # others
 
 
 @dataclass
@@ -55,6 +55,7 @@ class Source(ABC):
         has_output: whether it has an output layer; a reward model has a score head instead.
         score_moments: mean and standard deviation of a reward model's scores on its reference set; None if unknown.
         score_reads_eos: whether the score of a reward model is read at the EOS, and not before it.
+        reward_kind: what a reward model was trained on: ranking, regression or steps; None if unknown.
         stored: number of stored tensors and bytes, including heads.
     """
 
@@ -72,6 +73,7 @@ class Source(ABC):
     has_output: bool = True
     score_moments: tuple[float, float] | None = None
     score_reads_eos: bool = True
+    reward_kind: str | None = None
     stored: tuple[int, int]
 
     @property
@@ -118,6 +120,7 @@ class HuggingFaceSource(Source):
         if not self.has_output:
             self.score_moments = _read_moments(config, path)
             self.score_reads_eos = _read_reads_eos(config, path)
+            self.reward_kind = _text(config.get(REWARD_KIND))
         self.mapping = self.family.mapping(self.model, self.vocab_size, scores=not self.has_output)
         self._folder = Folder(path)
         self._where, self.left_out = self._check_tensors()
@@ -254,8 +257,8 @@ class CheckpointSource(Source):
             mean, std = moments if isinstance(moments, list | tuple) and len(moments) == 2 else (moments, None)
             self.score_moments = _moments(mean, std, where)
         self.score_reads_eos = card.get("score_reads_eos") is not False
-        template = card.get("chat_template")
-        self.chat_template = template if isinstance(template, str) else None
+        self.reward_kind = _text(card.get("reward_kind"))
+        self.chat_template = _text(card.get("chat_template"))
 
     def _described(self, config: Json, where: str) -> ModelConfig:
         """Return the model of a card, whose keys may have the names of an earlier version."""
@@ -322,6 +325,11 @@ class CheckpointSource(Source):
         parts = self._parts[name]
         whole = shards.read_whole(parts, self.path)[parts[0].key]
         return whole[: self._shapes[name][0]] if name in self._shapes else whole  # a vocabulary has padding rows
+
+
+def _text(value: Any) -> str | None:
+    """Return a value that is a text, and None for every other."""
+    return value if isinstance(value, str) else None
 
 
 def _read_moments(config: Json, path: Path) -> tuple[float, float] | None:

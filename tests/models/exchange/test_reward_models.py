@@ -67,7 +67,8 @@ def score_and_export(folders: dict[str, Path], tp: int, pp: int, out: Path) -> d
         engine = build_engine(role, grid, ParallelConfig(), precision="fp32", seed=1)
         found[name] = at_last(score_rows(engine, ragged(), per_microbatch=2, share_bins=True), ragged())
         family = source.family and source.family.name
-        export(engine, out / name, model=source.model, vocab_size=VOCAB, family=family, score_moments=(0.5, 2.0))
+        described: dict[str, Any] = {"score_moments": (0.5, 2.0), "reward_kind": "steps"}
+        export(engine, out / name, model=source.model, vocab_size=VOCAB, family=family, **described)
         grid.close()
     return found
 
@@ -86,7 +87,9 @@ def test_every_family_scores_as_transformers_does_and_goes_back_bit_for_bit(
         before, after = stored(folder), stored(tmp_path / name)
         assert before.keys() == after.keys(), name
         assert [key for key in before if not torch.equal(before[key], after[key])] == [], name
-        assert open_source(tmp_path / name).score_moments == (0.5, 2.0)
+        written = open_source(tmp_path / name)
+        assert (written.score_moments, written.reward_kind) == ((0.5, 2.0), "steps")
+        assert open_source(folder).reward_kind is None
 
 
 def test_transformers_loads_what_is_written(published: Published, worlds: Worlds, tmp_path: Path) -> None:
@@ -106,6 +109,7 @@ def test_transformers_loads_what_is_written(published: Published, worlds: Worlds
                 tokens = torch.where(kept, rows.tokens, PAD)
                 again = theirs(input_ids=tokens, attention_mask=kept.long()).logits.squeeze(1)
             assert torch.equal(again, scores), folder
+            assert open_source(folder).reward_kind == "steps", "it goes through a checkpoint too"
 
 
 def copied(folder: Path, made: Path, **keys: Any) -> Path:
