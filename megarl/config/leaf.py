@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 A_YEAR_S = 31_536_000
 """Upper bound of timeouts in seconds. Timers of the operating system and of torch overflow at larger values."""
+
+
+hints_of = cache(get_type_hints)
+"""The resolved annotations of a class. Resolving takes as long as the rest of a composition."""
 
 
 class Section:
@@ -102,7 +107,7 @@ class OptionalSection:
 
 def leaves(tree: type, prefix: str = "", optional: str = "") -> Iterator[Leaf]:
     """Yield every key of a tree in the order of declaration, with dotted keys for sub-trees."""
-    hints = get_type_hints(tree)
+    hints = hints_of(tree)
     for item in fields(tree):
         key = prefix + item.name
         if (below := section_kind(hints[item.name])) is not None:
@@ -124,13 +129,13 @@ def leaves(tree: type, prefix: str = "", optional: str = "") -> Iterator[Leaf]:
 
 def sections(tree: type) -> list[str]:
     """Return the names of a tree's sub-trees."""
-    hints = get_type_hints(tree)
+    hints = hints_of(tree)
     return [item.name for item in fields(tree) if section_kind(hints[item.name]) is not None]
 
 
 def optional_sections(tree: type, prefix: str = "") -> Iterator[OptionalSection]:
     """Yield every sub-tree that may be null, in the order of declaration."""
-    hints = get_type_hints(tree)
+    hints = hints_of(tree)
     for item in fields(tree):
         key, below = prefix + item.name, section_kind(hints[item.name])
         if below is None:

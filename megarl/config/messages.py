@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from typing import get_type_hints
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import (
@@ -17,7 +16,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from megarl.config.leaf import Leaf, leaves, optional_sections, section_kind, sections
+from megarl.config.leaf import Leaf, hints_of, leaves, optional_sections, section_kind, sections
 from megarl.disk import shown
 from megarl.errors import ConfigError
 
@@ -227,7 +226,7 @@ def _section_of(said: str, tree: type) -> str | None:
     """Return the section that was given a value instead of keys; None if that is not OmegaConf's complaint."""
     found = re.search(r"Merge error: \w+ is not a subclass of (\w+)", said)
     found = found or re.search(r"Invalid type assigned: \w+ is not a subclass of (\w+)", said)
-    hints = get_type_hints(tree)
+    hints = hints_of(tree)
     kinds = {name: section_kind(hints[name]) for name in sections(tree)}
     kinds |= {section.key: section.kind for section in optional_sections(tree)}
     return next((name for name, kind in kinds.items() if found and kind and kind.__name__ == found[1]), None)

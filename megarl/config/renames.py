@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -212,6 +213,7 @@ def rows() -> Iterator[str]:
         yield f"| `{rename.old}` | `{rename.new}` | {rename.change or 'the same'} |"
 
 
+@cache
 def keys(tree: type) -> dict[str, str]:
     """Return the type of every key of a tree; for an optional section, the name of its class."""
     found = {leaf.key: leaf.type for leaf in leaves(tree)}

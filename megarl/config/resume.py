@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any
 
 from megarl.config.advantages import ADVANTAGES
-from megarl.config.leaf import optional_sections, section_kind
+from megarl.config.leaf import hints_of, optional_sections, section_kind
 from megarl.config.offers import either
 from megarl.config.renames import renamed_tree
 from megarl.errors import CheckpointError
@@ -317,7 +317,7 @@ def from_plain(tree: type, plain: Mapping[str, Any]) -> Any:
 
 
 def _from_plain(tree: type, plain: Mapping[str, Any]) -> Any:
-    hints = get_type_hints(tree)
+    hints = hints_of(tree)
     values = {}
     for item in fields(tree):
         if item.name in plain:

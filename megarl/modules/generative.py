@@ -141,8 +141,9 @@ class GenerativeModule(Module):
         assert source is not None
         if source.reward_kind == "steps":
             log.info(
-                "reward.model=%s was trained on steps (rm.kind=steps): a response has the score of its last step",
-                self.config.reward.model,
+                "%s=%s was trained on steps (rm.kind=steps): a response has the score of its last step",
+                term.key,
+                term.value,
             )
         return ModelScorer(
             self.engines[term.role],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -15,13 +16,14 @@ import pytest
 
 from megarl import heartbeat
 from megarl.checkpoint import find, verify
-from tests.e2e.runs import WALKS, assert_same_bits, final_tensors
+from tests.e2e.runs import PAIRS, WALKS, assert_same_bits, final_tensors
 
 PARTS = ("clone", "generate", "score", "evaluate", "shape", "train", "save")
 CRITICS = {
     "shared": ["ppo.adaptive_kl.target=1", "ppo.adaptive_kl.horizon=100", "ppo.scale_scores=running"],
     "separate": ["critic.kind=separate", "critic.separate.lr=1e-3", "ppo.kl_in=loss"],
 }
+REWARD_MODEL = "reward model"  # beside the function, with the shared critic
 PHASES = 6
 PATIENCE_S = 300.0
 TIMEOUT_S, GRACE_S = 5.0, 10.0
@@ -52,12 +54,16 @@ def score(outputs, **_):
 """
 
 
-def start(folder: Path, function: str, *overrides: str) -> subprocess.Popen[bytes]:
-    """A run whose reward function lies in the folder, in a process group of its own."""
+def start(folder: Path, function: str, *overrides: str, model: Path | None = None) -> subprocess.Popen[bytes]:
+    """A run whose reward function lies in the folder, in a process group of its own. With `model`, its reward is the
+    sum of the function's and the model's."""
     folder.mkdir(exist_ok=True)
     if not (folder / "rewards.py").exists():
         (folder / "rewards.py").write_text(function)
-    settings = [f"run.dir={folder / 'run'}", f"reward.fn={folder}/rewards.py:score", f"trainer.max_phases={PHASES}"]
+    scored = [f"reward.fn={folder}/rewards.py:score"]
+    if model is not None:
+        scored = ["reward.fn=null", f"reward.terms=[{{fn:{folder}/rewards.py:score}},{{model:{model}}}]"]
+    settings = [f"run.dir={folder / 'run'}", *scored, f"trainer.max_phases={PHASES}"]
     saves = ["checkpoint.every=1", "checkpoint.save_last=true"]
     with (folder / "console.txt").open("ab") as console:
         return subprocess.Popen(
@@ -73,14 +79,14 @@ def console(folder: Path) -> str:
     return (folder / "console.txt").read_text(errors="replace")[-4000:]
 
 
-def finish(folder: Path, *overrides: str) -> None:
-    assert start(folder, SCORES, *overrides).wait(timeout=900) == 0, console(folder)
+def finish(folder: Path, *overrides: str, model: Path | None = None) -> None:
+    assert start(folder, SCORES, *overrides, model=model).wait(timeout=900) == 0, console(folder)
 
 
-def kill_in(part: str, folder: Path, draw: random.Random, *overrides: str) -> str:
+def kill_in(part: str, folder: Path, draw: random.Random, *overrides: str, model: Path | None = None) -> str:
     """Kill -9 a run soon after it has entered a part of a phase; the part that it was in by then."""
     run = folder / "run"
-    running = start(folder, SCORES, *overrides)
+    running = start(folder, SCORES, *overrides, model=model)
     deadline = time.monotonic() + PATIENCE_S
     wanted_step = None if part == "clone" else draw.randint(0, 2) + (len(find(run / "checkpoints")) > 0)
     while True:
@@ -98,26 +104,39 @@ def kill_in(part: str, folder: Path, draw: random.Random, *overrides: str) -> st
     return heartbeat.read(run)[0].phase
 
 
+def reward_model(folder: Path) -> Path:
+    """The run folder of a small reward model."""
+    pairs = [{"prompt": "ab", "chosen": "c" * (1 + n % 5), "rejected": "d" * (1 + n % 4)} for n in range(16)]
+    folder.mkdir()
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    settings = [f"data.train=[{folder}/pairs.jsonl]", "trainer.max_steps=2", "trainer.eval_every=null"]
+    subprocess.run([sys.executable, "-m", "megarl.train_rm", *PAIRS, *settings, f"run.dir={folder}/run"], check=True)
+    return folder / "run"
+
+
 @pytest.mark.gate
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize("critic", [*CRITICS, REWARD_MODEL])
 @pytest.mark.parametrize("layout", [[], ["trainer.devices=2"], ["trainer.devices=2", "parallel.pp=2"]], ids=str)
 def test_a_run_killed_in_every_part_of_a_phase_ends_in_the_unbroken_runs_weights(
     critic: str, layout: list[str], tmp_path: Path
 ) -> None:
     """Each part of a phase is the last that a process of one and the same run saw. No sample is scored twice: of a
     call whose answer was on its way when the run was killed, nobody knows, so it may be asked again, and no other."""
-    settings = [*CRITICS[critic], "reward.batch_size=4", *layout]
+    settings = [*CRITICS.get(critic, CRITICS["shared"]), "reward.batch_size=4", *layout]
+    model = reward_model(tmp_path / "rm") if critic == REWARD_MODEL else None
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    finish(unbroken, *settings)
+    finish(unbroken, *settings, model=model)
     draw = random.Random(critic)
-    killed_in = [kill_in(part, broken, draw, *settings) for part in PARTS]
+    killed_in = [kill_in(part, broken, draw, *settings, model=model) for part in PARTS]
     for _ in range(3):  # on a busy machine the run may have gone on to the next part by the time it is killed
         if "score" not in killed_in:
-            killed_in.append(kill_in("score", broken, draw, *settings))
+            killed_in.append(kill_in("score", broken, draw, *settings, model=model))
     assert "score" in killed_in
-    finish(broken, *settings)
-    assert_same_bits(final_tensors(broken / "run"), final_tensors(unbroken / "run"))
+    finish(broken, *settings, model=model)
+    ours = final_tensors(broken / "run")
+    assert_same_bits(ours, final_tensors(unbroken / "run"))
+    assert not [name for name in ours if name.startswith("reward")]
     wanted, found = ((folder / "scored.txt").read_text().splitlines() for folder in (unbroken, broken))
     assert set(found) == set(wanted)
     lost = 4 * killed_in.count("score")  # a run that is killed soon after it generated may be asking already

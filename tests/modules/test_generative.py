@@ -80,5 +80,5 @@ def test_a_reward_model_of_steps_is_announced(
     module: Any = SimpleNamespace(config=config, engines={"reward": None}, tokenizer=None, _alone=None)
     module.sources = SimpleNamespace(at=lambda path: SimpleNamespace(reward_kind=kind))
     with caplog.at_level("INFO", logger="megarl"):
-        GenerativeModule._reward_model(module)
+        GenerativeModule._reward_model(module, *config.reward.sources)
     assert len([record for record in caplog.records if "runs/rm" in record.getMessage()]) == lines
