@@ -111,7 +111,7 @@ def _serve(config: ServeConfig, grid: Grid, scorer: ModelScorer, stop: _Stop, re
     settings, longest = config.serve, scorer.reader.longest
     count, length = settings.batch_size * grid.layout.dp, min(longest, settings.max_tokens or longest)
     log.info("warm-up: a batch of %d texts of %d tokens (serve.batch_size, serve.max_tokens)", count, length)
-    warm_up(scorer, count, length, scorer.reader.tokenizer.size)
+    warm_up(scorer, count, length, scorer.reader.vocab_size)
     service: Service | None = None
 
     def start() -> None:
