@@ -11,8 +11,9 @@ The last token of a row (the dots) is predicted but not read, as no later token 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,8 +25,27 @@ from megarl.parallel.layout import Layout
 from megarl.parallel.packing import pack, round_up_to_bucket
 from megarl.parallel.rows import Microbatch, Rows, RowSource, gather, states_index
 
-SHORT = 32
-"""Rows up to this length share bins that are twice as long as the longest row, so that less of a bin stays empty."""
+LONGER = (1.0, 1.25, 1.5, 2.0)
+"""Lengths of shared bins that are tried, as multiples of the longest unit: in a longer bin, less stays empty."""
+EQUAL_WORK = 8192
+"""Length of a sequence at which attention is as much work as the rest of a layer. It is that of a hidden size of 1365,
+and limits how long bins become: shared bins are attended to as one sequence where no kernel skips what is masked."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The shape of a replica's microbatches: their number, and bins and tokens per bin of each. `members` are the units
+    of each bin."""
+
+    count: int
+    bins: int
+    time: int
+    members: list[np.ndarray]
+
+    @property
+    def work(self) -> float:
+        """An estimate of the time that the microbatches take."""
+        return self.count * self.bins * self.time * (1 + self.time / EQUAL_WORK)
 
 
 class MicrobatchPlan:
@@ -65,22 +85,34 @@ class MicrobatchPlan:
         members = _members(len(self.lengths), keep_together)
         sizes = np.array([self.read[rows].sum() for rows in members]) if keep_together is not None else self.read
         largest = int(sizes.max())
-        capacity = 2 * largest if share_bins and largest <= SHORT else largest
-        multiple_of = layout.tp if layout.sequence_parallel else 1
-        self.time = round_up_to_bucket(capacity, multiple_of)
-        if longest is not None:
-            self.time = min(self.time, -(-max(capacity, longest) // multiple_of) * multiple_of)
-        bins = pack(sizes, self.time) if share_bins else list(np.arange(len(members))[:, None])
-        most = max(1, per_microbatch * largest // capacity)
-        count = -(-len(bins) // (layout.dp * most))
-        if layout.vpp > 1:  # an interleaved pipeline needs a multiple of pp microbatches
-            count = -(-count // layout.pp) * layout.pp
-        self.count = count
-        self.bins = min(most, round_up_to_bucket(-(-len(bins) // (layout.dp * count)), steps=16))
+        times = {self._time(largest, longest): per_microbatch}  # and how many bins a microbatch may hold
+        if share_bins:
+            capacities = [math.ceil(factor * largest) for factor in LONGER]
+            several = {self._time(one, longest): per_microbatch * largest // one for one in capacities}
+            times |= {time: most for time, most in several.items() if most > 0}
+        shapes = [self._shape(sizes, time, most, share_bins) for time, most in times.items()]
+        chosen = min(shapes, key=lambda shape: shape.work)
+        self.count, self.bins, self.time, bins = chosen.count, chosen.bins, chosen.time, chosen.members
         self.first_unit = members[0]
         self._assign(
             bins if keep_together is None else [np.concatenate([members[number] for number in one]) for one in bins]
         )
+
+    def _time(self, capacity: int, longest: int | None) -> int:
+        """Return the length of bins for units of at most `capacity` tokens."""
+        multiple_of = self.layout.tp if self.layout.sequence_parallel else 1
+        time = round_up_to_bucket(capacity, multiple_of)
+        return time if longest is None else min(time, -(-max(capacity, longest) // multiple_of) * multiple_of)
+
+    def _shape(self, sizes: np.ndarray, time: int, most: int, share_bins: bool) -> _Shape:
+        """Pack units into bins of a length, at most `most` of them in a microbatch."""
+        layout = self.layout
+        members = pack(sizes, time) if share_bins else list(np.arange(len(sizes))[:, None])
+        count = -(-len(members) // (layout.dp * most))
+        if layout.vpp > 1:  # an interleaved pipeline needs a multiple of pp microbatches
+            count = -(-count // layout.pp) * layout.pp
+        bins = min(most, round_up_to_bucket(-(-len(members) // (layout.dp * count)), steps=16))
+        return _Shape(count, bins, time, members)
 
     def _assign(self, bins: Sequence[np.ndarray]) -> None:
         """Compute for each row its bin, the position of its first token in the bin, and its segment there, from 1."""
