@@ -15,7 +15,7 @@ from megarl.errors import CheckpointError, ConfigError
 from megarl.models import attention
 from megarl.models.attention import attention_mask
 from megarl.modules.losses import count_targets, cross_entropy
-from megarl.parallel import device
+from megarl.parallel import device, products
 from megarl.parallel.device import CPU, GPU, VARIABLE, DeviceSettings, assumed, device_settings
 from megarl.parallel.engine import _load_weights
 from megarl.rollout import static
@@ -50,7 +50,10 @@ def trained(
 
 
 def with_settings(settings: DeviceSettings, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    with assumed(settings):
+    """Work with some settings. Products are MKL's, as a CPU's layers would use oneDNN on some processors, which rounds
+    otherwise than torch's layers."""
+    with assumed(settings), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "onednn_is_faster", lambda: False)
         return work(*args, **options)
 
 
