@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarl.algorithms import kto_loss
+from megarl.algorithms import kto_loss, mask_out
 from megarl.config.preference import KTOConfig
 from megarl.data.order import EvalLoader
 from megarl.data.pairs import mismatched
@@ -81,17 +81,20 @@ class KTO(Preference):
         assert responses.desirable is not None
         good, bad = responses.present & responses.desirable, responses.present & ~responses.desirable
         gaps = self.gaps.to(responses.logprobs.dtype)
-        losses = kto_loss(
-            responses.logprobs[good],
-            responses.logprobs[bad],
+        # Each response is taken as desirable and as undesirable, and one of the two losses is used: a selection by the
+        # labels would make a GPU wait for their number.
+        as_desirable, as_undesirable = kto_loss(
+            responses.logprobs,
+            responses.logprobs,
             gaps,
-            responses.reference[good],
-            responses.reference[bad],
+            responses.reference,
+            responses.reference,
             torch.zeros_like(gaps),
             settings.beta,
             settings.desirable_weight,
             settings.undesirable_weight,
-        )
+        ).chunk(2)
+        losses = torch.where(good, as_desirable, torch.where(bad, as_undesirable, 0))
         rewards = settings.beta * responses.gains.detach()
         threshold = settings.beta * gaps.mean().clamp(min=0)
         above = (rewards > threshold).double() + 0.5 * (rewards == threshold)
@@ -99,10 +102,10 @@ class KTO(Preference):
         return {
             "unit_loss": losses.sum(),
             "accuracy": torch.where(responses.present, right, 0).sum(),
-            "reward_chosen": rewards[good].sum(),
-            "reward_rejected": rewards[bad].sum(),
-            "logprob_chosen": responses.logprobs[good].sum(),
-            "logprob_rejected": responses.logprobs[bad].sum(),
+            "reward_chosen": mask_out(rewards, good).sum(),
+            "reward_rejected": mask_out(rewards, bad).sum(),
+            "logprob_chosen": mask_out(responses.logprobs, good).sum(),
+            "logprob_rejected": mask_out(responses.logprobs, bad).sum(),
             "kl": threshold / settings.beta * responses.present.sum(),
         }
 

@@ -31,6 +31,7 @@ class BytesReader:
     """Reads texts as bytes, with a separator before the output."""
 
     tokenizer = ByteTokenizer()
+    vocab_size = ByteTokenizer().size
 
     def of_text(self, prompt: str, output: str, where: str) -> list[int]:
         return self._fitting([*self.tokenizer.encode(prompt), 0, *self.tokenizer.encode(output)], where)
