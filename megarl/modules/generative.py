@@ -25,7 +25,7 @@ from megarl.experience.scorers import FunctionScorer, Scorer, check_fields, keep
 from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts, RolloutSource
 from megarl.experience.sum_scorer import SumScorer, Weighted
 from megarl.logging import get_logger
-from megarl.models.exchange.pretrained import Sources, second_model
+from megarl.models.exchange.pretrained import Sources, model_at
 from megarl.models.roles import Role
 from megarl.modules.base import Module
 from megarl.parallel.engine import Engine
@@ -313,8 +313,8 @@ def reward_roles(config: Any, sources: Sources) -> list[Role]:
             continue
         if source.has_output:
             raise no_score_head(term.key, term.value)
-        model = second_model(config, term.key, term.value, 0, sources)
-        about = "scores, does not train"
+        # Its context may be shorter than the policy's: what it cannot read is known only for a response.
+        model, about = model_at(config, source), "scores, does not train"
         roles.append(Role(term.role, model, source.vocab_size, ("score",), source=source, about=about))
     return roles
 

@@ -339,7 +339,8 @@ def test_with_offload_a_reward_model_is_away_while_the_policy_trains(
 
 def test_a_policy_is_no_reward_model(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
     prompts = write(tmp_path / "prompts", lambda: {"prompt": "a"}) / "train.jsonl"
-    worlds.run(1, run_with_model, tmp_path / "run", prompts, reference, "trainer.max_phases=1")
+    longer = ["trainer.max_phases=1", "model.max_positions=512"]  # than the reward model's context, which is no error
+    worlds.run(1, run_with_model, tmp_path / "run", prompts, reference, *longer)
     with refused(ConfigError, key="reward.model", value=str(tmp_path / "run")):
         worlds.run(1, run_with_model, tmp_path / "again", prompts, tmp_path / "run")
     with refused(

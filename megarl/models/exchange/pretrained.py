@@ -101,7 +101,7 @@ def second_model(config: Any, key: str, path: str | None, vocab_size: int, sourc
     if source is None:
         policy: ModelConfig = config.model
         return policy
-    model = _model_of(config, source)
+    model = model_at(config, source)
     for name, policys in (("vocab_size", vocab_size), ("max_positions", config.model.max_positions)):
         its = getattr(model, name)
         if its < policys:
@@ -113,6 +113,12 @@ def second_model(config: Any, key: str, path: str | None, vocab_size: int, sourc
                 where=path,
                 offers={key: [None]},
             )
+    return model
+
+
+def model_at(config: Any, source: Source) -> ModelConfig:
+    """Return the shape of a stored model beside the policy. Raise if it does not fit the layout."""
+    model = _model_of(config, source)
     check_shape(model, config.parallel)
     return model
 
