@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import (
@@ -55,6 +55,8 @@ def explain(error: Exception, tree: type, argv: Sequence[str]) -> ConfigError:
         return unknown_key(key, tree, argument, source)
     if isinstance(inner, ValidationError) and (key := _leaf_key(inner)) in known:
         return _wrong_type(known[key], inner, argv, source)
+    if inner is not None and (wrong := _wrong_list(inner, known, argv)):
+        return wrong
     if isinstance(inner, InterpolationResolutionError):
         key = str(inner.full_key)
         if key in known:
@@ -208,6 +210,8 @@ def describe_type(kind: str) -> str:
         return "a list, [a,b]"
     if kind == "list[float]":
         return "a list of numbers, [0.5,1]"
+    if kind.startswith("list[dict"):
+        return "a list of mappings, [{name: value}]"
     if kind.startswith("dict"):
         return "a mapping, {name: value}"
     return " or ".join(_TYPES.get(part, part) for part in kind.split(" | "))
@@ -307,6 +311,21 @@ def _wrong_type(leaf: Leaf, error: ValidationError, argv: Sequence[str], source:
         value=error.value,
         where=source,
     )
+
+
+def _wrong_list(error: OmegaConfBaseException, known: Mapping[str, Leaf], argv: Sequence[str]) -> ConfigError | None:
+    """Return the error for an argument that sets a list of mappings, or an entry of one, to something else. None if the
+    error is about something else."""
+    place = str(error.full_key)  # of a wrong element, OmegaConf names its index alone
+    for argument in argv:
+        key = next((key for key in known if f"{_name(argument)}.".startswith(f"{key}.")), None)
+        if key is None or not known[key].type.startswith("list[dict"):
+            continue
+        if place.isdigit() or place.startswith(key):
+            kind = describe_type(known[key].type)
+            line = f"'{shown(argument)}' does not make {key} {kind}: write {key}=[{{name: value}}]"
+            return ConfigError(f"{line} ({key}: {known[key].doc.rstrip('.')})", key=key, value=argument)
+    return None
 
 
 def _first_line(error: Exception) -> str:

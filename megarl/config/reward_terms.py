@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -16,7 +17,10 @@ FN, MODEL, URL = "fn", "model", "url"
 KINDS = (FN, MODEL, URL)
 _ENTRIES = (*KINDS, "weight", "name", "options")
 _NAMES = {MODEL: "reward_model", URL: "reward_server"}
-_EXAMPLE = "write {fn: rewards.py:score, weight: 0.5}, {model: PATH} or {url: [http://HOST:PORT]}"
+_EXAMPLE = (
+    "write {fn: rewards.py:score, weight: 0.5}, {model: PATH} or {url: [http://HOST:PORT]}, each also with a name, and "
+    "a function with options"
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ def read_terms(entries: Sequence[Mapping[str, Any]], key: str) -> list[Term]:
     for number, entry in enumerate(entries):
         kind = next(kind for kind in KINDS if kind in entry)
         value = [entry[kind]] if kind == URL and isinstance(entry[kind], str) else entry[kind]
-        name = entry.get("name") or _NAMES.get(kind) or str(value).rpartition(":")[2]
+        own = "combined" if re.search(r"\s\+\s|\*", str(value)) else str(value).rpartition(":")[2]
+        name = entry.get("name") or _NAMES.get(kind) or own
         models = sum(term.kind == MODEL for term in terms)
         terms.append(
             Term(
@@ -89,7 +94,8 @@ def reward_term(key: str, value: Any) -> None:
     for name in value:
         if name not in _ENTRIES:
             near = get_close_matches(str(name), _ENTRIES)
-            raise refused(f"{shown(name)} is no entry of a term", name, near or _ENTRIES)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise refused(f"{shown(name)} is no entry of a term{meant}", name, near or _ENTRIES)
     kinds = [kind for kind in KINDS if value.get(kind)]
     if len(kinds) != 1 or len([kind for kind in KINDS if kind in value]) != 1:
         raise refused(f"{shown(value)} has {len(kinds)} of fn, model and url, and a term has exactly one", None, KINDS)

@@ -27,8 +27,8 @@ from megarl.data.sources import Record
 from megarl.errors import DataError
 from megarl.tokenizers import Tokenizer
 
-LARGEST = 1e30
-"""Maximum magnitude of scores, labels and margins, which are float32 in training."""
+LARGEST = 1e18
+"""Maximum magnitude of scores, labels and margins: training computes their squares in float32."""
 
 
 class Ranked(NamedTuple):

@@ -53,7 +53,9 @@ class HttpScorer(JournalledScorer):
         super().__init__(tokenizer, grid, settings, journal)
         self.settings, self.urls, self.key, self.stop = settings, urls, key, stop
         self.servers: RewardServers | None = None
-        self._identify(self._from_rank0(self._connect()))
+        model = self._from_rank0(self._connect())
+        # Another stop text cuts responses elsewhere, so that they are other texts.
+        self._identify(f"{model} {list(stop)}" if stop else model)
 
     def close(self) -> None:
         """End the calls under way."""

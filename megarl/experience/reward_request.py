@@ -139,7 +139,8 @@ def as_json(entries: Sequence[Entry]) -> bytes:
     except (TypeError, ValueError, RecursionError) as problem:
         where = entries[0].where
         raise DataError(
-            f"{where}: a conversation cannot be sent to {KEY} ({one_line(problem)}): use texts and numbers only",
+            f"{where}: a conversation cannot be sent to a reward server ({one_line(problem)}): use texts and numbers "
+            "only",
             key="messages",
             where=where,
         ) from None

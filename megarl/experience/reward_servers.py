@@ -207,7 +207,7 @@ class RewardServers:
         finally:
             self.close()
         if not models:
-            raise self._silence("gives no scores")
+            raise self._silence("gave scores")
         first, self.model = next(iter(models.items()))
         for server, model in models.items():
             if model != self.model:
@@ -386,7 +386,7 @@ _REMEDIES = {
     "responses per call (reward.batch_size)",
     WRONG: "look into the server's log",
     REFUSED: "send what the server takes, such as shorter prompts and responses, or raise its limits",
-    FATAL: "correct reward.url, or the token in MEGARL_REWARD_TOKEN",
+    FATAL: "correct the URL, or the token in MEGARL_REWARD_TOKEN",
 }
 
 

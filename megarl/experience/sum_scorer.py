@@ -6,11 +6,15 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megarl.config.values import LARGEST
 from megarl.data.prompts import Prompt
+from megarl.errors import NumericsError
 from megarl.experience.scorers import Scorer
 from megarl.rewards.answers import Score
 from megarl.rewards.scores import Scores, total, weighted_sum
 from megarl.rollout.requests import Rollout
+
+KEY = "reward.terms"
 
 
 @dataclass(frozen=True)
@@ -63,4 +67,14 @@ class SumScorer:
 
     def _sum(self, scores: Sequence[Score | None]) -> Score | None:
         given = [score for score in scores if score is not None]
-        return weighted_sum(given, [term.weight for term in self.terms]) if len(given) == len(scores) else None
+        if len(given) < len(scores):
+            return None
+        found = weighted_sum(given, [term.weight for term in self.terms])
+        if not abs(total(found)) <= LARGEST:
+            told = ", ".join(f"{term.weight:g} * {term.name}" for term in self.terms)
+            raise NumericsError(
+                f"{KEY}: the sum of {told} is {total(found):g}: use smaller weights, or look at the scores",
+                key=KEY,
+                value=total(found),
+            )
+        return found

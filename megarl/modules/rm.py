@@ -13,7 +13,9 @@ from megarl.config.rm import RewardModelConfig
 from megarl.disk import write_atomically
 from megarl.experience.calibration import Calibration
 from megarl.experience.rows import at_last, score_rows
+from megarl.logging import get_logger
 from megarl.models.exchange.pretrained import Sources
+from megarl.models.exchange.source import checked_moments
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.units import UnitModule, named
@@ -21,6 +23,7 @@ from megarl.modules.workload import Workload
 from megarl.parallel.engine import Stats
 from megarl.parallel.rows import Microbatch, Rows
 
+log = get_logger(__name__)
 MEASURED = ("loss", "accuracy", "margin", "error", "score")
 TRAINING = ("train/loss", "train/accuracy", "train/margin", "train/error", "train/score")
 EVALUATION = (
@@ -228,6 +231,11 @@ class RewardModel(UnitModule):
         """
         if not self.stops_early:
             self._normalise()
+        elif self.config.rm.normalise and self.card is not None and self.card.score_moments is None:
+            log.warning(
+                "the run stops before its first evaluation: this checkpoint has no mean and deviation of scores "
+                "(rm.normalise), and reward.model would read its scores as they are"
+            )
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -235,7 +243,7 @@ class RewardModel(UnitModule):
         super().on_load_checkpoint(checkpoint)
         moments = (checkpoint.get("model") or {}).get("score_moments")
         if self.config.rm.normalise and moments is not None:
-            self._describe_moments((float(moments[0]), float(moments[1])))
+            self._describe_moments(checked_moments(moments, checkpoint["folder"]))
 
     def on_train_end(self) -> None:
         """Take the moments for an export, which a run that is stopped early does not write."""

@@ -27,9 +27,10 @@ from megarl.parallel.rows import Microbatch, Rows, RowSource, gather, states_ind
 
 LONGER = (1.0, 1.25, 1.5, 2.0)
 """Lengths of shared bins that are tried, as multiples of the longest unit: in a longer bin, less stays empty."""
-EQUAL_WORK = 8192
-"""Length of a sequence at which attention is as much work as the rest of a layer. It is that of a hidden size of 1365,
-and limits how long bins become: shared bins are attended to as one sequence where no kernel skips what is masked."""
+EQUAL_WORK = 4096
+"""Length of a sequence at which attention is as much work as the rest of a layer. It is that of a hidden size of 683,
+and limits how long bins become: where no kernel skips what is masked, shared bins are attended to as one sequence, and
+the memory of its scores grows with their length."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class MicrobatchPlan:
             keep_together: [rows], equal values mark rows that share a bin, one directly after the other (a pair, a
                 group).
             read_last: read the last token of each row too, for a score of the whole row.
-            longest: maximum length of any row of the data, which bounds the length of bins.
+            longest: maximum length of any row of the data, which bounds the length of bins for one unit.
         """
         self.layout, self.dp_rank = layout, dp_rank
         self.lengths = np.asarray(lengths, dtype=np.int64)
@@ -88,11 +89,13 @@ class MicrobatchPlan:
         times = {self._time(largest, longest): per_microbatch}  # and how many bins a microbatch may hold
         if share_bins:
             capacities = [math.ceil(factor * largest) for factor in LONGER]
-            several = {self._time(one, longest): per_microbatch * largest // one for one in capacities}
-            times |= {time: most for time, most in several.items() if most > 0}
+            for capacity in capacities:
+                time, most = self._time(capacity, None), per_microbatch * largest // capacity
+                if most > times.get(time, 0):
+                    times[time] = most
         shapes = [self._shape(sizes, time, most, share_bins) for time, most in times.items()]
-        chosen = min(shapes, key=lambda shape: shape.work)
-        self.count, self.bins, self.time, bins = chosen.count, chosen.bins, chosen.time, chosen.members
+        best = min(shapes, key=lambda shape: shape.work)
+        self.count, self.bins, self.time, bins = best.count, best.bins, best.time, best.members
         self.first_unit = members[0]
         self._assign(
             bins if keep_together is None else [np.concatenate([members[number] for number in one]) for one in bins]

@@ -64,7 +64,7 @@ def launched_workers(world: int, work: Callable[..., None], *arguments: Any, sta
     if started is not None:
         started(context.processes)
     while not context.join():
-        """Some processes are still running."""
+        pass  # some processes are still running
 
 
 def set_env_from_slurm() -> None:

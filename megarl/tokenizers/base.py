@@ -114,9 +114,12 @@ class Tokenizer(ABC):
         turns, end = self._turns(template), self.stop_ids(template)[-1]
         if turns is None:
             return tokens, marks
-        ends = [place for place, token in enumerate(tokens) if token == end] if self._ends(turns) else []
-        marked = [place for place, mark in enumerate(marks) if mark]
-        last = (ends or marked or [len(tokens) - 1])[-1]
+        last = max((place for place, mark in enumerate(marks) if mark), default=len(tokens) - 1)
+        if self._ends(turns):  # which marks of the template may leave out, or be followed by
+            first = last
+            while first > 0 and marks[first - 1]:
+                first -= 1
+            last = next((place for place in range(first, len(tokens)) if tokens[place] == end), last)
         return tokens[: last + 1], marks[: last + 1]
 
     def answer_end(self, template: str | None = None) -> tuple[int, ...]:

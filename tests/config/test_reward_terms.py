@@ -23,6 +23,7 @@ def test_terms_have_weights_names_and_roles_of_their_own() -> None:
         {"model": "runs/second", "name": "safety"},
         {"url": "http://a:1"},
         {"url": ["http://b:1", "http://c:1"], "weight": -2},
+        {"fn": "0.7*a:f + 0.3*b:g"},
     ]
     assert read_terms(entries, "reward.terms") == [
         Term("fn", "rewards.py:score", "reward.terms[0].fn", 0.5, "score", {"x": 1}),
@@ -31,6 +32,7 @@ def test_terms_have_weights_names_and_roles_of_their_own() -> None:
         Term("model", "runs/second", "reward.terms[3].model", 1.0, "safety", role="reward_2"),
         Term("url", ["http://a:1"], "reward.terms[4].url", 1.0, "reward_server"),
         Term("url", ["http://b:1", "http://c:1"], "reward.terms[5].url", -2.0, "reward_server_2"),
+        Term("fn", "0.7*a:f + 0.3*b:g", "reward.terms[6].fn", 1.0, "combined"),
     ]
 
 
@@ -113,6 +115,14 @@ def test_terms_exclude_a_single_source_and_its_options(argv: list[str], key: str
 
     with refused(ConfigError, key=key):
         start()
+
+
+@pytest.mark.parametrize(
+    "argument", ["reward.terms=[3]", "reward.terms=[a:b]", "reward.terms={fn:a}", "reward.terms.0.weight=2"]
+)
+def test_what_is_no_list_of_terms_is_refused_by_its_key(argument: str) -> None:
+    with refused(ConfigError, key="reward.terms", names=("[{",)):
+        compose("ppo", [argument])
 
 
 def test_every_reward_model_among_the_terms_is_opened_and_checked() -> None:

@@ -42,6 +42,8 @@ TEMPLATES = {
     "marks around all": CHATML.replace(
         "{{ m.content }}<|im_end|>\n", "{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}"
     ),
+    "another turn after the answer": CHATML
+    + "{% if not add_generation_prompt %}<|im_start|>system\nbye<|im_end|>{% endif %}",
     "an end that is text": CHATML.replace("<|im_end|>", "###"),
     "none of its own": None,
 }

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from megarl.errors import NumericsError
 from megarl.experience.sum_scorer import SumScorer, Weighted
 from megarl.rewards.answers import Score
 from megarl.rewards.scores import Scores, weighted_sum
+from tests.refusals import refused
 
 
 class Fixed:
@@ -52,6 +54,11 @@ def test_a_response_that_one_term_gives_no_score_has_none_and_is_counted_once() 
     assert found.values == [None, None, 7.0]
     assert found.dropped == 2
     assert found.parts == {"term0": [None, 2.0, 3.0], "term1": [1.0, None, 4.0]}
+
+
+def test_a_sum_that_float32_cannot_hold_ends_the_run_by_its_key() -> None:
+    with refused(NumericsError, key="reward.terms", names=("1e+308", "term0")):
+        summed((1e308, Fixed([3.0])), (1.0, Fixed([1.0]))).score([], [], stream=0, phase=0)
 
 
 @pytest.mark.parametrize(

@@ -271,3 +271,42 @@ def test_outputs_that_are_not_finite_stay_where_they_are() -> None:
     ((batch,),) = replicas(Layout(), UNEQUAL, read_last=True)
     is_token = torch.arange(10) < UNEQUAL.lengths[:, None]
     assert torch.equal(batch.gather_states(torch.full(batch.tokens.shape, np.nan)).isnan(), is_token)
+
+
+def shape_of(lengths: list[int], layout: Layout | None = None, **options: Any) -> tuple[int, int, int]:
+    """Number of microbatches, bins of each and tokens of a bin, of rows whose last token is read."""
+    options = {"per_microbatch": 8, "share_bins": True, "read_last": True, **options}
+    plan = MicrobatchPlan(lengths, layout or Layout(), 0, **options)
+    return plan.count, plan.bins, plan.time
+
+
+def test_bins_are_longer_than_the_longest_row_where_less_of_them_stays_empty() -> None:
+    # Of 64 tokens, five bins are needed, as two rows of 32 share one. Of 96, three are full: 64 + 32 each.
+    assert shape_of([64, 64, 64, 32, 32, 32], per_microbatch=6) == (1, 3, 96)
+    assert shape_of([64, 64, 64, 64]) == (1, 4, 64)
+    assert shape_of([64, 64, 64, 32, 32, 32], share_bins=False) == (1, 6, 64)
+
+
+def test_bins_are_at_most_twice_as_long_as_the_longest_row() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = generator.integers(2, 200, size=40).tolist()
+        count, bins, time = shape_of(lengths)
+        assert max(lengths) <= time <= round_up_to_bucket(2 * max(lengths))
+        assert bins * time <= 8 * round_up_to_bucket(max(lengths)) * 1.25, "a microbatch is not larger than planned"
+        assert count * bins * time >= sum(lengths)
+
+
+def test_a_microbatch_of_a_single_row_has_no_longer_bins() -> None:
+    assert shape_of([100, 60, 60, 60], per_microbatch=1)[1:] == (1, round_up_to_bucket(100))
+
+
+def test_long_rows_keep_their_length_as_attention_would_cost_more() -> None:
+    rows = [8192, 8192, 8192, 4096, 4096, 4096]
+    assert shape_of(rows, per_microbatch=6)[2] == 8192
+    assert shape_of([length // 128 for length in rows], per_microbatch=6)[2] == 96
+
+
+def test_of_lengths_that_round_to_one_the_most_bins_are_kept() -> None:
+    layout = Layout(tp=8, sequence_parallel=True)
+    assert shape_of([9, 7] * 64, layout, per_microbatch=32) == (2, 32, 16)

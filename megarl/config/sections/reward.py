@@ -106,7 +106,7 @@ class RewardConfig(Section):
             )
         if self.terms and self.options:
             raise Refusal(
-                f"reward.options={shown(self.options)} has no function among reward.terms to go to",
+                f"reward.options={shown(self.options)} belongs to reward.fn, and not to the functions of reward.terms",
                 {"reward.options": [{}]},
                 "the entry options of a term",
                 key="reward.options",

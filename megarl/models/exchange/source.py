@@ -253,9 +253,7 @@ class CheckpointSource(Source):
         token_ids = card.get("token_ids") or {}
         self.token_ids = dict(token_ids) if isinstance(token_ids, dict) else {}
         moments = card.get("score_moments")
-        if moments is not None:
-            mean, std = moments if isinstance(moments, list | tuple) and len(moments) == 2 else (moments, None)
-            self.score_moments = _moments(mean, std, where)
+        self.score_moments = None if moments is None else checked_moments(moments, where)
         self.score_reads_eos = card.get("score_reads_eos") is not False
         self.reward_kind = _text(card.get("reward_kind"))
         self.chat_template = _text(card.get("chat_template"))
@@ -347,6 +345,12 @@ def _read_moments(config: Json, path: Path) -> tuple[float, float] | None:
         )
     mean, std = (config.get(key) for key in MOMENTS)
     return None if mean is None and std is None else _moments(mean, std, path / CONFIG)
+
+
+def checked_moments(moments: Any, where: Path | str) -> tuple[float, float]:
+    """Return the mean and the standard deviation of a model card; refuse other values."""
+    mean, std = moments if isinstance(moments, list | tuple) and len(moments) == 2 else (moments, None)
+    return _moments(mean, std, where)
 
 
 def _moments(mean: Any, std: Any, where: Path | str) -> tuple[float, float]:
