@@ -118,6 +118,8 @@ RENAMES = (
     Rename("critic.warmup_phases", "critic.separate.warmup_phases"),
     Rename("ppo.kl_target", "ppo.adaptive_kl.target"),
     Rename("ppo.kl_horizon", "ppo.adaptive_kl.horizon", default=10_000.0),
+    Rename("ppo.missing_eos_penalty", "ppo.overlong.missing_eos_penalty", default=0.0),
+    Rename("ppo.mask_overlong", "ppo.overlong.mask", default=False),
     Rename("logger.wandb_project", "logger.wandb.project"),
     Rename("logger.wandb_mode", "logger.wandb.mode"),
     _switch("logger.wandb"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -205,7 +205,7 @@ class FunctionScorer(JournalledScorer):
 
 
 def keep_scored(
-    rollouts: Sequence[Rollout], scores: Scores, greedy: Sequence[Score | None] | None = None
+    rollouts: Sequence[Rollout], scores: Scores, greedy: Mapping[int, Score | None] | None = None
 ) -> tuple[list[Rollout], list[Score], list[Score] | None]:
     """Return the rollouts that have a score, their scores, and the baselines of their prompts.
 

@@ -11,7 +11,7 @@ from megarl.data.prompts import Prompt
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.rollout import stored
-from megarl.rollout.generator import Generator, Limits, TokenScorer
+from megarl.rollout.generator import Generator, Limits, Masking, TokenScorer
 from megarl.rollout.noise import GREEDY, TRAINING
 from megarl.rollout.requests import Request, Rollout, repeat, sampling_from
 from megarl.rollout.resharded import for_generation
@@ -31,17 +31,19 @@ class RolloutSource(Protocol):
         *,
         stream: int,
         phase: int,
+        first: int = 0,
         token_scorer: TokenScorer = GPT.logits,
         **changes: Any,
     ) -> list[Rollout]:
-        """Return `n` responses to each prompt, sorted by (prompt_id, sample_id). A prompt's id is its index in
-        `prompts`.
+        """Return `n` responses to each prompt from `first` on, sorted by (prompt_id, sample_id). A prompt's id is its
+        index in `prompts`.
 
         Args:
             prompts: the prompts.
             n: number of responses to each.
             stream: random stream: training, greedy or one of an evaluation.
             phase: number of training steps done.
+            first: index of the first prompt to respond to: a phase may add prompts to those that it has.
             token_scorer: computes the scores from which tokens are sampled.
             changes: overrides of the run's `Sampling` settings.
         """
@@ -65,6 +67,7 @@ class GeneratedRollouts:
         seed: int,
         chat_template: str | None = None,
         unit: str = "phase",
+        masking: Masking | None = None,
     ) -> None:
         """
         Args:
@@ -74,6 +77,7 @@ class GeneratedRollouts:
             seed: seed of the samples.
             chat_template: template that renders the prompts; its end marker ends a response too.
             unit: what messages call a training step.
+            masking: decides which tokens may be chosen; None: all.
         """
         self.unit, self.version = unit, 0
         self.settings, self.sampling = settings, sampling_from(settings)
@@ -85,6 +89,7 @@ class GeneratedRollouts:
             also_eos=tokenizer.stop_ids(chat_template)[1:],
             limits=Limits(settings.slots, settings.cache_bytes, graphs=settings.cuda_graphs),
             decode=tokenizer.decode,
+            masking=masking,
         )
 
     def publish(self, version: int) -> None:
@@ -100,6 +105,7 @@ class GeneratedRollouts:
         *,
         stream: int,
         phase: int,
+        first: int = 0,
         token_scorer: TokenScorer = GPT.logits,
         **changes: Any,
     ) -> list[Rollout]:
@@ -108,14 +114,14 @@ class GeneratedRollouts:
         is_training = stream in (TRAINING, GREEDY)
         when = f"in {self.unit} {phase + 1}" if is_training else f"in the evaluation after {self.unit} {phase}"
         rollouts = self.generator.generate(
-            requests_of(prompts, n, self.settings, **changes),
+            requests_of(prompts, n, self.settings, first, **changes),
             stream=stream,
             phase=phase,
             weights_version=self.version,
             place=lambda number: f"{prompts[number].where or f'prompt {number}'} {when}",
         )
         if self.settings.dump is not None:
-            path = stored.phase_file(self.settings.dump, stream, phase)
+            path = stored.phase_file(self.settings.dump, stream, phase, first)
             self.generator.grid.run_on_rank0(lambda: stored.dump(path, rollouts))  # complete on return, for any rank
         if not self.settings.cuda_graphs:  # CUDA graphs are recorded over the cache, and recording takes seconds
             self.generator.close()  # frees the memory for scoring and training
@@ -149,11 +155,12 @@ class ReplayedRollouts:
         *,
         stream: int,
         phase: int,
+        first: int = 0,
         token_scorer: TokenScorer = GPT.logits,
         **changes: Any,
     ) -> list[Rollout]:
         """Return the dumped responses to these prompts, whatever settings sampled them."""
-        return stored.replay(self.folder, stream, phase, requests_of(prompts, n, self.settings))
+        return stored.replay(self.folder, stream, phase, requests_of(prompts, n, self.settings, first), first)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Accept all prompts: nothing is generated, so none is too long."""
@@ -162,7 +169,10 @@ class ReplayedRollouts:
         """Do nothing: there is nothing to release."""
 
 
-def requests_of(prompts: Sequence[Prompt], n: int, settings: RolloutConfig, **changes: Any) -> list[Request]:
-    """Return `n` requests for each prompt, with the run's sampling settings and `changes` to them. prompt_id is the
-    prompt's index."""
-    return repeat([prompt.tokens for prompt in prompts], n, replace(sampling_from(settings), **changes))
+def requests_of(
+    prompts: Sequence[Prompt], n: int, settings: RolloutConfig, first: int = 0, **changes: Any
+) -> list[Request]:
+    """Return `n` requests for each prompt from `first` on, with the run's sampling settings and `changes` to them.
+    prompt_id is the prompt's index."""
+    sampling = replace(sampling_from(settings), **changes)
+    return repeat([prompt.tokens for prompt in prompts[first:]], n, sampling, first)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -14,6 +15,7 @@ from megarl.checkpoint import find, step_of
 from megarl.config.files import load_chat_template, no_score_head
 from megarl.config.reward_terms import FN, MODEL, URL, Term
 from megarl.data.agreement import refuse_different_data
+from megarl.data.mixture import PromptOrder, prompt_order
 from megarl.data.prompts import Prompt, PromptLimits, read_prompts
 from megarl.disk import local
 from megarl.errors import RewardError
@@ -32,6 +34,7 @@ from megarl.parallel.engine import Engine
 from megarl.parallel.offload import alone
 from megarl.rewards.answers import Score
 from megarl.rewards.scores import Scores
+from megarl.rollout.generator import Masking
 from megarl.rollout.noise import EVALUATION, GREEDY, TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.rollout.stored import require_phases
@@ -51,7 +54,9 @@ class GenerativeModule(Module):
     are built. They call `prepare_generation` after they built their engines.
     """
 
+    order: PromptOrder
     source: RolloutSource
+    masking: Masking | None = None  # decides which tokens the policy may choose
     streams: tuple[int, ...] = (TRAINING,)  # random streams of the responses that a phase collects
 
     def prepare(self) -> None:
@@ -67,6 +72,8 @@ class GenerativeModule(Module):
         data = self.config.data
         if train:
             self.prompts = self._read_prompts("data.train", data.train, data.train_split)
+            phases = (data.mixing and data.mixing.over_phases) or self.config.trainer.max_phases
+            self.order = prompt_order(self.prompts, data, self.config.seed, over=phases * self.rows_per_step)
         if data.eval and self.config.trainer.eval_every is not None:
             self.eval_prompts = self._read_prompts("data.eval", data.eval, data.eval_split)
 
@@ -168,19 +175,31 @@ class GenerativeModule(Module):
             seed=self.config.seed,
             chat_template=load_chat_template(self.config.data.chat_template),
             unit=self.unit,
+            masking=self.masking,
         )
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Return the responses of this phase, `rollout.n` to each prompt."""
-        self.last_batch = []  # a failure here must not dump the batch of the phase before
-        with self.clock.part("generate"), self._policy_alone():
-            self.source.publish(self.weights_version)
-            return self.source.collect(prompts, self.config.rollout.n, stream=TRAINING, phase=self.steps_done)
+    def phase_loader(self) -> Iterable[int]:
+        """Return an item per phase, without end. A phase draws its prompts itself, as their number may not be known."""
+        return repeat(0)
 
-    def generate_greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Return the greedy response to each prompt, from the weights that `generate` used."""
+    def draw(self, first: int, count: int) -> list[Prompt]:
+        """Return the prompts of this phase from number `first` on."""
+        return [self.prompts[index] for index in self.order.rows(self.rows_read + first, count).tolist()]
+
+    def generate(self, prompts: Sequence[Prompt], first: int = 0) -> list[Rollout]:
+        """Return responses of this phase, `rollout.n` to each prompt from number `first` on."""
+        self.last_batch = []  # a failure here must not dump the batch of the phase before
+        phase, n = self.steps_done, self.config.rollout.n
+        with self.clock.part("generate"), self._policy_alone():
+            if first == 0:
+                self.source.publish(self.weights_version)
+            return self.source.collect(prompts, n, stream=TRAINING, phase=phase, first=first)
+
+    def generate_greedy(self, prompts: Sequence[Prompt], first: int = 0) -> list[Rollout]:
+        """Return the greedy response to each prompt from number `first` on, from the weights that `generate` used."""
+        phase = self.steps_done
         with self.clock.part("generate_greedy"), self._policy_alone():
-            rollouts = self.source.collect(prompts, 1, stream=GREEDY, phase=self.steps_done, temperature=0.0)
+            rollouts = self.source.collect(prompts, 1, stream=GREEDY, phase=phase, first=first, temperature=0.0)
         # Their sample_id follows those of the sampled responses, so that the journal keeps their scores apart.
         return [replace(rollout, sample_id=self.config.rollout.n) for rollout in rollouts]
 
@@ -189,30 +208,36 @@ class GenerativeModule(Module):
         with self.clock.part("score"):
             return self.scorers[REWARD].score(prompts, rollouts, stream=TRAINING, phase=self.steps_done)
 
-    def keep_scored(
-        self, rollouts: Sequence[Rollout], scores: Scores, greedy: Sequence[Score | None] | None = None
-    ) -> tuple[list[Rollout], list[Score], list[Score] | None]:
-        """Apply `experience.scorers.keep_scored` to this phase's responses; refuse a phase that has none left."""
-        kept = keep_scored(rollouts, scores, greedy)
-        if not kept[0]:
-            all_scored = greedy is None or scores.dropped == len(rollouts)
-            what = "responses" if all_scored else "responses or the greedy responses to their prompts"
-            terms = self.config.reward.sources
-            named = " and ".join(f"{term.key}={term.value}" for term in terms)
-            raise RewardError(
-                f"{named} left all {len(rollouts)} {what} of phase {self.steps_done + 1} without a score: correct "
-                f"{' or '.join(dict.fromkeys(_CORRECT[term.kind] for term in terms))}, or set reward.on_error=error to "
-                "see what goes wrong",
-                key=terms[0].key,
-                value=terms[0].value,
-                offers={"reward.on_error": ["error"]},
-            )
-        return kept
+    def keep_scored(self, rollouts: Sequence[Rollout], scores: Scores) -> tuple[list[Rollout], list[Score]]:
+        """Return this phase's responses that have a score, and their scores; refuse a phase that has none left."""
+        kept, values, _ = keep_scored(rollouts, scores)
+        if not kept:
+            raise self.nothing_scored(len(rollouts))
+        return kept, values
 
-    def score_metrics(self, scores: Scores, kept: int) -> dict[str, float]:
-        """Return the metrics of scoring a phase. `kept` is the number that `keep_scored` kept."""
+    def nothing_scored(self, responses: int, *, with_greedy: bool = False) -> RewardError:
+        """Return the error for a phase in which no response has a score.
+
+        Args:
+            responses: number of responses of the phase.
+            with_greedy: whether some have one, but not the greedy responses to their prompts.
+        """
+        what = "responses or the greedy responses to their prompts" if with_greedy else "responses"
+        terms = self.config.reward.sources
+        named = " and ".join(f"{term.key}={term.value}" for term in terms)
+        return RewardError(
+            f"{named} left all {responses} {what} of phase {self.steps_done + 1} without a score: correct "
+            f"{' or '.join(dict.fromkeys(_CORRECT[term.kind] for term in terms))}, or set reward.on_error=error to "
+            "see what goes wrong",
+            key=terms[0].key,
+            value=terms[0].value,
+            offers={"reward.on_error": ["error"]},
+        )
+
+    def score_metrics(self, scores: Scores, dropped: int) -> dict[str, float]:
+        """Return the metrics of scoring a phase, of which `dropped` responses have no score."""
         return {
-            "rollout/dropped": float(len(scores.values) - kept),
+            "rollout/dropped": float(dropped),
             "rollout/failed_calls": float(scores.failed_calls),
             "rollout/repeated_calls": float(scores.repeated_calls),
             **({"rollout/reencoded": float(scores.reencoded)} if self._has_reward_model else {}),

@@ -53,3 +53,8 @@ def picky(prompts: list[str], outputs: list[str], **_: Any) -> list[float]:
 
 def indifferent(outputs: list[str], **_: Any) -> list[float]:
     return [1.0] * len(outputs)
+
+
+def seldom(prompts: list[str], outputs: list[str], **_: Any) -> list[float]:
+    """Has the same score for all responses to prompts of the first half of the alphabet."""
+    return [float(len(set(output))) if prompt > "k" else 0.0 for prompt, output in zip(prompts, outputs, strict=True)]

@@ -144,7 +144,7 @@ def test_samples_without_a_score_are_counted_and_never_a_zero(worker: Scripted, 
 def test_rollouts_without_a_score_or_without_what_they_are_compared_with_are_left_out() -> None:
     scores = Scores([2.0, None, 1.0])
     assert keep_scored(ROLLOUTS, scores) == ([ROLLOUTS[0], ROLLOUTS[2]], [2.0, 1.0], None)
-    assert keep_scored(ROLLOUTS, scores, [5.0, None]) == ([ROLLOUTS[0]], [2.0], [5.0])
+    assert keep_scored(ROLLOUTS, scores, {0: 5.0, 1: None}) == ([ROLLOUTS[0]], [2.0], [5.0])
 
 
 def test_a_part_of_the_scores_has_the_parts_of_its_samples() -> None:
