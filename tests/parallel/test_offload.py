@@ -189,6 +189,7 @@ def test_an_engine_that_only_evaluates_moves_and_a_model_that_somebody_kept_runs
 
 
 MARKER = 12_345_679
+SCALARS = 64  # bytes of single numbers that a process may keep between two marks
 
 
 def allocated(settings: DeviceSettings) -> list[int]:
@@ -216,12 +217,12 @@ def allocated(settings: DeviceSettings) -> list[int]:
 
 def test_the_allocator_sees_one_copy_of_everything(worlds: Worlds) -> None:
     ((first, away, back, second, again, last, _),) = worlds.run(1, allocated, CPU)
-    assert back == first == second == last
-    assert again == away
+    for others, expected in (((back, second, last), first), ((again,), away)):
+        assert others == pytest.approx((expected,) * len(others), abs=SCALARS)
     assert 0 < away < 0.8 * first  # gradients are dropped, the rest is in host memory, which is counted here too
     ((first, away, back, second, again, last, host),) = worlds.run(1, allocated, GPU)
-    assert back == second == last == first + host
-    assert again == away
+    for others, expected in (((back, second, last), first + host), ((again,), away)):
+        assert others == pytest.approx((expected,) * len(others), abs=SCALARS)
 
 
 def saved(engine: Engine, path: Path) -> dict[str, Tensor]:
