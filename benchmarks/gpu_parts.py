@@ -42,7 +42,7 @@ SAME_DEVICE = {"fp32": 1e-5, "bf16": 5e-2}
 """The same where both run on a CPU, one with a GPU's settings."""
 PLANNED = (0.8, 1.15)
 """Measured over planned bytes that count as right."""
-QUIET = ("trainer.progress=none", "trainer.log_every=1", "logger.tensorboard=false", "checkpoint.keep_best=0")
+QUIET = ("trainer.progress=none", "trainer.log_every=1", "logger.tensorboard=false", "checkpoint.best.keep=0")
 
 
 @dataclass(frozen=True)
