@@ -120,11 +120,12 @@ class RewardConfig(Section):
                 key=f"reward.{given[-1]}",
                 value=getattr(self, given[-1]),
             )
-        if self.terms and self.options:
+        if self.options and given and given != ["fn"]:
+            other = "the functions of reward.terms" if self.terms else f"reward.{given[0]}"
             raise Refusal(
-                f"reward.options={shown(self.options)} belongs to reward.fn, and not to the functions of reward.terms",
+                f"reward.options={shown(self.options)} belongs to reward.fn, and not to {other}",
                 {"reward.options": [{}]},
-                "the entry options of a term",
+                "the entry options of a term" if self.terms else None,
                 key="reward.options",
                 value=self.options,
             )
