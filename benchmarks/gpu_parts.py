@@ -44,7 +44,7 @@ NORMS = {"fp32": 1e-4, "bf16": 5e-2}
 """The same for gradient norms, which several steps of a phase are averaged over."""
 PLANNED = (0.8, 1.15)
 """Measured over planned bytes that count as right."""
-QUIET = ("trainer.progress=none", "trainer.log_every=1", "logger.tensorboard=false", "checkpoint.keep_best=0")
+QUIET = ("trainer.progress=none", "trainer.log_every=1", "logger.tensorboard=false", "checkpoint.best.keep=0")
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trl", metavar="PYTHON", help="interpreter of an environment with TRL: compare with its GRPO")
     parser.add_argument("--sizes", type=json.loads, default={}, help="JSON with other sizes of the model and phases")
     parser.add_argument("--least", type=float, help="exit with 1 if ours over TRL's is below this as EOS falls")
-    parser.add_argument("overrides", nargs="*", help="settings of our runs, such as rollout.slots=64")
+    parser.add_argument("overrides", nargs="*", help="settings of our runs, such as rollout.engine.slots=64")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sizes = Sizes(**options.sizes)

@@ -95,12 +95,13 @@ def open_generator(
     from megarl.rollout.guided import guided
     from megarl.tokenizers import build_tokenizer
 
-    if config.rollout.layout is not None:
+    settings = config.rollout.engine_settings
+    if settings.layout is not None:
         raise ConfigError(
-            f"rollout.layout={config.rollout.layout} applies only where weights are trained in another layout: set "
+            f"rollout.engine.layout={settings.layout} applies only where weights are trained in another layout: set "
             "parallel.tp and parallel.pp instead",
-            key="rollout.layout",
-            value=config.rollout.layout,
+            key="rollout.engine.layout",
+            value=settings.layout,
         )
     config, sources = resolve_pretrained(config)
     source = sources.at(config.model.path)
@@ -124,7 +125,7 @@ def open_generator(
             tokenizer.eos_id,
             seed=config.seed,
             also_eos=tokenizer.stop_ids(config.chat_template)[1:],
-            limits=Limits(config.rollout.slots, config.rollout.cache_bytes, graphs=config.rollout.cuda_graphs),
+            limits=Limits(settings.slots, settings.cache_bytes, graphs=settings.cuda_graphs),
             decode=tokenizer.decode,
             token_scorer=guided(config.rollout.ilql_beta) if is_guided else GPT.logits,
         )

@@ -80,15 +80,9 @@ _LEARNED_WEIGHTS_LR = 1e-5  # for pretrained weights; small models with random w
 _PPO_DEFAULTS = {
     "optim.lr": _LEARNED_WEIGHTS_LR,
     "checkpoint.every": 10,
-    "checkpoint.metric": "eval/score",
-    "checkpoint.mode": "max",
 }
 
-_PREFERENCE_DEFAULTS = {
-    "optim.lr": 1e-6,
-    "checkpoint.metric": "eval/accuracy",
-    "checkpoint.mode": "max",
-}
+_PREFERENCE_DEFAULTS = {"optim.lr": 1e-6}
 
 ALGORITHMS: dict[str, Algorithm] = {
     algorithm.name: algorithm
@@ -137,8 +131,6 @@ ALGORITHMS: dict[str, Algorithm] = {
             defaults={
                 "optim.lr": _LEARNED_WEIGHTS_LR,
                 "checkpoint.every": 5,
-                "checkpoint.metric": "eval/score",
-                "checkpoint.mode": "max",
             },
         ),
         Algorithm(
@@ -150,8 +142,6 @@ ALGORITHMS: dict[str, Algorithm] = {
             learns_from="rewarded samples",
             defaults={
                 "optim.lr": _LEARNED_WEIGHTS_LR,
-                "checkpoint.metric": "eval/score",
-                "checkpoint.mode": "max",
             },
         ),
         Algorithm(
@@ -193,7 +183,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             module="megarl.modules.rm:RewardModel",
             about="Training of a reward model on pairs, ranked lists, scores, or scores of steps.",
             learns_from="pairs",
-            defaults={"optim.lr": _LEARNED_WEIGHTS_LR, "checkpoint.metric": "eval/loss", "checkpoint.mode": "min"},
+            defaults={"optim.lr": _LEARNED_WEIGHTS_LR},
         ),
     )
 }

@@ -313,8 +313,8 @@ def action_mask_fits(config: Any, world_size: int) -> None:
     if config.ppo.action_mask is None:
         return
     for key, value, off in (
-        ("rollout.cuda_graphs", config.rollout.cuda_graphs, False),
-        ("rollout.layout", config.rollout.layout, None),
+        ("rollout.engine.cuda_graphs", config.rollout.engine_settings.cuda_graphs, False),
+        ("rollout.engine.layout", config.rollout.engine_settings.layout, None),
     ):
         if value:
             raise Refusal(

@@ -183,7 +183,9 @@ RULES = (
         "responses after the resume",
     ),
     _rule("rollout", "n", NOW, "prompts continue at the first unused one"),
-    _rule("rollout", "slots cache_bytes layout cuda_graphs", NOW, "how this process computes"),
+    _rule(
+        "rollout", "engine.slots engine.cache_bytes engine.layout engine.cuda_graphs", NOW, "how this process computes"
+    ),
     _rule("rollout", "too_long dump replay ilql_beta", NOW, "responses after the resume"),
     _rule(
         "reward",
@@ -193,14 +195,14 @@ RULES = (
         "scores restart",
     ),
     _rule(
-        *("reward", "timeout retries on_error batch_size devices", NOW),
+        *("reward", "calls.timeout calls.retries calls.batch_size calls.devices on_error", NOW),
         "how the function or the servers are called",
     ),
     _rule("metric", "fn", NOW, "evaluations after the resume"),
     _rule("eval", "n table sweep.temperature sweep.beta", NOW, "evaluations after the resume"),
     # what is kept
-    _rule("checkpoint", "every keep_last keep_best async_save save_last", NOW, "checkpoints after the resume"),
-    _rule("checkpoint", "metric mode", NOW, "checkpoints are ranked by their values of this metric only"),
+    _rule("checkpoint", "every keep_last best.keep async_save save_last", NOW, "checkpoints after the resume"),
+    _rule("checkpoint", "best.metric best.mode", NOW, "checkpoints are ranked by their values of this metric only"),
     _rule("export", "hf", NOW, "what is exported when training ends"),
     _rule("logger", "tensorboard csv wandb.project wandb.mode mlflow.uri", NOW, "where metrics are logged"),
 )

@@ -65,7 +65,8 @@ class JournalledScorer(ABC):
 
     def __init__(self, tokenizer: Tokenizer, grid: Grid, settings: RewardConfig, journal: Journal | None) -> None:
         """`journal` keeps scores across restarts, for the present fingerprint."""
-        self.grid, self.tokenizer, self.journal, self.batch_size = grid, tokenizer, journal, settings.batch_size
+        self.grid, self.tokenizer, self.journal = grid, tokenizer, journal
+        self.batch_size = settings.call_settings.batch_size
         self.drops = settings.on_error == "drop"  # otherwise samples without a score are scored again
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
@@ -164,15 +165,16 @@ class FunctionScorer(JournalledScorer):
         name = key.partition(".")[0] if name == "<lambda>" else name
         self.name = unique_metric_name(name) if key == "metric.fn" else name
         self._identify(grid.run_on_rank0(lambda: fingerprint(resolved, options or {})))
+        calls = settings.call_settings
         if grid.rank == 0:
             self.worker = RewardWorker(
                 resolved,
                 tokenizer,
-                timeout_s=settings.timeout,
-                retries=settings.retries,
+                timeout_s=calls.timeout,
+                retries=calls.retries,
                 on_error=settings.on_error,
                 options=options,
-                devices=settings.devices,
+                devices=calls.devices,
                 key=key,
             )
 
@@ -182,7 +184,7 @@ class FunctionScorer(JournalledScorer):
             self.worker.close()
 
     def _score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Iterator[Answered]:
-        """Call the function, with `reward.batch_size` rollouts per call."""
+        """Call the function, with `reward.calls.batch_size` rollouts per call."""
         assert self.worker is not None
         size = self.batch_size or len(rollouts)
         for first in range(0, len(rollouts), size):

@@ -81,13 +81,14 @@ class GeneratedRollouts:
         """
         self.unit, self.version = unit, 0
         self.settings, self.sampling = settings, sampling_from(settings)
-        self.reshard = for_generation(engine, settings.layout)
+        computed = settings.engine_settings
+        self.reshard = for_generation(engine, computed.layout)
         self.generator = Generator(
             engine if self.reshard is None else self.reshard.engine,
             tokenizer.eos_id,
             seed=seed,
             also_eos=tokenizer.stop_ids(chat_template)[1:],
-            limits=Limits(settings.slots, settings.cache_bytes, graphs=settings.cuda_graphs),
+            limits=Limits(computed.slots, computed.cache_bytes, graphs=computed.cuda_graphs),
             decode=tokenizer.decode,
             masking=masking,
         )
@@ -123,7 +124,8 @@ class GeneratedRollouts:
         if self.settings.dump is not None:
             path = stored.phase_file(self.settings.dump, stream, phase, first)
             self.generator.grid.run_on_rank0(lambda: stored.dump(path, rollouts))  # complete on return, for any rank
-        if not self.settings.cuda_graphs:  # CUDA graphs are recorded over the cache, and recording takes seconds
+        # CUDA graphs are recorded over the cache, and recording takes seconds.
+        if not self.settings.engine_settings.cuda_graphs:
             self.generator.close()  # frees the memory for scoring and training
         return rollouts
 

@@ -35,11 +35,11 @@ class Limits:
         """Refuse CUDA graphs in a layout with pipeline stages."""
         if self.graphs and layout.pp > 1:
             raise ConfigError(
-                f"rollout.cuda_graphs=true at {layout}: a pipeline's passes wait for other processes, so use "
-                "rollout.cuda_graphs=false, or a rollout.layout of tp alone",
-                key="rollout.cuda_graphs",
+                f"rollout.engine.cuda_graphs=true at {layout}: a pipeline's passes wait for other processes, so use "
+                "rollout.engine.cuda_graphs=false, or a rollout.engine.layout of tp alone",
+                key="rollout.engine.cuda_graphs",
                 value=True,
-                offers={"rollout.cuda_graphs": [False]},
+                offers={"rollout.engine.cuda_graphs": [False]},
             )
 
 
@@ -150,18 +150,18 @@ class Generator:
         return rollouts
 
     def check_length(self, length: int) -> None:
-        """Refuse a `rollout.cache_bytes` that has no space for sequences of `length` tokens."""
+        """Refuse a `rollout.engine.cache_bytes` that has no space for sequences of `length` tokens."""
         groups, limit = self.grid.layout.pp, self.limits.cache_bytes
         needed = groups * self._slot_bytes(length)
         if limit is not None and limit < needed:
             raise ConfigError(
-                f"rollout.cache_bytes={limit} is too small: a sequence of {length} tokens needs {needed // groups} "
-                "bytes on each process"
+                f"rollout.engine.cache_bytes={limit} is too small: a sequence of {length} tokens needs "
+                f"{needed // groups} bytes on each process"
                 + (f", and {groups} are generated at once" if groups > 1 else "")
-                + f", so use rollout.cache_bytes={needed} or more, or shorter sequences",
-                key="rollout.cache_bytes",
+                + f", so use rollout.engine.cache_bytes={needed} or more, or shorter sequences",
+                key="rollout.engine.cache_bytes",
                 value=limit,
-                offers={"rollout.cache_bytes": [needed]},
+                offers={"rollout.engine.cache_bytes": [needed]},
             )
 
     @property
@@ -190,7 +190,7 @@ class Generator:
 
     def static_passes(self) -> StaticPasses | None:
         """Return decoding steps of fixed shapes over the present cache and token scorer; None without
-        rollout.cuda_graphs."""
+        rollout.engine.cuda_graphs."""
         if not self.limits.graphs:
             return None
         returns = self.engine.memory.returns  # each return moves the weights to other addresses than a recording reads

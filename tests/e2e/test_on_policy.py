@@ -23,7 +23,7 @@ RUNS = {
     ],
     "masking": [
         *("ppo.action_mask.top_p=0.8", "ppo.action_mask.refresh_every=2", "ppo.objective=cispo", "optim.lr=1e-3"),
-        *("reward.fn=megarl.rewards.builtin:length", "ppo.clip_scores=null", "rollout.slots=6"),
+        *("reward.fn=megarl.rewards.builtin:length", "ppo.clip_scores=null", "rollout.engine.slots=6"),
     ],
 }
 NAMES = ("rollout/score", "rollout/entropy", "rollout/response_tokens", "policy/loss", "train/loss")

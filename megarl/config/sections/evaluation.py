@@ -18,7 +18,7 @@ class SweepConfig(Section):
     temperature: list[float] = leaf(
         [],
         "Values of rollout.temperature; every evaluation runs once with each (empty: once, with rollout.temperature)."
-        " checkpoint.metric must then name one, as eval/score@temperature=0.5.",
+        " checkpoint.best.metric must then name one, as eval/score@temperature=0.5.",
         at_least=0,
         form=temperature,
     )
@@ -53,7 +53,7 @@ class GuidedSweepConfig(SweepConfig):
     beta: list[float] = leaf(
         [],
         "Values of rollout.ilql_beta; every evaluation runs once with each (empty: once, with rollout.ilql_beta). "
-        "checkpoint.metric must then name one, as eval/score@beta=1. Excludes eval.sweep.temperature.",
+        "checkpoint.best.metric must then name one, as eval/score@beta=1. Excludes eval.sweep.temperature.",
         at_least=0,
     )
 

@@ -87,7 +87,7 @@ class TrainerConfig(LoopConfig):
     eval_batch_size: int = leaf(
         16,
         "Sequences per forward pass of one replica in evaluations that compute a loss. Evaluations that generate use "
-        "rollout.slots.",
+        "rollout.engine.slots.",
         at_least=1,
         at_most=2**24,
     )
