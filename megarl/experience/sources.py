@@ -32,6 +32,7 @@ class RolloutSource(Protocol):
         stream: int,
         phase: int,
         token_scorer: TokenScorer = GPT.logits,
+        within: range | None = None,
         **changes: Any,
     ) -> list[Rollout]:
         """Return `n` responses to each prompt, sorted by (prompt_id, sample_id). A prompt's id is its index in
@@ -43,6 +44,7 @@ class RolloutSource(Protocol):
             stream: random stream: training, greedy or one of an evaluation.
             phase: number of training steps done.
             token_scorer: computes the scores from which tokens are sampled.
+            within: indices of the prompts to respond to, without gaps; None for all.
             changes: overrides of the run's `Sampling` settings.
         """
 
@@ -101,6 +103,7 @@ class GeneratedRollouts:
         stream: int,
         phase: int,
         token_scorer: TokenScorer = GPT.logits,
+        within: range | None = None,
         **changes: Any,
     ) -> list[Rollout]:
         """Generate the responses, and write them to `rollout.dump` if it is set."""
@@ -108,7 +111,7 @@ class GeneratedRollouts:
         is_training = stream in (TRAINING, GREEDY)
         when = f"in {self.unit} {phase + 1}" if is_training else f"in the evaluation after {self.unit} {phase}"
         rollouts = self.generator.generate(
-            requests_of(prompts, n, self.settings, **changes),
+            requests_of(prompts, n, self.settings, within, **changes),
             stream=stream,
             phase=phase,
             weights_version=self.version,
@@ -150,10 +153,11 @@ class ReplayedRollouts:
         stream: int,
         phase: int,
         token_scorer: TokenScorer = GPT.logits,
+        within: range | None = None,
         **changes: Any,
     ) -> list[Rollout]:
         """Return the dumped responses to these prompts, whatever settings sampled them."""
-        return stored.replay(self.folder, stream, phase, requests_of(prompts, n, self.settings))
+        return stored.replay(self.folder, stream, phase, requests_of(prompts, n, self.settings, within))
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Accept all prompts: nothing is generated, so none is too long."""
@@ -162,7 +166,11 @@ class ReplayedRollouts:
         """Do nothing: there is nothing to release."""
 
 
-def requests_of(prompts: Sequence[Prompt], n: int, settings: RolloutConfig, **changes: Any) -> list[Request]:
-    """Return `n` requests for each prompt, with the run's sampling settings and `changes` to them. prompt_id is the
-    prompt's index."""
-    return repeat([prompt.tokens for prompt in prompts], n, replace(sampling_from(settings), **changes))
+def requests_of(
+    prompts: Sequence[Prompt], n: int, settings: RolloutConfig, within: range | None = None, **changes: Any
+) -> list[Request]:
+    """Return `n` requests for each prompt, or for those in the range `within`, with the run's sampling settings and
+    `changes` to them. prompt_id is the prompt's index."""
+    chosen = range(len(prompts)) if within is None else within
+    sampling = replace(sampling_from(settings), **changes)
+    return repeat([prompts[index].tokens for index in chosen], n, sampling, first=chosen.start)

@@ -19,6 +19,7 @@ from megarl.config.ppo import PPOConfig
 from megarl.config.resume import from_plain
 from megarl.data.prompts import build_phase_loader
 from megarl.errors import NumericsError
+from megarl.experience.build_scorers import reward_roles
 from megarl.experience.invariants import Invariants
 from megarl.experience.reference import Reference, SwappedReference
 from megarl.experience.rows import forward_rows, rollouts_to_rows, training_flops
@@ -30,7 +31,7 @@ from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour, clones
 from megarl.modules.critics import Critic, NoCritic, SeparateCritic, SharedCritic
-from megarl.modules.generative import GenerativeModule, reward_roles
+from megarl.modules.generative import GenerativeModule
 from megarl.modules.workload import Workload, responses, reward_note
 from megarl.parallel.engine import Engine, ForwardFn, Outputs, Stats
 from megarl.parallel.grid import SEEDS
