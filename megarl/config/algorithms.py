@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
+from megarl.config.evaluate import EvaluateConfig
 from megarl.config.generate import GenerateConfig
 from megarl.config.ilql import ILQLConfig
 from megarl.config.ppo import PPOConfig
@@ -190,14 +191,17 @@ ALGORITHMS: dict[str, Algorithm] = {
 """Algorithms by name, in the order in which they are documented."""
 
 GENERATE = EntryPoint("generate", config=GenerateConfig, about="Responses of a trained model to prompts, or a chat.")
+EVALUATE = EntryPoint(
+    "evaluate", config=EvaluateConfig, about="Measures of a trained model's responses to held-out prompts."
+)
 SERVE = EntryPoint(
     "serve_reward", config=ServeConfig, about="A reward model as a service, which gives scores over HTTP."
 )
 
 
 def entry_points() -> dict[str, EntryPoint]:
-    """Return every entry point by name: the algorithms, `generate` and `serve_reward`."""
-    return {**ALGORITHMS, GENERATE.name: GENERATE, SERVE.name: SERVE}
+    """Return every entry point by name: the algorithms, `generate`, `evaluate` and `serve_reward`."""
+    return {**ALGORITHMS, **{entry.name: entry for entry in (GENERATE, EVALUATE, SERVE)}}
 
 
 def entry_point(name: str) -> EntryPoint:

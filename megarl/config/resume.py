@@ -199,7 +199,7 @@ RULES = (
         "how the function or the servers are called",
     ),
     _rule("metric", "fn", NOW, "evaluations after the resume"),
-    _rule("eval", "n table sweep.temperature sweep.beta", NOW, "evaluations after the resume"),
+    _rule("eval", "n vote table sweep.temperature sweep.beta", NOW, "evaluations after the resume"),
     # what is kept
     _rule("checkpoint", "every keep_last best.keep async_save save_last", NOW, "checkpoints after the resume"),
     _rule("checkpoint", "best.metric best.mode", NOW, "checkpoints are ranked by their values of this metric only"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megarl.config.files import load_chat_template
-from megarl.config.sections.data import PromptDataConfig
+from megarl.config.sections.data import HeldOutDataConfig, SourcesConfig
 from megarl.data.formats import RecordFormat
 from megarl.data.sources import Places, Record, read_records
 from megarl.errors import ConfigError, DataError
@@ -79,7 +79,7 @@ class PromptLimits:
 def read_prompts(
     paths: Sequence[str],
     split: str,
-    data: PromptDataConfig,
+    data: SourcesConfig | HeldOutDataConfig,
     tokenizer: Tokenizer,
     limits: PromptLimits,
     name: str = "data.train",
@@ -98,7 +98,7 @@ def read_prompts(
     return _with_equal_fields(fit_prompts(encoded, limits, name))
 
 
-def prompt_format(data: PromptDataConfig) -> RecordFormat:
+def prompt_format(data: SourcesConfig | HeldOutDataConfig) -> RecordFormat:
     """Return how prompts are read, and samples that the policy is to answer them like: by the same keys and the same
     chat template."""
     return RecordFormat(

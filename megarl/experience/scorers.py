@@ -26,7 +26,13 @@ from megarl.tokenizers import Tokenizer
 _WEIGHTED = re.compile(
     r"^(?:(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?(?P<function>\S+)$", re.IGNORECASE
 )
-RESERVED_METRICS = ("score", "response_tokens")  # names that evaluations use for other metrics
+RESERVED_METRICS = (
+    "score",
+    "score_se",
+    "vote",
+    "vote_se",
+    "response_tokens",
+)  # names that evaluations use for other metrics
 
 
 class Scorer(Protocol):

@@ -31,20 +31,20 @@ class RolloutSource(Protocol):
         *,
         stream: int,
         phase: int,
-        first: int = 0,
         token_scorer: TokenScorer = GPT.logits,
+        within: range | None = None,
         **changes: Any,
     ) -> list[Rollout]:
-        """Return `n` responses to each prompt from `first` on, sorted by (prompt_id, sample_id). A prompt's id is its
-        index in `prompts`.
+        """Return `n` responses to each prompt, sorted by (prompt_id, sample_id). A prompt's id is its index in
+        `prompts`.
 
         Args:
             prompts: the prompts.
             n: number of responses to each.
             stream: random stream: training, greedy or one of an evaluation.
             phase: number of training steps done.
-            first: index of the first prompt to respond to: a phase may add prompts to those that it has.
             token_scorer: computes the scores from which tokens are sampled.
+            within: indices of the prompts to respond to, without gaps; None for all.
             changes: overrides of the run's `Sampling` settings.
         """
 
@@ -106,8 +106,8 @@ class GeneratedRollouts:
         *,
         stream: int,
         phase: int,
-        first: int = 0,
         token_scorer: TokenScorer = GPT.logits,
+        within: range | None = None,
         **changes: Any,
     ) -> list[Rollout]:
         """Generate the responses, and write them to `rollout.dump` if it is set."""
@@ -115,14 +115,14 @@ class GeneratedRollouts:
         is_training = stream in (TRAINING, GREEDY)
         when = f"in {self.unit} {phase + 1}" if is_training else f"in the evaluation after {self.unit} {phase}"
         rollouts = self.generator.generate(
-            requests_of(prompts, n, self.settings, first, **changes),
+            requests_of(prompts, n, self.settings, within, **changes),
             stream=stream,
             phase=phase,
             weights_version=self.version,
             place=lambda number: f"{prompts[number].where or f'prompt {number}'} {when}",
         )
         if self.settings.dump is not None:
-            path = stored.phase_file(self.settings.dump, stream, phase, first)
+            path = stored.phase_file(self.settings.dump, stream, phase, 0 if within is None else within.start)
             self.generator.grid.run_on_rank0(lambda: stored.dump(path, rollouts))  # complete on return, for any rank
         # CUDA graphs are recorded over the cache, and recording takes seconds.
         if not self.settings.engine_settings.cuda_graphs:
@@ -157,12 +157,13 @@ class ReplayedRollouts:
         *,
         stream: int,
         phase: int,
-        first: int = 0,
         token_scorer: TokenScorer = GPT.logits,
+        within: range | None = None,
         **changes: Any,
     ) -> list[Rollout]:
         """Return the dumped responses to these prompts, whatever settings sampled them."""
-        return stored.replay(self.folder, stream, phase, requests_of(prompts, n, self.settings, first), first)
+        requests = requests_of(prompts, n, self.settings, within)
+        return stored.replay(self.folder, stream, phase, requests, 0 if within is None else within.start)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Accept all prompts: nothing is generated, so none is too long."""
@@ -172,9 +173,10 @@ class ReplayedRollouts:
 
 
 def requests_of(
-    prompts: Sequence[Prompt], n: int, settings: RolloutConfig, first: int = 0, **changes: Any
+    prompts: Sequence[Prompt], n: int, settings: RolloutConfig, within: range | None = None, **changes: Any
 ) -> list[Request]:
-    """Return `n` requests for each prompt from `first` on, with the run's sampling settings and `changes` to them.
-    prompt_id is the prompt's index."""
+    """Return `n` requests for each prompt, or for those in the range `within`, with the run's sampling settings and
+    `changes` to them. prompt_id is the prompt's index."""
+    chosen = range(len(prompts)) if within is None else within
     sampling = replace(sampling_from(settings), **changes)
-    return repeat([prompt.tokens for prompt in prompts[first:]], n, sampling, first)
+    return repeat([prompts[index].tokens for index in chosen], n, sampling, first=chosen.start)

@@ -7,9 +7,9 @@ from dataclasses import replace
 from megarl.config.advantages import critic_kind
 from megarl.config.cluster import PlanConfig
 from megarl.config.ppo import PPOConfig
+from megarl.experience.build_scorers import reward_roles
 from megarl.models.exchange.pretrained import Sources, second_model
 from megarl.models.roles import Role
-from megarl.modules.generative import reward_roles
 from megarl.modules.workload import Workload, responses, reward_note
 
 

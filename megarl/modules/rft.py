@@ -12,11 +12,12 @@ from megarl.clock import Work
 from megarl.config.cluster import PlanConfig
 from megarl.config.rft import RFTConfig
 from megarl.errors import ConfigError
+from megarl.experience.build_scorers import reward_roles
 from megarl.experience.rows import rollouts_to_rows, training_flops
 from megarl.models.exchange.pretrained import Sources
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour, clones
-from megarl.modules.generative import GenerativeModule, reward_roles
+from megarl.modules.generative import GenerativeModule
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.modules.workload import Workload, responses, reward_note
 from megarl.parallel.grid import SEEDS

@@ -147,7 +147,7 @@ def sampling_from(rollout: RolloutConfig) -> Sampling:
 
 
 def repeat(prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, first: int = 0) -> list[Request]:
-    """Return `n` requests for each prompt. Their prompt_id counts from `first`."""
+    """Return `n` requests for each prompt. prompt_id is the prompt's index plus `first`."""
     if n < 1:
         raise ConfigError(f"rollout.n={n} requests no responses: use 1 or more", key="rollout.n", value=n)
     return [

@@ -177,6 +177,29 @@ class PromptDataConfig(SourcesConfig):
 
 
 @dataclass
+class HeldOutDataConfig(Section):
+    """Which prompts a trained model is evaluated on. The other fields of a record are passed to the reward function."""
+
+    eval: list[str] = leaf([], SOURCES.format("Prompts to evaluate on"))
+    options: dict[str, Any] = leaf({}, "Keyword arguments of every function in data.eval.")
+    eval_split: str = leaf(
+        "validation",
+        "Split to evaluate on, of hub data sets, of folders written by save_to_disk, and of folders with files named "
+        "after splits.",
+    )
+    prompt_key: str = leaf(
+        "prompt",
+        "Field of a record that holds the prompt. In records without it, the prompt is their instruction and input.",
+    )
+    messages_key: str = leaf("messages", "Field of a record that holds a conversation: a list of messages.")
+    chat_template: str | None = leaf(
+        None,
+        "Jinja template that turns conversations into text, or a file that holds one (null: the tokenizer's own "
+        "template, or the built-in one if it has none).",
+    )
+
+
+@dataclass
 class OfflineDataConfig(SourcesConfig):
     """Which samples with rewards are trained on, and which prompts evaluations use."""
 

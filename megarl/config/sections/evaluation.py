@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarl.config.forms import temperature
+from megarl.config.forms import temperature, vote_reader
 from megarl.config.leaf import Section, leaf, section
 from megarl.config.offers import Refusal
 
@@ -29,6 +29,14 @@ class EvalConfig(Section):
     """Settings of generation in evaluations, which otherwise use those of rollout."""
 
     n: int = leaf(1, "Number of responses per prompt in evaluations.", at_least=1, at_most=2**20)
+    vote: str | None = leaf(
+        None,
+        "What responses to a prompt vote on, if eval.n is above 1: text (the whole response), number (the last one), "
+        "choice (the last capital letter that stands alone), boxed (the content of the last \\boxed{}), or a function "
+        "package.module:function that returns the answer in a response's text, or None. The mean score of the "
+        "responses with the most frequent answer is logged as eval/vote (null: no vote).",
+        form=vote_reader,
+    )
     table: int = leaf(
         4, "Number of responses that each evaluation prints and adds to samples.jsonl.", at_least=0, at_most=1000
     )

@@ -12,6 +12,18 @@ from megarl.config.leaf import Section, leaf, optional_section, or_defaults
 
 
 @dataclass
+class FolderConfig(Section):
+    """The folder of an evaluation, which continues in it when it is started again."""
+
+    dir: str | None = leaf(
+        None,
+        "Folder for the log, and for responses and scores as soon as they are known (null: runs/NAME). Started again "
+        "with the same folder, an interrupted evaluation continues. A multirun appends the job's number.",
+    )
+    name: str | None = leaf(None, "Name of the folder below runs (null: evaluate and a timestamp).", form=folder_name)
+
+
+@dataclass
 class RunConfig(Section):
     """Settings of the run folder and of resuming."""
 
