@@ -34,7 +34,7 @@ namespaces: new process, network, mount, IPC and host name namespaces, made by t
     that nobody else has and a filter that allows no file to be changed and no socket; needs the superuser.
 """
 
-GRACE_S = 3.0
+GRACE_S = 5.0
 """Seconds after the time-out at which a sandbox that has not reported is killed from outside."""
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
@@ -157,7 +157,7 @@ class Program:
         if self._end is None:
             text = b""
             while (left := self._deadline - time.monotonic()) > 0:
-                if not _readable(self._status, left):
+                if not readable(self._status, left):
                     continue
                 piece = os.read(self._status, 1 << 16)
                 if not piece:
@@ -220,7 +220,7 @@ def run(
             os.close(output_end)
         deadline = time.monotonic() + limits.wall_s + GRACE_S
         while (left := deadline - time.monotonic()) > 0:
-            if _readable(output, left):
+            if readable(output, left):
                 piece = os.read(output, 1 << 16)
                 text += piece
                 if not piece:
@@ -345,7 +345,8 @@ def _closed_with(opened: contextlib.ExitStack, number: int) -> int:
     return number
 
 
-def _readable(number: int, timeout_s: float) -> bool:
+def readable(number: int, timeout_s: float) -> bool:
+    """Return whether a descriptor can be read, or its other end is closed, within a time."""
     poll = select.poll()
     poll.register(number, select.POLLIN)
     return bool(poll.poll(max(1, timeout_s * 1000)))

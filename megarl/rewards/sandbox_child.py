@@ -54,7 +54,7 @@ class SetupError(Exception):
 
 def main() -> None:
     """Run one program as the control pipe says first, and write to the status pipe how it ended."""
-    with open(0, "rb", closefd=False) as control:  # noqa: PTH123 - pathlib is slow to import
+    with open(0, "rb", closefd=False) as control:
         config = marshal.load(control)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != config["parent"]:
@@ -69,7 +69,10 @@ def main() -> None:
 
 
 def _refusal(error: BaseException) -> dict[str, str]:
-    return {"how": "refused", "why": str(error) if isinstance(error, SetupError) else f"{type(error).__name__}: {error}"}
+    return {
+        "how": "refused",
+        "why": str(error) if isinstance(error, SetupError) else f"{type(error).__name__}: {error}",
+    }
 
 
 # The outer process
@@ -135,7 +138,7 @@ def _descendants(root: int) -> list[int]:
     while todo:
         pid = todo.pop()
         try:
-            threads = os.listdir(f"/proc/{pid}/task")  # noqa: PTH208 - pathlib is slow to import
+            threads = os.listdir(f"/proc/{pid}/task")
         except OSError:
             continue  # it has ended
         for thread in threads:
@@ -146,11 +149,15 @@ def _descendants(root: int) -> list[int]:
 
 
 def _memory(pids: list[int], exact: bool) -> int:
-    """Return the resident bytes of processes. Pages that several share count for each of them, or once if `exact`, which
-    is slow and not possible everywhere."""
+    """Return the resident bytes of processes. Pages that several share count for each of them, or once if `exact`,
+    which is slow and not possible everywhere."""
     total = 0
     for pid in pids:
-        shared = [line for line in _read(f"/proc/{pid}/smaps_rollup").splitlines() if line.startswith("Pss:")] if exact else []
+        shared = (
+            [line for line in _read(f"/proc/{pid}/smaps_rollup").splitlines() if line.startswith("Pss:")]
+            if exact
+            else []
+        )
         if shared:
             total += int(shared[0].split()[1]) << 10
         elif fields := _read(f"/proc/{pid}/statm").split():
@@ -187,7 +194,8 @@ def _enter_namespaces(config: dict[str, Any]) -> None:
         return
     flags = _NEWPID | _NEWNET | _NEWIPC | _NEWUTS | _NEWCGROUP
     if isolation == "namespaces":
-        return _check("unshare(pid, net, ipc, uts, cgroup)", _libc.unshare(flags))
+        _check("unshare(pid, net, ipc, uts, cgroup)", _libc.unshare(flags))
+        return
     if uid is not None:  # the superuser has no limit of processes, and the user namespace would inherit that
         _become(uid)
         _prctl(_PR_SET_DUMPABLE, 1)  # else the maps below belong to the superuser
@@ -278,7 +286,8 @@ def _show(path: str) -> None:
         return
     os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
     if os.path.islink(old):
-        return os.symlink(os.readlink(old), path)
+        os.symlink(os.readlink(old), path)
+        return
     if os.path.isdir(old):
         os.mkdir(path, 0o755)
     else:
@@ -293,7 +302,6 @@ def _show(path: str) -> None:
         _mount(old, path, None, _MS_BIND)
         flags = os.statvfs(path).f_flag & (_MS_NOEXEC | 1024 | 2048 | 4096 << 9)
         _mount("none", path, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV | flags)
-    return None
 
 
 # The program
@@ -384,7 +392,7 @@ def _bound_no_capabilities() -> None:
 
 
 class _FilterProgram(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]  # noqa: RUF012 - ctypes reads a list
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
 
 def _filter_system_calls(instructions: bytes) -> None:
@@ -433,7 +441,7 @@ def _try(step: Callable[..., None], *arguments: Any) -> bool:
 def _read(path: str) -> str:
     """Return the text of a file in /proc; nothing where its process has ended or it cannot be read."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - pathlib is slow to import
+        with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()
     except OSError:
         return ""
