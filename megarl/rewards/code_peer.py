@@ -33,7 +33,7 @@ _ERRORS = {
     name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, BaseException)
 }
 _BUILTIN: dict[str, type] = {**{kind.__name__: kind for kind in _TYPES}, **_ERRORS}
-_SEQUENCES: tuple[tuple[str, type], ...] = (("l", list), ("t", tuple), ("s", set), ("f", frozenset))
+_SEQUENCES: tuple[tuple[str, Any], ...] = (("l", list), ("t", tuple), ("s", set), ("f", frozenset))
 
 _ALONE: dict[str, Callable[..., Any]] = {
     **{name: getattr(builtins, name) for name in ("len", "iter", "next", "bool", "str", "repr", "int", "float", "abs")},
@@ -144,9 +144,10 @@ class Peer:
             return {"d": [[self._encode(key), self._encode(one)] for key, one in dict.items(value)]}
         if isinstance(value, bytes | bytearray):
             return {"b" if isinstance(value, bytes) else "y": value.hex()}
-        for plain in (str, float, complex):
-            if isinstance(value, plain):
-                return {"c": [value.real, value.imag]} if plain is complex else plain(value)
+        if isinstance(value, str | float):
+            return str(value) if isinstance(value, str) else float(value)
+        if isinstance(value, complex):
+            return {"c": [value.real, value.imag]}
         if kind is range:
             return {"r": [value.start, value.stop, value.step]}
         if kind.__module__ == "decimal" and kind.__name__ == "Decimal":
@@ -309,6 +310,12 @@ class Remote:
     def __exit__(self, *_: object) -> Any:
         return self.__getattr__("__exit__")(None, None, None)
 
+    def __instancecheck__(self, one: object) -> bool:
+        return isinstance(one, Remote) and bool(self._peer.request("isinstance", self._number, "", (one,)))
+
+    def __subclasscheck__(self, one: object) -> bool:
+        return isinstance(one, Remote) and bool(self._peer.request("issubclass", self._number, "", (one,)))
+
     def __hash__(self) -> int:
         return hash((Remote, self._number))
 
@@ -328,12 +335,6 @@ def _remote_method(do: str, among_remotes: bool) -> Callable[..., Any]:
 for _do in _OPERATIONS:
     if _do not in ("contains", "isinstance", "issubclass"):
         setattr(Remote, f"__{_do.rstrip('_')}__", _remote_method(_do, _do in _AMONG_REMOTES))
-Remote.__instancecheck__ = (  # type: ignore[attr-defined]
-    lambda self, one: isinstance(one, Remote) and self._peer.request("isinstance", self._number, "", (one,))
-)
-Remote.__subclasscheck__ = (  # type: ignore[attr-defined]
-    lambda self, one: isinstance(one, Remote) and self._peer.request("issubclass", self._number, "", (one,))
-)
 
 
 # The code's process

@@ -54,7 +54,7 @@ def equal(one: Number, other: Number, tolerance: float) -> bool:
     if one == other:
         return True
     try:
-        return abs(one - other) <= tolerance * max(abs(one), abs(other))
+        return bool(abs(one - other) <= tolerance * max(float(abs(one)), float(abs(other))))
     except OverflowError:
         return False
 

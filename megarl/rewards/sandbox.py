@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from megarl.errors import RewardError
 from megarl.rewards.seccomp import system_call_filter
@@ -164,7 +165,9 @@ class Program:
                     break
                 text += piece
             self._finish()
-            said = marshal.loads(text) if text else {"how": "killed", "why": "the sandbox did not answer"}
+            said: dict[str, Any] = (
+                marshal.loads(text) if text else {"how": "killed", "why": "the sandbox did not answer"}
+            )
             if said["how"] == "refused":
                 raise SandboxError(f"the sandbox could not start a program: {said['why']}", key="reward.fn")
             self._end = End(said["how"], said.get("why", ""), said.get("code"))

@@ -81,7 +81,10 @@ def _refusal(error: BaseException) -> dict[str, str]:
 def _outer(config: dict[str, Any]) -> dict[str, Any]:
     """Start the inner process and wait for the end of the program, a limit, or the control pipe."""
     isolation = config["isolation"]
-    sweeper = _start_sweeper(config["uid"]) if isolation == "separate user" else None
+    sweeper = None
+    if isolation == "separate user":
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # what the program leaves behind becomes this process's, to be waited for
+        sweeper = _start_sweeper(config["uid"])
     _enter_namespaces(config)
     life, life_end = os.pipe()
     report, report_end = os.pipe()
@@ -90,7 +93,7 @@ def _outer(config: dict[str, Any]) -> dict[str, Any]:
         os.close(life_end)
         os.close(report)
         if sweeper is not None:
-            os.close(sweeper[1])
+            os.close(sweeper)
         try:
             _inner(config, life, report_end)
         except BaseException as error:
@@ -107,8 +110,8 @@ def _outer(config: dict[str, Any]) -> dict[str, Any]:
         os.kill(inner, signal.SIGKILL)
         os.waitpid(inner, 0)
         if sweeper is not None:
-            os.close(sweeper[1])
-            os.waitpid(sweeper[0], 0)
+            os.close(sweeper)
+            _reap_all()
 
 
 def _watch(config: dict[str, Any], inner: int, report: int) -> dict[str, Any]:
@@ -165,16 +168,15 @@ def _memory(pids: list[int], exact: bool) -> int:
     return total
 
 
-def _start_sweeper(uid: int) -> tuple[int, int]:
+def _start_sweeper(uid: int) -> int:
     """Start the process that kills every process of a user as soon as this one ends, however it ends.
 
-    Return its number and the pipe whose end it waits for.
+    Return the pipe whose end it waits for.
     """
     waits, end = os.pipe()
-    pid = os.fork()
-    if pid:
+    if os.fork():
         os.close(waits)
-        return pid, end
+        return end
     os.setsid()
     os.closerange(0, waits)
     os.closerange(waits + 1, 1 << 16)
@@ -186,6 +188,15 @@ def _start_sweeper(uid: int) -> tuple[int, int]:
         except ProcessLookupError:
             break
     os._exit(0)
+
+
+def _reap_all() -> None:
+    """Wait until every child has ended."""
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            return
 
 
 def _enter_namespaces(config: dict[str, Any]) -> None:
@@ -244,7 +255,7 @@ def _inner(config: dict[str, Any], life: int, report: int) -> None:
         if pid == program:
             break
     if os.WIFSIGNALED(status):
-        end = {"how": "killed", "why": f"signal {os.WTERMSIG(status)}"}
+        end: dict[str, Any] = {"how": "killed", "why": f"signal {os.WTERMSIG(status)}"}
     else:
         end = {"how": "ended", "code": os.WEXITSTATUS(status)}
     os.write(report, marshal.dumps(end))
@@ -254,8 +265,8 @@ def _build_root(config: dict[str, Any]) -> None:
     """Replace the whole view of files by a small one in memory, with a few folders of the machine to be read."""
     _check("unshare(mount)", _libc.unshare(_NEWNS))
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
-    base, size = "/tmp", config["limits"]["disk"]
-    _mount("sandbox", base, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={size},nr_inodes=10000,mode=0755")
+    base, plain = "/tmp", _MS_NOSUID | _MS_NODEV
+    _mount("sandbox", base, "tmpfs", plain, "size=1m,nr_inodes=1000,mode=0755")
     os.mkdir(f"{base}/old", 0o700)
     machine = os.uname().machine
     _check("pivot_root", _libc.syscall(_PIVOT_ROOT[machine], base.encode(), f"{base}/old".encode()))
@@ -266,15 +277,21 @@ def _build_root(config: dict[str, Any]) -> None:
     for name in _DEVICES:
         os.close(os.open(f"/dev/{name}", os.O_CREAT | os.O_WRONLY, 0o644))
         _mount(f"/old/dev/{name}", f"/dev/{name}", None, _MS_BIND)
+    os.mkdir("/scratch", 0o755)
+    _mount("scratch", "/scratch", "tmpfs", plain, f"size={config['limits']['disk']},nr_inodes=10000,mode=0755")
     for path in ("/work", "/tmp", "/dev/shm"):  # all in the one file system of limited size
+        shared = f"/scratch/{os.path.basename(path)}"
+        os.mkdir(shared)
+        os.chmod(shared, 0o1777)
         os.makedirs(path, exist_ok=True)
-        os.chmod(path, 0o1777)
+        _mount(shared, path, None, _MS_BIND)
     os.mkdir("/proc", 0o555)
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | _MS_RDONLY
     if not _try(_mount, "proc", "/proc", "proc", flags, "subset=pid"):  # since Linux 5.8
         _try(_mount, "proc", "/proc", "proc", flags)  # containers that hide parts of theirs allow no other
     _check("umount", _libc.umount2(b"/old", _MNT_DETACH))
     os.rmdir("/old")
+    _mount("none", "/", None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | plain)
     os.chdir("/work")
     _libc.sethostname(b"sandbox", 7)
 
@@ -310,6 +327,7 @@ def _show(path: str) -> None:
 def _program(config: dict[str, Any]) -> None:
     """Give up everything, and become the program."""
     os.setsid()
+    os.nice(5)  # the processes that watch it come first
     fds = config["fds"]
     moved = [os.dup2(number, 500 + place, inheritable=False) for place, number in enumerate(fds)]
     status = [os.dup2(number, place) for place, number in enumerate(moved)]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 START_S = 60.0
 """Seconds in which the process imports its libraries."""
@@ -24,10 +25,10 @@ _lock = threading.Lock()
 _running: list[subprocess.Popen[bytes]] = []
 
 
-def decide(outputs: list[str] | tuple[str, ...] | object, answers: list[str], timeout_s: float) -> list[str]:
+def decide(outputs: Sequence[str], answers: Sequence[str], timeout_s: float) -> list[str]:
     """Return equal, different, timed out, or no answer (the answer cannot be read), for each response."""
     with _lock:
-        return [_ask(output, answer, timeout_s) for output, answer in zip(outputs, answers, strict=True)]  # type: ignore[call-overload]
+        return [_ask(output, answer, timeout_s) for output, answer in zip(outputs, answers, strict=True)]
 
 
 def _ask(output: str, answer: str, timeout_s: float) -> str:

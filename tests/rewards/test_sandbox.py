@@ -124,8 +124,8 @@ for name, code in {ATTEMPTS!r}.items():
     except (OSError, ValueError, MemoryError):
         continue
     if 'assert' not in code:
-        print('done:', name)
-print('end')
+        print('done:', name, flush=True)
+print('end', flush=True)
 os._exit(0)
 """
 
@@ -217,7 +217,7 @@ def test_hostile_programs_end_in_time_with_score_0_and_a_count(within: Any, isol
 def test_nothing_outside_can_be_read_or_touched(within: Any, isolation: str, canary: tuple[Path, int]) -> None:
     within(isolation)
     end, output = run(attempts(*canary).encode(), limits=Limits(wall_s=LONG_S))
-    assert (end.how, output.decode()) == ("ended", "end\n")
+    assert (end.how, end.why, output.decode()) == ("ended", "", "end\n")
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
