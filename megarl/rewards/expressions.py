@@ -54,7 +54,7 @@ def equal(one: Number, other: Number, tolerance: float) -> bool:
     if one == other:
         return True
     try:
-        return bool(abs(one - other) <= tolerance * max(float(abs(one)), float(abs(other))))
+        return math.isclose(float(one), float(other), rel_tol=tolerance)
     except OverflowError:
         return False
 
