@@ -31,6 +31,12 @@ from megarl.tasks.randomwalks import MOST_NODES, task
 RESULTS = Path(__file__).parent / "results" / "sweeps.jsonl"
 TORCH, NARROW = "torch", "narrow"
 GRAPHS = (1000, 1005, 1008)  # of the short gates
+FIVE_GRAPHS = (1000, 1002, 1005, 1008, 1016)
+PRESETS = {
+    **dict.fromkeys(("a2c", "nlpo"), "ppo"),
+    **dict.fromkeys(("dapo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_pp"), "grpo"),
+}
+"""Presets of algorithms, and their entry points."""
 GATEWAYS = (1011, 1032, 1055)  # graphs in which a single node leads to the goal
 SETTLED = 5  # last evaluations that are averaged
 COLLAPSED = 0.5  # of the best evaluation: a settled run below that has collapsed
@@ -107,6 +113,24 @@ def grpo() -> Iterator[Case]:
                 yield walks(graph, seed, f"ppo.advantages={kind}", entry="grpo")
 
 
+def on_policy() -> Iterator[Case]:
+    """Presets of algorithms on the preset of the walks."""
+    for seed in (1, 2, 3):
+        for graph in FIVE_GRAPHS:
+            for preset in PRESETS:
+                own = (f"data.options.seed={graph}", f"seed={seed}")
+                yield Case(PRESETS[preset], f"[randomwalks,{preset}]", own, "eval/optimality")
+
+
+def arithmetic() -> Iterator[Case]:
+    """The same presets, PPO and GRPO on sums."""
+    for seed in (1, 2, 3):
+        for entry in ("ppo", "grpo"):
+            yield Case(entry, "arithmetic", (f"seed={seed}",), "eval/score")
+        for preset, entry in PRESETS.items():
+            yield Case(entry, f"[arithmetic,{preset}]", (f"seed={seed}",), "eval/score")
+
+
 def ilql() -> Iterator[Case]:
     """ILQL on every learnable graph from 1000 to 1020."""
     for seed in (1, 2, 3):
@@ -121,6 +145,8 @@ SWEEPS: dict[str, Callable[[], Iterator[Case]]] = {
     "ppo": ppo,
     "grpo": grpo,
     "ilql": ilql,
+    "on_policy": on_policy,
+    "arithmetic": arithmetic,
 }
 NOTED = ("policy/approx_kl_max", "rollout/whitening_factor", "value/loss")  # series that are kept beside the metric
 
