@@ -10,6 +10,8 @@ Number = Fraction | float
 
 _MOST_BITS = 20_000
 """Maximum bits of a numerator or denominator on the way."""
+_LONGEST = 8000
+"""Characters of the end of a text that are read."""
 _MOST_TOKENS = 400
 _DEEPEST = 60
 
@@ -33,7 +35,7 @@ class _NotAnExpressionError(Exception):
 
 def last_value(text: str) -> Number | None:
     """Return the value of the last number or expression in a text, or None if there is none."""
-    text = text.translate(_SIGNS)
+    text = text[-_LONGEST:].translate(_SIGNS)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     for run in reversed(_runs(text)):

@@ -165,9 +165,8 @@ class Program:
                     break
                 text += piece
             self._finish()
-            said: dict[str, Any] = (
-                marshal.loads(text) if text else {"how": "killed", "why": "the sandbox did not answer"}
-            )
+            late = {"how": "timed_out" if left <= 0 else "killed", "why": "the sandbox did not report"}
+            said: dict[str, Any] = marshal.loads(text) if text else late
             if said["how"] == "refused":
                 raise SandboxError(f"the sandbox could not start a program: {said['why']}", key="reward.fn")
             self._end = End(said["how"], said.get("why", ""), said.get("code"))

@@ -87,9 +87,9 @@ def test_arithmetic_runs_no_code_and_ends_soon() -> None:
         "9" * 100_000,
         "1 " * 50_000,
     ]
-    start = time.perf_counter()
+    start = time.process_time()
     assert arithmetic(texts, answer=[-1] * len(texts)) == [0.0] * len(texts)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert not Path("/tmp/arithmetic").exists()
 
 
@@ -185,10 +185,10 @@ def test_the_last_of_contradictory_choices_counts() -> None:
 
 
 def test_choosing_ends_soon_on_long_texts() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     texts = ["answer is " * 20_000, "(" * 100_000, "A " * 50_000, "*" * 100_000, "\\boxed{" * 30_000, "\n\n" * 50_000]
     multiple_choice(texts, answer=["A"] * len(texts))
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 # Boxes
@@ -278,7 +278,7 @@ def test_units_that_are_named_do_not_count() -> None:
 
 
 def test_boxes_end_soon_on_long_texts() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     texts = [
         "\\boxed{" * 10_000,
         "\\boxed{" + "{" * 100_000,
@@ -286,7 +286,7 @@ def test_boxes_end_soon_on_long_texts() -> None:
         "\\frac" * 50_000,
     ]
     boxed(texts, answer=["1"] * len(texts))
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 # Formulas
