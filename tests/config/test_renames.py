@@ -246,7 +246,10 @@ def test_an_old_mode_alone_leaves_the_metric_and_the_number_as_they_were(
     assert best("+conf=old") == best(f"checkpoint.mode={other}") == (metric, other, 1)
     assert best("+conf=old", "checkpoint.best=null") == (metric, mode, 1)
     config = default_config(entry)
+    assert config.checkpoint.best.metric == config.checkpoint.metric == metric
+    assert config.checkpoint.best == None  # noqa: E711 - reading does not switch it on
     config.checkpoint.mode = other
+    assert config.checkpoint.mode == config.checkpoint["mode"] == other
     assert (config.checkpoint.best.metric, config.checkpoint.best.keep) == (metric, 1)
 
 
