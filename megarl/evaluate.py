@@ -46,7 +46,12 @@ def evaluate(config: "EvaluateConfig") -> int:
     return run_in_processes(devices, work, config)
 
 
-def work(config: "EvaluateConfig") -> dict[str, Any]:
+def work(config: "EvaluateConfig") -> None:
+    """Evaluate in this process of the world, and write the files."""
+    evaluate_here(config)
+
+
+def evaluate_here(config: "EvaluateConfig") -> dict[str, Any]:
     """Evaluate in this process of the world, write the files, and return the result, the same on every rank."""
     from megarl.logging import setup
     from megarl.run.owner import owned

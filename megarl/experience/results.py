@@ -63,7 +63,8 @@ class Results:
         if not is_file(path):
             return None
         record = _read(path)
-        values, parts = (record.get(key) if isinstance(record, dict) else None for key in ("values", "parts"))
+        values: Any = record.get("values") if isinstance(record, dict) else None
+        parts: Any = record.get("parts") if isinstance(record, dict) else None
         columns = [values, *parts.values()] if isinstance(parts, dict) else [None]
         if not all(isinstance(column, list) and len(column) == count for column in columns):
             raise DataError(f"{path} has no scores of {count} responses: remove it to compute it again", where=path)

@@ -51,10 +51,10 @@ def settings_of(models: Path, run_dir: Path, *overrides: str) -> list[str]:
 
 def evaluate(argv: list[str]) -> dict[str, Any]:
     """The entry point in a world that exists already. The result of this rank."""
-    from megarl.evaluate import work
+    from megarl.evaluate import evaluate_here
 
     with launched():
-        return work(compose("evaluate", argv)[0])
+        return evaluate_here(compose("evaluate", argv)[0])
 
 
 def error_of(argv: list[str]) -> MegarlError | None:
