@@ -3,7 +3,7 @@
 The prompt `3 5 7>22=` asks for an expression that uses each of the numbers 3, 5 and 7 exactly once and has the value
 22, such as `3*5+7`. Expressions have `+`, `-`, `*`, `/` and parentheses; division is exact (fractions are allowed).
 Every problem has a solution: its target is the value of an expression that was drawn, with `+`, `-` and `*` between the
-numbers as they stand in the prompt. Demonstrations are such expressions, which a small model learns soon; any other
+numbers as they stand in the prompt. Demonstrations are such expressions, which have fewer forms to learn; any other
 solution scores as much. No problem of `held_out`, in any order of its numbers, is in `prompts` or `demonstrations`.
 
 Everything follows from the options (`data.options`), which are the same for all three functions: `seed`, `numbers` of
