@@ -91,7 +91,7 @@ def test_ilql_with_one_q_head_holds_less(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_ilql_that_evaluates_has_a_cache_then_and_with_graphs_throughout(capsys: pytest.CaptureFixture[str]) -> None:
     run = ["algorithm=ilql", *TOY, "data.eval=[prompts.txt]", "data.seq_length=128"]
-    for more, held in (([], ["generate"]), (["rollout.cuda_graphs=true"], ["generate", "train", "save"])):
+    for more, held in (([], ["generate"]), (["rollout.engine.cuda_graphs=true"], ["generate", "train", "save"])):
         found = answer(capsys, *run, *more)
         phases = found["ranks"][0]["phases"]
         assert [phase for phase, uses in phases.items() if uses["roles"]["policy"]["cache"]] == held
@@ -122,13 +122,13 @@ def test_a_critic_has_no_output_layer(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_layout_to_generate_in_is_planned_and_refused_as_the_run_would(capsys: pytest.CaptureFixture[str]) -> None:
     run = [*TOY, "cluster.gpus=2", "parallel.pp=2"]
-    here, there = (answer(capsys, *run, *more)["ranks"][0]["phases"] for more in ([], ["rollout.layout=tp2"]))
+    here, there = (answer(capsys, *run, *more)["ranks"][0]["phases"] for more in ([], ["rollout.engine.layout=tp2"]))
     copy = there["train"]["roles"]["generator"]["weights"]
     assert copy > 0
     assert there["train"]["bytes"] - here["train"]["bytes"] == pytest.approx(copy, abs=2)
     assert there["generate"]["roles"]["policy"]["cache"] == 0
-    with refused(ConfigError, names=("rollout.layout=tp3",)):
-        plan.show([*run, "rollout.layout=tp3"])
+    with refused(ConfigError, names=("rollout.engine.layout=tp3",)):
+        plan.show([*run, "rollout.engine.layout=tp3"])
 
 
 def test_rft_generates_and_trains_and_reads_nothing_again(capsys: pytest.CaptureFixture[str]) -> None:

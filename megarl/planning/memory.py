@@ -15,7 +15,7 @@ from megarl.rollout.generator import Limits
 from megarl.rollout.resharded import check_divides
 
 PHASES = ("generate", "reward", "score", "train", "save")
-GENERATOR = "generator"  # the policy's copy in `rollout.layout`
+GENERATOR = "generator"  # the policy's copy in `rollout.engine.layout`
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache")
 PROCESS = 4 * 2**30  # of host memory: Python, torch, CUDA's libraries and their buffers, before any model
 BUCKET_ELEMENTS = 40_000_000  # minimum number of elements of Megatron's gradient buckets
@@ -105,7 +105,7 @@ def _in_turn(uses: list[Use]) -> list[Use]:
 
 
 def _add_generation(plan: RankPlan, work: Work, *, on_cpu: bool) -> None:
-    """Add the cache, the passes over it, and with `rollout.layout` the policy's second copy as an additional role."""
+    """Add the cache, the passes over it, and the second copy of the policy with `rollout.engine.layout` as a role."""
     there, stage, name = work.generating, plan.stage, work.engines[0].name
     Limits(graphs=work.cuda_graphs).check(there.layout)
     moved = there is not work

@@ -39,7 +39,7 @@ def length(
     """
     if unit not in ("characters", "words", "tokens"):
         raise ValueError(f"option unit={unit!r}: use characters, words or tokens")
-    if target_length is not None and not _option_number("target_length", target_length) > 0:
+    if target_length is not None and not option_number("target_length", target_length) > 0:
         raise ValueError(f"option target_length={target_length}: use a number above 0")
     if unit == "characters":
         lengths = [len(output) for output in outputs]
@@ -94,7 +94,7 @@ def exact_match(
 
     return [
         float(normal(output) in {normal(answer) for answer in _any_of(answers)})
-        for output, answers in zip(outputs, _column(metadata, field, "exact_match"), strict=True)
+        for output, answers in zip(outputs, column_of(metadata, field, "exact_match"), strict=True)
     ]
 
 
@@ -109,9 +109,9 @@ def numeric_match(
         field: field of the prompt records that holds the answer: a number, or a text whose last number is meant.
         tolerance: how far the two may differ, relative to the larger.
     """
-    _option_number("tolerance", tolerance)
+    option_number("tolerance", tolerance)
     scores = []
-    for row, (output, answer) in enumerate(zip(outputs, _column(metadata, field, "numeric_match"), strict=True)):
+    for row, (output, answer) in enumerate(zip(outputs, column_of(metadata, field, "numeric_match"), strict=True)):
         wanted = last_number(str(answer))
         if wanted is None:
             raise ValueError(f"the {field} of sample {row} is {answer!r}, which holds no number")
@@ -180,7 +180,8 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _column(metadata: Mapping[str, Any], field: str, function: str) -> Sequence[Any]:
+def column_of(metadata: Mapping[str, Any], field: str, function: str) -> Sequence[Any]:
+    """Return a field of the prompt records, with a value for each sample."""
     if field not in metadata:
         raise KeyError(
             f"{function} needs the field {field!r} of the prompt records, which have "
@@ -194,7 +195,8 @@ def _any_of(answers: object) -> Sequence[object]:
     return answers if isinstance(answers, list | tuple) else [answers]
 
 
-def _option_number(name: str, value: object) -> float:
+def option_number(name: str, value: object) -> float:
+    """Return the value of an option that must be a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong_option(name, value, "a number")
     return value

@@ -45,8 +45,8 @@ REMEDIES = {
     "raised": "correct the function",
     "count": "let it return one score for every sample",
     "score": "let it return a finite number for every sample",
-    "late": "give it more time (reward.timeout) or fewer samples per call (reward.batch_size)",
-    "died": "look at what it printed, or give it fewer samples per call (reward.batch_size) where memory ran out",
+    "late": "give it more time (reward.calls.timeout) or fewer samples per call (reward.calls.batch_size)",
+    "died": "look at what it printed, or give it fewer samples per call (reward.calls.batch_size) where memory ran out",
 }
 
 
@@ -117,11 +117,16 @@ class RewardWorker:
         """
         self._key = key
         for name, good, value, wants in (
-            ("timeout", timeout_s > 0 and math.isfinite(timeout_s), timeout_s, "a number of seconds above 0"),
-            ("retries", retries >= 0, retries, "0 or more"),
+            (
+                "reward.calls.timeout",
+                timeout_s > 0 and math.isfinite(timeout_s),
+                timeout_s,
+                "a number of seconds above 0",
+            ),
+            ("reward.calls.retries", retries >= 0, retries, "0 or more"),
         ):
             if not good:
-                raise ConfigError(f"reward.{name}={value} is not valid: use {wants}", key=f"reward.{name}", value=value)
+                raise ConfigError(f"{name}={value} is not valid: use {wants}", key=name, value=value)
         if on_error not in ON_ERROR:
             raise ConfigError(
                 f"reward.on_error={on_error} is not valid: use {either(ON_ERROR)}",

@@ -146,13 +146,13 @@ def sampling_from(rollout: RolloutConfig) -> Sampling:
     )
 
 
-def repeat(prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[Request]:
-    """Return `n` requests for each prompt. prompt_id is the prompt's index."""
+def repeat(prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, first: int = 0) -> list[Request]:
+    """Return `n` requests for each prompt. prompt_id is the prompt's index plus `first`."""
     if n < 1:
         raise ConfigError(f"rollout.n={n} requests no responses: use 1 or more", key="rollout.n", value=n)
     return [
         Request(prompt_id, sample_id, tuple(prompt), sampling)
-        for prompt_id, prompt in enumerate(prompts)
+        for prompt_id, prompt in enumerate(prompts, first)
         for sample_id in range(n)
     ]
 

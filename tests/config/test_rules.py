@@ -17,6 +17,7 @@ from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
 from megarl.config.rules import check
 from megarl.config.sections.model import ModelConfig, RopeScalingConfig
 from megarl.config.sections.parallel import ParallelConfig
+from megarl.config.sections.reward import RewardCallsConfig
 from megarl.config.sft import SFTConfig
 from megarl.config.shape import check_shape
 from megarl.config.world import accumulation, data_parallel_size, world_size
@@ -285,8 +286,8 @@ def phases(**values: Any) -> PPOConfig:
         (1, {"ppo__advantages": "grpo", "rollout__n": 8}),
         (1, {"ppo__advantages": "rloo", "rollout__n": 2, "critic__kind": "separate", "critic__separate": own(lr=1e-4)}),
         (1, {"ppo__advantages": "remax", "critic__kind": "none", "critic__separate": own(path="/weights")}),
-        (1, {"reward__timeout": 9000.0}),
-        (2, {"reward__timeout": 9000.0, "parallel__timeout_s": 20_000}),
+        (1, {"reward__calls": RewardCallsConfig(9000.0)}),
+        (2, {"reward__calls": RewardCallsConfig(9000.0), "parallel__timeout_s": 20_000}),
         (1, {"ppo__kl_coef": 0.0}),
         (1, {"ppo__adaptive_kl": AdaptiveKLConfig(1.0), "ppo__kl_limit": 10.0}),
         (1, {"ppo__kl_coef": 0.0, "ppo__adaptive_kl": AdaptiveKLConfig(None, 2.0)}),
@@ -345,7 +346,12 @@ def test_phases_that_can_run_pass(world: int, values: dict[str, Any]) -> None:
             "ppo.whiten_rewards",
             {"ppo.whiten_rewards": [False]},
         ),
-        (2, {"reward__timeout": 200.0, "trainer__devices": 2}, "reward.timeout", {"parallel.timeout_s": [760]}),
+        (
+            2,
+            {"reward__calls": RewardCallsConfig(200.0), "trainer__devices": 2},
+            "reward.calls.timeout",
+            {"parallel.timeout_s": [760]},
+        ),
         (1, {"ppo__kl_coef": 0.0, "ppo__kl_limit": 5.0}, "ppo.kl_limit", {"ppo.kl_limit": [None]}),
         (
             1,
@@ -398,7 +404,7 @@ def test_the_patience_of_others_matters_only_where_a_function_is_asked() -> None
     config.data.train, config.parallel.timeout_s, config.trainer.devices = ["samples.jsonl"], 60, 2
     check(config, 2)
     config.metric.fn = "scores.py:score"
-    with refused(ConfigError, key="reward.timeout", value=60.0, offers={"parallel.timeout_s": [480]}):
+    with refused(ConfigError, key="reward.calls.timeout", value=60.0, offers={"parallel.timeout_s": [480]}):
         check(config, 2)
 
 

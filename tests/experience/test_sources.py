@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megarl.config.sections.rollout import RolloutConfig
+from megarl.config.sections.rollout import RolloutConfig, RolloutEngineConfig
 from megarl.data.prompts import Prompt
 from megarl.errors import ConfigError, DataError
 from megarl.experience import sources
@@ -94,7 +94,7 @@ def test_messages_say_in_what_part_of_a_run_a_response_was_drawn(
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_the_cache_is_kept_for_graphs_alone(generator: None, graphs: bool) -> None:
-    assert collected(max_new_tokens=3, cuda_graphs=graphs).has_cache == graphs
+    assert collected(max_new_tokens=3, engine=RolloutEngineConfig(cuda_graphs=graphs)).has_cache == graphs
 
 
 def test_a_setting_may_differ_from_the_runs(generator: None) -> None:

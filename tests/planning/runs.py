@@ -129,7 +129,7 @@ def generated(work: Work) -> Measured:
 
 
 def moved(work: Work) -> tuple[int, list[int], list[int]]:
-    """This rank's stage; bytes of every rank's copy in `rollout.layout`, always and at most while weights move."""
+    """This rank's stage; bytes of every rank's copy in `rollout.engine.layout`, always and while weights move."""
     grid = Grid(work.layout, start_world())
     reshard = for_generation(_engine(grid, work), work.rollout_layout)
     assert reshard is not None

@@ -78,7 +78,7 @@ def test_the_cache_is_what_the_generator_makes() -> None:
 def test_the_cache_is_planned_in_the_phases_in_which_a_run_holds_it(
     worlds: Worlds, tmp_path: Path, graphs: bool
 ) -> None:
-    few = ["clone.data=[]", "trainer.max_phases=1", f"rollout.cuda_graphs={str(graphs).lower()}"]
+    few = ["clone.data=[]", "trainer.max_phases=1", f"rollout.engine.cuda_graphs={str(graphs).lower()}"]
     (held,) = worlds.run(1, watched, tmp_path, *few)
     work = replace(describe(Layout(), LLAMA, rollouts=8, loss_tokens=256), cuda_graphs=graphs)
     plan = plan_stage(work, 0)
@@ -111,7 +111,7 @@ def test_a_layout_to_generate_in_takes_a_second_copy_of_the_weights(
 
 def test_recorded_passes_are_refused_over_pipeline_stages_as_the_run_refuses_them() -> None:
     staged = replace(describe(Layout(pp=2), LLAMA, rollouts=8, loss_tokens=256), cuda_graphs=True)
-    with refused(ConfigError, names=("rollout.cuda_graphs=true", "PP2")):
+    with refused(ConfigError, names=("rollout.engine.cuda_graphs=true", "PP2")):
         plan_stage(staged, 0)
     assert plan_stage(replace(staged, rollout_layout="tp2"), 0).part("train", "cache") > 0
 

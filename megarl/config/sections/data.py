@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from megarl.config.leaf import Section, leaf
+from megarl.config.leaf import Section, leaf, optional_section
 from megarl.config.offers import Refusal
 from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
 from megarl.logging import get_logger, warn_once
@@ -124,15 +125,78 @@ class DataConfig(SourcesConfig):
 
 
 @dataclass
+class MixingConfig(Section):
+    """How often prompts are drawn from each entry of data.train."""
+
+    weights: list[float] = leaf(
+        [],
+        "How often each entry of data.train is drawn from, relative to the others: one number per entry. An entry is "
+        "gone through in random order before any of its prompts comes again.",
+        at_least=0,
+    )
+    final_weights: list[float] = leaf(
+        [],
+        "A curriculum: the weights move in a straight line to these, one per entry (empty: they stay).",
+        at_least=0,
+    )
+    over_phases: int | None = leaf(
+        None,
+        "Number of phases after which data.mixing.final_weights are reached (null: trainer.max_phases).",
+        at_least=1,
+    )
+
+
+@dataclass
 class PromptDataConfig(SourcesConfig):
     """Which prompts are trained and evaluated on. The other fields of a record are passed to the reward function."""
 
     train: list[str] = leaf([], SOURCES.format("Prompts to train on"))
     eval: list[str] = leaf([], SOURCES.format("Prompts of evaluations") + " Empty: no evaluation.")
+    mixing: MixingConfig | None = optional_section(
+        MixingConfig,
+        "Draw prompts from the entries of data.train with weights (null: all prompts equally often).",
+        needs="weights",
+    )
 
     def check(self) -> None:
-        """Refuse an empty training set."""
+        """Refuse an empty training set, and weights that do not fit it."""
         _require_data(self.train, "prompts.jsonl", " of prompts")
+        mixing = self.mixing
+        if mixing is None:
+            return
+        for key, weights in (("weights", mixing.weights), ("final_weights", mixing.final_weights)):
+            wrong = len(weights) != len(self.train) if weights or key == "weights" else False
+            if wrong or (weights and not 0 < sum(weights) < math.inf):
+                raise Refusal(
+                    f"data.mixing.{key}={weights} needs one number for each of the {len(self.train)} entries of "
+                    "data.train, at least one of them above 0",
+                    {f"data.mixing.{key}": [[1.0] * len(self.train)]},
+                    key=f"data.mixing.{key}",
+                    value=weights,
+                )
+
+
+@dataclass
+class HeldOutDataConfig(Section):
+    """Which prompts a trained model is evaluated on. The other fields of a record are passed to the reward function."""
+
+    eval: list[str] = leaf([], SOURCES.format("Prompts to evaluate on"))
+    options: dict[str, Any] = leaf({}, "Keyword arguments of every function in data.eval.")
+    eval_split: str = leaf(
+        "validation",
+        "Split to evaluate on, of hub data sets, of folders written by save_to_disk, and of folders with files named "
+        "after splits.",
+    )
+    prompt_key: str = leaf(
+        "prompt",
+        "Field of a record that holds the prompt. In records without it, the prompt is their instruction and input.",
+    )
+    messages_key: str = leaf("messages", "Field of a record that holds a conversation: a list of messages.")
+    chat_template: str | None = leaf(
+        None,
+        "Jinja template that turns conversations into text, or a file that holds one (null: the tokenizer's own "
+        "template, or the built-in one if it has none).",
+    )
 
 
 @dataclass

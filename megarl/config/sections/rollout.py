@@ -1,14 +1,40 @@
 """Generation of responses."""
 
-# ruff: noqa: RUF009 - `leaf` and `section` return dataclass fields
+# ruff: noqa: RUF009 - `leaf` and `optional_section` return dataclass fields
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from megarl.config.forms import temperature
-from megarl.config.leaf import Section, leaf
+from megarl.config.leaf import Section, leaf, optional_section
 from megarl.config.sections.data import TOO_LONG
+
+
+@dataclass
+class RolloutEngineConfig(Section):
+    """How responses are computed."""
+
+    slots: int = leaf(
+        128, "Maximum number of responses that one replica generates at a time.", at_least=1, at_most=2**20
+    )
+    cache_bytes: int | None = leaf(
+        None,
+        "Maximum size in bytes of the key-value cache on one device (null: what rollout.engine.slots need). A smaller "
+        "cache generates fewer responses at a time; it must hold one longest sequence per pipeline stage.",
+        at_least=1,
+    )
+    layout: str | None = leaf(
+        None,
+        "Parallel layout for generation: tp4, pp2 or tp2xpp2. The weights are copied into it before each phase and "
+        "evaluation, which takes memory for a second copy. Excludes parallel.vpp, and pipeline stages if "
+        "model.tie_embeddings=true. Not available in megarl.generate (null: the training layout).",
+    )
+    cuda_graphs: bool = leaf(
+        False,
+        "Decode in forward passes of fixed shapes, which a GPU replays as CUDA graphs. The layout that generates must"
+        " have no pipeline stages. The key-value cache then stays allocated during training.",
+    )
 
 
 @dataclass
@@ -54,26 +80,6 @@ class RolloutConfig(Section):
         [],
         "Texts at which a response ends, besides EOS. The text stays in the response.",
     )
-    slots: int = leaf(
-        128, "Maximum number of responses that one replica generates at a time.", at_least=1, at_most=2**20
-    )
-    cache_bytes: int | None = leaf(
-        None,
-        "Maximum size in bytes of the key-value cache on one device (null: what rollout.slots need). A smaller cache "
-        "generates fewer responses at a time; it must hold one longest sequence per pipeline stage.",
-        at_least=1,
-    )
-    layout: str | None = leaf(
-        None,
-        "Parallel layout for generation: tp4, pp2 or tp2xpp2. The weights are copied into it before each phase and "
-        "evaluation, which takes memory for a second copy. Excludes parallel.vpp, and pipeline stages if "
-        "model.tie_embeddings=true. Not available in megarl.generate (null: the training layout).",
-    )
-    cuda_graphs: bool = leaf(
-        False,
-        "Decode in forward passes of fixed shapes, which a GPU replays as CUDA graphs. The layout that generates must"
-        " have no pipeline stages. The key-value cache then stays allocated during training.",
-    )
     too_long: str = leaf(
         "error",
         "What happens to prompts longer than the model's context minus rollout.max_new_tokens. truncate: their "
@@ -91,6 +97,16 @@ class RolloutConfig(Section):
         "the same prompts, order and tokenizer, and a file for every phase and evaluation. Stored scores are used if "
         "the function and its options are the same.",
     )
+    engine: RolloutEngineConfig | None = optional_section(
+        RolloutEngineConfig,
+        "How responses are computed: responses at a time, cache, layout, CUDA graphs; null means the defaults.",
+        null_is_defaults=True,
+    )
+
+    @property
+    def engine_settings(self) -> RolloutEngineConfig:
+        """The settings of how responses are computed, at their defaults where they are null."""
+        return self.engine or RolloutEngineConfig()
 
 
 @dataclass

@@ -34,6 +34,18 @@ class DevicesConfig(Section):
 
 
 @dataclass
+class ScoringDevicesConfig(DevicesConfig):
+    """What a program that also scores responses runs on."""
+
+    micro_batch_size: int = leaf(
+        8,
+        "Responses per forward pass of one replica of a reward model (reward.model).",
+        at_least=1,
+        at_most=2**24,
+    )
+
+
+@dataclass
 class LoopConfig(DevicesConfig):
     """What every training loop has, whatever one of its steps does."""
 
@@ -87,7 +99,7 @@ class TrainerConfig(LoopConfig):
     eval_batch_size: int = leaf(
         16,
         "Sequences per forward pass of one replica in evaluations that compute a loss. Evaluations that generate use "
-        "rollout.slots.",
+        "rollout.engine.slots.",
         at_least=1,
         at_most=2**24,
     )

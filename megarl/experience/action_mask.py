@@ -1,0 +1,91 @@
+"""The action mask of NLPO (arXiv 2210.01241): the policy chooses among likely tokens of an earlier copy of itself."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarl.config.ppo_sections import ActionMaskConfig
+from megarl.experience.rows import forward_rows
+from megarl.models.gpt import GPT
+from megarl.parallel.choices import Choices, TokenLists
+from megarl.parallel.engine import Engine, Outputs
+from megarl.parallel.rows import Microbatch, Rows
+from megarl.parallel.vocab import CHUNK_ELEMENTS_CPU
+from megarl.rollout.generator import Masking
+from megarl.rollout.sampling import nucleus
+
+Part = tuple[Tensor, Tensor, Tensor]
+"""Numbers [n] of lists of tokens, their lengths [n], and the tokens of all of them."""
+
+
+class ActionMask:
+    """The copy of the policy, and the tokens that it allows in the responses of the present phase.
+
+    The tokens of a phase are computed once, so that all passes of the phase normalise over the same ones. They are
+    those of generation, except that rounding may exclude a token at the edge of the nucleus; the token that was sampled
+    is always among them.
+    """
+
+    def __init__(self, copy: Engine, settings: ActionMaskConfig, temperature: float) -> None:
+        """`temperature` is that of training's samples."""
+        self.settings, self.temperature = settings, temperature
+        self.masking = Masking(copy, settings.top_p)
+        self.lists: TokenLists | None = None  # on the last pipeline stage, the allowed tokens at each action
+
+    def refresh(self, policy: Engine) -> None:
+        """Copy the policy's present weights."""
+        self.masking.engine.start_from(policy)
+
+    def is_due(self, phases: int) -> bool:
+        """Return whether the copy is refreshed after this number of phases."""
+        return phases % self.settings.refresh_every == 0
+
+    def read(self, rows: Rows, *, per_microbatch: int, share_bins: bool) -> tuple[Rows, dict[str, float]]:
+        """Return the rows with the column choice [rows, time], which `choices` needs; and metrics to log."""
+        actions = rows.action_mask != 0
+        numbers = torch.where(actions.flatten(), actions.flatten().cumsum(0) - 1, 0).view(actions.shape)
+        rows = rows.with_columns(choice=numbers)
+        parts: list[Part] = []
+
+        def allowed(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
+            return {"allowed": self._allowed(model, hidden, batch, parts)}
+
+        engine = self.masking.engine
+        counts = forward_rows(engine, rows, allowed, per_microbatch=per_microbatch, share_bins=share_bins)["allowed"]
+        if engine.grid.layout.dp > 1:
+            shares: list[list[Part]] = [[] for _ in range(engine.grid.layout.dp)]
+            dist.all_gather_object(shares, parts, group=engine.grid.groups.dp)
+            parts = [part for share in shares for part in share]
+        total = int(actions.sum())
+        if parts:
+            number, count, ids = zip(*parts, strict=True)
+            self.lists = TokenLists.of(number, count, ids, total).to(engine.grid.device)
+        return rows, {"rollout/allowed_tokens": float(counts[actions].mean())}
+
+    def choices(self, batch: Microbatch) -> Choices:
+        """Return the tokens that may be chosen at each state of a microbatch, on the last stage."""
+        assert self.lists is not None
+        return Choices(self.lists, batch.at_states(batch.rows["choice"]))
+
+    def _allowed(self, model: GPT, hidden: Tensor, batch: Microbatch, parts: list[Part]) -> Tensor:
+        """Add the allowed tokens of this vocabulary shard to `parts`. Return how many there are in all shards, [bins,
+        time]."""
+        states, tokens, where = model.at_targets(hidden, batch.targets, batch.target_mask)
+        numbers, shard = batch.at_states(batch.rows["choice"])[where], model.shard
+        counts = torch.zeros(len(numbers), device=states.device)
+        step = max(1, CHUNK_ELEMENTS_CPU // max(1, shard.valid))
+        for begin in range(0, len(numbers), step):
+            rows = slice(begin, min(begin + step, len(numbers)))
+            chosen = nucleus(model.logits(states[rows]), self.settings.top_p, self.temperature, shard)
+            local = tokens[rows] - shard.start
+            mine = ((local >= 0) & (local < shard.valid)).nonzero()[:, 0]
+            chosen[mine, local[mine]] = True
+            length = chosen.sum(1)
+            counts[rows] = length.float()
+            ids = chosen.nonzero()[:, 1].to(torch.int32)
+            parts.append((numbers[rows].cpu(), length.cpu(), ids.cpu()))
+        if shard.group is not None:
+            dist.all_reduce(counts, group=shard.group)
+        return torch.zeros(where.shape, device=states.device).masked_scatter(where, counts)

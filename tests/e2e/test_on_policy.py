@@ -1,0 +1,119 @@
+"""Whole runs of what on-policy algorithms add to PPO: replaced prompts, masked actions, objectives and corrections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megarl.checkpoint import find, tensors
+from megarl.errors import RewardError
+from megarl.rollout.stored import load
+from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_ppo
+from tests.e2e.test_train_ppo import ended
+from tests.refusals import assert_refusal
+from tests.worlds import Worlds
+
+RUNS = {
+    "replacing": [
+        *("ppo.advantages=grpo", "critic.kind=none", "rollout.n=4", "ppo.dynamic_sampling={}"),
+        *("reward.fn=tests.e2e.scores:seldom", "ppo.clip_scores=null", "ppo.clip_high=0.28"),
+        *("ppo.overlong.penalty=0.5", "ppo.overlong.buffer=0.5", "ppo.adaptive_entropy.target=9", "ppo.correction={}"),
+        *("ppo.entropy_coef=0.01", "ppo.kl_in=loss", "ppo.kl_kind=k3_unbiased"),
+    ],
+    "masking": [
+        *("ppo.action_mask.top_p=0.8", "ppo.action_mask.refresh_every=2", "ppo.objective=cispo", "optim.lr=1e-3"),
+        *("reward.fn=megarl.rewards.builtin:length", "ppo.clip_scores=null", "rollout.engine.slots=6"),
+    ],
+}
+NAMES = ("rollout/score", "rollout/entropy", "rollout/response_tokens", "policy/loss", "train/loss")
+OWN = {
+    "replacing": ("rollout/prompts", "rollout/replaced", "rollout/score_before_replacing", "rollout/entropy_coef"),
+    "masking": ("rollout/allowed_tokens", "value/loss"),
+}
+SAVED = ["checkpoint.every=1", "checkpoint.keep_last=9", "checkpoint.save_last=true", "trainer.max_phases=3"]
+LAYOUTS = {
+    "TP2xPP2": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
+    "DP2": (2, []),
+}
+Alone = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def alone(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    """The folders of runs of three phases in one process, all saved."""
+    found = {}
+    for name, settings in RUNS.items():
+        found[name] = tmp_path_factory.mktemp(name)
+        worlds.run(1, run_ppo, found[name], *settings, *SAVED, f"rollout.dump={found[name] / 'dump'}")
+    return found
+
+
+def responses(folder: Path) -> dict[str, list[list[int]]]:
+    """The tokens of all dumped training responses, by file."""
+    paths = sorted((folder / "dump").glob("train-*.jsonl"))
+    return {path.name: [rollout.tokens for rollout in load(path)] for path in paths}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", RUNS)
+def test_layouts_run_the_same_phases(name: str, layout: str, worlds: Worlds, alone: Alone, tmp_path: Path) -> None:
+    world, overrides = LAYOUTS[layout]
+    more = ["trainer.max_phases=3", f"rollout.dump={tmp_path / 'dump'}"]
+    worlds.run(world, run_ppo, tmp_path, *RUNS[name], *overrides, *more)
+    assert responses(tmp_path) == responses(alone[name])
+    for names, relative in (((*NAMES, *OWN[name]), 1e-5), (("train/grad_norm",), 1e-4)):
+        ours, wanted = (metrics(folder, *names) for folder in (tmp_path, alone[name]))
+        assert len(ours) == len(wanted) == 3
+        for row, expected in zip(ours, wanted, strict=True):
+            assert row == pytest.approx(expected, rel=relative, abs=2e-6)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_cut_in_two_ends_in_the_same_weights(name: str, worlds: Worlds, alone: Alone, tmp_path: Path) -> None:
+    """The cursor of the prompts, the copy that masks and the weight of the entropy go on."""
+    cut = f"run.resume={alone[name] / 'checkpoints' / 'step-0000001'}"
+    worlds.run(1, run_ppo, tmp_path, *RUNS[name], *SAVED, cut)
+    assert_same_bits(final_tensors(tmp_path), final_tensors(alone[name]))
+
+
+def test_prompts_without_spread_are_replaced_until_the_phase_is_full(alone: Alone) -> None:
+    found = metrics(alone["replacing"], "rollout/prompts", "rollout/replaced", "rollout/zero_spread_groups")
+    assert all(prompts - replaced == 4 and spread == 0 for prompts, replaced, spread in found)
+    assert sum(replaced for _, replaced, _ in found) > 0
+    files = responses(alone["replacing"])
+    assert any("-from-" in name for name in files)
+    assert sum(map(len, files.values())) == 4 * sum(prompts for prompts, _, _ in found)
+
+
+def test_a_dump_with_replaced_prompts_is_replayed(worlds: Worlds, alone: Alone, tmp_path: Path) -> None:
+    stored = f"rollout.replay={alone['replacing'] / 'dump'}"
+    worlds.run(1, run_ppo, tmp_path, *RUNS["replacing"], stored, "trainer.max_phases=3")
+    assert metrics(tmp_path, *NAMES) == metrics(alone["replacing"], *NAMES)
+
+
+def test_a_phase_without_any_spread_ends_in_one_line(worlds: Worlds, tmp_path: Path) -> None:
+    equal = [*RUNS["replacing"], "reward.fn=tests.e2e.scores:indifferent", "ppo.dynamic_sampling.limit=3"]
+    error = ended(worlds, tmp_path, *equal)
+    assert isinstance(error, RewardError)
+    assert_refusal(error, key="ppo.dynamic_sampling.limit", value=3.0, names=("12 prompts", "phase 1"))
+
+
+def test_the_copy_that_masks_is_saved_and_refreshed_when_it_is_due(alone: Alone) -> None:
+    saved = [tensors(path) for path in find(alone["masking"] / "checkpoints")]
+    name = "action_mask.embedding.word_embeddings.weight"
+    copies = [found[name] for found in saved]
+    policies = [found[name.replace("action_mask", "policy")] for found in saved]
+    assert bool((copies[0] != policies[0]).any())  # after one phase it is the start
+    assert bool((copies[1] == policies[1]).all())
+    assert bool((copies[2] == copies[1]).all())
+
+
+def test_a_mask_of_everything_changes_nothing(worlds: Worlds, tmp_path: Path) -> None:
+    plain = ["reward.fn=megarl.rewards.builtin:length", "ppo.clip_scores=null"]
+    worlds.run(1, run_ppo, tmp_path / "plain", *plain)
+    worlds.run(1, run_ppo, tmp_path / "masked", *plain, "ppo.action_mask.top_p=1")
+    ours, wanted = (metrics(tmp_path / name, *NAMES, "train/grad_norm") for name in ("masked", "plain"))
+    assert len(ours) == 2
+    for row, expected in zip(ours, wanted, strict=True):
+        assert row == pytest.approx(expected, rel=1e-6, abs=1e-7)
