@@ -90,9 +90,8 @@ class PPO(GenerativeModule):
         if config.ppo.action_mask is not None:
             self.action_mask = ActionMask(self.engines["action_mask"], config.ppo.action_mask, self.temperature)
             self.masking = self.action_mask.masking
-        if ignored := without_effect(config):
-            kind = config.ppo.advantages
-            log.warning("%s: no effect, because ppo.advantages=%s does not use it", ", ".join(ignored), kind)
+        for setting, ignored in without_effect(config).items():
+            log.warning("%s: no effect, because %s does not use it", ", ".join(ignored), setting)
         self.prepare_generation()
 
     @property

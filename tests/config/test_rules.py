@@ -375,9 +375,9 @@ def test_phases_that_cannot_run_are_told_what_can(world: int, values: dict[str, 
 
 
 def test_keys_that_the_kind_of_advantages_does_not_read_are_named() -> None:
-    assert without_effect(phases(critic__kind="separate", critic__separate=own(lr=1e-4), ppo__lam=0.9)) == []
+    assert without_effect(phases(critic__kind="separate", critic__separate=own(lr=1e-4), ppo__lam=0.9)) == {}
     plain = phases(ppo__advantages="grpo", rollout__n=8)
-    assert without_effect(plain) == []
+    assert without_effect(plain) == {}
     assert critic_kind(plain) == "none"
     found = phases(
         **{
@@ -388,8 +388,18 @@ def test_keys_that_the_kind_of_advantages_does_not_read_are_named() -> None:
             "ppo__gamma": 0.9,
         }
     )
-    assert without_effect(found) == ["ppo.gamma", "ppo.lam", "critic.kind", "critic.separate.lr"]
-    assert without_effect(phases(ppo__advantages="reinforce_pp", critic__kind="none", ppo__gamma=0.9)) == []
+    ignored = ["ppo.gamma", "ppo.lam", "critic.kind", "critic.separate.lr"]
+    assert without_effect(found) == {"ppo.advantages=grpo": ignored}
+    assert without_effect(phases(ppo__advantages="reinforce_pp", critic__kind="none", ppo__gamma=0.9)) == {}
+
+
+def test_keys_that_the_objective_does_not_read_are_named() -> None:
+    ratio = {"ppo__clip_high": 0.3, "ppo__ratio": "sequence"}
+    assert without_effect(phases(**ratio)) == {}
+    assert without_effect(phases(ppo__objective="cispo", **ratio)) == {}
+    assert without_effect(phases(ppo__objective="plain", **ratio)) == {
+        "ppo.objective=plain": ["ppo.clip_high", "ppo.ratio"]
+    }
 
 
 def test_advantages_are_whitened_by_their_kind_unless_it_is_said() -> None:
