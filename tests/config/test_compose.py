@@ -17,6 +17,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 
 import megarl
+from megarl.config import renames
 from megarl.config.algorithms import ALGORITHMS, entry_point, entry_points
 from megarl.config.compose import _Job, _overrides_first, compose
 from megarl.config.presets import HEADER, preset_files
@@ -100,7 +101,11 @@ TREES = {entry.config: name for name, entry in reversed(entry_points().items())}
 
 
 @pytest.mark.parametrize("entry", TREES.values())
-def test_every_shipped_preset_and_every_option_of_every_group_composes(folder: Path, entry: str) -> None:
+def test_every_shipped_preset_and_every_option_of_every_group_composes(
+    folder: Path, entry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none of them uses an old key."""
+    monkeypatch.setattr(renames, "warn_renamed", pytest.fail)
     for name in preset_files(conf_folder()) if entry in ALGORITHMS else ():  # presets are of training
         compose(entry, [f"+conf={name}"])
     groups = entry_point(entry).groups

@@ -67,13 +67,13 @@ def even(outputs: list[str], **_: Any) -> list[float]:
     return [float(len(output) % 2 == 0) for output in outputs]
 
 
-def kills_the_run(samples: list[str], outputs: list[str], folder: str, **_: Any) -> list[float]:
+def kills_the_run(samples: list[str], outputs: list[str], folder: str, late: int = LATE, **_: Any) -> list[float]:
     """1 if a response has an even number of characters; what was scored is added to a file once it is known.
 
-    Where there is a file `kill`, the call that comes after `LATE` responses kills the process that called.
+    Where there is a file `kill`, the call that comes after `late` responses kills the process that called.
     """
     known, kill = Path(folder, "scored.txt"), Path(folder, "kill")
-    if kill.exists() and known.exists() and len(known.read_text().splitlines()) >= LATE:
+    if kill.exists() and known.exists() and len(known.read_text().splitlines()) >= late:
         kill.unlink()
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(3600)

@@ -104,7 +104,11 @@ def test_an_evaluation_that_was_killed_continues_with_what_it_has_not_scored(
     worlds: Worlds, models: Path, tmp_path: Path
 ) -> None:
     def argv(run_dir: Path) -> list[str]:
-        score = ["reward.fn=tests.e2e.scores:kills_the_run", f"reward.options.folder={run_dir}", "reward.batch_size=4"]
+        score = [
+            "reward.fn=tests.e2e.scores:kills_the_run",
+            f"reward.options.folder={run_dir}",
+            "reward.calls.batch_size=4",
+        ]
         return settings_of(models, run_dir, *score)
 
     worlds.run(1, evaluate, argv(tmp_path / "whole"))

@@ -77,6 +77,30 @@ def test_a_run_cut_in_two_ends_in_the_same_weights(name: str, worlds: Worlds, al
     assert_same_bits(final_tensors(tmp_path), final_tensors(alone[name]))
 
 
+def test_a_run_killed_while_prompts_are_replaced_scores_no_response_twice(worlds: Worlds, tmp_path: Path) -> None:
+    def settings(folder: Path, late: int) -> list[str]:
+        function = ["reward.fn=tests.e2e.scores:kills_the_run", f"reward.options.folder={folder}"]
+        calls = [f"reward.options.late={late}", "reward.calls.batch_size=4"]
+        return [*RUNS["replacing"], *SAVED, *function, *calls]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    worlds.run(1, run_ppo, whole, *settings(whole, 1))
+    prompts = [int(count) for (count,) in metrics(whole, "rollout/prompts")]
+    phase = next(number for number, count in enumerate(prompts) if count > 4)
+    before = 4 * sum(prompts[:phase])
+    late = settings(cut, before + 16)  # the first call for the prompts that replace others
+    cut.mkdir()
+    (cut / "kill").touch()
+    with pytest.raises(EOFError):  # the process is gone
+        worlds.run(1, run_ppo, cut, *late)
+    scored = (cut / "scored.txt").read_text().splitlines()
+    assert len(scored) == before + 16
+    assert len(find(cut / "checkpoints")) == phase
+    worlds.run(1, run_ppo, cut, *late)
+    assert_same_bits(final_tensors(cut), final_tensors(whole))
+    assert (cut / "scored.txt").read_text() == (whole / "scored.txt").read_text()
+
+
 def test_prompts_without_spread_are_replaced_until_the_phase_is_full(alone: Alone) -> None:
     found = metrics(alone["replacing"], "rollout/prompts", "rollout/replaced", "rollout/zero_spread_groups")
     assert all(prompts - replaced == 4 and spread == 0 for prompts, replaced, spread in found)
