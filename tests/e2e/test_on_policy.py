@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megarl.checkpoint import find, tensors
 from megarl.errors import RewardError
-from megarl.rollout.stored import load
+from megarl.rollout.noise import TRAINING
+from megarl.rollout.stored import dump, load, phase_file
 from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_ppo
 from tests.e2e.test_train_ppo import ended
 from tests.refusals import assert_refusal
@@ -114,6 +117,52 @@ def test_a_dump_with_replaced_prompts_is_replayed(worlds: Worlds, alone: Alone, 
     stored = f"rollout.replay={alone['replacing'] / 'dump'}"
     worlds.run(1, run_ppo, tmp_path, *RUNS["replacing"], stored, "trainer.max_phases=3")
     assert metrics(tmp_path, *NAMES) == metrics(alone["replacing"], *NAMES)
+
+
+CORRECTION = ("correction/mean", "correction/ess", "correction/chi2", "correction/kl", "correction/limited")
+
+
+def test_weights_are_one_for_our_own_responses_in_float32(alone: Alone) -> None:
+    for found in metrics(alone["replacing"], *CORRECTION):
+        assert found == pytest.approx((1, 1, 0, 0, 0), abs=1e-5)
+
+
+def test_weights_correct_for_responses_that_another_policy_sampled(
+    worlds: Worlds, alone: Alone, tmp_path: Path
+) -> None:
+    """Another program found every token less likely by a factor of e^-0.1."""
+    for path in (alone["replacing"] / "dump").glob("train-000000*"):
+        foreign = [replace(one, logprobs=[value - 0.1 for value in one.logprobs]) for one in load(path)]
+        dump(tmp_path / "dump" / path.name, foreign)
+    settings = [*RUNS["replacing"], f"rollout.replay={tmp_path / 'dump'}", "trainer.max_phases=1"]
+    wanted = (math.exp(0.1), 1, math.exp(0.2) - 1, math.exp(0.1) - 1.1, 0)
+    worlds.run(1, run_ppo, tmp_path / "all", *settings)
+    assert metrics(tmp_path / "all", *CORRECTION) == [pytest.approx(wanted, rel=1e-4, abs=1e-5)]
+    worlds.run(1, run_ppo, tmp_path / "few", *settings, "ppo.correction.high=1.05", "ppo.correction.method=mask")
+    ((*_, limited), (loss,)) = (metrics(tmp_path / "few", *names)[0] for names in (CORRECTION, ["policy/loss"]))
+    assert (limited, loss) == (1, 0)
+
+
+def test_weights_correct_for_older_weights_and_for_another_precision(worlds: Worlds, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    settings = [f"data.train=[{tmp_path}/prompts.jsonl]", *RUNS["masking"][4:6], "rollout.n=16", "ppo.correction={}"]
+    fresh, old, coarse = (tmp_path / name for name in ("fresh", "old", "coarse"))
+    worlds.run(1, run_ppo, fresh, *settings, f"rollout.dump={fresh / 'dump'}", "optim.lr=3e-3")
+    first = phase_file(fresh / "dump", TRAINING, 0)
+    phase_file(fresh / "dump", TRAINING, 1).write_bytes(first.read_bytes())
+    worlds.run(1, run_ppo, old, *settings, f"rollout.replay={fresh / 'dump'}", "optim.lr=3e-3")
+    sampled_in_float32 = f"rollout.replay={fresh / 'dump'}"
+    worlds.run(1, run_ppo, coarse, *settings, sampled_in_float32, "trainer.precision=bf16", "trainer.max_phases=1")
+    of_fresh, of_old, of_coarse = (metrics(folder, *CORRECTION) for folder in (fresh, old, coarse))
+    for found in (*of_fresh, of_old[0]):
+        assert found == pytest.approx((1, 1, 0, 0, 0), abs=1e-5)
+    _, ess, chi2, kl, _ = of_old[1]
+    assert 0.1 < ess < 0.999
+    assert chi2 > 1e-3
+    assert kl > 1e-3
+    ((_, ess, _, kl, _),) = of_coarse
+    assert 0.9 < ess < 1
+    assert 1e-8 < kl < 1e-2
 
 
 def test_a_phase_without_any_spread_ends_in_one_line(worlds: Worlds, tmp_path: Path) -> None:
