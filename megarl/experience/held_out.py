@@ -13,7 +13,7 @@ from megarl.experience.results import ChunkName, Results
 from megarl.experience.scorers import Scorer
 from megarl.logging import get_logger
 from megarl.parallel.grid import Grid
-from megarl.rewards.scores import Scores
+from megarl.rewards.scores import Scores, joined
 from megarl.rollout.noise import EVALUATION
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
@@ -150,20 +150,6 @@ class HeldOut:
         return records
 
 
-def joined(scores: Sequence[Scores]) -> Scores:
-    """Return the scores of several lists of samples as those of one list."""
-    names = dict.fromkeys(name for one in scores for name in one.parts)
-    return Scores(
-        values=[value for one in scores for value in one.values],
-        parts={
-            name: [value for one in scores for value in one.parts.get(name, [None] * len(one.values))] for name in names
-        },
-        failed_calls=sum(one.failed_calls for one in scores),
-        repeated_calls=sum(one.repeated_calls for one in scores),
-        reencoded=sum(one.reencoded for one in scores),
-    )
-
-
 def result_of(measured: Sequence[Measured], prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Return the metrics of all settings by logged name, and the numbers of prompts and responses."""
     totals = [scores for one in measured for name, scores in one.scored.items() if name == "score"]
@@ -179,7 +165,7 @@ def deciding_settings(config: Any) -> dict[str, Any]:
     """Return the settings that the responses of an evaluation depend on, by key. Neither the layout nor how fast
     something is computed is among them."""
     rollout = asdict(config.rollout)
-    for name in ("n", "slots", "cache_bytes", "layout", "cuda_graphs", "dump", "replay"):
+    for name in ("n", "engine", "dump", "replay"):
         del rollout[name]
     return {
         "seed": config.seed,
