@@ -20,13 +20,18 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from benchmarks.train_step import markdown
 from megarl.config.compose import compose
 from megarl.tasks.randomwalks import MOST_NODES, task
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results" / "sweeps.jsonl"
 TORCH, NARROW = "torch", "narrow"
@@ -242,12 +247,20 @@ def one(entry: str, head: str, overrides: Sequence[str]) -> None:
     import importlib
 
     if head == NARROW:
-        from megarl.models import gpt
-
-        gpt.linear_std = lambda weight: 0.0 if weight.shape[0] == 1 else 0.02
         overrides = [*overrides, "ppo.invariants=warn"]  # the inner layer has no gradient in the first step
     sys.argv = [entry, *overrides]
-    importlib.import_module(f"megarl.train_{entry}").main()
+    with initial_weights(head):
+        importlib.import_module(f"megarl.train_{entry}").main()
+
+
+def initial_weights(head: str) -> AbstractContextManager[Any]:
+    """A context in which value heads start as `head` says."""
+    from megarl.models.heads import ValueHead
+
+    def narrow(weight: Tensor) -> float:
+        return 0.0 if weight.shape[0] == 1 else 0.02
+
+    return patch.object(ValueHead, "std", narrow) if head == NARROW else nullcontext()
 
 
 def _set(section: Any) -> Any:

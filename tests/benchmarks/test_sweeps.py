@@ -9,7 +9,21 @@ from typing import Any
 
 import pytest
 
-from benchmarks.sweeps import NARROW, SWEEPS, Case, known, learnable, read_series, settled, show, walks
+from benchmarks.sweeps import (
+    NARROW,
+    SWEEPS,
+    TORCH,
+    Case,
+    initial_weights,
+    known,
+    learnable,
+    read_series,
+    settled,
+    show,
+    walks,
+)
+from tests.parallel.engines import small_engine
+from tests.worlds import Worlds
 
 CASE = walks(1011, 7)
 
@@ -49,3 +63,19 @@ def test_every_sweep_has_cases_that_compose(name: str) -> None:
 def test_a_graph_without_a_way_to_the_goal_is_not_learnable() -> None:
     assert learnable(1011)
     assert not learnable(1001)
+
+
+def deviations(head: str) -> dict[str, float]:
+    """The deviation of each weight of a value head that starts as a sweep wants it."""
+    with initial_weights(head):
+        engine = small_engine({}, value_head=True)
+    return {name: float(w.std()) for name, w in engine.parameters() if name.startswith("value_head.") and w.ndim == 2}
+
+
+def test_value_heads_start_as_a_sweep_wants_them(worlds: Worlds) -> None:
+    (narrow,), (usual,) = (worlds.run(1, deviations, head) for head in (NARROW, TORCH))
+    assert narrow == {
+        "value_head.inner.weight": pytest.approx(0.02, rel=0.1),
+        "value_head.outer.weight": 0,
+    }
+    assert all(usual[name] > max(0.03, 2 * narrow[name]) for name in narrow)
