@@ -25,6 +25,8 @@ WHOLE = ("model.path=model", "data.eval=[prompts.jsonl]", "reward.fn=megarl.rewa
         ((*WHOLE, "eval.vote=missing.py:answer"), ("eval.vote=missing.py:answer",)),
         ((*WHOLE, "rollout.dump=there"), ("rollout.dump=there", "run.dir")),
         ((*WHOLE, "rollout.replay=there"), ("rollout.replay=there", "run.dir")),
+        ((*WHOLE, "rollout.n=8"), ("rollout.n=8", "rollout.n=1", "eval.n=8")),
+        ((*WHOLE, "trainer.progress=none"), ("trainer.progress=none", "trainer.progress=auto")),
         ((*WHOLE, "out=prompts.jsonl"), ("out=prompts.jsonl",)),
         ((*WHOLE, "samples=prompts.jsonl"), ("samples=prompts.jsonl",)),
         ((*WHOLE, "rollout.top_p=0"), ("rollout.top_p=0",)),

@@ -53,6 +53,26 @@ def responses_are_kept_in_the_run_folder(config: Any, world_size: int) -> None:
             )
 
 
+def keys_have_an_effect(config: Any, world_size: int) -> None:
+    """Refuse keys of shared sections that an evaluation does not use."""
+    n, progress = config.rollout.n, config.trainer.progress
+    if n != GuidedRolloutConfig().n:
+        raise Refusal(
+            f"rollout.n={n} has no effect in an evaluation, which generates eval.n={config.eval.n} responses per prompt",
+            {"rollout.n": [GuidedRolloutConfig().n]},
+            f"eval.n={n} in its place",
+            key="rollout.n",
+            value=n,
+        )
+    if progress != ScoringDevicesConfig().progress:
+        raise Refusal(
+            f"trainer.progress={progress} has no effect in an evaluation, which logs a line per chunk of prompts",
+            {"trainer.progress": [ScoringDevicesConfig().progress]},
+            key="trainer.progress",
+            value=progress,
+        )
+
+
 @dataclass
 class EvaluateConfig(Tree):
     """The keys of an evaluation of a trained model."""
@@ -65,6 +85,7 @@ class EvaluateConfig(Tree):
         responses_are_scored,
         scoring_ends_in_time,
         responses_are_kept_in_the_run_folder,
+        keys_have_an_effect,
     )
 
     out: str | None = leaf(
