@@ -78,10 +78,9 @@ def _runs(text: str) -> list[list[str]]:
 
 
 def _value_of_end(run: list[str]) -> Number | None:
-    """Return the value of the longest end of a run that is an expression. Signs after it do not count."""
-    run = run[-_MOST_TOKENS:]
-    while run and not (run[-1][0].isdigit() or run[-1][0] in ".)"):
-        run = run[:-1]
+    """Return the value of the longest end of a run that is an expression. Signs after it, and parentheses that were
+    opened before the run, do not count."""
+    run = _without_unmatched_end(run[-_MOST_TOKENS:])
     for start in range(len(run)):
         try:
             return _Parser(run[start:]).value()
@@ -90,6 +89,21 @@ def _value_of_end(run: list[str]) -> Number | None:
         except (ArithmeticError, ValueError):
             return None
     return None
+
+
+def _without_unmatched_end(run: list[str]) -> list[str]:
+    """Return a run up to its last number or parenthesis that closes another, without the % of a percentage in
+    parentheses."""
+    kept: list[str] = []
+    end = depth = 0
+    for token, following in zip(run, [*run[1:], ""], strict=True):
+        if token == "%" and following == ")":
+            continue
+        kept.append(token)
+        if token[0].isdigit() or token[0] == "." or (token == ")" and depth):
+            end = len(kept)
+        depth = max(0, depth + (token == "(") - (token == ")"))
+    return kept[:end]
 
 
 class _Parser:
