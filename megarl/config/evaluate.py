@@ -58,7 +58,8 @@ def keys_have_an_effect(config: Any, world_size: int) -> None:
     n, progress = config.rollout.n, config.trainer.progress
     if n != GuidedRolloutConfig().n:
         raise Refusal(
-            f"rollout.n={n} has no effect in an evaluation, which generates eval.n={config.eval.n} responses per prompt",
+            f"rollout.n={n} has no effect in an evaluation, which generates eval.n={config.eval.n} responses per "
+            "prompt",
             {"rollout.n": [GuidedRolloutConfig().n]},
             f"eval.n={n} in its place",
             key="rollout.n",

@@ -54,6 +54,7 @@ class HeldOut:
         results: Results | None,
         *,
         chunk: int,
+        drops: bool = False,
         read_answers: ReadAnswers | None = None,
     ) -> None:
         """
@@ -66,10 +67,13 @@ class HeldOut:
             grid: the processes of the evaluation.
             results: where results are stored, on rank 0.
             chunk: number of prompts in a chunk.
+            drops: whether a response may have no score (`reward.on_error=drop`). Otherwise a chunk whose stored scores
+                lack one is scored again.
             read_answers: the answers that responses vote on; None for no vote.
         """
         self.respond, self.prompts, self.scorers, self.settings = respond, prompts, scorers, settings
         self.tokenizer, self.grid, self.results, self.read_answers = tokenizer, grid, results, read_answers
+        self.drops = drops
         self.chunks = [range(first, min(first + chunk, len(prompts))) for first in range(0, len(prompts), chunk)]
 
     def run(self) -> list[Measured]:
@@ -106,10 +110,11 @@ class HeldOut:
         return rollouts
 
     def _scores(self, name: ChunkName, scorer: str, rollouts: list[Rollout]) -> Scores:
-        """Return the stored scores of a chunk, or new ones, which are stored."""
+        """Return the stored scores of a chunk, or new ones, which are stored. Stored ones of an evaluation that dropped
+        responses are used only by one that drops them, too."""
         by = self.scorers[scorer].fingerprint
         found: Scores | None = self._on_disk(lambda results: results.scores(name, scorer, by, len(rollouts)))
-        if found is not None:
+        if found is not None and (self.drops or not found.dropped):
             return found
         # The scorer's own journal has a file per chunk, too: a call that has ended is not repeated.
         scores = self.scorers[scorer].score(self.prompts, rollouts, stream=name.stream, phase=name.index)

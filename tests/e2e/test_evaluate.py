@@ -131,3 +131,15 @@ def test_an_evaluation_that_was_killed_continues_with_what_it_has_not_scored(
     (cut / "samples.jsonl").unlink()
     (error,) = worlds.run(1, error_of, [*settings, "seed=2"])
     assert_refusal(error, key="run.dir", value=str(cut), names=("seed",))
+
+
+def test_scores_that_were_dropped_are_an_error_once_they_may_not_be(
+    worlds: Worlds, models: Path, tmp_path: Path
+) -> None:
+    argv = settings_of(models, tmp_path, "reward.fn=tests.e2e.scores:picky")
+    (result,) = worlds.run(1, evaluate, [*argv, "reward.on_error=drop"])
+    assert result["without_score"] == PROMPTS * N
+    for name in ("samples.jsonl", "evaluation.json"):
+        (tmp_path / name).unlink()
+    (error,) = worlds.run(1, error_of, [*argv, "reward.on_error=error"])
+    assert_refusal(error, key="reward.fn", value="tests.e2e.scores:picky")

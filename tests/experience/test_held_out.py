@@ -58,9 +58,20 @@ class Scores01:
         pass
 
 
-def held_out(folder: Path, respond: Responds, scorer: Any, **settings: Any) -> HeldOut:
+class DropsFirst(Scores01):
+    """Gives the first response to the first prompt no score."""
+
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
+        found = super().score(prompts, rollouts, stream=stream, phase=phase)
+        if phase == 0:
+            found.values[0] = None
+        return found
+
+
+def held_out(folder: Path, respond: Responds, scorer: Any, *, drops: bool = False, **settings: Any) -> HeldOut:
     config = EvalConfig(n=N, **settings)
-    return HeldOut(respond, PROMPTS, {"score": scorer}, config, TOKENIZER, GRID, Results(folder, {}), chunk=2)
+    results = Results(folder, {})
+    return HeldOut(respond, PROMPTS, {"score": scorer}, config, TOKENIZER, GRID, results, chunk=2, drops=drops)
 
 
 def test_prompts_are_answered_and_scored_in_chunks_and_measured_together(tmp_path: Path) -> None:
@@ -101,6 +112,21 @@ def test_another_scorer_scores_the_responses_that_are_there(tmp_path: Path) -> N
     held_out(tmp_path, respond, scorer).run()
     assert respond.asked == []
     assert len(scorer.asked) == 3
+
+
+@pytest.mark.parametrize(("drops", "scored_again"), [(True, []), (False, [0])])
+def test_a_chunk_that_lacks_scores_is_scored_again_unless_responses_are_dropped(
+    drops: bool, scored_again: list[int], tmp_path: Path
+) -> None:
+    (before,) = held_out(tmp_path, Responds(), DropsFirst(), drops=True).run()
+    assert before.scored["score"].dropped == 1
+    scorer = Scores01()
+    (found,) = held_out(tmp_path, Responds(), scorer, drops=drops).run()
+    assert [chunk for _, _, chunk in scorer.asked] == scored_again
+    assert found.scored["score"].dropped == (1 if drops else 0)
+    later = Scores01()
+    held_out(tmp_path, Responds(), later, drops=False).run()
+    assert [chunk for _, _, chunk in later.asked] == ([0] if drops else []), "the new scores are stored"
 
 
 def test_a_line_has_what_is_known_of_a_response(tmp_path: Path) -> None:
