@@ -54,8 +54,10 @@ def multiple_choice(
             the prompt records. With them, a response may give the text instead of the letter.
     """
     scores = []
+    # A field of the records is None for a record without choices.
+    one_each = any(own is None or isinstance(own, list | tuple) for own in choices or ())
     for row, (output, answer) in enumerate(zip(outputs, column_of(metadata, field, "multiple_choice"), strict=True)):
-        own = choices[row] if choices and isinstance(choices[0], list | tuple) else choices
+        own = choices[row] if choices and one_each else choices
         texts = [str(text) for text in own] if isinstance(own, list | tuple) else []
         wanted = _letter_of(answer, texts)
         if wanted is None:

@@ -187,6 +187,14 @@ def test_the_answer_may_be_a_letter_a_position_or_a_text() -> None:
     assert multiple_choice(["The answer is C"], answer=["C"]) == [1.0]
 
 
+def test_records_with_and_without_choices_are_told_apart() -> None:
+    own = [None, ["London", "Paris"], ("one", "two")]
+    assert multiple_choice(["B", "Paris", "two"], answer=["B"] * 3, choices=own) == [1.0] * 3
+    assert multiple_choice(["B", "The answer is C"], answer=["B", "C"], choices=[None, None]) == [1.0] * 2
+    with pytest.raises(ValueError, match="the answer of sample 0 is 'two', which is no choice; without choices"):
+        multiple_choice(["two", "two"], answer=["two", "two"], choices=[None, ["one", "two"]])
+
+
 def test_the_last_of_contradictory_choices_counts() -> None:
     texts = ["\\boxed{A} no, \\boxed{B}", "The answer is B. The answer is C.", "\\boxed{B}. So the answer is D."]
     assert multiple_choice(texts, answer=["B", "C", "D"]) == [1.0] * 3
