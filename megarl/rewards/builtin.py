@@ -170,14 +170,20 @@ def _sentiment(text: str) -> float:
 
 def _is_json(text: str, required_keys: Sequence[str]) -> bool:
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = strict_json(text)
     except (ValueError, RecursionError):
         return False
     return not required_keys or (isinstance(value, dict) and all(key in value for key in required_keys))
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+def strict_json(text: str) -> Any:
+    """Return the value of a JSON text. Python also reads NaN and Infinity, which are not JSON and raise a ValueError
+    here."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def column_of(metadata: Mapping[str, Any], field: str, function: str) -> Sequence[Any]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megarl.rewards.builtin import column_of, option_number
+from megarl.rewards.builtin import column_of, option_number, strict_json
 from megarl.rewards.choices import chosen_letter
 from megarl.rewards.expressions import equal, last_value, value_of
 from megarl.rewards.latex import last_boxed, normal_text, number_in
@@ -192,15 +192,11 @@ def _checker(jsonschema: Any, schema: Any, where: str) -> Any:
 def _is_allowed(text: str, checker: Any) -> bool:
     unresolvable = importlib.import_module("referencing.exceptions").Unresolvable
     try:
-        return bool(checker.is_valid(json.loads(text, parse_constant=_refuse_constant)))
+        return bool(checker.is_valid(strict_json(text)))
     except unresolvable as error:
         raise ValueError(f"option schema: a $ref leads nowhere ({error}); include what it names in $defs") from error
     except (ValueError, RecursionError):
         return False
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 def python_tests(
