@@ -86,7 +86,7 @@ def _evaluated(
     config: "EvaluateConfig", run_dir: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """Build the models and evaluate. Return the result, a record for each response if `samples` wants them, and the
-    records to show."""
+    rows of the table to show."""
     from megarl.data.agreement import refuse_different_data
     from megarl.data.prompts import PromptLimits, read_prompts
     from megarl.experience.build_scorers import check_fields_of_functions, reward_roles
@@ -131,7 +131,7 @@ def _evaluated(
         ) as held_out:
             measured = held_out.run()
             samples = [line for one in measured for line in held_out.lines(one)] if config.samples else []
-            shown = [line for one in measured for line in held_out.lines(one, config.eval.table)]
+            shown = [row for one in measured for row in held_out.table(one)]
             by = {name: scorer.fingerprint for name, scorer in held_out.scorers.items()}
     settings = {name: asdict(getattr(config, name)) for name in _SECTIONS}
     result = {
@@ -275,14 +275,12 @@ def _write(
             ) from None
 
 
-def _print(result: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> None:
+def _print(result: Mapping[str, Any], shown: list[dict[str, Any]]) -> None:
     """Print some responses and the metrics."""
     from megarl.callbacks.samples import as_table
 
-    hidden = ("prompt_id", "sample_id", "where", "finish_reason", "tokens", "logprob", "scores", "components")
-    rows = [{**{key: line[key] for key in line if key not in hidden}, **line["scores"]} for line in shown]
-    if rows:
-        sys.stdout.write(as_table(rows) + "\n")
+    if shown:
+        sys.stdout.write(as_table(shown) + "\n")
     for name, value in result["metrics"].items():
         sys.stdout.write(f"{name} {value:.6g}\n")
     sys.stdout.write(f"{result['responses']} responses to {result['prompts']} prompts\n")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from megarl.experience.measures import Answer, measures
 from megarl.experience.scorers import Scorer, unique_metric_name
 from megarl.parallel.grid import Grid
 from megarl.rewards.extract import read_answers
-from megarl.rewards.scores import Scores, total
+from megarl.rewards.scores import Scores, joined, total
 from megarl.rollout.noise import EVALUATION
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
@@ -25,6 +26,23 @@ SCORE = "eval/score"
 
 
 @dataclass
+class Measured:
+    """All responses to the prompts with one value of the sweep.
+
+    Attributes:
+        changes: the value, by the name of the setting; empty without a sweep.
+        rollouts: the responses, sorted by (prompt_id, sample_id).
+        scored: their scores, by the name of the scorer.
+        metrics: means and measures, by logged name without the value.
+    """
+
+    changes: dict[str, float]
+    rollouts: list[Rollout] = field(default_factory=list)
+    scored: dict[str, Scores] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class Evaluated:
     """The result of an evaluation: `metrics` by logged name, `samples` as rows of a table."""
 
@@ -32,53 +50,119 @@ class Evaluated:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Evaluation:
-    """Collects responses to held-out prompts, scores them, and keeps some as samples to show."""
+class Sweep(ABC):
+    """Responses to prompts with their scores and measures, for each value of a sweep.
+
+    Responses are collected and scored in chunks. Generators and scorers know a chunk by its random stream, one for each
+    value, and by its number, which they take for a phase. Every rank calls this, and every rank gets the same result.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        scorers: Mapping[str, Scorer],
+        settings: EvalConfig,
+        tokenizer: Tokenizer,
+        read_answers: ReadAnswers | None = None,
+    ) -> None:
+        """
+        Args:
+            prompts: all prompts.
+            scorers: by the name of the logged mean, `score` for the reward.
+            settings: the section `eval`.
+            tokenizer: decodes responses.
+            read_answers: the answers that responses vote on; None for no vote.
+        """
+        self.prompts, self.scorers, self.settings = prompts, scorers, settings
+        self.tokenizer, self.read_answers = tokenizer, read_answers
+        self.changes = changes_of(settings)
+
+    @abstractmethod
+    def _rollouts(self, stream: int, number: int, changes: dict[str, float]) -> list[Rollout]:
+        """Return the responses of a chunk."""
+
+    def _scores(self, stream: int, number: int, scorer: str, rollouts: list[Rollout]) -> Scores:
+        """Return the scores of a chunk's responses by the scorer of that name."""
+        return self.scorers[scorer].score(self.prompts, rollouts, stream=stream, phase=number)
+
+    def _measured(self, stream: int, changes: dict[str, float], numbers: Iterable[int]) -> Measured:
+        """Collect, score and measure the responses with one value of the sweep, chunk by chunk."""
+        found = Measured(changes)
+        chunks: dict[str, list[Scores]] = {scorer: [] for scorer in self.scorers}
+        for number in numbers:
+            rollouts = self._rollouts(stream, number, changes)
+            found.rollouts += rollouts
+            for scorer, scores in chunks.items():
+                scores.append(self._scores(stream, number, scorer, rollouts))
+        found.scored = {scorer: joined(scores) for scorer, scores in chunks.items()}
+        found.metrics = metrics_of(found.rollouts, found.scored, self.tokenizer, self.read_answers)
+        return found
+
+    def lines(self, found: Measured, most: int | None = None) -> list[dict[str, Any]]:
+        """Return a record for each response, or for the first `most`: texts, length, log-prob, scores."""
+        records = []
+        for row, rollout in enumerate(found.rollouts[:most]):
+            prompt = self.prompts[rollout.prompt_id]
+            records.append(
+                {
+                    **found.changes,
+                    "prompt_id": rollout.prompt_id,
+                    "sample_id": rollout.sample_id,
+                    "where": prompt.where,
+                    "prompt": prompt.text,
+                    "response": self.tokenizer.decode(rollout.response_without_eos),
+                    "finish_reason": rollout.finish_reason,
+                    "tokens": len(rollout.response),
+                    "logprob": sum(rollout.logprobs),
+                    "scores": {name: scores.values[row] for name, scores in found.scored.items()},
+                    "components": {
+                        part: column[row] for scores in found.scored.values() for part, column in scores.parts.items()
+                    },
+                }
+            )
+        return records
+
+    def table(self, found: Measured) -> list[dict[str, Any]]:
+        """Return a row for each of the first `eval.table` responses: value of the sweep, texts, scores."""
+        setting = suffix_of(found.changes).removeprefix("@")
+        return [
+            {
+                **({"setting": setting} if setting else {}),
+                "prompt": line["prompt"],
+                "response": line["response"],
+                **{name: None if score is None else total(score) for name, score in line["scores"].items()},
+            }
+            for line in self.lines(found, self.settings.table)
+        ]
+
+
+class Evaluation(Sweep):
+    """An evaluation during training: all responses to held-out prompts are one chunk, with the number of the phase."""
 
     def __init__(
         self,
         collect: Collect,
         prompts: Sequence[Prompt],
-        scorers: dict[str, Scorer],
+        scorers: Mapping[str, Scorer],
         settings: EvalConfig,
         tokenizer: Tokenizer,
         read_answers: ReadAnswers | None = None,
     ) -> None:
-        """Expand the sweep. `scorers` maps the name of a logged mean (`score` for the reward) to its scorer."""
-        self.collect, self.prompts, self.scorers = collect, prompts, scorers
-        self.settings, self.tokenizer, self.read_answers = settings, tokenizer, read_answers
-        self.changes = changes_of(settings)
+        """`collect` returns responses; the other arguments are those of every sweep."""
+        super().__init__(prompts, scorers, settings, tokenizer, read_answers)
+        self.collect = collect
 
     def run(self, phase: int) -> Evaluated:
-        """Collect and score responses to all prompts for each value of the sweep. The result is the same on every
-        rank."""
+        """Collect and score responses to all prompts for each value of the sweep. Keep some as samples to show."""
         evaluated = Evaluated()
-        # Each value of the sweep has its own stream, which keeps its responses and scores apart.
         for stream, changes in enumerate(self.changes, EVALUATION):
-            suffix = suffix_of(changes)
-            rollouts = self.collect(self.prompts, self.settings.n, stream=stream, phase=phase, **changes)
-            scored = {
-                name: scorer.score(self.prompts, rollouts, stream=stream, phase=phase)
-                for name, scorer in self.scorers.items()
-            }
-            found = metrics_of(rollouts, scored, self.tokenizer, self.read_answers)
-            evaluated.metrics |= {name + suffix: value for name, value in found.items()}
-            evaluated.samples += self._rows(rollouts, scored, suffix.removeprefix("@"))
+            found = self._measured(stream, changes, [phase])
+            evaluated.metrics |= {name + suffix_of(changes): value for name, value in found.metrics.items()}
+            evaluated.samples += self.table(found)
         return evaluated
 
-    def _rows(self, rollouts: Sequence[Rollout], scored: dict[str, Scores], setting: str) -> list[dict[str, Any]]:
-        rows = []
-        for row, rollout in enumerate(rollouts[: self.settings.table]):
-            by_scorer = {name: scores.values[row] for name, scores in scored.items()}
-            rows.append(
-                {
-                    **({"setting": setting} if setting else {}),
-                    "prompt": self.prompts[rollout.prompt_id].text,
-                    "response": self.tokenizer.decode(rollout.response_without_eos),
-                    **{name: None if score is None else total(score) for name, score in by_scorer.items()},
-                }
-            )
-        return rows
+    def _rollouts(self, stream: int, number: int, changes: dict[str, float]) -> list[Rollout]:
+        return self.collect(self.prompts, self.settings.n, stream=stream, phase=number, **changes)
 
 
 def answer_reader(settings: EvalConfig, grid: Grid) -> ReadAnswers | None:

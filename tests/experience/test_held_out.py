@@ -12,9 +12,9 @@ import pytest
 from megarl.config.sections.evaluation import EvalConfig, SweepConfig
 from megarl.data.prompts import Prompt
 from megarl.experience.evaluation import metrics_of
-from megarl.experience.held_out import HeldOut, joined, result_of
+from megarl.experience.held_out import HeldOut, result_of
 from megarl.experience.results import Results
-from megarl.rewards.scores import Scores
+from megarl.rewards.scores import Scores, joined
 from megarl.rollout.noise import EVALUATION
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import CharacterTokenizer
