@@ -5,7 +5,6 @@ math-verify's own time-outs are signals, which reach only a main thread and wait
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -20,18 +19,32 @@ from collections.abc import Sequence
 START_S = 60.0
 """Seconds in which the process imports its libraries."""
 _MEMORY = 4 << 30
+"""Maximum bytes of address space of the process."""
 _LONGEST = 20_000
+"""Characters of the end of a response that are read."""
 _lock = threading.Lock()
 _running: list[subprocess.Popen[bytes]] = []
 
 
 def decide(outputs: Sequence[str], answers: Sequence[str], timeout_s: float) -> list[str]:
-    """Return equal, different, timed out, or no answer (the answer cannot be read), for each response."""
+    """Return a verdict for each response.
+
+    It is equal, different, no answer (the answer cannot be read), timed out, or crashed (the process ended during the
+    request, as where memory ran out).
+    """
     with _lock:
-        return [_ask(output, answer, timeout_s) for output, answer in zip(outputs, answers, strict=True)]
+        return [_request(output, answer, timeout_s) for output, answer in zip(outputs, answers, strict=True)]
 
 
-def _ask(output: str, answer: str, timeout_s: float) -> str:
+def end_process() -> None:
+    """End the process of math-verify, if there is one. The next request starts another."""
+    for process in _running:
+        process.kill()
+        process.wait()
+    _running.clear()
+
+
+def _request(output: str, answer: str, timeout_s: float) -> str:
     if not _running or _running[0].poll() is not None:
         _running[:] = [_start()]
     process = _running[0]
@@ -39,14 +52,14 @@ def _ask(output: str, answer: str, timeout_s: float) -> str:
     try:
         process.stdin.write(json.dumps([output[-_LONGEST:], answer]).encode() + b"\n")
         process.stdin.flush()
-        said = _line(process, timeout_s)
+        reply = _read_line(process, timeout_s)
     except BrokenPipeError:
-        said = ""
-    if not said:
-        process.kill()  # it is late, or ran out of memory
-        process.wait()
-        return "timed out"
-    return said
+        reply = ""
+    except TimeoutError:
+        reply = "timed out"
+    if reply in ("", "timed out"):
+        end_process()
+    return reply or "crashed"
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -57,15 +70,20 @@ def _start() -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)},
     )
-    if _line(process, START_S) != "ready":
+    try:
+        ready = _read_line(process, START_S)
+        problem = f"ended at its start with exit code {process.wait()}" if not ready else ""
+    except TimeoutError:
+        problem = f"did not start within {START_S:g} s"
+    if problem:
         process.kill()
         process.wait()
-        raise RuntimeError(f"symbolic: the process of math-verify did not start within {START_S:g} s; try it again")
+        raise RuntimeError(f"symbolic: the process of math-verify {problem}; try it again")
     return process
 
 
-def _line(process: subprocess.Popen[bytes], timeout_s: float) -> str:
-    """Return a line that the process writes in time, or nothing."""
+def _read_line(process: subprocess.Popen[bytes], timeout_s: float) -> str:
+    """Return a line that the process writes, or nothing if it ends without one. Raise TimeoutError if it is late."""
     assert process.stdout is not None
     poll = select.poll()
     poll.register(process.stdout, select.POLLIN)
@@ -73,7 +91,7 @@ def _line(process: subprocess.Popen[bytes], timeout_s: float) -> str:
     while not text.endswith(b"\n"):
         left = deadline - time.monotonic()
         if left <= 0 or not poll.poll(left * 1000):
-            return ""
+            raise TimeoutError
         piece = os.read(process.stdout.fileno(), 4096)
         if not piece:
             return ""
@@ -82,24 +100,28 @@ def _line(process: subprocess.Popen[bytes], timeout_s: float) -> str:
 
 
 def main() -> None:
-    """Answer questions, a line each, until the pipe is closed."""
+    """Reply to requests, one per line, until the pipe is closed."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     logging.disable(logging.CRITICAL)
+    replies = os.dup(1)
+    os.dup2(2, 1)  # what the libraries print is no reply
     from math_verify import parse, verify
 
-    answers = os.dup(1)
-    os.dup2(2, 1)
-    os.write(answers, b"ready\n")
+    os.write(replies, b"ready\n")
     for line in sys.stdin:
         output, answer = json.loads(line)
-        said = "different"
-        with contextlib.suppress(Exception):
+        reply = "different"
+        try:
             bare = not any(mark in answer for mark in ("$", "\\boxed", "\\(", "\\["))
             gold = (bare and parse(f"${answer}$", parsing_timeout=None)) or parse(answer, parsing_timeout=None)
             found = parse(output, parsing_timeout=None)
             same = bool(gold and found) and verify(gold, found, timeout_seconds=None)
-            said = "equal" if same else "different" if gold else "no answer"
-        os.write(answers, f"{said}\n".encode())
+            reply = "equal" if same else "different" if gold else "no answer"
+        except MemoryError:
+            os._exit(1)  # this process would keep what it holds, in the caches of its libraries
+        except Exception:
+            pass  # a formula that math-verify cannot read or compare
+        os.write(replies, f"{reply}\n".encode())
 
 
 if __name__ == "__main__":

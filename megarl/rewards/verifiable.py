@@ -122,11 +122,13 @@ def symbolic(
 ) -> dict[str, list[float]]:
     """1 where the response's last formula equals the answer mathematically, else 0, as math-verify decides.
 
-    Needs the extra `verify`. A second component, `timed_out`, has 1 for each response that was not decided in time.
+    Needs the extra `verify`. It runs in a separate process, as computer algebra can hang and run out of memory. Two
+    more components have 1 for each response that was not decided: `timed_out`, and `crashed`, where the process ended,
+    as it does at 4 GiB of memory.
 
     Args:
         field: field of the prompt records that holds the answer: LaTeX or an expression.
-        timeout: seconds for a response. It is kept by a process that can be killed, as computer algebra can hang.
+        timeout: seconds for a response.
     """
     from megarl.rewards.symbolic import decide
 
@@ -139,6 +141,7 @@ def symbolic(
     return {
         "symbolic": [float(verdict == "equal") for verdict in verdicts],
         "timed_out": [float(verdict == "timed out") for verdict in verdicts],
+        "crashed": [float(verdict == "crashed") for verdict in verdicts],
     }
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from megarl.rewards import RewardWorker, combine
 from megarl.rewards.expressions import last_value
 from megarl.rewards.latex import last_boxed, normal_text, number_in
+from megarl.rewards.symbolic import end_process
 from megarl.rewards.verifiable import arithmetic, boxed, json_schema, multiple_choice, symbolic
 
 # Arithmetic
@@ -313,15 +315,42 @@ def test_symbolic_compares_formulas_mathematically() -> None:
     outputs = ["$\\frac{\\sqrt{8}}{2}$", "\\boxed{(x+1)^2}", "$x^2 + 2x$", "no formula", "\\boxed{[1, 2)}"]
     answers = ["$\\sqrt{2}$", "x^2 + 2x + 1", "$x^2$", "$7$", "$[1,2)$"]
     scores = symbolic(outputs, answer=answers, timeout=60)
-    assert scores == {"symbolic": [1.0, 1.0, 0.0, 0.0, 1.0], "timed_out": [0.0] * 5}
+    assert scores == {"symbolic": [1.0, 1.0, 0.0, 0.0, 1.0], "timed_out": [0.0] * 5, "crashed": [0.0] * 5}
 
 
 def test_symbolic_stops_what_does_not_end() -> None:
     pytest.importorskip("math_verify", reason="math-verify is not installed (the extra verify)")
-    start = time.perf_counter()
-    scores = symbolic(["$9^{9^{9^{9}}}$", "$2$"], answer=["$7^{9^{9^{8}}}$", "$2$"], timeout=20)
-    assert scores["symbolic"] == [0.0, 1.0]
-    assert time.perf_counter() - start < 100
+    scores = symbolic(["$9^{9^{9^{9}}}$"], answer=["$7^{9^{9^{8}}}$"], timeout=2)
+    assert scores == {"symbolic": [0.0], "timed_out": [1.0], "crashed": [0.0]}
+    assert symbolic(["$2$"], answer=["$2$"], timeout=60)["symbolic"] == [1.0]
+
+
+@pytest.fixture
+def math_verify_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A stand-in for math-verify that compares texts, and does what the text `sleep`, `exit` or `memory` says."""
+    (tmp_path / "math_verify.py").write_text(
+        "import os, time\n"
+        "def parse(text, parsing_timeout):\n    text = text.strip('$')\n"
+        "    if text == 'sleep': time.sleep(1000)\n    if text == 'exit': os._exit(3)\n"
+        "    if text == 'memory': raise MemoryError\n    if text == 'error': raise ValueError\n    return [text]\n"
+        "def verify(gold, found, timeout_seconds): return gold == found\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "math_verify", raising=False)
+    end_process()
+    yield
+    end_process()
+    sys.modules.pop("math_verify", None)
+
+
+def test_symbolic_tells_what_is_late_from_what_crashes(math_verify_that_fails: None) -> None:
+    outputs = ["a", "exit", "a", "memory", "b", "error", "a"]
+    scores = symbolic(outputs, answer=["a"] * 7, timeout=60)
+    assert scores["symbolic"] == [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    assert scores["crashed"] == [0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    assert scores["timed_out"] == [0.0] * 7
+    late = symbolic(["sleep"], answer=["a"], timeout=0.5)
+    assert late == {"symbolic": [0.0], "timed_out": [1.0], "crashed": [0.0]}
 
 
 def test_symbolic_names_the_extra_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
