@@ -89,13 +89,18 @@ def exact_match(
     """
 
     def normal(text: object) -> str:
-        joined = " ".join(str(text).split())
-        return joined.casefold() if ignore_case else joined
+        spaced = one_spaced(str(text))
+        return spaced.casefold() if ignore_case else spaced
 
     return [
         float(normal(output) in {normal(answer) for answer in _any_of(answers)})
         for output, answers in zip(outputs, column_of(metadata, field, "exact_match"), strict=True)
     ]
+
+
+def one_spaced(text: str) -> str:
+    """Return a text with one space for each stretch of white space, and none around it."""
+    return " ".join(text.split())
 
 
 def numeric_match(

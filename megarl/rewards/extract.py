@@ -1,49 +1,58 @@
-"""The answer in the text of a response, for majority votes: ready-made readers, and functions of the user."""
+"""The answer in the text of a response, for majority votes: ready-made readers, and functions of the user.
+
+Responses vote for the same answer where the reward function of the same kind takes one as right if the other is right:
+`exact_match` for text, `numeric_match` for number, `multiple_choice` for choice and `boxed` for boxed.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 from megarl.errors import RewardError
 from megarl.functions.named import resolve
-from megarl.rewards.builtin import last_number
+from megarl.rewards.builtin import last_number, one_spaced
+from megarl.rewards.choices import chosen_letter
+from megarl.rewards.latex import last_boxed, normal_text, number_in
 
 KEY = "eval.vote"
-_CHOICE = re.compile(r"(?<![A-Za-z0-9'])\(?([A-Z])\)?(?![A-Za-z0-9'])")
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 
 def text(response: str) -> str | None:
-    """Return the whole response, with white space made equal; None if it is empty."""
-    return " ".join(response.split()) or None
+    """Return the whole response, with single spaces for white space; None if it is empty."""
+    return one_spaced(response) or None
 
 
 def number(response: str) -> str | None:
     """Return the last number in the response, in one form for equal numbers; None without a number."""
     found = last_number(response)
-    return None if found is None else repr(found + 0.0)  # -0.0 + 0.0 is 0.0
+    return None if found is None else _number_form(found)
 
 
 def choice(response: str) -> str | None:
-    """Return the last capital letter that stands alone, as in `Answer: (B)`; None without one.
-
-    The words `I` and `A` count only where nothing else does.
-    """
-    found = _CHOICE.findall(response)
-    letters = [letter for letter in found if letter not in "IA"] or found
-    return letters[-1] if letters else None
+    """Return the letter, A to J, of the choice that the response states last; None if it states none."""
+    return chosen_letter(response)
 
 
 def boxed(response: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}`, with white space made equal; None without a closed one."""
-    for start in reversed([match.end() for match in _BOXED.finditer(response)]):
-        depth = 1
-        for index in range(start, len(response)):
-            depth += {"{": 1, "}": -1}.get(response[index], 0)
-            if depth == 0:
-                return text(response[start:index])
-    return None
+    r"""Return the content of the last complete `\boxed{...}`; None without one, or with an empty one.
+
+    Equal numbers have one form, and so have texts that differ in white space and font commands only.
+    """
+    box = last_boxed(response)
+    if box is None:
+        return None
+    plain = normal_text(box)
+    value = number_in(plain)
+    return (plain or None) if value is None else _number_form(value)
+
+
+def _number_form(value: float | Fraction) -> str:
+    """Return a number with ten digits, as the rewards take numbers as equal that differ by less than 1e-9 of them."""
+    try:
+        return f"{float(value) + 0.0:.10g}"  # -0.0 + 0.0 is 0.0
+    except OverflowError:
+        return hex(int(value))  # decimals of so many digits are refused by Python
 
 
 READERS: dict[str, Callable[[str], str | None]] = {"text": text, "number": number, "choice": choice, "boxed": boxed}
