@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from megarl.tokenizers import Tokenizer
 
 OUT = "evaluation.json"
-_SECTIONS = ("data", "rollout", "reward", "metric", "eval")
-"""Sections that the result holds, besides seed, precision and model."""
 
 
 def evaluate(config: "EvaluateConfig") -> int:
@@ -90,7 +88,7 @@ def _evaluated(
     from megarl.data.agreement import refuse_different_data
     from megarl.data.prompts import PromptLimits, read_prompts
     from megarl.experience.build_scorers import check_fields_of_functions, reward_roles
-    from megarl.experience.held_out import deciding_settings, result_of
+    from megarl.experience.held_out import deciding_settings, result_of, stored_settings
     from megarl.models.build import build_engine, vocabulary
     from megarl.models.exchange.pretrained import resolve_pretrained
     from megarl.models.roles import Role
@@ -133,14 +131,13 @@ def _evaluated(
             samples = [line for one in measured for line in held_out.lines(one)] if config.samples else []
             shown = [row for one in measured for row in held_out.table(one)]
             by = {name: scorer.fingerprint for name, scorer in held_out.scorers.items()}
-    settings = {name: asdict(getattr(config, name)) for name in _SECTIONS}
     result = {
         **result_of(measured, prompts),
         "model": {"path": config.model.path, "weights": weights},
         "seed": config.seed,
         "precision": config.trainer.precision,
         "scored_by": by,
-        "settings": settings,
+        "settings": stored_settings(config),
         "megarl": megarl.__version__,
     }
     return result, samples, shown

@@ -123,14 +123,33 @@ def result_of(measured: Sequence[Measured], prompts: Sequence[Prompt]) -> dict[s
 def deciding_settings(config: Any) -> dict[str, Any]:
     """Return the settings that the responses of an evaluation depend on, by key. Neither the layout nor how fast
     something is computed is among them."""
-    rollout = asdict(config.rollout)
-    for name in ("n", "engine", "dump", "replay"):
-        del rollout[name]
     return {
         "seed": config.seed,
         "trainer.precision": config.trainer.precision,
         "eval.n": config.eval.n,
         "chunk": config.chunk,
-        **{f"rollout.{name}": value for name, value in rollout.items()},
+        **{f"rollout.{name}": value for name, value in _sampling(config).items()},
         **{f"eval.sweep.{name}": value for name, value in asdict(config.eval.sweep).items()},
     }
+
+
+def stored_settings(config: Any) -> dict[str, Any]:
+    """Return the sections that the result holds, without keys that have no effect in an evaluation and without those
+    that decide only where and how fast something is computed."""
+    calls = asdict(config.reward.call_settings)
+    del calls["devices"]
+    return {
+        "data": asdict(config.data),
+        "rollout": _sampling(config),
+        "reward": {**asdict(config.reward), "calls": calls},
+        "metric": asdict(config.metric),
+        "eval": asdict(config.eval),
+    }
+
+
+def _sampling(config: Any) -> dict[str, Any]:
+    """Return the keys of the section `rollout` that responses depend on."""
+    sampling = asdict(config.rollout)
+    for name in ("n", "engine", "dump", "replay"):
+        del sampling[name]
+    return sampling

@@ -74,7 +74,8 @@ def test_every_layout_gives_the_same_responses_scores_and_measures(
 ) -> None:
     terms = f"reward.terms=[{{fn: tests.e2e.scores:even}},{{model: {models / 'reward'}, weight: 0.5}}]"
     metric = "metric.fn=tests.e2e.scores:even"
-    layouts = {"tp2xpp2": (4, ["parallel.tp=2", "parallel.pp=2"]), "dp2": (2, []), "one": (1, [])}
+    engine = ["rollout.engine.layout=tp2", "rollout.engine.slots=5", "reward.calls.devices=0"]
+    layouts = {"tp2xpp2": (4, ["parallel.tp=2", "parallel.pp=2"]), "dp2": (2, engine), "one": (1, [])}
     found: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
     for name, (size, layout) in layouts.items():
         ranks = worlds.run(

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from megarl.config.compose import compose
 from megarl.config.sections.evaluation import EvalConfig, SweepConfig
 from megarl.data.prompts import Prompt
 from megarl.experience.evaluation import metrics_of
-from megarl.experience.held_out import HeldOut, result_of
+from megarl.experience.held_out import HeldOut, result_of, stored_settings
 from megarl.experience.results import Results
 from megarl.rewards.scores import Scores, joined
 from megarl.rollout.noise import EVALUATION
@@ -145,6 +146,20 @@ def test_a_line_has_what_is_known_of_a_response(tmp_path: Path) -> None:
         "scores": {"score": 0.0},
         "components": {"twice": 0.0},
     }
+
+
+def test_the_stored_settings_do_not_contain_where_and_how_fast_something_is_computed() -> None:
+    score = ["model.path=model", "data.eval=[a.jsonl]", "reward.fn=a:b"]
+    plain, _ = compose("evaluate", score)
+    elsewhere = ["rollout.engine.layout=tp2", "rollout.engine.slots=5", "reward.calls.devices='0'", "parallel.tp=2"]
+    other, _ = compose("evaluate", [*score, *elsewhere])
+    stored = stored_settings(plain)
+    assert stored == stored_settings(other)
+    assert stored.keys() == {"data", "rollout", "reward", "metric", "eval"}
+    assert stored["rollout"]["temperature"] == 1.0
+    # A time-out decides which responses have a score.
+    later, _ = compose("evaluate", [*score, "reward.calls.timeout=1"])
+    assert stored != stored_settings(later)
 
 
 def test_joined_scores_have_every_component() -> None:
