@@ -38,9 +38,10 @@ def importance_weights(
         low, high: the bounds.
 
     Returns:
-        The weights, and of the ratios before they are limited: mean and max over tokens; ess (effective sample size
-        as a share of the tokens, (sum w)^2 / (n sum w^2)); chi2 (mean of w^2, minus 1); kl (per token, the k3 estimate
-        of KL(behaviour, proximal), whatever the level); limited (share of tokens whose ratio was outside the bounds).
+        The weights, and statistics of the ratios before they are limited: mean and max over tokens; ess (effective
+        sample size as a share of the tokens, (sum w)^2 / (n sum w^2)); chi2 (mean of w^2, minus 1); kl (per token, the
+        k3 estimate of KL(behaviour, proximal), whatever the level); limited (share of tokens whose ratio was outside
+        the bounds).
     """
     check_choice("level", level, LEVELS)
     check_choice("method", method, METHODS)

@@ -130,7 +130,9 @@ class PPOSettings(Section):
         at_least=0,
     )
     vf_coef: float = leaf(1.0, "Weight of the value loss of a shared critic.", at_least=0)
-    entropy_coef: float = leaf(0.0, "Weight of the entropy bonus in the loss.", at_least=0)
+    entropy_coef: float = leaf(
+        0.0, "Weight of the entropy bonus in the loss; the initial one with ppo.adaptive_entropy.", at_least=0
+    )
     adaptive_entropy: AdaptiveEntropyConfig | None = optional_section(
         AdaptiveEntropyConfig, "Adapt ppo.entropy_coef towards a target (null: it stays constant).", needs="target"
     )
@@ -197,8 +199,8 @@ class PPOSettings(Section):
     )
     correction: CorrectionConfig | None = optional_section(
         CorrectionConfig,
-        "Weight the loss by how much more likely a token is under the weights that training starts from than under "
-        "those that sampled it (null: weights of 1).",
+        "Weight the policy loss by how much more likely a token is under the weights that training starts from than "
+        "under those that sampled it (null: weights of 1).",
     )
     action_mask: ActionMaskConfig | None = optional_section(
         ActionMaskConfig,
@@ -210,9 +212,9 @@ class PPOSettings(Section):
     invariants: str = leaf(
         "strict",
         "What happens when a check during training fails: the run ends with an error, or one warning per check is "
-        "logged. Checked: the policy equals the reference before training, generated and recomputed log-probs agree, "
-        "the first minibatch has ratio 1, each epoch uses every response token once, every trained tensor gets a "
-        "gradient.",
+        "logged. Checked: the policy equals the reference before training, generated and recomputed log-probs agree "
+        "(not with ppo.correction), the first minibatch has ratio 1, each epoch uses every response token once, every "
+        "trained tensor gets a gradient.",
         ("strict", "warn"),
     )
 
@@ -232,7 +234,8 @@ class PPOSettings(Section):
         return self.overlong or OverlongConfig()
 
     def check(self) -> None:
-        """Refuse whitened rewards where responses are compared, too short a horizon, and limits of an absent KL."""
+        """Refuse whitened rewards where responses are compared, too short a horizon, limits of an absent KL, unbiased
+        gradients and a dual clip where there are none, and an entropy coefficient above its maximum."""
         needs = ADVANTAGES[self.advantages]
         target, horizon = self.kl_target, self.kl_horizon
         if target is not None and horizon <= self.rollouts / 5:
@@ -266,6 +269,17 @@ class PPOSettings(Section):
                 {"ppo.dual_clip": [None], "ppo.objective": ["clipped"]},
                 key="ppo.dual_clip",
                 value=self.dual_clip,
+            )
+        adaptive = self.adaptive_entropy
+        if adaptive is not None and self.entropy_coef > adaptive.maximum:
+            raise Refusal(
+                f"ppo.entropy_coef={self.entropy_coef:g} is above ppo.adaptive_entropy.maximum={adaptive.maximum:g}",
+                {
+                    "ppo.entropy_coef": [adaptive.maximum],
+                    "ppo.adaptive_entropy.maximum": [self.entropy_coef],
+                },
+                key="ppo.entropy_coef",
+                value=self.entropy_coef,
             )
         for key, value in (("ppo.adaptive_kl.target", target), ("ppo.kl_limit", self.kl_limit)):
             if self.kl_coef == 0 and value is not None:

@@ -41,16 +41,16 @@ class AdaptiveEntropyConfig(Section):
 
 @dataclass
 class OverlongConfig(Section):
-    """What happens to long responses. A response is cut if it reached rollout.max_new_tokens without EOS or a stop
-    text."""
+    """What happens to long responses. A response is truncated if it reached rollout.max_new_tokens without EOS or a
+    stop text."""
 
     mask: bool = leaf(
         False,
-        "Exclude cut responses from the loss. They are still scored and compared with the other responses to their "
-        "prompt.",
+        "Exclude truncated responses from the loss. They are still scored and compared with the other responses to "
+        "their prompt.",
     )
     missing_eos_penalty: float = leaf(
-        0.0, "Subtracted, after clipping and scaling, from the score of a cut response.", at_least=0
+        0.0, "Subtracted, after clipping and scaling, from the score of a truncated response.", at_least=0
     )
     penalty: float = leaf(
         0.0,

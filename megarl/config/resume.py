@@ -147,8 +147,18 @@ RULES = (
     _rule("ppo.overlong", "mask missing_eos_penalty penalty buffer", NOW, "rewards after the resume"),
     _rule("ppo.dynamic_sampling", "limit", NOW, "the choice of prompts after the resume"),
     _rule("ppo.correction", "level method low high", NOW, "the loss after the resume"),
-    _rule("ppo.action_mask", "top_p refresh_every", REFUSED, "the checkpoint contains the copy that masks, or none"),
-    _rule("ppo.adaptive_entropy", "target step maximum", NOW, "an adapted coefficient continues"),
+    _rule(
+        "ppo.action_mask",
+        "top_p refresh_every",
+        NOW,
+        "the mask after the resume; switching it on or off is refused, as the checkpoint contains the copy, or none",
+    ),
+    _rule(
+        "ppo.adaptive_entropy",
+        "target step maximum",
+        NOW,
+        "an adapted coefficient continues; with another target or ppo.entropy_coef, it starts from ppo.entropy_coef",
+    ),
     _rule("ppo", "pack invariants", NOW, "how this process computes"),
     _rule("rft", "prompts", NOW, "prompts continue at the first unused one"),
     _rule("rft", "improve_steps", NOW, _BUDGET),
@@ -207,12 +217,13 @@ RULES = (
     _rule("logger", "tensorboard csv wandb.project wandb.mode mlflow.uri", NOW, "where metrics are logged"),
 )
 
-BEFORE = {"ppo.advantages": "gae", "optim.kind": "adamw", "optim.momentum": 0.0}
+BEFORE = {"ppo.advantages": "gae", "ppo.action_mask": None, "optim.kind": "adamw", "optim.momentum": 0.0}
 """Values of keys that a checkpoint lacks because it is older than the key."""
 
 TABLE: dict[str, Rule] = {key: rule for rule in RULES for key in rule.keys}
 
 _MOMENTUM_SWITCHED = _rule("optim", "momentum", REFUSED, "the checkpoint contains momentum buffers, or none")
+_MASK_SWITCHED = _rule("ppo", "action_mask", REFUSED, "the checkpoint contains the copy that masks, or none")
 
 
 @dataclass(frozen=True)
@@ -229,6 +240,8 @@ class Difference:
         """The rule for the key."""
         if self.key == "optim.momentum" and 0 in (self.old, self.new):
             return _MOMENTUM_SWITCHED
+        if self.key == "ppo.action_mask":
+            return _MASK_SWITCHED
         return _rule_of(self.key)
 
     def __str__(self) -> str:

@@ -16,8 +16,8 @@ from megarl.parallel.vocab import CHUNK_ELEMENTS_CPU
 from megarl.rollout.generator import Masking
 from megarl.rollout.sampling import nucleus
 
-Part = tuple[Tensor, Tensor, Tensor]
-"""Numbers [n] of lists of tokens, their lengths [n], and the tokens of all of them."""
+Chunk = tuple[Tensor, Tensor, Tensor]
+"""Indices [n] of lists of tokens, their lengths [n], and the tokens of all of them."""
 
 
 class ActionMask:
@@ -43,49 +43,52 @@ class ActionMask:
         return phases % self.settings.refresh_every == 0
 
     def read(self, rows: Rows, *, per_microbatch: int, share_bins: bool) -> tuple[Rows, dict[str, float]]:
-        """Return the rows with the column choice [rows, time], which `choices` needs; and metrics to log."""
+        """Return the rows with the columns choice [rows, time], which `choices` needs, and allowed [rows, time], the
+        number of allowed tokens; and metrics to log."""
         actions = rows.action_mask != 0
-        numbers = torch.where(actions.flatten(), actions.flatten().cumsum(0) - 1, 0).view(actions.shape)
-        rows = rows.with_columns(choice=numbers)
-        parts: list[Part] = []
+        indices = torch.where(actions.flatten(), actions.flatten().cumsum(0) - 1, 0).view(actions.shape)
+        rows = rows.with_columns(choice=indices)
+        chunks: list[Chunk] = []
 
         def allowed(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
-            return {"allowed": self._allowed(model, hidden, batch, parts)}
+            return {"allowed": self._allowed(model, hidden, batch, chunks)}
 
         engine = self.masking.engine
         counts = forward_rows(engine, rows, allowed, per_microbatch=per_microbatch, share_bins=share_bins)["allowed"]
         if engine.grid.layout.dp > 1:
-            shares: list[list[Part]] = [[] for _ in range(engine.grid.layout.dp)]
-            dist.all_gather_object(shares, parts, group=engine.grid.groups.dp)
-            parts = [part for share in shares for part in share]
-        total = int(actions.sum())
-        if parts:
-            number, count, ids = zip(*parts, strict=True)
-            self.lists = TokenLists.of(number, count, ids, total).to(engine.grid.device)
-        return rows, {"rollout/allowed_tokens": float(counts[actions].mean())}
+            shares: list[list[Chunk]] = [[] for _ in range(engine.grid.layout.dp)]
+            dist.all_gather_object(shares, chunks, group=engine.grid.groups.dp)
+            chunks = [chunk for share in shares for chunk in share]
+        if chunks:
+            index, length, ids = zip(*chunks, strict=True)
+            self.lists = TokenLists.of(index, length, ids, int(actions.sum())).to(engine.grid.device)
+        return rows.with_columns(allowed=counts), {"rollout/allowed_tokens": float(counts[actions].mean())}
 
-    def choices(self, batch: Microbatch) -> Choices:
-        """Return the tokens that may be chosen at each state of a microbatch, on the last stage."""
+    def choices(self, batch: Microbatch) -> Choices | None:
+        """Return the tokens that may be chosen at each state of a microbatch, on the last stage; None for all."""
+        if self.settings.top_p >= 1:
+            return None
         assert self.lists is not None
         return Choices(self.lists, batch.at_states(batch.rows["choice"]))
 
-    def _allowed(self, model: GPT, hidden: Tensor, batch: Microbatch, parts: list[Part]) -> Tensor:
-        """Add the allowed tokens of this vocabulary shard to `parts`. Return how many there are in all shards, [bins,
+    def _allowed(self, model: GPT, hidden: Tensor, batch: Microbatch, chunks: list[Chunk]) -> Tensor:
+        """Add the allowed tokens of this vocabulary shard to `chunks`. Return how many there are in all shards, [bins,
         time]."""
         states, tokens, where = model.at_targets(hidden, batch.targets, batch.target_mask)
-        numbers, shard = batch.at_states(batch.rows["choice"])[where], model.shard
-        counts = torch.zeros(len(numbers), device=states.device)
-        step = max(1, CHUNK_ELEMENTS_CPU // max(1, shard.valid))
-        for begin in range(0, len(numbers), step):
-            rows = slice(begin, min(begin + step, len(numbers)))
+        indices, shard = batch.at_states(batch.rows["choice"])[where], model.shard
+        counts = torch.zeros(len(indices), device=states.device)
+        step = max(1, CHUNK_ELEMENTS_CPU // shard.rows)  # the same on all shards, which exchange every chunk's sums
+        for begin in range(0, len(indices), step):
+            rows = slice(begin, min(begin + step, len(indices)))
             chosen = nucleus(model.logits(states[rows]), self.settings.top_p, self.temperature, shard)
             local = tokens[rows] - shard.start
             mine = ((local >= 0) & (local < shard.valid)).nonzero()[:, 0]
             chosen[mine, local[mine]] = True
             length = chosen.sum(1)
             counts[rows] = length.float()
-            ids = chosen.nonzero()[:, 1].to(torch.int32)
-            parts.append((numbers[rows].cpu(), length.cpu(), ids.cpu()))
+            if self.settings.top_p < 1:
+                ids = chosen.nonzero()[:, 1].to(torch.int32)
+                chunks.append((indices[rows].cpu(), length.cpu(), ids.cpu()))
         if shard.group is not None:
             dist.all_reduce(counts, group=shard.group)
         return torch.zeros(where.shape, device=states.device).masked_scatter(where, counts)

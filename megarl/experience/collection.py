@@ -96,8 +96,12 @@ def collect(
     kept, values = [kept[row] for row in trained], [values[row] for row in trained]
     against = None
     if compared is not None:
-        cut = [greedy[rollout.prompt_id].finish_reason == "length" for rollout in kept]
-        against = Greedy([compared[row] for row in trained], cut)
+        theirs = [greedy[rollout.prompt_id] for rollout in kept]
+        against = Greedy(
+            [compared[row] for row in trained],
+            [one.finish_reason == "length" for one in theirs],
+            [len(one.response) for one in theirs],
+        )
     return Collected(prompts, kept, values, against, scores, unscored, len(prompts) - len(useful))
 
 

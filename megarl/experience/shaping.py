@@ -35,10 +35,12 @@ SMALLEST_STD = 1e-8  # below this standard deviation, scores are not rescaled
 
 @dataclass(frozen=True)
 class Greedy:
-    """The greedy responses that rows are compared with, one per row: their scores, and whether each was truncated."""
+    """The greedy responses that rows are compared with, one per row: their scores, whether each was truncated, and
+    their numbers of tokens."""
 
     scores: Sequence[Score]
     truncated: Sequence[bool]
+    lengths: Sequence[int]
 
 
 class Shaping:
@@ -46,7 +48,7 @@ class Shaping:
     scores."""
 
     def __init__(self, settings: PPOSettings, max_new_tokens: int) -> None:
-        """`max_new_tokens` is the length at which responses are cut."""
+        """`max_new_tokens` is the length at which responses are truncated."""
         self.settings, self.max_new_tokens = settings, max_new_tokens
         self.overlong = settings.long_responses
         self.kl_control: AdaptiveKL | FixedKL = (
@@ -63,7 +65,13 @@ class Shaping:
         self.moments = RunningMoments()
         self.first_std: float | None = None  # standard deviation of the first phase's scores
 
-    def shape(self, rows: Rows, scores: Sequence[Score], greedy: Greedy | None = None) -> tuple[Rows, dict[str, float]]:
+    def shape(
+        self,
+        rows: Rows,
+        scores: Sequence[Score],
+        greedy: Greedy | None = None,
+        all_totals: Sequence[float] | None = None,
+    ) -> tuple[Rows, dict[str, float]]:
         """Return the rows with the column advantages and, with a critic, returns [rows, time]; and metrics to log.
 
         With ppo.overlong.mask the action mask of a truncated response becomes zero. With ppo.correction the rows also
@@ -83,7 +91,7 @@ class Shaping:
                 * actions
             )
         coef = self.kl_control.value if settings.kl_in == "reward" else 0.0
-        factor = self._update_moments(totals)
+        factor = self._update_moments(totals if all_totals is None else torch.tensor(all_totals, dtype=torch.float32))
         rewards = self._rewards(scores, factor, actions, kl, coef)
         rewards = self._penalise(rewards, actions, truncated)
         if settings.whiten_rewards:
@@ -111,8 +119,6 @@ class Shaping:
             "rollout/cut": float(truncated.float().mean()),
             **corrected,
         }
-        if isinstance(self.entropy_control, AdaptiveEntropy):
-            stats["rollout/entropy_coef"] = self.entropy_control.coef
         if white:
             stats["rollout/whitening_factor"] = whitening_factor(advantages, mask)
         if ADVANTAGES[settings.advantages].groups:
@@ -132,16 +138,18 @@ class Shaping:
             "kl_control": self.kl_control.state_dict(),
             "kl_steered": self._kl_steered,
             "entropy_control": self.entropy_control.state_dict(),
+            "entropy_steered": self._entropy_steered,
             "moments": self.moments.state_dict(),
             "first_std": self.first_std,
         }
 
     def load_state_dict(self, state: dict[str, Any], *, other_scores: bool = False) -> None:
-        """Restore an adaptive KL coefficient if its settings are unchanged; a fixed one stays as configured. Restore
-        the moments of the scores unless this run has `other_scores`."""
+        """Restore adapted coefficients whose settings are unchanged; a fixed one stays as configured. Restore the
+        moments of the scores unless this run has `other_scores`."""
         if self.settings.kl_target is not None and state.get("kl_steered", self._kl_steered) == self._kl_steered:
             self.kl_control.load_state_dict(state["kl_control"])
-        self.entropy_control.load_state_dict(state.get("entropy_control") or {})
+        if state.get("entropy_steered") == self._entropy_steered:
+            self.entropy_control.load_state_dict(state["entropy_control"])
         if not other_scores:
             self.moments.load_state_dict(state["moments"])
             self.first_std = state["first_std"]
@@ -150,6 +158,18 @@ class Shaping:
     def _kl_steered(self) -> list[float | None]:
         """Initial coefficient and target of the KL; the target is None for a fixed coefficient."""
         return [self.settings.kl_coef, self.settings.kl_target]
+
+    @property
+    def _entropy_steered(self) -> list[float | None]:
+        """Initial coefficient and target of the entropy; the target is None for a fixed coefficient."""
+        adaptive = self.settings.adaptive_entropy
+        return [self.settings.entropy_coef, None if adaptive is None else adaptive.target]
+
+    def steer_entropy(self, entropy: float) -> dict[str, float]:
+        """Adapt the entropy's coefficient to a phase that begins with this entropy per token; return what to log."""
+        self.entropy_control.begin(entropy)
+        adaptive = isinstance(self.entropy_control, AdaptiveEntropy)
+        return {"rollout/entropy_coef": self.entropy_control.value} if adaptive else {}
 
     def _rewards(self, scores: Sequence[Score], factor: float, mask: Tensor, kl: Tensor, coef: float) -> Tensor:
         """Return rewards [rows, time]: a score is at the last token of its response, per-token rewards are at their
@@ -165,10 +185,10 @@ class Shaping:
         return rewards + self._clipped(placed) * factor
 
     def _greedy(self, greedy: Greedy, factor: float) -> Tensor:
-        """Return the scores [rows] shaped like rewards: clipped, scaled, less the penalty for a missing EOS."""
+        """Return the scores [rows] shaped like rewards: clipped, scaled, less the penalties for length."""
         clipped = [self._clipped(torch.tensor(score, dtype=torch.float32)).sum() for score in greedy.scores]
-        truncated = torch.tensor(greedy.truncated, dtype=torch.float32)
-        return torch.stack(clipped) * factor - truncated * self.overlong.missing_eos_penalty
+        penalty = self._penalty(torch.tensor(greedy.lengths), torch.tensor(greedy.truncated))
+        return torch.stack(clipped) * factor - penalty
 
     def _update_moments(self, totals: Tensor) -> float:
         """Update the moments with a phase's scores [rows] and return the factor that scales clipped scores."""
@@ -190,14 +210,17 @@ class Shaping:
 
     def _penalise(self, rewards: Tensor, mask: Tensor, truncated: Tensor) -> Tensor:
         """Subtract the penalties for a missing EOS and for length from the reward of each response's last token."""
-        penalty = truncated.float() * self.overlong.missing_eos_penalty
-        if self.overlong.penalty > 0:
-            buffer = self.overlong.buffer * self.max_new_tokens
-            over = (mask.sum(dim=1) - (self.max_new_tokens - buffer)) / buffer
-            penalty = penalty + self.overlong.penalty * over.clamp(0, 1)
+        penalty = self._penalty(mask.sum(dim=1), truncated)
         if not bool(penalty.any()):
             return rewards
         return rewards + per_token_rewards(-penalty, torch.zeros_like(mask), mask, 0.0)
+
+    def _penalty(self, lengths: Tensor, truncated: Tensor) -> Tensor:
+        """Return the penalties [rows] for a missing EOS and for length, of responses with these lengths [rows]."""
+        buffer = self.overlong.buffer * self.max_new_tokens
+        over = (lengths - (self.max_new_tokens - buffer)) / buffer
+        missing_eos: Tensor = truncated.float() * self.overlong.missing_eos_penalty
+        return missing_eos + self.overlong.penalty * over.clamp(0, 1)
 
     def _correct(self, rows: Rows) -> tuple[Rows, dict[str, float]]:
         """Return the rows with the column weights, and what to log of it; unchanged without ppo.correction."""

@@ -43,7 +43,7 @@ class GenerativeModule(Module):
     are built. They call `prepare_generation` after they built their engines.
     """
 
-    order: PromptOrder
+    order: PromptOrder | None = None  # of the training prompts
     source: RolloutSource
     masking: Masking | None = None  # decides which tokens the policy may choose
     streams: tuple[int, ...] = (TRAINING,)  # random streams of the responses that a phase collects
@@ -61,8 +61,7 @@ class GenerativeModule(Module):
         data = self.config.data
         if train:
             self.prompts = self._read_prompts("data.train", data.train, data.train_split)
-            phases = (data.mixing and data.mixing.over_phases) or self.config.trainer.max_phases
-            self.order = prompt_order(self.prompts, data, self.config.seed, over=phases * self.rows_per_step)
+            self.order = prompt_order(self.prompts, data, self.config.seed, self.config.trainer.max_phases)
         if data.eval and self.config.trainer.eval_every is not None:
             self.eval_prompts = self._read_prompts("data.eval", data.eval, data.eval_split)
 
@@ -133,7 +132,16 @@ class GenerativeModule(Module):
 
     def draw(self, first: int, count: int) -> list[Prompt]:
         """Return the prompts of this phase from number `first` on."""
-        return [self.prompts[index] for index in self.order.rows(self.rows_read + first, count).tolist()]
+        assert self.order is not None
+        indices = self.order.rows(self.rows_read + first, count, self.steps_done)
+        return [self.prompts[index] for index in indices.tolist()]
+
+    def advance(self, *, new_weights: bool = True, rows: int | None = None) -> None:
+        """Count a training step and the prompts that it used."""
+        phase = self.steps_done
+        super().advance(new_weights=new_weights, rows=rows)
+        if self.order is not None:
+            self.order.end_phase(self.rows_read, phase)
 
     def generate(self, prompts: Sequence[Prompt], first: int = 0) -> list[Rollout]:
         """Return responses of this phase, `rollout.n` to each prompt from number `first` on."""
@@ -252,12 +260,20 @@ class GenerativeModule(Module):
             scorer.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Discard the scores of phases before the oldest checkpoint."""
+        """Store the position in the prompts, and discard the scores of phases before the oldest checkpoint."""
         super().on_save_checkpoint(checkpoint)
+        if self.order is not None:
+            checkpoint["prompt_order"] = self.order.state_dict()
         # No resume starts before the oldest checkpoint.
         checkpoints = find(self.run_dir / "checkpoints")
         for scorer in self.scorers.values() if checkpoints else ():
             scorer.forget(before=step_of(checkpoints[0]))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the position in the prompts."""
+        super().on_load_checkpoint(checkpoint)
+        if self.order is not None:
+            self.order.load_state_dict(checkpoint.get("prompt_order", {}), self.rows_read)
 
     def scores_otherwise(self, checkpoint: dict[str, Any]) -> bool:
         """Return whether something else scores responses than in the run that wrote a checkpoint, and log it."""

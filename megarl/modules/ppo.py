@@ -194,13 +194,14 @@ class PPO(GenerativeModule):
             rows, stats = self._evaluate(rows)
         # 4. Shape scores into advantages.
         with self.clock.part("shape"):
-            rows, shaped = self.shaping.shape(rows, found.scores, found.greedy)
+            rows, shaped = self.shaping.shape(rows, found.scores, found.greedy, found.all_scores.totals())
             stats |= shaped
             self._refuse_not_finite(rows, *(name for name in ("advantages", "returns") if name in rows))
         kl = stats.get("rollout/kl", 0.0)
         self.watch.kl(kl)
         self.watch.scores(stats, groups=len(rows["group"].unique()))
-        self.shaping.entropy_control.begin(stats["rollout/entropy"])
+        if self.steps_done >= self.warmup_phases:
+            stats |= self.shaping.steer_entropy(stats["rollout/entropy"])
         # 5. Train.
         with self.clock.part("train"):
             stats |= self._train(rows)
@@ -352,12 +353,13 @@ class PPO(GenerativeModule):
         if self.policy_trains:
             metrics = self.policy.train_step(self.last_batch, self.policy_loss, self._count)
             metrics["train/loss"] = metrics["loss"]
-            learns = self.policy.learning_rate > 0 and bool(rows["advantages"][indices].any())
+            learns = self.policy.learning_rate > 0 and bool(self._signal(rows)[indices].any())
             if self.critic.shares_trunk:
                 learns = learns and self.config.ppo.vf_coef * metrics["value/loss"] != 0
             self.invariants.gradients(self.policy, learns, fresh=self._is_fresh(self.warmup_phases))
             if first and metrics["tokens"] > 0:
-                self.invariants.on_policy(metrics["policy/ratio"], metrics["policy/clip_fraction"])
+                narrowest = min(self.config.ppo.clip_low, self.config.ppo.clip_high)
+                self.invariants.on_policy(metrics["policy/ratio"], metrics["policy/clip_fraction"], narrowest)
             limit = self.config.ppo.stop_at_kl
             if limit is not None and metrics["policy/approx_kl"] > limit:
                 self.policy_trains = False
@@ -371,6 +373,15 @@ class PPO(GenerativeModule):
         logged = {key: value for key, value in metrics.items() if "/" in key}
         return {**logged, **named, "tokens": metrics["tokens"]}
 
+    def _signal(self, rows: Rows) -> Tensor:
+        """Return [rows, time], not 0 at the tokens whose loss has a gradient at the start of a phase."""
+        signal = rows["advantages"]
+        if "weights" in rows:
+            signal = signal * rows["weights"]
+        if self.action_mask is not None:  # where there is one choice, its probability is 1
+            signal = signal * (rows["allowed"] > 1)
+        return signal
+
     def _is_fresh(self, first_phase: int) -> bool:
         """Return whether this is the first phase in which an engine trains, if it trains from `first_phase` on."""
         return self.steps_done == first_phase
@@ -380,7 +391,7 @@ class PPO(GenerativeModule):
     def policy_loss(
         self, model: GPT, hidden: Tensor, batch: Microbatch, counts: dict[str, float]
     ) -> tuple[Tensor, Stats]:
-        """Return the clipped policy loss with the entropy bonus, the KL loss and a shared critic's value loss, as
+        """Return the policy loss with the entropy bonus, the KL loss and a shared critic's value loss, as
         configured."""
         ppo, rows, mask = self.config.ppo, batch.rows, batch.rows.action_mask
         how = {"norm": float(self.config.rollout.max_new_tokens), "denominator": counts["units"]}

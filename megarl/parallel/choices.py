@@ -14,7 +14,7 @@ FORBIDDEN = -1e30
 
 @dataclass(frozen=True, eq=False)
 class TokenLists:
-    """Lists of tokens of one vocabulary shard, one after another.
+    """Lists of tokens of one vocabulary shard, concatenated.
 
     Attributes:
         ids: [total] int32 rows of the shard.
@@ -26,13 +26,13 @@ class TokenLists:
 
     @classmethod
     def of(cls, numbers: Sequence[Tensor], counts: Sequence[Tensor], ids: Sequence[Tensor], total: int) -> TokenLists:
-        """Return `total` lists from parts.
+        """Return `total` lists from chunks.
 
         Args:
-            numbers: of each part, the numbers [n] of its lists.
-            counts: of each part, the lengths [n] of its lists.
-            ids: of each part, its lists one after another.
-            total: number of lists. Those in no part are empty.
+            numbers: indices [n] of the lists in each chunk.
+            counts: lengths [n] of the lists in each chunk.
+            ids: the lists of each chunk, concatenated.
+            total: number of lists. Those in no chunk are empty.
         """
         lengths = torch.zeros(total, dtype=torch.long)
         for number, count in zip(numbers, counts, strict=True):
@@ -50,7 +50,7 @@ class TokenLists:
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """The tokens that may be chosen at n positions: those of `lists` with the numbers [n]."""
+    """The tokens that may be chosen at n positions: the lists with the indices `numbers` [n]."""
 
     lists: TokenLists
     numbers: Tensor
@@ -67,7 +67,7 @@ class Choices:
 
 
 def _entries(first: Tensor, count: Tensor) -> Tensor:
-    """Return the indices of ranges one after another, that begin at `first` [n] and have `count` [n] entries."""
+    """Return the concatenated indices of ranges that begin at `first` [n] and have `count` [n] entries."""
     ends = count.cumsum(0)
     within = torch.arange(int(ends[-1]) if len(ends) else 0, device=first.device)
     return within + torch.repeat_interleave(first - (ends - count), count)

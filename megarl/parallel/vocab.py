@@ -34,6 +34,7 @@ class VocabShard:
 
     start: int
     valid: int  # rows with a token id; the remaining rows are padding and never enter a sum
+    rows: int  # with padding; the same on every rank
     group: dist.ProcessGroup | None
 
     @classmethod
@@ -41,7 +42,8 @@ class VocabShard:
         """Return the shard of rank `tp_rank`; the group is None without tensor parallelism."""
         rows = padded_vocab(vocab_size, tp) // tp
         start = rows * tp_rank
-        return cls(start=start, valid=max(0, min(vocab_size - start, rows)), group=group if tp > 1 else None)
+        valid = max(0, min(vocab_size - start, rows))
+        return cls(start=start, valid=valid, rows=rows, group=group if tp > 1 else None)
 
 
 class VocabStats(NamedTuple):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import pytest
 
@@ -21,37 +19,73 @@ def of_set(rows: np.ndarray) -> np.ndarray:
     return np.searchsorted([5, 12], rows, side="right")
 
 
-def test_sets_are_drawn_from_by_their_weights() -> None:
-    drawn = of_set(Mixture(SETS, [6, 3, 1], 1).rows(0, 40_000))
-    np.testing.assert_allclose(np.bincount(drawn) / len(drawn), [0.6, 0.3, 0.1], atol=0.01)
+def phases_of(mixture: Mixture, *counts: int) -> list[np.ndarray]:
+    """The prompts of phases that use so many prompts each."""
+    found, begin = [], 0
+    for phase, count in enumerate(counts):
+        found.append(mixture.rows(begin, count, phase))
+        begin += count
+        mixture.end_phase(begin, phase)
+    return found
 
 
-def test_a_set_is_gone_through_before_any_of_its_prompts_comes_again() -> None:
-    rows = Mixture(SETS, [1, 1, 1], 3).rows(0, 3 * BLOCK)
-    for numbers in SETS:
-        own = rows[np.isin(rows, numbers)]
-        whole = own[: len(own) // len(numbers) * len(numbers)].reshape(-1, len(numbers))
-        assert (np.sort(whole, axis=1) == numbers).all()
+def test_sets_are_used_by_their_weights() -> None:
+    used = of_set(Mixture(SETS, [6, 3, 1], 1).rows(0, 40_000, 0))
+    np.testing.assert_allclose(np.bincount(used) / len(used), [0.6, 0.3, 0.1], atol=0.01)
+
+
+def test_every_prompt_of_a_set_is_used_before_any_is_repeated() -> None:
+    rows = np.concatenate(phases_of(Mixture(SETS, [1, 1, 1], 3), *[700] * 20))
+    for indices in SETS:
+        own = rows[np.isin(rows, indices)]
+        whole = own[: len(own) // len(indices) * len(indices)].reshape(-1, len(indices))
+        assert (np.sort(whole, axis=1) == indices).all()
         assert len({tuple(epoch) for epoch in whole[:20]}) > 1
 
 
-@pytest.mark.parametrize("begin", [0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 17])
-def test_the_stream_is_the_same_from_any_place_on(begin: int) -> None:
-    whole = Mixture(SETS, [2, 1, 1], 5, final_weights=[1, 1, 8], over=9000).rows(0, 4 * BLOCK)
-    fresh = Mixture(SETS, [2, 1, 1], 5, final_weights=[1, 1, 8], over=9000)
-    assert (fresh.rows(begin, BLOCK + 3) == whole[begin : begin + BLOCK + 3]).all()
-    assert (fresh.rows(0, 10) == whole[:10]).all()
+def test_a_phase_may_be_read_in_pieces_and_again() -> None:
+    mixture, other = (Mixture(SETS, [2, 1, 1], 5, final_weights=[1, 1, 8], over=4) for _ in range(2))
+    sizes = (BLOCK - 3, 7, 2 * BLOCK, 50)
+    begin = 0
+    for phase, (size, whole) in enumerate(zip(sizes, phases_of(other, *sizes), strict=True)):
+        for first, count in ((0, 2), (2, size - 2), (1, size - 1)):
+            assert (mixture.rows(begin + first, count, phase) == whole[first : first + count]).all()
+        begin += size
+        mixture.end_phase(begin, phase)
 
 
-def test_the_seed_decides_the_draws() -> None:
-    assert (Mixture(SETS, [1, 1, 1], 1).rows(0, 50) != Mixture(SETS, [1, 1, 1], 2).rows(0, 50)).any()
+def test_a_resume_continues_where_the_checkpoint_was() -> None:
+    sizes = (300, 250, 400)
+    whole = phases_of(Mixture(SETS, [2, 1, 1], 5, final_weights=[1, 1, 8], over=3), *sizes)
+    before, after = (Mixture(SETS, [2, 1, 1], 5, final_weights=[1, 1, 8], over=3) for _ in range(2))
+    phases_of(before, *sizes[:2])
+    after.load_state_dict(before.state_dict(), 550)
+    assert (after.rows(550, 400, 2) == whole[2]).all()
+
+
+def test_a_resume_with_other_weights_repeats_no_prompt_before_its_time() -> None:
+    first, second = Mixture([np.arange(100)] * 2, [1, 1], 5), Mixture([np.arange(100)] * 2, [1, 0], 5)
+    (used,) = phases_of(first, 120)
+    second.load_state_dict(first.state_dict(), 120)
+    count = first.state_dict()["used_of_set"][0]
+    only = Mixture([np.arange(100)] * 2, [1, 0], 5)
+    whole = only.rows(0, 100, 0)  # the order of the first set
+    assert (second.rows(120, 100 - count, 1) == whole[count:]).all()
+    assert len(used) == sum(first.state_dict()["used_of_set"])
+    other_number = Mixture(SETS, [1, 1, 1], 5)
+    other_number.load_state_dict(first.state_dict(), 120)
+    assert other_number.state_dict() == {"used_of_set": [0, 0, 0]}
+
+
+def test_the_seed_decides_the_prompts() -> None:
+    assert (Mixture(SETS, [1, 1, 1], 1).rows(0, 50, 0) != Mixture(SETS, [1, 1, 1], 2).rows(0, 50, 0)).any()
 
 
 def test_weights_move_to_the_final_ones_and_stay_there() -> None:
-    drawn = of_set(Mixture(SETS, [1, 0, 0], 1, final_weights=[0, 0, 1], over=20_000).rows(0, 40_000))
-    shares = [np.bincount(part, minlength=3) / len(part) for part in np.array_split(drawn, 8)]
-    np.testing.assert_allclose([share[0] for share in shares], [0.875, 0.625, 0.375, 0.125, 0, 0, 0, 0], atol=0.03)
-    assert Counter(drawn.tolist()).keys() == {0, 2}
+    phases = phases_of(Mixture(SETS, [1, 0, 0], 1, final_weights=[0, 0, 1], over=4), *[5000, 5000, 9000, 5000, 50, 50])
+    shares = [np.bincount(of_set(rows), minlength=3) / len(rows) for rows in phases]
+    np.testing.assert_allclose([share[0] for share in shares], [1, 0.75, 0.5, 0.25, 0, 0], atol=0.03)
+    assert all(share[1] == 0 for share in shares)
 
 
 def prompts() -> list[Prompt]:
@@ -60,17 +94,17 @@ def prompts() -> list[Prompt]:
 
 def test_prompts_know_the_entry_that_they_come_from() -> None:
     data = PromptDataConfig(train=["a.jsonl", "b.jsonl"], mixing=MixingConfig([0.0, 1.0]))
-    assert set(prompt_order(prompts(), data, 1, over=10).rows(0, 30).tolist()) == {1, 3, 5}
-    assert set(prompt_order(prompts(), PromptDataConfig(), 1, over=10).rows(0, 6).tolist()) == set(range(6))
+    assert set(prompt_order(prompts(), data, 1, 10).rows(0, 30, 0).tolist()) == {1, 3, 5}
+    assert set(prompt_order(prompts(), PromptDataConfig(), 1, 10).rows(0, 6, 0).tolist()) == set(range(6))
 
 
 def test_an_entry_that_has_no_prompt_left_is_refused_if_it_has_a_weight() -> None:
     data = PromptDataConfig(train=["a.jsonl", "b.jsonl", "c.jsonl"], mixing=MixingConfig([1.0, 1.0, 0.5]))
     with refused(DataError, key="data.mixing.weights", value=[1.0, 1.0, 0.5], where="c.jsonl", names=("0.5",)):
-        prompt_order(prompts(), data, 1, over=10)
+        prompt_order(prompts(), data, 1, 10)
     assert data.mixing is not None
     data.mixing.weights = [1.0, 1.0, 0.0]
-    assert len(prompt_order(prompts(), data, 1, over=10).rows(0, 9)) == 9
+    assert len(prompt_order(prompts(), data, 1, 10).rows(0, 9, 0)) == 9
 
 
 @pytest.mark.parametrize(

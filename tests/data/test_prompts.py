@@ -218,8 +218,8 @@ def phases(
     seed: int, count: int, start: int = 0, prompts: list[Prompt] | None = None, per_phase: int = 3
 ) -> list[list[int]]:
     prompts = prompts or [Prompt("", (1,), {})] * 5
-    order = prompt_order(prompts, PromptDataConfig(), seed, over=1)
-    return [order.rows(phase * per_phase, per_phase).tolist() for phase in range(start, start + count)]
+    order = prompt_order(prompts, PromptDataConfig(), seed, 1)
+    return [order.rows(phase * per_phase, per_phase, phase).tolist() for phase in range(start, start + count)]
 
 
 def test_phases_go_through_all_prompts_before_any_comes_again() -> None:

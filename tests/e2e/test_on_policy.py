@@ -10,6 +10,7 @@ import pytest
 
 from megarl.checkpoint import find, tensors
 from megarl.errors import RewardError
+from megarl.experience import action_mask
 from megarl.rollout.noise import TRAINING
 from megarl.rollout.stored import dump, load, phase_file
 from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_ppo
@@ -23,6 +24,11 @@ RUNS = {
         *("reward.fn=tests.e2e.scores:seldom", "ppo.clip_scores=null", "ppo.clip_high=0.28"),
         *("ppo.overlong.penalty=0.5", "ppo.overlong.buffer=0.5", "ppo.adaptive_entropy.target=9", "ppo.correction={}"),
         *("ppo.entropy_coef=0.01", "ppo.kl_in=loss", "ppo.kl_kind=k3_unbiased"),
+        *(
+            "data.train=[megarl.tasks.randomwalks:prompts,megarl.tasks.randomwalks:prompts]",
+            "data.mixing.weights=[1,3]",
+        ),
+        *("data.mixing.final_weights=[3,1]", "data.mixing.over_phases=2"),
     ],
     "masking": [
         *("ppo.action_mask.top_p=0.8", "ppo.action_mask.refresh_every=2", "ppo.objective=cispo", "optim.lr=1e-3"),
@@ -52,6 +58,16 @@ def alone(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Alone:
     return found
 
 
+def run_in_chunks(run_dir: Path, *overrides: str) -> None:
+    """Run with masks that are computed for a few positions at a time, on vocabulary shards of unequal size."""
+    whole = action_mask.CHUNK_ELEMENTS_CPU
+    action_mask.CHUNK_ELEMENTS_CPU = 512
+    try:
+        run_ppo(run_dir, *overrides)
+    finally:
+        action_mask.CHUNK_ELEMENTS_CPU = whole
+
+
 def responses(folder: Path) -> dict[str, list[list[int]]]:
     """The tokens of all dumped training responses, by file."""
     paths = sorted((folder / "dump").glob("train-*.jsonl"))
@@ -63,7 +79,7 @@ def responses(folder: Path) -> dict[str, list[list[int]]]:
 def test_layouts_run_the_same_phases(name: str, layout: str, worlds: Worlds, alone: Alone, tmp_path: Path) -> None:
     world, overrides = LAYOUTS[layout]
     more = ["trainer.max_phases=3", f"rollout.dump={tmp_path / 'dump'}"]
-    worlds.run(world, run_ppo, tmp_path, *RUNS[name], *overrides, *more)
+    worlds.run(world, run_in_chunks, tmp_path, *RUNS[name], *overrides, *more)
     assert responses(tmp_path) == responses(alone[name])
     for names, relative in (((*NAMES, *OWN[name]), 1e-5), (("train/grad_norm",), 1e-4)):
         ours, wanted = (metrics(folder, *names) for folder in (tmp_path, alone[name]))
@@ -138,7 +154,9 @@ def test_weights_correct_for_responses_that_another_policy_sampled(
     wanted = (math.exp(0.1), 1, math.exp(0.2) - 1, math.exp(0.1) - 1.1, 0)
     worlds.run(1, run_ppo, tmp_path / "all", *settings)
     assert metrics(tmp_path / "all", *CORRECTION) == [pytest.approx(wanted, rel=1e-4, abs=1e-5)]
-    worlds.run(1, run_ppo, tmp_path / "few", *settings, "ppo.correction.high=1.05", "ppo.correction.method=mask")
+    nothing_else = ["ppo.adaptive_entropy.target=null", "ppo.entropy_coef=0", "ppo.kl_coef=0"]
+    masked = ["ppo.correction.high=1.05", "ppo.correction.method=mask", *nothing_else]
+    worlds.run(1, run_ppo, tmp_path / "few", *settings, *masked)  # no tensor has a gradient, as is to be expected
     ((*_, limited), (loss,)) = (metrics(tmp_path / "few", *names)[0] for names in (CORRECTION, ["policy/loss"]))
     assert (limited, loss) == (1, 0)
 
@@ -183,10 +201,15 @@ def test_the_copy_that_masks_is_saved_and_refreshed_when_it_is_due(alone: Alone)
 
 
 def test_a_mask_of_everything_changes_nothing(worlds: Worlds, tmp_path: Path) -> None:
+    """With top_p=1 there is no mask; just below, every token is in the lists that masks are made of."""
     plain = ["reward.fn=megarl.rewards.builtin:length", "ppo.clip_scores=null"]
     worlds.run(1, run_ppo, tmp_path / "plain", *plain)
-    worlds.run(1, run_ppo, tmp_path / "masked", *plain, "ppo.action_mask.top_p=1")
-    ours, wanted = (metrics(tmp_path / name, *NAMES, "train/grad_norm") for name in ("masked", "plain"))
-    assert len(ours) == 2
-    for row, expected in zip(ours, wanted, strict=True):
-        assert row == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    wanted = metrics(tmp_path / "plain", *NAMES, "train/grad_norm")
+    assert len(wanted) == 2
+    for top_p in ("1", "0.9999999999"):
+        worlds.run(1, run_ppo, tmp_path / top_p, *plain, f"ppo.action_mask.top_p={top_p}")
+        for row, expected in zip(metrics(tmp_path / top_p, *NAMES, "train/grad_norm"), wanted, strict=True):
+            assert row == pytest.approx(expected, rel=1e-6, abs=1e-7)
+        tokens = metrics(tmp_path / top_p, "rollout/allowed_tokens")
+        assert len(set(tokens)) == 1
+        assert tokens[0][0] > 20

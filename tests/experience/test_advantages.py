@@ -42,7 +42,8 @@ def shaped(
         group=torch.tensor(groups),
         truncated=torch.tensor(truncated),
     )
-    compared = None if greedy is None else Greedy(greedy, more.pop("greedy_truncated", [False] * len(mask)))
+    cut, greedy_lengths = more.pop("greedy_truncated", [False] * len(mask)), more.pop("greedy_lengths", [1] * len(mask))
+    compared = None if greedy is None else Greedy(greedy, cut, greedy_lengths)
     return Shaping(PPOSettings(advantages=kind, kl_coef=0.0, **more), 8).shape(rows, scores, compared)
 
 
@@ -139,6 +140,14 @@ def test_a_greedy_response_that_was_cut_is_penalised_as_a_sampled_one_is() -> No
     }
     rows, _ = shaped("remax", torch.ones(2, 2), [1.0, 1.0], [0, 1], greedy=[1.0, 1.0], **cut)
     assert rows["advantages"][:, 0].tolist() == [0.0, -3.0]
+
+
+def test_a_greedy_response_pays_the_same_for_its_length() -> None:
+    """Of 8 tokens, the last 4 are the buffer. The second greedy response is as long as the sampled ones."""
+    mask = (torch.arange(6) < torch.tensor([[6], [6]])).float()
+    long = {"overlong": OverlongConfig(penalty=4.0, buffer=0.5), "greedy_lengths": [2, 6]}
+    rows, _ = shaped("remax", mask, [1.0, 1.0], [0, 1], greedy=[1.0, 1.0], **long)
+    assert rows["advantages"][:, 0].tolist() == [-2.0, 0.0]
 
 
 def test_responses_that_do_not_train_for_their_length_count_in_their_group_with_their_score() -> None:

@@ -176,7 +176,18 @@ def test_the_weight_of_the_entropy_is_taken_up_again() -> None:
     again.load_state_dict(first.state_dict())
     again.entropy_control.begin(0.5)
     assert again.entropy_control.value == pytest.approx(0.03)
-    again.load_state_dict({name: state for name, state in first.state_dict().items() if name != "entropy_control"})
+    older = {name: state for name, state in first.state_dict().items() if not name.startswith("entropy")}
+    again.load_state_dict(older)
+
+
+def test_the_weight_of_the_entropy_starts_again_with_another_target_or_start() -> None:
+    first = shaping(entropy_coef=0.01, adaptive_entropy=AdaptiveEntropyConfig(1.0, 0.02))
+    first.steer_entropy(0.5)
+    for coef, target in ((0.02, 1.0), (0.01, 2.0)):
+        again = shaping(entropy_coef=coef, adaptive_entropy=AdaptiveEntropyConfig(target, 0.02))
+        again.load_state_dict(first.state_dict())
+        assert again.steer_entropy(0.5) == {"rollout/entropy_coef": coef}
+    assert shaping(entropy_coef=0.01).steer_entropy(0.5) == {}
 
 
 def test_overlong_responses_neither_train_nor_count_in_whitening() -> None:

@@ -104,7 +104,7 @@ def stored(found: dict[str, Any], folder: Path) -> None:
     """Write TRL's responses as the first phase of one of our runs, whose prompts have another order."""
     texts = prompts(SIZES)
     numbers = prompt_order([Prompt(text, (1,), {}) for text in texts], PromptDataConfig(), SEED, 1)
-    drawn = numbers.rows(0, SIZES.prompts).tolist()
+    drawn = numbers.rows(0, SIZES.prompts, 0).tolist()
     by_prompt: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for one in found["responses"][0]:
         by_prompt.setdefault(tuple(one["prompt"]), []).append(one)

@@ -10,7 +10,7 @@ from megarl.parallel.choices import FORBIDDEN, Choices, TokenLists
 from megarl.parallel.vocab import VocabShard, vocab_stats
 
 ROWS, VOCAB, HIDDEN = 7, 11, 5
-SHARD = VocabShard(start=0, valid=VOCAB, group=None)
+SHARD = VocabShard(start=0, valid=VOCAB, rows=VOCAB, group=None)
 
 
 def made(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
