@@ -6,7 +6,8 @@ prompt `17+25=` has the answer `24`, which is 42 reversed. All numbers have the 
 
 Everything follows from the options (`data.options`), which are the same for all three functions: `seed`, `digits` of a
 number, `terms` of a sum, and `noise`, the share of demonstrations whose answer has a wrong digit. `correct` is the
-reward function.
+reward function. A prompt has `terms * (digits + 1)` characters and an answer at most `digits + 1`, which
+`model.max_positions` and `rollout.max_new_tokens` must have room for, with one more for the EOS.
 """
 
 from __future__ import annotations

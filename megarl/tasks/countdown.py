@@ -7,8 +7,10 @@ numbers as they stand in the prompt. Demonstrations are such expressions, which 
 solution scores as much. No problem of `held_out`, in any order of its numbers, is in `prompts` or `demonstrations`.
 
 Everything follows from the options (`data.options`), which are the same for all three functions: `seed`, `numbers` of
-a problem, `largest` number, and `noise`, the share of demonstrations with random operators.
-`solved` is the reward function.
+a problem, `largest` number, and `noise`, the share of demonstrations with random operators. `solved` is the reward
+function. With n numbers of up to w digits, a prompt has at most `n * (w + 1) + 3` characters and a solution without
+parentheses at most `n * (w + 1) - 1`, which `model.max_positions` and `rollout.max_new_tokens` must have room for, with
+one more for the EOS.
 """
 
 from __future__ import annotations

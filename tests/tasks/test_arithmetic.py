@@ -24,6 +24,13 @@ def test_numbers_and_terms_are_as_many_as_the_options_say() -> None:
     assert {len(terms(record["prompt"])) for record in held_out(digits=1)} == {2}
 
 
+@pytest.mark.parametrize(("digits", "count"), [(2, 2), (8, 2), (3, 9)])
+def test_prompts_and_answers_are_as_long_as_the_preset_says(digits: int, count: int) -> None:
+    records = prompts(digits=digits, terms=count)
+    assert {len(record["prompt"]) for record in records} == {count * (digits + 1)}
+    assert max(len(record["answer"]) for record in records) == digits + 1
+
+
 @pytest.mark.parametrize("options", [{}, {"digits": 1}, {"digits": 2, "terms": 3}, {"seed": 9}])
 def test_no_held_out_question_is_trained_on_in_any_order(options: dict[str, int]) -> None:
     train = {tuple(sorted(terms(record["prompt"]))) for record in prompts(**options)}

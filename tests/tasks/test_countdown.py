@@ -68,6 +68,13 @@ def test_every_problem_has_the_solution_that_a_demonstration_without_noise_shows
         assert record["prompt"] == f"{' '.join(map(str, record['numbers']))}>{record['target']}="
 
 
+@pytest.mark.parametrize(("count", "largest", "most"), [(3, 9, 6), (5, 99, 15), (2, 12, 6)])
+def test_prompts_and_solutions_are_as_long_as_the_preset_says(count: int, largest: int, most: int) -> None:
+    shown = demonstrations(numbers=count, largest=largest)
+    assert max(len(record["prompt"]) for record in shown) == most + 3
+    assert max(len(record["completion"]) for record in shown) == most - 1
+
+
 def test_held_out_problems_have_a_solution() -> None:
     for record in held_out():
         a, b, c = record["numbers"]
