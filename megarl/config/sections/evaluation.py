@@ -33,8 +33,9 @@ class EvalConfig(Section):
         None,
         "What responses to a prompt vote on, if eval.n is above 1: text (the whole response), number (the last one), "
         "choice (the last capital letter that stands alone), boxed (the content of the last \\boxed{}), or a function "
-        "package.module:function that returns the answer in a response's text, or None. The mean score of the "
-        "responses with the most frequent answer is logged as eval/vote (null: no vote).",
+        "package.module:function that returns the answer in a response's text, or None. Unlike a reward function, it "
+        "runs in the process of rank 0 and without a time limit. The mean score of the responses with the most "
+        "frequent answer is logged as eval/vote (null: no vote).",
         form=vote_reader,
     )
     table: int = leaf(
