@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from megarl.config.compose import run
+from megarl.config.leaf import leaves
+from megarl.config.sections.data import HeldOutDataConfig, PromptDataConfig
 
 WHOLE = ("model.path=model", "data.eval=[prompts.jsonl]", "reward.fn=megarl.rewards.builtin:length")
 
@@ -61,3 +63,13 @@ def test_what_can_be_evaluated_is_not_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(SystemExit) as ended:
         run("evaluate", [*WHOLE, "eval.n=4", "eval.vote=number", "out=result.json"], lambda config: 0)
     assert ended.value.code in (0, None)
+
+
+def test_records_are_described_as_in_training() -> None:
+    training = {leaf.key: leaf for leaf in leaves(PromptDataConfig)}
+    held_out = {leaf.key: leaf for leaf in leaves(HeldOutDataConfig)}
+    other_texts = {"eval", "options"}  # an evaluation is not empty, and has no other functions
+    assert {key: training[key] for key in held_out if key not in other_texts} == {
+        key: leaf for key, leaf in held_out.items() if key not in other_texts
+    }
+    assert all(training[key].default == leaf.default for key, leaf in held_out.items())

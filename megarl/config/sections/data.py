@@ -21,24 +21,28 @@ SOURCES = (
 
 
 @dataclass
-class SourcesConfig(Section):
-    """Where records come from, whatever they are used for."""
+class TrainSourcesConfig(Section):
+    """Where records to train on come from."""
 
     train: list[str] = leaf([], SOURCES.format("Records to train on"))
-    eval: list[str] = leaf([], SOURCES.format("Records to evaluate on") + " Empty: no evaluation.")
-    options: dict[str, Any] = leaf(
-        {},
-        "Keyword arguments of every function in data.train, data.eval and clone.data.",
-    )
     train_split: str = leaf(
         "train",
         "Split to train on, of hub data sets, of folders written by save_to_disk, and of folders with files named "
         "after splits.",
     )
+
+
+@dataclass
+class EvalSourcesConfig(Section):
+    """Where records to evaluate on come from, and how any record is read."""
+
+    eval: list[str] = leaf([], SOURCES.format("Records to evaluate on"))
     eval_split: str = leaf(
         "validation",
-        "Split to evaluate on, of the same sources as data.train_split.",
+        "Split to evaluate on, of hub data sets, of folders written by save_to_disk, and of folders with files named "
+        "after splits.",
     )
+    options: dict[str, Any] = leaf({}, "Keyword arguments of every function in data.eval.")
     prompt_key: str = leaf(
         "prompt",
         "Field of a record that holds the prompt. In records without it, the prompt is their instruction and input.",
@@ -48,6 +52,17 @@ class SourcesConfig(Section):
         None,
         "Jinja template that turns conversations into text, or a file that holds one (null: the tokenizer's own "
         "template, or the built-in one if it has none).",
+    )
+
+
+@dataclass
+class SourcesConfig(EvalSourcesConfig, TrainSourcesConfig):
+    """Where records to train and to evaluate on come from, whatever they are used for."""
+
+    eval: list[str] = leaf([], SOURCES.format("Records to evaluate on") + " Empty: no evaluation.")
+    options: dict[str, Any] = leaf(
+        {},
+        "Keyword arguments of every function in data.train, data.eval and clone.data.",
     )
 
 
@@ -177,26 +192,10 @@ class PromptDataConfig(SourcesConfig):
 
 
 @dataclass
-class HeldOutDataConfig(Section):
+class HeldOutDataConfig(EvalSourcesConfig):
     """Which prompts a trained model is evaluated on. The other fields of a record are passed to the reward function."""
 
     eval: list[str] = leaf([], SOURCES.format("Prompts to evaluate on"))
-    options: dict[str, Any] = leaf({}, "Keyword arguments of every function in data.eval.")
-    eval_split: str = leaf(
-        "validation",
-        "Split to evaluate on, of hub data sets, of folders written by save_to_disk, and of folders with files named "
-        "after splits.",
-    )
-    prompt_key: str = leaf(
-        "prompt",
-        "Field of a record that holds the prompt. In records without it, the prompt is their instruction and input.",
-    )
-    messages_key: str = leaf("messages", "Field of a record that holds a conversation: a list of messages.")
-    chat_template: str | None = leaf(
-        None,
-        "Jinja template that turns conversations into text, or a file that holds one (null: the tokenizer's own "
-        "template, or the built-in one if it has none).",
-    )
 
 
 @dataclass
