@@ -31,7 +31,7 @@ def length(
     unit: str = "characters",
     **_: Any,
 ) -> list[float]:
-    """How long the response is, or how close to a length.
+    """Return the length of each response, or how close it is to a target length.
 
     Args:
         target_length: with it, the score is -|length - target| / target, 0 at best; without it, the length.
@@ -60,7 +60,7 @@ def regex(
     ignore_case: bool = False,
     **_: Any,
 ) -> list[float]:
-    """1 where the response matches a regular expression, else 0.
+    """Return 1 for each response that matches a regular expression, else 0.
 
     Args:
         pattern: Python's regular expressions; a dot matches line ends too.
@@ -81,7 +81,8 @@ def regex(
 def exact_match(
     outputs: Sequence[str], *, field: str = "answer", ignore_case: bool = False, **metadata: Any
 ) -> list[float]:
-    """1 where the response is the answer, else 0; white space around either, and its kind inside, does not count.
+    """Return 1 for each response that is the answer, else 0. White space around either does not count, and neither does
+    the kind and amount of white space inside.
 
     Args:
         field: field of the prompt records that holds the answer, or a list of answers of which any will do.
@@ -106,7 +107,7 @@ def one_spaced(text: str) -> str:
 def numeric_match(
     outputs: Sequence[str], *, field: str = "answer", tolerance: float = 1e-9, **metadata: Any
 ) -> list[float]:
-    """1 where the last number of the response is the answer, else 0.
+    """Return 1 for each response whose last number is the answer, else 0.
 
     Numbers may have a sign, a fraction, an exponent and commas between thousands.
 
@@ -126,7 +127,7 @@ def numeric_match(
 
 
 def last_number(text: str) -> float | None:
-    """The last number written in a text, or None if there is none that is finite."""
+    """Return the last number written in a text, or None if there is none that is finite."""
     written = [match for match in _NUMBER.findall(text.replace("\u2212", "-")) if _DIGIT.search(match)]
     if not written:
         return None
@@ -135,7 +136,7 @@ def last_number(text: str) -> float | None:
 
 
 def json_valid(outputs: Sequence[str], *, required_keys: Sequence[str] = (), **_: Any) -> list[float]:
-    """1 where the response is one JSON value and nothing else, else 0.
+    """Return 1 for each response that is one JSON value and nothing else, else 0.
 
     Args:
         required_keys: keys that the value, which must then be an object, needs to have.
@@ -146,7 +147,7 @@ def json_valid(outputs: Sequence[str], *, required_keys: Sequence[str] = (), **_
 
 
 def sentiment(outputs: Sequence[str], **_: Any) -> list[float]:
-    """How pleased the response sounds, between -1 and 1: (pleased - displeased) / (pleased + displeased + 1) words.
+    """Return how positive each response is, between -1 and 1: (positive - negative) / (positive + negative + 1) words.
 
     A word up to three words after a negation in the same clause counts as its opposite.
     """

@@ -258,7 +258,7 @@ class RewardWorker:
         payload = _pack(question.about(rows), f"a field of the prompt records ({fields})", key=fields)
         process = self._running()
         try:
-            answer = process.ask(payload, self._timeout_s)
+            answer = process.request(payload, self._timeout_s)
         except CallFailedError as error:
             return rows, _Failure(error.kind, str(error), _span(rows), error.where)
         flaws: dict[int, str] = {}
@@ -287,7 +287,7 @@ class RewardWorker:
             self._process = None
         process = WorkerProcess(self.name, self._devices)
         try:
-            process.ask(self._setup, self._start_timeout_s)
+            process.request(self._setup, self._start_timeout_s)
         except CallFailedError as error:
             raise ScoringError(
                 f"{self._key}={self.name} could not be loaded: it {error}; correct {self._key} or what it imports",

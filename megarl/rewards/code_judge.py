@@ -40,7 +40,7 @@ def _judge(peer: Peer, tests: list[str] | str, entry_point: str | None, keep_goi
     sys.modules["tests"] = module
     try:
         found = {name: value for name, value in peer.request("names") if _is_name(name)}
-    except BaseException:  # the code raised, ended its process, or sent nonsense
+    except BaseException:  # the code raised, ended its process, or sent an invalid message
         return
     solution = types.ModuleType("solution")
     vars(solution).update(found)

@@ -53,7 +53,7 @@ _OPERATIONS = {**_ALONE, **_WITH_ANYTHING, **_AMONG_REMOTES}
 
 
 class PeerGoneError(BaseException):
-    """The other process has ended, or has sent what is no message. A test that expects an Exception does not get it."""
+    """The other process has ended, or sent an invalid message. A test that expects an Exception does not catch it."""
 
 
 class Peer:
@@ -72,7 +72,7 @@ class Peer:
         self.ends_without_memory = False
 
     def request(self, do: str, on: int = 0, name: str = "", args: tuple[Any, ...] = (), **keywords: Any) -> Any:
-        """Let the other side do something, and return or raise what came of it. Serve its requests meanwhile."""
+        """Send a request to the other side, and return or raise its reply. Serve its requests meanwhile."""
         with self._lock:
             sent = self._encode(args), self._encode(keywords)
             self._send({"do": do, "on": on, "name": name, "args": sent[0], "kw": sent[1]})
@@ -169,7 +169,7 @@ class Peer:
     def _decode(self, coded: Any) -> Any:
         if not isinstance(coded, dict):
             if isinstance(coded, list):
-                raise PeerGoneError("a message that is none")
+                raise PeerGoneError("an invalid message")
             return coded
         ((tag, body),) = coded.items()
         for name, base in _SEQUENCES:
@@ -220,7 +220,7 @@ class Peer:
     def _decode_error(self, coded: dict[str, Any]) -> BaseException:
         kind, args = self._decode(coded["kind"]), self._decode(coded["args"])
         if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-            raise PeerGoneError("an error that is none")
+            raise PeerGoneError("an invalid error")
         try:
             return kind(*args)
         except Exception:

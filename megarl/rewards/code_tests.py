@@ -1,8 +1,8 @@
 """Scores responses that are Python code by running it against tests, in sandboxes.
 
-Tests that call the code's functions run in a sandbox of their own (`code_judge.py`), apart from the code. Tests of a
-program's input and output compare here what it printed. In both cases the code runs where there is no expected value
-and no verdict, so there is nothing that it could read or forge.
+Tests that call the code's functions run in a separate sandbox (`code_judge.py`). Tests of a program's input and output
+compare here what it printed. In both cases the code runs where there is no expected value and no verdict, so there is
+nothing that it could read or forge.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megarl.rewards.code_peer import OUT_OF_MEMORY
 from megarl.rewards.sandbox import GRACE_S, End, Limits, Program, readable, run, working_isolation
 
 OUTCOMES = ("passed", "failed", "timed_out", "out_of_memory", "killed", "refused")
-"""What can become of a response. failed: a test did not pass. killed: by a signal or for too much output. refused: it
-has no code that could be run."""
+"""Outcomes of a response. failed: a test did not pass. killed: by a signal or for too much output. refused: it has no
+code that could be run."""
 
 _BLOCK = re.compile(
     r"^[ \t]*```[ \t]*(?:python3?|py)[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE
@@ -36,7 +36,7 @@ _MORE_S = 2.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a response: the share of tests that passed, and one of OUTCOMES."""
+    """Result of a response: the share of tests that passed, and one of OUTCOMES."""
 
     share: float
     outcome: str
@@ -69,7 +69,7 @@ def check_responses(
     Raises:
         SandboxError: there is no sandbox on this machine.
     """
-    working_isolation()  # found out before threads ask for it
+    working_isolation()  # once, before the threads need it
     with ThreadPoolExecutor(workers) as pool:
         check = functools.partial(_check, limits=limits, keep_going=partial)
         return list(pool.map(check, responses, tests))
@@ -194,7 +194,7 @@ def _check_calls(code: str, tests: Calls, limits: Limits, keep_going: bool) -> V
         return Verdict(1.0, "passed")
     outcome = _outcome(code_end)
     if outcome in ("failed", "killed") and judge_end.how in ("timed_out", "out_of_memory"):
-        outcome = judge_end.how  # the code lets its tests wait, or fills them
+        outcome = judge_end.how  # the tests waited for the code, or its replies filled their memory
     elif code_end.why == "no longer wanted":
         outcome = "failed"
     return Verdict(min(passed, max(0, total - 1)) / total if total else 0.0, outcome)

@@ -52,13 +52,13 @@ class Combined:
         answers: list[list[Score | NoScore]] = []
         parts: dict[str, list[float | None]] = {}
         for function, name, options in zip(self._loaded, self.names, self.options, strict=True):
-            scores, own_parts = self._ask(function, name, options, samples, columns)
+            scores, own_parts = self._call(function, name, options, samples, columns)
             answers.append(scores)
             parts[name] = [number_of(score) for score in scores]
             parts |= {f"{name}/{part}": column for part, column in own_parts.items()}
         return [self._sum(scores) for scores in zip(*answers, strict=True)], parts
 
-    def _ask(
+    def _call(
         self,
         function: Function,
         name: str,

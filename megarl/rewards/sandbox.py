@@ -1,7 +1,7 @@
-"""Runs Python programs of strangers with limits of time, memory, processes and files, without network, and without a
-view of the machine's files and processes.
+"""Runs untrusted Python programs with limits of time, memory, processes and files, without network, and without a view
+of the machine's files and processes.
 
-Where the kernel allows none of the kinds of isolation below, nothing is run: `SandboxError` says what it refused.
+Where the kernel allows none of the kinds of isolation below, nothing is run: `SandboxError` names what it refused.
 """
 
 from __future__ import annotations
@@ -166,10 +166,10 @@ class Program:
                 text += piece
             self._finish()
             late = {"how": "timed_out" if left <= 0 else "killed", "why": "the sandbox did not report"}
-            said: dict[str, Any] = marshal.loads(text) if text else late
-            if said["how"] == "refused":
-                raise SandboxError(f"the sandbox could not start a program: {said['why']}", key="reward.fn")
-            self._end = End(said["how"], said.get("why", ""), said.get("code"))
+            report: dict[str, Any] = marshal.loads(text) if text else late
+            if report["how"] == "refused":
+                raise SandboxError(f"the sandbox could not start a program: {report['why']}", key="reward.fn")
+            self._end = End(report["how"], report.get("why", ""), report.get("code"))
         return self._end
 
     def stop(self) -> End:

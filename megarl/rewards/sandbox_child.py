@@ -49,7 +49,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class SetupError(Exception):
-    """A step that the kernel refused. The text names the step and what the kernel said."""
+    """A step that the kernel refused. The text names the step and the kernel's error."""
 
 
 def main() -> None:

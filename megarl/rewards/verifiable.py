@@ -23,7 +23,7 @@ _EXTRA = "install it with pip install 'megarl[verify]'"
 def arithmetic(
     outputs: Sequence[str], *, field: str = "answer", tolerance: float = 1e-9, **metadata: Any
 ) -> list[float]:
-    """1 where the last expression or number of the response has the value of the answer, else 0.
+    """Return 1 for each response whose last expression or number has the value of the answer, else 0.
 
     Expressions have + - * / // % ** and parentheses, and are computed exactly; nothing is evaluated as code.
 
@@ -45,7 +45,7 @@ def arithmetic(
 def multiple_choice(
     outputs: Sequence[str], *, field: str = "answer", choices: Sequence[object] | None = None, **metadata: Any
 ) -> list[float]:
-    """1 where the response chooses the answer's letter, else 0. The choice that it states last counts.
+    """Return 1 for each response that chooses the answer's letter, else 0. The choice that it states last counts.
 
     Args:
         field: field of the prompt records that holds the answer: a letter; or, with choices, its position from 0 or its
@@ -86,7 +86,7 @@ def boxed(
     tolerance: float = 1e-9,
     **metadata: Any,
 ) -> list[float]:
-    r"""1 where the last \boxed{...} of the response is the answer, as a number or as text, else 0.
+    r"""Return 1 for each response whose last \boxed{...} is the answer, as a number or as text, else 0.
 
     Numbers may be fractions (`3/4`, `\frac{3}{4}`, `1\frac{3}{4}`), percentages, and have commas between thousands.
     Texts are compared without white space, font commands and `\left`, `\right`.
@@ -120,7 +120,7 @@ def _same(found: str, wanted: str, units: Sequence[str], tolerance: float) -> bo
 def symbolic(
     outputs: Sequence[str], *, field: str = "answer", timeout: float = 5.0, **metadata: Any
 ) -> dict[str, list[float]]:
-    """1 where the response's last formula equals the answer mathematically, else 0, as math-verify decides.
+    """Return 1 for each response whose last formula equals the answer mathematically by math-verify, else 0.
 
     Needs the extra `verify`. It runs in a separate process, as computer algebra can hang and run out of memory. Two
     more components have 1 for each response that was not decided: `timed_out`, and `crashed`, where the process ended,
@@ -146,7 +146,9 @@ def symbolic(
 
 
 def json_schema(outputs: Sequence[str], *, schema: Any = None, **_: Any) -> list[float]:
-    """1 where the response is one JSON value that a JSON schema allows, else 0. Needs the extra `verify`.
+    """Return 1 for each response that is one JSON value that a JSON schema allows, else 0.
+
+    Needs the extra `verify`.
 
     Args:
         schema: the schema, or the path of a file with it; or a field of the prompt records of that name, which has a
@@ -214,7 +216,7 @@ def python_tests(
     entry_point: Any = None,
     **metadata: Any,
 ) -> dict[str, list[float]]:
-    """1 where the Python code of the response passes all tests, else 0; it runs in a sandbox.
+    """Return 1 for each response whose Python code passes all tests, else 0. The code runs in a sandbox.
 
     Further components have 1 for each response that: passed, failed, timed_out, out_of_memory, killed, refused.
 
