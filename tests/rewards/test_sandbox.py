@@ -5,8 +5,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,16 @@ import pytest
 
 from megarl.errors import RewardError
 from megarl.rewards import sandbox
-from megarl.rewards.code_tests import OUTCOMES, check_responses, find_code, read_tests
+from megarl.rewards.code_tests import OUTCOMES, Verdict, check_responses, find_code, read_tests
 from megarl.rewards.sandbox import ISOLATIONS, NAMESPACES, SEPARATE_USER, USER_NAMESPACES, Limits, SandboxError, run
 from megarl.rewards.verifiable import python_tests
 
-SHORT_S = 1.0
+SHORT_S = 0.5
+"""For programs that do not end."""
 LONG_S = 60.0
 """For programs that must pass, on machines with much else to do."""
-MARK = 2_098_765_432
-"""The user number of programs whose processes are looked for."""
+MARK = 2_098_000_000 + os.getpid() % 50_000 * 10
+"""The first user number of programs whose processes are looked for; those of tests that run at the same time differ."""
 
 FORGED = "for n in range(3, 64):\n try: os.write(n, b'1\\n1' + b'right')\n except OSError: pass"
 EVIL = """
@@ -225,11 +228,19 @@ def test_no_process_is_left(within: Any, isolation: str, monkeypatch: pytest.Mon
     within(isolation)
     if os.geteuid() != 0:
         pytest.skip("the user number of programs is this user's own, who has other processes")
-    monkeypatch.setattr(sandbox, "unused_uid", lambda: MARK)
-    for name in ("daemon", "fork bomb", "stops itself"):
-        end, _ = run(HOSTILE[name].encode(), limits=Limits(wall_s=SHORT_S))
-        assert processes_of(MARK) == []
-        assert end.how == ("ended" if name == "daemon" else "timed_out")
+    ends = {"daemon": "ended", "fork bomb": "timed_out", "stops itself": "timed_out"}
+    own = threading.local()
+    monkeypatch.setattr(sandbox, "unused_uid", lambda: own.uid)
+
+    def run_one(uid: int, name: str) -> tuple[str, list[int]]:
+        own.uid = uid
+        wall_s = LONG_S if ends[name] == "ended" else SHORT_S
+        end, _ = run(HOSTILE[name].encode(), limits=Limits(wall_s=wall_s))
+        return end.how, processes_of(uid)
+
+    with ThreadPoolExecutor(len(ends)) as pool:
+        found = list(pool.map(run_one, range(MARK, MARK + len(ends)), ends))
+    assert found == [(how, []) for how in ends.values()]
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
@@ -247,67 +258,80 @@ def test_a_killed_run_leaves_no_program(within: Any, isolations: list[str]) -> N
     if os.geteuid() != 0:
         pytest.skip("the user number of programs is this user's own, who has other processes")
     code = (
-        "import sys; from megarl.rewards import sandbox\n"
-        f"sandbox.unused_uid = lambda: {MARK + 1}\nsandbox.working_isolation = lambda: sys.argv[1]\n"
-        "sandbox.run(b'import os, time\\nos.fork() or os.setsid()\\ntime.sleep(1000)', limits=sandbox.Limits(1000))"
+        "import os, sys, time\nfrom megarl.rewards import sandbox\n"
+        "null, programs = os.open(os.devnull, os.O_RDWR), []\n"
+        f"for uid, isolation in enumerate(sys.argv[1:], {MARK + 5}):\n"
+        "  sandbox.unused_uid = lambda: uid\n"
+        "  source = b'import os, time\\nos.fork() or os.setsid()\\ntime.sleep(1000)'\n"
+        "  programs.append(sandbox.Program(source, (null,) * 3, sandbox.Limits(1000), isolation))\n"
+        "time.sleep(1000)"
     )
-    for isolation in isolations:
-        process = subprocess.Popen([sys.executable, "-c", code, isolation])
-        deadline = time.monotonic() + LONG_S
-        while len(processes_of(MARK + 1)) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.kill()
-        process.wait()
-        while processes_of(MARK + 1):
-            assert time.monotonic() < deadline, f"{isolation} left processes"
-            time.sleep(0.05)
+    marks = {isolation: uid for uid, isolation in enumerate(isolations, MARK + 5)}
+    process = subprocess.Popen([sys.executable, "-c", code, *isolations])
+    deadline = time.monotonic() + LONG_S
+    while any(len(processes_of(uid)) < 2 for uid in marks.values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while left := [isolation for isolation, uid in marks.items() if processes_of(uid)]:
+        assert time.monotonic() < deadline, f"{left} left processes"
+        time.sleep(0.05)
 
 
 # Verdicts
 
 
-@pytest.mark.parametrize(
-    ("code", "tests", "share"),
-    [
-        ("def add(a, b): return a + b", ["assert add(1, 2) == 3", "assert add(2, 2) == 4"], 1.0),
-        ("def add(a, b): return 3", ["assert add(1, 2) == 3", "assert add(2, 2) == 4"], 0.5),
-        ("def add(a, b): return 3", "assert add(1, 2) == 3\nassert add(2, 2) == 4\nassert add(3, 0) == 3", 2 / 3),
-        ("def f(x): return x", "def test_a(): assert f(1) == 1\ndef test_b(): assert f(1) == 2", 0.5),
-        ("def sort(x): x.sort()", "x = [3, 1]\nsort(x)\nassert x == [1, 3]", 1.0),
-        ("def big(n): return 2 ** n", "assert big(99999) == 2 ** 99999", 1.0),
-        ("def squares(n):\n for i in range(n): yield i * i", "assert list(squares(4)) == [0, 1, 4, 9]", 1.0),
-        ("def apply(f, x): return f(x)", "assert apply(lambda x: x + 1, 3) == 4\nassert apply(str, 3) == '3'", 1.0),
-        ("def f():\n raise KeyError('k')", "try:\n f()\n assert False\nexcept KeyError: pass", 1.0),
-        (
-            "class No(ValueError): pass\ndef f():\n raise No('no')",
-            "import unittest\nclass T(unittest.TestCase):\n def test_a(self):\n  with self.assertRaises(No): f()\n"
-            " def test_b(self): self.assertEqual(f, 1)",
-            0.5,
-        ),
-        (
-            "class Stack:\n def __init__(self): self.x = []\n def push(self, x): self.x.append(x)\n"
-            " def pop(self): return self.x.pop()\n def __len__(self): return len(self.x)",
-            "s = Stack()\ns.push([1])\nassert len(s) == 1\nassert s.pop() == [1]\nassert isinstance(s, Stack)",
-            1.0,
-        ),
-        (EVIL, "assert answer() == 5\nassert abs(answer() - 5) < 1", 0.0),
-        (EVIL.replace("(int)", ""), "assert answer() == 5\nassert abs(answer() - 5) < 1\nassert answer() < 5", 0.0),
-        (
-            "all = lambda *a: True\n__builtins__ = {'all': all}\ndef f(x): return 0",
-            "assert all(f(x) == x + 1 for x in (1, 2))",
-            0.0,
-        ),
-        ("class math: isclose = print\ndef f(): return 1", "assert math.isclose(f(), 2)", 0.0),
-        ("import os\ndef f(): os._exit(0)", "try: f()\nexcept BaseException: pass", 0.0),
-        ("def use(f):\n try: f(0)\n except AssertionError: pass", "def check(x): assert x == 1\nuse(check)", 0.0),
-        ("def use(f): f.__globals__['x'] = 1", "x = 0\nuse(lambda: 0)", 0.0),
-        ("encode = lambda x: '1'\ndecode = eval", "assert decode(encode('__import__')) == '__import__'", 0.0),
-        ("def broken(:", "assert broken(1) == 1", 0.0),
-    ],
-)
-def test_tests_that_call_the_code(isolations: list[str], code: str, tests: Any, share: float) -> None:
-    (verdict,) = check_responses([code], [read_tests(tests)], limits=Limits(LONG_S), workers=1, partial=True)  # type: ignore[list-item]
+CALLS: list[tuple[str, Any, float]] = [
+    ("def add(a, b): return a + b", ["assert add(1, 2) == 3", "assert add(2, 2) == 4"], 1.0),
+    ("def add(a, b): return 3", ["assert add(1, 2) == 3", "assert add(2, 2) == 4"], 0.5),
+    ("def add(a, b): return 3", "assert add(1, 2) == 3\nassert add(2, 2) == 4\nassert add(3, 0) == 3", 2 / 3),
+    ("def f(x): return x", "def test_a(): assert f(1) == 1\ndef test_b(): assert f(1) == 2", 0.5),
+    ("def sort(x): x.sort()", "x = [3, 1]\nsort(x)\nassert x == [1, 3]", 1.0),
+    ("def big(n): return 2 ** n", "assert big(99999) == 2 ** 99999", 1.0),
+    ("def squares(n):\n for i in range(n): yield i * i", "assert list(squares(4)) == [0, 1, 4, 9]", 1.0),
+    ("def apply(f, x): return f(x)", "assert apply(lambda x: x + 1, 3) == 4\nassert apply(str, 3) == '3'", 1.0),
+    ("def f():\n raise KeyError('k')", "try:\n f()\n assert False\nexcept KeyError: pass", 1.0),
+    (
+        "class No(ValueError): pass\ndef f():\n raise No('no')",
+        "import unittest\nclass T(unittest.TestCase):\n def test_a(self):\n  with self.assertRaises(No): f()\n"
+        " def test_b(self): self.assertEqual(f, 1)",
+        0.5,
+    ),
+    (
+        "class Stack:\n def __init__(self): self.x = []\n def push(self, x): self.x.append(x)\n"
+        " def pop(self): return self.x.pop()\n def __len__(self): return len(self.x)",
+        "s = Stack()\ns.push([1])\nassert len(s) == 1\nassert s.pop() == [1]\nassert isinstance(s, Stack)",
+        1.0,
+    ),
+    (EVIL, "assert answer() == 5\nassert abs(answer() - 5) < 1", 0.0),
+    (EVIL.replace("(int)", ""), "assert answer() == 5\nassert abs(answer() - 5) < 1\nassert answer() < 5", 0.0),
+    (
+        "all = lambda *a: True\n__builtins__ = {'all': all}\ndef f(x): return 0",
+        "assert all(f(x) == x + 1 for x in (1, 2))",
+        0.0,
+    ),
+    ("class math: isclose = print\ndef f(): return 1", "assert math.isclose(f(), 2)", 0.0),
+    ("import os\ndef f(): os._exit(0)", "try: f()\nexcept BaseException: pass", 0.0),
+    ("def use(f):\n try: f(0)\n except AssertionError: pass", "def check(x): assert x == 1\nuse(check)", 0.0),
+    ("def use(f): f.__globals__['x'] = 1", "x = 0\nuse(lambda: 0)", 0.0),
+    ("encode = lambda x: '1'\ndecode = eval", "assert decode(encode('__import__')) == '__import__'", 0.0),
+    ("def broken(:", "assert broken(1) == 1", 0.0),
+]
+"""Codes, their tests, and the share of the tests that pass."""
+
+
+@pytest.fixture(scope="module")
+def verdicts_of_calls(isolations: list[str]) -> list[Verdict]:
+    """The verdicts of all codes, which are run at once, as a start takes most of the time of each."""
+    tests = [read_tests(tests) for _, tests, _ in CALLS]
+    codes = [code for code, _, _ in CALLS]
+    return check_responses(codes, tests, limits=Limits(LONG_S), workers=4, partial=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("row", range(len(CALLS)), ids=[code for code, _, _ in CALLS])
+def test_tests_that_call_the_code(verdicts_of_calls: list[Verdict], row: int) -> None:
+    share, verdict = CALLS[row][2], verdicts_of_calls[row]
     assert (verdict.share, verdict.outcome) == (share, "passed" if share == 1 else "failed")
 
 
@@ -320,8 +344,8 @@ def test_tests_of_a_program(isolations: list[str]) -> None:
         "print(2 * int(input())); raise ValueError",
     ]
     tests: list[Any] = [cases, '{"inputs": ["3", "4"], "outputs": ["6", "8"]}', cases, cases]
-    assert python_tests(codes, tests=tests, timeout=LONG_S)["python_tests"] == [1.0, 1.0, 0.0, 0.0]
     assert python_tests(codes, tests=tests, timeout=LONG_S, partial=True)["python_tests"] == [1.0, 1.0, 0.5, 0.0]
+    assert python_tests(codes[1:3], tests=tests[1:3], timeout=LONG_S)["python_tests"] == [1.0, 0.0]
 
 
 def test_an_entry_point_is_given_to_check(isolations: list[str]) -> None:

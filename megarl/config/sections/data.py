@@ -141,12 +141,12 @@ class DataConfig(SourcesConfig):
 
 @dataclass
 class MixingConfig(Section):
-    """How often prompts are drawn from each entry of data.train."""
+    """How often the prompts of each entry of data.train are used."""
 
     weights: list[float] = leaf(
         [],
-        "How often each entry of data.train is drawn from, relative to the others: one number per entry. An entry is "
-        "gone through in random order before any of its prompts comes again.",
+        "How often prompts of each entry of data.train are used, relative to the others: one number per entry. All "
+        "prompts of an entry are used, in random order, before any is repeated.",
         at_least=0,
     )
     final_weights: list[float] = leaf(
@@ -169,7 +169,7 @@ class PromptDataConfig(SourcesConfig):
     eval: list[str] = leaf([], SOURCES.format("Prompts of evaluations") + " Empty: no evaluation.")
     mixing: MixingConfig | None = optional_section(
         MixingConfig,
-        "Draw prompts from the entries of data.train with weights (null: all prompts equally often).",
+        "Use the entries of data.train with weights (null: all prompts equally often).",
         needs="weights",
     )
 
