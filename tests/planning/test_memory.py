@@ -230,6 +230,19 @@ def test_with_offload_a_model_that_generates_or_gives_rewards_is_alone_on_the_de
         assert plan.host(phase) - plain.host(phase) == kept
 
 
+def test_a_model_that_masks_tokens_generates_beside_the_policy() -> None:
+    mask = replace(POLICY, name="action_mask", heads=("lm",), optim=None, follows=True)
+    without, plan = (plan_stage(with_roles(POLICY, *more), 0) for more in ((), (mask,)))
+    assert plan.part("generate", "cache") == 2 * without.part("generate", "cache")
+    assert plan.part("generate", "logits") > without.part("generate", "logits")
+    assert set(of_roles(plan, "generate", "weights")) == {"policy", "action_mask"}
+    offloaded = plan_stage(offloading(with_roles(POLICY, mask)), 0)
+    assert of_roles(offloaded, "generate", "weights") == of_roles(plan, "generate", "weights")
+    one = KVCache.slot_bytes(gpt_config(with_roles(POLICY)), 4, 1, SCORED.prompt + SCORED.longest)
+    limited = [replace(with_roles(POLICY, *more), cache_bytes=4 * one) for more in ((), (mask,))]
+    assert [slots_of(work) for work in limited] == [4, 2]
+
+
 def test_with_offload_the_policy_stays_where_no_reward_model_needs_the_memory() -> None:
     plain, plan = (plan_stage(offloading(with_roles(POLICY, CRITIC), offload=offload), 0) for offload in (False, True))
     kept = plan.shards["critic"].weights + plain.part("train", "optimizer")
