@@ -14,9 +14,9 @@ from megarl.config.rules import responses_are_scored, responses_fit_model, scori
 from megarl.config.sections.data import HeldOutDataConfig
 from megarl.config.sections.evaluation import GuidedEvalConfig
 from megarl.config.sections.reward import MetricConfig, RewardConfig
-from megarl.config.sections.rollout import GuidedRolloutConfig
+from megarl.config.sections.rollout import GuidedResponsesConfig
 from megarl.config.sections.run import FolderConfig
-from megarl.config.sections.trainer import ScoringDevicesConfig
+from megarl.config.sections.trainer import ScoringProcessesConfig
 from megarl.config.trees import Tree
 
 
@@ -39,41 +39,6 @@ def prompts_are_named(config: Any, world_size: int) -> None:
         )
 
 
-def responses_are_kept_in_the_run_folder(config: Any, world_size: int) -> None:
-    """Refuse folders of rollouts: an evaluation has its own."""
-    for name in ("dump", "replay"):
-        value = getattr(config.rollout, name)
-        if value is not None:
-            raise Refusal(
-                f"rollout.{name}={value} is of training: an evaluation keeps its responses in the run folder, and "
-                "continues from there when it is started again with the same run.dir",
-                {f"rollout.{name}": [None]},
-                key=f"rollout.{name}",
-                value=value,
-            )
-
-
-def keys_have_an_effect(config: Any, world_size: int) -> None:
-    """Refuse keys of shared sections that an evaluation does not use."""
-    n, progress = config.rollout.n, config.trainer.progress
-    if n != GuidedRolloutConfig().n:
-        raise Refusal(
-            f"rollout.n={n} has no effect in an evaluation, which generates eval.n={config.eval.n} responses per "
-            "prompt",
-            {"rollout.n": [GuidedRolloutConfig().n]},
-            f"eval.n={n} in its place",
-            key="rollout.n",
-            value=n,
-        )
-    if progress != ScoringDevicesConfig().progress:
-        raise Refusal(
-            f"trainer.progress={progress} has no effect in an evaluation, which logs a line per chunk of prompts",
-            {"trainer.progress": [ScoringDevicesConfig().progress]},
-            key="trainer.progress",
-            value=progress,
-        )
-
-
 @dataclass
 class EvaluateConfig(Tree):
     """The keys of an evaluation of a trained model."""
@@ -85,8 +50,6 @@ class EvaluateConfig(Tree):
         responses_fit_model,
         responses_are_scored,
         scoring_ends_in_time,
-        responses_are_kept_in_the_run_folder,
-        keys_have_an_effect,
     )
 
     out: str | None = leaf(
@@ -108,11 +71,11 @@ class EvaluateConfig(Tree):
     )
     run: FolderConfig = section(FolderConfig)
     data: HeldOutDataConfig = section(HeldOutDataConfig)
-    rollout: GuidedRolloutConfig = section(GuidedRolloutConfig)
+    rollout: GuidedResponsesConfig = section(GuidedResponsesConfig)
     reward: RewardConfig = section(RewardConfig)
     metric: MetricConfig = section(MetricConfig)
     eval: GuidedEvalConfig = section(GuidedEvalConfig)
-    trainer: ScoringDevicesConfig = section(ScoringDevicesConfig)
+    trainer: ScoringProcessesConfig = section(ScoringProcessesConfig)
 
     def more_folders(self) -> dict[str, str]:
         """Return the files that the evaluation writes, by key."""

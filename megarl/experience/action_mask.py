@@ -13,7 +13,7 @@ from megarl.parallel.choices import Choices, TokenLists
 from megarl.parallel.engine import Engine, Outputs
 from megarl.parallel.rows import Microbatch, Rows
 from megarl.parallel.vocab import CHUNK_ELEMENTS_CPU
-from megarl.rollout.generator import Masking
+from megarl.rollout.lane import Masking
 from megarl.rollout.sampling import nucleus
 
 Chunk = tuple[Tensor, Tensor, Tensor]

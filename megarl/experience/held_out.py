@@ -134,8 +134,8 @@ def deciding_settings(config: Any) -> dict[str, Any]:
 
 
 def stored_settings(config: Any) -> dict[str, Any]:
-    """Return the sections that the result holds, without keys that have no effect in an evaluation and without those
-    that decide only where and how fast something is computed."""
+    """Return the sections that the result holds, without the keys that decide only where and how fast something is
+    computed."""
     calls = asdict(config.reward.call_settings)
     del calls["devices"]
     return {
@@ -150,6 +150,5 @@ def stored_settings(config: Any) -> dict[str, Any]:
 def _sampling(config: Any) -> dict[str, Any]:
     """Return the keys of the section `rollout` that responses depend on."""
     sampling = asdict(config.rollout)
-    for name in ("n", "engine", "dump", "replay"):
-        del sampling[name]
+    del sampling["engine"]
     return sampling

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from megarl.config.sections.rollout import RolloutConfig
+from megarl.config.sections.rollout import ResponsesConfig
 from megarl.data.prompts import Prompt
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.rollout import stored
-from megarl.rollout.generator import Generator, Limits, Masking, TokenScorer
+from megarl.rollout.generator import Generator, Limits
+from megarl.rollout.lane import Masking
 from megarl.rollout.noise import GREEDY, TRAINING
 from megarl.rollout.requests import Request, Rollout, repeat, sampling_from
 from megarl.rollout.resharded import for_generation
+from megarl.rollout.static import TokenScorer
 from megarl.tokenizers import Tokenizer
 
 
@@ -62,9 +64,10 @@ class GeneratedRollouts:
         self,
         engine: Engine,
         tokenizer: Tokenizer,
-        settings: RolloutConfig,
+        settings: ResponsesConfig,
         *,
         seed: int,
+        dump: str | None = None,
         chat_template: str | None = None,
         unit: str = "phase",
         masking: Masking | None = None,
@@ -75,11 +78,12 @@ class GeneratedRollouts:
             tokenizer: tokenizer of the policy.
             settings: the section `rollout`.
             seed: seed of the samples.
+            dump: folder to which responses are written; None: they are not kept.
             chat_template: template that renders the prompts; its end marker ends a response too.
             unit: what messages call a training step.
             masking: decides which tokens may be chosen; None: all.
         """
-        self.unit, self.version = unit, 0
+        self.unit, self.version, self.dump = unit, 0, dump
         self.settings, self.sampling = settings, sampling_from(settings)
         computed = settings.engine_settings
         self.reshard = for_generation(engine, computed.layout)
@@ -110,7 +114,7 @@ class GeneratedRollouts:
         within: range | None = None,
         **changes: Any,
     ) -> list[Rollout]:
-        """Generate the responses, and write them to `rollout.dump` if it is set."""
+        """Generate the responses, and write them to the folder `dump` if there is one."""
         self.generator.token_scorer = token_scorer
         is_training = stream in (TRAINING, GREEDY)
         when = f"in {self.unit} {phase + 1}" if is_training else f"in the evaluation after {self.unit} {phase}"
@@ -121,8 +125,8 @@ class GeneratedRollouts:
             weights_version=self.version,
             place=lambda number: f"{prompts[number].where or f'prompt {number}'} {when}",
         )
-        if self.settings.dump is not None:
-            path = stored.phase_file(self.settings.dump, stream, phase, 0 if within is None else within.start)
+        if self.dump is not None:
+            path = stored.phase_file(self.dump, stream, phase, 0 if within is None else within.start)
             self.generator.grid.run_on_rank0(lambda: stored.dump(path, rollouts))  # complete on return, for any rank
         # CUDA graphs are recorded over the cache, and recording takes seconds.
         if not self.settings.engine_settings.cuda_graphs:
@@ -143,7 +147,7 @@ class GeneratedRollouts:
 class ReplayedRollouts:
     """Reads the responses of an earlier run from the folder that its `rollout.dump` names."""
 
-    def __init__(self, folder: str, settings: RolloutConfig) -> None:
+    def __init__(self, folder: str, settings: ResponsesConfig) -> None:
         self.folder, self.settings = folder, settings
         sampling_from(settings)  # refuses invalid sampling settings
 
@@ -173,7 +177,7 @@ class ReplayedRollouts:
 
 
 def requests_of(
-    prompts: Sequence[Prompt], n: int, settings: RolloutConfig, within: range | None = None, **changes: Any
+    prompts: Sequence[Prompt], n: int, settings: ResponsesConfig, within: range | None = None, **changes: Any
 ) -> list[Request]:
     """Return `n` requests for each prompt, or for those in the range `within`, with the run's sampling settings and
     `changes` to them. prompt_id is the prompt's index."""

@@ -27,7 +27,7 @@ from megarl.parallel.engine import Engine
 from megarl.parallel.offload import alone
 from megarl.rewards.answers import Score
 from megarl.rewards.scores import Scores
-from megarl.rollout.generator import Masking
+from megarl.rollout.lane import Masking
 from megarl.rollout.noise import EVALUATION, GREEDY, TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.rollout.stored import require_phases
@@ -121,6 +121,7 @@ class GenerativeModule(Module):
             self.tokenizer,
             rollout,
             seed=self.config.seed,
+            dump=rollout.dump,
             chat_template=load_chat_template(self.config.data.chat_template),
             unit=self.unit,
             masking=self.masking,

@@ -15,7 +15,7 @@ from megarl.models.cache import KVCache
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.parallel.layout import Layout
-from megarl.rollout.lane import Lane
+from megarl.rollout.lane import Lane, Masking, Passes
 from megarl.rollout.noise import TRAINING
 from megarl.rollout.requests import Request, Rollout, check_requests
 from megarl.rollout.schedule import Decode, Schedule, deal
@@ -41,22 +41,6 @@ class Limits:
                 value=True,
                 offers={"rollout.engine.cuda_graphs": [False]},
             )
-
-
-@dataclass
-class Masking:
-    """A model in the policy's shape and layout that decides which tokens the policy may choose: its most likely ones,
-    whose probabilities add up to `top_p`."""
-
-    engine: Engine
-    top_p: float
-    cache: KVCache | None = None
-
-    @property
-    def held_cache(self) -> KVCache:
-        """Its cache, while there is one."""
-        assert self.cache is not None
-        return self.cache
 
 
 @dataclass(frozen=True)
@@ -222,7 +206,19 @@ class Generator:
         schedules = [
             Schedule(share, slots, self.eos_id, weights_version, self.decode, self.also_eos) for share in shares
         ]
-        lanes = [Lane(self, schedule, group * slots, name) for group, schedule in enumerate(schedules)]
+        assert self.cache is not None
+        passes = Passes(
+            self.grid,
+            self.config,
+            self.models,
+            self.cache,
+            self.token_scorer,
+            prefill_tokens=self.limits.prefill_tokens,
+            masking=self.masking,
+            static=self.static_passes(),
+            tokens_group=self.tokens_group,
+        )
+        lanes = [Lane(passes, schedule, group * slots, name) for group, schedule in enumerate(schedules)]
         reported = [0] * groups
         while any(lane.busy for lane in lanes):
             for group, lane in enumerate(lanes):

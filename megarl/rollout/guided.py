@@ -11,7 +11,7 @@ from megarl.models.exchange.source import Source
 from megarl.models.gpt import GPT
 from megarl.models.heads import heads_in
 from megarl.parallel.vocab import VocabShard
-from megarl.rollout.generator import TokenScorer
+from megarl.rollout.static import TokenScorer
 
 
 def policy_heads(source: Source | None) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,14 +12,58 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megarl.models.cache import CacheView, KVCache
+from megarl.models.config import GPTConfig
 from megarl.models.gpt import GPT
+from megarl.parallel.engine import Engine
+from megarl.parallel.grid import Grid
 from megarl.parallel.rows import ModelInputs
 from megarl.rollout.noise import sequence_key
 from megarl.rollout.sampling import Drawn, RowSettings, draw, nucleus
 from megarl.rollout.schedule import Schedule
+from megarl.rollout.static import StaticPasses, TokenScorer
 
-if TYPE_CHECKING:
-    from megarl.rollout.generator import Generator
+
+@dataclass
+class Masking:
+    """A model in the policy's shape and layout that decides which tokens the policy may choose: its most likely ones,
+    whose probabilities add up to `top_p`."""
+
+    engine: Engine
+    top_p: float
+    cache: KVCache | None = None
+
+    @property
+    def held_cache(self) -> KVCache:
+        """Its cache, while there is one."""
+        assert self.cache is not None
+        return self.cache
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What the lanes of one call run their forward passes with.
+
+    Attributes:
+        grid: the processes.
+        config: shape of the model.
+        models: this stage's chunks of the model.
+        cache: their key-value cache.
+        token_scorer: computes the scores to sample from.
+        prefill_tokens: padded tokens of a pass over prompts.
+        masking: decides which tokens may be chosen; None: all.
+        static: recorded decoding steps; None: decoding steps are not recorded.
+        tokens_group: this replica's stages, to exchange sampled tokens; None with one stage.
+    """
+
+    grid: Grid
+    config: GPTConfig
+    models: list[GPT]
+    cache: KVCache
+    token_scorer: TokenScorer
+    prefill_tokens: int
+    masking: Masking | None = None
+    static: StaticPasses | None = None
+    tokens_group: dist.ProcessGroup | None = None
 
 
 class Lane:
@@ -34,19 +79,24 @@ class Lane:
         stage 1:      a1  b1  a2  b2
     """
 
-    def __init__(self, generator: Generator, schedule: Schedule, first_slot: int, name: tuple[int, int, int]) -> None:
-        self.generator, self.schedule, self.first, self.name = generator, schedule, first_slot, name
-        self.grid = generator.grid
-        assert generator.cache is not None
-        self.cache = generator.cache
-        self.caches = [self.cache] if generator.masking is None else [self.cache, generator.masking.held_cache]
+    def __init__(self, passes: Passes, schedule: Schedule, first_slot: int, name: tuple[int, int, int]) -> None:
+        """
+        Args:
+            passes: what the lane runs its forward passes with.
+            schedule: the responses of the lane.
+            first_slot: the lane's first slot in the cache.
+            name: seed, stream and phase of the samples.
+        """
+        self.passes, self.schedule, self.first, self.name = passes, schedule, first_slot, name
+        self.grid, masking = passes.grid, passes.masking
+        self.caches = [passes.cache] if masking is None else [passes.cache, masking.held_cache]
         self.under_way = False
         self.sends: list[tuple[Any, Tensor]] = []  # with the tensor that must stay alive until the send is done
         self.settings: RowSettings | None = None
         self.seen: Tensor | None = None
         penalised = [*schedule.running, *schedule.queue]
         if self.grid.is_last_stage and any(r.sampling.repetition_penalty != 1.0 for r in penalised):
-            valid = generator.models[-1].shard.valid
+            valid = passes.models[-1].shard.valid
             self.seen = torch.zeros(len(schedule.running), valid, dtype=torch.bool, device=self.grid.device)
 
     @property
@@ -59,7 +109,7 @@ class Lane:
         if self.schedule.done:
             return
         self.under_way = True
-        for slots in self.schedule.prefill(self.generator.limits.prefill_tokens):
+        for slots in self.schedule.prefill(self.passes.prefill_tokens):
             self._prefill(slots)
         drawn = self._decode()
         if drawn is not None:
@@ -90,7 +140,7 @@ class Lane:
     def _prefill(self, slots: list[int]) -> None:
         """Read prompts, without their last token, into the cache. A prompt longer than a pass is read in pieces."""
         prompts = [self.schedule.running[slot].prompt[:-1] for slot in slots]
-        longest, step = max(len(prompt) for prompt in prompts), self.generator.limits.prefill_tokens
+        longest, step = max(len(prompt) for prompt in prompts), self.passes.prefill_tokens
         padded = np.zeros((len(slots), longest), np.int64)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = prompt
@@ -106,8 +156,8 @@ class Lane:
     def _models(self) -> list[tuple[list[GPT], KVCache]]:
         """Return the chunks of the policy, and of the model that masks its tokens if there is one, with their
         caches."""
-        masking = self.generator.masking
-        models = [self.generator.models] if masking is None else [self.generator.models, masking.engine.models]
+        masking = self.passes.masking
+        models = [self.passes.models] if masking is None else [self.passes.models, masking.engine.models]
         return list(zip(models, self.caches, strict=True))
 
     def _decode(self) -> Drawn | None:
@@ -119,7 +169,7 @@ class Lane:
             return None
         if self.seen is not None:
             self._see_prompts(self.seen)
-        model = self.generator.models[-1]
+        model = self.passes.models[-1]
         seen = None if self.seen is None else self.seen[: schedule.rows]
         return draw(scores, lengths, self._settings(), model.shard, seen, allowed)
 
@@ -130,8 +180,8 @@ class Lane:
             lengths: [rows], tokens of the sequences so far.
             longest: the largest of them.
         """
-        schedule, generator = self.schedule, self.generator
-        static = generator.static_passes()
+        schedule, passes = self.schedule, self.passes
+        static = passes.static
         if static is not None:
             tokens = torch.tensor(schedule.last_tokens, device=lengths.device)
             return static.scores(tokens, lengths - 1, longest), None
@@ -143,12 +193,12 @@ class Lane:
             states.append(self._through_stage(models, schedule.last_tokens[:, None], view))
         if states[0] is None:
             return None, None
-        scores = generator.token_scorer(generator.models[-1], states[0][0])
-        return scores, None if generator.masking is None else self._allowed(states[1])
+        scores = passes.token_scorer(passes.models[-1], states[0][0])
+        return scores, None if passes.masking is None else self._allowed(states[1])
 
     def _allowed(self, hidden: Tensor | None) -> Tensor:
         """Return the tokens [rows, valid] that the masking model allows, from its final states [1, rows, hidden]."""
-        masking = self.generator.masking
+        masking = self.passes.masking
         assert masking is not None
         assert hidden is not None
         model, temperature = masking.engine.models[-1], self._settings().temperature
@@ -176,13 +226,13 @@ class Lane:
         if self.settings is None:
             running = self.schedule.running
             keys = [sequence_key(*self.name, request.prompt_id, request.sample_id) for request in running]
-            shard = self.generator.models[-1].shard
+            shard = self.passes.models[-1].shard
             self.settings = RowSettings.of([r.sampling for r in running], keys, shard, self.grid.device)
         return self.settings
 
     def _see_prompts(self, seen: Tensor) -> None:
         """Mark the tokens of fresh prompts in `seen` [rows, valid], to which the repetition penalty applies."""
-        shard = self.generator.models[-1].shard
+        shard = self.passes.models[-1].shard
         for slot in self.schedule.fresh:
             tokens = torch.tensor(self.schedule.running[slot].prompt, device=seen.device) - shard.start
             seen[slot] = False
@@ -190,7 +240,7 @@ class Lane:
 
     def _see_drawn(self, seen: Tensor, tokens: NDArray[np.int64]) -> None:
         """Mark the sampled `tokens` [rows] in `seen` [rows, valid], to which the repetition penalty applies."""
-        shard = self.generator.models[-1].shard
+        shard = self.passes.models[-1].shard
         local = torch.tensor(tokens, device=seen.device) - shard.start
         rows = torch.arange(len(tokens), device=seen.device)
         mine = (local >= 0) & (local < shard.valid)
@@ -207,7 +257,7 @@ class Lane:
         self.sends.append((dist.isend(hidden, self._neighbour(1), group=self.grid.groups.pp), hidden))
 
     def _receive_hidden(self, rows: int, time: int) -> Tensor:
-        config = self.generator.config
+        config = self.passes.config
         hidden = torch.empty((time, rows, config.hidden_size), dtype=config.params_dtype, device=self.grid.device)
         dist.recv(hidden, self._neighbour(-1), group=self.grid.groups.pp)
         return hidden
@@ -217,7 +267,7 @@ class Lane:
         exactly."""
         self.result = torch.stack([drawn.tokens.double(), drawn.logprobs.double()])
         for step in range(1, self.grid.layout.pp):
-            work = dist.isend(self.result, self._neighbour(step), group=self.generator.tokens_group)
+            work = dist.isend(self.result, self._neighbour(step), group=self.passes.tokens_group)
             self.sends.append((work, self.result))
 
     def _receive_drawn(self, rows: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -225,6 +275,6 @@ class Lane:
             result = self.result
         else:
             result = torch.empty(2, rows, dtype=torch.float64, device=self.grid.device)
-            dist.recv(result, self._neighbour(-1 - self.grid.pp_rank), group=self.generator.tokens_group)
+            dist.recv(result, self._neighbour(-1 - self.grid.pp_rank), group=self.passes.tokens_group)
         tokens, logprobs = result.cpu().numpy()
         return tokens.astype(np.int64), logprobs.astype(np.float32)

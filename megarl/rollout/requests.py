@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megarl.config.sections.rollout import RolloutConfig
+from megarl.config.sections.rollout import ResponsesConfig
 from megarl.errors import ConfigError
 from megarl.tokenizers import Tokenizer
 
@@ -133,7 +133,7 @@ def _start_of_stop(rollout: Rollout, stop: Sequence[str], text: str) -> int | No
     return min((text.find(one) for one in stop if one in text), default=None)
 
 
-def sampling_from(rollout: RolloutConfig) -> Sampling:
+def sampling_from(rollout: ResponsesConfig) -> Sampling:
     """Convert the section `rollout` to sampling settings. A stop text is found wherever its tokens begin and end."""
     return Sampling(
         temperature=rollout.temperature,

@@ -32,7 +32,8 @@ class EvalConfig(Section):
     vote: str | None = leaf(
         None,
         "What responses to a prompt vote on, if eval.n is above 1: text (the whole response), number (the last one), "
-        "choice (the last capital letter that stands alone), boxed (the content of the last \\boxed{}), or a function "
+        "choice (the letter, A to J, of the choice that the response states last), boxed (the content of the last "
+        "\\boxed{}; equal numbers vote together), or a function "
         "package.module:function that returns the answer in a response's text, or None. Unlike a reward function, it "
         "runs in the process of rank 0 and without a time limit. The mean score of the responses with the most "
         "frequent answer is logged as eval/vote (null: no vote).",

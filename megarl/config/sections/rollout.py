@@ -38,8 +38,8 @@ class RolloutEngineConfig(Section):
 
 
 @dataclass
-class RolloutConfig(Section):
-    """Settings of generation."""
+class ResponsesConfig(Section):
+    """How responses are sampled and computed."""
 
     max_new_tokens: int = leaf(128, "Maximum number of new tokens per response.", at_least=1, at_most=2**31 - 1)
     temperature: float = leaf(
@@ -69,13 +69,6 @@ class RolloutConfig(Section):
         " (1: no penalty). Log-probs are those without penalty, top_k, top_p and min_p.",
         above=0,
     )
-    n: int = leaf(
-        1,
-        "Number of responses per prompt in training; evaluations use eval.n. In PPO a divisor of ppo.rollouts, in RFT"
-        " at least 2, in ILQL without effect.",
-        at_least=1,
-        at_most=2**20,
-    )
     stop: list[str] = leaf(
         [],
         "Texts at which a response ends, besides EOS. The text stays in the response.",
@@ -85,17 +78,6 @@ class RolloutConfig(Section):
         "What happens to prompts longer than the model's context minus rollout.max_new_tokens. truncate: their "
         "beginning is cut off; drop: they are left out; error: the run is refused before the first phase.",
         TOO_LONG,
-    )
-    dump: str | None = leaf(
-        None,
-        "Folder to which the responses of every phase and evaluation, and their scores, are written (null: they are "
-        "not kept).",
-    )
-    replay: str | None = leaf(
-        None,
-        "Folder of an earlier rollout.dump, whose responses are used instead of new ones (null: generate). It needs "
-        "the same prompts, order and tokenizer, and a file for every phase and evaluation. Stored scores are used if "
-        "the function and its options are the same.",
     )
     engine: RolloutEngineConfig | None = optional_section(
         RolloutEngineConfig,
@@ -110,8 +92,32 @@ class RolloutConfig(Section):
 
 
 @dataclass
-class GuidedRolloutConfig(RolloutConfig):
-    """Settings of generation, also for models whose Q heads guide the sampling."""
+class RolloutConfig(ResponsesConfig):
+    """Settings of generation."""
+
+    n: int = leaf(
+        1,
+        "Number of responses per prompt in training; evaluations use eval.n. In PPO a divisor of ppo.rollouts, in RFT"
+        " at least 2, in ILQL without effect.",
+        at_least=1,
+        at_most=2**20,
+    )
+    dump: str | None = leaf(
+        None,
+        "Folder to which the responses of every phase and evaluation, and their scores, are written (null: they are "
+        "not kept).",
+    )
+    replay: str | None = leaf(
+        None,
+        "Folder of an earlier rollout.dump, whose responses are used instead of new ones (null: generate). It needs "
+        "the same prompts, order and tokenizer, and a file for every phase and evaluation. Stored scores are used if "
+        "the function and its options are the same.",
+    )
+
+
+@dataclass
+class GuidedResponsesConfig(ResponsesConfig):
+    """How responses are sampled and computed, also of models whose Q heads guide the sampling."""
 
     ilql_beta: float = leaf(
         1.0,
@@ -119,3 +125,8 @@ class GuidedRolloutConfig(RolloutConfig):
         "sampling.",
         at_least=0,
     )
+
+
+@dataclass
+class GuidedRolloutConfig(GuidedResponsesConfig, RolloutConfig):
+    """Settings of generation, also for models whose Q heads guide the sampling."""

@@ -12,7 +12,7 @@ from megarl.config.leaf import Section, leaf
 
 
 @dataclass
-class DevicesConfig(Section):
+class ProcessesConfig(Section):
     """What a program that builds a model runs on."""
 
     devices: int | str = leaf(
@@ -26,6 +26,12 @@ class DevicesConfig(Section):
         "auto", "Kind of device. auto: GPUs if there are any, otherwise the CPU.", ("auto", "cpu", "gpu")
     )
     precision: str = leaf("fp32", "Precision of the model's weights and activations.", ("fp32", "bf16"))
+
+
+@dataclass
+class DevicesConfig(ProcessesConfig):
+    """What a program that builds a model runs on, and how it displays its progress."""
+
     progress: str = leaf(
         "auto",
         "Progress display. auto: rich in a terminal, plain lines elsewhere.",
@@ -34,7 +40,7 @@ class DevicesConfig(Section):
 
 
 @dataclass
-class ScoringDevicesConfig(DevicesConfig):
+class ScoringProcessesConfig(ProcessesConfig):
     """What a program that also scores responses runs on."""
 
     micro_batch_size: int = leaf(
