@@ -146,6 +146,13 @@ def arithmetic() -> Iterator[Case]:
             yield Case(entry, f"[arithmetic,{preset}]", (f"seed={seed}",), "eval/score")
 
 
+def countdown() -> Iterator[Case]:
+    """PPO and GRPO on expressions with a given value."""
+    for seed in (1, 2, 3):
+        for entry in ("ppo", "grpo"):
+            yield Case(entry, "countdown", (f"seed={seed}",), "eval/score")
+
+
 def ilql() -> Iterator[Case]:
     """ILQL on every learnable graph from 1000 to 1020."""
     for seed in (1, 2, 3):
@@ -162,6 +169,7 @@ SWEEPS: dict[str, Callable[[], Iterator[Case]]] = {
     "ilql": ilql,
     "on_policy": on_policy,
     "arithmetic": arithmetic,
+    "countdown": countdown,
 }
 NOTED = ("policy/approx_kl_max", "rollout/whitening_factor", "value/loss")  # series that are kept beside the metric
 

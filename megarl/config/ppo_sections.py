@@ -111,4 +111,10 @@ class ActionMaskConfig(Section):
         above=0,
         at_most=1,
     )
-    refresh_every: int = leaf(5, "Number of phases after which the copy takes the policy's weights.", at_least=1)
+    refresh_every: int = leaf(
+        1,
+        "Number of phases after which the copy takes the policy's weights. Training does not see tokens that the copy "
+        "excludes, so they can return at a refresh with probabilities that nothing has corrected; the longer the copy "
+        "stays, the more.",
+        at_least=1,
+    )
