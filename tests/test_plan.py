@@ -15,12 +15,11 @@ from megarl.config.algorithms import ALGORITHMS
 from megarl.config.cluster import GPUS, PlanConfig
 from megarl.config.leaf import leaves
 from megarl.config.ppo import PPOConfig
-from megarl.config.presets import preset_files
-from megarl.config.resources import conf_folder
 from megarl.errors import ConfigError
 from megarl.parallel.vocab import padded_vocab
 from tests.models.exchange.published import save_published
 from tests.models.exchange.published import stored as tensors_of
+from tests.planning.runs import presets_of_large_models
 from tests.refusals import refused
 
 ROOT = Path(megarl.__file__).parents[1]
@@ -140,13 +139,7 @@ def test_rft_generates_and_trains_and_reads_nothing_again(capsys: pytest.Capture
     assert list(found["notes"]) == ["reward"]
 
 
-def shipped() -> list[str]:
-    return sorted(
-        name for name in preset_files(conf_folder()) if not name.startswith(("randomwalks", "sentiment", "hh"))
-    )
-
-
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", presets_of_large_models())
 def test_every_preset_fits_80_gb_at_its_world_size(capsys: pytest.CaptureFixture[str], name: str) -> None:
     entry = "ilql" if name.endswith("_ilql") else "ppo"
     found = answer(capsys, f"+conf={name}", f"algorithm={entry}", "cluster.gpu=a100")

@@ -43,6 +43,8 @@ class ScorerBuilder:
         alone: Alone | None = None,
         functions: Mapping[str, Callable[..., Any]] | None = None,
         micro_batch_size: int,
+        dump: str | None = None,
+        replay: str | None = None,
     ) -> None:
         """
         Args:
@@ -55,10 +57,12 @@ class ScorerBuilder:
             alone: what runs around the forward passes of a reward model; None for nothing.
             functions: callables to use instead of the functions that `reward.fn` and `metric.fn` name.
             micro_batch_size: rows in a forward pass of a reward model on one replica.
+            dump: folder of dumped rollouts, into which scores are copied as well; None: they are not copied.
+            replay: folder of an earlier dump, whose scores are reused; None: there is none.
         """
         self.config, self.tokenizer, self.grid, self.engines, self.sources = config, tokenizer, grid, engines, sources
         self.run_dir, self.alone, self.functions = run_dir, alone, functions or {}
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size, self.dump, self.replay = micro_batch_size, dump, replay
 
     def scorers(self) -> dict[str, Scorer]:
         """Return the scorer of the reward under REWARD and that of the metric under METRIC, if they are configured."""
@@ -120,10 +124,8 @@ class ScorerBuilder:
         )
 
     def _journal(self, name: str) -> Journal:
-        """Return the journal of scores. Scores are also copied into a dump of rollouts, so that a replay reuses
-        them."""
-        rollout = self.config.rollout
-        copy, source = (None if folder is None else local(folder) for folder in (rollout.dump, rollout.replay))
+        """Return the journal of scores."""
+        copy, source = (None if folder is None else local(folder) for folder in (self.dump, self.replay))
         return Journal(self.run_dir / "journal", name, copy=copy, source=source)
 
 

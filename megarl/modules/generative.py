@@ -101,6 +101,8 @@ class GenerativeModule(Module):
             alone=self._alone,
             functions=self.functions,
             micro_batch_size=config.trainer.micro_batch_size,
+            dump=config.rollout.dump,
+            replay=config.rollout.replay,
         ).scorers()
         if self.eval_prompts:
             self.evaluation = Evaluation(

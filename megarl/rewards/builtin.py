@@ -31,7 +31,7 @@ def length(
     unit: str = "characters",
     **_: Any,
 ) -> list[float]:
-    """Return the length of each response, or how close it is to a target length.
+    """How long the response is, or how close to a length.
 
     Args:
         target_length: with it, the score is -|length - target| / target, 0 at best; without it, the length.
@@ -39,7 +39,7 @@ def length(
     """
     if unit not in ("characters", "words", "tokens"):
         raise ValueError(f"option unit={unit!r}: use characters, words or tokens")
-    if target_length is not None and not option_number("target_length", target_length) > 0:
+    if target_length is not None and not _option_number("target_length", target_length) > 0:
         raise ValueError(f"option target_length={target_length}: use a number above 0")
     if unit == "characters":
         lengths = [len(output) for output in outputs]
@@ -60,7 +60,7 @@ def regex(
     ignore_case: bool = False,
     **_: Any,
 ) -> list[float]:
-    """Return 1 for each response that matches a regular expression, else 0.
+    """1 where the response matches a regular expression, else 0.
 
     Args:
         pattern: Python's regular expressions; a dot matches line ends too.
@@ -81,8 +81,7 @@ def regex(
 def exact_match(
     outputs: Sequence[str], *, field: str = "answer", ignore_case: bool = False, **metadata: Any
 ) -> list[float]:
-    """Return 1 for each response that is the answer, else 0. White space around either does not count, and neither does
-    the kind and amount of white space inside.
+    """1 where the response is the answer, else 0; white space around either, and its kind inside, does not count.
 
     Args:
         field: field of the prompt records that holds the answer, or a list of answers of which any will do.
@@ -90,24 +89,19 @@ def exact_match(
     """
 
     def normal(text: object) -> str:
-        spaced = one_spaced(str(text))
-        return spaced.casefold() if ignore_case else spaced
+        joined = " ".join(str(text).split())
+        return joined.casefold() if ignore_case else joined
 
     return [
         float(normal(output) in {normal(answer) for answer in _any_of(answers)})
-        for output, answers in zip(outputs, column_of(metadata, field, "exact_match"), strict=True)
+        for output, answers in zip(outputs, _column(metadata, field, "exact_match"), strict=True)
     ]
-
-
-def one_spaced(text: str) -> str:
-    """Return a text with one space for each stretch of white space, and none around it."""
-    return " ".join(text.split())
 
 
 def numeric_match(
     outputs: Sequence[str], *, field: str = "answer", tolerance: float = 1e-9, **metadata: Any
 ) -> list[float]:
-    """Return 1 for each response whose last number is the answer, else 0.
+    """1 where the last number of the response is the answer, else 0.
 
     Numbers may have a sign, a fraction, an exponent and commas between thousands.
 
@@ -115,9 +109,9 @@ def numeric_match(
         field: field of the prompt records that holds the answer: a number, or a text whose last number is meant.
         tolerance: how far the two may differ, relative to the larger.
     """
-    option_number("tolerance", tolerance)
+    _option_number("tolerance", tolerance)
     scores = []
-    for row, (output, answer) in enumerate(zip(outputs, column_of(metadata, field, "numeric_match"), strict=True)):
+    for row, (output, answer) in enumerate(zip(outputs, _column(metadata, field, "numeric_match"), strict=True)):
         wanted = last_number(str(answer))
         if wanted is None:
             raise ValueError(f"the {field} of sample {row} is {answer!r}, which holds no number")
@@ -127,7 +121,7 @@ def numeric_match(
 
 
 def last_number(text: str) -> float | None:
-    """Return the last number written in a text, or None if there is none that is finite."""
+    """The last number written in a text, or None if there is none that is finite."""
     written = [match for match in _NUMBER.findall(text.replace("\u2212", "-")) if _DIGIT.search(match)]
     if not written:
         return None
@@ -136,7 +130,7 @@ def last_number(text: str) -> float | None:
 
 
 def json_valid(outputs: Sequence[str], *, required_keys: Sequence[str] = (), **_: Any) -> list[float]:
-    """Return 1 for each response that is one JSON value and nothing else, else 0.
+    """1 where the response is one JSON value and nothing else, else 0.
 
     Args:
         required_keys: keys that the value, which must then be an object, needs to have.
@@ -147,7 +141,7 @@ def json_valid(outputs: Sequence[str], *, required_keys: Sequence[str] = (), **_
 
 
 def sentiment(outputs: Sequence[str], **_: Any) -> list[float]:
-    """Return how positive each response is, between -1 and 1: (positive - negative) / (positive + negative + 1) words.
+    """How pleased the response sounds, between -1 and 1: (pleased - displeased) / (pleased + displeased + 1) words.
 
     A word up to three words after a negation in the same clause counts as its opposite.
     """
@@ -176,24 +170,17 @@ def _sentiment(text: str) -> float:
 
 def _is_json(text: str, required_keys: Sequence[str]) -> bool:
     try:
-        value = strict_json(text)
+        value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return False
     return not required_keys or (isinstance(value, dict) and all(key in value for key in required_keys))
 
 
-def strict_json(text: str) -> Any:
-    """Return the value of a JSON text. Python also reads NaN and Infinity, which are not JSON and raise a ValueError
-    here."""
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
-def column_of(metadata: Mapping[str, Any], field: str, function: str) -> Sequence[Any]:
-    """Return a field of the prompt records, with a value for each sample."""
+def _column(metadata: Mapping[str, Any], field: str, function: str) -> Sequence[Any]:
     if field not in metadata:
         raise KeyError(
             f"{function} needs the field {field!r} of the prompt records, which have "
@@ -207,8 +194,7 @@ def _any_of(answers: object) -> Sequence[object]:
     return answers if isinstance(answers, list | tuple) else [answers]
 
 
-def option_number(name: str, value: object) -> float:
-    """Return the value of an option that must be a number."""
+def _option_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong_option(name, value, "a number")
     return value

@@ -11,8 +11,9 @@ from fractions import Fraction
 
 from megarl.errors import RewardError
 from megarl.functions.named import resolve
-from megarl.rewards.builtin import last_number, one_spaced
+from megarl.rewards.builtin import last_number
 from megarl.rewards.choices import chosen_letter
+from megarl.rewards.fields import one_spaced
 from megarl.rewards.latex import last_boxed, normal_text, number_in
 
 KEY = "eval.vote"

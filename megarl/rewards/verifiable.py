@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megarl.rewards.builtin import column_of, option_number, strict_json
 from megarl.rewards.choices import chosen_letter
 from megarl.rewards.expressions import equal, last_value, value_of
+from megarl.rewards.fields import column_of, option_number, strict_json
 from megarl.rewards.latex import last_boxed, normal_text, number_in
 
 _EXTRA = "install it with pip install 'megarl[verify]'"

@@ -126,8 +126,8 @@ ASKED = [Prompt("", (number, 1), {}) for number in range(4)]
 
 def dumped_and_replayed(folder: str) -> tuple[list[Rollout], list[Rollout]]:
     """Responses of a model, and what a replay in the same world gives; the model is not asked."""
-    settings = RolloutConfig(max_new_tokens=5, dump=folder)
-    model = GeneratedRollouts(small_engine({}, seed=1, train=False), WORDLESS, settings, seed=1)
+    settings = RolloutConfig(max_new_tokens=5)
+    model = GeneratedRollouts(small_engine({}, seed=1, train=False), WORDLESS, settings, seed=1, dump=folder)
     model.publish(7)
     drawn = model.collect(ASKED, 1, stream=TRAINING, phase=2)
     replayed = ReplayedRollouts(folder, settings)
@@ -143,8 +143,8 @@ def test_what_one_source_dumps_another_replays_with_its_version(worlds: Worlds, 
 
 
 def dumped_where_nothing_can_be(folder: str) -> None:
-    settings = RolloutConfig(max_new_tokens=2, dump=folder)
-    model = GeneratedRollouts(small_engine({}, seed=1, train=False), WORDLESS, settings, seed=1)
+    settings = RolloutConfig(max_new_tokens=2)
+    model = GeneratedRollouts(small_engine({}, seed=1, train=False), WORDLESS, settings, seed=1, dump=folder)
     with refused(DataError, key="rollout.dump", where="train-000000.jsonl", offers={"rollout.dump": [None]}):
         model.collect([Prompt("", (1,), {})], 1, stream=TRAINING, phase=0)
 
