@@ -3,7 +3,8 @@ interpreter of an environment that has TRL. It imports nothing of megarl.
 
     python trl_grpo.py JOB.json RESULT.json
 
-The job is {"model": folder, "prompts": [text, ...], "settings": of the trainer, "letter": what the reward counts}. The
+The job is {"model": folder, "prompts": [text, ...], "settings": of the trainer, "letter": what the reward counts,
+"worth": its reward for each, 1 if it is missing}. The
 result has the metrics and CPU seconds of each optimizer step, the responses of each phase, and the versions.
 """
 
@@ -66,10 +67,10 @@ class Recorded(GRPOTrainer):
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    letter = job["letter"]
+    letter, worth = job["letter"], job.get("worth", 1.0)
 
     def count(completions: list[str], **_: Any) -> list[float]:
-        return [float(text.count(letter)) for text in completions]
+        return [worth * text.count(letter) for text in completions]
 
     marks = Marks()
     torch.manual_seed(1)

@@ -48,8 +48,9 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, kind: 
 
     Plain kinds are `kl_estimate`, whose gradients are those of the formulas: that of k1 has mean 0 and pulls nowhere,
     that of k3 belongs to another divergence, and only that of k2 belongs to this KL, as long as policy and old policy
-    are equal. `k1_unbiased` and `k3_unbiased` have the values of k1 and k3, and the gradient ratio*d*grad(logprobs)
-    with ratio = exp(logprobs - old_logprobs), whose mean is the gradient of the KL also after the policy has moved.
+    are equal. `k1_unbiased` and `k3_unbiased` have the values ratio*k1 and ratio*k3 with
+    ratio = exp(logprobs - old_logprobs), whose mean is the KL of the policy also after it has moved, and the gradient
+    ratio*d*grad(logprobs), whose mean is the gradient of that KL (k3: DeepSeek-V3.2, arXiv 2512.02556).
 
     Args:
         logprobs: [batch, time], of the policy.
@@ -66,7 +67,7 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, kind: 
     present = logprobs.detach()
     ratio = (present - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     slope = ratio * (present - ref_logprobs.detach())
-    value = kl_estimate(present, ref_logprobs.detach(), kind.removesuffix(UNBIASED))
+    value = ratio * kl_estimate(present, ref_logprobs.detach(), kind.removesuffix(UNBIASED))
     return value + slope * (logprobs - present)
 
 

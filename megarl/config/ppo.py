@@ -148,7 +148,8 @@ class PPOSettings(Section):
         "k1",
         "Estimator of the KL per token, with d = log-prob of the policy minus that of the reference. k1: d; k2: "
         "d^2/2; k3: exp(-d) - 1 + d; abs: the absolute value of d. In the loss, k1 has a gradient of mean 0 and k3 "
-        "that of another divergence: k1_unbiased and k3_unbiased have the same values and the gradient of the KL.",
+        "that of another divergence: k1_unbiased and k3_unbiased weight them by the ratio of new to old probability "
+        "and have the gradient of the KL.",
         ("k1", "k2", "k3", "abs", "k1_unbiased", "k3_unbiased"),
     )
     adaptive_kl: AdaptiveKLConfig | None = optional_section(
@@ -258,7 +259,8 @@ class PPOSettings(Section):
         if self.kl_in == "reward" and self.kl_kind.endswith("_unbiased"):
             plain = self.kl_kind.removesuffix("_unbiased")
             raise Refusal(
-                f"ppo.kl_kind={self.kl_kind} differs from {plain} in its gradient only, and ppo.kl_in=reward has none",
+                f"ppo.kl_kind={self.kl_kind} differs from {plain} while the policy trains, and ppo.kl_in=reward acts "
+                "before that",
                 {"ppo.kl_kind": [plain], "ppo.kl_in": ["loss"]},
                 key="ppo.kl_kind",
                 value=self.kl_kind,

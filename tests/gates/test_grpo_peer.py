@@ -25,6 +25,8 @@ SCRIPT = ROOT / "benchmarks" / "peers" / "trl_grpo.py"
 SIZES = Sizes(layers=2, width=32, heads=4, longest=40, prompts=6, group=4, phases=1)
 UPDATES, SEED = 4, 1
 LOSS_TOLERANCE = 1e-4
+WORTH = 1000.0
+"""Of a letter, where scores are divided by a deviation: TRL adds 1e-4 to it, and we add 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,19 @@ CASES = {
         ["ppo.advantages=dr_grpo", "ppo.aggregation=seq_mean_token_sum_norm"],
     ),
     "gspo": Case(
-        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
-        ["+conf=gspo", "rollout.n=4"],
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.03},
+        ["+conf=gspo", "rollout.n=4", "ppo.clip_low=0.02", "ppo.clip_high=0.03"],
     ),
     # Their bound is of the ratio, ours of its distance from 1.
     "cispo": Case({"loss_type": "cispo", "epsilon_high": 1.02}, ["+conf=cispo", "rollout.n=4", "ppo.clip_high=0.02"]),
-    "kl": Case({"loss_type": "dapo", "beta": 0.1}, ["ppo.kl_coef=0.1", "ppo.kl_in=loss", "ppo.kl_kind=k3"]),
+    "kl": Case(
+        {"loss_type": "dapo", "beta": 0.1, "use_bias_correction_kl": False},
+        ["ppo.kl_coef=0.1", "ppo.kl_in=loss", "ppo.kl_kind=k3"],
+    ),
+    "unbiased kl": Case(
+        {"loss_type": "dapo", "beta": 0.1, "use_bias_correction_kl": True},
+        ["ppo.kl_coef=0.1", "ppo.kl_in=loss", "ppo.kl_kind=k3_unbiased"],
+    ),
 }
 THEIRS = {
     "learning_rate": OPTIMIZER["lr"],
@@ -132,7 +141,9 @@ def test_updates_with_replayed_responses_are_those_of_trl(
     name: str, worlds: Worlds, trl_python: Path, model: Path, tmp_path: Path
 ) -> None:
     case = CASES[name]
-    job = {"model": str(model), "prompts": prompts(SIZES), "letter": LETTER, "settings": {**THEIRS, **case.theirs}}
+    worth = 1.0 if case.theirs.get("scale_rewards") == "none" else WORTH
+    settings = {**THEIRS, **case.theirs}
+    job = {"model": str(model), "prompts": prompts(SIZES), "letter": LETTER, "worth": worth, "settings": settings}
     (tmp_path / "job.json").write_text(json.dumps(job))
     away = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
     run(trl_python, SCRIPT, tmp_path / "job.json", tmp_path / "found.json", cwd=tmp_path, timeout=900, **away)
@@ -141,10 +152,10 @@ def test_updates_with_replayed_responses_are_those_of_trl(
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts(SIZES)))
     presets = [setting for setting in case.ours if setting.startswith("+")]
-    own = [setting for setting in case.ours if not setting.startswith("+")]
+    own = [*(setting for setting in case.ours if not setting.startswith("+")), f"reward.options.worth={worth}"]
     watched = tmp_path / "updates.jsonl"
-    settings = [*presets, *OURS, *own, f"model.path={model}", f"data.train=[{data}]", f"run.dir={tmp_path}/run"]
-    worlds.run(1, train_watched, [*settings, f"rollout.replay={tmp_path / 'dump'}"], watched)
+    argv = [*presets, *OURS, *own, f"model.path={model}", f"data.train=[{data}]", f"run.dir={tmp_path}/run"]
+    worlds.run(1, train_watched, [*argv, f"rollout.replay={tmp_path / 'dump'}"], watched)
     ours = [json.loads(line) for line in watched.read_text().splitlines()]
     assert len(ours) == len(found["steps"]) == UPDATES
     losses = [step["train/loss"] for step in ours]
