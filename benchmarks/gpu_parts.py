@@ -45,7 +45,7 @@ MEAN_NORMS = {"ppo": 1e-4}
 it in float32. Adam multiplies rounding from step to step: on one CPU, microbatches of another size move it by 2e-5."""
 PLANNED = (0.8, 1.15)
 """Measured over planned bytes that count as right."""
-QUIET = ("trainer.progress=none", "trainer.log_every=1", "logger.tensorboard=false", "checkpoint.keep_best=0")
+QUIET = ("trainer.progress=none", "trainer.log_every=1", "logger.tensorboard=false", "checkpoint.best.keep=0")
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,17 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results" / "sweeps.jsonl"
 TORCH, NARROW = "torch", "narrow"
 GRAPHS = (1000, 1005, 1008)  # of the short gates
+FIVE_GRAPHS = (1000, 1002, 1005, 1008, 1016)
+PRESETS = {
+    **dict.fromkeys(("a2c", "nlpo"), "ppo"),
+    **dict.fromkeys(("dapo", "gspo", "cispo", "dr_grpo", "rloo", "reinforce_pp"), "grpo"),
+}
+"""Presets of algorithms, and their entry points."""
 GATEWAYS = (1011, 1032, 1055)  # graphs in which a single node leads to the goal
 SETTLED = 5  # last evaluations that are averaged
 COLLAPSED = 0.5  # of the best evaluation: a settled run below that has collapsed
 ASIDE = ("run", "logger", "checkpoint", "export", "debug")  # sections that decide no number
-QUIET = ("trainer.progress=none", "logger.tensorboard=false", "checkpoint.every=null", "checkpoint.keep_best=0")
+QUIET = ("trainer.progress=none", "logger.tensorboard=false", "checkpoint.every=null", "checkpoint.best.keep=0")
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,41 @@ def grpo() -> Iterator[Case]:
                 yield walks(graph, seed, f"ppo.advantages={kind}", entry="grpo")
 
 
+def on_policy() -> Iterator[Case]:
+    """Presets of algorithms on the preset of the walks: those with a critic on five graphs with three seeds each, the
+    others on three graphs with a seed each."""
+    for seed, graph in enumerate(GRAPHS, 1):
+        for preset, entry in PRESETS.items():
+            if entry == "grpo":
+                yield _walks_of(preset, graph, seed)
+    for seed in (1, 2, 3):
+        for graph in FIVE_GRAPHS:
+            for preset, entry in PRESETS.items():
+                if entry == "ppo":
+                    yield _walks_of(preset, graph, seed)
+
+
+def _walks_of(preset: str, graph: int, seed: int) -> Case:
+    own = (f"data.options.seed={graph}", f"seed={seed}")
+    return Case(PRESETS[preset], f"[randomwalks,{preset}]", own, "eval/optimality")
+
+
+def arithmetic() -> Iterator[Case]:
+    """The same presets, PPO and GRPO on sums."""
+    for seed in (1, 2, 3):
+        for entry in ("ppo", "grpo"):
+            yield Case(entry, "arithmetic", (f"seed={seed}",), "eval/score")
+        for preset, entry in PRESETS.items():
+            yield Case(entry, f"[arithmetic,{preset}]", (f"seed={seed}",), "eval/score")
+
+
+def countdown() -> Iterator[Case]:
+    """PPO and GRPO on expressions with a given value."""
+    for seed in (1, 2, 3):
+        for entry in ("ppo", "grpo"):
+            yield Case(entry, "countdown", (f"seed={seed}",), "eval/score")
+
+
 def ilql() -> Iterator[Case]:
     """ILQL on every learnable graph from 1000 to 1020."""
     for seed in (1, 2, 3):
@@ -126,6 +167,9 @@ SWEEPS: dict[str, Callable[[], Iterator[Case]]] = {
     "ppo": ppo,
     "grpo": grpo,
     "ilql": ilql,
+    "on_policy": on_policy,
+    "arithmetic": arithmetic,
+    "countdown": countdown,
 }
 NOTED = ("policy/approx_kl_max", "rollout/whitening_factor", "value/loss")  # series that are kept beside the metric
 

@@ -87,31 +87,29 @@ def open_generator(
     """Yield a generator with the model on the processes of the world, its tokenizer, and the configured prompts."""
     from megarl.models.build import build_engine, vocabulary
     from megarl.models.exchange.pretrained import resolve_pretrained
-    from megarl.models.gpt import GPT
-    from megarl.models.heads import heads_in
     from megarl.models.roles import Role
     from megarl.parallel.grid import grid_of_world
     from megarl.rollout.generator import Generator, Limits
-    from megarl.rollout.guided import guided
+    from megarl.rollout.guided import policy_heads, scorer_for
     from megarl.tokenizers import build_tokenizer
 
-    if config.rollout.layout is not None:
+    settings = config.rollout.engine_settings
+    if settings.layout is not None:
         raise ConfigError(
-            f"rollout.layout={config.rollout.layout} applies only where weights are trained in another layout: set "
+            f"rollout.engine.layout={settings.layout} applies only where weights are trained in another layout: set "
             "parallel.tp and parallel.pp instead",
-            key="rollout.layout",
-            value=config.rollout.layout,
+            key="rollout.engine.layout",
+            value=settings.layout,
         )
     config, sources = resolve_pretrained(config)
     source = sources.at(config.model.path)
-    heads = heads_in(source.heads) if source else ("lm",)
-    is_guided = {"value", "q"} <= set(heads)
+    heads = policy_heads(source)
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
     vocab_size = vocabulary(config.model, tokenizer)
     prompts = [] if config.prompts is None else read_prompts(config, tokenizer, vocab_size)
     with grid_of_world(config) as grid:
         engine = build_engine(
-            Role("policy", config.model, vocab_size, heads if is_guided else ("lm",), source=source),
+            Role("policy", config.model, vocab_size, heads, source=source),
             grid,
             config.parallel,
             precision=config.trainer.precision,
@@ -124,9 +122,9 @@ def open_generator(
             tokenizer.eos_id,
             seed=config.seed,
             also_eos=tokenizer.stop_ids(config.chat_template)[1:],
-            limits=Limits(config.rollout.slots, config.rollout.cache_bytes, graphs=config.rollout.cuda_graphs),
+            limits=Limits(settings.slots, settings.cache_bytes, graphs=settings.cuda_graphs),
             decode=tokenizer.decode,
-            token_scorer=guided(config.rollout.ilql_beta) if is_guided else GPT.logits,
+            token_scorer=scorer_for(heads, config.rollout.ilql_beta),
         )
         yield generator, tokenizer, prompts
         generator.close()

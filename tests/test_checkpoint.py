@@ -19,7 +19,7 @@ import torch
 from megarl import checkpoint as checkpoints
 from megarl.callbacks.checkpoints import Checkpoints
 from megarl.checkpoint import COMMON, INDEX, MANIFEST, find, step_folder, step_of, tensors, tidy, verify
-from megarl.config.sections.run import CheckpointConfig
+from megarl.config.sections.run import BestCheckpointsConfig, CheckpointConfig
 from megarl.errors import CheckpointError
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel import shards
@@ -230,10 +230,10 @@ def test_training_starts_in_a_tidy_folder(folder: Path) -> None:
 
 
 def test_checkpoints_of_a_course_that_was_given_up_are_set_aside(worlds: Worlds, folder: Path) -> None:
-    worlds.run(1, run_tiny, folder.parent, 5, resume="never", keep_last=2, keep_best=0)
+    worlds.run(1, run_tiny, folder.parent, 5, resume="never", keep_last=2, best={"keep": 0})
     assert [path.name for path in find(folder)] == ["step-0000004", "step-0000005"]
     assert [path.name for path in find(folder / "earlier-1")] == ["step-0000009", "step-0000010"]
-    worlds.run(1, run_tiny, folder.parent, 6, resume=str(step_folder(folder, 4)), keep_last=1, keep_best=0)
+    worlds.run(1, run_tiny, folder.parent, 6, resume=str(step_folder(folder, 4)), keep_last=1, best={"keep": 0})
     assert [path.name for path in find(folder)] == ["step-0000006"]
     assert [path.name for path in find(folder / "earlier-2")] == ["step-0000005"]
 
@@ -572,7 +572,7 @@ def test_a_checkpoint_is_deleted_only_after_its_successor_is_committed(worlds: W
             if step == 5:
                 writer.__exit__()
 
-        run_tiny(tmp_path, 6, each_step=look, async_save=True, every=2, keep_last=1, keep_best=0)
+        run_tiny(tmp_path, 6, each_step=look, async_save=True, every=2, keep_last=1, best={"keep": 0})
         return seen
 
     assert worlds.run(1, train_while_step_4_is_held) == [[["step-0000002"], ["step-0000002"]]]
@@ -626,13 +626,15 @@ SCORES = {1: 0.5, 2: 0.2, 3: 0.9, 4: 0.4, 5: 0.3, 6: 0.6, 7: 0.7, 8: 0.8}
 )
 def test_the_last_and_the_best_are_kept(mode: str, kept: list[int], best: str, worlds: Worlds, tmp_path: Path) -> None:
     """Of the scores the lowest two are those of 2 and 5, the highest two those of 3 and 8."""
-    ended = worlds.run(1, run_tiny, tmp_path, 8, evals=SCORES, eval_every=1, keep_last=2, keep_best=2, mode=mode)[0]
+    ended = worlds.run(
+        1, run_tiny, tmp_path, 8, evals=SCORES, eval_every=1, keep_last=2, best={"keep": 2, "mode": mode}
+    )[0]
     assert [path.name for path in find(tmp_path / "checkpoints")] == [f"step-{step:07d}" for step in kept]
     assert ended["best"] == best
 
 
 def test_scores_are_known_again_after_a_resume(worlds: Worlds, tmp_path: Path) -> None:
-    settings = {"evals": SCORES, "eval_every": 1, "keep_last": 1, "keep_best": 1, "mode": "max"}
+    settings = {"evals": SCORES, "eval_every": 1, "keep_last": 1, "best": {"keep": 1, "mode": "max"}}
     worlds.run(2, run_tiny, tmp_path, 4, **settings)
     assert [path.name for path in find(tmp_path / "checkpoints")] == ["step-0000003", "step-0000004"]
     ended = worlds.run(2, run_tiny, tmp_path, 6, **settings)
@@ -641,7 +643,7 @@ def test_scores_are_known_again_after_a_resume(worlds: Worlds, tmp_path: Path) -
 
 
 def test_scores_of_checkpoints_that_are_elsewhere_do_not_bar_new_ones(worlds: Worlds, tmp_path: Path) -> None:
-    settings = {"evals": SCORES, "eval_every": 1, "every": 100, "keep_last": 1, "keep_best": 1}
+    settings = {"evals": SCORES, "eval_every": 1, "every": 100, "keep_last": 1, "best": {"keep": 1}}
     worlds.run(1, run_tiny, tmp_path / "first", 2, **settings)  # 0.2 at step 2
     resumed = worlds.run(
         1, run_tiny, tmp_path / "second", 6, resume=str(tmp_path / "first" / "checkpoints"), **settings
@@ -652,7 +654,7 @@ def test_scores_of_checkpoints_that_are_elsewhere_do_not_bar_new_ones(worlds: Wo
 
 def test_scores_of_another_metric_do_not_rank_checkpoints(tmp_path: Path) -> None:
     """What was measured of each is known by its name: by another metric the best is another, or none."""
-    callback = Checkpoints(tmp_path, CheckpointConfig(metric="eval/loss"), 1)
+    callback = Checkpoints(tmp_path, CheckpointConfig(), 1)
     callback.measured = {
         "step-0000001": {"eval/loss": 1.0, "eval/accuracy": 0.5},
         "step-0000002": {"eval/loss": 2.0, "eval/accuracy": 0.9},
@@ -660,7 +662,7 @@ def test_scores_of_another_metric_do_not_rank_checkpoints(tmp_path: Path) -> Non
     }
     best = {}
     for metric, mode in (("eval/loss", "min"), ("eval/loss", "max"), ("eval/accuracy", "max"), ("eval/other", "max")):
-        resumed = Checkpoints(tmp_path, CheckpointConfig(metric=metric, mode=mode), 1)
+        resumed = Checkpoints(tmp_path, CheckpointConfig(best=BestCheckpointsConfig(metric, mode)), 1)
         resumed.load_state_dict(callback.state_dict())
         best[metric, mode] = None if resumed.best() is None else str(resumed.best().name)[-1]
     assert best == {
@@ -679,7 +681,7 @@ def warned(run_dir: Path, metric: str) -> list[str]:
     logger = logging.getLogger("megarl.callbacks.checkpoints")
     logger.addHandler(handler)
     try:
-        run_tiny(run_dir, 3, evals=SCORES, eval_every=1, metric=metric)
+        run_tiny(run_dir, 3, evals=SCORES, eval_every=1, best={"metric": metric})
     finally:
         logger.removeHandler(handler)
     return said
@@ -687,13 +689,13 @@ def warned(run_dir: Path, metric: str) -> list[str]:
 
 def test_a_metric_that_is_not_logged_is_told_of_once(worlds: Worlds, tmp_path: Path) -> None:
     ((line,),) = worlds.run(1, warned, tmp_path / "misspelt", "eval/skore")
-    assert "checkpoint.metric=eval/skore" in line
+    assert "checkpoint.best.metric=eval/skore" in line
     assert "eval/loss" in line
     assert worlds.run(1, warned, tmp_path / "right", "eval/loss") == [[]]
 
 
 def test_a_best_checkpoint_is_saved_outside_the_schedule(worlds: Worlds, tmp_path: Path) -> None:
-    worlds.run(1, run_tiny, tmp_path, 8, evals=SCORES, eval_every=1, every=4, keep_last=1, keep_best=1)
+    worlds.run(1, run_tiny, tmp_path, 8, evals=SCORES, eval_every=1, every=4, keep_last=1)
     assert [path.name for path in find(tmp_path / "checkpoints")] == ["step-0000002", "step-0000008"]
 
 
@@ -708,7 +710,7 @@ def test_many_resumes_come_to_the_unbroken_runs_end(world: int, worlds: Worlds, 
 
 def test_a_finished_run_goes_on_from_its_last_checkpoint(worlds: Worlds, tmp_path: Path) -> None:
     """It was saved when training had ended, in another state of the loop than after a step."""
-    settings = {"evals": SCORES, "eval_every": 2, "every": None, "keep_best": 0}
+    settings = {"evals": SCORES, "eval_every": 2, "every": None, "best": {"keep": 0}}
     unbroken = worlds.run(1, run_tiny, tmp_path / "unbroken", 8, **settings)[0]
     for steps in (3, 4, 4, 8):
         ended = worlds.run(1, run_tiny, tmp_path / "broken", steps, **settings)[0]

@@ -15,12 +15,11 @@ from megarl.config.algorithms import ALGORITHMS
 from megarl.config.cluster import GPUS, PlanConfig
 from megarl.config.leaf import leaves
 from megarl.config.ppo import PPOConfig
-from megarl.config.presets import preset_files
-from megarl.config.resources import conf_folder
 from megarl.errors import ConfigError
 from megarl.parallel.vocab import padded_vocab
 from tests.models.exchange.published import save_published
 from tests.models.exchange.published import stored as tensors_of
+from tests.planning.runs import presets_of_large_models
 from tests.refusals import refused
 
 ROOT = Path(megarl.__file__).parents[1]
@@ -91,7 +90,7 @@ def test_ilql_with_one_q_head_holds_less(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_ilql_that_evaluates_has_a_cache_then_and_with_graphs_throughout(capsys: pytest.CaptureFixture[str]) -> None:
     run = ["algorithm=ilql", *TOY, "data.eval=[prompts.txt]", "data.seq_length=128"]
-    for more, held in (([], ["generate"]), (["rollout.cuda_graphs=true"], ["generate", "train", "save"])):
+    for more, held in (([], ["generate"]), (["rollout.engine.cuda_graphs=true"], ["generate", "train", "save"])):
         found = answer(capsys, *run, *more)
         phases = found["ranks"][0]["phases"]
         assert [phase for phase, uses in phases.items() if uses["roles"]["policy"]["cache"]] == held
@@ -122,13 +121,13 @@ def test_a_critic_has_no_output_layer(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_layout_to_generate_in_is_planned_and_refused_as_the_run_would(capsys: pytest.CaptureFixture[str]) -> None:
     run = [*TOY, "cluster.gpus=2", "parallel.pp=2"]
-    here, there = (answer(capsys, *run, *more)["ranks"][0]["phases"] for more in ([], ["rollout.layout=tp2"]))
+    here, there = (answer(capsys, *run, *more)["ranks"][0]["phases"] for more in ([], ["rollout.engine.layout=tp2"]))
     copy = there["train"]["roles"]["generator"]["weights"]
     assert copy > 0
     assert there["train"]["bytes"] - here["train"]["bytes"] == pytest.approx(copy, abs=2)
     assert there["generate"]["roles"]["policy"]["cache"] == 0
-    with refused(ConfigError, names=("rollout.layout=tp3",)):
-        plan.show([*run, "rollout.layout=tp3"])
+    with refused(ConfigError, names=("rollout.engine.layout=tp3",)):
+        plan.show([*run, "rollout.engine.layout=tp3"])
 
 
 def test_rft_generates_and_trains_and_reads_nothing_again(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,13 +139,7 @@ def test_rft_generates_and_trains_and_reads_nothing_again(capsys: pytest.Capture
     assert list(found["notes"]) == ["reward"]
 
 
-def shipped() -> list[str]:
-    return sorted(
-        name for name in preset_files(conf_folder()) if not name.startswith(("randomwalks", "sentiment", "hh"))
-    )
-
-
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", presets_of_large_models())
 def test_every_preset_fits_80_gb_at_its_world_size(capsys: pytest.CaptureFixture[str], name: str) -> None:
     entry = "ilql" if name.endswith("_ilql") else "ppo"
     found = answer(capsys, f"+conf={name}", f"algorithm={entry}", "cluster.gpu=a100")

@@ -203,6 +203,7 @@ def entry_points() -> list[str]:
         "megarl",
         "megarl.config",
         "megarl.rm_train",
+        "megarl.evaluate",
         *sorted(f"megarl.{path.stem}" for path in PACKAGE.glob("train_*.py")),
     ]
 

@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megarl.callbacks.checkpoints import Checkpoints
 from megarl.checkpoint import ShardedCheckpointIO
 from megarl.config.sections.parallel import ParallelConfig
-from megarl.config.sections.run import CheckpointConfig
+from megarl.config.sections.run import BestCheckpointsConfig, CheckpointConfig
 from megarl.modules.base import Module
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
@@ -125,10 +125,12 @@ def run_tiny(
     resume: str = "auto",
     each_step: Callable[[int], None] = lambda step: None,
     more_callbacks: Callable[[Checkpoints], list[Callback]] = lambda checkpoints: [],
+    best: Mapping[str, Any] | None = None,
     **checkpoint: Any,
 ) -> dict[str, Any]:
     """Train in the current world up to `steps`; the weight, the step reached and the best checkpoint's name."""
-    config = CheckpointConfig(**{"every": 1, **checkpoint})
+    ranking = None if best is None else BestCheckpointsConfig(**best)
+    config = CheckpointConfig(**{"every": 1, "best": ranking, **checkpoint})
     checkpoints = Checkpoints(run_dir / "checkpoints", config, eval_every)
     module = TinyModule({} if evals is None else evals, each_step)
     with launched():

@@ -13,7 +13,9 @@ from megarl.algorithms.advantages import (
     whiten,
 )
 from megarl.algorithms.aggregate import AGGREGATIONS, aggregate, aggregation_count, mask_out
+from megarl.algorithms.corrections import importance_weights
 from megarl.algorithms.dialogs import ILQLBatch, collate_dialogs, ilql_batch, standardize_returns
+from megarl.algorithms.entropy import AdaptiveEntropy, FixedEntropy
 from megarl.algorithms.groups import (
     grpo_advantages,
     opo_advantages,
@@ -21,9 +23,9 @@ from megarl.algorithms.groups import (
     rloo_advantages,
 )
 from megarl.algorithms.ilql import ilql_loss, ilql_scores, next_state_values
-from megarl.algorithms.kl import KL_KINDS, AdaptiveKL, FixedKL, KLController, kl_estimate
+from megarl.algorithms.kl import KL_KINDS, KL_LOSS_KINDS, AdaptiveKL, FixedKL, KLController, kl_estimate, kl_loss
 from megarl.algorithms.moments import RunningMoments
-from megarl.algorithms.ppo import RATIOS, ppo_policy_loss, ppo_value_loss
+from megarl.algorithms.ppo import OBJECTIVES, RATIOS, ppo_policy_loss, ppo_value_loss
 from megarl.algorithms.preference import (
     CPO_KINDS,
     DPO_KINDS,
@@ -40,8 +42,12 @@ __all__ = [
     "CPO_KINDS",
     "DPO_KINDS",
     "KL_KINDS",
+    "KL_LOSS_KINDS",
+    "OBJECTIVES",
     "RATIOS",
+    "AdaptiveEntropy",
     "AdaptiveKL",
+    "FixedEntropy",
     "FixedKL",
     "ILQLBatch",
     "KLController",
@@ -58,7 +64,9 @@ __all__ = [
     "ilql_batch",
     "ilql_loss",
     "ilql_scores",
+    "importance_weights",
     "kl_estimate",
+    "kl_loss",
     "kto_loss",
     "mask_out",
     "opo_advantages",

@@ -10,6 +10,9 @@ from megarl.algorithms.checks import check_choice, check_range
 from megarl.errors import NumericsError
 
 KL_KINDS = ("k1", "k2", "k3", "abs")
+UNBIASED = "_unbiased"
+KL_LOSS_KINDS = (*KL_KINDS, "k1" + UNBIASED, "k3" + UNBIASED)
+MAX_LOG_RATIO = 20.0
 MAX_PROPORTIONAL_ERROR = 0.2
 
 
@@ -38,6 +41,34 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
         return gap.abs()
     # expm1 keeps the digits that exp(-d) - 1 loses when the two models are close, which is the usual case.
     return torch.expm1(-gap) + gap
+
+
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, kind: str) -> Tensor:
+    """Return a per-token KL(policy, reference) to minimise, from samples of the old policy.
+
+    Plain kinds are `kl_estimate`, whose gradients are those of the formulas: that of k1 has mean 0 and pulls nowhere,
+    that of k3 belongs to another divergence, and only that of k2 belongs to this KL, as long as policy and old policy
+    are equal. `k1_unbiased` and `k3_unbiased` have the values ratio*k1 and ratio*k3 with
+    ratio = exp(logprobs - old_logprobs), whose mean is the KL of the policy also after it has moved, and the gradient
+    ratio*d*grad(logprobs), whose mean is the gradient of that KL (k3: DeepSeek-V3.2, arXiv 2512.02556).
+
+    Args:
+        logprobs: [batch, time], of the policy.
+        ref_logprobs: [batch, time], of the reference.
+        old_logprobs: [batch, time], of the policy that sampled.
+        kind: one of `KL_LOSS_KINDS`.
+
+    Returns:
+        [batch, time].
+    """
+    check_choice("kind", kind, KL_LOSS_KINDS)
+    if not kind.endswith(UNBIASED):
+        return kl_estimate(logprobs, ref_logprobs, kind)
+    present = logprobs.detach()
+    ratio = (present - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    slope = ratio * (present - ref_logprobs.detach())
+    value = ratio * kl_estimate(present, ref_logprobs.detach(), kind.removesuffix(UNBIASED))
+    return value + slope * (logprobs - present)
 
 
 class KLController(Protocol):

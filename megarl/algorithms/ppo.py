@@ -1,4 +1,4 @@
-"""The two losses of PPO: the clipped policy loss (with GRPO, DAPO and GSPO variants) and the value loss.
+"""The losses of on-policy algorithms: of the policy (PPO, GRPO, DAPO, GSPO, CISPO, A2C) and of the critic.
 
 Statistics are detached scalars and token means. If the loss is divided by a global token count, so are they: like
 the loss, they sum over microbatches and ranks to the mean of the whole batch. If the loss's `denominator` counts
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from megarl.algorithms.aggregate import AGGREGATIONS, aggregate, mask_out
 from megarl.algorithms.checks import check_choice, check_range
+from megarl.algorithms.kl import MAX_LOG_RATIO
 
+OBJECTIVES = ("clipped", "cispo", "plain")
 RATIOS = ("token", "sequence")
-MAX_LOG_RATIO = 20.0
 
 Stats = dict[str, Tensor]
 
@@ -29,27 +30,37 @@ def ppo_policy_loss(
     aggregation: str = "token_mean",
     norm: float | None = None,
     denominator: Tensor | float | None = None,
+    objective: str = "clipped",
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
-    """The clipped surrogate (Schulman et al., 2017, equation 7).
+    """The loss of the policy, by default the clipped surrogate (Schulman et al., 2017, equation 7).
 
-    It is max(-A*ratio, -A*clip(ratio, 1 - clip_low, 1 + clip_high)), aggregated over tokens.
+    With A the advantage and clip(x) = x limited to [1 - clip_low, 1 + clip_high], a token's loss is
+        clipped: max(-A*ratio, -A*clip(ratio)),
+        cispo: -A*clip(ratio)*logprob, without a gradient through the ratio (arXiv 2506.13585),
+        plain: -A*logprob (A2C, REINFORCE).
+    At ratio 1 all three have the same gradient.
 
     Args:
         logprobs: [batch, time], of the policy being trained.
         old_logprobs: [batch, time], of the policy before this phase's training; they get no gradient.
         advantages: [batch, time].
         mask: [batch, time], 0/1.
-        clip_low, clip_high: how far the ratio may fall below or rise above 1 with a gradient.
-        dual_clip: limits the loss to dual_clip*|A| where A is negative (Ye et al., 2020); above 1, or None.
+        clip_low, clip_high: how far the ratio may fall below or rise above 1.
+        dual_clip: limits the loss to dual_clip*|A| where A is negative (Ye et al., 2020); above 1, or None. Only with
+            objective "clipped".
         ratio: "token": exp(logprobs - old_logprobs); "sequence": exp of that difference's mean over the
             row (GSPO, arXiv 2507.18071).
         aggregation, norm, denominator: see `aggregate`.
+        objective: one of `OBJECTIVES`.
+        weights: [batch, time] factors of the tokens' losses, which get no gradient; None for 1.
 
     Returns:
-        The loss, and: clip_fraction (share of tokens where the clipped term is the larger), approx_kl (mean
-        of old - new), ratio (mean), ratio_max (largest; 0 in an empty batch; never additive),
-        dual_clip_fraction (share of tokens bound by dual_clip).
+        The loss, and: clip_fraction (share of tokens whose loss is the clipped one), approx_kl (mean of old - new),
+        ratio (mean), ratio_max (largest; 0 in an empty batch; never additive), dual_clip_fraction (share of tokens
+        bound by dual_clip).
     """
+    check_choice("objective", objective, OBJECTIVES)
     check_choice("ratio", ratio, RATIOS)
     check_choice("aggregation", aggregation, AGGREGATIONS)
     if dual_clip is not None:
@@ -61,20 +72,29 @@ def ppo_policy_loss(
         tokens = mask.bool().sum(dim=-1, keepdim=True).clamp(min=1)
         followed = (log_ratio.sum(dim=-1, keepdim=True) / tokens).expand_as(log_ratio)
     ratios = followed.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    limited = ratios.clamp(1.0 - clip_low, 1.0 + clip_high)
 
-    plain = -advantages * ratios
-    clipped = -advantages * ratios.clamp(1.0 - clip_low, 1.0 + clip_high)
-    losses = torch.maximum(plain, clipped)
     bound = torch.zeros_like(mask, dtype=torch.bool)
-    if dual_clip is not None:
-        ceiling = -advantages * dual_clip
-        bound = (advantages < 0) & (losses > ceiling)
-        losses = torch.where(bound, ceiling, losses)
+    if objective == "clipped":
+        plain, clipped = -advantages * ratios, -advantages * limited
+        is_clipped, losses = clipped > plain, torch.maximum(plain, clipped)
+        if dual_clip is not None:
+            ceiling = -advantages * dual_clip
+            bound = (advantages < 0) & (losses > ceiling)
+            losses = torch.where(bound, ceiling, losses)
+    elif objective == "cispo":
+        is_clipped = limited != ratios
+        losses = -advantages * limited.detach() * mask_out(logprobs, mask)
+    else:
+        is_clipped = bound
+        losses = -advantages * mask_out(logprobs, mask)
+    if weights is not None:
+        losses = losses * mask_out(weights.detach(), mask)
     loss = aggregate(losses, mask, aggregation, norm=norm, denominator=denominator)
 
     token_count = denominator if aggregation == "token_mean" else None
     stats = {
-        "clip_fraction": _token_mean(clipped > plain, losses, mask, token_count),
+        "clip_fraction": _token_mean(is_clipped, losses, mask, token_count),
         "approx_kl": _token_mean(-log_ratio, losses, mask, token_count),
         "ratio": _token_mean(ratios, losses, mask, token_count),
         "ratio_max": mask_out(ratios.detach(), mask).amax(),

@@ -25,9 +25,10 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, folder: Path, config: CheckpointConfig, eval_every: int | None) -> None:
         self.folder, self.config, self.eval_every = folder, config, eval_every
+        self.ranking = config.best_settings
         self.measured: dict[str, dict[str, float]] = {}  # metrics of evaluated checkpoints, by folder name
         self.saved_step = -1
-        self.warned = False  # that checkpoint.metric is not logged
+        self.warned = False  # that checkpoint.best.metric is not logged
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move checkpoints of later steps than the restored one away; stop all ranks if that fails."""
@@ -51,7 +52,7 @@ class Checkpoints(Checkpoint):
             return
         self._warn_of_missing_metric(trainer)
         measured = self._measured(trainer)
-        score = measured.get(self.config.metric)
+        score = measured.get(self.ranking.metric)
         if self._due(steps_taken(trainer)) or (score is not None and self._among_best(score)):
             self._save(trainer, measured)
 
@@ -71,12 +72,12 @@ class Checkpoints(Checkpoint):
         if "measured" in state_dict:
             self.measured = {name: dict(values) for name, values in state_dict["measured"].items()}
         else:  # the format of earlier versions
-            self.measured = {name: {self.config.metric: score} for name, score in state_dict["scores"].items()}
+            self.measured = {name: {self.ranking.metric: score} for name, score in state_dict["scores"].items()}
 
     @property
     def scores(self) -> dict[str, float]:
         """The ranking metric of evaluated checkpoints, by folder name."""
-        metric = self.config.metric
+        metric = self.ranking.metric
         return {name: values[metric] for name, values in self.measured.items() if metric in values}
 
     def best(self) -> Path | None:
@@ -126,7 +127,7 @@ class Checkpoints(Checkpoint):
             return
         names = [path.name for path in find(self.folder)]
         scores = {name: score for name, score in self.scores.items() if name in names}
-        keep = set(names[-self.config.keep_last :]) | set(self._ranked(scores)[: self.config.keep_best])
+        keep = set(names[-self.config.keep_last :]) | set(self._ranked(scores)[: self.ranking.keep])
         for name in names:
             if name not in keep:
                 remove(self.folder / name)
@@ -135,34 +136,34 @@ class Checkpoints(Checkpoint):
         return self.config.every is not None and step % self.config.every == 0 and step != self.saved_step
 
     def _measured(self, trainer: Trainer) -> dict[str, float]:
-        """Return the finite metrics of the evaluation that just ended, and checkpoint.metric even if training logs
+        """Return the finite metrics of the evaluation that just ended, and checkpoint.best.metric even if training logs
         it."""
-        found = readings(trainer, lambda name: is_evaluation(name) or name == self.config.metric)
+        found = readings(trainer, lambda name: is_evaluation(name) or name == self.ranking.metric)
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def _warn_of_missing_metric(self, trainer: Trainer) -> None:
-        """Warn once, after an evaluation, if checkpoint.metric is not logged and no best checkpoint can be kept."""
+        """Warn once, after an evaluation, if checkpoint.best.metric is not logged: no best checkpoint can be kept."""
         there = readings(trainer)
-        if self.warned or self.config.keep_best == 0 or self.config.metric in there:
+        if self.warned or self.ranking.keep == 0 or self.ranking.metric in there:
             return
         self.warned = True
         log.warning(
-            "checkpoint.metric=%s is not logged, so no best checkpoint is kept: choose from %s",
-            self.config.metric,
+            "checkpoint.best.metric=%s is not logged, so no best checkpoint is kept: choose from %s",
+            self.ranking.metric,
             ", ".join(sorted(filter(is_evaluation, there))) or "the logged metrics",
         )
 
     def _among_best(self, score: float) -> bool:
-        if self.config.keep_best == 0:
+        if self.ranking.keep == 0:
             return False
         ranked = self._ranked(self.scores)
-        if len(ranked) < self.config.keep_best:
+        if len(ranked) < self.ranking.keep:
             return True
-        worst = self.scores[ranked[self.config.keep_best - 1]]
-        return score < worst if self.config.mode == "min" else score > worst
+        worst = self.scores[ranked[self.ranking.keep - 1]]
+        return score < worst if self.ranking.mode == "min" else score > worst
 
     def _ranked(self, scores: dict[str, float]) -> list[str]:
-        return sorted(scores, key=lambda name: scores[name], reverse=self.config.mode == "max")
+        return sorted(scores, key=lambda name: scores[name], reverse=self.ranking.mode == "max")
 
     def _io(self, trainer: Trainer) -> ShardedCheckpointIO:
         io = trainer.strategy.checkpoint_io

@@ -153,7 +153,7 @@ class Collapse(Callback):
         log.warning(
             "%s has collapsed: %.4g at its best, in %s %d, and %.4g now, down since %s %d; %s; try %s",
             *(name, sign * (fall.best or 0.0), step, fall.best_step, sign * fall.last, step, fall.since),
-            "the best checkpoint is not kept (set trainer.eval_every and checkpoint.keep_best)"
+            "the best checkpoint is not kept (set trainer.eval_every and checkpoint.best.keep)"
             if best is None
             else f"the best checkpoint is {best}",
             getattr(trainer.lightning_module, "remedy_of_collapse", REMEDY),

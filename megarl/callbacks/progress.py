@@ -1,6 +1,7 @@
 """Progress display for a person who watches the run: a progress bar on a terminal, plain lines elsewhere. First process
 only."""
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from megarl.logging import get_logger
 logger = get_logger(__name__)
 
 _REFRESH_S = 0.1
+_STANDARD_ERROR = re.compile(r"_se(@|$)")  # in the name of a metric; values of a sweep follow the @
 
 
 def _count(value: float) -> str:
@@ -64,8 +66,9 @@ class RunProgress:
         return "  ".join(parts)
 
     def evaluated(self) -> str:
-        """Return the metrics of the last evaluation."""
-        return "  ".join(f"{name.removeprefix(EVALUATION)} {value:.4g}" for name, value in self.evaluation.items())
+        """Return the metrics of the last evaluation, without their standard errors."""
+        shown = {name: value for name, value in self.evaluation.items() if not _STANDARD_ERROR.search(name)}
+        return "  ".join(f"{name.removeprefix(EVALUATION)} {value:.4g}" for name, value in shown.items())
 
 
 class ProgressDisplay(Callback):

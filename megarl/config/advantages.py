@@ -39,6 +39,9 @@ ADVANTAGES: dict[str, Needs] = {
 }
 """The kinds of advantages by the value of `ppo.advantages`."""
 
+UNREAD: dict[str, tuple[str, ...]] = {"clipped": (), "cispo": (), "plain": ("clip_low", "clip_high", "ratio")}
+"""Keys of the `ppo` section that have no effect, by the value of `ppo.objective`."""
+
 
 def critic_kind(config: Any) -> str:
     """Return `critic.kind` (shared, separate or none), or none if the advantages of this run need no values."""
@@ -50,18 +53,18 @@ def whitens(ppo: Any) -> bool:
     return ADVANTAGES[ppo.advantages].whitened if ppo.whiten_advantages is None else bool(ppo.whiten_advantages)
 
 
-def without_effect(config: Any) -> list[str]:
-    """Return the keys whose value is not the default and has no effect in this run."""
-    needs = ADVANTAGES[config.ppo.advantages]
-    present = {f"ppo.{key}": (getattr(config.ppo, key), getattr(type(config.ppo)(), key)) for key in needs.unread}
+def without_effect(config: Any) -> dict[str, list[str]]:
+    """Return the keys whose value is not the default and has no effect in this run, by the setting that ignores
+    them."""
+    ppo, critic = config.ppo, config.critic
+    needs, default = ADVANTAGES[ppo.advantages], type(ppo)()
+    by_advantages = [f"ppo.{key}" for key in needs.unread if getattr(ppo, key) != getattr(default, key)]
     if not needs.values:
-        own, default = config.critic.settings, type(config.critic)()
-        present["critic.kind"] = (config.critic.kind, default.kind)
-        present |= {
-            f"critic.separate.{key}": (value, getattr(default.settings, key)) for key, value in vars(own).items()
-        }
-    return [
-        key
-        for key, (value, default) in present.items()
-        if value != default and not (key == "critic.kind" and value == "none")
-    ]
+        standard = type(critic)()
+        if critic.kind not in (standard.kind, "none"):
+            by_advantages.append("critic.kind")
+        own, usual = vars(critic.settings), vars(standard.settings)
+        by_advantages += [f"critic.separate.{key}" for key, value in own.items() if value != usual[key]]
+    by_objective = [f"ppo.{key}" for key in UNREAD[ppo.objective] if getattr(ppo, key) != getattr(default, key)]
+    found = {f"ppo.advantages={ppo.advantages}": by_advantages, f"ppo.objective={ppo.objective}": by_objective}
+    return {setting: keys for setting, keys in found.items() if keys}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
+from megarl.config.evaluate import EvaluateConfig
 from megarl.config.generate import GenerateConfig
 from megarl.config.ilql import ILQLConfig
 from megarl.config.ppo import PPOConfig
@@ -80,15 +81,9 @@ _LEARNED_WEIGHTS_LR = 1e-5  # for pretrained weights; small models with random w
 _PPO_DEFAULTS = {
     "optim.lr": _LEARNED_WEIGHTS_LR,
     "checkpoint.every": 10,
-    "checkpoint.metric": "eval/score",
-    "checkpoint.mode": "max",
 }
 
-_PREFERENCE_DEFAULTS = {
-    "optim.lr": 1e-6,
-    "checkpoint.metric": "eval/accuracy",
-    "checkpoint.mode": "max",
-}
+_PREFERENCE_DEFAULTS = {"optim.lr": 1e-6}
 
 ALGORITHMS: dict[str, Algorithm] = {
     algorithm.name: algorithm
@@ -137,8 +132,6 @@ ALGORITHMS: dict[str, Algorithm] = {
             defaults={
                 "optim.lr": _LEARNED_WEIGHTS_LR,
                 "checkpoint.every": 5,
-                "checkpoint.metric": "eval/score",
-                "checkpoint.mode": "max",
             },
         ),
         Algorithm(
@@ -150,8 +143,6 @@ ALGORITHMS: dict[str, Algorithm] = {
             learns_from="rewarded samples",
             defaults={
                 "optim.lr": _LEARNED_WEIGHTS_LR,
-                "checkpoint.metric": "eval/score",
-                "checkpoint.mode": "max",
             },
         ),
         Algorithm(
@@ -193,21 +184,24 @@ ALGORITHMS: dict[str, Algorithm] = {
             module="megarl.modules.rm:RewardModel",
             about="Training of a reward model on pairs, ranked lists, scores, or scores of steps.",
             learns_from="pairs",
-            defaults={"optim.lr": _LEARNED_WEIGHTS_LR, "checkpoint.metric": "eval/loss", "checkpoint.mode": "min"},
+            defaults={"optim.lr": _LEARNED_WEIGHTS_LR},
         ),
     )
 }
 """Algorithms by name, in the order in which they are documented."""
 
 GENERATE = EntryPoint("generate", config=GenerateConfig, about="Responses of a trained model to prompts, or a chat.")
+EVALUATE = EntryPoint(
+    "evaluate", config=EvaluateConfig, about="Measures of a trained model's responses to held-out prompts."
+)
 SERVE = EntryPoint(
     "serve_reward", config=ServeConfig, about="A reward model as a service, which gives scores over HTTP."
 )
 
 
 def entry_points() -> dict[str, EntryPoint]:
-    """Return every entry point by name: the algorithms, `generate` and `serve_reward`."""
-    return {**ALGORITHMS, GENERATE.name: GENERATE, SERVE.name: SERVE}
+    """Return every entry point by name: the algorithms, `generate`, `evaluate` and `serve_reward`."""
+    return {**ALGORITHMS, **{entry.name: entry for entry in (GENERATE, EVALUATE, SERVE)}}
 
 
 def entry_point(name: str) -> EntryPoint:

@@ -62,7 +62,7 @@ class PlanConfig:
     host_us_per_layer: float = leaf(
         100.0,
         "Microseconds that Python and CUDA take to launch one layer of a decoding pass. The plan does not account for"
-        " rollout.cuda_graphs: set a smaller value with it.",
+        " rollout.engine.cuda_graphs: set a smaller value with it.",
         at_least=0,
     )
     cluster: ClusterConfig = section(ClusterConfig)

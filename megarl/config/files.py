@@ -18,7 +18,7 @@ from megarl.disk import (
     writable,
 )
 from megarl.errors import CheckpointError, ConfigError, DataError
-from megarl.functions.named import check_options, data_source
+from megarl.functions.named import check_options, data_source, resolve
 from megarl.logging import get_logger, warn_once
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
@@ -40,6 +40,9 @@ def check_files(config: Any) -> None:
     _check_data(config)
     load_chat_template(_value(config, "data.chat_template"))
     load_chat_template(getattr(config, "chat_template", None), "chat_template")  # of `generate`
+    vote = _value(config, "eval.vote")
+    if vote is not None and ":" in vote:
+        resolve(vote, "eval.vote")
     if (token := _value(config, "serve.token_file")) is not None:
         read_token(token, "serve.token_file")
     for key, path in {"model.path": config.model.path, **config.more_models()}.items():
@@ -51,7 +54,7 @@ def _check_data(config: Any) -> None:
     """Refuse a data source that does not exist, and options that the functions among the sources do not accept."""
     options, functions = _value(config, "data.options") or {}, 0
     for key in ("data.train", "data.eval", "clone.data"):
-        if key == "data.eval" and _value(config, "trainer.eval_every") is None:
+        if key == "data.eval" and getattr(config.trainer, "eval_every", 1) is None:
             continue
         for path in _value(config, key) or ():
             function = data_source(path, key)

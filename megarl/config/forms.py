@@ -87,6 +87,23 @@ def temperature(key: str, value: float) -> None:
         )
 
 
+VOTES = ("text", "number", "choice", "boxed")
+"""Ready-made ways to read the answer in a response."""
+
+
+def vote_reader(key: str, value: str) -> None:
+    """Refuse what is neither a ready-made way to read answers nor written like the name of a function."""
+    place, colon, function = value.rpartition(":")
+    if value not in VOTES and not (place and colon and function.isidentifier()):
+        raise ConfigError(
+            f"{key}={shown(value)} does not say what an answer is: use {', '.join(VOTES)}, or "
+            "package.module:function or file.py:function",
+            key=key,
+            value=value,
+            offers={key: VOTES},
+        )
+
+
 def server_url(key: str, value: str) -> None:
     """Refuse what is not the address of a server: http or https, a host, and perhaps a port and a path."""
     try:

@@ -58,12 +58,15 @@ def help_text(entry: str, plain: dict[str, Any]) -> str:
 
 
 def _optional_help(section: OptionalSection, on: bool) -> list[str]:
-    state = f"on; {section.key}=null switches it off" if on else "a section"
+    off = "resets it" if section.null_is_defaults else "switches it off"
+    state = f"on; {section.key}=null {off}" if on else "a section"
     return [f"  {section.key}={'{}' if on else 'null'}  [{state}]", f"      {about_optional(section)}"]
 
 
 def about_optional(section: OptionalSection, code: str = "") -> str:
     """Return what an optional section is for and how it is switched on and off. `code` is put around keys."""
+    if section.null_is_defaults:
+        return f"{section.doc} {code}{section.key}=null{code} sets all of its keys to their defaults."
     return (
         f"{section.doc} Off by default ({code}null{code}): setting one of its keys, or {code}{section.key}={{}}{code}, "
         f"switches it on, {code}{section.key}=null{code} off."

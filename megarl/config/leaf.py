@@ -75,6 +75,17 @@ def optional_section(kind: type, doc: str, *, needs: str = "", null_is_defaults:
     return field(default=None, metadata=told)
 
 
+def or_defaults(section: Section, name: str) -> Any:
+    """Return the optional section `name` of a section, with its defaults if it is null."""
+    value = getattr(section, name)
+    if value is not None:
+        return value
+    tree: type = type(section)
+    kind = section_kind(hints_of(tree)[name])
+    assert kind is not None
+    return kind()
+
+
 @dataclass(frozen=True)
 class Leaf:
     """One key of a tree, for `--help`, the reference page and the checks."""

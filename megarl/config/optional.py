@@ -1,4 +1,4 @@
-"""Composition of optional sections.
+"""Composition of optional sections, and of mappings that the command line empties.
 
 Hydra and OmegaConf cannot set a key below null. So Hydra composes with a schema in which the keys of every optional
 section are missing. Afterwards a section in which every key is still missing becomes null. In other sections, missing
@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from megarl.config.leaf import OptionalSection, leaves, optional_sections
+from megarl.config.renames import value_of
 
 
 def opened(tree: type) -> DictConfig:
@@ -36,14 +37,33 @@ def settle(plain: dict[str, Any], tree: type, argv: Sequence[str]) -> None:
 
     Args:
         plain: the configuration as plain dictionaries, with missing values as OmegaConf writes them.
-        argv: the command line. SECTION={} switches a section on with all keys at their defaults.
+        argv: the command line. SECTION={} switches a section on with all keys at their defaults. MAPPING={} removes
+            the entries that presets and earlier arguments set, which Hydra would keep.
     """
+    _empty_mappings(plain, tree, argv)
     switched_on = {key for argument in argv for key, value in [_assigned(argument)] if value == "{}"}
     for section in optional_sections(tree):
         holder, name = _holder(plain, section.key)
         if holder is None or not isinstance(holder.get(name), dict):
             continue
         holder[name] = settled(holder[name], section, switched_on)
+
+
+def _empty_mappings(plain: dict[str, Any], tree: type, argv: Sequence[str]) -> None:
+    """Remove entries of mappings that are older than MAPPING={} on the command line, in place."""
+    for key in [leaf.key for leaf in leaves(tree) if leaf.type.startswith("dict")]:
+        kept: set[str] | None = None  # entries that are set after MAPPING={}; None: there is no such argument
+        for argument in argv:
+            name, text = _assigned(argument)
+            if name == key and text == "{}":
+                kept = set()
+            elif kept is not None and name == key:
+                kept |= set(value_of(argument))
+            elif kept is not None and name.startswith(f"{key}."):
+                kept.add(name.removeprefix(f"{key}.").partition(".")[0])
+        holder, last = _holder(plain, key)
+        if kept is not None and holder is not None and isinstance(holder.get(last), dict):
+            holder[last] = {name: value for name, value in holder[last].items() if name in kept}
 
 
 def settled(keys: dict[str, Any], section: OptionalSection, switched_on: Collection[str] = ()) -> Any:

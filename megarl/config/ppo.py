@@ -10,6 +10,14 @@ from typing import Any, ClassVar
 from megarl.config.advantages import ADVANTAGES, critic_kind
 from megarl.config.leaf import Section, leaf, optional_section, section
 from megarl.config.offers import Refusal, Rule, divisors, multiples
+from megarl.config.ppo_sections import (
+    ActionMaskConfig,
+    AdaptiveEntropyConfig,
+    AdaptiveKLConfig,
+    CorrectionConfig,
+    DynamicSamplingConfig,
+    OverlongConfig,
+)
 from megarl.config.trees import PhaseTree
 
 
@@ -50,23 +58,6 @@ class CriticConfig(Section):
 
 
 @dataclass
-class AdaptiveKLConfig(Section):
-    """How the weight of the KL to the reference is adapted."""
-
-    target: float | None = leaf(
-        None,
-        "KL to the reference per response (the sum over its tokens) that ppo.kl_coef is adapted to reach, once per "
-        "phase. Requires ppo.kl_coef above 0 (null: ppo.kl_coef stays constant).",
-        above=0,
-    )
-    horizon: float = leaf(
-        10_000.0,
-        "Number of responses over which ppo.kl_coef changes by at most a fifth of itself, more than ppo.rollouts / 5.",
-        above=0,
-    )
-
-
-@dataclass
 class PPOSettings(Section):
     """Proximal policy optimisation."""
 
@@ -93,23 +84,30 @@ class PPOSettings(Section):
     lam: float = leaf(
         0.95, "Lambda of generalised advantage estimation. Only with ppo.advantages=gae.", at_least=0, at_most=1
     )
+    objective: str = leaf(
+        "clipped",
+        "Policy loss of a token, with A its advantage and its ratio as in ppo.ratio. clipped: max(-A*ratio, "
+        "-A*clip(ratio)), as in PPO; cispo: -A*clip(ratio)*log-prob, so that every token has a gradient; plain: "
+        "-A*log-prob, without ratio (A2C, REINFORCE).",
+        ("clipped", "cispo", "plain"),
+    )
     clip_low: float = leaf(
         0.2,
-        "Lower clip range: a token with a negative advantage gets no gradient once its ratio (see ppo.ratio) is below"
-        " 1 - ppo.clip_low.",
+        "Lower clip range: ratios are clipped at 1 - ppo.clip_low. With ppo.objective=clipped, a token with a negative "
+        "advantage gets no gradient once its ratio is below. 1: no bound.",
         at_least=0,
-        below=1,
+        at_most=1,
     )
     clip_high: float = leaf(
         0.2,
-        "Upper clip range: a token with a positive advantage gets no gradient once its ratio (see ppo.ratio) is above"
-        " 1 + ppo.clip_high.",
+        "Upper clip range: ratios are clipped at 1 + ppo.clip_high. With ppo.objective=clipped, a token with a "
+        "positive advantage gets no gradient once its ratio is above.",
         at_least=0,
     )
     dual_clip: float | None = leaf(
         None,
-        "Maximum policy loss of a token with a negative advantage, as a multiple of the advantage's absolute value "
-        "(null: no maximum).",
+        "Maximum policy loss of a token with a negative advantage, as a multiple of the advantage's absolute value. "
+        "Only with ppo.objective=clipped (null: no maximum).",
         above=1,
     )
     ratio: str = leaf(
@@ -132,7 +130,12 @@ class PPOSettings(Section):
         at_least=0,
     )
     vf_coef: float = leaf(1.0, "Weight of the value loss of a shared critic.", at_least=0)
-    entropy_coef: float = leaf(0.0, "Weight of the entropy bonus in the loss.", at_least=0)
+    entropy_coef: float = leaf(
+        0.0, "Weight of the entropy bonus in the loss; the initial one with ppo.adaptive_entropy.", at_least=0
+    )
+    adaptive_entropy: AdaptiveEntropyConfig | None = optional_section(
+        AdaptiveEntropyConfig, "Adapt ppo.entropy_coef towards a target (null: it stays constant).", needs="target"
+    )
     kl_coef: float = leaf(
         0.05, "Initial weight of the KL to the reference model (0: there is no reference model).", at_least=0
     )
@@ -144,8 +147,10 @@ class PPOSettings(Section):
     kl_kind: str = leaf(
         "k1",
         "Estimator of the KL per token, with d = log-prob of the policy minus that of the reference. k1: d; k2: "
-        "d^2/2; k3: exp(-d) - 1 + d; abs: the absolute value of d.",
-        ("k1", "k2", "k3", "abs"),
+        "d^2/2; k3: exp(-d) - 1 + d; abs: the absolute value of d. In the loss, k1 has a gradient of mean 0 and k3 "
+        "that of another divergence: k1_unbiased and k3_unbiased weight them by the ratio of new to old probability "
+        "and have the gradient of the KL.",
+        ("k1", "k2", "k3", "abs", "k1_unbiased", "k3_unbiased"),
     )
     adaptive_kl: AdaptiveKLConfig | None = optional_section(
         AdaptiveKLConfig, "Adapt ppo.kl_coef towards a target (null: it stays constant).", needs="target"
@@ -183,16 +188,24 @@ class PPOSettings(Section):
         "Scale the token rewards of a phase, KL included, to standard deviation 1; their mean stays the same. Only "
         "with ppo.advantages=gae and reinforce_pp.",
     )
-    missing_eos_penalty: float = leaf(
-        0.0,
-        "Subtracted, after clipping and scaling, from the score of a response that reached rollout.max_new_tokens "
-        "without EOS or a stop text.",
-        at_least=0,
+    overlong: OverlongConfig | None = optional_section(
+        OverlongConfig,
+        "What happens to long responses (null: nothing).",
+        null_is_defaults=True,
     )
-    mask_overlong: bool = leaf(
-        False,
-        "Exclude responses that reached rollout.max_new_tokens without EOS or a stop text from the loss. They are "
-        "still scored and compared with the other responses to their prompt.",
+    dynamic_sampling: DynamicSamplingConfig | None = optional_section(
+        DynamicSamplingConfig,
+        "Replace prompts whose responses all have the same score by other prompts. ppo.dynamic_sampling={} switches it "
+        "on (null: off).",
+    )
+    correction: CorrectionConfig | None = optional_section(
+        CorrectionConfig,
+        "Weight the policy loss by how much more likely a token is under the weights that training starts from than "
+        "under those that sampled it (null: weights of 1).",
+    )
+    action_mask: ActionMaskConfig | None = optional_section(
+        ActionMaskConfig,
+        "Let the policy choose only among likely tokens of an earlier copy of itself, as NLPO does (null: all tokens).",
     )
     pack: bool = leaf(
         True, "Put several short responses into one sequence of a forward pass, without attention between them."
@@ -200,9 +213,9 @@ class PPOSettings(Section):
     invariants: str = leaf(
         "strict",
         "What happens when a check during training fails: the run ends with an error, or one warning per check is "
-        "logged. Checked: the policy equals the reference before training, generated and recomputed log-probs agree, "
-        "the first minibatch has ratio 1, each epoch uses every response token once, every trained tensor gets a "
-        "gradient.",
+        "logged. Checked: the policy equals the reference before training, generated and recomputed log-probs agree "
+        "(not with ppo.correction), the first minibatch has ratio 1, each epoch uses every response token once, every "
+        "trained tensor gets a gradient.",
         ("strict", "warn"),
     )
 
@@ -216,8 +229,14 @@ class PPOSettings(Section):
         """Number of responses over which an adapted `kl_coef` changes by at most a fifth of itself."""
         return (self.adaptive_kl or AdaptiveKLConfig()).horizon
 
+    @property
+    def long_responses(self) -> OverlongConfig:
+        """The section `overlong`, at its defaults where it is null."""
+        return self.overlong or OverlongConfig()
+
     def check(self) -> None:
-        """Refuse whitened rewards where responses are compared, too short a horizon, and limits of an absent KL."""
+        """Refuse whitened rewards where responses are compared, too short a horizon, limits of an absent KL, unbiased
+        gradients and a dual clip where there are none, and an entropy coefficient above its maximum."""
         needs = ADVANTAGES[self.advantages]
         target, horizon = self.kl_target, self.kl_horizon
         if target is not None and horizon <= self.rollouts / 5:
@@ -236,6 +255,33 @@ class PPOSettings(Section):
                 {"ppo.whiten_rewards": [False]},
                 key="ppo.whiten_rewards",
                 value=True,
+            )
+        if self.kl_in == "reward" and self.kl_kind.endswith("_unbiased"):
+            plain = self.kl_kind.removesuffix("_unbiased")
+            raise Refusal(
+                f"ppo.kl_kind={self.kl_kind} differs from {plain} while the policy trains, and ppo.kl_in=reward acts "
+                "before that",
+                {"ppo.kl_kind": [plain], "ppo.kl_in": ["loss"]},
+                key="ppo.kl_kind",
+                value=self.kl_kind,
+            )
+        if self.dual_clip is not None and self.objective != "clipped":
+            raise Refusal(
+                f"ppo.dual_clip={self.dual_clip:g} limits the clipped loss, and ppo.objective={self.objective}",
+                {"ppo.dual_clip": [None], "ppo.objective": ["clipped"]},
+                key="ppo.dual_clip",
+                value=self.dual_clip,
+            )
+        adaptive = self.adaptive_entropy
+        if adaptive is not None and self.entropy_coef > adaptive.maximum:
+            raise Refusal(
+                f"ppo.entropy_coef={self.entropy_coef:g} is above ppo.adaptive_entropy.maximum={adaptive.maximum:g}",
+                {
+                    "ppo.entropy_coef": [adaptive.maximum],
+                    "ppo.adaptive_entropy.maximum": [self.entropy_coef],
+                },
+                key="ppo.entropy_coef",
+                value=self.entropy_coef,
             )
         for key, value in (("ppo.adaptive_kl.target", target), ("ppo.kl_limit", self.kl_limit)):
             if self.kl_coef == 0 and value is not None:
@@ -268,6 +314,31 @@ def groups_are_whole(config: Any, world_size: int) -> None:
             key="rollout.n",
             value=n,
         )
+    if config.ppo.dynamic_sampling is not None and n < 2:
+        raise Refusal(
+            f"ppo.dynamic_sampling replaces prompts whose responses have equal scores, and with rollout.n={n} there is "
+            "one response",
+            {"rollout.n": [divisor for divisor in divisors(rollouts) if divisor > 1], "ppo.dynamic_sampling": [None]},
+            key="rollout.n",
+            value=n,
+        )
+
+
+def action_mask_fits(config: Any, world_size: int) -> None:
+    """Refuse an action mask where the copy of the policy cannot generate beside it."""
+    if config.ppo.action_mask is None:
+        return
+    for key, value, off in (
+        ("rollout.engine.cuda_graphs", config.rollout.engine_settings.cuda_graphs, False),
+        ("rollout.engine.layout", config.rollout.engine_settings.layout, None),
+    ):
+        if value:
+            raise Refusal(
+                f"{key}={value} is not available with ppo.action_mask, whose copy of the policy generates beside it",
+                {key: [off], "ppo.action_mask": [None]},
+                key=key,
+                value=value,
+            )
 
 
 def dropout_is_zero(config: Any, world_size: int) -> None:
@@ -324,6 +395,7 @@ class PPOConfig(PhaseTree):
         *PhaseTree.rules,
         critic_exists_if_needed,
         groups_are_whole,
+        action_mask_fits,
         dropout_is_zero,
     )
 

@@ -11,6 +11,7 @@ from megarl.config.leaf import Section, leaf, section
 from megarl.config.offers import Refusal, Rule
 from megarl.config.rules import sequences_fit_model
 from megarl.config.sections.data import LabelledDataConfig, PairDataConfig
+from megarl.config.sections.run import AccuracyCheckpointConfig
 from megarl.config.sections.trainer import TrainerConfig
 from megarl.config.trees import TrainingTree
 
@@ -200,6 +201,7 @@ class PreferenceTree(TrainingTree):
     own: ClassVar[str] = ""
     """Name of the section of the algorithm."""
 
+    checkpoint: AccuracyCheckpointConfig = section(AccuracyCheckpointConfig)
     data: PairDataConfig = section(PairDataConfig)
     trainer: TrainerConfig = section(TrainerConfig)
 

@@ -118,6 +118,16 @@ RENAMES = (
     Rename("critic.warmup_phases", "critic.separate.warmup_phases"),
     Rename("ppo.kl_target", "ppo.adaptive_kl.target"),
     Rename("ppo.kl_horizon", "ppo.adaptive_kl.horizon", default=10_000.0),
+    Rename("ppo.missing_eos_penalty", "ppo.overlong.missing_eos_penalty", default=0.0),
+    Rename("ppo.mask_overlong", "ppo.overlong.mask", default=False),
+    Rename("checkpoint.metric", "checkpoint.best.metric"),
+    Rename("checkpoint.mode", "checkpoint.best.mode"),
+    Rename("checkpoint.keep_best", "checkpoint.best.keep"),
+    *(
+        Rename(f"rollout.{name}", f"rollout.engine.{name}")
+        for name in ("slots", "cache_bytes", "layout", "cuda_graphs")
+    ),
+    *(Rename(f"reward.{name}", f"reward.calls.{name}") for name in ("timeout", "retries", "batch_size", "devices")),
     Rename("logger.wandb_project", "logger.wandb.project"),
     Rename("logger.wandb_mode", "logger.wandb.mode"),
     _switch("logger.wandb"),
@@ -158,7 +168,7 @@ def renamed_arguments(argv: list[str], tree: type) -> list[str]:
     for argument in argv:
         key, equals, text = argument.partition("=")
         name = key.lstrip("+~")
-        rename = rename_of(name, _value_of(argument) if equals else None, tree)
+        rename = rename_of(name, value_of(argument) if equals else None, tree)
         if rename is None:
             found.append(argument)
             continue
@@ -259,7 +269,7 @@ def _key_of(argument: str) -> str:
     return argument.partition("=")[0].lstrip("+~")
 
 
-def _value_of(argument: str) -> Any:
+def value_of(argument: str) -> Any:
     """Return the value of an argument, or the first of a multirun's values. It is text if Hydra cannot parse it."""
     value = _typed(argument)
     return _plain(value.list[0]) if isinstance(value, ChoiceSweep) else _plain(value)

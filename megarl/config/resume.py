@@ -88,6 +88,7 @@ RULES = (
     _rule("trainer", "exp_manager exp_manager_options", NOW, "how this process logs and displays"),
     # data
     _rule("data", "train train_split", NOW, "the new data starts after as many rows as were used of the old"),
+    _rule("data.mixing", "weights final_weights over_phases", NOW, "the choice of prompts after the resume"),
     _rule("data", "eval eval_split eval_limit", NOW, "evaluations before and after the resume use different records"),
     _rule(
         "data",
@@ -125,7 +126,10 @@ RULES = (
     _rule("ppo", "advantages", REFUSED, "the checkpoint contains the critic that these advantages need, or none"),
     _rule("ppo", "inner_epochs", NOW, _BUDGET),
     _rule(
-        "ppo", "gamma lam clip_low clip_high dual_clip ratio aggregation clip_value", NOW, "the loss after the resume"
+        "ppo",
+        "gamma lam objective clip_low clip_high dual_clip ratio aggregation clip_value",
+        NOW,
+        "the loss after the resume",
     ),
     _rule("ppo", "vf_coef entropy_coef kl_in kl_kind", NOW, "the loss after the resume"),
     _rule("ppo", "kl_limit stop_at_kl", NOW, "the limits after the resume"),
@@ -140,7 +144,21 @@ RULES = (
         NOW,
         "the running moments of the scores come from the checkpoint",
     ),
-    _rule("ppo", "missing_eos_penalty mask_overlong", NOW, "rewards after the resume"),
+    _rule("ppo.overlong", "mask missing_eos_penalty penalty buffer", NOW, "rewards after the resume"),
+    _rule("ppo.dynamic_sampling", "limit", NOW, "the choice of prompts after the resume"),
+    _rule("ppo.correction", "level method low high", NOW, "the loss after the resume"),
+    _rule(
+        "ppo.action_mask",
+        "top_p refresh_every",
+        NOW,
+        "the mask after the resume; switching it on or off is refused, as the checkpoint contains the copy, or none",
+    ),
+    _rule(
+        "ppo.adaptive_entropy",
+        "target step maximum",
+        NOW,
+        "an adapted coefficient continues; with another target or ppo.entropy_coef, it starts from ppo.entropy_coef",
+    ),
     _rule("ppo", "pack invariants", NOW, "how this process computes"),
     _rule("rft", "prompts", NOW, "prompts continue at the first unused one"),
     _rule("rft", "improve_steps", NOW, _BUDGET),
@@ -175,7 +193,9 @@ RULES = (
         "responses after the resume",
     ),
     _rule("rollout", "n", NOW, "prompts continue at the first unused one"),
-    _rule("rollout", "slots cache_bytes layout cuda_graphs", NOW, "how this process computes"),
+    _rule(
+        "rollout", "engine.slots engine.cache_bytes engine.layout engine.cuda_graphs", NOW, "how this process computes"
+    ),
     _rule("rollout", "too_long dump replay ilql_beta", NOW, "responses after the resume"),
     _rule(
         "reward",
@@ -185,24 +205,25 @@ RULES = (
         "scores restart",
     ),
     _rule(
-        *("reward", "timeout retries on_error batch_size devices", NOW),
+        *("reward", "calls.timeout calls.retries calls.batch_size calls.devices on_error", NOW),
         "how the function or the servers are called",
     ),
     _rule("metric", "fn", NOW, "evaluations after the resume"),
-    _rule("eval", "n table sweep.temperature sweep.beta", NOW, "evaluations after the resume"),
+    _rule("eval", "n vote table sweep.temperature sweep.beta", NOW, "evaluations after the resume"),
     # what is kept
-    _rule("checkpoint", "every keep_last keep_best async_save save_last", NOW, "checkpoints after the resume"),
-    _rule("checkpoint", "metric mode", NOW, "checkpoints are ranked by their values of this metric only"),
+    _rule("checkpoint", "every keep_last best.keep async_save save_last", NOW, "checkpoints after the resume"),
+    _rule("checkpoint", "best.metric best.mode", NOW, "checkpoints are ranked by their values of this metric only"),
     _rule("export", "hf", NOW, "what is exported when training ends"),
     _rule("logger", "tensorboard csv wandb.project wandb.mode mlflow.uri", NOW, "where metrics are logged"),
 )
 
-BEFORE = {"ppo.advantages": "gae", "optim.kind": "adamw", "optim.momentum": 0.0}
+BEFORE = {"ppo.advantages": "gae", "ppo.action_mask": None, "optim.kind": "adamw", "optim.momentum": 0.0}
 """Values of keys that a checkpoint lacks because it is older than the key."""
 
 TABLE: dict[str, Rule] = {key: rule for rule in RULES for key in rule.keys}
 
 _MOMENTUM_SWITCHED = _rule("optim", "momentum", REFUSED, "the checkpoint contains momentum buffers, or none")
+_MASK_SWITCHED = _rule("ppo", "action_mask", REFUSED, "the checkpoint contains the copy that masks, or none")
 
 
 @dataclass(frozen=True)
@@ -219,6 +240,8 @@ class Difference:
         """The rule for the key."""
         if self.key == "optim.momentum" and 0 in (self.old, self.new):
             return _MOMENTUM_SWITCHED
+        if self.key == "ppo.action_mask":
+            return _MASK_SWITCHED
         return _rule_of(self.key)
 
     def __str__(self) -> str:

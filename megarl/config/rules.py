@@ -176,16 +176,16 @@ def scoring_ends_in_time(config: Any, world_size: int) -> None:
 
     While rank 0 waits for reward servers, it sends the other ranks a message every half second.
     """
-    reward = config.reward
-    longest = (reward.retries + 1) * (reward.timeout + SCORER_START_S)
+    reward, calls = config.reward, config.reward.call_settings
+    longest = (calls.retries + 1) * (calls.timeout + SCORER_START_S)
     scores = any(term.kind == FN for term in reward.sources) or config.metric.fn is not None
     if scores and world_size > 1 and longest >= config.parallel.timeout_s:
         raise Refusal(
-            f"a call of the reward function can take {reward.retries + 1} tries * (reward.timeout={reward.timeout:g} + "
-            f"{SCORER_START_S:g} to start) = {longest:g} s, and the other processes wait only parallel.timeout_s="
-            f"{config.parallel.timeout_s} s",
+            f"a call of the reward function can take {calls.retries + 1} tries * (reward.calls.timeout="
+            f"{calls.timeout:g} + {SCORER_START_S:g} to start) = {longest:g} s, and the other processes wait only "
+            f"parallel.timeout_s={config.parallel.timeout_s} s",
             {"parallel.timeout_s": [int(longest) + 120]},
-            "a shorter reward.timeout",
-            key="reward.timeout",
-            value=reward.timeout,
+            "a shorter reward.calls.timeout",
+            key="reward.calls.timeout",
+            value=calls.timeout,
         )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from megarl.config.leaf import Section, leaf, section
 from megarl.config.offers import Refusal, Rule
-from megarl.config.sections.trainer import DevicesConfig
+from megarl.config.sections.trainer import ProcessesConfig
 from megarl.config.trees import Tree
 
 
@@ -115,4 +115,4 @@ class ServeConfig(Tree):
     rules: ClassVar[tuple[Rule, ...]] = (reward_model_is_named, *Tree.rules)
 
     serve: ServiceConfig = section(ServiceConfig)
-    trainer: DevicesConfig = section(DevicesConfig)
+    trainer: ProcessesConfig = section(ProcessesConfig)

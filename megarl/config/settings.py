@@ -10,11 +10,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from megarl.config.leaf import optional_sections
 from megarl.config.messages import EXPLAINED, explain, unknown_key
-from megarl.config.renames import rename_of, warn_renamed, written
+from megarl.config.renames import Rename, rename_of, warn_renamed, written
 from megarl.errors import ConfigError
 
 _ALGORITHM = "megarl.algorithm="  # begins the name of a flag: OmegaConf's flags are true or false and have no value
+
+_AS_USUAL = object()
 
 
 class UnknownKeyError(ConfigError, AttributeError, KeyError):
@@ -27,13 +30,14 @@ class UnknownKeyError(ConfigError, AttributeError, KeyError):
 class Settings(DictConfig):
     """OmegaConf's tree with megarl's error messages, optional sections, and old names of keys.
 
-    An optional section that is off is an empty `Settings`, equal to None; setting one of its keys switches it on.
+    An optional section that is off is an empty `Settings`, equal to None; setting one of its keys switches it on. Its
+    keys can be read where null means their defaults.
     """
 
     def __getattr__(self, key: str) -> Any:
         with _explained(self):
-            if (section := _section_off(self, key)) is not None:
-                return section
+            if (other := _read_otherwise(self, key)) is not _AS_USUAL:
+                return other
             return super().__getattr__(key)
 
     def __setattr__(self, key: str, value: Any) -> None:
@@ -44,8 +48,8 @@ class Settings(DictConfig):
 
     def __getitem__(self, key: Any) -> Any:
         with _explained(self):
-            if (section := _section_off(self, key)) is not None:
-                return section
+            if (other := _read_otherwise(self, key)) is not _AS_USUAL:
+                return other
             return super().__getitem__(key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -84,19 +88,35 @@ def _convert(tree: DictConfig) -> None:
     object.__setattr__(tree, "__class__", Settings)
 
 
-def _section_off(tree: DictConfig, key: Any) -> DictConfig | None:
-    """Return an optional section that is off, for which OmegaConf would return None; refuse to read its keys."""
+def _read_otherwise(tree: DictConfig, key: Any) -> Any:
+    """Return a value that OmegaConf would not: a section that is off, a key of one, or a key under its old name."""
     if str(key).startswith("_"):
-        return None
+        return _AS_USUAL
     if tree._is_none():
-        full = str(tree._get_full_key(key))
-        _require_known(tree, key)
-        raise UnknownKeyError(f"{full} has no value, as its section is off (null): set {full} first", key=full)
-    node = tree.__dict__["_content"].get(key) if isinstance(tree.__dict__["_content"], dict) else None
+        return _default_of(tree, key)
+    content = tree.__dict__["_content"]
+    node = content.get(key) if isinstance(content, dict) else None
     if isinstance(node, DictConfig) and node._is_none() and is_dataclass(node._metadata.ref_type):
         _convert(node)
         return node
-    return None
+    rename = _rename_of(tree, key, None) if isinstance(content, dict) and key not in content else None
+    if rename is None or rename.value is not None:
+        return _AS_USUAL
+    warn_renamed(rename.old, rename.new)
+    found: Any = _root(tree)
+    for part in rename.new.split("."):
+        found = found[part]
+    return found
+
+
+def _default_of(tree: DictConfig, key: Any) -> Any:
+    """Return the default of a key of a section that is off, if null means the defaults; otherwise refuse to read it."""
+    full, kind = str(tree._get_full_key(key)), OmegaConf.get_type(_root(tree))
+    _require_known(tree, key)
+    known = optional_sections(kind) if is_dataclass(kind) and isinstance(kind, type) else ()
+    if any(section.null_is_defaults and full == f"{section.key}.{key}" for section in known):
+        return getattr(tree._metadata.ref_type(), key)
+    raise UnknownKeyError(f"{full} has no value, as its section is off (null): set {full} first", key=full)
 
 
 @contextmanager
@@ -124,14 +144,12 @@ def _require_known(tree: DictConfig, key: Any) -> None:
 
 def _set_renamed(tree: DictConfig, key: Any, value: Any) -> bool:
     """Set a key under its old name, or with a value of its old kind. Return whether this is such a key."""
-    root = _root(tree)
-    kind = OmegaConf.get_type(root)
-    rename = rename_of(tree._get_full_key(key), value, kind) if is_dataclass(kind) and isinstance(kind, type) else None
+    rename = _rename_of(tree, key, value)
     if rename is None:
         return False
     warn_renamed(rename.old, written(rename, value))
     *sections, name = rename.new.split(".")
-    node: Any = root
+    node: Any = _root(tree)
     for section in sections:
         node = node[section]
     new = rename.converted(value)
@@ -145,6 +163,12 @@ def _set_renamed(tree: DictConfig, key: Any, value: Any) -> bool:
     else:
         node[name] = new
     return True
+
+
+def _rename_of(tree: DictConfig, key: Any, value: Any) -> Rename | None:
+    """Return the rename of a key of a node with this value; None if there is none."""
+    kind = OmegaConf.get_type(_root(tree))
+    return rename_of(tree._get_full_key(key), value, kind) if is_dataclass(kind) and isinstance(kind, type) else None
 
 
 def _root(tree: DictConfig) -> DictConfig:

@@ -29,7 +29,7 @@ from megarl.config.sections.optim import OptimConfig
 from megarl.config.sections.parallel import ParallelConfig
 from megarl.config.sections.reward import MetricConfig, RewardConfig
 from megarl.config.sections.rollout import RolloutConfig
-from megarl.config.sections.run import CheckpointConfig, ExportConfig, RunConfig
+from megarl.config.sections.run import CheckpointConfig, ExportConfig, RunConfig, ScoreCheckpointConfig
 from megarl.config.sections.tokenizer import TokenizerConfig
 from megarl.config.sections.trainer import PhaseTrainerConfig
 
@@ -79,6 +79,7 @@ class GeneratingTree(TrainingTree):
 
     rules: ClassVar[tuple[Rule, ...]] = (*TrainingTree.rules, responses_fit_model, scoring_ends_in_time)
 
+    checkpoint: ScoreCheckpointConfig = section(ScoreCheckpointConfig)
     rollout: RolloutConfig = section(RolloutConfig)
     reward: RewardConfig = section(RewardConfig)
     metric: MetricConfig = section(MetricConfig)

@@ -70,8 +70,11 @@ class TrainBatches:
 
     def batch(self, index: int) -> np.ndarray:
         """Rows of a global batch, [global_batch_size], found without going through those before it."""
-        begin = self._origin + index * self.global_batch_size
-        end = begin + self.global_batch_size
+        return self.rows(self._origin + index * self.global_batch_size, self.global_batch_size)
+
+    def rows(self, begin: int, count: int) -> np.ndarray:
+        """Rows [count] of the stream from its row `begin` on."""
+        end = begin + count
         total = len(self.lengths)
         pieces = []
         while begin < end:

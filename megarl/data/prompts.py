@@ -9,12 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from megarl.config.files import load_chat_template
-from megarl.config.sections.data import PromptDataConfig
+from megarl.config.sections.data import HeldOutDataConfig, SourcesConfig
 from megarl.data.formats import RecordFormat
-from megarl.data.order import TrainBatches, TrainLoader
 from megarl.data.sources import Places, Record, read_records
 from megarl.errors import ConfigError, DataError
 from megarl.logging import get_logger
@@ -33,6 +30,7 @@ class Prompt:
         where: `file:line` of the record, for messages.
         number: index of the record among all that were read; prompts that are left out leave gaps.
         messages: the conversation, where the prompt is one.
+        source: index of the entry of data.train that it comes from.
     """
 
     text: str
@@ -41,6 +39,7 @@ class Prompt:
     where: str = field(default="", compare=False)
     number: int = field(default=0, compare=False)
     messages: tuple[Any, ...] = field(default=(), compare=False)
+    source: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class PromptLimits:
 def read_prompts(
     paths: Sequence[str],
     split: str,
-    data: PromptDataConfig,
+    data: SourcesConfig | HeldOutDataConfig,
     tokenizer: Tokenizer,
     limits: PromptLimits,
     name: str = "data.train",
@@ -99,7 +98,7 @@ def read_prompts(
     return _with_equal_fields(fit_prompts(encoded, limits, name))
 
 
-def prompt_format(data: PromptDataConfig) -> RecordFormat:
+def prompt_format(data: SourcesConfig | HeldOutDataConfig) -> RecordFormat:
     """Return how prompts are read, and samples that the policy is to answer them like: by the same keys and the same
     chat template."""
     return RecordFormat(
@@ -116,7 +115,7 @@ def encode_prompt(record: Record, tokenizer: Tokenizer, record_format: RecordFor
     keys = (record_format.prompt_key, record_format.messages_key)
     others = {key: value for key, value in record.fields.items() if key not in keys}
     messages = record.fields.get(record_format.messages_key) or ()
-    return Prompt(text, tuple(tokens), others, record.where, messages=tuple(messages))
+    return Prompt(text, tuple(tokens), others, record.where, messages=tuple(messages), source=record.source)
 
 
 def fit_prompts(prompts: Iterable[Prompt], limits: PromptLimits, name: str) -> list[Prompt]:
@@ -185,16 +184,3 @@ def _with_equal_fields(prompts: list[Prompt]) -> list[Prompt]:
         else replace(prompt, metadata={name: prompt.metadata.get(name) for name in names})
         for prompt in prompts
     ]
-
-
-def build_phase_loader(
-    prompts: Sequence[Prompt], per_phase: int, seed: int, start: int = 0, rows: int | None = None
-) -> TrainLoader:
-    """Return, without end, the numbers of each phase's prompts, in an order that follows from the seed.
-
-    Args:
-        start: the phase to begin with.
-        rows: the prompts of the phases before it (None: `per_phase` in each).
-    """
-    lengths = np.array([len(prompt.tokens) for prompt in prompts])
-    return TrainLoader(TrainBatches(lengths, per_phase, seed, start=start, rows=rows))

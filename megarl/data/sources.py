@@ -33,10 +33,11 @@ _SPLIT_WORD = re.compile(rf"^(train|test|{'|'.join(_VALIDATION)})(?=[-_.])")
 
 @dataclass(frozen=True)
 class Record:
-    """One record as it was read, and where: `file:line`, or `file: record N`."""
+    """One record as it was read, where (`file:line`, or `file: record N`), and from which of several sources."""
 
     fields: Mapping[str, Any]
     where: str
+    source: int = 0
 
 
 @dataclass
@@ -92,17 +93,17 @@ def read_records(
     Raises:
         DataError: a source is missing, empty or broken; the message names the file and the record.
     """
-    for path in paths:
+    for source, path in enumerate(paths):
         name, count = _lists.get().get(path), 0
         for record in _read_source(path, split, text_key, key, options or {}):
-            yield record if name is None else Record(record.fields, f"{name}[{count}]")
+            yield Record(record.fields, record.where if name is None else f"{name}[{count}]", source)
             count += 1
         if not count:
-            source = name or path
+            empty = name or path
             raise DataError(
-                f"{source}: has no records; give a source with at least one, or take it off {key}",
+                f"{empty}: has no records; give a source with at least one, or take it off {key}",
                 key=key,
-                where=source,
+                where=empty,
             )
 
 

@@ -17,7 +17,7 @@ from megarl.rollout.requests import Rollout, text_without_end
 from megarl.tokenizers import Tokenizer
 
 LARGEST_CALL = 256
-"""Maximum number of responses in a call without reward.batch_size."""
+"""Maximum number of responses in a call without reward.calls.batch_size."""
 
 
 class HttpScorer(JournalledScorer):
@@ -63,20 +63,20 @@ class HttpScorer(JournalledScorer):
             self.servers.close()
 
     def _connect(self) -> Iterator[str | None]:
-        settings = self.settings
+        calls = self.settings.call_settings
         self.servers = RewardServers(
             self.urls,
             token=token_of_client(),
-            timeout_s=settings.timeout,
-            retries=settings.retries,
+            timeout_s=calls.timeout,
+            retries=calls.retries,
             drops=self.drops,
             key=self.key,
         )
         yield from self.servers.connect()
 
     def _score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Iterator[Answered | None]:
-        """Send the rollouts, `reward.batch_size` in a call; without it, the same number to every server, but not more
-        than `LARGEST_CALL` in a call."""
+        """Send the rollouts, `reward.calls.batch_size` in a call; without it, the same number to every server, but not
+        more than `LARGEST_CALL` in a call."""
         assert self.servers is not None
         entries = [
             Entry(

@@ -46,12 +46,18 @@ class Invariants:
             f"sampled and recomputed log-probs differ by {mean:.2e} > {bound:g}",
         )
 
-    def on_policy(self, ratio: float, clipped: float) -> None:
-        """Check that the policy is unchanged since the evaluation when the first minibatch of a phase starts."""
+    def on_policy(self, ratio: float, clipped: float, narrowest: float) -> None:
+        """Check that the policy is unchanged since the evaluation when the first minibatch of a phase starts.
+
+        Args:
+            ratio: mean ratio.
+            clipped: share of clipped tokens.
+            narrowest: the smaller clip range.
+        """
         bound = RATIO_BOUND[self.precision]
         self._expect("ratio_one", ratio, abs(ratio - 1) <= bound, f"the first minibatch's ratio is {ratio:.7f}, not 1")
-        # In bf16 the rounding of single tokens may pass a narrow clip.
-        most = 0.0 if self.precision == "fp32" else CLIPPED_BOUND_BF16
+        # In bf16 the rounding of single tokens may pass a clip range, and often one that is narrower than the rounding.
+        most = 0.0 if self.precision == "fp32" else CLIPPED_BOUND_BF16 if narrowest >= bound else 1.0
         self._expect("nothing_clipped", clipped, clipped <= most, f"{clipped:.2%} of the first minibatch is clipped")
 
     def tokens(self, counted: float, expected: float) -> None:

@@ -382,8 +382,8 @@ class RewardServers:
 
 
 _REMEDIES = {
-    SILENT: "start the servers, or give them more time (reward.timeout), more tries (reward.retries) or fewer "
-    "responses per call (reward.batch_size)",
+    SILENT: "start the servers, or give them more time (reward.calls.timeout), more tries (reward.calls.retries) or "
+    "fewer responses per call (reward.calls.batch_size)",
     WRONG: "look into the server's log",
     REFUSED: "send what the server takes, such as shorter prompts and responses, or raise its limits",
     FATAL: "correct the URL, or the token in MEGARL_REWARD_TOKEN",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,13 @@ from megarl.tokenizers import Tokenizer
 _WEIGHTED = re.compile(
     r"^(?:(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?(?P<function>\S+)$", re.IGNORECASE
 )
-RESERVED_METRICS = ("score", "response_tokens")  # names that evaluations use for other metrics
+RESERVED_METRICS = (
+    "score",
+    "score_se",
+    "vote",
+    "vote_se",
+    "response_tokens",
+)  # names that evaluations use for other metrics
 
 
 class Scorer(Protocol):
@@ -65,7 +71,8 @@ class JournalledScorer(ABC):
 
     def __init__(self, tokenizer: Tokenizer, grid: Grid, settings: RewardConfig, journal: Journal | None) -> None:
         """`journal` keeps scores across restarts, for the present fingerprint."""
-        self.grid, self.tokenizer, self.journal, self.batch_size = grid, tokenizer, journal, settings.batch_size
+        self.grid, self.tokenizer, self.journal = grid, tokenizer, journal
+        self.batch_size = settings.call_settings.batch_size
         self.drops = settings.on_error == "drop"  # otherwise samples without a score are scored again
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
@@ -164,15 +171,16 @@ class FunctionScorer(JournalledScorer):
         name = key.partition(".")[0] if name == "<lambda>" else name
         self.name = unique_metric_name(name) if key == "metric.fn" else name
         self._identify(grid.run_on_rank0(lambda: fingerprint(resolved, options or {})))
+        calls = settings.call_settings
         if grid.rank == 0:
             self.worker = RewardWorker(
                 resolved,
                 tokenizer,
-                timeout_s=settings.timeout,
-                retries=settings.retries,
+                timeout_s=calls.timeout,
+                retries=calls.retries,
                 on_error=settings.on_error,
                 options=options,
-                devices=settings.devices,
+                devices=calls.devices,
                 key=key,
             )
 
@@ -182,7 +190,7 @@ class FunctionScorer(JournalledScorer):
             self.worker.close()
 
     def _score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Iterator[Answered]:
-        """Call the function, with `reward.batch_size` rollouts per call."""
+        """Call the function, with `reward.calls.batch_size` rollouts per call."""
         assert self.worker is not None
         size = self.batch_size or len(rollouts)
         for first in range(0, len(rollouts), size):
@@ -205,7 +213,7 @@ class FunctionScorer(JournalledScorer):
 
 
 def keep_scored(
-    rollouts: Sequence[Rollout], scores: Scores, greedy: Sequence[Score | None] | None = None
+    rollouts: Sequence[Rollout], scores: Scores, greedy: Mapping[int, Score | None] | None = None
 ) -> tuple[list[Rollout], list[Score], list[Score] | None]:
     """Return the rollouts that have a score, their scores, and the baselines of their prompts.
 

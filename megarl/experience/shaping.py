@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 
 from megarl.algorithms import (
+    AdaptiveEntropy,
     AdaptiveKL,
+    FixedEntropy,
     FixedKL,
     RunningMoments,
+    importance_weights,
     kl_estimate,
     mask_out,
     per_token_rewards,
     whiten,
 )
 from megarl.algorithms.advantages import VARIANCE_EPS
+from megarl.algorithms.kl import UNBIASED
 from megarl.config.advantages import ADVANTAGES, whitens
 from megarl.config.ppo import PPOSettings
 from megarl.experience.advantages import COMPUTE, PhaseResults, group_counts
@@ -31,29 +35,47 @@ SMALLEST_STD = 1e-8  # below this standard deviation, scores are not rescaled
 
 @dataclass(frozen=True)
 class Greedy:
-    """The greedy responses that rows are compared with, one per row: their scores, and whether each was truncated."""
+    """The greedy responses that rows are compared with, one per row: their scores, whether each was truncated, and
+    their numbers of tokens."""
 
     scores: Sequence[Score]
     truncated: Sequence[bool]
+    lengths: Sequence[int]
 
 
 class Shaping:
-    """Shapes the rewards of each phase. Its state over phases is the KL coefficient and the moments of the scores."""
+    """Shapes the rewards of each phase. Its state over phases: the coefficients of KL and entropy, the moments of the
+    scores."""
 
-    def __init__(self, settings: PPOSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: PPOSettings, max_new_tokens: int) -> None:
+        """`max_new_tokens` is the length at which responses are truncated."""
+        self.settings, self.max_new_tokens = settings, max_new_tokens
+        self.overlong = settings.long_responses
         self.kl_control: AdaptiveKL | FixedKL = (
             FixedKL(settings.kl_coef)
             if settings.kl_target is None
             else AdaptiveKL(settings.kl_coef, settings.kl_target, settings.kl_horizon)
         )
+        adaptive = settings.adaptive_entropy
+        self.entropy_control: AdaptiveEntropy | FixedEntropy = (
+            FixedEntropy(settings.entropy_coef)
+            if adaptive is None or adaptive.target is None
+            else AdaptiveEntropy(settings.entropy_coef, adaptive.target, adaptive.step, adaptive.maximum)
+        )
         self.moments = RunningMoments()
         self.first_std: float | None = None  # standard deviation of the first phase's scores
 
-    def shape(self, rows: Rows, scores: Sequence[Score], greedy: Greedy | None = None) -> tuple[Rows, dict[str, float]]:
+    def shape(
+        self,
+        rows: Rows,
+        scores: Sequence[Score],
+        greedy: Greedy | None = None,
+        all_totals: Sequence[float] | None = None,
+    ) -> tuple[Rows, dict[str, float]]:
         """Return the rows with the column advantages and, with a critic, returns [rows, time]; and metrics to log.
 
-        With `ppo.mask_overlong` the action mask of a truncated response becomes zero.
+        With ppo.overlong.mask the action mask of a truncated response becomes zero. With ppo.correction the rows also
+        have the column weights.
 
         Args:
             rows: with the columns old_logprobs, group and truncated, and values and ref_logprobs where there are any.
@@ -64,14 +86,17 @@ class Shaping:
         totals = torch.tensor([total(score) for score in scores], dtype=torch.float32)
         kl = torch.zeros_like(actions)
         if "ref_logprobs" in rows:
-            kl = kl_estimate(rows["old_logprobs"], rows["ref_logprobs"], settings.kl_kind) * actions
+            kl = (
+                kl_estimate(rows["old_logprobs"], rows["ref_logprobs"], settings.kl_kind.removesuffix(UNBIASED))
+                * actions
+            )
         coef = self.kl_control.value if settings.kl_in == "reward" else 0.0
-        factor = self._update_moments(totals)
+        factor = self._update_moments(totals if all_totals is None else torch.tensor(all_totals, dtype=torch.float32))
         rewards = self._rewards(scores, factor, actions, kl, coef)
         rewards = self._penalise(rewards, actions, truncated)
         if settings.whiten_rewards:
             rewards = whiten(rewards, actions, shift_mean=False)
-        mask = actions * ~truncated[:, None] if settings.mask_overlong else actions
+        mask = actions * ~truncated[:, None] if self.overlong.mask else actions
         results = PhaseResults(
             rewards,
             actions,
@@ -86,11 +111,13 @@ class Shaping:
         shaped = replace(rows, action_mask=mask).with_columns(
             advantages=whiten(advantages, mask) if white else advantages
         )
+        shaped, corrected = self._correct(shaped)
         stats = {
             "rollout/score": float(totals.mean()),
             "rollout/score_std": float(totals.std()) if len(totals) > 1 else 0.0,
             **self._kl_stats(rows, kl),
             "rollout/cut": float(truncated.float().mean()),
+            **corrected,
         }
         if white:
             stats["rollout/whitening_factor"] = whitening_factor(advantages, mask)
@@ -106,19 +133,23 @@ class Shaping:
         return shaped, stats
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the KL coefficient with its settings, and the moments of the scores."""
+        """Return the coefficients of KL and entropy, and the moments of the scores."""
         return {
             "kl_control": self.kl_control.state_dict(),
             "kl_steered": self._kl_steered,
+            "entropy_control": self.entropy_control.state_dict(),
+            "entropy_steered": self._entropy_steered,
             "moments": self.moments.state_dict(),
             "first_std": self.first_std,
         }
 
     def load_state_dict(self, state: dict[str, Any], *, other_scores: bool = False) -> None:
-        """Restore an adaptive KL coefficient if its settings are unchanged; a fixed one stays as configured. Restore
-        the moments of the scores unless this run has `other_scores`."""
+        """Restore adapted coefficients whose settings are unchanged; a fixed one stays as configured. Restore the
+        moments of the scores unless this run has `other_scores`."""
         if self.settings.kl_target is not None and state.get("kl_steered", self._kl_steered) == self._kl_steered:
             self.kl_control.load_state_dict(state["kl_control"])
+        if state.get("entropy_steered") == self._entropy_steered:
+            self.entropy_control.load_state_dict(state["entropy_control"])
         if not other_scores:
             self.moments.load_state_dict(state["moments"])
             self.first_std = state["first_std"]
@@ -127,6 +158,18 @@ class Shaping:
     def _kl_steered(self) -> list[float | None]:
         """Initial coefficient and target of the KL; the target is None for a fixed coefficient."""
         return [self.settings.kl_coef, self.settings.kl_target]
+
+    @property
+    def _entropy_steered(self) -> list[float | None]:
+        """Initial coefficient and target of the entropy; the target is None for a fixed coefficient."""
+        adaptive = self.settings.adaptive_entropy
+        return [self.settings.entropy_coef, None if adaptive is None else adaptive.target]
+
+    def steer_entropy(self, entropy: float) -> dict[str, float]:
+        """Adapt the entropy's coefficient to a phase that begins with this entropy per token; return what to log."""
+        self.entropy_control.begin(entropy)
+        adaptive = isinstance(self.entropy_control, AdaptiveEntropy)
+        return {"rollout/entropy_coef": self.entropy_control.value} if adaptive else {}
 
     def _rewards(self, scores: Sequence[Score], factor: float, mask: Tensor, kl: Tensor, coef: float) -> Tensor:
         """Return rewards [rows, time]: a score is at the last token of its response, per-token rewards are at their
@@ -142,10 +185,10 @@ class Shaping:
         return rewards + self._clipped(placed) * factor
 
     def _greedy(self, greedy: Greedy, factor: float) -> Tensor:
-        """Return the scores [rows] shaped like rewards: clipped, scaled, less the penalty for a missing EOS."""
+        """Return the scores [rows] shaped like rewards: clipped, scaled, less the penalties for length."""
         clipped = [self._clipped(torch.tensor(score, dtype=torch.float32)).sum() for score in greedy.scores]
-        truncated = torch.tensor(greedy.truncated, dtype=torch.float32)
-        return torch.stack(clipped) * factor - truncated * self.settings.missing_eos_penalty
+        penalty = self._penalty(torch.tensor(greedy.lengths), torch.tensor(greedy.truncated))
+        return torch.stack(clipped) * factor - penalty
 
     def _update_moments(self, totals: Tensor) -> float:
         """Update the moments with a phase's scores [rows] and return the factor that scales clipped scores."""
@@ -166,11 +209,34 @@ class Shaping:
         return {"rollout/kl": float(kl.sum() / len(kl)), "rollout/kl_coef": float(self.kl_control.value)}
 
     def _penalise(self, rewards: Tensor, mask: Tensor, truncated: Tensor) -> Tensor:
-        """Subtract the penalty for a missing EOS from the reward of each truncated response's last token."""
-        if self.settings.missing_eos_penalty == 0:
+        """Subtract the penalties for a missing EOS and for length from the reward of each response's last token."""
+        penalty = self._penalty(mask.sum(dim=1), truncated)
+        if not bool(penalty.any()):
             return rewards
-        penalty = truncated.float() * self.settings.missing_eos_penalty
         return rewards + per_token_rewards(-penalty, torch.zeros_like(mask), mask, 0.0)
+
+    def _penalty(self, lengths: Tensor, truncated: Tensor) -> Tensor:
+        """Return the penalties [rows] for a missing EOS and for length, of responses with these lengths [rows]."""
+        buffer = self.overlong.buffer * self.max_new_tokens
+        over = (lengths - (self.max_new_tokens - buffer)) / buffer
+        missing_eos: Tensor = truncated.float() * self.overlong.missing_eos_penalty
+        return missing_eos + self.overlong.penalty * over.clamp(0, 1)
+
+    def _correct(self, rows: Rows) -> tuple[Rows, dict[str, float]]:
+        """Return the rows with the column weights, and what to log of it; unchanged without ppo.correction."""
+        correction = self.settings.correction
+        if correction is None:
+            return rows, {}
+        weights, stats = importance_weights(
+            rows["old_logprobs"],
+            rows["rollout_logprobs"],
+            rows.action_mask,
+            level=correction.level,
+            method=correction.method,
+            low=correction.low,
+            high=correction.high,
+        )
+        return rows.with_columns(weights=weights), {f"correction/{name}": float(value) for name, value in stats.items()}
 
 
 def whitening_factor(advantages: Tensor, mask: Tensor) -> float:

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from megarl.config.sections.rollout import RolloutConfig
+from megarl.config.sections.rollout import ResponsesConfig
 from megarl.data.prompts import Prompt
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.rollout import stored
-from megarl.rollout.generator import Generator, Limits, TokenScorer
+from megarl.rollout.generator import Generator, Limits
+from megarl.rollout.lane import Masking
 from megarl.rollout.noise import GREEDY, TRAINING
 from megarl.rollout.requests import Request, Rollout, repeat, sampling_from
 from megarl.rollout.resharded import for_generation
+from megarl.rollout.static import TokenScorer
 from megarl.tokenizers import Tokenizer
 
 
@@ -32,6 +34,7 @@ class RolloutSource(Protocol):
         stream: int,
         phase: int,
         token_scorer: TokenScorer = GPT.logits,
+        within: range | None = None,
         **changes: Any,
     ) -> list[Rollout]:
         """Return `n` responses to each prompt, sorted by (prompt_id, sample_id). A prompt's id is its index in
@@ -43,6 +46,7 @@ class RolloutSource(Protocol):
             stream: random stream: training, greedy or one of an evaluation.
             phase: number of training steps done.
             token_scorer: computes the scores from which tokens are sampled.
+            within: indices of the prompts to respond to, without gaps; None for all.
             changes: overrides of the run's `Sampling` settings.
         """
 
@@ -60,11 +64,13 @@ class GeneratedRollouts:
         self,
         engine: Engine,
         tokenizer: Tokenizer,
-        settings: RolloutConfig,
+        settings: ResponsesConfig,
         *,
         seed: int,
+        dump: str | None = None,
         chat_template: str | None = None,
         unit: str = "phase",
+        masking: Masking | None = None,
     ) -> None:
         """
         Args:
@@ -72,19 +78,23 @@ class GeneratedRollouts:
             tokenizer: tokenizer of the policy.
             settings: the section `rollout`.
             seed: seed of the samples.
+            dump: folder to which responses are written; None: they are not kept.
             chat_template: template that renders the prompts; its end marker ends a response too.
             unit: what messages call a training step.
+            masking: decides which tokens may be chosen; None: all.
         """
-        self.unit, self.version = unit, 0
+        self.unit, self.version, self.dump = unit, 0, dump
         self.settings, self.sampling = settings, sampling_from(settings)
-        self.reshard = for_generation(engine, settings.layout)
+        computed = settings.engine_settings
+        self.reshard = for_generation(engine, computed.layout)
         self.generator = Generator(
             engine if self.reshard is None else self.reshard.engine,
             tokenizer.eos_id,
             seed=seed,
             also_eos=tokenizer.stop_ids(chat_template)[1:],
-            limits=Limits(settings.slots, settings.cache_bytes, graphs=settings.cuda_graphs),
+            limits=Limits(computed.slots, computed.cache_bytes, graphs=computed.cuda_graphs),
             decode=tokenizer.decode,
+            masking=masking,
         )
 
     def publish(self, version: int) -> None:
@@ -101,23 +111,25 @@ class GeneratedRollouts:
         stream: int,
         phase: int,
         token_scorer: TokenScorer = GPT.logits,
+        within: range | None = None,
         **changes: Any,
     ) -> list[Rollout]:
-        """Generate the responses, and write them to `rollout.dump` if it is set."""
+        """Generate the responses, and write them to the folder `dump` if there is one."""
         self.generator.token_scorer = token_scorer
         is_training = stream in (TRAINING, GREEDY)
         when = f"in {self.unit} {phase + 1}" if is_training else f"in the evaluation after {self.unit} {phase}"
         rollouts = self.generator.generate(
-            requests_of(prompts, n, self.settings, **changes),
+            requests_of(prompts, n, self.settings, within, **changes),
             stream=stream,
             phase=phase,
             weights_version=self.version,
             place=lambda number: f"{prompts[number].where or f'prompt {number}'} {when}",
         )
-        if self.settings.dump is not None:
-            path = stored.phase_file(self.settings.dump, stream, phase)
+        if self.dump is not None:
+            path = stored.phase_file(self.dump, stream, phase, 0 if within is None else within.start)
             self.generator.grid.run_on_rank0(lambda: stored.dump(path, rollouts))  # complete on return, for any rank
-        if not self.settings.cuda_graphs:  # CUDA graphs are recorded over the cache, and recording takes seconds
+        # CUDA graphs are recorded over the cache, and recording takes seconds.
+        if not self.settings.engine_settings.cuda_graphs:
             self.generator.close()  # frees the memory for scoring and training
         return rollouts
 
@@ -135,7 +147,7 @@ class GeneratedRollouts:
 class ReplayedRollouts:
     """Reads the responses of an earlier run from the folder that its `rollout.dump` names."""
 
-    def __init__(self, folder: str, settings: RolloutConfig) -> None:
+    def __init__(self, folder: str, settings: ResponsesConfig) -> None:
         self.folder, self.settings = folder, settings
         sampling_from(settings)  # refuses invalid sampling settings
 
@@ -150,10 +162,12 @@ class ReplayedRollouts:
         stream: int,
         phase: int,
         token_scorer: TokenScorer = GPT.logits,
+        within: range | None = None,
         **changes: Any,
     ) -> list[Rollout]:
         """Return the dumped responses to these prompts, whatever settings sampled them."""
-        return stored.replay(self.folder, stream, phase, requests_of(prompts, n, self.settings))
+        requests = requests_of(prompts, n, self.settings, within)
+        return stored.replay(self.folder, stream, phase, requests, 0 if within is None else within.start)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Accept all prompts: nothing is generated, so none is too long."""
@@ -162,7 +176,11 @@ class ReplayedRollouts:
         """Do nothing: there is nothing to release."""
 
 
-def requests_of(prompts: Sequence[Prompt], n: int, settings: RolloutConfig, **changes: Any) -> list[Request]:
-    """Return `n` requests for each prompt, with the run's sampling settings and `changes` to them. prompt_id is the
-    prompt's index."""
-    return repeat([prompt.tokens for prompt in prompts], n, replace(sampling_from(settings), **changes))
+def requests_of(
+    prompts: Sequence[Prompt], n: int, settings: ResponsesConfig, within: range | None = None, **changes: Any
+) -> list[Request]:
+    """Return `n` requests for each prompt, or for those in the range `within`, with the run's sampling settings and
+    `changes` to them. prompt_id is the prompt's index."""
+    chosen = range(len(prompts)) if within is None else within
+    sampling = replace(sampling_from(settings), **changes)
+    return repeat([prompts[index].tokens for index in chosen], n, sampling, first=chosen.start)

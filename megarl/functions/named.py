@@ -83,8 +83,9 @@ class _Given:
 def resolve(spec: Spec | NamedFunction, key: str = "reward.fn") -> NamedFunction:
     """Check a function's name, or pack a callable, before anything is started.
 
-    A module or file is found and read, not run: the training process never executes the user's code. A name that only
-    running it could show is left for the worker to find.
+    A module or file is found and read, not run. A name that only running it could show is left for `load` to find. The
+    functions of `reward.fn` and `metric.fn` are loaded in a separate process. Functions that return records, and the
+    one that reads answers for `eval.vote`, are loaded in processes of the run.
 
     Args:
         spec: "package.module:function", "path/to/file.py:function", or a callable.

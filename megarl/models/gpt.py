@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from megarl.models.attention import Context, attention_mask
 from megarl.models.cache import CacheView
@@ -37,6 +38,7 @@ from megarl.models.kernels import kernels
 from megarl.models.layer import Layer
 from megarl.models.linear import pad_for_products, product
 from megarl.models.rotary import rotation
+from megarl.parallel.choices import Choices
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import initialise
 from megarl.parallel.rows import ModelInputs
@@ -72,10 +74,13 @@ class OutputLayer(ColumnParallelLinear):
         weight: Tensor | None = None,
         temperature: float = 1.0,
         entropy: bool = False,
+        choices: Choices | None = None,
     ) -> VocabStats:
         """Return `vocab_stats` of hidden [n, hidden] at targets [n]; a tied `weight` replaces the layer's own."""
         weight = self.weight if weight is None else weight
-        return vocab_stats(hidden, weight, targets, shard, bias=self.bias, temperature=temperature, entropy=entropy)
+        return vocab_stats(
+            hidden, weight, targets, shard, bias=self.bias, temperature=temperature, entropy=entropy, choices=choices
+        )
 
 
 class GPT(LanguageModule):
@@ -204,16 +209,36 @@ class GPT(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def logprobs(
-        self, hidden: Tensor, targets: Tensor, target_mask: Tensor, temperature: float = 1.0, entropy: bool = False
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        target_mask: Tensor,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        choices: Choices | None = None,
     ) -> TokenLogprobs:
         """Return log-probs of `targets` [bins, time], each predicted from the state at its position; 0 if masked out.
 
         Args:
             hidden: [time, bins, hidden], the output of the last chunk.
+            targets: [bins, time].
+            target_mask: [bins, time].
+            temperature: divides the logits.
+            entropy: whether to compute the entropy too.
+            choices: the tokens that may be chosen, with numbers [bins, time]; None for all.
         """
-        states, tokens, where = self._at_targets(hidden, targets, target_mask)
+        states, tokens, where = self.at_targets(hidden, targets, target_mask)
+        if choices is not None:
+            numbers = choices.numbers[where]
+            choices = Choices(choices.lists, F.pad(numbers, (0, len(tokens) - len(numbers))))
         stats = self.output_layer(
-            states, tokens, self.shard, self._output_weight(), temperature=temperature, entropy=entropy
+            states,
+            tokens,
+            self.shard,
+            self._output_weight(),
+            temperature=temperature,
+            entropy=entropy,
+            choices=choices,
         )
         return TokenLogprobs(
             _scatter(where, stats.logprobs), None if stats.entropy is None else _scatter(where, stats.entropy)
@@ -222,7 +247,7 @@ class GPT(LanguageModule):
     def token_q(self, hidden: Tensor, targets: Tensor, target_mask: Tensor) -> TokenQ:
         """Return the values of `targets` [bins, time] from the Q heads and their target heads, predicted from the state
         at the same position; 0 where the mask is 0."""
-        states, tokens, where = self._at_targets(hidden, targets, target_mask)
+        states, tokens, where = self.at_targets(hidden, targets, target_mask)
         stats = [head.stats(states, tokens, self.shard) for head in self.q_heads]
         followed = [head.values_of(states.detach(), tokens, self.shard) for head in self.target_q_heads]
         return TokenQ(
@@ -236,7 +261,7 @@ class GPT(LanguageModule):
         if hasattr(self, TargetQHeads.attribute):
             self.target_q_heads.move(self.q_heads, alpha)
 
-    def _at_targets(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def at_targets(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gather the states [n, hidden] and targets [n] at masked-in positions; return them with the mask as booleans.
 
         Both may be padded with zeros, whose results `_scatter` drops.

@@ -29,6 +29,7 @@ class Role:
         about: its purpose, one line in the output of `python -m megarl.plan`.
         swaps_with: the role whose weights it replaces while it computes; its own weights wait in host memory.
             None: its weights stay on the device.
+        follows: whether its weights are those that the policy had earlier, so that checkpoints must have them.
         head_std: standard deviation of the initial weights of heads that the source lacks. None: that of the head.
     """
 
@@ -41,6 +42,7 @@ class Role:
     source: Source | None = field(default=None, repr=False, compare=False)
     about: str = field(default="", repr=False, compare=False)
     swaps_with: str | None = None
+    follows: bool = False
     head_std: float | None = None
 
     @property
@@ -56,7 +58,7 @@ class Role:
     @property
     def saved(self) -> bool:
         """Whether checkpoints contain its weights. A frozen role is built again from its source."""
-        return self.trains
+        return self.trains or self.follows
 
     @property
     def on_device(self) -> bool:

@@ -170,10 +170,15 @@ class Module(LightningModule):
         norms: dict[str, float] = optimizer.optimizer.grad_norms  # type: ignore[union-attr]
         return norms
 
-    def advance(self, *, new_weights: bool = True) -> None:
-        """Count a training step; with `new_weights`, count a new version of the policy's weights too."""
+    def advance(self, *, new_weights: bool = True, rows: int | None = None) -> None:
+        """Count a training step, and with `new_weights` a new version of the policy's weights.
+
+        Args:
+            new_weights: whether the policy changed.
+            rows: data rows that the step used (None: `rows_per_step`).
+        """
         self.steps_done += 1
-        self.rows_read += self.rows_per_step
+        self.rows_read += self.rows_per_step if rows is None else rows
         self.weights_version += new_weights
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from megarl.checkpoint import find, step_of
-from megarl.config.files import load_chat_template, no_score_head
-from megarl.config.reward_terms import FN, MODEL, URL, Term
+from megarl.config.files import load_chat_template
+from megarl.config.reward_terms import FN, MODEL, URL
 from megarl.data.agreement import refuse_different_data
+from megarl.data.mixture import PromptOrder, prompt_order
 from megarl.data.prompts import Prompt, PromptLimits, read_prompts
-from megarl.disk import local
 from megarl.errors import RewardError
-from megarl.experience.evaluation import Collect, Evaluated, Evaluation
-from megarl.experience.http_scorer import HttpScorer
-from megarl.experience.journal import Journal
-from megarl.experience.model_scorer import ModelScorer
-from megarl.experience.scorers import FunctionScorer, Scorer, check_fields, keep_scored
+from megarl.experience.build_scorers import REWARD, ScorerBuilder, by_metric_name, check_fields_of_functions
+from megarl.experience.evaluation import Collect, Evaluated, Evaluation, answer_reader
+from megarl.experience.scorers import Scorer, keep_scored
 from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts, RolloutSource
-from megarl.experience.sum_scorer import SumScorer, Weighted
 from megarl.logging import get_logger
-from megarl.models.exchange.pretrained import Sources, model_at
-from megarl.models.roles import Role
 from megarl.modules.base import Module
 from megarl.parallel.engine import Engine
 from megarl.parallel.offload import alone
 from megarl.rewards.answers import Score
 from megarl.rewards.scores import Scores
+from megarl.rollout.lane import Masking
 from megarl.rollout.noise import EVALUATION, GREEDY, TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.rollout.stored import require_phases
 
 log = get_logger(__name__)
-REWARD, METRIC = "reward.fn", "metric.fn"
-"""Keys of functions, and names of scorers. Reward models, servers and sums take the place of the reward function."""
-
-
 _CORRECT = {FN: "the function", MODEL: "the reward model", URL: "the servers"}
 
 
@@ -51,7 +43,9 @@ class GenerativeModule(Module):
     are built. They call `prepare_generation` after they built their engines.
     """
 
+    order: PromptOrder | None = None  # of the training prompts
     source: RolloutSource
+    masking: Masking | None = None  # decides which tokens the policy may choose
     streams: tuple[int, ...] = (TRAINING,)  # random streams of the responses that a phase collects
 
     def prepare(self) -> None:
@@ -67,6 +61,7 @@ class GenerativeModule(Module):
         data = self.config.data
         if train:
             self.prompts = self._read_prompts("data.train", data.train, data.train_split)
+            self.order = prompt_order(self.prompts, data, self.config.seed, self.config.trainer.max_phases)
         if data.eval and self.config.trainer.eval_every is not None:
             self.eval_prompts = self._read_prompts("data.eval", data.eval, data.eval_split)
 
@@ -81,9 +76,7 @@ class GenerativeModule(Module):
             self.config.model.max_positions, rollout.max_new_tokens, self.vocab_size, rollout.too_long
         )
         prompts = read_prompts(paths, split, self.config.data, self.tokenizer, limits, name)
-        functions = [term.key for term in self.config.reward.sources if term.kind == FN]
-        for key in (*functions, *([METRIC] if self.config.metric.fn is not None else [])):
-            check_fields(prompts, key)
+        check_fields_of_functions(prompts, self.config)
         return prompts
 
     def prepare_generation(self, collect: Collect | None = None) -> None:
@@ -98,64 +91,28 @@ class GenerativeModule(Module):
             refuse_different_data(self.grid, (prompt.tokens for prompt in prompts), name, kept=texts)
         self.source = self._make_source()
         self.source.check_prompts([*self.prompts, *self.eval_prompts])
-        terms = config.reward.sources
-        if config.reward.terms:
-            self.scorers[REWARD] = SumScorer([Weighted(self._scorer(term), term.weight, term.name) for term in terms])
-        elif terms:
-            self.scorers[REWARD] = self._scorer(terms[0])
-        if config.metric.fn is not None:
-            self.scorers[METRIC] = self._scorer(Term(FN, config.metric.fn, METRIC))
-        if self.eval_prompts:
-            named = {"score" if key == REWARD else scorer.name: scorer for key, scorer in self.scorers.items()}
-            self.evaluation = Evaluation(
-                collect or self.source.collect, self.eval_prompts, named, config.eval, self.tokenizer
-            )
-
-    def _scorer(self, term: Term) -> Scorer:
-        """Return the scorer of a function, a reward model or servers."""
-        config, journal = self.config, self._journal(_journal_name(term.key))
-        if term.kind == MODEL:
-            return self._reward_model(term)
-        if term.kind == URL:
-            return HttpScorer(
-                config.reward,
-                term.value,
-                self.tokenizer,
-                self.grid,
-                key=term.key,
-                journal=journal,
-                stop=config.rollout.stop,
-            )
-        return FunctionScorer(
-            self.functions.get(term.key) or term.value,
-            config.reward,
+        self.scorers = ScorerBuilder(
+            config,
             self.tokenizer,
             self.grid,
-            key=term.key,
-            options=dict(term.options),
-            journal=journal,
-        )
-
-    def _reward_model(self, term: Term) -> ModelScorer:
-        source = self.sources.at(term.value)
-        assert source is not None
-        if source.reward_kind == "steps":
-            log.info(
-                "%s=%s was trained on steps (rm.kind=steps): a response has the score of its last step",
-                term.key,
-                term.value,
-            )
-        return ModelScorer(
-            self.engines[term.role],
-            source,
-            self.tokenizer,
-            load_chat_template(self.config.data.chat_template),
-            per_microbatch=self.config.trainer.micro_batch_size,
+            self.engines,
+            self.sources,
+            self.run_dir,
             alone=self._alone,
-            stop=self.config.rollout.stop,
-            drops=self.config.reward.on_error == "drop",
-            key=term.key,
-        )
+            functions=self.functions,
+            micro_batch_size=config.trainer.micro_batch_size,
+            dump=config.rollout.dump,
+            replay=config.rollout.replay,
+        ).scorers()
+        if self.eval_prompts:
+            self.evaluation = Evaluation(
+                collect or self.source.collect,
+                self.eval_prompts,
+                by_metric_name(self.scorers),
+                config.eval,
+                self.tokenizer,
+                answer_reader(config.eval, self.grid),
+            )
 
     def _make_source(self) -> RolloutSource:
         rollout = self.config.rollout
@@ -166,21 +123,45 @@ class GenerativeModule(Module):
             self.tokenizer,
             rollout,
             seed=self.config.seed,
+            dump=rollout.dump,
             chat_template=load_chat_template(self.config.data.chat_template),
             unit=self.unit,
+            masking=self.masking,
         )
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Return the responses of this phase, `rollout.n` to each prompt."""
-        self.last_batch = []  # a failure here must not dump the batch of the phase before
-        with self.clock.part("generate"), self._policy_alone():
-            self.source.publish(self.weights_version)
-            return self.source.collect(prompts, self.config.rollout.n, stream=TRAINING, phase=self.steps_done)
+    def phase_loader(self) -> Iterable[int]:
+        """Return an item per phase, without end. A phase draws its prompts itself, as their number may not be known."""
+        return repeat(0)
 
-    def generate_greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Return the greedy response to each prompt, from the weights that `generate` used."""
+    def draw(self, first: int, count: int) -> list[Prompt]:
+        """Return the prompts of this phase from number `first` on."""
+        assert self.order is not None
+        indices = self.order.rows(self.rows_read + first, count, self.steps_done)
+        return [self.prompts[index] for index in indices.tolist()]
+
+    def advance(self, *, new_weights: bool = True, rows: int | None = None) -> None:
+        """Count a training step and the prompts that it used."""
+        phase = self.steps_done
+        super().advance(new_weights=new_weights, rows=rows)
+        if self.order is not None:
+            self.order.end_phase(self.rows_read, phase)
+
+    def generate(self, prompts: Sequence[Prompt], first: int = 0) -> list[Rollout]:
+        """Return responses of this phase, `rollout.n` to each prompt from number `first` on."""
+        self.last_batch = []  # a failure here must not dump the batch of the phase before
+        phase, n = self.steps_done, self.config.rollout.n
+        with self.clock.part("generate"), self._policy_alone():
+            if first == 0:
+                self.source.publish(self.weights_version)
+            return self.source.collect(prompts, n, stream=TRAINING, phase=phase, within=range(first, len(prompts)))
+
+    def generate_greedy(self, prompts: Sequence[Prompt], first: int = 0) -> list[Rollout]:
+        """Return the greedy response to each prompt from number `first` on, from the weights that `generate` used."""
+        phase = self.steps_done
         with self.clock.part("generate_greedy"), self._policy_alone():
-            rollouts = self.source.collect(prompts, 1, stream=GREEDY, phase=self.steps_done, temperature=0.0)
+            rollouts = self.source.collect(
+                prompts, 1, stream=GREEDY, phase=phase, within=range(first, len(prompts)), temperature=0.0
+            )
         # Their sample_id follows those of the sampled responses, so that the journal keeps their scores apart.
         return [replace(rollout, sample_id=self.config.rollout.n) for rollout in rollouts]
 
@@ -189,30 +170,36 @@ class GenerativeModule(Module):
         with self.clock.part("score"):
             return self.scorers[REWARD].score(prompts, rollouts, stream=TRAINING, phase=self.steps_done)
 
-    def keep_scored(
-        self, rollouts: Sequence[Rollout], scores: Scores, greedy: Sequence[Score | None] | None = None
-    ) -> tuple[list[Rollout], list[Score], list[Score] | None]:
-        """Apply `experience.scorers.keep_scored` to this phase's responses; refuse a phase that has none left."""
-        kept = keep_scored(rollouts, scores, greedy)
-        if not kept[0]:
-            all_scored = greedy is None or scores.dropped == len(rollouts)
-            what = "responses" if all_scored else "responses or the greedy responses to their prompts"
-            terms = self.config.reward.sources
-            named = " and ".join(f"{term.key}={term.value}" for term in terms)
-            raise RewardError(
-                f"{named} left all {len(rollouts)} {what} of phase {self.steps_done + 1} without a score: correct "
-                f"{' or '.join(dict.fromkeys(_CORRECT[term.kind] for term in terms))}, or set reward.on_error=error to "
-                "see what goes wrong",
-                key=terms[0].key,
-                value=terms[0].value,
-                offers={"reward.on_error": ["error"]},
-            )
-        return kept
+    def keep_scored(self, rollouts: Sequence[Rollout], scores: Scores) -> tuple[list[Rollout], list[Score]]:
+        """Return this phase's responses that have a score, and their scores; refuse a phase that has none left."""
+        kept, values, _ = keep_scored(rollouts, scores)
+        if not kept:
+            raise self.nothing_scored(len(rollouts))
+        return kept, values
 
-    def score_metrics(self, scores: Scores, kept: int) -> dict[str, float]:
-        """Return the metrics of scoring a phase. `kept` is the number that `keep_scored` kept."""
+    def nothing_scored(self, responses: int, *, with_greedy: bool = False) -> RewardError:
+        """Return the error for a phase in which no response has a score.
+
+        Args:
+            responses: number of responses of the phase.
+            with_greedy: whether some have one, but not the greedy responses to their prompts.
+        """
+        what = "responses or the greedy responses to their prompts" if with_greedy else "responses"
+        terms = self.config.reward.sources
+        named = " and ".join(f"{term.key}={term.value}" for term in terms)
+        return RewardError(
+            f"{named} left all {responses} {what} of phase {self.steps_done + 1} without a score: correct "
+            f"{' or '.join(dict.fromkeys(_CORRECT[term.kind] for term in terms))}, or set reward.on_error=error to "
+            "see what goes wrong",
+            key=terms[0].key,
+            value=terms[0].value,
+            offers={"reward.on_error": ["error"]},
+        )
+
+    def score_metrics(self, scores: Scores, dropped: int) -> dict[str, float]:
+        """Return the metrics of scoring a phase, of which `dropped` responses have no score."""
         return {
-            "rollout/dropped": float(len(scores.values) - kept),
+            "rollout/dropped": float(dropped),
             "rollout/failed_calls": float(scores.failed_calls),
             "rollout/repeated_calls": float(scores.repeated_calls),
             **({"rollout/reencoded": float(scores.reencoded)} if self._has_reward_model else {}),
@@ -276,12 +263,20 @@ class GenerativeModule(Module):
             scorer.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Discard the scores of phases before the oldest checkpoint."""
+        """Store the position in the prompts, and discard the scores of phases before the oldest checkpoint."""
         super().on_save_checkpoint(checkpoint)
+        if self.order is not None:
+            checkpoint["prompt_order"] = self.order.state_dict()
         # No resume starts before the oldest checkpoint.
         checkpoints = find(self.run_dir / "checkpoints")
         for scorer in self.scorers.values() if checkpoints else ():
             scorer.forget(before=step_of(checkpoints[0]))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the position in the prompts."""
+        super().on_load_checkpoint(checkpoint)
+        if self.order is not None:
+            self.order.load_state_dict(checkpoint.get("prompt_order", {}), self.rows_read)
 
     def scores_otherwise(self, checkpoint: dict[str, Any]) -> bool:
         """Return whether something else scores responses than in the run that wrote a checkpoint, and log it."""
@@ -295,32 +290,3 @@ class GenerativeModule(Module):
                 "reward.terms): the moments of the scores start again"
             )
         return changed
-
-    def _journal(self, name: str) -> Journal:
-        """Return the journal of scores. Scores are also copied into a dump of rollouts, so that a replay reuses
-        them."""
-        rollout = self.config.rollout
-        copy, source = (None if folder is None else local(folder) for folder in (rollout.dump, rollout.replay))
-        return Journal(self.run_dir / "journal", name, copy=copy, source=source)
-
-
-def reward_roles(config: Any, sources: Sources) -> list[Role]:
-    """Return the roles of the reward models."""
-    roles = []
-    for term in config.reward.sources:
-        source = sources.at(term.value) if term.kind == MODEL else None
-        if source is None:
-            continue
-        if source.has_output:
-            raise no_score_head(term.key, term.value)
-        # Its context may be shorter than the policy's: what it cannot read is known only for a response.
-        model, about = model_at(config, source), "scores, does not train"
-        roles.append(Role(term.role, model, source.vocab_size, ("score",), source=source, about=about))
-    return roles
-
-
-def _journal_name(key: str) -> str:
-    """Return the prefix of a journal's files: reward, metric, or reward_term_2 of the second term."""
-    section, _, rest = key.partition(".")
-    number = re.match(r"terms\[(\d+)\]", rest)
-    return f"{section}_term_{int(number[1]) + 1}" if number else section

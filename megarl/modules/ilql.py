@@ -14,11 +14,12 @@ from megarl.config.ilql import ILQLConfig
 from megarl.data.agreement import refuse_different_data
 from megarl.data.offline import build_offline_loader, open_store
 from megarl.data.prompts import Prompt
+from megarl.experience.build_scorers import reward_roles
 from megarl.experience.rows import training_flops
 from megarl.models.exchange.pretrained import Sources
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
-from megarl.modules.generative import GenerativeModule, reward_roles
+from megarl.modules.generative import GenerativeModule
 from megarl.modules.losses import count_targets
 from megarl.modules.workload import Workload, generation
 from megarl.parallel.engine import Stats

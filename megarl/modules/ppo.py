@@ -3,35 +3,35 @@ shape, train."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megarl.algorithms import aggregate, aggregation_count, kl_estimate, mask_out, ppo_policy_loss
+from megarl.algorithms import aggregate, aggregation_count, kl_loss, mask_out, ppo_policy_loss
 from megarl.clock import Work
 from megarl.config.advantages import ADVANTAGES, critic_kind, without_effect
-from megarl.config.cluster import PlanConfig
 from megarl.config.ppo import PPOConfig
 from megarl.config.resume import from_plain
-from megarl.data.prompts import build_phase_loader
-from megarl.errors import NumericsError
+from megarl.data.prompts import Prompt
+from megarl.experience.action_mask import ActionMask
+from megarl.experience.collection import Collected, Scored, collect, mean, no_spread
 from megarl.experience.invariants import Invariants
 from megarl.experience.reference import Reference, SwappedReference
 from megarl.experience.rows import forward_rows, rollouts_to_rows, training_flops
-from megarl.experience.shaping import Greedy, Shaping
+from megarl.experience.shaping import Shaping
 from megarl.experience.start_weights import keep, take
+from megarl.experience.watch import Watch
 from megarl.logging import get_logger
-from megarl.models.exchange.pretrained import Sources, second_model
-from megarl.models.gpt import GPT
+from megarl.models.gpt import GPT, TokenLogprobs
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour, clones
 from megarl.modules.critics import Critic, NoCritic, SeparateCritic, SharedCritic
-from megarl.modules.generative import GenerativeModule, reward_roles
-from megarl.modules.workload import Workload, responses, reward_note
+from megarl.modules.generative import GenerativeModule
+from megarl.modules.ppo_models import plan, roles, steps_per_phase
 from megarl.parallel.engine import Engine, ForwardFn, Outputs, Stats
 from megarl.parallel.grid import SEEDS
 from megarl.parallel.microbatches import make_microbatches
@@ -39,7 +39,6 @@ from megarl.parallel.rows import Microbatch, Rows
 from megarl.rollout.noise import GREEDY, TRAINING
 
 NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
-EQUAL_PHASES = 2  # phases in a row with equal scores, before a warning
 FORWARD_SHARE = 1 / 3  # cost of a forward pass, relative to forward and backward
 log = get_logger(__name__)
 
@@ -60,46 +59,21 @@ class PPO(GenerativeModule):
         self.temperature = config.rollout.temperature
         self.needs = ADVANTAGES[config.ppo.advantages]
         self.streams = (TRAINING, GREEDY) if self.needs.greedy else (TRAINING,)
-        self.shaping = Shaping(config.ppo)
+        self.shaping = Shaping(config.ppo, config.rollout.max_new_tokens)
         self.invariants = Invariants(config.ppo.invariants, config.trainer.precision, lambda: self.steps_done)
         self.reference: Reference | None = None
         self.critic: Critic = NoCritic()
+        self.action_mask: ActionMask | None = None
         self.policy_trains = True  # False after the policy passed ppo.stop_at_kl in this phase
         self.reference_name: str | None = None  # name of its weights in the run folder, after behaviour cloning
         self.row_names: list[str] = []  # names of a phase's rows, for messages
-        self.kl_warned = False
-        self.equal_phases = 0  # phases in a row with equal scores
+        self.watch = Watch(config.ppo.kl_limit)
         self.prepare_prompts(train=True)
 
     # --- models and data --------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def roles(config: PPOConfig, vocab_size: int, sources: Sources) -> list[Role]:
-        """Return the policy, a separate critic if there is one, and the reference if there is a KL term."""
-        model, source = config.model, sources.at(config.model.path)
-        critic = critic_kind(config)
-        heads = ("lm", "value") if critic == "shared" else ("lm",)
-        about = "trains and generates"
-        roles = [Role("policy", model, vocab_size, heads, optim=config.optim, source=source, about=about)]
-        if critic == "separate":
-            roles.append(_critic(config, vocab_size, sources))
-        if config.ppo.kl_coef > 0:
-            about = "the policy's first weights, in host memory"
-            roles.append(Role("reference", model, vocab_size, source=source, about=about, swaps_with="policy"))
-        return [*roles, *reward_roles(config, sources)]
-
-    @staticmethod
-    def plan(config: PPOConfig, assumed: PlanConfig) -> Workload:
-        """Return the size of a phase."""
-        notes = {"critic": "a head on the policy's trunk"} if critic_kind(config) == "shared" else {}
-        return Workload(
-            steps=steps_per_phase(config),
-            entropy=config.ppo.entropy_coef > 0,
-            rollouts=config.ppo.rollouts,
-            rescored=True,
-            notes={**notes, **reward_note(config)},
-            **responses(config, assumed),
-        )
+    roles = staticmethod(roles)
+    plan = staticmethod(plan)
 
     def configure_model(self) -> None:
         """Build the engines, the critic and the rollout source."""
@@ -107,19 +81,22 @@ class PPO(GenerativeModule):
             return
         phases = self.config.trainer.max_phases
         trained = {"policy": phases - self.warmup_phases, "critic": phases}
-        for role in self.roles(self.config, self.vocab_size, self.sources):
+        config = self.config
+        for role in self.roles(config, self.vocab_size, self.sources):
             if role.on_device:
                 self.engines[role.name] = self.build(role, trained.get(role.name, 0) * self.steps_per_phase)
         self.policy = self.engines["policy"]
         self.critic = self._make_critic()
-        if ignored := without_effect(self.config):
-            kind = self.config.ppo.advantages
-            log.warning("%s: no effect, because ppo.advantages=%s does not use it", ", ".join(ignored), kind)
+        if config.ppo.action_mask is not None:
+            self.action_mask = ActionMask(self.engines["action_mask"], config.ppo.action_mask, self.temperature)
+            self.masking = self.action_mask.masking
+        for setting, ignored in without_effect(config).items():
+            log.warning("%s: no effect, because %s does not use it", ", ".join(ignored), setting)
         self.prepare_generation()
 
     @property
     def _trained(self) -> list[Engine]:
-        return [engine for engine in self.engines.values() if engine.saved]
+        return [engine for engine in self.engines.values() if engine.trains]
 
     def _make_critic(self) -> Critic:
         kind, ppo = critic_kind(self.config), self.config.ppo
@@ -145,6 +122,8 @@ class PPO(GenerativeModule):
         if clones(config):
             own_start = self.critic.engine is not None and config.critic.settings.path is not None
             self._clone(config, [self.policy] if own_start else self._trained)
+        if self.action_mask is not None:
+            self.action_mask.refresh(self.policy)
         if config.ppo.kl_coef > 0:
             self.reference = self._make_reference()
             if clones(config):
@@ -196,57 +175,89 @@ class PPO(GenerativeModule):
         """Number of prompts in a phase."""
         return self.config.ppo.rollouts // self.config.rollout.n
 
-    def train_dataloader(self) -> Iterable[Tensor]:
-        """Return the loader of prompt indices, from the first prompt that the run did not use yet."""
-        return build_phase_loader(
-            self.prompts, self.rows_per_step, self.config.seed, start=self.steps_done, rows=self.rows_read
-        )
+    def train_dataloader(self) -> Iterable[int]:
+        """Return an item per phase."""
+        return self.phase_loader()
 
     # --- a phase ----------------------------------------------------------------------------------------------------
 
-    def training_step(self, indices: Tensor, batch_idx: int) -> None:
-        """Run one phase over the prompts at `indices` [prompts] and log its metrics."""
-        prompts = [self.prompts[index] for index in indices.tolist()]
+    def training_step(self, _: int, batch_idx: int) -> None:
+        """Run one phase over the next prompts and log its metrics."""
         self._move_schedules()
         rate = self.policy.learning_rate
-        # 1. Generate responses.
-        sampled = self.generate(prompts)
-        greedy = self.generate_greedy(prompts) if self.needs.greedy else []
-        # 2. Score them, all in one call.
-        scores = self.score(prompts, [*sampled, *greedy])
-        greedy_scores = scores.part(slice(len(sampled), None)).values if self.needs.greedy else None
-        scores = scores.part(slice(len(sampled)))
-        rollouts, kept_scores, baseline_scores = self.keep_scored(sampled, scores, greedy_scores)
-        baselines = None
-        if baseline_scores is not None:
-            baselines = Greedy(baseline_scores, [greedy[one.prompt_id].finish_reason == "length" for one in rollouts])
-        rows = rollouts_to_rows(rollouts)
-        self.row_names = [f"{prompts[one.prompt_id].where}, response {one.sample_id}" for one in rollouts]
+        # 1. and 2. Generate responses and score them.
+        found = self._collect()
+        rollouts, rows = found.rollouts, rollouts_to_rows(found.rollouts)
+        self.row_names = [f"{found.prompts[one.prompt_id].where}, response {one.sample_id}" for one in rollouts]
         # 3. Evaluate them: log-probs and values under the weights that training starts from.
         with self.clock.part("evaluate"):
             rows, stats = self._evaluate(rows)
         # 4. Shape scores into advantages.
         with self.clock.part("shape"):
-            rows, shaped = self.shaping.shape(rows, kept_scores, baselines)
+            rows, shaped = self.shaping.shape(rows, found.scores, found.greedy, found.all_scores.totals())
             stats |= shaped
             self._refuse_not_finite(rows, *(name for name in ("advantages", "returns") if name in rows))
         kl = stats.get("rollout/kl", 0.0)
-        self._watch_kl(kl)
-        self._watch_scores(stats, groups=len(rows["group"].unique()))
+        self.watch.kl(kl)
+        self.watch.scores(stats, groups=len(rows["group"].unique()))
+        if self.steps_done >= self.warmup_phases:
+            stats |= self.shaping.steer_entropy(stats["rollout/entropy"])
         # 5. Train.
         with self.clock.part("train"):
             stats |= self._train(rows)
         self.shaping.kl_control.update(kl, len(rollouts))
-        self.advance(new_weights=self.steps_done >= self.warmup_phases)
+        self.advance(new_weights=self.steps_done >= self.warmup_phases, rows=len(found.prompts))
+        if self.action_mask is not None and self.action_mask.is_due(self.steps_done):
+            self.action_mask.refresh(self.policy)
         self.work = self._work(rows)
-        self.log_dict({"train/lr": rate, **self.score_metrics(scores, len(rollouts)), **stats})
+        self.log_dict({"train/lr": rate, **self._collection_metrics(found), **stats})
+
+    def _collect(self) -> Collected:
+        """Return the scored responses of this phase. With ppo.dynamic_sampling, other prompts replace those whose
+        responses have equal scores."""
+        wanted, dynamic = self.rows_per_step, self.config.ppo.dynamic_sampling
+        found = collect(
+            self.draw,
+            self._respond,
+            wanted,
+            most=None if dynamic is None else int(wanted * dynamic.limit),
+            clip_scores=self.config.ppo.clip_scores,
+        )
+        if not found.rollouts:
+            if dynamic is None or found.unscored == len(found.all_scores.values):
+                some = found.all_scores.dropped < len(found.all_scores.values)
+                raise self.nothing_scored(len(found.all_scores.values), with_greedy=some)
+            raise no_spread(len(found.prompts), self.steps_done + 1, dynamic.limit)
+        if found.replaced > len(found.prompts) - wanted:
+            self.watch.short_phase(len(found.prompts) - found.replaced, wanted)
+        return found
+
+    def _respond(self, prompts: Sequence[Prompt], first: int) -> Scored:
+        """Generate responses to the prompts from number `first` on, and score them all in one call."""
+        sampled = self.generate(prompts, first)
+        greedy = self.generate_greedy(prompts, first) if self.needs.greedy else []
+        scores = self.score(prompts, [*sampled, *greedy])
+        of_greedy = scores.part(slice(len(sampled), None)).values
+        return Scored(sampled, scores.part(slice(len(sampled))), greedy, of_greedy)
+
+    def _collection_metrics(self, found: Collected) -> dict[str, float]:
+        metrics = self.score_metrics(found.all_scores, found.unscored)
+        if self.config.ppo.dynamic_sampling is not None:
+            metrics["rollout/prompts"] = float(len(found.prompts))
+            metrics["rollout/replaced"] = float(found.replaced)
+            metrics["rollout/score_before_replacing"] = mean(found.all_scores.totals())
+        return metrics
 
     def _evaluate(self, rows: Rows) -> tuple[Rows, dict[str, float]]:
         """Add the columns old_logprobs, values (if there is a critic) and ref_logprobs (if there is a reference)."""
         mask = rows.action_mask
+        stats: dict[str, float] = {}
+        if self.action_mask is not None:
+            micro, pack = self.config.trainer.micro_batch_size, self.config.ppo.pack
+            rows, stats = self.action_mask.read(rows, per_microbatch=micro, share_bins=pack)
 
         def of_policy(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
-            out = model.logprobs(hidden, batch.targets, batch.target_mask, self.temperature, entropy=True)
+            out = self._token_logprobs(model, hidden, batch, entropy=True)
             assert out.entropy is not None
             return {"old_logprobs": out.logprobs, "entropy": out.entropy, **self.critic.values_beside(model, hidden)}
 
@@ -262,8 +273,10 @@ class PPO(GenerativeModule):
             self.invariants.same_weights(float(gap.abs().max()))
         tokens = mask.sum()
         drift = float(((rows["rollout_logprobs"] - rows["old_logprobs"]).abs() * mask).sum() / tokens)
-        self.invariants.drift(drift)
+        if self.config.ppo.correction is None:  # which corrects what this checks
+            self.invariants.drift(drift)
         return rows, {
+            **stats,
             "rollout/logprob_drift": drift,
             "rollout/entropy": float((entropy * mask).sum() / tokens),
             "rollout/response_tokens": float(tokens / len(rows)),
@@ -273,9 +286,14 @@ class PPO(GenerativeModule):
         """Return the log-probs [rows, time] of all rows' tokens under an engine's present weights."""
 
         def of_tokens(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
-            return {"logprobs": model.logprobs(hidden, batch.targets, batch.target_mask, self.temperature).logprobs}
+            return {"logprobs": self._token_logprobs(model, hidden, batch).logprobs}
 
         return self._forward(engine, rows, of_tokens)["logprobs"]
+
+    def _token_logprobs(self, model: GPT, hidden: Tensor, batch: Microbatch, *, entropy: bool = False) -> TokenLogprobs:
+        """Return the log-probs of a microbatch's targets, over the tokens that may be chosen."""
+        choices = None if self.action_mask is None else self.action_mask.choices(batch)
+        return model.logprobs(hidden, batch.targets, batch.target_mask, self.temperature, entropy, choices)
 
     def _forward(self, engine: Engine, rows: Rows, fn: ForwardFn) -> dict[str, Tensor]:
         micro, pack = self.config.trainer.micro_batch_size, self.config.ppo.pack
@@ -335,12 +353,13 @@ class PPO(GenerativeModule):
         if self.policy_trains:
             metrics = self.policy.train_step(self.last_batch, self.policy_loss, self._count)
             metrics["train/loss"] = metrics["loss"]
-            learns = self.policy.learning_rate > 0 and bool(rows["advantages"][indices].any())
+            learns = self.policy.learning_rate > 0 and bool(self._signal(rows)[indices].any())
             if self.critic.shares_trunk:
                 learns = learns and self.config.ppo.vf_coef * metrics["value/loss"] != 0
             self.invariants.gradients(self.policy, learns, fresh=self._is_fresh(self.warmup_phases))
             if first and metrics["tokens"] > 0:
-                self.invariants.on_policy(metrics["policy/ratio"], metrics["policy/clip_fraction"])
+                narrowest = min(self.config.ppo.clip_low, self.config.ppo.clip_high)
+                self.invariants.on_policy(metrics["policy/ratio"], metrics["policy/clip_fraction"], narrowest)
             limit = self.config.ppo.stop_at_kl
             if limit is not None and metrics["policy/approx_kl"] > limit:
                 self.policy_trains = False
@@ -354,6 +373,15 @@ class PPO(GenerativeModule):
         logged = {key: value for key, value in metrics.items() if "/" in key}
         return {**logged, **named, "tokens": metrics["tokens"]}
 
+    def _signal(self, rows: Rows) -> Tensor:
+        """Return [rows, time], not 0 at the tokens whose loss has a gradient at the start of a phase."""
+        signal = rows["advantages"]
+        if "weights" in rows:
+            signal = signal * rows["weights"]
+        if self.action_mask is not None:  # where there is one choice, its probability is 1
+            signal = signal * (rows["allowed"] > 1)
+        return signal
+
     def _is_fresh(self, first_phase: int) -> bool:
         """Return whether this is the first phase in which an engine trains, if it trains from `first_phase` on."""
         return self.steps_done == first_phase
@@ -363,12 +391,12 @@ class PPO(GenerativeModule):
     def policy_loss(
         self, model: GPT, hidden: Tensor, batch: Microbatch, counts: dict[str, float]
     ) -> tuple[Tensor, Stats]:
-        """Return the clipped policy loss with the entropy bonus, the KL loss and a shared critic's value loss, as
+        """Return the policy loss with the entropy bonus, the KL loss and a shared critic's value loss, as
         configured."""
         ppo, rows, mask = self.config.ppo, batch.rows, batch.rows.action_mask
         how = {"norm": float(self.config.rollout.max_new_tokens), "denominator": counts["units"]}
-        entropy_counts = ppo.entropy_coef > 0
-        out = model.logprobs(hidden, batch.targets, batch.target_mask, self.temperature, entropy=entropy_counts)
+        entropy_coef = self.shaping.entropy_control.value
+        out = self._token_logprobs(model, hidden, batch, entropy=entropy_coef > 0)
         logprobs = batch.gather_rows(out.logprobs)
         loss, found = ppo_policy_loss(
             logprobs,
@@ -380,6 +408,8 @@ class PPO(GenerativeModule):
             dual_clip=ppo.dual_clip,
             ratio=ppo.ratio,
             aggregation=ppo.aggregation,
+            objective=ppo.objective,
+            weights=rows.per_token.get("weights"),
             **how,
         )
         # Where the loss counts rows, statistics are means over the microbatch's tokens: weight them by its share.
@@ -390,13 +420,13 @@ class PPO(GenerativeModule):
         stats["policy/loss"] = loss
         if out.entropy is not None:
             entropy = aggregate(batch.gather_rows(out.entropy), mask, ppo.aggregation, **how)
-            loss = loss - ppo.entropy_coef * entropy
+            loss = loss - entropy_coef * entropy
             stats["policy/entropy"] = entropy
         if ppo.kl_in == "loss" and "ref_logprobs" in rows:
-            kl = kl_estimate(mask_out(logprobs, mask), mask_out(rows["ref_logprobs"], mask), ppo.kl_kind)
-            kl_loss = aggregate(kl, mask, ppo.aggregation, **how)
-            loss = loss + self.shaping.kl_control.value * kl_loss
-            stats["policy/kl_loss"] = kl_loss
+            policy, reference, old = (mask_out(x, mask) for x in (logprobs, rows["ref_logprobs"], rows["old_logprobs"]))
+            kl = aggregate(kl_loss(policy, reference, old, ppo.kl_kind), mask, ppo.aggregation, **how)
+            loss = loss + self.shaping.kl_control.value * kl
+            stats["policy/kl_loss"] = kl
         value_loss, value_stats = self.critic.loss_beside(model, hidden, batch, counts)
         loss = loss + value_loss
         return loss, {**stats, **value_stats, "loss": loss}
@@ -422,49 +452,10 @@ class PPO(GenerativeModule):
         if self.config.ppo.kl_coef > 0:
             self._find_reference(Path(checkpoint["folder"]))
 
-    # --- watching ---------------------------------------------------------------------------------------------------
+    # --- helpers ----------------------------------------------------------------------------------------------------
 
     def _refuse_not_finite(self, rows: Rows, *names: str) -> None:
-        """Refuse columns that have NaN or infinity. The columns are the same on every rank."""
-        for name in names:
-            wrong = (~torch.isfinite(rows[name])).any(dim=1).nonzero()
-            if len(wrong):
-                raise NumericsError(
-                    f"{self.row_names[int(wrong[0])]}: {name} in phase {self.steps_done + 1} has NaN or infinity: "
-                    "check the weights (a lower optim.lr, an earlier checkpoint) and the scores of this response",
-                    key=name,
-                    where=self.row_names[int(wrong[0])],
-                )
-
-    def _watch_kl(self, kl: float) -> None:
-        """Warn when the KL to the reference exceeds half of ppo.kl_limit; stop the run when it exceeds the limit."""
-        limit = self.config.ppo.kl_limit
-        if limit is None:
-            return
-        if kl > limit:
-            raise NumericsError(
-                f"the KL to the reference is {kl:.4g} per response, above ppo.kl_limit={limit:g}: raise ppo.kl_coef, "
-                "lower optim.lr, or resume from an earlier checkpoint (run.resume)",
-                key="ppo.kl_limit",
-                value=limit,
-            )
-        if kl > limit / 2 and not self.kl_warned:
-            self.kl_warned = True
-            log.warning("the KL to the reference is %.4g per response, above half of ppo.kl_limit=%g", kl, limit)
-
-    def _watch_scores(self, stats: Mapping[str, float], groups: int) -> None:
-        """Warn once when the scores of several phases in a row do not differ."""
-        all_equal = stats["rollout/score_std"] == 0
-        no_signal = all_equal or stats.get("rollout/zero_spread_groups") == groups
-        self.equal_phases = self.equal_phases + 1 if no_signal else 0
-        if self.equal_phases == EQUAL_PHASES:
-            log.warning(
-                "all responses %sof %d phases in a row scored %s: they give no signal to learn from; "
-                "check reward.fn and samples.jsonl",
-                "" if all_equal else "to a prompt ",
-                EQUAL_PHASES,
-                f"{stats['rollout/score']:.4g}" if all_equal else "the same",
-            )
+        self.watch.finite(rows, names, self.row_names, self.steps_done + 1)
 
     def _work(self, rows: Rows) -> Work:
         """Count generation and evaluation as forward passes, and each inner epoch as a forward and a backward pass."""
@@ -473,26 +464,3 @@ class PPO(GenerativeModule):
         self.training_flops = once * models * self.config.ppo.inner_epochs
         passes = FORWARD_SHARE * (len(self.engines) + 1 + (self.reference is not None))
         return Work(int(rows.lengths.sum()), self.training_flops + once * passes)
-
-
-def steps_per_phase(config: PPOConfig) -> int:
-    """Return the optimizer steps of a phase that trains on all of its responses in every epoch."""
-    return config.ppo.inner_epochs * -(-config.ppo.rollouts // config.trainer.global_batch_size)
-
-
-def _critic(config: PPOConfig, vocab_size: int, sources: Sources) -> Role:
-    """Return the role of a separate critic: the model at `critic.separate.path`, or a copy of the policy if that is
-    null."""
-    critic = config.critic.settings
-    model = second_model(config, "critic.separate.path", critic.path, vocab_size, sources)
-    lr = config.optim.lr if critic.lr is None else critic.lr
-    return Role(
-        "critic",
-        model,
-        model.vocab_size or vocab_size,
-        heads=("value",),
-        optim=replace(config.optim, lr=lr),
-        lr_key="optim.lr" if critic.lr is None else "critic.separate.lr",
-        source=sources.at(critic.path or config.model.path),
-        about="trains, a separate model",
-    )

@@ -7,18 +7,17 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megarl.clock import Work
 from megarl.config.cluster import PlanConfig
 from megarl.config.rft import RFTConfig
-from megarl.data.prompts import build_phase_loader
 from megarl.errors import ConfigError
+from megarl.experience.build_scorers import reward_roles
 from megarl.experience.rows import rollouts_to_rows, training_flops
 from megarl.models.exchange.pretrained import Sources
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour, clones
-from megarl.modules.generative import GenerativeModule, reward_roles
+from megarl.modules.generative import GenerativeModule
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.modules.workload import Workload, responses, reward_note
 from megarl.parallel.grid import SEEDS
@@ -97,19 +96,17 @@ class RFT(GenerativeModule):
         """Number of prompts in a phase."""
         return self.config.rft.prompts or len(self.prompts)
 
-    def train_dataloader(self) -> Iterable[Tensor]:
-        """Return the loader of prompt indices, from the first prompt that the run did not use yet."""
-        return build_phase_loader(
-            self.prompts, self.rows_per_step, self.config.seed, start=self.steps_done, rows=self.rows_read
-        )
+    def train_dataloader(self) -> Iterable[int]:
+        """Return an item per phase."""
+        return self.phase_loader()
 
-    def training_step(self, indices: Tensor, batch_idx: int) -> None:
-        """Run one phase over the prompts at `indices` [prompts] and log its metrics."""
-        prompts = [self.prompts[index] for index in indices.tolist()]
+    def training_step(self, _: int, batch_idx: int) -> None:
+        """Run one phase over the next prompts and log its metrics."""
+        prompts = self.draw(0, self.rows_per_step)
         rate = self.policy.learning_rate
         responses = self.generate(prompts)
         scores = self.score(prompts, responses)
-        rollouts, scored, _ = self.keep_scored(responses, scores)
+        rollouts, scored = self.keep_scored(responses, scores)
         answers = drop_duplicates(rollouts, scored)
         rows = rollouts_to_rows([rollout for rollout, _ in answers])
         with self.clock.part("train"):
@@ -122,7 +119,7 @@ class RFT(GenerativeModule):
                 "train/lr": rate,
                 "rollout/score": sum(totals) / len(totals),
                 "rollout/distinct": len(answers) / len(rollouts),
-                **self.score_metrics(scores, len(rollouts)),
+                **self.score_metrics(scores, len(responses) - len(rollouts)),
                 "rollout/response_tokens": sum(len(rollout.response) for rollout in rollouts) / len(rollouts),
                 **stats,
             }

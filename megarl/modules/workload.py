@@ -69,14 +69,15 @@ def responses(config: Any, assumed: PlanConfig) -> dict[str, Any]:
 def generation(config: Any, assumed: PlanConfig) -> dict[str, Any]:
     """Return the `Workload` fields that describe generation."""
     prompt, response, longest = _lengths(config, assumed)
+    engine = config.rollout.engine_settings
     return {
         "prompt": prompt,
         "response": response,
         "longest": longest,
-        "slots": config.rollout.slots,
-        "cache_bytes": config.rollout.cache_bytes,
-        "rollout_layout": config.rollout.layout,
-        "cuda_graphs": config.rollout.cuda_graphs,
+        "slots": engine.slots,
+        "cache_bytes": engine.cache_bytes,
+        "rollout_layout": engine.layout,
+        "cuda_graphs": engine.cuda_graphs,
     }
 
 

@@ -204,6 +204,11 @@ class Engine:
             chunk.zero_grad_buffer()  # the buffers' hooks consume the parameters' own .grad as soon as it is set
 
     @property
+    def trains(self) -> bool:
+        """Whether there is an optimizer."""
+        return self._optimizer is not None
+
+    @property
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
         assert self._optimizer is not None

@@ -138,27 +138,28 @@ def refuse_what_cannot_be_moved(present: Layout, layout: Layout, *, tied: bool) 
     """Raise for layouts that megatron-core 0.16.1 cannot copy to, before anything is built."""
     if present.vpp > 1 or layout.vpp > 1:
         raise ConfigError(
-            f"rollout.layout={layout} cannot be reached from {present}: megatron-core moves one chunk per process, and "
-            "virtual stages have several: set parallel.vpp=null, or rollout.layout=null",
-            key="rollout.layout",
+            f"rollout.engine.layout={layout} cannot be reached from {present}: megatron-core moves one chunk per "
+            "process, and virtual stages have several: set parallel.vpp=null, or rollout.engine.layout=null",
+            key="rollout.engine.layout",
             value=layout,
-            offers={"parallel.vpp": [None], "rollout.layout": [None]},
+            offers={"parallel.vpp": [None], "rollout.engine.layout": [None]},
         )
     if present.cp > 1 or layout.cp > 1:
         raise ConfigError(
-            f"rollout.layout={layout} with parallel.cp={present.cp}: weights are not moved under context parallelism: "
-            "set parallel.cp=1, or rollout.layout=null",
-            key="rollout.layout",
+            f"rollout.engine.layout={layout} with parallel.cp={present.cp}: weights are not moved under context "
+            "parallelism: set parallel.cp=1, or rollout.engine.layout=null",
+            key="rollout.engine.layout",
             value=layout,
-            offers={"parallel.cp": [1], "rollout.layout": [None]},
+            offers={"parallel.cp": [1], "rollout.engine.layout": [None]},
         )
     if layout.pp > 1 and tied:
         raise ConfigError(
-            f"rollout.layout={layout} has pipeline stages, and the model's output is tied to its embedding: "
-            "megatron-core does not find the last stage's copy of it: use a layout of tp alone, or rollout.layout=null",
-            key="rollout.layout",
+            f"rollout.engine.layout={layout} has pipeline stages, and the model's output is tied to its embedding: "
+            "megatron-core does not find the last stage's copy of it: use a layout of tp alone, or "
+            "rollout.engine.layout=null",
+            key="rollout.engine.layout",
             value=layout,
-            offers={"rollout.layout": [None]},
+            offers={"rollout.engine.layout": [None]},
         )
 
 
@@ -177,16 +178,16 @@ def _check_shapes(source: Engine, target: Engine) -> None:
     for name, shape in (item for _, theirs in ranks for item in theirs.items()):
         if name not in found:
             raise ConfigError(
-                f"rollout.layout={target.grid.layout}: {source.name} has no {name} to move there",
-                key="rollout.layout",
+                f"rollout.engine.layout={target.grid.layout}: {source.name} has no {name} to move there",
+                key="rollout.engine.layout",
                 value=target.grid.layout,
                 where=name,
             )
         if found[name] != shape:
             raise ConfigError(
-                f"rollout.layout={target.grid.layout}: {name} is {list(shape)} there and {list(found[name])} in "
+                f"rollout.engine.layout={target.grid.layout}: {name} is {list(shape)} there and {list(found[name])} in "
                 f"{source.grid.layout} (vocabularies are padded to suit tp): use a tp that is a power of 2",
-                key="rollout.layout",
+                key="rollout.engine.layout",
                 value=target.grid.layout,
                 where=name,
             )

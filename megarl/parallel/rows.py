@@ -144,6 +144,14 @@ class Microbatch(ModelInputs):
         first tokens and in padding."""
         return gather(outputs, self.token_index)
 
+    def at_states(self, column: Tensor) -> Tensor:
+        """Lay a column [rows, time] of the rows out as [bins, time]: each entry at the state that predicts its token, 0
+        elsewhere. The inverse of `gather_rows`."""
+        flat = column.new_zeros(self.tokens.numel())
+        known = self.token_index >= 0
+        flat[self.token_index[known]] = column[known]
+        return flat.view(self.tokens.shape)
+
     def gather_states(self, outputs: Tensor) -> Tensor:
         """Gather outputs [bins, time] into rows [rows, time]: the output of the state after each token; 0 in padding
         and where a token was not read."""

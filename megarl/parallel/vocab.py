@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.parallel.choices import Choices
 from megarl.parallel.gradients import gradient_buffer, handed_over
 from megarl.parallel.products import add_product, linear, linear_into, reusable_output
 
@@ -33,6 +34,7 @@ class VocabShard:
 
     start: int
     valid: int  # rows with a token id; the remaining rows are padding and never enter a sum
+    rows: int  # with padding; the same on every rank
     group: dist.ProcessGroup | None
 
     @classmethod
@@ -40,7 +42,8 @@ class VocabShard:
         """Return the shard of rank `tp_rank`; the group is None without tensor parallelism."""
         rows = padded_vocab(vocab_size, tp) // tp
         start = rows * tp_rank
-        return cls(start=start, valid=max(0, min(vocab_size - start, rows)), group=group if tp > 1 else None)
+        valid = max(0, min(vocab_size - start, rows))
+        return cls(start=start, valid=valid, rows=rows, group=group if tp > 1 else None)
 
 
 class VocabStats(NamedTuple):
@@ -65,14 +68,18 @@ def vocab_stats(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
+    choices: Choices | None = None,
 ) -> VocabStats:
     """Compute statistics of softmax((hidden @ weight.T + bias) / temperature) at each of n positions.
 
     hidden: [n, hidden], the same on every tensor-parallel rank. Its gradient is this shard's partial sum; the caller
     must sum it over the group (`copy_to_tensor_model_parallel_region` or the sequence gather does so).
     weight: [rows of this shard, hidden]; bias: [rows of this shard]; targets: [n] token ids.
+    choices: the tokens that the softmax is over; None for all. Targets must be among them.
     """
-    target_logits, lse, mean_logit = _VocabStats.apply(hidden, weight, bias, targets, shard, temperature, entropy)
+    target_logits, lse, mean_logit = _VocabStats.apply(
+        hidden, weight, bias, targets, shard, temperature, entropy, choices
+    )
     return VocabStats(target_logits, lse, lse - mean_logit if entropy else None)
 
 
@@ -108,6 +115,7 @@ class _VocabStats(torch.autograd.Function):
         shard: VocabShard,
         temperature: float,
         entropy: bool,
+        choices: Choices | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         n = hidden.shape[0]
@@ -115,7 +123,7 @@ class _VocabStats(torch.autograd.Function):
         if shard.valid == 0:
             local[1] = -torch.inf
         else:
-            for rows, logits in _chunks_of_logits(hidden, weight, bias, shard, temperature, dtype):
+            for rows, logits in _chunks_of_logits(hidden, weight, bias, shard, temperature, dtype, choices):
                 mine, index = _local_targets(targets[rows], shard)
                 local[0, rows] = logits.gather(1, index[:, None])[:, 0].masked_fill(~mine, 0.0)
                 # In place throughout: on a CPU, fresh memory of this size costs as much as the arithmetic.
@@ -131,7 +139,7 @@ class _VocabStats(torch.autograd.Function):
                 del logits
         target_logits, lse, mean_logit = _combine(local, shard.group)
         ctx.save_for_backward(hidden, weight, bias, targets, lse, mean_logit)
-        ctx.shard, ctx.temperature, ctx.entropy, ctx.dtype = shard, temperature, entropy, dtype
+        ctx.shard, ctx.temperature, ctx.entropy, ctx.dtype, ctx.choices = shard, temperature, entropy, dtype, choices
         return target_logits, lse, mean_logit
 
     @staticmethod
@@ -147,7 +155,11 @@ class _VocabStats(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=ctx.dtype) if buffer is None else buffer
         grad_bias = torch.zeros_like(bias, dtype=ctx.dtype) if bias is not None and bias.requires_grad else None
         valid = slice(0, shard.valid)
-        chunks = _chunks_of_logits(hidden, weight, bias, shard, ctx.temperature, ctx.dtype) if shard.valid else ()
+        chunks = (
+            _chunks_of_logits(hidden, weight, bias, shard, ctx.temperature, ctx.dtype, ctx.choices)
+            if shard.valid
+            else ()
+        )
         for rows, logits in chunks:
             mine, index = _local_targets(targets[rows], shard)
             scale = grad_lse[rows, None]
@@ -172,6 +184,7 @@ class _VocabStats(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -190,7 +203,13 @@ def _chunks(n: int, columns: int, device: torch.device) -> list[slice]:
 
 
 def _chunks_of_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: VocabShard, temperature: float, dtype: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shard: VocabShard,
+    temperature: float,
+    dtype: torch.dtype,
+    choices: Choices | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of rows with this shard's scaled logits [rows, valid]. All chunks may share the same memory, and
     the caller may overwrite it."""
@@ -200,7 +219,9 @@ def _chunks_of_logits(
     for rows in chunks:
         out = None if shared is None else shared[: rows.stop - rows.start]
         logits = linear(hidden[rows], weight, bias, out=out).to(dtype)
-        yield rows, logits.div_(temperature) if temperature != 1.0 else logits
+        if temperature != 1.0:
+            logits.div_(temperature)
+        yield rows, logits if choices is None else choices.restrict(logits, rows)
         del logits  # free it before the next chunk is made; the caller does the same
 
 

@@ -15,12 +15,13 @@ from megarl.rollout.generator import Limits
 from megarl.rollout.resharded import check_divides
 
 PHASES = ("generate", "reward", "score", "train", "save")
-GENERATOR = "generator"  # the policy's copy in `rollout.layout`
+GENERATOR = "generator"  # the policy's copy in `rollout.engine.layout`
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache")
 PROCESS = 4 * 2**30  # of host memory: Python, torch, CUDA's libraries and their buffers, before any model
 BUCKET_ELEMENTS = 40_000_000  # minimum number of elements of Megatron's gradient buckets
 _INPUTS = 80  # bytes per token of a microbatch: 36 for inputs and targets, 44 for rows and their columns
 _SAMPLING = {"gpu": 20, "cpu": 14}  # peak bytes per logit while a token is sampled
+_MASKING = 5  # and where another model masks tokens: a byte for each, and a copy of the logits
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _in_turn(uses: list[Use]) -> list[Use]:
 
 
 def _add_generation(plan: RankPlan, work: Work, *, on_cpu: bool) -> None:
-    """Add the cache, the passes over it, and with `rollout.layout` the policy's second copy as an additional role."""
+    """Add the cache, the passes over it, and the second copy of the policy with `rollout.engine.layout` as a role."""
     there, stage, name = work.generating, plan.stage, work.engines[0].name
     Limits(graphs=work.cuda_graphs).check(there.layout)
     moved = there is not work
@@ -158,12 +159,13 @@ def _use(work: Work, role: Role, shards: dict[str, Shard], stage: int, phase: st
 def _offloaded(use: Use, work: Work, role: Role, phase: str) -> Use:
     """Return the memory of a role with `parallel.offload`.
 
-    While a model generates or gives rewards, it is alone on the device, without its optimizer. The optimizer comes back
+    While a model generates or gives rewards, it is alone on the device, without its optimizer; a model that masks its
+    tokens is there, too. The optimizer comes back
     when training begins, and a reward model only for the next responses. Several reward models give rewards one after
     the other, but are all counted. Host memory that was needed once is kept.
     """
     is_policy = role is work.roles[0]
-    on_device = {"generate": is_policy, "reward": role.scores}.get(phase, not role.scores)
+    on_device = {"generate": is_policy or role.follows, "reward": role.scores}.get(phase, not role.scores)
     leaves = not is_policy or bool(work.rewards)  # the policy's weights make room for the reward model
     host = use.host + use.optimizer + (use.weights if leaves else 0.0)
     if phase not in ("train", "save"):
@@ -253,7 +255,7 @@ def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[f
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu, gathered=False)
     slots = slots_of(work)
     length = work.prompt + work.longest
-    cache = slots * KVCache.slot_bytes(config, held.layers, work.layout.tp, length)
+    cache = slots * KVCache.slot_bytes(config, held.layers, work.layout.tp, length) * (1 + work.masks)
     tokens = min(Limits.prefill_tokens, slots * work.prompt)
     passing = tokens * (act.passing_forward(config, shape) + shape.rotary * 2 * shape.element + _INPUTS)
     rows = -(-slots // work.layout.pp)
@@ -266,7 +268,8 @@ def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[f
         narrow = shape.element if shape.element < 4 else 0
         q_heads = work.engines[0].heads.count("q")
         guiding = 4 * (1 + q_heads) if q_heads else 0  # their values, and the sampling scores
-        logits = float(rows * columns * (_SAMPLING["cpu" if on_cpu else "gpu"] + narrow + guiding))
+        masking = work.masks * _MASKING
+        logits = float(rows * columns * (_SAMPLING["cpu" if on_cpu else "gpu"] + narrow + guiding + masking))
     return max(0.0, passing - logits), logits, cache
 
 
@@ -278,7 +281,7 @@ def slots_of(work: Work) -> int:
     if work.cache_bytes is not None:
         layers = work.model.num_layers // groups
         slot = KVCache.slot_bytes(gpt_config(work), layers, work.layout.tp, work.prompt + work.longest)
-        per_group = max(1, min(per_group, work.cache_bytes // slot // groups))
+        per_group = max(1, min(per_group, work.cache_bytes // slot // (1 + work.masks) // groups))
     return per_group * groups
 
 

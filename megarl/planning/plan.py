@@ -108,7 +108,7 @@ def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
                 work.on(other, micro=work.micro, recompute=parallel.recompute),
             )
     if (work.rollouts or work.evaluates) and work.slots > 1:
-        yield f"rollout.slots={work.slots // 2}", replace(work, slots=work.slots // 2)
+        yield f"rollout.engine.slots={work.slots // 2}", replace(work, slots=work.slots // 2)
     if any(role.name == "critic" for role in work.roles):
         policy, *others = work.roles
         roles = [replace(policy, heads=("lm", "value")), *(role for role in others if role.name != "critic")]

@@ -52,6 +52,11 @@ class Work(Workload):
         return tuple(role for role in self.roles if role.on_device)
 
     @property
+    def masks(self) -> int:
+        """Number of models that generate beside the policy and mask its tokens."""
+        return sum(role.follows for role in self.roles)
+
+    @property
     def rewards(self) -> tuple[Role, ...]:
         """The reward models."""
         return tuple(role for role in self.roles if role.scores)

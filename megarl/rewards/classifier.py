@@ -90,7 +90,7 @@ def score(
         gives: probability or logit, of a model with several labels. Labels that exclude each other share a probability
             of 1; those of a multi_label_classification have each their own.
         batch_size: texts in a forward pass.
-        device: where the model runs, such as cuda:0 with reward.devices=0.
+        device: where the model runs, such as cuda:0 with reward.calls.devices=0.
     """
     for name, value, offered in (("reads", reads, READS), ("gives", gives, GIVES)):
         if value not in offered:

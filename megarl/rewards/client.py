@@ -45,8 +45,8 @@ REMEDIES = {
     "raised": "correct the function",
     "count": "let it return one score for every sample",
     "score": "let it return a finite number for every sample",
-    "late": "give it more time (reward.timeout) or fewer samples per call (reward.batch_size)",
-    "died": "look at what it printed, or give it fewer samples per call (reward.batch_size) where memory ran out",
+    "late": "give it more time (reward.calls.timeout) or fewer samples per call (reward.calls.batch_size)",
+    "died": "look at what it printed, or give it fewer samples per call (reward.calls.batch_size) where memory ran out",
 }
 
 
@@ -117,11 +117,16 @@ class RewardWorker:
         """
         self._key = key
         for name, good, value, wants in (
-            ("timeout", timeout_s > 0 and math.isfinite(timeout_s), timeout_s, "a number of seconds above 0"),
-            ("retries", retries >= 0, retries, "0 or more"),
+            (
+                "reward.calls.timeout",
+                timeout_s > 0 and math.isfinite(timeout_s),
+                timeout_s,
+                "a number of seconds above 0",
+            ),
+            ("reward.calls.retries", retries >= 0, retries, "0 or more"),
         ):
             if not good:
-                raise ConfigError(f"reward.{name}={value} is not valid: use {wants}", key=f"reward.{name}", value=value)
+                raise ConfigError(f"{name}={value} is not valid: use {wants}", key=name, value=value)
         if on_error not in ON_ERROR:
             raise ConfigError(
                 f"reward.on_error={on_error} is not valid: use {either(ON_ERROR)}",
@@ -253,7 +258,7 @@ class RewardWorker:
         payload = _pack(question.about(rows), f"a field of the prompt records ({fields})", key=fields)
         process = self._running()
         try:
-            answer = process.ask(payload, self._timeout_s)
+            answer = process.request(payload, self._timeout_s)
         except CallFailedError as error:
             return rows, _Failure(error.kind, str(error), _span(rows), error.where)
         flaws: dict[int, str] = {}
@@ -282,7 +287,7 @@ class RewardWorker:
             self._process = None
         process = WorkerProcess(self.name, self._devices)
         try:
-            process.ask(self._setup, self._start_timeout_s)
+            process.request(self._setup, self._start_timeout_s)
         except CallFailedError as error:
             raise ScoringError(
                 f"{self._key}={self.name} could not be loaded: it {error}; correct {self._key} or what it imports",

@@ -49,28 +49,32 @@ class Combined:
         as their sum.
         """
         self.load()
-        answers = [
-            self._ask(function, name, options, samples, columns)
-            for function, name, options in zip(self._loaded, self.names, self.options, strict=True)
-        ]
-        values = [self._sum(scores) for scores in zip(*answers, strict=True)]
-        parts = {name: [number_of(score) for score in own] for name, own in zip(self.names, answers, strict=True)}
-        return values, parts
+        answers: list[list[Score | NoScore]] = []
+        parts: dict[str, list[float | None]] = {}
+        for function, name, options in zip(self._loaded, self.names, self.options, strict=True):
+            scores, own_parts = self._call(function, name, options, samples, columns)
+            answers.append(scores)
+            parts[name] = [number_of(score) for score in scores]
+            parts |= {f"{name}/{part}": column for part, column in own_parts.items()}
+        return [self._sum(scores) for scores in zip(*answers, strict=True)], parts
 
-    def _ask(
+    def _call(
         self,
         function: Function,
         name: str,
         options: Mapping[str, Any],
         samples: Sequence[str],
         columns: Mapping[str, Any],
-    ) -> list[Score | NoScore]:
+    ) -> tuple[list[Score | NoScore], dict[str, list[float | None]]]:
+        """Return a function's scores, and what it returned beside them if it returned several by name."""
         answer = function(samples=samples, **{**columns, **options})
+        named = dict(answer) if isinstance(answer, Mapping) else {"": answer}
         try:
-            scores = read_scores(answer, len(samples))
+            read = [read_scores(column, len(samples)) for column in [*named.values()] or [None]]
         except AnswerError as error:
             raise AnswerError(f"{error} (the part {name})") from error
-        return [NoScore(f"{s.why} (from {name})") if isinstance(s, NoScore) else s for s in scores]
+        parts = {str(part): [number_of(s) for s in own] for part, own in zip([*named][1:], read[1:], strict=True)}
+        return [NoScore(f"{s.why} (from {name})") if isinstance(s, NoScore) else s for s in read[0]], parts
 
     def _sum(self, scores: Sequence[Score | NoScore]) -> Score | NoScore:
         """Add weighted scores. Per-token lists add up token by token; a plain score is added at the last token, as in

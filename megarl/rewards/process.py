@@ -88,7 +88,7 @@ class WorkerProcess:
         """Whether the process is running."""
         return self._process.poll() is None
 
-    def ask(self, payload: bytes, timeout_s: float) -> dict[str, Any]:
+    def request(self, payload: bytes, timeout_s: float) -> dict[str, Any]:
         """Send a frame and wait for the response.
 
         Raises:
@@ -239,9 +239,9 @@ class Output:
                 for start in range(0, len(text), _LONGEST_LINE):
                     _log.info("%s: %s", self._name, text[start : start + _LONGEST_LINE])
             self.lines += 1
-        said = next((line for line in reversed(lines) if line.strip() and not line.endswith(END_OF_CALL)), None)
-        if said is not None:
-            self.last = said[:_LONGEST_LINE].decode("utf-8", errors="replace").strip()
+        last = next((line for line in reversed(lines) if line.strip() and not line.endswith(END_OF_CALL)), None)
+        if last is not None:
+            self.last = last[:_LONGEST_LINE].decode("utf-8", errors="replace").strip()
 
 
 def _signal_name(number: int) -> str:

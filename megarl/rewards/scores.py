@@ -46,6 +46,21 @@ class Scores:
         return {part: sum(values) / len(values) for part, values in present.items() if values}
 
 
+def joined(all_scores: Sequence[Scores]) -> Scores:
+    """Return the scores of several calls as one. A component that a call lacks is None for its samples."""
+    names = dict.fromkeys(name for scores in all_scores for name in scores.parts)
+    return Scores(
+        values=[value for scores in all_scores for value in scores.values],
+        parts={
+            name: [value for scores in all_scores for value in scores.parts.get(name, [None] * len(scores.values))]
+            for name in names
+        },
+        failed_calls=sum(scores.failed_calls for scores in all_scores),
+        repeated_calls=sum(scores.repeated_calls for scores in all_scores),
+        reencoded=sum(scores.reencoded for scores in all_scores),
+    )
+
+
 def total(score: Score) -> float:
     """Return a score as one number: per-token rewards count as their sum."""
     return sum(score) if isinstance(score, list) else score

@@ -3,25 +3,21 @@ x PP x DP."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
-from torch import Tensor
 
 from megarl.errors import ConfigError, NumericsError
-from megarl.models.cache import CacheView, KVCache
+from megarl.models.cache import KVCache
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.parallel.layout import Layout
-from megarl.parallel.rows import ModelInputs
-from megarl.rollout.noise import TRAINING, sequence_key
+from megarl.rollout.lane import Lane, Masking, Passes
+from megarl.rollout.noise import TRAINING
 from megarl.rollout.requests import Request, Rollout, check_requests
-from megarl.rollout.sampling import Drawn, RowSettings, draw
 from megarl.rollout.schedule import Decode, Schedule, deal
 from megarl.rollout.static import StaticPasses, TokenScorer
 
@@ -39,11 +35,11 @@ class Limits:
         """Refuse CUDA graphs in a layout with pipeline stages."""
         if self.graphs and layout.pp > 1:
             raise ConfigError(
-                f"rollout.cuda_graphs=true at {layout}: a pipeline's passes wait for other processes, so use "
-                "rollout.cuda_graphs=false, or a rollout.layout of tp alone",
-                key="rollout.cuda_graphs",
+                f"rollout.engine.cuda_graphs=true at {layout}: a pipeline's passes wait for other processes, so use "
+                "rollout.engine.cuda_graphs=false, or a rollout.engine.layout of tp alone",
+                key="rollout.engine.cuda_graphs",
                 value=True,
-                offers={"rollout.cuda_graphs": [False]},
+                offers={"rollout.engine.cuda_graphs": [False]},
             )
 
 
@@ -72,6 +68,7 @@ class Generator:
         limits: Limits | None = None,
         decode: Decode | None = None,
         token_scorer: TokenScorer = GPT.logits,
+        masking: Masking | None = None,
     ) -> None:
         """
         Args:
@@ -82,7 +79,9 @@ class Generator:
             limits: how much of the device to use.
             decode: converts tokens to text; needed where a request has stop texts.
             token_scorer: computes the scores to sample from, if not the model's logits.
+            masking: decides which tokens may be chosen; None: all. Not with CUDA graphs.
         """
+        self.masking = masking
         self.engine, self.grid, self.config = engine, engine.grid, engine.config
         self.eos_id, self.also_eos, self.seed, self.decode = eos_id, also_eos, seed, decode
         self.token_scorer = token_scorer
@@ -122,7 +121,8 @@ class Generator:
         if self.tokens_group is None and self.grid.layout.pp > 1:
             self.tokens_group = self._make_tokens_group()
         slots = self._make_cache(requests)
-        with torch.no_grad(), _generating(self.engine):
+        other = nullcontext() if self.masking is None else _generating(self.masking.engine)
+        with torch.no_grad(), _generating(self.engine), other:
             finished = self._replica(mine, slots, (self.seed, stream, phase), weights_version, on_finished)
         shares: list[Any] = [finished]
         if self.grid.layout.dp > 1:
@@ -134,18 +134,18 @@ class Generator:
         return rollouts
 
     def check_length(self, length: int) -> None:
-        """Refuse a `rollout.cache_bytes` that has no space for sequences of `length` tokens."""
+        """Refuse a `rollout.engine.cache_bytes` that has no space for sequences of `length` tokens."""
         groups, limit = self.grid.layout.pp, self.limits.cache_bytes
         needed = groups * self._slot_bytes(length)
         if limit is not None and limit < needed:
             raise ConfigError(
-                f"rollout.cache_bytes={limit} is too small: a sequence of {length} tokens needs {needed // groups} "
-                "bytes on each process"
+                f"rollout.engine.cache_bytes={limit} is too small: a sequence of {length} tokens needs "
+                f"{needed // groups} bytes on each process"
                 + (f", and {groups} are generated at once" if groups > 1 else "")
-                + f", so use rollout.cache_bytes={needed} or more, or shorter sequences",
-                key="rollout.cache_bytes",
+                + f", so use rollout.engine.cache_bytes={needed} or more, or shorter sequences",
+                key="rollout.engine.cache_bytes",
                 value=limit,
-                offers={"rollout.cache_bytes": [needed]},
+                offers={"rollout.engine.cache_bytes": [needed]},
             )
 
     @property
@@ -159,7 +159,8 @@ class Generator:
         return [layer.layer_number for model in self.models for layer in model.decoder.layers]
 
     def _slot_bytes(self, length: int) -> int:
-        return KVCache.slot_bytes(self.config, len(self._layers), self.grid.layout.tp, length)
+        models = 1 if self.masking is None else 2
+        return models * KVCache.slot_bytes(self.config, len(self._layers), self.grid.layout.tp, length)
 
     def close(self) -> None:
         """Free the KV cache and the CUDA graphs recorded over it."""
@@ -167,10 +168,13 @@ class Generator:
         if self.cache is not None:
             self.cache.free()
             self.cache = None
+        if self.masking is not None and self.masking.cache is not None:
+            self.masking.cache.free()
+            self.masking.cache = None
 
     def static_passes(self) -> StaticPasses | None:
         """Return decoding steps of fixed shapes over the present cache and token scorer; None without
-        rollout.cuda_graphs."""
+        rollout.engine.cuda_graphs."""
         if not self.limits.graphs:
             return None
         returns = self.engine.memory.returns  # each return moves the weights to other addresses than a recording reads
@@ -202,7 +206,19 @@ class Generator:
         schedules = [
             Schedule(share, slots, self.eos_id, weights_version, self.decode, self.also_eos) for share in shares
         ]
-        lanes = [_Lane(self, schedule, group * slots, name) for group, schedule in enumerate(schedules)]
+        assert self.cache is not None
+        passes = Passes(
+            self.grid,
+            self.config,
+            self.models,
+            self.cache,
+            self.token_scorer,
+            prefill_tokens=self.limits.prefill_tokens,
+            masking=self.masking,
+            static=self.static_passes(),
+            tokens_group=self.tokens_group,
+        )
+        lanes = [Lane(passes, schedule, group * slots, name) for group, schedule in enumerate(schedules)]
         reported = [0] * groups
         while any(lane.busy for lane in lanes):
             for group, lane in enumerate(lanes):
@@ -239,11 +255,13 @@ class Generator:
         over = (
             self.limits.cache_bytes is not None
             and self.cache is not None
-            and self.cache.nbytes > self.limits.cache_bytes
+            and self.cache.nbytes * (1 if self.masking is None else 2) > self.limits.cache_bytes
         )
         if not fits or over:
             self.close()
             self.cache = KVCache(self.config, self._layers, tp, needed, length, self.grid.device)
+            if self.masking is not None:
+                self.masking.cache = KVCache(self.config, self._layers, tp, needed, length, self.grid.device)
         return per_group
 
 
@@ -266,188 +284,6 @@ def refuse_not_finite(rollouts: Sequence[Rollout], place: Callable[[int], str]) 
                 key="scores",
                 where=where,
             )
-
-
-class _Lane:
-    """One group of slots on its way through the pipeline, one turn at a time.
-
-    In a turn, every stage runs its forward passes, and the last stage sends the sampled tokens to the others, which
-    receive them at the start of the lane's next turn. While one lane is on a later stage, this stage works on another
-    lane.
-
-        two stages, lanes a and b, turns 1 and 2:
-
-        stage 0:  a1  b1  a2  b2
-        stage 1:      a1  b1  a2  b2
-    """
-
-    def __init__(self, generator: Generator, schedule: Schedule, first_slot: int, name: tuple[int, int, int]) -> None:
-        self.generator, self.schedule, self.first, self.name = generator, schedule, first_slot, name
-        self.grid = generator.grid
-        assert generator.cache is not None
-        self.cache = generator.cache
-        self.under_way = False
-        self.sends: list[tuple[Any, Tensor]] = []  # with the tensor that must stay alive until the send is done
-        self.settings: RowSettings | None = None
-        self.seen: Tensor | None = None
-        penalised = [*schedule.running, *schedule.queue]
-        if self.grid.is_last_stage and any(r.sampling.repetition_penalty != 1.0 for r in penalised):
-            valid = generator.models[-1].shard.valid
-            self.seen = torch.zeros(len(schedule.running), valid, dtype=torch.bool, device=self.grid.device)
-
-    @property
-    def busy(self) -> bool:
-        return self.under_way or not self.schedule.done
-
-    def begin_turn(self) -> None:
-        """Run the forward passes of a turn, if there is anything left to sample."""
-        if self.schedule.done:
-            return
-        self.under_way = True
-        for slots in self.schedule.prefill(self.generator.limits.prefill_tokens):
-            self._prefill(slots)
-        drawn = self._decode()
-        if drawn is not None:
-            self._send_drawn(drawn)
-
-    def finish_turn(self) -> None:
-        """Receive the tokens that were sampled in the lane's last turn, and add them to the schedule."""
-        if not self.under_way:
-            return
-        self.under_way = False
-        tokens, logprobs = self._receive_drawn(self.schedule.rows)
-        for work, _ in self.sends:
-            work.wait()
-        self.sends.clear()
-        rows = self.schedule.rows
-        if self.seen is not None:
-            self._see_drawn(self.seen, tokens)
-        for source, target, entries in self.schedule.accept(tokens, logprobs):
-            self.cache.move(self.first + source, self.first + target, entries)
-            if self.seen is not None:
-                self.seen[target] = self.seen[source]
-        if self.schedule.fresh or self.schedule.rows != rows:
-            self.settings = None
-
-    # --- passes -----------------------------------------------------------------------------------------------------
-
-    def _prefill(self, slots: list[int]) -> None:
-        """Read prompts, without their last token, into the cache. A prompt longer than a pass is read in pieces."""
-        prompts = [self.schedule.running[slot].prompt[:-1] for slot in slots]
-        longest, step = max(len(prompt) for prompt in prompts), self.generator.limits.prefill_tokens
-        padded = np.zeros((len(slots), longest), np.int64)
-        for row, prompt in enumerate(prompts):
-            padded[row, : len(prompt)] = prompt
-        where = torch.tensor([self.first + slot for slot in slots], device=self.grid.device)
-        for start in range(0, longest, step if len(slots) == 1 else longest):
-            tokens = padded[:, start : start + step] if len(slots) == 1 else padded
-            stop = start + tokens.shape[1]
-            positions = torch.arange(start, stop, device=self.grid.device).expand(len(slots), -1)
-            view = CacheView(self.cache, where, positions, stop if start else None, self.first + slots[0], even=True)
-            self._through_stage(tokens, view)
-
-    def _decode(self) -> Drawn | None:
-        """Return the next token of every row on the last stage; None on the others."""
-        schedule, device = self.schedule, self.grid.device
-        lengths = torch.tensor(schedule.lengths, device=device)
-        scores = self._scores(lengths, int(schedule.lengths.max()))
-        if scores is None:
-            return None
-        if self.seen is not None:
-            self._see_prompts(self.seen)
-        model = self.generator.models[-1]
-        seen = None if self.seen is None else self.seen[: schedule.rows]
-        return draw(scores, lengths, self._settings(), model.shard, seen)
-
-    def _scores(self, lengths: Tensor, longest: int) -> Tensor | None:
-        """Return the scores [rows, valid] of the next tokens on the last stage. `lengths` [rows]: tokens of the
-        sequences so far."""
-        schedule, generator = self.schedule, self.generator
-        static = generator.static_passes()
-        if static is not None:
-            tokens = torch.tensor(schedule.last_tokens, device=lengths.device)
-            return static.scores(tokens, lengths - 1, longest)
-        where = torch.arange(self.first, self.first + schedule.rows, device=lengths.device)
-        even = longest == int(schedule.lengths.min())
-        view = CacheView(self.cache, where, lengths[:, None] - 1, longest, self.first, even)
-        hidden = self._through_stage(schedule.last_tokens[:, None], view)
-        return None if hidden is None else generator.token_scorer(generator.models[-1], hidden[0])
-
-    def _through_stage(self, tokens: NDArray[np.int64], view: CacheView) -> Tensor | None:
-        """Run `tokens` [rows, time] through this stage's chunks. Return the final hidden states [time, rows, hidden] on
-        the last stage."""
-        inputs = ModelInputs(tokens=torch.tensor(tokens, device=self.grid.device), positions=view.positions)
-        chunks = self.generator.models
-        hidden: Tensor | None = None
-        for index, model in enumerate(chunks):
-            if not model.pre_process:
-                hidden = self._receive_hidden(*tokens.shape)
-                model.set_input_tensor(hidden)
-            hidden = model(inputs, cache=view)
-            if self.grid.is_last_stage and index == len(chunks) - 1:
-                return hidden
-            self._send_hidden(hidden)
-        return None
-
-    # --- sampling settings ------------------------------------------------------------------------------------------
-
-    def _settings(self) -> RowSettings:
-        """Return the settings of the present rows, kept while the slots have the same responses."""
-        if self.settings is None:
-            running = self.schedule.running
-            keys = [sequence_key(*self.name, request.prompt_id, request.sample_id) for request in running]
-            shard = self.generator.models[-1].shard
-            self.settings = RowSettings.of([r.sampling for r in running], keys, shard, self.grid.device)
-        return self.settings
-
-    def _see_prompts(self, seen: Tensor) -> None:
-        """Mark the tokens of fresh prompts in `seen` [rows, valid], to which the repetition penalty applies."""
-        shard = self.generator.models[-1].shard
-        for slot in self.schedule.fresh:
-            tokens = torch.tensor(self.schedule.running[slot].prompt, device=seen.device) - shard.start
-            seen[slot] = False
-            seen[slot, tokens[(tokens >= 0) & (tokens < shard.valid)]] = True
-
-    def _see_drawn(self, seen: Tensor, tokens: NDArray[np.int64]) -> None:
-        """Mark the sampled `tokens` [rows] in `seen` [rows, valid], to which the repetition penalty applies."""
-        shard = self.generator.models[-1].shard
-        local = torch.tensor(tokens, device=seen.device) - shard.start
-        rows = torch.arange(len(tokens), device=seen.device)
-        mine = (local >= 0) & (local < shard.valid)
-        seen[rows[mine], local[mine]] = True
-
-    # --- between stages ---------------------------------------------------------------------------------------------
-
-    def _neighbour(self, step: int) -> int:
-        ranks: list[int] = dist.get_process_group_ranks(self.grid.groups.pp)
-        return ranks[(self.grid.pp_rank + step) % len(ranks)]
-
-    def _send_hidden(self, hidden: Tensor) -> None:
-        hidden = hidden.contiguous()
-        self.sends.append((dist.isend(hidden, self._neighbour(1), group=self.grid.groups.pp), hidden))
-
-    def _receive_hidden(self, rows: int, time: int) -> Tensor:
-        config = self.generator.config
-        hidden = torch.empty((time, rows, config.hidden_size), dtype=config.params_dtype, device=self.grid.device)
-        dist.recv(hidden, self._neighbour(-1), group=self.grid.groups.pp)
-        return hidden
-
-    def _send_drawn(self, drawn: Drawn) -> None:
-        """Send tokens and log-probs [2, rows] from the last stage to every other, in float64, which represents ids
-        exactly."""
-        self.result = torch.stack([drawn.tokens.double(), drawn.logprobs.double()])
-        for step in range(1, self.grid.layout.pp):
-            work = dist.isend(self.result, self._neighbour(step), group=self.generator.tokens_group)
-            self.sends.append((work, self.result))
-
-    def _receive_drawn(self, rows: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        if self.grid.is_last_stage:
-            result = self.result
-        else:
-            result = torch.empty(2, rows, dtype=torch.float64, device=self.grid.device)
-            dist.recv(result, self._neighbour(-1 - self.grid.pp_rank), group=self.generator.tokens_group)
-        tokens, logprobs = result.cpu().numpy()
-        return tokens.astype(np.int64), logprobs.astype(np.float32)
 
 
 @contextmanager

@@ -1,14 +1,28 @@
 """Token scores for an ILQL model: its log-probs plus beta times the advantage of each token."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.models.exchange.source import Source
 from megarl.models.gpt import GPT
+from megarl.models.heads import heads_in
 from megarl.parallel.vocab import VocabShard
-from megarl.rollout.generator import TokenScorer
+from megarl.rollout.static import TokenScorer
+
+
+def policy_heads(source: Source | None) -> tuple[str, ...]:
+    """Return the heads that a stored model generates with: those of ILQL if it has them, else the output layer."""
+    heads = heads_in(source.heads) if source is not None else ("lm",)
+    return heads if {"value", "q"} <= set(heads) else ("lm",)
+
+
+def scorer_for(heads: Sequence[str], beta: float) -> TokenScorer:
+    """Return the scores that a model with these heads samples tokens from."""
+    return guided(beta) if "q" in heads else GPT.logits
 
 
 @cache  # recorded CUDA graphs are valid for this same function object only

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megarl.config.sections.rollout import RolloutConfig
+from megarl.config.sections.rollout import ResponsesConfig
 from megarl.errors import ConfigError
 from megarl.tokenizers import Tokenizer
 
@@ -133,7 +133,7 @@ def _start_of_stop(rollout: Rollout, stop: Sequence[str], text: str) -> int | No
     return min((text.find(one) for one in stop if one in text), default=None)
 
 
-def sampling_from(rollout: RolloutConfig) -> Sampling:
+def sampling_from(rollout: ResponsesConfig) -> Sampling:
     """Convert the section `rollout` to sampling settings. A stop text is found wherever its tokens begin and end."""
     return Sampling(
         temperature=rollout.temperature,
@@ -146,13 +146,13 @@ def sampling_from(rollout: RolloutConfig) -> Sampling:
     )
 
 
-def repeat(prompts: Sequence[Sequence[int]], n: int, sampling: Sampling) -> list[Request]:
-    """Return `n` requests for each prompt. prompt_id is the prompt's index."""
+def repeat(prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, first: int = 0) -> list[Request]:
+    """Return `n` requests for each prompt. prompt_id is the prompt's index plus `first`."""
     if n < 1:
         raise ConfigError(f"rollout.n={n} requests no responses: use 1 or more", key="rollout.n", value=n)
     return [
         Request(prompt_id, sample_id, tuple(prompt), sampling)
-        for prompt_id, prompt in enumerate(prompts)
+        for prompt_id, prompt in enumerate(prompts, first)
         for sample_id in range(n)
     ]
 

@@ -1,4 +1,4 @@
-"""A GPT in a separate parallel layout for generation (`rollout.layout`)."""
+"""A GPT in a separate parallel layout for generation (`rollout.engine.layout`)."""
 
 import copy
 import re
@@ -37,7 +37,7 @@ def for_generation(engine: Engine, layout: str | None) -> Reshard | None:
 
 
 def other_layout(text: str | None, present: Layout) -> Layout | None:
-    """Return the layout that `rollout.layout` names; None if it is null or the present one."""
+    """Return the layout that `rollout.engine.layout` names; None if it is null or the present one."""
     wanted = None if text is None else parse_layout(text, present.world_size)
     return None if wanted is None or (wanted.tp, wanted.pp) == (present.tp, present.pp) else wanted
 
@@ -48,17 +48,18 @@ def parse_layout(text: str, world: int) -> Layout:
     sizes = {match[1]: int(match[2]) for axis in axes if (match := re.fullmatch(r"(tp|pp)([1-9]\d*)", axis))}
     if len(sizes) < len(axes):
         raise ConfigError(
-            f"rollout.layout={text} is not a valid layout: use tp4, pp2 or tp2xpp2, or null for the training layout",
-            key="rollout.layout",
+            f"rollout.engine.layout={text} is not a valid layout: use tp4, pp2 or tp2xpp2, or null for the training "
+            "layout",
+            key="rollout.engine.layout",
             value=text,
-            offers={"rollout.layout": [None]},
+            offers={"rollout.engine.layout": [None]},
         )
     layout = Layout(tp=sizes.get("tp", 1), pp=sizes.get("pp", 1))
     if world % layout.replica_size:
         raise ConfigError(
-            f"rollout.layout={text} takes {layout.replica_size} processes for one model, which do not divide the "
-            f"{world} processes of the run: use a layout whose sizes do",
-            key="rollout.layout",
+            f"rollout.engine.layout={text} takes {layout.replica_size} processes for one model, which do not divide "
+            f"the {world} processes of the run: use a layout whose sizes do",
+            key="rollout.engine.layout",
             value=text,
         )
     return Layout(tp=layout.tp, pp=layout.pp, dp=world // layout.replica_size)
@@ -74,15 +75,15 @@ def check_divides(config: GPTConfig, layout: Layout, text: str) -> None:
     ):
         if count % size:
             raise ConfigError(
-                f"rollout.layout={text} splits {count} {what} {size} ways: use a {axis} that divides them",
-                key="rollout.layout",
+                f"rollout.engine.layout={text} splits {count} {what} {size} ways: use a {axis} that divides them",
+                key="rollout.engine.layout",
                 value=text,
             )
     if config.num_kv_heads % layout.tp and layout.tp % config.num_kv_heads:
         raise ConfigError(
-            f"rollout.layout={text}: of {config.num_kv_heads} key-value heads and tp={layout.tp}, "
+            f"rollout.engine.layout={text}: of {config.num_kv_heads} key-value heads and tp={layout.tp}, "
             "neither divides the other",
-            key="rollout.layout",
+            key="rollout.engine.layout",
             value=text,
         )
 

@@ -72,7 +72,14 @@ class RowSettings:
         )
 
 
-def draw(logits: Tensor, positions: Tensor, rows: RowSettings, shard: VocabShard, seen: Tensor | None = None) -> Drawn:
+def draw(
+    logits: Tensor,
+    positions: Tensor,
+    rows: RowSettings,
+    shard: VocabShard,
+    seen: Tensor | None = None,
+    allowed: Tensor | None = None,
+) -> Drawn:
     """Sample one token per row with the Gumbel-max trick.
 
     Args:
@@ -81,7 +88,10 @@ def draw(logits: Tensor, positions: Tensor, rows: RowSettings, shard: VocabShard
         rows: settings of the rows.
         shard: this shard of the vocabulary.
         seen: [rows, valid] True for tokens that the repetition penalty applies to.
+        allowed: [rows, valid] True for the tokens that the distribution is over; None for all.
     """
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
     scaled = logits if rows.temperature is None else logits / rows.temperature[:, None]
     scores = scaled
     if rows.penalty is not None and seen is not None:
@@ -137,6 +147,23 @@ def _threshold(scores: Tensor, rows: RowSettings, shard: VocabShard) -> Tensor |
     if rows.min_p is not None:
         threshold = torch.maximum(threshold, best[:, 0] + torch.log(rows.min_p))
     return threshold
+
+
+def nucleus(logits: Tensor, top_p: float, temperature: Tensor | float, shard: VocabShard) -> Tensor:
+    """Return [rows, valid], True for the most likely tokens whose probabilities add up to `top_p`.
+
+    Args:
+        logits: [rows, valid] float32 logits of this shard at temperature 1.
+        top_p: above 0; from 1 on, all tokens.
+        temperature: one for all rows, or [rows].
+        shard: this shard of the vocabulary.
+    """
+    if top_p >= 1:
+        return torch.ones(logits.shape, dtype=torch.bool, device=logits.device)
+    scores = logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
+    floor = scores.new_full((len(scores),), -torch.inf)
+    wanted = torch.full_like(floor, top_p)
+    return scores >= _nucleus(scores, _best(scores, _CANDIDATES, shard), floor, wanted, shard)[:, None]
 
 
 def _best(scores: Tensor, count: int, shard: VocabShard) -> Tensor:

@@ -16,15 +16,17 @@ FORMAT = "megarl rollouts 1"
 _STREAMS = {TRAINING: "train", EVALUATION: "eval", GREEDY: "greedy"}
 
 
-def phase_file(folder: str | Path, stream: int, phase: int) -> Path:
-    """Return the file of a phase of a random stream."""
+def phase_file(folder: str | Path, stream: int, phase: int, first: int = 0) -> Path:
+    """Return the file of a phase of a random stream. Prompts that a phase adds, from number `first` on, have a file of
+    their own."""
     name = _STREAMS.get(stream, f"stream{stream}")
-    return local(folder) / f"{name}-{phase:06d}.jsonl"
+    added = f"-from-{first:06d}" if first else ""
+    return local(folder) / f"{name}-{phase:06d}{added}.jsonl"
 
 
 def phase_of(name: str) -> int | None:
     """Return the phase in the name of such a file; None for any other file."""
-    found = re.fullmatch(r"[a-z]+\d*-(\d{6,18})\.jsonl", name)
+    found = re.fullmatch(r"[a-z]+\d*-(\d{6,18})(?:-from-\d{6,18})?\.jsonl", name)
     return int(found[1]) if found else None
 
 
@@ -72,9 +74,10 @@ def load(path: str | Path) -> list[Rollout]:
     return rollouts
 
 
-def replay(folder: str | Path, stream: int, phase: int, requests: Sequence[Request]) -> list[Rollout]:
-    """Return the stored responses to these requests, in the order in which generation returns them."""
-    path = phase_file(folder, stream, phase)
+def replay(folder: str | Path, stream: int, phase: int, requests: Sequence[Request], first: int = 0) -> list[Rollout]:
+    """Return the stored responses to these requests, in the order in which generation returns them. `first` is the
+    number of the prompts that the phase had before."""
+    path = phase_file(folder, stream, phase, first)
     if not is_file(path):
         raise ConfigError(
             f"rollout.replay={folder} has no {path.name}, which this phase needs: use a folder that rollout.dump "

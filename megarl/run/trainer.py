@@ -74,9 +74,8 @@ def _callbacks(
 ) -> list[Callback]:
     """Return the callbacks in the order in which Lightning calls them; see `megarl/callbacks/__init__.py`."""
     run_dir = folder.path
-    collapse = Collapse(
-        config.checkpoint.metric, config.checkpoint.mode, checkpoints.best, lambda: module.scorer_fingerprints
-    )
+    best = config.checkpoint.best_settings
+    collapse = Collapse(best.metric, best.mode, checkpoints.best, lambda: module.scorer_fingerprints)
     callbacks: list[Callback] = [
         Ownership(lock.check),
         StepAxis(),

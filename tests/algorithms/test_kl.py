@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 import megarl.algorithms as a
 from megarl.errors import ConfigError, NumericsError
@@ -90,3 +91,38 @@ def test_numbers_that_cannot_steer_are_refused(wrong: dict[str, float]) -> None:
     ((key, value),) = wrong.items()
     with refused(ConfigError, key=key, value=value):
         a.AdaptiveKL(**{"init": 0.1, "target": 6.0, "horizon": 100, **wrong})
+
+
+def expected_gradient(kind: str, moved: bool) -> tuple[Tensor, Tensor]:
+    """The mean gradient of a KL loss over every token that the old policy may sample, and the gradient of the KL."""
+    torch.manual_seed(3)
+    logits = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(6, dtype=torch.float64).log_softmax(0)
+    old = (logits.detach() + (0.5 * torch.randn(6, dtype=torch.float64) if moved else 0)).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    sampled = (old.exp() * a.kl_loss(logprobs, reference, old, kind)).sum()
+    (ours,) = torch.autograd.grad(sampled, logits, retain_graph=True)
+    (exact,) = torch.autograd.grad((logprobs.exp() * (logprobs - reference)).sum(), logits)
+    return ours, exact
+
+
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("kind", ["k1_unbiased", "k3_unbiased"])
+def test_unbiased_kinds_pull_by_the_gradient_of_the_kl(kind: str, moved: bool) -> None:
+    ours, exact = expected_gradient(kind, moved)
+    torch.testing.assert_close(ours, exact)
+
+
+def test_the_other_kinds_pull_as_their_documentation_says() -> None:
+    assert float(expected_gradient("k1", moved=False)[0].abs().max()) < 1e-12
+    torch.testing.assert_close(*expected_gradient("k2", moved=False))
+    ours, exact = expected_gradient("k3", moved=False)
+    assert float((ours - exact).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("kind", a.KL_LOSS_KINDS)
+def test_a_kl_loss_has_the_value_of_its_kind(kind: str) -> None:
+    logprobs, reference, old = torch.randn(3, 2, 4)
+    plain = a.kl_estimate(logprobs, reference, kind.removesuffix("_unbiased"))
+    weight = (logprobs - old).exp() if kind.endswith("_unbiased") else 1.0
+    torch.testing.assert_close(a.kl_loss(logprobs, reference, old, kind), weight * plain)

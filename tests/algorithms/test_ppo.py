@@ -192,3 +192,55 @@ def test_options_that_cannot_work_are_refused_by_name(wrong: dict[str, object]) 
     ((key, value),) = wrong.items()
     with refused(ConfigError, key=key, value=value):
         a.ppo_policy_loss(one, one, one, one, **wrong)
+
+
+def test_all_objectives_have_the_same_gradient_at_ratio_one() -> None:
+    advantages, mask = torch.randn(2, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    start = torch.randn(2, 5)
+    found = []
+    for objective in a.OBJECTIVES:
+        logprobs = start.clone().requires_grad_()
+        a.ppo_policy_loss(logprobs, start, advantages, mask, objective=objective)[0].backward()
+        found.append(logprobs.grad)
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0])
+
+
+def test_cispo_weights_every_token_by_its_clipped_ratio() -> None:
+    old, ratios = torch.log(torch.tensor([[0.5, 0.5, 0.5, 0.1]])), torch.tensor([[1.5, 0.5, 1.1, 3.0]])
+    logprobs = (old + ratios.log()).requires_grad_()
+    advantages, mask = torch.tensor([[1.0, -2.0, 3.0, 5.0]]), torch.tensor([[1, 1, 1, 0]])
+    loss, stats = a.ppo_policy_loss(logprobs, old, advantages, mask, 1.0, 0.2, objective="cispo")
+    loss.backward()
+    weights = torch.tensor([1.2, 0.5, 1.1])
+    pull = -advantages[0, :3] * weights / 3
+    torch.testing.assert_close(logprobs.grad, torch.cat([pull, torch.zeros(1)])[None])
+    assert loss.item() == pytest.approx(float((pull * logprobs[0, :3]).sum()))
+    assert stats["clip_fraction"].item() == pytest.approx(1 / 3)
+
+
+def test_the_plain_loss_has_no_ratio() -> None:
+    logprobs = torch.tensor([[-1.0, -3.0, math.nan]], requires_grad=True)
+    advantages, mask = torch.tensor([[2.0, -1.0, math.inf]]), torch.tensor([[1, 1, 0]])
+    loss, stats = a.ppo_policy_loss(logprobs, torch.zeros(1, 3), advantages, mask, objective="plain")
+    loss.backward()
+    assert loss.item() == pytest.approx((2.0 - 3.0) / 2)
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[-1.0, 0.5, 0.0]]))
+    assert stats["clip_fraction"].item() == 0.0
+
+
+@pytest.mark.parametrize("objective", a.OBJECTIVES)
+def test_weights_multiply_the_losses_of_their_tokens(objective: str) -> None:
+    old, mask = torch.randn(2, 3), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    advantages, weights = torch.randn(2, 3), torch.tensor([[0.5, 0.0, math.nan], [1.0, 2.0, 0.25]], requires_grad=True)
+    logprobs = old + 0.05 * torch.randn(2, 3)
+    loss, _ = a.ppo_policy_loss(logprobs, old, advantages, mask, objective=objective, weights=weights)
+    scaled = torch.where(mask == 1, advantages * weights.detach(), 0)
+    wanted, _ = a.ppo_policy_loss(logprobs, old, scaled, mask, objective=objective)
+    torch.testing.assert_close(loss, wanted)
+    assert not loss.requires_grad
+
+
+def test_unknown_objectives_are_refused() -> None:
+    with refused(ConfigError, key="objective", value="ppo", offers={"objective": list(a.OBJECTIVES)}):
+        a.ppo_policy_loss(*[torch.zeros(1, 1)] * 4, objective="ppo")

@@ -45,7 +45,7 @@ def saved(run_dir: Path) -> list[str]:
     return [path.name for path in find(run_dir / "checkpoints")]
 
 
-SPARSE = {"every": 100, "save_last": False, "keep_best": 0}
+SPARSE = {"every": 100, "save_last": False, "best": {"keep": 0}}
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

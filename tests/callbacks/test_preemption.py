@@ -19,7 +19,7 @@ from megarl.command import INTERRUPTED, NOTICED
 from tests.tiny_runs import run_tiny
 from tests.worlds import Worlds
 
-SPARSE = {"every": 100, "save_last": False, "keep_best": 0}
+SPARSE = {"every": 100, "save_last": False, "best": {"keep": 0}}
 
 
 def noticed(run_dir: Path, steps: int, at: int, number: int, rank: int) -> dict[str, Any]:

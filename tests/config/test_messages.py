@@ -106,7 +106,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_its_key(refuses: Refuses, key: 
         ("trainer.devices=abc", "trainer.devices", "abc", {"trainer.devices": ["auto"]}),
         ("trainer.devices=0", "trainer.devices", 0, {"trainer.devices": ["auto"]}),
         ("trainer.max_time=2h", "trainer.max_time", "2h", {}),
-        ("checkpoint.metric=''", "checkpoint.metric", "", {}),
+        ("checkpoint.best.metric=''", "checkpoint.best.metric", "", {}),
     ],
 )
 def test_a_value_outside_its_choices_or_bounds_is_refused_by_its_key(

@@ -48,6 +48,24 @@ def test_a_key_on_the_command_line_switches_a_section_on(
     assert clone(*argv) == expected
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], {"x": 1}),
+        (["reward.options={y: 2}"], {"x": 1, "y": 2}),
+        (["reward.options={}"], {}),
+        (["+reward.options={ }"], {}),
+        (["reward.options={}", "reward.options={y: 2}", "reward.options.z.a=3"], {"y": 2, "z": {"a": 3}}),
+        (["reward.options.y=2", "reward.options={}"], {}),
+    ],
+)
+def test_an_empty_mapping_on_the_command_line_removes_the_entries_before_it(
+    argv: list[str], expected: dict[str, Any], folder: Path, preset: Preset
+) -> None:
+    preset("mine", "reward: {options: {x: 1}}\n")
+    assert compose("ppo", ["+conf=mine", *argv])[0].reward.options == expected
+
+
 def test_a_key_in_a_preset_switches_a_section_on_and_null_off(folder: Path, preset: Preset) -> None:
     preset("on", "clone: {steps: 3}\nlogger: {wandb: {}}\n")
     preset("off", "clone: null\n")

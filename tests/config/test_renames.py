@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
 import megarl
 from megarl import default_config
@@ -15,10 +17,13 @@ from megarl.config.algorithms import entry_points
 from megarl.config.compose import compose, run, typed
 from megarl.config.ppo import AdaptiveKLConfig, PPOConfig, SeparateCriticConfig
 from megarl.config.renames import RENAMES, keys, renamed_arguments, renamed_tree, rows
-from megarl.config.resume import differences
+from megarl.config.resume import differences, from_plain
 from megarl.config.rules import check
 from megarl.config.sections.logger import MlflowConfig, WandbConfig
 from megarl.config.sections.model import RopeScalingConfig
+from megarl.config.sections.reward import RewardCallsConfig, RewardConfig
+from megarl.config.sections.rollout import RolloutConfig, RolloutEngineConfig
+from megarl.config.sections.run import BestByScoreConfig, ScoreCheckpointConfig
 from megarl.errors import ConfigError
 from tests.refusals import refused
 
@@ -186,6 +191,87 @@ def test_an_old_checkpoints_keys_of_the_kl_without_a_target_change_nothing() -> 
     del old["ppo"]["adaptive_kl"]
     old["ppo"] |= {"kl_target": None, "kl_horizon": 10_000.0}
     assert differences(old, old, asdict(PPOConfig()), tree=PPOConfig, same_tokenizer=True) == []
+
+
+OLD_KEYS = {
+    "checkpoint": {"metric": "eval/loss", "mode": "min", "keep_best": 3},
+    "rollout": {"slots": 4, "cache_bytes": 100, "layout": "tp2", "cuda_graphs": True},
+    "reward": {"timeout": 3.0, "retries": 0, "batch_size": 2, "devices": "1"},
+}
+BEST, ENGINE, CALLS = (
+    BestByScoreConfig("eval/loss", "min", 3),
+    RolloutEngineConfig(4, 100, "tp2", True),
+    RewardCallsConfig(3.0, 0, 2, "1"),
+)
+
+
+def test_keys_that_moved_into_sections_work_wherever_they_are_set(folder: Path, preset: Preset) -> None:
+    def sections(config: Any) -> tuple[Any, ...]:
+        return config.checkpoint.best, config.rollout.engine, config.reward.calls
+
+    preset("old", yaml.safe_dump(OLD_KEYS))
+    argv = [f"{name}.{key}={value}" for name, moved in OLD_KEYS.items() for key, value in moved.items()]
+    config, _ = compose("ppo", argv)
+    assert sections(config) == (BEST, ENGINE, CALLS)
+    assert compose("ppo", ["+conf=old"])[0] == config
+    settings = default_config("ppo")
+    for name, moved in OLD_KEYS.items():
+        for key, value in moved.items():
+            setattr(settings[name], key, value)
+    assert OmegaConf.to_object(settings) == config
+    assert from_plain(PPOConfig, OLD_KEYS) == PPOConfig(
+        checkpoint=ScoreCheckpointConfig(best=BEST),
+        rollout=RolloutConfig(engine=ENGINE),
+        reward=RewardConfig(calls=CALLS),
+    )
+    assert compose("generate", ["+conf=old"])[0].rollout.engine == ENGINE
+
+
+@pytest.mark.parametrize(
+    ("entry", "metric", "mode"),
+    [("sft", "eval/loss", "min"), ("rm", "eval/loss", "min")]
+    + [(entry, "eval/score", "max") for entry in ("ppo", "grpo", "rft", "ilql")]
+    + [(entry, "eval/accuracy", "max") for entry in ("dpo", "kto", "orpo", "cpo")],
+)
+def test_an_old_mode_alone_leaves_the_metric_and_the_number_as_they_were(
+    entry: str, metric: str, mode: str, folder: Path, preset: Preset
+) -> None:
+    def best(*argv: str) -> tuple[Any, ...]:
+        settings = compose(entry, list(argv))[0].checkpoint.best_settings
+        return settings.metric, settings.mode, settings.keep
+
+    other = {"min": "max", "max": "min"}[mode]
+    preset("old", f"checkpoint: {{mode: {other}}}\n")
+    assert best() == best("checkpoint.best=null") == best("checkpoint.best={}") == (metric, mode, 1)
+    assert best("+conf=old") == best(f"checkpoint.mode={other}") == (metric, other, 1)
+    assert best("+conf=old", "checkpoint.best=null") == (metric, mode, 1)
+    config = default_config(entry)
+    assert config.checkpoint.best.metric == config.checkpoint.metric == metric
+    assert config.checkpoint.best == None  # noqa: E711 - reading does not switch it on
+    config.checkpoint.mode = other
+    assert config.checkpoint.mode == config.checkpoint["mode"] == other
+    assert (config.checkpoint.best.metric, config.checkpoint.best.keep) == (metric, 1)
+
+
+@pytest.mark.parametrize("entry", ["sft", "ppo", "ilql", "dpo"])
+def test_an_old_checkpoints_defaults_are_those_of_sections_that_are_null(entry: str) -> None:
+    config, now = compose(entry, [])
+    old = {name: dict(part) if isinstance(part, dict) else part for name, part in now.items()}
+    best = asdict(config.checkpoint.best_settings)
+    old["checkpoint"] |= {"metric": best["metric"], "mode": best["mode"], "keep_best": 1}
+    moved = ["checkpoint.best"]
+    if entry in ("ppo", "ilql"):
+        old["rollout"] |= asdict(config.rollout.engine_settings)
+        old["reward"] |= asdict(config.reward.call_settings)
+        moved += ["rollout.engine", "reward.calls"]
+    for key in moved:
+        section, _, name = key.partition(".")
+        del old[section][name]
+    assert differences(old, old, now, tree=type(config), same_tokenizer=True) == []
+    old["checkpoint"]["keep_best"] = 2
+    assert [each.key for each in differences(old, old, now, tree=type(config), same_tokenizer=True)] == [
+        "checkpoint.best.keep"
+    ]
 
 
 YARN = RopeScalingConfig("yarn", 4.0, original_positions=64)

@@ -271,3 +271,17 @@ def test_kinds_of_critics_are_compared_as_far_as_there_is_one() -> None:
         plain["ppo"]["advantages"] = "grpo"
     now["critic"]["kind"] = "none"
     assert differences(before, before, now, tree=PPOConfig, same_tokenizer=True) == []
+
+
+def test_an_action_mask_can_change_and_cannot_be_switched() -> None:
+    off, on, other = (asdict(PPOConfig()) for _ in range(3))
+    older = asdict(PPOConfig())
+    del older["ppo"]["action_mask"]
+    on["ppo"]["action_mask"] = {"top_p": 0.9, "refresh_every": 5}
+    other["ppo"]["action_mask"] = {"top_p": 0.8, "refresh_every": 5}
+    (change,) = differences(on, on, other, tree=PPOConfig, same_tokenizer=True)
+    assert (change.key, change.rule.kind) == ("ppo.action_mask.top_p", NOW)
+    for before, now in ((off, on), (on, off), (older, on)):
+        (change,) = differences(before, before, now, tree=PPOConfig, same_tokenizer=True)
+        assert (change.key, change.rule.kind) == ("ppo.action_mask", REFUSED)
+    assert differences(older, older, off, tree=PPOConfig, same_tokenizer=True) == []

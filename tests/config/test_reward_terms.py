@@ -106,6 +106,8 @@ def test_terms_are_read_from_the_command_line_and_from_a_preset(
         (["reward.model=a", "reward.url=[http://a:1]"], "reward.url"),
         (["reward.terms=[{fn:c:d}]", "reward.options={x:1}"], "reward.options"),
         (["reward.terms=[{fn:c:d},{weight:1}]"], "reward.terms"),
+        (["reward.model=a", "reward.options={x:1}"], "reward.options"),
+        (["reward.url=[http://a:1]", "reward.options={x:1}"], "reward.options"),
     ],
 )
 def test_terms_exclude_a_single_source_and_its_options(argv: list[str], key: str) -> None:
@@ -115,6 +117,18 @@ def test_terms_exclude_a_single_source_and_its_options(argv: list[str], key: str
 
     with refused(ConfigError, key=key):
         start()
+
+
+def test_the_remedy_for_options_of_no_function_works_where_a_preset_set_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "mine.yaml").write_text("# @package _global_\nreward: {fn: a:b, options: {x: 1}}\n")
+    argv = ["+conf=mine", "data.train=[x.jsonl]", "reward.fn=null", "reward.model=a"]
+    with refused(ConfigError, key="reward.options", value={"x": 1}, offers={"reward.options": [{}]}):
+        check(compose("ppo", argv)[0], 1)
+    check(compose("ppo", [*argv, "reward.options={}"])[0], 1)
 
 
 @pytest.mark.parametrize(

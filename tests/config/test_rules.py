@@ -17,6 +17,7 @@ from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
 from megarl.config.rules import check
 from megarl.config.sections.model import ModelConfig, RopeScalingConfig
 from megarl.config.sections.parallel import ParallelConfig
+from megarl.config.sections.reward import RewardCallsConfig
 from megarl.config.sft import SFTConfig
 from megarl.config.shape import check_shape
 from megarl.config.world import accumulation, data_parallel_size, world_size
@@ -285,8 +286,8 @@ def phases(**values: Any) -> PPOConfig:
         (1, {"ppo__advantages": "grpo", "rollout__n": 8}),
         (1, {"ppo__advantages": "rloo", "rollout__n": 2, "critic__kind": "separate", "critic__separate": own(lr=1e-4)}),
         (1, {"ppo__advantages": "remax", "critic__kind": "none", "critic__separate": own(path="/weights")}),
-        (1, {"reward__timeout": 9000.0}),
-        (2, {"reward__timeout": 9000.0, "parallel__timeout_s": 20_000}),
+        (1, {"reward__calls": RewardCallsConfig(9000.0)}),
+        (2, {"reward__calls": RewardCallsConfig(9000.0), "parallel__timeout_s": 20_000}),
         (1, {"ppo__kl_coef": 0.0}),
         (1, {"ppo__adaptive_kl": AdaptiveKLConfig(1.0), "ppo__kl_limit": 10.0}),
         (1, {"ppo__kl_coef": 0.0, "ppo__adaptive_kl": AdaptiveKLConfig(None, 2.0)}),
@@ -345,7 +346,12 @@ def test_phases_that_can_run_pass(world: int, values: dict[str, Any]) -> None:
             "ppo.whiten_rewards",
             {"ppo.whiten_rewards": [False]},
         ),
-        (2, {"reward__timeout": 200.0, "trainer__devices": 2}, "reward.timeout", {"parallel.timeout_s": [760]}),
+        (
+            2,
+            {"reward__calls": RewardCallsConfig(200.0), "trainer__devices": 2},
+            "reward.calls.timeout",
+            {"parallel.timeout_s": [760]},
+        ),
         (1, {"ppo__kl_coef": 0.0, "ppo__kl_limit": 5.0}, "ppo.kl_limit", {"ppo.kl_limit": [None]}),
         (
             1,
@@ -369,9 +375,9 @@ def test_phases_that_cannot_run_are_told_what_can(world: int, values: dict[str, 
 
 
 def test_keys_that_the_kind_of_advantages_does_not_read_are_named() -> None:
-    assert without_effect(phases(critic__kind="separate", critic__separate=own(lr=1e-4), ppo__lam=0.9)) == []
+    assert without_effect(phases(critic__kind="separate", critic__separate=own(lr=1e-4), ppo__lam=0.9)) == {}
     plain = phases(ppo__advantages="grpo", rollout__n=8)
-    assert without_effect(plain) == []
+    assert without_effect(plain) == {}
     assert critic_kind(plain) == "none"
     found = phases(
         **{
@@ -382,8 +388,18 @@ def test_keys_that_the_kind_of_advantages_does_not_read_are_named() -> None:
             "ppo__gamma": 0.9,
         }
     )
-    assert without_effect(found) == ["ppo.gamma", "ppo.lam", "critic.kind", "critic.separate.lr"]
-    assert without_effect(phases(ppo__advantages="reinforce_pp", critic__kind="none", ppo__gamma=0.9)) == []
+    ignored = ["ppo.gamma", "ppo.lam", "critic.kind", "critic.separate.lr"]
+    assert without_effect(found) == {"ppo.advantages=grpo": ignored}
+    assert without_effect(phases(ppo__advantages="reinforce_pp", critic__kind="none", ppo__gamma=0.9)) == {}
+
+
+def test_keys_that_the_objective_does_not_read_are_named() -> None:
+    ratio = {"ppo__clip_high": 0.3, "ppo__ratio": "sequence"}
+    assert without_effect(phases(**ratio)) == {}
+    assert without_effect(phases(ppo__objective="cispo", **ratio)) == {}
+    assert without_effect(phases(ppo__objective="plain", **ratio)) == {
+        "ppo.objective=plain": ["ppo.clip_high", "ppo.ratio"]
+    }
 
 
 def test_advantages_are_whitened_by_their_kind_unless_it_is_said() -> None:
@@ -398,7 +414,7 @@ def test_the_patience_of_others_matters_only_where_a_function_is_asked() -> None
     config.data.train, config.parallel.timeout_s, config.trainer.devices = ["samples.jsonl"], 60, 2
     check(config, 2)
     config.metric.fn = "scores.py:score"
-    with refused(ConfigError, key="reward.timeout", value=60.0, offers={"parallel.timeout_s": [480]}):
+    with refused(ConfigError, key="reward.calls.timeout", value=60.0, offers={"parallel.timeout_s": [480]}):
         check(config, 2)
 
 

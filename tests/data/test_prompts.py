@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megarl.config.sections.data import PromptDataConfig
-from megarl.data.prompts import Prompt, PromptLimits, build_phase_loader, read_prompts
+from megarl.data.mixture import prompt_order
+from megarl.data.prompts import Prompt, PromptLimits, read_prompts
 from megarl.errors import ConfigError, DataError
 from megarl.rollout.requests import Sampling, check_requests, repeat
 from megarl.tasks.randomwalks import task
@@ -218,8 +218,8 @@ def phases(
     seed: int, count: int, start: int = 0, prompts: list[Prompt] | None = None, per_phase: int = 3
 ) -> list[list[int]]:
     prompts = prompts or [Prompt("", (1,), {})] * 5
-    loader = build_phase_loader(prompts, per_phase, seed, start=start)
-    return [numbers.tolist() for numbers in islice(loader, count)]
+    order = prompt_order(prompts, PromptDataConfig(), seed, 1)
+    return [order.rows(phase * per_phase, per_phase, phase).tolist() for phase in range(start, start + count)]
 
 
 def test_phases_go_through_all_prompts_before_any_comes_again() -> None:

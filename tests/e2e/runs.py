@@ -44,7 +44,7 @@ PAIRS = [
     "optim.lr=1e-3",
     "optim.schedule=constant",
     "data.seq_length=48",
-    "checkpoint.keep_best=0",
+    "checkpoint.best.keep=0",
 ]
 
 

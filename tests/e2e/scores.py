@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -53,3 +55,28 @@ def picky(prompts: list[str], outputs: list[str], **_: Any) -> list[float]:
 
 def indifferent(outputs: list[str], **_: Any) -> list[float]:
     return [1.0] * len(outputs)
+
+
+def seldom(prompts: list[str], outputs: list[str], **_: Any) -> list[float]:
+    """Has the same score for all responses to prompts of the first half of the alphabet."""
+    return [float(len(set(output))) if prompt > "k" else 0.0 for prompt, output in zip(prompts, outputs, strict=True)]
+
+
+def even(outputs: list[str], **_: Any) -> list[float]:
+    """1 if a response has an even number of characters."""
+    return [float(len(output) % 2 == 0) for output in outputs]
+
+
+def kills_the_run(samples: list[str], outputs: list[str], folder: str, late: int = LATE, **_: Any) -> list[float]:
+    """1 if a response has an even number of characters; what was scored is added to a file once it is known.
+
+    Where there is a file `kill`, the call that comes after `late` responses kills the process that called.
+    """
+    known, kill = Path(folder, "scored.txt"), Path(folder, "kill")
+    if kill.exists() and known.exists() and len(known.read_text().splitlines()) >= late:
+        kill.unlink()
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(3600)
+    with known.open("a") as file:
+        file.writelines(f"{sample!r}\n" for sample in samples)
+    return [float(len(output) % 2 == 0) for output in outputs]

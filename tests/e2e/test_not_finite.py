@@ -128,7 +128,7 @@ def test_values_beyond_the_runs_precision_are_refused(worlds: Worlds, tmp_path: 
 def test_a_learning_rate_that_ruins_the_weights_leaves_the_checkpoints_before_it(
     worlds: Worlds, tmp_path: Path
 ) -> None:
-    kept = ["checkpoint.every=1", "checkpoint.keep_last=1", "checkpoint.keep_best=0", "optim.warmup_steps=0"]
+    kept = ["checkpoint.every=1", "checkpoint.keep_last=1", "checkpoint.best.keep=0", "optim.warmup_steps=0"]
     worlds.run(1, run_sft, tmp_path, *TINY, *kept)
     before = {path.name for path in find(tmp_path / "checkpoints")}
     ruin = [*TINY, *kept, "trainer.max_steps=6", "optim.lr=1e30", "checkpoint.keep_last=2"]

@@ -173,7 +173,7 @@ def test_moments_of_scores_are_counted_anew_where_other_code_scores(
     """The function keeps its name, and its file changes or does not."""
     code = "def score(outputs, **_):\n    return [float({}) for o in outputs]\n"
     function = tmp_path / "rewards.py"
-    run = [*TINY, "clone.data=[]", "ppo.scale_scores=running", "checkpoint.metric=rollout/score"]
+    run = [*TINY, "clone.data=[]", "ppo.scale_scores=running", "checkpoint.best.metric=rollout/score"]
     run[run.index("reward.fn=megarl.rewards.builtin:length")] = f"reward.fn={function}:score"
     function.write_text(code.format("len(o)"))
     worlds.run(1, run_ppo, tmp_path / "run", *run, "trainer.max_phases=1")

@@ -125,7 +125,7 @@ def test_ppo_learns_from_a_server_as_from_the_model_in_process(model: Path, worl
     settings = ["tokenizer.kind=characters", "tokenizer.path=abcdefghijklm", "trainer.max_phases=2"]
     worlds.run(1, run_with_model, tmp_path / "within", prompts, model, *settings)
     with serving(model, tmp_path) as server:
-        served = ["reward.model=null", f"reward.url=[{server.url}]", "reward.batch_size=3", *settings]
+        served = ["reward.model=null", f"reward.url=[{server.url}]", "reward.calls.batch_size=3", *settings]
         worlds.run(2, run_with_model, tmp_path / "served", prompts, model, *served)
     ours, theirs = (metrics(tmp_path / name, "rollout/score")[0] for name in ("served", "within"))
     assert ours == pytest.approx(theirs, rel=1e-4)

@@ -64,7 +64,7 @@ def samples(run_dir: Path) -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_train_and_generate_alike(layout: str, worlds: Worlds, reference: Path, tmp_path: Path) -> None:
     world, overrides = LAYOUTS[layout]
-    lean = ["metric.fn=null", "checkpoint.save_last=false", "checkpoint.keep_best=0"]
+    lean = ["metric.fn=null", "checkpoint.save_last=false", "checkpoint.best.keep=0"]
     worlds.run(world, run_ilql, tmp_path, *overrides, *EVALUATED, *lean)
     assert_same_course(tmp_path, reference)
     assert samples(tmp_path) == samples(reference)

@@ -256,7 +256,7 @@ def test_a_run_killed_while_it_scores_asks_for_no_score_twice(worlds: Worlds, tm
         (tmp_path / name).mkdir(exist_ok=True)
         asked = ["reward.fn=tests.e2e.scores:written_down", f"+reward.options.folder={tmp_path / name}"]
         saved = ["checkpoint.every=1", "checkpoint.keep_last=1", "checkpoint.save_last=true", "trainer.max_phases=3"]
-        return [*asked, "reward.batch_size=4", *saved, *CRITICS["shared"]]
+        return [*asked, "reward.calls.batch_size=4", *saved, *CRITICS["shared"]]
 
     worlds.run(1, run_ppo, tmp_path / "unbroken" / "run", *settings("unbroken"))
     folder = tmp_path / "broken"
@@ -302,7 +302,7 @@ def ended(worlds: Worlds, run_dir: Path, *overrides: str, world: int = 1) -> Any
     return first
 
 
-ONE_TRY = ["reward.retries=0", "reward.timeout=1"]
+ONE_TRY = ["reward.calls.retries=0", "reward.calls.timeout=1"]
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_a_function_that_gives_no_scores_ends_the_run_in_a_line(
 
 
 def test_a_call_that_never_returns_costs_its_samples_alone(worlds: Worlds, tmp_path: Path) -> None:
-    slow = ["reward.fn=tests.e2e.scores:sleeps_once", f"+reward.options.folder={tmp_path}", "reward.batch_size=4"]
+    slow = ["reward.fn=tests.e2e.scores:sleeps_once", f"+reward.options.folder={tmp_path}", "reward.calls.batch_size=4"]
     assert ended(worlds, tmp_path / "run", *slow, *ONE_TRY, "reward.on_error=drop") is None
     assert metrics(tmp_path / "run", "rollout/dropped") == [(4.0,)]
 
@@ -340,7 +340,7 @@ def test_a_phase_without_any_score_ends_the_run(worlds: Worlds, tmp_path: Path) 
 
 def test_samples_without_a_score_leave_the_same_phase_in_every_layout(worlds: Worlds, tmp_path: Path) -> None:
     """Fewer rows than planned, and a number that two replicas cannot halve, change nothing but the counts."""
-    picky = ["reward.fn=tests.e2e.scores:picky", "reward.on_error=drop", "reward.retries=0"]
+    picky = ["reward.fn=tests.e2e.scores:picky", "reward.on_error=drop", "reward.calls.retries=0"]
     for world in (1, 2):
         assert ended(worlds, tmp_path / str(world), *picky, world=world) is None
     ((dropped,),) = metrics(tmp_path / "1", "rollout/dropped")

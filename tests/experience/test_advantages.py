@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megarl.config.advantages import ADVANTAGES
 from megarl.config.ppo import PPOSettings
+from megarl.config.ppo_sections import OverlongConfig
 from megarl.experience.advantages import COMPUTE, PhaseResults, group_counts
 from megarl.experience.shaping import Greedy, Shaping
 from megarl.parallel.rows import Rows
@@ -41,8 +42,9 @@ def shaped(
         group=torch.tensor(groups),
         truncated=torch.tensor(truncated),
     )
-    compared = None if greedy is None else Greedy(greedy, more.pop("greedy_truncated", [False] * len(mask)))
-    return Shaping(PPOSettings(advantages=kind, kl_coef=0.0, **more)).shape(rows, scores, compared)
+    cut, greedy_lengths = more.pop("greedy_truncated", [False] * len(mask)), more.pop("greedy_lengths", [1] * len(mask))
+    compared = None if greedy is None else Greedy(greedy, cut, greedy_lengths)
+    return Shaping(PPOSettings(advantages=kind, kl_coef=0.0, **more), 8).shape(rows, scores, compared)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
@@ -91,8 +93,8 @@ def test_advantages_of_groups_are_of_whole_responses_with_the_penalty_and_the_kl
         group=torch.tensor([0, 0]),
         truncated=torch.tensor([True, False]),
     )
-    settings = PPOSettings(advantages="dr_grpo", kl_coef=1.0, missing_eos_penalty=1.0)
-    found, stats = Shaping(settings).shape(rows, [4.0, 0.0])
+    settings = PPOSettings(advantages="dr_grpo", kl_coef=1.0, overlong=OverlongConfig(missing_eos_penalty=1.0))
+    found, stats = Shaping(settings, 8).shape(rows, [4.0, 0.0])
     # the KL of half a nat a token: 4 - 1 - 2 * .5 = 2, and 0 - .5
     torch.testing.assert_close(found["advantages"], mask * torch.tensor([[1.25], [-1.25]]))
     assert stats["rollout/kl"] == pytest.approx(0.75)
@@ -118,7 +120,8 @@ def test_groups_that_say_nothing_and_those_of_one_are_counted() -> None:
     assert (stats["rollout/zero_spread_groups"], stats["rollout/groups_of_one"]) == (1.0, 2.0)
     _, stats = shaped("grpo", torch.ones(2, 2), [5.0, 7.0], [0, 0], clip_scores=1.0)
     assert stats["rollout/zero_spread_groups"] == 1.0
-    _, stats = shaped("grpo", torch.ones(2, 2), [2.0, 2.0], [0, 0], truncated=[True, False], missing_eos_penalty=1.0)
+    cut = OverlongConfig(missing_eos_penalty=1.0)
+    _, stats = shaped("grpo", torch.ones(2, 2), [2.0, 2.0], [0, 0], truncated=[True, False], overlong=cut)
     assert stats["rollout/zero_spread_groups"] == 0.0
 
 
@@ -130,14 +133,28 @@ def test_a_greedy_score_is_clipped_and_scaled_as_the_others_are() -> None:
 
 
 def test_a_greedy_response_that_was_cut_is_penalised_as_a_sampled_one_is() -> None:
-    cut = {"truncated": [True, True], "greedy_truncated": [True, False], "missing_eos_penalty": 3.0}
+    cut = {
+        "truncated": [True, True],
+        "greedy_truncated": [True, False],
+        "overlong": OverlongConfig(missing_eos_penalty=3.0),
+    }
     rows, _ = shaped("remax", torch.ones(2, 2), [1.0, 1.0], [0, 1], greedy=[1.0, 1.0], **cut)
     assert rows["advantages"][:, 0].tolist() == [0.0, -3.0]
+
+
+def test_a_greedy_response_pays_the_same_for_its_length() -> None:
+    """Of 8 tokens, the last 4 are the buffer. The second greedy response is as long as the sampled ones."""
+    mask = (torch.arange(6) < torch.tensor([[6], [6]])).float()
+    long = {"overlong": OverlongConfig(penalty=4.0, buffer=0.5), "greedy_lengths": [2, 6]}
+    rows, _ = shaped("remax", mask, [1.0, 1.0], [0, 1], greedy=[1.0, 1.0], **long)
+    assert rows["advantages"][:, 0].tolist() == [-2.0, 0.0]
 
 
 def test_responses_that_do_not_train_for_their_length_count_in_their_group_with_their_score() -> None:
     """Three that score -1 and one that was cut at -5: its score is in the mean of -2, and it does not train."""
     mask, scores = torch.ones(4, 2), [-1.0, -1.0, -1.0, -5.0]
-    rows, _ = shaped("dr_grpo", mask, scores, [0] * 4, truncated=[False, False, False, True], mask_overlong=True)
+    rows, _ = shaped(
+        "dr_grpo", mask, scores, [0] * 4, truncated=[False, False, False, True], overlong=OverlongConfig(mask=True)
+    )
     assert rows["advantages"].tolist() == [[1.0, 1.0]] * 3 + [[0.0, 0.0]]
     assert rows.action_mask.sum(dim=1).tolist() == [2, 2, 2, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -65,7 +66,10 @@ def evaluation(judges: dict[str, Any], **settings: Any) -> tuple[Evaluation, Res
 def test_means_are_logged_under_the_judges_names() -> None:
     it, respond = evaluation({"score": Lengths(), "optimality": Lengths(bonus=2.0)}, n=3)
     found = it.run(phase=7)
-    assert found.metrics == {"eval/score": 1.5, "eval/optimality": 3.5, "eval/response_tokens": 2.0}
+    best = {"eval/best@1": 1.5, "eval/best@2": 1.5, "eval/best@3": 1.5}
+    errors = dict.fromkeys(("eval/score_se", "eval/best@1_se", "eval/best@2_se", "eval/best@3_se"), 0.5)
+    means = {"eval/score": 1.5, "eval/optimality": 3.5, "eval/response_tokens": 2.0}
+    assert found.metrics == pytest.approx({**means, **best, **errors})
     assert respond.asked == [(3, EVALUATION, 7, {"temperature": 0.1})]
 
 
@@ -106,6 +110,37 @@ def test_a_sweep_names_each_value_and_draws_and_scores_it_apart() -> None:
     assert len(set(streams)) == 3
     assert streams[0] == EVALUATION
     assert {row["setting"] for row in found.samples} == {"temperature=0", "temperature=0.7", "temperature=1"}
+
+
+class Listed(Lengths):
+    """Scores responses by a list, prompt after prompt."""
+
+    def __init__(self, scores: list[float | None]) -> None:
+        super().__init__()
+        self.listed = scores
+
+    def score(self, prompts: list[Prompt], rollouts: list[Rollout], *, stream: int, phase: int) -> Scores:
+        return Scores(values=list(self.listed))
+
+
+def test_a_vote_is_of_the_responses_with_a_score() -> None:
+    answers = iter(["x", "x", "y", "y", "y"])
+    seen: list[str] = []
+
+    def read(texts: Sequence[str]) -> list[str]:
+        seen.extend(texts)
+        return [next(answers) for _ in texts]
+
+    scorer = Listed([1.0, 1.0, 0.0, None, 0.0, 0.0])
+    respond = Respond()
+    settings = EvalConfig(n=3, vote="text", sweep=SweepConfig(temperature=[0.2]))
+    found = Evaluation(respond, PROMPTS, {"score": scorer}, settings, TOKENIZER, read).run(0).metrics  # type: ignore[dict-item]
+    assert seen == ["cc"] * 5, "decoded without EOS, and not the one without a score"
+    assert found["eval/vote@temperature=0.2"] == 0.5
+    assert found["eval/vote_se@temperature=0.2"] == 0.5
+    assert found["eval/pass@2@temperature=0.2"] == 0.5
+    assert "eval/pass@3_se@temperature=0.2" not in found, "one prompt has three scores"
+    assert found["eval/pass@3@temperature=0.2"] == 1.0
 
 
 def test_samples_without_a_score_count_in_no_mean() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megarl.config.sections.reward import RewardConfig
+from megarl.config.sections.reward import RewardCallsConfig, RewardConfig
 from megarl.data.prompts import Prompt
 from megarl.errors import ConfigError, RewardError
 from megarl.experience import reward_servers
@@ -192,10 +192,10 @@ def serve() -> Iterator[Serve]:
             server.close()
 
 
-def make(*servers: StandIn | str, journal: Journal | None = None, **settings: Any) -> HttpScorer:
+def make(*servers: StandIn | str, journal: Journal | None = None, on_error: str = "error", **calls: Any) -> HttpScorer:
     urls = [server if isinstance(server, str) else server.url for server in servers]
-    settings = {"timeout": 5.0, "batch_size": 3, **settings}
-    return HttpScorer(RewardConfig(**settings), urls, TOKENIZER, ALONE, journal=journal)
+    settings = RewardConfig(on_error=on_error, calls=RewardCallsConfig(**{"timeout": 5.0, "batch_size": 3, **calls}))
+    return HttpScorer(settings, urls, TOKENIZER, ALONE, journal=journal)
 
 
 def score(scorer: HttpScorer, phase: int = 0) -> Scores:
@@ -483,10 +483,10 @@ def test_a_path_of_a_url_comes_before_the_servers_own(serve: Serve) -> None:
 def on_every_rank(url: str, dead: str) -> tuple[Any, str, str]:
     grid = Grid(Layout.for_world(dist.get_world_size()), start_world())
     try:
-        scorer = HttpScorer(RewardConfig(batch_size=3), [url], TOKENIZER, grid)
+        scorer = HttpScorer(RewardConfig(calls=RewardCallsConfig(batch_size=3)), [url], TOKENIZER, grid)
         values = scorer.score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0).values
         try:
-            HttpScorer(RewardConfig(retries=0), [dead], TOKENIZER, grid)
+            HttpScorer(RewardConfig(calls=RewardCallsConfig(retries=0)), [dead], TOKENIZER, grid)
         except RewardError as problem:
             return values, scorer.fingerprint, str(problem.key)
         return values, scorer.fingerprint, ""

@@ -38,8 +38,8 @@ def value_head_forgotten(it: Invariants) -> None:
 BROKEN: dict[str, tuple[Callable[[Invariants], None], Any, tuple[str, ...]]] = {
     "kl_zero": (lambda it: it.same_weights(1e-12), 1e-12, ("1.00e-12",)),
     "logprob_drift": (lambda it: it.drift(2e-3), 2e-3, ("2.00e-03", "0.001")),
-    "ratio_one": (lambda it: it.on_policy(1.0001, 0.0), 1.0001, ("1.0001000",)),
-    "nothing_clipped": (lambda it: it.on_policy(1.0, 0.01), 0.01, ("1.00%",)),
+    "ratio_one": (lambda it: it.on_policy(1.0001, 0.0, 0.2), 1.0001, ("1.0001000",)),
+    "nothing_clipped": (lambda it: it.on_policy(1.0, 0.01, 0.2), 0.01, ("1.00%",)),
     "token_count": (lambda it: it.tokens(29, 30), 29, ("29", "30")),
     "gradients": (value_head_forgotten, ["value_head.inner", "value_head.outer"], ("policy",)),
 }
@@ -77,7 +77,7 @@ def test_nan_holds_nowhere() -> None:
     for breaks in (
         lambda it: it.same_weights(float("nan")),
         lambda it: it.drift(float("nan")),
-        lambda it: it.on_policy(float("nan"), 0.0),
+        lambda it: it.on_policy(float("nan"), 0.0, 0.2),
     ):
         with refused(InvariantError):
             breaks(invariants())
@@ -87,7 +87,7 @@ def test_what_holds_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     it = invariants("warn")
     it.same_weights(0.0)
     it.drift(1e-4)
-    it.on_policy(1.000009, 0.0)
+    it.on_policy(1.000009, 0.0, 0.2)
     it.tokens(30, 30)
     it.gradients(engine(*TRAINABLE), learns=True, fresh=True)
     assert not caplog.records
@@ -96,11 +96,19 @@ def test_what_holds_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
 def test_bf16_has_wider_bounds_but_the_reference_is_still_exact() -> None:
     it = invariants(precision="bf16")
     it.drift(4e-2)
-    it.on_policy(1.04, 0.0)
+    it.on_policy(1.04, 0.0, 0.2)
     with refused(InvariantError, key="kl_zero", value=1e-12):
         it.same_weights(1e-12)
     with refused(InvariantError, key="ratio_one", value=1.06):
-        it.on_policy(1.06, 0.0)
+        it.on_policy(1.06, 0.0, 0.2)
+
+
+def test_in_bf16_a_clip_range_below_the_rounding_may_clip() -> None:
+    invariants(precision="bf16").on_policy(1.0, 0.6, 3e-4)
+    with refused(InvariantError, key="nothing_clipped", value=0.6):
+        invariants(precision="bf16").on_policy(1.0, 0.6, 0.2)
+    with refused(InvariantError, key="nothing_clipped", value=0.6):
+        invariants().on_policy(1.0, 0.6, 3e-4)
 
 
 def test_only_the_first_step_is_checked() -> None:

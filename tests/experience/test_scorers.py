@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megarl.config.sections.reward import RewardConfig
+from megarl.config.sections.reward import RewardCallsConfig, RewardConfig
 from megarl.data.prompts import Prompt
 from megarl.errors import ConfigError, RewardError
 from megarl.experience import scorers as scoring
@@ -83,9 +83,13 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Scripted:
 
 
 def make(
-    journal: Journal | None = None, function: Any = "megarl.rewards.builtin:length", **settings: Any
+    journal: Journal | None = None,
+    function: Any = "megarl.rewards.builtin:length",
+    on_error: str = "error",
+    **calls: Any,
 ) -> FunctionScorer:
-    return FunctionScorer(function, RewardConfig(**settings), TOKENIZER, ALONE, journal=journal)
+    settings = RewardConfig(on_error=on_error, calls=RewardCallsConfig(**calls))
+    return FunctionScorer(function, settings, TOKENIZER, ALONE, journal=journal)
 
 
 def test_a_question_holds_texts_without_the_end_and_every_records_fields(worker: Scripted) -> None:
@@ -144,7 +148,7 @@ def test_samples_without_a_score_are_counted_and_never_a_zero(worker: Scripted, 
 def test_rollouts_without_a_score_or_without_what_they_are_compared_with_are_left_out() -> None:
     scores = Scores([2.0, None, 1.0])
     assert keep_scored(ROLLOUTS, scores) == ([ROLLOUTS[0], ROLLOUTS[2]], [2.0, 1.0], None)
-    assert keep_scored(ROLLOUTS, scores, [5.0, None]) == ([ROLLOUTS[0]], [2.0], [5.0])
+    assert keep_scored(ROLLOUTS, scores, {0: 5.0, 1: None}) == ([ROLLOUTS[0]], [2.0], [5.0])
 
 
 def test_a_part_of_the_scores_has_the_parts_of_its_samples() -> None:
@@ -254,10 +258,10 @@ def test_a_metric_never_takes_the_place_of_the_score(scores_file: Path) -> None:
     assert metric.name == "score_metric"
 
 
-def across_ranks(function: str, **settings: Any) -> Any:
+def across_ranks(function: str, **calls: Any) -> Any:
     """Scores, and whether this rank has a worker; or the failure."""
     grid = Grid(Layout.for_world(dist.get_world_size()), start_world())
-    scorer = FunctionScorer(function, RewardConfig(**settings), TOKENIZER, grid)
+    scorer = FunctionScorer(function, RewardConfig(calls=RewardCallsConfig(**calls)), TOKENIZER, grid)
     try:
         return scorer.score(PROMPTS, ROLLOUTS, stream=TRAINING, phase=0).values, scorer.worker is not None
     except RewardError as problem:

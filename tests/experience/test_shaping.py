@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarl.config.ppo import AdaptiveKLConfig, PPOSettings
+from megarl.config.ppo import PPOSettings
+from megarl.config.ppo_sections import AdaptiveEntropyConfig, AdaptiveKLConfig, CorrectionConfig, OverlongConfig
 from megarl.experience.shaping import Shaping, explained_variance, whitening_factor
 from megarl.parallel.rows import Rows
 from megarl.rewards.answers import Score
@@ -20,7 +21,7 @@ JUNK = 100.0
 def shaping(**settings: Any) -> Shaping:
     """Undiscounted rewards to go, and nothing else unless asked for."""
     plain: dict[str, Any] = {"gamma": 1.0, "lam": 1.0, "kl_coef": 0.0, "whiten_advantages": False}
-    return Shaping(PPOSettings(**{**plain, **settings}))
+    return Shaping(PPOSettings(**{**plain, **settings}), max_new_tokens=4)
 
 
 def phase(gap: float | None = None, value: float = 0.0, truncated: tuple[bool, bool] = (False, False)) -> Rows:
@@ -147,12 +148,50 @@ def test_returns_are_advantages_plus_values() -> None:
 
 
 def test_a_missing_end_costs_its_penalty_at_the_last_action() -> None:
-    advantages, _ = shaped(shaping(missing_eos_penalty=0.5, gamma=0.0), [1.0, 2.0], truncated=(True, False))
+    advantages, _ = shaped(
+        shaping(overlong=OverlongConfig(missing_eos_penalty=0.5), gamma=0.0), [1.0, 2.0], truncated=(True, False)
+    )
     assert advantages.tolist() == [[0, 0, 0, 0.5], [0, 0, 2, 0]]
 
 
+def test_a_long_response_costs_more_the_closer_it_is_to_the_limit() -> None:
+    """Of four tokens, the last two are the buffer: three tokens cost half of the penalty, two cost nothing."""
+    advantages, _ = shaped(shaping(overlong=OverlongConfig(penalty=0.5, buffer=0.5), gamma=0.0), [1.0, 2.0])
+    assert advantages.tolist() == [[0, 0, 0, 0.75], [0, 0, 2, 0]]
+
+
+def test_rows_have_importance_weights_if_these_are_asked_for() -> None:
+    rows = phase().with_columns(rollout_logprobs=torch.tensor([[JUNK, -2.0, -1.0, -9.0], [JUNK, -1.0, -0.5, JUNK]]))
+    shaped_rows, stats = shaping(correction=CorrectionConfig(high=2.0)).shape(rows, [1.0, 2.0])
+    torch.testing.assert_close(shaped_rows["weights"], torch.tensor([[0, 2, 1, 2], [0, 1, math.exp(-0.5), 0]]))
+    assert stats["correction/limited"] == pytest.approx(2 / 5)
+    assert "weights" not in shaping().shape(rows, [1.0, 2.0])[0]
+
+
+def test_the_weight_of_the_entropy_is_taken_up_again() -> None:
+    first = shaping(entropy_coef=0.01, adaptive_entropy=AdaptiveEntropyConfig(1.0, 0.02))
+    first.entropy_control.begin(0.5)
+    assert first.entropy_control.value == 0.01
+    again = shaping(entropy_coef=0.01, adaptive_entropy=AdaptiveEntropyConfig(1.0, 0.02))
+    again.load_state_dict(first.state_dict())
+    again.entropy_control.begin(0.5)
+    assert again.entropy_control.value == pytest.approx(0.03)
+    older = {name: state for name, state in first.state_dict().items() if not name.startswith("entropy")}
+    again.load_state_dict(older)
+
+
+def test_the_weight_of_the_entropy_starts_again_with_another_target_or_start() -> None:
+    first = shaping(entropy_coef=0.01, adaptive_entropy=AdaptiveEntropyConfig(1.0, 0.02))
+    first.steer_entropy(0.5)
+    for coef, target in ((0.02, 1.0), (0.01, 2.0)):
+        again = shaping(entropy_coef=coef, adaptive_entropy=AdaptiveEntropyConfig(target, 0.02))
+        again.load_state_dict(first.state_dict())
+        assert again.steer_entropy(0.5) == {"rollout/entropy_coef": coef}
+    assert shaping(entropy_coef=0.01).steer_entropy(0.5) == {}
+
+
 def test_overlong_responses_neither_train_nor_count_in_whitening() -> None:
-    it = shaping(mask_overlong=True, whiten_advantages=True)
+    it = shaping(overlong=OverlongConfig(mask=True), whiten_advantages=True)
     rows, _ = it.shape(phase(truncated=(True, False)), [[9.0, 9.0, 9.0], [4.0, 5.0]])
     assert rows.action_mask.tolist() == [[0, 0, 0, 0], [0, 1, 1, 0]]
     assert rows["advantages"][0].tolist() == [0] * 4
@@ -160,7 +199,7 @@ def test_overlong_responses_neither_train_nor_count_in_whitening() -> None:
 
 
 def test_a_phase_of_nothing_but_overlong_responses_is_finite() -> None:
-    it = shaping(mask_overlong=True, whiten_advantages=True)
+    it = shaping(overlong=OverlongConfig(mask=True), whiten_advantages=True)
     rows, stats = it.shape(phase(truncated=(True, True)), [1.0, 2.0])
     assert not rows["advantages"].any()
     assert all(math.isfinite(value) for value in stats.values())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megarl.config.sections.rollout import RolloutConfig
+from megarl.config.sections.rollout import RolloutConfig, RolloutEngineConfig
 from megarl.data.prompts import Prompt
 from megarl.errors import ConfigError, DataError
 from megarl.experience import sources
@@ -94,7 +94,7 @@ def test_messages_say_in_what_part_of_a_run_a_response_was_drawn(
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_the_cache_is_kept_for_graphs_alone(generator: None, graphs: bool) -> None:
-    assert collected(max_new_tokens=3, cuda_graphs=graphs).has_cache == graphs
+    assert collected(max_new_tokens=3, engine=RolloutEngineConfig(cuda_graphs=graphs)).has_cache == graphs
 
 
 def test_a_setting_may_differ_from_the_runs(generator: None) -> None:
@@ -126,8 +126,8 @@ ASKED = [Prompt("", (number, 1), {}) for number in range(4)]
 
 def dumped_and_replayed(folder: str) -> tuple[list[Rollout], list[Rollout]]:
     """Responses of a model, and what a replay in the same world gives; the model is not asked."""
-    settings = RolloutConfig(max_new_tokens=5, dump=folder)
-    model = GeneratedRollouts(small_engine({}, seed=1, train=False), WORDLESS, settings, seed=1)
+    settings = RolloutConfig(max_new_tokens=5)
+    model = GeneratedRollouts(small_engine({}, seed=1, train=False), WORDLESS, settings, seed=1, dump=folder)
     model.publish(7)
     drawn = model.collect(ASKED, 1, stream=TRAINING, phase=2)
     replayed = ReplayedRollouts(folder, settings)
@@ -143,8 +143,8 @@ def test_what_one_source_dumps_another_replays_with_its_version(worlds: Worlds, 
 
 
 def dumped_where_nothing_can_be(folder: str) -> None:
-    settings = RolloutConfig(max_new_tokens=2, dump=folder)
-    model = GeneratedRollouts(small_engine({}, seed=1, train=False), WORDLESS, settings, seed=1)
+    settings = RolloutConfig(max_new_tokens=2)
+    model = GeneratedRollouts(small_engine({}, seed=1, train=False), WORDLESS, settings, seed=1, dump=folder)
     with refused(DataError, key="rollout.dump", where="train-000000.jsonl", offers={"rollout.dump": [None]}):
         model.collect([Prompt("", (1,), {})], 1, stream=TRAINING, phase=0)
 

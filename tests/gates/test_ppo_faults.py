@@ -123,7 +123,7 @@ def test_a_run_killed_in_every_part_of_a_phase_ends_in_the_unbroken_runs_weights
 ) -> None:
     """Each part of a phase is the last that a process of one and the same run saw. No sample is scored twice: of a
     call whose answer was on its way when the run was killed, nobody knows, so it may be asked again, and no other."""
-    settings = [*CRITICS.get(critic, CRITICS["shared"]), "reward.batch_size=4", *layout]
+    settings = [*CRITICS.get(critic, CRITICS["shared"]), "reward.calls.batch_size=4", *layout]
     model = reward_model(tmp_path / "rm") if critic == REWARD_MODEL else None
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     finish(unbroken, *settings, model=model)
@@ -151,7 +151,12 @@ def test_a_function_that_never_answers_holds_up_a_run_no_longer_than_its_time_ou
 ) -> None:
     """From its first call to the end of the run, or to the end of the phase that goes on without the answer."""
     folder = tmp_path / "slow"
-    one_try = ["reward.retries=0", f"reward.timeout={TIMEOUT_S}", f"reward.on_error={on_error}", "reward.batch_size=8"]
+    one_try = [
+        "reward.calls.retries=0",
+        f"reward.calls.timeout={TIMEOUT_S}",
+        f"reward.on_error={on_error}",
+        "reward.calls.batch_size=8",
+    ]
     running = start(folder, SLEEPS, *one_try)
     if on_error == "error":
         code = running.wait(timeout=900)

@@ -91,7 +91,7 @@ def test_a_run_survives_the_death_of_one_server_and_ends_in_time_when_both_are_d
     with serving(model, tmp_path) as one, serving(model, tmp_path) as other:
         settings = [
             *(f"data.train=[{prompts}]", f"reward.url=[{one.url},{other.url}]", f"run.dir={run}"),
-            *("reward.batch_size=2", f"reward.timeout={TIMEOUT_S}", f"reward.retries={RETRIES}"),
+            *("reward.calls.batch_size=2", f"reward.calls.timeout={TIMEOUT_S}", f"reward.calls.retries={RETRIES}"),
             *("trainer.max_phases=100000", "checkpoint.every=1", "trainer.devices=2"),
         ]
         console = tmp_path / "console.txt"

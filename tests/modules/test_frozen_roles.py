@@ -15,7 +15,7 @@ from megarl.tokenizers import build_tokenizer
 from tests.e2e.runs import SMALL, assert_same_bits, final_tensors, launched
 from tests.worlds import Worlds
 
-QUICK = ["checkpoint.save_last=true", "checkpoint.keep_best=0", "optim.schedule=constant", "optim.warmup_steps=0"]
+QUICK = ["checkpoint.save_last=true", "checkpoint.best.keep=0", "optim.schedule=constant", "optim.warmup_steps=0"]
 
 
 class WithFrozen(SFT):

@@ -12,7 +12,6 @@ import pytest
 
 from megarl.config.ppo import PPOConfig
 from megarl.errors import ConfigError, DataError
-from megarl.modules import generative
 from megarl.modules.generative import GenerativeModule
 from megarl.rollout.noise import EVALUATION, TRAINING
 from megarl.rollout.stored import dump, phase_file
@@ -68,17 +67,3 @@ def test_a_replay_must_hold_every_phase_and_evaluation_that_is_to_come(make: Mak
             made.on_train_start()
         dump(phase_file(tmp_path, stream, phase), [])
     made.on_train_start()
-
-
-@pytest.mark.parametrize(("kind", "lines"), [("steps", 1), ("ranking", 0), (None, 0)])
-def test_a_reward_model_of_steps_is_announced(
-    kind: str | None, lines: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(generative, "ModelScorer", lambda *args, **options: None)
-    config = PPOConfig()
-    config.reward.model = "runs/rm"
-    module: Any = SimpleNamespace(config=config, engines={"reward": None}, tokenizer=None, _alone=None)
-    module.sources = SimpleNamespace(at=lambda path: SimpleNamespace(reward_kind=kind))
-    with caplog.at_level("INFO", logger="megarl"):
-        GenerativeModule._reward_model(module, *config.reward.sources)
-    assert len([record for record in caplog.records if "runs/rm" in record.getMessage()]) == lines

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megarl.config.ppo import PPOConfig, SeparateCriticConfig
+from megarl.config.ppo_sections import DynamicSamplingConfig
 from megarl.errors import RewardError
+from megarl.experience.collection import Scored
 from megarl.models.exchange.pretrained import Sources
 from megarl.modules.ppo import PPO
 from megarl.rewards.scores import Scores
@@ -62,30 +64,38 @@ def test_only_a_critic_of_its_own_warms_up(make: Make) -> None:
     assert alone.warmup_phases == 0
 
 
-@pytest.mark.parametrize(
-    ("stats", "groups", "warned"),
-    [
-        ({"rollout/score_std": 0.0}, 4, True),
-        ({"rollout/score_std": 1.0}, 4, False),
-        ({"rollout/score_std": 1.0, "rollout/zero_spread_groups": 4.0}, 4, True),
-        ({"rollout/score_std": 1.0, "rollout/zero_spread_groups": 3.0}, 4, False),
-    ],
-)
-def test_phases_that_say_nothing_are_warned_of_once(
-    stats: dict[str, float], groups: int, warned: bool, make: Make, caplog: pytest.LogCaptureFixture
-) -> None:
-    module = make(ppo__advantages="grpo", rollout__n=2)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(4):
-            module._watch_scores({"rollout/score": 1.0, **stats}, groups)
-    assert len(caplog.records) == warned
+def scored(greedy: list[float | None], *scores: float | None) -> Any:
+    """A phase of two prompts as it comes from generation and scoring."""
+    sampled = [replace(one, sample_id=0) for one in RESPONSES]
+    return lambda prompts, first: Scored(sampled, Scores(list(scores)), RESPONSES if greedy else [], greedy)
 
 
-def test_a_phase_in_which_nothing_is_left_to_train_on_ends_the_run(make: Make) -> None:
-    module = make(ppo__advantages="remax", critic__kind="none", reward__on_error="drop")
-    assert module.keep_scored(RESPONSES, Scores([1.0, None]), [0.5, 0.5])[1:] == ([1.0], [0.5])
+def test_a_phase_in_which_nothing_is_left_to_train_on_ends_the_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make(ppo__advantages="remax", critic__kind="none", reward__on_error="drop", ppo__rollouts=2)
+    monkeypatch.setattr(module, "_respond", scored([0.5, 0.5], 1.0, None))
+    found = module._collect()
+    assert found.greedy is not None
+    assert (found.scores, found.greedy.scores, found.unscored) == ([1.0], [0.5], 1)
+    monkeypatch.setattr(module, "_respond", scored([None, 0.5], 1.0, None))
     with refused(RewardError, key="reward.fn", value="rewards.py:score", names=("2", "phase 1")):
-        module.keep_scored(RESPONSES, Scores([1.0, None]), [None, 0.5])
+        module._collect()
     module.config.reward.fn, module.config.reward.model = None, "runs/rm"
+    monkeypatch.setattr(module, "_respond", scored([], None, None))
     with refused(RewardError, key="reward.model", value="runs/rm", offers={"reward.on_error": ["error"]}):
-        module.keep_scored(RESPONSES, Scores([None, None]))
+        module._collect()
+
+
+def test_a_phase_without_spread_at_its_limit_ends_the_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make(
+        ppo__advantages="grpo", rollout__n=2, ppo__rollouts=4, ppo__dynamic_sampling=DynamicSamplingConfig(limit=2.0)
+    )
+
+    def respond(prompts: list[Any], first: int) -> Scored:
+        rollouts = [
+            Rollout(one, sample, [1], [2], [-1.0], "eos") for one in range(first, len(prompts)) for sample in (0, 1)
+        ]
+        return Scored(rollouts, Scores([1.0] * len(rollouts)))
+
+    monkeypatch.setattr(module, "_respond", respond)
+    with refused(RewardError, key="ppo.dynamic_sampling.limit", value=2.0, names=("4 prompts", "phase 1")):
+        module._collect()

@@ -207,7 +207,7 @@ def test_logits_of_a_whole_batch_are_never_held(small_chunks: int, dtype: torch.
     weight = torch.randn(size, 8, dtype=dtype, requires_grad=True)
     targets = torch.randint(0, size, (positions,))
     with LargestTensor() as seen:
-        stats = vocab_stats(hidden, weight, targets, VocabShard(0, size, None), temperature=0.7, entropy=True)
+        stats = vocab_stats(hidden, weight, targets, VocabShard(0, size, size, None), temperature=0.7, entropy=True)
         assert stats.entropy is not None
         (stats.logprobs.sum() + stats.entropy.sum()).backward()
     assert seen.numel <= max(small_chunks, weight.numel()) < positions * size // 4

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from megarl.config.presets import preset_files
+from megarl.config.resources import conf_folder
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.optim import OptimConfig
 from megarl.config.sections.parallel import ParallelConfig
@@ -129,7 +132,7 @@ def generated(work: Work) -> Measured:
 
 
 def moved(work: Work) -> tuple[int, list[int], list[int]]:
-    """This rank's stage; bytes of every rank's copy in `rollout.layout`, always and at most while weights move."""
+    """This rank's stage; bytes of every rank's copy in `rollout.engine.layout`, always and while weights move."""
     grid = Grid(work.layout, start_world())
     reshard = for_generation(_engine(grid, work), work.rollout_layout)
     assert reshard is not None
@@ -193,3 +196,9 @@ def _batch(work: Work) -> Microbatch:
     plan = MicrobatchPlan(rows.lengths, Layout(), 0, per_microbatch=work.micro, share_bins=False)
     (batch,) = plan.microbatches(rows)
     return batch
+
+
+def presets_of_large_models() -> list[str]:
+    """The shipped presets that give a model and the GPUs it runs on."""
+    found = {name: yaml.safe_load(path.read_text()) for name, path in preset_files(conf_folder()).items()}
+    return sorted(name for name, preset in found.items() if preset.get("trainer", {}).get("accelerator") == "gpu")

@@ -78,7 +78,7 @@ def test_the_cache_is_what_the_generator_makes() -> None:
 def test_the_cache_is_planned_in_the_phases_in_which_a_run_holds_it(
     worlds: Worlds, tmp_path: Path, graphs: bool
 ) -> None:
-    few = ["clone.data=[]", "trainer.max_phases=1", f"rollout.cuda_graphs={str(graphs).lower()}"]
+    few = ["clone.data=[]", "trainer.max_phases=1", f"rollout.engine.cuda_graphs={str(graphs).lower()}"]
     (held,) = worlds.run(1, watched, tmp_path, *few)
     work = replace(describe(Layout(), LLAMA, rollouts=8, loss_tokens=256), cuda_graphs=graphs)
     plan = plan_stage(work, 0)
@@ -111,7 +111,7 @@ def test_a_layout_to_generate_in_takes_a_second_copy_of_the_weights(
 
 def test_recorded_passes_are_refused_over_pipeline_stages_as_the_run_refuses_them() -> None:
     staged = replace(describe(Layout(pp=2), LLAMA, rollouts=8, loss_tokens=256), cuda_graphs=True)
-    with refused(ConfigError, names=("rollout.cuda_graphs=true", "PP2")):
+    with refused(ConfigError, names=("rollout.engine.cuda_graphs=true", "PP2")):
         plan_stage(staged, 0)
     assert plan_stage(replace(staged, rollout_layout="tp2"), 0).part("train", "cache") > 0
 
@@ -228,6 +228,19 @@ def test_with_offload_a_model_that_generates_or_gives_rewards_is_alone_on_the_de
     kept = sum(there.values()) + plain.part("train", "optimizer")
     for phase in plan.uses:
         assert plan.host(phase) - plain.host(phase) == kept
+
+
+def test_a_model_that_masks_tokens_generates_beside_the_policy() -> None:
+    mask = replace(POLICY, name="action_mask", heads=("lm",), optim=None, follows=True)
+    without, plan = (plan_stage(with_roles(POLICY, *more), 0) for more in ((), (mask,)))
+    assert plan.part("generate", "cache") == 2 * without.part("generate", "cache")
+    assert plan.part("generate", "logits") > without.part("generate", "logits")
+    assert set(of_roles(plan, "generate", "weights")) == {"policy", "action_mask"}
+    offloaded = plan_stage(offloading(with_roles(POLICY, mask)), 0)
+    assert of_roles(offloaded, "generate", "weights") == of_roles(plan, "generate", "weights")
+    one = KVCache.slot_bytes(gpt_config(with_roles(POLICY)), 4, 1, SCORED.prompt + SCORED.longest)
+    limited = [replace(with_roles(POLICY, *more), cache_bytes=4 * one) for more in ((), (mask,))]
+    assert [slots_of(work) for work in limited] == [4, 2]
 
 
 def test_with_offload_the_policy_stays_where_no_reward_model_needs_the_memory() -> None:

@@ -5,8 +5,6 @@ from dataclasses import replace
 import pytest
 
 from megarl.config.compose import compose
-from megarl.config.presets import preset_files
-from megarl.config.resources import conf_folder
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.optim import OptimConfig
 from megarl.models.flops import layer_weights
@@ -14,7 +12,7 @@ from megarl.parallel.fake import fake_world, rank_of
 from megarl.parallel.layout import Layout
 from megarl.planning.shards import build_shard, measure, shard, stages_that_differ
 from megarl.planning.work import Work
-from tests.planning.runs import LLAMA, describe, policy_of
+from tests.planning.runs import LLAMA, describe, policy_of, presets_of_large_models
 
 NEOX_20B = ModelConfig(
     num_layers=44,
@@ -100,13 +98,7 @@ def test_ilqls_heads_are_two_that_train_and_two_that_follow() -> None:
     assert headed.trainable - plain.trainable == 2 * head
 
 
-def shipped() -> list[str]:
-    return sorted(
-        name for name in preset_files(conf_folder()) if not name.startswith(("randomwalks", "sentiment", "hh"))
-    )
-
-
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", presets_of_large_models())
 def test_every_preset_builds_at_its_world_size(name: str) -> None:
     entry = "ilql" if name.endswith("_ilql") else "ppo"
     config, _ = compose(entry, [f"+conf={name}"])

@@ -284,7 +284,7 @@ def test_a_function_that_never_returns_is_killed_in_time(start: Start) -> None:
     message = failure_of(worker, kind="late")
     assert 1.0 <= time.monotonic() - began < 5.0
     assert "1 s" in message
-    assert "reward.timeout" in message
+    assert "reward.calls.timeout" in message
 
 
 def test_what_the_function_started_is_killed_with_it(start: Start, tmp_path: Path) -> None:
@@ -454,8 +454,8 @@ def test_a_function_that_lets_no_other_thread_run_ends_soon_after_its_time_out(t
 @pytest.mark.parametrize(
     ("setting", "key", "offers"),
     [
-        ({"timeout_s": 0}, "reward.timeout", {}),
-        ({"retries": -1}, "reward.retries", {}),
+        ({"timeout_s": 0}, "reward.calls.timeout", {}),
+        ({"retries": -1}, "reward.calls.retries", {}),
         ({"on_error": "ignore"}, "reward.on_error", {"reward.on_error": ["error", "drop"]}),
     ],
 )
@@ -515,8 +515,8 @@ def test_a_call_that_is_late_for_its_output_says_so(start: Start) -> None:
 def test_the_remedy_fits_what_failed(function: str, kind: str, start: Start) -> None:
     message = failure_of(start(function, timeout_s=1.0), kind=kind, answer=[None, None])
     assert [named for named, remedy in REMEDIES.items() if remedy in message] == [kind]
-    assert ("reward.timeout" in message) == (kind == "late")
-    assert ("reward.batch_size" in message) == (kind in ("late", "died"))
+    assert ("reward.calls.timeout" in message) == (kind == "late")
+    assert ("reward.calls.batch_size" in message) == (kind in ("late", "died"))
 
 
 def test_a_failure_is_told_once_where_it_repeats(start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -552,7 +552,7 @@ def test_samples_that_are_dropped_after_another_try_are_told_of(start: Start, ca
 def test_a_metric_is_told_of_the_keys_that_there_are(start: Start) -> None:
     with (
         start("sleeps", timeout_s=0.5, key="metric.fn") as worker,
-        refused(ScoringError, key="metric.fn", names=("reward.timeout",)) as found,
+        refused(ScoringError, key="metric.fn", names=("reward.calls.timeout",)) as found,
     ):
         ask(worker, "a")
     assert "metric.timeout" not in found.line

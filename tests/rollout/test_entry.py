@@ -181,8 +181,14 @@ def test_a_bad_configuration_is_refused_before_anything_is_built(
         ),
         (lambda folder: ["prompts=a", f"out={_file(folder, 'out.jsonl', 'kept')}"], {"names": ("out.jsonl",)}),
         (lambda folder: ["prompts=a", "rollout.stop=['']"], {"key": "rollout.stop", "value": [""]}),
-        (lambda folder: ["prompts=a", "rollout.cache_bytes=10"], {"key": "rollout.cache_bytes", "value": 10}),
-        (lambda folder: ["prompts=a", "rollout.layout=tp2"], {"names": ("rollout.layout=tp2", "parallel.tp")}),
+        (
+            lambda folder: ["prompts=a", "rollout.engine.cache_bytes=10"],
+            {"key": "rollout.engine.cache_bytes", "value": 10},
+        ),
+        (
+            lambda folder: ["prompts=a", "rollout.engine.layout=tp2"],
+            {"names": ("rollout.engine.layout=tp2", "parallel.tp")},
+        ),
         (lambda folder: ["prompts=a", "chat_template=missing.jinja"], {"names": ("chat_template='missing.jinja'",)}),
         (lambda folder: ["prompts=a", f"out={_file(folder, 'file', '')}/out.jsonl"], {"names": ("file/out.jsonl",)}),
     ],

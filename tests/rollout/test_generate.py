@@ -119,8 +119,10 @@ def test_passes_of_fixed_shapes_draw_the_same_tokens(
 
 
 def graphs_in_a_pipeline() -> None:
-    engine, key = small_engine({"pp": 2}, train=False), "rollout.cuda_graphs"
-    with refused(ConfigError, key=key, value=True, offers={key: [False]}, names=("rollout.cuda_graphs=true", "PP2")):
+    engine, key = small_engine({"pp": 2}, train=False), "rollout.engine.cuda_graphs"
+    with refused(
+        ConfigError, key=key, value=True, offers={key: [False]}, names=("rollout.engine.cuda_graphs=true", "PP2")
+    ):
         generator_of(engine, graphs=True)
 
 
@@ -350,7 +352,7 @@ def test_every_rank_refuses_what_one_cannot_do(worlds: Worlds) -> None:
     expected = {"key": "rollout.max_new_tokens", "value": 5, "where": "prompt 9", "names": ("60", "64")}
     worlds.run(2, refused_and_gone_on, {}, [*fine, long], expected)
     # 2 layers x keys and values x 4 heads x 16 x float32 x 6 tokens = 6144, twice
-    key = "rollout.cache_bytes"
+    key = "rollout.engine.cache_bytes"
     expected = {"key": key, "value": 1000, "offers": {key: [12288]}, "names": ("6 tokens", "6144")}
     worlds.run(2, refused_and_gone_on, {"pp": 2}, fine, expected, cache_bytes=1000)
 

@@ -90,9 +90,9 @@ def error_of(layout: dict[str, Any], wanted: str, model: dict[str, Any]) -> Conf
     [
         ({"pp": 2, "vpp": 2}, "tp2", {}, ("parallel.vpp=null",)),
         ({}, "pp2", {"tie_embeddings": True}, ("embedding",)),
-        ({}, "tp2", {"num_heads": 1}, ("rollout.layout=tp2", "attention heads")),
-        ({}, "tp3", {}, ("rollout.layout=tp3", "3 processes")),
-        ({}, "tp2,pp1", {}, ("rollout.layout=tp2,pp1", "tp2xpp2", "null")),
+        ({}, "tp2", {"num_heads": 1}, ("rollout.engine.layout=tp2", "attention heads")),
+        ({}, "tp3", {}, ("rollout.engine.layout=tp3", "3 processes")),
+        ({}, "tp2,pp1", {}, ("rollout.engine.layout=tp2,pp1", "tp2xpp2", "null")),
     ],
 )
 def test_what_cannot_be_moved_is_refused_by_every_rank(
@@ -123,15 +123,15 @@ def test_the_cost_is_a_table_before_anything_moves(worlds: Worlds) -> None:
 def test_a_layout_is_written_as_it_is_shown() -> None:
     assert str(parse_layout("TP2xPP2", 8)) == "TP2xPP2xDP2"
     for text in ("", "tp0", "dp2", "tp2xtp2", "2"):
-        with refused(ConfigError, key="rollout.layout", value=text, offers={"rollout.layout": [None]}):
+        with refused(ConfigError, key="rollout.engine.layout", value=text, offers={"rollout.engine.layout": [None]}):
             parse_layout(text, 4)
-    with refused(ConfigError, key="rollout.layout", value="tp3", offers={}):
+    with refused(ConfigError, key="rollout.engine.layout", value="tp3", offers={}):
         parse_layout("tp3", 4)
 
 
 def test_a_run_of_ppo_is_the_same_when_it_generates_in_another_layout(worlds: Worlds, tmp_path: Path) -> None:
     """Phase for phase: what the second phase draws, the first has trained."""
-    runs = {"plain": [], "moved": ["rollout.layout=tp2", "rollout.cuda_graphs=true"]}
+    runs = {"plain": [], "moved": ["rollout.engine.layout=tp2", "rollout.engine.cuda_graphs=true"]}
     for name, settings in runs.items():
         dump = f"rollout.dump={tmp_path / name / 'dump'}"
         worlds.run(2, run_ppo, tmp_path / name, "parallel.pp=2", dump, *settings)

@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from megarl.config.leaf import Section, leaf
+from megarl.config.leaf import Section, leaf, optional_section
 from megarl.config.offers import Refusal
 from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
 from megarl.logging import get_logger, warn_once
@@ -20,24 +21,28 @@ SOURCES = (
 
 
 @dataclass
-class SourcesConfig(Section):
-    """Where records come from, whatever they are used for."""
+class TrainSourcesConfig(Section):
+    """Where records to train on come from."""
 
     train: list[str] = leaf([], SOURCES.format("Records to train on"))
-    eval: list[str] = leaf([], SOURCES.format("Records to evaluate on") + " Empty: no evaluation.")
-    options: dict[str, Any] = leaf(
-        {},
-        "Keyword arguments of every function in data.train, data.eval and clone.data.",
-    )
     train_split: str = leaf(
         "train",
         "Split to train on, of hub data sets, of folders written by save_to_disk, and of folders with files named "
         "after splits.",
     )
+
+
+@dataclass
+class EvalSourcesConfig(Section):
+    """Where records to evaluate on come from, and how any record is read."""
+
+    eval: list[str] = leaf([], SOURCES.format("Records to evaluate on"))
     eval_split: str = leaf(
         "validation",
-        "Split to evaluate on, of the same sources as data.train_split.",
+        "Split to evaluate on, of hub data sets, of folders written by save_to_disk, and of folders with files named "
+        "after splits.",
     )
+    options: dict[str, Any] = leaf({}, "Keyword arguments of every function in data.eval.")
     prompt_key: str = leaf(
         "prompt",
         "Field of a record that holds the prompt. In records without it, the prompt is their instruction and input.",
@@ -47,6 +52,17 @@ class SourcesConfig(Section):
         None,
         "Jinja template that turns conversations into text, or a file that holds one (null: the tokenizer's own "
         "template, or the built-in one if it has none).",
+    )
+
+
+@dataclass
+class SourcesConfig(EvalSourcesConfig, TrainSourcesConfig):
+    """Where records to train and to evaluate on come from, whatever they are used for."""
+
+    eval: list[str] = leaf([], SOURCES.format("Records to evaluate on") + " Empty: no evaluation.")
+    options: dict[str, Any] = leaf(
+        {},
+        "Keyword arguments of every function in data.train, data.eval and clone.data.",
     )
 
 
@@ -124,15 +140,62 @@ class DataConfig(SourcesConfig):
 
 
 @dataclass
+class MixingConfig(Section):
+    """How often the prompts of each entry of data.train are used."""
+
+    weights: list[float] = leaf(
+        [],
+        "How often prompts of each entry of data.train are used, relative to the others: one number per entry. All "
+        "prompts of an entry are used, in random order, before any is repeated.",
+        at_least=0,
+    )
+    final_weights: list[float] = leaf(
+        [],
+        "A curriculum: the weights move in a straight line to these, one per entry (empty: they stay).",
+        at_least=0,
+    )
+    over_phases: int | None = leaf(
+        None,
+        "Number of phases after which data.mixing.final_weights are reached (null: trainer.max_phases).",
+        at_least=1,
+    )
+
+
+@dataclass
 class PromptDataConfig(SourcesConfig):
     """Which prompts are trained and evaluated on. The other fields of a record are passed to the reward function."""
 
     train: list[str] = leaf([], SOURCES.format("Prompts to train on"))
     eval: list[str] = leaf([], SOURCES.format("Prompts of evaluations") + " Empty: no evaluation.")
+    mixing: MixingConfig | None = optional_section(
+        MixingConfig,
+        "Use the entries of data.train with weights (null: all prompts equally often).",
+        needs="weights",
+    )
 
     def check(self) -> None:
-        """Refuse an empty training set."""
+        """Refuse an empty training set, and weights that do not fit it."""
         _require_data(self.train, "prompts.jsonl", " of prompts")
+        mixing = self.mixing
+        if mixing is None:
+            return
+        for key, weights in (("weights", mixing.weights), ("final_weights", mixing.final_weights)):
+            wrong = len(weights) != len(self.train) if weights or key == "weights" else False
+            if wrong or (weights and not 0 < sum(weights) < math.inf):
+                raise Refusal(
+                    f"data.mixing.{key}={weights} needs one number for each of the {len(self.train)} entries of "
+                    "data.train, at least one of them above 0",
+                    {f"data.mixing.{key}": [[1.0] * len(self.train)]},
+                    key=f"data.mixing.{key}",
+                    value=weights,
+                )
+
+
+@dataclass
+class HeldOutDataConfig(EvalSourcesConfig):
+    """Which prompts a trained model is evaluated on. The other fields of a record are passed to the reward function."""
+
+    eval: list[str] = leaf([], SOURCES.format("Prompts to evaluate on"))
 
 
 @dataclass

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megarl.config.forms import temperature
+from megarl.config.forms import temperature, vote_reader
 from megarl.config.leaf import Section, leaf, section
 from megarl.config.offers import Refusal
 
@@ -18,7 +18,7 @@ class SweepConfig(Section):
     temperature: list[float] = leaf(
         [],
         "Values of rollout.temperature; every evaluation runs once with each (empty: once, with rollout.temperature)."
-        " checkpoint.metric must then name one, as eval/score@temperature=0.5.",
+        " checkpoint.best.metric must then name one, as eval/score@temperature=0.5.",
         at_least=0,
         form=temperature,
     )
@@ -29,6 +29,16 @@ class EvalConfig(Section):
     """Settings of generation in evaluations, which otherwise use those of rollout."""
 
     n: int = leaf(1, "Number of responses per prompt in evaluations.", at_least=1, at_most=2**20)
+    vote: str | None = leaf(
+        None,
+        "What responses to a prompt vote on, if eval.n is above 1: text (the whole response), number (the last one), "
+        "choice (the letter, A to J, of the choice that the response states last), boxed (the content of the last "
+        "\\boxed{}; equal numbers vote together), or a function "
+        "package.module:function that returns the answer in a response's text, or None. Unlike a reward function, it "
+        "runs in the process of rank 0 and without a time limit. The mean score of the responses with the most "
+        "frequent answer is logged as eval/vote (null: no vote).",
+        form=vote_reader,
+    )
     table: int = leaf(
         4, "Number of responses that each evaluation prints and adds to samples.jsonl.", at_least=0, at_most=1000
     )
@@ -53,7 +63,7 @@ class GuidedSweepConfig(SweepConfig):
     beta: list[float] = leaf(
         [],
         "Values of rollout.ilql_beta; every evaluation runs once with each (empty: once, with rollout.ilql_beta). "
-        "checkpoint.metric must then name one, as eval/score@beta=1. Excludes eval.sweep.temperature.",
+        "checkpoint.best.metric must then name one, as eval/score@beta=1. Excludes eval.sweep.temperature.",
         at_least=0,
     )
 

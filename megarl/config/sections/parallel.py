@@ -34,7 +34,7 @@ class ParallelConfig(Section):
         None,
         "Model chunks per pipeline stage, for the interleaved 1F1B schedule (null: 1F1B). Requires parallel.pp of 2 "
         "or more, parallel.pp * parallel.vpp that divides model.num_layers, and a multiple of parallel.pp "
-        "microbatches per replica. Excludes rollout.layout.",
+        "microbatches per replica. Excludes rollout.engine.layout.",
         at_least=1,
         at_most=2**20,
     )
@@ -52,7 +52,7 @@ class ParallelConfig(Section):
     timeout_s: int = leaf(
         600,
         "Seconds that a process waits for the others in a collective operation before the run fails. With several "
-        "processes and a reward function it must exceed (reward.retries + 1) * (reward.timeout + 120).",
+        "processes and a reward function it must exceed (reward.calls.retries + 1) * (reward.calls.timeout + 120).",
         at_least=1,
         at_most=A_YEAR_S,
     )

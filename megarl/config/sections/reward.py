@@ -1,6 +1,6 @@
 """Settings of what scores responses: functions and reward models."""
 
-# ruff: noqa: RUF009 - `leaf` and `section` return dataclass fields
+# ruff: noqa: RUF009 - `leaf` and `optional_section` return dataclass fields
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megarl.config.forms import server_url
-from megarl.config.leaf import A_YEAR_S, Section, leaf
+from megarl.config.leaf import A_YEAR_S, Section, leaf, optional_section
 from megarl.config.offers import Refusal
 from megarl.config.reward_terms import FN, MODEL, URL, Term, read_terms, reward_term
 from megarl.disk import shown
@@ -16,6 +16,33 @@ from megarl.disk import shown
 SCORER_START_S = 120.0
 """Seconds that the scoring process may take to start and to load its function."""
 ON_ERROR = ("error", "drop")
+
+
+@dataclass
+class RewardCallsConfig(Section):
+    """How the reward function or the reward servers are called."""
+
+    timeout: float = leaf(
+        60.0,
+        "Seconds that one call may take before its process is killed, or its connection closed. See also "
+        "parallel.timeout_s.",
+        above=0,
+        at_most=A_YEAR_S,
+    )
+    retries: int = leaf(
+        1,
+        "Number of times that a failed call is repeated; with reward.url, on every server.",
+        at_least=0,
+        at_most=1000,
+    )
+    batch_size: int | None = leaf(
+        None,
+        "Maximum number of samples per call (null: all in one call; with reward.url, one call for each server, or "
+        "calls of 256 samples if there are more).",
+        at_least=1,
+        at_most=2**24,
+    )
+    devices: str = leaf("", "CUDA_VISIBLE_DEVICES of the scoring process (empty: it sees no GPU).")
 
 
 @dataclass
@@ -52,33 +79,22 @@ class RewardConfig(Section):
         {},
         "Additional keyword arguments of the reward function. They override fields of the records.",
     )
-    timeout: float = leaf(
-        60.0,
-        "Seconds that one call may take before its process is killed, or its connection closed. See also "
-        "parallel.timeout_s.",
-        above=0,
-        at_most=A_YEAR_S,
-    )
-    retries: int = leaf(
-        1,
-        "Number of times that a failed call is repeated; with reward.url, on every server.",
-        at_least=0,
-        at_most=1000,
-    )
     on_error: str = leaf(
         "error",
         "What happens to samples that have no score after the last try: the run ends with an error, or they are left "
         "out and counted.",
         ON_ERROR,
     )
-    batch_size: int | None = leaf(
-        None,
-        "Maximum number of samples per call (null: all in one call; with reward.url, one call for each server, or "
-        "calls of 256 samples if there are more).",
-        at_least=1,
-        at_most=2**24,
+    calls: RewardCallsConfig | None = optional_section(
+        RewardCallsConfig,
+        "How the reward function or the reward servers are called; null means the defaults.",
+        null_is_defaults=True,
     )
-    devices: str = leaf("", "CUDA_VISIBLE_DEVICES of the scoring process (empty: it sees no GPU).")
+
+    @property
+    def call_settings(self) -> RewardCallsConfig:
+        """The settings of calls, at their defaults where they are null."""
+        return self.calls or RewardCallsConfig()
 
     @property
     def sources(self) -> list[Term]:
@@ -104,11 +120,12 @@ class RewardConfig(Section):
                 key=f"reward.{given[-1]}",
                 value=getattr(self, given[-1]),
             )
-        if self.terms and self.options:
+        if self.options and given and given != ["fn"]:
+            other = "the functions of reward.terms" if self.terms else f"reward.{given[0]}"
             raise Refusal(
-                f"reward.options={shown(self.options)} belongs to reward.fn, and not to the functions of reward.terms",
+                f"reward.options={shown(self.options)} belongs to reward.fn, and not to {other}",
                 {"reward.options": [{}]},
-                "the entry options of a term",
+                "the entry options of a term" if self.terms else None,
                 key="reward.options",
                 value=self.options,
             )

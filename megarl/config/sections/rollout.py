@@ -1,19 +1,45 @@
 """Generation of responses."""
 
-# ruff: noqa: RUF009 - `leaf` and `section` return dataclass fields
+# ruff: noqa: RUF009 - `leaf` and `optional_section` return dataclass fields
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from megarl.config.forms import temperature
-from megarl.config.leaf import Section, leaf
+from megarl.config.leaf import Section, leaf, optional_section
 from megarl.config.sections.data import TOO_LONG
 
 
 @dataclass
-class RolloutConfig(Section):
-    """Settings of generation."""
+class RolloutEngineConfig(Section):
+    """How responses are computed."""
+
+    slots: int = leaf(
+        128, "Maximum number of responses that one replica generates at a time.", at_least=1, at_most=2**20
+    )
+    cache_bytes: int | None = leaf(
+        None,
+        "Maximum size in bytes of the key-value cache on one device (null: what rollout.engine.slots need). A smaller "
+        "cache generates fewer responses at a time; it must hold one longest sequence per pipeline stage.",
+        at_least=1,
+    )
+    layout: str | None = leaf(
+        None,
+        "Parallel layout for generation: tp4, pp2 or tp2xpp2. The weights are copied into it before each phase and "
+        "evaluation, which takes memory for a second copy. Excludes parallel.vpp, and pipeline stages if "
+        "model.tie_embeddings=true. Not available in megarl.generate (null: the training layout).",
+    )
+    cuda_graphs: bool = leaf(
+        False,
+        "Decode in forward passes of fixed shapes, which a GPU replays as CUDA graphs. The layout that generates must"
+        " have no pipeline stages. The key-value cache then stays allocated during training.",
+    )
+
+
+@dataclass
+class ResponsesConfig(Section):
+    """How responses are sampled and computed."""
 
     max_new_tokens: int = leaf(128, "Maximum number of new tokens per response.", at_least=1, at_most=2**31 - 1)
     temperature: float = leaf(
@@ -43,42 +69,38 @@ class RolloutConfig(Section):
         " (1: no penalty). Log-probs are those without penalty, top_k, top_p and min_p.",
         above=0,
     )
-    n: int = leaf(
-        1,
-        "Number of responses per prompt in training; evaluations use eval.n. In PPO a divisor of ppo.rollouts, in RFT"
-        " at least 2, in ILQL without effect.",
-        at_least=1,
-        at_most=2**20,
-    )
     stop: list[str] = leaf(
         [],
         "Texts at which a response ends, besides EOS. The text stays in the response.",
-    )
-    slots: int = leaf(
-        128, "Maximum number of responses that one replica generates at a time.", at_least=1, at_most=2**20
-    )
-    cache_bytes: int | None = leaf(
-        None,
-        "Maximum size in bytes of the key-value cache on one device (null: what rollout.slots need). A smaller cache "
-        "generates fewer responses at a time; it must hold one longest sequence per pipeline stage.",
-        at_least=1,
-    )
-    layout: str | None = leaf(
-        None,
-        "Parallel layout for generation: tp4, pp2 or tp2xpp2. The weights are copied into it before each phase and "
-        "evaluation, which takes memory for a second copy. Excludes parallel.vpp, and pipeline stages if "
-        "model.tie_embeddings=true. Not available in megarl.generate (null: the training layout).",
-    )
-    cuda_graphs: bool = leaf(
-        False,
-        "Decode in forward passes of fixed shapes, which a GPU replays as CUDA graphs. The layout that generates must"
-        " have no pipeline stages. The key-value cache then stays allocated during training.",
     )
     too_long: str = leaf(
         "error",
         "What happens to prompts longer than the model's context minus rollout.max_new_tokens. truncate: their "
         "beginning is cut off; drop: they are left out; error: the run is refused before the first phase.",
         TOO_LONG,
+    )
+    engine: RolloutEngineConfig | None = optional_section(
+        RolloutEngineConfig,
+        "How responses are computed: responses at a time, cache, layout, CUDA graphs; null means the defaults.",
+        null_is_defaults=True,
+    )
+
+    @property
+    def engine_settings(self) -> RolloutEngineConfig:
+        """The settings of how responses are computed, at their defaults where they are null."""
+        return self.engine or RolloutEngineConfig()
+
+
+@dataclass
+class RolloutConfig(ResponsesConfig):
+    """Settings of generation."""
+
+    n: int = leaf(
+        1,
+        "Number of responses per prompt in training; evaluations use eval.n. In PPO a divisor of ppo.rollouts, in RFT"
+        " at least 2, in ILQL without effect.",
+        at_least=1,
+        at_most=2**20,
     )
     dump: str | None = leaf(
         None,
@@ -94,8 +116,8 @@ class RolloutConfig(Section):
 
 
 @dataclass
-class GuidedRolloutConfig(RolloutConfig):
-    """Settings of generation, also for models whose Q heads guide the sampling."""
+class GuidedResponsesConfig(ResponsesConfig):
+    """How responses are sampled and computed, also of models whose Q heads guide the sampling."""
 
     ilql_beta: float = leaf(
         1.0,
@@ -103,3 +125,8 @@ class GuidedRolloutConfig(RolloutConfig):
         "sampling.",
         at_least=0,
     )
+
+
+@dataclass
+class GuidedRolloutConfig(GuidedResponsesConfig, RolloutConfig):
+    """Settings of generation, also for models whose Q heads guide the sampling."""

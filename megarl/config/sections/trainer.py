@@ -12,7 +12,7 @@ from megarl.config.leaf import Section, leaf
 
 
 @dataclass
-class DevicesConfig(Section):
+class ProcessesConfig(Section):
     """What a program that builds a model runs on."""
 
     devices: int | str = leaf(
@@ -26,10 +26,28 @@ class DevicesConfig(Section):
         "auto", "Kind of device. auto: GPUs if there are any, otherwise the CPU.", ("auto", "cpu", "gpu")
     )
     precision: str = leaf("fp32", "Precision of the model's weights and activations.", ("fp32", "bf16"))
+
+
+@dataclass
+class DevicesConfig(ProcessesConfig):
+    """What a program that builds a model runs on, and how it displays its progress."""
+
     progress: str = leaf(
         "auto",
         "Progress display. auto: rich in a terminal, plain lines elsewhere.",
         ("auto", "rich", "plain", "none"),
+    )
+
+
+@dataclass
+class ScoringProcessesConfig(ProcessesConfig):
+    """What a program that also scores responses runs on."""
+
+    micro_batch_size: int = leaf(
+        8,
+        "Responses per forward pass of one replica of a reward model (reward.model).",
+        at_least=1,
+        at_most=2**24,
     )
 
 
@@ -87,7 +105,7 @@ class TrainerConfig(LoopConfig):
     eval_batch_size: int = leaf(
         16,
         "Sequences per forward pass of one replica in evaluations that compute a loss. Evaluations that generate use "
-        "rollout.slots.",
+        "rollout.engine.slots.",
         at_least=1,
         at_most=2**24,
     )

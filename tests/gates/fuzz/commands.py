@@ -241,8 +241,8 @@ def _scored(draw: Random, name: str, store: Path) -> Command:
     words = [
         *PPO,
         "run.dir=run",
-        "reward.timeout=3",
-        "reward.retries=0",
+        "reward.calls.timeout=3",
+        "reward.calls.retries=0",
         f"reward.on_error={draw.choice(('error', 'drop'))}",
     ]
     return Command(f"{name}: {what}", "train_ppo", [*words, "trainer.max_phases=1"], lay)

@@ -1,0 +1,67 @@
+"""The models of PPO, and the size of its work, which runs and the plan share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megarl.config.advantages import critic_kind
+from megarl.config.cluster import PlanConfig
+from megarl.config.ppo import PPOConfig
+from megarl.experience.build_scorers import reward_roles
+from megarl.models.exchange.pretrained import Sources, second_model
+from megarl.models.roles import Role
+from megarl.modules.workload import Workload, responses, reward_note
+
+
+def roles(config: PPOConfig, vocab_size: int, sources: Sources) -> list[Role]:
+    """Return the policy, a separate critic if there is one, and the reference if there is a KL term."""
+    model, source = config.model, sources.at(config.model.path)
+    critic = critic_kind(config)
+    heads = ("lm", "value") if critic == "shared" else ("lm",)
+    about = "trains and generates"
+    roles = [Role("policy", model, vocab_size, heads, optim=config.optim, source=source, about=about)]
+    if config.ppo.action_mask is not None:
+        about = "decides which tokens may be chosen, an earlier copy of the policy"
+        roles.append(Role("action_mask", model, vocab_size, source=source, about=about, follows=True))
+    if critic == "separate":
+        roles.append(_critic(config, vocab_size, sources))
+    if config.ppo.kl_coef > 0:
+        about = "the policy's first weights, in host memory"
+        roles.append(Role("reference", model, vocab_size, source=source, about=about, swaps_with="policy"))
+    return [*roles, *reward_roles(config, sources)]
+
+
+def plan(config: PPOConfig, assumed: PlanConfig) -> Workload:
+    """Return the size of a phase."""
+    notes = {"critic": "a head on the policy's trunk"} if critic_kind(config) == "shared" else {}
+    return Workload(
+        steps=steps_per_phase(config),
+        entropy=config.ppo.entropy_coef > 0 or config.ppo.adaptive_entropy is not None,
+        rollouts=config.ppo.rollouts,
+        rescored=True,
+        notes={**notes, **reward_note(config)},
+        **responses(config, assumed),
+    )
+
+
+def steps_per_phase(config: PPOConfig) -> int:
+    """Return the optimizer steps of a phase that trains on all of its responses in every epoch."""
+    return config.ppo.inner_epochs * -(-config.ppo.rollouts // config.trainer.global_batch_size)
+
+
+def _critic(config: PPOConfig, vocab_size: int, sources: Sources) -> Role:
+    """Return the role of a separate critic: the model at `critic.separate.path`, or a copy of the policy if that is
+    null."""
+    critic = config.critic.settings
+    model = second_model(config, "critic.separate.path", critic.path, vocab_size, sources)
+    lr = config.optim.lr if critic.lr is None else critic.lr
+    return Role(
+        "critic",
+        model,
+        model.vocab_size or vocab_size,
+        heads=("value",),
+        optim=replace(config.optim, lr=lr),
+        lr_key="optim.lr" if critic.lr is None else "critic.separate.lr",
+        source=sources.at(critic.path or config.model.path),
+        about="trains, a separate model",
+    )

@@ -1,0 +1,259 @@
+"""Ready-made reward functions for answers that can be checked: numbers, choices, formulas, JSON and programs.
+
+Like those of `builtin.py`, each is a plain function over the texts and the fields of the prompt records, with options
+as keyword arguments.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megarl.rewards.choices import chosen_letter
+from megarl.rewards.expressions import equal, last_value, value_of
+from megarl.rewards.fields import column_of, option_number, strict_json
+from megarl.rewards.latex import last_boxed, normal_text, number_in
+
+_EXTRA = "install it with pip install 'megarl[verify]'"
+
+
+def arithmetic(
+    outputs: Sequence[str], *, field: str = "answer", tolerance: float = 1e-9, **metadata: Any
+) -> list[float]:
+    """Return 1 for each response whose last expression or number has the value of the answer, else 0.
+
+    Expressions have + - * / // % ** and parentheses, and are computed exactly; nothing is evaluated as code.
+
+    Args:
+        field: field of the prompt records that holds the answer: a number, or a text that ends in an expression.
+        tolerance: maximum difference, relative to the larger.
+    """
+    option_number("tolerance", tolerance)
+    scores = []
+    for row, (output, answer) in enumerate(zip(outputs, column_of(metadata, field, "arithmetic"), strict=True)):
+        wanted = value_of(answer) if isinstance(answer, int | float) else last_value(str(answer))
+        if wanted is None:
+            raise ValueError(f"the {field} of sample {row} is {answer!r}, which has no value")
+        found = last_value(output)
+        scores.append(float(found is not None and equal(found, wanted, tolerance)))
+    return scores
+
+
+def multiple_choice(
+    outputs: Sequence[str], *, field: str = "answer", choices: Sequence[object] | None = None, **metadata: Any
+) -> list[float]:
+    """Return 1 for each response that chooses the answer's letter, else 0. The choice that it states last counts.
+
+    Args:
+        field: field of the prompt records that holds the answer: a letter; or, with choices, its position from 0 or its
+            text.
+        choices: texts of the choices in the order of their letters: one list for all samples, or the field `choices` of
+            the prompt records. With them, a response may give the text instead of the letter.
+    """
+    scores = []
+    # A field of the records is None for a record without choices.
+    one_each = any(own is None or isinstance(own, list | tuple) for own in choices or ())
+    for row, (output, answer) in enumerate(zip(outputs, column_of(metadata, field, "multiple_choice"), strict=True)):
+        own = choices[row] if choices and one_each else choices
+        texts = [str(text) for text in own] if isinstance(own, list | tuple) else []
+        wanted = _letter_of(answer, texts)
+        if wanted is None:
+            among = f"; the choices are {texts}" if texts else "; without choices it must be a letter"
+            raise ValueError(f"the {field} of sample {row} is {answer!r}, which is no choice{among}")
+        scores.append(float(chosen_letter(output, texts) == wanted))
+    return scores
+
+
+def _letter_of(answer: object, texts: Sequence[str]) -> str | None:
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return chr(ord("A") + answer) if 0 <= answer < len(texts) else None
+    text = str(answer).strip()
+    if text in texts:
+        return chr(ord("A") + texts.index(text))
+    letter = text.strip("().:* ").upper()
+    known = len(letter) == 1 and "A" <= letter <= "Z" and (not texts or ord(letter) - ord("A") < len(texts))
+    return letter if known else None
+
+
+def boxed(
+    outputs: Sequence[str],
+    *,
+    field: str = "answer",
+    units: Sequence[str] = (),
+    tolerance: float = 1e-9,
+    **metadata: Any,
+) -> list[float]:
+    r"""Return 1 for each response whose last \boxed{...} is the answer, as a number or as text, else 0.
+
+    Numbers may be fractions (`3/4`, `\frac{3}{4}`, `1\frac{3}{4}`), percentages, and have commas between thousands.
+    Texts are compared without white space, font commands and `\left`, `\right`.
+
+    Args:
+        field: field of the prompt records that holds the answer, in a box or not, or a list of answers of which any
+            will do.
+        units: texts that either may end in, such as cm or dollars.
+        tolerance: maximum difference of numbers, relative to the larger.
+    """
+    option_number("tolerance", tolerance)
+    if isinstance(units, str):
+        raise ValueError(f"option units={units!r}: use a list of texts")
+    scores = []
+    for output, answers in zip(outputs, column_of(metadata, field, "boxed"), strict=True):
+        found = last_boxed(output)
+        wanted = answers if isinstance(answers, list | tuple) else [answers]
+        scores.append(float(found is not None and any(_same(found, str(one), units, tolerance) for one in wanted)))
+    return scores
+
+
+def _same(found: str, wanted: str, units: Sequence[str], tolerance: float) -> bool:
+    box = last_boxed(wanted)
+    texts = normal_text(found, units), normal_text(wanted if box is None else box, units)
+    if texts[0] == texts[1]:
+        return bool(texts[0])
+    numbers = number_in(texts[0]), number_in(texts[1])
+    return numbers[0] is not None and numbers[1] is not None and equal(numbers[0], numbers[1], tolerance)
+
+
+def symbolic(
+    outputs: Sequence[str], *, field: str = "answer", timeout: float = 5.0, **metadata: Any
+) -> dict[str, list[float]]:
+    """Return 1 for each response whose last formula equals the answer mathematically by math-verify, else 0.
+
+    Needs the extra `verify`. It runs in a separate process, as computer algebra can hang and run out of memory. Two
+    more components have 1 for each response that was not decided: `timed_out`, and `crashed`, where the process ended,
+    as it does at 4 GiB of memory.
+
+    Args:
+        field: field of the prompt records that holds the answer: LaTeX or an expression.
+        timeout: seconds for a response.
+    """
+    from megarl.rewards.symbolic import decide
+
+    option_number("timeout", timeout)
+    _optional("math_verify", "math-verify", "symbolic")
+    verdicts = decide(outputs, [str(one) for one in column_of(metadata, field, "symbolic")], timeout)
+    for row, verdict in enumerate(verdicts):
+        if verdict == "no answer":
+            raise ValueError(f"the {field} of sample {row} is {metadata[field][row]!r}, which math-verify cannot read")
+    return {
+        "symbolic": [float(verdict == "equal") for verdict in verdicts],
+        "timed_out": [float(verdict == "timed out") for verdict in verdicts],
+        "crashed": [float(verdict == "crashed") for verdict in verdicts],
+    }
+
+
+def json_schema(outputs: Sequence[str], *, schema: Any = None, **_: Any) -> list[float]:
+    """Return 1 for each response that is one JSON value that a JSON schema allows, else 0.
+
+    Needs the extra `verify`.
+
+    Args:
+        schema: the schema, or the path of a file with it; or a field of the prompt records of that name, which has a
+            schema for each, as an object or as JSON text.
+    """
+    jsonschema = _optional("jsonschema", "jsonschema", "json_schema")
+    if schema is None:
+        raise ValueError("option schema is not set; it is a JSON schema, the path of one, or a field of the records")
+    schemas = schema if isinstance(schema, list) else [_read_schema(schema)] * len(outputs)
+    checkers: dict[str, Any] = {}
+    scores = []
+    for row, (output, one) in enumerate(zip(outputs, schemas, strict=True)):
+        key = one if isinstance(one, str) else json.dumps(one, sort_keys=True)
+        if key not in checkers:
+            where = f"the schema of sample {row}" if isinstance(schema, list) else "option schema"
+            checkers[key] = _checker(jsonschema, json.loads(one) if isinstance(one, str) else one, where)
+        scores.append(float(_is_allowed(output, checkers[key])))
+    return scores
+
+
+def _read_schema(schema: object) -> Any:
+    if not isinstance(schema, str):
+        return schema
+    try:
+        return json.loads(Path(schema).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"option schema={schema!r}: not a file with JSON ({error}); use a path or a schema") from error
+
+
+def _checker(jsonschema: Any, schema: Any, where: str) -> Any:
+    """Return a validator that fetches nothing from the network."""
+    registry = importlib.import_module("referencing").Registry()
+    if not isinstance(schema, Mapping | bool):
+        raise ValueError(f"{where} is {schema!r}, which is no JSON schema: use an object")
+    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+        checker = kind(schema, registry=registry)
+        _is_allowed("null", checker)
+    except jsonschema.SchemaError as error:
+        place = "/".join(map(str, error.absolute_path)) or "its top"
+        raise ValueError(f"{where} is no JSON schema: at {place}, {error.message}") from error
+    return checker
+
+
+def _is_allowed(text: str, checker: Any) -> bool:
+    unresolvable = importlib.import_module("referencing.exceptions").Unresolvable
+    try:
+        return bool(checker.is_valid(strict_json(text)))
+    except unresolvable as error:
+        raise ValueError(f"option schema: a $ref leads nowhere ({error}); include what it names in $defs") from error
+    except (ValueError, RecursionError):
+        return False
+
+
+def python_tests(
+    outputs: Sequence[str],
+    *,
+    field: str = "tests",
+    partial: bool = False,
+    timeout: float = 10.0,
+    memory_mb: int = 512,
+    processes: int = 32,
+    workers: int = 4,
+    entry_point: Any = None,
+    **metadata: Any,
+) -> dict[str, list[float]]:
+    """Return 1 for each response whose Python code passes all tests, else 0. The code runs in a sandbox.
+
+    Further components have 1 for each response that: passed, failed, timed_out, out_of_memory, killed, refused.
+
+    Args:
+        field: field of the prompt records that holds the tests: Python source with asserts, test functions or test
+            cases; a list of such; or a list of {"input": ..., "output": ...} of a program.
+        partial: the score is the share of the tests that pass.
+        timeout: seconds for all tests of a response together.
+        memory_mb: memory of the code's processes together, in MiB.
+        processes: processes and threads of the code at a time.
+        workers: responses that are tested at the same time.
+        entry_point: name of the function that a function `check` of the tests is given, or the field of that name.
+    """
+    from megarl.rewards.code_tests import OUTCOMES, check_responses, read_tests
+    from megarl.rewards.sandbox import Limits
+
+    for name, value in (("timeout", timeout), ("memory_mb", memory_mb), ("processes", processes), ("workers", workers)):
+        if not option_number(name, value) > 0:
+            raise ValueError(f"option {name}={value}: use a number above 0")
+    names = entry_point if isinstance(entry_point, list | tuple) else [entry_point] * len(outputs)
+    tests = []
+    for row, (value, name) in enumerate(zip(column_of(metadata, field, "python_tests"), names, strict=True)):
+        read = read_tests(value, name)
+        if read is None:
+            raise ValueError(
+                f"the {field} of sample {row} is {str(value)[:60]!r}, which has no tests: use Python source that "
+                "compiles, a list of such, or a list of objects with input and output"
+            )
+        tests.append(read)
+    limits = Limits(wall_s=float(timeout), memory=int(memory_mb) << 20, processes=int(processes))
+    verdicts = check_responses(outputs, tests, limits=limits, workers=int(workers), partial=partial)
+    outcomes = {name: [float(verdict.outcome == name) for verdict in verdicts] for name in OUTCOMES}
+    return {"python_tests": [verdict.score(partial) for verdict in verdicts], **outcomes}
+
+
+def _optional(module: str, package: str, function: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{function} needs the package {package}, which is not installed: {_EXTRA}") from error
