@@ -14,6 +14,7 @@ import csv
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -176,7 +177,7 @@ NOTED = ("policy/approx_kl_max", "rollout/whitening_factor", "value/loss")  # se
 
 def run_case(case: Case) -> dict[str, Any]:
     """Run a case in its own process and return its line: what it was, and the series of its metric."""
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), _cpu_of_children()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.sweeps", "one", case.entry, case.head, *case.overrides, *QUIET]
         done = subprocess.run(
@@ -194,6 +195,7 @@ def run_case(case: Case) -> dict[str, Any]:
         "fingerprint": case.fingerprint(),
         "commit": _commit(),
         "seconds": round(time.monotonic() - began, 1),
+        "cpu_seconds": round(_cpu_of_children() - cpu_began, 1),
         "series": series,
     }
 
@@ -276,6 +278,11 @@ def _set(section: Any) -> Any:
     if not isinstance(section, dict):
         return section
     return {key: _set(value) for key, value in section.items() if value not in (None, False, "", [], {})}
+
+
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _commit() -> str:
