@@ -66,5 +66,14 @@ def without_effect(config: Any) -> dict[str, list[str]]:
         own, usual = vars(critic.settings), vars(standard.settings)
         by_advantages += [f"critic.separate.{key}" for key, value in own.items() if value != usual[key]]
     by_objective = [f"ppo.{key}" for key in UNREAD[ppo.objective] if getattr(ppo, key) != getattr(default, key)]
-    found = {f"ppo.advantages={ppo.advantages}": by_advantages, f"ppo.objective={ppo.objective}": by_objective}
+    overlong, mixing, none = ppo.long_responses, config.data.mixing, type(ppo.long_responses)()
+    by_penalty = ["ppo.overlong.buffer"] if overlong.penalty == 0 and overlong.buffer != none.buffer else []
+    constant = mixing is not None and not mixing.final_weights
+    by_weights = ["data.mixing.over_phases"] if constant and mixing.over_phases is not None else []
+    found = {
+        f"ppo.advantages={ppo.advantages}": by_advantages,
+        f"ppo.objective={ppo.objective}": by_objective,
+        "ppo.overlong.penalty=0": by_penalty,
+        "data.mixing.final_weights=[]": by_weights,
+    }
     return {setting: keys for setting, keys in found.items() if keys}

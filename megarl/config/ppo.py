@@ -19,6 +19,7 @@ from megarl.config.ppo_sections import (
     OverlongConfig,
 )
 from megarl.config.trees import PhaseTree
+from megarl.logging import get_logger, warn_once
 
 
 @dataclass
@@ -236,7 +237,8 @@ class PPOSettings(Section):
 
     def check(self) -> None:
         """Refuse whitened rewards where responses are compared, too short a horizon, limits of an absent KL, unbiased
-        gradients and a dual clip where there are none, and an entropy coefficient above its maximum."""
+        gradients and a dual clip where there are none, and an entropy coefficient above its maximum. Warn of several
+        epochs without a ratio."""
         needs = ADVANTAGES[self.advantages]
         target, horizon = self.kl_target, self.kl_horizon
         if target is not None and horizon <= self.rollouts / 5:
@@ -272,6 +274,12 @@ class PPOSettings(Section):
                 key="ppo.dual_clip",
                 value=self.dual_clip,
             )
+        if self.objective == "plain" and self.inner_epochs > 1:
+            warn_once(
+                get_logger(__name__),
+                f"ppo.inner_epochs={self.inner_epochs} uses each response several times, and ppo.objective=plain does "
+                "not correct for the updates between: use 1",
+            )
         adaptive = self.adaptive_entropy
         if adaptive is not None and self.entropy_coef > adaptive.maximum:
             raise Refusal(
@@ -295,7 +303,8 @@ class PPOSettings(Section):
 
 
 def groups_are_whole(config: Any, world_size: int) -> None:
-    """Require ppo.rollouts to be a multiple of rollout.n, and rollout.n of 2 or more where responses are compared."""
+    """Require ppo.rollouts to be a multiple of rollout.n, rollout.n of 2 or more where responses are compared, and that
+    they are where equal scores are replaced."""
     rollouts, n, advantages = config.ppo.rollouts, config.rollout.n, config.ppo.advantages
     if rollouts % n:
         raise Refusal(
@@ -309,19 +318,24 @@ def groups_are_whole(config: Any, world_size: int) -> None:
             f"ppo.advantages={advantages} compares the responses to a prompt, and with rollout.n={n} there is one",
             {
                 "rollout.n": [divisor for divisor in divisors(rollouts) if divisor > 1],
-                "ppo.advantages": [name for name, needs in ADVANTAGES.items() if not needs.groups],
+                "ppo.advantages": _grouped(False),
             },
             key="rollout.n",
             value=n,
         )
-    if config.ppo.dynamic_sampling is not None and n < 2:
+    if config.ppo.dynamic_sampling is not None and not ADVANTAGES[advantages].groups:
         raise Refusal(
-            f"ppo.dynamic_sampling replaces prompts whose responses have equal scores, and with rollout.n={n} there is "
-            "one response",
-            {"rollout.n": [divisor for divisor in divisors(rollouts) if divisor > 1], "ppo.dynamic_sampling": [None]},
-            key="rollout.n",
-            value=n,
+            f"ppo.dynamic_sampling replaces prompts whose responses have equal scores, and ppo.advantages={advantages} "
+            "learns from these too",
+            {"ppo.dynamic_sampling": [None], "ppo.advantages": _grouped(True)},
+            key="ppo.advantages",
+            value=advantages,
         )
+
+
+def _grouped(compares: bool) -> list[str]:
+    """Return the kinds of advantages that compare the responses to a prompt, or those that do not."""
+    return [name for name, needs in ADVANTAGES.items() if needs.groups == compares]
 
 
 def action_mask_fits(config: Any, world_size: int) -> None:

@@ -79,6 +79,10 @@ class DynamicSamplingConfig(Section):
         at_most=1000,
     )
 
+    def most_prompts(self, wanted: int) -> int:
+        """Return the number of prompts that a phase of `wanted` prompts may use."""
+        return int(round(wanted * self.limit, 6))  # 100 * 1.15 is just below 115
+
 
 @dataclass
 class CorrectionConfig(Section):
@@ -92,8 +96,8 @@ class CorrectionConfig(Section):
     )
     method: str = leaf(
         "truncate",
-        "What happens to ratios outside the bounds. truncate: they become the nearer bound; mask: they become 0, so "
-        "that these tokens do not count.",
+        "What happens to ratios outside the bounds. truncate: they become the nearer bound; mask: they become 0. A "
+        "token with weight 0 has no policy loss, but counts in means over tokens and in the entropy and KL losses.",
         ("truncate", "mask"),
     )
     low: float = leaf(0.0, "Lower bound of the ratios.", at_least=0, at_most=1)

@@ -77,7 +77,10 @@ RULES = (
     _rule("parallel", "recompute timeout_s kernels offload", NOW, "how this process computes"),
     _rule("trainer", "devices num_nodes accelerator", NOW, "where the run computes"),
     _rule("trainer", "precision", NOW, "weights are converted; the optimizer state is float32 in both"),
-    _rule("trainer", "max_steps max_phases", NOW, _BUDGET),
+    _rule(
+        *("trainer", "max_steps max_phases", NOW),
+        f"{_BUDGET}; so do data.mixing's weights without data.mixing.over_phases",
+    ),
     _rule(
         *("trainer", "global_batch_size", NOW),
         "data continues at the first unused row; PPO's learning rate depends on completed phases",

@@ -118,7 +118,7 @@ class Mixture:
         moved = min(1.0, phase / self.over) if self.over else 0.0
         edges = np.cumsum((1 - moved) * self.weights + moved * self.final)
         blocks = range(self.used // BLOCK, (end - 1) // BLOCK + 1)
-        uniform = [np.random.default_rng([self.seed, block]).random(BLOCK) for block in blocks]
+        uniform = [np.random.default_rng([self.seed, block, 1]).random(BLOCK) for block in blocks]
         first = self.used - blocks.start * BLOCK
         drawn = np.concatenate([np.empty(0), *uniform])[first : first + end - self.used]
         sets: np.ndarray = (drawn[:, None] * edges[-1] >= edges).sum(axis=1)

@@ -43,11 +43,11 @@ class ActionMask:
         return phases % self.settings.refresh_every == 0
 
     def read(self, rows: Rows, *, per_microbatch: int, share_bins: bool) -> tuple[Rows, dict[str, float]]:
-        """Return the rows with the columns choice [rows, time], which `choices` needs, and allowed [rows, time], the
-        number of allowed tokens; and metrics to log."""
+        """Return the rows with the columns list_index [rows, time], which `choices` needs, and allowed [rows, time],
+        the number of allowed tokens; and metrics to log."""
         actions = rows.action_mask != 0
         indices = torch.where(actions.flatten(), actions.flatten().cumsum(0) - 1, 0).view(actions.shape)
-        rows = rows.with_columns(choice=indices)
+        rows = rows.with_columns(list_index=indices)
         chunks: list[Chunk] = []
 
         def allowed(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
@@ -69,13 +69,13 @@ class ActionMask:
         if self.settings.top_p >= 1:
             return None
         assert self.lists is not None
-        return Choices(self.lists, batch.at_states(batch.rows["choice"]))
+        return Choices(self.lists, batch.at_states(batch.rows["list_index"]))
 
     def _allowed(self, model: GPT, hidden: Tensor, batch: Microbatch, chunks: list[Chunk]) -> Tensor:
         """Add the allowed tokens of this vocabulary shard to `chunks`. Return how many there are in all shards, [bins,
         time]."""
         states, tokens, where = model.at_targets(hidden, batch.targets, batch.target_mask)
-        indices, shard = batch.at_states(batch.rows["choice"])[where], model.shard
+        indices, shard = batch.at_states(batch.rows["list_index"])[where], model.shard
         counts = torch.zeros(len(indices), device=states.device)
         step = max(1, CHUNK_ELEMENTS_CPU // shard.rows)  # the same on all shards, which exchange every chunk's sums
         for begin in range(0, len(indices), step):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from megarl.data.prompts import Prompt
 from megarl.errors import RewardError
 from megarl.experience.scorers import keep_scored
@@ -40,22 +42,24 @@ class Collected:
         rollouts: the responses that have a score and whose prompt was not replaced.
         scores: their scores.
         greedy: the greedy responses that they are compared with.
+        trained_scores: the same scores with their components.
         all_scores: scores of all responses, also of those that are left out.
         unscored: number of responses without a score, their prompts' greedy responses included.
-        replaced: number of prompts whose responses all have the same score, where these are replaced.
+        replaced: number of prompts that do not train because their responses have fewer than two different scores.
     """
 
     prompts: list[Prompt]
     rollouts: list[Rollout]
     scores: list[Score]
     greedy: Greedy | None
+    trained_scores: Scores
     all_scores: Scores
     unscored: int
     replaced: int
 
 
 def collect(
-    draw: Callable[[int, int], Sequence[Prompt]],
+    next_prompts: Callable[[int, int], Sequence[Prompt]],
     respond: Callable[[Sequence[Prompt], int], Scored],
     wanted: int,
     *,
@@ -65,9 +69,9 @@ def collect(
     """Return the scored responses to `wanted` prompts.
 
     Args:
-        draw: draw(first, count) returns the prompts of the phase from number `first` on.
-        respond: respond(prompts, first) returns responses to the prompts from number `first` on. It is given all
-            prompts so far.
+        next_prompts: next_prompts(first, count) returns the phase's prompts from index `first` on.
+        respond: respond(prompts, first) returns responses to the prompts from index `first` on. It is given all prompts
+            so far.
         wanted: number of prompts.
         most: number of prompts that may be used to replace those whose responses have equal scores; None: none is
             replaced.
@@ -79,7 +83,7 @@ def collect(
     while len(useful) < wanted and len(prompts) < (most or wanted):
         first = len(prompts)
         count = min(wanted - len(useful), (most or wanted) - first)
-        prompts += draw(first, count)
+        prompts += next_prompts(first, count)
         rounds.append(respond(prompts, first))
         present = range(first, first + count)
         useful.update(present if most is None else with_spread(rounds[-1], clip_scores))
@@ -102,16 +106,18 @@ def collect(
             [one.finish_reason == "length" for one in theirs],
             [len(one.response) for one in theirs],
         )
-    return Collected(prompts, kept, values, against, scores, unscored, len(prompts) - len(useful))
+    ids = {(rollout.prompt_id, rollout.sample_id) for rollout in kept}
+    rows = [row for row, rollout in enumerate(rollouts) if (rollout.prompt_id, rollout.sample_id) in ids]
+    return Collected(prompts, kept, values, against, scores.of(rows), scores, unscored, len(prompts) - len(useful))
 
 
 def with_spread(scored: Scored, clip: float | None = None) -> set[int]:
     """Return the ids of the prompts with at least two responses of different score. Scores are clipped to plus or minus
-    `clip` first."""
-    values: dict[int, set[float]] = {}
+    `clip` first, and compared in float32, as training computes with them."""
+    values: dict[int, set[np.float32]] = {}
     for rollout, score in zip(scored.rollouts, scored.scores.values, strict=True):
         if score is not None:
-            values.setdefault(rollout.prompt_id, set()).add(total(_clipped(score, clip)))
+            values.setdefault(rollout.prompt_id, set()).add(np.float32(total(_clipped(score, clip))))
     return {prompt for prompt, different in values.items() if len(different) > 1}
 
 

@@ -81,6 +81,8 @@ class Shaping:
             rows: with the columns old_logprobs, group and truncated, and values and ref_logprobs where there are any.
             scores: score of each row, one number or one per response token.
             greedy: the greedy response to each row's prompt.
+            all_totals: total scores of all responses of the phase, also of those that do not train, for the moments
+                that scale scores; None: those of the rows.
         """
         settings, actions, truncated = self.settings, rows.action_mask, rows["truncated"]
         totals = torch.tensor([total(score) for score in scores], dtype=torch.float32)

@@ -225,12 +225,12 @@ class GPT(LanguageModule):
             target_mask: [bins, time].
             temperature: divides the logits.
             entropy: whether to compute the entropy too.
-            choices: the tokens that may be chosen, with numbers [bins, time]; None for all.
+            choices: the tokens that may be chosen, with list_index [bins, time]; None for all.
         """
         states, tokens, where = self.at_targets(hidden, targets, target_mask)
         if choices is not None:
-            numbers = choices.numbers[where]
-            choices = Choices(choices.lists, F.pad(numbers, (0, len(tokens) - len(numbers))))
+            index = choices.list_index[where]
+            choices = Choices(choices.lists, F.pad(index, (0, len(tokens) - len(index))))
         stats = self.output_layer(
             states,
             tokens,

@@ -220,7 +220,7 @@ class PPO(GenerativeModule):
             self.draw,
             self._respond,
             wanted,
-            most=None if dynamic is None else int(wanted * dynamic.limit),
+            most=None if dynamic is None else dynamic.most_prompts(wanted),
             clip_scores=self.config.ppo.clip_scores,
         )
         if not found.rollouts:
@@ -233,7 +233,7 @@ class PPO(GenerativeModule):
         return found
 
     def _respond(self, prompts: Sequence[Prompt], first: int) -> Scored:
-        """Generate responses to the prompts from number `first` on, and score them all in one call."""
+        """Generate responses to the prompts from index `first` on, and score them all in one call."""
         sampled = self.generate(prompts, first)
         greedy = self.generate_greedy(prompts, first) if self.needs.greedy else []
         scores = self.score(prompts, [*sampled, *greedy])
@@ -241,7 +241,7 @@ class PPO(GenerativeModule):
         return Scored(sampled, scores.part(slice(len(sampled))), greedy, of_greedy)
 
     def _collection_metrics(self, found: Collected) -> dict[str, float]:
-        metrics = self.score_metrics(found.all_scores, found.unscored)
+        metrics = self.score_metrics(found.trained_scores, found.unscored)
         if self.config.ppo.dynamic_sampling is not None:
             metrics["rollout/prompts"] = float(len(found.prompts))
             metrics["rollout/replaced"] = float(found.replaced)

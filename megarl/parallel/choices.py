@@ -25,22 +25,22 @@ class TokenLists:
     starts: Tensor
 
     @classmethod
-    def of(cls, numbers: Sequence[Tensor], counts: Sequence[Tensor], ids: Sequence[Tensor], total: int) -> TokenLists:
+    def of(cls, indices: Sequence[Tensor], counts: Sequence[Tensor], ids: Sequence[Tensor], total: int) -> TokenLists:
         """Return `total` lists from chunks.
 
         Args:
-            numbers: indices [n] of the lists in each chunk.
+            indices: indices [n] of the lists in each chunk.
             counts: lengths [n] of the lists in each chunk.
             ids: the lists of each chunk, concatenated.
             total: number of lists. Those in no chunk are empty.
         """
         lengths = torch.zeros(total, dtype=torch.long)
-        for number, count in zip(numbers, counts, strict=True):
-            lengths[number] = count
+        for index, count in zip(indices, counts, strict=True):
+            lengths[index] = count
         starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
         joined = torch.zeros(int(starts[-1]), dtype=torch.int32)
-        for number, count, part in zip(numbers, counts, ids, strict=True):
-            joined[_entries(starts[number], count)] = part
+        for index, count, tokens in zip(indices, counts, ids, strict=True):
+            joined[_entries(starts[index], count)] = tokens
         return cls(joined, starts)
 
     def to(self, device: torch.device) -> TokenLists:
@@ -50,17 +50,17 @@ class TokenLists:
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """The tokens that may be chosen at n positions: the lists with the indices `numbers` [n]."""
+    """The tokens that may be chosen at each position: the list with the index that `list_index` has there."""
 
     lists: TokenLists
-    numbers: Tensor
+    list_index: Tensor
 
     def restrict(self, logits: Tensor, rows: slice) -> Tensor:
         """Set the logits [rows, valid] of tokens that may not be chosen at these positions to FORBIDDEN, in place."""
-        number = self.numbers[rows]
-        first = self.lists.starts[number]
-        count = self.lists.starts[number + 1] - first
-        row = torch.repeat_interleave(torch.arange(len(number), device=logits.device), count)
+        index = self.list_index[rows]
+        first = self.lists.starts[index]
+        count = self.lists.starts[index + 1] - first
+        row = torch.repeat_interleave(torch.arange(len(index), device=logits.device), count)
         forbidden = torch.ones(logits.shape, dtype=torch.bool, device=logits.device)
         forbidden[row, self.lists.ids[_entries(first, count)].long()] = False
         return logits.masked_fill_(forbidden, FORBIDDEN)

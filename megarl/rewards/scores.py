@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megarl.rewards.answers import Score
 
@@ -35,6 +35,11 @@ class Scores:
         """Return the scores of some samples. Each part has the counts of all calls."""
         parts = {name: column[rows] for name, column in self.parts.items()}
         return Scores(self.values[rows], parts, self.failed_calls, self.repeated_calls, self.reencoded)
+
+    def of(self, rows: Sequence[int]) -> Scores:
+        """Return the scores of the samples with these indices, and the counts of all calls."""
+        parts = {name: [column[row] for row in rows] for name, column in self.parts.items()}
+        return replace(self, values=[self.values[row] for row in rows], parts=parts)
 
     def totals(self) -> list[float]:
         """Return one number for each sample that has a score."""

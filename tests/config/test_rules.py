@@ -13,8 +13,10 @@ from megarl.config.advantages import ADVANTAGES, critic_kind, whitens, without_e
 from megarl.config.ilql import ILQLConfig
 from megarl.config.offers import Refusal, divisors, either, enforce, multiples, near, read
 from megarl.config.ppo import AdaptiveKLConfig, PPOConfig, SeparateCriticConfig
+from megarl.config.ppo_sections import DynamicSamplingConfig, OverlongConfig
 from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
 from megarl.config.rules import check
+from megarl.config.sections.data import MixingConfig
 from megarl.config.sections.model import ModelConfig, RopeScalingConfig
 from megarl.config.sections.parallel import ParallelConfig
 from megarl.config.sections.reward import RewardCallsConfig
@@ -400,6 +402,31 @@ def test_keys_that_the_objective_does_not_read_are_named() -> None:
     assert without_effect(phases(ppo__objective="plain", **ratio)) == {
         "ppo.objective=plain": ["ppo.clip_high", "ppo.ratio"]
     }
+
+
+def test_keys_of_a_penalty_and_of_a_curriculum_that_are_off_are_named() -> None:
+    buffer = {"ppo__overlong": OverlongConfig(buffer=0.5)}
+    assert without_effect(phases(**buffer)) == {"ppo.overlong.penalty=0": ["ppo.overlong.buffer"]}
+    assert without_effect(phases(ppo__overlong=OverlongConfig(buffer=0.5, penalty=1.0))) == {}
+    constant = phases(data__mixing=MixingConfig(weights=[1.0], over_phases=5))
+    assert without_effect(constant) == {"data.mixing.final_weights=[]": ["data.mixing.over_phases"]}
+    assert without_effect(phases(data__mixing=MixingConfig([1.0], [2.0], over_phases=5))) == {}
+
+
+@pytest.mark.parametrize("advantages", ADVANTAGES)
+def test_prompts_are_replaced_only_where_responses_to_a_prompt_are_compared(advantages: str) -> None:
+    config = phases(ppo__advantages=advantages, ppo__dynamic_sampling=DynamicSamplingConfig(), rollout__n=4)
+    if ADVANTAGES[advantages].groups:
+        check(config, 1)
+        return
+    comparing = [name for name, needs in ADVANTAGES.items() if needs.groups]
+    offers = {"ppo.dynamic_sampling": [None], "ppo.advantages": comparing}
+    assert_refused(1, config, "ppo.advantages", offers)
+
+
+@pytest.mark.parametrize(("limit", "most"), [(1.15, 115), (1.0, 100), (1.999, 199), (4.0, 400)])
+def test_a_phase_may_use_its_limit_of_prompts_rounded_down(limit: float, most: int) -> None:
+    assert DynamicSamplingConfig(limit).most_prompts(100) == most
 
 
 def test_advantages_are_whitened_by_their_kind_unless_it_is_said() -> None:
