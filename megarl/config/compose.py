@@ -70,11 +70,12 @@ def compose(entry: str, argv: list[str]) -> tuple[Any, dict[str, Any]]:
         return typed(entry, tree, argv)
 
 
-def _current(argv: list[str], entry: str) -> list[str]:
-    """Register schema and presets with Hydra; return the command line with today's keys, in a form for Hydra."""
+def _current(argv: list[str], entry: str, *, every: bool = False) -> list[str]:
+    """Register the schema and presets (the ones that the command line names, or every one) with Hydra; return the
+    command line with today's keys, in a form for Hydra."""
     tree = entry_point(entry).config
     argv = renamed_arguments(argv, tree)
-    register(argv, entry)
+    register(argv, entry, every=every)
     return reopened(_with_new_entries(argv, tree), tree)
 
 
@@ -143,7 +144,7 @@ class _Job:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
-        register([], self.entry)
+        register([], self.entry, every=True)  # Hydra composes the next job from them, too
         settings = HydraConfig.get()
         with explained(self.entry, list(settings.overrides.task)):
             config, _ = typed(self.entry, tree, list(settings.overrides.task))
@@ -189,7 +190,7 @@ def _run_hydra(entry: str, argv: list[str], main: Callable[[Any], int | None]) -
     with (
         explained(entry, argv),
         settled_output(entry_point(entry).config, argv),
-        _hydra_environment(_current(argv, entry)),
+        _hydra_environment(_current(argv, entry, every=True)),
     ):
         start = hydra.main(
             version_base=_VERSION_BASE, config_path=str(conf_folder()), config_name=entry_point(entry).program

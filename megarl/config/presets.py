@@ -7,7 +7,7 @@ import difflib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -33,19 +33,21 @@ def preset_files(user_folder: Path) -> dict[str, Path]:
 
 
 def chosen_presets(argv: list[str]) -> list[str]:
-    """Return the names given to `+conf=` on a command line, in order."""
-    values = (part.partition("=")[2] for part in argv if part.lstrip("+").startswith(GROUP + "="))
+    """Return the names given to `+conf=` or `+conf@SECTION=` on a command line, in order."""
+    values = (part.partition("=")[2] for part in argv if part.lstrip("+").startswith((GROUP + "=", GROUP + "@")))
     return [name.strip(" '\"") for value in values for name in value.strip("[] ").split(",") if name.strip()]
 
 
-def register(argv: list[str], entry: str) -> None:
-    """Register the schema, the primary configuration, the resolvers and all presets with Hydra.
+def register(argv: list[str], entry: str, *, every: bool = False) -> None:
+    """Register the schema, the primary configuration, the resolvers and presets with Hydra.
 
     Each call replaces the registered presets, so that a process that changes its folder uses the ones there.
 
     Args:
         argv: the command line. The presets that it names must exist and be readable.
         entry: the entry point. Keys of a preset that only other entry points have are dropped.
+        every: register all presets, for a command line that may select them in other ways. Else only those that it
+            names, and all if one of these includes others.
     """
     OmegaConf.register_new_resolver("resource", resource, replace=True)
     OmegaConf.register_new_resolver("demo_eval", demo_eval, replace=True)
@@ -60,20 +62,13 @@ def register(argv: list[str], entry: str) -> None:
         if name not in files:
             raise _unknown(name, list(files), user_folder)
     store.repo.pop(GROUP, None)
-    of_others = _of_others(described.config)
+    contents = {name: _read(name, files[name]) for name in chosen}
+    if every or any("defaults" in plain for plain in contents.values()):
+        contents = {name: plain for name in files for plain in [_read_any(files[name])] if plain is not None} | contents
+    of_others = _of_others(described.config) if contents else set()
     set_later = set_sections(argv, described.config)
-    for name, path in files.items():
-        try:
-            part = _load(path)
-        except (yaml.YAMLError, UnreadableError) as error:
-            if name in chosen:
-                reason = " ".join(str(error).split())
-                raise ConfigError(
-                    f"preset '{name}' cannot be read ({path}): {reason}", key="preset", value=name, where=path
-                ) from error
-            continue  # a broken preset that this run does not use
-        plain = OmegaConf.to_container(part)
-        assert isinstance(plain, dict)
+    for name, plain in contents.items():
+        path = files[name]
         own = _without(plain, of_others)
         if name in chosen:
             own = renamed_tree(own, described.config, where=str(path))
@@ -111,7 +106,26 @@ def _primary(described: EntryPoint) -> DictConfig:
     return primary
 
 
-def _load(path: Path) -> DictConfig:
+def _read(name: str, path: Path) -> dict[str, Any]:
+    """Return the content of a preset that the command line names."""
+    try:
+        return _load(path)
+    except (yaml.YAMLError, UnreadableError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"preset '{name}' cannot be read ({path}): {reason}", key="preset", value=name, where=path
+        ) from error
+
+
+def _read_any(path: Path) -> dict[str, Any] | None:
+    """Return the content of a preset, None if it cannot be read: that matters only to a run that names it."""
+    try:
+        return _load(path)
+    except (yaml.YAMLError, UnreadableError):
+        return None
+
+
+def _load(path: Path) -> dict[str, Any]:
     text = read_text(path)
     check_yaml(text)
     try:
@@ -120,9 +134,10 @@ def _load(path: Path) -> DictConfig:
         raise UnreadableError("it is nested too deep") from None
     except (OmegaConfBaseException, ValueError, TypeError, OSError) as error:
         raise UnreadableError(str(error)) from None
-    if not isinstance(part, DictConfig):
+    plain = OmegaConf.to_container(part)
+    if not isinstance(plain, dict):
         raise UnreadableError("it is not a mapping of sections to keys")
-    return part
+    return cast("dict[str, Any]", plain)
 
 
 def _of_others(tree: type) -> set[str]:
