@@ -189,8 +189,8 @@ def _checker(jsonschema: Any, schema: Any, where: str) -> Any:
         checker = kind(schema, registry=registry)
         _is_allowed("null", checker)
     except jsonschema.SchemaError as error:
-        place = "/".join(map(str, error.absolute_path)) or "its top"
-        raise ValueError(f"{where} is no JSON schema: at {place}, {error.message}") from error
+        position = "/".join(map(str, error.absolute_path)) or "its top"
+        raise ValueError(f"{where} is no JSON schema: at {position}, {error.message}") from error
     return checker
 
 
