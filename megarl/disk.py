@@ -96,6 +96,14 @@ def writable(path: str, key: str) -> Path:
     return place
 
 
+def require_new(path: str, key: str) -> None:
+    """Raise `ConfigError` if the path of a key's value exists, for files that are not overwritten."""
+    if exists(local(path)):
+        raise ConfigError(
+            f"{key}={path} exists and would be overwritten: remove it, or name another file", key=key, value=path
+        )
+
+
 def sync(path: Path) -> None:
     """Flush a file, or a folder's entries, to disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

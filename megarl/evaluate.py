@@ -13,7 +13,7 @@ import megarl
 from megarl.command import process_number
 from megarl.config.compose import run
 from megarl.config.world import local_devices
-from megarl.disk import exists, local, write_atomically
+from megarl.disk import exists, local, require_new, write_atomically
 from megarl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from megarl.parallel.engine import Engine
     from megarl.parallel.grid import Grid
     from megarl.rollout.requests import Rollout
+    from megarl.run.run_folder import RunFolder
     from megarl.tokenizers import Tokenizer
 
 OUT = "evaluation.json"
@@ -57,26 +58,35 @@ def evaluate_here(config: "EvaluateConfig") -> dict[str, Any]:
 
     assert config.run.dir is not None
     run_dir = Path(config.run.dir)
+    _refuse_training_run(run_dir)
     folder = RunFolder(run_dir)
     with owned(run_dir, config.parallel.timeout_s):
         setup(run_dir, rank=process_number(), debug=config.debug)
+        # A process may have written them since the configuration was checked.
         for key, value in config.more_folders().items():
-            _check_new(key, value)
+            require_new(value, key)
         if process_number() == 0:
             folder.write_config(asdict(config))
             folder.write_environment()
         result, samples, shown = _evaluated(config, run_dir)
         if process_number() == 0:
-            _write(config, run_dir, result, samples)
+            _write(config, folder, result, samples)
             _print(result, shown)
     return result
 
 
-def _check_new(key: str, value: str) -> None:
-    """Refuse an output file that exists, as a process may have written it since the configuration was checked."""
-    if exists(local(value)):
+def _refuse_training_run(run_dir: Path) -> None:
+    """Refuse the folder of a training run, whose config.yaml would be replaced."""
+    from megarl.experience.results import FOLDER
+
+    found = [name for name in ("checkpoints", "metrics.csv") if exists(run_dir / name)]
+    if found and not exists(run_dir / FOLDER):
         raise ConfigError(
-            f"{key}={value} exists and would be overwritten: remove it, or name another file", key=key, value=value
+            f"run.dir={run_dir} is the folder of a training run, as it has {found[0]}: name another folder for the "
+            "evaluation",
+            key="run.dir",
+            value=str(run_dir),
+            where=run_dir / found[0],
         )
 
 
@@ -101,6 +111,7 @@ def _evaluated(
     source = sources.at(config.model.path)
     heads = policy_heads(source)
     _check_sweep(config, heads)
+    _warn_without_effect(config, heads)
     tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
     vocab_size = vocabulary(config.model, tokenizer)
     data, rollout = config.data, config.rollout
@@ -237,6 +248,17 @@ def _check_sweep(config: "EvaluateConfig", heads: Sequence[str]) -> None:
         )
 
 
+def _warn_without_effect(config: "EvaluateConfig", heads: Sequence[str]) -> None:
+    """Warn of keys that are set and have no effect in an evaluation of this model."""
+    from megarl.logging import get_logger
+
+    log, beta, recompute = get_logger(__name__), config.rollout.ilql_beta, config.parallel.recompute
+    if recompute != "none":
+        log.warning("parallel.recompute=%s has no effect, because an evaluation has no backward pass", recompute)
+    if "q" not in heads and beta != type(config.rollout)().ilql_beta:
+        log.warning("rollout.ilql_beta=%g has no effect, because model.path=%s has no Q heads", beta, config.model.path)
+
+
 def _template(config: "EvaluateConfig") -> str | None:
     from megarl.config.files import load_chat_template
 
@@ -252,24 +274,33 @@ def _digest(prompts: "Sequence[Prompt]") -> str:
 
 
 def _write(
-    config: "EvaluateConfig", run_dir: Path, result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+    config: "EvaluateConfig", folder: "RunFolder", result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Write the result and the samples."""
-    out = run_dir / OUT if config.out is None else local(config.out)
-    files = [(out, "out", [json.dumps(result, indent=2, allow_nan=False) + "\n"])]
-    if config.samples is not None:
-        lines = [json.dumps(sample, allow_nan=False) + "\n" for sample in samples]
-        files.append((local(config.samples), "samples", lines))
-    for path, key, content in files:
-        try:
+    """Write the samples, and then the result. If one cannot be written, neither is there, so that the evaluation can be
+    started again."""
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    samples_file = None if config.samples is None else local(config.samples)
+    key, path = "samples", samples_file
+    try:
+        if samples_file is not None:
+            samples_file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(samples_file, (json.dumps(sample, allow_nan=False) + "\n" for sample in samples))
+        key, path = "out", folder.path / OUT if config.out is None else local(config.out)
+        if config.out is None:
+            folder.write(OUT, text)  # an earlier result, as of another reward, is set aside
+        else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, content)
-        except OSError as problem:
-            raise DataError(
-                f"{path} cannot be written ({problem.strerror}): free space, and start again with run.dir={run_dir}",
-                key=key,
-                where=path,
-            ) from None
+            write_atomically(path, text)
+    except OSError as problem:
+        if key == "out" and samples_file is not None:
+            samples_file.unlink(missing_ok=True)
+        raise DataError(
+            f"{key}={path} cannot be written ({problem.strerror}): free space, and start again with "
+            f"run.dir={folder.path}",
+            key=key,
+            value=str(path),
+            where=path,
+        ) from None
 
 
 def _print(result: Mapping[str, Any], shown: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from megarl.command import printable, process_number
 from megarl.config.compose import run
 from megarl.config.files import SUFFIXES, data_suffix, load_chat_template
 from megarl.config.world import local_devices
-from megarl.disk import exists, is_file, local, shown, why_missing, writable
+from megarl.disk import is_file, local, require_new, shown, why_missing, writable
 from megarl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -67,10 +67,7 @@ def work(config: "GenerateConfig") -> None:
 
 def _check_out(out: str) -> None:
     """Refuse an output file that exists or cannot be written, before the ranks communicate, so that all refuse."""
-    if exists(local(out)):
-        raise ConfigError(
-            f"out={out} exists and would be overwritten: remove it, or name another file", key="out", value=out
-        )
+    require_new(out, "out")
     path = writable(out, "out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,18 @@ def prompts_are_named(config: Any, world_size: int) -> None:
         )
 
 
+def responses_differ(config: Any, world_size: int) -> None:
+    """Refuse several responses per prompt where all would be equal. A sweep may have 0 among other temperatures."""
+    if config.rollout.temperature == 0 and config.eval.n > 1 and not config.eval.sweep.temperature:
+        raise Refusal(
+            f"rollout.temperature=0 gives eval.n={config.eval.n} equal responses per prompt, and best@k and pass@k "
+            "would mean nothing",
+            {"eval.n": [1], "rollout.temperature": [1]},
+            key="eval.n",
+            value=config.eval.n,
+        )
+
+
 @dataclass
 class EvaluateConfig(Tree):
     """The keys of an evaluation of a trained model."""
@@ -50,6 +62,7 @@ class EvaluateConfig(Tree):
         responses_fit_model,
         responses_are_scored,
         scoring_ends_in_time,
+        responses_differ,
     )
 
     out: str | None = leaf(

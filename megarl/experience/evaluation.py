@@ -12,7 +12,7 @@ from megarl.data.prompts import Prompt
 from megarl.experience.measures import Answer, measures
 from megarl.experience.scorers import Scorer, unique_metric_name
 from megarl.parallel.grid import Grid
-from megarl.rewards.extract import read_answers
+from megarl.rewards import extract
 from megarl.rewards.scores import Scores, joined, total
 from megarl.rollout.noise import EVALUATION
 from megarl.rollout.requests import Rollout
@@ -116,7 +116,9 @@ class Sweep(ABC):
                     "logprob": sum(rollout.logprobs),
                     "scores": {name: scores.values[row] for name, scores in found.scored.items()},
                     "components": {
-                        part: column[row] for scores in found.scored.values() for part, column in scores.parts.items()
+                        name: {component: column[row] for component, column in scores.parts.items()}
+                        for name, scores in found.scored.items()
+                        if scores.parts
                     },
                 }
             )
@@ -170,7 +172,7 @@ def answer_reader(settings: EvalConfig, grid: Grid) -> ReadAnswers | None:
     how = settings.vote
     if how is None:
         return None
-    return lambda texts: grid.run_on_rank0(lambda: read_answers(how, texts))
+    return lambda texts: grid.run_on_rank0(lambda: extract.read_answers(how, texts))
 
 
 def changes_of(settings: EvalConfig) -> list[dict[str, float]]:

@@ -19,6 +19,7 @@ from megarl.rollout import stored
 from megarl.rollout.requests import Rollout
 
 FOLDER, SETTINGS = "results", "settings.json"
+_REMEDY = "remove the file to compute it again"
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,16 @@ class Results:
         if is_file(path):
             self._compare(path, given, run_dir)
             return
-        self._write(path, given)
+        self._write(path, [_as_line(given)])
 
     def rollouts(self, name: ChunkName) -> list[Rollout] | None:
         """Return the responses of a chunk; None if they are not there yet."""
         path = stored.phase_file(self.folder, name.stream, name.index)
-        return stored.load(path) if is_file(path) else None
+        return stored.load(path, _REMEDY) if is_file(path) else None
 
     def keep_rollouts(self, name: ChunkName, rollouts: Sequence[Rollout]) -> None:
         """Write the responses of a chunk."""
-        stored.dump(stored.phase_file(self.folder, name.stream, name.index), rollouts)
+        self._write(stored.phase_file(self.folder, name.stream, name.index), stored.as_lines(rollouts))
 
     def scores(self, name: ChunkName, scorer: str, fingerprint: str, count: int) -> Scores | None:
         """Return the scores of a chunk's `count` responses by a scorer; None if that scorer, with this fingerprint, has
@@ -67,22 +68,22 @@ class Results:
         parts: Any = record.get("parts") if isinstance(record, dict) else None
         columns = [values, *parts.values()] if isinstance(parts, dict) else [None]
         if not all(isinstance(column, list) and len(column) == count for column in columns):
-            raise DataError(f"{path} has no scores of {count} responses: remove it to compute it again", where=path)
+            raise DataError(f"{path} has no scores of {count} responses: {_REMEDY}", where=path)
         return Scores(values=values, parts=parts) if record.get("by") == fingerprint else None
 
     def keep_scores(self, name: ChunkName, scorer: str, fingerprint: str, scores: Scores) -> None:
         """Write the scores of a chunk's responses."""
         record = {"by": fingerprint, "values": scores.values, "parts": scores.parts}
-        self._write(self._scores_file(name, scorer), record)
+        self._write(self._scores_file(name, scorer), [_as_line(record)])
 
     def _scores_file(self, name: ChunkName, scorer: str) -> Path:
         rollouts = stored.phase_file(self.folder, name.stream, name.index)
         return rollouts.with_name(f"{scorer}-{rollouts.stem}.json")
 
-    def _write(self, path: Path, content: object) -> None:
+    def _write(self, path: Path, lines: Sequence[str]) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(content, allow_nan=False) + "\n")
+            write_atomically(path, lines)
         except OSError as problem:
             raise DataError(
                 f"{path} cannot be written ({problem.strerror}): free space, or set run.dir to another folder",
@@ -110,4 +111,8 @@ def _read(path: Path) -> Any:
     try:
         return parse_json(read_text(path))
     except UnreadableError as problem:
-        raise DataError(f"{path} {problem}: remove it to compute it again", where=path) from None
+        raise DataError(f"{path} {problem}: {_REMEDY}", where=path) from None
+
+
+def _as_line(record: object) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"

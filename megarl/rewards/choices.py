@@ -40,13 +40,13 @@ def chosen_letter(text: str, choices: Sequence[str] = ()) -> str | None:
     What counts more decides: a box or a statement ("the answer is B"), then a letter that stands alone or is marked,
     then the text of exactly one choice.
     """
-    letters = {chr(ord("A") + place) for place in range(len(choices) or _WITHOUT_CHOICES)}
+    letters = {chr(ord("A") + index) for index in range(len(choices) or _WITHOUT_CHOICES)}
     text = _TAG.sub("\n", text[-_LONGEST:]).strip()
-    stated = [*_places(text, letters, _STATED, _CORRECT), *_boxes(text, letters, choices)]
+    stated = [*_letters_in(text, letters, _STATED, _CORRECT), *_boxes(text, letters, choices)]
     if stated:
         return max(stated)[1]
-    marked = _places(text, letters, _ALONE, _MARKED, _LAST_WORD)
-    leading = _places(text, letters, _LEADING)
+    marked = _letters_in(text, letters, _ALONE, _MARKED, _LAST_WORD)
+    leading = _letters_in(text, letters, _LEADING)
     if marked or leading:
         many = {letter for _, letter in leading}
         last = max([*marked, *(leading if len(many) == 1 or not marked else [])])
@@ -55,7 +55,7 @@ def chosen_letter(text: str, choices: Sequence[str] = ()) -> str | None:
     return _by_text(text, choices)
 
 
-def _places(text: str, letters: set[str], *patterns: re.Pattern[str]) -> list[tuple[int, str]]:
+def _letters_in(text: str, letters: set[str], *patterns: re.Pattern[str]) -> list[tuple[int, str]]:
     """Return where, and which, letters are found. A small letter is a word of the sentence unless the line ends there
     or a mark follows: "the answer is a bit"."""
     found = []
@@ -83,29 +83,29 @@ def _boxes(text: str, letters: set[str], choices: Sequence[str]) -> list[tuple[i
     if box is None:
         return []
     inside = normal_text(box).strip("().:*")
-    place = text.rfind(box)
+    position = text.rfind(box)
     for number, choice in enumerate(choices):
         if normal_text(choice).casefold() == normal_text(box).casefold():
-            return [(place, chr(ord("A") + number))]
+            return [(position, chr(ord("A") + number))]
     letter = inside[:1].upper()
     alone = len(inside) == 1 or (len(inside) > 1 and inside[1] in ").:")
-    return [(place, letter)] if letter in letters and alone else []
+    return [(position, letter)] if letter in letters and alone else []
 
 
 def _by_text(text: str, choices: Sequence[str]) -> str | None:
     """Return the letter of the only choice whose text is in the response, or of the one that is found last at its
     end."""
     plain = " ".join(text.casefold().split()).rstrip(".!* ")
-    places = {}
+    positions = {}
     for number, choice in enumerate(choices):
         wanted = " ".join(choice.casefold().split()).rstrip(".")
         if wanted:
             hits = [m.end() for m in re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", plain)]
             if hits:
-                places[chr(ord("A") + number)] = (hits[-1], len(wanted))
-    if not places:
+                positions[chr(ord("A") + number)] = (hits[-1], len(wanted))
+    if not positions:
         return None
-    ordered = sorted(places, key=lambda letter: places[letter])
-    if len(ordered) == 1 or places[ordered[-1]][0] == len(plain):
+    ordered = sorted(positions, key=lambda letter: positions[letter])
+    if len(ordered) == 1 or positions[ordered[-1]][0] == len(plain):
         return ordered[-1]
     return None

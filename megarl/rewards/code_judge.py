@@ -128,7 +128,7 @@ def _run_case(case: Any, count: int, peer: Peer) -> Iterator[bool]:
     bad = [*result.failures, *result.errors, *result.skipped, *result.expectedFailures, *result.unexpectedSuccesses]
     fine = not (bad or peer.assertion_failed or peer.gone) and result.testsRun >= count
     good = count if fine else min(count - 1, max(0, result.testsRun - max(1, len(bad))))
-    yield from (place < good for place in range(count))
+    yield from (index < good for index in range(count))
 
 
 def _passes(peer: Peer, step: Callable[..., Any], *arguments: Any) -> bool:

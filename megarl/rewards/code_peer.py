@@ -27,7 +27,7 @@ from typing import Any
 
 OUT_OF_MEMORY = 86
 """Exit code of a program that let a MemoryError through."""
-_MOST_BYTES = 64 << 20
+_MAX_BYTES = 64 << 20
 _TYPES = (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset)
 _ERRORS = {
     name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, BaseException)
@@ -201,7 +201,7 @@ class Peer:
             return Decimal(body)
         from fractions import Fraction
 
-        return Fraction(*(int(part, 16) for part in body))
+        return Fraction(*(int(digits, 16) for digits in body))
 
     def _remote(self, number: int, name: str = "", base: str = "") -> Any:
         if not name:
@@ -240,8 +240,8 @@ class Peer:
 
     def _receive(self) -> dict[str, Any]:
         header = self._source.read(8)
-        length = struct.unpack("<Q", header)[0] if len(header) == 8 else _MOST_BYTES + 1
-        text = self._source.read(length) if length <= _MOST_BYTES else b""
+        length = struct.unpack("<Q", header)[0] if len(header) == 8 else _MAX_BYTES + 1
+        text = self._source.read(length) if length <= _MAX_BYTES else b""
         try:
             message = json.loads(text)
         except (ValueError, RecursionError):
@@ -257,11 +257,11 @@ def _update(mine: Any, theirs: Any) -> None:
     if type(mine) is not type(theirs):
         return
     if isinstance(mine, list | tuple) and len(mine) == len(theirs):
-        for place, (old, new) in enumerate(zip(mine, theirs, strict=True)):
+        for index, (old, new) in enumerate(zip(mine, theirs, strict=True)):
             if isinstance(old, list | dict | set | bytearray | tuple) and type(old) is type(new):
                 _update(old, new)
             elif isinstance(mine, list):
-                mine[place] = new
+                mine[index] = new
     elif isinstance(mine, list | bytearray):
         mine[:] = theirs
     elif isinstance(mine, dict):

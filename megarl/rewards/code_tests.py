@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megarl.rewards.code_peer import OUT_OF_MEMORY
-from megarl.rewards.sandbox import GRACE_S, End, Limits, Program, readable, run, working_isolation
+from megarl.rewards.sandbox import GRACE_S, End, Limits, Program, read_until, run, working_isolation
 
 OUTCOMES = ("passed", "failed", "timed_out", "out_of_memory", "killed", "refused")
 """Outcomes of a response. failed: a test did not pass. killed: by a signal or for too much output. refused: it has no
@@ -144,9 +144,9 @@ def _check_cases(code: str, tests: Cases, limits: Limits, keep_going: bool) -> V
         if left <= 0:
             outcome = "timed_out"
             break
-        most = 4 * len(expected.encode("utf-8", "replace")) + (64 << 10)
+        max_output = 4 * len(expected.encode("utf-8", "replace")) + (64 << 10)
         end, output = run(
-            source.encode(), entry.encode("utf-8", "replace"), replace(limits, wall_s=left), most_output=most
+            source.encode(), entry.encode("utf-8", "replace"), replace(limits, wall_s=left), max_output=max_output
         )
         if end.code == 0 and _lines(output.decode("utf-8", "replace")) == _lines(expected):
             passed += 1
@@ -185,7 +185,7 @@ def _check_calls(code: str, tests: Calls, limits: Limits, keep_going: bool) -> V
         finally:
             for number in (questions, questions_end, answers, answers_end, verdict_end):
                 os.close(number)
-        text = _read_all(verdict, slower.wall_s + GRACE_S)
+        text = b"".join(read_until(verdict, time.monotonic() + slower.wall_s + GRACE_S))
         judge_end = judged.wait()
         count, _, results = text.partition(b"\n")
         code_end = served.wait() if b"x" in results else served.stop()
@@ -198,17 +198,6 @@ def _check_calls(code: str, tests: Calls, limits: Limits, keep_going: bool) -> V
     elif code_end.why == "no longer wanted":
         outcome = "failed"
     return Verdict(min(passed, max(0, total - 1)) / total if total else 0.0, outcome)
-
-
-def _read_all(number: int, timeout_s: float) -> bytes:
-    text, deadline = b"", time.monotonic() + timeout_s
-    while (left := deadline - time.monotonic()) > 0:
-        if readable(number, left):
-            piece = os.read(number, 1 << 16)
-            if not piece:
-                break
-            text += piece
-    return text
 
 
 def _outcome(end: End) -> str:

@@ -8,11 +8,11 @@ from fractions import Fraction
 
 Number = Fraction | float
 
-_MOST_BITS = 20_000
+_MAX_BITS = 20_000
 """Maximum bits of a numerator or denominator on the way."""
 _LONGEST = 8000
 """Characters of the end of a text that are read."""
-_MOST_TOKENS = 400
+_MAX_TOKENS = 400
 _DEEPEST = 60
 
 _SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u00d7": "*", "\u00f7": "/", "\u00b7": "*", "\u22c5": "*"})
@@ -80,7 +80,7 @@ def _runs(text: str) -> list[list[str]]:
 def _value_of_end(run: list[str]) -> Number | None:
     """Return the value of the longest end of a run that is an expression. Signs after it, and parentheses that were
     opened before the run, do not count."""
-    run = _without_unmatched_end(run[-_MOST_TOKENS:])
+    run = _without_unmatched_end(run[-_MAX_TOKENS:])
     for start in range(len(run)):
         try:
             return _Parser(run[start:]).value()
@@ -110,16 +110,16 @@ class _Parser:
     """A recursive descent over tokens, which computes as it reads."""
 
     def __init__(self, tokens: list[str]) -> None:
-        self._tokens, self._place, self._depth = tokens, 0, 0
+        self._tokens, self._index, self._depth = tokens, 0, 0
 
     def value(self) -> Number:
         value = self._sum(1)
-        if self._place < len(self._tokens):
+        if self._index < len(self._tokens):
             raise _NotAnExpressionError
         return value
 
     def _next(self) -> str:
-        return self._tokens[self._place] if self._place < len(self._tokens) else ""
+        return self._tokens[self._index] if self._index < len(self._tokens) else ""
 
     def _sum(self, level: int) -> Number:
         """Read terms joined by + and - (level 1), or factors joined by * / // % (level 2)."""
@@ -128,7 +128,7 @@ class _Parser:
             raise _NotAnExpressionError
         value = self._sum(2) if level == 1 else self._signed()
         while _BINARY.get(sign := self._next()) == level:
-            self._place += 1
+            self._index += 1
             value = _combine(sign, value, self._sum(2) if level == 1 else self._signed())
         self._depth -= 1
         return value
@@ -137,14 +137,14 @@ class _Parser:
         sign = 1
         while self._next() in ("-", "+"):
             sign = -sign if self._next() == "-" else sign
-            self._place += 1
+            self._index += 1
         return sign * self._power()
 
     def _power(self) -> Number:
         base = self._atom()
         if self._next() not in ("**", "^"):
             return base
-        self._place += 1
+        self._index += 1
         self._depth += 1
         if self._depth > _DEEPEST:
             raise _NotAnExpressionError
@@ -154,17 +154,17 @@ class _Parser:
 
     def _atom(self) -> Number:
         token = self._next()
-        self._place += 1
+        self._index += 1
         if token == "(":
             value = self._sum(1)
             if self._next() != ")":
                 raise _NotAnExpressionError
-            self._place += 1
+            self._index += 1
             return value
         if not token or not (token[0].isdigit() or token[0] == "."):
             raise _NotAnExpressionError
         mantissa, _, exponent = token.lower().replace(",", "").partition("e")
-        if len(mantissa) > _MOST_BITS // 4 or abs(int(exponent or 0)) > _MOST_BITS // 4:
+        if len(mantissa) > _MAX_BITS // 4 or abs(int(exponent or 0)) > _MAX_BITS // 4:
             raise OverflowError
         return _bounded(Fraction(mantissa) * Fraction(10) ** int(exponent or 0))
 
@@ -189,7 +189,7 @@ def _to_the_power(base: Number, exponent: Number) -> Number:
             raise ValueError("a root of a negative number")
         return _bounded(value)
     bits = max(abs(base.numerator).bit_length(), base.denominator.bit_length())
-    if abs(base) != 1 and base != 0 and abs(whole) * max(1, bits - 1) > _MOST_BITS:
+    if abs(base) != 1 and base != 0 and abs(whole) * max(1, bits - 1) > _MAX_BITS:
         raise OverflowError
     return _bounded(base ** (whole if abs(base) != 1 else whole % 2))
 
@@ -198,6 +198,6 @@ def _bounded(value: Number) -> Number:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise OverflowError
-    elif max(abs(value.numerator).bit_length(), value.denominator.bit_length()) > _MOST_BITS:
+    elif max(abs(value.numerator).bit_length(), value.denominator.bit_length()) > _MAX_BITS:
         raise OverflowError
     return value

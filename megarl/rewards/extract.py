@@ -1,13 +1,16 @@
 """The answer in the text of a response, for majority votes: ready-made readers, and functions of the user.
 
 Responses vote for the same answer where the reward function of the same kind takes one as right if the other is right:
-`exact_match` for text, `numeric_match` for number, `multiple_choice` for choice and `boxed` for boxed.
+`exact_match` for text, `numeric_match` for number, `multiple_choice` for choice and `boxed` for boxed. Two things that
+these functions know are not known here: `choice` reads the letters A to J only, not the texts of the choices, and
+`boxed` removes no units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from numbers import Real
 
 from megarl.errors import RewardError
 from megarl.functions.named import resolve
@@ -64,7 +67,7 @@ def read_answers(how: str, responses: Sequence[str]) -> list[str | None]:
 
     Args:
         how: name of a ready-made reader, or a function (package.module:function) that maps the text of a response to
-            its answer: a text, a number or None.
+            its answer: a text, a number or None. Equal numbers vote together; NaN is no answer.
         responses: the texts.
     """
     if how in READERS:
@@ -84,8 +87,9 @@ def read_answers(how: str, responses: Sequence[str]) -> list[str | None]:
 def _as_text(answer: object, how: str) -> str | None:
     if answer is None or isinstance(answer, str):
         return answer
-    if isinstance(answer, int | float):
-        return repr(answer)
+    if isinstance(answer, Real):  # numpy's numbers are, too
+        value = answer if isinstance(answer, int | Fraction) else float(answer)
+        return None if value != value else _number_form(value)  # NaN is not equal to itself
     raise RewardError(
         f"{KEY}={how} returned a {type(answer).__name__} for a response: let it return a text, a number or None",
         key=KEY,

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,3}(?=[{\s\d])")
 _LONGEST = 4000
-_MOST_BOXES = 20
+_MAX_BOXES = 20
 """Boxes that are looked at, from the last one back, for one that is closed."""
 
 _FONTS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|operatorname|mbox)\s*\{([^{}]*)\}")
@@ -28,19 +28,19 @@ _NUMBER = re.compile(
 
 def last_boxed(text: str) -> str | None:
     r"""Return what the last complete \boxed{...} holds, with nested braces; None if there is none."""
-    for start in [match.end() for match in _BOX.finditer(text)][: -_MOST_BOXES - 1 : -1]:
+    for start in [match.end() for match in _BOX.finditer(text)][: -_MAX_BOXES - 1 : -1]:
         if text[start : start + 1] != "{":  # \boxed 5
             word = re.match(r"\s*([-+]?[\d.,/]+)", text[start:])
             if word:
                 return word[1].rstrip(".,")
             continue
         depth = 0
-        for place in range(start, min(len(text), start + _LONGEST)):
-            escaped = place > 0 and text[place - 1] == "\\" and text[max(0, place - 2) : place] != "\\\\"
-            if text[place] in "{}" and not escaped:
-                depth += 1 if text[place] == "{" else -1
+        for index in range(start, min(len(text), start + _LONGEST)):
+            escaped = index > 0 and text[index - 1] == "\\" and text[max(0, index - 2) : index] != "\\\\"
+            if text[index] in "{}" and not escaped:
+                depth += 1 if text[index] == "{" else -1
                 if depth == 0:
-                    return text[start + 1 : place]
+                    return text[start + 1 : index]
     return None
 
 

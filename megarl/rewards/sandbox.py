@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -156,17 +156,10 @@ class Program:
             SandboxError: the kernel refused a step of the isolation, so that the program was not started.
         """
         if self._end is None:
-            text = b""
-            while (left := self._deadline - time.monotonic()) > 0:
-                if not readable(self._status, left):
-                    continue
-                piece = os.read(self._status, 1 << 16)
-                if not piece:
-                    break
-                text += piece
+            text = b"".join(read_until(self._status, self._deadline))
+            how = "timed_out" if time.monotonic() >= self._deadline else "killed"
             self._finish()
-            late = {"how": "timed_out" if left <= 0 else "killed", "why": "the sandbox did not report"}
-            report: dict[str, Any] = marshal.loads(text) if text else late
+            report: dict[str, Any] = marshal.loads(text) if text else {"how": how, "why": "the sandbox did not report"}
             if report["how"] == "refused":
                 raise SandboxError(f"the sandbox could not start a program: {report['why']}", key="reward.fn")
             self._end = End(report["how"], report.get("why", ""), report.get("code"))
@@ -203,11 +196,11 @@ class Program:
 
 
 def run(
-    source: bytes, stdin: bytes = b"", limits: Limits | None = None, most_output: int = 1 << 20
+    source: bytes, stdin: bytes = b"", limits: Limits | None = None, max_output: int = 1 << 20
 ) -> tuple[End, bytes]:
     """Run a program to its end. Return how it ended, and what it wrote to its standard output.
 
-    A program that writes more than `most_output` bytes is killed.
+    A program that writes more than `max_output` bytes is killed.
     """
     limits = limits or Limits()
     text = bytearray()
@@ -221,15 +214,11 @@ def run(
         finally:
             os.close(output_end)
         deadline = time.monotonic() + limits.wall_s + GRACE_S
-        while (left := deadline - time.monotonic()) > 0:
-            if readable(output, left):
-                piece = os.read(output, 1 << 16)
-                text += piece
-                if not piece:
-                    break
-                if len(text) > most_output:
-                    program.stop()
-                    return End("killed", f"more than {most_output} bytes of output"), bytes(text[:most_output])
+        for piece in read_until(output, deadline):
+            text += piece
+            if len(text) > max_output:
+                program.stop()
+                return End("killed", f"more than {max_output} bytes of output"), bytes(text[:max_output])
         return program.wait(), bytes(text)
 
 
@@ -347,8 +336,14 @@ def _closed_with(opened: contextlib.ExitStack, number: int) -> int:
     return number
 
 
-def readable(number: int, timeout_s: float) -> bool:
-    """Return whether a descriptor can be read, or its other end is closed, within a time."""
+def read_until(fd: int, deadline: float) -> Iterator[bytes]:
+    """Yield what arrives at a descriptor until its other end is closed or the deadline (`time.monotonic`) has
+    passed."""
     poll = select.poll()
-    poll.register(number, select.POLLIN)
-    return bool(poll.poll(max(1, timeout_s * 1000)))
+    poll.register(fd, select.POLLIN)
+    while (left := deadline - time.monotonic()) > 0:
+        if poll.poll(max(1, left * 1000)):
+            piece = os.read(fd, 1 << 16)
+            if not piece:
+                return
+            yield piece

@@ -116,7 +116,7 @@ def _outer(config: dict[str, Any]) -> dict[str, Any]:
 
 def _watch(config: dict[str, Any], inner: int, report: int) -> dict[str, Any]:
     deadline = time.monotonic() + config["limits"]["wall_s"]
-    most = config["limits"]["memory"]
+    limit = config["limits"]["memory"]
     poll = select.poll()
     poll.register(report, select.POLLIN)
     poll.register(0, select.POLLIN)
@@ -130,8 +130,8 @@ def _watch(config: dict[str, Any], inner: int, report: int) -> dict[str, Any]:
         if time.monotonic() > deadline:
             return {"how": "timed_out", "why": f"{config['limits']['wall_s']:g} s"}
         pids = _descendants(inner)
-        if _memory(pids, exact=False) > most and _memory(pids, exact=True) > most:
-            return {"how": "out_of_memory", "why": f"{most} bytes in {len(pids)} processes"}
+        if _memory(pids, exact=False) > limit and _memory(pids, exact=True) > limit:
+            return {"how": "out_of_memory", "why": f"{limit} bytes in {len(pids)} processes"}
 
 
 def _descendants(root: int) -> list[int]:
@@ -329,8 +329,8 @@ def _program(config: dict[str, Any]) -> None:
     os.setsid()
     os.nice(5)  # the processes that watch it come first
     fds = config["fds"]
-    moved = [os.dup2(number, 500 + place, inheritable=False) for place, number in enumerate(fds)]
-    status = [os.dup2(number, place) for place, number in enumerate(moved)]
+    moved = [os.dup2(number, 500 + index, inheritable=False) for index, number in enumerate(fds)]
+    status = [os.dup2(number, index) for index, number in enumerate(moved)]
     _close_on_exec(len(status))
     os.umask(0o077)
     limits = config["limits"]

@@ -1,7 +1,8 @@
 """Builds the system call filter of sandboxed programs: a classic BPF program, as bytes, for this machine's processor.
 
-The filter is the second wall. It refuses what reaches deep into the kernel or out of the sandbox and what a tested
-program does not need. Calls that the kernel has gained since this list was written are refused as unknown.
+The filter is the second protection after the isolation. It refuses what reaches deep into the kernel or out of the
+sandbox and what a tested program does not need. Calls that the kernel has gained since this list was written are
+refused as unknown.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def system_call_filter(read_only: bool) -> bytes:
         (_AT_LEAST, 0, 1, _X32),
         (_RETURN, 0, 0, _KILL),
         (_AT_LEAST, 0, len(_ALLOWED_NEW) + 2, _FIRST_NEW),
-        *[(_EQUAL, len(_ALLOWED_NEW) - place, 0, number) for place, number in enumerate(_ALLOWED_NEW)],
+        *[(_EQUAL, len(_ALLOWED_NEW) - index, 0, number) for index, number in enumerate(_ALLOWED_NEW)],
         (_RETURN, 0, 0, _ERROR | errno.ENOSYS),
         (_RETURN, 0, 0, _ALLOW),
     ]

@@ -22,18 +22,35 @@ _MEMORY = 4 << 30
 """Maximum bytes of address space of the process."""
 _LONGEST = 20_000
 """Characters of the end of a response that are read."""
+TIMED_OUT, CRASHED = "timed out", "crashed"
 _lock = threading.Lock()
 _running: list[subprocess.Popen[bytes]] = []
 
 
-def decide(outputs: Sequence[str], answers: Sequence[str], timeout_s: float) -> list[str]:
+def decide(outputs: Sequence[str], answers: Sequence[str], timeout_s: float, budget_s: float) -> list[str]:
     """Return a verdict for each response.
 
     It is equal, different, no answer (the answer cannot be read), timed out, or crashed (the process ended during the
-    request, as where memory ran out).
+    request, as where memory ran out). Once the responses that timed out or crashed, and the restarts after them, have
+    taken `budget_s` together, the rest has timed out without a try, so that a few slow responses do not use up the time
+    of the whole call. Responses that are decided do not count, however many they are.
     """
+    verdicts: list[str] = []
+    lost_s = 0.0
     with _lock:
-        return [_request(output, answer, timeout_s) for output, answer in zip(outputs, answers, strict=True)]
+        for output, answer in zip(outputs, answers, strict=True):
+            if lost_s >= budget_s:
+                verdicts.append(TIMED_OUT)
+                continue
+            start = time.monotonic()
+            process = _ready_process()
+            if verdicts:  # it was restarted, or is still running and this took no time
+                lost_s += time.monotonic() - start
+            start = time.monotonic()
+            verdicts.append(_request(process, output, answer, timeout_s))
+            if verdicts[-1] in (TIMED_OUT, CRASHED):
+                lost_s += time.monotonic() - start
+    return verdicts
 
 
 def end_process() -> None:
@@ -44,10 +61,7 @@ def end_process() -> None:
     _running.clear()
 
 
-def _request(output: str, answer: str, timeout_s: float) -> str:
-    if not _running or _running[0].poll() is not None:
-        _running[:] = [_start()]
-    process = _running[0]
+def _request(process: subprocess.Popen[bytes], output: str, answer: str, timeout_s: float) -> str:
     assert process.stdin is not None
     try:
         process.stdin.write(json.dumps([output[-_LONGEST:], answer]).encode() + b"\n")
@@ -56,10 +70,17 @@ def _request(output: str, answer: str, timeout_s: float) -> str:
     except BrokenPipeError:
         reply = ""
     except TimeoutError:
-        reply = "timed out"
-    if reply in ("", "timed out"):
+        reply = TIMED_OUT
+    if reply in ("", TIMED_OUT):
         end_process()
-    return reply or "crashed"
+    return reply or CRASHED
+
+
+def _ready_process() -> subprocess.Popen[bytes]:
+    """Return the process of math-verify, a new one if it has ended."""
+    if not _running or _running[0].poll() is not None:
+        _running[:] = [_start()]
+    return _running[0]
 
 
 def _start() -> subprocess.Popen[bytes]:

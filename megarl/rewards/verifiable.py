@@ -10,6 +10,7 @@ import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from megarl.rewards.choices import chosen_letter
@@ -43,23 +44,34 @@ def arithmetic(
 
 
 def multiple_choice(
-    outputs: Sequence[str], *, field: str = "answer", choices: Sequence[object] | None = None, **metadata: Any
+    outputs: Sequence[str],
+    *,
+    field: str = "answer",
+    choices: Sequence[object] | None = None,
+    shared_choices: Sequence[object] | None = None,
+    **metadata: Any,
 ) -> list[float]:
     """Return 1 for each response that chooses the answer's letter, else 0. The choice that it states last counts.
 
     Args:
-        field: field of the prompt records that holds the answer: a letter; or, with choices, its position from 0 or its
-            text.
-        choices: texts of the choices in the order of their letters: one list for all samples, or the field `choices` of
-            the prompt records. With them, a response may give the text instead of the letter.
+        field: field of the prompt records that holds the answer: a letter; or, with choices, its label, its position
+            from 0 or its text.
+        choices: the field `choices` of the prompt records: a list of texts in the order of their letters, or an object
+            with the lists `text` and `label`, as in ARC; null for a record without choices. With choices, a response
+            may give the text instead of the letter.
+        shared_choices: list of the texts for all records without a field `choices`.
     """
+    if choices is not None and (not isinstance(choices, list | tuple) or len(choices) != len(outputs)):
+        raise ValueError(
+            f"option choices={str(choices)[:60]!r}: choices are a field of the records; those that all records share "
+            "are the option shared_choices"
+        )
+    shared = _read_choices(shared_choices, "option shared_choices")
     scores = []
-    # A field of the records is None for a record without choices.
-    one_each = any(own is None or isinstance(own, list | tuple) for own in choices or ())
     for row, (output, answer) in enumerate(zip(outputs, column_of(metadata, field, "multiple_choice"), strict=True)):
-        own = choices[row] if choices and one_each else choices
-        texts = [str(text) for text in own] if isinstance(own, list | tuple) else []
-        wanted = _letter_of(answer, texts)
+        own = None if choices is None else choices[row]
+        texts, labels = shared if own is None else _read_choices(own, f"the choices of sample {row}")
+        wanted = _letter_of(answer, texts, labels)
         if wanted is None:
             among = f"; the choices are {texts}" if texts else "; without choices it must be a letter"
             raise ValueError(f"the {field} of sample {row} is {answer!r}, which is no choice{among}")
@@ -67,10 +79,40 @@ def multiple_choice(
     return scores
 
 
-def _letter_of(answer: object, texts: Sequence[str]) -> str | None:
+def _read_choices(value: object, what: str) -> tuple[list[str], list[str]]:
+    """Return the texts of the choices, and their labels if they have some."""
+    texts: object = [] if value is None else value
+    labels: object = []
+    if isinstance(value, Mapping):
+        texts, labels = value.get("text"), value.get("label", [])
+    if (
+        not isinstance(texts, list | tuple)
+        or not isinstance(labels, list | tuple)
+        or len(labels) not in (0, len(texts))
+        or not all(isinstance(one, str | int | float) for one in (*texts, *labels))
+        or not _letters_in_order([str(label) for label in labels])
+    ):
+        raise ValueError(
+            f"{what} is {str(value)[:60]!r}: use a list of texts in the order of their letters, or an object with the "
+            "list text and, as long as it, the list label, whose letters are in order; the choices that all records "
+            "share are the option shared_choices"
+        )
+    return [str(text) for text in texts], [str(label).strip() for label in labels]
+
+
+def _letters_in_order(labels: Sequence[str]) -> bool:
+    """Return whether no choice has the letter of another as its label: responses name the choices by letters."""
+    letters = list(ascii_uppercase[: len(labels)])
+    given = [label.strip().upper() for label in labels]
+    return all(label == letter or label not in letters for label, letter in zip(given, letters, strict=False))
+
+
+def _letter_of(answer: object, texts: Sequence[str], labels: Sequence[str]) -> str | None:
+    text = str(answer).strip()
+    if text in labels:
+        return chr(ord("A") + labels.index(text))
     if isinstance(answer, int) and not isinstance(answer, bool):
         return chr(ord("A") + answer) if 0 <= answer < len(texts) else None
-    text = str(answer).strip()
     if text in texts:
         return chr(ord("A") + texts.index(text))
     letter = text.strip("().:* ").upper()
@@ -118,7 +160,7 @@ def _same(found: str, wanted: str, units: Sequence[str], tolerance: float) -> bo
 
 
 def symbolic(
-    outputs: Sequence[str], *, field: str = "answer", timeout: float = 5.0, **metadata: Any
+    outputs: Sequence[str], *, field: str = "answer", timeout: float = 5.0, budget: float = 30.0, **metadata: Any
 ) -> dict[str, list[float]]:
     """Return 1 for each response whose last formula equals the answer mathematically by math-verify, else 0.
 
@@ -129,19 +171,22 @@ def symbolic(
     Args:
         field: field of the prompt records that holds the answer: LaTeX or an expression.
         timeout: seconds for a response.
+        budget: seconds that the responses of a call that were not decided may take together, with the restarts of the
+            process. Once they have, the rest of the call is not tried and counts as timed out.
     """
-    from megarl.rewards.symbolic import decide
+    from megarl.rewards.symbolic import CRASHED, TIMED_OUT, decide
 
     option_number("timeout", timeout)
+    option_number("budget", budget)
     _optional("math_verify", "math-verify", "symbolic")
-    verdicts = decide(outputs, [str(one) for one in column_of(metadata, field, "symbolic")], timeout)
+    verdicts = decide(outputs, [str(one) for one in column_of(metadata, field, "symbolic")], timeout, budget)
     for row, verdict in enumerate(verdicts):
         if verdict == "no answer":
             raise ValueError(f"the {field} of sample {row} is {metadata[field][row]!r}, which math-verify cannot read")
     return {
         "symbolic": [float(verdict == "equal") for verdict in verdicts],
-        "timed_out": [float(verdict == "timed out") for verdict in verdicts],
-        "crashed": [float(verdict == "crashed") for verdict in verdicts],
+        "timed_out": [float(verdict == TIMED_OUT) for verdict in verdicts],
+        "crashed": [float(verdict == CRASHED) for verdict in verdicts],
     }
 
 
@@ -164,7 +209,7 @@ def json_schema(outputs: Sequence[str], *, schema: Any = None, **_: Any) -> list
         key = one if isinstance(one, str) else json.dumps(one, sort_keys=True)
         if key not in checkers:
             where = f"the schema of sample {row}" if isinstance(schema, list) else "option schema"
-            checkers[key] = _checker(jsonschema, json.loads(one) if isinstance(one, str) else one, where)
+            checkers[key] = _checker(jsonschema, _parsed_schema(one, where), where)
         scores.append(float(_is_allowed(output, checkers[key])))
     return scores
 
@@ -178,6 +223,15 @@ def _read_schema(schema: object) -> Any:
         raise ValueError(f"option schema={schema!r}: not a file with JSON ({error}); use a path or a schema") from error
 
 
+def _parsed_schema(schema: object, where: str) -> Any:
+    if not isinstance(schema, str):
+        return schema
+    try:
+        return json.loads(schema)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is {schema[:60]!r}, which is not JSON ({error}): use an object, or JSON") from error
+
+
 def _checker(jsonschema: Any, schema: Any, where: str) -> Any:
     """Return a validator that fetches nothing from the network."""
     registry = importlib.import_module("referencing").Registry()
@@ -189,8 +243,8 @@ def _checker(jsonschema: Any, schema: Any, where: str) -> Any:
         checker = kind(schema, registry=registry)
         _is_allowed("null", checker)
     except jsonschema.SchemaError as error:
-        place = "/".join(map(str, error.absolute_path)) or "its top"
-        raise ValueError(f"{where} is no JSON schema: at {place}, {error.message}") from error
+        position = "/".join(map(str, error.absolute_path)) or "its top"
+        raise ValueError(f"{where} is no JSON schema: at {position}, {error.message}") from error
     return checker
 
 

@@ -33,11 +33,9 @@ def phase_of(name: str) -> int | None:
 def dump(path: str | Path, rollouts: Iterable[Rollout]) -> None:
     """Write rollouts, all or nothing. Floats are written with enough digits to be read back exactly."""
     path = Path(path)
-    records = [asdict(rollout) for rollout in rollouts]
-    head = {"format": FORMAT, "rollouts": len(records)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(record, allow_nan=False) + "\n" for record in (head, *records)))
+        write_atomically(path, as_lines(rollouts))
     except OSError as problem:
         raise DataError(
             f"rollouts {path} cannot be written ({problem}): set rollout.dump to a folder with free space, or to null",
@@ -47,19 +45,26 @@ def dump(path: str | Path, rollouts: Iterable[Rollout]) -> None:
         ) from None
 
 
-def load(path: str | Path) -> list[Rollout]:
-    """Read what `dump` wrote. Refuse an incomplete file or one with other content."""
+def as_lines(rollouts: Iterable[Rollout]) -> list[str]:
+    """Return the lines of a file with rollouts."""
+    records = [asdict(rollout) for rollout in rollouts]
+    head = {"format": FORMAT, "rollouts": len(records)}
+    return [json.dumps(record, allow_nan=False) + "\n" for record in (head, *records)]
+
+
+def load(path: str | Path, remedy: str = "dump the rollouts again with rollout.dump") -> list[Rollout]:
+    """Read what `dump` wrote. Refuse an incomplete file or one with other content; `remedy` ends the message."""
     path = Path(path)
     try:
         lines = read_text(path).splitlines()
     except UnreadableError as problem:
-        raise DataError(f"{path} {problem}: use a file that rollout.dump wrote", where=path) from None
-    head = _parsed(lines[0] if lines else "", path, 1)
+        raise DataError(f"{path} {problem}: {remedy}", where=path) from None
+    head = _parsed(lines[0] if lines else "", path, 1, remedy)
     if head.get("format") != FORMAT:
-        raise DataError(f"{path} has no rollouts in the format '{FORMAT}': dump them again", where=path)
+        raise DataError(f"{path} has no rollouts in the format '{FORMAT}': {remedy}", where=path)
     if len(lines) - 1 != head.get("rollouts"):
         raise DataError(
-            f"{path} is incomplete: it has {len(lines) - 1} of {head.get('rollouts')} rollouts",
+            f"{path} is incomplete, with {len(lines) - 1} of {head.get('rollouts')} rollouts: {remedy}",
             key="rollouts",
             value=head.get("rollouts"),
             where=path,
@@ -67,9 +72,9 @@ def load(path: str | Path) -> list[Rollout]:
     names = {field.name for field in fields(Rollout)}
     rollouts = []
     for number, line in enumerate(lines[1:], 2):
-        record = _parsed(line, path, number)
+        record = _parsed(line, path, number, remedy)
         if record.keys() != names or not _is_whole(record):
-            raise DataError(f"{path}:{number} is not a complete rollout: dump them again", where=f"{path}:{number}")
+            raise DataError(f"{path}:{number} is not a complete rollout: {remedy}", where=f"{path}:{number}")
         rollouts.append(Rollout(**record))
     return rollouts
 
@@ -124,12 +129,12 @@ def require_phases(folder: str | Path, phases: Mapping[int, Iterable[int]]) -> N
         )
 
 
-def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:
+def _parsed(line: str, path: Path, number: int, remedy: str) -> dict[str, Any]:
     try:
         return parse_object(line)
     except UnreadableError as problem:
         raise DataError(
-            f"{path}:{number} is not a JSON object (it {problem}): dump the rollouts again", where=f"{path}:{number}"
+            f"{path}:{number} is not a JSON object (it {problem}): {remedy}", where=f"{path}:{number}"
         ) from None
 
 

@@ -61,19 +61,20 @@ class RunFolder:
 
     def write_config(self, resolved: Mapping[str, Any]) -> Path:
         """Write config.yaml: every key with its value."""
-        return self._write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
+        return self.write("config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
 
     def write_environment(self) -> None:
         """Write versions.json, git.json and, if tracked files differ from the commit, git.diff."""
-        self._write("versions.json", json.dumps(versions(), indent=2) + "\n")
+        self.write("versions.json", json.dumps(versions(), indent=2) + "\n")
         state, diff = _git_state()
-        self._write("git.json", json.dumps(state, indent=2) + "\n")
+        self.write("git.json", json.dumps(state, indent=2) + "\n")
         if diff:
-            self._write("git.diff", diff)
+            self.write("git.diff", diff)
         else:
             self._set_aside(self.path / "git.diff")
 
-    def _write(self, name: str, text: str) -> Path:
+    def write(self, name: str, text: str) -> Path:
+        """Write a file into the folder. An earlier one with different content is kept under a number."""
         path = self.path / name
         if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
             self._set_aside(path)

@@ -144,8 +144,35 @@ def test_a_line_has_what_is_known_of_a_response(tmp_path: Path) -> None:
         "tokens": 2,
         "logprob": -1.0,
         "scores": {"score": 0.0},
-        "components": {"twice": 0.0},
+        "components": {"score": {"twice": 0.0}},
     }
+
+
+class ScoresTens(Scores01):
+    """A metric with components of the same names as those of `Scores01`, and other values."""
+
+    name = "metric"
+
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
+        return Scores([0.0] * len(rollouts), {"twice": [10.0] * len(rollouts)})
+
+
+class Plain(Scores01):
+    """A metric without components."""
+
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
+        return Scores([0.5] * len(rollouts))
+
+
+def test_components_of_the_reward_and_of_a_metric_are_kept_apart(tmp_path: Path) -> None:
+    scorers: Any = {"score": Scores01(), "metric": ScoresTens(), "plain": Plain()}
+    it = HeldOut(
+        Responds(), PROMPTS, scorers, EvalConfig(n=N), TOKENIZER, GRID, Results(tmp_path, {}), chunk=2, drops=False
+    )
+    (found,) = it.run()
+    line = it.lines(found)[0]
+    assert line["scores"] == {"score": 1.0, "metric": 0.0, "plain": 0.5}
+    assert line["components"] == {"score": {"twice": 2.0}, "metric": {"twice": 10.0}}
 
 
 def test_the_stored_settings_do_not_contain_where_and_how_fast_something_is_computed() -> None:

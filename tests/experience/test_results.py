@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megarl.errors import ConfigError, DataError
+from megarl.experience import results as results_module
 from megarl.experience.results import ChunkName, Results
 from megarl.rewards.scores import Scores
 from megarl.rollout.noise import EVALUATION
@@ -53,3 +56,33 @@ def test_a_damaged_file_of_scores_is_named(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with refused(DataError, where=file.name):
         results.scores(NAME, "score", "f", 2)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b'{"format": "megarl rollouts 1", "rollouts": 3}\n', b"\xff"])
+def test_a_damaged_file_of_responses_can_be_removed(tmp_path: Path, text: bytes) -> None:
+    results = Results(tmp_path, {})
+    results.keep_rollouts(NAME, ROLLOUTS)
+    (file,) = (tmp_path / "results").glob("*.jsonl")
+    file.write_bytes(text)
+    with refused(DataError, names=(file.name, "remove")) as found:
+        results.rollouts(NAME)
+    assert "dump" not in found.line
+    file.unlink()
+    assert results.rollouts(NAME) is None
+
+
+def test_a_full_disk_is_reported_with_a_key_of_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results(tmp_path, {})
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(results_module, "write_atomically", full)
+    monkeypatch.setattr("megarl.rollout.stored.write_atomically", full)
+    for write in (
+        lambda: results.keep_rollouts(NAME, ROLLOUTS),
+        lambda: results.keep_scores(NAME, "score", "f", SCORES),
+    ):
+        with refused(DataError, key="run.dir", offers={}) as found:
+            write()
+        assert "rollout.dump" not in found.line

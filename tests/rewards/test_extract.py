@@ -81,3 +81,22 @@ def test_a_function_of_the_user_reads_answers(tmp_path: Path) -> None:
     for name in ("listed", "broken"):
         with refused(RewardError, key="eval.vote", value=f"{file}:{name}"):
             read_answers(f"{file}:{name}", ["a"])
+
+
+def test_equal_numbers_of_a_function_of_the_user_vote_together(tmp_path: Path) -> None:
+    file = tmp_path / "values.py"
+    file.write_text(
+        "from fractions import Fraction\nimport numpy as np\n"
+        "def value(text):\n    return eval(text, {'np': np, 'Fraction': Fraction})\n"
+    )
+
+    def answers(*texts: str) -> list[str | None]:
+        return read_answers(f"{file}:value", texts)
+
+    threes = answers("3", "3.0", "np.float64(3)", "np.int64(3)", "np.float32(3)", "Fraction(3)", "3 + 1e-12")
+    assert len({*threes}) == 1
+    assert len({*answers("0.5", "Fraction(1, 2)", "np.float64(0.5)")}) == 1
+    apart = answers("3", "4", "float('inf')", "-float('inf')", "10 ** 5000", "10 ** 5000 + 1", "None")
+    assert len({*apart}) == len(apart)
+    assert len({*answers("float('inf')", "np.inf", "np.float64('inf')")}) == 1
+    assert answers("float('nan')", "np.float64('nan')") == [None, None]

@@ -185,7 +185,7 @@ def test_no_choice_is_read_into_a_text_without_one(text: str) -> None:
 
 def test_the_answer_may_be_a_letter_a_position_or_a_text() -> None:
     answers: list[Any] = ["(b)", 1, "two", "B."]
-    assert multiple_choice(["B"] * 4, answer=answers, choices=["one", "two"]) == [1.0] * 4
+    assert multiple_choice(["B"] * 4, answer=answers, shared_choices=["one", "two"]) == [1.0] * 4
     assert multiple_choice(["The answer is C"], answer=["C"]) == [1.0]
 
 
@@ -195,6 +195,57 @@ def test_records_with_and_without_choices_are_told_apart() -> None:
     assert multiple_choice(["B", "The answer is C"], answer=["B", "C"], choices=[None, None]) == [1.0] * 2
     with pytest.raises(ValueError, match="the answer of sample 0 is 'two', which is no choice; without choices"):
         multiple_choice(["two", "two"], answer=["two", "two"], choices=[None, ["one", "two"]])
+
+
+ARC = {"text": ["cold", "warm", "hot"], "label": ["A", "B", "C"]}
+
+
+def test_choices_of_a_record_may_be_an_object_with_labels() -> None:
+    numbered = {"text": ["cold", "warm"], "label": ["1", "2"]}
+    shifted = {"text": ["2", "1"], "label": [1, 2]}
+    own = [ARC, ARC, numbered, {"text": ["cold", "warm"]}, shifted]
+    answers: list[Any] = ["C", "hot", "2", 1, 1]
+    assert multiple_choice(["C", "so hot", "B", "warm", "A"], answer=answers, choices=own) == [1.0] * 5
+
+
+def test_the_valid_letters_do_not_depend_on_the_other_samples_of_a_call() -> None:
+    for count in (1, 2, 3, 4):
+        scores = multiple_choice(["The answer is D"] * count, answer=["A"] * count, choices=[ARC] * count)
+        assert scores == [0.0] * count
+        with pytest.raises(ValueError, match="the answer of sample 0 is 'D', which is no choice; the choices are"):
+            multiple_choice(["D"] * count, answer=["D"] * count, choices=[ARC] * count)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        "(A) cold (B) warm",
+        '["cold", "warm"]',
+        {"texts": ["cold", "warm"]},
+        {"text": ["cold", "warm"], "label": ["A"]},
+        {"text": ["cold", "warm"], "label": ["B", "A"]},
+        {"text": "cold, warm", "label": "A, B"},
+        [{"label": "A", "text": "cold"}, {"label": "B", "text": "warm"}],
+        3,
+    ],
+)
+def test_choices_that_cannot_be_read_are_refused_with_their_sample(own: Any) -> None:
+    with pytest.raises(ValueError, match=r"the choices of sample 1 is .*: use a list of texts"):
+        multiple_choice(["A"] * 2, answer=["A"] * 2, choices=[ARC, own])
+    with pytest.raises(ValueError, match="shared_choices"):
+        multiple_choice(["A"] * 2, answer=["A"] * 2, shared_choices=own)
+
+
+def test_choices_of_all_records_are_an_option_of_their_own() -> None:
+    for count in (1, 2, 3):
+        with pytest.raises(ValueError, match="shared_choices"):
+            multiple_choice(["A"] * count, answer=["A"] * count, choices=["cold", "warm"])
+    assert multiple_choice(
+        ["warm", "hot"], answer=["B", "C"], choices=[None, ARC], shared_choices=["cold", "warm"]
+    ) == [
+        1.0,
+        1.0,
+    ]
 
 
 def test_the_last_of_contradictory_choices_counts() -> None:
@@ -353,6 +404,19 @@ def test_symbolic_tells_what_is_late_from_what_crashes(math_verify_that_fails: N
     assert late == {"symbolic": [0.0], "timed_out": [1.0], "crashed": [0.0]}
 
 
+def test_symbolic_tries_no_more_responses_once_undecided_ones_have_used_up_the_budget(
+    math_verify_that_fails: None,
+) -> None:
+    outputs = ["a", "sleep", "a", "sleep", *["sleep"] * 50, "a"]
+    start = time.monotonic()
+    scores = symbolic(outputs, answer=["a"] * len(outputs), timeout=0.5, budget=0.3)
+    assert time.monotonic() - start < 20, "far less than the time-outs and restarts of all of them"
+    assert scores["symbolic"] == [1.0] + [0.0] * (len(outputs) - 1)
+    assert scores["timed_out"] == [0.0] + [1.0] * (len(outputs) - 1)
+    later = symbolic(["a", "exit", "a"], answer=["a"] * 3, timeout=60, budget=1e-9)
+    assert later == {"symbolic": [1.0, 0.0, 0.0], "timed_out": [0.0, 0.0, 1.0], "crashed": [0.0, 1.0, 0.0]}
+
+
 def test_symbolic_names_the_extra_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ImportError, match="megarl\\[verify\\]"):
@@ -402,6 +466,8 @@ def test_json_schema_takes_what_the_schema_allows(tmp_path: Path) -> None:
         (5, "which is no JSON schema"),
         ("missing.json", "option schema='missing.json': not a file with JSON"),
         ([{"type": 3}], "the schema of sample 0 is no JSON schema"),
+        (["{'type': 'null'}"], "the schema of sample 0 is \"{'type': 'null'}\", which is not JSON"),
+        (["[" * 100_000], "the schema of sample 0 is '[[["),
         ({"$ref": "https://example.com/schema.json"}, "a $ref leads nowhere"),
     ],
 )
@@ -426,8 +492,8 @@ def test_json_schema_names_the_extra_that_it_needs(monkeypatch: pytest.MonkeyPat
     [
         (partial(arithmetic, answer=["many"]), "the answer of sample 0 is 'many', which has no value"),
         (partial(arithmetic, goal=[1]), "arithmetic needs the field 'answer'"),
-        (partial(multiple_choice, answer=["Lyon"], choices=["Paris"]), "which is no choice; the choices are"),
-        (partial(multiple_choice, answer=[7], choices=["Paris"]), "which is no choice"),
+        (partial(multiple_choice, answer=["Lyon"], shared_choices=["Paris"]), "which is no choice; the choices are"),
+        (partial(multiple_choice, answer=[7], shared_choices=["Paris"]), "which is no choice"),
         (partial(multiple_choice, answer=["Paris"]), "without choices it must be a letter"),
         (partial(boxed, answer=["1"], units="cm"), "use a list of texts"),
         (boxed, "boxed needs the field 'answer'"),

@@ -32,11 +32,11 @@ class EvalConfig(Section):
     vote: str | None = leaf(
         None,
         "What responses to a prompt vote on, if eval.n is above 1: text (the whole response), number (the last one), "
-        "choice (the letter, A to J, of the choice that the response states last), boxed (the content of the last "
-        "\\boxed{}; equal numbers vote together), or a function "
-        "package.module:function that returns the answer in a response's text, or None. Unlike a reward function, it "
-        "runs in the process of rank 0 and without a time limit. The mean score of the responses with the most "
-        "frequent answer is logged as eval/vote (null: no vote).",
+        "choice (the letter, A to J, of the choice that the response states last; a choice stated by its text has no "
+        "vote), boxed (the content of the last \\boxed{}; units are not removed), or a function "
+        "package.module:function that returns the answer in a response's text: a text, a number or None. Equal numbers "
+        "vote together. Unlike a reward function, it runs in the process of rank 0 and without a time limit. The mean "
+        "score of the responses with the most frequent answer is logged as eval/vote (null: no vote).",
         form=vote_reader,
     )
     table: int = leaf(
