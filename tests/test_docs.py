@@ -24,7 +24,8 @@ def test_links_to_lines_lead_to_what_they_name(page: Path) -> None:
 
 
 def test_a_function_is_found_in_a_module_of_its_name(tmp_path: Path) -> None:
-    module = tmp_path / "aggregate.py"
+    module = tmp_path / "algorithms" / "aggregate.py"
+    module.parent.mkdir()
     module.write_text("import math\n\n\ndef aggregate() -> None: ...\n")
     assert line_of("algorithms.aggregate", module) == 4
     module.write_text("import math\n")

@@ -53,4 +53,4 @@ def test_ten_steps_are_the_same_in_every_layout(algorithm: str, worlds: Worlds, 
         for row, expected in zip(metrics(tmp_path / name, *NAMES), wanted, strict=True):
             assert row == pytest.approx(expected, rel=1e-5, abs=1e-6), name
         for row, expected in zip(updates(updates_file(tmp_path / name), *UPDATE), wanted_updates, strict=True):
-            assert row == pytest.approx(expected, rel=1e-5, abs=1e-6), name
+            assert row == pytest.approx(expected, rel=1e-5, abs=2e-6), name  # an update's loss may be near 0
