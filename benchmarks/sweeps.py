@@ -147,6 +147,13 @@ def arithmetic() -> Iterator[Case]:
             yield Case(entry, f"[arithmetic,{preset}]", (f"seed={seed}",), "eval/score")
 
 
+def refresh() -> Iterator[Case]:
+    """How often NLPO's copy takes the policy's weights, on sums."""
+    seldom = "ppo.action_mask.refresh_every=5"
+    for own in ((), (seldom,), (seldom, "ppo.action_mask.top_p=0.98")):
+        yield Case("ppo", "[arithmetic,nlpo]", ("seed=1", *own), "eval/score")
+
+
 def countdown() -> Iterator[Case]:
     """PPO and GRPO on expressions with a given value."""
     for seed in (1, 2, 3):
@@ -170,6 +177,7 @@ SWEEPS: dict[str, Callable[[], Iterator[Case]]] = {
     "ilql": ilql,
     "on_policy": on_policy,
     "arithmetic": arithmetic,
+    "refresh": refresh,
     "countdown": countdown,
 }
 NOTED = ("policy/approx_kl_max", "rollout/whitening_factor", "value/loss")  # series that are kept beside the metric

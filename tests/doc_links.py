@@ -11,10 +11,10 @@ def line_of(name: str, file: Path) -> int:
     """Where a function, a class or `Class.method` begins."""
     lines = file.read_text(encoding="utf-8").splitlines()
     start = 0
-    for part in name.split("."):
+    *outer, last = name.split(".")
+    modules = (file.stem, file.parent.name)
+    for part in [*(part for part in outer if part not in modules), last]:  # `last` may be a namesake of its module
         begins = re.compile(rf"\s*(?:def|class) {part}\b")
-        if part in (file.stem, file.parent.name):  # module.function
-            continue
         start = next((number for number, line in enumerate(lines[start:], start + 1) if begins.match(line)), 0)
         if not start:
             raise ValueError(f"{file} defines no {name}")

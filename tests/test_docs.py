@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.doc_links import ROOT, corrected
+from tests.doc_links import ROOT, corrected, line_of
 
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
@@ -21,3 +21,13 @@ def test_links_to_files_of_the_project_lead_somewhere(page: Path) -> None:
 def test_links_to_lines_lead_to_what_they_name(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert corrected(text) == text, "python -m tests.doc_links puts them right"
+
+
+def test_a_function_is_found_in_a_module_of_its_name(tmp_path: Path) -> None:
+    module = tmp_path / "algorithms" / "aggregate.py"
+    module.parent.mkdir()
+    module.write_text("import math\n\n\ndef aggregate() -> None: ...\n")
+    assert line_of("algorithms.aggregate", module) == 4
+    module.write_text("import math\n")
+    with pytest.raises(ValueError, match="defines no"):
+        line_of("algorithms.aggregate", module)

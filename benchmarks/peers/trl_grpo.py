@@ -4,8 +4,8 @@ interpreter of an environment that has TRL. It imports nothing of megarl.
     python trl_grpo.py JOB.json RESULT.json
 
 The job is {"model": folder, "prompts": [text, ...], "settings": of the trainer, "letter": what the reward counts,
-"worth": its reward for each, 1 if it is missing}. The
-result has the metrics and CPU seconds of each optimizer step, the responses of each phase, and the versions.
+"worth": its reward for each, 1 if it is missing}. The result has the metrics and CPU seconds of each optimizer step,
+the responses of each phase, and the versions.
 """
 
 import json

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -96,17 +97,24 @@ def test_no_gradient_reaches_the_old_policy_the_old_values_or_the_returns() -> N
     assert returns.grad is None
 
 
-def policy(ratio: str, aggregation: str) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+def policy(objective: str, ratio: str, aggregation: str) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    how: dict[str, Any] = {"objective": objective, "ratio": ratio, "aggregation": aggregation, "norm": 7}
+    if objective == "clipped":
+        how["dual_clip"] = 1.5
+
     def loss(*tensors: Tensor, denominator: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        return a.ppo_policy_loss(
-            *tensors, dual_clip=1.5, ratio=ratio, aggregation=aggregation, norm=7, denominator=denominator
-        )
+        return a.ppo_policy_loss(*tensors, **how, denominator=denominator)
 
     return loss
 
 
 LOSSES = {
-    **{f"{ratio}-{how}": (policy(ratio, how), how) for ratio in a.RATIOS for how in a.AGGREGATIONS},
+    **{
+        f"{objective}-{ratio}-{how}": (policy(objective, ratio, how), how)
+        for objective in a.OBJECTIVES
+        for ratio in a.RATIOS
+        for how in a.AGGREGATIONS
+    },
     "value": (a.ppo_value_loss, "token_mean"),
 }
 

@@ -1,6 +1,7 @@
 """Whole runs of an entry point inside the test's worker processes, and what they leave behind."""
 
 import csv
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,6 +149,32 @@ def run_entry(entry: str, settings: list[str]) -> None:
     with launched():
         config, _ = compose(entry, settings)
         assert train(entry, config) == 0
+
+
+@contextmanager
+def updates_written_to(path: Path) -> Iterator[None]:
+    """A context in which rank 0 appends the metrics of every update of PPO to a file, a line of JSON each."""
+    from megarl.modules.ppo import PPO
+
+    plain = PPO._minibatch
+
+    def minibatch(self: PPO, *given: Any, **named: Any) -> dict[str, float]:
+        stats = plain(self, *given, **named)
+        if self.grid.rank == 0:
+            with path.open("a") as file:
+                file.write(json.dumps(stats) + "\n")
+        return stats
+
+    PPO._minibatch = minibatch  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PPO._minibatch = plain  # type: ignore[method-assign]
+
+
+def updates(path: Path, *names: str) -> list[tuple[float, ...]]:
+    """Some metrics of every update in a file of `updates_written_to`."""
+    return [tuple(json.loads(line)[name] for name in names) for line in path.read_text().splitlines()]
 
 
 def metrics(run_dir: Path, *names: str) -> list[tuple[float, ...]]:

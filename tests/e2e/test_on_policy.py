@@ -18,6 +18,7 @@ from tests.e2e.test_train_ppo import ended
 from tests.refusals import assert_refusal
 from tests.worlds import Worlds
 
+LENGTH_REWARD = ["reward.fn=megarl.rewards.builtin:length", "ppo.clip_scores=null"]
 RUNS = {
     "replacing": [
         *("ppo.advantages=grpo", "critic.kind=none", "rollout.n=4", "ppo.dynamic_sampling={}"),
@@ -32,7 +33,8 @@ RUNS = {
     ],
     "masking": [
         *("ppo.action_mask.top_p=0.8", "ppo.action_mask.refresh_every=2", "ppo.objective=cispo", "optim.lr=1e-3"),
-        *("reward.fn=megarl.rewards.builtin:length", "ppo.clip_scores=null", "rollout.engine.slots=6"),
+        *LENGTH_REWARD,
+        "rollout.engine.slots=6",
     ],
 }
 NAMES = ("rollout/score", "rollout/entropy", "rollout/response_tokens", "policy/loss", "train/loss")
@@ -163,7 +165,7 @@ def test_weights_correct_for_responses_that_another_policy_sampled(
 
 def test_weights_correct_for_older_weights_and_for_another_precision(worlds: Worlds, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
-    settings = [f"data.train=[{tmp_path}/prompts.jsonl]", *RUNS["masking"][4:6], "rollout.n=16", "ppo.correction={}"]
+    settings = [f"data.train=[{tmp_path}/prompts.jsonl]", *LENGTH_REWARD, "rollout.n=16", "ppo.correction={}"]
     fresh, old, coarse = (tmp_path / name for name in ("fresh", "old", "coarse"))
     worlds.run(1, run_ppo, fresh, *settings, f"rollout.dump={fresh / 'dump'}", "optim.lr=3e-3")
     first = phase_file(fresh / "dump", TRAINING, 0)
@@ -202,12 +204,11 @@ def test_the_copy_that_masks_is_saved_and_refreshed_when_it_is_due(alone: Alone)
 
 def test_a_mask_of_everything_changes_nothing(worlds: Worlds, tmp_path: Path) -> None:
     """With top_p=1 there is no mask; just below, every token is in the lists that masks are made of."""
-    plain = ["reward.fn=megarl.rewards.builtin:length", "ppo.clip_scores=null"]
-    worlds.run(1, run_ppo, tmp_path / "plain", *plain)
+    worlds.run(1, run_ppo, tmp_path / "plain", *LENGTH_REWARD)
     wanted = metrics(tmp_path / "plain", *NAMES, "train/grad_norm")
     assert len(wanted) == 2
     for top_p in ("1", "0.9999999999"):
-        worlds.run(1, run_ppo, tmp_path / top_p, *plain, f"ppo.action_mask.top_p={top_p}")
+        worlds.run(1, run_ppo, tmp_path / top_p, *LENGTH_REWARD, f"ppo.action_mask.top_p={top_p}")
         for row, expected in zip(metrics(tmp_path / top_p, *NAMES, "train/grad_norm"), wanted, strict=True):
             assert row == pytest.approx(expected, rel=1e-6, abs=1e-7)
         tokens = metrics(tmp_path / top_p, "rollout/allowed_tokens")

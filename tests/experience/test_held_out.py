@@ -12,7 +12,6 @@ import pytest
 from megarl.config.compose import compose
 from megarl.config.sections.evaluation import EvalConfig, SweepConfig
 from megarl.data.prompts import Prompt
-from megarl.experience.evaluation import metrics_of
 from megarl.experience.held_out import HeldOut, result_of, stored_settings
 from megarl.experience.results import Results
 from megarl.rewards.scores import Scores, joined
@@ -87,11 +86,12 @@ def test_prompts_are_answered_and_scored_in_chunks_and_measured_together(tmp_pat
     assert [rollout.prompt_id for rollout in found.rollouts] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert found.metrics["eval/score"] == 0.5
     assert found.metrics["eval/score/twice"] == 1.0
+    assert found.metrics["eval/pass@1"] == 0.5
     assert found.metrics["eval/pass@2"] == 1.0
-    assert found.metrics == metrics_of(found.rollouts, found.scored, TOKENIZER)
+    assert found.metrics["eval/score_se"] == 0.0, "the scores of every prompt have the mean 0.5"
 
 
-def test_an_interrupted_evaluation_asks_only_for_what_is_missing(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_computes_only_what_is_missing(tmp_path: Path) -> None:
     whole = held_out(tmp_path / "whole", Responds(), Scores01(), sweep=SweepConfig(temperature=[0.5, 1.0])).run()
     cut = tmp_path / "cut"
     sweep = SweepConfig(temperature=[0.5, 1.0])
@@ -130,7 +130,7 @@ def test_a_chunk_that_lacks_scores_is_scored_again_unless_responses_are_dropped(
     assert [chunk for _, _, chunk in later.asked] == ([0] if drops else []), "the new scores are stored"
 
 
-def test_a_line_has_what_is_known_of_a_response(tmp_path: Path) -> None:
+def test_a_sample_line_has_texts_length_logprob_and_scores(tmp_path: Path) -> None:
     it = held_out(tmp_path, Responds(), Scores01())
     (found,) = it.run()
     line = it.lines(found)[3]

@@ -160,7 +160,7 @@ def test_a_long_response_costs_more_the_closer_it_is_to_the_limit() -> None:
     assert advantages.tolist() == [[0, 0, 0, 0.75], [0, 0, 2, 0]]
 
 
-def test_rows_have_importance_weights_if_these_are_asked_for() -> None:
+def test_correction_adds_the_column_weights() -> None:
     rows = phase().with_columns(rollout_logprobs=torch.tensor([[JUNK, -2.0, -1.0, -9.0], [JUNK, -1.0, -0.5, JUNK]]))
     shaped_rows, stats = shaping(correction=CorrectionConfig(high=2.0)).shape(rows, [1.0, 2.0])
     torch.testing.assert_close(shaped_rows["weights"], torch.tensor([[0, 2, 1, 2], [0, 1, math.exp(-0.5), 0]]))
@@ -168,7 +168,7 @@ def test_rows_have_importance_weights_if_these_are_asked_for() -> None:
     assert "weights" not in shaping().shape(rows, [1.0, 2.0])[0]
 
 
-def test_the_weight_of_the_entropy_is_taken_up_again() -> None:
+def test_a_resume_restores_the_entropy_coefficient() -> None:
     first = shaping(entropy_coef=0.01, adaptive_entropy=AdaptiveEntropyConfig(1.0, 0.02))
     first.entropy_control.begin(0.5)
     assert first.entropy_control.value == 0.01

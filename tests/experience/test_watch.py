@@ -22,7 +22,7 @@ from tests.refusals import refused
         ({"rollout/score_std": 1.0, "rollout/zero_spread_groups": 3.0}, 4, False),
     ],
 )
-def test_phases_that_say_nothing_are_warned_of_once(
+def test_phases_with_equal_scores_log_one_warning(
     stats: dict[str, float], groups: int, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     watch = Watch(None)

@@ -4,6 +4,7 @@ norms."""
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megarl.data.prompts import Prompt
 from megarl.rollout.noise import TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.rollout.stored import dump, phase_file
+from tests.e2e.runs import updates, updates_written_to
 from tests.gates.environments import ROOT, run
 from tests.gates.test_preference_peer import OPTIMIZER, train
 from tests.worlds import Worlds
@@ -120,11 +122,11 @@ def stored(found: dict[str, Any], folder: Path) -> None:
     assert len(by_prompt) == SIZES.prompts
     ids = {text: tuple(LETTERS.index(letter) for letter in text) for text in texts}
     rollouts = []
-    for place, number in enumerate(drawn):
-        for sample, one in enumerate(by_prompt[ids[texts[number]]]):
+    for position, index in enumerate(drawn):
+        for sample, one in enumerate(by_prompt[ids[texts[index]]]):
             reason = "eos" if one["response"][-1] == len(LETTERS) + 1 else "length"
             logprobs = [min(value, 0.0) for value in one["logprobs"]]
-            rollouts.append(Rollout(place, sample, one["prompt"], one["response"], logprobs, reason))
+            rollouts.append(Rollout(position, sample, one["prompt"], one["response"], logprobs, reason))
     dump(phase_file(folder, TRAINING, 0), rollouts)
 
 
@@ -156,29 +158,23 @@ def test_updates_with_replayed_responses_are_those_of_trl(
     watched = tmp_path / "updates.jsonl"
     argv = [*presets, *OURS, *own, f"model.path={model}", f"data.train=[{data}]", f"run.dir={tmp_path}/run"]
     worlds.run(1, train_watched, [*argv, f"rollout.replay={tmp_path / 'dump'}"], watched)
-    ours = [json.loads(line) for line in watched.read_text().splitlines()]
+    ours = updates(watched, "train/loss", "train/grad_norm")
     assert len(ours) == len(found["steps"]) == UPDATES
-    losses = [step["train/loss"] for step in ours]
+    losses = [loss for loss, _ in ours]
     assert losses == pytest.approx([step["loss"] for step in found["steps"]], rel=LOSS_TOLERANCE, abs=2e-6)
-    norms = [step["train/grad_norm"] for step in ours]
+    norms = [norm for _, norm in ours]
     assert norms == pytest.approx([step["grad_norm"] for step in found["steps"]], rel=1e-3)
     assert max(losses) - min(losses) > 1e-3, "training changes the loss"
 
 
 def train_watched(settings: list[str], path: Path) -> None:
-    """Train, and write down the metrics of each update."""
-    from megarl.modules.ppo import PPO
-
-    plain = PPO._minibatch
-
-    def minibatch(self: PPO, *given: Any, **named: Any) -> dict[str, float]:
-        stats = plain(self, *given, **named)
-        with path.open("a") as file:
-            file.write(json.dumps(stats) + "\n")
-        return stats
-
-    PPO._minibatch = minibatch  # type: ignore[method-assign]
-    try:
+    """Train, and write the metrics of each update to a file."""
+    with updates_written_to(path):
         train("grpo", settings)
-    finally:
-        PPO._minibatch = plain  # type: ignore[method-assign]
+
+
+@pytest.mark.gate
+@pytest.mark.timeout(1800)
+def test_responses_per_cpu_second_are_twice_those_of_trl(trl_python: Path) -> None:
+    benchmark = ("-m", "benchmarks.grpo", "--trl", trl_python, "--least", "2")
+    run(sys.executable, *benchmark, cwd=ROOT, timeout=1700)

@@ -14,6 +14,7 @@ import pytest
 from megarl.rewards import RewardWorker, combine
 from megarl.rewards.expressions import last_value
 from megarl.rewards.latex import last_boxed, normal_text, number_in
+from megarl.rewards.sandbox import SandboxError, working_isolation
 from megarl.rewards.symbolic import end_process
 from megarl.rewards.verifiable import arithmetic, boxed, json_schema, multiple_choice, symbolic
 
@@ -269,7 +270,7 @@ def test_choosing_ends_soon_on_long_texts() -> None:
         ("\\boxed{5}", "5"),
         ("\\boxed{1} then \\boxed{2}", "2"),
         ("\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{1}{\\sqrt{2}}"),
-        ("\\boxed {x}", None),
+        ("\\boxed {x}", "x"),
         ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
         ("\\boxed{3} and \\boxed{unclosed", "3"),
         ("\\fbox{4}", "4"),
@@ -280,7 +281,7 @@ def test_choosing_ends_soon_on_long_texts() -> None:
     ],
 )
 def test_last_boxed(text: str, box: str | None) -> None:
-    assert last_boxed(text) == box or (box is None and last_boxed(text) == "x")
+    assert last_boxed(text) == box
 
 
 @pytest.mark.parametrize(
@@ -471,7 +472,7 @@ def test_json_schema_takes_what_the_schema_allows(tmp_path: Path) -> None:
         ({"$ref": "https://example.com/schema.json"}, "a $ref leads nowhere"),
     ],
 )
-def test_a_schema_that_cannot_be_used_is_told(schema: Any, message: str) -> None:
+def test_an_unusable_schema_is_refused(schema: Any, message: str) -> None:
     pytest.importorskip("jsonschema", reason="jsonschema is not installed (the extra verify)")
     with pytest.raises((ValueError, TypeError)) as caught:
         json_schema(["{}"], schema=schema)
@@ -506,11 +507,16 @@ def test_options_and_fields_that_cannot_work_say_so(function: Any, message: str)
     assert message in str(caught.value)
 
 
-def test_they_run_in_the_worker_and_as_parts_of_a_sum() -> None:
+def test_verifiable_rewards_run_in_the_worker_and_in_combine() -> None:
+    try:
+        working_isolation()
+    except SandboxError as error:
+        pytest.skip(f"this kernel allows no sandbox: {error}")
     parts = ["megarl.rewards.verifiable:arithmetic", "megarl.rewards.verifiable:python_tests"]
     with RewardWorker(combine(parts, weights=[1, 2]), ("bytes", None), timeout_s=120, retries=0) as worker:
         metadata = {"answer": [4], "tests": [[{"input": "", "output": "4"}]], "other": [None]}
         scores = worker.score(["p"], ["p"], ["print(2 + 2)"], metadata)
+    assert scores.parts["arithmetic"] == [1.0]
     assert scores.parts["python_tests"] == [1.0]
     assert scores.parts["python_tests/passed"] == [1.0]
-    assert scores.values == [scores.parts["arithmetic"][0] + 2.0]  # type: ignore[operator]
+    assert scores.values == [3.0]
