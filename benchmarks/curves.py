@@ -15,14 +15,14 @@ from benchmarks.sweeps import PRESETS, SWEEPS, Case, known
 
 FOLDER = Path(__file__).parents[1] / "docs" / "curves"
 WIDTH, HEIGHT, EDGE = 320, 200, 44  # pixels of a panel, and around it
-PHASES = {"randomwalks": 20, "arithmetic": 120}
+EVERY = {"randomwalks": 1, "arithmetic": 20}  # phases from one evaluation to the next
 SWEPT = {"randomwalks": ("on_policy", "ppo", "grpo"), "arithmetic": ("arithmetic",)}
 """Which sweeps have the runs of a task."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Runs of one task: the values of each run, evaluated at equal distances from the start to the last phase."""
+    """Runs of one task: the values of each run, evaluated before training and after every `EVERY` phases."""
 
     task: str
     runs: Sequence[Sequence[float]]
@@ -43,10 +43,11 @@ class Panel:
         above = [point(index, most) for index, (_, _, most) in enumerate(band)]
         below = [point(index, least) for index, (_, least, _) in enumerate(band)]
         line = [point(index, mean) for index, (mean, _, _) in enumerate(band)]
+        phases = (len(band) - 1) * EVERY[self.task]
         marks = "".join(
             f'<text x="{left + EDGE - 6}" y="{EDGE + (1 - value) * HEIGHT + 4:.0f}" text-anchor="end">{value:g}</text>'
             f'<text x="{left + EDGE + value * WIDTH:.0f}" y="{EDGE + HEIGHT + 16}" text-anchor="middle">'
-            f"{value * PHASES[self.task]:g}</text>"
+            f"{value * phases:g}</text>"
             for value in (0.0, 0.5, 1.0)
         )
         title = f"{self.task}, {len(self.runs)} runs"

@@ -109,6 +109,10 @@ class RewardError(MegarlError):
     """A reward function that failed: it raised, timed out, exited, or did not return a valid score."""
 
 
+class NothingToLearnError(RewardError):
+    """A phase whose scores give no signal to learn from. The weights before it are good, and are saved."""
+
+
 class UnavailableError(MegarlError):
     """A request that the machine or an installed package does not support."""
 

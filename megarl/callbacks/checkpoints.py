@@ -11,7 +11,7 @@ from megarl.callbacks.trainer_state import is_evaluation, planned_steps, reading
 from megarl.checkpoint import ShardedCheckpointIO, find, remove, step_folder, tidy
 from megarl.clock import Clock
 from megarl.config.sections.run import CheckpointConfig
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, NothingToLearnError
 from megarl.logging import get_logger
 
 log = get_logger(__name__)
@@ -62,6 +62,13 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
         self._io(trainer).wait()
         self._prune(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save the weights of the last step if all ranks end for want of a signal, before they change any."""
+        step = steps_taken(trainer)
+        if isinstance(exception, NothingToLearnError) and self.config.save_last and step not in (0, self.saved_step):
+            self._save(trainer)
+            self._io(trainer).wait()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the metrics of evaluated checkpoints."""

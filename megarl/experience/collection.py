@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megarl.data.prompts import Prompt
-from megarl.errors import RewardError
+from megarl.errors import NothingToLearnError
 from megarl.experience.scorers import keep_scored
 from megarl.experience.shaping import Greedy
 from megarl.rewards.answers import Score
@@ -131,9 +131,9 @@ def _clip(value: float, bound: float) -> float:
     return min(max(value, -bound), bound)
 
 
-def no_spread(prompts: int, phase: int, limit: float) -> RewardError:
+def no_spread(prompts: int, phase: int, limit: float) -> NothingToLearnError:
     """Return the error for a phase in which no prompt has responses of different score."""
-    return RewardError(
+    return NothingToLearnError(
         f"phase {phase} has nothing to learn from: the responses to each of its {prompts} prompts have equal scores, "
         f"and ppo.dynamic_sampling.limit={limit:g} is reached: check reward.fn and samples.jsonl, use prompts that are "
         "neither too easy nor too hard, or raise rollout.n",

@@ -62,6 +62,14 @@ def seldom(prompts: list[str], outputs: list[str], **_: Any) -> list[float]:
     return [float(len(set(output))) if prompt > "k" else 0.0 for prompt, output in zip(prompts, outputs, strict=True)]
 
 
+def seldom_at_first(prompts: list[str], outputs: list[str], folder: str, **_: Any) -> list[float]:
+    """Like `seldom` in the first calls, later the same score for all responses."""
+    calls = Path(folder, "calls.txt")
+    with calls.open("a") as file:
+        file.write("a call\n")
+    return seldom(prompts, outputs) if len(calls.read_text().splitlines()) <= 6 else indifferent(outputs)
+
+
 def even(outputs: list[str], **_: Any) -> list[float]:
     """1 if a response has an even number of characters."""
     return [float(len(output) % 2 == 0) for output in outputs]

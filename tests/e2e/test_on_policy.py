@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megarl.checkpoint import find, tensors
-from megarl.errors import RewardError
+from megarl.errors import NothingToLearnError, RewardError
 from megarl.experience import action_mask
 from megarl.rollout.noise import TRAINING
 from megarl.rollout.stored import dump, load, phase_file
@@ -190,6 +190,23 @@ def test_a_phase_without_any_spread_ends_in_one_line(worlds: Worlds, tmp_path: P
     error = ended(worlds, tmp_path, *equal)
     assert isinstance(error, RewardError)
     assert_refusal(error, key="ppo.dynamic_sampling.limit", value=3.0, names=("12 prompts", "phase 1"))
+
+
+def test_weights_are_saved_before_a_later_phase_without_spread_ends_the_run(worlds: Worlds, tmp_path: Path) -> None:
+    """They are those of a run that was to have as many phases, and a resume goes on from them."""
+    at_first = [*RUNS["replacing"], "reward.fn=tests.e2e.scores:seldom_at_first", "checkpoint.save_last=true"]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    error = ended(worlds, cut, *at_first, f"reward.options.folder={tmp_path}", "trainer.max_phases=9")
+    assert isinstance(error, NothingToLearnError)
+    (saved,) = find(cut / "checkpoints")
+    phases = len(metrics(cut, "policy/loss"))
+    assert 1 <= phases < 6
+    worlds.run(1, run_ppo, whole, *RUNS["replacing"], *SAVED[2:3], f"trainer.max_phases={phases}")
+    assert_same_bits(tensors(saved), final_tensors(whole))
+    more = [*RUNS["replacing"], *SAVED[2:3], f"trainer.max_phases={phases + 1}"]
+    worlds.run(1, run_ppo, cut, *more, "run.resume=must")
+    worlds.run(1, run_ppo, whole, *more, "run.resume=must")
+    assert_same_bits(final_tensors(cut), final_tensors(whole))
 
 
 def test_the_copy_that_masks_is_saved_and_refreshed_when_it_is_due(alone: Alone) -> None:
