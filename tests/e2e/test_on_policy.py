@@ -14,7 +14,7 @@ from megarl.experience import action_mask
 from megarl.rollout.noise import TRAINING
 from megarl.rollout.stored import dump, load, phase_file
 from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_ppo
-from tests.e2e.test_train_ppo import ended
+from tests.e2e.test_train_ppo import QUICK, ended
 from tests.refusals import assert_refusal
 from tests.worlds import Worlds
 
@@ -194,19 +194,22 @@ def test_a_phase_without_any_spread_ends_in_one_line(worlds: Worlds, tmp_path: P
 
 def test_weights_are_saved_before_a_later_phase_without_spread_ends_the_run(worlds: Worlds, tmp_path: Path) -> None:
     """They are those of a run that was to have as many phases, and a resume goes on from them."""
-    at_first = [*RUNS["replacing"], "reward.fn=tests.e2e.scores:seldom_at_first", "checkpoint.save_last=true"]
+    always = [*RUNS["replacing"], *QUICK, "checkpoint.save_last=true"]
+    at_first = [*always, "reward.fn=tests.e2e.scores:seldom_at_first"]
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    error = ended(worlds, cut, *at_first, f"reward.options.folder={tmp_path}", "trainer.max_phases=9")
+    for folder in (cut, whole):
+        folder.mkdir()
+    error = ended(worlds, cut, *at_first, f"reward.options.folder={cut}", "trainer.max_phases=9")
     assert isinstance(error, NothingToLearnError)
     (saved,) = find(cut / "checkpoints")
     phases = len(metrics(cut, "policy/loss"))
     assert 1 <= phases < 6
-    worlds.run(1, run_ppo, whole, *RUNS["replacing"], *SAVED[2:3], f"trainer.max_phases={phases}")
+    worlds.run(1, run_ppo, whole, *at_first, f"reward.options.folder={whole}", f"trainer.max_phases={phases}")
     assert_same_bits(tensors(saved), final_tensors(whole))
-    more = [*RUNS["replacing"], *SAVED[2:3], f"trainer.max_phases={phases + 1}"]
-    worlds.run(1, run_ppo, cut, *more, "run.resume=must")
-    worlds.run(1, run_ppo, whole, *more, "run.resume=must")
+    for folder in (cut, whole):
+        worlds.run(1, run_ppo, folder, *always, f"trainer.max_phases={phases + 1}")
     assert_same_bits(final_tensors(cut), final_tensors(whole))
+    assert len(metrics(cut, "policy/loss")) == phases + 1
 
 
 def test_the_copy_that_masks_is_saved_and_refreshed_when_it_is_due(alone: Alone) -> None:
