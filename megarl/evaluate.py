@@ -72,6 +72,7 @@ def evaluate_here(config: "EvaluateConfig") -> dict[str, Any]:
         if process_number() == 0:
             _write(config, folder, result, samples)
             _print(result, shown)
+            _print_files(config, run_dir)
     return result
 
 
@@ -312,6 +313,13 @@ def _print(result: Mapping[str, Any], shown: list[dict[str, Any]]) -> None:
     for name, value in result["metrics"].items():
         sys.stdout.write(f"{name} {value:.6g}\n")
     sys.stdout.write(f"{result['responses']} responses to {result['prompts']} prompts\n")
+
+
+def _print_files(config: "EvaluateConfig", run_dir: Path) -> None:
+    """Print where the result and the samples are."""
+    sys.stdout.write(f"result: {run_dir / OUT if config.out is None else local(config.out)}\n")
+    if config.samples is not None:
+        sys.stdout.write(f"samples: {local(config.samples)}\n")
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ def _count(value: float) -> str:
 
 _SHOWN: dict[str, Callable[[float], str]] = {
     "rollout/score": lambda value: f"score {value:.4f}",
+    "rollout/score_before_replacing": lambda value: f"before replacing {value:.4f}",
     "rollout/kl": lambda value: f"kl {value:.4f}",
     "train/loss": lambda value: f"loss {value:.4f}",
     "train/grad_norm": lambda value: f"grad norm {value:.3f}",

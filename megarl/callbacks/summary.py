@@ -21,7 +21,7 @@ from megarl.logging import get_logger
 
 logger = get_logger(__name__)
 
-LOWER_IS_BETTER = ("loss", "nll", "perplexity", "kl", "error", "seconds", "memory_gb")
+LOWER_IS_BETTER = ("loss", "nll", "perplexity", "kl", "error", "seconds", "memory_gb", "_se")
 _RECENT = 5
 _RESULT_LINE = "{name}: {first:.4g} at first, {last:.4g} at last, best {best:.4g}, mean of the last five {last5:.4g}"
 

@@ -70,10 +70,17 @@ def without_effect(config: Any) -> dict[str, list[str]]:
     by_penalty = ["ppo.overlong.buffer"] if overlong.penalty == 0 and overlong.buffer != none.buffer else []
     constant = mixing is not None and not mixing.final_weights
     by_weights = ["data.mixing.over_phases"] if constant and mixing.over_phases is not None else []
+    adapted = {f"ppo.{name}": getattr(ppo, name) for name in ("adaptive_kl", "adaptive_entropy")}
+    without_target = {
+        f"{key}.target=null": [key]
+        for key, section in adapted.items()
+        if section is not None and section.target is None
+    }
     found = {
         f"ppo.advantages={ppo.advantages}": by_advantages,
         f"ppo.objective={ppo.objective}": by_objective,
         "ppo.overlong.penalty=0": by_penalty,
         "data.mixing.final_weights=[]": by_weights,
+        **without_target,
     }
     return {setting: keys for setting, keys in found.items() if keys}

@@ -135,8 +135,8 @@ def no_spread(prompts: int, phase: int, limit: float) -> NothingToLearnError:
     """Return the error for a phase in which no prompt has responses of different score."""
     return NothingToLearnError(
         f"phase {phase} has nothing to learn from: the responses to each of its {prompts} prompts have equal scores, "
-        f"and ppo.dynamic_sampling.limit={limit:g} is reached: check reward.fn and samples.jsonl, use prompts that are "
-        "neither too easy nor too hard, or raise rollout.n",
+        f"and ppo.dynamic_sampling.limit={limit:g} is reached: check reward.fn (rollout.dump writes the responses to "
+        "a folder), use prompts that are neither too easy nor too hard, or raise rollout.n or the limit",
         key="ppo.dynamic_sampling.limit",
         value=limit,
     )

@@ -68,7 +68,7 @@ class Watch:
         if self.equal_phases == EQUAL_PHASES:
             log.warning(
                 "all responses %sof %d phases in a row scored %s: they give no signal to learn from; "
-                "check reward.fn and samples.jsonl",
+                "check reward.fn (rollout.dump writes the responses to a folder)",
                 "" if all_equal else "to a prompt ",
                 EQUAL_PHASES,
                 f"{stats['rollout/score']:.4g}" if all_equal else "the same",

@@ -13,7 +13,7 @@ from megarl.config.advantages import ADVANTAGES, critic_kind, whitens, without_e
 from megarl.config.ilql import ILQLConfig
 from megarl.config.offers import Refusal, divisors, either, enforce, multiples, near, read
 from megarl.config.ppo import AdaptiveKLConfig, PPOConfig, SeparateCriticConfig
-from megarl.config.ppo_sections import DynamicSamplingConfig, OverlongConfig
+from megarl.config.ppo_sections import AdaptiveEntropyConfig, DynamicSamplingConfig, OverlongConfig
 from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
 from megarl.config.rules import check
 from megarl.config.sections.data import MixingConfig
@@ -402,6 +402,16 @@ def test_keys_that_the_objective_does_not_read_are_named() -> None:
     assert without_effect(phases(ppo__objective="plain", **ratio)) == {
         "ppo.objective=plain": ["ppo.clip_high", "ppo.ratio"]
     }
+
+
+def test_sections_without_their_target_are_named() -> None:
+    assert without_effect(phases(ppo__adaptive_kl=AdaptiveKLConfig())) == {
+        "ppo.adaptive_kl.target=null": ["ppo.adaptive_kl"]
+    }
+    assert without_effect(phases(ppo__adaptive_entropy=AdaptiveEntropyConfig(step=0.1))) == {
+        "ppo.adaptive_entropy.target=null": ["ppo.adaptive_entropy"]
+    }
+    assert without_effect(phases(ppo__adaptive_entropy=AdaptiveEntropyConfig(target=1.0))) == {}
 
 
 def test_keys_of_a_penalty_and_of_a_curriculum_that_are_off_are_named() -> None:
