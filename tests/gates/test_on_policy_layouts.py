@@ -24,6 +24,7 @@ LAYOUTS = {
 }
 PHASES, STEPS = 5, 2
 UPDATE = ("train/loss", "policy/loss")
+LENGTH_REWARD = ["reward.fn=megarl.rewards.builtin:length", "ppo.clip_scores=null"]  # differs in every group
 NAMES = ("train/loss", "policy/loss", "rollout/score", "rollout/entropy", "rollout/response_tokens")
 
 
@@ -31,7 +32,7 @@ def run(run_dir: Path, entry: str, preset: str, *overrides: str) -> None:
     """Five phases of 32 responses with two steps each, in the current world. Every step is a line of
     `updates_file(run_dir)`."""
     own = ["ppo.rollouts=32", "ppo.inner_epochs=1", "trainer.global_batch_size=16", "trainer.micro_batch_size=4"]
-    more = [f"trainer.max_phases={PHASES}", "ppo.stop_at_kl=null", f"run.dir={run_dir}"]
+    more = [f"trainer.max_phases={PHASES}", "ppo.stop_at_kl=null", *LENGTH_REWARD, f"run.dir={run_dir}"]
     with updates_written_to(updates_file(run_dir)):
         run_entry(entry, [preset, *WALKS[1:], *own, *more, *overrides])
 

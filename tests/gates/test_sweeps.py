@@ -17,8 +17,7 @@ pytestmark = [pytest.mark.gate, pytest.mark.timeout(6 * 3600)]
 CASES = {"ppo": 42, "ilql": 42, "grpo": 18, "on_policy": 48}
 LEAST = {"ppo": (0.95, 0.85), "ilql": (0.92, 0.75), "grpo": (0.9, 0.75), "on_policy": (0.9, 0.8)}
 """Of the last five evaluations: the mean over all runs, and the worst run."""
-ARITHMETIC = {"a2c": 0.5, "nlpo": 0.7, "ppo": 0.7}
-"""The score at the end that every seed reaches on arithmetic; 0.8 where an algorithm is not named."""
+LEVEL = 0.75  # score on held-out sums at the end of every run of arithmetic
 
 
 @pytest.mark.parametrize("sweep", LEAST)
@@ -34,10 +33,8 @@ def test_short_paths_are_found_on_every_learnable_graph(sweep: str, tmp_path: Pa
 def test_sums_are_learned_by_every_algorithm(name: str, tmp_path: Path) -> None:
     cases = [case for case in SWEEPS["arithmetic"]() if algorithm(case) == name]
     assert len(cases) == 3
-    level = ARITHMETIC.get(name, 0.8)
     for run, series in finished(cases, tmp_path).items():
-        assert series[-1] >= level, run
-        assert series[0] < level - 0.1, run  # it was not there at the start
+        assert series[-1] >= LEVEL > series[0], run
 
 
 def test_the_curves_of_the_pages_are_those_of_the_results() -> None:
