@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megarl.config.reward_terms import FN
 from megarl.config.tokens import read_token
 from megarl.disk import (
     UnreadableError,
@@ -18,7 +19,7 @@ from megarl.disk import (
     writable,
 )
 from megarl.errors import CheckpointError, ConfigError, DataError
-from megarl.functions.named import check_options, data_source, resolve
+from megarl.functions.named import check_options, check_spelling, data_source, resolve
 from megarl.logging import get_logger, warn_once
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
@@ -38,6 +39,7 @@ def check_files(config: Any) -> None:
         if path is not None:
             writable(path, key)
     _check_data(config)
+    _check_rewards(config)
     load_chat_template(_value(config, "data.chat_template"))
     load_chat_template(getattr(config, "chat_template", None), "chat_template")  # of `generate`
     vote = _value(config, "eval.vote")
@@ -68,6 +70,14 @@ def _check_data(config: Any) -> None:
             get_logger(__name__),
             "data.options has no effect, because no data source is a function: remove data.options",
         )
+
+
+def _check_rewards(config: Any) -> None:
+    """Refuse misspelled options of ready-made reward functions."""
+    reward = getattr(config, "reward", None)
+    for term in reward.sources if reward is not None else ():
+        if term.kind == FN and term.options and str(term.value).startswith("megarl.rewards."):
+            check_spelling(resolve(term.value, term.key), term.options, f"{term.key.removesuffix('.fn')}.options")
 
 
 def data_suffix(path: Path) -> str:

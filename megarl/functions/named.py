@@ -160,16 +160,46 @@ def check_options(function: NamedFunction, options: Mapping[str, Any], key: str)
             )
 
 
+def check_spelling(function: NamedFunction, options: Mapping[str, Any], key: str) -> None:
+    """Refuse an option that a function does not name but that looks like one that it does.
+
+    It is for functions that take any option, because options override fields of the records.
+
+    Args:
+        function: a function that takes its options by keyword.
+        options: the options.
+        key: the configuration key of the options.
+    """
+    found = _definition(function)
+    takes = [] if found is None else [argument.arg for argument in found.args.kwonlyargs]
+    for name in set(options) - set(takes):
+        near = difflib.get_close_matches(name, takes, n=1, cutoff=0.75)
+        if near:
+            raise ConfigError(
+                f"{key}.{name}: {function.name} has no such option; did you mean {near[0]}?",
+                key=f"{key}.{name}",
+                value=options[name],
+                where=function.file,
+                offers={key: near},
+            )
+
+
 def _parameters(function: NamedFunction) -> list[str] | None:
     """Return the names of a function's parameters, or None where reading its file does not tell them all."""
+    found = _definition(function)
+    if found is None or found.args.kwarg is not None:
+        return None
+    return [argument.arg for argument in (*found.args.args, *found.args.kwonlyargs)]
+
+
+def _definition(function: NamedFunction) -> ast.FunctionDef | None:
+    """Return the definition of a function in its file, or None where that does not tell what it takes."""
     name = str(function.source).rpartition(":")[2]
     if function.file is None or isinstance(function.source, bytes):
         return None
     tree = ast.parse(Path(function.file).read_bytes(), filename=function.file)
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    if len(found) != 1 or found[0].decorator_list or found[0].args.kwarg is not None:
-        return None
-    return [argument.arg for argument in (*found[0].args.args, *found[0].args.kwonlyargs)]
+    return found[0] if len(found) == 1 and not found[0].decorator_list else None
 
 
 def name_of(function: Function) -> str:

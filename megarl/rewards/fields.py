@@ -34,6 +34,13 @@ def option_number(name: str, value: object) -> float:
     return value
 
 
+def positive_number(name: str, value: object) -> float:
+    """Return the value of an option that must be a number above 0."""
+    if not option_number(name, value) > 0:
+        raise ValueError(f"option {name}={value}: use a number above 0")
+    return option_number(name, value)
+
+
 def strict_json(text: str) -> Any:
     """Return the value of a JSON text. Python also reads NaN and Infinity, which are not JSON and raise a ValueError
     here."""

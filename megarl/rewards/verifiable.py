@@ -15,7 +15,7 @@ from typing import Any
 
 from megarl.rewards.choices import chosen_letter
 from megarl.rewards.expressions import equal, last_value, value_of
-from megarl.rewards.fields import column_of, option_number, strict_json
+from megarl.rewards.fields import column_of, option_number, positive_number, strict_json
 from megarl.rewards.latex import last_boxed, normal_text, number_in
 
 _EXTRA = "install it with pip install 'megarl[verify]'"
@@ -176,10 +176,14 @@ def symbolic(
     """
     from megarl.rewards.symbolic import CRASHED, TIMED_OUT, decide
 
-    option_number("timeout", timeout)
-    option_number("budget", budget)
+    for name, value in (("timeout", timeout), ("budget", budget)):
+        positive_number(name, value)
     _optional("math_verify", "math-verify", "symbolic")
-    verdicts = decide(outputs, [str(one) for one in column_of(metadata, field, "symbolic")], timeout, budget)
+    answers = column_of(metadata, field, "symbolic")
+    for row, answer in enumerate(answers):
+        if answer is None:
+            raise ValueError(f"the {field} of sample {row} is missing; it is LaTeX or an expression")
+    verdicts = decide(outputs, [str(answer) for answer in answers], timeout, budget)
     for row, verdict in enumerate(verdicts):
         if verdict == "no answer":
             raise ValueError(f"the {field} of sample {row} is {metadata[field][row]!r}, which math-verify cannot read")
@@ -288,8 +292,7 @@ def python_tests(
     from megarl.rewards.sandbox import Limits
 
     for name, value in (("timeout", timeout), ("memory_mb", memory_mb), ("processes", processes), ("workers", workers)):
-        if not option_number(name, value) > 0:
-            raise ValueError(f"option {name}={value}: use a number above 0")
+        positive_number(name, value)
     names = entry_point if isinstance(entry_point, list | tuple) else [entry_point] * len(outputs)
     tests = []
     for row, (value, name) in enumerate(zip(column_of(metadata, field, "python_tests"), names, strict=True)):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megarl.errors import ConfigError
-from megarl.functions.named import check_options, data_source, resolve
+from megarl.functions.named import check_options, check_spelling, data_source, resolve
 from tests.refusals import refused
 
 Write = Callable[..., Path]
@@ -193,3 +193,16 @@ def test_an_option_that_a_function_does_not_take_is_refused_without_running_it(p
         check("one", sede=3)
     with refused(ConfigError, key="data.options.x", value=3, where=str(file)):
         check("none", x=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("tolerence", "tolerance"), ("feild", "field"), ("tolerance", None), ("answer", None), ("samples_of_mine", None)],
+)
+def test_options_that_look_like_one_are_refused_and_fields_of_records_are_not(name: str, meant: str | None) -> None:
+    function = resolve("megarl.rewards.builtin:numeric_match")
+    if meant is None:
+        check_spelling(function, {name: 1}, "reward.options")
+        return
+    with refused(ConfigError, key=f"reward.options.{name}", value=1, offers={"reward.options": [meant]}):
+        check_spelling(function, {name: 1}, "reward.options")

@@ -370,6 +370,21 @@ def test_symbolic_compares_formulas_mathematically() -> None:
     assert scores == {"symbolic": [1.0, 1.0, 0.0, 0.0, 1.0], "timed_out": [0.0] * 5, "crashed": [0.0] * 5}
 
 
+@pytest.mark.parametrize(
+    ("answer", "options", "named"),
+    [
+        (None, {}, "answer of sample 0 is missing"),
+        ("x", {"timeout": -1}, "timeout=-1: use a number above 0"),
+        ("x", {"budget": 0}, "budget=0: use a number above 0"),
+    ],
+)
+def test_symbolic_refuses_a_missing_answer_and_limits_that_nothing_meets(
+    answer: str | None, options: dict[str, float], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        symbolic(["$x$"], answer=[answer], **options)
+
+
 def test_symbolic_stops_what_does_not_end() -> None:
     pytest.importorskip("math_verify", reason="math-verify is not installed (the extra verify)")
     scores = symbolic(["$9^{9^{9^{9}}}$"], answer=["$7^{9^{9^{8}}}$"], timeout=2)
