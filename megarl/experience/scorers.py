@@ -17,8 +17,9 @@ from megarl.experience.journal import Entry, Journal, identity
 from megarl.functions.named import NamedFunction, Spec, resolve
 from megarl.parallel.grid import Grid
 from megarl.rewards.answers import Score
-from megarl.rewards.client import RESERVED, RewardWorker
+from megarl.rewards.client import RewardWorker
 from megarl.rewards.combine import Combined, combine
+from megarl.rewards.fields import RESERVED
 from megarl.rewards.scores import Scores
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
@@ -199,8 +200,8 @@ class FunctionScorer(JournalledScorer):
             yield range(len(rollouts))[batch], scores
 
     def _question(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, Any]:
-        """Return the function's arguments: texts, other fields of the prompt records, and lengths. A sampled EOS is
-        left out."""
+        """Return the function's arguments: texts, other fields of the prompt records, lengths, and where the records
+        are. A sampled EOS is left out."""
         outputs = [self.tokenizer.decode(rollout.response_without_eos) for rollout in rollouts]
         names = sorted({name for prompt in prompts for name in prompt.metadata})
         return {
@@ -209,6 +210,7 @@ class FunctionScorer(JournalledScorer):
             "outputs": outputs,
             "metadata": {name: [prompt.metadata.get(name) for prompt in prompts] for name in names},
             "lengths": [len(rollout.response) for rollout in rollouts],
+            "places": [prompt.where for prompt in prompts],
         }
 
 

@@ -31,21 +31,33 @@ _CORRECT = re.compile(
 _ALONE = re.compile(r"^[ *_$(\[#>-]{0,12}(?P<letter>[A-Za-z])[ *_$)\].:,!]{0,12}$", re.MULTILINE)
 _LEADING = re.compile(r"^[ *_$]{0,8}(?:\((?P<first>[A-Z])\)|(?P<letter>[A-Z])[ *_]{0,4}[.):])[*_]{0,4}\s", re.MULTILINE)
 _MARKED = re.compile(r"\*\*\s?\(?(?P<bold>[A-Z])[).:]?\s?\*\*|\((?P<letter>[A-Z])\)|\[(?P<bracket>[A-Z])\]")
+_DIGIT = re.compile(
+    r"(?<![\w.,%/+=^\\-])\d(?![\w-]|[.,]\d|\s*[%/+=^]|\s*\*+\s*\d"
+    r"|[ \t]+(?!(?:because|since|as|and|is)\b)[a-z])"
+)
+"""A digit that may name a choice: no part of a longer number, a formula, or an amount such as "2 apples"."""
 _LAST_WORD = re.compile(r"(?<![A-Za-z])(?P<letter>[A-Z])[\s*_$)\].!\"'`]{0,12}\Z")
 
 
-def chosen_letter(text: str, choices: Sequence[str] = ()) -> str | None:
+def chosen_letter(text: str, choices: Sequence[str] = (), labels: Sequence[str] = ()) -> str | None:
     """Return the letter, from A, of the choice that a response states last; None if it states none.
 
     What counts more decides: a box or a statement ("the answer is B"), then a letter that stands alone or is marked,
     then the text of exactly one choice.
+
+    Args:
+        text: the response.
+        choices: texts of the choices.
+        labels: labels of the choices. Digits among them may take the place of letters in a box, in a statement and
+            alone in a line, unless the text of a choice has a digit: then it could be meant.
     """
     letters = {chr(ord("A") + index) for index in range(len(choices) or _WITHOUT_CHOICES)}
     text = _TAG.sub("\n", text[-_LONGEST:]).strip()
-    stated = [*_letters_in(text, letters, _STATED, _CORRECT), *_boxes(text, letters, choices)]
+    lettered = _with_letters(text, choices, labels)
+    stated = [*_letters_in(lettered, letters, _STATED, _CORRECT), *_boxes(lettered, letters, choices)]
     if stated:
         return max(stated)[1]
-    marked = _letters_in(text, letters, _ALONE, _MARKED, _LAST_WORD)
+    marked = [*_letters_in(lettered, letters, _ALONE), *_letters_in(text, letters, _MARKED, _LAST_WORD)]
     leading = _letters_in(text, letters, _LEADING)
     if marked or leading:
         many = {letter for _, letter in leading}
@@ -53,6 +65,14 @@ def chosen_letter(text: str, choices: Sequence[str] = ()) -> str | None:
         copied = len(many) > 1 and len(many) == len(choices)  # the question's own list
         return None if copied and not marked else last[1]
     return _by_text(text, choices)
+
+
+def _with_letters(text: str, choices: Sequence[str], labels: Sequence[str]) -> str:
+    """Return a response with the letter of a choice in place of each digit that is its label."""
+    letter_of = {label: chr(ord("A") + index) for index, label in enumerate(labels)}
+    if any(character.isdigit() for choice in choices for character in choice):
+        return text
+    return _DIGIT.sub(lambda match: letter_of.get(match[0], match[0]), text)
 
 
 def _letters_in(text: str, letters: set[str], *patterns: re.Pattern[str]) -> list[tuple[int, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import pickle
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,12 @@ from megarl.config.sections.reward import SCORER_START_S
 from megarl.errors import ConfigError, DataError, RewardError
 from megarl.functions.named import NamedFunction, Spec, resolve
 from megarl.logging import get_logger
+from megarl.rewards.fields import RESERVED
 from megarl.rewards.process import CallFailedError, WorkerProcess
 from megarl.rewards.scores import Scores
 
 _log = get_logger(__name__)
 
-RESERVED = ("samples", "prompts", "outputs", "tokenizer")
 ON_ERROR = ("error", "drop")
 
 
@@ -67,11 +68,12 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _Question:
-    """The arguments of `score`: texts, fields of the records, lengths of the responses."""
+    """The arguments of `score`: texts, fields of the records, lengths of the responses, where the records are."""
 
     texts: Mapping[str, Sequence[str]]
     metadata: Mapping[str, Sequence[Any]]
     lengths: Sequence[int] | None
+    places: Sequence[str] | None
 
     def about(self, rows: Sequence[int]) -> dict[str, Any]:
         """Return the arguments for some of the samples."""
@@ -162,6 +164,7 @@ class RewardWorker:
         outputs: Sequence[str],
         metadata: Mapping[str, Sequence[Any]] | None = None,
         lengths: Sequence[int] | None = None,
+        places: Sequence[str] | None = None,
     ) -> Scores:
         """Score samples in one call. Repeated calls have only the samples without a score.
 
@@ -171,12 +174,13 @@ class RewardWorker:
             outputs: response of each sample.
             metadata: the other fields of the prompt records, each with a value for every sample.
             lengths: tokens of each response, which a list of per-token rewards must match.
+            places: `file:line` of each prompt record, for messages.
 
         Raises:
             RewardError: with on_error="error", samples without a usable score after the last call.
         """
         question = _Question(
-            {"samples": samples, "prompts": prompts, "outputs": outputs}, dict(metadata or {}), lengths
+            {"samples": samples, "prompts": prompts, "outputs": outputs}, dict(metadata or {}), lengths, places
         )
         self._check(question)
         scores = Scores(values=[None] * len(samples))
@@ -210,6 +214,8 @@ class RewardWorker:
         columns: dict[str, Sequence[Any]] = {**question.metadata, **question.texts}
         if question.lengths is not None:
             columns["lengths"] = question.lengths
+        if question.places is not None:
+            columns["places"] = question.places
         for name, column in columns.items():
             if len(column) != count:
                 raise DataError(f"{name} has {len(column)} entries for {count} samples; pass one for each", key=name)
@@ -231,16 +237,29 @@ class RewardWorker:
         if self._on_error == "error":
             tries = f" in {self._retries + 1} tries" if self._retries else ""
             raise ScoringError(
-                f"{self._key}={self.name} {failure.reason}{tries}; {REMEDIES[failure.kind]}, or leave such samples "
-                "out with reward.on_error=drop",
+                f"{self._key}={self.name} {failure.reason}{tries}; {self._remedy(failure.kind)}, or leave such "
+                "samples out with reward.on_error=drop",
                 kind=failure.kind,
                 key=self._key,
                 value=self.name,
                 where=failure.where,
                 offers={"reward.on_error": ["drop"]},
             )
-        follows = f"and {len(rows)} samples are dropped (reward.on_error=drop): {REMEDIES[failure.kind]}"
+        follows = f"and {len(rows)} samples are dropped (reward.on_error=drop): {self._remedy(failure.kind)}"
         self._warn(failure, dropped=True, follows=follows)
+
+    @property
+    def _ready_made(self) -> bool:
+        """Whether the function is one of megarl.rewards, which a user does not correct."""
+        return str(self._function.source).startswith("megarl.rewards.")
+
+    def _remedy(self, kind: str) -> str:
+        """Return what to do about a failure of a kind."""
+        if kind != "raised" or not self._ready_made:
+            return REMEDIES[kind]
+        if self._key == "metric.fn":  # it has no options
+            return "correct the records"
+        return f"correct {self._key.removesuffix('fn')}options or the records"
 
     def _warn(self, failure: _Failure, *, dropped: bool, follows: str) -> None:
         """Log a warning the first time that samples are scored again, or dropped, for this reason; logged metrics count
@@ -260,7 +279,7 @@ class RewardWorker:
         try:
             answer = process.request(payload, self._timeout_s)
         except CallFailedError as error:
-            return rows, _Failure(error.kind, str(error), _span(rows), error.where)
+            return rows, self._call_failure(error, rows, question.places)
         flaws: dict[int, str] = {}
         for row, value in zip(rows, answer["values"], strict=True):
             if isinstance(value, dict):
@@ -274,9 +293,21 @@ class RewardWorker:
         if not flaws:
             return [], None
         first, why = next(iter(flaws.items()))
-        others = f"and {len(flaws) - 1} more" if len(flaws) > 1 else ""
+        place = question.places[first] if question.places is not None else ""
+        more = f"and {len(flaws) - 1} more" if len(flaws) > 1 else ""
         where = f"sample {first}"
+        others = ", ".join(filter(None, (place, more)))  # not in the description, by which warnings are told apart
         return list(flaws), _Failure("score", f"gave no usable score: {where} {why}", others, where)
+
+    def _call_failure(self, error: CallFailedError, rows: Sequence[int], places: Sequence[str] | None) -> _Failure:
+        """Return the failure of a call with these samples. Ready-made functions name a bad record by its position in
+        the call; here it gets its place in the data."""
+        samples = _span(rows)
+        named = re.search(r" of sample (\d+) ", str(error)) if self._ready_made else None
+        if places is not None and named is not None and int(named[1]) < len(rows):
+            place = places[rows[int(named[1])]]
+            samples += f"; sample {named[1]} of the call is {place}" if place else ""
+        return _Failure(error.kind, str(error), samples, error.where)
 
     def _running(self) -> WorkerProcess:
         """Return a running worker that has loaded the function."""

@@ -84,10 +84,13 @@ def find_code(response: str) -> str:
 
 
 def read_tests(value: object, entry_point: object = None) -> Calls | Cases | None:
-    """Return the tests that a record's field holds, or None if it holds none that can be run.
+    """Return the tests that a record's field holds, or None if it holds none.
 
     It is Python source or a list of such; or a list of {"input": ..., "output": ...}; or one object with the lists
     `inputs` and `outputs`; or one of the last three as JSON text.
+
+    Raises:
+        SyntaxError: the source is not valid Python.
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with contextlib.suppress(ValueError, RecursionError):
@@ -99,26 +102,25 @@ def read_tests(value: object, entry_point: object = None) -> Calls | Cases | Non
             return None
         value = [{"input": one, "output": two} for one, two in zip(inputs, outputs, strict=True)]
     if isinstance(value, str) and value.strip():
-        return Calls(value, name) if _is_python([value]) else None
+        _check_python([value])
+        return Calls(value, name)
     if not isinstance(value, list | tuple) or not value:
         return None
     if all(isinstance(one, str) and one.strip() for one in value):
-        return Calls(list(value), name) if _is_python(value) else None
+        _check_python(value)
+        return Calls(list(value), name)
     if all(isinstance(one, Mapping) and {"input", "output"} <= one.keys() for one in value):
         return Cases([(_text(one["input"]), _text(one["output"])) for one in value])
     return None
 
 
-def _is_python(texts: Sequence[str]) -> bool:
-    return all(_compiles(text) for text in texts)
-
-
-def _compiles(text: str) -> bool:
-    try:
-        compile(text, "tests", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
-        return False
-    return True
+def _check_python(texts: Sequence[str]) -> None:
+    """Raise a SyntaxError for the first text that is not valid Python."""
+    for text in texts:
+        try:
+            compile(text, "tests", "exec", dont_inherit=True)
+        except (ValueError, RecursionError, MemoryError, OverflowError) as error:  # a NUL, or nested too deep
+            raise SyntaxError(str(error) or "it is nested too deep") from error
 
 
 def _text(value: object) -> str:

@@ -10,13 +10,17 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+RESERVED = ("samples", "prompts", "outputs", "tokenizer")
+"""Arguments that every reward function is given; no field of the prompt records may have such a name."""
+
 
 def column_of(metadata: Mapping[str, Any], field: str, function: str) -> Sequence[Any]:
     """Return a field of the prompt records, with a value for each sample."""
     if field not in metadata:
+        fields = [name for name in metadata if name not in RESERVED]
         raise KeyError(
             f"{function} needs the field {field!r} of the prompt records, which have "
-            f"{', '.join(metadata) or 'no other fields'}; set its option field"
+            f"{', '.join(fields) or 'no other fields'}; name the field to read with reward.options.field"
         )
     column: Sequence[Any] = metadata[field]
     return column

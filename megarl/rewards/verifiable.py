@@ -18,6 +18,9 @@ from megarl.rewards.expressions import equal, last_value, value_of
 from megarl.rewards.fields import column_of, option_number, positive_number, strict_json
 from megarl.rewards.latex import last_boxed, normal_text, number_in
 
+_LEAST_MEMORY_MB = 32
+"""Smallest memory of a sandbox. Python 3.11 starts in 14 MiB, and with unittest in 16; other builds may need more."""
+
 _EXTRA = "install it with pip install 'megarl[verify]'"
 
 
@@ -58,7 +61,7 @@ def multiple_choice(
             from 0 or its text.
         choices: the field `choices` of the prompt records: a list of texts in the order of their letters, or an object
             with the lists `text` and `label`, as in ARC; null for a record without choices. With choices, a response
-            may give the text instead of the letter.
+            may give the text instead of the letter, and labels that are digits unless a text has a digit too.
         shared_choices: list of the texts for all records without a field `choices`.
     """
     if choices is not None and (not isinstance(choices, list | tuple) or len(choices) != len(outputs)):
@@ -70,12 +73,14 @@ def multiple_choice(
     scores = []
     for row, (output, answer) in enumerate(zip(outputs, column_of(metadata, field, "multiple_choice"), strict=True)):
         own = None if choices is None else choices[row]
-        texts, labels = shared if own is None else _read_choices(own, f"the choices of sample {row}")
+        texts, labels = shared if own is None else _read_choices(own, f"the field 'choices' of sample {row}")
         wanted = _letter_of(answer, texts, labels)
         if wanted is None:
             among = f"; the choices are {texts}" if texts else "; without choices it must be a letter"
+            if texts and isinstance(answer, str) and answer.strip().isdigit():
+                among += "; a position is a number from 0, not a text"
             raise ValueError(f"the {field} of sample {row} is {answer!r}, which is no choice{among}")
-        scores.append(float(chosen_letter(output, texts) == wanted))
+        scores.append(float(chosen_letter(output, texts, labels) == wanted))
     return scores
 
 
@@ -143,9 +148,14 @@ def boxed(
     if isinstance(units, str):
         raise ValueError(f"option units={units!r}: use a list of texts")
     scores = []
-    for output, answers in zip(outputs, column_of(metadata, field, "boxed"), strict=True):
+    for row, (output, answers) in enumerate(zip(outputs, column_of(metadata, field, "boxed"), strict=True)):
         found = last_boxed(output)
         wanted = answers if isinstance(answers, list | tuple) else [answers]
+        if not wanted or not all(isinstance(one, str | int | float) for one in wanted):
+            raise ValueError(
+                f"the {field} of sample {row} is {str(answers)[:60]!r}, which is no answer: use a text, a number, or a "
+                "list of such"
+            )
         scores.append(float(found is not None and any(_same(found, str(one), units, tolerance) for one in wanted)))
     return scores
 
@@ -283,7 +293,7 @@ def python_tests(
             cases; a list of such; or a list of {"input": ..., "output": ...} of a program.
         partial: the score is the share of the tests that pass.
         timeout: seconds for all tests of a response together.
-        memory_mb: memory of the code's processes together, in MiB.
+        memory_mb: memory of the code's processes together, in MiB; at least 32.
         processes: processes and threads of the code at a time.
         workers: responses that are tested at the same time.
         entry_point: name of the function that a function `check` of the tests is given, or the field of that name.
@@ -293,14 +303,20 @@ def python_tests(
 
     for name, value in (("timeout", timeout), ("memory_mb", memory_mb), ("processes", processes), ("workers", workers)):
         positive_number(name, value)
+    if memory_mb < _LEAST_MEMORY_MB:
+        raise ValueError(f"option memory_mb={memory_mb}: Python needs more to start; use {_LEAST_MEMORY_MB} or more")
     names = entry_point if isinstance(entry_point, list | tuple) else [entry_point] * len(outputs)
     tests = []
     for row, (value, name) in enumerate(zip(column_of(metadata, field, "python_tests"), names, strict=True)):
-        read = read_tests(value, name)
+        what = f"the field {field!r} of sample {row} is {str(value)[:60]!r}"
+        try:
+            read = read_tests(value, name)
+        except SyntaxError as error:
+            raise ValueError(f"{what}, which is not valid Python: {error}") from error
         if read is None:
             raise ValueError(
-                f"the {field} of sample {row} is {str(value)[:60]!r}, which has no tests: use Python source that "
-                "compiles, a list of such, or a list of objects with input and output"
+                f"{what}, which has no tests: use Python source, a list of such, or a list of objects with input and "
+                "output"
             )
         tests.append(read)
     limits = Limits(wall_s=float(timeout), memory=int(memory_mb) << 20, processes=int(processes))

@@ -35,7 +35,10 @@ from tests.worlds import Worlds
 TOKENIZER = CharacterTokenizer("abcd")
 A, B, C, D = range(4)
 EOS = TOKENIZER.eos_id
-PROMPTS = [Prompt("a", (A,), {"answer": "x", "only_here": 1}), Prompt("b", (B,), {"answer": "y"})]
+PROMPTS = [
+    Prompt("a", (A,), {"answer": "x", "only_here": 1}, where="p.jsonl:1"),
+    Prompt("b", (B,), {"answer": "y"}, where="p.jsonl:2"),
+]
 ROLLOUTS = [
     Rollout(0, 0, [A], [C, D, EOS], [-1.0] * 3, "eos"),
     Rollout(0, 1, [A], [C], [-1.0], "length"),
@@ -101,6 +104,7 @@ def test_a_question_holds_texts_without_the_end_and_every_records_fields(worker:
             "outputs": ["cd", "c", ""],
             "metadata": {"answer": ["x", "x", "y"], "only_here": [1, 1, None]},
             "lengths": [3, 1, 1],
+            "places": ["p.jsonl:1", "p.jsonl:1", "p.jsonl:2"],
         }
     ]
     assert scores.values == [2.0, 1.0, 0.0]

@@ -383,10 +383,23 @@ def test_the_last_block_of_python_is_the_code() -> None:
     assert find_code("x = 1") == "x = 1"
 
 
-@pytest.mark.parametrize("tests", ["", [], "def broken(:", None, 5, [{"input": "1"}], ["", "assert 1"], "{}"])
+@pytest.mark.parametrize("tests", ["", [], None, 5, [{"input": "1"}], ["", "assert 1"], "{}"])
 def test_records_without_tests_are_refused(tests: Any) -> None:
-    with pytest.raises(ValueError, match="the tests of sample 1 is"):
+    with pytest.raises(ValueError, match=r"the field 'tests' of sample 1 is .*, which has no tests"):
         python_tests(["x", "y"], tests=["assert True", tests])
+
+
+@pytest.mark.parametrize(
+    "tests",
+    ["assert add(1,", ["assert True", "assert add(1,"], "x = '\0'", "(" * 100_000],
+    ids=["text", "list", "NUL", "nested too deep"],
+)
+def test_tests_that_are_not_valid_python_are_refused_with_what_is_wrong(tests: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"the field 'tests' of sample 1 is .*, which is not valid Python: ."
+    ) as caught:
+        python_tests(["x", "y"], tests=["assert True", tests])
+    assert "assert add" not in str(tests) or "'(' was never closed" in str(caught.value)
 
 
 # Machines without a sandbox

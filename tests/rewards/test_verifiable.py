@@ -16,7 +16,7 @@ from megarl.rewards.expressions import last_value
 from megarl.rewards.latex import last_boxed, normal_text, number_in
 from megarl.rewards.sandbox import SandboxError, working_isolation
 from megarl.rewards.symbolic import end_process
-from megarl.rewards.verifiable import arithmetic, boxed, json_schema, multiple_choice, symbolic
+from megarl.rewards.verifiable import arithmetic, boxed, json_schema, multiple_choice, python_tests, symbolic
 
 # Arithmetic
 
@@ -209,6 +209,41 @@ def test_choices_of_a_record_may_be_an_object_with_labels() -> None:
     assert multiple_choice(["C", "so hot", "B", "warm", "A"], answer=answers, choices=own) == [1.0] * 5
 
 
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("The answer is 2", 1.0),
+        ("The answer is 2.", 1.0),
+        ("The answer is **2** because it is mild.", 1.0),
+        ("\\boxed{2}", 1.0),
+        ("So I choose:\n(2)", 1.0),
+        ("The answer is 1. No: the answer is 2", 1.0),
+        ("The answer is B", 1.0),
+        ("The answer is 1", 0.0),
+        ("The answer is 5", 0.0),
+        ("The answer is 2.5", 0.0),
+        ("The answer is 25", 0.0),
+        ("The answer is 2 degrees", 0.0),
+        ("The answer is 2 + 1", 0.0),
+        ("1. Read.\n2. Think about it", 0.0),
+        ("There are 2", 0.0),
+    ],
+)
+def test_labels_that_are_digits_may_be_stated(text: str, score: float) -> None:
+    own = {"text": ["cold", "warm", "hot"], "label": ["1", "2", "3"]}
+    assert multiple_choice([text], answer=["2"], choices=[own]) == [score]
+
+
+def test_a_digit_is_no_label_where_the_text_of_a_choice_may_be_meant() -> None:
+    own = {"text": ["2", "4"], "label": ["1", "2"]}
+    assert multiple_choice(["The answer is 2"] * 2, answer=["1", "2"], choices=[own] * 2) == [1.0, 0.0]
+
+
+def test_a_position_that_is_a_text_is_refused_with_what_a_position_is() -> None:
+    with pytest.raises(ValueError, match=r"which is no choice; .*; a position is a number from 0, not a text"):
+        multiple_choice(["B"], answer=["1"], shared_choices=["cold", "warm"])
+
+
 def test_the_valid_letters_do_not_depend_on_the_other_samples_of_a_call() -> None:
     for count in (1, 2, 3, 4):
         scores = multiple_choice(["The answer is D"] * count, answer=["A"] * count, choices=[ARC] * count)
@@ -231,7 +266,7 @@ def test_the_valid_letters_do_not_depend_on_the_other_samples_of_a_call() -> Non
     ],
 )
 def test_choices_that_cannot_be_read_are_refused_with_their_sample(own: Any) -> None:
-    with pytest.raises(ValueError, match=r"the choices of sample 1 is .*: use a list of texts"):
+    with pytest.raises(ValueError, match=r"the field 'choices' of sample 1 is .*: use a list of texts"):
         multiple_choice(["A"] * 2, answer=["A"] * 2, choices=[ARC, own])
     with pytest.raises(ValueError, match="shared_choices"):
         multiple_choice(["A"] * 2, answer=["A"] * 2, shared_choices=own)
@@ -339,6 +374,12 @@ def test_boxed_compares_numbers_and_texts() -> None:
     ]
     outputs, answers, scores = zip(*pairs, strict=True)
     assert boxed(outputs, answer=list(answers)) == list(scores)
+
+
+@pytest.mark.parametrize("answer", [None, {"a": 1}, [], [{"a": 1}], ["1", None]])
+def test_boxed_refuses_an_answer_that_is_no_text_or_number(answer: Any) -> None:
+    with pytest.raises(ValueError, match=r"the answer of sample 1 is .*, which is no answer: use a text, a number"):
+        boxed(["\\boxed{1}"] * 2, answer=["1", answer])
 
 
 def test_units_that_are_named_do_not_count() -> None:
@@ -520,6 +561,26 @@ def test_options_and_fields_that_cannot_work_say_so(function: Any, message: str)
     with pytest.raises((ValueError, KeyError)) as caught:
         function(outputs=["x"])
     assert message in str(caught.value)
+
+
+def test_a_missing_field_is_named_beside_the_fields_that_records_have() -> None:
+    given = {"samples": ["px"], "prompts": ["p"], "outputs": ["x"], "tokenizer": None, "answer": [1], "level": [2]}
+    with pytest.raises(KeyError, match=r"which have answer, level; name the field to read with reward\.options\.field"):
+        arithmetic(**given, field="target")
+
+
+def test_memory_in_which_python_cannot_start_is_refused() -> None:
+    with pytest.raises(ValueError, match="option memory_mb=1: Python needs more to start; use 32 or more"):
+        python_tests(["x = 1"], tests=["assert x == 1"], memory_mb=1)
+
+
+def test_the_least_memory_is_enough_for_python_and_its_tests() -> None:
+    try:
+        working_isolation()
+    except SandboxError as error:
+        pytest.skip(f"this kernel allows no sandbox: {error}")
+    case = "import unittest\nclass T(unittest.TestCase):\n    def test_f(self): self.assertEqual(f(), 1)\n"
+    assert python_tests(["def f(): return 1"], tests=[case], memory_mb=32)["passed"] == [1.0]
 
 
 def test_verifiable_rewards_run_in_the_worker_and_in_combine() -> None:

@@ -519,6 +519,42 @@ def test_the_remedy_fits_what_failed(function: str, kind: str, start: Start) -> 
     assert ("reward.calls.batch_size" in message) == (kind in ("late", "died"))
 
 
+NUMBERS = "megarl.rewards.builtin:numeric_match"
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("reward.fn", "correct reward.options or the records"),
+        ("reward.terms.1.fn", "correct reward.terms.1.options or the records"),
+        ("metric.fn", "correct the records"),
+    ],
+)
+def test_the_remedy_of_a_ready_made_function_is_in_the_options_or_the_records(
+    key: str, remedy: str, tmp_path: Path
+) -> None:
+    with (
+        RewardWorker(NUMBERS, None, key=key, retries=0) as worker,
+        refused(ScoringError, key=key, names=(f"; {remedy}, or leave",)),
+    ):
+        ask(worker, "1", answer=["none"])
+
+
+def test_a_record_that_a_ready_made_function_refuses_is_named_with_its_place() -> None:
+    texts = ["1", "2", "3"]
+    with (
+        RewardWorker(NUMBERS, None, retries=0) as worker,
+        refused(ScoringError, names=("3 samples, 0 to 2; sample 1 of the call is b.jsonl:7",)),
+    ):
+        worker.score(texts, [""] * 3, texts, {"answer": ["1", "no", "3"]}, places=["a.jsonl:1", "b.jsonl:7", ""])
+
+
+def test_a_sample_without_a_usable_score_is_named_with_its_place(start: Start) -> None:
+    worker = start("answer_of_the_record")
+    with refused(ScoringError, names=("sample 1 ", "(b.jsonl:7, and 1 more)")):
+        worker.score([""] * 3, [""] * 3, [""] * 3, {"answer": [1.0, None, None]}, places=["a.jsonl:1", "b.jsonl:7", ""])
+
+
 def test_a_failure_is_told_once_where_it_repeats(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     failure_of(start("raises", retries=2), kind="raised")
     assert "cannot judge" not in caplog.text
