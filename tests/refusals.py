@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
+from megarl.config.compose import run
 from megarl.errors import ConfigError, MegarlError
 
 _ANY: Any = object()
@@ -95,6 +96,17 @@ def assert_command_refused(
     for name in names:
         assert name in lines[0], (name, lines[0])
     return lines[0]
+
+
+def assert_entry_refuses(entry: str, argv: Sequence[str], names: Sequence[str], capsys: Any) -> None:
+    """Check that an entry point, called in this process, ends with exit code 2 and one line that names what
+    is wrong."""
+    with pytest.raises(SystemExit) as ended:
+        run(entry, list(argv), lambda config: 0)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2, error
+    assert all(name in error for name in names), error
+    assert error.count("\n") == 1, error
 
 
 def _written(value: Any) -> str:

@@ -15,7 +15,7 @@ from megarl.config.leaf import leaves
 from megarl.config.sections.data import HeldOutDataConfig, PromptDataConfig
 from megarl.errors import ConfigError, DataError
 from megarl.run.run_folder import RunFolder
-from tests.refusals import refused
+from tests.refusals import assert_entry_refuses, refused
 
 WHOLE = ("model.path=model", "data.eval=[prompts.jsonl]", "reward.fn=megarl.rewards.builtin:length")
 
@@ -55,12 +55,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     (tmp_path / "model").mkdir()
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
-    with pytest.raises(SystemExit) as ended:
-        run("evaluate", list(argv), lambda config: 0)
-    error = capsys.readouterr().err
-    assert ended.value.code == 2, error
-    assert all(name in error for name in names), error
-    assert error.count("\n") == 1
+    assert_entry_refuses("evaluate", argv, names, capsys)
 
 
 def test_what_can_be_evaluated_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,9 @@ from megarl.rollout.noise import TRAINING
 from megarl.rollout.requests import Rollout
 from megarl.rollout.stored import dump, phase_file
 from tests.e2e.runs import updates, updates_written_to
+from tests.gates import trl_settings
 from tests.gates.environments import ROOT, run
-from tests.gates.test_preference_peer import OPTIMIZER, train
+from tests.gates.test_preference_peer import train
 from tests.worlds import Worlds
 
 SCRIPT = ROOT / "benchmarks" / "peers" / "trl_grpo.py"
@@ -62,15 +63,7 @@ CASES = {
     ),
 }
 THEIRS = {
-    "learning_rate": OPTIMIZER["lr"],
-    "adam_beta1": OPTIMIZER["beta1"],
-    "adam_beta2": OPTIMIZER["beta2"],
-    "adam_epsilon": OPTIMIZER["eps"],
-    "max_grad_norm": OPTIMIZER["clip_grad"],
-    "optim": "adamw_torch",
-    "weight_decay": 0.0,
-    "lr_scheduler_type": "constant",
-    "warmup_steps": 0,
+    **trl_settings.THEIRS,
     "max_steps": UPDATES,
     "num_iterations": UPDATES,
     "per_device_train_batch_size": SIZES.responses,
@@ -78,19 +71,9 @@ THEIRS = {
     "max_completion_length": SIZES.longest,
     "temperature": 1.0,
     "beta": 0.0,
-    "logging_steps": 1,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "bf16": False,
 }
 OURS = [
-    *(f"optim.{key}={value}" for key, value in OPTIMIZER.items()),
-    "optim.weight_decay=0",
-    "optim.schedule=constant",
-    "optim.warmup_steps=0",
+    *trl_settings.OURS,
     f"seed={SEED}",
     f"reward.fn={ROOT / 'benchmarks' / 'peers' / 'letters.py'}:count",
     f"reward.options.letter={LETTER}",
@@ -103,11 +86,6 @@ OURS = [
     f"trainer.global_batch_size={SIZES.responses}",
     f"trainer.micro_batch_size={SIZES.responses}",
     "trainer.max_phases=1",
-    "trainer.eval_every=null",
-    "trainer.progress=none",
-    "checkpoint.every=null",
-    "checkpoint.save_last=false",
-    "logger.tensorboard=false",
 ]
 
 

@@ -56,7 +56,7 @@ def score(outputs, **_):
 
 def start(folder: Path, function: str, *overrides: str, model: Path | None = None) -> subprocess.Popen[bytes]:
     """A run whose reward function lies in the folder, in a process group of its own. With `model`, its reward is the
-    sum of the function's and the model's."""
+    sum of the function's and the model's. It yields to this process, which looks out for the moment to kill it."""
     folder.mkdir(exist_ok=True)
     if not (folder / "rewards.py").exists():
         (folder / "rewards.py").write_text(function)
@@ -67,7 +67,7 @@ def start(folder: Path, function: str, *overrides: str, model: Path | None = Non
     saves = ["checkpoint.every=1", "checkpoint.save_last=true"]
     with (folder / "console.txt").open("ab") as console:
         return subprocess.Popen(
-            [sys.executable, "-m", "megarl.train_ppo", *WALKS, *settings, *saves, *overrides],
+            ["nice", "-n", "10", sys.executable, "-m", "megarl.train_ppo", *WALKS, *settings, *saves, *overrides],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=console,
             stderr=subprocess.STDOUT,

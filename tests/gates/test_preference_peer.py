@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.runs import launched, metrics
+from tests.gates import trl_settings
 from tests.gates.environments import ROOT, run
 from tests.models.exchange.published import save_published
 from tests.worlds import Worlds
@@ -100,45 +101,21 @@ CASES = {
     ),
 }
 
-OPTIMIZER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "clip_grad": 1.0}
 OURS = [
-    *(f"optim.{key}={value}" for key, value in OPTIMIZER.items()),
-    "optim.weight_decay=0",
-    "optim.schedule=constant",
-    "optim.warmup_steps=0",
+    *trl_settings.OURS,
     f"trainer.max_steps={STEPS}",
     f"trainer.global_batch_size={BATCH}",
     f"trainer.micro_batch_size={BATCH}",
-    "trainer.eval_every=null",
     "trainer.log_every=1",
-    "trainer.progress=none",
-    "logger.tensorboard=false",
-    "checkpoint.every=null",
-    "checkpoint.save_last=false",
     "data.shuffle=false",
     "data.seq_length=96",
 ]
 THEIRS = {
-    "learning_rate": OPTIMIZER["lr"],
-    "adam_beta1": OPTIMIZER["beta1"],
-    "adam_beta2": OPTIMIZER["beta2"],
-    "adam_epsilon": OPTIMIZER["eps"],
-    "max_grad_norm": OPTIMIZER["clip_grad"],
-    "optim": "adamw_torch",
-    "weight_decay": 0.0,
-    "lr_scheduler_type": "constant",
-    "warmup_steps": 0,
+    **trl_settings.THEIRS,
     "max_steps": STEPS,
     "per_device_train_batch_size": BATCH,
     "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
     "train_sampling_strategy": "sequential",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "bf16": False,
     "max_length": 96,
 }
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from megarl.config.compose import compose, run
+from megarl.config.compose import compose
 from megarl.errors import MegarlError
-from tests.refusals import assert_command_refused, assert_refusal
+from tests.refusals import assert_command_refused, assert_entry_refuses, assert_refusal
 from tests.worlds import Worlds
 
 SMALL = ["model.num_layers=2", "model.hidden_size=32", "rollout.max_new_tokens=6", "trainer.progress=none"]
@@ -158,12 +158,7 @@ def test_a_bad_configuration_is_refused_before_anything_is_built(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(SystemExit) as ended:
-        run("generate", argv, lambda config: 0)
-    error = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert all(name in error for name in names), error
-    assert error.count("\n") == 1
+    assert_entry_refuses("generate", argv, names, capsys)
 
 
 @pytest.mark.parametrize(
