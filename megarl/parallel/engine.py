@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from megarl.errors import CheckpointError, NumericsError
 from megarl.parallel.device import device_settings
+from megarl.parallel.digest import digests_of_copies
 from megarl.parallel.finite import is_finite
+from megarl.parallel.gradients import with_gradient_buffers
 from megarl.parallel.grid import Grid
 from megarl.parallel.offload import GRADIENTS, OPTIMIZER, WEIGHTS, memory_of
 from megarl.parallel.optimizer import (
@@ -78,7 +80,7 @@ class Engine:
         self.pins = device_settings().pinned_copies
         self.aside: dict[str, Tensor] | None = None  # host memory for the weights that `with_weights` replaces
         if optim is not None:
-            self._chunks = [_with_gradient_buffers(model, grid, index) for index, model in enumerate(self._models)]
+            self._chunks = [with_gradient_buffers(model, grid, index) for index, model in enumerate(self._models)]
             self.config.finalize_model_grads_func = finalize_model_grads
             # Without it, an overlapped reduction would run after every microbatch instead of after the last.
             waits = [chunk.no_sync for chunk in self._chunks]
@@ -331,6 +333,20 @@ class Engine:
         for model in self.models:
             yield from _global_names(model)
 
+    def digests(self, wanted: Callable[[str], bool] | None = None) -> dict[str, int]:
+        """Return the checksum of each whole parameter by global name, on every rank: the same in every layout.
+
+        Args:
+            wanted: selects parameters by global name; None: all.
+        """
+        return {name: copies[0] for name, copies in self.digests_of_copies(wanted).items()}
+
+    def digests_of_copies(self, wanted: Callable[[str], bool] | None = None) -> dict[str, list[int]]:
+        """Return the checksums of all copies of each parameter that the ranks hold; see `digests`."""
+        self.memory.need(WEIGHTS)
+        named = ((name, parameter) for name, parameter in self.parameters() if wanted is None or wanted(name))
+        return digests_of_copies(named, self.grid)
+
     def sharded_weights(self) -> dict[str, Any]:
         """Return Megatron's description of this rank's weight shards alone, under this engine's name."""
         state = {"weights": self._sharded_weights(self._sharding())}
@@ -454,31 +470,6 @@ def _build_chunks(grid: Grid, build: BuildModel) -> list[Any]:
         )
         for stage in range(layout.vpp)
     ]
-
-
-class _GradientBuffers(DistributedDataParallel):
-    """Megatron's DDP, except that a single replica sends nothing: gloo would copy all gradients to itself and back."""
-
-    def finish_grad_sync(self, force_all_reduce: bool = False) -> None:
-        if self.dp_cp_group.size() > 1 or self.ddp_config.overlap_grad_reduce:
-            super().finish_grad_sync(force_all_reduce)
-
-    def start_param_sync(self, *unused: Any, force_sync: bool = False, force_dispatch: bool = False) -> None:
-        if self.dp_cp_group.size() > 1:
-            super().start_param_sync(*unused, force_sync=force_sync, force_dispatch=force_dispatch)
-
-
-def _with_gradient_buffers(model: Any, grid: Grid, index: int) -> DistributedDataParallel:
-    """Wrap a chunk in Megatron's DDP: contiguous float32 gradients, sharded over data-parallel ranks."""
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=device_settings().overlap_grad_reduce,
-        use_distributed_optimizer=True,
-        check_for_nan_in_grad=False,
-    )
-    return _GradientBuffers(
-        config=model.config, ddp_config=config, module=model, disable_bucketing=index > 0, pg_collection=grid.groups
-    )
 
 
 def _load_weights(model: Any, state: dict[str, Any]) -> None:

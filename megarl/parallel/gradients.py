@@ -1,9 +1,13 @@
-"""Access to the buffers in which Megatron accumulates gradients."""
+"""The buffers in which Megatron accumulates gradients."""
+
+from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import Tensor
 
 from megarl.parallel.device import device_settings
+from megarl.parallel.grid import Grid
 
 
 def gradient_buffer(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -25,3 +29,28 @@ def handed_over(parameter: Tensor) -> Tensor | None:
     # The gradient of a tied embedding is added to the placeholder, and then to the buffer.
     make = torch.zeros_like if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like
     return make(parameter)
+
+
+class _GradientBuffers(DistributedDataParallel):
+    """Megatron's DDP, except that a single replica sends nothing: gloo would copy all gradients to itself and back."""
+
+    def finish_grad_sync(self, force_all_reduce: bool = False) -> None:
+        if self.dp_cp_group.size() > 1 or self.ddp_config.overlap_grad_reduce:
+            super().finish_grad_sync(force_all_reduce)
+
+    def start_param_sync(self, *unused: Any, force_sync: bool = False, force_dispatch: bool = False) -> None:
+        if self.dp_cp_group.size() > 1:
+            super().start_param_sync(*unused, force_sync=force_sync, force_dispatch=force_dispatch)
+
+
+def with_gradient_buffers(model: Any, grid: Grid, index: int) -> DistributedDataParallel:
+    """Wrap a chunk in Megatron's DDP: contiguous float32 gradients, sharded over data-parallel ranks."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=device_settings().overlap_grad_reduce,
+        use_distributed_optimizer=True,
+        check_for_nan_in_grad=False,
+    )
+    return _GradientBuffers(
+        config=model.config, ddp_config=config, module=model, disable_bucketing=index > 0, pg_collection=grid.groups
+    )

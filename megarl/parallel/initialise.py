@@ -54,7 +54,7 @@ def local_slice(full: Tensor, parameter: Tensor, tp_rank: int, tp: int) -> Tenso
     """Return this rank's slice. With stride s, the tensor is s blocks, each split tp ways (gate and up of a GLU)."""
     if not is_sharded(parameter) or tp == 1:
         return full
-    dim, stride = partition_dim(parameter), int(getattr(parameter, "partition_stride", 1))
+    dim, stride = partition_dim(parameter), partition_stride(parameter)
     pieces = full.chunk(stride * tp, dim=dim)
     return torch.cat(pieces[tp_rank::tp], dim=dim)
 
@@ -64,7 +64,7 @@ def copy_slice(full: Tensor, parameter: Tensor, tp_rank: int, tp: int) -> None:
     if not is_sharded(parameter) or tp == 1:
         parameter.data.copy_(full)
         return
-    dim, stride = partition_dim(parameter), int(getattr(parameter, "partition_stride", 1))
+    dim, stride = partition_dim(parameter), partition_stride(parameter)
     for mine, theirs in zip(
         parameter.data.chunk(stride, dim=dim), full.chunk(stride * tp, dim=dim)[tp_rank::tp], strict=True
     ):
@@ -73,7 +73,7 @@ def copy_slice(full: Tensor, parameter: Tensor, tp_rank: int, tp: int) -> None:
 
 def join_slices(parts: list[Tensor], parameter: Tensor) -> Tensor:
     """Join all ranks' slices to the whole tensor: the inverse of `local_slice`."""
-    dim, stride = partition_dim(parameter), int(getattr(parameter, "partition_stride", 1))
+    dim, stride = partition_dim(parameter), partition_stride(parameter)
     cut = [part.chunk(stride, dim=dim) for part in parts]
     return torch.cat([pieces[block] for block in range(stride) for pieces in cut], dim=dim)
 
@@ -86,3 +86,8 @@ def is_sharded(parameter: Tensor) -> bool:
 def partition_dim(parameter: Tensor) -> int:
     """Return the dimension along which Megatron split this parameter (0 if it has no such attribute)."""
     return int(getattr(parameter, "partition_dim", 0))
+
+
+def partition_stride(parameter: Tensor) -> int:
+    """Return the number of blocks that Megatron split one by one, such as gate and up of a GLU (1 without them)."""
+    return int(getattr(parameter, "partition_stride", 1))

@@ -14,6 +14,7 @@ from megarl.models.gpt import GPT
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.modules.sft import negative_log_likelihood
 from megarl.parallel import vocab
+from megarl.parallel.digest import digest
 from megarl.parallel.engine import Engine, OptimSpec, Outputs
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch
@@ -103,7 +104,7 @@ def evaluated(engine: Engine) -> float:
 def life(layout: dict[str, Any], model: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Everything that layouts are compared by, on one rank."""
     engine = small_engine(layout, model, **options)
-    report: dict[str, Any] = {"weights": whole(engine), "dp_rank": engine.grid.dp_rank}
+    report: dict[str, Any] = {"weights": whole(engine), "dp_rank": engine.grid.dp_rank, "digests": engine.digests()}
     report["forward"] = engine.forward(batches(engine, 99), judge)
     history = []
     for step in range(STEPS):
@@ -114,6 +115,7 @@ def life(layout: dict[str, Any], model: dict[str, Any], options: dict[str, Any])
     report["history"] = history
     report["evaluated"] = evaluated(engine)
     report["trained"] = whole(engine)
+    report["copies"] = engine.digests_of_copies()
     return report
 
 
@@ -141,6 +143,18 @@ def test_every_layout_starts_from_the_same_weights(lives: Lives, model: str, lay
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_every_layout_has_the_same_checksums(lives: Lives, model: str, layout: str) -> None:
+    wanted = lives(model, "TP1")[0]
+    assert wanted["digests"] == {name: digest(value) for name, value in wanted["weights"].items()}
+    for report in lives(model, layout):
+        assert report["digests"] == wanted["digests"]
+        trained = merged([other["trained"] for other in lives(model, layout)])
+        assert {name: set(copies) for name, copies in report["copies"].items()} == {
+            name: {digest(value)} for name, value in trained.items()
+        }
 
 
 @pytest.mark.parametrize("model", MODELS)
