@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from megarl.errors import InvariantError
 from megarl.logging import get_logger
@@ -14,15 +15,35 @@ DRIFT_BOUND = {"fp32": 1e-3, "bf16": 5e-2}  # on the mean |sampled log-prob - re
 KL_BOUND_GPU = {"fp32": 1e-4, "bf16": 5e-2}  # on a token's |policy - reference log-prob|; 0 on a CPU
 CLIPPED_BOUND_BF16 = 0.05  # on the share of clipped tokens
 
+MODE = "ppo.invariants"
+Offers = Mapping[str, Sequence[Any]]
+
 log = get_logger(__name__)
 
 
 class Invariants:
-    """Checks of a PPO run. `mode` is what a violation does: `strict` stops the run, `warn` logs it once."""
+    """Checks of a run. `mode` is what a violation does: `strict` stops the run, `warn` logs it once."""
 
-    def __init__(self, mode: str, precision: str, phase: Callable[[], int]) -> None:
-        """`phase()` returns the number of completed phases."""
+    def __init__(
+        self,
+        mode: str,
+        precision: str,
+        phase: Callable[[], int],
+        *,
+        has_key: bool = True,
+        corrected: bool = False,
+    ) -> None:
+        """
+        Args:
+            mode: strict or warn.
+            precision: precision of the models.
+            phase: returns the number of completed phases.
+            has_key: whether the run has the key ppo.invariants, which messages then suggest.
+            corrected: whether the loss corrects a difference between generation and training (ppo.correction), which is
+                then not checked.
+        """
         self.strict, self.precision, self.phase = mode == "strict", precision, phase
+        self.has_key, self.corrected = has_key, corrected
         self.checked: dict[str, bool] = {}  # by engine that began to train here: whether its gradients were checked
         self.warned: set[str] = set()
 
@@ -36,14 +57,51 @@ class Invariants:
             f"KL to the reference is {largest_kl:.2e} before any update, not {bound:g}",
         )
 
-    def drift(self, mean: float) -> None:
-        """Check that generation and training compute the same log-probs."""
+    def arrived(self, source: Engine, copy: Engine, when: str, remedies: Offers | None = None) -> None:
+        """Check that every tensor of a copy has the source's present values, by checksums of whole tensors.
+
+        Args:
+            source: the engine that trains.
+            copy: an engine with the same tensors, or some of them, in the same layout or another.
+            when: the phase, for the message.
+            remedies: values that avoid the copy, by key.
+        """
+        sent, present = source.digests_of_copies(), copy.digests_of_copies()
+        missed = [name for name, copies in present.items() if not set(copies) <= set(sent.get(name, ()))]
+        self._expect(
+            "weights_arrived",
+            missed,
+            not missed,
+            f"{_first(missed)} of {copy.name} at {copy.grid.layout} differs from the present weights of {source.name} "
+            f"at {source.grid.layout}: they were not copied, or damaged; resume from the last checkpoint",
+            when=when,
+            remedies=remedies,
+        )
+
+    def drift(
+        self,
+        mean: float,
+        what: str = "sampled and recomputed log-probs",
+        *,
+        when: str | None = None,
+        remedies: Offers | None = None,
+    ) -> None:
+        """Check that generation and training compute the same log-probs, unless the loss corrects their difference.
+
+        Args:
+            mean: mean absolute difference.
+            what: the log-probs that were compared, for the message.
+            when: the phase, for the message; None: the present one.
+            remedies: values that avoid the difference, by key.
+        """
         bound = DRIFT_BOUND[self.precision]
         self._expect(
             "logprob_drift",
             mean,
-            mean <= bound,
-            f"sampled and recomputed log-probs differ by {mean:.2e} > {bound:g}",
+            self.corrected or mean <= bound,
+            f"{what} differ by {mean:.2e} > {bound:g}",
+            when=when,
+            remedies=remedies,
         )
 
     def on_policy(self, ratio: float, clipped: float, narrowest: float) -> None:
@@ -81,20 +139,34 @@ class Invariants:
         self.checked[engine.name] = True
         with_gradient, trainable = engine.gradient_names()
         missed = sorted(trainable - with_gradient)
-        shown = ", ".join(missed[:3]) + (f" and {len(missed) - 3} more" if len(missed) > 3 else "")
-        self._expect("gradients", missed, not missed, f"no gradient has reached {shown} of {engine.name}")
+        self._expect("gradients", missed, not missed, f"no gradient has reached {_first(missed)} of {engine.name}")
 
-    def _expect(self, name: str, value: object, holds: bool, problem: str) -> None:
+    def _expect(
+        self,
+        name: str,
+        value: object,
+        holds: bool,
+        problem: str,
+        *,
+        when: str | None = None,
+        remedies: Offers | None = None,
+    ) -> None:
         if holds:
             return
-        message = f"invariant {name} is broken in phase {self.phase() + 1}: {problem}"
+        message = f"invariant {name} is broken {when or f'in phase {self.phase() + 1}'}: {problem}"
         if self.strict:
-            raise InvariantError(
-                f"{message} (ppo.invariants=warn logs it and continues)",
-                key=name,
-                value=value,
-                offers={"ppo.invariants": ["warn"]},
-            )
+            offers = dict(remedies or {})
+            advice = [f"{key}={'null' if values[0] is None else values[0]} avoids it" for key, values in offers.items()]
+            if self.has_key:
+                offers[MODE] = ["warn"]
+                advice.append(f"{MODE}=warn logs it and continues")
+            line = f"{message} ({'; '.join(advice)})" if advice else message
+            raise InvariantError(line, key=name, value=value, offers=offers)
         if name not in self.warned:
             self.warned.add(name)
             log.warning("%s", message)
+
+
+def _first(names: Sequence[str]) -> str:
+    """Return the first names, and the number of the others."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

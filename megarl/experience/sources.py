@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from megarl.config.sections.rollout import ResponsesConfig
 from megarl.data.prompts import Prompt
+from megarl.experience.arrival import Arrival
+from megarl.experience.invariants import Invariants
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.rollout import stored
@@ -71,6 +73,7 @@ class GeneratedRollouts:
         chat_template: str | None = None,
         unit: str = "phase",
         masking: Masking | None = None,
+        invariants: Invariants | None = None,
     ) -> None:
         """
         Args:
@@ -82,6 +85,8 @@ class GeneratedRollouts:
             chat_template: template that renders the prompts; its end marker ends a response too.
             unit: what messages call a training step.
             masking: decides which tokens may be chosen; None: all.
+            invariants: what happens if the weights of generation's own layout are not those of training; None: an
+                error.
         """
         self.unit, self.version, self.dump = unit, 0, dump
         self.settings, self.sampling = settings, sampling_from(settings)
@@ -96,10 +101,14 @@ class GeneratedRollouts:
             decode=tokenizer.decode,
             masking=masking,
         )
+        # Without a layout of its own, the generator reads the weights of training in place, and nothing can differ.
+        self.arrival = None if self.reshard is None else Arrival(self.reshard, self.generator, invariants)
+        self.checked: int | None = None  # the phase in which the present weights were checked
 
     def publish(self, version: int) -> None:
         """Copy the engine's present weights, where generation has its own parallel layout."""
         self.version = version
+        self.checked = None
         if self.reshard is not None:
             self.reshard.refresh()
 
@@ -114,16 +123,28 @@ class GeneratedRollouts:
         within: range | None = None,
         **changes: Any,
     ) -> list[Rollout]:
-        """Generate the responses, and write them to the folder `dump` if there is one."""
-        self.generator.token_scorer = token_scorer
+        """Generate the responses, and write them to the folder `dump` if there is one.
+
+        The first call after `publish`, and the first of each phase, check that the generator has the weights of
+        training: a copy that failed, and one that was forgotten, are found before anything is sampled.
+        """
         is_training = stream in (TRAINING, GREEDY)
         when = f"in {self.unit} {phase + 1}" if is_training else f"in the evaluation after {self.unit} {phase}"
+
+        def place(number: int) -> str:
+            return f"{prompts[number].where or f'prompt {number}'} {when}"
+
+        requests = requests_of(prompts, n, self.settings, within, **changes)
+        if self.arrival is not None and self.checked != phase and requests:
+            self.arrival.check(requests[0], when, place(requests[0].prompt_id))
+            self.checked = phase
+        self.generator.token_scorer = token_scorer
         rollouts = self.generator.generate(
-            requests_of(prompts, n, self.settings, within, **changes),
+            requests,
             stream=stream,
             phase=phase,
             weights_version=self.version,
-            place=lambda number: f"{prompts[number].where or f'prompt {number}'} {when}",
+            place=place,
         )
         if self.dump is not None:
             path = stored.phase_file(self.dump, stream, phase, 0 if within is None else within.start)

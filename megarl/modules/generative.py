@@ -19,6 +19,7 @@ from megarl.data.prompts import Prompt, PromptLimits, read_prompts
 from megarl.errors import RewardError
 from megarl.experience.build_scorers import REWARD, ScorerBuilder, by_metric_name, check_fields_of_functions
 from megarl.experience.evaluation import Collect, Evaluated, Evaluation, answer_reader
+from megarl.experience.invariants import Invariants
 from megarl.experience.scorers import Scorer, keep_scored
 from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts, RolloutSource
 from megarl.logging import get_logger
@@ -46,6 +47,7 @@ class GenerativeModule(Module):
     order: PromptOrder | None = None  # of the training prompts
     source: RolloutSource
     masking: Masking | None = None  # decides which tokens the policy may choose
+    invariants: Invariants | None = None  # what a violation does; None: it is an error
     streams: tuple[int, ...] = (TRAINING,)  # random streams of the responses that a phase collects
 
     def prepare(self) -> None:
@@ -127,6 +129,7 @@ class GenerativeModule(Module):
             chat_template=load_chat_template(self.config.data.chat_template),
             unit=self.unit,
             masking=self.masking,
+            invariants=self.invariants,
         )
 
     def phase_loader(self) -> Iterable[int]:

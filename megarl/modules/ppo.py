@@ -50,6 +50,7 @@ class PPO(GenerativeModule):
     remedy_of_collapse = "ppo.stop_at_kl=0.05, a lower optim.lr, fewer ppo.inner_epochs or ppo.whiten_advantages=false"
 
     config: PPOConfig
+    invariants: Invariants
 
     def prepare(self) -> None:
         """Set up the shaping of rewards, the invariants and the counters; read the prompts."""
@@ -60,7 +61,12 @@ class PPO(GenerativeModule):
         self.needs = ADVANTAGES[config.ppo.advantages]
         self.streams = (TRAINING, GREEDY) if self.needs.greedy else (TRAINING,)
         self.shaping = Shaping(config.ppo, config.rollout.max_new_tokens)
-        self.invariants = Invariants(config.ppo.invariants, config.trainer.precision, lambda: self.steps_done)
+        self.invariants = Invariants(
+            config.ppo.invariants,
+            config.trainer.precision,
+            lambda: self.steps_done,
+            corrected=config.ppo.correction is not None,
+        )
         self.reference: Reference | None = None
         self.critic: Critic = NoCritic()
         self.action_mask: ActionMask | None = None
@@ -122,8 +128,7 @@ class PPO(GenerativeModule):
         if clones(config):
             own_start = self.critic.engine is not None and config.critic.settings.path is not None
             self._clone(config, [self.policy] if own_start else self._trained)
-        if self.action_mask is not None:
-            self.action_mask.refresh(self.policy)
+        self._refresh_action_mask()
         if config.ppo.kl_coef > 0:
             self.reference = self._make_reference()
             if clones(config):
@@ -207,8 +212,7 @@ class PPO(GenerativeModule):
             stats |= self._train(rows)
         self.shaping.kl_control.update(kl, len(rollouts))
         self.advance(new_weights=self.steps_done >= self.warmup_phases, rows=len(found.prompts))
-        if self.action_mask is not None and self.action_mask.is_due(self.steps_done):
-            self.action_mask.refresh(self.policy)
+        self._refresh_action_mask()
         self.work = self._work(rows)
         self.log_dict({"train/lr": rate, **self._collection_metrics(found), **stats})
 
@@ -273,8 +277,7 @@ class PPO(GenerativeModule):
             self.invariants.same_weights(float(gap.abs().max()))
         tokens = mask.sum()
         drift = float(((rows["rollout_logprobs"] - rows["old_logprobs"]).abs() * mask).sum() / tokens)
-        if self.config.ppo.correction is None:  # which corrects what this checks
-            self.invariants.drift(drift)
+        self.invariants.drift(drift)
         return rows, {
             **stats,
             "rollout/logprob_drift": drift,
@@ -453,6 +456,13 @@ class PPO(GenerativeModule):
             self._find_reference(Path(checkpoint["folder"]))
 
     # --- helpers ----------------------------------------------------------------------------------------------------
+
+    def _refresh_action_mask(self) -> None:
+        """Copy the policy's present weights to the model that masks its tokens, after the phases that are due."""
+        mask = self.action_mask
+        if mask is not None and mask.is_due(self.steps_done):
+            mask.refresh(self.policy)
+            self.invariants.arrived(self.policy, mask.masking.engine, f"before phase {self.steps_done + 1}")
 
     def _refuse_not_finite(self, rows: Rows, *names: str) -> None:
         self.watch.finite(rows, names, self.row_names, self.steps_done + 1)

@@ -31,6 +31,15 @@ def engine(*with_gradient: str) -> Any:
     return SimpleNamespace(name="policy", gradient_names=lambda: (set(with_gradient), set(TRAINABLE)))
 
 
+def holder(**digests: list[int]) -> Any:
+    """An engine with the checksums of its tensors' copies."""
+    return SimpleNamespace(name="policy", grid=SimpleNamespace(layout="TP2"), digests_of_copies=lambda: digests)
+
+
+def copied_in_part(it: Invariants) -> None:
+    it.arrived(holder(bias=[1, 2], norm=[3], weight=[4]), holder(bias=[2], weight=[4, 5]), "in phase 7")
+
+
 def value_head_forgotten(it: Invariants) -> None:
     it.gradients(engine("embedding"), learns=True, fresh=True)
 
@@ -41,6 +50,7 @@ BROKEN: dict[str, tuple[Callable[[Invariants], None], Any, tuple[str, ...]]] = {
     "ratio_one": (lambda it: it.on_policy(1.0001, 0.0, 0.2), 1.0001, ("1.0001000",)),
     "nothing_clipped": (lambda it: it.on_policy(1.0, 0.01, 0.2), 0.01, ("1.00%",)),
     "token_count": (lambda it: it.tokens(29, 30), 29, ("29", "30")),
+    "weights_arrived": (copied_in_part, ["weight"], ("weight", "TP2")),
     "gradients": (value_head_forgotten, ["value_head.inner", "value_head.outer"], ("policy",)),
 }
 """How each is broken, the value that breaks it, and how its line shows that."""
@@ -87,10 +97,21 @@ def test_what_holds_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     it = invariants("warn")
     it.same_weights(0.0)
     it.drift(1e-4)
+    it.arrived(holder(bias=[1, 2], norm=[3]), holder(bias=[2, 1, 2]), "in phase 7")
     it.on_policy(1.000009, 0.0, 0.2)
     it.tokens(30, 30)
     it.gradients(engine(*TRAINABLE), learns=True, fresh=True)
     assert not caplog.records
+
+
+def test_a_run_without_the_key_is_not_told_to_set_it() -> None:
+    with refused(InvariantError, key="weights_arrived", offers={}) as found:
+        copied_in_part(Invariants("strict", "fp32", lambda: 6, has_key=False))
+    assert "ppo.invariants" not in found.line
+
+
+def test_what_the_loss_corrects_is_not_checked() -> None:
+    Invariants("strict", "fp32", lambda: 6, corrected=True).drift(1.0)
 
 
 def test_bf16_has_wider_bounds_but_the_reference_is_still_exact() -> None:

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from megarl.errors import ConfigError
+from megarl.errors import ConfigError, InvariantError
 from megarl.models.gpt import GPT
 from megarl.modules.losses import count_targets, cross_entropy
+from megarl.parallel.reshard import Reshard
 from megarl.rollout.guided import guided
 from megarl.rollout.requests import Rollout
 from megarl.rollout.resharded import for_generation, parse_layout
@@ -129,8 +130,26 @@ def test_a_layout_is_written_as_it_is_shown() -> None:
         parse_layout("tp3", 4)
 
 
+def run_without_second_copy(run_dir: Path, *overrides: str) -> tuple[InvariantError, int]:
+    """The error of a run whose second layout gets weights once, and the number of copies that it asked for."""
+    plain, asked = Reshard.refresh, 0
+
+    def refresh(self: Reshard) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            plain(self)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Reshard, "refresh", refresh)
+        with pytest.raises(InvariantError) as found:
+            run_ppo(run_dir, *overrides)
+    return found.value, asked
+
+
 def test_a_run_of_ppo_is_the_same_when_it_generates_in_another_layout(worlds: Worlds, tmp_path: Path) -> None:
-    """Phase for phase: what the second phase draws, the first has trained."""
+    """Phase for phase: what the second phase draws, the first has trained. Had its weights not been copied, the run
+    would have ended there."""
     runs = {"plain": [], "moved": ["rollout.engine.layout=tp2", "rollout.engine.cuda_graphs=true"]}
     for name, settings in runs.items():
         dump = f"rollout.dump={tmp_path / name / 'dump'}"
@@ -141,3 +160,12 @@ def test_a_run_of_ppo_is_the_same_when_it_generates_in_another_layout(worlds: Wo
     losses = [metrics(tmp_path / name, "policy/loss", "value/loss", "train/grad_norm") for name in runs]
     assert len(losses[0]) == 2
     assert losses[1] == [pytest.approx(phase, rel=1e-4, abs=2e-6) for phase in losses[0]]
+    dump = tmp_path / "stale" / "dump"
+    stale = ["parallel.pp=2", "rollout.engine.layout=tp2", f"rollout.dump={dump}"]
+    for error, asked in worlds.run(2, run_without_second_copy, tmp_path / "stale", *stale):
+        offers = {"rollout.engine.layout": [None], "ppo.invariants": ["warn"]}
+        assert_refusal(
+            error, key="weights_arrived", offers=offers, names=("in phase 2", "PP2", "TP2", "decoder.layers")
+        )
+        assert (error.exit_code, asked) == (3, 2)
+    assert [path.name for path in dump.glob("train-*")] == ["train-000000.jsonl"], "the second phase sampled nothing"
