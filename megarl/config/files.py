@@ -24,7 +24,7 @@ from megarl.logging import get_logger, warn_once
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 """Suffixes of files with records; a text file may be compressed, as in .jsonl.gz."""
-WRITTEN = ("run.dir", "export.hf", "rollout.dump", "data.cache")
+WRITTEN = ("run.dir", "export.hf", "export.peft", "rollout.dump", "data.cache")
 """Keys of the files and folders that a run writes."""
 _HUB_DATA = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(:[\w.-]{1,96})?")
 _HUB_MODEL = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")

@@ -20,6 +20,7 @@ from megarl.config.rules import (
     whole_batches,
     whole_replicas,
 )
+from megarl.config.sections.adapter import ADAPTER, AdapterConfig
 from megarl.config.sections.clone import CLONE, CloneConfig
 from megarl.config.sections.data import PromptDataConfig
 from megarl.config.sections.evaluation import EvalConfig
@@ -67,6 +68,7 @@ class TrainingTree(Tree):
     rules: ClassVar[tuple[Rule, ...]] = (model_fits_layout, whole_replicas, whole_batches, tokenizer_is_named)
 
     run: RunConfig = section(RunConfig)
+    adapter: AdapterConfig | None = optional_section(AdapterConfig, ADAPTER)
     optim: OptimConfig = section(OptimConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     export: ExportConfig = section(ExportConfig)

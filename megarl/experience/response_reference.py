@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -61,16 +61,25 @@ class NoReference:
 
 
 class ResidentReference:
-    """A model on the device that computes the log-probs when they are needed."""
+    """A model on the device that computes the log-probs when they are needed.
 
-    def __init__(self, engine: Engine, per_microbatch: int) -> None:
-        self.engine, self.per_microbatch = engine, per_microbatch
+    With `restored`, it is the policy, which has its first weights in that context.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        per_microbatch: int,
+        restored: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.engine, self.per_microbatch, self.restored = engine, per_microbatch, restored
 
     def totals(self, rows: Rows) -> Tensor:
         """Return the sum of the log-probs of each row's response, [rows], by a forward pass."""
-        columns = forward_rows(
-            self.engine, rows, response_logprobs, per_microbatch=self.per_microbatch, share_bins=True
-        )
+        with self.restored():
+            columns = forward_rows(
+                self.engine, rows, response_logprobs, per_microbatch=self.per_microbatch, share_bins=True
+            )
         return (columns["logprobs"].double() * rows.action_mask).sum(dim=1)
 
 

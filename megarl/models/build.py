@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.parallel import ParallelConfig
 from megarl.errors import ConfigError
+from megarl.models.adapters import quantised_linears
 from megarl.models.config import GPTConfig
-from megarl.models.exchange.load import load
+from megarl.models.exchange.load import load, start_adapters
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.parallel.engine import BuildModel, Engine, OptimSpec
@@ -30,12 +31,20 @@ def vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> int:
 
 
 def build_engine(
-    role: Role, grid: Grid, parallel: ParallelConfig, *, precision: str, seed: int, total_steps: int = 0
+    role: Role,
+    grid: Grid,
+    parallel: ParallelConfig,
+    *,
+    precision: str,
+    seed: int,
+    total_steps: int = 0,
+    base: Engine | None = None,
 ) -> Engine:
     """Build a role's engine with the weights of its source, or random weights that are the same in every layout.
 
     Args:
         total_steps: optimizer steps of the whole run, for the learning-rate schedule of a trainable role.
+        base: the engine of `role.base`, whose frozen weights the new engine uses too.
     """
     config = GPTConfig.build(
         role.model,
@@ -44,6 +53,7 @@ def build_engine(
         precision=precision,
         recompute=parallel.recompute,
         kernels=parallel.kernels,
+        adapter=role.adapter,
     )
     source = role.source
     if source is None and role.model.path is not None:
@@ -52,12 +62,31 @@ def build_engine(
 
     def build(*, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPT:
         gpt: GPT = empty(pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
-        gpt.initialise(grid, seed, loaded=source.names if source else (), head_std=role.head_std)
+        stored = role.adapter_source
+        shared = share_frozen(gpt, base.models, role.is_trainable) if base is not None else set()
+        loaded = shared | (source.names if source else set()) | (stored.names if stored else set())
+        gpt.initialise(grid, seed, loaded=loaded, head_std=role.head_std)
         if source is not None:
-            load(gpt, source, grid)
+            load(gpt, source, grid, leave=shared)
+        start_adapters(gpt, stored, grid)
         return gpt
 
     return engine_of(role, grid, build, total_steps)
+
+
+def share_frozen(gpt: GPT, others: Sequence[GPT], is_trainable: Callable[[str], bool]) -> set[str]:
+    """Let a chunk's frozen parameters use the memory of another model's of the same name. Return their names."""
+    theirs = {name: parameter for other in others for name, parameter in other.global_names()}
+    shared = set()
+    for name, parameter in gpt.global_names():
+        if name in theirs and not is_trainable(name):
+            parameter.data = theirs[name].data
+            shared.add(name)
+    stored = {name: linear for other in others for name, linear in quantised_linears(other)}
+    for name, linear in quantised_linears(gpt):
+        linear.quantised, linear.quantised_digest = stored[name].quantised, stored[name].quantised_digest
+        shared.add(name)
+    return shared
 
 
 def empty_model(config: GPTConfig, grid: Grid, heads: Sequence[str]) -> BuildModel:

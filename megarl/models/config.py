@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch import Tensor
 from megarl.config.sections.model import ModelConfig, RopeScalingConfig
 from megarl.parallel.device import device_settings
 from megarl.parallel.layout import Layout
+
+if TYPE_CHECKING:
+    from megarl.models.adapters import AdapterSpec
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -56,6 +59,7 @@ class GPTConfig(TransformerConfig):
     sliding_window: int | None = None
     init_std: float = 0.02
     kernels: str = "auto"
+    adapter: "AdapterSpec | None" = None
 
     @classmethod
     def build(
@@ -67,6 +71,7 @@ class GPTConfig(TransformerConfig):
         precision: str = "fp32",
         recompute: str = "none",
         kernels: str = "auto",
+        adapter: "AdapterSpec | None" = None,
     ) -> "GPTConfig":
         """Build the configuration of a model in a layout; `recompute` and `kernels` are choices of parallel.* keys."""
         scaling = model.rope_scaling or RopeScalingConfig()
@@ -131,6 +136,7 @@ class GPTConfig(TransformerConfig):
             sliding_window=model.sliding_window,
             init_std=model.init_std,
             kernels=kernels,
+            adapter=adapter,
             **choices[recompute],
         )
 

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megarl.models.adapters import ADAPTER, attach, fill, quantised_linears
 from megarl.models.attention import Context, attention_mask
 from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
@@ -33,6 +34,7 @@ from megarl.models.heads import (
     ValueHead,
     head_of,
     is_vocabulary_wide,
+    linear_std,
 )
 from megarl.models.kernels import kernels
 from megarl.models.layer import Layer
@@ -40,8 +42,9 @@ from megarl.models.linear import pad_for_products, product
 from megarl.models.rotary import rotation
 from megarl.parallel.choices import Choices
 from megarl.parallel.grid import Grid
-from megarl.parallel.initialise import initialise
+from megarl.parallel.initialise import draw, initialise, is_sharded
 from megarl.parallel.rows import ModelInputs
+from megarl.parallel.shards import sharded_tensor
 from megarl.parallel.vocab import VocabShard, VocabStats, padded_vocab, vocab_stats
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -111,7 +114,7 @@ class GPT(LanguageModule):
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = config.tie_embeddings and "lm" in heads
-        self.tp_group = grid.groups.tp
+        self.groups, self.tp_group = grid.groups, grid.groups.tp
         rows = padded_vocab(config.vocab_size, grid.layout.tp)
         self.shard = VocabShard.of(config.vocab_size, grid.tp_rank, grid.layout.tp, grid.groups.tp)
         if pre_process:
@@ -145,6 +148,8 @@ class GPT(LanguageModule):
             pg_collection=grid.groups,
             vp_stage=vp_stage,
         )
+        if config.adapter is not None:
+            attach(self.decoder.layers, config.adapter, config, grid.groups.tp)
         if post_process and "lm" in heads:
             self.output_layer = OutputLayer(
                 config.hidden_size,
@@ -320,10 +325,24 @@ class GPT(LanguageModule):
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return Megatron's description of this chunk's weight shards; Megatron's own method expects an output
-        layer."""
+        layer. With adapters, it describes these and the heads alone: the weights beside them never change."""
+        if self.config.adapter is not None:
+            absent = self.not_stored()
+            names = {id(parameter): name for name, parameter in self.global_names()}
+            return {
+                name: sharded_tensor(names[id(parameter)], parameter, self.groups)
+                for name, parameter in self.named_parameters()
+                if name not in absent
+            }
         if "lm" in self.heads:
             return super().sharded_state_dict(*args, **kwargs)
         return super(LanguageModule, self).sharded_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def not_stored(self) -> set[str]:
+        """Return the names in this chunk of the parameters that checkpoints do not contain: those beside adapters."""
+        if self.config.adapter is None:
+            return set()
+        return {name for name, _ in self.named_parameters() if ADAPTER not in name and head_of(name) is None}
 
     def global_names(self) -> list[tuple[str, nn.Parameter]]:
         """Return parameters by their names in the whole model: layers counted from 0, a tied output as embedding."""
@@ -352,9 +371,17 @@ class GPT(LanguageModule):
                 return None
             if name.endswith(".bias"):
                 return 0.0
+            if ADAPTER in name:
+                down = name.endswith(".down")
+                return linear_std(parameter, tp=grid.layout.tp if is_sharded(parameter) else 1) if down else 0.0
             if head := head_of(name):
                 return head.std(parameter) if head_std is None else head_std
             return deep if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else self.config.init_std
+
+        for name, linear in quantised_linears(self):
+            deviation = std(name, linear.weight_like)
+            if name not in loaded and deviation is not None:
+                fill(linear, draw(name, linear.weight_like, seed, deviation, grid.layout.tp))
 
         def drawn_as(name: str) -> str:
             """Return the name whose random values are used: a target head starts as the head that it tracks."""

@@ -196,6 +196,7 @@ def is_vocabulary_wide(parameter: str) -> bool:
     return head is not None and head.vocabulary_wide is not None and f".{head.vocabulary_wide}." in parameter
 
 
-def linear_std(weight: Tensor) -> float:
-    """Return the standard deviation of the initial weights of torch's linear layers, from the number of inputs."""
-    return float((3 * weight.shape[1]) ** -0.5)
+def linear_std(weight: Tensor, tp: int = 1) -> float:
+    """Return the standard deviation of the initial weights of torch's linear layers, from the number of inputs, which
+    may be split over `tp` ranks."""
+    return float((3 * weight.shape[1] * tp) ** -0.5)

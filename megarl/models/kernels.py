@@ -1,13 +1,14 @@
 """Choose the classes of linear layers, norms and word embedding: Transformer Engine's or Apex's if requested and
 importable, else Megatron's or megarl's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 from megarl.errors import UnavailableError
+from megarl.models.adapters import adaptable
 from megarl.models.linear import ColumnLinear, RowLinear, WordEmbedding
 from megarl.models.norm import LayerNorm, RMSNorm
 from megarl.parallel.device import device_settings
@@ -15,7 +16,7 @@ from megarl.parallel.device import device_settings
 
 @dataclass(frozen=True)
 class Kernels:
-    """Classes with Megatron's constructor signatures."""
+    """Classes with Megatron's constructor signatures. Linear layers can have adapters."""
 
     column: type
     row: type
@@ -35,6 +36,11 @@ def kernels(kind: str = "auto") -> Kernels:
 
 @cache
 def _kernels(kind: str, cpu_layers: bool) -> Kernels:
+    found = _choose(kind, cpu_layers)
+    return replace(found, column=adaptable(found.column), row=adaptable(found.row))
+
+
+def _choose(kind: str, cpu_layers: bool) -> Kernels:
     if cpu_layers and kind in ("torch", "auto"):
         return Kernels(ColumnLinear, RowLinear, LayerNorm, RMSNorm, words=WordEmbedding)
     plain = Kernels(ColumnParallelLinear, RowParallelLinear, LayerNorm, RMSNorm)

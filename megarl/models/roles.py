@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.optim import OptimConfig
+from megarl.models.adapters import ADAPTER, AdapterSpec
 from megarl.models.heads import head_of
 
 if TYPE_CHECKING:
+    from megarl.models.exchange.adapters import StoredAdapter
     from megarl.models.exchange.source import Source
 
 
@@ -31,6 +33,9 @@ class Role:
             None: its weights stay on the device.
         follows: whether its weights are those that the policy had earlier, so that checkpoints must have them.
         head_std: standard deviation of the initial weights of heads that the source lacks. None: that of the head.
+        adapter: the adapters beside its weights; None: there are none.
+        base: the role whose weights beside its adapters it uses. None: it has its own.
+        adapter_source: the stored adapter whose factors it starts from. None: factors that change nothing.
     """
 
     name: str
@@ -44,6 +49,9 @@ class Role:
     swaps_with: str | None = None
     follows: bool = False
     head_std: float | None = None
+    adapter: AdapterSpec | None = None
+    base: str | None = None
+    adapter_source: StoredAdapter | None = field(default=None, repr=False, compare=False)
 
     @property
     def trains(self) -> bool:
@@ -69,11 +77,14 @@ class Role:
         """Return whether a parameter trains, by its global name.
 
         With `model.num_layers_unfrozen`, only that many of the last layers, the final norm and the heads train. The
-        embedding counts as below the layers, also if it is tied to the output.
+        embedding counts as below the layers, also if it is tied to the output. With adapters, these and the heads
+        train.
         """
         head = head_of(parameter)
         if head is not None:
             return head.trainable
+        if self.adapter is not None:
+            return ADAPTER in parameter
         unfrozen = self.model.num_layers_unfrozen
         if unfrozen < 0:
             return True

@@ -2,7 +2,7 @@
 timers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from megarl.config.cluster import PlanConfig
 from megarl.config.files import load_chat_template
 from megarl.errors import CheckpointError
 from megarl.logging import get_logger
+from megarl.models.adapters import frozen_digests
 from megarl.models.build import build_engine, vocabulary
-from megarl.models.exchange.card import ModelCard
+from megarl.models.exchange.card import AdapterCard, ModelCard
 from megarl.models.exchange.pretrained import Sources
 from megarl.models.roles import Role
 from megarl.modules.workload import Workload
@@ -82,6 +83,7 @@ class Module(LightningModule):
         self.last_batch: list[Microbatch] = []
         self.samples: list[dict[str, Any]] = []
         self.baseline: dict[str, float] = {}  # metrics of the evaluation before the first step
+        self.frozen: dict[str, dict[str, int]] = {}  # checksums of weights beside adapters, by engine and name
         self.card: ModelCard | None = None  # describes the policy in checkpoints
         if config is not None and tokenizer is not None:
             self.vocab_size = vocabulary(config.model, tokenizer)
@@ -137,14 +139,26 @@ class Module(LightningModule):
             total_steps: optimizer steps of the whole run.
             seed: seed of the random weights; None for the run's seed.
         """
-        return build_engine(
+        engine = build_engine(
             role,
             self.grid,
             self.config.parallel,
             precision=self.config.trainer.precision,
             seed=self.config.seed if seed is None else seed,
             total_steps=total_steps,
+            base=None if role.base is None else self.engines[role.base],
         )
+        if role.adapter is not None and role.saved:
+            self._describe_adapter(role, engine)
+        return engine
+
+    def _describe_adapter(self, role: Role, engine: Engine) -> None:
+        """Keep checksums of the weights beside an engine's adapters, which checkpoints do not contain, and describe the
+        policy's adapters in its card."""
+        self.frozen[role.name] = frozen_digests(engine)
+        if self.card is not None and role.name == "policy":
+            adapter = AdapterCard.of(role, self.frozen[role.name], engine.config.params_dtype)
+            self.card = replace(self.card, adapter=adapter)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return one optimizer that steps all engines."""
@@ -197,16 +211,35 @@ class Module(LightningModule):
         checkpoint["clock"] = self.clock.state_dict()
         if self.card is not None:
             checkpoint["model"] = self.card.plain()
+        if self.frozen:
+            checkpoint["frozen"] = self.frozen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters and timers. Refuse a checkpoint that this run cannot resume from, before weights are
         restored."""
         if "run" in checkpoint and self.tokenizer is not None:
             self._compare(checkpoint["run"], checkpoint.get("model") or {}, checkpoint["folder"])
+        self._compare_frozen(checkpoint.get("frozen", {}), checkpoint["folder"])
         self.steps_done = checkpoint["consumed"]
         self.rows_read = checkpoint.get("rows", self.steps_done * self.rows_per_step)
         self.weights_version = checkpoint.get("weights_version", self.steps_done)
         self.clock.load_state_dict(checkpoint["clock"])
+
+    def _compare_frozen(self, saved: dict[str, dict[str, int]], folder: str) -> None:
+        """Refuse a checkpoint whose adapters were trained beside other weights than this run has."""
+        for engine in saved.keys() & self.frozen.keys():
+            before, now = saved[engine], self.frozen[engine]
+            wrong = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+            if wrong:
+                path = self.config.model.path
+                raise CheckpointError(
+                    f"the adapters in the checkpoint {folder} were trained beside other weights than "
+                    f"{'seed' if path is None else 'model.path'}={self.config.seed if path is None else path} gives "
+                    f"({wrong[0]} and {len(wrong) - 1} more tensors differ): name the model that the run started with",
+                    key="model.path",
+                    value=path,
+                    where=folder,
+                )
 
     def _compare(self, saved: dict[str, Any], card: dict[str, Any], folder: str) -> None:
         """Log how this run's configuration differs from the checkpoint's, or refuse the checkpoint."""

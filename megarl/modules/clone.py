@@ -14,7 +14,7 @@ from megarl.data.prompts import prompt_format
 from megarl.data.sources import read_records
 from megarl.logging import get_logger
 from megarl.models.build import build_engine
-from megarl.models.exchange.pretrained import Sources
+from megarl.models.exchange.pretrained import Sources, adapters
 from megarl.models.roles import Role
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel.engine import Engine
@@ -46,7 +46,13 @@ def clone_behaviour(
     settings = replace(config.optim, lr=clone.lr, schedule="constant", warmup_steps=0)
     source = sources.at(config.model.path)
     student = build_engine(
-        Role("clone", config.model, vocab_size, optim=settings, lr_key="clone.lr", source=source),
+        Role(
+            *("clone", config.model, vocab_size),
+            optim=settings,
+            lr_key="clone.lr",
+            source=source,
+            **adapters(config, sources, config.model),
+        ),
         grid,
         config.parallel,
         precision=config.trainer.precision,

@@ -16,7 +16,7 @@ from megarl.data.offline import build_offline_loader, open_store
 from megarl.data.prompts import Prompt
 from megarl.experience.build_scorers import reward_roles
 from megarl.experience.rows import training_flops
-from megarl.models.exchange.pretrained import Sources
+from megarl.models.exchange.pretrained import Sources, adapters
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.generative import GenerativeModule
@@ -56,6 +56,7 @@ class ILQL(GenerativeModule):
             optim=config.optim,
             source=sources.at(config.model.path),
             about="trains, with Q heads, their targets and V",
+            **adapters(config, sources, config.model),
         )
         return [policy, *reward_roles(config, sources)]
 

@@ -20,7 +20,7 @@ from megarl.data.prompts import Prompt
 from megarl.experience.action_mask import ActionMask
 from megarl.experience.collection import Collected, Scored, collect, mean, no_spread
 from megarl.experience.invariants import Invariants
-from megarl.experience.reference import Reference, SwappedReference
+from megarl.experience.reference import PolicyReference, Reference
 from megarl.experience.rows import forward_rows, rollouts_to_rows, training_flops
 from megarl.experience.shaping import Shaping
 from megarl.experience.start_weights import keep, take
@@ -162,7 +162,7 @@ class PPO(GenerativeModule):
 
     def _make_reference(self) -> Reference:
         """Copy the policy's present weights as the reference."""
-        return SwappedReference(self.policy, self._logprobs_of)
+        return PolicyReference(self.policy, self._logprobs_of)
 
     def _starts_otherwise(self, started_as: PPOConfig) -> bool:
         """Return whether the run's first weights differ from those that this configuration gives a new run."""

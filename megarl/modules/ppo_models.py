@@ -8,8 +8,9 @@ from megarl.config.advantages import critic_kind
 from megarl.config.cluster import PlanConfig
 from megarl.config.ppo import PPOConfig
 from megarl.experience.build_scorers import reward_roles
-from megarl.models.exchange.pretrained import Sources, second_model
+from megarl.models.exchange.pretrained import Sources, adapters, second_model
 from megarl.models.roles import Role
+from megarl.modules.clone import clones
 from megarl.modules.workload import Workload, responses, reward_note
 
 
@@ -19,15 +20,18 @@ def roles(config: PPOConfig, vocab_size: int, sources: Sources) -> list[Role]:
     critic = critic_kind(config)
     heads = ("lm", "value") if critic == "shared" else ("lm",)
     about = "trains and generates"
-    roles = [Role("policy", model, vocab_size, heads, optim=config.optim, source=source, about=about)]
+    own = adapters(config, sources, model)
+    roles = [Role("policy", model, vocab_size, heads, optim=config.optim, source=source, about=about, **own)]
     if config.ppo.action_mask is not None:
         about = "decides which tokens may be chosen, an earlier copy of the policy"
-        roles.append(Role("action_mask", model, vocab_size, source=source, about=about, follows=True))
+        roles.append(Role("action_mask", model, vocab_size, source=source, about=about, follows=True, **own))
     if critic == "separate":
         roles.append(_critic(config, vocab_size, sources))
     if config.ppo.kl_coef > 0:
         about = "the policy's first weights, in host memory"
-        roles.append(Role("reference", model, vocab_size, source=source, about=about, swaps_with="policy"))
+        if own and own["adapter_source"] is None and not clones(config):
+            about = "the policy without its adapters"
+        roles.append(Role("reference", model, vocab_size, source=source, about=about, swaps_with="policy", **own))
     return [*roles, *reward_roles(config, sources)]
 
 
@@ -63,5 +67,7 @@ def _critic(config: PPOConfig, vocab_size: int, sources: Sources) -> Role:
         optim=replace(config.optim, lr=lr),
         lr_key="optim.lr" if critic.lr is None else "critic.separate.lr",
         source=sources.at(critic.path or config.model.path),
-        about="trains, a separate model",
+        about="trains, a separate model" if config.adapter is None else "trains, adapters and a head of its own",
+        base="policy" if config.adapter is not None and critic.path is None and not config.parallel.offload else None,
+        **adapters(config, sources, model, starts=False),
     )

@@ -13,6 +13,7 @@ from megarl.config.preference import PreferenceTree
 from megarl.config.sections.data import LabelledDataConfig
 from megarl.data.pairs import ResponseData
 from megarl.errors import CheckpointError, ConfigError
+from megarl.experience.reference import FirstWeights
 from megarl.experience.response_reference import (
     TOLERANCES,
     CachedReference,
@@ -22,7 +23,7 @@ from megarl.experience.response_reference import (
     reference_name,
 )
 from megarl.models.exchange.load import no_output_layer
-from megarl.models.exchange.pretrained import Sources, second_model
+from megarl.models.exchange.pretrained import Sources, adapters, second_model
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.units import UnitModule, named
@@ -103,8 +104,9 @@ class Preference(UnitModule):
     def roles(config: PreferenceTree, vocab_size: int, sources: Sources) -> list[Role]:
         """Return the policy, and the reference if it stays on the device."""
         source = sources.at(config.model.path)
-        roles = [Role("policy", config.model, vocab_size, optim=config.optim, source=source, about="trains")]
-        if config.reference.reference == "resident":
+        own = adapters(config, sources, config.model)
+        roles = [Role("policy", config.model, vocab_size, optim=config.optim, source=source, about="trains", **own)]
+        if config.reference.reference == "resident" and not is_policys_own(config):
             roles.append(reference_role(config, vocab_size, sources))
         return roles
 
@@ -127,7 +129,12 @@ class Preference(UnitModule):
 
     def _make_reference(self) -> ResponseReference:
         settings, per_microbatch = self.config.reference, self._rows_per_microbatch
-        if settings.reference == "resident":
+        if is_policys_own(self.config):
+            first = FirstWeights(self.policy)
+            self.reference_digest = first.digest
+            if settings.reference == "resident":
+                return ResidentReference(self.policy, per_microbatch, first.restored)
+        elif settings.reference == "resident":
             self.reference_digest = weights_digest(self.engines["reference"])
             return ResidentReference(self.engines["reference"], per_microbatch)
         if settings.reference == "none":
@@ -136,7 +143,7 @@ class Preference(UnitModule):
         if settings.reference_path is not None:
             role = reference_role(self.config, self.vocab_size, self.sources)
             engine, model = self.build(role), role.model
-        self.reference_digest = weights_digest(engine)
+        self.reference_digest = self.reference_digest or weights_digest(engine)
         name = reference_name(self.reference_digest, model, self.config.trainer.precision)
         tolerance = TOLERANCES[self.config.trainer.precision]
         cached = CachedReference(engine, settings.cache, name, per_microbatch, tolerance, f"{self.config.own}.cache")
@@ -290,6 +297,12 @@ def with_prompts(rows: Rows, columns: dict[str, Tensor]) -> Rows:
     time = torch.arange(mask.shape[1])
     mask[0::2] = ((time > 0) & (time < rows.lengths[0::2, None])).to(mask.dtype)
     return replace(rows, action_mask=mask).with_columns(**columns)
+
+
+def is_policys_own(config: PreferenceTree) -> bool:
+    """Return whether the reference is the policy as it started, whose weights beside its adapters never change."""
+    settings = config.reference
+    return config.adapter is not None and settings.reference != "none" and settings.reference_path is None
 
 
 def reference_role(config: PreferenceTree, vocab_size: int, sources: Sources) -> Role:

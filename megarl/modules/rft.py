@@ -14,7 +14,7 @@ from megarl.config.rft import RFTConfig
 from megarl.errors import ConfigError
 from megarl.experience.build_scorers import reward_roles
 from megarl.experience.rows import rollouts_to_rows, training_flops
-from megarl.models.exchange.pretrained import Sources
+from megarl.models.exchange.pretrained import Sources, adapters
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour, clones
 from megarl.modules.generative import GenerativeModule
@@ -45,7 +45,8 @@ class RFT(GenerativeModule):
         """Return the policy, and the reward model if there is one."""
         source = sources.at(config.model.path)
         about = "trains and generates"
-        policy = Role("policy", config.model, vocab_size, optim=config.optim, source=source, about=about)
+        own = adapters(config, sources, config.model)
+        policy = Role("policy", config.model, vocab_size, optim=config.optim, source=source, about=about, **own)
         return [policy, *reward_roles(config, sources)]
 
     @staticmethod

@@ -14,7 +14,7 @@ from megarl.disk import write_atomically
 from megarl.experience.calibration import Calibration
 from megarl.experience.rows import at_last, score_rows
 from megarl.logging import get_logger
-from megarl.models.exchange.pretrained import Sources
+from megarl.models.exchange.pretrained import Sources, adapters
 from megarl.models.exchange.source import checked_moments
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
@@ -58,7 +58,7 @@ class RewardModel(UnitModule):
         """Return one model with a score head."""
         source = sources.at(config.model.path)
         role = Role("policy", config.model, vocab_size, ("score",), optim=config.optim, source=source, about="trains")
-        return [replace(role, head_std=config.rm.init_std)]
+        return [replace(role, head_std=config.rm.init_std, **adapters(config, sources, config.model))]
 
     @staticmethod
     def plan(config: RewardModelConfig, assumed: PlanConfig) -> Workload:

@@ -12,7 +12,7 @@ from megarl.data.agreement import refuse_different_data
 from megarl.data.build import build_sft_data, build_train_loader
 from megarl.data.dataset import PackedDataset, SFTDataset
 from megarl.data.order import EvalLoader
-from megarl.models.exchange.pretrained import Sources
+from megarl.models.exchange.pretrained import Sources, adapters
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
@@ -38,7 +38,8 @@ class SFT(Module):
     def roles(config: SFTConfig, vocab_size: int, sources: Sources) -> list[Role]:
         """Return one model, the policy."""
         source = sources.at(config.model.path)
-        return [Role("policy", config.model, vocab_size, optim=config.optim, source=source, about="trains")]
+        own = adapters(config, sources, config.model)
+        return [Role("policy", config.model, vocab_size, optim=config.optim, source=source, about="trains", **own)]
 
     @staticmethod
     def plan(config: SFTConfig, assumed: PlanConfig) -> Workload:

@@ -476,7 +476,8 @@ def _load_weights(model: Any, state: dict[str, Any]) -> None:
     """Load a chunk's weights. Extra state of Transformer Engine's layers is empty without FP8 and not saved in
     checkpoints, so each layer keeps its present one."""
     missing, unexpected = model.load_state_dict(state, strict=False)
-    wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
+    absent = model.not_stored()
+    wrong = [name for name in (*missing, *unexpected) if name not in absent and not name.endswith("_extra_state")]
     if wrong:
         raise CheckpointError(
             f"the checkpoint and the model do not have the same tensors: {', '.join(wrong[:3])}", key=wrong[0]

@@ -33,11 +33,11 @@ def initialise(
                 parameter.zero_()
             else:
                 parameter.copy_(
-                    local_slice(_draw(name, parameter, seed, deviation, tp, full_rows(name)), parameter, tp_rank, tp)
+                    local_slice(draw(name, parameter, seed, deviation, tp, full_rows(name)), parameter, tp_rank, tp)
                 )
 
 
-def _draw(name: str, parameter: nn.Parameter, seed: int, std: float, tp: int, rows: int | None) -> Tensor:
+def draw(name: str, parameter: Tensor, seed: int, std: float, tp: int, rows: int | None = None) -> Tensor:
     """Sample the whole tensor, with zeros in padded rows."""
     shape = list(parameter.shape)
     if is_sharded(parameter):

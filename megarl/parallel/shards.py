@@ -20,6 +20,9 @@ from megatron.core.dist_checkpointing.dict_utils import (
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,6 +32,7 @@ from megarl.disk import shown
 from megarl.errors import CheckpointError, MegarlError, NumericsError
 from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
+from megarl.parallel.initialise import is_sharded, partition_dim
 
 T = TypeVar("T")
 _FIRST_EXIT_S = 1.0  # let the first rank exit first: launchers report the first that exits
@@ -206,6 +210,17 @@ def read_whole(parts: Sequence[Part], folder: Path) -> dict[str, Tensor]:
         target = whole.setdefault(part.key, torch.empty(part.tensor_shape, dtype=piece.dtype))
         target[tuple(slice(at, at + length) for at, length in zip(part.offset, part.shape, strict=True))] = piece
     return whole
+
+
+def sharded_tensor(key: str, parameter: Tensor, groups: ProcessGroupCollection) -> Any:
+    """Return Megatron's description of this rank's slice of a parameter, from the attributes that say how it is cut."""
+    where: dict[str, Any] = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
+    if not is_sharded(parameter):
+        return make_sharded_tensor_for_checkpoint(parameter, key, **where)
+    whole = make_tp_sharded_tensor_for_checkpoint(parameter, key, partition_dim(parameter), **where)
+    if getattr(parameter, "partition_stride", 1) == 1:
+        return whole
+    return apply_swiglu_sharded_factory(whole, ())  # two blocks, each split over the ranks
 
 
 def check_complete(parts: Sequence[Part], folder: Path) -> None:

@@ -75,8 +75,8 @@ def _owned(config: Any, run_dir: Path) -> Iterator[RunLock]:
         dump = config.rollout.dump if hasattr(config, "rollout") else None
         if dump is not None:
             stack.enter_context(owned(local(dump), timeout_s, key="rollout.dump"))
-        if config.export.hf is not None:
-            stack.enter_context(owned(local(config.export.hf), timeout_s, key="export.hf", beside=True))
+        for key, folder in config.export.folders.items():
+            stack.enter_context(owned(local(folder), timeout_s, key=key, beside=True))
         yield lock
 
 
@@ -85,9 +85,10 @@ def _train(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, 
     with _writing(run_dir):
         setup(run_dir, rank=process_number(), debug=config.debug)
     config, sources = resolve_pretrained(config)
-    if config.export.hf is not None:
-        refuse_existing(local(config.export.hf))
-        require_family(config.model, family_name(sources.at(config.model.path)), "export.hf")
+    for exported in config.export.folders.values():
+        refuse_existing(local(exported))
+    if config.export.folders:
+        require_family(config.model, family_name(sources.at(config.model.path)), next(iter(config.export.folders)))
     quiet()
     resolved = asdict(config)
     if process_number() == 0:

@@ -86,7 +86,7 @@ def _callbacks(
         checkpoints,
         preemption,
         HeartbeatCallback(run_dir),
-        *([Export(config.export.hf)] if config.export.hf is not None else []),
+        *([Export(config.export.hf, config.export.peft)] if config.export.hf or config.export.peft else []),
         Samples(run_dir),
         collapse,
         Summary(run_dir, collapse),

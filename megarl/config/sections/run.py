@@ -131,5 +131,16 @@ class ExportConfig(Section):
     hf: str | None = leaf(
         None,
         "Folder, which must not exist yet, for the trained model in the format of Hugging Face transformers (null: no"
-        " export). A run that stops early does not write it; its resume does.",
+        " export). A run that stops early does not write it; its resume does. Adapters are merged into the weights.",
     )
+    peft: str | None = leaf(
+        None,
+        "Folder, which must not exist yet, for the trained adapter in the format of PEFT (null: no export). Needs "
+        "adapter.*.",
+    )
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The folders to export to, by key."""
+        named = {"export.hf": self.hf, "export.peft": self.peft}
+        return {key: folder for key, folder in named.items() if folder is not None}

@@ -15,6 +15,7 @@ from megarl.config.sections.model import ModelConfig
 from megarl.disk import temp_sibling
 from megarl.errors import CheckpointError, MegarlError, NumericsError
 from megarl.logging import get_logger
+from megarl.models.adapters import ADAPTER, changed_linears, present_weight, weight_of
 from megarl.models.exchange.families import family_for
 from megarl.models.exchange.family import Json, Mapped
 from megarl.models.exchange.parameters import TRUNK
@@ -72,14 +73,15 @@ def export(
 
     Each pipeline stage writes its own files through its first rank. Parameters beyond the language model go into a
     separate file, from which `model.path` reads them; the score head of a reward model, in the place of the output
-    layer. Generation settings contain the stop tokens of `chat_template`
+    layer. Adapters are merged into the weights. Generation settings contain the stop tokens of `chat_template`
     (None: the tokenizer's own).
     """
     grid = engine.grid
     kind = family_for(model, family)
     scores = "score" in engine.models[0].heads
     mapping = kind.mapping(model, vocab_size, scores=scores)
-    local = dict(engine.parameters())
+    local: dict[str, Any] = {name: value for name, value in engine.parameters() if ADAPTER not in name}
+    local |= {name: Merged(linear) for name, linear in changed_linears(engine.models)}
     here = {name: _whole_shape(parameter, grid.layout.tp) for name, parameter in local.items()}
     dtypes = {name: parameter.dtype for name, parameter in local.items()}
     found = grid.gather((grid.pp_rank, here, dtypes))
@@ -98,14 +100,21 @@ def export(
         config |= _of_reward_model(config, score_moments, reward_kind)
     aside = temp_sibling(folder)
     grid.run_on_rank0(lambda: prepare(folder, aside))
-    try:
+    with removed_on_error(aside, grid):
         run_on_all_ranks(grid, lambda: _write_stage(plan, mapping, heads, local, dtype, aside, grid))
         grid.run_on_rank0(lambda: _finish(folder, aside, plan, mapping, config, tokenizer, chat_template))
+    log.info("exported to %s as %s: %d tensors in %d files", folder, kind.name, len(mapping), len(plan))
+
+
+@contextmanager
+def removed_on_error(aside: Path, grid: Grid | None = None) -> Iterator[None]:
+    """Remove an unfinished folder if the block fails; with a grid, on the first rank."""
+    try:
+        yield
     except Exception:
-        if grid.rank == 0:
+        if grid is None or grid.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise
-    log.info("exported to %s as %s: %d tensors in %d files", folder, kind.name, len(mapping), len(plan))
 
 
 def write_folder(
@@ -248,20 +257,37 @@ def _write_stage(
         names = iter(file.parameters)
         if problem is None and grid.tp_rank == 0:
             try:
-                _write_file(aside, file, names, lambda name: _gathered(local[name], grid), mapping, heads, dtype)
+                _write_file(aside, file, names, lambda name: gathered(local[name], grid), mapping, heads, dtype)
             except Exception as caught:  # the other ranks keep sending, so this one must keep receiving
                 problem = caught
         for name in names:
-            _gathered(local[name], grid)
+            gathered(local[name], grid)
     if isinstance(problem, OSError):
         raise unwritten(aside, problem) from None
     if problem is not None:
         raise problem
 
 
-def _gathered(parameter: Tensor, grid: Grid) -> Tensor | None:
+class Merged:
+    """The weight of a linear layer with its adapter, made when it is written: a slice like that of a parameter."""
+
+    def __init__(self, linear: Any) -> None:
+        self.linear = linear
+        like = weight_of(linear)
+        self.shape, self.dtype = like.shape, like.dtype
+        for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+            setattr(self, name, getattr(like, name))
+
+    def detach(self) -> Tensor:
+        """Return this rank's slice of the merged weight, in the model's dtype."""
+        linear = self.linear
+        whole = present_weight(linear) if linear.adapter is None else linear.adapter.merged(linear)
+        return whole.to(self.dtype)
+
+
+def gathered(parameter: Any, grid: Grid) -> Tensor | None:
     """Return the whole parameter in host memory on the first tensor-parallel rank, and None on the others."""
-    value = parameter.detach()
+    value: Tensor = parameter.detach()
     if not is_sharded(parameter) or grid.layout.tp == 1:
         return value.cpu() if grid.tp_rank == 0 else None
     group = grid.groups.tp
@@ -382,7 +408,7 @@ def _write_json(path: Path, values: Json) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _whole_shape(parameter: Tensor, tp: int) -> tuple[int, ...]:
+def _whole_shape(parameter: Any, tp: int) -> tuple[int, ...]:
     shape = list(parameter.shape)
     if is_sharded(parameter):
         shape[partition_dim(parameter)] *= tp

@@ -7,16 +7,18 @@ from typing import Protocol
 
 import torch
 
-from megarl.checkpoint import MANIFEST, find
+from megarl.checkpoint import MANIFEST, find, plain_content
 from megarl.config.files import require_weights
 from megarl.disk import exists, is_file, local
-from megarl.errors import CheckpointError, UnavailableError, first_line
+from megarl.errors import CheckpointError, ConfigError, MegarlError, UnavailableError, first_line
 from megarl.logging import get_logger
+from megarl.models.exchange.adapters import ADAPTER_CONFIG, PeftAdapter, family_of_parts
 from megarl.models.exchange.checkpoints import write_checkpoint
 from megarl.models.exchange.export import write_folder
+from megarl.models.exchange.merged import CheckpointAdapter, MergedSource
 from megarl.models.exchange.nemo import NemoSource
 from megarl.models.exchange.nemo_write import write_nemo
-from megarl.models.exchange.source import CONFIG, CheckpointSource, HuggingFaceSource, Source
+from megarl.models.exchange.source import CONFIG, CheckpointSource, HuggingFaceSource, Source, family_name
 
 log = get_logger(__name__)
 _WEIGHTS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -60,12 +62,81 @@ def _is_checkpoint(path: Path) -> bool:
     return is_file(path / MANIFEST) or bool(find(path) or find(path / "checkpoints"))
 
 
+def _open_checkpoint(path: Path) -> Source:
+    """Open a checkpoint; one of a run with an adapter is read with the model that it was trained beside."""
+    folder = _newest(path)
+    return with_base(CheckpointAdapter(folder)) if has_adapter(folder) else CheckpointSource(folder)
+
+
+def has_adapter(folder: Path) -> bool:
+    """Return whether a megarl checkpoint contains an adapter instead of a whole model."""
+    card = plain_content(folder)[0].get("model")
+    return isinstance(card, dict) and card.get("adapter") is not None
+
+
+def with_base(adapter: PeftAdapter | CheckpointAdapter) -> MergedSource:
+    """Open the model that an adapter was trained beside."""
+    remedy = (
+        f"python -m megarl.convert from=MODEL adapter={adapter.path} to=FOLDER merges it with a model that you name"
+    )
+    if adapter.base is None:
+        raise CheckpointError(
+            f"{adapter.path} is an adapter and does not say of which model: {remedy}", key="base", where=adapter.path
+        )
+    try:
+        base = open_source(adapter.base)
+    except MegarlError as problem:
+        raise CheckpointError(
+            f"{adapter.path} is an adapter of {adapter.base}, which cannot be opened ({problem}): {remedy}",
+            key="base",
+            value=adapter.base,
+            where=adapter.path,
+        ) from None
+    return merged(base, adapter)
+
+
+def merged(base: Source, adapter: PeftAdapter | CheckpointAdapter) -> MergedSource:
+    """Return a stored model with an adapter. Raise if they do not fit."""
+    if isinstance(adapter, PeftAdapter):
+        adapter.fit(base.model, family_of_parts(base.model, family_name(base)))
+    return MergedSource(base, adapter)
+
+
+def open_adapter(path: str | Path) -> PeftAdapter | CheckpointAdapter:
+    """Open the adapter at a path: a PEFT folder, a hub name, or a megarl checkpoint or run folder."""
+    folder = resolve(str(path))
+    if is_file(folder / ADAPTER_CONFIG):
+        return PeftAdapter(folder)
+    if _is_checkpoint(folder) and has_adapter(_newest(folder)):
+        return CheckpointAdapter(_newest(folder))
+    raise CheckpointError(
+        f"{folder} contains no adapter: neither a PEFT folder (with {ADAPTER_CONFIG}) nor a checkpoint of a run with "
+        "adapter.*",
+        where=folder,
+    )
+
+
+def _refuse_to_write(*_: object, **__: object) -> None:
+    raise ConfigError(
+        "format=peft cannot be converted to: a whole model is no adapter",
+        key="format",
+        value="peft",
+        offers={"format": ["huggingface", "megarl"]},
+    )
+
+
 FORMATS: dict[str, Format] = {
     known.name: known
     for known in (
-        Format("megarl", _is_checkpoint, lambda path: CheckpointSource(_newest(path)), write_checkpoint),
+        Format("megarl", _is_checkpoint, _open_checkpoint, write_checkpoint),
         Format("nemo", lambda path: path.suffix == ".nemo" and is_file(path), NemoSource, write_nemo),
         Format("huggingface", lambda path: is_file(path / CONFIG), HuggingFaceSource, write_folder),
+        Format(
+            "peft",
+            lambda path: is_file(path / ADAPTER_CONFIG),
+            lambda path: with_base(PeftAdapter(path)),
+            _refuse_to_write,
+        ),
     )
 }
 

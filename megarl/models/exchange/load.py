@@ -1,5 +1,6 @@
 """Load a stored model into the shards of a built one: each rank keeps its slice of one tensor after another."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -7,6 +8,9 @@ from torch import nn
 
 from megarl.disk import shown
 from megarl.errors import CheckpointError, NumericsError
+from megarl.models.adapters import ADAPTER, adapted, quantised_linears
+from megarl.models.adapters import fill as quantise_into
+from megarl.models.exchange.adapters import StoredAdapter
 from megarl.models.exchange.parameters import TRUNK, VOCABULARY
 from megarl.models.exchange.source import Source
 from megarl.models.heads import is_vocabulary_wide
@@ -17,13 +21,19 @@ from megarl.parallel.shards import run_on_all_ranks
 
 
 @torch.no_grad()
-def load(chunk: Any, source: Source, grid: Grid) -> None:
+def load(chunk: Any, source: Source, grid: Grid, leave: Collection[str] = ()) -> None:
     """Fill a chunk's parameters in place, before gradient buffers and optimizers are made from them.
 
     Heads that the source lacks keep their values. Host memory beyond the shards is that of one tensor. All ranks call
     this together, and all raise if one of them fails.
+
+    Args:
+        chunk: a model's chunk.
+        source: the stored model.
+        grid: the grid that the chunk is built on.
+        leave: names of parameters that have their values already.
     """
-    held = source.names
+    held = source.names - set(leave)
     if "lm" in chunk.heads and not source.has_output:
         raise no_output_layer("model.path", str(source.path))
 
@@ -32,10 +42,17 @@ def load(chunk: Any, source: Source, grid: Grid) -> None:
             if name in held:
                 _fill(name, parameter, source, grid.tp_rank, grid.layout.tp)
                 _refuse_not_finite(name, parameter, source)
-            elif name.startswith(TRUNK):
+            elif name.startswith(TRUNK) and ADAPTER not in name and name not in leave:
                 raise CheckpointError(
                     f"{source.path} has no {name}: it belongs to another model", key=name, where=source.path
                 )
+
+        for name, linear in quantised_linears(chunk):
+            if name in held:
+                try:
+                    quantise_into(linear, source.read(name))
+                except NumericsError as problem:
+                    raise problem.within(f"{source.path}: {name}") from None
 
     run_on_all_ranks(grid, fill)
 
@@ -79,3 +96,40 @@ def _fill(name: str, parameter: nn.Parameter, source: Source, rank: int, tp: int
         found = list(whole.shape)
         raise CheckpointError(f"{name} is stored with shape {found} and the model has {shape}", key=name, value=found)
     copy_slice(whole, parameter, rank, tp)
+
+
+@torch.no_grad()
+def start_adapters(chunk: Any, stored: StoredAdapter | None, grid: Grid) -> None:
+    """Fill a chunk's adapters from a stored one, if there is one, and set the lengths of rows that follow from their
+    weights. All ranks call this together."""
+    held = set() if stored is None else stored.names
+
+    def fill() -> None:
+        assert stored is not None
+        for name, parameter in chunk.global_names():
+            if name in held:
+                whole = stored.read(name)
+                shape = list(parameter.shape)
+                if is_sharded(parameter):
+                    shape[partition_dim(parameter)] *= grid.layout.tp
+                if list(whole.shape) != shape:
+                    raise CheckpointError(
+                        f"{stored.path}: {name} has shape {list(whole.shape)} and the model needs {shape}",
+                        key=name,
+                        value=list(whole.shape),
+                        where=stored.path,
+                    )
+                copy_slice(whole, parameter, grid.tp_rank, grid.layout.tp)
+                if not is_finite(parameter.data):
+                    raise NumericsError(
+                        f"{stored.path}: {name} holds NaN, infinity or values that {parameter.dtype} cannot hold: use "
+                        "another adapter",
+                        key=name,
+                        where=stored.path,
+                    )
+
+    if stored is not None:
+        run_on_all_ranks(grid, fill)
+    for linear in adapted([chunk]):
+        if stored is None:
+            linear.adapter.start(linear)

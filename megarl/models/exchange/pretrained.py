@@ -10,9 +10,10 @@ from megarl.config.sections.tokenizer import TokenizerConfig
 from megarl.config.shape import check_shape
 from megarl.errors import CheckpointError, ConfigError, MegarlError
 from megarl.logging import get_logger
+from megarl.models.exchange.adapters import PeftAdapter, StoredAdapter, family_of_parts, new_spec
 from megarl.models.exchange.family import shape_of
-from megarl.models.exchange.formats import open_source
-from megarl.models.exchange.source import Source
+from megarl.models.exchange.formats import open_adapter, open_source
+from megarl.models.exchange.source import Source, family_name
 
 Tree = TypeVar("Tree", bound=Any)
 log = get_logger(__name__)
@@ -25,6 +26,7 @@ class Sources:
 
     def __init__(self) -> None:
         self._opened: dict[str, Source] = {}
+        self._adapters: dict[str, StoredAdapter] = {}
 
     def at(self, path: str | None) -> Source | None:
         """Return the stored model at a path; None if the path is null."""
@@ -52,9 +54,23 @@ class Sources:
             )
         return source
 
+    def adapter_at(self, path: str, model: ModelConfig, family: str | None) -> StoredAdapter:
+        """Return the stored adapter at the path of `adapter.path`, for a model of a family."""
+        if path not in self._adapters:
+            try:
+                adapter = open_adapter(path)
+                if isinstance(adapter, PeftAdapter):
+                    adapter.fit(model, family_of_parts(model, family))
+                    _refuse_incomplete(adapter, model)
+            except MegarlError as refused:
+                raise refused.within(f"adapter.path={path}") from None
+            self._adapters[path] = adapter
+        return self._adapters[path]
+
     def close(self) -> None:
         """Close the files and unpacked archives, once every model is built."""
         self._opened.clear()
+        self._adapters.clear()
 
 
 def resolve_pretrained(config: Tree) -> tuple[Tree, Sources]:
@@ -67,9 +83,60 @@ def resolve_pretrained(config: Tree) -> tuple[Tree, Sources]:
     sources = Sources()
     if config.model.path is not None:
         config = _with_shape(config, sources.whole(config.model.path, "model.path"))
+    if getattr(config, "adapter", None) is not None:
+        config = _with_adapter(config, sources)
     for key, path in config.more_models().items():
         sources.whole(path, key)
     return config, sources
+
+
+def adapters(config: Any, sources: Sources, model: ModelConfig, *, starts: bool = True) -> dict[str, Any]:
+    """Return the arguments of `Role` that give a model that trains the adapters of a run's settings.
+
+    Args:
+        config: the configuration tree.
+        sources: the run's stored models.
+        model: the shape of the model.
+        starts: whether it starts from the adapter at `adapter.path`; a separate critic does not.
+    """
+    if config.adapter is None:
+        return {}
+    family = family_name(sources.at(model.path))
+    spec, path = new_spec(config.adapter, model, family), config.adapter.path
+    stored = sources.adapter_at(path, model, family) if starts and path is not None else None
+    return {"adapter": spec, "adapter_source": stored}
+
+
+def _with_adapter(config: Tree, sources: Sources) -> Tree:
+    """Return the tree with the description of the adapter at `adapter.path`, if there is one. Raise for targets that
+    the model does not have."""
+    settings, model = config.adapter, config.model
+    family = family_name(sources.at(model.path))
+    if settings.path is not None:
+        spec = sources.adapter_at(settings.path, model, family).spec
+        targets = [module for parts in spec.parts.values() for module in parts.modules]
+        settings = replace(
+            settings, kind=spec.kind, rank=spec.rank, alpha=spec.alpha, rslora=spec.rslora, targets=targets
+        )
+        log.info(
+            "adapter.path=%s gives kind=%s rank=%s alpha=%g rslora=%s targets=%s",
+            *(settings.path, spec.kind, spec.rank, spec.alpha, spec.rslora, ",".join(targets)),
+        )
+    new_spec(settings, model, family)
+    resolved: Tree = replace(config, adapter=settings)
+    return resolved
+
+
+def _refuse_incomplete(adapter: PeftAdapter, model: ModelConfig) -> None:
+    """Raise if some layers lack a module's factors that others have: training would leave them without."""
+    absent = adapter.incomplete(model.num_layers)
+    if absent:
+        raise CheckpointError(
+            f"{adapter.path} has no factors for {absent[0]} ({len(absent)} modules in all), but for other layers: "
+            "merge it first (python -m megarl.convert from=MODEL adapter=FOLDER to=FOLDER)",
+            key=absent[0],
+            where=adapter.path,
+        )
 
 
 def _with_shape(config: Tree, source: Source) -> Tree:

@@ -1,0 +1,419 @@
+"""Adapters in files: PEFT's folders, and the adapters in megarl's checkpoints."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megarl.config.offers import either
+from megarl.config.sections.adapter import AdapterConfig
+from megarl.config.sections.model import ModelConfig
+from megarl.disk import UnreadableError, is_file, parse_object, read_text, shown
+from megarl.errors import CheckpointError, ConfigError
+from megarl.models.adapters import LINEARS, AdapterSpec, Parts
+from megarl.models.exchange.families import FAMILIES
+from megarl.models.exchange.family import Family, Json
+from megarl.models.exchange.parameters import SCORE, parameters
+from megarl.models.exchange.source import HEADS
+from megarl.models.exchange.stored import PickledFile, SafetensorsFile, Stored, TensorFile
+from megarl.models.exchange.views import fused_query_key_value_transposed, transposed
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_MODEL = "adapter_model.safetensors"
+ADAPTER_FILES: dict[str, type[SafetensorsFile] | type[PickledFile]] = {
+    ADAPTER_MODEL: SafetensorsFile,
+    "adapter_model.bin": PickledFile,
+}
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a model's modules."""
+ALL = "all-linear"
+FACTORS = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+"""PEFT's names of a module's factors."""
+_FACTOR = re.compile(r"(.+)\.(?:(lora_[AB])(?:\.default)?\.weight|(lora_magnitude_vector)(?:\.default)?(?:\.weight)?)")
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` that leave the weights beside the adapter as they were."""
+
+
+class StoredAdapter(Protocol):
+    """An adapter in files.
+
+    Attributes:
+        path: the folder.
+        spec: its description.
+        heads: tensors of heads that were trained with it, by our names.
+        base: path of the model that it was trained beside; None if it is not known.
+    """
+
+    path: Path
+    spec: AdapterSpec
+    heads: dict[str, Stored]
+    base: str | None
+
+    @property
+    def names(self) -> set[str]:
+        """Our names of all tensors that it contains."""
+
+    def read(self, name: str) -> Tensor:
+        """Return a whole tensor by our name."""
+
+
+# --- what is adapted ------------------------------------------------------------------------------------------------
+
+
+def parts_of(family: Family, model: ModelConfig) -> dict[str, Parts]:
+    """Return the parts of every linear layer of a model, as the family stores them."""
+    known = {entry.ours: entry for entry in family.entries}
+    shapes = parameters(model, 1)
+    found = {}
+    for name, place in LINEARS.items():
+        entry = known[f"decoder.layers.{{}}.{place}.weight"]
+        count = shapes[f"decoder.layers.0.{place}.weight"][0]
+        rows = tuple(piece.view.reshape(-1) for piece in entry.views(torch.arange(count), model))
+        found[name] = Parts(tuple(theirs.removesuffix(".weight") for theirs in entry.theirs), rows, count)
+    return found
+
+
+def family_of_parts(model: ModelConfig, family: str | None) -> Family:
+    """Return the family whose modules the adapters of a model follow: its own, else the first that can represent it."""
+    if family is not None:
+        return FAMILIES[family]
+    return next((known for known in FAMILIES.values() if known.holds(model)), FAMILIES["llama"])
+
+
+def chosen_parts(whole: Mapping[str, Parts], wanted: Iterable[tuple[str, str]]) -> dict[str, Parts]:
+    """Return the parts of each linear layer that are in `wanted`, pairs of the layer's name and a module's."""
+    wanted = set(wanted)
+    found = {}
+    for name, parts in whole.items():
+        kept = [number for number, module in enumerate(parts.modules) if (name, module) in wanted]
+        if kept:
+            modules = tuple(parts.modules[number] for number in kept)
+            found[name] = Parts(modules, tuple(parts.rows[number] for number in kept), parts.count)
+    return found
+
+
+def new_spec(config: AdapterConfig, model: ModelConfig, family: str | None) -> AdapterSpec:
+    """Return the description of the adapters that a run's settings ask for."""
+    kind = family_of_parts(model, family)
+    whole = parts_of(kind, model)
+    modules = [(name, module) for name, parts in whole.items() for module in parts.modules]
+    wanted: set[tuple[str, str]] = set()
+    for target in config.targets:
+        matched = {(name, module) for name, module in modules if _matches(target, name, module)}
+        if not matched:
+            offered = [ALL, *LINEARS, *dict.fromkeys(module.rpartition(".")[2] for _, module in modules)]
+            raise ConfigError(
+                f"adapter.targets: {shown(target)} is not a linear layer of this {kind.name}'s transformer: choose "
+                f"from {', '.join(offered)}",
+                key="adapter.targets",
+                value=target,
+                offers={"adapter.targets": [[one] for one in offered]},
+            )
+        wanted |= matched
+    unfrozen = model.num_layers_unfrozen
+    return AdapterSpec(
+        kind=config.kind,
+        rank=config.rank,
+        alpha=config.alpha,
+        rslora=config.rslora,
+        parts=chosen_parts(whole, wanted),
+        dropout=config.dropout,
+        first_layer=0 if unfrozen < 0 else max(0, model.num_layers - unfrozen),
+        base_bits=config.base_bits,
+        family=kind.name,
+    )
+
+
+def _matches(target: str, name: str, module: str) -> bool:
+    return target in (ALL, name, module) or module.endswith(f".{target}")
+
+
+# --- PEFT's folders -------------------------------------------------------------------------------------------------
+
+
+class PeftAdapter:
+    """A folder that PEFT's `save_pretrained` wrote. Opening it finds every error that can be found without the
+    weights."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = _read_config(path)
+        self.base: str | None = self.config.get("base_model_name_or_path") or None
+        self._file = self._open()
+        self._heads = SafetensorsFile(path / HEADS) if is_file(path / HEADS) else None
+        self._factors: dict[tuple[str, str], str] = {}  # (module, factor) -> the stored name
+        self._others: dict[str, str] = {}  # a tensor's name without PEFT's prefix -> the stored name
+        for stored in self._file.tensors:
+            name = stored.removeprefix(PREFIX)
+            match = _FACTOR.fullmatch(name)
+            if match is None:
+                self._others[name] = stored
+            else:
+                factor = {"lora_A": "down", "lora_B": "up"}.get(match[2], "magnitude")
+                self._factors[match[1], factor] = stored
+        if not self._factors:
+            raise CheckpointError(f"{path} has no tensor of LoRA: it is not an adapter of PEFT's", where=path)
+
+    def fit(self, model: ModelConfig, family: Family) -> None:
+        """Find the place of every tensor in a model of a family. Raise if one has none, or if its shape is wrong."""
+        whole = parts_of(family, model)
+        shapes = parameters(model, 1)
+        places = {
+            module.format(layer): (layer, name, number)
+            for name, parts in whole.items()
+            for number, module in enumerate(parts.modules)
+            for layer in range(model.num_layers)
+        }
+        where: dict[str, tuple[int, str, int]] = {}  # the module's name in the file -> its place
+        for module, _ in self._factors:
+            place = places.get(module) or places.get(family.prefix + module)
+            if place is not None:
+                where[module] = place
+        strange = sorted({module for module, _ in self._factors if module not in where})
+        heads = {"score.weight": SCORE}
+        strange += sorted(name for name in self._others if name.removesuffix(".default") not in heads)
+        if strange:
+            raise CheckpointError(
+                f"{self.path}: {either(strange[:3])} ({len(strange)} in all) has no place in this {family.name}: its "
+                "linear layers are "
+                + ", ".join(module.rpartition(".")[2] for parts in whole.values() for module in parts.modules),
+                key=strange[0],
+                where=self.path,
+            )
+        self.heads = {
+            ours: self._file.tensors[self._others[name]] for name, ours in heads.items() if name in self._others
+        }
+        self.heads |= self._heads.tensors if self._heads is not None else {}
+        self._head_names = {ours: self._others[name] for name, ours in heads.items() if name in self._others}
+        modules = {(name, whole[name].modules[number]) for _, name, number in where.values()}
+        ranks = {module: self._rank(module) for module in where}
+        rank = max(ranks.values())
+        self.spec = AdapterSpec(
+            kind="dora" if self.config.get("use_dora") else "lora",
+            rank=rank,
+            alpha=float(self._number("lora_alpha", 8)),
+            rslora=bool(self.config.get("use_rslora")),
+            parts=chosen_parts(whole, modules),
+            dropout=float(self._number("lora_dropout", 0.0)),
+            first_layer=min(layer for layer, _, _ in where.values()),
+            family=family.name,
+        )
+        self._columns = {name: shapes[f"decoder.layers.0.{place}.weight"][1] for name, place in LINEARS.items()}
+        self._by_place = {
+            (layer, name, whole[name].modules[number]): module for module, (layer, name, number) in where.items()
+        }
+        self._check_shapes(model)
+
+    def _rank(self, module: str) -> int:
+        stored = self._factors.get((module, "down"))
+        if stored is None or (module, "up") not in self._factors:
+            raise CheckpointError(
+                f"{self.path} has only one of the factors of {module}: fetch it again", key=module, where=self.path
+            )
+        shape = self._file.tensors[stored].shape
+        if len(shape) != 2 or shape[0] < 1:
+            raise CheckpointError(f"{self.path}: {stored} has shape {list(shape)}", key=stored, where=self.path)
+        return shape[0]
+
+    def _number(self, key: str, default: float) -> float:
+        value = self.config.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(
+                f"{self.path / ADAPTER_CONFIG} has {key}={shown(repr(value))}, which is not a number: restore it",
+                key=key,
+                value=value,
+                where=self.path,
+            )
+        return value
+
+    def _scaling(self, module: str, rank: int) -> float:
+        """Return what a module's factors are multiplied by: rank and alpha may have exceptions."""
+        alpha = _pattern(self.config.get("alpha_pattern"), module, self.spec.alpha)
+        return float(alpha / (rank**0.5 if self.spec.rslora else rank))
+
+    def _check_shapes(self, model: ModelConfig) -> None:
+        for (_, name, module), theirs in self._by_place.items():
+            parts = self.spec.parts[name]
+            rows, rank = len(parts.rows[parts.modules.index(module)]), self._rank(theirs)
+            wanted: dict[str, tuple[int, ...]] = {"down": (rank, self._columns[name]), "up": (rows, rank)}
+            if self.spec.kind == "dora":
+                wanted["magnitude"] = (rows,)
+            for factor, shape in wanted.items():
+                stored = self._factors.get((theirs, factor))
+                if stored is None:
+                    raise CheckpointError(
+                        f"{self.path} lacks {theirs}.{FACTORS[factor]}: fetch it again", key=theirs, where=self.path
+                    )
+                found = self._file.tensors[stored]
+                if found.shape != shape:
+                    raise CheckpointError(
+                        f"{self.path}: {stored} has shape {list(found.shape)}, and this model needs {list(shape)}: it "
+                        "is an adapter of another model",
+                        key=stored,
+                        value=list(found.shape),
+                        where=self.path,
+                    )
+                if not isinstance(found.dtype, torch.dtype):
+                    raise CheckpointError(f"{self.path}: {stored} has dtype {found.dtype}", key=stored, where=self.path)
+
+    def incomplete(self, layers: int) -> list[str]:
+        """Return the modules of the description that the file lacks: other layers have them."""
+        wanted = [
+            (layer, name, module)
+            for layer in range(self.spec.first_layer, layers)
+            for name, parts in self.spec.parts.items()
+            for module in parts.modules
+        ]
+        return [module.format(layer) for layer, name, module in wanted if (layer, name, module) not in self._by_place]
+
+    @property
+    def names(self) -> set[str]:
+        """Our names of all tensors that it contains."""
+        factors = ("down", "up", "magnitude") if self.spec.kind == "dora" else ("down", "up")
+        places = {(layer, name) for layer, name, _ in self._by_place}
+        return {
+            f"decoder.layers.{layer}.{LINEARS[name]}.adapter.{factor}" for layer, name in places for factor in factors
+        } | set(self.heads)
+
+    def read(self, name: str) -> Tensor:
+        """Return a whole tensor by our name, joined from those of its parts, in float32.
+
+        Where ranks differ, smaller ones are filled with zeros; where scales differ, `up` makes up for it.
+        """
+        if self._heads is not None and name in self._heads.tensors:
+            return self._heads.read(name)
+        if name in self.heads:
+            return self._file.read(self._head_names[name]).float()
+        layer, linear, factor = split_name(name)
+        parts, rank = self.spec.parts[linear], self.spec.rank
+        whole = torch.zeros(self.spec.shapes(linear, self._columns[linear])[factor])
+        for number, (module, rows) in enumerate(zip(parts.modules, parts.rows, strict=True)):
+            theirs = self._by_place.get((layer, linear, module))
+            if theirs is None:
+                continue
+            tensor = self._file.read(self._factors[theirs, factor]).float()
+            if factor == "down":
+                whole[number * rank : number * rank + tensor.shape[0]] = tensor
+            elif factor == "up":
+                whole[rows, : tensor.shape[1]] = tensor * (self._scaling(theirs, tensor.shape[1]) / self.spec.scaling)
+            else:
+                whole[rows] = tensor
+        return whole
+
+    def _open(self) -> TensorFile:
+        for name, kind in ADAPTER_FILES.items():
+            if is_file(self.path / name):
+                return kind(self.path / name)
+        raise CheckpointError(
+            f"{self.path} has none of {', '.join(ADAPTER_FILES)}: fetch the adapter again", where=self.path
+        )
+
+
+def _pattern(patterns: Any, module: str, default: float) -> float:
+    """Return the value of the first pattern that a module's name ends with, as PEFT matches them."""
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return float(value)
+    return default
+
+
+def _read_config(path: Path) -> Json:
+    where = path / ADAPTER_CONFIG
+    try:
+        config: Json = parse_object(read_text(where))
+    except (UnreadableError, ValueError) as problem:
+        raise CheckpointError(f"{where} {problem}: fetch it again", where=where) from None
+    wrong = {
+        "peft_type": config.get("peft_type") != "LORA",
+        "bias": config.get("bias", "none") != "none",
+        "init_lora_weights": config.get("init_lora_weights") not in _STARTS,
+        **{key: bool(config.get(key)) for key in ("layer_replication", "alora_invocation_tokens", "use_qalora")},
+    }
+    for key, is_wrong in wrong.items():
+        if is_wrong:
+            raise CheckpointError(
+                f"{where} has {key}={shown(repr(config.get(key)))}, which megarl cannot compute: merge the adapter "
+                "with PEFT (merge_and_unload) and use the model",
+                key=key,
+                value=config.get(key),
+                where=where,
+            )
+    return config
+
+
+def split_name(name: str) -> tuple[int, str, str]:
+    """Return the layer's number, the linear layer's name and the factor's from our name of a factor."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(?:self_attention|mlp)\.(\w+)\.adapter\.(\w+)", name)
+    assert match is not None, name
+    return int(match[1]), match[2], match[3]
+
+
+def peft_config(spec: AdapterSpec, model: ModelConfig, base: str | None, *, scores: bool) -> Json:
+    """Return adapter_config.json of an adapter."""
+    everywhere = spec.first_layer == 0
+    views = {entry.ours: entry.views for entry in FAMILIES[spec.family].entries}
+    turned = views[f"decoder.layers.{{}}.{LINEARS['linear_proj']}.weight"] in (
+        transposed,
+        fused_query_key_value_transposed,
+    )
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if scores else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": spec.rank,
+        "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
+        "lora_dropout": spec.dropout,
+        "use_rslora": spec.rslora,
+        "use_dora": spec.kind == "dora",
+        "target_modules": _their_targets(spec, model),
+        "layers_to_transform": None if everywhere else list(range(spec.first_layer, model.num_layers)),
+        "layers_pattern": None if everywhere else _layers_pattern(spec),
+        "fan_in_fan_out": turned,
+        "modules_to_save": ["score"] if scores else None,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "revision": None,
+    }
+
+
+def _layers_pattern(spec: AdapterSpec) -> str:
+    """Return the name of the list of layers in the family's models."""
+    module = next(iter(spec.parts.values())).modules[0]
+    return module.partition(".{}")[0].rpartition(".")[2]
+
+
+def _their_targets(spec: AdapterSpec, model: ModelConfig) -> list[str]:
+    """Return the shortest names that mean the adapted modules and no others."""
+    every = {module for parts in parts_of(FAMILIES[spec.family], model).values() for module in parts.modules}
+    mine = [module for parts in spec.parts.values() for module in parts.modules]
+    found = []
+    for module in mine:
+        words = module.partition("{}.")[2].split(".")
+        names = [".".join(words[-count:]) for count in range(1, len(words) + 1)]
+        found.append(next(name for name in names if all(o in mine for o in every if o.endswith(f".{name}"))))
+    return sorted(set(found))
+
+
+def their_tensors(name: str, whole: Tensor, spec: AdapterSpec) -> dict[str, Tensor]:
+    """Return the tensors that PEFT stores for one of our factors."""
+    layer, linear, factor = split_name(name)
+    parts, rank = spec.parts[linear], spec.rank
+    found = {}
+    for number, (module, rows) in enumerate(zip(parts.modules, parts.rows, strict=True)):
+        piece = whole[number * rank : (number + 1) * rank] if factor == "down" else whole[rows]
+        found[f"{PREFIX}{module.format(layer)}.{FACTORS[factor]}"] = piece.contiguous()
+    return found
+
+
+def write_config(folder: Path, config: Json) -> None:
+    """Write adapter_config.json."""
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
