@@ -14,7 +14,7 @@ from megarl.rollout.generator import Generator
 from megarl.rollout.requests import Request, Sampling
 
 REMEDIES = {"rollout.engine.layout": [None]}
-PROMPT_TOKENS, NEW_TOKENS = 64, 16  # at most, of the sequence whose log-probs are compared
+PROMPT_TOKENS, NEW_TOKENS = 64, 4  # at most, of the sequence whose log-probs are compared; each token costs a pass
 
 
 class Arrival:
@@ -47,7 +47,7 @@ class Arrival:
         self.invariants.arrived(source, copy, when, REMEDIES)
         if self.invariants.corrected:
             return
-        # Greedy: likely tokens have the smallest rounding errors, and the bound is for the mean over many.
+        # Greedy: the log-probs of likely tokens have the smallest rounding errors.
         sampling = Sampling(temperature=0.0, max_new_tokens=min(NEW_TOKENS, first.sampling.max_new_tokens))
         prompt = first.prompt[:PROMPT_TOKENS]
         requests = [Request(first.prompt_id, replica, prompt, sampling) for replica in range(copy.grid.layout.dp)]

@@ -18,7 +18,8 @@ MODULUS = 2**64
 
 # Odd constants with well-mixed bits; products wrap around at 2**64.
 _OF_POSITION, _OF_VALUE = -7046029254386353131, -4417276706812531889
-_MOST = 2**22  # elements at a time
+# Elements at a time: on a CPU as many as stay in its cache, on a GPU as many as keep it busy.
+_MOST_CPU, _MOST_GPU = 2**16, 2**24
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
@@ -112,23 +113,23 @@ def _sum(data: Tensor, index: Sequence[Tensor], whole: Sequence[int], *, signed_
         whole: shape of the whole tensor.
         signed_zeros: whether a negative zero differs from zero.
     """
-    # A position is that of the row's first element plus that within the row.
+    # A position is that of the row's first element plus that within the row; both are multiplied beforehand.
     inner = torch.zeros(1, dtype=torch.long, device=data.device)
     row = 1
     for axis, size in zip(index[1:], whole[1:], strict=True):
         inner = (inner[:, None] * size + axis).flatten()
         row *= size
-    outer = index[0] * row
+    inner, outer = inner * _OF_POSITION, index[0] * row * _OF_POSITION
     bits = data.contiguous().view(_INTEGER[data.element_size()]).reshape(len(outer), len(inner))
     negative_zero = None if signed_zeros or not data.is_floating_point() else torch.iinfo(bits.dtype).min
     total = torch.zeros((), dtype=torch.long, device=data.device)
-    step = max(1, _MOST // max(1, len(inner)))
+    step = max(1, (_MOST_CPU if data.device.type == "cpu" else _MOST_GPU) // max(1, len(inner)))
     for begin in range(0, len(outer), step):
-        values = bits[begin : begin + step].to(torch.long, copy=True)
+        values = bits[begin : begin + step].to(torch.long, copy=True)  # not `long`, which copies no int64
         if negative_zero is not None:
             values.masked_fill_(values == negative_zero, 0)
         values.mul_(_OF_VALUE)
         values ^= values >> 29
-        position = outer[begin : begin + step, None] + inner
-        total += values.mul_(position.mul_(_OF_POSITION).bitwise_or_(1)).sum()
+        factor = (outer[begin : begin + step, None] + inner).bitwise_or_(1)
+        total += values.mul_(factor).sum()
     return total

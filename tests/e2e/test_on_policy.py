@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megarl.checkpoint import find, tensors
-from megarl.errors import NothingToLearnError, RewardError
+from megarl.errors import InvariantError, NothingToLearnError, RewardError
 from megarl.experience import action_mask
 from megarl.rollout.noise import TRAINING
 from megarl.rollout.stored import dump, load, phase_file
@@ -220,6 +220,23 @@ def test_the_copy_that_masks_is_saved_and_refreshed_when_it_is_due(alone: Alone)
     assert bool((copies[0] != policies[0]).any())  # after one phase it is the start
     assert bool((copies[1] == policies[1]).all())
     assert bool((copies[2] == copies[1]).all())
+
+
+def run_without_refresh(run_dir: Path, *overrides: str) -> InvariantError:
+    """The error of a run whose copy that masks is never given the policy's weights."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(action_mask.ActionMask, "refresh", lambda mask, policy: None)
+        with pytest.raises(InvariantError) as found:
+            run_ppo(run_dir, *overrides)
+    return found.value
+
+
+def test_a_copy_that_masks_is_the_policy_once_it_was_refreshed(worlds: Worlds, tmp_path: Path) -> None:
+    """Behaviour was cloned into the policy, so the copy has other weights."""
+    (error,) = worlds.run(1, run_without_refresh, tmp_path, *RUNS["masking"])
+    offers = {"ppo.invariants": ["warn"]}
+    assert_refusal(error, key="weights_arrived", offers=offers, names=("before phase 1", "action_mask", "policy"))
+    assert not metrics(tmp_path, "train/loss")
 
 
 def test_a_mask_of_everything_changes_nothing(worlds: Worlds, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_zeros_add_nothing() -> None:
 def test_a_large_tensor_is_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = values(torch.float32, 9, 5)
     whole = digest(tensor.t())  # not contiguous
-    monkeypatch.setattr("megarl.parallel.digest._MOST", 12)
+    monkeypatch.setattr("megarl.parallel.digest._MOST_CPU", 12)
     assert digest(tensor.t()) == whole == digest(tensor.t().contiguous())
 
 
