@@ -216,7 +216,7 @@ class PPOSettings(Section):
         "What happens when a check during training fails: the run ends with an error, or one warning per check is "
         "logged. Checked: the policy equals the reference before training, generated and recomputed log-probs agree "
         "(not with ppo.correction), the first minibatch has ratio 1, each epoch uses every response token once, every "
-        "trained tensor gets a gradient.",
+        "trained tensor gets a gradient, copies of the weights (rollout.engine.layout, ppo.action_mask) equal them.",
         ("strict", "warn"),
     )
 

@@ -19,7 +19,7 @@ MODULUS = 2**64
 # Odd constants with well-mixed bits; products wrap around at 2**64.
 _OF_POSITION, _OF_VALUE = -7046029254386353131, -4417276706812531889
 # Elements at a time: on a CPU as many as stay in its cache, on a GPU as many as keep it busy.
-_MOST_CPU, _MOST_GPU = 2**16, 2**24
+_MOST_CPU, _MOST_GPU = 2**16, 2**22
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
