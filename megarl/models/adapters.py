@@ -128,6 +128,7 @@ class Adapter(nn.Module):
         self.down = self._parameter(self.parts * spec.rank, columns, cut=1 if self.row_parallel else None)
         stride = int(getattr(weight, "partition_stride", 1))
         self.up = self._parameter(rows, spec.rank, cut=None if self.row_parallel else 0, stride=stride)
+        self.down.multiplied_by = self.up  # type: ignore[attr-defined]  # for the check of gradients
         self.magnitude = None
         if spec.kind == "dora":
             self.magnitude = self._parameter(rows, cut=None if self.row_parallel else 0, stride=stride)
@@ -140,7 +141,8 @@ class Adapter(nn.Module):
         self.part_of_rows: Tensor | None
         self.active = True
         self.squares: Tensor | None = None  # of the frozen weight's rows, once computed
-        self.kept: Tensor | None = None  # the factor of every row, while weights do not change
+        self.kept: Tensor | None = None  # the factor of every row
+        self.keeps = False  # whether it is up to date, as weights do not change
 
     def _parameter(self, *shape: int, cut: int | None, stride: int = 1) -> nn.Parameter:
         place = {"dtype": self.config.params_dtype, "device": torch.cuda.current_device()}
@@ -205,7 +207,7 @@ class Adapter(nn.Module):
         The length counts as a constant in the gradient, as in the paper. Rows without an adapter keep theirs.
         """
         assert self.magnitude is not None
-        if self.kept is not None:
+        if self.keeps and self.kept is not None:
             return self.kept
         factor = self.magnitude / self._lengths(linear).to(self.magnitude.dtype)
         if self.part_of_rows is None:
@@ -231,6 +233,16 @@ class Adapter(nn.Module):
         if self.row_parallel and self.tp_group.size() > 1:
             dist.all_reduce(rows, group=self.tp_group)
         return rows
+
+    @torch.no_grad()
+    def keep_factor(self, linear: Any) -> None:
+        """Compute the factor of every row once for passes with the present weights. It stays where it is in memory, as
+        recorded CUDA graphs read it there."""
+        if self.magnitude is None:
+            return
+        factor = self._factor(linear)
+        self.kept = factor if self.kept is None else self.kept.copy_(factor)
+        self.keeps = True
 
     @torch.no_grad()
     def start(self, linear: Any) -> None:
@@ -405,15 +417,14 @@ def for_sampling(models: Sequence[nn.Module]) -> Iterator[None]:
                 aside.append((linear, linear.weight.detach().clone()))
                 linear.weight.data.copy_(adapter.merged(linear))
                 adapter.active = False
-            elif adapter.magnitude is not None:
-                with torch.no_grad():
-                    adapter.kept = adapter._factor(linear)
+            else:
+                adapter.keep_factor(linear)
         yield
     finally:
         for linear, weight in aside:
             linear.weight.data.copy_(weight)
         for linear in linears:
-            linear.adapter.active, linear.adapter.kept = True, None
+            linear.adapter.active, linear.adapter.keeps = True, False
 
 
 def mergeable(linear: Any) -> bool:

@@ -217,12 +217,15 @@ class Engine:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def gradient_names(self) -> tuple[set[str], set[str]]:
-        """Return names of tensors with a nonzero gradient on some rank, and of all trainable ones, over all ranks."""
+        """Return names of tensors with a nonzero gradient on some rank, and of all that should have one, over all ranks.
+
+        A trainable tensor should, unless its result is multiplied by a tensor that is still zero (`multiplied_by`).
+        """
         self.memory.need(GRADIENTS)
         local = {
             name: bool(getattr(parameter, "main_grad").any())  # noqa: B009 - Megatron puts it there
             for name, parameter in self.parameters()
-            if parameter.requires_grad
+            if parameter.requires_grad and bool(getattr(parameter, "multiplied_by", parameter).any())
         }
         ranks = self.grid.gather(local)
         reached = {name for names in ranks for name, has_gradient in names.items() if has_gradient}

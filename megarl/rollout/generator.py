@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megarl.errors import ConfigError, NumericsError
+from megarl.models.adapters import for_sampling
 from megarl.models.cache import KVCache
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
@@ -288,8 +289,14 @@ def refuse_not_finite(rollouts: Sequence[Rollout], place: Callable[[int], str]) 
 
 @contextmanager
 def _generating(engine: Engine) -> Iterator[None]:
-    """Switch the engine to evaluation mode without sequence parallelism, as a decoding step has one token; restore both
-    afterwards."""
+    """Switch the engine to evaluation mode without sequence parallelism, as a decoding step has one token, and prepare
+    its adapters for single tokens; restore all afterwards."""
+    with _in_evaluation(engine), for_sampling(engine.models):
+        yield
+
+
+@contextmanager
+def _in_evaluation(engine: Engine) -> Iterator[None]:
     modules = [module for chunk in engine.chunks for module in chunk.modules()]
     training = [module.training for module in modules]
     switched: list[tuple[Any, str, Any]] = []
