@@ -77,6 +77,7 @@ class Engine:
         self.schedule = None
         self._chunks: list[Any] = list(self._models)
         self.has_gradients = False
+        self.loads = 0  # how often weights were loaded that may not train
         self.pins = device_settings().pinned_copies
         self.aside: dict[str, Tensor] | None = None  # host memory for the weights that `with_weights` replaces
         if optim is not None:
@@ -217,7 +218,7 @@ class Engine:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def gradient_names(self) -> tuple[set[str], set[str]]:
-        """Return names of tensors with a nonzero gradient on some rank, and of all that should have one, over all ranks.
+        """Return names of tensors with a nonzero gradient on some rank, and of all that should have one, over ranks.
 
         A trainable tensor should, unless its result is multiplied by a tensor that is still zero (`multiplied_by`).
         """
@@ -312,6 +313,7 @@ class Engine:
     def start_from(self, other: "Engine") -> None:
         """Copy another engine's weights where both have the parameter, and update the optimizer's master weights."""
         theirs = dict(other.parameters())
+        self.loads += 1
         for name, parameter in self.parameters():
             if name in theirs:
                 parameter.copy_(theirs[name])
@@ -382,6 +384,7 @@ class Engine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the state that was read into the structure of `sharded_state_dict(loading=True)`."""
+        self.loads += 1
         for index, model in enumerate(self.models):
             _load_weights(model, state["weights"][f"model{index}"])
         if self.optimizer is not None and self.schedule is not None:

@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.resharding import build_centralized_reshard_plan, execute_reshard_plan
 from megatron.core.resharding.copy_services.base import CopyService
 from megatron.core.resharding.copy_services.nccl_copy_service import NCCLCopyService
+from megatron.core.resharding.utils import ReshardPlan
 from torch import Tensor
 
 from megarl.errors import ConfigError
@@ -64,19 +65,37 @@ class Reshard:
         self._plan = build_centralized_reshard_plan(source.models[0], self.engine.models[0])
         self._service: CopyService = _GlooCopies() if self.grid.device.type == "cpu" else NCCLCopyService()
         self.links, self.weight_bytes, self.peak_bytes = self._cost()
+        self._trained_alone, self.trained_bytes = self._plan_of_trained()
+        self._loaded: int | None = None  # value of `source.loads` when all weights were copied
 
     def refresh(self) -> None:
-        """Copy the source's present weights. Call on all ranks."""
+        """Copy the source's present weights: all of them, or, where it loaded none since, those that train. Call on all
+        ranks."""
+        plan = self._trained_alone if self._loaded == self.source.loads else self._plan
+        self._loaded = self.source.loads
         if self.grid.device.type == "cuda":
             torch.cuda.synchronize()  # Megatron's service copies on its own stream without waiting for this one
-        execute_reshard_plan(self._plan, self.source.models[0], self.engine.models[0], self._service)
+        execute_reshard_plan(plan, self.source.models[0], self.engine.models[0], self._service)
+
+    def _plan_of_trained(self) -> tuple[ReshardPlan, int]:
+        """Return the part of the plan that moves trained parameters, and the bytes that all ranks send for it."""
+        trained = {name for name, parameter in self.source.parameters() if parameter.requires_grad}
+        trained = set().union(*self.grid.gather(trained))
+        here, there = (_local_names(engine) for engine in (self.source, self.engine))
+        plan = ReshardPlan(
+            [op for op in self._plan.send_ops if here[op.param_name] in trained],
+            [op for op in self._plan.recv_ops if there[op.param_name] in trained],
+        )
+        parameters = dict(self.engine.models[0].named_parameters())
+        received = sum(_bytes(parameters[op.param_name][op.my_slice]) for op in plan.recv_ops)
+        return plan, sum(self.grid.gather(received))
 
     def table(self) -> str:
         """Return a readable table of the bytes that a copy sends and the memory that it needs."""
         between = sum(count for (source, target), count in self.links.items() if source != target)
         lines = [
             f"weights from {self.source.grid.layout} to {self.grid.layout}: {_size(sum(self.links.values()))}, "
-            f"of which {_size(between)} between processes",
+            f"of which {_size(between)} between processes; {_size(self.trained_bytes)} after the first time",
             f"{'from':>6} {'to':>6} {'sent':>12}",
             *(f"{source:>6} {target:>6} {_size(count):>12}" for (source, target), count in self.links.items()),
             f"{'process':>13} {'weights':>12} {'while moving, at most':>24}",
@@ -191,6 +210,12 @@ def _check_shapes(source: Engine, target: Engine) -> None:
                 value=target.grid.layout,
                 where=name,
             )
+
+
+def _local_names(engine: Engine) -> dict[str, str]:
+    """Return the global name of each parameter of an engine's only chunk by its name there."""
+    names = {id(parameter): name for name, parameter in engine.parameters()}
+    return {local: names[id(parameter)] for local, parameter in engine.models[0].named_parameters()}
 
 
 def _bytes(tensor: Tensor) -> int:
