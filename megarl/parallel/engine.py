@@ -17,7 +17,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megarl.errors import CheckpointError, NumericsError
-from megarl.logging import get_logger
 from megarl.parallel.device import device_settings
 from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
@@ -32,7 +31,6 @@ from megarl.parallel.optimizer import (
 )
 from megarl.parallel.rows import Microbatch
 
-log = get_logger(__name__)
 Stats = dict[str, Tensor]
 Outputs = dict[str, Tensor]
 
@@ -368,12 +366,7 @@ class Engine:
         for index, model in enumerate(self.models):
             _load_weights(model, state["weights"][f"model{index}"])
         if self.optimizer is not None and self.schedule is not None:
-            rounded = trains_here(self.optimizer) and load_optimizer(self.optimizer, state["optimizer"])
-            if self.grid.any_rank(rounded):
-                log.info(
-                    "the 8-bit moments of %s were rounded again: the checkpoint is of another layout, or other blocks",
-                    self.name,
-                )
+            load_optimizer(self.optimizer, state.get("optimizer"), self.grid, self.name)
             restore_schedule(self.schedule, state["schedule"], self.name)
 
     # --- inside ---------------------------------------------------------------------------------------------------

@@ -80,16 +80,29 @@ def fuse(part: MegatronOptimizer) -> None:
             group["fused"] = True
 
 
-def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> bool:
-    """Load master weights, moments and the step count from a checkpoint. Returns whether moments were rounded.
+def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any] | None, grid: Grid, name: str) -> None:
+    """Load master weights, moments and the step count from a checkpoint; all ranks call this together.
+
+    Args:
+        saved: this rank's state; None if it trains nothing.
+        name: the engine's.
+    """
+    rules = [part.optimizer for part in _parts(optimizer) if isinstance(part.optimizer, UpdateRule)]
+    for rule in rules:
+        rule.changed_by_rounding = False
+    if saved is not None:
+        _load(optimizer, saved)
+    if grid.any_rank(any(rule.changed_by_rounding for rule in rules)):
+        log.info("the 8-bit moments of %s were rounded again, as the checkpoint was written in another layout", name)
+
+
+def _load(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
+    """Load a rank's state.
 
     All other entries of a parameter group keep this run's values, because the Adams of torch, Transformer Engine and
     Apex have different entries. Every parameter gets a separate step counter: Megatron loads one tensor into all of
     torch's Adam states, and each of them would then increment it.
     """
-    rules = [part.optimizer for part in _parts(optimizer) if isinstance(part.optimizer, UpdateRule)]
-    for rule in rules:
-        rule.changed_by_rounding = False
     mine = [{key: group[key] for key in group if key not in RESTORED} for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, entries in zip(optimizer.param_groups, mine, strict=True):
@@ -103,7 +116,6 @@ def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> bool:
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
-    return any(rule.changed_by_rounding for rule in rules)
 
 
 def stored_moments(optimizer: MegatronOptimizer) -> int:

@@ -12,7 +12,7 @@ slices of one matrix, orthogonalises it, and sends the slices of the result back
 No matrix is orthogonalised twice, and a rank needs memory for one whole matrix at a time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -53,20 +53,27 @@ class Exchange:
         largest_first = sorted(matrices, key=lambda matrix: -matrix.parameter.numel())
         self.rounds = [largest_first[at : at + self.size] for at in range(0, len(matrices), self.size)]
 
-    def orthogonalised(self, slice_of: Callable[[Trained], Tensor]) -> Iterator[tuple[Trained, Tensor]]:
-        """Yield (matrix, slice [n] of the orthogonalised whole) for the matrices of which this rank has a slice.
+    def orthogonalise(self, slice_of: Callable[[Trained], Tensor], apply: Callable[[Trained, Tensor], None]) -> None:
+        """Orthogonalise all matrices; all ranks call this together.
 
-        All ranks call this together. `slice_of(matrix)` is this rank's slice [n] before, and is called in the matrix's
-        round.
+        Args:
+            slice_of: returns this rank's slice [n] of a matrix; called in the matrix's round.
+            apply: called with a matrix and this rank's slice [n] of the orthogonalised one.
         """
         for matrices in self.rounds:
-            whole = self._collect(matrices, slice_of)
-            cut = [] if whole is None else self._cut(matrices[self.rank], orthogonalise(whole))
-            del whole
-            returned = self._swap(cut, [_length(self._updated(matrix, self.rank)) for matrix in matrices])
-            for matrix, piece in zip(matrices, returned, strict=False):  # the ranks after those with a matrix sent none
-                if len(piece):
-                    yield matrix, piece
+            self._round(matrices, slice_of, apply)
+
+    def _round(
+        self, matrices: list[Trained], slice_of: Callable[[Trained], Tensor], apply: Callable[[Trained, Tensor], None]
+    ) -> None:
+        """Orthogonalise a matrix on each rank."""
+        whole = self._collect(matrices, slice_of)
+        cut = [] if whole is None else self._cut(matrices[self.rank], orthogonalise(whole))
+        del whole
+        returned = self._swap(cut, [_length(self._updated(matrix, self.rank)) for matrix in matrices])
+        for matrix, piece in zip(matrices, returned, strict=False):  # the ranks after those with a matrix sent none
+            if len(piece):
+                apply(matrix, piece)
 
     @property
     def peak_bytes(self) -> int:
@@ -83,6 +90,7 @@ class Exchange:
         ]
         lengths = [_length(self._collected(mine, rank)) if mine else 0 for rank in range(self.size)]
         pieces = self._swap(given, lengths)
+        del given
         return None if mine is None else self._joined(mine, pieces)
 
     def _updated(self, matrix: Trained, rank: int) -> slice | None:

@@ -41,7 +41,7 @@ class UpdateRule(torch.optim.Optimizer):
         self.moments = moments_of(settings)
         self.trained = {tensor.parameter: tensor for tensor in trained}
         self.changed_by_rounding = False
-        """Whether moments from a checkpoint could not be stored exactly."""
+        """Whether moments of the checkpoint that was loaded could not be stored exactly."""
         defaults = {
             "momentum": settings.momentum_in_force,
             "alpha": settings.beta2,
@@ -90,7 +90,7 @@ class UpdateRule(torch.optim.Optimizer):
 
     def read(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return a parameter's moments for a checkpoint, in float32."""
-        return self.state[parameter]
+        return dict(self.state[parameter])
 
     def write(self, parameter: Tensor, moments: dict[str, Tensor]) -> None:
         """Set a parameter's moments to those of a checkpoint."""
@@ -192,7 +192,7 @@ class AdamW8bit(UpdateRule):
     def read(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return the moments in float32."""
         state = self.state[parameter]
-        return state if "exp_avg" in state else _decoded(state, slice(0, parameter.numel()))
+        return dict(state) if "exp_avg" in state else _decoded(state, slice(0, parameter.numel()))
 
     def write(self, parameter: Tensor, moments: dict[str, Tensor]) -> None:
         """Encode moments of a checkpoint. If it was written by parts of the same size, they are stored exactly."""
@@ -252,10 +252,7 @@ class Muon(UpdateRule):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Decay and update all but the matrices, whose momentum is updated; then update the matrices together."""
         result = super().step(closure)
-        for matrix, piece in self.exchange.orthogonalised(self._nesterov):
-            assert matrix.shard is not None
-            scale = 0.2 * sqrt(max(matrix.whole_shape(self.tp)))
-            matrix.shard.add_(piece, alpha=-self._group(matrix)["lr"] * scale)
+        self.exchange.orthogonalise(self._nesterov, self._follow)
         return result
 
     def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: Group) -> None:
@@ -270,6 +267,12 @@ class Muon(UpdateRule):
         assert matrix.shard is not None
         assert matrix.shard.grad is not None
         return matrix.shard.grad.lerp(self.state[matrix.shard]["exp_avg"], self._group(matrix)["momentum"])
+
+    def _follow(self, matrix: Trained, direction: Tensor) -> None:
+        """Move this rank's part of a matrix."""
+        assert matrix.shard is not None
+        scale = 0.2 * sqrt(max(matrix.whole_shape(self.tp)))
+        matrix.shard.add_(direction, alpha=-self._group(matrix)["lr"] * scale)
 
     def _group(self, matrix: Trained) -> Group:
         assert matrix.group is not None

@@ -199,8 +199,10 @@ class Clock:
         gradients, weights = 4 * held.trainable * part, self.work.element * held.trainable * part
         self._add(phase, self.dp_span, (gradients + weights) * self.work.steps * self._models())
         speed = self.cluster.speed(self.dp_span)
-        moved = 14 + 8 * self._moments()  # bytes read and written per value: gradient, master weight, weight, moments
-        return gradients / speed, weights / speed, moved * held.trainable / dp / (gpu.bandwidth * gpu.reads)
+        moved = (
+            14 * held.trainable + 8 * held.moments
+        )  # bytes read and written: gradient, master weight, weight; moments
+        return gradients / speed, weights / speed, moved / dp / (gpu.bandwidth * gpu.reads)
 
     def _decode_bytes(self, rows: int) -> float:
         """Return the bytes that one stage reads per decode pass: weights, and the keys and

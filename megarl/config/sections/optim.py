@@ -27,10 +27,11 @@ class OptimConfig(Section):
         "Kind of optimizer: AdamW; adamw8bit, which stores both moments of weights in one byte a value each instead of "
         "four, in float32 for biases and norms, so that layouts agree less closely; Lion, which has one moment; Muon, "
         "which orthogonalises the momentum of matrices of the layers and of adapters, has one moment for these, and "
-        "uses AdamW for all else; RMSprop (not centered); SGD. All use the decoupled weight decay of AdamW. The defaults "
-        "of optim.lr suit AdamW, adamw8bit and Muon; Lion needs a learning rate 3 to 10 times smaller, SGD a larger one. "
-        "A step of Muon costs 20 r^2 c + 10 r^3 floating-point operations, in float32, for a matrix of r x c values "
-        "with r <= c; tensor- and data-parallel ranks share the matrices out, and send every value there and back.",
+        "uses AdamW for all else; RMSprop (not centered); SGD. All use the decoupled weight decay of AdamW. The "
+        "defaults of optim.lr suit AdamW, adamw8bit and Muon; Lion needs a learning rate 3 to 10 times smaller, SGD a "
+        "larger one. A step of Muon costs 20 r^2 c + 10 r^3 floating-point operations, in float32, for a matrix of r x "
+        "c values with r <= c; tensor- and data-parallel ranks share the matrices out, and send every value there and "
+        "back.",
         ("adamw", "adamw8bit", "lion", "muon", "rmsprop", "sgd"),
     )
     lr: float = leaf(1e-3, "Peak learning rate.", at_least=0)
@@ -101,7 +102,7 @@ class OptimConfig(Section):
         if self.momentum == 0 and self.kind == "muon":
             raise Refusal(
                 "optim.momentum=0 leaves nothing for optim.kind=muon to average",
-                {"optim.momentum": [MUON_MOMENTUM, None]},
+                {"optim.momentum": [MUON_MOMENTUM]},
                 key="optim.momentum",
                 value=self.momentum,
             )
