@@ -14,7 +14,7 @@ from torch import Tensor
 from megarl.config.sections.optim import OptimConfig
 from megarl.parallel.grid import Grid
 from megarl.parallel.orthogonal import Exchange
-from megarl.parallel.quantised import SIGNED, UNSIGNED, blocks_of, decode, encode
+from megarl.parallel.quantised_moments import SIGNED, UNSIGNED, blocks_of, decode, encode
 from megarl.parallel.trained import Trained
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarl.parallel.quantised import BLOCK, SIGNED, UNSIGNED, CodeMap, blocks_of, decode, encode
+from megarl.parallel.quantised_moments import BLOCK, SIGNED, UNSIGNED, CodeMap, blocks_of, decode, encode
 
 
 def moments(count: int, scale: float, codes: CodeMap) -> Tensor:
