@@ -14,6 +14,7 @@ from megarl.config.advantages import ADVANTAGES
 from megarl.config.leaf import hints_of, optional_sections, section_kind
 from megarl.config.offers import either
 from megarl.config.renames import renamed_tree
+from megarl.config.sections.optim import momentum_in_force
 from megarl.errors import CheckpointError
 
 NOW, CHECKPOINT, REFUSED = "takes effect now", "taken from the checkpoint", "refused"
@@ -431,6 +432,8 @@ def _in_force(plain: Mapping[str, Any], key: str) -> Any:
         return 4 * model["hidden_size"]
     if value is None and key == "ppo.whiten_advantages":
         return ADVANTAGES[plain["ppo"].get("advantages", "gae")].whitened
+    if value is None and key == "optim.momentum":
+        return momentum_in_force(plain["optim"]["kind"], value)
     return value
 
 

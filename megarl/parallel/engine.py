@@ -388,8 +388,7 @@ class Engine:
         for index, model in enumerate(self.models):
             _load_weights(model, state["weights"][f"model{index}"])
         if self.optimizer is not None and self.schedule is not None:
-            if trains_here(self.optimizer):
-                load_optimizer(self.optimizer, state["optimizer"])
+            load_optimizer(self.optimizer, state.get("optimizer"), self.grid, self.name)
             restore_schedule(self.schedule, state["schedule"], self.name)
 
     # --- inside ---------------------------------------------------------------------------------------------------

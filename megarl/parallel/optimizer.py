@@ -1,4 +1,4 @@
-"""AdamW, RMSprop or SGD in Megatron's distributed optimizer, and the learning-rate schedule."""
+"""AdamW or another update rule in Megatron's distributed optimizer, and the learning-rate schedule."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megarl.config.sections.optim import OptimConfig
 from megarl.logging import get_logger
 from megarl.parallel.grid import Grid
+from megarl.parallel.trained import trained_tensors
 from megarl.parallel.update_rules import MOMENTS, RULES, UpdateRule
 
 log = get_logger(__name__)
@@ -36,6 +37,7 @@ def build_optimizer(chunks: list[Any], spec: OptimSpec, grid: Grid, bf16: bool) 
     _make_states_loadable()
     _fill_missing_states()
     _make_states_savable()
+    _leave_out_missing_states()
     settings = spec.settings
     config = OptimizerConfig(
         optimizer="adam",
@@ -54,7 +56,8 @@ def build_optimizer(chunks: list[Any], spec: OptimSpec, grid: Grid, bf16: bool) 
     optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=grid.groups)
     for part in optimizer.chained_optimizers:
         if settings.kind in RULES and not part.is_stub_optimizer:
-            part.optimizer = RULES[settings.kind](_groups_of(part.optimizer), settings)
+            tensors = trained_tensors(part, chunks)
+            part.optimizer = RULES[settings.kind](_groups_of(part.optimizer), settings, tensors, grid)
         _allocate_state(part)
     return optimizer
 
@@ -77,8 +80,24 @@ def fuse(part: MegatronOptimizer) -> None:
             group["fused"] = True
 
 
-def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
-    """Load master weights, moments and the step count from a checkpoint.
+def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any] | None, grid: Grid, name: str) -> None:
+    """Load master weights, moments and the step count from a checkpoint; all ranks call this together.
+
+    Args:
+        saved: this rank's state; None if it trains nothing.
+        name: the engine's.
+    """
+    rules = [part.optimizer for part in _parts(optimizer) if isinstance(part.optimizer, UpdateRule)]
+    for rule in rules:
+        rule.changed_by_rounding = False
+    if saved is not None:
+        _load(optimizer, saved)
+    if grid.any_rank(any(rule.changed_by_rounding for rule in rules)):
+        log.info("the 8-bit moments of %s were rounded again, as the checkpoint was written in another layout", name)
+
+
+def _load(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
+    """Load a rank's state.
 
     All other entries of a parameter group keep this run's values, because the Adams of torch, Transformer Engine and
     Apex have different entries. Every parameter gets a separate step counter: Megatron loads one tensor into all of
@@ -92,13 +111,33 @@ def load_optimizer(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
             restored["step"] = int(restored["step"])
         group.clear()
         group.update(restored | entries)
-    for part in optimizer.chained_optimizers:
-        if part.is_stub_optimizer:
-            continue
+    for part in _parts(optimizer):
         fuse(part)
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+
+
+def stored_moments(optimizer: MegatronOptimizer) -> int:
+    """Return how many values a checkpoint has for this rank's slice of the model, besides the weights."""
+    count = 0
+    for part in _parts(optimizer):
+        rule = part.optimizer if isinstance(part.optimizer, UpdateRule) else None
+        for parameter in (parameter for buffer in part.buffers for parameter in buffer.param_index_map):
+            moments = MOMENTS if rule is None else rule.moments_for(rule.trained[parameter])
+            count += len(moments) * parameter.numel()
+    return count
+
+
+def peak_bytes_of_a_step(optimizer: MegatronOptimizer) -> int:
+    """Return the most memory that a step needs beside the states, where it is more than a few tensors of this rank."""
+    rules = [part.optimizer for part in _parts(optimizer)]
+    return max((rule.peak_bytes for rule in rules if isinstance(rule, UpdateRule)), default=0)
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """Return Megatron's optimizers of the chunks that train something."""
+    return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
 
 
 def _allocate_state(part: MegatronOptimizer) -> None:
@@ -171,6 +210,10 @@ def _make_states_loadable() -> None:
             return
         group, order = self.model_param_group_index_map[model_param]
         main = self.optimizer.param_groups[group]["params"][order]
+        if isinstance(self.optimizer, UpdateRule):
+            main.copy_(tensors["param"])
+            self.optimizer.write(main, tensors)
+            return
         targets = {"param": main, **self.optimizer.state[main]}
         for key in targets.keys() & tensors.keys():
             targets[key].copy_(tensors[key])
@@ -218,7 +261,8 @@ def _make_states_savable() -> None:
 def _fill_missing_states() -> None:
     """Patch a method of Megatron's distributed optimizer, whose callers gather the states of Adam, whatever there is.
 
-    The patch returns zeros, which take no memory, for the states that the optimizer does not have.
+    The patch returns float32 moments where they are stored otherwise, and zeros, which take no memory, for the states
+    that the optimizer does not have.
     """
     optimizer = mcore_distrib_optimizer.DistributedOptimizer
     original = optimizer._get_main_param_and_optimizer_states
@@ -226,12 +270,40 @@ def _fill_missing_states() -> None:
         return
 
     def with_zeros(self: Any, model_param: Any) -> dict[str, torch.Tensor]:
-        found = original(self, model_param)
+        if isinstance(self.optimizer, UpdateRule):
+            group, order = self.model_param_group_index_map[model_param]
+            main = self.optimizer.param_groups[group]["params"][order]
+            found = {"param": main, **self.optimizer.read(main)}
+        else:
+            found = original(self, model_param)
         zeros = found["param"].new_zeros(()).expand_as(found["param"])
         return {**dict.fromkeys(STATES, zeros), **found}
 
     with_zeros._megarl = True  # type: ignore[attr-defined]
     optimizer._get_main_param_and_optimizer_states = with_zeros
+
+
+def _leave_out_missing_states() -> None:
+    """Patch a method of Megatron's distributed optimizer that describes the same states for all saved tensors.
+
+    The patch removes those that an update rule does not have for a tensor.
+    """
+    optimizer = mcore_distrib_optimizer.DistributedOptimizer
+    original = optimizer.sharded_param_state_fully_reshardable
+    if getattr(original, "_megarl", False):
+        return
+
+    def without_missing(self: Any, *args: Any, **settings: Any) -> Any:
+        state = original(self, *args, **settings)
+        if isinstance(self.optimizer, UpdateRule):
+            parameters = [parameter for buffer in self.buffers for parameter in buffer.param_index_map]
+            for number, parameter in enumerate(parameters):
+                kept = ("param", *self.optimizer.moments_for(self.optimizer.trained[parameter]))
+                state[number] = {key: tensor for key, tensor in state[number].items() if key in kept}
+        return state
+
+    without_missing._megarl = True  # type: ignore[attr-defined]
+    optimizer.sharded_param_state_fully_reshardable = without_missing
 
 
 def _states_of(optimizer: Any) -> tuple[str, ...]:

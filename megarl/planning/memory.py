@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from megarl.models.cache import KVCache
 from megarl.models.roles import Role
 from megarl.parallel.reshard import refuse_what_cannot_be_moved
-from megarl.parallel.update_rules import MOMENTS, moments_of
+from megarl.parallel.update_rules import MOMENTS
 from megarl.parallel.vocab import padded_vocab
 from megarl.planning import activations as act
 from megarl.planning.activations import Shape
@@ -230,8 +230,9 @@ def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) 
             )
         # The backward pass of the output layer precedes that of the layers.
         passing = max(0.0, passing - logits)
-    # The optimizer runs after all that is freed: AdamW is fused, the others allocate one tensor at a time.
-    return kept + passing, logits
+    # The optimizer runs after all that is freed: AdamW is fused, Muon joins whole matrices, and the others allocate one
+    # tensor at a time.
+    return max(kept + passing, held.stepping - logits), logits
 
 
 def _scoring(work: Work, role: Role, stage: int, *, on_cpu: bool) -> tuple[float, float]:
@@ -292,7 +293,7 @@ def _saving(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) ->
     bucket = min(whole, max(BUCKET_ELEMENTS, held.largest) * 4) if stage == 0 and not on_cpu else held.bucket * 4
     # This rank's slice exists twice: the float32 copy that is sent, and within the gathered result.
     gathered = bucket * (1 + 1 / work.layout.dp) if not on_cpu else 0.0
-    stored = whole * (1 + len(moments_of(role.optim))) if role.optim is not None else 0
+    stored = whole + held.moments * 4
     file = (held.weights + stored) / work.layout.dp
     # Megatron gathers as many tensors as Adam has; a single replica gathers nothing.
     host = file + (whole * (1 + len(MOMENTS)) if work.layout.dp > 1 else stored)

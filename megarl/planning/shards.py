@@ -13,6 +13,7 @@ from megarl.parallel.engine import Engine
 from megarl.parallel.fake import fake_world, rank_of
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
+from megarl.parallel.optimizer import peak_bytes_of_a_step, stored_moments
 from megarl.planning.work import Work
 
 
@@ -26,6 +27,8 @@ class Shard:
     weights: int
     gradients: int
     optimizer: int
+    moments: int  # values of the optimizer's state in a checkpoint, besides the weights, of all data-parallel ranks
+    stepping: int  # temporary memory of an optimizer step that needs whole matrices
     copy: int  # bytes of the trainable weights: a reference keeps them in host memory
     largest: int  # elements of the largest parameter
     layers: int
@@ -89,6 +92,8 @@ def measure(engine: Engine, stage: int) -> Shard:
         weights=sum(held.values()),
         gradients=sum(_storages(buffer.grad_data for buffer in buffers).values()),
         optimizer=sum(size for key, size in _storages(_optimizer_tensors(engine)).items() if key not in held),
+        moments=stored_moments(engine.optimizer) if engine.optimizer is not None else 0,
+        stepping=peak_bytes_of_a_step(engine.optimizer) if engine.optimizer is not None else 0,
         copy=sum(parameter.numel() * parameter.element_size() for parameter in trained),
         largest=max((parameter.numel() for parameter in parameters), default=0),
         layers=sum(len(model.decoder.layers) for model in engine.models),
@@ -105,7 +110,7 @@ def _optimizer_tensors(engine: Engine) -> Iterator[Tensor]:
             continue
         for parameter, state in part.optimizer.state.items():
             yield parameter
-            yield from (value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1)
+            yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim() > 0)
 
 
 def _storages(tensors: Any) -> dict[int, int]:

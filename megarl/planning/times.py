@@ -6,7 +6,6 @@ This model compares layouts; it does not predict exactly. docs/planning.md lists
 from dataclasses import dataclass, field, replace
 
 from megarl.models.flops import layer_weights, mean_keys
-from megarl.parallel.update_rules import moments_of
 from megarl.parallel.vocab import padded_vocab
 from megarl.planning.hardware import Cluster
 from megarl.planning.memory import phases_of, slots_of
@@ -148,7 +147,7 @@ class Clock:
 
     def save(self) -> Phase:
         """Estimate a checkpoint, in which ranks write weights, master weights and moments; not part of a unit."""
-        stored = 4 * (1 + self._moments()) * self.fullest.trainable
+        stored = 4 * (self.fullest.trainable + self.fullest.moments)
         held = (self.fullest.weights + stored) / self.layout.dp * self._models()
         return Phase("save", seconds=held / _SAVED_BYTES_PER_S, bound="writing")
 
@@ -157,10 +156,6 @@ class Clock:
     def _models(self) -> int:
         """Number of models that train, and so are saved."""
         return sum(role.trains for role in self.work.roles)
-
-    def _moments(self) -> int:
-        """Number of float32 values that the optimizer keeps for each trained value, besides the value itself."""
-        return next(len(moments_of(role.optim)) for role in self.work.roles if role.optim is not None)
 
     def _flops(self, length: int, output: int) -> float:
         """Return the FLOPs of one sequence's forward pass; the output layer is applied at `output` positions only."""
@@ -204,8 +199,10 @@ class Clock:
         gradients, weights = 4 * held.trainable * part, self.work.element * held.trainable * part
         self._add(phase, self.dp_span, (gradients + weights) * self.work.steps * self._models())
         speed = self.cluster.speed(self.dp_span)
-        moved = 14 + 8 * self._moments()  # bytes read and written per value: gradient, master weight, weight, moments
-        return gradients / speed, weights / speed, moved * held.trainable / dp / (gpu.bandwidth * gpu.reads)
+        moved = (
+            14 * held.trainable + 8 * held.moments
+        )  # bytes read and written: gradient, master weight, weight; moments
+        return gradients / speed, weights / speed, moved / dp / (gpu.bandwidth * gpu.reads)
 
     def _decode_bytes(self, rows: int) -> float:
         """Return the bytes that one stage reads per decode pass: weights, and the keys and

@@ -139,8 +139,15 @@ def test_what_can_run_passes(world: int, values: dict[str, Any]) -> None:
             1,
             {"optim__momentum": 0.9},
             "optim.momentum",
-            {"optim.momentum": [0.0], "optim.kind": ["rmsprop", "sgd"]},
+            {"optim.momentum": [None], "optim.kind": ["muon", "rmsprop", "sgd"]},
         ),
+        (
+            1,
+            {"optim__kind": "lion", "optim__momentum": 0.9},
+            "optim.momentum",
+            {"optim.momentum": [None], "optim.kind": ["muon", "rmsprop", "sgd"]},
+        ),
+        (1, {"optim__kind": "muon", "optim__momentum": 0.0}, "optim.momentum", {"optim.momentum": [0.95]}),
         (1, {"data__train": []}, "data.train", {}),
         (
             1,

@@ -91,7 +91,7 @@ def test_kernels_train_alike_and_go_on_bit_for_bit(image: Worlds, tmp_path: Path
     assert course(again) == course(unbroken)[6:]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon", "rmsprop"])
 def test_a_run_without_the_packages_goes_on_with_them_and_back(
     optimizer: str, worlds: Worlds, image: Worlds, tmp_path: Path
 ) -> None:

@@ -324,7 +324,7 @@ def decay_without_gradient(kind: str) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (value, after[name]) for name, value in before.items()}
 
 
-@pytest.mark.parametrize("kind", ["adamw", "rmsprop", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "lion", "muon", "rmsprop", "sgd"])
 def test_matrices_decay_and_biases_and_norms_do_not(worlds: Worlds, kind: str) -> None:
     kinds = {True: 0, False: 0}
     for name, (before, after) in worlds.run(1, decay_without_gradient, kind)[0].items():

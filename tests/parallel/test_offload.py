@@ -48,6 +48,8 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "PP2xVPP2 bf16": (2, {"pp": 2, "vpp": 2}, TIED, BF16),
     "one stage trains": (2, {"pp": 2}, {}, {**BF16, "trainable": in_the_last_layers}),
     "rmsprop": (2, {}, {}, {**BF16, "optim": {"kind": "rmsprop"}}),
+    "8 bits": (2, {}, {}, {**BF16, "optim": {"kind": "adamw8bit"}}),
+    "muon": (2, {"tp": 2}, {}, {"optim": {"kind": "muon"}}),
     "one layer trains": (1, {}, {}, {"trainable": lambda name: name.startswith("decoder.layers.3.")}),
 }
 

@@ -10,6 +10,7 @@ import pytest
 from megarl.config.sections.optim import OptimConfig
 from megarl.errors import ConfigError
 from megarl.models.cache import KVCache
+from megarl.models.flops import layer_weights
 from megarl.models.roles import Role
 from megarl.parallel.layout import Layout
 from megarl.planning.memory import GENERATOR, RankPlan, in_flight, plan_ranks, plan_stage, slots_of
@@ -21,6 +22,13 @@ from tests.worlds import Worlds
 
 WITHIN = 0.10
 
+
+def with_kind(kind: str, work: Work) -> Work:
+    """The same run with another optimizer."""
+    (role,) = work.roles
+    return replace(work, roles=(replace(role, optim=OptimConfig(kind=kind)),))
+
+
 RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
     "gpt2": ("train", trained, describe(Layout(), GPT2)),
     "llama-tp2-sp-bf16": (
@@ -31,6 +39,9 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
     "neox-pp2-full": ("train", trained, describe(Layout(pp=2), NEOX, accumulation=4, recompute="full")),
     "neox-pp2": ("train", trained, describe(Layout(pp=2), NEOX, accumulation=4, loss_tokens=256)),
     "gpt2-dp2": ("train", trained, describe(Layout(dp=2), {**GPT2, "num_layers_unfrozen": 2})),
+    "llama-adamw8bit": ("train", trained, with_kind("adamw8bit", describe(Layout(), LLAMA))),
+    "llama-lion": ("train", trained, with_kind("lion", describe(Layout(), LLAMA))),
+    "llama-muon": ("train", trained, with_kind("muon", describe(Layout(), LLAMA))),
     "llama-generates": ("generate", generated, describe(Layout(), LLAMA, rollouts=32, length=72, loss_tokens=8)),
     "gpt2-generates": ("generate", generated, describe(Layout(), GPT2, rollouts=64, length=72, loss_tokens=8)),
     "llama-generates-elsewhere": (
@@ -52,6 +63,13 @@ def test_what_is_allocated_was_predicted(worlds: Worlds, name: str) -> None:
         use = plan.uses[phase][0]
         if work.layout.world_size == 1:  # gloo's own buffers are released where nobody counts
             assert use.weights + use.gradients + use.optimizer == pytest.approx(measured.held, rel=0.01)
+
+
+def test_the_whole_matrices_of_a_step_of_muon_are_planned_where_they_are_the_peak(worlds: Worlds) -> None:
+    work = with_kind("muon", describe(Layout(), LLAMA, micro=1, length=8))
+    (measured,) = worlds.run(1, trained, work)
+    assert plan_stage(work, 0, on_cpu=True).total("train") == pytest.approx(measured.peak, rel=0.01)
+    assert measured.peak > 1.05 * measured.held
 
 
 def test_a_stage_holds_a_microbatch_for_each_stage_after_it() -> None:
@@ -170,6 +188,10 @@ def test_a_save_holds_and_writes_the_moments_of_the_optimizers_kind() -> None:
     trained = 4 * plan_stage(alone, 0).shards["policy"].trainable
     assert host(alone, POLICY) - host(alone, plain) == 2 * 2 * trained  # two moments, in memory and on disk
     assert host(shared, POLICY) - host(shared, plain) == 2 * trained / 2  # both are gathered, and none is written
+    small = replace(POLICY, optim=OptimConfig(kind="adamw8bit"))
+    assert host(alone, small) == host(alone, POLICY)  # a checkpoint has moments in float32
+    muon = replace(POLICY, optim=OptimConfig(kind="muon"))
+    assert host(alone, POLICY) - host(alone, muon) == 2 * 4 * 4 * layer_weights(POLICY.model)
 
 
 def test_a_frozen_model_takes_its_weights_alone_and_is_not_saved() -> None:

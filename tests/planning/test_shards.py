@@ -73,6 +73,32 @@ def test_an_optimizer_holds_the_moments_of_its_kind(kind: str, momentum: float, 
     assert held.optimizer == pytest.approx((4 + 4 * moments) * held.parameters, rel=1e-4)
 
 
+def test_lion_has_one_moment_muon_one_for_matrices_and_eight_bits_are_a_byte_and_a_64th() -> None:
+    work = describe(Layout(), LLAMA)
+    plain, lion, muon, small = (
+        shard(work, replace(work.roles[0], optim=OptimConfig(kind=kind)), 0)
+        for kind in ("adamw", "lion", "muon", "adamw8bit")
+    )
+    norms = 9 * 256
+    matrices = 4 * layer_weights(work.model)
+    assert matrices + norms + 2 * 2048 * 256 == plain.parameters
+    assert plain.optimizer == 8 * plain.parameters
+    assert lion.optimizer == plain.optimizer / 2
+    assert muon.optimizer == plain.optimizer - 4 * matrices
+    assert small.optimizer == 8 * norms + 2 * (1 + 4 / 256) * (plain.parameters - norms)
+    stored = {"plain": 2, "lion": 1, "muon": 2, "small": 2}
+    for held, moments in zip((plain, lion, muon, small), stored.values(), strict=True):
+        assert held.moments == moments * plain.parameters - (matrices if held is muon else 0)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=4, dp=2)], ids=str)
+def test_a_step_of_muon_holds_whole_matrices(layout: Layout) -> None:
+    work = describe(layout, LLAMA)
+    held = shard(work, replace(work.roles[0], optim=OptimConfig(kind="muon")), 0)
+    assert held.stepping == 4 * (3 * 2 * 1024 * 256 + 2 * 256 * 256)  # gate and up of 4 * 256 channels
+    assert shard(work, work.roles[0], 0).stepping == 0
+
+
 def test_what_is_frozen_has_no_gradients_and_no_copy() -> None:
     work = describe(Layout(), {**LLAMA, "num_layers_unfrozen": 1})
     held = shard(work, work.roles[0], 0)
