@@ -24,6 +24,14 @@ CRITICS = {
     "separate": ["critic.kind=separate", "critic.separate.lr=1e-3", "ppo.kl_in=loss"],
 }
 REWARD_MODEL = "reward model"  # beside the function, with the shared critic
+ADAPTERS = {
+    "lora": [*CRITICS["shared"], "adapter.rank=4", "ppo.kl_coef=0.05"],
+    "qlora": [*CRITICS["separate"], "adapter.kind=dora", "adapter.base_bits=4", "adapter.rank=4"],
+    "8-bit Adam": [*CRITICS["shared"], "optim.kind=adamw8bit"],
+}
+LAYOUTS = {"one": [], "DP2": ["trainer.devices=2"], "PP2": ["trainer.devices=2", "parallel.pp=2"]}
+CASES = [(critic, layout) for critic in (*CRITICS, REWARD_MODEL) for layout in LAYOUTS]
+CASES += [("lora", "PP2"), ("qlora", "DP2"), ("8-bit Adam", "DP2")]
 PHASES = 6
 PATIENCE_S = 300.0
 TIMEOUT_S, GRACE_S = 5.0, 10.0
@@ -116,14 +124,14 @@ def reward_model(folder: Path) -> Path:
 
 @pytest.mark.gate
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("critic", [*CRITICS, REWARD_MODEL])
-@pytest.mark.parametrize("layout", [[], ["trainer.devices=2"], ["trainer.devices=2", "parallel.pp=2"]], ids=str)
+@pytest.mark.parametrize(("critic", "layout"), CASES)
 def test_a_run_killed_in_every_part_of_a_phase_ends_in_the_unbroken_runs_weights(
-    critic: str, layout: list[str], tmp_path: Path
+    critic: str, layout: str, tmp_path: Path
 ) -> None:
     """Each part of a phase is the last that a process of one and the same run saw. No sample is scored twice: of a
     call whose answer was on its way when the run was killed, nobody knows, so it may be asked again, and no other."""
-    settings = [*CRITICS.get(critic, CRITICS["shared"]), "reward.calls.batch_size=4", *layout]
+    of_models = (CRITICS | ADAPTERS).get(critic, CRITICS["shared"])
+    settings = [*of_models, "reward.calls.batch_size=4", *LAYOUTS[layout]]
     model = reward_model(tmp_path / "rm") if critic == REWARD_MODEL else None
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     finish(unbroken, *settings, model=model)

@@ -13,7 +13,7 @@ from megarl.errors import CheckpointError
 from megarl.models.adapters import ADAPTER, LINEARS, AdapterSpec
 from megarl.models.exchange.adapters import StoredAdapter, new_spec
 from megarl.models.exchange.parameters import SCORE, TRUNK
-from megarl.models.exchange.source import CheckpointSource, Source
+from megarl.models.exchange.source import CheckpointSource, Source, tokenizer_of
 from megarl.models.exchange.stored import Stored
 from megarl.parallel.digest import digest
 
@@ -92,6 +92,8 @@ class MergedSource(Source):
         self.family, self.dtype, self.left_out = base.family, base.dtype, base.left_out
         told = adapter if isinstance(adapter, CheckpointAdapter) else base  # a checkpoint has a card of its own
         self.tokenizer, self.token_ids, self.chat_template = told.tokenizer, told.token_ids, told.chat_template
+        if told is base:
+            self.tokenizer = tokenizer_of(adapter.path) or base.tokenizer
         self.score_moments, self.score_reads_eos = told.score_moments, told.score_reads_eos
         self.reward_kind = told.reward_kind
         self.heads = {**base.heads, **adapter.heads}
