@@ -74,12 +74,12 @@ class AdapterSpec:
     Attributes:
         kind: lora or dora.
         rank: rank of the factors.
-        scaling: what their product is multiplied by.
+        alpha, rslora: what `scaling` is computed from.
         dropout: dropout of their inputs.
         parts: the adapted parts of each linear layer, by the layer's name in `LINEARS`.
         first_layer: number of the first layer with adapters.
         base_bits: bits of the frozen weights: 16 for the model's own dtype.
-        alpha, rslora, family: what a PEFT folder says besides.
+        family: the Hugging Face family whose modules the parts are.
     """
 
     kind: str
@@ -123,10 +123,9 @@ class Adapter(nn.Module):
         self.spec, self.config, self.tp_group = spec, config, tp_group
         weight = weight_of(linear)
         self.row_parallel = partition_dim(weight) == 1
-        self.rank, self.parts = spec.rank, len(spec.parts[name].modules)
         rows, columns = weight.shape
-        self.down = self._parameter(self.parts * spec.rank, columns, cut=1 if self.row_parallel else None)
-        stride = int(getattr(weight, "partition_stride", 1))
+        parts, stride = len(spec.parts[name].modules), partition_stride(weight)
+        self.down = self._parameter(parts * spec.rank, columns, cut=1 if self.row_parallel else None)
         self.up = self._parameter(rows, spec.rank, cut=None if self.row_parallel else 0, stride=stride)
         self.down.multiplied_by = self.up  # type: ignore[attr-defined]  # for the check of gradients
         self.magnitude = None
@@ -149,7 +148,7 @@ class Adapter(nn.Module):
         parameter = nn.Parameter(torch.zeros(shape, **place))
         if cut is not None:
             set_tensor_model_parallel_attributes(parameter, True, cut, stride)
-        elif (cut is None) and self.config.sequence_parallel:
+        elif self.config.sequence_parallel:
             parameter.sequence_parallel = True  # type: ignore[attr-defined]  # each rank sees a part of the tokens
         return parameter
 
@@ -218,11 +217,9 @@ class Adapter(nn.Module):
     def _lengths(self, linear: Any) -> Tensor:
         """Return the lengths of the rows of weight + scaling * up @ down, in float32."""
         up, down, scaling = self._by_part().float(), self.down.float(), self.spec.scaling
-        weight = None
+        weight = present_weight(linear).float()
         if self.squares is None:
-            weight = present_weight(linear).float()
             self.squares = self._summed(weight.square().sum(dim=1))
-        weight = present_weight(linear).float() if weight is None else weight
         crossed = (affine(weight, down, None) * up).sum(dim=1)
         own = ((up @ (down @ down.t())) * up).sum(dim=1)
         more = self._summed(2 * scaling * crossed + scaling**2 * own)
@@ -267,9 +264,10 @@ def adaptable(base: type) -> type:
             super().__init__(*args, **options)
             self.adapter: Adapter | None = None
             self.quantised: QuantisedWeight | None = None
-            config = options["config"]
-            if config.adapter is not None and config.adapter.base_bits < 16:
-                quantise(self, config.adapter.base_bits, config, options["tp_group"])
+            self.shape_config, self.group = options["config"], options["tp_group"]
+            spec = self.shape_config.adapter
+            if spec is not None and spec.base_bits < 16:
+                quantise(self, spec.base_bits)
 
         def forward(self, input_: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
             if self.quantised is None:
@@ -278,16 +276,20 @@ def adaptable(base: type) -> type:
                 output, bias = _quantised_product(self, input_), None
             if self.adapter is None or not self.adapter.active:
                 return output, bias
-            has_bias = bias is None and self.bias is not None and self.bias.numel() > 0
-            return self.adapter(self, input_, output, has_bias=has_bias), bias
+            return self.adapter(self, input_, output, has_bias=bias is None and _has_bias(self)), bias
 
     Adaptable.__name__ = Adaptable.__qualname__ = base.__name__
     return Adaptable
 
 
-def quantise(linear: Any, bits: int, config: Any, tp_group: dist.ProcessGroup) -> None:
+def _has_bias(linear: Any) -> bool:
+    """Return whether a linear layer has a bias; Transformer Engine's layers have an empty one instead of none."""
+    return linear.bias is not None and linear.bias.numel() > 0
+
+
+def quantise(linear: Any, bits: int) -> None:
     """Give a linear layer a quantised weight, without values, in the place of its own."""
-    weight = linear.weight
+    weight, tp_group = linear.weight, linear.group
     like = torch.empty_like(weight, device="meta")
     set_tensor_model_parallel_attributes(like, True, partition_dim(weight), partition_stride(weight))
     shape = list(weight.shape)
@@ -298,7 +300,7 @@ def quantise(linear: Any, bits: int, config: Any, tp_group: dist.ProcessGroup) -
     linear.quantised = QuantisedWeight(
         *shape,
         bits=bits,
-        dtype=config.params_dtype,
+        dtype=linear.shape_config.params_dtype,
         device=weight.device,
         partition_dim=partition_dim(weight),
         stride=partition_stride(weight),
@@ -309,7 +311,7 @@ def quantise(linear: Any, bits: int, config: Any, tp_group: dist.ProcessGroup) -
 
 def _quantised_product(linear: Any, x: Tensor) -> Tensor:
     """Return what a column- or row-parallel layer with a quantised weight computes, its bias included."""
-    group, sequence_parallel = linear.tp_group, linear.sequence_parallel
+    group, sequence_parallel = linear.group, linear.shape_config.sequence_parallel
     row_parallel, alone = partition_dim(linear.weight_like) == 1, group.size() == 1
     if not row_parallel and not alone:
         x = (
@@ -325,7 +327,7 @@ def _quantised_product(linear: Any, x: Tensor) -> Tensor:
             else reduce_from_tensor_model_parallel_region
         )
         output = together(output, group=group)
-    return output if linear.bias is None else output + linear.bias
+    return output + linear.bias if _has_bias(linear) else output
 
 
 def weight_of(linear: Any) -> Tensor:
