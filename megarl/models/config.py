@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megarl.config.sections.model import ModelConfig, RopeScalingConfig
+from megarl.models.adapter_spec import AdapterSpec
 from megarl.parallel.device import device_settings
 from megarl.parallel.layout import Layout
-
-if TYPE_CHECKING:
-    from megarl.models.adapters import AdapterSpec
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -59,7 +57,7 @@ class GPTConfig(TransformerConfig):
     sliding_window: int | None = None
     init_std: float = 0.02
     kernels: str = "auto"
-    adapter: "AdapterSpec | None" = None
+    adapter: AdapterSpec | None = None
 
     @classmethod
     def build(
@@ -71,7 +69,7 @@ class GPTConfig(TransformerConfig):
         precision: str = "fp32",
         recompute: str = "none",
         kernels: str = "auto",
-        adapter: "AdapterSpec | None" = None,
+        adapter: AdapterSpec | None = None,
     ) -> "GPTConfig":
         """Build the configuration of a model in a layout; `recompute` and `kernels` are choices of parallel.* keys."""
         scaling = model.rope_scaling or RopeScalingConfig()

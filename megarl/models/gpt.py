@@ -22,7 +22,8 @@ from megatron.core.transformer.transformer_block import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megarl.models.adapters import ADAPTER, attach, fill, quantised_linears
+from megarl.models.adapter_spec import ADAPTER
+from megarl.models.adapters import attach, fill, quantised_linears
 from megarl.models.attention import Context, attention_mask
 from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig

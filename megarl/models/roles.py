@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.optim import OptimConfig
-from megarl.models.adapters import ADAPTER, AdapterSpec
+from megarl.models.adapter_spec import ADAPTER, AdapterSpec
 from megarl.models.heads import head_of
 
 if TYPE_CHECKING:

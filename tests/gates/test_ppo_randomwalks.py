@@ -18,11 +18,11 @@ OPTIMALITY = "eval/optimality"
 MEAN_OF_ALL, LEAST = 0.95, 0.90  # of the mean of a run's last five evaluations
 
 
-def run(folder: Path, graph: int, seed: int) -> dict[str, Any]:
-    """What the run came to; it is the one that anybody would start."""
-    settings = ["+conf=randomwalks", f"data.options.seed={graph}", f"seed={seed}", f"run.dir={folder}"]
+def run(folder: Path, graph: int, seed: int, *more: str, entry: str = "train_ppo") -> dict[str, Any]:
+    """What the run came to; without `more` it is the one that anybody would start."""
+    settings = ["+conf=randomwalks", f"data.options.seed={graph}", f"seed={seed}", f"run.dir={folder}", *more]
     done = subprocess.run(
-        [sys.executable, "-m", "megarl.train_ppo", *settings, "trainer.progress=none"],
+        [sys.executable, "-m", f"megarl.{entry}", *settings, "trainer.progress=none"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -49,6 +49,21 @@ def test_short_paths_are_found_on_every_graph_and_seed(tmp_path: Path) -> None:
             print(f"graph {graph} seed {seed}: {found['first']:.3f} to {found['last5']:.3f}")  # noqa: T201
     assert min(reached.values()) >= LEAST, reached
     assert sum(reached.values()) / len(reached) >= MEAN_OF_ALL, reached
+
+
+@pytest.mark.gate
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("graph", GRAPHS[:2])
+def test_adapters_beside_a_base_in_four_bits_learn_the_short_paths(graph: int, tmp_path: Path) -> None:
+    """The base is cloned from walks, exported, and read again in 4 bits."""
+    base = tmp_path / "base"
+    cloned = ["data.train=[megarl.tasks.randomwalks:walks]", "data.eval=[]", "data.seq_length=16", f"export.hf={base}"]
+    steps = ["trainer.max_steps=320", "trainer.eval_every=null", "optim.lr=1e-3", "optim.schedule=constant"]
+    run(tmp_path / "sft", graph, 1, *cloned, *steps, entry="train_sft")
+    adapter = ["adapter.base_bits=4", "adapter.rank=16", "optim.lr=2e-3"]
+    found = run(tmp_path / "ppo", graph, 1, f"model.path={base}", "clone.data=[]", *adapter)["metrics"][OPTIMALITY]
+    print(f"graph {graph}: {found['first']:.3f} to {found['last5']:.3f}")  # noqa: T201
+    assert found["last5"] >= LEAST
 
 
 @pytest.mark.gate

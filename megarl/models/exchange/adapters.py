@@ -16,7 +16,7 @@ from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sections.model import ModelConfig
 from megarl.disk import UnreadableError, is_file, parse_object, read_text, shown
 from megarl.errors import CheckpointError, ConfigError
-from megarl.models.adapters import LINEARS, AdapterSpec, Parts
+from megarl.models.adapter_spec import LINEARS, AdapterSpec, Parts
 from megarl.models.exchange.families import FAMILIES
 from megarl.models.exchange.family import Family, Json
 from megarl.models.exchange.parameters import SCORE, parameters

@@ -7,7 +7,7 @@ import torch
 
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.tokenizer import TokenizerConfig
-from megarl.models.adapters import AdapterSpec
+from megarl.models.adapter_spec import AdapterSpec
 from megarl.models.exchange.export import token_ids
 from megarl.models.exchange.source import Source, family_name
 from megarl.models.roles import Role

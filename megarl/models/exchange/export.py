@@ -15,7 +15,8 @@ from megarl.config.sections.model import ModelConfig
 from megarl.disk import temp_sibling
 from megarl.errors import CheckpointError, MegarlError, NumericsError
 from megarl.logging import get_logger
-from megarl.models.adapters import ADAPTER, changed_linears, present_weight, weight_of
+from megarl.models.adapter_spec import ADAPTER
+from megarl.models.adapters import changed_linears, present_weight, weight_of
 from megarl.models.exchange.families import family_for
 from megarl.models.exchange.family import Json, Mapped
 from megarl.models.exchange.parameters import TRUNK

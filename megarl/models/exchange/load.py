@@ -8,7 +8,8 @@ from torch import nn
 
 from megarl.disk import shown
 from megarl.errors import CheckpointError, NumericsError
-from megarl.models.adapters import ADAPTER, adapted, quantised_linears
+from megarl.models.adapter_spec import ADAPTER
+from megarl.models.adapters import adapted, quantised_linears
 from megarl.models.adapters import fill as quantise_into
 from megarl.models.exchange.adapters import StoredAdapter
 from megarl.models.exchange.parameters import TRUNK, VOCABULARY

@@ -10,7 +10,7 @@ from torch import Tensor
 from megarl.config.sections.adapter import AdapterConfig
 from megarl.disk import shown
 from megarl.errors import CheckpointError
-from megarl.models.adapters import ADAPTER, LINEARS, AdapterSpec
+from megarl.models.adapter_spec import ADAPTER, LINEARS, AdapterSpec
 from megarl.models.exchange.adapters import StoredAdapter, new_spec
 from megarl.models.exchange.parameters import SCORE, TRUNK
 from megarl.models.exchange.source import CheckpointSource, Source, tokenizer_of

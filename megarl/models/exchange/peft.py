@@ -10,7 +10,7 @@ from torch import Tensor
 from megarl.config.sections.model import ModelConfig
 from megarl.disk import temp_sibling
 from megarl.logging import get_logger
-from megarl.models.adapters import ADAPTER, AdapterSpec
+from megarl.models.adapter_spec import ADAPTER, AdapterSpec
 from megarl.models.exchange.adapters import ADAPTER_MODEL, PREFIX, peft_config, their_tensors, write_config
 from megarl.models.exchange.export import gathered, prepare, refuse_existing, removed_on_error
 from megarl.models.exchange.merged import CheckpointAdapter
