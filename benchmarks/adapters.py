@@ -1,4 +1,4 @@
-"""Adapters on a CPU: CPU seconds of a training step beside full training, the bytes of a quantised base, and the peak of
+"""Adapters on a CPU: CPU seconds of a training step beside full training, bytes of a quantised base, and the peak of
 memory beside the plan's. With --peft: beside PEFT's adapters, with the same weights, batch and optimizer. Prints one
 table.
 
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,20 +86,20 @@ class Side:
 
     Attributes:
         about: what it printed before its steps: the number of trained parameters and so on.
-        cpu: CPU seconds of each step.
-        losses: the loss of each step.
+        cpu: CPU seconds of each step but the first.
+        first_loss: the loss of the first step.
         memory: bytes that were measured and planned, for our sides.
     """
 
     about: dict[str, Any]
     cpu: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    first_loss: float = 0.0
     memory: dict[str, float] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
-        """CPU seconds of the fastest step but the first: what else a machine does only ever adds to them."""
-        return min(self.cpu[1:])
+        """CPU seconds of the fastest step: what else a machine does only ever adds to them."""
+        return min(self.cpu)
 
 
 # --- what all sides are given -----------------------------------------------------------------------------------------
@@ -173,15 +173,15 @@ def our_step(engine: Engine, job: dict[str, Any]) -> float:
     return metrics["loss"]
 
 
-def serve(variant: str, job: dict[str, Any], grid: Grid) -> None:
-    """Do what peers/peft_lora.py does, with an engine."""
+def steps(variant: str, job: dict[str, Any], grid: Grid) -> None:
+    """Do what peers/peft_lora.py does: print a line about the model, and one after every step until this is ended."""
     engine = our_engine(variant, job, grid)
     trained = sum(parameter.numel() for _, parameter in engine.parameters() if parameter.requires_grad)
     quantised = [linear for model in engine.models for _, linear in quantised_linears(model)]
     weights = sum(weight_of(linear).numel() for linear in quantised)
     size = sum(linear.quantised.bytes for linear in quantised) / weights if quantised else 4.0
     print(json.dumps({"trained": trained, "bytes": size}), flush=True)
-    for _ in sys.stdin:
+    while True:
         begun = time.process_time()
         loss = our_step(engine, job)
         print(json.dumps({"cpu": time.process_time() - begun, "loss": loss}), flush=True)
@@ -217,14 +217,14 @@ def planned(variant: str, job: dict[str, Any]) -> float:
 def running(command: Sequence[str]) -> Iterator["subprocess.Popen[str]"]:
     """Run a side in its own process, with one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, env=environment, stderr=errors, text=True, **pipes)  # type: ignore[call-overload]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
             yield process
-        except (BrokenPipeError, EOFError):
+        except EOFError:
             errors.seek(0)
-            raise RuntimeError(f"{' '.join(command)} ended early:\n{errors.read()[-3000:]}") from None
+            ended = process.wait()
+            raise RuntimeError(f"{' '.join(command)} ended with {ended}:\n{errors.read()[-3000:]}") from None
         finally:
             process.kill()
             process.wait()
@@ -244,25 +244,23 @@ def ours(what: str, variant: str, job: Path) -> list[str]:
     return [sys.executable, "-m", "benchmarks.adapters", "--one", what, variant, str(job)]
 
 
-def compare(job: Path, python: str | None, rounds: int) -> dict[tuple[str, str], Side]:
-    """Let all sides take their steps in turn, one first step and `rounds` more, and then measure our memory."""
+def compare(job: Path, python: str | None, rounds: int, steps: int) -> dict[tuple[str, str], Side]:
+    """Run all sides in turn, `rounds` times, one at a time, as several do not fit in memory; then measure our memory."""
     commands = {("megarl", variant): ours("steps", variant, job) for variant in VARIANTS}
     if python is not None:
         commands |= {("PEFT", kind): [python, str(PEER), kind, str(job)] for kind in PEFT}
     sides: dict[tuple[str, str], Side] = {}
-    stack = {}
-    with ExitStack() as open_processes:
+    for _ in range(rounds):
         for which, command in commands.items():
-            stack[which] = open_processes.enter_context(running(command))
-            sides[which] = Side(answer(stack[which]))
-        for _ in range(rounds + 1):
-            for which, process in stack.items():
-                assert process.stdin is not None
-                process.stdin.write("\n")
-                process.stdin.flush()
-                found = answer(process)
-                sides[which].cpu.append(found["cpu"])
-                sides[which].losses.append(found["loss"])
+            with running(command) as process:
+                about = answer(process)
+                side = sides.setdefault(which, Side(about))
+                for step in range(steps + 1):
+                    found = answer(process)
+                    if step:  # the first allocates
+                        side.cpu.append(found["cpu"])
+                    else:
+                        side.first_loss = found["loss"]
     check_same_losses(sides)
     for variant in VARIANTS:
         with running(ours("memory", variant, job)) as process:
@@ -272,11 +270,11 @@ def compare(job: Path, python: str | None, rounds: int) -> dict[tuple[str, str],
 
 def check_same_losses(sides: dict[tuple[str, str], Side]) -> None:
     """All sides must start with the same model and batch."""
-    expected = sides["megarl", "full"].losses[0]
+    expected = sides["megarl", "full"].first_loss
     for (whose, variant), side in sides.items():
         within = SAME_LOSS[bits_of(variant)]
-        if abs(side.losses[0] / expected - 1) > within:
-            raise AssertionError(f"{whose} {variant} starts with the loss {side.losses[0]}, full training {expected}")
+        if abs(side.first_loss / expected - 1) > within:
+            raise AssertionError(f"{whose} {variant} starts with the loss {side.first_loss}, full training {expected}")
 
 
 def bits_of(variant: str) -> int:
@@ -332,7 +330,8 @@ def broken_limits(sides: dict[tuple[str, str], Side]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--peft", metavar="PYTHON", help="interpreter of an environment with PEFT: compare with it")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side, in turn")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side, in turn")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of a run")
     parser.add_argument("--sizes", type=json.loads, default={}, help="JSON with other sizes of the model and the batch")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a number is outside its limits")
     parser.add_argument("--one", nargs=3, metavar=("WHAT", "VARIANT", "JOB"), help="one side; used internally")
@@ -345,11 +344,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if what == "memory":
                 print(json.dumps({"planned": expected, "measured": allocated(variant, job, grid)}))
             else:
-                serve(variant, job, grid)
+                steps(variant, job, grid)
         return 0
     print(describe(torch.device("cpu")))
     with tempfile.TemporaryDirectory() as folder:
-        sides = compare(write_job(Sizes(**options.sizes), Path(folder)), options.peft, options.rounds)
+        sides = compare(write_job(Sizes(**options.sizes), Path(folder)), options.peft, options.rounds, options.steps)
     for side in sides.values():
         if "versions" in side.about:
             print(f"beside {side.about['versions']}")

@@ -1,6 +1,6 @@
 """Training steps of PEFT's adapters on a transformers model, for benchmarks/adapters.py, which runs this with the
 interpreter of an environment that has PEFT. It imports nothing of megarl. Takes lora or dora and a file with the job.
-Prints one line of JSON about the model, and one for each line on its standard input, after a step.
+Prints one line of JSON about the model, and one after every step until it is ended.
 
 Where PEFT leaves a choice it is made in PEFT's favour: no checkpointing of activations, and the fused AdamW over the
 adapters alone.
@@ -35,7 +35,7 @@ def main() -> None:
     tokens = torch.tensor(job["tokens"])
     versions = f"peft {peft.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     print(json.dumps({"trained": sum(parameter.numel() for parameter in trained), "versions": versions}), flush=True)
-    for _ in sys.stdin:
+    while True:
         begun = time.process_time()
         optimizer.zero_grad(set_to_none=True)
         loss = model(input_ids=tokens, labels=tokens).loss
