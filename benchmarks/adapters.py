@@ -245,7 +245,7 @@ def ours(what: str, variant: str, job: Path) -> list[str]:
 
 
 def compare(job: Path, python: str | None, rounds: int, steps: int) -> dict[tuple[str, str], Side]:
-    """Run all sides in turn, `rounds` times, one at a time, as several do not fit in memory; then measure our memory."""
+    """Run all sides in turn, `rounds` times, one at a time (several do not fit in memory), and then measure ours."""
     commands = {("megarl", variant): ours("steps", variant, job) for variant in VARIANTS}
     if python is not None:
         commands |= {("PEFT", kind): [python, str(PEER), kind, str(job)] for kind in PEFT}
