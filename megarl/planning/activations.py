@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megarl.models.config import GPTConfig
 from megarl.parallel.layout import Layout
+from megarl.parallel.quantised import CPU_CHUNK, GPU_CHUNK
 from megarl.parallel.vocab import CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU, padded_vocab
 
 ROW_PARALLEL = ("linear_proj", "linear_fc2")
@@ -146,11 +147,12 @@ def _kept_by_adapters(config: GPTConfig, shape: Shape) -> float:
 def kept_once_by_adapters(config: GPTConfig, layout: Layout, shape: Shape) -> float:
     """Return the bytes that a layer's adapters keep for any number of tokens: `up` times the scaling, and with DoRA
     that times the factors of the rows, and three vectors of numbers per row."""
-    total = 0.0
-    for name, parts in config.adapter.parts.items() if config.adapter is not None else ():
+    spec, total = config.adapter, 0.0
+    for name, parts in spec.parts.items() if spec is not None else ():
+        assert spec is not None
         rows = parts.count / (1 if name in ROW_PARALLEL else layout.tp)
-        columns = len(parts.modules) * config.adapter.rank
-        total += rows * (2 * columns + 3 if config.adapter.kind == "dora" else columns)
+        columns = len(parts.modules) * spec.rank
+        total += rows * (2 * columns + 3 if spec.kind == "dora" else columns)
     return total * shape.element
 
 
@@ -171,6 +173,11 @@ def passing_forward(config: GPTConfig, shape: Shape) -> float:
     # Seven: the embedding's output, the layer's input, input and output of attention, their sum, its norm, one spare.
     mlp = 7 * shape.hidden + gathered + (5 if config.gated_linear_unit else 2) * shape.inner
     norm = 2 * shape.hidden * shape.element + 3 * shape.hidden * wide
+    outputs = _outputs(config, shape)
+    if outputs:  # outputs of the weight and of the adapter, and their sum; with DoRA one more
+        copies = 4 if config.adapter is not None and config.adapter.kind == "dora" else 3
+        attention = max(attention, 2 * shape.hidden + gathered + copies * outputs.get("linear_qkv", 0.0))
+        mlp = max(mlp, 7 * shape.hidden + gathered + copies * outputs.get("linear_fc1", 0.0))
     return max(attention * shape.element, mlp * shape.element, norm)
 
 
@@ -181,7 +188,20 @@ def passing_backward(config: GPTConfig, shape: Shape) -> float:
     """
     gathered = shape.whole if shape.gathered else 0.0
     mlp = (2 if config.gated_linear_unit else 1) * shape.inner
-    return (shape.hidden + gathered + max(mlp, shape.queries)) * shape.element
+    total = (shape.hidden + gathered + max(mlp, shape.queries)) * shape.element
+    if config.adapter is not None and config.adapter.base_bits < 16 and shape.element < 4:
+        total += 4 * shape.inner  # a quantised weight's input gradient is summed in float32
+    return total
+
+
+def dequantised_chunk(config: GPTConfig, shape: Shape) -> float:
+    """Return the bytes that a product with a quantised weight allocates for a part of that weight."""
+    if config.adapter is None or config.adapter.base_bits == 16:
+        return 0.0
+    widest = shape.whole * max(shape.inner * (2 if config.gated_linear_unit else 1), shape.queries + 2 * shape.keys)
+    values = min(widest, CPU_CHUNK if shape.on_cpu else GPU_CHUNK)
+    looked_up = 4 if config.adapter.base_bits == 8 else 4 + 2  # float32 values, and indices of pairs in 4 bytes
+    return values * (looked_up + (shape.element if shape.element < 4 else 0))
 
 
 def logits_chunk(rows: int, columns: int, *, on_cpu: bool) -> int:
@@ -208,6 +228,8 @@ def vocabulary(
     if backward:
         total += rows * width * shape.element  # the states' gradient
         total += chunk * shape.element if narrow else 0
-        if not shape.on_cpu or narrow:  # the weight's gradient is summed in float32 before autograd receives it
+        if (not shape.on_cpu or narrow) and (
+            config.adapter is None or width != shape.whole
+        ):  # the weight's gradient is summed in float32 before autograd receives it
             total += columns * width * (4 + shape.element)
     return total

@@ -19,7 +19,7 @@ from megarl.planning.work import Work
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's slice of one model, without frozen weights that it shares with another. Sizes are bytes of all the memory
+    """One rank's slice of one model, without frozen weights that it shares with another. Sizes are bytes of all memory
     that its engine allocates."""
 
     stage: int
