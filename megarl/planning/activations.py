@@ -165,8 +165,14 @@ def not_kept_by_first(config: GPTConfig, shape: Shape) -> float:
     return norms * kept_by_norm(config, shape, outputs=False) - shared
 
 
-def passing_forward(config: GPTConfig, shape: Shape) -> float:
-    """Return the peak bytes per token during one layer's forward pass, when nothing is kept."""
+def passing_forward(config: GPTConfig, shape: Shape, *, adapters: bool = True) -> float:
+    """Return the peak bytes per token during one layer's forward pass, when nothing is kept.
+
+    Args:
+        config: the model.
+        shape: widths of a rank's slice.
+        adapters: whether the layer's adapters compute; they do not while they are merged into the weights.
+    """
     wide = shape.element if not shape.on_cpu or shape.element == 4 else 4
     gathered = shape.whole if shape.gathered else 0.0
     attention = 2 * shape.hidden + gathered + 4 * shape.queries + 4 * shape.keys
@@ -174,7 +180,7 @@ def passing_forward(config: GPTConfig, shape: Shape) -> float:
     mlp = 7 * shape.hidden + gathered + (5 if config.gated_linear_unit else 2) * shape.inner
     norm = 2 * shape.hidden * shape.element + 3 * shape.hidden * wide
     outputs = _outputs(config, shape)
-    if outputs:  # outputs of the weight and of the adapter, and their sum; with DoRA one more
+    if adapters and outputs:  # outputs of the weight and of the adapter, and their sum; with DoRA one more
         copies = 4 if config.adapter is not None and config.adapter.kind == "dora" else 3
         attention = max(attention, 2 * shape.hidden + gathered + copies * outputs.get("linear_qkv", 0.0))
         mlp = max(mlp, 7 * shape.hidden + gathered + copies * outputs.get("linear_fc1", 0.0))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from megarl.models.cache import KVCache
+from megarl.models.config import GPTConfig
 from megarl.models.flops import layers_with_gradients
 from megarl.models.roles import Role
 from megarl.parallel.reshard import refuse_what_cannot_be_moved
@@ -247,8 +248,7 @@ def _scoring(work: Work, role: Role, stage: int, *, on_cpu: bool) -> tuple[float
     """Return activations and logits while log-probs and values of responses are computed, without gradients."""
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu)
     tokens, rows = work.micro * work.length, work.micro * work.loss_tokens
-    passing = tokens * (act.passing_forward(config, shape) + shape.rotary * 2 * shape.element)
-    passing += act.dequantised_chunk(config, shape)
+    passing = _passing_forward(config, shape, tokens) + tokens * shape.rotary * 2 * shape.element
     passing += tokens * _INPUTS * -(-work.rollouts // (work.layout.dp * work.micro))
     logits = 0.0
     if stage == work.layout.pp - 1 and "lm" in role.heads:
@@ -260,6 +260,12 @@ def _scoring(work: Work, role: Role, stage: int, *, on_cpu: bool) -> tuple[float
     return passing, logits
 
 
+def _passing_forward(config: GPTConfig, shape: Shape, tokens: int, *, merged: bool = False) -> float:
+    """Return the peak bytes of a forward pass that keeps nothing; `merged`: adapters are in the weights."""
+    frozen = tokens * act.passing_forward(config, shape, adapters=False) + act.dequantised_chunk(config, shape)
+    return frozen if merged else max(frozen, tokens * act.passing_forward(config, shape))
+
+
 def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float, float]:
     """Return activations of a pass over prompts, logits of a decode pass, and the KV cache."""
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu, gathered=False)
@@ -267,8 +273,8 @@ def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[f
     length = work.prompt + work.longest
     cache = slots * KVCache.slot_bytes(config, held.layers, work.layout.tp, length) * (1 + work.masks)
     tokens = min(Limits.prefill_tokens, slots * work.prompt)
-    passing = tokens * (act.passing_forward(config, shape) + shape.rotary * 2 * shape.element + _INPUTS)
-    passing += act.dequantised_chunk(config, shape)
+    passing = _passing_forward(config, shape, tokens, merged=bool(held.merged))
+    passing += tokens * (shape.rotary * 2 * shape.element + _INPUTS)
     rows = -(-slots // work.layout.pp)
     if config.num_kv_heads != config.num_attention_heads and not on_cpu:
         # With a mask, torch's kernels need a key and a value per query head, so those of one layer are repeated.
