@@ -166,7 +166,7 @@ def test_what_is_printed_names_the_adapters_and_offers_a_smaller_base() -> None:
 
 
 def test_layouts_are_suggested_where_only_a_quantised_base_fits() -> None:
-    work = with_adapter(large(LLAMA_70B, 128256, Layout()), base_bits=4)
+    work = with_adapter(large(LLAMA_70B, 128256, Layout()), base_bits=4).on(Layout(), micro=1, recompute="full")
     assert planned(work).fits
     assert str(suggest(planned(work))[0].work.layout) == "TP1"
 
