@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megarl.config.sections.model import ModelConfig
-from megarl.models.flops import flops_per_token
+from megarl.models.adapter_spec import AdapterSpec
+from megarl.models.flops import flops_per_token, forward_flops_per_token
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine, ForwardFn, Outputs
 from megarl.parallel.microbatches import MicrobatchPlan
@@ -70,8 +71,20 @@ def at_last(columns: Tensor, rows: Rows) -> Tensor:
     return columns.gather(1, (rows.lengths - 1).clamp(min=0)[:, None]).squeeze(1)
 
 
-def training_flops(model: ModelConfig, vocab_size: int, lengths: Tensor) -> float:
+def training_flops(model: ModelConfig, vocab_size: int, lengths: Tensor, adapter: AdapterSpec | None = None) -> float:
     """Return the FLOPs of a forward and a backward pass over rows of these lengths [rows]. Last tokens are not
     inputs."""
+    tokens, length = _read(lengths)
+    return tokens * flops_per_token(model, vocab_size, length, adapter)
+
+
+def forward_flops(model: ModelConfig, vocab_size: int, lengths: Tensor, adapter: AdapterSpec | None = None) -> float:
+    """Return the FLOPs of a forward pass over rows of these lengths [rows]. Last tokens are not inputs."""
+    tokens, length = _read(lengths)
+    return tokens * forward_flops_per_token(model, vocab_size, length, adapter)
+
+
+def _read(lengths: Tensor) -> tuple[float, float]:
+    """Return the number of tokens that rows of these lengths give a model, and their length weighted by tokens."""
     read = (lengths.double() - 1).clamp(min=1)
-    return float(read.sum()) * flops_per_token(model, vocab_size, float((read**2).sum() / read.sum()))
+    return float(read.sum()), float((read**2).sum() / read.sum())

@@ -5,12 +5,13 @@ of masked-out pairs. It is the usual numerator of model FLOPs utilisation (MFU).
 """
 
 from megarl.config.sections.model import ModelConfig
+from megarl.models.adapter_spec import AdapterSpec
 
 _PER_WEIGHT = 2  # a multiplication and an addition
 _FORWARD_AND_BACKWARD = 3  # the backward pass has two products per forward product: for the inputs and for the weights
 
 
-def flops_per_token(model: ModelConfig, vocab_size: int, length: float) -> float:
+def flops_per_token(model: ModelConfig, vocab_size: int, length: float, adapter: AdapterSpec | None = None) -> float:
     """Return the operations of forward and backward pass per token of a sequence.
 
     Per token, with `keys` the mean number of tokens attended to (`mean_keys`):
@@ -22,18 +23,54 @@ def flops_per_token(model: ModelConfig, vocab_size: int, length: float) -> float
     This is the familiar 6 * weights + 12 * layers * hidden * length / 2. Layers below `model.num_layers_unfrozen`
     run forward only. Embedding look-ups, norms, activations, biases and the softmax are not counted.
 
+    With adapters, frozen weights need no gradients, so that their products count twice instead of three times; those of
+    the adapters count three times. DoRA's lengths of rows are not counted.
+
     Args:
         model: shape of the model.
         vocab_size: rows of the output layer, without padding for the layout.
         length: tokens of a sequence. For several sequences (or packed documents), the mean weighted by tokens,
             sum(length**2) / sum(length), is exact up to the constant term.
+        adapter: the adapters beside the frozen weights of the model.
     """
     attention = 4 * model.num_heads * _head_dim(model) * mean_keys(length, model.sliding_window)
-    layer = _PER_WEIGHT * layer_weights(model) + attention
-    trained = model.num_layers if model.num_layers_unfrozen < 0 else model.num_layers_unfrozen
+    weights, output = _PER_WEIGHT * layer_weights(model), _PER_WEIGHT * model.hidden_size * vocab_size
+    trained = layers_with_gradients(model, adapter)
     frozen = model.num_layers - trained
-    output = _PER_WEIGHT * model.hidden_size * vocab_size
-    return float(_FORWARD_AND_BACKWARD * (trained * layer + output) + frozen * layer)
+    layer = _FORWARD_AND_BACKWARD * (weights + attention)
+    if adapter is not None:
+        layer += _FORWARD_AND_BACKWARD * _PER_WEIGHT * adapter_weights(model, adapter) - weights
+    last = (_FORWARD_AND_BACKWARD if adapter is None else _FORWARD_AND_BACKWARD - 1) * output
+    return float(trained * layer + last + frozen * (weights + attention))
+
+
+def forward_flops_per_token(
+    model: ModelConfig, vocab_size: int, length: float, adapter: AdapterSpec | None = None
+) -> float:
+    """Return the operations of a forward pass per token of a sequence; see `flops_per_token`."""
+    attention = 4 * model.num_heads * _head_dim(model) * mean_keys(length, model.sliding_window)
+    total = model.num_layers * (_PER_WEIGHT * layer_weights(model) + attention)
+    if adapter is not None:
+        total += layers_with_gradients(model, adapter) * _PER_WEIGHT * adapter_weights(model, adapter)
+    return float(total + _PER_WEIGHT * model.hidden_size * vocab_size)
+
+
+def layers_with_gradients(model: ModelConfig, adapter: AdapterSpec | None = None) -> int:
+    """Return the number of the model's last layers that have trainable parameters."""
+    if adapter is not None:
+        return model.num_layers - adapter.first_layer
+    return model.num_layers if model.num_layers_unfrozen < 0 else model.num_layers_unfrozen
+
+
+def adapter_weights(model: ModelConfig, adapter: AdapterSpec) -> int:
+    """Return the weights of the products of one layer's adapters."""
+    attended = _head_dim(model) * model.num_heads
+    columns = {"linear_proj": attended, "linear_fc2": model.ffn_width}
+    return sum(
+        adapter.rank
+        * (len(parts.modules) * columns.get(name, model.hidden_size) + sum(len(rows) for rows in parts.rows))
+        for name, parts in adapter.parts.items()
+    )
 
 
 def layer_weights(model: ModelConfig) -> int:

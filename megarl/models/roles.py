@@ -36,6 +36,8 @@ class Role:
         adapter: the adapters beside its weights; None: there are none.
         base: the role whose weights beside its adapters it uses. None: it has its own.
         adapter_source: the stored adapter whose factors it starts from. None: factors that change nothing.
+        has_copy: for a role that swaps, whether its weights are copied. Those of new adapters that change nothing are
+            not: they are switched off.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Role:
     adapter: AdapterSpec | None = None
     base: str | None = None
     adapter_source: StoredAdapter | None = field(default=None, repr=False, compare=False)
+    has_copy: bool = True
 
     @property
     def trains(self) -> bool:

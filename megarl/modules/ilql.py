@@ -104,7 +104,8 @@ class ILQL(GenerativeModule):
                 for model in self.policy.models:
                     model.move_targets(settings.target_alpha)
         lengths = torch.as_tensor(self.store.lengths[indices.numpy()])
-        self.work = Work(int(lengths.sum()), training_flops(self.config.model, self.vocab_size, lengths))
+        flops = training_flops(self.config.model, self.vocab_size, lengths, self.policy.config.adapter)
+        self.work = Work(int(lengths.sum()), flops)
         self.log_dict({name: metrics[name.removeprefix("train/")] for name in TERMS})
         self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})
 

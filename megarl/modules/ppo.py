@@ -21,7 +21,7 @@ from megarl.experience.action_mask import ActionMask
 from megarl.experience.collection import Collected, Scored, collect, mean, no_spread
 from megarl.experience.invariants import Invariants
 from megarl.experience.reference import PolicyReference, Reference
-from megarl.experience.rows import forward_rows, rollouts_to_rows, training_flops
+from megarl.experience.rows import forward_flops, forward_rows, rollouts_to_rows, training_flops
 from megarl.experience.shaping import Shaping
 from megarl.experience.start_weights import keep, take
 from megarl.experience.watch import Watch
@@ -39,7 +39,6 @@ from megarl.parallel.rows import Microbatch, Rows
 from megarl.rollout.noise import GREEDY, TRAINING
 
 NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
-FORWARD_SHARE = 1 / 3  # cost of a forward pass, relative to forward and backward
 log = get_logger(__name__)
 
 
@@ -469,8 +468,8 @@ class PPO(GenerativeModule):
 
     def _work(self, rows: Rows) -> Work:
         """Count generation and evaluation as forward passes, and each inner epoch as a forward and a backward pass."""
-        once = training_flops(self.config.model, self.vocab_size, rows.lengths)
+        sizes = (self.config.model, self.vocab_size, rows.lengths, self.policy.config.adapter)
         models = len(self._trained)
-        self.training_flops = once * models * self.config.ppo.inner_epochs
-        passes = FORWARD_SHARE * (len(self.engines) + 1 + (self.reference is not None))
-        return Work(int(rows.lengths.sum()), self.training_flops + once * passes)
+        self.training_flops = training_flops(*sizes) * models * self.config.ppo.inner_epochs
+        passes = len(self.engines) + 1 + (self.reference is not None)
+        return Work(int(rows.lengths.sum()), self.training_flops + forward_flops(*sizes) * passes)

@@ -28,10 +28,10 @@ def roles(config: PPOConfig, vocab_size: int, sources: Sources) -> list[Role]:
     if critic == "separate":
         roles.append(_critic(config, vocab_size, sources))
     if config.ppo.kl_coef > 0:
-        about = "the policy's first weights, in host memory"
-        if own and own["adapter_source"] is None and not clones(config):
-            about = "the policy without its adapters"
-        roles.append(Role("reference", model, vocab_size, source=source, about=about, swaps_with="policy", **own))
+        copied = not own or own["adapter_source"] is not None or clones(config)
+        about = "the policy's first weights, in host memory" if copied else "the policy without its adapters"
+        reference = Role("reference", model, vocab_size, source=source, about=about, swaps_with="policy", **own)
+        roles.append(replace(reference, has_copy=copied))
     return [*roles, *reward_roles(config, sources)]
 
 

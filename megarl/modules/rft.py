@@ -152,7 +152,7 @@ class RFT(GenerativeModule):
     def _work(self, rows: Rows, steps: float) -> Work:
         lengths = rows.lengths
         passes = self.config.trainer.global_batch_size * steps / len(lengths)
-        flops = training_flops(self.config.model, self.vocab_size, lengths)
+        flops = training_flops(self.config.model, self.vocab_size, lengths, self.policy.config.adapter)
         return Work(int(lengths.sum() * passes), flops * passes)
 
 

@@ -97,7 +97,9 @@ class SFT(Module):
         self.advance()
         tokens = int(metrics["all_tokens"])
         length = metrics["squared_lengths"] / max(tokens, 1)  # token-weighted mean: attention's cost
-        self.work = Work(tokens, tokens * flops_per_token(self.config.model, self.vocab_size, length))
+        adapter = self.policy.config.adapter
+        flops = flops_per_token(self.config.model, self.vocab_size, length, adapter)
+        self.work = Work(tokens, tokens * flops)
         self.log_dict({"train/loss": metrics["loss"], "train/grad_norm": norms["policy"], "train/lr": rate})
 
     def on_validation_epoch_start(self) -> None:

@@ -10,7 +10,7 @@ from megarl.clock import Work
 from megarl.data.agreement import refuse_different_data
 from megarl.data.order import EvalLoader, TrainBatches, TrainLoader
 from megarl.data.pairs import ResponseData, build_preference_data
-from megarl.experience.rows import training_flops
+from megarl.experience.rows import forward_flops, training_flops
 from megarl.models.gpt import GPT
 from megarl.modules.base import Module
 from megarl.parallel.engine import Stats
@@ -118,9 +118,10 @@ class UnitModule(Module):
             sums = self.policy.train_step(self.last_batch, self._loss, self.count)
             norms = self.step_optimizers()
         self.advance()
-        models = 1 + (len(self.engines) - 1) / 3  # the others only compute forward passes
-        flops = training_flops(self.config.model, self.vocab_size if self.has_output else 0, rows.lengths)
-        self.work = Work(int(rows.lengths.sum()), flops * models)
+        model, vocab_size = self.config.model, self.vocab_size if self.has_output else 0
+        flops = training_flops(model, vocab_size, rows.lengths, self.policy.config.adapter)
+        flops += (len(self.engines) - 1) * forward_flops(model, vocab_size, rows.lengths)  # the others do not train
+        self.work = Work(int(rows.lengths.sum()), flops)
         metrics = {"loss": sums["loss"], **self.means(sums)}
         self.log_dict(named(metrics, self.training_metrics))
         self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})

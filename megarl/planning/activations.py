@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from megarl.models.config import GPTConfig
 from megarl.parallel.layout import Layout
+from megarl.parallel.quantised import CPU_CHUNK, GPU_CHUNK
 from megarl.parallel.vocab import CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU, padded_vocab
+
+ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
 
 @dataclass(frozen=True)
@@ -45,26 +48,31 @@ class Shape:
         )
 
 
-def kept_by_norm(config: GPTConfig, shape: Shape, *, inputs: bool = True) -> float:
-    """Return bytes per token of a norm: its input, its statistics, and its output, which the next product keeps."""
+def kept_by_norm(config: GPTConfig, shape: Shape, *, outputs: bool = True) -> float:
+    """Return bytes per token of a norm: its input, its statistics, and its output if the next product keeps it."""
     split = shape.whole / shape.hidden
-    output = shape.hidden * shape.element
+    output = shape.hidden * shape.element if outputs else 0.0
     if config.normalization == "LayerNorm":
-        return output + (shape.hidden * shape.element if inputs else 0.0) + 2 * shape.element / split
-    if shape.on_cpu:  # several float32 operations: they keep the input and the input over its root mean square
-        return output + 2 * shape.hidden * 4 - (0.0 if inputs else shape.hidden * 4) + 4 / split
-    return output + (shape.hidden * shape.element if inputs else 0.0) + 4 / split
+        return output + shape.hidden * shape.element + 2 * shape.element / split
+    if shape.on_cpu:  # several float32 operations: they keep the input and, for the scale, what is multiplied by it
+        return output + (1 if config.adapter else 2) * shape.hidden * 4 + 4 / split
+    return output + shape.hidden * shape.element + 4 / split
 
 
 def kept_by_layer(config: GPTConfig, shape: Shape, recompute: str) -> float:
     """Return the bytes per token that one layer keeps from its forward to its backward pass."""
     if recompute == "full":
         return shape.hidden * shape.element
-    norms = 1 if config.parallel_residual == "one_norm" else 2
-    total = norms * kept_by_norm(config, shape)
+    if config.parallel_residual == "one_norm":
+        either = _keeps_input(config, "linear_qkv") or _keeps_input(config, "linear_fc1")
+        total = kept_by_norm(config, shape, outputs=either)
+    else:
+        outputs = (_keeps_input(config, name) for name in ("linear_qkv", "linear_fc1"))
+        total = sum(kept_by_norm(config, shape, outputs=kept) for kept in outputs)
     if config.parallel_residual == "two_norms" and (config.normalization == "LayerNorm" or not shape.on_cpu):
         total -= shape.hidden * shape.element  # both norms keep the same input
     total += _kept_by_attention(config, shape, recompute) + _kept_by_mlp(config, shape)
+    total += _kept_by_adapters(config, shape)
     if config.hidden_dropout > 0:
         total += 2 * shape.hidden  # one byte per element of two masks
     return total
@@ -85,7 +93,8 @@ def _kept_by_attention(config: GPTConfig, shape: Shape, recompute: str) -> float
         single = shape.on_cpu and config.normalization == "RMSNorm"  # as in `kept_by_norm`
         statistics += vectors / config.head_dim * (4 if config.normalization == "RMSNorm" else 2 * shape.element)
         if single:
-            statistics += vectors * (4 if shape.element == 4 else 8)
+            statistics += vectors * (0 if config.adapter else 4)  # what the scale multiplies
+            statistics += vectors * (0 if shape.element == 4 else 4)
         if copied and not (single and shape.element < 4):
             elements += shape.queries
     return elements * shape.element + statistics
@@ -93,17 +102,88 @@ def _kept_by_attention(config: GPTConfig, shape: Shape, recompute: str) -> float
 
 def _kept_by_mlp(config: GPTConfig, shape: Shape) -> float:
     """Return bytes per token of the inputs of activation and second product; gated: halves, factors and product."""
-    return (5 if config.gated_linear_unit else 2) * shape.inner * shape.element
+    widths = (4 if config.gated_linear_unit else 1) + _keeps_input(config, "linear_fc2")
+    return widths * shape.inner * shape.element
 
 
-def passing_forward(config: GPTConfig, shape: Shape) -> float:
-    """Return the peak bytes per token during one layer's forward pass, when nothing is kept."""
+def _keeps_input(config: GPTConfig, linear: str) -> bool:
+    """Return whether a linear layer's input is kept: for the gradient of its weight, or of its adapter's `down`."""
+    return config.adapter is None or linear in config.adapter.parts
+
+
+def _outputs(config: GPTConfig, shape: Shape) -> dict[str, float]:
+    """Return the width of the output of each linear layer with an adapter, per token of the batch."""
+    if config.adapter is None:
+        return {}
+    widths = {
+        "linear_qkv": shape.queries * (1 + 2 * config.num_kv_heads / config.num_attention_heads),
+        "linear_proj": shape.hidden,
+        "linear_fc1": (2 if config.gated_linear_unit else 1) * shape.inner,
+        "linear_fc2": shape.hidden,
+    }
+    return {name: widths[name] for name in config.adapter.parts}
+
+
+def _kept_by_adapters(config: GPTConfig, shape: Shape) -> float:
+    """Return bytes per token of what a layer's adapters keep besides their inputs: what `down` returns, with DoRA the
+    outputs of the frozen weights, and with dropout a mask and a second input of the attention's output layer."""
+    spec, total = config.adapter, 0.0
+    if spec is None:
+        return total
+    inputs = {"linear_qkv": shape.hidden, "linear_proj": shape.queries, "linear_fc1": shape.hidden}
+    for name, width in _outputs(config, shape).items():
+        split = shape.whole / shape.hidden if name in ROW_PARALLEL else 1.0
+        total += len(spec.parts[name].modules) * spec.rank / split * shape.element
+        if spec.kind == "dora":
+            total += width * shape.element
+        if spec.dropout > 0:
+            total += inputs.get(name, shape.inner) * (shape.element if shape.on_cpu else 1)
+            total += shape.queries * shape.element if name == "linear_proj" else 0.0
+    if spec.dropout > 0 and config.parallel_residual == "one_norm" and {"linear_qkv", "linear_fc1"} <= set(spec.parts):
+        total += shape.hidden * shape.element  # one output of a norm, but two inputs with dropout
+    return total
+
+
+def kept_once_by_adapters(config: GPTConfig, layout: Layout, shape: Shape) -> float:
+    """Return the bytes that a layer's adapters keep for any number of tokens: `up` times the scaling, and with DoRA
+    that times the factors of the rows, and three vectors of numbers per row."""
+    spec, total = config.adapter, 0.0
+    for name, parts in spec.parts.items() if spec is not None else ():
+        assert spec is not None
+        rows = parts.count / (1 if name in ROW_PARALLEL else layout.tp)
+        columns = len(parts.modules) * spec.rank
+        total += rows * (2 * columns + 3 if spec.kind == "dora" else columns)
+    return total * shape.element
+
+
+def not_kept_by_first(config: GPTConfig, shape: Shape) -> float:
+    """Return the bytes per token of its input that the first layer with adapters of a model does not keep, as nothing
+    below it trains."""
+    norms = 2 if config.parallel_residual == "two_norms" else 1
+    single = norms == 2 and (config.normalization == "LayerNorm" or not shape.on_cpu)  # both keep the same input
+    shared = shape.hidden * shape.element if single else 0.0
+    return norms * kept_by_norm(config, shape, outputs=False) - shared
+
+
+def passing_forward(config: GPTConfig, shape: Shape, *, adapters: bool = True) -> float:
+    """Return the peak bytes per token during one layer's forward pass, when nothing is kept.
+
+    Args:
+        config: the model.
+        shape: widths of a rank's slice.
+        adapters: whether the layer's adapters compute; they do not while they are merged into the weights.
+    """
     wide = shape.element if not shape.on_cpu or shape.element == 4 else 4
     gathered = shape.whole if shape.gathered else 0.0
     attention = 2 * shape.hidden + gathered + 4 * shape.queries + 4 * shape.keys
     # Seven: the embedding's output, the layer's input, input and output of attention, their sum, its norm, one spare.
     mlp = 7 * shape.hidden + gathered + (5 if config.gated_linear_unit else 2) * shape.inner
     norm = 2 * shape.hidden * shape.element + 3 * shape.hidden * wide
+    outputs = _outputs(config, shape)
+    if adapters and outputs:  # outputs of the weight and of the adapter, and their sum; with DoRA one more
+        copies = 4 if config.adapter is not None and config.adapter.kind == "dora" else 3
+        attention = max(attention, 2 * shape.hidden + gathered + copies * outputs.get("linear_qkv", 0.0))
+        mlp = max(mlp, 7 * shape.hidden + gathered + copies * outputs.get("linear_fc1", 0.0))
     return max(attention * shape.element, mlp * shape.element, norm)
 
 
@@ -114,7 +194,20 @@ def passing_backward(config: GPTConfig, shape: Shape) -> float:
     """
     gathered = shape.whole if shape.gathered else 0.0
     mlp = (2 if config.gated_linear_unit else 1) * shape.inner
-    return (shape.hidden + gathered + max(mlp, shape.queries)) * shape.element
+    total = (shape.hidden + gathered + max(mlp, shape.queries)) * shape.element
+    if config.adapter is not None and config.adapter.base_bits < 16 and shape.element < 4:
+        total += 4 * shape.inner  # a quantised weight's input gradient is summed in float32
+    return total
+
+
+def dequantised_chunk(config: GPTConfig, shape: Shape) -> float:
+    """Return the bytes that a product with a quantised weight allocates for a part of that weight."""
+    if config.adapter is None or config.adapter.base_bits == 16:
+        return 0.0
+    widest = shape.whole * max(shape.inner * (2 if config.gated_linear_unit else 1), shape.queries + 2 * shape.keys)
+    values = min(widest, CPU_CHUNK if shape.on_cpu else GPU_CHUNK)
+    looked_up = 4 if config.adapter.base_bits == 8 else 4 + 2  # float32 values, and indices of pairs in 4 bytes
+    return values * (looked_up + (shape.element if shape.element < 4 else 0))
 
 
 def logits_chunk(rows: int, columns: int, *, on_cpu: bool) -> int:
@@ -141,6 +234,8 @@ def vocabulary(
     if backward:
         total += rows * width * shape.element  # the states' gradient
         total += chunk * shape.element if narrow else 0
-        if not shape.on_cpu or narrow:  # the weight's gradient is summed in float32 before autograd receives it
+        if (not shape.on_cpu or narrow) and (
+            config.adapter is None or width != shape.whole
+        ):  # the weight's gradient is summed in float32 before autograd receives it
             total += columns * width * (4 + shape.element)
     return total

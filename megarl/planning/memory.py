@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, replace
 
 from megarl.models.cache import KVCache
+from megarl.models.config import GPTConfig
+from megarl.models.flops import layers_with_gradients
 from megarl.models.roles import Role
 from megarl.parallel.reshard import refuse_what_cannot_be_moved
 from megarl.parallel.update_rules import MOMENTS
@@ -126,8 +128,9 @@ def _add_generation(plan: RankPlan, work: Work, *, on_cpu: bool) -> None:
         if moved:
             uses.append(Use(name, weights=held.weights))
         at = next(number for number, use in enumerate(uses) if use.role == name)
+        weights = uses[at].weights + held.merged  # adapters are merged into the weights, which are kept besides
         uses[at] = (
-            replace(uses[at], activations=passing, logits=logits, cache=cache)
+            replace(uses[at], weights=weights, activations=passing, logits=logits, cache=cache)
             if phase == "generate"
             else replace(uses[at], cache=kept)
         )
@@ -141,6 +144,8 @@ def _stages_there(work: Work, there: Work, stage: int) -> range:
 
 def _use(work: Work, role: Role, shards: dict[str, Shard], stage: int, phase: str, *, on_cpu: bool) -> Use:
     if role.swaps_with is not None:
+        if not role.has_copy:
+            return Use(role.name)
         # Its values are copied in and the other role's out, so there are two copies during its forward passes.
         copies = 2 if phase == "score" else 1
         return Use(role.name, host=copies * shards[role.swaps_with].copy)
@@ -196,19 +201,24 @@ def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) 
     recompute = work.parallel.recompute
     tokens = work.micro * work.length
     trained = held.layers
-    if 0 <= work.model.num_layers_unfrozen < work.model.num_layers:  # frozen layers keep no activations
+    with_gradients = layers_with_gradients(work.model, work.adapter)
+    if with_gradients < work.model.num_layers:  # frozen layers keep no activations
         above = work.model.num_layers // work.layout.pp * (work.layout.pp - 1 - stage)
-        trained = max(0, min(held.layers, work.model.num_layers_unfrozen - above))
+        trained = max(0, min(held.layers, with_gradients - above))
     per_token = trained * act.kept_by_layer(config, shape, recompute)
+    if work.adapter is not None and recompute != "full" and stage == 0 and trained:
+        per_token -= act.not_kept_by_first(config, shape)
     per_token += shape.rotary * 2 * shape.element
     last = stage == work.layout.pp - 1
     kept = in_flight(work, stage) * tokens * per_token
     kept += work.accumulation * tokens * _INPUTS
+    once = act.kept_once_by_adapters(config, work.layout, shape)
+    kept += in_flight(work, stage) * trained * once if recompute != "full" else once
     if work.layout.pp > 1:
         kept += 2 * tokens * shape.hidden * shape.element  # received from neighbouring stages
     rows = work.micro * work.loss_tokens
     logits = 0.0
-    passing = tokens * act.passing_backward(config, shape)
+    passing = tokens * act.passing_backward(config, shape) + act.dequantised_chunk(config, shape)
     if recompute == "full":
         passing += tokens * (act.kept_by_layer(config, shape, "none") - shape.hidden * shape.element)
     if not on_cpu:  # a weight's gradient before it is added to its buffer
@@ -239,7 +249,7 @@ def _scoring(work: Work, role: Role, stage: int, *, on_cpu: bool) -> tuple[float
     """Return activations and logits while log-probs and values of responses are computed, without gradients."""
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu)
     tokens, rows = work.micro * work.length, work.micro * work.loss_tokens
-    passing = tokens * (act.passing_forward(config, shape) + shape.rotary * 2 * shape.element)
+    passing = _passing_forward(config, shape, tokens) + tokens * shape.rotary * 2 * shape.element
     passing += tokens * _INPUTS * -(-work.rollouts // (work.layout.dp * work.micro))
     logits = 0.0
     if stage == work.layout.pp - 1 and "lm" in role.heads:
@@ -251,6 +261,12 @@ def _scoring(work: Work, role: Role, stage: int, *, on_cpu: bool) -> tuple[float
     return passing, logits
 
 
+def _passing_forward(config: GPTConfig, shape: Shape, tokens: int, *, merged: bool = False) -> float:
+    """Return the peak bytes of a forward pass that keeps nothing; `merged`: adapters are in the weights."""
+    frozen = tokens * act.passing_forward(config, shape, adapters=False) + act.dequantised_chunk(config, shape)
+    return frozen if merged else max(frozen, tokens * act.passing_forward(config, shape))
+
+
 def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float, float]:
     """Return activations of a pass over prompts, logits of a decode pass, and the KV cache."""
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu, gathered=False)
@@ -258,7 +274,8 @@ def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[f
     length = work.prompt + work.longest
     cache = slots * KVCache.slot_bytes(config, held.layers, work.layout.tp, length) * (1 + work.masks)
     tokens = min(Limits.prefill_tokens, slots * work.prompt)
-    passing = tokens * (act.passing_forward(config, shape) + shape.rotary * 2 * shape.element + _INPUTS)
+    passing = _passing_forward(config, shape, tokens, merged=bool(held.merged))
+    passing += tokens * (shape.rotary * 2 * shape.element + _INPUTS)
     rows = -(-slots // work.layout.pp)
     if config.num_kv_heads != config.num_attention_heads and not on_cpu:
         # With a mask, torch's kernels need a key and a value per query head, so those of one layer are repeated.
@@ -294,7 +311,8 @@ def _saving(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) ->
     # This rank's slice exists twice: the float32 copy that is sent, and within the gathered result.
     gathered = bucket * (1 + 1 / work.layout.dp) if not on_cpu else 0.0
     stored = whole + held.moments * 4
-    file = (held.weights + stored) / work.layout.dp
+    weights = held.weights if role.adapter is None else held.copy  # files lack the weights beside adapters
+    file = (weights + stored) / work.layout.dp
     # Megatron gathers as many tensors as Adam has; a single replica gathers nothing.
     host = file + (whole * (1 + len(MOMENTS)) if work.layout.dp > 1 else stored)
     if on_cpu:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from megarl.config.offers import divisors
 from megarl.config.sections.model import ModelConfig
+from megarl.models.flops import layers_with_gradients
 from megarl.parallel.layout import Layout
 from megarl.planning.hardware import GIB, Cluster
 from megarl.planning.memory import RankPlan, plan_ranks
@@ -109,6 +110,12 @@ def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
             )
     if (work.rollouts or work.evaluates) and work.slots > 1:
         yield f"rollout.engine.slots={work.slots // 2}", replace(work, slots=work.slots // 2)
+    if work.adapter is not None and work.adapter.base_bits > 4:
+        roles = [
+            role if role.adapter is None else replace(role, adapter=replace(role.adapter, base_bits=4))
+            for role in work.roles
+        ]
+        yield "adapter.base_bits=4", replace(work, roles=tuple(roles), adapter=roles[0].adapter)
     if any(role.name == "critic" for role in work.roles):
         policy, *others = work.roles
         roles = [replace(policy, heads=("lm", "value")), *(role for role in others if role.name != "critic")]
@@ -169,9 +176,12 @@ def _least(work: Work, layout: Layout) -> float:
     kv_heads = model.kv_heads
     attention = model.hidden_size * head_dim * 2 * (model.num_heads + kv_heads)
     mlp = (3 if model.activation == "swiglu" else 2) * model.hidden_size * model.ffn_width
-    trained = model.num_layers if model.num_layers_unfrozen < 0 else model.num_layers_unfrozen
     master = 12 if work.precision == "bf16" else 8
-    layers = model.num_layers * work.element + trained * (4 + master / layout.dp)
+    if work.adapter is None:
+        layers = model.num_layers * work.element + layers_with_gradients(model) * (4 + master / layout.dp)
+    else:
+        bits = work.adapter.base_bits
+        layers = model.num_layers * (work.element if bits == 16 else bits / 8)
     return (attention + mlp) * layers / layout.tp / layout.pp
 
 

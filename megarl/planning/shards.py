@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megarl.models.adapters import changed_linears, mergeable, weight_of
 from megarl.models.build import empty_model, engine_of
 from megarl.models.config import GPTConfig
 from megarl.models.roles import Role
@@ -19,7 +20,8 @@ from megarl.planning.work import Work
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's slice of one model. Sizes are bytes of all the memory that its engine allocates."""
+    """One rank's slice of one model, without frozen weights that it shares with another. Sizes are bytes of all memory
+    that its engine allocates."""
 
     stage: int
     parameters: int  # elements
@@ -30,9 +32,10 @@ class Shard:
     moments: int  # values of the optimizer's state in a checkpoint, besides the weights, of all data-parallel ranks
     stepping: int  # temporary memory of an optimizer step that needs whole matrices
     copy: int  # bytes of the trainable weights: a reference keeps them in host memory
-    largest: int  # elements of the largest parameter
+    largest: int  # elements of the largest trainable parameter
     layers: int
     bucket: int  # elements of the largest gradient bucket that is communicated at once
+    merged: int = 0  # bytes of the weights into which adapters are merged while responses are sampled
 
 
 def gpt_config(work: Work) -> GPTConfig:
@@ -44,6 +47,7 @@ def gpt_config(work: Work) -> GPTConfig:
         precision=work.precision,
         recompute=work.parallel.recompute,
         kernels="torch",
+        adapter=work.adapter,
     )
 
 
@@ -61,7 +65,7 @@ def shard(work: Work, role: Role, stage: int) -> Shard:
     found = _KNOWN.get(key)
     if found is None:
         with fake_world(work.layout, rank) as grid:
-            found = _KNOWN[key] = measure(build_shard(grid, work, role), stage)
+            found = _KNOWN[key] = measure(build_shard(grid, work, role), stage, shares_frozen=role.base is not None)
     return found
 
 
@@ -73,10 +77,19 @@ def build_shard(grid: Grid, work: Work, role: Role) -> Engine:
     return engine_of(role, grid, empty_model(gpt_config(work.of(role)), grid, role.heads), total_steps=1)
 
 
-def measure(engine: Engine, stage: int) -> Shard:
-    """Return the sizes of an engine's memory; every storage is counted once."""
-    parameters = [parameter for _, parameter in engine.parameters()]
+def measure(engine: Engine, stage: int, *, shares_frozen: bool = False) -> Shard:
+    """Return the sizes of an engine's memory; every storage is counted once.
+
+    Args:
+        engine: the engine.
+        stage: the pipeline stage that it is planned for.
+        shares_frozen: whether its frozen weights are those of another engine.
+    """
+    parameters = [parameter for _, parameter in engine.parameters() if parameter.requires_grad or not shares_frozen]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    linears = [linear for model in engine.models for _, linear in changed_linears([model])]
+    quantised = [] if shares_frozen else [linear for linear in linears if linear.quantised is not None]
+    masks = [linear.adapter.part_of_rows for linear in linears if linear.adapter is not None]
     buffers = [
         buffer
         for chunk in (engine.chunks if engine.optimizer is not None else ())  # else the bare models
@@ -84,10 +97,13 @@ def measure(engine: Engine, stage: int) -> Shard:
         if hasattr(buffer, "grad_data")
     ]
     weights = [*parameters, *(buffer.param_data for buffer in buffers if buffer.param_data is not None)]
+    weights += [stored for linear in quantised for stored in linear.quantised.buffers()]
+    weights += [mask for mask in masks if mask is not None]
     held = _storages(weights)
     return Shard(
         stage=stage,
-        parameters=sum(parameter.numel() for parameter in parameters),
+        parameters=sum(parameter.numel() for parameter in parameters)
+        + sum(weight_of(linear).numel() for linear in quantised),
         trainable=sum(parameter.numel() for parameter in trained),
         weights=sum(held.values()),
         gradients=sum(_storages(buffer.grad_data for buffer in buffers).values()),
@@ -95,9 +111,10 @@ def measure(engine: Engine, stage: int) -> Shard:
         moments=stored_moments(engine.optimizer) if engine.optimizer is not None else 0,
         stepping=peak_bytes_of_a_step(engine.optimizer) if engine.optimizer is not None else 0,
         copy=sum(parameter.numel() * parameter.element_size() for parameter in trained),
-        largest=max((parameter.numel() for parameter in parameters), default=0),
+        largest=max((parameter.numel() for parameter in trained), default=0),
         layers=sum(len(model.decoder.layers) for model in engine.models),
         bucket=max((bucket.grad_data.numel() for buffer in buffers for bucket in buffer.buckets), default=0),
+        merged=sum(linear.weight.nbytes for linear in linears if linear.adapter is not None and mergeable(linear)),
     )
 
 

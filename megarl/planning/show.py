@@ -6,10 +6,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megarl.models.adapter_spec import AdapterSpec
 from megarl.planning.hardware import GIB
 from megarl.planning.memory import PARTS, RankPlan, Use
 from megarl.planning.plan import Plan, Remedy, gib
 
+KINDS = {"lora": "LoRA", "dora": "DoRA"}
 _LINKS = {"NVLink": "sent, NVLink", "network": "sent, network"}
 
 
@@ -21,6 +23,7 @@ def as_json(plan: Plan, helps: list[Remedy], layouts: list[Plan] | None) -> dict
         "layout": str(work.layout),
         "roles": {role.name: role.about for role in work.roles},
         "notes": dict(work.notes),
+        "adapter": None if work.adapter is None else _adapter(work.adapter),
         "cluster": {"gpu": cluster.gpu.name, "gpus": cluster.gpus, "gpus_per_node": cluster.per_node},
         "fits": plan.fits,
         "peak": {"stage": plan.fullest.stage, "phase": plan.fullest.peak, "bytes": round(plan.peak_bytes)},
@@ -31,6 +34,7 @@ def as_json(plan: Plan, helps: list[Remedy], layouts: list[Plan] | None) -> dict
             {
                 "stage": rank.stage,
                 "parameters": {name: shard.parameters for name, shard in rank.shards.items()},
+                "trained": {name: shard.trainable for name, shard in rank.shards.items()},
                 "phases": {
                     phase: {
                         "bytes": round(rank.total(phase)),
@@ -56,6 +60,16 @@ def as_json(plan: Plan, helps: list[Remedy], layouts: list[Plan] | None) -> dict
         "assumed_share_of_peak": plan.rates.products,
         "remedies": [{"change": it.change, "bytes": round(it.peak_bytes), "fits": it.fits} for it in helps],
         **({} if layouts is None else {"layouts": [_layout(other) for other in layouts]}),
+    }
+
+
+def _adapter(adapter: AdapterSpec) -> dict[str, Any]:
+    return {
+        "kind": adapter.kind,
+        "rank": adapter.rank,
+        "base_bits": adapter.base_bits,
+        "linears": list(adapter.parts),
+        "first_layer": adapter.first_layer,
     }
 
 
@@ -108,11 +122,25 @@ def _head(plan: Plan) -> Text:
         f"micro batch {work.micro} x {work.accumulation} accumulated, {work.precision}, "
         f"recompute {work.parallel.recompute}",
         "; ".join(parts),
-        f"{largest:,} of the policy's parameters on the fullest rank",
+        f"{largest:,} of the policy's parameters on the fullest rank{_trained(plan)}",
         f"{verdict}: the peak is {gib(plan.peak_bytes)} of {gib(cluster.usable)} usable GiB, in {plan.fullest.peak} "
         f"on pipeline stage {plan.fullest.stage}; host memory {gib(plan.host_bytes)} of {gib(cluster.host)} GiB a node",
     ]
     return Text("\n".join(lines))
+
+
+def _trained(plan: Plan) -> str:
+    """Return what trains of the policy, if it has adapters."""
+    work = plan.work
+    adapter = work.adapter
+    if adapter is None:
+        return ""
+    trained = plan.fullest.shards[work.engines[0].name].trainable
+    bits = 8 * work.element if adapter.base_bits == 16 else adapter.base_bits
+    return (
+        f", of which {trained:,} train: {KINDS[adapter.kind]} of rank {adapter.rank} beside frozen linear layers in "
+        f"{bits} bits"
+    )
 
 
 def _memory(plan: Plan) -> Table:

@@ -5,7 +5,14 @@ This model compares layouts; it does not predict exactly. docs/planning.md lists
 
 from dataclasses import dataclass, field, replace
 
-from megarl.models.flops import layer_weights, mean_keys
+from megarl.models.flops import (
+    adapter_weights,
+    flops_per_token,
+    forward_flops_per_token,
+    layer_weights,
+    layers_with_gradients,
+    mean_keys,
+)
 from megarl.parallel.vocab import padded_vocab
 from megarl.planning.hardware import Cluster
 from megarl.planning.memory import phases_of, slots_of
@@ -78,7 +85,12 @@ class Clock:
         step += gathering + updating
         phase.seconds = step * work.steps * self._models()
         phase.tokens = sequences * work.length
-        phase.flops = 3 * self._flops(work.length, output=work.loss_tokens) * sequences * self._models()
+        phase.flops = (
+            (1 + self._backward_share())
+            * self._flops(work.length, output=work.loss_tokens)
+            * sequences
+            * self._models()
+        )
         shares = {"products": micro * work.accumulation, "the pipeline's bubble": computing - micro * work.accumulation}
         shares["data-parallel traffic"] = step - computing
         phase.bound = max(shares, key=lambda name: shares[name])
@@ -100,7 +112,7 @@ class Clock:
         out."""
         work = self.work
         phase = self._forward(sum(not role.scores for role in work.roles))
-        swapped = len(work.roles) - len(work.engines)
+        swapped = sum(not role.on_device and role.has_copy for role in work.roles)
         phase.seconds += swapped * 4 * self.fullest.copy / 20e9  # out, in and back over PCIe, from pageable memory
         return phase
 
@@ -148,7 +160,8 @@ class Clock:
     def save(self) -> Phase:
         """Estimate a checkpoint, in which ranks write weights, master weights and moments; not part of a unit."""
         stored = 4 * (self.fullest.trainable + self.fullest.moments)
-        held = (self.fullest.weights + stored) / self.layout.dp * self._models()
+        weights = self.fullest.weights if self.work.adapter is None else self.fullest.copy
+        held = (weights + stored) / self.layout.dp * self._models()
         return Phase("save", seconds=held / _SAVED_BYTES_PER_S, bound="writing")
 
     # --- parts ------------------------------------------------------------------------------------------------------
@@ -163,18 +176,36 @@ class Clock:
         head_dim = model.head_width
         attention = 4 * model.num_heads * head_dim * mean_keys(length, model.sliding_window)
         layer = 2 * layer_weights(model) + attention
-        return float(length * model.num_layers * layer + output * 2 * model.hidden_size * self.work.vocab_size)
+        products = length * (model.num_layers * layer + self._flops_of_adapters())
+        return float(products + output * 2 * model.hidden_size * self.work.vocab_size)
+
+    def _flops_of_adapters(self) -> float:
+        """Return the FLOPs of the adapters for one token."""
+        model, adapter = self.work.model, self.work.adapter
+        if adapter is None:
+            return 0.0
+        return 2.0 * layers_with_gradients(model, adapter) * adapter_weights(model, adapter)
+
+    def _backward_share(self) -> float:
+        """Return the FLOPs of a backward pass over those of a forward pass: 2, and less with adapters, as frozen
+        weights need no gradients."""
+        work = self.work
+        if work.adapter is None:
+            return 2.0
+        sizes = (work.model, work.vocab_size * work.loss_tokens // work.length, work.length, work.adapter)
+        return flops_per_token(*sizes) / forward_flops_per_token(*sizes) - 1
 
     def _flops_of_one(self) -> float:
         """Return the FLOPs of one new token, without attention over the cache."""
         model = self.work.model
-        return float(2 * (model.num_layers * layer_weights(model) + model.hidden_size * self.work.vocab_size))
+        weights = model.num_layers * layer_weights(model) + model.hidden_size * self.work.vocab_size
+        return float(2 * weights + self._flops_of_adapters())
 
     def _pass(self, rows: int, length: int, phase: Phase, *, backward: bool) -> float:
         """Return the seconds of one microbatch on one stage, and add the bytes it sends to the phase."""
         work, layout, cluster = self.work, self.layout, self.cluster
         flops = rows * self._flops(length, output=min(length, work.loss_tokens)) / layout.tp / layout.pp
-        seconds = flops * (2 if backward else 1) / (cluster.gpu.flops * self.rates.products)
+        seconds = flops * (self._backward_share() if backward else 1) / (cluster.gpu.flops * self.rates.products)
         whole = rows * length * work.model.hidden_size * work.element
         if layout.tp > 1:
             part = (layout.tp - 1) / layout.tp

@@ -6,6 +6,7 @@ from typing import Any
 from megarl.config.cluster import PlanConfig
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.parallel import ParallelConfig
+from megarl.models.adapter_spec import AdapterSpec
 from megarl.models.exchange.pretrained import Sources
 from megarl.models.roles import Role
 from megarl.modules.base import Module
@@ -22,6 +23,7 @@ class Work(Workload):
         roles: the models of the run, the policy first.
         model: the shape of the present model: the policy's, or after `of` another role's.
         vocab_size: vocabulary size of that model.
+        adapter: the adapters of that model.
         micro: number of sequences in one forward pass.
         global_batch: number of sequences per optimizer step.
     """
@@ -35,6 +37,7 @@ class Work(Workload):
     precision: str
     micro: int
     global_batch: int
+    adapter: AdapterSpec | None = None
 
     @property
     def accumulation(self) -> int:
@@ -73,7 +76,7 @@ class Work(Workload):
 
     def of(self, role: Role) -> "Work":
         """Return the same run with the model of another role."""
-        return replace(self, model=role.model, vocab_size=role.vocab_size)
+        return replace(self, model=role.model, vocab_size=role.vocab_size, adapter=role.adapter)
 
     @property
     def generating(self) -> "Work":
@@ -108,10 +111,11 @@ def work_of(
         sequence_parallel=parallel.sequence_parallel,
     )
     workload = module.plan(config, plan)
+    roles = tuple(module.roles(config, vocab_size, Sources() if sources is None else sources))
     return Work(
         **vars(workload),
         algorithm=plan.algorithm,
-        roles=tuple(module.roles(config, vocab_size, Sources() if sources is None else sources)),
+        roles=roles,
         model=config.model,
         parallel=parallel,
         layout=layout,
@@ -119,4 +123,5 @@ def work_of(
         precision=config.trainer.precision,
         micro=config.trainer.micro_batch_size * workload.per_unit,
         global_batch=config.trainer.global_batch_size * workload.per_unit,
+        adapter=roles[0].adapter,
     )

@@ -2,8 +2,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sections.model import ModelConfig
-from megarl.models.flops import flops_per_token, layer_weights, mean_keys
+from megarl.models.exchange.adapters import new_spec
+from megarl.models.flops import (
+    adapter_weights,
+    flops_per_token,
+    forward_flops_per_token,
+    layer_weights,
+    mean_keys,
+)
 
 SMALL = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "ffn_size": 16}
 
@@ -51,6 +59,20 @@ def test_frozen_layers_run_forward_only():
     layer = 2 * layer_weights(ModelConfig(**SMALL)) + 4 * 8 * 4
     assert whole - last == 2 * layer
     assert flops_per_token(ModelConfig(**SMALL, num_layers_unfrozen=2), 10, 7) == whole
+
+
+def test_frozen_weights_beside_adapters_need_no_gradients():
+    model = ModelConfig(**SMALL, activation="swiglu")
+    spec = new_spec(AdapterConfig(rank=3), model, None)
+    # inputs of q, k, v, o, gate, up, down, and as many rows: 7 factors of 3 on both sides
+    assert adapter_weights(model, spec) == 3 * (6 * 8 + 16) + 3 * (4 * 8 + 2 * 16 + 8)
+    products, attention, output = 2 * 2 * layer_weights(model), 2 * 4 * 8 * 4, 2 * 8 * 10
+    factors = 2 * 2 * adapter_weights(model, spec)
+    assert flops_per_token(model, 10, 7, spec) == 2 * products + 3 * attention + 3 * factors + 2 * output
+    assert forward_flops_per_token(model, 10, 7, spec) == products + attention + factors + output
+    assert forward_flops_per_token(model, 10, 7) == flops_per_token(model, 10, 7) / 3
+    some = new_spec(AdapterConfig(rank=3, targets=["q_proj"]), model, None)
+    assert adapter_weights(model, some) == 3 * (8 + 8)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

@@ -1,7 +1,7 @@
 """Small runs on CPUs, described to the planner and really done, with what torch allocated meanwhile."""
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import yaml
 
 from megarl.config.presets import preset_files
 from megarl.config.resources import conf_folder
+from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.optim import OptimConfig
 from megarl.config.sections.parallel import ParallelConfig
+from megarl.models.build import build_engine
+from megarl.models.exchange.adapters import new_spec
 from megarl.models.roles import Role
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.modules.ppo import PPO
@@ -81,6 +84,13 @@ def describe(
     )
 
 
+def with_adapter(work: Work, **settings: Any) -> Work:
+    """The same run with adapters on its policy."""
+    spec = new_spec(AdapterConfig(**settings), work.model, None)
+    policy, *others = work.roles
+    return replace(work, adapter=spec, roles=(replace(policy, adapter=spec), *others))
+
+
 @dataclass(frozen=True)
 class Measured:
     """Bytes on one rank: at the fullest moment, and what an engine with its optimizer holds afterwards."""
@@ -100,6 +110,22 @@ def trained(work: Work) -> Measured:
         engine.train_step(batches, cross_entropy, count_targets)
         engine.apply_gradients()
         del batches
+        gc.collect()
+    measured = Measured(grid.pp_rank, allocations.peak, allocations.left)
+    grid.close()
+    return measured
+
+
+def built(work: Work) -> Measured:
+    """Build the engines of all roles, each beside the frozen weights of its base."""
+    grid = Grid(work.layout, start_world())
+    engines: dict[str, Engine] = {}
+    with recorded() as allocations:
+        for role in work.roles:
+            base = None if role.base is None else engines[role.base]
+            engines[role.name] = build_engine(
+                role, grid, work.parallel, precision=work.precision, seed=1, total_steps=1, base=base
+            )
         gc.collect()
     measured = Measured(grid.pp_rank, allocations.peak, allocations.left)
     grid.close()

@@ -5,35 +5,66 @@ from typing import Any
 import pytest
 import torch
 
+from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sections.model import ModelConfig
+from megarl.models.adapter_spec import ADAPTER
+from megarl.models.adapters import attach
 from megarl.models.attention import Context
 from megarl.models.config import GPTConfig
+from megarl.models.exchange.adapters import new_spec
 from megarl.models.layer import Layer
 from megarl.models.rotary import rotation
 from megarl.parallel.fake import fake_world
 from megarl.parallel.layout import Layout
-from megarl.planning.activations import Shape, kept_by_layer, logits_chunk, vocabulary
+from megarl.planning.activations import (
+    Shape,
+    kept_by_layer,
+    kept_once_by_adapters,
+    logits_chunk,
+    not_kept_by_first,
+    vocabulary,
+)
 
 TIME, BATCH = 64, 2
 
 
-def layer_config(layout: Layout, precision: str, recompute: str, model: dict[str, Any]) -> GPTConfig:
+def layer_config(
+    layout: Layout, precision: str, recompute: str, model: dict[str, Any], adapter: dict[str, Any] | None = None
+) -> GPTConfig:
     shape = ModelConfig(
         **{"num_layers": 2, "hidden_size": 64, "num_heads": 8, "max_positions": 256, "ffn_size": 256, **model}
     )
-    return GPTConfig.build(shape, layout, vocab_size=100, precision=precision, recompute=recompute, kernels="torch")
+    spec = None if adapter is None else new_spec(AdapterConfig(**adapter), shape, None)
+    return GPTConfig.build(
+        shape, layout, vocab_size=100, precision=precision, recompute=recompute, kernels="torch", adapter=spec
+    )
 
 
-def kept(layout: Layout, precision: str, recompute: str, model: dict[str, Any]) -> int:
+def kept(
+    layout: Layout,
+    precision: str,
+    recompute: str,
+    model: dict[str, Any],
+    adapter: dict[str, Any] | None = None,
+    *,
+    first: bool = False,
+) -> int:
     """Bytes of all memory that a layer's forward pass keeps for its backward pass, weights and rotations excepted."""
     with fake_world(layout, device="cpu") as grid:
-        config = layer_config(layout, precision, recompute, model)
-        layer = Layer(config, 1, grid.groups).to(config.params_dtype).train()
+        config = layer_config(layout, precision, recompute, model, adapter)
+        layer = Layer(config, 1, grid.groups)
+        if config.adapter is not None:
+            attach([layer], config.adapter, config, grid.groups.tp)
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(ADAPTER in name)
+        layer = layer.to(config.params_dtype).train()
         turn = None
         if config.position == "rope":
             positions = torch.arange(TIME).expand(BATCH, -1)
             turn = rotation(positions, config.rope, config.rotary_dim, config.params_dtype)
-        shared = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *(turn or ()))}
+        shared = {
+            tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers(), *(turn or ()))
+        }
         found: dict[int, int] = {}
         alive = []
 
@@ -45,7 +76,7 @@ def kept(layout: Layout, precision: str, recompute: str, model: dict[str, Any]) 
             return tensor
 
         split = layout.tp if layout.sequence_parallel else 1
-        hidden = torch.randn(TIME // split, BATCH, 64, dtype=config.params_dtype, requires_grad=True)
+        hidden = torch.randn(TIME // split, BATCH, 64, dtype=config.params_dtype, requires_grad=not first)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             layer(hidden, Context(turn, None))
     return sum(found.values())
@@ -79,6 +110,44 @@ def test_a_layer_keeps_what_the_formula_says(
     shape = Shape.of(config, layout, 2 if precision == "bf16" else 4, on_cpu=True)
     expected = TIME * BATCH * kept_by_layer(config, shape, recompute)
     assert kept(layout, precision, recompute, model) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {},
+        {"kind": "dora", "rank": 4},
+        {"dropout": 0.1},
+        {"base_bits": 4},
+        {"targets": ["linear_qkv"], "kind": "dora"},
+        {"targets": ["linear_proj", "linear_fc2"]},
+        {"targets": ["linear_fc1"]},
+    ],
+    ids=["lora", "dora", "dropout", "4-bits", "qkv", "rows", "fc1"],
+)
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"activation": "gelu", "norm": "layernorm", "position": "learned", "mlp_bias": True, "qkv_bias": True},
+        {"activation": "gelu_tanh", "norm": "layernorm", "parallel_residual": "two_norms", "rope_percent": 0.25},
+        {"activation": "gelu_tanh", "norm": "layernorm", "parallel_residual": "one_norm", "rope_percent": 0.5},
+        {"activation": "swiglu", "norm": "rmsnorm", "num_kv_heads": 2, "head_dim": 16},
+        {"activation": "swiglu", "norm": "rmsnorm", "num_kv_heads": 4, "qk_norm": True},
+    ],
+    ids=["gpt2", "neox", "gptj", "llama-grouped", "qwen3"],
+)
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=2, sequence_parallel=True)], ids=str)
+def test_a_layer_with_adapters_keeps_what_the_formula_says(
+    layout: Layout, model: dict[str, Any], adapter: dict[str, Any], precision: str
+) -> None:
+    config = layer_config(layout, precision, "none", model, adapter)
+    shape = Shape.of(config, layout, 2 if precision == "bf16" else 4, on_cpu=True)
+    once = kept_once_by_adapters(config, layout, shape)
+    for first in (False, True) if not {"targets", "dropout"} & adapter.keys() else (False,):
+        per_token = kept_by_layer(config, shape, "none") - (not_kept_by_first(config, shape) if first else 0.0)
+        expected = TIME * BATCH * per_token + once
+        assert kept(layout, precision, "none", model, adapter, first=first) == pytest.approx(expected, rel=0.01)
 
 
 def test_the_formula_by_hand_for_a_llama_on_a_gpu() -> None:

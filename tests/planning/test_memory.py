@@ -16,7 +16,20 @@ from megarl.parallel.layout import Layout
 from megarl.planning.memory import GENERATOR, RankPlan, in_flight, plan_ranks, plan_stage, slots_of
 from megarl.planning.shards import gpt_config
 from megarl.planning.work import Work
-from tests.planning.runs import GPT2, LLAMA, NEOX, Measured, describe, generated, moved, scored, trained, watched
+from tests.planning.runs import (
+    GPT2,
+    LLAMA,
+    NEOX,
+    Measured,
+    built,
+    describe,
+    generated,
+    moved,
+    scored,
+    trained,
+    watched,
+    with_adapter,
+)
 from tests.refusals import refused
 from tests.worlds import Worlds
 
@@ -42,6 +55,33 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
     "llama-adamw8bit": ("train", trained, with_kind("adamw8bit", describe(Layout(), LLAMA))),
     "llama-lion": ("train", trained, with_kind("lion", describe(Layout(), LLAMA))),
     "llama-muon": ("train", trained, with_kind("muon", describe(Layout(), LLAMA))),
+    "llama-lora": ("train", trained, with_adapter(describe(Layout(), LLAMA))),
+    "gpt2-dora-bf16": ("train", trained, with_adapter(describe(Layout(), GPT2, precision="bf16"), kind="dora")),
+    "llama-lora-4-bits": ("train", trained, with_adapter(describe(Layout(), LLAMA), base_bits=4)),
+    "llama-lora-8-bits-full": (
+        "train",
+        trained,
+        with_adapter(describe(Layout(), LLAMA, precision="bf16", recompute="full"), base_bits=8),
+    ),
+    "llama-dora-tp2-sp": (
+        "train",
+        trained,
+        with_adapter(describe(Layout(tp=2, sequence_parallel=True), LLAMA, accumulation=2), kind="dora"),
+    ),
+    "neox-lora-pp2": ("train", trained, with_adapter(describe(Layout(pp=2), NEOX, accumulation=4), dropout=0.1)),
+    "llama-lora-dp2": (
+        "train",
+        trained,
+        with_adapter(describe(Layout(dp=2), {**LLAMA, "num_layers_unfrozen": 2}), targets=["q_proj", "down_proj"]),
+    ),
+    "llama-dora-generates": (
+        "generate",
+        generated,
+        with_adapter(
+            describe(Layout(), LLAMA, rollouts=32, length=72, loss_tokens=8, precision="bf16"), kind="dora", base_bits=4
+        ),
+    ),
+    "llama-lora-scores": ("score", scored, with_adapter(describe(Layout(), LLAMA, rollouts=8, loss_tokens=256))),
     "llama-generates": ("generate", generated, describe(Layout(), LLAMA, rollouts=32, length=72, loss_tokens=8)),
     "gpt2-generates": ("generate", generated, describe(Layout(), GPT2, rollouts=64, length=72, loss_tokens=8)),
     "llama-generates-elsewhere": (
@@ -192,6 +232,51 @@ def test_a_save_holds_and_writes_the_moments_of_the_optimizers_kind() -> None:
     assert host(alone, small) == host(alone, POLICY)  # a checkpoint has moments in float32
     muon = replace(POLICY, optim=OptimConfig(kind="muon"))
     assert host(alone, POLICY) - host(alone, muon) == 2 * 4 * 4 * layer_weights(POLICY.model)
+
+
+ADAPTED = with_adapter(SCORED)
+ADAPTED_POLICY = ADAPTED.roles[0]
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_critic_beside_the_policys_frozen_weights_counts_its_own_alone(worlds: Worlds, bits: int) -> None:
+    work = with_adapter(SCORED, base_bits=bits)
+    policy = work.roles[0]
+    critic = replace(policy, name="critic", heads=("value",), base="policy")
+    both = replace(work, roles=(policy, critic))
+    plan = plan_stage(both, 0, on_cpu=True)
+    assert plan.shards["critic"].parameters == plan.shards["critic"].trainable
+    (measured,) = worlds.run(1, built, both)
+    assert held(plan) == pytest.approx(measured.held, rel=0.01)
+
+
+def test_the_reference_beside_new_adapters_is_the_frozen_weights_and_has_no_copy() -> None:
+    alone = plan_stage(ADAPTED, 0)
+    reference = replace(REFERENCE, adapter=ADAPTED_POLICY.adapter, has_copy=False)
+    without, copied = (
+        plan_stage(replace(ADAPTED, roles=(ADAPTED_POLICY, role)), 0)
+        for role in (reference, replace(reference, has_copy=True))
+    )
+    for phase in alone.uses:
+        assert without.host(phase) == alone.host(phase)
+    assert copied.host("score") - alone.host("score") == 2 * 4 * alone.shards["policy"].trainable
+
+
+def test_in_float32_adapters_are_merged_into_a_second_copy_of_their_weights_to_sample() -> None:
+    plan = plan_stage(ADAPTED, 0)
+    adapted = 4 * 4 * layer_weights(ADAPTED.model)
+    weights = {phase: plan.part(phase, "weights") for phase in plan.uses}
+    assert weights.pop("generate") - plan.shards["policy"].weights == adapted
+    assert set(weights.values()) == {plan.shards["policy"].weights}
+    for kept in (with_adapter(SCORED, base_bits=4), replace(ADAPTED, precision="bf16")):
+        plan = plan_stage(kept, 0)
+        assert plan.part("generate", "weights") == plan.part("train", "weights")
+
+
+def test_a_save_with_adapters_has_these_alone() -> None:
+    plan = plan_stage(ADAPTED, 0)
+    trained = 4 * plan.shards["policy"].trainable
+    assert plan.host("save") - plan.host("train") == trained + 2 * 3 * trained  # weights, and twice the optimizer's
 
 
 def test_a_frozen_model_takes_its_weights_alone_and_is_not_saved() -> None:

@@ -12,7 +12,7 @@ from megarl.parallel.fake import fake_world, rank_of
 from megarl.parallel.layout import Layout
 from megarl.planning.shards import build_shard, measure, shard, stages_that_differ
 from megarl.planning.work import Work
-from tests.planning.runs import LLAMA, describe, policy_of, presets_of_large_models
+from tests.planning.runs import LLAMA, describe, policy_of, presets_of_large_models, with_adapter
 
 NEOX_20B = ModelConfig(
     num_layers=44,
@@ -106,6 +106,27 @@ def test_what_is_frozen_has_no_gradients_and_no_copy() -> None:
     assert held.trainable == layer + 256 + 2048 * 256
     assert held.copy == 4 * held.trainable
     assert held.gradients == pytest.approx(4 * held.trainable, rel=0.001)
+
+
+@pytest.mark.parametrize(("bits", "size"), [(8, 1.016), (4, 0.516)])
+def test_a_quantised_weight_takes_its_codes_and_their_scales(bits: int, size: float) -> None:
+    work, quantised = (with_adapter(describe(Layout(tp=2), LLAMA), base_bits=base) for base in (16, bits))
+    plain, small = (shard(each, each.roles[0], 0) for each in (work, quantised))
+    assert plain.parameters == small.parameters
+    assert plain.trainable == small.trainable
+    weights = 4 * layer_weights(work.model) // 2
+    assert plain.weights - small.weights == pytest.approx((4 - size) * weights, rel=1e-3)
+
+
+def test_of_adapters_alone_there_are_gradients_and_optimizer_state() -> None:
+    work = with_adapter(describe(Layout(), LLAMA), rank=4)
+    held = shard(work, work.roles[0], 0)
+    # Of a layer: inputs of q, k, v, o, gate, up, down, and outputs of the four; 8 heads and 2 groups of 32 channels
+    factors = 4 * 4 * (3 * 256 + 256 + 2 * 256 + 1024 + (256 + 2 * 64) + 256 + 2 * 1024 + 256)
+    assert held.trainable == factors
+    assert held.gradients == pytest.approx(4 * factors, rel=0.01)
+    assert held.optimizer == pytest.approx(8 * factors, rel=0.01)
+    assert held.copy == 4 * factors
 
 
 def test_a_model_without_the_head_lm_has_no_output_layer() -> None:

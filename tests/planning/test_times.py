@@ -1,8 +1,10 @@
 """Seconds against hand-worked ones, and against times that others have published."""
 
+import io
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from megarl.config.cluster import ClusterConfig
 from megarl.config.sections.model import ModelConfig
@@ -12,10 +14,10 @@ from megarl.models.roles import Role
 from megarl.parallel.layout import Layout
 from megarl.planning.hardware import KINDS, Cluster
 from megarl.planning.plan import Plan, make_plan, remedies, suggest
-from megarl.planning.show import as_json
+from megarl.planning.show import as_json, write
 from megarl.planning.times import Rates
 from megarl.planning.work import Work
-from tests.planning.runs import LLAMA, describe, policy_of
+from tests.planning.runs import LLAMA, describe, policy_of, with_adapter
 
 QWEN_32B = ModelConfig(
     num_layers=64, hidden_size=5120, num_heads=40, num_kv_heads=8, ffn_size=27648, max_positions=4096
@@ -130,6 +132,43 @@ def test_a_step_on_one_gpu_is_its_operations_over_what_products_reach() -> None:
     parameters = planned(work).ranks[0].shards["policy"].trainable
     assert train.seconds == pytest.approx(products + 30 * parameters / (3.35e12 * 0.8))
     assert sum(train.sent.values()) == 0
+
+
+def test_with_adapters_no_gradients_of_frozen_weights_are_computed() -> None:
+    work = with_adapter(describe(Layout(), LLAMA, precision="bf16"), rank=4)
+    train = next(phase for phase in planned(work).phases if phase.name == "train")
+    weights, attention = 4 * 2 * (256 * 640 + 3 * 256 * 1024), 4 * 4 * 256 * 256.5
+    factors = 4 * 2 * 4 * (3 * 256 + 256 + 2 * 256 + 1024 + (256 + 2 * 64) + 256 + 2 * 1024 + 256)
+    token = 2 * weights + 3 * attention + 3 * factors + 2 * 2 * 256 * 2048
+    assert train.flops == pytest.approx(4 * 512 * token)
+
+
+def test_what_is_printed_names_the_adapters_and_offers_a_smaller_base() -> None:
+    work = with_adapter(large(LLAMA_70B, 128256, Layout(tp=8, sequence_parallel=True)), kind="dora")
+    plan = planned(work)
+    page = as_json(plan, [], None)
+    trained = plan.fullest.shards["policy"].trainable
+    assert page["adapter"] == {
+        "kind": "dora",
+        "rank": 16,
+        "base_bits": 16,
+        "linears": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+        "first_layer": 0,
+    }
+    assert page["ranks"][0]["trained"] == {"policy": trained}
+    console = Console(record=True, width=200, file=io.StringIO())
+    write(plan, [], None, console)
+    assert (
+        f"of which {trained:,} train: DoRA of rank 16 beside frozen linear layers in 16 bits" in console.export_text()
+    )
+    found = {remedy.change: remedy for remedy in remedies(plan)}
+    assert found["adapter.base_bits=4"].peak_bytes < plan.peak_bytes - 10 * 2**30
+
+
+def test_layouts_are_suggested_where_only_a_quantised_base_fits() -> None:
+    work = with_adapter(large(LLAMA_70B, 128256, Layout()), base_bits=4).on(Layout(), micro=1, recompute="full")
+    assert planned(work).fits
+    assert str(suggest(planned(work))[0].work.layout) == "TP1"
 
 
 def test_an_optimizer_with_fewer_moments_updates_and_saves_faster() -> None:
