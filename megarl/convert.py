@@ -300,7 +300,8 @@ def report(source: "Source", target: "Source", difference: float, bound: float) 
     if not source.left_out:
         console.print("left out: nothing")
     verdict = "the same" if difference <= bound else "DIFFERENT"
-    console.print(f"logits: largest difference {difference:.2e}, allowed {bound:.2e}: {verdict}", highlight=False)
+    compared = "logits" if source.has_output else "scores"
+    console.print(f"{compared}: largest difference {difference:.2e}, allowed {bound:.2e}: {verdict}", highlight=False)
     console.print(f"written: {target.path}", highlight=False, soft_wrap=True)
 
 

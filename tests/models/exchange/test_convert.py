@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from megarl import convert
 from megarl.errors import CheckpointError
 from megarl.models.exchange.export import write_folder
 from megarl.models.exchange.formats import open_source
+from megarl.models.exchange.logits import logits
 from megarl.models.exchange.source import HEADS
-from tests.models.exchange.published import edit_config, save_published, stored
+from tests.models.exchange.published import PUBLISHED, edit_config, save_published, stirred, stored
 from tests.refusals import refused
 from tests.worlds import Worlds
 
@@ -45,6 +47,21 @@ def test_there_and_back_is_the_same_bits(worlds: Worlds, published: Path, tmp_pa
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before), name
         assert open_source(tmp_path / name).kind == "megarl"
+
+
+def test_a_reward_model_is_compared_by_its_scores(worlds: Worlds, tmp_path: Path) -> None:
+    kind, arguments = PUBLISHED["opt"]
+    settings = getattr(transformers, kind)(**{**arguments, "num_labels": 1})
+    model = stirred(transformers.AutoModelForSequenceClassification.from_config(settings))
+    model.save_pretrained(tmp_path / "model")
+    there, back = (tmp_path / "model", tmp_path / "megarl"), (tmp_path / "megarl", tmp_path / "back")
+    assert worlds.run(1, converted, there, back) == [[0, 0]]
+    tokens = torch.arange(20)[None]
+    source = open_source(tmp_path / "back")
+    assert not source.has_output
+    with torch.no_grad():
+        expected = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    torch.testing.assert_close(logits(source, tokens)[:, -1], expected)
 
 
 def test_a_narrower_dtype_is_written_and_said(
