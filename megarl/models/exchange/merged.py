@@ -12,7 +12,7 @@ from megarl.config.sections.adapter import AdapterConfig
 from megarl.disk import shown
 from megarl.errors import CheckpointError
 from megarl.models.adapters import ADAPTER, LINEARS, AdapterSpec
-from megarl.models.exchange.adapters import StoredAdapter, new_spec
+from megarl.models.exchange.adapters import PeftAdapter, new_spec
 from megarl.models.exchange.parameters import SCORE, TRUNK
 from megarl.models.exchange.source import CheckpointSource, Source
 from megarl.models.exchange.stored import Stored
@@ -92,7 +92,7 @@ class MergedSource(Source):
 
     kind = "adapter"
 
-    def __init__(self, base: Source, adapter: StoredAdapter, base_name: str) -> None:
+    def __init__(self, base: Source, adapter: PeftAdapter | CheckpointAdapter, base_name: str) -> None:
         self.base, self.adapter, self.base_name, self.exact = base, adapter, base_name, False
         self.path, self.model, self.vocab_size = adapter.path, base.model, base.vocab_size
         self.family, self.dtype, self.left_out = base.family, base.dtype, base.left_out
