@@ -123,12 +123,29 @@ class Trained:
             texts = [tokenizer.decode(rollout.response_without_eos) for rollout in rollouts]
         return texts if n == 1 else [texts[start : start + n] for start in range(0, len(texts), n)]
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model as a new folder that `transformers.AutoModelForCausalLM` loads."""
-        from megarl.models.exchange.formats import FORMATS, open_source
+    def save_pretrained(self, folder: str | Path, *, adapter: bool = False) -> None:
+        """Write the model as a new folder that `transformers.AutoModelForCausalLM` loads, with its adapter merged.
 
-        if process_number() == 0:
-            target = writable(str(folder), "save_pretrained")
+        Args:
+            folder: the folder, which must not exist yet.
+            adapter: write the adapter alone instead, as a folder that PEFT loads.
+        """
+        from megarl.models.exchange.formats import FORMATS, open_adapter, open_source
+        from megarl.models.exchange.peft import write_adapter
+
+        if adapter and getattr(self.config, "adapter", None) is None:
+            raise ConfigError(
+                "save_pretrained(adapter=True) writes an adapter, and this run has none: set adapter.rank before "
+                "training, or leave adapter=True out",
+                key="adapter",
+                value=True,
+            )
+        if process_number() != 0:
+            return
+        target = writable(str(folder), "save_pretrained")
+        if adapter:
+            write_adapter(open_adapter(self.checkpoint), target)
+        else:
             FORMATS["huggingface"].write(open_source(str(self.checkpoint)), target)
 
 

@@ -1,4 +1,5 @@
-"""`python -m megarl.convert from=A to=B`: convert a model to another format, and compare counts and logits."""
+"""`python -m megarl.convert from=A to=B`: convert a model or an adapter to another format, or merge an adapter into a
+model, and compare counts and logits."""
 
 import os
 import re
@@ -15,14 +16,20 @@ from megarl.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from megarl.models.exchange.adapters import PeftAdapter
+    from megarl.models.exchange.merged import CheckpointAdapter
     from megarl.models.exchange.source import Source
 
-HELP = """usage: python -m megarl.convert from=A to=B [format=FORMAT] [dtype=DTYPE] [family=FAMILY] [tp=N] [pp=N]
+HELP = """usage: python -m megarl.convert from=A to=B [adapter=ADAPTER] [format=FORMAT] [dtype=DTYPE] [family=FAMILY]
+                                [tp=N] [pp=N]
 
-  from=A         a Hugging Face folder or hub name, a .nemo, a megarl checkpoint or a run's folder (its newest)
+  from=A         a Hugging Face folder or hub name, a .nemo, a megarl checkpoint or a run's folder (its newest), a PEFT
+                 folder
   to=B           a folder, or a file NAME.nemo, that does not exist yet
-  format=FORMAT  huggingface, megarl or nemo (without it: nemo for NAME.nemo, megarl from Hugging Face,
-                 else huggingface)
+  adapter=C      merge an adapter into A: a PEFT folder or hub name, a checkpoint or a run's folder (without it: an
+                 adapter at A is merged into the model that it names)
+  format=FORMAT  huggingface, megarl, nemo, or peft: the adapter alone (without it: nemo for NAME.nemo, megarl from
+                 Hugging Face, else huggingface)
   dtype=DTYPE    fp32, bf16 or fp16 (without it: as stored)
   family=FAMILY  the Hugging Face family to write as (without it: the one it came from, else the first that can hold it)
   tp=N pp=N      ranks to split a .nemo for (without them: 1, one file)
@@ -30,7 +37,7 @@ HELP = """usage: python -m megarl.convert from=A to=B [format=FORMAT] [dtype=DTY
 Exit code 1: the logits of the two differ by more than the dtype allows. 2: bad input; nothing is left under B's name.
 """
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-KEYS = ("from", "to", "format", "dtype", "family", "tp", "pp")
+KEYS = ("from", "to", "adapter", "format", "dtype", "family", "tp", "pp")
 # The largest difference of a logit, as a share of the largest logit: nothing is rounded, or every weight is.
 EXACT, ROUNDED = 1e-4, {"float16": 1e-2, "bfloat16": 5e-2}
 
@@ -41,6 +48,7 @@ class Settings:
 
     origin: str
     target: Path
+    adapter: str | None = None
     format: str | None = None
     dtype: str | None = None
     family: str | None = None
@@ -75,6 +83,7 @@ def parse(argv: list[str]) -> Settings:
     return Settings(
         values["from"],
         target,
+        values.get("adapter"),
         values.get("format"),
         values.get("dtype"),
         values.get("family"),
@@ -88,31 +97,121 @@ def run(argv: list[str]) -> int:
     settings = parse(argv)
     import torch
 
-    from megarl.checkpoint import verify
     from megarl.models.exchange.export import refuse_existing
     from megarl.models.exchange.families import family_named
     from megarl.models.exchange.formats import open_source
+    from megarl.models.exchange.merged import CheckpointAdapter
 
     refuse_existing(settings.target)
     if settings.family is not None:
         family_named(settings.family)
-    source = open_source(settings.origin)
-    problem = verify(source.path) if source.kind == "megarl" else None
-    if problem:
-        raise CheckpointError(
-            f"checkpoint {source.path} is not whole: {problem}", key=problem.key, value=problem.value, where=source.path
-        )
-    dtype = getattr(torch, DTYPES[settings.dtype]) if settings.dtype else source.dtype
+    dtype = getattr(torch, DTYPES[settings.dtype]) if settings.dtype else None
+    source = opened(settings)
+    if isinstance(source, CheckpointAdapter):
+        return write_alone(source, settings, dtype)
+    require_whole(source)
     write(source, settings, dtype)
     target = open_source(settings.target)
     difference, largest = compare(source, target)
-    bound = tolerance(source.dtype, target.dtype) * max(1.0, largest)
+    bound = tolerance(*dtypes(source, target)) * max(1.0, largest)
     report(source, target, difference, bound)
     return 0 if difference <= bound else 1
 
 
-def write(source: "Source", settings: Settings, dtype: "torch.dtype") -> None:
-    """Write the target, with a progress bar over our parameters."""
+def opened(settings: Settings) -> "Source":
+    """Open the model to convert, with its adapter.
+
+    Returns:
+        The model. With format=peft, the adapter of a checkpoint whose other weights cannot be opened: it can be written
+        without them.
+    """
+    from megarl.disk import exists, local
+    from megarl.models.exchange.formats import merged, open_adapter, open_source
+    from megarl.models.exchange.merged import CheckpointAdapter, MergedSource
+
+    if settings.adapter is not None:
+        base = open_source(settings.origin)
+        name = None if exists(local(settings.origin)) else settings.origin  # a hub name is right on every machine
+        source: Source = merged(base, open_adapter(settings.adapter), name)
+    else:
+        try:
+            source = open_source(settings.origin)
+        except CheckpointError:
+            adapter = open_adapter(settings.origin) if settings.format == "peft" else None
+            if not isinstance(adapter, CheckpointAdapter):
+                raise
+            return adapter
+    if isinstance(source, MergedSource):
+        source.exact = True  # what is written is rounded once, and compared with what was not
+    return source
+
+
+def require_whole(source: "Source") -> None:
+    """Compare the checksums of the checkpoints that a model is read from. Raise if they differ."""
+    from megarl.checkpoint import verify
+
+    for folder in source.checkpoints:
+        problem = verify(folder)
+        if problem:
+            raise CheckpointError(
+                f"checkpoint {folder} is not whole: {problem}", key=problem.key, value=problem.value, where=folder
+            )
+
+
+def dtypes(source: "Source", target: "Source") -> "tuple[torch.dtype, torch.dtype]":
+    """Return the dtypes of what was read and of what was written."""
+    import torch
+
+    from megarl.models.exchange.merged import MergedSource
+
+    if isinstance(source, MergedSource):
+        if isinstance(target, MergedSource):  # the adapter alone was written
+            return source.adapter.dtype, target.adapter.dtype
+        return torch.float32, target.dtype
+    return source.dtype, target.dtype
+
+
+def write_alone(adapter: "CheckpointAdapter", settings: Settings, dtype: "torch.dtype | None") -> int:
+    """Write the adapter of a checkpoint whose other weights cannot be opened, and compare the factors instead of
+    logits. Return the exit code."""
+    from rich.console import Console
+
+    from megarl.models.exchange.adapters import PeftAdapter
+    from megarl.models.exchange.families import FAMILIES
+    from megarl.models.exchange.peft import write_adapter
+
+    require_whole(adapter)
+    write_adapter(adapter, settings.target, dtype=dtype)
+    target = PeftAdapter(settings.target)
+    target.fit(adapter.model, FAMILIES[adapter.spec.family])
+    difference, largest = compare_factors(adapter, target)
+    bound = tolerance(adapter.dtype, target.dtype) * max(1.0, largest)
+    verdict = "the same" if difference <= bound else "DIFFERENT"
+    console = Console()
+    console.print(
+        f"logits: not compared, as the model beside the adapter ({adapter.base or 'random weights'}) cannot be opened",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"factors: largest difference {difference:.2e}, allowed {bound:.2e}: {verdict}", highlight=False)
+    console.print(f"written: {settings.target}", highlight=False, soft_wrap=True)
+    return 0 if difference <= bound else 1
+
+
+def compare_factors(source: "CheckpointAdapter", target: "PeftAdapter") -> tuple[float, float]:
+    """Return the largest difference of two adapters' factors and heads, and the largest value."""
+    if source.names != target.names:
+        return float("inf"), 0.0
+    difference = largest = 0.0
+    for name in source.names:
+        before, after = source.read(name).float(), target.read(name).float()
+        difference = max(difference, float((before - after).abs().max()))
+        largest = max(largest, float(before.abs().max()))
+    return difference, largest
+
+
+def write(source: "Source", settings: Settings, dtype: "torch.dtype | None") -> None:
+    """Write the target, with a progress bar over our parameters; a dtype of None leaves it as stored."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -179,15 +278,19 @@ def report(source: "Source", target: "Source", difference: float, bound: float) 
     from rich.console import Console
     from rich.table import Table
 
+    from megarl.models.exchange.merged import MergedSource
+
     table = Table("", "from", "to")
     rows: dict[str, Callable[[Source], object]] = {
-        "format": lambda side: side.kind,
+        "format": _format,
         "family": lambda side: side.family.name if side.family else "none",
         "dtype": lambda side: str(side.dtype).removeprefix("torch."),
         "tensors": lambda side: f"{side.stored[0]:,}",
         "bytes": lambda side: f"{side.stored[1]:,}",
         "heads": lambda side: len(side.heads),
     }
+    if isinstance(source, MergedSource):
+        rows["adapter"] = _adapter
     for name, value in rows.items():
         table.add_row(name, str(value(source)), str(value(target)))
     console = Console()
@@ -197,8 +300,30 @@ def report(source: "Source", target: "Source", difference: float, bound: float) 
     if not source.left_out:
         console.print("left out: nothing")
     verdict = "the same" if difference <= bound else "DIFFERENT"
-    console.print(f"logits: largest difference {difference:.2e}, allowed {bound:.2e}: {verdict}", highlight=False)
+    compared = "logits" if source.has_output else "scores"
+    console.print(f"{compared}: largest difference {difference:.2e}, allowed {bound:.2e}: {verdict}", highlight=False)
     console.print(f"written: {target.path}", highlight=False, soft_wrap=True)
+
+
+def _format(side: "Source") -> str:
+    """Name the format of one side: of an adapter, with that of the model beside it."""
+    from megarl.models.exchange.adapters import PeftAdapter
+    from megarl.models.exchange.merged import MergedSource
+
+    if not isinstance(side, MergedSource):
+        return side.kind
+    return f"{side.base.kind} + {'peft' if isinstance(side.adapter, PeftAdapter) else 'megarl'}"
+
+
+def _adapter(side: "Source") -> str:
+    """Describe the adapter of one side in the table."""
+    from megarl.models.exchange.merged import MergedSource
+
+    if not isinstance(side, MergedSource):
+        return "merged"
+    adapter, (tensors, size) = side.adapter, side.adapter.stored
+    dtype = str(adapter.dtype).removeprefix("torch.")
+    return f"{adapter.spec.kind}, rank {adapter.spec.rank}, {dtype}: {tensors:,} tensors, {size:,} bytes"
 
 
 def main() -> None:

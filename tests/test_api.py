@@ -15,14 +15,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import megarl
-from megarl.api import _algorithm
+from megarl import convert
+from megarl.api import Trained, _algorithm
 from megarl.config.algorithms import ALGORITHMS
+from megarl.config.sft import SFTConfig
 from megarl.errors import ConfigError, DataError, MegarlError
 from megarl.run.owner import RunLock
+from tests.models.exchange.published import save_published, stored
 from tests.refusals import refused
 from tests.worlds import Worlds
 
@@ -73,6 +78,31 @@ def sft(run_dir: Path) -> None:
     assert len(trained.generate(["1 + 2 = "], max_new_tokens=2)) == 1
 
 
+def adapter(run_dir: Path) -> None:
+    model = run_dir.parent / "model"
+    save_published("qwen3", model, vocab_size=262)
+    config = megarl.default_config("sft", *QUIET, f"run.dir={run_dir}", "trainer.max_steps=2", "data.seq_length=32")
+    config.adapter.rank, config.adapter.targets = 2, ["q_proj", "down_proj"]
+    config.optim.lr, config.optim.warmup_steps = 0.1, 0
+    trained = megarl.train(str(model), samples=[["1 + 2 = ", "3"], ["2 + 2 = ", "4"]], config=config)
+    assert len(trained.generate(["1 + 2 = "], max_new_tokens=2)) == 1
+    trained.save_pretrained(run_dir / "hf")
+    before, whole = stored(model), stored(run_dir / "hf")
+    changed = {name.rpartition(".layers.")[2] for name in before if not torch.equal(before[name], whole[name])}
+    assert changed == {f"{layer}.{name}.weight" for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")}
+    trained.save_pretrained(run_dir / "peft", adapter=True)
+    factors = load_file(run_dir / "peft" / "adapter_model.safetensors")
+    for name in changed:
+        place = f"base_model.model.model.layers.{name.removesuffix('.weight')}"
+        up, down = factors[f"{place}.lora_B.weight"], factors[f"{place}.lora_A.weight"]
+        full = f"model.layers.{name}"
+        torch.testing.assert_close(whole[full], before[full] + 16 * up @ down)  # adapter.alpha is 32
+    model.rename(run_dir.parent / "moved")
+    assert convert.run([f"from={run_dir}", f"to={run_dir / 'again'}", "format=peft"]) == 0  # needs no other weights
+    again = load_file(run_dir / "again" / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in factors.items())
+
+
 def stopped(run_dir: Path) -> None:
     config = megarl.default_config("sft", *QUIET, "trainer.max_steps=1")
     config.run.dir = str(run_dir / "lr=1e-4,a")  # a name that a command line would have to quote
@@ -102,9 +132,14 @@ def test_prompts_that_no_phase_could_use_are_refused_by_their_place_in_the_list(
     worlds.run(1, refused_by_place, tmp_path / "run")
 
 
-@pytest.mark.parametrize("call", [ppo, ilql, sft, stopped], ids=lambda call: call.__name__)
+@pytest.mark.parametrize("call", [ppo, ilql, sft, adapter, stopped], ids=lambda call: call.__name__)
 def test_a_call_trains_answers_and_exports(call: Any, worlds: Worlds, tmp_path: Path) -> None:
     worlds.run(1, call, tmp_path / "run")
+
+
+def test_an_adapter_alone_is_written_only_by_a_run_that_trains_one(tmp_path: Path) -> None:
+    with refused(ConfigError, key="adapter", names=("adapter.rank",)):
+        Trained(SFTConfig(), tmp_path).save_pretrained(tmp_path / "peft", adapter=True)
 
 
 def noticed(run_dir: Path) -> None:

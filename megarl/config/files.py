@@ -50,6 +50,8 @@ def check_files(config: Any) -> None:
     for key, path in {"model.path": config.model.path, **config.more_models()}.items():
         if path is not None:
             require_weights(path, key)
+    if (path := _value(config, "adapter.path")) is not None:
+        require_adapter(path, "adapter.path")
 
 
 def _check_data(config: Any) -> None:
@@ -111,6 +113,23 @@ def require_weights(path: str, key: str = "") -> None:
         value=path,
         where=shown(path),
     )
+
+
+def require_adapter(path: str, key: str) -> None:
+    """Refuse a path that is neither on this machine nor a name on the hub, and a folder in which no adapter can be."""
+    require_weights(path, key)
+    folder = local(path)
+    runs = any(
+        is_file(one) for name in ("", "step-*/", "checkpoints/step-*/") for one in folder.glob(f"{name}index.json")
+    )
+    if exists(folder) and not runs and not is_file(folder / "adapter_config.json"):
+        raise CheckpointError(
+            f"{key}={shown(path)} contains no adapter: name a PEFT folder (with adapter_config.json), or the folder "
+            "or a checkpoint of a run with adapter.*",
+            key=key,
+            value=path,
+            where=shown(path),
+        )
 
 
 def require_score_head(path: str, key: str) -> None:

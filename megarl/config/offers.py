@@ -111,7 +111,7 @@ def _working(key: str, values: list[Any], rules: Sequence[Rule], config: Any, wo
         trial, world = copy.deepcopy(config), world_size
         if key == "trainer.devices":
             world = value * config.trainer.num_nodes
-        setattr(read(trial, section), name, value)
+        setattr(read(trial, section) if section else trial, name, value)
         try:
             for rule in rules:
                 rule(trial, world)

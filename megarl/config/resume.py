@@ -222,7 +222,7 @@ RULES = (
     # what is kept
     _rule("checkpoint", "every keep_last best.keep async_save save_last", NOW, "checkpoints after the resume"),
     _rule("checkpoint", "best.metric best.mode", NOW, "checkpoints are ranked by their values of this metric only"),
-    _rule("export", "hf", NOW, "what is exported when training ends"),
+    _rule("export", "hf peft", NOW, "what is exported when training ends"),
     _rule("logger", "tensorboard csv wandb.project wandb.mode mlflow.uri", NOW, "where metrics are logged"),
 )
 

@@ -143,6 +143,43 @@ def whole_batches(config: Any, world_size: int) -> None:
         )
 
 
+def adapter_is_exported(config: Any, world_size: int) -> None:
+    """Require an adapter where one is to be written."""
+    if config.export.peft is not None and config.adapter is None:
+        raise Refusal(
+            f"export.peft={config.export.peft} writes an adapter, and this run trains all weights",
+            {"export.peft": [None]},
+            "export.hf for the whole model, or adapter.rank=16 to train an adapter",
+            key="export.peft",
+            value=config.export.peft,
+        )
+
+
+def adapter_has_layers(config: Any, world_size: int) -> None:
+    """Refuse adapters where all layers are frozen: those have none."""
+    if config.adapter is not None and config.model.num_layers_unfrozen == 0:
+        raise Refusal(
+            "model.num_layers_unfrozen=0 leaves no layer for the adapters of adapter.*",
+            {"model.num_layers_unfrozen": [-1], "adapter": [None]},
+            key="model.num_layers_unfrozen",
+            value=0,
+        )
+
+
+def sampler_has_whole_weights(config: Any, world_size: int) -> None:
+    """Refuse a layout for generation beside quantised weights: the copy in it would need them as they were loaded."""
+    bits = 16 if config.adapter is None else config.adapter.base_bits
+    layout = config.rollout.engine_settings.layout
+    if bits < 16 and layout is not None:
+        raise Refusal(
+            f"adapter.base_bits={bits} is not available with rollout.engine.layout={layout}, whose copy of the model "
+            "would need the weights that were quantised",
+            {"rollout.engine.layout": [None], "adapter.base_bits": [16]},
+            key="adapter.base_bits",
+            value=bits,
+        )
+
+
 def tokenizer_is_named(config: Any, world_size: int) -> None:
     """Require tokenizer.path for kinds other than bytes, unless the model has a tokenizer."""
     tokenizer = config.tokenizer

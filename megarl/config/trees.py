@@ -11,10 +11,13 @@ from megarl.config.leaf import leaf, optional_section, section
 from megarl.config.offers import Rule
 from megarl.config.reward_terms import MODEL
 from megarl.config.rules import (
+    adapter_has_layers,
+    adapter_is_exported,
     model_fits_layout,
     responses_are_sampled,
     responses_are_scored,
     responses_fit_model,
+    sampler_has_whole_weights,
     scoring_ends_in_time,
     tokenizer_is_named,
     whole_batches,
@@ -65,7 +68,14 @@ class Tree:
 class TrainingTree(Tree):
     """The keys of every entry point that trains."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (model_fits_layout, whole_replicas, whole_batches, tokenizer_is_named)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        model_fits_layout,
+        whole_replicas,
+        whole_batches,
+        tokenizer_is_named,
+        adapter_is_exported,
+        adapter_has_layers,
+    )
 
     run: RunConfig = section(RunConfig)
     adapter: AdapterConfig | None = optional_section(AdapterConfig, ADAPTER)
@@ -79,7 +89,12 @@ class TrainingTree(Tree):
 class GeneratingTree(TrainingTree):
     """The keys of every algorithm that generates, in training or only in evaluations."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (*TrainingTree.rules, responses_fit_model, scoring_ends_in_time)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *TrainingTree.rules,
+        responses_fit_model,
+        scoring_ends_in_time,
+        sampler_has_whole_weights,
+    )
 
     checkpoint: ScoreCheckpointConfig = section(ScoreCheckpointConfig)
     rollout: RolloutConfig = section(RolloutConfig)

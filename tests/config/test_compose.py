@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from megarl.config.compose import _Job, _overrides_first, compose
 from megarl.config.presets import HEADER, preset_files
 from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN, conf_folder
 from megarl.config.rules import check
+from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sft import SFTConfig
 from megarl.config.world import world_size
 from megarl.errors import DataError, NumericsError
@@ -116,6 +118,25 @@ def test_every_shipped_preset_and_every_option_of_every_group_composes(
             compose(entry, [f"{option.parent.name}={option.stem}"])
     for file in conf_folder().rglob("*.yaml"):
         assert yaml.safe_load(file.read_text(encoding="utf-8")), f"{file} says nothing"
+
+
+@pytest.mark.parametrize("name", ["qlora", "stackllama"])
+def test_the_commands_in_the_first_lines_of_presets_of_adapters_compose(folder: Path, name: str) -> None:
+    comment = "".join(line[1:] for line in (conf_folder() / f"{name}.yaml").open() if line.startswith("#"))
+    commands = re.findall(r"python -m megarl\.train_(\w+) (.*)", comment.replace("\\\n", ""))
+    assert len(commands) >= 2
+    for entry, words in commands:
+        config, _ = compose(entry, words.split())
+        assert config.adapter.base_bits in (4, 8, 16)
+        check(config, world_size(config, {}))
+
+
+def test_qlora_keeps_what_a_model_and_an_algorithm_set(folder: Path) -> None:
+    config, _ = compose("ppo", ["+conf=[gpt20b,qlora]", "data.train=[prompts.jsonl]", "reward.fn=rewards.py:score"])
+    assert (config.model.num_layers, config.parallel.tp, config.ppo.rollouts) == (44, 4, 512)
+    assert asdict(config.adapter) == asdict(AdapterConfig(rank=16, alpha=32.0, base_bits=4))
+    check(config, 8)
+    assert compose("dpo", ["+conf=[hh,qlora]"])[0].optim.lr == 1e-6
 
 
 def test_gpt20b_has_the_shape_of_neox_and_fits_its_own_layout(folder: Path) -> None:

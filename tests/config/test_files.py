@@ -12,8 +12,9 @@ import pytest
 from megarl.config.files import check_files
 from megarl.config.generate import GenerateConfig
 from megarl.config.ppo import PPOConfig
+from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sft import SFTConfig
-from megarl.errors import ConfigError
+from megarl.errors import CheckpointError, ConfigError
 from tests.refusals import refused
 
 
@@ -32,6 +33,18 @@ def test_a_chat_template_that_cannot_be_read_is_refused_by_its_key(tree: Any, tm
     with refused(ConfigError, key=key, value=str(template)) as missing:
         check_files(config)
     assert missing.error.where is None
+
+
+def test_a_path_without_an_adapter_is_refused_and_a_run_or_a_hub_name_may_have_one(tmp_path: Path) -> None:
+    config = SFTConfig(adapter=AdapterConfig(path=str(tmp_path)))
+    with refused(CheckpointError, key="adapter.path", value=str(tmp_path), where=str(tmp_path)):
+        check_files(config)
+    (tmp_path / "checkpoints" / "step-0000001").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-0000001" / "index.json").write_text("{}")
+    check_files(config)
+    check_files(SFTConfig(adapter=AdapterConfig(path="org/adapter")))
+    with refused(CheckpointError, key="adapter.path", value="./nowhere", where="./nowhere"):
+        check_files(SFTConfig(adapter=AdapterConfig(path="./nowhere")))
 
 
 def test_files_are_checked_without_heavy_imports() -> None:

@@ -16,10 +16,12 @@ from megarl.config.ppo import AdaptiveKLConfig, PPOConfig, SeparateCriticConfig
 from megarl.config.ppo_sections import AdaptiveEntropyConfig, DynamicSamplingConfig, OverlongConfig
 from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
 from megarl.config.rules import check
+from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sections.data import MixingConfig
 from megarl.config.sections.model import ModelConfig, RopeScalingConfig
 from megarl.config.sections.parallel import ParallelConfig
 from megarl.config.sections.reward import RewardCallsConfig
+from megarl.config.sections.rollout import RolloutEngineConfig
 from megarl.config.sft import SFTConfig
 from megarl.config.shape import check_shape
 from megarl.config.world import accumulation, data_parallel_size, world_size
@@ -34,6 +36,9 @@ def configured(**values: Any) -> SFTConfig:
     config.data.train = ["train.jsonl"]
     for key, value in values.items():
         section, _, name = key.partition("__")
+        if not name:
+            setattr(config, section, value)
+            continue
         assert hasattr(getattr(config, section), name), key
         setattr(getattr(config, section), name, value)
     return config
@@ -61,6 +66,7 @@ def assert_refused(world: int, config: Any, key: str, offers: Offers, names: tup
         (2, {"parallel__pp": 2, "parallel__vpp": 2}),
         (1, {"model__head_dim": 48, "model__num_heads": 3}),
         (1, {"model__num_layers_unfrozen": 0}),
+        (1, {"adapter": AdapterConfig(base_bits=4), "export__peft": "adapter"}),
     ],
 )
 def test_what_can_run_passes(world: int, values: dict[str, Any]) -> None:
@@ -135,6 +141,14 @@ def test_what_can_run_passes(world: int, values: dict[str, Any]) -> None:
             {"model.position": ["rope"], "model.rope_scaling": [None]},
         ),
         (1, {"tokenizer__kind": "huggingface"}, "tokenizer.path", {}),
+        (1, {"export__peft": "adapter"}, "export.peft", {"export.peft": [None]}),
+        (
+            1,
+            {"adapter": AdapterConfig(), "model__num_layers_unfrozen": 0},
+            "model.num_layers_unfrozen",
+            {"model.num_layers_unfrozen": [-1], "adapter": [None]},
+        ),
+        (1, {"adapter": AdapterConfig(base_bits=5)}, "adapter.base_bits", {"adapter.base_bits": [4, 8, 16]}),
         (
             1,
             {"optim__momentum": 0.9},
@@ -280,6 +294,9 @@ def phases(**values: Any) -> PPOConfig:
     config.data.train, config.reward.fn = ["prompts.jsonl"], "rewards.py:score"
     for key, value in values.items():
         section, _, name = key.partition("__")
+        if not name:
+            setattr(config, section, value)
+            continue
         assert hasattr(getattr(config, section), name), key
         setattr(getattr(config, section), name, value)
     return config
@@ -289,6 +306,8 @@ def phases(**values: Any) -> PPOConfig:
     ("world", "values"),
     [
         (1, {}),
+        (1, {"adapter": AdapterConfig(), "rollout__engine": RolloutEngineConfig(layout="tp1")}),
+        (1, {"adapter": AdapterConfig(base_bits=4)}),
         (4, {"parallel__tp": 2, "parallel__pp": 2}),
         (1, {"ppo__rollouts": 12, "rollout__n": 4}),
         (1, {"critic__kind": "separate", "critic__separate": own(lr=1e-4, path="/weights", warmup_phases=3)}),
@@ -312,6 +331,12 @@ def test_phases_that_can_run_pass(world: int, values: dict[str, Any]) -> None:
     [
         (1, {"data__train": []}, "data.train", {}),
         (1, {"reward__fn": None}, "reward.fn", {}),
+        (
+            1,
+            {"adapter": AdapterConfig(base_bits=8), "rollout__engine": RolloutEngineConfig(layout="tp1")},
+            "adapter.base_bits",
+            {"rollout.engine.layout": [None], "adapter.base_bits": [16]},
+        ),
         (
             1,
             {"ppo__rollouts": 10, "rollout__n": 4},

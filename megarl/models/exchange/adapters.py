@@ -20,7 +20,7 @@ from megarl.models.adapter_spec import LINEARS, AdapterSpec, Parts
 from megarl.models.exchange.families import FAMILIES
 from megarl.models.exchange.family import Family, Json
 from megarl.models.exchange.parameters import SCORE, parameters
-from megarl.models.exchange.source import HEADS
+from megarl.models.exchange.source import HEADS, widest_dtype
 from megarl.models.exchange.stored import PickledFile, SafetensorsFile, Stored, TensorFile
 from megarl.models.exchange.views import fused_query_key_value_transposed, transposed
 
@@ -36,6 +36,8 @@ ALL = "all-linear"
 FACTORS = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 """PEFT's names of a module's factors."""
 _FACTOR = re.compile(r"(.+)\.(?:(lora_[AB])(?:\.default)?\.weight|(lora_magnitude_vector)(?:\.default)?(?:\.weight)?)")
+_SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/([0-9a-f]{7,64})/?")
+"""The folder in which the hub's client keeps a published model."""
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the weights beside the adapter as they were."""
 
@@ -48,12 +50,18 @@ class StoredAdapter(Protocol):
         spec: its description.
         heads: tensors of heads that were trained with it, by our names.
         base: path of the model that it was trained beside; None if it is not known.
+        model: the shape of that model.
+        dtype: dtype of the stored factors.
+        stored: number of stored tensors and bytes, including heads.
     """
 
     path: Path
     spec: AdapterSpec
     heads: dict[str, Stored]
     base: str | None
+    model: ModelConfig
+    dtype: torch.dtype
+    stored: tuple[int, int]
 
     @property
     def names(self) -> set[str]:
@@ -159,6 +167,8 @@ class PeftAdapter:
                 self._factors[match[1], factor] = stored
         if not self._factors:
             raise CheckpointError(f"{path} has no tensor of LoRA: it is not an adapter of PEFT's", where=path)
+        all_stored = [*self._file.tensors.values(), *(self._heads.tensors.values() if self._heads else ())]
+        self.stored = (len(all_stored), sum(item.bytes for item in all_stored))
 
     def fit(self, model: ModelConfig, family: Family) -> None:
         """Find the place of every tensor in a model of a family. Raise if one has none, or if its shape is wrong."""
@@ -209,6 +219,11 @@ class PeftAdapter:
             (layer, name, whole[name].modules[number]): module for module, (layer, name, number) in where.items()
         }
         self._check_shapes(model)
+        self.model = model
+        # Exceptions in rank or alpha change numbers while they are read, which a narrower dtype would round.
+        changed = self.config.get("alpha_pattern") or self.config.get("rank_pattern")
+        dtypes = [self._file.tensors[stored].dtype for stored in self._factors.values()]
+        self.dtype = torch.float32 if changed else widest_dtype(dtypes)
 
     def _rank(self, module: str) -> int:
         stored = self._factors.get((module, "down"))
@@ -261,6 +276,17 @@ class PeftAdapter:
                     )
                 if not isinstance(found.dtype, torch.dtype):
                     raise CheckpointError(f"{self.path}: {stored} has dtype {found.dtype}", key=stored, where=self.path)
+
+    def require_complete(self) -> None:
+        """Raise if some layers lack a module's factors that others have: only the whole model can have them so."""
+        absent = self.incomplete(self.model.num_layers)
+        if absent:
+            raise CheckpointError(
+                f"{self.path} has no factors for {absent[0]} ({len(absent)} modules in all), but for other layers: "
+                f"merge it first (python -m megarl.convert from=MODEL adapter={self.path} to=FOLDER)",
+                key=absent[0],
+                where=self.path,
+            )
 
     def incomplete(self, layers: int) -> list[str]:
         """Return the modules of the description that the file lacks: other layers have them."""
@@ -357,6 +383,7 @@ def split_name(name: str) -> tuple[int, str, str]:
 def peft_config(spec: AdapterSpec, model: ModelConfig, base: str | None, *, scores: bool) -> Json:
     """Return adapter_config.json of an adapter."""
     everywhere = spec.first_layer == 0
+    published = _SNAPSHOT.fullmatch(base or "")  # other machines have that model in another folder
     views = {entry.ours: entry.views for entry in FAMILIES[spec.family].entries}
     turned = views[f"decoder.layers.{{}}.{LINEARS['linear_proj']}.weight"] in (
         transposed,
@@ -365,7 +392,7 @@ def peft_config(spec: AdapterSpec, model: ModelConfig, base: str | None, *, scor
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scores else "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": published[1].replace("--", "/") if published else base,
         "r": spec.rank,
         "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
         "lora_dropout": spec.dropout,
@@ -381,7 +408,7 @@ def peft_config(spec: AdapterSpec, model: ModelConfig, base: str | None, *, scor
         "init_lora_weights": True,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "revision": None,
+        "revision": published[2] if published else None,
     }
 
 

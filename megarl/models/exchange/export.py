@@ -27,7 +27,6 @@ from megarl.models.exchange.source import (
     READS_EOS,
     REWARD_KIND,
     TOKEN_IDS,
-    HuggingFaceSource,
     Source,
     pads_with_eos,
 )
@@ -153,10 +152,10 @@ def write_folder(
 def keep_tokenizer(source: Source, aside: Path) -> Tokenizer | None:
     """Copy the source's tokenizer files and generation settings unchanged, or else build its tokenizer, save it and
     return it."""
-    if isinstance(source, HuggingFaceSource):
+    if source.tokenizer_files is not None:
         for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, aside / name)
+            if (source.tokenizer_files / name).is_file():
+                shutil.copyfile(source.tokenizer_files / name, aside / name)
     elif source.tokenizer is not None:
         tokenizer = build_tokenizer(*source.tokenizer)
         tokenizer.save(aside)

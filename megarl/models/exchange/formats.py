@@ -10,7 +10,7 @@ import torch
 from megarl.checkpoint import MANIFEST, find, plain_content
 from megarl.config.files import require_weights
 from megarl.disk import exists, is_file, local
-from megarl.errors import CheckpointError, ConfigError, MegarlError, UnavailableError, first_line
+from megarl.errors import CheckpointError, MegarlError, UnavailableError, first_line
 from megarl.logging import get_logger
 from megarl.models.exchange.adapters import ADAPTER_CONFIG, PeftAdapter, family_of_parts
 from megarl.models.exchange.checkpoints import write_checkpoint
@@ -18,6 +18,7 @@ from megarl.models.exchange.export import write_folder
 from megarl.models.exchange.merged import CheckpointAdapter, MergedSource
 from megarl.models.exchange.nemo import NemoSource
 from megarl.models.exchange.nemo_write import write_nemo
+from megarl.models.exchange.peft import write_peft
 from megarl.models.exchange.source import CONFIG, CheckpointSource, HuggingFaceSource, Source, family_name
 
 log = get_logger(__name__)
@@ -80,26 +81,30 @@ def with_base(adapter: PeftAdapter | CheckpointAdapter) -> MergedSource:
         f"python -m megarl.convert from=MODEL adapter={adapter.path} to=FOLDER merges it with a model that you name"
     )
     if adapter.base is None:
-        raise CheckpointError(
-            f"{adapter.path} is an adapter and does not say of which model: {remedy}", key="base", where=adapter.path
-        )
+        why = "was trained beside random weights, which are not stored: export.hf writes the whole model in training"
+        if isinstance(adapter, PeftAdapter):
+            why = f"does not say of which model (base_model_name_or_path): {remedy}"
+        raise CheckpointError(f"{adapter.path} is an adapter and {why}", key="adapter", where=adapter.path)
     try:
         base = open_source(adapter.base)
     except MegarlError as problem:
         raise CheckpointError(
             f"{adapter.path} is an adapter of {adapter.base}, which cannot be opened ({problem}): {remedy}",
-            key="base",
+            key="adapter",
             value=adapter.base,
             where=adapter.path,
         ) from None
-    return merged(base, adapter)
+    return merged(base, adapter, adapter.base)
 
 
-def merged(base: Source, adapter: PeftAdapter | CheckpointAdapter) -> MergedSource:
-    """Return a stored model with an adapter. Raise if they do not fit."""
+def merged(base: Source, adapter: PeftAdapter | CheckpointAdapter, base_name: str | None = None) -> MergedSource:
+    """Return a stored model with an adapter. Raise if they do not fit.
+
+    `base_name` is the path or hub name of the model, which an adapter written from it contains (None: its path).
+    """
     if isinstance(adapter, PeftAdapter):
         adapter.fit(base.model, family_of_parts(base.model, family_name(base)))
-    return MergedSource(base, adapter)
+    return MergedSource(base, adapter, base_name or str(base.path))
 
 
 def open_adapter(path: str | Path) -> PeftAdapter | CheckpointAdapter:
@@ -116,15 +121,6 @@ def open_adapter(path: str | Path) -> PeftAdapter | CheckpointAdapter:
     )
 
 
-def _refuse_to_write(*_: object, **__: object) -> None:
-    raise ConfigError(
-        "format=peft cannot be converted to: a whole model is no adapter",
-        key="format",
-        value="peft",
-        offers={"format": ["huggingface", "megarl"]},
-    )
-
-
 FORMATS: dict[str, Format] = {
     known.name: known
     for known in (
@@ -135,7 +131,7 @@ FORMATS: dict[str, Format] = {
             "peft",
             lambda path: is_file(path / ADAPTER_CONFIG),
             lambda path: with_base(PeftAdapter(path)),
-            _refuse_to_write,
+            write_peft,
         ),
     )
 }

@@ -1,4 +1,5 @@
-"""Logits of a stored model on a fixed batch, in float32: evidence that a conversion preserved the model."""
+"""Logits of a stored model on a fixed batch, or scores of a reward model, in float32: evidence that a conversion
+preserved the model."""
 
 from typing import Any
 
@@ -23,17 +24,25 @@ def fixed_batch(source: Source) -> Tensor:
 
 @torch.no_grad()
 def logits(source: Source, tokens: Tensor) -> Tensor:
-    """Return logits [batch, time, vocab], from transformers for Hugging Face folders and from our model otherwise."""
+    """Return logits [batch, time, vocab], from transformers for Hugging Face folders and from our model otherwise.
+
+    A reward model, which has no output layer, gives the score [batch, time, 1] of each position.
+    """
     if isinstance(source, HuggingFaceSource):
         return _by_transformers(source, tokens)
     return _by_megarl(source, tokens)
 
 
 def _by_transformers(source: Source, tokens: Tensor) -> Tensor:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    theirs: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, trust_remote_code=False)
-    found: Tensor = theirs.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    known = AutoModelForCausalLM if source.has_output else AutoModelForSequenceClassification
+    theirs: Any = known.from_pretrained(source.path, dtype=torch.float32, trust_remote_code=False).eval()
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if not source.has_output:  # its own forward pass returns the score of one position
+        scores: Tensor = theirs.score(theirs.base_model(**inputs).last_hidden_state)
+        return scores.float()
+    found: Tensor = theirs(**inputs).logits
     return found.float()
 
 
@@ -41,13 +50,15 @@ def _by_megarl(source: Source, tokens: Tensor) -> Tensor:
     alone = not dist.is_initialized()
     grid = Grid(Layout(), start_world())
     try:
-        gpt = GPT(GPTConfig.build(source.model, grid.layout, vocab_size=source.vocab_size), grid)
+        config = GPTConfig.build(source.model, grid.layout, vocab_size=source.vocab_size)
+        gpt = GPT(config, grid, heads=("lm",) if source.has_output else ("score",))
         load(gpt, source, grid)
         gpt.eval()
         positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
         inputs = ModelInputs(tokens=tokens.to(grid.device), positions=positions.to(grid.device))
         hidden = gpt(inputs)  # [time, batch, hidden]
-        found = gpt.logits(hidden.transpose(0, 1).flatten(0, 1))
+        states = hidden.transpose(0, 1).flatten(0, 1)
+        found = gpt.logits(states) if source.has_output else gpt.score_head(states)
         return found.reshape(*tokens.shape, -1).cpu()
     finally:
         grid.close()

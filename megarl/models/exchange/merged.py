@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from megarl.config.sections.adapter import AdapterConfig
 from megarl.disk import shown
 from megarl.errors import CheckpointError
 from megarl.models.adapter_spec import ADAPTER, LINEARS, AdapterSpec
-from megarl.models.exchange.adapters import StoredAdapter, new_spec
+from megarl.models.exchange.adapters import PeftAdapter, new_spec
 from megarl.models.exchange.parameters import SCORE, TRUNK
 from megarl.models.exchange.source import CheckpointSource, Source, tokenizer_of
 from megarl.models.exchange.stored import Stored
@@ -82,20 +83,25 @@ class CheckpointAdapter(CheckpointSource):
 
 
 class MergedSource(Source):
-    """Reads as the whole model that an adapter makes of another one, in the other one's dtype."""
+    """Reads as the whole model that an adapter makes of another one, in the other one's dtype.
+
+    Attributes:
+        base_name: the path or hub name of the other model, by which an adapter refers to it.
+        exact: whether adapted weights are in float32 instead, so that only the writer rounds them.
+    """
 
     kind = "adapter"
 
-    def __init__(self, base: Source, adapter: StoredAdapter) -> None:
-        self.base, self.adapter = base, adapter
+    def __init__(self, base: Source, adapter: PeftAdapter | CheckpointAdapter, base_name: str) -> None:
+        self.base, self.adapter, self.base_name, self.exact = base, adapter, base_name, False
         self.path, self.model, self.vocab_size = adapter.path, base.model, base.vocab_size
         self.family, self.dtype, self.left_out = base.family, base.dtype, base.left_out
         told = adapter if isinstance(adapter, CheckpointAdapter) else base  # a checkpoint has a card of its own
         self.tokenizer, self.token_ids, self.chat_template = told.tokenizer, told.token_ids, told.chat_template
-        if told is base:
-            self.tokenizer = tokenizer_of(adapter.path) or base.tokenizer
         self.score_moments, self.score_reads_eos = told.score_moments, told.score_reads_eos
-        self.reward_kind = told.reward_kind
+        self.reward_kind, self.tokenizer_files = told.reward_kind, told.tokenizer_files
+        if told is base and (own := tokenizer_of(adapter.path)) is not None:  # PEFT users save it beside the adapter
+            self.tokenizer, self.tokenizer_files = own, adapter.path
         self.heads = {**base.heads, **adapter.heads}
         self.has_output = base.has_output and SCORE not in adapter.heads
         self.stored = base.stored
@@ -105,13 +111,22 @@ class MergedSource(Source):
                 f"{adapter.path} adapts {min(lost)}, which {base.path} does not have", key=min(lost), where=adapter.path
             )
 
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The megarl checkpoints that it is read from, whose checksums can be compared."""
+        own = [self.adapter.path] if isinstance(self.adapter, CheckpointAdapter) else []
+        return [*self.base.checkpoints, *own]
+
     def read(self, name: str) -> Tensor:
         """Return a whole tensor by our name, with the adapter merged."""
         if name in self.adapter.heads:
             return self.adapter.read(name)
         whole = self.base.read(name)
         self._check(name, whole)
-        return self._merged(name, whole).to(whole.dtype) if name in self._adapted else whole
+        if name not in self._adapted:
+            return whole
+        weight = self._merged(name, whole)
+        return weight if self.exact else weight.to(whole.dtype)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Return rows first ... last - 1 of a tensor."""
@@ -121,8 +136,10 @@ class MergedSource(Source):
 
     def _check(self, name: str, whole: Tensor) -> None:
         """Raise if a tensor of the other model is not the one that the adapter was trained beside."""
-        wanted = getattr(self.adapter, "base_digests", {}).get(name)
-        if wanted is not None and digest(whole.to(self.adapter.base_dtype)) != wanted:  # type: ignore[attr-defined]
+        if not isinstance(self.adapter, CheckpointAdapter):
+            return  # PEFT's folders have no checksums
+        wanted = self.adapter.base_digests.get(name)
+        if wanted is not None and digest(whole.to(self.adapter.base_dtype)) != wanted:
             raise CheckpointError(
                 f"{name} of {self.base.path} is not what the adapter {self.path} was trained beside: put that model "
                 "back, or convert from=MODEL adapter=ADAPTER to=FOLDER with a copy of it",
@@ -142,5 +159,6 @@ class MergedSource(Source):
             weight[rows] = weight[rows] + spec.scaling * (up[rows] @ factors)
             if spec.kind == "dora":
                 magnitude = self.adapter.read(f"{place}.adapter.magnitude").float()[rows]
-                weight[rows] *= (magnitude / torch.linalg.norm(weight[rows], dim=1))[:, None]
+                if magnitude.any():  # a PEFT folder may lack this module in some layers
+                    weight[rows] *= (magnitude / torch.linalg.norm(weight[rows], dim=1))[:, None]
         return weight

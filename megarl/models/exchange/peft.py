@@ -5,17 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megarl.config.sections.model import ModelConfig
 from megarl.disk import temp_sibling
+from megarl.errors import ConfigError
 from megarl.logging import get_logger
 from megarl.models.adapter_spec import ADAPTER, AdapterSpec
-from megarl.models.exchange.adapters import ADAPTER_MODEL, PREFIX, peft_config, their_tensors, write_config
-from megarl.models.exchange.export import gathered, prepare, refuse_existing, removed_on_error
-from megarl.models.exchange.merged import CheckpointAdapter
+from megarl.models.exchange.adapters import (
+    ADAPTER_MODEL,
+    PREFIX,
+    PeftAdapter,
+    peft_config,
+    their_tensors,
+    write_config,
+)
+from megarl.models.exchange.export import (
+    cast_checked,
+    gathered,
+    keep_tokenizer,
+    prepare,
+    refuse_existing,
+    removed_on_error,
+    written_whole,
+)
+from megarl.models.exchange.merged import CheckpointAdapter, MergedSource
 from megarl.models.exchange.parameters import SCORE
-from megarl.models.exchange.source import HEADS
+from megarl.models.exchange.source import HEADS, Source
 from megarl.models.exchange.stored import SafetensorsFile, Stored, write_safetensors
 from megarl.models.heads import head_of
 from megarl.parallel.engine import Engine
@@ -44,14 +61,66 @@ def export_adapter(
     log.info("exported the adapter to %s: %d tensors in this stage", folder, len(wanted))
 
 
-def write_adapter(source: CheckpointAdapter, folder: Path) -> None:
-    """Write the adapter in a megarl checkpoint as a PEFT folder, in this process."""
-    aside = temp_sibling(folder)
-    prepare(folder, aside)
-    with removed_on_error(aside):
-        _write(aside, source.spec, source.model, source.base, sorted(source.names), source.read)
+def write_adapter(
+    adapter: PeftAdapter | CheckpointAdapter,
+    folder: Path,
+    *,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write a stored adapter as a PEFT folder, in this process.
+
+    Args:
+        adapter: the adapter of a megarl checkpoint, or a PEFT folder that was fitted to its model.
+        folder: the target, which must not exist.
+        base: path or hub name of the model that it belongs to (None: the one that the adapter names).
+        dtype: dtype of the factors (None: as stored).
+        progress: called with the name of every tensor.
+    """
+    if isinstance(adapter, PeftAdapter):
+        adapter.require_complete()
+    kind = dtype or adapter.dtype
+
+    def read(name: str) -> Tensor:
+        progress(name)
+        return cast_checked(name, adapter.read(name), kind)
+
+    with written_whole(folder) as aside:
+        _write(aside, adapter.spec, adapter.model, base or adapter.base, sorted(adapter.names), read)
+        if isinstance(adapter, CheckpointAdapter):
+            keep_tokenizer(adapter, aside)
         refuse_existing(folder)
         aside.rename(folder)
+
+
+def write_peft(
+    source: Source,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    family: str | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write the adapter of a stored model as a PEFT folder. Raise if the model has none."""
+    if not isinstance(source, MergedSource):
+        raise ConfigError(
+            f"format=peft writes an adapter, and {source.path} is a whole model: add adapter=ADAPTER, or use "
+            "format=huggingface or megarl",
+            key="format",
+            value="peft",
+            where=source.path,
+            offers={"format": ["huggingface", "megarl"]},
+        )
+    own = source.adapter.spec.family
+    if family not in (None, own):
+        raise ConfigError(
+            f"family={family} is not available with format=peft: the adapter's modules are those of {own}",
+            key="family",
+            value=family,
+            offers={"family": [own]},
+        )
+    write_adapter(source.adapter, folder, base=source.base_name, dtype=dtype, progress=progress)
 
 
 def _write_stage(aside: Path, wanted: Iterable[tuple[str, Tensor]], grid: Grid) -> None:
@@ -119,4 +188,4 @@ def _write(
     write_config(aside, peft_config(spec, model, base, scores=scores))
 
 
-__all__ = ["export_adapter", "write_adapter"]
+__all__ = ["export_adapter", "write_adapter", "write_peft"]

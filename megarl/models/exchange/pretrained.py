@@ -1,6 +1,7 @@
 """Open a run's pretrained models once, check them, and take over their shape and tokenizer, before building any."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from megarl.checkpoint import verify
@@ -47,11 +48,7 @@ class Sources:
         except MegarlError as refused:
             raise refused.within(f"{key}={path}") from None
         assert source is not None
-        problem = verify(source.path) if source.kind == "megarl" and process_number() == 0 else None
-        if problem:
-            raise CheckpointError(
-                f"{key}={source.path} is not whole: {problem}", key=problem.key, value=problem.value, where=source.path
-            )
+        _verify(source.checkpoints, key)
         return source
 
     def adapter_at(self, path: str, model: ModelConfig, family: str | None) -> StoredAdapter:
@@ -61,9 +58,10 @@ class Sources:
                 adapter = open_adapter(path)
                 if isinstance(adapter, PeftAdapter):
                     adapter.fit(model, family_of_parts(model, family))
-                    _refuse_incomplete(adapter, model)
+                    adapter.require_complete()
             except MegarlError as refused:
                 raise refused.within(f"adapter.path={path}") from None
+            _verify([] if isinstance(adapter, PeftAdapter) else [adapter.path], "adapter.path")
             self._adapters[path] = adapter
         return self._adapters[path]
 
@@ -71,6 +69,16 @@ class Sources:
         """Close the files and unpacked archives, once every model is built."""
         self._opened.clear()
         self._adapters.clear()
+
+
+def _verify(checkpoints: list[Path], key: str) -> None:
+    """Compare the checksums of megarl checkpoints on the first process. Raise for one that is not whole."""
+    for folder in checkpoints if process_number() == 0 else ():
+        problem = verify(folder)
+        if problem:
+            raise CheckpointError(
+                f"{key}={folder} is not whole: {problem}", key=problem.key, value=problem.value, where=folder
+            )
 
 
 def resolve_pretrained(config: Tree) -> tuple[Tree, Sources]:
@@ -125,18 +133,6 @@ def _with_adapter(config: Tree, sources: Sources) -> Tree:
     new_spec(settings, model, family)
     resolved: Tree = replace(config, adapter=settings)
     return resolved
-
-
-def _refuse_incomplete(adapter: PeftAdapter, model: ModelConfig) -> None:
-    """Raise if some layers lack a module's factors that others have: training would leave them without."""
-    absent = adapter.incomplete(model.num_layers)
-    if absent:
-        raise CheckpointError(
-            f"{adapter.path} has no factors for {absent[0]} ({len(absent)} modules in all), but for other layers: "
-            "merge it first (python -m megarl.convert from=MODEL adapter=FOLDER to=FOLDER)",
-            key=absent[0],
-            where=adapter.path,
-        )
 
 
 def _with_shape(config: Tree, source: Source) -> Tree:

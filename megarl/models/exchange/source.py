@@ -57,6 +57,7 @@ class Source(ABC):
         score_reads_eos: whether the score of a reward model is read at the EOS, and not before it.
         reward_kind: what a reward model was trained on: ranking, regression or steps; None if unknown.
         stored: number of stored tensors and bytes, including heads.
+        tokenizer_files: the folder whose tokenizer files are copied unchanged with the model; None: there is none.
     """
 
     kind: ClassVar[str]
@@ -75,6 +76,12 @@ class Source(ABC):
     score_reads_eos: bool = True
     reward_kind: str | None = None
     stored: tuple[int, int]
+    tokenizer_files: Path | None = None
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The megarl checkpoints that it is read from, whose checksums can be compared."""
+        return [self.path] if self.kind == "megarl" else []
 
     @property
     def names(self) -> set[str]:
@@ -101,7 +108,7 @@ class HuggingFaceSource(Source):
     kind = "huggingface"
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = self.tokenizer_files = path
         config = read_config(path)
         if "quantization_config" in config:
             raise CheckpointError(

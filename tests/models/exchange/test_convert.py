@@ -1,6 +1,7 @@
 """`megarl.convert` in both directions: the same bits, counts, a verdict on the logits, and nothing half written."""
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from megarl import convert
 from megarl.errors import CheckpointError
 from megarl.models.exchange.export import write_folder
 from megarl.models.exchange.formats import open_source
+from megarl.models.exchange.logits import logits
 from megarl.models.exchange.source import HEADS
-from tests.models.exchange.published import edit_config, save_published, stored
+from tests.models.exchange.published import PUBLISHED, edit_config, save_published, stirred, stored
 from tests.refusals import refused
 from tests.worlds import Worlds
 
@@ -44,6 +47,21 @@ def test_there_and_back_is_the_same_bits(worlds: Worlds, published: Path, tmp_pa
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before), name
         assert open_source(tmp_path / name).kind == "megarl"
+
+
+def test_a_reward_model_is_compared_by_its_scores(worlds: Worlds, tmp_path: Path) -> None:
+    kind, arguments = PUBLISHED["opt"]
+    settings = getattr(transformers, kind)(**{**arguments, "num_labels": 1})
+    model = stirred(transformers.AutoModelForSequenceClassification.from_config(settings))
+    model.save_pretrained(tmp_path / "model")
+    there, back = (tmp_path / "model", tmp_path / "megarl"), (tmp_path / "megarl", tmp_path / "back")
+    assert worlds.run(1, converted, there, back) == [[0, 0]]
+    tokens = torch.arange(20)[None]
+    source = open_source(tmp_path / "back")
+    assert not source.has_output
+    with torch.no_grad():
+        expected = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    torch.testing.assert_close(logits(source, tokens)[:, -1], expected)
 
 
 def test_a_narrower_dtype_is_written_and_said(
@@ -82,6 +100,8 @@ def test_logits_that_differ_are_exit_code_1(
         (["from={model}", "to={new}", "family=bert"], {"key": "family", "value": "bert"}),
         (["from={model}", "to={new}", "format=onnx"], {"key": "format", "value": "onnx"}),
         (["from={model}", "to={new}", "format=huggingface", "family=llama"], {"key": "model.position"}),
+        (["from={model}", "to={new}", "format=peft"], {"key": "format", "value": "peft", "names": ("adapter=",)}),
+        (["from={model}", "to={new}", "adapter={model}"], {"kind": CheckpointError, "where": "opt"}),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -92,6 +112,76 @@ def test_bad_words_are_refused_and_leave_nothing(
     with refused(**data):
         convert.run(words)
     assert list(tmp_path.iterdir()) == []
+
+
+def save_adapter(folder: Path, base: Path | None, rank: int = 3, alpha: int = 6) -> dict[str, torch.Tensor]:
+    """Write a PEFT folder beside the `qwen3` model, without PEFT; its tensors by their stored names."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = {"q_proj": (48, 32), "v_proj": (24, 32)}
+    tensors = {}
+    for layer in range(2):
+        for module, (rows, columns) in shapes.items():
+            place = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors[f"{place}.lora_A.weight"] = 0.3 * torch.randn(rank, columns, generator=generator)
+            tensors[f"{place}.lora_B.weight"] = 0.3 * torch.randn(rows, rank, generator=generator)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": list(shapes)}
+    config["base_model_name_or_path"] = None if base is None else str(base)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def test_an_adapter_is_merged_into_the_model_that_is_named(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = save_adapter(tmp_path / "adapter", base=None)
+    words = [f"from={published / 'qwen3'}", f"adapter={tmp_path / 'adapter'}", f"to={tmp_path / 'whole'}"]
+    assert convert.run(words) == 0
+    assert "rank 3" in capsys.readouterr().out
+    before, after = stored(published / "qwen3"), stored(tmp_path / "whole")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(changed) == 4
+    for name in changed:
+        down, up = (tensors[f"base_model.model.{name.removesuffix('.weight')}.lora_{factor}.weight"] for factor in "AB")
+        torch.testing.assert_close(after[name], before[name] + 2 * up @ down)
+    with refused(CheckpointError, key="adapter", where="adapter"):
+        convert.run([f"from={tmp_path / 'adapter'}", f"to={tmp_path / 'other'}"])
+
+
+def test_a_merge_is_compared_with_weights_that_were_not_rounded(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bf16 model reads as the float32 sum, so that the written bf16 weights differ, and fp32 ones do not."""
+    model = tmp_path / "model"
+    write_folder(open_source(published / "qwen3"), model, dtype=torch.bfloat16)
+    save_adapter(tmp_path / "adapter", base=model)
+    verdicts = []
+    monkeypatch.setattr(convert, "report", lambda source, target, *numbers: verdicts.append(numbers))
+    for dtype in ("bf16", "fp32"):
+        assert convert.run([f"from={tmp_path / 'adapter'}", f"to={tmp_path / dtype}", f"dtype={dtype}"]) == 0
+    (rounded, coarse), (exact, fine) = verdicts
+    assert exact < fine < rounded < coarse
+
+
+def test_the_adapter_alone_is_written_with_the_model_that_is_named(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, model = save_adapter(tmp_path / "adapter", base=tmp_path / "moved"), published / "qwen3"
+    assert convert.run([f"from={model}", f"adapter={tmp_path / 'adapter'}", f"to={tmp_path / 'a'}", "format=peft"]) == 0
+    assert convert.run([f"from={tmp_path / 'a'}", f"to={tmp_path / 'b'}", "format=peft", "dtype=bf16"]) == 0
+    assert "the same" in capsys.readouterr().out
+    again, narrow = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert again.keys() == narrow.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(again[name], tensor)
+        assert torch.equal(narrow[name], tensor.bfloat16())
+    for name in "ab":
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+            model
+        )
+    with refused(key="family", value="llama", offers={"family": ["qwen3"]}):
+        convert.run([f"from={tmp_path / 'a'}", f"to={tmp_path / 'c'}", "format=peft", "family=llama"])
 
 
 def test_values_that_a_dtype_cannot_hold_are_refused_and_leave_nothing(published: Path, tmp_path: Path) -> None:
