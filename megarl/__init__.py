@@ -15,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from megarl import api
 
         return getattr(api, name)
+    if name == "logging":
+        import importlib
+
+        return importlib.import_module("megarl.logging")
     raise AttributeError(f"module 'megarl' has no attribute {name!r}")

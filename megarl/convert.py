@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from megarl.command import run_command
 from megarl.errors import CheckpointError, ConfigError
+from megarl.logging import is_progress_bar_enabled
 
 if TYPE_CHECKING:
     import torch
@@ -243,7 +244,7 @@ def write(source: "Source", settings: Settings, dtype: "torch.dtype | None") -> 
         partial(write_nemo, tp=settings.tp, pp=settings.pp) if name == "nemo" else FORMATS[name].write
     )
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_progress_bar_enabled()) as bar:
         task = bar.add_task(f"writing {settings.target.name}", total=len(source.names))
 
         def progress(_: str) -> None:

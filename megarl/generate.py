@@ -17,6 +17,7 @@ from megarl.config.files import SUFFIXES, data_suffix, load_chat_template
 from megarl.config.world import local_devices
 from megarl.disk import is_file, local, require_new, shown, why_missing, writable
 from megarl.errors import ConfigError, DataError
+from megarl.logging import is_progress_bar_enabled
 
 if TYPE_CHECKING:
     from megarl.config.generate import GenerateConfig
@@ -251,7 +252,7 @@ def _progress(config: "GenerateConfig", total: int, first: bool) -> Iterator[Cal
     seconds."""
     kind = config.trainer.progress
     if kind == "auto":
-        kind = "rich" if sys.stderr.isatty() and config.out else "plain"
+        kind = "rich" if is_progress_bar_enabled() and sys.stderr.isatty() and config.out else "plain"
     if not first or kind == "none":
         yield lambda rollouts: None
         return

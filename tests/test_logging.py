@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import megarl
+from megarl import logging as ours
+from megarl.callbacks.progress import PlainProgress, RichProgress, make_progress
+from megarl.errors import ConfigError
 from megarl.logging import get_logger, info_once, setup, warn_once
 
 
@@ -25,6 +29,9 @@ def restored() -> Iterator[None]:
     root.setLevel(before[0])
     logging.getLogger("megarl").setLevel(before[1])
     logging.captureWarnings(False)
+    ours._Choices.verbosity, ours._Choices.rank = None, 0
+    ours.reset_format()
+    ours.enable_progress_bar()
 
 
 def speak() -> None:
@@ -117,3 +124,80 @@ def test_console_lines_follow_a_replaced_stderr(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(sys, "stderr", stream)
         get_logger("megarl").info("above the bar")
     assert (tmp_path / "captured").read_text(encoding="utf-8") == "above the bar\n"
+
+
+def test_verbosity_decides_what_the_console_shows_before_and_during_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    megarl.logging.set_verbosity(megarl.logging.ERROR)
+    setup(tmp_path, rank=0, debug=False)
+    speak()
+    assert capsys.readouterr().err.splitlines() == ["our error"]
+    ours.set_verbosity("debug")
+    assert ours.get_verbosity() == logging.DEBUG
+    speak()
+    assert capsys.readouterr().err.splitlines() == ["our detail", "our info", "foreign warning", "our error"]
+    kept = (tmp_path / "logs" / "rank-0000.log").read_text(encoding="utf-8")
+    assert kept.count("our info") == 2  # whatever the console shows
+
+
+def test_verbosity_of_other_ranks_never_falls_below_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    ours.set_verbosity("debug")
+    setup(None, rank=2, debug=False)
+    speak()
+    assert capsys.readouterr().err == "[rank 2] our error\n"
+
+
+def test_the_environment_names_a_level_unless_the_script_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEGARL_VERBOSITY", "WARNING")
+    setup(None, rank=0, debug=False)
+    speak()
+    assert capsys.readouterr().err.splitlines() == ["foreign warning", "our error"]
+    ours.set_verbosity("info")
+    speak()
+    assert "our info" in capsys.readouterr().err
+
+
+def test_debug_shows_all_whatever_the_verbosity(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MEGARL_VERBOSITY", "error")
+    setup(None, rank=0, debug=True)
+    speak()
+    assert "our detail" in capsys.readouterr().err
+
+
+def test_a_level_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError) as refused:
+        ours.set_verbosity("loud")
+    assert (refused.value.key, refused.value.value) == ("level", "loud")
+    assert "debug" in refused.value.offers["level"]
+    monkeypatch.setenv("MEGARL_VERBOSITY", "loud")
+    with pytest.raises(ConfigError) as refused:
+        setup(None, rank=0, debug=False)
+    assert refused.value.key == "MEGARL_VERBOSITY"
+
+
+def test_the_explicit_format_says_when_where_and_on_which_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    ours.enable_explicit_format()
+    setup(None, rank=1, debug=False)
+    speak()
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("[2")
+    assert " ERROR test_logging.py:" in line
+    assert ":speak rank 1] our error" in line
+    ours.reset_format()
+    speak()
+    assert capsys.readouterr().err == "[rank 1] our error\n"
+
+
+def test_disabled_progress_bars_become_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert isinstance(make_progress("auto", 1)[0], RichProgress)
+    ours.disable_progress_bar()
+    assert not ours.is_progress_bar_enabled()
+    assert isinstance(make_progress("auto", 1)[0], PlainProgress)
+    assert isinstance(make_progress("rich", 1)[0], RichProgress)  # what a key demands

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from megarl.callbacks.trainer_state import EVALUATION, is_evaluation, planned_steps, readings, steps_taken, unit
 from megarl.errors import ConfigError
-from megarl.logging import get_logger
+from megarl.logging import get_logger, is_progress_bar_enabled
 
 logger = get_logger(__name__)
 
@@ -206,7 +206,8 @@ def make_progress(kind: str, log_every: int) -> list[ProgressDisplay]:
         log_every: number of steps between plain lines.
     """
     if kind == "auto":
-        kind = "rich" if sys.stderr.isatty() and Console(stderr=True).is_terminal else "plain"
+        bars = is_progress_bar_enabled() and sys.stderr.isatty() and Console(stderr=True).is_terminal
+        kind = "rich" if bars else "plain"
     if kind == "rich":
         return [RichProgress(log_every)]
     if kind == "plain":
