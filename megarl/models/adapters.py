@@ -93,7 +93,7 @@ class Adapter(nn.Module):
             return output + affine(inner, up, None)
         factor = self._factor(linear)
         plain = output - linear.bias if has_bias else output
-        return output + (factor - 1) * plain + affine(inner, up * factor[:, None], None)
+        return torch.addcmul(output, plain, factor - 1) + affine(inner, up * factor[:, None], None)
 
     def _inner(self, x: Tensor) -> Tensor:
         """Return down @ x for the tokens of the layer's output, [..., parts * rank], on every rank."""

@@ -112,7 +112,9 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             rows = x.reshape(-1, weight.shape[1])
             buffer = gradient_buffer(weight, grad.dtype)
-            if buffer is None:
+            if buffer is None and weight.shape[0] > weight.shape[1]:  # oneDNN copies the first factor: the narrow one
+                grad_weight = linear(rows.t(), grad.t()).t()
+            elif buffer is None:
                 grad_weight = linear(grad.t(), rows.t())
             else:
                 add_product(buffer, grad.t(), rows)
