@@ -44,7 +44,10 @@ RULES = (
     _rule("", "debug", NOW, "how this process logs and displays"),
     _rule("", "seed", NOW, "order of data and sampling; initial weights and dropout's state: the checkpoint's"),
     # models
-    _rule("model", "path init_std", CHECKPOINT, _HAPPENED),
+    _rule(
+        *("model", "path init_std", CHECKPOINT),
+        f"{_HAPPENED}; with adapters, it must give the same weights again",
+    ),
     _rule("model", "num_layers hidden_size num_heads num_kv_heads head_dim ffn_size vocab_size", REFUSED, _SHAPE),
     _rule("model", "position position_offset rope_base rope_percent rope_interleaved", REFUSED, _SHAPE),
     _rule(
