@@ -84,7 +84,7 @@ def resolve_pretrained(config: Tree) -> tuple[Tree, Sources]:
     if config.model.path is not None:
         config = _with_shape(config, sources.whole(config.model.path, "model.path"))
     if getattr(config, "adapter", None) is not None:
-        config = _with_adapter(config, sources)
+        config = resolve_adapter(config, sources)
     for key, path in config.more_models().items():
         sources.whole(path, key)
     return config, sources
@@ -107,7 +107,7 @@ def adapters(config: Any, sources: Sources, model: ModelConfig, *, starts: bool 
     return {"adapter": spec, "adapter_source": stored}
 
 
-def _with_adapter(config: Tree, sources: Sources) -> Tree:
+def resolve_adapter(config: Tree, sources: Sources) -> Tree:
     """Return the tree with the description of the adapter at `adapter.path`, if there is one. Raise for targets that
     the model does not have."""
     settings, model = config.adapter, config.model
