@@ -59,6 +59,9 @@ class StoredAdapter(Protocol):
     def names(self) -> set[str]:
         """Our names of all tensors that it contains."""
 
+    def adapts(self, layer: int, linear: str, module: str) -> bool:
+        """Return whether a part of a linear layer has factors in this layer of the transformer."""
+
     def read(self, name: str) -> Tensor:
         """Return a whole tensor by our name."""
 
@@ -270,7 +273,11 @@ class PeftAdapter:
             for name, parts in self.spec.parts.items()
             for module in parts.modules
         ]
-        return [module.format(layer) for layer, name, module in wanted if (layer, name, module) not in self._by_place]
+        return [module.format(layer) for layer, name, module in wanted if not self.adapts(layer, name, module)]
+
+    def adapts(self, layer: int, linear: str, module: str) -> bool:
+        """Return whether a part of a linear layer has factors in this layer of the transformer."""
+        return (layer, linear, module) in self._by_place
 
     @property
     def names(self) -> set[str]:
@@ -282,7 +289,8 @@ class PeftAdapter:
         } | set(self.heads)
 
     def read(self, name: str) -> Tensor:
-        """Return a whole tensor by our name, joined from those of its parts, in float32.
+        """Return a whole tensor by our name, joined from those of its parts, in float32; see `adapts` for zeros of parts
+        that have no factors.
 
         Where ranks differ, smaller ones are filled with zeros; where scales differ, `up` makes up for it.
         """
