@@ -45,6 +45,18 @@ def model_fits_layout(config: Any, world_size: int) -> None:
         shape_rule(config, world_size)
 
 
+def adapters_are_exported(config: Any, world_size: int) -> None:
+    """Require an adapter for a run that exports one."""
+    if config.export.peft is not None and config.adapter is None:
+        raise Refusal(
+            f"export.peft={config.export.peft} has no adapter to export: all weights train",
+            {"export.peft": [None]},
+            "set adapter.rank=16 for a run with an adapter",
+            key="export.peft",
+            value=config.export.peft,
+        )
+
+
 def sequences_fit_model(config: Any, world_size: int) -> None:
     """Require training sequences to fit into the context (of a model without `path`), and to divide by parallel.tp with
     sequence parallelism."""

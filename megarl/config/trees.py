@@ -11,6 +11,7 @@ from megarl.config.leaf import leaf, optional_section, section
 from megarl.config.offers import Rule
 from megarl.config.reward_terms import MODEL
 from megarl.config.rules import (
+    adapters_are_exported,
     model_fits_layout,
     responses_are_sampled,
     responses_are_scored,
@@ -65,7 +66,10 @@ class Tree:
 class TrainingTree(Tree):
     """The keys of every entry point that trains."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (model_fits_layout, whole_replicas, whole_batches, tokenizer_is_named)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *(model_fits_layout, whole_replicas, whole_batches, tokenizer_is_named),
+        adapters_are_exported,
+    )
 
     run: RunConfig = section(RunConfig)
     adapter: AdapterConfig | None = optional_section(AdapterConfig, ADAPTER)

@@ -38,6 +38,11 @@ FACTORS = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_ma
 _FACTOR = re.compile(r"(.+)\.(?:(lora_[AB])(?:\.default)?\.weight|(lora_magnitude_vector)(?:\.default)?(?:\.weight)?)")
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the weights beside the adapter as they were."""
+_OTHER_METHODS = (
+    *("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
+    *("arrow_config", "kasa_config", "monteclora_config", "lora_bias", "target_parameters", "trainable_token_indices"),
+)
+"""Keys of variants of LoRA that compute something else."""
 
 
 class StoredAdapter(Protocol):
@@ -113,10 +118,10 @@ def new_spec(config: AdapterConfig, model: ModelConfig, family: str | None) -> A
             offered = [ALL, *LINEARS, *dict.fromkeys(module.rpartition(".")[2] for _, module in modules)]
             raise ConfigError(
                 f"adapter.targets: {shown(target)} is not a linear layer of this {kind.name}'s transformer: choose "
-                f"from {', '.join(offered)}",
+                f"from {', '.join(offered)}, or use adapter.targets={[ALL]}",
                 key="adapter.targets",
                 value=target,
-                offers={"adapter.targets": [[one] for one in offered]},
+                offers={"adapter.targets": [[ALL]]},
             )
         wanted |= matched
     unfrozen = model.num_layers_unfrozen
@@ -237,7 +242,7 @@ class PeftAdapter:
 
     def _scaling(self, module: str, rank: int) -> float:
         """Return what a module's factors are multiplied by: rank and alpha may have exceptions."""
-        alpha = _pattern(self.config.get("alpha_pattern"), module, self.spec.alpha)
+        alpha = _pattern(self.config.get("alpha_pattern"), module, self.spec.alpha, self.path)
         return float(alpha / (rank**0.5 if self.spec.rslora else rank))
 
     def _check_shapes(self, model: ModelConfig) -> None:
@@ -289,10 +294,10 @@ class PeftAdapter:
         } | set(self.heads)
 
     def read(self, name: str) -> Tensor:
-        """Return a whole tensor by our name, joined from those of its parts, in float32; see `adapts` for zeros of parts
-        that have no factors.
+        """Return a whole tensor by our name, joined from those of its parts, in float32.
 
-        Where ranks differ, smaller ones are filled with zeros; where scales differ, `up` makes up for it.
+        Parts without factors in this layer are zeros; see `adapts`. Where ranks differ, smaller ones are filled with
+        zeros; where scales differ, `up` makes up for it.
         """
         if self._heads is not None and name in self._heads.tensors:
             return self._heads.read(name)
@@ -323,11 +328,20 @@ class PeftAdapter:
         )
 
 
-def _pattern(patterns: Any, module: str, default: float) -> float:
+def _pattern(patterns: Any, module: str, default: float, path: Path) -> float:
     """Return the value of the first pattern that a module's name ends with, as PEFT matches them."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return float(value)
+        try:
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                return float(value)
+        except (re.error, TypeError, ValueError):
+            raise CheckpointError(
+                f"{path / ADAPTER_CONFIG} has {shown(repr(value))} for {shown(pattern)} in alpha_pattern, which is no "
+                "number for a name: restore it",
+                key="alpha_pattern",
+                value=value,
+                where=path,
+            ) from None
     return default
 
 
@@ -341,7 +355,7 @@ def _read_config(path: Path) -> Json:
         "peft_type": config.get("peft_type") != "LORA",
         "bias": config.get("bias", "none") != "none",
         "init_lora_weights": config.get("init_lora_weights") not in _STARTS,
-        **{key: bool(config.get(key)) for key in ("layer_replication", "alora_invocation_tokens", "use_qalora")},
+        **{key: bool(config.get(key)) for key in _OTHER_METHODS},
     }
     for key, is_wrong in wrong.items():
         if is_wrong:

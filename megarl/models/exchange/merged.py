@@ -81,7 +81,7 @@ class CheckpointAdapter(CheckpointSource):
         return set(self._parts)
 
     def adapts(self, layer: int, linear: str, module: str) -> bool:
-        """Return whether a part of a linear layer has factors in this layer of the transformer: all layers are alike."""
+        """Return whether a part of a linear layer has factors in this layer of the transformer."""
         return layer >= self.spec.first_layer and module in self.spec.parts[linear].modules
 
 
