@@ -24,7 +24,7 @@ from megarl.parallel.rows import ModelInputs
 
 VOCAB = 101
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 48, "max_positions": 64}
-OPTIMIZER = {"lr": 1e-2, "warmup_steps": 0, "schedule": "constant", "weight_decay": 0.0}
+OPTIMIZER = {"lr": 1e-3, "warmup_steps": 0, "schedule": "constant", "weight_decay": 0.0}
 
 
 @dataclass
