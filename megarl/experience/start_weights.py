@@ -17,7 +17,9 @@ from megarl.disk import written_aside
 from megarl.errors import CheckpointError
 from megarl.logging import get_logger
 from megarl.models.exchange.card import ModelCard
-from megarl.models.exchange.load import load
+from megarl.models.exchange.formats import has_adapter
+from megarl.models.exchange.load import load, start_adapters
+from megarl.models.exchange.merged import CheckpointAdapter
 from megarl.models.exchange.source import CheckpointSource
 from megarl.parallel.engine import Engine
 
@@ -46,9 +48,14 @@ def take(engine: Engine, name: str, run_dir: Path, checkpoint: Path) -> bool:
     found: Path | None = engine.grid.run_on_rank0(lambda: _copied(name, here, checkpoint))
     if found is None:
         return False
-    source = CheckpointSource(found)
-    for model in engine.models:
-        load(model, source, engine.grid)
+    if has_adapter(found):
+        adapter = CheckpointAdapter(found)
+        for model in engine.models:
+            start_adapters(model, adapter, engine.grid)
+    else:
+        source = CheckpointSource(found)
+        for model in engine.models:
+            load(model, source, engine.grid)
     return True
 
 

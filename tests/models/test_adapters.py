@@ -15,7 +15,7 @@ from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sections.model import ModelConfig
 from megarl.errors import ConfigError
 from megarl.models.adapters import ADAPTER, LINEARS, adapted, for_sampling, switched_off
-from megarl.models.exchange.adapters import new_spec, parts_of
+from megarl.models.exchange.adapters import new_spec, parts_of, targets_of
 from megarl.models.exchange.formats import open_source
 from megarl.models.heads import head_of
 from megarl.modules.losses import count_targets, cross_entropy
@@ -283,6 +283,22 @@ def test_a_target_that_matches_nothing_is_refused_with_the_names() -> None:
     names = ("all-linear", "linear_qkv", "q_proj", "gate_proj")
     with refused(ConfigError, key="adapter.targets", value="query_key_value", names=names):
         new_spec(AdapterConfig(targets=["q_proj", "query_key_value"]), model, "llama")
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], ["all-linear"]),
+        (["linear_qkv"], ["k_proj", "q_proj", "v_proj"]),
+        (["model.layers.{}.mlp.down_proj", "mlp.down_proj"], ["down_proj"]),
+    ],
+)
+def test_the_same_targets_have_the_same_names(targets: list[str], names: list[str]) -> None:
+    """A run's settings are compared with those of its checkpoint."""
+    model = ModelConfig(**SHAPE)
+    spec = new_spec(AdapterConfig(targets=targets), model, "llama")
+    assert targets_of(spec, model) == names
+    assert new_spec(AdapterConfig(targets=names), model, "llama") == spec
 
 
 @pytest.mark.parametrize("target", ["roj", "layers.0.self_attn.q_proj", "lm_head"])

@@ -138,6 +138,13 @@ def new_spec(config: AdapterConfig, model: ModelConfig, family: str | None) -> A
     )
 
 
+def targets_of(spec: AdapterSpec, model: ModelConfig) -> list[str]:
+    """Return the targets of an adapter: the same list for the same modules, whatever they were named by."""
+    whole = parts_of(FAMILIES[spec.family], model)
+    everything = all(spec.parts.get(name) == parts for name, parts in whole.items())
+    return [ALL] if everything else _their_targets(spec, model)
+
+
 def _matches(target: str, name: str, module: str) -> bool:
     return target in (ALL, name, module) or module.endswith(f".{target}")
 
