@@ -23,7 +23,7 @@ from megarl.checkpoint import find
 from megarl.errors import CheckpointError, ConfigError, InvariantError
 from megarl.models.exchange.formats import merged, open_adapter, open_source
 from megarl.models.exchange.source import Source
-from tests.e2e.runs import SMALL, assert_same_bits, final_tensors, metrics, run_ppo, run_preference, run_sft
+from tests.e2e.runs import SMALL, assert_same_bits, final_tensors, metrics, run_ilql, run_ppo, run_preference, run_sft
 from tests.models.exchange.published import save_published, stored
 from tests.refusals import refused
 from tests.worlds import Worlds
@@ -339,3 +339,27 @@ def test_dpo_has_the_base_as_reference_resident_or_cached(
         for ours, theirs in zip(found[start, "resident"], found[start, "cached"], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     assert found["new", "cached"][1] != found["trained", "cached"][1]
+
+
+def test_ilql_starts_from_its_adapter_and_heads_in_another_layout(worlds: Worlds, tmp_path: Path) -> None:
+    """Q heads have a row for every token, and padding in some layouts."""
+    settings = ["adapter.rank=2", "trainer.max_steps=2", "model.vocab_size=23", "checkpoint.save_last=true"]
+    worlds.run(1, run_ilql, tmp_path / "first", *settings)
+    start = [f"adapter.path={tmp_path / 'first'}", "optim.lr=0"]
+    for name, size, layout in (("one", 1, []), ("two", 2, ["parallel.tp=2"])):
+        worlds.run(size, run_ilql, tmp_path / name, *settings, *start, *layout)
+    one, two = (metrics(tmp_path / name, "train/loss") for name in ("one", "two"))
+    assert [loss for (loss,) in two] == pytest.approx([loss for (loss,) in one], rel=1e-5)
+    assert one[0] != metrics(tmp_path / "first", "train/loss")[0]
+
+
+def test_a_reward_model_trains_its_adapter_and_head(worlds: Worlds, base: Path, pairs: Path, tmp_path: Path) -> None:
+    exports = [f"export.hf={tmp_path / 'hf'}", f"export.peft={tmp_path / 'peft'}"]
+    settings = [f"model.path={base}", "adapter.rank=2", "trainer.max_steps=2", *exports]
+    worlds.run(2, run_preference, tmp_path / "run", "rm", pairs, *settings, "parallel.tp=2")
+    found = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert [name for name in found if "lora_" not in name] == ["base_model.model.score.weight"]
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    for folder in ("run", "peft"):
+        assert_same_model(open_source(tmp_path / folder), open_source(tmp_path / "hf"))
+    assert open_source(tmp_path / "run").score_moments == open_source(tmp_path / "hf").score_moments
