@@ -52,10 +52,10 @@ def take(engine: Engine, name: str, run_dir: Path, checkpoint: Path) -> bool:
         adapter = CheckpointAdapter(found)
         for model in engine.models:
             start_adapters(model, adapter, engine.grid)
-        return True
-    source = CheckpointSource(found)
-    for model in engine.models:
-        load(model, source, engine.grid)
+    else:
+        source = CheckpointSource(found)
+        for model in engine.models:
+            load(model, source, engine.grid)
     return True
 
 

@@ -26,6 +26,7 @@ from megarl.experience.shaping import Shaping
 from megarl.experience.start_weights import keep, take
 from megarl.experience.watch import Watch
 from megarl.logging import get_logger
+from megarl.models.exchange.pretrained import adapters
 from megarl.models.gpt import GPT, TokenLogprobs
 from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour, clones
@@ -165,14 +166,17 @@ class PPO(GenerativeModule):
 
     def _starts_otherwise(self, started_as: PPOConfig) -> bool:
         """Return whether the run's first weights differ from those that this configuration gives a new run."""
+        adapter, began = self.config.adapter, started_as.adapter  # a resume has an adapter if its checkpoint has
+        if adapter is not None and began is not None and adapter.path != began.path:
+            return True
         ours, theirs = self.config.model, started_as.model
         if theirs.path is None:
             return ours.path is not None or (started_as.seed, theirs.init_std) != (self.config.seed, ours.init_std)
         return ours.path != theirs.path
 
     def _start_of(self, started_as: PPOConfig) -> Engine:
-        source = self.sources.at(started_as.model.path)
-        return self.build(Role("start", started_as.model, self.vocab_size, source=source), seed=started_as.seed)
+        source, own = self.sources.at(started_as.model.path), adapters(started_as, self.sources, started_as.model)
+        return self.build(Role("start", started_as.model, self.vocab_size, source=source, **own), seed=started_as.seed)
 
     @property
     def rows_per_step(self) -> int:

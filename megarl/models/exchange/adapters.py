@@ -40,6 +40,11 @@ _SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/([0-9a-f]{7,64})/?")
 """The folder in which the hub's client keeps a published model."""
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the weights beside the adapter as they were."""
+_OTHER_METHODS = (
+    *("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
+    *("arrow_config", "kasa_config", "monteclora_config", "lora_bias", "target_parameters", "trainable_token_indices"),
+)
+"""Keys of variants of LoRA that compute something else."""
 
 
 class StoredAdapter(Protocol):
@@ -66,6 +71,9 @@ class StoredAdapter(Protocol):
     @property
     def names(self) -> set[str]:
         """Our names of all tensors that it contains."""
+
+    def adapts(self, layer: int, linear: str, module: str) -> bool:
+        """Return whether a part of a linear layer has factors in this layer of the transformer."""
 
     def read(self, name: str) -> Tensor:
         """Return a whole tensor by our name."""
@@ -118,10 +126,10 @@ def new_spec(config: AdapterConfig, model: ModelConfig, family: str | None) -> A
             offered = [ALL, *LINEARS, *dict.fromkeys(module.rpartition(".")[2] for _, module in modules)]
             raise ConfigError(
                 f"adapter.targets: {shown(target)} is not a linear layer of this {kind.name}'s transformer: choose "
-                f"from {', '.join(offered)}",
+                f"from {', '.join(offered)}, or use adapter.targets={[ALL]}",
                 key="adapter.targets",
                 value=target,
-                offers={"adapter.targets": [[one] for one in offered]},
+                offers={"adapter.targets": [[ALL]]},
             )
         wanted |= matched
     unfrozen = model.num_layers_unfrozen
@@ -136,6 +144,13 @@ def new_spec(config: AdapterConfig, model: ModelConfig, family: str | None) -> A
         base_bits=config.base_bits,
         family=kind.name,
     )
+
+
+def targets_of(spec: AdapterSpec, model: ModelConfig) -> list[str]:
+    """Return the targets of an adapter: the same list for the same modules, whatever they were named by."""
+    whole = parts_of(FAMILIES[spec.family], model)
+    everything = all(spec.parts.get(name) == parts for name, parts in whole.items())
+    return [ALL] if everything else _their_targets(spec, model)
 
 
 def _matches(target: str, name: str, module: str) -> bool:
@@ -249,7 +264,7 @@ class PeftAdapter:
 
     def _scaling(self, module: str, rank: int) -> float:
         """Return what a module's factors are multiplied by: rank and alpha may have exceptions."""
-        alpha = _pattern(self.config.get("alpha_pattern"), module, self.spec.alpha)
+        alpha = _pattern(self.config.get("alpha_pattern"), module, self.spec.alpha, self.path)
         return float(alpha / (rank**0.5 if self.spec.rslora else rank))
 
     def _check_shapes(self, model: ModelConfig) -> None:
@@ -296,7 +311,11 @@ class PeftAdapter:
             for name, parts in self.spec.parts.items()
             for module in parts.modules
         ]
-        return [module.format(layer) for layer, name, module in wanted if (layer, name, module) not in self._by_place]
+        return [module.format(layer) for layer, name, module in wanted if not self.adapts(layer, name, module)]
+
+    def adapts(self, layer: int, linear: str, module: str) -> bool:
+        """Return whether a part of a linear layer has factors in this layer of the transformer."""
+        return (layer, linear, module) in self._by_place
 
     @property
     def names(self) -> set[str]:
@@ -310,7 +329,8 @@ class PeftAdapter:
     def read(self, name: str) -> Tensor:
         """Return a whole tensor by our name, joined from those of its parts, in float32.
 
-        Where ranks differ, smaller ones are filled with zeros; where scales differ, `up` makes up for it.
+        Parts without factors in this layer are zeros; see `adapts`. Where ranks differ, smaller ones are filled with
+        zeros; where scales differ, `up` makes up for it.
         """
         if self._heads is not None and name in self._heads.tensors:
             return self._heads.read(name)
@@ -341,11 +361,20 @@ class PeftAdapter:
         )
 
 
-def _pattern(patterns: Any, module: str, default: float) -> float:
+def _pattern(patterns: Any, module: str, default: float, path: Path) -> float:
     """Return the value of the first pattern that a module's name ends with, as PEFT matches them."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return float(value)
+        try:
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                return float(value)
+        except (re.error, TypeError, ValueError):
+            raise CheckpointError(
+                f"{path / ADAPTER_CONFIG} has {shown(repr(value))} for {shown(pattern)} in alpha_pattern, which is no "
+                "number for a name: restore it",
+                key="alpha_pattern",
+                value=value,
+                where=path,
+            ) from None
     return default
 
 
@@ -359,7 +388,7 @@ def _read_config(path: Path) -> Json:
         "peft_type": config.get("peft_type") != "LORA",
         "bias": config.get("bias", "none") != "none",
         "init_lora_weights": config.get("init_lora_weights") not in _STARTS,
-        **{key: bool(config.get(key)) for key in ("layer_replication", "alora_invocation_tokens", "use_qalora")},
+        **{key: bool(config.get(key)) for key in _OTHER_METHODS},
     }
     for key, is_wrong in wrong.items():
         if is_wrong:

@@ -81,6 +81,10 @@ class CheckpointAdapter(CheckpointSource):
         """Our names of all tensors that it contains."""
         return set(self._parts)
 
+    def adapts(self, layer: int, linear: str, module: str) -> bool:
+        """Return whether a part of a linear layer has factors in this layer of the transformer."""
+        return layer >= self.spec.first_layer and module in self.spec.parts[linear].modules
+
 
 class MergedSource(Source):
     """Reads as the whole model that an adapter makes of another one, in the other one's dtype.
@@ -154,7 +158,10 @@ class MergedSource(Source):
         up, down = (self.adapter.read(f"{place}.adapter.{factor}").float() for factor in ("up", "down"))
         weight = whole.float()
         parts = spec.parts[linear]
-        for number, rows in enumerate(parts.rows):
+        layer = int(place.split(".")[2])
+        for number, (module, rows) in enumerate(zip(parts.modules, parts.rows, strict=True)):
+            if not self.adapter.adapts(layer, linear, module):
+                continue
             factors = down[number * spec.rank : (number + 1) * spec.rank]
             weight[rows] = weight[rows] + spec.scaling * (up[rows] @ factors)
             if spec.kind == "dora":

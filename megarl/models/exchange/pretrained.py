@@ -11,7 +11,7 @@ from megarl.config.sections.tokenizer import TokenizerConfig
 from megarl.config.shape import check_shape
 from megarl.errors import CheckpointError, ConfigError, MegarlError
 from megarl.logging import get_logger
-from megarl.models.exchange.adapters import PeftAdapter, StoredAdapter, family_of_parts, new_spec
+from megarl.models.exchange.adapters import PeftAdapter, StoredAdapter, family_of_parts, new_spec, targets_of
 from megarl.models.exchange.family import shape_of
 from megarl.models.exchange.formats import open_adapter, open_source
 from megarl.models.exchange.source import Source, family_name
@@ -92,7 +92,7 @@ def resolve_pretrained(config: Tree) -> tuple[Tree, Sources]:
     if config.model.path is not None:
         config = _with_shape(config, sources.whole(config.model.path, "model.path"))
     if getattr(config, "adapter", None) is not None:
-        config = _with_adapter(config, sources)
+        config = resolve_adapter(config, sources)
     for key, path in config.more_models().items():
         sources.whole(path, key)
     return config, sources
@@ -115,9 +115,9 @@ def adapters(config: Any, sources: Sources, model: ModelConfig, *, starts: bool 
     return {"adapter": spec, "adapter_source": stored}
 
 
-def _with_adapter(config: Tree, sources: Sources) -> Tree:
-    """Return the tree with the description of the adapter at `adapter.path`, if there is one. Raise for targets that
-    the model does not have."""
+def resolve_adapter(config: Tree, sources: Sources) -> Tree:
+    """Return the tree with the description of the adapter at `adapter.path`, if there is one, and with the same names
+    for the same targets. Raise for targets that the model does not have."""
     settings, model = config.adapter, config.model
     family = family_name(sources.at(model.path))
     if settings.path is not None:
@@ -130,7 +130,7 @@ def _with_adapter(config: Tree, sources: Sources) -> Tree:
             "adapter.path=%s gives kind=%s rank=%s alpha=%g rslora=%s targets=%s",
             *(settings.path, spec.kind, spec.rank, spec.alpha, spec.rslora, ",".join(targets)),
         )
-    new_spec(settings, model, family)
+    settings = replace(settings, targets=targets_of(new_spec(settings, model, family), model))
     resolved: Tree = replace(config, adapter=settings)
     return resolved
 
