@@ -48,7 +48,7 @@ class _Choices:
     verbosity: int | None = None  # None: the environment's, else info
     explicit = False
     progress_bar = True
-    rank = 0  # of the last `setup`
+    rank, debug = 0, False  # of the last `setup`
 
 
 def set_verbosity(level: str | int) -> None:
@@ -99,10 +99,13 @@ def _level(level: str | int, key: str) -> int:
     """Return a level as a number; refuse what is none."""
     if isinstance(level, int) and not isinstance(level, bool):
         return level
-    found = LEVELS.get(str(level).lower())
+    found = int(level) if str(level).isdigit() else LEVELS.get(str(level).lower())
     if found is None:
         raise ConfigError(
-            f"{key}={level} is not a valid level: use {', '.join(LEVELS)}", key=key, value=level, offers={key: LEVELS}
+            f"{key}={level} is not a valid level: use {', '.join(LEVELS)}",
+            key=key,
+            value=level,
+            offers={key: list(LEVELS)},
         )
     return found
 
@@ -139,8 +142,8 @@ def setup(run_dir: Path | None, rank: int, debug: bool) -> None:
         rank: this process's rank in the whole run.
         debug: log detail too.
     """
-    _Choices.rank = rank
-    shown = min(get_verbosity(), logging.DEBUG) if debug else get_verbosity()
+    _Choices.rank, _Choices.debug = rank, debug
+    shown = _shown()
     root = logging.getLogger()
     for handler in [h for h in root.handlers if getattr(h, "megarl", False)]:
         root.removeHandler(handler)
@@ -186,9 +189,13 @@ def _refresh() -> None:
     """Apply what was chosen to the console of a run that has begun."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _Console):
-            handler.show(get_verbosity())
-            ours = logging.getLogger(_OURS)
-            ours.setLevel(min(ours.level or logging.INFO, get_verbosity()))
+            handler.show(_shown())
+            logging.getLogger(_OURS).setLevel(min(_shown(), logging.INFO))
+
+
+def _shown() -> int:
+    """Return the least severe level that the console of rank 0 shows."""
+    return min(get_verbosity(), logging.DEBUG) if _Choices.debug else get_verbosity()
 
 
 def _add(root: logging.Logger, handler: logging.Handler) -> None:

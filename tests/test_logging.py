@@ -29,7 +29,7 @@ def restored() -> Iterator[None]:
     root.setLevel(before[0])
     logging.getLogger("megarl").setLevel(before[1])
     logging.captureWarnings(False)
-    ours._Choices.verbosity, ours._Choices.rank = None, 0
+    ours._Choices.verbosity, ours._Choices.rank, ours._Choices.debug = None, 0, False
     ours.reset_format()
     ours.enable_progress_bar()
 
@@ -165,6 +165,7 @@ def test_debug_shows_all_whatever_the_verbosity(
 ) -> None:
     monkeypatch.setenv("MEGARL_VERBOSITY", "error")
     setup(None, rank=0, debug=True)
+    ours.enable_explicit_format()
     speak()
     assert "our detail" in capsys.readouterr().err
 

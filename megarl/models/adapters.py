@@ -134,10 +134,11 @@ class Adapter(nn.Module):
         assert self.magnitude is not None
         if self.keeps and self.kept is not None:
             return self.kept
-        factor = self.magnitude / self._lengths(linear).to(self.magnitude.dtype)
-        if self.part_of_rows is None:
-            return factor
-        return torch.where(self.part_of_rows.sum(1) > 0, factor, 1.0)
+        lengths = self._lengths(linear).to(self.magnitude.dtype)
+        scaled = lengths > 0  # a row of zeros has no direction
+        if self.part_of_rows is not None:
+            scaled &= self.part_of_rows.sum(1) > 0
+        return torch.where(scaled, self.magnitude / lengths.where(scaled, 1.0), 1.0)
 
     @torch.no_grad()
     def _lengths(self, linear: Any) -> Tensor:

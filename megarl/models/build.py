@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.parallel import ParallelConfig
-from megarl.errors import ConfigError
+from megarl.errors import CheckpointError, ConfigError
+from megarl.models.adapter_spec import ADAPTER
 from megarl.models.adapters import quantised_linears
 from megarl.models.config import GPTConfig
+from megarl.models.exchange.adapters import StoredAdapter
 from megarl.models.exchange.load import load, start_adapters
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
@@ -71,7 +73,27 @@ def build_engine(
         start_adapters(gpt, stored, grid)
         return gpt
 
-    return engine_of(role, grid, build, total_steps)
+    engine = engine_of(role, grid, build, total_steps)
+    if role.adapter_source is not None:
+        _refuse_unplaced(engine, role.adapter_source, grid)
+    return engine
+
+
+def _refuse_unplaced(engine: Engine, stored: StoredAdapter, grid: Grid) -> None:
+    """Raise on all ranks if a stored factor has no place in the model, or if a place has no stored factor."""
+    here = {name for name, _ in engine.parameters() if ADAPTER in name}
+    places = set().union(*grid.gather(here))
+    factors = {name for name in stored.names if ADAPTER in name}
+    for names, problem in ((factors - places, "has no place for"), (places - factors, "has places that lack")):
+        if names:
+            raise CheckpointError(
+                f"adapter.path={stored.path}: this run {problem} {min(names)} ({len(names)} factors in all): use the "
+                "model and the model.num_layers_unfrozen that it was trained with, or merge it first (python -m "
+                "megarl.convert from=MODEL adapter=ADAPTER to=FOLDER)",
+                key="adapter.path",
+                value=str(stored.path),
+                where=min(names),
+            )
 
 
 def share_frozen(gpt: GPT, others: Sequence[GPT], is_trainable: Callable[[str], bool]) -> set[str]:

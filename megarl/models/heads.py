@@ -160,6 +160,11 @@ class TargetQHeads(QHeads):
     trainable = False
     dtype = torch.float32
 
+    def __init__(self, config: GPTConfig, count: int, tp_group: dist.ProcessGroup) -> None:
+        super().__init__(config, count, tp_group)
+        for parameter in self.parameters():
+            parameter.moves = True  # type: ignore[attr-defined]  # copies of the model are told of every change
+
     @torch.no_grad()
     def move(self, heads: QHeads, alpha: float) -> None:
         """Polyak averaging: move every target weight by `alpha` towards the weight that it tracks."""

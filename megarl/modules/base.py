@@ -18,10 +18,12 @@ from megarl.logging import get_logger
 from megarl.models.adapters import frozen_digests
 from megarl.models.build import build_engine, vocabulary
 from megarl.models.exchange.card import AdapterCard, ModelCard
+from megarl.models.exchange.merged import CheckpointAdapter
 from megarl.models.exchange.pretrained import Sources
 from megarl.models.roles import Role
 from megarl.modules.workload import Workload
 from megarl.parallel.all_optimizers import Optimizers
+from megarl.parallel.digest import digest
 from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid
 from megarl.parallel.rows import Microbatch
@@ -83,6 +85,7 @@ class Module(LightningModule):
         self.last_batch: list[Microbatch] = []
         self.samples: list[dict[str, Any]] = []
         self.baseline: dict[str, float] = {}  # metrics of the evaluation before the first step
+        self.adapted: dict[str, Role] = {}  # roles with adapters that checkpoints contain, by engine
         self.frozen: dict[str, dict[str, int]] = {}  # checksums of weights beside adapters, by engine and name
         self.card: ModelCard | None = None  # describes the policy in checkpoints
         if config is not None and tokenizer is not None:
@@ -155,7 +158,11 @@ class Module(LightningModule):
     def _describe_adapter(self, role: Role, engine: Engine) -> None:
         """Keep checksums of the weights beside an engine's adapters, which checkpoints do not contain, and describe the
         policy's adapters in its card."""
-        self.frozen[role.name] = frozen_digests(engine)
+        self.frozen[role.name], self.adapted[role.name] = frozen_digests(engine), role
+        stored = role.adapter_source
+        if isinstance(stored, CheckpointAdapter):
+            place = f"adapter.path={stored.path}"
+            self._refuse_other_weights(role, stored.base_digests, stored.base_dtype, place)
         if self.card is not None and role.name == "policy":
             adapter = AdapterCard.of(role, self.frozen[role.name], engine.config.params_dtype)
             self.card = replace(self.card, adapter=adapter)
@@ -213,33 +220,60 @@ class Module(LightningModule):
             checkpoint["model"] = self.card.plain()
         if self.frozen:
             checkpoint["frozen"] = self.frozen
+            checkpoint["frozen_dtype"] = str(self.engines_dtype).removeprefix("torch.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the counters and timers. Refuse a checkpoint that this run cannot resume from, before weights are
         restored."""
         if "run" in checkpoint and self.tokenizer is not None:
             self._compare(checkpoint["run"], checkpoint.get("model") or {}, checkpoint["folder"])
-        self._compare_frozen(checkpoint.get("frozen", {}), checkpoint["folder"])
+        self._compare_frozen(checkpoint)
         self.steps_done = checkpoint["consumed"]
         self.rows_read = checkpoint.get("rows", self.steps_done * self.rows_per_step)
         self.weights_version = checkpoint.get("weights_version", self.steps_done)
         self.clock.load_state_dict(checkpoint["clock"])
 
-    def _compare_frozen(self, saved: dict[str, dict[str, int]], folder: str) -> None:
-        """Refuse a checkpoint whose adapters were trained beside other weights than this run has."""
-        for engine in saved.keys() & self.frozen.keys():
-            before, now = saved[engine], self.frozen[engine]
-            wrong = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-            if wrong:
-                path = self.config.model.path
+    def _refuse_other_weights(self, role: Role, before: dict[str, int], dtype: torch.dtype, place: str) -> None:
+        """Raise if the weights beside a role's adapters are not those whose checksums were taken in a dtype.
+
+        In another precision than this run's, the checksums are of the stored model instead.
+        """
+        now = self.frozen[role.name]
+        if dtype != self.engines_dtype:
+            source = role.source
+            if source is None:
                 raise CheckpointError(
-                    f"the adapters in the checkpoint {folder} were trained beside other weights than "
-                    f"{'seed' if path is None else 'model.path'}={self.config.seed if path is None else path} gives "
-                    f"({wrong[0]} and {len(wrong) - 1} more tensors differ): name the model that the run started with",
-                    key="model.path",
-                    value=path,
-                    where=folder,
+                    f"{place} was trained beside weights that the seed made in {str(dtype).removeprefix('torch.')}, "
+                    f"and trainer.precision={self.config.trainer.precision} makes others: keep the precision",
+                    key="trainer.precision",
+                    value=self.config.trainer.precision,
+                    where=place,
                 )
+            now = self.grid.run_on_rank0(lambda: {name: digest(source.read(name).to(dtype)) for name in sorted(now)})
+        wrong = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        if wrong:
+            path = self.config.model.path
+            given = f"seed={self.config.seed}" if path is None else f"model.path={path}"
+            raise CheckpointError(
+                f"{place} was trained beside other weights than {given} gives ({wrong[0]} and {len(wrong) - 1} more "
+                "tensors differ): name the model that it was trained beside",
+                key="model.path",
+                value=path,
+                where=place,
+            )
+
+    @property
+    def engines_dtype(self) -> torch.dtype:
+        """The dtype of the models' weights."""
+        return torch.bfloat16 if self.config.trainer.precision == "bf16" else torch.float32
+
+    def _compare_frozen(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose adapters were trained beside other weights than this run has."""
+        dtype = getattr(torch, checkpoint.get("frozen_dtype", "float32"))
+        for name, before in checkpoint.get("frozen", {}).items():
+            if name in self.adapted:
+                place = f"the {name} in the checkpoint {checkpoint['folder']}"
+                self._refuse_other_weights(self.adapted[name], before, dtype, place)
 
     def _compare(self, saved: dict[str, Any], card: dict[str, Any], folder: str) -> None:
         """Log how this run's configuration differs from the checkpoint's, or refuse the checkpoint."""

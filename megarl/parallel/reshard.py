@@ -79,7 +79,11 @@ class Reshard:
 
     def _plan_of_trained(self) -> tuple[ReshardPlan, int]:
         """Return the part of the plan that moves trained parameters, and the bytes that all ranks send for it."""
-        trained = {name for name, parameter in self.source.parameters() if parameter.requires_grad}
+        trained = {
+            name
+            for name, parameter in self.source.parameters()
+            if parameter.requires_grad or getattr(parameter, "moves", False)  # the latter without an optimizer
+        }
         trained = set().union(*self.grid.gather(trained))
         here, there = (_local_names(engine) for engine in (self.source, self.engine))
         plan = ReshardPlan(

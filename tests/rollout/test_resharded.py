@@ -51,6 +51,9 @@ def in_both(layout: dict[str, Any], wanted: str, model: dict[str, Any]) -> dict[
             found["received"] = {key: value.numel() * value.element_size() for key, value in moved.items()}
             engine.train_step(batches(engine, 0), cross_entropy, count_targets)
             engine.apply_gradients()
+            for model in engine.models:
+                model.move_targets(0.5)
+    found["arrived"] = engine.digests() == reshard.engine.digests()
     there.close()
     reshard.close()
     return found
@@ -62,6 +65,7 @@ def test_another_layout_has_the_same_weights_and_draws_the_same_tokens(name: str
     ranks = worlds.run(size, in_both, layout, wanted, model)
     for found in ranks:
         assert found["as drawn"]
+        assert found["arrived"]
         for here, there in (found["first"], found["trained"]):
             check_same(there, here, name)
     responses: list[list[Rollout]] = [ranks[0][when][0] for when in ("first", "trained")]

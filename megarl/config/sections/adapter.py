@@ -25,7 +25,7 @@ class AdapterConfig(Section):
         "trained length.",
         ("lora", "dora"),
     )
-    rank: int = leaf(16, "Rank of the factors.", at_least=1)
+    rank: int = leaf(16, "Rank of the factors. Trained values and their memory grow in proportion to it.", at_least=1)
     alpha: float = leaf(
         32.0,
         "Scale of the factors: their product is multiplied by adapter.alpha / adapter.rank, or, with adapter.rslora, "
@@ -50,8 +50,6 @@ class AdapterConfig(Section):
         16,
         "Bits in which the transformer's frozen linear layers are kept: 16 as loaded, 8, or 4 (NF4 with quantised "
         "scales, as in QLoRA).",
-        at_least=4,
-        at_most=16,
     )
 
     def check(self) -> None:

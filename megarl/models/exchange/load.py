@@ -49,6 +49,10 @@ def load(chunk: Any, source: Source, grid: Grid, leave: Collection[str] = ()) ->
                 )
 
         for name, linear in quantised_linears(chunk):
+            if name not in held and name not in leave:
+                raise CheckpointError(
+                    f"{source.path} has no {name}: it belongs to another model", key=name, where=source.path
+                )
             if name in held:
                 try:
                     quantise_into(linear, source.read(name))

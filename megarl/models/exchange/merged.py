@@ -167,5 +167,6 @@ class MergedSource(Source):
             if spec.kind == "dora":
                 magnitude = self.adapter.read(f"{place}.adapter.magnitude").float()[rows]
                 if magnitude.any():  # a PEFT folder may lack this module in some layers
-                    weight[rows] *= (magnitude / torch.linalg.norm(weight[rows], dim=1))[:, None]
+                    lengths = torch.linalg.norm(weight[rows], dim=1)
+                weight[rows] *= torch.where(lengths > 0, magnitude / lengths, 1.0)[:, None]
         return weight
