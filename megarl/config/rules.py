@@ -18,6 +18,7 @@ from megarl.config.sections.reward import SCORER_START_S
 from megarl.config.shape import shape_rule
 from megarl.config.values import check_values
 from megarl.config.world import accumulation, data_parallel_size, replica_size
+from megarl.disk import local
 
 
 def check(config: Any, world_size: int) -> None:
@@ -152,6 +153,28 @@ def adapter_is_exported(config: Any, world_size: int) -> None:
             "export.hf for the whole model, or adapter.rank=16 to train an adapter",
             key="export.peft",
             value=config.export.peft,
+        )
+
+
+def exports_differ(config: Any, world_size: int) -> None:
+    """Refuse two exports into one folder, or one inside the other, and an adapter of weights that are nowhere."""
+    hf, peft = config.export.hf, config.export.peft
+    if hf is not None and peft is not None:
+        first, second = (local(folder).absolute() for folder in (hf, peft))
+        if first == second or first in second.parents or second in first.parents:
+            raise Refusal(
+                f"export.peft={peft} and export.hf={hf} are not two separate folders",
+                {"export.peft": [f"{hf}-adapter"], "export.hf": [None]},
+                key="export.peft",
+                value=peft,
+            )
+    if peft is not None and config.model.path is None:
+        raise Refusal(
+            f"export.peft={peft} is an adapter of random weights, which are stored nowhere without model.path",
+            {"export.peft": [None]},
+            "export.hf for the whole model",
+            key="export.peft",
+            value=peft,
         )
 
 

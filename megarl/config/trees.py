@@ -13,6 +13,7 @@ from megarl.config.reward_terms import MODEL
 from megarl.config.rules import (
     adapter_has_layers,
     adapter_is_exported,
+    exports_differ,
     model_fits_layout,
     responses_are_sampled,
     responses_are_scored,
@@ -74,6 +75,7 @@ class TrainingTree(Tree):
         whole_batches,
         tokenizer_is_named,
         adapter_is_exported,
+        exports_differ,
         adapter_has_layers,
     )
 

@@ -66,7 +66,7 @@ def assert_refused(world: int, config: Any, key: str, offers: Offers, names: tup
         (2, {"parallel__pp": 2, "parallel__vpp": 2}),
         (1, {"model__head_dim": 48, "model__num_heads": 3}),
         (1, {"model__num_layers_unfrozen": 0}),
-        (1, {"adapter": AdapterConfig(base_bits=4), "export__peft": "adapter"}),
+        (1, {"adapter": AdapterConfig(base_bits=4), "export__peft": "adapter", "model__path": "base"}),
     ],
 )
 def test_what_can_run_passes(world: int, values: dict[str, Any]) -> None:
@@ -142,6 +142,13 @@ def test_what_can_run_passes(world: int, values: dict[str, Any]) -> None:
         ),
         (1, {"tokenizer__kind": "huggingface"}, "tokenizer.path", {}),
         (1, {"export__peft": "adapter"}, "export.peft", {"export.peft": [None]}),
+        (1, {"adapter": AdapterConfig(), "export__peft": "adapter"}, "export.peft", {"export.peft": [None]}),
+        (
+            1,
+            {"adapter": AdapterConfig(), "model__path": "base", "export__peft": "same/in", "export__hf": "same"},
+            "export.peft",
+            {"export.peft": ["same-adapter"], "export.hf": [None]},
+        ),
         (
             1,
             {"adapter": AdapterConfig(), "model__num_layers_unfrozen": 0},

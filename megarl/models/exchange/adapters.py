@@ -207,7 +207,8 @@ class PeftAdapter:
             raise CheckpointError(
                 f"{self.path}: {either(strange[:3])} ({len(strange)} in all) has no place in this {family.name}: its "
                 "linear layers are "
-                + ", ".join(module.rpartition(".")[2] for parts in whole.values() for module in parts.modules),
+                + ", ".join(dict.fromkeys(m.rpartition(".")[2] for parts in whole.values() for m in parts.modules))
+                + ". If it is of this model, merge it with PEFT (merge_and_unload) and use the result",
                 key=strange[0],
                 where=self.path,
             )
@@ -248,7 +249,21 @@ class PeftAdapter:
             )
         shape = self._file.tensors[stored].shape
         if len(shape) != 2 or shape[0] < 1:
-            raise CheckpointError(f"{self.path}: {stored} has shape {list(shape)}", key=stored, where=self.path)
+            raise CheckpointError(
+                f"{self.path}: {stored} has shape {list(shape)}, which no factor has: fetch it again",
+                key=stored,
+                value=list(shape),
+                where=self.path,
+            )
+        said = _pattern(self.config.get("rank_pattern"), module, self._number("r", 8), self.path)
+        if shape[0] != said:
+            raise CheckpointError(
+                f"{self.path}: {stored} has rank {shape[0]}, and {ADAPTER_CONFIG} says r={said:g}, on which its scale "
+                "depends: fetch it again",
+                key="r",
+                value=said,
+                where=self.path,
+            )
         return shape[0]
 
     def _number(self, key: str, default: float) -> float:

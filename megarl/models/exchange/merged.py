@@ -145,8 +145,8 @@ class MergedSource(Source):
         wanted = self.adapter.base_digests.get(name)
         if wanted is not None and digest(whole.to(self.adapter.base_dtype)) != wanted:
             raise CheckpointError(
-                f"{name} of {self.base.path} is not what the adapter {self.path} was trained beside: put that model "
-                "back, or convert from=MODEL adapter=ADAPTER to=FOLDER with a copy of it",
+                f"{name} of {self.base.path} is not what the adapter {self.path} was trained beside, which was "
+                f"{self.adapter.base or 'made from a seed'}: put that model back",
                 key=name,
                 where=self.base.path,
             )

@@ -240,10 +240,10 @@ def test_a_damaged_folder_is_refused(damage: Callable[[Path], None], base: Path,
 
 def test_a_base_that_is_not_there_is_refused_with_the_way_out(base: Path, tmp_path: Path) -> None:
     folder = write(tmp_path / "adapter", tmp_path / "gone")
-    with refused(CheckpointError, key="base", value=str(tmp_path / "gone"), names=(str(folder),)):
+    with refused(CheckpointError, key="adapter", value=str(tmp_path / "gone"), names=(str(folder),)):
         open_source(folder)
     folder = write(tmp_path / "adapter", None)
-    with refused(CheckpointError, key="base", names=(str(folder),)):
+    with refused(CheckpointError, key="adapter", names=(str(folder),)):
         open_source(folder)
     assert merged(open_source(base), open_adapter(folder)).path == folder
 
