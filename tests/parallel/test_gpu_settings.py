@@ -199,6 +199,9 @@ class WithExtraState(torch.nn.Linear):
     def set_extra_state(self, state: torch.Tensor) -> None:
         pytest.fail("there is none to set")
 
+    def not_stored(self) -> set[str]:
+        return set()
+
 
 def test_weights_load_into_layers_that_have_extra_state() -> None:
     source, layer = torch.nn.Linear(3, 2), WithExtraState(3, 2)
