@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarl.command import run_command
+from megarl.config.files import require_absent, require_model, require_weights
 from megarl.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -86,6 +87,9 @@ def parse(argv: list[str]) -> Settings:
 def run(argv: list[str]) -> int:
     """Convert a model and compare the result with the source. Return the exit code: 1 if logits differ too much."""
     settings = parse(argv)
+    require_weights(settings.origin, "from")
+    require_model(settings.origin, "from")
+    require_absent(str(settings.target), "to")
     import torch
 
     from megarl.checkpoint import verify
