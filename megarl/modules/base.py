@@ -85,8 +85,10 @@ class Module(LightningModule):
         self.last_batch: list[Microbatch] = []
         self.samples: list[dict[str, Any]] = []
         self.baseline: dict[str, float] = {}  # metrics of the evaluation before the first step
-        self.adapted: dict[str, Role] = {}  # roles with adapters that checkpoints contain, by engine
-        self.frozen: dict[str, dict[str, int]] = {}  # checksums of weights beside adapters, by engine and name
+        self.adapted_roles: dict[str, Role] = {}  # roles with adapters that checkpoints contain, by engine
+        self.frozen_checksums: dict[
+            str, dict[str, int]
+        ] = {}  # checksums of weights beside adapters, by engine and name
         self.card: ModelCard | None = None  # describes the policy in checkpoints
         if config is not None and tokenizer is not None:
             self.vocab_size = vocabulary(config.model, tokenizer)
@@ -158,13 +160,13 @@ class Module(LightningModule):
     def _describe_adapter(self, role: Role, engine: Engine) -> None:
         """Keep checksums of the weights beside an engine's adapters, which checkpoints do not contain, and describe the
         policy's adapters in its card."""
-        self.frozen[role.name], self.adapted[role.name] = frozen_digests(engine), role
+        self.frozen_checksums[role.name], self.adapted_roles[role.name] = frozen_digests(engine), role
         stored = role.adapter_source
         if isinstance(stored, CheckpointAdapter):
             place = f"adapter.path={stored.path}"
             self._refuse_other_weights(role, stored.base_digests, stored.base_dtype, place)
         if self.card is not None and role.name == "policy":
-            adapter = AdapterCard.of(role, self.frozen[role.name], engine.config.params_dtype)
+            adapter = AdapterCard.of(role, self.frozen_checksums[role.name], engine.config.params_dtype)
             self.card = replace(self.card, adapter=adapter)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -218,8 +220,8 @@ class Module(LightningModule):
         checkpoint["clock"] = self.clock.state_dict()
         if self.card is not None:
             checkpoint["model"] = self.card.plain()
-        if self.frozen:
-            checkpoint["frozen"] = self.frozen
+        if self.frozen_checksums:
+            checkpoint["frozen"] = self.frozen_checksums
             checkpoint["frozen_dtype"] = str(self.engines_dtype).removeprefix("torch.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -238,7 +240,7 @@ class Module(LightningModule):
 
         In another precision than this run's, the checksums are of the stored model instead.
         """
-        now = self.frozen[role.name]
+        now = self.frozen_checksums[role.name]
         if dtype != self.engines_dtype:
             source = role.source
             if source is None:
@@ -271,9 +273,9 @@ class Module(LightningModule):
         """Refuse a checkpoint whose adapters were trained beside other weights than this run has."""
         dtype = getattr(torch, checkpoint.get("frozen_dtype", "float32"))
         for name, before in checkpoint.get("frozen", {}).items():
-            if name in self.adapted:
+            if name in self.adapted_roles:
                 place = f"the {name} in the checkpoint {checkpoint['folder']}"
-                self._refuse_other_weights(self.adapted[name], before, dtype, place)
+                self._refuse_other_weights(self.adapted_roles[name], before, dtype, place)
 
     def _compare(self, saved: dict[str, Any], card: dict[str, Any], folder: str) -> None:
         """Log how this run's configuration differs from the checkpoint's, or refuse the checkpoint."""
