@@ -86,9 +86,7 @@ class Module(LightningModule):
         self.samples: list[dict[str, Any]] = []
         self.baseline: dict[str, float] = {}  # metrics of the evaluation before the first step
         self.adapted_roles: dict[str, Role] = {}  # roles with adapters that checkpoints contain, by engine
-        self.frozen_checksums: dict[
-            str, dict[str, int]
-        ] = {}  # checksums of weights beside adapters, by engine and name
+        self.frozen_checksums: dict[str, dict[str, int]] = {}  # of weights beside adapters, by engine and name
         self.card: ModelCard | None = None  # describes the policy in checkpoints
         if config is not None and tokenizer is not None:
             self.vocab_size = vocabulary(config.model, tokenizer)

@@ -98,33 +98,6 @@ class QuantisedWeight(nn.Module):
         ):
             self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device), persistent=False)
 
-    @classmethod
-    def of(
-        cls,
-        whole: Tensor,
-        *,
-        bits: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        partition_dim: int | None = None,
-        stride: int = 1,
-        rank: int = 0,
-        tp: int = 1,
-    ) -> "QuantisedWeight":
-        """Quantise `whole` [rows, columns], on any device, and keep this rank's slice on `device`."""
-        made = cls(
-            *whole.shape,
-            bits=bits,
-            dtype=dtype,
-            device=device,
-            partition_dim=partition_dim,
-            stride=stride,
-            rank=rank,
-            tp=tp,
-        )
-        made.fill(whole)
-        return made
-
     @property
     def bytes(self) -> int:
         """Return the bytes that this rank's slice occupies."""

@@ -54,6 +54,9 @@ def assert_refused(world: int, config: Any, key: str, offers: Offers, names: tup
         check(config, world)
 
 
+INTO_ONE = {"adapter": AdapterConfig(), "model__path": "base", "export__peft": "same/in", "export__hf": "same"}
+
+
 @pytest.mark.parametrize(
     ("world", "values"),
     [
@@ -143,12 +146,7 @@ def test_what_can_run_passes(world: int, values: dict[str, Any]) -> None:
         (1, {"tokenizer__kind": "huggingface"}, "tokenizer.path", {}),
         (1, {"export__peft": "adapter"}, "export.peft", {"export.peft": [None]}),
         (1, {"adapter": AdapterConfig(), "export__peft": "adapter"}, "export.peft", {"export.peft": [None]}),
-        (
-            1,
-            {"adapter": AdapterConfig(), "model__path": "base", "export__peft": "same/in", "export__hf": "same"},
-            "export.peft",
-            {"export.peft": ["same-adapter"], "export.hf": [None]},
-        ),
+        (1, INTO_ONE, "export.peft", {"export.peft": ["same-adapter"], "export.hf": [None]}),
         (
             1,
             {"adapter": AdapterConfig(), "model__num_layers_unfrozen": 0},

@@ -25,7 +25,9 @@ def normal(*shape: int) -> Tensor:
 
 
 def quantise(whole: Tensor, bits: int = 4, dtype: torch.dtype = torch.float32, **cut: Any) -> QuantisedWeight:
-    return QuantisedWeight.of(whole, bits=bits, dtype=dtype, device="cpu", **cut)
+    made = QuantisedWeight(*whole.shape, bits=bits, dtype=dtype, device="cpu", **cut)
+    made.fill(whole)
+    return made
 
 
 def unpacked(weight: QuantisedWeight) -> Tensor:

@@ -78,6 +78,9 @@ class StoredAdapter(Protocol):
     def read(self, name: str) -> Tensor:
         """Return a whole tensor by our name."""
 
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Return rows first ... last - 1 of a tensor, or fewer if it has fewer."""
+
 
 # --- what is adapted ------------------------------------------------------------------------------------------------
 
@@ -366,6 +369,10 @@ class PeftAdapter:
             else:
                 whole[rows] = tensor
         return whole
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Return rows first ... last - 1 of a tensor, or fewer if it has fewer."""
+        return self.read(name)[first:last]
 
     def _open(self) -> TensorFile:
         for name, kind in ADAPTER_FILES.items():

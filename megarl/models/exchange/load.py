@@ -57,7 +57,9 @@ def load(chunk: Any, source: Source, grid: Grid, leave: Collection[str] = ()) ->
                 try:
                     quantise_into(linear, source.read(name))
                 except NumericsError as problem:
-                    raise problem.within(f"{source.path}: {name}") from None
+                    refused = problem.within(f"{source.path}: {name}")
+                    refused.key = name
+                    raise refused from None
 
     run_on_all_ranks(grid, fill)
 
@@ -72,7 +74,7 @@ def no_output_layer(key: str, path: str) -> CheckpointError:
     )
 
 
-def _refuse_not_finite(name: str, parameter: nn.Parameter, source: Source) -> None:
+def _refuse_not_finite(name: str, parameter: nn.Parameter, source: Source | StoredAdapter) -> None:
     """Raise if this rank's slice is not finite in the parameter's dtype, which may be narrower than the stored one."""
     if not is_finite(parameter.data):
         raise NumericsError(
@@ -83,7 +85,7 @@ def _refuse_not_finite(name: str, parameter: nn.Parameter, source: Source) -> No
         )
 
 
-def _fill(name: str, parameter: nn.Parameter, source: Source, rank: int, tp: int) -> None:
+def _fill(name: str, parameter: nn.Parameter, source: Source | StoredAdapter, rank: int, tp: int) -> None:
     if name in VOCABULARY or is_vocabulary_wide(name):  # the largest tensors: only this rank's rows are read
         rows = parameter.shape[0]  # padding included
         mine = source.rows(name, rank * rows, (rank + 1) * rows)
@@ -105,36 +107,19 @@ def _fill(name: str, parameter: nn.Parameter, source: Source, rank: int, tp: int
 
 @torch.no_grad()
 def start_adapters(chunk: Any, stored: StoredAdapter | None, grid: Grid) -> None:
-    """Fill a chunk's adapters from a stored one, if there is one, and set the lengths of rows that follow from their
-    weights. All ranks call this together."""
+    """Fill a chunk's adapters and heads from a stored adapter; without one, set the lengths of rows, which follow from
+    the weights. All ranks call this together."""
     held = set() if stored is None else stored.names
 
     def fill() -> None:
         assert stored is not None
         for name, parameter in chunk.global_names():
             if name in held:
-                whole = stored.read(name)
-                shape = list(parameter.shape)
-                if is_sharded(parameter):
-                    shape[partition_dim(parameter)] *= grid.layout.tp
-                if list(whole.shape) != shape:
-                    raise CheckpointError(
-                        f"{stored.path}: {name} has shape {list(whole.shape)} and the model needs {shape}",
-                        key=name,
-                        value=list(whole.shape),
-                        where=stored.path,
-                    )
-                copy_slice(whole, parameter, grid.tp_rank, grid.layout.tp)
-                if not is_finite(parameter.data):
-                    raise NumericsError(
-                        f"{stored.path}: {name} holds NaN, infinity or values that {parameter.dtype} cannot hold: use "
-                        "another adapter",
-                        key=name,
-                        where=stored.path,
-                    )
+                _fill(name, parameter, stored, grid.tp_rank, grid.layout.tp)
+                _refuse_not_finite(name, parameter, stored)
 
     if stored is not None:
         run_on_all_ranks(grid, fill)
+        return
     for linear in adapted([chunk]):
-        if stored is None:
-            linear.adapter.start(linear)
+        linear.adapter.start(linear)

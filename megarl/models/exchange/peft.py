@@ -58,7 +58,7 @@ def export_adapter(
     with removed_on_error(aside, grid):
         run_on_all_ranks(grid, lambda: _write_stage(aside, wanted, grid))
         grid.run_on_rank0(lambda: _join(aside, folder, spec, model, base, tokenizer, grid.layout.pp))
-    log.info("exported the adapter to %s: %d tensors in this stage", folder, len(wanted))
+    log.info("exported the adapter to %s", folder)
 
 
 def write_adapter(
