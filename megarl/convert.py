@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarl.command import run_command
+from megarl.config.files import require_absent, require_model, require_weights
 from megarl.errors import CheckpointError, ConfigError
 from megarl.logging import is_progress_bar_enabled
 
@@ -96,6 +97,9 @@ def parse(argv: list[str]) -> Settings:
 def run(argv: list[str]) -> int:
     """Convert a model and compare the result with the source. Return the exit code: 1 if logits differ too much."""
     settings = parse(argv)
+    require_weights(settings.origin, "from")
+    require_model(settings.origin, "from")
+    require_absent(str(settings.target), "to")
     import torch
 
     from megarl.models.exchange.export import refuse_existing

@@ -31,6 +31,7 @@ CHAT_HELP = "Type a message; /reset forgets the conversation, /quit (or an empty
 
 def generate(config: "GenerateConfig") -> int:
     """Generate in the processes that a launcher started, else in `trainer.devices` new ones. Return the exit code."""
+    _check_paths(config)
     from megarl.parallel.processes import run_in_processes, set_env_from_slurm
 
     set_env_from_slurm()
@@ -46,6 +47,14 @@ def generate(config: "GenerateConfig") -> int:
             value=True,
         )
     return run_in_processes(devices, work, config)
+
+
+def _check_paths(config: "GenerateConfig") -> None:
+    """Refuse prompts that are not there and an output that is, before slow imports."""
+    if config.out is not None:
+        require_new(config.out, "out")
+    if config.prompts is not None:
+        prompts_file(config.prompts)
 
 
 def work(config: "GenerateConfig") -> None:
@@ -138,18 +147,9 @@ def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer", vocab_size: i
     from megarl.data.sources import Record, read_records
 
     assert config.prompts is not None
-    path = local(config.prompts)
-    named = data_suffix(path) in SUFFIXES or is_file(path)
-    if named and not is_file(path):
-        why = why_missing(path) or "is not a file"
-        raise DataError(
-            f"prompts={shown(config.prompts)}: {why} (looked from {Path.cwd()}); name a file, or a text",
-            key="prompts",
-            value=config.prompts,
-        )
     records = (
         read_records([config.prompts], text_key=config.prompt_key, key="prompts")
-        if named
+        if prompts_file(config.prompts) is not None
         else [Record({config.prompt_key: config.prompts}, f"prompts={_start_of(config.prompts)!r}")]
     )
     record_format = RecordFormat(
@@ -163,6 +163,21 @@ def read_prompts(config: "GenerateConfig", tokenizer: "Tokenizer", vocab_size: i
     rollout = config.rollout
     limits = PromptLimits(config.model.max_positions, rollout.max_new_tokens, vocab_size, rollout.too_long)
     return fit_prompts(encoded, limits, f"prompts={_start_of(config.prompts)}")
+
+
+def prompts_file(prompts: str) -> Path | None:
+    """Return the file that `prompts` names, None if it is a text. Raise if there is no such file."""
+    path = local(prompts)
+    if is_file(path):
+        return path
+    if data_suffix(path) not in SUFFIXES:
+        return None
+    why = why_missing(path) or "is not a file"
+    raise DataError(
+        f"prompts={shown(prompts)}: {why} (looked from {Path.cwd()}); name a file, or a text",
+        key="prompts",
+        value=prompts,
+    )
 
 
 def _start_of(text: str) -> str:

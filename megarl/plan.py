@@ -8,15 +8,13 @@ import json
 import sys
 from typing import Any
 
-from omegaconf import OmegaConf
-
 import megarl
 from megarl.command import run_command
 from megarl.config.algorithms import ALGORITHMS
+from megarl.config.arguments import check_arguments
 from megarl.config.cluster import PlanConfig
 from megarl.config.compose import compose
 from megarl.config.leaf import leaves, sections
-from megarl.config.messages import EXPLAINED, explain
 from megarl.config.rules import check
 from megarl.config.values import check_values
 from megarl.config.world import local_devices
@@ -42,6 +40,11 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def read(own: list[str]) -> PlanConfig:
     """Return the plan's own keys, typed and checked."""
+    check_arguments(own, PlanConfig)
+    from omegaconf import OmegaConf
+
+    from megarl.config.explain import EXPLAINED, explain
+
     for word in own:
         try:
             OmegaConf.from_dotlist([word])

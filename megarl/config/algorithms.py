@@ -24,6 +24,12 @@ LearnsFrom = Literal["prompts", "samples", "rewarded samples", "pairs"]
 _GROUPS = {"model": "tiny", "parallel": "single"}
 _TRAINING_GROUPS = {**_GROUPS, "trainer/exp_manager": "none", "logger": "default"}
 
+_PROMPT_KEYS = ("model.path", "data.train", "reward.fn", "optim.lr")
+_LENGTH_KEYS = ("trainer.max_steps", "trainer.global_batch_size")
+_MACHINE_KEYS = ("trainer.devices", "parallel.tp", "run.dir")
+_PHASE_KEYS = ("rollout.n", "rollout.max_new_tokens", "trainer.max_phases", *_MACHINE_KEYS)
+_DATA_KEYS = ("model.path", "data.train", "data.eval", "optim.lr")
+
 
 @dataclass(frozen=True)
 class EntryPoint:
@@ -35,6 +41,7 @@ class EntryPoint:
         name: name of the entry point in megarl.
         config: class of its configuration tree. Several entry points may share one.
         about: one sentence for `--help` and docs/configuration.md.
+        first_keys: the ten keys that people change first, for `--help`, which leaves out those that the tree lacks.
         groups: option of each configuration group that is used unless the command line selects another.
         defaults: values by dotted key that differ from those of the tree and of the groups.
     """
@@ -43,6 +50,7 @@ class EntryPoint:
     _: KW_ONLY
     config: type
     about: str
+    first_keys: tuple[str, ...] = ()
     groups: Mapping[str, str] = field(default_factory=_GROUPS.copy)
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -50,6 +58,11 @@ class EntryPoint:
     def program(self) -> str:
         """Name of the program's module in megarl, and of its primary configuration."""
         return self.name
+
+    @property
+    def command(self) -> str:
+        """Name of the command, as in `megarl COMMAND`."""
+        return self.name.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,7 @@ class Algorithm(EntryPoint):
     module: str
     learns_from: LearnsFrom
     unit: str = "step"
+    first_keys: tuple[str, ...] = (*_DATA_KEYS, *_LENGTH_KEYS, "trainer.precision", *_MACHINE_KEYS)
     groups: Mapping[str, str] = field(default_factory=_TRAINING_GROUPS.copy)
 
     @property
@@ -101,6 +115,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             config=PPOConfig,
             module="megarl.modules.ppo:PPO",
             about="Proximal policy optimisation of a GPT on prompts and a reward function.",
+            first_keys=(*_PROMPT_KEYS, *_PHASE_KEYS),
             learns_from="prompts",
             unit="phase",
             defaults=_PPO_DEFAULTS,
@@ -111,6 +126,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             module="megarl.modules.ppo:PPO",
             about="Group relative policy optimisation: PPO whose advantages compare the responses to a prompt, without "
             "a critic.",
+            first_keys=(*_PROMPT_KEYS, *_PHASE_KEYS),
             learns_from="prompts",
             unit="phase",
             defaults={
@@ -127,6 +143,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             config=RFTConfig,
             module="megarl.modules.rft:RFT",
             about="Rejection-sampling fine-tuning of a GPT on prompts and a reward function.",
+            first_keys=(*_PROMPT_KEYS, *_PHASE_KEYS),
             learns_from="prompts",
             unit="phase",
             defaults={
@@ -140,6 +157,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             module="megarl.modules.ilql:ILQL",
             about="Implicit language Q-learning: a GPT learns from samples with rewards, without generating any while "
             "it trains.",
+            first_keys=(*_DATA_KEYS, "ilql.tau", *_LENGTH_KEYS, *_MACHINE_KEYS),
             learns_from="rewarded samples",
             defaults={
                 "optim.lr": _LEARNED_WEIGHTS_LR,
@@ -150,6 +168,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             config=DPOConfig,
             module="megarl.modules.dpo:DPO",
             about="Direct preference optimisation of a GPT on pairs of a preferred and a rejected response.",
+            first_keys=(*_DATA_KEYS, "dpo.beta", *_LENGTH_KEYS, *_MACHINE_KEYS),
             learns_from="pairs",
             defaults=_PREFERENCE_DEFAULTS,
         ),
@@ -158,6 +177,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             config=KTOConfig,
             module="megarl.modules.kto:KTO",
             about="Kahneman-Tversky optimisation of a GPT on responses that are labelled as desirable or not.",
+            first_keys=(*_DATA_KEYS, "kto.beta", *_LENGTH_KEYS, *_MACHINE_KEYS),
             learns_from="pairs",
             defaults=_PREFERENCE_DEFAULTS,
         ),
@@ -167,6 +187,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             module="megarl.modules.orpo:ORPO",
             about="Odds-ratio preference optimisation of a GPT: supervised fine-tuning that also learns from rejected "
             "responses, without a reference.",
+            first_keys=(*_DATA_KEYS, "orpo.beta", *_LENGTH_KEYS, *_MACHINE_KEYS),
             learns_from="pairs",
             defaults=_PREFERENCE_DEFAULTS,
         ),
@@ -175,6 +196,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             config=CPOConfig,
             module="megarl.modules.cpo:CPO",
             about="Contrastive preference optimisation of a GPT, and SimPO: DPO without a reference.",
+            first_keys=(*_DATA_KEYS, "cpo.beta", *_LENGTH_KEYS, *_MACHINE_KEYS),
             learns_from="pairs",
             defaults=_PREFERENCE_DEFAULTS,
         ),
@@ -183,6 +205,7 @@ ALGORITHMS: dict[str, Algorithm] = {
             config=RewardModelConfig,
             module="megarl.modules.rm:RewardModel",
             about="Training of a reward model on pairs, ranked lists, scores, or scores of steps.",
+            first_keys=(*_DATA_KEYS, "rm.kind", *_LENGTH_KEYS, *_MACHINE_KEYS),
             learns_from="pairs",
             defaults={"optim.lr": _LEARNED_WEIGHTS_LR},
         ),
@@ -190,12 +213,32 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 """Algorithms by name, in the order in which they are documented."""
 
-GENERATE = EntryPoint("generate", config=GenerateConfig, about="Responses of a trained model to prompts, or a chat.")
+GENERATE = EntryPoint(
+    "generate",
+    config=GenerateConfig,
+    about="Responses of a trained model to prompts, or a chat.",
+    first_keys=(
+        *("model.path", "prompts", "out", "chat", "system", "rollout.n", "rollout.max_new_tokens"),
+        *("rollout.temperature", "trainer.devices", "parallel.tp"),
+    ),
+)
 EVALUATE = EntryPoint(
-    "evaluate", config=EvaluateConfig, about="Measures of a trained model's responses to held-out prompts."
+    "evaluate",
+    config=EvaluateConfig,
+    about="Measures of a trained model's responses to held-out prompts.",
+    first_keys=(
+        *("model.path", "data.eval", "reward.fn", "eval.n", "eval.vote", "rollout.max_new_tokens"),
+        *("out", "samples", "trainer.devices", "parallel.tp"),
+    ),
 )
 SERVE = EntryPoint(
-    "serve_reward", config=ServeConfig, about="A reward model as a service, which gives scores over HTTP."
+    "serve_reward",
+    config=ServeConfig,
+    about="A reward model as a service, which gives scores over HTTP.",
+    first_keys=(
+        *("model.path", "serve.host", "serve.port", "serve.token_file", "serve.batch_size", "serve.max_wait"),
+        *("serve.max_tokens", "trainer.devices", "trainer.precision", "parallel.tp"),
+    ),
 )
 
 

@@ -1,6 +1,7 @@
 """Compose a typed configuration from a command line, and run an entry point with it.
 
-Hydra composes. Its errors, and all of megarl's, become one line and an exit code here.
+Hydra composes. Its errors, and all of megarl's, become one line and an exit code here. Hydra and OmegaConf are imported
+inside the functions that use them, so that `--help` and a misspelt key are answered before.
 """
 
 from __future__ import annotations
@@ -10,29 +11,28 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, cast
-
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import megarl
 from megarl.command import INTERRUPTED, NOTICED, run_command
 from megarl.config.algorithms import entry_point
+from megarl.config.arguments import check_arguments
+from megarl.config.defaults import defaults
 from megarl.config.devices import hide_gpus
-from megarl.config.files import check_files
-from megarl.config.help import help_text
+from megarl.config.files import check_files, check_functions
+from megarl.config.help import help_text, key_help, short_help
 from megarl.config.launcher import check_launcher
 from megarl.config.leaf import leaves
-from megarl.config.messages import EXPLAINED, check_argument, explain
-from megarl.config.optional import reopened, settle
-from megarl.config.presets import register
-from megarl.config.printed import settled_output
+from megarl.config.messages import unknown_flag
 from megarl.config.renames import renamed_arguments
 from megarl.config.resources import conf_folder
 from megarl.config.rules import check
 from megarl.config.values import check_values
 from megarl.config.world import world_size
 from megarl.errors import ConfigError, MegarlError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 _PATH_FLAGS = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 _OTHER_FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--multirun", "-m", "--info", "-i")
@@ -55,11 +55,14 @@ def compose(entry: str, argv: list[str]) -> tuple[Any, dict[str, Any]]:
     Returns:
         The typed tree (an instance of the entry point's `config`) and the same, resolved, as plain dicts and lists.
     """
+    check_arguments(argv, entry_point(entry).config)
     with explained(entry, argv):
-        for argument in argv:
-            check_argument(argument, entry_point(entry).config)
         argv = _current(argv, entry)
         program = entry_point(entry).program
+        import hydra
+
+        from megarl.config.explain import EXPLAINED, explain
+
         with hydra.initialize_config_dir(str(conf_folder()), version_base=_VERSION_BASE, job_name=program):
             try:
                 tree = hydra.compose(program, argv)
@@ -73,6 +76,9 @@ def compose(entry: str, argv: list[str]) -> tuple[Any, dict[str, Any]]:
 def _current(argv: list[str], entry: str, *, every: bool = False) -> list[str]:
     """Register the schema and presets (the ones that the command line names, or every one) with Hydra; return the
     command line with today's keys, in a form for Hydra."""
+    from megarl.config.optional import reopened
+    from megarl.config.presets import register
+
     tree = entry_point(entry).config
     argv = renamed_arguments(argv, tree)
     register(argv, entry, every=every)
@@ -92,6 +98,10 @@ def typed(entry: str, tree: DictConfig, argv: Sequence[str] = ()) -> tuple[Any, 
     Args:
         argv: the command line from which Hydra composed the tree.
     """
+    from omegaconf import OmegaConf
+
+    from megarl.config.optional import settle
+
     # Hydra lets `+section.key=value` add keys even to a typed tree; merging into a fresh schema does not.
     untyped = cast("dict[str, Any]", OmegaConf.to_container(tree, resolve=False))
     settle(untyped, entry_point(entry).config, argv)
@@ -112,10 +122,9 @@ def run(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> NoRet
             sys.stdout.write(f"megarl {megarl.__version__}\n")
             return 0
         if "--help" in argv or "-h" in argv:
-            _, plain = compose(entry, [part for part in argv if part not in ("--help", "-h")])
-            sys.stdout.write(help_text(entry, plain))
+            sys.stdout.write(_help(entry, [part for part in argv if part not in ("--help", "-h")]))
             return 0
-        if _needs_hydra(argv):
+        if _needs_hydra(argv, entry_point(entry).config):
             return _run_hydra(entry, argv, main)
         config, _ = compose(entry, argv)
         debug = config.debug
@@ -124,12 +133,27 @@ def run(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> NoRet
     run_command(work, lambda: debug)
 
 
+def _help(entry: str, argv: Sequence[str]) -> str:
+    """Return the text of `--help`, with the values that the settings of the command line give.
+
+    Args:
+        argv: settings; words without "=" are what to explain: keys, sections, or `all`.
+    """
+    settings = _settings(list(argv))
+    topics = [part for part in argv if "=" not in part and not part.startswith(("-", "~"))]
+    if topics == ["all"]:
+        return help_text(entry, compose(entry, settings)[1])
+    plain = compose(entry, settings)[1] if settings else defaults(entry_point(entry))
+    return key_help(entry, plain, topics) if topics else short_help(entry, plain)
+
+
 def _checked(config: Any, main: Callable[[Any], int | None]) -> int | None:
     """Check a configuration, then call `main` with it. The checks come before slow imports."""
     check_launcher(os.environ)
     with hide_gpus(config.trainer.accelerator):
         check(config, world_size(config, os.environ))
         check_files(config)
+        check_functions(config)
         return main(config)
 
 
@@ -143,6 +167,8 @@ class _Job:
     def __call__(self, tree: DictConfig) -> None:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
+
+        from megarl.config.presets import register
 
         register([], self.entry, every=True)  # Hydra composes the next job from them, too
         settings = HydraConfig.get()
@@ -161,7 +187,7 @@ class _Job:
             raise error
 
 
-def _needs_hydra(argv: list[str]) -> bool:
+def _needs_hydra(argv: list[str], tree: type) -> bool:
     """Return whether Hydra's command line must run, for its flags or settings. Refuse unknown flags."""
     flags = [part.partition("=")[0] for part in argv if part.startswith("-")]
     for flag in flags:
@@ -170,10 +196,8 @@ def _needs_hydra(argv: list[str]) -> bool:
                 f"{flag} unpickles a file and is not supported: use run.resume, or repeat the command", key=flag
             )
         if flag not in HYDRA_FLAGS:
-            raise ConfigError(
-                f"unknown flag '{flag}': settings are written key=value without dashes, for example "
-                f"parallel.tp=2; flags are --help, --version, {', '.join(sorted(HYDRA_FLAGS))}",
-                key=flag,
+            raise unknown_flag(
+                flag, tree, ("--help", "--version", *sorted(each for each in HYDRA_FLAGS if each[1] == "-"))
             )
     modes = [flag for flag in flags if flag in _MODES]
     if len(modes) > 1:
@@ -185,8 +209,13 @@ def _needs_hydra(argv: list[str]) -> bool:
 
 def _run_hydra(entry: str, argv: list[str], main: Callable[[Any], int | None]) -> int:
     """Pass the command line to Hydra: multirun, --cfg, --info, shell completion."""
-    for argument in _settings(argv):
-        check_argument(argument, entry_point(entry).config)
+    flags = {part.partition("=")[0] for part in argv}
+    if not flags & {"-sc", "--shell-completion"}:  # the setting after these is Hydra's own
+        check_arguments(_settings(argv), entry_point(entry).config, other_folders=bool(flags & set(_PATH_FLAGS)))
+    import hydra
+
+    from megarl.config.printed import settled_output
+
     with (
         explained(entry, argv),
         settled_output(entry_point(entry).config, argv),
@@ -235,5 +264,11 @@ def explained(entry: str, argv: list[str]) -> Iterator[None]:
     """Convert errors of composition inside the block to a `ConfigError` of one line."""
     try:
         yield
-    except EXPLAINED as error:
+    except MegarlError:
+        raise
+    except Exception as error:
+        from megarl.config.explain import EXPLAINED, explain
+
+        if not isinstance(error, EXPLAINED):
+            raise
         raise explain(error, entry_point(entry).config, argv) from error

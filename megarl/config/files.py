@@ -1,6 +1,7 @@
 """Check the files and folders that a configuration names, before slow imports."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megarl.disk import (
     writable,
 )
 from megarl.errors import CheckpointError, ConfigError, DataError
-from megarl.functions.named import check_options, check_spelling, data_source, resolve
+from megarl.functions.named import check_options, check_scoring_function, check_spelling, data_source, resolve
 from megarl.logging import get_logger, warn_once
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
@@ -50,8 +51,27 @@ def check_files(config: Any) -> None:
     for key, path in {"model.path": config.model.path, **config.more_models()}.items():
         if path is not None:
             require_weights(path, key)
+            require_model(path, key)
     if (path := _value(config, "adapter.path")) is not None:
         require_adapter(path, "adapter.path")
+    for key, folder in config.export.folders.items() if hasattr(config, "export") else ():
+        require_absent(folder, key)
+    resume = _value(config, "run.resume")
+    if resume not in (None, "auto", "never"):
+        require_checkpoint(Path(resume))
+
+
+def check_functions(config: Any) -> None:
+    """Refuse scoring functions that do not exist or cannot be called, by reading their files.
+
+    It is for command lines: in Python the keys may hold the names of callables that were passed.
+    """
+    reward = getattr(config, "reward", None)
+    for term in reward.sources if reward is not None else ():
+        if term.kind == FN:
+            check_scoring_function(term.value, term.key)
+    if (metric := _value(config, "metric.fn")) is not None:
+        check_scoring_function(metric, "metric.fn")
 
 
 def _check_data(config: Any) -> None:
@@ -129,6 +149,55 @@ def require_adapter(path: str, key: str) -> None:
             key=key,
             value=path,
             where=shown(path),
+        )
+
+
+def require_model(path: str, key: str) -> None:
+    """Refuse a folder or file on this machine that is no stored model, as far as names of files tell."""
+    place = local(path)
+    if not exists(place):
+        return
+    marks = ("config.json", "adapter_config.json", "manifest.json", "checkpoints")
+    if is_file(place):
+        whole = place.suffix == ".nemo"
+    else:
+        whole = any(exists(place / name) for name in marks) or any(named_like_checkpoints(place))
+    if not whole:
+        raise CheckpointError(
+            f"{key}={shown(path)} contains no model: no Hugging Face folder (with config.json), .nemo archive or "
+            "megarl checkpoint",
+            key=key,
+            value=path,
+            where=place.absolute(),
+        )
+
+
+def named_like_checkpoints(folder: Path) -> Iterator[Path]:
+    """Yield what is named like a checkpoint in a folder."""
+    yield from (*folder.glob("step-*"), *folder.glob(".step-*"))
+
+
+def require_absent(path: str, key: str) -> None:
+    """Refuse a folder to export to that exists."""
+    if exists(local(path)):
+        raise CheckpointError(
+            f"{key}={shown(path)} exists and is not overwritten: remove it, or name another folder",
+            key=key,
+            value=path,
+            where=local(path).absolute(),
+        )
+
+
+def require_checkpoint(path: Path) -> None:
+    """Refuse a path for run.resume that is not a checkpoint and contains none, as far as names of files tell."""
+    whole = any(is_file(path / name) for name in ("manifest.json", "index.json", "common.pt"))
+    if not whole and not (exists(path) and any(named_like_checkpoints(path))):
+        raise CheckpointError(
+            f"run.resume={shown(str(path))}: there is no checkpoint; give one (RUN/checkpoints/step-...), a folder of "
+            "them (RUN/checkpoints), auto or never",
+            key="run.resume",
+            value=str(path),
+            offers={"run.resume": ["auto", "never"]},
         )
 
 

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import difflib
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,26 +14,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megarl.config.algorithms import EntryPoint, entry_point, entry_points
 from megarl.config.leaf import leaves
-from megarl.config.messages import describe_type, one_of
+from megarl.config.messages import describe_type
 from megarl.config.optional import opened, prepare_preset, set_sections
+from megarl.config.preset_files import GROUP, chosen_presets, preset_files, unknown_preset
 from megarl.config.renames import RENAMES, keys, renamed_tree
-from megarl.config.resources import conf_folder, demo_eval, resource
-from megarl.disk import UnreadableError, check_yaml, is_file, read_text, shown
+from megarl.config.resources import demo_eval, resource
+from megarl.disk import UnreadableError, check_yaml, read_text, shown
 from megarl.errors import ConfigError
-
-GROUP = "conf"
-HEADER = "# @package _global_"
-
-
-def preset_files(user_folder: Path) -> dict[str, Path]:
-    """Return presets by name. The user's presets replace shipped ones of the same name."""
-    return {path.stem: path for folder in (conf_folder(), user_folder) for path in sorted(_presets_in(folder))}
-
-
-def chosen_presets(argv: list[str]) -> list[str]:
-    """Return the names given to `+conf=` or `+conf@SECTION=` on a command line, in order."""
-    values = (part.partition("=")[2] for part in argv if part.lstrip("+").startswith((GROUP + "=", GROUP + "@")))
-    return [name.strip(" '\"") for value in values for name in value.strip("[] ").split(",") if name.strip()]
 
 
 def register(argv: list[str], entry: str, *, every: bool = False) -> None:
@@ -60,7 +45,7 @@ def register(argv: list[str], entry: str, *, every: bool = False) -> None:
     chosen = chosen_presets(argv)
     for name in chosen:
         if name not in files:
-            raise _unknown(name, list(files), user_folder)
+            raise unknown_preset(name, list(files), user_folder)
     store.repo.pop(GROUP, None)
     contents = {name: _read(name, files[name]) for name in chosen}
     if every or any("defaults" in plain for plain in contents.values()):
@@ -171,31 +156,3 @@ def _check_lists(part: Any, tree: type, path: Path) -> None:
                 value=keys[key],
                 where=path,
             )
-
-
-def _presets_in(folder: Path) -> Iterator[Path]:
-    """Yield the YAML files directly in a folder whose first line marks them as presets."""
-    for path in folder.glob("*.yaml"):
-        try:
-            with path.open(encoding="utf-8", errors="replace") as lines:
-                if lines.readline().strip() == HEADER:
-                    yield path
-        except OSError:  # a folder with that name, or a file that cannot be opened
-            continue
-
-
-def _unknown(name: str, known: list[str], user_folder: Path) -> ConfigError:
-    """Return the error for a preset that does not exist, or whose file lacks the first line of a preset."""
-    file = user_folder / f"{name}.yaml"
-    if is_file(file):
-        return ConfigError(
-            f"{file} is not a preset: its first line must be '{HEADER}'", key="preset", value=name, where=file
-        )
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    meant = f"did you mean {one_of(near)}? " if near else ""
-    return ConfigError(
-        f"unknown preset '{name}'; {meant}known presets: {', '.join(sorted(known))} (yours belong in {user_folder})",
-        key="preset",
-        value=name,
-        offers={"preset": near or sorted(known)},
-    )

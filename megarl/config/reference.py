@@ -12,7 +12,7 @@ from megarl.config.algorithms import entry_points
 from megarl.config.compose import compose
 from megarl.config.help import about_optional, groups, in_force, presets, shown, type_name
 from megarl.config.leaf import leaves, optional_sections
-from megarl.config.presets import GROUP
+from megarl.config.preset_files import GROUP
 from megarl.config.resources import shown_resource
 
 _PREAMBLE = """# Configuration

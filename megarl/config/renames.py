@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
-
 from megarl.config.leaf import leaves, optional_sections
 from megarl.errors import ConfigError
 from megarl.logging import get_logger, warn_once
@@ -177,7 +174,7 @@ def renamed_arguments(argv: list[str], tree: type) -> list[str]:
         if rename.new in typed and rename.new != rename.old and typed[rename.new] != text:
             raise _both(rename, text, typed[rename.new])
         if not any(rename.new.startswith(section + ".") for section in off):  # the section is off: drop its keys
-            (last if rename.switch and isinstance(_typed(argument), ChoiceSweep) else found).append(new)
+            (last if rename.switch and _sweep(_typed(argument)) else found).append(new)
     return found + last
 
 
@@ -272,7 +269,7 @@ def _key_of(argument: str) -> str:
 def value_of(argument: str) -> Any:
     """Return the value of an argument, or the first of a multirun's values. It is text if Hydra cannot parse it."""
     value = _typed(argument)
-    return _plain(value.list[0]) if isinstance(value, ChoiceSweep) else _plain(value)
+    return _plain((_sweep(value) or [value])[0])
 
 
 def _converted(rename: Rename, argument: str, text: str) -> str:
@@ -280,16 +277,24 @@ def _converted(rename: Rename, argument: str, text: str) -> str:
     if rename.value is None:
         return text
     value = _typed(argument)
-    values = value.list if isinstance(value, ChoiceSweep) else [value]
-    return ",".join(_written(rename.converted(_plain(one))) for one in values)
+    return ",".join(_written(rename.converted(_plain(one))) for one in _sweep(value) or [value])
 
 
 def _typed(argument: str) -> Any:
     """Return the value of an argument, or a `ChoiceSweep` of several. It is text if Hydra cannot parse it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # slow: only where a value is parsed
+
     try:
         return OverridesParser.create().parse_override(argument)._value
     except Exception:  # composition reports the error
         return argument.partition("=")[2]
+
+
+def _sweep(value: Any) -> list[Any] | None:
+    """Return the values of a `ChoiceSweep`; None if it is one value."""
+    from hydra.core.override_parser.types import ChoiceSweep
+
+    return value.list if isinstance(value, ChoiceSweep) else None
 
 
 def _plain(value: Any) -> Any:

@@ -10,8 +10,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from megarl.config.explain import EXPLAINED, explain
 from megarl.config.leaf import optional_sections
-from megarl.config.messages import EXPLAINED, explain, unknown_key
+from megarl.config.messages import unknown_key
 from megarl.config.renames import Rename, rename_of, warn_renamed, written
 from megarl.errors import ConfigError
 

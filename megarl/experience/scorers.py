@@ -4,7 +4,6 @@ reward function in its own process."""
 from __future__ import annotations
 
 import hashlib
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from megarl.config.sections.reward import RewardConfig
 from megarl.data.prompts import Prompt
 from megarl.errors import DataError
 from megarl.experience.journal import Entry, Journal, identity
-from megarl.functions.named import NamedFunction, Spec, resolve
+from megarl.functions.named import NamedFunction, Spec, resolve, weighted_names
 from megarl.parallel.grid import Grid
 from megarl.rewards.answers import Score
 from megarl.rewards.client import RewardWorker
@@ -24,9 +23,6 @@ from megarl.rewards.scores import Scores
 from megarl.rollout.requests import Rollout
 from megarl.tokenizers import Tokenizer
 
-_WEIGHTED = re.compile(
-    r"^(?:(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?(?P<function>\S+)$", re.IGNORECASE
-)
 RESERVED_METRICS = (
     "score",
     "score_se",
@@ -262,13 +258,10 @@ def unique_metric_name(name: str) -> str:
 
 def read_function(function: Spec | NamedFunction, key: str) -> Any:
     """Resolve a function given by name or as a callable. `0.7*a:f + 0.3*b:g` is a weighted sum of several functions."""
-    if not isinstance(function, str) or not re.search(r"\s\+\s|\*", function):
+    terms = weighted_names(function) if isinstance(function, str) else None
+    if terms is None:
         return resolve(function, key)
-    matches = [_WEIGHTED.match(part.strip()) for part in re.split(r"\s\+\s", function)]
-    if not all(matches):
-        return resolve(function, key)  # its error describes valid names
-    terms = [term for term in matches if term is not None]
-    return combine([term["function"] for term in terms], [float(term["weight"] or 1.0) for term in terms], key=key)
+    return combine([name for _, name in terms], [weight for weight, _ in terms], key=key)
 
 
 def fingerprint(function: NamedFunction | Combined, options: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,12 @@ from megarl.functions.identity import identity
 
 Function = Callable[..., Any]
 Spec = str | Function
+ARGUMENTS = ("samples", "prompts", "outputs", "tokenizer")
+"""The keyword arguments of every call of a scoring function, besides the fields of the records."""
 BUILT_IN = "megarl.rewards.builtin"
+_WEIGHTED = re.compile(
+    r"^(?:(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?(?P<function>\S+)$", re.IGNORECASE
+)
 
 # Code that calls one of these may define names that reading it does not show.
 _DYNAMIC = {"globals", "exec", "eval", "setattr", "vars", "locals"}
@@ -113,6 +119,36 @@ def resolve(spec: Spec | NamedFunction, key: str = "reward.fn") -> NamedFunction
     if file_of_module is not None:
         _check_name(file_of_module, path, given)
     return NamedFunction(spec, spec, None if file_of_module is None else str(file_of_module), spec)
+
+
+def weighted_names(text: str) -> list[tuple[float, str]] | None:
+    """Return the weights and names of a sum of functions, `0.7*a:f + 0.3*b:g`; None if the text is not a sum."""
+    if not re.search(r"\s\+\s|\*", text):
+        return None
+    matches = [_WEIGHTED.match(part.strip()) for part in re.split(r"\s\+\s", text)]
+    terms = [term for term in matches if term is not None]
+    if len(terms) < len(matches):
+        return None  # `resolve` raises an error that describes valid names
+    return [(float(term["weight"] or 1.0), term["function"]) for term in terms]
+
+
+def check_scoring_function(text: str, key: str) -> None:
+    """Refuse the name of a scoring function, or of one in a sum of several, that does not exist or cannot be called.
+
+    It is called with the keyword arguments that docs/rewards.md lists, and with the fields of the records.
+    """
+    for _, name in weighted_names(text) or [(1.0, text)]:
+        function = resolve(name, key)
+        takes = _parameters(function)
+        lacking = [argument for argument in ARGUMENTS if takes is not None and argument not in takes]
+        if lacking:
+            raise ConfigError(
+                f"{key}={name} does not take {', '.join(lacking)}: scoring functions are called with keyword arguments,"
+                f" so define it as def {name.rpartition(':')[2]}(outputs, **metadata)",
+                key=key,
+                value=text,
+                where=function.file,
+            )
 
 
 def data_source(text: str, key: str) -> NamedFunction | None:

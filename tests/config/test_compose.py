@@ -21,7 +21,7 @@ import megarl
 from megarl.config import renames
 from megarl.config.algorithms import ALGORITHMS, entry_point, entry_points
 from megarl.config.compose import _Job, _overrides_first, compose
-from megarl.config.presets import HEADER, preset_files
+from megarl.config.preset_files import HEADER, preset_files
 from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN, conf_folder
 from megarl.config.rules import check
 from megarl.config.sections.adapter import AdapterConfig

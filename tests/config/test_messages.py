@@ -11,7 +11,8 @@ import pytest
 from megarl.config.compose import compose, run
 from megarl.config.leaf import sections
 from megarl.config.messages import check_argument
-from megarl.config.presets import HEADER, preset_files, register
+from megarl.config.preset_files import HEADER, preset_files
+from megarl.config.presets import register
 from megarl.config.sft import SFTConfig
 from megarl.errors import ConfigError
 from tests.refusals import refused
@@ -125,7 +126,10 @@ def test_a_value_outside_its_choices_or_bounds_is_refused_by_its_key(
         ("optim.lr=1,2", "optim.lr", None, {}),
         ("run.name=${nothing}", "run.name", None, {}),
         ("~parallel.tp", "parallel.tp", None, {}),
-        ("--tp=2", "--tp", None, {}),
+        ("--tp=2", "--tp", None, {"--tp": ["parallel.tp"]}),
+        ("--model-path=x", "--model-path", None, {"--model-path": ["model.path"]}),
+        ("--hepl", "--hepl", None, {"--hepl": ["--help"]}),
+        ("--xyzzy", "--xyzzy", None, {}),
         ("--resolve", "--resolve", None, {}),
         ("--experimental-rerun=x", "--experimental-rerun", None, {}),
     ],

@@ -138,7 +138,7 @@ def test_the_printed_configuration_has_it_null_or_whole(
 def test_help_says_that_it_is_off_and_lists_its_keys(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, shown in (([], "  clone=null  ["), (["clone.steps=3"], "  clone={}  [")):
         with pytest.raises(SystemExit):
-            run("ppo", ["--help", *argv], lambda config: pytest.fail("must not run"))
+            run("ppo", ["--help", "all", *argv], lambda config: pytest.fail("must not run"))
         out, _ = capsys.readouterr()
         assert shown in out
         assert f"  clone.steps={3 if argv else 400}  [int]" in out

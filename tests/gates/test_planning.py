@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megarl import plan as command
 from megarl.config.cluster import ClusterConfig, PlanConfig
-from megarl.config.presets import preset_files
+from megarl.config.preset_files import preset_files
 from megarl.config.resources import conf_folder
 from megarl.parallel.layout import Layout
 from megarl.planning.hardware import Cluster

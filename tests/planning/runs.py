@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from megarl.config.presets import preset_files
+from megarl.config.preset_files import preset_files
 from megarl.config.resources import conf_folder
 from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sections.model import ModelConfig

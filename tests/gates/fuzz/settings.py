@@ -14,7 +14,7 @@ from megarl.config.algorithms import entry_point, entry_points
 from megarl.config.compose import _needs_hydra, compose
 from megarl.config.files import check_files
 from megarl.config.leaf import Leaf, leaves, sections
-from megarl.config.presets import HEADER
+from megarl.config.preset_files import HEADER
 from megarl.config.rules import check
 from megarl.config.world import world_size
 from tests.gates.fuzz import mutate
@@ -199,7 +199,7 @@ def cases(seed: int, count: int, store: Path) -> list[Case]:
 def _composed(entry: str, argv: list[str]) -> Callable[[Path], object]:
     def act(folder: Path) -> None:
         os.chdir(folder)
-        if _needs_hydra(argv):
+        if _needs_hydra(argv, entry_point(entry).config):
             return
         config, _ = compose(entry, argv)
         check(config, world_size(config, {}))
