@@ -92,6 +92,13 @@ def onednn_is_faster() -> bool:
     return faster
 
 
+def library() -> str:
+    """Return the name of the library that multiplies float32 matrices on this CPU."""
+    if onednn_is_faster():
+        return "oneDNN"
+    return "MKL" if torch.backends.mkl.is_available() else "torch's own"
+
+
 def _processor() -> str:
     try:
         return Path("/proc/cpuinfo").read_text()
