@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megarl.api import Trained, default_config, train
+    from megarl.session import Session
 
 __version__ = "0.1.0"
-__all__ = ["Trained", "__version__", "default_config", "train"]
+__all__ = ["Session", "Trained", "__version__", "default_config", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,6 +16,10 @@ def __getattr__(name: str) -> Any:
         from megarl import api
 
         return getattr(api, name)
+    if name == "Session":
+        from megarl.session import Session
+
+        return Session
     if name == "logging":
         import importlib
 

@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM
 
 import megarl
 from megarl import convert
-from megarl.api import Trained, _algorithm
+from megarl.api import Trained
 from megarl.config.algorithms import ALGORITHMS
 from megarl.config.sft import SFTConfig
 from megarl.errors import ConfigError, DataError, MegarlError
+from megarl.inputs import _algorithm
 from megarl.run.owner import RunLock
 from tests.models.exchange.published import save_published, stored
 from tests.refusals import refused

@@ -101,6 +101,8 @@ class RecordFormat:
                     )
                 text = self._prompt_text(record)
                 tokens = tokenizer.encode_prompt(text)
+            if not tokens and tokenizer.bos_id is not None:
+                tokens = [tokenizer.bos_id]  # the response to an empty prompt is a text of its own
             if not tokens:
                 raise DataError(
                     f"the prompt under {key!r} is empty and has no tokens: write one, or take the record out",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from megarl.clock import Clock, Work
 from megarl.config import resume
@@ -26,7 +27,7 @@ from megarl.parallel.all_optimizers import Optimizers
 from megarl.parallel.digest import digest
 from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid
-from megarl.parallel.rows import Microbatch
+from megarl.parallel.rows import Microbatch, Rows, RowSource
 from megarl.tokenizers import Tokenizer
 
 log = get_logger(__name__)
@@ -182,6 +183,16 @@ class Module(LightningModule):
     def close(self) -> None:
         """Release the resources that the module holds outside its engines."""
         self.sources.close()
+
+    def gradients(self, rows: RowSource, indices: Tensor) -> dict[str, float]:
+        """Compute the gradients of one optimizer step over the rows at these indices, by the algorithm's loss, and
+        return its metrics. `step_optimizers` applies them."""
+        raise NotImplementedError
+
+    def rows_at(self, indices: Tensor) -> Rows:
+        """Return rows of the training data, with the columns that the loss reads; of algorithms that learn from
+        data."""
+        raise NotImplementedError
 
     def step_optimizers(self) -> dict[str, float]:
         """Step every engine that has gradients and return the gradient norms by engine name. Lightning counts this as

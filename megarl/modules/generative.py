@@ -149,14 +149,24 @@ class GenerativeModule(Module):
         if self.order is not None:
             self.order.end_phase(self.rows_read, phase)
 
-    def generate(self, prompts: Sequence[Prompt], first: int = 0) -> list[Rollout]:
-        """Return responses of this phase, `rollout.n` to each prompt from number `first` on."""
+    def generate(
+        self, prompts: Sequence[Prompt], first: int = 0, *, n: int | None = None, **changes: Any
+    ) -> list[Rollout]:
+        """Return responses of this phase to each prompt from number `first` on.
+
+        Args:
+            prompts: the prompts of this phase so far.
+            first: number of the first prompt to respond to.
+            n: number of responses to each prompt (None: `rollout.n`).
+            changes: overrides of the run's `Sampling` settings.
+        """
         self.last_batch = []  # a failure here must not dump the batch of the phase before
-        phase, n = self.steps_done, self.config.rollout.n
+        phase, n = self.steps_done, self.config.rollout.n if n is None else n
         with self.clock.part("generate"), self._policy_alone():
             if first == 0:
                 self.source.publish(self.weights_version)
-            return self.source.collect(prompts, n, stream=TRAINING, phase=phase, within=range(first, len(prompts)))
+            within = range(first, len(prompts))
+            return self.source.collect(prompts, n, stream=TRAINING, phase=phase, within=within, **changes)
 
     def generate_greedy(self, prompts: Sequence[Prompt], first: int = 0) -> list[Rollout]:
         """Return the greedy response to each prompt from number `first` on, from the weights that `generate` used."""

@@ -24,7 +24,7 @@ from megarl.modules.losses import count_targets
 from megarl.modules.workload import Workload, generation
 from megarl.parallel.engine import Stats
 from megarl.parallel.microbatches import make_microbatches
-from megarl.parallel.rows import Microbatch
+from megarl.parallel.rows import Microbatch, Rows, RowSource
 from megarl.parallel.shards import refused_once
 from megarl.rollout.guided import guided
 from megarl.rollout.requests import Rollout
@@ -91,23 +91,34 @@ class ILQL(GenerativeModule):
 
     def training_step(self, indices: Tensor, batch_idx: int) -> None:
         """Take one optimizer step, update the target Q heads when they are due, and log the terms of the loss."""
-        settings, micro = self.config.ilql, self.config.trainer.micro_batch_size
         with self.clock.part("train"):
             rate = self.policy.learning_rate
-            self.last_batch = make_microbatches(
-                self.store, indices, self.grid, per_microbatch=micro, share_bins=settings.pack
-            )
-            metrics = self.policy.train_step(self.last_batch, self.loss, count_targets)
+            metrics = self.gradients(self.store, indices)
             norms = self.step_optimizers()
             self.advance()
-            if self.steps_done % settings.target_every == 0:  # counted over the whole run, resumes included
-                for model in self.policy.models:
-                    model.move_targets(settings.target_alpha)
         lengths = torch.as_tensor(self.store.lengths[indices.numpy()])
         flops = training_flops(self.config.model, self.vocab_size, lengths, self.policy.config.adapter)
         self.work = Work(int(lengths.sum()), flops)
         self.log_dict({name: metrics[name.removeprefix("train/")] for name in TERMS})
         self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})
+
+    def gradients(self, rows: RowSource, indices: Tensor) -> dict[str, float]:
+        """Compute the gradients of the loss over the samples at these indices."""
+        micro, pack = self.config.trainer.micro_batch_size, self.config.ilql.pack
+        self.last_batch = make_microbatches(rows, indices, self.grid, per_microbatch=micro, share_bins=pack)
+        return self.policy.train_step(self.last_batch, self.loss, count_targets)
+
+    def rows_at(self, indices: Tensor) -> Rows:
+        """Return samples of the training data."""
+        return self.store.take(indices)
+
+    def advance(self, *, new_weights: bool = True, rows: int | None = None) -> None:
+        """Count a training step, and update the target Q heads when they are due."""
+        super().advance(new_weights=new_weights, rows=rows)
+        settings = self.config.ilql
+        if self.steps_done % settings.target_every == 0:  # counted over the whole run, resumes included
+            for model in self.policy.models:
+                model.move_targets(settings.target_alpha)
 
     def loss(self, model: GPT, hidden: Tensor, batch: Microbatch, counts: dict[str, float]) -> tuple[Tensor, Stats]:
         """Return the ILQL loss and its terms, averaged over the actions (response tokens) of the global batch."""

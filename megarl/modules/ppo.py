@@ -3,7 +3,7 @@ shape, train."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from megarl.experience.collection import Collected, Scored, collect, mean, no_sp
 from megarl.experience.invariants import Invariants
 from megarl.experience.reference import PolicyReference, Reference
 from megarl.experience.rows import forward_flops, forward_rows, rollouts_to_rows, training_flops
-from megarl.experience.shaping import Shaping
+from megarl.experience.shaping import Greedy, Shaping
 from megarl.experience.start_weights import keep, take
 from megarl.experience.watch import Watch
 from megarl.logging import get_logger
@@ -36,7 +36,8 @@ from megarl.modules.ppo_models import plan, roles, steps_per_phase
 from megarl.parallel.engine import Engine, ForwardFn, Outputs, Stats
 from megarl.parallel.grid import SEEDS
 from megarl.parallel.microbatches import make_microbatches
-from megarl.parallel.rows import Microbatch, Rows
+from megarl.parallel.rows import Microbatch, Rows, RowSource
+from megarl.rewards.answers import Score
 from megarl.rollout.noise import GREEDY, TRAINING
 
 NORMS = {"policy": "train/grad_norm", "critic": "train/critic_grad_norm"}
@@ -71,6 +72,7 @@ class PPO(GenerativeModule):
         self.critic: Critic = NoCritic()
         self.action_mask: ActionMask | None = None
         self.policy_trains = True  # False after the policy passed ppo.stop_at_kl in this phase
+        self.minibatches_done = 0  # in this phase
         self.reference_name: str | None = None  # name of its weights in the run folder, after behaviour cloning
         self.row_names: list[str] = []  # names of a phase's rows, for messages
         self.watch = Watch(config.ppo.kl_limit)
@@ -162,7 +164,7 @@ class PPO(GenerativeModule):
 
     def _make_reference(self) -> Reference:
         """Copy the policy's present weights as the reference."""
-        return PolicyReference(self.policy, self._logprobs_of)
+        return PolicyReference(self.policy, self.logprobs_of)
 
     def _starts_otherwise(self, started_as: PPOConfig) -> bool:
         """Return whether the run's first weights differ from those that this configuration gives a new run."""
@@ -191,33 +193,41 @@ class PPO(GenerativeModule):
 
     def training_step(self, _: int, batch_idx: int) -> None:
         """Run one phase over the next prompts and log its metrics."""
-        self._move_schedules()
+        self.begin_phase()
         rate = self.policy.learning_rate
-        # 1. and 2. Generate responses and score them.
         found = self._collect()
-        rollouts, rows = found.rollouts, rollouts_to_rows(found.rollouts)
+        rollouts = found.rollouts
         self.row_names = [f"{found.prompts[one.prompt_id].where}, response {one.sample_id}" for one in rollouts]
-        # 3. Evaluate them: log-probs and values under the weights that training starts from.
-        with self.clock.part("evaluate"):
-            rows, stats = self._evaluate(rows)
-        # 4. Shape scores into advantages.
-        with self.clock.part("shape"):
-            rows, shaped = self.shaping.shape(rows, found.scores, found.greedy, found.all_scores.totals())
-            stats |= shaped
-            self._refuse_not_finite(rows, *(name for name in ("advantages", "returns") if name in rows))
-        kl = stats.get("rollout/kl", 0.0)
-        self.watch.kl(kl)
-        self.watch.scores(stats, groups=len(rows["group"].unique()))
-        if self.steps_done >= self.warmup_phases:
-            stats |= self.shaping.steer_entropy(stats["rollout/entropy"])
-        # 5. Train.
+        rows, stats = self.evaluate_rows(rollouts_to_rows(rollouts))
+        rows, shaped = self.shape_rows(
+            rows, found.scores, greedy=found.greedy, all_totals=found.all_scores.totals(), stats=stats
+        )
         with self.clock.part("train"):
-            stats |= self._train(rows)
-        self.shaping.kl_control.update(kl, len(rollouts))
-        self.advance(new_weights=self.steps_done >= self.warmup_phases, rows=len(found.prompts))
+            trained = self._train(rows)
+        self.end_phase(rows, shaped, prompts=len(found.prompts))
+        self.log_dict({"train/lr": rate, **self._collection_metrics(found), **shaped, **trained})
+
+    def begin_phase(self) -> None:
+        """Set learning rates by completed phases, which may have had another number of steps: cut short by
+        ppo.stop_at_kl, with dropped responses, or of another length before a resume."""
+        self.policy_trains = self.steps_done >= self.warmup_phases
+        self.minibatches_done = 0
+        self.policy.move_schedule_to(max(0, self.steps_done - self.warmup_phases) * self.steps_per_phase)
+        if self.critic.engine is not None:
+            self.critic.engine.move_schedule_to(self.steps_done * self.steps_per_phase)
+
+    def end_phase(self, rows: Rows, stats: Mapping[str, float], *, prompts: int) -> None:
+        """Adapt the coefficient of the KL, count the phase, and copy the policy for its action mask.
+
+        Args:
+            rows: what the phase trained on.
+            stats: metrics of these rows.
+            prompts: number of prompts that the phase used.
+        """
+        self.shaping.kl_control.update(stats.get("rollout/kl", 0.0), len(rows))
+        self.advance(new_weights=self.steps_done >= self.warmup_phases, rows=prompts)
         self._refresh_action_mask()
         self.work = self._work(rows)
-        self.log_dict({"train/lr": rate, **self._collection_metrics(found), **stats})
 
     def _collect(self) -> Collected:
         """Return the scored responses of this phase. With ppo.dynamic_sampling, other prompts replace those whose
@@ -255,8 +265,15 @@ class PPO(GenerativeModule):
             metrics["rollout/score_before_replacing"] = mean(found.all_scores.totals())
         return metrics
 
+    def evaluate_rows(self, rows: Rows) -> tuple[Rows, dict[str, float]]:
+        """Return the rows with log-probs and values under the weights that training starts from, and metrics to log.
+
+        The columns are old_logprobs, values (if there is a critic) and ref_logprobs (if there is a reference).
+        """
+        with self.clock.part("evaluate"):
+            return self._evaluate(rows)
+
     def _evaluate(self, rows: Rows) -> tuple[Rows, dict[str, float]]:
-        """Add the columns old_logprobs, values (if there is a critic) and ref_logprobs (if there is a reference)."""
         mask = rows.action_mask
         stats: dict[str, float] = {}
         if self.action_mask is not None:
@@ -275,7 +292,7 @@ class PPO(GenerativeModule):
             columns["ref_logprobs"] = self.reference.logprobs(rows)
         rows = rows.with_columns(**columns)
         self._refuse_not_finite(rows, *columns)
-        if self.reference is not None and self.trainer.global_step == 0:
+        if self.reference is not None and self.weights_version == self.minibatches_done == 0:
             gap = (rows["old_logprobs"] - rows["ref_logprobs"]) * mask
             self.invariants.same_weights(float(gap.abs().max()))
         tokens = mask.sum()
@@ -288,7 +305,39 @@ class PPO(GenerativeModule):
             "rollout/response_tokens": float(tokens / len(rows)),
         }
 
-    def _logprobs_of(self, engine: Engine, rows: Rows) -> Tensor:
+    def values_of(self, rows: Rows) -> Tensor | None:
+        """Return the critic's values [rows, time] of all rows' tokens; None without a critic."""
+
+        def beside(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
+            return self.critic.values_beside(model, hidden)
+
+        if self.critic.shares_trunk:
+            return self._forward(self.policy, rows, beside)["values"]
+        return self.critic.values_of(rows, self._forward).get("values")
+
+    def shape_rows(
+        self,
+        rows: Rows,
+        scores: Sequence[Score],
+        *,
+        greedy: Greedy | None = None,
+        all_totals: Sequence[float] | None = None,
+        stats: Mapping[str, float],
+    ) -> tuple[Rows, dict[str, float]]:
+        """Return evaluated rows with advantages (and returns, if there is a critic) made of their scores, and the
+        metrics `stats` of the evaluation with those of the shaping. The other arguments are those of `Shaping.shape`.
+        """
+        with self.clock.part("shape"):
+            rows, shaped = self.shaping.shape(rows, scores, greedy, all_totals)
+            self._refuse_not_finite(rows, *(name for name in ("advantages", "returns") if name in rows))
+        stats = {**stats, **shaped}
+        self.watch.kl(stats.get("rollout/kl", 0.0))
+        self.watch.scores(stats, groups=len(rows["group"].unique()))
+        if self.steps_done >= self.warmup_phases:
+            stats |= self.shaping.steer_entropy(stats["rollout/entropy"])
+        return rows, stats
+
+    def logprobs_of(self, engine: Engine, rows: Rows) -> Tensor:
         """Return the log-probs [rows, time] of all rows' tokens under an engine's present weights."""
 
         def of_tokens(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
@@ -306,36 +355,32 @@ class PPO(GenerativeModule):
         return forward_rows(engine, rows, fn, per_microbatch=micro, share_bins=pack)
 
     def _train(self, rows: Rows) -> dict[str, float]:
-        """Run the inner epochs over minibatches, in an order that the seed determines.
+        """Run the inner epochs over minibatches.
 
         A policy that moved further than ppo.stop_at_kl stops training in this phase; a separate critic continues.
         """
-        ppo, size = self.config.ppo, self.config.trainer.global_batch_size
         expected = float(rows.action_mask.count_nonzero())
-        shuffle = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.steps_done) % SEEDS)
         collected: list[dict[str, float]] = []
-        self.policy_trains = self.steps_done >= self.warmup_phases
-        for _ in range(ppo.inner_epochs):
+        for epoch in self.epochs(rows):
             counted = 0.0
-            for indices in torch.randperm(len(rows), generator=shuffle).split(size):
-                stats = self._minibatch(rows, indices, first=not collected)
+            for indices in epoch:
+                stats = self.gradients(rows, indices)
+                norms = {} if self.is_over() else self.step_optimizers()
                 counted += stats.pop("tokens")
-                collected.append(stats)
-                if self._is_over():
-                    break
-            if self._is_over():
-                break
+                collected.append({**stats, **{NORMS[name]: norm for name, norm in norms.items()}})
+                if self.is_over():
+                    return self._means(collected)
             self.invariants.tokens(counted, expected)
         return self._means(collected)
 
-    def _move_schedules(self) -> None:
-        """Set learning rates by completed phases, which may have had another number of steps: cut short by
-        ppo.stop_at_kl, with dropped responses, or of another length before a resume."""
-        self.policy.move_schedule_to(max(0, self.steps_done - self.warmup_phases) * self.steps_per_phase)
-        if self.critic.engine is not None:
-            self.critic.engine.move_schedule_to(self.steps_done * self.steps_per_phase)
+    def epochs(self, rows: Rows) -> Iterator[Sequence[Tensor]]:
+        """Yield the minibatches of each inner epoch of this phase as indices of rows, in an order that the seed
+        determines."""
+        shuffle = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.steps_done) % SEEDS)
+        for _ in range(self.config.ppo.inner_epochs):
+            yield torch.randperm(len(rows), generator=shuffle).split(self.config.trainer.global_batch_size)
 
-    def _is_over(self) -> bool:
+    def is_over(self) -> bool:
         """Return whether nothing trains any more in this phase."""
         return not self.policy_trains and self.critic.engine is None
 
@@ -350,20 +395,23 @@ class PPO(GenerativeModule):
         steps = len(columns.get(NORMS["policy" if self.critic.engine is None else "critic"], ()))
         return {**means, "train/optimizer_steps": float(steps)}
 
-    def _minibatch(self, rows: Rows, indices: Tensor, first: bool) -> dict[str, float]:
-        """Take one optimizer step. A policy that has moved past ppo.stop_at_kl takes no part; without a separate critic
-        there is then no step."""
+    def gradients(self, rows: RowSource, indices: Tensor) -> dict[str, float]:
+        """Compute the gradients of one optimizer step over a minibatch, and return its metrics and its "tokens".
+
+        A policy that has moved past ppo.stop_at_kl takes no part; without a separate critic there is then nothing to
+        apply (`is_over`).
+        """
         micro, pack = self.config.trainer.micro_batch_size, self.config.ppo.pack
         self.last_batch = make_microbatches(rows, indices, self.grid, per_microbatch=micro, share_bins=pack)
         metrics: dict[str, float] = {}
         if self.policy_trains:
             metrics = self.policy.train_step(self.last_batch, self.policy_loss, self._count)
             metrics["train/loss"] = metrics["loss"]
-            learns = self.policy.learning_rate > 0 and bool(self._signal(rows)[indices].any())
+            learns = self.policy.learning_rate > 0 and bool(self._signal(rows.take(indices)).any())
             if self.critic.shares_trunk:
                 learns = learns and self.config.ppo.vf_coef * metrics["value/loss"] != 0
             self.invariants.gradients(self.policy, learns, fresh=self._is_fresh(self.warmup_phases))
-            if first and metrics["tokens"] > 0:
+            if self.minibatches_done == 0 and metrics["tokens"] > 0:
                 narrowest = min(self.config.ppo.clip_low, self.config.ppo.clip_high)
                 self.invariants.on_policy(metrics["policy/ratio"], metrics["policy/clip_fraction"], narrowest)
             limit = self.config.ppo.stop_at_kl
@@ -374,10 +422,8 @@ class PPO(GenerativeModule):
         if self.critic.engine is not None:
             learns = self.critic.engine.learning_rate > 0 and metrics["value/loss"] != 0
             self.invariants.gradients(self.critic.engine, learns, fresh=self._is_fresh(0))
-        norms = {} if self._is_over() else self.step_optimizers()
-        named = {NORMS[name]: norm for name, norm in norms.items()}
-        logged = {key: value for key, value in metrics.items() if "/" in key}
-        return {**logged, **named, "tokens": metrics["tokens"]}
+        self.minibatches_done += 1
+        return {**{key: value for key, value in metrics.items() if "/" in key}, "tokens": metrics["tokens"]}
 
     def _signal(self, rows: Rows) -> Tensor:
         """Return [rows, time], not 0 at the tokens whose loss has a gradient at the start of a phase."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megarl.clock import Work
 from megarl.config.cluster import PlanConfig
@@ -22,7 +23,7 @@ from megarl.modules.losses import count_targets, cross_entropy
 from megarl.modules.workload import Workload, responses, reward_note
 from megarl.parallel.grid import SEEDS
 from megarl.parallel.microbatches import make_microbatches
-from megarl.parallel.rows import Rows
+from megarl.parallel.rows import Rows, RowSource
 from megarl.rewards.answers import Score
 from megarl.rewards.scores import total
 from megarl.rollout.requests import Rollout
@@ -137,9 +138,7 @@ class RFT(GenerativeModule):
             best = torch.tensor(rows_above_percentile(answers, float(percentile)))
             kept += len(best)
             for indices in best[torch.randperm(len(best), generator=shuffle)].split(config.trainer.global_batch_size):
-                micro = config.trainer.micro_batch_size
-                self.last_batch = make_microbatches(rows, indices, self.grid, per_microbatch=micro, share_bins=True)
-                metrics = self.policy.train_step(self.last_batch, cross_entropy, count_targets)
+                metrics = self.gradients(rows, indices)
                 norms = self.step_optimizers()
                 collected.append({"train/loss": metrics["loss"], "train/grad_norm": norms["policy"]})
         means = {key: sum(stats[key] for stats in collected) / len(collected) for key in collected[0]}
@@ -148,6 +147,12 @@ class RFT(GenerativeModule):
             "train/kept": kept / (len(answers) * rft.improve_steps),
             "train/optimizer_steps": float(len(collected)),
         }
+
+    def gradients(self, rows: RowSource, indices: Tensor) -> dict[str, float]:
+        """Compute the gradients of the cross entropy over the responses at these indices."""
+        micro = self.config.trainer.micro_batch_size
+        self.last_batch = make_microbatches(rows, indices, self.grid, per_microbatch=micro, share_bins=True)
+        return self.policy.train_step(self.last_batch, cross_entropy, count_targets)
 
     def _work(self, rows: Rows, steps: float) -> Work:
         lengths = rows.lengths

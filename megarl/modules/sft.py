@@ -10,7 +10,6 @@ from megarl.config.cluster import PlanConfig
 from megarl.config.sft import SFTConfig
 from megarl.data.agreement import refuse_different_data
 from megarl.data.build import build_sft_data, build_train_loader
-from megarl.data.dataset import PackedDataset, SFTDataset
 from megarl.data.order import EvalLoader
 from megarl.models.exchange.pretrained import Sources, adapters
 from megarl.models.flops import flops_per_token
@@ -21,7 +20,7 @@ from megarl.modules.losses import count_targets, cross_entropy
 from megarl.modules.workload import Workload
 from megarl.parallel.engine import Stats
 from megarl.parallel.microbatches import make_microbatches
-from megarl.parallel.rows import Microbatch
+from megarl.parallel.rows import Microbatch, Rows, RowSource
 from megarl.parallel.shards import refused_once
 
 
@@ -77,7 +76,7 @@ class SFT(Module):
         per_step = self.config.trainer.eval_batch_size * self.grid.layout.pp * self.grid.layout.dp
         return EvalLoader(len(self.eval_data), per_step)
 
-    def _microbatches(self, data: SFTDataset | PackedDataset, indices: Tensor, per_microbatch: int) -> list[Microbatch]:
+    def _microbatches(self, data: RowSource, indices: Tensor, per_microbatch: int) -> list[Microbatch]:
         return make_microbatches(
             data,
             indices,
@@ -90,9 +89,8 @@ class SFT(Module):
     def training_step(self, indices: Tensor, batch_idx: int) -> None:
         """Take one optimizer step on the rows and log its loss."""
         with self.clock.part("train"):
-            self.last_batch = self._microbatches(self.train_data, indices, self.config.trainer.micro_batch_size)
             rate = self.policy.learning_rate
-            metrics = self.policy.train_step(self.last_batch, cross_entropy, count)
+            metrics = self.gradients(self.train_data, indices)
             norms = self.step_optimizers()
         self.advance()
         tokens = int(metrics["all_tokens"])
@@ -101,6 +99,15 @@ class SFT(Module):
         flops = flops_per_token(self.config.model, self.vocab_size, length, adapter)
         self.work = Work(tokens, tokens * flops)
         self.log_dict({"train/loss": metrics["loss"], "train/grad_norm": norms["policy"], "train/lr": rate})
+
+    def gradients(self, rows: RowSource, indices: Tensor) -> dict[str, float]:
+        """Compute the gradients of the cross entropy over the rows at these indices."""
+        self.last_batch = self._microbatches(rows, indices, self.config.trainer.micro_batch_size)
+        return self.policy.train_step(self.last_batch, cross_entropy, count)
+
+    def rows_at(self, indices: Tensor) -> Rows:
+        """Return rows of the training data."""
+        return self.train_data.take(indices)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the sums of the evaluation loss."""

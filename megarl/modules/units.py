@@ -15,7 +15,7 @@ from megarl.models.gpt import GPT
 from megarl.modules.base import Module
 from megarl.parallel.engine import Stats
 from megarl.parallel.microbatches import make_microbatches
-from megarl.parallel.rows import Microbatch, Rows
+from megarl.parallel.rows import Microbatch, Rows, RowSource
 from megarl.parallel.shards import refused_once
 
 
@@ -111,20 +111,29 @@ class UnitModule(Module):
     def training_step(self, units: Tensor, batch_idx: int) -> None:
         """Take one optimizer step on the units and log its loss and what it measures."""
         with self.clock.part("train"):
-            rows = self.rows_of(self.train_data, units)
-            self.before_step(rows)
-            self.last_batch = self.microbatches(rows, self.config.trainer.micro_batch_size)
+            rows = self.rows_at(units)
             rate = self.policy.learning_rate
-            sums = self.policy.train_step(self.last_batch, self._loss, self.count)
+            metrics = self.gradients(rows, torch.arange(len(rows)))
             norms = self.step_optimizers()
         self.advance()
         model, vocab_size = self.config.model, self.vocab_size if self.has_output else 0
         flops = training_flops(model, vocab_size, rows.lengths, self.policy.config.adapter)
         flops += (len(self.engines) - 1) * forward_flops(model, vocab_size, rows.lengths)  # the others do not train
         self.work = Work(int(rows.lengths.sum()), flops)
-        metrics = {"loss": sums["loss"], **self.means(sums)}
         self.log_dict(named(metrics, self.training_metrics))
         self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})
+
+    def rows_at(self, indices: Tensor) -> Rows:
+        """Return the rows of these units of the training data."""
+        return self.rows_of(self.train_data, indices)
+
+    def gradients(self, rows: RowSource, indices: Tensor) -> dict[str, float]:
+        """Compute the gradients of the loss over the units that the rows at these indices belong to."""
+        batch = rows.take(indices)
+        self.before_step(batch)
+        self.last_batch = self.microbatches(batch, self.config.trainer.micro_batch_size)
+        sums = self.policy.train_step(self.last_batch, self._loss, self.count)
+        return {"loss": sums["loss"], **self.means(sums)}
 
     def microbatches(self, rows: Rows, per_microbatch: int) -> list[Microbatch]:
         """Return this replica's microbatches of rows, with the rows of a unit in one bin."""

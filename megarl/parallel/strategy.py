@@ -30,9 +30,18 @@ class MegatronStrategy(DDPStrategy):
     which `state_dict` is a function from a template to this rank's shards.
     """
 
-    def __init__(self, parallel: ParallelConfig, *, seed: int, checkpoint_io: CheckpointIO) -> None:
+    def __init__(
+        self, parallel: ParallelConfig, *, seed: int, checkpoint_io: CheckpointIO, stays: bool = False
+    ) -> None:
+        """
+        Args:
+            parallel: the section `parallel`.
+            seed: seed of dropout and of random weights.
+            checkpoint_io: writes and reads checkpoints.
+            stays: whether models and process groups outlive `fit`, until `release`.
+        """
         super().__init__(checkpoint_io=checkpoint_io, timeout=timedelta(seconds=parallel.timeout_s))
-        self.parallel, self.seed = parallel, seed
+        self.parallel, self.seed, self.stays = parallel, seed, stays
         self.grid: Grid | None = None
 
     def setup_environment(self) -> None:
@@ -151,8 +160,14 @@ class MegatronStrategy(DDPStrategy):
             self.checkpoint_io.remove_checkpoint(filepath)
 
     def teardown(self) -> None:
-        """Close the grid after Lightning's own teardown."""
-        super().teardown()
+        """Close the grid after Lightning's own teardown, unless it stays."""
+        if not self.stays:
+            self.release()
+
+    def release(self) -> None:
+        """Tear down what Lightning set up, and close the grid."""
+        if self.lightning_module is not None:
+            super().teardown()
         if self.grid is not None:
             self.grid.close()
             self.grid = None

@@ -4,7 +4,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,33 @@ def run_training(entry: str, config: Any, build: Build) -> int:
         config: typed configuration tree.
         build: makes the module.
     """
+    with opened_run(entry, config, build) as run:
+        return _train(run)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run before its world exists.
+
+    Attributes:
+        config: the configuration, with the architecture of the model at `model.path`.
+        resolved: the same as plain values, for loggers.
+        module: the module, without models yet.
+        folder: the run's folder.
+        lock: the lock of that folder.
+    """
+
+    config: Any
+    resolved: dict[str, Any]
+    module: Module
+    folder: RunFolder
+    lock: RunLock
+
+
+@contextmanager
+def opened_run(entry: str, config: Any, build: Build) -> Iterator[Run]:
+    """Check the configuration, lock the folders that the run writes, and build the module; close it at the end. The
+    arguments are those of `run_training`."""
     check_launcher(os.environ)
     with hide_gpus(config.trainer.accelerator):
         check(config, world_size(config, os.environ))
@@ -61,7 +88,11 @@ def run_training(entry: str, config: Any, build: Build) -> int:
         try:
             folder = RunFolder(run_dir)
             with _owned(config, run_dir) as lock:
-                return _train(ALGORITHMS[entry], config, folder, lock, build)
+                run = _build(ALGORITHMS[entry], config, folder, lock, build)
+                try:
+                    yield run
+                finally:
+                    run.module.close()
         finally:
             os.environ.pop(RUN_DIR, None)
 
@@ -80,7 +111,7 @@ def _owned(config: Any, run_dir: Path) -> Iterator[RunLock]:
         yield lock
 
 
-def _train(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, build: Build) -> int:
+def _build(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, build: Build) -> Run:
     run_dir = folder.path
     with _writing(run_dir):
         setup(run_dir, rank=process_number(), debug=config.debug)
@@ -97,16 +128,37 @@ def _train(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, 
             folder.write_environment()
     module = build(config, sources)
     module.entry, module.unit = algorithm.name, algorithm.unit
-    trainer, preemption = build_trainer(config, module, folder, lock, resolved)
+    return Run(config, resolved, module, folder, lock)
+
+
+def _train(run: Run) -> int:
+    config, module, run_dir = run.config, run.module, run.folder.path
+    trainer, preemption = build_trainer(config, module, run.folder, run.lock, run.resolved)
     io = trainer.strategy.checkpoint_io
     assert isinstance(io, ShardedCheckpointIO)
     if config.trainer.exp_manager == "nemo":
         attach_nemo_exp_manager(trainer, config.trainer.exp_manager_options, run_dir)
     gc.freeze()  # every save collects garbage; exclude the objects that imports made
     try:
-        restored = resume_from(config.run.resume, run_dir)
-        module.resumes = restored is not None
-        trainer.fit(module, ckpt_path=restored)
+        with damage_told(io):
+            restored = resume_from(config.run.resume, run_dir)
+            module.resumes = restored is not None
+            trainer.fit(module, ckpt_path=restored)
+    except SystemExit as ending:
+        # Before training, or at a second Ctrl-C, Lightning exits with 1.
+        if isinstance(ending.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        gc.unfreeze()
+    return preemption.outcome
+
+
+@contextmanager
+def damage_told(io: ShardedCheckpointIO) -> Iterator[None]:
+    """Name the checkpoint in an error that was raised while it was being restored."""
+    try:
+        yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
         if io.restoring is None or isinstance(problem, torch.OutOfMemoryError | dist.DistError):
             raise
@@ -116,15 +168,6 @@ def _train(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, 
             key="run.resume",
             where=io.restoring,
         ) from problem
-    except SystemExit as ending:
-        # Before training, or at a second Ctrl-C, Lightning exits with 1.
-        if isinstance(ending.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        gc.unfreeze()
-        module.close()
-    return preemption.outcome
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -46,12 +47,7 @@ def build_trainer(
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, _eval_every(config))
     preemption = Preemption(checkpoints)
     trainer = Trainer(
-        accelerator=config.trainer.accelerator,
-        devices=_devices(config),
-        num_nodes=_nodes(config),
-        strategy=MegatronStrategy(
-            config.parallel, seed=config.seed, checkpoint_io=ShardedCheckpointIO(config.checkpoint.async_save)
-        ),
+        **_machine(config),
         logger=build_loggers(config.logger, run_dir, run_dir.name, resolved),
         callbacks=_callbacks(config, module, folder, lock, checkpoints, preemption),
         max_steps=getattr(config.trainer, "max_steps", -1),  # StepLimit counts phases
@@ -61,12 +57,36 @@ def build_trainer(
         limit_val_batches=1.0 if _eval_every(config) else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=config.trainer.log_every,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         default_root_dir=run_dir,
     )
     return trainer, preemption
+
+
+def idle_trainer(config: Any, run_dir: Path) -> Trainer:
+    """Return a Trainer whose `fit` sets up the world, the models and the optimizers, restores a checkpoint, and trains
+    nothing. They stay until `release` of its strategy."""
+    return Trainer(
+        **_machine(config, stays=True),
+        logger=False,
+        callbacks=[],
+        limit_train_batches=0,
+        enable_checkpointing=False,
+        default_root_dir=run_dir,
+    )
+
+
+def _machine(config: Any, *, stays: bool = False) -> dict[str, Any]:
+    """Return the Trainer's arguments that do not depend on what it is for."""
+    io = ShardedCheckpointIO(config.checkpoint.async_save)
+    return {
+        "accelerator": config.trainer.accelerator,
+        "devices": _devices(config),
+        "num_nodes": _nodes(config),
+        "strategy": MegatronStrategy(config.parallel, seed=config.seed, checkpoint_io=io, stays=stays),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
 
 
 def _callbacks(

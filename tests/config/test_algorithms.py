@@ -13,11 +13,11 @@ import pytest
 from omegaconf import OmegaConf
 
 import megarl
-from megarl.api import _algorithm
 from megarl.config.algorithms import ALGORITHMS, Algorithm, entry_points
 from megarl.config.compose import compose, run
 from megarl.config.settings import algorithm_of
 from megarl.errors import ConfigError
+from megarl.inputs import _algorithm
 from tests.kin import KIN
 from tests.refusals import refused
 

@@ -1,0 +1,358 @@
+"""What a call from Python asks for: the typed configuration, the functions, and the lists, which become files of the
+run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megarl.command import process_number
+from megarl.config.algorithms import ALGORITHMS, LearnsFrom
+from megarl.config.compose import compose, explained, typed
+from megarl.config.files import check_files
+from megarl.config.leaf import leaves
+from megarl.config.messages import nearest_keys, one_of
+from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
+from megarl.config.settings import algorithm_of, settings_of
+from megarl.disk import writable, write_atomically
+from megarl.errors import ConfigError, DataError, first_line
+
+Function = Callable[..., Any]
+Sample = str | Sequence[str]
+DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
+"""Values of `trainer.accelerator` by the names that people use for devices."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call asks for.
+
+    Attributes:
+        entry: name of the algorithm.
+        config: its typed configuration tree.
+        functions: callables to use instead of the functions that `reward.fn` and `metric.fn` name.
+        lists: records by the name of the argument that gave them.
+        run_dir: folder of the run.
+    """
+
+    entry: str
+    config: Any
+    functions: dict[str, Function]
+    lists: dict[str, list[dict[str, Any]]]
+    run_dir: Path
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Hold the run folder, write the lists into it, and check the configuration that names them."""
+        from megarl.config.rules import check
+        from megarl.config.world import world_size
+        from megarl.data.sources import named_lists
+
+        with _owned(self.run_dir, self.config):  # another run's inputs must stay as they are
+            names = _write_inputs(self.run_dir / "inputs", self.lists, self.config)
+            check(self.config, world_size(self.config, os.environ))
+            check_files(self.config)
+            with named_lists(names):
+                yield
+
+
+def asked_for(
+    model: str | Path | Mapping[str, Any] | None,
+    config: DictConfig | None,
+    *,
+    reward_fn: Function | str | None = None,
+    prompts: Sequence[str | Mapping[str, Any]] | None = None,
+    eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
+    samples: Sequence[Sample] | None = None,
+    rewards: Sequence[float | Sequence[float]] | None = None,
+    pairs: Sequence[Mapping[str, Any]] | None = None,
+    eval_pairs: Sequence[Mapping[str, Any]] | None = None,
+    metric_fn: Function | str | None = None,
+    stop_sequences: Sequence[str] | None = None,
+    device: str | None = None,
+) -> Asked:
+    """Return what a call asks for, or refuse what contradicts itself. The arguments are those of `megarl.train`."""
+    entry = _algorithm(reward_fn, samples, rewards, config, pairs)
+    if eval_pairs is not None and ALGORITHMS[entry].learns_from != "pairs":
+        raise ConfigError(
+            f"eval_pairs= has no meaning for {entry}, which does not learn from pairs: leave it out", key="eval_pairs"
+        )
+    if samples is None and rewards is not None:
+        raise ConfigError(
+            "rewards= are of samples, and there are none: give samples=, or leave rewards out", key="rewards"
+        )
+    if pairs is not None and prompts is not None:
+        raise ConfigError("prompts= are for a reward function, and pairs= are given: leave one out", key="prompts")
+    if samples is not None and prompts is not None:
+        raise ConfigError(
+            "prompts= are for a reward function, and samples= are given: use eval_prompts=, or leave one out",
+            key="prompts",
+        )
+    if rewards is not None and samples is not None and len(samples) != len(rewards):
+        raise DataError(
+            f"{len(samples)} samples have {len(rewards)} rewards: give one for each", key="rewards", value=len(rewards)
+        )
+    tree = default_config(entry) if config is None else config
+    with explained(entry, []):
+        filled, _ = typed(entry, tree)
+    if isinstance(model, Mapping):
+        fill(filled.model, model, "model")
+    elif model is not None:
+        filled.model.path = str(model)
+    if device is not None:
+        if device not in DEVICES:
+            raise ConfigError(
+                f"device={device!r} is no kind of device: use {', '.join(DEVICES)}",
+                key="device",
+                value=device,
+                offers={"device": list(DEVICES)},
+            )
+        filled.trainer.accelerator = DEVICES[device]
+    if stop_sequences is not None:
+        _section(filled, "rollout", "stop_sequences", entry).stop = list(stop_sequences)
+    run_dir = writable(str(_run_dir(entry, filled)), "run.dir")
+    filled.run.dir = str(run_dir)
+    lists: dict[str, list[dict[str, Any]]] = {}
+    learns_from = ALGORITHMS[entry].learns_from
+    if learns_from == "prompts":
+        if prompts is not None or not filled.data.train:
+            lists["prompts"] = _records(prompts if prompts is not None else [""])
+    elif samples is not None:
+        lists["samples"] = _samples(samples, rewards)
+        if learns_from == "samples":
+            filled.data.format = "auto"  # told by the keys that we write
+    if pairs is not None:
+        lists["pairs"] = _pairs(pairs, "pairs")
+    if eval_pairs is not None:
+        lists["eval_pairs"] = _pairs(eval_pairs, "eval_pairs")
+    if eval_prompts is not None:
+        _section(filled, "eval", "eval_prompts", entry)
+        lists["eval_prompts"] = _records(eval_prompts)
+    functions: dict[str, Function] = {}
+    for key, function in (("reward.fn", reward_fn), ("metric.fn", metric_fn)):
+        if function is None:
+            continue
+        name = key.partition(".")[0]
+        section = _section(filled, name, f"{name}_fn", entry)
+        if callable(function):
+            functions[key] = function
+            section.fn = getattr(function, "__qualname__", type(function).__qualname__)
+        else:
+            section.fn = function
+    return Asked(entry, filled, functions, lists, run_dir)
+
+
+def default_config(algorithm: str, *settings: str) -> DictConfig:
+    """The configuration of an algorithm, by attribute; unknown keys are refused.
+
+    Args:
+        algorithm: NAME of `python -m megarl.train_NAME`, such as ppo.
+        settings: as on the command line, such as "+conf=randomwalks" or "optim.lr=1e-4".
+    """
+    if algorithm not in ALGORITHMS:
+        raise ConfigError(
+            f"algorithm {algorithm!r} is not known here: use {', '.join(ALGORITHMS)}",
+            key="algorithm",
+            value=algorithm,
+            offers={"algorithm": list(ALGORITHMS)},
+        )
+    config, _ = compose(algorithm, list(settings))
+    return settings_of(config, algorithm)
+
+
+def _algorithm(reward_fn: Any, samples: Any, rewards: Any, config: DictConfig | None, pairs: Any = None) -> str:
+    """What the arguments ask for."""
+    named = None if config is None else _entry_of(config)
+    given: LearnsFrom
+    if pairs is not None and reward_fn is samples is rewards is None:
+        given = "pairs"
+    elif pairs is not None:
+        raise ConfigError(
+            "train() takes pairs without reward_fn, samples and rewards: leave the others out", key="pairs"
+        )
+    elif reward_fn is not None and samples is None:
+        given = "prompts"
+    elif samples is not None and rewards is not None and reward_fn is None:
+        given = "rewarded samples"
+    elif samples is not None and rewards is None and reward_fn is None:
+        given = "samples"
+    elif named is not None and reward_fn is samples is rewards is None:
+        return named
+    else:
+        raise ConfigError(
+            "train() takes reward_fn (PPO), samples with rewards (ILQL), samples alone (SFT) or pairs (DPO), and not "
+            "several of them",
+            key="train()",
+        )
+    if named is not None and ALGORITHMS[named].learns_from == given:
+        return named
+    asked = next(name for name, algorithm in ALGORITHMS.items() if algorithm.learns_from == given)
+    if named is not None:
+        raise ConfigError(
+            f"config is of {named}, but the arguments ask for {asked}: use default_config({asked!r})",
+            key="config",
+            value=named,
+            offers={"config": [asked]},
+        )
+    return asked
+
+
+def _entry_of(config: DictConfig) -> str:
+    name = algorithm_of(config)
+    if name is None:
+        raise ConfigError(
+            "config is not from megarl.default_config(...): make it with that, and set its attributes", key="config"
+        )
+    return name
+
+
+def _section(config: Any, name: str, argument: str, entry: str) -> Any:
+    if not hasattr(config, name):
+        raise ConfigError(f"{argument} has no meaning for {entry}, which does not generate: leave it out", key=argument)
+    return getattr(config, name)
+
+
+def fill(section: Any, values: Mapping[str, Any], name: str) -> None:
+    """Set keys of a section to values of their types."""
+    known = {leaf.key for leaf in leaves(type(section))}
+    tree = OmegaConf.structured(section)
+    for key, value in values.items():
+        if key not in known:
+            near = nearest_keys(key, sorted(known)) or sorted(known)
+            raise ConfigError(
+                f"unknown key '{name}.{key}'; did you mean {one_of(near)}?",
+                key=f"{name}.{key}",
+                offers={f"{name}.{key}": near},
+            )
+        try:
+            tree[key] = _literal(value)
+        except OmegaConfBaseException as problem:
+            raise ConfigError(
+                f"{name}.{key}={value!r}: {first_line(problem)}", key=f"{name}.{key}", value=value
+            ) from None
+    filled = OmegaConf.to_object(tree)
+    for key in values:
+        setattr(section, key, getattr(filled, key))
+
+
+def _literal(value: Any) -> Any:
+    """Texts as they are, where OmegaConf would look for the value of another key."""
+    if isinstance(value, str):
+        return value.replace("${", "\\${")
+    return [_literal(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _run_dir(entry: str, config: Any) -> Path:
+    """The run's folder, the same in every process."""
+    from megarl.run.run_folder import resolve_run_dir
+    from megarl.run.runner import RUN_DIR
+
+    return Path(os.environ.get(RUN_DIR) or resolve_run_dir(entry, config)).absolute()
+
+
+def _owned(run_dir: Path, config: Any) -> AbstractContextManager[Any]:
+    from megarl.run.owner import owned
+
+    return owned(run_dir, config.parallel.timeout_s)
+
+
+def _write_inputs(folder: Path, lists: dict[str, list[dict[str, Any]]], config: Any) -> dict[str, str]:
+    """Put lists into files and the files into the configuration. Returns the name of each list by its file's path."""
+    names: dict[str, str] = {}
+    for name, records in lists.items():
+        path = _write(folder / f"{name}.jsonl", records, config.parallel.timeout_s)
+        names[path] = name
+        setattr(config.data, "eval" if name.startswith("eval_") else "train", [path])
+    if DEMO_TRAIN not in config.data.train:
+        config.data.eval = [path for path in config.data.eval if path != DEMO_EVAL]
+    return names
+
+
+def _records(prompts: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{"prompt": prompt} if isinstance(prompt, str) else dict(prompt) for prompt in prompts]
+
+
+def _pairs(pairs: Sequence[Any], name: str) -> list[dict[str, Any]]:
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, Mapping):
+            raise DataError(
+                f"{name}[{index}] is a {type(pair).__name__}: give a mapping with prompt, chosen and rejected",
+                key=name,
+                value=pair,
+                where=f"{name}[{index}]",
+            )
+    return [dict(pair) for pair in pairs]
+
+
+def _samples(samples: Sequence[Sample], rewards: Sequence[Any] | None) -> list[dict[str, Any]]:
+    """Records as the entry points read them from files."""
+    if rewards is not None:
+        plain = [sample if isinstance(sample, str) else list(sample) for sample in samples]
+        return [{"samples": sample, "rewards": reward} for sample, reward in zip(plain, rewards, strict=True)]
+    records: list[dict[str, Any]] = []
+    for number, sample in enumerate(samples, 1):
+        if isinstance(sample, str):
+            records.append({"text": sample})
+        elif len(sample) == 2:
+            records.append({"prompt": sample[0], "completion": sample[1]})
+        else:
+            raise DataError(
+                f"samples: record {number} has {len(sample)} parts: give a text or [prompt, output]",
+                key="samples",
+                value=sample,
+                where=f"record {number}",
+            )
+    return records
+
+
+def _write(path: Path, records: list[dict[str, Any]], timeout_s: float) -> str:
+    """Records as a file of the run folder, so that a resumed run finds the same.
+
+    One process writes. The others, which run the same script and so have the same records, wait until these are there.
+    """
+    text = "".join(_as_json(record) + "\n" for record in records)
+    if process_number() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+        return str(path)
+    give_up = time.monotonic() + timeout_s
+    while not (path.is_file() and path.read_text(encoding="utf-8") == text):
+        if time.monotonic() > give_up:
+            raise DataError(
+                f"{path} of the first process has other records than this one has for {timeout_s:g} s: give all "
+                "processes of the script the same lists",
+                where=path,
+            )
+        time.sleep(0.05)
+    return str(path)
+
+
+def _as_json(record: dict[str, Any]) -> str:
+    try:
+        return json.dumps(record, default=_plain, allow_nan=False)
+    except ValueError as problem:
+        raise DataError(
+            f"record {str(record)[:200]} cannot be kept with the run ({problem}): give finite numbers",
+            key="record",
+            value=record,
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    """Convert numpy and torch values to plain Python."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise DataError(
+        f"a {type(value).__name__} cannot be kept with the run: give texts, numbers, lists and mappings",
+        key=type(value).__name__,
+        value=value,
+    )
