@@ -78,11 +78,14 @@ class Reshard:
         execute_reshard_plan(plan, self.source.models[0], self.engine.models[0], self._service)
 
     def _plan_of_trained(self) -> tuple[ReshardPlan, int]:
-        """Return the part of the plan that moves trained parameters, and the bytes that all ranks send for it."""
+        """Return the part of the plan that moves trained parameters, and the bytes that all ranks send for it.
+
+        Of an engine without an optimizer nobody knows which weights change, so all are moved.
+        """
         trained = {
             name
             for name, parameter in self.source.parameters()
-            if parameter.requires_grad or getattr(parameter, "moves", False)  # the latter without an optimizer
+            if parameter.requires_grad or getattr(parameter, "moves", False) or not self.source.trains
         }
         trained = set().union(*self.grid.gather(trained))
         here, there = (_local_names(engine) for engine in (self.source, self.engine))

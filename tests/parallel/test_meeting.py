@@ -31,6 +31,7 @@ def without_a_group(port: int, work: Any) -> Any:
     """What `work` returns in a process that torchrun has just started, where its store is the first process's."""
     with launched():
         os.environ["MASTER_PORT"] = str(port)
+        dist.barrier()  # a process that leaves at once closes connections that the others still make
         dist.destroy_process_group()
         return work()
 
