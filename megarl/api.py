@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from megarl.config.compose import compose
 from megarl.config.files import load_chat_template
 from megarl.config.values import check_values
 from megarl.disk import UnreadableError, parse_object, read_text, writable
-from megarl.errors import ConfigError, DataError
+from megarl.errors import ConfigError, DataError, UnavailableError, first_line
 from megarl.inputs import Asked, Function, Sample, asked_for, default_config, fill
 from megarl.logging import get_logger, warn_once
 from megarl.run.workers import started
@@ -114,6 +115,100 @@ class Trained:
             rollouts = generator.generate(repeat(tokens, n, sampling_from(config.rollout)), stream=EVALUATION)
             texts = [tokenizer.decode(rollout.response_without_eos) for rollout in rollouts]
         return texts if n == 1 else [texts[start : start + n] for start in range(0, len(texts), n)]
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """Rows of the tables of samples that evaluations showed."""
+        path = self.run_dir / "samples.jsonl"
+        if not path.exists():
+            return []
+        try:
+            return [parse_object(line) for line in read_text(path).splitlines() if line]
+        except UnreadableError as problem:
+            raise DataError(f"{path} {problem}: the file was changed", where=path) from None
+
+    def evaluate(
+        self,
+        prompts: Sequence[str | Mapping[str, Any]],
+        *,
+        reward_fn: Function | str | None = None,
+        metric_fn: Function | str | None = None,
+        n: int = 1,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        """Evaluate responses to prompts, and return what `megarl evaluate` writes as evaluation.json. A folder of the
+        run keeps it.
+
+        Args:
+            prompts: texts, or records with a "prompt" whose other fields go to the functions.
+            reward_fn: what scores the responses (None: the run's reward, if it has a name).
+            metric_fn: what measures them besides.
+            n: number of responses to each prompt.
+            settings: of the `rollout` section, such as temperature or max_new_tokens.
+        """
+        from megarl.evaluate import evaluate_here
+        from megarl.inputs import named_functions, write_records
+
+        own = getattr(self.config, "rollout", None)
+        rollout = {key: getattr(own, key) for key in DRAWN_BY if getattr(own, key, None) is not None}
+        reward = getattr(self.config, "reward", None)
+        config, _ = compose("evaluate", [])
+        config.model.path, config.seed = str(self.checkpoint), self.config.seed
+        config.eval.n = n
+        config.data.chat_template = self.config.data.chat_template
+        config.trainer.precision = self.config.trainer.precision
+        fill(config.rollout, {**rollout, **settings}, "rollout")
+        if reward_fn is None and reward is not None:
+            config.reward = reward
+        functions = named_functions(config, "evaluate", reward_fn, metric_fn)
+        for key in ("tp", "pp"):
+            setattr(config.parallel, key, getattr(self.config.parallel, key))
+        number = 1 + len(list(self.run_dir.glob("evaluations/*")))
+        folder = self.run_dir / "evaluations" / str(number)
+        config.run.dir = str(folder)
+        config.data.eval = [write_records(folder / "prompts.jsonl", prompts, config.parallel.timeout_s)]
+        check_values(config)
+        return evaluate_here(config, functions)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        adapter: bool = False,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload model",
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub, and return the address of the commit.
+
+        Args:
+            repo_id: name of the repository, such as org/model; it is created if it does not exist.
+            adapter: upload the adapter alone.
+            private: whether a new repository is private (None: the account's default).
+            token: token of the account (None: the one that `hf auth login` stored, or HF_TOKEN).
+            commit_message: the message.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        with tempfile.TemporaryDirectory() as above:
+            folder = Path(above) / "model"
+            self.save_pretrained(folder, adapter=adapter)
+            if process_number() != 0:
+                return ""
+            api = HfApi(token=token)
+            try:
+                made = api.create_repo(repo_id, private=private, exist_ok=True)
+                found = api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=commit_message)
+            except (HfHubHTTPError, HFValidationError, OSError) as problem:
+                raise UnavailableError(
+                    f"push_to_hub('{repo_id}') failed ({first_line(problem)}): check the name, the network and the "
+                    "token (hf auth login, or HF_TOKEN)",
+                    key="repo_id",
+                    value=repo_id,
+                    where=repo_id,
+                ) from None
+        return str(found.commit_url)
 
     def save_pretrained(self, folder: str | Path, *, adapter: bool = False) -> None:
         """Write the model as a new folder that `transformers.AutoModelForCausalLM` loads, with its adapter merged.

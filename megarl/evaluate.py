@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from megarl.tokenizers import Tokenizer
 
 OUT = "evaluation.json"
+Functions = Mapping[str, Callable[..., Any]]
 
 
 def evaluate(config: "EvaluateConfig") -> int:
@@ -50,8 +51,13 @@ def work(config: "EvaluateConfig") -> None:
     evaluate_here(config)
 
 
-def evaluate_here(config: "EvaluateConfig") -> dict[str, Any]:
-    """Evaluate in this process of the world, write the files, and return the result, the same on every rank."""
+def evaluate_here(config: "EvaluateConfig", functions: Functions | None = None) -> dict[str, Any]:
+    """Evaluate in this process of the world, write the files, and return the result, the same on every rank.
+
+    Args:
+        config: typed configuration tree.
+        functions: callables to use instead of the functions that `reward.fn` and `metric.fn` name.
+    """
     from megarl.logging import setup
     from megarl.run.owner import owned
     from megarl.run.run_folder import RunFolder
@@ -68,7 +74,7 @@ def evaluate_here(config: "EvaluateConfig") -> dict[str, Any]:
         if process_number() == 0:
             folder.write_config(asdict(config))
             folder.write_environment()
-        result, samples, shown = _evaluated(config, run_dir)
+        result, samples, shown = _evaluated(config, run_dir, functions)
         if process_number() == 0:
             _write(config, folder, result, samples)
             _print(result, shown)
@@ -92,7 +98,7 @@ def _refuse_training_run(run_dir: Path) -> None:
 
 
 def _evaluated(
-    config: "EvaluateConfig", run_dir: Path
+    config: "EvaluateConfig", run_dir: Path, functions: Functions | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """Build the models and evaluate. Return the result, a record for each response if `samples` wants them, and the
     rows of the table to show."""
@@ -137,7 +143,7 @@ def _evaluated(
         }
         results = _opened(grid, run_dir, decides)
         with closing(
-            _held_out(config, prompts, tokenizer, grid, engines, sources, heads, results, run_dir)
+            _held_out(config, prompts, tokenizer, grid, engines, sources, heads, results, run_dir, functions)
         ) as held_out:
             measured = held_out.run()
             samples = [line for one in measured for line in held_out.lines(one)] if config.samples else []
@@ -165,6 +171,7 @@ def _held_out(
     heads: Sequence[str],
     results: "Results | None",
     run_dir: Path,
+    functions: Functions | None,
 ) -> "HeldOut":
     """Return the evaluation, with its generator and its scorers."""
     from megarl.experience.build_scorers import ScorerBuilder, by_metric_name
@@ -205,6 +212,7 @@ def _held_out(
         sources,
         run_dir,
         alone=on_device,
+        functions=functions,
         micro_batch_size=config.trainer.micro_batch_size,
     ).scorers()
     sources.close()

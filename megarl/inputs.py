@@ -137,18 +137,30 @@ def asked_for(
     if eval_prompts is not None:
         _section(filled, "eval", "eval_prompts", entry)
         lists["eval_prompts"] = _records(eval_prompts)
+    return Asked(entry, filled, named_functions(filled, entry, reward_fn, metric_fn), lists, run_dir)
+
+
+def named_functions(
+    config: Any, entry: str, reward_fn: Function | str | None, metric_fn: Function | str | None
+) -> dict[str, Function]:
+    """Set `reward.fn` and `metric.fn` to the names of functions, and return those that are callables by their keys."""
     functions: dict[str, Function] = {}
     for key, function in (("reward.fn", reward_fn), ("metric.fn", metric_fn)):
         if function is None:
             continue
         name = key.partition(".")[0]
-        section = _section(filled, name, f"{name}_fn", entry)
+        section = _section(config, name, f"{name}_fn", entry)
         if callable(function):
             functions[key] = function
             section.fn = getattr(function, "__qualname__", type(function).__qualname__)
         else:
             section.fn = function
-    return Asked(entry, filled, functions, lists, run_dir)
+    return functions
+
+
+def write_records(path: Path, prompts: Sequence[str | Mapping[str, Any]], timeout_s: float) -> str:
+    """Write prompts as a file of records, by the first process, and return its path."""
+    return _write(path, _records(prompts), timeout_s)
 
 
 def default_config(algorithm: str, *settings: str) -> DictConfig:

@@ -302,8 +302,12 @@ def _close(state: dict[str, Any]) -> None:
 def _open(state: dict[str, Any], asked: Asked) -> dict[str, Any]:
     """Build the models in a process of the run, and return what the session knows of them."""
     from megarl.run.stepwise import Steps
+    from megarl.training import builder
 
-    state[STEPS] = steps = Steps(asked)
+    with ExitStack() as stack:
+        stack.enter_context(asked.written())
+        state[STEPS] = steps = Steps(asked.entry, asked.config, builder(asked.entry, asked.functions))
+        steps.ends_with(stack.pop_all())
     return steps.describe()
 
 
@@ -316,5 +320,6 @@ def _do(state: dict[str, Any], verb: str, *arguments: Any, **options: Any) -> An
 def no_reward(**_: Any) -> list[float]:
     """Say that a session has no reward."""
     raise ConfigError(
-        "this session has no reward: give Session(reward_fn=...) or reward.*, or pass scores to advantages()"
+        "this session has no reward: give Session(reward_fn=...) or reward.*, or pass scores to advantages()",
+        key="reward.fn",
     )

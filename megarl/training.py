@@ -12,6 +12,7 @@ from megarl.config.compose import run
 if TYPE_CHECKING:
     from megarl.models.exchange.pretrained import Sources
     from megarl.modules.base import Module
+    from megarl.run.runner import Build
 
 
 def command(name: str) -> Callable[[], None]:
@@ -32,13 +33,19 @@ def train(name: str, config: Any, functions: Mapping[str, Callable[..., Any]] | 
         functions: callables to use instead of the functions that `reward.fn` and `metric.fn` name.
     """
     from megarl.run.runner import run_training  # heavy imports only after the configuration is checked
+
+    return run_training(name, config, builder(name, functions))
+
+
+def builder(name: str, functions: Mapping[str, Callable[..., Any]] | None = None) -> "Build":
+    """Return the function that builds an algorithm's module from a configuration and open models."""
     from megarl.tokenizers import build_tokenizer
 
     def build(config: Any, sources: "Sources") -> "Module":
         tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
         return module_of(name)(config, tokenizer, functions, sources)
 
-    return run_training(name, config, build)
+    return build
 
 
 def module_of(name: str) -> "type[Module]":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from megarl import convert
 from megarl.api import Trained
 from megarl.config.algorithms import ALGORITHMS
 from megarl.config.sft import SFTConfig
-from megarl.errors import ConfigError, DataError, MegarlError
+from megarl.errors import ConfigError, DataError, MegarlError, UnavailableError
 from megarl.inputs import _algorithm
 from megarl.run.owner import RunLock
 from tests.models.exchange.published import save_published, stored
@@ -60,8 +61,52 @@ def ppo(run_dir: Path) -> None:
     assert {"eval/score", "eval/letters"} <= trained.summary["metrics"].keys()
     answers = trained.generate(["cats ", "dogs "], n=2, max_new_tokens=3)
     assert [len(both) for both in answers] == [2, 2]
+    assert {sample["phase"] for sample in trained.samples} == {0, 1}
+    found = trained.evaluate(["ab", "cd"], reward_fn=lambda outputs, **_: [7.0 for _ in outputs], n=2)
+    assert found["metrics"]["eval/score"] == 7.0
+    assert (run_dir / "evaluations" / "1" / "evaluation.json").exists()
     trained.save_pretrained(run_dir / "hf")
     assert AutoModelForCausalLM.from_pretrained(run_dir / "hf").config.num_hidden_layers == 2
+
+
+def uploaded(run_dir: Path) -> None:
+    """Everything that goes to the hub, but for the hub: a server here answers in its place."""
+    import http.server
+
+    import huggingface_hub
+
+    asked: list[tuple[str, bytes]] = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+            here = f"http://127.0.0.1:{server.server_port}/org/model"
+            files = json.loads(asked[-1][1])["files"] if "/preupload/" in self.path else []
+            modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
+            answer = json.dumps({"url": here, "files": modes, "commitUrl": here, "commitOid": "1" * 40}).encode()
+            refuses = self.path.endswith("/commit/main") and b"refuse" in asked[-1][1]
+            self.send_response(403 if refuses else 200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: Any) -> None:
+            """Print nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    there = partial(huggingface_hub.HfApi, endpoint=f"http://127.0.0.1:{server.server_port}")
+    config = megarl.default_config("sft", *QUIET, f"run.dir={run_dir}", "trainer.max_steps=1")
+    trained = megarl.train(TINY, samples=["a text", "another"], config=config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub, "HfApi", there)
+        trained.push_to_hub("org/model", token="hf_x", private=True)
+        assert b"private" in asked[0][1]
+        with refused(UnavailableError, key="repo_id", value="org/model"):
+            trained.push_to_hub("org/model", token="hf_x", commit_message="refuse")
+    server.shutdown()
+    assert any(b"model.safetensors" in body for _, body in asked)
 
 
 def ilql(run_dir: Path) -> None:
@@ -133,7 +178,7 @@ def test_prompts_that_no_phase_could_use_are_refused_by_their_place_in_the_list(
     worlds.run(1, refused_by_place, tmp_path / "run")
 
 
-@pytest.mark.parametrize("call", [ppo, ilql, sft, adapter, stopped], ids=lambda call: call.__name__)
+@pytest.mark.parametrize("call", [ppo, ilql, sft, adapter, stopped, uploaded], ids=lambda call: call.__name__)
 def test_a_call_trains_answers_and_exports(call: Any, worlds: Worlds, tmp_path: Path) -> None:
     worlds.run(1, call, tmp_path / "run")
 

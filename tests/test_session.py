@@ -156,6 +156,18 @@ def test_a_wrong_call_is_one_line_and_the_session_goes_on(
     assert len(session.sample(["ab"], 1)) == 1
 
 
+def test_a_whole_run_in_processes_of_its_own_trains_as_in_this_one(tmp_path: Path, worlds: Worlds) -> None:
+    def train(run_dir: Path, processes: int | None, *more: str) -> list[dict[str, float]]:
+        config = megarl.default_config(
+            "sft", *PAIRS, f"run.dir={run_dir}", "trainer.max_steps=2", "data.eval=[]", *more
+        )
+        return megarl.train(samples=["a text", "another"], config=config, device="cpu", processes=processes).history
+
+    (alone,) = worlds.run(1, in_a_world, train, tmp_path / "alone", None)
+    two = train(tmp_path / "two", 2, "parallel.pp=2")
+    assert [row["train/loss"] for row in two] == pytest.approx([row["train/loss"] for row in alone], rel=1e-5)
+
+
 def supervised(run_dir: Path) -> list[tuple[float, float]]:
     pairs = [{"prompt": "a", "chosen": " b", "rejected": " c"}] * 8
     config = megarl.default_config("dpo", *PAIRS, f"run.dir={run_dir}", "data.eval=[]", "trainer.eval_every=null")

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarl.algorithms import aggregate, aggregation_count, kl_loss, mask_out, ppo_policy_loss
 from megarl.clock import Work
 from megarl.config.advantages import ADVANTAGES, critic_kind, without_effect
 from megarl.config.ppo import PPOConfig
@@ -32,8 +31,9 @@ from megarl.models.roles import Role
 from megarl.modules.clone import clone_behaviour, clones
 from megarl.modules.critics import Critic, NoCritic, SeparateCritic, SharedCritic
 from megarl.modules.generative import GenerativeModule
+from megarl.modules.ppo_loss import PolicyLoss
 from megarl.modules.ppo_models import plan, roles, steps_per_phase
-from megarl.parallel.engine import Engine, ForwardFn, Outputs, Stats
+from megarl.parallel.engine import Engine, ForwardFn, Outputs
 from megarl.parallel.grid import SEEDS
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch, Rows, RowSource
@@ -95,6 +95,7 @@ class PPO(GenerativeModule):
                 self.engines[role.name] = self.build(role, trained.get(role.name, 0) * self.steps_per_phase)
         self.policy = self.engines["policy"]
         self.critic = self._make_critic()
+        self.loss = PolicyLoss(config, self.shaping, self.critic, self._token_logprobs)
         if config.ppo.action_mask is not None:
             self.action_mask = ActionMask(self.engines["action_mask"], config.ppo.action_mask, self.temperature)
             self.masking = self.action_mask.masking
@@ -345,7 +346,7 @@ class PPO(GenerativeModule):
 
         return self._forward(engine, rows, of_tokens)["logprobs"]
 
-    def _token_logprobs(self, model: GPT, hidden: Tensor, batch: Microbatch, *, entropy: bool = False) -> TokenLogprobs:
+    def _token_logprobs(self, model: GPT, hidden: Tensor, batch: Microbatch, entropy: bool = False) -> TokenLogprobs:
         """Return the log-probs of a microbatch's targets, over the tokens that may be chosen."""
         choices = None if self.action_mask is None else self.action_mask.choices(batch)
         return model.logprobs(hidden, batch.targets, batch.target_mask, self.temperature, entropy, choices)
@@ -405,7 +406,7 @@ class PPO(GenerativeModule):
         self.last_batch = make_microbatches(rows, indices, self.grid, per_microbatch=micro, share_bins=pack)
         metrics: dict[str, float] = {}
         if self.policy_trains:
-            metrics = self.policy.train_step(self.last_batch, self.policy_loss, self._count)
+            metrics = self.policy.train_step(self.last_batch, self.loss, self.loss.count)
             metrics["train/loss"] = metrics["loss"]
             learns = self.policy.learning_rate > 0 and bool(self._signal(rows.take(indices)).any())
             if self.critic.shares_trunk:
@@ -418,7 +419,7 @@ class PPO(GenerativeModule):
             if limit is not None and metrics["policy/approx_kl"] > limit:
                 self.policy_trains = False
                 self.policy.zero_gradients()
-        metrics |= self.critic.train_step(self.last_batch, self._count)
+        metrics |= self.critic.train_step(self.last_batch, self.loss.count)
         if self.critic.engine is not None:
             learns = self.critic.engine.learning_rate > 0 and metrics["value/loss"] != 0
             self.invariants.gradients(self.critic.engine, learns, fresh=self._is_fresh(0))
@@ -437,55 +438,6 @@ class PPO(GenerativeModule):
     def _is_fresh(self, first_phase: int) -> bool:
         """Return whether this is the first phase in which an engine trains, if it trains from `first_phase` on."""
         return self.steps_done == first_phase
-
-    # --- losses -----------------------------------------------------------------------------------------------------
-
-    def policy_loss(
-        self, model: GPT, hidden: Tensor, batch: Microbatch, counts: dict[str, float]
-    ) -> tuple[Tensor, Stats]:
-        """Return the policy loss with the entropy bonus, the KL loss and a shared critic's value loss, as
-        configured."""
-        ppo, rows, mask = self.config.ppo, batch.rows, batch.rows.action_mask
-        how = {"norm": float(self.config.rollout.max_new_tokens), "denominator": counts["units"]}
-        entropy_coef = self.shaping.entropy_control.value
-        out = self._token_logprobs(model, hidden, batch, entropy=entropy_coef > 0)
-        logprobs = batch.gather_rows(out.logprobs)
-        loss, found = ppo_policy_loss(
-            logprobs,
-            rows["old_logprobs"],
-            rows["advantages"],
-            mask,
-            clip_low=ppo.clip_low,
-            clip_high=ppo.clip_high,
-            dual_clip=ppo.dual_clip,
-            ratio=ppo.ratio,
-            aggregation=ppo.aggregation,
-            objective=ppo.objective,
-            weights=rows.per_token.get("weights"),
-            **how,
-        )
-        # Where the loss counts rows, statistics are means over the microbatch's tokens: weight them by its share.
-        share = 1.0 if ppo.aggregation == "token_mean" else mask.sum() / max(counts["tokens"], 1.0)
-        stats = {f"policy/{key}": found[key] * share for key in ("clip_fraction", "approx_kl", "ratio")}
-        if ppo.dual_clip is not None:
-            stats["policy/dual_clip_fraction"] = found["dual_clip_fraction"] * share
-        stats["policy/loss"] = loss
-        if out.entropy is not None:
-            entropy = aggregate(batch.gather_rows(out.entropy), mask, ppo.aggregation, **how)
-            loss = loss - entropy_coef * entropy
-            stats["policy/entropy"] = entropy
-        if ppo.kl_in == "loss" and "ref_logprobs" in rows:
-            policy, reference, old = (mask_out(x, mask) for x in (logprobs, rows["ref_logprobs"], rows["old_logprobs"]))
-            kl = aggregate(kl_loss(policy, reference, old, ppo.kl_kind), mask, ppo.aggregation, **how)
-            loss = loss + self.shaping.kl_control.value * kl
-            stats["policy/kl_loss"] = kl
-        value_loss, value_stats = self.critic.loss_beside(model, hidden, batch, counts)
-        loss = loss + value_loss
-        return loss, {**stats, **value_stats, "loss": loss}
-
-    def _count(self, batch: Microbatch) -> Stats:
-        mask = batch.rows.action_mask
-        return {"tokens": mask.sum(), "units": aggregation_count(mask, self.config.ppo.aggregation)}
 
     # --- state -----------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,13 @@ class Optimizers(torch.optim.Optimizer):
         """Load nothing, as in `state_dict`."""
 
 
+def set_learning_rate(engine: Engine, rate: float) -> None:
+    """Set the learning rate of an engine's next step; the schedule sets that of the step after it."""
+    assert engine.optimizer is not None
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
 def save_bytes(engines: Sequence[Engine]) -> int:
     """Return the peak host memory of a save on this rank: Megatron's optimizer gathers the state of all replicas.
 

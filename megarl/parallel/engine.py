@@ -217,12 +217,6 @@ class Engine:
         assert self._optimizer is not None
         return float(self._optimizer.param_groups[0]["lr"])
 
-    def set_learning_rate(self, rate: float) -> None:
-        """Set the learning rate of the next step; the schedule sets that of the step after it."""
-        assert self._optimizer is not None
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-
     def gradient_names(self) -> tuple[set[str], set[str]]:
         """Return names of tensors with a nonzero gradient on some rank, and of all that should have one, over ranks.
 

@@ -7,7 +7,7 @@ nothing; after that the caller calls the module's own steps. Every process calls
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,10 @@ from megarl.data.prompts import Prompt, PromptLimits, encode_prompt, fit_prompts
 from megarl.data.sources import Record
 from megarl.errors import ConfigError, DataError
 from megarl.experience.rows import forward_rows, rollouts_to_rows
-from megarl.inputs import Asked
-from megarl.models.exchange.pretrained import Sources
 from megarl.models.gpt import GPT
-from megarl.modules.base import Module
 from megarl.modules.generative import GenerativeModule
 from megarl.modules.ppo import PPO
+from megarl.parallel.all_optimizers import set_learning_rate
 from megarl.parallel.engine import Outputs, Stats
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch, Rows
@@ -37,9 +35,8 @@ from megarl.parallel.strategy import MegatronStrategy
 from megarl.rewards.answers import Score
 from megarl.rewards.scores import Scores
 from megarl.rollout.requests import Rollout
-from megarl.run.runner import RUN_DIR, damage_told, opened_run, resume_from
+from megarl.run.runner import RUN_DIR, Build, damage_told, opened_run, resume_from
 from megarl.run.trainer import idle_trainer
-from megarl.training import module_of
 
 Given = str | Sequence[int] | Prompt
 """A prompt: a text, tokens, or one that `prompts` returned."""
@@ -55,13 +52,13 @@ class Steps:
     step begin the next one.
     """
 
-    def __init__(self, asked: Asked) -> None:
-        """Build the models, or restore the checkpoint that `run.resume` names."""
-        self.algorithm = ALGORITHMS[asked.entry]
-        self._open = ExitStack()
+    def __init__(self, entry: str, config: Any, build: Build) -> None:
+        """Build the models, or restore the checkpoint that `run.resume` names. The arguments are those of
+        `run_training`."""
+        self.algorithm = ALGORITHMS[entry]
+        self._open, self._resources = ExitStack(), ExitStack()
         try:
-            self._open.enter_context(asked.written())
-            self._set_up(asked.entry, asked.config, asked.functions)
+            self._set_up(entry, config, build)
         except BaseException:
             self._open.close()
             raise
@@ -73,13 +70,7 @@ class Steps:
         self._batches: Iterator[Tensor] | None = None
         self._begin_phase()
 
-    def _set_up(self, entry: str, config: Any, functions: Mapping[str, Callable[..., Any]]) -> None:
-        from megarl.tokenizers import build_tokenizer
-
-        def build(config: Any, sources: Sources) -> Module:
-            tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
-            return module_of(entry)(config, tokenizer, functions, sources)
-
+    def _set_up(self, entry: str, config: Any, build: Build) -> None:
         run = self._open.enter_context(opened_run(entry, config, build))
         self.config, self.module, self.run_dir = run.config, run.module, run.folder.path
         self.trainer: Trainer = idle_trainer(run.config, self.run_dir)
@@ -97,9 +88,14 @@ class Steps:
         os.environ.pop(RUN_DIR, None)  # the processes of this run have it by now
         self.module.sources.close()
 
+    def ends_with(self, resources: ExitStack) -> None:
+        """Release these resources at `close`, after everything else."""
+        self._resources = resources
+
     def close(self) -> None:
         """Release the models, the world and the run's folder."""
         self._open.close()
+        self._resources.close()
 
     def describe(self) -> dict[str, Any]:
         """Return what the caller knows of the run: folder, configuration, parallel layout."""
@@ -186,13 +182,12 @@ class Steps:
     def advantages(self, rows: Rows, scores: Scores | Sequence[Score]) -> Rows:
         """Return rows of `forward` with advantages (and returns, if there is a critic) made of their scores."""
         module = self._ppo("advantages")
-        values = list(scores.values if isinstance(scores, Scores) else scores)
-        missing = [index for index, score in enumerate(values) if score is None]
-        if len(values) != len(rows) or missing:
-            lacks = f"response {missing[0]} has none" if missing else f"there are {len(values)}"
+        given = scores.values if isinstance(scores, Scores) else scores
+        values = [score for score in given if score is not None]
+        if not len(values) == len(given) == len(rows):
             raise DataError(
-                f"{len(rows)} responses need a score each, and {lacks}: leave out responses without a score before "
-                "forward()",
+                f"{len(rows)} responses have {len(values)} scores: give each one, and leave out responses without a "
+                "score before forward()",
                 key="scores",
                 value=len(values),
             )
@@ -258,7 +253,7 @@ class Steps:
             )
         if lr is not None:
             for engine in engines:
-                engine.set_learning_rate(lr)
+                set_learning_rate(engine, lr)
         rate = engines[0].learning_rate
         with self.module.clock.part("train"):
             norms = self.module.step_optimizers()

@@ -283,7 +283,7 @@ def _answer(job: bytes, state: State) -> bytes:
         return cloudpickle.dumps(answer)  # type: ignore[no-any-return]
     except Exception as problem:
         what = f"{type(answer[1]).__name__} cannot be sent back from the run's process ({problem})"
-        return cloudpickle.dumps((False, MegarlError(what)))  # type: ignore[no-any-return]
+        return cloudpickle.dumps((False, MegarlError(what, where=type(answer[1]).__name__)))  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ class AutoModelForCausalLMWithValueHead:
         self.folder = tempfile.mkdtemp(prefix="megarl-trl-")
         kept = [f"run.dir={self.folder}/run", "logger.tensorboard=false", "logger.csv=false", "checkpoint.best.keep=0"]
         tree = default_config("ppo", *config.settings(), *self.settings, *kept)
-        self.session, self.trains = Session(tree, model=self.path, processes=config.processes), trains
+        unused = ["a"]  # queries come with every call, and no prompt is ever drawn from the data
+        self.session = Session(tree, model=self.path, prompts=unused, processes=config.processes)
+        self.trains = trains
         return self.session
 
     def sample(self, queries: Tensor | Sequence[Tensor], **drawn: Any) -> list[Rollout]:

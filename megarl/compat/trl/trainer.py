@@ -101,7 +101,7 @@ class PPOTrainer:
             settings: as of the model's `generate`.
         """
         drawn = drawing(settings)
-        queries = list(query_tensor) if isinstance(query_tensor, list | tuple) else [query_tensor]
+        queries = [query_tensor] if isinstance(query_tensor, Tensor) else list(query_tensor)
         if any(query.dim() != 1 for query in queries):
             raise DataError("generate takes one query [time] or a list of them", key="query_tensor")
         if length_sampler is None:
@@ -113,7 +113,7 @@ class PPOTrainer:
                 for query, length in zip(queries, lengths, strict=True)
             ]
         found = [torch.tensor(one.tokens) for one in rollouts] if return_prompt else as_tensors(rollouts)
-        return found if isinstance(query_tensor, list | tuple) else found[0].unsqueeze(0)
+        return found[0].unsqueeze(0) if isinstance(query_tensor, Tensor) else found
 
     def step(
         self,
