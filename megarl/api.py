@@ -202,7 +202,7 @@ class Trained:
                 found = api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=commit_message)
             except (HfHubHTTPError, HFValidationError, OSError) as problem:
                 raise UnavailableError(
-                    f"push_to_hub('{repo_id}') failed ({first_line(problem)}): check the name, the network and the "
+                    f"push_to_hub(repo_id='{repo_id}') failed ({first_line(problem).rstrip('.')}): check the name, the network and the "
                     "token (hf auth login, or HF_TOKEN)",
                     key="repo_id",
                     value=repo_id,
