@@ -20,6 +20,7 @@ FLOORS = {
     "errors.py": 0,
     "command.py": 0,
     "logging.py": 0,
+    "progress.py": 0,
     "clock.py": 0,
     "disk.py": 0,
     "heartbeat.py": 0,
