@@ -15,7 +15,7 @@ from megarl.config.compose import run
 from megarl.config.world import local_devices
 from megarl.disk import exists, local, require_new, write_atomically
 from megarl.errors import ConfigError, DataError
-from megarl.progress import choose_display, waiting_for_imports
+from megarl.progress import waiting_for_imports
 
 if TYPE_CHECKING:
     from megarl.config.evaluate import EvaluateConfig
@@ -34,7 +34,6 @@ OUT = "evaluation.json"
 
 def evaluate(config: "EvaluateConfig") -> int:
     """Evaluate in the processes that a launcher started, else in `trainer.devices` new ones. Return the exit code."""
-    choose_display(config.trainer.progress)
     with waiting_for_imports():
         from megarl.parallel.processes import run_in_processes, set_env_from_slurm
         from megarl.run.run_folder import resolve_run_dir
@@ -65,7 +64,6 @@ def evaluate_here(config: "EvaluateConfig") -> dict[str, Any]:
     folder = RunFolder(run_dir)
     with owned(run_dir, config.parallel.timeout_s):
         setup(run_dir, rank=process_number(), debug=config.debug)
-        choose_display(config.trainer.progress)
         # A process may have written them since the configuration was checked.
         for key, value in config.more_folders().items():
             require_new(value, key)
