@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 # environment sees it.
 # Without one, the CPU build comes first, so that no later step fetches CUDA packages.
 FIND_TORCH = $(PYTHON) -c 'import importlib.metadata as m; print(m.version("torch").split("+")[0])' 2>/dev/null
+# On a terminal pip shows what it fetches, with a bar for each download; elsewhere only what goes wrong.
+QUIET = test -t 2 || echo -q
 export PIP_CONSTRAINT := $(CURDIR)/$(VENV)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -25,19 +27,20 @@ help:  ## this list
 venv: $(VENV)/.installed  ## the environment in .venv that every other target uses
 
 $(VENV)/.installed: pyproject.toml constraints.txt tools/versions.py
-	@echo 'installing into $(VENV): a minute or two, most of it without a word'
-	found=$$($(FIND_TORCH)); \
+	@echo 'installing into $(VENV): a minute or two'
+	found=$$($(FIND_TORCH)); quiet=$$($(QUIET)); \
 	$(PYTHON) -m venv $${found:+--system-site-packages} $(VENV) && \
 	$(PYTHON) tools/versions.py constrain $(PIP_CONSTRAINT) && \
-	if [ -z "$$found" ]; then $(BIN)/pip install -q torch $(TORCH_INDEX); fi
-	$(BIN)/pip install -q -e '.[dev]'
+	if [ -z "$$found" ]; then $(BIN)/pip install $$quiet torch $(TORCH_INDEX); fi && \
+	$(BIN)/pip install $$quiet -e '.[dev]'
 	touch $@
 
 lock:  ## renew constraints.txt: the newest versions of everything, as installed by venv from then on
 	TORCH_INDEX='$(TORCH_INDEX)' $(PYTHON) tools/versions.py lock
 
-demo: venv  ## PPO on a small task with known results: two to three minutes, with a live view of the score
-	$(BIN)/python -m megarl.train_ppo +conf=randomwalks run.dir=runs/demo run.resume=never
+demo: venv  ## PPO on a small task with known results: under a minute, with a live view of the score
+	$(BIN)/python -m megarl.train_ppo +conf=demo run.dir=runs/demo run.resume=never
+	@$(BIN)/python -m megarl.run.curve runs/demo eval/optimality
 
 # A file's tests share what they have set up, so that a file stays on one worker.
 test: venv  ## the tests, on two workers (WORKERS=8 for more)

@@ -20,6 +20,7 @@ COMMANDS: list[tuple[float, list[str]]] = [
     (AT_ONCE, ["sft", "--help", "optim.lr"]),
     (AT_ONCE, ["ls"]),
     (AT_ONCE, ["show", "randomwalks"]),
+    (AT_ONCE, ["new", "."]),
     (AT_ONCE, ["pppo"]),
     (AT_ONCE, ["ppo", "optim.lrr=1"]),
     (AT_ONCE, ["ppo", "lr=1"]),

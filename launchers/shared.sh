@@ -274,7 +274,11 @@ check_nodes() {
 }
 
 # An installed megarl is found as it is; in a checkout, from any folder.
-in_checkout() { PYTHONPATH=${PYTHONPATH:-}${PYTHONPATH:+:}$home "$@"; }
+in_checkout() {
+  local path=${PYTHONPATH:-}
+  [[ ! -d $home/megarl ]] || path+=${path:+:}$home
+  PYTHONPATH=$path "$@"
+}
 
 # --- running -----------------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,9 @@ _OTHER_NAMES = {
     "check": "doctor",
     "test": "selftest",
     "cat": "show",
+    "init": "new",
+    "create": "new",
+    "startproject": "new",
 }
 """Words that people try, and the commands that do it."""
 
@@ -55,6 +58,7 @@ def help_text() -> str:
                 *(f"  {line}" for line in trained),
                 "Use a model, or prepare a run:",
                 *(f"  {line}" for line in others),
+                "  new FOLDER    a project of your own: preset, reward function, test, launcher",
                 "  ls [presets|algorithms|rewards|families]   show PRESET   doctor   completion",
             ]
         )
@@ -95,6 +99,7 @@ def _own(name: str, argv: list[str]) -> int:
     commands: dict[str, tuple[str, Callable[[list[str]], int]]] = {
         "ls": ("megarl ls [presets|algorithms|rewards|families]", _ls),
         "show": ("megarl show PRESET", _show),
+        "new": ("megarl new FOLDER", _new),
         "doctor": ("megarl doctor", _doctor),
         "completion": ("megarl completion bash|zsh|fish", _completion),
         "complete": ("megarl complete SHELL LINE", _complete),
@@ -178,6 +183,14 @@ def _show(argv: list[str]) -> int:
         )
     name = argv[0].removeprefix("+conf=")
     return _print(shown_preset(name if not name.endswith(".yaml") else Path(name).stem))
+
+
+def _new(argv: list[str]) -> int:
+    """Write a project of your own into a new or empty folder: a preset, a reward function with its test, prompts, a
+    SLURM launcher, and a Makefile with `make demo` and `make test`."""
+    from megarl.new import run
+
+    return run(argv)
 
 
 def _doctor(argv: list[str]) -> int:

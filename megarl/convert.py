@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megarl.command import run_command
 from megarl.config.files import require_absent, require_model, require_weights
 from megarl.errors import CheckpointError, ConfigError
-from megarl.logging import is_progress_bar_enabled
+from megarl.progress import waiting, waiting_for_imports
 
 if TYPE_CHECKING:
     import torch
@@ -100,12 +100,13 @@ def run(argv: list[str]) -> int:
     require_weights(settings.origin, "from")
     require_model(settings.origin, "from")
     require_absent(str(settings.target), "to")
-    import torch
+    with waiting_for_imports():
+        import torch
 
-    from megarl.models.exchange.export import refuse_existing
-    from megarl.models.exchange.families import family_named
-    from megarl.models.exchange.formats import open_source
-    from megarl.models.exchange.merged import CheckpointAdapter
+        from megarl.models.exchange.export import refuse_existing
+        from megarl.models.exchange.families import family_named
+        from megarl.models.exchange.formats import open_source
+        from megarl.models.exchange.merged import CheckpointAdapter
 
     refuse_existing(settings.target)
     if settings.family is not None:
@@ -117,7 +118,8 @@ def run(argv: list[str]) -> int:
     require_whole(source)
     write(source, settings, dtype)
     target = open_source(settings.target)
-    difference, largest = compare(source, target)
+    with waiting("comparing logits", after_s=0):
+        difference, largest = compare(source, target)
     bound = tolerance(*dtypes(source, target)) * max(1.0, largest)
     report(source, target, difference, bound)
     return 0 if difference <= bound else 1
@@ -156,7 +158,8 @@ def require_whole(source: "Source") -> None:
     from megarl.checkpoint import verify
 
     for folder in source.checkpoints:
-        problem = verify(folder)
+        with waiting(f"checking {folder.name}", after_s=0):
+            problem = verify(folder)
         if problem:
             raise CheckpointError(
                 f"checkpoint {folder} is not whole: {problem}", key=problem.key, value=problem.value, where=folder
@@ -217,9 +220,6 @@ def compare_factors(source: "CheckpointAdapter", target: "PeftAdapter") -> tuple
 
 def write(source: "Source", settings: Settings, dtype: "torch.dtype | None") -> None:
     """Write the target, with a progress bar over our parameters; a dtype of None leaves it as stored."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from megarl.models.exchange.formats import FORMATS
     from megarl.models.exchange.nemo_write import write_nemo
 
@@ -247,14 +247,8 @@ def write(source: "Source", settings: Settings, dtype: "torch.dtype | None") -> 
     write_as: Callable[..., None] = (
         partial(write_nemo, tp=settings.tp, pp=settings.pp) if name == "nemo" else FORMATS[name].write
     )
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_progress_bar_enabled()) as bar:
-        task = bar.add_task(f"writing {settings.target.name}", total=len(source.names))
-
-        def progress(_: str) -> None:
-            bar.advance(task)
-
-        write_as(source, settings.target, dtype=dtype, family=settings.family, progress=progress)
+    with waiting(f"writing {settings.target.name}", len(source.names)) as tensor_done:
+        write_as(source, settings.target, dtype=dtype, family=settings.family, progress=lambda _: tensor_done())
 
 
 def compare(source: "Source", target: "Source") -> tuple[float, float]:

@@ -15,6 +15,7 @@ from megarl.config.compose import run
 from megarl.config.world import local_devices
 from megarl.disk import exists, local, require_new, write_atomically
 from megarl.errors import ConfigError, DataError
+from megarl.progress import waiting_for_imports
 
 if TYPE_CHECKING:
     from megarl.config.evaluate import EvaluateConfig
@@ -34,8 +35,9 @@ Functions = Mapping[str, Callable[..., Any]]
 
 def evaluate(config: "EvaluateConfig") -> int:
     """Evaluate in the processes that a launcher started, else in `trainer.devices` new ones. Return the exit code."""
-    from megarl.parallel.processes import run_in_processes, set_env_from_slurm
-    from megarl.run.run_folder import resolve_run_dir
+    with waiting_for_imports():
+        from megarl.parallel.processes import run_in_processes, set_env_from_slurm
+        from megarl.run.run_folder import resolve_run_dir
 
     set_env_from_slurm()
     config.run.dir = str(resolve_run_dir("evaluate", config).absolute())

@@ -17,7 +17,7 @@ from megarl.config.files import SUFFIXES, data_suffix, load_chat_template
 from megarl.config.world import local_devices
 from megarl.disk import is_file, local, require_new, shown, why_missing, writable
 from megarl.errors import ConfigError, DataError
-from megarl.logging import is_progress_bar_enabled
+from megarl.progress import choose_display, shows_bars, waiting_for_imports
 
 if TYPE_CHECKING:
     from megarl.config.generate import GenerateConfig
@@ -32,7 +32,9 @@ CHAT_HELP = "Type a message; /reset forgets the conversation, /quit (or an empty
 def generate(config: "GenerateConfig") -> int:
     """Generate in the processes that a launcher started, else in `trainer.devices` new ones. Return the exit code."""
     _check_paths(config)
-    from megarl.parallel.processes import run_in_processes, set_env_from_slurm
+    choose_display(config.trainer.progress)
+    with waiting_for_imports():
+        from megarl.parallel.processes import run_in_processes, set_env_from_slurm
 
     set_env_from_slurm()
     devices = 1 if "WORLD_SIZE" in os.environ else local_devices(config)
@@ -63,6 +65,7 @@ def work(config: "GenerateConfig") -> None:
     from megarl.run.owner import owned
 
     setup(None, rank=process_number(), debug=config.debug)
+    choose_display(config.trainer.progress)
     config.chat_template = load_chat_template(config.chat_template, "chat_template")
     if config.out is not None:
         _check_out(config.out)
@@ -267,7 +270,7 @@ def _progress(config: "GenerateConfig", total: int, first: bool) -> Iterator[Cal
     seconds."""
     kind = config.trainer.progress
     if kind == "auto":
-        kind = "rich" if is_progress_bar_enabled() and sys.stderr.isatty() and config.out else "plain"
+        kind = "rich" if shows_bars(kind) and config.out else "plain"
     if not first or kind == "none":
         yield lambda rollouts: None
         return

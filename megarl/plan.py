@@ -20,6 +20,7 @@ from megarl.config.values import check_values
 from megarl.config.world import local_devices
 from megarl.disk import shown
 from megarl.errors import ConfigError
+from megarl.progress import waiting_for_imports
 
 _OWN = {leaf.key.partition(".")[0] for leaf in leaves(PlanConfig)}
 
@@ -102,16 +103,16 @@ def show(argv: list[str]) -> None:
     own, theirs = split(argv)
     config = read(own)
     run, gpus = compose_run(config, theirs)
-    # Heavy imports only once the configuration is known to be good.
-    from rich.console import Console
+    with waiting_for_imports():  # only once the configuration is known to be good
+        from rich.console import Console
 
-    from megarl.models.exchange.pretrained import resolve_pretrained
-    from megarl.planning import show as page
-    from megarl.planning.hardware import Cluster
-    from megarl.planning.plan import make_plan, remedies, suggest
-    from megarl.planning.times import Rates
-    from megarl.planning.work import work_of
-    from megarl.training import module_of
+        from megarl.models.exchange.pretrained import resolve_pretrained
+        from megarl.planning import show as page
+        from megarl.planning.hardware import Cluster
+        from megarl.planning.plan import make_plan, remedies, suggest
+        from megarl.planning.times import Rates
+        from megarl.planning.work import work_of
+        from megarl.training import module_of
 
     run, sources = resolve_pretrained(run)
     cluster = Cluster.of(config.cluster, gpus)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megarl.config.algorithms import ALGORITHMS
 from megarl.config.compose import run
+from megarl.progress import choose_display, waiting_for_imports
 
 if TYPE_CHECKING:
     from megarl.models.exchange.pretrained import Sources
@@ -32,8 +33,11 @@ def train(name: str, config: Any, functions: Mapping[str, Callable[..., Any]] | 
         config: typed configuration tree.
         functions: callables to use instead of the functions that `reward.fn` and `metric.fn` name.
     """
-    from megarl.run.runner import run_training  # heavy imports only after the configuration is checked
+    choose_display(config.trainer.progress)
+    with waiting_for_imports():  # only after the configuration is checked
+        from megarl.run.runner import run_training
 
+        module_of(name)
     return run_training(name, config, builder(name, functions))
 
 

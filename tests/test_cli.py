@@ -113,7 +113,7 @@ def test_help_of_a_key_or_a_section_has_its_full_text_and_the_values_of_the_comm
     assert call("help", "ppo", "optim.lr") == call("ppo", "--help", "optim.lr")
 
 
-@pytest.mark.parametrize("name", ["ls", "show", "doctor", "completion"])
+@pytest.mark.parametrize("name", ["ls", "show", "new", "doctor", "completion"])
 def test_help_of_megarls_own_commands_says_how_they_are_used(call: Call, name: str) -> None:
     assert call("help", name) == call(name, "--help")
     code, out, _ = call(name, "--help")
@@ -180,6 +180,12 @@ WRONG: list[tuple[str, str]] = [
     ("show randomwalk", "randomwalks"),
     ("show", "megarl show randomwalks"),
     ("help pppo", "megarl ppo"),
+    ("init mine", "megarl new"),
+    ("new", "megarl new my-project"),
+    ("new my project", "megarl new 'my project'"),
+    ("new --force mine", "one FOLDER and nothing else"),
+    ("new conf", "choose a name that is not used yet"),
+    ("new prompts.jsonl", "prompts.jsonl is a file"),
     ("completion tcsh", "megarl completion bash"),
     ("doctor --fix", "remove '--fix'"),
     ("ppo optim.lrr=1e-5", "optim.lr"),
@@ -259,6 +265,7 @@ def imported(argv: list[str], folder: Path) -> tuple[int, set[str]]:
         (["ls"], 0),
         (["show", "randomwalks"], 0),
         (["complete", "bash", "megarl ppo optim."], 0),
+        (["new", "project"], 0),
         (["pppo"], 2),
         (["ppo", "optim.lrr=1"], 2),
         (["ppo", "--multirun", "optim.lrr=1,2"], 2),

@@ -20,6 +20,7 @@ FLOORS = {
     "errors.py": 0,
     "command.py": 0,
     "logging.py": 0,
+    "progress.py": 0,
     "clock.py": 0,
     "disk.py": 0,
     "heartbeat.py": 0,
@@ -41,6 +42,7 @@ FLOORS = {
     "planning/": 7,
     "serving/": 7,
     "compat/": 9,
+    "project/": 8,
     "": 8,  # entry points
 }
 # Rooms of one floor that are built of one another, and in which direction.

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from megarl.callbacks.trainer_state import steps_taken
 from megarl.errors import NumericsError
 from megarl.logging import get_logger
+from megarl.progress import waiting
 
 logger = get_logger(__name__)
 
@@ -24,7 +25,8 @@ class InitialEvaluation(Callback):
         never = trainer.limit_val_batches == 0
         if never or steps_taken(trainer) > 0 or getattr(pl_module, "evaluation", None) is None:
             return
-        evaluated = pl_module.evaluate()  # type: ignore[operator]
+        with waiting("evaluating before training", after_s=0):
+            evaluated = pl_module.evaluate()  # type: ignore[operator]
         for name, value in evaluated.metrics.items():
             if not math.isfinite(value):
                 raise NumericsError(

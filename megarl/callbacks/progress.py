@@ -2,9 +2,9 @@
 only."""
 
 import re
-import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ from rich.text import Text
 
 from megarl.callbacks.trainer_state import EVALUATION, is_evaluation, planned_steps, readings, steps_taken, unit
 from megarl.errors import ConfigError
-from megarl.logging import get_logger, is_progress_bar_enabled
+from megarl.logging import get_logger
+from megarl.progress import shows_bars, terminal_taken
 
 logger = get_logger(__name__)
 
@@ -163,7 +164,16 @@ class RichProgress(ProgressDisplay):
             expand=True,
         )
         self._live: Live | None = None
+        self._taken = ExitStack()
+        self._section = self._section_drawn = ""
         self._drawn = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Also show what the run does within a step, as a phase may take minutes."""
+        super().on_train_start(trainer, pl_module)
+        clock = getattr(pl_module, "clock", None)
+        if clock is not None and trainer.is_global_zero:
+            clock.listen(self._entered)
 
     def begin(self) -> None:
         """Draw the bar."""
@@ -172,6 +182,7 @@ class RichProgress(ProgressDisplay):
         self._bar.add_task("train", total=self.progress.total, completed=self.progress.step)
         self._live = Live(self._render(), console=self._console, auto_refresh=False)
         self._live.start()
+        self._taken.enter_context(terminal_taken())
 
     def stepped(self) -> None:
         """Redraw the bar, at most every 0.1 s."""
@@ -181,18 +192,27 @@ class RichProgress(ProgressDisplay):
     def end(self) -> None:
         """Draw the final state and release the terminal."""
         if self._live is not None:
+            self._section = ""
             self._draw()
             self._live.stop()
             self._live = None
+            self._taken.close()
+
+    def _entered(self, section: str) -> None:
+        """Redraw if another section of the run begins; sections end too often for that."""
+        if section and section != self._section_drawn:
+            self._section = section
+            self._draw()
 
     def _draw(self) -> None:
         if self._live is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.progress.step)
             self._live.update(self._render(), refresh=True)
-            self._drawn = self._now()
+            self._drawn, self._section_drawn = self._now(), self._section
 
     def _render(self) -> Group:
-        lines = [Text(self.progress.details() or "waiting for the first step")]
+        now = f"now: {self._section}" if self._section else ""
+        lines = [Text("  ".join(filter(None, (self.progress.details(), now))) or "waiting for the first step")]
         if self.progress.evaluation:
             lines.append(Text(f"last evaluation: {self.progress.evaluated()}", style="dim"))
         return Group(self._bar, *lines)
@@ -206,8 +226,7 @@ def make_progress(kind: str, log_every: int) -> list[ProgressDisplay]:
         log_every: number of steps between plain lines.
     """
     if kind == "auto":
-        bars = is_progress_bar_enabled() and sys.stderr.isatty() and Console(stderr=True).is_terminal
-        kind = "rich" if bars else "plain"
+        kind = "rich" if shows_bars(kind) and Console(stderr=True).is_terminal else "plain"
     if kind == "rich":
         return [RichProgress(log_every)]
     if kind == "plain":

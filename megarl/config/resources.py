@@ -25,6 +25,11 @@ def conf_folder() -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent / "conf"
 
 
+def launchers_folder() -> Path:
+    """Return the folder of the shipped SLURM launchers: inside the package if installed, beside it in a checkout."""
+    return conf_folder().parent / "launchers"
+
+
 def resource(path: str) -> str:
     """Return the absolute path of a file inside the package. It is the resolver `${resource:...}` of YAML."""
     if path in _MOVED:

@@ -13,6 +13,7 @@ from megarl.experience.results import ChunkName, Results
 from megarl.experience.scorers import Scorer
 from megarl.logging import get_logger
 from megarl.parallel.grid import Grid
+from megarl.progress import waiting
 from megarl.rewards.scores import Scores
 from megarl.rollout.noise import EVALUATION
 from megarl.rollout.requests import Rollout
@@ -60,21 +61,23 @@ class HeldOut(Sweep):
 
     def run(self) -> list[Measured]:
         """Return the responses, scores and measures for each value of the sweep."""
-        return [
-            self._measured(stream, changes, self._numbers(changes))
-            for stream, changes in enumerate(self.changes, EVALUATION)
-        ]
+        with waiting("evaluating", len(self.changes) * len(self.chunks), after_s=0) as chunk_done:
+            return [
+                self._measured(stream, changes, self._numbers(changes, chunk_done))
+                for stream, changes in enumerate(self.changes, EVALUATION)
+            ]
 
     def close(self) -> None:
         """Stop the scorers."""
         for scorer in self.scorers.values():
             scorer.close()
 
-    def _numbers(self, changes: dict[str, float]) -> Iterator[int]:
-        """Yield the index of each chunk, and log after each how many prompts are done."""
+    def _numbers(self, changes: dict[str, float], chunk_done: Callable[[], None]) -> Iterator[int]:
+        """Yield the index of each chunk; after each, report it as done and log how many prompts are."""
         where = suffix_of(changes).removeprefix("@")
         for index, chunk in enumerate(self.chunks):
             yield index
+            chunk_done()
             log.info("%d of %d prompts%s", chunk.stop, len(self.prompts), f"  {where}" if where else "")
 
     def _rollouts(self, stream: int, number: int, changes: dict[str, float]) -> list[Rollout]:

@@ -21,6 +21,7 @@ from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.shards import refused_once
+from megarl.progress import waiting
 from megarl.tokenizers import Tokenizer
 
 REPORTS = 8  # lines of progress
@@ -67,12 +68,14 @@ def clone_behaviour(
     log.info("cloning the behaviour of %d samples first: %d steps of cross entropy", len(documents), steps)
     order = TrainBatches(documents.lengths, config.trainer.global_batch_size, config.seed)
     micro = config.trainer.micro_batch_size
-    for step, indices in enumerate(TrainLoader(order, steps)):
-        microbatches = make_microbatches(documents, indices, grid, per_microbatch=micro, share_bins=True)
-        metrics = student.train_step(microbatches, cross_entropy, count_targets)
-        student.apply_gradients()
-        if (step + 1) % max(1, steps // REPORTS) == 0:
-            log.info("cloning step %d/%d  loss %.4f", step + 1, steps, metrics["loss"])
+    with waiting("cloning behaviour", steps) as step_done:
+        for step, indices in enumerate(TrainLoader(order, steps)):
+            microbatches = make_microbatches(documents, indices, grid, per_microbatch=micro, share_bins=True)
+            metrics = student.train_step(microbatches, cross_entropy, count_targets)
+            student.apply_gradients()
+            step_done()
+            if (step + 1) % max(1, steps // REPORTS) == 0:
+                log.info("cloning step %d/%d  loss %.4f", step + 1, steps, metrics["loss"])
     student.refuse_not_finite()
     for engine in engines:
         engine.start_from(student)

@@ -11,6 +11,7 @@ from megarl.planning.hardware import GIB, Cluster
 from megarl.planning.memory import RankPlan, plan_ranks
 from megarl.planning.times import Clock, Phase, Rates
 from megarl.planning.work import Work
+from megarl.progress import waiting
 
 MOST_STAGES = 16
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -125,20 +126,21 @@ def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
 def suggest(plan: Plan, most: int = 8) -> list[Plan]:
     """Return fitting layouts of the same GPUs, fastest first: one per TP x PP, with its fastest microbatch size
     and recomputation."""
+    layouts = [each for each in _layouts(plan.work, plan.cluster) if _least(plan.work, each) <= plan.cluster.usable]
     found = []
-    for layout in _layouts(plan.work, plan.cluster):
-        if _least(plan.work, layout) > plan.cluster.usable:
-            continue
-        fitting = []
-        for recompute in RECOMPUTE:
-            for micro in MICRO_BATCHES:
-                if plan.work.global_batch % (micro * layout.dp):
-                    continue
-                other = make_plan(plan.work.on(layout, micro=micro, recompute=recompute), plan.cluster, plan.rates)
-                if other.fits:
-                    fitting.append(other)
-        if fitting:
-            found.append(min(fitting, key=lambda plan: plan.seconds))
+    with waiting("planning other layouts", len(layouts)) as layout_done:
+        for layout in layouts:
+            fitting = []
+            for recompute in RECOMPUTE:
+                for micro in MICRO_BATCHES:
+                    if plan.work.global_batch % (micro * layout.dp):
+                        continue
+                    other = make_plan(plan.work.on(layout, micro=micro, recompute=recompute), plan.cluster, plan.rates)
+                    if other.fits:
+                        fitting.append(other)
+            if fitting:
+                found.append(min(fitting, key=lambda plan: plan.seconds))
+            layout_done()
     return sorted(found, key=lambda plan: plan.seconds)[:most]
 
 

@@ -26,6 +26,7 @@ from megarl.models.exchange.families import require_family
 from megarl.models.exchange.pretrained import Sources, resolve_pretrained
 from megarl.models.exchange.source import family_name
 from megarl.modules.base import Module
+from megarl.progress import choose_display
 from megarl.run.exp_manager import attach_nemo_exp_manager
 from megarl.run.owner import RunLock, owned
 from megarl.run.run_folder import RunFolder, resolve_run_dir
@@ -115,6 +116,7 @@ def _build(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, 
     run_dir = folder.path
     with _writing(run_dir):
         setup(run_dir, rank=process_number(), debug=config.debug)
+    choose_display(config.trainer.progress)
     config, sources = resolve_pretrained(config)
     for exported in config.export.folders.values():
         refuse_existing(local(exported))

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from megarl import progress as waits
 from megarl.callbacks import progress
 from megarl.callbacks.progress import PlainProgress, RichProgress, RunProgress, duration, make_progress
 from megarl.callbacks.throughput import Throughput
+from megarl.clock import Clock
 from megarl.errors import ConfigError
 from tests.callbacks.tiny import Ticks, Tiny, train
 from tests.refusals import refused
@@ -60,6 +62,34 @@ def test_rich_bar_shows_steps_metrics_and_last_evaluation():
     assert "4/4" in shown
     assert "loss 3.2500  grad norm 1.500  lr 5.00e-01" in shown
     assert "last evaluation: loss 2.5" in shown
+
+
+def test_rich_bar_says_what_a_long_phase_does():
+    screen = io.StringIO()
+    module = Tiny([1.0])
+    module.clock = Clock()
+
+    def phase(step: int) -> None:
+        for section in ("generate", "score"):
+            with module.clock.part(section):
+                shown.append(screen.getvalue())
+
+    shown: list[str] = []
+    module.in_step = phase
+    train(module, [RichProgress(1, console=Console(file=screen, force_terminal=True, width=120))], steps=1)
+    assert "now: generate" in shown[0]
+    assert "now: score" not in shown[0]
+    assert "now: score" in shown[1]
+    assert "now:" not in screen.getvalue().splitlines()[-1]
+
+
+def test_rich_bar_keeps_other_bars_off_the_terminal(monkeypatch):
+    taken = []
+    module = Tiny([1.0])
+    module.in_step = lambda step: taken.append(waits._Shown.busy)
+    train(module, [RichProgress(1, console=Console(file=io.StringIO(), force_terminal=True))], steps=1)
+    assert taken == [True]
+    assert not waits._Shown.busy
 
 
 def test_rich_bar_lets_go_of_the_terminal_when_the_run_fails():

@@ -57,9 +57,13 @@ def clone(folder: Path) -> Path:
 @pytest.mark.gate
 def test_make_demo_works_in_a_fresh_clone(tmp_path: Path) -> None:
     fresh = clone(tmp_path / "clone")
-    run("make", "demo", cwd=fresh, timeout=3000, without=UNSEEN)
+    done = run("make", "demo", cwd=fresh, timeout=3000, without=UNSEEN)
+    assert done.stdout.splitlines()[-1] == "all metrics: runs/demo/metrics.csv"
     summary = json.loads((fresh / "runs" / "demo" / "summary.json").read_text())
     assert summary["status"] == "finished"
+    learned = summary["metrics"]["eval/optimality"]
+    assert learned["first"] < 0.7
+    assert learned["last5"] > 0.9
     assert run("git", "status", "--porcelain", cwd=fresh, timeout=60).stdout == ""
 
 

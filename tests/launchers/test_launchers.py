@@ -132,6 +132,20 @@ def test_what_would_end_the_same_way_is_not_started_again(left: str, code: int, 
     assert len((tmp_path / "starts").read_text().splitlines()) == starts
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_installed_package_is_not_made_a_folder_of_modules(installed: bool, tmp_path: Path) -> None:
+    """Python would find megarl/logging.py in the place of its own logging."""
+    home = tmp_path / "site-packages" / "megarl" if installed else tmp_path / "checkout"
+    shutil.copytree(LAUNCHERS, home / "launchers")
+    (home if installed else home / "megarl").mkdir(exist_ok=True)
+    (tmp_path / "python").write_text('#!/bin/sh\necho "found: $PYTHONPATH" >&2\n')
+    (tmp_path / "python").chmod(0o755)
+    environ = {**job(1), "MEGARL_DRY_RUN": "1", "MEGARL_PYTHON": str(tmp_path / "python"), "PATH": os.environ["PATH"]}
+    command = ["bash", str(home / "launchers" / "sft.sh")]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.stderr == f"found: {'' if installed else home}\n"
+
+
 def test_a_preset_for_gpus_does_not_start_on_cpus_by_itself(tmp_path: Path) -> None:
     done = launch(tmp_path, "sft.sh", "trainer.accelerator=gpu", **job(1, gpus=0), MEGARL_PYTHON=sys.executable)
     assert_command_refused(done, "MEGARL_DEVICE=cpu")

@@ -19,6 +19,7 @@ from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import copy_slice, is_sharded, partition_dim
 from megarl.parallel.shards import run_on_all_ranks
+from megarl.progress import waiting
 
 
 @torch.no_grad()
@@ -38,28 +39,33 @@ def load(chunk: Any, source: Source, grid: Grid, leave: Collection[str] = ()) ->
     if "lm" in chunk.heads and not source.has_output:
         raise no_output_layer("model.path", str(source.path))
 
-    def fill() -> None:
-        for name, parameter in chunk.global_names():
-            if name in held:
-                _fill(name, parameter, source, grid.tp_rank, grid.layout.tp)
-                _refuse_not_finite(name, parameter, source)
-            elif name.startswith(TRUNK) and ADAPTER not in name and name not in leave:
-                raise CheckpointError(
-                    f"{source.path} has no {name}: it belongs to another model", key=name, where=source.path
-                )
+    parameters, quantised = list(chunk.global_names()), list(quantised_linears(chunk))
 
-        for name, linear in quantised_linears(chunk):
-            if name not in held and name not in leave:
-                raise CheckpointError(
-                    f"{source.path} has no {name}: it belongs to another model", key=name, where=source.path
-                )
-            if name in held:
-                try:
-                    quantise_into(linear, source.read(name))
-                except NumericsError as problem:
-                    refused = problem.within(f"{source.path}: {name}")
-                    refused.key = name
-                    raise refused from None
+    def fill() -> None:
+        with waiting(f"loading {source.path.name}", len(parameters) + len(quantised)) as tensor_done:
+            for name, parameter in parameters:
+                if name in held:
+                    _fill(name, parameter, source, grid.tp_rank, grid.layout.tp)
+                    _refuse_not_finite(name, parameter, source)
+                elif name.startswith(TRUNK) and ADAPTER not in name and name not in leave:
+                    raise CheckpointError(
+                        f"{source.path} has no {name}: it belongs to another model", key=name, where=source.path
+                    )
+                tensor_done()
+
+            for name, linear in quantised:
+                if name not in held and name not in leave:
+                    raise CheckpointError(
+                        f"{source.path} has no {name}: it belongs to another model", key=name, where=source.path
+                    )
+                if name in held:
+                    try:
+                        quantise_into(linear, source.read(name))
+                    except NumericsError as problem:
+                        refused = problem.within(f"{source.path}: {name}")
+                        refused.key = name
+                        raise refused from None
+                tensor_done()
 
     run_on_all_ranks(grid, fill)
 
