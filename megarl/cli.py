@@ -32,6 +32,8 @@ _OTHER_NAMES = {
     "reward": "rm",
     "reward-model": "rm",
     "eval": "evaluate",
+    "tune": "sweep",
+    "search": "sweep",
     "serve": "serve-reward",
     "sample": "generate",
     "export": "convert",

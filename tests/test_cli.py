@@ -218,6 +218,9 @@ WRONG: list[tuple[str, str]] = [
     ("convert form=my-sft to=exported", "from"),
     ("convert from=my-sft to=exported", "config.json"),
     ("plan +conf=gpt20b cluster.gpuss=64", "cluster.gpus"),
+    ("sweep sft sweep.optim.lr=uniform(0,1)", "sweep.metric=eval/loss"),
+    ("sweep stf sweep.metric=eval/loss", "megarl sweep sft"),
+    ("sweep sft sweep.metric=eval/loss sweep.optim.rl=uniform(0,1)", "optim.lr"),
     ("selftest tpp=2", "tp"),
     ("why-stuck runs/none", "name the folder of a run"),
 ]
@@ -265,6 +268,8 @@ def imported(argv: list[str], folder: Path) -> tuple[int, set[str]]:
         (["ppo", "+conf=randomwalk"], 2),
         (["plan", "cluster.gpuss=1"], 2),
         (["plan", "--help"], 0),
+        (["sweep", "--help"], 0),
+        (["sweep", "sft", "sweep.metirc=a"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
@@ -328,6 +333,10 @@ def test_the_version_and_the_module_are_those_of_the_package() -> None:
     [
         ("megarl pp", ["ppo"]),
         ("megarl se", ["selftest", "serve-reward"]),
+        ("megarl sweep pp", ["ppo"]),
+        ("megarl sweep ppo sweep.ki", ["sweep.kind="]),
+        ("megarl sweep ppo sweep.optim.l", ["sweep.optim.lr="]),
+        ("megarl sweep ppo sweep.kind=g", ["sweep.kind=grid"]),
         ("megarl ppo optim.l", ["optim.lr="]),
         ("megarl ppo model.norm=", ["model.norm=layernorm", "model.norm=rmsnorm"]),
         ("megarl ppo data.pack=t", []),

@@ -14,6 +14,7 @@ from megarl.config.help import about_optional, groups, in_force, presets, shown,
 from megarl.config.leaf import leaves, optional_sections
 from megarl.config.preset_files import GROUP
 from megarl.config.resources import shown_resource
+from megarl.config.sweep import SweepConfig
 
 _PREAMBLE = """# Configuration
 
@@ -69,6 +70,10 @@ def page() -> str:
                 section = head
             kind = ", ".join(leaf.choices) or type_name(leaf)
             lines.append(f"| `{leaf.key}` | {kind} | `{shown(portable(in_force(plain, leaf)))}` | {leaf.doc} |")
+    lines += ["", "## Keys of `megarl sweep`", "", "| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for leaf in leaves(SweepConfig):
+        kind = ", ".join(leaf.choices) or type_name(leaf)
+        lines.append(f"| `sweep.{leaf.key}` | {kind} | `{shown(leaf.default)}` | {leaf.doc} |")
     return "\n".join([*lines, "", _ABOUT_PROCESSES])
 
 
