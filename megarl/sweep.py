@@ -26,7 +26,7 @@ from megarl.errors import ConfigError, MegarlError
 from megarl.trials.folder import SweepFolder
 from megarl.trials.jobs import Backend, Job, LocalJobs, RayJobs, Running
 from megarl.trials.plan import USAGE, Plan, make_search, read
-from megarl.trials.results import as_csv, metric_of, table
+from megarl.trials.results import as_csv, last_error, metric_of, table
 from megarl.trials.search import RandomSearch, Search, Step
 
 _POLL_S, _PATIENCE_S = 0.2, 600.0
@@ -147,15 +147,6 @@ def command(plan: Plan, step: Step, folder: Path) -> list[str]:
     budget = [f"{plan.budget_key}={step.budget}"] if step.budget else []
     own = [f"{key}={value}" for key, value in step.settings.items()]
     return [*program, *plan.settings, *own, *budget, f"run.dir={written(str(folder / 'run'))}"]
-
-
-def last_error(log: Path) -> str:
-    """Return the last line of a log that starts with "error: ", without that; empty if there is none."""
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition("error: ")[2] for line in reversed(lines) if line.startswith("error: ")), "")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from megarl.config.algorithms import entry_points
+from megarl.config.compare import CompareConfig
 from megarl.config.compose import compose
 from megarl.config.help import about_optional, groups, in_force, presets, shown, type_name
 from megarl.config.leaf import leaves, optional_sections
@@ -70,10 +71,12 @@ def page() -> str:
                 section = head
             kind = ", ".join(leaf.choices) or type_name(leaf)
             lines.append(f"| `{leaf.key}` | {kind} | `{shown(portable(in_force(plain, leaf)))}` | {leaf.doc} |")
-    lines += ["", "## Keys of `megarl sweep`", "", "| key | type | default | meaning |", "| --- | --- | --- | --- |"]
-    for leaf in leaves(SweepConfig):
-        kind = ", ".join(leaf.choices) or type_name(leaf)
-        lines.append(f"| `sweep.{leaf.key}` | {kind} | `{shown(leaf.default)}` | {leaf.doc} |")
+    for name, kinds in (("sweep", SweepConfig), ("compare", CompareConfig)):
+        lines += ["", f"## Keys of `megarl {name}`", ""]
+        lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+        for leaf in leaves(kinds):
+            kind = ", ".join(leaf.choices) or type_name(leaf)
+            lines.append(f"| `{name}.{leaf.key}` | {kind} | `{shown(leaf.default)}` | {leaf.doc} |")
     return "\n".join([*lines, "", _ABOUT_PROCESSES])
 
 

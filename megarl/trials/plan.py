@@ -79,7 +79,7 @@ def read(argv: Sequence[str]) -> Plan:
     """Return the sweep that a command line describes. Raise for what cannot be a sweep."""
     words = [word for word in argv if word != "--"]
     if not words or words[0] not in ALGORITHMS:
-        raise _no_algorithm(words[0] if words else "")
+        raise no_algorithm(words[0] if words else "", "sweep", USAGE)
     algorithm, words = words[0], words[1:]
     own = {word.partition("=")[0]: word.partition("=")[2] for word in words if word.startswith("sweep.")}
     settings = [word for word in words if not word.startswith("sweep.")]
@@ -110,12 +110,13 @@ def read(argv: Sequence[str]) -> Plan:
     return plan
 
 
-def _no_algorithm(word: str) -> ConfigError:
+def no_algorithm(word: str, command: str, usage: str) -> ConfigError:
+    """Return the error for a command of megarl whose first word is no algorithm."""
     near = difflib.get_close_matches(word.lower(), ALGORITHMS, n=1, cutoff=0.5)
-    meant = f"did you mean megarl sweep {near[0]}? " if near else ""
+    meant = f"did you mean megarl {command} {near[0]}? " if near else ""
     said = f"'{shown(word)}' is not an algorithm" if word else "an algorithm comes first"
     return ConfigError(
-        f"{said}: {meant}algorithms are {', '.join(ALGORITHMS)}; usage: {USAGE}",
+        f"{said}: {meant}algorithms are {', '.join(ALGORITHMS)}; usage: {usage}",
         key="ALGORITHM",
         value=word or None,
         offers={"ALGORITHM": near or list(ALGORITHMS)},

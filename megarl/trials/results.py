@@ -50,6 +50,15 @@ def metric_of(run: Path, metric: str, value: str = "last", key: str = "sweep.met
     )
 
 
+def last_error(log: Path) -> str:
+    """Return the last line of a log that starts with "error: ", without that; empty if there is none."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition("error: ")[2] for line in reversed(lines) if line.startswith("error: ")), "")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return rows as text with aligned columns; columns of numbers are aligned at the right."""
     cells = [list(header), *map(list, rows)]

@@ -45,7 +45,9 @@ def test_a_sweep_that_is_killed_again_and_again_ends_alike(kind: str, tmp_path: 
     while True:
         process = subprocess.Popen(command(killed, kind, 2), stderr=subprocess.PIPE)
         before, goal, end = checkpoints(killed), draw.randint(1, 8), time.monotonic() + PATIENCE_S
-        while process.poll() is None and len(checkpoints(killed) - before) < goal:
+        new: set[Path] = set()
+        while process.poll() is None and len(new) < goal:
+            new |= checkpoints(killed) - before
             assert time.monotonic() < end
             time.sleep(0.02)
         if process.poll() is not None:
