@@ -72,9 +72,9 @@ def read(argv: Sequence[str]) -> Comparison:
         )
     settings = others[2:]
     sides = [read_side(word) for word in others[:2]]
-    for words in (settings, *(side.words for side in sides)):
-        check_arguments(words, tree)
-        for word in words:
+    for given in (settings, *(side.words for side in sides)):
+        check_arguments(given, tree)
+        for word in given:
             if (key := word.lstrip("+").partition("=")[0]) in ("seed", "run.dir", "run.name"):
                 instead = "compare.first_seed and compare.seeds" if key == "seed" else "compare.dir"
                 raise ConfigError(f"{key} is set by the comparison for every run: set {instead} instead", key=key)

@@ -147,7 +147,7 @@ class TerminalChat:
                         speaker.conversation = conversation
                     say(f"error: {error}")
 
-    def _carry_out(self, command: Command) -> Iterator[Order]:
+    def _carry_out(self, command: Command) -> Generator[Order, Any, None]:
         name, rest = command.name, command.rest
         if not name:
             yield from self._ask(rest)
@@ -182,7 +182,7 @@ class TerminalChat:
         unanswered = bool(loaded.turns) and loaded.turns[-1]["role"] == "user"
         _tell(f"({len(loaded.turns)} messages" + ("; /retry answers the last one)" if unanswered else ")"))
 
-    def _ask(self, text: str) -> Iterator[Order]:
+    def _ask(self, text: str) -> Generator[Order, Any, None]:
         """Let every model answer a message."""
         self.turn += 1
         for number, speaker in enumerate(self.speakers):
@@ -231,7 +231,7 @@ class TerminalChat:
             raise DataError("there is nothing to save: the conversation is empty", key="/save")
         return [one for one in self.speakers if one.conversation.turns]
 
-    def _compare(self, path: str) -> Iterator[Order]:
+    def _compare(self, path: str) -> Generator[Order, Any, None]:
         """Open a second model, which takes over what was said; `off` closes it."""
         if len(self.speakers) > 1:
             del self.speakers[1:]

@@ -46,11 +46,13 @@ def suggest(points: Sequence[Sequence[float]], gains: Sequence[float], seed: int
 def _kernel(a: Floats, b: Floats, scale: float) -> Floats:
     """Return the Matern 5/2 kernel [a, b] of points."""
     distance = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1)) * (sqrt(5.0) / scale)
-    return (1.0 + distance + distance**2 / 3.0) * np.exp(-distance)
+    value: Floats = (1.0 + distance + distance**2 / 3.0) * np.exp(-distance)
+    return value
 
 
 def _factor(x: Floats, scale: float, noise: float) -> Floats:
-    return np.linalg.cholesky(_kernel(x, x, scale) + (noise + 1e-8) * np.eye(len(x)))
+    lower: Floats = np.linalg.cholesky(_kernel(x, x, scale) + (noise + 1e-8) * np.eye(len(x))).astype(np.float64)
+    return lower
 
 
 def _log_likelihood(x: Floats, y: Floats, scale: float, noise: float) -> float:
@@ -71,4 +73,5 @@ def _expected_improvement(mean: Floats, deviation: Floats, best: float) -> Float
     z = (mean - best) / deviation
     below = np.array([0.5 * (1.0 + erf(value / sqrt(2.0))) for value in z])
     density = np.exp(-0.5 * z**2) / sqrt(2.0 * pi)
-    return deviation * (z * below + density)
+    improvement: Floats = deviation * (z * below + density)
+    return improvement

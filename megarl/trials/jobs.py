@@ -134,7 +134,7 @@ def _end_with_parent() -> Callable[[], None] | None:
 
 
 class _RayJob:
-    pid = None
+    pid: int | None = None
 
     def __init__(self, ray: Any, result: Any) -> None:
         self._ray, self._result = ray, result
