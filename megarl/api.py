@@ -201,9 +201,10 @@ class Trained:
                 made = api.create_repo(repo_id, private=private, exist_ok=True)
                 found = api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=commit_message)
             except (HfHubHTTPError, HFValidationError, OSError) as problem:
+                said = first_line(problem).rstrip(".")
                 raise UnavailableError(
-                    f"push_to_hub(repo_id='{repo_id}') failed ({first_line(problem).rstrip('.')}): check the name, the network and the "
-                    "token (hf auth login, or HF_TOKEN)",
+                    f"push_to_hub(repo_id='{repo_id}') failed ({said}): check the name, the network and the token (hf "
+                    "auth login, or HF_TOKEN)",
                     key="repo_id",
                     value=repo_id,
                     where=repo_id,

@@ -32,6 +32,9 @@ _OTHER_NAMES = {
     "reward": "rm",
     "reward-model": "rm",
     "eval": "evaluate",
+    "diff": "compare",
+    "tune": "sweep",
+    "search": "sweep",
     "serve": "serve-reward",
     "sample": "generate",
     "export": "convert",
@@ -53,7 +56,6 @@ def help_text() -> str:
         "\n".join(
             [
                 "usage: megarl COMMAND [KEY=VALUE ...]         megarl COMMAND --help",
-                "",
                 "Train:",
                 *(f"  {line}" for line in trained),
                 "Use a model, or prepare a run:",

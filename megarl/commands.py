@@ -21,6 +21,8 @@ PROGRAMS = {
     "chat": ("generate", "talk to a model in the terminal"),
     "evaluate": ("evaluate", "measures of a model on held-out prompts"),
     "serve-reward": ("serve_reward", "a reward model over HTTP"),
+    "sweep": ("sweep", "many runs that search for good settings"),
+    "compare": ("compare", "two settings or revisions on the same seeds"),
     "convert": ("convert", "a model in another format"),
     "plan": ("plan", "memory and time of a run, before it is queued"),
     "selftest": ("selftest", "does a layout compute the same numbers here?"),

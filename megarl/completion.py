@@ -84,10 +84,36 @@ def _candidates(before: list[str], typed: str) -> Iterator[str]:
     }
     if command == "show":
         yield from _presets()
+    elif command in ("sweep", "compare"):
+        yield from _settings_of_many(command, before[1:], typed)
     elif command in words:
         yield from words[command]
     elif command in ALGORITHMS or command in PROGRAMS:
         yield from _settings(command, typed, asks="--help" in before)
+
+
+def _settings_of_many(command: str, before: list[str], typed: str) -> Iterator[str]:
+    """Yield algorithms, then the keys of a sweep or a comparison, and those of the algorithm."""
+    from megarl.config.compare import CompareConfig
+    from megarl.config.leaf import leaves
+    from megarl.config.sweep import SweepConfig
+
+    if not before or before[0] not in ALGORITHMS:
+        yield from (*ALGORITHMS, *_FLAGS[:1])
+        return
+    tree = SweepConfig if command == "sweep" else CompareConfig
+    own = {f"{command}.{leaf.key}": leaf.choices for leaf in leaves(tree)}
+    key, equals, _ = typed.partition("=")
+    if equals and key in own:
+        yield from (f"{key}={choice}" for choice in own[key])
+    elif typed.startswith(f"{command}.") and not equals:
+        yield from (f"{name}=" for name in own)
+        if command == "sweep":
+            yield from (f"sweep.{each}" for each in _settings(before[0], typed.removeprefix("sweep."), asks=False))
+    else:
+        yield f"{command}."
+        yield from _presets() if command == "compare" and len(before) < 3 else ()
+        yield from _settings(before[0], typed, asks=False)
 
 
 def _settings(command: str, typed: str, *, asks: bool) -> Iterator[str]:

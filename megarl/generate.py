@@ -7,26 +7,28 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from megarl.command import printable, process_number
+from megarl.command import process_number
 from megarl.config.compose import run
 from megarl.config.files import SUFFIXES, data_suffix, load_chat_template
 from megarl.config.world import local_devices
 from megarl.disk import is_file, local, require_new, shown, why_missing, writable
-from megarl.errors import ConfigError, DataError
+from megarl.errors import ConfigError, DataError, MegarlError
 from megarl.progress import choose_display, shows_bars, waiting_for_imports
 
 if TYPE_CHECKING:
     from megarl.config.generate import GenerateConfig
     from megarl.data.prompts import Prompt
+    from megarl.models.exchange.pretrained import Sources
+    from megarl.parallel.grid import Grid
     from megarl.rollout.generator import Generator
-    from megarl.rollout.requests import Rollout, Sampling
+    from megarl.rollout.requests import Request, Rollout
+    from megarl.terminal_chat import Answer, Speaker, TerminalChat
     from megarl.tokenizers import Tokenizer
-
-CHAT_HELP = "Type a message; /reset forgets the conversation, /quit (or an empty line) ends it."
 
 
 def generate(config: "GenerateConfig") -> int:
@@ -90,18 +92,64 @@ def _check_out(out: str) -> None:
         ) from None
 
 
+@dataclass
+class _Resolved:
+    """A model that is found and checked, but not built."""
+
+    config: "GenerateConfig"
+    sources: "Sources"
+    tokenizer: "Tokenizer"
+    vocab_size: int
+    heads: tuple[str, ...]
+
+
+def _resolved(config: "GenerateConfig") -> _Resolved:
+    """Find the model of a configuration, with its shape and tokenizer."""
+    from megarl.models.build import vocabulary
+    from megarl.models.exchange.pretrained import resolve_pretrained
+    from megarl.rollout.guided import policy_heads
+    from megarl.tokenizers import build_tokenizer
+
+    config, sources = resolve_pretrained(config)
+    heads = policy_heads(sources.at(config.model.path))
+    tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
+    return _Resolved(config, sources, tokenizer, vocabulary(config.model, tokenizer), heads)
+
+
+def _generator(resolved: _Resolved, grid: "Grid") -> "Generator":
+    """Build a model on a grid, and return a generator with it."""
+    from megarl.models.build import build_engine
+    from megarl.models.roles import Role
+    from megarl.rollout.generator import Generator, Limits
+    from megarl.rollout.guided import scorer_for
+
+    config, tokenizer = resolved.config, resolved.tokenizer
+    settings = config.rollout.engine_settings
+    source = resolved.sources.at(config.model.path)
+    engine = build_engine(
+        Role("policy", config.model, resolved.vocab_size, resolved.heads, source=source),
+        grid,
+        config.parallel,
+        precision=config.trainer.precision,
+        seed=config.seed,
+    )
+    return Generator(
+        engine,
+        tokenizer.eos_id,
+        seed=config.seed,
+        also_eos=tokenizer.stop_ids(config.chat_template)[1:],
+        limits=Limits(settings.slots, settings.cache_bytes, graphs=settings.cuda_graphs),
+        decode=tokenizer.decode,
+        token_scorer=scorer_for(resolved.heads, config.rollout.ilql_beta),
+    )
+
+
 @contextmanager
 def open_generator(
     config: "GenerateConfig",
 ) -> "Iterator[tuple[Generator, Tokenizer, list[Prompt]]]":
     """Yield a generator with the model on the processes of the world, its tokenizer, and the configured prompts."""
-    from megarl.models.build import build_engine, vocabulary
-    from megarl.models.exchange.pretrained import resolve_pretrained
-    from megarl.models.roles import Role
     from megarl.parallel.grid import grid_of_world
-    from megarl.rollout.generator import Generator, Limits
-    from megarl.rollout.guided import policy_heads, scorer_for
-    from megarl.tokenizers import build_tokenizer
 
     settings = config.rollout.engine_settings
     if settings.layout is not None:
@@ -111,31 +159,12 @@ def open_generator(
             key="rollout.engine.layout",
             value=settings.layout,
         )
-    config, sources = resolve_pretrained(config)
-    source = sources.at(config.model.path)
-    heads = policy_heads(source)
-    tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
-    vocab_size = vocabulary(config.model, tokenizer)
-    prompts = [] if config.prompts is None else read_prompts(config, tokenizer, vocab_size)
+    resolved = _resolved(config)
+    config, tokenizer = resolved.config, resolved.tokenizer
+    prompts = [] if config.prompts is None else read_prompts(config, tokenizer, resolved.vocab_size)
     with grid_of_world(config) as grid:
-        engine = build_engine(
-            Role("policy", config.model, vocab_size, heads, source=source),
-            grid,
-            config.parallel,
-            precision=config.trainer.precision,
-            seed=config.seed,
-        )
-        del source
-        sources.close()
-        generator = Generator(
-            engine,
-            tokenizer.eos_id,
-            seed=config.seed,
-            also_eos=tokenizer.stop_ids(config.chat_template)[1:],
-            limits=Limits(settings.slots, settings.cache_bytes, graphs=settings.cuda_graphs),
-            decode=tokenizer.decode,
-            token_scorer=scorer_for(heads, config.rollout.ilql_beta),
-        )
+        generator = _generator(resolved, grid)
+        resolved.sources.close()
         yield generator, tokenizer, prompts
         generator.close()
 
@@ -307,53 +336,122 @@ def _progress(config: "GenerateConfig", total: int, first: bool) -> Iterator[Cal
 
 
 def chat(config: "GenerateConfig", generator: "Generator", tokenizer: "Tokenizer") -> None:
-    """Run a conversation. The first rank reads the terminal and shows the responses; all ranks compute them."""
+    """Run a conversation. The first rank reads the terminal and shows the answers; all ranks compute them."""
+    from megarl.terminal_chat import Answer, Open, TerminalChat, interrupts
+
+    grid = generator.grid
+    first = grid.rank == 0
+    generators = [generator]
+    speaker = _speaker(config, generator, tokenizer)
+    speaker.conversation.system = config.system
+    terminal = TerminalChat(speaker, config.rollout)
+    steps = terminal.orders()
+    result: Any = None
+    try:
+        while (order := grid.run_on_rank0(partial(_next_order, steps, result))) is not None:
+            with interrupts(ignored=not first) as interrupted:
+                try:
+                    if isinstance(order, Answer):
+                        result = _answer_turn(
+                            order, generators[order.speaker], terminal if first else None, interrupted
+                        )
+                    elif isinstance(order, Open):
+                        opened, its_tokenizer, other = open_second(config, order.path, grid)
+                        generators.append(opened)
+                        result = _speaker(other, opened, its_tokenizer)
+                    else:
+                        generators.pop().close()
+                        result = None
+                except MegarlError as error:
+                    result = error
+    finally:
+        for opened in generators[1:]:
+            opened.close()
+
+
+def _next_order(steps: Any, result: Any) -> Any:
+    """Hand the result of the last order to the terminal. Return its next order, None at the end of the chat."""
+    try:
+        return steps.send(result)
+    except StopIteration:
+        return None
+
+
+def _answer_turn(
+    order: "Answer", generator: "Generator", terminal: "TerminalChat | None", interrupted: Callable[[], bool]
+) -> str:
+    """Sample an answer and return its text. The terminal, on the first rank, shows every token and hears of Ctrl-C."""
     from megarl.rollout.noise import EVALUATION
     from megarl.rollout.requests import Request, sampling_from
 
-    context = generator.config.max_positions
-    sampling = _limit_to_half_context(sampling_from(config.rollout), context)
-    first = generator.grid.rank == 0
-    opening: list[dict[str, str]] = [] if config.system is None else [{"role": "system", "content": config.system}]
-    messages = list(opening)
-    if first:
-        sys.stderr.write(CHAT_HELP + "\n")
-    for turn in range(1_000_000):
-        line: str = generator.grid.run_on_rank0(_read_line)
-        if line in ("", "/quit"):
-            return
-        if line == "/reset":
-            messages = list(opening)
-            continue
-        messages.append({"role": "user", "content": line})
-        tokens = tokenizer.encode_chat_prompt(messages, config.chat_template)
-        newest = tuple(tokens[-max(1, context - sampling.max_new_tokens) :])
-        if first and len(newest) < len(tokens):
-            sys.stderr.write(f"(the model reads the last {len(newest)} of this conversation's {len(tokens)} tokens)\n")
-        request = Request(0, 0, newest, sampling)
-        (rollout,) = generator.generate([request], stream=EVALUATION, phase=turn)
-        text = tokenizer.decode(rollout.response_without_eos)
-        messages.append({"role": "assistant", "content": text})
-        if first:
-            sys.stdout.write(printable(text) + "\n")
-            sys.stdout.flush()
+    sampling = replace(sampling_from(order.settings), max_new_tokens=order.max_new_tokens)
+    grid = generator.grid
+    stopped = False
+
+    def on_tokens(sampled: "list[tuple[Request, int]]") -> bool:
+        nonlocal stopped
+        if terminal is not None and not stopped:
+            for _, token in sampled:
+                terminal.take(token)
+        # Only with one replica do all ranks call this, as the others have nothing to answer.
+        stopped = stopped or (grid.layout.dp == 1 and grid.run_on_rank0(interrupted))
+        return stopped
+
+    request = Request(0, 0, order.tokens, sampling)
+    (rollout,) = generator.generate([request], stream=EVALUATION, phase=order.turn, on_tokens=on_tokens)
+    if terminal is None:
+        return ""
+    return terminal.finish(rollout.response_without_eos, stopped=stopped)
 
 
-def _limit_to_half_context(sampling: "Sampling", max_positions: int) -> "Sampling":
-    """Limit responses to half of a small context, so that the other half is left for the conversation."""
-    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, max(1, max_positions // 2)))
+def open_second(config: "GenerateConfig", path: str, grid: "Grid") -> "tuple[Generator, Tokenizer, GenerateConfig]":
+    """Return a generator with another model on the same processes, its tokenizer and its configuration."""
+    from megarl.config.files import require_model, require_weights
+    from megarl.config.sections.tokenizer import TokenizerConfig
+
+    require_weights(path, "/compare")
+    require_model(path, "/compare")
+    other = replace(config, model=replace(config.model, path=path), tokenizer=TokenizerConfig(), prompts=None)
+    resolved = _resolved(other)
+    try:
+        return _generator(resolved, grid), resolved.tokenizer, resolved.config
+    finally:
+        resolved.sources.close()
 
 
-def _read_line() -> str:
-    if sys.stdin.isatty():
-        sys.stderr.write("> ")
-        sys.stderr.flush()
-    return sys.stdin.readline().strip()
+def _speaker(config: "GenerateConfig", generator: "Generator", tokenizer: "Tokenizer") -> "Speaker":
+    from megarl.terminal_chat import Speaker
+
+    return Speaker(
+        config.model.path or "random weights",
+        tokenizer,
+        generator.config.max_positions,
+        (generator.eos_id, *generator.also_eos),
+        config.chat_template,
+        config.plain,
+    )
 
 
 def main() -> None:
-    """Run the command. `--chat` is short for chat=true."""
-    run("generate", ["chat=true" if word == "--chat" else word for word in sys.argv[1:]], generate)
+    """Run the command. `--chat` is short for chat=true, and `--system TEXT` for system=TEXT with any characters."""
+    argv, system = _without_system(["chat=true" if word == "--chat" else word for word in sys.argv[1:]])
+    run("generate", argv, lambda config: generate(config if system is None else replace(config, system=system)))
+
+
+def _without_system(argv: list[str]) -> tuple[list[str], str | None]:
+    """Return a command line without `--system TEXT` or `--system=TEXT`, and the text."""
+    kept: list[str] = []
+    system = None
+    words = iter(argv)
+    for word in words:
+        if word == "--system":
+            system = next(words, None)
+            kept += [word] if system is None else []  # refused as an unknown flag
+        elif word.startswith("--system="):
+            system = word.removeprefix("--system=")
+        else:
+            kept.append(word)
+    return kept, system
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ from typing import Any
 import megarl
 from megarl.command import run_command
 from megarl.config.algorithms import ALGORITHMS
-from megarl.config.arguments import check_arguments
 from megarl.config.cluster import PlanConfig
 from megarl.config.compose import compose
 from megarl.config.leaf import leaves, sections
+from megarl.config.own_keys import read_own_keys
 from megarl.config.rules import check
-from megarl.config.values import check_values
 from megarl.config.world import local_devices
-from megarl.disk import shown
 from megarl.errors import ConfigError
 from megarl.progress import waiting_for_imports
 
@@ -41,26 +39,7 @@ def split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def read(own: list[str]) -> PlanConfig:
     """Return the plan's own keys, typed and checked."""
-    check_arguments(own, PlanConfig)
-    from omegaconf import OmegaConf
-
-    from megarl.config.explain import EXPLAINED, explain
-
-    for word in own:
-        try:
-            OmegaConf.from_dotlist([word])
-        except EXPLAINED as error:
-            raise ConfigError(
-                f"'{shown(word)}' cannot be read: {' '.join(str(error).split())}", key=shown(word)
-            ) from error
-    try:
-        given = OmegaConf.from_dotlist(own)
-        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PlanConfig), given))
-    except EXPLAINED as error:
-        raise explain(error, PlanConfig, own) from error
-    check_values(config)
-    plan: PlanConfig = config
-    return plan
+    return read_own_keys(PlanConfig, own)
 
 
 def compose_run(plan: PlanConfig, argv: list[str]) -> tuple[Any, int]:

@@ -62,6 +62,7 @@ def test_what_can_be_evaluated_is_not_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     with pytest.raises(SystemExit) as ended:
         run("evaluate", [*WHOLE, "eval.n=4", "eval.vote=number", "out=result.json"], lambda config: 0)

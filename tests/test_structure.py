@@ -29,6 +29,7 @@ FLOORS = {
     "tasks/": 1,
     "chat/": 1,
     "tokenizers/": 1,
+    "trials/": 1,
     "parallel/": 2,
     "models/": 3,
     "checkpoint.py": 3,

@@ -18,10 +18,10 @@ from megarl.clock import Clock
 from megarl.disk import UnreadableError, nan_to_null, parse_object, read_text, write_atomically
 from megarl.errors import one_line
 from megarl.logging import get_logger
+from megarl.trials.results import LOWER_IS_BETTER
 
 logger = get_logger(__name__)
 
-LOWER_IS_BETTER = ("loss", "nll", "perplexity", "kl", "error", "seconds", "memory_gb", "_se")
 _RECENT = 5
 _RESULT_LINE = "{name}: {first:.4g} at first, {last:.4g} at last, best {best:.4g}, mean of the last five {last5:.4g}"
 

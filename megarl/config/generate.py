@@ -53,6 +53,13 @@ class GenerateConfig(Tree):
         False,
         "Talk to the model in the terminal; --chat does the same. Excludes prompts; rollout.n has no effect.",
     )
-    system: str | None = leaf(None, "System message at the beginning of a chat (null: none).")
+    system: str | None = leaf(
+        None, "System message at the beginning of a chat; --system TEXT does the same (null: none)."
+    )
+    plain: bool | None = leaf(
+        None,
+        "Chat without a template: the model continues the text of the conversation, whose messages are joined by line "
+        "feeds (null: only where the tokenizer has no template and cannot encode the built-in one).",
+    )
     rollout: GuidedRolloutConfig = section(GuidedRolloutConfig)
     trainer: DevicesConfig = section(DevicesConfig)

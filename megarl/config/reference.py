@@ -9,11 +9,13 @@ import sys
 from typing import Any
 
 from megarl.config.algorithms import entry_points
+from megarl.config.compare import CompareConfig
 from megarl.config.compose import compose
 from megarl.config.help import about_optional, groups, in_force, presets, shown, type_name
 from megarl.config.leaf import leaves, optional_sections
 from megarl.config.preset_files import GROUP
 from megarl.config.resources import shown_resource
+from megarl.config.sweep import SweepConfig
 
 _PREAMBLE = """# Configuration
 
@@ -69,6 +71,12 @@ def page() -> str:
                 section = head
             kind = ", ".join(leaf.choices) or type_name(leaf)
             lines.append(f"| `{leaf.key}` | {kind} | `{shown(portable(in_force(plain, leaf)))}` | {leaf.doc} |")
+    for name, kinds in (("sweep", SweepConfig), ("compare", CompareConfig)):
+        lines += ["", f"## Keys of `megarl {name}`", ""]
+        lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+        for leaf in leaves(kinds):
+            kind = ", ".join(leaf.choices) or type_name(leaf)
+            lines.append(f"| `{name}.{leaf.key}` | {kind} | `{shown(leaf.default)}` | {leaf.doc} |")
     return "\n".join([*lines, "", _ABOUT_PROCESSES])
 
 

@@ -16,7 +16,7 @@ from megarl.models.cache import KVCache
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.parallel.layout import Layout
-from megarl.rollout.lane import Lane, Masking, Passes
+from megarl.rollout.lane import Lane, Masking, OnTokens, Passes
 from megarl.rollout.noise import TRAINING
 from megarl.rollout.requests import Request, Rollout, check_requests
 from megarl.rollout.schedule import Decode, Schedule, deal
@@ -102,6 +102,7 @@ class Generator:
         phase: int = 0,
         weights_version: int = 0,
         on_finished: Callable[[list[Rollout]], None] | None = None,
+        on_tokens: OnTokens | None = None,
         place: Callable[[int], str] = "prompt {}".format,
     ) -> list[Rollout]:
         """Return the response to every request, sorted by (prompt_id, sample_id), on every rank of the world.
@@ -114,6 +115,8 @@ class Generator:
             phase: phase, which seeds the samples with the stream.
             weights_version: version to store in the rollouts.
             on_finished: called with this replica's responses as they finish.
+            on_tokens: called with this replica's tokens as they are sampled. If it returns True, the running responses
+                end with their next token (with finish_reason "length", if with no other) and no other is started.
             place: returns what messages call a prompt, from its prompt_id.
         """
         # Every rank checks all requests, so that all of them refuse or none does.
@@ -124,7 +127,7 @@ class Generator:
         slots = self._make_cache(requests)
         other = nullcontext() if self.masking is None else _generating(self.masking.engine)
         with torch.no_grad(), _generating(self.engine), other:
-            finished = self._replica(mine, slots, (self.seed, stream, phase), weights_version, on_finished)
+            finished = self._replica(mine, slots, (self.seed, stream, phase), weights_version, on_finished, on_tokens)
         shares: list[Any] = [finished]
         if self.grid.layout.dp > 1:
             shares = [None] * self.grid.layout.dp
@@ -200,6 +203,7 @@ class Generator:
         name: tuple[int, int, int],
         weights_version: int,
         on_finished: Callable[[list[Rollout]], None] | None,
+        on_tokens: OnTokens | None,
     ) -> list[Rollout]:
         # One group of slots per pipeline stage, so that every stage has work.
         groups = self.grid.layout.pp
@@ -223,7 +227,9 @@ class Generator:
         reported = [0] * groups
         while any(lane.busy for lane in lanes):
             for group, lane in enumerate(lanes):
-                lane.finish_turn()
+                if lane.finish_turn(on_tokens):
+                    for other in schedules:
+                        other.end_soon()
                 lane.begin_turn()
                 new = lane.schedule.finished[reported[group] :]
                 reported[group] += len(new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,14 @@ from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid
 from megarl.parallel.rows import ModelInputs
 from megarl.rollout.noise import sequence_key
+from megarl.rollout.requests import Request
 from megarl.rollout.sampling import Drawn, RowSettings, draw, nucleus
 from megarl.rollout.schedule import Schedule
 from megarl.rollout.static import StaticPasses, TokenScorer
+
+OnTokens = Callable[[list[tuple[Request, int]]], bool]
+"""Called with what a turn sampled: the running requests, each with its new token. Returns whether all running responses
+should end with their next token, which every rank of a replica must decide alike."""
 
 
 @dataclass
@@ -115,16 +121,18 @@ class Lane:
         if drawn is not None:
             self._send_drawn(drawn)
 
-    def finish_turn(self) -> None:
-        """Receive the tokens that were sampled in the lane's last turn, and add them to the schedule."""
+    def finish_turn(self, on_tokens: OnTokens | None = None) -> bool:
+        """Receive the tokens that were sampled in the lane's last turn, and add them to the schedule. Return what
+        `on_tokens` returns for them: whether the running responses should end."""
         if not self.under_way:
-            return
+            return False
         self.under_way = False
         tokens, logprobs = self._receive_drawn(self.schedule.rows)
         for work, _ in self.sends:
             work.wait()
         self.sends.clear()
         rows = self.schedule.rows
+        sampled = [] if on_tokens is None else list(zip(self.schedule.running, tokens.tolist(), strict=True))
         if self.seen is not None:
             self._see_drawn(self.seen, tokens)
         for source, target, entries in self.schedule.accept(tokens, logprobs):
@@ -134,6 +142,7 @@ class Lane:
                 self.seen[target] = self.seen[source]
         if self.schedule.fresh or self.schedule.rows != rows:
             self.settings = None
+        return on_tokens is not None and on_tokens(sampled)
 
     # --- passes -----------------------------------------------------------------------------------------------------
 

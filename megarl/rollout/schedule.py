@@ -129,6 +129,11 @@ class Schedule:
             self._start(slot)
         return self._close_up(holes[refilled:])
 
+    def end_soon(self) -> None:
+        """Let every running response end with its next token, and start no other."""
+        self.queue.clear()
+        self._limit[: self.rows] = self._count[: self.rows] + 1
+
     def _start(self, slot: int) -> None:
         """Put the next request of the queue into a slot."""
         request = self.queue.popleft()

@@ -127,13 +127,14 @@ def test_tasks_of_srun_are_one_world(prompts: Path, tmp_path: Path) -> None:
     assert len(lines(out)) == 6
 
 
-def test_a_chat_goes_on_until_an_empty_line(worlds: Worlds) -> None:
-    (written,) = worlds.run(
-        1, entry, ["chat=true", "system=Be brief."], "hello\nand then?\n/reset\nhello\n\nnever read\n"
-    )
-    assert len(written.encode("utf-8", "replace")) > 0
+def test_a_chat_answers_until_it_is_ended(worlds: Worlds) -> None:
+    lines = "hello\n\n/set top_k 0\nand then?\n/quit\nnever read\n"
+    (written,) = worlds.run(1, entry, ["chat=true", "system=Be brief."], lines)
+    (first,) = worlds.run(1, entry, ["chat=true", "system=Be brief."], "hello\n")
+    assert written.startswith(first)
+    assert len(written) > len(first) > 1
     ranks = worlds.run(2, entry, ["chat=true", "parallel.tp=2", "system=Be brief."], "hello\n")
-    assert ranks[0] == written[: len(ranks[0])]  # the same first answer
+    assert ranks[0] == first
     assert ranks[1] == ""
 
 
