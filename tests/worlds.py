@@ -15,6 +15,9 @@ import cloudpickle
 PATIENCE_S = 5.0
 """Seconds that the other ranks have to end after one failed, before the world is given up."""
 
+IMPORTED_ONCE = ("torch", "megatron.core.parallel_state", "megarl.training", "megarl.modules.ppo")
+"""What one process imports, which takes seconds. Every worker process is a copy of it, also one after a killed one."""
+
 
 def _worker(pipe: Connection, index: int, folders: tuple[str, ...]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -53,9 +56,11 @@ class Worlds:
     """Runs a function on every rank of a world of up to four processes and returns the ranks' results in order."""
 
     def __init__(self, *folders: str) -> None:
-        """`folders` are searched for packages first, in the worker processes alone."""
+        """`folders` are searched for packages first, in the worker processes alone, which import all by themselves."""
         self._folders = folders
-        self._context = multiprocessing.get_context("spawn")
+        self._context: Any = multiprocessing.get_context("spawn" if folders else "forkserver")
+        if not folders:
+            self._context.set_forkserver_preload(list(IMPORTED_ONCE))
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not needed(), reason="the table is made on machi
 TINY = {"layers": 1, "width": 16, "heads": 2, "ffn": 32, "vocab_size": 40, "batch": 2, "length": 12}
 
 
-def test_a_side_of_ours_prints_its_model_and_its_steps_and_its_memory(tmp_path: Path) -> None:
+def test_a_side_of_ours_prints_its_model_and_its_steps(tmp_path: Path) -> None:
     job = adapters.write_job(adapters.Sizes(**TINY), tmp_path)
     with adapters.running(adapters.ours("steps", "lora, 4 bits", job)) as process:
         about, first, second = (adapters.answer(process) for _ in range(3))
@@ -24,6 +24,11 @@ def test_a_side_of_ours_prints_its_model_and_its_steps_and_its_memory(tmp_path: 
     assert 0.5 < about["bytes"] < 1.0
     assert first["cpu"] > 0
     assert second["loss"] < first["loss"]
+
+
+@pytest.mark.gate
+def test_a_side_of_ours_prints_its_memory(tmp_path: Path) -> None:
+    job = adapters.write_job(adapters.Sizes(**TINY), tmp_path)
     with adapters.running(adapters.ours("memory", "dora", job)) as process:
         memory = adapters.answer(process)
     assert memory["measured"] > 0

@@ -23,9 +23,15 @@ from megarl.config.compose import run
 from megarl.serve_reward import serve
 from tests.e2e.runs import metrics, run_preference
 from tests.e2e.test_train_rm import run_with_model, scores_in_process, text, utility, write
+from tests.gated import gated
 from tests.refusals import assert_command_refused
 from tests.serving.standins import ask, question
 from tests.worlds import Worlds
+
+LAYOUTS = {
+    "TP2": ["trainer.devices=2", "parallel.tp=2", "serve.batch_size=4"],
+    "TP2xPP2": ["trainer.devices=4", "parallel.tp=2", "parallel.pp=2", "serve.batch_size=4"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -84,32 +90,47 @@ def serving(model: Path, folder: Path, *overrides: str) -> Iterator[Server]:
             server.process.wait()
 
 
-def test_scores_over_http_are_those_in_process_and_a_signal_ends_every_process(
-    model: Path, worlds: Worlds, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of one process. The last test that has it ends it."""
+    with serving(model, tmp_path_factory.mktemp("alone")) as server:
+        yield server
+
+
+def check_answers(server: Server, model: Path, worlds: Worlds, relative: float) -> None:
+    """Scores of the model's own evaluation are those in process, and what is too long is refused."""
     records = [json.loads(line) for line in (model / "scores.jsonl").read_text().splitlines()]
-    asked = question([one["prompt"] for one in records], [one["response"] for one in records])
     (wanted,) = worlds.run(1, scores_in_process, model / "checkpoints", 1, 1, records, None)
-    layouts = {
-        signal.SIGTERM: [],
-        signal.SIGINT: ["trainer.devices=4", "parallel.tp=2", "parallel.pp=2", "serve.batch_size=4"],
-    }
-    fingerprints = set()
-    for number, overrides in layouts.items():
-        with serving(model, tmp_path, *overrides) as server:
-            status, answer = ask(server.port, asked)
-            assert status == 200
-            assert answer["scores"] == pytest.approx(wanted, rel=1e-5 if overrides else 0, abs=1e-6)
-            assert answer["model"] == server.fingerprint
-            fingerprints.add(server.fingerprint)
-            too_long = ask(server.port, question(["a"], ["b" * 100_000]))
-            assert (too_long[0], too_long[1]["where"]) == (422, "prompts[0]")
-            assert "model.path" in too_long[1]["error"]
-            assert server.end(number) == 0, server.log.read_text()
-            assert "Traceback" not in server.log.read_text()
-    assert len(fingerprints) == 1, "it is the same in every layout"
+    asked = question([one["prompt"] for one in records], [one["response"] for one in records])
+    status, answer = ask(server.port, asked)
+    assert status == 200
+    assert answer["scores"] == pytest.approx(wanted, rel=relative, abs=1e-6)
+    assert answer["model"] == server.fingerprint
+    too_long = ask(server.port, question(["a"], ["b" * 100_000]))
+    assert (too_long[0], too_long[1]["where"]) == (422, "prompts[0]")
+    assert "model.path" in too_long[1]["error"]
 
 
+def check_end(server: Server, number: int) -> None:
+    assert server.end(number) == 0, server.log.read_text()
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_scores_over_http_are_those_in_process(alone: Server, model: Path, worlds: Worlds) -> None:
+    check_answers(alone, model, worlds, 0)
+
+
+@pytest.mark.parametrize("layout", gated(LAYOUTS, ["TP2xPP2"]))
+def test_every_layout_serves_the_same_and_a_signal_ends_every_process(
+    layout: str, alone: Server, model: Path, worlds: Worlds, tmp_path: Path
+) -> None:
+    with serving(model, tmp_path, *LAYOUTS[layout]) as server:
+        check_answers(server, model, worlds, 1e-5)
+        assert server.fingerprint == alone.fingerprint
+        check_end(server, signal.SIGINT)
+
+
+@pytest.mark.gate
 def test_an_idle_server_outlives_the_time_out_of_its_processes(model: Path, tmp_path: Path) -> None:
     layout = ["trainer.devices=2", "parallel.timeout_s=8"]
     with serving(model, tmp_path, *layout) as server:
@@ -118,20 +139,25 @@ def test_an_idle_server_outlives_the_time_out_of_its_processes(model: Path, tmp_
         assert server.end() == 0, server.log.read_text()
 
 
-def test_ppo_learns_from_a_server_as_from_the_model_in_process(model: Path, worlds: Worlds, tmp_path: Path) -> None:
+def test_ppo_learns_from_a_server_as_from_the_model_in_process(
+    alone: Server, model: Path, worlds: Worlds, tmp_path: Path
+) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": letter * 3}) + "\n" for letter in "abcdefgh"))
     # All that this policy can write is text, so that both read the same.
     settings = ["tokenizer.kind=characters", "tokenizer.path=abcdefghijklm", "trainer.max_phases=2"]
     worlds.run(1, run_with_model, tmp_path / "within", prompts, model, *settings)
-    with serving(model, tmp_path) as server:
-        served = ["reward.model=null", f"reward.url=[{server.url}]", "reward.calls.batch_size=3", *settings]
-        worlds.run(2, run_with_model, tmp_path / "served", prompts, model, *served)
+    served = ["reward.model=null", f"reward.url=[{alone.url}]", "reward.calls.batch_size=3", *settings]
+    worlds.run(2, run_with_model, tmp_path / "served", prompts, model, *served)
     ours, theirs = (metrics(tmp_path / name, "rollout/score")[0] for name in ("served", "within"))
     assert ours == pytest.approx(theirs, rel=1e-4)
     journal = list((tmp_path / "served" / "journal").glob("reward-*.jsonl"))
     entries = [json.loads(line) for path in journal for line in path.read_text().splitlines()]
-    assert {entry["by"] for entry in entries} == {server.fingerprint}
+    assert {entry["by"] for entry in entries} == {alone.fingerprint}
+
+
+def test_a_signal_ends_it(alone: Server) -> None:
+    check_end(alone, signal.SIGTERM)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

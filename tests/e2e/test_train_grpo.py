@@ -10,6 +10,7 @@ import pytest
 from megarl.checkpoint import find, tensors
 from megarl.rollout.stored import load
 from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_ppo
+from tests.gated import gated
 from tests.worlds import Worlds
 
 # Groups of four responses, in microbatches of three and minibatches of twelve.
@@ -40,7 +41,7 @@ def assert_same_course(ours: Path, theirs: Path, phases: slice) -> None:
             assert row == pytest.approx(expected, rel=relative, abs=2e-6)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", gated(LAYOUTS, ["TP2"]))
 def test_layouts_run_the_same_phases_of_groups(layout: str, worlds: Worlds, alone: Path, tmp_path: Path) -> None:
     world, overrides = LAYOUTS[layout]
     worlds.run(world, run_ppo, tmp_path, *GRPO, *overrides, f"rollout.dump={tmp_path / 'dump'}")

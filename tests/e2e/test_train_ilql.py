@@ -16,6 +16,7 @@ from megarl.errors import ConfigError, DataError
 from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.source import HEADS
 from tests.e2e.runs import OFFLINE_WALKS, assert_same_bits, final_tensors, launched, metrics, run_ilql
+from tests.gated import gated
 from tests.refusals import refused
 from tests.worlds import Worlds
 
@@ -61,7 +62,7 @@ def samples(run_dir: Path) -> list[tuple[str, str, str]]:
     return [(row["setting"], row["prompt"], row["response"]) for row in rows]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", gated(LAYOUTS, ["TP2", "PP2"]))
 def test_layouts_train_and_generate_alike(layout: str, worlds: Worlds, reference: Path, tmp_path: Path) -> None:
     world, overrides = LAYOUTS[layout]
     lean = ["metric.fn=null", "checkpoint.save_last=false", "checkpoint.best.keep=0"]
@@ -94,8 +95,9 @@ def test_a_run_cut_in_two_ends_in_the_same_weights(worlds: Worlds, reference: Pa
     assert_same_course(resumed, reference, first=7)
 
 
-def test_a_checkpoint_resumes_in_another_layout(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
-    world, overrides = LAYOUTS["TP2xPP2+SP"]
+@pytest.mark.parametrize("layout", gated(["PP2", "TP2xPP2+SP"], ["TP2xPP2+SP"]))
+def test_a_checkpoint_resumes_in_another_layout(layout: str, worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    world, overrides = LAYOUTS[layout]
     half = reference / "checkpoints" / "step-0000010"
     worlds.run(world, run_ilql, tmp_path, *overrides, f"run.resume={half}")
     assert_same_course(tmp_path, reference, first=10)

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from megarl.checkpoint import MANIFEST, find, plain_content, tensors
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, DataError
 from tests.e2e.runs import SMALL, assert_same_bits, final_tensors, metrics, run_sft
+from tests.gated import gated
 from tests.refusals import refused
 from tests.worlds import Worlds
 
@@ -57,7 +58,9 @@ def assert_same_course(run_dir: Path, reference: Path, first: int = 0) -> None:
         assert close(norm, wanted_norm, 1e-4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", gated([name for name in LAYOUTS if name != "TP2xPP2"], ["TP2", "PP2", "TP2xDP2, recomputed"])
+)
 def test_layouts_train_alike(layout: str, worlds: Worlds, reference: Path, tmp_path: Path) -> None:
     world, overrides = LAYOUTS[layout]
     worlds.run(world, run_sft, tmp_path, *twenty(), *overrides, "checkpoint.save_last=false")
@@ -112,9 +115,10 @@ def test_a_checkpoint_resumes_in_another_layout(layout: str, worlds: Worlds, ref
     assert_same_course(tmp_path, reference, first=10)
 
 
-def test_a_sharded_checkpoint_resumes_in_one_process(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
-    four = tmp_path / "four"
-    worlds.run(4, run_sft, four, *twenty(), "parallel.tp=2", "parallel.pp=2", "checkpoint.every=10")
+def test_a_run_on_four_trains_alike_and_resumes_in_one_process(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
+    four, (world, overrides) = tmp_path / "four", LAYOUTS["TP2xPP2"]
+    worlds.run(world, run_sft, four, *twenty(), *overrides, "checkpoint.every=10")
+    assert_same_course(four, reference)
     one = tmp_path / "one"
     worlds.run(1, run_sft, one, *twenty(), f"run.resume={four / 'checkpoints' / 'step-0000010'}")
     assert_same_course(one, reference, first=10)
@@ -238,11 +242,11 @@ def test_nan_ends_the_run_with_its_own_exit_code_and_the_batch(tmp_path: Path) -
         assert bool(torch.isfinite(tensor).all())
 
 
-def test_a_broken_record_is_named_by_file_and_line(tmp_path: Path) -> None:
+def test_a_broken_record_is_named_by_file_and_line(worlds: Worlds, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n')
-    line = failed(tmp_path / "run", f"data.train=[{data}]")
-    assert f"{data}:2" in line
+    with refused(DataError, where=f"{data}:2", names=("JSON",)):
+        worlds.run(1, run_sft, tmp_path / "run", f"data.train=[{data}]")
 
 
 @pytest.mark.parametrize(("other", "old"), [("model.hidden_size=32", 64), ("model.num_layers=2", 4)])

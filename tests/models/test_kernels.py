@@ -14,6 +14,7 @@ from megarl.models import kernels
 from tests.e2e.runs import assert_same_bits, final_tensors
 from tests.fakes import WITH_APEX, WITH_TE
 from tests.fakes.runs import chosen, course, newest, resumed, train
+from tests.gated import gated
 from tests.refusals import refused
 from tests.worlds import Worlds
 
@@ -91,7 +92,7 @@ def test_kernels_train_alike_and_go_on_bit_for_bit(image: Worlds, tmp_path: Path
     assert course(again) == course(unbroken)[6:]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon", "rmsprop"])
+@pytest.mark.parametrize("optimizer", gated(["adamw", "adamw8bit", "muon", "rmsprop"], ["muon", "rmsprop"]))
 def test_a_run_without_the_packages_goes_on_with_them_and_back(
     optimizer: str, worlds: Worlds, image: Worlds, tmp_path: Path
 ) -> None:

@@ -239,25 +239,29 @@ def test_a_column_of_another_size_is_refused() -> None:
         UNEQUAL.with_columns(tokens=UNEQUAL.tokens)
 
 
-def echoed(pp: int, per_microbatch: int, share_bins: bool, width: int) -> tuple[Tensor, Tensor]:
+def echoed(pp: int, width: int) -> list[tuple[Tensor, Tensor]]:
     """Targets in rows, and the tokens that were read, over the current world: stages, and the rest data parallel."""
     grid = Grid(Layout.for_world(dist.get_world_size(), pp=pp), start_world())
-    options: dict[str, Any] = {"per_microbatch": per_microbatch, "share_bins": share_bins, "read_last": True}
+    found = []
     try:
-        plan = MicrobatchPlan(UNEQUAL.lengths, grid.layout, grid.dp_rank, **options)
-        microbatches = plan.microbatches(UNEQUAL)
-        targets = plan.collect([batch.targets for batch in microbatches], grid, width)
-        return targets, plan.collect_states([batch.tokens for batch in microbatches], grid, width)
+        for per_microbatch, share_bins in ((1, False), (3, False), (2, True)):
+            options: dict[str, Any] = {"per_microbatch": per_microbatch, "share_bins": share_bins, "read_last": True}
+            plan = MicrobatchPlan(UNEQUAL.lengths, grid.layout, grid.dp_rank, **options)
+            microbatches = plan.microbatches(UNEQUAL)
+            targets = plan.collect([batch.targets for batch in microbatches], grid, width)
+            found.append((targets, plan.collect_states([batch.tokens for batch in microbatches], grid, width)))
     finally:
         grid.close()
+    return found
 
 
 def test_every_rank_gets_all_rows_back_in_their_order(worlds: Worlds) -> None:
     wanted = pad(UNEQUAL.tokens[:, 1:], (1, 0))
     width = UNEQUAL.tokens.shape[1]
     for world, pp in ((1, 1), (2, 1), (2, 2), (4, 2)):
-        for per_microbatch, share_bins in ((1, False), (3, False), (2, True)):
-            for targets, tokens in worlds.run(world, echoed, pp, per_microbatch, share_bins, width):
+        for found in worlds.run(world, echoed, pp, width):
+            assert len(found) == 3
+            for targets, tokens in found:
                 assert torch.equal(targets, wanted)
                 assert torch.equal(tokens, UNEQUAL.tokens)
 

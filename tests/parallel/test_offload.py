@@ -23,6 +23,7 @@ from megarl.parallel.offload import DeviceMemory, HostMemory, alone
 from megarl.rollout.generator import Generator, Limits
 from megarl.rollout.requests import Request, Sampling
 from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_ppo
+from tests.gated import gated
 from tests.parallel.engines import batches, small_engine
 from tests.planning.allocations import recorded
 from tests.worlds import Worlds
@@ -144,7 +145,7 @@ def compared(layout: dict[str, Any], model: dict[str, Any], options: dict[str, A
         return *courses, same, (present, away, back), second, small
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", gated(CASES, ["one fp32", "DP2 fp32", "TP2 bf16", "PP2xVPP2 bf16"]))
 def test_moving_frees_the_device_and_changes_no_bit(case: str, worlds: Worlds) -> None:
     """What stays are single numbers, such as the optimizer's step counters."""
     world, *what = CASES[case]

@@ -109,6 +109,7 @@ def test_a_chat_template_may_be_a_file(worlds: Worlds, prompts: Path, tmp_path: 
     assert lines(out)[-1]["prompt"] == "<Hello>"
 
 
+@pytest.mark.gate
 def test_tasks_of_srun_are_one_world(prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "megarl.generate", *SMALL, f"prompts={prompts}", f"out={out}"]
