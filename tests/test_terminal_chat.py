@@ -184,6 +184,9 @@ def test_a_tokenizer_without_markers_continues_the_text(talk: Callable[..., Talk
 # --- the whole program ------------------------------------------------------------------------------------------------
 
 
+POSITIONS = 32768
+
+
 class Terminal:
     """A program on a terminal of its own."""
 
@@ -213,9 +216,14 @@ class Terminal:
 
 @pytest.fixture
 def stored_model(tmp_path: Path) -> Path:
-    """A GPT-2 of the size of the bytes' vocabulary, with random weights; transformers would take long to import."""
+    """A GPT-2 that says random small letters and never ends; transformers would take long to import."""
     draw, width = torch.Generator().manual_seed(0), 32
-    shapes = {"wte.weight": (262, width), "wpe.weight": (8192, width), "ln_f.weight": (width,), "ln_f.bias": (width,)}
+    shapes = {
+        "wte.weight": (262, width),
+        "wpe.weight": (POSITIONS, width),
+        "ln_f.weight": (width,),
+        "ln_f.bias": (width,),
+    }
     for name, rows, columns in (
         ("attn.c_attn", width, 3 * width),
         ("attn.c_proj", width, width),
@@ -231,10 +239,14 @@ def stored_model(tmp_path: Path) -> Path:
         f"transformer.{name}": torch.ones(shape) if "ln" in name else torch.randn(shape, generator=draw) * 0.02
         for name, shape in shapes.items()
     }
+    # The final bias pushes all tokens far down whose embedding points against it: all but the letters.
+    tensors["transformer.ln_f.bias"] = torch.ones(width)
+    tensors["transformer.wte.weight"][: ord("a")] = -1.0
+    tensors["transformer.wte.weight"][ord("z") + 1 :] = -1.0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 262, "n_embd": width, "n_layer": 1,
-        "n_head": 2, "n_positions": 8192, "eos_token_id": 257, "activation_function": "gelu_new",
+        "n_head": 2, "n_positions": POSITIONS, "eos_token_id": 257, "activation_function": "gelu_new",
         "tie_word_embeddings": True,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
@@ -262,14 +274,14 @@ def test_a_chat_on_a_terminal(stored_model: Path, tmp_path: Path) -> None:
         assert both[0].splitlines()[0] == both[1].splitlines()[0] == str(stored_model)
         shell.type("/compare off")
         shell.wait_for("answers alone.*> ")
-        shell.type("/set max_new_tokens 4000")
-        shell.wait_for("4000.*> ")
+        shell.type("/set max_new_tokens 16000")
+        shell.wait_for("16000.*> ")
         shell.type("/set temperature 1")
         shell.wait_for("temperature=1.0.*> ")
         shell.type("go")
         shell.wait_for("go\r\n.{20}")  # it is streaming
         shell.interrupt()
-        assert len(shell.wait_for(r"\(stopped\).*> ")) < 4000
+        assert len(shell.wait_for(r"\(stopped\).*> ")) < 16000
         shell.type(f"/save {saved}")
         shell.wait_for("saved to.*> ")
         os.write(shell.fd, b"\x04")
@@ -281,4 +293,5 @@ def test_a_chat_on_a_terminal(stored_model: Path, tmp_path: Path) -> None:
     (line,) = saved.read_text().splitlines()
     messages = json.loads(line)["messages"]
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 3]
-    assert len(messages[-1]["content"]) > 10
+    assert [len(message["content"]) for message in messages[2:5:2]] == [5, 5]
+    assert 20 <= len(messages[-1]["content"]) < 16000
