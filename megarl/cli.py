@@ -60,8 +60,7 @@ def help_text() -> str:
                 *(f"  {line}" for line in trained),
                 "Use a model, or prepare a run:",
                 *(f"  {line}" for line in others),
-                "  new FOLDER    a project of your own: preset, reward function, test, launcher",
-                "  ls [presets|algorithms|rewards|families]   show PRESET   doctor   completion",
+                "  new FOLDER (your own project)   ls [LIST]   show PRESET   doctor   completion",
             ]
         )
         + "\n"

@@ -87,7 +87,7 @@ def test_the_folder_of_a_training_run_is_left_as_it_is(mark: str, tmp_path: Path
 def test_an_evaluation_continues_beside_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("checkpoints", "results"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(evaluate, "_evaluated", lambda config, run_dir: (RESULT, [], []))
+    monkeypatch.setattr(evaluate, "_evaluated", lambda config, run_dir, functions: (RESULT, [], []))
     config, _ = compose("evaluate", [*WHOLE, f"run.dir={tmp_path}"])
     assert evaluate.evaluate_here(config) == RESULT
 
