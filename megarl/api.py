@@ -16,12 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megarl.command import INTERRUPTED, NOTICED, process_number
-from megarl.config.algorithms import ALGORITHMS, LearnsFrom
+from megarl.config.algorithms import ALGORITHMS, LearnsFrom, find_algorithm
 from megarl.config.compose import compose, explained, typed
 from megarl.config.files import check_files, load_chat_template
-from megarl.config.leaf import leaves
+from megarl.config.leaf import leaves, or_defaults
 from megarl.config.messages import nearest_keys, one_of
 from megarl.config.resources import DEMO_EVAL, DEMO_TRAIN
+from megarl.config.sections.extensions import ExtensionsConfig
 from megarl.config.settings import algorithm_of, settings_of
 from megarl.config.values import check_values
 from megarl.disk import UnreadableError, parse_object, read_text, writable, write_atomically
@@ -107,6 +108,7 @@ class Trained:
         config.chat_template = load_chat_template(self.config.data.chat_template)  # its end marker ends responses
         _fill(config.rollout, {"too_long": "truncate", **rollout, **settings}, "rollout")
         check_values(config)
+        config.extensions = ExtensionsConfig(families=or_defaults(self.config, "extensions").families)
         for key in ("tp", "pp"):
             setattr(config.parallel, key, getattr(self.config.parallel, key))
         with open_generator(config) as (generator, tokenizer, _):
@@ -251,18 +253,12 @@ def default_config(algorithm: str, *settings: str) -> DictConfig:
     """The configuration of an algorithm, by attribute; unknown keys are refused.
 
     Args:
-        algorithm: NAME of `python -m megarl.train_NAME`, such as ppo.
+        algorithm: NAME of `python -m megarl.train_NAME`, such as ppo, or package.module:NAME of one of yours.
         settings: as on the command line, such as "+conf=randomwalks" or "optim.lr=1e-4".
     """
-    if algorithm not in ALGORITHMS:
-        raise ConfigError(
-            f"algorithm {algorithm!r} is not known here: use {', '.join(ALGORITHMS)}",
-            key="algorithm",
-            value=algorithm,
-            offers={"algorithm": list(ALGORITHMS)},
-        )
-    config, _ = compose(algorithm, list(settings))
-    return settings_of(config, algorithm)
+    name = find_algorithm(algorithm).name
+    config, _ = compose(name, list(settings))
+    return settings_of(config, name)
 
 
 def _algorithm(reward_fn: Any, samples: Any, rewards: Any, config: DictConfig | None, pairs: Any = None) -> str:
@@ -313,8 +309,9 @@ def _entry_of(config: DictConfig) -> str:
 
 def _warn_of_no_family(config: Any) -> None:
     """Before training, as `save_pretrained` would refuse after it."""
-    from megarl.models.exchange.families import require_family
+    from megarl.models.exchange.families import add_families, require_family
 
+    add_families(or_defaults(config, "extensions").families)
     try:
         require_family(config.model, None, "save_pretrained will not work")
     except ConfigError as problem:

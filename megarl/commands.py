@@ -31,4 +31,4 @@ PROGRAMS = {
 
 def command_names() -> list[str]:
     """Return the names of all commands that `megarl --help` lists."""
-    return [*ALGORITHMS, *PROGRAMS, "ls", "show", "doctor", "completion", "help"]
+    return [*ALGORITHMS, "train", *PROGRAMS, "ls", "show", "doctor", "completion", "help"]

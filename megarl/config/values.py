@@ -35,12 +35,13 @@ def check_values(config: Any, section: str = "") -> None:
         key, value = section + leaf.key, read(config, leaf.key)
         if value is None:
             continue
-        if leaf.choices and value not in leaf.choices:
+        own = leaf.or_named and ":" in str(value)
+        if leaf.choices and value not in leaf.choices and not own:
             raise ConfigError(
-                f"{key}={shown(value)} is not a valid value: choose from {either(leaf.choices)}",
+                f"{key}={shown(value)} is not a valid value: choose from {either(leaf.values)}",
                 key=key,
                 value=value,
-                offers={key: leaf.choices},
+                offers={key: leaf.values},
             )
         if leaf.type == "list[str]" and not all(isinstance(part, str) for part in value):
             raise ConfigError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megarl.algorithms import aggregate, aggregation_count, kl_loss, mask_out, ppo_policy_loss
 from megarl.clock import Work
-from megarl.config.advantages import ADVANTAGES, critic_kind, without_effect
+from megarl.config.advantages import critic_kind, needs_of, without_effect
 from megarl.config.ppo import PPOConfig
 from megarl.config.resume import from_plain
 from megarl.data.prompts import Prompt
@@ -58,7 +58,7 @@ class PPO(GenerativeModule):
         config = self.config
         self.planned = config.trainer.max_phases
         self.temperature = config.rollout.temperature
-        self.needs = ADVANTAGES[config.ppo.advantages]
+        self.needs = needs_of(config.ppo.advantages)
         self.streams = (TRAINING, GREEDY) if self.needs.greedy else (TRAINING,)
         self.shaping = Shaping(config.ppo, config.rollout.max_new_tokens)
         self.invariants = Invariants(
