@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_ONE = ("ppo.advantages",)
+_ONE = ("ppo.advantages", "extensions.orchestrator")
 _SEVERAL = (
     "extensions.callbacks",
     "extensions.families",

@@ -49,7 +49,7 @@ def check_files(config: Any) -> None:
     _check_data(config)
     _check_rewards(config)
     _check_callbacks(config)
-    _check_families(config)
+    _check_named(config)
     load_chat_template(_value(config, "data.chat_template"))
     load_chat_template(getattr(config, "chat_template", None), "chat_template")  # of `generate`
     vote = _value(config, "eval.vote")
@@ -111,8 +111,10 @@ def _check_rewards(config: Any) -> None:
             check_spelling(resolve(term.value, term.key), term.options, f"{term.key.removesuffix('.fn')}.options")
 
 
-def _check_families(config: Any) -> None:
-    """Refuse families of models that do not exist."""
+def _check_named(config: Any) -> None:
+    """Refuse families of models, and an orchestrator, that do not exist."""
+    if (orchestrator := _value(config, "extensions.orchestrator")) is not None:
+        resolve(orchestrator, "extensions.orchestrator", "class")
     for name in _value(config, "extensions.families") or ():
         resolve(name, "extensions.families", "NAME")
 

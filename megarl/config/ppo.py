@@ -18,6 +18,7 @@ from megarl.config.ppo_sections import (
     DynamicSamplingConfig,
     OverlongConfig,
 )
+from megarl.config.sections.extensions import EXTENSIONS, PPOExtensionsConfig
 from megarl.config.trees import PhaseTree
 from megarl.logging import get_logger, warn_once
 
@@ -417,6 +418,7 @@ class PPOConfig(PhaseTree):
 
     critic: CriticConfig = section(CriticConfig)
     ppo: PPOSettings = section(PPOSettings)
+    extensions: PPOExtensionsConfig | None = optional_section(PPOExtensionsConfig, EXTENSIONS, null_is_defaults=True)
 
     def more_models(self) -> dict[str, str]:
         """Return the paths of the reward model and of a separate critic."""

@@ -101,6 +101,7 @@ RULES = (
         *("extensions", "callbacks callback_options", NOW),
         "the callbacks after the resume; one that is still named gets its state from the checkpoint",
     ),
+    _rule("extensions", "orchestrator", NOW, "the experience of phases after the resume"),
     _rule("extensions", "families", NOW, "the families that stored models are read and exported as"),
     _rule("extensions", "exp_manager", NOW, "how this process logs and displays"),
     _rule("trainer", "exp_manager", NOW, "how this process logs and displays"),

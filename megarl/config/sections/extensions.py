@@ -41,3 +41,14 @@ class TrainingExtensionsConfig(ExtensionsConfig):
         "Keys of NeMo's exp_manager, with trainer.exp_manager=nemo. Those of checkpoints, resuming and stopping are "
         "refused, as megarl does these.",
     )
+
+
+@dataclass
+class PPOExtensionsConfig(TrainingExtensionsConfig):
+    """What a run of PPO can use."""
+
+    orchestrator: str | None = leaf(
+        None,
+        "Class that makes the experience of a phase, as package.module:Class or path/to/file.py:Class: a subclass of "
+        "megarl.experience.orchestrator.Orchestrator (null: that class).",
+    )
