@@ -40,6 +40,7 @@ FLOORS = {
     "run/": 7,
     "planning/": 7,
     "serving/": 7,
+    "compat/": 8,
     "": 8,  # entry points
 }
 # Rooms of one floor that are built of one another, and in which direction.
