@@ -41,7 +41,7 @@ def check_values(config: Any, section: str = "") -> None:
                 f"{key}={shown(value)} is not a valid value: choose from {either(leaf.values)}",
                 key=key,
                 value=value,
-                offers={key: leaf.values},
+                offers={key: leaf.choices},
             )
         if leaf.type == "list[str]" and not all(isinstance(part, str) for part in value):
             raise ConfigError(
