@@ -78,8 +78,8 @@ def optional_section(kind: type, doc: str, *, needs: str = "", null_is_defaults:
     return field(default=None, metadata=told)
 
 
-def or_defaults(section: Section, name: str) -> Any:
-    """Return the optional section `name` of a section, with its defaults if it is null."""
+def or_defaults(section: Any, name: str) -> Any:
+    """Return the optional section `name` of a section or tree, with its defaults if it is null."""
     value = getattr(section, name)
     if value is not None:
         return value

@@ -69,10 +69,14 @@ def build_orchestrator(name: str | None, module: Any) -> Orchestrator:
 
 def checked(found: Any, prompts: Sequence[Prompt], name: str | None) -> Scored:
     """Return what an orchestrator's `respond` returned; refuse what a phase cannot train on."""
-    problem = None
     if not isinstance(found, Scored):
-        problem = f"returned a {type(found).__name__}: return a megarl.experience.collection.Scored"
-    elif len(found.scores.values) != len(found.rollouts):
+        raise ConfigError(
+            f"{KEY}={name}: respond() returned a {type(found).__name__}: return a megarl.experience.collection.Scored",
+            key=KEY,
+            value=name,
+        )
+    problem = None
+    if len(found.scores.values) != len(found.rollouts):
         problem = f"returned {len(found.rollouts)} responses and {len(found.scores.values)} scores: return one for each"
     elif any(not 0 <= rollout.prompt_id < len(prompts) for rollout in found.rollouts):
         problem = f"returned a response whose prompt_id is not the index of one of {len(prompts)} prompts"

@@ -261,7 +261,7 @@ class TRLConfig(_Fields):
         return asdict(self)
 
     @classmethod
-    def update(cls, base: Mapping[str, Any], changes: Mapping[str, Any]) -> TRLConfig:
+    def update(cls, base: TRLConfig | Mapping[str, Any], changes: Mapping[str, Any]) -> TRLConfig:
         """Return the configuration `base` with changes by dotted name, as in {"train.seed": 1}."""
         config = cls.from_dict(base.to_dict() if isinstance(base, TRLConfig) else base)
         for name, value in changes.items():

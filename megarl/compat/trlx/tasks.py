@@ -127,7 +127,7 @@ class PPOOrchestrator:
                 tokens.pop()
             while tokens and tokens[0] == tokenizer.pad_token_id:
                 tokens.pop(0)
-            found.append(tokenizer.decode(tokens))
+            found.append(str(tokenizer.decode(tokens)))
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -160,17 +160,17 @@ def register_orchestrator(kind: Any) -> Any:
     return _register(_ORCHESTRATORS, "orchestrator", ("score", "make_experience"), kind)
 
 
-def get_pipeline(name: str) -> type:
+def get_pipeline(name: str) -> Any:
     """Return a registered class of prompt pipelines."""
     return _found(_PIPELINES, "pipeline", name)
 
 
-def get_orchestrator(name: str) -> type:
+def get_orchestrator(name: str) -> Any:
     """Return a registered class of orchestrators."""
     return _found(_ORCHESTRATORS, "orchestrator", name)
 
 
-def get_model(name: str) -> type[AcceleratePPOModel]:
+def get_model(name: str) -> Any:
     """Return a class of models."""
     return _found(_MODELS, "model", name)
 

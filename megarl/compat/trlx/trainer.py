@@ -105,7 +105,9 @@ def train(
         config = TRLConfig.update(config, {"model.model_path": str(model_path)})
     if reward_fn is not None and prompts is None:
         prompts = [_first_token(config)]
-    evaluates = {} if config.method.entry == "sft" else {"eval_prompts": eval_prompts, "stop_sequences": stop_sequences}
+    evaluates: dict[str, Any] = {"eval_prompts": eval_prompts, "stop_sequences": stop_sequences}
+    if config.method.entry == "sft":  # does not generate
+        evaluates = {}
     trained = megarl.train(
         config.model.model_path,
         reward_fn=reward_fn,
