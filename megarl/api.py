@@ -14,6 +14,8 @@ from omegaconf import DictConfig
 from megarl.command import INTERRUPTED, NOTICED, process_number
 from megarl.config.compose import compose
 from megarl.config.files import load_chat_template
+from megarl.config.leaf import or_defaults
+from megarl.config.sections.extensions import ExtensionsConfig
 from megarl.config.values import check_values
 from megarl.disk import UnreadableError, parse_object, read_text, writable
 from megarl.errors import ConfigError, DataError, UnavailableError, first_line
@@ -100,6 +102,7 @@ class Trained:
         config.chat_template = load_chat_template(self.config.data.chat_template)  # its end marker ends responses
         fill(config.rollout, {"too_long": "truncate", **rollout, **settings}, "rollout")
         check_values(config)
+        config.extensions = ExtensionsConfig(families=or_defaults(self.config, "extensions").families)
         for key in ("tp", "pp"):
             setattr(config.parallel, key, getattr(self.config.parallel, key))
         with open_generator(config) as (generator, tokenizer, _):
@@ -320,8 +323,9 @@ def _run(_: dict[str, Any], asked: Asked) -> int:
 
 def _warn_of_no_family(config: Any) -> None:
     """Before training, as `save_pretrained` would refuse after it."""
-    from megarl.models.exchange.families import require_family
+    from megarl.models.exchange.families import add_families, require_family
 
+    add_families(or_defaults(config, "extensions").families)
     try:
         require_family(config.model, None, "save_pretrained will not work")
     except ConfigError as problem:

@@ -21,7 +21,6 @@ from megarl.errors import ConfigError
 
 _OTHER_NAMES = {
     "list": "ls",
-    "train": "ls algorithms",
     "presets": "ls presets",
     "algorithms": "ls algorithms",
     "simpo": "cpo",
@@ -56,7 +55,7 @@ def help_text() -> str:
         "\n".join(
             [
                 "usage: megarl COMMAND [KEY=VALUE ...]         megarl COMMAND --help",
-                "Train:",
+                "Train (by an algorithm of yours: megarl train package.module:NAME):",
                 *(f"  {line}" for line in trained),
                 "Use a model, or prepare a run:",
                 *(f"  {line}" for line in others),
@@ -81,6 +80,8 @@ def _program(command: str) -> str | None:
     """Return the name of the module in megarl that a command starts; None if it starts none."""
     if command in ALGORITHMS:
         return f"train_{command}"
+    if command == "train":
+        return "algorithm"
     return PROGRAMS[command][0] if command in PROGRAMS else None
 
 
@@ -139,8 +140,6 @@ def unknown_command(name: str, rest: Sequence[str]) -> ConfigError:
     else:
         word = command.lower().removesuffix(".py").removeprefix("megarl.").removeprefix("megarl-").replace("_", "-")
         word = word.removeprefix("train-")
-        if word == "train" and rest and rest[0].lower() in ALGORITHMS:
-            word = rest[0].lower()
         near = _OTHER_NAMES.get(word) or next(
             iter(difflib.get_close_matches(word, [*command_names(), *_OTHER_NAMES], n=1, cutoff=0.5)), ""
         )

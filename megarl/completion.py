@@ -47,7 +47,7 @@ _KINDS = ("algorithms", "families", "presets", "rewards")
 _FLAGS = ("--help", "--version")
 _TREES = {"chat": "generate", "serve-reward": "serve_reward"}
 _PLAIN = {
-    "convert": ("from=", "to=", "format=", "dtype=", "family=", "tp=", "pp="),
+    "convert": ("from=", "to=", "format=", "dtype=", "family=", "families=", "tp=", "pp="),
     "selftest": ("tp=", "pp=", "dp=", "vpp=", "sequence_parallel=", "recompute=", "precision=", "steps="),
     "why-stuck": ("beat=",),
 }

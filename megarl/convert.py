@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from megarl.command import run_command
 from megarl.config.files import require_absent, require_model, require_weights
 from megarl.errors import CheckpointError, ConfigError
+from megarl.functions.named import resolve
 from megarl.progress import waiting, waiting_for_imports
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from megarl.models.exchange.source import Source
 
 HELP = """usage: python -m megarl.convert from=A to=B [adapter=ADAPTER] [format=FORMAT] [dtype=DTYPE] [family=FAMILY]
-                                [tp=N] [pp=N]
+                                [families=NAMES] [tp=N] [pp=N]
 
   from=A         a Hugging Face folder or hub name, a .nemo, a megarl checkpoint or a run's folder (its newest), a PEFT
                  folder
@@ -34,12 +35,13 @@ HELP = """usage: python -m megarl.convert from=A to=B [adapter=ADAPTER] [format=
                  Hugging Face, else huggingface)
   dtype=DTYPE    fp32, bf16 or fp16 (without it: as stored)
   family=FAMILY  the Hugging Face family to write as (without it: the one it came from, else the first that can hold it)
+  families=NAMES families of yours beside megarl's: package.module:NAME or path/to/file.py:NAME, joined by commas
   tp=N pp=N      ranks to split a .nemo for (without them: 1, one file)
 
 Exit code 1: the logits of the two differ by more than the dtype allows. 2: bad input; nothing is left under B's name.
 """
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-KEYS = ("from", "to", "adapter", "format", "dtype", "family", "tp", "pp")
+KEYS = ("from", "to", "adapter", "format", "dtype", "family", "families", "tp", "pp")
 # The largest difference of a logit, as a share of the largest logit: nothing is rounded, or every weight is.
 EXACT, ROUNDED = 1e-4, {"float16": 1e-2, "bfloat16": 5e-2}
 
@@ -56,6 +58,7 @@ class Settings:
     family: str | None = None
     tp: int = 1
     pp: int = 1
+    families: tuple[str, ...] = ()
 
 
 def parse(argv: list[str]) -> Settings:
@@ -91,6 +94,7 @@ def parse(argv: list[str]) -> Settings:
         values.get("family"),
         int(values.get("tp", 1)),
         int(values.get("pp", 1)),
+        tuple(name for name in values.get("families", "").strip("[]").split(",") if name),
     )
 
 
@@ -100,15 +104,18 @@ def run(argv: list[str]) -> int:
     require_weights(settings.origin, "from")
     require_model(settings.origin, "from")
     require_absent(str(settings.target), "to")
+    for name in settings.families:
+        resolve(name, "families", "NAME")
     with waiting_for_imports():
         import torch
 
         from megarl.models.exchange.export import refuse_existing
-        from megarl.models.exchange.families import family_named
+        from megarl.models.exchange.families import add_families, family_named
         from megarl.models.exchange.formats import open_source
         from megarl.models.exchange.merged import CheckpointAdapter
 
     refuse_existing(settings.target)
+    add_families(settings.families)
     if settings.family is not None:
         family_named(settings.family)
     dtype = getattr(torch, DTYPES[settings.dtype]) if settings.dtype else None

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megarl.command import process_number
-from megarl.config.algorithms import ALGORITHMS, LearnsFrom
+from megarl.config.algorithms import ALGORITHMS, LearnsFrom, find_algorithm
 from megarl.config.compose import compose, explained, typed
 from megarl.config.files import check_files
 from megarl.config.leaf import leaves
@@ -82,7 +82,7 @@ def asked_for(
 ) -> Asked:
     """Return what a call asks for, or refuse what contradicts itself. The arguments are those of `megarl.train`."""
     entry = _algorithm(reward_fn, samples, rewards, config, pairs)
-    if eval_pairs is not None and ALGORITHMS[entry].learns_from != "pairs":
+    if eval_pairs is not None and find_algorithm(entry).learns_from != "pairs":
         raise ConfigError(
             f"eval_pairs= has no meaning for {entry}, which does not learn from pairs: leave it out", key="eval_pairs"
         )
@@ -122,7 +122,7 @@ def asked_for(
     run_dir = writable(str(_run_dir(entry, filled)), "run.dir")
     filled.run.dir = str(run_dir)
     lists: dict[str, list[dict[str, Any]]] = {}
-    learns_from = ALGORITHMS[entry].learns_from
+    learns_from = find_algorithm(entry).learns_from
     if learns_from == "prompts":
         if prompts is not None or not filled.data.train:
             lists["prompts"] = _records(prompts if prompts is not None else [""])
@@ -167,18 +167,12 @@ def default_config(algorithm: str, *settings: str) -> DictConfig:
     """The configuration of an algorithm, by attribute; unknown keys are refused.
 
     Args:
-        algorithm: NAME of `python -m megarl.train_NAME`, such as ppo.
+        algorithm: NAME of `python -m megarl.train_NAME`, such as ppo, or package.module:NAME of one of yours.
         settings: as on the command line, such as "+conf=randomwalks" or "optim.lr=1e-4".
     """
-    if algorithm not in ALGORITHMS:
-        raise ConfigError(
-            f"algorithm {algorithm!r} is not known here: use {', '.join(ALGORITHMS)}",
-            key="algorithm",
-            value=algorithm,
-            offers={"algorithm": list(ALGORITHMS)},
-        )
-    config, _ = compose(algorithm, list(settings))
-    return settings_of(config, algorithm)
+    name = find_algorithm(algorithm).name
+    config, _ = compose(name, list(settings))
+    return settings_of(config, name)
 
 
 def _algorithm(reward_fn: Any, samples: Any, rewards: Any, config: DictConfig | None, pairs: Any = None) -> str:
@@ -205,7 +199,7 @@ def _algorithm(reward_fn: Any, samples: Any, rewards: Any, config: DictConfig | 
             "several of them",
             key="train()",
         )
-    if named is not None and ALGORITHMS[named].learns_from == given:
+    if named is not None and find_algorithm(named).learns_from == given:
         return named
     asked = next(name for name, algorithm in ALGORITHMS.items() if algorithm.learns_from == given)
     if named is not None:

@@ -18,6 +18,7 @@ from megarl.config.leaf import leaves, optional_sections
 from megarl.config.preset_files import preset_files, unknown_preset
 from megarl.disk import UnreadableError, check_yaml, read_text
 from megarl.errors import ConfigError
+from megarl.functions import extensions
 
 _PACKAGE = Path(__file__).resolve().parent
 _REWARDS = ("builtin", "verifiable", "classifier")
@@ -25,9 +26,10 @@ _WIDTH = 110
 
 
 def algorithms() -> Iterator[tuple[str, str]]:
-    """Yield the algorithms, each with what it does."""
+    """Yield the algorithms, each with what it does, and those that installed packages announce."""
     for name, algorithm in ALGORITHMS.items():
         yield name, algorithm.about
+    yield from _installed(extensions.ALGORITHMS, "megarl train")
 
 
 def rewards() -> Iterator[tuple[str, str]]:
@@ -44,6 +46,14 @@ def families() -> Iterator[tuple[str, str]]:
     """Yield the families of models that megarl reads and writes, each with the start of its file's docstring."""
     for path in sorted((_PACKAGE / "models" / "exchange" / "families").glob("[!_]*.py")):
         yield path.stem, _first_sentence(ast.get_docstring(_parsed(path)))
+    yield from _installed(extensions.FAMILIES)
+
+
+def _installed(group: str, command: str = "") -> Iterator[tuple[str, str]]:
+    """Yield what installed packages announce, each with the package that does, without importing it."""
+    for name, point in extensions.announced(group).items():
+        used = f" ({command} {name})" if command else ""
+        yield name, f"{point.value} of {extensions.package_of(point)}{used}"
 
 
 def _presets() -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import megarl
 from megarl.command import run_command
-from megarl.config.algorithms import ALGORITHMS
+from megarl.config.algorithms import find_algorithm
 from megarl.config.cluster import PlanConfig
 from megarl.config.compose import compose
 from megarl.config.leaf import leaves, sections
@@ -44,7 +44,7 @@ def read(own: list[str]) -> PlanConfig:
 
 def compose_run(plan: PlanConfig, argv: list[str]) -> tuple[Any, int]:
     """Return the run's configuration, validated as the run itself would, and its number of GPUs."""
-    tree = ALGORITHMS[plan.algorithm].config
+    tree = find_algorithm(plan.algorithm, "algorithm").config
     for word in argv:
         head = word.lstrip("+~").partition("=")[0].partition(".")[0]
         near = difflib.get_close_matches(head, [*_OWN, *sections(tree)], n=1, cutoff=0.7)

@@ -1,13 +1,13 @@
 """The code of every `python -m megarl.train_NAME`: compose the configuration, make the algorithm's module, train it."""
 
-import importlib
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from megarl.config.algorithms import ALGORITHMS
+from megarl.config.algorithms import find_algorithm
 from megarl.config.compose import run
+from megarl.functions.extensions import load, wrong_kind
 from megarl.progress import choose_display, waiting_for_imports
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ def builder(name: str, functions: Mapping[str, Callable[..., Any]] | None = None
 
 def module_of(name: str) -> "type[Module]":
     """Import and return the module class of an algorithm. This imports torch, Megatron and Lightning."""
-    file, _, kind = ALGORITHMS[name].module.partition(":")
-    module: type[Module] = getattr(importlib.import_module(file), kind)
+    from megarl.modules.base import Module
+
+    algorithm = find_algorithm(name)
+    module = load(f"module of {name}", algorithm.module, "class")
+    if not (isinstance(module, type) and issubclass(module, Module)):
+        raise wrong_kind(f"module of {name}", algorithm.module, "a subclass of megarl.modules.base.Module", module)
     return module

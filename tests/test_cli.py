@@ -168,7 +168,9 @@ def test_show_prints_a_preset_that_can_be_copied_and_who_can_use_it(call: Call, 
 SCORED = ("data.train=[prompts.jsonl]", "reward.fn=rewards.py:score")
 WRONG: list[tuple[str, str]] = [
     ("pppo", "megarl ppo"),
-    ("train ppo model.path=my-sft", "megarl ppo"),
+    ("train pppo model.path=my-sft", "did you mean ppo?"),
+    ("train model.path=my-sft", "megarl train NAME"),
+    ("train rewards.py:focal", "score"),
     ("train_ppo +conf=randomwalks", "megarl ppo"),
     ("megarl.train_sft", "megarl sft"),
     ("model.path=my-sft data.train=[prompts.jsonl]", "megarl ppo model.path=my-sft data.train=[prompts.jsonl]"),

@@ -6,19 +6,25 @@ with the files that cannot read it (launchers, pyproject.toml). docs/design.md l
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any, Literal, get_args
 
 from megarl.config.evaluate import EvaluateConfig
 from megarl.config.generate import GenerateConfig
 from megarl.config.ilql import ILQLConfig
+from megarl.config.leaf import leaves
 from megarl.config.ppo import PPOConfig
 from megarl.config.preference import CPOConfig, DPOConfig, KTOConfig, ORPOConfig
 from megarl.config.rft import RFTConfig
 from megarl.config.rm import RewardModelConfig
 from megarl.config.serve import ServeConfig
 from megarl.config.sft import SFTConfig
+from megarl.config.trees import TrainingTree
+from megarl.errors import ConfigError
+from megarl.functions import extensions
+from megarl.functions.named import resolve
 
 LearnsFrom = Literal["prompts", "samples", "rewarded samples", "pairs"]
 _GROUPS = {"model": "tiny", "parallel": "single"}
@@ -75,12 +81,14 @@ class Algorithm(EntryPoint):
         learns_from: the argument with which `megarl.train` selects it. If several algorithms have the same one, the
             first is selected unless `config` belongs to another.
         unit: name of one training step, "step" or "phase".
+        source: of an algorithm outside of megarl, the name by which it was found; empty: it is megarl's own.
     """
 
     _: KW_ONLY
     module: str
     learns_from: LearnsFrom
     unit: str = "step"
+    source: str = ""
     first_keys: tuple[str, ...] = (*_DATA_KEYS, *_LENGTH_KEYS, "trainer.precision", *_MACHINE_KEYS)
     groups: Mapping[str, str] = field(default_factory=_TRAINING_GROUPS.copy)
 
@@ -88,6 +96,11 @@ class Algorithm(EntryPoint):
     def program(self) -> str:
         """Name of its program, `train_NAME`, which is also the name of its primary configuration."""
         return f"train_{self.name}"
+
+    @property
+    def command(self) -> str:
+        """Name of the command, as in `megarl COMMAND`."""
+        return f"train {self.source}" if self.source else super().command
 
 
 _LEARNED_WEIGHTS_LR = 1e-5  # for pretrained weights; small models with random weights need a hundred times that
@@ -248,5 +261,71 @@ def entry_points() -> dict[str, EntryPoint]:
 
 
 def entry_point(name: str) -> EntryPoint:
-    """Return the entry point with a name, such as `ppo` or `generate`."""
-    return entry_points()[name]
+    """Return the entry point with a name, such as `ppo` or `generate`, or an algorithm by another name of it."""
+    return entry_points().get(name) or find_algorithm(name)
+
+
+def find_algorithm(name: str, key: str = "algorithm") -> Algorithm:
+    """Return an algorithm of the table, or add one to it that an installed package announces, or that is named as
+    package.module:NAME or path/to/file.py:NAME.
+
+    Args:
+        name: its name.
+        key: what gives the name, for messages.
+    """
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    if ":" in name:
+        return _added(extensions.load(key, name, "NAME"), name, key)
+    installed = extensions.announced(extensions.ALGORITHMS)
+    if name in installed:
+        return _added(extensions.load(key, installed[name].value, "NAME"), name, key)
+    known = [*ALGORITHMS, *installed]
+    near = difflib.get_close_matches(name, known, n=1)
+    meant = f"did you mean {near[0]}? Algorithms are" if near else "use"
+    raise ConfigError(
+        f"{key} {name!r} is not known here: {meant} {', '.join(known)}, or package.module:NAME for one of yours",
+        key=key,
+        value=name,
+        offers={key: known},
+    )
+
+
+def _added(found: Any, source: str, key: str) -> Algorithm:
+    """Add an algorithm to the table, after checking its declaration."""
+    if not isinstance(found, Algorithm):
+        raise extensions.wrong_kind(key, source, "a megarl.config.algorithms.Algorithm", found)
+    known = entry_points().get(found.name)
+    if isinstance(known, Algorithm) and replace(known, source="") == found:
+        return known  # under another name, such as another path of its file
+    if known is not None and getattr(known, "source", "") != source:
+        of = getattr(known, "source", "") or "megarl's own"
+        raise ConfigError(
+            f"{key}={source} declares an algorithm with the name {found.name}, and there is one already ({of}): give "
+            "it another name",
+            key=key,
+            value=source,
+        )
+    problem = _problem_of(found)
+    if problem:
+        raise ConfigError(f"{key}={source} {problem}", key=key, value=source)
+    resolve(found.module, f"{source}.module", "class")
+    ALGORITHMS[found.name] = replace(found, source=source)
+    return ALGORITHMS[found.name]
+
+
+def _problem_of(found: Algorithm) -> str | None:
+    """Return what is wrong with the declaration of an algorithm, or None."""
+    if not found.name.isidentifier():
+        return f"has name={found.name!r}: use letters, digits and underscores"
+    if not (isinstance(found.config, type) and issubclass(found.config, TrainingTree)):
+        return f"has config={found.config!r}: use a dataclass that inherits megarl.config.trees.TrainingTree"
+    if found.learns_from not in get_args(LearnsFrom):
+        return f"has learns_from={found.learns_from!r}: choose from {', '.join(get_args(LearnsFrom))}"
+    if found.unit not in ("step", "phase"):
+        return f"has unit={found.unit!r}: choose from step, phase"
+    keys = {leaf.key for leaf in leaves(found.config)}
+    unknown = [name for name in (*found.defaults, *found.first_keys) if name not in keys]
+    if unknown and unknown[0] in found.defaults:
+        return f"has a default for {unknown[0]}, which is no key of {found.config.__name__}: correct the key"
+    return None

@@ -11,7 +11,7 @@ from pathlib import Path
 from megarl.config.leaf import leaves, optional_sections, sections
 from megarl.config.messages import check_argument, no_equals, preset_without_plus, unknown_key
 from megarl.config.preset_files import GROUP, chosen_presets, preset_files, unknown_preset
-from megarl.config.renames import RENAMES
+from megarl.config.renames import is_old
 from megarl.config.resources import conf_folder
 
 
@@ -48,7 +48,7 @@ def _is_known(name: str, known: dict[str, str], tree: type) -> bool:
     parent = next((key for key in known if name.startswith(f"{key}.")), None)
     if parent is not None and ("dict" in known[parent] or "list" in known[parent]):
         return True
-    return any(rename.old == name and rename.concerns(tree) for rename in RENAMES)
+    return is_old(name, tree)
 
 
 def _check_presets(names: Sequence[str]) -> None:

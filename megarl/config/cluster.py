@@ -36,7 +36,10 @@ class PlanConfig:
     """The keys of `python -m megarl.plan` besides those of the run."""
 
     algorithm: str = leaf(
-        "ppo", "Algorithm of the run that is planned, as in python -m megarl.train_ALGORITHM.", tuple(ALGORITHMS)
+        "ppo",
+        "Algorithm of the run that is planned, as in python -m megarl.train_ALGORITHM or megarl train ALGORITHM.",
+        tuple(ALGORITHMS),
+        or_named="package.module:NAME",
     )
     suggest: bool = leaf(False, "List the layouts of the same GPUs that fit, fastest first.")
     json: bool = leaf(False, "Print the plan as JSON; --json does the same.")

@@ -20,7 +20,14 @@ from megarl.disk import (
     writable,
 )
 from megarl.errors import CheckpointError, ConfigError, DataError
-from megarl.functions.named import check_options, check_scoring_function, check_spelling, data_source, resolve
+from megarl.functions.named import (
+    check_options,
+    check_scoring_function,
+    check_spelling,
+    data_source,
+    parameters,
+    resolve,
+)
 from megarl.logging import get_logger, warn_once
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
@@ -41,6 +48,8 @@ def check_files(config: Any) -> None:
             writable(path, key)
     _check_data(config)
     _check_rewards(config)
+    _check_callbacks(config)
+    _check_named(config)
     load_chat_template(_value(config, "data.chat_template"))
     load_chat_template(getattr(config, "chat_template", None), "chat_template")  # of `generate`
     vote = _value(config, "eval.vote")
@@ -100,6 +109,37 @@ def _check_rewards(config: Any) -> None:
     for term in reward.sources if reward is not None else ():
         if term.kind == FN and term.options and str(term.value).startswith("megarl.rewards."):
             check_spelling(resolve(term.value, term.key), term.options, f"{term.key.removesuffix('.fn')}.options")
+
+
+def _check_named(config: Any) -> None:
+    """Refuse families of models, and an orchestrator, that do not exist."""
+    if (orchestrator := _value(config, "extensions.orchestrator")) is not None:
+        resolve(orchestrator, "extensions.orchestrator", "class")
+    for name in _value(config, "extensions.families") or ():
+        resolve(name, "extensions.families", "NAME")
+
+
+def _check_callbacks(config: Any) -> None:
+    """Refuse callbacks that do not exist or are named twice, and options that certainly none of them takes."""
+    names, options = _value(config, "extensions.callbacks") or [], _value(config, "extensions.callback_options") or {}
+    takes = [parameters(resolve(name, "extensions.callbacks", "class")) for name in names]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"extensions.callbacks={shown(names)} names {twice[0]} twice: name it once",
+            key="extensions.callbacks",
+            value=names,
+        )
+    known = [argument for arguments in takes for argument in arguments or ()]
+    for option in options if None not in takes else ():
+        if option not in known:
+            meant = f"they take {', '.join(known)}" if known else "they take no options"
+            raise ConfigError(
+                f"extensions.callback_options.{option}: none of extensions.callbacks={shown(names)} has such an "
+                f"option; {meant}",
+                key=f"extensions.callback_options.{option}",
+                value=options[option],
+                offers={"extensions.callback_options": known} if known else None,
+            )
 
 
 def data_suffix(path: Path) -> str:

@@ -90,7 +90,7 @@ def _section(section: OptionalSection) -> list[str]:
 
 def _key(leaf: Leaf, plain: dict[str, Any]) -> list[str]:
     bounds = ", ".join(f"{_BOUNDS[name]} {_number(bound)}" for name, bound in leaf.bounds.items())
-    kind = "|".join(leaf.choices) or type_name(leaf)
+    kind = "|".join(leaf.values) or type_name(leaf)
     head = f"{leaf.key}={shown(in_force(plain, leaf))}  [{kind}{', ' if bounds else ''}{bounds}]"
     return [head, *textwrap.wrap(leaf.doc, WIDTH, **_INDENTED)]
 
@@ -116,7 +116,7 @@ def help_text(entry: str, plain: dict[str, Any]) -> str:
     ]
     section, optional = None, {each.key: each for each in optional_sections(described.config)}
     for leaf in leaves(described.config):
-        choices = "|".join(leaf.choices)
+        choices = "|".join(leaf.values)
         head = leaf.key.rpartition(".")[0]
         if head != section:
             lines.append("")

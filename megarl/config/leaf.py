@@ -34,6 +34,7 @@ def leaf(
     at_most: float | None = None,
     below: float | None = None,
     form: Callable[[str, Any], None] | None = None,
+    or_named: str = "",
 ) -> Any:
     """Declare one configuration key.
 
@@ -41,6 +42,7 @@ def leaf(
         default: the value of a key that is not set. Lists and dictionaries are copied per instance.
         doc: one line of full sentences, shown by `--help` and in docs/configuration.md.
         choices: the only valid values; empty: any.
+        or_named: how an object of the user is named, as in "package.module:function", if one is valid beside `choices`.
         at_least, above, at_most, below: bounds of a number; `None` values of optional keys are exempt.
         form: called with the dotted key and the value, or with each element of a list; raises if its form is not valid.
             `None` values are exempt.
@@ -51,6 +53,7 @@ def leaf(
         "choices": tuple(choices),
         "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
         "form": form,
+        "or_named": or_named,
     }
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy(default), metadata=metadata)
@@ -75,8 +78,8 @@ def optional_section(kind: type, doc: str, *, needs: str = "", null_is_defaults:
     return field(default=None, metadata=told)
 
 
-def or_defaults(section: Section, name: str) -> Any:
-    """Return the optional section `name` of a section, with its defaults if it is null."""
+def or_defaults(section: Any, name: str) -> Any:
+    """Return the optional section `name` of a section or tree, with its defaults if it is null."""
     value = getattr(section, name)
     if value is not None:
         return value
@@ -97,8 +100,14 @@ class Leaf:
     choices: tuple[str, ...]
     bounds: dict[str, float]
     form: Callable[[str, Any], None] | None = None
+    or_named: str = ""
     optional: str = ""
     """Key of the optional section that contains this key; empty: none."""
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The choices, and how an object of the user is named where one is valid; empty: any value."""
+        return (*self.choices, self.or_named) if self.or_named else self.choices
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,7 @@ def leaves(tree: type, prefix: str = "", optional: str = "") -> Iterator[Leaf]:
             choices=item.metadata.get("choices", ()),
             bounds=item.metadata.get("bounds", {}),
             form=item.metadata.get("form"),
+            or_named=item.metadata.get("or_named", ""),
             optional=optional,
         )
 

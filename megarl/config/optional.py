@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from megarl.config.leaf import OptionalSection, leaves, optional_sections
+from megarl.config.leaf import Leaf, OptionalSection, leaves, optional_sections
 from megarl.config.renames import value_of
 
 
@@ -25,7 +25,7 @@ def opened(tree: type) -> DictConfig:
     for section in optional_sections(tree):
         node = OmegaConf.structured(section.kind)
         for leaf in leaves(section.kind):
-            OmegaConf.update(node, leaf.key, MISSING)
+            OmegaConf.update(node, leaf.key, _unset(leaf))
         parent, _, name = section.key.rpartition(".")
         holder = OmegaConf.select(schema, parent) if parent else schema
         holder[name] = node
@@ -68,7 +68,7 @@ def _empty_mappings(plain: dict[str, Any], tree: type, argv: Sequence[str]) -> N
 
 def settled(keys: dict[str, Any], section: OptionalSection, switched_on: Collection[str] = ()) -> Any:
     """Return the keys of one section, completed with its defaults; None if the section is off."""
-    given = {name: value for name, value in keys.items() if not _missing(value)}
+    given = {name: value for name, value in keys.items() if not _missing(value) and value != {}}
     return {**asdict(section.kind()), **given} if given or section.key in switched_on else None
 
 
@@ -82,7 +82,7 @@ def reopened(argv: list[str], tree: type) -> list[str]:
     for index, argument in enumerate(argv):
         key, value = _assigned(argument)
         if key in optional and value == "null" and key in set_sections(argv[index + 1 :], tree):
-            found += [f"{key}.{leaf.key}={MISSING}" for leaf in leaves(optional[key])]
+            found += [f"{key}.{leaf.key}={_unset(leaf)}" for leaf in leaves(optional[key])]
         else:
             found.append(argument)
     return found
@@ -115,6 +115,11 @@ def prepare_preset(plain: Any, tree: type, set_later: Collection[str]) -> None:
             holder[name] = asdict(section.kind())
         if holder[name] is None and section.key in set_later:
             del holder[name]
+
+
+def _unset(leaf: Leaf) -> Any:
+    """Return the value of a key that is not set: Hydra cannot add an entry to a mapping that is missing."""
+    return {} if leaf.type.startswith("dict") else MISSING
 
 
 def _assigned(argument: str) -> tuple[str, str]:

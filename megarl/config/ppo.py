@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from megarl.config.advantages import ADVANTAGES, critic_kind
+from megarl.config.advantages import ADVANTAGES, critic_kind, needs_of
 from megarl.config.leaf import Section, leaf, optional_section, section
 from megarl.config.offers import Refusal, Rule, divisors, multiples
 from megarl.config.ppo_sections import (
@@ -18,6 +18,7 @@ from megarl.config.ppo_sections import (
     DynamicSamplingConfig,
     OverlongConfig,
 )
+from megarl.config.sections.extensions import EXTENSIONS, PPOExtensionsConfig
 from megarl.config.trees import PhaseTree
 from megarl.logging import get_logger, warn_once
 
@@ -73,8 +74,10 @@ class PPOSettings(Section):
         "How advantages are computed. gae: generalised advantage estimation with a critic; grpo, dr_grpo, rloo, opo, "
         "reinforce_pp_baseline: each response's score relative to the other responses to its prompt (rollout.n of 2 "
         "or more); reinforce_pp: the discounted sum of rewards from each token on; remax: the sum of rewards from "
-        "each token on, minus the score of the greedy response.",
+        "each token on, minus the score of the greedy response. A function of yours, as package.module:function or "
+        "path/to/file.py:function, computes them from the arguments that it names (docs/extending.md).",
         tuple(ADVANTAGES),
+        or_named="package.module:function",
     )
     gamma: float = leaf(
         1.0,
@@ -239,7 +242,7 @@ class PPOSettings(Section):
         """Refuse whitened rewards where responses are compared, too short a horizon, limits of an absent KL, unbiased
         gradients and a dual clip where there are none, and an entropy coefficient above its maximum. Warn of several
         epochs without a ratio."""
-        needs = ADVANTAGES[self.advantages]
+        needs = needs_of(self.advantages)
         target, horizon = self.kl_target, self.kl_horizon
         if target is not None and horizon <= self.rollouts / 5:
             raise Refusal(
@@ -313,7 +316,7 @@ def groups_are_whole(config: Any, world_size: int) -> None:
             key="ppo.rollouts",
             value=rollouts,
         )
-    if ADVANTAGES[advantages].groups and n < 2:
+    if needs_of(advantages).groups and n < 2:
         raise Refusal(
             f"ppo.advantages={advantages} compares the responses to a prompt, and with rollout.n={n} there is one",
             {
@@ -323,7 +326,7 @@ def groups_are_whole(config: Any, world_size: int) -> None:
             key="rollout.n",
             value=n,
         )
-    if config.ppo.dynamic_sampling is not None and not ADVANTAGES[advantages].groups:
+    if config.ppo.dynamic_sampling is not None and not needs_of(advantages).groups:
         raise Refusal(
             f"ppo.dynamic_sampling replaces prompts whose responses have equal scores, and ppo.advantages={advantages} "
             "learns from these too",
@@ -370,7 +373,7 @@ def critic_exists_if_needed(config: Any, world_size: int) -> None:
     """Refuse critic.kind=none with advantages that need values, keys of a separate critic with a shared one, and a
     warm-up as long as the run."""
     critic, advantages = config.critic, config.ppo.advantages
-    if not ADVANTAGES[advantages].values:
+    if not needs_of(advantages).values:
         return
     if critic.kind == "none":
         raise Refusal(
@@ -415,6 +418,7 @@ class PPOConfig(PhaseTree):
 
     critic: CriticConfig = section(CriticConfig)
     ppo: PPOSettings = section(PPOSettings)
+    extensions: PPOExtensionsConfig | None = optional_section(PPOExtensionsConfig, EXTENSIONS, null_is_defaults=True)
 
     def more_models(self) -> dict[str, str]:
         """Return the paths of the reward model and of a separate critic."""

@@ -69,7 +69,7 @@ def page() -> str:
                     lines += [about_optional(optional[head], code="`"), ""]
                 lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
                 section = head
-            kind = ", ".join(leaf.choices) or type_name(leaf)
+            kind = ", ".join(leaf.values) or type_name(leaf)
             lines.append(f"| `{leaf.key}` | {kind} | `{shown(portable(in_force(plain, leaf)))}` | {leaf.doc} |")
     for name, kinds in (("sweep", SweepConfig), ("compare", CompareConfig)):
         lines += ["", f"## Keys of `megarl {name}`", ""]

@@ -130,6 +130,7 @@ RENAMES = (
     _switch("logger.wandb"),
     Rename("logger.mlflow_uri", "logger.mlflow.uri"),
     _switch("logger.mlflow"),
+    Rename("trainer.exp_manager_options", "extensions.exp_manager", default={}),
     Rename("model.rope_factor", "model.rope_scaling.factor"),
     Rename("model.rope_low_freq_factor", "model.rope_scaling.low_freq_factor"),
     Rename("model.rope_high_freq_factor", "model.rope_scaling.high_freq_factor"),
@@ -145,6 +146,21 @@ def rename_of(key: str, value: Any, tree: type) -> Rename | None:
         if rename.old == key and rename.applies(value) and rename.concerns(tree):
             return rename
     return None
+
+
+def _of_entry(key: str, tree: type) -> Rename | None:
+    """Return the rename of an entry of a mapping that has another name now; None if there is none."""
+    for rename in RENAMES:
+        mapping = keys(tree).get(rename.new, "").startswith("dict")
+        if mapping and key.startswith(f"{rename.old}.") and rename.concerns(tree):
+            entry = key.removeprefix(f"{rename.old}.")
+            return Rename(key, f"{rename.new}.{entry}")
+    return None
+
+
+def is_old(key: str, tree: type) -> bool:
+    """Return whether a key, or the mapping of which it is an entry, had this name in an earlier version."""
+    return any(rename.old == key and rename.concerns(tree) for rename in RENAMES) or _of_entry(key, tree) is not None
 
 
 def renamed_arguments(argv: list[str], tree: type) -> list[str]:
@@ -165,7 +181,7 @@ def renamed_arguments(argv: list[str], tree: type) -> list[str]:
     for argument in argv:
         key, equals, text = argument.partition("=")
         name = key.lstrip("+~")
-        rename = rename_of(name, value_of(argument) if equals else None, tree)
+        rename = rename_of(name, value_of(argument) if equals else None, tree) or _of_entry(name, tree)
         if rename is None:
             found.append(argument)
             continue

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from megarl.config.advantages import ADVANTAGES
-from megarl.config.leaf import hints_of, optional_sections, section_kind
+from megarl.config.advantages import Needs, needs_of
+from megarl.config.leaf import hints_of, leaves, optional_sections, section_kind
 from megarl.config.offers import either
 from megarl.config.renames import renamed_tree
 from megarl.config.sections.optim import momentum_in_force
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, ConfigError
 
 NOW, CHECKPOINT, REFUSED = "takes effect now", "taken from the checkpoint", "refused"
 
@@ -97,7 +97,14 @@ RULES = (
     _rule("trainer", "micro_batch_size eval_batch_size", NOW, "how this process computes"),
     _rule("trainer", "eval_every max_time", NOW, "evaluations and the time limit after the resume"),
     _rule("trainer", "log_every peak_tflops progress", NOW, "how this process logs and displays"),
-    _rule("trainer", "exp_manager exp_manager_options", NOW, "how this process logs and displays"),
+    _rule(
+        *("extensions", "callbacks callback_options", NOW),
+        "the callbacks after the resume; one that is still named gets its state from the checkpoint",
+    ),
+    _rule("extensions", "orchestrator", NOW, "the experience of phases after the resume"),
+    _rule("extensions", "families", NOW, "the families that stored models are read and exported as"),
+    _rule("extensions", "exp_manager", NOW, "how this process logs and displays"),
+    _rule("trainer", "exp_manager", NOW, "how this process logs and displays"),
     # data
     _rule("data", "train train_split", NOW, "the new data starts after as many rows as were used of the old"),
     _rule("data.mixing", "weights final_weights over_phases", NOW, "the choice of prompts after the resume"),
@@ -235,6 +242,7 @@ BEFORE = {"ppo.advantages": "gae", "ppo.action_mask": None, "optim.kind": "adamw
 TABLE: dict[str, Rule] = {key: rule for rule in RULES for key in rule.keys}
 
 _MOMENTUM_SWITCHED = _rule("optim", "momentum", REFUSED, "the checkpoint contains momentum buffers, or none")
+_FOREIGN = Rule((), NOW, "a key of an algorithm outside of megarl")
 _MASK_SWITCHED = _rule("ppo", "action_mask", REFUSED, "the checkpoint contains the copy that masks, or none")
 
 
@@ -318,7 +326,17 @@ def differences(
             changed, same = same and not same_template, same_template
         if not same and not unknown:
             found.append(Difference(key, old, new, changed))
+    found += _of_foreign_keys(before, now, tree)
     return found if same_tokenizer else [*found, *_tokenizers(before, now)]
+
+
+def _of_foreign_keys(before: Mapping[str, Any], now: Mapping[str, Any], tree: type) -> Iterator[Difference]:
+    """Yield the differences of keys that only an algorithm outside of megarl has."""
+    for leaf in leaves(tree):
+        if leaf.key not in TABLE and _has(before, leaf.key) and _has(now, leaf.key):
+            old, new = _values(leaf.key, before, now)
+            if old != new:
+                yield Difference(leaf.key, old, new)
 
 
 def refuse(found: list[Difference], folder: str) -> None:
@@ -395,7 +413,8 @@ def _comparable(plain: Mapping[str, Any], tree: type) -> dict[str, Any]:
 
 def _rule_of(key: str) -> Rule:
     """Return the rule of a key; for an optional section, the rule of its first key."""
-    return TABLE.get(key) or next(rule for known, rule in TABLE.items() if known.startswith(key + "."))
+    below = (rule for known, rule in TABLE.items() if known.startswith(key + "."))
+    return TABLE.get(key) or next(below, _FOREIGN)
 
 
 def _values(key: str, *plain: Mapping[str, Any]) -> list[Any]:
@@ -404,8 +423,17 @@ def _values(key: str, *plain: Mapping[str, Any]) -> list[Any]:
 
 def _critic_of(plain: Mapping[str, Any]) -> str:
     """Return shared, separate or none; none if the advantages need no critic."""
-    needs = ADVANTAGES[plain["ppo"]["advantages"]]
+    needs = _needs(plain)
     return str(plain["critic"]["kind"]) if needs.values else "none"
+
+
+def _needs(plain: Mapping[str, Any]) -> Needs:
+    """Return what the advantages of a run need; of a function that is no longer there, nothing."""
+    advantages = plain["ppo"].get("advantages", "gae")
+    try:
+        return needs_of(advantages)
+    except ConfigError:
+        return Needs()
 
 
 def _has(plain: Mapping[str, Any], key: str) -> bool:
@@ -434,7 +462,7 @@ def _in_force(plain: Mapping[str, Any], key: str) -> Any:
     if value is None and key == "model.ffn_size":
         return 4 * model["hidden_size"]
     if value is None and key == "ppo.whiten_advantages":
-        return ADVANTAGES[plain["ppo"].get("advantages", "gae")].whitened
+        return _needs(plain).whitened
     if value is None and key == "optim.momentum":
         return momentum_in_force(plain["optim"]["kind"], value)
     return value

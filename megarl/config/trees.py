@@ -28,6 +28,7 @@ from megarl.config.sections.adapter import ADAPTER, AdapterConfig
 from megarl.config.sections.clone import CLONE, CloneConfig
 from megarl.config.sections.data import PromptDataConfig
 from megarl.config.sections.evaluation import EvalConfig
+from megarl.config.sections.extensions import EXTENSIONS, ExtensionsConfig, TrainingExtensionsConfig
 from megarl.config.sections.logger import LoggerConfig
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.optim import OptimConfig
@@ -55,6 +56,7 @@ class Tree:
     model: ModelConfig = section(ModelConfig)
     tokenizer: TokenizerConfig = section(TokenizerConfig)
     parallel: ParallelConfig = section(ParallelConfig)
+    extensions: ExtensionsConfig | None = optional_section(ExtensionsConfig, EXTENSIONS, null_is_defaults=True)
 
     def more_folders(self) -> dict[str, str]:
         """Return the folders that a run writes to besides those of every tree, by key."""
@@ -85,6 +87,9 @@ class TrainingTree(Tree):
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     export: ExportConfig = section(ExportConfig)
     logger: LoggerConfig = section(LoggerConfig)
+    extensions: TrainingExtensionsConfig | None = optional_section(
+        TrainingExtensionsConfig, EXTENSIONS, null_is_defaults=True
+    )
 
 
 @dataclass

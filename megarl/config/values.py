@@ -35,9 +35,10 @@ def check_values(config: Any, section: str = "") -> None:
         key, value = section + leaf.key, read(config, leaf.key)
         if value is None:
             continue
-        if leaf.choices and value not in leaf.choices:
+        own = leaf.or_named and ":" in str(value)
+        if leaf.choices and value not in leaf.choices and not own:
             raise ConfigError(
-                f"{key}={shown(value)} is not a valid value: choose from {either(leaf.choices)}",
+                f"{key}={shown(value)} is not a valid value: choose from {either(leaf.values)}",
                 key=key,
                 value=value,
                 offers={key: leaf.choices},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from megarl.algorithms import (
     reward_to_go,
     rloo_advantages,
 )
+from megarl.errors import ConfigError, MegarlError
+from megarl.functions.extensions import failed, load
+from megarl.functions.named import resolve
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,45 @@ COMPUTE: dict[str, Callable[[PhaseResults], Tensor]] = {
 
 REINFORCE++ whitens its rewards to go. Its baseline variant whitens the advantages of Dr.GRPO.
 """
+
+
+def compute(kind: str, results: PhaseResults) -> Tensor:
+    """Return the advantages [rows, time] of a phase, by a kind or by a function of the user."""
+    return COMPUTE[kind](results) if kind in COMPUTE else _of_function(kind, results)
+
+
+def arguments_of(results: PhaseResults) -> dict[str, Any]:
+    """Return what a function of the user may take. Each tensor is a copy, as other code reads the originals."""
+    given = {name: getattr(results, name) for name in ("rewards", "scores", "mask", "groups", "values", "greedy")}
+    copies = {name: value.clone() for name, value in given.items() if value is not None}
+    return {**copies, "gamma": results.gamma, "lam": results.lam}
+
+
+def _of_function(name: str, results: PhaseResults) -> Tensor:
+    """Return the advantages that a function of the user computes: of shape [rows, time], or [rows] for one number of
+    each response."""
+    key = "ppo.advantages"
+    function, given = load(key, name), arguments_of(results)
+    takes = inspect.signature(function).parameters.values()
+    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes):
+        given = {one.name: given[one.name] for one in takes if one.name in given}
+    try:
+        found = torch.as_tensor(function(**given)).detach().to(results.rewards.dtype)
+    except MegarlError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's code raises anything
+        raise failed(key, name, "failed", error, resolve(name, key).file) from error
+    rows, time = results.rewards.shape
+    if found.shape == (rows,):
+        return results.on_tokens(found)
+    if found.shape != (rows, time):
+        raise ConfigError(
+            f"{key}={name} returned advantages of shape {list(found.shape)}: return [{rows}, {time}], a number for "
+            f"each token as in rewards, or [{rows}], one for each response",
+            key=key,
+            value=name,
+        )
+    return found
 
 
 def group_counts(scores: Tensor, groups: Tensor) -> dict[str, float]:

@@ -23,9 +23,9 @@ from megarl.algorithms import (
 )
 from megarl.algorithms.advantages import VARIANCE_EPS
 from megarl.algorithms.kl import UNBIASED
-from megarl.config.advantages import ADVANTAGES, whitens
+from megarl.config.advantages import needs_of, whitens
 from megarl.config.ppo import PPOSettings
-from megarl.experience.advantages import COMPUTE, PhaseResults, group_counts
+from megarl.experience.advantages import PhaseResults, compute, group_counts
 from megarl.parallel.rows import Rows
 from megarl.rewards.answers import Score
 from megarl.rewards.scores import total
@@ -108,7 +108,7 @@ class Shaping:
             gamma=settings.gamma,
             lam=settings.lam,
         )
-        advantages = mask_out(COMPUTE[settings.advantages](results), mask)
+        advantages = mask_out(compute(settings.advantages, results), mask)
         white = whitens(settings)
         shaped = replace(rows, action_mask=mask).with_columns(
             advantages=whiten(advantages, mask) if white else advantages
@@ -123,7 +123,7 @@ class Shaping:
         }
         if white:
             stats["rollout/whitening_factor"] = whitening_factor(advantages, mask)
-        if ADVANTAGES[settings.advantages].groups:
+        if needs_of(settings.advantages).groups:
             earned = self._penalise(self._rewards(scores, factor, actions, kl, 0.0), actions, truncated)
             stats |= group_counts(earned.sum(dim=1), rows["group"])
         if greedy is not None:

@@ -29,6 +29,9 @@ _WEIGHTED = re.compile(
     r"^(?:(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?(?P<function>\S+)$", re.IGNORECASE
 )
 
+_VERSION = "__megarl_version__"
+"""Attribute of a module that was made from a file: its path, time and size."""
+
 # Code that calls one of these may define names that reading it does not show.
 _DYNAMIC = {"globals", "exec", "eval", "setattr", "vars", "locals"}
 
@@ -51,28 +54,33 @@ class NamedFunction:
 
     def load(self) -> Function:
         """The callable itself. Runs the user's code."""
-        if isinstance(self.source, bytes):
-            import cloudpickle
-
-            loaded = cloudpickle.loads(self.source)
-        else:
-            place, _, path = self.source.rpartition(":")
-            if str(Path.cwd()) not in sys.path and "" not in sys.path:  # a console script's import path lacks it
-                sys.path.append(str(Path.cwd()))
-            loaded = _import_file(Path(place)) if _is_file(place) else importlib.import_module(place)
-            for attribute in path.split("."):
-                loaded = getattr(loaded, attribute)
+        loaded = self.value()
         if not callable(loaded):
             raise TypeError(f"{self.name} is a {type(loaded).__name__}, not a function")
         return loaded  # type: ignore[no-any-return]
 
+    def value(self) -> Any:
+        """What has this name, of any type. Runs the user's code."""
+        if isinstance(self.source, bytes):
+            import cloudpickle
+
+            return cloudpickle.loads(self.source)
+        place, _, path = self.source.rpartition(":")
+        if str(Path.cwd()) not in sys.path and "" not in sys.path:  # a console script's import path lacks it
+            sys.path.append(str(Path.cwd()))
+        found = _import_file(Path(place)) if _is_file(place) else importlib.import_module(place)
+        for attribute in path.split("."):
+            found = getattr(found, attribute)
+        return found
+
 
 @dataclass(frozen=True)
 class _Given:
-    """The name of a function as the configuration gives it."""
+    """The name of a function as the configuration gives it; `kind` is what it should name: a function, or a class."""
 
     key: str
     name: str
+    kind: str = "function"
 
     def refused(self, problem: str, where: str | Path | None = None, functions: Sequence[str] = ()) -> ConfigError:
         """The error; `functions` of the same module or file can be used instead."""
@@ -86,7 +94,7 @@ class _Given:
         )
 
 
-def resolve(spec: Spec | NamedFunction, key: str = "reward.fn") -> NamedFunction:
+def resolve(spec: Spec | NamedFunction, key: str = "reward.fn", kind: str = "function") -> NamedFunction:
     """Check a function's name, or pack a callable, before anything is started.
 
     A module or file is found and read, not run. A name that only running it could show is left for `load` to find. The
@@ -96,6 +104,7 @@ def resolve(spec: Spec | NamedFunction, key: str = "reward.fn") -> NamedFunction
     Args:
         spec: "package.module:function", "path/to/file.py:function", or a callable.
         key: the configuration key it came from, for the messages.
+        kind: what the name stands for, for the messages: function, class, or another object.
 
     Raises:
         ConfigError: no such module, file or function, or a callable that cannot travel to another process.
@@ -104,10 +113,10 @@ def resolve(spec: Spec | NamedFunction, key: str = "reward.fn") -> NamedFunction
         return spec
     if not isinstance(spec, str):
         return _pack(spec, key)
-    given = _Given(key, spec)
+    given = _Given(key, spec, kind)
     place, colon, path = spec.rpartition(":")
     if not colon or not place or not all(part.isidentifier() for part in path.split(".")):
-        raise given.refused(" names no function: write package.module:function or path/to/file.py:function")
+        raise given.refused(f" names no {kind}: write package.module:{kind} or path/to/file.py:{kind}")
     if _is_file(place):
         file = _python_file(place)
         if file is None:
@@ -139,7 +148,7 @@ def check_scoring_function(text: str, key: str) -> None:
     """
     for _, name in weighted_names(text) or [(1.0, text)]:
         function = resolve(name, key)
-        takes = _parameters(function)
+        takes = parameters(function)
         lacking = [argument for argument in ARGUMENTS if takes is not None and argument not in takes]
         if lacking:
             raise ConfigError(
@@ -182,7 +191,7 @@ def check_options(function: NamedFunction, options: Mapping[str, Any], key: str)
         options: keyword arguments of the function.
         key: the configuration key of the options.
     """
-    takes = _parameters(function)
+    takes = parameters(function)
     for name in options:
         if takes is not None and name not in takes:
             near = difflib.get_close_matches(name, takes, n=1) or takes
@@ -220,7 +229,7 @@ def check_spelling(function: NamedFunction, options: Mapping[str, Any], key: str
             )
 
 
-def _parameters(function: NamedFunction) -> list[str] | None:
+def parameters(function: NamedFunction) -> list[str] | None:
     """Return the names of a function's parameters, or None where reading its file does not tell them all."""
     found = _definition(function)
     if found is None or found.args.kwarg is not None:
@@ -229,13 +238,25 @@ def _parameters(function: NamedFunction) -> list[str] | None:
 
 
 def _definition(function: NamedFunction) -> ast.FunctionDef | None:
-    """Return the definition of a function in its file, or None where that does not tell what it takes."""
+    """Return the definition of a function, or of what makes objects of a class, in its file; None where that does not
+    tell what it takes."""
     name = str(function.source).rpartition(":")[2]
     if function.file is None or isinstance(function.source, bytes):
         return None
     tree = ast.parse(Path(function.file).read_bytes(), filename=function.file)
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    return found[0] if len(found) == 1 and not found[0].decorator_list else None
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name]
+    if len(found) != 1 or found[0].decorator_list:
+        return None
+    return found[0] if isinstance(found[0], ast.FunctionDef) else _constructor(found[0])
+
+
+def _constructor(written: ast.ClassDef) -> ast.FunctionDef | None:
+    """Return the `__init__` of a class without `self`; None where the class does not define it itself."""
+    found = [node for node in written.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    if len(found) != 1 or found[0].decorator_list or not found[0].args.args:
+        return None
+    del found[0].args.args[0]
+    return found[0]
 
 
 def name_of(function: Function) -> str:
@@ -309,7 +330,7 @@ def _find_module(name: str, given: _Given) -> Path | None:
             inside = f" in the package {'.'.join(parts[: depth - 1])}" if depth > 1 else ""
             raise given.refused(
                 f": there is no module {part}{inside}; {_nearest_built_in(name)}"
-                f"run from the folder that holds it, install it, or give a file as path/to/file.py:function",
+                f"run from the folder that holds it, install it, or give a file as path/to/file.py:{given.kind}",
                 part,
             )
         if depth < len(parts) and found.submodule_search_locations is None:
@@ -347,9 +368,10 @@ def _check_name(file: Path, path: str, given: _Given) -> None:
     name = path.split(".")[0]
     if name in names or not complete:
         return
-    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    defines = ast.ClassDef if given.kind == "class" else ast.FunctionDef
+    functions = [node.name for node in tree.body if isinstance(node, defines)]
     near = difflib.get_close_matches(name, sorted(names), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"it defines {', '.join(functions) or 'no function'}"
+    hint = f"did you mean {near[0]}?" if near else f"it defines {', '.join(functions) or f'no {given.kind}'}"
     raise given.refused(f": {file} defines no {name}; {hint}", file, near or functions)
 
 
@@ -372,8 +394,12 @@ def _top_level_names(tree: ast.Module) -> tuple[set[str], bool]:
 
 
 def _import_file(file: Path) -> Any:
-    """Run a file as a module of its own; its neighbours can be imported, as when it is run as a script."""
-    name = f"function_file_{file.stem}"
+    """Run a file as a module of its own, again only if it has changed; its neighbours can be imported, as when it is
+    run as a script."""
+    name, stat = f"function_file_{file.stem}", file.stat()
+    known = sys.modules.get(name)
+    if known is not None and getattr(known, _VERSION, None) == (str(file), stat.st_mtime_ns, stat.st_size):
+        return known  # so that two keys that name one file get the same classes
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} is not a Python file")
@@ -382,4 +408,5 @@ def _import_file(file: Path) -> Any:
     if str(file.parent) not in sys.path:
         sys.path.insert(0, str(file.parent))
     spec.loader.exec_module(module)
+    setattr(module, _VERSION, (str(file), stat.st_mtime_ns, stat.st_size))
     return module

@@ -13,8 +13,10 @@ from torch import Tensor
 from megarl.clock import Clock, Work
 from megarl.config import resume
 from megarl.config.cluster import PlanConfig
+from megarl.config.extensions import named_extensions
 from megarl.config.files import load_chat_template
 from megarl.errors import CheckpointError
+from megarl.functions.extensions import changed, fingerprints
 from megarl.logging import get_logger
 from megarl.models.adapters import frozen_digests
 from megarl.models.build import build_engine, vocabulary
@@ -224,6 +226,7 @@ class Module(LightningModule):
                 "config": config,
                 "started_as": self.started_as or config,
                 "tokenizer": self.tokenizer.fingerprint(),
+                "extensions": fingerprints(named_extensions(self.config)),
             }
         checkpoint["scorers"] = self.scorer_fingerprints
         checkpoint["clock"] = self.clock.state_dict()
@@ -313,3 +316,5 @@ class Module(LightningModule):
         self.changed = {difference.key for difference in differences}
         if described := resume.told(differences):
             log.warning("the settings of this run differ from those in the checkpoint: %s", described)
+        for key in changed(saved.get("extensions", {}), fingerprints(named_extensions(self.config))):
+            log.warning("the code that %s names has changed since the checkpoint: it takes effect now", key)

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from megarl.clock import Work
-from megarl.config.advantages import ADVANTAGES, critic_kind, without_effect
+from megarl.config.advantages import critic_kind, needs_of, without_effect
+from megarl.config.leaf import or_defaults
 from megarl.config.ppo import PPOConfig
 from megarl.config.resume import from_plain
 from megarl.data.prompts import Prompt
 from megarl.experience.action_mask import ActionMask
 from megarl.experience.collection import Collected, Scored, collect, mean, no_spread
 from megarl.experience.invariants import Invariants
+from megarl.experience.orchestrator import build_orchestrator, checked
 from megarl.experience.reference import PolicyReference, Reference
 from megarl.experience.rows import forward_flops, forward_rows, rollouts_to_rows, training_flops
 from megarl.experience.shaping import Greedy, Shaping
@@ -59,7 +61,7 @@ class PPO(GenerativeModule):
         config = self.config
         self.planned = config.trainer.max_phases
         self.temperature = config.rollout.temperature
-        self.needs = ADVANTAGES[config.ppo.advantages]
+        self.needs = needs_of(config.ppo.advantages)
         self.streams = (TRAINING, GREEDY) if self.needs.greedy else (TRAINING,)
         self.shaping = Shaping(config.ppo, config.rollout.max_new_tokens)
         self.invariants = Invariants(
@@ -76,6 +78,7 @@ class PPO(GenerativeModule):
         self.reference_name: str | None = None  # name of its weights in the run folder, after behaviour cloning
         self.row_names: list[str] = []  # names of a phase's rows, for messages
         self.watch = Watch(config.ppo.kl_limit)
+        self.orchestrator = build_orchestrator(or_defaults(config, "extensions").orchestrator, self)
         self.prepare_prompts(train=True)
 
     # --- models and data --------------------------------------------------------------------------------------------
@@ -251,12 +254,10 @@ class PPO(GenerativeModule):
         return found
 
     def _respond(self, prompts: Sequence[Prompt], first: int) -> Scored:
-        """Generate responses to the prompts from index `first` on, and score them all in one call."""
-        sampled = self.generate(prompts, first)
-        greedy = self.generate_greedy(prompts, first) if self.needs.greedy else []
-        scores = self.score(prompts, [*sampled, *greedy])
-        of_greedy = scores.part(slice(len(sampled), None)).values
-        return Scored(sampled, scores.part(slice(len(sampled))), greedy, of_greedy)
+        """Have the prompts from index `first` on answered and scored, by megarl's or the user's orchestrator."""
+        return checked(
+            self.orchestrator.respond(prompts, first), prompts, or_defaults(self.config, "extensions").orchestrator
+        )
 
     def _collection_metrics(self, found: Collected) -> dict[str, float]:
         metrics = self.score_metrics(found.trained_scores, found.unscored)

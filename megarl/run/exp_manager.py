@@ -29,8 +29,8 @@ def settings(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for key in options:
         if key in OURS:
             raise ConfigError(
-                f"trainer.exp_manager_options.{key} cannot be used: {OURS[key]}; remove it",
-                key=f"trainer.exp_manager_options.{key}",
+                f"extensions.exp_manager.{key} cannot be used: {OURS[key]}; remove it",
+                key=f"extensions.exp_manager.{key}",
                 value=options[key],
             )
     off = {key: False for key in OURS if key.startswith(("create_", "disable_", "resume_if"))}
@@ -54,7 +54,7 @@ def attach_nemo_exp_manager(trainer: Trainer, options: Mapping[str, Any], run_di
         exp_manager(trainer, nemo_settings)
     except Exception as problem:  # NeMo's own error classes, which cannot be imported without NeMo
         raise ConfigError(
-            f"trainer.exp_manager=nemo does not start ({one_line(problem)}): see trainer.exp_manager_options",
+            f"trainer.exp_manager=nemo does not start ({one_line(problem)}): see extensions.exp_manager",
             key="trainer.exp_manager",
             value="nemo",
         ) from problem

@@ -73,6 +73,13 @@ class RunFolder:
         else:
             self._set_aside(self.path / "git.diff")
 
+    def write_extensions(self, described: Mapping[str, Mapping[str, str]]) -> None:
+        """Write extensions.json, if the run uses any: what each key names, its file, and a hash of that."""
+        if described:
+            self.write("extensions.json", json.dumps(described, indent=2) + "\n")
+        else:
+            self._set_aside(self.path / "extensions.json")
+
     def write(self, name: str, text: str) -> Path:
         """Write a file into the folder. An earlier one with different content is kept under a number."""
         path = self.path / name

@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,15 +11,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megarl.callbacks.own import failure_of
 from megarl.checkpoint import ShardedCheckpointIO, find, refuse_empty
 from megarl.command import process_number, quiet
-from megarl.config.algorithms import ALGORITHMS, Algorithm
+from megarl.config.algorithms import Algorithm, find_algorithm
 from megarl.config.devices import hide_gpus
+from megarl.config.extensions import named_extensions
 from megarl.config.launcher import check_launcher
+from megarl.config.leaf import or_defaults
 from megarl.config.rules import check
 from megarl.config.world import world_size
 from megarl.disk import local
-from megarl.errors import CheckpointError, ConfigError, one_line
+from megarl.errors import CheckpointError, ConfigError, MegarlError, one_line
+from megarl.functions.extensions import fingerprints
 from megarl.logging import setup
 from megarl.models.exchange.export import refuse_existing
 from megarl.models.exchange.families import require_family
@@ -79,17 +83,18 @@ def opened_run(entry: str, config: Any, build: Build) -> Iterator[Run]:
     """Check the configuration, lock the folders that the run writes, and build the module; close it at the end. The
     arguments are those of `run_training`."""
     check_launcher(os.environ)
+    algorithm = find_algorithm(entry)
     with hide_gpus(config.trainer.accelerator):
         check(config, world_size(config, os.environ))
         resume = config.run.resume
         if resume not in ("auto", "never"):
             refuse_empty(Path(resume))
-        run_dir = Path(os.environ.get(RUN_DIR) or resolve_run_dir(entry, config)).absolute()
+        run_dir = Path(os.environ.get(RUN_DIR) or resolve_run_dir(algorithm.name, config)).absolute()
         os.environ[RUN_DIR] = str(run_dir)
         try:
             folder = RunFolder(run_dir)
             with _owned(config, run_dir) as lock:
-                run = _build(ALGORITHMS[entry], config, folder, lock, build)
+                run = _build(algorithm, config, folder, lock, build)
                 try:
                     yield run
                 finally:
@@ -128,6 +133,7 @@ def _build(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, 
         with _writing(run_dir):
             folder.write_config(resolved)
             folder.write_environment()
+            folder.write_extensions(fingerprints(named_extensions(config)))
     module = build(config, sources)
     module.entry, module.unit = algorithm.name, algorithm.unit
     return Run(config, resolved, module, folder, lock)
@@ -139,10 +145,10 @@ def _train(run: Run) -> int:
     io = trainer.strategy.checkpoint_io
     assert isinstance(io, ShardedCheckpointIO)
     if config.trainer.exp_manager == "nemo":
-        attach_nemo_exp_manager(trainer, config.trainer.exp_manager_options, run_dir)
+        attach_nemo_exp_manager(trainer, or_defaults(config, "extensions").exp_manager, run_dir)
     gc.freeze()  # every save collects garbage; exclude the objects that imports made
     try:
-        with damage_told(io):
+        with damage_told(io, or_defaults(config, "extensions").callbacks):
             restored = resume_from(config.run.resume, run_dir)
             module.resumes = restored is not None
             trainer.fit(module, ckpt_path=restored)
@@ -157,19 +163,33 @@ def _train(run: Run) -> int:
 
 
 @contextmanager
-def damage_told(io: ShardedCheckpointIO) -> Iterator[None]:
-    """Name the checkpoint in an error that was raised while it was being restored."""
+def damage_told(io: ShardedCheckpointIO, callbacks: Sequence[str] = ()) -> Iterator[None]:
+    """Raise an exception of a user's callback, or of a checkpoint that cannot be restored, as an error of one line."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
-        if io.restoring is None or isinstance(problem, torch.OutOfMemoryError | dist.DistError):
+    except Exception as problem:
+        told = _explained(problem, io.restoring, callbacks)
+        if told is None:
             raise
-        raise CheckpointError(
-            f"checkpoint {io.restoring} cannot be restored ({one_line(problem)}): it is damaged or was written by "
-            "another version; choose another with run.resume=FOLDER",
-            key="run.resume",
-            where=io.restoring,
-        ) from problem
+        raise told from problem
+
+
+def _explained(problem: Exception, restoring: Path | None, callbacks: Sequence[str]) -> MegarlError | None:
+    """Return the error of one line for an exception of a user's callback, or of a checkpoint that cannot be restored;
+    None for one that has its line, and for a bug."""
+    if isinstance(problem, MegarlError):
+        return None
+    if (of_callback := failure_of(problem, callbacks)) is not None:
+        return of_callback
+    damaged = isinstance(problem, LookupError | TypeError | ValueError | AttributeError | RuntimeError)
+    if restoring is None or not damaged or isinstance(problem, torch.OutOfMemoryError | dist.DistError):
+        return None
+    return CheckpointError(
+        f"checkpoint {restoring} cannot be restored ({one_line(problem)}): it is damaged or was written by another "
+        "version; choose another with run.resume=FOLDER",
+        key="run.resume",
+        where=restoring,
+    )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from megarl.checkpoint import ShardedCheckpointIO, step_folder
-from megarl.config.algorithms import ALGORITHMS
+from megarl.config.algorithms import find_algorithm
 from megarl.data.formats import RecordFormat
 from megarl.data.prompts import Prompt, PromptLimits, encode_prompt, fit_prompts
 from megarl.data.sources import Record
@@ -55,7 +55,7 @@ class Steps:
     def __init__(self, entry: str, config: Any, build: Build) -> None:
         """Build the models, or restore the checkpoint that `run.resume` names. The arguments are those of
         `run_training`."""
-        self.algorithm = ALGORITHMS[entry]
+        self.algorithm = find_algorithm(entry)
         self._open, self._resources = ExitStack(), ExitStack()
         try:
             self._set_up(entry, config, build)

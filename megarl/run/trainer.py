@@ -14,6 +14,7 @@ from megarl.callbacks.health import Health
 from megarl.callbacks.heartbeat import HeartbeatCallback
 from megarl.callbacks.initial_evaluation import InitialEvaluation
 from megarl.callbacks.limits import StepLimit, TimeLimit, parse_duration
+from megarl.callbacks.own import own_callbacks
 from megarl.callbacks.ownership import Ownership
 from megarl.callbacks.preemption import Preemption
 from megarl.callbacks.progress import make_progress
@@ -23,6 +24,7 @@ from megarl.callbacks.summary import Summary
 from megarl.callbacks.throughput import Throughput
 from megarl.checkpoint import ShardedCheckpointIO
 from megarl.config.launcher import started_by_slurm
+from megarl.config.leaf import or_defaults
 from megarl.config.world import local_devices
 from megarl.modules.base import Module
 from megarl.parallel.strategy import MegatronStrategy
@@ -94,7 +96,7 @@ def _callbacks(
 ) -> list[Callback]:
     """Return the callbacks in the order in which Lightning calls them; see `megarl/callbacks/__init__.py`."""
     run_dir = folder.path
-    best = config.checkpoint.best_settings
+    best, own = config.checkpoint.best_settings, or_defaults(config, "extensions")
     collapse = Collapse(best.metric, best.mode, checkpoints.best, lambda: module.scorer_fingerprints)
     callbacks: list[Callback] = [
         Ownership(lock.check),
@@ -114,7 +116,7 @@ def _callbacks(
     ]
     if config.trainer.max_time is not None:
         callbacks.append(TimeLimit(parse_duration(config.trainer.max_time), checkpoints))
-    return callbacks
+    return [*callbacks, *own_callbacks(own.callbacks, own.callback_options)]
 
 
 def _eval_every(config: Any) -> int | None:

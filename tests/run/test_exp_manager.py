@@ -44,9 +44,9 @@ def trainer(folder: Path) -> Trainer:
 
 
 def test_the_group_sets_the_key_and_takes_options() -> None:
-    config, _ = compose("sft", ["trainer/exp_manager=nemo", "+trainer.exp_manager_options.log_delta_step_timing=true"])
+    config, _ = compose("sft", ["trainer/exp_manager=nemo", "+extensions.exp_manager.log_delta_step_timing=true"])
     assert config.trainer.exp_manager == "nemo"
-    assert config.trainer.exp_manager_options == {"log_delta_step_timing": True}
+    assert config.extensions.exp_manager == {"log_delta_step_timing": True}
     assert compose("sft", [])[0].trainer.exp_manager == "none"
 
 
@@ -65,7 +65,7 @@ def test_checkpoints_resuming_and_stopping_stay_ours(given: list[dict[str, Any]]
 
 
 def test_an_option_that_is_ours_is_refused_by_name(given: list[dict[str, Any]], tmp_path: Path) -> None:
-    key = "trainer.exp_manager_options.resume_if_exists"
+    key = "extensions.exp_manager.resume_if_exists"
     with refused(ConfigError, key=key, value=True, names=("run.resume",)):
         attach_nemo_exp_manager(trainer(tmp_path), {"resume_if_exists": True}, tmp_path)
     assert not given

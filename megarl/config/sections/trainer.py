@@ -1,11 +1,8 @@
 """Devices, batch sizes, length of a run, and how often it evaluates and logs."""
 
-# ruff: noqa: RUF009 - `leaf` and `section` return dataclass fields
-
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from megarl.config.forms import device_count, wall_clock_time
 from megarl.config.leaf import Section, leaf
@@ -82,12 +79,9 @@ class LoopConfig(DevicesConfig):
     )
     exp_manager: str = leaf(
         "none",
-        "nemo: NeMo's exp_manager adds its folder and callbacks to the Trainer. Requires megarl[nemo].",
+        "nemo: NeMo's exp_manager adds its folder and callbacks to the Trainer; its keys are "
+        "extensions.exp_manager. Requires megarl[nemo].",
         ("none", "nemo"),
-    )
-    exp_manager_options: dict[str, Any] = leaf(
-        {},
-        "Keys of NeMo's exp_manager. Those of checkpoints, resuming and stopping are refused, as megarl does these.",
     )
 
 

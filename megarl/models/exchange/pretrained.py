@@ -6,12 +6,14 @@ from typing import Any, TypeVar
 
 from megarl.checkpoint import verify
 from megarl.command import process_number
+from megarl.config.leaf import or_defaults
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.tokenizer import TokenizerConfig
 from megarl.config.shape import check_shape
 from megarl.errors import CheckpointError, ConfigError, MegarlError
 from megarl.logging import get_logger
 from megarl.models.exchange.adapters import PeftAdapter, StoredAdapter, family_of_parts, new_spec, targets_of
+from megarl.models.exchange.families import add_families
 from megarl.models.exchange.family import shape_of
 from megarl.models.exchange.formats import open_adapter, open_source
 from megarl.models.exchange.source import Source, family_name
@@ -88,6 +90,7 @@ def resolve_pretrained(config: Tree) -> tuple[Tree, Sources]:
         The tree with the shape and the tokenizer of the model at `model.path` (the same tree if that is null), and all
         models that the tree names. The tree that was passed in is not changed.
     """
+    add_families(or_defaults(config, "extensions").families)
     sources = Sources()
     if config.model.path is not None:
         config = _with_shape(config, sources.whole(config.model.path, "model.path"))

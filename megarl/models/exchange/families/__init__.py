@@ -1,10 +1,13 @@
 """The families of published models that megarl reads and writes, one declarative file each."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from megarl.config.sections.model import ModelConfig
 from megarl.disk import shown
 from megarl.errors import CheckpointError, ConfigError
+from megarl.functions import extensions
+from megarl.logging import get_logger
 from megarl.models.exchange.families import gpt2, gpt_neox, gptj, llama, mistral, opt, qwen2, qwen3
 from megarl.models.exchange.family import CLASSIFIER, Family
 
@@ -12,6 +15,52 @@ from megarl.models.exchange.family import CLASSIFIER, Family
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY for module in (llama, mistral, qwen2, qwen3, gpt2, gptj, gpt_neox, opt)
 }
+
+
+KEY = "extensions.families"
+_ORIGINS: dict[str, str] = {}
+"""Where each family outside of megarl comes from, by its name."""
+
+
+def add_families(names: Sequence[str]) -> None:
+    """Add the families that `extensions.families` names, in this process. The same name again is no second family."""
+    for name in names:
+        register_family(extensions.load(KEY, name, "NAME"), KEY, name)
+
+
+def register_family(family: Any, key: str = "register_family", origin: str = "") -> None:
+    """Add a family of models outside of megarl, in this process: from then on it is read, written and converted.
+
+    Args:
+        family: a `Family`. Its name and architectures must not be those of another.
+        key: what gives it, for messages.
+        origin: its name there; one of the same origin is replaced.
+    """
+    if not isinstance(family, Family):
+        raise extensions.wrong_kind(key, origin, "a megarl.models.exchange.family.Family", family)
+    origin = origin or family.name
+    for name, known in FAMILIES.items():
+        same = [each for each in family.architectures if each in known.architectures]
+        if (name == family.name or same) and known is not family and _ORIGINS.get(name) != origin:
+            what = f"the architecture {same[0]}" if same and name != family.name else "this name"
+            of = _ORIGINS.get(name, "megarl's own")
+            raise ConfigError(
+                f"{key}={origin} is a family {family.name}, and there is one with {what} already: {name} ({of}); "
+                "rename one of them, or leave it out",
+                key=key,
+                value=origin,
+            )
+    FAMILIES[family.name], _ORIGINS[family.name] = family, origin
+
+
+def _add_announced() -> None:
+    """Add the families of installed packages. One that is broken is left out, with a warning."""
+    group = extensions.FAMILIES
+    for point in extensions.announced(group).values():
+        try:
+            register_family(extensions.load(group, point.value, "NAME"), group, point.value)
+        except ConfigError as problem:
+            get_logger(__name__).warning("a family of %s is left out: %s", extensions.package_of(point), problem)
 
 
 def family_of(config: dict[str, Any]) -> Family:
@@ -35,7 +84,7 @@ def family_of(config: dict[str, Any]) -> Family:
     other = ", or score with reward.fn=megarl.rewards.classifier:score" if score else ""
     raise CheckpointError(
         f"config.json has {key}={shown(repr(config.get(key)))}, which megarl does not know: choose from "
-        f"{', '.join(known)}{other}",
+        f"{', '.join(known)}{other}; a family of yours: extensions.families=[package.module:NAME]",
         key=key,
         value=config.get(key),
         where="config.json",
@@ -88,3 +137,6 @@ def family_named(name: str) -> Family:
             offers={"family": FAMILIES},
         )
     return FAMILIES[name]
+
+
+_add_announced()
