@@ -12,7 +12,7 @@ import pytest
 
 import megarl
 from megarl import algorithm, cli, listing
-from megarl.api import _algorithm
+from megarl.inputs import _algorithm
 from megarl.config.algorithms import ALGORITHMS, entry_point, find_algorithm
 from megarl.config.compose import compose
 from megarl.errors import ConfigError
