@@ -12,10 +12,10 @@ import pytest
 
 import megarl
 from megarl import algorithm, cli, listing
-from megarl.inputs import _algorithm
 from megarl.config.algorithms import ALGORITHMS, entry_point, find_algorithm
 from megarl.config.compose import compose
 from megarl.errors import ConfigError
+from megarl.inputs import _algorithm
 from megarl.training import module_of
 from tests.e2e.runs import SMALL, launched, metrics
 from tests.extensions.conftest import Install
