@@ -28,6 +28,7 @@ from omegaconf import DictConfig
 
 from megarl.api import write_pretrained
 from megarl.command import process_number
+from megarl.config.algorithms import find_algorithm
 from megarl.disk import writable
 from megarl.errors import ConfigError
 from megarl.inputs import Asked, Function, Sample, asked_for, default_config
@@ -108,8 +109,7 @@ class Session:
             stop_sequences=stop_sequences,
             device=device,
         )
-        reward = getattr(asked.config, "reward", None)
-        if reward is not None and not reward.sources:
+        if find_algorithm(asked.entry).unit == "phase" and not asked.config.reward.sources:
             asked.config.reward.fn = "megarl.session:no_reward"
         asked.config.run.resume = "never" if resume is None else str(Path(resume).absolute())
         self._state: dict[str, Any] = {}

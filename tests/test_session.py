@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import csv
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 import megarl
 from megarl import training
 from megarl.config.compose import compose
-from megarl.errors import ConfigError, DataError
+from megarl.errors import ConfigError, DataError, UnavailableError
 from megarl.parallel.rows import Rows
+from megarl.run.workers import Workers
 from tests.e2e.runs import PAIRS, WALKS, launched
 from tests.refusals import refused
 from tests.worlds import Worlds
@@ -189,3 +193,30 @@ def test_what_starts_processes_twice_is_refused(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("WORLD_SIZE", "2")
     with refused(ConfigError, key="processes", value=2):
         megarl.Session(megarl.default_config("ppo", *settings(tmp_path / "run")), processes=2)
+
+
+def test_a_process_that_dies_ends_the_session_in_one_line(tmp_path: Path) -> None:
+    def die(state: dict[str, Any]) -> None:
+        if os.environ["RANK"] == "1":
+            os._exit(7)
+        time.sleep(60)
+
+    workers = Workers(2)
+    with refused(UnavailableError, key="processes", where="process 1"):
+        workers.call(die)
+    with refused(UnavailableError, key="processes"):
+        workers.call(die)
+    assert not [child for child in psutil.Process().children() if "megarl.run.workers" in " ".join(child.cmdline())]
+
+
+def test_a_process_that_fails_alone_does_not_leave_the_others_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(state: dict[str, Any]) -> None:
+        if os.environ["RANK"] == "0":
+            raise DataError("the first record is broken", key="data.train")
+        time.sleep(60)
+
+    monkeypatch.setattr("megarl.run.workers.PATIENCE_S", 1.0)
+    with refused(DataError, key="data.train"):
+        Workers(2).call(fail)

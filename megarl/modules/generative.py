@@ -18,7 +18,7 @@ from megarl.data.mixture import PromptOrder, prompt_order
 from megarl.data.prompts import Prompt, PromptLimits, read_prompts
 from megarl.errors import RewardError
 from megarl.experience.build_scorers import REWARD, ScorerBuilder, by_metric_name, check_fields_of_functions
-from megarl.experience.evaluation import Collect, Evaluated, Evaluation, answer_reader
+from megarl.experience.evaluation import Evaluated, Evaluation, answer_reader
 from megarl.experience.invariants import Invariants
 from megarl.experience.scorers import Scorer, keep_scored
 from megarl.experience.sources import GeneratedRollouts, ReplayedRollouts, RolloutSource
@@ -81,12 +81,8 @@ class GenerativeModule(Module):
         check_fields_of_functions(prompts, self.config)
         return prompts
 
-    def prepare_generation(self, collect: Collect | None = None) -> None:
-        """Make the rollout source, a scorer for each configured function, and the evaluation.
-
-        Args:
-            collect: collects the responses of evaluations; by default the rollout source does.
-        """
+    def prepare_generation(self) -> None:
+        """Make the rollout source, a scorer for each configured function, and the evaluation."""
         config = self.config
         for prompts, name in ((self.prompts, "data.train"), (self.eval_prompts, "data.eval")):
             texts = [prompt.text for prompt in prompts]
@@ -108,7 +104,7 @@ class GenerativeModule(Module):
         ).scorers()
         if self.eval_prompts:
             self.evaluation = Evaluation(
-                collect or self.source.collect,
+                self.collect,
                 self.eval_prompts,
                 by_metric_name(self.scorers),
                 config.eval,
@@ -166,7 +162,12 @@ class GenerativeModule(Module):
             if first == 0:
                 self.source.publish(self.weights_version)
             within = range(first, len(prompts))
-            return self.source.collect(prompts, n, stream=TRAINING, phase=phase, within=within, **changes)
+            return self.collect(prompts, n, stream=TRAINING, phase=phase, within=within, **changes)
+
+    def collect(self, prompts: Sequence[Prompt], n: int, *, stream: int, phase: int, **changes: Any) -> list[Rollout]:
+        """Return `n` responses to each prompt from the rollout source, whose arguments these are. A subclass may guide
+        the choice of tokens."""
+        return self.source.collect(prompts, n, stream=stream, phase=phase, **changes)
 
     def generate_greedy(self, prompts: Sequence[Prompt], first: int = 0) -> list[Rollout]:
         """Return the greedy response to each prompt from number `first` on, from the weights that `generate` used."""

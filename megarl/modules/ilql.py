@@ -78,7 +78,7 @@ class ILQL(GenerativeModule):
         for role in self.roles(self.config, self.vocab_size, self.sources):
             self.engines[role.name] = self.build(role, self.config.trainer.max_steps)
         self.policy = self.engines["policy"]
-        self.prepare_generation(self.collect)
+        self.prepare_generation()
 
     @property
     def rows_per_step(self) -> int:

@@ -23,6 +23,7 @@ from megarl.data.formats import RecordFormat
 from megarl.data.prompts import Prompt, PromptLimits, encode_prompt, fit_prompts
 from megarl.data.sources import Record
 from megarl.errors import ConfigError, DataError
+from megarl.experience.build_scorers import REWARD
 from megarl.experience.rows import forward_rows, rollouts_to_rows
 from megarl.models.gpt import GPT
 from megarl.modules.generative import GenerativeModule
@@ -114,12 +115,13 @@ class Steps:
         return found
 
     def sample(self, prompts: Sequence[Given], n: int | None = None, **changes: Any) -> list[Rollout]:
-        """Return `n` responses (default rollout.n) to each prompt, by the policy's present weights."""
+        """Return `n` responses to each prompt, by the policy's present weights (None: rollout.n, or 1 where there is no
+        such key)."""
         module = self._generative("sample")
         self._end_changed_phase()
         first = len(self.asked)
         self.asked += self._as_prompts(prompts, changes.get("max_new_tokens", self.config.rollout.max_new_tokens))
-        return module.generate(self.asked, first, n=n, **changes)
+        return module.generate(self.asked, first, n=getattr(self.config.rollout, "n", 1) if n is None else n, **changes)
 
     def responses(self, prompts: Sequence[Given], outputs: Sequence[str | Sequence[int]]) -> list[Rollout]:
         """Return responses that were made elsewhere, one to each prompt, as `sample` returns its own. The log-probs
@@ -151,7 +153,10 @@ class Steps:
 
     def score(self, responses: Sequence[Rollout]) -> Scores:
         """Return the scores of responses of this phase, by the configured reward."""
-        return self._generative("score").score(self.asked, responses)
+        module = self._generative("score")
+        if REWARD not in module.scorers:
+            raise ConfigError("this session has no reward: give Session(reward_fn=...) or reward.*", key="reward.fn")
+        return module.score(self.asked, responses)
 
     def forward(self, data: Sequence[Rollout] | Rows) -> Rows:
         """Return rows with what the present weights compute of them."""
@@ -190,6 +195,14 @@ class Steps:
                 "score before forward()",
                 key="scores",
                 value=len(values),
+            )
+        if module.needs.greedy:
+            kind = self.config.ppo.advantages
+            raise ConfigError(
+                f"ppo.advantages={kind} compares with greedy responses, which a session lacks: use rloo or grpo",
+                key="ppo.advantages",
+                value=kind,
+                offers={"ppo.advantages": ["rloo", "grpo"]},
             )
         if "old_logprobs" not in rows:
             raise DataError("rows have no log-probs: call forward() before advantages()", key="rows")

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,8 @@ from megarl.config.launcher import started_by_slurm
 from megarl.errors import ConfigError, MegarlError, UnavailableError
 from megarl.rewards.wire import Channel, PipeClosed
 
-LOOK_S = 0.2
-"""Seconds between two looks at whether a worker ended."""
+PATIENCE_S = 10.0
+"""Seconds in which the other workers answer after one has failed."""
 GRACE_S = 20.0
 """Seconds in which workers may end by themselves after the pipes to them are closed."""
 
@@ -56,27 +57,41 @@ class Workers:
         """
         import cloudpickle
 
+        if not self._workers:
+            raise UnavailableError("the processes of this run have ended: start it anew", key="processes")
         job = cloudpickle.dumps((list(sys.path), cloudpickle.dumps((function, arguments, options))))
-        for worker in self._workers:
-            worker.send(job)
-        answers: list[tuple[bool, Any]] = []
-        interrupted = False
-        while len(answers) < len(self._workers):
-            try:
-                answers.append(self._workers[len(answers)].receive(failed=any(not fine for fine, _ in answers)))
-            except KeyboardInterrupt:
-                if interrupted:
-                    self.close(grace_s=0.0)
-                    raise
-                interrupted = True
-                for worker in self._workers:
-                    worker.interrupt()
-            except _EndedError as ended:
-                answers.append((False, ended.problem))
+        try:
+            for worker in self._workers:
+                worker.send(job)
+            answers = self._answers()
+        except _EndedError as ended:
+            self.close(grace_s=0.0)  # the others wait for a process that will not answer
+            raise ended.problem from None
+        except KeyboardInterrupt:
+            self.close(grace_s=0.0)
+            raise
         for fine, value in answers:
             if not fine:
                 raise value
         return answers[0][1]
+
+    def _answers(self) -> list[tuple[bool, Any]]:
+        """Return whether the call succeeded, and its value or error, for each process."""
+        answers: list[tuple[bool, Any]] = []
+        interrupted = False
+        while len(answers) < len(self._workers):
+            worker = self._workers[len(answers)]
+            try:
+                answers.append(worker.receive(failed=any(not fine for fine, _ in answers)))
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted = True
+                for each in self._workers:
+                    each.interrupt()
+            except _EndedError as ended:
+                raise _EndedError(next((value for fine, value in answers if not fine), ended.problem)) from None
+        return answers
 
     def close(self, *, grace_s: float = GRACE_S) -> None:
         """End the processes."""
@@ -107,7 +122,7 @@ def started(count: int, config: Any) -> Iterator[Workers]:
 
 
 class _EndedError(Exception):
-    """A worker ended without an answer."""
+    """A worker gave no answer. `problem` is the error to raise."""
 
     def __init__(self, problem: Exception) -> None:
         super().__init__(str(problem))
@@ -157,12 +172,11 @@ class _Worker:
         Args:
             failed: whether another worker failed, for which this one may wait for ever.
         """
-        patience = [10.0 / LOOK_S if failed else float("inf")]
+        deadline = time.monotonic() + (PATIENCE_S if failed else float("inf"))
 
         def look() -> None:
             self._look()
-            patience[0] -= 1
-            if patience[0] < 0:
+            if time.monotonic() > deadline:
                 raise _EndedError(self._problem("waits for another that failed"))
 
         try:
@@ -266,7 +280,8 @@ def _answer(job: bytes, state: State) -> bytes:
     from megarl.command import quiet
 
     quiet()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
     _busy.set()
     try:
         path, packed = pickle.loads(job)
