@@ -214,7 +214,7 @@ def test_a_process_that_fails_alone_does_not_leave_the_others_waiting(
 ) -> None:
     def fail(state: dict[str, Any]) -> None:
         if os.environ["RANK"] == "0":
-            raise DataError("the first record is broken", key="data.train")
+            raise DataError("data.train has a broken record", key="data.train")
         time.sleep(60)
 
     monkeypatch.setattr("megarl.run.workers.PATIENCE_S", 1.0)
