@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from megarl.callbacks.panel import Paper, panel
-from megarl.callbacks.run_progress import FORMATS, PEAK_MEMORY, RunProgress, Shown
+from megarl.callbacks.run_progress import FORMATS, HEADLINES, PEAK_MEMORY, RunProgress, Shown
 from megarl.callbacks.throughput import memory_gb
 from megarl.callbacks.trainer_state import is_evaluation, planned_steps, readings, steps_taken, unit
 from megarl.clock import Clock
@@ -147,6 +147,13 @@ class PanelProgress(ProgressDisplay):
         self._open, self._step_drawn = True, self._now()
         self._draw()
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Add the step to the trend, and draw it if it is due."""
+        if trainer.is_global_zero:
+            values = readings(trainer, lambda name: name in HEADLINES)
+            self.progress.trend.extend([values[name] for name in HEADLINES if name in values][:1])
+        super().on_train_batch_end(trainer, pl_module)
+
     def is_due(self) -> bool:
         """Return whether this step is the last one, or no step was drawn for a moment."""
         return self._now() - self._step_drawn >= _STEP_S or self.progress.step == self.progress.total
@@ -154,8 +161,6 @@ class PanelProgress(ProgressDisplay):
     def stepped(self, module: LightningModule) -> None:
         """Take what the panel shows of a step, and draw it."""
         progress = self.progress
-        if progress.headline is not None:
-            progress.trend.append(progress.metrics[progress.headline])
         totals, steps = self._section_seconds(), max(progress.step - self._read_step, 1)
         spent = {name: (seconds - self._totals.get(name, 0.0)) / steps for name, seconds in totals.items()}
         progress.seconds = {name: seconds for name, seconds in spent.items() if seconds > 0}

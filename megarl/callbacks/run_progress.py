@@ -10,6 +10,8 @@ from megarl.callbacks.trainer_state import EVALUATION
 from megarl.rewards.scores import total
 
 SCORE, LOSS = "rollout/score", "train/loss"
+HEADLINES = (SCORE, LOSS)
+"""The metric that says how a run goes: the score, or the loss of an algorithm without one."""
 ENTROPY, PEAK_MEMORY = "rollout/entropy", "perf/peak_memory_gb"
 TREND = 40
 """Number of values of the headline that are kept."""
@@ -100,8 +102,8 @@ class RunProgress:
 
     @property
     def headline(self) -> str | None:
-        """Name of the metric that says how the run goes: the score, or the loss of an algorithm without one."""
-        return next((name for name in (SCORE, LOSS) if name in self.metrics), None)
+        """Name of the metric that says how the run goes; None before the first step."""
+        return next((name for name in HEADLINES if name in self.metrics), None)
 
     def details(self) -> str:
         """Return the metrics and the remaining time as one plain line."""

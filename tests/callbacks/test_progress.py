@@ -122,7 +122,7 @@ class Ticking:
 
 def test_trend_is_of_the_score_or_of_the_loss_where_there_is_none():
     module = Tiny([4.0, 3.0, 2.0])
-    display = RichProgress(1, console=terminal()[1], now=Ticking())
+    display = RichProgress(1, console=terminal()[1])
     train(module, [display], steps=3)
     assert list(display.progress.trend) == [4.0, 3.0, 2.0]
     module = Tiny([4.0, 3.0])
@@ -209,13 +209,16 @@ def test_a_long_section_after_many_short_ones_is_named():
     assert all("now: shape" in picture for picture in shown)
 
 
-def test_metrics_are_read_only_where_they_are_shown(monkeypatch):
-    ticks, read = Ticks(), []
-    monkeypatch.setattr(progress, "readings", lambda trainer, wanted: read.append(ticks.time) or {})
+def test_of_a_step_that_is_not_drawn_only_the_trend_is_read(monkeypatch):
+    ticks, read, readings = Ticks(), [], progress.readings
+    monkeypatch.setattr(
+        progress, "readings", lambda trainer, wanted: read.extend(found := readings(trainer, wanted)) or found
+    )
     module = Tiny([1.0] * 90)
     module.in_step = lambda step: ticks.pass_(0.01)
     train(module, [RichProgress(1, console=terminal()[1], now=ticks)], steps=90)
-    assert len(read) == 2  # after half a second, and of the last step
+    assert read.count("train/lr") == 2  # after half a second, and of the last step
+    assert read.count("train/loss") == 90 + 2
 
 
 @pytest.fixture
