@@ -47,8 +47,8 @@ class MegatronStrategy(DDPStrategy):
 
     @property
     def launcher(self) -> Any:
-        """What starts the other processes of this machine. Where code is typed in (a notebook, Python's prompt), there is
-        no script to start, and Lightning refuses whatever might start one: a run there is one process."""
+        """What starts the other processes of this machine. Where code is typed in (a notebook, Python's prompt), there
+        is no script to start, and Lightning refuses whatever might start one: a run there is one process."""
         if not hasattr(sys, "ps1"):
             return super().launcher
         if self.num_processes > 1:
