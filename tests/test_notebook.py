@@ -15,6 +15,7 @@ def texts(outputs: list[Any], kind: str) -> list[str]:
     return [output["text"] if kind == "stream" else output["data"]["text/plain"] for output in found]
 
 
+@pytest.mark.gate
 def test_the_notebook_trains_with_a_panel_and_runs_a_loop_over_two_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
