@@ -32,8 +32,14 @@ __all__ = ["Trained", "default_config", "train"]
 class Trained:
     """What a run left behind: its checkpoint answers prompts and leaves for other libraries."""
 
-    def __init__(self, config: Any, run_dir: Path) -> None:
-        self.config, self.run_dir = config, run_dir
+    def __init__(self, config: Any, run_dir: Path, functions: Mapping[str, Function] | None = None) -> None:
+        """
+        Args:
+            config: configuration of the run.
+            run_dir: its folder.
+            functions: callables that the run used instead of the functions that `reward.fn` and `metric.fn` name.
+        """
+        self.config, self.run_dir, self.functions = config, run_dir, dict(functions or {})
 
     @property
     def checkpoint(self) -> Path:
@@ -144,7 +150,7 @@ class Trained:
 
         Args:
             prompts: texts, or records with a "prompt" whose other fields go to the functions.
-            reward_fn: what scores the responses (None: the run's reward, if it has a name).
+            reward_fn: what scores the responses (None: the run's reward).
             metric_fn: what measures them besides.
             n: number of responses to each prompt.
             settings: of the `rollout` section, such as temperature or max_new_tokens.
@@ -162,7 +168,7 @@ class Trained:
         config.trainer.precision = self.config.trainer.precision
         fill(config.rollout, {**rollout, **settings}, "rollout")
         if reward_fn is None and reward is not None:
-            config.reward = reward
+            config.reward, reward_fn = reward, self.functions.get("reward.fn")
         functions = named_functions(config, "evaluate", reward_fn, metric_fn)
         for key in ("tp", "pp"):
             setattr(config.parallel, key, getattr(self.config.parallel, key))
@@ -310,7 +316,7 @@ def train(
         raise KeyboardInterrupt
     if code == NOTICED:
         raise SystemExit(0)
-    return Trained(asked.config, asked.run_dir)
+    return Trained(asked.config, asked.run_dir, asked.functions)
 
 
 def _run(_: dict[str, Any], asked: Asked) -> int:

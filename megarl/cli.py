@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     name, rest = (words[0], words[1:]) if words else ("--help", [])
     program = _program(name)
     if program is not None:
-        _start(program, ["chat=true", *rest] if name == "chat" and not {"--help", "-h"} & set(rest) else rest)
+        _start(program, _to_chat(rest) if name == "chat" and not {"--help", "-h"} & set(rest) else rest)
     run_command(lambda: _own(name, rest), lambda: "debug=true" in words)
 
 
@@ -90,6 +90,20 @@ def _start(program: str, argv: list[str]) -> NoReturn:
     sys.argv[1:] = argv
     runpy.run_module(f"megarl.{program}", run_name="__main__", alter_sys=True)
     sys.exit(0)
+
+
+def _to_chat(words: list[str]) -> list[str]:
+    """Return the arguments of `generate` for a chat, which has nobody to talk to without a model."""
+    keys = [word.lstrip("+").partition("=")[0] for word in words if "=" in word]
+    if len(keys) == len(words) and not any(key == "conf" or "model" in key for key in keys):
+        run_command(_no_model)  # else the program says what is wrong with the other words
+    return ["chat=true", *words]
+
+
+def _no_model() -> int:
+    raise ConfigError(
+        "model.path is missing: name the model to talk to, as in megarl chat model.path=my-sft", key="model.path"
+    )
 
 
 def _own(name: str, argv: list[str]) -> int:

@@ -83,10 +83,10 @@ def write_project(folder: Path, given: str) -> None:
 def _folder(argv: Sequence[str]) -> Path:
     """Return the absolute path of the folder that a command line names; refuse one that cannot become a project."""
     if len(argv) != 1 or not argv[0].strip() or argv[0].startswith("-") or "=" in argv[0]:
-        quoted = f"megarl new {shlex.quote(' '.join(argv))}" if len(argv) > 1 else "megarl new my-project"
+        plain = len(argv) > 1 and not any(word.startswith("-") or "=" in word for word in argv)
+        quoted = f"megarl new {shlex.quote(' '.join(argv))}" if plain else "megarl new my-project"
         raise ConfigError(
-            f"megarl new takes one FOLDER and nothing else: write {quoted}"
-            f"{'' if not argv else f', not {shown(shlex.join(argv))!r}'}",
+            f"megarl new takes one FOLDER and nothing else: write {quoted}",
             key="FOLDER",
             value=" ".join(argv) or None,
         )

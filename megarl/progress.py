@@ -47,6 +47,12 @@ def shows_bars(kind: str | None = None) -> bool:
     return kind == "rich" or (kind == "auto" and is_progress_bar_enabled() and _on_terminal())
 
 
+def in_notebook() -> bool:
+    """Return whether this process runs the cells of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
+
+
 def _on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 

@@ -110,7 +110,7 @@ class Session:
             device=device,
         )
         if find_algorithm(asked.entry).unit == "phase" and not asked.config.reward.sources:
-            asked.config.reward.fn = "megarl.session:no_reward"
+            asked.config.reward.fn = f"{no_reward.__module__}:{no_reward.__name__}"
         asked.config.run.resume = "never" if resume is None else str(Path(resume).absolute())
         self._state: dict[str, Any] = {}
         self._workers: Workers | None = None

@@ -62,9 +62,10 @@ def ppo(run_dir: Path) -> None:
     answers = trained.generate(["cats ", "dogs "], n=2, max_new_tokens=3)
     assert [len(both) for both in answers] == [2, 2]
     assert {sample["phase"] for sample in trained.samples} == {0, 1}
+    assert trained.evaluate(["ab", {"prompt": "cd", "topic": "x"}][1:])["metrics"]["eval/score"] > offset
     found = trained.evaluate(["ab", "cd"], reward_fn=lambda outputs, **_: [7.0 for _ in outputs], n=2)
     assert found["metrics"]["eval/score"] == 7.0
-    assert (run_dir / "evaluations" / "1" / "evaluation.json").exists()
+    assert (run_dir / "evaluations" / "2" / "evaluation.json").exists()
     trained.save_pretrained(run_dir / "hf")
     assert AutoModelForCausalLM.from_pretrained(run_dir / "hf").config.num_hidden_layers == 2
 

@@ -221,6 +221,8 @@ WRONG: list[tuple[str, str]] = [
     ("generate prompts=prompt.jsonl", "name a file, or a text"),
     ("generate prompts=prompts.jsonl out=rewards.py", "name another file"),
     ("chat my-sft", "model.path=my-sft"),
+    ("chat", "model.path"),
+    ("chat rollout.temperature=0.5", "model.path"),
     ("evaluate modelpath=my-sft", "model.path"),
     ("evaluate model.path=my-sft data.eval=[prompts.jsonl] reward.fn=rewards.py:scor", "config.json"),
     ("convert form=my-sft to=exported", "from"),

@@ -3,13 +3,7 @@
 import io
 import json
 import os
-import pty
-import re
-import select
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +16,7 @@ from megarl.config.sections.rollout import ResponsesConfig
 from megarl.errors import ConfigError, MegarlError
 from megarl.terminal_chat import Answer, Close, Open, Order, Speaker, TerminalChat
 from megarl.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer
+from tests.terminals import Terminal
 
 Reply = Callable[[Answer], "str | MegarlError"]
 
@@ -187,33 +182,6 @@ def test_a_tokenizer_without_markers_continues_the_text(talk: Callable[..., Talk
 POSITIONS = 32768
 
 
-class Terminal:
-    """A program on a terminal of its own."""
-
-    def __init__(self, command: list[str]) -> None:
-        self.fd, far = pty.openpty()
-        self.process = subprocess.Popen(command, stdin=far, stdout=far, stderr=far, start_new_session=True)
-        os.close(far)
-        self.seen = ""
-
-    def wait_for(self, pattern: str, seconds: float = 120.0) -> str:
-        """Return what was printed until a pattern appeared."""
-        end = time.monotonic() + seconds
-        while (found := re.search(pattern, self.seen, re.DOTALL)) is None:
-            if time.monotonic() > end:
-                raise TimeoutError(f"no {pattern!r} in {self.seen!r}")
-            if select.select([self.fd], [], [], 0.5)[0]:
-                self.seen += os.read(self.fd, 65536).decode("utf-8", "replace")
-        before, self.seen = self.seen[: found.end()], self.seen[found.end() :]
-        return before
-
-    def type(self, line: str) -> None:
-        os.write(self.fd, f"{line}\n".encode())
-
-    def interrupt(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-
-
 @pytest.fixture
 def stored_model(tmp_path: Path) -> Path:
     """A GPT-2 that says random small letters and never ends; transformers would take long to import."""
@@ -287,9 +255,7 @@ def test_a_chat_on_a_terminal(stored_model: Path, tmp_path: Path) -> None:
         os.write(shell.fd, b"\x04")
         assert shell.process.wait(timeout=60) == 0
     finally:
-        shell.process.kill()
-        shell.process.wait()
-        os.close(shell.fd)
+        shell.close()
     (line,) = saved.read_text().splitlines()
     messages = json.loads(line)["messages"]
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 3]

@@ -84,7 +84,11 @@ class Worlds:
                     if failed:
                         break
                     raise TimeoutError(f"rank {rank} of {size} gave no answer within {timeout} s")
-                answers.append(cloudpickle.loads(pipe.recv_bytes()))
+                try:
+                    answers.append(cloudpickle.loads(pipe.recv_bytes()))
+                except EOFError:  # a test killed the worker, which may still count as alive for a moment
+                    self.close()
+                    raise
         for fine, value in answers:
             if not fine:
                 raise value

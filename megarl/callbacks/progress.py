@@ -1,76 +1,35 @@
-"""Progress display for a person who watches the run: a progress bar on a terminal, plain lines elsewhere. First process
-only."""
+"""Progress display for a person who watches the run: a panel on a terminal and in a notebook, plain lines elsewhere.
+First process only."""
 
-import re
+import html
+import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from megarl.callbacks.trainer_state import EVALUATION, is_evaluation, planned_steps, readings, steps_taken, unit
+from megarl.callbacks.panel import Paper, panel
+from megarl.callbacks.run_progress import FORMATS, HEADLINES, PEAK_MEMORY, RunProgress, Shown
+from megarl.callbacks.throughput import memory_gb
+from megarl.callbacks.trainer_state import is_evaluation, planned_steps, readings, steps_taken, unit
+from megarl.clock import Clock
 from megarl.errors import ConfigError
-from megarl.logging import get_logger
-from megarl.progress import shows_bars, terminal_taken
+from megarl.logging import get_logger, is_progress_bar_enabled
+from megarl.progress import in_notebook, shows_bars, terminal_taken
 
 logger = get_logger(__name__)
 
-_REFRESH_S = 0.1
-_STANDARD_ERROR = re.compile(r"_se(@|$)")  # in the name of a metric; values of a sweep follow the @
-
-
-def _count(value: float) -> str:
-    """Format a number in short: 1234.5 as 1.23k."""
-    for letter, size in (("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
-
-
-_SHOWN: dict[str, Callable[[float], str]] = {
-    "rollout/score": lambda value: f"score {value:.4f}",
-    "rollout/score_before_replacing": lambda value: f"before replacing {value:.4f}",
-    "rollout/kl": lambda value: f"kl {value:.4f}",
-    "train/loss": lambda value: f"loss {value:.4f}",
-    "train/grad_norm": lambda value: f"grad norm {value:.3f}",
-    "train/lr": lambda value: f"lr {value:.2e}",
-    "perf/tokens_per_second": lambda value: f"{_count(value)} tokens/s",
-}
-
-
-@dataclass
-class RunProgress:
-    """The progress of a run, and its latest metrics."""
-
-    step: int
-    total: int | None
-    metrics: dict[str, float] = field(default_factory=dict)
-    evaluation: dict[str, float] = field(default_factory=dict)
-    eta_s: float | None = None
-    unit: str = "step"
-
-    @property
-    def steps(self) -> str:
-        """The step and the total, as in `step 3/10`."""
-        return f"{self.unit} {self.step}" if self.total is None else f"{self.unit} {self.step}/{self.total}"
-
-    def details(self) -> str:
-        """Return the most important metrics of those that were logged, and the remaining time."""
-        parts = [show(self.metrics[name]) for name, show in _SHOWN.items() if name in self.metrics]
-        if self.eta_s is not None:
-            parts.append(f"eta {duration(self.eta_s)}")
-        return "  ".join(parts)
-
-    def evaluated(self) -> str:
-        """Return the metrics of the last evaluation, without their standard errors."""
-        shown = {name: value for name, value in self.evaluation.items() if not _STANDARD_ERROR.search(name)}
-        return "  ".join(f"{name.removeprefix(EVALUATION)} {value:.4g}" for name, value in shown.items())
+_STEP_S = 0.5
+"""Seconds between two steps that are drawn."""
+_SECTIONS_PER_SECOND = 8
+"""Drawings because a section begins; with those of steps, there are ten a second."""
+_NOTEBOOK = Paper(width=82, height=100)
 
 
 class ProgressDisplay(Callback):
@@ -84,11 +43,18 @@ class ProgressDisplay(Callback):
         self._first_step = 0
         self._began = 0.0
 
-    def begin(self) -> None:
+    def begin(self, module: LightningModule) -> None:
         """Show that the first step is about to start. A display overrides this."""
 
-    def stepped(self) -> None:
-        """Show that a step is done. A display overrides this."""
+    def is_due(self) -> bool:
+        """Return whether the step that is done is shown, so that its metrics have to be read."""
+        raise NotImplementedError
+
+    def stepped(self, module: LightningModule) -> None:
+        """Show that a step is done and its metrics are read. A display overrides this."""
+
+    def evaluated(self, module: LightningModule) -> None:
+        """Show that an evaluation is done. A display overrides this."""
 
     def end(self) -> None:
         """Stop the display; also called when the run fails. A display overrides this."""
@@ -98,28 +64,34 @@ class ProgressDisplay(Callback):
         if trainer.is_global_zero:
             self._first_step, self._began = steps_taken(trainer), self._now()
             self.progress = RunProgress(steps_taken(trainer), planned_steps(trainer), unit=unit(trainer))
-            self.begin()
+            self.begin(pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Update the step, the metrics and the remaining time."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Update the step and the remaining time, and the metrics if they are shown."""
         if not trainer.is_global_zero:
             return
         progress = self.progress
         progress.step = steps_taken(trainer)
-        progress.metrics = readings(trainer, lambda name: name in _SHOWN)
         taken = progress.step - self._first_step
         if progress.total is not None and taken > 0:
             progress.eta_s = (self._now() - self._began) / taken * (progress.total - progress.step)
-        self.stepped()
+        if self.is_due():
+            self.read(trainer, pl_module)
 
-    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+    def read(self, trainer: Trainer, module: LightningModule) -> None:
+        """Read the metrics of the step that is done, and show them."""
+        self.progress.metrics = readings(trainer, lambda name: name in FORMATS or name == PEAK_MEMORY)
+        self.stepped(module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Update the metrics of the last evaluation and log them."""
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         self.progress.step = steps_taken(trainer)
         self.progress.evaluation = readings(trainer, is_evaluation)
         if self.progress.evaluation:
-            logger.info("%s  evaluation: %s", self.progress.steps, self.progress.evaluated())
+            self.evaluated(pl_module)
+            logger.info("%s  evaluation: %s", self.progress.steps, "  ".join(self.progress.evaluated()))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the display."""
@@ -135,18 +107,118 @@ class ProgressDisplay(Callback):
 class PlainProgress(ProgressDisplay):
     """Logs one line every `log_every` steps and one for the last step."""
 
-    def stepped(self) -> None:
-        """Log a line if it is due."""
-        if self.progress.step % self.log_every == 0 or self.progress.step == self.progress.total:
-            logger.info("%s  %s", self.progress.steps, self.progress.details())
+    def is_due(self) -> bool:
+        """Return whether a line is due."""
+        return self.progress.step % self.log_every == 0 or self.progress.step == self.progress.total
+
+    def stepped(self, module: LightningModule) -> None:
+        """Log a line."""
+        logger.info("%s  %s", self.progress.steps, self.progress.details())
 
 
-class RichProgress(ProgressDisplay):
-    """A progress bar with a line of metrics below it; log lines appear above.
+class PanelProgress(ProgressDisplay):
+    """A panel that is drawn anew in its place: what runs now, the score or the loss with its trend, metrics, a sample.
 
-    The training loop draws it, at most every 0.1 s: a separate drawing thread could hold a lock at the moment when
-    data-loading processes are forked.
+    The training loop draws it, at most ten times a second: a separate drawing thread could hold a lock at the moment
+    when data-loading processes are forked.
     """
+
+    def __init__(self, log_every: int, now: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__(log_every, now)
+        self._open = False
+        self._drawn_section = ""
+        self._step_drawn = 0.0
+        self._sections_drawn: deque[float] = deque(maxlen=_SECTIONS_PER_SECOND)  # when the last ones were
+        self._clock = Clock()
+        self._totals: dict[str, float] = {}  # seconds of every section at the step that was read last
+        self._read_step = 0
+
+    def show(self) -> None:
+        """Draw `self.progress`. A subclass overrides this."""
+        raise NotImplementedError
+
+    def begin(self, module: LightningModule) -> None:
+        """Draw the panel, with the evaluation before the first step if there was one."""
+        self._clock = getattr(module, "clock", None) or Clock()
+        self._clock.listen(self._entered)
+        self._totals, self._read_step = self._section_seconds(), self.progress.step
+        self.progress.evaluation = dict(getattr(module, "baseline", {}))
+        self._take_evaluated_sample(module)
+        self._open, self._step_drawn = True, self._now()
+        self._draw()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Add the step to the trend, and draw it if it is due."""
+        if trainer.is_global_zero:
+            values = readings(trainer, lambda name: name in HEADLINES)
+            self.progress.trend.extend([values[name] for name in HEADLINES if name in values][:1])
+        super().on_train_batch_end(trainer, pl_module)
+
+    def is_due(self) -> bool:
+        """Return whether this step is the last one, or no step was drawn for a moment."""
+        return self._now() - self._step_drawn >= _STEP_S or self.progress.step == self.progress.total
+
+    def stepped(self, module: LightningModule) -> None:
+        """Take what the panel shows of a step, and draw it."""
+        progress = self.progress
+        totals, steps = self._section_seconds(), max(progress.step - self._read_step, 1)
+        spent = {name: (seconds - self._totals.get(name, 0.0)) / steps for name, seconds in totals.items()}
+        progress.seconds = {name: seconds for name, seconds in spent.items() if seconds > 0}
+        self._totals, self._read_step = totals, progress.step
+        progress.memory_gb = memory_gb()
+        latest = getattr(module, "latest_response", None)
+        if latest is not None:
+            progress.sample = Shown.of(progress.steps, latest()) or progress.sample
+        self._step_drawn = self._now()
+        self._draw()
+
+    def evaluated(self, module: LightningModule) -> None:
+        """Draw the metrics and a sample of the evaluation."""
+        self._take_evaluated_sample(module)
+        self._draw_if_rested()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the last step if it was not shown, and stop the display."""
+        if trainer.is_global_zero and self._read_step < self.progress.step:
+            self.read(trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
+
+    def end(self) -> None:
+        """Draw the final state, which stays."""
+        if self._open:
+            self.progress.section, self.progress.took_s = "", self._now() - self._began
+            self._draw()
+            self._open = False
+
+    def _entered(self, section: str) -> None:
+        """Draw if another section of the run begins; sections end too often for that."""
+        if section and section != self._drawn_section:
+            self.progress.section = section
+            self._draw_if_rested()
+
+    def _draw_if_rested(self) -> None:
+        drawn, now = self._sections_drawn, self._now()
+        if len(drawn) < _SECTIONS_PER_SECOND or now - drawn[0] >= 1.0:
+            drawn.append(now)
+            self._draw()
+
+    def _draw(self) -> None:
+        if self._open:
+            self.show()
+            self._drawn_section = self.progress.section
+
+    def _section_seconds(self) -> dict[str, float]:
+        return {name: part["wall_s"] for name, part in self._clock.totals().items()}
+
+    def _take_evaluated_sample(self, module: LightningModule) -> None:
+        rows: Sequence[dict[str, Any]] = getattr(module, "samples", ())
+        if rows:
+            origin = f"evaluation after {self.progress.steps}" if self.progress.step else "evaluation before training"
+            self.progress.sample = Shown.of(origin, rows[0])
+
+
+class RichProgress(PanelProgress):
+    """The panel on a terminal; log lines appear above it."""
 
     def __init__(
         self,
@@ -156,79 +228,73 @@ class RichProgress(ProgressDisplay):
     ) -> None:
         super().__init__(log_every, now)
         self._console = console or Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("[bold]train"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            console=self._console,
-            expand=True,
-        )
         self._live: Live | None = None
         self._taken = ExitStack()
-        self._section = self._section_drawn = ""
-        self._drawn = 0.0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Also show what the run does within a step, as a phase may take minutes."""
-        super().on_train_start(trainer, pl_module)
-        clock = getattr(pl_module, "clock", None)
-        if clock is not None and trainer.is_global_zero:
-            clock.listen(self._entered)
-
-    def begin(self) -> None:
-        """Draw the bar."""
-        for task in self._bar.task_ids:
-            self._bar.remove_task(task)
-        self._bar.add_task("train", total=self.progress.total, completed=self.progress.step)
-        self._live = Live(self._render(), console=self._console, auto_refresh=False)
+    def begin(self, module: LightningModule) -> None:
+        """Take the terminal and draw the panel."""
+        # Output that goes to a file must not be redirected to the terminal.
+        to_terminal = sys.stdout is not None and sys.stdout.isatty()
+        self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=to_terminal)
         self._live.start()
         self._taken.enter_context(terminal_taken())
+        super().begin(module)
 
-    def stepped(self) -> None:
-        """Redraw the bar, at most every 0.1 s."""
-        if self._now() - self._drawn >= _REFRESH_S or self.progress.step == self.progress.total:
-            self._draw()
+    def show(self) -> None:
+        """Draw the panel in its place."""
+        if self._live is not None:
+            size = self._console.size
+            paper = Paper(size.width, size.height, self._console.encoding)
+            lines = Text("\n", no_wrap=True, overflow="crop").join(panel(self.progress, paper))
+            self._live.update(lines, refresh=True)
 
     def end(self) -> None:
         """Draw the final state and release the terminal."""
+        super().end()
         if self._live is not None:
-            self._section = ""
-            self._draw()
             self._live.stop()
             self._live = None
             self._taken.close()
 
-    def _entered(self, section: str) -> None:
-        """Redraw if another section of the run begins; sections end too often for that."""
-        if section and section != self._section_drawn:
-            self._section = section
-            self._draw()
 
-    def _draw(self) -> None:
-        if self._live is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self.progress.step)
-            self._live.update(self._render(), refresh=True)
-            self._drawn, self._section_drawn = self._now(), self._section
+class NotebookProgress(PanelProgress):
+    """The panel below the cell of a notebook that runs; log lines appear there too."""
 
-    def _render(self) -> Group:
-        now = f"now: {self._section}" if self._section else ""
-        lines = [Text("  ".join(filter(None, (self.progress.details(), now))) or "waiting for the first step")]
-        if self.progress.evaluation:
-            lines.append(Text(f"last evaluation: {self.progress.evaluated()}", style="dim"))
-        return Group(self._bar, *lines)
+    def __init__(self, log_every: int, now: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__(log_every, now)
+        self._handle: Any = None
+
+    def begin(self, module: LightningModule) -> None:
+        """Draw a new panel, as the cell may run again."""
+        self._handle = None
+        super().begin(module)
+
+    def show(self) -> None:
+        """Draw the panel, in its place after the first time."""
+        from IPython.display import display
+
+        text = "\n".join(line.plain for line in panel(self.progress, _NOTEBOOK))
+        page = f'<pre style="line-height: 1.3; overflow-x: auto">{html.escape(text)}</pre>'
+        picture = {"text/plain": text, "text/html": page}
+        if self._handle is None:
+            self._handle = display(picture, raw=True, display_id=True)
+        else:
+            self._handle.update(picture, raw=True)
 
 
 def make_progress(kind: str, log_every: int) -> list[ProgressDisplay]:
     """Return the display for `trainer.progress`: a list of one, empty for none.
 
     Args:
-        kind: auto (rich on a terminal, else plain), rich, plain or none.
+        kind: auto (rich on a terminal and in a notebook, else plain), rich, plain or none.
         log_every: number of steps between plain lines.
     """
+    notebook = in_notebook()
     if kind == "auto":
-        kind = "rich" if shows_bars(kind) and Console(stderr=True).is_terminal else "plain"
+        on_terminal = shows_bars(kind) and Console(stderr=True).is_terminal
+        kind = "rich" if on_terminal or (notebook and is_progress_bar_enabled()) else "plain"
     if kind == "rich":
-        return [RichProgress(log_every)]
+        return [NotebookProgress(log_every) if notebook else RichProgress(log_every)]
     if kind == "plain":
         return [PlainProgress(log_every)]
     if kind == "none":
@@ -239,9 +305,3 @@ def make_progress(kind: str, log_every: int) -> list[ProgressDisplay]:
         value=kind,
         offers={"trainer.progress": ["auto", "rich", "plain", "none"]},
     )
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as H:MM:SS."""
-    whole = max(0, round(seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

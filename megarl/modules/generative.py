@@ -57,6 +57,7 @@ class GenerativeModule(Module):
         self.scorers: dict[str, Scorer] = {}
         self.prompts: list[Prompt] = []
         self.eval_prompts: list[Prompt] = []
+        self._latest: tuple[Prompt, Rollout, Score | None] | None = None
 
     def prepare_prompts(self, *, train: bool) -> None:
         """Read and tokenize the evaluation prompts and, with `train`, the training prompts."""
@@ -182,7 +183,18 @@ class GenerativeModule(Module):
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Scores:
         """Return the scores of this phase's responses."""
         with self.clock.part("score"):
-            return self.scorers[REWARD].score(prompts, rollouts, stream=TRAINING, phase=self.steps_done)
+            scores = self.scorers[REWARD].score(prompts, rollouts, stream=TRAINING, phase=self.steps_done)
+        if rollouts:
+            self._latest = (prompts[rollouts[0].prompt_id], rollouts[0], scores.values[0])
+        return scores
+
+    def latest_response(self) -> dict[str, Any] | None:
+        """Return the prompt, the response and the score of the first response of the last phase; None before it."""
+        if self._latest is None:
+            return None
+        prompt, rollout, score = self._latest
+        text = self.tokenizer.decode(rollout.response_without_eos)
+        return {"prompt": prompt.text, "response": text, "score": score}
 
     def keep_scored(self, rollouts: Sequence[Rollout], scores: Scores) -> tuple[list[Rollout], list[Score]]:
         """Return this phase's responses that have a score, and their scores; refuse a phase that has none left."""

@@ -1,5 +1,6 @@
 """Lightning's strategy for Megatron: the world, the grid, and sharded checkpoints. It uses public hooks only."""
 
+import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -43,6 +44,22 @@ class MegatronStrategy(DDPStrategy):
         super().__init__(checkpoint_io=checkpoint_io, timeout=timedelta(seconds=parallel.timeout_s))
         self.parallel, self.seed, self.stays = parallel, seed, stays
         self.grid: Grid | None = None
+
+    @property
+    def launcher(self) -> Any:
+        """What starts the other processes of this machine. Where code is typed in (a notebook, Python's prompt), there
+        is no script to start, and Lightning refuses whatever might start one: a run there is one process."""
+        if not hasattr(sys, "ps1"):
+            return super().launcher
+        if self.num_processes > 1:
+            raise ConfigError(
+                f"trainer.devices={self.num_processes} starts this script once more for each further process, and a "
+                f"notebook is none: pass processes={self.num_processes} instead",
+                key="trainer.devices",
+                value=self.num_processes,
+                offers={"processes": [self.num_processes]},
+            )
+        return None
 
     def setup_environment(self) -> None:
         """Install the CPU adapter if it is needed, join the world and create the grid."""

@@ -6,9 +6,11 @@ nothing; after that the caller calls the module's own steps. Every process calls
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,10 +37,12 @@ from megarl.parallel.rows import Microbatch, Rows
 from megarl.parallel.strategy import MegatronStrategy
 from megarl.rewards.answers import Score
 from megarl.rewards.scores import Scores
-from megarl.rollout.requests import Rollout
+from megarl.rollout.requests import Rollout, Sampling
 from megarl.run.runner import RUN_DIR, Build, damage_told, opened_run, resume_from
 from megarl.run.trainer import idle_trainer
 
+NO_REWARD = "megarl.session:no_reward"
+"""The reward function of a session without one."""
 Given = str | Sequence[int] | Prompt
 """A prompt: a text, tokens, or one that `prompts` returned."""
 OwnLoss = Callable[[Tensor, Rows, dict[str, float]], Any]
@@ -119,6 +123,7 @@ class Steps:
         such key)."""
         module = self._generative("sample")
         self._end_changed_phase()
+        _check_names(changes)
         first = len(self.asked)
         self.asked += self._as_prompts(prompts, changes.get("max_new_tokens", self.config.rollout.max_new_tokens))
         return module.generate(self.asked, first, n=getattr(self.config.rollout, "n", 1) if n is None else n, **changes)
@@ -154,7 +159,7 @@ class Steps:
     def score(self, responses: Sequence[Rollout]) -> Scores:
         """Return the scores of responses of this phase, by the configured reward."""
         module = self._generative("score")
-        if REWARD not in module.scorers:
+        if REWARD not in module.scorers or self.config.reward.fn == NO_REWARD:
             raise ConfigError("this session has no reward: give Session(reward_fn=...) or reward.*", key="reward.fn")
         return module.score(self.asked, responses)
 
@@ -238,6 +243,8 @@ class Steps:
 
     def forward_backward(self, rows: Rows, loss: OwnLoss | None = None) -> dict[str, float]:
         """Compute the gradients of one optimizer step over the rows: of the algorithm's loss, or of `loss`."""
+        if loss is None and isinstance(self.module, PPO) and "advantages" not in rows:
+            raise DataError("rows have no advantages: call advantages() before forward_backward()", key="rows")
         everything = torch.arange(len(rows))
         with self.module.clock.part("train"):
             if loss is None:
@@ -280,8 +287,11 @@ class Steps:
         return {"train/lr": rate, **{f"train/grad_norm/{name}": norm for name, norm in norms.items()}}
 
     def end_phase(self) -> dict[str, float]:
-        """Count the phase and return its metrics. Sampling after an optimizer step does this by itself."""
+        """Count the phase, if it has begun, and return its metrics. Sampling after an optimizer step does this by
+        itself."""
         metrics, module = self.metrics, self.module
+        if not (self.asked or self.drawn or self.changed):
+            return {}
         if isinstance(module, PPO) and self.rows is not None:
             module.end_phase(self.rows, metrics, prompts=self.drawn)
         else:
@@ -396,12 +406,32 @@ class Steps:
         )["logprobs"]
 
 
+def _check_names(changes: Mapping[str, Any]) -> None:
+    """Refuse changes to settings that sampling does not have."""
+    known = [each.name for each in fields(Sampling)]
+    for name, value in changes.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1) or known
+            raise ConfigError(
+                f"sample() has no setting {name}: did you mean {' or '.join(near)}?",
+                key=name,
+                value=value,
+                offers={name: near},
+            )
+
+
 def _own_loss(
     own: OwnLoss, model: GPT, hidden: Tensor, batch: Microbatch, counts: dict[str, float]
 ) -> tuple[Tensor, Stats]:
     logprobs = batch.gather_rows(model.logprobs(hidden, batch.targets, batch.target_mask).logprobs)
     answer = own(logprobs, batch.rows, counts)
-    loss, stats = answer if isinstance(answer, tuple) else (answer, {})
+    loss, stats = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, {})
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not isinstance(stats, Mapping):
+        raise DataError(
+            f"loss(logprobs, rows, counts) returned a {type(answer).__name__}: return a tensor with one number, or it "
+            "and a mapping of statistics",
+            key="loss",
+        )
     return loss, {**{name: torch.as_tensor(value).detach() for name, value in stats.items()}, "loss": loss}
 
 

@@ -210,7 +210,7 @@ class _Worker:
 
     def _problem(self, what: str) -> UnavailableError:
         return UnavailableError(
-            f"process {self.rank} of this run {what}: read what it printed above",
+            f"process {self.rank} of this run's processes {what}: read what it printed above",
             key="processes",
             where=f"process {self.rank}",
         )

@@ -61,6 +61,7 @@ def adapted_engine(
     config = Tree(adapter, shape)
     if adapter is not None:
         config = resolve_adapter(config, sources)
+        shape = config.model
     base = options.get("base")
     role = Role(
         options.get("name", "policy"),

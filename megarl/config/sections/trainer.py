@@ -31,7 +31,8 @@ class DevicesConfig(ProcessesConfig):
 
     progress: str = leaf(
         "auto",
-        "Progress display. auto: rich in a terminal, plain lines elsewhere.",
+        "Progress display. rich: a panel that is updated in its place. plain: a line every trainer.log_every steps. "
+        "auto: rich in a terminal and in a notebook, plain elsewhere.",
         ("auto", "rich", "plain", "none"),
     )
 

@@ -120,7 +120,8 @@ def adapters(config: Any, sources: Sources, model: ModelConfig, *, starts: bool 
 
 def resolve_adapter(config: Tree, sources: Sources) -> Tree:
     """Return the tree with the description of the adapter at `adapter.path`, if there is one, and with the same names
-    for the same targets. Raise for targets that the model does not have."""
+    for the same targets. Of an adapter of the last layers, the others stay without one. Raise for targets that the
+    model does not have."""
     settings, model = config.adapter, config.model
     family = family_name(sources.at(model.path))
     if settings.path is not None:
@@ -133,8 +134,15 @@ def resolve_adapter(config: Tree, sources: Sources) -> Tree:
             "adapter.path=%s gives kind=%s rank=%s alpha=%g rslora=%s targets=%s",
             *(settings.path, spec.kind, spec.rank, spec.alpha, spec.rslora, ",".join(targets)),
         )
+        if spec.first_layer > 0 and model.num_layers_unfrozen < 0:
+            model = replace(model, num_layers_unfrozen=model.num_layers - spec.first_layer)
+            log.info(
+                "adapter.path=%s is of the last layers: model.num_layers_unfrozen=%d",
+                settings.path,
+                model.num_layers_unfrozen,
+            )
     settings = replace(settings, targets=targets_of(new_spec(settings, model, family), model))
-    resolved: Tree = replace(config, adapter=settings)
+    resolved: Tree = replace(config, adapter=settings, model=model)
     return resolved
 
 

@@ -281,3 +281,17 @@ def test_factors_that_some_layers_lack_are_refused_for_training(base: Path, worl
     assert isinstance(error, CheckpointError)
     assert error.key == lacking
     assert str(folder) in str(error)
+
+
+def places(adapter: Path, base: Path) -> set[str]:
+    """The layers with adapters in an engine that starts from a stored one."""
+    engine = adapted_engine(world_grid(), AdapterConfig(path=str(adapter)), path=base)
+    return {name.split(".")[2] for name, _ in engine.parameters() if ".adapter." in name}
+
+
+def test_an_adapter_of_the_last_layers_leaves_the_others_without_one(
+    base: Path, worlds: Worlds, tmp_path: Path
+) -> None:
+    given = {name: tensor for name, tensor in tensors().items() if ".layers.1." in name}
+    folder = write(tmp_path / "adapter", base, given, layers_to_transform=[1])
+    assert worlds.run(1, places, folder, base) == [{"1"}]
