@@ -166,12 +166,15 @@ class Summary(Callback):
     def _content(self, trainer: Trainer) -> dict[str, Any]:
         wall, cpu = self._seconds()
         self._peak_memory_gb = max(self._peak_memory_gb, peak_memory_gb())
+        module: Any = trainer.lightning_module
+        there = getattr(module, "rows_there", None)
         return {
             "status": None,  # filled in when written; the first key, where readers look first
             "steps": steps_taken(trainer),
             "max_steps": planned_steps(trainer),
             "metrics": {name: series.summary() for name, series in sorted(self._metrics.items())},
             "collapsed": self.collapse.found() if self.collapse is not None else [],
+            **({} if there is None else {"rows": {"read": module.rows_read, "there": there}}),
             "seconds": self._clock.totals(),
             "wall_s": wall,
             "cpu_s": cpu,

@@ -79,7 +79,7 @@ def score_collapsed(data: RunData) -> Finding | None:
     metric = data.setting("checkpoint.best.metric")
     evaluated = [metric] if metric else ["eval/score", "eval/accuracy"]
     for name in evaluated:
-        if data.setting("checkpoint.best.mode", "max") == "min" or name.endswith(_LOWER):
+        if data.setting("checkpoint.best.mode", "min" if name.endswith(_LOWER) else "max") == "min":
             continue  # loss_diverges and evaluation_gap are about these
         fall = Fall()
         for step, value in data.series(name):
