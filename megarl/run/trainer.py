@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from megarl.callbacks.checkpoints import Checkpoints
 from megarl.callbacks.collapse import Collapse
 from megarl.callbacks.export import Export
-from megarl.callbacks.findings import Findings
+from megarl.callbacks.findings import Findings, StopOnFinding
 from megarl.callbacks.health import Health
 from megarl.callbacks.heartbeat import HeartbeatCallback
 from megarl.callbacks.initial_evaluation import InitialEvaluation
@@ -103,9 +103,9 @@ def _callbacks(
 ) -> list[Callback]:
     """Return the callbacks in the order in which Lightning calls them; see `megarl/callbacks/__init__.py`."""
     run_dir = folder.path
-    best, own = config.checkpoint.best_settings, or_defaults(config, "extensions")
+    best, own, exports = config.checkpoint.best_settings, or_defaults(config, "extensions"), config.exports
     collapse = Collapse(best.metric, best.mode, checkpoints.best, lambda: module.scorer_fingerprints)
-    findings = Findings(run_dir, resolved)
+    findings, stop_on = Findings(run_dir, resolved), or_defaults(config, "health").stop_on
     callbacks: list[Callback] = [
         Ownership(lock.check),
         StepAxis(),
@@ -113,10 +113,11 @@ def _callbacks(
         StepLimit(),
         Throughput(config.trainer.peak_tflops),
         Health(run_dir),
+        *([StopOnFinding(stop_on, findings)] if stop_on else []),
         checkpoints,
         preemption,
         HeartbeatCallback(run_dir),
-        *([Export(config.export.hf, config.export.peft)] if config.export.hf or config.export.peft else []),
+        *([Export(exports.hf, exports.peft)] if exports.folders else []),
         Samples(run_dir),
         collapse,
         Summary(run_dir, collapse),
