@@ -41,6 +41,7 @@ HACKED_CORRELATION = -0.5
 """Correlation of the score and the other metric over the evaluations: they must part, not only wander."""
 
 _DERIVED = ("best@", "pass@", "vote", "score", "loss", "response_tokens", "perplexity")
+_SCORES = (SCORE, "eval/score")
 _LOWER = ("loss", "nll", "perplexity", "kl", "error", "seconds", "_se")
 
 
@@ -94,7 +95,8 @@ def _collapsed(data: RunData, metric: str, fall: Fall) -> Finding:
     return Finding(
         name="score_collapsed",
         severity="problem",
-        title="The score fell from its best and stayed there",
+        title=f"{'The score' if metric in _SCORES else 'The metric that ranks checkpoints'} fell from its best and "
+        "stayed there",
         evidence=f"{metric} was {shown(fall.best or 0.0)} at its best, in {data.unit} {fall.best_step}, and is "
         f"{shown(fall.last)} now; it has been down since {data.unit} {fall.since}.",
         cause="Updates that are too large. With a critic, whitening divides its error by the small spread of good "

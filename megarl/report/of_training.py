@@ -191,6 +191,8 @@ def data_repeated(data: RunData) -> Finding | None:
     evaluated = values(data.series("eval/loss"))
     if evaluated and evaluated[-1] <= min(evaluated) + GAP * abs(min(evaluated)):
         return None
+    if not evaluated and any(name.startswith("eval/") for name in data.metrics()):
+        return None  # other measures than a loss tell whether it helps
     return Finding(
         name="data_repeated",
         severity="warning",

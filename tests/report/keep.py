@@ -16,7 +16,7 @@ from typing import Any
 
 from megarl.report.data import RunData, read_run
 
-RUNS = Path(__file__).parent / "runs"
+RUNS = Path(__file__).parent / "real"
 COLUMNS = (
     "rollout/score", "rollout/score_std", "rollout/score_before_replacing", "rollout/replaced", "rollout/prompts",
     "rollout/response_tokens", "rollout/kl", "rollout/entropy", "rollout/cut", "rollout/logprob_drift",

@@ -177,6 +177,7 @@ GOOD = {
     "data_repeated": [
         made_up({"train/loss": rising(3, 1, 20)}, SFT, summary={"rows": {"read": 90, "there": 90}}),
         made_up({"eval/loss": rising(3, 1, 20)}, SFT, summary={"rows": {"read": 900, "there": 90}}),
+        made_up({"eval/score": rising(0, 1, 20)}, SFT, summary={"rows": {"read": 900, "there": 90}}),
     ],
     "waiting_for_rewards": [made_up({}, PPO, summary=QUICK), made_up({}, PPO, summary=BUSY)],
 }
