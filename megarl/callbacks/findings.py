@@ -68,6 +68,8 @@ class Findings(Callback):
             for finding in found:
                 if finding.severity != "note":
                     logger.warning("%s", line(finding))
+            if found:
+                logger.info("evidence and causes of these findings: %s", self.folder / FILE)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write findings.json for a run that ends early."""
@@ -154,8 +156,9 @@ class StopOnFinding(Callback):
             for one in trainer.loggers:
                 one.log_metrics(dict(self.findings.rows[step]), step)
         raise FindingError(
-            f"health.stop_on ends the run at {unit(trainer)} {step} for {line(finding)} Checkpoints of earlier "
-            f"{unit(trainer)}s are kept in {self.findings.folder / 'checkpoints'}",
+            f"health.stop_on=[{finding.name}] ends the run at {unit(trainer)} {step}: {finding.evidence} Try: "
+            f"{finding.remedy}. Checkpoints of earlier {unit(trainer)}s are kept in "
+            f"{self.findings.folder / 'checkpoints'}",
             key="health.stop_on",
             value=finding.name,
             where=self.findings.folder,

@@ -51,7 +51,7 @@ def find(data: RunData, names: Collection[str] = FINDINGS) -> list[Finding]:
 
 def line(finding: Finding) -> str:
     """Return a finding as one line for the terminal."""
-    return f"{finding.name}: {finding.title}. {finding.evidence} Try: {finding.remedy}."
+    return f"{finding.severity} {finding.name}: {finding.title}. Try: {finding.remedy}."
 
 
 def as_plain(findings: list[Finding]) -> list[dict[str, Any]]:
