@@ -63,19 +63,13 @@ class Findings(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write findings.json, and log problems and warnings."""
         if self._started and trainer.is_global_zero:
-            found = find(self.data(trainer))
-            self._write(trainer, found)
-            for finding in found:
-                if finding.severity != "note":
-                    logger.warning("%s", line(finding))
-            if found:
-                logger.info("evidence and causes of these findings: %s", self.folder / FILE)
+            self._tell(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write findings.json for a run that ends early."""
+        """Do the same for a run that fails or is interrupted; an error that is a finding says itself what it is."""
         if self._started and trainer.is_global_zero:
             try:
-                self._write(trainer, find(self.data(trainer)))
+                self._tell(trainer, said=exception.value if isinstance(exception, FindingError) else None)
             except Exception as problem:  # must not hide the first error
                 logger.error("%s could not be written: %s", self.folder / FILE, problem)
 
@@ -112,6 +106,16 @@ class Findings(Callback):
 
     def _keep(self, samples: list[Any]) -> None:
         self.samples = [*self.samples, *samples][-_MOST_SAMPLES:]
+
+    def _tell(self, trainer: Trainer, said: str | None = None) -> None:
+        """Write all findings, and log problems and warnings other than the one that the error has `said`."""
+        found = find(self.data(trainer))
+        self._write(trainer, found)
+        for finding in found:
+            if finding.severity != "note" and finding.name != said:
+                logger.warning("%s", line(finding))
+        if found:
+            logger.info("evidence and causes of the findings: %s", self.folder / FILE)
 
     def _write(self, trainer: Trainer, found: list[Finding]) -> None:
         content = {

@@ -92,13 +92,11 @@ class Summary(Callback):
                 logger.info("to resume: run the same command with run.dir=%s run.resume=auto", self.path.parent)
 
     def _log_results(self) -> None:
-        """Log the first and last values of the evaluation metrics, collapses, and the run folder."""
+        """Log the first and last values of the evaluation metrics, and the run folder."""
         for name, series in sorted(self._metrics.items()):
             if is_evaluation(name):
                 values = {key: math.nan if value is None else value for key, value in series.summary().items()}
                 logger.info("%s", _RESULT_LINE.format(name=name, **values))
-        for fall in self.collapse.found() if self.collapse is not None else []:
-            logger.warning("{metric} ended collapsed: {last:.4g}, down since {since_step}".format(**fall))
         logger.info("run folder: %s", self.path.parent)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
