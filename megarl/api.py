@@ -304,7 +304,7 @@ def train(
         stop_sequences=stop_sequences,
         device=device,
     )
-    if asked.config.model.path is None and asked.config.export.hf is None:
+    if asked.config.model.path is None and asked.config.exports.hf is None:
         _warn_of_no_family(asked.config)
     if processes is None:
         code = _run({}, asked)
