@@ -107,7 +107,7 @@ def _with_ranking_metric(compared: Compared) -> Iterable[tuple[str, Sequence[str
     named = {name for _, names in GROUPS for name in names}
     own = [name for name in own if name not in named and not name.endswith("_se")]
     for index, (heading, names) in enumerate(GROUPS):
-        yield heading, [*names, *ranking, *own] if index == 0 else names
+        yield heading, list(dict.fromkeys([*names, *ranking, *own])) if index == 0 else names
 
 
 def _figure(compared: Compared, name: str) -> str:
@@ -158,14 +158,14 @@ def _notes(compared: Compared, name: str) -> str:
             of = f" of {escape(label)}" if compared.several else ""
             count = "1 value is" if len(steps) == 1 else f"{len(steps):,} values are"
             said.append(f"{count} not finite{of}, first at {escape(run.unit)} {number(steps[0])}.")
-    return f'<p class="note">{" ".join(said)}</p>' if said else ""
+    return f'<p class="caveat">{" ".join(said)}</p>' if said else ""
 
 
 def _definition(compared: Compared, name: str) -> str:
     found = find_definition(name, algorithm_of(compared.runs[0]))
     if found is None:
         return '<p class="definition">docs/metrics.md does not define this metric: it is logged by code of yours.</p>'
-    unit = "" if found.unit in (NOTHING, "") else f" <em>In {escape(found.unit)}.</em>"
+    unit = "" if found.unit in (NOTHING, "") else f" <em>Unit: {escape(found.unit)}.</em>"
     return f'<p class="definition">{in_markdown(found.text)}{unit}</p>'
 
 

@@ -68,13 +68,12 @@ def algorithm_of(run: RunData) -> str:
     if run.entry or not run.config:
         return run.entry
     settings = flat(run.config)
-    nearest, least = "", len(settings)
-    for name, defaults in _all_defaults().items():
-        if defaults.keys() == run.config.keys():
-            differing = len(_differences(settings, flat(defaults)))
-            if differing < least:
-                nearest, least = name, differing
-    return nearest
+    distances = {
+        name: (len(defaults.keys() - run.config.keys()), len(_differences(settings, flat(defaults))))
+        for name, defaults in _all_defaults().items()
+        if run.config.keys() <= defaults.keys()  # a run of an earlier version may lack a section
+    }
+    return min(distances, key=lambda name: distances[name], default="")
 
 
 def configuration(run: RunData) -> str:
@@ -90,7 +89,7 @@ def configuration(run: RunData) -> str:
             [f"<code>{escape(key)}</code>", _value(value), _value(default)]
             for key, (value, default) in _differences(settings, flat(defaults)).items()
         ]
-        caption = f"{len(rows)} settings that differ from the defaults of <code>megarl {escape(name)}</code>"
+        caption = f"Settings that differ from the defaults of <code>megarl {escape(name)}</code>: {len(rows)}"
         changed = table(caption, ["key", "value", "default"], rows)
     whole = "\n".join(f"{escape(key)}={escape(setting(value))}" for key, value in settings.items())
     return changed + folded(f"All {len(settings)} settings", f"<pre>{whole}</pre>")

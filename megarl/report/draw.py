@@ -12,7 +12,7 @@ from megarl.command import printable
 from megarl.report.data import Point
 from megarl.report.markup import as_script, escape, number
 
-WIDTH, HEIGHT = 360, 190
+WIDTH, HEIGHT = 360, 194
 LEFT, RIGHT, TOP, BOTTOM = 50, 352, 8, 166
 """Edges of the plot inside the drawing, in its own units."""
 STYLES = 8
@@ -197,14 +197,14 @@ class _Axes:
             y = self.y(value)
             parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{RIGHT}"/>')
             parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{_tick(value)}</text>')
-        steps = sorted({round(step) for step in ticks(self.left, self.right)})
+        steps = sorted({round(step) for step in ticks(self.left, self.right, 6)})
         for step in steps:
             x, anchor = self.x(step), "end" if self.x(step) > RIGHT - 12 else "middle"
             parts.append(
                 f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 13}" text-anchor="{anchor}">{_tick(step)}</text>'
             )
         parts.append(
-            f'<text class="tick" x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 1}" text-anchor="middle">{escape(unit)}</text>'
+            f'<text class="tick" x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(unit)}</text>'
         )
         parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}"/>')
         return "".join(parts)
@@ -213,7 +213,7 @@ class _Axes:
 def heatmap(
     identifier: str, title: str, description: str, unit: str, columns: Sequence[tuple[int, Sequence[float]]]
 ) -> str:
-    """Return the distribution of values by step: a column for each step, darker where more of its values are.
+    """Return the distribution of values by step: a column for each, in a stronger colour where more values are.
 
     Args:
         columns: steps with their values, each with at least one.
@@ -245,7 +245,7 @@ def heatmap(
                 f'text-anchor="middle">{_tick(step)}</text>'
             )
     parts.append(
-        f'<text class="tick" x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 1}" text-anchor="middle">{escape(unit)}</text>'
+        f'<text class="tick" x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(unit)}</text>'
     )
     parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}"/>')
     return _svg(identifier, title, description, "".join(parts))

@@ -127,7 +127,7 @@
     const output = control.parentElement.querySelector("output");
     control.addEventListener("input", () => {
       const keep = Number(control.value);
-      output.textContent = keep ? `moving average, ${keep.toFixed(2)} of the mean before` : "none";
+      output.textContent = keep ? keep.toFixed(2) : "none";
       for (const curve of curves) curve.smooth(keep);
     });
     for (const element of document.querySelectorAll(".control, .hint")) element.hidden = false;
@@ -148,7 +148,7 @@
     for (const box of document.querySelectorAll(".wide")) {
       if (box.scrollWidth > box.clientWidth) {
         box.tabIndex = 0;
-        box.setAttribute("role", "region");
+        box.setAttribute("role", "group");
         box.setAttribute("aria-label", box.querySelector("caption").textContent);
       } else {
         box.removeAttribute("tabindex");

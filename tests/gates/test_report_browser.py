@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,21 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The source of axe-core, which checks how accessible a page is."""
+    folder = tmp_path_factory.mktemp("axe")
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    packed = subprocess.run(["npm", "pack", "axe-core@4"], cwd=folder, capture_output=True, text=True, timeout=120)
+    if packed.returncode:
+        pytest.skip(f"npm cannot fetch axe-core: {packed.stderr.strip()[:200]}")
+    with tarfile.open(next(folder.glob("axe-core-*.tgz"))) as archive:
+        file = archive.extractfile("package/axe.min.js")
+        assert file is not None
+        return file.read().decode()
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if MISSING:
         pytest.skip(f"{', '.join(MISSING)} not installed")
@@ -44,7 +61,7 @@ def browser() -> Iterator[Any]:
     options.binary_location = str(shutil.which("chromium"))
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     yield driver
     driver.quit()
@@ -64,16 +81,24 @@ def show(browser: Any, file: Path, width: int, theme: str = "light") -> None:
 def test_the_page_fits_the_screen_and_the_browser_complains_of_nothing(
     browser: Any, file: Path, width: int, theme: str
 ) -> None:
-    browser.get_log("browser"), browser.get_log("performance")
+    browser.get_log("browser")  # drop what an earlier page said
     show(browser, file, width, theme)
     browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
     assert browser.get_log("browser") == []
-    assert "Network.requestWillBeSent" not in str(
-        [entry for entry in browser.get_log("performance") if "http" in entry["message"].partition('"url":"')[2][:6]]
-    )
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert ground == THEMES[theme]
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_axe_finds_nothing_serious(browser: Any, axe: str, file: Path, theme: str) -> None:
+    show(browser, file, 360, theme)
+    browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
+    checked = browser.execute_async_script(f"{axe}; const done = arguments[0]; axe.run(document).then(done)")
+    assert len(checked["passes"]) > 20
+    serious = [each for each in checked["violations"] if each["impact"] in ("serious", "critical")]
+    assert [(each["id"], each["nodes"][0]["html"]) for each in serious] == []
 
 
 def test_a_pointer_and_the_keyboard_read_values(browser: Any, file: Path) -> None:

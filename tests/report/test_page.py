@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megarl.report.data import RunData
+from megarl.report.described import algorithm_of
 from megarl.report.finding import Finding
 from megarl.report.page import labels, page
 from tests.report.made_up import NAMES, made_up, rows, settings, write_scores
@@ -59,7 +60,8 @@ def scored(tmp_path: Path) -> RunData:
 
 
 def test_every_reference_of_a_page_leads_somewhere_and_every_identifier_is_there_once(scored: RunData) -> None:
-    for runs in ([scored], [scored, made_up(5), made_up(3, Path("other/made-up"))]):
+    ranked = made_up(3, Path("other/made-up"), config=settings(checkpoint__best={"metric": "eval/optimality"}))
+    for runs in ([scored], [ranked], [scored, made_up(5), ranked]):
         check_references(parsed(*runs, findings=[[FINDING]] * len(runs)))
     names = ("eval/a b", "eval/a-b", "eval/A.B", "eval/score@temperature=0.7", "eval/score-temperature-0-7", "é")
     check_references(parsed(made_up(rows=rows(3, names))))
@@ -220,9 +222,9 @@ def test_settings_that_differ_from_the_defaults_are_listed_and_all_are_there() -
 @pytest.mark.parametrize("algorithm", ["sft", "ppo", "grpo", "rft", "ilql", "dpo", "kto", "orpo", "cpo", "rm"])
 def test_a_run_that_does_not_say_its_algorithm_is_recognised_by_its_settings(algorithm: str) -> None:
     run = made_up(config=settings(algorithm, optim__lr=0.5), entry="", summary={})
-    facts = parsed(run).with_class("facts")[0]
-    names = {fact.all("dt")[0].text(): fact.all("dd")[0].text() for fact in facts.children}
-    assert names["Algorithm"] == algorithm
+    older = {name: section for name, section in run.config.items() if name not in ("adapter", "extensions")}
+    assert (algorithm_of(run), algorithm_of(replace(run, config=older))) == (algorithm, algorithm)
+    assert algorithm_of(replace(run, config={**run.config, "focal": {"gamma": 2}})) == ""
 
 
 def test_what_ran_is_on_the_page() -> None:
