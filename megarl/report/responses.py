@@ -57,7 +57,8 @@ def distribution(scores: Sequence[PhaseScores], identifier: str) -> str:
     drawn = heatmap(identifier, title, said, unit, scores)
     note = (
         "Each column is a phase; the stronger the colour of a field, the more of its responses have that score. "
-        "Phases are counted from 0, and a run keeps the scores of those since its oldest checkpoint (all, with rollout.dump)."
+        "Phases are counted from 0, and a run keeps the scores of those since its oldest checkpoint (all, with "
+        "rollout.dump)."
     )
     return (
         f'<figure class="curve distribution"><figcaption class="definition">{note}</figcaption>{drawn}'
