@@ -17,11 +17,10 @@ from megarl.errors import DataError, FindingError
 from megarl.logging import get_logger
 from megarl.report.data import RunData, read_run
 from megarl.report.finding import Finding
-from megarl.report.findings import as_plain, find, line
+from megarl.report.findings import FILE, as_plain, find, line
 
 logger = get_logger(__name__)
 
-FILE = "findings.json"
 _MOST_SAMPLES = 1000  # kept in memory, the newest
 _ROWS_PER_CHECK = 1000  # with more rows, checks are that much rarer, so that their share of the time stays the same
 

@@ -168,6 +168,7 @@ class Summary(Callback):
         there = getattr(module, "rows_there", None)
         return {
             "status": None,  # filled in when written; the first key, where readers look first
+            "algorithm": getattr(trainer.lightning_module, "entry", ""),
             "steps": steps_taken(trainer),
             "max_steps": planned_steps(trainer),
             "metrics": {name: series.summary() for name, series in sorted(self._metrics.items())},

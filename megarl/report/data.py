@@ -28,6 +28,8 @@ class RunData:
         summary: content of summary.json; empty while there is none.
         samples: rows of the tables that evaluations showed, with the step under "step" or "phase".
         entry: name of the algorithm; empty where nothing says it.
+        versions: content of versions.json.
+        git: content of git.json.
     """
 
     path: Path
@@ -36,16 +38,23 @@ class RunData:
     summary: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
     entry: str = ""
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    git: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def unit(self) -> str:
         """What a step is called: phase or step."""
-        return "phase" if "max_phases" in self.config.get("trainer", {}) else "step"
+        trainer = self.config.get("trainer")
+        return "phase" if isinstance(trainer, Mapping) and "max_phases" in trainer else "step"
 
     def series(self, metric: str) -> list[Point]:
         """Return the finite values of a metric, in the order of the steps."""
         found = [(int(row["step"]), row[metric]) for row in self.rows if metric in row]
         return [(step, value) for step, value in found if math.isfinite(value)]
+
+    def not_finite(self, metric: str) -> list[int]:
+        """Return the steps at which a metric was NaN or infinite."""
+        return [int(row["step"]) for row in self.rows if metric in row and not math.isfinite(row[metric])]
 
     def metrics(self) -> list[str]:
         """Return the names of all metrics, sorted."""
@@ -65,17 +74,35 @@ def read_run(path: Path) -> RunData:
     """Return the data of a run folder. Raise `DataError` if it is none."""
     metrics = path / "metrics.csv"
     try:
-        rows = [_numbers(row) for row in csv.DictReader(io.StringIO(read_text(metrics), newline=""))]
+        text = read_text(metrics)
+        whole = text[: text.rfind("\n") + 1]  # without a line that is being written, or that a crash left
+        rows = [_numbers(row) for row in csv.DictReader(io.StringIO(whole, newline=""))]
+        rows = [row for row in rows if _is_step(row.get("step"))]
     except (UnreadableError, csv.Error, ValueError) as problem:
         raise DataError(
             f"{metrics} {problem}: name the folder of a run, which logs with logger.csv=true", where=metrics
         ) from None
     summary = _object(path / "summary.json")
-    return RunData(path, _config(path / "config.yaml"), rows, summary, _samples(path / "samples.jsonl"))
+    entry = summary.get("algorithm")
+    return RunData(
+        path,
+        _config(path / "config.yaml"),
+        rows,
+        summary,
+        _samples(path / "samples.jsonl"),
+        entry if isinstance(entry, str) else "",
+        _object(path / "versions.json"),
+        _object(path / "git.json"),
+    )
 
 
-def _numbers(row: Mapping[str, str | None]) -> dict[str, float]:
-    return {name: float(value) for name, value in row.items() if value}
+def _numbers(row: Mapping[str | None, Any]) -> dict[str, float]:
+    """Return the values of a line of the table. A line with more values than the table has columns keeps the others."""
+    return {name: float(value) for name, value in row.items() if name and value}
+
+
+def _is_step(value: float | None) -> bool:
+    return value is not None and math.isfinite(value) and value >= 0
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -43,6 +43,10 @@ FINDERS: dict[str, Finder] = {
 _SEVERITIES = ("problem", "warning", "note")
 
 
+FILE = "findings.json"
+"""Name of the file with a run's findings in its folder."""
+
+
 def find(data: RunData, names: Collection[str] = FINDINGS) -> list[Finding]:
     """Return what is found in a run, problems first. `names` are the findings to look for."""
     found = [finding for name, finder in FINDERS.items() if name in names and (finding := finder(data)) is not None]
@@ -52,6 +56,12 @@ def find(data: RunData, names: Collection[str] = FINDINGS) -> list[Finding]:
 def line(finding: Finding) -> str:
     """Return a finding as one line for the terminal."""
     return f"{finding.severity} {finding.name}: {finding.title}. Try: {finding.remedy}."
+
+
+def from_plain(plain: dict[str, Any]) -> Finding:
+    """Return a finding of findings.json. Raise TypeError if it is none."""
+    metrics, steps = tuple(plain.pop("metrics", ())), plain.pop("steps", None)
+    return Finding(**plain, metrics=metrics, steps=None if steps is None else (int(steps[0]), int(steps[1])))
 
 
 def as_plain(findings: list[Finding]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from megarl.callbacks.own import own_callbacks
 from megarl.callbacks.ownership import Ownership
 from megarl.callbacks.preemption import Preemption
 from megarl.callbacks.progress import make_progress
+from megarl.callbacks.report import Report
 from megarl.callbacks.samples import Samples
 from megarl.callbacks.step_axis import StepAxis
 from megarl.callbacks.summary import Summary
@@ -122,6 +123,7 @@ def _callbacks(
         collapse,
         Summary(run_dir, collapse),
         findings,
+        Report(run_dir),
         *make_progress(config.trainer.progress, config.trainer.log_every),
     ]
     if config.trainer.max_time is not None:

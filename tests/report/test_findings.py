@@ -13,8 +13,8 @@ from megarl.config.findings import FINDINGS
 from megarl.config.leaf import leaves, optional_sections
 from megarl.report.data import RunData
 from megarl.report.findings import FINDERS, as_plain, find, line
-from tests.report.made_up import found, made_up
-from tests.report.made_up import line as rising
+from tests.report.series import found, made_up
+from tests.report.series import line as rising
 
 PPO: dict[str, Any] = {
     "trainer": {"max_phases": 20},
