@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megarl.report.data import RunData
-from megarl.report.falls import Fall
+from megarl.report.falls import SPREAD, Fall
 from megarl.report.finding import Finding
 from megarl.report.numbers import mean, median, percent, shown, values
 
@@ -20,12 +20,17 @@ keep .01 and more."""
 EXPLODED = 30.0
 """Growth of the gradient norm from the median of the run's first half to that of the last readings. Good runs stay
 within a factor of 10; single readings are not looked at."""
+ABOVE_CLIPPING = 10.0
+"""Gradient norm as a multiple of optim.clip_grad. With sparse rewards, gradients begin near 0 and stay far below."""
 LOSS_NOISE = 0.1
 """Noise of a loss, as a share of its first readings: the rows of a batch differ by that much."""
 LOSS_RISE = 1.5
 """Growth of a loss over its first readings that is divergence, for a loss that never fell."""
 VALUE_LOSS_RISE = 10.0
 """Growth of the critic's loss over its first readings. On good runs it doubles before it falls."""
+WORSE_THAN_CONSTANT = 2.0
+"""The critic's loss as a multiple of the scores' variance, of which a constant has .5. Where all scores are 0 at first,
+the loss grows with them without diverging."""
 GAP = 0.05
 """Rise of the evaluation loss over its best, as a share of it, that is overfitting and not noise."""
 GAP_OF_GAIN = 0.2
@@ -74,7 +79,7 @@ def gradients_explode(data: RunData) -> Finding | None:
         if len(norms) < 2 * RECENT:
             continue
         usual, late = median(values(norms[: len(norms) // 2])), median(values(norms[-RECENT:]))
-        if usual > 0 and late >= EXPLODED * usual:
+        if usual > 0 and late >= max(EXPLODED * usual, ABOVE_CLIPPING * data.setting("optim.clip_grad", 1.0)):
             return Finding(
                 name="gradients_explode",
                 severity="problem",
@@ -99,7 +104,8 @@ def loss_diverges(data: RunData) -> Finding | None:
     smooth = [(losses[index][0], median(values(losses[index - 2 : index + 1]))) for index in range(2, len(losses))]
     first, last, lowest = smooth[0][1], smooth[-1][1], min(values(smooth))
     if metric == "value/loss":
-        diverged = first > 0 and last >= VALUE_LOSS_RISE * first
+        spread = max(values(data.series(SPREAD)), default=0.0)
+        diverged = first > 0 and last >= max(VALUE_LOSS_RISE * first, WORSE_THAN_CONSTANT * spread**2)
     else:
         fall = Fall()
         for step, value in smooth:

@@ -127,8 +127,12 @@ GOOD = {
         steps(train__loss=[4, 3, 2, 1.5, 1.2, 1.1, 1.3, 1.0, 1.2, 0.9, 1.1, 1.0, 1.1]),
         phases(train__loss=rising(-1, 5, 20)),  # the loss of a policy
         phases(value__loss=[0.06, 0.09, 0.15, 0.1, 0.05, 0.03, 0.02, 0.02, 0.01, 0.01]),
+        phases(value__loss=[0.001] * 5 + [0.08] * 10),  # the first scores above 0
     ],
-    "gradients_explode": [steps(train__grad_norm=[1.0, 1.2] * 6 + [2, 90, 1, 2, 3])],
+    "gradients_explode": [
+        steps(train__grad_norm=[1.0, 1.2] * 6 + [2, 90, 1, 2, 3]),
+        phases(train__grad_norm=[0.001] * 10 + [1.5] * 8),  # the first scores above 0
+    ],
     "gradients_dead": [steps(train__grad_norm=rising(5, 0.05, 20))],
     "entropy_collapsed": [
         phases(rollout__entropy=rising(1.0, 0.001, 20), rollout__score_std=rising(0.4, 0.02, 20)),  # solved
