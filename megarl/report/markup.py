@@ -11,6 +11,7 @@ from typing import Any
 
 from megarl.command import printable
 
+_PLAIN = re.compile(r"[A-Za-z_./~][^\s\"']*")
 NOTHING = "\u2013"
 """An en dash: what stands where there is no value."""
 
@@ -132,6 +133,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def setting(value: Any) -> str:
-    """Return the value of a key as it is written in JSON, shortened where it is very long."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    """Return the value of a key as it is written in JSON, a plain word without quotes. A very long one is shortened."""
+    plain = isinstance(value, str) and _PLAIN.fullmatch(value) and value not in ("null", "true", "false")
+    text = value if plain else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 400 else f"{text[:400]}… ({len(text):,} characters)"

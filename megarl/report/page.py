@@ -109,8 +109,8 @@ def _finding(compared: Compared, label: str, finding: Finding) -> str:
     return (
         f'<li class="finding {finding.severity}"><h3><span class="severity">{_SEVERITIES[finding.severity]}</span> '
         f"{escape(finding.title)}{of}</h3><p>{escape(finding.evidence)}</p>"
-        f"<p><strong>Cause.</strong> {escape(finding.cause)}</p>"
-        f"<p><strong>What to try.</strong> {escape(finding.remedy)}</p>{shown}</li>"
+        f"<p><strong>Cause:</strong> {escape(finding.cause)}</p>"
+        f"<p><strong>What to try:</strong> {escape(finding.remedy)}</p>{shown}</li>"
     )
 
 

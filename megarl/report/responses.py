@@ -36,7 +36,7 @@ def samples(run: RunData, level: int) -> str:
         sides = [(last, sample)] if first == last else [(first, before.get(key)), (last, sample)]
         answers = [_answer(f"{run.unit.capitalize()} {step}", level + 1, side) for step, side in sides]
         prompt = f"<pre>{_text(sample['prompt'])}</pre>" if "prompt" in sample else ""
-        heading = f"<h{level}>{'Prompt' if prompt else 'Sample'} {index + 1}</h{level}>"
+        heading = f"<h{level}>Sample {index + 1}</h{level}>"
         parts.append(f'<article class="sample">{heading}{prompt}<div class="sides">{"".join(answers)}</div></article>')
     return "".join(parts)
 
