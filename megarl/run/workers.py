@@ -82,7 +82,7 @@ class Workers:
         while len(answers) < len(self._workers):
             worker = self._workers[len(answers)]
             try:
-                answers.append(worker.receive(failed=any(not fine for fine, _ in answers)))
+                answers.append(worker.receive(self._look, failed=any(not fine for fine, _ in answers)))
             except KeyboardInterrupt:
                 if interrupted:
                     raise
@@ -92,6 +92,11 @@ class Workers:
             except _EndedError as ended:
                 raise _EndedError(next((value for fine, value in answers if not fine), ended.problem)) from None
         return answers
+
+    def _look(self) -> None:
+        """Raise if a process has ended: the others may wait for it for ever."""
+        for worker in self._workers:
+            worker.look()
 
     def close(self, *, grace_s: float = GRACE_S) -> None:
         """End the processes."""
@@ -162,20 +167,21 @@ class _Worker:
     def send(self, job: bytes) -> None:
         """Send a call."""
         try:
-            self._channel.send(job, self._look)
+            self._channel.send(job, self.look)
         except PipeClosed:
-            self._look()
+            self.look()
 
-    def receive(self, *, failed: bool) -> tuple[bool, Any]:
+    def receive(self, look_at_all: Callable[[], None], *, failed: bool) -> tuple[bool, Any]:
         """Return whether the call succeeded, and its value or its error.
 
         Args:
+            look_at_all: is called while this waits, and raises if a process has ended.
             failed: whether another worker failed, for which this one may wait for ever.
         """
         deadline = time.monotonic() + (PATIENCE_S if failed else float("inf"))
 
         def look() -> None:
-            self._look()
+            look_at_all()
             if time.monotonic() > deadline:
                 raise _EndedError(self._problem("waits for another that failed"))
 
@@ -204,7 +210,8 @@ class _Worker:
         self._process.wait()
         self._output.join(timeout=1.0)
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Raise if the process has ended."""
         if self._process.poll() is not None:
             raise _EndedError(self._problem(f"ended with exit code {self._process.returncode}"))
 

@@ -289,6 +289,7 @@ def test_without_a_limit_no_total_and_no_time_left():
 # --- the whole program ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.gate
 def test_a_run_on_a_terminal(tmp_path: Path) -> None:
     walks = [setting for setting in WALKS if not setting.startswith("trainer.progress")]
     settings = [*walks, "clone.steps=4", "trainer.eval_every=1", f"run.dir={tmp_path / 'run'}"]
@@ -302,7 +303,9 @@ def test_a_run_on_a_terminal(tmp_path: Path) -> None:
     assert "now: generate" in printed
     assert printed.rfind("\x1b[?25h") > printed.rfind("\x1b[?25l")  # the cursor is shown again
     lines = [line.rstrip() for line in screen_after(printed, 60, 24)]
-    (bar,) = [index for index, line in enumerate(lines) if line.startswith("phase 2/2  ━")]
+    bars = [index for index, line in enumerate(lines) if line.startswith("phase 2/2  ━")]
+    assert len(bars) == 1, "\n".join(lines)
+    (bar,) = bars
     assert "took 0:00:" in lines[bar]
     shown = "\n".join(lines[bar:])
     for item in ("generate ", "evaluate ", "train ", "kl ", "entropy ", "grad norm ", "memory ", "response  "):
