@@ -7,7 +7,7 @@ import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from omegaconf import DictConfig
 
@@ -16,14 +16,15 @@ from megarl.config.compose import compose
 from megarl.config.files import load_chat_template
 from megarl.config.leaf import or_defaults
 from megarl.config.sections.extensions import ExtensionsConfig
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.config.values import check_values
 from megarl.disk import UnreadableError, parse_object, read_text, writable
 from megarl.errors import ConfigError, DataError, UnavailableError, first_line
-from megarl.inputs import Asked, Function, Sample, asked_for, default_config, fill
+from megarl.inputs import Asked, Function, Inputs, asked_for, default_config, fill
 from megarl.logging import get_logger, warn_once
 from megarl.run.workers import started
 
-DRAWN_BY = (*("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "ilql_beta"),)
+DRAWN_BY = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "ilql_beta")
 """Keys of the `rollout` section that say how tokens are drawn."""
 
 __all__ = ["Trained", "default_config", "train"]
@@ -32,14 +33,25 @@ __all__ = ["Trained", "default_config", "train"]
 class Trained:
     """What a run left behind: its checkpoint answers prompts and leaves for other libraries."""
 
-    def __init__(self, config: Any, run_dir: Path, functions: Mapping[str, Function] | None = None) -> None:
+    def __init__(
+        self,
+        config: Any,
+        run_dir: Path,
+        functions: Mapping[str, Function] | None = None,
+        layout: ParallelConfig | None = None,
+        evaluations: int = 0,
+    ) -> None:
         """
         Args:
             config: configuration of the run.
             run_dir: its folder.
             functions: callables that the run used instead of the functions that `reward.fn` and `metric.fn` name.
+            layout: parallel layout for generating and evaluating in the processes that have this object (None: one
+                process).
+            evaluations: number of evaluations that the folder has.
         """
         self.config, self.run_dir, self.functions = config, run_dir, dict(functions or {})
+        self.layout, self._evaluations = layout or ParallelConfig(), evaluations
 
     @property
     def checkpoint(self) -> Path:
@@ -101,16 +113,7 @@ class Trained:
                 offers={"too_long": ["truncate", "error"]},
             )
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
-        own = getattr(self.config, "rollout", None)
-        rollout = {key: getattr(own, key) for key in DRAWN_BY if getattr(own, key, None) is not None}
-        config, _ = compose("generate", ["trainer.progress=none"])
-        config.model.path = str(self.checkpoint)
-        config.chat_template = load_chat_template(self.config.data.chat_template)  # its end marker ends responses
-        fill(config.rollout, {"too_long": "truncate", **rollout, **settings}, "rollout")
-        check_values(config)
-        config.extensions = ExtensionsConfig(families=or_defaults(self.config, "extensions").families)
-        for key in ("tp", "pp"):
-            setattr(config.parallel, key, getattr(self.config.parallel, key))
+        config = self.settings("generate", {"too_long": "truncate", **settings})
         with open_generator(config) as (generator, tokenizer, _):
             records = [Record({"prompt": text}, f"prompts[{index}]") for index, text in enumerate(asked)]
             limits = PromptLimits(
@@ -158,26 +161,42 @@ class Trained:
         from megarl.evaluate import evaluate_here
         from megarl.inputs import named_functions, write_records
 
-        own = getattr(self.config, "rollout", None)
-        rollout = {key: getattr(own, key) for key in DRAWN_BY if getattr(own, key, None) is not None}
         reward = getattr(self.config, "reward", None)
-        config, _ = compose("evaluate", [])
-        config.model.path, config.seed = str(self.checkpoint), self.config.seed
-        config.eval.n = n
-        config.data.chat_template = self.config.data.chat_template
-        config.trainer.precision = self.config.trainer.precision
-        fill(config.rollout, {**rollout, **settings}, "rollout")
+        config = self.settings("evaluate", settings)
+        config.seed, config.eval.n = self.config.seed, n
         if reward_fn is None and reward is not None:
             config.reward, reward_fn = reward, self.functions.get("reward.fn")
         functions = named_functions(config, "evaluate", reward_fn, metric_fn)
-        for key in ("tp", "pp"):
-            setattr(config.parallel, key, getattr(self.config.parallel, key))
-        number = 1 + len(list(self.run_dir.glob("evaluations/*")))
-        folder = self.run_dir / "evaluations" / str(number)
+        self._evaluations += 1
+        folder = self.run_dir / "evaluations" / str(self._evaluations)
         config.run.dir = str(folder)
         config.data.eval = [write_records(folder / "prompts.jsonl", prompts, config.parallel.timeout_s)]
         check_values(config)
         return evaluate_here(config, functions)
+
+    def settings(self, program: str, rollout: Mapping[str, Any]) -> Any:
+        """Return the configuration of a program that generates with the trained model: drawn as in the run, but for
+        `rollout`, in the layout of this object.
+
+        Args:
+            program: generate or evaluate.
+            rollout: keys of the section `rollout`.
+        """
+        own = getattr(self.config, "rollout", None)
+        drawn = {key: getattr(own, key) for key in DRAWN_BY if getattr(own, key, None) is not None}
+        config, _ = compose(program, [])
+        config.model.path = str(self.checkpoint)
+        config.extensions = ExtensionsConfig(families=or_defaults(self.config, "extensions").families)
+        fill(config.rollout, {**drawn, **rollout}, "rollout")
+        config.parallel.tp, config.parallel.pp = self.layout.tp, self.layout.pp
+        if program == "generate":
+            config.trainer.progress = "none"
+            config.chat_template = load_chat_template(self.config.data.chat_template)  # its end marker ends responses
+        else:
+            config.data.chat_template = self.config.data.chat_template
+            config.trainer.precision = self.config.trainer.precision
+        check_values(config)
+        return config
 
     def push_to_hub(
         self,
@@ -227,7 +246,6 @@ class Trained:
             folder: the folder, which must not exist yet.
             adapter: write the adapter alone instead, as a folder that PEFT loads.
         """
-
         if adapter and getattr(self.config, "adapter", None) is None:
             raise ConfigError(
                 "save_pretrained(adapter=True) writes an adapter, and this run has none: set adapter.rank before "
@@ -238,35 +256,17 @@ class Trained:
         if process_number() != 0:
             return
         target = writable(str(folder), "save_pretrained")
+        from megarl.models.exchange.formats import write_pretrained
+
         write_pretrained(self.checkpoint, target, adapter=adapter)
-
-
-def write_pretrained(checkpoint: Path, target: Path, *, adapter: bool = False) -> None:
-    """Write the model of a checkpoint for transformers, or its adapter for PEFT."""
-    from megarl.models.exchange.formats import FORMATS, open_adapter, open_source
-    from megarl.models.exchange.peft import write_adapter
-
-    if adapter:
-        write_adapter(open_adapter(checkpoint), target)
-    else:
-        FORMATS["huggingface"].write(open_source(str(checkpoint)), target)
 
 
 def train(
     model: str | Path | Mapping[str, Any] | None = None,
     *,
-    reward_fn: Function | str | None = None,
-    prompts: Sequence[str | Mapping[str, Any]] | None = None,
-    eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
-    samples: Sequence[Sample] | None = None,
-    rewards: Sequence[float | Sequence[float]] | None = None,
-    pairs: Sequence[Mapping[str, Any]] | None = None,
-    eval_pairs: Sequence[Mapping[str, Any]] | None = None,
-    metric_fn: Function | str | None = None,
-    stop_sequences: Sequence[str] | None = None,
     config: DictConfig | None = None,
-    device: str | None = None,
     processes: int | None = None,
+    **inputs: Unpack[Inputs],
 ) -> Trained:
     """Train by PPO (a reward function), ILQL (samples with rewards), SFT (samples alone) or DPO (pairs).
 
@@ -275,35 +275,14 @@ def train(
 
     Args:
         model: a folder or hub name, or keys of the `model` section to start from random weights.
-        reward_fn: called as `fn(samples=..., prompts=..., outputs=..., tokenizer=..., **metadata)`, or its name.
-        prompts: texts, or records with a "prompt" whose other fields go to the functions; without any, responses
-            begin with the tokenizer's first token.
-        eval_prompts: what evaluations answer.
-        samples: texts, [prompt, output] pairs, or longer alternating dialogues (with rewards).
-        rewards: one number, or one per output, for each sample.
-        pairs: records with the fields prompt, chosen and rejected; for KTO, also prompt, completion and label.
-        eval_pairs: the same, for evaluations.
-        metric_fn: called as reward_fn is; a list of numbers, or a mapping of such lists by name.
-        stop_sequences: texts that end a response.
-        config: from `default_config`; it says which algorithm unless the arguments do.
-        device: auto, cpu or gpu (None: trainer.accelerator).
+        config: from `default_config`; it says which algorithm unless the inputs do.
         processes: number of processes to start for the run, also from a notebook (None: this one, or those of
             torchrun, SLURM or trainer.devices).
+        inputs: reward_fn, prompts, eval_prompts, samples, rewards, pairs, eval_pairs, metric_fn, stop_sequences and
+            device, as `megarl.inputs.Inputs` describes them.
     """
-    asked = asked_for(
-        model,
-        config,
-        reward_fn=reward_fn,
-        prompts=prompts,
-        eval_prompts=eval_prompts,
-        samples=samples,
-        rewards=rewards,
-        pairs=pairs,
-        eval_pairs=eval_pairs,
-        metric_fn=metric_fn,
-        stop_sequences=stop_sequences,
-        device=device,
-    )
+    asked = asked_for(model, config, inputs)
+    earlier = len(list(asked.run_dir.glob("evaluations/*")))  # before anything that another process could write
     if asked.config.model.path is None and asked.config.export.hf is None:
         _warn_of_no_family(asked.config)
     if processes is None:
@@ -316,7 +295,8 @@ def train(
         raise KeyboardInterrupt
     if code == NOTICED:
         raise SystemExit(0)
-    return Trained(asked.config, asked.run_dir, asked.functions)
+    layout = asked.config.parallel if processes is None else ParallelConfig()
+    return Trained(asked.config, asked.run_dir, asked.functions, layout, earlier)
 
 
 def _run(_: dict[str, Any], asked: Asked) -> int:

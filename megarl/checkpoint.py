@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from megarl.config.files import no_checkpoint
 from megarl.disk import UnreadableError, is_dir, is_file, load_plain, read_json, shown, sync
 from megarl.errors import CheckpointError, NumericsError, first_line
 from megarl.logging import get_logger
@@ -393,13 +394,7 @@ def remove(folder: Path) -> None:
 def refuse_empty(path: Path) -> None:
     """Refuse a path for run.resume that is not a checkpoint and contains none, before anything is built or written."""
     if not _is_checkpoint(path) and not find(path):
-        raise CheckpointError(
-            f"run.resume={shown(path)}: there is no checkpoint; give one (RUN/checkpoints/step-...), a folder of them "
-            "(RUN/checkpoints), auto or never",
-            key="run.resume",
-            value=str(path),
-            offers={"run.resume": ["auto", "never"]},
-        )
+        raise no_checkpoint(path)
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megarl.command import INTERRUPTED, printable, run_command
+from megarl.command import INTERRUPTED, printable, run_command, say
 from megarl.config.algorithms import ALGORITHMS
 from megarl.config.arguments import check_arguments
 from megarl.config.compare import CompareConfig
-from megarl.config.leaf import leaves
-from megarl.config.own_keys import read_own_keys, written
+from megarl.config.own_keys import help_lines, read_own_keys, written
 from megarl.disk import UnreadableError, local, read_json, writable, write_atomically
 from megarl.errors import ConfigError, DataError
 from megarl.trials.jobs import Backend, Job, LocalJobs, Running
@@ -64,7 +63,7 @@ def read(argv: Sequence[str]) -> Comparison:
     if len(others) < 2:
         raise ConfigError(f"compare needs two sides, A and B: usage: {USAGE}", key="compare", value=others)
     tree = ALGORITHMS[algorithm].config
-    config = read_own_keys(CompareConfig, own)
+    config = read_own_keys(CompareConfig, own, "compare")
     if config.metric is None:
         raise ConfigError(
             "compare.metric is not set: name the metric that decides, as in compare.metric=eval/loss",
@@ -139,7 +138,7 @@ class Runs:
             why = last_error(place / "log.txt") or f"it ended with exit code {code}"
             raise DataError(f"{name} with seed {seed}: {why} ({place / 'log.txt'})", key=name, where=place / "log.txt")
         write_atomically(place / "done.json", json.dumps({"exit_code": code}) + "\n")
-        _tell(f"{name} with seed {seed} is done")
+        say(f"{name} with seed {seed} is done")
 
 
 def differences(comparison: Comparison, runs: Sequence[Sequence[Path]]) -> dict[str, Difference]:
@@ -180,11 +179,6 @@ def _verdict(one: Difference) -> str:
     return "equal" if one.equal else "differs" if one.differs else "no difference found"
 
 
-def _tell(line: str) -> None:
-    sys.stderr.write(printable(line) + "\n")
-    sys.stderr.flush()
-
-
 def compare(argv: Sequence[str], backend: Backend | None = None) -> int:
     """Compare and return the exit code."""
     comparison = read(argv)
@@ -203,7 +197,7 @@ def compare(argv: Sequence[str], backend: Backend | None = None) -> int:
     sys.stdout.write(printable(shown_differences(comparison, found)))
     content: dict[str, Any] = {name: {**vars(one), "differs": one.differs} for name, one in found.items()}
     write_atomically(folder / "differences.json", json.dumps(content, indent=2) + "\n")
-    _tell(f"runs: {folder}")
+    say(f"runs: {folder}")
     return DIFFERENT if config.fail and found[str(config.metric)].differs else 0
 
 
@@ -215,11 +209,10 @@ def help_text() -> str:
         "A and B are settings in quotes ('optim.lr=1e-3 optim.eps=1e-6'), YAML files, presets, or git revisions; . is",
         "the code as it is. docs/sweeps.md has more.",
         "",
+        *help_lines(CompareConfig, "compare"),
+        "",
     ]
-    for leaf in leaves(CompareConfig):
-        kind = "|".join(leaf.choices) or leaf.type
-        lines += [f"  compare.{leaf.key}={json.dumps(leaf.default)}  [{kind}]", f"      {leaf.doc}"]
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -233,7 +226,7 @@ def main() -> None:
         try:
             return compare(argv)
         except KeyboardInterrupt:
-            _tell("interrupted; with compare.dir, finished runs are kept")
+            say("interrupted; with compare.dir, finished runs are kept")
             return INTERRUPTED
 
     run_command(work, lambda: "debug=true" in argv)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,6 +30,35 @@ Function = Callable[..., Any]
 Sample = str | Sequence[str]
 DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
 """Values of `trainer.accelerator` by the names that people use for devices."""
+
+
+class Inputs(TypedDict, total=False):
+    """The arguments of `megarl.train` and `megarl.Session` that say what to train and on what.
+
+    Attributes:
+        reward_fn: called as `fn(samples=..., prompts=..., outputs=..., tokenizer=..., **metadata)`, or its name.
+        prompts: texts, or records with a "prompt" whose other fields go to the functions. Without any, those of the
+            configuration; if it has none, responses begin with the tokenizer's first token.
+        eval_prompts: what evaluations answer.
+        samples: texts, [prompt, output] pairs, or longer alternating dialogues (with rewards).
+        rewards: one number, or one per output, for each sample.
+        pairs: records with the fields prompt, chosen and rejected; for KTO, also prompt, completion and label.
+        eval_pairs: the same, for evaluations.
+        metric_fn: called as reward_fn is; a list of numbers, or a mapping of such lists by name.
+        stop_sequences: texts that end a response.
+        device: auto, cpu or gpu (None: trainer.accelerator).
+    """
+
+    reward_fn: Function | str | None
+    prompts: Sequence[str | Mapping[str, Any]] | None
+    eval_prompts: Sequence[str | Mapping[str, Any]] | None
+    samples: Sequence[Sample] | None
+    rewards: Sequence[float | Sequence[float]] | None
+    pairs: Sequence[Mapping[str, Any]] | None
+    eval_pairs: Sequence[Mapping[str, Any]] | None
+    metric_fn: Function | str | None
+    stop_sequences: Sequence[str] | None
+    device: str | None
 
 
 @dataclass(frozen=True)
@@ -66,21 +95,30 @@ class Asked:
 
 
 def asked_for(
-    model: str | Path | Mapping[str, Any] | None,
-    config: DictConfig | None,
-    *,
-    reward_fn: Function | str | None = None,
-    prompts: Sequence[str | Mapping[str, Any]] | None = None,
-    eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
-    samples: Sequence[Sample] | None = None,
-    rewards: Sequence[float | Sequence[float]] | None = None,
-    pairs: Sequence[Mapping[str, Any]] | None = None,
-    eval_pairs: Sequence[Mapping[str, Any]] | None = None,
-    metric_fn: Function | str | None = None,
-    stop_sequences: Sequence[str] | None = None,
-    device: str | None = None,
+    model: str | Path | Mapping[str, Any] | None, config: DictConfig | None, inputs: Mapping[str, Any]
 ) -> Asked:
-    """Return what a call asks for, or refuse what contradicts itself. The arguments are those of `megarl.train`."""
+    """Return what a call asks for, or refuse what contradicts itself.
+
+    Args:
+        model: a folder or hub name, or keys of the `model` section to start from random weights.
+        config: from `default_config`; it says which algorithm unless the inputs do.
+        inputs: `Inputs`, by name.
+    """
+    known = Inputs.__annotations__
+    for name in inputs:
+        if name not in known:
+            near = nearest_keys(name, sorted(known)) or sorted(known)
+            raise ConfigError(
+                f"there is no argument {name}=; did you mean {one_of(near)}?", key=name, offers={name: near}
+            )
+    given = {name: inputs.get(name) for name in known}
+    reward_fn, metric_fn, device = given["reward_fn"], given["metric_fn"], given["device"]
+    prompts, eval_prompts, samples = given["prompts"], given["eval_prompts"], given["samples"]
+    rewards, pairs, eval_pairs = given["rewards"], given["pairs"], given["eval_pairs"]
+    for name in ("prompts", "eval_prompts", "samples", "pairs", "eval_pairs"):
+        values = given[name]
+        if values is not None and len(values) == 0:
+            raise DataError(f"{name}=[] is empty: give some, or leave {name} out", key=name, value=[])
     entry = _algorithm(reward_fn, samples, rewards, config, pairs)
     if eval_pairs is not None and find_algorithm(entry).learns_from != "pairs":
         raise ConfigError(
@@ -117,8 +155,8 @@ def asked_for(
                 offers={"device": list(DEVICES)},
             )
         filled.trainer.accelerator = DEVICES[device]
-    if stop_sequences is not None:
-        _section(filled, "rollout", "stop_sequences", entry).stop = list(stop_sequences)
+    if given["stop_sequences"] is not None:
+        _section(filled, "rollout", "stop_sequences", entry).stop = list(given["stop_sequences"])
     run_dir = writable(str(_run_dir(entry, filled)), "run.dir")
     filled.run.dir = str(run_dir)
     lists: dict[str, list[dict[str, Any]]] = {}
@@ -149,6 +187,12 @@ def named_functions(
         if function is None:
             continue
         name = key.partition(".")[0]
+        if not callable(function) and not isinstance(function, str):
+            raise ConfigError(
+                f"{name}_fn={function!r} is no function: give a callable, or a name such as package.module:function",
+                key=f"{name}_fn",
+                value=function,
+            )
         section = _section(config, name, f"{name}_fn", entry)
         if callable(function):
             functions[key] = function

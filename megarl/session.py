@@ -22,16 +22,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from omegaconf import DictConfig
 
-from megarl.api import write_pretrained
 from megarl.command import process_number
 from megarl.config.algorithms import find_algorithm
 from megarl.disk import writable
 from megarl.errors import ConfigError
-from megarl.inputs import Asked, Function, Sample, asked_for, default_config
+from megarl.inputs import Asked, Inputs, asked_for, default_config
 from megarl.run.workers import Workers, started
 
 if TYPE_CHECKING:
@@ -66,27 +65,18 @@ class Session:
         config: DictConfig | str,
         *,
         model: str | Path | Mapping[str, Any] | None = None,
-        reward_fn: Function | str | None = None,
-        prompts: Sequence[str | Mapping[str, Any]] | None = None,
-        eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
-        samples: Sequence[Sample] | None = None,
-        rewards: Sequence[float | Sequence[float]] | None = None,
-        pairs: Sequence[Mapping[str, Any]] | None = None,
-        eval_pairs: Sequence[Mapping[str, Any]] | None = None,
-        metric_fn: Function | str | None = None,
-        stop_sequences: Sequence[str] | None = None,
-        device: str | None = None,
         processes: int | None = None,
         resume: str | Path | None = None,
+        **inputs: Unpack[Inputs],
     ) -> None:
         """Build the models. Behaviour is cloned first where `clone.*` says so.
 
         Args:
             config: the name of an algorithm, or what `megarl.default_config` returned for one.
-            reward_fn: what `score` calls; without one, scores are passed to `advantages`.
+            model: as in `megarl.train`.
             processes: number of processes to start on this machine (None: this one, or those of a launcher).
             resume: a checkpoint to go on from, of a session or a run.
-            model: as in `megarl.train`, like the other arguments.
+            inputs: as in `megarl.train`; without reward_fn, scores are passed to `advantages`.
         """
         if processes is None and _here:
             raise ConfigError(
@@ -95,20 +85,7 @@ class Session:
                 key="processes",
             )
         tree = default_config(config) if isinstance(config, str) else config
-        asked = asked_for(
-            model,
-            tree,
-            reward_fn=reward_fn,
-            prompts=prompts,
-            eval_prompts=eval_prompts,
-            samples=samples,
-            rewards=rewards,
-            pairs=pairs,
-            eval_pairs=eval_pairs,
-            metric_fn=metric_fn,
-            stop_sequences=stop_sequences,
-            device=device,
-        )
+        asked = asked_for(model, tree, inputs)
         if find_algorithm(asked.entry).unit == "phase" and not asked.config.reward.sources:
             asked.config.reward.fn = f"{no_reward.__module__}:{no_reward.__name__}"
         asked.config.run.resume = "never" if resume is None else str(Path(resume).absolute())
@@ -251,6 +228,8 @@ class Session:
         target = writable(str(folder), "save_pretrained")
         checkpoint = self.save(self.run_dir / "save_pretrained")
         if process_number() == 0:
+            from megarl.models.exchange.formats import write_pretrained
+
             try:
                 write_pretrained(checkpoint, target)
             finally:

@@ -17,9 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megarl.command import INTERRUPTED, printable, run_command
-from megarl.config.leaf import leaves
-from megarl.config.own_keys import written
+from megarl.command import INTERRUPTED, printable, run_command, say
+from megarl.config.own_keys import help_lines, written
 from megarl.config.sweep import SweepConfig
 from megarl.disk import write_atomically
 from megarl.errors import ConfigError, MegarlError
@@ -52,7 +51,7 @@ class Sweep:
                         time.sleep(_POLL_S)
         except KeyboardInterrupt:
             self._stop()
-            _tell(f"interrupted; the same command continues with sweep.dir={self.folder.path}")
+            say(f"interrupted; the same command continues with sweep.dir={self.folder.path}")
             return INTERRUPTED
         except BaseException:
             self._stop()
@@ -72,7 +71,7 @@ class Sweep:
             _wait_for(self.folder.records[step.number]["pid"])
         if self.folder.records:
             done = sum(bool(one["results"]) for one in self.folder.records)
-            _tell(f"resuming {self.folder.path}: {done} trials have results, {len(self._cut)} were cut")
+            say(f"resuming {self.folder.path}: {done} trials have results, {len(self._cut)} were cut")
 
     def _fill(self) -> bool:
         """Start trials while there is space. Return whether one was started."""
@@ -125,7 +124,7 @@ class Sweep:
         )
         budget = f" {self.plan.budget_key}={step.budget}" if step.budget else ""
         said = f"{self.plan.metric}={value:.6g}" if value is not None else f"failed: {why}"
-        _tell(f"trial {step.number}{budget} {_spelled(step.settings)}: {said}")
+        say(f"trial {step.number}{budget} {_spelled(step.settings)}: {said}")
 
     def _stop(self) -> None:
         """Let the running trials save and end; a second Ctrl-C ends them at once."""
@@ -223,11 +222,6 @@ def _spelled(settings: dict[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
-def _tell(line: str) -> None:
-    sys.stderr.write(printable(line) + "\n")
-    sys.stderr.flush()
-
-
 def help_text() -> str:
     """Return the help text, with every key of the sweep."""
     lines = [
@@ -236,11 +230,10 @@ def help_text() -> str:
         "A key of the algorithm has a distribution: choice(a,b), uniform(0,1), loguniform(1e-5,1e-3), int(1,8) or",
         "logint(16,1024). Quote it, as shells read parentheses. docs/sweeps.md has more.",
         "",
+        *help_lines(SweepConfig, "sweep"),
+        "",
     ]
-    for leaf in leaves(SweepConfig):
-        kind = "|".join(leaf.choices) or leaf.type
-        lines += [f"  sweep.{leaf.key}={json.dumps(leaf.default)}  [{kind}]", f"      {leaf.doc}"]
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 def sweep(argv: Sequence[str]) -> int:
@@ -262,7 +255,7 @@ def sweep(argv: Sequence[str]) -> int:
     with folder.opened():
         code = Sweep(folder, make_search(plan, largest if isinstance(largest, int) else 1), backend).run()
         sys.stdout.write(printable(report(folder)))
-    _tell(f"results: {folder.path / 'results.json'} and results.csv")
+    say(f"results: {folder.path / 'results.json'} and results.csv")
     return code
 
 

@@ -90,7 +90,7 @@ def test_sides_are_settings_files_and_presets(tmp_path: Path) -> None:
         (["sft", ".", "optim.lr=1", "run.dir=a", METRIC], "run.dir"),
         (["sft", "missing/a.yaml", ".", METRIC], "missing/a.yaml"),
         (["sft", "optim.lr='1", ".", METRIC], "optim.lr='1"),
-        (["sft", ".", "optim.lr=1", METRIC, "compare.seeds=0"], "seeds"),
+        (["sft", ".", "optim.lr=1", METRIC, "compare.seeds=0"], "compare.seeds"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_with_its_key(argv: list[str], key: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -150,6 +151,7 @@ def test_a_phase_ends_where_an_update_is_followed_by_sampling(session: megarl.Se
         (lambda session: session.forward_backward(session.forward(session.sample(["ab"], 1))), "rows"),
         (lambda session: session.forward_backward(session.forward(session.sample(["ab"], 1)), lambda *_: 3), "loss"),
         (lambda session: session.sample(["ab"], temprature=1), "temprature"),
+        (lambda session: session.advantages(session.forward(session.sample(["ab"], 1)), [math.nan]), "scores[0]"),
         (lambda session: session.load("nowhere"), "run.resume"),
     ],
 )
@@ -164,15 +166,28 @@ def test_a_wrong_call_is_one_line_and_the_session_goes_on(
 
 
 def test_a_whole_run_in_processes_of_its_own_trains_as_in_this_one(tmp_path: Path, worlds: Worlds) -> None:
-    def train(run_dir: Path, processes: int | None, *more: str) -> list[dict[str, float]]:
+    def train(run_dir: Path, processes: int | None, *more: str) -> tuple[list[dict[str, float]], int]:
         config = megarl.default_config(
             "sft", *PAIRS, f"run.dir={run_dir}", "trainer.max_steps=2", "data.eval=[]", *more
         )
-        return megarl.train(samples=["a text", "another"], config=config, device="cpu", processes=processes).history
+        trained = megarl.train(samples=["a text", "another"], config=config, device="cpu", processes=processes)
+        return trained.history, trained.settings("generate", {}).parallel.pp
 
-    (alone,) = worlds.run(1, in_a_world, train, tmp_path / "alone", None)
-    two = train(tmp_path / "two", 2, "parallel.pp=2")
+    ((alone, _),) = worlds.run(1, in_a_world, train, tmp_path / "alone", None)
+    two, stages = train(tmp_path / "two", 2, "parallel.pp=2")
+    assert stages == 1, "what generates afterwards is this process alone"
     assert [row["train/loss"] for row in two] == pytest.approx([row["train/loss"] for row in alone], rel=1e-5)
+
+
+def test_a_name_that_is_no_argument_is_answered_by_the_nearest(tmp_path: Path) -> None:
+    with refused(ConfigError, key="promts", offers={"promts": ["prompts"]}):
+        megarl.Session("ppo", promts=["a"])  # type: ignore[call-arg]
+    with refused(ConfigError, key="rewardfn", offers={"rewardfn": ["reward_fn", "rewards"]}):
+        megarl.train("tiny", rewardfn=len)  # type: ignore[call-arg]
+    with refused(DataError, key="prompts", value=[]):
+        megarl.train("tiny", reward_fn=len, prompts=[])
+    with refused(ConfigError, key="reward_fn", value=3):
+        megarl.train("tiny", reward_fn=3, prompts=["a"])  # type: ignore[arg-type]
 
 
 def supervised(run_dir: Path) -> list[tuple[float, float]]:

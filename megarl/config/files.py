@@ -232,13 +232,18 @@ def require_checkpoint(path: Path) -> None:
     """Refuse a path for run.resume that is not a checkpoint and contains none, as far as names of files tell."""
     whole = any(is_file(path / name) for name in ("manifest.json", "index.json", "common.pt"))
     if not whole and not (exists(path) and any(named_like_checkpoints(path))):
-        raise CheckpointError(
-            f"run.resume={shown(str(path))}: there is no checkpoint; give one (RUN/checkpoints/step-...), a folder of "
-            "them (RUN/checkpoints), auto or never",
-            key="run.resume",
-            value=str(path),
-            offers={"run.resume": ["auto", "never"]},
-        )
+        raise no_checkpoint(path)
+
+
+def no_checkpoint(path: Path) -> CheckpointError:
+    """Return the error for a path for run.resume that is not a checkpoint and contains none."""
+    return CheckpointError(
+        f"run.resume={shown(str(path))}: there is no checkpoint; give one (RUN/checkpoints/step-...), a folder of them "
+        "(RUN/checkpoints), auto or never",
+        key="run.resume",
+        value=str(path),
+        offers={"run.resume": ["auto", "never"]},
+    )
 
 
 def require_score_head(path: str, key: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from megarl.config.arguments import check_arguments
+from megarl.config.leaf import leaves
 from megarl.config.values import check_values
 from megarl.disk import UnreadableError, check_yaml, local, read_text, shown
 from megarl.errors import ConfigError, first_line
@@ -16,8 +17,26 @@ T = TypeVar("T")
 _PLAIN = re.compile(r"[\w./:@%+-]+")
 
 
-def read_own_keys(kind: type[T], words: Sequence[str]) -> T:
-    """Return an instance of a dataclass of keys with the values of `key=value` words, typed and checked."""
+def read_own_keys(kind: type[T], words: Sequence[str], section: str = "") -> T:
+    """Return an instance of a dataclass of keys with the values of `key=value` words, typed and checked.
+
+    Args:
+        kind: the dataclass.
+        words: the words, without the section.
+        section: what the user writes before each key, for messages.
+    """
+    try:
+        return _read(kind, words)
+    except ConfigError as problem:
+        if not section or problem.key not in {leaf.key for leaf in leaves(kind)}:
+            raise
+        key = f"{section}.{problem.key}"
+        offers = {f"{section}.{name}": values for name, values in problem.offers.items()}
+        line = f"{section}.{problem}" if str(problem).startswith(problem.key) else f"{key}: {problem}"
+        raise ConfigError(line, key=key, value=problem.value, offers=offers) from problem.__cause__
+
+
+def _read(kind: type[T], words: Sequence[str]) -> T:
     check_arguments(words, kind)
     from omegaconf import OmegaConf
 
@@ -37,6 +56,15 @@ def read_own_keys(kind: type[T], words: Sequence[str]) -> T:
         raise explain(error, kind, words) from error
     check_values(config)
     found: T = config
+    return found
+
+
+def help_lines(kind: type, section: str) -> list[str]:
+    """Return two lines of help for each key of a dataclass of keys: its default and type, and what it means."""
+    found = []
+    for leaf in leaves(kind):
+        choices = "|".join(leaf.choices) or leaf.type
+        found += [f"  {section}.{leaf.key}={json.dumps(leaf.default)}  [{choices}]", f"      {leaf.doc}"]
     return found
 
 

@@ -98,7 +98,7 @@ class PPO(GenerativeModule):
                 self.engines[role.name] = self.build(role, trained.get(role.name, 0) * self.steps_per_phase)
         self.policy = self.engines["policy"]
         self.critic = self._make_critic()
-        self.loss = PolicyLoss(config, self.shaping, self.critic, self._token_logprobs)
+        self.loss = PolicyLoss(config, self.shaping, self.critic, self.token_logprobs)
         if config.ppo.action_mask is not None:
             self.action_mask = ActionMask(self.engines["action_mask"], config.ppo.action_mask, self.temperature)
             self.masking = self.action_mask.masking
@@ -168,7 +168,7 @@ class PPO(GenerativeModule):
 
     def _make_reference(self) -> Reference:
         """Copy the policy's present weights as the reference."""
-        return PolicyReference(self.policy, self.logprobs_of)
+        return PolicyReference(self.policy, self._logprobs_of)
 
     def _starts_otherwise(self, started_as: PPOConfig) -> bool:
         """Return whether the run's first weights differ from those that this configuration gives a new run."""
@@ -283,7 +283,7 @@ class PPO(GenerativeModule):
             rows, stats = self.action_mask.read(rows, per_microbatch=micro, share_bins=pack)
 
         def of_policy(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
-            out = self._token_logprobs(model, hidden, batch, entropy=True)
+            out = self.token_logprobs(model, hidden, batch, entropy=True)
             assert out.entropy is not None
             return {"old_logprobs": out.logprobs, "entropy": out.entropy, **self.critic.values_beside(model, hidden)}
 
@@ -339,15 +339,15 @@ class PPO(GenerativeModule):
             stats |= self.shaping.steer_entropy(stats["rollout/entropy"])
         return rows, stats
 
-    def logprobs_of(self, engine: Engine, rows: Rows) -> Tensor:
+    def _logprobs_of(self, engine: Engine, rows: Rows) -> Tensor:
         """Return the log-probs [rows, time] of all rows' tokens under an engine's present weights."""
 
         def of_tokens(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
-            return {"logprobs": self._token_logprobs(model, hidden, batch).logprobs}
+            return {"logprobs": self.token_logprobs(model, hidden, batch).logprobs}
 
         return self._forward(engine, rows, of_tokens)["logprobs"]
 
-    def _token_logprobs(self, model: GPT, hidden: Tensor, batch: Microbatch, entropy: bool = False) -> TokenLogprobs:
+    def token_logprobs(self, model: GPT, hidden: Tensor, batch: Microbatch, entropy: bool = False) -> TokenLogprobs:
         """Return the log-probs of a microbatch's targets, over the tokens that may be chosen."""
         choices = None if self.action_mask is None else self.action_mask.choices(batch)
         return model.logprobs(hidden, batch.targets, batch.target_mask, self.temperature, entropy, choices)

@@ -56,15 +56,26 @@ def launched_workers(world: int, work: Callable[..., None], *arguments: Any, sta
     """
     from torch.multiprocessing.spawn import spawn
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = spawn(_process, (world, port, work, arguments), nprocs=world, join=False)
+    context = spawn(_process, (world, free_port(), work, arguments), nprocs=world, join=False)
     assert context is not None
     if started is not None:
         started(context.processes)
     while not context.join():
         pass  # some processes are still running
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """Return the variables that torchrun would set in one of `world` processes on this machine."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    return {**{key: str(value) for key, value in numbers.items()}, "MASTER_ADDR": "127.0.0.1"}
 
 
 def set_env_from_slurm() -> None:
@@ -84,9 +95,7 @@ def set_env_from_slurm() -> None:
 
 
 def _process(rank: int, world: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in numbers.items()})
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ.update(rank_environment(rank, world, port))
     quiet()
     import torch
 

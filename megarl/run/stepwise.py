@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -27,9 +28,10 @@ from megarl.data.sources import Record
 from megarl.errors import ConfigError, DataError
 from megarl.experience.build_scorers import REWARD
 from megarl.experience.rows import forward_rows, rollouts_to_rows
-from megarl.models.gpt import GPT
+from megarl.models.gpt import GPT, TokenLogprobs
 from megarl.modules.generative import GenerativeModule
 from megarl.modules.ppo import PPO
+from megarl.modules.ppo_loss import TokenLogprobsOf
 from megarl.parallel.all_optimizers import set_learning_rate
 from megarl.parallel.engine import Outputs, Stats
 from megarl.parallel.microbatches import make_microbatches
@@ -201,6 +203,13 @@ class Steps:
                 key="scores",
                 value=len(values),
             )
+        for index, score in enumerate(values):
+            if not np.isfinite(score).all():
+                raise DataError(
+                    f"scores[{index}] is {score}: give finite numbers, or leave that response out before forward()",
+                    key=f"scores[{index}]",
+                    value=score,
+                )
         if module.needs.greedy:
             kind = self.config.ppo.advantages
             raise ConfigError(
@@ -256,7 +265,9 @@ class Steps:
                 per_microbatch=self.config.trainer.micro_batch_size,
                 share_bins=self._packs,
             )
-            return self.module.engines["policy"].train_step(batch, partial(_own_loss, loss), _count)
+            return self.module.engines["policy"].train_step(
+                batch, partial(_own_loss, loss, self._token_logprobs), _count
+            )
 
     def optim_step(self, lr: float | None = None) -> dict[str, float]:
         """Apply the gradients. Return the gradient norm and the learning rate, or nothing if there are no gradients.
@@ -394,16 +405,17 @@ class Steps:
             )
         return tokens
 
+    @property
+    def _token_logprobs(self) -> TokenLogprobsOf:
+        """What computes the log-probs of a microbatch's targets: with PPO, at the temperature of its rollouts."""
+        return self.module.token_logprobs if isinstance(self.module, PPO) else _plain_logprobs
+
     def _logprobs(self, rows: Rows) -> Tensor:
         def of_tokens(model: GPT, hidden: Tensor, batch: Microbatch) -> Outputs:
-            return {"logprobs": model.logprobs(hidden, batch.targets, batch.target_mask).logprobs}
+            return {"logprobs": self._token_logprobs(model, hidden, batch).logprobs}
 
-        if isinstance(self.module, PPO):
-            return self.module.logprobs_of(self.module.policy, rows)
-        micro = self.config.trainer.micro_batch_size
-        return forward_rows(
-            self.module.engines["policy"], rows, of_tokens, per_microbatch=micro, share_bins=self._packs
-        )["logprobs"]
+        policy, micro = self.module.engines["policy"], self.config.trainer.micro_batch_size
+        return forward_rows(policy, rows, of_tokens, per_microbatch=micro, share_bins=self._packs)["logprobs"]
 
 
 def _check_names(changes: Mapping[str, Any]) -> None:
@@ -420,10 +432,19 @@ def _check_names(changes: Mapping[str, Any]) -> None:
             )
 
 
+def _plain_logprobs(model: GPT, hidden: Tensor, batch: Microbatch, entropy: bool = False) -> TokenLogprobs:
+    return model.logprobs(hidden, batch.targets, batch.target_mask, entropy=entropy)
+
+
 def _own_loss(
-    own: OwnLoss, model: GPT, hidden: Tensor, batch: Microbatch, counts: dict[str, float]
+    own: OwnLoss,
+    token_logprobs: TokenLogprobsOf,
+    model: GPT,
+    hidden: Tensor,
+    batch: Microbatch,
+    counts: dict[str, float],
 ) -> tuple[Tensor, Stats]:
-    logprobs = batch.gather_rows(model.logprobs(hidden, batch.targets, batch.target_mask).logprobs)
+    logprobs = batch.gather_rows(token_logprobs(model, hidden, batch).logprobs)
     answer = own(logprobs, batch.rows, counts)
     loss, stats = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, {})
     if not isinstance(loss, Tensor) or loss.dim() != 0 or not isinstance(stats, Mapping):

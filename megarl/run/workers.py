@@ -12,7 +12,6 @@ import os
 import pickle
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from typing import IO, Any
 import megarl
 from megarl.config.launcher import started_by_slurm
 from megarl.errors import ConfigError, MegarlError, UnavailableError
+from megarl.parallel.processes import free_port, rank_environment
 from megarl.rewards.wire import Channel, PipeClosed
 
 PATIENCE_S = 10.0
@@ -41,7 +41,7 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         """Start `count` processes, each with its rank and its share of the cores."""
-        port = _free_port()
+        port = free_port()
         self._workers: list[_Worker] = []
         try:
             for rank in range(count):
@@ -142,10 +142,8 @@ class _Worker:
         request_end, ours_out = os.pipe()
         ours_in, answer_end = os.pipe()
         self._channel = Channel(ours_in, ours_out)
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        environ = {**os.environ, **{key: str(value) for key, value in {**numbers, "MASTER_PORT": port}.items()}}
+        environ = {**os.environ, **rank_environment(rank, count, port), "PYTHONUNBUFFERED": "1"}
         package = str(Path(megarl.__file__).parent.parent)
-        environ |= {"MASTER_ADDR": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
         environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         try:
             self._process = subprocess.Popen(
@@ -229,13 +227,6 @@ def _repeat(stream: IO[bytes]) -> None:
         with contextlib.suppress(ValueError, OSError):
             sys.stderr.write(piece.decode("utf-8", errors="backslashreplace"))
             sys.stderr.flush()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 # --- in a worker ---------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def read(argv: Sequence[str]) -> Plan:
                     f"unknown key '{shown(word)}': did you mean sweep.{near[0]}?", key=word, offers={word: near}
                 )
             raise unknown_key(key, tree, f"{word}={value}")
-    config = read_own_keys(SweepConfig, ours)
+    config = read_own_keys(SweepConfig, ours, "sweep")
     check_arguments(settings, tree)
     plan = Plan(algorithm, settings, spaces, config)
     _check(plan)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megarl.config.own_keys import read_mapping, words_of
 from megarl.config.preset_files import preset_files
-from megarl.disk import is_file, local, shown
+from megarl.disk import shown
 from megarl.errors import ConfigError
 
 
@@ -45,7 +45,7 @@ def read_side(text: str) -> Side:
             raise ConfigError(f"'{shown(text)}' cannot be split into settings ({problem})", key=shown(text)) from None
     if text == ".":
         return Side(text)
-    if text.endswith((".yaml", ".yml")) and (is_file(local(text)) or "/" in text):
+    if text.endswith((".yaml", ".yml")):
         return Side(text, tuple(words_of(read_mapping(text, text))))
     presets, commit = preset_files(Path.cwd() / "conf"), _commit(text)
     if text in presets and commit is not None:

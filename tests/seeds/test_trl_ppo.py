@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,31 +14,12 @@ import transformers
 from megarl.compat.trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, create_reference_model
 from megarl.compat.trl.core import respond_to_batch
 from megarl.errors import ConfigError, DataError, MegarlError
-from tests.e2e.runs import launched
+from megarl.inputs import default_config
 from tests.refusals import refused
+from tests.seeds.conftest import script
 from tests.worlds import Worlds
 
 TEXT = "This morning I went to the "
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small GPT-2 with random weights and a tokenizer of bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("gpt2")
-    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    own = Tokenizer(models.BPE(vocab={**letters, "<|endoftext|>": len(letters)}, merges=[]))
-    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    own.decoder = decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<|endoftext|>")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=4, eos_token_id=tokenizer.eos_token_id
-    )
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
 
 
 def example(folder: Path, exported: Path) -> dict[str, Any]:
@@ -55,13 +37,8 @@ def example(folder: Path, exported: Path) -> dict[str, Any]:
     return train_stats
 
 
-def in_a_world(work: Any, *arguments: Any) -> Any:
-    with launched():
-        return work(*arguments)
-
-
 def test_the_readme_example_trains(worlds: Worlds, gpt2: Path, tmp_path: Path) -> None:
-    (stats,) = worlds.run(1, in_a_world, example, gpt2, tmp_path / "out")
+    (stats,) = worlds.run(1, script, example, (gpt2, tmp_path / "out"))
     assert stats["ppo/mean_scores"] == 1.0
     assert stats["objective/kl"] == 0.0, "the reference is the policy before its first step"
     assert stats["ppo/learning_rate"] == pytest.approx(1.41e-5)
@@ -98,6 +75,24 @@ def test_a_loop_over_the_dataloader_trains(trainer: PPOTrainer) -> None:
     assert found[1]["objective/kl"] != 0.0, "the policy has moved from its reference"
 
 
+def with_lora(lora: Any, **others: Any) -> AutoModelForCausalLMWithValueHead:
+    return AutoModelForCausalLMWithValueHead.from_pretrained("gpt2", peft_config=lora, **others)
+
+
+def test_a_lora_config_becomes_keys() -> None:
+    lora = SimpleNamespace(r=4, lora_alpha=16, lora_dropout=0.0, target_modules={"v", "q"}, use_dora=True)
+    assert with_lora(lora, load_in_8bit=True).settings == [
+        "adapter.kind=dora",
+        "adapter.rank=4",
+        "adapter.alpha=16",
+        "adapter.dropout=0.0",
+        "adapter.rslora=false",
+        "adapter.targets=[q,v]",
+        "adapter.base_bits=8",
+    ]
+    default_config("ppo", *with_lora({"r": 2}).settings)  # they are keys of megarl
+
+
 @pytest.mark.parametrize(
     ("wrong", "kind", "key"),
     [
@@ -109,6 +104,8 @@ def test_a_loop_over_the_dataloader_trains(trainer: PPOTrainer) -> None:
         (lambda trainer: PPOConfig(batch_size=3, mini_batch_size=2), ConfigError, "batch_size"),
         (lambda trainer: PPOConfig(kl_penalty="full"), ConfigError, "kl_penalty"),
         (lambda trainer: PPOConfig(log_with="wandb"), ConfigError, "log_with"),
+        (lambda trainer: with_lora({"target_modules": ".*q_proj"}), ConfigError, "peft_config.target_modules"),
+        (lambda trainer: with_lora(None, load_in_4bit=True), ConfigError, "load_in_4bit"),
         (
             lambda trainer: AutoModelForCausalLMWithValueHead.from_pretrained("gpt2", device_map="auto"),
             ConfigError,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from megarl.compat.ppo import ppo_settings
+from megarl.config.own_keys import words_of
 from megarl.errors import ConfigError
 
 _KL = {"kl": "k1", "abs": "abs", "mse": "k2"}
@@ -19,6 +21,7 @@ class PPOConfig:
     """
 
     model_name: str | None = None
+    """For the script, as in from_pretrained(config.model_name)."""
     learning_rate: float = 1.41e-5
     batch_size: int = 128
     mini_batch_size: int = 128
@@ -28,7 +31,7 @@ class PPOConfig:
     adap_kl_ctrl: bool = True
     init_kl_coef: float = 0.2
     kl_penalty: str = "kl"
-    target: float = 6.0
+    target: float | None = 6.0
     horizon: float = 10_000
     gamma: float = 1.0
     lam: float = 0.95
@@ -83,15 +86,8 @@ class PPOConfig:
             "optim.weight_decay": 0,
             "optim.clip_grad": 0 if self.max_grad_norm is None else self.max_grad_norm,
             "ppo.rollouts": self.batch_size,
-            "ppo.inner_epochs": self.ppo_epochs,
-            "ppo.kl_coef": self.init_kl_coef,
+            **ppo_settings(self if self.adap_kl_ctrl else replace(self, target=None)),
             "ppo.kl_kind": _KL[self.kl_penalty],
-            "ppo.gamma": self.gamma,
-            "ppo.lam": self.lam,
-            "ppo.clip_low": self.cliprange,
-            "ppo.clip_high": self.cliprange,
-            "ppo.clip_value": self.cliprange_value,
-            "ppo.vf_coef": self.vf_coef,
             "ppo.whiten_rewards": self.whiten_rewards,
             "ppo.scale_scores": "running" if self.use_score_scaling else "ignored",
             "ppo.clip_scores": self.score_clip,
@@ -103,14 +99,8 @@ class PPOConfig:
             "trainer.max_phases": self.steps,
             "trainer.eval_every": None,
         }
-        if self.adap_kl_ctrl and self.init_kl_coef > 0:
-            found |= {"ppo.adaptive_kl.target": self.target, "ppo.adaptive_kl.horizon": self.horizon}
-        return [*(f"{key}={_text(value)}" for key, value in found.items()), *self.overrides]
+        return [*words_of(found), *self.overrides]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-def _text(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

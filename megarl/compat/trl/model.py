@@ -11,19 +11,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from megarl.compat.lora import adapter_settings
 from megarl.compat.trl.config import PPOConfig
+from megarl.config.own_keys import words_of
 from megarl.errors import ConfigError
 from megarl.inputs import default_config
 from megarl.rollout.requests import Rollout
 from megarl.session import Session
-
-_ADAPTER = {
-    "r": "adapter.rank",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "target_modules": "adapter.targets",
-}
-"""Fields of PEFT's LoraConfig, and the keys that they are."""
 
 
 class AutoModelForCausalLMWithValueHead:
@@ -159,12 +153,5 @@ def _adapter_settings(peft_config: Any, bits: int | None) -> list[str]:
                 f"load_in_{bits}bit needs an adapter beside the weights: give peft_config", key=f"load_in_{bits}bit"
             )
         return []
-    values = peft_config if isinstance(peft_config, Mapping) else vars(peft_config)
-    found = ["adapter.kind=lora"]
-    for name, key in _ADAPTER.items():
-        value = values.get(name)
-        if value is not None:
-            listed = sorted(value) if isinstance(value, set) else value
-            text = f"[{','.join(listed)}]" if isinstance(listed, list | tuple) else str(listed)
-            found.append(f"{key}={text}")
-    return [*found, *([] if bits is None else [f"adapter.base_bits={bits}"])]
+    bits_kept = {} if bits is None else {"adapter.base_bits": bits}
+    return list(words_of({**adapter_settings(peft_config), **bits_kept}))

@@ -11,6 +11,9 @@ from typing import Any
 
 import yaml
 
+from megarl.compat.lora import adapter_settings
+from megarl.compat.ppo import ppo_settings
+from megarl.config.own_keys import words_of
 from megarl.disk import UnreadableError, check_yaml, local, read_text
 from megarl.errors import ConfigError
 from megarl.logging import get_logger, warn_once
@@ -52,10 +55,10 @@ class TrainConfig(_Fields):
     tracker: str | None = None
     project_name: str = "trlx"
     trainer: str | None = None
-    pipeline: str = "PromptPipeline"
+    pipeline: str = "PromptPipeline"  # for the script, as in get_pipeline(config.train.pipeline)
     orchestrator: str = "PPOOrchestrator"
     input_size: int = 0
-    gen_size: int | None = None
+    gen_size: int | None = None  # for files of the first version: gen_kwargs has the length
     learning_rate_init: float | None = None
     learning_rate_target: float | None = None
     lr_ramp_steps: int = 0
@@ -80,8 +83,8 @@ class TokenizerConfig(_Fields):
     """The tokenizer."""
 
     tokenizer_path: str | None = None
-    padding_side: str = "left"
-    truncation_side: str = "right"
+    padding_side: str = "left"  # rows have no padding that a model reads
+    truncation_side: str = "right"  # of prompts that are too long, the end is kept
 
 
 @dataclass
@@ -126,24 +129,22 @@ class PPOMethod(_Fields):
 
     def settings(self, replicas: int) -> dict[str, Any]:
         """Return the keys of megarl."""
+        for name, value in (("ref_mean", self.ref_mean), ("ref_std", self.ref_std)):
+            if value is not None:
+                raise ConfigError(
+                    f"method.{name}={value} is not available: leave it out; with scale_reward=ref, the first phase's "
+                    "scores are measured",
+                    key=f"method.{name}",
+                    value=value,
+                )
         scaling = {False: "ignored", None: "ignored"}.get(self.scale_reward, self.scale_reward)
-        found = {
+        return {
+            **ppo_settings(self),
             "ppo.rollouts": self.num_rollouts * replicas,
             "rollout.engine.slots": self.chunk_size,
-            "ppo.inner_epochs": self.ppo_epochs,
-            "ppo.kl_coef": self.init_kl_coef,
-            "ppo.gamma": self.gamma,
-            "ppo.lam": self.lam,
-            "ppo.clip_low": self.cliprange,
-            "ppo.clip_high": self.cliprange,
-            "ppo.clip_value": self.cliprange_value,
-            "ppo.vf_coef": self.vf_coef,
             "ppo.scale_scores": scaling,
             "ppo.clip_scores": self.cliprange_reward or None,
         }
-        if self.target is not None and self.init_kl_coef > 0:
-            found |= {"ppo.adaptive_kl.target": self.target, "ppo.adaptive_kl.horizon": self.horizon}
-        return found
 
 
 @dataclass
@@ -298,11 +299,18 @@ class TRLConfig(_Fields):
             found["run.dir"] = train.checkpoint_dir
         if train.tracker == "wandb":
             found["logger.wandb.project"] = train.project_name
+        elif train.tracker not in (None, "tensorboard"):
+            raise ConfigError(
+                f"train.tracker={train.tracker!r} is not available: use wandb, tensorboard or None",
+                key="train.tracker",
+                value=train.tracker,
+                offers={"train.tracker": ["wandb", "tensorboard", None]},
+            )
         if self.model.peft_config is not None:
-            found |= _adapter(self.model.peft_config)
+            found |= adapter_settings(self.model.peft_config)
         if method.entry != "sft":
             found |= {f"rollout.{key}": value for key, value in sampling(method.gen_kwargs, train.input_size).items()}
-        return [*(f"{key}={_text(value)}" for key, value in found.items()), *self.overrides]
+        return [*words_of(found), *self.overrides]
 
     def _optimizer(self) -> dict[str, Any]:
         """Return the keys of the optimizer; the first version of trlX had them in `train`."""
@@ -414,21 +422,3 @@ def _filled(section: Any, values: Mapping[str, Any]) -> Any:
     for name, value in values.items():
         setattr(section, name, value)
     return section
-
-
-def _adapter(peft: Any) -> dict[str, Any]:
-    """Return the keys of an adapter for a LoraConfig of PEFT, or a mapping with its fields."""
-    read = peft.get if isinstance(peft, Mapping) else lambda name, default=None: getattr(peft, name, default)
-    found = {
-        "adapter.rank": read("r", 8),
-        "adapter.alpha": read("lora_alpha", 8),
-        "adapter.dropout": read("lora_dropout", 0.0) or 0.0,
-    }
-    targets = read("target_modules")
-    return found | ({"adapter.targets": sorted(targets)} if targets and not isinstance(targets, str) else {})
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{','.join(map(str, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

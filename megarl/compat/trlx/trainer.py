@@ -46,15 +46,7 @@ class Trainer:
         rows = rows[None] if rows.dim() == 1 else rows
         mask = torch.ones_like(rows) if attention_mask is None else torch.as_tensor(attention_mask).reshape(rows.shape)
         prompts = [row[kept.bool()].tolist() for row, kept in zip(rows, mask, strict=True)]
-        config, _ = compose("generate", ["trainer.progress=none"])
-        own, config.model.path = self.trained.config, str(self.trained.checkpoint)
-        drawn = getattr(own, "rollout", config.rollout)
-        for key in ("max_new_tokens", "temperature", "top_k", "top_p", "ilql_beta"):
-            setattr(config.rollout, key, getattr(drawn, key, getattr(config.rollout, key)))
-        for key, value in sampling(kwargs, rows.shape[1]).items():
-            setattr(config.rollout, key, value)
-        for key in ("tp", "pp"):
-            setattr(config.parallel, key, getattr(own.parallel, key))
+        config = self.trained.settings("generate", sampling(kwargs, rows.shape[1]))
         with open_generator(config) as (generator, tokenizer, _):
             requests = repeat([tuple(prompt) for prompt in prompts], 1, sampling_from(config.rollout))
             rollouts = generator.generate(requests, stream=EVALUATION)

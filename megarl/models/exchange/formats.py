@@ -18,7 +18,7 @@ from megarl.models.exchange.export import write_folder
 from megarl.models.exchange.merged import CheckpointAdapter, MergedSource
 from megarl.models.exchange.nemo import NemoSource
 from megarl.models.exchange.nemo_write import write_nemo
-from megarl.models.exchange.peft import write_peft
+from megarl.models.exchange.peft import write_adapter, write_peft
 from megarl.models.exchange.source import CONFIG, CheckpointSource, HuggingFaceSource, Source, family_name
 
 log = get_logger(__name__)
@@ -175,3 +175,11 @@ def resolve(path: str) -> Path:
         ) from None
     log.info("model %s is at %s", path, folder)
     return folder
+
+
+def write_pretrained(checkpoint: Path, target: Path, *, adapter: bool = False) -> None:
+    """Write the model of a checkpoint as a folder that transformers loads, or its adapter as one that PEFT loads."""
+    if adapter:
+        write_adapter(open_adapter(checkpoint), target)
+    else:
+        FORMATS["huggingface"].write(open_source(str(checkpoint)), target)
