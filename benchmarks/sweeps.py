@@ -46,7 +46,7 @@ PRESETS = {
 GATEWAYS = (1011, 1032, 1055)  # graphs in which a single node leads to the goal
 SETTLED = 5  # last evaluations that are averaged
 COLLAPSED = 0.5  # of the best evaluation: a settled run below that has collapsed
-ASIDE = ("run", "logger", "checkpoint", "export", "debug")  # sections that decide no number
+ASIDE = ("run", "logger", "checkpoint", "export", "health", "debug")  # sections that decide no number
 QUIET = ("trainer.progress=none", "logger.tensorboard=false", "checkpoint.every=null", "checkpoint.best.keep=0")
 
 

@@ -283,7 +283,7 @@ def train(
     """
     asked = asked_for(model, config, inputs)
     earlier = len(list(asked.run_dir.glob("evaluations/*")))  # before anything that another process could write
-    if asked.config.model.path is None and asked.config.export.hf is None:
+    if asked.config.model.path is None and asked.config.exports.hf is None:
         _warn_of_no_family(asked.config)
     if processes is None:
         code = _run({}, asked)

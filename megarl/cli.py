@@ -40,6 +40,9 @@ _OTHER_NAMES = {
     "check": "doctor",
     "test": "selftest",
     "cat": "show",
+    "html": "report",
+    "plot": "report",
+    "summary": "report",
     "init": "new",
     "create": "new",
     "startproject": "new",
@@ -59,7 +62,7 @@ def help_text() -> str:
                 *(f"  {line}" for line in trained),
                 "Use a model, or prepare a run:",
                 *(f"  {line}" for line in others),
-                "  new FOLDER (your own project)   ls [LIST]   show PRESET   doctor   completion",
+                "  report RUN (a page)  new FOLDER  ls [LIST]  show PRESET  doctor  completion",
             ]
         )
         + "\n"
@@ -115,6 +118,7 @@ def _own(name: str, argv: list[str]) -> int:
     commands: dict[str, tuple[str, Callable[[list[str]], int]]] = {
         "ls": ("megarl ls [presets|algorithms|rewards|families]", _ls),
         "show": ("megarl show PRESET", _show),
+        "report": ("megarl report RUN [RUN ...] [out=FILE]", _report),
         "new": ("megarl new FOLDER", _new),
         "doctor": ("megarl doctor", _doctor),
         "completion": ("megarl completion bash|zsh|fish", _completion),
@@ -197,6 +201,15 @@ def _show(argv: list[str]) -> int:
         )
     name = argv[0].removeprefix("+conf=")
     return _print(shown_preset(name if not name.endswith(".yaml") else Path(name).stem))
+
+
+def _report(argv: list[str]) -> int:
+    """Write one page that says how a run went: findings, curves, scores, samples and settings. It needs no network. Of
+    several runs the page compares curves, last values and settings. It works while a run trains, too. The file is
+    RUN/report.html, for several runs ./report.html, or the one that out= names; it replaces reports, no other file."""
+    from megarl.report_run import run
+
+    return run(argv)
 
 
 def _new(argv: list[str]) -> int:

@@ -84,6 +84,9 @@ def _candidates(before: list[str], typed: str) -> Iterator[str]:
     }
     if command == "show":
         yield from _presets()
+    elif command == "report":
+        yield "out="
+        yield from _runs(typed)
     elif command in ("sweep", "compare"):
         yield from _settings_of_many(command, before[1:], typed)
     elif command in words:
@@ -154,6 +157,12 @@ def _settings(command: str, typed: str, *, asks: bool) -> Iterator[str]:
             from megarl.listing import rewards
 
             yield from (f"{key}={name}" for name, _ in rewards())
+
+
+def _runs(typed: str) -> Iterator[str]:
+    """Yield folders of runs: in the folder that is typed, else in runs/."""
+    folder = typed.rpartition("/")[0] or "runs"
+    yield from (str(Path(folder, path.parent.name)) for path in sorted(Path(folder).glob("*/metrics.csv")))
 
 
 def _presets() -> list[str]:

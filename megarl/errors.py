@@ -123,5 +123,11 @@ class NumericsError(MegarlError):
     exit_code = 3
 
 
+class FindingError(MegarlError):
+    """A finding about the run that `health.stop_on` names."""
+
+    exit_code = 3
+
+
 class InvariantError(NumericsError):
     """An invariant was violated; the message names it."""

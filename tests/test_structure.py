@@ -30,6 +30,7 @@ FLOORS = {
     "chat/": 1,
     "tokenizers/": 1,
     "trials/": 1,
+    "report/": 1,
     "parallel/": 2,
     "models/": 3,
     "checkpoint.py": 3,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,56 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from megarl.callbacks.trainer_state import readings, steps_taken, unit
 from megarl.logging import get_logger
+from megarl.report.falls import PATIENCE, SCORE, SCORE_NOISE, SPREAD, Fall
 
 log = get_logger(__name__)
 
-SCORE, SPREAD = "rollout/score", "rollout/score_std"
-PATIENCE = 3  # number of readings in a row that are down in a collapse
-LOST = 0.5  # share of the gain since the first reading, or of a best above 0
-EVALUATION_NOISE = 0.05  # noise of an evaluation, relative to the larger of best and first
-SCORE_NOISE = 0.5  # noise of a phase's mean score, relative to the scores' standard deviation
 REMEDY = "a lower optim.lr"
-
-
-@dataclass
-class Fall:
-    """Tracks a metric of which more is better, to detect a collapse.
-
-    A reading is down when the metric lost more than half of its gain since the first reading, or more than half of a
-    best that is above 0, and lost more than noise.
-    """
-
-    first: float | None = None
-    best: float | None = None
-    best_step: int = 0
-    best_noise: float = 0.0
-    last: float = 0.0
-    down: int = 0  # number of readings in a row that are down
-    since: int = 0  # step of the first of these
-
-    def add(self, step: int, value: float, noise: float) -> None:
-        """Add a reading. `noise` is how much it may be off by chance."""
-        self.last = value
-        if self.first is None:
-            self.first = value
-        if self.best is None or value > self.best:
-            self.best, self.best_step, self.best_noise = value, step, noise
-        if not self._is_down(self.first, self.best, max(noise, self.best_noise)):
-            self.down = 0
-            return
-        self.since = self.since if self.down else step
-        self.down += 1
-
-    @property
-    def collapsed(self) -> bool:
-        """Whether enough readings in a row are down."""
-        return self.down >= PATIENCE
-
-    def _is_down(self, first: float, best: float, noise: float) -> bool:
-        lost, gained = best - self.last, best - first
-        most_of_gain = gained > noise and lost > LOST * gained
-        most_of_best = best > 0 and lost > LOST * best
-        return lost > noise and (most_of_gain or most_of_best)
 
 
 class Collapse(Callback):
@@ -139,8 +94,6 @@ class Collapse(Callback):
 
     def _take(self, trainer: Trainer, name: str, value: float, noise: float | None = None) -> None:
         fall = self.falls.setdefault(name, Fall())
-        if noise is None:
-            noise = EVALUATION_NOISE * max(abs(fall.best or 0.0), abs(fall.first or 0.0))
         before = fall.collapsed
         fall.add(steps_taken(trainer), self._sign(name) * value, noise)
         if fall.collapsed and fall.down == PATIENCE:

@@ -92,13 +92,11 @@ class Summary(Callback):
                 logger.info("to resume: run the same command with run.dir=%s run.resume=auto", self.path.parent)
 
     def _log_results(self) -> None:
-        """Log the first and last values of the evaluation metrics, collapses, and the run folder."""
+        """Log the first and last values of the evaluation metrics, and the run folder."""
         for name, series in sorted(self._metrics.items()):
             if is_evaluation(name):
                 values = {key: math.nan if value is None else value for key, value in series.summary().items()}
                 logger.info("%s", _RESULT_LINE.format(name=name, **values))
-        for fall in self.collapse.found() if self.collapse is not None else []:
-            logger.warning("{metric} ended collapsed: {last:.4g}, down since {since_step}".format(**fall))
         logger.info("run folder: %s", self.path.parent)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -166,12 +164,16 @@ class Summary(Callback):
     def _content(self, trainer: Trainer) -> dict[str, Any]:
         wall, cpu = self._seconds()
         self._peak_memory_gb = max(self._peak_memory_gb, peak_memory_gb())
+        module: Any = trainer.lightning_module
+        there = getattr(module, "rows_there", None)
         return {
             "status": None,  # filled in when written; the first key, where readers look first
+            "algorithm": getattr(trainer.lightning_module, "entry", ""),
             "steps": steps_taken(trainer),
             "max_steps": planned_steps(trainer),
             "metrics": {name: series.summary() for name, series in sorted(self._metrics.items())},
             "collapsed": self.collapse.found() if self.collapse is not None else [],
+            **({} if there is None else {"rows": {"read": module.rows_read, "there": there}}),
             "seconds": self._clock.totals(),
             "wall_s": wall,
             "cpu_s": cpu,

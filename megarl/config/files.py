@@ -63,7 +63,7 @@ def check_files(config: Any) -> None:
             require_model(path, key)
     if (path := _value(config, "adapter.path")) is not None:
         require_adapter(path, "adapter.path")
-    for key, folder in config.export.folders.items() if hasattr(config, "export") else ():
+    for key, folder in config.exports.folders.items() if hasattr(config, "exports") else ():
         require_absent(folder, key)
     resume = _value(config, "run.resume")
     if resume not in (None, "auto", "never"):

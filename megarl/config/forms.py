@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from megarl.config.findings import FINDINGS
 from megarl.disk import shown, why_no_name
 from megarl.errors import ConfigError
 
@@ -101,6 +103,19 @@ def vote_reader(key: str, value: str) -> None:
             key=key,
             value=value,
             offers={key: VOTES},
+        )
+
+
+def finding_name(key: str, value: str) -> None:
+    """Refuse what is not the name of a finding."""
+    if value not in FINDINGS:
+        near = difflib.get_close_matches(value, FINDINGS, n=1, cutoff=0.5)
+        meant = f"did you mean {near[0]}?" if near else f"choose from {', '.join(FINDINGS)}"
+        raise ConfigError(
+            f"{key}=[{shown(value)}] does not name a finding (docs/findings.md): {meant}",
+            key=key,
+            value=value,
+            offers={key: near or FINDINGS},
         )
 
 

@@ -30,6 +30,12 @@ def launchers_folder() -> Path:
     return conf_folder().parent / "launchers"
 
 
+def metrics_page() -> Path:
+    """Return docs/metrics.md, which defines every metric: inside the package if installed, in docs/ in a checkout."""
+    installed = _PACKAGE / "report" / "metrics.md"
+    return installed if installed.is_file() else _PACKAGE.parent / "docs" / "metrics.md"
+
+
 def resource(path: str) -> str:
     """Return the absolute path of a file inside the package. It is the resolver `${resource:...}` of YAML."""
     if path in _MOVED:

@@ -233,6 +233,7 @@ RULES = (
     _rule("checkpoint", "every keep_last best.keep async_save save_last", NOW, "checkpoints after the resume"),
     _rule("checkpoint", "best.metric best.mode", NOW, "checkpoints are ranked by their values of this metric only"),
     _rule("export", "hf peft", NOW, "what is exported when training ends"),
+    _rule("health", "stop_on", NOW, "the findings that end the run after the resume"),
     _rule("logger", "tensorboard csv wandb.project wandb.mode mlflow.uri", NOW, "where metrics are logged"),
 )
 

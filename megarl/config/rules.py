@@ -146,19 +146,20 @@ def whole_batches(config: Any, world_size: int) -> None:
 
 def adapter_is_exported(config: Any, world_size: int) -> None:
     """Require an adapter where one is to be written."""
-    if config.export.peft is not None and config.adapter is None:
+    peft = config.exports.peft
+    if peft is not None and config.adapter is None:
         raise Refusal(
-            f"export.peft={config.export.peft} writes an adapter, and this run trains all weights",
+            f"export.peft={peft} writes an adapter, and this run trains all weights",
             {"export.peft": [None]},
             "export.hf for the whole model, or adapter.rank=16 to train an adapter",
             key="export.peft",
-            value=config.export.peft,
+            value=peft,
         )
 
 
 def exports_differ(config: Any, world_size: int) -> None:
     """Refuse two exports into one folder, or one inside the other, and an adapter of weights that are nowhere."""
-    hf, peft = config.export.hf, config.export.peft
+    hf, peft = config.exports.hf, config.exports.peft
     if hf is not None and peft is not None:
         first, second = (local(folder).absolute() for folder in (hf, peft))
         if first == second or first in second.parents or second in first.parents:

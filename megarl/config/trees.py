@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
-from megarl.config.leaf import leaf, optional_section, section
+from megarl.config.leaf import leaf, optional_section, or_defaults, section
 from megarl.config.offers import Rule
 from megarl.config.reward_terms import MODEL
 from megarl.config.rules import (
@@ -29,13 +29,14 @@ from megarl.config.sections.clone import CLONE, CloneConfig
 from megarl.config.sections.data import PromptDataConfig
 from megarl.config.sections.evaluation import EvalConfig
 from megarl.config.sections.extensions import EXTENSIONS, ExtensionsConfig, TrainingExtensionsConfig
+from megarl.config.sections.health import HEALTH, HealthConfig
 from megarl.config.sections.logger import LoggerConfig
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.optim import OptimConfig
 from megarl.config.sections.parallel import ParallelConfig
 from megarl.config.sections.reward import MetricConfig, RewardConfig
 from megarl.config.sections.rollout import RolloutConfig
-from megarl.config.sections.run import CheckpointConfig, ExportConfig, RunConfig, ScoreCheckpointConfig
+from megarl.config.sections.run import EXPORT, CheckpointConfig, ExportConfig, RunConfig, ScoreCheckpointConfig
 from megarl.config.sections.tokenizer import TokenizerConfig
 from megarl.config.sections.trainer import PhaseTrainerConfig
 
@@ -85,11 +86,17 @@ class TrainingTree(Tree):
     adapter: AdapterConfig | None = optional_section(AdapterConfig, ADAPTER)
     optim: OptimConfig = section(OptimConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
-    export: ExportConfig = section(ExportConfig)
+    export: ExportConfig | None = optional_section(ExportConfig, EXPORT, null_is_defaults=True)
+    health: HealthConfig | None = optional_section(HealthConfig, HEALTH, needs="stop_on")
     logger: LoggerConfig = section(LoggerConfig)
     extensions: TrainingExtensionsConfig | None = optional_section(
         TrainingExtensionsConfig, EXTENSIONS, null_is_defaults=True
     )
+
+    @property
+    def exports(self) -> ExportConfig:
+        """The section `export`, at its defaults where it is null."""
+        return cast("ExportConfig", or_defaults(self, "export"))
 
 
 @dataclass

@@ -122,6 +122,11 @@ class Module(LightningModule):
         return 1
 
     @property
+    def rows_there(self) -> int | None:
+        """Number of rows of the data that every epoch goes through; None for prompts, which are answered anew."""
+        return None
+
+    @property
     def scorer_fingerprints(self) -> dict[str, str]:
         """Fingerprints of the functions that score responses, by configuration key."""
         return {}

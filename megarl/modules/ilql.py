@@ -85,6 +85,11 @@ class ILQL(GenerativeModule):
         """Number of samples in a global batch."""
         return self.config.trainer.global_batch_size
 
+    @property
+    def rows_there(self) -> int:
+        """Number of samples of the training data."""
+        return len(self.store.lengths)
+
     def train_dataloader(self) -> Iterable[Tensor]:
         """Return the loader of sample indices, from the first sample that the run did not use yet."""
         return build_offline_loader(self.config, self.store, start=self.steps_done, rows=self.rows_read)

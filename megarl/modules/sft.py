@@ -65,6 +65,11 @@ class SFT(Module):
         """Number of data rows in a global batch."""
         return self.config.trainer.global_batch_size
 
+    @property
+    def rows_there(self) -> int:
+        """Number of rows of the training data."""
+        return len(self.train_data)
+
     def train_dataloader(self) -> Iterable[Tensor]:
         """Return the loader of row indices, from the first row that the run did not use yet."""
         return build_train_loader(self.config, self.train_data, start=self.steps_done, rows=self.rows_read)

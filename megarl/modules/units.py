@@ -90,6 +90,11 @@ class UnitModule(Module):
         size: int = self.config.trainer.global_batch_size
         return size
 
+    @property
+    def rows_there(self) -> int:
+        """Number of units of the training data."""
+        return len(self.train_data.lengths)
+
     def batches(self, start: int = 0, rows: int | None = None) -> TrainBatches:
         """Return the global batches of the run from step `start`, before which `rows` units were used."""
         size, seed, shuffle = self.rows_per_step, self.config.seed, self.config.data.shuffle

@@ -112,7 +112,7 @@ def _owned(config: Any, run_dir: Path) -> Iterator[RunLock]:
         dump = config.rollout.dump if hasattr(config, "rollout") else None
         if dump is not None:
             stack.enter_context(owned(local(dump), timeout_s, key="rollout.dump"))
-        for key, folder in config.export.folders.items():
+        for key, folder in config.exports.folders.items():
             stack.enter_context(owned(local(folder), timeout_s, key=key, beside=True))
         yield lock
 
@@ -123,10 +123,10 @@ def _build(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, 
         setup(run_dir, rank=process_number(), debug=config.debug)
     choose_display(config.trainer.progress)
     config, sources = resolve_pretrained(config)
-    for exported in config.export.folders.values():
+    for exported in config.exports.folders.values():
         refuse_existing(local(exported))
-    if config.export.folders:
-        require_family(config.model, family_name(sources.at(config.model.path)), next(iter(config.export.folders)))
+    if config.exports.folders:
+        require_family(config.model, family_name(sources.at(config.model.path)), next(iter(config.exports.folders)))
     quiet()
     resolved = asdict(config)
     if process_number() == 0:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from megarl.callbacks.checkpoints import Checkpoints
 from megarl.callbacks.collapse import Collapse
 from megarl.callbacks.export import Export
+from megarl.callbacks.findings import Findings, StopOnFinding
 from megarl.callbacks.health import Health
 from megarl.callbacks.heartbeat import HeartbeatCallback
 from megarl.callbacks.initial_evaluation import InitialEvaluation
@@ -18,6 +19,7 @@ from megarl.callbacks.own import own_callbacks
 from megarl.callbacks.ownership import Ownership
 from megarl.callbacks.preemption import Preemption
 from megarl.callbacks.progress import make_progress
+from megarl.callbacks.report import Report
 from megarl.callbacks.samples import Samples
 from megarl.callbacks.step_axis import StepAxis
 from megarl.callbacks.summary import Summary
@@ -43,7 +45,7 @@ def build_trainer(
         module: the module to train.
         folder: folder of the run.
         lock: lock of that folder.
-        resolved: the configuration as plain values, for the loggers.
+        resolved: the configuration as plain values, for the loggers and findings.
     """
     run_dir = folder.path
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint, _eval_every(config))
@@ -51,7 +53,7 @@ def build_trainer(
     trainer = Trainer(
         **_machine(config),
         logger=build_loggers(config.logger, run_dir, run_dir.name, resolved),
-        callbacks=_callbacks(config, module, folder, lock, checkpoints, preemption),
+        callbacks=_callbacks(config, module, folder, lock, checkpoints, preemption, resolved),
         max_steps=getattr(config.trainer, "max_steps", -1),  # StepLimit counts phases
         max_epochs=-1,
         val_check_interval=_eval_every(config),
@@ -92,12 +94,19 @@ def _machine(config: Any, *, stays: bool = False) -> dict[str, Any]:
 
 
 def _callbacks(
-    config: Any, module: Module, folder: RunFolder, lock: RunLock, checkpoints: Checkpoints, preemption: Preemption
+    config: Any,
+    module: Module,
+    folder: RunFolder,
+    lock: RunLock,
+    checkpoints: Checkpoints,
+    preemption: Preemption,
+    resolved: Mapping[str, Any],
 ) -> list[Callback]:
     """Return the callbacks in the order in which Lightning calls them; see `megarl/callbacks/__init__.py`."""
     run_dir = folder.path
-    best, own = config.checkpoint.best_settings, or_defaults(config, "extensions")
+    best, own, exports = config.checkpoint.best_settings, or_defaults(config, "extensions"), config.exports
     collapse = Collapse(best.metric, best.mode, checkpoints.best, lambda: module.scorer_fingerprints)
+    findings, stop_on = Findings(run_dir, resolved), or_defaults(config, "health").stop_on
     callbacks: list[Callback] = [
         Ownership(lock.check),
         StepAxis(),
@@ -105,13 +114,16 @@ def _callbacks(
         StepLimit(),
         Throughput(config.trainer.peak_tflops),
         Health(run_dir),
+        *([StopOnFinding(stop_on, findings)] if stop_on else []),
         checkpoints,
         preemption,
         HeartbeatCallback(run_dir),
-        *([Export(config.export.hf, config.export.peft)] if config.export.hf or config.export.peft else []),
+        *([Export(exports.hf, exports.peft)] if exports.folders else []),
         Samples(run_dir),
         collapse,
         Summary(run_dir, collapse),
+        findings,
+        Report(run_dir),
         *make_progress(config.trainer.progress, config.trainer.log_every),
     ]
     if config.trainer.max_time is not None:

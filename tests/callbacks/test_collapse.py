@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megarl.callbacks.collapse import PATIENCE, SCORE, Collapse, Fall
+from megarl.callbacks.collapse import Collapse
 from megarl.callbacks.summary import Summary
+from megarl.report.falls import PATIENCE, SCORE, Fall
 from tests.callbacks.tiny import Tiny, train
 
 FELL = [0.63, 0.79, 0.86, 0.72, 0.93, 0.98, 0.06, 0.0, 0.0]  # graph 1011, seed 7

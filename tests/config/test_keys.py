@@ -71,6 +71,8 @@ def test_keys_of_an_optional_section_know_it() -> None:
         "extensions",
         "adapter",
         "checkpoint.best",
+        "export",
+        "health",
         "logger.wandb",
         "logger.mlflow",
     ]

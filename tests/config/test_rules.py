@@ -11,6 +11,7 @@ import pytest
 
 from megarl.config.advantages import ADVANTAGES, critic_kind, whitens, without_effect
 from megarl.config.ilql import ILQLConfig
+from megarl.config.leaf import or_defaults
 from megarl.config.offers import Refusal, divisors, either, enforce, multiples, near, read
 from megarl.config.ppo import AdaptiveKLConfig, PPOConfig, SeparateCriticConfig
 from megarl.config.ppo_sections import AdaptiveEntropyConfig, DynamicSamplingConfig, OverlongConfig
@@ -39,6 +40,7 @@ def configured(**values: Any) -> SFTConfig:
         if not name:
             setattr(config, section, value)
             continue
+        setattr(config, section, or_defaults(config, section))  # also where the section is null
         assert hasattr(getattr(config, section), name), key
         setattr(getattr(config, section), name, value)
     return config

@@ -9,6 +9,7 @@ import pytest
 
 from megarl.config.algorithms import entry_point, entry_points
 from megarl.config.compose import compose
+from megarl.config.findings import FINDINGS
 from megarl.config.ilql import ILQLConfig
 from megarl.config.leaf import leaves, optional_sections
 from megarl.config.offers import divisors
@@ -171,3 +172,11 @@ def test_addresses_that_are_none_are_refused_by_their_key() -> None:
             compose("ppo", [f"reward.url=[{url}]"])
     config, _ = compose("ppo", ["reward.url=[http://127.0.0.1:8000,https://rewards.example/a/]"])
     assert config.reward.url == ["http://127.0.0.1:8000", "https://rewards.example/a/"]
+
+
+def test_a_name_that_is_no_finding_is_refused_with_the_nearest_one_or_with_all() -> None:
+    check_values(with_value("health.stop_on", ["score_collapsed", "kl_runaway"]))
+    for wrong, offered in (("score_colapsed", ["score_collapsed"]), ("xyz", list(FINDINGS))):
+        with refused(ConfigError, key="health.stop_on", value=wrong) as found:
+            check_values(with_value("health.stop_on", ["kl_runaway", wrong]))
+        assert found.error.offers == {"health.stop_on": offered}

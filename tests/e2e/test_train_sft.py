@@ -242,6 +242,21 @@ def test_nan_ends_the_run_with_its_own_exit_code_and_the_batch(tmp_path: Path) -
         assert bool(torch.isfinite(tensor).all())
 
 
+def test_a_finding_that_health_stop_on_names_ends_the_run_before_the_step_is_saved(tmp_path: Path) -> None:
+    """A learning rate of 0 is found after ten logged steps."""
+    every = ("checkpoint.every=1", "trainer.log_every=1", "trainer.max_steps=20", "trainer.eval_every=null")
+    line = failed(tmp_path, "optim.lr=0", "health.stop_on=[learning_rate_ended]", *every, code=3)
+    assert "learning_rate_ended" in line
+    assert "step 10" in line
+    assert find(tmp_path / "checkpoints")[-1].name == "step-0000009"
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1 + 10
+    named = [one["name"] for one in json.loads((tmp_path / "findings.json").read_text())["findings"]]
+    assert named[0] == "learning_rate_ended"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "learning_rate_ended" in summary["error"]
+
+
 def test_a_broken_record_is_named_by_file_and_line(worlds: Worlds, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n')

@@ -124,6 +124,9 @@ class AccuracyCheckpointConfig(CheckpointConfig):
     best: BestByAccuracyConfig | None = _best(BestByAccuracyConfig)
 
 
+EXPORT = "Files for other programs, written when training ends (null: none)."
+
+
 @dataclass
 class ExportConfig(Section):
     """Settings of the files for other programs that are written when training ends."""

@@ -1,0 +1,138 @@
+"""The data of a run, read from its folder: metrics, configuration, samples. Nothing heavy is imported for it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megarl.disk import UnreadableError, check_yaml, parse_object, read_text
+from megarl.errors import DataError
+
+Point = tuple[int, float]
+"""A step (or phase) and a value."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run, finished or not.
+
+    Attributes:
+        path: its folder.
+        config: its resolved configuration, as plain values.
+        rows: the logged metrics, a mapping for each step that has any; "step" is among them.
+        summary: content of summary.json; empty while there is none.
+        samples: rows of the tables that evaluations showed, with the step under "step" or "phase".
+        entry: name of the algorithm; empty where nothing says it.
+        versions: content of versions.json.
+        git: content of git.json.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    rows: Sequence[Mapping[str, float]]
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, Any]] = ()
+    entry: str = ""
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    git: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """What a step is called: phase or step."""
+        trainer = self.config.get("trainer")
+        return "phase" if isinstance(trainer, Mapping) and "max_phases" in trainer else "step"
+
+    def series(self, metric: str) -> list[Point]:
+        """Return the finite values of a metric, in the order of the steps."""
+        found = [(int(row["step"]), row[metric]) for row in self.rows if metric in row]
+        return [(step, value) for step, value in found if math.isfinite(value)]
+
+    def not_finite(self, metric: str) -> list[int]:
+        """Return the steps at which a metric was NaN or infinite."""
+        return [int(row["step"]) for row in self.rows if metric in row and not math.isfinite(row[metric])]
+
+    def metrics(self) -> list[str]:
+        """Return the names of all metrics, sorted."""
+        return sorted({name for row in self.rows for name in row} - {"step"})
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """Return the value of a dotted configuration key; `default` where the run has no such key or it is null."""
+        value: Any = self.config
+        for part in key.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                return default
+            value = value[part]
+        return default if value is None else value
+
+
+def read_run(path: Path) -> RunData:
+    """Return the data of a run folder. Raise `DataError` if it is none."""
+    metrics = path / "metrics.csv"
+    try:
+        text = read_text(metrics)
+        whole = text[: text.rfind("\n") + 1]  # without a line that is being written, or that a crash left
+        rows = [_numbers(row) for row in csv.DictReader(io.StringIO(whole, newline=""))]
+        rows = [row for row in rows if _is_step(row.get("step"))]
+    except (UnreadableError, csv.Error, ValueError) as problem:
+        raise DataError(
+            f"{metrics} {problem}: name the folder of a run, which logs with logger.csv=true", where=metrics
+        ) from None
+    summary = _object(path / "summary.json")
+    entry = summary.get("algorithm")
+    return RunData(
+        path,
+        _config(path / "config.yaml"),
+        rows,
+        summary,
+        _samples(path / "samples.jsonl"),
+        entry if isinstance(entry, str) else "",
+        _object(path / "versions.json"),
+        _object(path / "git.json"),
+    )
+
+
+def _numbers(row: Mapping[str | None, Any]) -> dict[str, float]:
+    """Return the values of a line of the table. A line with more values than the table has columns keeps the others."""
+    return {name: float(value) for name, value in row.items() if name and value}
+
+
+def _is_step(value: float | None) -> bool:
+    return value is not None and math.isfinite(value) and value >= 0
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        return parse_object(read_text(path))
+    except UnreadableError:
+        return {}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        text = read_text(path)
+        check_yaml(text)
+        found = yaml.safe_load(text)
+    except (UnreadableError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = read_text(path).splitlines()
+    except UnreadableError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            found.append(parse_object(line))
+        except UnreadableError:  # a line that is being written
+            continue
+    return found
