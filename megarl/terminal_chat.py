@@ -26,9 +26,9 @@ from megarl.chat.commands import (
     split_line_number,
 )
 from megarl.chat.conversation import Conversation, load, save
-from megarl.chat.streaming import StreamedText
 from megarl.command import printable, say
 from megarl.errors import DataError, MegarlError
+from megarl.tokenizers.streaming import StreamedText
 
 if TYPE_CHECKING:
     from megarl.chat.templates import Message

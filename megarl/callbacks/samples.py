@@ -1,9 +1,11 @@
-"""Shows a few responses of every evaluation on the terminal, in the run folder and in loggers that take text."""
+"""Shows a few responses of every evaluation on the terminal, in the run folder and in loggers that take text; writes
+what training computed for the tokens of some responses."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +43,32 @@ class Samples(Callback):
         if not rows or not trainer.is_global_zero:
             return
         step = steps_taken(trainer)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps(nan_to_null({unit(trainer): step, **row}), allow_nan=False) + "\n" for row in rows
-            )
+        append(self.path, [{unit(trainer): step, **row} for row in rows])
         logger.info("%s %d  samples:\n%s", unit(trainer), step, as_table(rows))
         for entry in trainer.loggers:
             if isinstance(entry, TensorBoardLogger):
                 entry.experiment.add_text("samples", _markdown(rows), step)
             elif isinstance(entry, WandbLogger):
                 entry.log_table("samples", columns=list(rows[0]), data=[list(row.values()) for row in rows], step=step)
+
+
+class Traces(Callback):
+    """Appends `module.traces`, records of the tokens of a few responses of a phase, to `tokens.jsonl`."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.path = run_folder / "tokens.jsonl"
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Write the records of the phase that ended."""
+        records: list[dict[str, Any]] = getattr(pl_module, "traces", [])
+        if records and trainer.is_global_zero:
+            append(self.path, [{unit(trainer): steps_taken(trainer), **record} for record in records])
+
+
+def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append rows to a file of JSON lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(nan_to_null(row), allow_nan=False) + "\n" for row in rows)
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:

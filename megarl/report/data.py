@@ -27,6 +27,7 @@ class RunData:
         rows: the logged metrics, a mapping for each step that has any; "step" is among them.
         summary: content of summary.json; empty while there is none.
         samples: rows of the tables that evaluations showed, with the step under "step" or "phase".
+        traces: records of the tokens of a few responses, with the phase under "phase".
         entry: name of the algorithm; empty where nothing says it.
         versions: content of versions.json.
         git: content of git.json.
@@ -40,6 +41,7 @@ class RunData:
     entry: str = ""
     versions: Mapping[str, Any] = field(default_factory=dict)
     git: Mapping[str, Any] = field(default_factory=dict)
+    traces: Sequence[Mapping[str, Any]] = ()
 
     @property
     def unit(self) -> str:
@@ -89,10 +91,11 @@ def read_run(path: Path) -> RunData:
         _config(path / "config.yaml"),
         rows,
         summary,
-        _samples(path / "samples.jsonl"),
+        _records(path / "samples.jsonl"),
         entry if isinstance(entry, str) else "",
         _object(path / "versions.json"),
         _object(path / "git.json"),
+        _records(path / "tokens.jsonl"),
     )
 
 
@@ -124,7 +127,7 @@ def _config(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _samples(path: Path) -> list[dict[str, Any]]:
+def _records(path: Path) -> list[dict[str, Any]]:
     try:
         lines = read_text(path).splitlines()
     except UnreadableError:

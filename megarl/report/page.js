@@ -118,6 +118,65 @@
     }
   }
 
+  /* A response whose tokens have numbers: bars for one of them, all of them for the token that is read. */
+  class Trace {
+    constructor(article) {
+      this.spans = [...article.querySelectorAll(".tokens span")];
+      this.reader = article.querySelector(".reader");
+      this.readout = article.querySelector(".readout");
+      Object.assign(this, JSON.parse(article.querySelector("script").textContent));
+      this.reader.hidden = this.spans.length < 2;
+      this.reader.setAttribute("aria-valuetext", this.said(0));
+      for (const event of ["input", "focus"]) this.reader.addEventListener(event, () => this.read(Number(this.reader.value)));
+      this.reader.addEventListener("blur", () => this.clear());
+      this.spans.forEach((span, index) => {
+        for (const event of ["pointerenter", "pointerdown"]) span.addEventListener(event, () => this.read(index));
+        span.addEventListener("pointerleave", () => this.clear());
+      });
+    }
+
+    said(index) {
+      const known = this.quantities.filter(({ values }) => values[index] !== null);
+      const numbers = known.map(({ name, values }) => `${name} ${shown(values[index])}`);
+      return `token ${index + 1} "${this.tokens[index]}": ${numbers.join(", ")}`;
+    }
+
+    read(index) {
+      this.clear();
+      this.reader.value = index;
+      this.reader.setAttribute("aria-valuetext", this.said(index));
+      this.readout.textContent = this.said(index);
+      this.spans[index].classList.add("read");
+    }
+
+    clear() {
+      for (const span of this.spans) span.classList.remove("read");
+      this.readout.textContent = "";
+    }
+
+    show(name) {
+      const found = this.quantities.find((quantity) => quantity.name === name);
+      const values = found ? found.values : [];
+      const largest = Math.max(...values.map((value) => Math.abs(value ?? 0)), Number.MIN_VALUE);
+      this.spans.forEach((span, index) => {
+        const value = values[index] ?? 0;
+        span.classList.toggle("up", value > 0);
+        span.classList.toggle("down", value < 0);
+        span.style.setProperty("--size", `${Math.round((Math.abs(value) / largest) * 100)}%`);
+      });
+    }
+  }
+
+  const traces = [...document.querySelectorAll(".trace")].map((article) => new Trace(article));
+  const quantity = document.getElementById("quantity");
+  if (quantity && traces.length) {
+    const names = [...new Set(traces.flatMap((trace) => trace.quantities.map(({ name }) => name)))];
+    quantity.append(...names.map((name) => new Option(name)));
+    const show = () => traces.forEach((trace) => trace.show(quantity.value));
+    quantity.addEventListener("change", show);
+    show();
+  }
+
   const curves = [...document.querySelectorAll("figure.curve")]
     .filter((figure) => figure.querySelector("script"))
     .map((figure) => new Curve(figure));
@@ -130,8 +189,8 @@
       output.textContent = keep ? keep.toFixed(2) : "none";
       for (const curve of curves) curve.smooth(keep);
     });
-    for (const element of document.querySelectorAll(".control, .hint")) element.hidden = false;
   }
+  for (const element of document.querySelectorAll(".control, .hint")) element.hidden = false;
 
   /* A link into folded content unfolds it. */
   const unfold = () => {

@@ -15,6 +15,7 @@ from megarl.report.finding import Finding
 from megarl.report.markup import escape, folded, section
 from megarl.report.responses import distribution, samples
 from megarl.report.scores import read_scores
+from megarl.report.tokens import EXPLAINED, tokens
 
 GENERATOR = "megarl report"
 """Content of the page's meta element `generator`, by which a report is recognised."""
@@ -81,6 +82,7 @@ def _sections(compared: Compared) -> list[tuple[str, str, str]]:
             "Samples before and after",
             _each(compared, [samples(run, 4 if compared.several else 3) for run in runs]),
         ),
+        ("tokens", "Tokens", _tokens(compared)),
         ("configuration", "Configuration", _configuration(compared)),
     ]
     return [(identifier, heading, content) for identifier, heading, content in found if content]
@@ -141,6 +143,11 @@ def _values(compared: Compared) -> str:
 
 def _scores(run: RunData, index: int) -> str:
     return distribution(read_scores(run), f"scores-{index}")
+
+
+def _tokens(compared: Compared) -> str:
+    content = _each(compared, [tokens(run, 4 if compared.several else 3) for run in compared.runs])
+    return EXPLAINED + content if content else ""
 
 
 def _configuration(compared: Compared) -> str:

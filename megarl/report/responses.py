@@ -23,7 +23,7 @@ def samples(run: RunData, level: int) -> str:
         run: the run.
         level: level of the prompts' headings.
     """
-    evaluations = _by_step(run.samples)
+    evaluations = by_step(run.samples)
     if not evaluations:
         return ""
     first, last = min(evaluations), max(evaluations)
@@ -66,7 +66,7 @@ def distribution(scores: Sequence[PhaseScores], identifier: str) -> str:
     )
 
 
-def _by_step(rows: Sequence[Sample]) -> dict[int, list[Sample]]:
+def by_step(rows: Sequence[Sample]) -> dict[int, list[Sample]]:
     """Return the samples by step; a repeated evaluation, as after a resume, replaces its earlier rows."""
     found: dict[int, list[Sample]] = {}
     previous: int | None = None

@@ -20,7 +20,7 @@ from megarl.callbacks.ownership import Ownership
 from megarl.callbacks.preemption import Preemption
 from megarl.callbacks.progress import make_progress
 from megarl.callbacks.report import Report
-from megarl.callbacks.samples import Samples
+from megarl.callbacks.samples import Samples, Traces
 from megarl.callbacks.step_axis import StepAxis
 from megarl.callbacks.summary import Summary
 from megarl.callbacks.throughput import Throughput
@@ -120,6 +120,7 @@ def _callbacks(
         HeartbeatCallback(run_dir),
         *([Export(exports.hf, exports.peft)] if exports.folders else []),
         Samples(run_dir),
+        Traces(run_dir),
         collapse,
         Summary(run_dir, collapse),
         findings,

@@ -76,6 +76,12 @@ def assert_close(ours: Path, theirs: Path, names: tuple[str, ...], relative: flo
             assert value == pytest.approx(number, rel=relative, abs=2e-6), f"{name} in phase {phase}"
 
 
+def traces(run: Path) -> list[dict[str, Any]]:
+    """The traced responses of the first phase."""
+    found = [json.loads(line) for line in (run / "tokens.jsonl").read_text().splitlines()]
+    return [trace for trace in found if trace["phase"] == 1]
+
+
 def assert_same_course(ours: Path, theirs: Path, settings: list[str], phases: slice) -> None:
     critics = ("train/critic_grad_norm",) if "critic.kind=separate" in settings else ()
     assert_close(ours, theirs, TO_1E5, 1e-5, phases)
@@ -90,6 +96,12 @@ def test_layouts_run_the_same_phases(layout: str, worlds: Worlds, reference: lis
     ours, theirs = (load(Path(folder, "dump", "train-000000.jsonl")) for folder in (tmp_path, single))
     assert [rollout.tokens for rollout in ours] == [rollout.tokens for rollout in theirs]
     assert_same_course(tmp_path, Path(single), settings, slice(2))
+    for trace, wanted in zip(traces(tmp_path), traces(Path(single)), strict=True):
+        assert trace.keys() == wanted.keys() >= {"old_logprobs", "new_logprobs", "ref_logprobs", "advantages", "values"}
+        assert trace["tokens"] == wanted["tokens"]
+        for name in ("old_logprobs", "new_logprobs", "advantages", "values"):
+            assert trace[name] == pytest.approx(wanted[name], rel=1e-4, abs=2e-5), name
+        assert trace["new_logprobs"] != trace["old_logprobs"]
 
 
 def test_a_run_cut_in_two_ends_in_the_same_weights(worlds: Worlds, reference: list[str], tmp_path: Path) -> None:

@@ -74,6 +74,25 @@ def made_up(phases: int = 20, path: Path = Path("runs/made-up"), **changed: Any)
     return RunData(**{**given, **changed})
 
 
+def trace(
+    old: Sequence[float | None] = (-1.0, -2.0),
+    new: Sequence[float | None] = (-0.5, -4.0),
+    ref: Sequence[float | None] = (),
+    count: int = 1,
+    **changed: Any,
+) -> dict[str, Any]:
+    """A response of two tokens (`count` times) with the log-probs before and after a phase, and of the reference."""
+    columns = {"old_logprobs": old, "new_logprobs": new, "ref_logprobs": ref}
+    return {
+        "prompt": "count",
+        "score": 0.5,
+        "length": 2 * count,
+        "tokens": ["one ", "two"] * count,
+        **{name: [*values] * count for name, values in columns.items() if values},
+        **changed,
+    }
+
+
 def write_run(folder: Path, run: RunData) -> Path:
     """Write the files of a run into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +106,8 @@ def write_run(folder: Path, run: RunData) -> Path:
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(run.config)))
     (folder / "versions.json").write_text(json.dumps(run.versions))
     (folder / "git.json").write_text(json.dumps(run.git))
-    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.samples))
+    for name, records in (("samples.jsonl", run.samples), ("tokens.jsonl", run.traces)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in records))
     if run.summary:
         (folder / "summary.json").write_text(json.dumps(run.summary))
     return folder

@@ -40,7 +40,12 @@ class EvalConfig(Section):
         form=vote_reader,
     )
     table: int = leaf(
-        4, "Number of responses that each evaluation prints and adds to samples.jsonl.", at_least=0, at_most=1000
+        4,
+        "Number of responses that each evaluation prints and adds to samples.jsonl. PPO and its relatives also write "
+        "the tokens of as many training responses, with log-probs, values and advantages, to tokens.jsonl: of the "
+        "first and the last phase, and of every phase that an evaluation follows.",
+        at_least=0,
+        at_most=1000,
     )
     sweep: SweepConfig = section(SweepConfig)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megarl.chat.streaming import StreamedText
 from megarl.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer
+from megarl.tokenizers.streaming import StreamedText
 from tests.test_tokenizers import make_hugging_face
 
 TEXTS = ("the cat sat", " on  the\nmat", "naïve 中文字 — 👩‍👩‍👧 ok", "dogs 🐕🐕 ate\ttea")
