@@ -100,12 +100,12 @@ def typed(entry: str, tree: DictConfig, argv: Sequence[str] = ()) -> tuple[Any, 
     """
     from omegaconf import OmegaConf
 
-    from megarl.config.optional import settle
+    from megarl.config.optional import schema, settle
 
     # Hydra lets `+section.key=value` add keys even to a typed tree; merging into a fresh schema does not.
     untyped = cast("dict[str, Any]", OmegaConf.to_container(tree, resolve=False))
     settle(untyped, entry_point(entry).config, argv)
-    merged = OmegaConf.merge(OmegaConf.structured(entry_point(entry).config), OmegaConf.create(untyped))
+    merged = OmegaConf.merge(schema(entry_point(entry).config), OmegaConf.create(untyped))
     plain = cast("dict[str, Any]", OmegaConf.to_container(merged, resolve=True))
     config = OmegaConf.to_object(merged)
     check_values(config)

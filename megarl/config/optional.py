@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -18,18 +19,28 @@ from megarl.config.leaf import Leaf, OptionalSection, leaves, optional_sections
 from megarl.config.renames import value_of
 
 
+@cache
+def schema(tree: type) -> DictConfig:
+    """Return the schema of an entry point. It is made once: merge from it, do not change it."""
+    found = OmegaConf.structured(tree)
+    assert isinstance(found, DictConfig)
+    return found
+
+
+@cache
 def opened(tree: type) -> DictConfig:
-    """Return the schema that Hydra composes with, in which the keys of optional sections are missing."""
-    schema = OmegaConf.structured(tree)
-    assert isinstance(schema, DictConfig)
+    """Return the schema that Hydra composes with, in which the keys of optional sections are missing. It is made once:
+    Hydra copies what it composes from."""
+    found = OmegaConf.structured(tree)
+    assert isinstance(found, DictConfig)
     for section in optional_sections(tree):
         node = OmegaConf.structured(section.kind)
         for leaf in leaves(section.kind):
             OmegaConf.update(node, leaf.key, _unset(leaf))
         parent, _, name = section.key.rpartition(".")
-        holder = OmegaConf.select(schema, parent) if parent else schema
+        holder = OmegaConf.select(found, parent) if parent else found
         holder[name] = node
-    return schema
+    return found
 
 
 def settle(plain: dict[str, Any], tree: type, argv: Sequence[str]) -> None:
