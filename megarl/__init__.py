@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from megarl.api import Trained, default_config, train
     from megarl.session import Session
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Session", "Trained", "__version__", "default_config", "train"]
 
 
