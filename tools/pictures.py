@@ -5,6 +5,7 @@ Needs chromium, chromedriver and the package selenium. The pictures are docs/ima
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ class Picture(PanelProgress):
     def show(self) -> None:
         """Write the panel of one phase into the current folder."""
         if self.progress.step == SHOWN_PHASE:
-            console = Console(record=True, width=COLUMNS, file=open("/dev/null", "w"))  # noqa: SIM115
+            console = Console(record=True, width=COLUMNS, file=io.StringIO())
             for line in panel(self.progress, Paper(COLUMNS, LINES)):
                 console.print(line)
             Path("panel.svg").write_text(console.export_svg(title="megarl ppo +conf=demo", theme=MONOKAI))

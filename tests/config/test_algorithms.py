@@ -177,7 +177,7 @@ def test_no_entry_point_launcher_or_script_is_of_an_algorithm_that_is_not_in_the
 @EACH
 def test_the_documents_know_every_algorithm(algorithm: Algorithm) -> None:
     pages = {
-        "README.md": f"`megarl.{algorithm.program}`",
+        "README.md": f"megarl {algorithm.name}",
         "docs/planning.md": f"`algorithm` | {', '.join(ALGORITHMS)} |",
         "docs/clusters.md": f"`{algorithm.name}.sh`",
     }
