@@ -6,10 +6,11 @@ tests/report/runs they separate good runs from those that were made bad on purpo
 
 from __future__ import annotations
 
-from megarl.report.data import Point, RunData
+from megarl.report.data import Point, RunData, as_number
 from megarl.report.falls import SCORE, SCORE_NOISE, SPREAD, Fall
 from megarl.report.finding import Finding
 from megarl.report.numbers import correlation, first_and_last_third, joined, mean, median, shown, values
+from megarl.report.remedies import remedies
 
 LEARNED = 0.4
 """Gain since the first phase, in standard deviations of its scores, from which a run counts as one that learned. Runs
@@ -78,7 +79,7 @@ def score_collapsed(data: RunData) -> Finding | None:
     if of_phases.collapsed:
         return _collapsed(data, SCORE, of_phases)
     metric = data.setting("checkpoint.best.metric")
-    evaluated = [metric] if metric else ["eval/score", "eval/accuracy"]
+    evaluated = [metric] if isinstance(metric, str) and metric else ["eval/score", "eval/accuracy"]
     for name in evaluated:
         if data.setting("checkpoint.best.mode", "min" if name.endswith(_LOWER) else "max") == "min":
             continue  # loss_diverges and evaluation_gap are about these
@@ -91,7 +92,6 @@ def score_collapsed(data: RunData) -> Finding | None:
 
 
 def _collapsed(data: RunData, metric: str, fall: Fall) -> Finding:
-    ppo = "ppo" in data.config
     return Finding(
         name="score_collapsed",
         severity="problem",
@@ -101,12 +101,15 @@ def _collapsed(data: RunData, metric: str, fall: Fall) -> Finding:
         f"{shown(fall.last)} now; it has been down since {data.unit} {fall.since}.",
         cause="Updates that are too large. With a critic, whitening divides its error by the small spread of good "
         "scores, and several epochs then remove moves that were right."
-        if ppo
+        if data.series("value/loss")
         else "Updates that are too large, or training for too long on the same data.",
-        remedy="Continue from the best checkpoint (run.resume=PATH) with ppo.stop_at_kl=0.05, a lower optim.lr, fewer "
-        "ppo.inner_epochs or ppo.whiten_advantages=false"
-        if ppo
-        else "Continue from the best checkpoint (run.resume=PATH) with a lower optim.lr",
+        remedy=remedies(
+            data,
+            "continue from the best checkpoint (run.resume=PATH) with a lower optim.lr",
+            "a lower ppo.stop_at_kl, such as 0.05",
+            "fewer ppo.inner_epochs",
+            "ppo.whiten_advantages=false",
+        ),
         metrics=(metric,),
         steps=(fall.best_step, fall.since),
     )
@@ -132,8 +135,13 @@ def no_learning(data: RunData) -> Finding | None:
         title="The loss does not fall",
         evidence=f"train/loss was {first:.4g} in the first third of the run and {last:.4g} in the last.",
         cause="A learning rate that is too low, too few steps, or data that contradicts itself or teaches nothing.",
-        remedy="A higher optim.lr (ten times as much is a fair second try), a shorter optim.warmup_steps, a larger "
-        "trainer.max_steps; read some records of data.train",
+        remedy=remedies(
+            data,
+            "a higher optim.lr (ten times as much is a fair second try)",
+            "read some records of data.train",
+            "a shorter optim.warmup_steps",
+            "a larger trainer.max_steps",
+        ),
         metrics=("train/loss", "train/lr"),
     )
 
@@ -150,7 +158,7 @@ def _flat_score(data: RunData, points: list[Point]) -> Finding | None:
     if constant:
         evidence = f"Every response of every phase scored {shown(first)}."
         cause = "A reward that is the same for all responses gives no signal."
-        remedy = "Check reward.fn on a few responses by hand (rollout.dump=FOLDER writes them)"
+        remedy = ("check reward.fn on a few responses by hand (rollout.dump=FOLDER writes them)",)
     else:
         evidence = (
             f"The mean score was {shown(first)} in the first third of the run and {shown(last)} in the last; single "
@@ -158,8 +166,11 @@ def _flat_score(data: RunData, points: list[Point]) -> Finding | None:
         )
         cause = "Updates that are too small or too noisy, or a reward that the policy cannot influence."
         remedy = (
-            "A higher optim.lr, more ppo.rollouts, a larger rollout.n, prompts that are sometimes solved; with "
-            "ppo.kl_coef above 0, a lower one"
+            "a higher optim.lr",
+            "prompts that are sometimes solved",
+            "more ppo.rollouts",
+            "a larger rollout.n",
+            *(("a lower ppo.kl_coef",) if data.number("ppo.kl_coef") else ()),
         )
     return Finding(
         name="no_learning",
@@ -167,7 +178,7 @@ def _flat_score(data: RunData, points: list[Point]) -> Finding | None:
         title="All responses score the same" if constant else "The score does not rise",
         evidence=evidence,
         cause=cause,
-        remedy=remedy,
+        remedy=remedies(data, *remedy),
         metrics=(SCORE, SPREAD, "train/lr"),
         steps=(points[0][0], points[-1][0]),
     )
@@ -194,8 +205,13 @@ def score_follows_length(data: RunData) -> Finding | None:
         evidence=f"Responses grew from {shown(before)} to {shown(after)} tokens; the correlation of length and score "
         f"is {shown(over_phases)} over the {data.unit}s{also}.",
         cause="The reward may pay for length itself, so that the policy writes more rather than better.",
-        remedy="Compare responses of equal length by hand; let reward.fn divide by the length or cap what length "
-        "earns; ppo.overlong.penalty with ppo.overlong.buffer, or a smaller rollout.max_new_tokens",
+        remedy=remedies(
+            data,
+            "compare responses of equal length by hand",
+            "let reward.fn divide by the length or cap what length earns",
+            "ppo.overlong.penalty with ppo.overlong.buffer",
+            "a smaller rollout.max_new_tokens",
+        ),
         metrics=("rollout/response_tokens", SCORE),
         steps=(both[0][0], both[-1][0]),
     )
@@ -205,9 +221,9 @@ def _length_of_samples(data: RunData) -> float | None:
     """Return the correlation of length and score over the samples of the last half of a run; None if there are too
     few."""
     rows = [
-        (len(row["response"]), float(row["score"]))
+        (len(row["response"]), score)
         for row in data.samples[len(data.samples) // 2 :]
-        if isinstance(row.get("response"), str) and isinstance(row.get("score"), int | float)
+        if isinstance(row.get("response"), str) and (score := as_number(row.get("score"))) is not None
     ]
     if len(rows) < FEWEST_SAMPLES or len({length for length, _ in rows}) < 3 or len({score for _, score in rows}) < 2:
         return None
@@ -245,8 +261,13 @@ def reward_hacking(data: RunData) -> Finding | None:
                 evidence=f"eval/score rose from {shown(before)} to {shown(after)}, and {name} fell from {shown(start)} "
                 f"to {shown(end)}; their correlation is {shown(apart)}.",
                 cause="The policy may satisfy the reward without doing what it stands for (reward hacking).",
-                remedy="Read samples.jsonl; add what the second metric measures to reward.terms, raise ppo.kl_coef, or "
-                "stop at the checkpoint where both are good (checkpoint.best.metric)",
+                remedy=remedies(
+                    data,
+                    "read samples.jsonl",
+                    "add what the second metric measures to reward.terms",
+                    "a higher ppo.kl_coef",
+                    "stop at the checkpoint where both are good (checkpoint.best.metric)",
+                ),
                 metrics=("eval/score", name),
                 steps=(both[0][0], both[-1][0]),
             )

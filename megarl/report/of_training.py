@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megarl.report.data import RunData
+from megarl.report.data import RunData, as_number
 from megarl.report.falls import SPREAD, Fall
 from megarl.report.finding import Finding
 from megarl.report.numbers import mean, median, percent, shown, values
+from megarl.report.remedies import remedies
 
 RECENT = 5
 """Readings that a present state is read from."""
@@ -63,10 +64,14 @@ def gradients_dead(data: RunData) -> Finding | None:
         evidence=f"train/grad_norm was {shown(late)} in the median of the last {RECENT} readings, and "
         f"{shown(max(values(norms)))} at its largest.",
         cause="All scores are equal, everything that could be learned is clipped or masked, or the loss is 0.",
-        remedy="Look at rollout/score_std and policy/clip_fraction; check reward.fn, ppo.clip_low and ppo.clip_high"
-        if "ppo" in data.config
-        else "Stop here if the loss is as small as it should be; else check the records of data.train, data.loss_on "
-        "and model.num_layers_unfrozen",
+        remedy=remedies(
+            data,
+            "look at rollout/score_std and policy/clip_fraction, then at ppo.clip_low, ppo.clip_high and reward.fn",
+            *(() if data.has_phases else ("stop here if the loss is as small as it should be",)),
+            "check the records of data.train",
+            "check data.loss_on",
+            "check model.num_layers_unfrozen",
+        ),
         metrics=("train/grad_norm", "train/loss"),
         steps=(norms[-RECENT][0], norms[-1][0]),
     )
@@ -79,7 +84,7 @@ def gradients_explode(data: RunData) -> Finding | None:
         if len(norms) < 2 * RECENT:
             continue
         usual, late = median(values(norms[: len(norms) // 2])), median(values(norms[-RECENT:]))
-        if usual > 0 and late >= max(EXPLODED * usual, ABOVE_CLIPPING * data.setting("optim.clip_grad", 1.0)):
+        if usual > 0 and late >= max(EXPLODED * usual, ABOVE_CLIPPING * (data.number("optim.clip_grad") or 1.0)):
             return Finding(
                 name="gradients_explode",
                 severity="problem",
@@ -87,8 +92,13 @@ def gradients_explode(data: RunData) -> Finding | None:
                 evidence=f"{metric} was {shown(usual)} in the median of the first half of the run and {shown(late)} in "
                 f"that of the last {RECENT} readings.",
                 cause="A learning rate that is too high, rewards of very different size, or a few broken records.",
-                remedy="A lower optim.lr, a longer optim.warmup_steps, optim.clip_grad=1"
-                + ("; ppo.clip_scores or ppo.scale_scores=running" if "ppo" in data.config else ""),
+                remedy=remedies(
+                    data,
+                    "a lower optim.lr",
+                    "ppo.clip_scores or ppo.scale_scores=running",
+                    "a longer optim.warmup_steps",
+                    "optim.clip_grad=1",
+                ),
                 metrics=(metric, "train/loss"),
                 steps=(norms[-RECENT][0], norms[-1][0]),
             )
@@ -105,7 +115,7 @@ def loss_diverges(data: RunData) -> Finding | None:
     first, last, lowest = smooth[0][1], smooth[-1][1], min(values(smooth))
     if metric == "value/loss":
         spread = max(values(data.series(SPREAD)), default=0.0)
-        diverged = first > 0 and last >= max(VALUE_LOSS_RISE * first, WORSE_THAN_CONSTANT * spread**2)
+        diverged = first > 0 and last >= max(VALUE_LOSS_RISE * first, WORSE_THAN_CONSTANT * spread * spread)
     else:
         fall = Fall()
         for step, value in smooth:
@@ -121,8 +131,14 @@ def loss_diverges(data: RunData) -> Finding | None:
         evidence=f"{metric} was {shown(first)} at first, {shown(lowest)} at its lowest and {shown(last)} at last "
         "(medians of three readings).",
         cause="A learning rate that is too high, or too short a warm-up.",
-        remedy="A lower optim.lr, a longer optim.warmup_steps, optim.schedule=cosine"
-        + ("; ppo.clip_scores, ppo.scale_scores=running or a lower critic.separate.lr" if metric[0] == "v" else ""),
+        remedy=remedies(
+            data,
+            "a lower optim.lr",
+            "ppo.clip_scores or ppo.scale_scores=running",
+            "a longer optim.warmup_steps",
+            "optim.schedule=cosine",
+            "a lower critic.separate.lr",
+        ),
         metrics=(metric, "train/grad_norm", "train/lr"),
         steps=(min(smooth, key=lambda point: point[1])[0], smooth[-1][0]),
     )
@@ -151,8 +167,15 @@ def evaluation_gap(data: RunData) -> Finding | None:
         evidence=f"eval/loss was {shown(lowest)} at {data.unit} {step} and is {shown(last)} now; train/loss went from "
         f"{shown(then)} to {shown(now)} meanwhile.",
         cause="The model learns its training data by heart (overfitting).",
-        remedy=f"Use the checkpoint of {data.unit} {step} (checkpoint.best.metric=eval/loss keeps it); fewer "
-        "trainer.max_steps, more data, a lower optim.lr, adapter.rank=16 or optim.weight_decay=0.1",
+        remedy=remedies(
+            data,
+            f"use the checkpoint of {data.unit} {step}, which checkpoint.best keeps",
+            "fewer trainer.max_steps",
+            "more data",
+            "a lower optim.lr",
+            "adapter.rank=16",
+            "optim.weight_decay=0.1",
+        ),
         metrics=("eval/loss", "train/loss"),
         steps=(step, evaluated[-1][0]),
     )
@@ -180,7 +203,9 @@ def learning_rate_ended(data: RunData) -> Finding | None:
         cause="Nothing is learned with a learning rate of 0."
         if nothing
         else "The schedule is planned for fewer steps than the run takes.",
-        remedy="Set optim.lr above 0" if nothing else "optim.schedule=constant, or a higher optim.min_lr_ratio",
+        remedy=remedies(data, "set optim.lr above 0")
+        if nothing
+        else remedies(data, "optim.schedule=constant", "a higher optim.min_lr_ratio"),
         metrics=("train/lr", "train/loss"),
         steps=(rates[begin][0], rates[-1][0]),
     )
@@ -189,9 +214,9 @@ def learning_rate_ended(data: RunData) -> Finding | None:
 def data_repeated(data: RunData) -> Finding | None:
     """Find data that a run without falling evaluations has gone through many times."""
     used = data.summary.get("rows")
-    if not isinstance(used, Mapping) or "max_phases" in data.config.get("trainer", {}):
+    if not isinstance(used, Mapping) or data.has_phases:
         return None  # prompts are repeated in reinforcement learning, and answered anew each time
-    read, there = used.get("read"), used.get("there")
+    read, there = as_number(used.get("read")), as_number(used.get("there"))
     if not read or not there or read / there < PASSES:
         return None
     evaluated = values(data.series("eval/loss"))
@@ -203,11 +228,15 @@ def data_repeated(data: RunData) -> Finding | None:
         name="data_repeated",
         severity="warning",
         title="The data was seen many times, and nothing shows that it still helped",
-        evidence=f"{read} rows were read of data that has {there}: {read / there:.1f} passes"
+        evidence=f"{read:.0f} rows were read of data that has {there:.0f}: {read / there:.1f} passes"
         + ("; there was no evaluation." if not evaluated else f"; eval/loss is {shown(evaluated[-1])} now."),
         cause="trainer.max_steps is long for this amount of data; later passes teach it by heart.",
-        remedy="Fewer trainer.max_steps, more data, or data.eval with trainer.eval_every, which keeps the best "
-        "checkpoint",
+        remedy=remedies(
+            data,
+            "fewer trainer.max_steps",
+            "more data",
+            *(() if evaluated else ("data.eval with trainer.eval_every, which keeps the best checkpoint",)),
+        ),
         metrics=("train/loss", "eval/loss"),
     )
 
@@ -229,8 +258,13 @@ def reward_calls_failed(data: RunData) -> Finding | None:
                 f"{what} ({metric}).",
                 cause="The reward function or server fails or times out for some responses. If these are of one kind, "
                 "the policy learns from the others only.",
-                remedy="Read RUN/logs for the reasons; raise reward.calls.timeout or reward.calls.retries, lower "
-                "reward.calls.batch_size, or let reward.fn score what it cannot judge",
+                remedy=remedies(
+                    data,
+                    "read RUN/logs for the reasons",
+                    "let reward.fn score what it cannot judge",
+                    "a larger reward.calls.timeout or reward.calls.retries",
+                    "a smaller reward.calls.batch_size",
+                ),
                 metrics=(metric, "rollout/repeated_calls"),
                 steps=(points[-min(RECENT, len(points))][0], points[-1][0]),
             )
@@ -239,10 +273,10 @@ def reward_calls_failed(data: RunData) -> Finding | None:
 
 def _responses(data: RunData) -> float | None:
     """Return the number of responses of a phase; None if the configuration does not tell."""
-    rollouts = data.setting("ppo.rollouts")
-    if rollouts is None and (prompts := data.setting("rft.prompts")) is not None:
-        rollouts = prompts * data.setting("rollout.n", 1)
-    return rollouts if isinstance(rollouts, int | float) and rollouts > 0 else None
+    rollouts = data.number("ppo.rollouts")
+    if rollouts is None and (prompts := data.number("rft.prompts")) is not None:
+        rollouts = prompts * (data.number("rollout.n") or 1.0)
+    return rollouts if rollouts is not None and rollouts > 0 else None
 
 
 def waiting_for_rewards(data: RunData) -> Finding | None:
@@ -261,12 +295,15 @@ def waiting_for_rewards(data: RunData) -> Finding | None:
         evidence=f"Scoring took {scoring:.0f} of {whole:.0f} seconds, {percent(scoring / whole)}, evaluations and "
         "checkpoints aside.",
         cause="The reward function or server is slow compared with the model, and nothing else runs meanwhile.",
-        remedy="A larger reward.calls.batch_size, more copies of the server in reward.url, or work that reward.fn does "
-        "once instead of for each response",
+        remedy=remedies(
+            data,
+            "let reward.fn do once what it does for each response",
+            "more copies of the server in reward.url",
+            "a larger reward.calls.batch_size",
+        ),
         metrics=("perf/step_seconds",),
     )
 
 
 def _wall(part: Any) -> float:
-    found = part.get("wall_s") if isinstance(part, Mapping) else part
-    return float(found) if isinstance(found, int | float) else 0.0
+    return as_number(part.get("wall_s") if isinstance(part, Mapping) else part) or 0.0

@@ -259,3 +259,5 @@ def test_drift_of_bf16_is_no_finding_at_a_size_that_is_one_in_float32() -> None:
     series = {"rollout/logprob_drift": [0.01] * 6}
     assert found("logprob_drift", made_up(series, {"trainer": {"precision": "bf16"}})) is None
     assert found("logprob_drift", made_up(series, {"trainer": {"precision": "fp32"}})) is not None
+
+
