@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,8 +20,8 @@ VANISHED = 1e-4
 """Share of the gradient norm of a run's first half (its median) that is left when gradients have vanished. Solved tasks
 keep .01 and more."""
 EXPLODED = 30.0
-"""Growth of the gradient norm from the median of the run's first half to that of the last readings. Good runs stay
-within a factor of 10; single readings are not looked at."""
+"""Growth of the gradient norm from the median of the first half of the readings so far to that of five in a row. Good
+runs stay within a factor of 10; single readings are not looked at."""
 ABOVE_CLIPPING = 10.0
 """Gradient norm as a multiple of optim.clip_grad. With sparse rewards, gradients begin near 0 and stay far below."""
 LOSS_NOISE = 0.1
@@ -63,11 +64,13 @@ def gradients_dead(data: RunData) -> Finding | None:
         title="There is no gradient to learn from",
         evidence=f"train/grad_norm was {shown(late)} in the median of the last {RECENT} readings, and "
         f"{shown(max(values(norms)))} at its largest.",
-        cause="All scores are equal, everything that could be learned is clipped or masked, or the loss is 0.",
+        cause="All scores are equal, everything that could be learned is clipped or masked, the loss is 0, or updates "
+        "that were too large have saturated the model.",
         remedy=remedies(
             data,
+            *(("a lower optim.lr, from an earlier checkpoint (run.resume=PATH)",) if _worse(data) else ()),
             "look at rollout/score_std and policy/clip_fraction, then at ppo.clip_low, ppo.clip_high and reward.fn",
-            *(() if data.has_phases else ("stop here if the loss is as small as it should be",)),
+            *(() if data.has_phases or _worse(data) else ("stop here if the loss is as small as it should be",)),
             "check the records of data.train",
             "check data.loss_on",
             "check model.num_layers_unfrozen",
@@ -77,31 +80,56 @@ def gradients_dead(data: RunData) -> Finding | None:
     )
 
 
+def _worse(data: RunData) -> bool:
+    """Return whether the loss, of runs without phases, is larger than it was at first."""
+    losses = values(data.series("train/loss"))
+    return not data.has_phases and median(losses[-RECENT:]) > median(losses[:RECENT])
+
+
 def gradients_explode(data: RunData) -> Finding | None:
-    """Find gradients that have grown by orders of magnitude."""
+    """Find gradients that have grown by orders of magnitude, and have not come back to their usual size."""
     for metric in ("train/grad_norm", "train/critic_grad_norm"):
         norms = data.series(metric)
-        if len(norms) < 2 * RECENT:
+        enough = ABOVE_CLIPPING * (data.number("optim.clip_grad") or 1.0)
+        grown = _first_growth(values(norms), enough)
+        if grown is None:
             continue
-        usual, late = median(values(norms[: len(norms) // 2])), median(values(norms[-RECENT:]))
-        if usual > 0 and late >= max(EXPLODED * usual, ABOVE_CLIPPING * (data.number("optim.clip_grad") or 1.0)):
-            return Finding(
-                name="gradients_explode",
-                severity="problem",
-                title="Gradients have grown by orders of magnitude",
-                evidence=f"{metric} was {shown(usual)} in the median of the first half of the run and {shown(late)} in "
-                f"that of the last {RECENT} readings.",
-                cause="A learning rate that is too high, rewards of very different size, or a few broken records.",
-                remedy=remedies(
-                    data,
-                    "a lower optim.lr",
-                    "ppo.clip_scores or ppo.scale_scores=running",
-                    "a longer optim.warmup_steps",
-                    "optim.clip_grad=1",
-                ),
-                metrics=(metric, "train/loss"),
-                steps=(norms[-RECENT][0], norms[-1][0]),
-            )
+        end, usual, then = grown
+        last = median(values(norms[-RECENT:]))
+        if usual / EXPLODED <= last <= EXPLODED * usual:
+            continue
+        return Finding(
+            name="gradients_explode",
+            severity="problem",
+            title="Gradients have grown by orders of magnitude",
+            evidence=f"{metric} was {shown(usual)} in the median of the first {end // 2} readings, {shown(then)} in that "
+            f"of the {RECENT} up to {data.unit} {norms[end - 1][0]}, and {shown(last)} in that of the last {RECENT}.",
+            cause="A learning rate that is too high, rewards of very different size, or a few broken records.",
+            remedy=remedies(
+                data,
+                "a lower optim.lr",
+                "ppo.clip_scores or ppo.scale_scores=running",
+                "a longer optim.warmup_steps",
+                "optim.clip_grad=1",
+            ),
+            metrics=(metric, "train/loss"),
+            steps=(norms[end - RECENT][0], norms[-1][0]),
+        )
+    return None
+
+
+def _first_growth(norms: list[float], enough: float) -> tuple[int, float, float] | None:
+    """Return where the median of a few norms is first much larger than that of the first half of all up to there: the
+    number of norms up to there, and both medians."""
+    half: list[float] = []  # sorted
+    for end in range(1, len(norms) + 1):
+        if end % 2 == 0:
+            insort(half, norms[end // 2 - 1])
+        if end < 2 * RECENT:
+            continue
+        usual, late = (half[(len(half) - 1) // 2] + half[len(half) // 2]) / 2, median(norms[end - RECENT : end])
+        if usual > 0 and late >= max(EXPLODED * usual, enough):
+            return end, usual, late
     return None
 
 

@@ -64,7 +64,11 @@ BAD = {
         steps(train__loss=rising(2, 9, 12)),
         phases(value__loss=[0.1, 0.1, 0.2, 0.1, 0.1, 0.3, 1, 2, 5, 8, 9]),
     ],
-    "gradients_explode": [steps(train__grad_norm=[1.0, 1.2] * 6 + [90, 200, 300, 800, 999])],
+    "gradients_explode": [
+        steps(train__grad_norm=[1.0, 1.2] * 6 + [90, 200, 300, 800, 999]),
+        steps(train__grad_norm=[1.0, 1.2] * 6 + [90] * 50),  # long ago
+        steps(train__grad_norm=[1.0, 1.2] * 6 + [1e6] * 6 + [0.0] * 9),  # the model is saturated
+    ],
     "gradients_dead": [
         steps(train__grad_norm=[2.0, 1.0] + [0.0] * 8),
         phases(train__grad_norm=[1.0, 0.9] * 6 + [1e-6] * 5),
@@ -88,7 +92,10 @@ BAD = {
         phases(rollout__zero_spread_groups=[7.5] * 20, rollout__score=UNLEARNED),
         phases(rollout__zero_spread_groups=[18] * 20, rollout__prompts=[20] * 20, rollout__score=UNLEARNED),
     ],
-    "value_explains_nothing": [phases(value__explained_variance=[-0.3, 0.0, -0.1] * 5)],
+    "value_explains_nothing": [
+        phases(value__explained_variance=[-0.3, 0.0, -0.1] * 5),
+        phases(value__explained_variance=[1e-4] * 12),  # scores that are far larger than a value may move
+    ],
     "clipping_always": [
         phases(policy__clip_fraction=[0.1, 0.2, 0.6, 0.7, 0.6, 0.5, 0.7]),
         phases(value__clip_fraction=[0.9] * 8),
@@ -131,6 +138,7 @@ GOOD = {
     ],
     "gradients_explode": [
         steps(train__grad_norm=[1.0, 1.2] * 6 + [2, 90, 1, 2, 3]),
+        steps(train__grad_norm=[1.0, 1.2] * 6 + [90] * 6 + [1, 2] * 5),  # it came back
         phases(train__grad_norm=[0.001] * 10 + [1.5] * 8),  # the first scores above 0
     ],
     "gradients_dead": [steps(train__grad_norm=rising(5, 0.05, 20))],
@@ -162,6 +170,7 @@ GOOD = {
     "value_explains_nothing": [
         phases(value__explained_variance=[-0.3] * 5 + [0.05] * 10),
         phases(value__explained_variance=[-0.3] * 20, rollout__score_std=rising(0.4, 0.01, 20)),  # nothing is left
+        phases(value__explained_variance=[0.006] * 12),  # slowly
     ],
     "clipping_always": [
         phases(policy__clip_fraction=[0.9, 0.5, 0.3, 0.2, 0.1, 0.1, 0.1]),
@@ -259,5 +268,3 @@ def test_drift_of_bf16_is_no_finding_at_a_size_that_is_one_in_float32() -> None:
     series = {"rollout/logprob_drift": [0.01] * 6}
     assert found("logprob_drift", made_up(series, {"trainer": {"precision": "bf16"}})) is None
     assert found("logprob_drift", made_up(series, {"trainer": {"precision": "fp32"}})) is not None
-
-
