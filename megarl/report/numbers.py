@@ -15,8 +15,7 @@ def values(points: Sequence[Point]) -> list[float]:
 
 def mean(numbers: Sequence[float]) -> float:
     """Return the mean; 0 without numbers."""
-    size = _size(numbers)
-    return size * (math.fsum(number / size for number in numbers) / len(numbers)) if numbers else 0.0
+    return _size(numbers) * (math.fsum(_scaled(numbers)) / len(numbers)) if numbers else 0.0
 
 
 def median(numbers: Sequence[float]) -> float:
@@ -37,7 +36,7 @@ def correlation(left: Sequence[float], right: Sequence[float]) -> float:
     """Return Pearson's correlation of two lists of equal length; 0 where either has no spread."""
     if len(left) < 2:
         return 0.0
-    xs, ys = ([number / _size(numbers) for number in numbers] for numbers in (left, right))
+    xs, ys = _scaled(left), _scaled(right)
     a, b = mean(xs), mean(ys)
     both = math.fsum((x - a) * (y - b) for x, y in zip(xs, ys, strict=True))
     spread = math.sqrt(math.fsum((x - a) ** 2 for x in xs) * math.fsum((y - b) ** 2 for y in ys))
@@ -47,6 +46,11 @@ def correlation(left: Sequence[float], right: Sequence[float]) -> float:
 def _size(numbers: Sequence[float]) -> float:
     """Return a power of two near the largest number. Divided by it, numbers have sums and squares that are finite."""
     return 2.0 ** (math.frexp(max(map(abs, numbers), default=0.0))[1] - 1)
+
+
+def _scaled(numbers: Sequence[float]) -> list[float]:
+    size = _size(numbers)
+    return [number / size for number in numbers]
 
 
 def joined(left: Sequence[Point], right: Sequence[Point]) -> list[tuple[int, float, float]]:

@@ -102,8 +102,9 @@ def gradients_explode(data: RunData) -> Finding | None:
             name="gradients_explode",
             severity="problem",
             title="Gradients have grown by orders of magnitude",
-            evidence=f"{metric} was {shown(usual)} in the median of the first {end // 2} readings, {shown(then)} in that "
-            f"of the {RECENT} up to {data.unit} {norms[end - 1][0]}, and {shown(last)} in that of the last {RECENT}.",
+            evidence=f"{metric} was {shown(usual)} in the median of the first {end // 2} readings, {shown(then)} in "
+            f"that of the {RECENT} up to {data.unit} {norms[end - 1][0]}, and {shown(last)} in that of the last "
+            f"{RECENT}.",
             cause="A learning rate that is too high, rewards of very different size, or a few broken records.",
             remedy=remedies(
                 data,

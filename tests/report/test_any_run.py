@@ -87,6 +87,14 @@ def test_the_runs_at_random_have_every_finding_somewhere() -> None:
     assert {finding.name for seed in range(3000) for finding in find(any_run(seed))} == set(FINDERS)
 
 
+def test_a_long_run_is_looked_at_as_well() -> None:
+    chance = random.Random(1)
+    metrics = (*COLUMNS, *EVALUATED)
+    rows = [{"step": float(step), **{name: chance.random() for name in metrics}} for step in range(1, 10_001)]
+    found = find(RunData(Path("long"), {"trainer": {"max_phases": 10_000}}, rows))
+    assert "clipping_always" in {finding.name for finding in found}
+
+
 @pytest.mark.parametrize("name", read_index())
 def test_a_reward_that_is_a_thousand_times_as_large_has_the_same_findings(name: str) -> None:
     run = kept(name)
