@@ -230,7 +230,7 @@ def value_explains_nothing(data: RunData) -> Finding | None:
         return None
     late = values(explained[-CRITIC_PHASES:])
     left = median(values(data.series(SPREAD)[-RECENT:]))
-    if median(late) > EXPLAINS_NOTHING or left < SPREAD_OF_VALUES * spread or left <= 0:
+    if max(median(late), median(late[-3:])) > EXPLAINS_NOTHING or left < SPREAD_OF_VALUES * spread or left <= 0:
         return None
     return Finding(
         name="value_explains_nothing",

@@ -171,6 +171,7 @@ GOOD = {
         phases(value__explained_variance=[-0.3] * 5 + [0.05] * 10),
         phases(value__explained_variance=[-0.3] * 20, rollout__score_std=rising(0.4, 0.01, 20)),  # nothing is left
         phases(value__explained_variance=[0.006] * 12),  # slowly
+        phases(value__explained_variance=[-0.3] * 7 + [0.05, 0.12, 0.16]),  # it has begun to
     ],
     "clipping_always": [
         phases(policy__clip_fraction=[0.9, 0.5, 0.3, 0.2, 0.1, 0.1, 0.1]),
