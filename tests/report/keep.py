@@ -45,7 +45,15 @@ SETTINGS = (
 
 
 def make(command: str, folder: Path) -> str:
-    """Make a run in a folder. Return what it wrote to the terminal."""
+    """Make a run in a folder. Return what it wrote to the terminal. Of commands that are joined by `&&`, the last makes
+    the run; CLONE is a folder that they share."""
+    *first, last = command.replace("CLONE", f"{folder}-clone").split(" && ")
+    for before, one in enumerate(first):
+        _run(one, Path(f"{folder}-{before}"))
+    return _run(last, folder)
+
+
+def _run(command: str, folder: Path) -> str:
     program, *words = shlex.split(command)
     if program == "megarl":
         words = ["-m", "megarl", *words]
@@ -102,6 +110,7 @@ def kept(name: str) -> RunData:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        make(sys.argv[2], Path(folder))
-        keep(Path(folder), sys.argv[1], sys.argv[2], sys.argv[3:])
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / "run"
+        make(sys.argv[2], made)
+        keep(made, sys.argv[1], sys.argv[2], sys.argv[3:])
