@@ -9,7 +9,7 @@ from megarl.report.falls import SPREAD
 from megarl.report.finding import Finding
 from megarl.report.numbers import joined, mean, median, percent, shown, values
 from megarl.report.of_scores import FLAT, learned, scores, spread_at_first
-from megarl.report.remedies import remedies
+from megarl.report.remedies import at_most, remedies
 
 RECENT = 5
 """Phases that a present state is read from: fewer is noise, more notices late."""
@@ -109,7 +109,7 @@ def _runaway(data: RunData, evidence: str, metrics: tuple[str, ...], since: int)
         remedy=remedies(
             data,
             "a lower optim.lr",
-            "a lower ppo.stop_at_kl, such as 0.05",
+            *at_most(data, "ppo.stop_at_kl", 0.05),
             "a higher ppo.kl_coef, or ppo.adaptive_kl.target=6",
             "ppo.kl_limit ends a run that goes too far",
         ),

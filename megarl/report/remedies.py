@@ -25,6 +25,12 @@ def remedies(data: RunData, *texts: str) -> str:
     return text if _SETTING.match(text) else text[:1].upper() + text[1:]
 
 
+def at_most(data: RunData, key: str, value: float) -> tuple[str, ...]:
+    """Return the setting of a limit as a remedy; nothing where the run has a limit that is as small."""
+    present = data.number(key)
+    return () if present is not None and present <= value else (f"{key}={value:g}",)
+
+
 def first_remedies(text: str, count: int = 2) -> str:
     """Return the first of the remedies in a text."""
     return SEPARATOR.join(text.split(SEPARATOR)[:count])

@@ -48,6 +48,12 @@ SLOW = {"seconds": {"score": {"wall_s": 900}, "train": {"wall_s": 100}, "eval": 
 QUICK = {"seconds": {"score": {"wall_s": 30}, "train": {"wall_s": 10}}}
 BUSY = {"seconds": {"score": {"wall_s": 900}, "generate": {"wall_s": 3000}}}
 
+UNSOLVED = {
+    "eval/exact": [0.01, 0.02, 0.04, 0.03, 0.01, 0.0, 0.01, 0.0],  # of a hundred responses, one to four are right
+    "eval/score": [0.01, 0.02, 0.04, 0.03, 0.01, 0.0, 0.01, 0.0],
+    "eval/score_se": [0.01, 0.014, 0.02, 0.017, 0.01, 0.0, 0.01, 0.0],
+}
+
 BAD = {
     "score_collapsed": [
         phases(rollout__score=[0.63, 0.79, 0.86, 0.72, 0.93, 0.98, 0.06, 0.0, 0.0]),
@@ -124,6 +130,7 @@ GOOD = {
         phases(rollout__score=[0.49, 0.71, 0.87, 0.90, 0.07, 0.11, 0.23, 0.32, 0.36, 0.60, 0.93]),  # came back
         phases(rollout__score=[0.63, 0.79, 0.86, 0.72, 0.93, 0.98, 0.06, 0.0]),  # not long enough yet
         made_up({"eval/score": [0.9, 0.2, 0.2, 0.2]}, {**PPO, "checkpoint": {"best": {"mode": "min"}}}),
+        made_up(UNSOLVED, {**PPO, "checkpoint": {"best": {"metric": "eval/exact", "mode": "max"}}}),
     ],
     "kl_runaway": [
         phases(rollout__kl=rising(0, 8, 20), rollout__response_tokens=[20] * 20),
