@@ -250,6 +250,8 @@ def value_explains_nothing(data: RunData) -> Finding | None:
             *(
                 ("a higher critic.separate.lr", "critic.separate.warmup_phases=5")
                 if data.setting("critic.kind") == "separate"
+                else ("a higher optim.lr",)
+                if clipping_never(data) is not None
                 else ("a higher ppo.vf_coef", "critic.kind=separate with its own critic.separate.lr")
             ),
             "ppo.clip_value=null",
