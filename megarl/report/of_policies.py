@@ -22,6 +22,8 @@ KL_WORTH_MENTION = 0.1
 STEP_FAR = 1.0
 """KL of a minibatch within a phase, in nats per token. On small tasks good runs pass .5 now and then, one passed 1.5
 once; three phases of five above 1 were seen in bad runs only."""
+FAR_SHARE = 0.33
+"""Share of all phases with such steps after which the policy has been somewhere else, even if it moves less now."""
 ENTROPY_LEFT = 0.05
 """Share of the first phases' entropy that is left in a collapse. Good runs on small tasks end at .06 to .3."""
 SPREAD_LEFT = 0.7
@@ -69,15 +71,19 @@ def kl_runaway(data: RunData) -> Finding | None:
     if len(per_token) >= 9 and (found := _grown_for_nothing(data, per_token)) is not None:
         return found
     moved = data.series("policy/approx_kl_max")
-    far = [step for step, value in moved[-RECENT:] if value >= STEP_FAR]
-    if len(far) >= 3:
-        return _runaway(
-            data,
-            f"policy/approx_kl_max was {shown(max(values(moved[-RECENT:])))} nats per token at most in the last "
-            f"{RECENT} {data.unit}s, and above {STEP_FAR:g} in {len(far)} of them.",
-            ("policy/approx_kl_max", "policy/approx_kl"),
-            far[0],
-        )
+    for phases, enough, which in (
+        (moved[-RECENT:], 3, f"the last {RECENT} {data.unit}s"),
+        (moved, max(RECENT, FAR_SHARE * len(moved)), f"{len(moved)} {data.unit}s"),
+    ):
+        far = [step for step, value in phases if value >= STEP_FAR]
+        if len(far) >= enough:
+            return _runaway(
+                data,
+                f"policy/approx_kl_max was {shown(max(values(phases)))} nats per token at most in {which}, and above "
+                f"{STEP_FAR:g} in {len(far)} of them.",
+                ("policy/approx_kl_max", "policy/approx_kl"),
+                far[0],
+            )
     return None
 
 

@@ -64,6 +64,7 @@ BAD = {
         phases(rollout__kl=rising(0, 60, 20), rollout__response_tokens=[20] * 20),
         phases(rollout__kl=[1.0] * 14 + [9.0] * 6, rollout__response_tokens=[20] * 20, rollout__score=UNLEARNED),
         phases(policy__approx_kl_max=[0.1, 0.2, 3.0, 0.4, 5.0, 7.0]),
+        phases(policy__approx_kl_max=[1.5] * 8 + [0.2] * 12),
     ],
     "loss_diverges": [
         steps(train__loss=[4, 3, 2, 1.5, 1.2, 1.1, 1.1, 3, 3.5, 3.8, 3.9, 4, 4]),
@@ -135,6 +136,7 @@ GOOD = {
     "kl_runaway": [
         phases(rollout__kl=rising(0, 8, 20), rollout__response_tokens=[20] * 20),
         phases(policy__approx_kl_max=[0.1, 1.5, 0.3, 0.4, 0.2, 0.1]),
+        phases(policy__approx_kl_max=[1.5] * 3 + [0.2] * 17),
         phases(rollout__kl=[1.0] * 14 + [9.0] * 6, rollout__response_tokens=[20] * 20),  # and the score rises
     ],
     "loss_diverges": [
