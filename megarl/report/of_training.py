@@ -198,7 +198,7 @@ def evaluation_gap(data: RunData) -> Finding | None:
         cause="The model learns its training data by heart (overfitting).",
         remedy=remedies(
             data,
-            f"use the checkpoint of {data.unit} {step}, which checkpoint.best keeps",
+            f"use the checkpoint of {data.unit} {step} (checkpoint.best keeps the best)",
             "fewer trainer.max_steps",
             "more data",
             "a lower optim.lr",
