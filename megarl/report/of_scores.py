@@ -1,7 +1,7 @@
 """Findings about scores: whether they rise, fall back, and for what reason.
 
 Each function returns a finding or None, from the data of a run alone. The constants are the thresholds; on the runs in
-tests/report/runs they separate good runs from those that were made bad on purpose.
+tests/report/real they separate good runs from those that were made bad on purpose.
 """
 
 from __future__ import annotations
