@@ -114,7 +114,7 @@ class Findings(Callback):
             if finding.severity != "note" and finding.name != said:
                 logger.warning("%s", line(finding))
         if found:
-            logger.info("evidence and causes of the findings: %s", self.folder / FILE)
+            logger.info("causes, and more to try: %s", self.folder / FILE)
 
     def _write(self, trainer: Trainer, found: list[Finding]) -> None:
         content = {

@@ -16,6 +16,8 @@ from megarl.errors import DataError
 Point = tuple[int, float]
 """A step (or phase) and a value."""
 
+_TOO_LARGE = 1e300
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -46,8 +48,13 @@ class RunData:
     @property
     def unit(self) -> str:
         """What a step is called: phase or step."""
+        return "phase" if self.has_phases else "step"
+
+    @property
+    def has_phases(self) -> bool:
+        """Whether the run generates responses in phases."""
         trainer = self.config.get("trainer")
-        return "phase" if isinstance(trainer, Mapping) and "max_phases" in trainer else "step"
+        return isinstance(trainer, Mapping) and "max_phases" in trainer
 
     def series(self, metric: str) -> list[Point]:
         """Return the finite values of a metric, in the order of the steps."""
@@ -71,6 +78,17 @@ class RunData:
             value = value[part]
         return default if value is None else value
 
+    def number(self, key: str) -> float | None:
+        """Return the value of a dotted configuration key; None where the run has no such key, or no number there."""
+        return as_number(self.setting(key))
+
+
+def as_number(value: Any) -> float | None:
+    """Return a value as a number; None if it is none, or too large to count with."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _TOO_LARGE:
+        return None
+    return float(value)
+
 
 def read_run(path: Path) -> RunData:
     """Return the data of a run folder. Raise `DataError` if it is none."""
@@ -79,7 +97,7 @@ def read_run(path: Path) -> RunData:
         text = read_text(metrics)
         whole = text[: text.rfind("\n") + 1]  # without a line that is being written, or that a crash left
         rows = [_numbers(row) for row in csv.DictReader(io.StringIO(whole, newline=""))]
-        rows = [row for row in rows if _is_step(row.get("step"))]
+        rows = sorted((row for row in rows if _is_step(row.get("step"))), key=lambda row: row["step"])
     except (UnreadableError, csv.Error, ValueError) as problem:
         raise DataError(
             f"{metrics} {problem}: name the folder of a run, which logs with logger.csv=true", where=metrics

@@ -10,6 +10,7 @@ from megarl.config.findings import FINDINGS
 from megarl.report import of_policies, of_scores, of_training
 from megarl.report.data import RunData
 from megarl.report.finding import Finding
+from megarl.report.remedies import first_remedies
 
 Finder = Callable[[RunData], Finding | None]
 
@@ -54,8 +55,9 @@ def find(data: RunData, names: Collection[str] = FINDINGS) -> list[Finding]:
 
 
 def line(finding: Finding) -> str:
-    """Return a finding as one line for the terminal."""
-    return f"{finding.severity} {finding.name}: {finding.title}. Try: {finding.remedy}."
+    """Return a finding as one line for the terminal, with the first remedies."""
+    tried = first_remedies(finding.remedy)
+    return f"{finding.severity} {finding.name}: {finding.title}. {finding.evidence} Try: {tried}."
 
 
 def from_plain(plain: dict[str, Any]) -> Finding:

@@ -35,6 +35,11 @@ def test_lines_of_the_table_that_have_no_step_are_left_out(tmp_path: Path) -> No
     assert [dict(row) for row in read_run(tmp_path).rows] == [{"step": 1.0, "a": 2.0}, {"step": 2.0}]
 
 
+def test_steps_are_in_their_order_however_the_table_has_them(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,a\n3,1\n1,2\n2,3\n2,4\n")
+    assert read_run(tmp_path).series("a") == [(1, 2), (2, 3), (2, 4), (3, 1)]
+
+
 @pytest.mark.parametrize("content", ["step,a\n1,x\n", b"\xff\xfe\n"])
 def test_a_table_that_is_none_is_refused_by_its_path(tmp_path: Path, content: str | bytes) -> None:
     path = tmp_path / "metrics.csv"
