@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from megarl.disk import UnreadableError, check_yaml, parse_object, read_text
 from megarl.errors import DataError
 
+METRICS = "metrics.csv"
 Point = tuple[int, float]
 """A step (or phase) and a value."""
 
@@ -72,28 +73,39 @@ class RunData:
 
 def read_run(path: Path) -> RunData:
     """Return the data of a run folder. Raise `DataError` if it is none."""
-    metrics = path / "metrics.csv"
+    metrics = path / METRICS
     try:
         text = read_text(metrics)
-        whole = text[: text.rfind("\n") + 1]  # without a line that is being written, or that a crash left
-        rows = [_numbers(row) for row in csv.DictReader(io.StringIO(whole, newline=""))]
-        rows = [row for row in rows if _is_step(row.get("step"))]
-    except (UnreadableError, csv.Error, ValueError) as problem:
+        rows = parse_rows(text[: text.rfind("\n") + 1])  # without a line that is being written, or that a crash left
+    except ValueError as problem:
         raise DataError(
             f"{metrics} {problem}: name the folder of a run, which logs with logger.csv=true", where=metrics
         ) from None
-    summary = _object(path / "summary.json")
-    entry = summary.get("algorithm")
+    return run_data(path, rows, {name: read(path / name) for name, read in FILES.items()})
+
+
+def run_data(path: Path, rows: Sequence[Mapping[str, float]], contents: Mapping[str, Any]) -> RunData:
+    """Return the data of a run from its metrics and the contents of its other files, by the names of `FILES`."""
+    entry = contents["summary.json"].get("algorithm")
     return RunData(
         path,
-        _config(path / "config.yaml"),
+        contents["config.yaml"],
         rows,
-        summary,
-        _samples(path / "samples.jsonl"),
+        contents["summary.json"],
+        contents["samples.jsonl"],
         entry if isinstance(entry, str) else "",
-        _object(path / "versions.json"),
-        _object(path / "git.json"),
+        contents["versions.json"],
+        contents["git.json"],
     )
+
+
+def parse_rows(text: str) -> list[dict[str, float]]:
+    """Return the rows of a table of metrics that have a step. Raise ValueError if a value is not a number."""
+    try:
+        rows = [_numbers(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
+    except csv.Error as problem:
+        raise UnreadableError(str(problem)) from None
+    return [row for row in rows if _is_step(row.get("step"))]
 
 
 def _numbers(row: Mapping[str | None, Any]) -> dict[str, float]:
@@ -136,3 +148,13 @@ def _samples(path: Path) -> list[dict[str, Any]]:
         except UnreadableError:  # a line that is being written
             continue
     return found
+
+
+FILES: dict[str, Callable[[Path], Any]] = {
+    "config.yaml": _config,
+    "summary.json": _object,
+    "samples.jsonl": _samples,
+    "versions.json": _object,
+    "git.json": _object,
+}
+"""The files of a run that are read beside its metrics, and how. One that is missing or damaged counts as empty."""

@@ -1,5 +1,6 @@
 "use strict";
-(() => {
+/* Makes the curves of the page readable by pointer and keyboard. Scripts that change the page do so through `report`. */
+const report = (() => {
   const SVG = "http://www.w3.org/2000/svg";
   const make = (name, attributes) => {
     const element = document.createElementNS(SVG, name);
@@ -28,15 +29,7 @@
       this.svg = figure.querySelector(":scope > svg");
       this.reader = figure.querySelector(".reader");
       this.readout = figure.querySelector(".readout");
-      Object.assign(this, JSON.parse(figure.querySelector("script").textContent));
-      this.values = this.lines.map((line) => new Map(line.points));
-      this.steps = [...new Set(this.lines.flatMap((line) => line.points.map(([step]) => step)))].sort((a, b) => a - b);
-      this.keep = 0;
-      this.name();
-      this.reader.max = this.steps.length - 1;
-      this.reader.value = this.steps.length - 1;
-      this.reader.hidden = this.steps.length < 2;
-      this.reader.setAttribute("aria-valuetext", this.said(this.steps.at(-1)));
+      this.load();
       this.reader.addEventListener("input", () => this.show(Number(this.reader.value)));
       this.reader.addEventListener("focus", () => this.show(Number(this.reader.value)));
       this.reader.addEventListener("blur", () => this.clear());
@@ -44,6 +37,22 @@
         this.svg.addEventListener(event, (at) => this.show(this.nearest(at)));
       }
       this.svg.addEventListener("pointerleave", () => this.clear());
+    }
+
+    /* Take up what the figure has: at first, and after a change. A step that is being read stays. */
+    load() {
+      const read = this.marks && this.steps[Number(this.reader.value)];
+      this.clear();
+      Object.assign(this, JSON.parse(this.figure.querySelector("script").textContent));
+      this.values = this.lines.map((line) => new Map(line.points));
+      this.steps = [...new Set(this.lines.flatMap((line) => line.points.map(([step]) => step)))].sort((a, b) => a - b);
+      this.name();
+      this.reader.max = this.steps.length - 1;
+      this.reader.value = this.steps.length - 1;
+      this.reader.hidden = this.steps.length < 2;
+      this.reader.setAttribute("aria-valuetext", this.said(this.steps.at(-1)));
+      this.smooth(kept());
+      if (read !== undefined) this.show(this.closest(read));
     }
 
     /* The title would open as a tooltip over the values: it becomes a label, which says the same without one. */
@@ -67,9 +76,15 @@
     nearest(at) {
       const box = this.svg.getBoundingClientRect();
       const x = ((at.clientX - box.left) / box.width) * this.svg.viewBox.baseVal.width;
+      const [left, right] = this.plot;
+      return this.closest(this.xSpan[0] + ((x - left) / (right - left)) * (this.xSpan[1] - this.xSpan[0]));
+    }
+
+    /* The index of the step that is closest to a number. */
+    closest(number) {
       let best = 0;
       this.steps.forEach((step, index) => {
-        if (Math.abs(this.x(step) - x) < Math.abs(this.x(this.steps[best]) - x)) best = index;
+        if (Math.abs(step - number) < Math.abs(this.steps[best] - number)) best = index;
       });
       return best;
     }
@@ -118,20 +133,27 @@
     }
   }
 
-  const curves = [...document.querySelectorAll("figure.curve")]
-    .filter((figure) => figure.querySelector("script"))
-    .map((figure) => new Curve(figure));
+  const curves = new Map();
 
-  const control = document.getElementById("smoothing");
-  if (control && curves.length) {
-    const output = control.parentElement.querySelector("output");
-    control.addEventListener("input", () => {
-      const keep = Number(control.value);
-      output.textContent = keep ? keep.toFixed(2) : "none";
-      for (const curve of curves) curve.smooth(keep);
-    });
-    for (const element of document.querySelectorAll(".control, .hint")) element.hidden = false;
-  }
+  /* The share of the mean that smoothing keeps at each point; 0: no smoothing. */
+  const kept = () => Number(document.getElementById("smoothing")?.value ?? 0);
+  document.addEventListener("input", (event) => {
+    if (event.target.id !== "smoothing") return;
+    const keep = kept();
+    event.target.parentElement.querySelector("output").textContent = keep ? keep.toFixed(2) : "none";
+    for (const curve of curves.values()) curve.smooth(keep);
+  });
+
+  /* Take up the curves that a part of the page has. */
+  const adopt = (part) => {
+    for (const figure of part.parentElement.querySelectorAll("figure.curve")) {
+      if (!part.contains(figure) || !figure.querySelector("script")) continue;
+      if (curves.has(figure)) curves.get(figure).load();
+      else curves.set(figure, new Curve(figure));
+    }
+    if (curves.size) for (const element of document.querySelectorAll(".control, .hint")) element.hidden = false;
+  };
+  adopt(document.body);
 
   /* A link into folded content unfolds it. */
   const unfold = () => {
@@ -160,4 +182,17 @@
   addEventListener("resize", reach);
   document.addEventListener("toggle", reach, true);
   reach();
+
+  /* Let a function change what is inside a part of the page, which stays itself. Values that are read and smoothing stay. */
+  const change = (part, alter) => {
+    const before = [...curves].filter(([figure]) => part.contains(figure));
+    for (const [, curve] of before) curve.smooth(0);
+    alter();
+    for (const [figure] of before) {
+      if (!figure.isConnected || !figure.querySelector("script")) curves.delete(figure);
+    }
+    adopt(part);
+    reach();
+  };
+  return { change };
 })();
