@@ -90,7 +90,7 @@ def _switch(value: str) -> bool:
 
 
 def _no_setting(key: str, value: str) -> ConfigError:
-    near = difflib.get_close_matches(key.lower(), [*_SETTINGS, "run"], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key.lower(), [*_SETTINGS, "run"], n=1, cutoff=0.6)
     if near == ["run"]:
         meant = f"write {shown(value)} alone"
     else:

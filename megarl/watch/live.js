@@ -12,10 +12,10 @@
 
   const tell = () => {
     line.className = `live${connected ? (state.running && !state.problem ? " running" : "") : " lost"}`;
-    const last = `Last: ${state.said}${changedAt && `, at ${changedAt}`}.`;
+    const last = state.said.endsWith(".") ? state.said : `Last: ${state.said}${changedAt && `, at ${changedAt}`}.`;
     const said = connected ? state.problem || (state.running ? "" : "The run has ended; if it is resumed, this page follows it.")
       : "No connection to megarl watch. Trying again.";
-    line.textContent = `${said} ${last}`.trim().replace("..", ".");
+    line.textContent = `${said} ${last}`.trim();
     announce(said || state.said);
   };
 
@@ -155,6 +155,7 @@
   };
   document.addEventListener("visibilitychange", attend);
   addEventListener("pageshow", ({ persisted }) => persisted && attend());
+  line.textContent = "Connecting to megarl watch.";
   observe();
   attend();
 })();

@@ -186,6 +186,15 @@ def test_a_folder_that_vanishes_is_told(server: WatchServer, folder: Path) -> No
     assert asked(server, "/")[0] == 200
 
 
+def test_the_run_folder_is_only_read(server: WatchServer, folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+    with closing(Stream(server)) as stream:
+        names = stream.next()["parts"]
+    asked(server, "/")
+    asked(server, "/parts?" + "&".join(f"id={name}" for name in names))
+    assert {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob("*"))} == before
+
+
 def test_what_is_no_http_does_not_end_the_server(server: WatchServer) -> None:
     for sent in (
         b"\x16\x03\x01\x00\xff\r\n\r\n",
