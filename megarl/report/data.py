@@ -59,7 +59,7 @@ class RunData:
 
     def metrics(self) -> list[str]:
         """Return the names of all metrics, sorted."""
-        return sorted({name for row in self.rows for name in row} - {"step"})
+        return sorted(set().union(*self.rows) - {"step"})
 
     def setting(self, key: str, default: Any = None) -> Any:
         """Return the value of a dotted configuration key; `default` where the run has no such key or it is null."""

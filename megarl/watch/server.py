@@ -24,8 +24,8 @@ from megarl.watch.live import POLICY_HERE, LivePage
 HOST = "127.0.0.1"
 POLL_S = 0.5
 """Seconds between two looks at the run folder."""
-_SLOWEST_POLL_S = 1.5
-_SHARE = 10  # a look that takes long is followed by a pause of so many times that
+_SLOWEST_POLL_S = 10.0
+_SHARE = 10  # a look that takes long, at a run of very many rows, is followed by a pause of so many times that
 _ALIVE_S = 10.0  # a stream without news gets a comment as often, which tells that its browser is gone
 _MOST_STREAMS = 32
 _MOST_PARTS = 1000  # in a request
@@ -121,6 +121,10 @@ class _Handler(BaseHTTPRequestHandler):
         if len(hosts) != 1 or not _LOOPBACK.fullmatch(hosts[0].strip()):
             self.close_connection = True
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", "This server answers requests to localhost only.\n")
+            return False
+        if self.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site") and self.path != "/":
+            self.close_connection = True  # another page could take all streams, though it cannot read them
+            self._answer(HTTPStatus.FORBIDDEN, "text/plain", "This server answers its own page only.\n")
             return False
         if self.command not in ("GET", "HEAD"):
             self.close_connection = True

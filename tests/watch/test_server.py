@@ -120,6 +120,13 @@ def test_only_names_of_this_machine_are_answered(server: WatchServer) -> None:
         assert (status, body) == (403, b"This server answers requests to localhost only.\n"), headers
 
 
+def test_another_page_may_link_to_the_page_and_reach_nothing_else(server: WatchServer) -> None:
+    for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)):
+        headers = {"Host": "localhost", "Sec-Fetch-Site": site}
+        assert [asked(server, path, "HEAD", headers)[0] for path in ("/parts", "/events")] == [status, status]
+        assert asked(server, "/", "HEAD", headers)[0] == 200
+
+
 def test_it_listens_to_this_machine_alone_and_lets_the_page_reach_nothing_else(server: WatchServer) -> None:
     assert server.server_address[0] == "127.0.0.1"
     _, headers, body = asked(server, "/")
