@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megarl.report.findings import as_plain
 from megarl.report.page import page
 from megarl.report.write import findings_of
 from megarl.run.csv_logger import MetricsFile
@@ -14,7 +16,7 @@ from megarl.watch.live import LivePage
 from tests.report.keep import kept
 from tests.report.made_up import made_up, write_run, write_scores
 from tests.report.parsed import Element, parse
-from tests.report.test_page import check_references
+from tests.report.test_page import FINDING, check_references
 
 
 @pytest.fixture
@@ -53,6 +55,18 @@ def test_findings_are_those_of_a_report(tmp_path: Path) -> None:
     shown = parse(live.parts(["findings"])["findings"][1]).with_class("finding")
     assert expected
     assert [any(title in one.text() for title in expected) for one in shown] == [True] * len(expected)
+
+
+def test_a_new_finding_shades_its_curve(folder: Path) -> None:
+    live = LivePage(folder)
+    before = live.state()["parts"]
+    assert 'class="band"' not in live.parts(["metric-rollout-kl"])["metric-rollout-kl"][1]
+    found = replace(FINDING, metrics=("rollout/kl",), steps=(1, 2))
+    (folder / "findings.json").write_text(json.dumps({"findings": as_plain([found]), "steps": 3}))
+    live.refresh()
+    after = live.state()["parts"]
+    assert {"findings", "metric-rollout-kl"} <= {name for name in after if after[name] != before[name]}
+    assert 'class="band"' in live.parts(["metric-rollout-kl"])["metric-rollout-kl"][1]
 
 
 def test_a_part_has_a_new_version_when_its_sources_change(folder: Path) -> None:
