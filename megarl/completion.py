@@ -87,6 +87,9 @@ def _candidates(before: list[str], typed: str) -> Iterator[str]:
     elif command == "report":
         yield "out="
         yield from _runs(typed)
+    elif command == "watch":
+        yield from ("port=", "open=true")
+        yield from _runs(typed)
     elif command in ("sweep", "compare"):
         yield from _settings_of_many(command, before[1:], typed)
     elif command in words:

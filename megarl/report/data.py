@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from megarl.disk import UnreadableError, check_yaml, parse_object, read_text
 from megarl.errors import DataError
 
+METRICS = "metrics.csv"
 Point = tuple[int, float]
 """A step (or phase) and a value."""
 
@@ -67,7 +68,7 @@ class RunData:
 
     def metrics(self) -> list[str]:
         """Return the names of all metrics, sorted."""
-        return sorted({name for row in self.rows for name in row} - {"step"})
+        return sorted(set().union(*self.rows) - {"step"})
 
     def setting(self, key: str, default: Any = None) -> Any:
         """Return the value of a dotted configuration key; `default` where the run has no such key or it is null."""
@@ -92,29 +93,41 @@ def as_number(value: Any) -> float | None:
 
 def read_run(path: Path) -> RunData:
     """Return the data of a run folder. Raise `DataError` if it is none."""
-    metrics = path / "metrics.csv"
+    metrics = path / METRICS
     try:
         text = read_text(metrics)
-        whole = text[: text.rfind("\n") + 1]  # without a line that is being written, or that a crash left
-        rows = [_numbers(row) for row in csv.DictReader(io.StringIO(whole, newline=""))]
-        rows = sorted((row for row in rows if _is_step(row.get("step"))), key=lambda row: row["step"])
-    except (UnreadableError, csv.Error, ValueError) as problem:
+        rows = parse_rows(text[: text.rfind("
+") + 1])  # without a line that is being written, or that a crash left
+    except ValueError as problem:
         raise DataError(
             f"{metrics} {problem}: name the folder of a run, which logs with logger.csv=true", where=metrics
         ) from None
-    summary = _object(path / "summary.json")
-    entry = summary.get("algorithm")
+    return run_data(path, rows, {name: read(path / name) for name, read in FILES.items()})
+
+
+def run_data(path: Path, rows: Sequence[Mapping[str, float]], contents: Mapping[str, Any]) -> RunData:
+    """Return the data of a run from its metrics and the contents of its other files, by the names of `FILES`."""
+    entry = contents["summary.json"].get("algorithm")
     return RunData(
         path,
-        _config(path / "config.yaml"),
+        contents["config.yaml"],
         rows,
-        summary,
-        _records(path / "samples.jsonl"),
+        contents["summary.json"],
+        contents["samples.jsonl"],
         entry if isinstance(entry, str) else "",
-        _object(path / "versions.json"),
-        _object(path / "git.json"),
-        _records(path / "tokens.jsonl"),
+        contents["versions.json"],
+        contents["git.json"],
+        contents["tokens.jsonl"],
     )
+
+
+def parse_rows(text: str) -> list[dict[str, float]]:
+    """Return the rows of a table of metrics that have a step. Raise ValueError if a value is not a number."""
+    try:
+        rows = [_numbers(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
+    except csv.Error as problem:
+        raise UnreadableError(str(problem)) from None
+    return sorted((row for row in rows if _is_step(row.get("step"))), key=lambda row: row["step"])
 
 
 def _numbers(row: Mapping[str | None, Any]) -> dict[str, float]:
@@ -157,3 +170,14 @@ def _records(path: Path) -> list[dict[str, Any]]:
         except UnreadableError:  # a line that is being written
             continue
     return found
+
+
+FILES: dict[str, Callable[[Path], Any]] = {
+    "config.yaml": _config,
+    "summary.json": _object,
+    "samples.jsonl": _records,
+    "versions.json": _object,
+    "git.json": _object,
+    "tokens.jsonl": _records,
+}
+"""The files of a run that are read beside its metrics, and how. One that is missing or damaged counts as empty."""

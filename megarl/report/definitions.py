@@ -39,6 +39,7 @@ class Definition:
         return any(re.fullmatch(_pattern(name), metric) for name in self.names)
 
 
+@cache
 def find_definition(metric: str, algorithm: str = "") -> Definition | None:
     """Return the definition of a metric as an algorithm logs it; None if the page has none.
 

@@ -40,6 +40,8 @@ def status(run: RunData) -> str:
     if said is None:
         last = f", {run.unit} {int(run.rows[-1]['step'])} logged" if run.rows else ", nothing logged yet"
         return f"unknown (no readable summary.json{last})"
+    if said == "running" and isinstance(steps, int) and run.rows:  # it is written at evaluations only
+        steps = max(steps, int(run.rows[-1]["step"]))
     whole = f" of {escape(number(planned))}" if planned is not None else ""
     counted = f", {escape(number(steps))}{whole} {run.unit}s" if steps is not None else ""
     error = run.summary.get("error")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -57,8 +58,7 @@ class Chart:
 
     def svg(self) -> str:
         """Return the drawing."""
-        drawn = self._drawn()
-        axes = _Axes.around([point for line in drawn for point in line.points])
+        drawn, axes = self._drawn, self._axes
         body = [axes.grid(self.unit), *(axes.band(*span) for span in self.bands)]
         for line in drawn:
             body.append(f'<path class="line s{line.style % STYLES}" d="{axes.path(line.points)}"/>')
@@ -71,8 +71,7 @@ class Chart:
 
     def data(self) -> str:
         """Return what the page's script needs to show values and to smooth: the drawn points and the axes."""
-        drawn = self._drawn()
-        axes = _Axes.around([point for line in drawn for point in line.points])
+        drawn, axes = self._drawn, self._axes
         lines: list[dict[str, Any]] = []
         for whole, line in zip(self.lines, drawn, strict=True):
             entry: dict[str, Any] = {
@@ -93,6 +92,11 @@ class Chart:
             }
         )
 
+    @cached_property
+    def _axes(self) -> _Axes:
+        return _Axes.around([point for line in self._drawn for point in line.points])
+
+    @cached_property
     def _drawn(self) -> list[Line]:
         most = max(_MOST_POINTS // max(len(self.lines), 1), _FEWEST_POINTS)
         return [Line(line.label, thin(_bounded(line.points), most), line.style) for line in self.lines]
@@ -265,6 +269,9 @@ def _value(point: Point) -> float:
 
 def _bounded(points: Sequence[Point]) -> list[Point]:
     """Return points whose differences are finite, whatever their values are."""
+    values = [value for _, value in points]
+    if not values or (min(values) >= -_LARGEST and max(values) <= _LARGEST):
+        return list(points)
     return [(step, _within_bounds(value)) for step, value in points]
 
 

@@ -93,17 +93,19 @@ def section(identifier: str, heading: str, *content: str) -> str:
     )
 
 
-def folded(summary: str, *content: str) -> str:
+def folded(summary: str, *content: str, identifier: str = "") -> str:
     """Return content that is folded until a reader opens it. `summary` is HTML."""
-    return f"<details><summary>{summary}</summary>{''.join(content)}</details>"
+    named = f' id="{identifier}"' if identifier else ""
+    return f"<details{named}><summary>{summary}</summary>{''.join(content)}</details>"
 
 
-def as_script(content: Any) -> str:
+def as_script(content: Any, identifier: str = "") -> str:
     """Return data for the page's script, which no text in it can end."""
+    named = f' id="{identifier}"' if identifier else ""
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return f'<script type="application/json">{text}</script>'
+    return f'<script type="application/json"{named}>{text}</script>'
 
 
 def identifiers(prefix: str, names: Iterable[str]) -> dict[str, str]:

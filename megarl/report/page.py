@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from itertools import count
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import megarl
@@ -19,43 +19,80 @@ from megarl.report.tokens import EXPLAINED, tokens
 
 GENERATOR = "megarl report"
 """Content of the page's meta element `generator`, by which a report is recognised."""
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 """What a browser lets the page do: nothing that needs a network."""
 _FOLDER = Path(__file__).resolve().parent
 _SEVERITIES = {"problem": "Problem", "warning": "Warning", "note": "Note"}
 
 
-def page(runs: Sequence[RunData], findings: Sequence[Sequence[Finding]] | None = None) -> str:
+@dataclass(frozen=True)
+class Surroundings:
+    """What a page has around its sections. The defaults are a report's: a file that stands alone.
+
+    Attributes:
+        generator: what made the page: the command, for the end of the title and the meta element.
+        policy: what a browser lets the page do.
+        style: CSS after that of every page.
+        header: HTML at the end of the header.
+        end: HTML at the end of the page, after the script of every page.
+        footer: HTML after the sentence that says when the page was written.
+    """
+
+    generator: str = GENERATOR
+    policy: str = POLICY
+    style: str = ""
+    header: str = ""
+    end: str = ""
+    footer: str = "The file needs no network and may be moved."
+
+
+def page(
+    runs: Sequence[RunData],
+    findings: Sequence[Sequence[Finding]] | None = None,
+    around: Surroundings = Surroundings(),
+) -> str:
     """Return the page of one run, or of several that it compares.
 
     Args:
         runs: at least one.
         findings: what was found in each run; None: it was not looked for, and the page does not mention it.
+        around: what the page has beside its sections.
     """
     compared = Compared(runs, labels(runs), findings)
-    title = escape(compared.labels[0] if not compared.several else f"{len(runs)} runs compared")
-    sections = _sections(compared)
-    links = "".join(f'<li><a href="#{identifier}">{escape(heading)}</a></li>' for identifier, heading, _ in sections)
-    body = "".join(section(identifier, heading, content) for identifier, heading, content in sections)
-    states = "; ".join(
-        f"{escape(label)}: {status(run)}" if compared.several else status(run)
-        for label, run in zip(compared.labels, runs, strict=True)
-    )
+    sections = [(identifier, html) for identifier in SECTIONS if (html := section_of(compared, identifier))]
+    links = "".join(f'<li><a href="#{name}">{escape(SECTIONS[name][0])}</a></li>' for name, _ in sections)
+    body = "".join(html for _, html in sections)
     written = time.strftime("%Y-%m-%d %H:%M:%S %z")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="generator" content="{GENERATOR} {escape(megarl.__version__)}">'
+        f'<meta name="generator" content="{around.generator} {escape(megarl.__version__)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{around.policy}">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{title} - megarl report</title><style>{_asset('page.css')}</style></head><body>"
+        f"<title>{escape(_title(compared))} - {around.generator}</title>"
+        f"<style>{_asset('page.css')}{around.style}</style></head><body>"
         '<a class="skip" href="#main">Skip to the content</a>'
-        f'<header><h1>{title}</h1><p>{states}</p></header><nav aria-label="Sections"><ul>{links}</ul></nav>'
+        f'<header>{head(compared)}{around.header}</header><nav aria-label="Sections"><ul>{links}</ul></nav>'
         f'<main id="main" tabindex="-1">{body}</main>'
         f"<footer><p>Written by megarl {escape(megarl.__version__)} at {written}. "
-        "The file needs no network and may be moved.</p></footer>"
-        f"<script>{_asset('page.js')}</script></body></html>\n"
+        f"{around.footer}</p></footer><script>{_asset('page.js')}</script>{around.end}</body></html>\n"
     )
+
+
+def head(compared: Compared) -> str:
+    """Return the title of the page with the status of each run."""
+    states = "; ".join(
+        f"{escape(label)}: {status(run)}" if compared.several else status(run)
+        for label, run in zip(compared.labels, compared.runs, strict=True)
+    )
+    return f'<div id="head"><h1>{escape(_title(compared))}</h1><p>{states}</p></div>'
+
+
+def section_of(compared: Compared, identifier: str) -> str:
+    """Return a section of `SECTIONS`; empty if it has no content."""
+    heading, content_of = SECTIONS[identifier]
+    content = content_of(compared)
+    return section(identifier, heading, content) if content else ""
 
 
 def labels(runs: Sequence[RunData]) -> list[str]:
@@ -68,24 +105,8 @@ def labels(runs: Sequence[RunData]) -> list[str]:
     return [str(run.path) for run in runs]
 
 
-def _sections(compared: Compared) -> list[tuple[str, str, str]]:
-    """Return the sections that have content: identifier, heading and HTML."""
-    runs = compared.runs
-    found = [
-        ("findings", "Findings", _findings(compared)),
-        ("run", "What ran", _ran(compared)),
-        ("curves", "Curves", _curves(compared)),
-        ("values", "Values", _values(compared)),
-        ("scores", "Scores of the responses", _each(compared, [*map(_scores, runs, count())])),
-        (
-            "samples",
-            "Samples before and after",
-            _each(compared, [samples(run, 4 if compared.several else 3) for run in runs]),
-        ),
-        ("tokens", "Tokens", _tokens(compared)),
-        ("configuration", "Configuration", _configuration(compared)),
-    ]
-    return [(identifier, heading, content) for identifier, heading, content in found if content]
+def _title(compared: Compared) -> str:
+    return f"{len(compared.runs)} runs compared" if compared.several else compared.labels[0]
 
 
 def _findings(compared: Compared) -> str:
@@ -141,8 +162,14 @@ def _values(compared: Compared) -> str:
     return last_values(compared) if compared.several else folded("All metrics", last_values(compared))
 
 
-def _scores(run: RunData, index: int) -> str:
-    return distribution(read_scores(run), f"scores-{index}")
+def _scores(compared: Compared) -> str:
+    return _each(
+        compared, [distribution(read_scores(run), f"scores-{index}") for index, run in enumerate(compared.runs)]
+    )
+
+
+def _samples(compared: Compared) -> str:
+    return _each(compared, [samples(run, 4 if compared.several else 3) for run in compared.runs])
 
 
 def _tokens(compared: Compared) -> str:
@@ -168,6 +195,19 @@ def _each(compared: Compared, contents: Sequence[str]) -> str:
         for label, content in zip(compared.labels, contents, strict=True)
         if content
     )
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Compared], str]]] = {
+    "findings": ("Findings", _findings),
+    "run": ("What ran", _ran),
+    "curves": ("Curves", _curves),
+    "values": ("Values", _values),
+    "scores": ("Scores of the responses", _scores),
+    "samples": ("Samples before and after", _samples),
+    "tokens": ("Tokens", _tokens),
+    "configuration": ("Configuration", _configuration),
+}
+"""The sections by identifier, in the order of the page: heading, and what makes the content; empty: no section."""
 
 
 def _asset(name: str) -> str:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import subprocess
-import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megarl.report.page import page
+from tests.gates.browsing import THEMES, serious_findings, show
 from tests.report.made_up import made_up, write_scores
 from tests.report.test_page import FINDING, HOSTILE
 
 pytestmark = pytest.mark.gate
-MISSING = [
-    *(name for name in ("chromium", "chromedriver") if shutil.which(name) is None),
-    *(name for name in ("selenium",) if importlib.util.find_spec(name) is None),
-]
-THEMES = {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}
 
 
 @pytest.fixture(scope="module")
@@ -36,53 +27,13 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The source of axe-core, which checks how accessible a page is."""
-    folder = tmp_path_factory.mktemp("axe")
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not installed")
-    packed = subprocess.run(["npm", "pack", "axe-core@4"], cwd=folder, capture_output=True, text=True, timeout=120)
-    if packed.returncode:
-        pytest.skip(f"npm cannot fetch axe-core: {packed.stderr.strip()[:200]}")
-    with tarfile.open(next(folder.glob("axe-core-*.tgz"))) as archive:
-        file = archive.extractfile("package/axe.min.js")
-        assert file is not None
-        return file.read().decode()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if MISSING:
-        pytest.skip(f"{', '.join(MISSING)} not installed")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
-def show(browser: Any, file: Path, width: int, theme: str = "light") -> None:
-    """Open the page on a screen of this width in a theme."""
-    media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    browser.get(file.as_uri())
-
-
 @pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_page_fits_the_screen_and_the_browser_complains_of_nothing(
     browser: Any, file: Path, width: int, theme: str
 ) -> None:
     browser.get_log("browser")  # drop what an earlier page said
-    show(browser, file, width, theme)
+    show(browser, file.as_uri(), width, theme)
     browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
     assert browser.get_log("browser") == []
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
@@ -93,12 +44,9 @@ def test_the_page_fits_the_screen_and_the_browser_complains_of_nothing(
 
 @pytest.mark.parametrize("theme", THEMES)
 def test_axe_finds_nothing_serious(browser: Any, axe: str, file: Path, theme: str) -> None:
-    show(browser, file, 360, theme)
+    show(browser, file.as_uri(), 360, theme)
     browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
-    checked = browser.execute_async_script(f"{axe}; const done = arguments[0]; axe.run(document).then(done)")
-    assert len(checked["passes"]) > 20
-    serious = [each for each in checked["violations"] if each["impact"] in ("serious", "critical")]
-    assert [(each["id"], each["nodes"][0]["html"]) for each in serious] == []
+    assert serious_findings(browser, axe) == []
 
 
 def test_a_pointer_and_the_keyboard_read_values(browser: Any, file: Path) -> None:
@@ -106,7 +54,7 @@ def test_a_pointer_and_the_keyboard_read_values(browser: Any, file: Path) -> Non
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    show(browser, file, 1280)
+    show(browser, file.as_uri(), 1280)
     figure = browser.find_element(By.ID, "metric-rollout-score")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", figure)
     readout = figure.find_element(By.CLASS_NAME, "readout")
@@ -127,7 +75,7 @@ def test_smoothing_draws_an_average_through_all_curves(browser: Any, file: Path)
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    show(browser, file, 1280)
+    show(browser, file.as_uri(), 1280)
     slider = browser.find_element(By.ID, "smoothing")
     slider.send_keys(Keys.END)
     charts = browser.execute_script("return document.querySelectorAll('figure script').length")
@@ -138,7 +86,7 @@ def test_smoothing_draws_an_average_through_all_curves(browser: Any, file: Path)
 
 
 def test_a_link_to_a_folded_curve_unfolds_it(browser: Any, file: Path) -> None:
-    show(browser, file, 1280)
+    show(browser, file.as_uri(), 1280)
     browser.execute_script("location.hash = '#metric-eval-pass-4'")
     assert browser.execute_async_script(
         "const done = arguments[0]; setTimeout(() => done(document.getElementById('metric-eval-pass-4')"

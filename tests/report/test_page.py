@@ -286,3 +286,12 @@ def test_a_chart_of_many_runs_has_few_points_of_each() -> None:
     lines = [path for path in figure(tree, "rollout/score").with_class("line") if len(path.attributes["d"] or "") > 20]
     assert len(lines) == 12
     assert all((path.attributes["d"] or "").count("L") <= 40 for path in lines)
+
+
+def test_a_run_that_trains_is_at_its_last_logged_step() -> None:
+    """summary.json is written at evaluations only."""
+    summary = {"status": "running", "steps": 10, "max_steps": 50}
+    (head,) = parsed(made_up(13, summary=summary)).all(id="head")
+    assert "running, 13 of 50 phases" in head.text()
+    (head,) = parsed(made_up(13, summary={**summary, "status": "failed"})).all(id="head")
+    assert "failed, 10 of 50 phases" in head.text()
