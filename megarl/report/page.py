@@ -1,26 +1,27 @@
-"""The page of one run or several: one HTML file that needs no network. Style and script are files beside this one."""
+"""The page of one run or several: its sections. What all pages have is in shell.py."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from itertools import count
-from pathlib import Path
 
-import megarl
 from megarl.report.curves import Compared, curve_sections, last_values
 from megarl.report.data import RunData
 from megarl.report.described import configuration, described, differing_settings, side_by_side, status, times
 from megarl.report.finding import Finding
-from megarl.report.markup import escape, folded, section
+from megarl.report.markup import escape, folded
+from megarl.report.predicted import predicted
 from megarl.report.responses import distribution, samples
 from megarl.report.scores import read_scores
+from megarl.report.shell import REPORT, Section, shell
 
-GENERATOR = "megarl report"
-"""Content of the page's meta element `generator`, by which a report is recognised."""
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-"""What a browser lets the page do: nothing that needs a network."""
-_FOLDER = Path(__file__).resolve().parent
+SMOOTHING = (
+    '<div class="control" hidden><label for="smoothing">Smoothing</label>'
+    '<input id="smoothing" type="range" min="0" max="0.95" step="0.05" value="0">'
+    '<output for="smoothing">none</output></div>'
+    '<p class="hint" hidden>Point at a curve, or move the slider below it, to read its values.</p>'
+)
+"""What stands above curves: the script shows it."""
 _SEVERITIES = {"problem": "Problem", "warning": "Warning", "note": "Note"}
 
 
@@ -32,29 +33,12 @@ def page(runs: Sequence[RunData], findings: Sequence[Sequence[Finding]] | None =
         findings: what was found in each run; None: it was not looked for, and the page does not mention it.
     """
     compared = Compared(runs, labels(runs), findings)
-    title = escape(compared.labels[0] if not compared.several else f"{len(runs)} runs compared")
-    sections = _sections(compared)
-    links = "".join(f'<li><a href="#{identifier}">{escape(heading)}</a></li>' for identifier, heading, _ in sections)
-    body = "".join(section(identifier, heading, content) for identifier, heading, content in sections)
+    title = compared.labels[0] if not compared.several else f"{len(runs)} runs compared"
     states = "; ".join(
         f"{escape(label)}: {status(run)}" if compared.several else status(run)
         for label, run in zip(compared.labels, runs, strict=True)
     )
-    written = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="generator" content="{GENERATOR} {escape(megarl.__version__)}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{title} - megarl report</title><style>{_asset('page.css')}</style></head><body>"
-        '<a class="skip" href="#main">Skip to the content</a>'
-        f'<header><h1>{title}</h1><p>{states}</p></header><nav aria-label="Sections"><ul>{links}</ul></nav>'
-        f'<main id="main" tabindex="-1">{body}</main>'
-        f"<footer><p>Written by megarl {escape(megarl.__version__)} at {written}. "
-        "The file needs no network and may be moved.</p></footer>"
-        f"<script>{_asset('page.js')}</script></body></html>\n"
-    )
+    return shell(REPORT, title, f"<p>{states}</p>", _sections(compared))
 
 
 def labels(runs: Sequence[RunData]) -> list[str]:
@@ -67,12 +51,12 @@ def labels(runs: Sequence[RunData]) -> list[str]:
     return [str(run.path) for run in runs]
 
 
-def _sections(compared: Compared) -> list[tuple[str, str, str]]:
-    """Return the sections that have content: identifier, heading and HTML."""
+def _sections(compared: Compared) -> list[Section]:
     runs = compared.runs
-    found = [
+    return [
         ("findings", "Findings", _findings(compared)),
         ("run", "What ran", _ran(compared)),
+        ("predicted", "Predicted and measured", _each(compared, [*map(predicted, runs, count())])),
         ("curves", "Curves", _curves(compared)),
         ("values", "Values", _values(compared)),
         ("scores", "Scores of the responses", _each(compared, [*map(_scores, runs, count())])),
@@ -83,7 +67,6 @@ def _sections(compared: Compared) -> list[tuple[str, str, str]]:
         ),
         ("configuration", "Configuration", _configuration(compared)),
     ]
-    return [(identifier, heading, content) for identifier, heading, content in found if content]
 
 
 def _findings(compared: Compared) -> str:
@@ -124,13 +107,7 @@ def _ran(compared: Compared) -> str:
 def _curves(compared: Compared) -> str:
     if not compared.ids:
         return "<p>Nothing is logged yet.</p>"
-    control = (
-        '<div class="control" hidden><label for="smoothing">Smoothing</label>'
-        '<input id="smoothing" type="range" min="0" max="0.95" step="0.05" value="0">'
-        '<output for="smoothing">none</output></div>'
-        '<p class="hint" hidden>Point at a curve, or move the slider below it, to read its values.</p>'
-    )
-    return control + curve_sections(compared)
+    return SMOOTHING + curve_sections(compared)
 
 
 def _values(compared: Compared) -> str:
@@ -161,7 +138,3 @@ def _each(compared: Compared, contents: Sequence[str]) -> str:
         for label, content in zip(compared.labels, contents, strict=True)
         if content
     )
-
-
-def _asset(name: str) -> str:
-    return (_FOLDER / name).read_text(encoding="utf-8").strip()
