@@ -83,7 +83,8 @@ def show(argv: list[str]) -> None:
     """Plan the run that the arguments describe and print the plan."""
     own, theirs = split(argv)
     config = read(own)
-    path = None if config.html is None else page_path(config.html, "html", PLAN)
+    name = "" if "html=" in own else config.html  # an empty value would be read as null
+    path = None if name is None else page_path(name, "html", PLAN)
     run, gpus = compose_run(config, theirs)
     with waiting_for_imports():  # only once the configuration is known to be good
         from rich.console import Console

@@ -11,7 +11,7 @@ from megarl.models.adapter_spec import AdapterSpec
 from megarl.models.exchange.pretrained import Sources
 from megarl.modules.base import Module
 from megarl.planning.hardware import KINDS, Cluster, kind_of
-from megarl.planning.memory import PARTS, RankPlan, Use, plan_ranks
+from megarl.planning.memory import PARTS, RankPlan, plan_ranks
 from megarl.planning.plan import Plan, Remedy, make_plan
 from megarl.planning.times import Rates
 from megarl.planning.work import work_of
@@ -55,8 +55,10 @@ def as_json(plan: Plan, helps: Sequence[Remedy], layouts: Sequence[Plan] | None)
     }
 
 
-def rank_as_json(rank: RankPlan) -> dict[str, Any]:
-    """Return the sizes of a pipeline stage's ranks: models, and bytes by phase, role and part."""
+def rank_as_json(rank: RankPlan, *, host: bool = True) -> dict[str, Any]:
+    """Return the sizes of a pipeline stage's ranks: models, and bytes by phase, role and part. Without `host`, host
+    memory is left out: without a GPU it is no other memory."""
+    parts = (*PARTS, "host") if host else PARTS
     return {
         "stage": rank.stage,
         "parameters": {name: shard.parameters for name, shard in rank.shards.items()},
@@ -64,8 +66,8 @@ def rank_as_json(rank: RankPlan) -> dict[str, Any]:
         "phases": {
             phase: {
                 "bytes": round(rank.total(phase)),
-                "host_bytes": round(rank.host(phase)),
-                "roles": {use.role: _parts(use) for use in uses},
+                **({"host_bytes": round(rank.host(phase))} if host else {}),
+                "roles": {use.role: {part: round(getattr(use, part)) for part in parts} for use in uses},
             }
             for phase, uses in rank.uses.items()
         },
@@ -118,7 +120,10 @@ def prediction(
         "roles": {role.name: role.about for role in work.roles},
         "notes": dict(work.notes),
         "ranks": [
-            {**rank_as_json(rank), "ranks": _ranks_of(work.layout.world_size, work.layout.pp, rank.stage)}
+            {
+                **rank_as_json(rank, host=gpu is not None),
+                "ranks": _ranks_of(work.layout.world_size, work.layout.pp, rank.stage),
+            }
             for rank in plan_ranks(work, on_cpu=gpu is None, every_stage=True)
         ],
         "phases": {
@@ -154,10 +159,6 @@ def _adapter(adapter: AdapterSpec) -> dict[str, Any]:
         "linears": list(adapter.parts),
         "first_layer": adapter.first_layer,
     }
-
-
-def _parts(use: Use) -> dict[str, int]:
-    return {part: round(getattr(use, part)) for part in (*PARTS, "host")}
 
 
 def _layout(plan: Plan) -> dict[str, Any]:

@@ -158,8 +158,11 @@ class _Scale:
         parts = []
         for value in ticks(self.low, self.high):
             x = self.x(value)
+            anchor = "start" if x < 16 else "end" if x > WIDTH - 16 else "middle"
             parts.append(f'<path class="grid" d="M{x:.1f} 0V{bottom}"/>')
-            parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 13}" text-anchor="middle">{tick(value)}</text>')
+            parts.append(
+                f'<text class="tick" x="{x:.1f}" y="{bottom + 13}" text-anchor="{anchor}">{tick(value)}</text>'
+            )
         middle = (self.left + WIDTH - _SIDE) / 2
         parts.append(
             f'<text class="tick" x="{middle:.1f}" y="{bottom + 27}" text-anchor="middle">{escape(label)}</text>'

@@ -77,12 +77,14 @@ def _by_role(caption: str, rank: Mapping[str, Any], unit: Unit) -> str:
     """Return the folded table of a figure."""
     phases = by_phase(rank)
     names = [part for part in COLOURS if any(parts[part] for parts in phases.values())]
+    host = any("host" in role for content in rank["phases"].values() for role in content["roles"].values())
     rows = []
     for phase, content in rank["phases"].items():
         for role, parts in content["roles"].items():
             if any(parts.values()):
                 sizes = [parts.get(part, 0) for part in names]
-                cells = [number(size / unit[0]) if size else "" for size in (*sizes, sum(sizes), parts.get("host", 0))]
+                sizes += [sum(sizes), *([parts.get("host", 0)] if host else [])]
+                cells = [number(size / unit[0]) if size else "" for size in sizes]
                 rows.append([escape(phase), escape(role), *cells])
-    header = ["phase", "role", *names, "total", "host memory"]
+    header = ["phase", "role", *names, "total", *(["host memory"] if host else [])]
     return folded("Values by role", table(f"{escape(caption)}, in {unit[1]}", header, rows, roomy=True))

@@ -165,7 +165,8 @@ def _sentences(run: RunData, plan: Mapping[str, Any]) -> list[str]:
     if not _on_gpu(plan):
         found.append(
             "Memory is not compared: without a GPU the measured number is the resident memory of the whole process, "
-            "with Python, its libraries and freed memory that it keeps, and the plan counts tensors alone."
+            "with Python, its libraries, freed memory that it keeps and the copies that a checkpoint takes. The plan "
+            "counts the tensors of the models alone."
         )
     if plan.get("seconds_for") is None:
         here = "a GPU of another kind" if _on_gpu(plan) else "a CPU"

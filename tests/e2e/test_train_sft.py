@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from megarl.checkpoint import MANIFEST, find, plain_content, tensors
 from megarl.errors import CheckpointError, DataError
 from tests.e2e.runs import SMALL, assert_same_bits, final_tensors, metrics, run_sft
 from tests.gated import gated
 from tests.refusals import refused
+from tests.report.parsed import parse
 from tests.worlds import Worlds
 
 LAYOUTS = {
@@ -193,6 +195,22 @@ def test_the_run_folder_tells_the_whole_story(reference: Path) -> None:
         f"checkpoints/step-0000020/{MANIFEST}",
     ):
         assert (reference / name).is_file(), name
+
+
+def test_the_run_folder_has_the_plan_of_the_run_and_the_report_sets_it_against_what_was_measured(
+    reference: Path,
+) -> None:
+    plan = json.loads((reference / "plan.json").read_text())
+    (rank,) = plan["ranks"]
+    weights = tensors(find(reference / "checkpoints")[-1])
+    assert rank["parameters"] == {"policy": sum(weight.numel() for weight in weights.values())}
+    assert rank["phases"]["train"]["roles"]["policy"]["weights"] == 4 * rank["parameters"]["policy"]
+    config = yaml.safe_load((reference / "config.yaml").read_text())
+    assert plan["tokens"] == config["trainer"]["global_batch_size"] * config["data"]["seq_length"]
+    assert (plan["device"], plan["layout"], plan["seconds_for"]) == ("cpu", "TP1", None)
+    section = parse((reference / "report.html").read_text()).all("section", id="predicted")[0].text()
+    assert f"{plan['tokens']:,}" in section
+    assert "Memory is not compared" in section
 
 
 def start(*overrides: str, **environ: str) -> "subprocess.Popen[str]":

@@ -1,5 +1,7 @@
 """The schedule of a pipeline: it takes as long and keeps as much as the plan's formulas say."""
 
+from itertools import pairwise
+
 import pytest
 
 from megarl.parallel.layout import Layout
@@ -37,9 +39,8 @@ def test_no_pass_begins_before_its_input_is_there(pp: int, vpp: int, microbatche
     assert len(ends) == 2 * pp * vpp * microbatches
     for stage, passes in enumerate(stages):
         for one in passes:
-            before = [(place, made) for place, made in _inputs(pp, vpp, stage, one.of) if (place, made) in ends]
-            assert all(ends[each] <= one.start + 1e-9 for each in before)
-        assert all(after.start >= one.end - 1e-9 for one, after in zip(passes, passes[1:], strict=False))
+            assert all(ends[each] <= one.start + 1e-9 for each in _inputs(pp, vpp, stage, one.of))
+        assert all(after.start >= one.end - 1e-9 for one, after in pairwise(passes))
 
 
 def _inputs(pp: int, vpp: int, stage: int, one: Pass) -> list[tuple[int, Pass]]:

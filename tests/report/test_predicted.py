@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megarl.report.markup import NOTHING
 from megarl.report.page import page
 from tests.report.made_up import SUMMARY, made_up, rows
 from tests.report.parsed import Element, parse
@@ -66,7 +67,7 @@ def test_without_a_gpu_nothing_is_set_against_it_and_the_reasons_are_there(tmp_p
     found = section(tmp_path, on_cpu)
     table = cells(found)
     assert table["memory of the first process at its peak"] == ["2 GB in train", "1.5 GB", "not compared"]
-    assert table["train, time of a phase"] == ["–", "3 s", "not compared"]
+    assert table["train, time of a phase"] == [NOTHING, "3 s", "not compared"]
     assert found is not None
     assert not found.with_class("limit")
     assert "Memory is not compared: without a GPU" in found.text()
@@ -93,7 +94,7 @@ def test_time_that_waits_for_a_reward_function_is_not_set_against_a_reward_model
 
 def test_a_run_that_has_measured_nothing_yet_has_the_prediction(tmp_path: Path) -> None:
     table = cells(section(tmp_path, plan(), summary={}, rows=[]))
-    assert table == {"memory of the first process at its peak": ["2 GB in train", "–", "–"]}
+    assert table == {"memory of the first process at its peak": ["2 GB in train", NOTHING, NOTHING]}
 
 
 @pytest.mark.parametrize(
