@@ -26,7 +26,7 @@ PAGES = ("plan", "differences", "selftest")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A page of each kind, with everything on it."""
     folder = tmp_path_factory.mktemp("pages")
-    plan = planned(Layout(pp=4, vpp=2), accumulation=32)
+    plan = planned(Layout(pp=2, vpp=2), accumulation=32)
     runs = [[write_run(folder / f"{side}{seed}", made_up(30)) for seed in (1, 2)] for side in "ab"]
     metrics = {"train/loss": LOSS, "eval/loss": OTHER}
     texts = {
@@ -61,7 +61,7 @@ def test_the_schedule_scrolls_within_itself_and_with_the_keyboard(browser: Any, 
     show(browser, pages["plan"], 360)
     drawn = browser.find_element(By.CLASS_NAME, "gantt")
     assert drawn.get_attribute("tabindex") == "0"
-    assert drawn.get_attribute("aria-label") == "Passes of 32 microbatches through 4 stages"
+    assert drawn.get_attribute("aria-label") == "Passes of 32 microbatches through 2 stages"
     drawn.send_keys(Keys.ARROW_RIGHT)
     moved = "const done = arguments[1]; setTimeout(() => done(arguments[0].scrollLeft), 500)"
     assert browser.execute_async_script(moved, drawn) > 0
