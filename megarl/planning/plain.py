@@ -101,7 +101,8 @@ def prediction(
     work = work_of(module, config, assumed, world, vocab_size, sources)
     machine = Cluster.of(assumed.cluster, world)
     plan = make_plan(work, machine, Rates(machine.gpu.products, assumed.host_us_per_layer * 1e-6))
-    sequences = work.rollouts or work.global_batch
+    # What a run counts as a unit's tokens: each response once, and without forward passes over all, what trains.
+    sequences = work.rollouts if work.rescored else work.steps * work.global_batch
     length = work.prompt + work.response if work.rollouts else work.length
     return {
         "algorithm": algorithm,

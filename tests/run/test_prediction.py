@@ -8,12 +8,19 @@ from typing import Any
 
 import pytest
 
+from megarl.config.compose import compose
 from megarl.config.sft import SFTConfig
 from megarl.modules.sft import SFT
 from megarl.run import prediction
 from megarl.run.prediction import write_prediction
 from megarl.run.run_folder import RunFolder
 from megarl.tokenizers import build_tokenizer
+from megarl.training import module_of
+
+GENERATES = [
+    *("rollout.max_new_tokens=4", "rollout.n=4", "trainer.global_batch_size=8", "trainer.micro_batch_size=8"),
+    *("reward.fn=a:b", "data.train=[a]", "model.max_positions=32"),
+]
 
 
 @pytest.fixture
@@ -56,3 +63,17 @@ def test_each_stage_has_its_ranks_and_a_gpu_that_is_known_its_seconds(module: SF
     other = prediction.prediction(SFT, "sft", module.config, 8, 300, gpu="NVIDIA L4")
     assert (other["seconds_for"], other["phases"]["train"]["seconds"]) == (None, None)
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "tokens"),
+    [
+        ("sft", ["trainer.global_batch_size=6", "trainer.micro_batch_size=2"], 6 * 128),
+        ("dpo", ["trainer.global_batch_size=6", "trainer.micro_batch_size=2"], 2 * 6 * 128),  # pairs
+        ("ppo", [*GENERATES, "ppo.rollouts=64", "ppo.inner_epochs=3"], 64 * (4 + 4)),  # each response once
+        ("rft", [*GENERATES, "rft.prompts=8", "rft.improve_steps=3"], 3 * 8 * (4 + 4)),  # those that are kept
+    ],
+)
+def test_tokens_are_those_that_a_run_counts_in_its_unit(name: str, settings: list[str], tokens: int) -> None:
+    config, _ = compose(name, ["model.vocab_size=300", *settings])
+    assert prediction.prediction(module_of(name), name, config, 1, 300)["tokens"] == tokens
