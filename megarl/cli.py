@@ -124,7 +124,7 @@ def _own(name: str, argv: list[str]) -> int:
     commands: dict[str, tuple[str, Callable[[list[str]], int]]] = {
         "ls": ("megarl ls [presets|algorithms|rewards|families]", _ls),
         "show": ("megarl show PRESET", _show),
-        "report": ("megarl report RUN [RUN ...] [out=FILE]", _report),
+        "report": ("megarl report [--compare] RUN [RUN ...] [out=FILE]", _report),
         "watch": ("megarl watch RUN [port=8899] [open=true]", _watch),
         "new": ("megarl new FOLDER", _new),
         "doctor": ("megarl doctor", _doctor),
@@ -212,8 +212,9 @@ def _show(argv: list[str]) -> int:
 
 def _report(argv: list[str]) -> int:
     """Write one page that says how a run went: findings, curves, scores, samples and settings. It needs no network. Of
-    several runs the page compares curves, last values and settings. It works while a run trains, too. The file is
-    RUN/report.html, for several runs ./report.html, or the one that out= names; it replaces reports, no other file."""
+    several runs the page compares curves, last values and settings; --compare may say so. It works while a run trains,
+    too. The file is RUN/report.html, for several runs ./report.html, or the one that out= names; it replaces reports,
+    no other file."""
     from megarl.report_run import run
 
     return run(argv)

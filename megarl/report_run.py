@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megarl.disk import exists, local, shown, why_no_name, writable
+from megarl.disk import exists, local, shown
 from megarl.errors import ConfigError
 from megarl.report.folders import refusal, run_folder
 
-USAGE = "megarl report RUN [RUN ...] [out=FILE]"
+USAGE = "megarl report [--compare] RUN [RUN ...] [out=FILE]"
+_COMPARE = "--compare"  # says what several runs say anyway
 
 
 def run(argv: Sequence[str]) -> int:
@@ -19,13 +21,11 @@ def run(argv: Sequence[str]) -> int:
     names, out = _arguments(argv)
     folders = [run_folder(name, "report") for name in names]
     _refuse_repeated(names, folders)
-    from megarl.report.write import FILE, write_report
+    from megarl.report.shell import REPORT
+    from megarl.report.write import FILE, page_path, write_report
 
     default = folders[0] / FILE if len(folders) == 1 else Path(FILE)
-    path = local(out) if out is not None else default
-    if problem := why_no_name(path):
-        raise ConfigError(f"out={shown(path)} cannot be written: {problem}", key="out", value=out)
-    path = writable(str(path.parent), "out") / path.name
+    path = page_path(out if out is not None else str(default), "out", REPORT)
     write_report(folders, path)
     sys.stdout.write(f"{shown(path, 1000)}\n")
     return 0
@@ -36,6 +36,8 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], str | None]:
     runs, out = [], None
     for word in argv:
         key, equals, value = word.partition("=")
+        if word == _COMPARE:
+            continue
         if word.startswith("-"):
             raise ConfigError(
                 f"megarl report has no option '{shown(word)}': write {USAGE}", key=shown(key), value=value or None
@@ -57,6 +59,13 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], str | None]:
             runs.append(word)
     if not runs:
         raise ConfigError(f"megarl report needs the folder of a run, as in megarl report runs/demo; {USAGE}", key="RUN")
+    if _COMPARE in argv and len(runs) == 1:
+        raise ConfigError(
+            f"--compare needs two runs or more: write megarl report --compare {shlex.quote(shown(runs[0]))} OTHER_RUN, "
+            "or leave --compare out for the page of one run",
+            key=_COMPARE,
+            value=runs[0],
+        )
     return runs, out
 
 

@@ -53,6 +53,7 @@ BESIDE = {
     ("tokenizers/", "chat/"),
     ("checkpoint.py", "models/"),
     ("models/", "checkpoint.py"),
+    ("run/", "planning/"),
 }
 HEAVY = ("torch", "megatron", "transformers", "lightning")
 LONGEST = 500

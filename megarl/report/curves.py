@@ -41,12 +41,14 @@ class Compared:
         runs: the runs.
         labels: a different name for each.
         findings: what was found in each; None: it was not looked for.
+        spreads: of runs that are means of several, the lowest and highest value by metric and step, by label.
         ids: the identifier of each metric's figure.
     """
 
     runs: Sequence[RunData]
     labels: Sequence[str]
     findings: Sequence[Sequence[Finding]] | None = None
+    spreads: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]] = field(default_factory=dict)
     ids: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -121,7 +123,7 @@ def figure(compared: Compared, name: str) -> str:
     identifier, unit = compared.ids[name], compared.unit()
     series = [run.series(name) for run in compared.runs]
     lines = [
-        Line(label if compared.several else name, points, style)
+        Line(label if compared.several else name, points, style, compared.spreads.get(label, {}).get(name, {}))
         for style, (label, points) in enumerate(zip(compared.labels, series, strict=True))
         if points
     ]

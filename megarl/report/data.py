@@ -96,8 +96,7 @@ def read_run(path: Path) -> RunData:
     metrics = path / METRICS
     try:
         text = read_text(metrics)
-        rows = parse_rows(text[: text.rfind("
-") + 1])  # without a line that is being written, or that a crash left
+        rows = parse_rows(text[: text.rfind("\n") + 1])  # without a line that is being written, or that a crash left
     except ValueError as problem:
         raise DataError(
             f"{metrics} {problem}: name the folder of a run, which logs with logger.csv=true", where=metrics

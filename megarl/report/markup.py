@@ -56,22 +56,22 @@ def in_markdown(text: str) -> str:
     return "".join(f"<code>{escape(part)}</code>" if index % 2 else escape(part) for index, part in enumerate(parts))
 
 
-def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, heads: bool = True) -> str:
+def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, roomy: bool = False) -> str:
     """Return a table that scrolls within itself where it is wider than the screen.
 
     Args:
         caption: HTML of its caption.
         header, rows: HTML of the cells.
-        heads: whether the first cell of a row is its heading.
+        roomy: whether its many columns need more room than a narrow screen has.
     """
-    first = '<th scope="row">{}</th>' if heads else "<td>{}</td>"
     lines = [
-        "<tr>" + "".join(first.format(cell) if not index else f"<td>{cell}</td>" for index, cell in enumerate(row))
+        "<tr>"
+        + "".join(f"<td>{cell}</td>" if index else f'<th scope="row">{cell}</th>' for index, cell in enumerate(row))
         for row in rows
     ]
     named = "".join(f'<th scope="col">{cell}</th>' for cell in header)
     return (
-        f'<div class="wide"><table><caption>{caption}</caption><thead><tr>{named}</tr></thead>'
+        f'<div class="wide{" roomy" * roomy}"><table><caption>{caption}</caption><thead><tr>{named}</tr></thead>'
         f"<tbody>{''.join(f'{line}</tr>' for line in lines)}</tbody></table></div>"
     )
 

@@ -247,7 +247,7 @@ const report = (() => {
       if (box.scrollWidth > box.clientWidth) {
         box.tabIndex = 0;
         box.setAttribute("role", "group");
-        box.setAttribute("aria-label", box.querySelector("caption").textContent);
+        box.setAttribute("aria-label", box.dataset.label ?? box.querySelector("caption").textContent);
       } else {
         box.removeAttribute("tabindex");
         box.removeAttribute("role");

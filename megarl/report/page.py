@@ -1,55 +1,35 @@
-"""The page of one run or several: one HTML file that needs no network. Style and script are files beside this one."""
+"""The page of one run or several: its sections. What all pages have is in shell.py."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-import megarl
 from megarl.report.curves import Compared, curve_sections, last_values
 from megarl.report.data import RunData
 from megarl.report.described import configuration, described, differing_settings, side_by_side, status, times
 from megarl.report.finding import Finding
 from megarl.report.markup import escape, folded, section
+from megarl.report.predicted import predicted
 from megarl.report.responses import distribution, samples
 from megarl.report.scores import read_scores
+from megarl.report.shell import ALONE, REPORT, Surroundings, head_of, shell
 from megarl.report.tokens import EXPLAINED, tokens
 
-GENERATOR = "megarl report"
-"""Content of the page's meta element `generator`, by which a report is recognised."""
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-"""What a browser lets the page do: nothing that needs a network."""
-_FOLDER = Path(__file__).resolve().parent
+SMOOTHING = (
+    '<div class="control" hidden><label for="smoothing">Smoothing</label>'
+    '<input id="smoothing" type="range" min="0" max="0.95" step="0.05" value="0">'
+    '<output for="smoothing">none</output></div>'
+    '<p class="hint" hidden>Point at a curve, or move the slider below it, to read its values.</p>'
+)
+"""What stands above curves: the script shows it."""
 _SEVERITIES = {"problem": "Problem", "warning": "Warning", "note": "Note"}
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What a page has around its sections. The defaults are a report's: a file that stands alone.
-
-    Attributes:
-        generator: what made the page: the command, for the end of the title and the meta element.
-        policy: what a browser lets the page do.
-        style: CSS after that of every page.
-        header: HTML at the end of the header.
-        end: HTML at the end of the page, after the script of every page.
-        footer: HTML after the sentence that says when the page was written.
-    """
-
-    generator: str = GENERATOR
-    policy: str = POLICY
-    style: str = ""
-    header: str = ""
-    end: str = ""
-    footer: str = "The file needs no network and may be moved."
 
 
 def page(
     runs: Sequence[RunData],
     findings: Sequence[Sequence[Finding]] | None = None,
-    around: Surroundings = Surroundings(),
+    around: Surroundings = ALONE,
+    command: str = REPORT,
 ) -> str:
     """Return the page of one run, or of several that it compares.
 
@@ -57,35 +37,24 @@ def page(
         runs: at least one.
         findings: what was found in each run; None: it was not looked for, and the page does not mention it.
         around: what the page has beside its sections.
+        command: the command that makes it.
     """
     compared = Compared(runs, labels(runs), findings)
-    sections = [(identifier, html) for identifier in SECTIONS if (html := section_of(compared, identifier))]
-    links = "".join(f'<li><a href="#{name}">{escape(SECTIONS[name][0])}</a></li>' for name, _ in sections)
-    body = "".join(html for _, html in sections)
-    written = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="generator" content="{around.generator} {escape(megarl.__version__)}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{around.policy}">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(_title(compared))} - {around.generator}</title>"
-        f"<style>{_asset('page.css')}{around.style}</style></head><body>"
-        '<a class="skip" href="#main">Skip to the content</a>'
-        f'<header>{head(compared)}{around.header}</header><nav aria-label="Sections"><ul>{links}</ul></nav>'
-        f'<main id="main" tabindex="-1">{body}</main>'
-        f"<footer><p>Written by megarl {escape(megarl.__version__)} at {written}. "
-        f"{around.footer}</p></footer><script>{_asset('page.js')}</script>{around.end}</body></html>\n"
-    )
+    sections = [(name, heading, content(compared)) for name, (heading, content) in SECTIONS.items()]
+    return shell(command, _title(compared), _states(compared), sections, around)
 
 
 def head(compared: Compared) -> str:
     """Return the title of the page with the status of each run."""
+    return head_of(_title(compared), _states(compared))
+
+
+def _states(compared: Compared) -> str:
     states = "; ".join(
         f"{escape(label)}: {status(run)}" if compared.several else status(run)
         for label, run in zip(compared.labels, compared.runs, strict=True)
     )
-    return f'<div id="head"><h1>{escape(_title(compared))}</h1><p>{states}</p></div>'
+    return f"<p>{states}</p>"
 
 
 def section_of(compared: Compared, identifier: str) -> str:
@@ -144,16 +113,14 @@ def _ran(compared: Compared) -> str:
     return described(runs[0]) + times(runs[0])
 
 
+def _predicted(compared: Compared) -> str:
+    return _each(compared, [predicted(run, index) for index, run in enumerate(compared.runs)])
+
+
 def _curves(compared: Compared) -> str:
     if not compared.ids:
         return "<p>Nothing is logged yet.</p>"
-    control = (
-        '<div class="control" hidden><label for="smoothing">Smoothing</label>'
-        '<input id="smoothing" type="range" min="0" max="0.95" step="0.05" value="0">'
-        '<output for="smoothing">none</output></div>'
-        '<p class="hint" hidden>Point at a curve, or move the slider below it, to read its values.</p>'
-    )
-    return control + curve_sections(compared)
+    return SMOOTHING + curve_sections(compared)
 
 
 def _values(compared: Compared) -> str:
@@ -200,6 +167,7 @@ def _each(compared: Compared, contents: Sequence[str]) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[Compared], str]]] = {
     "findings": ("Findings", _findings),
     "run": ("What ran", _ran),
+    "predicted": ("Predicted and measured", _predicted),
     "curves": ("Curves", _curves),
     "values": ("Values", _values),
     "scores": ("Scores of the responses", _scores),
@@ -208,7 +176,3 @@ SECTIONS: dict[str, tuple[str, Callable[[Compared], str]]] = {
     "configuration": ("Configuration", _configuration),
 }
 """The sections by identifier, in the order of the page: heading, and what makes the content; empty: no section."""
-
-
-def _asset(name: str) -> str:
-    return (_FOLDER / name).read_text(encoding="utf-8").strip()

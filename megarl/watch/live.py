@@ -12,7 +12,8 @@ from typing import Any
 from megarl.report.curves import GROUPS, Compared, bands, figure
 from megarl.report.data import RunData
 from megarl.report.markup import as_script, number
-from megarl.report.page import POLICY, SECTIONS, Surroundings, head, labels, page, section_of
+from megarl.report.page import SECTIONS, head, labels, page, section_of
+from megarl.report.shell import POLICY, WATCH, Surroundings
 from megarl.report.write import findings_of
 from megarl.watch.follow import RunFollower
 
@@ -78,14 +79,13 @@ class LivePage:
         """Return the whole page."""
         with self._lock:
             around = Surroundings(
-                generator="megarl watch",
                 policy=POLICY_HERE,
                 style=_STYLE,
                 header=_HEADER,
                 end=f"{as_script(self.state(), 'state')}<script>{_SCRIPT}</script>",
                 footer="It follows the run while megarl watch runs.",
             )
-            return page([self.run], self._compared.findings, around)
+            return page([self.run], self._compared.findings, around, WATCH)
 
     def _update(self) -> None:
         """Make new versions of the parts whose sources have changed."""
@@ -111,6 +111,7 @@ class LivePage:
             "head": (facts, last),
             "findings": (tuple(findings), tuple(self._compared.ids)),
             "run": (facts, last),
+            "predicted": (facts, stamps.get("plan.json"), metrics.readings),
             "values": metrics.readings if run.rows else None,
             "scores": (stamps.get("scores"), metrics.readings),
             "samples": (stamps.get("samples.jsonl"), run.unit),

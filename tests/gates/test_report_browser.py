@@ -1,16 +1,18 @@
-"""The report in a browser: Debian's chromium, driven by selenium. Skipped where either is missing."""
+"""The report in a browser."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megarl.report.page import page
-from tests.gates.browsing import THEMES, serious_findings, show
+from tests.gates.browsing import THEMES, assert_accessible, assert_fits_and_is_silent, show
 from tests.report.made_up import made_up, write_scores
 from tests.report.test_page import FINDING, HOSTILE
+from tests.report.test_predicted import plan
 
 pytestmark = pytest.mark.gate
 
@@ -22,6 +24,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_scores(folder / "journal", {phase: [0.0, 0.5, 1.0, phase / 50] for phase in range(50)})
     hostile = [{"phase": phase, "prompt": HOSTILE, "response": "word" * 300, "score": 1.0} for phase in (0, 5)]
     runs = [made_up(1000, folder, samples=hostile), made_up(300, Path("other"))]
+    (folder / "plan.json").write_text(json.dumps(plan()))
     path = folder / "report.html"
     path.write_text(page(runs, [[FINDING], []]), encoding="utf-8")
     return path
@@ -32,21 +35,12 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_fits_the_screen_and_the_browser_complains_of_nothing(
     browser: Any, file: Path, width: int, theme: str
 ) -> None:
-    browser.get_log("browser")  # drop what an earlier page said
-    show(browser, file.as_uri(), width, theme)
-    browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
-    assert browser.get_log("browser") == []
-    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert ground == THEMES[theme]
+    assert_fits_and_is_silent(browser, file, width, theme)
 
 
 @pytest.mark.parametrize("theme", THEMES)
 def test_axe_finds_nothing_serious(browser: Any, axe: str, file: Path, theme: str) -> None:
-    show(browser, file.as_uri(), 360, theme)
-    browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
-    assert serious_findings(browser, axe) == []
+    assert_accessible(browser, axe, file, theme)
 
 
 def test_a_pointer_and_the_keyboard_read_values(browser: Any, file: Path) -> None:
@@ -54,7 +48,7 @@ def test_a_pointer_and_the_keyboard_read_values(browser: Any, file: Path) -> Non
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    show(browser, file.as_uri(), 1280)
+    show(browser, file, 1280)
     figure = browser.find_element(By.ID, "metric-rollout-score")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", figure)
     readout = figure.find_element(By.CLASS_NAME, "readout")
@@ -75,7 +69,7 @@ def test_smoothing_draws_an_average_through_all_curves(browser: Any, file: Path)
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    show(browser, file.as_uri(), 1280)
+    show(browser, file, 1280)
     slider = browser.find_element(By.ID, "smoothing")
     slider.send_keys(Keys.END)
     charts = browser.execute_script("return document.querySelectorAll('figure script').length")
@@ -86,7 +80,7 @@ def test_smoothing_draws_an_average_through_all_curves(browser: Any, file: Path)
 
 
 def test_a_link_to_a_folded_curve_unfolds_it(browser: Any, file: Path) -> None:
-    show(browser, file.as_uri(), 1280)
+    show(browser, file, 1280)
     browser.execute_script("location.hash = '#metric-eval-pass-4'")
     assert browser.execute_async_script(
         "const done = arguments[0]; setTimeout(() => done(document.getElementById('metric-eval-pass-4')"
