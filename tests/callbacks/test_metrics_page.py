@@ -6,7 +6,7 @@ import pytest
 import megarl
 from megarl.config.algorithms import ALGORITHMS
 
-FAMILY = "(?:train|eval|perf|rollout|policy|value)"
+FAMILY = "(?:train|eval|perf|rollout|policy|value|correction)"
 PACKAGE = Path(megarl.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "metrics.md"
 
@@ -18,9 +18,9 @@ def names_in_code() -> set[str]:
 
 
 def names_on_page() -> set[str]:
-    """First cells of the page's tables."""
-    cells = re.findall(r"^\| (`[^|]*) \|", PAGE.read_text(), flags=re.MULTILINE)
-    return {name for cell in cells for name in re.findall(rf"`({FAMILY}/[a-z0-9_]+)`", cell)}
+    """Headings of the page's entries."""
+    headings = re.findall(r"^### (`.*)$", PAGE.read_text(), flags=re.MULTILINE)
+    return {name for heading in headings for name in re.findall(rf"`({FAMILY}/[a-z0-9_]+)`", heading)}
 
 
 def test_every_logged_name_is_defined():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megarl.report.definitions import definitions, find_definition
+from megarl.report.definitions import Definition, definitions, find_definition
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,23 @@ def test_a_metric_of_the_users_code_has_no_definition() -> None:
     assert find_definition("mine/own", "ppo") is None
 
 
-def test_every_row_of_a_table_of_metrics_is_read() -> None:
+def test_every_entry_is_read() -> None:
     names = {name for each in definitions() for name in each.names}
     assert {"train/lr", "value/error", "correction/ess", "perf/peak_memory_gb", "eval/vote_se"} <= names
-    assert all(each.text and each.unit for each in definitions())
+
+
+@pytest.mark.parametrize("each", definitions(), ids=lambda each: f"{each.names[0]} {'+'.join(sorted(each.algorithms))}")
+def test_an_entry_has_a_definition_a_unit_what_is_normal_and_a_remedy(each: Definition) -> None:
+    assert all((each.text, each.unit, each.normal, each.remedy)), each
+
+
+def test_an_entry_is_read_part_by_part() -> None:
+    found = find_definition("policy/clip_fraction", "ppo")
+    assert found is not None
+    assert found.algorithms == {"ppo", "grpo"}
+    assert found.unit == "share of tokens"
+    assert found.text.startswith("Tokens whose clipped term")
+    assert found.formula.startswith("`mean over tokens of")
+    assert found.normal.startswith("Up to 0.3")
+    assert "optim.lr" in found.remedy
+
