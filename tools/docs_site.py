@@ -35,7 +35,9 @@ _log = logging.getLogger("mkdocs.hooks.docs_site")  # mkdocs counts its warnings
 _external: dict[str, set[str]] = defaultdict(set)
 
 
-def rewritten(text: str, source: str, repository: str | None, branch: str = "main") -> str:
+def rewritten(
+    text: str, source: str, repository: str | None, branch: str = "main", titles: Mapping[str, str] | None = None
+) -> str:
     """Return a page whose links work on the site.
 
     Args:
@@ -43,6 +45,7 @@ def rewritten(text: str, source: str, repository: str | None, branch: str = "mai
         source: its path in the repository, as in docs/ppo.md.
         repository: address of the repository on its forge; None turns links to its files into text with their path.
         branch: branch that links to files lead to.
+        titles: of pages by file; a link whose text is only a page's file gets the title as its text.
     """
     protected = sorted((each.span() for each in _FENCE.finditer(text)), key=lambda span: span[0])
 
@@ -50,7 +53,21 @@ def rewritten(text: str, source: str, repository: str | None, branch: str = "mai
         inside = any(start <= link.start() < end for start, end in protected)
         return link[0] if inside or _in_code(text, link.start()) else _rewritten(link, source, repository, branch)
 
-    return _LINK.sub(rewrite, text)
+    def name(link: re.Match[str]) -> str:
+        return f"[{(titles or {}).get(link[1], link[1])}]({link[2]})"
+
+    return _LINK.sub(name, _LINK.sub(rewrite, text)) if titles else _LINK.sub(rewrite, text)
+
+
+def titles_of(nav: Any) -> dict[str, str]:
+    """Return the titles of the navigation by file."""
+    if isinstance(nav, list):
+        return {file: title for entry in nav for file, title in titles_of(entry).items()}
+    return {
+        file: title
+        for name, inside in nav.items()
+        for file, title in (titles_of(inside) if isinstance(inside, list) else {inside: name}).items()
+    }
 
 
 def _in_code(text: str, position: int) -> bool:
@@ -109,7 +126,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     roots = {name: path for path, name in ADDED.items()}
     source = roots.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     extra = config.extra
-    return rewritten(markdown, source, extra.get("repository"), extra.get("branch", "main"))
+    return rewritten(markdown, source, extra.get("repository"), extra.get("branch", "main"), titles_of(config.nav))
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
