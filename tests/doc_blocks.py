@@ -74,9 +74,7 @@ def blocks_of(page: str, text: str) -> Iterator[Block]:
 
 def all_blocks() -> list[Block]:
     return [
-        block
-        for page in PAGES
-        for block in blocks_of(str(page.relative_to(ROOT)), page.read_text(encoding="utf-8"))
+        block for page in PAGES for block in blocks_of(str(page.relative_to(ROOT)), page.read_text(encoding="utf-8"))
     ]
 
 

@@ -28,9 +28,7 @@ from megarl.rm_train import translate
 from megarl.trials.plan import read as read_sweep
 from tests.doc_blocks import ROOT, Command
 
-FOREIGN = frozenset(
-    "git cd source eval cat id docker enroot apptainer ../trl/bin/pip".split()
-)
+FOREIGN = frozenset(["git", "cd", "source", "eval", "cat", "id", "docker", "enroot", "apptainer", "../trl/bin/pip"])
 """Programs that are not megarl's, whose arguments nothing here can check."""
 UNKNOWN = -1
 """Number of processes where a command leaves it to the cluster."""
@@ -103,10 +101,9 @@ class Checker:
             self.run("generate", [*_without_system(rest), *["chat=true"] * chats], processes)
         elif name in ("evaluate", "serve-reward"):
             self.run(name.replace("-", "_"), rest, processes)
-        elif name in ("sweep", "compare", "plan") and self.composes and "--help" not in rest:
-            _READERS[name](rest)
-        elif name in ("convert", "selftest", "report"):
-            _READERS[name](rest)
+        elif name in _READERS:
+            if self.composes and "--help" not in rest:
+                _READERS[name](rest)
         elif name == "show":
             assert rest[0] in preset_files(Path("conf")), f"no preset {rest[0]}"
 

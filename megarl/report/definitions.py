@@ -71,8 +71,8 @@ def definitions() -> tuple[Definition, ...]:
 
 
 def _parsed(page: str) -> Iterator[Definition]:
-    """Yield the entries: sections of the third level whose heading has names of metrics. The heading of the second level
-    says which algorithms they are for."""
+    """Yield the entries: sections of the third level whose heading has names of metrics. The heading of the second
+    level says which algorithms they are for."""
     for part in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
         heading, _, rest = part.partition("\n")
         algorithms = _algorithms(heading.partition(":")[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megarl.report import of_policies, of_scores, of_training
 from megarl.report.definitions import Definition, definitions, find_definition
 
 
@@ -51,6 +52,30 @@ def test_an_entry_has_a_definition_a_unit_what_is_normal_and_a_remedy(each: Defi
     assert all((each.text, each.unit, each.normal, each.remedy)), each
 
 
+@pytest.mark.parametrize(
+    ("metric", "algorithm", "said"),
+    [
+        ("policy/clip_fraction", "ppo", f"{of_policies.CLIPPED:g} or more"),
+        ("value/clip_fraction", "ppo", f"{of_policies.VALUES_CLIPPED:g} or more"),
+        ("value/loss", "ppo", f"{of_training.VALUE_LOSS_RISE:g} times what it was at first"),
+        ("policy/approx_kl_max", "ppo", f"Above {of_policies.STEP_FAR:g} in three of five phases"),
+        ("rollout/kl", "ppo", f"Above {of_policies.FAR:g} nat per token"),
+        ("rollout/entropy", "ppo", f"Below {of_policies.ENTROPY_LEFT:.0%}".replace("%", " %")),
+        ("rollout/zero_spread_groups", "grpo", f"{of_policies.EQUAL_GROUPS:.0%} of the prompts".replace("%", " %")),
+        ("rollout/cut", "ppo", f"{of_policies.CUT:g} or more"),
+        ("rollout/logprob_drift", "ppo", "Above {fp32:g} in float32 or {bf16:g} in bf16".format(**of_policies.DRIFT)),
+        ("rollout/response_tokens", "ppo", f"{of_scores.LENGTH_GROWTH - 1:.0%} longer".replace("%", " %")),
+        ("rollout/dropped", "ppo", f"{of_training.DROPPED:.0%} of the responses".replace("%", " %")),
+        ("train/grad_norm", "sft", f"{of_training.EXPLODED:g} times as much and above {of_training.ABOVE_CLIPPING:g}"),
+        ("eval/loss", "sft", f"{of_training.GAP:.0%} above its best".replace("%", " %")),
+    ],
+)
+def test_a_remedy_begins_where_the_finding_does(metric: str, algorithm: str, said: str) -> None:
+    found = find_definition(metric, algorithm)
+    assert found is not None
+    assert found.remedy.startswith(said)
+
+
 def test_an_entry_is_read_part_by_part() -> None:
     found = find_definition("policy/clip_fraction", "ppo")
     assert found is not None
@@ -60,4 +85,3 @@ def test_an_entry_is_read_part_by_part() -> None:
     assert found.formula.startswith("`mean over tokens of")
     assert found.normal.startswith("Up to 0.3")
     assert "optim.lr" in found.remedy
-
