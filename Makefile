@@ -46,9 +46,10 @@ demo: venv  ## PPO on a small task with known results: under a minute, with a li
 test: venv  ## the tests, on two workers (WORKERS=8 for more)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=25 --durations-min=5
 
+# Not --quiet: --strict counts only the warnings that are shown.
 site: $(VENV)/.docs  ## the documentation as a site in site/: open site/index.html; warnings and misspelt words are errors
 	$(BIN)/typos docs README.md CHANGELOG.md CONTRIBUTING.md examples megarl
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo 'open site/index.html; site/external_links.txt lists links to other servers'
 
 $(VENV)/.docs: $(VENV)/.installed

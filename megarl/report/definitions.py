@@ -86,7 +86,7 @@ def _parsed(page: str) -> Iterator[Definition]:
 def _entry(names: tuple[str, ...], body: str, algorithms: frozenset[str]) -> Definition:
     """Return an entry from what stands below its heading: paragraphs, and a list of a unit and so on."""
     lines = body.strip().splitlines()
-    items = dict(found.groups() for line in lines if (found := _ITEM.fullmatch(line)))
+    items = {found[1]: found[2] for line in lines if (found := _ITEM.fullmatch(line))}
     text = " ".join(line for line in lines if line and not _ITEM.fullmatch(line))
     return Definition(
         names,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,12 +60,41 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if MISSING:
         pytest.skip(f"{', '.join(MISSING)} not installed")
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[x](metrics.md#nowhere)",
+        "[x](nowhere.md)",
+        "[x](../megarl/nowhere.py)",
+        '<img src="https://images.example/x.png">',
+    ],
+)
+def test_a_link_that_leads_nowhere_fails_the_build(tmp_path: Path, line: str) -> None:
+    """By the very command of `make site`."""
+    if importlib.util.find_spec("material") is None:
+        pytest.skip("the site's packages are not installed: make site")
+    for source in ROOT.iterdir():
+        if source.name in ("docs", "tools"):
+            shutil.copytree(source, tmp_path / source.name)
+        elif source.name != "site":
+            (tmp_path / source.name).symlink_to(source)
+    with (tmp_path / "docs" / "chat.md").open("a") as page:
+        page.write(f"\n{line}\n")
+    command = re.search(r"-m mkdocs (build .*)", (ROOT / "Makefile").read_text())
+    assert command is not None
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", *command[1].split()], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert "Aborted with 1 warnings in strict mode!" in done.stdout
 
 
 @pytest.mark.parametrize("theme", THEMES)
