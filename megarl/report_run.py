@@ -18,7 +18,7 @@ _COMPARE = "--compare"  # says what several runs say anyway
 
 def run(argv: Sequence[str]) -> int:
     """Write the page that a command line asks for and print its path. Return the exit code."""
-    names, out = _arguments(argv)
+    names, out = arguments(argv)
     folders = [run_folder(name, "report") for name in names]
     _refuse_repeated(names, folders)
     from megarl.report.shell import REPORT
@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _arguments(argv: Sequence[str]) -> tuple[list[str], str | None]:
+def arguments(argv: Sequence[str]) -> tuple[list[str], str | None]:
     """Return the runs that a command line names, and the value of `out`."""
     runs, out = [], None
     for word in argv:

@@ -174,7 +174,15 @@ def _definition(compared: Compared, name: str) -> str:
     if found is None:
         return '<p class="definition">docs/metrics.md does not define this metric: it is logged by code of yours.</p>'
     unit = "" if found.unit in (NOTHING, "") else f" <em>Unit: {escape(found.unit)}.</em>"
-    return f'<p class="definition">{in_markdown(found.text)}{unit}</p>'
+    formula = f' <span class="formula">{in_markdown(found.formula)}</span>.' if found.formula else ""
+    advice = "".join(
+        f"<p><strong>{name}:</strong> {in_markdown(said)}</p>"
+        for name, said in (("Normal", found.normal), ("If not", found.remedy))
+        if said
+    )
+    return f'<p class="definition">{in_markdown(found.text)}{unit}{formula}</p>' + (
+        f'<div class="definition">{folded("What is normal, and what to do if not", advice)}</div>' if advice else ""
+    )
 
 
 def bands(compared: Compared, name: str) -> list[tuple[int, int]]:
