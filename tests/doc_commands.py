@@ -28,7 +28,9 @@ from megarl.rm_train import translate
 from megarl.trials.plan import read as read_sweep
 from tests.doc_blocks import ROOT, Command
 
-FOREIGN = frozenset(["git", "cd", "source", "eval", "cat", "id", "docker", "enroot", "apptainer", "../trl/bin/pip"])
+FOREIGN = frozenset(
+    ["ssh", "git", "cd", "source", "eval", "cat", "id", "docker", "enroot", "apptainer", "../trl/bin/pip"]
+)
 """Programs that are not megarl's, whose arguments nothing here can check."""
 UNKNOWN = -1
 """Number of processes where a command leaves it to the cluster."""

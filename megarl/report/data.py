@@ -110,7 +110,7 @@ def run_data(path: Path, rows: Sequence[Mapping[str, float]], contents: Mapping[
     return RunData(
         path,
         contents["config.yaml"],
-        rows,
+        sorted(rows, key=lambda row: row["step"]),
         contents["summary.json"],
         contents["samples.jsonl"],
         entry if isinstance(entry, str) else "",
@@ -126,7 +126,7 @@ def parse_rows(text: str) -> list[dict[str, float]]:
         rows = [_numbers(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
     except csv.Error as problem:
         raise UnreadableError(str(problem)) from None
-    return sorted((row for row in rows if _is_step(row.get("step"))), key=lambda row: row["step"])
+    return [row for row in rows if _is_step(row.get("step"))]
 
 
 def _numbers(row: Mapping[str | None, Any]) -> dict[str, float]:

@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 
 from tests.doc_blocks import ROOT
-from tests.gates.test_report_browser import MISSING, THEMES, browser, show
+from tests.gates.browsing import MISSING, THEMES, show
 
-__all__ = ["browser"]
 pytestmark = pytest.mark.gate
 QUESTIONS = {
     "reward model over http": ("questions.html#how-do-i-use-my-reward-model-over-http", "reward.url="),

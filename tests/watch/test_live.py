@@ -41,8 +41,10 @@ def test_every_part_is_the_same_as_in_the_whole_page_and_in_a_report(folder: Pat
     assert {name: version for name, (version, _) in parts.items()} == state["parts"]
     sections = {section.attributes["id"] for section in report.all("section")}
     figures = {one.attributes["id"] for one in report.with_class("curve") if one.attributes.get("id")}
-    assert set(parts) == {"head", *sections - {"curves"}, *figures}
-    for name, (_, html) in parts.items():
+    shown = {name: html for name, (_, html) in parts.items() if html}
+    assert shown.keys() == {"head", *sections - {"curves"}, *figures}
+    assert set(parts) - set(shown) == {"predicted", "tokens"}  # of which this run has none
+    for name, html in shown.items():
         (element,) = parse(html).children
         assert element == outer(tree, name) == outer(report, name)
 
@@ -73,8 +75,9 @@ def test_a_part_has_a_new_version_when_its_sources_change(folder: Path) -> None:
     live = LivePage(folder)
     for name, content, changed in (
         ("samples.jsonl", '{"phase": 9, "prompt": "a", "response": "b"}\n', {"samples", "findings"}),
-        ("summary.json", '{"status": "failed", "algorithm": "ppo"}', {"head", "run"}),
-        ("git.json", "{}", {"head", "run"}),
+        ("summary.json", '{"status": "failed", "algorithm": "ppo"}', {"head", "run", "predicted"}),
+        ("git.json", "{}", {"head", "run", "predicted"}),
+        ("tokens.jsonl", '{"phase": 1, "tokens": ["a"], "advantages": [1.0]}\n', {"tokens"}),
         ("journal/reward-train-000001.jsonl", '{"of": "a", "score": 1}\n', {"scores"}),
     ):
         before = live.state()["parts"]
