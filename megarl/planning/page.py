@@ -56,7 +56,7 @@ def _memory(plan: Plan) -> str:
         for rank in plan.ranks
     ]
     middle = (
-        "<p>Drawn are the first, one middle and the last stage; the others in the middle are like it.</p>"
+        "<p>The drawing shows the first, one middle and the last stage; the others in the middle are like it.</p>"
         if plan.work.layout.pp > len(plan.ranks)
         else ""
     )
@@ -103,8 +103,8 @@ def _schedule(plan: Plan) -> str:
         "time: that is the pipeline's bubble."
     )
     fewer = (
-        f" Drawn are {drawn} of the {microbatches} microbatches; more of them lengthen the middle, where forward and "
-        "backward passes alternate, and not the bubble."
+        f" The drawing shows {drawn} of the {microbatches} microbatches; more of them lengthen the middle, where "
+        "forward and backward passes alternate, and not the bubble."
         if drawn < microbatches
         else ""
     )

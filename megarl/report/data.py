@@ -14,6 +14,8 @@ from megarl.disk import UnreadableError, check_yaml, parse_object, read_text
 from megarl.errors import DataError
 
 METRICS = "metrics.csv"
+ENDED = ("finished", "stopped", "interrupted", "failed")
+"""Values of `status` in summary.json of a run that has ended."""
 Point = tuple[int, float]
 """A step (or phase) and a value."""
 
@@ -106,18 +108,36 @@ def read_run(path: Path) -> RunData:
 
 def run_data(path: Path, rows: Sequence[Mapping[str, float]], contents: Mapping[str, Any]) -> RunData:
     """Return the data of a run from its metrics and the contents of its other files, by the names of `FILES`."""
-    entry = contents["summary.json"].get("algorithm")
+    summary = contents["summary.json"]
+    entry, last = summary.get("algorithm"), _last_step(summary)
     return RunData(
         path,
         contents["config.yaml"],
-        sorted(rows, key=lambda row: row["step"]),
-        contents["summary.json"],
-        contents["samples.jsonl"],
+        sorted((row for row in rows if row["step"] <= last), key=lambda row: row["step"]),
+        summary,
+        _until(last, contents["samples.jsonl"]),
         entry if isinstance(entry, str) else "",
         contents["versions.json"],
         contents["git.json"],
-        contents["tokens.jsonl"],
+        _until(last, contents["tokens.jsonl"]),
     )
+
+
+def _last_step(summary: Mapping[str, Any]) -> float:
+    """Return the last step of a run that has ended. What the folder has beyond it is of an attempt from which the run
+    was resumed at an earlier step."""
+    steps = as_number(summary.get("steps"))
+    return steps if steps is not None and summary.get("status") in ENDED else math.inf
+
+
+def _until(last: float, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the records up to a step."""
+    return [record for record in records if not (as_number(step_of(record)) or 0.0) > last]
+
+
+def step_of(record: Mapping[str, Any]) -> Any:
+    """Return the step of a record of samples.jsonl or tokens.jsonl, or its phase."""
+    return next((record[name] for name in ("phase", "step") if name in record), None)
 
 
 def parse_rows(text: str) -> list[dict[str, float]]:
@@ -152,7 +172,7 @@ def _config(path: Path) -> dict[str, Any]:
         text = read_text(path)
         check_yaml(text)
         found = yaml.safe_load(text)
-    except (UnreadableError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):  # also a date or a number that YAML cannot hold
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from megarl.report.data import RunData
+from megarl.report.data import RunData, as_number
 from megarl.report.markup import NOTHING, escape, facts, flat, folded, number, seconds, setting, table
 
 _MISSING = object()
@@ -212,4 +212,4 @@ def _git(git: Mapping[str, Any]) -> str:
 
 def _number_in(mapping: Any, name: str) -> float | None:
     value = mapping.get(name) if isinstance(mapping, Mapping) else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return as_number(value)

@@ -61,7 +61,9 @@ def line(finding: Finding) -> str:
 
 
 def from_plain(plain: dict[str, Any]) -> Finding:
-    """Return a finding of findings.json. Raise TypeError if it is none."""
+    """Return a finding of findings.json. Raise TypeError or ValueError if it is none."""
+    if plain.get("severity") not in _SEVERITIES:
+        raise ValueError("a finding has a severity")
     metrics, steps = tuple(plain.pop("metrics", ())), plain.pop("steps", None)
     return Finding(**plain, metrics=metrics, steps=None if steps is None else (int(steps[0]), int(steps[1])))
 

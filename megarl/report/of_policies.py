@@ -65,9 +65,13 @@ def kl_runaway(data: RunData) -> Finding | None:
     if len(per_token) >= RECENT:
         late = median(values(per_token[-3:]))
         if late >= FAR:
-            said = f"The KL to the reference is {shown(late)} nats per token in the last three {data.unit}s"
-            since = _since(per_token, FAR)
-            return _runaway(data, f"{said}, and above {FAR:g} since {data.unit} {since}.", ("rollout/kl",), since)
+            said = (
+                f"The KL to the reference is {shown(late)} nats per token in the median of the last three {data.unit}s"
+            )
+            since = min(_since(per_token, FAR), per_token[-3][0])
+            return _runaway(
+                data, f"{said}; nearly all are above {FAR:g} since {data.unit} {since}.", ("rollout/kl",), since
+            )
     if len(per_token) >= 9 and (found := _grown_for_nothing(data, per_token)) is not None:
         return found
     moved = data.series("policy/approx_kl_max")
@@ -125,7 +129,7 @@ def _runaway(data: RunData, evidence: str, metrics: tuple[str, ...], since: int)
 
 
 def _since(points: list[tuple[int, float]], bound: float) -> int:
-    """Return the first step from which on all values are at or above a bound, the last one if only that is."""
+    """Return the first step from which on all values are at or above a bound; else the last step."""
     found = points[-1][0]
     for step, value in reversed(points):
         if value < bound:

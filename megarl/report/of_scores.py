@@ -7,7 +7,7 @@ tests/report/real they separate good runs from those that were made bad on purpo
 from __future__ import annotations
 
 from megarl.report.data import Point, RunData, as_number
-from megarl.report.falls import ERRORS, SCORE, SCORE_NOISE, SPREAD, Fall, standard_error
+from megarl.report.falls import SCORE, SCORE_NOISE, SPREAD, Fall, standard_error
 from megarl.report.finding import Finding
 from megarl.report.numbers import correlation, first_and_last_third, joined, mean, median, shown, values
 from megarl.report.remedies import at_most, remedies
@@ -87,8 +87,7 @@ def score_collapsed(data: RunData) -> Finding | None:
             continue  # loss_diverges and evaluation_gap are about these
         fall, score, error = Fall(), dict(data.series("eval/score")), dict(data.series("eval/score_se"))
         for step, value in data.series(name):
-            by_chance = ERRORS * standard_error(value, score.get(step), error.get(step))
-            fall.add(step, value, max(by_chance, SMALL_GAIN * max(abs(value), abs(fall.best or 0.0))))
+            fall.add(step, value, error=standard_error(value, score.get(step), error.get(step)))
         if fall.collapsed:
             return _collapsed(data, name, fall)
     return None

@@ -28,7 +28,7 @@ QUESTIONS = {
     "train on two nodes": ("questions.html#how-do-i-train-on-two-nodes", "sbatch --nodes=2"),
     "stop kl limit": ("questions.html#how-do-i-stop-on-a-kl-limit", "ppo.kl_limit="),
     "chat template mask": (
-        "questions.html#what-is-the-mask-of-a-chat-template",
+        "questions.html#which-tokens-of-a-chat-train",
         "which tokens of a conversation train",
     ),
     "use lora": ("adapters.html", "adapter.rank=16"),
