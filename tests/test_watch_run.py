@@ -70,9 +70,12 @@ def test_a_run_is_followed_until_ctrl_c(folder: Path, run: str) -> None:
     said = watching.stdout.readline()
     address, _, about = said.partition(" follows ")
     assert about == f"{run}; Ctrl-C ends it\n"
-    port = int(address.removeprefix("http://127.0.0.1:").removesuffix("/"))
-    with closing(http.client.HTTPConnection("localhost", port, timeout=30)) as connection:
-        connection.request("GET", "/events")
+    port, _, path = address.removeprefix("http://127.0.0.1:").partition("/")
+    with closing(http.client.HTTPConnection("localhost", int(port), timeout=30)) as connection:
+        connection.request("GET", f"/{path}")
+        entered = connection.getresponse()
+        entered.read()
+        connection.request("GET", "/events", headers={"Cookie": entered.headers["Set-Cookie"].partition(";")[0]})
         answer = connection.getresponse()
         MetricsFile(folder / run / "metrics.csv").log_metrics({"rollout/score": 0.625}, 6)
         while b"phase 6: rollout/score 0.625" not in (line := answer.readline()):

@@ -64,6 +64,8 @@ class MetricsTable:
             self.problem = None
         except (OSError, ValueError) as raised:
             self.rows, self._inode, changed = rows, -1, False  # the next reading is of the whole file
+            if isinstance(raised, OSError):  # it may be over the next time, though the file is the same
+                self._stamp = None
             self.problem = f"{self.path.name} cannot be read ({getattr(raised, 'strerror', None) or raised})."
         return changed or self.problem != problem
 

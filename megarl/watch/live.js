@@ -6,7 +6,7 @@
   const stateOf = (page) => JSON.parse(page.getElementById("state").textContent);
   let state = stateOf(document);
   let shown = { ...state.parts };  /* the version of each part that the page has */
-  let connected = false, changedAt = "";
+  let connected = false, refused = false, changedAt = "";
 
   /* --- what is said of the run -------------------------------------------------------------------------------- */
 
@@ -14,9 +14,16 @@
     line.className = `live${connected ? (state.running && !state.problem ? " running" : "") : " lost"}`;
     const last = state.said.endsWith(".") ? state.said : `Last: ${state.said}${changedAt && `, at ${changedAt}`}.`;
     const said = connected ? state.problem || (state.running ? "" : "The run has ended; if it is resumed, this page follows it.")
-      : "No connection to megarl watch. Trying again.";
+      : refused ? "megarl watch was started again: open the address that it printed."
+        : "No connection to megarl watch. Trying again.";
     line.textContent = `${said} ${last}`.trim();
     announce(said || state.said);
+  };
+
+  const take = (fresh) => {
+    if (fresh.said !== state.said) changedAt = new Date().toLocaleTimeString();
+    state = fresh;
+    tell();
   };
 
   /* A screen reader hears of new phases when it is silent, and of fast ones every few seconds. */
@@ -90,10 +97,12 @@
 
   /* The whole page is taken where a part has come or gone. */
   const updateAll = async () => {
+    const before = state;
     const fresh = parsed(await (await fetched("./")).text());
     for (const selector of ["#head", "nav", "main"]) put(document.querySelector(selector), fresh.querySelector(selector));
     document.title = fresh.title;
     shown = { ...stateOf(fresh).parts };
+    if (state === before) take(stateOf(fresh));  /* an event that came meanwhile may be newer */
     observe();
   };
 
@@ -128,6 +137,9 @@
 
   /* --- the connection: none while nobody looks ---------------------------------------------------------------- */
 
+  /* Another watcher listens on the port: it does not take this page's cookie until its own address is opened. */
+  const isRefused = () => fetch("parts", { method: "HEAD" }).then(({ status }) => status === 403, () => false);
+
   let source = null;
   const connect = () => {
     source?.close();
@@ -135,16 +147,16 @@
     const mine = source;
     source.onmessage = ({ data }) => {
       if (mine !== source) return;
-      const said = state.said;
       connected = true;
-      state = JSON.parse(data);
-      if (state.said !== said) changedAt = new Date().toLocaleTimeString();
-      tell();
+      refused = false;
+      take(JSON.parse(data));
       schedule();
     };
-    source.onerror = () => {
+    source.onerror = async () => {
       if (mine !== source) return;
       connected = false;
+      if (mine.readyState === EventSource.CLOSED) refused = await isRefused();
+      if (mine !== source) return;
       tell();
       if (mine.readyState === EventSource.CLOSED) setTimeout(() => mine === source && connect(), RETRY_MS);
     };

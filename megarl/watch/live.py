@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
+from megarl.disk import shown
 from megarl.report.curves import GROUPS, Compared, bands, figure
 from megarl.report.data import RunData
 from megarl.report.markup import as_script, number
@@ -41,6 +42,7 @@ class LivePage:
         self._keys: dict[str, Hashable] = {}
         self._versions: dict[str, int] = {}
         self._rendered: dict[str, tuple[int, str]] = {}
+        self._fault = ""  # why the last change is not shown, as a sentence
         self.number = 0
         """Grows whenever anything changes."""
         self._update()
@@ -52,11 +54,22 @@ class LivePage:
         return self._follower.data
 
     def refresh(self) -> bool:
-        """Read what is new in the run folder. Return whether anything is."""
+        """Read what is new in the run folder. Return whether anything is.
+
+        What fails is shown as a problem of the page, which then keeps what it had until the next change.
+        """
         with self._lock:
-            if not self._follower.poll():
-                return False
-            self._update()
+            try:
+                if not self._follower.poll():
+                    return False
+                self._update()
+                self._fault = ""
+            except Exception as raised:  # whatever a file has, the page goes on
+                known, reason = self._fault, shown(f"{type(raised).__name__}: {raised}", 300)
+                self._fault = f"megarl watch cannot show the last change of the run ({reason})."
+                if self._fault == known:
+                    return False
+                self.number += 1
             return True
 
     def state(self) -> dict[str, Any]:
@@ -65,7 +78,7 @@ class LivePage:
             return {
                 "parts": {name: f"{self._started}.{version}" for name, version in self._versions.items()},
                 "said": said(self.run),
-                "problem": self._follower.problem or "",
+                "problem": self._fault or self._follower.problem or "",
                 "running": self.run.summary.get("status") in (None, "running"),
             }
 

@@ -1,17 +1,20 @@
 """The server of `megarl watch`: a page, its parts and events, for browsers of this machine.
 
-It answers GET and HEAD of the paths in `_PATHS`. No path of a request reaches the file system.
+It answers GET and HEAD of the paths in `_PATHS`. No path of a request reaches the file system. All accounts of a
+machine share its loopback interface. So a browser needs the token of the printed address, and gets a cookie for it.
 """
 
 from __future__ import annotations
 
 import errno
+import hmac
 import json
 import re
+import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -29,7 +32,7 @@ _SHARE = 10  # a look that takes long, at a run of very many rows, is followed b
 _ALIVE_S = 10.0  # a stream without news gets a comment as often, which tells that its browser is gone
 _MOST_STREAMS = 32
 _MOST_PARTS = 1000  # in a request
-_LOOPBACK = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+_LOOPBACK = re.compile(r"(?:localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::(\d{1,5}))?", re.IGNORECASE)
 _SECURITY = {
     "Content-Security-Policy": f"{POLICY_HERE}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -49,6 +52,8 @@ class WatchServer(ThreadingHTTPServer):
     def __init__(self, live: LivePage, port: int) -> None:
         """Listen; raise `ConfigError` if another program does. Port 0 is any free one."""
         self.live = live
+        self.token = secrets.token_urlsafe()
+        """Whoever knows it may read the run. Each start has another one."""
         self.news = threading.Condition()
         self.streams = 0
         self.closing = False
@@ -69,8 +74,18 @@ class WatchServer(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """The address of the page."""
-        return f"http://{HOST}:{self.server_address[1]}/"
+        """The address of the page, with the token."""
+        return f"http://{HOST}:{self.server_address[1]}/?token={self.token}"
+
+    def has_token(self, values: Iterable[str]) -> bool:
+        """Return whether one of some values that a browser sent is the token."""
+        return any(hmac.compare_digest(value.encode(), self.token.encode()) for value in values)
+
+    def refresh(self) -> None:
+        """Read what is new in the run folder, and tell the streams if anything is."""
+        if self.live.refresh():
+            with self.news:
+                self.news.notify_all()
 
     def server_close(self) -> None:
         """Stop listening, and end the streams."""
@@ -100,9 +115,7 @@ class WatchServer(ThreadingHTTPServer):
                 if self.closing:
                     return
             began = time.thread_time()
-            if self.live.refresh():
-                with self.news:
-                    self.news.notify_all()
+            self.refresh()
             pause = min(max(POLL_S, _SHARE * (time.thread_time() - began)), _SLOWEST_POLL_S)
 
 
@@ -118,11 +131,15 @@ class _Handler(BaseHTTPRequestHandler):
         if not super().parse_request():
             return False
         hosts = self.headers.get_all("Host") or []
-        if len(hosts) != 1 or not _LOOPBACK.fullmatch(hosts[0].strip()):
+        host = _LOOPBACK.fullmatch(hosts[0].strip()) if len(hosts) == 1 else None
+        if host is None:
             self.close_connection = True
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", "This server answers requests to localhost only.\n")
             return False
-        if self.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site") and self.path != "/":
+        self._cookie = f"megarl-watch-{host[1] or 80}"  # ports share cookies: each has its own, also a forwarded one
+        self._linked = self.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
+        opened = (self.headers.get("Sec-Fetch-Mode"), self.headers.get("Sec-Fetch-Dest")) == ("navigate", "document")
+        if self._linked and not (opened and self.path.partition("?")[0] == "/"):
             self.close_connection = True  # another page could take all streams, though it cannot read them
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", "This server answers its own page only.\n")
             return False
@@ -136,7 +153,13 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer a request for one of the known paths."""
         path, _, query = self.path.partition("?")
         answer = _PATHS.get(path)
-        if answer is None:
+        if path == "/" and self.server.has_token(parse_qs(query).get("token", [])):
+            self._enter()
+        elif not self.server.has_token(self._cookies()):
+            self._answer(
+                HTTPStatus.FORBIDDEN, "text/plain", "Open the address that megarl watch printed at its start.\n"
+            )
+        elif answer is None:
             self._answer(HTTPStatus.NOT_FOUND, "text/plain", "There is no such page.\n")
         else:
             answer(self, query)
@@ -146,8 +169,22 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Log nothing: the terminal is the user's."""
 
+    def _cookies(self) -> list[str]:
+        """Return the values of this server's cookie."""
+        sent = "; ".join(self.headers.get_all("Cookie") or []).split(";")
+        pairs = (cookie.strip().partition("=") for cookie in sent)
+        return [value for name, _, value in pairs if name == self._cookie]
+
+    def _enter(self) -> None:
+        """Give the browser its cookie, and send it to the page, whose address has no token."""
+        cookie = f"{self._cookie}={self.server.token}; Path=/; HttpOnly; SameSite=Strict"
+        status, where = HTTPStatus.SEE_OTHER, {"Location": "/"}
+        if self._linked:  # a strict cookie is not sent after the redirect of another site's link, but after a refresh
+            status, where = HTTPStatus.OK, {"Refresh": "0; url=/"}
+        self._answer(status, "text/plain", "The page is at /.\n", **where, **{"Set-Cookie": cookie})
+
     def _page(self, query: str) -> None:
-        self.server.live.refresh()
+        self.server.refresh()
         self._answer(HTTPStatus.OK, "text/html; charset=utf-8", self.server.live.page())
 
     def _parts(self, query: str) -> None:
@@ -180,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _stream(self) -> None:
         server, sent = self.server, -1
-        server.live.refresh()
+        server.refresh()
         self.wfile.write(b"retry: 1000\n\n")
         while not server.closing:
             if server.live.number != sent:

@@ -6,9 +6,11 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -37,7 +39,7 @@ class Run:
         self.watcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.watcher.stdout is not None
         self.address = self.watcher.stdout.readline().split()[0]
-        self.port = int(self.address.rsplit(":", 1)[1].strip("/"))
+        self.port = urlsplit(self.address).port or 0
 
     def stop(self) -> None:
         """End `megarl watch`."""
@@ -169,9 +171,43 @@ def test_a_lost_connection_is_said_and_taken_up_again(browser: Any, run: Run) ->
     wait_for(browser, lambda: "No connection" in text(browser, "#live"))
     wait_for(browser, lambda: "No connection" in text(browser, "#announced"))
     run.log()
-    run.start()
+    run.start()  # with another token, so that the page's cookie is refused until the new address is opened
+    wait_for(browser, lambda: "open the address that it printed" in text(browser, "#live"))
+    page = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    browser.get(run.address)
+    assert "token" not in browser.current_url
+    browser.close()
+    browser.switch_to.window(page)
     see(browser, run)
-    assert "No connection" not in text(browser, "#live")
+    assert "Last: " in text(browser, "#live")
+    assert "address" not in text(browser, "#live")
+
+
+@pytest.mark.parametrize("link", ["file", "http://localhost"])
+def test_a_link_of_another_site_opens_the_page(browser: Any, run: Run, tmp_path: Path, link: str) -> None:
+    """Browsers do not send a strict cookie where another site has led to, by way of a redirect either."""
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    body = f'<a href="{run.address}">run</a>'.encode()
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    (tmp_path / "link.html").write_bytes(body)
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        elsewhere = f"{link}:{other.server_address[1]}/"
+        browser.get((tmp_path / "link.html").as_uri() if link == "file" else elsewhere)
+        browser.find_element("css selector", "a").click()
+        wait_for(browser, lambda: "Last: phase" in text(browser, "#live"))
+        assert browser.current_url == f"http://127.0.0.1:{run.port}/"
+        other.shutdown()
 
 
 @pytest.mark.parametrize("theme", THEMES)

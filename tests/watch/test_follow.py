@@ -166,6 +166,26 @@ def test_a_file_that_is_no_table_leaves_the_rows_and_says_why(file: Path, damage
         assert (table.rows, table.problem) == (rows, None)
 
 
+def test_a_reading_that_fails_is_tried_again_though_the_file_is_the_same(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    file.write_text("step,a\n1,1.0\n")
+    table = MetricsTable(file)
+    table.poll()
+    file.write_text("step,a\n1,1.0\n2,2.0\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", fail)
+        assert table.poll()
+        assert "Input/output error" in str(table.problem)
+        assert not table.poll()
+    assert table.poll()
+    assert table.problem is None
+    check(table, file)
+
+
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from megarl.errors import ConfigError
 from megarl.run.csv_logger import MetricsFile
+from megarl.watch import live
 from megarl.watch import server as served
 from megarl.watch.live import LivePage
 from megarl.watch.server import WatchServer
@@ -49,14 +50,20 @@ def watched(live: LivePage) -> Iterator[WatchServer]:
 def asked(
     server: WatchServer, path: str, method: str = "GET", headers: dict[str, str] | None = None
 ) -> tuple[int, http.client.HTTPMessage, bytes]:
-    """Send a request with exactly these headers, and Host unless it is among them."""
+    """Send a request with exactly these headers, or else those of a browser that has opened the page."""
     with closing(http.client.HTTPConnection(*server.server_address[:2], timeout=LIMIT_S)) as connection:
         connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
-        for name, value in (headers if headers is not None else {"Host": "localhost"}).items():
+        for name, value in (own(server) if headers is None else headers).items():
             connection.putheader(name, value)
         connection.endheaders()
         answer = connection.getresponse()
         return answer.status, answer.headers, answer.read()
+
+
+def own(server: WatchServer, host: str = "localhost") -> dict[str, str]:
+    """Return the headers of a browser that has opened the page."""
+    port = host.rpartition(":")[2] if host[-1].isdigit() and ":" in host else "80"
+    return {"Host": host, "Cookie": f"megarl-watch-{port}={server.token}"}
 
 
 class Stream:
@@ -64,7 +71,7 @@ class Stream:
 
     def __init__(self, server: WatchServer) -> None:
         self.connection = http.client.HTTPConnection(*server.server_address[:2], timeout=LIMIT_S)
-        self.connection.request("GET", "/events")
+        self.connection.request("GET", "/events", headers=own(server))
         self.answer = self.connection.getresponse()
 
     def next(self) -> dict[str, Any]:
@@ -117,7 +124,7 @@ def test_head_is_answered_like_get_without_a_body(server: WatchServer, path: str
 def test_only_names_of_this_machine_are_answered(server: WatchServer) -> None:
     port = server.server_address[1]
     for host in ("localhost", f"localhost:{port}", "LOCALHOST:1", f"127.0.0.1:{port}", "[::1]:80", "127.1.2.3"):
-        assert asked(server, "/parts", headers={"Host": host})[0] == 200, host
+        assert asked(server, "/parts", headers=own(server, host))[0] == 200, host
     wrong: list[dict[str, str]] = [{}]
     for host in ("evil.com", "localhost.evil.com", "evil.com:localhost", "127.0.0.1.evil.com", "localhost:80:80", ""):
         wrong.append({"Host": host})
@@ -127,11 +134,54 @@ def test_only_names_of_this_machine_are_answered(server: WatchServer) -> None:
         assert (status, body) == (403, b"This server answers requests to localhost only.\n"), headers
 
 
-def test_another_page_may_link_to_the_page_and_reach_nothing_else(server: WatchServer) -> None:
-    for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)):
-        headers = {"Host": "localhost", "Sec-Fetch-Site": site}
-        assert [asked(server, path, "HEAD", headers)[0] for path in ("/parts", "/events")] == [status, status]
-        assert asked(server, "/", "HEAD", headers)[0] == 200
+@pytest.mark.parametrize(
+    ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)]
+)
+def test_another_page_may_link_to_the_page_and_reach_nothing_else(server: WatchServer, site: str, status: int) -> None:
+    headers = {**own(server), "Sec-Fetch-Site": site}
+    for path in ("/", "/parts", "/events"):
+        for more in ({}, {"Sec-Fetch-Mode": "navigate"}, {"Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "document"}):
+            assert asked(server, path, "HEAD", headers | more)[0] == status
+    framed = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"}
+    assert asked(server, "/", "HEAD", headers | framed)[0] == status
+    opened = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert asked(server, "/", "HEAD", headers | opened)[0] == 200
+    assert asked(server, "/events", "HEAD", headers | opened)[0] == status
+
+
+REFUSED = b"Open the address that megarl watch printed at its start.\n"
+
+
+def test_the_printed_address_gives_a_cookie_with_which_everything_is_answered(server: WatchServer) -> None:
+    assert server.address == f"http://127.0.0.1:{server.server_address[1]}/?token={server.token}"
+    host = {"Host": f"localhost:{server.server_address[1]}"}
+    for path in ("/", "/parts", "/events", "/nothing", f"/parts?token={server.token}", "/?token=", "/?token=%ff%00"):
+        status, headers, body = asked(server, path, headers=host)
+        assert (status, body, headers["Set-Cookie"]) == (403, REFUSED, None), path
+    status, headers, _ = asked(server, f"/?token={server.token}", headers=host)
+    assert (status, headers["Location"]) == (303, "/")
+    cookie, *attributes = headers["Set-Cookie"].split("; ")
+    assert {"HttpOnly", "SameSite=Strict", "Path=/"} == set(attributes)
+    others = 'a={"b": 1}; =; megarl-watch-1=x'  # ports of a machine share their cookies
+    assert asked(server, "/", headers={**host, "Cookie": f"{others}; {cookie}; \xe4"})[0] == 200
+    assert asked(server, "/nothing", headers={**host, "Cookie": cookie})[0] == 404
+    for wrong in (
+        cookie[:-1],
+        f"{cookie}x",
+        f"x{cookie}",
+        cookie.partition("=")[0],
+        f"{cookie[:-1]}\xe4",
+        "",
+        "x" * 9000,
+    ):
+        assert asked(server, "/", headers={**host, "Cookie": wrong})[0::2] == (403, REFUSED), wrong
+
+
+def test_the_address_and_the_cookie_of_an_earlier_start_are_refused(server: WatchServer, folder: Path) -> None:
+    with watched(LivePage(folder)) as again:
+        assert asked(again, f"/?token={server.token}", headers={"Host": "localhost"})[0] == 403
+        assert asked(again, "/events", headers=own(server))[0::2] == (403, REFUSED)
+        assert asked(again, "/parts", headers=own(again))[0] == 200
 
 
 def test_it_listens_to_this_machine_alone_and_lets_the_page_reach_nothing_else(server: WatchServer) -> None:
@@ -194,6 +244,40 @@ def test_a_browser_that_is_gone_or_beyond_the_limit_does_not_keep_others_from_th
             pytest.fail("the stream of a browser that is gone still counts")
         MetricsFile(folder / "metrics.csv").log_metrics({"rollout/score": 0.5}, 4)
         there.until("phase 4")
+
+
+def test_what_one_page_brings_up_to_date_is_told_to_the_others_at_once(
+    server: WatchServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that looks at the folder is not needed for that, and no page waits for its next comment."""
+    monkeypatch.setattr(served, "POLL_S", LIMIT_S * 9)
+    monkeypatch.setattr(served, "_ALIVE_S", LIMIT_S * 9)
+    with closing(Stream(server)) as one:
+        one.next()
+        MetricsFile(folder / "metrics.csv").log_metrics({"rollout/score": 0.5}, 4)
+        asked(server, "/")
+        one.until("phase 4")
+        MetricsFile(folder / "metrics.csv").log_metrics({"rollout/score": 0.5}, 5)
+        with closing(Stream(server)) as other:
+            other.until("phase 5")
+            one.until("phase 5")
+
+
+def test_a_refresh_that_fails_is_told_and_the_next_change_is_shown(
+    server: WatchServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run: object) -> None:
+        raise RuntimeError("no luck")
+
+    with closing(Stream(server)) as stream:
+        assert stream.next()["problem"] == ""
+        monkeypatch.setattr(live, "findings_of", fail)
+        MetricsFile(folder / "metrics.csv").log_metrics({"rollout/score": 0.5}, 4)
+        assert "RuntimeError: no luck" in stream.next()["problem"]
+        assert asked(server, "/")[0] == 200
+        monkeypatch.undo()
+        MetricsFile(folder / "metrics.csv").log_metrics({"rollout/score": 0.5}, 5)
+        assert stream.until("phase 5")["problem"] == ""
 
 
 def test_a_folder_that_vanishes_is_told(server: WatchServer, folder: Path) -> None:
