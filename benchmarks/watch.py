@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -53,22 +54,26 @@ def cpu_seconds(process: int) -> float:
 class Browser(threading.Thread):
     """Listens to the events and fetches the parts that it shows, as the page's script does."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, address: str) -> None:
         super().__init__(daemon=True)
-        self.port, self.updates = port, 0
+        self.address, self.updates = urlsplit(address), 0
 
     def run(self) -> None:
         shown: dict[str, str] = {}
-        requests = http.client.HTTPConnection("localhost", self.port)
-        requests.request("GET", "/")
+        requests = http.client.HTTPConnection("127.0.0.1", self.address.port)
+        requests.request("GET", f"/?{self.address.query}")
+        entered = requests.getresponse()
+        entered.read()
+        cookie = {"Cookie": entered.headers["Set-Cookie"].partition(";")[0]}
+        requests.request("GET", "/", headers=cookie)
         requests.getresponse().read()
-        events = http.client.HTTPConnection("localhost", self.port)
-        events.request("GET", "/events")
+        events = http.client.HTTPConnection("127.0.0.1", self.address.port)
+        events.request("GET", "/events", headers=cookie)
         for line in events.getresponse():
             if line.startswith(b"data: "):
                 parts = json.loads(line[6:])["parts"]
                 wanted = [name for name in VISIBLE if parts[name] != shown.get(name)]
-                requests.request("GET", "/parts?" + "&".join(f"id={name}" for name in wanted))
+                requests.request("GET", "/parts?" + "&".join(f"id={name}" for name in wanted), headers=cookie)
                 for name, (version, _) in json.loads(requests.getresponse().read()).items():
                     shown[name] = version
                 self.updates += 1
@@ -79,8 +84,8 @@ def watched(folder: Path, logger: MetricsFile, phase: int, browsers: int, second
     command = [sys.executable, "-m", "megarl", "watch", str(folder), "port=0"]
     watcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert watcher.stdout is not None
-    port = int(watcher.stdout.readline().split()[0].rsplit(":", 1)[1].strip("/"))
-    viewers = [Browser(port) for _ in range(browsers)]
+    address = watcher.stdout.readline().split()[0]
+    viewers = [Browser(address) for _ in range(browsers)]
     for viewer in viewers:
         viewer.start()
     time.sleep(3)

@@ -27,7 +27,7 @@ QUESTIONS = {
     "add a metric": ("questions.html#how-do-i-add-a-metric", "metric.fn="),
     "train on two nodes": ("questions.html#how-do-i-train-on-two-nodes", "sbatch --nodes=2"),
     "stop kl limit": ("questions.html#how-do-i-stop-on-a-kl-limit", "ppo.kl_limit="),
-    "chat template mask": (
+    "which tokens of a chat train": (
         "questions.html#which-tokens-of-a-chat-train",
         "which tokens of a conversation train",
     ),
