@@ -60,7 +60,7 @@ def test_the_schedule_has_every_pass_of_every_stage_and_lasts_as_long_as_the_pla
 def test_one_stage_is_not_drawn_and_a_long_step_is_shortened() -> None:
     assert not parsed(planned(Layout())).all(id="schedule")[0].all("svg")
     long = parsed(planned(Layout(pp=2), accumulation=2000)).all(id="schedule")[0].text()
-    assert "Drawn are 750 of the 2000 microbatches" in long
+    assert "The drawing shows 750 of the 2000 microbatches" in long
 
 
 def test_stages_time_and_what_would_change_it_are_there() -> None:
