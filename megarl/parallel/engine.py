@@ -402,7 +402,7 @@ class Engine:
     ) -> list[Any]:
         """Run Megatron's schedule over the microbatches; the last stage returns each `finish(model, batch, output)`."""
         on_device = [batch.to(self.grid.device) for batch in microbatches]
-        batch_size, time = on_device[0].tokens.shape
+        batch_size, time = len(on_device[0].tokens), on_device[0].time
 
         def step(batches: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
