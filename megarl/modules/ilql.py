@@ -110,7 +110,7 @@ class ILQL(GenerativeModule):
     def gradients(self, rows: RowSource, indices: Tensor) -> dict[str, float]:
         """Compute the gradients of the loss over the samples at these indices."""
         micro, pack = self.config.trainer.micro_batch_size, self.config.ilql.pack
-        self.last_batch = make_microbatches(rows, indices, self.grid, per_microbatch=micro, share_bins=pack)
+        self.last_batch = make_microbatches(rows, indices, self.policy, per_microbatch=micro, share_bins=pack)
         return self.policy.train_step(self.last_batch, self.loss, count_targets)
 
     def rows_at(self, indices: Tensor) -> Rows:

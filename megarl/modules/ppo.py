@@ -416,7 +416,7 @@ class PPO(GenerativeModule):
         apply (`is_over`).
         """
         micro, pack = self.config.trainer.micro_batch_size, self.config.ppo.pack
-        self.last_batch = make_microbatches(rows, indices, self.grid, per_microbatch=micro, share_bins=pack)
+        self.last_batch = make_microbatches(rows, indices, self.policy, per_microbatch=micro, share_bins=pack)
         metrics: dict[str, float] = {}
         if self.policy_trains:
             metrics = self.policy.train_step(self.last_batch, self.loss, self.loss.count)

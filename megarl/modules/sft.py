@@ -85,7 +85,7 @@ class SFT(Module):
         return make_microbatches(
             data,
             indices,
-            self.grid,
+            self.policy,
             per_microbatch=per_microbatch,
             share_bins=False,
             longest=self.config.data.seq_length - 1,  # the last token is a target only

@@ -145,7 +145,7 @@ class UnitModule(Module):
         return make_microbatches(
             rows,
             torch.arange(len(rows)),
-            self.grid,
+            self.policy,
             per_microbatch=per_microbatch,
             share_bins=self.config.data.pack,
             keep_together=rows["unit"],

@@ -107,6 +107,11 @@ class Engine:
         return self._chunks
 
     @property
+    def has_encoder(self) -> bool:
+        """Whether the model is an encoder-decoder, whose encoder reads the prompts of rows."""
+        return getattr(self.config, "encoder", None) is not None
+
+    @property
     def optimizer(self) -> MegatronOptimizer | None:
         """Megatron's optimizer, with everything that it reads and writes on the device."""
         if self._optimizer is not None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -277,20 +278,31 @@ def _as_filler(rows: Rows) -> Rows:
     return replace(rows, lengths=torch.zeros_like(rows.lengths), action_mask=torch.zeros_like(rows.action_mask))
 
 
-def make_microbatches(
-    source: RowSource,
-    indices: Tensor,
-    grid: Grid,
+class ReadsRows(Protocol):
+    """What plans read of an engine: its processes, and whether an encoder reads the prompts."""
+
+    grid: Grid
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the model is an encoder-decoder."""
+
+
+def plan_rows(
+    lengths: Tensor | np.ndarray,
+    engine: ReadsRows,
     *,
     per_microbatch: int,
     share_bins: bool,
     keep_together: Tensor | None = None,
     read_last: bool = False,
     longest: int | None = None,
-) -> list[Microbatch]:
-    """Plan the rows of a source with indices [rows], and build this replica's microbatches of them."""
-    lengths = np.asarray(source.lengths)[indices.numpy()]
-    plan = MicrobatchPlan(
+    prompts: Tensor | None = None,
+) -> MicrobatchPlan:
+    """Return the plan for the passes of an engine over rows of these lengths. `prompts` matter to an encoder alone;
+    the other arguments are those of `MicrobatchPlan`."""
+    grid = engine.grid
+    return MicrobatchPlan(
         lengths,
         grid.layout,
         grid.dp_rank,
@@ -299,5 +311,15 @@ def make_microbatches(
         keep_together=keep_together,
         read_last=read_last,
         longest=longest,
+        prompts=prompts if engine.has_encoder else None,
     )
-    return plan.microbatches(source, indices)
+
+
+def make_microbatches(source: RowSource, indices: Tensor, engine: ReadsRows, **options: Any) -> list[Microbatch]:
+    """Plan the rows of a source with indices [rows], and build this replica's microbatches of them. `options` are those
+    of `plan_rows`."""
+    lengths = np.asarray(source.lengths)[indices.numpy()]
+    if not engine.has_encoder:
+        return plan_rows(lengths, engine, **options).microbatches(source, indices)
+    rows = source.take(indices)
+    return plan_rows(lengths, engine, **options, prompts=rows.prompts).microbatches(rows)

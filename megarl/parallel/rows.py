@@ -27,7 +27,8 @@ class Rows:
             environment text, padding and the first token, which has no prediction.
         per_token: more columns [rows, time], such as rollout_logprobs, old_logprobs, ref_logprobs, values, rewards,
             advantages and returns; of rows that hold several documents, positions and segment_ids.
-        per_row: more columns [rows], such as group (the prompt that a response belongs to) and truncated.
+        per_row: more columns [rows], such as group (the prompt that a response belongs to), prompt_tokens (the length of
+            the prompt) and truncated.
     """
 
     tokens: Tensor
@@ -38,6 +39,15 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def prompts(self) -> Tensor:
+        """[rows] long, tokens before the first action: the column prompt_tokens, or as the action mask has it."""
+        if "prompt_tokens" in self:
+            return self["prompt_tokens"]
+        acts = self.action_mask != 0
+        first = torch.where(acts.any(dim=1), acts.long().argmax(dim=1), self.lengths - 1)
+        return first.clamp(min=1)
 
     def __contains__(self, name: str) -> bool:
         return name in self.per_token or name in self.per_row

@@ -91,7 +91,7 @@ def plain(model: dict[str, Any]) -> Tensor:
 
     found = torch.zeros(UNEQUAL.tokens.shape)
     for row, length in enumerate(UNEQUAL.lengths.tolist()):
-        batch = make_microbatches(UNEQUAL, torch.tensor([row]), engine.grid, per_microbatch=1, share_bins=False)
+        batch = make_microbatches(UNEQUAL, torch.tensor([row]), engine, per_microbatch=1, share_bins=False)
         (table,) = engine.forward(batch, all_logprobs)
         after = UNEQUAL.tokens[row, 1:length]
         found[row, 1:length] = table["logprobs"][torch.arange(length - 1), after]
