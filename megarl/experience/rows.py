@@ -20,9 +20,9 @@ from megarl.rollout.requests import Rollout
 def rollouts_to_rows(rollouts: Sequence[Rollout]) -> Rows:
     """Return one row per rollout, on the host.
 
-    The columns are rollout_logprobs [rows, time]; group [rows], the index of the prompt within the phase; prompt_tokens [rows], the length of the prompt; truncated
-    [rows], whether the response ended at its maximum length; and weights_version [rows], the version of the weights
-    that sampled it.
+    The columns are rollout_logprobs [rows, time]; group [rows], the index of the prompt within the phase; prompt_tokens
+    [rows], the length of the prompt; truncated [rows], whether the response ended at its maximum length; and
+    weights_version [rows], the version of the weights that sampled it.
     """
     lengths = torch.tensor([len(rollout.tokens) for rollout in rollouts])
     shape = (len(rollouts), int(lengths.max()))

@@ -77,7 +77,7 @@ def layer_weights(model: ModelConfig) -> int:
     """Return the weights of one layer's matrix products: query, key, value and output projections, and the MLP's."""
     head_dim, kv_heads = _head_dim(model), model.kv_heads
     attention = model.hidden_size * head_dim * (2 * model.num_heads + 2 * kv_heads)
-    matrices = 3 if model.activation == "swiglu" else 2
+    matrices = 3 if model.is_gated else 2
     return attention + matrices * model.hidden_size * model.ffn_width
 
 

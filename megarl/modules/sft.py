@@ -87,7 +87,7 @@ class SFT(Module):
             indices,
             self.policy,
             per_microbatch=per_microbatch,
-            share_bins=False,
+            share_bins=self.config.data.pack and self.policy.has_encoder,  # other models' rows are packed already
             longest=self.config.data.seq_length - 1,  # the last token is a target only
         )
 

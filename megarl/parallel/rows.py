@@ -27,8 +27,8 @@ class Rows:
             environment text, padding and the first token, which has no prediction.
         per_token: more columns [rows, time], such as rollout_logprobs, old_logprobs, ref_logprobs, values, rewards,
             advantages and returns; of rows that hold several documents, positions and segment_ids.
-        per_row: more columns [rows], such as group (the prompt that a response belongs to), prompt_tokens (the length of
-            the prompt) and truncated.
+        per_row: more columns [rows], such as group (the prompt that a response belongs to), prompt_tokens (its length)
+            and truncated.
     """
 
     tokens: Tensor

@@ -155,9 +155,10 @@ class Schedule:
         self.fresh.append(slot)
         self._count[slot] = 0
         self._limit[slot] = request.sampling.max_new_tokens
-        encoded = self.start_id is not None
-        self._length[slot] = 1 if encoded else len(request.prompt)
-        self._last[slot] = self.start_id if encoded else request.prompt[-1]
+        if self.start_id is None:
+            self._length[slot], self._last[slot] = len(request.prompt), request.prompt[-1]
+        else:
+            self._length[slot], self._last[slot] = 1, self.start_id
         self._stops[slot] = bool(request.sampling.stop or request.sampling.stop_text)
 
     def _close_up(self, holes: Sequence[int]) -> list[Move]:

@@ -243,10 +243,12 @@ class ModelConfig(Section):
         if self.num_kv_heads is not None:
             require_divides("model.num_kv_heads", "model.num_heads", self.num_kv_heads, self.num_heads)
         self._check_rope()
-        if self.num_layers_unfrozen > self.num_layers:
+        self._check_encoder()
+        if self.num_layers_unfrozen > self.layers:
+            count = f"model.num_layers={self.num_layers}" if self.encoder is None else f"all {self.layers} layers"
             raise Refusal(
-                f"model.num_layers_unfrozen={self.num_layers_unfrozen} is more than model.num_layers={self.num_layers}",
-                {"model.num_layers_unfrozen": [self.num_layers]},
+                f"model.num_layers_unfrozen={self.num_layers_unfrozen} is more than {count}",
+                {"model.num_layers_unfrozen": [self.layers]},
                 "-1 to train everything",
                 key="model.num_layers_unfrozen",
                 value=self.num_layers_unfrozen,
@@ -283,11 +285,40 @@ class ModelConfig(Section):
         if self.rope_scaling is not None:
             self.rope_scaling.check()
 
+    def _check_encoder(self) -> None:
+        """An encoder-decoder has relative positions, and no other model has; it lacks what no T5 has."""
+        if self.encoder is None:
+            if self.position == "relative":
+                raise Refusal(
+                    "model.position=relative needs an encoder-decoder",
+                    {"model.position": ["rope"], "model.encoder.num_layers": [self.num_layers]},
+                    key="model.position",
+                    value=self.position,
+                )
+            return
+        self.encoder.check()
+        only = {
+            "position": "relative",
+            "num_kv_heads": None,
+            "parallel_residual": "none",
+            "qk_norm": False,
+            "sliding_window": None,
+        }
+        for name, value in only.items():
+            found = getattr(self, name)
+            if found != value and not (name == "num_kv_heads" and found == self.num_heads):
+                raise Refusal(
+                    f"model.{name}={either([found])} is not possible with model.encoder",
+                    {f"model.{name}": [value], "model.encoder": [None]},
+                    key=f"model.{name}",
+                    value=found,
+                )
+
     def _check_size(self) -> None:
         """Refuse a model that is too large to be intended."""
         rows = (self.vocab_size or 0) + (self.max_positions if self.position == "learned" else 0)
         layer = 2 * self.num_heads * self.head_width + 2 * self.ffn_width
-        parameters = self.hidden_size * (self.num_layers * layer + rows)
+        parameters = self.hidden_size * (self.layers * layer + rows)
         if parameters > MOST_PARAMETERS:
             raise Refusal(
                 f"model.hidden_size={self.hidden_size}, model.num_layers={self.num_layers} and the other sizes come to "

@@ -79,7 +79,7 @@ def read(config: Json) -> ModelConfig:
             longest_distance=config.get("relative_attention_max_distance", 128),
             start_id=config.get("decoder_start_token_id") or config.get("pad_token_id") or 0,
             # Transformers 4 scales where embeddings are tied; 5 writes them as tied always, and whether it scales.
-            scale_outputs=config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True)),
+            scale_outputs=bool(config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))),
         ),
     )
 
