@@ -279,6 +279,7 @@ def _line(rollout: "Rollout", prompt: str, tokenizer: "Tokenizer") -> dict[str, 
         "response": tokenizer.decode(rollout.response_without_eos),
         "finish_reason": rollout.finish_reason,
         "tokens": len(rollout.response),
+        "token_ids": list(rollout.response),
         "logprob": sum(rollout.logprobs),
     }
 

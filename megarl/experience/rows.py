@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megarl.config.sections.model import ModelConfig
 from megarl.models.adapter_spec import AdapterSpec
-from megarl.models.flops import flops_per_token, forward_flops_per_token
+from megarl.models.flops import encoder_decoder_flops, flops_per_token, forward_flops_per_token
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine, ForwardFn, Outputs
 from megarl.parallel.microbatches import plan_rows
@@ -77,17 +77,47 @@ def at_last(columns: Tensor, rows: Rows) -> Tensor:
     return columns.gather(1, (rows.lengths - 1).clamp(min=0)[:, None]).squeeze(1)
 
 
-def training_flops(model: ModelConfig, vocab_size: int, lengths: Tensor, adapter: AdapterSpec | None = None) -> float:
-    """Return the FLOPs of a forward and a backward pass over rows of these lengths [rows]. Last tokens are not
-    inputs."""
+def training_flops(
+    model: ModelConfig,
+    vocab_size: int,
+    lengths: Tensor,
+    adapter: AdapterSpec | None = None,
+    prompts: Tensor | None = None,
+) -> float:
+    """Return the FLOPs of a forward and a backward pass over rows of these lengths [rows]. Last tokens are not inputs.
+
+    Args:
+        prompts: [rows], lengths of their prompts, which an encoder-decoder needs.
+    """
+    if model.encoder is not None:
+        return _of_both(model, vocab_size, lengths, adapter, prompts)[1]
     tokens, length = _read(lengths)
     return tokens * flops_per_token(model, vocab_size, length, adapter)
 
 
-def forward_flops(model: ModelConfig, vocab_size: int, lengths: Tensor, adapter: AdapterSpec | None = None) -> float:
-    """Return the FLOPs of a forward pass over rows of these lengths [rows]. Last tokens are not inputs."""
+def forward_flops(
+    model: ModelConfig,
+    vocab_size: int,
+    lengths: Tensor,
+    adapter: AdapterSpec | None = None,
+    prompts: Tensor | None = None,
+) -> float:
+    """Return the FLOPs of a forward pass over rows; see `training_flops`."""
+    if model.encoder is not None:
+        return _of_both(model, vocab_size, lengths, adapter, prompts)[0]
     tokens, length = _read(lengths)
     return tokens * forward_flops_per_token(model, vocab_size, length, adapter)
+
+
+def _of_both(
+    model: ModelConfig, vocab_size: int, lengths: Tensor, adapter: AdapterSpec | None, prompts: Tensor | None
+) -> tuple[float, float]:
+    """Return the FLOPs of a forward pass, and of both, over the rows of an encoder-decoder."""
+    if prompts is None:
+        raise ValueError("the rows of an encoder-decoder have prompts")
+    pairs = zip(prompts.tolist(), (lengths - prompts).clamp(min=1).tolist(), strict=True)
+    each = [encoder_decoder_flops(model, vocab_size, prompt, response, adapter) for prompt, response in pairs]
+    return sum(forward for forward, _ in each), sum(both for _, both in each)
 
 
 def _read(lengths: Tensor) -> tuple[float, float]:

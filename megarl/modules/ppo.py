@@ -483,7 +483,7 @@ class PPO(GenerativeModule):
 
     def _work(self, rows: Rows) -> Work:
         """Count generation and evaluation as forward passes, and each inner epoch as a forward and a backward pass."""
-        sizes = (self.config.model, self.vocab_size, rows.lengths, self.policy.config.adapter)
+        sizes = (self.config.model, self.vocab_size, rows.lengths, self.policy.config.adapter, rows.prompts)
         models = len(self._trained)
         self.training_flops = training_flops(*sizes) * models * self.config.ppo.inner_epochs
         passes = len(self.engines) + 1 + (self.reference is not None)

@@ -157,7 +157,8 @@ class RFT(GenerativeModule):
     def _work(self, rows: Rows, steps: float) -> Work:
         lengths = rows.lengths
         passes = self.config.trainer.global_batch_size * steps / len(lengths)
-        flops = training_flops(self.config.model, self.vocab_size, lengths, self.policy.config.adapter)
+        adapter = self.policy.config.adapter
+        flops = training_flops(self.config.model, self.vocab_size, lengths, adapter, rows.prompts)
         return Work(int(lengths.sum() * passes), flops * passes)
 
 
