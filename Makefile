@@ -15,7 +15,7 @@ export PIP_CONSTRAINT := $(CURDIR)/$(VENV)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock demo test slurm lint types gates format clean
+.PHONY: help venv lock demo test site slurm lint types gates format clean
 
 # Where there is no CPU build of torch at hand: make demo TORCH_INDEX='--index-url https://download.pytorch.org/whl/cpu'
 TORCH_INDEX ?=
@@ -46,6 +46,16 @@ demo: venv  ## PPO on a small task with known results: under a minute, with a li
 test: venv  ## the tests, on two workers (WORKERS=8 for more)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=25 --durations-min=5
 
+# Not --quiet: --strict counts only the warnings that are shown.
+site: $(VENV)/.docs  ## the documentation as a site in site/: open site/index.html; warnings and misspelt words are errors
+	$(BIN)/typos docs README.md CHANGELOG.md CONTRIBUTING.md examples megarl
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo 'open site/index.html; site/external_links.txt lists links to other servers'
+
+$(VENV)/.docs: $(VENV)/.installed
+	quiet=$$($(QUIET)); $(BIN)/pip install $$quiet -e '.[docs]'
+	touch $@
+
 slurm: venv  ## the launchers on a Slurm of two nodes, where it is installed (slurm-wlm, munge)
 	$(BIN)/python -m pytest -m 'slurm and not gate' tests/slurm
 
@@ -65,4 +75,4 @@ gates: venv  ## the long checks: kill storms, other dependency versions, fresh c
 	$(BIN)/python -m pytest -m gate --timeout=3600
 
 clean:  ## remove the environment and what runs left
-	rm -rf $(VENV) runs outputs multirun dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs outputs multirun dist build site .pytest_cache .mypy_cache .ruff_cache

@@ -43,6 +43,12 @@ _OTHER_NAMES = {
     "html": "report",
     "plot": "report",
     "summary": "report",
+    "follow": "watch",
+    "live": "watch",
+    "dashboard": "watch",
+    "tensorboard": "watch",
+    "monitor": "watch",
+    "tail": "watch",
     "init": "new",
     "create": "new",
     "startproject": "new",
@@ -62,7 +68,7 @@ def help_text() -> str:
                 *(f"  {line}" for line in trained),
                 "Use a model, or prepare a run:",
                 *(f"  {line}" for line in others),
-                "  report RUN (a page)  new FOLDER  ls [LIST]  show PRESET  doctor  completion",
+                "  report RUN  watch RUN  new FOLDER  ls [LIST]  show PRESET  doctor  completion",
             ]
         )
         + "\n"
@@ -118,7 +124,8 @@ def _own(name: str, argv: list[str]) -> int:
     commands: dict[str, tuple[str, Callable[[list[str]], int]]] = {
         "ls": ("megarl ls [presets|algorithms|rewards|families]", _ls),
         "show": ("megarl show PRESET", _show),
-        "report": ("megarl report RUN [RUN ...] [out=FILE]", _report),
+        "report": ("megarl report [--compare] RUN [RUN ...] [out=FILE]", _report),
+        "watch": ("megarl watch RUN [port=8899] [open=true]", _watch),
         "new": ("megarl new FOLDER", _new),
         "doctor": ("megarl doctor", _doctor),
         "completion": ("megarl completion bash|zsh|fish", _completion),
@@ -205,9 +212,19 @@ def _show(argv: list[str]) -> int:
 
 def _report(argv: list[str]) -> int:
     """Write one page that says how a run went: findings, curves, scores, samples and settings. It needs no network. Of
-    several runs the page compares curves, last values and settings. It works while a run trains, too. The file is
-    RUN/report.html, for several runs ./report.html, or the one that out= names; it replaces reports, no other file."""
+    several runs the page compares curves, last values and settings; --compare may say so. It works while a run trains,
+    too. The file is RUN/report.html, for several runs ./report.html, or the one that out= names; it replaces reports,
+    no other file."""
     from megarl.report_run import run
+
+    return run(argv)
+
+
+def _watch(argv: list[str]) -> int:
+    """Serve a page that follows a run while it trains: the report's findings, curves and samples, brought up to date a
+    second or two after each phase. It reads the run folder and answers browsers of this machine only. port=0 takes any
+    free port; open=true opens the page in a browser. Ctrl-C ends it; the run goes on."""
+    from megarl.watch_run import run
 
     return run(argv)
 

@@ -33,4 +33,4 @@ PROGRAMS = {
 
 def command_names() -> list[str]:
     """Return the names of all commands that `megarl --help` lists."""
-    return [*ALGORITHMS, "train", *PROGRAMS, "report", "new", "ls", "show", "doctor", "completion", "help"]
+    return [*ALGORITHMS, "train", *PROGRAMS, "report", "watch", "new", "ls", "show", "doctor", "completion", "help"]

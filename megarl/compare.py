@@ -17,7 +17,9 @@ from megarl.config.arguments import check_arguments
 from megarl.config.compare import CompareConfig
 from megarl.config.own_keys import help_lines, read_own_keys, written
 from megarl.disk import UnreadableError, local, read_json, writable, write_atomically
-from megarl.errors import ConfigError, DataError
+from megarl.errors import ConfigError, DataError, one_line
+from megarl.report.shell import COMPARE
+from megarl.report.write import refuse_foreign, write_page
 from megarl.trials.jobs import Backend, Job, LocalJobs, Running
 from megarl.trials.paired import Difference, paired_difference
 from megarl.trials.plan import no_algorithm
@@ -27,6 +29,8 @@ from megarl.trials.sides import Side, checked_out, read_side
 USAGE = "megarl compare ALGORITHM A B KEY=VALUE ... compare.metric=NAME [compare.seeds=3] [--fail]"
 DIFFERENT = 1
 """The exit code if the two differ and `--fail` is given."""
+PAGE = "differences.html"
+"""Name of the page in the folder of a comparison."""
 _POLL_S = 0.2
 
 
@@ -168,11 +172,41 @@ def shown_differences(comparison: Comparison, found: dict[str, Difference]) -> s
         for name, one in found.items()
     ]
     text = table(["metric", "A", "B", "B - A", "from", "to", ""], rows)
+    a, b = (side.name for side in comparison.sides)
+    return f"A: {a}\nB: {b}\n{text}{_how(config)}\n"
+
+
+def _how(config: CompareConfig) -> str:
+    """Return how differences and intervals were computed."""
     kind = "Student's t" if config.interval == "t" else "bootstrap"
     seeds = f"{config.seeds} seeds" if config.seeds > 1 else "one seed, so there is no interval"
-    how = f"paired over {seeds}" + (f"; {config.confidence:.0%} interval: {kind}" if config.seeds > 1 else "")
+    return f"paired over {seeds}" + (f"; {config.confidence:.0%} interval: {kind}" if config.seeds > 1 else "")
+
+
+def _draw(comparison: Comparison, found: dict[str, Difference], runs: Sequence[Sequence[Path]], path: Path) -> None:
+    """Write the page of a comparison. Its numbers are printed and stored already, so that a page that cannot be made
+    is a line and nothing else."""
+    from megarl.report.differences import Measured, differences_page
+
     a, b = (side.name for side in comparison.sides)
-    return f"A: {a}\nB: {b}\n{text}{how}\n"
+    metrics = {
+        name: Measured(
+            one.values_a,
+            one.values_b,
+            one.mean,
+            (one.low, one.high) if comparison.config.seeds > 1 else None,
+            _verdict(one),
+        )
+        for name, one in found.items()
+    }
+    try:
+        write_page(
+            differences_page((a, b), comparison.seeds, metrics, _how(comparison.config), runs), path, "page", COMPARE
+        )
+    except Exception as problem:
+        say(f"{path} is not written: {one_line(problem)}")
+    else:
+        say(f"page: {path}")
 
 
 def _verdict(one: Difference) -> str:
@@ -185,6 +219,7 @@ def compare(argv: Sequence[str], backend: Backend | None = None) -> int:
     config = comparison.config
     place = config.dir or f"runs/compare-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = writable(str(local(place).absolute()), "compare.dir")
+    refuse_foreign(folder / PAGE, "compare.dir", COMPARE)
     if all(side.revision is None for side in comparison.sides):
         from megarl.config.compose import compose
 
@@ -197,6 +232,7 @@ def compare(argv: Sequence[str], backend: Backend | None = None) -> int:
     sys.stdout.write(printable(shown_differences(comparison, found)))
     content: dict[str, Any] = {name: {**vars(one), "differs": one.differs} for name, one in found.items()}
     write_atomically(folder / "differences.json", json.dumps(content, indent=2) + "\n")
+    _draw(comparison, found, runs, folder / PAGE)
     say(f"runs: {folder}")
     return DIFFERENT if config.fail and found[str(config.metric)].differs else 0
 

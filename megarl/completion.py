@@ -48,7 +48,7 @@ _FLAGS = ("--help", "--version")
 _TREES = {"chat": "generate", "serve-reward": "serve_reward"}
 _PLAIN = {
     "convert": ("from=", "to=", "format=", "dtype=", "family=", "families=", "tp=", "pp="),
-    "selftest": ("tp=", "pp=", "dp=", "vpp=", "sequence_parallel=", "recompute=", "precision=", "steps="),
+    "selftest": ("tp=", "pp=", "dp=", "vpp=", "sequence_parallel=", "recompute=", "precision=", "steps=", "html="),
     "why-stuck": ("beat=",),
 }
 """The settings of programs that have no configuration tree."""
@@ -86,6 +86,10 @@ def _candidates(before: list[str], typed: str) -> Iterator[str]:
         yield from _presets()
     elif command == "report":
         yield "out="
+        yield from ("--compare",) if typed.startswith("-") else ()
+        yield from _runs(typed)
+    elif command == "watch":
+        yield from ("port=", "open=true")
         yield from _runs(typed)
     elif command in ("sweep", "compare"):
         yield from _settings_of_many(command, before[1:], typed)

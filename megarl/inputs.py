@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +117,7 @@ def asked_for(
     rewards, pairs, eval_pairs = given["rewards"], given["pairs"], given["eval_pairs"]
     for name in ("prompts", "eval_prompts", "samples", "pairs", "eval_pairs"):
         values = given[name]
-        if values is not None and len(values) == 0:
+        if values is not None and isinstance(values, Sized) and len(values) == 0:
             raise DataError(f"{name}=[] is empty: give some, or leave {name} out", key=name, value=[])
     entry = _algorithm(reward_fn, samples, rewards, config, pairs)
     if eval_pairs is not None and find_algorithm(entry).learns_from != "pairs":

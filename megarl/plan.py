@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import megarl
-from megarl.command import run_command
+from megarl.command import run_command, say
 from megarl.config.algorithms import find_algorithm
 from megarl.config.cluster import PlanConfig
 from megarl.config.compose import compose
@@ -19,6 +19,8 @@ from megarl.config.rules import check
 from megarl.config.world import local_devices
 from megarl.errors import ConfigError
 from megarl.progress import waiting_for_imports
+from megarl.report.shell import PLAN
+from megarl.report.write import page_path, write_page
 
 _OWN = {leaf.key.partition(".")[0] for leaf in leaves(PlanConfig)}
 
@@ -81,13 +83,17 @@ def show(argv: list[str]) -> None:
     """Plan the run that the arguments describe and print the plan."""
     own, theirs = split(argv)
     config = read(own)
+    name = "" if "html=" in own else config.html  # an empty value would be read as null
+    path = None if name is None else page_path(name, "html", PLAN)
     run, gpus = compose_run(config, theirs)
     with waiting_for_imports():  # only once the configuration is known to be good
         from rich.console import Console
 
         from megarl.models.exchange.pretrained import resolve_pretrained
-        from megarl.planning import show as page
+        from megarl.planning import show as tables
         from megarl.planning.hardware import Cluster
+        from megarl.planning.page import page
+        from megarl.planning.plain import as_json
         from megarl.planning.plan import make_plan, remedies, suggest
         from megarl.planning.times import Rates
         from megarl.planning.work import work_of
@@ -101,9 +107,12 @@ def show(argv: list[str]) -> None:
     helps = remedies(plan)
     layouts = suggest(plan) if config.suggest else None
     if config.json:
-        sys.stdout.write(json.dumps(page.as_json(plan, helps, layouts), indent=1) + "\n")
+        sys.stdout.write(json.dumps(as_json(plan, helps, layouts), indent=1) + "\n")
     else:
-        page.write(plan, helps, layouts, Console(width=None if sys.stdout.isatty() else 160))
+        tables.write(plan, helps, layouts, Console(width=None if sys.stdout.isatty() else 160))
+    if path is not None:
+        write_page(page(plan, helps, layouts), path, "html", PLAN)
+        say(f"page: {path}")
 
 
 def help_text() -> str:

@@ -8,35 +8,36 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megarl.disk import exists, is_dir, is_file, local, shown, why_no_name, writable
+from megarl.disk import exists, local, shown
 from megarl.errors import ConfigError
+from megarl.report.folders import refusal, run_folder
 
-USAGE = "megarl report RUN [RUN ...] [out=FILE]"
-_METRICS = "metrics.csv"
+USAGE = "megarl report [--compare] RUN [RUN ...] [out=FILE]"
+_COMPARE = "--compare"  # says what several runs say anyway
 
 
 def run(argv: Sequence[str]) -> int:
     """Write the page that a command line asks for and print its path. Return the exit code."""
-    names, out = _arguments(argv)
-    folders = [_folder(name) for name in names]
+    names, out = arguments(argv)
+    folders = [run_folder(name, "report") for name in names]
     _refuse_repeated(names, folders)
-    from megarl.report.write import FILE, write_report
+    from megarl.report.shell import REPORT
+    from megarl.report.write import FILE, page_path, write_report
 
     default = folders[0] / FILE if len(folders) == 1 else Path(FILE)
-    path = local(out) if out is not None else default
-    if problem := why_no_name(path):
-        raise ConfigError(f"out={shown(path)} cannot be written: {problem}", key="out", value=out)
-    path = writable(str(path.parent), "out") / path.name
+    path = page_path(out if out is not None else str(default), "out", REPORT)
     write_report(folders, path)
     sys.stdout.write(f"{shown(path, 1000)}\n")
     return 0
 
 
-def _arguments(argv: Sequence[str]) -> tuple[list[str], str | None]:
+def arguments(argv: Sequence[str]) -> tuple[list[str], str | None]:
     """Return the runs that a command line names, and the value of `out`."""
     runs, out = [], None
     for word in argv:
         key, equals, value = word.partition("=")
+        if word == _COMPARE:
+            continue
         if word.startswith("-"):
             raise ConfigError(
                 f"megarl report has no option '{shown(word)}': write {USAGE}", key=shown(key), value=value or None
@@ -58,55 +59,19 @@ def _arguments(argv: Sequence[str]) -> tuple[list[str], str | None]:
             runs.append(word)
     if not runs:
         raise ConfigError(f"megarl report needs the folder of a run, as in megarl report runs/demo; {USAGE}", key="RUN")
+    if _COMPARE in argv and len(runs) == 1:
+        raise ConfigError(
+            f"--compare needs two runs or more: write megarl report --compare {shlex.quote(shown(runs[0]))} OTHER_RUN, "
+            "or leave --compare out for the page of one run",
+            key=_COMPARE,
+            value=runs[0],
+        )
     return runs, out
-
-
-def _folder(name: str) -> Path:
-    """Return the folder of a run; refuse anything else with what to name instead."""
-    path = local(name)
-    if not exists(path):
-        raise _refusal(name, f"is no folder: {_runs_beside(path)}")
-    if is_file(path):
-        parent = path.parent
-        near = f"name its folder, {parent}" if is_file(parent / _METRICS) else "name the folder of a run"
-        raise _refusal(name, f"is a file: {near}")
-    if is_file(path / _METRICS):
-        return path
-    above = next((one for one in path.absolute().parents if is_file(one / _METRICS)), None)
-    if above is not None:
-        kind = "a checkpoint" if path.absolute().parent.name == "checkpoints" else "a folder"
-        raise _refusal(name, f"is {kind} of a run: name the run, {_short(above)}")
-    if is_file(path / "config.yaml") and is_file(path / "versions.json"):
-        raise _refusal(name, "is a run without metrics.csv: wait for its first metrics; it needs logger.csv=true")
-    inside = sorted(file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{_METRICS}"))
-    if inside:
-        few = " ".join(shlex.quote(str(one)) for one in inside[:3])
-        raise _refusal(name, f"holds {len(inside)} runs and is none: name them, as in megarl report {few}")
-    raise _refusal(name, "is no run: it has no metrics.csv; name a folder that a training run has written")
-
-
-def _runs_beside(path: Path) -> str:
-    """Return which run a path that does not exist may have meant."""
-    folder = path.parent if is_dir(path.parent) else Path("runs")
-    names = [file.parent.name for file in folder.glob(f"*/{_METRICS}")] if is_dir(folder) else []
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean {folder / near[0]}?"
-    return "name the folder of a run, such as runs/NAME, which training prints at its end"
 
 
 def _refuse_repeated(names: Sequence[str], folders: Sequence[Path]) -> None:
     seen: set[Path] = set()
     for name, folder in zip(names, folders, strict=True):
         if folder.resolve() in seen:
-            raise _refusal(name, "is named twice: name each run once")
+            raise refusal(name, "is named twice: name each run once")
         seen.add(folder.resolve())
-
-
-def _refusal(name: str, problem: str) -> ConfigError:
-    return ConfigError(f"RUN={shown(name)} {problem}", key="RUN", value=name, where=local(name))
-
-
-def _short(path: Path) -> Path:
-    """Return a path from the current folder where it is below it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

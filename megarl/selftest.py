@@ -12,9 +12,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megarl.command import process_number, run_command
+from megarl.command import process_number, run_command, say
 from megarl.config.launcher import check_launcher
 from megarl.errors import ConfigError
+from megarl.report.shell import SELFTEST
+from megarl.report.write import page_path, write_page
 
 HELP = """python -m megarl.selftest [key=value ...]
 
@@ -23,6 +25,8 @@ HELP = """python -m megarl.selftest [key=value ...]
   recompute=none              none, selective or full
   precision=fp32              fp32 or bf16
   steps=8                     optimizer steps that are compared
+  html=FILE                   draw the differences beside their tolerances into FILE, one page that needs no network;
+                              an earlier page of megarl selftest is replaced, no other file
 """
 # (relative, absolute) differences of losses, gradient norms and log-probs that count as rounding.
 TOLERANCES = {
@@ -44,6 +48,7 @@ class Settings:
     recompute: str = "none"
     precision: str = "fp32"
     steps: int = 8
+    html: str = ""
 
     @property
     def world(self) -> int:
@@ -68,6 +73,8 @@ def parse(argv: list[str]) -> Settings:
             values[key] = text.lower() in ("true", "1", "yes") if kind is bool else kind(text)
         except ValueError:
             raise ConfigError(f"{key}={text} is not a whole number", key=key, value=text) from None
+        if key == "html":
+            page_path(text, key, SELFTEST)
         if kind is int and values[key] < 1:
             raise ConfigError(f"{key}={text} must be at least 1", key=key, value=values[key])
     settings = Settings(**values)
@@ -206,6 +213,34 @@ def compare(alone: dict[str, Any], layout: dict[str, Any], precision: str) -> tu
     return rows, agree
 
 
+def draw(settings: Settings, alone: dict[str, Any], layout: dict[str, Any]) -> None:
+    """Write the page of the differences, if the settings name a file."""
+    if not settings.html:
+        return
+    from megarl.parallel.device import device_settings
+    from megarl.report.agreement import Agreement, agreement_page
+
+    found = {
+        name: Agreement(
+            alone[name],
+            layout[name],
+            [relative * abs(value) + absolute for value in alone[name]],
+            "token" if name == "logprobs" else "step",
+        )
+        for name, (relative, absolute) in TOLERANCES[settings.precision].items()
+    }
+    shown = {name: str(value).lower() for name, value in vars(settings).items() if name != "html"}
+    shown["settings of the device"] = str(device_settings())
+    path = page_path(settings.html, "html", SELFTEST)
+    write_page(agreement_page(named(settings), list(shown.items()), found), path, "html", SELFTEST)
+    say(f"page: {path}")
+
+
+def named(settings: Settings) -> str:
+    """Return the layout as it is printed."""
+    return f"tp{settings.tp} pp{settings.pp} dp{settings.dp}"
+
+
 def report(settings: Settings, rows: list[list[str]], agree: bool) -> None:
     """Print the settings of the device and the table of differences."""
     from rich.console import Console
@@ -213,7 +248,7 @@ def report(settings: Settings, rows: list[list[str]], agree: bool) -> None:
 
     from megarl.parallel.device import device_settings
 
-    table = Table("", "one process", f"tp{settings.tp} pp{settings.pp} dp{settings.dp}", "difference", "")
+    table = Table("", "one process", named(settings), "difference", "")
     for row in rows:
         table.add_row(*row)
     console = Console()
@@ -248,6 +283,7 @@ def run(argv: list[str]) -> int:
         alone = train(settings.alone())
     rows, agree = compare(alone, layout, settings.precision)
     report(settings, rows, agree)
+    draw(settings, alone, layout)
     return 0 if agree else 1
 
 

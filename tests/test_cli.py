@@ -113,7 +113,7 @@ def test_help_of_a_key_or_a_section_has_its_full_text_and_the_values_of_the_comm
     assert call("help", "ppo", "optim.lr") == call("ppo", "--help", "optim.lr")
 
 
-@pytest.mark.parametrize("name", ["ls", "show", "report", "new", "doctor", "completion"])
+@pytest.mark.parametrize("name", ["ls", "show", "report", "watch", "new", "doctor", "completion"])
 def test_help_of_megarls_own_commands_says_how_they_are_used(call: Call, name: str) -> None:
     assert call("help", name) == call(name, "--help")
     code, out, _ = call(name, "--help")

@@ -12,6 +12,7 @@ from megarl.errors import ConfigError, DataError
 from megarl.trials.sides import read_side
 from tests.e2e.runs import SMALL
 from tests.refusals import refused
+from tests.report.parsed import parse
 from tests.test_sweep import FakeJobs, WorldJobs
 from tests.worlds import Worlds
 
@@ -44,6 +45,28 @@ def test_settings_that_differ_are_found_on_the_same_seeds(tmp_path: Path, capsys
     shown = capsys.readouterr().out
     assert "differs" in shown
     assert "paired over 3 seeds; 95% interval: Student's t" in shown
+
+
+def test_the_differences_are_drawn_beside_their_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "c"
+    _, found = compared(folder, "optim.lr=0.1", "optim.lr=0.3", "compare.seeds=2")
+    assert found["eval/loss"]["values_b"] == pytest.approx([1.3, 2.3])
+    tree = parse((folder / "differences.html").read_text())
+    assert [heading.text() for heading in tree.all("h1")] == ["optim.lr=0.1 and optim.lr=0.3 compared"]
+    assert "seed 2: A 2.1, B 2.3." in tree.all(id="difference-eval-loss")[0].text()
+    assert f"page: {folder / 'differences.html'}" in capsys.readouterr().err
+    compared(folder, "optim.lr=0.1", "optim.lr=0.5", "compare.seeds=2")  # replaces the page
+    assert "optim.lr=0.5" in (folder / "differences.html").read_text()
+
+
+def test_a_page_of_someone_else_is_refused_before_a_run_starts(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "differences.html").write_text("my notes")
+    jobs = FakeJobs(by_lr)
+    with refused(ConfigError, key="compare.dir"):
+        compared(tmp_path / "c", "optim.lr=0.1", "optim.lr=0.3", jobs=jobs)
+    assert not jobs.started
+    assert (tmp_path / "c" / "differences.html").read_text() == "my notes"
 
 
 def test_equal_settings_are_equal_with_fail_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

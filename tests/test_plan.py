@@ -17,10 +17,14 @@ from megarl.config.leaf import leaves
 from megarl.config.ppo import PPOConfig
 from megarl.errors import ConfigError
 from megarl.parallel.vocab import padded_vocab
+from megarl.report.page import page
+from megarl.report.write import is_report
 from tests.models.exchange.published import save_published
 from tests.models.exchange.published import stored as tensors_of
 from tests.planning.runs import presets_of_large_models
 from tests.refusals import refused
+from tests.report.made_up import made_up
+from tests.report.parsed import parse
 
 ROOT = Path(megarl.__file__).parents[1]
 TOY = ["model.vocab_size=100", "model.max_positions=256", "rollout.max_new_tokens=64"]
@@ -65,6 +69,35 @@ def test_json_says_every_role_in_every_phase(capsys: pytest.CaptureFixture[str])
     assert set(found["notes"]) == {"reward"}
     assert found["layouts"]
     assert all("parallel.tp=" in layout["overrides"] for layout in found["layouts"])
+
+
+def test_the_plan_is_drawn_into_a_file_that_is_no_other_page(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "plans" / "plan.html"
+    for pp in (1, 2):  # the second time it replaces the first
+        plan.show([*TOY, "cluster.gpus=2", f"parallel.pp={pp}", f"html={file}"])
+        out, err = capsys.readouterr()
+        assert err == f"page: {file}\n"
+        assert "fits: the peak is" in out
+    tree = parse(file.read_text())
+    assert "PP2" in tree.all("h1")[0].text()
+    assert tree.with_class("gantt")
+    assert is_report(file, "megarl plan")
+
+
+@pytest.mark.parametrize(("name", "content"), [("mine.html", "my notes"), ("report.html", None), ("folder", "")])
+def test_a_file_that_is_no_plan_is_refused_before_anything_is_planned_and_kept(
+    tmp_path: Path, name: str, content: str | None
+) -> None:
+    if content == "":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text(page([made_up(1)]) if content is None else content)
+    before = "" if content == "" else (tmp_path / name).read_text()
+    with refused(ConfigError, key="html"):
+        plan.show([*TOY, f"html={name}", "cluster.gpus=3", "parallel.tp=2"])  # wrong in another way, too
+    assert content == "" or (tmp_path / name).read_text() == before
 
 
 @pytest.mark.parametrize(("algorithm", "roles"), [("sft", ["policy"]), ("ilql", ["policy"])])
@@ -155,6 +188,7 @@ def test_every_preset_fits_80_gb_at_its_world_size(capsys: pytest.CaptureFixture
         (["algorithm=pppo"], "algorithm", {"value": "pppo", "offers": {"algorithm": list(ALGORITHMS)}}),
         (["algorithm=rft", "rollout.n=8"], "rft.prompts", {"value": None}),
         (["--jason"], "--jason", {"names": ("--json",)}),
+        (["html="], "html", {"names": ("html=plan.html",)}),
         (["cluster.gpus=${"], "cluster.gpus=${", {}),
         (["mfu=${.}"], "mfu=${.}", {}),
         (["json=\x1b[31m"], "json=\\x1b[31m", {}),
@@ -169,8 +203,8 @@ def test_bad_input_ends_in_one_line_with_the_key_and_a_remedy(argv: list[str], k
 
 
 def test_the_page_lists_every_key() -> None:
-    page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    documented = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
     for leaf in leaves(PlanConfig):
-        assert f"| `{leaf.key}` |" in page
-        assert leaf.doc in page
+        assert f"| `{leaf.key}` |" in documented
+        assert leaf.doc in documented
         assert leaf.doc in plan.help_text()

@@ -60,6 +60,9 @@ def test_several_runs_are_compared_in_the_current_folder_or_the_file_that_out_na
     assert "optim.lr" in parse((folder / "report.html").read_text()).all(id="configuration")[0].text()
     assert report("runs/two", "out=a.html", "runs/one")[0] == 0
     assert is_report(folder / "a.html")
+    assert report("--compare", "runs/two", "runs/one", "out=b.html") == (0, f"{folder / 'b.html'}\n", "")
+    runs = [parse((folder / name).read_text()).all(id="configuration")[0].text() for name in ("a.html", "b.html")]
+    assert runs[0] == runs[1]
 
 
 WRONG = [
@@ -81,6 +84,9 @@ WRONG = [
     (["runs/one", "output=a.html"], "output", "out=FILE"),
     (["run=runs/one"], "run", "write runs/one alone"),
     (["--out", "a.html", "runs/one"], "--out", "out=FILE"),
+    (["--compare", "runs/one"], "--compare", "megarl report --compare runs/one OTHER_RUN"),
+    (["--compare"], "RUN", "megarl report runs/demo"),
+    (["--compares", "runs/one", "runs/two"], "--compares", "[--compare]"),
 ]
 
 
@@ -109,4 +115,5 @@ def test_a_report_is_made_without_torch_or_hydra(folder: Path) -> None:
 def test_runs_are_completed(folder: Path) -> None:
     assert completed("megarl report ") == ["out=", "runs/one", "runs/two"]
     assert completed("megarl report runs/t") == ["runs/two"]
+    assert completed("megarl report --") == ["--compare"]
     assert "report" in completed("megarl rep")

@@ -43,6 +43,7 @@ FLOORS = {
     "run/": 7,
     "planning/": 7,
     "serving/": 7,
+    "watch/": 7,
     "compat/": 9,
     "project/": 8,
     "": 8,  # entry points
@@ -52,6 +53,7 @@ BESIDE = {
     ("tokenizers/", "chat/"),
     ("checkpoint.py", "models/"),
     ("models/", "checkpoint.py"),
+    ("run/", "planning/"),
 }
 HEAVY = ("torch", "megatron", "transformers", "lightning")
 LONGEST = 500

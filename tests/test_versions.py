@@ -54,6 +54,10 @@ def test_the_lock_has_every_requirement_of_pyproject() -> None:
     """A dependency that came without `make lock` would have no version of its own in a fresh clone."""
     _, pins = read_lock((ROOT / "constraints.txt").read_text(encoding="utf-8"))
     wanted = [Requirement(text) for text in requires("megarl") or []]
-    needed = [one.name for one in wanted if one.marker is None or one.marker.evaluate({"extra": "dev"})]
+    needed = [
+        one.name
+        for one in wanted
+        if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in ("dev", "docs"))
+    ]
     assert len(needed) > 20
     assert {normal(name) for name in needed} <= set(pins)

@@ -26,6 +26,7 @@ def _worker(pipe: Connection, index: int, folders: tuple[str, ...]) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # what the imports left is no garbage
     while True:
         try:
             job = pipe.recv_bytes()

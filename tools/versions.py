@@ -85,7 +85,7 @@ def lock() -> None:
         subprocess.run(
             [*pip, "install", "-q", wanted, *os.environ.get("TORCH_INDEX", "").split()], check=True, env=environment
         )
-        subprocess.run([*pip, "install", "-q", wanted, f"{ROOT}[dev]"], check=True, env=environment)
+        subprocess.run([*pip, "install", "-q", wanted, f"{ROOT}[dev,docs]"], check=True, env=environment)
         listed = subprocess.run([*pip, "freeze"], check=True, capture_output=True, text=True).stdout
     pins = [line.partition("+")[0] for line in listed.splitlines() if "==" in line]
     python = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from megarl.callbacks.trainer_state import readings, steps_taken, unit
 from megarl.logging import get_logger
-from megarl.report.falls import PATIENCE, SCORE, SCORE_NOISE, SPREAD, Fall
+from megarl.report.falls import PATIENCE, SCORE, SCORE_NOISE, SPREAD, Fall, standard_error
 
 log = get_logger(__name__)
 
@@ -58,7 +58,9 @@ class Collapse(Callback):
         """Add the metric that ranks checkpoints as a reading."""
         there = readings(trainer)
         if not trainer.sanity_checking and self.metric != SCORE and self.metric in there:
-            self._take(trainer, self.metric, there[self.metric])
+            value = there[self.metric]
+            error = standard_error(value, there.get("eval/score"), there.get("eval/score_se"))
+            self._take(trainer, self.metric, value, error=error)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the readings, and the metric, mode and scorers that they come from."""
@@ -92,10 +94,10 @@ class Collapse(Callback):
     def _source(self) -> dict[str, Any]:
         return {"metric": self.metric, "mode": self.mode, "scorers": self.scorers()}
 
-    def _take(self, trainer: Trainer, name: str, value: float, noise: float | None = None) -> None:
+    def _take(self, trainer: Trainer, name: str, value: float, noise: float | None = None, error: float = 0.0) -> None:
         fall = self.falls.setdefault(name, Fall())
         before = fall.collapsed
-        fall.add(steps_taken(trainer), self._sign(name) * value, noise)
+        fall.add(steps_taken(trainer), self._sign(name) * value, noise, error)
         if fall.collapsed and fall.down == PATIENCE:
             self._warn(trainer, name, fall)
         elif before and not fall.collapsed:

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from megarl.callbacks.trainer_state import is_evaluation, logging_interval, readings, steps_taken, unit
 from megarl.disk import nan_to_null, write_atomically
-from megarl.errors import DataError, FindingError
+from megarl.errors import DataError, FindingError, one_line
 from megarl.logging import get_logger
 from megarl.report.data import RunData, read_run
 from megarl.report.finding import Finding
@@ -61,16 +61,19 @@ class Findings(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write findings.json, and log problems and warnings."""
-        if self._started and trainer.is_global_zero:
-            self._tell(trainer)
+        self._tell_safely(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Do the same for a run that fails or is interrupted; an error that is a finding says itself what it is."""
+        self._tell_safely(trainer, said=exception.value if isinstance(exception, FindingError) else None)
+
+    def _tell_safely(self, trainer: Trainer, said: str | None = None) -> None:
+        """Write and log the findings. A failure is logged: it must neither hide an error nor end a run that is done."""
         if self._started and trainer.is_global_zero:
             try:
-                self._tell(trainer, said=exception.value if isinstance(exception, FindingError) else None)
-            except Exception as problem:  # must not hide the first error
-                logger.error("%s could not be written: %s", self.folder / FILE, problem)
+                self._tell(trainer, said)
+            except Exception as problem:
+                logger.error("%s could not be written: %s", self.folder / FILE, one_line(problem))
 
     def collect_step(self, trainer: Trainer) -> None:
         """Collect the metrics of a step that is logged. Collecting twice changes nothing."""
@@ -114,7 +117,7 @@ class Findings(Callback):
             if finding.severity != "note" and finding.name != said:
                 logger.warning("%s", line(finding))
         if found:
-            logger.info("evidence and causes of the findings: %s", self.folder / FILE)
+            logger.info("causes, and more to try: %s", self.folder / FILE)
 
     def _write(self, trainer: Trainer, found: list[Finding]) -> None:
         content = {
@@ -149,9 +152,16 @@ class StopOnFinding(Callback):
             self.findings.collect_evaluation(trainer)
             self._check(trainer)
 
+    def _first(self, trainer: Trainer) -> Finding | None:
+        """Return the worst finding. A finder that fails is logged, as the other processes wait for the answer."""
+        try:
+            return next(iter(find(self.findings.data(trainer), self.names)), None)
+        except Exception as problem:
+            logger.error("the findings of health.stop_on cannot be looked for: %s", one_line(problem))
+            return None
+
     def _check(self, trainer: Trainer, *, log_step: bool = False) -> None:
-        found = find(self.findings.data(trainer), self.names) if trainer.is_global_zero else []
-        finding: Finding | None = trainer.strategy.broadcast(found[0] if found else None)
+        finding: Finding | None = trainer.strategy.broadcast(self._first(trainer) if trainer.is_global_zero else None)
         if finding is None:
             return
         step = steps_taken(trainer)

@@ -43,6 +43,11 @@ class PlanConfig:
     )
     suggest: bool = leaf(False, "List the layouts of the same GPUs that fit, fastest first.")
     json: bool = leaf(False, "Print the plan as JSON; --json does the same.")
+    html: str | None = leaf(
+        None,
+        "Also draw the plan (memory by phase, the pipeline's schedule) into this file, one page that needs no network. "
+        "An earlier page of megarl plan is replaced, no other file.",
+    )
     debug: bool = leaf(False, "Show tracebacks of errors.")
     prompt_tokens: int | None = leaf(
         None,

@@ -36,6 +36,7 @@ class CompareConfig:
     )
     dir: str | None = leaf(
         None,
-        "Folder of the runs. With a folder of an earlier comparison, runs that are finished there are not repeated, "
-        "whatever has changed in the code since (null: a new folder, runs/compare-TIME).",
+        "Folder of the runs, and of differences.json and differences.html. With a folder of an earlier comparison, "
+        "runs that are finished there are not repeated, whatever has changed in the code since (null: a new folder, "
+        "runs/compare-TIME).",
     )

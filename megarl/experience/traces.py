@@ -65,6 +65,7 @@ class Traces:
             stop = min(len(rollout.tokens), start + _MOST_TOKENS)
             records.append(
                 {
+                    "index": row,
                     "prompt": prompt.text,
                     "where": prompt.where,
                     "score": float(total(found.scores[index])),

@@ -33,6 +33,18 @@ KINDS = {
 }
 
 
+def kind_of(device: str) -> str | None:
+    """Return the kind of GPU that torch's name of a device stands for; None for all others.
+
+    PCIe and NVL cards have other peaks than those above, and a MIG slice has a part of them.
+    """
+    name = device.upper()
+    if any(word in name for word in ("PCIE", "NVL", "MIG")):
+        return None
+    found = next((kind for kind in KINDS if kind.upper() in name), None)
+    return None if found == "a100" and "80GB" not in name else found
+
+
 @dataclass(frozen=True)
 class Cluster:
     """GPUs in machines, and how much of their memory a run may use."""

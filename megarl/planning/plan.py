@@ -20,13 +20,15 @@ RECOMPUTE = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class Plan:
-    """The estimated memory and time of a run on a cluster."""
+    """The estimated memory and time of a run on a cluster. `passes` are the seconds of a microbatch's forward and
+    backward pass through one stage."""
 
     work: Work
     cluster: Cluster
     rates: Rates
     ranks: list[RankPlan]
     phases: list[Phase]
+    passes: tuple[float, float]
 
     @property
     def fullest(self) -> RankPlan:
@@ -65,7 +67,8 @@ def make_plan(work: Work, cluster: Cluster, rates: Rates) -> Plan:
     """Estimate memory and time of a run on a cluster."""
     ranks = plan_ranks(work)
     shards = [rank.shards[work.engines[0].name] for rank in ranks]
-    return Plan(work, cluster, rates, ranks, Clock(work, cluster, rates, shards).phases())
+    clock = Clock(work, cluster, rates, shards)
+    return Plan(work, cluster, rates, ranks, clock.phases(), clock.passes())
 
 
 @dataclass(frozen=True)

@@ -1,108 +1,21 @@
-"""Print a plan as tables for a terminal, or as JSON."""
-
-from typing import Any
+"""Print a plan as tables for a terminal."""
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megarl.models.adapter_spec import AdapterSpec
 from megarl.planning.hardware import GIB
-from megarl.planning.memory import PARTS, RankPlan, Use
+from megarl.planning.memory import PARTS, RankPlan
+from megarl.planning.plain import overrides
 from megarl.planning.plan import Plan, Remedy, gib
 
 KINDS = {"lora": "LoRA", "dora": "DoRA"}
 _LINKS = {"NVLink": "sent, NVLink", "network": "sent, network"}
 
 
-def as_json(plan: Plan, helps: list[Remedy], layouts: list[Plan] | None) -> dict[str, Any]:
-    """Return the content of all tables, in bytes and seconds."""
-    work, cluster = plan.work, plan.cluster
-    return {
-        "algorithm": work.algorithm,
-        "layout": str(work.layout),
-        "roles": {role.name: role.about for role in work.roles},
-        "notes": dict(work.notes),
-        "adapter": None if work.adapter is None else _adapter(work.adapter),
-        "cluster": {"gpu": cluster.gpu.name, "gpus": cluster.gpus, "gpus_per_node": cluster.per_node},
-        "fits": plan.fits,
-        "peak": {"stage": plan.fullest.stage, "phase": plan.fullest.peak, "bytes": round(plan.peak_bytes)},
-        "usable_bytes": cluster.usable,
-        "host_bytes_per_node": round(plan.host_bytes),
-        "host_usable_bytes_per_node": cluster.host,
-        "ranks": [
-            {
-                "stage": rank.stage,
-                "parameters": {name: shard.parameters for name, shard in rank.shards.items()},
-                "trained": {name: shard.trainable for name, shard in rank.shards.items()},
-                "phases": {
-                    phase: {
-                        "bytes": round(rank.total(phase)),
-                        "host_bytes": round(rank.host(phase)),
-                        "roles": {use.role: _parts(use) for use in uses},
-                    }
-                    for phase, uses in rank.uses.items()
-                },
-            }
-            for rank in plan.ranks
-        ],
-        "phases": {
-            phase.name: {
-                "seconds": phase.seconds,
-                "tokens_per_second": phase.tokens_per_second,
-                "bytes_sent_per_gpu": {link: round(sent) for link, sent in phase.sent.items()},
-                "mostly": phase.bound,
-            }
-            for phase in plan.phases
-        },
-        "seconds": plan.seconds,
-        "mfu": plan.mfu,
-        "assumed_share_of_peak": plan.rates.products,
-        "remedies": [{"change": it.change, "bytes": round(it.peak_bytes), "fits": it.fits} for it in helps],
-        **({} if layouts is None else {"layouts": [_layout(other) for other in layouts]}),
-    }
-
-
-def _adapter(adapter: AdapterSpec) -> dict[str, Any]:
-    return {
-        "kind": adapter.kind,
-        "rank": adapter.rank,
-        "base_bits": adapter.base_bits,
-        "linears": list(adapter.parts),
-        "first_layer": adapter.first_layer,
-    }
-
-
-def _parts(use: Use) -> dict[str, int]:
-    return {part: round(getattr(use, part)) for part in (*PARTS, "host")}
-
-
-def _layout(plan: Plan) -> dict[str, Any]:
-    return {
-        "overrides": overrides(plan),
-        "seconds": plan.seconds,
-        "mfu": plan.mfu,
-        "bytes": round(plan.peak_bytes),
-        "phase": plan.fullest.peak,
-    }
-
-
-def overrides(plan: Plan) -> str:
-    """Return the keys of a plan's layout as command-line overrides."""
-    work = plan.work
-    words = [
-        f"parallel.tp={work.layout.tp}",
-        f"parallel.pp={work.layout.pp}",
-        f"parallel.sequence_parallel={str(work.layout.sequence_parallel).lower()}",
-        f"parallel.recompute={work.parallel.recompute}",
-        f"trainer.micro_batch_size={work.micro}",
-    ]
-    return " ".join(words)
-
-
 def write(plan: Plan, helps: list[Remedy], layouts: list[Plan] | None, console: Console) -> None:
     """Print the plan as tables."""
-    parts: list[RenderableType] = [_head(plan), _memory(plan), _seconds(plan), *_assumptions(plan)]
+    parts: list[RenderableType] = [Text("\n".join(about(plan))), _memory(plan), _seconds(plan), Text(assumptions(plan))]
     if helps:
         parts.append(_remedies(plan, helps))
     if layouts is not None:
@@ -110,14 +23,15 @@ def write(plan: Plan, helps: list[Remedy], layouts: list[Plan] | None, console: 
     console.print(Group(*parts))
 
 
-def _head(plan: Plan) -> Text:
+def about(plan: Plan) -> list[str]:
+    """Return what is planned, and whether it fits, as lines."""
     work, cluster = plan.work, plan.cluster
     policy = work.engines[0].name
     largest = plan.fullest.shards[policy].parameters
     parts = [f"{role.name}: {role.about}" for role in work.roles]
     parts += [f"{name}: {note}" for name, note in work.notes.items()]
     verdict = "fits" if plan.fits else "does not fit"
-    lines = [
+    return [
         f"{work.algorithm} on {cluster.gpus} x {cluster.gpu.name} ({cluster.per_node} to a node), {work.layout}, "
         f"micro batch {work.micro} x {work.accumulation} accumulated, {work.precision}, "
         f"recompute {work.parallel.recompute}",
@@ -126,7 +40,6 @@ def _head(plan: Plan) -> Text:
         f"{verdict}: the peak is {gib(plan.peak_bytes)} of {gib(cluster.usable)} usable GiB, in {plan.fullest.peak} "
         f"on pipeline stage {plan.fullest.stage}; host memory {gib(plan.host_bytes)} of {gib(cluster.host)} GiB a node",
     ]
-    return Text("\n".join(lines))
 
 
 def _trained(plan: Plan) -> str:
@@ -193,7 +106,8 @@ def _seconds(plan: Plan) -> Table:
     return table
 
 
-def _assumptions(plan: Plan) -> list[Text]:
+def assumptions(plan: Plan) -> str:
+    """Return what the estimate of seconds assumes."""
     work, rates = plan.work, plan.rates
     lengths = f"{work.length} tokens a sequence"
     if work.rollouts:
@@ -201,12 +115,10 @@ def _assumptions(plan: Plan) -> list[Text]:
             f"{work.rollouts} responses a phase, {work.response} tokens each, to prompts of {work.prompt}; "
             f"{work.steps} optimizer steps"
         )
-    return [
-        Text(
-            f"Assumed: {lengths}; matrix products at {rates.products:.0%} of peak; "
-            f"{rates.host_s_per_layer * 1e6:.0f} us to launch a layer of a decode pass. docs/planning.md says the rest."
-        )
-    ]
+    return (
+        f"Assumed: {lengths}; matrix products at {rates.products:.0%} of peak; "
+        f"{rates.host_s_per_layer * 1e6:.0f} us to launch a layer of a decode pass. docs/planning.md says the rest."
+    )
 
 
 def _remedies(plan: Plan, helps: list[Remedy]) -> Table:

@@ -71,11 +71,8 @@ class Clock:
         """Estimate the optimizer steps: passes, the pipeline's bubble, and gradient and weight communication."""
         work, layout = self.work, self.layout
         phase = Phase("train")
-        forward = self._pass(work.micro, work.length, phase, backward=False)
-        backward = self._pass(work.micro, work.length, phase, backward=True)
-        micro = forward + backward
-        if work.parallel.recompute == "full":
-            micro += self._pass(work.micro, work.length, phase, backward=False)
+        forward, backward, again = self._microbatch(phase)
+        micro = forward + backward + again
         bubble = 1 + (layout.pp - 1) / layout.vpp / work.accumulation
         computing = micro * work.accumulation * bubble
         sequences = work.steps * work.global_batch
@@ -95,6 +92,11 @@ class Clock:
         shares["data-parallel traffic"] = step - computing
         phase.bound = max(shares, key=lambda name: shares[name])
         return phase
+
+    def passes(self) -> tuple[float, float]:
+        """Estimate the forward and the backward pass of a microbatch through one stage."""
+        forward, backward, again = self._microbatch(Phase("train"))
+        return forward, backward + again
 
     def reward(self) -> Phase:
         """Estimate the reward models' forward passes over the responses."""
@@ -200,6 +202,16 @@ class Clock:
         model = self.work.model
         weights = model.num_layers * layer_weights(model) + model.hidden_size * self.work.vocab_size
         return float(2 * weights + self._flops_of_adapters())
+
+    def _microbatch(self, phase: Phase) -> tuple[float, float, float]:
+        """Return the seconds of a microbatch's forward and backward pass and of its recomputation on one stage, and
+        add the bytes it sends to the phase."""
+        work = self.work
+        forward = self._pass(work.micro, work.length, phase, backward=False)
+        backward = self._pass(work.micro, work.length, phase, backward=True)
+        if work.parallel.recompute != "full":
+            return forward, backward, 0.0
+        return forward, backward, self._pass(work.micro, work.length, phase, backward=False)
 
     def _pass(self, rows: int, length: int, phase: Phase, *, backward: bool) -> float:
         """Return the seconds of one microbatch on one stage, and add the bytes it sends to the phase."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from megarl.report.data import RunData
 from megarl.report.definitions import find_definition
@@ -40,17 +41,24 @@ class Compared:
         runs: the runs.
         labels: a different name for each.
         findings: what was found in each; None: it was not looked for.
+        spreads: of runs that are means of several, the lowest and highest value by metric and step, by label.
         ids: the identifier of each metric's figure.
     """
 
     runs: Sequence[RunData]
     labels: Sequence[str]
     findings: Sequence[Sequence[Finding]] | None = None
+    spreads: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]] = field(default_factory=dict)
     ids: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         names = sorted({name for run in self.runs for name in run.metrics()})
         object.__setattr__(self, "ids", identifiers("metric-", names))
+
+    @cached_property
+    def algorithm(self) -> str:
+        """Return the name of the first run's algorithm, for which metrics are defined."""
+        return algorithm_of(self.runs[0])
 
     @property
     def several(self) -> bool:
@@ -71,16 +79,16 @@ def curve_sections(compared: Compared) -> str:
         names = [name for name in wanted if name in compared.ids and name not in shown]
         shown.update(names)
         if names:
-            figures = "".join(_figure(compared, name) for name in names)
+            figures = "".join(figure(compared, name) for name in names)
             parts.append(f'<h3>{escape(heading)}</h3><div class="figures">{figures}</div>')
     rest = [name for name in compared.ids if name not in shown]
-    prefixes = sorted({name.partition("/")[0] for name in rest})
+    folds = identifiers("metrics-", sorted({name.partition("/")[0] for name in rest}))
     parts += ["<h3>Other metrics</h3>"] if rest else []
-    for prefix in prefixes:
+    for prefix in folds:
         names = [name for name in rest if name.partition("/")[0] == prefix]
-        figures = "".join(_figure(compared, name) for name in names)
+        figures = "".join(figure(compared, name) for name in names)
         summary = f"<code>{escape(prefix)}</code>: {len(names)} metric{'s' * (len(names) > 1)}"
-        parts.append(folded(summary, f'<div class="figures">{figures}</div>'))
+        parts.append(folded(summary, f'<div class="figures">{figures}</div>', identifier=folds[prefix]))
     return "".join(parts)
 
 
@@ -110,12 +118,12 @@ def _with_ranking_metric(compared: Compared) -> Iterable[tuple[str, Sequence[str
         yield heading, list(dict.fromkeys([*names, *ranking, *own])) if index == 0 else names
 
 
-def _figure(compared: Compared, name: str) -> str:
+def figure(compared: Compared, name: str) -> str:
     """Return a metric's figure: the curve, values by pointer and keyboard, its definition, and a table."""
     identifier, unit = compared.ids[name], compared.unit()
     series = [run.series(name) for run in compared.runs]
     lines = [
-        Line(label if compared.several else name, points, style)
+        Line(label if compared.several else name, points, style, compared.spreads.get(label, {}).get(name, {}))
         for style, (label, points) in enumerate(zip(compared.labels, series, strict=True))
         if points
     ]
@@ -123,7 +131,7 @@ def _figure(compared: Compared, name: str) -> str:
     notes = _notes(compared, name)
     if not lines:
         return f'<figure class="curve" id="{identifier}">{caption}{notes}{_definition(compared, name)}</figure>'
-    chart = Chart(identifier, f"{name} by {unit}", unit, lines, _bands(compared, name))
+    chart = Chart(identifier, f"{name} by {unit}", unit, lines, bands(compared, name))
     reader = (
         f'<input class="reader" type="range" min="0" max="0" value="0" hidden aria-label="{escape(unit)} of '
         f'{escape(name)} to read"><p class="readout" aria-hidden="true"></p>'
@@ -162,14 +170,22 @@ def _notes(compared: Compared, name: str) -> str:
 
 
 def _definition(compared: Compared, name: str) -> str:
-    found = find_definition(name, algorithm_of(compared.runs[0]))
+    found = find_definition(name, compared.algorithm)
     if found is None:
         return '<p class="definition">docs/metrics.md does not define this metric: it is logged by code of yours.</p>'
     unit = "" if found.unit in (NOTHING, "") else f" <em>Unit: {escape(found.unit)}.</em>"
-    return f'<p class="definition">{in_markdown(found.text)}{unit}</p>'
+    formula = f' <span class="formula">{in_markdown(found.formula)}</span>.' if found.formula else ""
+    advice = "".join(
+        f"<p><strong>{name}:</strong> {in_markdown(said)}</p>"
+        for name, said in (("Normal", found.normal), ("If not", found.remedy))
+        if said
+    )
+    return f'<p class="definition">{in_markdown(found.text)}{unit}{formula}</p>' + (
+        f'<div class="definition">{folded("What is normal, and what to do if not", advice)}</div>' if advice else ""
+    )
 
 
-def _bands(compared: Compared, name: str) -> list[tuple[int, int]]:
+def bands(compared: Compared, name: str) -> list[tuple[int, int]]:
     """Return the spans of steps of the findings that a metric shows."""
     found = [finding for findings in compared.findings or () for finding in findings]
     return [finding.steps for finding in found if name in finding.metrics and finding.steps is not None]

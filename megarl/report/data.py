@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,13 @@ from typing import Any
 from megarl.disk import UnreadableError, check_yaml, parse_object, read_text
 from megarl.errors import DataError
 
+METRICS = "metrics.csv"
+ENDED = ("finished", "stopped", "interrupted", "failed")
+"""Values of `status` in summary.json of a run that has ended."""
 Point = tuple[int, float]
 """A step (or phase) and a value."""
+
+_TOO_LARGE = 1e300
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,13 @@ class RunData:
     @property
     def unit(self) -> str:
         """What a step is called: phase or step."""
+        return "phase" if self.has_phases else "step"
+
+    @property
+    def has_phases(self) -> bool:
+        """Whether the run generates responses in phases."""
         trainer = self.config.get("trainer")
-        return "phase" if isinstance(trainer, Mapping) and "max_phases" in trainer else "step"
+        return isinstance(trainer, Mapping) and "max_phases" in trainer
 
     def series(self, metric: str) -> list[Point]:
         """Return the finite values of a metric, in the order of the steps."""
@@ -60,7 +70,7 @@ class RunData:
 
     def metrics(self) -> list[str]:
         """Return the names of all metrics, sorted."""
-        return sorted({name for row in self.rows for name in row} - {"step"})
+        return sorted(set().union(*self.rows) - {"step"})
 
     def setting(self, key: str, default: Any = None) -> Any:
         """Return the value of a dotted configuration key; `default` where the run has no such key or it is null."""
@@ -71,32 +81,72 @@ class RunData:
             value = value[part]
         return default if value is None else value
 
+    def number(self, key: str) -> float | None:
+        """Return the value of a dotted configuration key; None where the run has no such key, or no number there."""
+        return as_number(self.setting(key))
+
+
+def as_number(value: Any) -> float | None:
+    """Return a value as a number; None if it is none, or too large to count with."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _TOO_LARGE:
+        return None
+    return float(value)
+
 
 def read_run(path: Path) -> RunData:
     """Return the data of a run folder. Raise `DataError` if it is none."""
-    metrics = path / "metrics.csv"
+    metrics = path / METRICS
     try:
         text = read_text(metrics)
-        whole = text[: text.rfind("\n") + 1]  # without a line that is being written, or that a crash left
-        rows = [_numbers(row) for row in csv.DictReader(io.StringIO(whole, newline=""))]
-        rows = [row for row in rows if _is_step(row.get("step"))]
-    except (UnreadableError, csv.Error, ValueError) as problem:
+        rows = parse_rows(text[: text.rfind("\n") + 1])  # without a line that is being written, or that a crash left
+    except ValueError as problem:
         raise DataError(
             f"{metrics} {problem}: name the folder of a run, which logs with logger.csv=true", where=metrics
         ) from None
-    summary = _object(path / "summary.json")
-    entry = summary.get("algorithm")
+    return run_data(path, rows, {name: read(path / name) for name, read in FILES.items()})
+
+
+def run_data(path: Path, rows: Sequence[Mapping[str, float]], contents: Mapping[str, Any]) -> RunData:
+    """Return the data of a run from its metrics and the contents of its other files, by the names of `FILES`."""
+    summary = contents["summary.json"]
+    entry, last = summary.get("algorithm"), _last_step(summary)
     return RunData(
         path,
-        _config(path / "config.yaml"),
-        rows,
+        contents["config.yaml"],
+        sorted((row for row in rows if row["step"] <= last), key=lambda row: row["step"]),
         summary,
-        _records(path / "samples.jsonl"),
+        _until(last, contents["samples.jsonl"]),
         entry if isinstance(entry, str) else "",
-        _object(path / "versions.json"),
-        _object(path / "git.json"),
-        _records(path / "tokens.jsonl"),
+        contents["versions.json"],
+        contents["git.json"],
+        _until(last, contents["tokens.jsonl"]),
     )
+
+
+def _last_step(summary: Mapping[str, Any]) -> float:
+    """Return the last step of a run that has ended. What the folder has beyond it is of an attempt from which the run
+    was resumed at an earlier step."""
+    steps = as_number(summary.get("steps"))
+    return steps if steps is not None and summary.get("status") in ENDED else math.inf
+
+
+def _until(last: float, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the records up to a step."""
+    return [record for record in records if not (as_number(step_of(record)) or 0.0) > last]
+
+
+def step_of(record: Mapping[str, Any]) -> Any:
+    """Return the step of a record of samples.jsonl or tokens.jsonl, or its phase."""
+    return next((record[name] for name in ("phase", "step") if name in record), None)
+
+
+def parse_rows(text: str) -> list[dict[str, float]]:
+    """Return the rows of a table of metrics that have a step. Raise ValueError if a value is not a number."""
+    try:
+        rows = [_numbers(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
+    except csv.Error as problem:
+        raise UnreadableError(str(problem)) from None
+    return [row for row in rows if _is_step(row.get("step"))]
 
 
 def _numbers(row: Mapping[str | None, Any]) -> dict[str, float]:
@@ -122,7 +172,7 @@ def _config(path: Path) -> dict[str, Any]:
         text = read_text(path)
         check_yaml(text)
         found = yaml.safe_load(text)
-    except (UnreadableError, yaml.YAMLError):
+    except (ValueError, RecursionError, yaml.YAMLError):  # also a date or a number that YAML cannot hold
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -139,3 +189,14 @@ def _records(path: Path) -> list[dict[str, Any]]:
         except UnreadableError:  # a line that is being written
             continue
     return found
+
+
+FILES: dict[str, Callable[[Path], Any]] = {
+    "config.yaml": _config,
+    "summary.json": _object,
+    "samples.jsonl": _records,
+    "versions.json": _object,
+    "git.json": _object,
+    "tokens.jsonl": _records,
+}
+"""The files of a run that are read beside its metrics, and how. One that is missing or damaged counts as empty."""

@@ -1,4 +1,4 @@
-"""The definitions of metrics, read from the tables of docs/metrics.md, which is their one home."""
+"""The definitions of metrics, read from the entries of docs/metrics.md, which is their one home."""
 
 from __future__ import annotations
 
@@ -14,31 +14,39 @@ _ALGORITHMS = {
     **{word: word.lower() for word in ("SFT", "PPO", "GRPO", "RFT", "ILQL", "DPO", "KTO", "ORPO", "CPO")},
     "Reward models": "rm",
 }
-"""How the page writes the algorithms that a table or a definition is for."""
+"""How the page writes the algorithms that a section is for."""
 _CODE = re.compile(r"`([^`]*)`")
+_ITEM = re.compile(r"- \*\*(Unit|Formula|Normal|If not):\*\* (.*)")
 
 
 @dataclass(frozen=True)
 class Definition:
-    """A row of a table: what a metric is.
+    """An entry of the page: what a metric is. All texts are Markdown.
 
     Attributes:
-        names: the names in its first cell; K stands for a number, NAME and FUNCTION for what a function calls it.
+        names: the names in its heading; K stands for a number, NAME and FUNCTION for what a function calls it.
         unit: as on the page; an en dash: none.
-        text: the definition, in Markdown.
+        text: the definition.
         algorithms: names of the algorithms that it is for; empty: all.
+        formula: how it is computed; empty: not by a formula.
+        normal: what is normal.
+        remedy: what to do if it is not.
     """
 
     names: tuple[str, ...]
     unit: str
     text: str
     algorithms: frozenset[str]
+    formula: str = ""
+    normal: str = ""
+    remedy: str = ""
 
     def matches(self, metric: str) -> bool:
         """Return whether the metric has one of the names."""
         return any(re.fullmatch(_pattern(name), metric) for name in self.names)
 
 
+@cache
 def find_definition(metric: str, algorithm: str = "") -> Definition | None:
     """Return the definition of a metric as an algorithm logs it; None if the page has none.
 
@@ -64,21 +72,32 @@ def definitions() -> tuple[Definition, ...]:
 
 
 def _parsed(page: str) -> Iterator[Definition]:
-    """Yield the rows of the tables whose first cell has names of metrics."""
-    subject: frozenset[str] = frozenset()
-    for line in page.splitlines():
-        if line.startswith("#"):
-            subject = frozenset()
-        elif not line.startswith("|"):
-            introduced = _algorithms(line.partition(":")[0])
-            subject = introduced or subject
-        elif len(cells := _cells(line)) == 3 and (names := [name for name in _CODE.findall(cells[0]) if "/" in name]):
-            own = _algorithms(cells[2].partition(":")[0]) if ":" in cells[2] else frozenset()
-            yield Definition(tuple(names), cells[1], cells[2], own or subject)
+    """Yield the entries: sections of the third level whose heading has names of metrics. The heading of the second
+    level says which algorithms they are for."""
+    for part in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
+        heading, _, rest = part.partition("\n")
+        algorithms = _algorithms(heading.partition(":")[0])
+        for entry in re.split(r"^### ", rest, flags=re.MULTILINE)[1:]:
+            title, _, body = entry.partition("\n")
+            names = tuple(name for name in _CODE.findall(title) if "/" in name)
+            if names:
+                yield _entry(names, body, algorithms)
 
 
-def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+def _entry(names: tuple[str, ...], body: str, algorithms: frozenset[str]) -> Definition:
+    """Return an entry from what stands below its heading: paragraphs, and a list of a unit and so on."""
+    lines = body.strip().splitlines()
+    items = {found[1]: found[2] for line in lines if (found := _ITEM.fullmatch(line))}
+    text = " ".join(line for line in lines if line and not _ITEM.fullmatch(line))
+    return Definition(
+        names,
+        items.get("Unit", ""),
+        text,
+        algorithms,
+        items.get("Formula", ""),
+        items.get("Normal", ""),
+        items.get("If not", ""),
+    )
 
 
 def _algorithms(text: str) -> frozenset[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from megarl.report.data import RunData
+from megarl.report.data import RunData, as_number
 from megarl.report.markup import NOTHING, escape, facts, flat, folded, number, seconds, setting, table
 
 _MISSING = object()
@@ -40,6 +40,8 @@ def status(run: RunData) -> str:
     if said is None:
         last = f", {run.unit} {int(run.rows[-1]['step'])} logged" if run.rows else ", nothing logged yet"
         return f"unknown (no readable summary.json{last})"
+    if said == "running" and isinstance(steps, int) and run.rows:  # it is written at evaluations only
+        steps = max(steps, int(run.rows[-1]["step"]))
     whole = f" of {escape(number(planned))}" if planned is not None else ""
     counted = f", {escape(number(steps))}{whole} {run.unit}s" if steps is not None else ""
     error = run.summary.get("error")
@@ -210,4 +212,4 @@ def _git(git: Mapping[str, Any]) -> str:
 
 def _number_in(mapping: Any, name: str) -> float | None:
     value = mapping.get(name) if isinstance(mapping, Mapping) else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return as_number(value)

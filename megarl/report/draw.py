@@ -1,10 +1,12 @@
-"""Curves and score distributions as SVG, drawn without a plotting library. Colours and fonts are the page's."""
+"""Curves and score distributions as SVG, drawn without a plotting library. Colours and fonts are the page's. Bars are
+in bars.py, dots with intervals and on logarithmic axes in dots.py."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -30,11 +32,13 @@ class Line:
         label: its name in the legend and in the readout.
         points: finite values by step, in the order of the steps.
         style: number of its style.
+        spread: around its points, by step, the lowest and the highest of the values that a point is the mean of.
     """
 
     label: str
     points: Sequence[Point]
     style: int = 0
+    spread: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,11 @@ class Chart:
 
     def svg(self) -> str:
         """Return the drawing."""
-        drawn = self._drawn()
-        axes = _Axes.around([point for line in drawn for point in line.points])
+        drawn, axes = self._drawn, self._axes
         body = [axes.grid(self.unit), *(axes.band(*span) for span in self.bands)]
+        body += [
+            f'<path class="spread f{line.style % STYLES}" d="{axes.around(line)}"/>' for line in drawn if line.spread
+        ]
         for line in drawn:
             body.append(f'<path class="line s{line.style % STYLES}" d="{axes.path(line.points)}"/>')
             if len(line.points) <= _MARKED:
@@ -67,12 +73,11 @@ class Chart:
                     f'<circle cx="{axes.x(step):.1f}" cy="{axes.y(value):.1f}" r="2"/>' for step, value in line.points
                 )
                 body.append(f'<g class="mark s{line.style % STYLES}">{marks}</g>')
-        return _svg(self.identifier, self.title, self._described(), "".join(body))
+        return svg(self.identifier, self.title, self._described(), "".join(body))
 
     def data(self) -> str:
         """Return what the page's script needs to show values and to smooth: the drawn points and the axes."""
-        drawn = self._drawn()
-        axes = _Axes.around([point for line in drawn for point in line.points])
+        drawn, axes = self._drawn, self._axes
         lines: list[dict[str, Any]] = []
         for whole, line in zip(self.lines, drawn, strict=True):
             entry: dict[str, Any] = {
@@ -93,9 +98,15 @@ class Chart:
             }
         )
 
+    @cached_property
+    def _axes(self) -> _Axes:
+        drawn = self._drawn
+        return _Axes.of([point for line in drawn for point in (*line.points, *_edges(line, 0), *_edges(line, 1))])
+
+    @cached_property
     def _drawn(self) -> list[Line]:
         most = max(_MOST_POINTS // max(len(self.lines), 1), _FEWEST_POINTS)
-        return [Line(line.label, thin(_bounded(line.points), most), line.style) for line in self.lines]
+        return [replace(line, points=thin(_bounded(line.points), most)) for line in self.lines]
 
     def _described(self) -> str:
         """Return the lines in words, for those who do not see them."""
@@ -160,7 +171,7 @@ class _Axes:
     high: float
 
     @classmethod
-    def around(cls, points: Sequence[Point]) -> _Axes:
+    def of(cls, points: Sequence[Point]) -> _Axes:
         """Return the axes that show all points."""
         steps, values = [step for step, _ in points] or [0], [value for _, value in points] or [0.0]
         left, right = min(steps), max(steps)
@@ -184,6 +195,11 @@ class _Axes:
             for index, (step, value) in enumerate(points)
         )
 
+    def around(self, line: Line) -> str:
+        """Return the outline of a line's spread as commands of an SVG path."""
+        outline = [*_edges(line, 1), *reversed(_edges(line, 0))]
+        return f"{self.path(outline)}Z" if outline else ""
+
     def band(self, first: int, last: int) -> str:
         begin, end = (min(max(self.x(step), LEFT), RIGHT) for step in (first, last))
         return (
@@ -196,13 +212,11 @@ class _Axes:
         for value in ticks(self.low, self.high):
             y = self.y(value)
             parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{RIGHT}"/>')
-            parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{_tick(value)}</text>')
+            parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{tick(value)}</text>')
         steps = sorted({round(step) for step in ticks(self.left, self.right, 6)})
         for step in steps:
             x, anchor = self.x(step), "end" if self.x(step) > RIGHT - 12 else "middle"
-            parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 13}" text-anchor="{anchor}">{_tick(step)}</text>'
-            )
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{BOTTOM + 13}" text-anchor="{anchor}">{tick(step)}</text>')
         parts.append(
             f'<text class="tick" x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(unit)}</text>'
         )
@@ -220,13 +234,13 @@ def heatmap(
     """
     columns = [(step, [_within_bounds(value) for value in column]) for step, column in columns]
     values = [value for _, column in columns for value in column]
-    axes = _Axes.around([(0, min(values)), (0, max(values))])
+    axes = _Axes.of([(0, min(values)), (0, max(values))])
     rows, width = 20, (RIGHT - LEFT) / len(columns)
     size = (axes.high - axes.low) / rows
     parts = []
     for value in ticks(axes.low, axes.high):
         y = axes.y(value)
-        parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{_tick(value)}</text>')
+        parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{tick(value)}</text>')
     for index, (step, column) in enumerate(columns):
         counts = [0] * rows
         for value in column:
@@ -242,18 +256,26 @@ def heatmap(
         if index % every == 0:
             parts.append(
                 f'<text class="tick" x="{LEFT + (index + 0.5) * width:.1f}" y="{BOTTOM + 13}" '
-                f'text-anchor="middle">{_tick(step)}</text>'
+                f'text-anchor="middle">{tick(step)}</text>'
             )
     parts.append(
         f'<text class="tick" x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(unit)}</text>'
     )
     parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}"/>')
-    return _svg(identifier, title, description, "".join(parts))
+    return svg(identifier, title, description, "".join(parts))
 
 
-def _svg(identifier: str, title: str, description: str, body: str) -> str:
+def svg(identifier: str, title: str, description: str, body: str, size: tuple[int, int] = (WIDTH, HEIGHT)) -> str:
+    """Return a drawing with its title and with its description for those who do not see it.
+
+    Args:
+        identifier: prefix of the identifiers inside it.
+        title, description: text.
+        body: SVG.
+        size: its width and height, in its own units.
+    """
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{identifier}-title" '
+        f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-labelledby="{identifier}-title" '
         f'aria-describedby="{identifier}-desc"><title id="{identifier}-title">{escape(title)}</title>'
         f'<desc id="{identifier}-desc">{escape(description)}</desc>{body}</svg>'
     )
@@ -263,8 +285,16 @@ def _value(point: Point) -> float:
     return point[1]
 
 
+def _edges(line: Line, edge: int) -> list[Point]:
+    """Return the lower (0) or upper (1) edge of a line's spread at its points."""
+    return _bounded([(step, line.spread[step][edge]) for step, _ in line.points if step in line.spread])
+
+
 def _bounded(points: Sequence[Point]) -> list[Point]:
     """Return points whose differences are finite, whatever their values are."""
+    values = [value for _, value in points]
+    if not values or (min(values) >= -_LARGEST and max(values) <= _LARGEST):
+        return list(points)
     return [(step, _within_bounds(value)) for step, value in points]
 
 
@@ -276,7 +306,8 @@ def _short(points: Sequence[Point]) -> list[list[float]]:
     return [[step, float(f"{value:.6g}")] for step, value in points]
 
 
-def _tick(value: float) -> str:
+def tick(value: float) -> str:
+    """Return a number as short as the label of an axis must be."""
     size = abs(value)
     if size >= 1e12 or 0 < size < 1e-3:
         return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")

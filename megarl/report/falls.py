@@ -8,7 +8,18 @@ SCORE, SPREAD = "rollout/score", "rollout/score_std"
 PATIENCE = 3  # number of readings in a row that are down in a collapse
 LOST = 0.5  # share of the gain since the first reading, or of a best above 0
 EVALUATION_NOISE = 0.05  # noise of an evaluation, relative to the larger of best and first
+ERRORS = 3.0  # noise of an evaluation in standard errors, where one is known
 SCORE_NOISE = 0.5  # noise of a phase's mean score, relative to the scores' standard deviation
+
+
+def standard_error(value: float, score: float | None, score_error: float | None) -> float:
+    """Return the standard error of an evaluated metric, from that of the mean score of the same responses: relative to
+    their values it is about the same. 0 where it is not known."""
+    if score is None or score_error is None or score_error <= 0:
+        return 0.0
+    if value == score:
+        return score_error
+    return score_error * abs(value / score) if abs(score) > score_error else 0.0
 
 
 @dataclass
@@ -27,10 +38,11 @@ class Fall:
     down: int = 0  # number of readings in a row that are down
     since: int = 0  # step of the first of these
 
-    def add(self, step: int, value: float, noise: float | None = None) -> None:
-        """Add a reading. `noise` is how much it may be off by chance; None: that of an evaluation."""
+    def add(self, step: int, value: float, noise: float | None = None, error: float = 0.0) -> None:
+        """Add a reading. `noise` is how much it may be off by chance; None: that of an evaluation, whose standard error
+        is `error` if it is known."""
         if noise is None:
-            noise = EVALUATION_NOISE * max(abs(self.best or 0.0), abs(self.first or 0.0))
+            noise = max(EVALUATION_NOISE * max(abs(self.best or 0.0), abs(self.first or 0.0)), ERRORS * error)
         self.last = value
         if self.first is None:
             self.first = value

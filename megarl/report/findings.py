@@ -10,6 +10,7 @@ from megarl.config.findings import FINDINGS
 from megarl.report import of_policies, of_scores, of_training
 from megarl.report.data import RunData
 from megarl.report.finding import Finding
+from megarl.report.remedies import first_remedies
 
 Finder = Callable[[RunData], Finding | None]
 
@@ -54,12 +55,15 @@ def find(data: RunData, names: Collection[str] = FINDINGS) -> list[Finding]:
 
 
 def line(finding: Finding) -> str:
-    """Return a finding as one line for the terminal."""
-    return f"{finding.severity} {finding.name}: {finding.title}. Try: {finding.remedy}."
+    """Return a finding as one line for the terminal, with the first remedies."""
+    tried = first_remedies(finding.remedy)
+    return f"{finding.severity} {finding.name}: {finding.title}. {finding.evidence} Try: {tried}."
 
 
 def from_plain(plain: dict[str, Any]) -> Finding:
-    """Return a finding of findings.json. Raise TypeError if it is none."""
+    """Return a finding of findings.json. Raise TypeError or ValueError if it is none."""
+    if plain.get("severity") not in _SEVERITIES:
+        raise ValueError("a finding has a severity")
     metrics, steps = tuple(plain.pop("metrics", ())), plain.pop("steps", None)
     return Finding(**plain, metrics=metrics, steps=None if steps is None else (int(steps[0]), int(steps[1])))
 

@@ -56,22 +56,22 @@ def in_markdown(text: str) -> str:
     return "".join(f"<code>{escape(part)}</code>" if index % 2 else escape(part) for index, part in enumerate(parts))
 
 
-def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, heads: bool = True) -> str:
+def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, roomy: bool = False) -> str:
     """Return a table that scrolls within itself where it is wider than the screen.
 
     Args:
         caption: HTML of its caption.
         header, rows: HTML of the cells.
-        heads: whether the first cell of a row is its heading.
+        roomy: whether its many columns need more room than a narrow screen has.
     """
-    first = '<th scope="row">{}</th>' if heads else "<td>{}</td>"
     lines = [
-        "<tr>" + "".join(first.format(cell) if not index else f"<td>{cell}</td>" for index, cell in enumerate(row))
+        "<tr>"
+        + "".join(f"<td>{cell}</td>" if index else f'<th scope="row">{cell}</th>' for index, cell in enumerate(row))
         for row in rows
     ]
     named = "".join(f'<th scope="col">{cell}</th>' for cell in header)
     return (
-        f'<div class="wide"><table><caption>{caption}</caption><thead><tr>{named}</tr></thead>'
+        f'<div class="wide{" roomy" * roomy}"><table><caption>{caption}</caption><thead><tr>{named}</tr></thead>'
         f"<tbody>{''.join(f'{line}</tr>' for line in lines)}</tbody></table></div>"
     )
 
@@ -93,17 +93,19 @@ def section(identifier: str, heading: str, *content: str) -> str:
     )
 
 
-def folded(summary: str, *content: str) -> str:
+def folded(summary: str, *content: str, identifier: str = "") -> str:
     """Return content that is folded until a reader opens it. `summary` is HTML."""
-    return f"<details><summary>{summary}</summary>{''.join(content)}</details>"
+    named = f' id="{identifier}"' if identifier else ""
+    return f"<details{named}><summary>{summary}</summary>{''.join(content)}</details>"
 
 
-def as_script(content: Any) -> str:
+def as_script(content: Any, identifier: str = "") -> str:
     """Return data for the page's script, which no text in it can end."""
+    named = f' id="{identifier}"' if identifier else ""
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return f'<script type="application/json">{text}</script>'
+    return f'<script type="application/json"{named}>{text}</script>'
 
 
 def identifiers(prefix: str, names: Iterable[str]) -> dict[str, str]:

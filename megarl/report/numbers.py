@@ -15,7 +15,7 @@ def values(points: Sequence[Point]) -> list[float]:
 
 def mean(numbers: Sequence[float]) -> float:
     """Return the mean; 0 without numbers."""
-    return math.fsum(numbers) / len(numbers) if numbers else 0.0
+    return _size(numbers) * (math.fsum(_scaled(numbers)) / len(numbers)) if numbers else 0.0
 
 
 def median(numbers: Sequence[float]) -> float:
@@ -36,10 +36,21 @@ def correlation(left: Sequence[float], right: Sequence[float]) -> float:
     """Return Pearson's correlation of two lists of equal length; 0 where either has no spread."""
     if len(left) < 2:
         return 0.0
-    a, b = mean(left), mean(right)
-    both = math.fsum((x - a) * (y - b) for x, y in zip(left, right, strict=True))
-    spread = math.sqrt(math.fsum((x - a) ** 2 for x in left) * math.fsum((y - b) ** 2 for y in right))
+    xs, ys = _scaled(left), _scaled(right)
+    a, b = mean(xs), mean(ys)
+    both = math.fsum((x - a) * (y - b) for x, y in zip(xs, ys, strict=True))
+    spread = math.sqrt(math.fsum((x - a) ** 2 for x in xs) * math.fsum((y - b) ** 2 for y in ys))
     return both / spread if spread > 0 else 0.0
+
+
+def _size(numbers: Sequence[float]) -> float:
+    """Return a power of two near the largest number. Divided by it, numbers have sums and squares that are finite."""
+    return 2.0 ** (math.frexp(max(map(abs, numbers), default=0.0))[1] - 1)
+
+
+def _scaled(numbers: Sequence[float]) -> list[float]:
+    size = _size(numbers)
+    return [number / size for number in numbers]
 
 
 def joined(left: Sequence[Point], right: Sequence[Point]) -> list[tuple[int, float, float]]:

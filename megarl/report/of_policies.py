@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from megarl.report.data import RunData
 from megarl.report.falls import SPREAD
 from megarl.report.finding import Finding
 from megarl.report.numbers import joined, mean, median, percent, shown, values
 from megarl.report.of_scores import FLAT, learned, scores, spread_at_first
+from megarl.report.remedies import at_most, remedies
 
 RECENT = 5
 """Phases that a present state is read from: fewer is noise, more notices late."""
@@ -19,6 +22,8 @@ KL_WORTH_MENTION = 0.1
 STEP_FAR = 1.0
 """KL of a minibatch within a phase, in nats per token. On small tasks good runs pass .5 now and then, one passed 1.5
 once; three phases of five above 1 were seen in bad runs only."""
+FAR_SHARE = 0.33
+"""Share of all phases with such steps after which the policy has been somewhere else, even if it moves less now."""
 ENTROPY_LEFT = 0.05
 """Share of the first phases' entropy that is left in a collapse. Good runs on small tasks end at .06 to .3."""
 SPREAD_LEFT = 0.7
@@ -31,6 +36,11 @@ NOT_CLIPPED = 1e-6
 """Share of clipped tokens, at its largest, below which updates do not move the policy at all."""
 CRITIC_PHASES = 10
 """Phases in a row without explained variance. Critics of good runs often take 5 to get above 0."""
+EXPLAINS_NOTHING = 0.001
+"""Share of the returns' variance that is nothing. Rewards in the thousands leave a critic, whose values move by
+ppo.clip_value a phase, at .0001; critics of good runs that learn slowly are above .005 by then."""
+BEYOND_CLIPPING = 10.0
+"""Spread of the scores, in multiples of ppo.clip_value, that a critic cannot follow."""
 SPREAD_OF_VALUES = 0.5
 """Share of the first phases' spread of scores below which there is hardly anything left to explain."""
 EQUAL_GROUPS = 0.8
@@ -50,26 +60,34 @@ def kl_runaway(data: RunData) -> Finding | None:
     per_token = [
         (step, kl / tokens)
         for step, kl, tokens in joined(data.series("rollout/kl"), data.series("rollout/response_tokens"))
-        if tokens > 0
+        if tokens > 0 and math.isfinite(kl / tokens)
     ]
     if len(per_token) >= RECENT:
         late = median(values(per_token[-3:]))
         if late >= FAR:
-            said = f"The KL to the reference is {shown(late)} nats per token in the last three {data.unit}s"
-            since = _since(per_token, FAR)
-            return _runaway(data, f"{said}, and above {FAR:g} since {data.unit} {since}.", ("rollout/kl",), since)
+            said = (
+                f"The KL to the reference is {shown(late)} nats per token in the median of the last three {data.unit}s"
+            )
+            since = min(_since(per_token, FAR), per_token[-3][0])
+            return _runaway(
+                data, f"{said}; nearly all are above {FAR:g} since {data.unit} {since}.", ("rollout/kl",), since
+            )
     if len(per_token) >= 9 and (found := _grown_for_nothing(data, per_token)) is not None:
         return found
     moved = data.series("policy/approx_kl_max")
-    far = [step for step, value in moved[-RECENT:] if value >= STEP_FAR]
-    if len(far) >= 3:
-        return _runaway(
-            data,
-            f"policy/approx_kl_max was {shown(max(values(moved[-RECENT:])))} nats per token at most in the last "
-            f"{RECENT} {data.unit}s, and above {STEP_FAR:g} in {len(far)} of them.",
-            ("policy/approx_kl_max", "policy/approx_kl"),
-            far[0],
-        )
+    for phases, enough, which in (
+        (moved[-RECENT:], 3, f"the last {RECENT} {data.unit}s"),
+        (moved, max(RECENT, FAR_SHARE * len(moved)), f"{len(moved)} {data.unit}s"),
+    ):
+        far = [step for step, value in phases if value >= STEP_FAR]
+        if len(far) >= enough:
+            return _runaway(
+                data,
+                f"policy/approx_kl_max was {shown(max(values(phases)))} nats per token at most in {which}, and above "
+                f"{STEP_FAR:g} in {len(far)} of them.",
+                ("policy/approx_kl_max", "policy/approx_kl"),
+                far[0],
+            )
     return None
 
 
@@ -98,15 +116,20 @@ def _runaway(data: RunData, evidence: str, metrics: tuple[str, ...], since: int)
         title="The policy runs away from where it started",
         evidence=evidence,
         cause="Updates that are too large, or a KL penalty that is too weak for this reward.",
-        remedy="A lower optim.lr, a lower ppo.stop_at_kl (such as 0.05), a higher ppo.kl_coef, or "
-        "ppo.adaptive_kl.target=6; ppo.kl_limit ends a run that goes too far",
+        remedy=remedies(
+            data,
+            "a lower optim.lr",
+            *at_most(data, "ppo.stop_at_kl", 0.05),
+            "a higher ppo.kl_coef, or ppo.adaptive_kl.target=6",
+            "ppo.kl_limit ends a run that goes too far",
+        ),
         metrics=metrics,
         steps=(since, data.series(metrics[0])[-1][0]),
     )
 
 
 def _since(points: list[tuple[int, float]], bound: float) -> int:
-    """Return the first step from which on all values are at or above a bound, the last one if only that is."""
+    """Return the first step from which on all values are at or above a bound; else the last step."""
     found = points[-1][0]
     for step, value in reversed(points):
         if value < bound:
@@ -121,7 +144,7 @@ def entropy_collapsed(data: RunData) -> Finding | None:
     if len(entropy) < 8:
         return None
     first, last = mean(values(entropy[:2])), median(values(entropy[-RECENT:]))
-    if last >= ENTROPY_LEFT * first or (learned(data) and not _stuck(data)):
+    if first <= 0 or last >= ENTROPY_LEFT * first or (learned(data) and not _stuck(data)):
         return None
     score = scores(data)
     return Finding(
@@ -134,8 +157,14 @@ def entropy_collapsed(data: RunData) -> Finding | None:
         else f"rollout/entropy fell from {shown(first)} to {shown(last)} nats.",
         cause="Without alternatives in its responses the policy cannot find better ones. A high learning rate, many "
         "epochs per phase or a low temperature lead there.",
-        remedy="ppo.entropy_coef=0.01 (or ppo.adaptive_entropy.target), a higher ppo.clip_high (0.28, as in DAPO), a "
-        "lower optim.lr, fewer ppo.inner_epochs, rollout.temperature=1",
+        remedy=remedies(
+            data,
+            "ppo.entropy_coef=0.01, or ppo.adaptive_entropy.target",
+            "a lower optim.lr",
+            "a higher ppo.clip_high, such as 0.28 of DAPO",
+            "fewer ppo.inner_epochs",
+            "rollout.temperature=1",
+        ),
         metrics=("rollout/entropy", "rollout/score"),
         steps=(_since([(step, -value) for step, value in entropy], -ENTROPY_LEFT * first), entropy[-1][0]),
     )
@@ -153,9 +182,9 @@ def _stuck(data: RunData) -> bool:
 
 def clipping_always(data: RunData) -> Finding | None:
     """Find updates of which most is clipped away."""
-    for metric, bound, what, keys in (
-        ("policy/clip_fraction", CLIPPED, "tokens", "ppo.clip_low and ppo.clip_high (0.2 is usual)"),
-        ("value/clip_fraction", VALUES_CLIPPED, "values", "ppo.clip_value (null: no limit)"),
+    for metric, bound, what, wider in (
+        ("policy/clip_fraction", CLIPPED, "tokens", "larger ppo.clip_low and ppo.clip_high (0.2 is usual)"),
+        ("value/clip_fraction", VALUES_CLIPPED, "values", "a larger ppo.clip_value (null: no limit)"),
     ):
         points = data.series(metric)
         late = median(values(points[-RECENT:]))
@@ -171,7 +200,7 @@ def clipping_always(data: RunData) -> Finding | None:
                 "for any movement. Clipped tokens teach nothing."
                 if what == "tokens"
                 else "Returns are larger than a value may move in a phase, so the critic follows them slowly.",
-                remedy=f"A lower optim.lr or fewer ppo.inner_epochs; else a wider range: {keys}",
+                remedy=remedies(data, "a lower optim.lr", "fewer ppo.inner_epochs", f"else a wider range: {wider}"),
                 metrics=(metric, "policy/approx_kl"),
                 steps=(_since(points, bound), points[-1][0]),
             )
@@ -193,7 +222,12 @@ def clipping_never(data: RunData) -> Finding | None:
         evidence=f"policy/clip_fraction is {shown(most)} at most over {len(clipped)} {data.unit}s with "
         f"{updates[-1]:.0f} updates each.",
         cause="A learning rate that is too low for the number of updates, or a clip range that is too wide to bind.",
-        remedy="A higher optim.lr or more ppo.inner_epochs; check ppo.clip_low and ppo.clip_high (0.2 is usual)",
+        remedy=remedies(
+            data,
+            "a higher optim.lr",
+            "more ppo.inner_epochs",
+            "check ppo.clip_low and ppo.clip_high (0.2 is usual)",
+        ),
         metrics=("policy/clip_fraction", "policy/approx_kl"),
         steps=(clipped[0][0], clipped[-1][0]),
     )
@@ -206,9 +240,8 @@ def value_explains_nothing(data: RunData) -> Finding | None:
         return None
     late = values(explained[-CRITIC_PHASES:])
     left = median(values(data.series(SPREAD)[-RECENT:]))
-    if median(late) > 0 or left < SPREAD_OF_VALUES * spread or left <= 0:
+    if max(median(late), median(late[-3:])) > EXPLAINS_NOTHING or left < SPREAD_OF_VALUES * spread or left <= 0:
         return None
-    separate = data.setting("critic.kind") == "separate"
     return Finding(
         name="value_explains_nothing",
         severity="warning",
@@ -217,10 +250,23 @@ def value_explains_nothing(data: RunData) -> Finding | None:
         f"{data.unit}s ({shown(max(late))} at most), and scores still differ by {shown(left)}.",
         cause="The critic learns too slowly, or starts from values that are far off. Its error then acts as noise in "
         "the advantages.",
-        remedy="A higher critic.separate.lr, and critic.separate.warmup_phases=5"
-        if separate
-        else "A higher ppo.vf_coef, critic.kind=separate with its own critic.separate.lr, ppo.clip_value=null, or "
-        "megarl grpo, which needs no critic",
+        remedy=remedies(
+            data,
+            *(
+                (f"ppo.scale_scores=running, as scores differ by much more than ppo.clip_value ({limit:g})",)
+                if (limit := data.number("ppo.clip_value")) and spread > BEYOND_CLIPPING * limit
+                else ()
+            ),
+            *(
+                ("a higher critic.separate.lr", "critic.separate.warmup_phases=5")
+                if data.setting("critic.kind") == "separate"
+                else ("a higher optim.lr",)
+                if clipping_never(data) is not None
+                else ("a higher ppo.vf_coef", "critic.kind=separate with its own critic.separate.lr")
+            ),
+            "ppo.clip_value=null",
+            "megarl grpo, which needs no critic",
+        ),
         metrics=("value/explained_variance", "value/error"),
         steps=(explained[-CRITIC_PHASES][0], explained[-1][0]),
     )
@@ -231,10 +277,10 @@ def groups_without_spread(data: RunData) -> Finding | None:
     equal = data.series("rollout/zero_spread_groups")
     if len(equal) < RECENT or learned(data):
         return None
-    rollouts, n = data.setting("ppo.rollouts"), data.setting("rollout.n")
+    rollouts, n = data.number("ppo.rollouts"), data.number("rollout.n")
     of_phase = dict(data.series("rollout/prompts"))
     usual = rollouts / n if rollouts and n else 0.0
-    shares = [(step, value / prompts) for step, value in equal if (prompts := of_phase.get(step, usual))]
+    shares = [(step, value / prompts) for step, value in equal if (prompts := of_phase.get(step, usual)) > 0]
     late = median(values(shares[-RECENT:]))
     if not shares or late < EQUAL_GROUPS:
         return None
@@ -246,8 +292,14 @@ def groups_without_spread(data: RunData) -> Finding | None:
         f"was {shown(data.series('rollout/score')[-1][1]) if data.series('rollout/score') else 'not logged'}.",
         cause="Responses are compared within a prompt, so such prompts teach nothing: they are too hard or too easy, "
         "or the reward is too coarse.",
-        remedy="ppo.dynamic_sampling={}, a larger rollout.n, prompts that are sometimes solved, a reward with more "
-        "levels, rollout.temperature=1",
+        remedy=remedies(
+            data,
+            "prompts that are sometimes solved",
+            "a reward with more levels",
+            "a larger rollout.n",
+            "ppo.dynamic_sampling={}",
+            "rollout.temperature=1",
+        ),
         metrics=("rollout/zero_spread_groups", SPREAD),
         steps=(_since(shares, EQUAL_GROUPS), shares[-1][0]),
     )
@@ -269,8 +321,12 @@ def responses_cut(data: RunData) -> Finding | None:
         evidence=f"{percent(last)} of the responses in the last {RECENT} {data.unit}s ended at rollout.max_new_tokens"
         f"{'' if most is None else f'={most}'}; at first it was {percent(first)}.",
         cause="The policy does not learn to end: the reward does not ask for it, or there is not enough room.",
-        remedy="A larger rollout.max_new_tokens; ppo.overlong.missing_eos_penalty=1 or ppo.overlong.penalty; "
-        "ppo.overlong.mask=true, so that they do not train",
+        remedy=remedies(
+            data,
+            "a larger rollout.max_new_tokens",
+            "ppo.overlong.missing_eos_penalty=1 or ppo.overlong.penalty",
+            "ppo.overlong.mask=true, so that they do not train",
+        ),
         metrics=("rollout/cut", "rollout/response_tokens"),
         steps=(_since(cut, CUT), cut[-1][0]),
     )
@@ -279,9 +335,9 @@ def responses_cut(data: RunData) -> Finding | None:
 def logprob_drift(data: RunData) -> Finding | None:
     """Find log-probs that differ between sampling and training."""
     drift = data.series("rollout/logprob_drift")
-    if len(drift) < 3 or data.setting("rollout.replay"):
-        return None  # responses of an earlier run are of other weights
-    bound = DRIFT.get(data.setting("trainer.precision", "fp32"), DRIFT["bf16"])
+    if len(drift) < 3 or data.setting("rollout.replay") or data.setting("ppo.correction") is not None:
+        return None  # responses of an earlier run are of other weights, and a correction is there for such
+    bound = DRIFT["fp32" if data.setting("trainer.precision", "fp32") == "fp32" else "bf16"]
     first, last = median(values(drift[:3])), median(values(drift[-3:]))
     grown = last >= bound / 10 and last >= DRIFT_GROWTH * first
     if last < bound and not grown:
@@ -293,7 +349,12 @@ def logprob_drift(data: RunData) -> Finding | None:
         evidence=f"rollout/logprob_drift is {shown(last)} nats per token in the last three {data.unit}s; it was "
         f"{shown(first)} at first.",
         cause="Different precision or programs in sampling and training, or responses of older weights.",
-        remedy="trainer.precision=fp32 for a comparison; ppo.correction={} weights tokens by how far the two are apart",
+        remedy=remedies(
+            data,
+            "trainer.precision=fp32 for a comparison",
+            "ppo.correction={} weights tokens by how far the two are apart",
+            "look at where responses come from (extensions.orchestrator, rollout.engine.layout)",
+        ),
         metrics=("rollout/logprob_drift", "correction/ess"),
         steps=(drift[0][0], drift[-1][0]),
     )

@@ -1,22 +1,23 @@
 """Findings about scores: whether they rise, fall back, and for what reason.
 
 Each function returns a finding or None, from the data of a run alone. The constants are the thresholds; on the runs in
-tests/report/runs they separate good runs from those that were made bad on purpose.
+tests/report/real they separate good runs from those that were made bad on purpose.
 """
 
 from __future__ import annotations
 
-from megarl.report.data import Point, RunData
-from megarl.report.falls import SCORE, SCORE_NOISE, SPREAD, Fall
+from megarl.report.data import Point, RunData, as_number
+from megarl.report.falls import SCORE, SCORE_NOISE, SPREAD, Fall, standard_error
 from megarl.report.finding import Finding
 from megarl.report.numbers import correlation, first_and_last_third, joined, mean, median, shown, values
+from megarl.report.remedies import at_most, remedies
 
 LEARNED = 0.4
 """Gain since the first phase, in standard deviations of its scores, from which a run counts as one that learned. Runs
 that start at .8 of 1 and solve their task gain about .6."""
 SMALL_GAIN = 0.2
 """Noise of an evaluated metric, as a share of its best: a smaller gain may be lost again by chance, as evaluations of
-20 prompts and a policy that does not change show."""
+20 prompts and a policy that does not change show. Three standard errors of eval/score may be more, and count then."""
 FLAT = 0.1
 """Gain from the first to the last third of a run, in standard deviations of the scores, below which nothing was
 learned. The mean of a third with 4 phases of 128 responses is off by .04 by chance."""
@@ -24,6 +25,8 @@ ENOUGH_PHASES = 10
 """Fewer phases or readings say nothing about whether a run learns."""
 LOSS_FLAT = 0.002
 """Share of its size by which a loss must fall from the first to the last third. Preference losses fall slowly."""
+HIGH_RATE = 0.01
+"""Learning rate of an adaptive optimizer that ruins a model more often than it is too low."""
 MORE_RIGHT = 0.05
 """Rise of the accuracy that is learning although the loss hardly falls, as with preferences and a small beta."""
 LENGTH_GROWTH = 1.3
@@ -78,20 +81,32 @@ def score_collapsed(data: RunData) -> Finding | None:
     if of_phases.collapsed:
         return _collapsed(data, SCORE, of_phases)
     metric = data.setting("checkpoint.best.metric")
-    evaluated = [metric] if metric else ["eval/score", "eval/accuracy"]
+    evaluated = [metric] if isinstance(metric, str) and metric else ["eval/score", "eval/accuracy"]
     for name in evaluated:
         if data.setting("checkpoint.best.mode", "min" if name.endswith(_LOWER) else "max") == "min":
             continue  # loss_diverges and evaluation_gap are about these
-        fall = Fall()
+        fall, score, error = Fall(), dict(data.series("eval/score")), dict(data.series("eval/score_se"))
         for step, value in data.series(name):
-            fall.add(step, value, SMALL_GAIN * max(abs(value), abs(fall.best or 0.0)))
+            fall.add(step, value, error=standard_error(value, score.get(step), error.get(step)))
         if fall.collapsed:
             return _collapsed(data, name, fall)
     return None
 
 
+def _penalty(data: RunData) -> str | None:
+    """Return a sentence about a KL penalty that outweighs the differences of scores; None if it does not."""
+    coefficient, spread = data.number("ppo.kl_coef"), spread_at_first(data)
+    kl = max(values(data.series("rollout/kl")), default=0.0)
+    if not coefficient or spread <= 0 or coefficient * kl <= spread:
+        return None
+    return (
+        f"The KL penalty outweighs the score: a KL of {shown(kl)} nats a response costs {shown(coefficient * kl)}, and "
+        f"scores differ by {shown(spread)}."
+    )
+
+
 def _collapsed(data: RunData, metric: str, fall: Fall) -> Finding:
-    ppo = "ppo" in data.config
+    penalty = _penalty(data)
     return Finding(
         name="score_collapsed",
         severity="problem",
@@ -99,14 +114,21 @@ def _collapsed(data: RunData, metric: str, fall: Fall) -> Finding:
         "stayed there",
         evidence=f"{metric} was {shown(fall.best or 0.0)} at its best, in {data.unit} {fall.best_step}, and is "
         f"{shown(fall.last)} now; it has been down since {data.unit} {fall.since}.",
-        cause="Updates that are too large. With a critic, whitening divides its error by the small spread of good "
-        "scores, and several epochs then remove moves that were right."
-        if ppo
-        else "Updates that are too large, or training for too long on the same data.",
-        remedy="Continue from the best checkpoint (run.resume=PATH) with ppo.stop_at_kl=0.05, a lower optim.lr, fewer "
-        "ppo.inner_epochs or ppo.whiten_advantages=false"
-        if ppo
-        else "Continue from the best checkpoint (run.resume=PATH) with a lower optim.lr",
+        cause=penalty
+        or (
+            "Updates that are too large. With a critic, whitening divides its error by the small spread of good "
+            "scores, and several epochs then remove moves that were right."
+            if data.series("value/loss")
+            else "Updates that are too large, or training for too long on the same data."
+        ),
+        remedy=remedies(
+            data,
+            *(("a lower ppo.kl_coef",) if penalty else ()),
+            "continue from the best checkpoint (run.resume=PATH) with a lower optim.lr",
+            *at_most(data, "ppo.stop_at_kl", 0.05),
+            "fewer ppo.inner_epochs",
+            "ppo.whiten_advantages=false",
+        ),
         metrics=(metric,),
         steps=(fall.best_step, fall.since),
     )
@@ -131,11 +153,25 @@ def no_learning(data: RunData) -> Finding | None:
         severity="warning",
         title="The loss does not fall",
         evidence=f"train/loss was {first:.4g} in the first third of the run and {last:.4g} in the last.",
-        cause="A learning rate that is too low, too few steps, or data that contradicts itself or teaches nothing.",
-        remedy="A higher optim.lr (ten times as much is a fair second try), a shorter optim.warmup_steps, a larger "
-        "trainer.max_steps; read some records of data.train",
+        cause="A learning rate that is too low or far too high, too few steps, or data that contradicts itself or "
+        "teaches nothing.",
+        remedy=remedies(
+            data,
+            _other_rate(data),
+            "read some records of data.train",
+            "a shorter optim.warmup_steps",
+            "a larger trainer.max_steps",
+        ),
         metrics=("train/loss", "train/lr"),
     )
+
+
+def _other_rate(data: RunData) -> str:
+    """Return which learning rate to try where nothing is learned."""
+    rate = data.number("optim.lr")
+    if rate is not None and rate >= HIGH_RATE and data.setting("optim.kind") != "sgd":
+        return f"a lower optim.lr, as {rate:g} is high and may have undone what the model could do"
+    return "a higher optim.lr (ten times as much is a fair second try)"
 
 
 def _flat_score(data: RunData, points: list[Point]) -> Finding | None:
@@ -150,16 +186,20 @@ def _flat_score(data: RunData, points: list[Point]) -> Finding | None:
     if constant:
         evidence = f"Every response of every phase scored {shown(first)}."
         cause = "A reward that is the same for all responses gives no signal."
-        remedy = "Check reward.fn on a few responses by hand (rollout.dump=FOLDER writes them)"
+        remedy = ("check reward.fn on a few responses by hand (rollout.dump=FOLDER writes them)",)
     else:
         evidence = (
             f"The mean score was {shown(first)} in the first third of the run and {shown(last)} in the last; single "
             f"scores differ by {shown(spread)}."
         )
-        cause = "Updates that are too small or too noisy, or a reward that the policy cannot influence."
+        penalty = _penalty(data)
+        cause = penalty or "Updates that are too small or too noisy, or a reward that the policy cannot influence."
         remedy = (
-            "A higher optim.lr, more ppo.rollouts, a larger rollout.n, prompts that are sometimes solved; with "
-            "ppo.kl_coef above 0, a lower one"
+            *(("a lower ppo.kl_coef",) if penalty else ()),
+            _other_rate(data),
+            "prompts that are sometimes solved",
+            "more ppo.rollouts",
+            "a larger rollout.n",
         )
     return Finding(
         name="no_learning",
@@ -167,7 +207,7 @@ def _flat_score(data: RunData, points: list[Point]) -> Finding | None:
         title="All responses score the same" if constant else "The score does not rise",
         evidence=evidence,
         cause=cause,
-        remedy=remedy,
+        remedy=remedies(data, *remedy),
         metrics=(SCORE, SPREAD, "train/lr"),
         steps=(points[0][0], points[-1][0]),
     )
@@ -194,8 +234,13 @@ def score_follows_length(data: RunData) -> Finding | None:
         evidence=f"Responses grew from {shown(before)} to {shown(after)} tokens; the correlation of length and score "
         f"is {shown(over_phases)} over the {data.unit}s{also}.",
         cause="The reward may pay for length itself, so that the policy writes more rather than better.",
-        remedy="Compare responses of equal length by hand; let reward.fn divide by the length or cap what length "
-        "earns; ppo.overlong.penalty with ppo.overlong.buffer, or a smaller rollout.max_new_tokens",
+        remedy=remedies(
+            data,
+            "compare responses of equal length by hand",
+            "let reward.fn divide by the length or cap what length earns",
+            "ppo.overlong.penalty with ppo.overlong.buffer",
+            "a smaller rollout.max_new_tokens",
+        ),
         metrics=("rollout/response_tokens", SCORE),
         steps=(both[0][0], both[-1][0]),
     )
@@ -205,9 +250,9 @@ def _length_of_samples(data: RunData) -> float | None:
     """Return the correlation of length and score over the samples of the last half of a run; None if there are too
     few."""
     rows = [
-        (len(row["response"]), float(row["score"]))
+        (len(row["response"]), score)
         for row in data.samples[len(data.samples) // 2 :]
-        if isinstance(row.get("response"), str) and isinstance(row.get("score"), int | float)
+        if isinstance(row.get("response"), str) and (score := as_number(row.get("score"))) is not None
     ]
     if len(rows) < FEWEST_SAMPLES or len({length for length, _ in rows}) < 3 or len({score for _, score in rows}) < 2:
         return None
@@ -245,8 +290,13 @@ def reward_hacking(data: RunData) -> Finding | None:
                 evidence=f"eval/score rose from {shown(before)} to {shown(after)}, and {name} fell from {shown(start)} "
                 f"to {shown(end)}; their correlation is {shown(apart)}.",
                 cause="The policy may satisfy the reward without doing what it stands for (reward hacking).",
-                remedy="Read samples.jsonl; add what the second metric measures to reward.terms, raise ppo.kl_coef, or "
-                "stop at the checkpoint where both are good (checkpoint.best.metric)",
+                remedy=remedies(
+                    data,
+                    "read samples.jsonl",
+                    "add what the second metric measures to reward.terms",
+                    "a higher ppo.kl_coef",
+                    "stop at the checkpoint where both are good (checkpoint.best.metric)",
+                ),
                 metrics=("eval/score", name),
                 steps=(both[0][0], both[-1][0]),
             )

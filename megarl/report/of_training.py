@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Mapping
 from typing import Any
 
-from megarl.report.data import RunData
+from megarl.report.data import RunData, as_number
 from megarl.report.falls import SPREAD, Fall
 from megarl.report.finding import Finding
 from megarl.report.numbers import mean, median, percent, shown, values
+from megarl.report.remedies import remedies
 
 RECENT = 5
 """Readings that a present state is read from."""
@@ -18,8 +20,8 @@ VANISHED = 1e-4
 """Share of the gradient norm of a run's first half (its median) that is left when gradients have vanished. Solved tasks
 keep .01 and more."""
 EXPLODED = 30.0
-"""Growth of the gradient norm from the median of the run's first half to that of the last readings. Good runs stay
-within a factor of 10; single readings are not looked at."""
+"""Growth of the gradient norm from the median of the first half of the readings so far to that of five in a row. Good
+runs stay within a factor of 10; single readings are not looked at."""
 ABOVE_CLIPPING = 10.0
 """Gradient norm as a multiple of optim.clip_grad. With sparse rewards, gradients begin near 0 and stay far below."""
 LOSS_NOISE = 0.1
@@ -62,36 +64,73 @@ def gradients_dead(data: RunData) -> Finding | None:
         title="There is no gradient to learn from",
         evidence=f"train/grad_norm was {shown(late)} in the median of the last {RECENT} readings, and "
         f"{shown(max(values(norms)))} at its largest.",
-        cause="All scores are equal, everything that could be learned is clipped or masked, or the loss is 0.",
-        remedy="Look at rollout/score_std and policy/clip_fraction; check reward.fn, ppo.clip_low and ppo.clip_high"
-        if "ppo" in data.config
-        else "Stop here if the loss is as small as it should be; else check the records of data.train, data.loss_on "
-        "and model.num_layers_unfrozen",
+        cause="All scores are equal, everything that could be learned is clipped or masked, the loss is 0, or updates "
+        "that were too large have saturated the model.",
+        remedy=remedies(
+            data,
+            *(("a lower optim.lr, from an earlier checkpoint (run.resume=PATH)",) if _worse(data) else ()),
+            "look at rollout/score_std and policy/clip_fraction, then at ppo.clip_low, ppo.clip_high and reward.fn",
+            *(() if data.has_phases or _worse(data) else ("stop here if the loss is as small as it should be",)),
+            "check the records of data.train",
+            "check data.loss_on",
+            "check model.num_layers_unfrozen",
+        ),
         metrics=("train/grad_norm", "train/loss"),
         steps=(norms[-RECENT][0], norms[-1][0]),
     )
 
 
+def _worse(data: RunData) -> bool:
+    """Return whether the loss, of runs without phases, is larger than it was at first."""
+    losses = values(data.series("train/loss"))
+    return not data.has_phases and median(losses[-RECENT:]) > median(losses[:RECENT])
+
+
 def gradients_explode(data: RunData) -> Finding | None:
-    """Find gradients that have grown by orders of magnitude."""
+    """Find gradients that have grown by orders of magnitude, and have not come back to their usual size."""
     for metric in ("train/grad_norm", "train/critic_grad_norm"):
         norms = data.series(metric)
-        if len(norms) < 2 * RECENT:
+        enough = ABOVE_CLIPPING * (data.number("optim.clip_grad") or 1.0)
+        grown = _first_growth(values(norms), enough)
+        if grown is None:
             continue
-        usual, late = median(values(norms[: len(norms) // 2])), median(values(norms[-RECENT:]))
-        if usual > 0 and late >= max(EXPLODED * usual, ABOVE_CLIPPING * data.setting("optim.clip_grad", 1.0)):
-            return Finding(
-                name="gradients_explode",
-                severity="problem",
-                title="Gradients have grown by orders of magnitude",
-                evidence=f"{metric} was {shown(usual)} in the median of the first half of the run and {shown(late)} in "
-                f"that of the last {RECENT} readings.",
-                cause="A learning rate that is too high, rewards of very different size, or a few broken records.",
-                remedy="A lower optim.lr, a longer optim.warmup_steps, optim.clip_grad=1"
-                + ("; ppo.clip_scores or ppo.scale_scores=running" if "ppo" in data.config else ""),
-                metrics=(metric, "train/loss"),
-                steps=(norms[-RECENT][0], norms[-1][0]),
-            )
+        end, usual, then = grown
+        last = median(values(norms[-RECENT:]))
+        if usual / EXPLODED <= last <= EXPLODED * usual:
+            continue
+        return Finding(
+            name="gradients_explode",
+            severity="problem",
+            title="Gradients have grown by orders of magnitude",
+            evidence=f"{metric} was {shown(usual)} in the median of the first {end // 2} readings, {shown(then)} in "
+            f"that of the {RECENT} up to {data.unit} {norms[end - 1][0]}, and {shown(last)} in that of the last "
+            f"{RECENT}.",
+            cause="A learning rate that is too high, rewards of very different size, or a few broken records.",
+            remedy=remedies(
+                data,
+                "a lower optim.lr",
+                "ppo.clip_scores or ppo.scale_scores=running",
+                "a longer optim.warmup_steps",
+                "optim.clip_grad=1",
+            ),
+            metrics=(metric, "train/loss"),
+            steps=(norms[end - RECENT][0], norms[-1][0]),
+        )
+    return None
+
+
+def _first_growth(norms: list[float], enough: float) -> tuple[int, float, float] | None:
+    """Return where the median of a few norms is first much larger than that of the first half of all up to there: the
+    number of norms up to there, and both medians."""
+    half: list[float] = []  # sorted
+    for end in range(1, len(norms) + 1):
+        if end % 2 == 0:
+            insort(half, norms[end // 2 - 1])
+        if end < 2 * RECENT:
+            continue
+        usual, late = (half[(len(half) - 1) // 2] + half[len(half) // 2]) / 2, median(norms[end - RECENT : end])
+        if usual > 0 and late >= max(EXPLODED * usual, enough):
+            return end, usual, late
     return None
 
 
@@ -105,7 +144,7 @@ def loss_diverges(data: RunData) -> Finding | None:
     first, last, lowest = smooth[0][1], smooth[-1][1], min(values(smooth))
     if metric == "value/loss":
         spread = max(values(data.series(SPREAD)), default=0.0)
-        diverged = first > 0 and last >= max(VALUE_LOSS_RISE * first, WORSE_THAN_CONSTANT * spread**2)
+        diverged = first > 0 and last >= max(VALUE_LOSS_RISE * first, WORSE_THAN_CONSTANT * spread * spread)
     else:
         fall = Fall()
         for step, value in smooth:
@@ -121,8 +160,14 @@ def loss_diverges(data: RunData) -> Finding | None:
         evidence=f"{metric} was {shown(first)} at first, {shown(lowest)} at its lowest and {shown(last)} at last "
         "(medians of three readings).",
         cause="A learning rate that is too high, or too short a warm-up.",
-        remedy="A lower optim.lr, a longer optim.warmup_steps, optim.schedule=cosine"
-        + ("; ppo.clip_scores, ppo.scale_scores=running or a lower critic.separate.lr" if metric[0] == "v" else ""),
+        remedy=remedies(
+            data,
+            "a lower optim.lr",
+            "ppo.clip_scores or ppo.scale_scores=running",
+            "a longer optim.warmup_steps",
+            "optim.schedule=cosine",
+            "a lower critic.separate.lr",
+        ),
         metrics=(metric, "train/grad_norm", "train/lr"),
         steps=(min(smooth, key=lambda point: point[1])[0], smooth[-1][0]),
     )
@@ -151,8 +196,15 @@ def evaluation_gap(data: RunData) -> Finding | None:
         evidence=f"eval/loss was {shown(lowest)} at {data.unit} {step} and is {shown(last)} now; train/loss went from "
         f"{shown(then)} to {shown(now)} meanwhile.",
         cause="The model learns its training data by heart (overfitting).",
-        remedy=f"Use the checkpoint of {data.unit} {step} (checkpoint.best.metric=eval/loss keeps it); fewer "
-        "trainer.max_steps, more data, a lower optim.lr, adapter.rank=16 or optim.weight_decay=0.1",
+        remedy=remedies(
+            data,
+            f"use the checkpoint of {data.unit} {step} (checkpoint.best keeps the best)",
+            "fewer trainer.max_steps",
+            "more data",
+            "a lower optim.lr",
+            "adapter.rank=16",
+            "optim.weight_decay=0.1",
+        ),
         metrics=("eval/loss", "train/loss"),
         steps=(step, evaluated[-1][0]),
     )
@@ -180,7 +232,9 @@ def learning_rate_ended(data: RunData) -> Finding | None:
         cause="Nothing is learned with a learning rate of 0."
         if nothing
         else "The schedule is planned for fewer steps than the run takes.",
-        remedy="Set optim.lr above 0" if nothing else "optim.schedule=constant, or a higher optim.min_lr_ratio",
+        remedy=remedies(data, "set optim.lr above 0")
+        if nothing
+        else remedies(data, "optim.schedule=constant", "a higher optim.min_lr_ratio"),
         metrics=("train/lr", "train/loss"),
         steps=(rates[begin][0], rates[-1][0]),
     )
@@ -189,9 +243,9 @@ def learning_rate_ended(data: RunData) -> Finding | None:
 def data_repeated(data: RunData) -> Finding | None:
     """Find data that a run without falling evaluations has gone through many times."""
     used = data.summary.get("rows")
-    if not isinstance(used, Mapping) or "max_phases" in data.config.get("trainer", {}):
+    if not isinstance(used, Mapping) or data.has_phases:
         return None  # prompts are repeated in reinforcement learning, and answered anew each time
-    read, there = used.get("read"), used.get("there")
+    read, there = as_number(used.get("read")), as_number(used.get("there"))
     if not read or not there or read / there < PASSES:
         return None
     evaluated = values(data.series("eval/loss"))
@@ -203,11 +257,15 @@ def data_repeated(data: RunData) -> Finding | None:
         name="data_repeated",
         severity="warning",
         title="The data was seen many times, and nothing shows that it still helped",
-        evidence=f"{read} rows were read of data that has {there}: {read / there:.1f} passes"
+        evidence=f"{read:.0f} rows were read of data that has {there:.0f}: {read / there:.1f} passes"
         + ("; there was no evaluation." if not evaluated else f"; eval/loss is {shown(evaluated[-1])} now."),
         cause="trainer.max_steps is long for this amount of data; later passes teach it by heart.",
-        remedy="Fewer trainer.max_steps, more data, or data.eval with trainer.eval_every, which keeps the best "
-        "checkpoint",
+        remedy=remedies(
+            data,
+            "fewer trainer.max_steps",
+            "more data",
+            *(() if evaluated else ("data.eval with trainer.eval_every, which keeps the best checkpoint",)),
+        ),
         metrics=("train/loss", "eval/loss"),
     )
 
@@ -229,8 +287,13 @@ def reward_calls_failed(data: RunData) -> Finding | None:
                 f"{what} ({metric}).",
                 cause="The reward function or server fails or times out for some responses. If these are of one kind, "
                 "the policy learns from the others only.",
-                remedy="Read RUN/logs for the reasons; raise reward.calls.timeout or reward.calls.retries, lower "
-                "reward.calls.batch_size, or let reward.fn score what it cannot judge",
+                remedy=remedies(
+                    data,
+                    "read RUN/logs for the reasons",
+                    "let reward.fn score what it cannot judge",
+                    "a larger reward.calls.timeout or reward.calls.retries",
+                    "a smaller reward.calls.batch_size",
+                ),
                 metrics=(metric, "rollout/repeated_calls"),
                 steps=(points[-min(RECENT, len(points))][0], points[-1][0]),
             )
@@ -239,10 +302,10 @@ def reward_calls_failed(data: RunData) -> Finding | None:
 
 def _responses(data: RunData) -> float | None:
     """Return the number of responses of a phase; None if the configuration does not tell."""
-    rollouts = data.setting("ppo.rollouts")
-    if rollouts is None and (prompts := data.setting("rft.prompts")) is not None:
-        rollouts = prompts * data.setting("rollout.n", 1)
-    return rollouts if isinstance(rollouts, int | float) and rollouts > 0 else None
+    rollouts = data.number("ppo.rollouts")
+    if rollouts is None and (prompts := data.number("rft.prompts")) is not None:
+        rollouts = prompts * (data.number("rollout.n") or 1.0)
+    return rollouts if rollouts is not None and rollouts > 0 else None
 
 
 def waiting_for_rewards(data: RunData) -> Finding | None:
@@ -261,12 +324,15 @@ def waiting_for_rewards(data: RunData) -> Finding | None:
         evidence=f"Scoring took {scoring:.0f} of {whole:.0f} seconds, {percent(scoring / whole)}, evaluations and "
         "checkpoints aside.",
         cause="The reward function or server is slow compared with the model, and nothing else runs meanwhile.",
-        remedy="A larger reward.calls.batch_size, more copies of the server in reward.url, or work that reward.fn does "
-        "once instead of for each response",
+        remedy=remedies(
+            data,
+            "let reward.fn do once what it does for each response",
+            "more copies of the server in reward.url",
+            "a larger reward.calls.batch_size",
+        ),
         metrics=("perf/step_seconds",),
     )
 
 
 def _wall(part: Any) -> float:
-    found = part.get("wall_s") if isinstance(part, Mapping) else part
-    return float(found) if isinstance(found, int | float) else 0.0
+    return as_number(part.get("wall_s") if isinstance(part, Mapping) else part) or 0.0

@@ -1,5 +1,6 @@
 "use strict";
-(() => {
+/* Makes the curves of the page readable by pointer and keyboard. Scripts that change the page do so through `report`. */
+const report = (() => {
   const SVG = "http://www.w3.org/2000/svg";
   const make = (name, attributes) => {
     const element = document.createElementNS(SVG, name);
@@ -28,15 +29,7 @@
       this.svg = figure.querySelector(":scope > svg");
       this.reader = figure.querySelector(".reader");
       this.readout = figure.querySelector(".readout");
-      Object.assign(this, JSON.parse(figure.querySelector("script").textContent));
-      this.values = this.lines.map((line) => new Map(line.points));
-      this.steps = [...new Set(this.lines.flatMap((line) => line.points.map(([step]) => step)))].sort((a, b) => a - b);
-      this.keep = 0;
-      this.name();
-      this.reader.max = this.steps.length - 1;
-      this.reader.value = this.steps.length - 1;
-      this.reader.hidden = this.steps.length < 2;
-      this.reader.setAttribute("aria-valuetext", this.said(this.steps.at(-1)));
+      this.load();
       this.reader.addEventListener("input", () => this.show(Number(this.reader.value)));
       this.reader.addEventListener("focus", () => this.show(Number(this.reader.value)));
       this.reader.addEventListener("blur", () => this.clear());
@@ -44,6 +37,22 @@
         this.svg.addEventListener(event, (at) => this.show(this.nearest(at)));
       }
       this.svg.addEventListener("pointerleave", () => this.clear());
+    }
+
+    /* Take up what the figure has: at first, and after a change. A step that is being read stays. */
+    load() {
+      const read = this.marks && this.steps[Number(this.reader.value)];
+      this.clear();
+      Object.assign(this, JSON.parse(this.figure.querySelector("script").textContent));
+      this.values = this.lines.map((line) => new Map(line.points));
+      this.steps = [...new Set(this.lines.flatMap((line) => line.points.map(([step]) => step)))].sort((a, b) => a - b);
+      this.name();
+      this.reader.max = this.steps.length - 1;
+      this.reader.value = this.steps.length - 1;
+      this.reader.hidden = this.steps.length < 2;
+      this.reader.setAttribute("aria-valuetext", this.said(this.steps.at(-1)));
+      this.smooth(kept());
+      if (read !== undefined) this.show(this.closest(read));
     }
 
     /* The title would open as a tooltip over the values: it becomes a label, which says the same without one. */
@@ -67,9 +76,15 @@
     nearest(at) {
       const box = this.svg.getBoundingClientRect();
       const x = ((at.clientX - box.left) / box.width) * this.svg.viewBox.baseVal.width;
+      const [left, right] = this.plot;
+      return this.closest(this.xSpan[0] + ((x - left) / (right - left)) * (this.xSpan[1] - this.xSpan[0]));
+    }
+
+    /* The index of the step that is closest to a number. */
+    closest(number) {
       let best = 0;
       this.steps.forEach((step, index) => {
-        if (Math.abs(this.x(step) - x) < Math.abs(this.x(this.steps[best]) - x)) best = index;
+        if (Math.abs(step - number) < Math.abs(this.steps[best] - number)) best = index;
       });
       return best;
     }
@@ -121,18 +136,28 @@
   /* A response whose tokens have numbers: bars for one of them, all of them for the token that is read. */
   class Trace {
     constructor(article) {
-      this.spans = [...article.querySelectorAll(".tokens span")];
+      this.article = article;
       this.reader = article.querySelector(".reader");
       this.readout = article.querySelector(".readout");
-      Object.assign(this, JSON.parse(article.querySelector("script").textContent));
-      this.reader.hidden = this.spans.length < 2;
-      this.reader.setAttribute("aria-valuetext", this.said(0));
       for (const event of ["input", "focus"]) this.reader.addEventListener(event, () => this.read(Number(this.reader.value)));
       this.reader.addEventListener("blur", () => this.clear());
-      this.spans.forEach((span, index) => {
-        for (const event of ["pointerenter", "pointerdown"]) span.addEventListener(event, () => this.read(index));
-        span.addEventListener("pointerleave", () => this.clear());
-      });
+      for (const event of ["pointerover", "pointerdown"]) {
+        article.addEventListener(event, ({ target }) => {
+          const index = this.spans.indexOf(target);
+          if (index >= 0) this.read(index);
+        });
+      }
+      article.querySelector(".tokens").addEventListener("pointerleave", () => this.clear());
+      this.load();
+    }
+
+    /* Read what the page has, which may have changed. */
+    load() {
+      this.spans = [...this.article.querySelectorAll(".tokens span")];
+      Object.assign(this, JSON.parse(this.article.querySelector("script").textContent));
+      this.reader.max = this.spans.length - 1;
+      this.reader.hidden = this.spans.length < 2;
+      this.reader.setAttribute("aria-valuetext", this.said(Number(this.reader.value)));
     }
 
     said(index) {
@@ -155,8 +180,7 @@
     }
 
     show(name) {
-      const found = this.quantities.find((quantity) => quantity.name === name);
-      const values = found ? found.values : [];
+      const values = this.quantities.find((quantity) => quantity.name === name)?.values ?? [];
       const largest = Math.max(...values.map((value) => Math.abs(value ?? 0)), Number.MIN_VALUE);
       this.spans.forEach((span, index) => {
         const value = values[index] ?? 0;
@@ -167,34 +191,50 @@
     }
   }
 
-  const traces = [...document.querySelectorAll(".trace")].map((article) => new Trace(article));
-  const quantity = document.getElementById("quantity");
-  if (quantity && traces.length) {
-    const names = [...new Set(traces.flatMap((trace) => trace.quantities.map(({ name }) => name)))];
-    quantity.append(...names.map((name) => new Option(name)));
-    const show = () => traces.forEach((trace) => trace.show(quantity.value));
-    quantity.addEventListener("change", show);
-    show();
-  }
+  const curves = new Map(), traces = new Map();
 
-  const curves = [...document.querySelectorAll("figure.curve")]
-    .filter((figure) => figure.querySelector("script"))
-    .map((figure) => new Curve(figure));
+  /* The share of the mean that smoothing keeps at each point; 0: no smoothing. */
+  const kept = () => Number(document.getElementById("smoothing")?.value ?? 0);
+  document.addEventListener("input", (event) => {
+    if (event.target.id !== "smoothing") return;
+    const keep = kept();
+    event.target.parentElement.querySelector("output").textContent = keep ? keep.toFixed(2) : "none";
+    for (const curve of curves.values()) curve.smooth(keep);
+  });
+  document.addEventListener("change", (event) => {
+    if (event.target.id === "quantity") for (const trace of traces.values()) trace.show(event.target.value);
+  });
 
-  const control = document.getElementById("smoothing");
-  if (control && curves.length) {
-    const output = control.parentElement.querySelector("output");
-    control.addEventListener("input", () => {
-      const keep = Number(control.value);
-      output.textContent = keep ? keep.toFixed(2) : "none";
-      for (const curve of curves) curve.smooth(keep);
-    });
-  }
-  for (const element of document.querySelectorAll(".control, .hint")) element.hidden = false;
+  /* Offer the quantities that the traces have, and show the chosen one. */
+  const offer = () => {
+    const select = document.getElementById("quantity");
+    if (!select || !traces.size) return;
+    const names = new Set([...traces.values()].flatMap((trace) => trace.quantities.map(({ name }) => name)));
+    for (const option of select.options) names.delete(option.value);
+    select.append(...[...names].map((name) => new Option(name)));
+    for (const trace of traces.values()) trace.show(select.value);
+  };
+
+  /* Take up the curves and traces that a part of the page has. */
+  const adopt = (part) => {
+    const take = (known, selector, kind) => {
+      for (const element of part.parentElement.querySelectorAll(selector)) {
+        if (!part.contains(element) || !element.querySelector("script")) continue;
+        if (known.has(element)) known.get(element).load();
+        else known.set(element, new kind(element));
+      }
+    };
+    take(curves, "figure.curve", Curve);
+    take(traces, "article.trace", Trace);
+    offer();
+    if (curves.size) for (const element of document.querySelectorAll(".control, .hint")) element.hidden = false;
+  };
+  adopt(document.body);
 
   /* A link into folded content unfolds it. */
   const unfold = () => {
-    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    let target = null;
+    try { target = document.getElementById(decodeURIComponent(location.hash.slice(1))); } catch { /* no address of a part */ }
     if (!target) return;
     for (let box = target.closest("details"); box; box = box.parentElement.closest("details")) box.open = true;
     target.scrollIntoView();
@@ -208,7 +248,7 @@
       if (box.scrollWidth > box.clientWidth) {
         box.tabIndex = 0;
         box.setAttribute("role", "group");
-        box.setAttribute("aria-label", box.querySelector("caption").textContent);
+        box.setAttribute("aria-label", box.dataset.label ?? box.querySelector("caption").textContent);
       } else {
         box.removeAttribute("tabindex");
         box.removeAttribute("role");
@@ -219,4 +259,17 @@
   addEventListener("resize", reach);
   document.addEventListener("toggle", reach, true);
   reach();
+
+  /* Let a function change what is inside a part of the page, which stays itself. Values that are read and smoothing stay. */
+  const change = (part, alter) => {
+    const before = [...curves].filter(([figure]) => part.contains(figure));
+    for (const [, curve] of before) curve.smooth(0);
+    alter();
+    for (const [figure] of before) {
+      if (!figure.isConnected || !figure.querySelector("script")) curves.delete(figure);
+    }
+    adopt(part);
+    reach();
+  };
+  return { change };
 })();

@@ -1,61 +1,67 @@
-"""The page of one run or several: one HTML file that needs no network. Style and script are files beside this one."""
+"""The page of one run or several: its sections. What all pages have is in shell.py."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from itertools import count
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-import megarl
 from megarl.report.curves import Compared, curve_sections, last_values
 from megarl.report.data import RunData
 from megarl.report.described import configuration, described, differing_settings, side_by_side, status, times
 from megarl.report.finding import Finding
 from megarl.report.markup import escape, folded, section
+from megarl.report.predicted import predicted
 from megarl.report.responses import distribution, samples
 from megarl.report.scores import read_scores
+from megarl.report.shell import ALONE, REPORT, Surroundings, head_of, shell
 from megarl.report.tokens import EXPLAINED, tokens
 
-GENERATOR = "megarl report"
-"""Content of the page's meta element `generator`, by which a report is recognised."""
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-"""What a browser lets the page do: nothing that needs a network."""
-_FOLDER = Path(__file__).resolve().parent
+SMOOTHING = (
+    '<div class="control" hidden><label for="smoothing">Smoothing</label>'
+    '<input id="smoothing" type="range" min="0" max="0.95" step="0.05" value="0">'
+    '<output for="smoothing">none</output></div>'
+    '<p class="hint" hidden>Point at a curve, or move the slider below it, to read its values.</p>'
+)
+"""What stands above curves: the script shows it."""
 _SEVERITIES = {"problem": "Problem", "warning": "Warning", "note": "Note"}
 
 
-def page(runs: Sequence[RunData], findings: Sequence[Sequence[Finding]] | None = None) -> str:
+def page(
+    runs: Sequence[RunData],
+    findings: Sequence[Sequence[Finding]] | None = None,
+    around: Surroundings = ALONE,
+    command: str = REPORT,
+) -> str:
     """Return the page of one run, or of several that it compares.
 
     Args:
         runs: at least one.
         findings: what was found in each run; None: it was not looked for, and the page does not mention it.
+        around: what the page has beside its sections.
+        command: the command that makes it.
     """
     compared = Compared(runs, labels(runs), findings)
-    title = escape(compared.labels[0] if not compared.several else f"{len(runs)} runs compared")
-    sections = _sections(compared)
-    links = "".join(f'<li><a href="#{identifier}">{escape(heading)}</a></li>' for identifier, heading, _ in sections)
-    body = "".join(section(identifier, heading, content) for identifier, heading, content in sections)
+    sections = [(name, heading, content(compared)) for name, (heading, content) in SECTIONS.items()]
+    return shell(command, _title(compared), _states(compared), sections, around)
+
+
+def head(compared: Compared) -> str:
+    """Return the title of the page with the status of each run."""
+    return head_of(_title(compared), _states(compared))
+
+
+def _states(compared: Compared) -> str:
     states = "; ".join(
         f"{escape(label)}: {status(run)}" if compared.several else status(run)
-        for label, run in zip(compared.labels, runs, strict=True)
+        for label, run in zip(compared.labels, compared.runs, strict=True)
     )
-    written = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="generator" content="{GENERATOR} {escape(megarl.__version__)}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{title} - megarl report</title><style>{_asset('page.css')}</style></head><body>"
-        '<a class="skip" href="#main">Skip to the content</a>'
-        f'<header><h1>{title}</h1><p>{states}</p></header><nav aria-label="Sections"><ul>{links}</ul></nav>'
-        f'<main id="main" tabindex="-1">{body}</main>'
-        f"<footer><p>Written by megarl {escape(megarl.__version__)} at {written}. "
-        "The file needs no network and may be moved.</p></footer>"
-        f"<script>{_asset('page.js')}</script></body></html>\n"
-    )
+    return f"<p>{states}</p>"
+
+
+def section_of(compared: Compared, identifier: str) -> str:
+    """Return a section of `SECTIONS`; empty if it has no content."""
+    heading, content_of = SECTIONS[identifier]
+    content = content_of(compared)
+    return section(identifier, heading, content) if content else ""
 
 
 def labels(runs: Sequence[RunData]) -> list[str]:
@@ -68,24 +74,8 @@ def labels(runs: Sequence[RunData]) -> list[str]:
     return [str(run.path) for run in runs]
 
 
-def _sections(compared: Compared) -> list[tuple[str, str, str]]:
-    """Return the sections that have content: identifier, heading and HTML."""
-    runs = compared.runs
-    found = [
-        ("findings", "Findings", _findings(compared)),
-        ("run", "What ran", _ran(compared)),
-        ("curves", "Curves", _curves(compared)),
-        ("values", "Values", _values(compared)),
-        ("scores", "Scores of the responses", _each(compared, [*map(_scores, runs, count())])),
-        (
-            "samples",
-            "Samples before and after",
-            _each(compared, [samples(run, 4 if compared.several else 3) for run in runs]),
-        ),
-        ("tokens", "Tokens", _tokens(compared)),
-        ("configuration", "Configuration", _configuration(compared)),
-    ]
-    return [(identifier, heading, content) for identifier, heading, content in found if content]
+def _title(compared: Compared) -> str:
+    return f"{len(compared.runs)} runs compared" if compared.several else compared.labels[0]
 
 
 def _findings(compared: Compared) -> str:
@@ -123,16 +113,14 @@ def _ran(compared: Compared) -> str:
     return described(runs[0]) + times(runs[0])
 
 
+def _predicted(compared: Compared) -> str:
+    return _each(compared, [predicted(run, index) for index, run in enumerate(compared.runs)])
+
+
 def _curves(compared: Compared) -> str:
     if not compared.ids:
         return "<p>Nothing is logged yet.</p>"
-    control = (
-        '<div class="control" hidden><label for="smoothing">Smoothing</label>'
-        '<input id="smoothing" type="range" min="0" max="0.95" step="0.05" value="0">'
-        '<output for="smoothing">none</output></div>'
-        '<p class="hint" hidden>Point at a curve, or move the slider below it, to read its values.</p>'
-    )
-    return control + curve_sections(compared)
+    return SMOOTHING + curve_sections(compared)
 
 
 def _values(compared: Compared) -> str:
@@ -141,8 +129,14 @@ def _values(compared: Compared) -> str:
     return last_values(compared) if compared.several else folded("All metrics", last_values(compared))
 
 
-def _scores(run: RunData, index: int) -> str:
-    return distribution(read_scores(run), f"scores-{index}")
+def _scores(compared: Compared) -> str:
+    return _each(
+        compared, [distribution(read_scores(run), f"scores-{index}") for index, run in enumerate(compared.runs)]
+    )
+
+
+def _samples(compared: Compared) -> str:
+    return _each(compared, [samples(run, 4 if compared.several else 3) for run in compared.runs])
 
 
 def _tokens(compared: Compared) -> str:
@@ -170,5 +164,15 @@ def _each(compared: Compared, contents: Sequence[str]) -> str:
     )
 
 
-def _asset(name: str) -> str:
-    return (_FOLDER / name).read_text(encoding="utf-8").strip()
+SECTIONS: dict[str, tuple[str, Callable[[Compared], str]]] = {
+    "findings": ("Findings", _findings),
+    "run": ("What ran", _ran),
+    "predicted": ("Predicted and measured", _predicted),
+    "curves": ("Curves", _curves),
+    "values": ("Values", _values),
+    "scores": ("Scores of the responses", _scores),
+    "samples": ("Samples before and after", _samples),
+    "tokens": ("Tokens", _tokens),
+    "configuration": ("Configuration", _configuration),
+}
+"""The sections by identifier, in the order of the page: heading, and what makes the content; empty: no section."""

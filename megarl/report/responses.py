@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megarl.report.data import RunData
+from megarl.report.data import RunData, step_of
 from megarl.report.draw import heatmap
 from megarl.report.markup import escape, folded, number, table
 from megarl.report.scores import PhaseScores, quantile
@@ -67,14 +67,15 @@ def distribution(scores: Sequence[PhaseScores], identifier: str) -> str:
 
 
 def by_step(rows: Sequence[Sample]) -> dict[int, list[Sample]]:
-    """Return the samples by step; a repeated evaluation, as after a resume, replaces its earlier rows."""
+    """Return the samples by step. A repeated evaluation or phase, as after a resume, replaces its earlier rows: those
+    of traces begin with index 0."""
     found: dict[int, list[Sample]] = {}
     previous: int | None = None
     for row in rows:
-        step = next((row[name] for name in _STEPS if isinstance(row.get(name), int)), None)
-        if step is None:
+        step = step_of(row)
+        if not isinstance(step, int):
             continue
-        if step != previous:
+        if step != previous or row.get("index") == 0:
             found[step] = []
         found[step].append(row)
         previous = step

@@ -22,14 +22,18 @@ def read_scores(run: RunData) -> list[PhaseScores]:
     A journal has the phases since the oldest checkpoint, and a dump (`rollout.dump`) has all of them. Lines that
     are no score, such as one that is being written, are skipped.
     """
-    dump = run.setting("rollout.dump")
-    folders = [*([local(dump)] if isinstance(dump, str) else []), run.path / "journal"]
-    files = next((found for folder in folders if (found := _files(folder))), {})
+    files = next((found for folder in score_folders(run) if (found := _files(folder))), {})
     phases = sorted(files)
     if len(phases) > MOST_PHASES:
         phases = [phases[index * (len(phases) - 1) // (MOST_PHASES - 1)] for index in range(MOST_PHASES)]
     scores = [(phase, [score for path in files[phase] for score in _read(path)]) for phase in phases]
     return [(phase, found) for phase, found in scores if found]
+
+
+def score_folders(run: RunData) -> list[Path]:
+    """Return the folders that may have the scores; the first that has any is read."""
+    dump = run.setting("rollout.dump")
+    return [*([local(dump)] if isinstance(dump, str) else []), run.path / "journal"]
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megarl.command import printable
-from megarl.report.data import RunData
+from megarl.report.data import RunData, as_number
 from megarl.report.markup import NOTHING, as_script, escape, folded, number, table
 from megarl.report.responses import by_step
 
@@ -24,9 +23,10 @@ _COLUMNS = {
 }
 EXPLAINED = (
     '<p class="definition">Responses of the first and of the last traced phase, from the best score to the worst. A '
-    "bar below a token is a positive number, a bar above it a negative one; the darker, the larger. The shift of a "
-    "phase is the log-prob after its training minus the one before. The shift from the reference is the log-prob "
-    "before this training minus the reference's. A token with a positive advantage is to become more likely.</p>"
+    "bar under a token stands for a positive number, a bar over it for a negative one; the darker, the larger. The "
+    "shift of a phase is the log-prob after its training minus the one before. The shift from the reference is the "
+    "log-prob before this training minus that of the reference. A token with a positive advantage is to become more "
+    "likely.</p>"
     '<div class="control" hidden><label for="quantity">Show</label><select id="quantity"></select></div>'
 )
 """What stands above the responses of all runs, with the control of what their bars show."""
@@ -67,7 +67,7 @@ def tokens(run: RunData, level: int) -> str:
 
 def quantities(trace: Mapping[str, Any]) -> list[Quantity]:
     """Return the numbers of a trace's tokens, the shifts of their log-probs among them."""
-    count = len(trace.get("tokens", ()))
+    count = len(_texts(trace))
     found = {name: _numbers(trace.get(name), count) for name in (*_COLUMNS, _REFERENCE)}
     shifts = (
         Quantity("log-prob shift of this phase", _difference(found[_NEW], found[_OLD]), True),
@@ -78,9 +78,10 @@ def quantities(trace: Mapping[str, Any]) -> list[Quantity]:
 
 
 def _trace(trace: Mapping[str, Any], level: int, index: int) -> str:
-    texts = [str(text) for text in trace.get("tokens", ()) if isinstance(text, str)][:_MOST_TOKENS]
+    texts = _texts(trace)[:_MOST_TOKENS]
     shown = [Quantity(one.name, one.values[: len(texts)], one.signed) for one in quantities(trace)]
-    score = f", score {number(trace['score'])}" if isinstance(trace.get("score"), int | float) else ""
+    known = as_number(trace.get("score"))
+    score = "" if known is None else f", score {number(known)}"
     heading = f"<h{level}>Response {index}{score}</h{level}>"
     prompt = f"<pre>{escape(str(trace.get('prompt', ''))[-2000:]) or '<em>empty</em>'}</pre>"
     if not shown or not texts:
@@ -113,6 +114,12 @@ def _trace(trace: Mapping[str, Any], level: int, index: int) -> str:
     )
 
 
+def _texts(trace: Mapping[str, Any]) -> list[str]:
+    """Return the texts of a trace's tokens; one that is no text is empty."""
+    tokens = trace.get("tokens")
+    return [text if isinstance(text, str) else "" for text in tokens] if isinstance(tokens, list) else []
+
+
 def _visible(text: str) -> str:
     """Return a token's text with signs for the characters that are not seen."""
     return escape("".join(_ESCAPES.get(letter, letter) for letter in text)) or "·"
@@ -121,17 +128,12 @@ def _visible(text: str) -> str:
 def _numbers(values: Any, count: int) -> list[float | None]:
     """Return `count` finite numbers or None; all None where there are no values."""
     known = values if isinstance(values, list) else []
-    return [_finite(known[index]) if index < len(known) else None for index in range(count)]
-
-
-def _finite(value: Any) -> float | None:
-    number_like = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number_like and math.isfinite(value) else None
+    return [as_number(known[index]) if index < len(known) else None for index in range(count)]
 
 
 def _difference(ours: Sequence[float | None], theirs: Sequence[float | None]) -> list[float | None]:
     pairs = zip(ours, theirs, strict=True)
-    return [None if a is None or b is None else float(f"{a - b:.5g}") for a, b in pairs]
+    return [None if a is None or b is None else as_number(float(f"{a - b:.5g}")) for a, b in pairs]
 
 
 def _cell(value: float | None) -> str:

@@ -71,25 +71,26 @@ class RunFolder:
         if diff:
             self.write("git.diff", diff)
         else:
-            self._set_aside(self.path / "git.diff")
+            self.set_aside("git.diff")
 
     def write_extensions(self, described: Mapping[str, Mapping[str, str]]) -> None:
         """Write extensions.json, if the run uses any: what each key names, its file, and a hash of that."""
         if described:
             self.write("extensions.json", json.dumps(described, indent=2) + "\n")
         else:
-            self._set_aside(self.path / "extensions.json")
+            self.set_aside("extensions.json")
 
     def write(self, name: str, text: str) -> Path:
         """Write a file into the folder. An earlier one with different content is kept under a number."""
         path = self.path / name
         if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
-            self._set_aside(path)
+            self.set_aside(name)
         write_atomically(path, text)
         return path
 
-    def _set_aside(self, path: Path) -> None:
+    def set_aside(self, name: str) -> None:
         """Rename a file of an earlier process of this run with a number."""
+        path = self.path / name
         if not path.exists():
             return
         number = 1

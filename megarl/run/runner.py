@@ -33,6 +33,7 @@ from megarl.modules.base import Module
 from megarl.progress import choose_display
 from megarl.run.exp_manager import attach_nemo_exp_manager
 from megarl.run.owner import RunLock, owned
+from megarl.run.prediction import write_prediction
 from megarl.run.run_folder import RunFolder, resolve_run_dir
 from megarl.run.trainer import build_trainer
 
@@ -136,6 +137,9 @@ def _build(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, 
             folder.write_extensions(fingerprints(named_extensions(config)))
     module = build(config, sources)
     module.entry, module.unit = algorithm.name, algorithm.unit
+    if process_number() == 0:
+        with _writing(run_dir):
+            write_prediction(folder, algorithm.name, config, module)
     return Run(config, resolved, module, folder, lock)
 
 

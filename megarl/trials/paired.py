@@ -20,6 +20,7 @@ class Difference:
         mean: mean of the differences b - a.
         low, high: interval of that mean; both are the difference itself with one seed.
         equal: whether all values are equal, bit for bit.
+        values_a, values_b: the values by seed.
     """
 
     a: float
@@ -28,6 +29,8 @@ class Difference:
     low: float
     high: float
     equal: bool
+    values_a: tuple[float, ...] = ()
+    values_b: tuple[float, ...] = ()
 
     @property
     def differs(self) -> bool:
@@ -54,7 +57,8 @@ def paired_difference(
         reach = t_quantile(confidence, len(differences) - 1) * error
         low, high = mean - reach, mean + reach
     equal = bool((first == second).all())
-    return Difference(float(first.mean()), float(second.mean()), mean, float(low), float(high), equal)
+    means = float(first.mean()), float(second.mean())
+    return Difference(*means, mean, float(low), float(high), equal, tuple(map(float, a)), tuple(map(float, b)))
 
 
 def t_quantile(confidence: float, freedom: int) -> float:

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(not needed(), reason="the table is made on machi
 TINY = {"layers": 1, "width": 16, "heads": 2, "ffn": 32, "vocab_size": 40, "batch": 2, "length": 12}
 
 
+@pytest.mark.gate
 def test_a_side_of_ours_prints_its_model_and_its_steps(tmp_path: Path) -> None:
     job = adapters.write_job(adapters.Sizes(**TINY), tmp_path)
     with adapters.running(adapters.ours("steps", "lora, 4 bits", job)) as process:

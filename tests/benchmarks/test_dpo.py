@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(not needed(), reason="the table is made on machi
 TINY = {"layers": 1, "width": 16, "heads": 2, "vocab_size": 40, "prompt": 3, "longest": 12, "pairs": 4, "steps": 2}
 
 
+@pytest.mark.gate
 def test_a_run_of_ours_times_every_step(tmp_path: Path) -> None:
     job = dpo.write_job(dpo.Sizes(**TINY), tmp_path)
     found = dpo.measured([dpo.sys.executable, "-m", "benchmarks.dpo", "--one", "cached", str(job)])

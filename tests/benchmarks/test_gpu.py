@@ -51,6 +51,7 @@ def stand_in(folder: Path) -> str:
     return str(path)
 
 
+@pytest.mark.gate
 def test_a_part_that_does_not_end_is_ended_with_all_its_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ def our_runs(folder: Path) -> list[dict[str, Any]]:
         return [grpo.our_run(equal, str(folder), sizes, []) for equal in grpo.VARIANTS.values()]
 
 
+@pytest.mark.gate
 def test_a_run_of_ours_times_every_phase_but_the_first(worlds: Worlds, tmp_path: Path) -> None:
     ((falling, equal),) = worlds.run(1, our_runs, tmp_path)
     for found in (falling, equal):

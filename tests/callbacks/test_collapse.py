@@ -10,7 +10,7 @@ import pytest
 
 from megarl.callbacks.collapse import Collapse
 from megarl.callbacks.summary import Summary
-from megarl.report.falls import PATIENCE, SCORE, Fall
+from megarl.report.falls import PATIENCE, SCORE, Fall, standard_error
 from tests.callbacks.tiny import Tiny, train
 
 FELL = [0.63, 0.79, 0.86, 0.72, 0.93, 0.98, 0.06, 0.0, 0.0]  # graph 1011, seed 7
@@ -116,3 +116,24 @@ def test_readings_of_another_metric_mode_or_function_start_anew(
     after = Collapse(metric, mode, lambda: None, lambda: {"reward.fn": reward})
     after.load_state_dict(before.state_dict())
     assert after.falls.keys() == kept
+
+
+def test_the_standard_error_of_an_evaluation_is_noise_where_it_is_known() -> None:
+    def collapsed(error: float) -> bool:
+        fall = Fall()
+        for step, value in enumerate([0.01, 0.04, 0.0, 0.0, 0.01]):
+            fall.add(step, value, error=error)
+        return fall.collapsed
+
+    assert collapsed(0.0)
+    assert not collapsed(0.02)
+
+
+@pytest.mark.parametrize(
+    ("value", "score", "error", "expected"),
+    [(0.4, 0.4, 0.1, 0.1), (4.0, 0.4, 0.1, 1.0), (0.0, 0.0, 0.1, 0.1), (0.4, 0.05, 0.1, 0.0), (0.4, None, None, 0.0)],
+)
+def test_the_standard_error_of_another_metric_is_in_proportion_to_the_scores(
+    value: float, score: float | None, error: float | None, expected: float
+) -> None:
+    assert standard_error(value, score, error) == pytest.approx(expected)

@@ -125,3 +125,16 @@ def test_a_file_that_cannot_be_written_does_not_hide_the_error(tmp_path: Path) -
     (tmp_path / "findings.json").mkdir()
     with pytest.raises(ValueError, match="broken"):
         run(tmp_path, RISES, Ends())
+
+
+def test_findings_that_cannot_be_written_or_looked_for_end_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise OSError("no space left on the device")
+
+    monkeypatch.setattr("megarl.callbacks.findings.find", broken)
+    with caplog.at_level("ERROR", logger="megarl"):
+        run(tmp_path, FALLS, stop_on=["no_learning"])
+    assert "findings.json could not be written: " in caplog.text
+    assert "no space left on the device" in caplog.text

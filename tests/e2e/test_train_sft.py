@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from megarl.checkpoint import MANIFEST, find, plain_content, tensors
 from megarl.errors import CheckpointError, DataError
 from tests.e2e.runs import SMALL, assert_same_bits, final_tensors, metrics, run_sft
 from tests.gated import gated
 from tests.refusals import refused
+from tests.report.parsed import parse
 from tests.worlds import Worlds
 
 LAYOUTS = {
@@ -219,7 +221,26 @@ def test_kill_and_resume_by_command_line(worlds: Worlds, reference: Path, tmp_pa
     _, errors = resumed.communicate(timeout=180)
     assert resumed.returncode == 0, errors
     assert "restoring from" in errors
-    assert_same_bits(final_tensors(tmp_path), final_tensors(reference))
+    assert_same_bits(final_tensors(tmp_path), final_tensors(reference))  # which was not planned: it had a world already
+    assert_planned(tmp_path)
+
+
+def assert_planned(run_dir: Path) -> None:
+    """The folder has one plan of the run, and the report sets it against what was measured."""
+    assert [path.name for path in run_dir.glob("plan*")] == ["plan.json"]  # a resume plans the same
+    plan = json.loads((run_dir / "plan.json").read_text())
+    (rank,) = plan["ranks"]
+    weights = tensors(find(run_dir / "checkpoints")[-1])
+    kept = [weight for name, weight in weights.items() if ".optimizer." not in name]
+    assert rank["parameters"] == {"policy": sum(weight.numel() for weight in kept)}
+    held = rank["phases"]["train"]["roles"]["policy"]["weights"]
+    assert held == pytest.approx(4 * rank["parameters"]["policy"], rel=1e-3)  # buffers are padded
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert plan["tokens"] == config["trainer"]["global_batch_size"] * config["data"]["seq_length"]
+    assert (plan["device"], plan["layout"], plan["seconds_for"]) == ("cpu", "TP1", None)
+    section = parse((run_dir / "report.html").read_text()).all("section", id="predicted")[0].text()
+    assert f"tokens of the sequences of a step{plan['tokens']:,}" in section
+    assert "Memory is not compared" in section
 
 
 def failed(tmp_path: Path, *overrides: str, code: int = 2) -> str:

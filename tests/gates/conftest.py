@@ -1,11 +1,14 @@
-"""The environments that several gates compare with."""
+"""The environments that several gates compare with, and a browser."""
 
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.gates.browsing import source_of_axe, started
 from tests.gates.environments import install, make_environment
 
 TRL = "trl==1.16.0"
@@ -30,6 +33,18 @@ def peft_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if trls is not None and subprocess.run([trls, "-c", "import peft"], capture_output=True).returncode == 0:
         return Path(trls)
     return _installed(tmp_path_factory.mktemp("peft"), *PEFT)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A browser without a window."""
+    yield from started()
+
+
+@pytest.fixture(scope="session")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The source of axe-core."""
+    return source_of_axe(tmp_path_factory.mktemp("axe"))
 
 
 def _installed(folder: Path, *requirements: str) -> Path:

@@ -1,27 +1,20 @@
-"""The report in a browser: Debian's chromium, driven by selenium. Skipped where either is missing."""
+"""The report in a browser."""
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import subprocess
-import tarfile
-from collections.abc import Iterator
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megarl.report.page import page
+from tests.gates.browsing import THEMES, assert_accessible, assert_fits_and_is_silent, show
 from tests.report.made_up import made_up, write_scores
 from tests.report.test_page import FINDING, HOSTILE
+from tests.report.test_predicted import plan
 
 pytestmark = pytest.mark.gate
-MISSING = [
-    *(name for name in ("chromium", "chromedriver") if shutil.which(name) is None),
-    *(name for name in ("selenium",) if importlib.util.find_spec(name) is None),
-]
-THEMES = {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}
 
 
 @pytest.fixture(scope="module")
@@ -31,49 +24,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_scores(folder / "journal", {phase: [0.0, 0.5, 1.0, phase / 50] for phase in range(50)})
     hostile = [{"phase": phase, "prompt": HOSTILE, "response": "word" * 300, "score": 1.0} for phase in (0, 5)]
     runs = [made_up(1000, folder, samples=hostile), made_up(300, Path("other"))]
+    (folder / "plan.json").write_text(json.dumps(plan()))
     path = folder / "report.html"
     path.write_text(page(runs, [[FINDING], []]), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The source of axe-core, which checks how accessible a page is."""
-    folder = tmp_path_factory.mktemp("axe")
-    if shutil.which("npm") is None:
-        pytest.skip("npm is not installed")
-    packed = subprocess.run(["npm", "pack", "axe-core@4"], cwd=folder, capture_output=True, text=True, timeout=120)
-    if packed.returncode:
-        pytest.skip(f"npm cannot fetch axe-core: {packed.stderr.strip()[:200]}")
-    with tarfile.open(next(folder.glob("axe-core-*.tgz"))) as archive:
-        file = archive.extractfile("package/axe.min.js")
-        assert file is not None
-        return file.read().decode()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if MISSING:
-        pytest.skip(f"{', '.join(MISSING)} not installed")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
-def show(browser: Any, file: Path, width: int, theme: str = "light") -> None:
-    """Open the page on a screen of this width in a theme."""
-    media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    browser.get(file.as_uri())
 
 
 @pytest.mark.parametrize("theme", THEMES)
@@ -81,24 +35,12 @@ def show(browser: Any, file: Path, width: int, theme: str = "light") -> None:
 def test_the_page_fits_the_screen_and_the_browser_complains_of_nothing(
     browser: Any, file: Path, width: int, theme: str
 ) -> None:
-    browser.get_log("browser")  # drop what an earlier page said
-    show(browser, file, width, theme)
-    browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
-    assert browser.get_log("browser") == []
-    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert ground == THEMES[theme]
+    assert_fits_and_is_silent(browser, file, width, theme)
 
 
 @pytest.mark.parametrize("theme", THEMES)
 def test_axe_finds_nothing_serious(browser: Any, axe: str, file: Path, theme: str) -> None:
-    show(browser, file, 360, theme)
-    browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
-    checked = browser.execute_async_script(f"{axe}; const done = arguments[0]; axe.run(document).then(done)")
-    assert len(checked["passes"]) > 20
-    serious = [each for each in checked["violations"] if each["impact"] in ("serious", "critical")]
-    assert [(each["id"], each["nodes"][0]["html"]) for each in serious] == []
+    assert_accessible(browser, axe, file, theme)
 
 
 def test_a_pointer_and_the_keyboard_read_values(browser: Any, file: Path) -> None:

@@ -94,7 +94,16 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
 }
 
 
-LATER = ["neox-pp2", "gpt2-dp2", "llama-lion", "llama-lora", "gpt2-generates", "llama-scores"]
+LATER = [
+    "neox-pp2",
+    "neox-lora-pp2",
+    "llama-dora-tp2-sp",
+    "gpt2-dp2",
+    "llama-lion",
+    "llama-lora",
+    "gpt2-generates",
+    "llama-scores",
+]
 
 
 @pytest.mark.parametrize("name", gated(RUNS, LATER))

@@ -13,8 +13,9 @@ from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.roles import Role
 from megarl.parallel.layout import Layout
 from megarl.planning.hardware import KINDS, Cluster
+from megarl.planning.plain import as_json
 from megarl.planning.plan import Plan, make_plan, remedies, suggest
-from megarl.planning.show import as_json, write
+from megarl.planning.show import write
 from megarl.planning.times import Rates
 from megarl.planning.work import Work
 from tests.planning.runs import LLAMA, describe, policy_of, with_adapter

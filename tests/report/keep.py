@@ -1,6 +1,7 @@
-"""Keeps the metrics of a real run as a small fixture: `python -m tests.report.keep RUN NAME [FINDING...]`.
+"""Keeps the metrics of a real run as a small fixture: `python -m tests.report.keep NAME COMMAND [FINDING...]`.
 
-Only the columns that findings read are kept, with four significant digits, beside the settings that they read. The
+The command, such as 'megarl ppo +conf=demo seed=2', is run, in the folder of the repository. Only the columns that
+findings read are kept, with four significant digits, beside the command and the settings that findings read. The
 findings are those that the run must have; a run without any is a good one.
 """
 
@@ -9,7 +10,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shlex
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,14 @@ from typing import Any
 from megarl.report.data import RunData, read_run
 
 RUNS = Path(__file__).parent / "real"
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "trainer.progress=none",
+    "logger.tensorboard=false",
+    "checkpoint.every=null",
+    "checkpoint.save_last=false",
+    "checkpoint.best.keep=0",
+)  # what no number depends on
 COLUMNS = (
     "rollout/score", "rollout/score_std", "rollout/score_before_replacing", "rollout/replaced", "rollout/prompts",
     "rollout/response_tokens", "rollout/kl", "rollout/entropy", "rollout/cut", "rollout/logprob_drift",
@@ -25,13 +38,40 @@ COLUMNS = (
     "train/loss", "train/accuracy", "train/grad_norm", "train/critic_grad_norm", "train/lr",
 )  # fmt: skip
 SETTINGS = (
-    "trainer.max_phases", "trainer.max_steps", "trainer.precision", "ppo.rollouts", "ppo.objective", "ppo.ratio",
-    "rollout.n", "rollout.max_new_tokens", "critic.kind", "checkpoint.best.metric", "checkpoint.best.mode",
+    "trainer.max_phases", "trainer.max_steps", "trainer.precision", "optim.clip_grad", "ppo.rollouts", "ppo.objective",
+    "ppo.ratio", "rollout.n", "rollout.max_new_tokens", "critic.kind", "checkpoint.best.metric", "checkpoint.best.mode",
     "rft.prompts",
 )  # fmt: skip
 
 
-def keep(run: Path, name: str, findings: Sequence[str]) -> None:
+def make(command: str, folder: Path) -> str:
+    """Make a run in a folder. Return what it wrote to the terminal. Of commands that are joined by `&&`, the last makes
+    the run; CLONE is a folder that they share."""
+    *first, last = command.replace("CLONE", f"{folder}-clone").split(" && ")
+    for before, one in enumerate(first):
+        _run(one, Path(f"{folder}-{before}"))
+    return _run(last, folder)
+
+
+def _run(command: str, folder: Path) -> str:
+    program, *words = shlex.split(command)
+    if program == "megarl":
+        words = ["-m", "megarl", *words]
+    done = subprocess.run(
+        [sys.executable, *words, *SMALL, f"run.dir={folder}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert (folder / "summary.json").exists(), f"{command} exited with {done.returncode}:\n{done.stdout[-4000:]}"
+    return done.stdout
+
+
+def keep(run: Path, name: str, command: str, findings: Sequence[str]) -> None:
+    """Keep a finished run under a name."""
     data = read_run(run)
     there = [column for column in data.metrics() if column in COLUMNS or column.startswith("eval/")]
     table = io.StringIO()
@@ -49,8 +89,8 @@ def keep(run: Path, name: str, findings: Sequence[str]) -> None:
             for part in parents:
                 node = node.setdefault(part, {})
             node[last] = value
-    summary = {key: data.summary[key] for key in ("rows",) if key in data.summary}
-    index[name] = {"findings": list(findings), "config": config, "summary": summary}
+    summary = {key: data.summary[key] for key in ("rows", "seconds") if key in data.summary}
+    index[name] = {"command": command, "findings": list(findings), "config": config, "summary": summary}
     lines = ",\n".join(f" {json.dumps(one)}: {json.dumps(index[one])}" for one in sorted(index))
     (RUNS / "runs.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
@@ -70,4 +110,7 @@ def kept(name: str) -> RunData:
 
 
 if __name__ == "__main__":
-    keep(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / "run"
+        make(sys.argv[2], made)
+        keep(made, sys.argv[1], sys.argv[2], sys.argv[3:])

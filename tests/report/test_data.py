@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from megarl.errors import DataError
 from megarl.report.data import read_run
 from megarl.report.scores import MOST_PHASES, quantile, read_scores
-from tests.report.made_up import made_up, write_run, write_scores
+from tests.report.made_up import SUMMARY, made_up, trace, write_run, write_scores
 
 
 def test_a_run_is_read_as_it_was_logged(tmp_path: Path) -> None:
@@ -33,6 +35,11 @@ def test_what_is_half_written_is_left_out(tmp_path: Path) -> None:
 def test_lines_of_the_table_that_have_no_step_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,a\n1,2,9,9\n,3\nnan,4\n2,\n")
     assert [dict(row) for row in read_run(tmp_path).rows] == [{"step": 1.0, "a": 2.0}, {"step": 2.0}]
+
+
+def test_steps_are_in_their_order_however_the_table_has_them(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,a\n3,1\n1,2\n2,3\n2,4\n")
+    assert read_run(tmp_path).series("a") == [(1, 2), (2, 3), (2, 4), (3, 1)]
 
 
 @pytest.mark.parametrize("content", ["step,a\n1,x\n", b"\xff\xfe\n"])
@@ -76,3 +83,22 @@ def test_a_dump_of_rollouts_has_the_scores_of_all_phases(tmp_path: Path) -> None
 def test_quantiles_lie_between_neighbours() -> None:
     assert [quantile([0.0, 1.0, 3.0], share) for share in (0, 0.25, 0.5, 0.75, 1)] == [0.0, 0.5, 1.0, 2.0, 3.0]
     assert quantile([2.0], 0.75) == 2.0
+
+
+def test_what_an_abandoned_attempt_left_beyond_the_last_step_of_an_ended_run_is_not_read(tmp_path: Path) -> None:
+    """A run that came to 20, was resumed from 5 and ended at 10."""
+    left = made_up(20, samples=[{"phase": phase, "prompt": "a", "response": str(phase)} for phase in (0, 10, 20)])
+    folder = write_run(tmp_path / "run", replace(left, traces=[{"phase": phase, **trace()} for phase in (1, 10, 20)]))
+    for status, last in (("running", 20), ("finished", 10)):
+        (folder / "summary.json").write_text(json.dumps({**SUMMARY, "status": status, "steps": 10}))
+        run = read_run(folder)
+        assert run.rows[-1]["step"] == last
+        assert [row["phase"] for row in run.samples][-1] == last
+        assert [row["phase"] for row in run.traces][-1] == last
+
+
+@pytest.mark.parametrize("content", ["a: 2020-13-45", "a: !!int x", "a: [", "- 1", "\0"])
+def test_a_damaged_configuration_counts_as_empty(content: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", made_up(3))
+    (folder / "config.yaml").write_text(content)
+    assert read_run(folder).config == {}

@@ -48,6 +48,12 @@ SLOW = {"seconds": {"score": {"wall_s": 900}, "train": {"wall_s": 100}, "eval": 
 QUICK = {"seconds": {"score": {"wall_s": 30}, "train": {"wall_s": 10}}}
 BUSY = {"seconds": {"score": {"wall_s": 900}, "generate": {"wall_s": 3000}}}
 
+UNSOLVED = {
+    "eval/exact": [0.01, 0.02, 0.04, 0.03, 0.01, 0.0, 0.01, 0.0],  # of a hundred responses, one to four are right
+    "eval/score": [0.01, 0.02, 0.04, 0.03, 0.01, 0.0, 0.01, 0.0],
+    "eval/score_se": [0.01, 0.014, 0.02, 0.017, 0.01, 0.0, 0.01, 0.0],
+}
+
 BAD = {
     "score_collapsed": [
         phases(rollout__score=[0.63, 0.79, 0.86, 0.72, 0.93, 0.98, 0.06, 0.0, 0.0]),
@@ -58,13 +64,18 @@ BAD = {
         phases(rollout__kl=rising(0, 60, 20), rollout__response_tokens=[20] * 20),
         phases(rollout__kl=[1.0] * 14 + [9.0] * 6, rollout__response_tokens=[20] * 20, rollout__score=UNLEARNED),
         phases(policy__approx_kl_max=[0.1, 0.2, 3.0, 0.4, 5.0, 7.0]),
+        phases(policy__approx_kl_max=[1.5] * 8 + [0.2] * 12),
     ],
     "loss_diverges": [
         steps(train__loss=[4, 3, 2, 1.5, 1.2, 1.1, 1.1, 3, 3.5, 3.8, 3.9, 4, 4]),
         steps(train__loss=rising(2, 9, 12)),
         phases(value__loss=[0.1, 0.1, 0.2, 0.1, 0.1, 0.3, 1, 2, 5, 8, 9]),
     ],
-    "gradients_explode": [steps(train__grad_norm=[1.0, 1.2] * 6 + [90, 200, 300, 800, 999])],
+    "gradients_explode": [
+        steps(train__grad_norm=[1.0, 1.2] * 6 + [90, 200, 300, 800, 999]),
+        steps(train__grad_norm=[1.0, 1.2] * 6 + [90] * 50),  # long ago
+        steps(train__grad_norm=[1.0, 1.2] * 6 + [1e6] * 6 + [0.0] * 9),  # the model is saturated
+    ],
     "gradients_dead": [
         steps(train__grad_norm=[2.0, 1.0] + [0.0] * 8),
         phases(train__grad_norm=[1.0, 0.9] * 6 + [1e-6] * 5),
@@ -88,7 +99,10 @@ BAD = {
         phases(rollout__zero_spread_groups=[7.5] * 20, rollout__score=UNLEARNED),
         phases(rollout__zero_spread_groups=[18] * 20, rollout__prompts=[20] * 20, rollout__score=UNLEARNED),
     ],
-    "value_explains_nothing": [phases(value__explained_variance=[-0.3, 0.0, -0.1] * 5)],
+    "value_explains_nothing": [
+        phases(value__explained_variance=[-0.3, 0.0, -0.1] * 5),
+        phases(value__explained_variance=[1e-4] * 12),  # scores that are far larger than a value may move
+    ],
     "clipping_always": [
         phases(policy__clip_fraction=[0.1, 0.2, 0.6, 0.7, 0.6, 0.5, 0.7]),
         phases(value__clip_fraction=[0.9] * 8),
@@ -117,10 +131,12 @@ GOOD = {
         phases(rollout__score=[0.49, 0.71, 0.87, 0.90, 0.07, 0.11, 0.23, 0.32, 0.36, 0.60, 0.93]),  # came back
         phases(rollout__score=[0.63, 0.79, 0.86, 0.72, 0.93, 0.98, 0.06, 0.0]),  # not long enough yet
         made_up({"eval/score": [0.9, 0.2, 0.2, 0.2]}, {**PPO, "checkpoint": {"best": {"mode": "min"}}}),
+        made_up(UNSOLVED, {**PPO, "checkpoint": {"best": {"metric": "eval/exact", "mode": "max"}}}),
     ],
     "kl_runaway": [
         phases(rollout__kl=rising(0, 8, 20), rollout__response_tokens=[20] * 20),
         phases(policy__approx_kl_max=[0.1, 1.5, 0.3, 0.4, 0.2, 0.1]),
+        phases(policy__approx_kl_max=[1.5] * 3 + [0.2] * 17),
         phases(rollout__kl=[1.0] * 14 + [9.0] * 6, rollout__response_tokens=[20] * 20),  # and the score rises
     ],
     "loss_diverges": [
@@ -131,6 +147,7 @@ GOOD = {
     ],
     "gradients_explode": [
         steps(train__grad_norm=[1.0, 1.2] * 6 + [2, 90, 1, 2, 3]),
+        steps(train__grad_norm=[1.0, 1.2] * 6 + [90] * 6 + [1, 2] * 5),  # it came back
         phases(train__grad_norm=[0.001] * 10 + [1.5] * 8),  # the first scores above 0
     ],
     "gradients_dead": [steps(train__grad_norm=rising(5, 0.05, 20))],
@@ -162,6 +179,8 @@ GOOD = {
     "value_explains_nothing": [
         phases(value__explained_variance=[-0.3] * 5 + [0.05] * 10),
         phases(value__explained_variance=[-0.3] * 20, rollout__score_std=rising(0.4, 0.01, 20)),  # nothing is left
+        phases(value__explained_variance=[0.006] * 12),  # slowly
+        phases(value__explained_variance=[-0.3] * 7 + [0.05, 0.12, 0.16]),  # it has begun to
     ],
     "clipping_always": [
         phases(policy__clip_fraction=[0.9, 0.5, 0.3, 0.2, 0.1, 0.1, 0.1]),

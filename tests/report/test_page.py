@@ -161,6 +161,14 @@ def test_every_metric_has_a_curve_with_its_last_value_and_its_definition() -> No
     assert "Mean of metric.fn" in figure(tree, "eval/optimality").text()
 
 
+def test_a_curve_has_what_is_normal_and_what_to_do_if_not_folded_below_its_definition() -> None:
+    found = figure(parsed(made_up()), "policy/clip_fraction")
+    advice = next(each for each in found.all("details") if "What is normal" in each.all("summary")[0].text())
+    assert "Normal: Up to 0.3" in advice.text()
+    assert "If not: 0.4 or more (clipping_always)" in advice.text()
+    assert "mean over tokens of [-A clip(ratio) > -A ratio]" in found.with_class("formula")[0].text()
+
+
 def test_metrics_that_are_not_among_the_first_are_folded_by_their_prefix() -> None:
     tree = parsed(made_up(rows=rows(4, ("rollout/score", "mine/a", "mine/b", "eval/own"))))
     folded = {each.all("summary")[0].text(): each for each in tree.all("section", id="curves")[0].all("details")}
@@ -286,3 +294,12 @@ def test_a_chart_of_many_runs_has_few_points_of_each() -> None:
     lines = [path for path in figure(tree, "rollout/score").with_class("line") if len(path.attributes["d"] or "") > 20]
     assert len(lines) == 12
     assert all((path.attributes["d"] or "").count("L") <= 40 for path in lines)
+
+
+def test_a_run_that_trains_is_at_its_last_logged_step() -> None:
+    """summary.json is written at evaluations only."""
+    summary = {"status": "running", "steps": 10, "max_steps": 50}
+    (head,) = parsed(made_up(13, summary=summary)).all(id="head")
+    assert "running, 13 of 50 phases" in head.text()
+    (head,) = parsed(made_up(13, summary={**summary, "status": "failed"})).all(id="head")
+    assert "failed, 10 of 50 phases" in head.text()

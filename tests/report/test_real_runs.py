@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.sweeps import NARROW, RESULTS
+from megarl.config.findings import FINDINGS
 from megarl.report.data import RunData
 from megarl.report.findings import find
 from tests.report.keep import kept, read_index
@@ -19,9 +20,9 @@ GOOD = [name for name, told in INDEX.items() if not told["findings"]]
 BAD = [name for name, told in INDEX.items() if told["findings"]]
 
 
-def test_there_are_enough_of_both() -> None:
-    assert len(GOOD) >= 12
-    assert len(BAD) >= 8
+def test_there_are_enough_good_runs_and_a_bad_one_for_every_finding() -> None:
+    assert len(GOOD) >= 24
+    assert {finding for name in BAD for finding in INDEX[name]["findings"]} == set(FINDINGS)
 
 
 @pytest.mark.parametrize("name", GOOD)

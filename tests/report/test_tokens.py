@@ -45,6 +45,13 @@ def test_a_phase_that_was_run_again_is_shown_as_it_was_the_last_time() -> None:
     assert "score 0.25" not in tokens(made_up(traces=again), 3)
 
 
+def test_a_phase_that_was_run_twice_in_a_row_is_shown_as_it_was_the_last_time() -> None:
+    again = [{"phase": 1, **trace(score=score, index=index)} for score in (0.25, 0.75) for index in (0, 1)]
+    text = tokens(made_up(traces=again), 3)
+    assert text.count("score 0.75") == 2
+    assert "score 0.25" not in text
+
+
 def test_long_responses_and_many_phases_stay_a_small_page() -> None:
     long: dict[str, Any] = trace(count=512)
     traces = [{"phase": phase, **long} for phase in range(1, 1001) for _ in range(4)]
@@ -55,7 +62,15 @@ def test_long_responses_and_many_phases_stay_a_small_page() -> None:
 
 def test_what_is_no_trace_breaks_nothing_and_text_of_a_model_stays_text() -> None:
     hostile = {"phase": 1, "prompt": HOSTILE, "tokens": [HOSTILE, "\n\t", 3, None], "old_logprobs": [-1.0, -2.0]}
-    others: list[dict[str, Any]] = [{"phase": 1}, {"phase": 1, "tokens": "abc"}, {"phase": 1, "tokens": []}, {}]
+    others: list[dict[str, Any]] = [
+        {"phase": 1},
+        {"phase": 1, "tokens": "abc"},
+        {"phase": 1, "tokens": []},
+        {"phase": 1, "tokens": None, "score": 10**400},
+        {"phase": 1, "tokens": 3},
+        {"phase": 1, "tokens": ["a"], "old_logprobs": [1e308], "new_logprobs": [-1e308], "values": [10**400]},
+        {},
+    ]
     runs = [made_up(traces=[hostile, *others]), made_up(path=Path("other"), traces=[{"phase": 2, **trace()}])]
     text = page(runs)
     tree = parse(text)

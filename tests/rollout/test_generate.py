@@ -102,7 +102,7 @@ def with_few_and_many_slots(layout: dict[str, Any]) -> list[list[Rollout]]:
     return found
 
 
-@pytest.mark.parametrize("name", gated(LAYOUTS, ["PP4"]))
+@pytest.mark.parametrize("name", gated(LAYOUTS, ["PP4", "TP2"]))
 def test_a_layout_draws_the_same_tokens(name: str, worlds: Worlds, alone: list[Rollout]) -> None:
     size, layout = LAYOUTS[name]
     for few, many in worlds.run(size, with_few_and_many_slots, layout):
