@@ -93,8 +93,8 @@ def _depth_of_encoder_decoder(model: ModelConfig, parallel: ParallelConfig) -> N
     raise Refusal(
         f"parallel.pp={parallel.pp}"
         + (f" with parallel.vpp={parallel.vpp}" if parallel.vpp is not None else "")
-        + f" does not put the encoder's {model.encoder_layers} layers on one stage and the {model.num_layers} of the decoder "
-        "on another",
+        + f" does not put the encoder's {model.encoder_layers} layers on one stage and the {model.num_layers} of the "
+        "decoder on another",
         {"parallel.pp": [1, 2] if equal else [1], **({"parallel.vpp": [None]} if parallel.vpp is not None else {})},
         key="parallel.pp",
         value=parallel.pp,
