@@ -17,6 +17,8 @@ from megarl.experience.rows import forward_rows
 from megarl.models.attention import buckets
 from megarl.models.build import build_engine
 from megarl.models.exchange.export import export
+from megarl.models.exchange.families import FAMILIES
+from megarl.models.exchange.family import shape_of
 from megarl.models.exchange.formats import open_source
 from megarl.models.roles import Role
 from megarl.parallel.grid import Grid, start_world
@@ -25,7 +27,7 @@ from megarl.parallel.rows import Microbatch, Rows
 from megarl.rollout.generator import Generator, Limits
 from megarl.rollout.requests import Request, Sampling
 from tests.models.exchange.published import stored
-from tests.models.exchange.t5 import EOS, KINDS, VOCAB, pairs, save, their_logprobs
+from tests.models.exchange.t5 import EOS, KINDS, VOCAB, make, pairs, save, their_logprobs
 from tests.worlds import Worlds
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -42,6 +44,14 @@ def test_distances_fall_into_the_published_buckets(count: int, longest: int, bot
     distance = torch.arange(-300, 301)
     theirs = T5Attention._relative_position_bucket(distance, both_sides, count, longest)
     assert torch.equal(buckets(distance, count, longest, both_sides=both_sides), theirs)
+
+
+@pytest.mark.parametrize("name", ["t5", "mt5"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_configuration_goes_out_and_comes_back(name: str, kind: str) -> None:
+    family = FAMILIES[name]
+    model = family.model_config(make(kind).config.to_dict())
+    assert shape_of(family.model_config(family.hf_config(model, VOCAB))) == shape_of(model)
 
 
 @pytest.fixture(scope="module")
