@@ -15,10 +15,10 @@ from megarl.callbacks.collapse import Collapse
 from megarl.callbacks.throughput import peak_memory_gb
 from megarl.callbacks.trainer_state import is_evaluation, logging_interval, planned_steps, readings, steps_taken, unit
 from megarl.clock import Clock
+from megarl.config.metric_names import is_lower_better
 from megarl.disk import UnreadableError, nan_to_null, parse_object, read_text, write_atomically
 from megarl.errors import one_line
 from megarl.logging import get_logger
-from megarl.trials.results import LOWER_IS_BETTER
 
 logger = get_logger(__name__)
 
@@ -200,7 +200,7 @@ class _Series:
         best: float | None = None,
         recent: list[float] | None = None,
     ) -> None:
-        self._better: Callable[[float, float], float] = min if name.endswith(LOWER_IS_BETTER) else max
+        self._better: Callable[[float, float], float] = min if is_lower_better(name) else max
         self._first, self._last, self._best, self._recent = first, last, best, list(recent or [])
 
     def add(self, value: float) -> None:

@@ -21,7 +21,7 @@ COLUMNS = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "advant
 _MOST_TOKENS = 512  # of a response, in a trace
 
 
-class Traces:
+class Tracer:
     """Traces the first and the last phase of a run, and every phase that an evaluation follows."""
 
     def __init__(self, count: int, last: int | None, every: int | None) -> None:
@@ -38,7 +38,7 @@ class Traces:
         ends = phase in (1, self.last)
         return self.count > 0 and (ends or (self.every is not None and phase % self.every == 0))
 
-    def of(
+    def records(
         self,
         rows: Rows,
         found: Collected,

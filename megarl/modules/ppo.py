@@ -25,7 +25,7 @@ from megarl.experience.reference import PolicyReference, Reference
 from megarl.experience.rows import forward_flops, forward_rows, rollouts_to_rows, training_flops
 from megarl.experience.shaping import Greedy, Shaping
 from megarl.experience.start_weights import keep, take
-from megarl.experience.traces import Traces
+from megarl.experience.traces import Tracer
 from megarl.experience.watch import Watch
 from megarl.logging import get_logger
 from megarl.models.exchange.pretrained import adapters
@@ -80,7 +80,7 @@ class PPO(GenerativeModule):
         self.row_names: list[str] = []  # names of a phase's rows, for messages
         self.watch = Watch(config.ppo.kl_limit)
         every = config.trainer.eval_every if config.data.eval else None
-        self.tracing = Traces(config.eval.table, self.planned, every)
+        self.tracer = Tracer(config.eval.table, self.planned, every)
         self.traces: list[dict[str, Any]] = []  # of the last phase
         self.orchestrator = build_orchestrator(or_defaults(config, "extensions").orchestrator, self)
         self.prepare_prompts(train=True)
@@ -218,10 +218,10 @@ class PPO(GenerativeModule):
 
     def _trace(self, rows: Rows, found: Collected) -> list[dict[str, Any]]:
         """Return what this phase computed for the tokens of a few of its responses; nothing in most phases."""
-        if not self.tracing.due(self.steps_done + 1):
+        if not self.tracer.due(self.steps_done + 1):
             return []
         with self.clock.part("trace"):
-            return self.tracing.of(rows, found, lambda taken: self._logprobs_of(self.policy, taken), self.tokenizer)
+            return self.tracer.records(rows, found, lambda taken: self._logprobs_of(self.policy, taken), self.tokenizer)
 
     def begin_phase(self) -> None:
         """Set learning rates by completed phases, which may have had another number of steps: cut short by

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Severity = Literal["problem", "warning", "note"]
+SEVERITIES: tuple[str, ...] = get_args(Severity)
+"""From the worst on."""
 
 
 @dataclass(frozen=True)

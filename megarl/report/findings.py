@@ -9,7 +9,7 @@ from typing import Any
 from megarl.config.findings import FINDINGS
 from megarl.report import of_policies, of_scores, of_training
 from megarl.report.data import RunData
-from megarl.report.finding import Finding
+from megarl.report.finding import SEVERITIES, Finding
 from megarl.report.remedies import first_remedies
 
 Finder = Callable[[RunData], Finding | None]
@@ -41,9 +41,6 @@ FINDERS: dict[str, Finder] = {
 }
 """Every finding by its name, in the order in which equally severe ones are listed."""
 
-_SEVERITIES = ("problem", "warning", "note")
-
-
 FILE = "findings.json"
 """Name of the file with a run's findings in its folder."""
 
@@ -51,7 +48,7 @@ FILE = "findings.json"
 def find(data: RunData, names: Collection[str] = FINDINGS) -> list[Finding]:
     """Return what is found in a run, problems first. `names` are the findings to look for."""
     found = [finding for name, finder in FINDERS.items() if name in names and (finding := finder(data)) is not None]
-    return sorted(found, key=lambda finding: _SEVERITIES.index(finding.severity))
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def line(finding: Finding) -> str:
@@ -62,7 +59,7 @@ def line(finding: Finding) -> str:
 
 def from_plain(plain: dict[str, Any]) -> Finding:
     """Return a finding of findings.json. Raise TypeError or ValueError if it is none."""
-    if plain.get("severity") not in _SEVERITIES:
+    if plain.get("severity") not in SEVERITIES:
         raise ValueError("a finding has a severity")
     metrics, steps = tuple(plain.pop("metrics", ())), plain.pop("steps", None)
     return Finding(**plain, metrics=metrics, steps=None if steps is None else (int(steps[0]), int(steps[1])))

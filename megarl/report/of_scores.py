@@ -6,6 +6,7 @@ tests/report/real they separate good runs from those that were made bad on purpo
 
 from __future__ import annotations
 
+from megarl.config.metric_names import is_lower_better
 from megarl.report.data import Point, RunData, as_number
 from megarl.report.falls import SCORE, SCORE_NOISE, SPREAD, Fall, standard_error
 from megarl.report.finding import Finding
@@ -45,7 +46,6 @@ HACKED_CORRELATION = -0.5
 
 _DERIVED = ("best@", "pass@", "vote", "score", "loss", "response_tokens", "perplexity")
 _SCORES = (SCORE, "eval/score")
-_LOWER = ("loss", "nll", "perplexity", "kl", "error", "seconds", "_se")
 
 
 def scores(data: RunData) -> list[Point]:
@@ -83,7 +83,7 @@ def score_collapsed(data: RunData) -> Finding | None:
     metric = data.setting("checkpoint.best.metric")
     evaluated = [metric] if isinstance(metric, str) and metric else ["eval/score", "eval/accuracy"]
     for name in evaluated:
-        if data.setting("checkpoint.best.mode", "min" if name.endswith(_LOWER) else "max") == "min":
+        if is_lower_better(name, data.setting("checkpoint.best.mode", "auto")):
             continue  # loss_diverges and evaluation_gap are about these
         fall, score, error = Fall(), dict(data.series("eval/score")), dict(data.series("eval/score_se"))
         for step, value in data.series(name):
@@ -270,7 +270,7 @@ def reward_hacking(data: RunData) -> Finding | None:
         return None
     for name in data.metrics():
         own = name.removeprefix("eval/")
-        if own == name or own.split("/")[0].startswith(_DERIVED) or own.endswith(_LOWER) or "@" in own:
+        if own == name or own.split("/")[0].startswith(_DERIVED) or is_lower_better(own) or "@" in own:
             continue
         both = joined(score, data.series(name))
         other = [value for _, _, value in both]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from megarl.report.curves import Compared, curve_sections, last_values
 from megarl.report.data import RunData
 from megarl.report.described import configuration, described, differing_settings, side_by_side, status, times
-from megarl.report.finding import Finding
+from megarl.report.finding import SEVERITIES, Finding
 from megarl.report.markup import escape, folded, section
 from megarl.report.predicted import predicted
 from megarl.report.responses import distribution, samples
@@ -22,7 +22,6 @@ SMOOTHING = (
     '<p class="hint" hidden>Point at a curve, or move the slider below it, to read its values.</p>'
 )
 """What stands above curves: the script shows it."""
-_SEVERITIES = {"problem": "Problem", "warning": "Warning", "note": "Note"}
 
 
 def page(
@@ -85,7 +84,7 @@ def _findings(compared: Compared) -> str:
         return "<p>Nothing was found that needs attention.</p>"
     parts = []
     for label, findings in zip(compared.labels, compared.findings, strict=True):
-        ordered = sorted(findings, key=lambda finding: list(_SEVERITIES).index(finding.severity))
+        ordered = sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
         parts += [_finding(compared, label if compared.several else "", finding) for finding in ordered]
     return f'<ol class="findings">{"".join(parts)}</ol>'
 
@@ -99,7 +98,7 @@ def _finding(compared: Compared, label: str, finding: Finding) -> str:
     shown = f"<p>{'The curve' if len(links) == 1 else 'The curves'}: {', '.join(links)}</p>" if links else ""
     of = f" ({escape(label)})" if label else ""
     return (
-        f'<li class="finding {finding.severity}"><h3><span class="severity">{_SEVERITIES[finding.severity]}</span> '
+        f'<li class="finding {finding.severity}"><h3><span class="severity">{finding.severity.capitalize()}</span> '
         f"{escape(finding.title)}{of}</h3><p>{escape(finding.evidence)}</p>"
         f"<p><strong>Cause:</strong> {escape(finding.cause)}</p>"
         f"<p><strong>What to try:</strong> {escape(finding.remedy)}</p>{shown}</li>"

@@ -21,7 +21,7 @@ _LENGTH = "rollout/response_tokens"
 
 
 @dataclass(frozen=True)
-class Compared:
+class PredictedRow:
     """A prediction beside a measurement.
 
     Attributes:
@@ -87,11 +87,11 @@ def _roles(rank: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [role for phase in rank["phases"].values() for role in phase["roles"].values()]
 
 
-def _memory(run: RunData, plan: Mapping[str, Any]) -> Compared:
+def _memory(run: RunData, plan: Mapping[str, Any]) -> PredictedRow:
     phase, size = peak_of(plan["ranks"][0])
     measured = _peak(run)
     ratio = measured / size if measured is not None and size and _on_gpu(plan) else None
-    return Compared(
+    return PredictedRow(
         "memory of the first process at its peak",
         f"{in_words(size)} in {phase}",
         NOTHING if measured is None else in_words(measured),
@@ -99,7 +99,7 @@ def _memory(run: RunData, plan: Mapping[str, Any]) -> Compared:
     )
 
 
-def _times(run: RunData, plan: Mapping[str, Any]) -> list[Compared]:
+def _times(run: RunData, plan: Mapping[str, Any]) -> list[PredictedRow]:
     """Return the seconds of each phase of the plan in a unit of work, on the mean over all."""
     parts, units = run.summary.get("seconds"), _number(run.summary, "steps")
     found = []
@@ -113,7 +113,7 @@ def _times(run: RunData, plan: Mapping[str, Any]) -> list[Compared]:
             continue
         measured = wall / units
         found.append(
-            Compared(
+            PredictedRow(
                 f"{phase}, time of a {run.unit}",
                 NOTHING if expected is None else seconds(expected),
                 seconds(measured),
@@ -123,7 +123,7 @@ def _times(run: RunData, plan: Mapping[str, Any]) -> list[Compared]:
     return found
 
 
-def _tokens(run: RunData, plan: Mapping[str, Any]) -> Compared | None:
+def _tokens(run: RunData, plan: Mapping[str, Any]) -> PredictedRow | None:
     """Return the tokens of the sequences of a unit of work: what is trained on once, prompts included."""
     pairs = [
         row["perf/tokens_per_second"] * row["perf/step_seconds"]
@@ -134,17 +134,17 @@ def _tokens(run: RunData, plan: Mapping[str, Any]) -> Compared | None:
     if plan["tokens"] is None or measured is None:
         return None
     what = f"tokens of the sequences of a {run.unit}"
-    return Compared(what, number(round(plan["tokens"])), number(round(measured)), measured / plan["tokens"])
+    return PredictedRow(what, number(round(plan["tokens"])), number(round(measured)), measured / plan["tokens"])
 
 
-def _length(run: RunData, plan: Mapping[str, Any]) -> Compared | None:
+def _length(run: RunData, plan: Mapping[str, Any]) -> PredictedRow | None:
     assumed, measured = (
         _positive(plan["assumed"].get("response_tokens")),
         _mean([value for _, value in run.series(_LENGTH)]),
     )
     if assumed is None or measured is None:
         return None
-    return Compared("tokens of a response", number(assumed), number(measured), measured / assumed)
+    return PredictedRow("tokens of a response", number(assumed), number(measured), measured / assumed)
 
 
 def _sentences(run: RunData, plan: Mapping[str, Any]) -> list[str]:

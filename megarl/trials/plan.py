@@ -12,11 +12,11 @@ from megarl.config.algorithms import ALGORITHMS
 from megarl.config.arguments import check_arguments
 from megarl.config.leaf import leaves
 from megarl.config.messages import unknown_key
+from megarl.config.metric_names import is_lower_better
 from megarl.config.own_keys import read_mapping, read_own_keys, words_of, written
 from megarl.config.sweep import SweepConfig
 from megarl.disk import local, shown
 from megarl.errors import ConfigError
-from megarl.trials.results import is_lower_better
 from megarl.trials.search import BayesianSearch, GridSearch, Hyperband, RandomSearch, Search
 from megarl.trials.spaces import Space, parse_space
 

@@ -13,14 +13,6 @@ from typing import Any
 from megarl.disk import UnreadableError, parse_object, read_text
 from megarl.errors import ConfigError, DataError
 
-LOWER_IS_BETTER = ("loss", "nll", "perplexity", "kl", "error", "seconds", "memory_gb", "_se")
-"""Ends of the names of metrics of which less is better."""
-
-
-def is_lower_better(metric: str, mode: str = "auto") -> bool:
-    """Return whether a metric should be small. `mode` is min, max, or auto, which decides by the name."""
-    return metric.partition("@")[0].endswith(LOWER_IS_BETTER) if mode == "auto" else mode == "min"
-
 
 def metrics_of(run: Path, value: str = "last") -> dict[str, float]:
     """Return a value (first, last, best or last5) of every metric that a run has logged. Raise `DataError` if it has no

@@ -11,7 +11,7 @@ from torch import Tensor
 from megarl.data.prompts import Prompt
 from megarl.experience.collection import Collected
 from megarl.experience.rows import rollouts_to_rows
-from megarl.experience.traces import Traces, pieces, spread
+from megarl.experience.traces import Tracer, pieces, spread
 from megarl.parallel.rows import Rows
 from megarl.rewards.scores import Scores
 from megarl.rollout.requests import Rollout
@@ -22,9 +22,9 @@ EOS = TOKENIZER.eos_id
 
 
 def test_the_first_and_the_last_phase_are_traced_and_those_before_an_evaluation() -> None:
-    assert [phase for phase in range(1, 11) if Traces(2, 10, 4).due(phase)] == [1, 4, 8, 10]
-    assert [phase for phase in range(1, 11) if Traces(2, 10, None).due(phase)] == [1, 10]
-    assert [phase for phase in range(1, 11) if Traces(0, 10, 1).due(phase)] == []
+    assert [phase for phase in range(1, 11) if Tracer(2, 10, 4).due(phase)] == [1, 4, 8, 10]
+    assert [phase for phase in range(1, 11) if Tracer(2, 10, None).due(phase)] == [1, 10]
+    assert [phase for phase in range(1, 11) if Tracer(0, 10, 1).due(phase)] == []
 
 
 @pytest.mark.parametrize(("count", "indices"), [(0, []), (1, [3]), (2, [3, 1]), (3, [3, 2, 1]), (9, [3, 0, 2, 4, 1])])
@@ -48,7 +48,7 @@ def test_every_number_stands_at_its_token_and_the_log_probs_are_those_of_the_tra
         assert taken.tokens[0, 0] == 99  # the best first
         return -taken["old_logprobs"]
 
-    best, other = Traces(5, 1, None).of(rows, found, logprobs, TOKENIZER)
+    best, other = Tracer(5, 1, None).records(rows, found, logprobs, TOKENIZER)
     assert (best["prompt"], best["where"], best["score"], best["finish_reason"]) == ("c", "p.jsonl:2", 2.0, "length")
     assert other["tokens"] == ["h", "i", "<|eos|>"]
     assert other["token_ids"] == [104, 105, EOS]
@@ -65,7 +65,7 @@ def test_a_long_response_is_traced_in_part_with_its_length() -> None:
     long = Rollout(0, 0, [97], [98] * 600, [-1.0] * 600, "length")
     found = Collected([Prompt("a", (97,), {})], [long], [1.0], None, Scores([1.0]), Scores([1.0]), 0, 0)
     rows = rollouts_to_rows([long])
-    (trace,) = Traces(1, 1, None).of(rows, found, lambda taken: taken["rollout_logprobs"], TOKENIZER)
+    (trace,) = Tracer(1, 1, None).records(rows, found, lambda taken: taken["rollout_logprobs"], TOKENIZER)
     assert trace["length"] == 600
     assert len(trace["tokens"]) == len(trace["new_logprobs"]) == 512
 

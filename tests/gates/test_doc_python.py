@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.byte_level import byte_level
 from tests.doc_blocks import Block, all_blocks
 
 pytestmark = pytest.mark.gate
@@ -53,14 +54,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small Llama under every name that the pages use, and data."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("pages")
-    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    own = Tokenizer(models.BPE(vocab={**letters, "</s>": len(letters)}, merges=[]))
-    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    own.decoder = decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=own, eos_token="</s>")
+    tokenizer = byte_level("</s>")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),

@@ -11,6 +11,7 @@ import pytest
 
 from megarl.config.compose import compose
 from megarl.training import train
+from tests.byte_level import byte_level
 from tests.e2e.runs import launched
 
 LITTLE = [
@@ -24,16 +25,9 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2 of two layers with random weights, and a tokenizer of bytes."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("gpt2")
-    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    own = Tokenizer(models.BPE(vocab={**letters, "<|endoftext|>": len(letters)}, merges=[]))
-    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    own.decoder = decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=own, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-    )
+    tokenizer = byte_level("<|endoftext|>", bos_token="<|endoftext|>")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.GPT2Config(
