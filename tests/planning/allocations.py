@@ -1,5 +1,6 @@
 """What torch's CPU allocator really hands out, read from the profiler's memory events."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,11 @@ class Allocations:
 
 @contextmanager
 def recorded() -> Iterator[Allocations]:
-    """Record what is allocated inside. Releases of older memory, and those in gloo's own threads, are not seen."""
+    """Record what is allocated inside. Releases of older memory, and those in gloo's own threads, are not seen.
+
+    Memory of an earlier recording is known to the profiler: what of it is garbage is released before this one begins.
+    """
+    gc.collect()
     found = Allocations()
     with profile(profile_memory=True) as recorder:
         yield found
