@@ -163,7 +163,7 @@ def train(settings: Settings) -> dict[str, Any]:
         return Rows(tokens, torch.full((ROWS,), TIME), mask)
 
     def microbatches(step: int) -> list[Microbatch]:
-        return make_microbatches(rows(step), torch.arange(ROWS), grid, per_microbatch=2, share_bins=False)
+        return make_microbatches(rows(step), torch.arange(ROWS), engine, per_microbatch=2, share_bins=False)
 
     def logprobs(model: Any, hidden: Any, batch: Microbatch) -> Any:
         return {"logprobs": model.logprobs(hidden, batch.targets, batch.target_mask).logprobs}

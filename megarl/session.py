@@ -239,9 +239,9 @@ class Session:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the model."""
         if self._tokenizer is None:
-            from megarl.tokenizers import build_tokenizer
+            from megarl.tokenizers import tokenizer_of
 
-            self._tokenizer = build_tokenizer(self.config.tokenizer.kind, self.config.tokenizer.path)
+            self._tokenizer = tokenizer_of(self.config)
         return self._tokenizer
 
     def text(self, response: Rollout) -> str:

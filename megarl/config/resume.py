@@ -54,6 +54,7 @@ RULES = (
         *("model.rope_scaling", "kind factor low_freq_factor high_freq_factor original_positions", REFUSED),
         _SHAPE,
     ),
+    _rule("model.encoder", "num_layers buckets longest_distance start_id scale_outputs", REFUSED, _SHAPE),
     _rule("model", "norm norm_eps activation tie_embeddings qk_norm", REFUSED, _SHAPE),
     _rule("model", "qkv_bias out_bias mlp_bias lm_head_bias parallel_residual sliding_window", REFUSED, _SHAPE),
     _rule("model", "max_positions", NOW, "length of the context; with learned positions, another size is refused"),

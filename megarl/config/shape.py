@@ -58,7 +58,10 @@ def _width(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 def _depth(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Check the layers that pipeline parallelism splits into stages."""
-    layers, pp, vpp = model.num_layers, parallel.pp, parallel.vpp
+    layers, pp, vpp = model.layers, parallel.pp, parallel.vpp
+    if model.encoder is not None and pp > 1:
+        _depth_of_encoder_decoder(model, parallel)
+        return
     if vpp is None:
         require_divides("parallel.pp", "model.num_layers", pp, layers)
         return
@@ -79,3 +82,20 @@ def _depth(model: ModelConfig, parallel: ParallelConfig) -> None:
             key="parallel.vpp",
             value=vpp,
         )
+
+
+def _depth_of_encoder_decoder(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Check that the encoder is one stage and the decoder the other: all layers of a part use one table of relative
+    positions, which one stage holds."""
+    if parallel.pp == 2 and parallel.vpp is None and model.encoder_layers == model.num_layers:
+        return
+    equal = model.encoder_layers == model.num_layers
+    raise Refusal(
+        f"parallel.pp={parallel.pp}"
+        + (f" with parallel.vpp={parallel.vpp}" if parallel.vpp is not None else "")
+        + f" does not put the encoder's {model.encoder_layers} layers on one stage and the {model.num_layers} of the "
+        "decoder on another",
+        {"parallel.pp": [1, 2] if equal else [1], **({"parallel.vpp": [None]} if parallel.vpp is not None else {})},
+        key="parallel.pp",
+        value=parallel.pp,
+    )

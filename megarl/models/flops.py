@@ -55,11 +55,36 @@ def forward_flops_per_token(
     return float(total + _PER_WEIGHT * model.hidden_size * vocab_size)
 
 
+def encoder_decoder_flops(
+    model: ModelConfig, vocab_size: int, prompt: float, response: float, adapter: AdapterSpec | None = None
+) -> tuple[float, float]:
+    """Return the operations of a forward pass, and of forward and backward pass, over a prompt that the encoder of an
+    encoder-decoder reads and a response of its decoder.
+
+    Per token of the prompt, the encoder's layers and the decoder's projections to keys and values of its cross
+    attention; per token of the response, the decoder's layers without these, attention to both, and the output layer.
+    Layers without gradients run forward only.
+    """
+    width = model.num_heads * _head_dim(model)
+    crossed = 2 * model.hidden_size * width  # weights of keys and values, and as many of queries and outputs
+    encoder = prompt * (_PER_WEIGHT * layer_weights(model) + 4 * width * prompt)
+    decoder = (
+        response * (_PER_WEIGHT * (layer_weights(model) + crossed) + 4 * width * (mean_keys(response) + prompt))
+        + prompt * _PER_WEIGHT * crossed
+    )
+    output = response * _PER_WEIGHT * model.hidden_size * vocab_size
+    forward = model.encoder_layers * encoder + model.num_layers * decoder + output
+    trained = layers_with_gradients(model, adapter)
+    of_decoder = min(trained, model.num_layers)
+    backward = 2 * (of_decoder * decoder + (trained - of_decoder) * encoder + output)
+    return float(forward), float(forward + backward)
+
+
 def layers_with_gradients(model: ModelConfig, adapter: AdapterSpec | None = None) -> int:
     """Return the number of the model's last layers that have trainable parameters."""
     if adapter is not None:
-        return model.num_layers - adapter.first_layer
-    return model.num_layers if model.num_layers_unfrozen < 0 else model.num_layers_unfrozen
+        return model.layers - adapter.first_layer
+    return model.layers if model.num_layers_unfrozen < 0 else model.num_layers_unfrozen
 
 
 def adapter_weights(model: ModelConfig, adapter: AdapterSpec) -> int:
@@ -77,7 +102,7 @@ def layer_weights(model: ModelConfig) -> int:
     """Return the weights of one layer's matrix products: query, key, value and output projections, and the MLP's."""
     head_dim, kv_heads = _head_dim(model), model.kv_heads
     attention = model.hidden_size * head_dim * (2 * model.num_heads + 2 * kv_heads)
-    matrices = 3 if model.activation == "swiglu" else 2
+    matrices = 3 if model.is_gated else 2
     return attention + matrices * model.hidden_size * model.ffn_width
 
 

@@ -98,19 +98,19 @@ class ILQL(GenerativeModule):
         """Take one optimizer step, update the target Q heads when they are due, and log the terms of the loss."""
         with self.clock.part("train"):
             rate = self.policy.learning_rate
-            metrics = self.gradients(self.store, indices)
+            rows = self.rows_at(indices)
+            metrics = self.gradients(rows, torch.arange(len(rows)))
             norms = self.step_optimizers()
             self.advance()
-        lengths = torch.as_tensor(self.store.lengths[indices.numpy()])
-        flops = training_flops(self.config.model, self.vocab_size, lengths, self.policy.config.adapter)
-        self.work = Work(int(lengths.sum()), flops)
+        sizes = (self.config.model, self.vocab_size, rows.lengths, self.policy.config.adapter, rows.prompts)
+        self.work = Work(int(rows.lengths.sum()), training_flops(*sizes))
         self.log_dict({name: metrics[name.removeprefix("train/")] for name in TERMS})
         self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})
 
     def gradients(self, rows: RowSource, indices: Tensor) -> dict[str, float]:
         """Compute the gradients of the loss over the samples at these indices."""
         micro, pack = self.config.trainer.micro_batch_size, self.config.ilql.pack
-        self.last_batch = make_microbatches(rows, indices, self.grid, per_microbatch=micro, share_bins=pack)
+        self.last_batch = make_microbatches(rows, indices, self.policy, per_microbatch=micro, share_bins=pack)
         return self.policy.train_step(self.last_batch, self.loss, count_targets)
 
     def rows_at(self, indices: Tensor) -> Rows:

@@ -180,7 +180,7 @@ def _least(work: Work, layout: Layout) -> float:
     head_dim = model.head_width
     kv_heads = model.kv_heads
     attention = model.hidden_size * head_dim * 2 * (model.num_heads + kv_heads)
-    mlp = (3 if model.activation == "swiglu" else 2) * model.hidden_size * model.ffn_width
+    mlp = (3 if model.is_gated else 2) * model.hidden_size * model.ffn_width
     master = 12 if work.precision == "bf16" else 8
     if work.adapter is None:
         layers = model.num_layers * work.element + layers_with_gradients(model) * (4 + master / layout.dp)

@@ -29,6 +29,8 @@ class RewardReader:
         model."""
         self.key = key
         self.tokenizer = default if source.tokenizer is None else build_tokenizer(*source.tokenizer)
+        if source.tokenizer is not None:
+            self.tokenizer.ends_prompts = source.model.encoder is not None
         self.template = source.chat_template
         self.longest, self.vocab_size = source.model.max_positions, source.vocab_size
         self.reads_eos = source.score_reads_eos

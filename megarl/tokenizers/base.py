@@ -40,6 +40,8 @@ class Tokenizer(ABC):
     pad_id: int
     bos_id: int | None = None
     adds_bos: bool = False
+    ends_prompts: bool = False
+    """Whether prompts end with EOS, as an encoder reads them."""
     _known: Mapping[str, Turns] = MappingProxyType({})  # by the template's source
 
     @abstractmethod
@@ -64,9 +66,14 @@ class Tokenizer(ABC):
         """Tokens that stand for structure rather than text, by their written form."""
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a text that opens a sequence: with `bos_id` first, where the tokenizer adds one."""
+        """Token ids of a text that opens a sequence: with `bos_id` first, where the tokenizer adds one, and with EOS at
+        the end, where an encoder reads it."""
         ids = self.encode(text)
-        return [self.bos_id, *ids] if self.adds_bos and self.bos_id is not None else ids
+        return self._ended([self.bos_id, *ids] if self.adds_bos and self.bos_id is not None else ids)
+
+    def _ended(self, prompt: list[int]) -> list[int]:
+        """Return the tokens of a prompt with the EOS that an encoder reads."""
+        return [*prompt, self.eos_id] if self.ends_prompts and prompt[-1:] != [self.eos_id] else prompt
 
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, template: str | None = None
@@ -91,6 +98,14 @@ class Tokenizer(ABC):
         has between `{% generation %}` and `{% endgeneration %}`. The tokens before a turn are those of
         `encode_chat_prompt`. A template for which turns cannot be told raises `DataError`.
         """
+        tokens, marks = self._encode_chat(messages, template)
+        if not self.ends_prompts or 1 not in marks:
+            return tokens, marks
+        first = marks.index(1)
+        prompt = self._ended(tokens[:first])
+        return prompt + tokens[first:], [0] * len(prompt) + marks[first:]
+
+    def _encode_chat(self, messages: Sequence[Message], template: str | None) -> tuple[list[int], list[int]]:
         check_messages(messages)
         turns = self._turns(template)
         if turns is None:
@@ -134,6 +149,9 @@ class Tokenizer(ABC):
 
     def encode_chat_prompt(self, messages: Sequence[Message], template: str | None = None) -> list[int]:
         """Token ids of a conversation to be answered, in which earlier answers stand as `encode_chat` has them."""
+        return self._ended(self._encode_chat_prompt(messages, template))
+
+    def _encode_chat_prompt(self, messages: Sequence[Message], template: str | None) -> list[int]:
         check_messages(messages)
         turns = self._turns(template)
         if turns is None:

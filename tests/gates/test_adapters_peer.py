@@ -267,7 +267,7 @@ def train_ours(base: Path, adapter: Path, given: dict[str, Tensor]) -> dict[str,
     losses, norms = [], []
     for tokens, mask in zip(given["tokens"], given["mask"], strict=True):
         rows = Rows(tokens, torch.full((ROWS,), TIME), mask)
-        mine = make_microbatches(rows, torch.arange(ROWS), grid, per_microbatch=2, share_bins=False)
+        mine = make_microbatches(rows, torch.arange(ROWS), engine, per_microbatch=2, share_bins=False)
         losses.append(engine.train_step(mine, cross_entropy, count_targets)["loss"])
         norms.append(engine.apply_gradients())
     return {"losses": losses, "norms": norms}

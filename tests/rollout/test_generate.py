@@ -452,7 +452,7 @@ def drawn_by_bad_scores(layout: dict[str, Any], bad: float) -> set[int]:
     generator = Generator(engine, EOS, seed=5, limits=Limits(slots=2), token_scorer=token_scorer)
     requests = [Request(number, 0, (number + 1,), Sampling(max_new_tokens=2)) for number in range(5)]
     rows = Rows(torch.tensor([[3]]), torch.tensor([1]), torch.zeros(1, 1))
-    (one_token,) = make_microbatches(rows, torch.arange(1), engine.grid, per_microbatch=1, share_bins=False)
+    (one_token,) = make_microbatches(rows, torch.arange(1), engine, per_microbatch=1, share_bins=False)
     states = engine.forward([one_token], lambda model, hidden, batch: {"state": model.whole_sequence(hidden)[0]})
     mark.append(float(states[0]["state"][0, 0]))
     reported: set[int] = set()

@@ -44,16 +44,25 @@ class Lacking(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One of our parameters (`{}` is the layer number) and the tensors that it is stored as."""
+    """One of our parameters and the tensors that it is stored as.
+
+    Attributes:
+        ours: its name; `{}` is the number of the layer, for an encoder-decoder within `encoder.layers` or
+            `decoder.layers`.
+        theirs: the stored names.
+        views: how the stored tensors are contained in ours.
+        gated: whether it is that of models with a gated MLP; None where that makes no difference.
+    """
 
     ours: str
     theirs: tuple[str, ...]
     views: Views = same
+    gated: bool | None = None
 
 
-def entry(ours: str, *theirs: str, views: Views = same) -> tuple[Entry, ...]:
+def entry(ours: str, *theirs: str, views: Views = same, gated: bool | None = None) -> tuple[Entry, ...]:
     """Return one entry as a tuple, so that entries can be concatenated."""
-    return (Entry(ours, theirs, views),)
+    return (Entry(ours, theirs, views, gated),)
 
 
 def both(ours: str, *theirs: str, views: Views = same) -> tuple[Entry, ...]:
@@ -124,7 +133,7 @@ class Family:
     @property
     def classifier(self) -> str:
         """Transformers' class of a reward model of this family."""
-        return re.sub("(ForCausalLM|LMHeadModel)$", CLASSIFIER, self.architectures[0])
+        return re.sub("(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", CLASSIFIER, self.architectures[0])
 
     def hf_config(self, model: ModelConfig, vocab_size: int, *, scores: bool = False) -> Json:
         """Return the shape's keys of config.json, with `scores` of a reward model; the writer adds token ids and
@@ -173,14 +182,13 @@ class Family:
     def mapping(self, model: ModelConfig, vocab_size: int, *, scores: bool = False) -> dict[str, Mapped]:
         """Return our parameters of this model by name, each with the tensors that it is stored as. With `scores`, it
         has a score head in the place of the output layer."""
-        known = {item.ours: item for item in self.entries}
+        known = {item.ours: item for item in self.entries if item.gated in (None, model.is_gated)}
         mapped = {SCORE: Mapped((1, model.hidden_size), ("score.weight",), same, model)} if scores else {}
         for name, shape in parameters(model, vocab_size, output=not scores).items():
-            layer = re.match(r"decoder\.layers\.(\d+)\.", name)
-            pattern = name if layer is None else name.replace(f".{layer[1]}.", ".{}.", 1)
+            pattern, number = _pattern(name, model)
             if pattern not in known:
                 raise CheckpointError(f"a {self.name} cannot store {name}: export as another family", key=name)
-            theirs = tuple(their.format(layer[1]) if layer else their for their in known[pattern].theirs)
+            theirs = tuple(their.format(number) for their in known[pattern].theirs)
             mapped[name] = Mapped(shape, theirs, known[pattern].views, model)
         return mapped
 
@@ -195,6 +203,17 @@ class Family:
     def reason_to_ignore(self, name: str) -> str | None:
         """Return why a stored tensor is not a weight; None if it is one."""
         return next((why for pattern, why in self.ignored.items() if re.fullmatch(pattern, name)), None)
+
+
+def _pattern(name: str, model: ModelConfig) -> tuple[str, int]:
+    """Return the name in `entries` of one of our parameters, and the number of its layer in its part of the model."""
+    layer = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if layer is None:
+        return name, 0
+    number = int(layer[1]) - model.encoder_layers
+    if number < 0:
+        return f"encoder.layers.{{}}.{layer[2]}", int(layer[1])
+    return f"decoder.layers.{{}}.{layer[2]}", number
 
 
 def shape_of(model: ModelConfig) -> Json:
@@ -268,7 +287,7 @@ def check_values(config: Json, where: str) -> None:
 def checked(model: ModelConfig, where: str) -> ModelConfig:
     """Return the model read from a file, with false for flags that are null there; raise if it cannot be built."""
     for leaf in leaves(ModelConfig):
-        if leaf.type == "bool" and getattr(model, leaf.key) is None:
+        if leaf.type == "bool" and "." not in leaf.key and getattr(model, leaf.key) is None:
             setattr(model, leaf.key, False)
     problem = shape_problem(model)
     if problem:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -128,8 +128,13 @@ class HuggingFaceSource(Source):
             self.score_moments = _read_moments(config, path)
             self.score_reads_eos = _read_reads_eos(config, path)
             self.reward_kind = _text(config.get(REWARD_KIND))
-        self.mapping = self.family.mapping(self.model, self.vocab_size, scores=not self.has_output)
         self._folder = Folder(path)
+        encoder = self.model.encoder
+        if encoder is not None and not encoder.scale_outputs and "lm_head.weight" in self._folder.tensors:
+            self.model = replace(
+                self.model, tie_embeddings=False
+            )  # transformers 5 writes in either case that it is tied
+        self.mapping = self.family.mapping(self.model, self.vocab_size, scores=not self.has_output)
         self._where, self.left_out = self._check_tensors()
         self._heads = SafetensorsFile(path / HEADS) if is_file(path / HEADS) else None
         self.heads = dict(self._heads.tensors) if self._heads else {}

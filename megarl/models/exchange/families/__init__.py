@@ -8,12 +8,16 @@ from megarl.disk import shown
 from megarl.errors import CheckpointError, ConfigError
 from megarl.functions import extensions
 from megarl.logging import get_logger
-from megarl.models.exchange.families import gpt2, gpt_neox, gptj, llama, mistral, opt, qwen2, qwen3
+from megarl.models.exchange.families import gpt2, gpt_neox, gptj, llama, mistral, opt, qwen2, qwen3, t5
 from megarl.models.exchange.family import CLASSIFIER, Family
 
 # A model that several families can represent is exported as the first of them.
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (llama, mistral, qwen2, qwen3, gpt2, gptj, gpt_neox, opt)
+    family.name: family
+    for family in (
+        *(module.FAMILY for module in (llama, mistral, qwen2, qwen3, gpt2, gptj, gpt_neox, opt, t5)),
+        t5.MT5,
+    )
 }
 
 
