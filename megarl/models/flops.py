@@ -5,7 +5,7 @@ of masked-out pairs. It is the usual numerator of model FLOPs utilisation (MFU).
 """
 
 from megarl.config.sections.model import ModelConfig
-from megarl.models.adapter_spec import AdapterSpec
+from megarl.models.adapter_spec import AdapterSpec, Parts
 
 _PER_WEIGHT = 2  # a multiplication and an addition
 _FORWARD_AND_BACKWARD = 3  # the backward pass has two products per forward product: for the inputs and for the weights
@@ -63,39 +63,58 @@ def encoder_decoder_flops(
 
     Per token of the prompt, the encoder's layers and the decoder's projections to keys and values of its cross
     attention; per token of the response, the decoder's layers without these, attention to both, and the output layer.
-    Layers without gradients run forward only.
+    Layers without gradients run forward only. With adapters, frozen weights need no gradients.
     """
     width = model.num_heads * _head_dim(model)
     crossed = 2 * model.hidden_size * width  # weights of keys and values, and as many of queries and outputs
-    encoder = prompt * (_PER_WEIGHT * layer_weights(model) + 4 * width * prompt)
-    decoder = (
-        response * (_PER_WEIGHT * (layer_weights(model) + crossed) + 4 * width * (mean_keys(response) + prompt))
-        + prompt * _PER_WEIGHT * crossed
-    )
+    weights = {
+        "encoder": prompt * _PER_WEIGHT * layer_weights(model),
+        "decoder": _PER_WEIGHT * (response * (layer_weights(model) + crossed) + prompt * crossed),
+    }
+    attention = {
+        "encoder": 4 * width * prompt * prompt,
+        "decoder": 4 * width * response * (mean_keys(response) + prompt),
+    }
     output = response * _PER_WEIGHT * model.hidden_size * vocab_size
-    forward = model.encoder_layers * encoder + model.num_layers * decoder + output
     trained = layers_with_gradients(model, adapter)
     of_decoder = min(trained, model.num_layers)
-    backward = 2 * (of_decoder * decoder + (trained - of_decoder) * encoder + output)
+    forward, backward = output, (2 if adapter is None else 1) * output
+    for part, layers, with_gradients in (
+        ("encoder", model.encoder_layers, trained - of_decoder),
+        ("decoder", model.num_layers, of_decoder),
+    ):
+        factors = 0.0 if adapter is None else _of_factors(model, adapter, part, prompt, response)
+        forward += layers * (weights[part] + attention[part]) + with_gradients * factors
+        backward += with_gradients * ((2 if adapter is None else 1) * weights[part] + 2 * (attention[part] + factors))
     return float(forward), float(forward + backward)
+
+
+def _of_factors(model: ModelConfig, adapter: AdapterSpec, part: str, prompt: float, response: float) -> float:
+    """Return the operations of a forward pass of the adapters in a layer of the encoder or decoder."""
+    total = 0.0
+    for name, parts in adapter.parts.items():
+        if name.startswith(f"{part}."):
+            reads_prompt = part == "encoder" or parts.place == "cross_attention.linear_kv"
+            total += (prompt if reads_prompt else response) * _PER_WEIGHT * _factor_weights(model, parts, adapter.rank)
+    return total
 
 
 def layers_with_gradients(model: ModelConfig, adapter: AdapterSpec | None = None) -> int:
     """Return the number of the model's last layers that have trainable parameters."""
     if adapter is not None:
-        return model.layers - adapter.first_layer
+        return model.layers - adapter.first_adapted
     return model.layers if model.num_layers_unfrozen < 0 else model.num_layers_unfrozen
 
 
 def adapter_weights(model: ModelConfig, adapter: AdapterSpec) -> int:
     """Return the weights of the products of one layer's adapters."""
-    attended = _head_dim(model) * model.num_heads
-    columns = {"linear_proj": attended, "linear_fc2": model.ffn_width}
-    return sum(
-        adapter.rank
-        * (len(parts.modules) * columns.get(name, model.hidden_size) + sum(len(rows) for rows in parts.rows))
-        for name, parts in adapter.parts.items()
-    )
+    return sum(_factor_weights(model, parts, adapter.rank) for parts in adapter.parts.values())
+
+
+def _factor_weights(model: ModelConfig, parts: Parts, rank: int) -> int:
+    columns = {"linear_proj": _head_dim(model) * model.num_heads, "linear_fc2": model.ffn_width}
+    width = columns.get(parts.place.rpartition(".")[2], model.hidden_size)
+    return rank * (len(parts.modules) * width + sum(len(rows) for rows in parts.rows))
 
 
 def layer_weights(model: ModelConfig) -> int:

@@ -106,10 +106,23 @@ def stir(engine: Engine, seed: int = 3) -> None:
 
 @torch.no_grad()
 def logits(engine: Engine, tokens: Tensor) -> Tensor:
-    """Logits [rows, time, vocabulary] of an engine without parallelism; the scores [rows, time] of a reward model."""
+    """Logits [rows, time, vocabulary] of an engine without parallelism; the scores [rows, time] of a reward model.
+
+    The encoder of an encoder-decoder reads the first half of each row; the logits are those that predict the other.
+    """
     (gpt,) = engine.models
     gpt.eval()
-    hidden = gpt(ModelInputs(tokens=tokens, positions=torch.arange(tokens.shape[1]).expand(tokens.shape)))
+    encoder = None
+    if engine.has_encoder:
+        half = tokens.shape[1] // 2
+        encoder = ModelInputs(
+            tokens=tokens[:, :half],
+            positions=torch.arange(half).expand(len(tokens), -1),
+            segment_ids=torch.ones_like(tokens[:, :half]),
+        )
+        tokens = tokens[:, half - 1 : -1]
+    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    hidden = gpt(ModelInputs(tokens=tokens, positions=positions, encoder=encoder))
     if "score" in gpt.heads:
         scores: Tensor = gpt.scores(hidden)
         return scores

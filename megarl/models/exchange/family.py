@@ -179,10 +179,14 @@ class Family:
         """Return the properties of a model that this family lacks; None if it can represent it."""
         return self.difference(model, self.write(model) | {"tie_word_embeddings": model.tie_embeddings})
 
+    def entries_of(self, model: ModelConfig) -> dict[str, Entry]:
+        """Return the entries of a model's parameters by our names."""
+        return {item.ours: item for item in self.entries if item.gated in (None, model.is_gated)}
+
     def mapping(self, model: ModelConfig, vocab_size: int, *, scores: bool = False) -> dict[str, Mapped]:
         """Return our parameters of this model by name, each with the tensors that it is stored as. With `scores`, it
         has a score head in the place of the output layer."""
-        known = {item.ours: item for item in self.entries if item.gated in (None, model.is_gated)}
+        known = self.entries_of(model)
         mapped = {SCORE: Mapped((1, model.hidden_size), ("score.weight",), same, model)} if scores else {}
         for name, shape in parameters(model, vocab_size, output=not scores).items():
             pattern, number = _pattern(name, model)
