@@ -178,7 +178,7 @@ def _write(
 ) -> None:
     """Write the files of a PEFT folder, one of our tensors after another."""
     factors = [name for name in names if ADAPTER in name]
-    scores = SCORE in names
+    scores = SCORE in names and FAMILIES[spec.family].trunk is None
 
     def pieces() -> Iterator[tuple[str, Tensor]]:
         for name in factors:
@@ -188,29 +188,31 @@ def _write(
 
     described = [(name, Stored(tuple(tensor.shape), tensor.dtype)) for name, tensor in pieces()]
     write_safetensors(aside / ADAPTER_MODEL, described, (tensor for _, tensor in pieces()), {"format": "pt"})
-    others = [name for name in names if ADAPTER not in name and name != SCORE]
+    others = [name for name in names if ADAPTER not in name and not (scores and name == SCORE)]
     if others:
         heads = {name: read(name) for name in others}
         described = [(name, Stored(tuple(tensor.shape), tensor.dtype)) for name, tensor in heads.items()]
         write_safetensors(aside / HEADS, described, heads.values(), {"format": "pt"})
-    write_config(aside, peft_config(spec, model, base, scores=scores))
+    write_config(aside, peft_config(spec, model, base, scores=SCORE in names))
 
 
 def peft_config(spec: AdapterSpec, model: ModelConfig, base: str | None, *, scores: bool) -> Json:
-    """Return adapter_config.json of an adapter."""
+    """Return adapter_config.json of an adapter; `scores` is whether it is of a reward model. Where transformers has no
+    class with its score head, it is an adapter of the layers alone, and the head is in a file beside it."""
     # PEFT counts the layers of encoder and decoder alike, so there the modules of some layers are named one by one.
     targets = their_targets(spec, model)
     by_name = model.encoder is not None and (spec.first_layer > 0 or any("{}" in target for target in targets))
     some = spec.first_layer > 0 and not by_name
     published = _SNAPSHOT.fullmatch(base or "")  # other machines have that model in another folder
-    known = FAMILIES[spec.family].entries_of(model)
+    family = FAMILIES[spec.family]
+    known, apart = family.entries_of(model), family.trunk is not None
     turned = known[f"decoder.layers.{{}}.{LINEARS['linear_proj']}.weight"].views in (
         transposed,
         fused_query_key_value_transposed,
     )
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if scores else "CAUSAL_LM" if model.encoder is None else "SEQ_2_SEQ_LM",
+        "task_type": _task(model, apart=apart, scores=scores),
         "base_model_name_or_path": published[1].replace("--", "/") if published else base,
         "r": spec.rank,
         "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
@@ -221,7 +223,7 @@ def peft_config(spec: AdapterSpec, model: ModelConfig, base: str | None, *, scor
         "layers_to_transform": list(range(spec.first_layer, model.num_layers)) if some else None,
         "layers_pattern": _layers_pattern(spec) if some else None,
         "fan_in_fan_out": turned,
-        "modules_to_save": ["score"] if scores else None,
+        "modules_to_save": ["score"] if scores and not apart else None,
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,
@@ -229,6 +231,13 @@ def peft_config(spec: AdapterSpec, model: ModelConfig, base: str | None, *, scor
         "alpha_pattern": {},
         "revision": published[2] if published else None,
     }
+
+
+def _task(model: ModelConfig, *, apart: bool, scores: bool) -> str:
+    """Return PEFT's name of what a model does."""
+    if scores:
+        return "FEATURE_EXTRACTION" if apart else "SEQ_CLS"
+    return "CAUSAL_LM" if model.encoder is None else "SEQ_2_SEQ_LM"
 
 
 def _layers_pattern(spec: AdapterSpec) -> str:

@@ -50,7 +50,9 @@ def test_distances_fall_into_the_published_buckets(count: int, longest: int, bot
 def test_a_configuration_goes_out_and_comes_back(name: str, kind: str) -> None:
     family = FAMILIES[name]
     model = family.model_config(make(kind).config.to_dict())
-    assert shape_of(family.model_config(family.hf_config(model, VOCAB))) == shape_of(model)
+    for positions in (model.max_positions, 64):
+        model.max_positions = positions
+        assert shape_of(family.model_config(family.hf_config(model, VOCAB))) == shape_of(model)
 
 
 @pytest.fixture(scope="module")
