@@ -48,7 +48,8 @@ class KVCache:
     def most_layers(config: GPTConfig, pp: int) -> int:
         """Return the largest number of layers that have a cache on a rank: equal shares of the stages, but of an
         encoder-decoder the whole decoder, which is one stage."""
-        return config.num_layers // pp if config.encoder is None else config.num_layers - config.encoder_layers
+        layers: int = config.num_layers
+        return layers // pp if config.encoder is None else layers - config.encoder_layers
 
     @staticmethod
     def slot_bytes(config: GPTConfig, layers: int, tp: int, length: int) -> int:

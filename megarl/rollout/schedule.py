@@ -117,8 +117,8 @@ class Schedule:
         it: that of a running response, or another fresh one. Of other models, every slot reads its prompt."""
         if self.start_id is None:
             return {}
-        fresh, readers = set(self.fresh), {}
-        found = {}
+        fresh, found = set(self.fresh), {}
+        readers: dict[tuple[int, ...], int] = {}
         for slot in sorted(range(self.rows), key=fresh.__contains__):  # running responses come first
             reader = readers.setdefault(self.running[slot].prompt, slot)
             if slot in fresh and reader != slot:
