@@ -187,7 +187,7 @@ PLACES = {
 
 
 def kept_by_part(layout: Layout, precision: str, recompute: str, model: dict[str, Any], part: str) -> int:
-    """Bytes that a layer of an encoder-decoder keeps, without what all layers share: masks, and buckets of distances."""
+    """Bytes that a layer of an encoder-decoder keeps, without what all layers share: masks and buckets of distances."""
     number, _ = PLACES[part]
     with fake_world(layout, device="cpu") as grid:
         config = layer_config(layout, precision, recompute, model)

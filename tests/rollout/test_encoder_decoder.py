@@ -24,7 +24,8 @@ T5: dict[str, Any] = {
     "encoder": EncoderConfig(num_layers=4, buckets=8, longest_distance=20, start_id=START),
 }
 SLOT = 2 * 4 * 64 * (23 + 21) * 4
-"""Bytes of the longest sequence: keys and values of the decoder's layers, 64 wide, 23 tokens read and 21 written, of 4 bytes."""
+"""Bytes of the longest sequence: keys and values of the decoder's layers, 64 wide, 4 bytes each, of 23 tokens that are
+read and 21 that are written."""
 
 
 def generated(layout: dict[str, Any], slots: int, **limits: Any) -> list[Rollout]:
