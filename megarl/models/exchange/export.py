@@ -43,8 +43,16 @@ START_ID = "decoder_start_token_id"
 """Key of an encoder-decoder, with which transformers' generation starts."""
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "megarl_tokenizer.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json"),
+    *(
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_template.json",
+        "megarl_tokenizer.json",
+    ),
 )
 Fetch = Callable[[str], Tensor | None]
 log = get_logger(__name__)
