@@ -104,8 +104,7 @@ RULES = (
     ),
     _rule("extensions", "orchestrator", NOW, "the experience of phases after the resume"),
     _rule("extensions", "families", NOW, "the families that stored models are read and exported as"),
-    _rule("extensions", "exp_manager", NOW, "how this process logs and displays"),
-    _rule("trainer", "exp_manager", NOW, "how this process logs and displays"),
+    _rule("extensions", "nemo exp_manager", NOW, "how this process logs and displays"),
     # data
     _rule("data", "train train_split", NOW, "the new data starts after as many rows as were used of the old"),
     _rule("data.mixing", "weights final_weights over_phases", NOW, "the choice of prompts after the resume"),
