@@ -240,7 +240,7 @@ class Trained:
         return str(found.commit_url)
 
     def save_pretrained(self, folder: str | Path, *, adapter: bool = False) -> None:
-        """Write the model as a new folder that `transformers.AutoModelForCausalLM` loads, with its adapter merged.
+        """Write the model as a new folder that transformers loads, with its adapter merged.
 
         Args:
             folder: the folder, which must not exist yet.

@@ -224,7 +224,7 @@ class Session:
         self._do("load", path)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model as a new folder that `transformers.AutoModelForCausalLM` loads, with its adapter merged."""
+        """Write the model as a new folder that transformers loads, with its adapter merged."""
         target = writable(str(folder), "save_pretrained")
         checkpoint = self.save(self.run_dir / "save_pretrained")
         if process_number() == 0:

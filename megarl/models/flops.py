@@ -5,7 +5,7 @@ of masked-out pairs. It is the usual numerator of model FLOPs utilisation (MFU).
 """
 
 from megarl.config.sections.model import ModelConfig
-from megarl.models.adapter_spec import AdapterSpec
+from megarl.models.adapter_spec import AdapterSpec, Parts
 
 _PER_WEIGHT = 2  # a multiplication and an addition
 _FORWARD_AND_BACKWARD = 3  # the backward pass has two products per forward product: for the inputs and for the weights
@@ -63,7 +63,7 @@ def encoder_decoder_flops(
 
     Per token of the prompt, the encoder's layers and the decoder's projections to keys and values of its cross
     attention; per token of the response, the decoder's layers without these, attention to both, and the output layer.
-    Layers without gradients run forward only.
+    Layers without gradients run forward only. With adapters, frozen weights need no gradients.
     """
     parts = flops_of_parts(model, vocab_size, prompt, response, adapter)
     return sum(forward for forward, _ in parts), sum(both for _, both in parts)
@@ -75,35 +75,53 @@ def flops_of_parts(
     """Return what `encoder_decoder_flops` does for the encoder, and for the decoder with the output layer."""
     width = model.num_heads * _head_dim(model)
     crossed = cross_weights(model)
-    encoder = prompt * (_PER_WEIGHT * layer_weights(model) + 4 * width * prompt)
-    decoder = (
-        response * (_PER_WEIGHT * (layer_weights(model) + crossed) + 4 * width * (mean_keys(response) + prompt))
-        + prompt * _PER_WEIGHT * crossed
+    weights = (
+        prompt * _PER_WEIGHT * layer_weights(model),
+        _PER_WEIGHT * (response * (layer_weights(model) + crossed) + prompt * crossed),
     )
-    output = response * _PER_WEIGHT * model.hidden_size * vocab_size
+    attention = (4 * width * prompt * prompt, 4 * width * response * (mean_keys(response) + prompt))
+    output = (0.0, response * _PER_WEIGHT * model.hidden_size * vocab_size)
     trained = layers_with_gradients(model, adapter)
     of_decoder = min(trained, model.num_layers)
-    forward = (model.encoder_layers * encoder, model.num_layers * decoder + output)
-    backward = (2 * (trained - of_decoder) * encoder, 2 * (of_decoder * decoder + output))
-    return (float(forward[0]), float(forward[0] + backward[0])), (float(forward[1]), float(forward[1] + backward[1]))
+    layers = ((model.encoder_layers, trained - of_decoder), (model.num_layers, of_decoder))
+    of_weights = 2 if adapter is None else 1  # products of a backward pass for each of a forward pass
+
+    def of_part(index: int, name: str) -> tuple[float, float]:
+        count, with_gradients = layers[index]
+        factors = 0.0 if adapter is None else _of_factors(model, adapter, name, prompt, response)
+        forward = count * (weights[index] + attention[index]) + with_gradients * factors + output[index]
+        backward = with_gradients * (of_weights * weights[index] + 2 * (attention[index] + factors))
+        return float(forward), float(forward + backward + of_weights * output[index])
+
+    return of_part(0, "encoder"), of_part(1, "decoder")
+
+
+def _of_factors(model: ModelConfig, adapter: AdapterSpec, part: str, prompt: float, response: float) -> float:
+    """Return the operations of a forward pass of the adapters in a layer of the encoder or decoder."""
+    total = 0.0
+    for name, parts in adapter.parts.items():
+        if name.startswith(f"{part}."):
+            reads_prompt = part == "encoder" or parts.place == "cross_attention.linear_kv"
+            total += (prompt if reads_prompt else response) * _PER_WEIGHT * _factor_weights(model, parts, adapter.rank)
+    return total
 
 
 def layers_with_gradients(model: ModelConfig, adapter: AdapterSpec | None = None) -> int:
     """Return the number of the model's last layers that have trainable parameters."""
     if adapter is not None:
-        return model.layers - adapter.first_layer
+        return model.layers - adapter.first_adapted
     return model.layers if model.num_layers_unfrozen < 0 else model.num_layers_unfrozen
 
 
 def adapter_weights(model: ModelConfig, adapter: AdapterSpec) -> int:
     """Return the weights of the products of one layer's adapters."""
-    attended = _head_dim(model) * model.num_heads
-    columns = {"linear_proj": attended, "linear_fc2": model.ffn_width}
-    return sum(
-        adapter.rank
-        * (len(parts.modules) * columns.get(name, model.hidden_size) + sum(len(rows) for rows in parts.rows))
-        for name, parts in adapter.parts.items()
-    )
+    return sum(_factor_weights(model, parts, adapter.rank) for parts in adapter.parts.values())
+
+
+def _factor_weights(model: ModelConfig, parts: Parts, rank: int) -> int:
+    columns = {"linear_proj": _head_dim(model) * model.num_heads, "linear_fc2": model.ffn_width}
+    width = columns.get(parts.place.rpartition(".")[2], model.hidden_size)
+    return rank * (len(parts.modules) * width + sum(len(rows) for rows in parts.rows))
 
 
 def layer_weights(model: ModelConfig) -> int:

@@ -44,7 +44,7 @@ class Rows:
     def prompts(self) -> Tensor:
         """[rows] long, tokens before the first action: the column prompt_tokens, or as the action mask has it."""
         if "prompt_tokens" in self:
-            return self["prompt_tokens"]
+            return self["prompt_tokens"].long()
         acts = self.action_mask != 0
         first = torch.where(acts.any(dim=1), acts.long().argmax(dim=1), self.lengths - 1)
         return first.clamp(min=1)

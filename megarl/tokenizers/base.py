@@ -97,13 +97,15 @@ class Tokenizer(ABC):
         A turn spans from the end of the generation prompt to its own end marker, included, or over what the template
         has between `{% generation %}` and `{% endgeneration %}`. The tokens before a turn are those of
         `encode_chat_prompt`. A template for which turns cannot be told raises `DataError`.
+
+        Where an encoder reads prompts, only the last turn is marked, as all before it is its prompt.
         """
         tokens, marks = self._encode_chat(messages, template)
         if not self.ends_prompts or 1 not in marks:
             return tokens, marks
-        first = marks.index(1)
-        prompt = self._ended(tokens[:first])
-        return prompt + tokens[first:], [0] * len(prompt) + marks[first:]
+        start = last_turn(marks)
+        prompt = self._ended(tokens[:start])
+        return prompt + tokens[start:], [0] * len(prompt) + marks[start:]
 
     def _encode_chat(self, messages: Sequence[Message], template: str | None) -> tuple[list[int], list[int]]:
         check_messages(messages)
@@ -131,10 +133,7 @@ class Tokenizer(ABC):
             return tokens, marks
         last = max((place for place, mark in enumerate(marks) if mark), default=len(tokens) - 1)
         if self._ends(turns):  # which marks of the template may leave out, or be followed by
-            first = last
-            while first > 0 and marks[first - 1]:
-                first -= 1
-            last = next((place for place in range(first, len(tokens)) if tokens[place] == end), last)
+            last = next((place for place in range(last_turn(marks), len(tokens)) if tokens[place] == end), last)
         return tokens[: last + 1], marks[: last + 1]
 
     def answer_end(self, template: str | None = None) -> tuple[int, ...]:
@@ -255,6 +254,18 @@ class Tokenizer(ABC):
         """Token ids of a text that follows another: without the space that SentencePiece puts before a text."""
         newline, ids = self.encode("\n"), self.encode("\n" + text)
         return ids[len(newline) :] if ids[: len(newline)] == newline else self.encode(text)
+
+
+def last_turn(marks: Sequence[int]) -> int:
+    """Return the index of the first token of the last turn that is marked; the number of tokens if none is."""
+    start = len(marks)
+    while start > 0 and not marks[start - 1]:
+        start -= 1
+    if start == 0:
+        return len(marks)
+    while start > 0 and marks[start - 1]:
+        start -= 1
+    return start
 
 
 def read_marker(folder: str | Path) -> dict[str, Any]:

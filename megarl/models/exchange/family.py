@@ -32,6 +32,9 @@ ACTIVATIONS = {
 CLASSIFIER = "ForSequenceClassification"
 """The end of the names of transformers' classes that score sequences."""
 
+ENCODER = "model.encoder.num_layers"
+"""Key that encoder-decoders have alone."""
+
 _NOT_SHAPE = ("path", "vocab_size", "dropout", "init_std", "num_layers_unfrozen")
 
 
@@ -104,6 +107,8 @@ class Family:
         write: the inverse of `read`. Whether a family can represent a model is tested by reading what it wrote.
         ignored: patterns of stored tensors that are not weights, with the reason.
         renamed: names from other versions of transformers, mapped to the names in `entries`.
+        trunk: transformers' class of the layers without an output layer, as which a reward model is written if
+            transformers has no class with a score head like ours; its score head is then beside the weights.
     """
 
     name: str
@@ -114,6 +119,7 @@ class Family:
     write: Callable[[ModelConfig], Json]
     ignored: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
+    trunk: str | None = None
 
     def model_config(self, config: Json) -> ModelConfig:
         """Convert a config.json to the shape of our model; raise `CheckpointError` for missing or invalid values."""
@@ -133,7 +139,7 @@ class Family:
     @property
     def classifier(self) -> str:
         """Transformers' class of a reward model of this family."""
-        return re.sub("(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", CLASSIFIER, self.architectures[0])
+        return self.trunk or re.sub("(ForCausalLM|LMHeadModel)$", CLASSIFIER, self.architectures[0])
 
     def hf_config(self, model: ModelConfig, vocab_size: int, *, scores: bool = False) -> Json:
         """Return the shape's keys of config.json, with `scores` of a reward model; the writer adds token ids and
@@ -172,6 +178,8 @@ class Family:
         lost = [key for key, value in shape_of(model).items() if back[key] != value]
         if not lost:
             return None
+        if model.encoder is None or back["encoder.num_layers"] is None:
+            lost = [key for key in lost if f"model.{key}" == ENCODER] or lost  # the others follow from it
         words = " and ".join(f"model.{key}={either([read(model, key)])}" for key in lost)
         return Lacking(words, f"model.{lost[0]}", read(model, lost[0]))
 
@@ -179,11 +187,17 @@ class Family:
         """Return the properties of a model that this family lacks; None if it can represent it."""
         return self.difference(model, self.write(model) | {"tie_word_embeddings": model.tie_embeddings})
 
+    def entries_of(self, model: ModelConfig) -> dict[str, Entry]:
+        """Return the entries of a model's parameters by our names."""
+        return {item.ours: item for item in self.entries if item.gated in (None, model.is_gated)}
+
     def mapping(self, model: ModelConfig, vocab_size: int, *, scores: bool = False) -> dict[str, Mapped]:
         """Return our parameters of this model by name, each with the tensors that it is stored as. With `scores`, it
-        has a score head in the place of the output layer."""
-        known = {item.ours: item for item in self.entries if item.gated in (None, model.is_gated)}
-        mapped = {SCORE: Mapped((1, model.hidden_size), ("score.weight",), same, model)} if scores else {}
+        has a score head in the place of the output layer, which is among them unless the family has a `trunk`."""
+        known = self.entries_of(model)
+        mapped = {}
+        if scores and self.trunk is None:
+            mapped[SCORE] = Mapped((1, model.hidden_size), ("score.weight",), same, model)
         for name, shape in parameters(model, vocab_size, output=not scores).items():
             pattern, number = _pattern(name, model)
             if pattern not in known:

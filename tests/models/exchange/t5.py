@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import T5Config, T5ForConditionalGeneration
+
+from megarl.parallel.rows import Rows
 
 VOCAB, EOS, START = 99, 1, 0
 KINDS: dict[str, dict[str, Any]] = {
@@ -49,6 +52,15 @@ def pairs(count: int = 4) -> list[tuple[list[int], list[int]]]:
         return torch.randint(2, VOCAB, (length,), generator=generator).tolist()
 
     return [([*tokens(5 + 7 * (index % 3)), EOS], tokens(4 + 9 * (index % 2) + index)) for index in range(count)]
+
+
+def rows_of(given: list[tuple[list[int], list[int]]]) -> Rows:
+    """Rows of prompts and responses, whose tokens are the actions."""
+    tokens = pad_sequence([torch.tensor(prompt + response) for prompt, response in given], batch_first=True)
+    mask = torch.zeros(tokens.shape)
+    for row, (prompt, response) in enumerate(given):
+        mask[row, len(prompt) : len(prompt) + len(response)] = 1
+    return Rows(tokens, torch.tensor([len(prompt) + len(response) for prompt, response in given]), mask)
 
 
 @torch.no_grad()

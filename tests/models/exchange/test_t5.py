@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -23,11 +22,11 @@ from megarl.models.exchange.formats import open_source
 from megarl.models.roles import Role
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
-from megarl.parallel.rows import Microbatch, Rows
+from megarl.parallel.rows import Microbatch
 from megarl.rollout.generator import Generator, Limits
 from megarl.rollout.requests import Request, Sampling
 from tests.models.exchange.published import stored
-from tests.models.exchange.t5 import EOS, KINDS, VOCAB, make, pairs, save, their_logprobs
+from tests.models.exchange.t5 import EOS, KINDS, VOCAB, make, pairs, rows_of, save, their_logprobs
 from tests.worlds import Worlds
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -51,7 +50,9 @@ def test_distances_fall_into_the_published_buckets(count: int, longest: int, bot
 def test_a_configuration_goes_out_and_comes_back(name: str, kind: str) -> None:
     family = FAMILIES[name]
     model = family.model_config(make(kind).config.to_dict())
-    assert shape_of(family.model_config(family.hf_config(model, VOCAB))) == shape_of(model)
+    for positions in (model.max_positions, 64):
+        model.max_positions = positions
+        assert shape_of(family.model_config(family.hf_config(model, VOCAB))) == shape_of(model)
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +60,6 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
     """Folder and model of every kind."""
     root = tmp_path_factory.mktemp("t5")
     return {kind: (root / kind, save(kind, root / kind)) for kind in KINDS}
-
-
-def rows_of(given: list[tuple[list[int], list[int]]]) -> Rows:
-    tokens = pad_sequence([torch.tensor(prompt + response) for prompt, response in given], batch_first=True)
-    mask = torch.zeros(tokens.shape)
-    for row, (prompt, response) in enumerate(given):
-        mask[row, len(prompt) : len(prompt) + len(response)] = 1
-    return Rows(tokens, torch.tensor([len(prompt) + len(response) for prompt, response in given]), mask)
 
 
 def computed(folders: dict[str, Path], layout: dict[str, Any], out: Path) -> dict[str, Any]:

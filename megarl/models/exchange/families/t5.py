@@ -9,7 +9,8 @@ from megarl.models.exchange.views import gate_and_up, key_value, query_key_value
 
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gated-gelu": "geglu", "gated-silu": "swiglu"}
 LONGEST = 16384
-"""Context length of prompt and response together. Relative positions have no limit."""
+"""Context length of prompt and response together, unless config.json has our key for it. Relative positions have no
+limit."""
 IGNORED = {
     r"(encoder|decoder)\.embed_tokens\.weight": "the shared embedding once more",
     r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight": "never read",
@@ -67,7 +68,7 @@ def read(config: Json) -> ModelConfig:
         num_heads=config["num_heads"],
         head_dim=config["d_kv"],
         ffn_size=config["d_ff"],
-        max_positions=LONGEST,
+        max_positions=config.get("max_positions") or LONGEST,
         position="relative",
         norm="rmsnorm",
         norm_eps=config.get("layer_norm_epsilon", 1e-6),
@@ -86,7 +87,7 @@ def read(config: Json) -> ModelConfig:
 
 def write(model: ModelConfig) -> Json:
     """Return the config.json keys of a T5 for a shape."""
-    encoder = model.encoder or EncoderConfig(num_layers=0)
+    encoder = model.encoder or EncoderConfig(num_layers=1)
     theirs: dict[str, Any] = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
         "num_layers": encoder.num_layers,
@@ -103,6 +104,7 @@ def write(model: ModelConfig) -> Json:
         "scale_decoder_outputs": encoder.scale_outputs,
         "dropout_rate": model.dropout,
         "is_encoder_decoder": True,
+        **({} if model.max_positions == LONGEST else {"max_positions": model.max_positions}),
     }
 
 
@@ -114,5 +116,6 @@ FAMILY = Family(
     write=write,
     entries=ENTRIES,
     ignored=IGNORED,
+    trunk="T5Model",  # T5ForSequenceClassification has two layers above it, and gives the encoder the response as well
 )
-MT5 = replace(FAMILY, name="mt5", architectures=("MT5ForConditionalGeneration",))
+MT5 = replace(FAMILY, name="mt5", architectures=("MT5ForConditionalGeneration",), trunk="MT5Model")
