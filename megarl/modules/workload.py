@@ -72,8 +72,8 @@ def responses(config: Any, assumed: PlanConfig) -> dict[str, Any]:
 
 
 def sequences(config: Any, assumed: PlanConfig) -> dict[str, Any]:
-    """Return the `Workload` fields of an algorithm that trains on sequences of data.seq_length tokens, each of which may
-    be a target. An encoder reads the prompts, of prompt_tokens or half a sequence."""
+    """Return the `Workload` fields of an algorithm that trains on sequences of data.seq_length tokens, each of which
+    may be a target. An encoder reads the prompts, of prompt_tokens or half a sequence."""
     length = config.data.seq_length
     if config.model.encoder is None:
         return {"length": length, "loss_tokens": length}

@@ -11,7 +11,7 @@ from megarl.parallel.update_rules import MOMENTS
 from megarl.parallel.vocab import padded_vocab
 from megarl.planning import activations as act
 from megarl.planning.activations import Shape
-from megarl.planning.parts import Part, Positions, parts_of
+from megarl.planning.parts import Part, parts_of
 from megarl.planning.shards import Shard, gpt_config, shard, stages_that_differ
 from megarl.planning.work import Work
 from megarl.rollout.generator import Limits

@@ -1,7 +1,7 @@
 """The kinds of layers of a pipeline stage, and the positions that they run over.
 
-A GPT has one kind. An encoder-decoder has two, over one tensor: a layer changes the positions of its own part and passes
-those of the other on.
+A GPT has one kind. An encoder-decoder has two, over one tensor: a layer changes the positions of its own part and
+passes those of the other on.
 """
 
 from __future__ import annotations

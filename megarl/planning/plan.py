@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megarl.config.offers import divisors
-from megarl.config.shape import possible_stages
 from megarl.config.sections.model import ModelConfig
+from megarl.config.shape import possible_stages
 from megarl.models.flops import cross_weights, layer_weights, layers_with_gradients
 from megarl.parallel.layout import Layout
 from megarl.planning.hardware import GIB, Cluster
