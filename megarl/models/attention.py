@@ -120,15 +120,26 @@ class Attention(MegatronModule):
         # With relative positions, scores are not divided by the root of the head's width (T5).
         self.scale = 1.0 if config.position == "relative" else config.head_dim**-0.5
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend over [batch, heads, time, head_dim] tensors; returns [time, batch, heads * head_dim]."""
-        if self.recompute and self.training:
-            mixed: Tensor = checkpoint(self._attend, False, q, k, v, mask)
-            return mixed
-        return self._attend(q, k, v, mask)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, relative: RelativePositions | None = None
+    ) -> Tensor:
+        """Attend over [batch, heads, time, head_dim] tensors; returns [time, batch, heads * head_dim].
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend over [batch, heads, time, head_dim] tensors; returns [time, batch, heads * head_dim]."""
+        Recomputation repeats the look-up of relative positions, which has a value for every pair of tokens and head.
+        """
+        table, buckets = (None, None) if relative is None else (relative.table, relative.buckets)
+        if self.recompute and self.training:
+            mixed: Tensor = checkpoint(self._attend, False, q, k, v, mask, table, buckets)
+            return mixed
+        return self._attend(q, k, v, mask, table, buckets)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, table: Tensor | None, buckets: Tensor | None
+    ) -> Tensor:
+        """Attend over [batch, heads, time, head_dim] tensors; returns [time, batch, heads * head_dim]. `table` and
+        `buckets` are those of relative positions."""
+        if table is not None and buckets is not None:
+            mask = RelativePositions(table, buckets).add_to(mask, q.dtype)
         dropout = self.config.attention_dropout if self.training else 0.0
         causal = mask is None and q.shape[2] == k.shape[2] > 1
         grouped = q.shape[1] != k.shape[1]
@@ -213,10 +224,8 @@ class SelfAttention(Attention):
             key, value = context.cache.extend(self.layer_number, key, value)
         else:
             key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
-        mask = context.mask
-        if context.relative is not None:
-            mask = context.relative.add_to(mask, query.dtype)
-        output: Tensor = self.linear_proj(self.attend(query, key, value, mask))[0]  # the bias is added already
+        mixed = self.attend(query, key, value, context.mask, context.relative)
+        output: Tensor = self.linear_proj(mixed)[0]  # the bias is added already
         return output
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,7 +34,8 @@ class KVCache:
         )
         self.encoded_keys = dict(zip(layers, self.of_encoder[: len(layers)], strict=True))
         self.encoded_values = dict(zip(layers, self.of_encoder[len(layers) :], strict=True))
-        self.encoded_lengths = torch.zeros(slots, dtype=torch.long, device=device)
+        # Ones: a row without a response attends to an entry of zeros, as no softmax may be over an empty set.
+        self.encoded_lengths = torch.ones(slots, dtype=torch.long, device=device)
         self.longest_encoded = encoded
         # Zeros: masked entries are still multiplied by weight 0, and uninitialised memory may contain NaN.
         self.store = torch.zeros(
@@ -42,6 +43,13 @@ class KVCache:
         )
         self.keys = dict(zip(layers, self.store[: len(layers)], strict=True))
         self.values = dict(zip(layers, self.store[len(layers) :], strict=True))
+
+    @staticmethod
+    def most_layers(config: GPTConfig, pp: int) -> int:
+        """Return the largest number of layers that have a cache on a rank: equal shares of the stages, but of an
+        encoder-decoder the whole decoder, which is one stage."""
+        layers: int = config.num_layers
+        return layers // pp if config.encoder is None else layers - config.encoder_layers
 
     @staticmethod
     def slot_bytes(config: GPTConfig, layers: int, tp: int, length: int) -> int:

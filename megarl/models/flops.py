@@ -11,7 +11,7 @@ _PER_WEIGHT = 2  # a multiplication and an addition
 _FORWARD_AND_BACKWARD = 3  # the backward pass has two products per forward product: for the inputs and for the weights
 
 
-def flops_per_token(model: ModelConfig, vocab_size: int, length: float, adapter: AdapterSpec | None = None) -> float:
+def flops_per_token(model: ModelConfig, vocab_size: float, length: float, adapter: AdapterSpec | None = None) -> float:
     """Return the operations of forward and backward pass per token of a sequence.
 
     Per token, with `keys` the mean number of tokens attended to (`mean_keys`):
@@ -28,7 +28,7 @@ def flops_per_token(model: ModelConfig, vocab_size: int, length: float, adapter:
 
     Args:
         model: shape of the model.
-        vocab_size: rows of the output layer, without padding for the layout.
+        vocab_size: rows of the output layer, without padding for the layout; fewer if it is not applied everywhere.
         length: tokens of a sequence. For several sequences (or packed documents), the mean weighted by tokens,
             sum(length**2) / sum(length), is exact up to the constant term.
         adapter: the adapters beside the frozen weights of the model.
@@ -45,7 +45,7 @@ def flops_per_token(model: ModelConfig, vocab_size: int, length: float, adapter:
 
 
 def forward_flops_per_token(
-    model: ModelConfig, vocab_size: int, length: float, adapter: AdapterSpec | None = None
+    model: ModelConfig, vocab_size: float, length: float, adapter: AdapterSpec | None = None
 ) -> float:
     """Return the operations of a forward pass per token of a sequence; see `flops_per_token`."""
     attention = 4 * model.num_heads * _head_dim(model) * mean_keys(length, model.sliding_window)
@@ -56,7 +56,7 @@ def forward_flops_per_token(
 
 
 def encoder_decoder_flops(
-    model: ModelConfig, vocab_size: int, prompt: float, response: float, adapter: AdapterSpec | None = None
+    model: ModelConfig, vocab_size: float, prompt: float, response: float, adapter: AdapterSpec | None = None
 ) -> tuple[float, float]:
     """Return the operations of a forward pass, and of forward and backward pass, over a prompt that the encoder of an
     encoder-decoder reads and a response of its decoder.
@@ -65,8 +65,16 @@ def encoder_decoder_flops(
     attention; per token of the response, the decoder's layers without these, attention to both, and the output layer.
     Layers without gradients run forward only. With adapters, frozen weights need no gradients.
     """
+    parts = flops_of_parts(model, vocab_size, prompt, response, adapter)
+    return sum(forward for forward, _ in parts), sum(both for _, both in parts)
+
+
+def flops_of_parts(
+    model: ModelConfig, vocab_size: float, prompt: float, response: float, adapter: AdapterSpec | None = None
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return what `encoder_decoder_flops` does for the encoder, and for the decoder with the output layer."""
     width = model.num_heads * _head_dim(model)
-    crossed = 2 * model.hidden_size * width  # weights of keys and values, and as many of queries and outputs
+    crossed = cross_weights(model)
     weights = {
         "encoder": prompt * _PER_WEIGHT * layer_weights(model),
         "decoder": _PER_WEIGHT * (response * (layer_weights(model) + crossed) + prompt * crossed),
@@ -77,16 +85,19 @@ def encoder_decoder_flops(
     }
     output = response * _PER_WEIGHT * model.hidden_size * vocab_size
     trained = layers_with_gradients(model, adapter)
+    per_product = 2 if adapter is None else 1  # products of the backward pass: frozen weights need no gradients
     of_decoder = min(trained, model.num_layers)
-    forward, backward = output, (2 if adapter is None else 1) * output
-    for part, layers, with_gradients in (
-        ("encoder", model.encoder_layers, trained - of_decoder),
-        ("decoder", model.num_layers, of_decoder),
-    ):
+
+    def of_part(part: str, layers: int, with_gradients: int, last: float) -> tuple[float, float]:
         factors = 0.0 if adapter is None else _of_factors(model, adapter, part, prompt, response)
-        forward += layers * (weights[part] + attention[part]) + with_gradients * factors
-        backward += with_gradients * ((2 if adapter is None else 1) * weights[part] + 2 * (attention[part] + factors))
-    return float(forward), float(forward + backward)
+        forward = layers * (weights[part] + attention[part]) + with_gradients * factors + last
+        backward = with_gradients * (per_product * weights[part] + 2 * (attention[part] + factors)) + per_product * last
+        return float(forward), float(forward + backward)
+
+    return (
+        of_part("encoder", model.encoder_layers, trained - of_decoder, 0.0),
+        of_part("decoder", model.num_layers, of_decoder, output),
+    )
 
 
 def _of_factors(model: ModelConfig, adapter: AdapterSpec, part: str, prompt: float, response: float) -> float:
@@ -123,6 +134,12 @@ def layer_weights(model: ModelConfig) -> int:
     attention = model.hidden_size * head_dim * (2 * model.num_heads + 2 * kv_heads)
     matrices = 3 if model.is_gated else 2
     return attention + matrices * model.hidden_size * model.ffn_width
+
+
+def cross_weights(model: ModelConfig) -> int:
+    """Return the weights of a decoder layer's projections to queries and outputs of its attention to an encoder, and as
+    many to keys and values; 0 without an encoder."""
+    return 0 if model.encoder is None else 2 * model.hidden_size * model.num_heads * _head_dim(model)
 
 
 def mean_keys(length: float, window: int | None = None) -> float:

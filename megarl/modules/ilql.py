@@ -21,7 +21,7 @@ from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.generative import GenerativeModule
 from megarl.modules.losses import count_targets
-from megarl.modules.workload import Workload, generation
+from megarl.modules.workload import Workload, generation, sequences
 from megarl.parallel.engine import Stats
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch, Rows, RowSource
@@ -63,10 +63,10 @@ class ILQL(GenerativeModule):
     @staticmethod
     def plan(config: ILQLConfig, assumed: PlanConfig) -> Workload:
         """Return the size of an optimizer step over samples, and of the generation in evaluations."""
-        length = config.data.seq_length
+        sizes = sequences(config, assumed)
         if not config.data.eval or config.trainer.eval_every is None:
-            return Workload(length=length, loss_tokens=length)
-        return Workload(length=length, loss_tokens=length, evaluates=True, **generation(config, assumed))
+            return Workload(**sizes)
+        return Workload(evaluates=True, **sizes, **generation(config, assumed))
 
     def configure_model(self) -> None:
         """Open the store of samples and build the policy."""

@@ -18,7 +18,7 @@ from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.base import Module
 from megarl.modules.losses import count_targets, cross_entropy
-from megarl.modules.workload import Workload
+from megarl.modules.workload import Workload, sequences
 from megarl.parallel.engine import Stats
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch, Rows, RowSource
@@ -43,9 +43,8 @@ class SFT(Module):
 
     @staticmethod
     def plan(config: SFTConfig, assumed: PlanConfig) -> Workload:
-        """Return the size of an optimizer step: sequences of data.seq_length tokens, each token of which may be a
-        target."""
-        return Workload(length=config.data.seq_length, loss_tokens=config.data.seq_length)
+        """Return the size of an optimizer step."""
+        return Workload(**sequences(config, assumed))
 
     def configure_model(self) -> None:
         """Read the data sets and build the policy."""

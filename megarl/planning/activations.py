@@ -1,15 +1,18 @@
 """Bytes of activations: what a layer keeps for the backward pass, and what is allocated temporarily.
 
-The formulas are derived for megarl's own layer in docs/planning.md, after Korthikanti et al. (2022); tests compare them
-with what autograd keeps. `tokens` is the number of tokens of one microbatch, micro batch size x length.
+The formulas are derived for megarl's own layers in docs/planning.md, after Korthikanti et al. (2022); tests compare
+them with what autograd keeps.
 """
 
 from dataclasses import dataclass
+
+import torch.nn.functional as F
 
 from megarl.models.config import GPTConfig
 from megarl.parallel.layout import Layout
 from megarl.parallel.quantised import CPU_CHUNK, GPU_CHUNK
 from megarl.parallel.vocab import CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU, padded_vocab
+from megarl.planning.parts import Part, Positions
 
 ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
@@ -59,10 +62,21 @@ def kept_by_norm(config: GPTConfig, shape: Shape, *, outputs: bool = True) -> fl
     return output + shape.hidden * shape.element + 4 / split
 
 
-def kept_by_layer(config: GPTConfig, shape: Shape, recompute: str) -> float:
-    """Return the bytes per token that one layer keeps from its forward to its backward pass."""
+def kept_by_layer(config: GPTConfig, shape: Shape, at: Positions, recompute: str) -> float:
+    """Return the bytes that one layer keeps from its forward to its backward pass over positions `at`."""
     if recompute == "full":
-        return shape.hidden * shape.element
+        return at.whole * shape.hidden * shape.element
+    total = at.tokens * _kept_per_token(config, shape, recompute)
+    total += at.bins * _kept_of_others(config, shape, at)
+    if config.position == "relative" and recompute != "selective":
+        total += at.tokens * at.time * shape.heads * _per_pair(shape)
+    if at.crosses:
+        total += at.bins * _kept_by_cross_attention(config, shape, at, recompute)
+    return total
+
+
+def _kept_per_token(config: GPTConfig, shape: Shape, recompute: str) -> float:
+    """Return the bytes per token that attention to the own sequence, the MLP and their norms keep."""
     if config.parallel_residual == "one_norm":
         either = _keeps_input(config, "linear_qkv") or _keeps_input(config, "linear_fc1")
         total = kept_by_norm(config, shape, outputs=either)
@@ -78,9 +92,44 @@ def kept_by_layer(config: GPTConfig, shape: Shape, recompute: str) -> float:
     return total
 
 
+def _per_pair(shape: Shape) -> int:
+    """Return the bytes that attention with relative positions keeps for a query, a key and a head: on a GPU their
+    values, which are added to the scores; on a CPU, which has no kernel for the gradient of these, the weights."""
+    return 4 if shape.on_cpu else shape.element
+
+
+def _kept_of_others(config: GPTConfig, shape: Shape, at: Positions) -> float:
+    """Return bytes per bin of the positions that a layer passes on: what is kept of its own is a view of all."""
+    width = shape.hidden * shape.element
+    if not _converts(config, shape):
+        return at.other * width
+    # The norm's input in float32 is a copy of the own positions; keys and values of the others need the tensor of all.
+    return (at.time + at.other) * width if at.crosses and _keeps_input(config, "linear_kv") else 0.0
+
+
+def _converts(config: GPTConfig, shape: Shape) -> bool:
+    """Return whether a norm keeps copies of its input instead of the input itself (`kept_by_norm`)."""
+    return shape.on_cpu and shape.element < 4 and config.normalization == "RMSNorm"
+
+
+def _kept_by_cross_attention(config: GPTConfig, shape: Shape, at: Positions, recompute: str) -> float:
+    """Return bytes per bin of the norm, queries, output and statistics of a decoder's positions, and of keys and values
+    of the encoder's."""
+    norm = kept_by_norm(config, shape, outputs=_keeps_input(config, "linear_q"))
+    statistics = 0.0 if recompute == "selective" else 4 * shape.heads
+    own = norm + 2 * shape.queries * shape.element + statistics
+    if config.hidden_dropout > 0:
+        own += shape.hidden  # a byte per element of a mask
+    return at.time * own + at.other * 2 * shape.keys * shape.element
+
+
 def _kept_by_attention(config: GPTConfig, shape: Shape, recompute: str) -> float:
     """Return bytes per token of the projection (whose slice is the values), queries, keys, output and statistics."""
     vectors = shape.queries + shape.keys
+    if config.position == "relative" and shape.on_cpu and recompute != "selective":
+        # Single operations in float32 keep copies of queries and keys, and the values, a slice of the projection.
+        copies = 2 * vectors if shape.element == 4 else vectors
+        return (copies + shape.keys) * 4 + shape.queries * shape.element
     # Queries of several groups are not contiguous in the projection, so they are copied.
     copied = config.num_kv_heads != config.num_attention_heads and shape.keys > config.head_dim
     elements = 2 * shape.queries + 2 * shape.keys  # the projection, and the output
@@ -101,7 +150,10 @@ def _kept_by_attention(config: GPTConfig, shape: Shape, recompute: str) -> float
 
 
 def _kept_by_mlp(config: GPTConfig, shape: Shape) -> float:
-    """Return bytes per token of the inputs of activation and second product; gated: halves, factors and product."""
+    """Return bytes per token of the inputs of activation and second product; gated: halves, factors and product. ReLU
+    keeps its output, which is that input."""
+    if config.activation_func is F.relu:
+        return shape.inner * shape.element
     widths = (4 if config.gated_linear_unit else 1) + _keeps_input(config, "linear_fc2")
     return widths * shape.inner * shape.element
 
@@ -165,12 +217,29 @@ def not_kept_by_first(config: GPTConfig, shape: Shape) -> float:
     return norms * kept_by_norm(config, shape, outputs=False) - shared
 
 
-def passing_forward(config: GPTConfig, shape: Shape, *, adapters: bool = True) -> float:
-    """Return the peak bytes per token during one layer's forward pass, when nothing is kept.
+def kept_besides_layers(config: GPTConfig, shape: Shape, part: Part, recompute: str) -> float:
+    """Return the bytes that the layers of an encoder-decoder's part share, and those of the norm after an encoder.
+
+    All layers read the buckets of distances, 8 bytes each, and the mask to the encoder. Masks within a part are needed
+    again where attention is recomputed.
+    """
+    if config.position != "relative" or not part.trained:
+        return 0.0
+    at = part.at
+    masked = (at.other if at.crosses else 0) + (at.time if recompute != "none" else 0)
+    total = 8.0 * at.time**2 + at.tokens * masked * shape.element
+    if part.is_last and recompute != "full":
+        total += at.tokens * kept_by_norm(config, shape, outputs=False)
+    return total
+
+
+def passing_forward(config: GPTConfig, shape: Shape, at: Positions, *, adapters: bool = True) -> float:
+    """Return the peak bytes during one layer's forward pass over positions `at`, when nothing is kept.
 
     Args:
         config: the model.
         shape: widths of a rank's slice.
+        at: the positions.
         adapters: whether the layer's adapters compute; they do not while they are merged into the weights.
     """
     wide = shape.element if not shape.on_cpu or shape.element == 4 else 4
@@ -184,20 +253,42 @@ def passing_forward(config: GPTConfig, shape: Shape, *, adapters: bool = True) -
         copies = 4 if config.adapter is not None and config.adapter.kind == "dora" else 3
         attention = max(attention, 2 * shape.hidden + gathered + copies * outputs.get("linear_qkv", 0.0))
         mlp = max(mlp, 7 * shape.hidden + gathered + copies * outputs.get("linear_fc1", 0.0))
-    return max(attention * shape.element, mlp * shape.element, norm)
+    pairs = _relative_values(config, shape, at, shape.element)
+    others = at.bins * at.other * 2 * shape.hidden * shape.element  # the embedding's output and the layer's input
+    if at.crosses:
+        others += at.bins * at.other * 2 * shape.keys * shape.element
+    if config.position == "relative":  # masks within and between the parts, and buckets of distances
+        squares = at.time**2 + at.other**2
+        others += at.bins * (squares + at.time * at.other) * shape.element + 8 * squares
+    return max(at.tokens * attention * shape.element + pairs, at.tokens * max(mlp * shape.element, norm)) + others
 
 
-def passing_backward(config: GPTConfig, shape: Shape) -> float:
-    """Return the peak bytes per token during one layer's backward pass, in addition to what is kept.
+def _relative_values(config: GPTConfig, shape: Shape, at: Positions, element: int) -> float:
+    """Return the bytes of one value for every query, key and head, of all bins and once of all distances; 0 without
+    relative positions."""
+    return (at.bins + 1) * at.time**2 * shape.heads * element if config.position == "relative" else 0.0
 
-    The peak is in the MLP: what a step allocates replaces what the next step had kept.
+
+def passing_backward(config: GPTConfig, shape: Shape, at: Positions, recompute: str) -> float:
+    """Return the peak bytes during one layer's backward pass over positions `at`, in addition to what is kept.
+
+    The peak is in the MLP: what a step allocates replaces what the next step had kept. With relative positions it may
+    be in attention, whose gradients have a value for every query, key and head, after what the MLP kept is freed.
     """
     gathered = shape.whole if shape.gathered else 0.0
     mlp = (2 if config.gated_linear_unit else 1) * shape.inner
     total = (shape.hidden + gathered + max(mlp, shape.queries)) * shape.element
     if config.adapter is not None and config.adapter.base_bits < 16 and shape.element < 4:
         total += 4 * shape.inner  # a quantised weight's input gradient is summed in float32
-    return total
+    total *= at.tokens
+    if config.position != "relative":
+        return total
+    gradients = (2 if shape.on_cpu else 1) * _relative_values(config, shape, at, _per_pair(shape))
+    if recompute == "selective":
+        gradients += _relative_values(config, shape, at, _per_pair(shape))
+    freed = at.tokens * (_kept_by_mlp(config, shape) + kept_by_norm(config, shape))
+    freed += at.bins * _kept_by_cross_attention(config, shape, at, recompute) if at.crosses else 0.0
+    return max(total, gradients - freed + at.tokens * (2 * shape.hidden + 2 * shape.queries) * shape.element)
 
 
 def dequantised_chunk(config: GPTConfig, shape: Shape) -> float:

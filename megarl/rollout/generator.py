@@ -169,8 +169,10 @@ class Generator:
         return None if self.config.encoder is None else self.config.encoder.start_id
 
     def _slot_bytes(self, length: int) -> int:
-        models = 1 if self.masking is None else 2
-        return models * KVCache.slot_bytes(self.config, len(self._layers), self.grid.layout.tp, length)
+        """Return the bytes of a slot on the ranks where it takes most, so that all have as many slots."""
+        models, layout = 1 if self.masking is None else 2, self.grid.layout
+        layers = KVCache.most_layers(self.config, layout.pp)
+        return models * KVCache.slot_bytes(self.config, layers, layout.tp, length)
 
     def close(self) -> None:
         """Free the KV cache and the CUDA graphs recorded over it."""
@@ -262,13 +264,13 @@ class Generator:
         longest = max((len(r.prompt) + r.sampling.max_new_tokens for r in requests), default=1)
         length, encoded = longest, 0
         if self._start_id is not None:
-            length = 1 + max((r.sampling.max_new_tokens for r in requests), default=1)
+            length = max((r.sampling.max_new_tokens for r in requests), default=1)  # the start token, not the last one
             encoded = max((len(r.prompt) for r in requests), default=1)
             longest = length + encoded
         per_group = max(1, -(-min(self.limits.slots, -(-len(requests) // dp)) // groups))
         if self.limits.cache_bytes is not None:
             self.check_length(longest)
-            per_group = min(per_group, self.limits.cache_bytes // max(self._slot_bytes(longest), 1) // groups)
+            per_group = min(per_group, self.limits.cache_bytes // self._slot_bytes(longest) // groups)
         needed = per_group * groups
         fits = (
             self.cache is not None

@@ -117,6 +117,9 @@ class Lane:
         self.under_way = True
         for slots in self.schedule.prefill(self.passes.prefill_tokens):
             self._prefill(slots)
+        for target, source in self.schedule.shared().items():
+            for cache in self.caches:
+                cache.copy_encoded(self.first + source, self.first + target)
         drawn = self._decode()
         if drawn is not None:
             self._send_drawn(drawn)
@@ -167,36 +170,19 @@ class Lane:
                 self._through_stage(models, tokens, view)
 
     def _encode(self, slots: list[int]) -> None:
-        """Read the prompts of slots with the encoder, each once, and store its keys and values in all their slots. A
-        prompt that a running response has is not read again."""
-        running = self.schedule.running
-        donors = {running[slot].prompt: slot for slot in range(self.schedule.rows) if slot not in self.schedule.fresh}
-        wanted: dict[tuple[int, ...], list[int]] = {}
-        for slot in slots:
-            wanted.setdefault(running[slot].prompt, []).append(slot)
-        fresh = [prompt for prompt in wanted if prompt not in donors]
-        if fresh:
-            device, longest = self.grid.device, max(map(len, fresh))
-            padded, ids = np.zeros((2, len(fresh), longest), np.int64)
-            for row, prompt in enumerate(fresh):
-                padded[row, : len(prompt)], ids[row, : len(prompt)] = prompt, 1
-            first = [wanted[prompt][0] for prompt in fresh]
-            where = torch.tensor([self.first + slot for slot in first], device=device)
-            positions = torch.arange(longest, device=device).expand(len(fresh), -1)
-            encoder = ModelInputs(
-                tokens=torch.tensor(padded, device=device),
-                positions=positions,
-                segment_ids=torch.tensor(ids, device=device),
-            )
-            for models, cache in self._models():
-                cache.encoded_lengths[where] = encoder.segment_ids.sum(dim=1)  # type: ignore[union-attr]
-                self._through_stage(models, padded[:, :0], CacheView(cache, where, positions[:, :0], None), encoder)
-            donors |= dict(zip(fresh, first, strict=True))
-        for prompt, into in wanted.items():
-            for slot in into:
-                if slot != donors[prompt]:
-                    for cache in self.caches:
-                        cache.copy_encoded(self.first + donors[prompt], self.first + slot)
+        """Read the prompts of slots with the encoder, and store the keys and values of its states in the cache."""
+        device, prompts = self.grid.device, [self.schedule.to_read(slot) for slot in slots]
+        longest = max(map(len, prompts))
+        padded, ids = np.zeros((2, len(prompts), longest), np.int64)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)], ids[row, : len(prompt)] = prompt, 1
+        where = torch.tensor([self.first + slot for slot in slots], device=device)
+        positions = torch.arange(longest, device=device).expand(len(prompts), -1)
+        segments = torch.tensor(ids, device=device)
+        encoder = ModelInputs(tokens=torch.tensor(padded, device=device), positions=positions, segment_ids=segments)
+        for models, cache in self._models():
+            cache.encoded_lengths[where] = segments.sum(dim=1)
+            self._through_stage(models, padded[:, :0], CacheView(cache, where, positions[:, :0], None), encoder)
 
     def _models(self) -> list[tuple[list[GPT], KVCache]]:
         """Return the chunks of the policy, and of the model that masks its tokens if there is one, with their
@@ -229,7 +215,7 @@ class Lane:
         static = passes.static
         if static is not None:
             tokens = torch.tensor(schedule.last_tokens, device=lengths.device)
-            return static.scores(tokens, lengths - 1, longest), None
+            return static.scores(tokens, lengths - 1, longest, self._longest_encoded()), None
         where = torch.arange(self.first, self.first + schedule.rows, device=lengths.device)
         even = longest == int(schedule.lengths.min())
         states = []

@@ -20,7 +20,8 @@ Decode = Callable[[Sequence[int]], str]
 class Schedule:
     """The slots 0 ... n-1 of one group. The first `rows` are in use, so that a decoding step needs no gather.
 
-    With an encoder-decoder, prompts are read whole by the encoder, and a sequence is the start token and the response.
+    With an encoder-decoder, prompts are read whole by the encoder, each once for all slots that have it at that time,
+    and a sequence is the start token and the response.
 
     A turn has two parts. First the prompts of `fresh` slots, all but their last token, are read into the cache. Then
     one decoding step gives every slot in use its next token; for a fresh slot its input is the last token of the
@@ -94,10 +95,12 @@ class Schedule:
         """Yield the fresh slots whose prompt must be read, in batches of at most `budget` padded tokens (or of one
         slot).
 
-        They are sorted by length, so that a batch has little padding.
+        They are sorted by length, so that a batch has little padding. Slots that share a prompt that is read already
+        (`shared`) are left out.
         """
         chunk: list[int] = []
-        for slot in sorted(self.fresh, key=lambda slot: (len(self.to_read(slot)), slot)):
+        unread = set(self.fresh) - self.shared().keys()
+        for slot in sorted(unread, key=lambda slot: (len(self.to_read(slot)), slot)):
             length = len(self.to_read(slot))  # the longest so far, as they are sorted
             if length == 0:
                 continue
@@ -108,6 +111,19 @@ class Schedule:
             chunk.append(slot)
         if chunk:
             yield chunk
+
+    def shared(self) -> dict[int, int]:
+        """Return the fresh slots of an encoder-decoder whose prompt is not read once more, each with the slot that has
+        it: that of a running response, or another fresh one. Of other models, every slot reads its prompt."""
+        if self.start_id is None:
+            return {}
+        fresh, found = set(self.fresh), {}
+        readers: dict[tuple[int, ...], int] = {}
+        for slot in sorted(range(self.rows), key=fresh.__contains__):  # running responses come first
+            reader = readers.setdefault(self.running[slot].prompt, slot)
+            if slot in fresh and reader != slot:
+                found[slot] = reader
+        return found
 
     def to_read(self, slot: int) -> tuple[int, ...]:
         """Return the tokens of a fresh slot's prompt that are read before the first decoding step."""
