@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from megarl.models.config import GPTConfig
 from megarl.models.kernels import kernels
 from megarl.models.rotary import Rotation, rotate
 from megarl.parallel.device import device_settings
+from megarl.parallel.shards import sharded_tensor
 
 log = get_logger(__name__)
 _logged: set[tuple[object, ...]] = set()
@@ -172,7 +174,7 @@ class SelfAttention(Attention):
     def __init__(self, config: GPTConfig, layer_number: int, groups: ProcessGroupCollection) -> None:
         super().__init__(config)
         self.layer_number = layer_number
-        self.tp_group = groups.tp
+        self.groups, self.tp_group = groups, groups.tp
         tp = groups.tp.size()
         parts = kernels(config.kernels)
         self.queries_per_kv = config.num_attention_heads // config.num_kv_heads
@@ -227,6 +229,15 @@ class SelfAttention(Attention):
         mixed = self.attend(query, key, value, context.mask, context.relative)
         output: Tensor = self.linear_proj(mixed)[0]  # the bias is added already
         return output
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> Any:
+        """Return Megatron's description of this rank's weights, in which a table of relative positions is split by
+        heads: Megatron itself knows only how the weights of its layers are split."""
+        found, table = super().sharded_state_dict(prefix, *args, **kwargs), getattr(self, "relative_positions", None)
+        if table is not None:
+            key = f"{prefix}relative_positions"
+            found[key] = sharded_tensor(key, table, self.groups)
+        return found
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of this rank's heads, each [time, batch, heads, head_dim]."""

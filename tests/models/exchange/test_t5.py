@@ -55,6 +55,21 @@ def test_a_configuration_goes_out_and_comes_back(name: str, kind: str) -> None:
         assert shape_of(family.model_config(family.hf_config(model, VOCAB))) == shape_of(model)
 
 
+@pytest.mark.parametrize(
+    ("ids", "start"),
+    [
+        ({"decoder_start_token_id": 0, "pad_token_id": 7}, 0),
+        ({"decoder_start_token_id": 3, "pad_token_id": 0}, 3),
+        ({"decoder_start_token_id": None, "pad_token_id": 7}, 7),
+        ({"decoder_start_token_id": None, "pad_token_id": None}, 0),
+    ],
+)
+def test_the_start_token_is_its_own_or_padding(ids: dict[str, Any], start: int) -> None:
+    model = FAMILIES["t5"].model_config(make("T5 1.0").config.to_dict() | ids)
+    assert model.encoder is not None
+    assert model.encoder.start_id == start
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, T5ForConditionalGeneration]]:
     """Folder and model of every kind."""

@@ -11,6 +11,8 @@ ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gated-g
 LONGEST = 16384
 """Context length of prompt and response together, unless config.json has our key for it. Relative positions have no
 limit."""
+_STARTS = ("decoder_start_token_id", "pad_token_id")
+"""Keys of the start token, the first that is there."""
 IGNORED = {
     r"(encoder|decoder)\.embed_tokens\.weight": "the shared embedding once more",
     r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight": "never read",
@@ -78,7 +80,7 @@ def read(config: Json) -> ModelConfig:
             num_layers=config["num_layers"],
             buckets=config.get("relative_attention_num_buckets", 32),
             longest_distance=config.get("relative_attention_max_distance", 128),
-            start_id=config.get("decoder_start_token_id") or config.get("pad_token_id") or 0,
+            start_id=next((config[key] for key in _STARTS if config.get(key) is not None), 0),
             # Transformers 4 scales where embeddings are tied; 5 writes them as tied always, and whether it scales.
             scale_outputs=bool(config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))),
         ),
