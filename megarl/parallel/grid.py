@@ -17,6 +17,7 @@ from megarl.config.trees import Tree
 from megarl.errors import ConfigError, MegarlError
 from megarl.parallel import cpu
 from megarl.parallel.layout import Layout
+from megarl.parallel.megatron_versions import check_newer
 from megarl.parallel.meeting import Seat, join
 
 SEEDS = 2**63
@@ -25,6 +26,7 @@ SEEDS = 2**63
 
 def start_world(timeout_s: float = 1800.0) -> torch.device:
     """Join the process group that the environment describes (else a world of one). Returns this rank's device."""
+    check_newer()
     if cpu.needed():
         cpu.install()
         device = torch.device("cpu")
