@@ -1,7 +1,7 @@
 """Adapter that lets megatron-core run without CUDA.
 
-It is switched on once per process. It refuses to run beside a GPU. The names that it replaces are in
-`megatron_versions.NAMES`. Nothing here changes the behaviour on a GPU. Each patch names the line of Megatron that needs it.
+It is switched on once per process. It refuses to run beside a GPU. Nothing here changes the behaviour on a GPU. Each
+patch names the line of Megatron that needs it, and `megatron_versions.NAMES` lists the private names that are replaced.
 """
 
 import logging

@@ -17,8 +17,8 @@ from megarl.config.trees import Tree
 from megarl.errors import ConfigError, MegarlError
 from megarl.parallel import cpu
 from megarl.parallel.layout import Layout
-from megarl.parallel.megatron_versions import check_newer
 from megarl.parallel.meeting import Seat, join
+from megarl.parallel.megatron_versions import check_newer
 
 SEEDS = 2**63
 """Torch's generators take all seeds below this. Seeds derived from the run's are reduced modulo it."""

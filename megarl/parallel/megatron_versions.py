@@ -7,6 +7,7 @@ torch nor Megatron.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -50,12 +51,19 @@ log = get_logger(__name__)
 def installed() -> str | None:
     """Return the installed release, or None if no package of this name is installed.
 
-    The package's own `__version__` ends with the commit of whatever Git repository the environment lies in.
+    From 0.18 on, the package's own `__version__` ends with the commit of whatever Git repository it lies in.
     """
     try:
         return version(PACKAGE)
     except PackageNotFoundError:
         return None
+
+
+def engine() -> str:
+    """Return the releases of Megatron and torch that compute in this process, in words."""
+    import torch
+
+    return f"{PACKAGE} {installed() or 'of unknown release'}, torch {torch.__version__}"
 
 
 def refuse_unusable() -> None:
@@ -99,6 +107,16 @@ def check_newer() -> None:
 def missing_names() -> list[str]:
     """Return which of NAMES the installed release does not have."""
     return [f"{module}.{name}" for module, names in NAMES.items() for name in names if not _has(module, name)]
+
+
+def hide_notices() -> None:
+    """Hide what Megatron's DDP says, from 0.18 on, to programs that let it compute the layout of its buffers. A layout
+    that is passed to it would be the same."""
+    logging.getLogger("megatron.core.distributed.distributed_data_parallel").addFilter(_not_of_layouts)
+
+
+def _not_of_layouts(record: logging.LogRecord) -> bool:
+    return "full_param_layout not provided" not in record.getMessage()
 
 
 def plan_copies(source: Any, target: Any) -> Any:
