@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megarl.parallel.megatron_versions import NEWEST, installed
-from tests.e2e.runs import SMALL, WALKS, assert_same_bits, final_tensors, metrics
+from tests.e2e.runs import SMALL, WALKS, assert_same_bits, final_tensors
+from tests.fakes.runs import SIX, after_three_steps, course
 from tests.gates.environments import ROOT, run
 
 pytestmark = [pytest.mark.gate, pytest.mark.timeout(3600)]
@@ -65,10 +66,10 @@ def test_ppo_logs_the_same_numbers_with_both(layout: list[str], mcore_python: Pa
 def test_a_run_goes_on_with_the_other_bit_for_bit(first: str, then: str, mcore_python: Path, tmp_path: Path) -> None:
     """With dropout, whose generators are in the checkpoint."""
     pythons = {"here": Path(sys.executable), "newest": mcore_python}
-    settings = [*SMALL, "model.dropout=0.1", "optim.schedule=constant", "checkpoint.save_last=true"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    megarl(pythons[first], "train_sft", *settings, "trainer.max_steps=6", f"run.dir={whole}")
-    megarl(pythons[first], "train_sft", *settings, "trainer.max_steps=3", f"run.dir={cut}")
-    megarl(pythons[then], "train_sft", *settings, "trainer.max_steps=6", f"run.dir={cut}")
-    assert metrics(cut, "train/loss", "train/grad_norm") == metrics(whole, "train/loss", "train/grad_norm")
-    assert_same_bits(final_tensors(cut), final_tensors(whole))
+    settings = [*SMALL, *SIX, "model.dropout=0.1"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    megarl(pythons[first], "train_sft", *settings, f"run.dir={whole}")
+    megarl(pythons[then], "train_sft", *settings, f"run.dir={resumed}", f"run.resume={after_three_steps(whole)}")
+    assert len(course(whole)) == 12
+    assert course(resumed) == course(whole)[6:]
+    assert_same_bits(final_tensors(resumed), final_tensors(whole))
