@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from megarl.parallel.megatron_versions import NEWEST, installed
+from megarl.parallel.megatron_versions import NEWEST, OLDEST, installed
 from tests.e2e.runs import SMALL, WALKS, assert_same_bits, final_tensors
 from tests.fakes.runs import SIX, after_three_steps, course
-from tests.gates.environments import ROOT, run
+from tests.gates.environments import ROOT, make_environment_of, resolved, run
 
 pytestmark = [pytest.mark.gate, pytest.mark.timeout(3600)]
 
@@ -19,6 +20,7 @@ FLOORS = {
     "exchange": ["tests/models"],
     "rollout": ["tests/rollout"],
 }
+OF_PYTHON = {"3.10": OLDEST, "3.11": OLDEST, "3.12": NEWEST, "3.13": NEWEST}
 OF_TIME = "perf/"  # what differs from run to run
 two_releases = pytest.mark.skipif(installed() == NEWEST, reason=f"this environment has megatron-core {NEWEST} itself")
 
@@ -41,6 +43,12 @@ def test_the_environment_has_the_newest_release(mcore_python: Path) -> None:
     said = run(mcore_python, "-m", "megarl.selftest", "steps=1", cwd=ROOT, timeout=600, PYTHONPATH=str(ROOT)).stdout
     assert f"engine: megatron-core {NEWEST}, torch" in said
     assert "the layout gives the same numbers" in said
+
+
+@pytest.mark.parametrize(("version", "release"), OF_PYTHON.items())
+def test_pip_takes_the_newest_release_that_the_python_can_have(version: str, release: str, tmp_path: Path) -> None:
+    python = make_environment_of(version, tmp_path / "venv", {"torch": torch.__version__.partition("+")[0]})
+    assert resolved(python, ROOT, without=["PIP_CONSTRAINT"])["megatron-core"] == release
 
 
 @pytest.mark.parametrize("floor", FLOORS)
