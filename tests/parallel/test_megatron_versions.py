@@ -94,6 +94,22 @@ def test_a_newer_release_without_a_name_that_megarl_touches_is_refused(
         versions.check_newer()
 
 
+def test_slices_are_received_in_place_from_0_17_on(pretend: Pretend) -> None:
+    for release, in_place in (("0.16.1", False), ("0.17.0", True), ("0.19.2", True)):
+        pretend(release)
+        assert versions.receives_in_place() is in_place
+
+
+def test_megatrons_notice_of_layouts_is_hidden_and_its_warnings_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    from megatron.core.distributed import distributed_data_parallel as ddp
+
+    versions.hide_notices()
+    versions.hide_notices()
+    ddp.logger.warning("full_param_layout not provided with use_distributed_optimizer=True")
+    ddp.logger.warning("something else")
+    assert caplog.messages == ["something else"]
+
+
 def test_a_program_ends_in_one_line_where_megatron_is_too_old(tmp_path: Path) -> None:
     """The import of the folder that imports Megatron refuses it, before Megatron's own imports can fail."""
     info = tmp_path / "megatron_core-0.15.3.dist-info"
