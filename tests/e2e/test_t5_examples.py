@@ -21,7 +21,7 @@ def module_of(example: str) -> SimpleNamespace:
 
 def test_a_t5_clones_summaries_and_is_trained_by_the_reward(worlds: Worlds, tmp_path: Path) -> None:
     entry, words = words_of(EXAMPLES / "t5_summaries" / "ppo.sh", tmp_path)
-    shorter = ["clone.steps=4", "trainer.max_phases=1", "ppo.rollouts=32", "ppo.inner_epochs=1", "data.eval_limit=8"]
+    shorter = ["clone.steps=4", "trainer.max_phases=1", "ppo.rollouts=32", "ppo.inner_epochs=1"]
     worlds.run(1, run_step, tmp_path, entry, [*words, *shorter, "trainer.eval_every=1", "rollout.max_new_tokens=8"])
     run = tmp_path / "runs" / "t5_summaries"
     assert len(metrics(run, "policy/loss", "value/loss")) == 1
@@ -30,7 +30,7 @@ def test_a_t5_clones_summaries_and_is_trained_by_the_reward(worlds: Worlds, tmp_
 
 def test_a_t5_learns_values_of_rated_answers_and_is_evaluated_with_each_beta(worlds: Worlds, tmp_path: Path) -> None:
     entry, words = words_of(EXAMPLES / "t5_sentiment" / "ilql.sh", tmp_path)
-    shorter = ["trainer.max_steps=6", "trainer.eval_every=6", "eval.n=1", "data.eval_limit=4"]
+    shorter = ["trainer.max_steps=6", "trainer.eval_every=6", "eval.n=1"]
     worlds.run(1, run_step, tmp_path, entry, [*words, *shorter, "rollout.max_new_tokens=8"])
     run = tmp_path / "runs" / "t5_sentiment"
     losses = metrics(run, "train/loss", "train/loss_q")
