@@ -9,6 +9,6 @@ exec "${PYTHON:-python}" -m megarl.train_ppo \
     "data.train=['$here/tasks.py:reports']" "data.eval=['$here/tasks.py:held_out_reports']" \
     "clone.data=['$here/tasks.py:mixed_summaries']" clone.steps=500 clone.lr=2e-3 \
     "reward.fn='$here/tasks.py:overlap'" rollout.max_new_tokens=24 ppo.rollouts=128 ppo.inner_epochs=2 \
-    ppo.kl_coef=0.02 optim.lr=3e-4 optim.schedule=constant optim.warmup_steps=0 \
+    ppo.kl_coef=0.02 optim.lr=5e-4 optim.schedule=constant optim.warmup_steps=0 \
     trainer.global_batch_size=32 trainer.micro_batch_size=32 trainer.max_phases=20 trainer.eval_every=5 \
     run.dir=runs/t5_summaries "$@"

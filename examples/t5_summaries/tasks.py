@@ -1,6 +1,6 @@
-"""Short reports with one sentence that matters, their summaries, and how much of a summary's words a response has.
+"""Short reports with one sentence that matters, their summaries, and how much of a summary a response has.
 
-    clone.data=[examples/t5_summaries/tasks.py:mixed_summaries]   # summaries, half of which are of other sentences
+    clone.data=[examples/t5_summaries/tasks.py:mixed_summaries]   # summaries of any of a report's sentences
     data.train=[examples/t5_summaries/tasks.py:reports]           # reports with the summary that is wanted
     reward.fn=examples/t5_summaries/tasks.py:overlap              # from 0 to 1
 
@@ -17,16 +17,20 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 PLACES = ("Bern", "Cork", "Lima", "Oslo", "Rome", "Turku")
-EVENTS = {
+MISFORTUNES = {
     "the river rose": "flood",
     "a bridge fell": "collapse",
     "the mill burned": "fire",
-    "the trains stood still": "strike",
-    "the mayor won": "election",
     "snow closed the road": "blizzard",
 }
-"""What happened, with the word for it in a summary."""
-MARK = "Above all, "
+"""What matters, with the word for it in a summary."""
+OTHERS = {
+    "the mayor won": "election",
+    "the choir sang": "concert",
+    "a market opened": "market",
+    "the team played": "match",
+}
+"""What else happened."""
 SENTENCES = 3
 REPORTS = 400
 HELD_OUT = 48
@@ -49,12 +53,11 @@ def held_out_reports() -> list[dict[str, str]]:
 
 
 def mixed_summaries() -> list[dict[str, str]]:
-    """Return the reports of `reports` four times: twice with the summary that is wanted, and once with that of each
-    other sentence."""
+    """Return the reports of `reports` once for each of their sentences, with the summary of that sentence."""
     return [
         {"prompt": report["prompt"], "completion": summary}
         for report in _reports()[HELD_OUT:]
-        for summary in (report["summaries"][0], *report["summaries"])
+        for summary in report["summaries"]
     ]
 
 
@@ -65,15 +68,13 @@ def _reports() -> list[dict[str, list[str] | str]]:
 
 
 def _report(draw: random.Random) -> dict[str, list[str] | str]:
-    """Return a report about different places and events, in which one sentence begins with `MARK`."""
-    events = list(zip(draw.sample(PLACES, SENTENCES), draw.sample(list(EVENTS), SENTENCES), strict=True))
-    sentences = [f"in {place} {event}." for place, event in events]
-    sentences = [MARK + sentences[0], *(sentence[0].upper() + sentence[1:] for sentence in sentences[1:])]
+    """Return a report of a misfortune and other events, each in another place."""
+    told = [draw.choice(list(MISFORTUNES)), *draw.sample(list(OTHERS), SENTENCES - 1)]
+    words = MISFORTUNES | OTHERS
+    events = list(zip(draw.sample(PLACES, SENTENCES), told, strict=True))
+    sentences = [f"In {place} {event}." for place, event in events]
     draw.shuffle(sentences)
-    return {
-        "prompt": " ".join(sentences),
-        "summaries": [f"{EVENTS[event]} in {place}" for place, event in events],
-    }
+    return {"prompt": " ".join(sentences), "summaries": [f"{words[event]} in {place}" for place, event in events]}
 
 
 def _overlap(output: str, wanted: str) -> float:

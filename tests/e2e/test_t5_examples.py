@@ -54,12 +54,13 @@ def test_overlap_is_the_mean_of_rouge_1_and_rouge_2(output: str, expected: float
     assert found == pytest.approx(expected)
 
 
-def test_the_wanted_summary_is_of_the_sentence_that_is_marked() -> None:
+def test_the_wanted_summary_is_of_the_only_misfortune() -> None:
     tasks = module_of("t5_summaries/tasks.py")
     for report in tasks.reports():
         event, place = report["summary"].split(" in ")
-        (told,) = (sentence for sentence, word in tasks.EVENTS.items() if word == event)
-        assert f"{tasks.MARK}in {place} {told}." in report["prompt"]
+        (told,) = (sentence for sentence in tasks.MISFORTUNES if sentence in report["prompt"])
+        assert tasks.MISFORTUNES[told] == event
+        assert f"In {place} {told}." in report["prompt"]
 
 
 def test_held_out_reports_are_not_learned_from() -> None:
@@ -68,8 +69,8 @@ def test_held_out_reports_are_not_learned_from() -> None:
     assert not learned & {report["prompt"] for report in tasks.held_out_reports()}
 
 
-def test_half_of_the_summaries_to_clone_are_the_wanted_ones() -> None:
+def test_a_third_of_the_summaries_to_clone_are_the_wanted_ones() -> None:
     tasks = module_of("t5_summaries/tasks.py")
     wanted = {report["prompt"]: report["summary"] for report in tasks.reports()}
     cloned = tasks.mixed_summaries()
-    assert sum(wanted[record["prompt"]] == record["completion"] for record in cloned) == len(cloned) / 2
+    assert sum(wanted[record["prompt"]] == record["completion"] for record in cloned) == len(cloned) / 3
