@@ -48,8 +48,10 @@ def reports() -> list[dict[str, str]]:
 
 
 def held_out_reports() -> list[dict[str, str]]:
-    """Return other reports."""
-    return [{"prompt": report["prompt"], "summary": report["summaries"][0]} for report in _reports()[:HELD_OUT]]
+    """Return other reports; those that happen to be among `reports`, too, are left out."""
+    learned = {report["prompt"] for report in reports()}
+    held_out = [report for report in _reports()[:HELD_OUT] if report["prompt"] not in learned]
+    return [{"prompt": report["prompt"], "summary": report["summaries"][0]} for report in held_out]
 
 
 def mixed_summaries() -> list[dict[str, str]]:
