@@ -28,8 +28,8 @@ Function = Callable[..., Any]
 class Trainer:
     """A trained model, with the methods that trlX's README shows."""
 
-    def __init__(self, trained: Trained) -> None:
-        self.trained = trained
+    def __init__(self, trained: Trained, *, has_encoder: bool = False) -> None:
+        self.trained, self.has_encoder = trained, has_encoder
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -55,11 +55,11 @@ class Trainer:
         rows = rows[None] if rows.dim() == 1 else rows
         mask = torch.ones_like(rows) if attention_mask is None else torch.as_tensor(attention_mask).reshape(rows.shape)
         prompts = [row[kept.bool()].tolist() for row, kept in zip(rows, mask, strict=True)]
-        encoder = self.trained.config.model.encoder
-        config = self.trained.settings("generate", sampling(kwargs, rows.shape[1] if encoder is None else 1))
+        config = self.trained.settings("generate", sampling(kwargs, 1 if self.has_encoder else rows.shape[1]))
         with open_generator(config) as (generator, tokenizer, _):
             requests = repeat([tuple(prompt) for prompt in prompts], 1, sampling_from(config.rollout))
             rollouts = generator.generate(requests, stream=EVALUATION)
+            encoder = generator.config.encoder
             befores = prompts if encoder is None else [[encoder.start_id]] * len(prompts)
             whole = [torch.tensor([*before, *one.response]) for before, one in zip(befores, rollouts, strict=True)]
             padding = tokenizer.eos_id if encoder is None else tokenizer.pad_id
@@ -124,7 +124,7 @@ def train(
         config=tree,
         **evaluates,
     )
-    return Trainer(trained)
+    return Trainer(trained, has_encoder=config.model.model_arch_type == SEQ2SEQ)
 
 
 def _check_architecture(config: TRLConfig, tree: Any) -> None:
