@@ -88,7 +88,7 @@ def flops_of_parts(
 
     def of_part(index: int, name: str) -> tuple[float, float]:
         count, with_gradients = layers[index]
-        factors = 0.0 if adapter is None else _of_factors(model, adapter, name, prompt, response)
+        factors = 0.0 if adapter is None else flops_of_factors(model, adapter, name, prompt, response)
         forward = count * (weights[index] + attention[index]) + with_gradients * factors + output[index]
         backward = with_gradients * (of_weights * weights[index] + 2 * (attention[index] + factors))
         return float(forward), float(forward + backward + of_weights * output[index])
@@ -96,7 +96,7 @@ def flops_of_parts(
     return of_part(0, "encoder"), of_part(1, "decoder")
 
 
-def _of_factors(model: ModelConfig, adapter: AdapterSpec, part: str, prompt: float, response: float) -> float:
+def flops_of_factors(model: ModelConfig, adapter: AdapterSpec, part: str, prompt: float, response: float) -> float:
     """Return the operations of a forward pass of the adapters in a layer of the encoder or decoder."""
     total = 0.0
     for name, parts in adapter.parts.items():
