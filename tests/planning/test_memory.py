@@ -150,7 +150,7 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
     "t5-lora-generates": (
         "generate",
         generated,
-        with_adapter(describe(Layout(), T5, rollouts=32, length=384, loss_tokens=128)),
+        with_adapter(describe(Layout(), T5, rollouts=32, length=384, loss_tokens=128, precision="bf16")),
     ),
     "t5-pp2-scores": ("score", scored, describe(Layout(pp=2), T5, rollouts=8, loss_tokens=192, precision="bf16")),
 }
