@@ -22,6 +22,7 @@ from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
 from megarl.models.kernels import kernels
 from megarl.models.layer import Layer
+from megarl.parallel.initialise import Std
 from megarl.parallel.rows import ModelInputs
 
 
@@ -247,3 +248,30 @@ def _share(time: int, config: GPTConfig) -> int:
 def with_start(inputs: ModelInputs, start: int) -> ModelInputs:
     """Return the inputs with the start token where a row of the decoder begins."""
     return replace(inputs, tokens=inputs.tokens.masked_fill(inputs.positions == 0, start))
+
+
+def initial_std(name: str, config: GPTConfig) -> Std:
+    """Return the standard deviation of a weight's initial values, as T5 starts.
+
+    Each weight has that of a layer whose outputs are as large as its inputs. Queries have less, by the root of a head's
+    width, as scores are not divided by it. States are as large as the embeddings, 1, until the output layer, whose
+    logits begin as large.
+    """
+    assert config.encoder is not None
+    inputs = config.hidden_size
+    output = 1.0 if config.encoder.scale_outputs else inputs**-0.5
+    if name.startswith("embedding."):
+        return output if config.tie_embeddings else 1.0
+    if name.startswith("output_layer."):
+        return output
+    narrow = float((inputs * config.head_dim) ** -0.5)
+    if name.endswith("linear_q.weight"):
+        return narrow
+    if name.endswith("linear_qkv.weight"):  # by head: its query, its key, its value
+        parts = torch.tensor([narrow, inputs**-0.5, inputs**-0.5]).repeat_interleave(config.head_dim)
+        return parts.repeat(config.num_attention_heads)[:, None]
+    if name.endswith("linear_proj.weight"):
+        inputs = config.head_dim * config.num_attention_heads
+    elif name.endswith("linear_fc2.weight"):
+        inputs = config.ffn_hidden_size
+    return float(inputs**-0.5)

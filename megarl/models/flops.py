@@ -75,25 +75,29 @@ def flops_of_parts(
     """Return what `encoder_decoder_flops` does for the encoder, and for the decoder with the output layer."""
     width = model.num_heads * _head_dim(model)
     crossed = cross_weights(model)
-    weights = (
-        prompt * _PER_WEIGHT * layer_weights(model),
-        _PER_WEIGHT * (response * (layer_weights(model) + crossed) + prompt * crossed),
-    )
-    attention = (4 * width * prompt * prompt, 4 * width * response * (mean_keys(response) + prompt))
-    output = (0.0, response * _PER_WEIGHT * model.hidden_size * vocab_size)
+    weights = {
+        "encoder": prompt * _PER_WEIGHT * layer_weights(model),
+        "decoder": _PER_WEIGHT * (response * (layer_weights(model) + crossed) + prompt * crossed),
+    }
+    attention = {
+        "encoder": 4 * width * prompt * prompt,
+        "decoder": 4 * width * response * (mean_keys(response) + prompt),
+    }
+    output = response * _PER_WEIGHT * model.hidden_size * vocab_size
     trained = layers_with_gradients(model, adapter)
+    per_product = 2 if adapter is None else 1  # products of the backward pass: frozen weights need no gradients
     of_decoder = min(trained, model.num_layers)
-    layers = ((model.encoder_layers, trained - of_decoder), (model.num_layers, of_decoder))
-    of_weights = 2 if adapter is None else 1  # products of a backward pass for each of a forward pass
 
-    def of_part(index: int, name: str) -> tuple[float, float]:
-        count, with_gradients = layers[index]
-        factors = 0.0 if adapter is None else flops_of_factors(model, adapter, name, prompt, response)
-        forward = count * (weights[index] + attention[index]) + with_gradients * factors + output[index]
-        backward = with_gradients * (of_weights * weights[index] + 2 * (attention[index] + factors))
-        return float(forward), float(forward + backward + of_weights * output[index])
+    def of_part(part: str, layers: int, with_gradients: int, last: float) -> tuple[float, float]:
+        factors = 0.0 if adapter is None else flops_of_factors(model, adapter, part, prompt, response)
+        forward = layers * (weights[part] + attention[part]) + with_gradients * factors + last
+        backward = with_gradients * (per_product * weights[part] + 2 * (attention[part] + factors)) + per_product * last
+        return float(forward), float(forward + backward)
 
-    return of_part(0, "encoder"), of_part(1, "decoder")
+    return (
+        of_part("encoder", model.encoder_layers, trained - of_decoder, 0.0),
+        of_part("decoder", model.num_layers, of_decoder, output),
+    )
 
 
 def flops_of_factors(model: ModelConfig, adapter: AdapterSpec, part: str, prompt: float, response: float) -> float:

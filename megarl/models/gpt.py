@@ -29,7 +29,7 @@ from megarl.models.adapters import attach, fill, quantised_linears
 from megarl.models.attention import Context, attention_mask
 from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
-from megarl.models.encoder_decoder import Spans, layer_of, spans, with_start
+from megarl.models.encoder_decoder import Spans, initial_std, layer_of, spans, with_start
 from megarl.models.heads import (
     HEADS,
     QHeads,
@@ -45,7 +45,7 @@ from megarl.models.linear import pad_for_products, product
 from megarl.models.rotary import rotation
 from megarl.parallel.choices import Choices
 from megarl.parallel.grid import Grid
-from megarl.parallel.initialise import draw, initialise, is_sharded
+from megarl.parallel.initialise import Std, draw, initialise, is_sharded
 from megarl.parallel.rows import ModelInputs
 from megarl.parallel.shards import sharded_tensor
 from megarl.parallel.vocab import VocabShard, VocabStats, padded_vocab, vocab_stats
@@ -398,13 +398,13 @@ class GPT(LanguageModule):
 
     def initialise(self, grid: Grid, seed: int, loaded: Container[str] = (), head_std: float | None = None) -> None:
         """Initialise weights as GPT-2 does: normal with `init_std`, scaled down by depth where they feed the residual
-        stream. Heads have a standard deviation of their own, or `head_std`.
+        stream. Those of an encoder-decoder start as T5's. Heads have a standard deviation of their own, or `head_std`.
 
         `loaded` are names that will be read from files and need no random values.
         """
         deep = self.config.init_std / (2 * self.config.num_layers) ** 0.5
 
-        def std(name: str, parameter: nn.Parameter) -> float | None:
+        def std(name: str, parameter: nn.Parameter) -> Std | None:
             if "norm" in name:
                 return None
             if name.endswith(".bias"):
@@ -414,6 +414,8 @@ class GPT(LanguageModule):
                 return linear_std(parameter, tp=grid.layout.tp if is_sharded(parameter) else 1) if down else 0.0
             if head := head_of(name):
                 return head.std(parameter) if head_std is None else head_std
+            if self.config.encoder is not None:
+                return initial_std(name, self.config)
             return deep if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else self.config.init_std
 
         for name, linear in quantised_linears(self):

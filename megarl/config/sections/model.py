@@ -184,7 +184,8 @@ class ModelConfig(Section):
     init_std: float = leaf(
         0.02,
         "Standard deviation of random initial weights. Output projections of attention and MLP get this divided by "
-        "sqrt(2 * model.num_layers); value and Q heads start like torch's linear layers.",
+        "sqrt(2 * model.num_layers); value and Q heads start like torch's linear layers. With model.encoder, weights "
+        "start as T5's do, by the width of their inputs, and other values than 0.02 are refused.",
         above=0,
     )
     num_layers_unfrozen: int = leaf(
@@ -303,6 +304,7 @@ class ModelConfig(Section):
             "parallel_residual": "none",
             "qk_norm": False,
             "sliding_window": None,
+            "init_std": 0.02,
         }
         for name, value in only.items():
             found = getattr(self, name)
