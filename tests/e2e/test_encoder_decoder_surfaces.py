@@ -257,7 +257,7 @@ def stepped(folder: Path, run_dir: Path, *more: str) -> dict[str, Any]:
         found["logprobs"] = rows["old_logprobs"]
         session.advantages(rows, [1.0])
         session.end_phase()
-        greedy = [session.sample(["abc", list(b"abc") + [257]], 1, temperature=0.0) for _ in range(1)][0]
+        greedy = next(session.sample(["abc", [*list(b"abc"), 257]], 1, temperature=0.0) for _ in range(1))
         found["greedy"] = [each.response for each in greedy]
         found["text"] = session.text(greedy[0])
         session.save_pretrained(run_dir.parent / "exported")
