@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -34,6 +34,8 @@ from megarl.inputs import Asked, Inputs, asked_for, default_config
 from megarl.run.workers import Workers, started
 
 if TYPE_CHECKING:
+    from typing import Self, Unpack  # from Python 3.11 on
+
     from torch import Tensor
 
     from megarl.data.prompts import Prompt

@@ -253,9 +253,9 @@ def with_start(inputs: ModelInputs, start: int) -> ModelInputs:
 def initial_std(name: str, config: GPTConfig) -> Std:
     """Return the standard deviation of a weight's initial values, as T5 starts.
 
-    Each weight has that of a layer whose outputs are as large as its inputs, queries less by the root of a head's width,
-    as scores are not divided by it. States are as large as the embeddings, 1, until the output layer, whose logits begin
-    as large, too.
+    Each weight has that of a layer whose outputs are as large as its inputs. Queries have less, by the root of a head's
+    width, as scores are not divided by it. States are as large as the embeddings, 1, until the output layer, whose
+    logits begin as large.
     """
     assert config.encoder is not None
     inputs = config.hidden_size

@@ -89,7 +89,7 @@ def flops_of_parts(
     of_decoder = min(trained, model.num_layers)
 
     def of_part(part: str, layers: int, with_gradients: int, last: float) -> tuple[float, float]:
-        factors = 0.0 if adapter is None else _of_factors(model, adapter, part, prompt, response)
+        factors = 0.0 if adapter is None else flops_of_factors(model, adapter, part, prompt, response)
         forward = layers * (weights[part] + attention[part]) + with_gradients * factors + last
         backward = with_gradients * (per_product * weights[part] + 2 * (attention[part] + factors)) + per_product * last
         return float(forward), float(forward + backward)
@@ -100,7 +100,7 @@ def flops_of_parts(
     )
 
 
-def _of_factors(model: ModelConfig, adapter: AdapterSpec, part: str, prompt: float, response: float) -> float:
+def flops_of_factors(model: ModelConfig, adapter: AdapterSpec, part: str, prompt: float, response: float) -> float:
     """Return the operations of a forward pass of the adapters in a layer of the encoder or decoder."""
     total = 0.0
     for name, parts in adapter.parts.items():

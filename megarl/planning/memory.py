@@ -206,13 +206,17 @@ def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) 
     layers = sum(part.trained * act.kept_by_layer(config, shape, part.at, recompute) for part in parts)
     layers += sum(act.kept_besides_layers(config, shape, part, recompute) for part in parts)
     if work.adapter is not None and recompute != "full" and stage == 0 and trained:
-        layers -= tokens * act.not_kept_by_first(config, shape)
+        layers -= act.not_kept_by_first(config, shape, next(part.at for part in parts if part.trained))
     layers += tokens * shape.rotary * 2 * shape.element
     last = stage == work.layout.pp - 1
     kept = in_flight(work, stage) * layers
     kept += work.accumulation * tokens * _INPUTS
-    once = act.kept_once_by_adapters(config, work.layout, shape)
-    kept += in_flight(work, stage) * trained * once if recompute != "full" else once
+    once = [(part.trained, act.kept_once_by_adapters(config, work.layout, shape, part.at)) for part in parts]
+    kept += (
+        in_flight(work, stage) * sum(layers * one for layers, one in once)
+        if recompute != "full"
+        else max(one for _, one in once)
+    )
     if work.layout.pp > 1:
         kept += 2 * tokens * shape.hidden * shape.element  # received from neighbouring stages
     rows = work.micro * work.loss_tokens

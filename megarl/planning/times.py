@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from megarl.models.flops import (
     adapter_weights,
     cross_weights,
+    flops_of_factors,
     flops_of_parts,
     flops_per_token,
     forward_flops_per_token,
@@ -244,11 +245,14 @@ class Clock:
         return [Load(*(getattr(first, one.name) + getattr(last, one.name) for one in fields(Load)))]
 
     def _flops_of_adapters(self) -> float:
-        """Return the FLOPs of the adapters for one token."""
+        """Return the FLOPs of the adapters for one new token."""
         model, adapter = self.work.model, self.work.adapter
         if adapter is None:
             return 0.0
-        return 2.0 * layers_with_gradients(model, adapter) * adapter_weights(model, adapter)
+        layers = layers_with_gradients(model, adapter)
+        if model.encoder is not None:
+            return min(layers, model.num_layers) * flops_of_factors(model, adapter, "decoder", 0, 1)
+        return 2.0 * layers * adapter_weights(model, adapter)
 
     def _flops_of_one(self) -> float:
         """Return the FLOPs of one new token, without attention over the cache."""

@@ -154,9 +154,9 @@ def test_a_layer_with_adapters_keeps_what_the_formula_says(
 ) -> None:
     config = layer_config(layout, precision, "none", model, adapter)
     shape = Shape.of(config, layout, 2 if precision == "bf16" else 4, on_cpu=True)
-    once = kept_once_by_adapters(config, layout, shape)
+    once = kept_once_by_adapters(config, layout, shape, AT)
     for first in (False, True) if not {"targets", "dropout"} & adapter.keys() else (False,):
-        left_out = TIME * BATCH * not_kept_by_first(config, shape) if first else 0.0
+        left_out = not_kept_by_first(config, shape, AT) if first else 0.0
         expected = kept_by_layer(config, shape, AT, "none") - left_out + once
         assert kept(layout, precision, "none", model, adapter, first=first) == pytest.approx(expected, rel=0.01)
 
@@ -186,17 +186,32 @@ PLACES = {
 """Number of a layer, and its positions."""
 
 
-def kept_by_part(layout: Layout, precision: str, recompute: str, model: dict[str, Any], part: str) -> int:
+def kept_by_part(
+    layout: Layout,
+    precision: str,
+    recompute: str,
+    model: dict[str, Any],
+    part: str,
+    adapter: dict[str, Any] | None = None,
+    *,
+    first: bool = False,
+) -> int:
     """Bytes that a layer of an encoder-decoder keeps, without what all layers share: masks and buckets of distances."""
     number, _ = PLACES[part]
     with fake_world(layout, device="cpu") as grid:
-        config = layer_config(layout, precision, recompute, model)
-        layer = layer_of(config, number)(config, number, grid.groups).to(config.params_dtype).train()
-        table = torch.zeros(32, 8 // layout.tp, dtype=config.params_dtype, requires_grad=True)
+        config = layer_config(layout, precision, recompute, model, adapter)
+        layer = layer_of(config, number)(config, number, grid.groups)
+        if config.adapter is not None:
+            attach([layer], config.adapter, config, grid.groups.tp)
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(ADAPTER in name)
+        layer = layer.to(config.params_dtype).train()
+        table = torch.zeros(32, 8 // layout.tp, dtype=config.params_dtype, requires_grad=config.adapter is None)
         inputs = spans(inputs_of(ENCODED, DECODED), config, (table, table), None)
-        shared = {tensor.untyped_storage().data_ptr() for tensor in (table, *layer.parameters(), *tensors_of(inputs))}
-        split = layout.tp if layout.sequence_parallel else 1
-        hidden = torch.randn((ENCODED + DECODED) // split, BATCH, 64, dtype=config.params_dtype, requires_grad=True)
+        kept = (table, *layer.parameters(), *layer.buffers(), *tensors_of(inputs))
+        shared = {tensor.untyped_storage().data_ptr() for tensor in kept}
+        time = (ENCODED + DECODED) // (layout.tp if layout.sequence_parallel else 1)
+        hidden = torch.randn(time, BATCH, 64, dtype=config.params_dtype, requires_grad=not first)
         return bytes_kept(lambda: layer(hidden, inputs), shared)
 
 
@@ -231,6 +246,36 @@ def test_a_layer_of_an_encoder_decoder_keeps_what_the_formula_says(
     if number == config.encoder_layers:
         expected += at.tokens * kept_by_norm(config, shape, outputs=False)
     assert kept_by_part(layout, precision, recompute, model, part) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {},
+        {"kind": "dora", "rank": 4},
+        {"dropout": 0.1},
+        {"base_bits": 4},
+        {"targets": ["linear_qkv", "cross_attention.linear_kv"], "kind": "dora"},
+        {"targets": ["linear_fc1", "cross_attention.linear_q"], "dropout": 0.1},
+        {"targets": ["linear_fc2", "cross_attention.linear_proj"]},
+    ],
+    ids=["lora", "dora", "dropout", "4-bits", "inputs", "queries", "rows"],
+)
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=2, sequence_parallel=True)], ids=str)
+def test_a_layer_of_an_encoder_decoder_with_adapters_keeps_what_the_formula_says(
+    layout: Layout, part: str, adapter: dict[str, Any], precision: str
+) -> None:
+    config = layer_config(layout, precision, "none", T5, adapter)
+    shape = Shape.of(config, layout, 2 if precision == "bf16" else 4, on_cpu=True)
+    _, at = PLACES[part]
+    once = kept_once_by_adapters(config, layout, shape, at)
+    for first in (False, True) if part == "encoder" and not {"targets", "dropout"} & adapter.keys() else (False,):
+        left_out = not_kept_by_first(config, shape, at) if first else 0.0
+        expected = kept_by_layer(config, shape, at, "none") - left_out + once
+        measured = kept_by_part(layout, precision, "none", T5, part, adapter, first=first)
+        assert measured == pytest.approx(expected, rel=0.01)
 
 
 def test_logits_are_cut_evenly_below_their_budget() -> None:

@@ -123,6 +123,35 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
         replace(describe(Layout(tp=2), T5, rollouts=32, length=384, loss_tokens=128), rollout_layout="pp2"),
     ),
     "t5-scores": ("score", scored, describe(Layout(), T5, rollouts=8, loss_tokens=192)),
+    "t5-lora": ("train", trained, with_adapter(describe(Layout(), T5, loss_tokens=192))),
+    "t5-dora-tp2-sp": (
+        "train",
+        trained,
+        with_adapter(
+            describe(Layout(tp=2, sequence_parallel=True), T5, loss_tokens=192, accumulation=2, recompute="selective"),
+            kind="dora",
+        ),
+    ),
+    "t5-lora-4-bits-full": (
+        "train",
+        trained,
+        with_adapter(describe(Layout(), T5, loss_tokens=192, precision="bf16", recompute="full"), base_bits=4),
+    ),
+    "t5-lora-pp2": (
+        "train",
+        trained,
+        with_adapter(describe(Layout(pp=2), T5, loss_tokens=192, accumulation=4), dropout=0.1),
+    ),
+    "t5-lora-frozen-encoder": (
+        "train",
+        trained,
+        with_adapter(describe(Layout(), {**T5, "num_layers_unfrozen": 3}, loss_tokens=192)),
+    ),
+    "t5-lora-generates": (
+        "generate",
+        generated,
+        with_adapter(describe(Layout(), T5, rollouts=32, length=384, loss_tokens=128, precision="bf16")),
+    ),
     "t5-pp2-scores": ("score", scored, describe(Layout(pp=2), T5, rollouts=8, loss_tokens=192, precision="bf16")),
 }
 
@@ -141,6 +170,10 @@ LATER = [
     "t5-frozen",
     "t5-tp2-generates",
     "t5-generates-elsewhere",
+    "t5-dora-tp2-sp",
+    "t5-lora-4-bits-full",
+    "t5-lora-pp2",
+    "t5-lora-generates",
     "t5-pp2-scores",
 ]
 

@@ -247,6 +247,18 @@ def test_frozen_layers_have_no_backward_pass(
     assert some[1] == pytest.approx(2 * 4 * trained(whole[0] * RATE / 4) / RATE)
 
 
+def test_with_adapters_of_an_encoder_decoder_no_gradients_of_frozen_weights_are_computed() -> None:
+    work = with_adapter(t5(Layout(), 320, 192), rank=4)
+    # Factors of q, k, v, o and of gate, up and down; the decoder also has q, k, v and o of its attention to the encoder
+    attention, mlp = 4 * (3 * 256 + 256 + 4 * 256), 4 * (2 * 256 + 1024 + 2 * 1024 + 256)
+    read, written = 4 * (2 * 256 + 2 * 256), 4 * (2 * 256 + 2 * 256)  # of keys and values, of queries and outputs
+    factors = 320 * 4 * 2 * (attention + mlp) + 4 * 2 * (192 * (attention + mlp + written) + 320 * read)
+    scores = 4 * 4 * 256 * (320 * 320 + 192 * (193 / 2 + 320))
+    weights = sum(by_hand(320, 192)) - scores
+    train = phase_of(planned(work), "train")
+    assert train.flops == pytest.approx(4 * (2 * weights + 3 * scores + 3 * factors))
+
+
 def generating(samples: int, layout: Layout | None = None) -> Work:
     """64 responses of 128 tokens to prompts of 1024, which are as much work."""
     layout = layout or Layout()

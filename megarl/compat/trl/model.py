@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from megarl.errors import ConfigError
 from megarl.inputs import default_config
 from megarl.rollout.requests import Rollout
 from megarl.session import Session
+
+if TYPE_CHECKING:
+    from typing import Self  # from Python 3.11 on
 
 
 class AutoModelForCausalLMWithValueHead:
