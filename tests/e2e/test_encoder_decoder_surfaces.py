@@ -258,6 +258,17 @@ def test_an_evaluation_gives_the_same_measures_in_every_layout(worlds: Worlds, f
     assert [line["response"] for line in one] == [line["response"] for line in four]
 
 
+def test_a_masked_policy_takes_the_same_steps_in_every_layout(worlds: Worlds, folder: Path, tmp_path: Path) -> None:
+    """NLPO, whose second model reads the prompts with its encoder, too."""
+    masked = ["ppo.action_mask.top_p=0.7", "rollout.stop=[e]", "rollout.repetition_penalty=1.2", "trainer.max_phases=2"]
+    names = (*ALGORITHMS["ppo"][1], "rollout/allowed_tokens")
+    worlds.run(1, run, tmp_path / "one", "ppo", folder, *masked)
+    worlds.run(2, run, tmp_path / "two", "ppo", folder, *masked, *LAYOUTS["TP2+SP"][1])
+    wanted = metrics(tmp_path / "one", *names)
+    close(metrics(tmp_path / "two", *names), wanted)
+    assert all(1 < found[-1] < 262 for found in wanted)
+
+
 # --- from Python ------------------------------------------------------------------------------------------------------
 
 
