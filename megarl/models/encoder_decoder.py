@@ -227,12 +227,14 @@ def spans(
 
 
 def _decoding(cache: CacheView, config: GPTConfig, table: Tensor | None, relative: object) -> Context:
-    """Return the inputs of self-attention for single tokens after those in the cache."""
+    """Return the inputs of self-attention for single tokens after those in the cache. The mask contains the relative
+    positions: without gradients, one look-up serves all layers."""
     assert cache.length is not None
     assert callable(relative)
     entries = torch.arange(cache.length, device=cache.positions.device)
     distance = entries[None, None, :] - cache.positions[:, :, None]
-    return Context(None, cache.mask(config.sliding_window), cache, relative(table, distance, both_sides=False))
+    mask, positions = cache.mask(config.sliding_window), relative(table, distance, both_sides=False)
+    return Context(None, mask if positions is None else positions.add_to(mask, config.params_dtype), cache)
 
 
 def added(allowed: Tensor, dtype: torch.dtype) -> Tensor:
