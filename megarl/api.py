@@ -7,7 +7,7 @@ import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -23,6 +23,9 @@ from megarl.errors import ConfigError, DataError, UnavailableError, first_line
 from megarl.inputs import Asked, Function, Inputs, asked_for, default_config, fill
 from megarl.logging import get_logger, warn_once
 from megarl.run.workers import started
+
+if TYPE_CHECKING:
+    from typing import Unpack  # from Python 3.11 on
 
 DRAWN_BY = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "ilql_beta")
 """Keys of the `rollout` section that say how tokens are drawn."""
@@ -240,7 +243,7 @@ class Trained:
         return str(found.commit_url)
 
     def save_pretrained(self, folder: str | Path, *, adapter: bool = False) -> None:
-        """Write the model as a new folder that `transformers.AutoModelForCausalLM` loads, with its adapter merged.
+        """Write the model as a new folder that transformers loads, with its adapter merged.
 
         Args:
             folder: the folder, which must not exist yet.

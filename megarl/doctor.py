@@ -29,7 +29,7 @@ _LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "tmpfs
 _SMALL_SHM, _SMALL_DISK = 1 * _GIB, 20 * _GIB
 _INSTALL = "pip install -e . -c constraints.txt"
 _REQUIRED = (
-    ("megatron.core", "megatron-core", "0.16.1", "0.17"),
+    ("megatron.core", "megatron-core", "0.16.1", "0.20"),
     ("lightning", "lightning", "2.4", "2.7"),
     ("hydra", "hydra-core", "1.3.2", "1.4"),
     ("omegaconf", "omegaconf", "2.3", "2.4"),
@@ -242,7 +242,7 @@ def packages() -> Finding:
         versions.append(f"{distribution} {version}")
         if _below(version, least) or not _below(version, below):
             wrong.append(f"{distribution} {version} is not >={least},<{below}")
-        elif name == "megatron.core" and isinstance(problem := _imported(name), str):
+        elif name == "megatron.core" and isinstance(problem := _imported("megarl.parallel.engine"), str):
             wrong.append(f"{distribution} cannot be imported ({problem})")
     if wrong:
         return Finding("libraries", "; ".join(wrong), WRONG, _INSTALL)

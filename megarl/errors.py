@@ -8,7 +8,10 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from typing import Self  # from Python 3.11 on
 
 LARGEST = 10_000
 """Maximum bytes of a value that is sent with an error to other processes."""

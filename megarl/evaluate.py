@@ -114,14 +114,14 @@ def _evaluated(
     from megarl.parallel.digest import weights_digest
     from megarl.parallel.grid import grid_of_world
     from megarl.rollout.guided import policy_heads
-    from megarl.tokenizers import build_tokenizer
+    from megarl.tokenizers import tokenizer_of
 
     config, sources = resolve_pretrained(config)
     source = sources.at(config.model.path)
     heads = policy_heads(source)
     _check_sweep(config, heads)
     _warn_without_effect(config, heads)
-    tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
+    tokenizer = tokenizer_of(config)
     vocab_size = vocabulary(config.model, tokenizer)
     data, rollout = config.data, config.rollout
     limits = PromptLimits(config.model.max_positions, rollout.max_new_tokens, vocab_size, rollout.too_long)

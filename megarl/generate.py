@@ -108,11 +108,11 @@ def _resolved(config: "GenerateConfig") -> _Resolved:
     from megarl.models.build import vocabulary
     from megarl.models.exchange.pretrained import resolve_pretrained
     from megarl.rollout.guided import policy_heads
-    from megarl.tokenizers import build_tokenizer
+    from megarl.tokenizers import tokenizer_of
 
     config, sources = resolve_pretrained(config)
     heads = policy_heads(sources.at(config.model.path))
-    tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
+    tokenizer = tokenizer_of(config)
     return _Resolved(config, sources, tokenizer, vocabulary(config.model, tokenizer), heads)
 
 
@@ -279,6 +279,7 @@ def _line(rollout: "Rollout", prompt: str, tokenizer: "Tokenizer") -> dict[str, 
         "response": tokenizer.decode(rollout.response_without_eos),
         "finish_reason": rollout.finish_reason,
         "tokens": len(rollout.response),
+        "token_ids": list(rollout.response),
         "logprob": sum(rollout.logprobs),
     }
 

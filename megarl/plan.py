@@ -74,9 +74,9 @@ def vocabulary_of(config: Any) -> int:
     """Return the size of the model's vocabulary."""
     if config.model.vocab_size is not None:
         return int(config.model.vocab_size)
-    from megarl.tokenizers import build_tokenizer
+    from megarl.tokenizers import tokenizer_of
 
-    return build_tokenizer(config.tokenizer.kind, config.tokenizer.path).size
+    return tokenizer_of(config).size
 
 
 def show(argv: list[str]) -> None:

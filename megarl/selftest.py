@@ -163,7 +163,7 @@ def train(settings: Settings) -> dict[str, Any]:
         return Rows(tokens, torch.full((ROWS,), TIME), mask)
 
     def microbatches(step: int) -> list[Microbatch]:
-        return make_microbatches(rows(step), torch.arange(ROWS), grid, per_microbatch=2, share_bins=False)
+        return make_microbatches(rows(step), torch.arange(ROWS), engine, per_microbatch=2, share_bins=False)
 
     def logprobs(model: Any, hidden: Any, batch: Microbatch) -> Any:
         return {"logprobs": model.logprobs(hidden, batch.targets, batch.target_mask).logprobs}
@@ -218,6 +218,7 @@ def draw(settings: Settings, alone: dict[str, Any], layout: dict[str, Any]) -> N
     if not settings.html:
         return
     from megarl.parallel.device import device_settings
+    from megarl.parallel.megatron_versions import engine
     from megarl.report.agreement import Agreement, agreement_page
 
     found = {
@@ -230,7 +231,7 @@ def draw(settings: Settings, alone: dict[str, Any], layout: dict[str, Any]) -> N
         for name, (relative, absolute) in TOLERANCES[settings.precision].items()
     }
     shown = {name: str(value).lower() for name, value in vars(settings).items() if name != "html"}
-    shown["settings of the device"] = str(device_settings())
+    shown |= {"engine": engine(), "settings of the device": str(device_settings())}
     path = page_path(settings.html, "html", SELFTEST)
     write_page(agreement_page(named(settings), list(shown.items()), found), path, "html", SELFTEST)
     say(f"page: {path}")
@@ -242,16 +243,18 @@ def named(settings: Settings) -> str:
 
 
 def report(settings: Settings, rows: list[list[str]], agree: bool) -> None:
-    """Print the settings of the device and the table of differences."""
+    """Print the engine, the settings of the device and the table of differences."""
     from rich.console import Console
     from rich.table import Table
 
     from megarl.parallel.device import device_settings
+    from megarl.parallel.megatron_versions import engine
 
     table = Table("", "one process", named(settings), "difference", "")
     for row in rows:
         table.add_row(*row)
     console = Console()
+    console.print(f"engine: {engine()}")
     console.print(f"settings of the device: {device_settings()}")
     console.print(table)
     console.print("the layout gives the same numbers" if agree else "the layout gives DIFFERENT numbers")

@@ -82,7 +82,7 @@ def open_scorer(config: ServeConfig) -> Iterator[tuple[Grid, ModelScorer]]:
     from megarl.models.exchange.pretrained import resolve_pretrained
     from megarl.models.roles import Role
     from megarl.parallel.grid import grid_of_world
-    from megarl.tokenizers import build_tokenizer
+    from megarl.tokenizers import tokenizer_of
 
     config, sources = resolve_pretrained(config)
     path = config.model.path
@@ -90,7 +90,7 @@ def open_scorer(config: ServeConfig) -> Iterator[tuple[Grid, ModelScorer]]:
     assert source is not None
     if source.has_output:
         raise no_score_head("model.path", str(path))
-    tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
+    tokenizer = tokenizer_of(config)
     with grid_of_world(config) as grid:
         engine = build_engine(
             Role("reward", config.model, source.vocab_size, ("score",), source=source),

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -34,6 +34,8 @@ from megarl.inputs import Asked, Inputs, asked_for, default_config
 from megarl.run.workers import Workers, started
 
 if TYPE_CHECKING:
+    from typing import Self, Unpack  # from Python 3.11 on
+
     from torch import Tensor
 
     from megarl.data.prompts import Prompt
@@ -224,7 +226,7 @@ class Session:
         self._do("load", path)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model as a new folder that `transformers.AutoModelForCausalLM` loads, with its adapter merged."""
+        """Write the model as a new folder that transformers loads, with its adapter merged."""
         target = writable(str(folder), "save_pretrained")
         checkpoint = self.save(self.run_dir / "save_pretrained")
         if process_number() == 0:
@@ -239,9 +241,9 @@ class Session:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the model."""
         if self._tokenizer is None:
-            from megarl.tokenizers import build_tokenizer
+            from megarl.tokenizers import tokenizer_of
 
-            self._tokenizer = build_tokenizer(self.config.tokenizer.kind, self.config.tokenizer.path)
+            self._tokenizer = tokenizer_of(self.config)
         return self._tokenizer
 
     def text(self, response: Rollout) -> str:

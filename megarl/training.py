@@ -43,10 +43,10 @@ def train(name: str, config: Any, functions: Mapping[str, Callable[..., Any]] | 
 
 def builder(name: str, functions: Mapping[str, Callable[..., Any]] | None = None) -> "Build":
     """Return the function that builds an algorithm's module from a configuration and open models."""
-    from megarl.tokenizers import build_tokenizer
+    from megarl.tokenizers import tokenizer_of
 
     def build(config: Any, sources: "Sources") -> "Module":
-        tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
+        tokenizer = tokenizer_of(config)
         return module_of(name)(config, tokenizer, functions, sources)
 
     return build

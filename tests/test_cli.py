@@ -442,13 +442,23 @@ def test_a_check_that_raises_is_a_finding() -> None:
 
 def test_doctor_refuses_versions_that_megarl_does_not_work_with(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.17.0" if name == "megatron-core" else real(name))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.20.0" if name == "megatron-core" else real(name))
     found = doctor.packages()
     assert found.state == doctor.WRONG
-    assert "megatron-core 0.17.0" in found.result
+    assert "megatron-core 0.20.0" in found.result
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     for _, name, least, below in doctor._REQUIRED:
         assert f"{name}>={least},<{below}" in declared
+
+
+def test_doctor_says_what_megatron_lacks_to_be_imported() -> None:
+    program = (
+        "import sys; sys.modules['megatron.core.pipeline_parallel'] = None\n"
+        "from megarl import doctor; found = doctor.packages(); print(found.state, found.result)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.startswith(doctor.WRONG)
+    assert "megatron.core.pipeline_parallel" in done.stdout
 
 
 def test_the_file_system_of_a_folder_is_that_of_its_nearest_mount(tmp_path: Path) -> None:

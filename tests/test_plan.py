@@ -71,6 +71,47 @@ def test_json_says_every_role_in_every_phase(capsys: pytest.CaptureFixture[str])
     assert all("parallel.tp=" in layout["overrides"] for layout in found["layouts"])
 
 
+T5 = [
+    *("model.vocab_size=300", "model.max_positions=256", "rollout.max_new_tokens=64", "rollout.n=4"),
+    *("model.position=relative", "model.encoder.num_layers=4", "model.num_layers=4", "prompt_tokens=96"),
+]
+
+
+def test_an_encoder_decoder_is_planned_with_both_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, *T5, "cluster.gpus=4", "suggest=true")
+    assert found["encoder"] == {"layers": 4, "decoder_layers": 4, "positions": 96, "decoder_positions": 64}
+    assert {layout["overrides"].split()[1] for layout in found["layouts"]} == {"parallel.pp=1", "parallel.pp=2"}
+    staged = answer(capsys, *T5, "cluster.gpus=4", "parallel.pp=2")["ranks"]
+    caches = [rank["phases"]["generate"]["roles"]["policy"]["cache"] for rank in staged]
+    assert caches[0] == 0 < caches[1]
+    assert answer(capsys, *TOY)["encoder"] is None
+
+
+def test_an_encoder_decoders_plan_says_so_in_words_and_on_its_page(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    plan.show([*T5, "cluster.gpus=2", "parallel.pp=2", f"html={tmp_path / 'plan.html'}"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "(an encoder of 4 layers and a decoder of 4)" in printed
+    assert "to prompts of 96, each of which the encoder reads once for the 4 responses to it on a replica" in printed
+    text = parse((tmp_path / "plan.html").read_text()).all("main")[0].text()
+    assert "(an encoder of 4 layers and a decoder of 4)" in text
+    assert "One stage is the encoder and the other the decoder" in text
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "rm", "ilql"])
+def test_an_encoder_reads_half_of_a_given_sequence_or_prompt_tokens(
+    capsys: pytest.CaptureFixture[str], algorithm: str
+) -> None:
+    run = [f"algorithm={algorithm}", "data.seq_length=200", "model.vocab_size=300", "model.max_positions=256"]
+    shape = ["model.position=relative", "model.encoder.num_layers=2"]
+    for more, encoded in (([], 100), (["prompt_tokens=150"], 150)):
+        found = answer(capsys, *run, *shape, *more)["encoder"]
+        assert (found["positions"], found["decoder_positions"]) == (encoded, 200 - encoded)
+    with refused(ConfigError, key="prompt_tokens", value=200, offers={"prompt_tokens": [199]}):
+        plan.show([*run, *shape, "prompt_tokens=200"])
+
+
 def test_the_plan_is_drawn_into_a_file_that_is_no_other_page(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -255,3 +255,32 @@ def test_every_error_says_its_key_or_its_place_as_data() -> None:
             if not {keyword.arg for keyword in node.keywords} & {"key", "where", None}:
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.func.id}")
     assert not wrong, "\n".join([f"{len(wrong)} errors", *wrong])
+
+
+# What the standard library of the oldest supported Python, 3.10, does not have; ruff and mypy see newer syntax only.
+FROM_3_11 = {
+    "typing": {"Self", "Unpack", "TypeVarTuple", "Required", "NotRequired", "LiteralString", "Never", "assert_never"},
+    "enum": {"StrEnum"},
+    "datetime": {"UTC"},
+    "contextlib": {"chdir"},
+    "asyncio": {"TaskGroup", "timeout"},
+}
+
+
+def test_the_package_imports_nothing_that_python_3_10_lacks() -> None:
+    """For type checkers it may: annotations are not evaluated."""
+    found = []
+    for path in sources():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        seen = {id(node) for block in ast.walk(tree) if _for_types(block) for node in ast.walk(block)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and id(node) not in seen:
+                absent = {alias.name for alias in node.names} & FROM_3_11.get(node.module or "", set())
+                found += [f"{path.relative_to(ROOT)}:{node.lineno} {node.module}.{name}" for name in sorted(absent)]
+            elif isinstance(node, ast.Import) and any(alias.name == "tomllib" for alias in node.names):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno} tomllib")
+    assert not found, "\n".join(found)
+
+
+def _for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"

@@ -28,7 +28,7 @@ from megarl.functions.named import resolve
 
 LearnsFrom = Literal["prompts", "samples", "rewarded samples", "pairs"]
 _GROUPS = {"model": "tiny", "parallel": "single"}
-_TRAINING_GROUPS = {**_GROUPS, "trainer/exp_manager": "none", "logger": "default"}
+_TRAINING_GROUPS = {**_GROUPS, "logger": "default"}
 
 _PROMPT_KEYS = ("model.path", "data.train", "reward.fn", "optim.lr")
 _LENGTH_KEYS = ("trainer.max_steps", "trainer.global_batch_size")

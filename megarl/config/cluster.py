@@ -51,7 +51,8 @@ class PlanConfig:
     debug: bool = leaf(False, "Show tracebacks of errors.")
     prompt_tokens: int | None = leaf(
         None,
-        "Number of tokens per prompt (null: rollout.max_new_tokens, or the rest of the context if that is less).",
+        "Number of tokens per prompt (null: rollout.max_new_tokens, or the rest of the context if that is less). For an"
+        " encoder-decoder that learns from given sequences, how many tokens of each the encoder reads (null: half).",
         at_least=1,
         at_most=2**31 - 1,
     )

@@ -15,13 +15,10 @@ _DEMO_EVAL = "${demo_eval:${data.train}}"
 
 
 def defaults(entry: EntryPoint) -> dict[str, Any]:
-    """Return the values of every key when the command line sets none, as nested dictionaries.
-
-    Keys of a group inside a section, such as `trainer/exp_manager`, have the schema's defaults.
-    """
+    """Return the values of every key when the command line sets none, as nested dictionaries."""
     plain = asdict(entry.config())
     for group, option in entry.groups.items():
-        if "/" not in group and group in plain:
+        if group in plain:
             text = (conf_folder() / group / f"{option}.yaml").read_text(encoding="utf-8")
             keys = yaml.safe_load(text) or {}
             plain[group] |= {key: value for key, value in keys.items() if key in plain[group]}

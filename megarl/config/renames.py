@@ -101,6 +101,11 @@ def _task(old: str, new: str, key: str, only_with: str = "") -> Rename:
     return Rename(key, key, sources, lambda value: isinstance(value, list) and old in value, change, only_with)
 
 
+def _is_nemo(value: str) -> bool:
+    return value == "nemo"
+
+
+_OF_NEMO = "`nemo`: `true`; `none`: `false`"
 _WALKS = "megarl.tasks.randomwalks"
 RENAMES = (
     Rename("data.graph_seed", "data.options.seed", default=1000),
@@ -131,6 +136,10 @@ RENAMES = (
     Rename("logger.mlflow_uri", "logger.mlflow.uri"),
     _switch("logger.mlflow"),
     Rename("trainer.exp_manager_options", "extensions.exp_manager", default={}),
+    *(
+        Rename(f"trainer{mark}exp_manager", "extensions.nemo", _is_nemo, change=_OF_NEMO, default="none")
+        for mark in "./"  # a key, and a group
+    ),
     Rename("model.rope_factor", "model.rope_scaling.factor"),
     Rename("model.rope_low_freq_factor", "model.rope_scaling.low_freq_factor"),
     Rename("model.rope_high_freq_factor", "model.rope_scaling.high_freq_factor"),

@@ -54,6 +54,7 @@ RULES = (
         *("model.rope_scaling", "kind factor low_freq_factor high_freq_factor original_positions", REFUSED),
         _SHAPE,
     ),
+    _rule("model.encoder", "num_layers buckets longest_distance start_id scale_outputs", REFUSED, _SHAPE),
     _rule("model", "norm norm_eps activation tie_embeddings qk_norm", REFUSED, _SHAPE),
     _rule("model", "qkv_bias out_bias mlp_bias lm_head_bias parallel_residual sliding_window", REFUSED, _SHAPE),
     _rule("model", "max_positions", NOW, "length of the context; with learned positions, another size is refused"),
@@ -103,8 +104,7 @@ RULES = (
     ),
     _rule("extensions", "orchestrator", NOW, "the experience of phases after the resume"),
     _rule("extensions", "families", NOW, "the families that stored models are read and exported as"),
-    _rule("extensions", "exp_manager", NOW, "how this process logs and displays"),
-    _rule("trainer", "exp_manager", NOW, "how this process logs and displays"),
+    _rule("extensions", "nemo exp_manager", NOW, "how this process logs and displays"),
     # data
     _rule("data", "train train_split", NOW, "the new data starts after as many rows as were used of the old"),
     _rule("data.mixing", "weights final_weights over_phases", NOW, "the choice of prompts after the resume"),

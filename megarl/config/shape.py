@@ -56,9 +56,27 @@ def _width(model: ModelConfig, parallel: ParallelConfig) -> None:
     require_divides("parallel.tp", "model.ffn_size", tp, model.ffn_width)
 
 
+def possible_stages(encoder_layers: int, num_layers: int) -> list[int]:
+    """Return the numbers of pipeline stages into which a model can be cut: the divisors of its layers.
+
+    An encoder-decoder has one stage, or two if its parts are equal: all layers of a part use one table of relative
+    positions, which one stage holds.
+
+    Args:
+        encoder_layers: layers of the encoder; 0 without one.
+        num_layers: the other layers.
+    """
+    if encoder_layers == 0:
+        return divisors(num_layers)
+    return [1, 2] if encoder_layers == num_layers else [1]
+
+
 def _depth(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Check the layers that pipeline parallelism splits into stages."""
-    layers, pp, vpp = model.num_layers, parallel.pp, parallel.vpp
+    layers, pp, vpp = model.layers, parallel.pp, parallel.vpp
+    if model.encoder is not None and pp > 1:
+        _depth_of_encoder_decoder(model, parallel)
+        return
     if vpp is None:
         require_divides("parallel.pp", "model.num_layers", pp, layers)
         return
@@ -79,3 +97,19 @@ def _depth(model: ModelConfig, parallel: ParallelConfig) -> None:
             key="parallel.vpp",
             value=vpp,
         )
+
+
+def _depth_of_encoder_decoder(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Check that the encoder is one stage and the decoder the other."""
+    stages = possible_stages(model.encoder_layers, model.num_layers)
+    if parallel.pp in stages and parallel.vpp is None:
+        return
+    raise Refusal(
+        f"parallel.pp={parallel.pp}"
+        + (f" with parallel.vpp={parallel.vpp}" if parallel.vpp is not None else "")
+        + f" does not put the encoder's {model.encoder_layers} layers on one stage and the {model.num_layers} of the "
+        "decoder on another",
+        {"parallel.pp": stages, **({"parallel.vpp": [None]} if parallel.vpp is not None else {})},
+        key="parallel.pp",
+        value=parallel.pp,
+    )

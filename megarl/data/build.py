@@ -45,7 +45,7 @@ def build_sft_data(
     if report:
         documents.stats.report("data.train", "data.seq_length")
     train: SFTDataset | PackedDataset = documents
-    if data.pack:
+    if data.pack and not tokenizer.ends_prompts:  # an encoder-decoder's rows share bins in each batch
         train = PackedDataset(documents, data.seq_length, config.seed, data.shuffle)
         if report:
             log.info("data.train: packed %d documents into %d rows", len(documents), len(train))

@@ -68,6 +68,8 @@ class RecordFormat:
 
         def encode() -> Document:
             shape = self._shape(record)
+            if tokenizer.ends_prompts and (shape == "text" or self.loss_on == "all"):
+                raise no_prompt(self.section)
             if shape == "text":
                 tokens = [*tokenizer.encode_prompt(self._text(record, self.text_key)), tokenizer.eos_id]
                 return as_document((tokens, [1] * len(tokens)))
@@ -277,6 +279,8 @@ def continued(prompt: list[int], text: str, tokenizer: Tokenizer) -> Encoded:
 
 def _turns(sample: Any, key: str, tokenizer: Tokenizer) -> Encoded:
     if isinstance(sample, str):
+        if tokenizer.ends_prompts:
+            raise no_prompt("")
         tokens = [*tokenizer.encode_prompt(encodable(sample, key)), tokenizer.eos_id]
         return tokens, [0] + [1] * (len(tokens) - 1)
     if not isinstance(sample, list | tuple) or not all(isinstance(turn, str) for turn in sample):
@@ -309,6 +313,16 @@ def _turns(sample: Any, key: str, tokenizer: Tokenizer) -> Encoded:
         tokens += turn
         mask += [is_output] * len(turn)
     return tokens, mask
+
+
+def no_prompt(section: str) -> DataError:
+    """Return the error for a text that is learned whole by a model whose encoder reads prompts."""
+    return DataError(
+        "has no prompt apart from what is learned, and the encoder of model.encoder reads a prompt: give a prompt and "
+        f"its completion, with {section}loss_on=completion",
+        key=f"{section}loss_on",
+        offers={f"{section}loss_on": ["completion"]},
+    )
 
 
 def starts_with_output(key: str, sample: Any) -> DataError:

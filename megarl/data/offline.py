@@ -304,7 +304,7 @@ def _content_name(data: OfflineDataConfig, tokenizer: Tokenizer, record_format: 
     """A digest of all that a store follows from; None where that is not all in files."""
     settings = [
         *(VERSION, data.seq_length, data.too_long, data.train_split, data.rewards_key, data.samples_key),
-        *(data.messages_key, record_format.chat_template, tokenizer.fingerprint()),
+        *(data.messages_key, record_format.chat_template, tokenizer.fingerprint(), tokenizer.ends_prompts),
     ]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for path in data.train:

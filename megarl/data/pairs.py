@@ -247,10 +247,10 @@ def _scored(record_format: ResponseFormat, record: Record, tokenizer: Tokenizer)
 def _steps(
     record_format: ResponseFormat, record: Record, tokenizer: Tokenizer, *, probabilities: bool = True
 ) -> list[Unit]:
-    document, scores = record_format.steps(record, tokenizer, probabilities=probabilities)
+    document, scores, prompt = record_format.steps(record, tokenizer, probabilities=probabilities)
     target = np.zeros(len(document), dtype=np.float32)
     target[document.action_mask == 1] = scores
-    return [Unit((document,), per_token={"target": (target,)})]
+    return [Unit((document,), {"prompt_tokens": (prompt,)}, {"target": (target,)})]
 
 
 READERS = {

@@ -196,16 +196,16 @@ class ResponseFormat(RecordFormat):
 
     def steps(
         self, record: Record, tokenizer: Tokenizer, *, probabilities: bool = True
-    ) -> tuple[Document, tuple[float, ...]]:
-        """Return the steps of a response as one sequence, of which the last token of each step is marked, and the
-        steps' scores.
+    ) -> tuple[Document, tuple[float, ...], int]:
+        """Return the steps of a response as one sequence, of which the last token of each step is marked, the steps'
+        scores, and the number of tokens of the prompt.
 
         Each step but the last is followed by the separator, and the last by EOS, or by what ends an answer of a
         conversation. They are encoded one by one.
         With `probabilities`, scores are from 0 to 1.
         """
 
-        def encode() -> tuple[Document, tuple[float, ...]]:
+        def encode() -> tuple[Document, tuple[float, ...], int]:
             key, steps = self.steps_key, _as_list(record.fields.get(self.steps_key))
             if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step for step in steps):
                 raise DataError(
@@ -230,13 +230,13 @@ class ResponseFormat(RecordFormat):
                 last = tokenizer.answer_end(self.chat_template)
             else:
                 tokens = self._prompt(record, tokenizer)
-            marks = [0] * len(tokens)
+            prompt, marks = len(tokens), [0] * len(tokens)
             for number, step in enumerate(steps, 1):
                 end = tokenizer.encode(self.step_separator) if number < len(steps) else last
                 added = [*tokenizer.encode(encodable(step, key, f"step {number}")), *end]
                 tokens = [*tokens, *added]
                 marks += [0] * (len(added) - 1) + [1]
-            return as_document((tokens, marks)), labels
+            return as_document((tokens, marks)), labels, prompt
 
         return placed(record, encode)
 

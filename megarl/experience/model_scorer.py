@@ -18,7 +18,7 @@ from megarl.models.exchange.source import Source
 from megarl.parallel.digest import weights_digest
 from megarl.parallel.engine import Engine
 from megarl.parallel.rows import Rows
-from megarl.rewards.reader import KEY, RewardReader
+from megarl.rewards.reader import KEY, ReadTokens, RewardReader
 from megarl.rewards.scores import Scores
 from megarl.rollout.requests import Rollout, text_without_end, tokens_without_end
 from megarl.tokenizers import Tokenizer
@@ -75,7 +75,7 @@ class ModelScorer:
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
         """Return the scores of rollouts in their order, by forward passes of all ranks."""
         scores = Scores([None] * len(rollouts))
-        sequences: dict[int, list[int]] = {}  # by index of the rollout
+        sequences: dict[int, ReadTokens] = {}  # by index of the rollout
         refusals: list[DataError] = []
         for index, rollout in enumerate(rollouts):
             try:
@@ -109,7 +109,7 @@ class ModelScorer:
             scores.values[index] = score
         return scores
 
-    def score_tokens(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+    def score_tokens(self, sequences: Sequence[ReadTokens]) -> Tensor:
         """Return the score of each sequence of tokens, [sequences] float64 on the host, on every rank."""
         rows = _rows(sequences)
         with self.alone(self.engine):
@@ -124,7 +124,7 @@ class ModelScorer:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _sequence(self, prompt: Prompt, rollout: Rollout) -> tuple[list[int], bool]:
+    def _sequence(self, prompt: Prompt, rollout: Rollout) -> tuple[ReadTokens, bool]:
         """Return the tokens that the reward model reads, and whether they differ from the policy's."""
         talks, where = bool(prompt.messages), prompt.where
         response = tokens_without_end(rollout, self.stop, self.policy_tokenizer)
@@ -158,11 +158,11 @@ def _with_remedy(problem: DataError) -> DataError:
     )
 
 
-def _rows(sequences: Sequence[Sequence[int]]) -> Rows:
-    """Return one row per sequence; every token counts."""
+def _rows(sequences: Sequence[ReadTokens]) -> Rows:
+    """Return one row per sequence; every token counts. An encoder reads the prompts."""
     lengths = torch.tensor([len(tokens) for tokens in sequences])
     tokens = torch.zeros((len(sequences), int(lengths.max())), dtype=torch.long)
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)] = torch.tensor(sequence)
     mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).float()
-    return Rows(tokens, lengths, mask)
+    return Rows(tokens, lengths, mask).with_columns(prompt_tokens=torch.tensor([one.prompt for one in sequences]))

@@ -14,6 +14,8 @@ LINEARS = {
     "linear_fc2": "mlp.linear_fc2",
 }
 """The linear layers of a transformer layer by name, and their places in it."""
+CROSS_LINEARS = {name: name for name in (f"cross_attention.linear_{part}" for part in ("q", "kv", "proj"))}
+"""Those that a layer of the decoder of an encoder-decoder has besides."""
 ADAPTER = ".adapter."
 """What the names of all parameters of adapters contain."""
 
@@ -23,14 +25,22 @@ class Parts:
     """The parts of a linear layer that have adapters.
 
     Attributes:
-        modules: their names in the Hugging Face family, `{}` for the number of the layer.
+        modules: their names in the Hugging Face family, `{}` for the number of the layer within `layers`.
         rows: for each part, the rows of the whole layer that it computes, in the family's order.
         count: number of rows of the layer, of which some may have no adapter.
+        place: where the linear layer is in a transformer layer.
+        layers: the transformer layers that have it: all, or those of the encoder or of the decoder.
     """
 
     modules: tuple[str, ...]
     rows: tuple[Tensor, ...] = field(repr=False, compare=False)
     count: int
+    place: str
+    layers: range
+
+    def module(self, part: int, layer: int) -> str:
+        """Return the name of a part in the Hugging Face family, in a layer by its number in the whole model."""
+        return self.modules[part].format(layer - self.layers.start)
 
     def of_rows(self) -> Tensor | None:
         """Return which part computes each row, [rows, parts] of 0 and 1; None if one part computes all."""
@@ -51,8 +61,9 @@ class AdapterSpec:
         rank: rank of the factors.
         alpha, rslora: what `scaling` is computed from.
         dropout: dropout of their inputs.
-        parts: the adapted parts of each linear layer, by the layer's name in `LINEARS`.
-        first_layer: number of the first layer with adapters.
+        parts: the adapted parts of each linear layer, by the layer's name in `LINEARS`. In an encoder-decoder, names
+            begin with `encoder.` or `decoder.`, and those of `CROSS_LINEARS` are among them.
+        first_layer: number of the first layer that may have adapters.
         base_bits: bits of the frozen weights: 16 for the model's own dtype.
         family: the Hugging Face family whose modules the parts are.
     """
@@ -72,9 +83,19 @@ class AdapterSpec:
         """What the product of the factors is multiplied by."""
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
 
-    def shapes(self, name: str, columns: int) -> dict[str, tuple[int, ...]]:
+    @property
+    def first_adapted(self) -> int:
+        """Number of the first layer with adapters."""
+        return max(self.first_layer, min(parts.layers.start for parts in self.parts.values()))
+
+    def at(self, layer: int) -> dict[str, Parts]:
+        """Return the adapted parts of the linear layers of one transformer layer, by their places in it."""
+        if layer < self.first_layer:
+            return {}
+        return {parts.place: parts for parts in self.parts.values() if layer in parts.layers}
+
+    def shapes(self, parts: Parts, columns: int) -> dict[str, tuple[int, ...]]:
         """Return the whole shapes of a linear layer's factors by their names in the adapter."""
-        parts = self.parts[name]
         found: dict[str, tuple[int, ...]] = {
             "down": (len(parts.modules) * self.rank, columns),
             "up": (parts.count, self.rank),

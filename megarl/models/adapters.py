@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
-from megarl.models.adapter_spec import ADAPTER, LINEARS, AdapterSpec
+from megarl.models.adapter_spec import ADAPTER, AdapterSpec, Parts
 from megarl.models.heads import head_of
 from megarl.models.linear import affine
 from megarl.parallel.digest import digest
@@ -44,20 +44,20 @@ class Adapter(nn.Module):
     up: nn.Parameter
     magnitude: nn.Parameter | None
 
-    def __init__(self, linear: Any, name: str, spec: AdapterSpec, config: Any, tp_group: dist.ProcessGroup) -> None:
+    def __init__(self, linear: Any, parts: Parts, spec: AdapterSpec, config: Any, tp_group: dist.ProcessGroup) -> None:
         super().__init__()
         self.spec, self.config, self.tp_group = spec, config, tp_group
         weight = weight_of(linear)
         self.row_parallel = partition_dim(weight) == 1
         rows, columns = weight.shape
-        parts, stride = len(spec.parts[name].modules), partition_stride(weight)
-        self.down = self._parameter(parts * spec.rank, columns, cut=1 if self.row_parallel else None)
+        stride = partition_stride(weight)
+        self.down = self._parameter(len(parts.modules) * spec.rank, columns, cut=1 if self.row_parallel else None)
         self.up = self._parameter(rows, spec.rank, cut=None if self.row_parallel else 0, stride=stride)
         self.down.multiplied_by = self.up  # type: ignore[attr-defined]  # for the check of gradients
         self.magnitude = None
         if spec.kind == "dora":
             self.magnitude = self._parameter(rows, cut=None if self.row_parallel else 0, stride=stride)
-        of_rows = spec.parts[name].of_rows()
+        of_rows = parts.of_rows()
         if of_rows is not None:
             of_rows = of_rows.to(config.params_dtype)
             if not self.row_parallel:
@@ -279,9 +279,8 @@ def changed_linears(models: Iterable[nn.Module]) -> Iterator[tuple[str, Any]]:
     for model in models:
         layers: Any = model.decoder.layers  # type: ignore[union-attr]
         for layer in layers:
-            for place in LINEARS.values():
-                linear = layer.get_submodule(place)
-                if linear.adapter is not None or linear.quantised is not None:
+            for place, linear in layer.named_modules():
+                if getattr(linear, "adapter", None) is not None or getattr(linear, "quantised", None) is not None:
                     yield f"decoder.layers.{layer.layer_number - 1}.{place}.weight", linear
 
 
@@ -304,11 +303,9 @@ def frozen_digests(engine: Any) -> dict[str, int]:
 def attach(layers: Iterable[Any], spec: AdapterSpec, config: Any, tp_group: dist.ProcessGroup) -> None:
     """Give the linear layers of transformer layers their adapters."""
     for layer in layers:
-        if layer.layer_number - 1 < spec.first_layer:
-            continue
-        for name in spec.parts:
-            linear = layer.get_submodule(LINEARS[name])
-            linear.adapter = Adapter(linear, name, spec, config, tp_group)
+        for place, parts in spec.at(layer.layer_number - 1).items():
+            linear = layer.get_submodule(place)
+            linear.adapter = Adapter(linear, parts, spec, config, tp_group)
 
 
 def adapted(models: Sequence[nn.Module]) -> Iterator[Any]:

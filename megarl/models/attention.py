@@ -1,7 +1,9 @@
 """Self-attention on Megatron's parallel linears and torch's scaled_dot_product_attention."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from megarl.models.config import GPTConfig
 from megarl.models.kernels import kernels
 from megarl.models.rotary import Rotation, rotate
 from megarl.parallel.device import device_settings
+from megarl.parallel.shards import sharded_tensor
 
 log = get_logger(__name__)
 _logged: set[tuple[object, ...]] = set()
@@ -38,6 +41,47 @@ class Context:
     rotation: Rotation | None
     mask: Tensor | None
     cache: CacheView | None = None
+    relative: "RelativePositions | None" = None
+
+
+@dataclass
+class RelativePositions:
+    """Learned values that are added to the scores by the distance of key and query (T5, arXiv:1910.10683).
+
+    Each layer looks them up itself, as recomputation would otherwise run the look-up's backward pass once per layer.
+
+    Attributes:
+        table: [buckets, local heads], of the first layer.
+        buckets: [batch or 1, time, keys], the bucket of each distance.
+    """
+
+    table: Tensor
+    buckets: Tensor
+
+    def add_to(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return a mask to add to the scores, [batch or 1, local heads, time, keys], from one without positions."""
+        values = F.embedding(self.buckets, self.table).permute(0, 3, 1, 2).to(dtype)
+        return values if mask is None else values + mask
+
+
+def buckets(distance: Tensor, count: int, longest: int, *, both_sides: bool) -> Tensor:
+    """Return the bucket of each distance (position of the key minus that of the query).
+
+    Half of a side's buckets hold one distance each; the others grow logarithmically up to `longest`, and the last holds
+    all above. An encoder has buckets for keys on both sides; a decoder for earlier keys alone.
+    """
+    side = torch.zeros_like(distance)
+    if both_sides:
+        count //= 2
+        side = (distance > 0).long() * count
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    exact = count // 2
+    far = exact + (
+        torch.log(distance.clamp(min=1).float() / exact) / math.log(longest / exact) * (count - exact)
+    ).long().clamp(max=count - exact - 1)
+    return side + torch.where(distance < exact, distance, far)
 
 
 def attention_mask(
@@ -68,7 +112,59 @@ def attention_mask(
     return mask[..., :time].masked_fill_(~allowed, -torch.inf)
 
 
-class SelfAttention(MegatronModule):
+class Attention(MegatronModule):
+    """What attention to the own sequence and to an encoder share."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config=config)
+        self.config: GPTConfig = config
+        self.recompute = config.recompute_granularity == "selective"
+        # With relative positions, scores are not divided by the root of the head's width (T5).
+        self.scale = 1.0 if config.position == "relative" else config.head_dim**-0.5
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, relative: RelativePositions | None = None
+    ) -> Tensor:
+        """Attend over [batch, heads, time, head_dim] tensors; returns [time, batch, heads * head_dim].
+
+        Recomputation repeats the look-up of relative positions, which has a value for every pair of tokens and head.
+        """
+        table, buckets = (None, None) if relative is None else (relative.table, relative.buckets)
+        if self.recompute and self.training:
+            mixed: Tensor = checkpoint(self._attend, False, q, k, v, mask, table, buckets)
+            return mixed
+        return self._attend(q, k, v, mask, table, buckets)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, table: Tensor | None, buckets: Tensor | None
+    ) -> Tensor:
+        """Attend over [batch, heads, time, head_dim] tensors; returns [time, batch, heads * head_dim]. `table` and
+        `buckets` are those of relative positions."""
+        if table is not None and buckets is not None:
+            mask = RelativePositions(table, buckets).add_to(mask, q.dtype)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        causal = mask is None and q.shape[2] == k.shape[2] > 1
+        grouped = q.shape[1] != k.shape[1]
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(q.dtype)
+        special = mask is not None or grouped
+        if dropout == 0.0 and not causal and q.shape[2] <= _few(special):
+            mixed = _attend_in_products(q, k, v, mask, self.scale)
+        else:
+            if grouped and mask is not None and not device_settings().plain_attention:
+                # Fused kernels with masks may lack grouped heads; torch's unfused kernel keeps all scores.
+                k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
+                grouped = False
+            if not device_settings().plain_attention:
+                log_kernel(q, k, v, mask, dropout, causal, grouped)
+            with get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext():
+                mixed = F.scaled_dot_product_attention(
+                    q, k, v, mask, dropout_p=dropout, is_causal=causal, scale=self.scale, enable_gqa=grouped
+                )
+        return mixed.permute(2, 0, 1, 3).flatten(-2)
+
+
+class SelfAttention(Attention):
     """Fused QKV projection, optional QK-norm, rotary positions, grouped heads, output projection.
 
     Weights have Megatron's layout: per key-value head its queries, then the key, then the value. If there are fewer
@@ -76,10 +172,9 @@ class SelfAttention(MegatronModule):
     """
 
     def __init__(self, config: GPTConfig, layer_number: int, groups: ProcessGroupCollection) -> None:
-        super().__init__(config=config)
-        self.config: GPTConfig = config
+        super().__init__(config)
         self.layer_number = layer_number
-        self.tp_group = groups.tp
+        self.groups, self.tp_group = groups, groups.tp
         tp = groups.tp.size()
         parts = kernels(config.kernels)
         self.queries_per_kv = config.num_attention_heads // config.num_kv_heads
@@ -114,7 +209,6 @@ class SelfAttention(MegatronModule):
             norm = parts.norm(config.normalization)
             self.q_layernorm = norm(config=config, hidden_size=config.head_dim, eps=config.layernorm_epsilon)
             self.k_layernorm = norm(config=config, hidden_size=config.head_dim, eps=config.layernorm_epsilon)
-        self.recompute = config.recompute_granularity == "selective"
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """Return the attention output for hidden [time, batch, hidden], with the same shape.
@@ -132,12 +226,18 @@ class SelfAttention(MegatronModule):
             key, value = context.cache.extend(self.layer_number, key, value)
         else:
             key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
-        if self.recompute and self.training:
-            mixed = checkpoint(self._attend, False, query, key, value, context.mask)
-        else:
-            mixed = self._attend(query, key, value, context.mask)
+        mixed = self.attend(query, key, value, context.mask, context.relative)
         output: Tensor = self.linear_proj(mixed)[0]  # the bias is added already
         return output
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> Any:
+        """Return Megatron's description of this rank's weights, in which a table of relative positions is split by
+        heads: Megatron itself knows only how the weights of its layers are split."""
+        found, table = super().sharded_state_dict(prefix, *args, **kwargs), getattr(self, "relative_positions", None)
+        if table is not None:
+            key = f"{prefix}relative_positions"
+            found[key] = sharded_tensor(key, table, self.groups)
+        return found
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values of this rank's heads, each [time, batch, heads, head_dim]."""
@@ -157,29 +257,6 @@ class SelfAttention(MegatronModule):
         heads = self.queries_per_kv // ranks_per_kv
         start = rank % ranks_per_kv * heads
         return mine[..., start : start + heads, :], mine[..., -2:-1, :], mine[..., -1:, :]
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend over [batch, heads, time, head_dim] tensors; returns [time, batch, heads * head_dim]."""
-        dropout = self.config.attention_dropout if self.training else 0.0
-        causal = mask is None and q.shape[2] == k.shape[2] > 1
-        grouped = q.shape[1] != k.shape[1]
-        if mask is not None and mask.is_floating_point():
-            mask = mask.to(q.dtype)
-        special = mask is not None or grouped
-        if dropout == 0.0 and not causal and q.shape[2] <= _few(special):
-            mixed = _attend_in_products(q, k, v, mask)
-        else:
-            if grouped and mask is not None and not device_settings().plain_attention:
-                # Fused kernels with masks may lack grouped heads; torch's unfused kernel keeps all scores.
-                k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
-                grouped = False
-            if not device_settings().plain_attention:
-                log_kernel(q, k, v, mask, dropout, causal, grouped)
-            with get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext():
-                mixed = F.scaled_dot_product_attention(
-                    q, k, v, mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
-                )
-        return mixed.permute(2, 0, 1, 3).flatten(-2)
 
 
 def log_kernel(
@@ -222,13 +299,13 @@ def _few(special: bool) -> int:
     return 1 if special else 0
 
 
-def _attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Compute attention for few queries, [batch, heads, time, head_dim], to the same shape.
 
     It uses two batched products: for so few queries, torch's fused kernel takes up to twice as long on a CPU.
     """
     groups, time = k.shape[1], q.shape[2]
-    queries = (q * q.shape[-1] ** -0.5).reshape(q.shape[0], groups, -1, q.shape[-1])  # a group's are adjacent
+    queries = (q * scale).reshape(q.shape[0], groups, -1, q.shape[-1])  # a group's are adjacent
     scores = queries @ k.transpose(2, 3)
     if mask is not None:
         by_query = scores.view(q.shape[0], q.shape[1], time, -1)

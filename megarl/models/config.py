@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megarl.config.sections.model import ModelConfig, RopeScalingConfig
+from megarl.config.sections.model import EncoderConfig, ModelConfig, RopeScalingConfig
 from megarl.models.adapter_spec import AdapterSpec
 from megarl.parallel.device import device_settings
 from megarl.parallel.layout import Layout
@@ -18,6 +18,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "geglu": partial(F.gelu, approximate="tanh"),
     "swiglu": F.silu,
 }
 
@@ -58,6 +59,7 @@ class GPTConfig(TransformerConfig):
     init_std: float = 0.02
     kernels: str = "auto"
     adapter: AdapterSpec | None = None
+    encoder: EncoderConfig | None = None
 
     @classmethod
     def build(
@@ -80,7 +82,7 @@ class GPTConfig(TransformerConfig):
             "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
         }
         return cls(
-            num_layers=model.num_layers,
+            num_layers=model.layers,
             hidden_size=model.hidden_size,
             num_attention_heads=model.num_heads,
             num_query_groups=model.kv_heads,
@@ -89,7 +91,7 @@ class GPTConfig(TransformerConfig):
             normalization="RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
             layernorm_epsilon=model.norm_eps,
             qk_layernorm=model.qk_norm,
-            gated_linear_unit=model.activation == "swiglu",
+            gated_linear_unit=model.is_gated,
             activation_func=ACTIVATIONS[model.activation],
             add_bias_linear=model.mlp_bias,
             add_qkv_bias=model.qkv_bias,
@@ -135,8 +137,14 @@ class GPTConfig(TransformerConfig):
             init_std=model.init_std,
             kernels=kernels,
             adapter=adapter,
+            encoder=model.encoder,
             **choices[recompute],
         )
+
+    @property
+    def encoder_layers(self) -> int:
+        """Number of first layers that are the encoder's; 0 without one."""
+        return 0 if self.encoder is None else int(self.encoder.num_layers or 0)
 
     @property
     def head_dim(self) -> int:

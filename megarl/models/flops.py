@@ -5,13 +5,13 @@ of masked-out pairs. It is the usual numerator of model FLOPs utilisation (MFU).
 """
 
 from megarl.config.sections.model import ModelConfig
-from megarl.models.adapter_spec import AdapterSpec
+from megarl.models.adapter_spec import AdapterSpec, Parts
 
 _PER_WEIGHT = 2  # a multiplication and an addition
 _FORWARD_AND_BACKWARD = 3  # the backward pass has two products per forward product: for the inputs and for the weights
 
 
-def flops_per_token(model: ModelConfig, vocab_size: int, length: float, adapter: AdapterSpec | None = None) -> float:
+def flops_per_token(model: ModelConfig, vocab_size: float, length: float, adapter: AdapterSpec | None = None) -> float:
     """Return the operations of forward and backward pass per token of a sequence.
 
     Per token, with `keys` the mean number of tokens attended to (`mean_keys`):
@@ -28,7 +28,7 @@ def flops_per_token(model: ModelConfig, vocab_size: int, length: float, adapter:
 
     Args:
         model: shape of the model.
-        vocab_size: rows of the output layer, without padding for the layout.
+        vocab_size: rows of the output layer, without padding for the layout; fewer if it is not applied everywhere.
         length: tokens of a sequence. For several sequences (or packed documents), the mean weighted by tokens,
             sum(length**2) / sum(length), is exact up to the constant term.
         adapter: the adapters beside the frozen weights of the model.
@@ -45,7 +45,7 @@ def flops_per_token(model: ModelConfig, vocab_size: int, length: float, adapter:
 
 
 def forward_flops_per_token(
-    model: ModelConfig, vocab_size: int, length: float, adapter: AdapterSpec | None = None
+    model: ModelConfig, vocab_size: float, length: float, adapter: AdapterSpec | None = None
 ) -> float:
     """Return the operations of a forward pass per token of a sequence; see `flops_per_token`."""
     attention = 4 * model.num_heads * _head_dim(model) * mean_keys(length, model.sliding_window)
@@ -55,30 +55,91 @@ def forward_flops_per_token(
     return float(total + _PER_WEIGHT * model.hidden_size * vocab_size)
 
 
+def encoder_decoder_flops(
+    model: ModelConfig, vocab_size: float, prompt: float, response: float, adapter: AdapterSpec | None = None
+) -> tuple[float, float]:
+    """Return the operations of a forward pass, and of forward and backward pass, over a prompt that the encoder of an
+    encoder-decoder reads and a response of its decoder.
+
+    Per token of the prompt, the encoder's layers and the decoder's projections to keys and values of its cross
+    attention; per token of the response, the decoder's layers without these, attention to both, and the output layer.
+    Layers without gradients run forward only. With adapters, frozen weights need no gradients.
+    """
+    parts = flops_of_parts(model, vocab_size, prompt, response, adapter)
+    return sum(forward for forward, _ in parts), sum(both for _, both in parts)
+
+
+def flops_of_parts(
+    model: ModelConfig, vocab_size: float, prompt: float, response: float, adapter: AdapterSpec | None = None
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return what `encoder_decoder_flops` does for the encoder, and for the decoder with the output layer."""
+    width = model.num_heads * _head_dim(model)
+    crossed = cross_weights(model)
+    weights = {
+        "encoder": prompt * _PER_WEIGHT * layer_weights(model),
+        "decoder": _PER_WEIGHT * (response * (layer_weights(model) + crossed) + prompt * crossed),
+    }
+    attention = {
+        "encoder": 4 * width * prompt * prompt,
+        "decoder": 4 * width * response * (mean_keys(response) + prompt),
+    }
+    output = response * _PER_WEIGHT * model.hidden_size * vocab_size
+    trained = layers_with_gradients(model, adapter)
+    per_product = 2 if adapter is None else 1  # products of the backward pass: frozen weights need no gradients
+    of_decoder = min(trained, model.num_layers)
+
+    def of_part(part: str, layers: int, with_gradients: int, last: float) -> tuple[float, float]:
+        factors = 0.0 if adapter is None else flops_of_factors(model, adapter, part, prompt, response)
+        forward = layers * (weights[part] + attention[part]) + with_gradients * factors + last
+        backward = with_gradients * (per_product * weights[part] + 2 * (attention[part] + factors)) + per_product * last
+        return float(forward), float(forward + backward)
+
+    return (
+        of_part("encoder", model.encoder_layers, trained - of_decoder, 0.0),
+        of_part("decoder", model.num_layers, of_decoder, output),
+    )
+
+
+def flops_of_factors(model: ModelConfig, adapter: AdapterSpec, part: str, prompt: float, response: float) -> float:
+    """Return the operations of a forward pass of the adapters in a layer of the encoder or decoder."""
+    total = 0.0
+    for name, parts in adapter.parts.items():
+        if name.startswith(f"{part}."):
+            reads_prompt = part == "encoder" or parts.place == "cross_attention.linear_kv"
+            total += (prompt if reads_prompt else response) * _PER_WEIGHT * _factor_weights(model, parts, adapter.rank)
+    return total
+
+
 def layers_with_gradients(model: ModelConfig, adapter: AdapterSpec | None = None) -> int:
     """Return the number of the model's last layers that have trainable parameters."""
     if adapter is not None:
-        return model.num_layers - adapter.first_layer
-    return model.num_layers if model.num_layers_unfrozen < 0 else model.num_layers_unfrozen
+        return model.layers - adapter.first_adapted
+    return model.layers if model.num_layers_unfrozen < 0 else model.num_layers_unfrozen
 
 
 def adapter_weights(model: ModelConfig, adapter: AdapterSpec) -> int:
     """Return the weights of the products of one layer's adapters."""
-    attended = _head_dim(model) * model.num_heads
-    columns = {"linear_proj": attended, "linear_fc2": model.ffn_width}
-    return sum(
-        adapter.rank
-        * (len(parts.modules) * columns.get(name, model.hidden_size) + sum(len(rows) for rows in parts.rows))
-        for name, parts in adapter.parts.items()
-    )
+    return sum(_factor_weights(model, parts, adapter.rank) for parts in adapter.parts.values())
+
+
+def _factor_weights(model: ModelConfig, parts: Parts, rank: int) -> int:
+    columns = {"linear_proj": _head_dim(model) * model.num_heads, "linear_fc2": model.ffn_width}
+    width = columns.get(parts.place.rpartition(".")[2], model.hidden_size)
+    return rank * (len(parts.modules) * width + sum(len(rows) for rows in parts.rows))
 
 
 def layer_weights(model: ModelConfig) -> int:
     """Return the weights of one layer's matrix products: query, key, value and output projections, and the MLP's."""
     head_dim, kv_heads = _head_dim(model), model.kv_heads
     attention = model.hidden_size * head_dim * (2 * model.num_heads + 2 * kv_heads)
-    matrices = 3 if model.activation == "swiglu" else 2
+    matrices = 3 if model.is_gated else 2
     return attention + matrices * model.hidden_size * model.ffn_width
+
+
+def cross_weights(model: ModelConfig) -> int:
+    """Return the weights of a decoder layer's projections to queries and outputs of its attention to an encoder, and as
+    many to keys and values; 0 without an encoder."""
+    return 0 if model.encoder is None else 2 * model.hidden_size * model.num_heads * _head_dim(model)
 
 
 def mean_keys(length: float, window: int | None = None) -> float:

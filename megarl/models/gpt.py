@@ -1,4 +1,5 @@
-"""One pipeline stage of a GPT that returns hidden states, and the log-probs and values computed from them."""
+"""One pipeline stage of a GPT, or of an encoder-decoder, that returns hidden states, and the log-probs and values
+computed from them."""
 
 from collections import Counter
 from collections.abc import Container, Sequence
@@ -19,6 +20,7 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +29,7 @@ from megarl.models.adapters import attach, fill, quantised_linears
 from megarl.models.attention import Context, attention_mask
 from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
+from megarl.models.encoder_decoder import Spans, initial_std, layer_of, spans, with_start
 from megarl.models.heads import (
     HEADS,
     QHeads,
@@ -38,12 +41,11 @@ from megarl.models.heads import (
     linear_std,
 )
 from megarl.models.kernels import kernels
-from megarl.models.layer import Layer
 from megarl.models.linear import pad_for_products, product
 from megarl.models.rotary import rotation
 from megarl.parallel.choices import Choices
 from megarl.parallel.grid import Grid
-from megarl.parallel.initialise import draw, initialise, is_sharded
+from megarl.parallel.initialise import Std, draw, initialise, is_sharded
 from megarl.parallel.rows import ModelInputs
 from megarl.parallel.shards import sharded_tensor
 from megarl.parallel.vocab import VocabShard, VocabStats, padded_vocab, vocab_stats
@@ -138,10 +140,11 @@ class GPT(LanguageModule):
                     tp_group=grid.groups.tp,
                 )
         layers = get_num_layers_to_build(config, vp_stage, grid.pp_rank)
+        first = get_transformer_layer_offset(config, vp_stage, grid.pp_rank) + 1
         self.decoder = TransformerBlock(
             config=config,
             spec=TransformerBlockSubmodules(
-                layer_specs=[ModuleSpec(module=Layer)] * layers,
+                layer_specs=[ModuleSpec(module=layer_of(config, first + index)) for index in range(layers)],
                 layer_norm=kernels(config.kernels).norm(config.normalization),
             ),
             pre_process=pre_process,
@@ -186,26 +189,54 @@ class GPT(LanguageModule):
 
         With a cache, the pass stores its keys and values there, and a pass over single tokens reads earlier ones.
         """
-        tokens, positions = inputs.tokens, inputs.positions
         hidden = None
+        if self.config.encoder is not None:
+            inputs = with_start(inputs, self.config.encoder.start_id)
         if self.pre_process:
-            hidden = self.embedding(input_ids=tokens, position_ids=positions + self.config.position_offset)
+            hidden = self._embed(inputs)
             if self.config.recompute_granularity == "full" and torch.is_grad_enabled() and self._layers_train():
                 # Recomputation is re-entrant: where the first input needs no gradient (a frozen embedding), the
                 # layers' weights would get none either, and nothing would say so.
                 hidden.requires_grad_()
-        turn = None
+        context = self._context(inputs, cache)
+        result: Tensor = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
+        if self.post_process and isinstance(context, Spans):
+            return result[context.split :]
+        return result
+
+    def _embed(self, inputs: ModelInputs) -> Tensor:
+        """Return the embedded tokens [time, bins, hidden], those of an encoder first."""
+        positions = inputs.positions + self.config.position_offset
+        own: Tensor | None = None
+        if inputs.tokens.shape[1]:
+            own = self.embedding(input_ids=inputs.tokens, position_ids=positions)
+        if inputs.encoder is None:
+            assert own is not None
+            return own
+        read: Tensor = self.embedding(input_ids=inputs.encoder.tokens, position_ids=inputs.encoder.positions)
+        return read if own is None else torch.cat([read, own])
+
+    def _context(self, inputs: ModelInputs, cache: CacheView | None) -> Context | Spans:
+        """Return the inputs of the layers besides the hidden states."""
+        if self.config.encoder is not None:
+            return spans(inputs, self.config, self._tables(), cache)
+        tokens, turn = inputs.tokens, None
         if self.config.position == "rope":
-            turn = rotation(positions, self.config.rope, self.config.rotary_dim, self.config.params_dtype)
+            turn = rotation(inputs.positions, self.config.rope, self.config.rotary_dim, self.config.params_dtype)
         window = self.config.sliding_window
         if cache is not None and cache.length is not None:
             mask = cache.mask(window)
         else:
             mask = attention_mask(inputs.segment_ids, tokens.shape[1], window, tokens.device, self.config.params_dtype)
-        result: Tensor = self.decoder(
-            hidden_states=hidden, attention_mask=None, packed_seq_params=Context(turn, mask, cache)
-        )
-        return result
+        return Context(turn, mask, cache)
+
+    def _tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the relative positions of the encoder and of the decoder, where this chunk has their first layers."""
+        held = {
+            layer.layer_number: getattr(layer.self_attention, "relative_positions", None)
+            for layer in self.decoder.layers
+        }
+        return held.get(1), held.get(self.config.encoder_layers + 1)
 
     def _layers_train(self) -> bool:
         return any(parameter.requires_grad for parameter in self.decoder.parameters())
@@ -234,6 +265,7 @@ class GPT(LanguageModule):
             choices: the tokens that may be chosen, with list_index [bins, time]; None for all.
         """
         states, tokens, where = self.at_targets(hidden, targets, target_mask)
+        states = self._scaled(states)
         if choices is not None:
             index = choices.list_index[where]
             choices = Choices(choices.lists, F.pad(index, (0, len(tokens) - len(index))))
@@ -305,7 +337,12 @@ class GPT(LanguageModule):
         weight = self._output_weight()
         weight = self.output_layer.weight if weight is None else weight
         valid, bias = slice(0, self.shard.valid), self.output_layer.bias
-        return product(states, weight[valid], None if bias is None else bias[valid]).float()
+        return product(self._scaled(states), weight[valid], None if bias is None else bias[valid]).float()
+
+    def _scaled(self, states: Tensor) -> Tensor:
+        """Return the states for the output layer."""
+        encoder = self.config.encoder
+        return states if encoder is None or not encoder.scale_outputs else states * self.config.hidden_size**-0.5
 
     def whole_sequence(self, hidden: Tensor) -> Tensor:
         """Return the hidden states of all positions on every tensor-parallel rank. Their gradients are summed."""
@@ -361,13 +398,13 @@ class GPT(LanguageModule):
 
     def initialise(self, grid: Grid, seed: int, loaded: Container[str] = (), head_std: float | None = None) -> None:
         """Initialise weights as GPT-2 does: normal with `init_std`, scaled down by depth where they feed the residual
-        stream. Heads have a standard deviation of their own, or `head_std`.
+        stream. Those of an encoder-decoder start as T5's. Heads have a standard deviation of their own, or `head_std`.
 
         `loaded` are names that will be read from files and need no random values.
         """
         deep = self.config.init_std / (2 * self.config.num_layers) ** 0.5
 
-        def std(name: str, parameter: nn.Parameter) -> float | None:
+        def std(name: str, parameter: nn.Parameter) -> Std | None:
             if "norm" in name:
                 return None
             if name.endswith(".bias"):
@@ -377,6 +414,8 @@ class GPT(LanguageModule):
                 return linear_std(parameter, tp=grid.layout.tp if is_sharded(parameter) else 1) if down else 0.0
             if head := head_of(name):
                 return head.std(parameter) if head_std is None else head_std
+            if self.config.encoder is not None:
+                return initial_std(name, self.config)
             return deep if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else self.config.init_std
 
         for name, linear in quantised_linears(self):

@@ -93,5 +93,5 @@ class Role:
             return True
         _, _, rest = parameter.partition("decoder.layers.")
         if rest:
-            return int(rest.partition(".")[0]) >= self.model.num_layers - unfrozen
+            return int(rest.partition(".")[0]) >= self.model.layers - unfrozen
         return not parameter.startswith("embedding.")

@@ -70,7 +70,7 @@ def clone_behaviour(
     micro = config.trainer.micro_batch_size
     with waiting("cloning behaviour", steps) as step_done:
         for step, indices in enumerate(TrainLoader(order, steps)):
-            microbatches = make_microbatches(documents, indices, grid, per_microbatch=micro, share_bins=True)
+            microbatches = make_microbatches(documents, indices, student, per_microbatch=micro, share_bins=True)
             metrics = student.train_step(microbatches, cross_entropy, count_targets)
             student.apply_gradients()
             step_done()

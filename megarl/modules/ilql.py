@@ -21,7 +21,7 @@ from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.generative import GenerativeModule
 from megarl.modules.losses import count_targets
-from megarl.modules.workload import Workload, generation
+from megarl.modules.workload import Workload, generation, sequences
 from megarl.parallel.engine import Stats
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch, Rows, RowSource
@@ -63,10 +63,10 @@ class ILQL(GenerativeModule):
     @staticmethod
     def plan(config: ILQLConfig, assumed: PlanConfig) -> Workload:
         """Return the size of an optimizer step over samples, and of the generation in evaluations."""
-        length = config.data.seq_length
+        sizes = sequences(config, assumed)
         if not config.data.eval or config.trainer.eval_every is None:
-            return Workload(length=length, loss_tokens=length)
-        return Workload(length=length, loss_tokens=length, evaluates=True, **generation(config, assumed))
+            return Workload(**sizes)
+        return Workload(evaluates=True, **sizes, **generation(config, assumed))
 
     def configure_model(self) -> None:
         """Open the store of samples and build the policy."""
@@ -98,19 +98,19 @@ class ILQL(GenerativeModule):
         """Take one optimizer step, update the target Q heads when they are due, and log the terms of the loss."""
         with self.clock.part("train"):
             rate = self.policy.learning_rate
-            metrics = self.gradients(self.store, indices)
+            rows = self.rows_at(indices)
+            metrics = self.gradients(rows, torch.arange(len(rows)))
             norms = self.step_optimizers()
             self.advance()
-        lengths = torch.as_tensor(self.store.lengths[indices.numpy()])
-        flops = training_flops(self.config.model, self.vocab_size, lengths, self.policy.config.adapter)
-        self.work = Work(int(lengths.sum()), flops)
+        sizes = (self.config.model, self.vocab_size, rows.lengths, self.policy.config.adapter, rows.prompts)
+        self.work = Work(int(rows.lengths.sum()), training_flops(*sizes))
         self.log_dict({name: metrics[name.removeprefix("train/")] for name in TERMS})
         self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})
 
     def gradients(self, rows: RowSource, indices: Tensor) -> dict[str, float]:
         """Compute the gradients of the loss over the samples at these indices."""
         micro, pack = self.config.trainer.micro_batch_size, self.config.ilql.pack
-        self.last_batch = make_microbatches(rows, indices, self.grid, per_microbatch=micro, share_bins=pack)
+        self.last_batch = make_microbatches(rows, indices, self.policy, per_microbatch=micro, share_bins=pack)
         return self.policy.train_step(self.last_batch, self.loss, count_targets)
 
     def rows_at(self, indices: Tensor) -> Rows:

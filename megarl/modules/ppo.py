@@ -416,7 +416,7 @@ class PPO(GenerativeModule):
         apply (`is_over`).
         """
         micro, pack = self.config.trainer.micro_batch_size, self.config.ppo.pack
-        self.last_batch = make_microbatches(rows, indices, self.grid, per_microbatch=micro, share_bins=pack)
+        self.last_batch = make_microbatches(rows, indices, self.policy, per_microbatch=micro, share_bins=pack)
         metrics: dict[str, float] = {}
         if self.policy_trains:
             metrics = self.policy.train_step(self.last_batch, self.loss, self.loss.count)
@@ -483,7 +483,7 @@ class PPO(GenerativeModule):
 
     def _work(self, rows: Rows) -> Work:
         """Count generation and evaluation as forward passes, and each inner epoch as a forward and a backward pass."""
-        sizes = (self.config.model, self.vocab_size, rows.lengths, self.policy.config.adapter)
+        sizes = (self.config.model, self.vocab_size, rows.lengths, self.policy.config.adapter, rows.prompts)
         models = len(self._trained)
         self.training_flops = training_flops(*sizes) * models * self.config.ppo.inner_epochs
         passes = len(self.engines) + 1 + (self.reference is not None)

@@ -27,7 +27,7 @@ from megarl.models.exchange.pretrained import Sources, adapters, second_model
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.units import UnitModule, named
-from megarl.modules.workload import Workload
+from megarl.modules.workload import Workload, sequences
 from megarl.parallel.digest import weights_digest
 from megarl.parallel.engine import Stats
 from megarl.parallel.rows import Microbatch, Rows
@@ -113,10 +113,9 @@ class Preference(UnitModule):
     @staticmethod
     def plan(config: PreferenceTree, assumed: PlanConfig) -> Workload:
         """Return the size of an optimizer step. The two sequences of a pair share a forward pass."""
-        length = config.data.seq_length
         notes = {"reference": "log-probs on disk, no model"} if config.reference.reference == "cached" else {}
         per_unit = 1 if isinstance(config.data, LabelledDataConfig) else 2
-        return Workload(length=length, loss_tokens=length, per_unit=per_unit, notes=notes)
+        return Workload(per_unit=per_unit, notes=notes, **sequences(config, assumed))
 
     @property
     def kind(self) -> str:

@@ -151,13 +151,14 @@ class RFT(GenerativeModule):
     def gradients(self, rows: RowSource, indices: Tensor) -> dict[str, float]:
         """Compute the gradients of the cross entropy over the responses at these indices."""
         micro = self.config.trainer.micro_batch_size
-        self.last_batch = make_microbatches(rows, indices, self.grid, per_microbatch=micro, share_bins=True)
+        self.last_batch = make_microbatches(rows, indices, self.policy, per_microbatch=micro, share_bins=True)
         return self.policy.train_step(self.last_batch, cross_entropy, count_targets)
 
     def _work(self, rows: Rows, steps: float) -> Work:
         lengths = rows.lengths
         passes = self.config.trainer.global_batch_size * steps / len(lengths)
-        flops = training_flops(self.config.model, self.vocab_size, lengths, self.policy.config.adapter)
+        adapter = self.policy.config.adapter
+        flops = training_flops(self.config.model, self.vocab_size, lengths, adapter, rows.prompts)
         return Work(int(lengths.sum() * passes), flops * passes)
 
 

@@ -19,7 +19,7 @@ from megarl.models.exchange.source import checked_moments
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.units import UnitModule, named
-from megarl.modules.workload import Workload
+from megarl.modules.workload import Workload, sequences
 from megarl.parallel.engine import Stats
 from megarl.parallel.rows import Microbatch, Rows
 
@@ -64,7 +64,8 @@ class RewardModel(UnitModule):
     def plan(config: RewardModelConfig, assumed: PlanConfig) -> Workload:
         """Return the size of an optimizer step; no log-probs are computed. Of ranked responses, two are assumed for a
         prompt."""
-        return Workload(length=config.data.seq_length, loss_tokens=0, per_unit=2 if config.rm.kind == "ranking" else 1)
+        sizes = {**sequences(config, assumed), "loss_tokens": 0}
+        return Workload(per_unit=2 if config.rm.kind == "ranking" else 1, **sizes)
 
     @property
     def kind(self) -> str:

@@ -11,13 +11,14 @@ from megarl.config.sft import SFTConfig
 from megarl.data.agreement import refuse_different_data
 from megarl.data.build import build_sft_data, build_train_loader
 from megarl.data.order import EvalLoader
+from megarl.experience.rows import training_flops
 from megarl.models.exchange.pretrained import Sources, adapters
 from megarl.models.flops import flops_per_token
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.modules.base import Module
 from megarl.modules.losses import count_targets, cross_entropy
-from megarl.modules.workload import Workload
+from megarl.modules.workload import Workload, sequences
 from megarl.parallel.engine import Stats
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch, Rows, RowSource
@@ -42,9 +43,8 @@ class SFT(Module):
 
     @staticmethod
     def plan(config: SFTConfig, assumed: PlanConfig) -> Workload:
-        """Return the size of an optimizer step: sequences of data.seq_length tokens, each token of which may be a
-        target."""
-        return Workload(length=config.data.seq_length, loss_tokens=config.data.seq_length)
+        """Return the size of an optimizer step."""
+        return Workload(**sequences(config, assumed))
 
     def configure_model(self) -> None:
         """Read the data sets and build the policy."""
@@ -85,9 +85,9 @@ class SFT(Module):
         return make_microbatches(
             data,
             indices,
-            self.grid,
+            self.policy,
             per_microbatch=per_microbatch,
-            share_bins=False,
+            share_bins=self.config.data.pack and self.policy.has_encoder,  # other models' rows are packed already
             longest=self.config.data.seq_length - 1,  # the last token is a target only
         )
 
@@ -98,12 +98,17 @@ class SFT(Module):
             metrics = self.gradients(self.train_data, indices)
             norms = self.step_optimizers()
         self.advance()
-        tokens = int(metrics["all_tokens"])
-        length = metrics["squared_lengths"] / max(tokens, 1)  # token-weighted mean: attention's cost
-        adapter = self.policy.config.adapter
-        flops = flops_per_token(self.config.model, self.vocab_size, length, adapter)
-        self.work = Work(tokens, tokens * flops)
+        self.work = self._work(metrics, indices)
         self.log_dict({"train/loss": metrics["loss"], "train/grad_norm": norms["policy"], "train/lr": rate})
+
+    def _work(self, metrics: dict[str, float], indices: Tensor) -> Work:
+        tokens, adapter = int(metrics["all_tokens"]), self.policy.config.adapter
+        if self.policy.has_encoder:
+            rows = self.rows_at(indices)
+            sizes = (self.config.model, self.vocab_size, rows.lengths, adapter, rows.prompts)
+            return Work(tokens, training_flops(*sizes))
+        length = metrics["squared_lengths"] / max(tokens, 1)  # token-weighted mean: attention's cost
+        return Work(tokens, tokens * flops_per_token(self.config.model, self.vocab_size, length, adapter))
 
     def gradients(self, rows: RowSource, indices: Tensor) -> dict[str, float]:
         """Compute the gradients of the cross entropy over the rows at these indices."""

@@ -122,8 +122,10 @@ class UnitModule(Module):
             norms = self.step_optimizers()
         self.advance()
         model, vocab_size = self.config.model, self.vocab_size if self.has_output else 0
-        flops = training_flops(model, vocab_size, rows.lengths, self.policy.config.adapter)
-        flops += (len(self.engines) - 1) * forward_flops(model, vocab_size, rows.lengths)  # the others do not train
+        lengths, prompts = rows.lengths, rows.prompts
+        flops = training_flops(model, vocab_size, lengths, self.policy.config.adapter, prompts)
+        others = len(self.engines) - 1  # which do not train
+        flops += others * forward_flops(model, vocab_size, lengths, prompts=prompts)
         self.work = Work(int(rows.lengths.sum()), flops)
         self.log_dict(named(metrics, self.training_metrics))
         self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})
@@ -145,7 +147,7 @@ class UnitModule(Module):
         return make_microbatches(
             rows,
             torch.arange(len(rows)),
-            self.grid,
+            self.policy,
             per_microbatch=per_microbatch,
             share_bins=self.config.data.pack,
             keep_together=rows["unit"],

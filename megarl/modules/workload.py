@@ -18,10 +18,12 @@ class Workload:
     Attributes:
         length: length of a training sequence.
         loss_tokens: number of its tokens whose log-probs are computed.
+        encoded: number of its first tokens that an encoder reads, in a model with one.
         steps: optimizer steps.
         per_unit: number of sequences in one of the units that the batch sizes count: 2 where they count pairs.
         entropy: whether the loss includes the policy's entropy.
         rollouts: number of responses that are trained on.
+        per_prompt: number of responses to each prompt.
         evaluates: whether a run without rollouts generates in its evaluations.
         rescored: whether every model runs a forward pass over the responses before training.
         prompt: mean length of a prompt.
@@ -36,10 +38,12 @@ class Workload:
 
     length: int
     loss_tokens: int
+    encoded: int = 0
     steps: int = 1
     per_unit: int = 1
     entropy: bool = False
     rollouts: int = 0
+    per_prompt: int = 1
     evaluates: bool = False
     rescored: bool = False
     prompt: int = 0
@@ -63,7 +67,26 @@ def responses(config: Any, assumed: PlanConfig) -> dict[str, Any]:
     """Return the `Workload` fields of an algorithm that trains on its own responses."""
     generated = generation(config, assumed)
     length = generated["prompt"] + generated["longest"]
-    return {"length": length, "loss_tokens": generated["longest"], **generated}
+    sizes = {"length": length, "loss_tokens": generated["longest"], "encoded": generated["prompt"]}
+    return {**sizes, "per_prompt": config.rollout.n, **generated}
+
+
+def sequences(config: Any, assumed: PlanConfig) -> dict[str, Any]:
+    """Return the `Workload` fields of an algorithm that trains on sequences of data.seq_length tokens, each of which
+    may be a target. An encoder reads the prompts, of prompt_tokens or half a sequence."""
+    length = config.data.seq_length
+    if config.model.encoder is None:
+        return {"length": length, "loss_tokens": length}
+    encoded = length // 2 if assumed.prompt_tokens is None else assumed.prompt_tokens
+    if encoded >= length:
+        raise ConfigError(
+            f"prompt_tokens={encoded} leaves no tokens for a response in data.seq_length={length}: use prompt_tokens="
+            f"{max(1, length - 1)} or less",
+            key="prompt_tokens",
+            value=encoded,
+            offers={"prompt_tokens": [max(1, length - 1)]},
+        )
+    return {"length": length, "loss_tokens": length - encoded, "encoded": encoded}
 
 
 def generation(config: Any, assumed: PlanConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Adapter that lets megatron-core run without CUDA.
 
-It is switched on once per process. It refuses to run beside a GPU and with versions that it was not tested with.
-Nothing here changes the behaviour on a GPU. Each patch names the line of Megatron that needs it.
+It is switched on once per process. It refuses to run beside a GPU. Nothing here changes the behaviour on a GPU. Each
+patch names the line of Megatron that needs it, and `megatron_versions.NAMES` lists the private names that are replaced.
 """
 
 import logging
@@ -13,8 +13,6 @@ from typing import Any
 import torch
 
 from megarl.errors import UnavailableError
-
-TESTED_VERSIONS = ("0.16.1",)
 
 # Modules whose functions contain the CUDA device or a CUDA tensor type as a constant.
 _MODULES_WITH_CUDA_CONSTANTS = (
@@ -46,23 +44,13 @@ def installed() -> bool:
 
 
 def install() -> None:
-    """Switch the adapter on (idempotent). Raises beside a GPU and with an untested megatron-core."""
+    """Switch the adapter on (idempotent). Raises beside a GPU."""
     global _installed
     if _installed:
         return
     if torch.cuda.is_available():
         raise UnavailableError(
             "the CPU adapter cannot be switched on where CUDA is present: run on the GPU", key="CUDA"
-        )
-    from megatron.core.package_info import __version__ as version
-
-    if version not in TESTED_VERSIONS:
-        raise UnavailableError(
-            f"megatron-core {version} has not been tested without CUDA (tested: {', '.join(TESTED_VERSIONS)}): "
-            f"pip install megatron-core=={TESTED_VERSIONS[-1]}",
-            key="megatron-core",
-            value=version,
-            offers={"megatron-core": TESTED_VERSIONS},
         )
     _patch_torch_cuda()
     keep_random_states_on_cpu()
@@ -82,6 +70,8 @@ def _patch_torch_cuda() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     # after batched p2p and in the checkpoint writer
     torch.cuda.synchronize = lambda device=None: None
+    # before a reduction of gradients waits for CUDA graphs (param_and_grad_buffer.py, from 0.19)
+    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]
     # tied embeddings (language_module.py) and exchanged shards (exchange_utils.py)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 

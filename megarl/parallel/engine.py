@@ -107,6 +107,11 @@ class Engine:
         return self._chunks
 
     @property
+    def has_encoder(self) -> bool:
+        """Whether the model is an encoder-decoder, whose encoder reads the prompts of rows."""
+        return getattr(self.config, "encoder", None) is not None
+
+    @property
     def optimizer(self) -> MegatronOptimizer | None:
         """Megatron's optimizer, with everything that it reads and writes on the device."""
         if self._optimizer is not None:
@@ -402,7 +407,7 @@ class Engine:
     ) -> list[Any]:
         """Run Megatron's schedule over the microbatches; the last stage returns each `finish(model, batch, output)`."""
         on_device = [batch.to(self.grid.device) for batch in microbatches]
-        batch_size, time = on_device[0].tokens.shape
+        batch_size, time = len(on_device[0].tokens), on_device[0].time
 
         def step(batches: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)

@@ -15,6 +15,7 @@ from megarl.errors import UnavailableError
 from megarl.parallel import cpu
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
+from megarl.parallel.megatron_versions import check_newer
 
 
 @contextmanager
@@ -28,6 +29,7 @@ def fake_world(layout: Layout, rank: int = 0, device: str = "meta", *, default_d
         )
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
+    check_newer()
     if cpu.needed():
         cpu.install()
     place = torch.device(device)

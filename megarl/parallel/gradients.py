@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megarl.parallel.device import device_settings
 from megarl.parallel.grid import Grid
+from megarl.parallel.megatron_versions import hide_notices
 
 
 def gradient_buffer(parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -45,6 +46,7 @@ class _GradientBuffers(DistributedDataParallel):
 
 def with_gradient_buffers(model: Any, grid: Grid, index: int) -> DistributedDataParallel:
     """Wrap a chunk in Megatron's DDP: contiguous float32 gradients, sharded over data-parallel ranks."""
+    hide_notices()
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=device_settings().overlap_grad_reduce,

@@ -18,6 +18,7 @@ from megarl.errors import ConfigError, MegarlError
 from megarl.parallel import cpu
 from megarl.parallel.layout import Layout
 from megarl.parallel.meeting import Seat, join
+from megarl.parallel.megatron_versions import check_newer
 
 SEEDS = 2**63
 """Torch's generators take all seeds below this. Seeds derived from the run's are reduced modulo it."""
@@ -25,6 +26,7 @@ SEEDS = 2**63
 
 def start_world(timeout_s: float = 1800.0) -> torch.device:
     """Join the process group that the environment describes (else a world of one). Returns this rank's device."""
+    check_newer()
     if cpu.needed():
         cpu.install()
         device = torch.device("cpu")

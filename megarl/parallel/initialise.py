@@ -6,8 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# The standard deviation of a parameter: 0.0 gives zeros, None leaves what the module's constructor wrote (norms: ones).
-StdRule = Callable[[str, nn.Parameter], float | None]
+# The standard deviation of a parameter, or of each row of the whole tensor [rows, 1]: 0.0 gives zeros, None leaves what
+# the module's constructor wrote (norms: ones).
+Std = float | Tensor
+StdRule = Callable[[str, nn.Parameter], Std | None]
 
 
 def initialise(
@@ -29,7 +31,7 @@ def initialise(
         if deviation is None or parameter.is_meta:
             continue
         with torch.no_grad():
-            if deviation == 0.0:
+            if not isinstance(deviation, Tensor) and deviation == 0.0:
                 parameter.zero_()
             else:
                 parameter.copy_(
@@ -37,14 +39,18 @@ def initialise(
                 )
 
 
-def draw(name: str, parameter: Tensor, seed: int, std: float, tp: int, rows: int | None = None) -> Tensor:
+def draw(name: str, parameter: Tensor, seed: int, std: Std, tp: int, rows: int | None = None) -> Tensor:
     """Sample the whole tensor, with zeros in padded rows."""
     shape = list(parameter.shape)
     if is_sharded(parameter):
         shape[partition_dim(parameter)] *= tp
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    drawn = torch.empty([rows or shape[0], *shape[1:]]).normal_(0.0, std, generator=generator)
+    drawn = torch.empty([rows or shape[0], *shape[1:]])
+    if isinstance(std, Tensor):
+        drawn = drawn.normal_(0.0, 1.0, generator=generator) * std
+    else:
+        drawn = drawn.normal_(0.0, std, generator=generator)
     if rows is None or rows == shape[0]:
         return drawn
     return torch.cat([drawn, drawn.new_zeros(shape[0] - rows, *shape[1:])])

@@ -7,6 +7,12 @@
     2  p q r s t .
 
 The last token of a row (the dots) is predicted but not read, as no later token depends on it, unless `read_last`.
+
+An encoder-decoder reads the prompts of a bin's rows in its encoder and their responses in its decoder. The decoder
+starts at the last token of the prompt, which the model replaces by its start token (s):
+
+    row  P Q R a b .         encoder   P Q R | X Y -
+         X Y c d e .         decoder   s a b | s c d e
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +30,7 @@ from torch import Tensor
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
 from megarl.parallel.packing import pack, round_up_to_bucket
-from megarl.parallel.rows import Microbatch, Rows, RowSource, gather, states_index
+from megarl.parallel.rows import Microbatch, ModelInputs, Rows, RowSource, gather, states_index
 
 LONGER = (1.0, 1.25, 1.5, 2.0)
 """Lengths of shared bins that are tried, as multiples of the longest unit: in a longer bin, less stays empty."""
@@ -67,6 +74,7 @@ class MicrobatchPlan:
         keep_together: Tensor | np.ndarray | None = None,
         read_last: bool = False,
         longest: int | None = None,
+        prompts: Tensor | np.ndarray | None = None,
     ) -> None:
         """
         Args:
@@ -78,13 +86,18 @@ class MicrobatchPlan:
                 group).
             read_last: read the last token of each row too, for a score of the whole row.
             longest: maximum length of any row of the data, which bounds the length of bins for one unit.
+            prompts: tokens of each row's prompt, [rows], at least one, which an encoder reads; None without an encoder.
         """
         self.layout, self.dp_rank = layout, dp_rank
         self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.read = np.maximum(self.lengths - (0 if read_last else 1), 1)
+        self.prompts = None if prompts is None else np.asarray(prompts, dtype=np.int64)
+        # Number of a row's tokens before the first that is read, by the decoder if there is an encoder.
+        self.skipped = np.zeros_like(self.lengths) if self.prompts is None else self.prompts - 1
+        self.read = np.maximum(self.lengths - self.skipped - (0 if read_last else 1), 1)
         self.segmented = share_bins or keep_together is not None
         members = _members(len(self.lengths), keep_together)
-        sizes = np.array([self.read[rows].sum() for rows in members]) if keep_together is not None else self.read
+        row_sizes = self.read if self.prompts is None else self.read + self.prompts
+        sizes = np.array([row_sizes[rows].sum() for rows in members]) if keep_together is not None else row_sizes
         largest = int(sizes.max())
         times = {self._time(largest, longest): per_microbatch}  # and how many bins a microbatch may hold
         if share_bins:
@@ -97,9 +110,13 @@ class MicrobatchPlan:
         best = min(shapes, key=lambda shape: shape.work)
         self.count, self.bins, self.time, bins = best.count, best.bins, best.time, best.members
         self.first_unit = members[0]
-        self._assign(
-            bins if keep_together is None else [np.concatenate([members[number] for number in one]) for one in bins]
-        )
+        if keep_together is not None:
+            bins = [np.concatenate([members[number] for number in one]) for one in bins]
+        self._assign(bins)
+        self.encoder_time = 0
+        if self.prompts is not None:  # the two share a bin's capacity; each is as long as its fullest bin
+            self.time = self._time(max(int(self.read[rows].sum()) for rows in bins), None)
+            self.encoder_time = self._time(max(int(self.prompts[rows].sum()) for rows in bins), None)
 
     def _time(self, capacity: int, longest: int | None) -> int:
         """Return the length of bins for units of at most `capacity` tokens."""
@@ -123,10 +140,13 @@ class MicrobatchPlan:
         rows_in_bin = np.array([len(rows) for rows in bins])
         first = np.repeat(np.cumsum(rows_in_bin) - rows_in_bin, rows_in_bin)  # index in `order` of a bin's first row
         begins = np.cumsum(self.read[order]) - self.read[order]
-        self.row_bin, self.row_start, self.row_segment = np.zeros((3, len(order)), dtype=np.int64)
+        self.row_bin, self.row_start, self.row_segment, self.prompt_start = np.zeros((4, len(order)), dtype=np.int64)
         self.row_bin[order] = np.repeat(np.arange(len(bins)), rows_in_bin)
         self.row_start[order] = begins - begins[first]
         self.row_segment[order] = np.arange(len(order)) - first + 1
+        if self.prompts is not None:
+            begins = np.cumsum(self.prompts[order]) - self.prompts[order]
+            self.prompt_start[order] = begins - begins[first]
 
     def microbatches(self, source: RowSource, indices: Tensor | None = None) -> list[Microbatch]:
         """Build this replica's microbatches. Bins are assigned round-robin: `bins` consecutive ones per replica.
@@ -155,8 +175,9 @@ class MicrobatchPlan:
         row = np.repeat(np.arange(len(members)), read)
         offset = np.arange(len(row)) - np.repeat(np.cumsum(read) - read, read)
         position = torch.from_numpy(self._begins(members, first)[row] + offset)
-        token = torch.from_numpy(row * width + offset)
-        is_followed = torch.from_numpy(offset + 1 < self.lengths[members][row])
+        in_row = self.skipped[members][row] + offset
+        token = torch.from_numpy(row * width + in_row)
+        is_followed = torch.from_numpy(in_row + 1 < self.lengths[members][row])
         target = token + is_followed
 
         def lay_out(values: Tensor) -> Tensor:
@@ -173,11 +194,32 @@ class MicrobatchPlan:
             tokens=lay_out(rows.tokens.flatten()[token]),
             positions=lay_out(positions),
             segment_ids=None if segments is None else lay_out(segments),
+            encoder=None if self.prompts is None else self._encoder(rows, members, first, idle),
             targets=lay_out(rows.tokens.flatten()[target] * is_followed),
             target_mask=lay_out(rows.action_mask.flatten()[target] * is_followed),
             rows=rows,
             token_index=torch.full(rows.tokens.shape, -1) if idle else self._token_index(members, first, width),
             last_index=torch.full((len(rows),), -1) if idle else self._last_index(members, first),
+        )
+
+    def _encoder(self, rows: Rows, members: np.ndarray, first: int, idle: bool) -> ModelInputs:
+        """Lay out the prompts of the rows of `self.bins` bins, from bin `first` on, for the encoder."""
+        assert self.prompts is not None
+        read = np.zeros_like(members) if idle else self.prompts[members]
+        row = np.repeat(np.arange(len(members)), read)
+        offset = np.arange(len(row)) - np.repeat(np.cumsum(read) - read, read)
+        begins = (self.row_bin[members] - first) * self.encoder_time + self.prompt_start[members]
+        position = torch.from_numpy(begins[row] + offset)
+
+        def lay_out(values: Tensor) -> Tensor:
+            bins = values.new_zeros(self.bins * self.encoder_time)
+            bins[position] = values
+            return bins.view(self.bins, self.encoder_time)
+
+        return ModelInputs(
+            tokens=lay_out(rows.tokens.flatten()[torch.from_numpy(row * rows.tokens.shape[1] + offset)]),
+            positions=lay_out(torch.from_numpy(offset)),
+            segment_ids=lay_out(torch.from_numpy(self.row_segment[members][row])),
         )
 
     def _begins(self, members: np.ndarray, first: int) -> np.ndarray:
@@ -187,13 +229,13 @@ class MicrobatchPlan:
 
     def _token_index(self, members: np.ndarray, first: int, width: int) -> Tensor:
         """Return [members, width], index in the flat bins from `first` on of each token's predicting state, or -1."""
-        offset = np.arange(width)
-        is_target = (offset > 0) & (offset < self.lengths[members][:, None])
+        offset = np.arange(width) - self.skipped[members][:, None]
+        is_target = (offset > 0) & (offset < (self.lengths - self.skipped)[members][:, None])
         return torch.from_numpy(np.where(is_target, self._begins(members, first)[:, None] + offset - 1, -1))
 
     def _last_index(self, members: np.ndarray, first: int) -> Tensor:
         """Return [members], the index of each row's last token in the flat bins from bin `first` on; -1 if not read."""
-        lengths = self.lengths[members]
+        lengths = (self.lengths - self.skipped)[members]
         is_read = (lengths > 0) & (self.read[members] >= lengths)
         return torch.from_numpy(np.where(is_read, self._begins(members, first) + lengths - 1, -1))
 
@@ -236,20 +278,31 @@ def _as_filler(rows: Rows) -> Rows:
     return replace(rows, lengths=torch.zeros_like(rows.lengths), action_mask=torch.zeros_like(rows.action_mask))
 
 
-def make_microbatches(
-    source: RowSource,
-    indices: Tensor,
-    grid: Grid,
+class ReadsRows(Protocol):
+    """What plans read of an engine: its processes, and whether an encoder reads the prompts."""
+
+    grid: Grid
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the model is an encoder-decoder."""
+
+
+def plan_rows(
+    lengths: Tensor | np.ndarray,
+    engine: ReadsRows,
     *,
     per_microbatch: int,
     share_bins: bool,
     keep_together: Tensor | None = None,
     read_last: bool = False,
     longest: int | None = None,
-) -> list[Microbatch]:
-    """Plan the rows of a source with indices [rows], and build this replica's microbatches of them."""
-    lengths = np.asarray(source.lengths)[indices.numpy()]
-    plan = MicrobatchPlan(
+    prompts: Tensor | None = None,
+) -> MicrobatchPlan:
+    """Return the plan for the passes of an engine over rows of these lengths. `prompts` matter to an encoder alone;
+    the other arguments are those of `MicrobatchPlan`."""
+    grid = engine.grid
+    return MicrobatchPlan(
         lengths,
         grid.layout,
         grid.dp_rank,
@@ -258,5 +311,15 @@ def make_microbatches(
         keep_together=keep_together,
         read_last=read_last,
         longest=longest,
+        prompts=prompts if engine.has_encoder else None,
     )
-    return plan.microbatches(source, indices)
+
+
+def make_microbatches(source: RowSource, indices: Tensor, engine: ReadsRows, **options: Any) -> list[Microbatch]:
+    """Plan the rows of a source with indices [rows], and build this replica's microbatches of them. `options` are those
+    of `plan_rows`."""
+    lengths = np.asarray(source.lengths)[indices.numpy()]
+    if not engine.has_encoder:
+        return plan_rows(lengths, engine, **options).microbatches(source, indices)
+    rows = source.take(indices)
+    return plan_rows(lengths, engine, **options, prompts=rows.prompts).microbatches(rows)

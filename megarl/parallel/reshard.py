@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.parallel_state import RankGenerator
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.resharding import build_centralized_reshard_plan, execute_reshard_plan
+from megatron.core.resharding import execute_reshard_plan
 from megatron.core.resharding.copy_services.base import CopyService
 from megatron.core.resharding.copy_services.nccl_copy_service import NCCLCopyService
 from megatron.core.resharding.utils import ReshardPlan
@@ -22,6 +22,7 @@ from megarl.parallel.engine import BuildModel, Engine
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import is_sharded, partition_dim
 from megarl.parallel.layout import Layout
+from megarl.parallel.megatron_versions import plan_copies, receives_in_place
 
 Link = tuple[int, int]  # from rank, to rank
 
@@ -62,7 +63,7 @@ class Reshard:
         self.engine = Engine(self.grid, build(self.grid), name=source.name)
         _check_shapes(source, self.engine)
         # `swap_model_weights` in two steps, so that the plan can be shown before it is executed.
-        self._plan = build_centralized_reshard_plan(source.models[0], self.engine.models[0])
+        self._plan: ReshardPlan = plan_copies(source.models[0], self.engine.models[0])
         self._service: CopyService = _GlooCopies() if self.grid.device.type == "cpu" else NCCLCopyService()
         self.links, self.weight_bytes, self.peak_bytes = self._cost()
         self._trained_alone, self.trained_bytes = self._plan_of_trained()
@@ -116,16 +117,19 @@ class Reshard:
         self.grid.close()
 
     def _cost(self) -> tuple[dict[Link, int], list[int], list[int]]:
-        received, sent = Counter[int](), 0
+        received, buffers, sent = Counter[int](), 0, 0
+        in_place = receives_in_place()
         here, there = (dict(engine.models[0].named_parameters()) for engine in (self.source, self.engine))
         for op in self._plan.recv_ops:
-            received[op.peer_rank] += _bytes(there[op.param_name][op.my_slice])
+            part = there[op.param_name][op.my_slice]
+            received[op.peer_rank] += _bytes(part)
+            buffers += 0 if in_place and part.is_contiguous() else _bytes(part)
         for op in self._plan.send_ops:
             part = here[op.param_name][op.my_slice]
             sent += 0 if part.is_contiguous() else _bytes(part)  # copied before it is sent
         weights = sum(_bytes(parameter) for parameter in there.values())
-        # Megatron receives everything into buffers, and then copies it to its destination.
-        ranks = self.grid.gather((dict(received), weights, weights + received.total() + sent))
+        # Megatron receives into buffers, and then copies them to their destination.
+        ranks = self.grid.gather((dict(received), weights, weights + buffers + sent))
         links = {(source, rank): count for rank, (of, _, _) in enumerate(ranks) for source, count in sorted(of.items())}
         return links, [weights for _, weights, _ in ranks], [peak for _, _, peak in ranks]
 
@@ -140,10 +144,10 @@ class _GlooCopies(CopyService):
         self._sends: list[tuple[Tensor, int]] = []
         self._receives: list[tuple[Tensor, int]] = []
 
-    def submit_send(self, src_tensor: Tensor, dest_rank: int) -> None:
+    def submit_send(self, src_tensor: Tensor, dest_rank: int, task_id: int | None = None) -> None:
         self._sends.append((src_tensor, dest_rank))
 
-    def submit_recv(self, dest_tensor: Tensor, src_rank: int) -> None:
+    def submit_recv(self, dest_tensor: Tensor, src_rank: int, task_id: int | None = None) -> None:
         self._receives.append((dest_tensor, src_rank))
 
     def run(self) -> None:
@@ -161,7 +165,7 @@ class _GlooCopies(CopyService):
 
 
 def refuse_what_cannot_be_moved(present: Layout, layout: Layout, *, tied: bool) -> None:
-    """Raise for layouts that megatron-core 0.16.1 cannot copy to, before anything is built."""
+    """Raise for layouts that not every supported megatron-core can copy to, before anything is built."""
     if present.vpp > 1 or layout.vpp > 1:
         raise ConfigError(
             f"rollout.engine.layout={layout} cannot be reached from {present}: megatron-core moves one chunk per "

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing import Self  # from Python 3.11 on
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +30,8 @@ class Rows:
             environment text, padding and the first token, which has no prediction.
         per_token: more columns [rows, time], such as rollout_logprobs, old_logprobs, ref_logprobs, values, rewards,
             advantages and returns; of rows that hold several documents, positions and segment_ids.
-        per_row: more columns [rows], such as group (the prompt that a response belongs to) and truncated.
+        per_row: more columns [rows], such as group (the prompt that a response belongs to), prompt_tokens (its length)
+            and truncated.
     """
 
     tokens: Tensor
@@ -38,6 +42,15 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def prompts(self) -> Tensor:
+        """[rows] long, tokens before the first action: the column prompt_tokens, or as the action mask has it."""
+        if "prompt_tokens" in self:
+            return self["prompt_tokens"].long()
+        acts = self.action_mask != 0
+        first = torch.where(acts.any(dim=1), acts.long().argmax(dim=1), self.lengths - 1)
+        return first.clamp(min=1)
 
     def __contains__(self, name: str) -> bool:
         return name in self.per_token or name in self.per_row
@@ -105,11 +118,19 @@ class ModelInputs:
         positions: [bins, time] long, position of each token in its row or document, from 0.
         segment_ids: [bins, time] long if bins contain several rows: 1, 2, ... for the rows of a bin, 0 in padding.
             Tokens attend to their own segment only.
+        encoder: what the encoder of an encoder-decoder reads, [bins, its own time], with segment_ids. The other fields
+            are the decoder's, whose first token of a row is replaced by the model's start token.
     """
 
     tokens: Tensor
     positions: Tensor
     segment_ids: Tensor | None = None
+    encoder: ModelInputs | None = None
+
+    @property
+    def time(self) -> int:
+        """Number of positions of a bin in the hidden states that pipeline stages exchange."""
+        return self.tokens.shape[1] + (0 if self.encoder is None else self.encoder.tokens.shape[1])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -164,7 +185,14 @@ class Microbatch(ModelInputs):
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)
         }
-        return replace(self, rows=self.rows.to(device), **moved)
+        encoder = self.encoder
+        if encoder is not None:
+            encoder = ModelInputs(
+                tokens=encoder.tokens.to(device, non_blocking=True),
+                positions=encoder.positions.to(device, non_blocking=True),
+                segment_ids=None if encoder.segment_ids is None else encoder.segment_ids.to(device, non_blocking=True),
+            )
+        return replace(self, rows=self.rows.to(device), encoder=encoder, **moved)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name; names of the rows' tensors begin with `rows.`."""

@@ -1,17 +1,23 @@
 """Bytes of activations: what a layer keeps for the backward pass, and what is allocated temporarily.
 
-The formulas are derived for megarl's own layer in docs/planning.md, after Korthikanti et al. (2022); tests compare them
-with what autograd keeps. `tokens` is the number of tokens of one microbatch, micro batch size x length.
+The formulas are derived for megarl's own layers in docs/planning.md, after Korthikanti et al. (2022); tests compare
+them with what autograd keeps.
 """
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
+
+from megarl.models.adapter_spec import CROSS_LINEARS, LINEARS, Parts
 from megarl.models.config import GPTConfig
 from megarl.parallel.layout import Layout
 from megarl.parallel.quantised import CPU_CHUNK, GPU_CHUNK
 from megarl.parallel.vocab import CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU, padded_vocab
+from megarl.planning.parts import Part, Positions
 
-ROW_PARALLEL = ("linear_proj", "linear_fc2")
+QKV, PROJ, FC1, FC2 = LINEARS["linear_qkv"], LINEARS["linear_proj"], LINEARS["linear_fc1"], LINEARS["linear_fc2"]
+CROSS_Q, CROSS_KV, CROSS_PROJ = CROSS_LINEARS
+ROW_PARALLEL = (PROJ, FC2, CROSS_PROJ)
 
 
 @dataclass(frozen=True)
@@ -59,28 +65,81 @@ def kept_by_norm(config: GPTConfig, shape: Shape, *, outputs: bool = True) -> fl
     return output + shape.hidden * shape.element + 4 / split
 
 
-def kept_by_layer(config: GPTConfig, shape: Shape, recompute: str) -> float:
-    """Return the bytes per token that one layer keeps from its forward to its backward pass."""
+def kept_by_layer(config: GPTConfig, shape: Shape, at: Positions, recompute: str) -> float:
+    """Return the bytes that one layer keeps from its forward to its backward pass over positions `at`."""
     if recompute == "full":
-        return shape.hidden * shape.element
+        return at.whole * shape.hidden * shape.element
+    total = at.tokens * _kept_per_token(config, shape, at, recompute) + _kept_by_adapters(config, shape, at)
+    total += at.bins * _kept_of_others(config, shape, at)
+    if config.position == "relative" and recompute != "selective":
+        total += at.tokens * at.time * shape.heads * _per_pair(config, shape)
+    if at.crosses:
+        total += at.bins * _kept_by_cross_attention(config, shape, at, recompute)
+    return total
+
+
+def _kept_per_token(config: GPTConfig, shape: Shape, at: Positions, recompute: str) -> float:
+    """Return the bytes per token that attention to the own sequence, the MLP and their norms keep."""
+    read = [_keeps_input(config, at, place) for place in (QKV, FC1)]
     if config.parallel_residual == "one_norm":
-        either = _keeps_input(config, "linear_qkv") or _keeps_input(config, "linear_fc1")
-        total = kept_by_norm(config, shape, outputs=either)
+        total = kept_by_norm(config, shape, outputs=any(read))
     else:
-        outputs = (_keeps_input(config, name) for name in ("linear_qkv", "linear_fc1"))
-        total = sum(kept_by_norm(config, shape, outputs=kept) for kept in outputs)
+        total = sum(kept_by_norm(config, shape, outputs=kept) for kept in read)
     if config.parallel_residual == "two_norms" and (config.normalization == "LayerNorm" or not shape.on_cpu):
         total -= shape.hidden * shape.element  # both norms keep the same input
-    total += _kept_by_attention(config, shape, recompute) + _kept_by_mlp(config, shape)
-    total += _kept_by_adapters(config, shape)
+    total += _kept_by_attention(config, shape, recompute) + _kept_by_mlp(config, shape, at)
     if config.hidden_dropout > 0:
         total += 2 * shape.hidden  # one byte per element of two masks
     return total
 
 
+def _in_operations(config: GPTConfig, shape: Shape) -> bool:
+    """Return whether attention with relative positions consists of single operations in float32: on a CPU, which has no
+    kernel for the gradient of these positions. Beside adapters they are frozen."""
+    return shape.on_cpu and config.position == "relative" and config.adapter is None
+
+
+def _per_pair(config: GPTConfig, shape: Shape) -> int:
+    """Return the bytes that attention with relative positions keeps for a query, a key and a head: their value, which
+    is added to the score, or in single operations the weight."""
+    return 4 if _in_operations(config, shape) else shape.element
+
+
+def _kept_of_others(config: GPTConfig, shape: Shape, at: Positions) -> float:
+    """Return bytes per bin of the positions that a layer passes on: what is kept of its own is a view of all."""
+    width = shape.hidden * shape.element
+    read = at.crosses and _keeps_input(config, at, CROSS_KV)  # for keys and values of the others
+    dropped = read and config.adapter is not None and config.adapter.dropout > 0  # a copy with dropout is kept instead
+    kept = at.other * width if dropped else 0.0
+    if not _converts(config, shape):
+        return kept + at.other * width
+    # The norm's input in float32 is a copy of the own positions.
+    return kept if dropped or not read else (at.time + at.other) * width
+
+
+def _converts(config: GPTConfig, shape: Shape) -> bool:
+    """Return whether a norm keeps copies of its input instead of the input itself (`kept_by_norm`)."""
+    return shape.on_cpu and shape.element < 4 and config.normalization == "RMSNorm"
+
+
+def _kept_by_cross_attention(config: GPTConfig, shape: Shape, at: Positions, recompute: str) -> float:
+    """Return bytes per bin of the norm, queries, output and statistics of a decoder's positions, and of keys and values
+    of the encoder's."""
+    norm = kept_by_norm(config, shape, outputs=_keeps_input(config, at, CROSS_Q))
+    statistics = 0.0 if recompute == "selective" else 4 * shape.heads
+    own = norm + 2 * shape.queries * shape.element + statistics
+    if config.hidden_dropout > 0:
+        own += shape.hidden  # a byte per element of a mask
+    return at.time * own + at.other * 2 * shape.keys * shape.element
+
+
 def _kept_by_attention(config: GPTConfig, shape: Shape, recompute: str) -> float:
     """Return bytes per token of the projection (whose slice is the values), queries, keys, output and statistics."""
     vectors = shape.queries + shape.keys
+    if _in_operations(config, shape) and recompute != "selective":
+        # They keep copies of queries and keys, and the values, a slice of the projection.
+        copies = 2 * vectors if shape.element == 4 else vectors
+        return (copies + shape.keys) * 4 + shape.queries * shape.element
     # Queries of several groups are not contiguous in the projection, so they are copied.
     copied = config.num_kv_heads != config.num_attention_heads and shape.keys > config.head_dim
     elements = 2 * shape.queries + 2 * shape.keys  # the projection, and the output
@@ -100,77 +159,108 @@ def _kept_by_attention(config: GPTConfig, shape: Shape, recompute: str) -> float
     return elements * shape.element + statistics
 
 
-def _kept_by_mlp(config: GPTConfig, shape: Shape) -> float:
-    """Return bytes per token of the inputs of activation and second product; gated: halves, factors and product."""
-    widths = (4 if config.gated_linear_unit else 1) + _keeps_input(config, "linear_fc2")
+def _kept_by_mlp(config: GPTConfig, shape: Shape, at: Positions) -> float:
+    """Return bytes per token of the inputs of activation and second product; gated: halves, factors and product. ReLU
+    keeps its output, which is that input."""
+    if config.activation_func is F.relu:
+        return shape.inner * shape.element
+    widths = (4 if config.gated_linear_unit else 1) + _keeps_input(config, at, FC2)
     return widths * shape.inner * shape.element
 
 
-def _keeps_input(config: GPTConfig, linear: str) -> bool:
-    """Return whether a linear layer's input is kept: for the gradient of its weight, or of its adapter's `down`."""
-    return config.adapter is None or linear in config.adapter.parts
-
-
-def _outputs(config: GPTConfig, shape: Shape) -> dict[str, float]:
-    """Return the width of the output of each linear layer with an adapter, per token of the batch."""
+def _adapted(config: GPTConfig, at: Positions) -> dict[str, Parts]:
+    """Return the adapted parts of a layer with adapters, by their places in it."""
     if config.adapter is None:
         return {}
+    is_encoder = config.encoder is not None and not at.crosses
+    return config.adapter.at((config.encoder_layers if is_encoder else config.num_layers) - 1)
+
+
+def _keeps_input(config: GPTConfig, at: Positions, place: str) -> bool:
+    """Return whether a linear layer's input is kept: for the gradient of its weight, or of its adapter's `down`."""
+    return config.adapter is None or place in _adapted(config, at)
+
+
+def _outputs(config: GPTConfig, shape: Shape, at: Positions) -> dict[str, float]:
+    """Return the width of the output of each linear layer with an adapter, per token that it reads."""
     widths = {
-        "linear_qkv": shape.queries * (1 + 2 * config.num_kv_heads / config.num_attention_heads),
-        "linear_proj": shape.hidden,
-        "linear_fc1": (2 if config.gated_linear_unit else 1) * shape.inner,
-        "linear_fc2": shape.hidden,
+        QKV: shape.queries * (1 + 2 * config.num_kv_heads / config.num_attention_heads),
+        PROJ: shape.hidden,
+        FC1: (2 if config.gated_linear_unit else 1) * shape.inner,
+        FC2: shape.hidden,
+        CROSS_Q: shape.queries,
+        CROSS_KV: 2 * shape.keys,
+        CROSS_PROJ: shape.hidden,
     }
-    return {name: widths[name] for name in config.adapter.parts}
+    return {place: widths[place] for place in _adapted(config, at)}
 
 
-def _kept_by_adapters(config: GPTConfig, shape: Shape) -> float:
-    """Return bytes per token of what a layer's adapters keep besides their inputs: what `down` returns, with DoRA the
-    outputs of the frozen weights, and with dropout a mask and a second input of the attention's output layer."""
-    spec, total = config.adapter, 0.0
+def _kept_by_adapters(config: GPTConfig, shape: Shape, at: Positions) -> float:
+    """Return bytes of what a layer's adapters keep besides their inputs: what `down` returns, with DoRA the outputs of
+    the frozen weights, and with dropout a mask and a second input of the attention's output layer."""
+    spec, adapted, total = config.adapter, _adapted(config, at), 0.0
     if spec is None:
         return total
-    inputs = {"linear_qkv": shape.hidden, "linear_proj": shape.queries, "linear_fc1": shape.hidden}
-    for name, width in _outputs(config, shape).items():
-        split = shape.whole / shape.hidden if name in ROW_PARALLEL else 1.0
-        total += len(spec.parts[name].modules) * spec.rank / split * shape.element
+    inputs = {PROJ: shape.queries, CROSS_PROJ: shape.queries, FC2: shape.inner}
+    for place, width in _outputs(config, shape, at).items():
+        split = shape.whole / shape.hidden if place in ROW_PARALLEL else 1.0
+        kept = len(adapted[place].modules) * spec.rank / split * shape.element
         if spec.kind == "dora":
-            total += width * shape.element
+            kept += width * shape.element
         if spec.dropout > 0:
-            total += inputs.get(name, shape.inner) * (shape.element if shape.on_cpu else 1)
-            total += shape.queries * shape.element if name == "linear_proj" else 0.0
-    if spec.dropout > 0 and config.parallel_residual == "one_norm" and {"linear_qkv", "linear_fc1"} <= set(spec.parts):
-        total += shape.hidden * shape.element  # one output of a norm, but two inputs with dropout
+            kept += inputs.get(place, shape.hidden) * (shape.element if shape.on_cpu else 1)
+            kept += shape.queries * shape.element if place in (PROJ, CROSS_PROJ) else 0.0
+        total += kept * (at.bins * at.other if place == CROSS_KV else at.tokens)
+    if spec.dropout > 0 and config.parallel_residual == "one_norm" and {QKV, FC1} <= set(adapted):
+        total += at.tokens * shape.hidden * shape.element  # one output of a norm, but two inputs with dropout
     return total
 
 
-def kept_once_by_adapters(config: GPTConfig, layout: Layout, shape: Shape) -> float:
+def kept_once_by_adapters(config: GPTConfig, layout: Layout, shape: Shape, at: Positions) -> float:
     """Return the bytes that a layer's adapters keep for any number of tokens: `up` times the scaling, and with DoRA
     that times the factors of the rows, and three vectors of numbers per row."""
     spec, total = config.adapter, 0.0
-    for name, parts in spec.parts.items() if spec is not None else ():
+    for place, parts in _adapted(config, at).items():
         assert spec is not None
-        rows = parts.count / (1 if name in ROW_PARALLEL else layout.tp)
+        rows = parts.count / (1 if place in ROW_PARALLEL else layout.tp)
         columns = len(parts.modules) * spec.rank
         total += rows * (2 * columns + 3 if spec.kind == "dora" else columns)
     return total * shape.element
 
 
-def not_kept_by_first(config: GPTConfig, shape: Shape) -> float:
-    """Return the bytes per token of its input that the first layer with adapters of a model does not keep, as nothing
-    below it trains."""
+def not_kept_by_first(config: GPTConfig, shape: Shape, at: Positions) -> float:
+    """Return the bytes of its input that the first layer with adapters of a model does not keep, as nothing below it
+    trains."""
     norms = 2 if config.parallel_residual == "two_norms" else 1
     single = norms == 2 and (config.normalization == "LayerNorm" or not shape.on_cpu)  # both keep the same input
     shared = shape.hidden * shape.element if single else 0.0
-    return norms * kept_by_norm(config, shape, outputs=False) - shared
+    others = 0.0 if at.crosses else at.bins * _kept_of_others(config, shape, at)
+    return at.tokens * (norms * kept_by_norm(config, shape, outputs=False) - shared) + others
 
 
-def passing_forward(config: GPTConfig, shape: Shape, *, adapters: bool = True) -> float:
-    """Return the peak bytes per token during one layer's forward pass, when nothing is kept.
+def kept_besides_layers(config: GPTConfig, shape: Shape, part: Part, recompute: str) -> float:
+    """Return the bytes that the layers of an encoder-decoder's part share, and those of the norm after an encoder.
+
+    All layers read the buckets of distances, 8 bytes each, and the mask to the encoder. Masks within a part are needed
+    again where attention is recomputed.
+    """
+    if config.position != "relative" or not part.trained:
+        return 0.0
+    at = part.at
+    masked = (at.other if at.crosses else 0) + (at.time if recompute != "none" else 0)
+    total = 8.0 * at.time**2 + at.tokens * masked * shape.element
+    if part.is_last and recompute != "full":
+        total += at.tokens * kept_by_norm(config, shape, outputs=False)
+    return total
+
+
+def passing_forward(config: GPTConfig, shape: Shape, at: Positions, *, adapters: bool = True) -> float:
+    """Return the peak bytes during one layer's forward pass over positions `at`, when nothing is kept.
 
     Args:
         config: the model.
         shape: widths of a rank's slice.
+        at: the positions.
         adapters: whether the layer's adapters compute; they do not while they are merged into the weights.
     """
     wide = shape.element if not shape.on_cpu or shape.element == 4 else 4
@@ -179,25 +269,48 @@ def passing_forward(config: GPTConfig, shape: Shape, *, adapters: bool = True) -
     # Seven: the embedding's output, the layer's input, input and output of attention, their sum, its norm, one spare.
     mlp = 7 * shape.hidden + gathered + (5 if config.gated_linear_unit else 2) * shape.inner
     norm = 2 * shape.hidden * shape.element + 3 * shape.hidden * wide
-    outputs = _outputs(config, shape)
+    outputs = _outputs(config, shape, at)
     if adapters and outputs:  # outputs of the weight and of the adapter, and their sum; with DoRA one more
         copies = 4 if config.adapter is not None and config.adapter.kind == "dora" else 3
-        attention = max(attention, 2 * shape.hidden + gathered + copies * outputs.get("linear_qkv", 0.0))
-        mlp = max(mlp, 7 * shape.hidden + gathered + copies * outputs.get("linear_fc1", 0.0))
-    return max(attention * shape.element, mlp * shape.element, norm)
+        attention = max(attention, 2 * shape.hidden + gathered + copies * outputs.get(QKV, 0.0))
+        mlp = max(mlp, 7 * shape.hidden + gathered + copies * outputs.get(FC1, 0.0))
+    pairs = _relative_values(config, shape, at, shape.element)
+    others = at.bins * at.other * 2 * shape.hidden * shape.element  # the embedding's output and the layer's input
+    if at.crosses:
+        others += at.bins * at.other * 2 * shape.keys * shape.element
+    if config.position == "relative":  # masks within and between the parts, and buckets of distances
+        squares = at.time**2 + at.other**2
+        others += at.bins * (squares + at.time * at.other) * shape.element + 8 * squares
+    return max(at.tokens * attention * shape.element + pairs, at.tokens * max(mlp * shape.element, norm)) + others
 
 
-def passing_backward(config: GPTConfig, shape: Shape) -> float:
-    """Return the peak bytes per token during one layer's backward pass, in addition to what is kept.
+def _relative_values(config: GPTConfig, shape: Shape, at: Positions, element: int) -> float:
+    """Return the bytes of one value for every query, key and head, of all bins and once of all distances; 0 without
+    relative positions."""
+    return (at.bins + 1) * at.time**2 * shape.heads * element if config.position == "relative" else 0.0
 
-    The peak is in the MLP: what a step allocates replaces what the next step had kept.
+
+def passing_backward(config: GPTConfig, shape: Shape, at: Positions, recompute: str) -> float:
+    """Return the peak bytes during one layer's backward pass over positions `at`, in addition to what is kept.
+
+    The peak is in the MLP: what a step allocates replaces what the next step had kept. With relative positions it may
+    be in attention, whose gradients have a value for every query, key and head, after what the MLP kept is freed.
     """
     gathered = shape.whole if shape.gathered else 0.0
     mlp = (2 if config.gated_linear_unit else 1) * shape.inner
     total = (shape.hidden + gathered + max(mlp, shape.queries)) * shape.element
     if config.adapter is not None and config.adapter.base_bits < 16 and shape.element < 4:
         total += 4 * shape.inner  # a quantised weight's input gradient is summed in float32
-    return total
+    total *= at.tokens
+    if config.position != "relative":
+        return total
+    values = _relative_values(config, shape, at, _per_pair(config, shape))
+    gradients = values * (0 if config.adapter is not None else 2 if shape.on_cpu else 1)
+    if recompute == "selective":
+        gradients += values
+    freed = at.tokens * (_kept_by_mlp(config, shape, at) + kept_by_norm(config, shape))
+    freed += at.bins * _kept_by_cross_attention(config, shape, at, recompute) if at.crosses else 0.0
+    return max(total, gradients - freed + at.tokens * (2 * shape.hidden + 2 * shape.queries) * shape.element)
 
 
 def dequantised_chunk(config: GPTConfig, shape: Shape) -> float:

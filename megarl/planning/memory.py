@@ -1,16 +1,17 @@
 """Device memory of every rank by phase and purpose, and host memory, in bytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from megarl.models.cache import KVCache
 from megarl.models.config import GPTConfig
-from megarl.models.flops import layers_with_gradients
 from megarl.models.roles import Role
 from megarl.parallel.reshard import refuse_what_cannot_be_moved
 from megarl.parallel.update_rules import MOMENTS
 from megarl.parallel.vocab import padded_vocab
 from megarl.planning import activations as act
 from megarl.planning.activations import Shape
+from megarl.planning.parts import Part, parts_of
 from megarl.planning.shards import Shard, gpt_config, shard, stages_that_differ
 from megarl.planning.work import Work
 from megarl.rollout.generator import Limits
@@ -199,35 +200,36 @@ def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) 
     """Return activations and logits at the peak of a step, when the backward pass of a microbatch has just begun."""
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu)
     recompute = work.parallel.recompute
-    tokens = work.micro * work.length
-    trained = held.layers
-    with_gradients = layers_with_gradients(work.model, work.adapter)
-    if with_gradients < work.model.num_layers:  # frozen layers keep no activations
-        above = work.model.num_layers // work.layout.pp * (work.layout.pp - 1 - stage)
-        trained = max(0, min(held.layers, with_gradients - above))
-    per_token = trained * act.kept_by_layer(config, shape, recompute)
+    tokens, own = work.micro * work.length, work.micro * work.read[1]
+    parts = parts_of(work, stage, work.micro, work.read)
+    trained = sum(part.trained for part in parts)  # frozen layers keep no activations
+    layers = sum(part.trained * act.kept_by_layer(config, shape, part.at, recompute) for part in parts)
+    layers += sum(act.kept_besides_layers(config, shape, part, recompute) for part in parts)
     if work.adapter is not None and recompute != "full" and stage == 0 and trained:
-        per_token -= act.not_kept_by_first(config, shape)
-    per_token += shape.rotary * 2 * shape.element
+        layers -= act.not_kept_by_first(config, shape, next(part.at for part in parts if part.trained))
+    layers += tokens * shape.rotary * 2 * shape.element
     last = stage == work.layout.pp - 1
-    kept = in_flight(work, stage) * tokens * per_token
+    kept = in_flight(work, stage) * layers
     kept += work.accumulation * tokens * _INPUTS
-    once = act.kept_once_by_adapters(config, work.layout, shape)
-    kept += in_flight(work, stage) * trained * once if recompute != "full" else once
+    once = [(part.trained, act.kept_once_by_adapters(config, work.layout, shape, part.at)) for part in parts]
+    kept += (
+        in_flight(work, stage) * sum(layers * one for layers, one in once)
+        if recompute != "full"
+        else max(one for _, one in once)
+    )
     if work.layout.pp > 1:
         kept += 2 * tokens * shape.hidden * shape.element  # received from neighbouring stages
     rows = work.micro * work.loss_tokens
     logits = 0.0
-    passing = tokens * act.passing_backward(config, shape) + act.dequantised_chunk(config, shape)
-    if recompute == "full":
-        passing += tokens * (act.kept_by_layer(config, shape, "none") - shape.hidden * shape.element)
+    passing = max(_passing_backward(config, shape, part, recompute) for part in parts)
+    passing += act.dequantised_chunk(config, shape)
     if not on_cpu:  # a weight's gradient before it is added to its buffer
         passing += held.largest * shape.element
     if last:
         kept += tokens * act.kept_by_norm(config, shape)
-        kept += tokens * shape.whole * shape.element if shape.gathered else 0.0
+        kept += own * shape.whole * shape.element if shape.gathered else 0.0
         if "value" in role.heads:
-            kept += tokens * (2 * shape.whole * shape.element + 8)
+            kept += own * (2 * shape.whole * shape.element + 8)
         if "lm" in role.heads:
             kept += rows * (shape.whole * shape.element + 16)
             logits = act.vocabulary(
@@ -245,26 +247,38 @@ def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) 
     return max(kept + passing, held.stepping - logits), logits
 
 
+def _passing_backward(config: GPTConfig, shape: Shape, part: Part, recompute: str) -> float:
+    """Return the peak bytes of the backward pass of one layer in addition to what is kept. With full recomputation, it
+    has all that it would have kept."""
+    again = 0.0
+    if recompute == "full":
+        again = act.kept_by_layer(config, shape, part.at, "none") - act.kept_by_layer(config, shape, part.at, "full")
+    return act.passing_backward(config, shape, part.at, recompute) + again
+
+
 def _scoring(work: Work, role: Role, stage: int, *, on_cpu: bool) -> tuple[float, float]:
     """Return activations and logits while log-probs and values of responses are computed, without gradients."""
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu)
     tokens, rows = work.micro * work.length, work.micro * work.loss_tokens
-    passing = _passing_forward(config, shape, tokens) + tokens * shape.rotary * 2 * shape.element
+    parts = parts_of(work, stage, work.micro, work.read)
+    passing = _passing_forward(config, shape, parts) + tokens * shape.rotary * 2 * shape.element
     passing += tokens * _INPUTS * -(-work.rollouts // (work.layout.dp * work.micro))
     logits = 0.0
     if stage == work.layout.pp - 1 and "lm" in role.heads:
         logits = act.vocabulary(
             config, shape, work.layout, rows, backward=False, entropy=work.entropy, width=shape.whole
         )
-        head = tokens * shape.whole * shape.element * (2 if shape.gathered else 1) + rows * shape.whole * shape.element
+        states = tokens + (work.micro * work.read[1] if shape.gathered else 0)
+        head = (states + rows) * shape.whole * shape.element
         passing = max(passing, head + logits) - logits
     return passing, logits
 
 
-def _passing_forward(config: GPTConfig, shape: Shape, tokens: int, *, merged: bool = False) -> float:
+def _passing_forward(config: GPTConfig, shape: Shape, parts: Sequence[Part], *, merged: bool = False) -> float:
     """Return the peak bytes of a forward pass that keeps nothing; `merged`: adapters are in the weights."""
-    frozen = tokens * act.passing_forward(config, shape, adapters=False) + act.dequantised_chunk(config, shape)
-    return frozen if merged else max(frozen, tokens * act.passing_forward(config, shape))
+    frozen = max(act.passing_forward(config, shape, part.at, adapters=False) for part in parts)
+    frozen += act.dequantised_chunk(config, shape)
+    return frozen if merged else max(frozen, *(act.passing_forward(config, shape, part.at) for part in parts))
 
 
 def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float, float]:
@@ -272,10 +286,11 @@ def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[f
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu, gathered=False)
     slots = slots_of(work)
     length = work.prompt + work.longest
-    cache = slots * KVCache.slot_bytes(config, held.layers, work.layout.tp, length) * (1 + work.masks)
-    tokens = min(Limits.prefill_tokens, slots * work.prompt)
-    passing = _passing_forward(config, shape, tokens, merged=bool(held.merged))
-    passing += tokens * (shape.rotary * 2 * shape.element + _INPUTS)
+    parts = prompt_parts(work, stage, slots)
+    cached = sum(part.layers for part in parts if not part.is_encoder)
+    cache = slots * KVCache.slot_bytes(config, cached, work.layout.tp, length) * (1 + work.masks)
+    passing = _passing_forward(config, shape, parts, merged=bool(held.merged))
+    passing += parts[0].at.whole * (shape.rotary * 2 * shape.element + _INPUTS)
     rows = -(-slots // work.layout.pp)
     if config.num_kv_heads != config.num_attention_heads and not on_cpu:
         # With a mask, torch's kernels need a key and a value per query head, so those of one layer are repeated.
@@ -291,14 +306,23 @@ def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[f
     return max(0.0, passing - logits), logits, cache
 
 
+def prompt_parts(work: Work, stage: int, slots: int) -> tuple[Part, ...]:
+    """Return the kinds of layers of a stage with the positions of a pass over prompts. An encoder reads each whole."""
+    if work.model.encoder is None:
+        return parts_of(work, stage, 1, (0, min(Limits.prefill_tokens, slots * work.prompt)))
+    rows = max(1, min(Limits.prefill_tokens // max(1, work.prompt), slots))
+    return parts_of(work, stage, rows, (work.prompt, 0))
+
+
 def slots_of(work: Work) -> int:
     """Return the responses in flight per replica, for which the cache is allocated."""
     groups = work.layout.pp
     share = -(-work.rollouts // work.layout.dp) if work.rollouts else work.slots  # evaluation prompts are not counted
     per_group = max(1, -(-min(work.slots, share) // groups))
     if work.cache_bytes is not None:
-        layers = work.model.num_layers // groups
-        slot = KVCache.slot_bytes(gpt_config(work), layers, work.layout.tp, work.prompt + work.longest)
+        config = gpt_config(work)
+        layers = KVCache.most_layers(config, groups)
+        slot = KVCache.slot_bytes(config, layers, work.layout.tp, work.prompt + work.longest)
         per_group = max(1, min(per_group, work.cache_bytes // slot // (1 + work.masks) // groups))
     return per_group * groups
 

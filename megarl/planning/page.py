@@ -102,6 +102,8 @@ def _schedule(plan: Plan) -> str:
         f"stage. A stage waits {seconds(waiting)} of a step, {waiting / (waiting + whole * microbatches):.1%} of its "
         "time: that is the pipeline's bubble."
     )
+    if plan.work.model.encoder is not None:
+        said += " One stage is the encoder and the other the decoder; the seconds are those of the slower one."
     fewer = (
         f" The drawing shows {drawn} of the {microbatches} microbatches; more of them lengthen the middle, where "
         "forward and backward passes alternate, and not the bubble."

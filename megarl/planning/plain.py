@@ -14,7 +14,7 @@ from megarl.planning.hardware import KINDS, Cluster, kind_of
 from megarl.planning.memory import PARTS, RankPlan, plan_ranks
 from megarl.planning.plan import Plan, Remedy, make_plan
 from megarl.planning.times import Rates
-from megarl.planning.work import work_of
+from megarl.planning.work import Work, work_of
 
 
 def as_json(plan: Plan, helps: Sequence[Remedy], layouts: Sequence[Plan] | None) -> dict[str, Any]:
@@ -26,6 +26,7 @@ def as_json(plan: Plan, helps: Sequence[Remedy], layouts: Sequence[Plan] | None)
         "roles": {role.name: role.about for role in work.roles},
         "notes": dict(work.notes),
         "adapter": None if work.adapter is None else _adapter(work.adapter),
+        "encoder": None if work.model.encoder is None else _encoder(work),
         "cluster": {"gpu": cluster.gpu.name, "gpus": cluster.gpus, "gpus_per_node": cluster.per_node},
         "fits": plan.fits,
         "peak": {"stage": plan.fullest.stage, "phase": plan.fullest.peak, "bytes": round(plan.peak_bytes)},
@@ -160,6 +161,13 @@ def _adapter(adapter: AdapterSpec) -> dict[str, Any]:
         "linears": list(adapter.parts),
         "first_layer": adapter.first_layer,
     }
+
+
+def _encoder(work: Work) -> dict[str, int]:
+    """Return the layers of an encoder-decoder and the positions of a training sequence in both parts."""
+    encoder, decoder = work.read
+    layers = {"layers": work.model.encoder_layers, "decoder_layers": work.model.num_layers}
+    return {**layers, "positions": encoder, "decoder_positions": decoder}
 
 
 def _layout(plan: Plan) -> dict[str, Any]:

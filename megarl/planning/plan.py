@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from megarl.config.offers import divisors
 from megarl.config.sections.model import ModelConfig
-from megarl.models.flops import layers_with_gradients
+from megarl.config.shape import possible_stages
+from megarl.models.flops import cross_weights, layer_weights, layers_with_gradients
 from megarl.parallel.layout import Layout
 from megarl.planning.hardware import GIB, Cluster
 from megarl.planning.memory import RankPlan, plan_ranks
@@ -149,7 +150,7 @@ def suggest(plan: Plan, most: int = 8) -> list[Plan]:
 
 def _layouts(work: Work, cluster: Cluster) -> Iterator[Layout]:
     for tp in divisors(cluster.per_node):
-        for pp in divisors(work.model.num_layers):
+        for pp in possible_stages(work.model.encoder_layers, work.model.num_layers):
             layout = _layout(work, cluster, tp, pp)
             if layout is not None and pp <= MOST_STAGES:
                 yield layout
@@ -164,30 +165,27 @@ def _layout(work: Work, cluster: Cluster, tp: int, pp: int) -> Layout | None:
     if work.cuda_graphs and pp > 1 and work.rollout_layout is None:
         return None
     layout = Layout(tp=tp, pp=pp, dp=cluster.gpus // (tp * pp), sequence_parallel=tp > 1)
-    divides = work.global_batch % layout.dp == 0 and work.length % tp == 0
+    divides = work.global_batch % layout.dp == 0 and all(time % tp == 0 for time in work.read)
     return layout if divides else None
 
 
 def _divides(model: ModelConfig, tp: int, pp: int) -> bool:
     kv_heads = model.kv_heads
     cut = (model.num_heads, model.hidden_size, model.ffn_width)
-    return not (model.num_layers % pp or any(width % tp for width in cut) or (kv_heads % tp and tp % kv_heads))
+    staged = pp in possible_stages(model.encoder_layers, model.num_layers)
+    return staged and not (any(width % tp for width in cut) or (kv_heads % tp and tp % kv_heads))
 
 
 def _least(work: Work, layout: Layout) -> float:
     """Return the minimum bytes of weights, gradients and optimizer, to skip layouts that cannot fit."""
     model = work.model
-    head_dim = model.head_width
-    kv_heads = model.kv_heads
-    attention = model.hidden_size * head_dim * 2 * (model.num_heads + kv_heads)
-    mlp = (3 if model.activation == "swiglu" else 2) * model.hidden_size * model.ffn_width
     master = 12 if work.precision == "bf16" else 8
-    if work.adapter is None:
-        layers = model.num_layers * work.element + layers_with_gradients(model) * (4 + master / layout.dp)
-    else:
-        bits = work.adapter.base_bits
-        layers = model.num_layers * (work.element if bits == 16 else bits / 8)
-    return (attention + mlp) * layers / layout.tp / layout.pp
+    trained = 0 if work.adapter is not None else layers_with_gradients(model)
+    bits = 16 if work.adapter is None else work.adapter.base_bits
+    weights = model.layers * layer_weights(model) + model.num_layers * 2 * cross_weights(model)
+    least = weights * (work.element if bits == 16 else bits / 8)
+    least += trained * layer_weights(model) * (4 + master / layout.dp)
+    return least / layout.tp / layout.pp
 
 
 def gib(size: float) -> str:

@@ -8,6 +8,7 @@ from megarl.planning.hardware import GIB
 from megarl.planning.memory import PARTS, RankPlan
 from megarl.planning.plain import overrides
 from megarl.planning.plan import Plan, Remedy, gib
+from megarl.planning.work import Work
 
 KINDS = {"lora": "LoRA", "dora": "DoRA"}
 _LINKS = {"NVLink": "sent, NVLink", "network": "sent, network"}
@@ -36,10 +37,18 @@ def about(plan: Plan) -> list[str]:
         f"micro batch {work.micro} x {work.accumulation} accumulated, {work.precision}, "
         f"recompute {work.parallel.recompute}",
         "; ".join(parts),
-        f"{largest:,} of the policy's parameters on the fullest rank{_trained(plan)}",
+        f"{largest:,} of the policy's parameters{_layers(plan)} on the fullest rank{_trained(plan)}",
         f"{verdict}: the peak is {gib(plan.peak_bytes)} of {gib(cluster.usable)} usable GiB, in {plan.fullest.peak} "
         f"on pipeline stage {plan.fullest.stage}; host memory {gib(plan.host_bytes)} of {gib(cluster.host)} GiB a node",
     ]
+
+
+def _layers(plan: Plan) -> str:
+    """Return the layers of both parts of an encoder-decoder; nothing for other models."""
+    model = plan.work.model
+    if model.encoder is None:
+        return ""
+    return f" (an encoder of {model.encoder_layers} layers and a decoder of {model.num_layers})"
 
 
 def _trained(plan: Plan) -> str:
@@ -109,16 +118,27 @@ def _seconds(plan: Plan) -> Table:
 def assumptions(plan: Plan) -> str:
     """Return what the estimate of seconds assumes."""
     work, rates = plan.work, plan.rates
-    lengths = f"{work.length} tokens a sequence"
+    encoder, decoder = work.read
+    lengths = f"{work.length} tokens a sequence" + (
+        f", {encoder} of the encoder and {decoder} of the decoder" * bool(encoder)
+    )
     if work.rollouts:
         lengths = (
-            f"{work.rollouts} responses a phase, {work.response} tokens each, to prompts of {work.prompt}; "
-            f"{work.steps} optimizer steps"
+            f"{work.rollouts} responses a phase, {work.response} tokens each, to prompts of {work.prompt}"
+            f"{_read_once(work)}; {work.steps} optimizer steps"
         )
     return (
         f"Assumed: {lengths}; matrix products at {rates.products:.0%} of peak; "
         f"{rates.host_s_per_layer * 1e6:.0f} us to launch a layer of a decode pass. docs/planning.md says the rest."
     )
+
+
+def _read_once(work: Work) -> str:
+    """Return how often an encoder reads a prompt; nothing for other models."""
+    if work.model.encoder is None:
+        return ""
+    samples = "" if work.per_prompt == 1 else f" for the {work.per_prompt} responses to it on a replica"
+    return f", each of which the encoder reads once{samples}"
 
 
 def _remedies(plan: Plan, helps: list[Remedy]) -> Table:

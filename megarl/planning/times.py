@@ -3,15 +3,17 @@
 This model compares layouts; it does not predict exactly. docs/planning.md lists what it omits and its accuracy.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from megarl.models.flops import (
     adapter_weights,
+    cross_weights,
+    flops_of_factors,
+    flops_of_parts,
     flops_per_token,
     forward_flops_per_token,
     layer_weights,
     layers_with_gradients,
-    mean_keys,
 )
 from megarl.parallel.vocab import padded_vocab
 from megarl.planning.hardware import Cluster
@@ -49,14 +51,35 @@ class Rates:
     host_s_per_layer: float  # host time per layer of a decode pass without CUDA graphs
 
 
+@dataclass(frozen=True)
+class Load:
+    """What a pipeline stage computes and exchanges for one sequence.
+
+    Attributes:
+        forward, backward: FLOPs of the passes, before they are split over tensor-parallel ranks.
+        summed: positions whose states a forward pass sums over tensor-parallel ranks, and a backward pass their
+            gradients, over all layers.
+        gathered: positions that are gathered again in the backward pass under sequence parallelism.
+        shared: positions of which only the gradients are summed, as several ranks read one state and sum nothing.
+    """
+
+    forward: float
+    backward: float
+    summed: float
+    gathered: float
+    shared: float = 0.0
+
+
 class Clock:
-    """Times of one run on one cluster. Stages are assumed equal, except for the output layer on the last."""
+    """Times of one run on one cluster. Stages are assumed equal, except for the output layer on the last; of an
+    encoder-decoder with a stage for each part, the slower stage counts."""
 
     def __init__(self, work: Work, cluster: Cluster, rates: Rates, shards: list[Shard]) -> None:
         self.work, self.cluster, self.rates = work, cluster, rates
         self.fullest = max(shards, key=lambda shard: shard.trainable)
         self.layout = work.layout
-        self.layers = work.model.num_layers / self.layout.pp
+        # Layers of a decode pass on a stage. An encoder's run over prompts alone; the decoder's are on one stage.
+        self.layers = work.model.num_layers / (1 if work.model.encoder is not None else self.layout.pp)
         self.tp_span = self.layout.tp
         self.dp_span = self.layout.tp * self.layout.dp if self.layout.dp > 1 else 1
 
@@ -82,12 +105,7 @@ class Clock:
         step += gathering + updating
         phase.seconds = step * work.steps * self._models()
         phase.tokens = sequences * work.length
-        phase.flops = (
-            (1 + self._backward_share())
-            * self._flops(work.length, output=work.loss_tokens)
-            * sequences
-            * self._models()
-        )
+        phase.flops = sum(self._flops(work.read, work.loss_tokens)) * sequences * self._models()
         shares = {"products": micro * work.accumulation, "the pipeline's bubble": computing - micro * work.accumulation}
         shares["data-parallel traffic"] = step - computing
         phase.bound = max(shares, key=lambda name: shares[name])
@@ -123,12 +141,12 @@ class Clock:
         work, layout = self.work, self.layout
         phase = Phase("score")
         batches = -(-work.rollouts // (layout.dp * work.micro))
-        one = self._pass(work.micro, work.length, phase, backward=False)
+        one = self._pass(work.micro, work.read, phase, backward=False)
         bubble = 1 + (layout.pp - 1) / batches
         phase.seconds = passes * batches * one * bubble
         phase.sent = {link: sent * passes * batches for link, sent in phase.sent.items()}
         phase.tokens = work.rollouts * work.length
-        phase.flops = passes * work.rollouts * self._flops(work.length, output=work.loss_tokens)
+        phase.flops = passes * work.rollouts * self._flops(work.read, work.loss_tokens)[0]
         phase.bound = "products"
         return phase
 
@@ -144,20 +162,37 @@ class Clock:
         passes = max(work.longest, share / slots * work.response)  # slots are refilled when responses end
         reads = self._decode_bytes(rows) / (gpu.bandwidth * gpu.reads)
         products = rows * self._flops_of_one() / layout.tp / layout.pp / (gpu.flops * self.rates.products)
-        sending = 2 * self.layers * self._small_all_reduce(rows, phase)
+        sending = self._sums_per_layer * self.layers * self._small_all_reduce(rows, phase)
         device = max(reads, products) + sending
         host = self.layers * self.rates.host_s_per_layer
         one = max(device, host) * layout.pp  # one group of slots per stage, one pass per group and token
-        prefill_rows = max(1, min(share, Limits.prefill_tokens // max(1, work.prompt)))
-        reading = Phase("prompts")
-        prompts = self._pass(prefill_rows, work.prompt, reading, backward=False) * -(-share // prefill_rows)
+        read_once, prompts = self._prompts(share)
         phase.sent = {link: sent * passes * layout.pp for link, sent in phase.sent.items()}
         phase.seconds = passes * one + prompts
         phase.tokens = work.rollouts * work.response
-        phase.flops = work.rollouts * self._flops(work.prompt + work.response, output=work.response)
+        phase.flops = self._generated_flops(read_once * layout.dp)
         shares = {"launching passes (host)": host - device, "reading weights and cache": reads, "all-reduces": sending}
         phase.bound = max(shares, key=lambda name: shares[name]) if host < device else "launching passes (host)"
         return phase
+
+    def _prompts(self, share: int) -> tuple[int, float]:
+        """Return how many prompts a replica reads for its `share` of responses, and the seconds of that. An encoder
+        reads a prompt once for all samples of a replica."""
+        work = self.work
+        has_encoder = work.model.encoder is not None
+        reads = min(share, -(-work.rollouts // work.per_prompt)) if has_encoder else share
+        rows = max(1, min(reads, Limits.prefill_tokens // max(1, work.prompt)))
+        read = (work.prompt, 0) if has_encoder else (0, work.prompt)
+        return reads, self._pass(rows, read, Phase("prompts"), backward=False) * -(-reads // rows)
+
+    def _generated_flops(self, reads: int) -> float:
+        """Return the FLOPs of all responses, of an encoder-decoder to `reads` prompts that are read once each."""
+        work = self.work
+        if work.model.encoder is None:
+            return work.rollouts * self._flops((0, work.prompt + work.response), work.response)[0]
+        reading = self._flops((work.prompt, 0), 0)[0]
+        whole = self._flops((work.prompt, work.response), work.response)[0]
+        return reads * reading + work.rollouts * (whole - reading)
 
     def save(self) -> Phase:
         """Estimate a checkpoint, in which ranks write weights, master weights and moments; not part of a unit."""
@@ -172,58 +207,90 @@ class Clock:
         """Number of models that train, and so are saved."""
         return sum(role.trains for role in self.work.roles)
 
-    def _flops(self, length: int, output: int) -> float:
-        """Return the FLOPs of one sequence's forward pass; the output layer is applied at `output` positions only."""
-        model = self.work.model
-        head_dim = model.head_width
-        attention = 4 * model.num_heads * head_dim * mean_keys(length, model.sliding_window)
-        layer = 2 * layer_weights(model) + attention
-        products = length * (model.num_layers * layer + self._flops_of_adapters())
-        return float(products + output * 2 * model.hidden_size * self.work.vocab_size)
+    def _flops(self, read: tuple[int, int], output: int) -> tuple[float, float]:
+        """Return the FLOPs of one sequence's forward pass and of its backward pass, over all stages; see `_loads`."""
+        parts = self._flops_of_parts(read, output)
+        return sum(forward for forward, _ in parts), sum(backward for _, backward in parts)
+
+    def _flops_of_parts(self, read: tuple[int, int], output: int) -> list[tuple[float, float]]:
+        """Return the FLOPs of a forward and of a backward pass, of an encoder-decoder for each part. Frozen weights
+        need no gradients.
+
+        Args:
+            read: positions of a sequence in an encoder, and in the decoder or the model's only layers.
+            output: number of the latter to which the output layer is applied.
+        """
+        work, (encoder, length) = self.work, read
+        columns = work.vocab_size * output / max(1, length)  # of an output layer that is applied everywhere
+        if work.model.encoder is not None:
+            parts = flops_of_parts(work.model, columns, encoder, length, work.adapter)
+            return [(forward, both - forward) for forward, both in parts]
+        sizes = (work.model, columns, length, work.adapter)
+        forward, both = length * forward_flops_per_token(*sizes), length * flops_per_token(*sizes)
+        return [(forward, both - forward)]
+
+    def _loads(self, read: tuple[int, int], output: int) -> list[Load]:
+        """Return what the stages that differ compute and exchange for one sequence; of equal stages, one."""
+        model, pp, (encoder, length) = self.work.model, self.layout.pp, read
+        parts = self._flops_of_parts(read, output)
+        if model.encoder is None:
+            (forward, backward), summed = parts[0], 2 * model.num_layers * length
+            return [Load(forward / pp, backward / pp, summed / pp, summed / pp)]
+        summed, shared = 2 * model.encoder_layers * encoder, model.num_layers * encoder
+        first = Load(*parts[0], summed, summed)
+        summed = 3 * model.num_layers * length
+        last = Load(*parts[1], summed, summed + shared, shared)
+        if pp > 1:
+            return [first, last]
+        return [Load(*(getattr(first, one.name) + getattr(last, one.name) for one in fields(Load)))]
 
     def _flops_of_adapters(self) -> float:
-        """Return the FLOPs of the adapters for one token."""
+        """Return the FLOPs of the adapters for one new token."""
         model, adapter = self.work.model, self.work.adapter
         if adapter is None:
             return 0.0
-        return 2.0 * layers_with_gradients(model, adapter) * adapter_weights(model, adapter)
-
-    def _backward_share(self) -> float:
-        """Return the FLOPs of a backward pass over those of a forward pass: 2, and less with adapters, as frozen
-        weights need no gradients."""
-        work = self.work
-        if work.adapter is None:
-            return 2.0
-        sizes = (work.model, work.vocab_size * work.loss_tokens // work.length, work.length, work.adapter)
-        return flops_per_token(*sizes) / forward_flops_per_token(*sizes) - 1
+        layers = layers_with_gradients(model, adapter)
+        if model.encoder is not None:
+            return min(layers, model.num_layers) * flops_of_factors(model, adapter, "decoder", 0, 1)
+        return 2.0 * layers * adapter_weights(model, adapter)
 
     def _flops_of_one(self) -> float:
         """Return the FLOPs of one new token, without attention over the cache."""
         model = self.work.model
-        weights = model.num_layers * layer_weights(model) + model.hidden_size * self.work.vocab_size
+        weights = model.num_layers * self._weights_of_decoding + model.hidden_size * self.work.vocab_size
         return float(2 * weights + self._flops_of_adapters())
+
+    @property
+    def _weights_of_decoding(self) -> int:
+        """Weights of a layer that a decode pass reads; keys and values of an encoder's states are in the cache."""
+        return layer_weights(self.work.model) + cross_weights(self.work.model)
+
+    @property
+    def _sums_per_layer(self) -> int:
+        """Products of a layer whose results a decode pass sums over tensor-parallel ranks."""
+        return 2 if self.work.model.encoder is None else 3
 
     def _microbatch(self, phase: Phase) -> tuple[float, float, float]:
         """Return the seconds of a microbatch's forward and backward pass and of its recomputation on one stage, and
         add the bytes it sends to the phase."""
         work = self.work
-        forward = self._pass(work.micro, work.length, phase, backward=False)
-        backward = self._pass(work.micro, work.length, phase, backward=True)
+        forward = self._pass(work.micro, work.read, phase, backward=False)
+        backward = self._pass(work.micro, work.read, phase, backward=True)
         if work.parallel.recompute != "full":
             return forward, backward, 0.0
-        return forward, backward, self._pass(work.micro, work.length, phase, backward=False)
+        return forward, backward, self._pass(work.micro, work.read, phase, backward=False)
 
-    def _pass(self, rows: int, length: int, phase: Phase, *, backward: bool) -> float:
-        """Return the seconds of one microbatch on one stage, and add the bytes it sends to the phase."""
+    def _pass(self, rows: int, read: tuple[int, int], phase: Phase, *, backward: bool) -> float:
+        """Return the seconds of one microbatch on the slowest stage, and add the bytes it sends to the phase. `read` is
+        as in `_loads`."""
         work, layout, cluster = self.work, self.layout, self.cluster
-        flops = rows * self._flops(length, output=min(length, work.loss_tokens)) / layout.tp / layout.pp
-        seconds = flops * (self._backward_share() if backward else 1) / (cluster.gpu.flops * self.rates.products)
-        whole = rows * length * work.model.hidden_size * work.element
+        loads = self._loads(read, min(read[1], work.loss_tokens))
+        flops = rows * max(load.backward if backward else load.forward for load in loads) / layout.tp
+        seconds = flops / (cluster.gpu.flops * self.rates.products)
+        state = rows * work.model.hidden_size * work.element  # bytes of a position
+        whole = state * sum(read)
         if layout.tp > 1:
-            part = (layout.tp - 1) / layout.tp
-            sent = self.layers * 4 * part * whole  # two all-reduces, or as many gathers and scatters
-            if backward and layout.sequence_parallel:
-                sent += self.layers * 2 * part * whole  # inputs are gathered again in the backward pass
+            sent = state * (layout.tp - 1) / layout.tp * max(self._exchanged(load, backward) for load in loads)
             self._add(phase, self.tp_span, sent)
             # Half of the backward pass's communication overlaps the products for the weight gradients.
             seconds += sent / cluster.speed(self.tp_span) * (0.5 if backward else 1.0)
@@ -234,6 +301,14 @@ class Clock:
             self._add(phase, span, sent)
             seconds += sent / cluster.speed(span)
         return seconds
+
+    def _exchanged(self, load: Load, backward: bool) -> float:
+        """Return how many positions a tensor-parallel rank sends the states of: twice each that is summed, as its parts
+        are scattered and gathered."""
+        positions = 2 * load.summed
+        if self.layout.sequence_parallel:  # what several ranks read is gathered, and its gradients are scattered
+            return positions + load.shared + (load.gathered if backward else 0.0)
+        return positions + (2 * load.shared if backward else 0.0)
 
     def _step(self, phase: Phase) -> tuple[float, float, float]:
         """Return the seconds to reduce gradients over replicas, gather updated weights, and update a rank's share."""
@@ -256,7 +331,7 @@ class Clock:
         head_dim = model.head_width
         seen = work.prompt + work.response / 2
         cache = 2 * self.layers * rows * heads * head_dim * seen * work.element
-        weights = self.layers * layer_weights(model) / layout.tp
+        weights = self.layers * self._weights_of_decoding / layout.tp
         weights += padded_vocab(work.vocab_size, layout.tp) / layout.tp * model.hidden_size / layout.pp
         return float(cache + weights * work.element)
 
@@ -265,7 +340,7 @@ class Clock:
         if tp == 1:
             return 0.0
         sent = 2 * (tp - 1) / tp * rows * self.work.model.hidden_size * self.work.element
-        self._add(phase, self.tp_span, 2 * self.layers * sent)
+        self._add(phase, self.tp_span, self._sums_per_layer * self.layers * sent)
         slow = self.tp_span > self.cluster.per_node
         return self.cluster.gpu.latency_s * (4 if slow else 1) + sent / self.cluster.speed(self.tp_span)
 

@@ -50,6 +50,13 @@ class Work(Workload):
         return 2 if self.precision == "bf16" else 4
 
     @property
+    def read(self) -> tuple[int, int]:
+        """Positions of a training sequence in an encoder (0 without one) and in the decoder, or the model's only
+        layers."""
+        encoder = self.encoded if self.model.encoder is not None else 0
+        return encoder, self.length - encoder
+
+    @property
     def engines(self) -> tuple[Role, ...]:
         """The roles that use memory on the device."""
         return tuple(role for role in self.roles if role.on_device)

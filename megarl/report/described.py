@@ -150,7 +150,10 @@ def _model(run: RunData) -> str:
     if not isinstance(model, Mapping):
         return ""
     layers, hidden, heads = (model.get(name) for name in ("num_layers", "hidden_size", "num_heads"))
-    shape = f"{layers} layers, hidden size {hidden}, {heads} heads"
+    encoder, parts = model.get("encoder"), ""
+    if isinstance(encoder, Mapping):
+        layers, parts = f"{encoder.get('num_layers')} + {layers}", " (encoder + decoder)"
+    shape = f"{layers} layers{parts}, hidden size {hidden}, {heads} heads"
     return f"{shape}, from {path}" if path else f"{shape}, from random weights"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarl.errors import CheckpointError
+from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange.formats import open_source, resolve
+from megarl.models.exchange.source import Source
 from megarl.rewards.reader import RewardReader
 from megarl.tokenizers import ByteTokenizer
 
@@ -113,10 +115,19 @@ def _load(path: str, device: str) -> Classifier:
     import transformers
 
     folder = resolve(path)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).to(device).eval()
-    try:
+    source: Source | None = None
+    with suppress(CheckpointError):  # another architecture, or several labels
         source = open_source(folder)
-    except CheckpointError:  # another architecture, or several labels
+    if source is not None and source.model.encoder is not None:
+        raise ConfigError(
+            f"path={path} is an encoder-decoder with a score head, for which transformers has no class: set "
+            f"reward.model={path} instead",
+            key="path",
+            value=path,
+            offers={"reward.model": [path]},
+        )
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).to(device).eval()
+    if source is None:
         return Classifier(model, transformers.AutoTokenizer.from_pretrained(folder), None)
     return Classifier(
         model, None, RewardReader(source, ByteTokenizer(), key=KEY), *(source.score_moments or (0.0, 1.0))

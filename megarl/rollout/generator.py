@@ -160,11 +160,19 @@ class Generator:
     @property
     def _layers(self) -> list[int]:
         """Numbers of the layers whose keys and values this process caches."""
-        return [layer.layer_number for model in self.models for layer in model.decoder.layers]
+        numbers = [layer.layer_number for model in self.models for layer in model.decoder.layers]
+        return [number for number in numbers if number > self.config.encoder_layers]
+
+    @property
+    def _start_id(self) -> int | None:
+        """The start token of an encoder-decoder's sequences; None for other models."""
+        return None if self.config.encoder is None else self.config.encoder.start_id
 
     def _slot_bytes(self, length: int) -> int:
-        models = 1 if self.masking is None else 2
-        return models * KVCache.slot_bytes(self.config, len(self._layers), self.grid.layout.tp, length)
+        """Return the bytes of a slot on the ranks where it takes most, so that all have as many slots."""
+        models, layout = 1 if self.masking is None else 2, self.grid.layout
+        layers = KVCache.most_layers(self.config, layout.pp)
+        return models * KVCache.slot_bytes(self.config, layers, layout.tp, length)
 
     def close(self) -> None:
         """Free the KV cache and the CUDA graphs recorded over it."""
@@ -209,7 +217,8 @@ class Generator:
         groups = self.grid.layout.pp
         shares = [requests[group::groups] for group in range(groups)]
         schedules = [
-            Schedule(share, slots, self.eos_id, weights_version, self.decode, self.also_eos) for share in shares
+            Schedule(share, slots, self.eos_id, weights_version, self.decode, self.also_eos, self._start_id)
+            for share in shares
         ]
         assert self.cache is not None
         passes = Passes(
@@ -252,13 +261,23 @@ class Generator:
     def _make_cache(self, requests: Sequence[Request]) -> int:
         """Make sure that the cache fits this call's longest sequence. Return the number of slots per group."""
         groups, tp, dp = self.grid.layout.pp, self.grid.layout.tp, self.grid.layout.dp
-        length = max((len(r.prompt) + r.sampling.max_new_tokens for r in requests), default=1)
+        longest = max((len(r.prompt) + r.sampling.max_new_tokens for r in requests), default=1)
+        length, encoded = longest, 0
+        if self._start_id is not None:
+            length = max((r.sampling.max_new_tokens for r in requests), default=1)  # the start token, not the last one
+            encoded = max((len(r.prompt) for r in requests), default=1)
+            longest = length + encoded
         per_group = max(1, -(-min(self.limits.slots, -(-len(requests) // dp)) // groups))
         if self.limits.cache_bytes is not None:
-            self.check_length(length)
-            per_group = min(per_group, self.limits.cache_bytes // self._slot_bytes(length) // groups)
+            self.check_length(longest)
+            per_group = min(per_group, self.limits.cache_bytes // self._slot_bytes(longest) // groups)
         needed = per_group * groups
-        fits = self.cache is not None and self.cache.length >= length and self.cache.slots >= needed
+        fits = (
+            self.cache is not None
+            and self.cache.length >= length
+            and self.cache.longest_encoded >= encoded
+            and self.cache.slots >= needed
+        )
         over = (
             self.limits.cache_bytes is not None
             and self.cache is not None
@@ -266,9 +285,9 @@ class Generator:
         )
         if not fits or over:
             self.close()
-            self.cache = KVCache(self.config, self._layers, tp, needed, length, self.grid.device)
+            self.cache = KVCache(self.config, self._layers, tp, needed, length, self.grid.device, encoded)
             if self.masking is not None:
-                self.masking.cache = KVCache(self.config, self._layers, tp, needed, length, self.grid.device)
+                self.masking.cache = KVCache(self.config, self._layers, tp, needed, length, self.grid.device, encoded)
         return per_group
 
 

@@ -117,6 +117,9 @@ class Lane:
         self.under_way = True
         for slots in self.schedule.prefill(self.passes.prefill_tokens):
             self._prefill(slots)
+        for target, source in self.schedule.shared().items():
+            for cache in self.caches:
+                cache.copy_encoded(self.first + source, self.first + target)
         drawn = self._decode()
         if drawn is not None:
             self._send_drawn(drawn)
@@ -147,8 +150,12 @@ class Lane:
     # --- passes -----------------------------------------------------------------------------------------------------
 
     def _prefill(self, slots: list[int]) -> None:
-        """Read prompts, without their last token, into the cache. A prompt longer than a pass is read in pieces."""
-        prompts = [self.schedule.running[slot].prompt[:-1] for slot in slots]
+        """Read prompts into the cache, for an encoder-decoder by its encoder, else without their last token. A prompt
+        longer than a pass is read in pieces."""
+        if self.schedule.start_id is not None:
+            self._encode(slots)
+            return
+        prompts = [self.schedule.to_read(slot) for slot in slots]
         longest, step = max(len(prompt) for prompt in prompts), self.passes.prefill_tokens
         padded = np.zeros((len(slots), longest), np.int64)
         for row, prompt in enumerate(prompts):
@@ -161,6 +168,21 @@ class Lane:
             for models, cache in self._models():
                 view = CacheView(cache, where, positions, stop if start else None, self.first + slots[0], even=True)
                 self._through_stage(models, tokens, view)
+
+    def _encode(self, slots: list[int]) -> None:
+        """Read the prompts of slots with the encoder, and store the keys and values of its states in the cache."""
+        device, prompts = self.grid.device, [self.schedule.to_read(slot) for slot in slots]
+        longest = max(map(len, prompts))
+        padded, ids = np.zeros((2, len(prompts), longest), np.int64)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)], ids[row, : len(prompt)] = prompt, 1
+        where = torch.tensor([self.first + slot for slot in slots], device=device)
+        positions = torch.arange(longest, device=device).expand(len(prompts), -1)
+        segments = torch.tensor(ids, device=device)
+        encoder = ModelInputs(tokens=torch.tensor(padded, device=device), positions=positions, segment_ids=segments)
+        for models, cache in self._models():
+            cache.encoded_lengths[where] = segments.sum(dim=1)
+            self._through_stage(models, padded[:, :0], CacheView(cache, where, positions[:, :0], None), encoder)
 
     def _models(self) -> list[tuple[list[GPT], KVCache]]:
         """Return the chunks of the policy, and of the model that masks its tokens if there is one, with their
@@ -193,17 +215,23 @@ class Lane:
         static = passes.static
         if static is not None:
             tokens = torch.tensor(schedule.last_tokens, device=lengths.device)
-            return static.scores(tokens, lengths - 1, longest), None
+            return static.scores(tokens, lengths - 1, longest, self._longest_encoded()), None
         where = torch.arange(self.first, self.first + schedule.rows, device=lengths.device)
         even = longest == int(schedule.lengths.min())
         states = []
         for models, cache in self._models():
-            view = CacheView(cache, where, lengths[:, None] - 1, longest, self.first, even)
+            view = CacheView(cache, where, lengths[:, None] - 1, longest, self.first, even, self._longest_encoded())
             states.append(self._through_stage(models, schedule.last_tokens[:, None], view))
         if states[0] is None:
             return None, None
         scores = passes.token_scorer(passes.models[-1], states[0][0])
         return scores, None if passes.masking is None else self._allowed(states[1])
+
+    def _longest_encoded(self) -> int:
+        """Return the length of the longest prompt that the encoder read for the present rows."""
+        if self.schedule.start_id is None:
+            return 0
+        return max(len(request.prompt) for request in self.schedule.running)
 
     def _allowed(self, hidden: Tensor | None) -> Tensor:
         """Return the tokens [rows, valid] that the masking model allows, from its final states [1, rows, hidden]."""
@@ -213,14 +241,18 @@ class Lane:
         model, temperature = masking.engine.models[-1], self._settings().temperature
         return nucleus(model.logits(hidden[0]), masking.top_p, 1.0 if temperature is None else temperature, model.shard)
 
-    def _through_stage(self, chunks: list[GPT], tokens: NDArray[np.int64], view: CacheView) -> Tensor | None:
-        """Run `tokens` [rows, time] through this stage's chunks of a model. Return the final hidden states [time, rows,
-        hidden] on the last stage."""
-        inputs = ModelInputs(tokens=torch.tensor(tokens, device=self.grid.device), positions=view.positions)
+    def _through_stage(
+        self, chunks: list[GPT], tokens: NDArray[np.int64], view: CacheView, encoder: ModelInputs | None = None
+    ) -> Tensor | None:
+        """Run `tokens` [rows, time], or those of the encoder, through this stage's chunks of a model. Return the final
+        hidden states [time, rows, hidden] on the last stage."""
+        inputs = ModelInputs(
+            tokens=torch.tensor(tokens, device=self.grid.device), positions=view.positions, encoder=encoder
+        )
         hidden: Tensor | None = None
         for index, model in enumerate(chunks):
             if not model.pre_process:
-                hidden = self._receive_hidden(*tokens.shape)
+                hidden = self._receive_hidden(len(tokens), inputs.time)
                 model.set_input_tensor(hidden)
             hidden = model(inputs, cache=view)
             if self.grid.is_last_stage and index == len(chunks) - 1:
@@ -242,8 +274,10 @@ class Lane:
     def _see_prompts(self, seen: Tensor) -> None:
         """Mark the tokens of fresh prompts in `seen` [rows, valid], to which the repetition penalty applies."""
         shard = self.passes.models[-1].shard
+        start = self.schedule.start_id
         for slot in self.schedule.fresh:
-            tokens = torch.tensor(self.schedule.running[slot].prompt, device=seen.device) - shard.start
+            read = self.schedule.running[slot].prompt if start is None else (start,)
+            tokens = torch.tensor(read, device=seen.device) - shard.start
             seen[slot] = False
             seen[slot, tokens[(tokens >= 0) & (tokens < shard.valid)]] = True
 

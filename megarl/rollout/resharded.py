@@ -3,6 +3,8 @@
 import copy
 import re
 
+from megarl.config.offers import either
+from megarl.config.shape import possible_stages
 from megarl.errors import ConfigError
 from megarl.logging import get_logger
 from megarl.models.build import empty_model
@@ -67,22 +69,34 @@ def parse_layout(text: str, world: int) -> Layout:
 
 def check_divides(config: GPTConfig, layout: Layout, text: str) -> None:
     """Refuse a layout whose sizes do not divide the model's dimensions, as for `parallel.tp` and `parallel.pp`."""
-    for axis, size, what, count in (
-        ("tp", layout.tp, "attention heads", config.num_attention_heads),
-        ("tp", layout.tp, "channels", config.hidden_size),
-        ("tp", layout.tp, "channels of the MLP", config.ffn_hidden_size),
-        ("pp", layout.pp, "layers", config.num_layers),
+    for what, count in (
+        ("attention heads", config.num_attention_heads),
+        ("channels", config.hidden_size),
+        ("channels of the MLP", config.ffn_hidden_size),
     ):
-        if count % size:
+        if count % layout.tp:
             raise ConfigError(
-                f"rollout.engine.layout={text} splits {count} {what} {size} ways: use a {axis} that divides them",
+                f"rollout.engine.layout={text} splits {count} {what} {layout.tp} ways: use a tp that divides them",
                 key="rollout.engine.layout",
                 value=text,
             )
+    _check_stages(config, layout, text)
     if config.num_kv_heads % layout.tp and layout.tp % config.num_kv_heads:
         raise ConfigError(
             f"rollout.engine.layout={text}: of {config.num_kv_heads} key-value heads and tp={layout.tp}, "
             "neither divides the other",
+            key="rollout.engine.layout",
+            value=text,
+        )
+
+
+def _check_stages(config: GPTConfig, layout: Layout, text: str) -> None:
+    encoder, decoder = config.encoder_layers, config.num_layers - config.encoder_layers
+    stages = possible_stages(encoder, decoder)
+    if layout.pp not in stages:
+        layers = f"{encoder} + {decoder}" if encoder else f"{decoder}"
+        raise ConfigError(
+            f"rollout.engine.layout={text} splits {layers} layers {layout.pp} ways: use a pp of {either(stages)}",
             key="rollout.engine.layout",
             value=text,
         )

@@ -20,6 +20,9 @@ Decode = Callable[[Sequence[int]], str]
 class Schedule:
     """The slots 0 ... n-1 of one group. The first `rows` are in use, so that a decoding step needs no gather.
 
+    With an encoder-decoder, prompts are read whole by the encoder, each once for all slots that have it at that time,
+    and a sequence is the start token and the response.
+
     A turn has two parts. First the prompts of `fresh` slots, all but their last token, are read into the cache. Then
     one decoding step gives every slot in use its next token; for a fresh slot its input is the last token of the
     prompt.
@@ -39,8 +42,15 @@ class Schedule:
         weights_version: int = 0,
         decode: Decode | None = None,
         also_eos: Sequence[int] = (),
+        start_id: int | None = None,
     ) -> None:
-        """Fill the slots with the first requests. `also_eos`: other tokens that end a response like EOS."""
+        """Fill the slots with the first requests.
+
+        Args:
+            also_eos: other tokens that end a response like EOS.
+            start_id: start token of an encoder-decoder's sequences; None for other models.
+        """
+        self.start_id = start_id
         self.queue = deque(requests)
         self.eos_ids, self.weights_version, self._decode = (eos_id, *also_eos), weights_version, decode
         capacity = min(slots, len(requests))
@@ -85,11 +95,13 @@ class Schedule:
         """Yield the fresh slots whose prompt must be read, in batches of at most `budget` padded tokens (or of one
         slot).
 
-        They are sorted by length, so that a batch has little padding.
+        They are sorted by length, so that a batch has little padding. Slots that share a prompt that is read already
+        (`shared`) are left out.
         """
         chunk: list[int] = []
-        for slot in sorted(self.fresh, key=lambda slot: (self._length[slot], slot)):
-            length = int(self._length[slot]) - 1  # the longest so far, as they are sorted
+        unread = set(self.fresh) - self.shared().keys()
+        for slot in sorted(unread, key=lambda slot: (len(self.to_read(slot)), slot)):
+            length = len(self.to_read(slot))  # the longest so far, as they are sorted
             if length == 0:
                 continue
             self.prefilled_tokens += length
@@ -99,6 +111,24 @@ class Schedule:
             chunk.append(slot)
         if chunk:
             yield chunk
+
+    def shared(self) -> dict[int, int]:
+        """Return the fresh slots of an encoder-decoder whose prompt is not read once more, each with the slot that has
+        it: that of a running response, or another fresh one. Of other models, every slot reads its prompt."""
+        if self.start_id is None:
+            return {}
+        fresh, found = set(self.fresh), {}
+        readers: dict[tuple[int, ...], int] = {}
+        for slot in sorted(range(self.rows), key=fresh.__contains__):  # running responses come first
+            reader = readers.setdefault(self.running[slot].prompt, slot)
+            if slot in fresh and reader != slot:
+                found[slot] = reader
+        return found
+
+    def to_read(self, slot: int) -> tuple[int, ...]:
+        """Return the tokens of a fresh slot's prompt that are read before the first decoding step."""
+        prompt = self.running[slot].prompt
+        return prompt[:-1] if self.start_id is None else prompt
 
     def accept(self, tokens: Integers, logprobs: NDArray[np.float32]) -> list[Move]:
         """Add the sampled token [rows] of each slot, remove finished responses and refill their slots.
@@ -141,8 +171,10 @@ class Schedule:
         self.fresh.append(slot)
         self._count[slot] = 0
         self._limit[slot] = request.sampling.max_new_tokens
-        self._length[slot] = len(request.prompt)
-        self._last[slot] = request.prompt[-1]
+        if self.start_id is None:
+            self._length[slot], self._last[slot] = len(request.prompt), request.prompt[-1]
+        else:
+            self._length[slot], self._last[slot] = 1, self.start_id
         self._stops[slot] = bool(request.sampling.stop or request.sampling.stop_text)
 
     def _close_up(self, holes: Sequence[int]) -> list[Move]:

@@ -21,7 +21,7 @@ SHORTEST = 64  # cache entries of the smallest bucket
 
 class StaticPass:
     """Computes the scores of the next tokens of up to `rows` rows, which attend to the first `length` entries of their
-    slots.
+    slots, and to the first `encoded` tokens that an encoder read for them.
 
     The same kernels run on the same memory for any content: called directly on a CPU, replayed from a recording on a
     GPU. Rows without a response write to the first entry of an unused slot; the next response in that slot overwrites
@@ -29,11 +29,19 @@ class StaticPass:
     """
 
     def __init__(
-        self, model: GPT, token_scorer: TokenScorer, cache: KVCache, rows: int, length: int, pool: Any = None
+        self,
+        model: GPT,
+        token_scorer: TokenScorer,
+        cache: KVCache,
+        rows: int,
+        length: int,
+        encoded: int,
+        pool: Any = None,
     ) -> None:
         """`pool` is the memory that the recordings of several passes share."""
         self.pool = pool
-        self.model, self.token_scorer, self.cache, self.length = model, token_scorer, cache, length
+        self.model, self.token_scorer, self.cache = model, token_scorer, cache
+        self.length, self.encoded = length, encoded
         device = cache.store.device
         self.records = device.type == "cuda"
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
@@ -60,7 +68,7 @@ class StaticPass:
 
     def _compute(self) -> Tensor:
         # A new view each time, so that what it derives from the positions is part of the recording.
-        view = CacheView(self.cache, self.slots, self.positions, self.length)
+        view = CacheView(self.cache, self.slots, self.positions, self.length, longest_encoded=self.encoded)
         hidden = self.model(ModelInputs(tokens=self.tokens, positions=self.positions), cache=view)
         return self.token_scorer(self.model, hidden[0])
 
@@ -78,7 +86,8 @@ class StaticPass:
 
 @dataclass
 class StaticPasses:
-    """The static passes for every bucket of rows and lengths used so far, over one cache and with one token scorer.
+    """The static passes for every bucket of rows and lengths used so far, over one cache and with one token scorer: by
+    numbers of rows, of cache entries, and of an encoder's tokens.
 
     Recordings share their memory. That is safe because scores are read before the next pass runs.
     """
@@ -86,19 +95,22 @@ class StaticPasses:
     model: GPT
     token_scorer: TokenScorer
     cache: KVCache
-    passes: dict[tuple[int, int], StaticPass] = field(default_factory=dict)
+    passes: dict[tuple[int, int, int], StaticPass] = field(default_factory=dict)
     pool: Any = None
 
-    def scores(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """Return the scores [rows, valid] of the rows in slots 0 ..., the longest of which has `longest` tokens so
-        far."""
-        rows = bucket(tokens.shape[0], 1, self.cache.slots)
-        length = bucket(longest, SHORTEST, self.cache.length)
+    def scores(self, tokens: Tensor, positions: Tensor, longest: int, encoded: int = 0) -> Tensor:
+        """Return the scores [rows, valid] of the rows in slots 0 ..., the longest of which has `longest` tokens so far.
+        An encoder read at most `encoded` tokens for them."""
+        shape = (
+            bucket(tokens.shape[0], 1, self.cache.slots),
+            bucket(longest, SHORTEST, self.cache.length),
+            bucket(encoded, SHORTEST, self.cache.longest_encoded),
+        )
         if self.pool is None and self.cache.store.device.type == "cuda":
             self.pool = torch.cuda.graph_pool_handle()
-        if (rows, length) not in self.passes:
-            self.passes[rows, length] = StaticPass(self.model, self.token_scorer, self.cache, rows, length, self.pool)
-        return self.passes[rows, length].run(tokens, positions)
+        if shape not in self.passes:
+            self.passes[shape] = StaticPass(self.model, self.token_scorer, self.cache, *shape, self.pool)
+        return self.passes[shape].run(tokens, positions)
 
 
 def bucket(count: int, smallest: int, largest: int) -> int:

@@ -1,4 +1,4 @@
-"""`trainer/exp_manager=nemo`: NeMo's `exp_manager` adds its folder and its callbacks to the Trainer."""
+"""`extensions.nemo=true`: NeMo's `exp_manager` adds its folder and its callbacks to the Trainer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,19 +44,21 @@ def attach_nemo_exp_manager(trainer: Trainer, options: Mapping[str, Any], run_di
         from nemo.utils.exp_manager import exp_manager
     except ImportError as problem:
         raise UnavailableError(
-            f"trainer.exp_manager=nemo, but NeMo cannot be imported ({one_line(problem)}): pip install 'megarl[nemo]', "
-            "or remove trainer/exp_manager",
-            key="trainer.exp_manager",
-            value="nemo",
+            f"extensions.nemo=true, but NeMo cannot be imported ({one_line(problem)}): pip install 'megarl[nemo]', or "
+            "set extensions.nemo=false",
+            key="extensions.nemo",
+            value=True,
+            offers={"extensions.nemo": [False]},
         ) from problem
     loggers, trainer.loggers = trainer.loggers, []  # it would take its folder from the first logger
     try:
         exp_manager(trainer, nemo_settings)
     except Exception as problem:  # NeMo's own error classes, which cannot be imported without NeMo
         raise ConfigError(
-            f"trainer.exp_manager=nemo does not start ({one_line(problem)}): see extensions.exp_manager",
-            key="trainer.exp_manager",
-            value="nemo",
+            f"extensions.nemo=true, but NeMo's exp_manager does not start ({one_line(problem)}): see "
+            "extensions.exp_manager",
+            key="extensions.nemo",
+            value=True,
         ) from problem
     finally:
         trainer.loggers = [*loggers, *trainer.loggers]

@@ -148,8 +148,9 @@ def _train(run: Run) -> int:
     trainer, preemption = build_trainer(config, module, run.folder, run.lock, run.resolved)
     io = trainer.strategy.checkpoint_io
     assert isinstance(io, ShardedCheckpointIO)
-    if config.trainer.exp_manager == "nemo":
-        attach_nemo_exp_manager(trainer, or_defaults(config, "extensions").exp_manager, run_dir)
+    extensions = or_defaults(config, "extensions")
+    if extensions.nemo:
+        attach_nemo_exp_manager(trainer, extensions.exp_manager, run_dir)
     gc.freeze()  # every save collects garbage; exclude the objects that imports made
     try:
         with damage_told(io, or_defaults(config, "extensions").callbacks):

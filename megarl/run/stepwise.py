@@ -261,7 +261,7 @@ class Steps:
             batch = make_microbatches(
                 rows,
                 everything,
-                self.module.grid,
+                self.module.engines["policy"],
                 per_microbatch=self.config.trainer.micro_batch_size,
                 share_bins=self._packs,
             )

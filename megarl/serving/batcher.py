@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
-Text = Sequence[int]
-"""The tokens of a prompt with its response."""
+from megarl.rewards.reader import ReadTokens
+
+Text = ReadTokens
 DRAIN_S = 5.0
 """Seconds in which a closed batcher still scores the texts that wait."""
 

@@ -18,10 +18,10 @@ PROMPTS, CONVERSATIONS, OUTPUTS = "prompts", "conversations", "outputs"
 class Reader(Protocol):
     """What a server needs of `RewardReader`."""
 
-    def of_text(self, prompt: str, output: str, where: str) -> list[int]:
+    def of_text(self, prompt: str, output: str, where: str) -> Text:
         """Return the tokens of a prompt with a response."""
 
-    def of_messages(self, messages: Sequence[Any], output: str, where: str) -> list[int]:
+    def of_messages(self, messages: Sequence[Any], output: str, where: str) -> Text:
         """Return the tokens of a conversation with a response."""
 
 

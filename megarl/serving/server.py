@@ -155,7 +155,8 @@ class Service:
 def warm_up(scorer: TokenScorer, count: int, length: int, vocabulary: int) -> None:
     """Score one batch of `count` texts of `length` tokens, so that a lack of memory and bad weights appear before a
     request. Every rank calls this."""
-    texts = [[(row + 7919 * place) % vocabulary for place in range(length)] for row in range(count)]
+    half = max(1, length // 2)  # which an encoder reads
+    texts = [Text(((row + 7919 * place) % vocabulary for place in range(length)), half) for row in range(count)]
     scores = scorer.score_tokens(texts)
     wrong = scores[~torch.isfinite(scores)]
     if len(wrong):

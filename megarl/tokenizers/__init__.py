@@ -4,7 +4,7 @@ Records and batches are not known here, and a library is imported only when its 
 """
 
 from megarl.tokenizers.base import MARKER_FILE, Tokenizer, read_marker
-from megarl.tokenizers.build import KINDS, build_tokenizer, load_tokenizer
+from megarl.tokenizers.build import KINDS, build_tokenizer, load_tokenizer, tokenizer_of
 from megarl.tokenizers.huggingface import HuggingFaceTokenizer
 from megarl.tokenizers.sentencepiece import SentencePieceTokenizer
 from megarl.tokenizers.small import ByteTokenizer, CharacterTokenizer
@@ -20,4 +20,5 @@ __all__ = [
     "build_tokenizer",
     "load_tokenizer",
     "read_marker",
+    "tokenizer_of",
 ]

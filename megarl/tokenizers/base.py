@@ -40,6 +40,8 @@ class Tokenizer(ABC):
     pad_id: int
     bos_id: int | None = None
     adds_bos: bool = False
+    ends_prompts: bool = False
+    """Whether prompts end with EOS, as an encoder reads them."""
     _known: Mapping[str, Turns] = MappingProxyType({})  # by the template's source
 
     @abstractmethod
@@ -64,9 +66,14 @@ class Tokenizer(ABC):
         """Tokens that stand for structure rather than text, by their written form."""
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a text that opens a sequence: with `bos_id` first, where the tokenizer adds one."""
+        """Token ids of a text that opens a sequence: with `bos_id` first, where the tokenizer adds one, and with EOS at
+        the end, where an encoder reads it."""
         ids = self.encode(text)
-        return [self.bos_id, *ids] if self.adds_bos and self.bos_id is not None else ids
+        return self._ended([self.bos_id, *ids] if self.adds_bos and self.bos_id is not None else ids)
+
+    def _ended(self, prompt: list[int]) -> list[int]:
+        """Return the tokens of a prompt with the EOS that an encoder reads."""
+        return [*prompt, self.eos_id] if self.ends_prompts and prompt[-1:] != [self.eos_id] else prompt
 
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, template: str | None = None
@@ -90,7 +97,17 @@ class Tokenizer(ABC):
         A turn spans from the end of the generation prompt to its own end marker, included, or over what the template
         has between `{% generation %}` and `{% endgeneration %}`. The tokens before a turn are those of
         `encode_chat_prompt`. A template for which turns cannot be told raises `DataError`.
+
+        Where an encoder reads prompts, only the last turn is marked, as all before it is its prompt.
         """
+        tokens, marks = self._encode_chat(messages, template)
+        if not self.ends_prompts or 1 not in marks:
+            return tokens, marks
+        start = last_turn(marks)
+        prompt = self._ended(tokens[:start])
+        return prompt + tokens[start:], [0] * len(prompt) + marks[start:]
+
+    def _encode_chat(self, messages: Sequence[Message], template: str | None) -> tuple[list[int], list[int]]:
         check_messages(messages)
         turns = self._turns(template)
         if turns is None:
@@ -116,10 +133,7 @@ class Tokenizer(ABC):
             return tokens, marks
         last = max((place for place, mark in enumerate(marks) if mark), default=len(tokens) - 1)
         if self._ends(turns):  # which marks of the template may leave out, or be followed by
-            first = last
-            while first > 0 and marks[first - 1]:
-                first -= 1
-            last = next((place for place in range(first, len(tokens)) if tokens[place] == end), last)
+            last = next((place for place in range(last_turn(marks), len(tokens)) if tokens[place] == end), last)
         return tokens[: last + 1], marks[: last + 1]
 
     def answer_end(self, template: str | None = None) -> tuple[int, ...]:
@@ -134,6 +148,9 @@ class Tokenizer(ABC):
 
     def encode_chat_prompt(self, messages: Sequence[Message], template: str | None = None) -> list[int]:
         """Token ids of a conversation to be answered, in which earlier answers stand as `encode_chat` has them."""
+        return self._ended(self._encode_chat_prompt(messages, template))
+
+    def _encode_chat_prompt(self, messages: Sequence[Message], template: str | None) -> list[int]:
         check_messages(messages)
         turns = self._turns(template)
         if turns is None:
@@ -237,6 +254,18 @@ class Tokenizer(ABC):
         """Token ids of a text that follows another: without the space that SentencePiece puts before a text."""
         newline, ids = self.encode("\n"), self.encode("\n" + text)
         return ids[len(newline) :] if ids[: len(newline)] == newline else self.encode(text)
+
+
+def last_turn(marks: Sequence[int]) -> int:
+    """Return the index of the first token of the last turn that is marked; the number of tokens if none is."""
+    start = len(marks)
+    while start > 0 and not marks[start - 1]:
+        start -= 1
+    if start == 0:
+        return len(marks)
+    while start > 0 and marks[start - 1]:
+        start -= 1
+    return start
 
 
 def read_marker(folder: str | Path) -> dict[str, Any]:

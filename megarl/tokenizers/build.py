@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megarl.disk import UnreadableError, is_file, read_text
 from megarl.errors import ConfigError
@@ -36,6 +37,13 @@ def build_tokenizer(kind: str, path: str | None = None) -> Tokenizer:
                 f"tokenizer.path={path}: {saved} {problem}: restore it", key="tokenizer.path", value=path, where=saved
             ) from None
     return SentencePieceTokenizer(path) if kind == "sentencepiece" else HuggingFaceTokenizer(path)
+
+
+def tokenizer_of(config: Any) -> Tokenizer:
+    """Return the tokenizer of a configuration whose model is known."""
+    tokenizer = build_tokenizer(config.tokenizer.kind, config.tokenizer.path)
+    tokenizer.ends_prompts = config.model.encoder is not None
+    return tokenizer
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

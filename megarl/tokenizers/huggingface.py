@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from megarl.errors import first_line
 from megarl.tokenizers.base import Tokenizer, digest, write_marker
 from megarl.tokenizers.published import encoding, load_published, published_state, unusable
 
+_SENTINEL = re.compile(r"<extra_id_\d+>")
 MOST_TOKENS = 2**24
 """Entries of a vocabulary. A larger id is damage, and work that grows with it would take for ever."""
 
@@ -45,7 +47,10 @@ class HuggingFaceTokenizer(Tokenizer):
         named = {text: own.convert_tokens_to_ids(text) for text in own.all_special_tokens}
         self._special |= {text: int(token) for text, token in named.items() if token is not None}
         self._added = {str(token.content): int(index) for index, token in own.added_tokens_decoder.items()}
-        self._added_ids = frozenset(self._added.values())
+        # The unknown token also stands for characters within a word, whose ids depend on what is around them.
+        self._added_ids = frozenset(self._added.values()) - {own.unk_token_id}
+        self._has_sentinels = any(_SENTINEL.fullmatch(text) for text in self._special)
+        self._left_out = frozenset(token for text, token in self._special.items() if not _SENTINEL.fullmatch(text))
         self._fingerprint = digest([self.kind, *published_state(own, vocabulary)])
 
     def encode(self, text: str) -> list[int]:
@@ -54,9 +59,15 @@ class HuggingFaceTokenizer(Tokenizer):
             return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text; special tokens are left out."""
+        """Return the text; special tokens are left out, but not T5's sentinels, which mark the spans of a text."""
         kept = [int(token) for token in ids if 0 <= token < self.size]
-        return str(self._tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        if self._has_sentinels:
+            kept = [token for token in kept if token not in self._left_out]
+        return str(
+            self._tokenizer.decode(
+                kept, skip_special_tokens=not self._has_sentinels, clean_up_tokenization_spaces=False
+            )
+        )
 
     def _own_template(self) -> str | None:
         own = self._tokenizer

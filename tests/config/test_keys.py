@@ -68,6 +68,7 @@ def test_keys_of_an_optional_section_know_it() -> None:
     assert "clone" in sections(PPOConfig)
     assert [section.key for section in optional_sections(SFTConfig)] == [
         "model.rope_scaling",
+        "model.encoder",
         "extensions",
         "adapter",
         "checkpoint.best",

@@ -216,12 +216,13 @@ def test_half_a_character_is_refused_by_its_place(sample: Any, turn: str) -> Non
         encoded(sample, 1)
 
 
-@pytest.mark.parametrize("change", ["content", "length", "tokenizer"])
+@pytest.mark.parametrize("change", ["content", "length", "tokenizer", "encoder"])
 def test_other_samples_or_settings_are_tokenised_anew(change: str, tmp_path: Path) -> None:
     open_store(settings(tmp_path, LINES), LETTERS)
     text = LINES.replace('"rewards": 5', '"rewards": 6') if change == "content" else LINES
     other = settings(tmp_path, text, **({"seq_length": 4} if change == "length" else {}))
-    tokenizer = build_tokenizer("characters", "gfedcba") if change == "tokenizer" else LETTERS
+    tokenizer = build_tokenizer("characters", "gfedcba" if change == "tokenizer" else "abcdefg")
+    tokenizer.ends_prompts = change == "encoder"
     found = open_store(other, tokenizer)
     wanted = build_store(offline.read_records(other.train), tokenizer, other.seq_length)
     assert_same(taken(found, 2), taken(wanted, 2))

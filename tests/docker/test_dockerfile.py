@@ -15,14 +15,15 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from megarl.parallel.megatron_versions import NEWEST
 from tools.versions import read_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
 DOCS = ROOT / "docs" / "clusters.md"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# What megatron-core 0.16.1 declares for its `dev` extra.
-TRANSFORMER_ENGINE = SpecifierSet(">=2.9,<2.12")
+# By release of megatron-core, the commit of Transformer Engine that its own pyproject.toml builds (tool.uv.sources).
+TRANSFORMER_ENGINE = {"0.19": "4329ff84bfbdaa778a33cba02a15fb0807c64689"}
 PYTHON_OF_NGC = "3.12"
 
 
@@ -97,14 +98,19 @@ def test_the_pins_satisfy_pyproject() -> None:
     assert pythons.contains(f"{PYTHON_OF_NGC}.0")
 
 
+def test_the_gpu_image_has_the_newest_megatron_that_was_tested() -> None:
+    assert arguments()["MEGATRON_CORE_VERSION"] == NEWEST
+    assert '"megatron-core==${MEGATRON_CORE_VERSION}"' in installing("gpu")
+
+
 def test_the_cpu_image_has_the_torch_that_ci_has() -> None:
     assert str(constraints()["torch"]) == arguments()["TORCH_CPU_VERSION"]
 
 
 def test_transformer_engine_is_a_whole_commit_that_suits_megatron() -> None:
     pins = arguments()
-    assert TRANSFORMER_ENGINE.contains(pins["TRANSFORMER_ENGINE_VERSION"])
-    assert re.fullmatch(r"[0-9a-f]{40}", pins["TRANSFORMER_ENGINE_COMMIT"])
+    megatron = pins["MEGATRON_CORE_VERSION"].rpartition(".")[0]
+    assert pins["TRANSFORMER_ENGINE_COMMIT"] == TRANSFORMER_ENGINE[megatron]
     built = " ".join(rest for name, rest in stages()["kernels"] if name == "RUN")
     assert "${TRANSFORMER_ENGINE_COMMIT}" in built
     named = PROJECT["dependencies"] + [text for extra in PROJECT["optional-dependencies"].values() for text in extra]
@@ -151,7 +157,8 @@ def test_the_gpu_image_is_the_last_stage_and_keeps_what_ngc_installed() -> None:
     assert constrain < install
     assert "--constraint /opt/megarl/pins.txt" in steps[install]
     named = steps[constrain].split("pins.txt")[1].split()
-    assert "megatron-core" in named
+    assert "megatron-core" not in named, "the pin of constraints.txt is of an older Python"
+    assert named
     assert set(named) <= set(constraints())
     images = {stage: steps[0][1].split(" AS ")[0] for stage, steps in stages().items()}
     assert images["gpu"] == images["kernels"], "kernels are compiled for the torch that they meet"

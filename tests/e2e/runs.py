@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -156,20 +156,19 @@ def updates_written_to(path: Path) -> Iterator[None]:
     """A context in which rank 0 appends the metrics of every update of PPO to a file, a line of JSON each."""
     from megarl.modules.ppo import PPO
 
-    plain = PPO._minibatch
+    plain = PPO._means
 
-    def minibatch(self: PPO, *given: Any, **named: Any) -> dict[str, float]:
-        stats = plain(self, *given, **named)
+    def means(self: PPO, collected: Sequence[dict[str, float]]) -> dict[str, float]:
         if self.grid.rank == 0:
             with path.open("a") as file:
-                file.write(json.dumps(stats) + "\n")
-        return stats
+                file.writelines(json.dumps(stats) + "\n" for stats in collected)
+        return plain(self, collected)
 
-    PPO._minibatch = minibatch  # type: ignore[method-assign]
+    PPO._means = means  # type: ignore[method-assign]
     try:
         yield
     finally:
-        PPO._minibatch = plain  # type: ignore[method-assign]
+        PPO._means = plain  # type: ignore[method-assign]
 
 
 def updates(path: Path, *names: str) -> list[tuple[float, ...]]:

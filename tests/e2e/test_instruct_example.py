@@ -19,12 +19,12 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "instruct"
 QUIET = ["trainer.progress=none", "logger.tensorboard=false", "checkpoint.every=null", "trainer.log_every=1"]
 
 
-def words_of(script: str, folder: Path) -> tuple[str, list[str]]:
+def words_of(script: Path, folder: Path) -> tuple[str, list[str]]:
     """The entry point that a script starts, and its settings."""
     stand_in = folder / "python"
     stand_in.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     stand_in.chmod(0o755)
-    command = ["bash", EXAMPLE / script, *QUIET]
+    command = ["bash", script, *QUIET]
     done = subprocess.run(command, env={**os.environ, "PYTHON": str(stand_in)}, capture_output=True, text=True)
     _, program, *words = json.loads(done.stdout)
     return program.removeprefix("megarl.train_"), words
@@ -46,7 +46,7 @@ def test_the_steps_follow_each_other(worlds: Worlds, tmp_path: Path) -> None:
         "ppo.sh": ["trainer.max_phases=1", "rollout.max_new_tokens=16", "ppo.rollouts=32"],
     }
     for script, settings in shorter.items():
-        entry, words = words_of(script, tmp_path)
+        entry, words = words_of(EXAMPLE / script, tmp_path)
         worlds.run(1, run_step, tmp_path, entry, [*words, *settings])
     runs = tmp_path / "runs" / "instruct"
     losses = metrics(runs / "sft", "train/loss")

@@ -264,8 +264,11 @@ def away_while_training(run_dir: Path, prompts: Path, model: Path, *overrides: s
     return found
 
 
-def scores_in_process(folder: Path, tp: int, pp: int, records: list[dict[str, Any]], words: str | None) -> list[float]:
-    """Score responses to prompts with a stored reward model, for a policy of bytes or of another tokenizer."""
+def scores_in_process(
+    folder: Path, tp: int, pp: int, records: list[dict[str, Any]], words: str | None, *, ends_prompts: bool = False
+) -> list[float]:
+    """Score responses to prompts with a stored reward model, for a policy of bytes or of another tokenizer, with an
+    encoder or without."""
     grid = Grid(Layout(tp=tp, pp=pp), start_world())
     source = open_source(folder)
     engine = build_engine(
@@ -276,6 +279,7 @@ def scores_in_process(folder: Path, tp: int, pp: int, records: list[dict[str, An
         seed=1,
     )
     tokenizer = ByteTokenizer() if words is None else build_tokenizer("characters", words)
+    tokenizer.ends_prompts = ends_prompts
     scorer = ModelScorer(engine, source, tokenizer, per_microbatch=3)
     prompts = [Prompt(one["prompt"], tuple(tokenizer.encode_prompt(one["prompt"])), {}) for one in records]
     rollouts = []
@@ -286,7 +290,8 @@ def scores_in_process(folder: Path, tp: int, pp: int, records: list[dict[str, An
         tokens = list(prompts[number].tokens)
         rollouts.append(Rollout(number, 0, tokens, response, [0.0] * len(response), ends))
     found = scorer.score(prompts, rollouts, stream=0, phase=0)
-    assert (found.reencoded > 0) == (words is not None)
+    alike = words is None and ends_prompts == (source.model.encoder is not None)
+    assert (found.reencoded > 0) != alike
     grid.close()
     return [float(score) for score in found.values if isinstance(score, float)]
 

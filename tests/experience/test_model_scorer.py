@@ -76,7 +76,7 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> Any:
         source: Any = SimpleNamespace(
             tokenizer=tokenizer,
             chat_template=template,
-            model=SimpleNamespace(max_positions=longest),
+            model=SimpleNamespace(max_positions=longest, encoder=more.pop("encoder", None)),
             vocab_size=more.pop("vocab_size", 400),
             score_reads_eos=True,
             score_moments=None,

@@ -73,7 +73,7 @@ def computed(share_bins: bool, model: dict[str, Any]) -> tuple[Tensor, Tensor, d
 
     found = forward_rows(engine, UNEQUAL, outputs, per_microbatch=2, share_bins=share_bins)
     microbatches = make_microbatches(
-        UNEQUAL, torch.arange(len(UNEQUAL)), engine.grid, per_microbatch=2, share_bins=share_bins
+        UNEQUAL, torch.arange(len(UNEQUAL)), engine, per_microbatch=2, share_bins=share_bins
     )
     engine.train_step(microbatches, loss, lambda batch: {"tokens": batch.target_mask.sum()})
     gradients = {name: parameter.main_grad.clone() for name, parameter in engine.parameters()}
@@ -91,7 +91,7 @@ def plain(model: dict[str, Any]) -> Tensor:
 
     found = torch.zeros(UNEQUAL.tokens.shape)
     for row, length in enumerate(UNEQUAL.lengths.tolist()):
-        batch = make_microbatches(UNEQUAL, torch.tensor([row]), engine.grid, per_microbatch=1, share_bins=False)
+        batch = make_microbatches(UNEQUAL, torch.tensor([row]), engine, per_microbatch=1, share_bins=False)
         (table,) = engine.forward(batch, all_logprobs)
         after = UNEQUAL.tokens[row, 1:length]
         found[row, 1:length] = table["logprobs"][torch.arange(length - 1), after]

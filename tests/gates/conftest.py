@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from megarl.parallel.megatron_versions import NEWEST, PACKAGE
 from tests.gates.browsing import source_of_axe, started
-from tests.gates.environments import install, make_environment
+from tests.gates.environments import ROOT, install, make_environment
 
 TRL = "trl==1.16.0"
 PEFT = ("peft==0.21.2", "transformers", "torch")
@@ -33,6 +34,20 @@ def peft_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if trls is not None and subprocess.run([trls, "-c", "import peft"], capture_output=True).returncode == 0:
         return Path(trls)
     return _installed(tmp_path_factory.mktemp("peft"), *PEFT)
+
+
+@pytest.fixture(scope="session")
+def mcore_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the newest megatron-core that megarl runs on, which requires Python 3.12 but publishes wheels
+    for 3.11 that work. `MEGARL_GATE_MCORE` names the interpreter of one that is there already.
+    """
+    there = os.environ.get("MEGARL_GATE_MCORE")
+    if there is not None:
+        return Path(there)
+    python = _installed(tmp_path_factory.mktemp("mcore"), f"{ROOT}[dev]")
+    late = ("--no-deps", "--ignore-requires-python", f"{PACKAGE}=={NEWEST}", "triton")
+    install(python, *late)
+    return python
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,17 @@
 
 import importlib.metadata
 import os
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import pytest
+
+from tests.docker.test_dockerfile import package
+from tools.versions import normal
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +39,27 @@ def make_environment(folder: Path) -> Path:
     """An environment that sees no package of ours; its interpreter."""
     run(sys.executable, "-m", "venv", folder, cwd=folder.parent, timeout=300)
     return folder / "bin" / "python"
+
+
+def make_environment_of(version: str, folder: Path, packages: Mapping[str, str]) -> Path:
+    """An environment of another Python, as if some packages were in it: their metadata are. Its interpreter; skips the
+    test where that Python is not installed."""
+    found = shutil.which(f"python{version}")
+    if found is None or subprocess.run([found, "-c", ""], capture_output=True).returncode:
+        pytest.skip(f"no Python {version}")
+    run(found, "-m", "venv", folder, cwd=folder.parent, timeout=300)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for name, release in packages.items():
+        package(site, name, release)
+    return folder / "bin" / "python"
+
+
+def resolved(python: Path, *words: str | Path, without: Sequence[str] = ()) -> dict[str, str]:
+    """What `pip install` with these words would install: versions by package."""
+    install = ("-m", "pip", "install", "--dry-run", *words)
+    told = run(python, *install, cwd=python.parent, timeout=1800, without=without).stdout
+    (line,) = re.findall(r"^Would install (.*)", told, re.MULTILINE)
+    return {normal(word.rpartition("-")[0]): word.rpartition("-")[2] for word in line.split()}
 
 
 def install(python: Path, *requirements: str, constraints: Sequence[str] = (), timeout: float = 1800) -> None:

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 
 def base_of(case: dict[str, Any]) -> Any:
     if not case.get("scores"):
-        return AutoModelForCausalLM.from_pretrained(case["base"], dtype=torch.float32).eval()
+        both = AutoConfig.from_pretrained(case["base"]).is_encoder_decoder
+        kind = AutoModelForSeq2SeqLM if both else AutoModelForCausalLM
+        return kind.from_pretrained(case["base"], dtype=torch.float32).eval()
     model = AutoModelForSequenceClassification.from_pretrained(case["base"], num_labels=1, dtype=torch.float32).eval()
     model.config.pad_token_id = 0
     return model
@@ -33,11 +35,25 @@ def outputs(model: Any, case: dict[str, Any]) -> Tensor:
     tokens = torch.load(case["tokens"])
     with torch.no_grad():
         if not case.get("scores"):
-            return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+            return logits_of(model, tokens)
         inner = model.get_base_model()
         trunk = getattr(inner, inner.base_model_prefix)
         states = trunk(input_ids=tokens, attention_mask=torch.ones_like(tokens))[0]
         return inner.score(states).squeeze(-1)
+
+
+def logits_of(model: Any, tokens: Tensor) -> Tensor:
+    """Logits [rows, time, vocabulary] of the tokens; of an encoder-decoder, whose encoder reads the first half of each
+    row, those that predict the other half."""
+    if not model.config.is_encoder_decoder:
+        return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    prompts, responses = tokens.chunk(2, dim=1)
+    start = torch.full_like(responses[:, :1], model.config.decoder_start_token_id)
+    return model(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        decoder_input_ids=torch.cat([start, responses[:, :-1]], dim=1),
+    ).logits
 
 
 def make(case: dict[str, Any]) -> None:
@@ -78,9 +94,13 @@ def train(case: dict[str, Any]) -> None:
     batches = torch.load(case["batches"])
     losses, norms = [], []
     for tokens, mask in zip(batches["tokens"], batches["mask"], strict=True):
-        logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :-1].float()
-        found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-        targets = mask[:, 1:].flatten()
+        logits = logits_of(model, tokens).float()
+        logits = logits if model.config.is_encoder_decoder else logits[:, :-1]
+        predicted = logits.shape[1]
+        found = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), tokens[:, -predicted:].flatten(), reduction="none"
+        )
+        targets = mask[:, -predicted:].flatten()
         loss = (found * targets).sum() / targets.sum()
         optimizer.zero_grad()
         loss.backward()

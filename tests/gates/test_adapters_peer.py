@@ -1,4 +1,4 @@
-"""LoRA and DoRA beside PEFT, in all eight families: adapters of PEFT give its logits and merged weights here, ours give
+"""LoRA and DoRA beside PEFT, in all families: adapters of PEFT give its logits and merged weights here, ours give
 our logits there, and ten AdamW steps from the same adapter give the same losses and gradient norms."""
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megarl.parallel.rows import Rows
 from tests.gates.environments import ROOT, run
 from tests.models.adapters import adapted_engine, logits, stir, world_grid
 from tests.models.exchange.published import save_published
+from tests.models.exchange.t5 import save as save_t5
 from tests.worlds import Worlds
 
 SCRIPT = ROOT / "tests" / "gates" / "peft_adapters.py"
@@ -35,6 +36,8 @@ FAMILIES = {
     "gptj": "gptj",
     "gpt_neox": "gpt_neox",
     "opt": "opt",
+    "t5": "T5 1.0",
+    "t5_gated": "T5 1.1",
 }
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -65,12 +68,19 @@ PARTIAL: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"target_modules": r".*\.0\.self_attn\.q_proj|.*\.1\.self_attn\.v_proj", "use_dora": True},
     ),
+    "cross_attention": ("t5", {"target_modules": ["EncDecAttention.k", "EncDecAttention.o"], "use_dora": True}),
+    "encoder": ("t5_gated", {"target_modules": r"encoder.*\.(q|wi_1|wo)"}),
+    "decoder": ("t5_gated", {"target_modules": r"decoder.*\.(v|o|wi_0)", "use_dora": True}),
+    "last_block": ("t5", {"layers_to_transform": [2], "layers_pattern": "block", "target_modules": ["q", "wo"]}),
 }
+SOME_LAYERS = ("first_layer", "other_parts_in_every_layer", "last_block")
+"""Of `PARTIAL`: adapters that are refused beside a base."""
 
 
 def peft_config(family: str, **changes: Any) -> dict[str, Any]:
     settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    return {**settings, "fan_in_fan_out": family == "gpt2", **changes}
+    kind = {"task_type": "SEQ_2_SEQ_LM"} if family.startswith("t5") else {}
+    return {**settings, **kind, "fan_in_fan_out": family == "gpt2", **changes}
 
 
 # name: (family, PEFT's configuration)
@@ -82,7 +92,7 @@ CASES = {
     },
     **{name: (family, peft_config(family, **changes)) for name, (family, changes) in PARTIAL.items()},
 }
-TRAINED = [f"{family}-{kind}" for family in ("llama", "gpt2") for kind in ("lora", "dora")]
+TRAINED = [f"{family}-{kind}" for family in ("llama", "gpt2", "t5_gated") for kind in ("lora", "dora")]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +100,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small model of every family, and the tokens that all are given."""
     root = tmp_path_factory.mktemp("adapters")
     for family, name in FAMILIES.items():
-        save_published(name, root / "base" / family)
+        (save_t5 if family.startswith("t5") else save_published)(name, root / "base" / family)
     save_published("llama", root / "base" / "tied", tie_word_embeddings=True)
     generator = torch.Generator().manual_seed(7)
     torch.save(torch.randint(2, 53, (3, 20), generator=generator), root / "tokens.pt")
@@ -161,7 +171,7 @@ def test_an_adapter_of_peft_gives_its_logits_and_merged_weights(
 ) -> None:
     family, _ = CASES[name]
     base, adapter, tokens = root / "base" / family, theirs / name, loaded(root, "tokens")
-    whole = name not in ("first_layer", "other_parts_in_every_layer")  # refused beside a base
+    whole = name not in SOME_LAYERS
     (found,) = worlds.run(1, ours_from, base, adapter, tokens, whole=whole)
     expected = loaded(adapter, "logits")
     for way, values in found.items():
@@ -177,16 +187,16 @@ def test_an_adapter_of_peft_gives_its_logits_and_merged_weights(
                 values = view.view.reshape(view.shape)
                 assert float((values - weights[stored]).abs().max()) < MERGED, stored
     assert compared > 10
-    assert float((expected - logits_of_base(base, tokens)).abs().max()) > 100 * LOGITS, "the adapter takes part"
+    assert float((expected - logits_of_base(base, tokens, worlds)).abs().max()) > 100 * LOGITS, "the adapter takes part"
 
 
-def logits_of_base(base: Path, tokens: Tensor) -> Tensor:
-    import transformers
+def logits_of_base(base: Path, tokens: Tensor, worlds: Worlds) -> Tensor:
+    (found,) = worlds.run(1, logits_of, base, tokens)
+    return found  # type: ignore[no-any-return]
 
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    with torch.no_grad():
-        found: Tensor = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
-    return found
+
+def logits_of(base: Path, tokens: Tensor) -> Tensor:
+    return logits(adapted_engine(world_grid(), None, path=base), tokens)
 
 
 @pytest.mark.gate
@@ -213,6 +223,9 @@ MADE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "last_layer": ("llama", {"num_layers_unfrozen": 1}, {"kind": "dora"}),
     "last_layer_gpt2": ("gpt2", {"num_layers_unfrozen": 1}, {}),
     "scores": ("llama", {}, {"kind": "lora"}),
+    "last_layers_t5": ("t5", {"num_layers_unfrozen": 4}, {"kind": "dora"}),
+    "cross_attention": ("t5", {}, {"targets": ["linear_kv", "cross_attention.linear_proj"]}),
+    "encoder": ("t5_gated", {}, {"targets": ["encoder.linear_qkv", "wi_1"], "kind": "dora"}),
 }
 
 
@@ -252,7 +265,7 @@ def test_peft_computes_our_logits_with_our_adapter(name: str, ours: dict[str, Te
     assert found.shape == expected.shape
     assert float((found - expected).abs().max()) < LOGITS
     written = json.loads((root / "ours" / name / "adapter_config.json").read_text())
-    if name.startswith("last_layer"):
+    if name in ("last_layer", "last_layer_gpt2"):
         assert written["layers_to_transform"] == [1]
 
 
@@ -267,7 +280,7 @@ def train_ours(base: Path, adapter: Path, given: dict[str, Tensor]) -> dict[str,
     losses, norms = [], []
     for tokens, mask in zip(given["tokens"], given["mask"], strict=True):
         rows = Rows(tokens, torch.full((ROWS,), TIME), mask)
-        mine = make_microbatches(rows, torch.arange(ROWS), grid, per_microbatch=2, share_bins=False)
+        mine = make_microbatches(rows, torch.arange(ROWS), engine, per_microbatch=2, share_bins=False)
         losses.append(engine.train_step(mine, cross_entropy, count_targets)["loss"])
         norms.append(engine.apply_gradients())
     return {"losses": losses, "norms": norms}

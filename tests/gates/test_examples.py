@@ -82,7 +82,7 @@ def test_ppo_against_a_reward_model_makes_answers_to_instructions_better(tmp_pat
 
 
 def test_every_example_is_run_here() -> None:
-    names = {"ppo_words.py", "ilql_rewards.py", "stack_llama", "instruct"}
+    names = {"ppo_words.py", "ilql_rewards.py", "stack_llama", "instruct", "t5_summaries", "t5_sentiment"}
     assert {path.name for path in EXAMPLES.iterdir() if path.name != "__pycache__"} == names
 
 

@@ -82,7 +82,7 @@ def test_its_exp_manager_adds_files_and_callbacks_and_changes_no_number(python: 
         run(python, *command, cwd=ROOT, timeout=600)
         return folder
 
-    nemo = "trainer/exp_manager=nemo"
+    nemo = "extensions.nemo=true"
     plain = train("plain", "trainer.max_steps=4")
     handed = train("handed", "trainer.max_steps=4", nemo)
     assert (handed / "nemo" / "cmd-args.log").is_file()

@@ -21,6 +21,7 @@ from megarl.planning.memory import plan_stage
 from megarl.planning.plan import make_plan, suggest
 from megarl.planning.times import Rates
 from megarl.planning.work import Work, work_of
+from megarl.training import module_of
 from tests.planning.runs import GPT2, LLAMA, NEOX, describe, trained
 
 pytestmark = pytest.mark.gate
@@ -76,7 +77,7 @@ def least(name: str) -> dict[str, int]:
 
 
 def shipped() -> list[str]:
-    return sorted(name for name in preset_files(conf_folder()) if name.startswith(("gpt", "llama", "qwen")))
+    return sorted(name for name in preset_files(conf_folder()) if name.startswith(("flan", "gpt", "llama", "qwen")))
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -88,9 +89,8 @@ def test_presets_need_the_gpus_that_they_say_and_no_fewer(name: str) -> None:
     config, gpus = command.compose_run(own, [f"+conf={name}"])
     for gpu, count in least(name).items():
         whole = Cluster.of(ClusterConfig(gpu=gpu), gpus)
-        start = make_plan(
-            work_of(algorithm, config, own, gpus, config.model.vocab_size), whole, Rates(whole.gpu.products, 0.0)
-        )
+        work = work_of(module_of(algorithm), config, own, gpus, config.model.vocab_size)
+        start = make_plan(work, whole, Rates(whole.gpu.products, 0.0))
         assert suggest(replace(start, cluster=Cluster.of(ClusterConfig(gpu=gpu), count)), 1)
         if count > 1:
             assert not suggest(replace(start, cluster=Cluster.of(ClusterConfig(gpu=gpu), count // 2)), 1)

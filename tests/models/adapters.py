@@ -14,13 +14,13 @@ from megarl.config.sections.optim import OptimConfig
 from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.build import build_engine
 from megarl.models.exchange.formats import open_source
+from megarl.models.exchange.logits import inputs_of
 from megarl.models.exchange.pretrained import Sources, adapters, resolve_adapter
 from megarl.models.roles import Role
 from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.initialise import is_sharded, local_slice, partition_dim
 from megarl.parallel.layout import Layout
-from megarl.parallel.rows import ModelInputs
 
 VOCAB = 101
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 48, "max_positions": 64}
@@ -106,12 +106,15 @@ def stir(engine: Engine, seed: int = 3) -> None:
 
 @torch.no_grad()
 def logits(engine: Engine, tokens: Tensor) -> Tensor:
-    """Logits [rows, time, vocabulary] of an engine without parallelism; the scores [rows, time] of a reward model."""
+    """Logits [rows, time, vocabulary] of an engine without parallelism; the scores [rows, time] of a reward model.
+
+    The encoder of an encoder-decoder reads the first half of each row; the logits are those that predict the other.
+    """
     (gpt,) = engine.models
     gpt.eval()
-    hidden = gpt(ModelInputs(tokens=tokens, positions=torch.arange(tokens.shape[1]).expand(tokens.shape)))
+    hidden = gpt(inputs_of(engine.config, tokens))
     if "score" in gpt.heads:
         scores: Tensor = gpt.scores(hidden)
         return scores
     found: Tensor = gpt.logits(hidden.transpose(0, 1).flatten(0, 1))
-    return found.reshape(*tokens.shape, -1)
+    return found.reshape(len(tokens), len(hidden), -1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sections.model import ModelConfig
 from megarl.errors import ConfigError
-from megarl.models.adapter_spec import ADAPTER, LINEARS
+from megarl.models.adapter_spec import ADAPTER
 from megarl.models.adapters import adapted, for_sampling, switched_off
 from megarl.models.exchange.adapters import new_spec, parts_of, targets_of
 from megarl.models.exchange.formats import open_source
@@ -236,7 +236,7 @@ def outputs_and_formulas(kind: str, rslora: bool, targets: list[str]) -> dict[st
     scaling = 5.0 / (math.sqrt(3) if rslora else 3)
     family_parts = engine.config.adapter.parts
     for name in family_parts:
-        linear = engine.models[0].decoder.layers[-1].get_submodule(LINEARS[name])
+        linear = engine.models[0].decoder.layers[-1].get_submodule(family_parts[name].place)
         adapter = linear.adapter
         x = torch.randn(5, 2, linear.weight.shape[1], generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
@@ -273,9 +273,9 @@ def test_parts_of_a_layer_are_the_modules_of_the_family(name: str, tmp_path: Pat
     save_published(name, tmp_path)
     source, theirs = open_source(tmp_path), stored(tmp_path)
     assert source.family is not None
-    for linear, parts in parts_of(source.family, source.model).items():
+    for parts in parts_of(source.family, source.model).values():
         assert sorted(torch.cat(parts.rows).tolist()) == list(range(parts.count))
-        mine = source.read(f"decoder.layers.1.{LINEARS[linear]}.weight")
+        mine = source.read(f"decoder.layers.1.{parts.place}.weight")
         for module, rows in zip(parts.modules, parts.rows, strict=True):
             published = theirs[f"{module.format(1)}.weight"]
             assert torch.equal(mine[rows], published.t() if name == "gpt2" else published), module

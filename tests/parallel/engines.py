@@ -63,7 +63,7 @@ def seeded_rows(step: int, rows: int = 8, time: int = 16) -> Rows:
 def batches(engine: Engine, step: int, rows: int = 8, time: int = 16, micro: int = 2) -> list[Microbatch]:
     """This replica's microbatches of a seeded global batch."""
     return make_microbatches(
-        seeded_rows(step, rows, time), torch.arange(rows), engine.grid, per_microbatch=micro, share_bins=False
+        seeded_rows(step, rows, time), torch.arange(rows), engine, per_microbatch=micro, share_bins=False
     )
 
 

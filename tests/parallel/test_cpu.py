@@ -358,24 +358,6 @@ def test_it_cannot_be_switched_on_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) 
     assert not cpu._installed
 
 
-def test_it_refuses_a_version_that_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron.core import package_info
-
-    monkeypatch.setattr(cpu, "_installed", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(package_info, "__version__", "0.99.0")
-    before = torch.cuda.current_device, torch.Tensor.cuda
-    with refused(
-        UnavailableError,
-        key="megatron-core",
-        value="0.99.0",
-        offers={"megatron-core": ["0.16.1"]},
-        names=("pip install megatron-core==0.16.1",),
-    ):
-        cpu.install()
-    assert (torch.cuda.current_device, torch.Tensor.cuda) == before
-
-
 def installed_twice() -> bool:
     start_world()
     before = torch.cuda.current_device, torch.Tensor.cuda

@@ -12,7 +12,7 @@ import yaml
 from megarl.config.preset_files import preset_files
 from megarl.config.resources import conf_folder
 from megarl.config.sections.adapter import AdapterConfig
-from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.model import EncoderConfig, ModelConfig
 from megarl.config.sections.optim import OptimConfig
 from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.build import build_engine
@@ -36,6 +36,7 @@ from tests.planning.allocations import recorded
 GPT2 = {"norm": "layernorm", "activation": "gelu_tanh", "position": "learned", "mlp_bias": True, "qkv_bias": True}
 NEOX = {"norm": "layernorm", "activation": "gelu_tanh", "parallel_residual": "two_norms", "rope_percent": 0.25}
 LLAMA = {"activation": "swiglu", "num_kv_heads": 2}
+T5 = {"activation": "geglu", "position": "relative", "encoder": EncoderConfig(num_layers=4)}
 VOCAB = 2048
 
 
@@ -57,7 +58,7 @@ def describe(
     rollouts: int = 0,
     algorithm: str = "sft",
 ) -> Work:
-    """A 4-layer model of 256 channels in a layout."""
+    """A 4-layer model of 256 channels in a layout; `loss_tokens` of a sequence are the response."""
     model = ModelConfig(**{"num_layers": 4, "hidden_size": 256, "num_heads": 8, "max_positions": 1024, **shape})
     response = loss_tokens or length
     return Work(
@@ -75,6 +76,7 @@ def describe(
         steps=1,
         length=length,
         loss_tokens=response,
+        encoded=length - response,
         rollouts=rollouts,
         rescored=rollouts > 0,
         prompt=length - response,
@@ -144,9 +146,9 @@ def generated(work: Work) -> Measured:
         generator = Generator(
             engine if reshard is None else reshard.engine, -1, seed=1, limits=Limits(slots=work.slots)
         )
-        prompt = tuple(range(work.prompt))
+        prompts = [tuple(range(n, n + work.prompt)) for n in range(work.rollouts)]  # an encoder reads each once
         generator.generate(
-            [Request(n, 0, prompt, Sampling(max_new_tokens=work.response)) for n in range(work.rollouts)]
+            [Request(n, 0, prompt, Sampling(max_new_tokens=work.response)) for n, prompt in enumerate(prompts)]
         )
         generator.close()
         gc.collect()
@@ -214,12 +216,15 @@ def _engine(grid: Grid, work: Work) -> Engine:
 
 
 def _batch(work: Work) -> Microbatch:
-    """A microbatch that reads `work.length` tokens of each row."""
-    mask = torch.zeros(work.micro, work.length + 1)
-    mask[:, work.length + 1 - work.loss_tokens :] = 1.0
+    """A microbatch that reads `work.length` tokens of each row: all but the last, or of the decoder the start token."""
+    encoded, _ = work.read
+    length = work.length + (0 if encoded else 1)
+    mask = torch.zeros(work.micro, length)
+    mask[:, length - work.loss_tokens :] = 1.0
     tokens = torch.randint(0, work.vocab_size, mask.shape)
-    rows = Rows(tokens, torch.full((work.micro,), work.length + 1), mask)
-    plan = MicrobatchPlan(rows.lengths, Layout(), 0, per_microbatch=work.micro, share_bins=False)
+    rows = Rows(tokens, torch.full((work.micro,), length), mask)
+    prompts = torch.full((work.micro,), encoded) if encoded else None
+    plan = MicrobatchPlan(rows.lengths, Layout(), 0, per_microbatch=work.micro, share_bins=False, prompts=prompts)
     (batch,) = plan.microbatches(rows)
     return batch
 

@@ -1,31 +1,37 @@
 """The formulas of docs/planning.md against what autograd keeps of a layer, to the byte."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from megarl.config.sections.adapter import AdapterConfig
-from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.model import EncoderConfig, ModelConfig
 from megarl.models.adapter_spec import ADAPTER
 from megarl.models.adapters import attach
 from megarl.models.attention import Context
 from megarl.models.config import GPTConfig
+from megarl.models.encoder_decoder import Spans, layer_of, spans
 from megarl.models.exchange.adapters import new_spec
 from megarl.models.layer import Layer
 from megarl.models.rotary import rotation
 from megarl.parallel.fake import fake_world
 from megarl.parallel.layout import Layout
+from megarl.parallel.rows import ModelInputs
 from megarl.planning.activations import (
     Shape,
     kept_by_layer,
+    kept_by_norm,
     kept_once_by_adapters,
     logits_chunk,
     not_kept_by_first,
     vocabulary,
 )
+from megarl.planning.parts import Positions
 
 TIME, BATCH = 64, 2
+AT = Positions(BATCH, TIME)
 
 
 def layer_config(
@@ -65,20 +71,25 @@ def kept(
         shared = {
             tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers(), *(turn or ()))
         }
-        found: dict[int, int] = {}
-        alive = []
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in shared:
-                found[storage.data_ptr()] = storage.nbytes()
-                alive.append(tensor)
-            return tensor
-
         split = layout.tp if layout.sequence_parallel else 1
         hidden = torch.randn(TIME // split, BATCH, 64, dtype=config.params_dtype, requires_grad=not first)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            layer(hidden, Context(turn, None))
+        return bytes_kept(lambda: layer(hidden, Context(turn, None)), shared)
+
+
+def bytes_kept(forward: Callable[[], object], shared: set[int]) -> int:
+    """Bytes of all memory that a forward pass keeps for its backward pass, without storages at addresses `shared`."""
+    found: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in shared:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
     return sum(found.values())
 
 
@@ -89,14 +100,14 @@ def kept(
     [
         {"activation": "gelu", "norm": "layernorm"},
         {"activation": "gelu", "norm": "layernorm", "position": "learned", "mlp_bias": True, "qkv_bias": True},
-        {"activation": "gelu", "norm": "layernorm", "position": "learned", "num_kv_heads": 2},
+        {"activation": "relu", "norm": "layernorm", "position": "learned", "num_kv_heads": 2},
         {"activation": "gelu_tanh", "norm": "layernorm", "parallel_residual": "two_norms", "rope_percent": 0.25},
         {"activation": "gelu_tanh", "norm": "layernorm", "parallel_residual": "one_norm", "rope_percent": 0.5},
         {"activation": "swiglu", "norm": "rmsnorm"},
         {"activation": "swiglu", "norm": "rmsnorm", "num_kv_heads": 2, "head_dim": 16},
         {"activation": "swiglu", "norm": "rmsnorm", "num_kv_heads": 4, "qk_norm": True},
     ],
-    ids=["gpt", "gpt2", "gpt2-grouped", "neox", "gptj", "llama", "llama-grouped", "qwen3"],
+    ids=["gpt", "gpt2", "opt-grouped", "neox", "gptj", "llama", "llama-grouped", "qwen3"],
 )
 @pytest.mark.parametrize(
     "layout",
@@ -108,7 +119,7 @@ def test_a_layer_keeps_what_the_formula_says(
 ) -> None:
     config = layer_config(layout, precision, recompute, model)
     shape = Shape.of(config, layout, 2 if precision == "bf16" else 4, on_cpu=True)
-    expected = TIME * BATCH * kept_by_layer(config, shape, recompute)
+    expected = kept_by_layer(config, shape, AT, recompute)
     assert kept(layout, precision, recompute, model) == pytest.approx(expected, rel=0.01)
 
 
@@ -143,10 +154,10 @@ def test_a_layer_with_adapters_keeps_what_the_formula_says(
 ) -> None:
     config = layer_config(layout, precision, "none", model, adapter)
     shape = Shape.of(config, layout, 2 if precision == "bf16" else 4, on_cpu=True)
-    once = kept_once_by_adapters(config, layout, shape)
+    once = kept_once_by_adapters(config, layout, shape, AT)
     for first in (False, True) if not {"targets", "dropout"} & adapter.keys() else (False,):
-        per_token = kept_by_layer(config, shape, "none") - (not_kept_by_first(config, shape) if first else 0.0)
-        expected = TIME * BATCH * per_token + once
+        left_out = not_kept_by_first(config, shape, AT) if first else 0.0
+        expected = kept_by_layer(config, shape, AT, "none") - left_out + once
         assert kept(layout, precision, "none", model, adapter, first=first) == pytest.approx(expected, rel=0.01)
 
 
@@ -158,8 +169,113 @@ def test_the_formula_by_hand_for_a_llama_on_a_gpu() -> None:
     layout = Layout(tp=2, sequence_parallel=True)
     config = layer_config(layout, "bf16", "none", {"activation": "swiglu", "num_kv_heads": 2})
     shape = Shape.of(config, layout, 2, on_cpu=False)
-    assert kept_by_layer(config, shape, "none") == 2 * (128 + 120 + 640) + 2 * 2 + 4 * 4
-    assert kept_by_layer(config, shape, "full") == 2 * 32
+    assert kept_by_layer(config, shape, Positions(1, 1), "none") == 2 * (128 + 120 + 640) + 2 * 2 + 4 * 4
+    assert kept_by_layer(config, shape, Positions(1, 1), "full") == 2 * 32
+    assert kept_by_layer(config, shape, Positions(3, 5), "none") == 15 * kept_by_layer(
+        config, shape, Positions(1, 1), "none"
+    )
+
+
+ENCODED, DECODED = 96, 80
+T5 = {"position": "relative", "activation": "geglu", "head_dim": 16, "encoder": EncoderConfig(num_layers=2)}
+PLACES = {
+    "encoder": (1, Positions(BATCH, ENCODED, DECODED)),
+    "the encoder's last": (2, Positions(BATCH, ENCODED, DECODED)),
+    "decoder": (3, Positions(BATCH, DECODED, ENCODED, crosses=True)),
+}
+"""Number of a layer, and its positions."""
+
+
+def kept_by_part(
+    layout: Layout,
+    precision: str,
+    recompute: str,
+    model: dict[str, Any],
+    part: str,
+    adapter: dict[str, Any] | None = None,
+    *,
+    first: bool = False,
+) -> int:
+    """Bytes that a layer of an encoder-decoder keeps, without what all layers share: masks and buckets of distances."""
+    number, _ = PLACES[part]
+    with fake_world(layout, device="cpu") as grid:
+        config = layer_config(layout, precision, recompute, model, adapter)
+        layer = layer_of(config, number)(config, number, grid.groups)
+        if config.adapter is not None:
+            attach([layer], config.adapter, config, grid.groups.tp)
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(ADAPTER in name)
+        layer = layer.to(config.params_dtype).train()
+        table = torch.zeros(32, 8 // layout.tp, dtype=config.params_dtype, requires_grad=config.adapter is None)
+        inputs = spans(inputs_of(ENCODED, DECODED), config, (table, table), None)
+        kept = (table, *layer.parameters(), *layer.buffers(), *tensors_of(inputs))
+        shared = {tensor.untyped_storage().data_ptr() for tensor in kept}
+        time = (ENCODED + DECODED) // (layout.tp if layout.sequence_parallel else 1)
+        hidden = torch.randn(time, BATCH, 64, dtype=config.params_dtype, requires_grad=not first)
+        return bytes_kept(lambda: layer(hidden, inputs), shared)
+
+
+def inputs_of(encoded: int, decoded: int) -> ModelInputs:
+    def inputs(time: int, **more: Any) -> ModelInputs:
+        index = torch.arange(time).expand(BATCH, -1)
+        return ModelInputs(tokens=torch.zeros_like(index), positions=index, **more)
+
+    return inputs(decoded, encoder=inputs(encoded, segment_ids=torch.ones(BATCH, encoded, dtype=torch.long)))
+
+
+def tensors_of(inputs: Spans) -> list[torch.Tensor]:
+    found = [inputs.cross, inputs.encoder.mask, inputs.decoder.mask]
+    found += [part.relative.buckets for part in (inputs.encoder, inputs.decoder) if part.relative is not None]
+    return [tensor for tensor in found if tensor is not None]
+
+
+@pytest.mark.parametrize("part", PLACES)
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "model", [T5, {**T5, "activation": "relu", "norm": "layernorm"}], ids=["t5-1.1", "t5-1.0-layernorm"]
+)
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=2, sequence_parallel=True)], ids=str)
+def test_a_layer_of_an_encoder_decoder_keeps_what_the_formula_says(
+    layout: Layout, model: dict[str, Any], precision: str, recompute: str, part: str
+) -> None:
+    config = layer_config(layout, precision, recompute, model)
+    shape = Shape.of(config, layout, 2 if precision == "bf16" else 4, on_cpu=True)
+    number, at = PLACES[part]
+    expected = kept_by_layer(config, shape, at, recompute)
+    if number == config.encoder_layers:
+        expected += at.tokens * kept_by_norm(config, shape, outputs=False)
+    assert kept_by_part(layout, precision, recompute, model, part) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {},
+        {"kind": "dora", "rank": 4},
+        {"dropout": 0.1},
+        {"base_bits": 4},
+        {"targets": ["linear_qkv", "cross_attention.linear_kv"], "kind": "dora"},
+        {"targets": ["linear_fc1", "cross_attention.linear_q"], "dropout": 0.1},
+        {"targets": ["linear_fc2", "cross_attention.linear_proj"]},
+    ],
+    ids=["lora", "dora", "dropout", "4-bits", "inputs", "queries", "rows"],
+)
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=2, sequence_parallel=True)], ids=str)
+def test_a_layer_of_an_encoder_decoder_with_adapters_keeps_what_the_formula_says(
+    layout: Layout, part: str, adapter: dict[str, Any], precision: str
+) -> None:
+    config = layer_config(layout, precision, "none", T5, adapter)
+    shape = Shape.of(config, layout, 2 if precision == "bf16" else 4, on_cpu=True)
+    _, at = PLACES[part]
+    once = kept_once_by_adapters(config, layout, shape, at)
+    for first in (False, True) if part == "encoder" and not {"targets", "dropout"} & adapter.keys() else (False,):
+        left_out = not_kept_by_first(config, shape, at) if first else 0.0
+        expected = kept_by_layer(config, shape, at, "none") - left_out + once
+        measured = kept_by_part(layout, precision, "none", T5, part, adapter, first=first)
+        assert measured == pytest.approx(expected, rel=0.01)
 
 
 def test_logits_are_cut_evenly_below_their_budget() -> None:

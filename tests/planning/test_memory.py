@@ -14,6 +14,7 @@ from megarl.models.flops import layer_weights
 from megarl.models.roles import Role
 from megarl.parallel.layout import Layout
 from megarl.planning.memory import GENERATOR, RankPlan, in_flight, plan_ranks, plan_stage, slots_of
+from megarl.planning.parts import Part, Positions, parts_of
 from megarl.planning.shards import gpt_config
 from megarl.planning.work import Work
 from tests.gated import gated
@@ -21,6 +22,7 @@ from tests.planning.runs import (
     GPT2,
     LLAMA,
     NEOX,
+    T5,
     Measured,
     built,
     describe,
@@ -91,6 +93,66 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
         replace(describe(Layout(pp=2), LLAMA, rollouts=32, length=72, loss_tokens=8), rollout_layout="tp2"),
     ),
     "llama-scores": ("score", scored, describe(Layout(), LLAMA, rollouts=8, loss_tokens=256)),
+    "t5": ("train", trained, describe(Layout(), T5, loss_tokens=192)),
+    "t5-long-responses-bf16": ("train", trained, describe(Layout(), T5, loss_tokens=384, precision="bf16")),
+    "t5-tp2-sp-bf16": (
+        "train",
+        trained,
+        describe(
+            Layout(tp=2, sequence_parallel=True),
+            T5,
+            loss_tokens=192,
+            accumulation=2,
+            precision="bf16",
+            recompute="selective",
+        ),
+    ),
+    "t5-pp2": ("train", trained, describe(Layout(pp=2), T5, loss_tokens=192, accumulation=4)),
+    "t5-pp2-full": ("train", trained, describe(Layout(pp=2), T5, loss_tokens=192, accumulation=4, recompute="full")),
+    "t5-frozen-encoder": ("train", trained, describe(Layout(), {**T5, "num_layers_unfrozen": 3}, loss_tokens=192)),
+    "t5-frozen": ("train", trained, describe(Layout(dp=2), {**T5, "num_layers_unfrozen": 6}, loss_tokens=192)),
+    "t5-generates": ("generate", generated, describe(Layout(), T5, rollouts=32, length=72, loss_tokens=8)),
+    "t5-tp2-generates": (
+        "generate",
+        generated,
+        describe(Layout(tp=2), T5, rollouts=32, length=384, loss_tokens=128, precision="bf16"),
+    ),
+    "t5-generates-elsewhere": (
+        "generate",
+        generated,
+        replace(describe(Layout(tp=2), T5, rollouts=32, length=384, loss_tokens=128), rollout_layout="pp2"),
+    ),
+    "t5-scores": ("score", scored, describe(Layout(), T5, rollouts=8, loss_tokens=192)),
+    "t5-lora": ("train", trained, with_adapter(describe(Layout(), T5, loss_tokens=192))),
+    "t5-dora-tp2-sp": (
+        "train",
+        trained,
+        with_adapter(
+            describe(Layout(tp=2, sequence_parallel=True), T5, loss_tokens=192, accumulation=2, recompute="selective"),
+            kind="dora",
+        ),
+    ),
+    "t5-lora-4-bits-full": (
+        "train",
+        trained,
+        with_adapter(describe(Layout(), T5, loss_tokens=192, precision="bf16", recompute="full"), base_bits=4),
+    ),
+    "t5-lora-pp2": (
+        "train",
+        trained,
+        with_adapter(describe(Layout(pp=2), T5, loss_tokens=192, accumulation=4), dropout=0.1),
+    ),
+    "t5-lora-frozen-encoder": (
+        "train",
+        trained,
+        with_adapter(describe(Layout(), {**T5, "num_layers_unfrozen": 3}, loss_tokens=192)),
+    ),
+    "t5-lora-generates": (
+        "generate",
+        generated,
+        with_adapter(describe(Layout(), T5, rollouts=32, length=384, loss_tokens=128, precision="bf16")),
+    ),
+    "t5-pp2-scores": ("score", scored, describe(Layout(pp=2), T5, rollouts=8, loss_tokens=192, precision="bf16")),
 }
 
 
@@ -103,6 +165,16 @@ LATER = [
     "llama-lora",
     "gpt2-generates",
     "llama-scores",
+    "t5-long-responses-bf16",
+    "t5-pp2",
+    "t5-frozen",
+    "t5-tp2-generates",
+    "t5-generates-elsewhere",
+    "t5-dora-tp2-sp",
+    "t5-lora-4-bits-full",
+    "t5-lora-pp2",
+    "t5-lora-generates",
+    "t5-pp2-scores",
 ]
 
 
@@ -143,6 +215,23 @@ def test_the_cache_is_what_the_generator_makes() -> None:
     assert use.cache == 10 * KVCache.slot_bytes(gpt_config(work), 4, 1, 96)
     # keys and values of 4 layers, 2 heads of 32 channels, 96 tokens, 4 bytes each
     assert use.cache == 10 * 2 * 4 * 2 * 32 * 96 * 4
+
+
+@pytest.mark.parametrize(("layout", "stages"), [(Layout(), [4]), (Layout(pp=2), [0, 4]), (Layout(tp=2), [2])], ids=str)
+def test_an_encoder_decoder_caches_prompt_and_response_in_its_decoder_alone(
+    layout: Layout, stages: list[float]
+) -> None:
+    work = describe(layout, T5, rollouts=10, length=96, loss_tokens=16)
+    # keys and values of each layer of the decoder, 256 wide, 80 tokens read and 16 written, 4 bytes each
+    caches = [plan_stage(work, stage).part("generate", "cache") for stage in range(layout.pp)]
+    assert caches == [10 * 2 * layers * 256 * 96 * 4 for layers in stages]
+
+
+def test_a_limit_of_the_cache_gives_both_stages_as_many_slots() -> None:
+    slot = 2 * 4 * 256 * 96 * 4
+    work = replace(describe(Layout(pp=2), T5, rollouts=10, length=96, loss_tokens=16), cache_bytes=7 * slot)
+    assert slots_of(work) == 6
+    assert [plan_stage(work, stage).part("generate", "cache") for stage in (0, 1)] == [0, 6 * slot]
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -189,6 +278,26 @@ def test_recorded_passes_are_refused_over_pipeline_stages_as_the_run_refuses_the
     with refused(ConfigError, names=("rollout.engine.cuda_graphs=true", "PP2")):
         plan_stage(staged, 0)
     assert plan_stage(replace(staged, rollout_layout="tp2"), 0).part("train", "cache") > 0
+
+
+def test_the_stages_of_an_encoder_decoder_have_its_parts() -> None:
+    work = describe(Layout(pp=2), {**T5, "num_layers_unfrozen": 6}, micro=3, length=100, loss_tokens=30)
+    (encoder,), (decoder,) = (parts_of(work, stage, work.micro, work.read) for stage in (0, 1))
+    assert encoder == Part(4, 2, Positions(3, 70, 30), is_encoder=True, is_last=True)
+    assert decoder == Part(4, 4, Positions(3, 30, 70, crosses=True))
+    whole = parts_of(replace(work, layout=Layout()), 0, work.micro, work.read)
+    assert whole == (encoder, decoder)
+    llama = describe(Layout(pp=2), {**LLAMA, "num_layers_unfrozen": 1}, micro=3, length=100, loss_tokens=30)
+    parts = [parts_of(llama, stage, llama.micro, llama.read) for stage in (0, 1)]
+    assert parts == [(Part(2, trained, Positions(3, 100)),) for trained in (0, 1)]
+
+
+def test_a_model_without_an_encoder_reads_the_prompts_of_an_encoder_decoder_itself() -> None:
+    work = replace(describe(Layout(), T5, length=100, loss_tokens=30), rollouts=8)
+    reward = Role("reward", describe(Layout(), LLAMA).model, 2048, ("score",))
+    assert work.read == (70, 30)
+    assert work.of(reward).read == (0, 100)
+    assert work.of(reward).of(work.roles[0]).read == (70, 30)
 
 
 SCORED = describe(Layout(), LLAMA, rollouts=8, loss_tokens=256)

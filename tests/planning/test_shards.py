@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 
 from megarl.config.compose import compose
-from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.model import EncoderConfig, ModelConfig
 from megarl.config.sections.optim import OptimConfig
 from megarl.models.flops import layer_weights
 from megarl.parallel.fake import fake_world, rank_of
 from megarl.parallel.layout import Layout
+from megarl.parallel.vocab import padded_vocab
 from megarl.planning.shards import build_shard, measure, shard, stages_that_differ
 from megarl.planning.work import Work
 from tests.planning.runs import LLAMA, describe, policy_of, presets_of_large_models, with_adapter
@@ -41,6 +42,66 @@ def test_gpt_neox_20b_has_its_published_number_of_parameters() -> None:
     expected = 44 * (12 * h * h + 9 * h + 4 * h) + 2 * 50432 * h + 2 * h
     assert shard(neox(Layout()), POLICY, 0).parameters == expected
     assert expected == 20_554_567_680
+
+
+FLAN_T5_XL = ModelConfig(
+    num_layers=24,
+    hidden_size=2048,
+    num_heads=32,
+    head_dim=64,
+    ffn_size=5120,
+    max_positions=16384,
+    position="relative",
+    activation="geglu",
+    encoder=EncoderConfig(num_layers=24),
+)
+XL_PARAMETERS = 2_849_757_184
+"""As published: google/flan-t5-xl."""
+XL = policy_of(FLAN_T5_XL, 32128)
+
+
+def test_flan_t5_xl_has_its_published_number_of_parameters() -> None:
+    # Attention of 4 * h * h to the own sequence and, in the decoder, to the encoder; gated MLPs; two norms and three;
+    # two tables of words, two of 32 distances for 32 heads; two last norms
+    h, mlp = 2048, 3 * 2048 * 5120
+    layers = 24 * (4 * h * h + mlp + 2 * h) + 24 * (8 * h * h + mlp + 3 * h)
+    expected = layers + 2 * 32128 * h + 2 * 32 * 32 + 2 * h
+    assert shard(neox(Layout()), XL, 0).parameters == expected == XL_PARAMETERS
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=8, sequence_parallel=True), Layout(tp=2, pp=2, dp=2), Layout(pp=2)], ids=str
+)
+def test_every_rank_of_an_encoder_decoder_builds_and_together_they_are_the_model(layout: Layout) -> None:
+    work = replace(neox(layout), model=FLAN_T5_XL)
+    held = []
+    for pp in range(layout.pp):
+        for tp in range(layout.tp):
+            with fake_world(layout, rank_of(layout, tp=tp, pp=pp)) as grid:
+                held.append(measure(build_shard(grid, work, XL), pp).parameters)
+    # The vocabulary is padded; norms are held by every tensor rank.
+    padded = 2 * 2048 * (padded_vocab(32128, layout.tp) - 32128)
+    common = (24 * 2 + 24 * 3 + 2) * 2048
+    assert sum(held) - padded - (layout.tp - 1) * common == XL_PARAMETERS
+    assert shard(work, XL, layout.pp - 1).layers == 48 // layout.pp
+
+
+def test_gradients_and_optimizer_of_an_encoder_decoder_are_those_of_its_parameters() -> None:
+    held = shard(neox(Layout(tp=4)), XL, 0)
+    assert held.weights == pytest.approx(2 * held.parameters, rel=1e-4)
+    assert held.gradients == pytest.approx(4 * held.parameters, rel=1e-4)
+    assert held.optimizer == pytest.approx(12 * held.parameters, rel=1e-4)
+
+
+def test_frozen_layers_count_from_the_decoders_last_into_the_encoder() -> None:
+    held = {
+        unfrozen: shard(neox(Layout()), policy_of(replace(FLAN_T5_XL, num_layers_unfrozen=unfrozen), 32128), 0)
+        for unfrozen in (24, 25)
+    }
+    mlp, h = 3 * 2048 * 5120, 2048
+    decoder = 24 * (8 * h * h + mlp + 3 * h) + 32 * 32
+    assert held[24].trainable == decoder + h + 32128 * h
+    assert held[25].trainable - held[24].trainable == 4 * h * h + mlp + 2 * h + h  # with the encoder's last norm
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=8, pp=4, dp=2, sequence_parallel=True), Layout(tp=4, pp=11)], ids=str)
@@ -165,4 +226,4 @@ def test_every_preset_builds_at_its_world_size(name: str) -> None:
     whole = shard(replace(work, layout=Layout()), policy, 0).parameters
     # A rank's parts are a tp-th and what all tensor ranks hold; a tied table is on the first and on the last stage.
     assert whole <= held * layout.tp < whole * 1.02
-    assert parts[0].layers == config.model.num_layers // layout.pp
+    assert parts[0].layers == config.model.layers // layout.pp

@@ -1,7 +1,9 @@
 """Seconds against hand-worked ones, and against times that others have published."""
 
 import io
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,9 +18,9 @@ from megarl.planning.hardware import KINDS, Cluster
 from megarl.planning.plain import as_json
 from megarl.planning.plan import Plan, make_plan, remedies, suggest
 from megarl.planning.show import write
-from megarl.planning.times import Rates
+from megarl.planning.times import Phase, Rates
 from megarl.planning.work import Work
-from tests.planning.runs import LLAMA, describe, policy_of, with_adapter
+from tests.planning.runs import LLAMA, T5, describe, policy_of, with_adapter
 
 QWEN_32B = ModelConfig(
     num_layers=64, hidden_size=5120, num_heads=40, num_kv_heads=8, ffn_size=27648, max_positions=4096
@@ -170,6 +172,135 @@ def test_layouts_are_suggested_where_only_a_quantised_base_fits() -> None:
     work = with_adapter(large(LLAMA_70B, 128256, Layout()), base_bits=4).on(Layout(), micro=1, recompute="full")
     assert planned(work).fits
     assert str(suggest(planned(work))[0].work.layout) == "TP1"
+
+
+def t5(layout: Layout, prompt: int, response: int, **changes: Any) -> Work:
+    """A step of an encoder-decoder of 4 + 4 layers."""
+    return describe(
+        layout, T5, **{"length": prompt + response, "loss_tokens": response, "precision": "bf16", **changes}
+    )
+
+
+def by_hand(prompt: int, response: int) -> tuple[float, float]:
+    """FLOPs of a forward pass of the encoder, and of the decoder with the output layer."""
+    layer, crossed = 4 * 256 * 256 + 3 * 256 * 1024, 2 * 256 * 256  # queries and outputs; as many for keys and values
+    encoder = 4 * prompt * (2 * layer + 4 * 256 * prompt)  # every token attends to all
+    decoder = 4 * response * (2 * (layer + crossed) + 4 * 256 * ((response + 1) / 2 + prompt))
+    return encoder, decoder + 4 * prompt * 2 * crossed + response * 2 * 256 * 2048
+
+
+def phase_of(plan: Plan, name: str) -> Phase:
+    return next(phase for phase in plan.phases if phase.name == name)
+
+
+RATE = 989e12 * KINDS["h100"].products
+
+
+def test_a_step_of_an_encoder_decoder_is_the_operations_of_both_its_parts() -> None:
+    plan = planned(t5(Layout(), 320, 192))
+    train = phase_of(plan, "train")
+    assert train.flops == pytest.approx(3 * 4 * sum(by_hand(320, 192)))
+    parameters = plan.ranks[0].shards["policy"].trainable
+    assert train.seconds == pytest.approx(train.flops / RATE + 30 * parameters / (3.35e12 * 0.8))
+
+
+@pytest.mark.parametrize(("prompt", "response", "slower"), [(448, 64, 0), (64, 448, 1)])
+def test_with_a_stage_for_each_part_the_slower_one_counts(prompt: int, response: int, slower: int) -> None:
+    parts = by_hand(prompt, response)
+    assert parts[slower] == max(parts)
+    sending = 4 * 512 * 256 * 2 / (450e9 * 0.75)  # the states of both parts go from stage to stage
+    forward, backward = planned(t5(Layout(pp=2), prompt, response)).passes
+    assert forward == pytest.approx(4 * parts[slower] / RATE + sending)
+    assert backward == pytest.approx(2 * 4 * parts[slower] / RATE + sending)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensor_ranks_of_an_encoder_decoder_exchange_the_states_of_each_part(sequence_parallel: bool) -> None:
+    plan = planned(t5(Layout(tp=2, sequence_parallel=sequence_parallel), 320, 192))
+    # Of a layer, attention and MLP, in the decoder attention to the encoder too: summed forward and backward, each as
+    # a scatter and a gather. Of the encoder's states only gradients are summed, but they are gathered twice.
+    encoder, decoder, read = 4 * 320, 4 * 192, 4 * 320
+    positions = 2 * (2 * 2 * encoder + 2 * 3 * decoder) + 2 * read
+    if sequence_parallel:
+        positions += 2 * encoder + 3 * decoder + read
+    assert phase_of(plan, "train").sent["NVLink"] == pytest.approx(4 * positions * 256 * 2 / 2)
+
+
+OUTPUT = 192 * 2 * 256 * 2048
+"""FLOPs of the output layer for 192 tokens."""
+
+
+@pytest.mark.parametrize(
+    ("model", "unfrozen", "trained"),
+    [(LLAMA, 1, lambda whole: (whole - OUTPUT) / 4 + OUTPUT), (T5, 4, lambda _: by_hand(320, 192)[1])],
+    ids=["a quarter of the layers", "the decoder"],
+)
+def test_frozen_layers_have_no_backward_pass(
+    model: dict[str, Any], unfrozen: int, trained: Callable[[float], float]
+) -> None:
+    whole, some = (
+        planned(describe(Layout(), {**model, "num_layers_unfrozen": layers}, loss_tokens=192, precision="bf16")).passes
+        for layers in (-1, unfrozen)
+    )
+    assert some[0] == whole[0]
+    assert whole[1] == pytest.approx(2 * whole[0])
+    assert some[1] == pytest.approx(2 * 4 * trained(whole[0] * RATE / 4) / RATE)
+
+
+def test_with_adapters_of_an_encoder_decoder_no_gradients_of_frozen_weights_are_computed() -> None:
+    work = with_adapter(t5(Layout(), 320, 192), rank=4)
+    # Factors of q, k, v, o and of gate, up and down; the decoder also has q, k, v and o of its attention to the encoder
+    attention, mlp = 4 * (3 * 256 + 256 + 4 * 256), 4 * (2 * 256 + 1024 + 2 * 1024 + 256)
+    read, written = 4 * (2 * 256 + 2 * 256), 4 * (2 * 256 + 2 * 256)  # of keys and values, of queries and outputs
+    factors = 320 * 4 * 2 * (attention + mlp) + 4 * 2 * (192 * (attention + mlp + written) + 320 * read)
+    scores = 4 * 4 * 256 * (320 * 320 + 192 * (193 / 2 + 320))
+    weights = sum(by_hand(320, 192)) - scores
+    train = phase_of(planned(work), "train")
+    assert train.flops == pytest.approx(4 * (2 * weights + 3 * scores + 3 * factors))
+
+
+def generating(samples: int, layout: Layout | None = None) -> Work:
+    """64 responses of 128 tokens to prompts of 1024, which are as much work."""
+    layout = layout or Layout()
+    work = t5(layout, 1024, 128, rollouts=64, algorithm="ppo")
+    return replace(work, per_prompt=samples, slots=64)
+
+
+def test_the_encoder_reads_a_prompt_once_for_all_samples_of_a_replica() -> None:
+    one, four, many = (phase_of(planned(generating(samples)), "generate") for samples in (1, 4, 64))
+    read = by_hand(1024, 0)
+    reading = sum(read)
+    assert one.flops - four.flops == pytest.approx((64 - 16) * reading)
+    assert four.flops - many.flops == pytest.approx((16 - 1) * reading)
+    # 4 prompts to a pass
+    assert one.seconds - four.seconds == pytest.approx((64 - 16) * reading / RATE)
+    replicas = [phase_of(planned(generating(4, Layout(dp=dp))), "generate").flops for dp in (1, 4, 8)]
+    assert replicas[1] - replicas[0] == pytest.approx((64 - 16) * reading)  # samples of a prompt are dealt out
+    assert replicas[2] == replicas[1]
+
+
+def test_a_decode_pass_reads_the_decoder_and_the_cache_of_prompt_and_response() -> None:
+    work = generating(4)
+    plan = planned(work, gpu="a100")
+    generate = phase_of(plan, "generate")
+    weights = 4 * (4 * 256 * 256 + 3 * 256 * 1024 + 2 * 256 * 256) + 2048 * 256
+    cache = 2 * 4 * 64 * 256 * (1024 + 128 / 2)
+    passes = 128 * 2 * (weights + cache) / (2.04e12 * 0.8)
+    reading = 16 * sum(by_hand(1024, 0)) / (312e12 * KINDS["a100"].products)
+    assert generate.seconds == pytest.approx(passes + reading)
+    assert generate.bound == "reading weights and cache"
+
+
+def test_layouts_of_an_encoder_decoder_have_one_stage_or_one_for_each_part() -> None:
+    work = t5(Layout(dp=8), 512, 256, accumulation=2)
+    found = {(plan.work.layout.tp, plan.work.layout.pp) for plan in suggest(planned(work), 20)}
+    assert found == {(tp, pp) for tp in (1, 2, 4, 8) for pp in (1, 2) if tp * pp <= 8}
+    changes = {remedy.change for remedy in remedies(planned(t5(Layout(pp=2, dp=4), 512, 256)))}
+    assert "parallel.tp=2" in changes
+    assert not {change for change in changes if change.startswith("parallel.pp")}
+    unequal = replace(work.model, num_layers=6)
+    other = replace(work, model=unequal, roles=(policy_of(unequal),))
+    assert {plan.work.layout.pp for plan in suggest(planned(other), 20)} == {1}
 
 
 def test_an_optimizer_with_fewer_moments_updates_and_saves_faster() -> None:

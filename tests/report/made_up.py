@@ -68,7 +68,13 @@ def made_up(phases: int = 20, path: Path = Path("runs/made-up"), **changed: Any)
             for prompt in ("one", "two")
         ],
         "entry": "ppo",
-        "versions": {"megarl": "0.1.0", "torch": "2.8.0", "cpu": {"name": "a CPU", "count": 2}, "memory_gb": 25.3},
+        "versions": {
+            "megarl": "0.1.0",
+            "torch": "2.8.0",
+            "megatron-core": "0.19.2",
+            "cpu": {"name": "a CPU", "count": 2},
+            "memory_gb": 25.3,
+        },
         "git": {"commit": "0123456789abcdef", "dirty": True},
     }
     return RunData(**{**given, **changed})

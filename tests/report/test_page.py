@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megarl.report.data import RunData
-from megarl.report.described import algorithm_of
+from megarl.report.described import about, algorithm_of
 from megarl.report.finding import Finding
 from megarl.report.page import labels, page
 from tests.report.made_up import NAMES, made_up, rows, settings, write_scores
@@ -102,6 +102,15 @@ def test_a_thousand_phases_make_a_page_below_two_megabytes_that_shows_the_extrem
     kl = figure(parse(text), "rollout/kl")
     assert "highest 77.5 at 315" in kl.all("desc")[0].text()
     assert "77.5" in [cell.text() for cell in kl.all("td")]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "layers"), [(None, "24 layers, "), ({"num_layers": 12}, "12 + 24 layers (encoder + decoder), ")]
+)
+def test_a_model_is_described_with_the_layers_of_both_its_parts(encoder: Any, layers: str) -> None:
+    model = {"num_layers": 24, "hidden_size": 512, "num_heads": 8, "encoder": encoder}
+    described = dict(about(made_up(config={**settings(), "model": model})))["Model"]
+    assert described == f"{layers}hidden size 512, 8 heads, from random weights"
 
 
 def test_text_of_a_model_stays_text() -> None:
@@ -238,8 +247,9 @@ def test_a_run_that_does_not_say_its_algorithm_is_recognised_by_its_settings(alg
 
 def test_what_ran_is_on_the_page() -> None:
     said = parsed(made_up(config=settings(parallel__tp=2))).all(id="run")[0].text()
-    for words in ("finished, 20 of 20 phases", "tp 2, dp 2", "1 min 40 s", "1.5 GB", "0123456789ab", "torch 2.8.0"):
+    for words in ("finished, 20 of 20 phases", "tp 2, dp 2", "1 min 40 s", "1.5 GB", "0123456789ab"):
         assert words in said
+    assert "torch 2.8.0, megatron-core 0.19.2" in said
     assert re.search(r"train1 min 0 s60%", said)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megarl.config.sections.model import EncoderConfig
 from megarl.errors import DataError
 from megarl.rewards.reader import RewardReader
 from megarl.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer
@@ -20,12 +21,16 @@ ASKED = [{"role": "user", "content": "hello"}]
 
 
 def reader(tokenizer: tuple[str, str | None] = ("bytes", None), **more: Any) -> RewardReader:
+    key = more.pop("key", "reward.model")
+    return RewardReader(reader_source(tokenizer, **more), BYTES, key=key)
+
+
+def reader_source(tokenizer: tuple[str, str | None] | None, **more: Any) -> Any:
+    """What a reader looks at of a stored model."""
     settings: dict[str, Any] = {"chat_template": None, "score_reads_eos": True, "vocab_size": 400, "longest": 100}
     settings |= more
-    model = SimpleNamespace(max_positions=settings.pop("longest"))
-    key = settings.pop("key", "reward.model")
-    source: Any = SimpleNamespace(tokenizer=tokenizer, model=model, **settings)
-    return RewardReader(source, BYTES, key=key)
+    model = SimpleNamespace(max_positions=settings.pop("longest"), encoder=settings.pop("encoder", None))
+    return SimpleNamespace(tokenizer=tokenizer, model=model, score_moments=None, **settings)
 
 
 def chat_tokenizer(folder: Path, **options: Any) -> tuple[str, str]:
@@ -62,6 +67,27 @@ def test_an_end_that_is_not_read_makes_no_room_for_another_token() -> None:
     assert reader(score_reads_eos=False, longest=5).of_text("ab", "cde", "") == [*b"abcde"]
     with refused(DataError, value=5):
         reader(score_reads_eos=False, longest=4).of_text("ab", "cde", "")
+
+
+def test_an_encoder_reads_the_prompt_with_its_end(tmp_path: Path) -> None:
+    """The last answer of a conversation is the response; all before it is the prompt."""
+    encoder, chat = EncoderConfig(num_layers=2), chat_tokenizer(tmp_path)
+    text = reader(encoder=encoder).of_text("ab", "cde", "here")
+    assert (text, text.prompt) == ([*b"ab", BYTES.eos_id, *b"cde", BYTES.eos_id], 3)
+    talk = [*ASKED, {"role": "assistant", "content": "so"}, {"role": "user", "content": "and"}]
+    own, one = build_tokenizer(*chat), reader(chat, encoder=encoder)
+    read = one.of_messages(talk, "yes", "here")
+    assert read[: read.prompt] == [*own.encode_chat_prompt(talk), own.eos_id]
+    assert read == one.of_ids(read[: read.prompt], own.encode("yes"), True, "here")
+    assert not one.reads_ids(own, None, False), "a policy without an encoder"
+    assert one.reads_ids(one.tokenizer, None, False)
+
+
+def test_a_model_without_a_tokenizer_reads_as_its_kind_does_and_leaves_the_policys_as_it_is() -> None:
+    policy = ByteTokenizer()
+    policy.ends_prompts = True
+    assert RewardReader(reader_source(None), policy).of_text("ab", "c", "") == [*b"abc", BYTES.eos_id]
+    assert policy.encode_prompt("ab") == [*b"ab", BYTES.eos_id]
 
 
 def test_errors_name_the_key_that_names_the_model() -> None:

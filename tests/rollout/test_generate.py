@@ -131,8 +131,8 @@ def test_a_pipeline_has_no_passes_of_fixed_shapes(worlds: Worlds) -> None:
     worlds.run(2, graphs_in_a_pipeline)
 
 
-def static_shapes() -> list[set[tuple[int, int]]]:
-    """(rows, length) of the passes that there are after each call."""
+def static_shapes() -> list[set[tuple[int, int, int]]]:
+    """(rows, length, tokens of an encoder) of the passes that there are after each call."""
     generator = generator_of(small_engine({}, MODERATE, train=False), slots=6, graphs=True)
     shapes = []
     for call in range(3):
@@ -149,7 +149,7 @@ def static_shapes() -> list[set[tuple[int, int]]]:
 def test_fixed_shapes_are_few_and_kept(worlds: Worlds) -> None:
     (shapes,) = worlds.run(1, static_shapes)
     assert len({tuple(sorted(found)) for found in shapes}) == 1
-    assert shapes[0] <= {(rows, 63) for rows in (1, 2, 4, 5)}  # a slot's length is 50 + 13
+    assert shapes[0] <= {(rows, 63, 0) for rows in (1, 2, 4, 5)}  # a slot's length is 50 + 13
 
 
 @pytest.mark.parametrize("slots", [1, 7, 32])
@@ -452,7 +452,7 @@ def drawn_by_bad_scores(layout: dict[str, Any], bad: float) -> set[int]:
     generator = Generator(engine, EOS, seed=5, limits=Limits(slots=2), token_scorer=token_scorer)
     requests = [Request(number, 0, (number + 1,), Sampling(max_new_tokens=2)) for number in range(5)]
     rows = Rows(torch.tensor([[3]]), torch.tensor([1]), torch.zeros(1, 1))
-    (one_token,) = make_microbatches(rows, torch.arange(1), engine.grid, per_microbatch=1, share_bins=False)
+    (one_token,) = make_microbatches(rows, torch.arange(1), engine, per_microbatch=1, share_bins=False)
     states = engine.forward([one_token], lambda model, hidden, batch: {"state": model.whole_sequence(hidden)[0]})
     mark.append(float(states[0]["state"][0, 0]))
     reported: set[int] = set()

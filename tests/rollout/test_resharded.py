@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from megarl.config.sections.model import EncoderConfig
 from megarl.errors import ConfigError, InvariantError
 from megarl.models.gpt import GPT
 from megarl.modules.losses import count_targets, cross_entropy
@@ -21,12 +22,15 @@ from tests.rollout.test_generate import MODERATE, check_same, generator_of, some
 from tests.worlds import Worlds
 
 SEED = 1  # of `small_engine`
+T5 = {"position": "relative", "activation": "geglu", "encoder": EncoderConfig(num_layers=4)}
 HEADS = {"value_head": True, "q_heads": 2}
 CASES: dict[str, tuple[int, dict[str, Any], str, dict[str, Any]]] = {
     "PP2 to TP2": (2, {"pp": 2}, "tp2", {}),
     "TP2 to PP2": (2, {"tp": 2, "sequence_parallel": True}, "pp2", {"qkv_bias": True, "mlp_bias": True}),
     "PP2 to TP2, with heads": (2, {"pp": 2}, "tp2", {"heads": True}),
     "TP2xPP2 to DP4, tied": (4, {"tp": 2, "pp": 2}, "tp1", {"tie_embeddings": True}),
+    "PP2 to TP2, encoder and decoder": (2, {"pp": 2}, "tp2", T5),
+    "TP2 to PP2, encoder and decoder": (2, {"tp": 2, "sequence_parallel": True}, "pp2", T5),
     "PP2xDP2 to TP4, few key-value heads": (4, {"pp": 2}, "tp4", {"num_kv_heads": 2}),
 }
 
@@ -96,6 +100,7 @@ def error_of(layout: dict[str, Any], wanted: str, model: dict[str, Any]) -> Conf
         ({"pp": 2, "vpp": 2}, "tp2", {}, ("parallel.vpp=null",)),
         ({}, "pp2", {"tie_embeddings": True}, ("embedding",)),
         ({}, "tp2", {"num_heads": 1}, ("rollout.engine.layout=tp2", "attention heads")),
+        ({}, "pp2", {**T5, "num_layers": 6}, ("rollout.engine.layout=pp2", "4 + 6 layers")),
         ({}, "tp3", {}, ("rollout.engine.layout=tp3", "3 processes")),
         ({}, "tp2,pp1", {}, ("rollout.engine.layout=tp2,pp1", "tp2xpp2", "null")),
     ],

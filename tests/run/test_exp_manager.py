@@ -43,11 +43,12 @@ def trainer(folder: Path) -> Trainer:
     return Trainer(accelerator="cpu", logger=CSVLogger(folder), enable_checkpointing=False, enable_progress_bar=False)
 
 
-def test_the_group_sets_the_key_and_takes_options() -> None:
-    config, _ = compose("sft", ["trainer/exp_manager=nemo", "+extensions.exp_manager.log_delta_step_timing=true"])
-    assert config.trainer.exp_manager == "nemo"
+@pytest.mark.parametrize("written", ["extensions.nemo=true", "trainer/exp_manager=nemo", "trainer.exp_manager=nemo"])
+def test_the_key_in_its_present_and_earlier_spellings_takes_options(written: str) -> None:
+    config, _ = compose("sft", [written, "+extensions.exp_manager.log_delta_step_timing=true"])
+    assert config.extensions.nemo
     assert config.extensions.exp_manager == {"log_delta_step_timing": True}
-    assert compose("sft", [])[0].trainer.exp_manager == "none"
+    assert not compose("sft", ["trainer/exp_manager=none"])[0].extensions.nemo
 
 
 def test_checkpoints_resuming_and_stopping_stay_ours(given: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -73,12 +74,12 @@ def test_an_option_that_is_ours_is_refused_by_name(given: list[dict[str, Any]], 
 
 def test_what_nemo_refuses_is_one_line(given: list[dict[str, Any]], tmp_path: Path) -> None:
     ours = trainer(tmp_path)
-    with refused(ConfigError, key="trainer.exp_manager", value="nemo", names=("KeyError: 'unknown'",)):
+    with refused(ConfigError, key="extensions.nemo", value=True, names=("KeyError: 'unknown'",)):
         attach_nemo_exp_manager(ours, {"unknown": 1}, tmp_path)
     assert len(ours.loggers) == 1
 
 
 def test_without_nemo_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "nemo.utils.exp_manager", None)  # an import of None fails
-    with refused(UnavailableError, key="trainer.exp_manager", value="nemo", names=("megarl[nemo]",)):
+    with refused(UnavailableError, key="extensions.nemo", value=True, names=("megarl[nemo]",)):
         attach_nemo_exp_manager(trainer(tmp_path), {}, tmp_path)

@@ -13,6 +13,7 @@ from megarl.config.compose import compose
 from megarl.training import train
 from tests.byte_level import byte_level
 from tests.e2e.runs import launched
+from tests.t5_tokenizer import save_model
 
 LITTLE = [
     *("trainer.progress=none", "logger.tensorboard=false", "trainer.log_every=1", "trainer.eval_every=null"),
@@ -34,6 +35,14 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=4, eos_token_id=tokenizer.eos_token_id
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 of two and two layers with random weights, and a tokenizer of pieces."""
+    folder = tmp_path_factory.mktemp("t5")
+    save_model(folder)
     return folder
 
 

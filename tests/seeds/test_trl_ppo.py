@@ -11,11 +11,17 @@ import pytest
 import torch
 import transformers
 
-from megarl.compat.trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer, create_reference_model
+from megarl.compat.trl import (
+    AutoModelForCausalLMWithValueHead,
+    AutoModelForSeq2SeqLMWithValueHead,
+    PPOConfig,
+    PPOTrainer,
+    create_reference_model,
+)
 from megarl.compat.trl.core import respond_to_batch
 from megarl.errors import ConfigError, DataError, MegarlError
 from megarl.inputs import default_config
-from tests.refusals import refused
+from tests.refusals import assert_refusal, refused
 from tests.seeds.conftest import script
 from tests.worlds import Worlds
 
@@ -73,6 +79,65 @@ def test_a_loop_over_the_dataloader_trains(trainer: PPOTrainer) -> None:
     assert len(found) == 2
     assert found[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)
     assert found[1]["objective/kl"] != 0.0, "the policy has moved from its reference"
+
+
+def of_a_t5(folder: Path, exported: Path) -> Any:
+    """The same of an encoder-decoder: its encoder reads queries, and what it generates begins with the start token."""
+    model = AutoModelForSeq2SeqLMWithValueHead.from_pretrained(
+        folder, peft_config={"r": 2, "target_modules": ["q", "v"]}
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    config = PPOConfig(batch_size=2, mini_batch_size=2, ppo_epochs=1, learning_rate=1e-2)
+    trainer = PPOTrainer(config, model, create_reference_model(model), tokenizer)
+    queries = [tokenizer(text, return_tensors="pt").input_ids[0] for text in ("the cat sat", "a good film")]
+    greedy = model.generate(torch.stack([queries[0]] * 2), max_new_tokens=5, do_sample=False)
+    responses = trainer.generate(queries, max_new_tokens=6, return_prompt=False, do_sample=True)
+    whole = trainer.generate(queries[0], max_new_tokens=6, return_prompt=True)
+    stats = [trainer.step(queries, responses, [1.0, 0.0])]
+    bare = [one[1:] for one in respond_to_batch(model, queries, txt_len=4)]
+    stats.append(trainer.step(queries, bare, [torch.tensor(0.5)] * 2))
+    trainer.save_pretrained(exported)
+    trainer.close()
+    return greedy, responses, whole, stats
+
+
+def test_an_encoder_decoder_trains(worlds: Worlds, t5: Path, tmp_path: Path) -> None:
+    ((greedy, responses, whole, stats),) = worlds.run(1, script, of_a_t5, (t5, tmp_path / "out"))
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(t5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(t5)
+    query = tokenizer("the cat sat", return_tensors="pt")
+    expected = theirs.generate(**query, max_new_tokens=5, do_sample=False)
+    assert greedy.tolist() == [expected[0].tolist()] * 2
+    assert [one[0] for one in (*responses, whole[0])] == [0, 0, 0], "the start token"
+    assert all(2 <= len(one) <= 7 for one in (*responses, whole[0]))
+    assert stats[0]["objective/kl"] == pytest.approx(0.0, abs=1e-6)
+    assert stats[1]["objective/kl"] != 0.0
+    after = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").state_dict()
+    changed = {
+        name.split(".")[-2] for name, value in theirs.state_dict().items() if not torch.equal(value, after[name])
+    }
+    assert changed == {"q", "v"}, "the adapter is merged"
+
+
+def of_the_wrong_kind(gpt2: Path, t5: Path) -> list[MegarlError]:
+    found = []
+    for kind, folder in ((AutoModelForCausalLMWithValueHead, t5), (AutoModelForSeq2SeqLMWithValueHead, gpt2)):
+        try:
+            PPOTrainer(PPOConfig(batch_size=1, mini_batch_size=1), kind.from_pretrained(folder))
+        except MegarlError as problem:
+            found.append(problem)
+    return found
+
+
+def test_a_model_of_the_other_kind_is_refused_with_the_right_class(worlds: Worlds, gpt2: Path, t5: Path) -> None:
+    (errors,) = worlds.run(1, script, of_the_wrong_kind, (gpt2, t5))
+    for error, folder, name in zip(
+        errors,
+        (t5, gpt2),
+        ("AutoModelForSeq2SeqLMWithValueHead", "AutoModelForCausalLMWithValueHead"),
+        strict=True,
+    ):
+        assert_refusal(error, key="from_pretrained", value=str(folder), names=(name,))
 
 
 def with_lora(lora: Any, **others: Any) -> AutoModelForCausalLMWithValueHead:

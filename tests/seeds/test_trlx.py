@@ -99,6 +99,49 @@ def test_using_a_prompt_completion_data_set(worlds: Worlds, gpt2: Path, tmp_path
     assert history[-1]["train/loss"] > 0
 
 
+def sentiments_of_a_t5(t5: Path, run: Path) -> Any:
+    """examples/ppo_sentiments_t5.py."""
+    config = little(default_ppo_config(), run)
+    config.model.model_path, config.model.model_arch_type = str(t5), "seq2seq"
+    config.model.num_layers_unfrozen = 1
+    config.method.num_rollouts, config.method.chunk_size, config.method.ppo_epochs = 4, 2, 1
+    config.method.gen_kwargs = {"max_new_tokens": 5, "do_sample": True, "top_k": 0, "top_p": 1, "eos_token_id": -1}
+    trainer = trlx.train(
+        reward_fn=lambda samples, prompts, outputs, **kwargs: [float(len(output)) for output in outputs],
+        prompts=["the cat sat", "a good film about a river", "what is the sum?", "the house"],
+        eval_prompts=["summarize: the run"] * 2,
+        config=config,
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(t5)
+    asked = tokenizer(["the cat sat", "the house is small"], padding=True, return_tensors="pt")
+    greedy = trainer.generate(**asked, do_sample=False, max_length=6)
+    trainer.save_pretrained(run.parent / "folder")
+    return greedy, trainer.history
+
+
+def test_an_encoder_decoder(worlds: Worlds, t5: Path, tmp_path: Path) -> None:
+    ((greedy, history),) = worlds.run(1, script, sentiments_of_a_t5, [t5, tmp_path / "run"])
+    assert "rollout/score" in history[-1]
+    before, saved = (transformers.AutoModelForSeq2SeqLM.from_pretrained(one) for one in (t5, tmp_path / "folder"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    asked = tokenizer(["the cat sat", "the house is small"], padding=True, return_tensors="pt")
+    theirs = saved.generate(**asked, do_sample=False, max_length=6)
+    assert greedy.shape[1] <= 6
+    assert greedy.tolist() == theirs.tolist()
+    kept, after = before.state_dict(), saved.state_dict()
+    moved = {name.rpartition(".layer.")[0] for name in kept if not kept[name].equal(after[name])}
+    assert moved - {""} == {"decoder.block.1"}, "encoder and lower layers are frozen"
+
+
+@pytest.mark.parametrize("given", ["causal", "seq2seq"])
+def test_an_architecture_that_the_model_does_not_have_is_refused(given: str, gpt2: Path, t5: Path) -> None:
+    config, other = default_sft_config(), {"causal": "seq2seq", "seq2seq": "causal"}[given]
+    config.model.model_path, config.model.model_arch_type = str(t5 if given == "causal" else gpt2), given
+    offers = {"model.model_arch_type": [other]}
+    with refused(ConfigError, key="model.model_arch_type", value=given, offers=offers):
+        trlx.train(samples=[["a", "b"]], config=config)
+
+
 def test_configuring_hyperparameters() -> None:
     config = default_ppo_config()
     config.model.model_path = "EleutherAI/gpt-neox-20b"

@@ -129,7 +129,7 @@ def test_a_text_that_is_too_long_names_its_number_and_the_servers_own_key() -> N
     source: Any = SimpleNamespace(
         tokenizer=None,
         chat_template=None,
-        model=SimpleNamespace(max_positions=9),
+        model=SimpleNamespace(max_positions=9, encoder=None),
         vocab_size=ByteTokenizer().size,
         score_reads_eos=True,
     )

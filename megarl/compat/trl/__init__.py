@@ -7,7 +7,17 @@ docs/migrate.md lists what differs.
 """
 
 from megarl.compat.trl.config import PPOConfig
-from megarl.compat.trl.model import AutoModelForCausalLMWithValueHead, create_reference_model
+from megarl.compat.trl.model import (
+    AutoModelForCausalLMWithValueHead,
+    AutoModelForSeq2SeqLMWithValueHead,
+    create_reference_model,
+)
 from megarl.compat.trl.trainer import PPOTrainer
 
-__all__ = ["AutoModelForCausalLMWithValueHead", "PPOConfig", "PPOTrainer", "create_reference_model"]
+__all__ = [
+    "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
+    "PPOConfig",
+    "PPOTrainer",
+    "create_reference_model",
+]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from megarl.compat.trl.model import AutoModelForCausalLMWithValueHead, as_tensors
+from megarl.compat.trl.model import AutoModelForCausalLMWithValueHead
 
 
 def respond_to_batch(
@@ -16,7 +16,8 @@ def respond_to_batch(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> list[Tensor]:
-    """Return a response to each query, as tensors of token ids without the query.
+    """Return a response to each query, as tensors of token ids without the query. Those of an encoder-decoder begin
+    with its start token.
 
     Args:
         model: the model.
@@ -26,4 +27,4 @@ def respond_to_batch(
         top_p: share of the probability to sample from; 1 for all.
     """
     drawn = {"max_new_tokens": txt_len, "top_k": top_k or None, "top_p": None if top_p >= 1 else top_p}
-    return as_tensors(model.sample(queries, **drawn))
+    return model.as_tensors(model.sample(queries, **drawn), with_query=False)

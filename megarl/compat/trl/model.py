@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,14 @@ from megarl.inputs import default_config
 from megarl.rollout.requests import Rollout
 from megarl.session import Session
 
+if TYPE_CHECKING:
+    from typing import Self  # from Python 3.11 on
+
 
 class AutoModelForCausalLMWithValueHead:
     """A policy with a value head. It is built when it is first used, with the settings of its trainer if it has one."""
+
+    has_encoder: ClassVar[bool] = False
 
     def __init__(self, path: str | Path | None, settings: Sequence[str] = ()) -> None:
         self.path, self.settings = path, list(settings)
@@ -73,7 +78,28 @@ class AutoModelForCausalLMWithValueHead:
         unused = ["a"]  # queries come with every call, and no prompt is ever drawn from the data
         self.session = Session(tree, model=self.path, prompts=unused, processes=config.processes)
         self.trains = trains
+        if self.has_encoder != (self.session.config.model.encoder is not None):
+            self.close()
+            raise self._wrong_kind()
         return self.session
+
+    def _wrong_kind(self) -> ConfigError:
+        right = AutoModelForCausalLMWithValueHead if self.has_encoder else AutoModelForSeq2SeqLMWithValueHead
+        kind = "has no encoder" if self.has_encoder else "is an encoder-decoder"
+        return ConfigError(
+            f"from_pretrained: {self.path} {kind}: use {right.__name__}.from_pretrained",
+            key="from_pretrained",
+            value=str(self.path),
+            where=str(self.path),
+        )
+
+    def as_tensors(self, rollouts: Sequence[Rollout], *, with_query: bool) -> list[Tensor]:
+        """Return the token ids of responses, with their queries before them or without."""
+        return [torch.tensor(one.tokens if with_query else one.response) for one in rollouts]
+
+    def without_start(self, response: Sequence[int]) -> list[int]:
+        """Return the tokens of a response that the model generated."""
+        return list(response)
 
     def sample(self, queries: Tensor | Sequence[Tensor], **drawn: Any) -> list[Rollout]:
         """Return a response to each query."""
@@ -81,7 +107,7 @@ class AutoModelForCausalLMWithValueHead:
         return session.sample([query.tolist() for query in queries], 1, **drawn)
 
     def generate(self, input_ids: Tensor, **settings: Any) -> Tensor:
-        """Return queries and responses [queries, time] as transformers' generate does, padded with EOS.
+        """Return queries and responses [queries, time] as transformers' generate does, padded on the right.
 
         Args:
             input_ids: queries of one length, [queries, time].
@@ -90,8 +116,9 @@ class AutoModelForCausalLMWithValueHead:
         drawn = drawing(settings)
         rollouts = self.sample(input_ids, **drawn)
         assert self.session is not None
-        padding = self.session.tokenizer.eos_id or 0
-        whole = [torch.tensor(rollout.tokens) for rollout in rollouts]
+        tokenizer = self.session.tokenizer
+        padding = tokenizer.pad_id if self.has_encoder else tokenizer.eos_id or 0
+        whole = self.as_tensors(rollouts, with_query=True)
         return torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=padding)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -108,6 +135,26 @@ class AutoModelForCausalLMWithValueHead:
             self.folder = None
 
 
+class AutoModelForSeq2SeqLMWithValueHead(AutoModelForCausalLMWithValueHead):
+    """The same of an encoder-decoder. Its encoder reads queries, which end with EOS as tokenizers encode them; what it
+    generates begins with the start token instead of the query."""
+
+    has_encoder = True
+
+    @property
+    def _start(self) -> int:
+        assert self.session is not None
+        return int(self.session.config.model.encoder.start_id)
+
+    def as_tensors(self, rollouts: Sequence[Rollout], *, with_query: bool) -> list[Tensor]:
+        """Return the token ids of the decoder: the start token, and the response."""
+        return [torch.tensor([self._start, *one.response]) for one in rollouts]
+
+    def without_start(self, response: Sequence[int]) -> list[int]:
+        """Return the tokens of a response that the decoder generated, with the start token before it or without."""
+        return list(response[1:] if response[:1] == [self._start] else response)
+
+
 class Reference:
     """The policy as it is when its training begins: what `create_reference_model` returns."""
 
@@ -120,14 +167,13 @@ def create_reference_model(model: AutoModelForCausalLMWithValueHead) -> Referenc
     return Reference(model)
 
 
-def as_tensors(rollouts: Sequence[Rollout]) -> list[Tensor]:
-    """Return the token ids of responses."""
-    return [torch.tensor(rollout.response) for rollout in rollouts]
+_TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+"""Arguments of `generate` that the model knows."""
 
 
 def drawing(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return transformers' arguments of `generate` as keys of the section `rollout`."""
-    found = {name: value for name, value in settings.items() if name not in ("pad_token_id", "eos_token_id")}
+    found = {name: value for name, value in settings.items() if name not in _TOKENS}
     if found.pop("do_sample", True) is False:
         found["temperature"] = 0.0
     if not found.get("top_k", 1):

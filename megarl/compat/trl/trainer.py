@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from megarl.compat.trl.config import PPOConfig
-from megarl.compat.trl.model import AutoModelForCausalLMWithValueHead, Reference, as_tensors, drawing
+from megarl.compat.trl.model import AutoModelForCausalLMWithValueHead, Reference, drawing
 from megarl.errors import ConfigError, DataError
 
 _NAMES = {
@@ -97,7 +97,7 @@ class PPOTrainer:
             query_tensor: the queries.
             length_sampler: returns the maximum number of new tokens of a response.
             batch_size: accepted, as the generator fills its own batches.
-            return_prompt: whether responses begin with their queries.
+            return_prompt: whether responses begin with their queries. Those of an encoder-decoder never do.
             settings: as of the model's `generate`.
         """
         drawn = drawing(settings)
@@ -112,7 +112,7 @@ class PPOTrainer:
                 self.model.sample([query], **{**drawn, "max_new_tokens": length})[0]
                 for query, length in zip(queries, lengths, strict=True)
             ]
-        found = [torch.tensor(one.tokens) for one in rollouts] if return_prompt else as_tensors(rollouts)
+        found = self.model.as_tensors(rollouts, with_query=return_prompt)
         return found[0].unsqueeze(0) if isinstance(query_tensor, Tensor) else found
 
     def step(
@@ -126,7 +126,8 @@ class PPOTrainer:
 
         Args:
             queries: token ids of each query.
-            responses: token ids of each response, without its query.
+            responses: token ids of each response, without its query. Those of an encoder-decoder may begin with the
+                start token, as `generate` returns them.
             scores: a number for each.
             response_masks: refused.
         """
@@ -141,7 +142,8 @@ class PPOTrainer:
                     value=len(given),
                 )
         session = self.session
-        made = session.responses([query.tolist() for query in queries], [one.tolist() for one in responses])
+        answers = [self.model.without_start(one.tolist()) for one in responses]
+        made = session.responses([query.tolist() for query in queries], answers)
         rows = session.advantages(session.forward(made), [_number(score) for score in scores])
         collected: list[dict[str, float]] = []
         for minibatch in session.minibatches(rows):

@@ -18,6 +18,7 @@ from megarl.disk import UnreadableError, check_yaml, local, read_text
 from megarl.errors import ConfigError
 from megarl.logging import get_logger, warn_once
 
+SEQ2SEQ = "seq2seq"
 NO_DECAY = 1e9
 """From this many steps on, a cosine schedule is a constant one: trlX's defaults decay over 1e12 steps."""
 
@@ -72,6 +73,7 @@ class ModelConfig(_Fields):
     """The model."""
 
     model_path: str = "gpt2"
+    model_arch_type: str = "causal"  # or seq2seq, of an encoder-decoder
     num_layers_unfrozen: int = -1
     peft_config: Any = None
     model_type: str = "AcceleratePPOModel"
@@ -309,7 +311,8 @@ class TRLConfig(_Fields):
         if self.model.peft_config is not None:
             found |= adapter_settings(self.model.peft_config)
         if method.entry != "sft":
-            found |= {f"rollout.{key}": value for key, value in sampling(method.gen_kwargs, train.input_size).items()}
+            before = 1 if self.model.model_arch_type == SEQ2SEQ else train.input_size
+            found |= {f"rollout.{key}": value for key, value in sampling(method.gen_kwargs, before).items()}
         return [*words_of(found), *self.overrides]
 
     def _optimizer(self) -> dict[str, Any]:
@@ -364,7 +367,11 @@ class TRLConfig(_Fields):
 
 
 def sampling(gen_kwargs: Mapping[str, Any], prompt_length: int = 0) -> dict[str, Any]:
-    """Return keys of megarl's section `rollout` for arguments of transformers' `generate`."""
+    """Return keys of megarl's section `rollout` for arguments of transformers' `generate`.
+
+    `prompt_length` is the number of tokens before a response that `max_length` counts: those of its prompt, or 1 for an
+    encoder-decoder.
+    """
     found: dict[str, Any] = {}
     for name, value in gen_kwargs.items():
         if name == "max_length":

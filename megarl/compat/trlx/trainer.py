@@ -9,8 +9,16 @@ from typing import Any
 
 import megarl
 from megarl.api import Trained
-from megarl.compat.trlx.config import TRLConfig, default_ilql_config, default_ppo_config, default_sft_config, sampling
+from megarl.compat.trlx.config import (
+    SEQ2SEQ,
+    TRLConfig,
+    default_ilql_config,
+    default_ppo_config,
+    default_sft_config,
+    sampling,
+)
 from megarl.config.compose import compose
+from megarl.config.leaf import or_defaults
 from megarl.config.world import data_parallel_size, world_size
 from megarl.errors import ConfigError
 
@@ -20,8 +28,8 @@ Function = Callable[..., Any]
 class Trainer:
     """A trained model, with the methods that trlX's README shows."""
 
-    def __init__(self, trained: Trained) -> None:
-        self.trained = trained
+    def __init__(self, trained: Trained, *, has_encoder: bool = False) -> None:
+        self.trained, self.has_encoder = trained, has_encoder
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -29,7 +37,8 @@ class Trainer:
         return self.trained.history
 
     def generate(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        """Return prompts and responses as token ids [rows, time], padded on the right.
+        """Return prompts and responses as token ids [rows, time], padded on the right; of an encoder-decoder, the start
+        token and responses.
 
         Args:
             input_ids: [rows, time] token ids of the prompts, as transformers' tokenizers return them.
@@ -46,15 +55,18 @@ class Trainer:
         rows = rows[None] if rows.dim() == 1 else rows
         mask = torch.ones_like(rows) if attention_mask is None else torch.as_tensor(attention_mask).reshape(rows.shape)
         prompts = [row[kept.bool()].tolist() for row, kept in zip(rows, mask, strict=True)]
-        config = self.trained.settings("generate", sampling(kwargs, rows.shape[1]))
+        config = self.trained.settings("generate", sampling(kwargs, 1 if self.has_encoder else rows.shape[1]))
         with open_generator(config) as (generator, tokenizer, _):
             requests = repeat([tuple(prompt) for prompt in prompts], 1, sampling_from(config.rollout))
             rollouts = generator.generate(requests, stream=EVALUATION)
-            whole = [torch.tensor([*prompt, *one.response]) for prompt, one in zip(prompts, rollouts, strict=True)]
-            return torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=tokenizer.eos_id)
+            encoder = generator.config.encoder
+            befores = prompts if encoder is None else [[encoder.start_id]] * len(prompts)
+            whole = [torch.tensor([*before, *one.response]) for before, one in zip(befores, rollouts, strict=True)]
+            padding = tokenizer.eos_id if encoder is None else tokenizer.pad_id
+            return torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=padding)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model as a new folder that `transformers.AutoModelForCausalLM` loads."""
+        """Write the model as a new folder that transformers loads."""
         self.trained.save_pretrained(folder)
 
 
@@ -95,6 +107,8 @@ def train(
         )
     if model_path is not None:
         config = TRLConfig.update(config, {"model.model_path": str(model_path)})
+    tree = settings_of(config)
+    _check_architecture(config, tree)
     if reward_fn is not None and prompts is None:
         prompts = [_first_token(config)]
     evaluates: dict[str, Any] = {"eval_prompts": eval_prompts, "stop_sequences": stop_sequences}
@@ -107,10 +121,27 @@ def train(
         samples=samples,
         rewards=rewards,
         metric_fn=metric_fn,
-        config=settings_of(config),
+        config=tree,
         **evaluates,
     )
-    return Trainer(trained)
+    return Trainer(trained, has_encoder=config.model.model_arch_type == SEQ2SEQ)
+
+
+def _check_architecture(config: TRLConfig, tree: Any) -> None:
+    """Raise if `model.model_arch_type` is not what the model is."""
+    from megarl.models.exchange.families import add_families
+    from megarl.models.exchange.formats import open_source
+
+    add_families(or_defaults(tree, "extensions").families)
+    given, path = config.model.model_arch_type, config.model.model_path
+    found = "causal" if open_source(path).model.encoder is None else SEQ2SEQ
+    if given != found:
+        raise ConfigError(
+            f"model.model_arch_type={given!r} is not what {path} is: use {found}",
+            key="model.model_arch_type",
+            value=given,
+            offers={"model.model_arch_type": [found]},
+        )
 
 
 def _first_token(config: TRLConfig) -> str:

@@ -39,7 +39,8 @@ class AdapterConfig(Section):
     targets: list[str] = leaf(
         ["all-linear"],
         "The linear layers with adapters: all-linear for all of the transformer's, or names, ours (linear_qkv, "
-        "linear_proj, linear_fc1, linear_fc2) or those of the Hugging Face family (q_proj, c_attn).",
+        "linear_proj, linear_fc1, linear_fc2) or those of the Hugging Face family (q_proj, c_attn). An encoder-decoder "
+        "also has cross_attention.linear_q, linear_kv and linear_proj; encoder.linear_qkv is the encoder's alone.",
     )
     path: str | None = leaf(
         None,

@@ -36,9 +36,13 @@ class TrainingExtensionsConfig(ExtensionsConfig):
         {},
         "Keyword arguments of the classes in extensions.callbacks: each class gets those that it takes.",
     )
+    nemo: bool = leaf(
+        False,
+        "Let NeMo's exp_manager add its folder and callbacks to the Trainer. Requires megarl[nemo].",
+    )
     exp_manager: dict[str, Any] = leaf(
         {},
-        "Keys of NeMo's exp_manager, with trainer.exp_manager=nemo. Those of checkpoints, resuming and stopping are "
+        "Keys of NeMo's exp_manager, with extensions.nemo=true. Those of checkpoints, resuming and stopping are "
         "refused, as megarl does these.",
     )
 

@@ -10,6 +10,8 @@ from megarl.config.leaf import Section, leaf, optional_section
 from megarl.config.offers import Refusal, either, multiples, require_divides
 
 MOST_PARAMETERS = 10**13
+GATED = ("geglu", "swiglu")
+"""Activations of gated MLPs."""
 SCALINGS = ("linear", "llama3", "yarn")
 
 
@@ -64,6 +66,35 @@ class RopeScalingConfig(Section):
 
 
 @dataclass
+class EncoderConfig(Section):
+    """The encoder of an encoder-decoder, which reads the prompt. The decoder writes the response."""
+
+    num_layers: int | None = leaf(
+        None, "Number of layers of the encoder. Required (null is refused).", at_least=1, at_most=10_000
+    )
+    buckets: int = leaf(
+        32, "Number of distances between tokens that have an own value in attention.", at_least=4, at_most=2**20
+    )
+    longest_distance: int = leaf(
+        128, "Distance from which on all tokens share one value in attention.", at_least=2, at_most=2**31 - 1
+    )
+    start_id: int = leaf(0, "Token that the decoder reads first.", at_least=0, at_most=2**31 - 1)
+    scale_outputs: bool = leaf(
+        True,
+        "Divide the decoder's final states by the root of model.hidden_size before the output layer, as T5 1.0 does.",
+    )
+
+    def check(self) -> None:
+        """Require the number of layers."""
+        if self.num_layers is None:
+            raise Refusal(
+                "model.encoder.num_layers=null does not say how many layers the encoder has",
+                {"model.encoder.num_layers": [4], "model.encoder": [None]},
+                key="model.encoder.num_layers",
+            )
+
+
+@dataclass
 class ModelConfig(Section):
     """Shape of the transformer, or the folder it is loaded from."""
 
@@ -104,7 +135,12 @@ class ModelConfig(Section):
         at_least=1,
         at_most=2**31 - 1,
     )
-    position: str = leaf("rope", "Kind of position embedding.", ("learned", "rope", "none"))
+    position: str = leaf(
+        "rope",
+        "Kind of position embedding. relative: learned values in attention by distance, as in T5; only with "
+        "model.encoder.",
+        ("learned", "rope", "none", "relative"),
+    )
     position_offset: int = leaf(
         0,
         "Added to every position before a learned embedding is looked up (OPT: 2).",
@@ -118,7 +154,9 @@ class ModelConfig(Section):
     )
     norm: str = leaf("rmsnorm", "Normalisation layer.", ("layernorm", "rmsnorm"))
     norm_eps: float = leaf(1e-5, "Constant added to the variance in the normalisation.", above=0)
-    activation: str = leaf("swiglu", "Activation function of the MLP.", ("gelu", "gelu_tanh", "relu", "swiglu"))
+    activation: str = leaf(
+        "swiglu", "Activation function of the MLP.", ("gelu", "gelu_tanh", "relu", "geglu", "swiglu")
+    )
     tie_embeddings: bool = leaf(False, "Use the weights of the input embedding in the output layer as well.")
     qk_norm: bool = leaf(False, "Normalise the queries and keys of each head.")
     qkv_bias: bool = leaf(False, "Give the projection to queries, keys and values a bias.")
@@ -146,7 +184,8 @@ class ModelConfig(Section):
     init_std: float = leaf(
         0.02,
         "Standard deviation of random initial weights. Output projections of attention and MLP get this divided by "
-        "sqrt(2 * model.num_layers); value and Q heads start like torch's linear layers.",
+        "sqrt(2 * model.num_layers); value and Q heads start like torch's linear layers. With model.encoder, weights "
+        "start as T5's do, by the width of their inputs, and other values than 0.02 are refused.",
         above=0,
     )
     num_layers_unfrozen: int = leaf(
@@ -160,6 +199,28 @@ class ModelConfig(Section):
         "Lower rotary frequencies for contexts longer than in pretraining. Requires model.position=rope.",
         needs="kind",
     )
+
+    encoder: EncoderConfig | None = optional_section(
+        EncoderConfig,
+        "Make the model an encoder-decoder (T5), whose encoder reads the prompt. Then model.num_layers is the number "
+        "of layers of the decoder. Requires model.position=relative.",
+        needs="num_layers",
+    )
+
+    @property
+    def encoder_layers(self) -> int:
+        """Number of layers of the encoder; 0 without one."""
+        return 0 if self.encoder is None else int(self.encoder.num_layers or 0)
+
+    @property
+    def layers(self) -> int:
+        """Number of all layers."""
+        return self.encoder_layers + self.num_layers
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP's first product has a second half that gates it."""
+        return self.activation in GATED
 
     @property
     def kv_heads(self) -> int:
@@ -183,10 +244,12 @@ class ModelConfig(Section):
         if self.num_kv_heads is not None:
             require_divides("model.num_kv_heads", "model.num_heads", self.num_kv_heads, self.num_heads)
         self._check_rope()
-        if self.num_layers_unfrozen > self.num_layers:
+        self._check_encoder()
+        if self.num_layers_unfrozen > self.layers:
+            count = f"model.num_layers={self.num_layers}" if self.encoder is None else f"all {self.layers} layers"
             raise Refusal(
-                f"model.num_layers_unfrozen={self.num_layers_unfrozen} is more than model.num_layers={self.num_layers}",
-                {"model.num_layers_unfrozen": [self.num_layers]},
+                f"model.num_layers_unfrozen={self.num_layers_unfrozen} is more than {count}",
+                {"model.num_layers_unfrozen": [self.layers]},
                 "-1 to train everything",
                 key="model.num_layers_unfrozen",
                 value=self.num_layers_unfrozen,
@@ -223,11 +286,41 @@ class ModelConfig(Section):
         if self.rope_scaling is not None:
             self.rope_scaling.check()
 
+    def _check_encoder(self) -> None:
+        """An encoder-decoder has relative positions, and no other model has; it lacks what no T5 has."""
+        if self.encoder is None:
+            if self.position == "relative":
+                raise Refusal(
+                    "model.position=relative needs an encoder-decoder",
+                    {"model.position": ["rope"], "model.encoder.num_layers": [self.num_layers]},
+                    key="model.position",
+                    value=self.position,
+                )
+            return
+        self.encoder.check()
+        only = {
+            "position": "relative",
+            "num_kv_heads": None,
+            "parallel_residual": "none",
+            "qk_norm": False,
+            "sliding_window": None,
+            "init_std": 0.02,
+        }
+        for name, value in only.items():
+            found = getattr(self, name)
+            if found != value and not (name == "num_kv_heads" and found == self.num_heads):
+                raise Refusal(
+                    f"model.{name}={either([found])} is not possible with model.encoder",
+                    {f"model.{name}": [value], "model.encoder": [None]},
+                    key=f"model.{name}",
+                    value=found,
+                )
+
     def _check_size(self) -> None:
         """Refuse a model that is too large to be intended."""
         rows = (self.vocab_size or 0) + (self.max_positions if self.position == "learned" else 0)
         layer = 2 * self.num_heads * self.head_width + 2 * self.ffn_width
-        parameters = self.hidden_size * (self.num_layers * layer + rows)
+        parameters = self.hidden_size * (self.layers * layer + rows)
         if parameters > MOST_PARAMETERS:
             raise Refusal(
                 f"model.hidden_size={self.hidden_size}, model.num_layers={self.num_layers} and the other sizes come to "

@@ -78,12 +78,6 @@ class LoopConfig(DevicesConfig):
         "Peak TFLOP/s of one device, from which the model FLOPs utilisation is computed and logged (null: not logged).",
         above=0,
     )
-    exp_manager: str = leaf(
-        "none",
-        "nemo: NeMo's exp_manager adds its folder and callbacks to the Trainer; its keys are "
-        "extensions.exp_manager. Requires megarl[nemo].",
-        ("none", "nemo"),
-    )
 
 
 @dataclass

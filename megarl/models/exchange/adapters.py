@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,13 +16,12 @@ from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sections.model import ModelConfig
 from megarl.disk import UnreadableError, is_file, parse_object, read_text, shown
 from megarl.errors import CheckpointError, ConfigError
-from megarl.models.adapter_spec import LINEARS, AdapterSpec, Parts
+from megarl.models.adapter_spec import CROSS_LINEARS, LINEARS, AdapterSpec, Parts
 from megarl.models.exchange.families import FAMILIES
 from megarl.models.exchange.family import Family, Json
 from megarl.models.exchange.parameters import SCORE, parameters
 from megarl.models.exchange.source import HEADS, widest_dtype
 from megarl.models.exchange.stored import PickledFile, SafetensorsFile, Stored, TensorFile
-from megarl.models.exchange.views import fused_query_key_value_transposed, transposed
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
@@ -36,8 +35,6 @@ ALL = "all-linear"
 FACTORS = {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 """PEFT's names of a module's factors."""
 _FACTOR = re.compile(r"(.+)\.(?:(lora_[AB])(?:\.default)?\.weight|(lora_magnitude_vector)(?:\.default)?(?:\.weight)?)")
-_SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/([0-9a-f]{7,64})/?")
-"""The folder in which the hub's client keeps a published model."""
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the weights beside the adapter as they were."""
 _OTHER_METHODS = (
@@ -72,7 +69,7 @@ class StoredAdapter(Protocol):
     def names(self) -> set[str]:
         """Our names of all tensors that it contains."""
 
-    def adapts(self, layer: int, linear: str, module: str) -> bool:
+    def adapts(self, layer: int, module: str) -> bool:
         """Return whether a part of a linear layer has factors in this layer of the transformer."""
 
     def read(self, name: str) -> Tensor:
@@ -87,14 +84,20 @@ class StoredAdapter(Protocol):
 
 def parts_of(family: Family, model: ModelConfig) -> dict[str, Parts]:
     """Return the parts of every linear layer of a model, as the family stores them."""
-    known = {entry.ours: entry for entry in family.entries}
+    known = family.entries_of(model)
     shapes = parameters(model, 1)
+    decoders = range(model.encoder_layers, model.layers)
+    linears = [("decoder", decoders, name, place) for name, place in LINEARS.items()]
+    if model.encoder is not None:
+        linears = [("encoder", range(decoders.start), name, place) for name, place in LINEARS.items()] + linears
+        linears += [("decoder", decoders, name, place) for name, place in CROSS_LINEARS.items()]
     found = {}
-    for name, place in LINEARS.items():
-        entry = known[f"decoder.layers.{{}}.{place}.weight"]
-        count = shapes[f"decoder.layers.0.{place}.weight"][0]
+    for side, layers, name, place in linears:
+        entry = known[f"{side}.layers.{{}}.{place}.weight"]
+        count = shapes[f"decoder.layers.{layers.start}.{place}.weight"][0]
         rows = tuple(piece.view.reshape(-1) for piece in entry.views(torch.arange(count), model))
-        found[name] = Parts(tuple(theirs.removesuffix(".weight") for theirs in entry.theirs), rows, count)
+        modules = tuple(theirs.removesuffix(".weight") for theirs in entry.theirs)
+        found[name if model.encoder is None else f"{side}.{name}"] = Parts(modules, rows, count, place, layers)
     return found
 
 
@@ -102,7 +105,8 @@ def family_of_parts(model: ModelConfig, family: str | None) -> Family:
     """Return the family whose modules the adapters of a model follow: its own, else the first that can represent it."""
     if family is not None:
         return FAMILIES[family]
-    return next((known for known in FAMILIES.values() if known.holds(model)), FAMILIES["llama"])
+    last = FAMILIES["llama" if model.encoder is None else "t5"]
+    return next((known for known in FAMILIES.values() if known.holds(model)), last)
 
 
 def chosen_parts(whole: Mapping[str, Parts], wanted: Iterable[tuple[str, str]]) -> dict[str, Parts]:
@@ -112,8 +116,8 @@ def chosen_parts(whole: Mapping[str, Parts], wanted: Iterable[tuple[str, str]]) 
     for name, parts in whole.items():
         kept = [number for number, module in enumerate(parts.modules) if (name, module) in wanted]
         if kept:
-            modules = tuple(parts.modules[number] for number in kept)
-            found[name] = Parts(modules, tuple(parts.rows[number] for number in kept), parts.count)
+            modules, rows = zip(*((parts.modules[number], parts.rows[number]) for number in kept), strict=True)
+            found[name] = replace(parts, modules=modules, rows=rows)
     return found
 
 
@@ -126,7 +130,7 @@ def new_spec(config: AdapterConfig, model: ModelConfig, family: str | None) -> A
     for target in config.targets:
         matched = {(name, module) for name, module in modules if _matches(target, name, module)}
         if not matched:
-            offered = [ALL, *LINEARS, *dict.fromkeys(module.rpartition(".")[2] for _, module in modules)]
+            offered = [ALL, *whole, *dict.fromkeys(module.rpartition(".")[2] for _, module in modules)]
             raise ConfigError(
                 f"adapter.targets: {shown(target)} is not a linear layer of this {kind.name}'s transformer: choose "
                 f"from {', '.join(offered)}, or use adapter.targets={[ALL]}",
@@ -135,15 +139,24 @@ def new_spec(config: AdapterConfig, model: ModelConfig, family: str | None) -> A
                 offers={"adapter.targets": [[ALL]]},
             )
         wanted |= matched
-    unfrozen = model.num_layers_unfrozen
+    unfrozen, chosen = model.num_layers_unfrozen, chosen_parts(whole, wanted)
+    first = 0 if unfrozen < 0 else max(0, model.layers - unfrozen)
+    if all(parts.layers.stop <= first for parts in chosen.values()):
+        raise ConfigError(
+            f"model.num_layers_unfrozen={unfrozen} leaves no layer for adapter.targets={config.targets}: use "
+            f"model.num_layers_unfrozen=-1 or adapter.targets={[ALL]}",
+            key="model.num_layers_unfrozen",
+            value=unfrozen,
+            offers={"model.num_layers_unfrozen": [-1], "adapter.targets": [[ALL]]},
+        )
     return AdapterSpec(
         kind=config.kind,
         rank=config.rank,
         alpha=config.alpha,
         rslora=config.rslora,
-        parts=chosen_parts(whole, wanted),
+        parts=chosen,
         dropout=config.dropout,
-        first_layer=0 if unfrozen < 0 else max(0, model.num_layers - unfrozen),
+        first_layer=first,
         base_bits=config.base_bits,
         family=kind.name,
     )
@@ -153,11 +166,11 @@ def targets_of(spec: AdapterSpec, model: ModelConfig) -> list[str]:
     """Return the targets of an adapter: the same list for the same modules, whatever they were named by."""
     whole = parts_of(FAMILIES[spec.family], model)
     everything = all(spec.parts.get(name) == parts for name, parts in whole.items())
-    return [ALL] if everything else _their_targets(spec, model)
+    return [ALL] if everything else their_targets(spec, model)
 
 
 def _matches(target: str, name: str, module: str) -> bool:
-    return target in (ALL, name, module) or module.endswith(f".{target}")
+    return target in (ALL, name, module) or name.endswith(f".{target}") or module.endswith(f".{target}")
 
 
 # --- PEFT's folders -------------------------------------------------------------------------------------------------
@@ -193,10 +206,10 @@ class PeftAdapter:
         whole = parts_of(family, model)
         shapes = parameters(model, 1)
         places = {
-            module.format(layer): (layer, name, number)
+            parts.module(number, layer): (layer, name, number)
             for name, parts in whole.items()
-            for number, module in enumerate(parts.modules)
-            for layer in range(model.num_layers)
+            for number in range(len(parts.modules))
+            for layer in parts.layers
         }
         where: dict[str, tuple[int, str, int]] = {}  # the module's name in the file -> its place
         for module, _ in self._factors:
@@ -230,12 +243,17 @@ class PeftAdapter:
             rslora=bool(self.config.get("use_rslora")),
             parts=chosen_parts(whole, modules),
             dropout=float(self._number("lora_dropout", 0.0)),
-            first_layer=min(layer for layer, _, _ in where.values()),
             family=family.name,
         )
-        self._columns = {name: shapes[f"decoder.layers.0.{place}.weight"][1] for name, place in LINEARS.items()}
+        first = min(layer for layer, _, _ in where.values())
+        if first > self.spec.first_adapted:
+            self.spec = replace(self.spec, first_layer=first)
+        self._columns = {
+            parts.place: shapes[f"decoder.layers.{parts.layers.start}.{parts.place}.weight"][1]
+            for parts in whole.values()
+        }
         self._by_place = {
-            (layer, name, whole[name].modules[number]): module for module, (layer, name, number) in where.items()
+            (layer, whole[name].modules[number]): module for module, (layer, name, number) in where.items()
         }
         self._check_shapes(model)
         self.model = model
@@ -286,10 +304,11 @@ class PeftAdapter:
         return float(alpha / (rank**0.5 if self.spec.rslora else rank))
 
     def _check_shapes(self, model: ModelConfig) -> None:
-        for (_, name, module), theirs in self._by_place.items():
-            parts = self.spec.parts[name]
+        parts_of_module = {module: parts for parts in self.spec.parts.values() for module in parts.modules}
+        for (_, module), theirs in self._by_place.items():
+            parts = parts_of_module[module]
             rows, rank = len(parts.rows[parts.modules.index(module)]), self._rank(theirs)
-            wanted: dict[str, tuple[int, ...]] = {"down": (rank, self._columns[name]), "up": (rows, rank)}
+            wanted: dict[str, tuple[int, ...]] = {"down": (rank, self._columns[parts.place]), "up": (rows, rank)}
             if self.spec.kind == "dora":
                 wanted["magnitude"] = (rows,)
             for factor, shape in wanted.items():
@@ -312,7 +331,7 @@ class PeftAdapter:
 
     def require_complete(self) -> None:
         """Raise if some layers lack a module's factors that others have: only the whole model can have them so."""
-        absent = self.incomplete(self.model.num_layers)
+        absent = self.incomplete()
         if absent:
             raise CheckpointError(
                 f"{self.path} has no factors for {absent[0]} ({len(absent)} modules in all), but for other layers: "
@@ -321,27 +340,28 @@ class PeftAdapter:
                 where=self.path,
             )
 
-    def incomplete(self, layers: int) -> list[str]:
+    def incomplete(self) -> list[str]:
         """Return the modules of the description that the file lacks: other layers have them."""
-        wanted = [
-            (layer, name, module)
-            for layer in range(self.spec.first_layer, layers)
-            for name, parts in self.spec.parts.items()
-            for module in parts.modules
+        return [
+            parts.module(number, layer)
+            for layer in range(self.model.layers)
+            for parts in self.spec.at(layer).values()
+            for number, module in enumerate(parts.modules)
+            if not self.adapts(layer, module)
         ]
-        return [module.format(layer) for layer, name, module in wanted if not self.adapts(layer, name, module)]
 
-    def adapts(self, layer: int, linear: str, module: str) -> bool:
+    def adapts(self, layer: int, module: str) -> bool:
         """Return whether a part of a linear layer has factors in this layer of the transformer."""
-        return (layer, linear, module) in self._by_place
+        return (layer, module) in self._by_place
 
     @property
     def names(self) -> set[str]:
         """Our names of all tensors that it contains."""
         factors = ("down", "up", "magnitude") if self.spec.kind == "dora" else ("down", "up")
-        places = {(layer, name) for layer, name, _ in self._by_place}
+        place_of = {module: parts.place for parts in self.spec.parts.values() for module in parts.modules}
+        places = {(layer, place_of[module]) for layer, module in self._by_place}
         return {
-            f"decoder.layers.{layer}.{LINEARS[name]}.adapter.{factor}" for layer, name in places for factor in factors
+            f"decoder.layers.{layer}.{place}.adapter.{factor}" for layer, place in places for factor in factors
         } | set(self.heads)
 
     def read(self, name: str) -> Tensor:
@@ -354,11 +374,11 @@ class PeftAdapter:
             return self._heads.read(name)
         if name in self.heads:
             return self._file.read(self._head_names[name]).float()
-        layer, linear, factor = split_name(name)
-        parts, rank = self.spec.parts[linear], self.spec.rank
-        whole = torch.zeros(self.spec.shapes(linear, self._columns[linear])[factor])
+        layer, place, factor = split_name(name)
+        parts, rank = self.spec.at(layer)[place], self.spec.rank
+        whole = torch.zeros(self.spec.shapes(parts, self._columns[place])[factor])
         for number, (module, rows) in enumerate(zip(parts.modules, parts.rows, strict=True)):
-            theirs = self._by_place.get((layer, linear, module))
+            theirs = self._by_place.get((layer, module))
             if theirs is None:
                 continue
             tensor = self._file.read(self._factors[theirs, factor]).float()
@@ -425,73 +445,20 @@ def _read_config(path: Path) -> Json:
 
 
 def split_name(name: str) -> tuple[int, str, str]:
-    """Return the layer's number, the linear layer's name and the factor's from our name of a factor."""
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(?:self_attention|mlp)\.(\w+)\.adapter\.(\w+)", name)
+    """Return the number of the layer, the place of the linear layer in it and the name of the factor from our name."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)\.adapter\.(\w+)", name)
     assert match is not None, name
     return int(match[1]), match[2], match[3]
 
 
-def peft_config(spec: AdapterSpec, model: ModelConfig, base: str | None, *, scores: bool) -> Json:
-    """Return adapter_config.json of an adapter."""
-    everywhere = spec.first_layer == 0
-    published = _SNAPSHOT.fullmatch(base or "")  # other machines have that model in another folder
-    views = {entry.ours: entry.views for entry in FAMILIES[spec.family].entries}
-    turned = views[f"decoder.layers.{{}}.{LINEARS['linear_proj']}.weight"] in (
-        transposed,
-        fused_query_key_value_transposed,
-    )
-    return {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if scores else "CAUSAL_LM",
-        "base_model_name_or_path": published[1].replace("--", "/") if published else base,
-        "r": spec.rank,
-        "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
-        "lora_dropout": spec.dropout,
-        "use_rslora": spec.rslora,
-        "use_dora": spec.kind == "dora",
-        "target_modules": _their_targets(spec, model),
-        "layers_to_transform": None if everywhere else list(range(spec.first_layer, model.num_layers)),
-        "layers_pattern": None if everywhere else _layers_pattern(spec),
-        "fan_in_fan_out": turned,
-        "modules_to_save": ["score"] if scores else None,
-        "bias": "none",
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "revision": published[2] if published else None,
-    }
-
-
-def _layers_pattern(spec: AdapterSpec) -> str:
-    """Return the name of the list of layers in the family's models."""
-    module = next(iter(spec.parts.values())).modules[0]
-    return module.partition(".{}")[0].rpartition(".")[2]
-
-
-def _their_targets(spec: AdapterSpec, model: ModelConfig) -> list[str]:
-    """Return the shortest names that mean the adapted modules and no others."""
+def their_targets(spec: AdapterSpec, model: ModelConfig) -> list[str]:
+    """Return the shortest names that mean the adapted modules of all layers and no others. Where encoder and decoder
+    differ, those are names with `{}` for the number of the layer."""
     every = {module for parts in parts_of(FAMILIES[spec.family], model).values() for module in parts.modules}
     mine = [module for parts in spec.parts.values() for module in parts.modules]
     found = []
     for module in mine:
         words = module.partition("{}.")[2].split(".")
         names = [".".join(words[-count:]) for count in range(1, len(words) + 1)]
-        found.append(next(name for name in names if all(o in mine for o in every if o.endswith(f".{name}"))))
+        found.append(next((name for name in names if all(o in mine for o in every if o.endswith(f".{name}"))), module))
     return sorted(set(found))
-
-
-def their_tensors(name: str, whole: Tensor, spec: AdapterSpec) -> dict[str, Tensor]:
-    """Return the tensors that PEFT stores for one of our factors."""
-    layer, linear, factor = split_name(name)
-    parts, rank = spec.parts[linear], spec.rank
-    found = {}
-    for number, (module, rows) in enumerate(zip(parts.modules, parts.rows, strict=True)):
-        piece = whole[number * rank : (number + 1) * rank] if factor == "down" else whole[rows]
-        found[f"{PREFIX}{module.format(layer)}.{FACTORS[factor]}"] = piece.contiguous()
-    return found
-
-
-def write_config(folder: Path, config: Json) -> None:
-    """Write adapter_config.json."""
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

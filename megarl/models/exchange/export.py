@@ -39,10 +39,20 @@ from megarl.parallel.shards import run_on_all_ranks
 from megarl.tokenizers import Tokenizer, build_tokenizer
 
 SHARD_BYTES = 5_000_000_000
+START_ID = "decoder_start_token_id"
+"""Key of an encoder-decoder, with which transformers' generation starts."""
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "megarl_tokenizer.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json"),
+    *(
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_template.json",
+        "megarl_tokenizer.json",
+    ),
 )
 Fetch = Callable[[str], Tensor | None]
 log = get_logger(__name__)
@@ -364,7 +374,7 @@ def _finish(
         _write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
     _write_json(aside / CONFIG, config)
     if not (aside / "generation_config.json").is_file():
-        ids = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
+        ids = {key: config[key] for key in (*TOKEN_IDS, START_ID) if config.get(key) is not None}
         stops = () if tokenizer is None else _stops(tokenizer, chat_template)
         if len(stops) > 1:  # transformers stops at each of several
             ids["eos_token_id"] = list(stops)

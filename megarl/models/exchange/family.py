@@ -32,6 +32,9 @@ ACTIVATIONS = {
 CLASSIFIER = "ForSequenceClassification"
 """The end of the names of transformers' classes that score sequences."""
 
+ENCODER = "model.encoder.num_layers"
+"""Key that encoder-decoders have alone."""
+
 _NOT_SHAPE = ("path", "vocab_size", "dropout", "init_std", "num_layers_unfrozen")
 
 
@@ -44,16 +47,25 @@ class Lacking(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One of our parameters (`{}` is the layer number) and the tensors that it is stored as."""
+    """One of our parameters and the tensors that it is stored as.
+
+    Attributes:
+        ours: its name; `{}` is the number of the layer, for an encoder-decoder within `encoder.layers` or
+            `decoder.layers`.
+        theirs: the stored names.
+        views: how the stored tensors are contained in ours.
+        gated: whether it is that of models with a gated MLP; None where that makes no difference.
+    """
 
     ours: str
     theirs: tuple[str, ...]
     views: Views = same
+    gated: bool | None = None
 
 
-def entry(ours: str, *theirs: str, views: Views = same) -> tuple[Entry, ...]:
+def entry(ours: str, *theirs: str, views: Views = same, gated: bool | None = None) -> tuple[Entry, ...]:
     """Return one entry as a tuple, so that entries can be concatenated."""
-    return (Entry(ours, theirs, views),)
+    return (Entry(ours, theirs, views, gated),)
 
 
 def both(ours: str, *theirs: str, views: Views = same) -> tuple[Entry, ...]:
@@ -95,6 +107,8 @@ class Family:
         write: the inverse of `read`. Whether a family can represent a model is tested by reading what it wrote.
         ignored: patterns of stored tensors that are not weights, with the reason.
         renamed: names from other versions of transformers, mapped to the names in `entries`.
+        trunk: transformers' class of the layers without an output layer, as which a reward model is written if
+            transformers has no class with a score head like ours; its score head is then beside the weights.
     """
 
     name: str
@@ -105,6 +119,7 @@ class Family:
     write: Callable[[ModelConfig], Json]
     ignored: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
+    trunk: str | None = None
 
     def model_config(self, config: Json) -> ModelConfig:
         """Convert a config.json to the shape of our model; raise `CheckpointError` for missing or invalid values."""
@@ -124,7 +139,7 @@ class Family:
     @property
     def classifier(self) -> str:
         """Transformers' class of a reward model of this family."""
-        return re.sub("(ForCausalLM|LMHeadModel)$", CLASSIFIER, self.architectures[0])
+        return self.trunk or re.sub("(ForCausalLM|LMHeadModel)$", CLASSIFIER, self.architectures[0])
 
     def hf_config(self, model: ModelConfig, vocab_size: int, *, scores: bool = False) -> Json:
         """Return the shape's keys of config.json, with `scores` of a reward model; the writer adds token ids and
@@ -163,6 +178,8 @@ class Family:
         lost = [key for key, value in shape_of(model).items() if back[key] != value]
         if not lost:
             return None
+        if model.encoder is None or back["encoder.num_layers"] is None:
+            lost = [key for key in lost if f"model.{key}" == ENCODER] or lost  # the others follow from it
         words = " and ".join(f"model.{key}={either([read(model, key)])}" for key in lost)
         return Lacking(words, f"model.{lost[0]}", read(model, lost[0]))
 
@@ -170,17 +187,22 @@ class Family:
         """Return the properties of a model that this family lacks; None if it can represent it."""
         return self.difference(model, self.write(model) | {"tie_word_embeddings": model.tie_embeddings})
 
+    def entries_of(self, model: ModelConfig) -> dict[str, Entry]:
+        """Return the entries of a model's parameters by our names."""
+        return {item.ours: item for item in self.entries if item.gated in (None, model.is_gated)}
+
     def mapping(self, model: ModelConfig, vocab_size: int, *, scores: bool = False) -> dict[str, Mapped]:
         """Return our parameters of this model by name, each with the tensors that it is stored as. With `scores`, it
-        has a score head in the place of the output layer."""
-        known = {item.ours: item for item in self.entries}
-        mapped = {SCORE: Mapped((1, model.hidden_size), ("score.weight",), same, model)} if scores else {}
+        has a score head in the place of the output layer, which is among them unless the family has a `trunk`."""
+        known = self.entries_of(model)
+        mapped = {}
+        if scores and self.trunk is None:
+            mapped[SCORE] = Mapped((1, model.hidden_size), ("score.weight",), same, model)
         for name, shape in parameters(model, vocab_size, output=not scores).items():
-            layer = re.match(r"decoder\.layers\.(\d+)\.", name)
-            pattern = name if layer is None else name.replace(f".{layer[1]}.", ".{}.", 1)
+            pattern, number = _pattern(name, model)
             if pattern not in known:
                 raise CheckpointError(f"a {self.name} cannot store {name}: export as another family", key=name)
-            theirs = tuple(their.format(layer[1]) if layer else their for their in known[pattern].theirs)
+            theirs = tuple(their.format(number) for their in known[pattern].theirs)
             mapped[name] = Mapped(shape, theirs, known[pattern].views, model)
         return mapped
 
@@ -195,6 +217,17 @@ class Family:
     def reason_to_ignore(self, name: str) -> str | None:
         """Return why a stored tensor is not a weight; None if it is one."""
         return next((why for pattern, why in self.ignored.items() if re.fullmatch(pattern, name)), None)
+
+
+def _pattern(name: str, model: ModelConfig) -> tuple[str, int]:
+    """Return the name in `entries` of one of our parameters, and the number of its layer in its part of the model."""
+    layer = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if layer is None:
+        return name, 0
+    number = int(layer[1]) - model.encoder_layers
+    if number < 0:
+        return f"encoder.layers.{{}}.{layer[2]}", int(layer[1])
+    return f"decoder.layers.{{}}.{layer[2]}", number
 
 
 def shape_of(model: ModelConfig) -> Json:
@@ -268,7 +301,7 @@ def check_values(config: Json, where: str) -> None:
 def checked(model: ModelConfig, where: str) -> ModelConfig:
     """Return the model read from a file, with false for flags that are null there; raise if it cannot be built."""
     for leaf in leaves(ModelConfig):
-        if leaf.type == "bool" and getattr(model, leaf.key) is None:
+        if leaf.type == "bool" and "." not in leaf.key and getattr(model, leaf.key) is None:
             setattr(model, leaf.key, False)
     problem = shape_problem(model)
     if problem:

@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.config.sections.model import ModelConfig
 from megarl.models.config import GPTConfig
 from megarl.models.exchange.load import load
+from megarl.models.exchange.parameters import SCORE
 from megarl.models.exchange.source import HuggingFaceSource, Source
 from megarl.models.gpt import GPT
 from megarl.parallel.grid import Grid, start_world
@@ -26,7 +28,8 @@ def fixed_batch(source: Source) -> Tensor:
 def logits(source: Source, tokens: Tensor) -> Tensor:
     """Return logits [batch, time, vocab], from transformers for Hugging Face folders and from our model otherwise.
 
-    A reward model, which has no output layer, gives the score [batch, time, 1] of each position.
+    A reward model, which has no output layer, gives the score [batch, time, 1] of each position. Of an encoder-decoder,
+    the encoder reads the first half of the tokens, and the positions are those of the decoder over the other half.
     """
     if isinstance(source, HuggingFaceSource):
         return _by_transformers(source, tokens)
@@ -36,6 +39,8 @@ def logits(source: Source, tokens: Tensor) -> Tensor:
 def _by_transformers(source: Source, tokens: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    if source.model.encoder is not None:
+        return _by_transformers_of_both(source, tokens)
     known = AutoModelForCausalLM if source.has_output else AutoModelForSequenceClassification
     theirs: Any = known.from_pretrained(source.path, dtype=torch.float32, trust_remote_code=False).eval()
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -46,6 +51,40 @@ def _by_transformers(source: Source, tokens: Tensor) -> Tensor:
     return found.float()
 
 
+def _by_transformers_of_both(source: Source, tokens: Tensor) -> Tensor:
+    from transformers import AutoModel, AutoModelForSeq2SeqLM
+
+    assert source.model.encoder is not None
+    known = AutoModelForSeq2SeqLM if source.has_output else AutoModel
+    theirs: Any = known.from_pretrained(source.path, dtype=torch.float32, trust_remote_code=False).eval()
+    prompts, responses = tokens.tensor_split(2, dim=1)
+    start = torch.full_like(tokens[:, :1], source.model.encoder.start_id)
+    found = theirs(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        decoder_input_ids=torch.cat([start, responses[:, :-1]], dim=1),
+    )
+    if source.has_output:
+        logits: Tensor = found.logits.float()
+        return logits
+    scores: Tensor = found.last_hidden_state.float() @ source.read(SCORE).float().t()
+    return scores
+
+
+def inputs_of(model: ModelConfig, tokens: Tensor) -> ModelInputs:
+    """Return what a model reads of tokens [batch, time]; see `logits` for an encoder-decoder."""
+
+    def positions(rows: Tensor) -> Tensor:
+        return torch.arange(rows.shape[1], device=rows.device).expand(rows.shape)
+
+    if model.encoder is None:
+        return ModelInputs(tokens=tokens, positions=positions(tokens))
+    prompts, responses = tokens.tensor_split(2, dim=1)
+    encoder = ModelInputs(tokens=prompts, positions=positions(prompts), segment_ids=torch.ones_like(prompts))
+    # The model puts its start token at the first position.
+    return ModelInputs(tokens=responses.roll(1, dims=1), positions=positions(responses), encoder=encoder)
+
+
 def _by_megarl(source: Source, tokens: Tensor) -> Tensor:
     alone = not dist.is_initialized()
     grid = Grid(Layout(), start_world())
@@ -54,12 +93,10 @@ def _by_megarl(source: Source, tokens: Tensor) -> Tensor:
         gpt = GPT(config, grid, heads=("lm",) if source.has_output else ("score",))
         load(gpt, source, grid)
         gpt.eval()
-        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
-        inputs = ModelInputs(tokens=tokens.to(grid.device), positions=positions.to(grid.device))
-        hidden = gpt(inputs)  # [time, batch, hidden]
-        states = hidden.transpose(0, 1).flatten(0, 1)
+        hidden = gpt(inputs_of(source.model, tokens.to(grid.device))).transpose(0, 1)  # [batch, time, hidden]
+        states = hidden.flatten(0, 1)
         found = gpt.logits(states) if source.has_output else gpt.score_head(states)
-        return found.reshape(*tokens.shape, -1).cpu()
+        return found.reshape(*hidden.shape[:2], -1).cpu()
     finally:
         grid.close()
         if alone:

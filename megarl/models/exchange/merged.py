@@ -11,8 +11,8 @@ from torch import Tensor
 from megarl.config.sections.adapter import AdapterConfig
 from megarl.disk import shown
 from megarl.errors import CheckpointError
-from megarl.models.adapter_spec import ADAPTER, LINEARS, AdapterSpec
-from megarl.models.exchange.adapters import PeftAdapter, new_spec
+from megarl.models.adapter_spec import ADAPTER, AdapterSpec
+from megarl.models.exchange.adapters import PeftAdapter, new_spec, split_name
 from megarl.models.exchange.parameters import SCORE, TRUNK
 from megarl.models.exchange.source import CheckpointSource, Source, tokenizer_of
 from megarl.models.exchange.stored import Stored
@@ -81,9 +81,9 @@ class CheckpointAdapter(CheckpointSource):
         """Our names of all tensors that it contains."""
         return set(self._parts)
 
-    def adapts(self, layer: int, linear: str, module: str) -> bool:
+    def adapts(self, layer: int, module: str) -> bool:
         """Return whether a part of a linear layer has factors in this layer of the transformer."""
-        return layer >= self.spec.first_layer and module in self.spec.parts[linear].modules
+        return any(module in parts.modules for parts in self.spec.at(layer).values())
 
 
 class MergedSource(Source):
@@ -152,20 +152,18 @@ class MergedSource(Source):
             )
 
     def _merged(self, name: str, whole: Tensor) -> Tensor:
-        place, spec = name.removesuffix(".weight"), self.adapter.spec
-        linear = place.rpartition(".")[2]
-        assert linear in LINEARS
-        up, down = (self.adapter.read(f"{place}.adapter.{factor}").float() for factor in ("up", "down"))
+        linear, spec = name.removesuffix(".weight"), self.adapter.spec
+        up, down = (self.adapter.read(f"{linear}.adapter.{factor}").float() for factor in ("up", "down"))
         weight = whole.float()
-        parts = spec.parts[linear]
-        layer = int(place.split(".")[2])
+        layer, place, _ = split_name(f"{linear}.adapter.up")
+        parts = spec.at(layer)[place]
         for number, (module, rows) in enumerate(zip(parts.modules, parts.rows, strict=True)):
-            if not self.adapter.adapts(layer, linear, module):
+            if not self.adapter.adapts(layer, module):
                 continue
             factors = down[number * spec.rank : (number + 1) * spec.rank]
             weight[rows] = weight[rows] + spec.scaling * (up[rows] @ factors)
             if spec.kind == "dora":
-                magnitude = self.adapter.read(f"{place}.adapter.magnitude").float()[rows]
+                magnitude = self.adapter.read(f"{linear}.adapter.magnitude").float()[rows]
                 if magnitude.any():  # a PEFT folder may lack this module in some layers
                     lengths = torch.linalg.norm(weight[rows], dim=1)
                 weight[rows] *= torch.where(lengths > 0, magnitude / lengths, 1.0)[:, None]

@@ -143,6 +143,15 @@ def _window(config: Json) -> int | None:
 
 def write_config(model: ModelConfig, vocab_size: int, dtype: torch.dtype, tp: int, pp: int) -> Json:
     """Return a model_config.yaml. Raise for a shape that would be read back as another one."""
+    if model.encoder is not None:
+        layers = model.encoder.num_layers
+        raise ConfigError(
+            f"a .nemo archive holds a GPT, which cannot have model.encoder.num_layers={layers}: use format=huggingface "
+            "or format=megarl",
+            key="model.encoder.num_layers",
+            value=layers,
+            offers={"format": ["huggingface", "megarl"]},
+        )
     positions = {ours: theirs for theirs, ours in _POSITIONS.items()}
     if dtype not in _PRECISIONS:
         raise ConfigError(

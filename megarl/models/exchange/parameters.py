@@ -24,8 +24,8 @@ def parameters(model: ModelConfig, vocab_size: int, *, output: bool = True) -> S
     shapes: Shapes = {EMBEDDING: (vocab_size, hidden)}
     if model.position == "learned":
         shapes[POSITIONS] = (model.max_positions + model.position_offset, hidden)
-    for layer in range(model.num_layers):
-        shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in _layer(model).items()}
+    for layer in range(model.layers):
+        shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in _layer(model, layer).items()}
     shapes |= _norm(model, "decoder.final_layernorm", hidden)
     if output and not model.tie_embeddings:
         shapes[OUTPUT] = (vocab_size, hidden)
@@ -34,7 +34,7 @@ def parameters(model: ModelConfig, vocab_size: int, *, output: bool = True) -> S
     return shapes
 
 
-def _layer(model: ModelConfig) -> Shapes:
+def _layer(model: ModelConfig, layer: int) -> Shapes:
     hidden = model.hidden_size
     head_dim = model.head_width
     ffn = model.ffn_width
@@ -47,9 +47,26 @@ def _layer(model: ModelConfig) -> Shapes:
         shapes |= _norm(model, "self_attention.k_layernorm", head_dim)
     if model.parallel_residual != "one_norm":
         shapes |= _norm(model, "pre_mlp_layernorm", hidden)
-    wide = 2 * ffn if model.activation == "swiglu" else ffn
+    wide = 2 * ffn if model.is_gated else ffn
     shapes |= _linear("mlp.linear_fc1", (wide, hidden), model.mlp_bias)
+    if model.encoder is not None:
+        shapes |= _of_encoder_decoder(model, layer)
     return shapes | _linear("mlp.linear_fc2", (hidden, ffn), model.mlp_bias)
+
+
+def _of_encoder_decoder(model: ModelConfig, layer: int) -> Shapes:
+    """Return what a layer of an encoder-decoder has besides that of a GPT."""
+    assert model.encoder is not None
+    hidden, attended = model.hidden_size, model.head_width * model.num_heads
+    shapes: Shapes = {}
+    if layer in (0, model.encoder_layers):
+        shapes["self_attention.relative_positions"] = (model.encoder.buckets, model.num_heads)
+    if layer < model.encoder_layers:
+        return shapes | (_norm(model, "final_layernorm", hidden) if layer == model.encoder_layers - 1 else {})
+    shapes |= _norm(model, "pre_cross_layernorm", hidden)
+    shapes |= _linear("cross_attention.linear_q", (attended, hidden), model.qkv_bias)
+    shapes |= _linear("cross_attention.linear_kv", (2 * attended, hidden), model.qkv_bias)
+    return shapes | _linear("cross_attention.linear_proj", (hidden, attended), model.out_bias)
 
 
 def _linear(name: str, shape: tuple[int, int], bias: bool) -> Shapes:

@@ -135,7 +135,7 @@ def resolve_adapter(config: Tree, sources: Sources) -> Tree:
             *(settings.path, spec.kind, spec.rank, spec.alpha, spec.rslora, ",".join(targets)),
         )
         if spec.first_layer > 0 and model.num_layers_unfrozen < 0:
-            model = replace(model, num_layers_unfrozen=model.num_layers - spec.first_layer)
+            model = replace(model, num_layers_unfrozen=model.layers - spec.first_layer)
             log.info(
                 "adapter.path=%s is of the last layers: model.num_layers_unfrozen=%d",
                 settings.path,

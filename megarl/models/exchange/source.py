@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -124,16 +124,28 @@ class HuggingFaceSource(Source):
         self.token_ids = {key: config[key] for key in TOKEN_IDS if key in config}
         self.tokenizer = tokenizer_of(path)
         self.has_output = self.family.classifier not in (config.get("architectures") or [])
+        self._heads = SafetensorsFile(path / HEADS) if is_file(path / HEADS) else None
+        self.heads = dict(self._heads.tensors) if self._heads else {}
+        if not self.has_output and self.family.trunk is not None and SCORE not in self.heads:
+            raise CheckpointError(
+                f"{path} has architectures={self.family.trunk}, whose output is states: use a folder with an output "
+                f"layer ({self.family.architectures[0]}), or one of a reward model, with {HEADS}",
+                key="architectures",
+                value=self.family.trunk,
+                where=path,
+            )
         if not self.has_output:
             self.score_moments = _read_moments(config, path)
             self.score_reads_eos = _read_reads_eos(config, path)
             self.reward_kind = _text(config.get(REWARD_KIND))
-        self.mapping = self.family.mapping(self.model, self.vocab_size, scores=not self.has_output)
         self._folder = Folder(path)
+        encoder = self.model.encoder
+        if encoder is not None and not encoder.scale_outputs and "lm_head.weight" in self._folder.tensors:
+            # Transformers 5 writes in either case that it is tied.
+            self.model = replace(self.model, tie_embeddings=False)
+        self.mapping = self.family.mapping(self.model, self.vocab_size, scores=not self.has_output)
         self._where, self.left_out = self._check_tensors()
-        self._heads = SafetensorsFile(path / HEADS) if is_file(path / HEADS) else None
-        self.heads = dict(self._heads.tensors) if self._heads else {}
-        if not self.has_output:
+        if SCORE in self.mapping:
             self.heads[SCORE] = self._folder.tensors[self._where["score.weight"]]
         for name, stored in self.heads.items():
             if not isinstance(stored.dtype, torch.dtype):

@@ -38,6 +38,12 @@ def gate_and_up(whole: Tensor, model: ModelConfig) -> list[Piece]:
     return [Piece(half, tuple(half.shape)) for half in whole.chunk(2)]
 
 
+def key_value(whole: Tensor, model: ModelConfig) -> list[Piece]:
+    """Split our projection of an encoder's states [rows, ...] (per head the key, then the value) into two tensors."""
+    heads = whole.unflatten(0, (model.num_heads, 2, model.head_width))
+    return [Piece(part, (part.numel() // _width(whole), *whole.shape[1:])) for part in (heads[:, 0], heads[:, 1])]
+
+
 def query_key_value(whole: Tensor, model: ModelConfig) -> list[Piece]:
     """Split our projection [rows, ...] (per key-value head its queries, the key, the value) into three tensors."""
     heads = _by_kv_head(whole, model)

@@ -144,7 +144,7 @@ def test_a_disk_that_is_full_on_one_rank_ends_all_of_them_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.endswith("t5")])  # see test_t5.py
 def test_a_configuration_goes_out_and_comes_back(name: str) -> None:
     family = FAMILIES[name]
     config, arguments = next(value for key, value in PUBLISHED.items() if key.startswith(name))

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megarl import convert
-from megarl.config.sections.model import ModelConfig, RopeScalingConfig
+from megarl.config.sections.model import EncoderConfig, ModelConfig, RopeScalingConfig
 from megarl.errors import CheckpointError, ConfigError
 from megarl.models.exchange import nemo_archive
 from megarl.models.exchange.formats import open_source
@@ -285,6 +285,7 @@ def test_defaults_are_those_of_nemo() -> None:
         ("num_moe_experts", 8),
         ("transformer_block_type", "post_ln"),
         ("target", "nemo.collections.asr.models.EncDecCTCModel"),
+        ("target", "nemo.collections.nlp.models.language_modeling.megatron_t5_model.MegatronT5Model"),
         ("window_size", [3, 3]),
     ],
 )
@@ -316,6 +317,7 @@ def test_a_size_that_is_null_is_refused() -> None:
             32.0,
         ),
         ({"out_bias": True}, "model.out_bias", True),
+        ({"encoder": EncoderConfig(num_layers=3), "position": "relative"}, "model.encoder.num_layers", 3),
     ],
     ids=str,
 )

@@ -8,12 +8,16 @@ from megarl.disk import shown
 from megarl.errors import CheckpointError, ConfigError
 from megarl.functions import extensions
 from megarl.logging import get_logger
-from megarl.models.exchange.families import gpt2, gpt_neox, gptj, llama, mistral, opt, qwen2, qwen3
-from megarl.models.exchange.family import CLASSIFIER, Family
+from megarl.models.exchange.families import gpt2, gpt_neox, gptj, llama, mistral, opt, qwen2, qwen3, t5
+from megarl.models.exchange.family import CLASSIFIER, ENCODER, Family
 
 # A model that several families can represent is exported as the first of them.
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (llama, mistral, qwen2, qwen3, gpt2, gptj, gpt_neox, opt)
+    family.name: family
+    for family in (
+        *(module.FAMILY for module in (llama, mistral, qwen2, qwen3, gpt2, gptj, gpt_neox, opt, t5)),
+        t5.MT5,
+    )
 }
 
 
@@ -100,7 +104,7 @@ def family_for(model: ModelConfig, name: str | None = None) -> Family:
         if family.holds(model):
             return family
     lacking = {name: lacks for name, family in FAMILIES.items() if (lacks := family.lacks(model))}
-    nearest = sorted(lacking, key=lambda name: lacking[name].words.count("model."))
+    nearest = sorted(lacking, key=lambda name: (lacking[name].key == ENCODER, lacking[name].words.count("model.")))
     ways = "; ".join(f"{name} has no {lacking[name].words}" for name in nearest[:3])
     first = lacking[nearest[0]]
     raise ConfigError(

@@ -11,3 +11,8 @@ class FP8GlobalStateManager:
 def fp8_autocast(enabled: bool = True, **_: Any) -> nullcontext[None]:
     assert not enabled, "there is no FP8 on a CPU"
     return nullcontext()
+
+
+def fp8_model_init(enabled: bool = True, **_: Any) -> nullcontext[None]:
+    assert not enabled, "there is no FP8 on a CPU"
+    return nullcontext()
