@@ -60,8 +60,8 @@ class Trainer:
             requests = repeat([tuple(prompt) for prompt in prompts], 1, sampling_from(config.rollout))
             rollouts = generator.generate(requests, stream=EVALUATION)
             encoder = generator.config.encoder
-            befores = prompts if encoder is None else [[encoder.start_id]] * len(prompts)
-            whole = [torch.tensor([*before, *one.response]) for before, one in zip(befores, rollouts, strict=True)]
+            openings = prompts if encoder is None else [[encoder.start_id]] * len(prompts)
+            whole = [torch.tensor([*opening, *one.response]) for opening, one in zip(openings, rollouts, strict=True)]
             padding = tokenizer.eos_id if encoder is None else tokenizer.pad_id
             return torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=padding)
 
