@@ -373,9 +373,9 @@ def _transcripts(
     texts: Sequence[str], keys: Sequence[str], prompt_key: str, tokenizer: Tokenizer
 ) -> tuple[Document, Document]:
     """Return two texts as documents, whose prompt is the tokens that both begin with."""
-    both = [tokenizer.encode_prompt(text) for text in texts]
+    both = [tokenizer.encode_opening(text) for text in texts]
     alike = len(list(takewhile(lambda tokens: tokens[0] == tokens[1], zip(*both, strict=False))))
-    if alike <= len(tokenizer.encode_prompt("")):  # nothing, or the token that begins every text
+    if alike <= len(tokenizer.encode_opening("")):  # nothing, or the token that begins every text
         raise DataError(
             f"has no prompt under {prompt_key!r}, and {keys[0]!r} and {keys[1]!r} have no common beginning that "
             "could be one: add a prompt",
@@ -390,8 +390,10 @@ def _transcripts(
                 key=key,
                 value=tokens,
             )
+    prompt = tokenizer.end_prompt(both[0][:alike])
+    responses = [[*tokens[alike:], tokenizer.eos_id] for tokens in both]
     chosen, rejected = (
-        as_document(([*tokens, tokenizer.eos_id], [0] * alike + [1] * (len(tokens) + 1 - alike))) for tokens in both
+        as_document(([*prompt, *response], [0] * len(prompt) + [1] * len(response))) for response in responses
     )
     return chosen, rejected
 

@@ -68,10 +68,14 @@ class Tokenizer(ABC):
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text that opens a sequence: with `bos_id` first, where the tokenizer adds one, and with EOS at
         the end, where an encoder reads it."""
-        ids = self.encode(text)
-        return self._ended([self.bos_id, *ids] if self.adds_bos and self.bos_id is not None else ids)
+        return self.end_prompt(self.encode_opening(text))
 
-    def _ended(self, prompt: list[int]) -> list[int]:
+    def encode_opening(self, text: str) -> list[int]:
+        """Token ids of a text that opens a sequence, of which a prompt may be the beginning."""
+        ids = self.encode(text)
+        return [self.bos_id, *ids] if self.adds_bos and self.bos_id is not None else ids
+
+    def end_prompt(self, prompt: list[int]) -> list[int]:
         """Return the tokens of a prompt with the EOS that an encoder reads."""
         return [*prompt, self.eos_id] if self.ends_prompts and prompt[-1:] != [self.eos_id] else prompt
 
@@ -104,7 +108,7 @@ class Tokenizer(ABC):
         if not self.ends_prompts or 1 not in marks:
             return tokens, marks
         start = last_turn(marks)
-        prompt = self._ended(tokens[:start])
+        prompt = self.end_prompt(tokens[:start])
         return prompt + tokens[start:], [0] * len(prompt) + marks[start:]
 
     def _encode_chat(self, messages: Sequence[Message], template: str | None) -> tuple[list[int], list[int]]:
@@ -148,7 +152,7 @@ class Tokenizer(ABC):
 
     def encode_chat_prompt(self, messages: Sequence[Message], template: str | None = None) -> list[int]:
         """Token ids of a conversation to be answered, in which earlier answers stand as `encode_chat` has them."""
-        return self._ended(self._encode_chat_prompt(messages, template))
+        return self.end_prompt(self._encode_chat_prompt(messages, template))
 
     def _encode_chat_prompt(self, messages: Sequence[Message], template: str | None) -> list[int]:
         check_messages(messages)

@@ -56,6 +56,48 @@ def test_without_a_prompt_it_is_the_tokens_that_both_texts_begin_with() -> None:
     assert pairs(GOOD).stats.transcripts.count == 0
 
 
+def for_an_encoder() -> ByteTokenizer:
+    tokenizer = ByteTokenizer()
+    tokenizer.ends_prompts = True
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        ("pairs", {"prompt": "why?", "chosen": "so", "rejected": "no"}),
+        ("pairs", {"chosen": "why?so", "rejected": "why?no"}),
+        ("labelled", {"prompt": "why?", "chosen": "so", "rejected": "no"}),
+        ("ranking", {"prompt": "why?", "responses": ["so", "no"]}),
+        ("regression", {"prompt": "why?", "completion": "so", "score": 0.5}),
+        ("steps", {"prompt": "why?", "steps": ["so", "no"], "labels": [1, 0]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_an_encoder_reads_the_prompt_up_to_eos_and_the_decoder_the_rest(kind: str, record: dict[str, Any]) -> None:
+    """Also where only the ends of steps are marked, or the prompt is what two texts begin with."""
+    settings = LabelledDataConfig()
+    data = read_units(records(record), for_an_encoder(), ResponseFormat(), settings, "data.train", kind)
+    rows = data.take(torch.tensor([0]))
+    eos = BYTES.eos_id
+    for tokens, length, prompt in zip(rows.tokens, rows.lengths, rows.prompts, strict=True):
+        assert tokens[:prompt].tolist() == [*b"why?", eos]
+        response = bytes(tokens[prompt : length - 1].tolist()).decode()
+        assert response in ("so", "no", "so\nno")
+        assert tokens[length - 1] == eos
+
+
+def test_an_encoder_reads_a_conversation_up_to_its_last_answer() -> None:
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    record = {"messages": talk, "chosen": "so", "rejected": "no"}
+    tokenizer = for_an_encoder()
+    data = read_units(records(record), tokenizer, ResponseFormat(), LabelledDataConfig(), "data.train", "pairs")
+    for document in data.documents:
+        start = int(document.action_mask.argmax())
+        assert document.tokens[:start].tolist() == tokenizer.encode_chat_prompt(talk)
+        assert bytes(document.tokens[start:-1].tolist()) in (b"so", b"no")
+
+
 def test_pairs_become_labelled_responses_and_stand_beside_them() -> None:
     data = labelled(
         GOOD, {"prompt": "q", "completion": "x", "label": False}, {"prompt": "q", "completion": "y", "label": 1}
