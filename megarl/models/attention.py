@@ -60,7 +60,8 @@ class RelativePositions:
 
     def add_to(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return a mask to add to the scores, [batch or 1, local heads, time, keys], from one without positions."""
-        values = F.embedding(self.buckets, self.table).permute(0, 3, 1, 2).to(dtype)
+        # Contiguous: torch's fused kernels on a GPU need masks whose keys are adjacent, and others keep all scores.
+        values = F.embedding(self.buckets, self.table).to(dtype).permute(0, 3, 1, 2).contiguous()
         return values if mask is None else values + mask
 
 

@@ -274,7 +274,8 @@ def passing_forward(config: GPTConfig, shape: Shape, at: Positions, *, adapters:
         copies = 4 if config.adapter is not None and config.adapter.kind == "dora" else 3
         attention = max(attention, 2 * shape.hidden + gathered + copies * outputs.get(QKV, 0.0))
         mlp = max(mlp, 7 * shape.hidden + gathered + copies * outputs.get(FC1, 0.0))
-    pairs = _relative_values(config, shape, at, shape.element)
+    # A value for every pair and head of each bin, and once for all distances.
+    pairs = (at.bins + 1) * at.time**2 * shape.heads * shape.element if config.position == "relative" else 0.0
     others = at.bins * at.other * 2 * shape.hidden * shape.element  # the embedding's output and the layer's input
     if at.crosses:
         others += at.bins * at.other * 2 * shape.keys * shape.element
@@ -282,12 +283,6 @@ def passing_forward(config: GPTConfig, shape: Shape, at: Positions, *, adapters:
         squares = at.time**2 + at.other**2
         others += at.bins * (squares + at.time * at.other) * shape.element + 8 * squares
     return max(at.tokens * attention * shape.element + pairs, at.tokens * max(mlp * shape.element, norm)) + others
-
-
-def _relative_values(config: GPTConfig, shape: Shape, at: Positions, element: int) -> float:
-    """Return the bytes of one value for every query, key and head, of all bins and once of all distances; 0 without
-    relative positions."""
-    return (at.bins + 1) * at.time**2 * shape.heads * element if config.position == "relative" else 0.0
 
 
 def passing_backward(config: GPTConfig, shape: Shape, at: Positions, recompute: str) -> float:
@@ -304,10 +299,13 @@ def passing_backward(config: GPTConfig, shape: Shape, at: Positions, recompute: 
     total *= at.tokens
     if config.position != "relative":
         return total
-    values = _relative_values(config, shape, at, _per_pair(config, shape))
-    gradients = values * (0 if config.adapter is not None else 2 if shape.on_cpu else 1)
+    one = at.time**2 * shape.heads * _per_pair(config, shape)  # a value for every pair and head of a bin
+    # The gradient for all bins, its sum over bins, and a copy by distance; before these two, that of single operations.
+    gradients = one * (max(2 * at.bins, at.bins + 2) if shape.on_cpu else at.bins + 2)
+    if config.adapter is not None:  # positions are frozen
+        gradients = 0.0
     if recompute == "selective":
-        gradients += values
+        gradients += one * at.bins
     freed = at.tokens * (_kept_by_mlp(config, shape, at) + kept_by_norm(config, shape))
     freed += at.bins * _kept_by_cross_attention(config, shape, at, recompute) if at.crosses else 0.0
     return max(total, gradients - freed + at.tokens * (2 * shape.hidden + 2 * shape.queries) * shape.element)

@@ -1,10 +1,12 @@
-"""An encoder-decoder trains alike whatever is recomputed."""
+"""An encoder-decoder trains alike whatever is recomputed, and its attention can use fused kernels."""
 
 from typing import Any
 
 import pytest
+import torch
 
 from megarl.config.sections.model import EncoderConfig
+from megarl.models.attention import RelativePositions
 from tests.gated import gated
 from tests.parallel.engines import train
 from tests.worlds import Worlds
@@ -39,3 +41,16 @@ def test_recomputation_changes_no_loss_and_no_gradient(
             assert loss == pytest.approx(wanted_loss, rel=1e-5)
             assert norm == pytest.approx(wanted_norm, rel=1e-4)
     assert plainly[0][0] != plainly[-1][0]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_relative_positions_have_adjacent_keys_as_fused_kernels_need(masked: bool) -> None:
+    table, buckets = torch.arange(24.0).view(8, 3), torch.randint(8, (1, 5, 7))
+    mask = torch.zeros(2, 1, 5, 7).masked_fill_(torch.rand(2, 1, 5, 7) < 0.5, -torch.inf) if masked else None
+    added = RelativePositions(table, buckets).add_to(mask, torch.float32)
+    assert added.stride(-1) == 1
+    for query in range(5):
+        for key in range(7):
+            wanted = table[buckets[0, query, key]].expand(added.shape[0], -1)
+            hidden = 0.0 if mask is None else mask[:, :, query, key]
+            assert torch.equal(added[:, :, query, key], wanted + hidden)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megarl.config.sections.model import EncoderConfig
 from megarl.config.sections.optim import OptimConfig
 from megarl.errors import ConfigError
 from megarl.models.cache import KVCache
@@ -94,6 +95,13 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
     ),
     "llama-scores": ("score", scored, describe(Layout(), LLAMA, rollouts=8, loss_tokens=256)),
     "t5": ("train", trained, describe(Layout(), T5, loss_tokens=192)),
+    "t5-few-layers": (
+        "train",
+        trained,
+        describe(
+            Layout(), {**T5, "num_layers": 1, "encoder": EncoderConfig(num_layers=1)}, length=1088, loss_tokens=64
+        ),
+    ),
     "t5-long-responses-bf16": ("train", trained, describe(Layout(), T5, loss_tokens=384, precision="bf16")),
     "t5-tp2-sp-bf16": (
         "train",
@@ -121,6 +129,17 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
         "generate",
         generated,
         replace(describe(Layout(tp=2), T5, rollouts=32, length=384, loss_tokens=128), rollout_layout="pp2"),
+    ),
+    "t5-few-layers-score": (
+        "score",
+        scored,
+        describe(
+            Layout(),
+            {**T5, "num_layers": 1, "encoder": EncoderConfig(num_layers=1)},
+            length=1088,
+            loss_tokens=64,
+            rollouts=8,
+        ),
     ),
     "t5-scores": ("score", scored, describe(Layout(), T5, rollouts=8, loss_tokens=192)),
     "t5-lora": ("train", trained, with_adapter(describe(Layout(), T5, loss_tokens=192))),
@@ -166,6 +185,7 @@ LATER = [
     "gpt2-generates",
     "llama-scores",
     "t5-long-responses-bf16",
+    "t5-few-layers-score",
     "t5-pp2",
     "t5-frozen",
     "t5-tp2-generates",
@@ -227,11 +247,15 @@ def test_an_encoder_decoder_caches_prompt_and_response_in_its_decoder_alone(
     assert caches == [10 * 2 * layers * 256 * 96 * 4 for layers in stages]
 
 
-def test_a_limit_of_the_cache_gives_both_stages_as_many_slots() -> None:
+@pytest.mark.parametrize(("layout", "slots"), [(Layout(), [7]), (Layout(pp=2), [0, 6])], ids=str)
+def test_a_limit_of_the_cache_is_one_of_the_decoders_and_gives_its_stage_an_even_number(
+    layout: Layout, slots: list[int]
+) -> None:
     slot = 2 * 4 * 256 * 96 * 4
-    work = replace(describe(Layout(pp=2), T5, rollouts=10, length=96, loss_tokens=16), cache_bytes=7 * slot)
-    assert slots_of(work) == 6
-    assert [plan_stage(work, stage).part("generate", "cache") for stage in (0, 1)] == [0, 6 * slot]
+    work = replace(describe(layout, T5, rollouts=10, length=96, loss_tokens=16), cache_bytes=7 * slot)
+    assert slots_of(work) == slots[-1]
+    caches = [plan_stage(work, stage).part("generate", "cache") for stage in range(layout.pp)]
+    assert caches == [count * slot for count in slots]
 
 
 @pytest.mark.parametrize("graphs", [False, True])

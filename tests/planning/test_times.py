@@ -291,6 +291,20 @@ def test_a_decode_pass_reads_the_decoder_and_the_cache_of_prompt_and_response() 
     assert generate.bound == "reading weights and cache"
 
 
+def test_the_host_launches_the_layers_of_the_decoder_once_per_group_of_slots() -> None:
+    for layout in (Layout(), Layout(pp=2)):
+        work = generating(4, layout)
+        reading = phase_of(planned(work), "generate").seconds
+        launched = phase_of(planned(work, host_s_per_layer=1.0), "generate")
+        assert launched.bound == "launching passes (host)"
+        assert launched.seconds == pytest.approx(128 * 4 * layout.pp, abs=2 * reading)
+
+
+def test_a_decode_pass_sums_three_times_a_layer_over_tensor_ranks() -> None:
+    sent = phase_of(planned(generating(4, Layout(tp=2))), "generate").sent["NVLink"]
+    assert sent == pytest.approx(128 * 4 * 3 * 64 * 256 * 2)
+
+
 def test_layouts_of_an_encoder_decoder_have_one_stage_or_one_for_each_part() -> None:
     work = t5(Layout(dp=8), 512, 256, accumulation=2)
     found = {(plan.work.layout.tp, plan.work.layout.pp) for plan in suggest(planned(work), 20)}
