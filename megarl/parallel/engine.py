@@ -41,6 +41,7 @@ Outputs = dict[str, Tensor]
 LossFn = Callable[[Any, Tensor, Microbatch, dict[str, float]], tuple[Tensor, Stats]]
 CountFn = Callable[[Microbatch], Stats]
 # fn(model, output, microbatch) -> tensors [bins, ...]
+Finish = Callable[[Any, Microbatch, Tensor], Any]  # (model, batch, output)
 ForwardFn = Callable[[Any, Tensor, Microbatch], Outputs]
 
 
@@ -398,13 +399,7 @@ class Engine:
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def _run(
-        self,
-        microbatches: Sequence[Microbatch],
-        finish: Callable[[Any, Microbatch, Tensor], Any],
-        *,
-        forward_only: bool,
-    ) -> list[Any]:
+    def _run(self, microbatches: Sequence[Microbatch], finish: Finish, *, forward_only: bool) -> list[Any]:
         """Run Megatron's schedule over the microbatches; the last stage returns each `finish(model, batch, output)`."""
         on_device = [batch.to(self.grid.device) for batch in microbatches]
         batch_size, time = len(on_device[0].tokens), on_device[0].time

@@ -145,10 +145,10 @@ def test_a_packed_mask_is_one_number_per_pair_in_the_models_dtype(time: int) -> 
 def test_decoding_reads_grouped_heads_and_masks_without_a_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused kernels would copy the cache for every head, or plan anew for each length."""
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("a fused kernel"))
-    layer = SimpleNamespace(config=SimpleNamespace(attention_dropout=0.0), training=False)
+    layer = SimpleNamespace(config=SimpleNamespace(attention_dropout=0.0), training=False, scale=8**-0.5)
     query, keys = torch.randn(3, 4, 1, 8), torch.randn(3, 2, 20, 8)
     with assumed(GPU):
-        mixed = attention.SelfAttention._attend(layer, query, keys, keys, torch.zeros(3, 1, 1, 20))  # type: ignore[arg-type]
+        mixed = attention.SelfAttention._attend(layer, query, keys, keys, torch.zeros(3, 1, 1, 20), None, None)  # type: ignore[arg-type]
     assert mixed.shape == (1, 3, 32)
 
 
@@ -156,13 +156,13 @@ def test_the_kernel_that_attention_gets_is_said_once_for_each_kind_of_input(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(attention, "_logged", set())
-    layer = SimpleNamespace(config=SimpleNamespace(attention_dropout=0.0), training=False)
+    layer = SimpleNamespace(config=SimpleNamespace(attention_dropout=0.0), training=False, scale=8**-0.5)
     query, keys, mask = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.zeros(2, 1, 9, 9)
     caplog.set_level("INFO", logger="megarl")
     for settings in (GPU, GPU, CPU):
         with assumed(settings):
-            attention.SelfAttention._attend(layer, query, keys, keys, mask)  # type: ignore[arg-type]
-            attention.SelfAttention._attend(layer, query, keys, keys, None)  # type: ignore[arg-type]
+            attention.SelfAttention._attend(layer, query, keys, keys, mask, None, None)  # type: ignore[arg-type]
+            attention.SelfAttention._attend(layer, query, keys, keys, None, None, None)  # type: ignore[arg-type]
     chosen = [SDPBackend(torch._fused_sdp_choice(query, *[query] * 2, mask)).name.lower()]
     chosen += [SDPBackend(torch._fused_sdp_choice(query, *[keys] * 2, is_causal=True, enable_gqa=True)).name.lower()]
     assert caplog.messages == [
@@ -188,7 +188,7 @@ def test_recorded_passes_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> 
     pools = []
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "one pool")
     monkeypatch.setattr(static.StaticPass, "run", lambda self, *_: pools.append(self.pool))
-    cache = SimpleNamespace(store=SimpleNamespace(device=torch.device("cuda")), slots=8, length=256)
+    cache = SimpleNamespace(store=SimpleNamespace(device=torch.device("cuda")), slots=8, length=256, longest_encoded=0)
     monkeypatch.setattr(static.StaticPass, "__init__", lambda self, *args: setattr(self, "pool", args[-1]))
     passes = static.StaticPasses(model=None, token_scorer=None, cache=cache)  # type: ignore[arg-type]
     for rows, length in ((1, 10), (4, 100), (8, 200)):

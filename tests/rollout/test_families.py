@@ -78,7 +78,8 @@ def ours(folders: dict[str, Path]) -> dict[str, list[Rollout]]:
 
 
 def test_every_family_is_among_the_models() -> None:
-    assert all(any(name.startswith(family) for name in PUBLISHED) for family in FAMILIES)
+    decoders = [family for family in FAMILIES if family not in ("t5", "mt5")]  # those: tests/models/exchange/test_t5.py
+    assert all(any(name.startswith(family) for name in PUBLISHED) for family in decoders)
 
 
 def test_greedy_tokens_and_their_log_probs_are_those_of_transformers(

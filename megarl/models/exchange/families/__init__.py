@@ -8,16 +8,13 @@ from megarl.disk import shown
 from megarl.errors import CheckpointError, ConfigError
 from megarl.functions import extensions
 from megarl.logging import get_logger
-from megarl.models.exchange.families import gpt2, gpt_neox, gptj, llama, mistral, opt, qwen2, qwen3, t5
+from megarl.models.exchange.families import gpt2, gpt_neox, gptj, llama, mistral, mt5, opt, qwen2, qwen3, t5
 from megarl.models.exchange.family import CLASSIFIER, ENCODER, Family
 
 # A model that several families can represent is exported as the first of them.
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (
-        *(module.FAMILY for module in (llama, mistral, qwen2, qwen3, gpt2, gptj, gpt_neox, opt, t5)),
-        t5.MT5,
-    )
+    for family in (module.FAMILY for module in (llama, mistral, qwen2, qwen3, gpt2, gptj, gpt_neox, opt, t5, mt5))
 }
 
 

@@ -1,6 +1,5 @@
-"""T5, T5 1.1, Flan-T5, UL2 and mT5: an encoder and a decoder with relative positions, RMSNorm and no biases."""
+"""T5, T5 1.1, Flan-T5 and UL2: an encoder and a decoder with relative positions, RMSNorm and no biases."""
 
-from dataclasses import replace
 from typing import Any
 
 from megarl.config.sections.model import EncoderConfig, ModelConfig
@@ -120,4 +119,3 @@ FAMILY = Family(
     ignored=IGNORED,
     trunk="T5Model",  # T5ForSequenceClassification has two layers above it, and gives the encoder the response as well
 )
-MT5 = replace(FAMILY, name="mt5", architectures=("MT5ForConditionalGeneration",), trunk="MT5Model")
