@@ -55,6 +55,8 @@ RULES = (
         _SHAPE,
     ),
     _rule("model.encoder", "num_layers buckets longest_distance start_id scale_outputs", REFUSED, _SHAPE),
+    _rule("model.experts", "count chosen ffn_size normalise shared_ffn_size dense_layers", REFUSED, _SHAPE),
+    _rule("model.experts", "balance z_loss", NOW, "the losses of the router after the resume"),
     _rule("model", "norm norm_eps activation tie_embeddings qk_norm", REFUSED, _SHAPE),
     _rule("model", "qkv_bias out_bias mlp_bias lm_head_bias parallel_residual sliding_window", REFUSED, _SHAPE),
     _rule("model", "max_positions", NOW, "length of the context; with learned positions, another size is refused"),
@@ -80,7 +82,7 @@ RULES = (
     # where and how it is computed
     _rule(
         "parallel",
-        "tp pp cp vpp sequence_parallel",
+        "tp pp cp ep vpp sequence_parallel",
         NOW,
         "tensors are stored by name; dropout's random state is reinitialised",
     ),

@@ -54,6 +54,25 @@ def _width(model: ModelConfig, parallel: ParallelConfig) -> None:
         )
     require_divides("parallel.tp", "model.hidden_size", tp, model.hidden_size)
     require_divides("parallel.tp", "model.ffn_size", tp, model.ffn_width)
+    _experts(model, parallel)
+
+
+def _experts(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Check the sizes of experts that are split, and that there are experts to share."""
+    if model.experts is None:
+        if parallel.ep > 1:
+            raise Refusal(
+                f"parallel.ep={parallel.ep}: the model has no experts to share",
+                {"parallel.ep": [1], "model.experts.count": [8]},
+                key="parallel.ep",
+                value=parallel.ep,
+            )
+        return
+    require_divides("parallel.ep", "model.experts.count", parallel.ep, model.experts.count or 0)
+    require_divides("parallel.tp", "model.experts.ffn_size", parallel.tp, model.expert_width)
+    if model.experts.shared_ffn_size is not None:
+        key = "model.experts.shared_ffn_size"
+        require_divides("parallel.tp", key, parallel.tp, model.experts.shared_ffn_size)
 
 
 def possible_stages(encoder_layers: int, num_layers: int) -> list[int]:

@@ -20,6 +20,7 @@ from megarl.models.config import GPTConfig
 from megarl.models.kernels import kernels
 from megarl.models.rotary import Rotation, rotate
 from megarl.parallel.device import device_settings
+from megarl.parallel.rows import Origins
 from megarl.parallel.shards import sharded_tensor
 
 log = get_logger(__name__)
@@ -36,12 +37,14 @@ class Context:
 
     `mask` [batch or 1, 1, time, keys] is True where a query may attend, or a float to add to the scores. None means
     plain causal attention, which needs no mask because batches are right-padded, or a single token that sees all keys.
+    `origins` says which row each token comes from, to the router of a mixture of experts; None while generating.
     """
 
     rotation: Rotation | None
     mask: Tensor | None
     cache: CacheView | None = None
     relative: "RelativePositions | None" = None
+    origins: Origins | None = None
 
 
 @dataclass

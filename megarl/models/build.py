@@ -12,6 +12,7 @@ from megarl.models.adapters import quantised_linears
 from megarl.models.config import GPTConfig
 from megarl.models.exchange.adapters import StoredAdapter
 from megarl.models.exchange.load import load, start_adapters
+from megarl.models.experts import RouterStats
 from megarl.models.gpt import GPT
 from megarl.models.roles import Role
 from megarl.parallel.engine import BuildModel, Engine, OptimSpec
@@ -74,6 +75,8 @@ def build_engine(
         return gpt
 
     engine = engine_of(role, grid, build, total_steps)
+    if config.experts is not None:
+        engine.observer = RouterStats(engine.models, config, grid)
     if role.adapter_source is not None:
         _refuse_unplaced(engine, role.adapter_source, grid)
     return engine

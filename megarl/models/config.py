@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megarl.config.sections.model import EncoderConfig, ModelConfig, RopeScalingConfig
+from megarl.config.sections.model import EncoderConfig, ExpertsConfig, ModelConfig, RopeScalingConfig
 from megarl.models.adapter_spec import AdapterSpec
 from megarl.parallel.device import device_settings
 from megarl.parallel.layout import Layout
@@ -60,6 +60,8 @@ class GPTConfig(TransformerConfig):
     kernels: str = "auto"
     adapter: AdapterSpec | None = None
     encoder: EncoderConfig | None = None
+    experts: ExpertsConfig | None = None
+    expert_width: int = 0
 
     @classmethod
     def build(
@@ -138,6 +140,8 @@ class GPTConfig(TransformerConfig):
             kernels=kernels,
             adapter=adapter,
             encoder=model.encoder,
+            experts=model.experts,
+            expert_width=model.expert_width,
             **choices[recompute],
         )
 
@@ -145,6 +149,15 @@ class GPTConfig(TransformerConfig):
     def encoder_layers(self) -> int:
         """Number of first layers that are the encoder's; 0 without one."""
         return 0 if self.encoder is None else int(self.encoder.num_layers or 0)
+
+    def has_experts(self, number: int) -> bool:
+        """Return whether a layer, counted from 1 as Megatron does, has experts instead of a plain MLP."""
+        return self.experts is not None and number - 1 not in self.experts.dense_layers
+
+    @property
+    def expert_layers(self) -> int:
+        """Number of layers of the whole model that have experts."""
+        return sum(self.has_experts(number + 1) for number in range(self.num_layers))
 
     @property
     def head_dim(self) -> int:

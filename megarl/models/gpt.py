@@ -30,6 +30,7 @@ from megarl.models.attention import Context, attention_mask
 from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
 from megarl.models.encoder_decoder import Spans, initial_std, layer_of, spans, with_start
+from megarl.models.experts import global_name
 from megarl.models.heads import (
     HEADS,
     QHeads,
@@ -228,7 +229,7 @@ class GPT(LanguageModule):
             mask = cache.mask(window)
         else:
             mask = attention_mask(inputs.segment_ids, tokens.shape[1], window, tokens.device, self.config.params_dtype)
-        return Context(turn, mask, cache)
+        return Context(turn, mask, cache, origins=inputs.origins)
 
     def _tables(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the relative positions of the encoder and of the decoder, where this chunk has their first layers."""
@@ -385,12 +386,14 @@ class GPT(LanguageModule):
     def global_names(self) -> list[tuple[str, nn.Parameter]]:
         """Return parameters by their names in the whole model: layers counted from 0, a tied output as embedding."""
         first = self.decoder.layers[0].layer_number - 1 if len(self.decoder.layers) else 0
+        count = 0 if self.config.experts is None else int(self.config.experts.count or 0)
+        first_expert = count // self.groups.ep.size() * self.groups.ep.rank()
         named = []
         for name, parameter in self.named_parameters():
             head, _, rest = name.partition("decoder.layers.")
             if rest:
                 local, _, tail = rest.partition(".")
-                name = f"{head}decoder.layers.{int(local) + first}.{tail}"
+                name = global_name(f"{head}decoder.layers.{int(local) + first}.{tail}", first_expert)
             elif name == "output_layer.weight" and self.share_embeddings_and_output_weights:
                 name = EMBEDDING
             named.append((name, parameter))

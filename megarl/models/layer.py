@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megarl.models.attention import Context, SelfAttention
 from megarl.models.config import GPTConfig
+from megarl.models.experts import ExpertLayer
 from megarl.models.kernels import kernels
 
 
@@ -39,12 +40,16 @@ class Layer(MegatronModule, BaseTransformerLayer):
         self.pre_mlp_layernorm: nn.Module | None = None
         if config.parallel_residual != "one_norm":
             self.pre_mlp_layernorm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-        self.mlp = MLP(
-            config=config,
-            submodules=MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row),
-            ffn_hidden_size=config.ffn_hidden_size,
-            tp_group=pg_collection.tp,
-        )
+        self.mlp: MLP | ExpertLayer
+        if config.has_experts(self.layer_number):
+            self.mlp = ExpertLayer(config, pg_collection)
+        else:
+            self.mlp = MLP(
+                config=config,
+                submodules=MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row),
+                ffn_hidden_size=config.ffn_hidden_size,
+                tp_group=pg_collection.tp,
+            )
 
     def forward(self, hidden_states: Tensor, packed_seq_params: Context, **_: object) -> tuple[Tensor, None]:
         """Map hidden states [time, batch, hidden] to the same shape; the second result is Megatron's unused context."""
@@ -53,14 +58,16 @@ class Layer(MegatronModule, BaseTransformerLayer):
         if self.config.parallel_residual == "none":
             assert self.pre_mlp_layernorm is not None
             hidden_states = hidden_states + self._dropout(attended)
-            return hidden_states + self._dropout(self._mlp(self.pre_mlp_layernorm(hidden_states))), None
+            return hidden_states + self._dropout(
+                self._mlp(self.pre_mlp_layernorm(hidden_states), packed_seq_params)
+            ), None
         if self.pre_mlp_layernorm is not None:
             normed = self.pre_mlp_layernorm(hidden_states)
-        return hidden_states + self._dropout(attended) + self._dropout(self._mlp(normed)), None
+        return hidden_states + self._dropout(attended) + self._dropout(self._mlp(normed, packed_seq_params)), None
 
-    def _mlp(self, x: Tensor) -> Tensor:
+    def _mlp(self, x: Tensor, context: Context) -> Tensor:
         output: Tensor
-        output, bias = self.mlp(x)
+        output, bias = self.mlp(x, context) if isinstance(self.mlp, ExpertLayer) else self.mlp(x)
         return output if bias is None else output + bias
 
     def _dropout(self, x: Tensor) -> Tensor:

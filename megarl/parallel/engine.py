@@ -45,6 +45,16 @@ Finish = Callable[[Any, Microbatch, Tensor], Any]  # (model, batch, output)
 ForwardFn = Callable[[Any, Tensor, Microbatch], Outputs]
 
 
+class StepObserver(Protocol):
+    """What a model's layers report of a training step besides its loss."""
+
+    def begin(self) -> None:
+        """Forget the earlier steps."""
+
+    def stats(self) -> dict[str, float]:
+        """Return the step's statistics by name, the same on every rank. All ranks call this."""
+
+
 class BuildModel(Protocol):
     """Builds one chunk; `vp_stage` is None without virtual stages."""
 
@@ -78,6 +88,7 @@ class Engine:
         self.schedule = None
         self._chunks: list[Any] = list(self._models)
         self.has_gradients = False
+        self.observer: StepObserver | None = None
         self.loads = 0  # how often weights were loaded that may not train
         self.pins = device_settings().pinned_copies
         self.aside: dict[str, Tensor] | None = None  # host memory for the weights that `with_weights` replaces
@@ -152,6 +163,8 @@ class Engine:
         self.memory.restore(OPTIMIZER)  # overlaps the computation of gradients
         self.zero_gradients()
         counts = self.count(microbatches, count_fn)
+        if self.observer is not None:
+            self.observer.begin()
         # Megatron divides a loss by the number of microbatches, and its gradient by the data-parallel size.
         undo_averaging = len(microbatches) * self.grid.layout.dp
 
@@ -162,6 +175,8 @@ class Engine:
         collected: list[Stats] = self._run(microbatches, loss_and_stats, forward_only=False)
         self.has_gradients = True
         sums = self._summed(collected)
+        if self.observer is not None:
+            sums |= self.observer.stats()
         for key, value in sums.items():  # the same on every rank, and checked before the optimizer step
             if "loss" in key:
                 self._check_finite(key, value)

@@ -76,6 +76,8 @@ class Grid:
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
             context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.tp,
             distributed_timeout_minutes=max(1, round(timeout_s / 60)),
             create_gloo_process_groups=False,
         )
@@ -85,6 +87,7 @@ class Grid:
         self.tp_rank: int = self.groups.tp.rank()
         self.pp_rank: int = self.groups.pp.rank()
         self.dp_rank: int = self.groups.dp.rank()
+        self.ep_rank: int = self.groups.ep.rank()
         self.seed_dropout(seed)
 
     @property
@@ -198,7 +201,9 @@ def grid_of_world(config: Tree) -> Iterator[Grid]:
     starts_world = not dist.is_initialized()
     device = start_world(parallel.timeout_s)
     try:
-        layout = Layout.for_world(dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp or 1)
+        layout = Layout.for_world(
+            dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, vpp=parallel.vpp or 1
+        )
         grid = Grid(layout, device, config.seed, parallel.timeout_s)
         try:
             yield grid

@@ -2,22 +2,25 @@
 
 from dataclasses import dataclass
 
+from megarl.config.offers import divisors
 from megarl.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the tensor-, pipeline-, context- and data-parallel splits. One replica is tp x pp x cp ranks."""
+    """Sizes of the tensor-, pipeline-, context- and data-parallel splits. One replica is tp x pp x cp ranks; `ep`
+    replicas share the experts of a mixture."""
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     cp: int = 1
+    ep: int = 1
     vpp: int = 1  # model chunks per pipeline rank; 1 is the plain schedule
     sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
-        for axis in ("tp", "pp", "dp", "cp", "vpp"):
+        for axis in ("tp", "pp", "dp", "cp", "ep", "vpp"):
             if getattr(self, axis) < 1:
                 key, value = f"parallel.{axis}", getattr(self, axis)
                 raise ConfigError(f"{key}={value} must be at least 1", key=key, value=value)
@@ -28,13 +31,29 @@ class Layout:
                 value=self.vpp,
                 offers={"parallel.vpp": [None]},
             )
+        if self.dp * self.cp % self.ep:
+            raise ConfigError(
+                f"parallel.ep={self.ep} replicas cannot share experts: there are {self.dp * self.cp}; start a multiple "
+                f"of {self.tp * self.pp * self.ep} processes (trainer.devices x trainer.num_nodes)",
+                key="parallel.ep",
+                value=self.ep,
+                offers={"parallel.ep": divisors(self.dp * self.cp)},
+            )
         if self.sequence_parallel and self.tp == 1:
             # With one tensor rank there is nothing to split a sequence over.
             object.__setattr__(self, "sequence_parallel", False)
 
     @classmethod
     def for_world(
-        cls, world: int, *, tp: int = 1, pp: int = 1, cp: int = 1, vpp: int = 1, sequence_parallel: bool = False
+        cls,
+        world: int,
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        cp: int = 1,
+        ep: int = 1,
+        vpp: int = 1,
+        sequence_parallel: bool = False,
     ) -> "Layout":
         """Return the layout whose data-parallel size fills a world of `world` ranks."""
         replica = cls(tp=tp, pp=pp, cp=cp, vpp=vpp).replica_size  # also rejects sizes below one, naming their key
@@ -45,7 +64,7 @@ class Layout:
                 key="parallel.tp",
                 value=tp,
             )
-        return cls(tp=tp, pp=pp, dp=world // replica, cp=cp, vpp=vpp, sequence_parallel=sequence_parallel)
+        return cls(tp=tp, pp=pp, dp=world // replica, cp=cp, ep=ep, vpp=vpp, sequence_parallel=sequence_parallel)
 
     @property
     def replica_size(self) -> int:
@@ -59,7 +78,7 @@ class Layout:
 
     def __str__(self) -> str:
         name = "x".join(
-            f"{axis.upper()}{getattr(self, axis)}" for axis in ("tp", "pp", "cp", "dp") if getattr(self, axis) > 1
+            f"{axis.upper()}{getattr(self, axis)}" for axis in ("tp", "pp", "cp", "ep", "dp") if getattr(self, axis) > 1
         )
         extras = [f"vpp{self.vpp}"] if self.vpp > 1 else []
         extras += ["SP"] if self.sequence_parallel else []

@@ -30,7 +30,7 @@ from torch import Tensor
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
 from megarl.parallel.packing import pack, round_up_to_bucket
-from megarl.parallel.rows import Microbatch, ModelInputs, Rows, RowSource, gather, states_index
+from megarl.parallel.rows import Microbatch, ModelInputs, Origins, RowSource, Rows, gather, states_index
 
 LONGER = (1.0, 1.25, 1.5, 2.0)
 """Lengths of shared bins that are tried, as multiples of the longest unit: in a longer bin, less stays empty."""
@@ -195,6 +195,7 @@ class MicrobatchPlan:
             positions=lay_out(positions),
             segment_ids=None if segments is None else lay_out(segments),
             encoder=None if self.prompts is None else self._encoder(rows, members, first, idle),
+            origins=Origins(lay_out(torch.from_numpy(row + 1)), float(self.read.sum()), self.layout.dp),
             targets=lay_out(rows.tokens.flatten()[target] * is_followed),
             target_mask=lay_out(rows.action_mask.flatten()[target] * is_followed),
             rows=rows,

@@ -109,6 +109,25 @@ class RowSource(Protocol):
         """Return the rows at these indices, in the order of the indices."""
 
 
+@dataclass(frozen=True, eq=False)
+class Origins:
+    """Where the tokens of a microbatch come from, for the router of a mixture of experts.
+
+    Attributes:
+        rows: [bins, time] long, the row of each token within the microbatch, from 1; 0 in padding.
+        total: number of tokens that are read in the microbatches of all replicas together.
+        replicas: number of replicas, whose gradients are averaged.
+    """
+
+    rows: Tensor
+    total: float
+    replicas: int
+
+    def to(self, device: torch.device) -> Origins:
+        """Return the same on a device."""
+        return replace(self, rows=self.rows.to(device, non_blocking=True))
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ModelInputs:
     """The input of a model.
@@ -120,12 +139,14 @@ class ModelInputs:
             Tokens attend to their own segment only.
         encoder: what the encoder of an encoder-decoder reads, [bins, its own time], with segment_ids. The other fields
             are the decoder's, whose first token of a row is replaced by the model's start token.
+        origins: the row of each token; None where a model that generates reads them.
     """
 
     tokens: Tensor
     positions: Tensor
     segment_ids: Tensor | None = None
     encoder: ModelInputs | None = None
+    origins: Origins | None = None
 
     @property
     def time(self) -> int:
@@ -192,7 +213,8 @@ class Microbatch(ModelInputs):
                 positions=encoder.positions.to(device, non_blocking=True),
                 segment_ids=None if encoder.segment_ids is None else encoder.segment_ids.to(device, non_blocking=True),
             )
-        return replace(self, rows=self.rows.to(device), encoder=encoder, **moved)
+        origins = None if self.origins is None else self.origins.to(device)
+        return replace(self, rows=self.rows.to(device), encoder=encoder, origins=origins, **moved)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name; names of the rows' tensors begin with `rows.`."""

@@ -34,6 +34,8 @@ from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import is_sharded, partition_dim
 
+EXPERTS = ".experts.local_experts."
+"""What is in the names of the weights of experts, which `parallel.ep` replicas share."""
 T = TypeVar("T")
 _FIRST_EXIT_S = 1.0  # let the first rank exit first: launchers report the first that exits
 
@@ -86,18 +88,21 @@ class Part:
 def collect(state: dict[str, Any], grid: Grid, file: str) -> tuple[list[tuple[Part, Tensor]], dict[str, Any]]:
     """Split a sharded state dict into the parts that this rank writes and the values common to all ranks.
 
-    Parts that all data-parallel ranks have are distributed among them by size, so that each writes its share.
+    Parts that all data-parallel ranks have are distributed among them by size, so that each writes its share. An expert
+    is on fewer ranks, which share their own.
     """
     sharded, common = save_preprocess(state, validate_access_integrity=False)
-    replicas, me = grid.groups.dp_cp.size(), grid.groups.dp_cp.rank()
-    load = [0] * replicas
+    shared, split = (grid.groups.dp_cp, grid.groups.expt_dp) if grid.layout.ep > 1 else (grid.groups.dp_cp,) * 2
+    loads = {False: [0] * shared.size(), True: [0] * split.size()}
     mine = []
     for tensor in _tensors(sharded):
         if any(tensor.replica_id[:-1]):  # another tensor-parallel or pipeline rank has the same values
             continue
+        of_expert = EXPERTS in tensor.key
+        load = loads[of_expert]
         owner = load.index(min(load))
         load[owner] += tensor.data.numel()
-        if owner == me:
+        if owner == (split if of_expert else shared).rank():
             part = _part(tensor, file)
             mine.append((part, tensor.data.detach().reshape(part.shape)))
     return mine, common

@@ -72,6 +72,7 @@ class MegatronStrategy(DDPStrategy):
             tp=self.parallel.tp,
             pp=self.parallel.pp,
             cp=self.parallel.cp,
+            ep=self.parallel.ep,
             vpp=self.parallel.vpp or 1,
             sequence_parallel=self.parallel.sequence_parallel,
         )

@@ -114,6 +114,7 @@ def work_of(
         tp=parallel.tp,
         pp=parallel.pp,
         cp=parallel.cp,
+        ep=parallel.ep,
         vpp=parallel.vpp or 1,
         sequence_parallel=parallel.sequence_parallel,
     )

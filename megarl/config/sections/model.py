@@ -95,6 +95,58 @@ class EncoderConfig(Section):
 
 
 @dataclass
+class ExpertsConfig(Section):
+    """A mixture of experts in the place of the MLP: a router sends each token to a few of many small MLPs."""
+
+    count: int | None = leaf(
+        None, "Number of experts of a layer. Required (null is refused).", at_least=1, at_most=2**15 - 1
+    )
+    chosen: int = leaf(2, "Number of experts that compute each token.", at_least=1, at_most=2**15 - 1)
+    ffn_size: int | None = leaf(
+        None, "Inner width of an expert (null: that of model.ffn_size).", at_least=1, at_most=2**26
+    )
+    normalise: bool = leaf(
+        True,
+        "Divide the weights of a token's experts by their sum, as Mixtral and Qwen3-MoE do. false: they are shares of "
+        "a softmax over all experts, as in Qwen2-MoE.",
+    )
+    shared_ffn_size: int | None = leaf(
+        None,
+        "Inner width of an MLP that computes every token beside the experts, with a gate of its own, as in Qwen2-MoE "
+        "(null: none).",
+        at_least=1,
+        at_most=2**26,
+    )
+    dense_layers: list[int] = leaf([], "Numbers, from 0, of the layers that have a plain MLP instead of experts.")
+    balance: float = leaf(
+        0.0,
+        "Coefficient of the loss that evens out how many tokens of a row each expert gets (docs/models.md).",
+        at_least=0,
+    )
+    z_loss: float = leaf(
+        0.0,
+        "Coefficient of the loss that keeps the router's scores small: the square of their log-sum-exp.",
+        at_least=0,
+    )
+
+    def check(self) -> None:
+        """Require the number of experts, and that enough of them exist."""
+        if self.count is None:
+            raise Refusal(
+                "model.experts.count=null does not say how many experts a layer has",
+                {"model.experts.count": [8], "model.experts": [None]},
+                key="model.experts.count",
+            )
+        if self.chosen > self.count:
+            raise Refusal(
+                f"model.experts.chosen={self.chosen} is more than model.experts.count={self.count}",
+                {"model.experts.chosen": [self.count]},
+                key="model.experts.chosen",
+                value=self.chosen,
+            )
+
+
+@dataclass
 class ModelConfig(Section):
     """Shape of the transformer, or the folder it is loaded from."""
 
@@ -207,6 +259,13 @@ class ModelConfig(Section):
         needs="num_layers",
     )
 
+    experts: ExpertsConfig | None = optional_section(
+        ExpertsConfig,
+        "Replace the MLPs by mixtures of experts (Mixtral, Qwen2-MoE, Qwen3-MoE). Excludes model.encoder, "
+        "model.mlp_bias and parallel residuals.",
+        needs="count",
+    )
+
     @property
     def encoder_layers(self) -> int:
         """Number of layers of the encoder; 0 without one."""
@@ -237,6 +296,15 @@ class ModelConfig(Section):
         """Inner width of the MLP."""
         return self.ffn_size or 4 * self.hidden_size
 
+    def has_experts(self, layer: int) -> bool:
+        """Return whether a layer, counted from 0, has experts instead of a plain MLP."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    @property
+    def expert_width(self) -> int:
+        """Inner width of an expert."""
+        return (self.experts.ffn_size if self.experts else None) or self.ffn_width
+
     def check_shape(self) -> None:
         """Refuse a shape that contradicts itself. With `model.path` it is known once the model has been opened."""
         if self.head_dim is None:
@@ -245,6 +313,7 @@ class ModelConfig(Section):
             require_divides("model.num_kv_heads", "model.num_heads", self.num_kv_heads, self.num_heads)
         self._check_rope()
         self._check_encoder()
+        self._check_experts()
         if self.num_layers_unfrozen > self.layers:
             count = f"model.num_layers={self.num_layers}" if self.encoder is None else f"all {self.layers} layers"
             raise Refusal(
@@ -316,10 +385,42 @@ class ModelConfig(Section):
                     value=found,
                 )
 
+    def _check_experts(self) -> None:
+        """A mixture of experts lacks what no published one has, and has experts in some layer."""
+        if self.experts is None:
+            return
+        self.experts.check()
+        for name, value in {"encoder": None, "mlp_bias": False, "parallel_residual": "none"}.items():
+            found = getattr(self, name)
+            if found != value:
+                raise Refusal(
+                    f"model.{name}{'' if name == 'encoder' else '=' + either([found])} is not possible with "
+                    "model.experts",
+                    {f"model.{name}": [value], "model.experts": [None]},
+                    key=f"model.{name}",
+                    value=None if name == "encoder" else found,
+                )
+        dense = self.experts.dense_layers
+        if wrong := [number for number in dense if not 0 <= number < self.num_layers]:
+            raise Refusal(
+                f"model.experts.dense_layers names layer {wrong[0]}, and model.num_layers={self.num_layers} has layers "
+                f"0 to {self.num_layers - 1}",
+                key="model.experts.dense_layers",
+                value=wrong[0],
+            )
+        if len(set(dense)) == self.num_layers:
+            raise Refusal(
+                "model.experts.dense_layers names every layer, so that none has experts",
+                {"model.experts.dense_layers": [[]], "model.experts": [None]},
+                key="model.experts.dense_layers",
+                value=dense,
+            )
+
     def _check_size(self) -> None:
         """Refuse a model that is too large to be intended."""
         rows = (self.vocab_size or 0) + (self.max_positions if self.position == "learned" else 0)
-        layer = 2 * self.num_heads * self.head_width + 2 * self.ffn_width
+        inner = self.ffn_width if self.experts is None else (self.experts.count or 0) * self.expert_width
+        layer = 2 * self.num_heads * self.head_width + 2 * inner
         parameters = self.hidden_size * (self.layers * layer + rows)
         if parameters > MOST_PARAMETERS:
             raise Refusal(

@@ -30,6 +30,13 @@ class ParallelConfig(Section):
         at_least=1,
         at_most=2**20,
     )
+    ep: int = leaf(
+        1,
+        "Expert-parallel size: number of replicas that share the experts of each layer, so that each process holds "
+        "1/parallel.ep of them. Must divide the number of replicas and model.experts.count.",
+        at_least=1,
+        at_most=2**20,
+    )
     vpp: int | None = leaf(
         None,
         "Model chunks per pipeline stage, for the interleaved 1F1B schedule (null: 1F1B). Requires parallel.pp of 2 "

@@ -47,11 +47,30 @@ def _layer(model: ModelConfig, layer: int) -> Shapes:
         shapes |= _norm(model, "self_attention.k_layernorm", head_dim)
     if model.parallel_residual != "one_norm":
         shapes |= _norm(model, "pre_mlp_layernorm", hidden)
+    if model.has_experts(layer):
+        return shapes | _experts(model)
     wide = 2 * ffn if model.is_gated else ffn
     shapes |= _linear("mlp.linear_fc1", (wide, hidden), model.mlp_bias)
     if model.encoder is not None:
         shapes |= _of_encoder_decoder(model, layer)
     return shapes | _linear("mlp.linear_fc2", (hidden, ffn), model.mlp_bias)
+
+
+def _experts(model: ModelConfig) -> Shapes:
+    """Return what a layer has in the place of an MLP."""
+    assert model.experts is not None
+    assert model.experts.count is not None
+    hidden, wide = model.hidden_size, 2 if model.is_gated else 1
+    shapes: Shapes = {"mlp.router.weight": (model.experts.count, hidden)}
+    for expert in range(model.experts.count):
+        name = f"mlp.experts.local_experts.{expert}"
+        shapes[f"{name}.linear_fc1.weight"] = (wide * model.expert_width, hidden)
+        shapes[f"{name}.linear_fc2.weight"] = (hidden, model.expert_width)
+    if (shared := model.experts.shared_ffn_size) is not None:
+        shapes["mlp.shared_experts.gate_weight"] = (1, hidden)
+        shapes["mlp.shared_experts.linear_fc1.weight"] = (wide * shared, hidden)
+        shapes["mlp.shared_experts.linear_fc2.weight"] = (hidden, shared)
+    return shapes
 
 
 def _of_encoder_decoder(model: ModelConfig, layer: int) -> Shapes:
