@@ -12,7 +12,7 @@ def choose(logits: Tensor, count: int, *, normalise: bool) -> tuple[Tensor, Tens
     Args:
         logits: [tokens, experts] float32.
     """
-    scores, experts = logits.topk(count, dim=-1)
+    experts = logits.topk(count, dim=-1).indices
     return experts, weights_of(logits, experts, normalise=normalise)
 
 

@@ -60,7 +60,7 @@ class ExpertLayer(nn.Module):
         if config.experts.shared_ffn_size is not None:
             self.shared_experts = SharedExpert(config, config.experts.shared_ffn_size, groups)
 
-    def forward(self, hidden: Tensor, context: Context) -> tuple[Tensor, None]:
+    def forward(self, hidden: Tensor, context: Context | None) -> tuple[Tensor, None]:
         """Map hidden states [time, bins, hidden] to the same shape; the second result is Megatron's unused bias."""
         routes = self.router(hidden, context)
         result = self._routed(hidden, routes)
@@ -81,18 +81,20 @@ class ExpertLayer(nn.Module):
         group, width = self.groups.tp, hidden.shape[-1]
         tokens, (chosen, weights) = hidden.reshape(-1, width), routes
         if group.size() == 1:
-            return self._through_experts(tokens, routes).view(hidden.shape)
+            return self._through_experts(tokens, routes).view_as(hidden)
         # As around a dense MLP, each tensor-parallel rank reads all tokens, and its results are one of the summands.
         if self.config.sequence_parallel:
             tokens = gather_from_sequence_parallel_region(tokens, group=group)
             weights = gather_from_sequence_parallel_region(weights, group=group)
             chosen = gather_from_sequence_parallel_region(chosen, group=group)
             part = self._through_experts(tokens, Routes(chosen, weights))
-            return reduce_scatter_to_sequence_parallel_region(part, group=group).view(hidden.shape)
+            result: Tensor = reduce_scatter_to_sequence_parallel_region(part, group=group)
+            return result.view_as(hidden)
         tokens = copy_to_tensor_model_parallel_region(tokens, group=group)
         weights = copy_to_tensor_model_parallel_region(weights, group=group)
         part = self._through_experts(tokens, Routes(chosen, weights))
-        return reduce_from_tensor_model_parallel_region(part, group=group).view(hidden.shape)
+        result = reduce_from_tensor_model_parallel_region(part, group=group)
+        return result.view_as(hidden)
 
     def _through_experts(self, tokens: Tensor, routes: Routes) -> Tensor:
         """Return the weighted sum of the results of each token's experts [tokens, hidden], of this rank's slices of
@@ -104,10 +106,8 @@ class ExpertLayer(nn.Module):
         order = order[int(sizes[0]) :]
         token = order // self.router.chosen
         sent, sizes = tokens[token], sizes[1:]
-        if self.groups.ep.size() == 1:
-            results = self.experts(sent, sizes.tolist())
-        else:
-            results = self._elsewhere(sent, sizes)
+        here = self.groups.ep.size() == 1
+        results = self.experts(sent, sizes.tolist()) if here else self._elsewhere(sent, sizes)
         results = results * weights[order, None].to(results.dtype)
         return torch.zeros_like(tokens).index_add(0, token, results)
 
@@ -168,12 +168,12 @@ class Router(nn.Module):
         self.register_buffer("sums", torch.zeros(2 + self.count, dtype=torch.float64), persistent=False)
         self.sums: Tensor
 
-    def forward(self, hidden: Tensor, context: Context) -> Routes:
+    def forward(self, hidden: Tensor, context: Context | None) -> Routes:
         """Choose the experts of hidden states [time, bins, hidden]."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
         logits = affine(tokens.float(), self.weight.float(), None)
         experts, weights = choose(logits, self.chosen, normalise=self.settings.normalise)
-        origins = context.origins
+        origins = None if context is None else context.origins
         if origins is None:
             return Routes(experts, weights)
         rows = self._mine(origins.rows).t().reshape(-1)
@@ -186,7 +186,8 @@ class Router(nn.Module):
         """Return the part of [bins, time] that this rank has the tokens of."""
         if not self.config.sequence_parallel or self.groups.tp.size() == 1:
             return rows
-        return rows.chunk(self.groups.tp.size(), dim=1)[self.groups.tp.rank()]
+        mine: Tensor = rows.chunk(self.groups.tp.size(), dim=1)[self.groups.tp.rank()]
+        return mine
 
     def _with_losses(self, logits: Tensor, experts: Tensor, weights: Tensor, rows: Tensor, origins: Origins) -> Tensor:
         """Return the weights, whose backward pass adds the gradients of the losses of the router."""

@@ -65,7 +65,7 @@ class Layer(MegatronModule, BaseTransformerLayer):
             normed = self.pre_mlp_layernorm(hidden_states)
         return hidden_states + self._dropout(attended) + self._dropout(self._mlp(normed, packed_seq_params)), None
 
-    def _mlp(self, x: Tensor, context: Context) -> Tensor:
+    def _mlp(self, x: Tensor, context: Context | None = None) -> Tensor:
         output: Tensor
         output, bias = self.mlp(x, context) if isinstance(self.mlp, ExpertLayer) else self.mlp(x)
         return output if bias is None else output + bias

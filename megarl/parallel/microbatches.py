@@ -30,7 +30,7 @@ from torch import Tensor
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
 from megarl.parallel.packing import pack, round_up_to_bucket
-from megarl.parallel.rows import Microbatch, ModelInputs, Origins, RowSource, Rows, gather, states_index
+from megarl.parallel.rows import Microbatch, ModelInputs, Origins, Rows, RowSource, gather, states_index
 
 LONGER = (1.0, 1.25, 1.5, 2.0)
 """Lengths of shared bins that are tried, as multiples of the longest unit: in a longer bin, less stays empty."""
