@@ -17,6 +17,7 @@ from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.parallel.layout import Layout
 from megarl.rollout.lane import Lane, Masking, OnTokens, Passes
+from megarl.rollout.lockstep import lockstep_of, serve_until_done
 from megarl.rollout.noise import TRAINING
 from megarl.rollout.requests import Request, Rollout, check_requests
 from megarl.rollout.schedule import Decode, Schedule, deal
@@ -32,8 +33,16 @@ class Limits:
     prefill_tokens: int = 4096  # padded tokens of a pass over prompts: enough to keep a device busy
     graphs: bool = False  # decoding steps of fixed shapes, as CUDA graphs on a GPU; not with pipeline stages
 
-    def check(self, layout: Layout) -> None:
-        """Refuse CUDA graphs in a layout with pipeline stages."""
+    def check(self, layout: Layout, *, has_experts: bool = False) -> None:
+        """Refuse CUDA graphs in a layout with pipeline stages, and of a mixture of experts."""
+        if self.graphs and has_experts:
+            raise ConfigError(
+                "rollout.engine.cuda_graphs=true: each pass of a mixture of experts has other numbers of tokens per "
+                "expert, so use rollout.engine.cuda_graphs=false",
+                key="rollout.engine.cuda_graphs",
+                value=True,
+                offers={"rollout.engine.cuda_graphs": [False]},
+            )
         if self.graphs and layout.pp > 1:
             raise ConfigError(
                 f"rollout.engine.cuda_graphs=true at {layout}: a pipeline's passes wait for other processes, so use "
@@ -87,7 +96,7 @@ class Generator:
         self.eos_id, self.also_eos, self.seed, self.decode = eos_id, also_eos, seed, decode
         self.token_scorer = token_scorer
         self.limits = limits or Limits()
-        self.limits.check(self.grid.layout)
+        self.limits.check(self.grid.layout, has_experts=self.config.experts is not None)
         self.cache: KVCache | None = None
         self.static: StaticPasses | None = None
         self.recorded_over = 0  # value of `engine.memory.returns` when `static` was made
@@ -221,6 +230,7 @@ class Generator:
             for share in shares
         ]
         assert self.cache is not None
+        masking = None if self.masking is None else self.masking.engine
         passes = Passes(
             self.grid,
             self.config,
@@ -231,6 +241,8 @@ class Generator:
             masking=self.masking,
             static=self.static_passes(),
             tokens_group=self.tokens_group,
+            lockstep=lockstep_of(self.models, self.config, self.grid),
+            masking_lockstep=None if masking is None else lockstep_of(masking.models, masking.config, self.grid),
         )
         lanes = [Lane(passes, schedule, group * slots, name) for group, schedule in enumerate(schedules)]
         reported = [0] * groups
@@ -248,6 +260,7 @@ class Generator:
                         other.queue.clear()
                 if good and on_finished is not None:
                     on_finished(good)
+        serve_until_done([passes.lockstep, passes.masking_lockstep])
         finished = [rollout for schedule in schedules for rollout in schedule.finished]
         self.stats = Stats(
             responses=len(finished),

@@ -18,6 +18,7 @@ from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid
 from megarl.parallel.rows import ModelInputs
+from megarl.rollout.lockstep import Lockstep
 from megarl.rollout.noise import sequence_key
 from megarl.rollout.requests import Request
 from megarl.rollout.sampling import Drawn, RowSettings, draw, nucleus
@@ -59,6 +60,8 @@ class Passes:
         masking: decides which tokens may be chosen; None: all.
         static: recorded decoding steps; None: decoding steps are not recorded.
         tokens_group: this replica's stages, to exchange sampled tokens; None with one stage.
+        lockstep: keeps passes in step with replicas that share this model's experts; None: there are none.
+        masking_lockstep: the same for the model that masks.
     """
 
     grid: Grid
@@ -70,6 +73,8 @@ class Passes:
     masking: Masking | None = None
     static: StaticPasses | None = None
     tokens_group: dist.ProcessGroup | None = None
+    lockstep: Lockstep | None = None
+    masking_lockstep: Lockstep | None = None
 
 
 class Lane:
@@ -250,6 +255,9 @@ class Lane:
             tokens=torch.tensor(tokens, device=self.grid.device), positions=view.positions, encoder=encoder
         )
         hidden: Tensor | None = None
+        lockstep = self.passes.lockstep if chunks is self.passes.models else self.passes.masking_lockstep
+        if lockstep is not None:
+            lockstep.begin_pass()
         for index, model in enumerate(chunks):
             if not model.pre_process:
                 hidden = self._receive_hidden(len(tokens), inputs.time)

@@ -26,6 +26,14 @@ def for_generation(engine: Engine, layout: str | None) -> Reshard | None:
     wanted = other_layout(layout, engine.grid.layout)
     if wanted is None:
         return None
+    if engine.grid.layout.ep > 1:
+        raise ConfigError(
+            f"rollout.engine.layout={layout} with parallel.ep={engine.grid.layout.ep}: experts that replicas share are "
+            "not moved to another layout; use rollout.engine.layout=null",
+            key="rollout.engine.layout",
+            value=layout,
+            offers={"rollout.engine.layout": [None]},
+        )
     check_divides(engine.config, wanted, str(layout))
     heads = engine.models[0].heads
 

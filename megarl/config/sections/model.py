@@ -144,6 +144,14 @@ class ExpertsConfig(Section):
                 key="model.experts.chosen",
                 value=self.chosen,
             )
+        if self.chosen == 1 and self.normalise:
+            raise Refusal(
+                "model.experts.chosen=1 with model.experts.normalise=true gives each expert a weight of 1, so that no "
+                "gradient reaches the router",
+                {"model.experts.normalise": [False], "model.experts.chosen": [2]},
+                key="model.experts.chosen",
+                value=1,
+            )
 
 
 @dataclass
