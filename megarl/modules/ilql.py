@@ -105,7 +105,7 @@ class ILQL(GenerativeModule):
         sizes = (self.config.model, self.vocab_size, rows.lengths, self.policy.config.adapter, rows.prompts)
         self.work = Work(int(rows.lengths.sum()), training_flops(*sizes))
         self.log_dict({name: metrics[name.removeprefix("train/")] for name in TERMS})
-        self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})
+        self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate, **self.policy.observed})
 
     def gradients(self, rows: RowSource, indices: Tensor) -> dict[str, float]:
         """Compute the gradients of the loss over the samples at these indices."""

@@ -420,7 +420,7 @@ class PPO(GenerativeModule):
         metrics: dict[str, float] = {}
         if self.policy_trains:
             metrics = self.policy.train_step(self.last_batch, self.loss, self.loss.count)
-            metrics["train/loss"] = metrics["loss"]
+            metrics |= {"train/loss": metrics["loss"], **self.policy.observed}
             learns = self.policy.learning_rate > 0 and bool(self._signal(rows.take(indices)).any())
             if self.critic.shares_trunk:
                 learns = learns and self.config.ppo.vf_coef * metrics["value/loss"] != 0

@@ -140,7 +140,8 @@ class RFT(GenerativeModule):
             for indices in best[torch.randperm(len(best), generator=shuffle)].split(config.trainer.global_batch_size):
                 metrics = self.gradients(rows, indices)
                 norms = self.step_optimizers()
-                collected.append({"train/loss": metrics["loss"], "train/grad_norm": norms["policy"]})
+                measured = {"train/loss": metrics["loss"], "train/grad_norm": norms["policy"]}
+                collected.append({**measured, **self.policy.observed})
         means = {key: sum(stats[key] for stats in collected) / len(collected) for key in collected[0]}
         return {
             **means,

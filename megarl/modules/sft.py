@@ -100,6 +100,7 @@ class SFT(Module):
         self.advance()
         self.work = self._work(metrics, indices)
         self.log_dict({"train/loss": metrics["loss"], "train/grad_norm": norms["policy"], "train/lr": rate})
+        self.log_dict(self.policy.observed)
 
     def _work(self, metrics: dict[str, float], indices: Tensor) -> Work:
         tokens, adapter = int(metrics["all_tokens"]), self.policy.config.adapter

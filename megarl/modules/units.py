@@ -128,7 +128,7 @@ class UnitModule(Module):
         flops += others * forward_flops(model, vocab_size, lengths, prompts=prompts)
         self.work = Work(int(rows.lengths.sum()), flops)
         self.log_dict(named(metrics, self.training_metrics))
-        self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate})
+        self.log_dict({"train/grad_norm": norms["policy"], "train/lr": rate, **self.policy.observed})
 
     def rows_at(self, indices: Tensor) -> Rows:
         """Return the rows of these units of the training data."""

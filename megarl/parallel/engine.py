@@ -89,6 +89,7 @@ class Engine:
         self._chunks: list[Any] = list(self._models)
         self.has_gradients = False
         self.observer: StepObserver | None = None
+        self.observed: dict[str, float] = {}  # what it reported of the last training step
         self.loads = 0  # how often weights were loaded that may not train
         self.pins = device_settings().pinned_copies
         self.aside: dict[str, Tensor] | None = None  # host memory for the weights that `with_weights` replaces
@@ -176,8 +177,11 @@ class Engine:
         self.has_gradients = True
         sums = self._summed(collected)
         if self.observer is not None:
-            sums |= self.observer.stats()
-        for key, value in sums.items():  # the same on every rank, and checked before the optimizer step
+            self.observed = self.observer.stats()
+        for key, value in {
+            **sums,
+            **self.observed,
+        }.items():  # the same on every rank, and checked before the optimizer step
             if "loss" in key:
                 self._check_finite(key, value)
         return {**counts, **sums}

@@ -59,7 +59,9 @@ def learned(
         batch = make_microbatches(ragged_rows(), torch.arange(16), engine, per_microbatch=micro, share_bins=share_bins)
         stats = engine.train_step(batch, cross_entropy, count_targets)
         reached, wanted = engine.gradient_names()
-        history.append({**stats, "norm": engine.apply_gradients(), "unreached": len(wanted - reached)})
+        history.append(
+            {**stats, **engine.observed, "norm": engine.apply_gradients(), "unreached": len(wanted - reached)}
+        )
     return history
 
 
@@ -105,7 +107,7 @@ def with_one_starved_expert() -> tuple[dict[str, float], set[str], set[str]]:
         choose_all_but_the_last(layer)
     batch = make_microbatches(ragged_rows(), torch.arange(16), engine, per_microbatch=4, share_bins=True)
     stats = engine.train_step(batch, cross_entropy, count_targets)
-    return stats, *engine.gradient_names()
+    return {**stats, **engine.observed}, *engine.gradient_names()
 
 
 def choose_all_but_the_last(layer: ExpertLayer) -> None:

@@ -1,0 +1,128 @@
+"""Every algorithm on a mixture of experts: the same steps in every layout, and exact resume after a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megarl.checkpoint import find
+from megarl.training import module_of
+from tests.e2e.encoder_decoders import ALGORITHMS, SHARED, write_data
+from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_entry
+from tests.gated import gated
+from tests.worlds import Worlds
+
+MODEL = [
+    "model.hidden_size=32",
+    "model.num_layers=2",
+    "model.ffn_size=48",
+    "model.init_std=0.1",
+    "model.experts.count=4",
+    "model.experts.chosen=2",
+    "model.experts.ffn_size=24",
+    "model.experts.shared_ffn_size=16",
+    "model.experts.balance=0.01",
+    "model.experts.z_loss=0.001",
+]
+LAYOUTS = {
+    "EP2": (2, ["parallel.ep=2"]),
+    "TP2+SP": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    "PP2": (2, ["parallel.pp=2"]),
+    "TP2xEP2": (4, ["parallel.tp=2", "parallel.ep=2"]),
+    "PP2xEP2": (4, ["parallel.pp=2", "parallel.ep=2"]),
+}
+CASES = [(algorithm, layout) for algorithm in ALGORITHMS for layout in LAYOUTS]
+FAST = [("ppo", "PP2xEP2"), ("dpo", "EP2")]
+SAVED = ["checkpoint.every=1", "checkpoint.keep_last=9", "checkpoint.save_last=true", "checkpoint.async_save=false"]
+ROUTING = ("experts/balance_loss", "experts/z_loss", "experts/most_loaded", "experts/unused")
+
+
+def run(run_dir: Path, algorithm: str, folder: Path, *overrides: str) -> None:
+    settings = [setting.format(data=folder) for setting in ALGORITHMS[algorithm][0]]
+    run_entry(algorithm, [*SHARED, *MODEL, *settings, f"run.dir={run_dir}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("experts")
+    write_data(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(worlds: Worlds, folder: Path) -> Callable[[str], Path]:
+    """The run of an algorithm in one process, made when it is first needed."""
+
+    def made(algorithm: str) -> Path:
+        run_dir = folder / "alone" / algorithm
+        if not run_dir.exists():
+            worlds.run(1, run, run_dir, algorithm, folder, *SAVED)
+        return run_dir
+
+    return made
+
+
+@pytest.mark.parametrize(("algorithm", "layout"), gated(CASES, [case for case in CASES if case not in FAST]))
+def test_every_algorithm_takes_the_same_steps_in_every_layout(
+    algorithm: str, layout: str, worlds: Worlds, folder: Path, alone: Callable[[str], Path], tmp_path: Path
+) -> None:
+    names = (*ALGORITHMS[algorithm][1], *ROUTING)
+    wanted = metrics(alone(algorithm), *names)
+    assert len(wanted) == len(set(wanted)) == 3
+    size, overrides = LAYOUTS[layout]
+    worlds.run(size, run, tmp_path / "run", algorithm, folder, *overrides)
+    for ours, theirs in zip(metrics(tmp_path / "run", *names), wanted, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=2e-6)
+
+
+def killed(run_dir: Path, algorithm: str, folder: Path, *overrides: str) -> None:
+    """Train, in processes that are killed in the step after the first checkpoint."""
+    kind: Any = module_of(algorithm)
+    step = kind.training_step
+
+    def training_step(self: Any, *given: Any) -> Any:
+        if find(run_dir / "checkpoints"):
+            time.sleep(0.2)  # until every process has seen it
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *given)
+
+    kind.training_step = training_step
+    run(run_dir, algorithm, folder, *overrides)
+
+
+@pytest.mark.parametrize("algorithm", gated(["ppo", "dpo"], ["dpo"]))
+def test_a_killed_run_of_shared_experts_ends_in_the_weights_of_the_unbroken_one(
+    algorithm: str, worlds: Worlds, folder: Path, tmp_path: Path
+) -> None:
+    ep = "parallel.ep=2"
+    worlds.run(2, run, tmp_path / "unbroken", algorithm, folder, *SAVED, ep)
+    with contextlib.suppress(EOFError, ConnectionResetError):
+        worlds.run(2, killed, tmp_path / "run", algorithm, folder, *SAVED, ep)
+    assert len(find(tmp_path / "run" / "checkpoints")) == 1
+    worlds.run(2, run, tmp_path / "run", algorithm, folder, *SAVED, ep)
+    assert_same_bits(final_tensors(tmp_path / "run"), final_tensors(tmp_path / "unbroken"))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    gated([("EP2", "PP2xEP2"), ("EP2", "TP2+SP"), ("TP2xEP2", "EP2")], [("EP2", "TP2+SP"), ("TP2xEP2", "EP2")]),
+)
+def test_a_checkpoint_loads_in_another_layout(
+    first: str, then: str, worlds: Worlds, folder: Path, alone: Callable[[str], Path], tmp_path: Path
+) -> None:
+    size, overrides = LAYOUTS[first]
+    worlds.run(size, run, tmp_path, "sft", folder, *SAVED, *overrides, "trainer.max_steps=1")
+    size, overrides = LAYOUTS[then]
+    worlds.run(size, run, tmp_path, "sft", folder, *SAVED, *overrides)
+    found, wanted = final_tensors(tmp_path), final_tensors(alone("sft"))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-5, msg=name)  # a step is 1e-3 long
