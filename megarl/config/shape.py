@@ -11,7 +11,7 @@ from megarl.config.sections.parallel import ParallelConfig
 from megarl.config.values import check_types, check_values
 from megarl.errors import ConfigError
 
-_UNSPLIT = SimpleNamespace(tp=1, pp=1, vpp=None)
+_UNSPLIT = SimpleNamespace(tp=1, pp=1, ep=1, vpp=None)
 
 
 def check_shape(model: ModelConfig, parallel: ParallelConfig) -> None:

@@ -49,6 +49,14 @@ def build_engine(
         total_steps: optimizer steps of the whole run, for the learning-rate schedule of a trainable role.
         base: the engine of `role.base`, whose frozen weights the new engine uses too.
     """
+    if role.model.experts is not None and role.adapter is not None and role.adapter.base_bits < 16:
+        raise ConfigError(
+            f"adapter.base_bits={role.adapter.base_bits}: the experts of a mixture are not quantised; use "
+            "adapter.base_bits=16",
+            key="adapter.base_bits",
+            value=role.adapter.base_bits,
+            offers={"adapter.base_bits": [16]},
+        )
     config = GPTConfig.build(
         role.model,
         grid.layout,

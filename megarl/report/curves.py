@@ -23,6 +23,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Entropy and clipping", ("rollout/entropy", "policy/entropy", "policy/clip_fraction", "value/clip_fraction")),
     ("Responses", ("rollout/response_tokens", "eval/response_tokens", "rollout/cut", "rollout/zero_spread_groups")),
     ("Optimization", ("train/grad_norm", "train/critic_grad_norm", "train/lr", "train/optimizer_steps")),
+    ("Experts", ("experts/balance_loss", "experts/z_loss", "experts/most_loaded", "experts/unused")),
     (
         "Sampling and training compared",
         ("rollout/logprob_drift", "correction/ess", "correction/kl", "correction/limited"),

@@ -83,7 +83,8 @@ class StoredAdapter(Protocol):
 
 
 def parts_of(family: Family, model: ModelConfig) -> dict[str, Parts]:
-    """Return the parts of every linear layer of a model, as the family stores them."""
+    """Return the parts of every linear layer of a model, as the family stores them; in a mixture of experts, those of
+    attention alone."""
     known = family.entries_of(model)
     shapes = parameters(model, 1)
     decoders = range(model.encoder_layers, model.layers)
@@ -91,6 +92,8 @@ def parts_of(family: Family, model: ModelConfig) -> dict[str, Parts]:
     if model.encoder is not None:
         linears = [("encoder", range(decoders.start), name, place) for name, place in LINEARS.items()] + linears
         linears += [("decoder", decoders, name, place) for name, place in CROSS_LINEARS.items()]
+    if model.experts is not None:
+        linears = [linear for linear in linears if not linear[-1].startswith("mlp.")]
     found = {}
     for side, layers, name, place in linears:
         entry = known[f"{side}.layers.{{}}.{place}.weight"]

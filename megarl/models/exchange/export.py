@@ -35,7 +35,7 @@ from megarl.parallel.engine import Engine
 from megarl.parallel.finite import is_finite
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import is_sharded, join_slices, partition_dim
-from megarl.parallel.shards import run_on_all_ranks
+from megarl.parallel.shards import EXPERTS, run_on_all_ranks
 from megarl.tokenizers import Tokenizer, build_tokenizer
 
 SHARD_BYTES = 5_000_000_000
@@ -59,10 +59,10 @@ log = get_logger(__name__)
 
 
 class PlannedFile(NamedTuple):
-    """A file, the pipeline stage that writes it, and the parameters that it contains."""
+    """A file, the number of the ranks that write it (`places` in `export`), and the parameters that it contains."""
 
     name: str
-    stage: int
+    place: int
     parameters: list[str]
 
 
@@ -94,16 +94,16 @@ def export(
     local |= {name: Merged(linear) for name, linear in changed_linears(engine.models)}
     here = {name: _whole_shape(parameter, grid.layout.tp) for name, parameter in local.items()}
     dtypes = {name: parameter.dtype for name, parameter in local.items()}
-    found = grid.gather((grid.pp_rank, here, dtypes))
-    stages: dict[str, int] = {}
+    found = grid.gather(((grid.pp_rank, grid.ep_rank), here, dtypes))
+    places: dict[str, int] = {}  # numbers of the stages, and within a stage of the ranks that share its experts
     heads: dict[str, Stored] = {}
-    for stage, shapes, kinds in sorted(found, key=lambda item: item[0]):
+    for (stage, share), shapes, kinds in sorted(found, key=lambda item: item[0]):
         for name, shape in shapes.items():
-            stages.setdefault(name, stage)
+            places.setdefault(name, stage * grid.layout.ep + (share if EXPERTS in name else 0))
             if name not in mapping and not name.startswith(TRUNK):
                 heads[name] = Stored(shape, kinds[name])
     dtype = engine.config.params_dtype
-    plan = plan_files(mapping, heads, stages, dtype, shard_bytes)
+    plan = plan_files(mapping, heads, places, dtype, shard_bytes)
     ids = token_ids(tokenizer) if tokenizer else {}
     config = kind.hf_config(model, vocab_size, scores=scores) | _describe(dtype, ids)
     if scores:
@@ -111,7 +111,7 @@ def export(
     aside = temp_sibling(folder)
     grid.run_on_rank0(lambda: prepare(folder, aside))
     with removed_on_error(aside, grid):
-        run_on_all_ranks(grid, lambda: _write_stage(plan, mapping, heads, local, dtype, aside, grid))
+        run_on_all_ranks(grid, lambda: _write_place(plan, mapping, heads, local, dtype, aside, grid))
         grid.run_on_rank0(lambda: _finish(folder, aside, plan, mapping, config, tokenizer, chat_template))
     log.info("exported to %s as %s: %d tensors in %d files", folder, kind.name, len(mapping), len(plan))
 
@@ -248,7 +248,7 @@ def refuse_existing(folder: Path) -> None:
         )
 
 
-def _write_stage(
+def _write_place(
     plan: Sequence[PlannedFile],
     mapping: Mapping[str, Mapped],
     heads: Mapping[str, Stored],
@@ -257,12 +257,13 @@ def _write_stage(
     aside: Path,
     grid: Grid,
 ) -> None:
-    """Write this stage's files: tensor-parallel ranks of one replica send their slices to the first, which writes."""
-    if grid.groups.dp_cp.rank() != 0:
+    """Write the files of this stage, and of the experts that this rank shares: tensor-parallel ranks send their slices
+    to the first, which writes."""
+    if grid.groups.expt_dp.rank() != 0:
         return
     problem: Exception | None = None
     for file in plan:
-        if file.stage != grid.pp_rank:
+        if file.place != grid.pp_rank * grid.layout.ep + grid.ep_rank:
             continue
         names = iter(file.parameters)
         if problem is None and grid.tp_rank == 0:

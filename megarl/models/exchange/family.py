@@ -32,10 +32,13 @@ ACTIVATIONS = {
 CLASSIFIER = "ForSequenceClassification"
 """The end of the names of transformers' classes that score sequences."""
 
-ENCODER = "model.encoder.num_layers"
-"""Key that encoder-decoders have alone."""
+KINDS = ("model.encoder.num_layers", "model.experts.count")
+"""Keys that encoder-decoders and mixtures of experts have alone."""
 
-_NOT_SHAPE = ("path", "vocab_size", "dropout", "init_std", "num_layers_unfrozen")
+_NOT_SHAPE = (
+    *("path", "vocab_size", "dropout", "init_std", "num_layers_unfrozen"),
+    *("experts.balance", "experts.z_loss"),
+)
 
 
 class Lacking(NamedTuple):
@@ -51,7 +54,7 @@ class Entry(NamedTuple):
 
     Attributes:
         ours: its name; `{}` is the number of the layer, for an encoder-decoder within `encoder.layers` or
-            `decoder.layers`.
+            `decoder.layers`, and a second one that of the expert.
         theirs: the stored names.
         views: how the stored tensors are contained in ours.
         gated: whether it is that of models with a gated MLP; None where that makes no difference.
@@ -178,8 +181,9 @@ class Family:
         lost = [key for key, value in shape_of(model).items() if back[key] != value]
         if not lost:
             return None
-        if model.encoder is None or back["encoder.num_layers"] is None:
-            lost = [key for key in lost if f"model.{key}" == ENCODER] or lost  # the others follow from it
+        for kind in (key.removeprefix("model.") for key in KINDS):
+            if kind in lost and None in (read(model, kind), back[kind]):
+                lost = [kind]  # the others follow from it
         words = " and ".join(f"model.{key}={either([read(model, key)])}" for key in lost)
         return Lacking(words, f"model.{lost[0]}", read(model, lost[0]))
 
@@ -199,10 +203,10 @@ class Family:
         if scores and self.trunk is None:
             mapped[SCORE] = Mapped((1, model.hidden_size), ("score.weight",), same, model)
         for name, shape in parameters(model, vocab_size, output=not scores).items():
-            pattern, number = _pattern(name, model)
+            pattern, *numbers = _pattern(name, model)
             if pattern not in known:
                 raise CheckpointError(f"a {self.name} cannot store {name}: export as another family", key=name)
-            theirs = tuple(their.format(number) for their in known[pattern].theirs)
+            theirs = tuple(their.format(*numbers) for their in known[pattern].theirs)
             mapped[name] = Mapped(shape, theirs, known[pattern].views, model)
         return mapped
 
@@ -219,15 +223,18 @@ class Family:
         return next((why for pattern, why in self.ignored.items() if re.fullmatch(pattern, name)), None)
 
 
-def _pattern(name: str, model: ModelConfig) -> tuple[str, int]:
-    """Return the name in `entries` of one of our parameters, and the number of its layer in its part of the model."""
+def _pattern(name: str, model: ModelConfig) -> tuple[str, int, int]:
+    """Return the name in `entries` of one of our parameters, the number of its layer in its part of the model, and that
+    of its expert."""
     layer = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if layer is None:
-        return name, 0
-    number = int(layer[1]) - model.encoder_layers
+        return name, 0, 0
+    expert = re.search(r"\.local_experts\.(\d+)\.", layer[2])
+    rest = re.sub(r"(\.local_experts\.)\d+\.", r"\1{}.", layer[2])
+    number, which = int(layer[1]) - model.encoder_layers, int(expert[1]) if expert else 0
     if number < 0:
-        return f"encoder.layers.{{}}.{layer[2]}", int(layer[1])
-    return f"decoder.layers.{{}}.{layer[2]}", number
+        return f"encoder.layers.{{}}.{rest}", int(layer[1]), which
+    return f"decoder.layers.{{}}.{rest}", number, which
 
 
 def shape_of(model: ModelConfig) -> Json:
@@ -239,6 +246,11 @@ def shape_of(model: ModelConfig) -> Json:
     shape["num_kv_heads"] = model.kv_heads
     shape["head_dim"] = model.head_width
     shape["ffn_size"] = model.ffn_width
+    if model.experts is not None:
+        shape["experts.ffn_size"] = model.expert_width
+        shape["experts.dense_layers"] = sorted(model.experts.dense_layers)
+        if not model.experts.dense_layers:
+            shape["ffn_size"] = None
     shape["rope_percent"] = int(shape["head_dim"] * model.rope_percent) / shape["head_dim"]
     unused = []
     if model.position != "rope":
@@ -257,7 +269,13 @@ _WHOLE = (
     *("num_key_value_heads", "num_query_groups", "head_dim", "kv_channels", "intermediate_size", "n_inner", "ffn_dim"),
     *("ffn_hidden_size", "max_position_embeddings", "n_positions", "rotary_dim", "vocab_size", "sliding_window"),
     *("word_embed_proj_dim", "original_max_position_embeddings", "max_window_layers", "override_vocab_size"),
-    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"),
+    *(
+        "shared_expert_intermediate_size",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+    ),
 )
 _REAL = (
     *("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "layernorm_epsilon", "rope_theta", "rotary_emb_base"),
@@ -266,7 +284,16 @@ _REAL = (
     *("mscale", "mscale_all_dim"),
 )
 _FLAG = (
-    *("tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "use_sliding_window", "bias", "qkv_bias"),
+    *(
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+        "norm_topk_prob",
+        "enable_bias",
+        "use_sliding_window",
+        "bias",
+        "qkv_bias",
+    ),
     *("use_parallel_residual", "do_layer_norm_before", "share_embeddings_and_output_weights", "qk_layernorm"),
     *("rotary_interleaved", "scale_positional_embedding", "bias_activation_fusion", "openai_gelu", "truncate"),
 )

@@ -42,6 +42,14 @@ def write_nemo(
             "megarl checkpoint",
             where=source.path,
         )
+    if source.model.experts is not None:
+        raise ConfigError(
+            f"{source.path} is a mixture of experts, which megarl does not write as a .nemo archive: write a Hugging "
+            "Face folder",
+            key="model.experts.count",
+            value=source.model.experts.count,
+            where=source.path,
+        )
     dtype = dtype or source.dtype
     config = write_config(source.model, source.vocab_size, dtype, tp, pp)
     _check_split(source.model, tp, pp)

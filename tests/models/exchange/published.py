@@ -65,6 +65,7 @@ OPT_SHAPE = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 28}
 
 # name: (transformers' configuration, its arguments)
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -104,6 +105,20 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_tied": (
         "Qwen3Config",
         {**LLAMA_SHAPE, "num_key_value_heads": 4, "tie_word_embeddings": True, "head_dim": 8},
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        {**LLAMA_SHAPE, "num_key_value_heads": 2, "sliding_window": 7}
+        | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {**LLAMA_SHAPE, **MIXTURE, "num_key_value_heads": 2, "shared_expert_intermediate_size": 20}
+        | {"mlp_only_layers": [1], "norm_topk_prob": False},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**LLAMA_SHAPE, **MIXTURE, "num_key_value_heads": 2, "head_dim": 12, "norm_topk_prob": True},
     ),
 }
 

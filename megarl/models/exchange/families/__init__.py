@@ -8,13 +8,31 @@ from megarl.disk import shown
 from megarl.errors import CheckpointError, ConfigError
 from megarl.functions import extensions
 from megarl.logging import get_logger
-from megarl.models.exchange.families import gpt2, gpt_neox, gptj, llama, mistral, mt5, opt, qwen2, qwen3, t5
-from megarl.models.exchange.family import CLASSIFIER, ENCODER, Family
+from megarl.models.exchange.families import (
+    gpt2,
+    gpt_neox,
+    gptj,
+    llama,
+    mistral,
+    mixtral,
+    mt5,
+    opt,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    t5,
+)
+from megarl.models.exchange.family import CLASSIFIER, KINDS, Family
 
 # A model that several families can represent is exported as the first of them.
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (module.FAMILY for module in (llama, mistral, qwen2, qwen3, gpt2, gptj, gpt_neox, opt, t5, mt5))
+    for family in (
+        *(llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY),
+        *(mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY),
+        *(gpt2.FAMILY, gptj.FAMILY, gpt_neox.FAMILY, opt.FAMILY, t5.FAMILY, mt5.FAMILY),
+    )
 }
 
 
@@ -101,7 +119,7 @@ def family_for(model: ModelConfig, name: str | None = None) -> Family:
         if family.holds(model):
             return family
     lacking = {name: lacks for name, family in FAMILIES.items() if (lacks := family.lacks(model))}
-    nearest = sorted(lacking, key=lambda name: (lacking[name].key == ENCODER, lacking[name].words.count("model.")))
+    nearest = sorted(lacking, key=lambda name: (lacking[name].key in KINDS, lacking[name].words.count("model.")))
     ways = "; ".join(f"{name} has no {lacking[name].words}" for name in nearest[:3])
     first = lacking[nearest[0]]
     raise ConfigError(
