@@ -180,7 +180,7 @@ def _wrong_type(leaf: Leaf, error: ValidationError, argv: Sequence[str], source:
         line = f"unknown key in '{below}': '{leaf.key}' has a value and no keys below it{place}"
         return ConfigError(line, key=_name(below), where=source, offers={_name(below): [leaf.key]})
     value = "null" if error.value is None else shown(error.value)
-    remedy = f": write {leaf.key}=[{value}]" if leaf.type == "list[str]" else ""
+    remedy = f": write {leaf.key}=[{value}]" if leaf.type in ("list[str]", "list[int]") else ""
     return ConfigError(
         f"{leaf.key}={value} is not {describe_type(leaf.type)}{remedy} ({leaf.key}: {leaf.doc.rstrip('.')}){place}",
         key=leaf.key,

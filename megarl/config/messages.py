@@ -181,6 +181,8 @@ def describe_type(kind: str) -> str:
     """Return a type of the schema in words: `int | None` as "an integer or null"."""
     if kind == "list[str]":
         return "a list, [a,b]"
+    if kind == "list[int]":
+        return "a list of whole numbers, [0,1]"
     if kind == "list[float]":
         return "a list of numbers, [0.5,1]"
     if kind.startswith("list[dict"):

@@ -100,4 +100,6 @@ def _is_of(value: object, kind: str) -> bool:
     kinds = kind.split(" | ")
     if value is None or isinstance(value, bool):
         return ("None" if value is None else "bool") in kinds
+    if isinstance(value, list):
+        return any(all(_is_of(item, each[5:-1]) for item in value) for each in kinds if each.startswith("list["))
     return type(value).__name__ in kinds or (isinstance(value, int) and "float" in kinds)
