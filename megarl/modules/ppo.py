@@ -66,7 +66,7 @@ class PPO(GenerativeModule):
         self.streams = (TRAINING, GREEDY) if self.needs.greedy else (TRAINING,)
         self.shaping = Shaping(config.ppo, config.rollout.max_new_tokens)
         self.invariants = Invariants(
-            config.ppo.invariants,
+            or_defaults(config, "health").invariants,
             config.trainer.precision,
             lambda: self.steps_done,
             corrected=config.ppo.correction is not None,

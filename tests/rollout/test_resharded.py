@@ -172,7 +172,7 @@ def test_a_run_of_ppo_is_the_same_when_it_generates_in_another_layout(worlds: Wo
     dump = tmp_path / "stale" / "dump"
     stale = ["parallel.pp=2", "rollout.engine.layout=tp2", f"rollout.dump={dump}"]
     for error, asked in worlds.run(2, run_without_second_copy, tmp_path / "stale", *stale):
-        offers = {"rollout.engine.layout": [None], "ppo.invariants": ["warn"]}
+        offers = {"rollout.engine.layout": [None], "health.invariants": ["warn"]}
         assert_refusal(
             error, key="weights_arrived", offers=offers, names=("in phase 2", "PP2", "TP2", "decoder.layers")
         )
