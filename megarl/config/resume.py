@@ -215,7 +215,10 @@ RULES = (
     ),
     _rule("rollout", "n", NOW, "prompts continue at the first unused one"),
     _rule(
-        "rollout", "engine.slots engine.cache_bytes engine.layout engine.cuda_graphs", NOW, "how this process computes"
+        "rollout",
+        "engine.slots engine.cache_bytes engine.layout engine.cuda_graphs engine.router_replay",
+        NOW,
+        "how this process computes",
     ),
     _rule("rollout", "too_long dump replay ilql_beta", NOW, "responses after the resume"),
     _rule(

@@ -70,6 +70,7 @@ class Engine:
         self._chunks: list[Any] = list(self._models)
         self.has_gradients = False
         self.observer: StepObserver | None = None
+        self.follows_routes = True  # whether the experts that rows name compute their tokens, or the router chooses
         self.observed: dict[str, float] = {}  # what it reported of the last training step
         self.loads = 0  # how often weights were loaded that may not train
         self.pins = device_settings().pinned_copies
@@ -402,6 +403,8 @@ class Engine:
     def _run(self, microbatches: Sequence[Microbatch], finish: Finish, *, forward_only: bool) -> list[Any]:
         """Run Megatron's schedule over the microbatches; the last stage returns each `finish(model, batch, output)`."""
         on_device = [batch.to(self.grid.device) for batch in microbatches]
+        if not self.follows_routes:
+            on_device = [batch.without_routes() for batch in on_device]
         batch_size, time = len(on_device[0].tokens), on_device[0].time
 
         def step(batches: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:

@@ -180,11 +180,12 @@ class MicrobatchPlan:
         is_followed = torch.from_numpy(in_row + 1 < self.lengths[members][row])
         target = token + is_followed
 
-        def lay_out(values: Tensor) -> Tensor:
-            bins = values.new_zeros(self.bins * self.time)
+        def lay_out(values: Tensor, padding: int = 0) -> Tensor:
+            bins = values.new_full((self.bins * self.time, *values.shape[1:]), padding)
             bins[position] = values
-            return bins.view(self.bins, self.time)
+            return bins.view(self.bins, self.time, *values.shape[1:])
 
+        routes = lay_out(rows["routes"].flatten(0, 1)[token], -1) if "routes" in rows else None
         segments = torch.from_numpy(self.row_segment[members][row]) if self.segmented else None
         if "segment_ids" in rows:
             assert segments is None, "rows that hold documents have bins to themselves"
@@ -195,7 +196,7 @@ class MicrobatchPlan:
             positions=lay_out(positions),
             segment_ids=None if segments is None else lay_out(segments),
             encoder=None if self.prompts is None else self._encoder(rows, members, first, idle),
-            origins=Origins(lay_out(torch.from_numpy(row + 1)), float(self.read.sum()), self.layout.dp),
+            origins=Origins(lay_out(torch.from_numpy(row + 1)), float(self.read.sum()), self.layout.dp, routes),
             targets=lay_out(rows.tokens.flatten()[target] * is_followed),
             target_mask=lay_out(rows.action_mask.flatten()[target] * is_followed),
             rows=rows,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -143,7 +143,9 @@ class Lane:
         sampled = [] if on_tokens is None else list(zip(self.schedule.running, tokens.tolist(), strict=True))
         if self.seen is not None:
             self._see_drawn(self.seen, tokens)
-        for source, target, entries in self.schedule.accept(tokens, logprobs):
+        moves = self.schedule.accept(tokens, logprobs)
+        self._keep_routes()
+        for source, target, entries in moves:
             for cache in self.caches:
                 cache.move(self.first + source, self.first + target, entries)
             if self.seen is not None:
@@ -151,6 +153,18 @@ class Lane:
         if self.schedule.fresh or self.schedule.rows != rows:
             self.settings = None
         return on_tokens is not None and on_tokens(sampled)
+
+    def _keep_routes(self) -> None:
+        """Give the responses that have just finished the experts of this stage's layers, before their slots are used
+        again."""
+        routes, retired = self.passes.cache.routes, self.schedule.retired
+        if not routes:
+            return
+        finished = self.schedule.finished
+        for place, slot in enumerate(retired, len(finished) - len(retired)):
+            length = len(finished[place].tokens) - 1
+            mine = torch.stack([layer[self.first + slot, :length] for layer in routes.values()], dim=1)
+            finished[place] = replace(finished[place], routes=mine.cpu().numpy())
 
     # --- passes -----------------------------------------------------------------------------------------------------
 

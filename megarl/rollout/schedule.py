@@ -57,6 +57,7 @@ class Schedule:
         longest = max((request.sampling.max_new_tokens for request in requests), default=0)
         self.running: list[Request] = []
         self.fresh: list[int] = []
+        self.retired: list[int] = []  # slots of the responses that the last `accept` finished
         self.finished: list[Rollout] = []
         self.decode_passes = self.decoded_rows = self.prefilled_tokens = 0
         # One entry per slot, as arrays, so that a turn costs few operations for any number of rows.
@@ -145,7 +146,7 @@ class Schedule:
         count += 1
         self._length[:rows] += 1
         self._last[:rows] = tokens
-        self.fresh = []
+        self.fresh, self.retired = [], []
         ended = np.isin(tokens, self.eos_ids) | (count >= self._limit[:rows])
         for slot in np.flatnonzero(self._stops[:rows] & ~ended).tolist():
             ended[slot] = self._stopped(slot)
@@ -213,6 +214,7 @@ class Schedule:
 
     def _retire(self, slot: int) -> None:
         """Add the finished response with the first reason that applies, in the order eos, stop, length."""
+        self.retired.append(slot)
         request, count = self.running[slot], int(self._count[slot])
         response = self._tokens[slot, :count].tolist()
         if response[-1] in self.eos_ids:

@@ -80,3 +80,21 @@ def test_recorded_passes_and_another_layout_are_refused(worlds: Worlds) -> None:
         ):
             assert isinstance(problem, ConfigError)
             assert (problem.key, problem.value) == (key, value)
+
+
+def recorded_and_computed(layout: dict[str, Any]) -> tuple[list[Rollout], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Responses of a model in bfloat16 whose router is close to ties: with the experts of each token; and the log-probs
+    of their tokens as sampled, and by passes over whole rows in which the recorded experts, or those that the router
+    chooses, compute each token."""
+    model = {**MODERATE, "hidden_size": 32, "experts": ExpertsConfig(count=8, chosen=2, ffn_size=24, dense_layers=[1])}
+    engine = small_engine(layout, model, train=False, precision="bf16")
+    generator = Generator(engine, EOS, seed=5, limits=Limits(slots=5, routes=True))
+    rollouts = generator.generate([replace(one, sampling=Sampling(max_new_tokens=20)) for one in some_requests()])
+    generator.close()
+    rows = rollouts_to_rows(rollouts)
+
+    def logprobs(follows: bool) -> torch.Tensor:
+        engine.follows_routes = follows
+        return forward_rows(engine, rows, response_logprobs, per_microbatch=3, share_bins=True)["logprobs"]
+
+    return rollouts, rows["rollout_logprobs"], logprobs(True), logprobs(False)
