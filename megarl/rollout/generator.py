@@ -36,10 +36,11 @@ class Limits:
     routes: bool = False  # responses with the experts that computed them
 
     def check(self, layout: Layout, *, has_experts: bool = False) -> None:
-        """Refuse CUDA graphs in a layout with pipeline stages, and what a model with experts, or without, does not do."""
+        """Refuse CUDA graphs with pipeline stages or experts, and routes without experts."""
         if self.routes and not has_experts:
             raise ConfigError(
-                "rollout.engine.router_replay=true: the model has no experts",
+                "rollout.engine.router_replay=true: the model has no experts to record, so use "
+                "rollout.engine.router_replay=false",
                 key="rollout.engine.router_replay",
                 value=True,
                 offers={"rollout.engine.router_replay": [False]},
