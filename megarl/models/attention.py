@@ -381,11 +381,18 @@ def _attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sc
 
     It uses two batched products: for so few queries, torch's fused kernel takes up to twice as long on a CPU.
     """
-    groups, time = k.shape[1], q.shape[2]
-    queries = (q * scale).reshape(q.shape[0], groups, -1, q.shape[-1])  # a group's are adjacent
-    scores = queries @ k.transpose(2, 3)
+    batch, heads, time, width = q.shape
+    groups = k.shape[1]
+    scaled = q if scale == 1.0 else q * scale
+    queries = scaled.reshape(batch * groups, -1, width)  # a group's are adjacent
+    scores = torch.bmm(queries, k.flatten(0, 1).transpose(1, 2))
     if mask is not None:
-        by_query = scores.view(q.shape[0], q.shape[1], time, -1)
-        by_query = by_query + mask if mask.is_floating_point() else by_query.masked_fill(~mask, -torch.inf)
+        by_query = scores.view(batch, heads, time, -1)
+        if not mask.is_floating_point():
+            by_query = by_query.masked_fill(~mask, -torch.inf)
+        elif torch.is_grad_enabled():
+            by_query = by_query + mask
+        else:
+            by_query.add_(mask)
         scores = by_query.view(scores.shape)
-    return (torch.softmax(scores, -1) @ v).view(q.shape)
+    return torch.bmm(torch.softmax(scores, -1), v.flatten(0, 1)).view(q.shape)

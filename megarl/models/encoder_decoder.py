@@ -240,11 +240,12 @@ def layers_share_positions(config: GPTConfig) -> bool:
 
 def _decoding(cache: CacheView, config: GPTConfig, table: Tensor | None, relative: object) -> Context:
     """Return the inputs of self-attention for single tokens after those in the cache. The mask contains the relative
-    positions: without gradients, one look-up serves all layers."""
+    positions: without gradients, one look-up serves all layers, and all rows if their tokens are at one position."""
     assert cache.length is not None
     assert callable(relative)
     entries = torch.arange(cache.length, device=cache.positions.device)
-    distance = entries[None, None, :] - cache.positions[:, :, None]
+    different = cache.positions[:1] if cache.even else cache.positions
+    distance = entries[None, None, :] - different[:, :, None]
     mask, positions = cache.mask(config.sliding_window), relative(table, distance, both_sides=False)
     return Context(None, mask if positions is None else positions.add_to(mask, config.params_dtype), cache)
 
