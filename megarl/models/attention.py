@@ -277,6 +277,9 @@ class SelfAttention(Attention):
         if self.shares_kv_heads:
             return self._shared_kv(all_gather_last_dim_from_tensor_parallel_region(mixed, self.tp_group))
         mixed = mixed.unflatten(-1, (-1, self.queries_per_kv + 2, self.config.head_dim))
+        if self.queries_per_kv == 1:
+            query, key, value = mixed.unbind(-2)
+            return query, key, value
         query, key, value = mixed.split([self.queries_per_kv, 1, 1], dim=-2)
         return query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
 

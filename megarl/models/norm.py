@@ -1,5 +1,6 @@
 """LayerNorm and RMSNorm with sequence parallelism (torch's lack it, and Megatron's wrapper of them rejects it)."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,4 +75,10 @@ class _RMSNorm(torch.autograd.Function):
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     """Return 1 / rms(x), [..., 1]. One reduction, as a product of x with itself would be written to memory first."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.addcmul(_constant(eps, x.dtype), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+
+
+@cache
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """Return a scalar on the CPU. For single tokens, converting a number at every call takes as long as the sum."""
+    return torch.tensor(value, dtype=dtype, device="cpu")
