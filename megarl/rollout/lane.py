@@ -24,7 +24,7 @@ from megarl.rollout.sampling import Drawn, RowSettings, draw, nucleus
 from megarl.rollout.schedule import Schedule
 from megarl.rollout.static import StaticPasses, TokenScorer
 
-CPU_PADDING = 32
+CPU_PADDING = 64
 """Largest number of padding tokens of a pass over prompts on a CPU, where reading more takes longer than a pass more."""
 OnTokens = Callable[[list[tuple[Request, int]]], bool]
 """Called with what a turn sampled: the running requests, each with its new token. Returns whether all running responses
