@@ -164,7 +164,7 @@ class Attention(MegatronModule):
         `values` are those of relative positions."""
         dropout = self.config.attention_dropout if self.training else 0.0
         with get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext():
-            mixed: Tensor = _AttendByDistance.apply(q, k, v, added, values, dropout)
+            mixed = attend_by_distance(q, k, v, added, values, dropout)
         return mixed.to(q.dtype).permute(2, 0, 1, 3).flatten(-2)
 
     def _attend(
@@ -323,19 +323,28 @@ def log_kernel(
         )
 
 
+def attend_by_distance(q: Tensor, k: Tensor, v: Tensor, added: Tensor, values: Tensor, dropout: float = 0.0) -> Tensor:
+    """Return softmax(q @ k.T + added) @ v, [batch, heads, time, head_dim] in float32 or wider.
+
+    Args:
+        q: [batch, heads, time, head_dim]; k and v: [batch, heads, keys, head_dim].
+        added: [batch, heads, time, keys], mask and `values` together.
+        values: [1, heads, time, keys], which have a gradient.
+        dropout: rate at which weights are dropped.
+    """
+    mixed: Tensor = _AttendByDistance.apply(q, k, v, added, values, dropout)
+    return mixed
+
+
 class _AttendByDistance(torch.autograd.Function):
-    """softmax(q @ k.T + added) @ v in float32, where `added` contains `values`, which have a gradient.
+    """`attend_by_distance`.
 
     On a CPU, torch has no kernel for that gradient. Its single operations would keep two copies of queries and keys,
     and sum the gradient of the values over rows for every layer from a tensor of its own.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, added: Tensor, values: Tensor, dropout: float
-    ) -> Tensor:
-        """Attend over q, k, v [batch, heads, time or keys, head_dim]; added [batch, heads, time, keys]; values [1,
-        heads, time, keys]. Return [batch, heads, time, head_dim] in float32, or in float64 for such inputs."""
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, added: Tensor, values: Tensor, dropout: float) -> Tensor:
         ctx.dtype, ctx.dropout = q.dtype, dropout
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         queries, keys, vectors = (each.to(wide).flatten(0, 1).contiguous() for each in (q, k, v))
@@ -348,7 +357,6 @@ class _AttendByDistance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of q, k, v and values."""
         queries, keys, vectors, weights, kept = ctx.saved_tensors
         batch, heads = grads[0].shape[:2]
         grad = grads[0].flatten(0, 1)

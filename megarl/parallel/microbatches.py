@@ -121,9 +121,7 @@ class MicrobatchPlan:
         time = round_up_to_bucket(capacity, multiple_of)
         return time if longest is None else min(time, -(-max(capacity, longest) // multiple_of) * multiple_of)
 
-    def _shapes(
-        self, sizes: np.ndarray, per_microbatch: int, share_bins: bool, longest: int | None
-    ) -> list[_Shape]:
+    def _shapes(self, sizes: np.ndarray, per_microbatch: int, share_bins: bool, longest: int | None) -> list[_Shape]:
         """Return the possible shapes for units of `sizes` tokens, [units]. The other arguments are those of
         `__init__`."""
         largest = int(sizes.max())
@@ -135,9 +133,7 @@ class MicrobatchPlan:
                 if most > times.get(time, 0):
                     times[time] = most
         singles = list(np.arange(len(sizes))[:, None])
-        return [
-            self._shape(pack(sizes, time) if share_bins else singles, time, most) for time, most in times.items()
-        ]
+        return [self._shape(pack(sizes, time) if share_bins else singles, time, most) for time, most in times.items()]
 
     def _shapes_of_pairs(self, pairs: np.ndarray, per_microbatch: int, share_bins: bool) -> list[_Shape]:
         """Return the possible shapes for units of [units, 2] tokens, those of the encoder and those of the decoder."""
