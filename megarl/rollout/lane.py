@@ -25,7 +25,7 @@ from megarl.rollout.schedule import Schedule
 from megarl.rollout.static import StaticPasses, TokenScorer
 
 CPU_PADDING = 64
-"""Largest number of padding tokens of a pass over prompts on a CPU, where reading more takes longer than a pass more."""
+"""Largest number of padding tokens of a pass over prompts on a CPU, where more take longer than one more pass."""
 OnTokens = Callable[[list[tuple[Request, int]]], bool]
 """Called with what a turn sampled: the running requests, each with its new token. Returns whether all running responses
 should end with their next token, which every rank of a replica must decide alike."""
