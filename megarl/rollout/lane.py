@@ -25,6 +25,8 @@ from megarl.rollout.sampling import Drawn, RowSettings, draw, nucleus
 from megarl.rollout.schedule import Schedule
 from megarl.rollout.static import StaticPasses, TokenScorer
 
+CPU_PADDING = 64
+"""Largest number of padding tokens of a pass over prompts on a CPU, where more take longer than one more pass."""
 OnTokens = Callable[[list[tuple[Request, int]]], bool]
 """Called with what a turn sampled: the running requests, each with its new token. Returns whether all running responses
 should end with their next token, which every rank of a replica must decide alike."""
@@ -120,7 +122,8 @@ class Lane:
         if self.schedule.done:
             return
         self.under_way = True
-        for slots in self.schedule.prefill(self.passes.prefill_tokens):
+        padding = CPU_PADDING if self.grid.device.type == "cpu" else None
+        for slots in self.schedule.prefill(self.passes.prefill_tokens, padding):
             self._prefill(slots)
         for target, source in self.schedule.shared().items():
             for cache in self.caches:

@@ -225,7 +225,9 @@ def inputs_of(encoded: int, decoded: int) -> ModelInputs:
 
 def tensors_of(inputs: Spans) -> list[torch.Tensor]:
     found = [inputs.cross, inputs.encoder.mask, inputs.decoder.mask]
-    found += [part.relative.buckets for part in (inputs.encoder, inputs.decoder) if part.relative is not None]
+    for part in (inputs.encoder, inputs.decoder):
+        if part.relative is not None:
+            found += [part.relative.buckets, part.relative.values, part.relative.added]
     return [tensor for tensor in found if tensor is not None]
 
 
