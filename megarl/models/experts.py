@@ -211,13 +211,14 @@ class Router(nn.Module):
         loads = counts.sum(0)
         if self.config.sequence_parallel and self.groups.tp.size() > 1:  # a row's tokens are on several ranks
             dist.all_reduce(counts, group=self.groups.tp)
-        total = origins.total
-        balance = balance_loss(logits, counts, rows, lengths.clamp(min=1), chosen=self.chosen, total=total)
-        z = z_loss(logits, total=total)
-        with torch.no_grad():
-            self.sums += torch.cat([torch.stack([balance, z]), loads]).double()
-        layers = self.config.expert_layers
-        loss = (self.settings.balance * balance + self.settings.z_loss * z) / layers
+        total, settings = origins.total, self.settings
+        with torch.set_grad_enabled(settings.balance > 0 or settings.z_loss > 0):
+            balance = balance_loss(logits, counts, rows, lengths.clamp(min=1), chosen=self.chosen, total=total)
+            z = z_loss(logits, total=total)
+        self.sums += torch.cat([torch.stack([balance, z]).detach(), loads]).double()
+        if not balance.requires_grad:
+            return weights
+        loss = (settings.balance * balance + settings.z_loss * z) / self.config.expert_layers
         attached: Tensor = _WithLoss.apply(weights, loss, float(origins.replicas))
         return attached
 
