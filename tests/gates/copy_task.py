@@ -1,7 +1,7 @@
 """A task for models that read and write: a prompt is three words, the answer is the second of them.
 
-The samples to clone, or to learn values from, are right as often as not: each answer is the second word in half of them,
-else the first or the third.
+The samples to clone, or to learn values from, are right as often as not: the answer is the second word in half of them,
+and the first or the third in the others.
 """
 
 from __future__ import annotations
