@@ -23,11 +23,11 @@ SETTINGS = [
     *("tokenizer.kind=characters", "tokenizer.path=abcdefgh_", "rollout.max_new_tokens=6"),
     *(f"data.eval=[{TASK}:held_out]", f"reward.fn={TASK}:exact"),
     *("optim.schedule=linear", "optim.warmup_steps=0"),
-    *("trainer.global_batch_size=64", "trainer.micro_batch_size=64", "trainer.eval_batch_size=256"),
+    *("trainer.global_batch_size=64", "trainer.micro_batch_size=64"),
     *("checkpoint.every=null", "checkpoint.save_last=false", "trainer.progress=none", "logger.tensorboard=false"),
 ]
 PPO = [
-    *(f"data.train=[{TASK}:prompts]", f"clone.data=[{TASK}:samples]", "clone.steps=1600", "clone.lr=2e-3"),
+    *(f"data.train=[{TASK}:prompts]", f"clone.data=[{TASK}:samples]", "clone.steps=1500", "clone.lr=2e-3"),
     *("ppo.rollouts=256", "ppo.inner_epochs=4", "ppo.kl_coef=0", "optim.lr=5e-4"),
     *("trainer.max_phases=60", "trainer.eval_every=10"),
 ]
