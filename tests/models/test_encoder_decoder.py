@@ -14,7 +14,7 @@ from tests.worlds import Worlds
 T5: dict[str, Any] = {
     "position": "relative",
     "activation": "geglu",
-    "encoder": EncoderConfig(num_layers=4, buckets=8, longest_distance=20),
+    "encoder": EncoderConfig(num_layers=4, buckets=8, longest_distance=20, start_id=0),
 }
 STEPS = 3
 CASES: dict[str, tuple[int, dict[str, Any], str]] = {

@@ -22,7 +22,7 @@ from tests.rollout.test_generate import MODERATE, check_same, generator_of, some
 from tests.worlds import Worlds
 
 SEED = 1  # of `small_engine`
-T5 = {"position": "relative", "activation": "geglu", "encoder": EncoderConfig(num_layers=4)}
+T5 = {"position": "relative", "activation": "geglu", "encoder": EncoderConfig(num_layers=4, start_id=0)}
 HEADS = {"value_head": True, "q_heads": 2}
 CASES: dict[str, tuple[int, dict[str, Any], str, dict[str, Any]]] = {
     "PP2 to TP2": (2, {"pp": 2}, "tp2", {}),
