@@ -389,8 +389,9 @@ class GPT(LanguageModule):
     def global_names(self) -> list[tuple[str, nn.Parameter]]:
         """Return parameters by their names in the whole model: layers counted from 0, a tied output as embedding."""
         first = self.decoder.layers[0].layer_number - 1 if len(self.decoder.layers) else 0
-        count = 0 if self.config.experts is None else int(self.config.experts.count or 0)
-        first_expert = count // self.groups.ep.size() * self.groups.ep.rank()
+        first_expert = 0
+        if self.config.experts is not None:
+            first_expert = int(self.config.experts.count or 0) // self.groups.ep.size() * self.groups.ep.rank()
         named = []
         for name, parameter in self.named_parameters():
             head, _, rest = name.partition("decoder.layers.")

@@ -67,6 +67,24 @@ def test_a_replica_without_requests_serves_the_others(count: int, worlds: Worlds
         check_same(rollouts, wanted, count)
 
 
+def in_another_layout(layout: dict[str, Any], other: str) -> list[Rollout]:
+    engine = small_engine(layout, {**MODERATE, **EXPERTS}, train=False)
+    reshard = for_generation(engine, other)
+    assert reshard is not None
+    reshard.refresh()
+    found = Generator(reshard.engine, EOS, seed=5).generate(some_requests())
+    reshard.close()
+    return found
+
+
+@pytest.mark.parametrize(("layout", "other"), [({"tp": 2, "sequence_parallel": True}, "pp2"), ({"pp": 2}, "tp2")])
+def test_another_layout_of_whole_mixtures_draws_the_same_tokens(
+    layout: dict[str, Any], other: str, worlds: Worlds, alone: list[Rollout]
+) -> None:
+    for rollouts in worlds.run(2, in_another_layout, layout, other):
+        check_same(rollouts, alone, other)
+
+
 def refusals() -> list[ConfigError | None]:
     engine = small_engine({"ep": 2}, EXPERTS, train=False)
     found: list[ConfigError | None] = []
