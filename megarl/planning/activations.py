@@ -183,16 +183,16 @@ def _kept_by_mlp(config: GPTConfig, shape: Shape, at: Positions) -> float:
 
 
 def _keeps_normed(config: GPTConfig, shape: Shape, at: Positions) -> bool:
-    """Return whether the output of the norm before an MLP or experts is kept. A router keeps it in float32; experts keep
-    copies, and a shared expert keeps it itself."""
+    """Return whether the output of the norm before an MLP or experts is kept. A router keeps it in float32; experts
+    keep copies, and a shared expert keeps it itself."""
     if not at.routed:
         return _keeps_input(config, at, FC1)
     return config.adapter is None and (shape.element == 4 or shape.shared > 0)
 
 
 def _kept_by_experts(config: GPTConfig, shape: Shape) -> float:
-    """Return bytes per token of router, experts and shared expert. Every tensor-parallel rank has a slice of the experts
-    of all tokens, but of the router, the gate, and what a shared expert returns, only its tokens'."""
+    """Return bytes per token of router, experts and shared expert. Under sequence parallelism, every rank has its slice
+    of the experts for all tokens, but router, gate and a shared expert's results for its own tokens."""
     assert config.experts is not None
     trained = config.adapter is None
     copies, split = shape.copies, shape.whole / shape.hidden
@@ -203,22 +203,26 @@ def _kept_by_experts(config: GPTConfig, shape: Shape) -> float:
         router += 4 * shape.whole
     sent = copies * (2 * 8 + shape.element)  # order, places, and weights
     sent += copies * (3 if trained else 2) * shape.whole * shape.element  # inputs, results, and these times weights
+    return (
+        router / split
+        + sent
+        + copies * _kept_inside(config, 3) * shape.expert * shape.element
+        + _kept_by_shared(config, shape)
+    )
+
+
+def _kept_inside(config: GPTConfig, gated: int) -> int:
+    """Return how many inner widths an expert keeps, `gated` of them for a gate; and its product if weights train."""
     if config.activation_func is F.relu:
-        widths = 1
-    else:
-        widths = (3 if config.gated_linear_unit else 1) + trained
-    return router / split + sent + copies * widths * shape.expert * shape.element + _kept_by_shared(config, shape)
+        return 1
+    return (gated if config.gated_linear_unit else 1) + (config.adapter is None)
 
 
 def _kept_by_shared(config: GPTConfig, shape: Shape) -> float:
     """Return bytes per token of a shared expert: of its MLP, what it returns, and the gate."""
     if shape.shared == 0:
         return 0.0
-    if config.activation_func is F.relu:
-        widths = 1
-    else:
-        widths = (4 if config.gated_linear_unit else 1) + (config.adapter is None)
-    return (widths * shape.shared + shape.hidden + shape.hidden / shape.whole) * shape.element
+    return (_kept_inside(config, 4) * shape.shared + shape.hidden + shape.hidden / shape.whole) * shape.element
 
 
 def _adapted(config: GPTConfig, at: Positions) -> dict[str, Parts]:

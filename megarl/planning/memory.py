@@ -86,15 +86,15 @@ def phases_of(work: Work) -> tuple[str, ...]:
     return tuple(phase for phase in PHASES if there[phase])
 
 
-def plan_ranks(work: Work, *, on_cpu: bool = False, every_stage: bool = False) -> list[RankPlan]:
+def plan_ranks(work: Work, *, on_cpu: bool = False, every_stage: bool = False, exact: bool = True) -> list[RankPlan]:
     """Plan one rank of each kind of stage (or of every stage)."""
     stages = range(work.layout.pp) if every_stage else stages_that_differ(work.layout, work.model)
-    return [plan_stage(work, stage, on_cpu=on_cpu) for stage in stages]
+    return [plan_stage(work, stage, on_cpu=on_cpu, exact=exact) for stage in stages]
 
 
-def plan_stage(work: Work, stage: int, *, on_cpu: bool = False) -> RankPlan:
-    """Plan the memory of a pipeline stage's ranks in every phase."""
-    shards = {role.name: shard(work, role, stage) for role in work.engines}
+def plan_stage(work: Work, stage: int, *, on_cpu: bool = False, exact: bool = True) -> RankPlan:
+    """Plan the memory of a pipeline stage's ranks in every phase. Not `exact`: with few experts built (`shard`)."""
+    shards = {role.name: shard(work, role, stage, exact=exact) for role in work.engines}
     plan = RankPlan(stage, shards)
     for phase in phases_of(work):
         plan.uses[phase] = _in_turn([_use(work, role, shards, stage, phase, on_cpu=on_cpu) for role in work.roles])

@@ -83,9 +83,9 @@ class Plan:
         return train.flops / (train.seconds * self.cluster.gpus * self.cluster.gpu.flops)
 
 
-def make_plan(work: Work, cluster: Cluster, rates: Rates) -> Plan:
-    """Estimate memory and time of a run on a cluster."""
-    ranks = plan_ranks(work)
+def make_plan(work: Work, cluster: Cluster, rates: Rates, *, exact: bool = True) -> Plan:
+    """Estimate memory and time of a run on a cluster. Not `exact`: quickly, where a rank has many experts (`shard`)."""
+    ranks = plan_ranks(work, exact=exact)
     shards = [rank.shards[work.engines[0].name] for rank in ranks]
     clock = Clock(work, cluster, rates, shards)
     return Plan(work, cluster, rates, ranks, clock.phases(), clock.passes())
@@ -104,7 +104,7 @@ def remedies(plan: Plan) -> list[Remedy]:
     """Return changes of one key that lower the peak: first those that make the run fit, then by effect."""
     found = []
     for change, work in _changes(plan.work, plan.cluster):
-        other = make_plan(work, plan.cluster, plan.rates)
+        other = make_plan(work, plan.cluster, plan.rates, exact=False)
         if other.peak_bytes < 0.99 * plan.peak_bytes or (not plan.fits and other.fits):
             found.append(Remedy(change, other.peak_bytes, other.fits))
     return sorted(found, key=lambda remedy: (not remedy.fits, remedy.peak_bytes))
@@ -160,7 +160,8 @@ def suggest(plan: Plan, most: int = 8) -> list[Plan]:
                 for micro in MICRO_BATCHES:
                     if plan.work.global_batch % (micro * layout.dp):
                         continue
-                    other = make_plan(plan.work.on(layout, micro=micro, recompute=recompute), plan.cluster, plan.rates)
+                    work = plan.work.on(layout, micro=micro, recompute=recompute)
+                    other = make_plan(work, plan.cluster, plan.rates, exact=False)
                     if other.fits:
                         fitting.append(other)
             if fitting:

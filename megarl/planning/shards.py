@@ -1,8 +1,8 @@
 """Exact sizes of a rank's slice of a model: its engine is built on the meta device, as that rank would build it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +17,9 @@ from megarl.parallel.layout import Layout
 from megarl.parallel.optimizer import peak_bytes_of_a_step, stored_moments
 from megarl.planning.parts import like
 from megarl.planning.work import Work
+
+FEW_EXPERTS = 2
+"""Experts of a layer on a rank that are built where sizes need not be exact."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class Shard:
         return float((getattr(self, name) - of_experts + of_experts * layout.ep) / layout.dp)
 
 
+Sizes = TypeVar("Sizes", Shard, OfExperts)
+
+
 def gpt_config(work: Work) -> GPTConfig:
     """Return the model's configuration; kernels do not change sizes and need not be importable here."""
     return GPTConfig.build(
@@ -69,8 +75,18 @@ def gpt_config(work: Work) -> GPTConfig:
     )
 
 
-def shard(work: Work, role: Role, stage: int) -> Shard:
-    """Return the sizes of a role's model on the ranks of a pipeline stage; many stages in the middle are equal."""
+def shard(work: Work, role: Role, stage: int, *, exact: bool = True) -> Shard:
+    """Return the sizes of a role's model on the ranks of a pipeline stage; many stages in the middle are equal.
+
+    Args:
+        work: the run.
+        role: the role.
+        stage: the pipeline stage.
+        exact: whether to build all experts of a rank, which takes seconds where they are thousands; else see
+            `_by_few_experts`.
+    """
+    if not exact and _experts_here(work.layout, role) > FEW_EXPERTS:
+        return _by_few_experts(work, role, stage)
     rank = rank_of(work.layout, pp=like(work.layout, role.model, stage))
     key = (repr(role), work.layout, work.precision, rank)
     found = _KNOWN.get(key)
@@ -81,6 +97,38 @@ def shard(work: Work, role: Role, stage: int) -> Shard:
 
 
 _KNOWN: dict[Any, Shard] = {}  # cache: many variants of a run have the same models
+
+
+def _experts_here(layout: Layout, role: Role) -> int:
+    """Return how many experts of a layer a rank holds."""
+    experts = role.model.experts
+    return 0 if experts is None else int(experts.count or 0) // layout.ep
+
+
+def _by_few_experts(work: Work, role: Role, stage: int) -> Shard:
+    """Return what `shard` does, from the sizes with few and twice as many experts on a rank: what an expert adds is the
+    same for each, except for the padding of buffers."""
+    experts = role.model.experts
+    assert experts is not None
+
+    def with_experts(here: int) -> Shard:
+        count = here * work.layout.ep
+        fewer = replace(experts, count=count, chosen=min(experts.chosen, count))
+        return shard(work, replace(role, model=replace(role.model, experts=fewer)), stage)
+
+    few = FEW_EXPERTS // 2
+    steps = _experts_here(work.layout, role) / few - 1
+    return _on_the_line(with_experts(few), with_experts(2 * few), steps)
+
+
+def _on_the_line(first: Sizes, second: Sizes, steps: float) -> Sizes:
+    """Return the sizes that are `steps` times as far from the first as the second are."""
+
+    def extended(one: Any, two: Any) -> Any:
+        return _on_the_line(one, two, steps) if is_dataclass(one) else round(one + (two - one) * steps)
+
+    names = [each.name for each in fields(first)]
+    return type(first)(**{name: extended(getattr(first, name), getattr(second, name)) for name in names})
 
 
 def build_shard(grid: Grid, work: Work, role: Role) -> Engine:

@@ -111,7 +111,10 @@ class Clock:
         phase.seconds = step * work.steps * self._models()
         phase.tokens = sequences * work.length
         phase.flops = sum(self._flops(work.read, work.loss_tokens)) * sequences * self._models()
-        shares = {"products": micro * work.accumulation, "the pipeline's bubble": computing - micro * work.accumulation}
+        shares = {
+            self._mostly(): micro * work.accumulation,
+            "the pipeline's bubble": computing - micro * work.accumulation,
+        }
         shares["data-parallel traffic"] = step - computing
         phase.bound = max(shares, key=lambda name: shares[name])
         return phase
@@ -152,7 +155,7 @@ class Clock:
         phase.sent = {link: sent * passes * batches for link, sent in phase.sent.items()}
         phase.tokens = work.rollouts * work.length
         phase.flops = passes * work.rollouts * self._flops(work.read, work.loss_tokens)[0]
-        phase.bound = "products"
+        phase.bound = self._mostly()
         return phase
 
     def generate(self) -> Phase:
@@ -300,6 +303,18 @@ class Clock:
     @property
     def _sending(self) -> str:
         return "all-reduces" if self.layout.ep == 1 else "all-reduces and exchanges of tokens"
+
+    def _mostly(self) -> str:
+        """Return what takes most of a forward pass of a microbatch."""
+        work, read = self.work, self.work.read
+        load = max(load.forward for load in self._loads(read, min(read[1], work.loss_tokens)))
+        whole = work.micro * sum(read) * work.model.hidden_size * work.element
+        parts = {
+            "products": work.micro * load / self.layout.tp / (self.cluster.gpu.flops * self.rates.products),
+            "launching experts (host)": self._launching(self.expert_layers),
+            "exchanges of tokens": self._exchange(whole, Phase("forward"), 2 * self.expert_layers),
+        }
+        return max(parts, key=lambda name: parts[name])
 
     def _launching(self, layers: float) -> float:
         """Return the seconds in which the host launches a rank's experts of some layers, one after the other."""

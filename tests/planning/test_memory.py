@@ -104,7 +104,7 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
         describe(Layout(tp=2, sequence_parallel=True), MIXTURE, accumulation=2, recompute="selective"),
     ),
     "experts-full": ("train", trained, describe(Layout(), MIXTURE, recompute="full")),
-    "experts-ep2-full": ("train", trained, describe(Layout(dp=2, ep=2), SHARED, recompute="full")),
+    "experts-ep2-full": ("train", trained, describe(Layout(dp=2, ep=2), SHARED, precision="bf16", recompute="full")),
     "experts-shared-pp2": ("train", trained, describe(Layout(pp=2), SHARED, accumulation=4)),
     "experts-frozen": ("train", trained, describe(Layout(dp=2), {**SHARED, "num_layers_unfrozen": 2})),
     "experts-lora": ("train", trained, with_adapter(describe(Layout(), SHARED))),
@@ -115,7 +115,11 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
         describe(Layout(dp=2, ep=2), MIXTURE, rollouts=64, length=72, loss_tokens=8, precision="bf16"),
     ),
     "experts-score": ("score", scored, describe(Layout(), SHARED, rollouts=8, loss_tokens=256)),
-    "experts-ep2-score": ("score", scored, describe(Layout(dp=2, ep=2), MIXTURE, rollouts=8, loss_tokens=256)),
+    "experts-ep2-score": (
+        "score",
+        scored,
+        describe(Layout(dp=2, ep=2), MIXTURE, rollouts=8, loss_tokens=256, precision="bf16"),
+    ),
     "t5": ("train", trained, describe(Layout(), T5, loss_tokens=192)),
     "t5-few-layers": (
         "train",
@@ -198,6 +202,10 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
 
 
 LATER = [
+    "experts-tp2-sp",
+    "experts-shared-pp2",
+    "experts-frozen",
+    "experts-ep2-score",
     "neox-pp2",
     "neox-lora-pp2",
     "llama-dora-tp2-sp",
