@@ -150,7 +150,9 @@ def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
 def suggest(plan: Plan, most: int = 8) -> list[Plan]:
     """Return fitting layouts of the same GPUs, fastest first: one per TP x PP, with its fastest size of expert
     parallelism and of a microbatch, and recomputation."""
-    layouts = [each for each in _layouts(plan.work, plan.cluster) if _least(plan.work, each) <= plan.cluster.usable]
+    layouts = [
+        each for each in possible_layouts(plan.work, plan.cluster) if _least(plan.work, each) <= plan.cluster.usable
+    ]
     found: dict[tuple[int, int], Plan] = {}
     with waiting("planning other layouts", len(layouts)) as layout_done:
         for layout in layouts:
@@ -170,7 +172,8 @@ def suggest(plan: Plan, most: int = 8) -> list[Plan]:
     return sorted(found.values(), key=lambda plan: plan.seconds)[:most]
 
 
-def _layouts(work: Work, cluster: Cluster) -> Iterator[Layout]:
+def possible_layouts(work: Work, cluster: Cluster) -> Iterator[Layout]:
+    """Yield the layouts of a cluster that split the models and batches of a run."""
     for tp in divisors(cluster.per_node):
         for pp in possible_stages(work.model.encoder_layers, work.model.num_layers):
             for ep in _shares(work.model, cluster.gpus // (tp * pp)):
