@@ -105,7 +105,8 @@ def prediction(
     assumed = PlanConfig(algorithm=algorithm, cluster=cluster if kind is None else replace(cluster, gpu=kind))
     work = work_of(module, config, assumed, world, vocab_size, sources)
     machine = Cluster.of(assumed.cluster, world)
-    plan = make_plan(work, machine, Rates(machine.gpu.products, assumed.host_us_per_layer * 1e-6))
+    rates = Rates(machine.gpu.products, assumed.host_us_per_layer * 1e-6)
+    plan = make_plan(work, machine, rates, exact=False)
     # What a run counts as a unit's tokens: each response once, and without forward passes over all, what trains.
     sequences = work.rollouts if work.rescored else work.steps * work.global_batch
     length = work.prompt + work.response if work.rollouts else work.length
@@ -130,7 +131,7 @@ def prediction(
                 **rank_as_json(rank, host=gpu is not None),
                 "ranks": _ranks_of(work.layout.world_size, work.layout.pp, rank.stage),
             }
-            for rank in plan_ranks(work, on_cpu=gpu is None, every_stage=True)
+            for rank in plan_ranks(work, on_cpu=gpu is None, every_stage=True, exact=False)
         ],
         "phases": {
             phase.name: {"seconds": None if kind is None else phase.seconds, "tokens": phase.tokens}
