@@ -373,6 +373,28 @@ def test_a_reference_is_held_in_host_memory_and_twice_while_it_is_evaluated() ->
     assert all(plan.total(phase) == alone.total(phase) for phase in plan.uses)
 
 
+@pytest.mark.parametrize(("ep", "gathered"), [(2, 12), (4, 8)])
+def test_experts_are_saved_by_the_replicas_that_hold_them(ep: int, gathered: int) -> None:
+    work = with_kind("lion", describe(Layout(dp=4, ep=ep), MIXTURE, precision="bf16"))
+    plan = plan_stage(work, 0)
+    experts = 4 * 8 * 3 * 256 * 512 // ep
+    others = plan.shards["policy"].trainable - experts
+    # Of a weight: 2 bytes, 4 of the master weight and 4 of the moment. Megatron gathers 12 bytes over several replicas;
+    # a single one has 8.
+    written = 10 * (others / 4 + experts * ep / 4)
+    (save,) = plan.uses["save"]
+    assert save.host == pytest.approx(written + 12 * others + gathered * experts)
+    largest = 4 * max(others * (1 + 1 / 4), experts * (1 + ep / 4))
+    assert save.activations == pytest.approx(largest)
+
+
+def test_layers_with_and_without_experts_are_parts_of_their_own() -> None:
+    work = describe(Layout(pp=2), {**SHARED, "num_layers_unfrozen": 3}, micro=3, length=100)
+    first, last = (parts_of(work, stage, work.micro, work.read) for stage in (0, 1))
+    assert first == (Part(1, 0, Positions(3, 100)), Part(1, 1, Positions(3, 100, routed=True)))
+    assert last == (Part(2, 2, Positions(3, 100, routed=True)),)
+
+
 def test_a_separate_critic_costs_a_second_engine_and_a_head_next_to_nothing() -> None:
     alone, asked = (plan_stage(with_roles(role), 0) for role in (POLICY, CRITIC))
     shared = plan_stage(with_roles(replace(POLICY, heads=("lm", "value"))), 0)
