@@ -21,7 +21,7 @@ from megarl.tokenizers import Tokenizer
 
 
 def vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> int:
-    """Return the size of the model's vocabulary: at least the tokenizer's."""
+    """Return the size of the model's vocabulary: at least the tokenizer's. Refuse a start token outside of it."""
     if model.vocab_size is not None and model.vocab_size < tokenizer.size:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size} is smaller than the tokenizer, which has {tokenizer.size} entries: "
@@ -30,7 +30,17 @@ def vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> int:
             value=model.vocab_size,
             offers={"model.vocab_size": [tokenizer.size, None]},
         )
-    return model.vocab_size or tokenizer.size
+    size = model.vocab_size or tokenizer.size
+    start = None if model.encoder is None else model.encoder.start_id
+    if start is not None and start >= size:
+        raise ConfigError(
+            f"model.encoder.start_id={start} is not a token of the vocabulary, which has {size} entries: use "
+            f"model.encoder.start_id={tokenizer.pad_id}, the tokenizer's padding, or another token below {size}",
+            key="model.encoder.start_id",
+            value=start,
+            offers={"model.encoder.start_id": [tokenizer.pad_id, None]},
+        )
+    return size
 
 
 def build_engine(

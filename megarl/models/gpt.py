@@ -113,6 +113,8 @@ class GPT(LanguageModule):
         heads: Sequence[str] = ("lm",),
     ) -> None:
         """`heads` are names from `HEADS`, repeated for several; without `lm` there is no output layer."""
+        if config.encoder is not None and config.encoder.start_id is None:
+            raise ValueError("the start token of the decoder is not known: resolve_pretrained gives it")
         super().__init__(config=config, pg_collection=grid.groups)
         self.config: GPTConfig = config
         self.model_type = ModelType.encoder_or_decoder
@@ -192,6 +194,7 @@ class GPT(LanguageModule):
         """
         hidden = None
         if self.config.encoder is not None:
+            assert self.config.encoder.start_id is not None
             inputs = with_start(inputs, self.config.encoder.start_id)
         if self.pre_process:
             hidden = self._embed(inputs)

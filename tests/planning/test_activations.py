@@ -128,13 +128,21 @@ def test_a_layer_keeps_what_the_formula_says(
 EXPERTS = {"norm": "rmsnorm", "num_kv_heads": 4}
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"activation": "swiglu", "experts": ExpertsConfig(count=8, chosen=2)},
-    "qwen3-moe": {"activation": "swiglu", "qk_norm": True, "experts": ExpertsConfig(count=16, chosen=4, ffn_size=48)},
+    "qwen3-moe": {
+        "activation": "swiglu",
+        "qk_norm": True,
+        "experts": ExpertsConfig(count=16, chosen=4, ffn_size=48, balance=0.1),
+    },
     "qwen2-moe": {
         "activation": "swiglu",
         "experts": ExpertsConfig(count=6, chosen=3, ffn_size=64, shared_ffn_size=96, normalise=False),
     },
     "gelu": {"activation": "gelu", "experts": ExpertsConfig(count=6, chosen=2, shared_ffn_size=32)},
-    "relu": {"activation": "relu", "norm": "layernorm", "experts": ExpertsConfig(count=6, chosen=1, normalise=False)},
+    "relu": {
+        "activation": "relu",
+        "norm": "layernorm",
+        "experts": ExpertsConfig(count=6, chosen=1, normalise=False, z_loss=0.1),
+    },
 }
 
 
@@ -256,7 +264,9 @@ def inputs_of(encoded: int, decoded: int) -> ModelInputs:
 
 def tensors_of(inputs: Spans) -> list[torch.Tensor]:
     found = [inputs.cross, inputs.encoder.mask, inputs.decoder.mask]
-    found += [part.relative.buckets for part in (inputs.encoder, inputs.decoder) if part.relative is not None]
+    for part in (inputs.encoder, inputs.decoder):
+        if part.relative is not None:
+            found += [part.relative.buckets, part.relative.values, part.relative.added]
     return [tensor for tensor in found if tensor is not None]
 
 
