@@ -30,12 +30,13 @@ def shape_rule(config: Any, world_size: int) -> None:
     _depth(model, parallel)
 
 
-def shape_problem(model: ModelConfig) -> ConfigError | None:
-    """Return the first error in the values of a model that came from a file, or None."""
+def shape_problem(model: ModelConfig, parallel: ParallelConfig | None = None) -> ConfigError | None:
+    """Return the first error in the values of a model that came from a file, or with the layout that splits it; or
+    None."""
     try:
         check_types(model, "model.")
         check_values(model, "model.")
-        shape_rule(SimpleNamespace(model=model, parallel=_UNSPLIT), 1)
+        shape_rule(SimpleNamespace(model=model, parallel=parallel or _UNSPLIT), 1)
     except ConfigError as problem:
         return problem
     return None

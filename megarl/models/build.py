@@ -59,14 +59,7 @@ def build_engine(
         total_steps: optimizer steps of the whole run, for the learning-rate schedule of a trainable role.
         base: the engine of `role.base`, whose frozen weights the new engine uses too.
     """
-    if role.model.experts is not None and role.adapter is not None and role.adapter.base_bits < 16:
-        raise ConfigError(
-            f"adapter.base_bits={role.adapter.base_bits}: the experts of a mixture are not quantised; use "
-            "adapter.base_bits=16",
-            key="adapter.base_bits",
-            value=role.adapter.base_bits,
-            offers={"adapter.base_bits": [16]},
-        )
+    refuse_quantised_experts(role)
     config = GPTConfig.build(
         role.model,
         grid.layout,
@@ -139,6 +132,18 @@ def empty_model(config: GPTConfig, grid: Grid, heads: Sequence[str]) -> BuildMod
         return GPT(config, grid, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage, heads=heads)
 
     return build
+
+
+def refuse_quantised_experts(role: Role) -> None:
+    """Refuse adapters beside a base in fewer bits for a mixture of experts."""
+    if role.model.experts is not None and role.adapter is not None and role.adapter.base_bits < 16:
+        raise ConfigError(
+            f"adapter.base_bits={role.adapter.base_bits}: the experts of a mixture are not quantised; use "
+            "adapter.base_bits=16",
+            key="adapter.base_bits",
+            value=role.adapter.base_bits,
+            offers={"adapter.base_bits": [16]},
+        )
 
 
 def engine_of(role: Role, grid: Grid, build: BuildModel, total_steps: int) -> Engine:

@@ -30,6 +30,11 @@ class Shape:
     keys: float  # of one of keys and values
     heads: float
     inner: float  # of the MLP
+    expert: float  # inner width of an expert
+    shared: float  # of the MLP that computes every token beside the experts; 0 without one
+    copies: int  # how many experts a token is sent to
+    all_experts: int  # of a layer
+    experts: int  # of a layer, on this rank
     rotary: int
     element: int
     gathered: bool
@@ -40,6 +45,7 @@ class Shape:
         """Compute the widths for a configuration and a layout; `element` is in bytes."""
         tp = layout.tp
         split = tp if layout.sequence_parallel else 1
+        count = 0 if config.experts is None else int(config.experts.count or 0)
         return cls(
             hidden=config.hidden_size / split,
             whole=config.hidden_size,
@@ -47,6 +53,11 @@ class Shape:
             keys=max(1.0, config.num_kv_heads / tp) * config.head_dim,
             heads=config.num_attention_heads / tp,
             inner=config.ffn_hidden_size / tp,
+            expert=config.expert_width / tp,
+            shared=(0 if config.experts is None else config.experts.shared_ffn_size or 0) / tp,
+            copies=0 if config.experts is None else config.experts.chosen,
+            all_experts=count,
+            experts=count // layout.ep,
             rotary=config.rotary_dim if config.position == "rope" else 0,
             element=element,
             gathered=layout.sequence_parallel,
@@ -71,6 +82,8 @@ def kept_by_layer(config: GPTConfig, shape: Shape, at: Positions, recompute: str
         return at.whole * shape.hidden * shape.element
     total = at.tokens * _kept_per_token(config, shape, at, recompute) + _kept_by_adapters(config, shape, at)
     total += at.bins * _kept_of_others(config, shape, at)
+    if at.routed and shape.element < 4:  # the router's weight in float32
+        total += 4 * shape.all_experts * shape.whole
     if config.position == "relative" and recompute != "selective":
         dropped = 1 if _in_operations(config, shape) and config.attention_dropout > 0 else 0  # a byte of a mask
         total += at.tokens * at.time * shape.heads * (_per_pair(config, shape) + dropped)
@@ -81,14 +94,15 @@ def kept_by_layer(config: GPTConfig, shape: Shape, at: Positions, recompute: str
 
 def _kept_per_token(config: GPTConfig, shape: Shape, at: Positions, recompute: str) -> float:
     """Return the bytes per token that attention to the own sequence, the MLP and their norms keep."""
-    read = [_keeps_input(config, at, place) for place in (QKV, FC1)]
+    read = [_keeps_input(config, at, QKV), _keeps_normed(config, shape, at)]
     if config.parallel_residual == "one_norm":
         total = kept_by_norm(config, shape, outputs=any(read))
     else:
         total = sum(kept_by_norm(config, shape, outputs=kept) for kept in read)
     if config.parallel_residual == "two_norms" and not _converts(config, shape):
         total -= shape.hidden * shape.element  # both norms keep the same input
-    total += _kept_by_attention(config, shape, at, recompute) + _kept_by_mlp(config, shape, at)
+    total += _kept_by_attention(config, shape, at, recompute)
+    total += _kept_by_experts(config, shape) if at.routed else _kept_by_mlp(config, shape, at)
     if config.hidden_dropout > 0:
         total += 2 * shape.hidden  # one byte per element of two masks
     return total
@@ -167,6 +181,51 @@ def _kept_by_mlp(config: GPTConfig, shape: Shape, at: Positions) -> float:
         return shape.inner * shape.element
     widths = (4 if config.gated_linear_unit else 1) + _keeps_input(config, at, FC2)
     return widths * shape.inner * shape.element
+
+
+def _keeps_normed(config: GPTConfig, shape: Shape, at: Positions) -> bool:
+    """Return whether the output of the norm before an MLP or experts is kept. A router keeps it in float32; experts
+    keep copies, and a shared expert keeps it itself."""
+    if not at.routed:
+        return _keeps_input(config, at, FC1)
+    return config.adapter is None and (shape.element == 4 or shape.shared > 0)
+
+
+def _kept_by_experts(config: GPTConfig, shape: Shape) -> float:
+    """Return bytes per token of router, experts and shared expert. Under sequence parallelism, every rank has its slice
+    of the experts for all tokens, but router, gate and a shared expert's results for its own tokens."""
+    assert config.experts is not None
+    trained = config.adapter is None
+    copies, split = shape.copies, shape.whole / shape.hidden
+    router = 4 * shape.all_experts + copies * (4 + 8)  # scores; weights and numbers of the experts
+    if config.experts.balance > 0 or config.experts.z_loss > 0:
+        router += 3 * 4 * shape.all_experts + 5
+    if not config.experts.normalise:
+        router += 4
+    if trained and shape.element < 4:
+        router += 4 * shape.whole
+    sent = copies * (2 * 8 + shape.element)  # order, places, and weights
+    sent += copies * (3 if trained else 2) * shape.whole * shape.element  # inputs, results, and these times weights
+    return (
+        router / split
+        + sent
+        + copies * _kept_inside(config, 3) * shape.expert * shape.element
+        + _kept_by_shared(config, shape)
+    )
+
+
+def _kept_inside(config: GPTConfig, gated: int) -> int:
+    """Return how many inner widths an expert keeps, `gated` of them for a gate; and its product if weights train."""
+    if config.activation_func is F.relu:
+        return 1
+    return (gated if config.gated_linear_unit else 1) + (config.adapter is None)
+
+
+def _kept_by_shared(config: GPTConfig, shape: Shape) -> float:
+    """Return bytes per token of a shared expert: of its MLP, what it returns, and the gate."""
+    if shape.shared == 0:
+        return 0.0
+    return (_kept_inside(config, 4) * shape.shared + shape.hidden + shape.hidden / shape.whole) * shape.element
 
 
 def _adapted(config: GPTConfig, at: Positions) -> dict[str, Parts]:
@@ -270,7 +329,8 @@ def passing_forward(config: GPTConfig, shape: Shape, at: Positions, *, adapters:
     gathered = shape.whole if shape.gathered else 0.0
     attention = 2 * shape.hidden + gathered + 4 * shape.queries + 4 * shape.keys
     # Seven: the embedding's output, the layer's input, input and output of attention, their sum, its norm, one spare.
-    mlp = 7 * shape.hidden + gathered + (5 if config.gated_linear_unit else 2) * shape.inner
+    mlp = 7 * shape.hidden + gathered
+    mlp += _passing_experts(config, shape) if at.routed else (5 if config.gated_linear_unit else 2) * shape.inner
     norm = 2 * shape.hidden * shape.element + 3 * shape.hidden * wide
     outputs = _outputs(config, shape, at)
     if adapters and outputs:  # outputs of the weight and of the adapter, and their sum; with DoRA one more
@@ -290,6 +350,17 @@ def passing_forward(config: GPTConfig, shape: Shape, at: Positions, *, adapters:
     return max(at.tokens * attention * shape.element + pairs, at.tokens * max(mlp * shape.element, norm)) + others
 
 
+def _passing_experts(config: GPTConfig, shape: Shape) -> float:
+    """Return the elements per token at the peak of a forward pass through experts that keeps nothing.
+
+    Copies of the tokens are held as they are sent, received and sorted by expert, and results likewise; before these
+    are joined, one expert's inner states are there.
+    """
+    sent, inner = shape.copies * shape.whole, shape.copies * shape.expert / shape.experts
+    before, whole = (3, 6) if shape.experts < shape.all_experts else (1, 3)
+    return max(whole * sent, (before + 1) * sent + (4 if config.gated_linear_unit else 2) * inner)
+
+
 def passing_backward(config: GPTConfig, shape: Shape, at: Positions, recompute: str) -> float:
     """Return the peak bytes during one layer's backward pass over positions `at`, in addition to what is kept.
 
@@ -298,6 +369,8 @@ def passing_backward(config: GPTConfig, shape: Shape, at: Positions, recompute: 
     """
     gathered = shape.whole if shape.gathered else 0.0
     mlp = (2 if config.gated_linear_unit else 1) * shape.inner
+    if at.routed:  # gradients of results and of weights; where tokens are elsewhere, more in the forward pass before it
+        mlp = (3 if shape.experts < shape.all_experts else 2) * shape.copies * shape.whole
     total = (shape.hidden + gathered + max(mlp, shape.queries)) * shape.element
     if config.adapter is not None and config.adapter.base_bits < 16 and shape.element < 4:
         total += 4 * shape.inner  # a quantised weight's input gradient is summed in float32
