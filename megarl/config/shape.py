@@ -64,7 +64,8 @@ def _experts(model: ModelConfig, parallel: ParallelConfig) -> None:
         if parallel.ep > 1:
             raise Refusal(
                 f"parallel.ep={parallel.ep}: the model has no experts to share",
-                {"parallel.ep": [1], "model.experts.count": [8]},
+                {"parallel.ep": [1]},
+                "a model with model.experts.count",
                 key="parallel.ep",
                 value=parallel.ep,
             )

@@ -419,6 +419,7 @@ class ModelConfig(Section):
             raise Refusal(
                 f"model.experts.dense_layers names layer {wrong[0]}, and model.num_layers={self.num_layers} has layers "
                 f"0 to {self.num_layers - 1}",
+                {"model.experts.dense_layers": [sorted(set(dense) - set(wrong))]},
                 key="model.experts.dense_layers",
                 value=wrong[0],
             )
