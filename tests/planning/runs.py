@@ -36,7 +36,7 @@ from tests.planning.allocations import recorded
 GPT2 = {"norm": "layernorm", "activation": "gelu_tanh", "position": "learned", "mlp_bias": True, "qkv_bias": True}
 NEOX = {"norm": "layernorm", "activation": "gelu_tanh", "parallel_residual": "two_norms", "rope_percent": 0.25}
 LLAMA = {"activation": "swiglu", "num_kv_heads": 2}
-T5 = {"activation": "geglu", "position": "relative", "encoder": EncoderConfig(num_layers=4)}
+T5 = {"activation": "geglu", "position": "relative", "encoder": EncoderConfig(num_layers=4, start_id=0)}
 MIXTURE = {**LLAMA, "experts": ExpertsConfig(count=8, chosen=2, ffn_size=512)}
 SHARED = {**LLAMA, "experts": ExpertsConfig(count=4, chosen=2, shared_ffn_size=512, dense_layers=[0], normalise=False)}
 VOCAB = 2048

@@ -216,7 +216,7 @@ def test_the_formula_by_hand_for_a_llama_on_a_gpu() -> None:
 
 
 ENCODED, DECODED = 96, 80
-T5 = {"position": "relative", "activation": "geglu", "head_dim": 16, "encoder": EncoderConfig(num_layers=2)}
+T5 = {"position": "relative", "activation": "geglu", "head_dim": 16, "encoder": EncoderConfig(num_layers=2, start_id=0)}
 PLACES = {
     "encoder": (1, Positions(BATCH, ENCODED, DECODED)),
     "the encoder's last": (2, Positions(BATCH, ENCODED, DECODED)),

@@ -125,7 +125,10 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
         "train",
         trained,
         describe(
-            Layout(), {**T5, "num_layers": 1, "encoder": EncoderConfig(num_layers=1)}, length=1088, loss_tokens=64
+            Layout(),
+            {**T5, "num_layers": 1, "encoder": EncoderConfig(num_layers=1, start_id=0)},
+            length=1088,
+            loss_tokens=64,
         ),
     ),
     "t5-long-responses-bf16": ("train", trained, describe(Layout(), T5, loss_tokens=384, precision="bf16")),
@@ -161,7 +164,7 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
         scored,
         describe(
             Layout(),
-            {**T5, "num_layers": 1, "encoder": EncoderConfig(num_layers=1)},
+            {**T5, "num_layers": 1, "encoder": EncoderConfig(num_layers=1, start_id=0)},
             length=1088,
             loss_tokens=64,
             rollouts=8,

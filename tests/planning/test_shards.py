@@ -55,7 +55,7 @@ FLAN_T5_XL = ModelConfig(
     max_positions=16384,
     position="relative",
     activation="geglu",
-    encoder=EncoderConfig(num_layers=24),
+    encoder=EncoderConfig(num_layers=24, start_id=0),
 )
 XL_PARAMETERS = 2_849_757_184
 """As published: google/flan-t5-xl."""
