@@ -173,6 +173,8 @@ class Family:
         try:
             back = shape_of(self.model_config({"vocab_size": 1, **config}))
         except (CheckpointError, ConfigError) as problem:
+            if problem.key in KINDS:
+                return _lacking(model, [problem.key.removeprefix("model.")])
             if model.activation in ACTIVATIONS.values():
                 return Lacking(str(problem), problem.key, problem.value)
             rest = self.lacks(replace(model, activation="gelu"))
@@ -184,8 +186,9 @@ class Family:
         for kind in (key.removeprefix("model.") for key in KINDS):
             if kind in lost and None in (read(model, kind), back[kind]):
                 lost = [kind]  # the others follow from it
-        words = " and ".join(f"model.{key}={either([read(model, key)])}" for key in lost)
-        return Lacking(words, f"model.{lost[0]}", read(model, lost[0]))
+        if "experts.dense_layers" in lost:
+            lost = [key for key in lost if key != "ffn_size"]  # the width of these layers
+        return _lacking(model, lost)
 
     def lacks(self, model: ModelConfig) -> Lacking | None:
         """Return the properties of a model that this family lacks; None if it can represent it."""
@@ -221,6 +224,12 @@ class Family:
     def reason_to_ignore(self, name: str) -> str | None:
         """Return why a stored tensor is not a weight; None if it is one."""
         return next((why for pattern, why in self.ignored.items() if re.fullmatch(pattern, name)), None)
+
+
+def _lacking(model: ModelConfig, keys: list[str]) -> Lacking:
+    """Return these keys of a model, without `model.`, as properties that a family lacks."""
+    words = " and ".join(f"model.{key}={either([read(model, key)])}" for key in keys)
+    return Lacking(words, f"model.{keys[0]}", read(model, keys[0]))
 
 
 def _pattern(name: str, model: ModelConfig) -> tuple[str, int, int]:

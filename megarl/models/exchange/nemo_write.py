@@ -44,8 +44,8 @@ def write_nemo(
         )
     if source.model.experts is not None:
         raise ConfigError(
-            f"{source.path} is a mixture of experts, which megarl does not write as a .nemo archive: write a Hugging "
-            "Face folder",
+            f"{source.path} has model.experts.count={source.model.experts.count}, and megarl writes no mixture of "
+            "experts as a .nemo archive: write a Hugging Face folder or a megarl checkpoint",
             key="model.experts.count",
             value=source.model.experts.count,
             where=source.path,

@@ -120,6 +120,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeConfig",
         {**LLAMA_SHAPE, **MIXTURE, "num_key_value_heads": 2, "head_dim": 12, "norm_topk_prob": True},
     ),
+    "qwen2_moe_window": (
+        "Qwen2MoeConfig",
+        {**LLAMA_SHAPE, **MIXTURE, "num_key_value_heads": 4, "shared_expert_intermediate_size": 20, "qkv_bias": False}
+        | {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention"] * 2},
+    ),
+    "qwen3_moe_window": (
+        "Qwen3MoeConfig",
+        {**LLAMA_SHAPE, **MIXTURE, "num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True}
+        | {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 5},
+    ),
 }
 
 

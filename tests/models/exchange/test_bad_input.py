@@ -224,6 +224,8 @@ def config_of(name: str, **changes: Any) -> dict[str, Any]:
             "layer_types",
             ["full_attention", "sliding_attention"],
         ),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise", 0.1),
+        ("qwen2_moe_window", {"layer_types": None}, "layer_types", None),
     ],
 )
 def test_variants_that_we_cannot_compute_are_refused_by_name(
@@ -299,6 +301,15 @@ def test_sizes_that_cannot_be_are_refused_in_every_family(name: str, value: Any)
         ("gptj", {"rotary_dim": "x"}),
         ("gpt_neox", {"rotary_pct": "x", "rope_parameters": None}),
         ("opt", {"ffn_dim": 0.5}),
+        ("mixtral", {"num_local_experts": 0}),
+        ("mixtral", {"num_experts_per_tok": 5}),
+        ("qwen2_moe", {"mlp_only_layers": "1"}),
+        ("qwen2_moe", {"mlp_only_layers": ["1"]}),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1]}),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}),
+        ("qwen3_moe", {"decoder_sparse_step": 3}),
+        ("qwen3_moe", {"moe_intermediate_size": None}),
+        ("qwen2_moe", {"shared_expert_intermediate_size": None}),
     ],
 )
 def test_other_values_that_cannot_be_are_refused(name: str, changes: dict[str, Any]) -> None:

@@ -31,8 +31,8 @@ ENTRIES = (
 )
 
 
-def read_shape(config: Json, *, eps: float = 1e-6) -> dict[str, Any]:
-    """Return the shape's keys that all of these families share."""
+def read_shape(config: Json, *, eps: float = 1e-6, theta: float = 10000.0) -> dict[str, Any]:
+    """Return the shape's keys that all of these families share; `eps` and `theta` are the family's defaults."""
     require(config, "hidden_act", "silu", "silu")
     return {
         "num_layers": config["num_hidden_layers"],
@@ -42,7 +42,7 @@ def read_shape(config: Json, *, eps: float = 1e-6) -> dict[str, Any]:
         "head_dim": config.get("head_dim"),
         "ffn_size": config["intermediate_size"],
         "max_positions": config["max_position_embeddings"],
-        **read_rope(config),
+        **read_rope(config, theta=theta),
         "norm_eps": config.get("rms_norm_eps", eps),
         "tie_embeddings": config.get("tie_word_embeddings", False),
     }

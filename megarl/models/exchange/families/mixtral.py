@@ -2,7 +2,7 @@
 
 from megarl.config.sections.model import ExpertsConfig, ModelConfig
 from megarl.models.exchange.families.llama import ENTRIES, IGNORED, LAYER, PREFIX, THEIRS, read_shape, write_shape
-from megarl.models.exchange.family import Entry, Family, Json, entry
+from megarl.models.exchange.family import Entry, Family, Json, entry, require
 from megarl.models.exchange.views import gate_and_up
 
 EXPERT = f"{LAYER}.mlp.experts.local_experts.{{}}"
@@ -25,8 +25,10 @@ def expert_entries(router: str, gate: str, up: str, down: str) -> tuple[Entry, .
 
 def read(config: Json) -> ModelConfig:
     """Convert Mixtral's config.json to our shape: the MLP's width is that of an expert."""
+    require(config, "router_jitter_noise", 0.0, 0.0)
     experts = ExpertsConfig(count=config["num_local_experts"], chosen=config["num_experts_per_tok"])
-    return ModelConfig(**read_shape(config, eps=1e-5), sliding_window=config.get("sliding_window"), experts=experts)
+    shape = read_shape(config, eps=1e-5, theta=1e6)
+    return ModelConfig(**shape, sliding_window=config.get("sliding_window"), experts=experts)
 
 
 def write(model: ModelConfig) -> Json:

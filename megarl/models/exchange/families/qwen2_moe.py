@@ -20,9 +20,9 @@ def read_experts(config: Json, *, shared: bool) -> ExpertsConfig:
     """
     count = config["num_experts"] if "num_experts" in config else config["num_local_experts"]
     plain, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
-    if not isinstance(plain, list):
+    if not isinstance(plain, list) or not all(type(layer) is int for layer in plain):
         raise CheckpointError(
-            f"config.json has mlp_only_layers={plain!r}, which is not a list of numbers: restore it",
+            f"config.json has mlp_only_layers={plain!r}, which is not a list of whole numbers: restore it",
             key="mlp_only_layers",
             value=plain,
             where="config.json",
@@ -31,11 +31,18 @@ def read_experts(config: Json, *, shared: bool) -> ExpertsConfig:
     return ExpertsConfig(
         count=count,
         chosen=config["num_experts_per_tok"],
-        ffn_size=config["moe_intermediate_size"],
+        ffn_size=_given(config, "moe_intermediate_size"),
         normalise=config.get("norm_topk_prob", False),
-        shared_ffn_size=config["shared_expert_intermediate_size"] if shared else None,
+        shared_ffn_size=_given(config, "shared_expert_intermediate_size") if shared else None,
         dense_layers=[layer for layer in layers if layer in plain or (layer + 1) % step],
     )
+
+
+def _given(config: Json, key: str) -> int:
+    """Return a size that must not be null, which is another width in our shape; raise KeyError."""
+    if config.get(key) is None:
+        raise KeyError(key)
+    return int(config[key])
 
 
 def write_experts(model: ModelConfig) -> Json:
@@ -56,6 +63,15 @@ def write_experts(model: ModelConfig) -> Json:
 
 def read(config: Json) -> ModelConfig:
     """Convert Qwen2-MoE's config.json to our shape."""
+    if config.get("use_sliding_window") and config.get("sliding_window") and config.get("layer_types") is None:
+        raise CheckpointError(
+            "config.json has a sliding window and no layer_types, without which versions of transformers disagree about "
+            "the layers that have it: add layer_types, or set use_sliding_window to false if the context is shorter "
+            "than the window",
+            key="layer_types",
+            where="config.json",
+            offers={"use_sliding_window": [False]},
+        )
     experts, bias = read_experts(config, shared=True), config.get("qkv_bias", True)
     return ModelConfig(**read_shape(config), qkv_bias=bias, sliding_window=read_window(config), experts=experts)
 

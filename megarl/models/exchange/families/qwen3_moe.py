@@ -9,7 +9,7 @@ from megarl.models.exchange.family import Family, Json
 
 def read(config: Json) -> ModelConfig:
     """Convert Qwen3-MoE's config.json to our shape."""
-    model = qwen3.read(config)
+    model = qwen3.read({**config, "layer_types": None, "max_window_layers": 0})  # a window is in all layers
     model.experts = read_experts(config, shared=False)
     return model
 
