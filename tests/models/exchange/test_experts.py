@@ -35,7 +35,7 @@ from megarl.parallel.rows import Microbatch, Rows
 from megarl.rollout.generator import Generator, Limits
 from megarl.rollout.requests import Request, Sampling
 from megarl.tokenizers import ByteTokenizer
-from tests.models.exchange.experts import DENSE, EOS, KINDS, VOCAB, make, save
+from tests.models.exchange.experts import DENSE, KINDS, VOCAB, make, save
 from tests.models.exchange.published import stored
 from tests.refusals import refused
 from tests.worlds import Worlds
