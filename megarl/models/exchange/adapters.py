@@ -274,8 +274,7 @@ class PeftAdapter:
         if first > self.spec.first_adapted:
             self.spec = replace(self.spec, first_layer=first)
         self._columns = {
-            parts.place: shapes[f"decoder.layers.{parts.layers[0]}.{parts.place}.weight"][1]
-            for parts in whole.values()
+            parts.place: shapes[f"decoder.layers.{parts.layers[0]}.{parts.place}.weight"][1] for parts in whole.values()
         }
         self._by_place = {
             (layer, whole[name].modules[number]): module for module, (layer, name, number) in where.items()
@@ -481,7 +480,9 @@ def their_targets(spec: AdapterSpec, model: ModelConfig) -> list[str]:
     differ, those are names with `{}` for the number of the layer."""
     family = FAMILIES[spec.family]
     every = {module for parts in parts_of(family, model).values() for module in parts.modules}
-    every.update(module for _, module in _of_experts(family, model))  # modules for PEFT beside older versions of transformers
+    every.update(
+        module for _, module in _of_experts(family, model)
+    )  # modules for PEFT beside older versions of transformers
     mine = [module for parts in spec.parts.values() for module in parts.modules]
     found = []
     for module in mine:

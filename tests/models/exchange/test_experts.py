@@ -35,7 +35,7 @@ from megarl.parallel.rows import Microbatch, Rows
 from megarl.rollout.generator import Generator, Limits
 from megarl.rollout.requests import Request, Sampling
 from megarl.tokenizers import ByteTokenizer
-from tests.models.exchange.experts import DENSE, EOS, KINDS, VOCAB, make, save
+from tests.models.exchange.experts import DENSE, KINDS, VOCAB, make, save
 from tests.models.exchange.published import stored
 from tests.refusals import refused
 from tests.worlds import Worlds
@@ -172,7 +172,7 @@ def test_greedy_tokens_are_those_of_transformers(worlds: Worlds, published: Publ
             assert len(set(response)) > 2, f"{kind} repeats itself too much to prove anything"
 
 
-# --- configurations -----------------------------------------------------------------------------------------------------
+# --- configurations --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -251,7 +251,7 @@ def test_a_family_that_cannot_hold_a_mixture_is_refused_with_the_key(
         FAMILIES[family].hf_config(model, VOCAB)
 
 
-# --- between formats ----------------------------------------------------------------------------------------------------
+# --- between formats -------------------------------------------------------------------------------------------------
 
 
 def converted(*commands: list[str]) -> list[int]:
