@@ -99,6 +99,60 @@ def test_an_encoder_decoders_plan_says_so_in_words_and_on_its_page(
     assert "One stage is the encoder and the other the decoder" in text
 
 
+MIXTURE = [*TOY, "model.hidden_size=64", "model.ffn_size=256", "model.experts.count=8", "model.experts.ffn_size=64"]
+
+
+def test_a_mixture_is_planned_with_its_total_and_its_active_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, *MIXTURE, "cluster.gpus=4", "parallel.ep=2", "suggest=true")
+    assert found["layout"] == "EP2xDP4"
+    assert found["experts"] == {"count": 8, "chosen": 2, "layers": 4, "on_a_rank": 4}
+    matrices = 3 if PPOConfig().model.is_gated else 2
+    idle = 4 * 6 * matrices * 64 * 64
+    parameters = found["parameters"]
+    assert parameters["total"] - parameters["active"] == idle
+    alone = answer(capsys, *MIXTURE)["ranks"][0]["parameters"]["policy"]
+    head = 64 * 128 + 128 + 128 + 1
+    tables = 1 if PPOConfig().model.tie_embeddings else 2
+    assert parameters["total"] == alone - head - tables * (padded_vocab(100, 1) - 100) * 64
+    assert found["ranks"][0]["parameters"]["policy"] == alone - 4 * 4 * matrices * 64 * 64
+    assert all("parallel.ep=" in layout["overrides"] for layout in found["layouts"])
+    dense = answer(capsys, *TOY, "cluster.gpus=4", "suggest=true")
+    assert dense["experts"] is None
+    assert dense["parameters"]["total"] == dense["parameters"]["active"]
+    assert not any("parallel.ep=" in layout["overrides"] for layout in dense["layouts"])
+
+
+def test_a_mixtures_plan_says_so_in_words_and_on_its_page(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    total, active = answer(capsys, *MIXTURE)["parameters"].values()
+    more = ["cluster.gpus=4", "parallel.ep=4", "model.experts.shared_ffn_size=32", "model.experts.dense_layers=[0]"]
+    plan.show([*MIXTURE, *more[:2]])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"{total:,} parameters, of which {active:,} are active in a token: 2 of 8 experts in each of 4 layers"
+        in printed
+    )
+    assert "tokens are assumed to choose all experts equally often" in printed
+    plan.show([*MIXTURE, *more, f"html={tmp_path / 'plan.html'}"])
+    text = parse((tmp_path / "plan.html").read_text()).all("main")[0].text()
+    assert "2 of 8 experts and a shared one in each of 3 layers, 2 of a layer on a GPU" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        (["parallel.ep=3", "cluster.gpus=3"], "parallel.ep"),
+        (["parallel.ep=2"], "parallel.ep"),
+        (["parallel.tp=2", "cluster.gpus=2", "model.experts.ffn_size=63"], "parallel.tp"),
+        (["rollout.engine.cuda_graphs=true"], "rollout.engine.cuda_graphs"),
+        (["parallel.ep=2", "cluster.gpus=4", "rollout.engine.layout=tp2"], "rollout.engine.layout"),
+        (["adapter.rank=4", "adapter.base_bits=4"], "adapter.base_bits"),
+    ],
+)
+def test_what_a_mixture_cannot_do_is_refused_as_the_run_would(more: list[str], key: str) -> None:
+    with refused(ConfigError, key=key):
+        plan.show([*MIXTURE, *more])
+
+
 @pytest.mark.parametrize("algorithm", ["sft", "dpo", "rm", "ilql"])
 def test_an_encoder_reads_half_of_a_given_sequence_or_prompt_tokens(
     capsys: pytest.CaptureFixture[str], algorithm: str

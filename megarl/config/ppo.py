@@ -19,6 +19,7 @@ from megarl.config.ppo_sections import (
     OverlongConfig,
 )
 from megarl.config.sections.extensions import EXTENSIONS, PPOExtensionsConfig
+from megarl.config.sections.health import HEALTH, PPOHealthConfig
 from megarl.config.trees import PhaseTree
 from megarl.logging import get_logger, warn_once
 
@@ -213,14 +214,6 @@ class PPOSettings(Section):
     )
     pack: bool = leaf(
         True, "Put several short responses into one sequence of a forward pass, without attention between them."
-    )
-    invariants: str = leaf(
-        "strict",
-        "What happens when a check during training fails: the run ends with an error, or one warning per check is "
-        "logged. Checked: the policy equals the reference before training, generated and recomputed log-probs agree "
-        "(not with ppo.correction), the first minibatch has ratio 1, each epoch uses every response token once, every "
-        "trained tensor gets a gradient, copies of the weights (rollout.engine.layout, ppo.action_mask) equal them.",
-        ("strict", "warn"),
     )
 
     @property
@@ -418,6 +411,7 @@ class PPOConfig(PhaseTree):
 
     critic: CriticConfig = section(CriticConfig)
     ppo: PPOSettings = section(PPOSettings)
+    health: PPOHealthConfig | None = optional_section(PPOHealthConfig, HEALTH, null_is_defaults=True)
     extensions: PPOExtensionsConfig | None = optional_section(PPOExtensionsConfig, EXTENSIONS, null_is_defaults=True)
 
     def more_models(self) -> dict[str, str]:

@@ -135,6 +135,8 @@ RENAMES = (
     _switch("logger.wandb"),
     Rename("logger.mlflow_uri", "logger.mlflow.uri"),
     _switch("logger.mlflow"),
+    Rename("trainer.peak_tflops", "health.peak_tflops"),
+    Rename("ppo.invariants", "health.invariants", default="strict"),
     Rename("trainer.exp_manager_options", "extensions.exp_manager", default={}),
     *(
         Rename(f"trainer{mark}exp_manager", "extensions.nemo", _is_nemo, change=_OF_NEMO, default="none")

@@ -99,7 +99,7 @@ RULES = (
     ),
     _rule("trainer", "micro_batch_size eval_batch_size", NOW, "how this process computes"),
     _rule("trainer", "eval_every max_time", NOW, "evaluations and the time limit after the resume"),
-    _rule("trainer", "log_every peak_tflops progress", NOW, "how this process logs and displays"),
+    _rule("trainer", "log_every progress", NOW, "how this process logs and displays"),
     _rule(
         *("extensions", "callbacks callback_options", NOW),
         "the callbacks after the resume; one that is still named gets its state from the checkpoint",
@@ -180,7 +180,7 @@ RULES = (
         NOW,
         "an adapted coefficient continues; with another target or ppo.entropy_coef, it starts from ppo.entropy_coef",
     ),
-    _rule("ppo", "pack invariants", NOW, "how this process computes"),
+    _rule("ppo", "pack", NOW, "how this process computes"),
     _rule("rft", "prompts", NOW, "prompts continue at the first unused one"),
     _rule("rft", "improve_steps", NOW, _BUDGET),
     _rule("rft", "start_percentile end_percentile", NOW, "the selection of responses after the resume"),
@@ -215,7 +215,10 @@ RULES = (
     ),
     _rule("rollout", "n", NOW, "prompts continue at the first unused one"),
     _rule(
-        "rollout", "engine.slots engine.cache_bytes engine.layout engine.cuda_graphs", NOW, "how this process computes"
+        "rollout",
+        "engine.slots engine.cache_bytes engine.layout engine.cuda_graphs engine.router_replay",
+        NOW,
+        "how this process computes",
     ),
     _rule("rollout", "too_long dump replay ilql_beta", NOW, "responses after the resume"),
     _rule(
@@ -236,6 +239,7 @@ RULES = (
     _rule("checkpoint", "best.metric best.mode", NOW, "checkpoints are ranked by their values of this metric only"),
     _rule("export", "hf peft", NOW, "what is exported when training ends"),
     _rule("health", "stop_on", NOW, "the findings that end the run after the resume"),
+    _rule("health", "peak_tflops invariants", NOW, "how this process checks and logs"),
     _rule("logger", "tensorboard csv wandb.project wandb.mode mlflow.uri", NOW, "where metrics are logged"),
 )
 

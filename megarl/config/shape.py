@@ -30,12 +30,13 @@ def shape_rule(config: Any, world_size: int) -> None:
     _depth(model, parallel)
 
 
-def shape_problem(model: ModelConfig) -> ConfigError | None:
-    """Return the first error in the values of a model that came from a file, or None."""
+def shape_problem(model: ModelConfig, parallel: ParallelConfig | None = None) -> ConfigError | None:
+    """Return the first error in the values of a model that came from a file, or with the layout that splits it; or
+    None."""
     try:
         check_types(model, "model.")
         check_values(model, "model.")
-        shape_rule(SimpleNamespace(model=model, parallel=_UNSPLIT), 1)
+        shape_rule(SimpleNamespace(model=model, parallel=parallel or _UNSPLIT), 1)
     except ConfigError as problem:
         return problem
     return None
@@ -63,7 +64,8 @@ def _experts(model: ModelConfig, parallel: ParallelConfig) -> None:
         if parallel.ep > 1:
             raise Refusal(
                 f"parallel.ep={parallel.ep}: the model has no experts to share",
-                {"parallel.ep": [1], "model.experts.count": [8]},
+                {"parallel.ep": [1]},
+                "a model with model.experts.count",
                 key="parallel.ep",
                 value=parallel.ep,
             )

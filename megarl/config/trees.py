@@ -87,7 +87,7 @@ class TrainingTree(Tree):
     optim: OptimConfig = section(OptimConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     export: ExportConfig | None = optional_section(ExportConfig, EXPORT, null_is_defaults=True)
-    health: HealthConfig | None = optional_section(HealthConfig, HEALTH, needs="stop_on")
+    health: HealthConfig | None = optional_section(HealthConfig, HEALTH, null_is_defaults=True)
     logger: LoggerConfig = section(LoggerConfig)
     extensions: TrainingExtensionsConfig | None = optional_section(
         TrainingExtensionsConfig, EXTENSIONS, null_is_defaults=True

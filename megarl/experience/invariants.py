@@ -15,7 +15,7 @@ DRIFT_BOUND = {"fp32": 1e-3, "bf16": 5e-2}  # on the mean |sampled log-prob - re
 KL_BOUND_GPU = {"fp32": 1e-4, "bf16": 5e-2}  # on a token's |policy - reference log-prob|; 0 on a CPU
 CLIPPED_BOUND_BF16 = 0.05  # on the share of clipped tokens
 
-MODE = "ppo.invariants"
+MODE = "health.invariants"
 Offers = Mapping[str, Sequence[Any]]
 
 log = get_logger(__name__)
@@ -38,7 +38,7 @@ class Invariants:
             mode: strict or warn.
             precision: precision of the models.
             phase: returns the number of completed phases.
-            has_key: whether the run has the key ppo.invariants, which messages then suggest.
+            has_key: whether the run has the key health.invariants, which messages then suggest.
             corrected: whether the loss corrects a difference between generation and training (ppo.correction), which is
                 then not checked.
         """

@@ -15,6 +15,7 @@ from megarl.parallel.engine import Engine, ForwardFn, Outputs
 from megarl.parallel.microbatches import plan_rows
 from megarl.parallel.rows import Microbatch, Rows
 from megarl.rollout.requests import Rollout
+from megarl.rollout.routes import as_column
 
 
 def rollouts_to_rows(rollouts: Sequence[Rollout]) -> Rows:
@@ -22,7 +23,8 @@ def rollouts_to_rows(rollouts: Sequence[Rollout]) -> Rows:
 
     The columns are rollout_logprobs [rows, time]; group [rows], the index of the prompt within the phase; prompt_tokens
     [rows], the length of the prompt; truncated [rows], whether the response ended at its maximum length; and
-    weights_version [rows], the version of the weights that sampled it.
+    weights_version [rows], the version of the weights that sampled it. Where they are recorded, routes [rows, time,
+    layers x chosen] has the experts of each token.
     """
     lengths = torch.tensor([len(rollout.tokens) for rollout in rollouts])
     shape = (len(rollouts), int(lengths.max()))
@@ -32,7 +34,9 @@ def rollouts_to_rows(rollouts: Sequence[Rollout]) -> Rows:
         tokens[row, :stop] = torch.tensor(rollout.tokens)
         action_mask[row, start:stop] = 1.0
         logprobs[row, start:stop] = torch.tensor(rollout.logprobs)
+    routes = as_column(rollouts, shape[1])
     return Rows(tokens, lengths, action_mask).with_columns(
+        **({} if routes is None else {"routes": routes}),
         rollout_logprobs=logprobs,
         group=torch.tensor([rollout.prompt_id for rollout in rollouts]),
         prompt_tokens=torch.tensor([len(rollout.prompt) for rollout in rollouts]),

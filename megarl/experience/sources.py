@@ -97,7 +97,12 @@ class GeneratedRollouts:
             tokenizer.eos_id,
             seed=seed,
             also_eos=tokenizer.stop_ids(chat_template)[1:],
-            limits=Limits(computed.slots, computed.cache_bytes, graphs=computed.cuda_graphs),
+            limits=Limits(
+                computed.slots,
+                computed.cache_bytes,
+                graphs=computed.cuda_graphs,
+                routes=computed.router_replay,
+            ),
             decode=tokenizer.decode,
             masking=masking,
         )

@@ -1,8 +1,9 @@
 """Self-attention on Megatron's parallel linears and torch's scaled_dot_product_attention."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,21 +52,35 @@ class Context:
 class RelativePositions:
     """Learned values that are added to the scores by the distance of key and query (T5, arXiv:1910.10683).
 
-    Each layer looks them up itself, as recomputation would otherwise run the look-up's backward pass once per layer.
+    Each layer looks them up itself, unless `shared` did so before: full recomputation would run the backward pass of a
+    shared look-up once per layer, and fused kernels keep the gradient of every layer's mask for all rows.
 
     Attributes:
         table: [buckets, local heads], of the first layer.
         buckets: [batch or 1, time, keys], the bucket of each distance.
+        values: [batch or 1, local heads, time, keys], looked up for all layers.
+        added: [batch, local heads, time, keys], the same values with the mask, without a gradient.
     """
 
     table: Tensor
     buckets: Tensor
+    values: Tensor | None = None
+    added: Tensor | None = None
+
+    def look_up(self, dtype: torch.dtype) -> Tensor:
+        """Return the values to add to the scores, [batch or 1, local heads, time, keys]."""
+        # Contiguous: torch's fused kernels on a GPU need masks whose keys are adjacent, and others keep all scores.
+        return F.embedding(self.buckets, self.table).to(dtype).permute(0, 3, 1, 2).contiguous()
 
     def add_to(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return a mask to add to the scores, [batch or 1, local heads, time, keys], from one without positions."""
-        # Contiguous: torch's fused kernels on a GPU need masks whose keys are adjacent, and others keep all scores.
-        values = F.embedding(self.buckets, self.table).to(dtype).permute(0, 3, 1, 2).contiguous()
+        values = self.look_up(dtype)
         return values if mask is None else values + mask
+
+    def shared(self, mask: Tensor | None, dtype: torch.dtype) -> "RelativePositions":
+        """Return these positions with their values, and with what is added to the scores together with a mask."""
+        values = self.look_up(dtype)
+        return replace(self, values=values, added=values.detach() if mask is None else values.detach() + mask)
 
 
 def buckets(distance: Tensor, count: int, longest: int, *, both_sides: bool) -> Tensor:
@@ -131,13 +146,29 @@ class Attention(MegatronModule):
     ) -> Tensor:
         """Attend over [batch, heads, time, head_dim] tensors; returns [time, batch, heads * head_dim].
 
-        Recomputation repeats the look-up of relative positions, which has a value for every pair of tokens and head.
+        Recomputation repeats a layer's own look-up of relative positions, which has a value for every pair of tokens
+        and head.
         """
+        if relative is not None and device_settings().plain_attention:
+            found = relative if relative.values is not None else relative.shared(mask, q.dtype)
+            return self._recomputed(self._attend_by_distance, q, k, v, found.added, found.values)
         table, buckets = (None, None) if relative is None else (relative.table, relative.buckets)
+        return self._recomputed(self._attend, q, k, v, mask, table, buckets)
+
+    def _recomputed(self, attend: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        """Return `attend(*tensors)`; with selective recomputation, the backward pass repeats it."""
         if self.recompute and self.training:
-            mixed: Tensor = checkpoint(self._attend, False, q, k, v, mask, table, buckets)
+            mixed: Tensor = checkpoint(attend, False, *tensors)
             return mixed
-        return self._attend(q, k, v, mask, table, buckets)
+        return attend(*tensors)
+
+    def _attend_by_distance(self, q: Tensor, k: Tensor, v: Tensor, added: Tensor, values: Tensor) -> Tensor:
+        """Attend over [batch, heads, time, head_dim] tensors; returns [time, batch, heads * head_dim]. `added` and
+        `values` are those of relative positions."""
+        dropout = self.config.attention_dropout if self.training else 0.0
+        with get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext():
+            mixed = attend_by_distance(q, k, v, added, values, dropout)
+        return mixed.to(q.dtype).permute(2, 0, 1, 3).flatten(-2)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, table: Tensor | None, buckets: Tensor | None
@@ -249,6 +280,9 @@ class SelfAttention(Attention):
         if self.shares_kv_heads:
             return self._shared_kv(all_gather_last_dim_from_tensor_parallel_region(mixed, self.tp_group))
         mixed = mixed.unflatten(-1, (-1, self.queries_per_kv + 2, self.config.head_dim))
+        if self.queries_per_kv == 1:
+            query, key, value = mixed.unbind(-2)
+            return query, key, value
         query, key, value = mixed.split([self.queries_per_kv, 1, 1], dim=-2)
         return query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
 
@@ -292,6 +326,59 @@ def log_kernel(
         )
 
 
+def attend_by_distance(q: Tensor, k: Tensor, v: Tensor, added: Tensor, values: Tensor, dropout: float = 0.0) -> Tensor:
+    """Return softmax(q @ k.T + added) @ v, [batch, heads, time, head_dim] in float32 or wider.
+
+    Args:
+        q: [batch, heads, time, head_dim]; k and v: [batch, heads, keys, head_dim].
+        added: [batch, heads, time, keys], mask and `values` together.
+        values: [1, heads, time, keys], which have a gradient.
+        dropout: rate at which weights are dropped.
+    """
+    mixed: Tensor = _AttendByDistance.apply(q, k, v, added, values, dropout)
+    return mixed
+
+
+class _AttendByDistance(torch.autograd.Function):
+    """`attend_by_distance`.
+
+    On a CPU, torch has no kernel for that gradient. Its single operations would keep two copies of queries and keys,
+    and sum the gradient of the values over rows for every layer from a tensor of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, added: Tensor, values: Tensor, dropout: float) -> Tensor:
+        ctx.dtype, ctx.dropout = q.dtype, dropout
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        queries, keys, vectors = (each.to(wide).flatten(0, 1).contiguous() for each in (q, k, v))
+        scores = torch.bmm(queries, keys.transpose(1, 2))
+        scores.view(added.shape).add_(added)
+        weights = torch.softmax(scores, -1)
+        used, kept = (weights, None) if dropout == 0.0 else torch.native_dropout(weights, dropout, True)
+        ctx.save_for_backward(queries, keys, vectors, weights, kept)
+        return torch.bmm(used, vectors).view(q.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, vectors, weights, kept = ctx.saved_tensors
+        batch, heads = grads[0].shape[:2]
+        grad = grads[0].flatten(0, 1)
+        used = weights if kept is None else weights * kept / (1 - ctx.dropout)
+        grad_vectors = torch.bmm(used.transpose(1, 2), grad)
+        grad_weights = torch.bmm(grad, vectors.transpose(1, 2))
+        if kept is not None:
+            grad_weights.mul_(kept).div_(1 - ctx.dropout)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        del grad_weights
+        grad_values = None
+        if ctx.needs_input_grad[4]:
+            grad_values = grad_scores.unflatten(0, (batch, heads)).sum(0, keepdim=True).to(ctx.dtype)
+        grad_queries = torch.bmm(grad_scores, keys)
+        grad_keys = torch.bmm(grad_scores.transpose(1, 2), queries)
+        found = (each.unflatten(0, (batch, heads)).to(ctx.dtype) for each in (grad_queries, grad_keys, grad_vectors))
+        return *found, None, grad_values, None
+
+
 def _few(special: bool) -> int:
     """Return the largest number of queries for which plain matrix products are used.
 
@@ -308,11 +395,18 @@ def _attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sc
 
     It uses two batched products: for so few queries, torch's fused kernel takes up to twice as long on a CPU.
     """
-    groups, time = k.shape[1], q.shape[2]
-    queries = (q * scale).reshape(q.shape[0], groups, -1, q.shape[-1])  # a group's are adjacent
-    scores = queries @ k.transpose(2, 3)
+    batch, heads, time, width = q.shape
+    groups = k.shape[1]
+    scaled = q if scale == 1.0 else q * scale
+    queries = scaled.reshape(batch * groups, -1, width)  # a group's are adjacent
+    scores = torch.bmm(queries, k.flatten(0, 1).transpose(1, 2))
     if mask is not None:
-        by_query = scores.view(q.shape[0], q.shape[1], time, -1)
-        by_query = by_query + mask if mask.is_floating_point() else by_query.masked_fill(~mask, -torch.inf)
+        by_query = scores.view(batch, heads, time, -1)
+        if not mask.is_floating_point():
+            by_query = by_query.masked_fill(~mask, -torch.inf)
+        elif torch.is_grad_enabled():
+            by_query = by_query + mask
+        else:
+            by_query.add_(mask)
         scores = by_query.view(scores.shape)
-    return (torch.softmax(scores, -1) @ v).view(q.shape)
+    return torch.bmm(torch.softmax(scores, -1), v.flatten(0, 1)).view(q.shape)

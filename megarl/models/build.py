@@ -21,7 +21,7 @@ from megarl.tokenizers import Tokenizer
 
 
 def vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> int:
-    """Return the size of the model's vocabulary: at least the tokenizer's."""
+    """Return the size of the model's vocabulary: at least the tokenizer's. Refuse a start token outside of it."""
     if model.vocab_size is not None and model.vocab_size < tokenizer.size:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size} is smaller than the tokenizer, which has {tokenizer.size} entries: "
@@ -30,7 +30,17 @@ def vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> int:
             value=model.vocab_size,
             offers={"model.vocab_size": [tokenizer.size, None]},
         )
-    return model.vocab_size or tokenizer.size
+    size = model.vocab_size or tokenizer.size
+    start = None if model.encoder is None else model.encoder.start_id
+    if start is not None and start >= size:
+        raise ConfigError(
+            f"model.encoder.start_id={start} is not a token of the vocabulary, which has {size} entries: use "
+            f"model.encoder.start_id={tokenizer.pad_id}, the tokenizer's padding, or another token below {size}",
+            key="model.encoder.start_id",
+            value=start,
+            offers={"model.encoder.start_id": [tokenizer.pad_id, None]},
+        )
+    return size
 
 
 def build_engine(
@@ -49,14 +59,7 @@ def build_engine(
         total_steps: optimizer steps of the whole run, for the learning-rate schedule of a trainable role.
         base: the engine of `role.base`, whose frozen weights the new engine uses too.
     """
-    if role.model.experts is not None and role.adapter is not None and role.adapter.base_bits < 16:
-        raise ConfigError(
-            f"adapter.base_bits={role.adapter.base_bits}: the experts of a mixture are not quantised; use "
-            "adapter.base_bits=16",
-            key="adapter.base_bits",
-            value=role.adapter.base_bits,
-            offers={"adapter.base_bits": [16]},
-        )
+    refuse_quantised_experts(role)
     config = GPTConfig.build(
         role.model,
         grid.layout,
@@ -129,6 +132,18 @@ def empty_model(config: GPTConfig, grid: Grid, heads: Sequence[str]) -> BuildMod
         return GPT(config, grid, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage, heads=heads)
 
     return build
+
+
+def refuse_quantised_experts(role: Role) -> None:
+    """Refuse adapters beside a base in fewer bits for a mixture of experts."""
+    if role.model.experts is not None and role.adapter is not None and role.adapter.base_bits < 16:
+        raise ConfigError(
+            f"adapter.base_bits={role.adapter.base_bits}: the experts of a mixture are not quantised; use "
+            "adapter.base_bits=16",
+            key="adapter.base_bits",
+            value=role.adapter.base_bits,
+            offers={"adapter.base_bits": [16]},
+        )
 
 
 def engine_of(role: Role, grid: Grid, build: BuildModel, total_steps: int) -> Engine:

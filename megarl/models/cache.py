@@ -24,8 +24,11 @@ class KVCache:
         length: int,
         device: torch.device,
         encoded: int = 0,
+        *,
+        records_routes: bool = False,
     ) -> None:
-        """`encoded` is the largest number of tokens that an encoder reads."""
+        """`encoded` is the largest number of tokens that an encoder reads. With `records_routes`, there are the experts
+        of each token too: `routes`, for each layer that has some, [slots, length, chosen]."""
         heads = max(1, config.num_kv_heads // tp)
         layers = [layer for layer in layers if layer > config.encoder_layers]
         self.slots, self.length = slots, length
@@ -43,6 +46,11 @@ class KVCache:
         )
         self.keys = dict(zip(layers, self.store[: len(layers)], strict=True))
         self.values = dict(zip(layers, self.store[len(layers) :], strict=True))
+        self.routes: dict[int, Tensor] = {}
+        if records_routes and config.experts is not None:
+            mixed = [layer for layer in layers if config.has_experts(layer)]
+            shape = (len(mixed), slots, length, config.experts.chosen)
+            self.routes = dict(zip(mixed, torch.zeros(shape, dtype=torch.int16, device=device), strict=True))
 
     @staticmethod
     def most_layers(config: GPTConfig, pp: int) -> int:
@@ -66,6 +74,8 @@ class KVCache:
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` entries of one slot to another."""
         self.store[:, target, :, :length] = self.store[:, source, :, :length]
+        for routes in self.routes.values():
+            routes[target, :length] = routes[source, :length]
         if self.longest_encoded:
             self.copy_encoded(source, target)
 
@@ -80,6 +90,7 @@ class KVCache:
         self.values.clear()
         self.encoded_keys.clear()
         self.encoded_values.clear()
+        self.routes.clear()
         self.store = self.of_encoder = self.store.new_empty(0)
 
 
@@ -117,6 +128,12 @@ class CacheView:
             else:
                 store.view(-1, store.shape[-1]).index_copy_(0, self._entries, new.permute(1, 2, 0, 3).flatten(0, 2))
         return keys[held, :, : self.length], values[held, :, : self.length]
+
+    def record(self, layer: int, experts: Tensor) -> None:
+        """Store the experts of this pass's tokens in a layer [time, rows, chosen], where the cache records them."""
+        if layer in self.cache.routes:
+            routes = experts.transpose(0, 1).to(torch.int16)
+            self.cache.routes[layer][self.slots[:, None], self.positions] = routes
 
     def store_encoded(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the encoder's keys and values [rows, heads, time, head_dim] of a layer in the slots of this pass."""

@@ -22,6 +22,7 @@ from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
 from megarl.models.kernels import kernels
 from megarl.models.layer import Layer
+from megarl.parallel.device import device_settings
 from megarl.parallel.initialise import Std
 from megarl.parallel.rows import ModelInputs
 
@@ -196,6 +197,12 @@ def spans(
             table, buckets(distance, settings.buckets, settings.longest_distance, both_sides=both_sides)
         )
 
+    def of_part(table: Tensor | None, distance: Tensor, mask: Tensor, *, both_sides: bool) -> Context:
+        positions = relative(table, distance, both_sides=both_sides)
+        if positions is not None and layers_share_positions(config):
+            positions = positions.shared(mask, dtype)
+        return Context(None, mask, relative=positions)
+
     encoder, split = nothing, 0
     ids = None
     if inputs.encoder is not None:
@@ -205,9 +212,7 @@ def spans(
         index = torch.arange(split, device=device)
         # Padding is a document of its own, so that no softmax is over an empty set.
         mask = added(ids[:, None, :, None] == ids[:, None, None, :], dtype)
-        encoder = Context(
-            None, mask, relative=relative(tables[0], index[None, None, :] - index[:, None], both_sides=True)
-        )
+        encoder = of_part(tables[0], index[None, None, :] - index[:, None], mask, both_sides=True)
     if cache is not None and split == 0:
         return Spans(nothing, _decoding(cache, config, tables[1], relative), cache.encoded_mask(), 0, cache)
     if cache is not None:
@@ -222,17 +227,25 @@ def spans(
     causal = added(within & (distance <= 0), dtype)
     # Padding of the decoder attends to everything, so that no softmax is over an empty set.
     crossed = (mine[:, :, None] == ids[:, None, :]) | (mine == 0)[:, :, None]
-    decoder = Context(None, causal, relative=relative(tables[1], distance[None], both_sides=False))
+    decoder = of_part(tables[1], distance[None], causal, both_sides=False)
     return Spans(encoder, decoder, added(crossed[:, None], dtype), _share(split, config))
+
+
+def layers_share_positions(config: GPTConfig) -> bool:
+    """Return whether one look-up of relative positions serves all layers of a pass: on a CPU, unless layers are
+    recomputed whole (see `RelativePositions`)."""
+    recomputes = config.recompute_granularity == "full" and torch.is_grad_enabled()
+    return device_settings().plain_attention and not recomputes
 
 
 def _decoding(cache: CacheView, config: GPTConfig, table: Tensor | None, relative: object) -> Context:
     """Return the inputs of self-attention for single tokens after those in the cache. The mask contains the relative
-    positions: without gradients, one look-up serves all layers."""
+    positions: without gradients, one look-up serves all layers, and all rows if their tokens are at one position."""
     assert cache.length is not None
     assert callable(relative)
     entries = torch.arange(cache.length, device=cache.positions.device)
-    distance = entries[None, None, :] - cache.positions[:, :, None]
+    different = cache.positions[:1] if cache.even else cache.positions
+    distance = entries[None, None, :] - different[:, :, None]
     mask, positions = cache.mask(config.sliding_window), relative(table, distance, both_sides=False)
     return Context(None, mask if positions is None else positions.add_to(mask, config.params_dtype), cache)
 

@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 
-from megarl.algorithms.routing import balance_loss, choose, z_loss
+from megarl.algorithms.routing import balance_loss, choose, weights_of, z_loss
 from megarl.config.sections.model import ExpertsConfig
 from megarl.models.attention import Context
 from megarl.models.config import GPTConfig
@@ -47,14 +47,15 @@ class Routes(NamedTuple):
 class ExpertLayer(nn.Module):
     """Router, experts and shared expert, with Megatron's parameter names."""
 
-    def __init__(self, config: GPTConfig, groups: ProcessGroupCollection) -> None:
+    def __init__(self, config: GPTConfig, number: int, groups: ProcessGroupCollection) -> None:
+        """`number` is the layer's, from 1."""
         super().__init__()
         assert config.experts is not None
         assert config.experts.count is not None
         self.config, self.groups = config, groups
         self.experts_here = config.experts.count // groups.ep.size()
         self.first_here = self.experts_here * groups.ep.rank()
-        self.router = Router(config, groups)
+        self.router = Router(config, number, groups)
         self.experts = Experts(config, self.experts_here, groups)
         self.shared_experts: SharedExpert | None = None
         if config.experts.shared_ffn_size is not None:
@@ -63,6 +64,8 @@ class ExpertLayer(nn.Module):
     def forward(self, hidden: Tensor, context: Context | None) -> tuple[Tensor, None]:
         """Map hidden states [time, bins, hidden] to the same shape; the second result is Megatron's unused bias."""
         routes = self.router(hidden, context)
+        if context is not None and context.cache is not None:
+            context.cache.record(self.router.number, routes.experts.view(*hidden.shape[:2], -1))
         result = self._routed(hidden, routes)
         if self.shared_experts is not None:
             result = result + self.shared_experts(hidden)
@@ -155,10 +158,11 @@ def global_name(name: str, first: int) -> str:
 class Router(nn.Module):
     """Chooses the experts of each token. Its losses enter the backward pass beside the model's loss."""
 
-    def __init__(self, config: GPTConfig, groups: ProcessGroupCollection) -> None:
+    def __init__(self, config: GPTConfig, number: int, groups: ProcessGroupCollection) -> None:
         super().__init__()
         assert config.experts is not None
-        self.config, self.groups = config, groups
+        self.config, self.number, self.groups = config, number, groups
+        self.place = sum(config.has_experts(layer) for layer in range(1, number))  # among the layers with experts
         self.settings: ExpertsConfig = config.experts
         self.chosen, self.count = config.experts.chosen, int(config.experts.count or 0)
         place: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
@@ -177,13 +181,18 @@ class Router(nn.Module):
         if origins is None:
             return Routes(experts, weights)
         rows = self._mine(origins.rows).t().reshape(-1)
+        if origins.routes is not None:
+            named = self._mine(origins.routes[..., self.place * self.chosen : (self.place + 1) * self.chosen])
+            named = named.transpose(0, 1).reshape(-1, self.chosen).long()
+            experts = torch.where(named >= 0, named, experts)
+            weights = weights_of(logits, experts, normalise=self.settings.normalise)
         experts = experts.masked_fill((rows == 0)[:, None], -1)
         if self.training and torch.is_grad_enabled():
             weights = self._with_losses(logits, experts, weights, rows, origins)
         return Routes(experts, weights)
 
     def _mine(self, rows: Tensor) -> Tensor:
-        """Return the part of [bins, time] that this rank has the tokens of."""
+        """Return the part of [bins, time, ...] that this rank has the tokens of."""
         if not self.config.sequence_parallel or self.groups.tp.size() == 1:
             return rows
         mine: Tensor = rows.chunk(self.groups.tp.size(), dim=1)[self.groups.tp.rank()]
@@ -202,13 +211,14 @@ class Router(nn.Module):
         loads = counts.sum(0)
         if self.config.sequence_parallel and self.groups.tp.size() > 1:  # a row's tokens are on several ranks
             dist.all_reduce(counts, group=self.groups.tp)
-        total = origins.total
-        balance = balance_loss(logits, counts, rows, lengths.clamp(min=1), chosen=self.chosen, total=total)
-        z = z_loss(logits, total=total)
-        with torch.no_grad():
-            self.sums += torch.cat([torch.stack([balance, z]), loads]).double()
-        layers = self.config.expert_layers
-        loss = (self.settings.balance * balance + self.settings.z_loss * z) / layers
+        total, settings = origins.total, self.settings
+        with torch.set_grad_enabled(settings.balance > 0 or settings.z_loss > 0):
+            balance = balance_loss(logits, counts, rows, lengths.clamp(min=1), chosen=self.chosen, total=total)
+            z = z_loss(logits, total=total)
+        self.sums += torch.cat([torch.stack([balance, z]).detach(), loads]).double()
+        if not balance.requires_grad:
+            return weights
+        loss = (settings.balance * balance + settings.z_loss * z) / self.config.expert_layers
         attached: Tensor = _WithLoss.apply(weights, loss, float(origins.replicas))
         return attached
 

@@ -21,7 +21,8 @@ def flops_per_token(model: ModelConfig, vocab_size: float, length: float, adapte
         training = 3 * forward
 
     This is the familiar 6 * weights + 12 * layers * hidden * length / 2. Layers below `model.num_layers_unfrozen`
-    run forward only. Embedding look-ups, norms, activations, biases and the softmax are not counted.
+    run forward only. Embedding look-ups, norms, activations, biases and the softmax are not counted. Of a mixture of
+    experts, the weights are those that compute a token (`layer_weights`).
 
     With adapters, frozen weights need no gradients, so that their products count twice instead of three times; those of
     the adapters count three times. DoRA's lengths of rows are not counted.
@@ -34,14 +35,16 @@ def flops_per_token(model: ModelConfig, vocab_size: float, length: float, adapte
         adapter: the adapters beside the frozen weights of the model.
     """
     attention = 4 * model.num_heads * _head_dim(model) * mean_keys(length, model.sliding_window)
-    weights, output = _PER_WEIGHT * layer_weights(model), _PER_WEIGHT * model.hidden_size * vocab_size
+    output = _PER_WEIGHT * model.hidden_size * vocab_size
     trained = layers_with_gradients(model, adapter)
     frozen = model.num_layers - trained
-    layer = _FORWARD_AND_BACKWARD * (weights + attention)
+    with_gradients = _PER_WEIGHT * weights_of_layers(model, frozen)
+    forward_only = _PER_WEIGHT * weights_of_layers(model) - with_gradients
+    total = _FORWARD_AND_BACKWARD * (with_gradients + trained * attention) + forward_only + frozen * attention
     if adapter is not None:
-        layer += _FORWARD_AND_BACKWARD * _PER_WEIGHT * adapter_weights(model, adapter) - weights
+        total += trained * _FORWARD_AND_BACKWARD * _PER_WEIGHT * adapter_weights(model, adapter) - with_gradients
     last = (_FORWARD_AND_BACKWARD if adapter is None else _FORWARD_AND_BACKWARD - 1) * output
-    return float(trained * layer + last + frozen * (weights + attention))
+    return float(total + last)
 
 
 def forward_flops_per_token(
@@ -49,7 +52,7 @@ def forward_flops_per_token(
 ) -> float:
     """Return the operations of a forward pass per token of a sequence; see `flops_per_token`."""
     attention = 4 * model.num_heads * _head_dim(model) * mean_keys(length, model.sliding_window)
-    total = model.num_layers * (_PER_WEIGHT * layer_weights(model) + attention)
+    total = _PER_WEIGHT * weights_of_layers(model) + model.num_layers * attention
     if adapter is not None:
         total += layers_with_gradients(model, adapter) * _PER_WEIGHT * adapter_weights(model, adapter)
     return float(total + _PER_WEIGHT * model.hidden_size * vocab_size)
@@ -130,12 +133,49 @@ def _factor_weights(model: ModelConfig, parts: Parts, rank: int) -> int:
     return rank * (len(parts.modules) * width + sum(len(rows) for rows in parts.rows))
 
 
-def layer_weights(model: ModelConfig) -> int:
-    """Return the weights of one layer's matrix products: query, key, value and output projections, and the MLP's."""
-    head_dim, kv_heads = _head_dim(model), model.kv_heads
-    attention = model.hidden_size * head_dim * (2 * model.num_heads + 2 * kv_heads)
-    matrices = 3 if model.is_gated else 2
-    return attention + matrices * model.hidden_size * model.ffn_width
+def layer_weights(model: ModelConfig, layer: int = 0) -> int:
+    """Return the weights of one layer's matrix products that compute a token: query, key, value and output projections,
+    and the MLP's. With a mixture of experts instead: the router's, those of the experts that a token is sent to, and
+    those of the shared expert with its gate.
+
+    Args:
+        model: shape of the model.
+        layer: number of the layer, from 0: some may have no experts.
+    """
+    attention = model.hidden_size * _head_dim(model) * (2 * model.num_heads + 2 * model.kv_heads)
+    if model.experts is None or not model.has_experts(layer):
+        return attention + _mlp_weights(model, model.ffn_width)
+    router = model.hidden_size * int(model.experts.count or 0)
+    shared = model.experts.shared_ffn_size
+    always = 0 if shared is None else _mlp_weights(model, shared) + model.hidden_size
+    return attention + router + model.experts.chosen * expert_weights(model) + always
+
+
+def weights_of_layers(model: ModelConfig, first: int = 0) -> int:
+    """Return the weights of `layer_weights` of the layers from number `first` to the last of a model without an
+    encoder."""
+    return sum(layer_weights(model, layer) for layer in range(first, model.num_layers))
+
+
+def expert_weights(model: ModelConfig) -> int:
+    """Return the weights of one expert of one layer."""
+    return _mlp_weights(model, model.expert_width)
+
+
+def expert_layers(model: ModelConfig, first: int = 0) -> int:
+    """Return how many layers from number `first` on have experts."""
+    return sum(model.has_experts(layer) for layer in range(first, model.num_layers))
+
+
+def idle_weights(model: ModelConfig) -> int:
+    """Return the weights of the experts that do not compute a token, of all layers; 0 without experts."""
+    if model.experts is None:
+        return 0
+    return expert_layers(model) * (int(model.experts.count or 0) - model.experts.chosen) * expert_weights(model)
+
+
+def _mlp_weights(model: ModelConfig, width: int) -> int:
+    return (3 if model.is_gated else 2) * model.hidden_size * width
 
 
 def cross_weights(model: ModelConfig) -> int:

@@ -113,6 +113,8 @@ class GPT(LanguageModule):
         heads: Sequence[str] = ("lm",),
     ) -> None:
         """`heads` are names from `HEADS`, repeated for several; without `lm` there is no output layer."""
+        if config.encoder is not None and config.encoder.start_id is None:
+            raise ValueError("the start token of the decoder is not known: resolve_pretrained gives it")
         super().__init__(config=config, pg_collection=grid.groups)
         self.config: GPTConfig = config
         self.model_type = ModelType.encoder_or_decoder
@@ -192,6 +194,7 @@ class GPT(LanguageModule):
         """
         hidden = None
         if self.config.encoder is not None:
+            assert self.config.encoder.start_id is not None
             inputs = with_start(inputs, self.config.encoder.start_id)
         if self.pre_process:
             hidden = self._embed(inputs)
@@ -386,8 +389,9 @@ class GPT(LanguageModule):
     def global_names(self) -> list[tuple[str, nn.Parameter]]:
         """Return parameters by their names in the whole model: layers counted from 0, a tied output as embedding."""
         first = self.decoder.layers[0].layer_number - 1 if len(self.decoder.layers) else 0
-        count = 0 if self.config.experts is None else int(self.config.experts.count or 0)
-        first_expert = count // self.groups.ep.size() * self.groups.ep.rank()
+        first_expert = 0
+        if self.config.experts is not None:
+            first_expert = int(self.config.experts.count or 0) // self.groups.ep.size() * self.groups.ep.rank()
         named = []
         for name, parameter in self.named_parameters():
             head, _, rest = name.partition("decoder.layers.")

@@ -42,7 +42,7 @@ class Layer(MegatronModule, BaseTransformerLayer):
             self.pre_mlp_layernorm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp: MLP | ExpertLayer
         if config.has_experts(self.layer_number):
-            self.mlp = ExpertLayer(config, pg_collection)
+            self.mlp = ExpertLayer(config, self.layer_number, pg_collection)
         else:
             self.mlp = MLP(
                 config=config,

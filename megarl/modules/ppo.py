@@ -66,7 +66,7 @@ class PPO(GenerativeModule):
         self.streams = (TRAINING, GREEDY) if self.needs.greedy else (TRAINING,)
         self.shaping = Shaping(config.ppo, config.rollout.max_new_tokens)
         self.invariants = Invariants(
-            config.ppo.invariants,
+            or_defaults(config, "health").invariants,
             config.trainer.precision,
             lambda: self.steps_done,
             corrected=config.ppo.correction is not None,
@@ -101,6 +101,8 @@ class PPO(GenerativeModule):
             if role.on_device:
                 self.engines[role.name] = self.build(role, trained.get(role.name, 0) * self.steps_per_phase)
         self.policy = self.engines["policy"]
+        if "critic" in self.engines:
+            self.engines["critic"].follows_routes = False  # its experts are others
         self.critic = self._make_critic()
         self.loss = PolicyLoss(config, self.shaping, self.critic, self.token_logprobs)
         if config.ppo.action_mask is not None:

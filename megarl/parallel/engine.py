@@ -6,12 +6,11 @@ The engine takes a callable that builds the model, so it does not depend on the 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
@@ -31,35 +30,17 @@ from megarl.parallel.optimizer import (
     restore_schedule,
     trains_here,
 )
+from megarl.parallel.passes import (
+    BuildModel,
+    CountFn,
+    Finish,
+    ForwardFn,
+    LossFn,
+    Outputs,
+    Stats,
+    StepObserver,
+)
 from megarl.parallel.rows import Microbatch
-
-Stats = dict[str, Tensor]
-Outputs = dict[str, Tensor]
-
-# loss_fn(model, output, microbatch, counts) -> (loss, stats). `counts` are sums over all microbatches and data-parallel
-# ranks: a loss divided by one does not depend on how its batch was split. Stats are such quotients, to be summed.
-LossFn = Callable[[Any, Tensor, Microbatch, dict[str, float]], tuple[Tensor, Stats]]
-CountFn = Callable[[Microbatch], Stats]
-# fn(model, output, microbatch) -> tensors [bins, ...]
-Finish = Callable[[Any, Microbatch, Tensor], Any]  # (model, batch, output)
-ForwardFn = Callable[[Any, Tensor, Microbatch], Outputs]
-
-
-class StepObserver(Protocol):
-    """What a model's layers report of a training step besides its loss."""
-
-    def begin(self) -> None:
-        """Forget the earlier steps."""
-
-    def stats(self) -> dict[str, float]:
-        """Return the step's statistics by name, the same on every rank. All ranks call this."""
-
-
-class BuildModel(Protocol):
-    """Builds one chunk; `vp_stage` is None without virtual stages."""
-
-    def __call__(self, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> LanguageModule:
-        """Build the chunk of this pipeline stage."""
 
 
 class Engine:
@@ -89,6 +70,7 @@ class Engine:
         self._chunks: list[Any] = list(self._models)
         self.has_gradients = False
         self.observer: StepObserver | None = None
+        self.follows_routes = True  # whether the experts that rows name compute their tokens, or the router chooses
         self.observed: dict[str, float] = {}  # what it reported of the last training step
         self.loads = 0  # how often weights were loaded that may not train
         self.pins = device_settings().pinned_copies
@@ -421,6 +403,8 @@ class Engine:
     def _run(self, microbatches: Sequence[Microbatch], finish: Finish, *, forward_only: bool) -> list[Any]:
         """Run Megatron's schedule over the microbatches; the last stage returns each `finish(model, batch, output)`."""
         on_device = [batch.to(self.grid.device) for batch in microbatches]
+        if not self.follows_routes:
+            on_device = [batch.without_routes() for batch in on_device]
         batch_size, time = len(on_device[0].tokens), on_device[0].time
 
         def step(batches: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Callable[..., Any]]:

@@ -29,9 +29,11 @@ from torch import Tensor
 
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
-from megarl.parallel.packing import pack, round_up_to_bucket
+from megarl.parallel.packing import pack, round_up_to_bucket, spread
 from megarl.parallel.rows import Microbatch, ModelInputs, Origins, Rows, RowSource, gather, states_index
 
+FEWER = (1.25, 1.5, 1.75, 2.0, 2.5)
+"""By how much fewer bins than the fullest part needs are tried for an encoder-decoder, whose bins are then longer."""
 LONGER = (1.0, 1.25, 1.5, 2.0)
 """Lengths of shared bins that are tried, as multiples of the longest unit: in a longer bin, less stays empty."""
 EQUAL_WORK = 4096
@@ -43,17 +45,20 @@ the memory of its scores grows with their length."""
 @dataclass(frozen=True)
 class _Shape:
     """The shape of a replica's microbatches: their number, and bins and tokens per bin of each. `members` are the units
-    of each bin."""
+    of each bin. With an encoder, `encoder_time` are the tokens that it reads, and `time` are those of the decoder."""
 
     count: int
     bins: int
     time: int
     members: list[np.ndarray]
+    encoder_time: int = 0
 
     @property
     def work(self) -> float:
         """An estimate of the time that the microbatches take."""
-        return self.count * self.bins * self.time * (1 + self.time / EQUAL_WORK)
+        encoder, decoder = self.encoder_time, self.time  # each attends to itself, the decoder to the encoder too
+        one = encoder * (1 + encoder / EQUAL_WORK) + decoder * (1 + (decoder + encoder) / EQUAL_WORK)
+        return self.count * self.bins * one
 
 
 class MicrobatchPlan:
@@ -96,8 +101,29 @@ class MicrobatchPlan:
         self.read = np.maximum(self.lengths - self.skipped - (0 if read_last else 1), 1)
         self.segmented = share_bins or keep_together is not None
         members = _members(len(self.lengths), keep_together)
-        row_sizes = self.read if self.prompts is None else self.read + self.prompts
-        sizes = np.array([row_sizes[rows].sum() for rows in members]) if keep_together is not None else row_sizes
+        if self.prompts is None:
+            sizes = np.array([self.read[rows].sum() for rows in members]) if keep_together is not None else self.read
+            shapes = self._shapes(sizes, per_microbatch, share_bins, longest)
+        else:
+            both = np.stack([self.prompts, self.read], 1)
+            pairs = np.array([both[rows].sum(0) for rows in members]) if keep_together is not None else both
+            shapes = self._shapes_of_pairs(pairs, per_microbatch, share_bins)
+        best = min(shapes, key=lambda shape: shape.work)
+        self.count, self.bins, self.time, bins = best.count, best.bins, best.time, best.members
+        self.encoder_time, self.first_unit = best.encoder_time, members[0]
+        if keep_together is not None:
+            bins = [np.concatenate([members[number] for number in one]) for one in bins]
+        self._assign(bins)
+
+    def _time(self, capacity: int, longest: int | None) -> int:
+        """Return the length of bins for units of at most `capacity` tokens."""
+        multiple_of = self.layout.tp if self.layout.sequence_parallel else 1
+        time = round_up_to_bucket(capacity, multiple_of)
+        return time if longest is None else min(time, -(-max(capacity, longest) // multiple_of) * multiple_of)
+
+    def _shapes(self, sizes: np.ndarray, per_microbatch: int, share_bins: bool, longest: int | None) -> list[_Shape]:
+        """Return the possible shapes for units of `sizes` tokens, [units]. The other arguments are those of
+        `__init__`."""
         largest = int(sizes.max())
         times = {self._time(largest, longest): per_microbatch}  # and how many bins a microbatch may hold
         if share_bins:
@@ -106,33 +132,34 @@ class MicrobatchPlan:
                 time, most = self._time(capacity, None), per_microbatch * largest // capacity
                 if most > times.get(time, 0):
                     times[time] = most
-        shapes = [self._shape(sizes, time, most, share_bins) for time, most in times.items()]
-        best = min(shapes, key=lambda shape: shape.work)
-        self.count, self.bins, self.time, bins = best.count, best.bins, best.time, best.members
-        self.first_unit = members[0]
-        if keep_together is not None:
-            bins = [np.concatenate([members[number] for number in one]) for one in bins]
-        self._assign(bins)
-        self.encoder_time = 0
-        if self.prompts is not None:  # the two share a bin's capacity; each is as long as its fullest bin
-            self.time = self._time(max(int(self.read[rows].sum()) for rows in bins), None)
-            self.encoder_time = self._time(max(int(self.prompts[rows].sum()) for rows in bins), None)
+        singles = list(np.arange(len(sizes))[:, None])
+        return [self._shape(pack(sizes, time) if share_bins else singles, time, most) for time, most in times.items()]
 
-    def _time(self, capacity: int, longest: int | None) -> int:
-        """Return the length of bins for units of at most `capacity` tokens."""
-        multiple_of = self.layout.tp if self.layout.sequence_parallel else 1
-        time = round_up_to_bucket(capacity, multiple_of)
-        return time if longest is None else min(time, -(-max(capacity, longest) // multiple_of) * multiple_of)
+    def _shapes_of_pairs(self, pairs: np.ndarray, per_microbatch: int, share_bins: bool) -> list[_Shape]:
+        """Return the possible shapes for units of [units, 2] tokens, those of the encoder and those of the decoder."""
+        largest = pairs.max(0)
+        needed = float((pairs.sum(0) / largest).max())  # bins as long as the longest unit, if they were full
+        candidates = [list(np.arange(len(pairs))[:, None])]
+        if share_bins:
+            numbers = sorted({math.ceil(needed / factor) for factor in FEWER})
+            candidates += [spread(pairs, number) for number in numbers]
+        shapes = []
+        for members in candidates:
+            fullest = np.array([pairs[units].sum(0) for units in members]).max(0)
+            encoder_time, time = (self._time(int(tokens), None) for tokens in fullest)
+            most = int(per_microbatch * largest.sum() // fullest.sum())
+            if most:
+                shapes.append(self._shape(members, time, most, encoder_time))
+        return shapes
 
-    def _shape(self, sizes: np.ndarray, time: int, most: int, share_bins: bool) -> _Shape:
-        """Pack units into bins of a length, at most `most` of them in a microbatch."""
+    def _shape(self, members: list[np.ndarray], time: int, most: int, encoder_time: int = 0) -> _Shape:
+        """Return the shape for these units of each bin, if a microbatch holds at most `most` bins."""
         layout = self.layout
-        members = pack(sizes, time) if share_bins else list(np.arange(len(sizes))[:, None])
         count = -(-len(members) // (layout.dp * most))
         if layout.vpp > 1:  # an interleaved pipeline needs a multiple of pp microbatches
             count = -(-count // layout.pp) * layout.pp
         bins = min(most, round_up_to_bucket(-(-len(members) // (layout.dp * count)), steps=16))
-        return _Shape(count, bins, time, members)
+        return _Shape(count, bins, time, members, encoder_time)
 
     def _assign(self, bins: Sequence[np.ndarray]) -> None:
         """Compute for each row its bin, the position of its first token in the bin, and its segment there, from 1."""
@@ -180,11 +207,12 @@ class MicrobatchPlan:
         is_followed = torch.from_numpy(in_row + 1 < self.lengths[members][row])
         target = token + is_followed
 
-        def lay_out(values: Tensor) -> Tensor:
-            bins = values.new_zeros(self.bins * self.time)
+        def lay_out(values: Tensor, padding: int = 0) -> Tensor:
+            bins = values.new_full((self.bins * self.time, *values.shape[1:]), padding)
             bins[position] = values
-            return bins.view(self.bins, self.time)
+            return bins.view(self.bins, self.time, *values.shape[1:])
 
+        routes = lay_out(rows["routes"].flatten(0, 1)[token], -1) if "routes" in rows else None
         segments = torch.from_numpy(self.row_segment[members][row]) if self.segmented else None
         if "segment_ids" in rows:
             assert segments is None, "rows that hold documents have bins to themselves"
@@ -195,7 +223,7 @@ class MicrobatchPlan:
             positions=lay_out(positions),
             segment_ids=None if segments is None else lay_out(segments),
             encoder=None if self.prompts is None else self._encoder(rows, members, first, idle),
-            origins=Origins(lay_out(torch.from_numpy(row + 1)), float(self.read.sum()), self.layout.dp),
+            origins=Origins(lay_out(torch.from_numpy(row + 1)), float(self.read.sum()), self.layout.dp, routes),
             targets=lay_out(rows.tokens.flatten()[target] * is_followed),
             target_mask=lay_out(rows.action_mask.flatten()[target] * is_followed),
             rows=rows,

@@ -1,5 +1,6 @@
 """AdamW or another update rule in Megatron's distributed optimizer, and the learning-rate schedule."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,12 +119,14 @@ def _load(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
                 state["step"] = state["step"].clone()
 
 
-def stored_moments(optimizer: MegatronOptimizer) -> int:
-    """Return how many values a checkpoint has for this rank's slice of the model, besides the weights."""
+def stored_moments(optimizer: MegatronOptimizer, buffers: Collection[Any] | None = None) -> int:
+    """Return how many values a checkpoint has for this rank's slice of the model, besides the weights; with `buffers`,
+    only for the weights whose gradients are in these buffers."""
     count = 0
     for part in _parts(optimizer):
         rule = part.optimizer if isinstance(part.optimizer, UpdateRule) else None
-        for parameter in (parameter for buffer in part.buffers for parameter in buffer.param_index_map):
+        mine = [buffer for buffer in part.buffers if buffers is None or buffer in buffers]
+        for parameter in (parameter for buffer in mine for parameter in buffer.param_index_map):
             moments = MOMENTS if rule is None else rule.moments_for(rule.trained[parameter])
             count += len(moments) * parameter.numel()
     return count

@@ -1,4 +1,4 @@
-"""Pack sequences into bins of equal length, and round sizes up to a few values."""
+"""Pack sequences into bins of equal length, spread pairs of sequences over bins, and round sizes up to a few values."""
 
 from __future__ import annotations
 
@@ -46,6 +46,30 @@ def _best_fit(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
         bins[target].append(int(sequence))
         insort(free, (left - length, target))
     return [np.array(members) for members in sorted((sorted(one) for one in bins), key=lambda one: one[0])]
+
+
+def spread(lengths: np.ndarray, bins: int) -> list[np.ndarray]:
+    """Assign pairs of sequences to a number of bins, so that the fullest bin of each part is short.
+
+    The longest pair comes first, and each goes into the bin that it leaves least full. Below the mean of all bins, or
+    the longest sequence, a bin counts by both parts together; above, by the part that exceeds it most.
+
+    Args:
+        lengths: tokens of the two parts of each pair, such as a prompt and a response, [pairs, 2].
+        bins: their number, at most that of the pairs.
+
+    Returns:
+        The indices of the pairs of each bin that has any, in ascending order; bins in the order of their first pairs.
+    """
+    shares = lengths / np.maximum(lengths.sum(0) / bins, lengths.max(0))
+    full = np.zeros((bins, 2))
+    members: list[list[int]] = [[] for _ in range(bins)]
+    for pair in np.argsort(-shares.max(1), kind="stable"):
+        after = full + shares[pair]
+        target = np.lexsort((after.sum(1), np.maximum(after.max(1), 1.0)))[0]
+        full[target] = after[target]
+        members[target].append(int(pair))
+    return [np.array(one) for one in sorted(sorted(one) for one in members if one)]
 
 
 def round_up_to_bucket(n: int, multiple_of: int = 1, *, steps: int = 8) -> int:

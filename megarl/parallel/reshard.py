@@ -36,11 +36,14 @@ class SecondGrid(Grid):
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.device = layout, device
         order = RankGenerator(tp=layout.tp, ep=1, dp=layout.dp, pp=layout.pp, cp=layout.cp, order="tp-cp-ep-dp-pp")
-        made = {axis: dist.new_subgroups_by_enumeration(order.get_ranks(axis))[0] for axis in ("tp", "pp", "dp", "cp")}
+        made = {
+            axis: dist.new_subgroups_by_enumeration(order.get_ranks(axis))[0] for axis in ("tp", "pp", "dp", "cp", "ep")
+        }
         self._made = list(made.values())
         # Tied embeddings over stages and context parallelism are not supported: see `refuse_what_cannot_be_moved`.
-        self.groups = ProcessGroupCollection(**made, tp_cp=made["tp"], dp_cp=made["dp"], embd=None)
+        self.groups = ProcessGroupCollection(**made, tp_cp=made["tp"], dp_cp=made["dp"], expt_dp=made["dp"], embd=None)
         self.tp_rank, self.pp_rank, self.dp_rank = (made[axis].rank() for axis in ("tp", "pp", "dp"))
+        self.ep_rank = 0
 
     def close(self) -> None:
         """Destroy the process groups of this layout."""

@@ -60,14 +60,14 @@ class Rows:
         return self.per_token[name] if name in self.per_token else self.per_row[name]
 
     def with_columns(self, **columns: Tensor) -> Self:
-        """Return these rows with the given columns added or replaced: [rows, time] or [rows]."""
+        """Return these rows with the given columns added or replaced: [rows, time], [rows, time, ...] or [rows]."""
         per_token, per_row = dict(self.per_token), dict(self.per_row)
         for name, column in columns.items():
             if name in ("tokens", "lengths", "action_mask"):
                 raise ValueError(f"{name} is not an additional column: use dataclasses.replace")
-            if column.shape not in (self.tokens.shape, self.lengths.shape):
+            if column.shape[:2] != self.tokens.shape and column.shape != self.lengths.shape:
                 raise ValueError(f"{name} has shape {list(column.shape)} and the rows {list(self.tokens.shape)}")
-            (per_token if column.dim() == 2 else per_row)[name] = column
+            (per_token if column.dim() >= 2 else per_row)[name] = column
         return replace(self, per_token=per_token, per_row=per_row)
 
     def take(self, indices: Tensor) -> Self:
@@ -117,15 +117,19 @@ class Origins:
         rows: [bins, time] long, the row of each token within the microbatch, from 1; 0 in padding.
         total: number of tokens that are read in the microbatches of all replicas together.
         replicas: number of replicas, whose gradients are averaged.
+        routes: [bins, time, layers with experts x chosen], the experts that each token is computed by, -1 where the
+            router chooses; None: it chooses for all.
     """
 
     rows: Tensor
     total: float
     replicas: int
+    routes: Tensor | None = None
 
     def to(self, device: torch.device) -> Origins:
         """Return the same on a device."""
-        return replace(self, rows=self.rows.to(device, non_blocking=True))
+        routes = None if self.routes is None else self.routes.to(device, non_blocking=True)
+        return replace(self, rows=self.rows.to(device, non_blocking=True), routes=routes)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -215,6 +219,12 @@ class Microbatch(ModelInputs):
             )
         origins = None if self.origins is None else self.origins.to(device)
         return replace(self, rows=self.rows.to(device), encoder=encoder, origins=origins, **moved)
+
+    def without_routes(self) -> Self:
+        """Return this microbatch for a model whose router chooses all experts."""
+        if self.origins is None or self.origins.routes is None:
+            return self
+        return replace(self, origins=replace(self.origins, routes=None))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name; names of the rows' tensors begin with `rows.`."""

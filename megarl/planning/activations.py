@@ -31,6 +31,11 @@ class Shape:
     keys: float  # of one of keys and values
     heads: float
     inner: float  # of the MLP
+    expert: float  # inner width of an expert
+    shared: float  # of the MLP that computes every token beside the experts; 0 without one
+    copies: int  # how many experts a token is sent to
+    all_experts: int  # of a layer
+    experts: int  # of a layer, on this rank
     rotary: int
     element: int
     gathered: bool
@@ -41,6 +46,7 @@ class Shape:
         """Compute the widths for a configuration and a layout; `element` is in bytes."""
         tp = layout.tp
         split = tp if layout.sequence_parallel else 1
+        count = 0 if config.experts is None else int(config.experts.count or 0)
         return cls(
             hidden=config.hidden_size / split,
             whole=config.hidden_size,
@@ -48,6 +54,11 @@ class Shape:
             keys=max(1.0, config.num_kv_heads / tp) * config.head_dim,
             heads=config.num_attention_heads / tp,
             inner=config.ffn_hidden_size / tp,
+            expert=config.expert_width / tp,
+            shared=(0 if config.experts is None else config.experts.shared_ffn_size or 0) / tp,
+            copies=0 if config.experts is None else config.experts.chosen,
+            all_experts=count,
+            experts=count // layout.ep,
             rotary=config.rotary_dim if config.position == "rope" else 0,
             element=element,
             gathered=layout.sequence_parallel,
@@ -61,7 +72,7 @@ def kept_by_norm(config: GPTConfig, shape: Shape, *, outputs: bool = True) -> fl
     output = shape.hidden * shape.element if outputs else 0.0
     if config.normalization == "LayerNorm":
         return output + shape.hidden * shape.element + 2 * shape.element / split
-    if shape.on_cpu:  # several float32 operations: they keep the input and, for the scale, what is multiplied by it
+    if _converts(config, shape):  # several float32 operations: they keep the input and, for the scale, its factor
         return output + (1 if config.adapter else 2) * shape.hidden * 4 + 4 / split
     return output + shape.hidden * shape.element + 4 / split
 
@@ -72,8 +83,11 @@ def kept_by_layer(config: GPTConfig, shape: Shape, at: Positions, recompute: str
         return at.whole * shape.hidden * shape.element
     total = at.tokens * _kept_per_token(config, shape, at, recompute) + _kept_by_adapters(config, shape, at)
     total += at.bins * _kept_of_others(config, shape, at)
+    if at.routed and shape.element < 4:  # the router's weight in float32
+        total += 4 * shape.all_experts * shape.whole
     if config.position == "relative" and recompute != "selective":
-        total += at.tokens * at.time * shape.heads * _per_pair(config, shape)
+        dropped = 1 if _in_operations(config, shape) and config.attention_dropout > 0 else 0  # a byte of a mask
+        total += at.tokens * at.time * shape.heads * (_per_pair(config, shape) + dropped)
     if at.crosses:
         total += at.bins * _kept_by_cross_attention(config, shape, at, recompute)
     return total
@@ -81,14 +95,15 @@ def kept_by_layer(config: GPTConfig, shape: Shape, at: Positions, recompute: str
 
 def _kept_per_token(config: GPTConfig, shape: Shape, at: Positions, recompute: str) -> float:
     """Return the bytes per token that attention to the own sequence, the MLP and their norms keep."""
-    read = [_keeps_input(config, at, place) for place in (QKV, FC1)]
+    read = [_keeps_input(config, at, QKV), _keeps_normed(config, shape, at)]
     if config.parallel_residual == "one_norm":
         total = kept_by_norm(config, shape, outputs=any(read))
     else:
         total = sum(kept_by_norm(config, shape, outputs=kept) for kept in read)
-    if config.parallel_residual == "two_norms" and (config.normalization == "LayerNorm" or not shape.on_cpu):
+    if config.parallel_residual == "two_norms" and not _converts(config, shape):
         total -= shape.hidden * shape.element  # both norms keep the same input
-    total += _kept_by_attention(config, shape, recompute) + _kept_by_mlp(config, shape, at)
+    total += _kept_by_attention(config, shape, at, recompute)
+    total += _kept_by_experts(config, shape) if at.routed else _kept_by_mlp(config, shape, at)
     if config.hidden_dropout > 0:
         total += 2 * shape.hidden  # one byte per element of two masks
     return total
@@ -96,8 +111,8 @@ def _kept_per_token(config: GPTConfig, shape: Shape, at: Positions, recompute: s
 
 def _in_operations(config: GPTConfig, shape: Shape) -> bool:
     """Return whether attention with relative positions consists of single operations in float32: on a CPU, which has no
-    kernel for the gradient of these positions. Beside adapters they are frozen."""
-    return shape.on_cpu and config.position == "relative" and config.adapter is None
+    kernel for the gradient of these positions."""
+    return shape.on_cpu and config.position == "relative"
 
 
 def _per_pair(config: GPTConfig, shape: Shape) -> int:
@@ -134,13 +149,14 @@ def _kept_by_cross_attention(config: GPTConfig, shape: Shape, at: Positions, rec
     return at.time * own + at.other * 2 * shape.keys * shape.element
 
 
-def _kept_by_attention(config: GPTConfig, shape: Shape, recompute: str) -> float:
+def _kept_by_attention(config: GPTConfig, shape: Shape, at: Positions, recompute: str) -> float:
     """Return bytes per token of the projection (whose slice is the values), queries, keys, output and statistics."""
     vectors = shape.queries + shape.keys
     if _in_operations(config, shape) and recompute != "selective":
-        # They keep copies of queries and keys, and the values, a slice of the projection.
-        copies = 2 * vectors if shape.element == 4 else vectors
-        return (copies + shape.keys) * 4 + shape.queries * shape.element
+        # They keep copies of queries, keys and values instead of the projection, and leave the output to its product.
+        dropped = config.adapter is not None and config.adapter.dropout > 0  # the product keeps a copy with dropout
+        output = shape.queries * shape.element if _keeps_input(config, at, PROJ) and not dropped else 0.0
+        return (vectors + shape.keys) * 4 + output
     # Queries of several groups are not contiguous in the projection, so they are copied.
     copied = config.num_kv_heads != config.num_attention_heads and shape.keys > config.head_dim
     elements = 2 * shape.queries + 2 * shape.keys  # the projection, and the output
@@ -150,12 +166,11 @@ def _kept_by_attention(config: GPTConfig, shape: Shape, recompute: str) -> float
         elements += shape.queries
     statistics = 0.0 if recompute == "selective" else 4 * shape.heads
     if config.qk_layernorm:
-        single = shape.on_cpu and config.normalization == "RMSNorm"  # as in `kept_by_norm`
+        single = _converts(config, shape)
         statistics += vectors / config.head_dim * (4 if config.normalization == "RMSNorm" else 2 * shape.element)
         if single:
-            statistics += vectors * (0 if config.adapter else 4)  # what the scale multiplies
-            statistics += vectors * (0 if shape.element == 4 else 4)
-        if copied and not (single and shape.element < 4):
+            statistics += vectors * (4 if config.adapter else 8)  # the input, and what the scale multiplies
+        if copied and not single:
             elements += shape.queries
     return elements * shape.element + statistics
 
@@ -167,6 +182,51 @@ def _kept_by_mlp(config: GPTConfig, shape: Shape, at: Positions) -> float:
         return shape.inner * shape.element
     widths = (4 if config.gated_linear_unit else 1) + _keeps_input(config, at, FC2)
     return widths * shape.inner * shape.element
+
+
+def _keeps_normed(config: GPTConfig, shape: Shape, at: Positions) -> bool:
+    """Return whether the output of the norm before an MLP or experts is kept. A router keeps it in float32; experts
+    keep copies, and a shared expert keeps it itself."""
+    if not at.routed:
+        return _keeps_input(config, at, FC1)
+    return config.adapter is None and (shape.element == 4 or shape.shared > 0)
+
+
+def _kept_by_experts(config: GPTConfig, shape: Shape) -> float:
+    """Return bytes per token of router, experts and shared expert. Under sequence parallelism, every rank has its slice
+    of the experts for all tokens, but router, gate and a shared expert's results for its own tokens."""
+    assert config.experts is not None
+    trained = config.adapter is None
+    copies, split = shape.copies, shape.whole / shape.hidden
+    router = 4 * shape.all_experts + copies * (4 + 8)  # scores; weights and numbers of the experts
+    if config.experts.balance > 0 or config.experts.z_loss > 0:
+        router += 3 * 4 * shape.all_experts + 5
+    if not config.experts.normalise:
+        router += 4
+    if trained and shape.element < 4:
+        router += 4 * shape.whole
+    sent = copies * (2 * 8 + shape.element)  # order, places, and weights
+    sent += copies * (3 if trained else 2) * shape.whole * shape.element  # inputs, results, and these times weights
+    return (
+        router / split
+        + sent
+        + copies * _kept_inside(config, 3) * shape.expert * shape.element
+        + _kept_by_shared(config, shape)
+    )
+
+
+def _kept_inside(config: GPTConfig, gated: int) -> int:
+    """Return how many inner widths an expert keeps, `gated` of them for a gate; and its product if weights train."""
+    if config.activation_func is F.relu:
+        return 1
+    return (gated if config.gated_linear_unit else 1) + (config.adapter is None)
+
+
+def _kept_by_shared(config: GPTConfig, shape: Shape) -> float:
+    """Return bytes per token of a shared expert: of its MLP, what it returns, and the gate."""
+    if shape.shared == 0:
+        return 0.0
+    return (_kept_inside(config, 4) * shape.shared + shape.hidden + shape.hidden / shape.whole) * shape.element
 
 
 def _adapted(config: GPTConfig, at: Positions) -> dict[str, Parts]:
@@ -242,7 +302,7 @@ def not_kept_by_first(config: GPTConfig, shape: Shape, at: Positions) -> float:
     """Return the bytes of its input that the first layer with adapters of a model does not keep, as nothing below it
     trains."""
     norms = 2 if config.parallel_residual == "two_norms" else 1
-    single = norms == 2 and (config.normalization == "LayerNorm" or not shape.on_cpu)  # both keep the same input
+    single = norms == 2 and not _converts(config, shape)  # both keep the same input
     shared = shape.hidden * shape.element if single else 0.0
     others = 0.0 if at.crosses else at.bins * _kept_of_others(config, shape, at)
     return at.tokens * (norms * kept_by_norm(config, shape, outputs=False) - shared) + others
@@ -252,13 +312,15 @@ def kept_besides_layers(config: GPTConfig, shape: Shape, part: Part, recompute: 
     """Return the bytes that the layers of an encoder-decoder's part share, and those of the norm after an encoder.
 
     All layers read the buckets of distances, 8 bytes each, and the mask to the encoder. Masks within a part are needed
-    again where attention is recomputed.
+    again where attention is recomputed; on a CPU, they then contain the relative positions of every head.
     """
     if config.position != "relative" or not part.trained:
         return 0.0
     at = part.at
     masked = (at.other if at.crosses else 0) + (at.time if recompute != "none" else 0)
     total = 8.0 * at.time**2 + at.tokens * masked * shape.element
+    if recompute == "selective" and _in_operations(config, shape):
+        total += (at.bins * (shape.heads - 1) + shape.heads) * at.time**2 * shape.element
     if part.is_last and recompute != "full":
         total += at.tokens * kept_by_norm(config, shape, outputs=False)
     return total
@@ -277,15 +339,18 @@ def passing_forward(config: GPTConfig, shape: Shape, at: Positions, *, adapters:
     gathered = shape.whole if shape.gathered else 0.0
     attention = 2 * shape.hidden + gathered + 4 * shape.queries + 4 * shape.keys
     # Seven: the embedding's output, the layer's input, input and output of attention, their sum, its norm, one spare.
-    mlp = 7 * shape.hidden + gathered + (5 if config.gated_linear_unit else 2) * shape.inner
+    mlp = 7 * shape.hidden + gathered
+    mlp += _passing_experts(config, shape) if at.routed else (5 if config.gated_linear_unit else 2) * shape.inner
     norm = 2 * shape.hidden * shape.element + 3 * shape.hidden * wide
     outputs = _outputs(config, shape, at)
     if adapters and outputs:  # outputs of the weight and of the adapter, and their sum; with DoRA one more
         copies = 4 if config.adapter is not None and config.adapter.kind == "dora" else 3
         attention = max(attention, 2 * shape.hidden + gathered + copies * outputs.get(QKV, 0.0))
         mlp = max(mlp, 7 * shape.hidden + gathered + copies * outputs.get(FC1, 0.0))
-    # A value for every pair and head of each bin, and once for all distances.
+    # A value for every pair and head of each bin, and once for all distances. Single operations add it to the scores.
     pairs = (at.bins + 1) * at.time**2 * shape.heads * shape.element if config.position == "relative" else 0.0
+    if _in_operations(config, shape):
+        pairs += at.bins * at.time**2 * shape.heads * 4
     others = at.bins * at.other * 2 * shape.hidden * shape.element  # the embedding's output and the layer's input
     if at.crosses:
         others += at.bins * at.other * 2 * shape.keys * shape.element
@@ -293,6 +358,17 @@ def passing_forward(config: GPTConfig, shape: Shape, at: Positions, *, adapters:
         squares = at.time**2 + at.other**2
         others += at.bins * (squares + at.time * at.other) * shape.element + 8 * squares
     return max(at.tokens * attention * shape.element + pairs, at.tokens * max(mlp * shape.element, norm)) + others
+
+
+def _passing_experts(config: GPTConfig, shape: Shape) -> float:
+    """Return the elements per token at the peak of a forward pass through experts that keeps nothing.
+
+    Copies of the tokens are held as they are sent, received and sorted by expert, and results likewise; before these
+    are joined, one expert's inner states are there.
+    """
+    sent, inner = shape.copies * shape.whole, shape.copies * shape.expert / shape.experts
+    before, whole = (3, 6) if shape.experts < shape.all_experts else (1, 3)
+    return max(whole * sent, (before + 1) * sent + (4 if config.gated_linear_unit else 2) * inner)
 
 
 def passing_backward(config: GPTConfig, shape: Shape, at: Positions, recompute: str) -> float:
@@ -303,6 +379,8 @@ def passing_backward(config: GPTConfig, shape: Shape, at: Positions, recompute: 
     """
     gathered = shape.whole if shape.gathered else 0.0
     mlp = (2 if config.gated_linear_unit else 1) * shape.inner
+    if at.routed:  # gradients of results and of weights; where tokens are elsewhere, more in the forward pass before it
+        mlp = (3 if shape.experts < shape.all_experts else 2) * shape.copies * shape.whole
     total = (shape.hidden + gathered + max(mlp, shape.queries)) * shape.element
     if config.adapter is not None and config.adapter.base_bits < 16 and shape.element < 4:
         total += 4 * shape.inner  # a quantised weight's input gradient is summed in float32
@@ -312,8 +390,8 @@ def passing_backward(config: GPTConfig, shape: Shape, at: Positions, recompute: 
     one = at.time**2 * shape.heads * _per_pair(config, shape)  # a value for every pair and head of a bin
     # The gradient for all bins, its sum over bins, and a copy by distance; before these two, that of single operations.
     gradients = one * (max(2 * at.bins, at.bins + 2) if shape.on_cpu else at.bins + 2)
-    if config.adapter is not None:  # positions are frozen
-        gradients = 0.0
+    if config.adapter is not None:  # positions are frozen; single operations have the gradients of weights and scores
+        gradients = 2.0 * at.bins * one if _in_operations(config, shape) else 0.0
     if recompute == "selective":
         gradients += one * at.bins
     freed = at.tokens * (_kept_by_mlp(config, shape, at) + kept_by_norm(config, shape))

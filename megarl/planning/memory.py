@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from megarl.errors import ConfigError
 from megarl.models.cache import KVCache
 from megarl.models.config import GPTConfig
 from megarl.models.roles import Role
@@ -11,8 +12,8 @@ from megarl.parallel.update_rules import MOMENTS
 from megarl.parallel.vocab import padded_vocab
 from megarl.planning import activations as act
 from megarl.planning.activations import Shape
-from megarl.planning.parts import Part, parts_of
-from megarl.planning.shards import Shard, gpt_config, shard, stages_that_differ
+from megarl.planning.parts import Part, parts_of, stages_that_differ
+from megarl.planning.shards import Shard, gpt_config, shard
 from megarl.planning.work import Work
 from megarl.rollout.generator import Limits
 from megarl.rollout.resharded import check_divides
@@ -85,15 +86,15 @@ def phases_of(work: Work) -> tuple[str, ...]:
     return tuple(phase for phase in PHASES if there[phase])
 
 
-def plan_ranks(work: Work, *, on_cpu: bool = False, every_stage: bool = False) -> list[RankPlan]:
-    """Plan one rank of each kind: of the first stage, one in the middle, and the last (or of every stage)."""
-    stages = range(work.layout.pp) if every_stage else stages_that_differ(work.layout)
-    return [plan_stage(work, stage, on_cpu=on_cpu) for stage in stages]
+def plan_ranks(work: Work, *, on_cpu: bool = False, every_stage: bool = False, exact: bool = True) -> list[RankPlan]:
+    """Plan one rank of each kind of stage (or of every stage)."""
+    stages = range(work.layout.pp) if every_stage else stages_that_differ(work.layout, work.model)
+    return [plan_stage(work, stage, on_cpu=on_cpu, exact=exact) for stage in stages]
 
 
-def plan_stage(work: Work, stage: int, *, on_cpu: bool = False) -> RankPlan:
-    """Plan the memory of a pipeline stage's ranks in every phase."""
-    shards = {role.name: shard(work, role, stage) for role in work.engines}
+def plan_stage(work: Work, stage: int, *, on_cpu: bool = False, exact: bool = True) -> RankPlan:
+    """Plan the memory of a pipeline stage's ranks in every phase. Not `exact`: with few experts built (`shard`)."""
+    shards = {role.name: shard(work, role, stage, exact=exact) for role in work.engines}
     plan = RankPlan(stage, shards)
     for phase in phases_of(work):
         plan.uses[phase] = _in_turn([_use(work, role, shards, stage, phase, on_cpu=on_cpu) for role in work.roles])
@@ -111,9 +112,10 @@ def _in_turn(uses: list[Use]) -> list[Use]:
 def _add_generation(plan: RankPlan, work: Work, *, on_cpu: bool) -> None:
     """Add the cache, the passes over it, and the second copy of the policy with `rollout.engine.layout` as a role."""
     there, stage, name = work.generating, plan.stage, work.engines[0].name
-    Limits(graphs=work.cuda_graphs).check(there.layout)
+    Limits(graphs=work.cuda_graphs).check(there.layout, has_experts=work.model.experts is not None)
     moved = there is not work
     if moved:
+        _refuse_shared_experts(work)
         check_divides(gpt_config(work), there.layout, str(work.rollout_layout))
         refuse_what_cannot_be_moved(work.layout, there.layout, tied=work.model.tie_embeddings)
         copy = replace(work.engines[0], optim=None)
@@ -134,6 +136,17 @@ def _add_generation(plan: RankPlan, work: Work, *, on_cpu: bool) -> None:
             replace(uses[at], weights=weights, activations=passing, logits=logits, cache=cache)
             if phase == "generate"
             else replace(uses[at], cache=kept)
+        )
+
+
+def _refuse_shared_experts(work: Work) -> None:
+    if work.layout.ep > 1:
+        raise ConfigError(
+            f"rollout.engine.layout={work.rollout_layout} with parallel.ep={work.layout.ep}: experts that replicas "
+            "share are not moved to another layout; use rollout.engine.layout=null",
+            key="rollout.engine.layout",
+            value=work.rollout_layout,
+            offers={"rollout.engine.layout": [None]},
         )
 
 
@@ -182,8 +195,7 @@ def _offloaded(use: Use, work: Work, role: Role, phase: str) -> Use:
 def _shape(work: Work, *, on_cpu: bool, gathered: bool = True) -> Shape:
     layout = work.layout
     if not gathered:  # generation runs without sequence parallelism
-        layout = work.on(layout, micro=work.micro, recompute="none").layout
-        layout = type(layout)(tp=layout.tp, pp=layout.pp, dp=layout.dp, cp=layout.cp, vpp=layout.vpp)
+        layout = replace(layout, sequence_parallel=False)
     return Shape.of(gpt_config(work), layout, work.element, on_cpu=on_cpu)
 
 
@@ -329,16 +341,20 @@ def slots_of(work: Work) -> int:
 
 def _saving(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float]:
     """Return device bytes of one gathered bucket of optimizer state, and host bytes of master weights and moments."""
-    whole = held.trainable * 4
-    # Megatron splits the first stage's gradients into buckets to overlap their reduction, but not later stages'.
-    bucket = min(whole, max(BUCKET_ELEMENTS, held.largest) * 4) if stage == 0 and not on_cpu else held.bucket * 4
-    # This rank's slice exists twice: the float32 copy that is sent, and within the gathered result.
-    gathered = bucket * (1 + 1 / work.layout.dp) if not on_cpu else 0.0
-    stored = whole + held.moments * 4
-    weights = held.weights if role.adapter is None else held.copy  # files lack the weights beside adapters
-    file = (weights + stored) / work.layout.dp
-    # Megatron gathers as many tensors as Adam has; a single replica gathers nothing.
-    host = file + (whole * (1 + len(MOMENTS)) if work.layout.dp > 1 else stored)
-    if on_cpu:
-        host += bucket * (2 + 3 / work.layout.dp)
+    layout, shared = work.layout, held.experts
+    # Files lack the weights beside adapters.
+    file = held.distributed("weights", layout) if role.adapter is None else held.copy / layout.dp
+    file += 4 * (held.distributed("trainable", layout) + held.distributed("moments", layout))
+    common = (held.trainable - shared.trainable, held.moments - shared.moments, held.bucket)
+    kinds = [(layout.dp, *common), (layout.dp // layout.ep, shared.trainable, shared.moments, shared.bucket)]
+    gathered, host = 0.0, file
+    for replicas, trainable, moments, bucket in kinds:
+        # Megatron gathers as many tensors as Adam has; a single replica gathers nothing.
+        host += 4 * (trainable * (1 + len(MOMENTS)) if replicas > 1 else trainable + moments)
+        # It splits the first stage's gradients into buckets to overlap their reduction, but not later stages'.
+        pieces = stage == 0 and not on_cpu
+        size = 4 * (min(trainable, max(BUCKET_ELEMENTS, held.largest)) if pieces else bucket)
+        # This rank's slice exists twice: the float32 copy that is sent, and within the gathered result.
+        gathered = max(gathered, size * (1 + 1 / replicas) if not on_cpu else 0.0)
+        host += size * (2 + 3 / replicas) if on_cpu else 0.0
     return gathered, float(host)

@@ -56,7 +56,7 @@ def _memory(plan: Plan) -> str:
         for rank in plan.ranks
     ]
     middle = (
-        "<p>The drawing shows the first, one middle and the last stage; the others in the middle are like it.</p>"
+        "<p>The drawing shows the first and the last stage, and one of each kind in the middle; the others in the middle are like it.</p>"
         if plan.work.layout.pp > len(plan.ranks)
         else ""
     )

@@ -1,14 +1,16 @@
 """The kinds of layers of a pipeline stage, and the positions that they run over.
 
-A GPT has one kind. An encoder-decoder has two, over one tensor: a layer changes the positions of its own part and
-passes those of the other on.
+A GPT has one kind, or two if only some of its layers have experts. An encoder-decoder has two, over one tensor: a
+layer changes the positions of its own part and passes those of the other on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megarl.config.sections.model import ModelConfig
 from megarl.models.flops import layers_with_gradients
+from megarl.parallel.layout import Layout
 from megarl.planning.work import Work
 
 
@@ -21,12 +23,14 @@ class Positions:
         time: positions of a bin that the layer changes.
         other: positions of a bin that it passes on unchanged: those of the other part of an encoder-decoder.
         crosses: whether the layer attends to the others: a decoder's layer does.
+        routed: whether it sends them to experts.
     """
 
     bins: int
     time: int
     other: int = 0
     crosses: bool = False
+    routed: bool = False
 
     @property
     def tokens(self) -> int:
@@ -69,6 +73,8 @@ def parts_of(work: Work, stage: int, bins: int, read: tuple[int, int]) -> tuple[
     """
     encoder, decoder = read
     model, share = work.model, work.model.layers // work.layout.pp
+    if model.experts is not None:
+        return _parts_with_experts(work, stage, Positions(bins, decoder))
     first, end = stage * share, (stage + 1) * share
     frozen = model.layers - layers_with_gradients(model, work.adapter)
     split = model.encoder_layers
@@ -86,3 +92,43 @@ def parts_of(work: Work, stage: int, bins: int, read: tuple[int, int]) -> tuple[
         at = Positions(bins, decoder, encoder, crosses=split > 0)
         found.append(Part(end - start, trained(start, end), at))
     return tuple(found)
+
+
+def _parts_with_experts(work: Work, stage: int, at: Positions) -> tuple[Part, ...]:
+    """Return the layers of a stage without and with experts, of which one kind may be missing."""
+    model = work.model
+    layers = layers_of_stage(model, work.layout, stage)
+    frozen = model.layers - layers_with_gradients(model, work.adapter)
+    found = []
+    for routed in (False, True):
+        mine = [layer for layer in layers if model.has_experts(layer) == routed]
+        if mine:
+            found.append(Part(len(mine), sum(layer >= frozen for layer in mine), replace(at, routed=routed)))
+    return tuple(found)
+
+
+def layers_of_stage(model: ModelConfig, layout: Layout, stage: int) -> list[int]:
+    """Return the numbers, from 0, of the layers on a pipeline stage, in all of its chunks."""
+    size = model.layers // (layout.pp * layout.vpp)
+    starts = [(chunk * layout.pp + stage) * size for chunk in range(layout.vpp)]
+    return [start + number for start in starts for number in range(size)]
+
+
+def stages_that_differ(layout: Layout, model: ModelConfig) -> list[int]:
+    """Return one stage of each kind: the first, one in the middle, and the last; in the middle one for each number of
+    layers with experts."""
+    return sorted({like(layout, model, stage) for stage in range(layout.pp)})
+
+
+def like(layout: Layout, model: ModelConfig, stage: int) -> int:
+    """Return the first stage that holds as much as a stage."""
+    if stage in (0, layout.pp - 1):
+        return stage
+
+    def with_experts(number: int) -> int:
+        return sum(model.has_experts(layer) for layer in layers_of_stage(model, layout, number))
+
+    if model.experts is None or not model.experts.dense_layers:
+        return 1
+    wanted = with_experts(stage)
+    return next(number for number in range(1, layout.pp) if with_experts(number) == wanted)

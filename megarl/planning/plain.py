@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from megarl.config.cluster import ClusterConfig, PlanConfig
+from megarl.config.sections.model import ExpertsConfig
 from megarl.models.adapter_spec import AdapterSpec
 from megarl.models.exchange.pretrained import Sources
+from megarl.models.flops import expert_layers
 from megarl.modules.base import Module
 from megarl.planning.hardware import KINDS, Cluster, kind_of
 from megarl.planning.memory import PARTS, RankPlan, plan_ranks
@@ -27,6 +29,8 @@ def as_json(plan: Plan, helps: Sequence[Remedy], layouts: Sequence[Plan] | None)
         "notes": dict(work.notes),
         "adapter": None if work.adapter is None else _adapter(work.adapter),
         "encoder": None if work.model.encoder is None else _encoder(work),
+        "parameters": dict(zip(("total", "active"), plan.parameters, strict=True)),
+        "experts": None if work.model.experts is None else _experts(work, work.model.experts),
         "cluster": {"gpu": cluster.gpu.name, "gpus": cluster.gpus, "gpus_per_node": cluster.per_node},
         "fits": plan.fits,
         "peak": {"stage": plan.fullest.stage, "phase": plan.fullest.peak, "bytes": round(plan.peak_bytes)},
@@ -101,7 +105,8 @@ def prediction(
     assumed = PlanConfig(algorithm=algorithm, cluster=cluster if kind is None else replace(cluster, gpu=kind))
     work = work_of(module, config, assumed, world, vocab_size, sources)
     machine = Cluster.of(assumed.cluster, world)
-    plan = make_plan(work, machine, Rates(machine.gpu.products, assumed.host_us_per_layer * 1e-6))
+    rates = Rates(machine.gpu.products, assumed.host_us_per_layer * 1e-6)
+    plan = make_plan(work, machine, rates, exact=False)
     # What a run counts as a unit's tokens: each response once, and without forward passes over all, what trains.
     sequences = work.rollouts if work.rescored else work.steps * work.global_batch
     length = work.prompt + work.response if work.rollouts else work.length
@@ -126,7 +131,7 @@ def prediction(
                 **rank_as_json(rank, host=gpu is not None),
                 "ranks": _ranks_of(work.layout.world_size, work.layout.pp, rank.stage),
             }
-            for rank in plan_ranks(work, on_cpu=gpu is None, every_stage=True)
+            for rank in plan_ranks(work, on_cpu=gpu is None, every_stage=True, exact=False)
         ],
         "phases": {
             phase.name: {"seconds": None if kind is None else phase.seconds, "tokens": phase.tokens}
@@ -141,6 +146,7 @@ def overrides(plan: Plan) -> str:
     words = [
         f"parallel.tp={work.layout.tp}",
         f"parallel.pp={work.layout.pp}",
+        *([f"parallel.ep={work.layout.ep}"] if work.model.experts is not None else []),
         f"parallel.sequence_parallel={str(work.layout.sequence_parallel).lower()}",
         f"parallel.recompute={work.parallel.recompute}",
         f"trainer.micro_batch_size={work.micro}",
@@ -168,6 +174,14 @@ def _encoder(work: Work) -> dict[str, int]:
     encoder, decoder = work.read
     layers = {"layers": work.model.encoder_layers, "decoder_layers": work.model.num_layers}
     return {**layers, "positions": encoder, "decoder_positions": decoder}
+
+
+def _experts(work: Work, experts: ExpertsConfig) -> dict[str, int]:
+    """Return the experts of a layer and how many of them compute a token, the layers that have experts, and the experts
+    of a layer that a rank holds."""
+    count = int(experts.count or 0)
+    layers = expert_layers(work.model)
+    return {"count": count, "chosen": experts.chosen, "layers": layers, "on_a_rank": count // work.layout.ep}
 
 
 def _layout(plan: Plan) -> dict[str, Any]:

@@ -1,12 +1,23 @@
 """A run's plan: bytes of every kind of rank in every phase, whether they fit, possible remedies, and seconds."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megarl.config.offers import divisors
 from megarl.config.sections.model import ModelConfig
-from megarl.config.shape import possible_stages
-from megarl.models.flops import cross_weights, layer_weights, layers_with_gradients
+from megarl.config.sections.parallel import ParallelConfig
+from megarl.config.shape import possible_stages, shape_problem
+from megarl.models.exchange.parameters import parameters
+from megarl.models.flops import (
+    cross_weights,
+    expert_layers,
+    expert_weights,
+    idle_weights,
+    layer_weights,
+    layers_with_gradients,
+    weights_of_layers,
+)
 from megarl.parallel.layout import Layout
 from megarl.planning.hardware import GIB, Cluster
 from megarl.planning.memory import RankPlan, plan_ranks
@@ -58,15 +69,23 @@ class Plan:
         return sum(phase.seconds for phase in self.phases if phase.name != "save")
 
     @property
+    def parameters(self) -> tuple[int, int]:
+        """Parameters of the policy's whole model, and how many of them are active: all but the experts that a token is
+        not sent to. Padding of the vocabulary and heads are not counted."""
+        work = self.work
+        total = sum(math.prod(shape) for shape in parameters(work.model, work.vocab_size).values())
+        return total, total - idle_weights(work.model)
+
+    @property
     def mfu(self) -> float:
         """Model FLOPs utilisation of training alone."""
         train = next(phase for phase in self.phases if phase.name == "train")
         return train.flops / (train.seconds * self.cluster.gpus * self.cluster.gpu.flops)
 
 
-def make_plan(work: Work, cluster: Cluster, rates: Rates) -> Plan:
-    """Estimate memory and time of a run on a cluster."""
-    ranks = plan_ranks(work)
+def make_plan(work: Work, cluster: Cluster, rates: Rates, *, exact: bool = True) -> Plan:
+    """Estimate memory and time of a run on a cluster. Not `exact`: quickly, where a rank has many experts (`shard`)."""
+    ranks = plan_ranks(work, exact=exact)
     shards = [rank.shards[work.engines[0].name] for rank in ranks]
     clock = Clock(work, cluster, rates, shards)
     return Plan(work, cluster, rates, ranks, clock.phases(), clock.passes())
@@ -85,7 +104,7 @@ def remedies(plan: Plan) -> list[Remedy]:
     """Return changes of one key that lower the peak: first those that make the run fit, then by effect."""
     found = []
     for change, work in _changes(plan.work, plan.cluster):
-        other = make_plan(work, plan.cluster, plan.rates)
+        other = make_plan(work, plan.cluster, plan.rates, exact=False)
         if other.peak_bytes < 0.99 * plan.peak_bytes or (not plan.fits and other.fits):
             found.append(Remedy(change, other.peak_bytes, other.fits))
     return sorted(found, key=lambda remedy: (not remedy.fits, remedy.peak_bytes))
@@ -106,8 +125,9 @@ def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
             f"trainer.micro_batch_size={work.micro // 2}",
             work.on(layout, micro=work.micro // 2, recompute=parallel.recompute),
         )
-    for name, other in (("tp", _layout(work, cluster, layout.tp * 2, layout.pp)),
-                        ("pp", _layout(work, cluster, layout.tp, layout.pp * 2))):  # fmt: skip
+    for name, other in (("tp", _layout(work, cluster, layout.tp * 2, layout.pp, layout.ep)),
+                        ("pp", _layout(work, cluster, layout.tp, layout.pp * 2, layout.ep)),
+                        ("ep", _layout(work, cluster, layout.tp, layout.pp, layout.ep * 2))):  # fmt: skip
         if other is not None:
             yield (
                 f"parallel.{name}={getattr(other, name)}",
@@ -115,7 +135,7 @@ def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
             )
     if (work.rollouts or work.evaluates) and work.slots > 1:
         yield f"rollout.engine.slots={work.slots // 2}", replace(work, slots=work.slots // 2)
-    if work.adapter is not None and work.adapter.base_bits > 4:
+    if work.adapter is not None and work.adapter.base_bits > 4 and work.model.experts is None:
         roles = [
             role if role.adapter is None else replace(role, adapter=replace(role.adapter, base_bits=4))
             for role in work.roles
@@ -128,52 +148,64 @@ def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
 
 
 def suggest(plan: Plan, most: int = 8) -> list[Plan]:
-    """Return fitting layouts of the same GPUs, fastest first: one per TP x PP, with its fastest microbatch size
-    and recomputation."""
-    layouts = [each for each in _layouts(plan.work, plan.cluster) if _least(plan.work, each) <= plan.cluster.usable]
-    found = []
+    """Return fitting layouts of the same GPUs, fastest first: one per TP x PP, with its fastest size of expert
+    parallelism and of a microbatch, and recomputation."""
+    layouts = [
+        each for each in possible_layouts(plan.work, plan.cluster) if _least(plan.work, each) <= plan.cluster.usable
+    ]
+    found: dict[tuple[int, int], Plan] = {}
     with waiting("planning other layouts", len(layouts)) as layout_done:
         for layout in layouts:
-            fitting = []
+            at = (layout.tp, layout.pp)
+            fitting = [found[at]] if at in found else []
             for recompute in RECOMPUTE:
                 for micro in MICRO_BATCHES:
                     if plan.work.global_batch % (micro * layout.dp):
                         continue
-                    other = make_plan(plan.work.on(layout, micro=micro, recompute=recompute), plan.cluster, plan.rates)
+                    work = plan.work.on(layout, micro=micro, recompute=recompute)
+                    other = make_plan(work, plan.cluster, plan.rates, exact=False)
                     if other.fits:
                         fitting.append(other)
             if fitting:
-                found.append(min(fitting, key=lambda plan: plan.seconds))
+                found[at] = min(fitting, key=lambda plan: plan.seconds)
             layout_done()
-    return sorted(found, key=lambda plan: plan.seconds)[:most]
+    return sorted(found.values(), key=lambda plan: plan.seconds)[:most]
 
 
-def _layouts(work: Work, cluster: Cluster) -> Iterator[Layout]:
+def possible_layouts(work: Work, cluster: Cluster) -> Iterator[Layout]:
+    """Yield the layouts of a cluster that split the models and batches of a run."""
     for tp in divisors(cluster.per_node):
         for pp in possible_stages(work.model.encoder_layers, work.model.num_layers):
-            layout = _layout(work, cluster, tp, pp)
-            if layout is not None and pp <= MOST_STAGES:
-                yield layout
+            for ep in _shares(work.model, cluster.gpus // (tp * pp)):
+                layout = _layout(work, cluster, tp, pp, ep)
+                if layout is not None and pp <= MOST_STAGES:
+                    yield layout
 
 
-def _layout(work: Work, cluster: Cluster, tp: int, pp: int) -> Layout | None:
+def _shares(model: ModelConfig, replicas: int) -> list[int]:
+    """Return among how many replicas the experts of a model can be shared; only 1 without experts."""
+    if model.experts is None or replicas == 0:
+        return [1]
+    return divisors(math.gcd(int(model.experts.count or 1), replicas))
+
+
+def _layout(work: Work, cluster: Cluster, tp: int, pp: int, ep: int) -> Layout | None:
     """Return the layout with TP within a machine and the rest data-parallel; None if model or batch cannot be split."""
-    if tp > cluster.per_node or cluster.gpus % (tp * pp):
+    if tp > cluster.per_node or cluster.gpus % (tp * pp * ep):
         return None
-    if not all(_divides(work.of(role).model, tp, pp) for role in work.engines):
+    if not all(_divides(role.model, tp, pp, ep) for role in work.engines):
+        return None
+    if ep > 1 and work.rollout_layout is not None:
         return None
     if work.cuda_graphs and pp > 1 and work.rollout_layout is None:
         return None
-    layout = Layout(tp=tp, pp=pp, dp=cluster.gpus // (tp * pp), sequence_parallel=tp > 1)
+    layout = Layout(tp=tp, pp=pp, dp=cluster.gpus // (tp * pp), ep=ep, sequence_parallel=tp > 1)
     divides = work.global_batch % layout.dp == 0 and all(time % tp == 0 for time in work.read)
     return layout if divides else None
 
 
-def _divides(model: ModelConfig, tp: int, pp: int) -> bool:
-    kv_heads = model.kv_heads
-    cut = (model.num_heads, model.hidden_size, model.ffn_width)
-    staged = pp in possible_stages(model.encoder_layers, model.num_layers)
-    return staged and not (any(width % tp for width in cut) or (kv_heads % tp and tp % kv_heads))
+def _divides(model: ModelConfig, tp: int, pp: int, ep: int) -> bool:
+    return shape_problem(model, ParallelConfig(tp=tp, pp=pp, ep=ep)) is None
 
 
 def _least(work: Work, layout: Layout) -> float:
@@ -182,10 +214,29 @@ def _least(work: Work, layout: Layout) -> float:
     master = 12 if work.precision == "bf16" else 8
     trained = 0 if work.adapter is not None else layers_with_gradients(model)
     bits = 16 if work.adapter is None else work.adapter.base_bits
+    element = work.element if bits == 16 else bits / 8
+    if model.experts is not None:
+        return _least_with_experts(work, layout, model.num_layers - trained, element, master)
     weights = model.layers * layer_weights(model) + model.num_layers * 2 * cross_weights(model)
-    least = weights * (work.element if bits == 16 else bits / 8)
+    least = weights * element
     least += trained * layer_weights(model) * (4 + master / layout.dp)
     return least / layout.tp / layout.pp
+
+
+def _least_with_experts(work: Work, layout: Layout, frozen: int, element: float, master: int) -> float:
+    """Return what `_least` does for a model with experts, of which a rank has an ep-th. The first `frozen` layers do
+    not train."""
+    model, experts = work.model, work.model.experts
+    assert experts is not None
+
+    def held(first: int, per_weight: float, divided: float) -> float:
+        """Bytes of the layers from number `first` on; `divided` are those of a weight that its replicas divide."""
+        in_experts = expert_layers(model, first) * expert_weights(model)
+        others = weights_of_layers(model, first) - in_experts * experts.chosen
+        mine = in_experts * int(experts.count or 0) / layout.ep
+        return others * (per_weight + divided / layout.dp) + mine * (per_weight + divided * layout.ep / layout.dp)
+
+    return (held(0, element, 0) + held(frozen, 4, master)) / layout.tp / layout.pp
 
 
 def gib(size: float) -> str:

@@ -1,13 +1,13 @@
 """Exact sizes of a rank's slice of a model: its engine is built on the meta device, as that rank would build it."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from megarl.models.adapters import changed_linears, mergeable, weight_of
-from megarl.models.build import empty_model, engine_of
+from megarl.models.build import empty_model, engine_of, refuse_quantised_experts
 from megarl.models.config import GPTConfig
 from megarl.models.roles import Role
 from megarl.parallel.engine import Engine
@@ -15,7 +15,21 @@ from megarl.parallel.fake import fake_world, rank_of
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
 from megarl.parallel.optimizer import peak_bytes_of_a_step, stored_moments
+from megarl.planning.parts import like
 from megarl.planning.work import Work
+
+FEW_EXPERTS = 2
+"""Experts of a layer on a rank that are built where sizes need not be exact."""
+
+
+@dataclass(frozen=True)
+class OfExperts:
+    """The part of a rank's slice that is experts which `parallel.ep` replicas share; nothing where none are shared."""
+
+    trainable: int = 0  # elements
+    weights: int = 0  # bytes
+    moments: int = 0  # values
+    bucket: int = 0  # elements
 
 
 @dataclass(frozen=True)
@@ -34,8 +48,18 @@ class Shard:
     copy: int  # bytes of the trainable weights: a reference keeps them in host memory
     largest: int  # elements of the largest trainable parameter
     layers: int
-    bucket: int  # elements of the largest gradient bucket that is communicated at once
+    bucket: int  # elements of the largest gradient bucket that is communicated at once, besides those of `experts`
     merged: int = 0  # bytes of the weights into which adapters are merged while responses are sampled
+    experts: OfExperts = OfExperts()
+
+    def distributed(self, name: str, layout: Layout) -> float:
+        """Return a rank's share of `trainable`, `weights` or `moments` where the replicas that hold a weight divide it.
+        An expert is held by `dp / ep` of the replicas."""
+        of_experts = getattr(self.experts, name)
+        return float((getattr(self, name) - of_experts + of_experts * layout.ep) / layout.dp)
+
+
+Sizes = TypeVar("Sizes", Shard, OfExperts)
 
 
 def gpt_config(work: Work) -> GPTConfig:
@@ -51,16 +75,19 @@ def gpt_config(work: Work) -> GPTConfig:
     )
 
 
-def stages_that_differ(layout: Layout) -> list[int]:
-    """Return one stage of each kind: the first, one in the middle, the last."""
-    return sorted({0, min(1, layout.pp - 1), layout.pp - 1})
+def shard(work: Work, role: Role, stage: int, *, exact: bool = True) -> Shard:
+    """Return the sizes of a role's model on the ranks of a pipeline stage; many stages in the middle are equal.
 
-
-def shard(work: Work, role: Role, stage: int) -> Shard:
-    """Return the sizes of a role's model on the ranks of a pipeline stage; stages in the middle are equal."""
-    kinds = stages_that_differ(work.layout)
-    built = stage if stage in kinds else kinds[1]
-    rank = rank_of(work.layout, pp=built)
+    Args:
+        work: the run.
+        role: the role.
+        stage: the pipeline stage.
+        exact: whether to build all experts of a rank, which takes seconds where they are thousands; else see
+            `_by_few_experts`.
+    """
+    if not exact and _experts_here(work.layout, role) > FEW_EXPERTS:
+        return _by_few_experts(work, role, stage)
+    rank = rank_of(work.layout, pp=like(work.layout, role.model, stage))
     key = (repr(role), work.layout, work.precision, rank)
     found = _KNOWN.get(key)
     if found is None:
@@ -72,8 +99,41 @@ def shard(work: Work, role: Role, stage: int) -> Shard:
 _KNOWN: dict[Any, Shard] = {}  # cache: many variants of a run have the same models
 
 
+def _experts_here(layout: Layout, role: Role) -> int:
+    """Return how many experts of a layer a rank holds."""
+    experts = role.model.experts
+    return 0 if experts is None else int(experts.count or 0) // layout.ep
+
+
+def _by_few_experts(work: Work, role: Role, stage: int) -> Shard:
+    """Return what `shard` does, from the sizes with few and twice as many experts on a rank: what an expert adds is the
+    same for each, except for the padding of buffers."""
+    experts = role.model.experts
+    assert experts is not None
+
+    def with_experts(here: int) -> Shard:
+        count = here * work.layout.ep
+        fewer = replace(experts, count=count, chosen=min(experts.chosen, count))
+        return shard(work, replace(role, model=replace(role.model, experts=fewer)), stage)
+
+    few = FEW_EXPERTS // 2
+    steps = _experts_here(work.layout, role) / few - 1
+    return _on_the_line(with_experts(few), with_experts(2 * few), steps)
+
+
+def _on_the_line(first: Sizes, second: Sizes, steps: float) -> Sizes:
+    """Return the sizes that are `steps` times as far from the first as the second are."""
+
+    def extended(one: Any, two: Any) -> Any:
+        return _on_the_line(one, two, steps) if is_dataclass(one) else round(one + (two - one) * steps)
+
+    names = [each.name for each in fields(first)]
+    return type(first)(**{name: extended(getattr(first, name), getattr(second, name)) for name in names})
+
+
 def build_shard(grid: Grid, work: Work, role: Role) -> Engine:
     """Build a role's engine as training does, with uninitialised weights."""
+    refuse_quantised_experts(role)
     return engine_of(role, grid, empty_model(gpt_config(work.of(role)), grid, role.heads), total_steps=1)
 
 
@@ -90,12 +150,8 @@ def measure(engine: Engine, stage: int, *, shares_frozen: bool = False) -> Shard
     linears = [linear for model in engine.models for _, linear in changed_linears([model])]
     quantised = [] if shares_frozen else [linear for linear in linears if linear.quantised is not None]
     masks = [linear.adapter.part_of_rows for linear in linears if linear.adapter is not None]
-    buffers = [
-        buffer
-        for chunk in (engine.chunks if engine.optimizer is not None else ())  # else the bare models
-        for buffer in (*getattr(chunk, "buffers", ()), *getattr(chunk, "expert_parallel_buffers", ()))
-        if hasattr(buffer, "grad_data")
-    ]
+    common, of_experts = (_buffers(engine, name) for name in ("buffers", "expert_parallel_buffers"))
+    buffers = [*common, *of_experts]
     weights = [*parameters, *(buffer.param_data for buffer in buffers if buffer.param_data is not None)]
     weights += [stored for linear in quantised for stored in linear.quantised.buffers()]
     weights += [mask for mask in masks if mask is not None]
@@ -113,8 +169,30 @@ def measure(engine: Engine, stage: int, *, shares_frozen: bool = False) -> Shard
         copy=sum(parameter.numel() * parameter.element_size() for parameter in trained),
         largest=max((parameter.numel() for parameter in trained), default=0),
         layers=sum(len(model.decoder.layers) for model in engine.models),
-        bucket=max((bucket.grad_data.numel() for buffer in buffers for bucket in buffer.buckets), default=0),
+        bucket=_largest_bucket(common),
         merged=sum(linear.weight.nbytes for linear in linears if linear.adapter is not None and mergeable(linear)),
+        experts=_of_experts(engine, parameters, of_experts),
+    )
+
+
+def _buffers(engine: Engine, name: str) -> list[Any]:
+    """Return Megatron's buffers of gradients, those of shared experts or the others, of a model that trains."""
+    chunks = engine.chunks if engine.optimizer is not None else ()  # else the bare models
+    return [buffer for chunk in chunks for buffer in getattr(chunk, name, ()) if hasattr(buffer, "grad_data")]
+
+
+def _largest_bucket(buffers: Sequence[Any]) -> int:
+    return max((bucket.grad_data.numel() for buffer in buffers for bucket in buffer.buckets), default=0)
+
+
+def _of_experts(engine: Engine, parameters: Sequence[Any], buffers: Sequence[Any]) -> OfExperts:
+    """Return the sizes of the experts that replicas share, which Megatron marks."""
+    shared = [parameter for parameter in parameters if not getattr(parameter, "allreduce", True)]
+    return OfExperts(
+        trainable=sum(parameter.numel() for parameter in shared if parameter.requires_grad),
+        weights=sum(parameter.numel() * parameter.element_size() for parameter in shared),
+        moments=0 if engine.optimizer is None else stored_moments(engine.optimizer, buffers),
+        bucket=_largest_bucket(buffers),
     )
 
 

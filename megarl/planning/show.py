@@ -4,6 +4,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megarl.models.flops import expert_layers
 from megarl.planning.hardware import GIB
 from megarl.planning.memory import PARTS, RankPlan
 from megarl.planning.plain import overrides
@@ -37,6 +38,7 @@ def about(plan: Plan) -> list[str]:
         f"micro batch {work.micro} x {work.accumulation} accumulated, {work.precision}, "
         f"recompute {work.parallel.recompute}",
         "; ".join(parts),
+        *_experts(plan),
         f"{largest:,} of the policy's parameters{_layers(plan)} on the fullest rank{_trained(plan)}",
         f"{verdict}: the peak is {gib(plan.peak_bytes)} of {gib(cluster.usable)} usable GiB, in {plan.fullest.peak} "
         f"on pipeline stage {plan.fullest.stage}; host memory {gib(plan.host_bytes)} of {gib(cluster.host)} GiB a node",
@@ -49,6 +51,22 @@ def _layers(plan: Plan) -> str:
     if model.encoder is None:
         return ""
     return f" (an encoder of {model.encoder_layers} layers and a decoder of {model.num_layers})"
+
+
+def _experts(plan: Plan) -> list[str]:
+    """Return the line about a mixture of experts; none for other models."""
+    work = plan.work
+    experts = work.model.experts
+    if experts is None:
+        return []
+    total, active = plan.parameters
+    shared = "" if experts.shared_ffn_size is None else " and a shared one"
+    return [
+        f"{total:,} parameters, of which {active:,} are active in a token: {experts.chosen} of {experts.count} "
+        f"experts{shared} in each of {expert_layers(work.model)} layers, "
+        f"{int(experts.count or 0) // work.layout.ep} of a layer on a GPU; tokens are assumed to choose all experts "
+        "equally often"
+    ]
 
 
 def _trained(plan: Plan) -> str:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, fields, replace
 from megarl.models.flops import (
     adapter_weights,
     cross_weights,
+    expert_layers,
+    expert_weights,
     flops_of_factors,
     flops_of_parts,
     flops_per_token,
     forward_flops_per_token,
-    layer_weights,
     layers_with_gradients,
+    weights_of_layers,
 )
 from megarl.parallel.vocab import padded_vocab
 from megarl.planning.hardware import Cluster
@@ -24,6 +26,7 @@ from megarl.rollout.generator import Limits
 
 _WITHIN, _BETWEEN = "NVLink", "network"
 _SAVED_BYTES_PER_S = 1e9  # write speed of one process to a shared file system
+_LAUNCHES_OF_EXPERT = 0.25  # of those of a whole layer: two products and an activation of one expert after the other
 
 
 @dataclass
@@ -82,6 +85,8 @@ class Clock:
         self.layers = work.model.num_layers / (1 if work.model.encoder is not None else self.layout.pp)
         self.tp_span = self.layout.tp
         self.dp_span = self.layout.tp * self.layout.dp if self.layout.dp > 1 else 1
+        self.expert_layers = expert_layers(work.model) / self.layout.pp  # on a stage
+        self.experts = work.model.experts.count or 0 if work.model.experts is not None else 0
 
     # --- phases -----------------------------------------------------------------------------------------------------
 
@@ -106,7 +111,10 @@ class Clock:
         phase.seconds = step * work.steps * self._models()
         phase.tokens = sequences * work.length
         phase.flops = sum(self._flops(work.read, work.loss_tokens)) * sequences * self._models()
-        shares = {"products": micro * work.accumulation, "the pipeline's bubble": computing - micro * work.accumulation}
+        shares = {
+            self._mostly(): micro * work.accumulation,
+            "the pipeline's bubble": computing - micro * work.accumulation,
+        }
         shares["data-parallel traffic"] = step - computing
         phase.bound = max(shares, key=lambda name: shares[name])
         return phase
@@ -147,7 +155,7 @@ class Clock:
         phase.sent = {link: sent * passes * batches for link, sent in phase.sent.items()}
         phase.tokens = work.rollouts * work.length
         phase.flops = passes * work.rollouts * self._flops(work.read, work.loss_tokens)[0]
-        phase.bound = "products"
+        phase.bound = self._mostly()
         return phase
 
     def generate(self) -> Phase:
@@ -163,15 +171,16 @@ class Clock:
         reads = self._decode_bytes(rows) / (gpu.bandwidth * gpu.reads)
         products = rows * self._flops_of_one() / layout.tp / layout.pp / (gpu.flops * self.rates.products)
         sending = self._sums_per_layer * self.layers * self._small_all_reduce(rows, phase)
+        sending += self._small_exchange(rows, phase)
         device = max(reads, products) + sending
-        host = self.layers * self.rates.host_s_per_layer
+        host = self.layers * self.rates.host_s_per_layer + self._launching(self.expert_layers)
         one = max(device, host) * layout.pp  # one group of slots per stage, one pass per group and token
         read_once, prompts = self._prompts(share)
         phase.sent = {link: sent * passes * layout.pp for link, sent in phase.sent.items()}
         phase.seconds = passes * one + prompts
         phase.tokens = work.rollouts * work.response
         phase.flops = self._generated_flops(read_once * layout.dp)
-        shares = {"launching passes (host)": host - device, "reading weights and cache": reads, "all-reduces": sending}
+        shares = {"launching passes (host)": host - device, "reading weights and cache": reads, self._sending: sending}
         phase.bound = max(shares, key=lambda name: shares[name]) if host < device else "launching passes (host)"
         return phase
 
@@ -196,10 +205,10 @@ class Clock:
 
     def save(self) -> Phase:
         """Estimate a checkpoint, in which ranks write weights, master weights and moments; not part of a unit."""
-        stored = 4 * (self.fullest.trainable + self.fullest.moments)
-        weights = self.fullest.weights if self.work.adapter is None else self.fullest.copy
-        held = (weights + stored) / self.layout.dp * self._models()
-        return Phase("save", seconds=held / _SAVED_BYTES_PER_S, bound="writing")
+        held, layout = self.fullest, self.layout
+        stored = 4 * (held.distributed("trainable", layout) + held.distributed("moments", layout))
+        weights = held.distributed("weights", layout) if self.work.adapter is None else held.copy / layout.dp
+        return Phase("save", seconds=(weights + stored) * self._models() / _SAVED_BYTES_PER_S, bound="writing")
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
@@ -234,8 +243,11 @@ class Clock:
         model, pp, (encoder, length) = self.work.model, self.layout.pp, read
         parts = self._flops_of_parts(read, output)
         if model.encoder is None:
+            # A layer with experts gathers their tokens once. A shared expert's are gathered and summed besides.
             (forward, backward), summed = parts[0], 2 * model.num_layers * length
-            return [Load(forward / pp, backward / pp, summed / pp, summed / pp)]
+            shared = self._shared_experts * length
+            gathered = summed - expert_layers(model) * length + shared
+            return [Load(forward / pp, backward / pp, (summed + shared) / pp, gathered / pp)]
         summed, shared = 2 * model.encoder_layers * encoder, model.num_layers * encoder
         first = Load(*parts[0], summed, summed)
         summed = 3 * model.num_layers * length
@@ -257,18 +269,57 @@ class Clock:
     def _flops_of_one(self) -> float:
         """Return the FLOPs of one new token, without attention over the cache."""
         model = self.work.model
-        weights = model.num_layers * self._weights_of_decoding + model.hidden_size * self.work.vocab_size
+        weights = self._weights_of_decoding + model.hidden_size * self.work.vocab_size
         return float(2 * weights + self._flops_of_adapters())
 
     @property
     def _weights_of_decoding(self) -> int:
-        """Weights of a layer that a decode pass reads; keys and values of an encoder's states are in the cache."""
-        return layer_weights(self.work.model) + cross_weights(self.work.model)
+        """Weights of all layers that compute a token of a decode pass; keys and values of an encoder's states are in
+        the cache."""
+        model = self.work.model
+        return weights_of_layers(model) + model.num_layers * cross_weights(model)
+
+    def _experts_read(self, rows: int) -> float:
+        """Return how many experts of a layer a rank reads for the tokens that `rows` responses of each of the replicas
+        that share them add. Tokens are assumed to choose evenly and independently."""
+        model, ep = self.work.model, self.layout.ep
+        if model.experts is None:
+            return 0.0
+        unused: float = (1 - model.experts.chosen / self.experts) ** (rows * ep)
+        return self.experts / ep * (1 - unused)
 
     @property
-    def _sums_per_layer(self) -> int:
-        """Products of a layer whose results a decode pass sums over tensor-parallel ranks."""
-        return 2 if self.work.model.encoder is None else 3
+    def _shared_experts(self) -> int:
+        """Number of layers with a shared expert."""
+        experts = self.work.model.experts
+        return 0 if experts is None or experts.shared_ffn_size is None else expert_layers(self.work.model)
+
+    @property
+    def _sums_per_layer(self) -> float:
+        """Products of a layer whose results a decode pass sums over tensor-parallel ranks, on average."""
+        model = self.work.model
+        return (2 if model.encoder is None else 3) + self._shared_experts / model.num_layers
+
+    @property
+    def _sending(self) -> str:
+        return "all-reduces" if self.layout.ep == 1 else "all-reduces and exchanges of tokens"
+
+    def _mostly(self) -> str:
+        """Return what takes most of a forward pass of a microbatch."""
+        work, read = self.work, self.work.read
+        load = max(load.forward for load in self._loads(read, min(read[1], work.loss_tokens)))
+        whole = work.micro * sum(read) * work.model.hidden_size * work.element
+        parts = {
+            "products": work.micro * load / self.layout.tp / (self.cluster.gpu.flops * self.rates.products),
+            "launching experts (host)": self._launching(self.expert_layers),
+            "exchanges of tokens": self._exchange(whole, Phase("forward"), 2 * self.expert_layers),
+        }
+        return max(parts, key=lambda name: parts[name])
+
+    def _launching(self, layers: float) -> float:
+        """Return the seconds in which the host launches a rank's experts of some layers, one after the other."""
+        here = self.experts / self.layout.ep
+        return layers * here * _LAUNCHES_OF_EXPERT * self.rates.host_s_per_layer
 
     def _microbatch(self, phase: Phase) -> tuple[float, float, float]:
         """Return the seconds of a microbatch's forward and backward pass and of its recomputation on one stage, and
@@ -286,7 +337,9 @@ class Clock:
         work, layout, cluster = self.work, self.layout, self.cluster
         loads = self._loads(read, min(read[1], work.loss_tokens))
         flops = rows * max(load.backward if backward else load.forward for load in loads) / layout.tp
-        seconds = flops / (cluster.gpu.flops * self.rates.products)
+        frozen = work.model.layers - layers_with_gradients(work.model, work.adapter) if backward else 0
+        routed = expert_layers(work.model, frozen) / layout.pp
+        seconds = max(flops / (cluster.gpu.flops * self.rates.products), self._launching(routed))
         state = rows * work.model.hidden_size * work.element  # bytes of a position
         whole = state * sum(read)
         if layout.tp > 1:
@@ -294,6 +347,7 @@ class Clock:
             self._add(phase, self.tp_span, sent)
             # Half of the backward pass's communication overlaps the products for the weight gradients.
             seconds += sent / cluster.speed(self.tp_span) * (0.5 if backward else 1.0)
+        seconds += self._exchange(whole, phase, 2 * routed)  # tokens to their experts, and results back
         if layout.pp > 1:
             split = layout.tp if layout.sequence_parallel else 1
             sent = whole / split * layout.vpp
@@ -301,6 +355,28 @@ class Clock:
             self._add(phase, span, sent)
             seconds += sent / cluster.speed(span)
         return seconds
+
+    def _exchange(self, whole: float, phase: Phase, layers: float) -> float:
+        """Return the seconds in which ranks send tokens to the ranks of their experts, or these the results back, in
+        `layers` layers, and add the bytes to the phase.
+
+        Every tensor-parallel rank sends all tokens, a copy for each chosen expert, and keeps those of its own experts.
+        Within a machine they take the fast links at the same time as the others take the network.
+
+        Args:
+            whole: bytes of the states of all tokens of a replica.
+            phase: the phase.
+            layers: number of layers with experts.
+        """
+        experts, ep = self.work.model.experts, self.layout.ep
+        if experts is None or ep == 1:
+            return 0.0
+        near = min(ep, max(1, self.cluster.per_node // self.layout.tp))  # ranks of a group in one machine
+        sent = whole * experts.chosen * layers / ep
+        within, between = sent * (near - 1), sent * (ep - near)
+        phase.sent[_WITHIN] += within
+        phase.sent[_BETWEEN] += between
+        return max(within / self.cluster.speed(1), between / self.cluster.speed(self.cluster.per_node + 1))
 
     def _exchanged(self, load: Load, backward: bool) -> float:
         """Return how many positions a tensor-parallel rank sends the states of: twice each that is summed, as its parts
@@ -312,26 +388,27 @@ class Clock:
 
     def _step(self, phase: Phase) -> tuple[float, float, float]:
         """Return the seconds to reduce gradients over replicas, gather updated weights, and update a rank's share."""
-        dp, held, gpu = self.layout.dp, self.fullest, self.cluster.gpu
-        part = (dp - 1) / dp
-        gradients, weights = 4 * held.trainable * part, self.work.element * held.trainable * part
+        held, gpu, layout = self.fullest, self.cluster.gpu, self.layout
+        mine, moments = (held.distributed(name, layout) for name in ("trainable", "moments"))
+        gradients, weights = (size * (held.trainable - mine) for size in (4, self.work.element))
         self._add(phase, self.dp_span, (gradients + weights) * self.work.steps * self._models())
         speed = self.cluster.speed(self.dp_span)
-        moved = (
-            14 * held.trainable + 8 * held.moments
-        )  # bytes read and written: gradient, master weight, weight; moments
-        return gradients / speed, weights / speed, moved / dp / (gpu.bandwidth * gpu.reads)
+        moved = 14 * mine + 8 * moments  # bytes read and written: gradient, master weight, weight; moments
+        return gradients / speed, weights / speed, moved / (gpu.bandwidth * gpu.reads)
 
     def _decode_bytes(self, rows: int) -> float:
-        """Return the bytes that one stage reads per decode pass: weights, and the keys and
-        values of prompts and half-finished responses."""
+        """Return the bytes that one stage reads per decode pass: weights, of experts those of any token, and the keys
+        and values of prompts and half-finished responses."""
         work = self.work
         model, layout = work.model, self.layout
         heads = max(1.0, model.kv_heads / layout.tp)
         head_dim = model.head_width
         seen = work.prompt + work.response / 2
         cache = 2 * self.layers * rows * heads * head_dim * seen * work.element
-        weights = self.layers * self._weights_of_decoding / layout.tp
+        weights = self._weights_of_decoding * self.layers / model.num_layers / layout.tp
+        if model.experts is not None:
+            read = self._experts_read(rows) - model.experts.chosen
+            weights += self.expert_layers * read * expert_weights(model) / layout.tp
         weights += padded_vocab(work.vocab_size, layout.tp) / layout.tp * model.hidden_size / layout.pp
         return float(cache + weights * work.element)
 
@@ -343,6 +420,16 @@ class Clock:
         self._add(phase, self.tp_span, self._sums_per_layer * self.layers * sent)
         slow = self.tp_span > self.cluster.per_node
         return self.cluster.gpu.latency_s * (4 if slow else 1) + sent / self.cluster.speed(self.tp_span)
+
+    def _small_exchange(self, rows: int, phase: Phase) -> float:
+        """Return the seconds of the exchanges with the ranks of experts in a decode pass: numbers of tokens, tokens and
+        results in every layer."""
+        if self.layout.ep == 1:
+            return 0.0
+        whole = rows * self.work.model.hidden_size * self.work.element
+        slow = self.layout.tp * self.layout.ep > self.cluster.per_node
+        latency = self.cluster.gpu.latency_s * (4 if slow else 1)
+        return 3 * self.expert_layers * latency + self._exchange(whole, phase, 2 * self.expert_layers)
 
     def _add(self, phase: Phase, span: int, sent: float) -> None:
         phase.sent[_WITHIN if span <= self.cluster.per_node else _BETWEEN] += sent

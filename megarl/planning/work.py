@@ -97,6 +97,7 @@ class Work(Workload):
             self.parallel,
             tp=layout.tp,
             pp=layout.pp,
+            ep=layout.ep,
             vpp=layout.vpp if layout.vpp > 1 else None,
             sequence_parallel=layout.sequence_parallel,
             recompute=recompute,

@@ -20,6 +20,7 @@ from megarl.rollout.lane import Lane, Masking, OnTokens, Passes
 from megarl.rollout.lockstep import lockstep_of, serve_until_done
 from megarl.rollout.noise import TRAINING
 from megarl.rollout.requests import Request, Rollout, check_requests
+from megarl.rollout.routes import with_all_layers
 from megarl.rollout.schedule import Decode, Schedule, deal
 from megarl.rollout.static import StaticPasses, TokenScorer
 
@@ -32,9 +33,18 @@ class Limits:
     cache_bytes: int | None = None  # KV cache of a rank; None: as much as `slots` need
     prefill_tokens: int = 4096  # padded tokens of a pass over prompts: enough to keep a device busy
     graphs: bool = False  # decoding steps of fixed shapes, as CUDA graphs on a GPU; not with pipeline stages
+    routes: bool = False  # responses with the experts that computed them
 
     def check(self, layout: Layout, *, has_experts: bool = False) -> None:
-        """Refuse CUDA graphs in a layout with pipeline stages, and of a mixture of experts."""
+        """Refuse CUDA graphs with pipeline stages or experts, and routes without experts."""
+        if self.routes and not has_experts:
+            raise ConfigError(
+                "rollout.engine.router_replay=true: the model has no experts to record, so use "
+                "rollout.engine.router_replay=false",
+                key="rollout.engine.router_replay",
+                value=True,
+                offers={"rollout.engine.router_replay": [False]},
+            )
         if self.graphs and has_experts:
             raise ConfigError(
                 "rollout.engine.cuda_graphs=true: each pass of a mixture of experts has other numbers of tokens per "
@@ -262,6 +272,8 @@ class Generator:
                     on_finished(good)
         serve_until_done([passes.lockstep, passes.masking_lockstep])
         finished = [rollout for schedule in schedules for rollout in schedule.finished]
+        if self.limits.routes:
+            finished = with_all_layers(finished, self.config, self.grid)
         self.stats = Stats(
             responses=len(finished),
             response_tokens=sum(len(rollout.response) for rollout in finished),
@@ -298,7 +310,16 @@ class Generator:
         )
         if not fits or over:
             self.close()
-            self.cache = KVCache(self.config, self._layers, tp, needed, length, self.grid.device, encoded)
+            self.cache = KVCache(
+                self.config,
+                self._layers,
+                tp,
+                needed,
+                length,
+                self.grid.device,
+                encoded,
+                records_routes=self.limits.routes,
+            )
             if self.masking is not None:
                 self.masking.cache = KVCache(self.config, self._layers, tp, needed, length, self.grid.device, encoded)
         return per_group

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from megarl.rollout.sampling import Drawn, RowSettings, draw, nucleus
 from megarl.rollout.schedule import Schedule
 from megarl.rollout.static import StaticPasses, TokenScorer
 
+CPU_PADDING = 64
+"""Largest number of padding tokens of a pass over prompts on a CPU, where more take longer than one more pass."""
 OnTokens = Callable[[list[tuple[Request, int]]], bool]
 """Called with what a turn sampled: the running requests, each with its new token. Returns whether all running responses
 should end with their next token, which every rank of a replica must decide alike."""
@@ -120,7 +122,8 @@ class Lane:
         if self.schedule.done:
             return
         self.under_way = True
-        for slots in self.schedule.prefill(self.passes.prefill_tokens):
+        padding = CPU_PADDING if self.grid.device.type == "cpu" else None
+        for slots in self.schedule.prefill(self.passes.prefill_tokens, padding):
             self._prefill(slots)
         for target, source in self.schedule.shared().items():
             for cache in self.caches:
@@ -143,7 +146,9 @@ class Lane:
         sampled = [] if on_tokens is None else list(zip(self.schedule.running, tokens.tolist(), strict=True))
         if self.seen is not None:
             self._see_drawn(self.seen, tokens)
-        for source, target, entries in self.schedule.accept(tokens, logprobs):
+        moves = self.schedule.accept(tokens, logprobs)
+        self._keep_routes()
+        for source, target, entries in moves:
             for cache in self.caches:
                 cache.move(self.first + source, self.first + target, entries)
             if self.seen is not None:
@@ -151,6 +156,18 @@ class Lane:
         if self.schedule.fresh or self.schedule.rows != rows:
             self.settings = None
         return on_tokens is not None and on_tokens(sampled)
+
+    def _keep_routes(self) -> None:
+        """Give the responses that have just finished the experts of this stage's layers, before their slots are used
+        again."""
+        routes, retired = self.passes.cache.routes, self.schedule.retired
+        if not routes:
+            return
+        finished = self.schedule.finished
+        for place, slot in enumerate(retired, len(finished) - len(retired)):
+            length = len(finished[place].tokens) - 1
+            mine = torch.stack([layer[self.first + slot, :length] for layer in routes.values()], dim=1)
+            finished[place] = replace(finished[place], routes=mine.cpu().numpy())
 
     # --- passes -----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megarl.config.sections.rollout import ResponsesConfig
 from megarl.errors import ConfigError
 from megarl.tokenizers import Tokenizer
@@ -82,7 +85,11 @@ class Request:
 
 @dataclass
 class Rollout:
-    """A finished response. `logprobs` has one entry per token of `response`."""
+    """A finished response. `logprobs` has one entry per token of `response`.
+
+    `routes` are the experts that computed each token but the last, [tokens, layers with experts, chosen] int16, where
+    they are recorded.
+    """
 
     prompt_id: int
     sample_id: int
@@ -91,6 +98,7 @@ class Rollout:
     logprobs: list[float]
     finish_reason: str
     weights_version: int = 0
+    routes: NDArray[np.int16] | None = field(default=None, compare=False, repr=False)
 
     @property
     def tokens(self) -> list[int]:

@@ -57,6 +57,7 @@ class Schedule:
         longest = max((request.sampling.max_new_tokens for request in requests), default=0)
         self.running: list[Request] = []
         self.fresh: list[int] = []
+        self.retired: list[int] = []  # slots of the responses that the last `accept` finished
         self.finished: list[Rollout] = []
         self.decode_passes = self.decoded_rows = self.prefilled_tokens = 0
         # One entry per slot, as arrays, so that a turn costs few operations for any number of rows.
@@ -91,24 +92,27 @@ class Schedule:
         """[rows] number of tokens so far, which is the position of the next token."""
         return self._length[: self.rows]
 
-    def prefill(self, budget: int) -> Iterator[list[int]]:
+    def prefill(self, budget: int, padding: int | None = None) -> Iterator[list[int]]:
         """Yield the fresh slots whose prompt must be read, in batches of at most `budget` padded tokens (or of one
-        slot).
+        slot), of which at most `padding` are padding.
 
-        They are sorted by length, so that a batch has little padding. Slots that share a prompt that is read already
+        They are sorted by length, so that a batch has little of it. Slots that share a prompt that is read already
         (`shared`) are left out.
         """
         chunk: list[int] = []
+        read = 0  # tokens of the chunk's prompts
         unread = set(self.fresh) - self.shared().keys()
         for slot in sorted(unread, key=lambda slot: (len(self.to_read(slot)), slot)):
             length = len(self.to_read(slot))  # the longest so far, as they are sorted
             if length == 0:
                 continue
             self.prefilled_tokens += length
-            if chunk and (len(chunk) + 1) * length > budget:
+            padded = (len(chunk) + 1) * length
+            if chunk and (padded > budget or (padding is not None and padded - read - length > padding)):
                 yield chunk
-                chunk = []
+                chunk, read = [], 0
             chunk.append(slot)
+            read += length
         if chunk:
             yield chunk
 
@@ -145,7 +149,7 @@ class Schedule:
         count += 1
         self._length[:rows] += 1
         self._last[:rows] = tokens
-        self.fresh = []
+        self.fresh, self.retired = [], []
         ended = np.isin(tokens, self.eos_ids) | (count >= self._limit[:rows])
         for slot in np.flatnonzero(self._stops[:rows] & ~ended).tolist():
             ended[slot] = self._stopped(slot)
@@ -213,6 +217,7 @@ class Schedule:
 
     def _retire(self, slot: int) -> None:
         """Add the finished response with the first reason that applies, in the order eos, stop, length."""
+        self.retired.append(slot)
         request, count = self.running[slot], int(self._count[slot])
         response = self._tokens[slot, :count].tolist()
         if response[-1] in self.eos_ids:

@@ -1,11 +1,15 @@
 """Rollouts as JSON-lines files with exact floats, so that any phase can be inspected or repeated without generation."""
 
+import base64
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megarl.disk import UnreadableError, is_file, local, parse_object, read_text, write_atomically
 from megarl.errors import ConfigError, DataError
@@ -13,6 +17,7 @@ from megarl.rollout.noise import EVALUATION, GREEDY, TRAINING
 from megarl.rollout.requests import FINISH_REASONS, Request, Rollout
 
 FORMAT = "megarl rollouts 1"
+ROUTES = "routes"
 _STREAMS = {TRAINING: "train", EVALUATION: "eval", GREEDY: "greedy"}
 
 
@@ -47,7 +52,7 @@ def dump(path: str | Path, rollouts: Iterable[Rollout]) -> None:
 
 def as_lines(rollouts: Iterable[Rollout]) -> list[str]:
     """Return the lines of a file with rollouts."""
-    records = [asdict(rollout) for rollout in rollouts]
+    records = [_as_record(rollout) for rollout in rollouts]
     head = {"format": FORMAT, "rollouts": len(records)}
     return [json.dumps(record, allow_nan=False) + "\n" for record in (head, *records)]
 
@@ -69,13 +74,24 @@ def load(path: str | Path, remedy: str = "dump the rollouts again with rollout.d
             value=head.get("rollouts"),
             where=path,
         )
-    names = {field.name for field in fields(Rollout)}
+    names = {field.name for field in fields(Rollout)} - {ROUTES}
     rollouts = []
     for number, line in enumerate(lines[1:], 2):
         record = _parsed(line, path, number, remedy)
+        routes = record.pop(ROUTES, None)
         if record.keys() != names or not _is_whole(record):
             raise DataError(f"{path}:{number} is not a complete rollout: {remedy}", where=f"{path}:{number}")
-        rollouts.append(Rollout(**record))
+        rollout = Rollout(**record)
+        if routes is not None:
+            try:
+                rollout = replace(rollout, routes=_routes(routes, len(rollout.tokens) - 1))
+            except (TypeError, ValueError, KeyError):
+                raise DataError(
+                    f"{path}:{number} has {ROUTES} that do not belong to its tokens: {remedy}",
+                    key=ROUTES,
+                    where=f"{path}:{number}",
+                ) from None
+        rollouts.append(rollout)
     return rollouts
 
 
@@ -127,6 +143,22 @@ def require_phases(folder: str | Path, phases: Mapping[int, Iterable[int]]) -> N
             where=missing[0],
             offers={"rollout.replay": [None]},
         )
+
+
+def _as_record(rollout: Rollout) -> dict[str, Any]:
+    """Return a rollout as JSON values; routes that are not recorded are left out."""
+    record = asdict(replace(rollout, routes=None))
+    del record[ROUTES]
+    if rollout.routes is not None:
+        data = base64.b64encode(rollout.routes.astype("<i2").tobytes()).decode()
+        record[ROUTES] = {"layers": rollout.routes.shape[1], "chosen": rollout.routes.shape[2], "int16": data}
+    return record
+
+
+def _routes(stored: Mapping[str, Any], tokens: int) -> NDArray[np.int16]:
+    """Return the experts of `tokens` tokens from what `_as_record` wrote."""
+    data = np.frombuffer(base64.b64decode(stored["int16"], validate=True), "<i2")
+    return data.reshape(tokens, stored["layers"], stored["chosen"]).astype(np.int16)
 
 
 def _parsed(line: str, path: Path, number: int, remedy: str) -> dict[str, Any]:

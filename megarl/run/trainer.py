@@ -112,7 +112,7 @@ def _callbacks(
         StepAxis(),
         InitialEvaluation(),
         StepLimit(),
-        Throughput(config.trainer.peak_tflops),
+        Throughput(or_defaults(config, "health").peak_tflops),
         Health(run_dir),
         *([StopOnFinding(stop_on, findings)] if stop_on else []),
         checkpoints,

@@ -69,6 +69,7 @@ def test_keys_of_an_optional_section_know_it() -> None:
     assert [section.key for section in optional_sections(SFTConfig)] == [
         "model.rope_scaling",
         "model.encoder",
+        "model.experts",
         "extensions",
         "adapter",
         "checkpoint.best",

@@ -29,7 +29,7 @@ from megarl.config.resume import (
 )
 from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sections.clone import CloneConfig
-from megarl.config.sections.model import EncoderConfig, ModelConfig, RopeScalingConfig
+from megarl.config.sections.model import EncoderConfig, ExpertsConfig, ModelConfig, RopeScalingConfig
 from megarl.config.sft import SFTConfig
 from megarl.errors import CheckpointError
 from tests.refusals import refused
@@ -76,7 +76,7 @@ def test_what_cannot_change_is_refused_by_key_old_and_new_value(key: str) -> Non
     before, now = asdict(tree()), asdict(tree())
     for plain in (before, now):
         plain["model"] |= {"vocab_size": 64, "rope_scaling": asdict(RopeScalingConfig("linear"))}
-        plain["model"]["encoder"] = asdict(EncoderConfig(num_layers=2))
+        plain["model"] |= {"encoder": asdict(EncoderConfig(num_layers=2)), "experts": asdict(ExpertsConfig(count=4))}
         plain["adapter"] = asdict(AdapterConfig())
     holder = now
     for section in sections:

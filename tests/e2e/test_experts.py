@@ -47,6 +47,7 @@ ROUTING = ("experts/balance_loss", "experts/z_loss", "experts/most_loaded", "exp
 
 def run(run_dir: Path, algorithm: str, folder: Path, *overrides: str) -> None:
     settings = [setting.format(data=folder) for setting in ALGORITHMS[algorithm][0]]
+    settings += ["rollout.engine.router_replay=true"] * (algorithm in ("ppo", "grpo"))
     run_entry(algorithm, [*SHARED, *MODEL, *settings, f"run.dir={run_dir}", *overrides])
 
 

@@ -238,7 +238,7 @@ def run_without_refresh(run_dir: Path, *overrides: str) -> InvariantError:
 def test_a_copy_that_masks_is_the_policy_once_it_was_refreshed(worlds: Worlds, tmp_path: Path) -> None:
     """Behaviour was cloned into the policy, so the copy has other weights."""
     (error,) = worlds.run(1, run_without_refresh, tmp_path, *RUNS["masking"])
-    offers = {"ppo.invariants": ["warn"]}
+    offers = {"health.invariants": ["warn"]}
     assert_refusal(error, key="weights_arrived", offers=offers, names=("before phase 1", "action_mask", "policy"))
     assert not (tmp_path / "metrics.csv").exists()
 

@@ -101,7 +101,7 @@ def computed_otherwise(corrected: bool) -> InvariantError | int:
 def test_a_layout_that_computes_another_model_of_the_same_weights_is_found(worlds: Worlds) -> None:
     for error in worlds.run(2, computed_otherwise, corrected=False):
         assert isinstance(error, InvariantError)
-        offers = {"rollout.engine.layout": [None], "ppo.invariants": ["warn"]}
+        offers = {"rollout.engine.layout": [None], "health.invariants": ["warn"]}
         assert_refusal(error, key="logprob_drift", offers=offers, names=("in phase 1", "PP2", "TP2"))
     assert worlds.run(2, computed_otherwise, corrected=True) == [3, 3]  # the loss corrects it
 

@@ -59,7 +59,7 @@ BROKEN: dict[str, tuple[Callable[[Invariants], None], Any, tuple[str, ...]]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_invariant_stops_a_strict_run_by_name(name: str) -> None:
     break_it, value, shown = BROKEN[name]
-    offers = {"ppo.invariants": ["warn"]}
+    offers = {"health.invariants": ["warn"]}
     with refused(InvariantError, key=name, value=value, offers=offers, names=("phase 7", *shown)) as found:
         break_it(invariants())
     assert found.error.exit_code == 3
@@ -107,7 +107,7 @@ def test_what_holds_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_run_without_the_key_is_not_told_to_set_it() -> None:
     with refused(InvariantError, key="weights_arrived", offers={}) as found:
         copied_in_part(Invariants("strict", "fp32", lambda: 6, has_key=False))
-    assert "ppo.invariants" not in found.line
+    assert "health.invariants" not in found.line
 
 
 def test_what_the_loss_corrects_is_not_checked() -> None:

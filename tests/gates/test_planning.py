@@ -77,7 +77,9 @@ def least(name: str) -> dict[str, int]:
 
 
 def shipped() -> list[str]:
-    return sorted(name for name in preset_files(conf_folder()) if name.startswith(("flan", "gpt", "llama", "qwen")))
+    return sorted(
+        name for name in preset_files(conf_folder()) if name.startswith(("flan", "gpt", "llama", "mixtral", "qwen"))
+    )
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megarl.config.sections.model import EncoderConfig
-from megarl.models.attention import RelativePositions
+from megarl.models.attention import RelativePositions, attend_by_distance
 from tests.gated import gated
 from tests.parallel.engines import train
 from tests.worlds import Worlds
@@ -14,7 +14,7 @@ from tests.worlds import Worlds
 T5: dict[str, Any] = {
     "position": "relative",
     "activation": "geglu",
-    "encoder": EncoderConfig(num_layers=4, buckets=8, longest_distance=20),
+    "encoder": EncoderConfig(num_layers=4, buckets=8, longest_distance=20, start_id=0),
 }
 STEPS = 3
 CASES: dict[str, tuple[int, dict[str, Any], str]] = {
@@ -54,3 +54,29 @@ def test_relative_positions_have_adjacent_keys_as_fused_kernels_need(masked: boo
             wanted = table[buckets[0, query, key]].expand(added.shape[0], -1)
             hidden = 0.0 if mask is None else mask[:, :, query, key]
             assert torch.equal(added[:, :, query, key], wanted + hidden)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_gradients_of_attention_by_distance_are_those_of_its_formula(dropout: float) -> None:
+    shapes = [(2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4), (1, 3, 5, 7)]
+    query, key, value, positions = (torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes)
+    mask = torch.zeros(2, 1, 5, 7, dtype=torch.double)
+    mask[1, :, :, 5:] = -torch.inf
+
+    def weights(q: torch.Tensor, k: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(q @ k.transpose(2, 3) + p + mask, -1)
+
+    def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return attend_by_distance(q, k, v, p.detach() + mask, p, dropout)
+
+    def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        used = weights(q, k, p).flatten(0, 1)
+        return torch.native_dropout(used, dropout, True)[0].view(2, 3, 5, 7) @ v if dropout else weights(q, k, p) @ v
+
+    inputs, upstream = (query, key, value, positions), torch.randn(2, 3, 5, 4, dtype=torch.double)
+    torch.testing.assert_close(ours(*inputs), formula(*inputs))
+    found = torch.autograd.grad(ours(*inputs), inputs, upstream)
+    wanted = torch.autograd.grad(formula(*inputs), inputs, upstream)
+    torch.testing.assert_close(found, wanted)

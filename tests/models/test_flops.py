@@ -3,12 +3,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megarl.config.sections.adapter import AdapterConfig
-from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.model import ExpertsConfig, ModelConfig
 from megarl.models.exchange.adapters import new_spec
 from megarl.models.flops import (
     adapter_weights,
     flops_per_token,
     forward_flops_per_token,
+    idle_weights,
     layer_weights,
     mean_keys,
 )
@@ -75,6 +76,25 @@ def test_frozen_weights_beside_adapters_need_no_gradients():
     assert adapter_weights(model, some) == 3 * (8 + 8)
 
 
+def test_of_a_mixture_the_weights_that_compute_a_token_count():
+    experts = ExpertsConfig(count=6, chosen=2, ffn_size=4, shared_ffn_size=5, dense_layers=[0])
+    model = ModelConfig(**SMALL, activation="swiglu", experts=experts)
+    # query, key, value, output; gate, up, down of the plain MLP
+    assert layer_weights(model, 0) == 256 + 384
+    # router; two experts; the shared one, and its gate
+    assert layer_weights(model, 1) == 256 + 8 * 6 + 2 * 3 * 8 * 4 + 3 * 8 * 5 + 8
+    assert idle_weights(model) == 4 * 3 * 8 * 4
+    assert idle_weights(ModelConfig(**SMALL)) == 0
+    forward = 2 * (640 + 256 + 48 + 192 + 120 + 8 + 80) + 2 * 4 * 8 * 4
+    assert forward_flops_per_token(model, 10, 7) == forward
+    assert flops_per_token(model, 10, 7) == 3 * forward
+    frozen = flops_per_token(ModelConfig(**SMALL, activation="swiglu", experts=experts, num_layers_unfrozen=1), 10, 7)
+    assert 3 * forward - frozen == 2 * (2 * 640 + 4 * 8 * 4)
+    adapted = new_spec(AdapterConfig(rank=3), model, None)
+    weights, factors = 640 + 256 + 48 + 192 + 120 + 8, 2 * 3 * 4 * (8 + 8)  # adapters beside attention alone
+    assert flops_per_token(model, 10, 7, adapted) == 2 * 2 * weights + 3 * 2 * 128 + 3 * 2 * factors + 2 * 2 * 80
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_agrees_with_what_torch_counts_in_a_llama(kv_heads):
     """Torch counts attention over all pairs of tokens, so the masked half is added to ours."""
@@ -97,6 +117,41 @@ def test_agrees_with_what_torch_counts_in_a_llama(kv_heads):
         llama(input_ids=tokens).logits.sum().backward()
     model = ModelConfig(
         num_layers=3, hidden_size=32, num_heads=4, num_kv_heads=kv_heads, ffn_size=48, activation="swiglu"
+    )
+    attention = 3 * 12 * 32
+    all_pairs = flops_per_token(model, vocab, time) + attention * (time - mean_keys(time))
+    assert counter.get_total_flops() == batch * time * all_pairs
+
+
+def test_agrees_with_what_torch_counts_in_a_mixtral():
+    """Torch counts attention over all pairs of tokens, so the masked half is added to ours."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    batch, time, vocab = 2, 16, 50
+    config = MixtralConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    mixtral = MixtralForCausalLM(config)
+    tokens = torch.randint(vocab, (batch, time))
+    with FlopCounterMode(display=False) as counter:
+        mixtral(input_ids=tokens).logits.sum().backward()
+    model = ModelConfig(
+        num_layers=3,
+        hidden_size=32,
+        num_heads=4,
+        num_kv_heads=2,
+        ffn_size=48,
+        activation="swiglu",
+        experts=ExpertsConfig(count=5, chosen=2),
     )
     attention = 3 * 12 * 32
     all_pairs = flops_per_token(model, vocab, time) + attention * (time - mean_keys(time))

@@ -60,7 +60,7 @@ EXOTIC = {
 }
 T5 = {
     "num_layers": 2,
-    "encoder": EncoderConfig(num_layers=2, buckets=8, longest_distance=6),
+    "encoder": EncoderConfig(num_layers=2, buckets=8, longest_distance=6, start_id=0),
     "position": "relative",
     "activation": "geglu",
     "tie_embeddings": True,

@@ -314,3 +314,31 @@ def test_long_rows_keep_their_length_as_attention_would_cost_more() -> None:
 def test_of_lengths_that_round_to_one_the_most_bins_are_kept() -> None:
     layout = Layout(tp=8, sequence_parallel=True)
     assert shape_of([9, 7] * 64, layout, per_microbatch=32) == (2, 32, 16)
+
+
+@pytest.mark.parametrize("per_microbatch", [1, 3, 100])
+@pytest.mark.parametrize("share_bins", [False, True])
+def test_an_encoder_reads_each_prompt_and_a_decoder_each_response_within_the_memory_of_single_bins(
+    share_bins: bool, per_microbatch: int
+) -> None:
+    dice = random.Random(0)
+    rows = rows_of(*((dice.randint(8, 16), dice.randint(2, 9)) for _ in range(24)))
+    options = {"share_bins": share_bins, "per_microbatch": per_microbatch}
+    plan = MicrobatchPlan(rows.lengths, Layout(), 0, prompts=rows.prompts, **options)
+    found, positions = [], 0
+    for batch in plan.microbatches(rows):
+        assert batch.encoder is not None
+        assert batch.encoder.segment_ids is not None
+        positions += batch.tokens.shape[0] * batch.time
+        before = batch.gather_rows(batch.tokens)
+        for row, number in enumerate(batch.rows["number"].tolist()):
+            prompt, length = int(rows.prompts[number]), int(rows.lengths[number])
+            home, segment = int(plan.row_bin[number]) % plan.bins, int(plan.row_segment[number])
+            read = batch.encoder.tokens[home][batch.encoder.segment_ids[home] == segment]
+            assert read.tolist() == rows.tokens[number, :prompt].tolist()
+            assert before[row, prompt:length].tolist() == rows.tokens[number, prompt - 1 : length - 1].tolist()
+            found.append(number)
+    assert sorted(found) == list(range(24))
+    assert plan.bins * (plan.time + plan.encoder_time) <= per_microbatch * (16 + 9) * 1.25  # rounded to buckets
+    if share_bins and per_microbatch == 100:
+        assert positions < 0.85 * 24 * (16 + 9)  # of bins for single rows

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megarl.parallel.packing import pack, round_up_to_bucket
+from megarl.parallel.packing import pack, round_up_to_bucket, spread
 
 
 def test_packing_puts_every_sequence_in_one_bin_that_holds_it() -> None:
@@ -39,3 +39,18 @@ def test_buckets_are_few_and_waste_little(steps: int) -> None:
             assert size - n < n / steps + multiple_of
     assert len({round_up_to_bucket(n, steps=steps) for n in range(1024, 2048)}) <= steps + 1
     assert round_up_to_bucket(0) == 0
+
+
+def test_pairs_are_spread_so_that_both_parts_of_every_bin_are_short() -> None:
+    lengths = np.random.default_rng(0).integers([5, 2], [60, 40], size=(300, 2))
+    bins = spread(lengths, 40)
+    assert sorted(np.concatenate(bins)) == list(range(300))
+    fullest = np.array([lengths[members].sum(0) for members in bins]).max(0)
+    assert (fullest <= 1.1 * lengths.sum(0) / 40).all()
+
+
+def test_spreading_by_hand() -> None:
+    """Bins have 10 of each part on average. (8, 2) and (2, 8) open both; (6, 4) exceeds that by 4 with the first and by
+    2 with the second, and (4, 6) by 2 with the first and by more with the second, which is full."""
+    bins = spread(np.array([[8, 2], [2, 8], [6, 4], [4, 6]]), 2)
+    assert [members.tolist() for members in bins] == [[0, 3], [1, 2]]

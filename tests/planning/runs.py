@@ -12,7 +12,7 @@ import yaml
 from megarl.config.preset_files import preset_files
 from megarl.config.resources import conf_folder
 from megarl.config.sections.adapter import AdapterConfig
-from megarl.config.sections.model import EncoderConfig, ModelConfig
+from megarl.config.sections.model import EncoderConfig, ExpertsConfig, ModelConfig
 from megarl.config.sections.optim import OptimConfig
 from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.build import build_engine
@@ -36,7 +36,9 @@ from tests.planning.allocations import recorded
 GPT2 = {"norm": "layernorm", "activation": "gelu_tanh", "position": "learned", "mlp_bias": True, "qkv_bias": True}
 NEOX = {"norm": "layernorm", "activation": "gelu_tanh", "parallel_residual": "two_norms", "rope_percent": 0.25}
 LLAMA = {"activation": "swiglu", "num_kv_heads": 2}
-T5 = {"activation": "geglu", "position": "relative", "encoder": EncoderConfig(num_layers=4)}
+T5 = {"activation": "geglu", "position": "relative", "encoder": EncoderConfig(num_layers=4, start_id=0)}
+MIXTURE = {**LLAMA, "experts": ExpertsConfig(count=8, chosen=2, ffn_size=512)}
+SHARED = {**LLAMA, "experts": ExpertsConfig(count=4, chosen=2, shared_ffn_size=512, dense_layers=[0], normalise=False)}
 VOCAB = 2048
 
 
@@ -66,7 +68,11 @@ def describe(
         roles=(policy_of(model),),
         model=model,
         parallel=ParallelConfig(
-            tp=layout.tp, pp=layout.pp, sequence_parallel=layout.sequence_parallel, recompute=recompute
+            tp=layout.tp,
+            pp=layout.pp,
+            ep=layout.ep,
+            sequence_parallel=layout.sequence_parallel,
+            recompute=recompute,
         ),
         layout=layout,
         vocab_size=VOCAB,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megarl.config.sections.adapter import AdapterConfig
-from megarl.config.sections.model import EncoderConfig, ModelConfig
+from megarl.config.sections.model import EncoderConfig, ExpertsConfig, ModelConfig
 from megarl.models.adapter_spec import ADAPTER
 from megarl.models.adapters import attach
 from megarl.models.attention import Context
@@ -18,7 +18,7 @@ from megarl.models.layer import Layer
 from megarl.models.rotary import rotation
 from megarl.parallel.fake import fake_world
 from megarl.parallel.layout import Layout
-from megarl.parallel.rows import ModelInputs
+from megarl.parallel.rows import ModelInputs, Origins
 from megarl.planning.activations import (
     Shape,
     kept_by_layer,
@@ -73,7 +73,9 @@ def kept(
         }
         split = layout.tp if layout.sequence_parallel else 1
         hidden = torch.randn(TIME // split, BATCH, 64, dtype=config.params_dtype, requires_grad=not first)
-        return bytes_kept(lambda: layer(hidden, Context(turn, None)), shared)
+        rows = torch.arange(1, BATCH + 1)[:, None].expand(-1, TIME)
+        context = Context(turn, None, origins=Origins(rows, float(BATCH * TIME), 1))
+        return bytes_kept(lambda: layer(hidden, context), shared)
 
 
 def bytes_kept(forward: Callable[[], object], shared: set[int]) -> int:
@@ -121,6 +123,43 @@ def test_a_layer_keeps_what_the_formula_says(
     shape = Shape.of(config, layout, 2 if precision == "bf16" else 4, on_cpu=True)
     expected = kept_by_layer(config, shape, AT, recompute)
     assert kept(layout, precision, recompute, model) == pytest.approx(expected, rel=0.01)
+
+
+EXPERTS = {"norm": "rmsnorm", "num_kv_heads": 4}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"activation": "swiglu", "experts": ExpertsConfig(count=8, chosen=2)},
+    "qwen3-moe": {
+        "activation": "swiglu",
+        "qk_norm": True,
+        "experts": ExpertsConfig(count=16, chosen=4, ffn_size=48, balance=0.1),
+    },
+    "qwen2-moe": {
+        "activation": "swiglu",
+        "experts": ExpertsConfig(count=6, chosen=3, ffn_size=64, shared_ffn_size=96, normalise=False),
+    },
+    "gelu": {"activation": "gelu", "experts": ExpertsConfig(count=6, chosen=2, shared_ffn_size=32)},
+    "relu": {
+        "activation": "relu",
+        "norm": "layernorm",
+        "experts": ExpertsConfig(count=6, chosen=1, normalise=False, z_loss=0.1),
+    },
+}
+
+
+@pytest.mark.parametrize("adapter", [None, {"rank": 4}], ids=["whole", "lora"])
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", MIXTURES)
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=2, sequence_parallel=True)], ids=str)
+def test_a_layer_with_experts_keeps_what_the_formula_says(
+    layout: Layout, model: str, precision: str, recompute: str, adapter: dict[str, Any] | None
+) -> None:
+    shape_of_model = {**EXPERTS, **MIXTURES[model]}
+    config = layer_config(layout, precision, recompute, shape_of_model, adapter)
+    shape = Shape.of(config, layout, 2 if precision == "bf16" else 4, on_cpu=True)
+    at = Positions(BATCH, TIME, routed=True)
+    expected = kept_by_layer(config, shape, at, recompute) + kept_once_by_adapters(config, layout, shape, at)
+    assert kept(layout, precision, recompute, shape_of_model, adapter) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -177,7 +216,7 @@ def test_the_formula_by_hand_for_a_llama_on_a_gpu() -> None:
 
 
 ENCODED, DECODED = 96, 80
-T5 = {"position": "relative", "activation": "geglu", "head_dim": 16, "encoder": EncoderConfig(num_layers=2)}
+T5 = {"position": "relative", "activation": "geglu", "head_dim": 16, "encoder": EncoderConfig(num_layers=2, start_id=0)}
 PLACES = {
     "encoder": (1, Positions(BATCH, ENCODED, DECODED)),
     "the encoder's last": (2, Positions(BATCH, ENCODED, DECODED)),
@@ -225,7 +264,9 @@ def inputs_of(encoded: int, decoded: int) -> ModelInputs:
 
 def tensors_of(inputs: Spans) -> list[torch.Tensor]:
     found = [inputs.cross, inputs.encoder.mask, inputs.decoder.mask]
-    found += [part.relative.buckets for part in (inputs.encoder, inputs.decoder) if part.relative is not None]
+    for part in (inputs.encoder, inputs.decoder):
+        if part.relative is not None:
+            found += [part.relative.buckets, part.relative.values, part.relative.added]
     return [tensor for tensor in found if tensor is not None]
 
 

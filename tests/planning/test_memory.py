@@ -22,7 +22,9 @@ from tests.gated import gated
 from tests.planning.runs import (
     GPT2,
     LLAMA,
+    MIXTURE,
     NEOX,
+    SHARED,
     T5,
     Measured,
     built,
@@ -94,12 +96,39 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
         replace(describe(Layout(pp=2), LLAMA, rollouts=32, length=72, loss_tokens=8), rollout_layout="tp2"),
     ),
     "llama-scores": ("score", scored, describe(Layout(), LLAMA, rollouts=8, loss_tokens=256)),
+    "experts": ("train", trained, describe(Layout(), MIXTURE)),
+    "experts-ep2-bf16": ("train", trained, describe(Layout(dp=2, ep=2), MIXTURE, precision="bf16")),
+    "experts-tp2-sp": (
+        "train",
+        trained,
+        describe(Layout(tp=2, sequence_parallel=True), MIXTURE, accumulation=2, recompute="selective"),
+    ),
+    "experts-full": ("train", trained, describe(Layout(), MIXTURE, recompute="full")),
+    "experts-ep2-full": ("train", trained, describe(Layout(dp=2, ep=2), SHARED, precision="bf16", recompute="full")),
+    "experts-shared-pp2": ("train", trained, describe(Layout(pp=2), SHARED, accumulation=4)),
+    "experts-frozen": ("train", trained, describe(Layout(dp=2), {**SHARED, "num_layers_unfrozen": 2})),
+    "experts-lora": ("train", trained, with_adapter(describe(Layout(), SHARED))),
+    "experts-generate": ("generate", generated, describe(Layout(), MIXTURE, rollouts=32, length=72, loss_tokens=8)),
+    "experts-ep2-generate": (
+        "generate",
+        generated,
+        describe(Layout(dp=2, ep=2), MIXTURE, rollouts=64, length=72, loss_tokens=8, precision="bf16"),
+    ),
+    "experts-score": ("score", scored, describe(Layout(), SHARED, rollouts=8, loss_tokens=256)),
+    "experts-ep2-score": (
+        "score",
+        scored,
+        describe(Layout(dp=2, ep=2), MIXTURE, rollouts=8, loss_tokens=256, precision="bf16"),
+    ),
     "t5": ("train", trained, describe(Layout(), T5, loss_tokens=192)),
     "t5-few-layers": (
         "train",
         trained,
         describe(
-            Layout(), {**T5, "num_layers": 1, "encoder": EncoderConfig(num_layers=1)}, length=1088, loss_tokens=64
+            Layout(),
+            {**T5, "num_layers": 1, "encoder": EncoderConfig(num_layers=1, start_id=0)},
+            length=1088,
+            loss_tokens=64,
         ),
     ),
     "t5-long-responses-bf16": ("train", trained, describe(Layout(), T5, loss_tokens=384, precision="bf16")),
@@ -135,7 +164,7 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
         scored,
         describe(
             Layout(),
-            {**T5, "num_layers": 1, "encoder": EncoderConfig(num_layers=1)},
+            {**T5, "num_layers": 1, "encoder": EncoderConfig(num_layers=1, start_id=0)},
             length=1088,
             loss_tokens=64,
             rollouts=8,
@@ -176,6 +205,10 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
 
 
 LATER = [
+    "experts-tp2-sp",
+    "experts-shared-pp2",
+    "experts-frozen",
+    "experts-ep2-score",
     "neox-pp2",
     "neox-lora-pp2",
     "llama-dora-tp2-sp",
@@ -341,6 +374,28 @@ def test_a_reference_is_held_in_host_memory_and_twice_while_it_is_evaluated() ->
     alone = plan_stage(with_roles(POLICY), 0)
     assert plan.host("generate") - alone.host("generate") == weights
     assert all(plan.total(phase) == alone.total(phase) for phase in plan.uses)
+
+
+@pytest.mark.parametrize(("ep", "gathered"), [(2, 12), (4, 8)])
+def test_experts_are_saved_by_the_replicas_that_hold_them(ep: int, gathered: int) -> None:
+    work = with_kind("lion", describe(Layout(dp=4, ep=ep), MIXTURE, precision="bf16"))
+    plan = plan_stage(work, 0)
+    experts = 4 * 8 * 3 * 256 * 512 // ep
+    others = plan.shards["policy"].trainable - experts
+    # Of a weight: 2 bytes, 4 of the master weight and 4 of the moment. Megatron gathers 12 bytes over several replicas;
+    # a single one has 8.
+    written = 10 * (others / 4 + experts * ep / 4)
+    (save,) = plan.uses["save"]
+    assert save.host == pytest.approx(written + 12 * others + gathered * experts)
+    largest = 4 * max(others * (1 + 1 / 4), experts * (1 + ep / 4))
+    assert save.activations == pytest.approx(largest)
+
+
+def test_layers_with_and_without_experts_are_parts_of_their_own() -> None:
+    work = describe(Layout(pp=2), {**SHARED, "num_layers_unfrozen": 3}, micro=3, length=100)
+    first, last = (parts_of(work, stage, work.micro, work.read) for stage in (0, 1))
+    assert first == (Part(1, 0, Positions(3, 100)), Part(1, 1, Positions(3, 100, routed=True)))
+    assert last == (Part(2, 2, Positions(3, 100, routed=True)),)
 
 
 def test_a_separate_critic_costs_a_second_engine_and_a_head_next_to_nothing() -> None:

@@ -5,15 +5,17 @@ from dataclasses import replace
 import pytest
 
 from megarl.config.compose import compose
-from megarl.config.sections.model import EncoderConfig, ModelConfig
+from megarl.config.sections.model import EncoderConfig, ExpertsConfig, ModelConfig
 from megarl.config.sections.optim import OptimConfig
 from megarl.models.flops import layer_weights
+from megarl.models.roles import Role
 from megarl.parallel.fake import fake_world, rank_of
 from megarl.parallel.layout import Layout
 from megarl.parallel.vocab import padded_vocab
-from megarl.planning.shards import build_shard, measure, shard, stages_that_differ
+from megarl.planning.parts import layers_of_stage, stages_that_differ
+from megarl.planning.shards import build_shard, measure, shard
 from megarl.planning.work import Work
-from tests.planning.runs import LLAMA, describe, policy_of, presets_of_large_models, with_adapter
+from tests.planning.runs import LLAMA, MIXTURE, SHARED, describe, policy_of, presets_of_large_models, with_adapter
 
 NEOX_20B = ModelConfig(
     num_layers=44,
@@ -53,7 +55,7 @@ FLAN_T5_XL = ModelConfig(
     max_positions=16384,
     position="relative",
     activation="geglu",
-    encoder=EncoderConfig(num_layers=24),
+    encoder=EncoderConfig(num_layers=24, start_id=0),
 )
 XL_PARAMETERS = 2_849_757_184
 """As published: google/flan-t5-xl."""
@@ -206,6 +208,92 @@ def test_ilqls_heads_are_two_that_train_and_two_that_follow() -> None:
     assert headed.trainable - plain.trainable == 2 * head
 
 
+MIXTRAL = ModelConfig(
+    num_layers=32,
+    hidden_size=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    ffn_size=14336,
+    max_positions=32768,
+    experts=ExpertsConfig(count=8, chosen=2),
+    tie_embeddings=False,
+)
+MIXTRAL_PARAMETERS = 46_702_792_704
+"""As published: mistralai/Mixtral-8x7B-v0.1."""
+
+
+def experts_on(work: Work, role: Role, stage: int) -> int:
+    """Parameters of experts on a rank that other ranks have not."""
+    return shard(work, role, stage).experts.trainable
+
+
+def test_mixtral_has_its_published_number_of_parameters() -> None:
+    # Attention with an eighth of keys and values, a router, 8 experts, two norms; two tables; the last norm
+    h, f = 4096, 14336
+    expected = 32 * (2 * h * h + 2 * h * 1024 + 8 * h + 8 * 3 * h * f + 2 * h) + 2 * 32000 * h + h
+    role = policy_of(MIXTRAL, 32000)
+    assert shard(neox(Layout()), role, 0).parameters == expected == MIXTRAL_PARAMETERS
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(dp=4, ep=4), Layout(tp=2, dp=4, ep=2, pp=2, sequence_parallel=True), Layout(dp=8, ep=8)], ids=str
+)
+def test_every_rank_of_a_mixture_builds_and_together_they_are_the_model(layout: Layout) -> None:
+    work, role = neox(layout), policy_of(MIXTRAL, 32000)
+    held = []
+    for rank in range(layout.world_size):
+        with fake_world(layout, rank) as grid:
+            held.append(measure(build_shard(grid, work, role), rank // (layout.tp * layout.dp)))
+    experts = sum(shard.experts.trainable for shard in held)
+    assert experts == 32 * 8 * 3 * 4096 * 14336 * layout.dp // layout.ep
+    # Norms and routers are held by every tensor rank, and all but experts by every replica.
+    common = 32 * (8 + 2) * 4096 + 4096
+    others = sum(shard.parameters for shard in held) - experts
+    assert others == layout.dp * (MIXTRAL_PARAMETERS - 32 * 8 * 3 * 4096 * 14336 + (layout.tp - 1) * common)
+
+
+def test_the_optimizer_of_experts_is_divided_among_the_replicas_that_hold_them() -> None:
+    whole, shared = (shard(neox(Layout(dp=8, ep=ep)), policy_of(MIXTRAL, 32000), 0) for ep in (1, 4))
+    experts, others = 32 * 8 * 3 * 4096 * 14336, MIXTRAL_PARAMETERS - 32 * 8 * 3 * 4096 * 14336
+    assert whole.optimizer == pytest.approx(12 * MIXTRAL_PARAMETERS / 8, rel=1e-4)
+    assert shared.weights == pytest.approx(2 * (others + experts / 4), rel=1e-4)
+    assert shared.gradients == pytest.approx(4 * (others + experts / 4), rel=1e-4)
+    assert shared.optimizer == pytest.approx(12 * (others / 8 + experts / 4 / 2), rel=1e-4)
+    # What a rank saves of the weights: an eighth of what all have, half of what two have.
+    assert shared.experts.weights == 2 * experts / 4
+    assert shared.experts.moments == 2 * experts / 4
+    layout = Layout(dp=8, ep=4)
+    assert shared.distributed("trainable", layout) == others / 8 + experts / 8
+    assert shared.distributed("moments", layout) == 2 * shared.distributed("trainable", layout)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "adamw8bit"])
+@pytest.mark.parametrize("layout", [Layout(tp=2, dp=2, ep=2), Layout(pp=2, dp=4, ep=2)], ids=str)
+def test_few_experts_tell_the_sizes_of_many(layout: Layout, kind: str) -> None:
+    work = describe(layout, {**MIXTURE, "experts": ExpertsConfig(count=32, chosen=4, ffn_size=512)}, precision="bf16")
+    role = replace(work.roles[0], optim=OptimConfig(kind=kind))
+    for stage in range(layout.pp):
+        exact, quick = (shard(work, role, stage, exact=exact) for exact in (True, False))
+        assert quick.parameters == exact.parameters
+        assert quick.moments == exact.moments
+        assert quick.experts == exact.experts
+        for name in ("weights", "gradients", "optimizer", "stepping", "largest", "bucket", "copy"):
+            assert getattr(quick, name) == pytest.approx(getattr(exact, name), rel=2e-3), name
+
+
+def test_stages_with_other_numbers_of_experts_are_built() -> None:
+    experts = replace(SHARED["experts"], dense_layers=[0, 2, 3, 7])
+    model = describe(Layout(), {**SHARED, "num_layers": 12, "experts": experts}).model
+    # The second has no layer with experts, the third two, the fourth one, and the fifth two.
+    assert stages_that_differ(Layout(pp=6), model) == [0, 1, 2, 3, 5]
+    assert stages_that_differ(Layout(pp=6), replace(model, experts=None)) == [0, 1, 5]
+    assert stages_that_differ(Layout(), model) == [0]
+    assert layers_of_stage(model, Layout(pp=2, vpp=3), 1) == [2, 3, 6, 7, 10, 11]
+    work = describe(Layout(pp=6), {**SHARED, "num_layers": 12, "experts": experts})
+    held = [shard(work, work.roles[0], stage).parameters for stage in range(6)]
+    assert held[1] < held[3] < held[2] == held[4]
+
+
 @pytest.mark.parametrize("name", presets_of_large_models())
 def test_every_preset_builds_at_its_world_size(name: str) -> None:
     entry = "ilql" if name.endswith("_ilql") else "ppo"
@@ -215,14 +303,16 @@ def test_every_preset_builds_at_its_world_size(name: str) -> None:
         trainer.devices * trainer.num_nodes,
         tp=parallel.tp,
         pp=parallel.pp,
+        ep=parallel.ep,
         sequence_parallel=parallel.sequence_parallel,
     )
     work = describe(layout, {}, precision=trainer.precision)
     policy = policy_of(config.model, config.model.vocab_size)
-    stages = stages_that_differ(layout)
+    stages = stages_that_differ(layout, config.model)
     parts = {stage: shard(work, policy, stage) for stage in stages}
     between = (layout.pp - 2) * parts[stages[1]].parameters if layout.pp > 2 else 0
     held = parts[0].parameters + between + (parts[layout.pp - 1].parameters if layout.pp > 1 else 0)
+    held += (layout.ep - 1) * sum(experts_on(work, policy, stage) for stage in range(layout.pp))
     whole = shard(replace(work, layout=Layout()), policy, 0).parameters
     # A rank's parts are a tp-th and what all tensor ranks hold; a tied table is on the first and on the last stage.
     assert whole <= held * layout.tp < whole * 1.02

@@ -9,18 +9,18 @@ import pytest
 from rich.console import Console
 
 from megarl.config.cluster import ClusterConfig
-from megarl.config.sections.model import ModelConfig
+from megarl.config.sections.model import ExpertsConfig, ModelConfig
 from megarl.config.sections.optim import OptimConfig
 from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.roles import Role
 from megarl.parallel.layout import Layout
 from megarl.planning.hardware import KINDS, Cluster
 from megarl.planning.plain import as_json
-from megarl.planning.plan import Plan, make_plan, remedies, suggest
+from megarl.planning.plan import Plan, make_plan, possible_layouts, remedies, suggest
 from megarl.planning.show import write
 from megarl.planning.times import Phase, Rates
 from megarl.planning.work import Work
-from tests.planning.runs import LLAMA, T5, describe, policy_of, with_adapter
+from tests.planning.runs import LLAMA, MIXTURE, T5, describe, policy_of, with_adapter
 
 QWEN_32B = ModelConfig(
     num_layers=64, hidden_size=5120, num_heads=40, num_kv_heads=8, ffn_size=27648, max_positions=4096
@@ -370,3 +370,119 @@ def test_suggestions_fit_and_the_fastest_comes_first() -> None:
 def test_nothing_is_suggested_where_nothing_fits() -> None:
     work = large(LLAMA_70B, 128256, Layout(tp=8, sequence_parallel=True))
     assert suggest(planned(work)) == []
+
+
+LAYER = 256 * (256 + 128 + 256)
+"""Weights of attention in a layer of `MIXTURE`."""
+EXPERT = 3 * 256 * 512
+
+
+def mixture(layout: Layout, **changes: Any) -> Work:
+    return describe(layout, MIXTURE, **{"precision": "bf16", **changes})
+
+
+def test_a_step_of_a_mixture_is_the_operations_of_the_chosen_experts() -> None:
+    train = phase_of(planned(mixture(Layout())), "train")
+    token = 4 * (2 * (LAYER + 256 * 8 + 2 * EXPERT) + 4 * 256 * 256.5) + 2 * 256 * 2048
+    assert train.flops == pytest.approx(3 * 4 * 512 * token)
+    parameters = planned(mixture(Layout())).ranks[0].shards["policy"].trainable
+    assert parameters > 4 * (LAYER + 8 * EXPERT)
+    assert train.seconds == pytest.approx(train.flops / RATE + 30 * parameters / (3.35e12 * 0.8))
+    assert sum(train.sent.values()) == 0
+
+
+COPIES = 4 * (4 * 512) * 2 * 256 * 2
+"""Bytes of all tokens of a microbatch, twice each, over the layers."""
+
+
+@pytest.mark.parametrize(("recompute", "passes"), [("none", 2), ("selective", 2), ("full", 3)])
+def test_tokens_travel_to_their_experts_and_back_in_every_pass(recompute: str, passes: int) -> None:
+    layouts = (Layout(dp=8), Layout(dp=8, ep=4))
+    alone, shared = (planned(mixture(each, accumulation=3, recompute=recompute)) for each in layouts)
+    sent = [phase_of(plan, "train").sent["NVLink"] for plan in (alone, shared)]
+    experts = 4 * 8 * EXPERT
+    parameters = alone.ranks[0].shards["policy"].trainable
+    assert sent[0] == pytest.approx(6 * parameters * 7 / 8)
+    # Of four ranks, three are elsewhere. A quarter of the experts is reduced over 2 replicas, all else over 8.
+    exchanged = 3 * passes * 2 * COPIES * 3 / 4
+    assert sent[1] == pytest.approx(exchanged + 6 * ((parameters - experts) * 7 / 8 + experts / 4 / 2))
+    assert phase_of(alone, "train").sent["network"] == phase_of(shared, "train").sent["network"] == 0
+
+
+def test_an_exchange_takes_the_longer_of_its_ways_within_and_between_machines() -> None:
+    near, far = (planned(mixture(Layout(dp=16, ep=ep))) for ep in (1, 16))
+    forward = [plan.passes[0] for plan in (near, far)]
+    # Of 16 ranks, 7 others are in the same machine and 8 in the other one.
+    between = 2 * COPIES * 8 / 16
+    assert forward[1] - forward[0] == pytest.approx(between / (50e9 * 0.75))
+    assert phase_of(far, "train").sent["network"] > 2 * between
+    eight = planned(mixture(Layout(dp=8, ep=8)))
+    assert eight.passes[0] - forward[0] == pytest.approx(2 * COPIES * 7 / 8 / (450e9 * 0.75))
+
+
+def test_tensor_ranks_all_send_all_tokens() -> None:
+    plans = [planned(mixture(Layout(tp=4, dp=2, ep=ep, sequence_parallel=True))) for ep in (1, 2)]
+    assert plans[1].passes[0] - plans[0].passes[0] == pytest.approx(2 * COPIES / 2 / (450e9 * 0.75))
+
+
+def test_a_pass_is_no_faster_than_its_experts_are_launched() -> None:
+    slow = planned(mixture(Layout()), host_s_per_layer=1.0)
+    assert slow.passes[0] == pytest.approx(4 * 8 / 4)
+    assert phase_of(slow, "train").bound == "launching experts (host)"
+    assert planned(mixture(Layout(dp=4, ep=4)), host_s_per_layer=1.0).passes[0] == pytest.approx(2, rel=0.01)
+    frozen = replace(mixture(Layout()).model, num_layers_unfrozen=1)
+    work = replace(mixture(Layout()), model=frozen, roles=(policy_of(frozen),))
+    assert planned(work, host_s_per_layer=1.0).passes == pytest.approx((8, 2))
+
+
+def generation_of_a_mixture(responses: int, layout: Layout) -> Phase:
+    work = mixture(layout, rollouts=responses * layout.dp, length=192, loss_tokens=128)
+    return phase_of(planned(replace(work, slots=responses)), "generate")
+
+
+def test_a_decode_pass_reads_the_experts_of_its_tokens() -> None:
+    def read(experts: float, rows: int) -> float:
+        weights = 4 * (LAYER + 256 * 8 + experts * EXPERT) + 2048 * 256
+        cache = 2 * 4 * rows * 2 * 32 * (64 + 64)
+        return 128 * 2 * (weights + cache) / (3.35e12 * 0.8)
+
+    def prompts(rows: int) -> float:
+        token = 4 * (2 * (LAYER + 256 * 8 + 2 * EXPERT) + 4 * 256 * 32.5) + 2 * 256 * 2048
+        return rows * 64 * token / RATE
+
+    one, many = (generation_of_a_mixture(rows, Layout()).seconds for rows in (1, 16))
+    assert one - prompts(1) == pytest.approx(read(2, 1), rel=1e-3)
+    assert many - prompts(16) == pytest.approx(read(8 * (1 - 0.75**16), 16), rel=1e-3)
+
+
+def test_replicas_that_share_experts_exchange_the_tokens_of_a_decode_pass() -> None:
+    alone, shared = (generation_of_a_mixture(4, Layout(dp=4, ep=ep)) for ep in (1, 4))
+    assert shared.sent["NVLink"] - alone.sent["NVLink"] == pytest.approx(128 * 4 * 2 * 4 * 2 * 256 * 2 * 3 / 4)
+    assert shared.seconds > alone.seconds + 128 * 3 * 4 * 15e-6 / 2
+
+
+def test_layouts_of_a_mixture_share_its_experts_where_rules_allow() -> None:
+    experts = ExpertsConfig(count=12, chosen=2, ffn_size=512, dense_layers=[1])
+    model = replace(mixture(Layout()).model, num_kv_heads=8, experts=experts, num_layers=8, ffn_size=512)
+    work = replace(mixture(Layout(dp=8), accumulation=2), model=model, roles=(policy_of(model),))
+    cluster = Cluster.of(ClusterConfig(), 8)
+    found = {(each.tp, each.pp, each.ep) for each in possible_layouts(work, cluster)}
+    assert found == {
+        (tp, pp, ep) for tp in (1, 2, 4, 8) for pp in (1, 2, 4, 8) for ep in (1, 2, 4) if 8 % (tp * pp * ep) == 0
+    }
+    plans = suggest(planned(work), 20)
+    assert len({(plan.work.layout.tp, plan.work.layout.pp) for plan in plans}) == len(plans) > 4
+    assert all(plan.work.parallel.ep == plan.work.layout.ep for plan in plans)
+    changes = {remedy.change for remedy in remedies(planned(work))}
+    assert "parallel.ep=2" in changes
+    # A critic without experts has none to share.
+    critic = replace(policy_of(describe(Layout(), {**LLAMA, "num_kv_heads": 8, "num_layers": 8}).model), name="critic")
+    beside = replace(work, roles=(work.roles[0], critic))
+    assert {each.ep for each in possible_layouts(beside, cluster)} == {1}
+
+
+def test_a_layout_that_does_not_cut_experts_is_not_suggested() -> None:
+    experts = ExpertsConfig(count=8, chosen=2, ffn_size=6)
+    model = replace(mixture(Layout()).model, num_kv_heads=8, experts=experts)
+    work = replace(mixture(Layout(dp=8), accumulation=2), model=model, roles=(policy_of(model),))
+    assert {each.tp for each in possible_layouts(work, Cluster.of(ClusterConfig(), 8))} == {1, 2}

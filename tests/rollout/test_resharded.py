@@ -22,7 +22,7 @@ from tests.rollout.test_generate import MODERATE, check_same, generator_of, some
 from tests.worlds import Worlds
 
 SEED = 1  # of `small_engine`
-T5 = {"position": "relative", "activation": "geglu", "encoder": EncoderConfig(num_layers=4)}
+T5 = {"position": "relative", "activation": "geglu", "encoder": EncoderConfig(num_layers=4, start_id=0)}
 HEADS = {"value_head": True, "q_heads": 2}
 CASES: dict[str, tuple[int, dict[str, Any], str, dict[str, Any]]] = {
     "PP2 to TP2": (2, {"pp": 2}, "tp2", {}),
@@ -172,7 +172,7 @@ def test_a_run_of_ppo_is_the_same_when_it_generates_in_another_layout(worlds: Wo
     dump = tmp_path / "stale" / "dump"
     stale = ["parallel.pp=2", "rollout.engine.layout=tp2", f"rollout.dump={dump}"]
     for error, asked in worlds.run(2, run_without_second_copy, tmp_path / "stale", *stale):
-        offers = {"rollout.engine.layout": [None], "ppo.invariants": ["warn"]}
+        offers = {"rollout.engine.layout": [None], "health.invariants": ["warn"]}
         assert_refusal(
             error, key="weights_arrived", offers=offers, names=("in phase 2", "PP2", "TP2", "decoder.layers")
         )

@@ -57,6 +57,13 @@ def test_a_free_slot_is_refilled_and_what_it_holds_starts_from_its_own_prompt() 
     assert list(schedule.prefill(10**6)) == [[0]]
 
 
+def test_prompts_are_read_in_batches_with_little_padding() -> None:
+    schedule = Schedule([request(n, prompt=length) for n, length in enumerate([11, 3, 4, 6, 12])], 5, EOS)
+    # Of 10, 2, 3, 5 and 11 tokens without the last: 3 more are padding beside 2, 3 and 5, and 5 beside 10.
+    assert list(schedule.prefill(10**6, padding=4)) == [[1, 2], [3], [0, 4]]
+    assert list(schedule.prefill(10**6, padding=5)) == [[1, 2, 3], [0, 4]]
+
+
 def test_the_last_slot_moves_into_a_hole_with_all_it_holds() -> None:
     schedule = Schedule([request(n, prompt=2 + n, new=1 if n == 0 else 5) for n in range(3)], 3, EOS)
     list(schedule.prefill(10**6))

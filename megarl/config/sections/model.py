@@ -78,7 +78,13 @@ class EncoderConfig(Section):
     longest_distance: int = leaf(
         128, "Distance from which on all tokens share one value in attention.", at_least=2, at_most=2**31 - 1
     )
-    start_id: int = leaf(0, "Token that the decoder reads first.", at_least=0, at_most=2**31 - 1)
+    start_id: int | None = leaf(
+        None,
+        "Token that the decoder reads first. It should be one that no response contains, as the decoder cannot tell "
+        "how often it has read a token (null: the tokenizer's padding).",
+        at_least=0,
+        at_most=2**31 - 1,
+    )
     scale_outputs: bool = leaf(
         True,
         "Divide the decoder's final states by the root of model.hidden_size before the output layer, as T5 1.0 does.",
@@ -413,6 +419,7 @@ class ModelConfig(Section):
             raise Refusal(
                 f"model.experts.dense_layers names layer {wrong[0]}, and model.num_layers={self.num_layers} has layers "
                 f"0 to {self.num_layers - 1}",
+                {"model.experts.dense_layers": [sorted(set(dense) - set(wrong))]},
                 key="model.experts.dense_layers",
                 value=wrong[0],
             )

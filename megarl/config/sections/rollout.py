@@ -35,6 +35,11 @@ class RolloutEngineConfig(Section):
         "Decode in forward passes of fixed shapes, which a GPU replays as CUDA graphs. The layout that generates must"
         " have no pipeline stages. The key-value cache then stays allocated during training.",
     )
+    router_replay: bool = leaf(
+        False,
+        "For a mixture of experts: record which experts compute each token while responses are generated, and let the "
+        "same ones compute it when they are evaluated and trained on (policy and reference). Requires model.experts.",
+    )
 
 
 @dataclass

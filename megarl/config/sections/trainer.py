@@ -73,11 +73,6 @@ class LoopConfig(DevicesConfig):
         "checked after each training step; a resume has the whole time again.",
         form=wall_clock_time,
     )
-    peak_tflops: float | None = leaf(
-        None,
-        "Peak TFLOP/s of one device, from which the model FLOPs utilisation is computed and logged (null: not logged).",
-        above=0,
-    )
 
 
 @dataclass

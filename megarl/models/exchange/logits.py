@@ -64,6 +64,7 @@ def _by_transformers_of_both(source: Source, tokens: Tensor) -> Tensor:
     from transformers import AutoModel, AutoModelForSeq2SeqLM
 
     assert source.model.encoder is not None
+    assert source.model.encoder.start_id is not None
     known = AutoModelForSeq2SeqLM if source.has_output else AutoModel
     theirs: Any = known.from_pretrained(source.path, dtype=torch.float32, trust_remote_code=False).eval()
     prompts, responses = tokens.tensor_split(2, dim=1)

@@ -17,6 +17,7 @@ from megarl.models.exchange.families import add_families
 from megarl.models.exchange.family import shape_of
 from megarl.models.exchange.formats import open_adapter, open_source
 from megarl.models.exchange.source import Source, family_name
+from megarl.tokenizers import tokenizer_of
 
 Tree = TypeVar("Tree", bound=Any)
 log = get_logger(__name__)
@@ -87,13 +88,16 @@ def resolve_pretrained(config: Tree) -> tuple[Tree, Sources]:
     """Open and check the models that an entry point's configuration tree starts from.
 
     Returns:
-        The tree with the shape and the tokenizer of the model at `model.path` (the same tree if that is null), and all
-        models that the tree names. The tree that was passed in is not changed.
+        The tree with the shape and the tokenizer of the model at `model.path`, or with the start token of a new
+        encoder-decoder (else the same tree), and all models that the tree names. The tree that was passed in is not
+        changed.
     """
     add_families(or_defaults(config, "extensions").families)
     sources = Sources()
     if config.model.path is not None:
         config = _with_shape(config, sources.whole(config.model.path, "model.path"))
+    elif config.model.encoder is not None:
+        config = _with_start(config)
     if getattr(config, "adapter", None) is not None:
         config = resolve_adapter(config, sources)
     for key, path in config.more_models().items():
@@ -163,6 +167,20 @@ def _with_shape(config: Tree, source: Source) -> Tree:
     shape = " ".join(f"{key}={value}" for key, value in shape_of(model).items() if value not in (None, False))
     log.info("model.path=%s gives vocab_size=%s %s", source.path, source.vocab_size, shape)
     resolved: Tree = replace(config, model=model, tokenizer=tokenizer)
+    return resolved
+
+
+def _with_start(config: Tree) -> Tree:
+    """Return the tree with the start token of an encoder-decoder with random weights: padding, if it has none.
+
+    T5 starts with padding, too. A start token that is also a letter would make a text that begins with it look as if it
+    had not begun, because relative positions do not count equal tokens.
+    """
+    encoder = config.model.encoder
+    if encoder.start_id is not None:
+        return config
+    encoder = replace(encoder, start_id=tokenizer_of(config).pad_id)
+    resolved: Tree = replace(config, model=replace(config.model, encoder=encoder))
     return resolved
 
 

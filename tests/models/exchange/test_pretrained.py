@@ -12,12 +12,15 @@ import yaml
 
 import megarl
 from megarl.config.compose import compose
+from megarl.models.build import vocabulary
 from megarl.models.exchange.pretrained import Sources, resolve_pretrained
 from megarl.models.exchange.source import HuggingFaceSource
 from megarl.modules.ppo import PPO
+from megarl.tokenizers import build_tokenizer
 from megarl.training import train
 from tests.e2e.runs import WALKS, launched
 from tests.models.exchange.published import HIDDEN, VOCAB, save_published
+from tests.refusals import refused
 from tests.worlds import Worlds
 
 
@@ -92,3 +95,28 @@ def test_a_tree_without_stored_models_is_taken_as_it_is() -> None:
     resolved, sources = resolve_pretrained(config)
     assert resolved is config
     assert isinstance(sources, Sources)
+
+
+ENCODER_DECODER = [
+    "model.encoder.num_layers=2",
+    "model.position=relative",
+    "model.activation=geglu",
+    "tokenizer.kind=characters",
+    "tokenizer.path=abc",
+]
+
+
+@pytest.mark.parametrize(("more", "start"), [([], 3), (["model.encoder.start_id=1"], 1)])
+def test_the_decoder_of_a_new_model_starts_with_padding_unless_told(more: list[str], start: int) -> None:
+    """A letter as the start token could not be told from the same letter at the beginning of a response."""
+    config, _ = compose("sft", [*ENCODER_DECODER, *more])
+    before = asdict(config)
+    resolved, _ = resolve_pretrained(config)
+    assert resolved.model.encoder.start_id == start
+    assert asdict(config) == before
+
+
+def test_a_start_token_outside_of_the_vocabulary_is_refused() -> None:
+    config, _ = compose("sft", [*ENCODER_DECODER, "model.encoder.start_id=5"])
+    with refused(key="model.encoder.start_id", value=5, offers={"model.encoder.start_id": [3, None]}):
+        vocabulary(config.model, build_tokenizer("characters", "abc"))

@@ -98,7 +98,7 @@ def computed(folders: dict[str, Path], layout: dict[str, Any], out: Path) -> dic
             for packed in (False, True)
         }
         generator = Generator(engine, EOS, seed=1, limits=Limits(slots=3))
-        sampling = Sampling(temperature=0.0, max_new_tokens=24)
+        sampling = Sampling(temperature=0.0, max_new_tokens=64)
         requests = [Request(i, s, tuple(prompt), sampling) for i, (prompt, _) in enumerate(pairs()) for s in range(2)]
         found[kind]["greedy"] = [(one.prompt_id, one.response, one.logprobs) for one in generator.generate(requests)]
         generator.close()
@@ -118,7 +118,7 @@ def test_every_kind_computes_and_generates_what_transformers_does_and_goes_back_
         for row, (prompt, response) in enumerate(pairs()):
             wanted = their_logprobs(model, prompt, response)
             with torch.no_grad():
-                greedy = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0].tolist()[1:]
+                greedy = model.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0].tolist()[1:]
             for rank in ranks:
                 for packed in (False, True):
                     ours = rank[kind][packed][row][rows.action_mask[row] != 0]

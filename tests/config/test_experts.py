@@ -1,0 +1,65 @@
+"""What a mixture of experts cannot have is refused by key and value, with what it could have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megarl.config.rules import check
+from megarl.config.sections.model import EncoderConfig, ExpertsConfig
+from megarl.config.sft import SFTConfig
+from megarl.errors import ConfigError
+from tests.refusals import refused
+
+KEY = "model.experts"
+CASES: list[tuple[dict[str, Any], dict[str, Any], str, Any, dict[str, Any]]] = [
+    ({}, {}, f"{KEY}.count", None, {f"{KEY}.count": [8], KEY: [None]}),
+    ({"count": 4, "chosen": 5}, {}, f"{KEY}.chosen", 5, {f"{KEY}.chosen": [4]}),
+    ({"count": 4, "chosen": 1}, {}, f"{KEY}.chosen", 1, {f"{KEY}.normalise": [False], f"{KEY}.chosen": [2]}),
+    ({"count": 4}, {"mlp_bias": True}, "model.mlp_bias", True, {"model.mlp_bias": [False], KEY: [None]}),
+    ({"count": 4, "dense_layers": [0, 4]}, {}, f"{KEY}.dense_layers", 4, {f"{KEY}.dense_layers": [[0]]}),
+    (
+        {"count": 4, "dense_layers": [0, 1, 2, 3]},
+        {},
+        f"{KEY}.dense_layers",
+        [0, 1, 2, 3],
+        {f"{KEY}.dense_layers": [[]], KEY: [None]},
+    ),
+]
+
+
+def tree(experts: dict[str, Any] | None, **model: Any) -> SFTConfig:
+    config = SFTConfig()
+    config.data.train = ["x"]
+    config.model.experts = None if experts is None else ExpertsConfig(**experts)
+    for name, value in model.items():
+        setattr(config.model, name, value)
+    return config
+
+
+@pytest.mark.parametrize(("experts", "model", "key", "value", "offers"), CASES, ids=lambda case: str(case)[:40])
+def test_a_shape_that_contradicts_itself_is_refused(
+    experts: dict[str, Any], model: dict[str, Any], key: str, value: Any, offers: dict[str, Any]
+) -> None:
+    with refused(ConfigError, key=key, value=value, offers=offers):
+        check(tree(experts, **model), 1)
+
+
+def test_an_encoder_has_no_experts() -> None:
+    config = tree({"count": 4}, position="relative", encoder=EncoderConfig(num_layers=4))
+    with refused(ConfigError, key="model.encoder", offers={KEY: [None]}):
+        check(config, 1)
+
+
+def test_shared_experts_divide_and_exist() -> None:
+    check(tree({"count": 4}), 1)
+    config = tree({"count": 6})
+    config.parallel.ep, config.trainer.devices = 4, 4
+    offers = {"parallel.ep": [1, 2, 3, 6], f"{KEY}.count": [4, 8]}
+    with refused(ConfigError, key="parallel.ep", value=4, offers=offers):
+        check(config, 4)
+    config = tree(None)
+    config.parallel.ep, config.trainer.devices = 2, 2
+    with refused(ConfigError, key="parallel.ep", value=2, offers={"parallel.ep": [1]}):
+        check(config, 2)
