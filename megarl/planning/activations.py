@@ -261,7 +261,7 @@ def _outputs(config: GPTConfig, shape: Shape, at: Positions) -> dict[str, float]
 def _shared_inner(config: GPTConfig, shape: Shape) -> float:
     """Return the width of one rank's slice of a shared expert."""
     width = None if config.experts is None else config.experts.shared_ffn_size
-    return shape.inner * (width or 0) / config.ffn_hidden_size
+    return shape.inner * float((width or 0) / config.ffn_hidden_size)
 
 
 def _kept_by_adapters(config: GPTConfig, shape: Shape, at: Positions) -> float:

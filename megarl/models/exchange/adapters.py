@@ -101,16 +101,16 @@ def parts_of(family: Family, model: ModelConfig) -> dict[str, Parts]:
 
 def _linears(model: ModelConfig) -> list[tuple[str, Sequence[int], str, str]]:
     """Return the side of every linear layer of a model, the transformer layers that have it, its name and its place."""
+    found: list[tuple[str, Sequence[int], str, str]] = []
     decoders = range(model.encoder_layers, model.layers)
     if model.encoder is not None:
-        sides = (("encoder", range(decoders.start)), ("decoder", decoders))
-        both = [(side, layers, name, place) for side, layers in sides for name, place in LINEARS.items()]
-        return both + [("decoder", decoders, name, place) for name, place in CROSS_LINEARS.items()]
-    plain = [layer for layer in decoders if not model.has_experts(layer)]
-    found: list[tuple[str, Sequence[int], str, str]] = []
+        for side, layers in (("encoder", range(decoders.start)), ("decoder", decoders)):
+            found += [(side, layers, name, place) for name, place in LINEARS.items()]
+        return found + [("decoder", decoders, name, place) for name, place in CROSS_LINEARS.items()]
+    plain = tuple(layer for layer in decoders if not model.has_experts(layer))
     for name, place in LINEARS.items():
-        layers = tuple(plain) if model.experts is not None and place.startswith("mlp.") else decoders
-        found += [("decoder", layers, name, place)] if layers else []
+        of: Sequence[int] = plain if place.startswith("mlp.") and model.experts is not None else decoders
+        found += [("decoder", of, name, place)] if of else []
     if model.experts is not None and model.experts.shared_ffn_size is not None:
         mixed = tuple(layer for layer in decoders if layer not in plain)
         found += [("decoder", mixed, name, place) for name, place in SHARED_LINEARS.items()]
