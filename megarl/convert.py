@@ -265,7 +265,9 @@ def compare(source: "Source", target: "Source") -> tuple[float, float]:
     from megarl.models.exchange.logits import fixed_batch, logits
 
     tokens = fixed_batch(source)
-    before, after = logits(source, tokens), logits(target, tokens)
+    # Where rounded weights send a token to other experts, its logits are others: both sides are rounded.
+    rounded = None if source.model.experts is None else target.dtype
+    before, after = logits(source, tokens, rounded), logits(target, tokens)
     differences = (before - after).abs()
     finite = before.shape == after.shape and bool(torch.isfinite(differences).all())
     return float(differences.max()) if finite else float("inf"), float(before.abs().max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,8 @@ LINEARS = {
 """The linear layers of a transformer layer by name, and their places in it."""
 CROSS_LINEARS = {name: name for name in (f"cross_attention.linear_{part}" for part in ("q", "kv", "proj"))}
 """Those that a layer of the decoder of an encoder-decoder has besides."""
+SHARED_LINEARS = {f"shared_experts.{name}": f"mlp.shared_experts.{name}" for name in ("linear_fc1", "linear_fc2")}
+"""Those of the shared expert of a mixture of experts, and their places."""
 ADAPTER = ".adapter."
 """What the names of all parameters of adapters contain."""
 
@@ -25,22 +28,25 @@ class Parts:
     """The parts of a linear layer that have adapters.
 
     Attributes:
-        modules: their names in the Hugging Face family, `{}` for the number of the layer within `layers`.
+        modules: their names in the Hugging Face family, `{}` for the number of the layer, counted from `offset`.
         rows: for each part, the rows of the whole layer that it computes, in the family's order.
         count: number of rows of the layer, of which some may have no adapter.
         place: where the linear layer is in a transformer layer.
-        layers: the transformer layers that have it: all, or those of the encoder or of the decoder.
+        layers: the transformer layers that have it, in order: all, those of the encoder or of the decoder, or in a
+            mixture of experts those with or without experts.
+        offset: number of the layer that the family counts as 0: the first of the encoder or of the decoder.
     """
 
     modules: tuple[str, ...]
     rows: tuple[Tensor, ...] = field(repr=False, compare=False)
     count: int
     place: str
-    layers: range
+    layers: Sequence[int]
+    offset: int = 0
 
     def module(self, part: int, layer: int) -> str:
         """Return the name of a part in the Hugging Face family, in a layer by its number in the whole model."""
-        return self.modules[part].format(layer - self.layers.start)
+        return self.modules[part].format(layer - self.offset)
 
     def of_rows(self) -> Tensor | None:
         """Return which part computes each row, [rows, parts] of 0 and 1; None if one part computes all."""
@@ -62,7 +68,8 @@ class AdapterSpec:
         alpha, rslora: what `scaling` is computed from.
         dropout: dropout of their inputs.
         parts: the adapted parts of each linear layer, by the layer's name in `LINEARS`. In an encoder-decoder, names
-            begin with `encoder.` or `decoder.`, and those of `CROSS_LINEARS` are among them.
+            begin with `encoder.` or `decoder.`, and those of `CROSS_LINEARS` are among them. A mixture of experts has
+            those of `SHARED_LINEARS` where it has a shared expert, and those of an MLP where layers have a plain one.
         first_layer: number of the first layer that may have adapters.
         base_bits: bits of the frozen weights: 16 for the model's own dtype.
         family: the Hugging Face family whose modules the parts are.
@@ -86,7 +93,7 @@ class AdapterSpec:
     @property
     def first_adapted(self) -> int:
         """Number of the first layer with adapters."""
-        return max(self.first_layer, min(parts.layers.start for parts in self.parts.values()))
+        return max(self.first_layer, min(parts.layers[0] for parts in self.parts.values()))
 
     def at(self, layer: int) -> dict[str, Parts]:
         """Return the adapted parts of the linear layers of one transformer layer, by their places in it."""

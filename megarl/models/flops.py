@@ -5,7 +5,7 @@ of masked-out pairs. It is the usual numerator of model FLOPs utilisation (MFU).
 """
 
 from megarl.config.sections.model import ModelConfig
-from megarl.models.adapter_spec import AdapterSpec, Parts
+from megarl.models.adapter_spec import SHARED_LINEARS, AdapterSpec, Parts
 
 _PER_WEIGHT = 2  # a multiplication and an addition
 _FORWARD_AND_BACKWARD = 3  # the backward pass has two products per forward product: for the inputs and for the weights
@@ -128,6 +128,8 @@ def adapter_weights(model: ModelConfig, adapter: AdapterSpec) -> int:
 def _factor_weights(model: ModelConfig, parts: Parts, rank: int) -> int:
     columns = {"linear_proj": _head_dim(model) * model.num_heads, "linear_fc2": model.ffn_width}
     width = columns.get(parts.place.rpartition(".")[2], model.hidden_size)
+    if parts.place == SHARED_LINEARS["shared_experts.linear_fc2"]:
+        width = model.experts.shared_ffn_size if model.experts and model.experts.shared_ffn_size else width
     return rank * (len(parts.modules) * width + sum(len(rows) for rows in parts.rows))
 
 

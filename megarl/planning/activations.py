@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from megarl.models.adapter_spec import CROSS_LINEARS, LINEARS, Parts
+from megarl.models.adapter_spec import CROSS_LINEARS, LINEARS, SHARED_LINEARS, Parts
 from megarl.models.config import GPTConfig
 from megarl.parallel.layout import Layout
 from megarl.parallel.quantised import CPU_CHUNK, GPU_CHUNK
@@ -17,7 +17,8 @@ from megarl.planning.parts import Part, Positions
 
 QKV, PROJ, FC1, FC2 = LINEARS["linear_qkv"], LINEARS["linear_proj"], LINEARS["linear_fc1"], LINEARS["linear_fc2"]
 CROSS_Q, CROSS_KV, CROSS_PROJ = CROSS_LINEARS
-ROW_PARALLEL = (PROJ, FC2, CROSS_PROJ)
+SHARED_FC1, SHARED_FC2 = SHARED_LINEARS.values()
+ROW_PARALLEL = (PROJ, FC2, CROSS_PROJ, SHARED_FC2)
 
 
 @dataclass(frozen=True)
@@ -248,11 +249,19 @@ def _outputs(config: GPTConfig, shape: Shape, at: Positions) -> dict[str, float]
         PROJ: shape.hidden,
         FC1: (2 if config.gated_linear_unit else 1) * shape.inner,
         FC2: shape.hidden,
+        SHARED_FC1: (2 if config.gated_linear_unit else 1) * _shared_inner(config, shape),
+        SHARED_FC2: shape.hidden,
         CROSS_Q: shape.queries,
         CROSS_KV: 2 * shape.keys,
         CROSS_PROJ: shape.hidden,
     }
     return {place: widths[place] for place in _adapted(config, at)}
+
+
+def _shared_inner(config: GPTConfig, shape: Shape) -> float:
+    """Return the width of one rank's slice of a shared expert."""
+    width = None if config.experts is None else config.experts.shared_ffn_size
+    return shape.inner * float((width or 0) / config.ffn_hidden_size)
 
 
 def _kept_by_adapters(config: GPTConfig, shape: Shape, at: Positions) -> float:
@@ -262,6 +271,7 @@ def _kept_by_adapters(config: GPTConfig, shape: Shape, at: Positions) -> float:
     if spec is None:
         return total
     inputs = {PROJ: shape.queries, CROSS_PROJ: shape.queries, FC2: shape.inner}
+    inputs[SHARED_FC2] = _shared_inner(config, shape)
     for place, width in _outputs(config, shape, at).items():
         split = shape.whole / shape.hidden if place in ROW_PARALLEL else 1.0
         kept = len(adapted[place].modules) * spec.rank / split * shape.element

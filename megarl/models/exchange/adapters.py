@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +16,13 @@ from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sections.model import ModelConfig
 from megarl.disk import UnreadableError, is_file, parse_object, read_text, shown
 from megarl.errors import CheckpointError, ConfigError
-from megarl.models.adapter_spec import CROSS_LINEARS, LINEARS, AdapterSpec, Parts
+from megarl.models.adapter_spec import CROSS_LINEARS, LINEARS, SHARED_LINEARS, AdapterSpec, Parts
 from megarl.models.exchange.families import FAMILIES
 from megarl.models.exchange.family import Family, Json
 from megarl.models.exchange.parameters import SCORE, parameters
 from megarl.models.exchange.source import HEADS, widest_dtype
 from megarl.models.exchange.stored import PickledFile, SafetensorsFile, Stored, TensorFile
+from megarl.parallel.shards import EXPERTS
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
@@ -83,33 +84,52 @@ class StoredAdapter(Protocol):
 
 
 def parts_of(family: Family, model: ModelConfig) -> dict[str, Parts]:
-    """Return the parts of every linear layer of a model, as the family stores them; in a mixture of experts, those of
-    attention alone."""
+    """Return the parts of every linear layer of a model, as the family stores them, but for experts: these have no
+    adapters."""
     known = family.entries_of(model)
     shapes = parameters(model, 1)
-    decoders = range(model.encoder_layers, model.layers)
-    linears = [("decoder", decoders, name, place) for name, place in LINEARS.items()]
-    if model.encoder is not None:
-        linears = [("encoder", range(decoders.start), name, place) for name, place in LINEARS.items()] + linears
-        linears += [("decoder", decoders, name, place) for name, place in CROSS_LINEARS.items()]
-    if model.experts is not None:
-        linears = [linear for linear in linears if not linear[-1].startswith("mlp.")]
     found = {}
-    for side, layers, name, place in linears:
+    for side, layers, name, place in _linears(model):
         entry = known[f"{side}.layers.{{}}.{place}.weight"]
-        count = shapes[f"decoder.layers.{layers.start}.{place}.weight"][0]
+        count = shapes[f"decoder.layers.{layers[0]}.{place}.weight"][0]
         rows = tuple(piece.view.reshape(-1) for piece in entry.views(torch.arange(count), model))
         modules = tuple(theirs.removesuffix(".weight") for theirs in entry.theirs)
-        found[name if model.encoder is None else f"{side}.{name}"] = Parts(modules, rows, count, place, layers)
+        offset = model.encoder_layers if side == "decoder" else 0
+        found[name if model.encoder is None else f"{side}.{name}"] = Parts(modules, rows, count, place, layers, offset)
     return found
+
+
+def _linears(model: ModelConfig) -> list[tuple[str, Sequence[int], str, str]]:
+    """Return the side of every linear layer of a model, the transformer layers that have it, its name and its place."""
+    found: list[tuple[str, Sequence[int], str, str]] = []
+    decoders = range(model.encoder_layers, model.layers)
+    if model.encoder is not None:
+        for side, layers in (("encoder", range(decoders.start)), ("decoder", decoders)):
+            found += [(side, layers, name, place) for name, place in LINEARS.items()]
+        return found + [("decoder", decoders, name, place) for name, place in CROSS_LINEARS.items()]
+    plain = tuple(layer for layer in decoders if not model.has_experts(layer))
+    for name, place in LINEARS.items():
+        of: Sequence[int] = plain if place.startswith("mlp.") and model.experts is not None else decoders
+        found += [("decoder", of, name, place)] if of else []
+    if model.experts is not None and model.experts.shared_ffn_size is not None:
+        mixed = tuple(layer for layer in decoders if layer not in plain)
+        found += [("decoder", mixed, name, place) for name, place in SHARED_LINEARS.items()]
+    return found
+
+
+def _of_experts(family: Family, model: ModelConfig) -> list[tuple[str, str]]:
+    """Return the linear layers of experts: our names, and those of their modules with `{}` for layer and expert."""
+    entries = family.entries_of(model).values() if model.experts is not None else ()
+    pairs = [(item.ours, theirs) for item in entries if EXPERTS in item.ours for theirs in item.theirs]
+    return [(ours.removesuffix(".weight"), theirs.removesuffix(".weight")) for ours, theirs in pairs]
 
 
 def family_of_parts(model: ModelConfig, family: str | None) -> Family:
     """Return the family whose modules the adapters of a model follow: its own, else the first that can represent it."""
     if family is not None:
         return FAMILIES[family]
-    last = FAMILIES["llama" if model.encoder is None else "t5"]
-    return next((known for known in FAMILIES.values() if known.holds(model)), last)
+    last = "t5" if model.encoder is not None else "qwen2_moe" if model.experts is not None else "llama"
+    return next((known for known in FAMILIES.values() if known.holds(model)), FAMILIES[last])
 
 
 def chosen_parts(whole: Mapping[str, Parts], wanted: Iterable[tuple[str, str]]) -> dict[str, Parts]:
@@ -134,9 +154,11 @@ def new_spec(config: AdapterConfig, model: ModelConfig, family: str | None) -> A
         matched = {(name, module) for name, module in modules if _matches(target, name, module)}
         if not matched:
             offered = [ALL, *whole, *dict.fromkeys(module.rpartition(".")[2] for _, module in modules)]
+            of_experts = any(_matches(target, name, module) for name, module in _of_experts(kind, model))
+            what = "in the experts alone, which have no adapters," if of_experts else "not a linear layer"
             raise ConfigError(
-                f"adapter.targets: {shown(target)} is not a linear layer of this {kind.name}'s transformer: choose "
-                f"from {', '.join(offered)}, or use adapter.targets={[ALL]}",
+                f"adapter.targets: {shown(target)} is {what} of this {kind.name}'s transformer: choose from "
+                f"{', '.join(offered)}, or use adapter.targets={[ALL]}",
                 key="adapter.targets",
                 value=target,
                 offers={"adapter.targets": [[ALL]]},
@@ -144,7 +166,7 @@ def new_spec(config: AdapterConfig, model: ModelConfig, family: str | None) -> A
         wanted |= matched
     unfrozen, chosen = model.num_layers_unfrozen, chosen_parts(whole, wanted)
     first = 0 if unfrozen < 0 else max(0, model.layers - unfrozen)
-    if all(parts.layers.stop <= first for parts in chosen.values()):
+    if all(parts.layers[-1] < first for parts in chosen.values()):
         raise ConfigError(
             f"model.num_layers_unfrozen={unfrozen} leaves no layer for adapter.targets={config.targets}: use "
             f"model.num_layers_unfrozen=-1 or adapter.targets={[ALL]}",
@@ -252,8 +274,7 @@ class PeftAdapter:
         if first > self.spec.first_adapted:
             self.spec = replace(self.spec, first_layer=first)
         self._columns = {
-            parts.place: shapes[f"decoder.layers.{parts.layers.start}.{parts.place}.weight"][1]
-            for parts in whole.values()
+            parts.place: shapes[f"decoder.layers.{parts.layers[0]}.{parts.place}.weight"][1] for parts in whole.values()
         }
         self._by_place = {
             (layer, whole[name].modules[number]): module for module, (layer, name, number) in where.items()
@@ -457,7 +478,11 @@ def split_name(name: str) -> tuple[int, str, str]:
 def their_targets(spec: AdapterSpec, model: ModelConfig) -> list[str]:
     """Return the shortest names that mean the adapted modules of all layers and no others. Where encoder and decoder
     differ, those are names with `{}` for the number of the layer."""
-    every = {module for parts in parts_of(FAMILIES[spec.family], model).values() for module in parts.modules}
+    family = FAMILIES[spec.family]
+    every = {module for parts in parts_of(family, model).values() for module in parts.modules}
+    every.update(
+        module for _, module in _of_experts(family, model)
+    )  # modules for PEFT beside older versions of transformers
     mine = [module for parts in spec.parts.values() for module in parts.modules]
     found = []
     for module in mine:

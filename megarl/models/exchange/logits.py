@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megarl.config.sections.model import ModelConfig
 from megarl.models.config import GPTConfig
@@ -25,18 +25,24 @@ def fixed_batch(source: Source) -> Tensor:
 
 
 @torch.no_grad()
-def logits(source: Source, tokens: Tensor) -> Tensor:
+def logits(source: Source, tokens: Tensor, rounded: torch.dtype | None = None) -> Tensor:
     """Return logits [batch, time, vocab], from transformers for Hugging Face folders and from our model otherwise.
+    Products are in float32, of weights that were rounded to the dtype `rounded` first (None: as stored).
 
     A reward model, which has no output layer, gives the score [batch, time, 1] of each position. Of an encoder-decoder,
     the encoder reads the first half of the tokens, and the positions are those of the decoder over the other half.
     """
     if isinstance(source, HuggingFaceSource):
-        return _by_transformers(source, tokens)
-    return _by_megarl(source, tokens)
+        return _by_transformers(source, tokens, rounded)
+    return _by_megarl(source, tokens, rounded)
 
 
-def _by_transformers(source: Source, tokens: Tensor) -> Tensor:
+def _round(model: nn.Module, dtype: torch.dtype | None) -> None:
+    for parameter in model.parameters() if dtype is not None else ():
+        parameter.copy_(parameter.to(dtype))
+
+
+def _by_transformers(source: Source, tokens: Tensor, rounded: torch.dtype | None) -> Tensor:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if source.model.encoder is not None:
@@ -45,6 +51,7 @@ def _by_transformers(source: Source, tokens: Tensor) -> Tensor:
     # Their grouped products of experts refuse widths that are no multiple of 16 bytes.
     options = {} if source.model.experts is None else {"experts_implementation": "eager"}
     theirs: Any = known.from_pretrained(source.path, dtype=torch.float32, trust_remote_code=False, **options).eval()
+    _round(theirs, rounded)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if not source.has_output:  # its own forward pass returns the score of one position
         scores: Tensor = theirs.score(theirs.base_model(**inputs).last_hidden_state)
@@ -88,13 +95,14 @@ def inputs_of(model: ModelConfig, tokens: Tensor) -> ModelInputs:
     return ModelInputs(tokens=responses.roll(1, dims=1), positions=positions(responses), encoder=encoder)
 
 
-def _by_megarl(source: Source, tokens: Tensor) -> Tensor:
+def _by_megarl(source: Source, tokens: Tensor, rounded: torch.dtype | None) -> Tensor:
     alone = not dist.is_initialized()
     grid = Grid(Layout(), start_world())
     try:
         config = GPTConfig.build(source.model, grid.layout, vocab_size=source.vocab_size)
         gpt = GPT(config, grid, heads=("lm",) if source.has_output else ("score",))
         load(gpt, source, grid)
+        _round(gpt, rounded)
         gpt.eval()
         hidden = gpt(inputs_of(source.model, tokens.to(grid.device))).transpose(0, 1)  # [batch, time, hidden]
         states = hidden.flatten(0, 1)

@@ -10,7 +10,7 @@ import transformers
 
 from tests.models.exchange.published import stirred
 
-VOCAB, EOS = 61, 1
+VOCAB, EOS = 103, 1
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 40,

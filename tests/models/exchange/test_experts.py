@@ -172,7 +172,7 @@ def test_greedy_tokens_are_those_of_transformers(worlds: Worlds, published: Publ
             assert len(set(response)) > 2, f"{kind} repeats itself too much to prove anything"
 
 
-# --- configurations ---------------------------------------------------------------------------------------------------
+# --- configurations --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -251,7 +251,7 @@ def test_a_family_that_cannot_hold_a_mixture_is_refused_with_the_key(
         FAMILIES[family].hf_config(model, VOCAB)
 
 
-# --- between formats --------------------------------------------------------------------------------------------------
+# --- between formats -------------------------------------------------------------------------------------------------
 
 
 def converted(*commands: list[str]) -> list[int]:

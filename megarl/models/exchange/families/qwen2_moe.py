@@ -65,8 +65,8 @@ def read(config: Json) -> ModelConfig:
     """Convert Qwen2-MoE's config.json to our shape."""
     if config.get("use_sliding_window") and config.get("sliding_window") and config.get("layer_types") is None:
         raise CheckpointError(
-            "config.json has a sliding window and no layer_types, without which versions of transformers disagree "
-            "about the layers that have it: add layer_types, or set use_sliding_window to false if the context is shorter "
+            "config.json has a sliding window and no layer_types, without which versions of transformers disagree on "
+            "the layers that have it: add layer_types, or set use_sliding_window to false if the context is shorter "
             "than the window",
             key="layer_types",
             where="config.json",
