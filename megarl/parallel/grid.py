@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.parallel_state import RankGenerator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from torch import Tensor
@@ -88,7 +89,20 @@ class Grid:
         self.pp_rank: int = self.groups.pp.rank()
         self.dp_rank: int = self.groups.dp.rank()
         self.ep_rank: int = self.groups.ep.rank()
+        self.tp_expt_dp = self._ranks_of_same_experts()
         self.seed_dropout(seed)
+
+    def _ranks_of_same_experts(self) -> dist.ProcessGroup:
+        """Return the group of the ranks of a stage that hold slices of the same experts, tensor-parallel ranks varying
+        fastest. Megatron makes none."""
+        layout = self.layout
+        group: dist.ProcessGroup = self.groups.tp_dp_cp
+        if layout.ep == 1:
+            return group
+        replicas = layout.dp * layout.cp // layout.ep
+        order = RankGenerator(tp=layout.tp, ep=layout.ep, dp=replicas, pp=layout.pp, cp=1, order="tp-cp-ep-dp-pp")
+        group = dist.new_subgroups_by_enumeration(order.get_ranks("tp-dp"))[0]
+        return group
 
     @property
     def rank(self) -> int:
@@ -183,6 +197,8 @@ class Grid:
 
     def close(self) -> None:
         """Destroy the groups, so that another grid can be made."""
+        if self.layout.ep > 1:
+            dist.destroy_process_group(self.tp_expt_dp)
         parallel_state.destroy_model_parallel()
 
     @property

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import is_sharded, join_slices, local_slice
+from megarl.parallel.shards import EXPERTS
 from megarl.parallel.trained import Trained
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration (Jordan et al., 2024)
@@ -48,7 +49,9 @@ class Exchange:
 
     def __init__(self, grid: Grid, matrices: Sequence[Trained]) -> None:
         self.tp, self.device = grid.layout.tp, grid.device
-        self.group: dist.ProcessGroup = grid.groups.tp_dp_cp  # tensor-parallel ranks vary fastest
+        # Tensor-parallel ranks vary fastest in both. An optimizer trains either experts or all else.
+        of_experts = any(EXPERTS in matrix.name for matrix in matrices)
+        self.group: dist.ProcessGroup = grid.tp_expt_dp if of_experts else grid.groups.tp_dp_cp
         self.size, self.rank = self.group.size(), self.group.rank()
         largest_first = sorted(matrices, key=lambda matrix: -matrix.parameter.numel())
         self.rounds = [largest_first[at : at + self.size] for at in range(0, len(matrices), self.size)]

@@ -98,6 +98,25 @@ def test_a_cut_of_the_batch_or_recomputation_changes_nothing(
     check_same(history, alone)
 
 
+KINDS = ("muon", "adamw8bit")
+
+
+@pytest.fixture(scope="module")
+def alone_by_kind(worlds: Worlds) -> dict[str, list[dict[str, float]]]:
+    return {kind: worlds.run(1, learned, {}, optim={"kind": kind})[0] for kind in KINDS}
+
+
+@pytest.mark.parametrize(("kind", "name"), gated([("muon", "TP2xEP2"), ("muon", "EP2xDP2"), ("adamw8bit", "EP2")], []))
+def test_other_optimizers_update_shared_experts_alike(
+    kind: str, name: str, worlds: Worlds, alone_by_kind: dict[str, list[dict[str, float]]]
+) -> None:
+    size, layout = LAYOUTS[name]
+    for history in worlds.run(size, learned, layout, optim={"kind": kind}):
+        for one, two in zip(history, alone_by_kind[kind], strict=True):
+            assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+            assert one["norm"] == pytest.approx(two["norm"], rel=1e-4)
+
+
 def with_one_starved_expert() -> tuple[dict[str, float], set[str], set[str]]:
     """A router that never chooses the last expert of any layer."""
     engine = small_engine({}, {**EXPERTS, "experts": ExpertsConfig(count=3, chosen=1, ffn_size=8, normalise=False)})
