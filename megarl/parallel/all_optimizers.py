@@ -61,7 +61,8 @@ def save_bytes(engines: Sequence[Engine]) -> int:
     total = largest = 0
     for engine in engines:
         if engine.optimizer is not None:
-            sizes = [buffer.numel for chunk in engine.chunks for buffer in chunk.buffers]
+            buffers = [buffer for chunk in engine.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+            sizes = [buffer.numel for buffer in buffers]
             total += sum(sizes)
             largest = max([largest, *sizes]) if engine.grid.layout.dp > 1 else largest
     return 4 * (len(STATES) * total + largest)

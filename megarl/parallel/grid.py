@@ -96,13 +96,13 @@ class Grid:
         """Return the group of the ranks of a stage that hold slices of the same experts, tensor-parallel ranks varying
         fastest. Megatron makes none."""
         layout = self.layout
-        group: dist.ProcessGroup = self.groups.tp_dp_cp
+        whole: dist.ProcessGroup = self.groups.tp_dp_cp
         if layout.ep == 1:
-            return group
+            return whole
         replicas = layout.dp * layout.cp // layout.ep
         order = RankGenerator(tp=layout.tp, ep=layout.ep, dp=replicas, pp=layout.pp, cp=1, order="tp-cp-ep-dp-pp")
-        group = dist.new_subgroups_by_enumeration(order.get_ranks("tp-dp"))[0]
-        return group
+        made: dist.ProcessGroup = dist.new_subgroups_by_enumeration(order.get_ranks("tp-dp"))[0]
+        return made
 
     @property
     def rank(self) -> int:
