@@ -17,6 +17,7 @@ from megarl.config.leaf import leaves, optional_sections
 from megarl.errors import ConfigError
 from megarl.logging import get_logger, warn_once
 
+_NO_DEFAULT = object()
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -31,7 +32,8 @@ class Rename:
         takes: returns whether a value is of the old kind, for a key that has kept its name. None: every value is.
         change: description of the change of the value, for docs/migrate.md.
         only_with: the rename applies only to trees that have this key. Empty: to every tree.
-        default: the old key's default. Every earlier checkpoint contains it, so it is dropped from checkpoints.
+        default: the old key's default. Every earlier checkpoint contains it, so it is dropped from checkpoints. Without
+            it, no value is dropped.
         switch: whether the old value switched on or off what is now an optional section of the same name.
     """
 
@@ -41,7 +43,7 @@ class Rename:
     takes: Callable[[Any], bool] | None = None
     change: str = ""
     only_with: str = ""
-    default: Any = None
+    default: Any = _NO_DEFAULT
     switch: bool = False
 
     def applies(self, value: Any) -> bool:
@@ -135,7 +137,7 @@ RENAMES = (
     _switch("logger.wandb"),
     Rename("logger.mlflow_uri", "logger.mlflow.uri"),
     _switch("logger.mlflow"),
-    Rename("trainer.peak_tflops", "health.peak_tflops"),
+    Rename("trainer.peak_tflops", "health.peak_tflops", default=None),
     Rename("ppo.invariants", "health.invariants", default="strict"),
     Rename("trainer.exp_manager_options", "extensions.exp_manager", default={}),
     *(
@@ -223,7 +225,7 @@ def renamed_tree(plain: Mapping[str, Any], tree: type, *, warn: bool = True, whe
             holder = holder.get(part) if isinstance(holder, dict) else None
         if isinstance(holder, dict) and name in holder and rename_of(rename.old, holder[name], tree) is rename:
             old = holder.pop(name)
-            if warn or rename.default is None or old != rename.default:
+            if warn or old != rename.default:
                 changes.append((rename, old))
     for rename, old in changes:
         if warn:

@@ -402,15 +402,16 @@ def _tokenizers(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
 
 
 def _comparable(plain: Mapping[str, Any], tree: type) -> dict[str, Any]:
-    """Return a configuration with today's keys, and with the defaults of sections for which null means the defaults."""
+    """Return a configuration with today's keys. Sections for which null means the defaults have all of their keys:
+    `renamed_tree` drops old defaults of keys that have moved into them."""
     found: dict[str, Any] = renamed_tree(plain, tree, warn=False)
     for section in optional_sections(tree):
-        if section.null_is_defaults and _has(found, section.key) and _value(found, section.key) is None:
+        if section.null_is_defaults and _has(found, section.key):
             *parents, name = section.key.split(".")
             holder = found
             for part in parents:
                 holder = holder[part]
-            holder[name] = asdict(section.kind())
+            holder[name] = {**asdict(section.kind()), **(holder[name] or {})}
     for key, value in BEFORE.items():
         *parents, name = key.split(".")
         if _has(found, parents[0]):

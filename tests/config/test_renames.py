@@ -19,6 +19,7 @@ from megarl.config.ppo import AdaptiveKLConfig, PPOConfig, SeparateCriticConfig
 from megarl.config.renames import RENAMES, keys, renamed_arguments, renamed_tree, rows
 from megarl.config.resume import differences, from_plain
 from megarl.config.rules import check
+from megarl.config.sections.health import PPOHealthConfig
 from megarl.config.sections.logger import MlflowConfig, WandbConfig
 from megarl.config.sections.model import RopeScalingConfig
 from megarl.config.sections.reward import RewardCallsConfig, RewardConfig
@@ -197,22 +198,25 @@ OLD_KEYS = {
     "checkpoint": {"metric": "eval/loss", "mode": "min", "keep_best": 3},
     "rollout": {"slots": 4, "cache_bytes": 100, "layout": "tp2", "cuda_graphs": True},
     "reward": {"timeout": 3.0, "retries": 0, "batch_size": 2, "devices": "1"},
+    "trainer": {"peak_tflops": 300.0},
+    "ppo": {"invariants": "warn"},
 }
-BEST, ENGINE, CALLS = (
+BEST, ENGINE, CALLS, HEALTH = (
     BestByScoreConfig("eval/loss", "min", 3),
     RolloutEngineConfig(4, 100, "tp2", True),
     RewardCallsConfig(3.0, 0, 2, "1"),
+    PPOHealthConfig(peak_tflops=300.0, invariants="warn"),
 )
 
 
 def test_keys_that_moved_into_sections_work_wherever_they_are_set(folder: Path, preset: Preset) -> None:
     def sections(config: Any) -> tuple[Any, ...]:
-        return config.checkpoint.best, config.rollout.engine, config.reward.calls
+        return config.checkpoint.best, config.rollout.engine, config.reward.calls, config.health
 
     preset("old", yaml.safe_dump(OLD_KEYS))
     argv = [f"{name}.{key}={value}" for name, moved in OLD_KEYS.items() for key, value in moved.items()]
     config, _ = compose("ppo", argv)
-    assert sections(config) == (BEST, ENGINE, CALLS)
+    assert sections(config) == (BEST, ENGINE, CALLS, HEALTH)
     assert compose("ppo", ["+conf=old"])[0] == config
     settings = default_config("ppo")
     for name, moved in OLD_KEYS.items():
@@ -223,6 +227,7 @@ def test_keys_that_moved_into_sections_work_wherever_they_are_set(folder: Path, 
         checkpoint=ScoreCheckpointConfig(best=BEST),
         rollout=RolloutConfig(engine=ENGINE),
         reward=RewardConfig(calls=CALLS),
+        health=HEALTH,
     )
     assert compose("generate", ["+conf=old"])[0].rollout.engine == ENGINE
 
@@ -258,6 +263,7 @@ def test_an_old_checkpoints_defaults_are_those_of_sections_that_are_null(entry: 
     config, now = compose(entry, [])
     old = {name: dict(part) if isinstance(part, dict) else part for name, part in now.items()}
     best = asdict(config.checkpoint.best_settings)
+    old["trainer"] |= {"peak_tflops": None}
     old["checkpoint"] |= {"metric": best["metric"], "mode": best["mode"], "keep_best": 1}
     moved = ["checkpoint.best"]
     if entry in ("ppo", "ilql"):

@@ -13,7 +13,7 @@ import megarl
 from megarl.config.algorithms import ALGORITHMS
 from megarl.config.ilql import ILQLConfig
 from megarl.config.leaf import leaves
-from megarl.config.ppo import CriticConfig, PPOConfig, SeparateCriticConfig
+from megarl.config.ppo import CriticConfig, PPOConfig, PPOSettings, SeparateCriticConfig
 from megarl.config.resume import (
     CHECKPOINT,
     NOW,
@@ -29,7 +29,9 @@ from megarl.config.resume import (
 )
 from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sections.clone import CloneConfig
+from megarl.config.sections.health import PPOHealthConfig
 from megarl.config.sections.model import EncoderConfig, ExpertsConfig, ModelConfig, RopeScalingConfig
+from megarl.config.sections.trainer import PhaseTrainerConfig
 from megarl.config.sft import SFTConfig
 from megarl.errors import CheckpointError
 from tests.refusals import refused
@@ -201,6 +203,19 @@ def test_keys_of_an_older_version_are_compared_under_their_new_names() -> None:
     assert changed_since({"critic": old}, now) == {"critic.separate.lr": (0.5, 0.25)}
     assert from_plain(PPOConfig, {"critic": old}).critic.settings == SeparateCriticConfig(lr=0.5)
     assert changed_since({"critic": old | {"kind": "shared", "lr": None}}, PPOConfig()) == {}
+
+
+def test_a_moved_key_is_compared_although_its_old_default_is_dropped() -> None:
+    invariants, peak = ("health.invariants", "strict", "warn"), ("health.peak_tflops", None, 300.0)
+    now = PPOConfig(health=PPOHealthConfig(["kl_runaway"], 300.0, "warn"))
+    trainer = asdict(PhaseTrainerConfig()) | {"peak_tflops": None}
+    old = {"trainer": trainer, "ppo": asdict(PPOSettings()) | {"invariants": "strict"}}
+    watched = old | {"health": {"stop_on": ["kl_runaway"]}}
+    assert changed_since(watched, now) == {key: (before, after) for key, before, after in (invariants, peak)}
+    assert changed_since(old | {"health": None}, PPOConfig()) == {}
+    assert from_plain(PPOConfig, old | {"health": None}).health is None
+    set_then = {"trainer": trainer | {"peak_tflops": 300.0}, "ppo": old["ppo"] | {"invariants": "warn"}, "health": None}
+    assert changed_since(set_then, now) == {"health.stop_on": ([], ["kl_runaway"])}
 
 
 OLD_ROPE = {
