@@ -311,7 +311,7 @@ def test_shell_completion_knows_keys_options_and_presets(
     start: Start, preset: Preset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preset("mine", "seed: 2\n")
-    for line, expected in (("optim.l", "optim.lr="), ("model=s", "model=small"), ("+conf=m", "+conf=mine")):
+    for line, expected in (("optim.l", "optim.lr="), ("model=s", "model=small"), ("+conf=min", "+conf=mine")):
         command = f"megarl-train-sft {line}"
         monkeypatch.setenv("COMP_LINE", command)
         monkeypatch.setenv("COMP_POINT", str(len(command)))

@@ -90,7 +90,7 @@ def test_of_a_mixture_the_weights_that_compute_a_token_count():
     assert flops_per_token(model, 10, 7) == 3 * forward
     frozen = flops_per_token(ModelConfig(**SMALL, activation="swiglu", experts=experts, num_layers_unfrozen=1), 10, 7)
     assert 3 * forward - frozen == 2 * (2 * 640 + 4 * 8 * 4)
-    adapted = new_spec(AdapterConfig(rank=3), model, None)
+    adapted = new_spec(AdapterConfig(rank=3, targets=["q_proj", "k_proj", "v_proj", "o_proj"]), model, None)
     weights, factors = 640 + 256 + 48 + 192 + 120 + 8, 2 * 3 * 4 * (8 + 8)  # adapters beside attention alone
     assert flops_per_token(model, 10, 7, adapted) == 2 * 2 * weights + 3 * 2 * 128 + 3 * 2 * factors + 2 * 2 * 80
 
