@@ -93,7 +93,7 @@ class AdapterSpec:
     @property
     def first_adapted(self) -> int:
         """Number of the first layer with adapters."""
-        return max(self.first_layer, min(parts.layers[0] for parts in self.parts.values()))
+        return min(layer for parts in self.parts.values() for layer in parts.layers if layer >= self.first_layer)
 
     def at(self, layer: int) -> dict[str, Parts]:
         """Return the adapted parts of the linear layers of one transformer layer, by their places in it."""

@@ -42,7 +42,7 @@ def flops_per_token(model: ModelConfig, vocab_size: float, length: float, adapte
     forward_only = _PER_WEIGHT * weights_of_layers(model) - with_gradients
     total = _FORWARD_AND_BACKWARD * (with_gradients + trained * attention) + forward_only + frozen * attention
     if adapter is not None:
-        total += trained * _FORWARD_AND_BACKWARD * _PER_WEIGHT * adapter_weights(model, adapter) - with_gradients
+        total += _FORWARD_AND_BACKWARD * _PER_WEIGHT * adapter_weights(model, adapter) - with_gradients
     last = (_FORWARD_AND_BACKWARD if adapter is None else _FORWARD_AND_BACKWARD - 1) * output
     return float(total + last)
 
@@ -54,7 +54,7 @@ def forward_flops_per_token(
     attention = 4 * model.num_heads * _head_dim(model) * mean_keys(length, model.sliding_window)
     total = _PER_WEIGHT * weights_of_layers(model) + model.num_layers * attention
     if adapter is not None:
-        total += layers_with_gradients(model, adapter) * _PER_WEIGHT * adapter_weights(model, adapter)
+        total += _PER_WEIGHT * adapter_weights(model, adapter)
     return float(total + _PER_WEIGHT * model.hidden_size * vocab_size)
 
 
@@ -121,8 +121,9 @@ def layers_with_gradients(model: ModelConfig, adapter: AdapterSpec | None = None
 
 
 def adapter_weights(model: ModelConfig, adapter: AdapterSpec) -> int:
-    """Return the weights of the products of one layer's adapters."""
-    return sum(_factor_weights(model, parts, adapter.rank) for parts in adapter.parts.values())
+    """Return the weights of the products of all adapters, of which each layer may have others."""
+    layers = (adapter.at(layer).values() for layer in range(model.layers))
+    return sum(_factor_weights(model, parts, adapter.rank) for found in layers for parts in found)
 
 
 def _factor_weights(model: ModelConfig, parts: Parts, rank: int) -> int:

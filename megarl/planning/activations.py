@@ -103,7 +103,7 @@ def _kept_per_token(config: GPTConfig, shape: Shape, at: Positions, recompute: s
     if config.parallel_residual == "two_norms" and not _converts(config, shape):
         total -= shape.hidden * shape.element  # both norms keep the same input
     total += _kept_by_attention(config, shape, at, recompute)
-    total += _kept_by_experts(config, shape) if at.routed else _kept_by_mlp(config, shape, at)
+    total += _kept_by_experts(config, shape, at) if at.routed else _kept_by_mlp(config, shape, at)
     if config.hidden_dropout > 0:
         total += 2 * shape.hidden  # one byte per element of two masks
     return total
@@ -189,10 +189,11 @@ def _keeps_normed(config: GPTConfig, shape: Shape, at: Positions) -> bool:
     keep copies, and a shared expert keeps it itself."""
     if not at.routed:
         return _keeps_input(config, at, FC1)
-    return config.adapter is None and (shape.element == 4 or shape.shared > 0)
+    router = config.adapter is None and shape.element == 4
+    return router or (shape.shared > 0 and _keeps_input(config, at, SHARED_FC1))
 
 
-def _kept_by_experts(config: GPTConfig, shape: Shape) -> float:
+def _kept_by_experts(config: GPTConfig, shape: Shape, at: Positions) -> float:
     """Return bytes per token of router, experts and shared expert. Under sequence parallelism, every rank has its slice
     of the experts for all tokens, but router, gate and a shared expert's results for its own tokens."""
     assert config.experts is not None
@@ -210,23 +211,24 @@ def _kept_by_experts(config: GPTConfig, shape: Shape) -> float:
     return (
         router / split
         + sent
-        + copies * _kept_inside(config, 3) * shape.expert * shape.element
-        + _kept_by_shared(config, shape)
+        + copies * _kept_inside(config, 3, product=trained) * shape.expert * shape.element
+        + _kept_by_shared(config, shape, at)
     )
 
 
-def _kept_inside(config: GPTConfig, gated: int) -> int:
-    """Return how many inner widths an expert keeps, `gated` of them for a gate; and its product if weights train."""
+def _kept_inside(config: GPTConfig, gated: int, *, product: bool) -> int:
+    """Return how many inner widths an expert keeps: `gated` of them for a gate, and the input of its second product."""
     if config.activation_func is F.relu:
         return 1
-    return (gated if config.gated_linear_unit else 1) + (config.adapter is None)
+    return (gated if config.gated_linear_unit else 1) + product
 
 
-def _kept_by_shared(config: GPTConfig, shape: Shape) -> float:
+def _kept_by_shared(config: GPTConfig, shape: Shape, at: Positions) -> float:
     """Return bytes per token of a shared expert: of its MLP, what it returns, and the gate."""
     if shape.shared == 0:
         return 0.0
-    return (_kept_inside(config, 4) * shape.shared + shape.hidden + shape.hidden / shape.whole) * shape.element
+    inner = _kept_inside(config, 4, product=_keeps_input(config, at, SHARED_FC2)) * shape.shared
+    return (inner + shape.hidden + shape.hidden / shape.whole) * shape.element
 
 
 def _adapted(config: GPTConfig, at: Positions) -> dict[str, Parts]:
@@ -234,7 +236,10 @@ def _adapted(config: GPTConfig, at: Positions) -> dict[str, Parts]:
     if config.adapter is None:
         return {}
     is_encoder = config.encoder is not None and not at.crosses
-    return config.adapter.at((config.encoder_layers if is_encoder else config.num_layers) - 1)
+    last = config.encoder_layers if is_encoder else config.num_layers
+    if config.experts is not None:  # the last of the layers that have experts, or have none, as this one
+        last = max(number for number in range(1, last + 1) if config.has_experts(number) == at.routed)
+    return config.adapter.at(last - 1)
 
 
 def _keeps_input(config: GPTConfig, at: Positions, place: str) -> bool:
@@ -249,7 +254,7 @@ def _outputs(config: GPTConfig, shape: Shape, at: Positions) -> dict[str, float]
         PROJ: shape.hidden,
         FC1: (2 if config.gated_linear_unit else 1) * shape.inner,
         FC2: shape.hidden,
-        SHARED_FC1: (2 if config.gated_linear_unit else 1) * _shared_inner(config, shape),
+        SHARED_FC1: (2 if config.gated_linear_unit else 1) * shape.shared,
         SHARED_FC2: shape.hidden,
         CROSS_Q: shape.queries,
         CROSS_KV: 2 * shape.keys,
@@ -258,20 +263,13 @@ def _outputs(config: GPTConfig, shape: Shape, at: Positions) -> dict[str, float]
     return {place: widths[place] for place in _adapted(config, at)}
 
 
-def _shared_inner(config: GPTConfig, shape: Shape) -> float:
-    """Return the width of one rank's slice of a shared expert."""
-    width = None if config.experts is None else config.experts.shared_ffn_size
-    return shape.inner * float((width or 0) / config.ffn_hidden_size)
-
-
 def _kept_by_adapters(config: GPTConfig, shape: Shape, at: Positions) -> float:
     """Return bytes of what a layer's adapters keep besides their inputs: what `down` returns, with DoRA the outputs of
     the frozen weights, and with dropout a mask and a second input of the attention's output layer."""
     spec, adapted, total = config.adapter, _adapted(config, at), 0.0
     if spec is None:
         return total
-    inputs = {PROJ: shape.queries, CROSS_PROJ: shape.queries, FC2: shape.inner}
-    inputs[SHARED_FC2] = _shared_inner(config, shape)
+    inputs = {PROJ: shape.queries, CROSS_PROJ: shape.queries, FC2: shape.inner, SHARED_FC2: shape.shared}
     for place, width in _outputs(config, shape, at).items():
         split = shape.whole / shape.hidden if place in ROW_PARALLEL else 1.0
         kept = len(adapted[place].modules) * spec.rank / split * shape.element

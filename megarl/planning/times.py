@@ -261,10 +261,11 @@ class Clock:
         model, adapter = self.work.model, self.work.adapter
         if adapter is None:
             return 0.0
-        layers = layers_with_gradients(model, adapter)
         if model.encoder is not None:
-            return min(layers, model.num_layers) * flops_of_factors(model, adapter, "decoder", 0, 1)
-        return 2.0 * layers * adapter_weights(model, adapter)
+            return min(layers_with_gradients(model, adapter), model.num_layers) * flops_of_factors(
+                model, adapter, "decoder", 0, 1
+            )
+        return 2.0 * adapter_weights(model, adapter)
 
     def _flops_of_one(self) -> float:
         """Return the FLOPs of one new token, without attention over the cache."""

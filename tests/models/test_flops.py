@@ -66,14 +66,14 @@ def test_frozen_weights_beside_adapters_need_no_gradients():
     model = ModelConfig(**SMALL, activation="swiglu")
     spec = new_spec(AdapterConfig(rank=3), model, None)
     # inputs of q, k, v, o, gate, up, down, and as many rows: 7 factors of 3 on both sides
-    assert adapter_weights(model, spec) == 3 * (6 * 8 + 16) + 3 * (4 * 8 + 2 * 16 + 8)
+    assert adapter_weights(model, spec) == 2 * (3 * (6 * 8 + 16) + 3 * (4 * 8 + 2 * 16 + 8))
     products, attention, output = 2 * 2 * layer_weights(model), 2 * 4 * 8 * 4, 2 * 8 * 10
-    factors = 2 * 2 * adapter_weights(model, spec)
+    factors = 2 * adapter_weights(model, spec)
     assert flops_per_token(model, 10, 7, spec) == 2 * products + 3 * attention + 3 * factors + 2 * output
     assert forward_flops_per_token(model, 10, 7, spec) == products + attention + factors + output
     assert forward_flops_per_token(model, 10, 7) == flops_per_token(model, 10, 7) / 3
     some = new_spec(AdapterConfig(rank=3, targets=["q_proj"]), model, None)
-    assert adapter_weights(model, some) == 3 * (8 + 8)
+    assert adapter_weights(model, some) == 2 * 3 * (8 + 8)
 
 
 def test_of_a_mixture_the_weights_that_compute_a_token_count():
@@ -90,8 +90,11 @@ def test_of_a_mixture_the_weights_that_compute_a_token_count():
     assert flops_per_token(model, 10, 7) == 3 * forward
     frozen = flops_per_token(ModelConfig(**SMALL, activation="swiglu", experts=experts, num_layers_unfrozen=1), 10, 7)
     assert 3 * forward - frozen == 2 * (2 * 640 + 4 * 8 * 4)
-    adapted = new_spec(AdapterConfig(rank=3, targets=["q_proj", "k_proj", "v_proj", "o_proj"]), model, None)
-    weights, factors = 640 + 256 + 48 + 192 + 120 + 8, 2 * 3 * 4 * (8 + 8)  # adapters beside attention alone
+    adapted = new_spec(AdapterConfig(rank=3), model, None)
+    # beside attention in both layers, the plain MLP (16 wide) in one, and the shared expert (5 wide) in the other
+    factors = 2 * 3 * 4 * (8 + 8) + 3 * (2 * 8 + 16 + 2 * 16 + 8) + 3 * (2 * 8 + 5 + 2 * 5 + 8)
+    assert adapter_weights(model, adapted) == factors
+    weights = 640 + 256 + 48 + 192 + 120 + 8
     assert flops_per_token(model, 10, 7, adapted) == 2 * 2 * weights + 3 * 2 * 128 + 3 * 2 * factors + 2 * 2 * 80
 
 
