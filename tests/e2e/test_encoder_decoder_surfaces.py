@@ -14,7 +14,8 @@ from transformers import T5ForConditionalGeneration
 import megarl
 from megarl import convert, training
 from megarl.config.compose import compose
-from tests.e2e.encoder_decoders import ALGORITHMS, SHARED, run, save_model, write_data
+from tests.e2e.encoder_decoders import run, save_model
+from tests.e2e.every_algorithm import ALGORITHMS, SHARED, write_data
 from tests.e2e.runs import assert_same_bits, final_tensors, launched, metrics
 from tests.e2e.test_evaluate import evaluate
 from tests.e2e.test_serve_reward import check_answers, check_end, serving

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megarl.checkpoint import find
-from megarl.training import module_of
-from tests.e2e.encoder_decoders import ALGORITHMS, run, save_model, write_data
+from tests.e2e.encoder_decoders import run, save_model
+from tests.e2e.every_algorithm import ALGORITHMS, alone_in, assert_same_steps, train_killed_and_resumed, write_data
 from tests.e2e.runs import assert_same_bits, final_tensors, metrics
 from tests.gated import gated
 from tests.worlds import Worlds
@@ -27,7 +21,6 @@ LAYOUTS = {
 }
 CASES = [(algorithm, layout) for algorithm in ALGORITHMS for layout in LAYOUTS]
 FAST = [("ppo", "TP2"), ("ppo", "PP2"), ("sft", "DP2"), ("ilql", "TP2"), ("dpo", "PP2")]
-SAVED = ["checkpoint.every=1", "checkpoint.keep_last=9", "checkpoint.save_last=true", "checkpoint.async_save=false"]
 
 
 @pytest.fixture(scope="module")
@@ -40,28 +33,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(worlds: Worlds, folder: Path) -> Callable[[str], Path]:
-    """The run of an algorithm in one process, made when it is first needed."""
-
-    def made(algorithm: str) -> Path:
-        run_dir = folder / "alone" / algorithm
-        if not run_dir.exists():
-            worlds.run(1, run, run_dir, algorithm, folder, *SAVED)
-        return run_dir
-
-    return made
+    return alone_in(folder, worlds, run)
 
 
 @pytest.mark.parametrize(("algorithm", "layout"), gated(CASES, [case for case in CASES if case not in FAST]))
 def test_every_algorithm_takes_the_same_steps_in_every_layout(
     algorithm: str, layout: str, worlds: Worlds, folder: Path, alone: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    names = ALGORITHMS[algorithm][1]
-    wanted = metrics(alone(algorithm), *names)
-    assert len(wanted) == len(set(wanted)) == 3
     size, overrides = LAYOUTS[layout]
     worlds.run(size, run, tmp_path / "run", algorithm, folder, *overrides)
-    for ours, theirs in zip(metrics(tmp_path / "run", *names), wanted, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=2e-6)
+    assert_same_steps(tmp_path / "run", alone(algorithm), ALGORITHMS[algorithm][1])
 
 
 @pytest.mark.parametrize("algorithm", gated(["ppo", "grpo"], ["grpo"]))
@@ -71,27 +52,9 @@ def test_the_first_responses_are_those_of_the_reference(algorithm: str, alone: C
     assert all(kl != 0.0 for (kl,) in later)
 
 
-def killed(run_dir: Path, algorithm: str, folder: Path, *overrides: str) -> None:
-    """Train, in processes that are killed in the step after the first checkpoint."""
-    kind: Any = module_of(algorithm)
-    step = kind.training_step
-
-    def training_step(self: Any, *given: Any) -> Any:
-        if find(run_dir / "checkpoints"):
-            time.sleep(0.2)  # until every process has seen it
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, *given)
-
-    kind.training_step = training_step
-    run(run_dir, algorithm, folder, *overrides)
-
-
 @pytest.mark.parametrize("algorithm", gated(["ppo", "sft", "ilql", "rft", "dpo", "rm"], ["ilql", "rft", "dpo", "rm"]))
 def test_a_killed_run_ends_in_the_weights_of_the_unbroken_one(
     algorithm: str, worlds: Worlds, folder: Path, alone: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    with contextlib.suppress(EOFError, ConnectionResetError):
-        worlds.run(1, killed, tmp_path, algorithm, folder, *SAVED)
-    assert len(find(tmp_path / "checkpoints")) == 1
-    worlds.run(1, run, tmp_path, algorithm, folder, *SAVED)
+    train_killed_and_resumed(worlds, 1, run, tmp_path, algorithm, folder)
     assert_same_bits(final_tensors(tmp_path), final_tensors(alone(algorithm)))

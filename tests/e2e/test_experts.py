@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from megarl.checkpoint import find
-from megarl.training import module_of
-from tests.e2e.encoder_decoders import ALGORITHMS, SHARED, write_data
-from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_entry
+from tests.e2e.every_algorithm import (
+    ALGORITHMS,
+    SAVED,
+    alone_in,
+    assert_same_steps,
+    train,
+    train_killed_and_resumed,
+    write_data,
+)
+from tests.e2e.runs import assert_same_bits, final_tensors
 from tests.gated import gated
 from tests.worlds import Worlds
 
@@ -40,15 +41,13 @@ LAYOUTS = {
     "PP2xEP2": (4, ["parallel.pp=2", "parallel.ep=2"]),
 }
 CASES = [(algorithm, layout) for algorithm in ALGORITHMS for layout in LAYOUTS]
-FAST = [("ppo", "PP2xEP2"), ("dpo", "EP2")]
-SAVED = ["checkpoint.every=1", "checkpoint.keep_last=9", "checkpoint.save_last=true", "checkpoint.async_save=false"]
+FAST = [("ppo", "PP2xEP2")]
 ROUTING = ("experts/balance_loss", "experts/z_loss", "experts/most_loaded", "experts/unused")
 
 
 def run(run_dir: Path, algorithm: str, folder: Path, *overrides: str) -> None:
-    settings = [setting.format(data=folder) for setting in ALGORITHMS[algorithm][0]]
-    settings += ["rollout.engine.router_replay=true"] * (algorithm in ("ppo", "grpo"))
-    run_entry(algorithm, [*SHARED, *MODEL, *settings, f"run.dir={run_dir}", *overrides])
+    replayed = ["rollout.engine.router_replay=true"] * (algorithm in ("ppo", "grpo"))
+    train(run_dir, algorithm, folder, *MODEL, *replayed, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -60,55 +59,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(worlds: Worlds, folder: Path) -> Callable[[str], Path]:
-    """The run of an algorithm in one process, made when it is first needed."""
-
-    def made(algorithm: str) -> Path:
-        run_dir = folder / "alone" / algorithm
-        if not run_dir.exists():
-            worlds.run(1, run, run_dir, algorithm, folder, *SAVED)
-        return run_dir
-
-    return made
+    return alone_in(folder, worlds, run)
 
 
 @pytest.mark.parametrize(("algorithm", "layout"), gated(CASES, [case for case in CASES if case not in FAST]))
 def test_every_algorithm_takes_the_same_steps_in_every_layout(
     algorithm: str, layout: str, worlds: Worlds, folder: Path, alone: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    names = (*ALGORITHMS[algorithm][1], *ROUTING)
-    wanted = metrics(alone(algorithm), *names)
-    assert len(wanted) == len(set(wanted)) == 3
     size, overrides = LAYOUTS[layout]
     worlds.run(size, run, tmp_path / "run", algorithm, folder, *overrides)
-    for ours, theirs in zip(metrics(tmp_path / "run", *names), wanted, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5, abs=2e-6)
-
-
-def killed(run_dir: Path, algorithm: str, folder: Path, *overrides: str) -> None:
-    """Train, in processes that are killed in the step after the first checkpoint."""
-    kind: Any = module_of(algorithm)
-    step = kind.training_step
-
-    def training_step(self: Any, *given: Any) -> Any:
-        if find(run_dir / "checkpoints"):
-            time.sleep(0.2)  # until every process has seen it
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, *given)
-
-    kind.training_step = training_step
-    run(run_dir, algorithm, folder, *overrides)
+    assert_same_steps(tmp_path / "run", alone(algorithm), (*ALGORITHMS[algorithm][1], *ROUTING))
 
 
 @pytest.mark.parametrize("algorithm", gated(["ppo", "dpo"], ["dpo"]))
 def test_a_killed_run_of_shared_experts_ends_in_the_weights_of_the_unbroken_one(
     algorithm: str, worlds: Worlds, folder: Path, tmp_path: Path
 ) -> None:
-    ep = "parallel.ep=2"
-    worlds.run(2, run, tmp_path / "unbroken", algorithm, folder, *SAVED, ep)
-    with contextlib.suppress(EOFError, ConnectionResetError):
-        worlds.run(2, killed, tmp_path / "run", algorithm, folder, *SAVED, ep)
-    assert len(find(tmp_path / "run" / "checkpoints")) == 1
-    worlds.run(2, run, tmp_path / "run", algorithm, folder, *SAVED, ep)
+    shared = "parallel.ep=2"
+    worlds.run(2, run, tmp_path / "unbroken", algorithm, folder, *SAVED, shared)
+    train_killed_and_resumed(worlds, 2, run, tmp_path / "run", algorithm, folder, shared)
     assert_same_bits(final_tensors(tmp_path / "run"), final_tensors(tmp_path / "unbroken"))
 
 
