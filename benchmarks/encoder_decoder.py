@@ -4,30 +4,20 @@ with the same threads: ragged prompts and responses. Prints one table.
     OMP_NUM_THREADS=1 python -m benchmarks.encoder_decoder
 """
 
-import argparse
-import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from benchmarks.beside_transformers import loaded, print_table, require_equal_losses, step_of, timed
 from benchmarks.generate import NO_EOS, Side
-from benchmarks.train_step import describe, live_grid, markdown
-from megarl.config.sections.optim import OptimConfig
-from megarl.config.sections.parallel import ParallelConfig
-from megarl.models.build import build_engine
-from megarl.models.exchange.formats import open_source
-from megarl.models.roles import Role
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel.engine import Engine
-from megarl.parallel.grid import Grid, start_world
+from megarl.parallel.grid import Grid
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Rows
 from megarl.rollout.generator import Generator, Limits
@@ -127,8 +117,8 @@ def our_answers(generator: Generator, case: Case) -> list[list[int]]:
     return [list(rollout.response) for rollout in generator.generate(requests)]
 
 
-def saved(case: Case, folder: str) -> Any:
-    """Save a random model and return it."""
+def random_model(case: Case) -> Any:
+    """Return transformers' model of a case, with random weights."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
@@ -143,40 +133,26 @@ def saved(case: Case, folder: str) -> Any:
         dropout_rate=0.0,
         decoder_start_token_id=0,
     )
-    model = T5ForConditionalGeneration(config)
-    model.save_pretrained(folder)
-    return model
+    return T5ForConditionalGeneration(config)
 
 
 def compare(case: Case, grid: Grid, seconds: float) -> list[list[str]]:
     """The lines of the table of a case: a training step, and generation."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = saved(case, folder)
-        source = open_source(Path(folder))
-        role = Role("policy", source.model, case.vocab_size, source=source, optim=OptimConfig())
-        engine = build_engine(role, grid, ParallelConfig(), precision="fp32", seed=1)
-    ours, theirs = our_step(engine, case), their_step(model, case)
-    if abs(ours - theirs) > 1e-4 * abs(theirs):
-        sys.exit(f"the losses differ: {ours} here, {theirs} in transformers")
+    model = random_model(case)
+    engine, _ = loaded(model, grid)
+    require_equal_losses(our_step(engine, case), their_step(model, case))
     generator = Generator(engine, NO_EOS, seed=1, limits=Limits(slots=case.rows))
     model.eval()
     if our_answers(generator, case) != their_answers(model, case):
         sys.exit("the greedy tokens differ")
     model.train()
-    steps = (
-        Side(lambda: [[int(their_step(model, case))]], [], []),
-        Side(lambda: [[int(our_step(engine, case))]], [], []),
-    )
+    steps = step_of(lambda: their_step(model, case)), step_of(lambda: our_step(engine, case))
     answers = Side(lambda: their_answers(model, case), [], []), Side(lambda: our_answers(generator, case), [], [])
     return [_line(case, what, sides, seconds) for what, sides in (("training step", steps), ("generation", answers))]
 
 
 def _line(case: Case, what: str, sides: tuple[Side, Side], seconds: float) -> list[str]:
-    stop = time.monotonic() + seconds
-    while len(sides[0].wall) < 3 or time.monotonic() < stop:
-        for side in sides:
-            side.run()
-    wall, cpu = ([statistics.median(getattr(side, kind)) for side in sides] for kind in ("wall", "cpu"))
+    wall, cpu = timed(sides, seconds)
     return [
         case.name,
         what,
@@ -188,18 +164,7 @@ def _line(case: Case, what: str, sides: tuple[Side, Side], seconds: float) -> li
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", nargs="*", default=["small", "medium"], choices=CASES)
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each line")
-    arguments = parser.parse_args(argv)
-    device = start_world()
-    lines: list[list[str]] = []
-    for name in arguments.cases:
-        with live_grid(device) as grid:
-            lines += compare(CASES[name], grid, arguments.seconds)
-    print(describe(device))
-    print(markdown(HEADER, lines))
-    return 0
+    return print_table(__doc__, HEADER, CASES, ["small", "medium"], compare, argv)
 
 
 if __name__ == "__main__":

@@ -4,31 +4,26 @@ of ours with as many active parameters, turn about, with the same threads. Print
     OMP_NUM_THREADS=1 python -m benchmarks.experts
 """
 
-import argparse
-import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.beside_transformers import loaded, print_table, require_equal_losses, step_of, timed
 from benchmarks.encoder_decoder import padded
 from benchmarks.generate import Side
-from benchmarks.train_step import describe, live_grid, markdown
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.optim import OptimConfig
 from megarl.config.sections.parallel import ParallelConfig
 from megarl.models.build import build_engine
-from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.parameters import parameters
+from megarl.models.flops import idle_weights
 from megarl.models.roles import Role
 from megarl.modules.losses import count_targets, cross_entropy
 from megarl.parallel.engine import Engine
-from megarl.parallel.grid import Grid, start_world
+from megarl.parallel.grid import Grid
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Rows
 
@@ -101,8 +96,8 @@ def our_step(engine: Engine, case: Case) -> float:
     return engine.train_step(batch, cross_entropy, count_targets)["loss"]
 
 
-def saved(case: Case, folder: str) -> Any:
-    """Save a random model and return it."""
+def random_model(case: Case) -> Any:
+    """Return transformers' model of a case, with random weights."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
@@ -120,34 +115,20 @@ def saved(case: Case, folder: str) -> Any:
         norm_topk_prob=True,
         max_position_embeddings=case.time,
     )
-    model = Qwen3MoeForCausalLM(config)
-    model.save_pretrained(folder)
-    return model
+    return Qwen3MoeForCausalLM(config)
 
 
 def active(model: ModelConfig, vocab_size: int) -> int:
     """Return how many parameters compute a token."""
-    total = 0
-    for name, shape in parameters(model, vocab_size).items():
-        size = int(torch.Size(shape).numel())
-        if ".local_experts." in name:
-            assert model.experts is not None
-            total += size * model.experts.chosen // int(model.experts.count or 1)
-        else:
-            total += size
-    return total
+    total = sum(int(torch.Size(shape).numel()) for shape in parameters(model, vocab_size).values())
+    return total - idle_weights(model)
 
 
 def compare(case: Case, grid: Grid, seconds: float) -> list[list[str]]:
     """The lines of the table of a case: beside transformers, and beside our dense model."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = saved(case, folder)
-        source = open_source(Path(folder))
-        role = Role("policy", source.model, case.vocab_size, source=source, optim=OptimConfig())
-        engine = build_engine(role, grid, ParallelConfig(), precision="fp32", seed=1)
-    ours, theirs = our_step(engine, case), their_step(model, case)
-    if abs(ours - theirs) > 1e-4 * abs(theirs):
-        sys.exit(f"the losses differ: {ours} here, {theirs} in transformers")
+    model = random_model(case)
+    engine, source = loaded(model, grid)
+    require_equal_losses(our_step(engine, case), their_step(model, case))
     shape = vars(source.model) | {"experts": None, "ffn_size": case.chosen * case.expert}
     plain = ModelConfig(**shape)
     dense = build_engine(
@@ -162,35 +143,20 @@ def compare(case: Case, grid: Grid, seconds: float) -> list[list[str]]:
     }
     lines = []
     for name, (step, share) in beside.items():
-        sides = Side(lambda step=step: [[int(step())]], [], []), Side(lambda: [[int(our_step(engine, case))]], [], [])
+        sides = step_of(step), step_of(lambda: our_step(engine, case))
         lines.append([case.name, name, *_measured(sides, seconds, share)])
     return lines
 
 
 def _measured(sides: tuple[Side, Side], seconds: float, share: float) -> list[str]:
     """`share` is how many parameters of ours are active for one of theirs."""
-    stop = time.monotonic() + seconds
-    while len(sides[0].wall) < 3 or time.monotonic() < stop:
-        for side in sides:
-            side.run()
-    wall, cpu = ([statistics.median(getattr(side, kind)) for side in sides] for kind in ("wall", "cpu"))
+    wall, cpu = timed(sides, seconds)
     ratio = cpu[0] / cpu[1]
     return [f"{wall[0]:.3f}", f"{wall[1]:.3f}", f"{wall[0] / wall[1]:.2f}", f"{ratio:.2f}", f"{ratio * share:.2f}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", nargs="*", default=["small", "medium", "even"], choices=CASES)
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each line")
-    arguments = parser.parse_args(argv)
-    device = start_world()
-    lines: list[list[str]] = []
-    for name in arguments.cases:
-        with live_grid(device) as grid:
-            lines += compare(CASES[name], grid, arguments.seconds)
-    print(describe(device))
-    print(markdown(HEADER, lines))
-    return 0
+    return print_table(__doc__, HEADER, CASES, ["small", "medium", "even"], compare, argv)
 
 
 if __name__ == "__main__":

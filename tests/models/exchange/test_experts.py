@@ -35,6 +35,7 @@ from megarl.parallel.rows import Microbatch, Rows
 from megarl.rollout.generator import Generator, Limits
 from megarl.rollout.requests import Request, Sampling
 from megarl.tokenizers import ByteTokenizer
+from tests.gated import gated
 from tests.models.exchange.experts import DENSE, KINDS, VOCAB, make, save
 from tests.models.exchange.published import stored
 from tests.refusals import refused
@@ -117,7 +118,7 @@ def assert_same_tensors(folder: Path, other: Path) -> None:
     assert [key for key in before if not torch.equal(before[key], after[key])] == [], other
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", gated(LAYOUTS, ["PP2", "PP2xEP2"]))
 def test_every_layout_computes_the_same_and_goes_back_bit_for_bit(
     layout: str, worlds: Worlds, published: Published, alone: dict[str, Any], tmp_path: Path
 ) -> None:
