@@ -80,7 +80,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
 
 def new_tokens(layout: dict[str, Any]) -> int:
     """Tokens of a greedy response: in one process they are compared with transformers' to the end of the context."""
-    return 16 if layout else 64
+    return 24 if layout else 64
 
 
 def computed(folders: dict[str, Path], layout: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -123,10 +123,9 @@ def test_every_kind_computes_and_generates_what_transformers_does_and_goes_back_
         rows = rows_of(pairs())
         for row, (prompt, response) in enumerate(pairs()):
             wanted = their_logprobs(model, prompt, response)
+            settings = {"max_new_tokens": new_tokens(grid), "do_sample": False}
             with torch.no_grad():
-                greedy = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens(grid), do_sample=False)[
-                    0
-                ].tolist()[1:]
+                greedy = model.generate(torch.tensor([prompt]), **settings)[0].tolist()[1:]
             for rank in ranks:
                 for packed in (False, True):
                     ours = rank[kind][packed][row][rows.action_mask[row] != 0]
