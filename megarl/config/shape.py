@@ -54,7 +54,8 @@ def _width(model: ModelConfig, parallel: ParallelConfig) -> None:
             value=tp,
         )
     require_divides("parallel.tp", "model.hidden_size", tp, model.hidden_size)
-    require_divides("parallel.tp", "model.ffn_size", tp, model.ffn_width)
+    if model.experts is None or model.experts.dense_layers:  # else no layer is as wide
+        require_divides("parallel.tp", "model.ffn_size", tp, model.ffn_width)
     _experts(model, parallel)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from megarl.config.sections.rollout import ResponsesConfig
 from megarl.data.prompts import Prompt
+from megarl.errors import ConfigError
 from megarl.experience.arrival import Arrival
 from megarl.experience.invariants import Invariants
 from megarl.models.gpt import GPT
@@ -191,9 +192,23 @@ class ReplayedRollouts:
         within: range | None = None,
         **changes: Any,
     ) -> list[Rollout]:
-        """Return the dumped responses to these prompts, whatever settings sampled them."""
+        """Return the dumped responses to these prompts, whatever settings sampled them, with the experts that computed
+        them if the run follows these. Refuse a dump that lacks them then."""
         requests = requests_of(prompts, n, self.settings, within)
-        return stored.replay(self.folder, stream, phase, requests, 0 if within is None else within.start)
+        rollouts = stored.replay(self.folder, stream, phase, requests, 0 if within is None else within.start)
+        if not self.settings.engine_settings.router_replay:
+            return [replace(rollout, routes=None) for rollout in rollouts]
+        if any(rollout.routes is None for rollout in rollouts):
+            key = "rollout.engine.router_replay"
+            raise ConfigError(
+                f"{key}=true: the responses in rollout.replay={self.folder} were generated without it, so that nobody "
+                f"knows which experts computed them; use {key}=false, or a dump of a run with it",
+                key=key,
+                value=True,
+                where=self.folder,
+                offers={key: [False]},
+            )
+        return rollouts
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Accept all prompts: nothing is generated, so none is too long."""

@@ -46,11 +46,11 @@ class KVCache:
         )
         self.keys = dict(zip(layers, self.store[: len(layers)], strict=True))
         self.values = dict(zip(layers, self.store[len(layers) :], strict=True))
-        self.routes: dict[int, Tensor] = {}
-        if records_routes and config.experts is not None:
-            mixed = [layer for layer in layers if config.has_experts(layer)]
-            shape = (len(mixed), slots, length, config.experts.chosen)
-            self.routes = dict(zip(mixed, torch.zeros(shape, dtype=torch.int16, device=device), strict=True))
+        mixed = [layer for layer in layers if records_routes and config.has_experts(layer)]
+        chosen = 0 if config.experts is None else config.experts.chosen
+        self.of_experts = torch.zeros((len(mixed), slots, length, chosen), dtype=torch.int16, device=device)
+        self.routes = dict(zip(mixed, self.of_experts, strict=True))
+        self.records_routes = records_routes
 
     @staticmethod
     def most_layers(config: GPTConfig, pp: int) -> int:
@@ -60,22 +60,23 @@ class KVCache:
         return layers // pp if config.encoder is None else layers - config.encoder_layers
 
     @staticmethod
-    def slot_bytes(config: GPTConfig, layers: int, tp: int, length: int) -> int:
-        """Return the bytes that one slot takes on a rank with `layers` layers that have a cache. `length` is that of
-        both tensors together."""
+    def slot_bytes(config: GPTConfig, layers: int, tp: int, length: int, *, records_routes: bool = False) -> int:
+        """Return the bytes that one slot takes on a rank with `layers` layers that have a cache, or, where routes are
+        recorded and some layers have no experts, at most takes. `length` is that of keys' and values' tensors
+        together."""
         element = torch.empty((), dtype=config.params_dtype).element_size()
-        return 2 * layers * max(1, config.num_kv_heads // tp) * length * config.head_dim * element
+        routes = 0 if config.experts is None or not records_routes else 2 * config.experts.chosen
+        return layers * length * (2 * max(1, config.num_kv_heads // tp) * config.head_dim * element + routes)
 
     @property
     def nbytes(self) -> int:
         """Size of the cache on this rank in bytes."""
-        return (self.store.numel() + self.of_encoder.numel()) * self.store.element_size()
+        return sum(tensor.nbytes for tensor in (self.store, self.of_encoder, self.of_experts))
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` entries of one slot to another."""
         self.store[:, target, :, :length] = self.store[:, source, :, :length]
-        for routes in self.routes.values():
-            routes[target, :length] = routes[source, :length]
+        self.of_experts[:, target, :length] = self.of_experts[:, source, :length]
         if self.longest_encoded:
             self.copy_encoded(source, target)
 
@@ -92,6 +93,7 @@ class KVCache:
         self.encoded_values.clear()
         self.routes.clear()
         self.store = self.of_encoder = self.store.new_empty(0)
+        self.of_experts = self.of_experts.new_empty(0)
 
 
 @dataclass

@@ -33,6 +33,7 @@ class Workload:
         cache_bytes: maximum size of the KV cache; None for no limit.
         rollout_layout: parallel layout for generation; None for that of training.
         cuda_graphs: whether decoding steps are recorded as CUDA graphs.
+        records_routes: whether the experts of each token are recorded.
         notes: one line of the plan for each participant that is not a model, by name.
     """
 
@@ -53,6 +54,7 @@ class Workload:
     cache_bytes: int | None = None
     rollout_layout: str | None = None
     cuda_graphs: bool = False
+    records_routes: bool = False
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -101,6 +103,7 @@ def generation(config: Any, assumed: PlanConfig) -> dict[str, Any]:
         "cache_bytes": engine.cache_bytes,
         "rollout_layout": engine.layout,
         "cuda_graphs": engine.cuda_graphs,
+        "records_routes": engine.router_replay,
     }
 
 

@@ -300,7 +300,7 @@ def _generating(work: Work, held: Shard, stage: int, *, on_cpu: bool) -> tuple[f
     length = work.prompt + work.longest
     parts = prompt_parts(work, stage, slots)
     cached = sum(part.layers for part in parts if not part.is_encoder)
-    cache = slots * KVCache.slot_bytes(config, cached, work.layout.tp, length) * (1 + work.masks)
+    cache = slots * _slot_bytes(work, config, cached, length)
     passing = _passing_forward(config, shape, parts, merged=bool(held.merged))
     passing += parts[0].at.whole * (shape.rotary * 2 * shape.element + _INPUTS)
     rows = -(-slots // work.layout.pp)
@@ -334,9 +334,15 @@ def slots_of(work: Work) -> int:
     if work.cache_bytes is not None:
         config = gpt_config(work)
         layers = KVCache.most_layers(config, groups)
-        slot = KVCache.slot_bytes(config, layers, work.layout.tp, work.prompt + work.longest)
-        per_group = max(1, min(per_group, work.cache_bytes // slot // (1 + work.masks) // groups))
+        slot = _slot_bytes(work, config, layers, work.prompt + work.longest)
+        per_group = max(1, min(per_group, work.cache_bytes // slot // groups))
     return per_group * groups
+
+
+def _slot_bytes(work: Work, config: GPTConfig, layers: int, length: int) -> int:
+    """Return the bytes of a slot for `length` tokens on a rank with `layers` layers, in the caches of all models."""
+    of_policy = KVCache.slot_bytes(config, layers, work.layout.tp, length, records_routes=work.records_routes)
+    return of_policy + work.masks * KVCache.slot_bytes(config, layers, work.layout.tp, length)
 
 
 def _saving(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) -> tuple[float, float]:

@@ -189,9 +189,10 @@ class Generator:
 
     def _slot_bytes(self, length: int) -> int:
         """Return the bytes of a slot on the ranks where it takes most, so that all have as many slots."""
-        models, layout = 1 if self.masking is None else 2, self.grid.layout
-        layers = KVCache.most_layers(self.config, layout.pp)
-        return models * KVCache.slot_bytes(self.config, layers, layout.tp, length)
+        layout = self.grid.layout
+        sizes = (self.config, KVCache.most_layers(self.config, layout.pp), layout.tp, length)
+        masking = 0 if self.masking is None else KVCache.slot_bytes(*sizes)
+        return KVCache.slot_bytes(*sizes, records_routes=self.limits.routes) + masking
 
     def close(self) -> None:
         """Free the KV cache and the CUDA graphs recorded over it."""
@@ -303,11 +304,9 @@ class Generator:
             and self.cache.longest_encoded >= encoded
             and self.cache.slots >= needed
         )
-        over = (
-            self.limits.cache_bytes is not None
-            and self.cache is not None
-            and self.cache.nbytes * (1 if self.masking is None else 2) > self.limits.cache_bytes
-        )
+        caches = [self.cache, None if self.masking is None else self.masking.cache]
+        held = sum(cache.nbytes for cache in caches if cache is not None)
+        over = self.limits.cache_bytes is not None and held > self.limits.cache_bytes
         if not fits or over:
             self.close()
             self.cache = KVCache(

@@ -160,14 +160,12 @@ class Lane:
     def _keep_routes(self) -> None:
         """Give the responses that have just finished the experts of this stage's layers, before their slots are used
         again."""
-        routes, retired = self.passes.cache.routes, self.schedule.retired
-        if not routes:
+        cache, retired, finished = self.passes.cache, self.schedule.retired, self.schedule.finished
+        if not cache.records_routes:
             return
-        finished = self.schedule.finished
         for place, slot in enumerate(retired, len(finished) - len(retired)):
-            length = len(finished[place].tokens) - 1
-            mine = torch.stack([layer[self.first + slot, :length] for layer in routes.values()], dim=1)
-            finished[place] = replace(finished[place], routes=mine.cpu().numpy())
+            routes = cache.of_experts[:, self.first + slot, : len(finished[place].tokens) - 1].transpose(0, 1)
+            finished[place] = replace(finished[place], routes=routes.cpu().numpy().copy())
 
     # --- passes -----------------------------------------------------------------------------------------------------
 

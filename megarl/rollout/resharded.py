@@ -77,11 +77,13 @@ def parse_layout(text: str, world: int) -> Layout:
 
 def check_divides(config: GPTConfig, layout: Layout, text: str) -> None:
     """Refuse a layout whose sizes do not divide the model's dimensions, as for `parallel.tp` and `parallel.pp`."""
-    for what, count in (
-        ("attention heads", config.num_attention_heads),
-        ("channels", config.hidden_size),
-        ("channels of the MLP", config.ffn_hidden_size),
-    ):
+    widths = {"attention heads": config.num_attention_heads, "channels": config.hidden_size}
+    if config.expert_layers < config.num_layers:
+        widths["channels of the MLP"] = config.ffn_hidden_size
+    if config.experts is not None:
+        widths["channels of an expert"] = config.expert_width
+        widths["channels of the shared expert"] = config.experts.shared_ffn_size or 0
+    for what, count in widths.items():
         if count % layout.tp:
             raise ConfigError(
                 f"rollout.engine.layout={text} splits {count} {what} {layout.tp} ways: use a tp that divides them",

@@ -41,13 +41,13 @@ def _layers_by_stage(config: GPTConfig, grid: Grid) -> list[int]:
 
 
 def as_column(rollouts: Sequence[Rollout], time: int) -> Tensor | None:
-    """Return the experts of the tokens of rows as a column [rows, time, layers x chosen] int16; -1 where none is
-    recorded. None if a response has none."""
-    if any(rollout.routes is None for rollout in rollouts):
+    """Return the experts of the tokens of rows as a column [rows, time, layers x chosen] int16; -1 where none are
+    recorded. None if no response has any."""
+    recorded = {row: rollout.routes for row, rollout in enumerate(rollouts) if rollout.routes is not None}
+    if not recorded:
         return None
-    width = int(np.prod(rollouts[0].routes.shape[1:]))  # type: ignore[union-attr]
+    width = int(np.prod(next(iter(recorded.values())).shape[1:]))
     column = torch.full((len(rollouts), time, width), -1, dtype=torch.int16)
-    for row, rollout in enumerate(rollouts):
-        routes = torch.from_numpy(rollout.routes)
-        column[row, : len(routes)] = routes.flatten(1)
+    for row, routes in recorded.items():
+        column[row, : len(routes)] = torch.from_numpy(routes).flatten(1)
     return column

@@ -63,3 +63,14 @@ def test_shared_experts_divide_and_exist() -> None:
     config.parallel.ep, config.trainer.devices = 2, 2
     with refused(ConfigError, key="parallel.ep", value=2, offers={"parallel.ep": [1]}):
         check(config, 2)
+
+
+def test_the_width_of_a_plain_mlp_divides_where_a_layer_has_one() -> None:
+    for dense, is_fine in (([], True), ([1], False)):
+        config = tree({"count": 4, "ffn_size": 8, "dense_layers": dense}, ffn_size=9)
+        config.parallel.tp, config.trainer.devices = 2, 2
+        if is_fine:
+            check(config, 2)
+            continue
+        with refused(ConfigError, key="parallel.tp", value=2):
+            check(config, 2)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megarl.config.sections.rollout import RolloutConfig, RolloutEngineConfig
@@ -17,6 +18,7 @@ from megarl.models.gpt import GPT
 from megarl.parallel.layout import Layout
 from megarl.rollout.noise import EVALUATION, GREEDY, TRAINING
 from megarl.rollout.requests import Request, Rollout
+from megarl.rollout.stored import dump, phase_file
 from megarl.tokenizers import CharacterTokenizer
 from tests.parallel.engines import small_engine
 from tests.refusals import refused
@@ -152,3 +154,26 @@ def dumped_where_nothing_can_be(folder: str) -> None:
 def test_a_dump_that_cannot_be_written_ends_every_rank(worlds: Worlds, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     worlds.run(2, dumped_where_nothing_can_be, str(tmp_path / "file"))
+
+
+def test_a_replayed_response_has_the_experts_that_computed_it_if_the_run_follows_them(tmp_path: Path) -> None:
+    routes = [np.arange(len(prompt.tokens) * 4, dtype=np.int16).reshape(-1, 2, 2) for prompt in PROMPTS]
+    made = [
+        Rollout(number, 0, list(prompt.tokens), [1], [-1.0], "length", routes=routes[number])
+        for number, prompt in enumerate(PROMPTS)
+    ]
+    dump(phase_file(tmp_path, TRAINING, 4), made)
+    for follows in (True, False):
+        settings = RolloutConfig(engine=RolloutEngineConfig(router_replay=follows))
+        found = ReplayedRollouts(str(tmp_path), settings).collect(PROMPTS, 1, stream=TRAINING, phase=4)
+        assert found == made
+        for one, wanted in zip(found, routes, strict=True):
+            assert (one.routes is None) if not follows else np.array_equal(one.routes, wanted)
+
+
+def test_a_dump_without_the_experts_that_a_run_follows_is_refused(tmp_path: Path) -> None:
+    dump(phase_file(tmp_path, TRAINING, 4), [Rollout(0, 0, [1, 2, 3], [1], [-1.0], "length")])
+    settings = RolloutConfig(engine=RolloutEngineConfig(router_replay=True))
+    key = "rollout.engine.router_replay"
+    with refused(ConfigError, key=key, value=True, where=str(tmp_path), offers={key: [False]}):
+        ReplayedRollouts(str(tmp_path), settings).collect(PROMPTS[:1], 1, stream=TRAINING, phase=4)

@@ -1,5 +1,6 @@
 """Replicas that share experts generate the responses of one process, each over its own requests."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,11 +114,14 @@ def test_recorded_passes_and_another_layout_are_refused(worlds: Worlds) -> None:
             assert (problem.key, problem.value) == (key, value)
 
 
-def recorded_and_computed(layout: dict[str, Any]) -> tuple[list[Rollout], list[torch.Tensor]]:
+def recorded_and_computed(
+    layout: dict[str, Any], dense: Sequence[int] = (1,)
+) -> tuple[list[Rollout], list[torch.Tensor]]:
     """Responses with the experts of each token, and the log-probs of their tokens as sampled, as computed by the
     recorded experts, and as computed by those that the router chooses. The scores of two experts are as good as equal,
     so that it chooses between them by the last bits of its sums."""
-    engine = small_engine(layout, {**MODERATE, **EXPERTS, "experts": TIED}, train=False)
+    experts = replace(TIED, dense_layers=list(dense))
+    engine = small_engine(layout, {**MODERATE, **EXPERTS, "experts": experts}, train=False)
     for layer in expert_layers(engine.models).values():
         with torch.no_grad():
             layer.router.weight[2:] = layer.router.weight[:2] * (1 + 1e-7)
@@ -151,6 +155,14 @@ def test_recorded_experts_give_the_log_probs_that_were_sampled(name: str, worlds
             assert rollout.routes is not None
             assert rollout.routes.shape == (len(rollout.tokens) - 1, 3, TIED.chosen)
             assert {*rollout.routes.flatten().tolist()} <= {0, 1, 2, 3}
+
+
+def test_a_stage_without_experts_records_none(worlds: Worlds) -> None:
+    for rollouts, (sampled, replayed, _) in worlds.run(2, recorded_and_computed, {"pp": 2}, (0, 1)):
+        assert float((replayed - sampled).abs().max()) < 1e-5
+        for rollout in rollouts:
+            assert rollout.routes is not None
+            assert rollout.routes.shape == (len(rollout.tokens) - 1, 2, TIED.chosen)
 
 
 def test_recorded_experts_are_stored_with_a_response(worlds: Worlds, tmp_path: Path) -> None:
