@@ -165,6 +165,7 @@ def test_a_wrong_call_is_one_line_and_the_session_goes_on(
     assert len(session.sample(["ab"], 1)) == 1
 
 
+@pytest.mark.gate
 def test_a_whole_run_in_processes_of_its_own_trains_as_in_this_one(tmp_path: Path, worlds: Worlds) -> None:
     def train(run_dir: Path, processes: int | None, *more: str) -> tuple[list[dict[str, float]], int]:
         config = megarl.default_config(

@@ -188,7 +188,7 @@ def test_scores_in_process_are_those_of_its_evaluation(
             assert rank == pytest.approx(wanted, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("layout", gated(["TP2+SP", "TP2xPP2"], ["TP2xPP2"]))
+@pytest.mark.parametrize("layout", gated(["TP2+SP", "TP2xPP2"], ["TP2+SP", "TP2xPP2"]))
 def test_ppo_against_a_reward_model_is_the_same_in_every_layout(
     layout: str, worlds: Worlds, folder: Path, reward_model: Path, tmp_path: Path
 ) -> None:
@@ -204,6 +204,7 @@ def test_ppo_against_a_reward_model_is_the_same_in_every_layout(
     close(metrics(tmp_path / "other", *names), metrics(tmp_path / "one", *names))
 
 
+@pytest.mark.gate
 def test_scores_over_http_are_those_in_process(worlds: Worlds, reward_model: Path, tmp_path: Path) -> None:
     with serving(reward_model, tmp_path, "serve.max_tokens=200", "serve.batch_size=4") as server:
         check_answers(server, reward_model, worlds, 1e-5)
@@ -259,6 +260,7 @@ def test_an_evaluation_gives_the_same_measures_in_every_layout(worlds: Worlds, f
     assert [line["response"] for line in one] == [line["response"] for line in four]
 
 
+@pytest.mark.gate
 def test_a_masked_policy_takes_the_same_steps_in_every_layout(worlds: Worlds, folder: Path, tmp_path: Path) -> None:
     """NLPO, whose second model reads the prompts with its encoder, too."""
     masked = ["ppo.action_mask.top_p=0.7", "rollout.stop=[e]", "rollout.repetition_penalty=1.2", "trainer.max_phases=2"]
@@ -300,6 +302,7 @@ def stepped(folder: Path, run_dir: Path, *more: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.gate
 def test_a_session_computes_what_train_ppo_computes(worlds: Worlds, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     (tmp_path / "two").mkdir()

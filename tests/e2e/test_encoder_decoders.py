@@ -20,7 +20,7 @@ LAYOUTS = {
     "TP2xPP2": (4, ["parallel.tp=2", "parallel.pp=2"]),
 }
 CASES = [(algorithm, layout) for algorithm in ALGORITHMS for layout in LAYOUTS]
-FAST = [("ppo", "TP2"), ("ppo", "PP2"), ("sft", "DP2"), ("ilql", "TP2"), ("dpo", "PP2")]
+FAST = [("ppo", "PP2"), ("sft", "DP2"), ("ilql", "TP2"), ("dpo", "PP2")]
 
 
 @pytest.fixture(scope="module")

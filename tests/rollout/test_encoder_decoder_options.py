@@ -15,6 +15,7 @@ from megarl.rollout.generator import Generator, Limits
 from megarl.rollout.guided import guided
 from megarl.rollout.lane import Masking
 from megarl.rollout.requests import Request, Rollout, Sampling
+from tests.gated import gated
 from tests.models.adapters import adapted_engine, world_grid
 from tests.models.exchange.t5 import EOS, START, VOCAB, make, pairs, save, their_logprobs
 from tests.worlds import Worlds
@@ -104,7 +105,10 @@ def allowed_by_transformers(
     return [bool(torch.isfinite(left[place, token])) for place, token in enumerate(response)]
 
 
-@pytest.mark.parametrize("settings", [{"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2}], ids=str)
+FILTERS = [{"top_p": 0.6}, {"top_k": 3}, {"min_p": 0.2}]
+
+
+@pytest.mark.parametrize("settings", gated(FILTERS, FILTERS[1:]), ids=str)
 def test_filters_leave_the_tokens_that_transformers_leaves(
     settings: dict[str, Any], folder: Path, worlds: Worlds
 ) -> None:

@@ -30,6 +30,7 @@ from megarl.parallel.rows import Microbatch, Rows
 from megarl.tokenizers import build_tokenizer
 from tests.chat import templates
 from tests.chat.templates import CHATML
+from tests.gated import gated
 from tests.models.exchange.published import PUBLISHED, VOCAB, fixed_tokens, save_published, stored
 from tests.test_tokenizers import make_hugging_face
 from tests.worlds import Worlds
@@ -67,7 +68,7 @@ def import_and_export(folders: dict[str, Path], tp: int, pp: int, out: Path) -> 
     return results
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", gated(LAYOUTS, ["TP2", "PP2"]))
 def test_every_family_computes_what_transformers_does_and_goes_back_bit_for_bit(
     layout: str, worlds: Worlds, published: dict[str, tuple[Path, Tensor]], tmp_path: Path
 ) -> None:
