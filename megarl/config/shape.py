@@ -11,7 +11,7 @@ from megarl.config.sections.parallel import ParallelConfig
 from megarl.config.values import check_types, check_values
 from megarl.errors import ConfigError
 
-_UNSPLIT = SimpleNamespace(tp=1, pp=1, ep=1, vpp=None)
+_UNSPLIT = SimpleNamespace(tp=1, pp=1, cp=1, ep=1, vpp=None)
 
 
 def check_shape(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -28,6 +28,14 @@ def shape_rule(config: Any, world_size: int) -> None:
     model.check_shape()
     _width(model, parallel)
     _depth(model, parallel)
+    if parallel.cp > 1 and model.encoder is not None:
+        raise Refusal(
+            f"parallel.cp={parallel.cp}: the sequences of an encoder-decoder are not split over processes",
+            {"parallel.cp": [1]},
+            "parallel.tp with parallel.sequence_parallel=true for long sequences",
+            key="parallel.cp",
+            value=parallel.cp,
+        )
 
 
 def shape_problem(model: ModelConfig, parallel: ParallelConfig | None = None) -> ConfigError | None:

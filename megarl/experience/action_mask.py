@@ -55,9 +55,9 @@ class ActionMask:
 
         engine = self.masking.engine
         counts = forward_rows(engine, rows, allowed, per_microbatch=per_microbatch, share_bins=share_bins)["allowed"]
-        if engine.grid.layout.dp > 1:
-            shares: list[list[Chunk]] = [[] for _ in range(engine.grid.layout.dp)]
-            dist.all_gather_object(shares, chunks, group=engine.grid.groups.dp)
+        if engine.grid.layout.copies > 1:
+            shares: list[list[Chunk]] = [[] for _ in range(engine.grid.layout.copies)]
+            dist.all_gather_object(shares, chunks, group=engine.grid.groups.dp_cp)
             chunks = [chunk for share in shares for chunk in share]
         if chunks:
             index, length, ids = zip(*chunks, strict=True)
@@ -75,7 +75,7 @@ class ActionMask:
         """Add the allowed tokens of this vocabulary shard to `chunks`. Return how many there are in all shards, [bins,
         time]."""
         states, tokens, where = model.at_targets(hidden, batch.targets, batch.target_mask)
-        indices, shard = batch.at_states(batch.rows["list_index"])[where], model.shard
+        indices, shard = model.slices.mine(batch.at_states(batch.rows["list_index"]))[where], model.shard
         counts = torch.zeros(len(indices), device=states.device)
         step = max(1, CHUNK_ELEMENTS_CPU // shard.rows)  # the same on all shards, which exchange every chunk's sums
         for begin in range(0, len(indices), step):
@@ -91,4 +91,4 @@ class ActionMask:
                 chunks.append((indices[rows].cpu(), length.cpu(), ids.cpu()))
         if shard.group is not None:
             dist.all_reduce(counts, group=shard.group)
-        return torch.zeros(where.shape, device=states.device).masked_scatter(where, counts)
+        return model.laid_out(where, counts)

@@ -51,7 +51,7 @@ class Arrival:
         # Greedy: the log-probs of likely tokens have the smallest rounding errors.
         sampling = Sampling(temperature=0.0, max_new_tokens=min(NEW_TOKENS, first.sampling.max_new_tokens))
         prompt = first.prompt[:PROMPT_TOKENS]
-        requests = [Request(first.prompt_id, replica, prompt, sampling) for replica in range(copy.grid.layout.dp)]
+        requests = [Request(first.prompt_id, replica, prompt, sampling) for replica in range(copy.grid.layout.copies)]
         self.generator.token_scorer = GPT.logits
         rollouts = self.generator.generate(requests, place=lambda _: where)
         rows = rollouts_to_rows(rollouts)

@@ -20,6 +20,7 @@ from megarl.models.cache import CacheView
 from megarl.models.config import GPTConfig
 from megarl.models.kernels import kernels
 from megarl.models.rotary import Rotation, rotate
+from megarl.models.sliced_attention import SlicedMasks, attend_in_slices
 from megarl.parallel.device import device_settings
 from megarl.parallel.rows import Origins
 from megarl.parallel.shards import sharded_tensor
@@ -39,6 +40,7 @@ class Context:
     `mask` [batch or 1, 1, time, keys] is True where a query may attend, or a float to add to the scores. None means
     plain causal attention, which needs no mask because batches are right-padded, or a single token that sees all keys.
     `origins` says which row each token comes from, to the router of a mixture of experts; None while generating.
+    `sliced` takes the place of the mask under context parallelism, when hidden states are those of two slices of time.
     """
 
     rotation: Rotation | None
@@ -46,6 +48,7 @@ class Context:
     cache: CacheView | None = None
     relative: "RelativePositions | None" = None
     origins: Origins | None = None
+    sliced: SlicedMasks | None = None
 
 
 @dataclass
@@ -104,31 +107,40 @@ def buckets(distance: Tensor, count: int, longest: int, *, both_sides: bool) -> 
 
 
 def attention_mask(
-    segment_ids: Tensor | None, time: int, window: int | None, device: torch.device, dtype: torch.dtype
+    segment_ids: Tensor | None,
+    time: int,
+    window: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    queries: tuple[int, int] | None = None,
 ) -> Tensor | None:
     """Return a mask that is causal, within documents (segment_ids [batch, time]; 0 is padding) and within the window.
+
+    `queries` are the first position that attends and the one after the last, which ends the keys too; None: all.
 
     With a GPU's settings, the mask is a float to add, in the model's dtype, and shared by all layers. Torch would make
     one from each layer's boolean mask and keep it for the backward pass.
     """
     plain = device_settings().plain_attention
-    short = plain and time <= SHORT
-    if segment_ids is None and (window is None or window >= time) and not short:
+    begin, end = queries or (0, time)
+    short = plain and end - begin <= SHORT
+    if segment_ids is None and (window is None or window >= end) and not short:
         return None
-    rows = torch.arange(time, device=device)
-    distance = rows[:, None] - rows[None, :]
+    rows = torch.arange(end, device=device)
+    distance = rows[begin:, None] - rows[None, :]
     allowed = distance >= 0
     if window is not None:
         allowed = allowed & (distance < window)
     allowed = allowed[None, None]
     if segment_ids is not None:
         # Padding forms a separate document, so that no softmax is over an empty set.
-        allowed = allowed & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+        allowed = allowed & (segment_ids[:, None, begin:end, None] == segment_ids[:, None, None, :end])
     if plain and not short:
         return allowed
-    width = time if plain else -(-time // ALIGNED) * ALIGNED
+    width = end if plain else -(-end // ALIGNED) * ALIGNED
     mask = torch.zeros((*allowed.shape[:-1], width), dtype=torch.float32 if plain else dtype, device=device)
-    return mask[..., :time].masked_fill_(~allowed, -torch.inf)
+    return mask[..., :end].masked_fill_(~allowed, -torch.inf)
 
 
 class Attention(MegatronModule):
@@ -261,7 +273,10 @@ class SelfAttention(Attention):
             key, value = context.cache.extend(self.layer_number, key, value)
         else:
             key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
-        mixed = self.attend(query, key, value, context.mask, context.relative)
+        if context.sliced is None:
+            mixed = self.attend(query, key, value, context.mask, context.relative)
+        else:
+            mixed = attend_in_slices(query, key, value, context.sliced, self.attend, self.scale)
         output: Tensor = self.linear_proj(mixed)[0]  # the bias is added already
         return output
 

@@ -32,6 +32,7 @@ from megarl.models.attention import Context
 from megarl.models.config import GPTConfig
 from megarl.models.kernels import kernels
 from megarl.models.linear import affine
+from megarl.parallel.context import TimeSlices
 from megarl.parallel.grid import Grid
 from megarl.parallel.rows import Origins
 from megarl.parallel.shards import sharded_tensor
@@ -161,7 +162,7 @@ class Router(nn.Module):
     def __init__(self, config: GPTConfig, number: int, groups: ProcessGroupCollection) -> None:
         super().__init__()
         assert config.experts is not None
-        self.config, self.number, self.groups = config, number, groups
+        self.config, self.number, self.groups, self.slices = config, number, groups, TimeSlices(groups.cp)
         self.place = sum(config.has_experts(layer) for layer in range(1, number))  # among the layers with experts
         self.settings: ExpertsConfig = config.experts
         self.chosen, self.count = config.experts.chosen, int(config.experts.count or 0)
@@ -193,6 +194,7 @@ class Router(nn.Module):
 
     def _mine(self, rows: Tensor) -> Tensor:
         """Return the part of [bins, time, ...] that this rank has the tokens of."""
+        rows = self.slices.mine(rows)
         if not self.config.sequence_parallel or self.groups.tp.size() == 1:
             return rows
         mine: Tensor = rows.chunk(self.groups.tp.size(), dim=1)[self.groups.tp.rank()]
@@ -211,6 +213,8 @@ class Router(nn.Module):
         loads = counts.sum(0)
         if self.config.sequence_parallel and self.groups.tp.size() > 1:  # a row's tokens are on several ranks
             dist.all_reduce(counts, group=self.groups.tp)
+        if self.slices.size > 1:
+            dist.all_reduce(counts, group=self.groups.cp)
         total, settings = origins.total, self.settings
         with torch.set_grad_enabled(settings.balance > 0 or settings.z_loss > 0):
             balance = balance_loss(logits, counts, rows, lengths.clamp(min=1), chosen=self.chosen, total=total)
@@ -219,7 +223,7 @@ class Router(nn.Module):
         if not balance.requires_grad:
             return weights
         loss = (settings.balance * balance + settings.z_loss * z) / self.config.expert_layers
-        attached: Tensor = _WithLoss.apply(weights, loss, float(origins.replicas))
+        attached: Tensor = _WithLoss.apply(weights, loss, float(origins.copies))
         return attached
 
 

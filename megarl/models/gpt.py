@@ -44,7 +44,9 @@ from megarl.models.heads import (
 from megarl.models.kernels import kernels
 from megarl.models.linear import pad_for_products, product
 from megarl.models.rotary import rotation
+from megarl.models.sliced_attention import SlicedMasks
 from megarl.parallel.choices import Choices
+from megarl.parallel.context import TimeSlices
 from megarl.parallel.grid import Grid
 from megarl.parallel.initialise import Std, draw, initialise, is_sharded
 from megarl.parallel.rows import ModelInputs
@@ -95,6 +97,9 @@ class GPT(LanguageModule):
 
     `forward(inputs)` returns hidden states (the last chunk's after the final norm). `logprobs` applies the output layer
     to them at masked-in targets only.
+
+    Under context parallelism the hidden states are those of this rank's slices of time. Inputs, and what heads and the
+    output layer return, have all positions.
     """
 
     value_head: ValueHead
@@ -121,6 +126,7 @@ class GPT(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = config.tie_embeddings and "lm" in heads
         self.groups, self.tp_group = grid.groups, grid.groups.tp
+        self.slices = TimeSlices(grid.groups.cp)
         rows = padded_vocab(config.vocab_size, grid.layout.tp)
         self.shard = VocabShard.of(config.vocab_size, grid.tp_rank, grid.layout.tp, grid.groups.tp)
         if pre_process:
@@ -190,14 +196,15 @@ class GPT(LanguageModule):
     def forward(self, inputs: ModelInputs, cache: CacheView | None = None) -> Tensor:
         """Return the final hidden states [time, bins, hidden] of the inputs; other stages return their own output.
 
-        With a cache, the pass stores its keys and values there, and a pass over single tokens reads earlier ones.
+        With a cache, the pass stores its keys and values there, and a pass over single tokens reads earlier ones. Such
+        passes are over all positions, of this rank's own sequences.
         """
         hidden = None
         if self.config.encoder is not None:
             assert self.config.encoder.start_id is not None
             inputs = with_start(inputs, self.config.encoder.start_id)
         if self.pre_process:
-            hidden = self._embed(inputs)
+            hidden = self._embed(inputs, whole=cache is not None)
             if self.config.recompute_granularity == "full" and torch.is_grad_enabled() and self._layers_train():
                 # Recomputation is re-entrant: where the first input needs no gradient (a frozen embedding), the
                 # layers' weights would get none either, and nothing would say so.
@@ -208,12 +215,15 @@ class GPT(LanguageModule):
             return result[context.split :]
         return result
 
-    def _embed(self, inputs: ModelInputs) -> Tensor:
-        """Return the embedded tokens [time, bins, hidden], those of an encoder first."""
-        positions = inputs.positions + self.config.position_offset
+    def _embed(self, inputs: ModelInputs, *, whole: bool) -> Tensor:
+        """Return the embedded tokens [time, bins, hidden], those of an encoder first: `whole`, or this rank's slices of
+        time."""
+        tokens, positions = inputs.tokens, inputs.positions + self.config.position_offset
+        if not whole:
+            tokens, positions = self.slices.mine(tokens), self.slices.mine(positions)
         own: Tensor | None = None
-        if inputs.tokens.shape[1]:
-            own = self.embedding(input_ids=inputs.tokens, position_ids=positions)
+        if tokens.shape[1]:
+            own = self.embedding(input_ids=tokens, position_ids=positions)
         if inputs.encoder is None:
             assert own is not None
             return own
@@ -224,15 +234,21 @@ class GPT(LanguageModule):
         """Return the inputs of the layers besides the hidden states."""
         if self.config.encoder is not None:
             return spans(inputs, self.config, self._tables(), cache)
-        tokens, turn = inputs.tokens, None
+        slices = self.slices if cache is None else None
+        positions, turn = inputs.positions if slices is None else slices.mine(inputs.positions), None
         if self.config.position == "rope":
-            turn = rotation(inputs.positions, self.config.rope, self.config.rotary_dim, self.config.params_dtype)
+            turn = rotation(positions, self.config.rope, self.config.rotary_dim, self.config.params_dtype)
         window = self.config.sliding_window
         if cache is not None and cache.length is not None:
-            mask = cache.mask(window)
-        else:
-            mask = attention_mask(inputs.segment_ids, tokens.shape[1], window, tokens.device, self.config.params_dtype)
-        return Context(turn, mask, cache, origins=inputs.origins)
+            return Context(turn, cache.mask(window), cache, origins=inputs.origins)
+        time, place = inputs.tokens.shape[1], (inputs.tokens.device, self.config.params_dtype)
+        if slices is None or slices.size == 1:
+            mask = attention_mask(inputs.segment_ids, time, window, *place)
+            return Context(turn, mask, cache, origins=inputs.origins)
+        masks = [
+            attention_mask(inputs.segment_ids, time, window, *place, queries=bounds) for bounds in slices.bounds(time)
+        ]
+        return Context(turn, None, origins=inputs.origins, sliced=SlicedMasks(slices, masks))
 
     def _tables(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the relative positions of the encoder and of the decoder, where this chunk has their first layers."""
@@ -271,7 +287,7 @@ class GPT(LanguageModule):
         states, tokens, where = self.at_targets(hidden, targets, target_mask)
         states = self._scaled(states)
         if choices is not None:
-            index = choices.list_index[where]
+            index = self.slices.mine(choices.list_index)[where]
             choices = Choices(choices.lists, F.pad(index, (0, len(tokens) - len(index))))
         stats = self.output_layer(
             states,
@@ -282,9 +298,8 @@ class GPT(LanguageModule):
             entropy=entropy,
             choices=choices,
         )
-        return TokenLogprobs(
-            _scatter(where, stats.logprobs), None if stats.entropy is None else _scatter(where, stats.entropy)
-        )
+        entropies = None if stats.entropy is None else self.laid_out(where, stats.entropy)
+        return TokenLogprobs(self.laid_out(where, stats.logprobs), entropies)
 
     def token_q(self, hidden: Tensor, targets: Tensor, target_mask: Tensor) -> TokenQ:
         """Return the values of `targets` [bins, time] from the Q heads and their target heads, predicted from the state
@@ -293,9 +308,9 @@ class GPT(LanguageModule):
         stats = [head.stats(states, tokens, self.shard) for head in self.q_heads]
         followed = [head.values_of(states.detach(), tokens, self.shard) for head in self.target_q_heads]
         return TokenQ(
-            q=[_scatter(where, stat.target_logits) for stat in stats],
-            nll=[_scatter(where, -stat.logprobs) for stat in stats],
-            target_q=[_scatter(where, target) for target in followed],
+            q=[self.laid_out(where, stat.target_logits) for stat in stats],
+            nll=[self.laid_out(where, -stat.logprobs) for stat in stats],
+            target_q=[self.laid_out(where, target) for target in followed],
         )
 
     def move_targets(self, alpha: float) -> None:
@@ -306,9 +321,9 @@ class GPT(LanguageModule):
     def at_targets(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gather the states [n, hidden] and targets [n] at masked-in positions; return them with the mask as booleans.
 
-        Both may be padded with zeros, whose results `_scatter` drops.
+        Both may be padded with zeros, whose results `laid_out` drops. The mask is that of this rank's slices of time.
         """
-        where = mask != 0
+        targets, where = self.slices.mine(targets), self.slices.mine(mask) != 0
         bins, times = where.nonzero(as_tuple=True)
         # A copy and not a transposed view: a view's gradient would not be contiguous, and for such tensors Megatron's
         # reduction over tensor-parallel ranks silently keeps each rank's partial gradient.
@@ -316,15 +331,19 @@ class GPT(LanguageModule):
         states, tokens = pad_for_products(states, tokens)
         return states, tokens, where
 
+    def laid_out(self, where: Tensor, values: Tensor) -> Tensor:
+        """Return [bins, time] with the values [n] of the states of `at_targets` at their positions and 0 elsewhere;
+        surplus values are dropped."""
+        mine = torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(where, values)
+        return self.slices.whole(mine)
+
     def values(self, hidden: Tensor) -> Tensor:
         """Return the values [bins, time] of the states after the token at each position."""
-        values: Tensor = self.value_head(self._replicated(hidden)).t()
-        return values
+        return self.slices.whole(self.value_head(self._replicated(hidden)).t())
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Return the scores [bins, time] of all tokens up to each position."""
-        scores: Tensor = self.score_head(self._replicated(hidden)).t()
-        return scores
+        return self.slices.whole(self.score_head(self._replicated(hidden)).t())
 
     def _replicated(self, hidden: Tensor) -> Tensor:
         """Return the hidden states of all positions for a head that every tensor-parallel rank computes whole."""
@@ -447,8 +466,3 @@ class GPT(LanguageModule):
                 else None
             ),
         )
-
-
-def _scatter(where: Tensor, values: Tensor) -> Tensor:
-    """Return [bins, time] with `values` in order at the True positions and 0 elsewhere; surplus values are dropped."""
-    return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(where, values)

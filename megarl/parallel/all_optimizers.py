@@ -64,7 +64,7 @@ def save_bytes(engines: Sequence[Engine]) -> int:
             buffers = [buffer for chunk in engine.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
             sizes = [buffer.numel for buffer in buffers]
             total += sum(sizes)
-            largest = max([largest, *sizes]) if engine.grid.layout.dp > 1 else largest
+            largest = max([largest, *sizes]) if engine.grid.layout.copies > 1 else largest
     return 4 * (len(STATES) * total + largest)
 
 

@@ -99,7 +99,7 @@ class Grid:
         whole: dist.ProcessGroup = self.groups.tp_dp_cp
         if layout.ep == 1:
             return whole
-        replicas = layout.dp * layout.cp // layout.ep
+        replicas = layout.copies // layout.ep
         order = RankGenerator(tp=layout.tp, ep=layout.ep, dp=replicas, pp=layout.pp, cp=1, order="tp-cp-ep-dp-pp")
         made: dist.ProcessGroup = dist.new_subgroups_by_enumeration(order.get_ranks("tp-dp"))[0]
         return made
@@ -108,6 +108,11 @@ class Grid:
     def rank(self) -> int:
         """Rank of this process in the world."""
         return dist.get_rank()
+
+    @property
+    def copy_rank(self) -> int:
+        """Number of this rank's copy of the weights, of the layout's `copies`: the order of the group dp_cp."""
+        return int(self.groups.dp_cp.rank())
 
     @property
     def is_first_stage(self) -> bool:
@@ -120,8 +125,8 @@ class Grid:
         return self.pp_rank == self.layout.pp - 1
 
     def seed_dropout(self, seed: int) -> None:
-        """Seed dropout's generators: one per stage and data-parallel rank; Megatron splits them over tensor ranks."""
-        base = (seed + 100 * self.pp_rank + 10_000 * self.dp_rank) % SEEDS
+        """Seed dropout's generators: one per stage and copy of the weights; Megatron splits them over tensor ranks."""
+        base = (seed + 100 * self.pp_rank + 10_000 * self.copy_rank) % SEEDS
         torch.manual_seed(base)
         model_parallel_cuda_manual_seed(base, force_reset_rng=True)
 
@@ -167,8 +172,8 @@ class Grid:
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         """Sum over the data-parallel ranks, in place. With one replica nothing is sent."""
-        if self.layout.dp * self.layout.cp > 1:
-            dist.all_reduce(values, group=self.groups.dp_cp)
+        if self.layout.dp > 1:
+            dist.all_reduce(values, group=self.groups.dp)
         return values
 
     def broadcast_from_last_stage(self, values: Tensor) -> Tensor:

@@ -31,13 +31,13 @@ class Layout:
                 value=self.vpp,
                 offers={"parallel.vpp": [None]},
             )
-        if self.dp * self.cp % self.ep:
+        if self.copies % self.ep:
             raise ConfigError(
-                f"parallel.ep={self.ep} replicas cannot share experts: there are {self.dp * self.cp}; start a multiple "
+                f"parallel.ep={self.ep} replicas cannot share experts: there are {self.copies}; start a multiple "
                 f"of {self.tp * self.pp * self.ep} processes (trainer.devices x trainer.num_nodes)",
                 key="parallel.ep",
                 value=self.ep,
-                offers={"parallel.ep": divisors(self.dp * self.cp)},
+                offers={"parallel.ep": divisors(self.copies)},
             )
         if self.sequence_parallel and self.tp == 1:
             # With one tensor rank there is nothing to split a sequence over.
@@ -65,6 +65,11 @@ class Layout:
                 value=tp,
             )
         return cls(tp=tp, pp=pp, dp=world // replica, cp=cp, ep=ep, vpp=vpp, sequence_parallel=sequence_parallel)
+
+    @property
+    def copies(self) -> int:
+        """Number of ranks that hold the same weights: those of all replicas, and those that share sequences."""
+        return self.dp * self.cp
 
     @property
     def replica_size(self) -> int:

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarl.parallel.context import slices_of
 from megarl.parallel.grid import Grid
 from megarl.parallel.layout import Layout
 from megarl.parallel.packing import pack, round_up_to_bucket, spread
@@ -117,7 +118,7 @@ class MicrobatchPlan:
 
     def _time(self, capacity: int, longest: int | None) -> int:
         """Return the length of bins for units of at most `capacity` tokens."""
-        multiple_of = self.layout.tp if self.layout.sequence_parallel else 1
+        multiple_of = slices_of(self.layout.cp) * (self.layout.tp if self.layout.sequence_parallel else 1)
         time = round_up_to_bucket(capacity, multiple_of)
         return time if longest is None else min(time, -(-max(capacity, longest) // multiple_of) * multiple_of)
 
@@ -223,7 +224,7 @@ class MicrobatchPlan:
             positions=lay_out(positions),
             segment_ids=None if segments is None else lay_out(segments),
             encoder=None if self.prompts is None else self._encoder(rows, members, first, idle),
-            origins=Origins(lay_out(torch.from_numpy(row + 1)), float(self.read.sum()), self.layout.dp, routes),
+            origins=Origins(lay_out(torch.from_numpy(row + 1)), float(self.read.sum()), self.layout.copies, routes),
             targets=lay_out(rows.tokens.flatten()[target] * is_followed),
             target_mask=lay_out(rows.action_mask.flatten()[target] * is_followed),
             rows=rows,

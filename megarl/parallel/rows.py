@@ -116,14 +116,14 @@ class Origins:
     Attributes:
         rows: [bins, time] long, the row of each token within the microbatch, from 1; 0 in padding.
         total: number of tokens that are read in the microbatches of all replicas together.
-        replicas: number of replicas, whose gradients are averaged.
+        copies: number of ranks that hold the same weights, whose gradients are averaged.
         routes: [bins, time, layers with experts x chosen], the experts that each token is computed by, -1 where the
             router chooses; None: it chooses for all.
     """
 
     rows: Tensor
     total: float
-    replicas: int
+    copies: int
     routes: Tensor | None = None
 
     def to(self, device: torch.device) -> Origins:

@@ -140,7 +140,7 @@ class Generator:
         """
         # Every rank checks all requests, so that all of them refuse or none does.
         check_requests(requests, self.config.vocab_size, self.config.max_positions, can_decode=self.decode is not None)
-        mine = deal(requests, self.grid.layout.dp)[self.grid.dp_rank]
+        mine = deal(requests, self.grid.layout.copies)[self.grid.copy_rank]
         if self.tokens_group is None and self.grid.layout.pp > 1:
             self.tokens_group = self._make_tokens_group()
         slots = self._make_cache(requests)
@@ -148,9 +148,9 @@ class Generator:
         with torch.no_grad(), _generating(self.engine), other:
             finished = self._replica(mine, slots, (self.seed, stream, phase), weights_version, on_finished, on_tokens)
         shares: list[Any] = [finished]
-        if self.grid.layout.dp > 1:
-            shares = [None] * self.grid.layout.dp
-            dist.all_gather_object(shares, finished, group=self.grid.groups.dp)
+        if self.grid.layout.copies > 1:
+            shares = [None] * self.grid.layout.copies
+            dist.all_gather_object(shares, finished, group=self.grid.groups.dp_cp)
         rollouts = [rollout for share in shares for rollout in share]
         rollouts.sort(key=lambda r: (r.prompt_id, r.sample_id))
         refuse_not_finite(rollouts, place)
@@ -286,14 +286,14 @@ class Generator:
 
     def _make_cache(self, requests: Sequence[Request]) -> int:
         """Make sure that the cache fits this call's longest sequence. Return the number of slots per group."""
-        groups, tp, dp = self.grid.layout.pp, self.grid.layout.tp, self.grid.layout.dp
+        groups, tp, copies = self.grid.layout.pp, self.grid.layout.tp, self.grid.layout.copies
         longest = max((len(r.prompt) + r.sampling.max_new_tokens for r in requests), default=1)
         length, encoded = longest, 0
         if self._start_id is not None:
             length = max((r.sampling.max_new_tokens for r in requests), default=1)  # the start token, not the last one
             encoded = max((len(r.prompt) for r in requests), default=1)
             longest = length + encoded
-        per_group = max(1, -(-min(self.limits.slots, -(-len(requests) // dp)) // groups))
+        per_group = max(1, -(-min(self.limits.slots, -(-len(requests) // copies)) // groups))
         if self.limits.cache_bytes is not None:
             self.check_length(longest)
             per_group = min(per_group, self.limits.cache_bytes // self._slot_bytes(longest) // groups)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megarl.config.leaf import A_YEAR_S, Section, leaf
-from megarl.config.offers import Refusal
 
 
 @dataclass
@@ -26,7 +25,9 @@ class ParallelConfig(Section):
     )
     cp: int = leaf(
         1,
-        "Context-parallel size: number of processes that each sequence is split over. Only 1 is supported so far.",
+        "Context-parallel size: number of processes that each sequence is split over while models train and score, for "
+        "sequences whose activations do not fit one. While responses are generated, each process generates its own. "
+        "Not for encoder-decoders.",
         at_least=1,
         at_most=2**20,
     )
@@ -75,15 +76,3 @@ class ParallelConfig(Section):
         "Move the optimizer's state, the gradients and idle models to host memory while responses are generated, also"
         " in evaluations, and back when they are needed. No effect in runs that do not generate.",
     )
-
-    def check(self) -> None:
-        """Refuse context parallelism, which is not implemented."""
-        if self.cp > 1:
-            raise Refusal(
-                f"parallel.cp={self.cp}: context parallelism needs Transformer Engine's attention, which megarl does "
-                "not drive yet",
-                {"parallel.cp": [1]},
-                "parallel.tp with parallel.sequence_parallel=true for long sequences",
-                key="parallel.cp",
-                value=self.cp,
-            )
