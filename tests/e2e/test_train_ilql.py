@@ -15,7 +15,7 @@ from megarl.config.rules import check
 from megarl.errors import ConfigError, DataError
 from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.source import HEADS
-from tests.e2e.runs import OFFLINE_WALKS, assert_same_bits, final_tensors, launched, metrics, run_ilql
+from tests.e2e.runs import OFFLINE_WALKS, assert_same_bits, composed, final_tensors, launched, metrics, run_ilql
 from tests.gated import gated
 from tests.refusals import refused
 from tests.worlds import Worlds
@@ -138,8 +138,7 @@ def answers(model: Path, out: Path, *overrides: str) -> None:
     prompts.write_text("".join(json.dumps({"prompt": letter}) + "\n" for letter in "bcdefgh"))
     settings = [f"model.path={model}", f"prompts={prompts}", f"out={out}", "rollout.max_new_tokens=9"]
     with launched():
-        config, _ = compose("generate", [*settings, "rollout.temperature=0", "trainer.progress=none", *overrides])
-        generate.work(config)
+        generate.work(composed("generate", [*settings, "rollout.temperature=0", "trainer.progress=none", *overrides]))
 
 
 def test_generate_takes_the_checkpoint_and_is_guided(worlds: Worlds, reference: Path, tmp_path: Path) -> None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -252,16 +249,6 @@ def test_a_damaged_checkpoint_is_refused(key: str, worlds: Worlds, shared: list[
 # --- a kill in a phase ------------------------------------------------------------------------------------------------
 
 
-def start(*overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "megarl.train_ppo", *WALKS, *overrides],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_a_run_killed_while_it_scores_asks_for_no_score_twice(worlds: Worlds, tmp_path: Path) -> None:
     """Killed in its second phase, when two of four calls are answered. The weights are the unbroken run's."""
 
@@ -275,7 +262,7 @@ def test_a_run_killed_while_it_scores_asks_for_no_score_twice(worlds: Worlds, tm
     folder = tmp_path / "broken"
     command = [*settings("broken"), f"run.dir={folder / 'run'}"]
     (folder / "hold").touch()
-    running = start(*command)
+    running = Program("megarl.train_ppo", *WALKS, *command)
     deadline = time.monotonic() + 200
     while not (folder / "held").exists():
         assert running.poll() is None, running.communicate()[1]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from megarl.config.compose import compose
 from megarl.errors import MegarlError
+from tests.e2e.runs import composed
 from tests.refusals import assert_command_refused, assert_entry_refuses, assert_refusal
 from tests.worlds import Worlds
 
@@ -30,7 +30,7 @@ def entry(argv: list[str], stdin: str = "") -> str:
     before = sys.stdout, sys.stdin
     sys.stdout, sys.stdin = io.StringIO(), io.StringIO(stdin)
     try:
-        work(compose("generate", [*SMALL, *argv])[0])
+        work(composed("generate", [*SMALL, *argv]))
         return sys.stdout.getvalue()
     finally:
         sys.stdout, sys.stdin = before

@@ -1,0 +1,72 @@
+"""Commands of megarl in processes of their own that begin with everything imported, as copies of one process.
+
+What is not checked here is that a fresh interpreter finds and imports a command: one test of each command starts one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.worlds import forked
+
+
+def _become(module: str, arguments: tuple[str, ...], folder: str, environ: dict[str, str], written: str) -> None:
+    """Run a module as `python -m` does, with standard output and error in files named `written`.out and .err."""
+    for number, ending in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{written}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(folder)
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # which a forked process does not run by itself
+
+
+class Program:
+    """A running `python -m MODULE ARGUMENTS`, with the methods of `subprocess.Popen` that tests use."""
+
+    def __init__(
+        self, module: str, *arguments: str, folder: Path | None = None, environ: Mapping[str, str] | None = None
+    ) -> None:
+        self._texts = tempfile.TemporaryDirectory()
+        self._written = f"{self._texts.name}/written"
+        environ = {**os.environ, **(environ or {})}
+        given = (module, arguments, str(folder or Path.cwd()), environ, self._written)
+        self._process: Any = forked().Process(target=_become, args=given)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit code, the negative number of a signal that ended it, or None while it runs."""
+        return self._process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float = 180.0) -> tuple[str, str]:
+        """Wait for the end; return what was written to standard output and standard error."""
+        self._process.join(timeout)
+        if self.poll() is None:
+            self._process.kill()
+            raise TimeoutError(f"no end within {timeout} s: {self._text('err')}")
+        return self._text("out"), self._text("err")
+
+    def _text(self, ending: str) -> str:
+        path = Path(f"{self._written}.{ending}")
+        return path.read_text(errors="replace") if path.exists() else ""
