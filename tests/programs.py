@@ -10,6 +10,7 @@ import os
 import runpy
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ def _become(module: str, arguments: tuple[str, ...], folder: str, environ: dict[
     """Run a module as `python -m` does, with standard output and error in files named `written`.out and .err."""
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{written}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.setsid()  # a test that fails ends the program and what it started as one group
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(folder)
@@ -59,13 +61,34 @@ class Program:
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def wait(self, timeout: float = 180.0) -> int:
+        """Wait for the end; return the exit code."""
+        self._process.join(timeout)
+        code = self.poll()
+        if code is None:
+            self._process.kill()
+            raise TimeoutError(f"no end within {timeout} s: {self.errors()}")
+        return code
+
     def communicate(self, timeout: float = 180.0) -> tuple[str, str]:
         """Wait for the end; return what was written to standard output and standard error."""
-        self._process.join(timeout)
-        if self.poll() is None:
-            self._process.kill()
-            raise TimeoutError(f"no end within {timeout} s: {self._text('err')}")
-        return self._text("out"), self._text("err")
+        self.wait(timeout)
+        return self.output(), self.errors()
+
+    def first_line(self, timeout: float = 180.0) -> str:
+        """Wait until the program has written a line to standard output or has ended; return the line."""
+        end = time.monotonic() + timeout
+        while "\n" not in self.output() and self.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        return self.output().partition("\n")[0]
+
+    def output(self) -> str:
+        """What was written to standard output so far."""
+        return self._text("out")
+
+    def errors(self) -> str:
+        """What was written to standard error so far."""
+        return self._text("err")
 
     def _text(self, ending: str) -> str:
         path = Path(f"{self._written}.{ending}")

@@ -96,17 +96,17 @@ WALKS = [
 ]
 
 
-# ILQL on the walks of a graph, 20 steps of 12.
+# ILQL on the walks of a graph, 12 steps of 12.
 OFFLINE_WALKS = [
     "+conf=randomwalks_ilql",
-    "model.num_layers=4",
+    "model.num_layers=2",
     "model.hidden_size=48",
     "model.num_heads=4",
     "data.seq_length=12",
     "optim.lr=1e-3",
-    "trainer.max_steps=20",
+    "trainer.max_steps=12",
     "trainer.global_batch_size=12",
-    "trainer.micro_batch_size=3",
+    "trainer.micro_batch_size=6",
     "trainer.eval_every=null",
     "trainer.log_every=1",
     "checkpoint.every=null",

@@ -19,6 +19,7 @@ from megarl.errors import CheckpointError, ConfigError, DataError, MegarlError, 
 from megarl.rollout.stored import load
 from tests.e2e.runs import WALKS, assert_same_bits, final_tensors, metrics, run_ppo
 from tests.gated import gated
+from tests.programs import Program
 from tests.refusals import assert_refusal
 from tests.worlds import Worlds
 
@@ -26,7 +27,7 @@ LAYOUTS = {
     "TP2": (2, ["parallel.tp=2"]),
     "PP2": (2, ["parallel.pp=2"]),
     "TP2xPP2+SP": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
-    "DP2": (2, []),
+    "DP2": (2, ["trainer.micro_batch_size=3"]),
 }
 CRITICS = {
     "shared": ["ppo.adaptive_kl.target=1", "ppo.adaptive_kl.horizon=100", "ppo.scale_scores=running"],
