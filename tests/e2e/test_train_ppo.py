@@ -37,6 +37,7 @@ TO_1E5 = ("rollout/score", "rollout/kl", "rollout/kl_coef", "rollout/entropy", "
 TO_1E4 = ("train/grad_norm",)
 PHASES = 3
 LENGTH = "reward.fn=megarl.rewards.builtin:length"
+THREES = ["trainer.global_batch_size=3", "trainer.micro_batch_size=3"]
 SAVED = ["checkpoint.every=1", "checkpoint.keep_last=9", "checkpoint.save_last=true"]
 
 
@@ -161,7 +162,7 @@ def test_a_policy_that_has_moved_too_far_trains_no_more_in_its_phase(
 ) -> None:
     """Its first step moves it; the second minibatch sees that. A separate critic takes all four steps."""
     limit = ["ppo.stop_at_kl=1e-9", f"critic.kind={critic}", "trainer.max_phases=1", "optim.lr=1e-2"]
-    worlds.run(1, run_ppo, tmp_path, *limit)
+    worlds.run(1, run_ppo, tmp_path, *limit, "clone.steps=20")
     ((taken, moved, largest),) = metrics(tmp_path, "train/optimizer_steps", "policy/approx_kl", "policy/approx_kl_max")
     assert taken == steps
     assert largest > 1e-9
@@ -174,7 +175,7 @@ def test_a_learning_rate_follows_the_phases_that_are_done(worlds: Worlds, tmp_pa
     settings = [*schedule, *SAVED, "clone.data=[]", "critic.kind=separate"]
     worlds.run(1, run_ppo, tmp_path, *settings, "ppo.stop_at_kl=1e-9", "trainer.max_phases=2")
     assert metrics(tmp_path, "train/lr") == [(pytest.approx(1e-2),), (pytest.approx(1e-2 * (1 - 0.9 / 2)),)]
-    smaller = ["trainer.global_batch_size=3", "ppo.stop_at_kl=null", "trainer.max_phases=4"]
+    smaller = [*THREES, "ppo.stop_at_kl=null", "trainer.max_phases=4"]
     worlds.run(1, run_ppo, tmp_path, *settings, *smaller)
     assert metrics(tmp_path, "train/lr")[2:] == [(pytest.approx(1e-2 * (1 - 0.9 * done / 4)),) for done in (2, 3)]
 
@@ -362,7 +363,7 @@ def test_equal_scores_teach_nothing_and_break_nothing(worlds: Worlds, tmp_path: 
 def test_a_phase_of_cut_responses_trains_on_none_of_them(aggregation: str, worlds: Worlds, tmp_path: Path) -> None:
     """Of two tokens, hardly any response has an end: minibatches without a token to train on are no error."""
     cut = ["ppo.mask_overlong=true", "rollout.max_new_tokens=2", f"ppo.aggregation={aggregation}"]
-    assert ended(worlds, tmp_path, *cut, "trainer.global_batch_size=3") is None
+    assert ended(worlds, tmp_path, *cut, *THREES) is None
     ((share, loss),) = metrics(tmp_path, "rollout/cut", "policy/loss")
     assert share > 0.7
     assert math.isfinite(loss)
