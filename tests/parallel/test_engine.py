@@ -25,7 +25,7 @@ from tests.parallel.engines import VOCAB, batches, seeded_rows, small_engine
 from tests.parallel.test_vocab import LargestTensor
 from tests.worlds import Worlds
 
-STEPS = 8
+STEPS = 4
 Weights = dict[str, Tensor]
 
 # name: (processes, layout, options of small_engine)
