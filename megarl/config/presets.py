@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import io
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -127,7 +129,12 @@ def _read_any(path: Path) -> dict[str, Any] | None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    text = read_text(path)
+    return deepcopy(_parsed(read_text(path)))
+
+
+@cache
+def _parsed(text: str) -> dict[str, Any]:
+    """Return the content of a preset's text. Every job of a multirun reads all presets, and parsing takes a while."""
     check_yaml(text)
     try:
         part = OmegaConf.load(io.StringIO(text))

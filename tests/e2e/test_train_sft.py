@@ -26,7 +26,7 @@ LAYOUTS = {
     "TP2": (2, ["parallel.tp=2"]),
     "PP2": (2, ["parallel.pp=2"]),
     "TP2xPP2": (4, ["parallel.tp=2", "parallel.pp=2"]),
-    "interleaved PP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
+    "interleaved PP2": (2, ["parallel.pp=2", "parallel.vpp=2", "trainer.micro_batch_size=2"]),
     "DP2": (2, ["trainer.micro_batch_size=2"]),
     "TP2+SP": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
     "TP2xDP2, recomputed": (4, ["parallel.tp=2", "parallel.recompute=full", "trainer.micro_batch_size=2"]),

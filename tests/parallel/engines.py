@@ -60,8 +60,10 @@ def seeded_rows(step: int, rows: int = 8, time: int = 16) -> Rows:
     return Rows(tokens, torch.full((rows,), time), mask)
 
 
-def batches(engine: Engine, step: int, rows: int = 8, time: int = 16, micro: int = 2) -> list[Microbatch]:
-    """This replica's microbatches of a seeded global batch."""
+def batches(engine: Engine, step: int, rows: int = 8, time: int = 16, micro: int | None = None) -> list[Microbatch]:
+    """This replica's microbatches of a seeded global batch: two, and of two rows each where stages pass them on."""
+    if micro is None:
+        micro = 2 if engine.grid.layout.pp > 1 else max(1, rows // (2 * engine.grid.layout.dp))
     return make_microbatches(
         seeded_rows(step, rows, time), torch.arange(rows), engine, per_microbatch=micro, share_bins=False
     )
