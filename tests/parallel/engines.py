@@ -60,13 +60,17 @@ def seeded_rows(step: int, rows: int = 8, time: int = 16) -> Rows:
     return Rows(tokens, torch.full((rows,), time), mask)
 
 
-def batches(engine: Engine, step: int, rows: int = 8, time: int = 16, micro: int | None = None) -> list[Microbatch]:
-    """This replica's microbatches of a seeded global batch: two, and of two rows each where stages pass them on."""
-    if micro is None:
-        micro = 2 if engine.grid.layout.pp > 1 else max(1, rows // (2 * engine.grid.layout.dp))
+def batches(engine: Engine, step: int, rows: int = 8, time: int = 16, micro: int = 2) -> list[Microbatch]:
+    """This replica's microbatches of a seeded global batch."""
     return make_microbatches(
         seeded_rows(step, rows, time), torch.arange(rows), engine, per_microbatch=micro, share_bins=False
     )
+
+
+def few_batches(engine: Engine, step: int) -> list[Microbatch]:
+    """As `batches`, two microbatches on each replica, or four where stages pass them on."""
+    layout = engine.grid.layout
+    return batches(engine, step, micro=2 if layout.pp > 1 else 4 // layout.dp)
 
 
 def train(
@@ -76,6 +80,6 @@ def train(
     engine = small_engine(layout, model, **options)
     history = []
     for step in range(steps):
-        metrics = engine.train_step(batches(engine, step), cross_entropy, count_targets)
+        metrics = engine.train_step(few_batches(engine, step), cross_entropy, count_targets)
         history.append((metrics["loss"], engine.apply_gradients()))
     return history
