@@ -68,7 +68,13 @@ def register(argv: list[str], entry: str, *, every: bool = False) -> None:
 
 
 def _store_schema(store: ConfigStore, described: EntryPoint) -> None:
-    """Register the schema of an entry point unless it is there: the store copies what it is given, and that is slow."""
+    """Register the schema of an entry point, unless it is there, and forget those of others.
+
+    For every composition, Hydra copies all that the store holds, which takes longer than the rest.
+    """
+    for other in entry_points().values():
+        if other.name != described.name:
+            store.repo.pop(f"{_schema(other)}.yaml", None)
     held = store.repo.get(f"{_schema(described)}.yaml")
     if held is None or OmegaConf.get_type(held.node) is not described.config:
         store.store(name=_schema(described), node=opened(described.config))
