@@ -51,7 +51,7 @@ def describe(
     layout: Layout,
     shape: dict[str, Any],
     *,
-    micro: int = 2,
+    micro: int = 4,
     accumulation: int = 1,
     length: int = 512,
     loss_tokens: int | None = None,

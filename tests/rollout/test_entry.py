@@ -209,7 +209,7 @@ def test_it_starts_its_own_processes(prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     words = [*SMALL, f"prompts={prompts}", f"out={out}", "trainer.devices=2"]
     first = Program("megarl.generate", *words)
-    _, errors = first.communicate()
+    _, errors = first.communicate(timeout=280)
     assert first.returncode == 0, errors
     assert len(lines(out)) == 6
     assert "6 responses, 36 tokens in" in errors
