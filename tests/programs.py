@@ -6,8 +6,10 @@ What is not checked here is that a fresh interpreter finds and imports a command
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import time
@@ -22,7 +24,7 @@ def _become(module: str, arguments: tuple[str, ...], folder: str, environ: dict[
     """Run a module as `python -m` does, with standard output and error in files named `written`.out and .err."""
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{written}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.setsid()  # a test that fails ends the program and what it started as one group
+    os.setsid()  # what it starts ends with it
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(folder)
@@ -45,6 +47,7 @@ class Program:
         given = (module, arguments, str(folder or Path.cwd()), environ, self._written)
         self._process: Any = forked().Process(target=_become, args=given)
         self._process.start()
+        atexit.register(self.end)  # of a test that failed; without it, this process would wait
 
     @property
     def pid(self) -> int:
@@ -66,7 +69,7 @@ class Program:
         self._process.join(timeout)
         code = self.poll()
         if code is None:
-            self._process.kill()
+            self.end()
             raise TimeoutError(f"no end within {timeout} s: {self.errors()}")
         return code
 
@@ -81,6 +84,15 @@ class Program:
         while "\n" not in self.output() and self.poll() is None and time.monotonic() < end:
             time.sleep(0.01)
         return self.output().partition("\n")[0]
+
+    def end(self) -> None:
+        """Kill the program and what it has started, if it has not ended."""
+        if self.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.join()
 
     def output(self) -> str:
         """What was written to standard output so far."""
