@@ -1,8 +1,6 @@
 """`python -m megarl.plan`: the command, its answers and its refusals."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from megarl.report.write import is_report
 from tests.models.exchange.published import save_published
 from tests.models.exchange.published import stored as tensors_of
 from tests.planning.runs import presets_of_large_models
+from tests.programs import Program
 from tests.refusals import refused
 from tests.report.made_up import made_up
 from tests.report.parsed import parse
@@ -45,13 +44,13 @@ def answer(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
 
 
 def test_the_command_of_the_readme_answers(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "megarl.plan", "+conf=gpt20b", "cluster.gpus=64", "cluster.gpu=h100"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "ppo on 64 x H100-80G (8 to a node), TP4xDP16+SP" in done.stdout
+    done = Program("megarl.plan", "+conf=gpt20b", "cluster.gpus=64", "cluster.gpu=h100", folder=tmp_path)
+    written, errors = done.communicate()
+    assert done.returncode == 0, errors
+    assert "ppo on 64 x H100-80G (8 to a node), TP4xDP16+SP" in written
     for phase in ("generate", "score", "train", "save"):
-        assert f"│ {phase}" in done.stdout
-    assert "fits: the peak is" in done.stdout
+        assert f"│ {phase}" in written
+    assert "fits: the peak is" in written
 
 
 def test_json_says_every_role_in_every_phase(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,11 +16,10 @@ import torch
 
 import megarl
 from megarl import training
-from megarl.config.compose import compose
 from megarl.errors import ConfigError, DataError, UnavailableError
 from megarl.parallel.rows import Rows
 from megarl.run.workers import Workers
-from tests.e2e.runs import PAIRS, WALKS, launched
+from tests.e2e.runs import PAIRS, WALKS, composed, launched
 from tests.refusals import refused
 from tests.worlds import Worlds
 
@@ -36,8 +35,7 @@ def settings(run_dir: Path, *more: str) -> list[str]:
 def trained(run_dir: Path) -> list[dict[str, float]]:
     """What `train_ppo` logs."""
     with launched():
-        config, _ = compose("ppo", settings(run_dir))
-        assert training.train("ppo", config) == 0
+        assert training.train("ppo", composed("ppo", settings(run_dir))) == 0
     if not (run_dir / "metrics.csv").exists():
         return []
     with (run_dir / "metrics.csv").open() as lines:

@@ -15,8 +15,15 @@ import cloudpickle
 PATIENCE_S = 5.0
 """Seconds that the other ranks have to end after one failed, before the world is given up."""
 
-IMPORTED_ONCE = ("torch", "megatron.core.parallel_state", "megarl.training", "megarl.modules.ppo")
+IMPORTED_ONCE = ("megatron.core.parallel_state", "megarl.training", "tests.preloaded")
 """What one process imports, which takes seconds. Every worker process is a copy of it, also one after a killed one."""
+
+
+def forked() -> Any:
+    """The context of processes that are copies of one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED_ONCE))
+    return context
 
 
 def _worker(pipe: Connection, index: int, folders: tuple[str, ...]) -> None:
@@ -59,9 +66,7 @@ class Worlds:
     def __init__(self, *folders: str) -> None:
         """`folders` are searched for packages first, in the worker processes alone, which import all by themselves."""
         self._folders = folders
-        self._context: Any = multiprocessing.get_context("spawn" if folders else "forkserver")
-        if not folders:
-            self._context.set_forkserver_preload(list(IMPORTED_ONCE))
+        self._context: Any = multiprocessing.get_context("spawn") if folders else forked()
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(

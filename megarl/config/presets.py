@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import io
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +24,9 @@ from megarl.config.resources import demo_eval, resource
 from megarl.disk import UnreadableError, check_yaml, read_text, shown
 from megarl.errors import ConfigError
 
+_OF_HYDRA = ("launcher", "sweeper", "output", "help", "hydra_help", "env")
+"""Groups of Hydra's own configuration that only its command line needs."""
+
 
 def register(argv: list[str], entry: str, *, every: bool = False) -> None:
     """Register the schema, the primary configuration, the resolvers and presets with Hydra.
@@ -38,8 +43,8 @@ def register(argv: list[str], entry: str, *, every: bool = False) -> None:
     OmegaConf.register_new_resolver("demo_eval", demo_eval, replace=True)
     store = ConfigStore.instance()
     described = entry_point(entry)
-    store.store(name=_schema(described), node=opened(described.config))
-    store.store(name=described.program, node=_primary(described))
+    _store_schema(store, described)
+    store.store(name=described.program, node=_primary(described, of_hydra=every))
     user_folder = Path.cwd() / "conf"
     files = preset_files(user_folder)
     chosen = chosen_presets(argv)
@@ -62,20 +67,39 @@ def register(argv: list[str], entry: str, *, every: bool = False) -> None:
         store.store(group=GROUP, name=name, node=own, package="_global_", provider=str(path))
 
 
+def _store_schema(store: ConfigStore, described: EntryPoint) -> None:
+    """Register the schema of an entry point, unless it is there, and forget those of others.
+
+    For every composition, Hydra copies all that the store holds, which takes longer than the rest.
+    """
+    for other in entry_points().values():
+        if other.name != described.name:
+            store.repo.pop(f"{_schema(other)}.yaml", None)
+    held = store.repo.get(f"{_schema(described)}.yaml")
+    if held is None or OmegaConf.get_type(held.node) is not described.config:
+        store.store(name=_schema(described), node=opened(described.config))
+
+
 def _schema(described: EntryPoint) -> str:
     return f"schema_{described.name}"
 
 
-def _primary(described: EntryPoint) -> DictConfig:
-    """Return the configuration that Hydra starts from. Later entries override earlier ones."""
+def _primary(described: EntryPoint, *, of_hydra: bool) -> DictConfig:
+    """Return the configuration that Hydra starts from. Later entries override earlier ones.
+
+    Args:
+        described: the entry point.
+        of_hydra: whether Hydra's own command line runs. Else its launcher, sweeper and help have no use, and to compose
+            without them takes half the time.
+    """
+    own = {"job_logging": "disabled", "hydra_logging": "disabled"} | ({} if of_hydra else dict.fromkeys(_OF_HYDRA))
     primary = OmegaConf.create(
         {
             "defaults": [
                 _schema(described),
                 *({group: option} for group, option in described.groups.items()),
                 "_self_",
-                {"override hydra/job_logging": "disabled"},
-                {"override hydra/hydra_logging": "disabled"},
+                *({f"override hydra/{group}": option} for group, option in own.items()),
             ],
             # megarl has its own run folder and logs: Hydra writes nothing and stays in the folder it was started in.
             "hydra": {
@@ -111,7 +135,12 @@ def _read_any(path: Path) -> dict[str, Any] | None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    text = read_text(path)
+    return deepcopy(_parsed(read_text(path)))
+
+
+@cache
+def _parsed(text: str) -> dict[str, Any]:
+    """Return the content of a preset's text. Every job of a multirun reads all presets, and parsing takes a while."""
     check_yaml(text)
     try:
         part = OmegaConf.load(io.StringIO(text))

@@ -192,13 +192,13 @@ def _git_state() -> tuple[dict[str, Any], str]:
         except (OSError, subprocess.SubprocessError) as problem:
             reason = _git_reason(problem)
             continue
+        changed = [line[3:] for line in status if not line.startswith("??")]
         commit, diff = None, ""
         try:
             commit = _git(Path(root), "rev-parse", "--verify", "--quiet", "HEAD").strip()
-            diff = _git(Path(root), "diff", "HEAD")
+            diff = _git(Path(root), "diff", "HEAD") if changed else ""
         except (OSError, subprocess.SubprocessError) as problem:
             logger.debug("git in %s: %s", root, _git_reason(problem))  # a checkout without a commit
-        changed = [line[3:] for line in status if not line.startswith("??")]
         untracked = [line[3:] for line in status if line.startswith("??")]
         dirty = bool(changed)
         return {"root": root, "commit": commit, "dirty": dirty, "changed": changed, "untracked": untracked}, diff

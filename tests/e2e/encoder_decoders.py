@@ -23,4 +23,5 @@ def save_model(folder: Path) -> None:
 
 def run(run_dir: Path, algorithm: str, folder: Path, *overrides: str) -> None:
     """Train in the current world on the model and the data of a folder."""
-    train(run_dir, algorithm, folder, f"model.path={folder / 'model'}", *overrides)
+    two = "trainer.micro_batch_size=4"  # microbatches of a step, where there are no replicas
+    train(run_dir, algorithm, folder, f"model.path={folder / 'model'}", two, *overrides)

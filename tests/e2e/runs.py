@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megarl.checkpoint import find, tensors
+from megarl.errors import MegarlError
 
 # A model small enough that a step costs milliseconds; every layout up to 4 processes divides it.
 SMALL = [
@@ -19,7 +20,7 @@ SMALL = [
     "model.hidden_size=64",
     "model.num_heads=4",
     "trainer.global_batch_size=8",
-    "trainer.micro_batch_size=2",
+    "trainer.micro_batch_size=4",
     "trainer.eval_batch_size=8",
     "trainer.eval_every=null",
     "data.seq_length=64",
@@ -38,7 +39,7 @@ PAIRS = [
     "model.num_layers=2",
     "model.hidden_size=32",
     "trainer.global_batch_size=8",
-    "trainer.micro_batch_size=2",
+    "trainer.micro_batch_size=4",
     "trainer.eval_batch_size=4",
     "trainer.max_steps=12",
     "trainer.eval_every=6",
@@ -79,14 +80,14 @@ WALKS = [
     "model.num_layers=2",
     "model.hidden_size=32",
     "model.num_heads=4",
-    "clone.steps=20",
+    "clone.steps=6",
     "ppo.rollouts=16",
     "ppo.inner_epochs=2",
     "ppo.kl_coef=0.1",
     "trainer.max_phases=2",
     "optim.schedule=constant",  # of runs that are cut short, too
     "trainer.global_batch_size=12",
-    "trainer.micro_batch_size=3",
+    "trainer.micro_batch_size=6",
     "trainer.eval_every=null",
     "checkpoint.every=null",
     "checkpoint.save_last=false",
@@ -95,17 +96,17 @@ WALKS = [
 ]
 
 
-# ILQL on the walks of a graph, 20 steps of 12.
+# ILQL on the walks of a graph, 12 steps of 12.
 OFFLINE_WALKS = [
     "+conf=randomwalks_ilql",
-    "model.num_layers=4",
+    "model.num_layers=2",
     "model.hidden_size=48",
     "model.num_heads=4",
     "data.seq_length=12",
     "optim.lr=1e-3",
-    "trainer.max_steps=20",
+    "trainer.max_steps=12",
     "trainer.global_batch_size=12",
-    "trainer.micro_batch_size=3",
+    "trainer.micro_batch_size=6",
     "trainer.eval_every=null",
     "trainer.log_every=1",
     "checkpoint.every=null",
@@ -143,12 +144,27 @@ def run_preference(run_dir: Path, entry: str, data: Path, *overrides: str) -> No
 
 def run_entry(entry: str, settings: list[str]) -> None:
     """Run an entry point in the current world, as under torchrun."""
-    from megarl.config.compose import compose
     from megarl.training import train
 
     with launched():
-        config, _ = compose(entry, settings)
-        assert train(entry, config) == 0
+        assert train(entry, composed(entry, settings)) == 0
+
+
+def composed(entry: str, settings: list[str]) -> Any:
+    """Return the configuration that every rank of the current world would compose; rank 0 does, as it takes a while."""
+    from megarl.config.compose import compose
+
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found[0], _ = compose(entry, settings)
+        except MegarlError as refusal:
+            found[0] = refusal
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(found)
+    if isinstance(found[0], MegarlError):
+        raise found[0]
+    return found[0]
 
 
 @contextmanager

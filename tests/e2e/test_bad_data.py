@@ -32,7 +32,8 @@ def test_a_broken_record_is_one_line_of_all_processes(
 ) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": 1, "samples": 1, "rewards": 1}\n')
-    first, second = worlds.run(2, ended, run, tmp_path / "run", f"{key}=[{broken}]", "trainer.global_batch_size=12")
+    batch = ["trainer.global_batch_size=12", "trainer.micro_batch_size=2"]
+    first, second = worlds.run(2, ended, run, tmp_path / "run", f"{key}=[{broken}]", *batch)
     error, shown = first
     assert_refusal(error, names=(f"{broken}:1",))
     assert error.said

@@ -205,8 +205,8 @@ def test_ppo_against_a_reward_model_is_the_same_in_every_layout(
 
 
 @pytest.mark.gate
-def test_scores_over_http_are_those_in_process(worlds: Worlds, reward_model: Path, tmp_path: Path) -> None:
-    with serving(reward_model, tmp_path, "serve.max_tokens=200", "serve.batch_size=4") as server:
+def test_scores_over_http_are_those_in_process(worlds: Worlds, reward_model: Path) -> None:
+    with serving(reward_model, "serve.max_tokens=200", "serve.batch_size=4") as server:
         check_answers(server, reward_model, worlds, 1e-5)
         check_end(server, 15)
 

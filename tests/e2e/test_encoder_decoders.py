@@ -15,7 +15,7 @@ from tests.worlds import Worlds
 
 LAYOUTS = {
     "TP2": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
-    "DP2": (2, []),
+    "DP2": (2, ["trainer.micro_batch_size=2"]),
     "PP2": (2, ["parallel.pp=2"]),
     "TP2xPP2": (4, ["parallel.tp=2", "parallel.pp=2"]),
 }

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from megarl.config.compose import compose
 from megarl.errors import MegarlError
-from tests.e2e.runs import launched
+from tests.e2e.runs import composed, launched
 from tests.models.exchange.published import PUBLISHED, save_published, stirred
 from tests.refusals import assert_refusal
 from tests.worlds import Worlds
@@ -54,7 +53,7 @@ def evaluate(argv: list[str]) -> dict[str, Any]:
     from megarl.evaluate import evaluate_here
 
     with launched():
-        return evaluate_here(compose("evaluate", argv)[0])
+        return evaluate_here(composed("evaluate", argv))
 
 
 def error_of(argv: list[str]) -> MegarlError | None:

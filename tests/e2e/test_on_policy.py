@@ -47,7 +47,7 @@ SAVED = ["checkpoint.every=1", "checkpoint.keep_last=9", "checkpoint.save_last=t
 LAYOUTS = {
     "TP2": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
     "TP2xPP2": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
-    "DP2": (2, []),
+    "DP2": (2, ["trainer.micro_batch_size=3"]),
 }
 # Masks have shards of the vocabulary to care for, and replaced prompts have replicas.
 CASES = [("replacing", "DP2"), ("masking", "TP2")]

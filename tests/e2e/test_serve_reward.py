@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from megarl.serve_reward import serve
 from tests.e2e.runs import metrics, run_preference
 from tests.e2e.test_train_rm import run_with_model, scores_in_process, text, utility, write
 from tests.gated import gated
+from tests.programs import Program
 from tests.refusals import assert_command_refused
 from tests.serving.standins import ask, question
 from tests.worlds import Worlds
@@ -51,21 +51,10 @@ def model(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Server:
     """A running `python -m megarl.serve_reward`."""
 
-    def __init__(self, model: Path, folder: Path, *overrides: str) -> None:
-        settings = [f"model.path={model}", "serve.port=0", *overrides]
-        self.log = folder / f"server-{time.monotonic_ns()}.txt"
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "megarl.serve_reward", *settings],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert " at http://127.0.0.1:" in line, self.log.read_text()
+    def __init__(self, model: Path, *overrides: str) -> None:
+        self.process = Program("megarl.serve_reward", f"model.path={model}", "serve.port=0", *overrides)
+        line = self.process.first_line()
+        assert " at http://127.0.0.1:" in line, self.process.errors()
         self.port = int(line.rpartition(":")[2])
         self.fingerprint = line.partition("(")[2].partition(")")[0]
 
@@ -80,20 +69,18 @@ class Server:
 
 
 @contextmanager
-def serving(model: Path, folder: Path, *overrides: str) -> Iterator[Server]:
-    server = Server(model, folder, *overrides)
+def serving(model: Path, *overrides: str) -> Iterator[Server]:
+    server = Server(model, *overrides)
     try:
         yield server
     finally:
-        if server.process.poll() is None:
-            os.killpg(server.process.pid, signal.SIGKILL)
-            server.process.wait()
+        server.process.end()
 
 
 @pytest.fixture(scope="module")
-def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def alone(model: Path) -> Iterator[Server]:
     """A server of one process. The last test that has it ends it."""
-    with serving(model, tmp_path_factory.mktemp("alone")) as server:
+    with serving(model) as server:
         yield server
 
 
@@ -112,8 +99,8 @@ def check_answers(server: Server, model: Path, worlds: Worlds, relative: float) 
 
 
 def check_end(server: Server, number: int) -> None:
-    assert server.end(number) == 0, server.log.read_text()
-    assert "Traceback" not in server.log.read_text()
+    assert server.end(number) == 0, server.process.errors()
+    assert "Traceback" not in server.process.errors()
 
 
 def test_scores_over_http_are_those_in_process(alone: Server, model: Path, worlds: Worlds) -> None:
@@ -122,21 +109,21 @@ def test_scores_over_http_are_those_in_process(alone: Server, model: Path, world
 
 @pytest.mark.parametrize("layout", gated(LAYOUTS, ["TP2xPP2"]))
 def test_every_layout_serves_the_same_and_a_signal_ends_every_process(
-    layout: str, alone: Server, model: Path, worlds: Worlds, tmp_path: Path
+    layout: str, alone: Server, model: Path, worlds: Worlds
 ) -> None:
-    with serving(model, tmp_path, *LAYOUTS[layout]) as server:
+    with serving(model, *LAYOUTS[layout]) as server:
         check_answers(server, model, worlds, 1e-5)
         assert server.fingerprint == alone.fingerprint
         check_end(server, signal.SIGINT)
 
 
 @pytest.mark.gate
-def test_an_idle_server_outlives_the_time_out_of_its_processes(model: Path, tmp_path: Path) -> None:
+def test_an_idle_server_outlives_the_time_out_of_its_processes(model: Path) -> None:
     layout = ["trainer.devices=2", "parallel.timeout_s=8"]
-    with serving(model, tmp_path, *layout) as server:
+    with serving(model, *layout) as server:
         time.sleep(14)
         assert ask(server.port, question(["a"], ["b"]))[0] == 200
-        assert server.end() == 0, server.log.read_text()
+        assert server.end() == 0, server.process.errors()
 
 
 def test_ppo_learns_from_a_server_as_from_the_model_in_process(

@@ -15,7 +15,7 @@ from megarl.config.rules import check
 from megarl.errors import ConfigError, DataError
 from megarl.models.exchange.formats import open_source
 from megarl.models.exchange.source import HEADS
-from tests.e2e.runs import OFFLINE_WALKS, assert_same_bits, final_tensors, launched, metrics, run_ilql
+from tests.e2e.runs import OFFLINE_WALKS, assert_same_bits, composed, final_tensors, launched, metrics, run_ilql
 from tests.gated import gated
 from tests.refusals import refused
 from tests.worlds import Worlds
@@ -24,20 +24,21 @@ LAYOUTS = {
     "TP2": (2, ["parallel.tp=2"]),
     "PP2": (2, ["parallel.pp=2"]),
     "TP2xPP2+SP": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
-    "DP2": (2, []),
+    "DP2": (2, ["trainer.micro_batch_size=3"]),
     "rows of their own": (1, ["ilql.pack=false"]),
 }
 TERMS = ("loss", "loss_q", "loss_v", "loss_cql", "loss_awac", "q", "v")
-STEPS = 20
-EVALUATED = ["trainer.eval_every=20", "eval.sweep.beta=[0,50]", "rollout.temperature=0"]
+STEPS = 12
+HALF = STEPS // 2
+EVALUATED = [f"trainer.eval_every={STEPS}", "eval.sweep.beta=[0,50]", "rollout.temperature=0"]
 
 
 @pytest.fixture(scope="module")
 def reference(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, 20 steps, a checkpoint at 10, a greedy evaluation before and after, exported at the end."""
+    """One process, a checkpoint half-way, a greedy evaluation before and after, exported at the end."""
     run_dir = tmp_path_factory.mktemp("reference")
     worlds.run(
-        *(1, run_ilql, run_dir, *EVALUATED, "checkpoint.every=10", "checkpoint.keep_last=3"),
+        *(1, run_ilql, run_dir, *EVALUATED, f"checkpoint.every={HALF}", "checkpoint.keep_last=3"),
         f"export.hf={run_dir / 'exported'}",
     )
     return run_dir
@@ -98,9 +99,9 @@ def test_a_run_cut_in_two_ends_in_the_same_weights(worlds: Worlds, reference: Pa
 @pytest.mark.parametrize("layout", gated(["PP2", "TP2xPP2+SP"], ["TP2xPP2+SP"]))
 def test_a_checkpoint_resumes_in_another_layout(layout: str, worlds: Worlds, reference: Path, tmp_path: Path) -> None:
     world, overrides = LAYOUTS[layout]
-    half = reference / "checkpoints" / "step-0000010"
+    half = reference / "checkpoints" / f"step-{HALF:07}"
     worlds.run(world, run_ilql, tmp_path, *overrides, f"run.resume={half}")
-    assert_same_course(tmp_path, reference, first=10)
+    assert_same_course(tmp_path, reference, first=HALF)
 
 
 def test_targets_move_every_so_many_steps_of_the_run(worlds: Worlds, tmp_path: Path) -> None:
@@ -138,12 +139,11 @@ def answers(model: Path, out: Path, *overrides: str) -> None:
     prompts.write_text("".join(json.dumps({"prompt": letter}) + "\n" for letter in "bcdefgh"))
     settings = [f"model.path={model}", f"prompts={prompts}", f"out={out}", "rollout.max_new_tokens=9"]
     with launched():
-        config, _ = compose("generate", [*settings, "rollout.temperature=0", "trainer.progress=none", *overrides])
-        generate.work(config)
+        generate.work(composed("generate", [*settings, "rollout.temperature=0", "trainer.progress=none", *overrides]))
 
 
 def test_generate_takes_the_checkpoint_and_is_guided(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
-    checkpoint = reference / "checkpoints" / "step-0000020"
+    checkpoint = reference / "checkpoints" / f"step-{STEPS:07}"
     for name, beta in (("guided", 50), ("plain", 0)):
         worlds.run(1, answers, checkpoint, tmp_path / f"{name}.jsonl", f"rollout.ilql_beta={beta}")
     texts = {

@@ -5,11 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from megarl.errors import CheckpointError, ConfigError, DataError, MegarlError, 
 from megarl.rollout.stored import load
 from tests.e2e.runs import WALKS, assert_same_bits, final_tensors, metrics, run_ppo
 from tests.gated import gated
+from tests.programs import Program
 from tests.refusals import assert_refusal
 from tests.worlds import Worlds
 
@@ -29,7 +27,7 @@ LAYOUTS = {
     "TP2": (2, ["parallel.tp=2"]),
     "PP2": (2, ["parallel.pp=2"]),
     "TP2xPP2+SP": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
-    "DP2": (2, []),
+    "DP2": (2, ["trainer.micro_batch_size=3"]),
 }
 CRITICS = {
     "shared": ["ppo.adaptive_kl.target=1", "ppo.adaptive_kl.horizon=100", "ppo.scale_scores=running"],
@@ -39,6 +37,7 @@ TO_1E5 = ("rollout/score", "rollout/kl", "rollout/kl_coef", "rollout/entropy", "
 TO_1E4 = ("train/grad_norm",)
 PHASES = 3
 LENGTH = "reward.fn=megarl.rewards.builtin:length"
+THREES = ["trainer.global_batch_size=3", "trainer.micro_batch_size=3"]
 SAVED = ["checkpoint.every=1", "checkpoint.keep_last=9", "checkpoint.save_last=true"]
 
 
@@ -163,7 +162,7 @@ def test_a_policy_that_has_moved_too_far_trains_no_more_in_its_phase(
 ) -> None:
     """Its first step moves it; the second minibatch sees that. A separate critic takes all four steps."""
     limit = ["ppo.stop_at_kl=1e-9", f"critic.kind={critic}", "trainer.max_phases=1", "optim.lr=1e-2"]
-    worlds.run(1, run_ppo, tmp_path, *limit)
+    worlds.run(1, run_ppo, tmp_path, *limit, "clone.steps=20")
     ((taken, moved, largest),) = metrics(tmp_path, "train/optimizer_steps", "policy/approx_kl", "policy/approx_kl_max")
     assert taken == steps
     assert largest > 1e-9
@@ -176,7 +175,7 @@ def test_a_learning_rate_follows_the_phases_that_are_done(worlds: Worlds, tmp_pa
     settings = [*schedule, *SAVED, "clone.data=[]", "critic.kind=separate"]
     worlds.run(1, run_ppo, tmp_path, *settings, "ppo.stop_at_kl=1e-9", "trainer.max_phases=2")
     assert metrics(tmp_path, "train/lr") == [(pytest.approx(1e-2),), (pytest.approx(1e-2 * (1 - 0.9 / 2)),)]
-    smaller = ["trainer.global_batch_size=3", "ppo.stop_at_kl=null", "trainer.max_phases=4"]
+    smaller = [*THREES, "ppo.stop_at_kl=null", "trainer.max_phases=4"]
     worlds.run(1, run_ppo, tmp_path, *settings, *smaller)
     assert metrics(tmp_path, "train/lr")[2:] == [(pytest.approx(1e-2 * (1 - 0.9 * done / 4)),) for done in (2, 3)]
 
@@ -252,16 +251,6 @@ def test_a_damaged_checkpoint_is_refused(key: str, worlds: Worlds, shared: list[
 # --- a kill in a phase ------------------------------------------------------------------------------------------------
 
 
-def start(*overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "megarl.train_ppo", *WALKS, *overrides],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_a_run_killed_while_it_scores_asks_for_no_score_twice(worlds: Worlds, tmp_path: Path) -> None:
     """Killed in its second phase, when two of four calls are answered. The weights are the unbroken run's."""
 
@@ -275,7 +264,7 @@ def test_a_run_killed_while_it_scores_asks_for_no_score_twice(worlds: Worlds, tm
     folder = tmp_path / "broken"
     command = [*settings("broken"), f"run.dir={folder / 'run'}"]
     (folder / "hold").touch()
-    running = start(*command)
+    running = Program("megarl.train_ppo", *WALKS, *command)
     deadline = time.monotonic() + 200
     while not (folder / "held").exists():
         assert running.poll() is None, running.communicate()[1]
@@ -374,7 +363,7 @@ def test_equal_scores_teach_nothing_and_break_nothing(worlds: Worlds, tmp_path: 
 def test_a_phase_of_cut_responses_trains_on_none_of_them(aggregation: str, worlds: Worlds, tmp_path: Path) -> None:
     """Of two tokens, hardly any response has an end: minibatches without a token to train on are no error."""
     cut = ["ppo.mask_overlong=true", "rollout.max_new_tokens=2", f"ppo.aggregation={aggregation}"]
-    assert ended(worlds, tmp_path, *cut, "trainer.global_batch_size=3") is None
+    assert ended(worlds, tmp_path, *cut, *THREES) is None
     ((share, loss),) = metrics(tmp_path, "rollout/cut", "policy/loss")
     assert share > 0.7
     assert math.isfinite(loss)

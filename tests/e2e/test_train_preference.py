@@ -21,8 +21,8 @@ LAYOUTS = {
     "TP2": (2, ["parallel.tp=2"]),
     "PP2": (2, ["parallel.pp=2"]),
     "TP2xPP2+SP": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
-    "DP2": (2, []),
-    "TP2xDP2": (4, ["parallel.tp=2"]),
+    "DP2": (2, ["trainer.micro_batch_size=2"]),
+    "TP2xDP2": (4, ["parallel.tp=2", "trainer.micro_batch_size=2"]),
     "a pair to a bin": (1, ["data.pack=false"]),
 }
 MEASURED = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "logprob_chosen", "logprob_rejected")

@@ -37,7 +37,7 @@ from tests.worlds import Worlds
 
 LAYOUTS = {
     "TP2xPP2+SP": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]),
-    "DP2": (2, []),
+    "DP2": (2, ["trainer.micro_batch_size=2"]),
     "PP2": (2, ["parallel.pp=2"]),
     "a prompt to a bin": (1, ["data.pack=false"]),
 }
@@ -237,8 +237,8 @@ def test_what_cannot_be_learned_from_is_refused(worlds: Worlds, folders: dict[st
 PHASES = [
     *("model.num_layers=2", "model.hidden_size=32", "model.num_heads=4", "model.max_positions=48"),
     *("rollout.max_new_tokens=12", "ppo.rollouts=8", "ppo.kl_coef=0.05", "trainer.global_batch_size=8"),
-    *("trainer.micro_batch_size=2", "trainer.max_phases=4", "trainer.eval_every=null", "optim.schedule=constant"),
-    *("trainer.progress=none", "logger.tensorboard=false", "checkpoint.every=2", "optim.lr=1e-3"),
+    *("trainer.micro_batch_size=4", "trainer.max_phases=2", "trainer.eval_every=null", "optim.schedule=constant"),
+    *("trainer.progress=none", "logger.tensorboard=false", "checkpoint.every=1", "optim.lr=1e-3"),
     "optim.warmup_steps=0",
 ]
 
@@ -326,7 +326,7 @@ def test_ppo_against_a_reward_model_is_the_same_in_every_layout_and_resumes_exac
     parts = metrics(tmp_path / "two", *(f"rollout/score/{name}" for name in ("reward_model", "again", "indifferent")))
     for (score,), found in zip(metrics(tmp_path / "two", "rollout/score"), parts, strict=True):
         assert found == pytest.approx((score, score, 1.0), rel=1e-5)
-    worlds.run(1, run_with_model, tmp_path / "cut", prompts, reference, "trainer.max_phases=2")
+    worlds.run(1, run_with_model, tmp_path / "cut", prompts, reference, "trainer.max_phases=1")
     worlds.run(1, run_with_model, tmp_path / "cut", prompts, reference)
     ours, theirs = final_tensors(tmp_path / "cut"), final_tensors(tmp_path / "one")
     assert_same_bits(ours, theirs)

@@ -17,6 +17,7 @@ from megarl.checkpoint import MANIFEST, find, plain_content, tensors
 from megarl.errors import CheckpointError, DataError
 from tests.e2e.runs import SMALL, assert_same_bits, final_tensors, metrics, run_sft
 from tests.gated import gated
+from tests.programs import Program
 from tests.refusals import refused
 from tests.report.parsed import parse
 from tests.worlds import Worlds
@@ -25,24 +26,26 @@ LAYOUTS = {
     "TP2": (2, ["parallel.tp=2"]),
     "PP2": (2, ["parallel.pp=2"]),
     "TP2xPP2": (4, ["parallel.tp=2", "parallel.pp=2"]),
-    "interleaved PP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
-    "DP2": (2, []),
+    "interleaved PP2": (2, ["parallel.pp=2", "parallel.vpp=2", "trainer.micro_batch_size=2"]),
+    "DP2": (2, ["trainer.micro_batch_size=2"]),
     "TP2+SP": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
-    "TP2xDP2, recomputed": (4, ["parallel.tp=2", "parallel.recompute=full"]),
+    "TP2xDP2, recomputed": (4, ["parallel.tp=2", "parallel.recompute=full", "trainer.micro_batch_size=2"]),
     "selective": (1, ["parallel.recompute=selective"]),
 }
-STEPS = 20
+STEPS = 12
+HALF = STEPS // 2
+AT_HALF = f"checkpoint.every={HALF}"
 
 
 @pytest.fixture(scope="module")
 def reference(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that every other is compared with: one process, 20 steps, a checkpoint and an evaluation at 10."""
+    """The run that every other is compared with: one process, a checkpoint and an evaluation half-way."""
     run_dir = tmp_path_factory.mktemp("reference")
-    worlds.run(1, run_sft, run_dir, *twenty(), "checkpoint.every=10", "trainer.eval_every=10")
+    worlds.run(1, run_sft, run_dir, *whole(), AT_HALF, f"trainer.eval_every={HALF}")
     return run_dir
 
 
-def twenty() -> list[str]:
+def whole() -> list[str]:
     return [f"trainer.max_steps={STEPS}"]
 
 
@@ -65,7 +68,7 @@ def assert_same_course(run_dir: Path, reference: Path, first: int = 0) -> None:
 )
 def test_layouts_train_alike(layout: str, worlds: Worlds, reference: Path, tmp_path: Path) -> None:
     world, overrides = LAYOUTS[layout]
-    worlds.run(world, run_sft, tmp_path, *twenty(), *overrides, "checkpoint.save_last=false")
+    worlds.run(world, run_sft, tmp_path, *whole(), *overrides, "checkpoint.save_last=false")
     assert_same_course(tmp_path, reference)
 
 
@@ -79,18 +82,18 @@ def test_initial_weights_are_equal_bit_for_bit(worlds: Worlds, tmp_path: Path) -
 
 
 def test_a_run_cut_in_two_ends_in_the_same_weights(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
-    half = reference / "checkpoints" / "step-0000010"
+    half = reference / "checkpoints" / f"step-{HALF:07}"
     resumed = tmp_path / "resumed"
-    worlds.run(1, run_sft, resumed, *twenty(), f"run.resume={half}", "trainer.eval_every=10")
+    worlds.run(1, run_sft, resumed, *whole(), f"run.resume={half}", f"trainer.eval_every={HALF}")
     assert_same_bits(final_tensors(resumed), final_tensors(reference))
-    assert_same_course(resumed, reference, first=10)
+    assert_same_course(resumed, reference, first=HALF)
 
 
 def test_a_resume_takes_the_optimizers_settings_of_the_run(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
-    half = reference / "checkpoints" / "step-0000010"
+    half = reference / "checkpoints" / f"step-{HALF:07}"
     other = ["optim.lr=2e-3", "optim.beta1=0.8", "optim.beta2=0.7", "optim.eps=1e-6"]
-    worlds.run(1, run_sft, tmp_path, *twenty(), *other, f"run.resume={half}")
-    ours, theirs = metrics(tmp_path, "train/lr"), metrics(reference, "train/lr")[10:]
+    worlds.run(1, run_sft, tmp_path, *whole(), *other, f"run.resume={half}")
+    ours, theirs = metrics(tmp_path, "train/lr"), metrics(reference, "train/lr")[HALF:]
     assert [rate for (rate,) in ours] == pytest.approx([2 * rate for (rate,) in theirs])
     log = (tmp_path / "logs" / "rank-0000.log").read_text()
     assert "the optimizer settings of policy differ from the checkpoint's and are used: max_lr 0.001 -> 0.002" in log
@@ -112,31 +115,29 @@ def values_of(tree: Any, name: str) -> list[Any]:
 @pytest.mark.parametrize("layout", ["TP2xPP2", "DP2"])
 def test_a_checkpoint_resumes_in_another_layout(layout: str, worlds: Worlds, reference: Path, tmp_path: Path) -> None:
     world, overrides = LAYOUTS[layout]
-    half = reference / "checkpoints" / "step-0000010"
-    worlds.run(world, run_sft, tmp_path, *twenty(), *overrides, f"run.resume={half}")
-    assert_same_course(tmp_path, reference, first=10)
+    half = reference / "checkpoints" / f"step-{HALF:07}"
+    worlds.run(world, run_sft, tmp_path, *whole(), *overrides, f"run.resume={half}")
+    assert_same_course(tmp_path, reference, first=HALF)
 
 
 def test_a_run_on_four_trains_alike_and_resumes_in_one_process(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
     four, (world, overrides) = tmp_path / "four", LAYOUTS["TP2xPP2"]
-    worlds.run(world, run_sft, four, *twenty(), *overrides, "checkpoint.every=10")
+    worlds.run(world, run_sft, four, *whole(), *overrides, AT_HALF)
     assert_same_course(four, reference)
     one = tmp_path / "one"
-    worlds.run(1, run_sft, one, *twenty(), f"run.resume={four / 'checkpoints' / 'step-0000010'}")
-    assert_same_course(one, reference, first=10)
+    worlds.run(1, run_sft, one, *whole(), f"run.resume={four}/checkpoints/step-{HALF:07}")
+    assert_same_course(one, reference, first=HALF)
 
 
 def test_background_saves_hold_the_same_bits(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
-    worlds.run(
-        2, run_sft, tmp_path, *twenty(), "checkpoint.every=10", "checkpoint.async_save=true", "trainer.eval_every=10"
-    )
-    assert [path.name for path in find(tmp_path / "checkpoints")] == ["step-0000010", "step-0000020"]
-    worlds.run(1, run_sft, tmp_path / "resumed", *twenty(), f"run.resume={tmp_path / 'checkpoints' / 'step-0000010'}")
-    assert_same_course(tmp_path / "resumed", reference, first=10)
+    worlds.run(2, run_sft, tmp_path, *whole(), AT_HALF, "checkpoint.async_save=true", f"trainer.eval_every={HALF}")
+    assert [path.name for path in find(tmp_path / "checkpoints")] == [f"step-{HALF:07}", f"step-{STEPS:07}"]
+    worlds.run(1, run_sft, tmp_path / "resumed", *whole(), f"run.resume={tmp_path}/checkpoints/step-{HALF:07}")
+    assert_same_course(tmp_path / "resumed", reference, first=HALF)
 
 
 def test_bf16_trains_and_stays_near_float32(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
-    worlds.run(2, run_sft, tmp_path, *twenty(), "trainer.precision=bf16", "parallel.tp=2", "checkpoint.save_last=false")
+    worlds.run(2, run_sft, tmp_path, *whole(), "trainer.precision=bf16", "parallel.tp=2", "checkpoint.save_last=false")
     ours, theirs = metrics(tmp_path, "train/loss"), metrics(reference, "train/loss")
     assert ours[-1][0] == pytest.approx(theirs[-1][0], rel=0.02)
     assert ours[-1][0] < ours[0][0]
@@ -144,10 +145,10 @@ def test_bf16_trains_and_stays_near_float32(worlds: Worlds, reference: Path, tmp
 
 def test_frozen_layers_keep_their_bits_and_resume_under_pipelining(worlds: Worlds, tmp_path: Path) -> None:
     frozen = [
-        *twenty(),
+        *whole(),
         "model.num_layers_unfrozen=1",
         "parallel.pp=2",
-        "checkpoint.every=10",
+        AT_HALF,
         "checkpoint.keep_last=9",
     ]
     worlds.run(2, run_sft, tmp_path, *frozen)
@@ -192,15 +193,16 @@ def test_the_run_folder_tells_the_whole_story(reference: Path) -> None:
         "versions.json",
         "git.json",
         "logs/rank-0000.log",
-        f"checkpoints/step-0000020/{MANIFEST}",
+        f"checkpoints/step-{STEPS:07}/{MANIFEST}",
     ):
         assert (reference / name).is_file(), name
 
 
-def start(*overrides: str, **environ: str) -> "subprocess.Popen[str]":
+def start_afresh(*overrides: str) -> "subprocess.Popen[str]":
+    """The command in an interpreter that has imported nothing."""
     return subprocess.Popen(
         [sys.executable, "-m", "megarl.train_sft", *SMALL, *overrides],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -208,8 +210,8 @@ def start(*overrides: str, **environ: str) -> "subprocess.Popen[str]":
 
 
 def test_kill_and_resume_by_command_line(worlds: Worlds, reference: Path, tmp_path: Path) -> None:
-    command = [*twenty(), f"run.dir={tmp_path}", "checkpoint.every=10", "trainer.eval_every=10"]
-    running = start(*command)
+    command = [*whole(), f"run.dir={tmp_path}", AT_HALF, f"trainer.eval_every={HALF}"]
+    running = start_afresh(*command)
     deadline = time.monotonic() + 120
     while not find(tmp_path / "checkpoints"):
         assert running.poll() is None, running.communicate()[1]
@@ -217,8 +219,8 @@ def test_kill_and_resume_by_command_line(worlds: Worlds, reference: Path, tmp_pa
         time.sleep(0.01)
     running.send_signal(signal.SIGKILL)
     running.communicate()
-    resumed = start(*command)
-    _, errors = resumed.communicate(timeout=180)
+    resumed = Program("megarl.train_sft", *SMALL, *command)
+    _, errors = resumed.communicate()
     assert resumed.returncode == 0, errors
     assert "restoring from" in errors
     assert_same_bits(final_tensors(tmp_path), final_tensors(reference))  # which was not planned: it had a world already
@@ -245,8 +247,8 @@ def assert_planned(run_dir: Path) -> None:
 
 def failed(tmp_path: Path, *overrides: str, code: int = 2) -> str:
     """The one line that a run which cannot go on leaves on stderr."""
-    running = start(f"run.dir={tmp_path}", "trainer.max_steps=6", *overrides)
-    _, errors = running.communicate(timeout=180)
+    running = Program("megarl.train_sft", *SMALL, f"run.dir={tmp_path}", "trainer.max_steps=6", *overrides)
+    _, errors = running.communicate()
     assert running.returncode == code, errors
     lines = [line for line in errors.splitlines() if line.startswith("error:")]
     assert len(lines) == 1, errors

@@ -36,8 +36,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one": (1, []),
     "TP2+SP": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
     "PP2": (2, ["parallel.pp=2"]),
-    "DP2": (2, []),
-    "PP2+vpp2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
+    "DP2": (2, ["trainer.micro_batch_size=2"]),
+    "PP2+vpp2": (2, ["parallel.pp=2", "parallel.vpp=2", "trainer.micro_batch_size=2"]),
 }
 SIX = [
     "trainer.max_steps=6",

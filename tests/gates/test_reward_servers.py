@@ -52,7 +52,7 @@ def test_a_thousand_requests_at_once_get_the_scores_of_their_texts(model: Path, 
     records = [{"prompt": prompt, "response": response} for one in asked for prompt, response in one]
     (scores,) = worlds.run(1, scores_in_process, model / "checkpoints", 1, 1, records, None)
     wanted = iter(scores)
-    with serving(model, tmp_path) as server:
+    with serving(model) as server:
         with ThreadPoolExecutor(CLIENTS) as pool:
             found = list(pool.map(lambda one: ask(server.port, question(*zip(*one, strict=True)), timeout=300), asked))
         for one, (status, answer) in zip(asked, found, strict=True):
@@ -88,7 +88,7 @@ def test_a_run_survives_the_death_of_one_server_and_ends_in_time_when_both_are_d
                 time.sleep(0.02)
             last = find(checkpoints)[-1:]
 
-    with serving(model, tmp_path) as one, serving(model, tmp_path) as other:
+    with serving(model) as one, serving(model) as other:
         settings = [
             *(f"data.train=[{prompts}]", f"reward.url=[{one.url},{other.url}]", f"run.dir={run}"),
             *("reward.calls.batch_size=2", f"reward.calls.timeout={TIMEOUT_S}", f"reward.calls.retries={RETRIES}"),

@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def urls(folder: Path) -> Iterator[list[str]]:
     """Two servers with the reward model."""
     with ExitStack() as stack:
-        yield [stack.enter_context(serving(folder / RUNS / "rm", folder)).url for _ in range(2)]
+        yield [stack.enter_context(serving(folder / RUNS / "rm")).url for _ in range(2)]
 
 
 def is_text(rollout: Rollout) -> bool:

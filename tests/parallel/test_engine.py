@@ -21,11 +21,11 @@ from megarl.parallel.engine import Engine, OptimSpec, Outputs
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.rows import Microbatch
 from tests.gated import gated
-from tests.parallel.engines import VOCAB, batches, seeded_rows, small_engine
+from tests.parallel.engines import VOCAB, batches, few_batches, seeded_rows, small_engine
 from tests.parallel.test_vocab import LargestTensor
 from tests.worlds import Worlds
 
-STEPS = 8
+STEPS = 4
 Weights = dict[str, Tensor]
 
 # name: (processes, layout, options of small_engine)
@@ -121,7 +121,7 @@ def life(layout: dict[str, Any], model: dict[str, Any], options: dict[str, Any])
     report["forward"] = engine.forward(batches(engine, 99), judge)
     history = []
     for step in range(STEPS):
-        metrics = engine.train_step(batches(engine, step), cross_entropy, count_targets)
+        metrics = engine.train_step(few_batches(engine, step), cross_entropy, count_targets)
         if step == 0 and engine.grid.layout.dp == 1:
             report["gradients"] = whole(engine, lambda parameter: parameter.main_grad)
         history.append((metrics["loss"], engine.apply_gradients()))

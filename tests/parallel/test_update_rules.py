@@ -77,7 +77,7 @@ def published(settings: OptimConfig, parameters: dict[str, Tensor]) -> list[Any]
     return [torch.optim.RMSprop(everything, lr=0.0, weight_decay=0, **options)]
 
 
-def beside_others(settings: dict[str, Any], precision: str, steps: int = 20) -> dict[str, tuple[Tensor, Tensor]]:
+def beside_others(settings: dict[str, Any], precision: str, steps: int = 12) -> dict[str, tuple[Tensor, Tensor]]:
     """Weights after some steps, and those of an optimizer that starts from the same and has the same gradients.
 
     In bf16, the other one has float32 weights, which are rounded at the end. torch's Muon multiplies in float32, too.
@@ -112,7 +112,7 @@ def test_weights_are_those_of_the_published_optimizer(worlds: Worlds, kind: str,
 @pytest.fixture(scope="module")
 def alone(worlds: Worlds) -> Alone:
     """The course of a kind in one process."""
-    return cache(lambda kind: worlds.run(1, train, {}, 6, optim={"kind": kind, **KINDS.get(kind, {})})[0])
+    return cache(lambda kind: worlds.run(1, train, {}, 4, optim={"kind": kind, **KINDS.get(kind, {})})[0])
 
 
 # Muon gathers whole matrices in every layout in its own way; the others' states are cut with the weights.
@@ -125,7 +125,7 @@ LATER = [(kind, layout) for kind, layout in CASES if kind != "muon" and layout n
 def test_every_layout_trains_as_one_process(worlds: Worlds, alone: Alone, kind: str, layout: str) -> None:
     wanted = alone(kind)
     size, grid = LAYOUTS[layout]
-    for history in worlds.run(size, train, grid, 6, optim=KINDS[kind]):
+    for history in worlds.run(size, train, grid, 4, optim=KINDS[kind]):
         for (loss, norm), (wanted_loss, wanted_norm) in zip(history, wanted, strict=True):
             assert loss == pytest.approx(wanted_loss, rel=1e-5, abs=1e-6)
             assert norm == pytest.approx(wanted_norm, rel=1e-4, abs=1e-6)
@@ -154,7 +154,7 @@ def test_layouts_differ_by_the_rounding_of_eight_bits(worlds: Worlds, alone: Alo
     """Blocks are cut elsewhere, which changes what is rounded, and no more."""
     wanted = alone("adamw8bit")
     size, grid = LAYOUTS[layout]
-    for history in worlds.run(size, train, grid, 6, optim={"kind": "adamw8bit"}):
+    for history in worlds.run(size, train, grid, 4, optim={"kind": "adamw8bit"}):
         for found, expected in zip(history, wanted, strict=True):
             assert found == pytest.approx(expected, rel=1e-3)
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from megarl.config.compose import compose
 from megarl.errors import MegarlError
+from tests.e2e.runs import composed
+from tests.programs import Program
 from tests.refusals import assert_command_refused, assert_entry_refuses, assert_refusal
 from tests.worlds import Worlds
 
@@ -30,7 +31,7 @@ def entry(argv: list[str], stdin: str = "") -> str:
     before = sys.stdout, sys.stdin
     sys.stdout, sys.stdin = io.StringIO(), io.StringIO(stdin)
     try:
-        work(compose("generate", [*SMALL, *argv])[0])
+        work(composed("generate", [*SMALL, *argv]))
         return sys.stdout.getvalue()
     finally:
         sys.stdout, sys.stdin = before
@@ -206,11 +207,13 @@ def _file(folder: Path, name: str, text: str) -> Path:
 
 def test_it_starts_its_own_processes(prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "megarl.generate", *SMALL, f"prompts={prompts}", f"out={out}", "trainer.devices=2"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    assert ended.returncode == 0, ended.stderr
+    words = [*SMALL, f"prompts={prompts}", f"out={out}", "trainer.devices=2"]
+    first = Program("megarl.generate", *words)
+    _, errors = first.communicate(timeout=280)
+    assert first.returncode == 0, errors
     assert len(lines(out)) == 6
-    assert "6 responses, 36 tokens in" in ended.stderr
+    assert "6 responses, 36 tokens in" in errors
+    command = [sys.executable, "-m", "megarl.generate", *words]
     again = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert_command_refused(again, f"out={out}")
     assert again.stderr.count("\n") == 1

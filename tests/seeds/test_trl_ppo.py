@@ -54,11 +54,16 @@ def test_the_readme_example_trains(worlds: Worlds, gpt2: Path, tmp_path: Path) -
     assert 1e-6 < moved < 4 * 1.5e-5 + 1e-6, "four steps of Adam at this learning rate"
 
 
-@pytest.fixture(scope="module")
-def trainer(gpt2: Path) -> Iterator[PPOTrainer]:
-    """A trainer over two processes that it started, on sentences that end in a word."""
+# How a session works over several processes of its own is what tests/test_session.py checks.
+PROCESSES = [(1, ("parallel.tp=1",)), pytest.param((2, ("parallel.tp=2",)), marks=pytest.mark.gate)]
+
+
+@pytest.fixture(scope="module", params=PROCESSES, ids=["one process", "two processes"])
+def trainer(gpt2: Path, request: pytest.FixtureRequest) -> Iterator[PPOTrainer]:
+    """A trainer over processes that it started, on sentences that end in a word."""
+    processes, overrides = request.param
     config = PPOConfig(
-        batch_size=4, mini_batch_size=2, learning_rate=1e-3, processes=2, overrides=("parallel.tp=2",), ppo_epochs=2
+        batch_size=4, mini_batch_size=2, learning_rate=1e-3, processes=processes, overrides=overrides, ppo_epochs=2
     )
     words = [{"query": word} for word in ("good", "bad", "nice", "dull", "fine", "poor", "warm", "cold")]
     model = AutoModelForCausalLMWithValueHead.from_pretrained(gpt2)
