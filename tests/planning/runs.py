@@ -70,6 +70,7 @@ def describe(
         parallel=ParallelConfig(
             tp=layout.tp,
             pp=layout.pp,
+            cp=layout.cp,
             ep=layout.ep,
             sequence_parallel=layout.sequence_parallel,
             recompute=recompute,
