@@ -43,7 +43,7 @@ class Shard:
     weights: int
     gradients: int
     optimizer: int
-    moments: int  # values of the optimizer's state in a checkpoint, besides the weights, of all ranks that hold a weight
+    moments: int  # values of the optimizer's state in a checkpoint, besides the weights, of all holders of a weight
     stepping: int  # temporary memory of an optimizer step that needs whole matrices
     copy: int  # bytes of the trainable weights: a reference keeps them in host memory
     largest: int  # elements of the largest trainable parameter

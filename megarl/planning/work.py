@@ -113,8 +113,8 @@ class Work(Workload):
 
     @property
     def generating(self) -> "Work":
-        """The same run as it generates: in its generation layout, or where ranks share sequences, with each of them as a
-        replica."""
+        """The same run as it generates: in its generation layout, or where ranks share sequences, with each of them as
+        a replica."""
         other = other_layout(self.rollout_layout, self.layout)
         if other is not None:
             return self.on(other, micro=self.micro, recompute="none")

@@ -3,7 +3,6 @@ there are, and keep only their part of the activations."""
 
 from typing import Any
 
-import pytest
 import torch
 
 from megarl.config.sections.model import ExpertsConfig
@@ -14,7 +13,6 @@ from megarl.parallel.engine import Engine
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.passes import Outputs
 from megarl.parallel.rows import Microbatch, Rows
-from tests.gated import gated
 from tests.parallel.engines import VOCAB, small_engine
 from tests.worlds import Worlds
 

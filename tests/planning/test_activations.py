@@ -9,13 +9,13 @@ import torch
 
 from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sections.model import EncoderConfig, ExpertsConfig, ModelConfig
+from megarl.models import sliced_attention
 from megarl.models.adapter_spec import ADAPTER
 from megarl.models.adapters import attach
 from megarl.models.attention import Context
 from megarl.models.config import GPTConfig
 from megarl.models.encoder_decoder import Spans, layer_of, spans
 from megarl.models.exchange.adapters import new_spec
-from megarl.models import sliced_attention
 from megarl.models.layer import Layer
 from megarl.models.rotary import rotation
 from megarl.models.sliced_attention import SlicedMasks
