@@ -370,7 +370,7 @@ def passing_forward(config: GPTConfig, shape: Shape, at: Positions, *, adapters:
     gathered = shape.whole if shape.gathered else 0.0
     attention = 2 * shape.hidden + gathered + 4 * shape.queries + 4 * shape.keys
     if at.ranks > 1:
-        attention = 2 * shape.hidden + gathered + _passing_sliced_attention(shape, at, wide)
+        attention = 2 * shape.hidden + gathered + _passing_sliced_attention(config, shape, at, wide)
     # Seven: the embedding's output, the layer's input, input and output of attention, their sum, its norm, one spare.
     mlp = 7 * shape.hidden + gathered
     mlp += _passing_experts(config, shape) if at.routed else (5 if config.gated_linear_unit else 2) * shape.inner
@@ -393,14 +393,18 @@ def passing_forward(config: GPTConfig, shape: Shape, at: Positions, *, adapters:
     return max(at.tokens * attention * shape.element + pairs, at.tokens * max(mlp * shape.element, norm)) + others
 
 
-def _passing_sliced_attention(shape: Shape, at: Positions, wide: int) -> float:
+def _passing_sliced_attention(config: GPTConfig, shape: Shape, at: Positions, wide: int) -> float:
     """Return the elements per token at the peak of attention to keys of several ranks.
 
     Beside the projection, rotated queries and keys, and the own keys and values in one tensor, these are the gathered
     keys and values: twice while the parts of the ranks are joined. Then there are the early slice's output and, on a
     CPU, both parts of the late slice's with their products in at least float32, and their sum.
     """
-    own, whole = 2 * shape.queries + 5 * shape.keys, 2 * shape.keys * at.ranks
+    own, whole = shape.queries + 4 * shape.keys, 2 * shape.keys * at.ranks
+    if config.position == "rope" or config.qk_layernorm:
+        own += shape.queries + shape.keys
+    elif _copies_queries(config, shape):
+        own += shape.queries
     outputs = (1.5 + 1.5 * wide / shape.element if shape.on_cpu else 1.0) * shape.queries
     return own + whole + max(whole, outputs)
 
@@ -432,8 +436,10 @@ def passing_backward(config: GPTConfig, shape: Shape, at: Positions, recompute: 
     total *= at.tokens
     if at.ranks > 1:
         # Gathered keys and values, their gradients summed and of one slice, and those of its keys alone; of the own
-        # positions, gradients of the layer's input and of both slices' outputs and queries. The MLP's part is freed.
-        sliced = (shape.hidden + 2.5 * shape.queries + 7 * shape.keys * at.ranks) * shape.element
+        # positions, the gradient of the layer's input. The MLP's part is freed, and gradients of outputs and queries
+        # are in the place of what the output's product and the late slice had kept.
+        replaced = 0.0 if _keeps_input(config, at, PROJ) else shape.queries
+        sliced = (shape.hidden + replaced + 7 * shape.keys * at.ranks) * shape.element
         freed = _kept_by_experts(config, shape, at) if at.routed else _kept_by_mlp(config, shape, at)
         return max(total, at.tokens * (sliced - freed - kept_by_norm(config, shape)))
     if config.position != "relative":
