@@ -87,12 +87,13 @@ def shard(work: Work, role: Role, stage: int, *, exact: bool = True) -> Shard:
     """
     if not exact and _experts_here(work.layout, role) > FEW_EXPERTS:
         return _by_few_experts(work, role, stage)
-    layout = replace(work.layout, cp=1, dp=work.layout.copies)  # ranks that share sequences hold what replicas hold
-    rank = rank_of(layout, pp=like(layout, role.model, stage))
-    key = (repr(role), layout, work.precision, rank)
+    # Ranks that share sequences hold what replicas hold.
+    work = replace(work, layout=replace(work.layout, cp=1, dp=work.layout.copies))
+    rank = rank_of(work.layout, pp=like(work.layout, role.model, stage))
+    key = (repr(role), work.layout, work.precision, rank)
     found = _KNOWN.get(key)
     if found is None:
-        with fake_world(layout, rank) as grid:
+        with fake_world(work.layout, rank) as grid:
             found = _KNOWN[key] = measure(build_shard(grid, work, role), stage, shares_frozen=role.base is not None)
     return found
 
