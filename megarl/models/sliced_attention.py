@@ -70,7 +70,7 @@ class _OwnPart:
         if whole is None or tensor.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
             return tensor
         self.uses += 1
-        return _View(tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        return _View(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
     def forget(self) -> None:
         self.whole = None
@@ -100,9 +100,8 @@ def causal_after(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if not device_settings().plain_attention:
         mask = causal_lower_right(q.shape[2], k.shape[2])
         grouped = q.shape[1] != k.shape[1]
-        mixed: Tensor = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
-        return mixed
-    mixed = _CausalAfter.apply(q, k, v, scale)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+    mixed: Tensor = _CausalAfter.apply(q, k, v, scale)
     return mixed
 
 
@@ -119,7 +118,7 @@ class _CausalAfter(torch.autograd.Function):
         (before, log_before), (own, log_own) = found
         denominator = torch.logaddexp(log_before, log_own)
         weights = torch.exp(log_before - denominator)[..., None], torch.exp(log_own - denominator)[..., None]
-        mixed = (before * weights[0] + own * weights[1]).to(q.dtype)
+        mixed: Tensor = (before * weights[0] + own * weights[1]).to(q.dtype)
         ctx.save_for_backward(q, k, v, mixed, denominator)
         ctx.scale = scale
         return mixed

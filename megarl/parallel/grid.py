@@ -223,7 +223,7 @@ def grid_of_world(config: Tree) -> Iterator[Grid]:
     device = start_world(parallel.timeout_s)
     try:
         layout = Layout.for_world(
-            dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, vpp=parallel.vpp or 1
+            dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, ep=parallel.ep, vpp=parallel.vpp or 1
         )
         grid = Grid(layout, device, config.seed, parallel.timeout_s)
         try:

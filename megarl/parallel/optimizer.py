@@ -1,6 +1,6 @@
 """AdamW or another update rule in Megatron's distributed optimizer, and the learning-rate schedule."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from megarl.parallel.update_rules import MOMENTS, RULES, UpdateRule
 
 log = get_logger(__name__)
 RESTORED = ("params", "step")  # restored entries of a parameter group; its saved settings are ignored
+OF_EXPERTS = "is_expert_parallel"  # entry of a parameter group: whether its weights are experts that replicas share
 STATES = ("param", *MOMENTS)  # state of a trained tensor in a checkpoint: of AdamW, and at most of other kinds
 
 
@@ -105,7 +106,7 @@ def _load(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
     torch's Adam states, and each of them would then increment it.
     """
     mine = [{key: group[key] for key in group if key not in RESTORED} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(_arranged(saved, optimizer))
     for group, entries in zip(optimizer.param_groups, mine, strict=True):
         restored = {key: group[key] for key in RESTORED if key in group}
         if "step" in restored:  # torch counts in floats, which the other kernels do not accept
@@ -117,6 +118,35 @@ def _load(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+
+
+def _arranged(saved: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, Any]:
+    """Return a saved state for this rank's optimizers, which may be others than in the layout that wrote it: where
+    replicas share experts Megatron has a second one, with numbers for both."""
+    parts: list[Any] = optimizer.chained_optimizers
+    numbered = {key: value for key, value in saved.items() if isinstance(key, int)}
+    single = {key: value for key, value in saved.items() if key not in numbered}
+    states = (single, *numbered.values())
+    groups = [group for state in states for group in state.get("optimizer", {}).get("param_groups", [])]
+
+    def of(part: Any, state: dict[Any, Any]) -> dict[Any, Any]:
+        if part.is_stub_optimizer:
+            return state
+        return {**state, "optimizer": {"param_groups": [_saved_of(group, groups) for group in part.param_groups]}}
+
+    if len(parts) == 1:
+        return of(parts[0], {**numbered.get(0, {}), **single})
+    return {number: of(part, {**single, **numbered.get(number, {})}) for number, part in enumerate(parts)}
+
+
+def _saved_of(mine: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the saved group that fits one of this rank's: with the same multipliers, and of the same kind of weights
+    if there is one, as experts that no replica shares have no group of their own."""
+    names = [name for name in mcore_distrib_optimizer.param_group_identifier_keys if name in mine]
+    alike = [group for group in groups if all(group.get(name) == mine[name] for name in names if name != OF_EXPERTS)]
+    same = [group for group in alike if group.get(OF_EXPERTS) == mine[OF_EXPERTS]]
+    found = (same or alike)[0]
+    return {**found, OF_EXPERTS: mine[OF_EXPERTS]}
 
 
 def stored_moments(optimizer: MegatronOptimizer, buffers: Collection[Any] | None = None) -> int:

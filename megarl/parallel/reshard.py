@@ -40,7 +40,7 @@ class SecondGrid(Grid):
             axis: dist.new_subgroups_by_enumeration(order.get_ranks(axis))[0] for axis in ("tp", "pp", "dp", "cp", "ep")
         }
         self._made = list(made.values())
-        # Tied embeddings over stages and context parallelism are not supported: see `refuse_what_cannot_be_moved`.
+        # Tied embeddings over stages are not supported, see `refuse_what_cannot_be_moved`, and no sequence is split.
         self.groups = ProcessGroupCollection(**made, tp_cp=made["tp"], dp_cp=made["dp"], expt_dp=made["dp"], embd=None)
         self.tp_rank, self.pp_rank, self.dp_rank = (made[axis].rank() for axis in ("tp", "pp", "dp"))
         self.ep_rank = 0
@@ -176,14 +176,6 @@ def refuse_what_cannot_be_moved(present: Layout, layout: Layout, *, tied: bool) 
             key="rollout.engine.layout",
             value=layout,
             offers={"parallel.vpp": [None], "rollout.engine.layout": [None]},
-        )
-    if present.cp > 1 or layout.cp > 1:
-        raise ConfigError(
-            f"rollout.engine.layout={layout} with parallel.cp={present.cp}: weights are not moved under context "
-            "parallelism: set parallel.cp=1, or rollout.engine.layout=null",
-            key="rollout.engine.layout",
-            value=layout,
-            offers={"parallel.cp": [1], "rollout.engine.layout": [None]},
         )
     if layout.pp > 1 and tied:
         raise ConfigError(

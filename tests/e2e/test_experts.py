@@ -83,7 +83,10 @@ def test_a_killed_run_of_shared_experts_ends_in_the_weights_of_the_unbroken_one(
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    gated([("EP2", "PP2xEP2"), ("EP2", "TP2+SP"), ("TP2xEP2", "EP2")], [("EP2", "TP2+SP"), ("TP2xEP2", "EP2")]),
+    gated(
+        [("EP2", "PP2xEP2"), ("EP2", "TP2+SP"), ("TP2xEP2", "EP2"), ("PP2", "EP2")],
+        [("EP2", "PP2xEP2"), ("TP2xEP2", "EP2"), ("PP2", "EP2")],
+    ),
 )
 def test_a_checkpoint_loads_in_another_layout(
     first: str, then: str, worlds: Worlds, folder: Path, alone: Callable[[str], Path], tmp_path: Path

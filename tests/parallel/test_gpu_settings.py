@@ -33,6 +33,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2vpp2": (2, {"pp": 2, "vpp": 2}),
     "pp2": (2, {"pp": 2}),
     "tp2sp": (2, {"tp": 2, "sequence_parallel": True}),
+    "cp2": (2, {"cp": 2}),
     "tp2pp2sp": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
     "pp2dp2": (4, {"pp": 2, "dp": 2}),
 }
@@ -61,7 +62,7 @@ def with_settings(settings: DeviceSettings, work: Callable[..., Any], *args: Any
 
 CASES = [(layout, model) for layout in LAYOUTS for model in MODELS]
 LATER = [("dp2", "llama"), ("pp2vpp2", "llama"), ("pp2", "llama"), ("pp2", "gpt2"), ("tp2sp", "gpt2")]
-LATER += [("tp2pp2sp", "gpt2"), ("pp2dp2", "llama"), ("pp2dp2", "gpt2")]
+LATER += [("tp2pp2sp", "gpt2"), ("pp2dp2", "llama"), ("pp2dp2", "gpt2"), ("cp2", "gpt2")]
 
 
 @pytest.mark.parametrize(("layout", "model"), gated(CASES, LATER))

@@ -31,6 +31,9 @@ CASES: dict[str, tuple[int, dict[str, Any], str, dict[str, Any]]] = {
     "TP2xPP2 to DP4, tied": (4, {"tp": 2, "pp": 2}, "tp1", {"tie_embeddings": True}),
     "PP2 to TP2, encoder and decoder": (2, {"pp": 2}, "tp2", T5),
     "TP2 to PP2, encoder and decoder": (2, {"tp": 2, "sequence_parallel": True}, "pp2", T5),
+    "CP2 to TP2": (2, {"cp": 2}, "tp2", {}),
+    "CP2xTP2 to DP4": (4, {"cp": 2, "tp": 2, "sequence_parallel": True}, "tp1", {}),
+    "CP2xPP2 to TP2": (4, {"cp": 2, "pp": 2}, "tp2", {}),
     "PP2xDP2 to TP4, few key-value heads": (4, {"pp": 2}, "tp4", {"num_kv_heads": 2}),
 }
 
