@@ -441,7 +441,11 @@ def passing_backward(config: GPTConfig, shape: Shape, at: Positions, recompute: 
         replaced = 0.0 if _keeps_input(config, at, PROJ) else shape.queries
         sliced = (shape.hidden + replaced + 7 * shape.keys * at.ranks) * shape.element
         freed = _kept_by_experts(config, shape, at) if at.routed else _kept_by_mlp(config, shape, at)
-        return max(total, at.tokens * (sliced - freed - kept_by_norm(config, shape)))
+        if config.parallel_residual != "one_norm":  # else its norm is attention's, too
+            freed += kept_by_norm(config, shape)
+        if config.parallel_residual == "two_norms" and not _converts(config, shape):
+            freed -= shape.hidden * shape.element  # both norms keep the same input
+        return max(total, at.tokens * (sliced - freed))
     if config.position != "relative":
         return total
     one = at.time**2 * shape.heads * _per_pair(config, shape)  # a value for every pair and head of a bin

@@ -206,7 +206,7 @@ def _layout(work: Work, cluster: Cluster, tp: int, pp: int, cp: int, ep: int) ->
         return None
     if not all(_divides(role.model, tp, pp, cp, ep) for role in work.engines) or slices_of(cp) > work.length:
         return None
-    if (cp > 1 or ep > 1) and work.rollout_layout is not None:
+    if ep > 1 and work.rollout_layout is not None:
         return None
     if work.cuda_graphs and pp > 1 and work.rollout_layout is None:
         return None

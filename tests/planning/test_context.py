@@ -3,20 +3,32 @@ against hand-worked ones."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
 from megarl.config.cluster import ClusterConfig
+from megarl.models.attention import Context
+from megarl.models.layer import Layer
+from megarl.models.rotary import rotation
+from megarl.models.sliced_attention import SlicedMasks
+from megarl.parallel.context import TimeSlices
+from megarl.parallel.fake import fake_world
 from megarl.parallel.layout import Layout
+from megarl.planning.activations import Shape, kept_by_layer, passing_backward
 from megarl.planning.hardware import Cluster
+from megarl.planning.parts import Positions
 from megarl.planning.plain import overrides
 from megarl.planning.plan import possible_layouts, remedies, suggest
 from megarl.planning.work import Work
 from tests.gated import gated
+from tests.planning.allocations import recorded
 from tests.planning.runs import (
     GPT2,
     LLAMA,
     MIXTURE,
+    NEOX,
     Measured,
     assert_predicted,
     describe,
@@ -26,6 +38,7 @@ from tests.planning.runs import (
     trained_packed,
     with_adapter,
 )
+from tests.planning.test_activations import layer_config
 from tests.planning.test_times import RATE, phase_of, planned, t5
 from tests.worlds import Worlds
 
@@ -42,11 +55,6 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
     "llama-bf16-packed": ("train", trained_packed, describe(Layout(cp=2), LLAMA, precision="bf16")),
     "llama-short-responses": ("train", trained, describe(Layout(cp=2), LLAMA, loss_tokens=96)),
     "llama-lora": ("train", trained, with_adapter(describe(Layout(cp=2), LLAMA))),
-    "gpt2-narrow-cp4": (
-        "train",
-        trained,
-        describe(Layout(cp=4), {**GPT2, "ffn_size": 256, "num_layers": 2}, length=1024, loss_tokens=64),
-    ),
     "experts": ("train", trained, describe(Layout(cp=2), MIXTURE)),
     "llama-generates": (
         "generate",
@@ -60,6 +68,41 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
 @pytest.mark.parametrize("name", gated(RUNS, [name for name in RUNS if name != "llama"]))
 def test_what_ranks_that_share_sequences_allocate_was_predicted(worlds: Worlds, name: str) -> None:
     assert_predicted(worlds, *RUNS[name])
+
+
+NARROW = {"ffn_size": 128, "head_dim": 16}
+
+
+@pytest.mark.parametrize("cp", [2, 4])
+@pytest.mark.parametrize(
+    "model", [GPT2, NEOX, {"activation": "swiglu"}, {**GPT2, "parallel_residual": "one_norm"}], ids=str
+)
+def test_gathered_keys_and_values_are_planned_where_their_gradients_are_the_peak(
+    cp: int, model: dict[str, Any]
+) -> None:
+    """In one process, whose collectives do nothing: gloo releases its buffers where nobody counts."""
+    layout, bins, time = Layout(cp=cp), 4, 512
+    with fake_world(layout, layout.cp - 1, device="cpu") as grid:
+        config = layer_config(layout, "fp32", "none", {**NARROW, **model})
+        layer = Layer(config, 1, grid.groups).train()
+        for parameter in layer.parameters():
+            parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+        turn = None
+        if config.position == "rope":
+            turn = rotation(torch.arange(time).expand(bins, -1), config.rope, config.rotary_dim, torch.float32)
+        context = Context(turn, None, sliced=SlicedMasks(TimeSlices(grid.groups.cp), [None, None]))
+        hidden = torch.randn(time, bins, 64, requires_grad=True)
+        with recorded() as forward:
+            output, _ = layer(hidden, context)
+        grad = torch.randn_like(output)
+        with recorded() as backward:
+            output.backward(grad)
+    shape, at = Shape.of(config, layout, 4, on_cpu=True), Positions(bins, time, ranks=cp)
+    alone = passing_backward(config, shape, replace(at, ranks=1), "none")
+    planned_peak = passing_backward(config, shape, at, "none")
+    assert planned_peak > 2 * alone
+    assert backward.peak == pytest.approx(planned_peak, rel=0.05)
+    assert forward.left == pytest.approx(kept_by_layer(config, shape, at, "none"), rel=0.01)  # an output for its input
 
 
 KEYS_AND_VALUES = 4 * (4 * 512) * 2 * 64 * 2
@@ -136,5 +179,3 @@ def test_sharing_sequences_helps_where_they_are_long_and_is_suggested_where_rule
     assert {each.cp for each in possible_layouts(replace(work, length=2047, loss_tokens=2047), cluster)} == {1}
     long_t5 = t5(Layout(dp=8), 8192, 8192)
     assert {each.cp for each in possible_layouts(long_t5, cluster)} == {1}
-    generating = replace(work, rollout_layout="tp2")
-    assert {each.cp for each in possible_layouts(generating, cluster)} == {1}
