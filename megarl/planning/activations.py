@@ -400,11 +400,9 @@ def _passing_sliced_attention(config: GPTConfig, shape: Shape, at: Positions, wi
     keys and values: twice while the parts of the ranks are joined. Then there are the early slice's output and, on a
     CPU, both parts of the late slice's with their products in at least float32, and their sum.
     """
-    own, whole = shape.queries + 4 * shape.keys, 2 * shape.keys * at.ranks
-    if config.position == "rope" or config.qk_layernorm:
-        own += shape.queries + shape.keys
-    elif _copies_queries(config, shape):
-        own += shape.queries
+    rotated = config.position == "rope" or config.qk_layernorm
+    own = (1 + (rotated or _copies_queries(config, shape))) * shape.queries + (4 + rotated) * shape.keys
+    whole = 2 * shape.keys * at.ranks
     outputs = (1.5 + 1.5 * wide / shape.element if shape.on_cpu else 1.0) * shape.queries
     return own + whole + max(whole, outputs)
 

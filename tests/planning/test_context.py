@@ -61,6 +61,11 @@ RUNS: dict[str, tuple[str, Callable[[Work], Measured], Work]] = {
         generated,
         describe(Layout(cp=2), LLAMA, rollouts=64, length=72, loss_tokens=8),
     ),
+    "llama-generates-elsewhere": (
+        "generate",
+        generated,
+        replace(describe(Layout(cp=2), LLAMA, rollouts=32, length=72, loss_tokens=8), rollout_layout="tp2"),
+    ),
     "llama-scores": ("score", scored, describe(Layout(cp=2), LLAMA, rollouts=8, loss_tokens=256)),
 }
 
