@@ -394,8 +394,8 @@ def _answer_turn(
         if terminal is not None and not stopped:
             for _, token in sampled:
                 terminal.take(token)
-        # Only with one replica do all ranks call this, as the others have nothing to answer.
-        stopped = stopped or (grid.layout.dp == 1 and grid.run_on_rank0(interrupted))
+        # Only with one copy of the weights do all ranks call this, as the others have nothing to answer.
+        stopped = stopped or (grid.layout.copies == 1 and grid.run_on_rank0(interrupted))
         return stopped
 
     request = Request(0, 0, order.tokens, sampling)

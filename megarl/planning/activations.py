@@ -157,8 +157,9 @@ def _kept_by_attention(config: GPTConfig, shape: Shape, at: Positions, recompute
         dropped = config.adapter is not None and config.adapter.dropout > 0  # the product keeps a copy with dropout
         output = shape.queries * shape.element if _keeps_input(config, at, PROJ) and not dropped else 0.0
         return (vectors + shape.keys) * 4 + output
-    # Queries of several groups are not contiguous in the projection, so they are copied.
-    copied = config.num_kv_heads != config.num_attention_heads and shape.keys > config.head_dim
+    if at.ranks > 1:
+        return _kept_by_sliced_attention(config, shape, at)
+    copied = _copies_queries(config, shape)
     elements = 2 * shape.queries + 2 * shape.keys  # the projection, and the output
     if config.position == "rope" or config.qk_layernorm:
         elements += vectors
@@ -166,12 +167,44 @@ def _kept_by_attention(config: GPTConfig, shape: Shape, at: Positions, recompute
         elements += shape.queries
     statistics = 0.0 if recompute == "selective" else 4 * shape.heads
     if config.qk_layernorm:
-        single = _converts(config, shape)
-        statistics += vectors / config.head_dim * (4 if config.normalization == "RMSNorm" else 2 * shape.element)
-        if single:
-            statistics += vectors * (4 if config.adapter else 8)  # the input, and what the scale multiplies
-        if copied and not single:
+        statistics += _kept_by_qk_norm(config, shape)
+        if copied and not _converts(config, shape):
             elements += shape.queries
+    return elements * shape.element + statistics
+
+
+def _copies_queries(config: GPTConfig, shape: Shape) -> bool:
+    """Return whether queries are copied out of the projection: those of several groups are not contiguous in it."""
+    return config.num_kv_heads != config.num_attention_heads and shape.keys > config.head_dim
+
+
+def _kept_by_qk_norm(config: GPTConfig, shape: Shape) -> float:
+    """Return bytes per token of the norms of queries and keys, besides inputs that are views of the projection."""
+    vectors = shape.queries + shape.keys
+    statistics = vectors / config.head_dim * (4 if config.normalization == "RMSNorm" else 2 * shape.element)
+    if _converts(config, shape):
+        statistics += vectors * (4 if config.adapter else 8)  # the input, and what the scale multiplies
+    return statistics
+
+
+def _kept_by_sliced_attention(config: GPTConfig, shape: Shape, at: Positions) -> float:
+    """Return bytes per token of attention to keys of several ranks: queries, a copy of the own keys and values, outputs
+    of both slices, their concatenation, and statistics. Nothing is recomputed selectively.
+
+    The projection is kept where queries, or the inputs of norms, are views of it.
+    """
+    projection, queries = shape.queries + 2 * shape.keys, shape.queries
+    copied = _copies_queries(config, shape)
+    dropped = config.adapter is not None and config.adapter.dropout > 0  # the product keeps a copy with dropout
+    joined = queries if _keeps_input(config, at, PROJ) and not dropped else 0.0
+    elements = 2 * shape.keys + queries + joined
+    if config.qk_layernorm and not _converts(config, shape):
+        elements += projection + queries * (1 + copied)
+    elif config.position == "rope" or config.qk_layernorm or copied:
+        elements += queries
+    else:
+        elements += projection
+    statistics = 4 * shape.heads + (_kept_by_qk_norm(config, shape) if config.qk_layernorm else 0.0)
     return elements * shape.element + statistics
 
 
@@ -336,6 +369,8 @@ def passing_forward(config: GPTConfig, shape: Shape, at: Positions, *, adapters:
     wide = shape.element if not shape.on_cpu or shape.element == 4 else 4
     gathered = shape.whole if shape.gathered else 0.0
     attention = 2 * shape.hidden + gathered + 4 * shape.queries + 4 * shape.keys
+    if at.ranks > 1:
+        attention = 2 * shape.hidden + gathered + _passing_sliced_attention(config, shape, at, wide)
     # Seven: the embedding's output, the layer's input, input and output of attention, their sum, its norm, one spare.
     mlp = 7 * shape.hidden + gathered
     mlp += _passing_experts(config, shape) if at.routed else (5 if config.gated_linear_unit else 2) * shape.inner
@@ -356,6 +391,20 @@ def passing_forward(config: GPTConfig, shape: Shape, at: Positions, *, adapters:
         squares = at.time**2 + at.other**2
         others += at.bins * (squares + at.time * at.other) * shape.element + 8 * squares
     return max(at.tokens * attention * shape.element + pairs, at.tokens * max(mlp * shape.element, norm)) + others
+
+
+def _passing_sliced_attention(config: GPTConfig, shape: Shape, at: Positions, wide: int) -> float:
+    """Return the elements per token at the peak of attention to keys of several ranks.
+
+    Beside the projection, rotated queries and keys, and the own keys and values in one tensor, these are the gathered
+    keys and values: twice while the parts of the ranks are joined. Then there are the early slice's output and, on a
+    CPU, both parts of the late slice's with their products in at least float32, and their sum.
+    """
+    rotated = config.position == "rope" or config.qk_layernorm
+    own = (1 + (rotated or _copies_queries(config, shape))) * shape.queries + (4 + rotated) * shape.keys
+    whole = 2 * shape.keys * at.ranks
+    outputs = (1.5 + 1.5 * wide / shape.element if shape.on_cpu else 1.0) * shape.queries
+    return own + whole + max(whole, outputs)
 
 
 def _passing_experts(config: GPTConfig, shape: Shape) -> float:
@@ -383,6 +432,18 @@ def passing_backward(config: GPTConfig, shape: Shape, at: Positions, recompute: 
     if config.adapter is not None and config.adapter.base_bits < 16 and shape.element < 4:
         total += 4 * shape.inner  # a quantised weight's input gradient is summed in float32
     total *= at.tokens
+    if at.ranks > 1:
+        # Gathered keys and values, their gradients summed and of one slice, and those of its keys alone; of the own
+        # positions, the gradient of the layer's input. The MLP's part is freed, and gradients of outputs and queries
+        # are in the place of what the output's product and the late slice had kept.
+        replaced = 0.0 if _keeps_input(config, at, PROJ) else shape.queries
+        sliced = (shape.hidden + replaced + 7 * shape.keys * at.ranks) * shape.element
+        freed = _kept_by_experts(config, shape, at) if at.routed else _kept_by_mlp(config, shape, at)
+        if config.parallel_residual != "one_norm":  # else its norm is attention's, too
+            freed += kept_by_norm(config, shape)
+        if config.parallel_residual == "two_norms" and not _converts(config, shape):
+            freed -= shape.hidden * shape.element  # both norms keep the same input
+        return max(total, at.tokens * (sliced - freed))
     if config.position != "relative":
         return total
     one = at.time**2 * shape.heads * _per_pair(config, shape)  # a value for every pair and head of a bin

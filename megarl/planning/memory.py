@@ -12,7 +12,7 @@ from megarl.parallel.update_rules import MOMENTS
 from megarl.parallel.vocab import padded_vocab
 from megarl.planning import activations as act
 from megarl.planning.activations import Shape
-from megarl.planning.parts import Part, parts_of, stages_that_differ
+from megarl.planning.parts import Part, parts_of, stages_that_differ, trained_parts
 from megarl.planning.shards import Shard, gpt_config, shard
 from megarl.planning.work import Work
 from megarl.rollout.generator import Limits
@@ -49,7 +49,7 @@ class Use:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One pipeline stage's ranks: all tensor- and data-parallel ranks of a stage have the same sizes."""
+    """One pipeline stage's ranks: all its tensor-, context- and data-parallel ranks have the same sizes."""
 
     stage: int
     shards: dict[str, Shard]
@@ -113,7 +113,7 @@ def _add_generation(plan: RankPlan, work: Work, *, on_cpu: bool) -> None:
     """Add the cache, the passes over it, and the second copy of the policy with `rollout.engine.layout` as a role."""
     there, stage, name = work.generating, plan.stage, work.engines[0].name
     Limits(graphs=work.cuda_graphs).check(there.layout, has_experts=work.model.experts is not None)
-    moved = there is not work
+    moved = work.moves_weights
     if moved:
         _refuse_shared_experts(work)
         check_divides(gpt_config(work), there.layout, str(work.rollout_layout))
@@ -152,7 +152,7 @@ def _refuse_shared_experts(work: Work) -> None:
 
 def _stages_there(work: Work, there: Work, stage: int) -> range:
     """Return the stages of the generation layout on the ranks of a stage; in both layouts stages vary slowest."""
-    ranks, theirs = work.layout.tp * work.layout.dp, there.layout.tp * there.layout.dp
+    ranks, theirs = (layout.tp * layout.copies for layout in (work.layout, there.layout))
     return range(stage * ranks // theirs, ((stage + 1) * ranks - 1) // theirs + 1)
 
 
@@ -212,8 +212,8 @@ def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) 
     """Return activations and logits at the peak of a step, when the backward pass of a microbatch has just begun."""
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu)
     recompute = work.parallel.recompute
-    tokens, own = work.micro * work.length, work.micro * work.read[1]
-    parts = parts_of(work, stage, work.micro, work.read)
+    tokens, own = work.micro * sum(work.computed), work.micro * work.computed[1]
+    parts = trained_parts(work, stage)
     trained = sum(part.trained for part in parts)  # frozen layers keep no activations
     layers = sum(part.trained * act.kept_by_layer(config, shape, part.at, recompute) for part in parts)
     layers += sum(act.kept_besides_layers(config, shape, part, recompute) for part in parts)
@@ -222,7 +222,7 @@ def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) 
     layers += tokens * shape.rotary * 2 * shape.element
     last = stage == work.layout.pp - 1
     kept = in_flight(work, stage) * layers
-    kept += work.accumulation * tokens * _INPUTS
+    kept += work.accumulation * work.micro * work.length * _INPUTS  # whole sequences on every rank
     once = [(part.trained, act.kept_once_by_adapters(config, work.layout, shape, part.at)) for part in parts]
     kept += (
         in_flight(work, stage) * sum(layers * one for layers, one in once)
@@ -231,7 +231,7 @@ def _training(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) 
     )
     if work.layout.pp > 1:
         kept += 2 * tokens * shape.hidden * shape.element  # received from neighbouring stages
-    rows = work.micro * work.loss_tokens
+    rows = work.micro * work.most_targets
     logits = 0.0
     passing = max(_passing_backward(config, shape, part, recompute) for part in parts)
     passing += act.dequantised_chunk(config, shape)
@@ -271,16 +271,16 @@ def _passing_backward(config: GPTConfig, shape: Shape, part: Part, recompute: st
 def _scoring(work: Work, role: Role, stage: int, *, on_cpu: bool) -> tuple[float, float]:
     """Return activations and logits while log-probs and values of responses are computed, without gradients."""
     config, shape = gpt_config(work), _shape(work, on_cpu=on_cpu)
-    tokens, rows = work.micro * work.length, work.micro * work.loss_tokens
-    parts = parts_of(work, stage, work.micro, work.read)
+    tokens, rows = work.micro * sum(work.computed), work.micro * work.most_targets
+    parts = trained_parts(work, stage)
     passing = _passing_forward(config, shape, parts) + tokens * shape.rotary * 2 * shape.element
-    passing += tokens * _INPUTS * -(-work.rollouts // (work.layout.dp * work.micro))
+    passing += work.micro * work.length * _INPUTS * -(-work.rollouts // (work.layout.dp * work.micro))
     logits = 0.0
     if stage == work.layout.pp - 1 and "lm" in role.heads:
         logits = act.vocabulary(
             config, shape, work.layout, rows, backward=False, entropy=work.entropy, width=shape.whole
         )
-        states = tokens + (work.micro * work.read[1] if shape.gathered else 0)
+        states = tokens + (work.micro * work.computed[1] if shape.gathered else 0)
         head = (states + rows) * shape.whole * shape.element
         passing = max(passing, head + logits) - logits
     return passing, logits
@@ -349,10 +349,10 @@ def _saving(work: Work, role: Role, held: Shard, stage: int, *, on_cpu: bool) ->
     """Return device bytes of one gathered bucket of optimizer state, and host bytes of master weights and moments."""
     layout, shared = work.layout, held.experts
     # Files lack the weights beside adapters.
-    file = held.distributed("weights", layout) if role.adapter is None else held.copy / layout.dp
+    file = held.distributed("weights", layout) if role.adapter is None else held.copy / layout.copies
     file += 4 * (held.distributed("trainable", layout) + held.distributed("moments", layout))
     common = (held.trainable - shared.trainable, held.moments - shared.moments, held.bucket)
-    kinds = [(layout.dp, *common), (layout.dp // layout.ep, shared.trainable, shared.moments, shared.bucket)]
+    kinds = [(layout.copies, *common), (layout.copies // layout.ep, shared.trainable, shared.moments, shared.bucket)]
     gathered, host = 0.0, file
     for replicas, trainable, moments, bucket in kinds:
         # Megatron gathers as many tensors as Adam has; a single replica gathers nothing.

@@ -24,6 +24,8 @@ class Positions:
         other: positions of a bin that it passes on unchanged: those of the other part of an encoder-decoder.
         crosses: whether the layer attends to the others: a decoder's layer does.
         routed: whether it sends them to experts.
+        ranks: number of ranks that share a bin (`parallel.cp`). This one changes `time` of its positions, and attends
+            to those of all.
     """
 
     bins: int
@@ -31,6 +33,7 @@ class Positions:
     other: int = 0
     crosses: bool = False
     routed: bool = False
+    ranks: int = 1
 
     @property
     def tokens(self) -> int:
@@ -62,19 +65,25 @@ class Part:
     is_last: bool = False
 
 
-def parts_of(work: Work, stage: int, bins: int, read: tuple[int, int]) -> tuple[Part, ...]:
+def trained_parts(work: Work, stage: int) -> tuple[Part, ...]:
+    """Return what `parts_of` does for a microbatch of training sequences, as a rank computes it."""
+    return parts_of(work, stage, work.micro, work.computed, ranks=work.layout.cp)
+
+
+def parts_of(work: Work, stage: int, bins: int, read: tuple[int, int], *, ranks: int = 1) -> tuple[Part, ...]:
     """Return the kinds of layers of a pipeline stage, in the order of the layers.
 
     Args:
         work: the run.
         stage: the pipeline stage.
         bins: number of bins of a pass.
-        read: positions of a bin in the encoder and in the decoder (`Work.read`).
+        read: positions of a bin that a rank computes in the encoder and in the decoder (`Work.computed`).
+        ranks: number of ranks that share a bin.
     """
     encoder, decoder = read
     model, share = work.model, work.model.layers // work.layout.pp
     if model.experts is not None:
-        return _parts_with_experts(work, stage, Positions(bins, decoder))
+        return _parts_with_experts(work, stage, Positions(bins, decoder, ranks=ranks))
     first, end = stage * share, (stage + 1) * share
     frozen = model.layers - layers_with_gradients(model, work.adapter)
     split = model.encoder_layers
@@ -89,7 +98,7 @@ def parts_of(work: Work, stage: int, bins: int, read: tuple[int, int]) -> tuple[
         found.append(Part(stop - first, trained(first, stop), at, is_encoder=True, is_last=stop == split))
     if end > split:
         start = max(first, split)
-        at = Positions(bins, decoder, encoder, crosses=split > 0)
+        at = Positions(bins, decoder, encoder, crosses=split > 0, ranks=ranks)
         found.append(Part(end - start, trained(start, end), at))
     return tuple(found)
 

@@ -146,6 +146,7 @@ def overrides(plan: Plan) -> str:
     words = [
         f"parallel.tp={work.layout.tp}",
         f"parallel.pp={work.layout.pp}",
+        *([f"parallel.cp={work.layout.cp}"] if work.model.encoder is None else []),
         *([f"parallel.ep={work.layout.ep}"] if work.model.experts is not None else []),
         f"parallel.sequence_parallel={str(work.layout.sequence_parallel).lower()}",
         f"parallel.recompute={work.parallel.recompute}",

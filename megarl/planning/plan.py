@@ -18,6 +18,7 @@ from megarl.models.flops import (
     layers_with_gradients,
     weights_of_layers,
 )
+from megarl.parallel.context import slices_of
 from megarl.parallel.layout import Layout
 from megarl.planning.hardware import GIB, Cluster
 from megarl.planning.memory import RankPlan, plan_ranks
@@ -27,6 +28,8 @@ from megarl.progress import waiting
 
 MOST_STAGES = 16
 MICRO_BATCHES = (1, 2, 4, 8)
+SHORTEST_SLICE = 512
+"""Fewest positions of a slice in suggested layouts with `parallel.cp`."""
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -125,9 +128,9 @@ def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
             f"trainer.micro_batch_size={work.micro // 2}",
             work.on(layout, micro=work.micro // 2, recompute=parallel.recompute),
         )
-    for name, other in (("tp", _layout(work, cluster, layout.tp * 2, layout.pp, layout.ep)),
-                        ("pp", _layout(work, cluster, layout.tp, layout.pp * 2, layout.ep)),
-                        ("ep", _layout(work, cluster, layout.tp, layout.pp, layout.ep * 2))):  # fmt: skip
+    for name in ("tp", "pp", "cp", "ep"):
+        sizes = {axis: getattr(layout, axis) * (2 if axis == name else 1) for axis in ("tp", "pp", "cp", "ep")}
+        other = _layout(work, cluster, **sizes)
         if other is not None:
             yield (
                 f"parallel.{name}={getattr(other, name)}",
@@ -148,8 +151,8 @@ def _changes(work: Work, cluster: Cluster) -> Iterator[tuple[str, Work]]:
 
 
 def suggest(plan: Plan, most: int = 8) -> list[Plan]:
-    """Return fitting layouts of the same GPUs, fastest first: one per TP x PP, with its fastest size of expert
-    parallelism and of a microbatch, and recomputation."""
+    """Return fitting layouts of the same GPUs, fastest first: one per TP x PP, with its fastest sizes of context
+    and expert parallelism and of a microbatch, and recomputation."""
     layouts = [
         each for each in possible_layouts(plan.work, plan.cluster) if _least(plan.work, each) <= plan.cluster.usable
     ]
@@ -176,10 +179,18 @@ def possible_layouts(work: Work, cluster: Cluster) -> Iterator[Layout]:
     """Yield the layouts of a cluster that split the models and batches of a run."""
     for tp in divisors(cluster.per_node):
         for pp in possible_stages(work.model.encoder_layers, work.model.num_layers):
-            for ep in _shares(work.model, cluster.gpus // (tp * pp)):
-                layout = _layout(work, cluster, tp, pp, ep)
-                if layout is not None and pp <= MOST_STAGES:
-                    yield layout
+            for cp in _splits(work, cluster.gpus // (tp * pp)):
+                for ep in _shares(work.model, cluster.gpus // (tp * pp)):
+                    layout = _layout(work, cluster, tp, pp, cp, ep)
+                    if layout is not None and pp <= MOST_STAGES:
+                        yield layout
+
+
+def _splits(work: Work, copies: int) -> list[int]:
+    """Return over how many of the ranks that hold the same weights a sequence may be split: slices are long, as short
+    ones take no less time."""
+    most = work.length // SHORTEST_SLICE
+    return [1, *(cp for cp in divisors(max(1, copies)) if cp > 1 and slices_of(cp) <= most)]
 
 
 def _shares(model: ModelConfig, replicas: int) -> list[int]:
@@ -189,23 +200,24 @@ def _shares(model: ModelConfig, replicas: int) -> list[int]:
     return divisors(math.gcd(int(model.experts.count or 1), replicas))
 
 
-def _layout(work: Work, cluster: Cluster, tp: int, pp: int, ep: int) -> Layout | None:
+def _layout(work: Work, cluster: Cluster, tp: int, pp: int, cp: int, ep: int) -> Layout | None:
     """Return the layout with TP within a machine and the rest data-parallel; None if model or batch cannot be split."""
-    if tp > cluster.per_node or cluster.gpus % (tp * pp * ep):
+    if tp > cluster.per_node or cluster.gpus % (tp * pp * cp) or cluster.gpus % (tp * pp * ep):
         return None
-    if not all(_divides(role.model, tp, pp, ep) for role in work.engines):
+    if not all(_divides(role.model, tp, pp, cp, ep) for role in work.engines) or slices_of(cp) > work.length:
         return None
     if ep > 1 and work.rollout_layout is not None:
         return None
     if work.cuda_graphs and pp > 1 and work.rollout_layout is None:
         return None
-    layout = Layout(tp=tp, pp=pp, dp=cluster.gpus // (tp * pp), ep=ep, sequence_parallel=tp > 1)
+    dp = cluster.gpus // (tp * pp * cp)
+    layout = Layout(tp=tp, pp=pp, dp=dp, cp=cp, ep=ep, sequence_parallel=tp > 1)
     divides = work.global_batch % layout.dp == 0 and all(time % tp == 0 for time in work.read)
     return layout if divides else None
 
 
-def _divides(model: ModelConfig, tp: int, pp: int, ep: int) -> bool:
-    return shape_problem(model, ParallelConfig(tp=tp, pp=pp, ep=ep)) is None
+def _divides(model: ModelConfig, tp: int, pp: int, cp: int, ep: int) -> bool:
+    return shape_problem(model, ParallelConfig(tp=tp, pp=pp, cp=cp, ep=ep)) is None
 
 
 def _least(work: Work, layout: Layout) -> float:
@@ -219,7 +231,7 @@ def _least(work: Work, layout: Layout) -> float:
         return _least_with_experts(work, layout, model.num_layers - trained, element, master)
     weights = model.layers * layer_weights(model) + model.num_layers * 2 * cross_weights(model)
     least = weights * element
-    least += trained * layer_weights(model) * (4 + master / layout.dp)
+    least += trained * layer_weights(model) * (4 + master / layout.copies)
     return least / layout.tp / layout.pp
 
 
@@ -230,11 +242,12 @@ def _least_with_experts(work: Work, layout: Layout, frozen: int, element: float,
     assert experts is not None
 
     def held(first: int, per_weight: float, divided: float) -> float:
-        """Bytes of the layers from number `first` on; `divided` are those of a weight that its replicas divide."""
+        """Bytes of the layers from number `first` on; `divided` are those of a weight that its holders divide."""
         in_experts = expert_layers(model, first) * expert_weights(model)
         others = weights_of_layers(model, first) - in_experts * experts.chosen
         mine = in_experts * int(experts.count or 0) / layout.ep
-        return others * (per_weight + divided / layout.dp) + mine * (per_weight + divided * layout.ep / layout.dp)
+        of_rank = divided / layout.copies
+        return others * (per_weight + of_rank) + mine * (per_weight + of_rank * layout.ep)
 
     return (held(0, element, 0) + held(frozen, 4, master)) / layout.tp / layout.pp
 

@@ -43,7 +43,7 @@ class Shard:
     weights: int
     gradients: int
     optimizer: int
-    moments: int  # values of the optimizer's state in a checkpoint, besides the weights, of all data-parallel ranks
+    moments: int  # values of the optimizer's state in a checkpoint, besides the weights, of all holders of a weight
     stepping: int  # temporary memory of an optimizer step that needs whole matrices
     copy: int  # bytes of the trainable weights: a reference keeps them in host memory
     largest: int  # elements of the largest trainable parameter
@@ -53,10 +53,10 @@ class Shard:
     experts: OfExperts = OfExperts()
 
     def distributed(self, name: str, layout: Layout) -> float:
-        """Return a rank's share of `trainable`, `weights` or `moments` where the replicas that hold a weight divide it.
-        An expert is held by `dp / ep` of the replicas."""
+        """Return a rank's share of `trainable`, `weights` or `moments` where the ranks that hold a weight divide it. An
+        expert is held by one of `ep` of them."""
         of_experts = getattr(self.experts, name)
-        return float((getattr(self, name) - of_experts + of_experts * layout.ep) / layout.dp)
+        return float((getattr(self, name) - of_experts + of_experts * layout.ep) / layout.copies)
 
 
 Sizes = TypeVar("Sizes", Shard, OfExperts)
@@ -87,6 +87,8 @@ def shard(work: Work, role: Role, stage: int, *, exact: bool = True) -> Shard:
     """
     if not exact and _experts_here(work.layout, role) > FEW_EXPERTS:
         return _by_few_experts(work, role, stage)
+    # Ranks that share sequences hold what replicas hold.
+    work = replace(work, layout=replace(work.layout, cp=1, dp=work.layout.copies))
     rank = rank_of(work.layout, pp=like(work.layout, role.model, stage))
     key = (repr(role), work.layout, work.precision, rank)
     found = _KNOWN.get(key)

@@ -59,7 +59,7 @@ class Load:
     """What a pipeline stage computes and exchanges for one sequence.
 
     Attributes:
-        forward, backward: FLOPs of the passes, before they are split over tensor-parallel ranks.
+        forward, backward: FLOPs of the passes, before they are split over tensor- and context-parallel ranks.
         summed: positions whose states a forward pass sums over tensor-parallel ranks, and a backward pass their
             gradients, over all layers.
         gathered: positions that are gathered again in the backward pass under sequence parallelism.
@@ -84,7 +84,8 @@ class Clock:
         # Layers of a decode pass on a stage. An encoder's run over prompts alone; the decoder's are on one stage.
         self.layers = work.model.num_layers / (1 if work.model.encoder is not None else self.layout.pp)
         self.tp_span = self.layout.tp
-        self.dp_span = self.layout.tp * self.layout.dp if self.layout.dp > 1 else 1
+        self.cp_span = self.layout.tp * self.layout.cp
+        self.dp_span = self.layout.tp * self.layout.copies if self.layout.copies > 1 else 1
         self.expert_layers = expert_layers(work.model) / self.layout.pp  # on a stage
         self.experts = work.model.experts.count or 0 if work.model.experts is not None else 0
 
@@ -207,7 +208,7 @@ class Clock:
         """Estimate a checkpoint, in which ranks write weights, master weights and moments; not part of a unit."""
         held, layout = self.fullest, self.layout
         stored = 4 * (held.distributed("trainable", layout) + held.distributed("moments", layout))
-        weights = held.distributed("weights", layout) if self.work.adapter is None else held.copy / layout.dp
+        weights = held.distributed("weights", layout) if self.work.adapter is None else held.copy / layout.copies
         return Phase("save", seconds=(weights + stored) * self._models() / _SAVED_BYTES_PER_S, bound="writing")
 
     # --- parts ------------------------------------------------------------------------------------------------------
@@ -307,15 +308,25 @@ class Clock:
 
     def _mostly(self) -> str:
         """Return what takes most of a forward pass of a microbatch."""
-        work, read = self.work, self.work.read
-        load = max(load.forward for load in self._loads(read, min(read[1], work.loss_tokens)))
-        whole = work.micro * sum(read) * work.model.hidden_size * work.element
+        work, layout, read = self.work, self.layout, self.work.read
+        load = max(load.forward for load in self._loads(read, self._output(read))) / layout.tp / layout.cp
+        whole = work.micro * sum(read) * work.model.hidden_size * work.element / layout.cp
         parts = {
-            "products": work.micro * load / self.layout.tp / (self.cluster.gpu.flops * self.rates.products),
+            "products": work.micro * load / (self.cluster.gpu.flops * self.rates.products),
             "launching experts (host)": self._launching(self.expert_layers),
             "exchanges of tokens": self._exchange(whole, Phase("forward"), 2 * self.expert_layers),
+            "gathering keys and values": self._gather(work.micro, sum(read), Phase("forward"), self._layers_of_stage()),
         }
         return max(parts, key=lambda name: parts[name])
+
+    def _output(self, read: tuple[int, int]) -> int:
+        """Return the number of a sequence's positions to which the output layer is applied, if every rank that shares
+        it did as much as the rank with most of them."""
+        return min(read[1], self.work.most_targets * self.layout.cp)
+
+    def _layers_of_stage(self, frozen: int = 0) -> float:
+        """Return the layers of a stage, without the share of the `frozen` ones."""
+        return (self.work.model.layers - frozen) / self.layout.pp
 
     def _launching(self, layers: float) -> float:
         """Return the seconds in which the host launches a rank's experts of some layers, one after the other."""
@@ -336,12 +347,12 @@ class Clock:
         """Return the seconds of one microbatch on the slowest stage, and add the bytes it sends to the phase. `read` is
         as in `_loads`."""
         work, layout, cluster = self.work, self.layout, self.cluster
-        loads = self._loads(read, min(read[1], work.loss_tokens))
-        flops = rows * max(load.backward if backward else load.forward for load in loads) / layout.tp
+        loads = self._loads(read, self._output(read))
+        flops = rows * max(load.backward if backward else load.forward for load in loads) / layout.tp / layout.cp
         frozen = work.model.layers - layers_with_gradients(work.model, work.adapter) if backward else 0
         routed = expert_layers(work.model, frozen) / layout.pp
         seconds = max(flops / (cluster.gpu.flops * self.rates.products), self._launching(routed))
-        state = rows * work.model.hidden_size * work.element  # bytes of a position
+        state = rows * work.model.hidden_size * work.element / layout.cp  # bytes of a position, a rank's share
         whole = state * sum(read)
         if layout.tp > 1:
             sent = state * (layout.tp - 1) / layout.tp * max(self._exchanged(load, backward) for load in loads)
@@ -349,10 +360,12 @@ class Clock:
             # Half of the backward pass's communication overlaps the products for the weight gradients.
             seconds += sent / cluster.speed(self.tp_span) * (0.5 if backward else 1.0)
         seconds += self._exchange(whole, phase, 2 * routed)  # tokens to their experts, and results back
+        # The backward pass gathers them again, and sums the gradients.
+        seconds += self._gather(rows, sum(read), phase, (1 + backward) * self._layers_of_stage(frozen))
         if layout.pp > 1:
             split = layout.tp if layout.sequence_parallel else 1
             sent = whole / split * layout.vpp
-            span = layout.tp * layout.dp * 2
+            span = layout.tp * layout.copies * 2
             self._add(phase, span, sent)
             seconds += sent / cluster.speed(span)
         return seconds
@@ -365,7 +378,7 @@ class Clock:
         Within a machine they take the fast links at the same time as the others take the network.
 
         Args:
-            whole: bytes of the states of all tokens of a replica.
+            whole: bytes of the states of all tokens that a rank computes.
             phase: the phase.
             layers: number of layers with experts.
         """
@@ -379,6 +392,22 @@ class Clock:
         phase.sent[_BETWEEN] += between
         return max(within / self.cluster.speed(1), between / self.cluster.speed(self.cluster.per_node + 1))
 
+    def _gather(self, rows: int, positions: int, phase: Phase, layers: float) -> float:
+        """Return the seconds in which ranks that share sequences gather the keys and values of all positions in
+        `layers` layers, or sum the gradients of these, and add the bytes to the phase. Nothing is computed meanwhile.
+        """
+        cp = self.layout.cp
+        if cp == 1:
+            return 0.0
+        sent = rows * positions * self._cached_width * self.work.element * layers * (cp - 1) / cp
+        self._add(phase, self.cp_span, sent)
+        return sent / self.cluster.speed(self.cp_span)
+
+    @property
+    def _cached_width(self) -> float:
+        """Elements of a position's key and value in a layer on a rank."""
+        return 2 * max(1.0, self.work.model.kv_heads / self.layout.tp) * self.work.model.head_width
+
     def _exchanged(self, load: Load, backward: bool) -> float:
         """Return how many positions a tensor-parallel rank sends the states of: twice each that is summed, as its parts
         are scattered and gathered."""
@@ -388,7 +417,8 @@ class Clock:
         return positions + (2 * load.shared if backward else 0.0)
 
     def _step(self, phase: Phase) -> tuple[float, float, float]:
-        """Return the seconds to reduce gradients over replicas, gather updated weights, and update a rank's share."""
+        """Return the seconds to reduce gradients over all ranks that hold the same weights, gather updated weights, and
+        update a rank's share."""
         held, gpu, layout = self.fullest, self.cluster.gpu, self.layout
         mine, moments = (held.distributed(name, layout) for name in ("trainable", "moments"))
         gradients, weights = (size * (held.trainable - mine) for size in (4, self.work.element))
@@ -402,10 +432,8 @@ class Clock:
         and values of prompts and half-finished responses."""
         work = self.work
         model, layout = work.model, self.layout
-        heads = max(1.0, model.kv_heads / layout.tp)
-        head_dim = model.head_width
         seen = work.prompt + work.response / 2
-        cache = 2 * self.layers * rows * heads * head_dim * seen * work.element
+        cache = self.layers * rows * self._cached_width * seen * work.element
         weights = self._weights_of_decoding * self.layers / model.num_layers / layout.tp
         if model.experts is not None:
             read = self._experts_read(rows) - model.experts.chosen

@@ -11,6 +11,7 @@ from megarl.models.exchange.pretrained import Sources
 from megarl.models.roles import Role
 from megarl.modules.base import Module
 from megarl.modules.workload import Workload
+from megarl.parallel.context import slices_of
 from megarl.parallel.layout import Layout
 from megarl.rollout.resharded import other_layout
 
@@ -57,6 +58,31 @@ class Work(Workload):
         return encoder, self.length - encoder
 
     @property
+    def computed(self) -> tuple[int, int]:
+        """The positions of `read` that a rank computes: with `parallel.cp`, two slices of the decoder's."""
+        encoder, decoder = self.read
+        return encoder, decoder if self.layout.cp == 1 else 2 * self._slice
+
+    @property
+    def most_targets(self) -> int:
+        """Positions of a training sequence to which a rank applies the output layer, on the rank that has most of them:
+        targets are the last positions, and a rank has an early and a late slice (`TimeSlices`)."""
+        ranks, length = self.layout.cp, self._slice
+        if ranks == 1:
+            return self.loss_tokens
+        end = self.read[1]
+
+        def targets(place: int) -> int:
+            return max(0, min((place + 1) * length, end) - max(place * length, end - self.loss_tokens))
+
+        return max(targets(rank) + targets(slices_of(ranks) - 1 - rank) for rank in range(ranks))
+
+    @property
+    def _slice(self) -> int:
+        """Positions of a slice of a training sequence; plans of microbatches round up."""
+        return -(-self.read[1] // slices_of(self.layout.cp))
+
+    @property
     def engines(self) -> tuple[Role, ...]:
         """The roles that use memory on the device."""
         return tuple(role for role in self.roles if role.on_device)
@@ -87,9 +113,20 @@ class Work(Workload):
 
     @property
     def generating(self) -> "Work":
-        """The same run in its generation layout."""
+        """The same run as it generates: in its generation layout, or where ranks share sequences, with each of them as
+        a replica."""
         other = other_layout(self.rollout_layout, self.layout)
-        return self if other is None else self.on(other, micro=self.micro, recompute="none")
+        if other is not None:
+            return self.on(other, micro=self.micro, recompute="none")
+        if self.layout.cp == 1:
+            return self
+        alone = replace(self.layout, cp=1, dp=self.layout.copies)
+        return self.on(alone, micro=self.micro, recompute=self.parallel.recompute)
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether it generates in another layout, with a second copy of the policy's weights."""
+        return other_layout(self.rollout_layout, self.layout) is not None
 
     def on(self, layout: Layout, *, micro: int, recompute: str) -> "Work":
         """Return the same run in another layout."""
@@ -97,6 +134,7 @@ class Work(Workload):
             self.parallel,
             tp=layout.tp,
             pp=layout.pp,
+            cp=layout.cp,
             ep=layout.ep,
             vpp=layout.vpp if layout.vpp > 1 else None,
             sequence_parallel=layout.sequence_parallel,

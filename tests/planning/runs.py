@@ -1,6 +1,7 @@
 """Small runs on CPUs, described to the planner and really done, with what torch allocated meanwhile."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from megarl.parallel.grid import Grid, start_world
 from megarl.parallel.layout import Layout
 from megarl.parallel.microbatches import MicrobatchPlan
 from megarl.parallel.rows import Microbatch, Rows
+from megarl.planning.memory import plan_stage
 from megarl.planning.shards import build_shard
 from megarl.planning.work import Work
 from megarl.rollout.generator import Generator, Limits
@@ -32,6 +34,7 @@ from megarl.rollout.requests import Request, Sampling
 from megarl.rollout.resharded import for_generation
 from tests.e2e.runs import run_ppo
 from tests.planning.allocations import recorded
+from tests.worlds import Worlds
 
 GPT2 = {"norm": "layernorm", "activation": "gelu_tanh", "position": "learned", "mlp_bias": True, "qkv_bias": True}
 NEOX = {"norm": "layernorm", "activation": "gelu_tanh", "parallel_residual": "two_norms", "rope_percent": 0.25}
@@ -40,6 +43,7 @@ T5 = {"activation": "geglu", "position": "relative", "encoder": EncoderConfig(nu
 MIXTURE = {**LLAMA, "experts": ExpertsConfig(count=8, chosen=2, ffn_size=512)}
 SHARED = {**LLAMA, "experts": ExpertsConfig(count=4, chosen=2, shared_ffn_size=512, dense_layers=[0], normalise=False)}
 VOCAB = 2048
+WITHIN = 0.10
 
 
 def policy_of(model: ModelConfig, vocab_size: int = VOCAB, heads: tuple[str, ...] = ("lm",)) -> Role:
@@ -70,6 +74,7 @@ def describe(
         parallel=ParallelConfig(
             tp=layout.tp,
             pp=layout.pp,
+            cp=layout.cp,
             ep=layout.ep,
             sequence_parallel=layout.sequence_parallel,
             recompute=recompute,
@@ -108,12 +113,12 @@ class Measured:
     held: int
 
 
-def trained(work: Work) -> Measured:
-    """Build an engine, take one step, forget it."""
+def trained(work: Work, packed: int = 1) -> Measured:
+    """Build an engine, take one step, forget it; `packed` sequences fill a bin."""
     grid = Grid(work.layout, start_world())
     with recorded() as allocations:
         engine = _engine(grid, work)
-        batches = [_batch(work) for _ in range(work.accumulation)]
+        batches = [_batch(work, packed) for _ in range(work.accumulation)]
 
         engine.train_step(batches, cross_entropy, count_targets)
         engine.apply_gradients()
@@ -122,6 +127,22 @@ def trained(work: Work) -> Measured:
     measured = Measured(grid.pp_rank, allocations.peak, allocations.left)
     grid.close()
     return measured
+
+
+def trained_packed(work: Work) -> Measured:
+    """What `trained` does, with sequences of which four fill a bin."""
+    return trained(work, packed=4)
+
+
+def assert_predicted(worlds: Worlds, phase: str, run: Callable[[Work], Measured], work: Work) -> None:
+    """Do a run and compare the bytes of one rank of each stage with those of its plan."""
+    seen = {measured.stage: measured for measured in worlds.run(work.layout.world_size, run, work)}
+    for stage, measured in seen.items():
+        plan = plan_stage(work, stage, on_cpu=True)
+        assert plan.total(phase) == pytest.approx(measured.peak, rel=WITHIN)
+        use = plan.uses[phase][0]
+        if work.layout.world_size == 1:  # gloo's own buffers are released where nobody counts
+            assert use.weights + use.gradients + use.optimizer == pytest.approx(measured.held, rel=0.01)
 
 
 def built(work: Work) -> Measured:
@@ -221,17 +242,28 @@ def _engine(grid: Grid, work: Work) -> Engine:
     return engine
 
 
-def _batch(work: Work) -> Microbatch:
-    """A microbatch that reads `work.length` tokens of each row: all but the last, or of the decoder the start token."""
+def _batch(work: Work, packed: int = 1) -> Microbatch:
+    """A microbatch that reads `work.length` tokens of each bin: all but the last of each row, or of the decoder the
+    start token."""
     encoded, _ = work.read
-    length = work.length + (0 if encoded else 1)
-    mask = torch.zeros(work.micro, length)
+    length = work.length // packed + (0 if encoded else 1)
+    mask = torch.zeros(work.micro * packed, length)
     mask[:, length - work.loss_tokens :] = 1.0
     tokens = torch.randint(0, work.vocab_size, mask.shape)
-    rows = Rows(tokens, torch.full((work.micro,), length), mask)
+    rows = Rows(tokens, torch.full((len(mask),), length), mask)
     prompts = torch.full((work.micro,), encoded) if encoded else None
-    plan = MicrobatchPlan(rows.lengths, Layout(), 0, per_microbatch=work.micro, share_bins=False, prompts=prompts)
+    together = None if packed == 1 else torch.arange(len(mask)) // packed
+    plan = MicrobatchPlan(
+        rows.lengths,
+        Layout(),
+        0,
+        per_microbatch=work.micro,
+        share_bins=False,
+        prompts=prompts,
+        keep_together=together,
+    )
     (batch,) = plan.microbatches(rows)
+    assert tuple(batch.tokens.shape) == (work.micro, work.read[1])
     return batch
 
 

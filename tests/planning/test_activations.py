@@ -1,6 +1,7 @@
 """The formulas of docs/planning.md against what autograd keeps of a layer, to the byte."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sections.model import EncoderConfig, ExpertsConfig, ModelConfig
+from megarl.models import sliced_attention
 from megarl.models.adapter_spec import ADAPTER
 from megarl.models.adapters import attach
 from megarl.models.attention import Context
@@ -16,6 +18,8 @@ from megarl.models.encoder_decoder import Spans, layer_of, spans
 from megarl.models.exchange.adapters import new_spec
 from megarl.models.layer import Layer
 from megarl.models.rotary import rotation
+from megarl.models.sliced_attention import SlicedMasks
+from megarl.parallel.context import TimeSlices
 from megarl.parallel.fake import fake_world
 from megarl.parallel.layout import Layout
 from megarl.parallel.rows import ModelInputs, Origins
@@ -56,7 +60,7 @@ def kept(
     first: bool = False,
 ) -> int:
     """Bytes of all memory that a layer's forward pass keeps for its backward pass, weights and rotations excepted."""
-    with fake_world(layout, device="cpu") as grid:
+    with fake_world(layout, layout.tp * (layout.cp - 1), device="cpu") as grid:  # its late slice begins inside
         config = layer_config(layout, precision, recompute, model, adapter)
         layer = Layer(config, 1, grid.groups)
         if config.adapter is not None:
@@ -73,8 +77,9 @@ def kept(
         }
         split = layout.tp if layout.sequence_parallel else 1
         hidden = torch.randn(TIME // split, BATCH, 64, dtype=config.params_dtype, requires_grad=not first)
-        rows = torch.arange(1, BATCH + 1)[:, None].expand(-1, TIME)
-        context = Context(turn, None, origins=Origins(rows, float(BATCH * TIME), 1))
+        rows = torch.arange(1, BATCH + 1)[:, None].expand(-1, TIME * layout.cp)
+        sliced = SlicedMasks(TimeSlices(grid.groups.cp), [None, None]) if layout.cp > 1 else None
+        context = Context(turn, None, origins=Origins(rows, float(BATCH * TIME), 1), sliced=sliced)
         return bytes_kept(lambda: layer(hidden, context), shared)
 
 
@@ -90,27 +95,36 @@ def bytes_kept(forward: Callable[[], object], shared: set[int]) -> int:
             alive.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()
+    class Watched(sliced_attention._OwnPart):
+        """Attention to keys of several ranks has hooks of its own, which hide tensors from those around them."""
+
+        def pack(self, tensor: torch.Tensor) -> Any:
+            packed = super().pack(tensor)
+            keep(packed if isinstance(packed, torch.Tensor) else self.own)
+            return packed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sliced_attention, "_OwnPart", Watched)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            forward()
     return sum(found.values())
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt": {"activation": "gelu", "norm": "layernorm"},
+    "gpt2": {"activation": "gelu", "norm": "layernorm", "position": "learned", "mlp_bias": True, "qkv_bias": True},
+    "opt-grouped": {"activation": "relu", "norm": "layernorm", "position": "learned", "num_kv_heads": 2},
+    "neox": {"activation": "gelu_tanh", "norm": "layernorm", "parallel_residual": "two_norms", "rope_percent": 0.25},
+    "gptj": {"activation": "gelu_tanh", "norm": "layernorm", "parallel_residual": "one_norm", "rope_percent": 0.5},
+    "llama": {"activation": "swiglu", "norm": "rmsnorm"},
+    "llama-grouped": {"activation": "swiglu", "norm": "rmsnorm", "num_kv_heads": 2, "head_dim": 16},
+    "qwen3": {"activation": "swiglu", "norm": "rmsnorm", "num_kv_heads": 4, "qk_norm": True},
+}
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    "model",
-    [
-        {"activation": "gelu", "norm": "layernorm"},
-        {"activation": "gelu", "norm": "layernorm", "position": "learned", "mlp_bias": True, "qkv_bias": True},
-        {"activation": "relu", "norm": "layernorm", "position": "learned", "num_kv_heads": 2},
-        {"activation": "gelu_tanh", "norm": "layernorm", "parallel_residual": "two_norms", "rope_percent": 0.25},
-        {"activation": "gelu_tanh", "norm": "layernorm", "parallel_residual": "one_norm", "rope_percent": 0.5},
-        {"activation": "swiglu", "norm": "rmsnorm"},
-        {"activation": "swiglu", "norm": "rmsnorm", "num_kv_heads": 2, "head_dim": 16},
-        {"activation": "swiglu", "norm": "rmsnorm", "num_kv_heads": 4, "qk_norm": True},
-    ],
-    ids=["gpt", "gpt2", "opt-grouped", "neox", "gptj", "llama", "llama-grouped", "qwen3"],
-)
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize(
     "layout",
     [Layout(), Layout(tp=2), Layout(tp=2, sequence_parallel=True)],
@@ -123,6 +137,29 @@ def test_a_layer_keeps_what_the_formula_says(
     shape = Shape.of(config, layout, 2 if precision == "bf16" else 4, on_cpu=True)
     expected = kept_by_layer(config, shape, AT, recompute)
     assert kept(layout, precision, recompute, model) == pytest.approx(expected, rel=0.01)
+
+
+OF_SLICES: list[tuple[str, str, dict[str, Any] | None]] = [
+    *((name, recompute, None) for name in MODELS for recompute in ("none", "selective")),
+    *((name, "none", {"dropout": 0.1}) for name in ("gpt2", "gptj", "llama-grouped", "qwen3")),
+    ("neox", "none", {"kind": "dora", "rank": 4}),
+    ("llama", "none", {"targets": ["linear_fc1"]}),
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("model", "recompute", "adapter"), OF_SLICES)
+@pytest.mark.parametrize(
+    "layout", [Layout(cp=2), Layout(cp=4, tp=2), Layout(cp=2, tp=2, sequence_parallel=True)], ids=str
+)
+def test_a_layer_keeps_of_its_own_slices_what_the_formula_says(
+    layout: Layout, model: str, precision: str, recompute: str, adapter: dict[str, Any] | None
+) -> None:
+    config = layer_config(layout, precision, recompute, MODELS[model], adapter)
+    shape = Shape.of(config, layout, 2 if precision == "bf16" else 4, on_cpu=True)
+    at = replace(AT, ranks=layout.cp)
+    expected = kept_by_layer(config, shape, at, recompute) + kept_once_by_adapters(config, layout, shape, at)
+    assert kept(layout, precision, recompute, MODELS[model], adapter) == pytest.approx(expected, rel=0.01)
 
 
 EXPERTS = {"norm": "rmsnorm", "num_kv_heads": 4}

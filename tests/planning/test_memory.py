@@ -27,6 +27,7 @@ from tests.planning.runs import (
     SHARED,
     T5,
     Measured,
+    assert_predicted,
     built,
     describe,
     generated,
@@ -38,8 +39,6 @@ from tests.planning.runs import (
 )
 from tests.refusals import refused
 from tests.worlds import Worlds
-
-WITHIN = 0.10
 
 
 def with_kind(kind: str, work: Work) -> Work:
@@ -233,14 +232,7 @@ LATER = [
 
 @pytest.mark.parametrize("name", gated(RUNS, LATER))
 def test_what_is_allocated_was_predicted(worlds: Worlds, name: str) -> None:
-    phase, run, work = RUNS[name]
-    seen = {measured.stage: measured for measured in worlds.run(work.layout.world_size, run, work)}
-    for stage, measured in seen.items():
-        plan = plan_stage(work, stage, on_cpu=True)
-        assert plan.total(phase) == pytest.approx(measured.peak, rel=WITHIN)
-        use = plan.uses[phase][0]
-        if work.layout.world_size == 1:  # gloo's own buffers are released where nobody counts
-            assert use.weights + use.gradients + use.optimizer == pytest.approx(measured.held, rel=0.01)
+    assert_predicted(worlds, *RUNS[name])
 
 
 def test_the_whole_matrices_of_a_step_of_muon_are_planned_where_they_are_the_peak(worlds: Worlds) -> None:

@@ -1,6 +1,7 @@
 """What ranks hold, exactly, of models that no machine here could build."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -128,6 +129,19 @@ def test_data_parallel_ranks_share_the_optimizer_and_nothing_else() -> None:
     assert one.gradients == pytest.approx(4 * one.parameters, rel=1e-4)
     assert one.optimizer == pytest.approx(12 * one.parameters, rel=1e-4)
     assert four.optimizer == pytest.approx(one.optimizer / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [LLAMA, MIXTURE], ids=["llama", "mixture"])
+def test_ranks_that_share_sequences_hold_what_data_parallel_ranks_hold(shape: dict[str, Any]) -> None:
+    ep = 2 if shape is MIXTURE else 1
+    layouts = (Layout(cp=4, ep=ep, pp=2), Layout(cp=2, dp=2, ep=ep, pp=2), Layout(dp=4, ep=ep, pp=2))
+    held = []
+    for layout in layouts:
+        work = describe(layout, shape, precision="bf16")
+        with fake_world(layout, rank_of(layout, pp=1)) as grid:
+            held.append(measure(build_shard(grid, work, work.roles[0]), 1))
+    assert held[0] == held[1] == held[2] == shard(describe(layouts[0], shape, precision="bf16"), work.roles[0], 1)
+    assert len({each.distributed("weights", layout) for each, layout in zip(held, layouts, strict=True)}) == 1
 
 
 @pytest.mark.parametrize(("kind", "momentum", "moments"), [("rmsprop", 0, 1), ("rmsprop", 0.9, 2), ("sgd", 0, 0)])
