@@ -229,7 +229,7 @@ RULES = (
         "scores restart",
     ),
     _rule(
-        *("reward", "calls.timeout calls.retries calls.batch_size calls.devices on_error", NOW),
+        *("reward", "calls.timeout calls.retries calls.batch_size calls.devices calls.on_error", NOW),
         "how the function or the servers are called",
     ),
     _rule("metric", "fn", NOW, "evaluations after the resume"),
