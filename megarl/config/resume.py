@@ -87,6 +87,7 @@ RULES = (
         "tensors are stored by name; dropout's random state is reinitialised",
     ),
     _rule("parallel", "recompute timeout_s kernels offload", NOW, "how this process computes"),
+    _rule("launch", "elastic", NOW, "the layout of this start", quiet=True),
     _rule("trainer", "devices num_nodes accelerator", NOW, "where the run computes"),
     _rule("trainer", "precision", NOW, "weights are converted; the optimizer state is float32 in both"),
     _rule(

@@ -72,7 +72,9 @@ def scored(greedy: list[float | None], *scores: float | None) -> Any:
 
 
 def test_a_phase_in_which_nothing_is_left_to_train_on_ends_the_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = make(ppo__advantages="remax", critic__kind="none", reward__calls=RewardCallsConfig(on_error="drop"), ppo__rollouts=2)
+    module = make(
+        ppo__advantages="remax", critic__kind="none", reward__calls=RewardCallsConfig(on_error="drop"), ppo__rollouts=2
+    )
     monkeypatch.setattr(module, "_respond", scored([0.5, 0.5], 1.0, None))
     found = module._collect()
     assert found.greedy is not None
