@@ -1,4 +1,4 @@
-"""The layout nearest to the configured one for the processes that a start has, so that a run goes on with fewer or more.
+"""The layout nearest to the configured one for the processes of a start, so that a run goes on with fewer or more.
 
 A run comes back with other nodes than it had: one has failed, or is back. The batch of an optimizer step stays, so its
 replicas must divide it; the axes that split the model change as little as possible:
@@ -205,7 +205,7 @@ def _rank(config: Any, world: int, keys: _Keys) -> tuple[float, ...]:
         -world,
         abs(math.log(tp * pp / (parallel.tp * parallel.pp))),
         sum(changed),
-        changed[0],
+        abs(math.log(tp / parallel.tp)),
         abs(math.log(ep / parallel.ep)),
         -micro,
     )

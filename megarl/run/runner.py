@@ -17,7 +17,7 @@ from megarl.checkpoint import ShardedCheckpointIO, find, refuse_empty
 from megarl.command import process_number, quiet
 from megarl.config.algorithms import Algorithm, find_algorithm
 from megarl.config.devices import hide_gpus
-from megarl.config.elastic import Fit, fitted
+from megarl.config.elastic import fitted
 from megarl.config.extensions import named_extensions
 from megarl.config.launcher import check_launcher
 from megarl.config.leaf import or_defaults
