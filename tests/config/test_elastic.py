@@ -209,3 +209,23 @@ def test_replicas_that_do_not_share_the_experts_evenly_are_refused() -> None:
     config.model.experts = ExpertsConfig(count=8, ffn_size=48)
     with refused(ConfigError, key="parallel.ep", value=4, offers={"parallel.ep": [1, 2]}):
         check(config, 6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "layers", "pp", "nodes", "expected"),
+    [
+        (48, 48, 1, 3, {}),
+        (64, 48, 1, 3, {"parallel.tp": 4, "parallel.pp": 3}),
+        (64, 32, 1, 2, {}),
+        (64, 32, 4, 2, {"parallel.pp": 2}),
+    ],
+)
+def test_the_examples_of_the_page_on_clusters_are_true(
+    batch: int, layers: int, pp: int, nodes: int, expected: dict[str, Any]
+) -> None:
+    """Four nodes of eight, of which three come back."""
+    config = tree(batch, 4, tp=8, pp=pp)
+    config.model.num_layers, config.model.num_heads, config.model.hidden_size = layers, 64, 4096
+    check(config, 32)
+    assert nodes_to_use(config, 3, 8) == nodes
+    assert settings(config, 8 * nodes) == expected
