@@ -56,7 +56,7 @@ $(VENV)/.docs: $(VENV)/.installed
 	quiet=$$($(QUIET)); $(BIN)/pip install $$quiet -e '.[docs]'
 	touch $@
 
-slurm: venv  ## the launchers on a Slurm of two nodes, where it is installed (slurm-wlm, munge)
+slurm: venv  ## the launchers on a Slurm of two and three nodes, where it is installed (slurm-wlm, munge)
 	$(BIN)/python -m pytest -m 'slurm and not gate' tests/slurm
 
 lint: venv  ## style: ruff's formatter and linter

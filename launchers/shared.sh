@@ -21,16 +21,15 @@ launch() {
   find_ourselves
   look_at_job
   choose_run_folder "$@"
-  choose_environment
   find_container
   training=("$python" -m "megarl.train_$algorithm" "${run_name[@]}" "${on_cpu[@]}" "$@")
+  check_configuration
+  choose_environment
   build_step
   if [[ -n ${MEGARL_DRY_RUN:-} ]]; then
-    check_configuration
     print_plan
     return
   fi
-  check_configuration
   mkdir -p "$console"
   check_nodes
   run_until_done
@@ -54,7 +53,9 @@ find_ourselves() {
 
 look_at_job() {
   job=${SLURM_JOB_ID:-$$}
+  # SLURM says it anew at each start: a job of `sbatch --nodes=2-3` may come back from a requeue with another number.
   nodes=${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}
+  on_nodes=("--nodes=$nodes")
   local gpus=${SLURM_GPUS_ON_NODE:-}
   if [[ -z $gpus ]]; then
     # A site without GPU bookkeeping in SLURM: what this node sees. No driver is an answer too.
@@ -205,7 +206,7 @@ build_step() {
   elif [[ ${MEGARL_LAUNCH:-srun} != srun ]]; then
     stop "MEGARL_LAUNCH=$MEGARL_LAUNCH is neither srun nor torchrun"
   fi
-  step=(srun "--nodes=$nodes" "--ntasks=$((nodes * tasks))" "--ntasks-per-node=$tasks" "--cpus-per-task=$each")
+  step=(srun "${on_nodes[@]}" "--ntasks=$((nodes * tasks))" "--ntasks-per-node=$tasks" "--cpus-per-task=$each")
   # A site's --export=NONE would take the settings away from the processes.
   step+=(--export=ALL)
   # One rank's death ends the others at once instead of at their time-out.
@@ -234,20 +235,6 @@ quoted() {
 
 # --- checks, before nodes idle -----------------------------------------------------------------------------------------
 
-# Composes the configuration as the run will, for as many processes as the job has; exits 2 with one line if it cannot.
-readonly CHECK='
-import os, sys
-from megarl.config.compose import run
-from megarl.errors import ConfigError
-entry, device, world = sys.argv[1:4]
-os.environ.update(RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1")  # as the first process will have
-def check(config):
-    if config.trainer.accelerator == "gpu" and device == "cpu":
-        raise ConfigError("trainer.accelerator=gpu, but the job has no GPU: sbatch --gpus-per-node=8, or MEGARL_DEVICE=cpu")
-    size = config.parallel.tp * config.parallel.pp * config.parallel.cp
-    print(f"layout: {world} processes = {size} per model x {int(world) // size} replicas, on {device}", file=sys.stderr)
-run(entry, sys.argv[4:], check)'
-
 # Run once per node: the GPUs are there, megarl is, and so is the run folder that the first node made.
 # shellcheck disable=SC2016
 readonly NODE_CHECK='
@@ -258,17 +245,26 @@ gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
 version=$("$1" -c "import megarl; print(megarl.__version__)") || fail "$1 cannot import megarl: set MEGARL_PYTHON or MEGARL_IMAGE"
 echo "$(hostname): $gpus GPUs, megarl $version"'
 
+# Composes the configuration as the run will, for as many processes as the job has; exits 2 with one line if it cannot.
+# Its last line is the number of nodes to use, which launch.elastic=true may lower.
 check_configuration() {
-  local command=("$python" -c "$CHECK" "$algorithm" "$device" "$world" "${training[@]:3}")
-  if [[ -z ${MEGARL_IMAGE:-} ]]; then
-    in_checkout "${command[@]}"
-  elif [[ -z ${MEGARL_DRY_RUN:-} ]]; then
-    in_checkout srun --nodes=1 --ntasks=1 --export=ALL "${in_step[@]}" "${inside[@]}" "${command[@]}"
+  local command=("$python" -m megarl.config.job "$algorithm" "$device" "$nodes" "$per_node" "${training[@]:3}")
+  local starter=() used=""
+  if [[ -n ${MEGARL_IMAGE:-} ]]; then
+    [[ -z ${MEGARL_DRY_RUN:-} ]] || return 0
+    starter=(srun --nodes=1 --ntasks=1 --export=ALL "${in_step[@]}" "${inside[@]}")
+  fi
+  used=$(in_checkout "${starter[@]}" "${command[@]}") || exit
+  used=${used##*$'\n'}
+  if [[ $used =~ ^[1-9][0-9]*$ && $used -lt $nodes ]]; then
+    nodes=$used
+    world=$((nodes * per_node))
+    on_nodes=("--nodes=$nodes" --relative=0) # the first ones, as the processes meet at the first of the job
   fi
 }
 
 check_nodes() {
-  in_checkout srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=1 \
+  in_checkout srun "${on_nodes[@]}" "--ntasks=$nodes" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=1 \
     "${in_step[@]}" "${inside[@]}" bash -c "$NODE_CHECK" check "$python" "$device" "$per_node" "$console" ||
     stop "the nodes are not ready (see above)"
 }

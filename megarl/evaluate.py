@@ -227,7 +227,7 @@ def _held_out(
         grid,
         results,
         chunk=config.chunk,
-        drops=config.reward.on_error == "drop",
+        drops=config.reward.call_settings.on_error == "drop",
         read_answers=answer_reader(config.eval, grid),
     )
 

@@ -19,6 +19,7 @@ from megarl.config.algorithms import entry_point
 from megarl.config.arguments import check_arguments
 from megarl.config.defaults import defaults
 from megarl.config.devices import hide_gpus
+from megarl.config.elastic import fitted
 from megarl.config.files import check_files, check_functions
 from megarl.config.help import help_text, key_help, short_help
 from megarl.config.launcher import check_launcher
@@ -26,7 +27,6 @@ from megarl.config.leaf import leaves
 from megarl.config.messages import unknown_flag
 from megarl.config.renames import renamed_arguments
 from megarl.config.resources import conf_folder
-from megarl.config.rules import check
 from megarl.config.values import check_values
 from megarl.config.world import world_size
 from megarl.errors import ConfigError, MegarlError
@@ -151,7 +151,7 @@ def _checked(config: Any, main: Callable[[Any], int | None]) -> int | None:
     """Check a configuration, then call `main` with it. The checks come before slow imports."""
     check_launcher(os.environ)
     with hide_gpus(config.trainer.accelerator):
-        check(config, world_size(config, os.environ))
+        fitted(config, world_size(config, os.environ))
         check_files(config)
         check_functions(config)
         return main(config)

@@ -40,7 +40,8 @@ Under `torchrun` or SLURM, the launcher sets the number of processes, and `train
 no effect. Without a launcher, megarl starts `trainer.devices` processes on each of `trainer.num_nodes` machines. The
 data-parallel size is the number of processes divided by `tp * pp * cp`, and
 `global_batch_size = micro_batch_size * accumulation * data-parallel size` gives the accumulation.
-`parallel.sequence_parallel` has no effect when `parallel.tp` is 1.
+`parallel.sequence_parallel` has no effect when `parallel.tp` is 1. Where these do not divide over the processes,
+`launch.elastic=true` takes the nearest values that do.
 
 In a multirun each job has a separate run folder: `run.dir/NUMBER`, or `runs/multirun-TIME/NUMBER` when
 `run.dir` is null.

@@ -132,6 +132,7 @@ RENAMES = (
         for name in ("slots", "cache_bytes", "layout", "cuda_graphs")
     ),
     *(Rename(f"reward.{name}", f"reward.calls.{name}") for name in ("timeout", "retries", "batch_size", "devices")),
+    Rename("reward.on_error", "reward.calls.on_error", default="error"),
     Rename("logger.wandb_project", "logger.wandb.project"),
     Rename("logger.wandb_mode", "logger.wandb.mode"),
     _switch("logger.wandb"),

@@ -87,6 +87,7 @@ RULES = (
         "tensors are stored by name; dropout's random state is reinitialised",
     ),
     _rule("parallel", "recompute timeout_s kernels offload", NOW, "how this process computes"),
+    _rule("launch", "elastic", NOW, "the layout of this start", quiet=True),
     _rule("trainer", "devices num_nodes accelerator", NOW, "where the run computes"),
     _rule("trainer", "precision", NOW, "weights are converted; the optimizer state is float32 in both"),
     _rule(
@@ -229,7 +230,7 @@ RULES = (
         "scores restart",
     ),
     _rule(
-        *("reward", "calls.timeout calls.retries calls.batch_size calls.devices on_error", NOW),
+        *("reward", "calls.timeout calls.retries calls.batch_size calls.devices calls.on_error", NOW),
         "how the function or the servers are called",
     ),
     _rule("metric", "fn", NOW, "evaluations after the resume"),

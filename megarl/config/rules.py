@@ -107,6 +107,20 @@ def whole_replicas(config: Any, world_size: int) -> None:
     )
 
 
+def whole_experts(config: Any, world_size: int) -> None:
+    """Require a number of replicas that is a multiple of those that share the experts."""
+    parallel = config.parallel
+    replicas = data_parallel_size(config, world_size) * parallel.cp
+    if replicas % parallel.ep:
+        raise Refusal(
+            f"parallel.ep={parallel.ep} replicas are to share experts, and {world_size} processes have {replicas}",
+            {"parallel.ep": divisors(replicas)},
+            f"{either(multiples(replica_size(config) // parallel.cp * parallel.ep, world_size))} processes",
+            key="parallel.ep",
+            value=parallel.ep,
+        )
+
+
 def whole_batches(config: Any, world_size: int) -> None:
     """Require micro * accumulation * data-parallel size = global, with an integer accumulation."""
     trainer, parallel = config.trainer, config.parallel

@@ -22,6 +22,7 @@ from megarl.config.rules import (
     scoring_ends_in_time,
     tokenizer_is_named,
     whole_batches,
+    whole_experts,
     whole_replicas,
 )
 from megarl.config.sections.adapter import ADAPTER, AdapterConfig
@@ -30,6 +31,7 @@ from megarl.config.sections.data import PromptDataConfig
 from megarl.config.sections.evaluation import EvalConfig
 from megarl.config.sections.extensions import EXTENSIONS, ExtensionsConfig, TrainingExtensionsConfig
 from megarl.config.sections.health import HEALTH, HealthConfig
+from megarl.config.sections.launch import LaunchConfig
 from megarl.config.sections.logger import LoggerConfig
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.optim import OptimConfig
@@ -45,7 +47,7 @@ from megarl.config.sections.trainer import PhaseTrainerConfig
 class Tree:
     """The keys of every entry point that builds a model."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (model_fits_layout, whole_replicas, tokenizer_is_named)
+    rules: ClassVar[tuple[Rule, ...]] = (model_fits_layout, whole_replicas, whole_experts, tokenizer_is_named)
     """What must be true of several sections together, in the order in which it is checked."""
 
     seed: int = leaf(
@@ -75,6 +77,7 @@ class TrainingTree(Tree):
     rules: ClassVar[tuple[Rule, ...]] = (
         model_fits_layout,
         whole_replicas,
+        whole_experts,
         whole_batches,
         tokenizer_is_named,
         adapter_is_exported,
@@ -83,6 +86,7 @@ class TrainingTree(Tree):
     )
 
     run: RunConfig = section(RunConfig)
+    launch: LaunchConfig = section(LaunchConfig)
     adapter: AdapterConfig | None = optional_section(AdapterConfig, ADAPTER)
     optim: OptimConfig = section(OptimConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)

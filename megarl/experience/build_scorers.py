@@ -119,7 +119,7 @@ class ScorerBuilder:
             per_microbatch=self.micro_batch_size,
             alone=self.alone,
             stop=self.config.rollout.stop,
-            drops=self.config.reward.on_error == "drop",
+            drops=self.config.reward.call_settings.on_error == "drop",
             key=term.key,
         )
 

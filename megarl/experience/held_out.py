@@ -51,8 +51,8 @@ class HeldOut(Sweep):
             grid: the processes of the evaluation.
             results: where results are stored, on rank 0.
             chunk: number of prompts in a chunk.
-            drops: whether a response may have no score (`reward.on_error=drop`). Otherwise a chunk whose stored scores
-                lack one is scored again.
+            drops: whether a response may have no score (`reward.calls.on_error=drop`). Otherwise a chunk whose stored
+                scores lack one is scored again.
             read_answers: the answers that responses vote on; None for no vote.
         """
         super().__init__(prompts, scorers, settings, tokenizer, read_answers)

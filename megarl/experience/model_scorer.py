@@ -90,7 +90,7 @@ class ModelScorer:
         if refusals:
             scores.failed_calls = 1
             log.warning(
-                "%s: %d responses are dropped (reward.on_error=drop), the first: %s",
+                "%s: %d responses are dropped (reward.calls.on_error=drop), the first: %s",
                 self.key,
                 len(refusals),
                 refusals[0],
@@ -150,11 +150,11 @@ class ModelScorer:
 def _with_remedy(problem: DataError) -> DataError:
     """Return the error for a response that cannot be read, with the key that leaves such responses out."""
     return DataError(
-        f"{problem}; or set reward.on_error=drop to leave out such responses",
+        f"{problem}; or set reward.calls.on_error=drop to leave out such responses",
         key=problem.key,
         value=problem.value,
         where=problem.where,
-        offers={**problem.offers, "reward.on_error": ["drop"]},
+        offers={**problem.offers, "reward.calls.on_error": ["drop"]},
     )
 
 

@@ -360,7 +360,7 @@ class RewardServers:
             raise self._error(
                 f"no scores for {count} responses in {reason.tries} tries: {problem}", remedy, drop=True, where=where
             )
-        log.warning("%s: %d responses are dropped (reward.on_error=drop): %s", self.key, count, problem)
+        log.warning("%s: %d responses are dropped (reward.calls.on_error=drop): %s", self.key, count, problem)
 
     def _silence(self, what: str) -> RewardError:
         said = "; ".join(f"{server.url} {server.said}" for server in self.servers)
@@ -373,8 +373,8 @@ class RewardServers:
         )
 
     def _error(self, problem: str, remedy: str, *, drop: bool = False, where: str = "") -> RewardError:
-        offers = {"reward.on_error": ["drop"]} if drop else {}
-        more = ", or leave such responses out with reward.on_error=drop" if drop else ""
+        offers = {"reward.calls.on_error": ["drop"]} if drop else {}
+        more = ", or leave such responses out with reward.calls.on_error=drop" if drop else ""
         urls = [server.url for server in self.servers]
         return RewardError(
             f"{self.key}: {problem}; {remedy}{more}", key=self.key, value=urls, offers=offers, where=where or None

@@ -69,8 +69,9 @@ class JournalledScorer(ABC):
     def __init__(self, tokenizer: Tokenizer, grid: Grid, settings: RewardConfig, journal: Journal | None) -> None:
         """`journal` keeps scores across restarts, for the present fingerprint."""
         self.grid, self.tokenizer, self.journal = grid, tokenizer, journal
-        self.batch_size = settings.call_settings.batch_size
-        self.drops = settings.on_error == "drop"  # otherwise samples without a score are scored again
+        calls = settings.call_settings
+        self.batch_size = calls.batch_size
+        self.drops = calls.on_error == "drop"  # otherwise samples without a score are scored again
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, stream: int, phase: int) -> Scores:
         """Return the scores of rollouts in their order. Scores that the journal has are reused."""
@@ -175,7 +176,7 @@ class FunctionScorer(JournalledScorer):
                 tokenizer,
                 timeout_s=calls.timeout,
                 retries=calls.retries,
-                on_error=settings.on_error,
+                on_error=calls.on_error,
                 options=options,
                 devices=calls.devices,
                 key=key,

@@ -215,11 +215,11 @@ class GenerativeModule(Module):
         named = " and ".join(f"{term.key}={term.value}" for term in terms)
         return RewardError(
             f"{named} left all {responses} {what} of phase {self.steps_done + 1} without a score: correct "
-            f"{' or '.join(dict.fromkeys(_CORRECT[term.kind] for term in terms))}, or set reward.on_error=error to "
-            "see what goes wrong",
+            f"{' or '.join(dict.fromkeys(_CORRECT[term.kind] for term in terms))}, or set "
+            "reward.calls.on_error=error to see what goes wrong",
             key=terms[0].key,
             value=terms[0].value,
-            offers={"reward.on_error": ["error"]},
+            offers={"reward.calls.on_error": ["error"]},
         )
 
     def score_metrics(self, scores: Scores, dropped: int) -> dict[str, float]:

@@ -131,10 +131,10 @@ class RewardWorker:
                 raise ConfigError(f"{name}={value} is not valid: use {wants}", key=name, value=value)
         if on_error not in ON_ERROR:
             raise ConfigError(
-                f"reward.on_error={on_error} is not valid: use {either(ON_ERROR)}",
-                key="reward.on_error",
+                f"reward.calls.on_error={on_error} is not valid: use {either(ON_ERROR)}",
+                key="reward.calls.on_error",
                 value=on_error,
-                offers={"reward.on_error": ON_ERROR},
+                offers={"reward.calls.on_error": ON_ERROR},
             )
         self._function = resolve(function, key)
         self._setup = _pack_setup(self._function, tokenizer, dict(options or {}), timeout_s, key)
@@ -238,14 +238,14 @@ class RewardWorker:
             tries = f" in {self._retries + 1} tries" if self._retries else ""
             raise ScoringError(
                 f"{self._key}={self.name} {failure.reason}{tries}; {self._remedy(failure.kind)}, or leave such "
-                "samples out with reward.on_error=drop",
+                "samples out with reward.calls.on_error=drop",
                 kind=failure.kind,
                 key=self._key,
                 value=self.name,
                 where=failure.where,
-                offers={"reward.on_error": ["drop"]},
+                offers={"reward.calls.on_error": ["drop"]},
             )
-        follows = f"and {len(rows)} samples are dropped (reward.on_error=drop): {self._remedy(failure.kind)}"
+        follows = f"and {len(rows)} samples are dropped (reward.calls.on_error=drop): {self._remedy(failure.kind)}"
         self._warn(failure, dropped=True, follows=follows)
 
     @property

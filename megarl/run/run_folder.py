@@ -80,6 +80,11 @@ class RunFolder:
         else:
             self.set_aside("extensions.json")
 
+    def append_start(self, record: Mapping[str, Any]) -> None:
+        """Append a line to starts.jsonl, which has one for every start of the run."""
+        with (self.path / "starts.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
     def write(self, name: str, text: str) -> Path:
         """Write a file into the folder. An earlier one with different content is kept under a number."""
         path = self.path / name

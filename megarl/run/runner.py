@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ from megarl.checkpoint import ShardedCheckpointIO, find, refuse_empty
 from megarl.command import process_number, quiet
 from megarl.config.algorithms import Algorithm, find_algorithm
 from megarl.config.devices import hide_gpus
+from megarl.config.elastic import fitted
 from megarl.config.extensions import named_extensions
 from megarl.config.launcher import check_launcher
 from megarl.config.leaf import or_defaults
-from megarl.config.rules import check
 from megarl.config.world import world_size
 from megarl.disk import local
 from megarl.errors import CheckpointError, ConfigError, MegarlError, one_line
 from megarl.functions.extensions import fingerprints
-from megarl.logging import setup
+from megarl.logging import get_logger, setup
 from megarl.models.exchange.export import refuse_existing
 from megarl.models.exchange.families import require_family
 from megarl.models.exchange.pretrained import Sources, resolve_pretrained
@@ -35,8 +36,10 @@ from megarl.run.exp_manager import attach_nemo_exp_manager
 from megarl.run.owner import RunLock, owned
 from megarl.run.prediction import write_prediction
 from megarl.run.run_folder import RunFolder, resolve_run_dir
+from megarl.run.starts import start_of
 from megarl.run.trainer import build_trainer
 
+log = get_logger(__name__)
 RUN_DIR = "MEGARL_RUN_DIR"  # passes the run folder of the first process to the processes that it starts
 
 
@@ -86,7 +89,8 @@ def opened_run(entry: str, config: Any, build: Build) -> Iterator[Run]:
     check_launcher(os.environ)
     algorithm = find_algorithm(entry)
     with hide_gpus(config.trainer.accelerator):
-        check(config, world_size(config, os.environ))
+        configured = config
+        config, fit = fitted(configured, world_size(configured, os.environ))
         resume = config.run.resume
         if resume not in ("auto", "never"):
             refuse_empty(Path(resume))
@@ -95,6 +99,9 @@ def opened_run(entry: str, config: Any, build: Build) -> Iterator[Run]:
         try:
             folder = RunFolder(run_dir)
             with _owned(config, run_dir) as lock:
+                _set_up_log(config, run_dir)
+                if fit is not None:
+                    log.log(WARNING if fit.share > 1 else INFO, "%s", fit.told(configured))
                 run = _build(algorithm, config, folder, lock, build)
                 try:
                     yield run
@@ -118,11 +125,14 @@ def _owned(config: Any, run_dir: Path) -> Iterator[RunLock]:
         yield lock
 
 
-def _build(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, build: Build) -> Run:
-    run_dir = folder.path
+def _set_up_log(config: Any, run_dir: Path) -> None:
     with _writing(run_dir):
         setup(run_dir, rank=process_number(), debug=config.debug)
     choose_display(config.trainer.progress)
+
+
+def _build(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, build: Build) -> Run:
+    run_dir = folder.path
     config, sources = resolve_pretrained(config)
     for exported in config.exports.folders.values():
         refuse_existing(local(exported))
@@ -135,6 +145,7 @@ def _build(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, 
             folder.write_config(resolved)
             folder.write_environment()
             folder.write_extensions(fingerprints(named_extensions(config)))
+            folder.append_start(start_of(config, os.environ))
     module = build(config, sources)
     module.entry, module.unit = algorithm.name, algorithm.unit
     if process_number() == 0:

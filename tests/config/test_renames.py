@@ -197,14 +197,14 @@ def test_an_old_checkpoints_keys_of_the_kl_without_a_target_change_nothing() -> 
 OLD_KEYS = {
     "checkpoint": {"metric": "eval/loss", "mode": "min", "keep_best": 3},
     "rollout": {"slots": 4, "cache_bytes": 100, "layout": "tp2", "cuda_graphs": True},
-    "reward": {"timeout": 3.0, "retries": 0, "batch_size": 2, "devices": "1"},
+    "reward": {"timeout": 3.0, "retries": 0, "batch_size": 2, "devices": "1", "on_error": "drop"},
     "trainer": {"peak_tflops": 300.0},
     "ppo": {"invariants": "warn"},
 }
 BEST, ENGINE, CALLS, HEALTH = (
     BestByScoreConfig("eval/loss", "min", 3),
     RolloutEngineConfig(4, 100, "tp2", True),
-    RewardCallsConfig(3.0, 0, 2, "1"),
+    RewardCallsConfig(3.0, 0, 2, "1", "drop"),
     PPOHealthConfig(peak_tflops=300.0, invariants="warn"),
 )
 

@@ -199,6 +199,11 @@ def metrics(run_dir: Path, *names: str) -> list[tuple[float, ...]]:
     return [tuple(float(row[name]) for name in names) for row in rows if all(row.get(name) for name in names)]
 
 
+def starts(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of every start of a run, in order."""
+    return [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
+
+
 def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     """Weights and optimizer state of the newest checkpoint, put together from its shards."""
     return tensors(find(run_dir / "checkpoints")[-1])

@@ -137,9 +137,9 @@ def test_scores_that_were_dropped_are_an_error_once_they_may_not_be(
     worlds: Worlds, models: Path, tmp_path: Path
 ) -> None:
     argv = settings_of(models, tmp_path, "reward.fn=tests.e2e.scores:picky")
-    (result,) = worlds.run(1, evaluate, [*argv, "reward.on_error=drop"])
+    (result,) = worlds.run(1, evaluate, [*argv, "reward.calls.on_error=drop"])
     assert result["without_score"] == PROMPTS * N
     for name in ("samples.jsonl", "evaluation.json"):
         (tmp_path / name).unlink()
-    (error,) = worlds.run(1, error_of, [*argv, "reward.on_error=error"])
+    (error,) = worlds.run(1, error_of, [*argv, "reward.calls.on_error=error"])
     assert_refusal(error, key="reward.fn", value="tests.e2e.scores:picky")

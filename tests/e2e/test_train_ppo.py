@@ -319,20 +319,20 @@ def test_a_function_that_gives_no_scores_ends_the_run_in_a_line(
 ) -> None:
     error = ended(worlds, tmp_path, f"reward.fn={function}", *ONE_TRY, world=2)
     assert isinstance(error, RewardError)
-    assert_refusal(error, names=(f"reward.fn={function} ", "reward.on_error=drop", *names))
+    assert_refusal(error, names=(f"reward.fn={function} ", "reward.calls.on_error=drop", *names))
 
 
 def test_a_call_that_never_returns_costs_its_samples_alone(worlds: Worlds, tmp_path: Path) -> None:
     slow = ["reward.fn=tests.e2e.scores:sleeps_once", f"+reward.options.folder={tmp_path}", "reward.calls.batch_size=4"]
-    assert ended(worlds, tmp_path / "run", *slow, *ONE_TRY, "reward.on_error=drop") is None
+    assert ended(worlds, tmp_path / "run", *slow, *ONE_TRY, "reward.calls.on_error=drop") is None
     assert metrics(tmp_path / "run", "rollout/dropped") == [(4.0,)]
 
 
 def test_a_phase_without_any_score_ends_the_run(worlds: Worlds, tmp_path: Path) -> None:
-    nothing = ["reward.fn=tests.e2e.scores:not_a_number", "reward.on_error=drop"]
+    nothing = ["reward.fn=tests.e2e.scores:not_a_number", "reward.calls.on_error=drop"]
     error = ended(worlds, tmp_path, *nothing)
     assert isinstance(error, RewardError)
-    offers = {"reward.on_error": ["error"]}
+    offers = {"reward.calls.on_error": ["error"]}
     assert_refusal(
         error, key="reward.fn", value="tests.e2e.scores:not_a_number", offers=offers, names=("16", "phase 1")
     )
@@ -340,7 +340,7 @@ def test_a_phase_without_any_score_ends_the_run(worlds: Worlds, tmp_path: Path) 
 
 def test_samples_without_a_score_leave_the_same_phase_in_every_layout(worlds: Worlds, tmp_path: Path) -> None:
     """Fewer rows than planned, and a number that two replicas cannot halve, change nothing but the counts."""
-    picky = ["reward.fn=tests.e2e.scores:picky", "reward.on_error=drop", "reward.calls.retries=0"]
+    picky = ["reward.fn=tests.e2e.scores:picky", "reward.calls.on_error=drop", "reward.calls.retries=0"]
     for world in (1, 2):
         assert ended(worlds, tmp_path / str(world), *picky, world=world) is None
     ((dropped,),) = metrics(tmp_path / "1", "rollout/dropped")

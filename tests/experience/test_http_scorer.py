@@ -192,9 +192,9 @@ def serve() -> Iterator[Serve]:
             server.close()
 
 
-def make(*servers: StandIn | str, journal: Journal | None = None, on_error: str = "error", **calls: Any) -> HttpScorer:
+def make(*servers: StandIn | str, journal: Journal | None = None, **calls: Any) -> HttpScorer:
     urls = [server if isinstance(server, str) else server.url for server in servers]
-    settings = RewardConfig(on_error=on_error, calls=RewardCallsConfig(**{"timeout": 5.0, "batch_size": 3, **calls}))
+    settings = RewardConfig(calls=RewardCallsConfig(**{"timeout": 5.0, "batch_size": 3, **calls}))
     return HttpScorer(settings, urls, TOKENIZER, ALONE, journal=journal)
 
 
@@ -277,7 +277,7 @@ def test_an_answer_that_is_no_scores_ends_in_one_line_that_names_the_server(what
     server = serve(act)
     scorer = make(server, retries=1, timeout=0.5 if act in (silently, drop_by_drop) else 5.0)
     began = time.monotonic()
-    offers = {"reward.on_error": ["drop"]}
+    offers = {"reward.calls.on_error": ["drop"]}
     with refused(RewardError, key="reward.url", value=[server.url], offers=offers, names=(server.url, said)):
         score(scorer)
     assert time.monotonic() - began < 20
@@ -322,7 +322,7 @@ def test_a_refused_response_is_named_with_its_record(serve: Serve) -> None:
     server = serve(refusing("r51"))
     scorer = make(server, batch_size=14, retries=5)
     prompts = [replace(prompt, where=f"a.jsonl:{n}") for n, prompt in enumerate(PROMPTS)]
-    offers = {"reward.on_error": ["drop"]}
+    offers = {"reward.calls.on_error": ["drop"]}
     names = (server.url, "422", "prompts[0]", "a.jsonl:5")
     with refused(RewardError, key="reward.url", where="a.jsonl:5", offers=offers, names=names):
         scorer.score(prompts, ROLLOUTS, stream=TRAINING, phase=0)
@@ -520,5 +520,5 @@ def test_a_text_that_a_server_cannot_read_is_dropped_alone(serve: Serve) -> None
 
 
 def test_a_text_that_a_server_cannot_read_is_an_error_otherwise(serve: Serve) -> None:
-    with refused(RewardError, key="reward.url", offers={"reward.on_error": ["drop"]}, names=("is too long",)):
+    with refused(RewardError, key="reward.url", offers={"reward.calls.on_error": ["drop"]}, names=("is too long",)):
         score(make(serve(refuses_long)))

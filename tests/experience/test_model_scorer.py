@@ -220,7 +220,7 @@ def test_a_response_that_is_too_long_is_dropped_and_counted(as_text: bool, readi
 
 def test_a_response_that_is_too_long_is_an_error_otherwise(reading: Any) -> None:
     scorer = reading(("bytes", None), BYTES, longest=20)
-    with refused(DataError, key="reward.model", value=51, where="file:1", offers={"reward.on_error": ["drop"]}):
+    with refused(DataError, key="reward.model", value=51, where="file:1", offers={"reward.calls.on_error": ["drop"]}):
         scorer.score(PROMPTS, LONG, stream=0, phase=0)
 
 

@@ -89,10 +89,9 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Scripted:
 def make(
     journal: Journal | None = None,
     function: Any = "megarl.rewards.builtin:length",
-    on_error: str = "error",
     **calls: Any,
 ) -> FunctionScorer:
-    settings = RewardConfig(on_error=on_error, calls=RewardCallsConfig(**calls))
+    settings = RewardConfig(calls=RewardCallsConfig(**calls))
     return FunctionScorer(function, settings, TOKENIZER, ALONE, journal=journal)
 
 

@@ -162,7 +162,7 @@ def test_a_function_that_never_answers_holds_up_a_run_no_longer_than_its_time_ou
     one_try = [
         "reward.calls.retries=0",
         f"reward.calls.timeout={TIMEOUT_S}",
-        f"reward.on_error={on_error}",
+        f"reward.calls.on_error={on_error}",
         "reward.calls.batch_size=8",
     ]
     running = start(folder, SLEEPS, *one_try)

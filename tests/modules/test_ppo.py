@@ -11,6 +11,7 @@ import pytest
 
 from megarl.config.ppo import PPOConfig, SeparateCriticConfig
 from megarl.config.ppo_sections import DynamicSamplingConfig
+from megarl.config.sections.reward import RewardCallsConfig
 from megarl.errors import RewardError
 from megarl.experience.collection import Scored
 from megarl.models.exchange.pretrained import Sources
@@ -71,7 +72,9 @@ def scored(greedy: list[float | None], *scores: float | None) -> Any:
 
 
 def test_a_phase_in_which_nothing_is_left_to_train_on_ends_the_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = make(ppo__advantages="remax", critic__kind="none", reward__on_error="drop", ppo__rollouts=2)
+    module = make(
+        ppo__advantages="remax", critic__kind="none", reward__calls=RewardCallsConfig(on_error="drop"), ppo__rollouts=2
+    )
     monkeypatch.setattr(module, "_respond", scored([0.5, 0.5], 1.0, None))
     found = module._collect()
     assert found.greedy is not None
@@ -81,7 +84,7 @@ def test_a_phase_in_which_nothing_is_left_to_train_on_ends_the_run(make: Make, m
         module._collect()
     module.config.reward.fn, module.config.reward.model = None, "runs/rm"
     monkeypatch.setattr(module, "_respond", scored([], None, None))
-    with refused(RewardError, key="reward.model", value="runs/rm", offers={"reward.on_error": ["error"]}):
+    with refused(RewardError, key="reward.model", value="runs/rm", offers={"reward.calls.on_error": ["error"]}):
         module._collect()
 
 

@@ -221,7 +221,7 @@ def kind_of(error: MegarlError) -> str:
 
 def failure_of(worker: RewardWorker, *outputs: str, kind: str, where: str | None = None, **metadata: list[Any]) -> str:
     """The line of the error that a call ends with."""
-    offers = {"reward.on_error": ["drop"]}
+    offers = {"reward.calls.on_error": ["drop"]}
     with refused(ScoringError, key="reward.fn", value=worker.name, where=where, offers=offers) as found:
         ask(worker, *(outputs or ("a", "b")), **metadata)
     assert kind_of(found.error) == kind
@@ -456,7 +456,7 @@ def test_a_function_that_lets_no_other_thread_run_ends_soon_after_its_time_out(t
     [
         ({"timeout_s": 0}, "reward.calls.timeout", {}),
         ({"retries": -1}, "reward.calls.retries", {}),
-        ({"on_error": "ignore"}, "reward.on_error", {"reward.on_error": ["error", "drop"]}),
+        ({"on_error": "ignore"}, "reward.calls.on_error", {"reward.calls.on_error": ["error", "drop"]}),
     ],
 )
 def test_settings_that_cannot_work_are_refused(setting: dict[str, Any], key: str, offers: dict[str, Any]) -> None:

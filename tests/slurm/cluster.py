@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this machine: its daemons in a folder, its commands, and what it knows of a job."""
+"""A Slurm of two or more nodes on this machine: its daemons in a folder, its commands, and what it knows of a job."""
 
 import os
 import pwd
@@ -7,15 +7,18 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 PATIENCE_S = 60.0
 
-# NodeHostname: both nodes are this machine. config_overrides: they may say that they have more cores than it has.
+# NodeHostname: all nodes are this machine. config_overrides: they may say that they have more cores than it has.
 # cred_expire: a requeued job may start again after this many seconds instead of two minutes.
 CONF = """
-ClusterName=two
+ClusterName=here
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
@@ -45,10 +48,9 @@ OverTimeLimit=0
 JobRequeue=1
 ReturnToService=2
 SlurmdTimeout=60
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=1000 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=1000 State=UNKNOWN
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=1000 State=UNKNOWN\n"
 
 
 def missing() -> list[str]:
@@ -61,15 +63,19 @@ def missing() -> list[str]:
 class Cluster:
     """Daemons that live as long as this object; `close` ends them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, nodes: int = 2) -> None:
         self.folder = folder
         self.daemons: list[subprocess.Popen[bytes]] = []
-        for name in ("munge", "state", "spool-n1", "spool-n2"):
+        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
+        names = [f"n{number + 1}" for number in range(nodes)]
+        for name in ("munge", "state", *(f"spool-{node}" for node in names)):
             (folder / name).mkdir(parents=True)
         host = socket.gethostname().split(".")[0]
         user = pwd.getpwuid(os.geteuid()).pw_name
         conf = folder / "slurm.conf"
-        conf.write_text(CONF.format(folder=folder, host=host, user=user, ports=_free_ports(3)))
+        ports = _free_ports(1 + nodes)
+        lines = [NODE.format(name=name, host=host, port=port) for name, port in zip(names, ports[1:], strict=True)]
+        conf.write_text(CONF.format(folder=folder, host=host, user=user, ports=ports) + "".join(lines))
         self.environ = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))},
             "SLURM_CONF": str(conf),
@@ -78,9 +84,10 @@ class Cluster:
         try:
             self._start_munge()
             self._start("slurmctld", "-D")
-            for node in ("n1", "n2"):
-                self._start("slurmd", "-D", "-N", node)
-            self.wait(lambda: self.run("sinfo", "-h", "-o", "%T %D").split() == ["idle", "2"], "nodes are not idle")
+            for node in names:
+                self.start_node(node)
+            ready = ["idle", str(nodes)]
+            self.wait(lambda: self.run("sinfo", "-h", "-o", "%T %D").split() == ready, "nodes are not idle")
         except BaseException:
             self.close()
             raise
@@ -132,6 +139,38 @@ class Cluster:
             raise AssertionError("\n".join([str(problem), str(self.job(number)), *said])) from None
         return self.state(number)
 
+    def start_node(self, name: str) -> None:
+        """Start the daemon of a node, also of one that was killed."""
+        self.nodes[name] = self._start("slurmd", "-D", "-N", name)
+
+    def kill_node(self, name: str) -> None:
+        """End everything that runs on a node at once, as a loss of power would, and tell the controller, which would
+        wait for SlurmdTimeout."""
+        self.nodes[name].kill()
+        self.nodes[name].wait()
+        tasks = self.tasks(name)
+        daemons = [task.parent() for task in tasks]
+        for process in [daemon for daemon in daemons if daemon is not None and daemon.name() == "slurmstepd"] + tasks:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed")
+
+    def return_node(self, name: str) -> None:
+        """Bring a killed node back, ready for jobs."""
+        self.start_node(name)
+        self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
+        self.wait(lambda: "idle" in self.run("sinfo", "-h", "-n", name, "-o", "%T"), f"{name} is not idle")
+
+    def tasks(self, name: str) -> list[psutil.Process]:
+        """The processes of jobs on a node."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                environ = process.environ()
+                if (environ.get("SLURMD_NODENAME"), environ.get("SLURM_CONF")) == (name, self.environ["SLURM_CONF"]):
+                    found.append(process)
+        return found
+
     def close(self) -> None:
         if len(self.daemons) > 1:
             subprocess.run(["scancel", "--state=RUNNING,PENDING", "-u", "root"], env=self.environ, capture_output=True)
@@ -162,10 +201,11 @@ class Cluster:
         self._start(*command)
         self.wait(lambda: (folder / "socket").exists(), "munged has no socket")
 
-    def _start(self, *command: str) -> None:
+    def _start(self, *command: str) -> "subprocess.Popen[bytes]":
         log = (self.folder / f"{len(self.daemons)}-{command[0]}.out").open("wb")
         bound = ["setpriv", "--pdeathsig", "TERM", *command]  # they end with this process, however it ends
         self.daemons.append(subprocess.Popen(bound, env=self.environ, stdout=log, stderr=log, start_new_session=True))
+        return self.daemons[-1]
 
     def _logs(self) -> str:
         return "\n".join(

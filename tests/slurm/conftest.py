@@ -1,4 +1,7 @@
-"""One Slurm of two nodes for all tests here; a machine without Slurm skips them, and says so at the end."""
+"""One Slurm of two nodes for all tests here, and one of three for those that lose a node.
+
+A machine without Slurm skips them, and says so at the end.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,17 @@ _skipped = False
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes."""
+    yield from _cluster(tmp_path_factory, 2)
+
+
+@pytest.fixture
+def three_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three nodes of one test's own, which may lose some."""
+    yield from _cluster(tmp_path_factory, 3)
+
+
+def _cluster(tmp_path_factory: pytest.TempPathFactory, nodes: int) -> Iterator[Cluster]:
     global _skipped
     lacking = missing()
     if lacking:
@@ -21,9 +35,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     for path in (folder, *folder.parents):  # munged, as a user of its own, must get to its socket
         if path.stat().st_mode & 0o5 != 0o5 and path != Path("/"):
             path.chmod(path.stat().st_mode | 0o055)
-    cluster = Cluster(folder)
-    yield cluster
-    cluster.close()
+    cluster = Cluster(folder, nodes)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

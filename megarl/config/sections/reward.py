@@ -20,7 +20,7 @@ ON_ERROR = ("error", "drop")
 
 @dataclass
 class RewardCallsConfig(Section):
-    """How the reward function or the reward servers are called."""
+    """How the reward function or the reward servers are called, and what happens to samples without a score."""
 
     timeout: float = leaf(
         60.0,
@@ -43,6 +43,12 @@ class RewardCallsConfig(Section):
         at_most=2**24,
     )
     devices: str = leaf("", "CUDA_VISIBLE_DEVICES of the scoring process (empty: it sees no GPU).")
+    on_error: str = leaf(
+        "error",
+        "What happens to samples that have no score after the last try, also of a reward model (reward.model): the run "
+        "ends with an error, or they are left out and counted.",
+        ON_ERROR,
+    )
 
 
 @dataclass
@@ -79,15 +85,10 @@ class RewardConfig(Section):
         {},
         "Additional keyword arguments of the reward function. They override fields of the records.",
     )
-    on_error: str = leaf(
-        "error",
-        "What happens to samples that have no score after the last try: the run ends with an error, or they are left "
-        "out and counted.",
-        ON_ERROR,
-    )
     calls: RewardCallsConfig | None = optional_section(
         RewardCallsConfig,
-        "How the reward function or the reward servers are called; null means the defaults.",
+        "How the reward function or the reward servers are called, and what happens to samples without a score; null "
+        "means the defaults.",
         null_is_defaults=True,
     )
 

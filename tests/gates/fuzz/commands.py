@@ -243,7 +243,7 @@ def _scored(draw: Random, name: str, store: Path) -> Command:
         "run.dir=run",
         "reward.calls.timeout=3",
         "reward.calls.retries=0",
-        f"reward.on_error={draw.choice(('error', 'drop'))}",
+        f"reward.calls.on_error={draw.choice(('error', 'drop'))}",
     ]
     return Command(f"{name}: {what}", "train_ppo", [*words, "trainer.max_phases=1"], lay)
 
