@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from megarl.command import process_number, run_command, say
+from megarl.config.launcher import check_launcher
 from megarl.conformance.settings import ALL, Suite
 from megarl.conformance.settings import HELP as HELP_OF_ALL
 from megarl.conformance.settings import parse as parse_suite
-from megarl.config.launcher import check_launcher
 from megarl.errors import ConfigError
 from megarl.report.shell import SELFTEST
 from megarl.report.write import page_path, write_page
 
-HELP = """python -m megarl.selftest [key=value ...]
+HELP = (
+    """python -m megarl.selftest [key=value ...]
 
   tp=1 pp=1 dp=1 vpp=1        the layout to test; it starts tp x pp x dp processes, or takes torchrun's world
   sequence_parallel=false     split activations over time between tensor-parallel regions
@@ -32,7 +33,9 @@ HELP = """python -m megarl.selftest [key=value ...]
   html=FILE                   draw the differences beside their tolerances into FILE, one page that needs no network;
                               an earlier page of megarl selftest is replaced, no other file
 
-""" + HELP_OF_ALL
+"""
+    + HELP_OF_ALL
+)
 # (relative, absolute) differences of losses, gradient norms and log-probs that count as rounding.
 TOLERANCES = {
     "fp32": {"loss": (1e-5, 1e-6), "grad_norm": (1e-4, 1e-6), "logprobs": (1e-5, 1e-5)},

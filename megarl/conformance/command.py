@@ -141,9 +141,7 @@ def draw(suite: Suite, results: Sequence[Result], seconds: float) -> None:
             reference=result.case.reference.name,
             state=result.state,
             reason=result.reason,
-            differences=[
-                (one.objective, one.quantity, one.size, one.limit, one.where) for one in result.differences
-            ],
+            differences=[(one.objective, one.quantity, one.size, one.limit, one.where) for one in result.differences],
             seconds=result.seconds,
         )
         for result in results

@@ -13,6 +13,7 @@ from megarl.algorithms import gae
 from megarl.config.leaf import or_defaults
 from megarl.config.ppo import PPOConfig
 from megarl.config.sft import SFTConfig
+from megarl.conformance.features import MODEL
 from megarl.experience.shaping import Shaping
 from megarl.models.exchange.pretrained import Sources
 from megarl.models.gpt import GPT, TokenLogprobs
@@ -32,7 +33,7 @@ PROMPT = 2
 """Tokens of each prompt."""
 COMMON: Mapping[str, Any] = {
     "data.pack": False,
-    "data.seq_length": max(LENGTHS),
+    "data.seq_length": MODEL["model.max_positions"],
     "data.train": ["rows.jsonl"],  # the rows are those below: nothing is read
     "ppo.pack": False,
     "ppo.kl_in": "loss",

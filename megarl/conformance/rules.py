@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megarl.conformance.features import Case
-from megarl.conformance.objectives import objectives
 from megarl.config.rules import check
 from megarl.config.world import data_parallel_size
+from megarl.conformance.features import Case
+from megarl.conformance.objectives import objectives
 from megarl.errors import ConfigError
 from megarl.models.build import refuse_quantised_experts
 from megarl.parallel.layout import Layout

@@ -136,5 +136,3 @@ def _of_both_ends(gradients: Copies) -> Copies:
     (embedding,), (output,) = gradients[EMBEDDING], gradients[OUTPUT]
     rest = {name: copies for name, copies in gradients.items() if name != OUTPUT}
     return {**rest, EMBEDDING: [embedding + output]}
-
-

@@ -65,7 +65,9 @@ class Worlds:
         port = free_port()
         for rank in range(size):
             here, there = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(there, rank_environment(rank, size, port)), daemon=True)
+            process = self._context.Process(
+                target=_serve, args=(there, rank_environment(rank, size, port)), daemon=True
+            )
             process.start()
             there.close()
             self._processes.append(process)
