@@ -26,8 +26,8 @@ LIMITS = {
     MOVED: (0.0, 0.0),
     UNREACHED: (0.0, 0.0),
 }
-"""(relative, absolute) differences in float32 that count as rounding. Those of a gradient or of a parameter are relative
-to its largest value, as its small values are sums of larger ones."""
+"""(relative, absolute) differences in float32 that count as rounding. Those of a gradient or of a parameter are
+relative to its largest value, as its small values are sums of larger ones."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megarl.command import process_number
 from megarl.conformance.compare import Difference, compare, compare_starts
-from megarl.conformance.features import Case, cases
+from megarl.conformance.features import Case, Reference, cases
 from megarl.conformance.rules import refusal
 from megarl.conformance.settings import Suite
 from megarl.conformance.training import Outcomes, train_case
@@ -53,31 +53,42 @@ Train = Callable[..., Outcomes]
 
 
 class _References:
-    """The trainings in one process that cases are compared with, each made when it is first needed."""
+    """The trainings in one process that cases are compared with, each made once.
+
+    A case that others are compared with is compared with the plain model until the first gradients are applied: so far
+    neither frozen layers nor adapters make a difference, and a tied embedding has the gradients of both ends.
+    """
 
     def __init__(self, train: Train) -> None:
         self._train = train
-        self._made: dict[Any, Outcomes] = {}
+        self._made: dict[tuple[str, bool], Outcomes | Exception] = {}
 
-    def differences(self, case: Case, found: Outcomes) -> tuple[Difference, ...]:
-        """Compare a case with its reference.
-
-        What others are compared with is compared with the plain model, until the first gradients are applied: there,
-        neither frozen layers nor adapters make a difference, and a tied embedding has the gradients of both ends.
-        """
-        if case.is_its_reference:
-            start = case.started_from
-            ties = "tied" in start.keys
-            plain = Case(tuple(key for key in start.keys if key != "tied"))
-            return tuple(compare_starts(found, self._of(plain, same_ends=ties)))
-        return tuple(compare(found, self._of(case)))
-
-    def _of(self, case: Case, same_ends: bool = False) -> Outcomes:
-        reference = case.reference
+    def prepare(self, case: Case) -> None:
+        """Train what a case is compared with. An error is raised where it is compared."""
+        reference, same_ends = _compared_with(case)
         key = (reference.name, same_ends)
         if key not in self._made:
-            self._made[key] = self._train(reference.settings, 1, same_ends)
-        return self._made[key]
+            try:
+                self._made[key] = self._train(reference.settings, 1, same_ends)
+            except (MegarlError, WorldError) as problem:
+                self._made[key] = problem
+
+    def differences(self, case: Case, found: Outcomes) -> tuple[Difference, ...]:
+        """Compare a case with its reference."""
+        self.prepare(case)
+        reference, same_ends = _compared_with(case)
+        wanted = self._made[reference.name, same_ends]
+        if isinstance(wanted, Exception):
+            raise wanted
+        return tuple(compare_starts(found, wanted) if case.is_its_reference else compare(found, wanted))
+
+
+def _compared_with(case: Case) -> tuple[Reference, bool]:
+    """Return the reference of a case, and whether its output layer starts with the embedding's weights."""
+    if not case.is_its_reference:
+        return case.reference, False
+    start = case.started_from.keys
+    return Case(tuple(key for key in start if key != "tied")).reference, "tied" in start
 
 
 def run_here(suite: Suite, finished: Callable[[], None] = lambda: None) -> list[Result]:
@@ -97,9 +108,13 @@ def run_here(suite: Suite, finished: Callable[[], None] = lambda: None) -> list[
 
     references = _References(train)
     results = []
+    # Processes are started anew where their number changes: so references come first, and cases by their processes.
+    reasons = {case: refusal(case) for case in sorted(cases(suite.only), key=lambda case: case.world)}
     try:
-        for case in sorted(cases(suite.only), key=lambda case: case.world):
-            results.append(_result(case, train, references, refusal(case)))
+        for case in (case for case, reason in reasons.items() if reason is None):
+            references.prepare(case)
+        for case, reason in reasons.items():
+            results.append(_result(case, train, references, reason))
             finished()
     finally:
         worlds.close()

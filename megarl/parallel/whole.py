@@ -1,4 +1,4 @@
-"""Whole tensors, gathered from the ranks that hold parts of them: parameters, and gradients before an optimizer step."""
+"""Whole tensors, gathered from the ranks that hold parts of them: parameters, and gradients that will be applied."""
 
 from __future__ import annotations
 
