@@ -107,7 +107,8 @@ class Case:
     def world(self) -> int:
         """The number of processes: one replica's times the number of replicas."""
         settings = self.settings
-        return self.replicas * prod(settings.get(f"parallel.{axis}", 1) for axis in ("tp", "pp", "cp"))
+        of_replica = [int(settings.get(f"parallel.{axis}", 1)) for axis in ("tp", "pp", "cp")]
+        return self.replicas * prod(of_replica)
 
     @property
     def reference(self) -> Reference:

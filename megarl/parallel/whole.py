@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -71,7 +72,7 @@ def whole_gradients(engine: Engine) -> Copies:
 
 def whole_norm(tensors: Iterable[Sequence[Tensor]]) -> float:
     """Return the norm of all tensors together, of each its first copy."""
-    return float(sum(copies[0].double().square().sum() for copies in tensors)) ** 0.5
+    return math.sqrt(sum(float(copies[0].double().square().sum()) for copies in tensors))
 
 
 def _reduced(tensors: Iterable[Trained], rank: int, grid: Grid) -> Iterator[_Piece]:
