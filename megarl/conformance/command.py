@@ -127,8 +127,14 @@ def again(case: Case) -> str:
 
 def draw(suite: Suite, results: Sequence[Result], seconds: float) -> None:
     """Write the page, if the settings name a file."""
-    if not suite.html:
-        return
+    if suite.html:
+        path = page_path(suite.html, "html", SELFTEST)
+        write_page(page(suite, results, seconds), path, "html", SELFTEST)
+        say(f"page: {path}")
+
+
+def page(suite: Suite, results: Sequence[Result], seconds: float) -> str:
+    """Return the page of the results."""
     from megarl.parallel.device import device_settings
     from megarl.parallel.megatron_versions import engine
     from megarl.report.conformance import CaseRow, conformance_page
@@ -146,8 +152,6 @@ def draw(suite: Suite, results: Sequence[Result], seconds: float) -> None:
         )
         for result in results
     ]
-    settings = [("steps", str(suite.steps)), ("engine", engine()), ("settings of the device", str(device_settings()))]
-    settings.append(("seconds", f"{seconds:.0f}"))
-    path = page_path(suite.html, "html", SELFTEST)
-    write_page(conformance_page(verdict(results), rows, settings), path, "html", SELFTEST)
-    say(f"page: {path}")
+    settings = {"steps": suite.steps, "engine": engine(), "settings of the device": device_settings()}
+    shown = [(name, str(value)) for name, value in {**settings, "seconds": f"{seconds:.0f}"}.items()]
+    return conformance_page(verdict(results), rows, shown)

@@ -119,8 +119,8 @@ class Case:
 
     @property
     def is_its_reference(self) -> bool:
-        """Whether nothing but the model is changed, so that the case is what others are compared with."""
-        return self.settings == self.reference.settings and self.world == 1
+        """Whether the model alone is changed, so that in one process the case is what others are compared with."""
+        return self.settings == self.reference.settings and self.replicas == 1
 
     @property
     def started_from(self) -> Case:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,17 +55,18 @@ Train = Callable[..., Outcomes]
 class _References:
     """The trainings in one process that cases are compared with, each made once.
 
-    A case that others are compared with is compared with the plain model until the first gradients are applied: so far
-    neither frozen layers nor adapters make a difference, and a tied embedding has the gradients of both ends.
+    A case in one process that others are compared with is compared with the plain model until the first gradients are
+    applied: so far neither frozen layers nor adapters make a difference, and a tied embedding has the gradients of both
+    ends.
     """
 
     def __init__(self, train: Train) -> None:
         self._train = train
         self._made: dict[tuple[str, bool], Outcomes | Exception] = {}
 
-    def prepare(self, case: Case) -> None:
-        """Train what a case is compared with. An error is raised where it is compared."""
-        reference, same_ends = _compared_with(case)
+    def prepare(self, case: Case, world: int) -> None:
+        """Train what a case of so many processes is compared with. An error is raised where it is compared."""
+        reference, same_ends = _compared_with(case, world)
         key = (reference.name, same_ends)
         if key not in self._made:
             try:
@@ -73,19 +74,24 @@ class _References:
             except (MegarlError, WorldError) as problem:
                 self._made[key] = problem
 
-    def differences(self, case: Case, found: Outcomes) -> tuple[Difference, ...]:
-        """Compare a case with its reference."""
-        self.prepare(case)
-        reference, same_ends = _compared_with(case)
+    def differences(self, case: Case, world: int, found: Outcomes) -> tuple[Difference, ...]:
+        """Compare a case of so many processes with its reference."""
+        self.prepare(case, world)
+        reference, same_ends = _compared_with(case, world)
         wanted = self._made[reference.name, same_ends]
         if isinstance(wanted, Exception):
             raise wanted
-        return tuple(compare_starts(found, wanted) if case.is_its_reference else compare(found, wanted))
+        return tuple((compare_starts if _is_reference(case, world) else compare)(found, wanted))
 
 
-def _compared_with(case: Case) -> tuple[Reference, bool]:
+def _is_reference(case: Case, world: int) -> bool:
+    """Return whether others are compared with the case."""
+    return world == 1 and case.is_its_reference
+
+
+def _compared_with(case: Case, world: int) -> tuple[Reference, bool]:
     """Return the reference of a case, and whether its output layer starts with the embedding's weights."""
-    if not case.is_its_reference:
+    if not _is_reference(case, world):
         return case.reference, False
     start = case.started_from.keys
     return Case(tuple(key for key in start if key != "tied")).reference, "tied" in start
@@ -112,7 +118,7 @@ def run_here(suite: Suite, finished: Callable[[], None] = lambda: None) -> list[
     reasons = {case: refusal(case) for case in sorted(cases(suite.only), key=lambda case: case.world)}
     try:
         for case in (case for case, reason in reasons.items() if reason is None):
-            references.prepare(case)
+            references.prepare(case, case.world)
         for case, reason in reasons.items():
             results.append(_result(case, train, references, reason))
             finished()
@@ -129,15 +135,15 @@ def _result(case: Case, train: Train, references: _References, reason: str | Non
     try:
         found = train(case.settings, case.world)
         seconds = time.monotonic() - began
-        return _compared(case, references, found, seconds)
+        return _compared(case, case.world, references, found, seconds)
     except ConfigError as problem:  # a rule that only the building of a model knows
         return Result(case, REFUSED, reason=str(problem))
     except (MegarlError, WorldError) as problem:
         return Result(case, FAILED, reason=str(problem), seconds=time.monotonic() - began)
 
 
-def _compared(case: Case, references: _References, found: Outcomes, seconds: float) -> Result:
-    differences = references.differences(case, found)
+def _compared(case: Case, world: int, references: _References, found: Outcomes, seconds: float) -> Result:
+    differences = references.differences(case, world, found)
     state = OK if all(one.is_rounding for one in differences) else FAILED
     return Result(case, state, differences, seconds=seconds)
 
@@ -167,14 +173,10 @@ def run_given(suite: Suite) -> list[Result] | None:
         return None
     os.environ["WORLD_SIZE"] = "1"
 
-    def train(settings: Any, world: int, same_ends: bool = False) -> Outcomes:
-        alone = train_case(settings, world, suite.steps, suite.limit, same_ends)
+    def train(settings: Any, size: int, same_ends: bool = False) -> Outcomes:
+        alone = train_case(settings, size, suite.steps, suite.limit, same_ends)
         assert alone is not None
         return alone
 
     references = _References(train)
-    return refused + _all_compared(trained, references)
-
-
-def _all_compared(trained: Iterable[tuple[Case, Outcomes, float]], references: _References) -> list[Result]:
-    return [_compared(case, references, found, seconds) for case, found, seconds in trained]
+    return refused + [_compared(case, world, references, found, seconds) for case, found, seconds in trained]

@@ -16,7 +16,8 @@ HELP = f"""python -m megarl.selftest --all [key=value ...]
   Trains tiny models with each feature and each pair of features, and compares losses, log-probs, gradients, their norm
   and the parameters after the last step with one process. It starts the processes, or takes those of torchrun.
 
-  only=tp,pp                  only the cases made of these features: {", ".join(feature.key for feature in FEATURES)}
+  only=tp,pp                  only the cases made of these features, of
+                              {", ".join(feature.key for feature in FEATURES)}
   steps=3                     optimizer steps of a case
   limit=120                   seconds that a case may take
   html=FILE                   write the table and the differences into FILE, one page that needs no network

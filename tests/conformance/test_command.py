@@ -41,10 +41,20 @@ def test_failures_and_refusals_are_printed_with_what_is_wrong(capsys: pytest.Cap
     assert "2 of 6" in said.splitlines()[-1]
 
 
-def test_the_page_links_each_cell_to_its_case(tmp_path: Path) -> None:
-    file = tmp_path / "suite.html"
-    command.draw(Suite(html=str(file)), RESULTS, 3.0)
-    tree = tree_of(file.read_text())
+def suite_page(results: list[Result]) -> str:
+    return command.page(Suite(), results, 3.0)
+
+
+def test_the_page_is_written_where_the_settings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command.draw(Suite(), RESULTS, 3.0)
+    assert not list(tmp_path.iterdir())
+    command.draw(Suite(html="suite.html"), RESULTS, 3.0)
+    assert command.verdict(RESULTS) in (tmp_path / "suite.html").read_text()
+
+
+def test_the_page_links_each_cell_to_its_case() -> None:
+    tree = tree_of(suite_page(RESULTS))
     identifiers = {each.attributes["id"] for each in tree.all() if "id" in each.attributes}
     cells = tree.all(id="pairs")[0].all("a")
     assert [cell.text() for cell in cells] == [OK, REFUSED, REFUSED, FAILED, OK, FAILED]
