@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -115,6 +116,7 @@ def _serve(pipe: Connection, environment: dict[str, str]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what the imports left is no garbage
     while True:
         try:
             function, arguments = pickle.loads(pipe.recv_bytes())
