@@ -34,7 +34,7 @@ def refuse(settings: Mapping[str, Any], world: int) -> None:
         trainer, parallel = config.trainer, config.parallel
         # The suite's batch does not grow with the world; the rule wants one that divides.
         whole = trainer.micro_batch_size * max(1, data_parallel_size(config, world)) * parallel.pp
-        trainer.global_batch_size, trainer.devices = whole, world
+        trainer.global_batch_size = whole
         check(config, world)
         layout_of(parallel, world)
         refuse_quantised_experts(objective.role)
