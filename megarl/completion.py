@@ -48,7 +48,10 @@ _FLAGS = ("--help", "--version")
 _TREES = {"chat": "generate", "serve-reward": "serve_reward"}
 _PLAIN = {
     "convert": ("from=", "to=", "format=", "dtype=", "family=", "families=", "tp=", "pp="),
-    "selftest": ("tp=", "pp=", "dp=", "vpp=", "sequence_parallel=", "recompute=", "precision=", "steps=", "html="),
+    "selftest": (
+        *("tp=", "pp=", "dp=", "vpp=", "sequence_parallel=", "recompute=", "precision=", "steps=", "html="),
+        *("--all", "only=", "limit="),
+    ),
     "why-stuck": ("beat=",),
 }
 """The settings of programs that have no configuration tree."""

@@ -1,7 +1,8 @@
 """`python -m megarl.selftest tp=2 pp=2`: check that a parallel layout gives the same numbers as one process on this
 machine.
 
-Trains a tiny random GPT both ways and compares losses, gradient norms and log-probs. Exit code 1 if they differ.
+Trains a tiny random GPT both ways and compares losses, gradient norms and log-probs. Exit code 1 if they differ. With
+`--all`, it does so for every pair of features (`megarl/conformance/`).
 """
 
 import json
@@ -14,11 +15,15 @@ from typing import Any
 
 from megarl.command import process_number, run_command, say
 from megarl.config.launcher import check_launcher
+from megarl.conformance.settings import ALL, Suite
+from megarl.conformance.settings import HELP as HELP_OF_ALL
+from megarl.conformance.settings import parse as parse_suite
 from megarl.errors import ConfigError
 from megarl.report.shell import SELFTEST
 from megarl.report.write import page_path, write_page
 
-HELP = """python -m megarl.selftest [key=value ...]
+HELP = (
+    """python -m megarl.selftest [key=value ...]
 
   tp=1 pp=1 dp=1 vpp=1        the layout to test; it starts tp x pp x dp processes, or takes torchrun's world
   sequence_parallel=false     split activations over time between tensor-parallel regions
@@ -27,7 +32,10 @@ HELP = """python -m megarl.selftest [key=value ...]
   steps=8                     optimizer steps that are compared
   html=FILE                   draw the differences beside their tolerances into FILE, one page that needs no network;
                               an earlier page of megarl selftest is replaced, no other file
+
 """
+    + HELP_OF_ALL
+)
 # (relative, absolute) differences of losses, gradient norms and log-probs that count as rounding.
 TOLERANCES = {
     "fp32": {"loss": (1e-5, 1e-6), "grad_norm": (1e-4, 1e-6), "logprobs": (1e-5, 1e-5)},
@@ -60,8 +68,15 @@ class Settings:
         return Settings(precision=self.precision, steps=self.steps)
 
 
-def parse(argv: list[str]) -> Settings:
-    """Parse key=value words. Refuse unknown keys and invalid values."""
+def parse(argv: list[str]) -> Settings | Suite:
+    """Parse key=value words, with --all those of the whole suite. Refuse unknown keys and invalid values."""
+    if ALL in argv:
+        return parse_suite([word for word in argv if word != ALL])
+    return parse_layout(argv)
+
+
+def parse_layout(argv: list[str]) -> Settings:
+    """Parse key=value words of one layout. Refuse unknown keys and invalid values."""
     known: dict[str, Any] = {field.name: field.default for field in fields(Settings)}
     values: dict[str, Any] = {}
     for word in argv:
@@ -269,6 +284,10 @@ def run(argv: list[str]) -> int:
     check_launcher(os.environ)
     device_settings()  # refuses invalid values of its environment variable before any process starts
     set_env_from_slurm()
+    if isinstance(settings, Suite):
+        from megarl.conformance.command import run as run_suite
+
+        return run_suite(settings)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         layout, alone = started(settings), started(settings.alone())

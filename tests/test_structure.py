@@ -41,6 +41,7 @@ FLOORS = {
     "modules/": 6,
     "callbacks/": 6,
     "run/": 7,
+    "conformance/": 7,
     "planning/": 7,
     "serving/": 7,
     "watch/": 7,

@@ -12,6 +12,7 @@ from megarl.planning.page import page as plan_page
 from megarl.planning.plan import Remedy
 from megarl.report.agreement import agreement_page
 from megarl.report.differences import differences_page
+from tests.conformance.test_command import RESULTS, suite_page
 from tests.gates.browsing import THEMES, assert_accessible, assert_fits_and_is_silent, show
 from tests.planning.test_page import planned
 from tests.report.made_up import made_up, write_run
@@ -19,7 +20,7 @@ from tests.report.test_agreement import APART, SAME
 from tests.report.test_differences import LOSS, OTHER
 
 pytestmark = pytest.mark.gate
-PAGES = ("plan", "differences", "selftest")
+PAGES = ("plan", "differences", "selftest", "conformance")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "plan": plan_page(plan, [Remedy("parallel.tp=2", 2.0**30, fits=True)], [plan]),
         "differences": differences_page(("optim.lr=1e-3", "optim.lr=3e-3"), [1, 2], metrics, "paired", runs),
         "selftest": agreement_page("tp2 pp1 dp1", [("tp", "2")], {"loss": SAME, "logprobs": APART}),
+        "conformance": suite_page(RESULTS),
     }
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
