@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 
 from megarl.config.sections.model import ExpertsConfig
@@ -16,6 +17,7 @@ from megarl.parallel.engine import Engine
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.passes import Outputs
 from megarl.parallel.rows import Microbatch, Rows
+from tests.gated import gated
 from tests.parallel.engines import VOCAB, small_engine
 from tests.planning.allocations import recorded
 from tests.worlds import Worlds
