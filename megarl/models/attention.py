@@ -35,7 +35,7 @@ ALIGNED = 8  # torch's fused kernels on a GPU need masks whose rows begin at mul
 
 @dataclass
 class Context:
-    """The inputs of attention besides the hidden states; made once per forward pass of a chunk.
+    """The inputs of layers besides the hidden states; made once per forward pass of a chunk.
 
     `mask` [batch or 1, 1, time, keys] is True where a query may attend, or a float to add to the scores. None means
     plain causal attention, which needs no mask because batches are right-padded, or a single token that sees all keys.
@@ -114,10 +114,12 @@ def attention_mask(
     dtype: torch.dtype,
     *,
     queries: tuple[int, int] | None = None,
+    always: bool = False,
 ) -> Tensor | None:
     """Return a mask that is causal, within documents (segment_ids [batch, time]; 0 is padding) and within the window.
 
-    `queries` are the first position that attends and the one after the last, which ends the keys too; None: all.
+    `queries` are the first position that attends and the one after the last, which ends the keys too; None: all. With
+    `always` there is a mask where a kernel's own causal one would do.
 
     With a GPU's settings, the mask is a float to add, in the model's dtype, and shared by all layers. Torch would make
     one from each layer's boolean mask and keep it for the backward pass.
@@ -125,7 +127,7 @@ def attention_mask(
     plain = device_settings().plain_attention
     begin, end = queries or (0, time)
     short = plain and end - begin <= SHORT
-    if segment_ids is None and (window is None or window >= end) and not short:
+    if segment_ids is None and (window is None or window >= end) and not short and not always:
         return None
     rows = torch.arange(end, device=device)
     distance = rows[begin:, None] - rows[None, :]

@@ -169,9 +169,9 @@ class Router(nn.Module):
         place: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         self.weight = nn.Parameter(torch.empty(self.count, config.hidden_size, **place))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        # What training passes add up since `forget`: the two losses, and the tokens of each expert.
-        self.register_buffer("sums", torch.zeros(2 + self.count, dtype=torch.float64), persistent=False)
-        self.sums: Tensor
+        # What training passes add up since `begin`: the two losses, and the tokens of each expert. No buffer, whose
+        # dtype would become the model's.
+        self.sums = torch.zeros(2 + self.count, dtype=torch.float64, device=torch.cuda.current_device())
 
     def forward(self, hidden: Tensor, context: Context | None) -> Routes:
         """Choose the experts of hidden states [time, bins, hidden]."""
@@ -188,7 +188,7 @@ class Router(nn.Module):
             experts = torch.where(named >= 0, named, experts)
             weights = weights_of(logits, experts, normalise=self.settings.normalise)
         experts = experts.masked_fill((rows == 0)[:, None], -1)
-        if self.training and torch.is_grad_enabled():
+        if self.training:
             weights = self._with_losses(logits, experts, weights, rows, origins)
         return Routes(experts, weights)
 
@@ -216,10 +216,12 @@ class Router(nn.Module):
         if self.slices.size > 1:
             dist.all_reduce(counts, group=self.groups.cp)
         total, settings = origins.total, self.settings
-        with torch.set_grad_enabled(settings.balance > 0 or settings.z_loss > 0):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (settings.balance > 0 or settings.z_loss > 0)):
             balance = balance_loss(logits, counts, rows, lengths.clamp(min=1), chosen=self.chosen, total=total)
             z = z_loss(logits, total=total)
-        self.sums += torch.cat([torch.stack([balance, z]).detach(), loads]).double()
+        # With full recomputation, a layer's first pass has no gradients. A second one exists only if something trains.
+        if torch.is_grad_enabled() != (self.config.recompute_granularity == "full"):
+            self.sums += torch.cat([torch.stack([balance, z]).detach(), loads]).double()
         if not balance.requires_grad:
             return weights
         loss = (settings.balance * balance + settings.z_loss * z) / self.config.expert_layers
@@ -247,9 +249,9 @@ class Experts(nn.Module):
     def __init__(self, config: GPTConfig, count: int, groups: ProcessGroupCollection) -> None:
         super().__init__()
         self.local_experts = nn.ModuleList(Expert(config, groups) for _ in range(count))
-        # Tokens of each expert in training passes since `forget`: one without tokens has no gradient.
-        self.register_buffer("tokens", torch.zeros(count, dtype=torch.long), persistent=False)
-        self.tokens: Tensor
+        # Tokens of each expert in training passes since `begin`: one without tokens has no gradient. Not a buffer:
+        # the views of it would stay where they are if it moved.
+        self.tokens = torch.zeros(count, dtype=torch.long, device=torch.cuda.current_device())
         for number, expert in enumerate(self.local_experts):
             for parameter in expert.parameters():
                 parameter.multiplied_by = self.tokens[number]  # type: ignore[attr-defined]

@@ -245,8 +245,10 @@ class GPT(LanguageModule):
         if slices is None or slices.size == 1:
             mask = attention_mask(inputs.segment_ids, time, window, *place)
             return Context(turn, mask, cache, origins=inputs.origins)
+        dropping = self.training and self.config.attention_dropout > 0  # `causal_after` drops no weights
         masks = [
-            attention_mask(inputs.segment_ids, time, window, *place, queries=bounds) for bounds in slices.bounds(time)
+            attention_mask(inputs.segment_ids, time, window, *place, queries=bounds, always=dropping)
+            for bounds in slices.bounds(time)
         ]
         return Context(turn, None, origins=inputs.origins, sliced=SlicedMasks(slices, masks))
 

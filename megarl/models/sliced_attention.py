@@ -54,7 +54,10 @@ def attend_in_slices(q: Tensor, k: Tensor, v: Tensor, masks: SlicedMasks, attend
             else:
                 parts.append(attend(queries, keys, values, mask))
     kept.forget()
-    return torch.cat(parts)
+    mixed = torch.cat(parts)
+    if mixed.requires_grad:  # on all ranks, whatever views their kernels have kept
+        mixed.register_hook(kept.gather_again)
+    return mixed
 
 
 class _OwnPart:
@@ -75,11 +78,15 @@ class _OwnPart:
     def forget(self) -> None:
         self.whole = None
 
+    def gather_again(self, _: Tensor) -> None:
+        """Gather at the start of the backward pass, if it reads the whole."""
+        whole = self.slices.gathered(self.own, dim=3)
+        self.whole = whole if self.uses else None
+
     def unpack(self, packed: Tensor | _View) -> Tensor:
         if not isinstance(packed, _View):
             return packed
-        if self.whole is None:  # in the same order on all ranks, as they compute the same layers
-            self.whole = self.slices.gathered(self.own, dim=3)
+        assert self.whole is not None
         view = self.whole.as_strided(packed.shape, packed.stride, packed.offset)
         self.uses -= 1
         if self.uses == 0:

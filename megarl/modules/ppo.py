@@ -106,6 +106,7 @@ class PPO(GenerativeModule):
         self.critic = self._make_critic()
         self.loss = PolicyLoss(config, self.shaping, self.critic, self.token_logprobs)
         if config.ppo.action_mask is not None:
+            self.engines["action_mask"].follows_routes = False  # in generation its own router chose
             self.action_mask = ActionMask(self.engines["action_mask"], config.ppo.action_mask, self.temperature)
             self.masking = self.action_mask.masking
         for setting, ignored in without_effect(config).items():

@@ -69,8 +69,8 @@ class Engine:
         self.schedule = None
         self._chunks: list[Any] = list(self._models)
         self.has_gradients = False
-        self.observer: StepObserver | None = None
         self.follows_routes = True  # whether the experts that rows name compute their tokens, or the router chooses
+        self.observer: StepObserver | None = None
         self.observed: dict[str, float] = {}  # what it reported of the last training step
         self.loads = 0  # how often weights were loaded that may not train
         self.pins = device_settings().pinned_copies
@@ -160,10 +160,7 @@ class Engine:
         sums = self._summed(collected)
         if self.observer is not None:
             self.observed = self.observer.stats()
-        for key, value in {
-            **sums,
-            **self.observed,
-        }.items():  # the same on every rank, and checked before the optimizer step
+        for key, value in (sums | self.observed).items():  # the same on every rank; before the optimizer step
             if "loss" in key:
                 self._check_finite(key, value)
         return {**counts, **sums}

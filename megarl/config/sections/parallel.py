@@ -34,7 +34,8 @@ class ParallelConfig(Section):
     ep: int = leaf(
         1,
         "Expert-parallel size: number of replicas that share the experts of each layer, so that each process holds "
-        "1/parallel.ep of them. Must divide the number of replicas and model.experts.count.",
+        "1/parallel.ep of them. Must divide model.experts.count, and the number of replicas, in which each of the "
+        "parallel.cp processes of a sequence counts.",
         at_least=1,
         at_most=2**20,
     )
