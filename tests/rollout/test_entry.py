@@ -135,9 +135,9 @@ def test_a_chat_answers_until_it_is_ended(worlds: Worlds) -> None:
     (first,) = worlds.run(1, entry, ["chat=true", "system=Be brief."], "hello\n")
     assert written.startswith(first)
     assert len(written) > len(first) > 1
-    ranks = worlds.run(2, entry, ["chat=true", "parallel.tp=2", "system=Be brief."], "hello\n")
-    assert ranks[0] == first
-    assert ranks[1] == ""
+    for shared in ("tp", "cp"):
+        ranks = worlds.run(2, entry, ["chat=true", f"parallel.{shared}=2", "system=Be brief."], "hello\n")
+        assert ranks == [first, ""]
 
 
 @pytest.mark.parametrize(
