@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.rollout import ResponsesConfig
 from megarl.data.prompts import Prompt
 from megarl.errors import ConfigError
 from megarl.experience.arrival import Arrival
 from megarl.experience.invariants import Invariants
+from megarl.models.flops import expert_layers
 from megarl.models.gpt import GPT
 from megarl.parallel.engine import Engine
 from megarl.rollout import stored
@@ -174,8 +176,9 @@ class GeneratedRollouts:
 class ReplayedRollouts:
     """Reads the responses of an earlier run from the folder that its `rollout.dump` names."""
 
-    def __init__(self, folder: str, settings: ResponsesConfig) -> None:
-        self.folder, self.settings = folder, settings
+    def __init__(self, folder: str, settings: ResponsesConfig, model: ModelConfig) -> None:
+        """`model` is the policy's, which may follow the experts that are named in the folder."""
+        self.folder, self.settings, self.model = folder, settings, model
         sampling_from(settings)  # refuses invalid sampling settings
 
     def publish(self, version: int) -> None:
@@ -198,17 +201,33 @@ class ReplayedRollouts:
         rollouts = stored.replay(self.folder, stream, phase, requests, 0 if within is None else within.start)
         if not self.settings.engine_settings.router_replay:
             return [replace(rollout, routes=None) for rollout in rollouts]
-        if any(rollout.routes is None for rollout in rollouts):
-            key = "rollout.engine.router_replay"
-            raise ConfigError(
-                f"{key}=true: the responses in rollout.replay={self.folder} were generated without it, so that nobody "
-                f"knows which experts computed them; use {key}=false, or a dump of a run with it",
-                key=key,
-                value=True,
-                where=self.folder,
-                offers={key: [False]},
-            )
+        for rollout in rollouts:
+            self._check_routes(rollout)
         return rollouts
+
+    def _check_routes(self, rollout: Rollout) -> None:
+        """Refuse a response without the experts that computed it, or with experts that this model does not have."""
+        experts, routes, key = self.model.experts, rollout.routes, "rollout.engine.router_replay"
+        assert experts is not None
+        shape = expert_layers(self.model), experts.chosen
+        if routes is None:
+            problem = "were generated without it, so that nobody knows which experts computed them"
+        elif routes.shape[1:] != shape or routes.max(initial=0) >= (experts.count or 0):
+            theirs = " x ".join(map(str, routes.shape[1:]))
+            problem = (
+                f"name {theirs} experts a token, up to number {routes.max(initial=0)}, and this model has "
+                f"{experts.count} in {shape[0]} layers, of which it chooses {shape[1]}"
+            )
+        else:
+            return
+        raise ConfigError(
+            f"{key}=true: responses in rollout.replay={self.folder} {problem}; use {key}=false, or a dump of a run of "
+            "this model with it",
+            key=key,
+            value=True,
+            where=self.folder,
+            offers={key: [False]},
+        )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Accept all prompts: nothing is generated, so none is too long."""

@@ -116,7 +116,7 @@ class GenerativeModule(Module):
     def _make_source(self) -> RolloutSource:
         rollout = self.config.rollout
         if rollout.replay is not None:
-            return ReplayedRollouts(rollout.replay, rollout)
+            return ReplayedRollouts(rollout.replay, rollout, self.config.model)
         return GeneratedRollouts(
             self.engines["policy"],
             self.tokenizer,

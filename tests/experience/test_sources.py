@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megarl.config.sections.model import ExpertsConfig, ModelConfig
 from megarl.config.sections.rollout import RolloutConfig, RolloutEngineConfig
 from megarl.data.prompts import Prompt
 from megarl.errors import ConfigError, DataError
@@ -110,7 +111,7 @@ def test_a_cache_that_is_too_small_for_the_longest_prompt_is_refused_before_any_
     checked: list[int] = []
     monkeypatch.setattr(Remembers, "check_length", lambda self, length: checked.append(length), raising=False)
     source(max_new_tokens=3).check_prompts(PROMPTS)
-    ReplayedRollouts("folder", RolloutConfig(max_new_tokens=3)).check_prompts(PROMPTS)  # makes no cache
+    ReplayedRollouts("folder", RolloutConfig(max_new_tokens=3), MIXTURE).check_prompts(PROMPTS)  # makes no cache
     source(max_new_tokens=3).check_prompts([])  # never generates
     assert checked == [8]
 
@@ -119,9 +120,10 @@ def test_stop_texts_that_cannot_be_sampled_with_are_refused_before_any_phase(gen
     with refused(ConfigError, names=("rollout.stop",)):
         source(stop=[""])
     with refused(ConfigError, names=("rollout.stop",)):
-        ReplayedRollouts("folder", RolloutConfig(stop=[""]))
+        ReplayedRollouts("folder", RolloutConfig(stop=[""]), MIXTURE)
 
 
+MIXTURE = ModelConfig(num_layers=2, experts=ExpertsConfig(count=99, chosen=2))
 WORDLESS: Any = SimpleNamespace(eos_id=3, stop_ids=lambda template: [3], decode=str)
 ASKED = [Prompt("", (number, 1), {}) for number in range(4)]
 
@@ -132,7 +134,7 @@ def dumped_and_replayed(folder: str) -> tuple[list[Rollout], list[Rollout]]:
     model = GeneratedRollouts(small_engine({}, seed=1, train=False), WORDLESS, settings, seed=1, dump=folder)
     model.publish(7)
     drawn = model.collect(ASKED, 1, stream=TRAINING, phase=2)
-    replayed = ReplayedRollouts(folder, settings)
+    replayed = ReplayedRollouts(folder, settings, MIXTURE)
     replayed.publish(8)
     return drawn, replayed.collect(ASKED, 1, stream=TRAINING, phase=2, temperature=0.5)
 
@@ -165,15 +167,20 @@ def test_a_replayed_response_has_the_experts_that_computed_it_if_the_run_follows
     dump(phase_file(tmp_path, TRAINING, 4), made)
     for follows in (True, False):
         settings = RolloutConfig(engine=RolloutEngineConfig(router_replay=follows))
-        found = ReplayedRollouts(str(tmp_path), settings).collect(PROMPTS, 1, stream=TRAINING, phase=4)
+        found = ReplayedRollouts(str(tmp_path), settings, MIXTURE).collect(PROMPTS, 1, stream=TRAINING, phase=4)
         assert found == made
         for one, wanted in zip(found, routes, strict=True):
             assert (one.routes is None) if not follows else np.array_equal(one.routes, wanted)
 
 
-def test_a_dump_without_the_experts_that_a_run_follows_is_refused(tmp_path: Path) -> None:
-    dump(phase_file(tmp_path, TRAINING, 4), [Rollout(0, 0, [1, 2, 3], [1], [-1.0], "length")])
+@pytest.mark.parametrize(
+    "routes",
+    [None, np.zeros((3, 2, 1), np.int16), np.zeros((3, 1, 2), np.int16), np.full((3, 2, 2), 99, np.int16)],
+    ids=["none", "fewer a token", "fewer layers", "more experts"],
+)
+def test_a_dump_without_the_experts_that_a_run_follows_is_refused(routes: np.ndarray | None, tmp_path: Path) -> None:
+    dump(phase_file(tmp_path, TRAINING, 4), [Rollout(0, 0, [1, 2, 3], [1], [-1.0], "length", routes=routes)])
     settings = RolloutConfig(engine=RolloutEngineConfig(router_replay=True))
     key = "rollout.engine.router_replay"
     with refused(ConfigError, key=key, value=True, where=str(tmp_path), offers={key: [False]}):
-        ReplayedRollouts(str(tmp_path), settings).collect(PROMPTS[:1], 1, stream=TRAINING, phase=4)
+        ReplayedRollouts(str(tmp_path), settings, MIXTURE).collect(PROMPTS[:1], 1, stream=TRAINING, phase=4)

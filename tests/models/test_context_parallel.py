@@ -164,6 +164,24 @@ def test_each_of_two_ranks_keeps_half_of_the_activations(time: int, worlds: Worl
         assert my_peak < 0.6 * peak
 
 
+def twice_with_dropout() -> torch.Tensor:
+    """Positions of this rank [time] whose states differ between two passes that drop weights of attention alone."""
+    engine = small_engine({"cp": 2}, {**MODELS["plain"], "dropout": 0.5})
+    (model,) = engine.models
+    engine.config.hidden_dropout = 0.0
+    engine.train()
+    rows = ragged_rows(400)
+    (batch, *_) = make_microbatches(rows, torch.arange(len(rows)), engine, per_microbatch=1, share_bins=False)
+    with torch.no_grad():
+        first, second = model(batch), model(batch)
+    return (first != second).any(-1)[:, 0]
+
+
+def test_weights_of_attention_are_dropped_in_every_slice(worlds: Worlds) -> None:
+    for differs in worlds.run(2, twice_with_dropout):
+        assert differs[1:].all()  # the very first position attends to itself alone
+
+
 def test_without_a_mask_the_last_positions_attend_to_all_before_them() -> None:
     generator = torch.Generator().manual_seed(1)
     for kv_heads in (4, 2, 1):

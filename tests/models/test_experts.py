@@ -90,6 +90,34 @@ def test_a_layout_has_the_losses_and_gradients_of_one_process(
         check_same(history, alone)
 
 
+def frozen_below(name: str) -> bool:
+    return not name.startswith(("embedding.", "decoder.layers.0.", "decoder.layers.1."))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_routers_of_frozen_layers_are_counted_in_every_layout(recompute: str, worlds: Worlds) -> None:
+    options: dict[str, Any] = {"trainable": frozen_below, "recompute": recompute}
+    (alone,) = worlds.run(1, learned, {}, **options)
+    for history in worlds.run(2, learned, {"pp": 2}, **options):
+        check_same(history, alone)
+
+
+def test_in_bf16_the_tokens_of_many_microbatches_are_counted_to_the_last(worlds: Worlds) -> None:
+    ((loads, tokens),) = worlds.run(1, counted_in_bf16)
+    assert loads == pytest.approx([2 * tokens] * len(loads))
+
+
+def counted_in_bf16() -> tuple[list[float], int]:
+    """Choices that the routers of a step in bfloat16 have counted, by layer, and the tokens that were read."""
+    engine = small_engine({}, EXPERTS, precision="bf16")
+    rows = ragged_rows()
+    for _ in range(3):  # more than 256, which bfloat16 does not add one to
+        batch = make_microbatches(rows, torch.arange(16), engine, per_microbatch=1, share_bins=False)
+        engine.train_step(batch, cross_entropy, count_targets)
+    loads = [float(layer.router.sums[2:].sum()) for layer in expert_layers(engine.models).values()]
+    return loads, 3 * int((rows.lengths - 1).sum())
+
+
 @pytest.mark.parametrize(
     "options", [{"share_bins": False}, {"micro": 7}, {"recompute": "full"}, {"recompute": "selective"}], ids=str
 )
