@@ -137,7 +137,8 @@ def _is_refused_for_its_world(config: Any, world_size: int) -> bool:
 
 def _refusing_rule(config: Any, world_size: int) -> Rule | None:
     """Return the first rule that a configuration does not satisfy; None if it satisfies all."""
-    for rule in (each_section, *config.rules):
+    rules: tuple[Rule, ...] = (each_section, *config.rules)
+    for rule in rules:
         try:
             rule(config, world_size)
         except ConfigError:
@@ -215,8 +216,8 @@ def _share(config: Any, keys: _Keys) -> float:
     """Return how many times as much of the layers, or of their experts, a process holds as in the configured layout."""
     tp, pp, ep, *_ = keys
     parallel = config.parallel
-    dense = parallel.tp * parallel.pp / (tp * pp)
-    return max(dense, dense * parallel.ep / ep)
+    dense = float(parallel.tp * parallel.pp / (tp * pp))
+    return max(dense, dense * float(parallel.ep / ep))
 
 
 def _fit(config: Any, world: int, keys: _Keys) -> Fit:
