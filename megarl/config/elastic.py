@@ -216,8 +216,8 @@ def _share(config: Any, keys: _Keys) -> float:
     """Return how many times as much of the layers, or of their experts, a process holds as in the configured layout."""
     tp, pp, ep, *_ = keys
     parallel = config.parallel
-    dense = parallel.tp * parallel.pp / (tp * pp)
-    return float(max(dense, dense * parallel.ep / ep))
+    dense = float(parallel.tp * parallel.pp / (tp * pp))
+    return max(dense, dense * float(parallel.ep / ep))
 
 
 def _fit(config: Any, world: int, keys: _Keys) -> Fit:

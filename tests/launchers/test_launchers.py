@@ -110,6 +110,37 @@ def test_the_lines_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
     assert again.stdout == 'data.text_key=it\'s a "key"'
 
 
+def test_nodes_that_no_layout_divides_over_stay_idle(tmp_path: Path) -> None:
+    """What the check of the configuration prints last is the number of nodes."""
+    fewer = tmp_path / "fewer"
+    fewer.write_text("#!/bin/sh\necho the container says something\necho 2\n")
+    fewer.chmod(0o755)
+    lines = launch(tmp_path, "sft.sh", **job(3), MEGARL_PYTHON=str(fewer)).stdout.splitlines()
+    assert "export WORLD_SIZE=16" in lines
+    assert lines[-1].startswith("srun --nodes=2 --relative=0 --ntasks=16 --ntasks-per-node=8 ")
+
+
+# Three replicas do not divide a batch of eight, nor three stages four layers.
+OF_EIGHT = ("trainer.global_batch_size=8", "trainer.micro_batch_size=8", "model.num_layers=4", "model.num_heads=4")
+
+
+def on_three(folder: Path, *settings: str) -> "subprocess.CompletedProcess[str]":
+    environ = {**job(3, gpus=0), "MEGARL_PER_NODE": "1", "MEGARL_PYTHON": sys.executable}
+    return launch(folder, "sft.sh", *OF_EIGHT, *settings, **environ)
+
+
+def test_a_job_that_is_not_elastic_is_told_how_many_processes_would_do(tmp_path: Path) -> None:
+    assert_command_refused(on_three(tmp_path), "trainer.global_batch_size=8", "processes=2")
+
+
+def test_an_elastic_job_takes_the_nearest_layout(tmp_path: Path) -> None:
+    done = on_three(tmp_path, "launch.elastic=true")
+    assert done.returncode == 0, done.stderr
+    assert "srun --nodes=2 --relative=0 --ntasks=2 " in done.stdout
+    assert "trainer.micro_batch_size=4" in done.stderr
+    assert "2 of the 3 nodes" in done.stderr
+
+
 def test_processes_that_the_layout_does_not_divide_stop_it(tmp_path: Path) -> None:
     done = launch(tmp_path, "sft.sh", "parallel.tp=4", **job(2), MEGARL_PER_NODE="3", MEGARL_PYTHON=sys.executable)
     assert_command_refused(done, "parallel.tp=4", "6 processes")
