@@ -103,10 +103,10 @@ FAULTS = {
 }
 
 
-def suite(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def suite(root: Path, *words: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
     """Run the suite of the package in a folder."""
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "megarl.selftest", "--all", "limit=600", *words]
+    command = [*launcher, "-m", "megarl.selftest", "--all", "limit=600", *words]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=3000)
 
 
@@ -143,3 +143,13 @@ def test_without_a_fault_the_whole_suite_passes(untouched: Path, tmp_path: Path)
     assert len(states) == len(list(cases()))
     assert set(states) <= {"ok", "refused"}
     assert states.count("ok") >= 78
+
+
+def test_a_launchers_processes_train_the_cases_that_fit(untouched: Path) -> None:
+    """Two processes: pipelines and tensor parallelism fit, both together do not, and replicas fill the rest."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = suite(untouched, "only=tp,pp,freeze", launcher=launcher)
+    assert done.returncode == 0, done.stdout + done.stderr
+    refused = [line for line in done.stdout.splitlines() if line.startswith("refused ")]
+    assert [line.partition(":")[0] for line in refused] == ["refused tp+pp"]
+    assert "5 of 6 cases" in done.stdout
