@@ -27,8 +27,9 @@ from megarl.parallel.passes import CountFn, LossFn, Outputs
 from megarl.parallel.rows import Microbatch, Rows
 
 VOCAB = 101
-LENGTHS = (33, 5, 17, 9, 26, 3, 12, 21, 7)
-"""Tokens of each row. Their number leaves filler rows in most cuts of the batch."""
+LENGTHS = (273, 5, 17, 9, 26, 3, 12, 21, 7)
+"""Tokens of each row. Their number leaves filler rows in most cuts of the batch. A CPU attends to a row as long as one of
+them, and to slices of its time, with other kernels than to short ones."""
 PROMPT = 2
 """Tokens of each prompt."""
 COMMON: Mapping[str, Any] = {
