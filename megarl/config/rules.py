@@ -8,6 +8,7 @@ and those of a single key in its declaration.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from megarl.config.forms import MOST_PER_NODE
@@ -44,6 +45,55 @@ def model_fits_layout(config: Any, world_size: int) -> None:
     """Require the shape of a model that is built from the configuration to be valid and to divide over the layout."""
     if config.model.path is None:
         shape_rule(config, world_size)
+
+
+def experts_suit_run(config: Any, world_size: int) -> None:
+    """Refuse what a mixture of experts cannot do, and what only it can. Of a model with `path`, this is checked again
+    once its shape is known."""
+    mixture, known = config.model.experts is not None, config.model.path is None
+    adapter, engine = getattr(config, "adapter", None), _engine_settings(config)
+    if mixture and adapter is not None and adapter.base_bits < 16:
+        raise Refusal(
+            f"adapter.base_bits={adapter.base_bits}: the experts of a mixture are not quantised",
+            {"adapter.base_bits": [16]},
+            key="adapter.base_bits",
+            value=adapter.base_bits,
+        )
+    if engine is None:
+        return
+    if config.parallel.ep > 1 and engine.layout is not None and not _is_own(engine.layout, config.parallel):
+        raise Refusal(
+            f"rollout.engine.layout={engine.layout} with parallel.ep={config.parallel.ep}: experts that replicas share "
+            "are not moved to another layout",
+            {"rollout.engine.layout": [None]},
+            key="rollout.engine.layout",
+            value=engine.layout,
+        )
+    if mixture and engine.cuda_graphs:
+        raise Refusal(
+            "rollout.engine.cuda_graphs=true: each pass of a mixture of experts has other numbers of tokens per expert",
+            {"rollout.engine.cuda_graphs": [False]},
+            key="rollout.engine.cuda_graphs",
+            value=True,
+        )
+    if engine.router_replay and not mixture and known:
+        raise Refusal(
+            "rollout.engine.router_replay=true: the model has no experts to record",
+            {"rollout.engine.router_replay": [False]},
+            key="rollout.engine.router_replay",
+            value=True,
+        )
+
+
+def _is_own(layout: str, parallel: Any) -> bool:
+    """Return whether a layout such as tp2xpp2 is that of `parallel`."""
+    sizes = {axis: int(size) for axis, size in re.findall(r"(tp|pp)(\d+)", layout.lower())}
+    return (sizes.get("tp", 1), sizes.get("pp", 1)) == (parallel.tp, parallel.pp)
+
+
+def _engine_settings(config: Any) -> Any:
+    """Return the settings of the section `rollout.engine`; None in a run that has no such section."""
+    return getattr(getattr(config, "rollout", None), "engine_settings", None)
 
 
 def sequences_fit_model(config: Any, world_size: int) -> None:

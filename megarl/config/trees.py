@@ -13,6 +13,7 @@ from megarl.config.reward_terms import MODEL
 from megarl.config.rules import (
     adapter_has_layers,
     adapter_is_exported,
+    experts_suit_run,
     exports_differ,
     model_fits_layout,
     responses_are_sampled,
@@ -47,7 +48,13 @@ from megarl.config.sections.trainer import PhaseTrainerConfig
 class Tree:
     """The keys of every entry point that builds a model."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (model_fits_layout, whole_replicas, whole_experts, tokenizer_is_named)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        model_fits_layout,
+        experts_suit_run,
+        whole_replicas,
+        whole_experts,
+        tokenizer_is_named,
+    )
     """What must be true of several sections together, in the order in which it is checked."""
 
     seed: int = leaf(
@@ -76,6 +83,7 @@ class TrainingTree(Tree):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         model_fits_layout,
+        experts_suit_run,
         whole_replicas,
         whole_experts,
         whole_batches,

@@ -28,8 +28,8 @@ from megarl.parallel.rows import Microbatch, Rows
 
 VOCAB = 101
 LENGTHS = (273, 5, 17, 9, 26, 3, 12, 21, 7)
-"""Tokens of each row. Their number leaves filler rows in most cuts of the batch. A CPU attends to a row as long as one of
-them, and to slices of its time, with other kernels than to short ones."""
+"""Tokens of each row. Their number leaves filler rows in most cuts of the batch. On a CPU, kernels that short rows do
+not need attend to the longest one, and to slices of its time."""
 PROMPT = 2
 """Tokens of each prompt."""
 COMMON: Mapping[str, Any] = {

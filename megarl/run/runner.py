@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megarl.callbacks.own import failure_of
-from megarl.checkpoint import ShardedCheckpointIO, find, refuse_empty
+from megarl.checkpoint import ShardedCheckpointIO, find, plain_content, refuse_empty
 from megarl.command import process_number, quiet
 from megarl.config.algorithms import Algorithm, find_algorithm
 from megarl.config.devices import hide_gpus
@@ -21,6 +21,7 @@ from megarl.config.elastic import fitted
 from megarl.config.extensions import named_extensions
 from megarl.config.launcher import check_launcher
 from megarl.config.leaf import or_defaults
+from megarl.config.resume import differences, refuse
 from megarl.config.world import world_size
 from megarl.disk import local
 from megarl.errors import CheckpointError, ConfigError, MegarlError, one_line
@@ -140,6 +141,7 @@ def _build(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, 
         require_family(config.model, family_name(sources.at(config.model.path)), next(iter(config.exports.folders)))
     quiet()
     resolved = asdict(config)
+    _refuse_other_settings(config, resolved, run_dir)
     if process_number() == 0:
         with _writing(run_dir):
             folder.write_config(resolved)
@@ -152,6 +154,23 @@ def _build(algorithm: Algorithm, config: Any, folder: RunFolder, lock: RunLock, 
         with _writing(run_dir):
             write_prediction(folder, algorithm.name, config, module)
     return Run(config, resolved, module, folder, lock)
+
+
+def _refuse_other_settings(config: Any, resolved: dict[str, Any], run_dir: Path) -> None:
+    """Refuse settings that the newest checkpoint cannot go on with, before anything in the run's folder changes.
+
+    What its tokenizer, weights and algorithm allow is compared when it is restored, and so is damage found.
+    """
+    resumed = resume_from(config.run.resume, run_dir)
+    if resumed is None:
+        return
+    newest = (find(Path(resumed)) or [Path(resumed)])[-1]
+    try:
+        saved = plain_content(newest)[0]["run"]
+        found = differences(saved["config"], saved["started_as"], resolved, tree=type(config), same_tokenizer=True)
+    except (MegarlError, LookupError, TypeError, ValueError, AttributeError):
+        return
+    refuse(found, str(newest))
 
 
 def _train(run: Run) -> int:

@@ -215,6 +215,22 @@ def test_another_model_or_algorithm_is_refused_by_its_keys(worlds: Worlds, unbro
     assert_refusal(error, key="train_ppo", offers={"run.resume": ["never"]}, names=("train_rft",))
 
 
+def test_a_refused_resume_leaves_the_record_of_the_run_as_it_was(
+    worlds: Worlds, unbroken: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(unbroken, run_dir)
+
+    def record() -> dict[str, bytes]:
+        files = (path for path in run_dir.glob("[!.]*") if path.is_file() and path.suffix != ".log")
+        return {path.name: path.read_bytes() for path in files}
+
+    before = record()
+    ((error, _),) = worlds.run(1, ended, run_ppo, run_dir, *TINY, "model.hidden_size=32")
+    assert isinstance(error, CheckpointError)
+    assert record() == before
+
+
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_a_resume_in_another_precision_goes_on(precision: str, worlds: Worlds, unbroken: Path, tmp_path: Path) -> None:
     start = f"run.resume={first_checkpoint(unbroken)}"

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 from megarl.checkpoint import verify
 from megarl.command import process_number
 from megarl.config.leaf import or_defaults
+from megarl.config.offers import enforce
+from megarl.config.rules import experts_suit_run
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.tokenizer import TokenizerConfig
 from megarl.config.shape import check_shape
@@ -155,6 +157,7 @@ def _with_shape(config: Tree, source: Source) -> Tree:
     model does not fit the layout or the sequence length."""
     model, tokenizer = _model_of(config, source), _tokenizer_of(config.tokenizer, source)
     check_shape(model, config.parallel)
+    enforce([experts_suit_run], replace(config, model=replace(model, path=None)), config.parallel.tp)
     if getattr(getattr(config, "data", None), "seq_length", 0) > model.max_positions:
         raise ConfigError(
             f"data.seq_length={config.data.seq_length} is more than the {model.max_positions} positions of "
