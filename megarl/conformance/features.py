@@ -16,7 +16,7 @@ MODEL: Mapping[str, Any] = {
     "model.num_heads": 4,
     "model.num_kv_heads": 2,
     "model.ffn_size": 48,
-    "model.max_positions": 288,
+    "model.max_positions": 320,
     "model.qk_norm": True,
     "model.qkv_bias": True,
     "model.out_bias": True,

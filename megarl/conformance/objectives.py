@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,9 +27,10 @@ from megarl.parallel.passes import CountFn, LossFn, Outputs
 from megarl.parallel.rows import Microbatch, Rows
 
 VOCAB = 101
-LENGTHS = (273, 5, 17, 9, 26, 3, 12, 21, 7)
-"""Tokens of each row. Their number leaves filler rows in most cuts of the batch. On a CPU, kernels that short rows do
-not need attend to the longest one, and to slices of its time."""
+SHORT = (33, 5, 17, 9, 26, 3, 12, 21, 7)
+LONG = (290, 12, 150, 40, 231, 5, 66, 180, 21)
+"""Tokens of each row, in PPO and in fine-tuning: attention has other kernels for few tokens than for many, also for the
+slices of two context-parallel ranks. The number of rows leaves filler rows in most cuts of the batch."""
 PROMPT = 2
 """Tokens of each prompt."""
 COMMON: Mapping[str, Any] = {
@@ -41,7 +42,7 @@ COMMON: Mapping[str, Any] = {
     "ppo.kl_kind": "k3",
     "ppo.entropy_coef": 0.01,
     "reward.fn": "megarl.rewards.builtin:length",  # nor is anything scored
-    "rollout.max_new_tokens": max(LENGTHS) - PROMPT,
+    "rollout.max_new_tokens": max(SHORT) - PROMPT,
     "trainer.micro_batch_size": 2,
     "optim.lr": 1e-2,
     "optim.warmup_steps": 0,
@@ -120,7 +121,7 @@ def _fine_tuning(config: SFTConfig) -> Objective:
         return {"logprobs": model.logprobs(hidden, batch.targets, batch.target_mask).logprobs}
 
     (role,) = SFT.roles(config, VOCAB, Sources())
-    return Objective("sft", config, role, ragged_rows(), config.data.pack, cross_entropy, count_targets, outputs)
+    return Objective("sft", config, role, ragged_rows(LONG), config.data.pack, cross_entropy, count_targets, outputs)
 
 
 def _reinforcement(config: PPOConfig) -> Objective:
@@ -134,13 +135,15 @@ def _reinforcement(config: PPOConfig) -> Objective:
 
     loss = PolicyLoss(config, Shaping(config.ppo, config.rollout.max_new_tokens), critic, logprobs)
     role = ppo_models.roles(config, VOCAB, Sources())[0]
-    return Objective("ppo", config, role, with_advantages(ragged_rows()), config.ppo.pack, loss, loss.count, outputs)
+    return Objective(
+        "ppo", config, role, with_advantages(ragged_rows(SHORT)), config.ppo.pack, loss, loss.count, outputs
+    )
 
 
-def ragged_rows() -> Rows:
-    """Return rows of different lengths, [rows, time], whose prompts have two tokens."""
-    lengths = torch.tensor(LENGTHS)
-    inside = torch.arange(max(LENGTHS)) < lengths[:, None]
+def ragged_rows(tokens_of_rows: Sequence[int]) -> Rows:
+    """Return rows of these lengths, [rows, time], whose prompts have two tokens."""
+    lengths = torch.tensor(tokens_of_rows)
+    inside = torch.arange(max(tokens_of_rows)) < lengths[:, None]
     tokens = torch.randint(1, VOCAB, inside.shape, generator=torch.Generator().manual_seed(1)) * inside
     mask = inside.float()
     mask[:, :PROMPT] = 0.0
