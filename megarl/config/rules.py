@@ -8,6 +8,7 @@ and those of a single key in its declaration.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from megarl.config.forms import MOST_PER_NODE
@@ -155,6 +156,21 @@ def whole_batches(config: Any, world_size: int) -> None:
             {**offers, "parallel.vpp": [None]},
             key="parallel.vpp",
             value=parallel.vpp,
+        )
+
+
+def generation_is_whole(config: Any, world_size: int) -> None:
+    """Require a number of processes that is a multiple of those of one copy of the model in `rollout.engine.layout`."""
+    layout = config.rollout.engine_settings.layout
+    size = math.prod(int(digits) for digits in re.findall(r"[1-9]\d*", layout or ""))
+    if world_size % size:
+        raise Refusal(
+            f"rollout.engine.layout={layout} takes {size} processes for one model, which do not divide the "
+            f"{world_size} processes of the run",
+            {"rollout.engine.layout": [None]},
+            "a layout whose sizes do",
+            key="rollout.engine.layout",
+            value=layout,
         )
 
 

@@ -14,6 +14,7 @@ from megarl.config.rules import (
     adapter_has_layers,
     adapter_is_exported,
     exports_differ,
+    generation_is_whole,
     model_fits_layout,
     responses_are_sampled,
     responses_are_scored,
@@ -111,6 +112,7 @@ class GeneratingTree(TrainingTree):
         *TrainingTree.rules,
         responses_fit_model,
         scoring_ends_in_time,
+        generation_is_whole,
         sampler_has_whole_weights,
     )
 
