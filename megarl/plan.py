@@ -13,9 +13,9 @@ from megarl.command import run_command, say
 from megarl.config.algorithms import find_algorithm
 from megarl.config.cluster import PlanConfig
 from megarl.config.compose import compose
+from megarl.config.elastic import fitted
 from megarl.config.leaf import leaves, sections
 from megarl.config.own_keys import read_own_keys
-from megarl.config.rules import check
 from megarl.config.world import local_devices
 from megarl.errors import ConfigError
 from megarl.progress import waiting_for_imports
@@ -57,8 +57,10 @@ def compose_run(plan: PlanConfig, argv: list[str]) -> tuple[Any, int]:
     config, _ = compose(plan.algorithm, argv)
     gpus = plan.cluster.gpus or local_devices(config) * int(config.trainer.num_nodes)
     _without_files(config)
-    check(config, gpus)
-    return config, gpus
+    taken, fit = fitted(config, gpus)
+    if fit is not None:
+        say(fit.told(config))
+    return taken, gpus
 
 
 def _without_files(config: Any) -> None:

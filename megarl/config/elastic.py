@@ -14,13 +14,19 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megarl.config.offers import Rule, divisors, either, read
-from megarl.config.rules import check, each_section, whole_batches, whole_experts, whole_replicas
+from megarl.config.rules import (
+    check,
+    each_section,
+    generation_is_whole,
+    whole_batches,
+    whole_experts,
+    whole_replicas,
+)
 from megarl.config.shape import possible_stages
 from megarl.config.values import check_values
 from megarl.errors import ConfigError
@@ -28,6 +34,8 @@ from megarl.errors import ConfigError
 AXES = ("parallel.tp", "parallel.pp", "parallel.ep", "parallel.vpp")
 """Keys of the axes that may change. parallel.cp stays: it is chosen for the length of the sequences."""
 MICRO, GENERATION = "trainer.micro_batch_size", "rollout.engine.layout"
+FEWER = 64
+"""A refusal looks for a smaller number of processes among so many."""
 
 
 @dataclass(frozen=True)
@@ -125,25 +133,28 @@ def nodes_to_use(config: Any, nodes: int, per_node: int) -> int:
 
 
 def _is_refused_for_its_world(config: Any, world_size: int) -> bool:
-    """Return whether replicas, the experts that they share, or batches do not divide over the processes, and all rules
-    before these are satisfied."""
+    """Return whether replicas, the experts that they share, batches or copies for generation do not divide over the
+    processes, and all rules before these are satisfied."""
     try:
         check_values(config)
     except ConfigError:
         return False
     refusing = _refusing_rule(config, world_size)
-    return refusing in (whole_replicas, whole_experts, whole_batches)
+    return refusing in (whole_replicas, whole_experts, whole_batches, generation_is_whole)
 
 
 def _refusing_rule(config: Any, world_size: int) -> Rule | None:
     """Return the first rule that a configuration does not satisfy; None if it satisfies all."""
     rules: tuple[Rule, ...] = (each_section, *config.rules)
-    for rule in rules:
-        try:
-            rule(config, world_size)
-        except ConfigError:
-            return rule
-    return None
+    return next((rule for rule in rules if not _satisfies(rule, config, world_size)), None)
+
+
+def _satisfies(rule: Rule, config: Any, world_size: int) -> bool:
+    try:
+        rule(config, world_size)
+    except ConfigError:
+        return False
+    return True
 
 
 def _advised(refused: ConfigError, config: Any, world_size: int, fit: Fit | None) -> ConfigError:
@@ -153,7 +164,7 @@ def _advised(refused: ConfigError, config: Any, world_size: int, fit: Fit | None
         offers |= {key: [value] for key, value in fit.settings.items()} | {"launch.elastic": [True]}
         advice = f"the nearest layout for {world_size} processes is {fit.pasted}, which launch.elastic=true takes"
     else:
-        fewer = nearest_layout(config, range(world_size - 1, 0, -1))
+        fewer = nearest_layout(config, range(world_size - 1, max(0, world_size - 1 - FEWER), -1))
         if fewer is None:
             return refused
         offers |= {"processes": [fewer.world]}
@@ -224,8 +235,7 @@ def _fit(config: Any, world: int, keys: _Keys) -> Fit:
     """Return a candidate as settings that differ from the configuration's."""
     tp, pp, ep, vpp, micro = keys
     values = dict(zip((*AXES, MICRO), (tp, pp, ep, vpp or None, micro), strict=True))
-    generation = config.rollout.engine_settings.layout if hasattr(config, "rollout") else None
-    if generation is not None and world % math.prod(map(int, re.findall(r"\d+", generation))):
+    if generation_is_whole in config.rules and not _satisfies(generation_is_whole, config, world):
         values[GENERATION] = None  # the training layout generates the same responses
     settings = {key: value for key, value in values.items() if value != read(config, key)}
     return Fit(world, settings, _share(config, keys))

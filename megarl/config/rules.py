@@ -208,6 +208,21 @@ def whole_batches(config: Any, world_size: int) -> None:
         )
 
 
+def generation_is_whole(config: Any, world_size: int) -> None:
+    """Require a number of processes that is a multiple of those of one copy of the model in `rollout.engine.layout`."""
+    layout = config.rollout.engine_settings.layout
+    size = math.prod(int(digits) for digits in re.findall(r"[1-9]\d*", layout or ""))
+    if world_size % size:
+        raise Refusal(
+            f"rollout.engine.layout={layout} takes {size} processes for one model, which do not divide the "
+            f"{world_size} processes of the run",
+            {"rollout.engine.layout": [None]},
+            "a layout whose sizes do",
+            key="rollout.engine.layout",
+            value=layout,
+        )
+
+
 def adapter_is_exported(config: Any, world_size: int) -> None:
     """Require an adapter where one is to be written."""
     peft = config.exports.peft

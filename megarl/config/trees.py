@@ -15,6 +15,7 @@ from megarl.config.rules import (
     adapter_is_exported,
     experts_suit_run,
     exports_differ,
+    generation_is_whole,
     model_fits_layout,
     responses_are_sampled,
     responses_are_scored,
@@ -119,6 +120,7 @@ class GeneratingTree(TrainingTree):
         *TrainingTree.rules,
         responses_fit_model,
         scoring_ends_in_time,
+        generation_is_whole,
         sampler_has_whole_weights,
     )
 

@@ -138,6 +138,11 @@ def test_a_layout_for_generation_that_does_not_divide_is_left_out() -> None:
     config.rollout.engine = RolloutEngineConfig(layout="tp2")
     assert settings(config, 4) == {}
     assert settings(config, 3) == {"rollout.engine.layout": None}
+    assert fitted(config, 3)[0].rollout.engine_settings.layout is None
+    config.launch.elastic = False
+    offers = {"rollout.engine.layout": [None], "launch.elastic": [True]}
+    with refused(ConfigError, key="rollout.engine.layout", value="tp2", offers=offers):
+        fitted(config, 3)
 
 
 def test_a_job_uses_as_many_nodes_as_divide() -> None:
