@@ -43,10 +43,10 @@ class Worlds:
         if len(self._processes) != size:
             self.close()
             self._start(size)
-        job = pickle.dumps((function, arguments))
+        port = free_port()
         try:
-            for pipe in self._pipes:
-                pipe.send_bytes(job)
+            for rank, pipe in enumerate(self._pipes):
+                pipe.send_bytes(pickle.dumps((rank_environment(rank, size, port), function, arguments)))
             return self._answers(limit_s)[0]
         except OSError:
             raise WorldError("a process ended before the call") from None
@@ -63,12 +63,9 @@ class Worlds:
         self._processes, self._pipes = [], []
 
     def _start(self, size: int) -> None:
-        port = free_port()
-        for rank in range(size):
+        for _ in range(size):
             here, there = self._context.Pipe()
-            process = self._context.Process(
-                target=_serve, args=(there, rank_environment(rank, size, port)), daemon=True
-            )
+            process = self._context.Process(target=_serve, args=(there,), daemon=True)
             process.start()
             there.close()
             self._processes.append(process)
@@ -109,19 +106,21 @@ def _received(pipe: Connection, rank: int, answers: dict[int, Any]) -> Exception
     return value if isinstance(value, MegarlError) else WorldError(f"rank {rank}: {value}")
 
 
-def _serve(pipe: Connection, environment: dict[str, str]) -> None:
-    """Answer calls until the other end of the pipe is closed."""
-    os.environ.update(environment)
+def _serve(pipe: Connection) -> None:
+    """Answer calls until the other end of the pipe is closed. Each is a world of its own: process groups have threads,
+    which last as long as the world."""
     quiet()
     import torch
+    import torch.distributed as dist
 
     torch.set_num_threads(1)
     gc.freeze()  # what the imports left is no garbage
     while True:
         try:
-            function, arguments = pickle.loads(pipe.recv_bytes())
+            environment, function, arguments = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
+        os.environ.update(environment)
         answer: tuple[bool, Any]
         try:
             answer = (True, function(*arguments))
@@ -129,4 +128,7 @@ def _serve(pipe: Connection, environment: dict[str, str]) -> None:
             answer = (False, problem)
         except Exception:
             answer = (False, traceback.format_exc())
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
         pipe.send_bytes(pickle.dumps(answer))
