@@ -138,7 +138,8 @@ class Checker:
         at = next(i for i, word in enumerate(words) if not word.startswith("-"))
         flags = dict(word.lstrip("-").partition("=")[::2] for word in words[:at])
         nodes, per_node = flags.get("nodes"), flags.get("gpus-per-node") or flags.get("ntasks-per-node")
-        self._launch(words[at:], int(nodes) * int(per_node) if nodes and per_node else UNKNOWN)
+        most = nodes and nodes.rpartition("-")[2]  # of a range
+        self._launch(words[at:], int(most) * int(per_node) if most and per_node else UNKNOWN)
 
     def _script(self, words: Sequence[str], variables: dict[str, str]) -> None:
         if _LAUNCHER.fullmatch(words[0]):

@@ -93,4 +93,4 @@ def test_a_run_that_is_not_elastic_is_refused_with_the_layout_that_it_could_take
 def test_a_run_in_its_own_layout_records_its_start(worlds: Worlds, tmp_path: Path) -> None:
     worlds.run(1, run_sft, tmp_path, "trainer.max_steps=1")
     (start,) = starts(tmp_path)
-    assert (start["processes"], start["layout"], start["global_batch_size"], start["accumulation"]) == (1, "TP1", 8, 4)
+    assert (start["processes"], start["layout"], start["global_batch_size"], start["accumulation"]) == (1, "TP1", 8, 2)

@@ -12,7 +12,7 @@ def engine_of(dp: int, *sizes: int, shared: int = 0) -> Any:
     """An engine with buffers of these sizes, and one of `shared` values of experts."""
     buffers, experts = ([SimpleNamespace(numel=size) for size in each] for each in (sizes, [shared] * (shared > 0)))
     chunk = SimpleNamespace(buffers=buffers, expert_parallel_buffers=experts)
-    return SimpleNamespace(grid=SimpleNamespace(layout=SimpleNamespace(dp=dp)), chunks=[chunk], optimizer=object())
+    return SimpleNamespace(grid=SimpleNamespace(layout=SimpleNamespace(copies=dp)), chunks=[chunk], optimizer=object())
 
 
 def test_a_save_takes_three_numbers_of_each_that_trains() -> None:
