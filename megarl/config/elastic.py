@@ -167,8 +167,7 @@ def _advised(refused: ConfigError, config: Any, world_size: int, fit: Fit | None
         fewer = nearest_layout(config, range(world_size - 1, max(0, world_size - 1 - FEWER), -1))
         if fewer is None:
             return refused
-        offers |= {"processes": [fewer.world]}
-        advice = f"no layout near it divides over {world_size} processes, but one does with processes={fewer.world}"
+        advice = f"no layout near it divides over {world_size} processes, but one does over {fewer.world}"
         advice += f" ({fewer.pasted})" if fewer.settings else ""
     return ConfigError(f"{refused}; {advice}", key=refused.key, value=refused.value, offers=offers)
 
