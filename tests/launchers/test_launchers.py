@@ -130,7 +130,7 @@ def on_three(folder: Path, *settings: str) -> "subprocess.CompletedProcess[str]"
 
 
 def test_a_job_that_is_not_elastic_is_told_how_many_processes_would_do(tmp_path: Path) -> None:
-    assert_command_refused(on_three(tmp_path), "trainer.global_batch_size=8", "processes=2")
+    assert_command_refused(on_three(tmp_path), "trainer.global_batch_size=8", "one does over 2")
 
 
 def test_an_elastic_job_takes_the_nearest_layout(tmp_path: Path) -> None:
