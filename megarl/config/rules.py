@@ -8,17 +8,17 @@ and those of a single key in its declaration.
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 from megarl.config.forms import MOST_PER_NODE
 from megarl.config.leaf import Section, sections
+from megarl.config.mixtures import refuse_graphs_and_routes, refuse_moved, refuse_quantised
 from megarl.config.offers import Refusal, divisors, either, enforce, multiples
 from megarl.config.reward_terms import FN
 from megarl.config.sections.reward import SCORER_START_S
 from megarl.config.shape import shape_rule
 from megarl.config.values import check_values
-from megarl.config.world import accumulation, data_parallel_size, replica_size
+from megarl.config.world import accumulation, data_parallel_size, layout_sizes, replica_size
 from megarl.disk import local
 
 
@@ -50,50 +50,19 @@ def model_fits_layout(config: Any, world_size: int) -> None:
 def experts_suit_run(config: Any, world_size: int) -> None:
     """Refuse what a mixture of experts cannot do, and what only it can. Of a model with `path`, this is checked again
     once its shape is known."""
-    mixture, known = config.model.experts is not None, config.model.path is None
-    adapter, engine = getattr(config, "adapter", None), _engine_settings(config)
-    if mixture and adapter is not None and adapter.base_bits < 16:
-        raise Refusal(
-            f"adapter.base_bits={adapter.base_bits}: the experts of a mixture are not quantised",
-            {"adapter.base_bits": [16]},
-            key="adapter.base_bits",
-            value=adapter.base_bits,
-        )
-    if engine is None:
+    mixture, parallel = config.model.experts is not None, config.parallel
+    adapter = getattr(config, "adapter", None)
+    if mixture and adapter is not None:
+        refuse_quantised(adapter.base_bits)
+    if not hasattr(config, "rollout") or not hasattr(config.rollout, "engine_settings"):
         return
-    if config.parallel.ep > 1 and engine.layout is not None and not _is_own(engine.layout, config.parallel):
-        raise Refusal(
-            f"rollout.engine.layout={engine.layout} with parallel.ep={config.parallel.ep}: experts that replicas share "
-            "are not moved to another layout",
-            {"rollout.engine.layout": [None]},
-            key="rollout.engine.layout",
-            value=engine.layout,
-        )
-    if mixture and engine.cuda_graphs:
-        raise Refusal(
-            "rollout.engine.cuda_graphs=true: each pass of a mixture of experts has other numbers of tokens per expert",
-            {"rollout.engine.cuda_graphs": [False]},
-            key="rollout.engine.cuda_graphs",
-            value=True,
-        )
-    if engine.router_replay and not mixture and known:
-        raise Refusal(
-            "rollout.engine.router_replay=true: the model has no experts to record",
-            {"rollout.engine.router_replay": [False]},
-            key="rollout.engine.router_replay",
-            value=True,
-        )
-
-
-def _is_own(layout: str, parallel: Any) -> bool:
-    """Return whether a layout such as tp2xpp2 is that of `parallel`."""
-    sizes = {axis: int(size) for axis, size in re.findall(r"(tp|pp)(\d+)", layout.lower())}
-    return (sizes.get("tp", 1), sizes.get("pp", 1)) == (parallel.tp, parallel.pp)
-
-
-def _engine_settings(config: Any) -> Any:
-    """Return the settings of the section `rollout.engine`; None in a run that has no such section."""
-    return getattr(getattr(config, "rollout", None), "engine_settings", None)
+    engine = config.rollout.engine_settings
+    if engine.layout is not None and layout_sizes(engine.layout) != (parallel.tp, parallel.pp):
+        refuse_moved(engine.layout, parallel.ep)
+    may_have_experts = mixture or config.model.path is not None
+    refuse_graphs_and_routes(
+        has_experts=mixture, graphs=engine.cuda_graphs, routes=engine.router_replay and not may_have_experts
+    )
 
 
 def sequences_fit_model(config: Any, world_size: int) -> None:
@@ -211,7 +180,7 @@ def whole_batches(config: Any, world_size: int) -> None:
 def generation_is_whole(config: Any, world_size: int) -> None:
     """Require a number of processes that is a multiple of those of one copy of the model in `rollout.engine.layout`."""
     layout = config.rollout.engine_settings.layout
-    size = math.prod(int(digits) for digits in re.findall(r"[1-9]\d*", layout or ""))
+    size = 1 if layout is None else math.prod(layout_sizes(layout))
     if world_size % size:
         raise Refusal(
             f"rollout.engine.layout={layout} takes {size} processes for one model, which do not divide the "

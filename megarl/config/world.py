@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,21 @@ def local_devices(config: Any) -> int:
 def replica_size(config: Any) -> int:
     """Processes that hold one whole model."""
     return int(config.parallel.tp * config.parallel.pp * config.parallel.cp)
+
+
+def layout_sizes(layout: str) -> tuple[int, int]:
+    """Return tp and pp of a layout for generation: `tp4`, `pp2` or `tp2xpp2`."""
+    axes = layout.lower().split("x")
+    sizes = {match[1]: int(match[2]) for axis in axes if (match := re.fullmatch(r"(tp|pp)([1-9]\d*)", axis))}
+    if len(sizes) < len(axes):
+        raise ConfigError(
+            f"rollout.engine.layout={layout} is not a valid layout: use tp4, pp2 or tp2xpp2, or null for the training "
+            "layout",
+            key="rollout.engine.layout",
+            value=layout,
+            offers={"rollout.engine.layout": [None]},
+        )
+    return sizes.get("tp", 1), sizes.get("pp", 1)
 
 
 def data_parallel_size(config: Any, world_size: int) -> int:

@@ -14,19 +14,6 @@ from megarl.models.build import refuse_quantised_experts
 from megarl.parallel.layout import Layout
 
 
-def layout_of(parallel: Any, world: int) -> Layout:
-    """Return the layout of a world with the settings `parallel.*`."""
-    return Layout.for_world(
-        world,
-        tp=parallel.tp,
-        pp=parallel.pp,
-        cp=parallel.cp,
-        ep=parallel.ep,
-        vpp=parallel.vpp or 1,
-        sequence_parallel=parallel.sequence_parallel,
-    )
-
-
 def refuse(settings: Mapping[str, Any], world: int) -> None:
     """Raise the `ConfigError` of the first rule that forbids settings in a world of so many processes."""
     for objective in objectives(settings):
@@ -36,7 +23,7 @@ def refuse(settings: Mapping[str, Any], world: int) -> None:
         whole = trainer.micro_batch_size * max(1, data_parallel_size(config, world)) * parallel.pp
         trainer.global_batch_size = whole
         check(config, world)
-        layout_of(parallel, world)
+        Layout.of(parallel, world)
         refuse_quantised_experts(objective.role)
 
 

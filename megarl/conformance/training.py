@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from megarl.conformance.objectives import Objective, objectives
-from megarl.conformance.rules import layout_of
 from megarl.experience.rows import forward_rows
 from megarl.models.build import build_engine
 from megarl.models.gpt import EMBEDDING
 from megarl.parallel.engine import Engine
 from megarl.parallel.grid import Grid, start_world
+from megarl.parallel.layout import Layout
 from megarl.parallel.microbatches import make_microbatches
 from megarl.parallel.whole import Copies, whole_gradients, whole_norm, whole_parameters
 
@@ -73,7 +73,7 @@ def train_case(
     try:
         for objective in objectives(settings):
             if grid is None:
-                grid = Grid(layout_of(objective.config.parallel, world), device, timeout_s=timeout_s)
+                grid = Grid(Layout.of(objective.config.parallel, world), device, timeout_s=timeout_s)
             found[objective.name] = _trained(objective, grid, steps, same_ends)
         assert grid is not None
         return found if grid.rank == 0 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from megarl.config.mixtures import refuse_quantised
 from megarl.config.sections.model import ModelConfig
 from megarl.config.sections.parallel import ParallelConfig
 from megarl.errors import CheckpointError, ConfigError
@@ -136,14 +137,8 @@ def empty_model(config: GPTConfig, grid: Grid, heads: Sequence[str]) -> BuildMod
 
 def refuse_quantised_experts(role: Role) -> None:
     """Refuse adapters beside a base in fewer bits for a mixture of experts."""
-    if role.model.experts is not None and role.adapter is not None and role.adapter.base_bits < 16:
-        raise ConfigError(
-            f"adapter.base_bits={role.adapter.base_bits}: the experts of a mixture are not quantised; use "
-            "adapter.base_bits=16",
-            key="adapter.base_bits",
-            value=role.adapter.base_bits,
-            offers={"adapter.base_bits": [16]},
-        )
+    if role.model.experts is not None and role.adapter is not None:
+        refuse_quantised(role.adapter.base_bits)
 
 
 def engine_of(role: Role, grid: Grid, build: BuildModel, total_steps: int) -> Engine:

@@ -222,10 +222,7 @@ def grid_of_world(config: Tree) -> Iterator[Grid]:
     starts_world = not dist.is_initialized()
     device = start_world(parallel.timeout_s)
     try:
-        layout = Layout.for_world(
-            dist.get_world_size(), tp=parallel.tp, pp=parallel.pp, cp=parallel.cp, ep=parallel.ep, vpp=parallel.vpp or 1
-        )
-        grid = Grid(layout, device, config.seed, parallel.timeout_s)
+        grid = Grid(Layout.of(parallel, dist.get_world_size()), device, config.seed, parallel.timeout_s)
         try:
             yield grid
         finally:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megarl.config.offers import divisors
+from megarl.config.sections.parallel import ParallelConfig
 from megarl.errors import ConfigError
 
 
@@ -65,6 +66,19 @@ class Layout:
                 value=tp,
             )
         return cls(tp=tp, pp=pp, dp=world // replica, cp=cp, ep=ep, vpp=vpp, sequence_parallel=sequence_parallel)
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, world: int) -> "Layout":
+        """Return the layout of a world of `world` ranks with the settings `parallel.*`."""
+        return cls.for_world(
+            world,
+            tp=parallel.tp,
+            pp=parallel.pp,
+            cp=parallel.cp,
+            ep=parallel.ep,
+            vpp=parallel.vpp or 1,
+            sequence_parallel=parallel.sequence_parallel,
+        )
 
     @property
     def copies(self) -> int:

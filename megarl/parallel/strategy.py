@@ -67,15 +67,7 @@ class MegatronStrategy(DDPStrategy):
             cpu.install()
         with interruptible():
             super().setup_environment()
-        layout = Layout.for_world(
-            self.world_size,
-            tp=self.parallel.tp,
-            pp=self.parallel.pp,
-            cp=self.parallel.cp,
-            ep=self.parallel.ep,
-            vpp=self.parallel.vpp or 1,
-            sequence_parallel=self.parallel.sequence_parallel,
-        )
+        layout = Layout.of(self.parallel, self.world_size)
         self.grid = Grid(layout, self.root_device, seed=self.seed, timeout_s=self.parallel.timeout_s)
         self.checkpoint_io.grid = self.grid  # type: ignore[attr-defined]
 

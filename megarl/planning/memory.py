@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from megarl.errors import ConfigError
+from megarl.config.mixtures import refuse_moved
 from megarl.models.cache import KVCache
 from megarl.models.config import GPTConfig
 from megarl.models.roles import Role
@@ -115,7 +115,7 @@ def _add_generation(plan: RankPlan, work: Work, *, on_cpu: bool) -> None:
     Limits(graphs=work.cuda_graphs).check(there.layout, has_experts=work.model.experts is not None)
     moved = work.moves_weights
     if moved:
-        _refuse_shared_experts(work)
+        refuse_moved(work.rollout_layout, work.layout.ep)
         check_divides(gpt_config(work), there.layout, str(work.rollout_layout))
         refuse_what_cannot_be_moved(work.layout, there.layout, tied=work.model.tie_embeddings)
         copy = replace(work.engines[0], optim=None)
@@ -136,17 +136,6 @@ def _add_generation(plan: RankPlan, work: Work, *, on_cpu: bool) -> None:
             replace(uses[at], weights=weights, activations=passing, logits=logits, cache=cache)
             if phase == "generate"
             else replace(uses[at], cache=kept)
-        )
-
-
-def _refuse_shared_experts(work: Work) -> None:
-    if work.layout.ep > 1:
-        raise ConfigError(
-            f"rollout.engine.layout={work.rollout_layout} with parallel.ep={work.layout.ep}: experts that replicas "
-            "share are not moved to another layout; use rollout.engine.layout=null",
-            key="rollout.engine.layout",
-            value=work.rollout_layout,
-            offers={"rollout.engine.layout": [None]},
         )
 
 

@@ -148,15 +148,7 @@ def work_of(
 ) -> Work:
     """Return the run of an algorithm's module that `config`, its entry point's tree, describes on `gpus` GPUs."""
     parallel = config.parallel
-    layout = Layout.for_world(
-        gpus,
-        tp=parallel.tp,
-        pp=parallel.pp,
-        cp=parallel.cp,
-        ep=parallel.ep,
-        vpp=parallel.vpp or 1,
-        sequence_parallel=parallel.sequence_parallel,
-    )
+    layout = Layout.of(parallel, gpus)
     workload = module.plan(config, plan)
     roles = tuple(module.roles(config, vocab_size, Sources() if sources is None else sources))
     return Work(

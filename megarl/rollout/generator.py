@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megarl.config.mixtures import refuse_graphs_and_routes
 from megarl.errors import ConfigError, NumericsError
 from megarl.models.adapters import for_sampling
 from megarl.models.cache import KVCache
@@ -37,22 +38,7 @@ class Limits:
 
     def check(self, layout: Layout, *, has_experts: bool = False) -> None:
         """Refuse CUDA graphs with pipeline stages or experts, and routes without experts."""
-        if self.routes and not has_experts:
-            raise ConfigError(
-                "rollout.engine.router_replay=true: the model has no experts to record, so use "
-                "rollout.engine.router_replay=false",
-                key="rollout.engine.router_replay",
-                value=True,
-                offers={"rollout.engine.router_replay": [False]},
-            )
-        if self.graphs and has_experts:
-            raise ConfigError(
-                "rollout.engine.cuda_graphs=true: each pass of a mixture of experts has other numbers of tokens per "
-                "expert, so use rollout.engine.cuda_graphs=false",
-                key="rollout.engine.cuda_graphs",
-                value=True,
-                offers={"rollout.engine.cuda_graphs": [False]},
-            )
+        refuse_graphs_and_routes(has_experts=has_experts, graphs=self.graphs, routes=self.routes)
         if self.graphs and layout.pp > 1:
             raise ConfigError(
                 f"rollout.engine.cuda_graphs=true at {layout}: a pipeline's passes wait for other processes, so use "

@@ -1,10 +1,11 @@
 """A GPT in a separate parallel layout for generation (`rollout.engine.layout`)."""
 
 import copy
-import re
 
+from megarl.config.mixtures import refuse_moved
 from megarl.config.offers import either
 from megarl.config.shape import possible_stages
+from megarl.config.world import layout_sizes
 from megarl.errors import ConfigError
 from megarl.logging import get_logger
 from megarl.models.build import empty_model
@@ -26,14 +27,7 @@ def for_generation(engine: Engine, layout: str | None) -> Reshard | None:
     wanted = other_layout(layout, engine.grid.layout)
     if wanted is None:
         return None
-    if engine.grid.layout.ep > 1:
-        raise ConfigError(
-            f"rollout.engine.layout={layout} with parallel.ep={engine.grid.layout.ep}: experts that replicas share are "
-            "not moved to another layout; use rollout.engine.layout=null",
-            key="rollout.engine.layout",
-            value=layout,
-            offers={"rollout.engine.layout": [None]},
-        )
+    refuse_moved(layout, engine.grid.layout.ep)
     check_divides(engine.config, wanted, str(layout))
     heads = engine.models[0].heads
 
@@ -54,17 +48,8 @@ def other_layout(text: str | None, present: Layout) -> Layout | None:
 
 def parse_layout(text: str, world: int) -> Layout:
     """Parse `tp4`, `pp2` or `tp2xpp2`. The number of replicas is as many as fill the world."""
-    axes = text.lower().split("x")
-    sizes = {match[1]: int(match[2]) for axis in axes if (match := re.fullmatch(r"(tp|pp)([1-9]\d*)", axis))}
-    if len(sizes) < len(axes):
-        raise ConfigError(
-            f"rollout.engine.layout={text} is not a valid layout: use tp4, pp2 or tp2xpp2, or null for the training "
-            "layout",
-            key="rollout.engine.layout",
-            value=text,
-            offers={"rollout.engine.layout": [None]},
-        )
-    layout = Layout(tp=sizes.get("tp", 1), pp=sizes.get("pp", 1))
+    tp, pp = layout_sizes(text)
+    layout = Layout(tp=tp, pp=pp)
     if world % layout.replica_size:
         raise ConfigError(
             f"rollout.engine.layout={text} takes {layout.replica_size} processes for one model, which do not divide "

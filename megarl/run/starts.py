@@ -18,23 +18,14 @@ def start_of(config: Any, environ: Mapping[str, str]) -> dict[str, Any]:
         config: the configuration in the layout of this start.
         environ: the environment, which says how many processes there are and, under SLURM, the job.
     """
-    world, parallel = world_size(config, environ), config.parallel
-    layout = Layout.for_world(
-        world,
-        tp=parallel.tp,
-        pp=parallel.pp,
-        cp=parallel.cp,
-        ep=parallel.ep,
-        vpp=parallel.vpp or 1,
-        sequence_parallel=parallel.sequence_parallel,
-    )
+    world = world_size(config, environ)
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "host": platform.node(),
         "job": environ.get("SLURM_JOB_ID"),
         "restart": int(environ.get("SLURM_RESTART_COUNT", "0")),
         "processes": world,
-        "layout": str(layout),
+        "layout": str(Layout.of(config.parallel, world)),
         "global_batch_size": config.trainer.global_batch_size,
         "micro_batch_size": config.trainer.micro_batch_size,
         "accumulation": accumulation(config, world),

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,11 +17,13 @@ import pytest
 
 from megarl.checkpoint import find
 from megarl.training import module_of
-from tests.e2e.runs import metrics, run_entry
+from tests.e2e.runs import assert_same_bits, final_tensors, metrics, run_entry
 from tests.worlds import Worlds
 
 Run = Callable[..., None]
 """Trains a kind of model: (run folder, algorithm, folder of the data, *overrides)."""
+Layout = tuple[int, list[str]]
+"""A number of processes, and the settings that lay the model out over them."""
 STEPS = 3
 SAVED = ["checkpoint.every=1", "checkpoint.keep_last=9", "checkpoint.save_last=true", "checkpoint.async_save=false"]
 SHARED = [
@@ -114,26 +117,40 @@ def killed(run: Run, run_dir: Path, algorithm: str, folder: Path, *overrides: st
     run(run_dir, algorithm, folder, *overrides)
 
 
-def train_killed_and_resumed(
-    worlds: Worlds, size: int, run: Run, run_dir: Path, algorithm: str, folder: Path, *overrides: str
-) -> None:
-    """Train in a world of `size` processes that is killed after the first checkpoint, and again to the end."""
-    with contextlib.suppress(EOFError, ConnectionResetError):
-        worlds.run(size, killed, run, run_dir, algorithm, folder, *SAVED, *overrides)
-    assert len(find(run_dir / "checkpoints")) == 1
-    worlds.run(size, run, run_dir, algorithm, folder, *SAVED, *overrides)
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model: how it is trained, and a folder with data for every algorithm."""
 
+    run: Run
+    folder: Path
+    worlds: Worlds
 
-def alone_in(folder: Path, worlds: Worlds, run: Run) -> Callable[[str], Path]:
-    """Return what returns the run of an algorithm in one process, which is made when it is first needed."""
-
-    def made(algorithm: str) -> Path:
-        run_dir = folder / "alone" / algorithm
+    def alone(self, algorithm: str) -> Path:
+        """The run of an algorithm in one process, which is made when it is first needed."""
+        run_dir = self.folder / "alone" / algorithm
         if not run_dir.exists():
-            worlds.run(1, run, run_dir, algorithm, folder, *SAVED)
+            self.train(run_dir, algorithm, (1, []), *SAVED)
         return run_dir
 
-    return made
+    def train(self, run_dir: Path, algorithm: str, layout: Layout, *overrides: str) -> None:
+        """Train in a layout."""
+        size, of_layout = layout
+        self.worlds.run(size, self.run, run_dir, algorithm, self.folder, *of_layout, *overrides)
+
+    def check_steps(self, algorithm: str, layout: Layout, run_dir: Path, *others: str) -> None:
+        """Train in a layout, which must have the steps of one process; `others` are more metrics to compare."""
+        self.train(run_dir, algorithm, layout)
+        assert_same_steps(run_dir, self.alone(algorithm), (*ALGORITHMS[algorithm][1], *others))
+
+    def check_resume(self, algorithm: str, layout: Layout, run_dir: Path, unbroken: Path) -> None:
+        """Train in processes that are killed after the first checkpoint, and again to the end: with the weights of an
+        unbroken run, bit for bit."""
+        size, of_layout = layout
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            self.worlds.run(size, killed, self.run, run_dir, algorithm, self.folder, *SAVED, *of_layout)
+        assert len(find(run_dir / "checkpoints")) == 1
+        self.train(run_dir, algorithm, layout, *SAVED)
+        assert_same_bits(final_tensors(run_dir), final_tensors(unbroken))
 
 
 def assert_same_steps(run_dir: Path, other: Path, names: Sequence[str]) -> None:

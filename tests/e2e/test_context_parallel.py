@@ -3,21 +3,11 @@ after a kill."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.every_algorithm import (
-    ALGORITHMS,
-    SAVED,
-    alone_in,
-    assert_same_steps,
-    train,
-    train_killed_and_resumed,
-    write_data,
-)
-from tests.e2e.runs import assert_same_bits, final_tensors
+from tests.e2e.every_algorithm import ALGORITHMS, SAVED, Kind, train, write_data
 from tests.gated import gated
 from tests.worlds import Worlds
 
@@ -45,31 +35,20 @@ def run(run_dir: Path, algorithm: str, folder: Path, *overrides: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kind(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Kind:
     root = tmp_path_factory.mktemp("context")
     write_data(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def alone(worlds: Worlds, folder: Path) -> Callable[[str], Path]:
-    return alone_in(folder, worlds, run)
+    return Kind(run, root, worlds)
 
 
 @pytest.mark.parametrize(("algorithm", "layout"), gated(CASES, [case for case in CASES if case not in FAST]))
 def test_every_algorithm_takes_the_steps_of_one_process(
-    algorithm: str, layout: str, worlds: Worlds, folder: Path, alone: Callable[[str], Path], tmp_path: Path
+    algorithm: str, layout: str, kind: Kind, tmp_path: Path
 ) -> None:
-    size, overrides = LAYOUTS[layout]
-    worlds.run(size, run, tmp_path / "run", algorithm, folder, *overrides)
-    assert_same_steps(tmp_path / "run", alone(algorithm), ALGORITHMS[algorithm][1])
+    kind.check_steps(algorithm, LAYOUTS[layout], tmp_path)
 
 
 @pytest.mark.parametrize("algorithm", gated(["ppo", "sft", "ilql", "dpo"], ["sft", "ilql", "dpo"]))
-def test_a_killed_run_ends_in_the_weights_of_the_unbroken_one(
-    algorithm: str, worlds: Worlds, folder: Path, tmp_path: Path
-) -> None:
-    shared = "parallel.cp=2"
-    worlds.run(2, run, tmp_path / "unbroken", algorithm, folder, *SAVED, shared)
-    train_killed_and_resumed(worlds, 2, run, tmp_path / "run", algorithm, folder, shared)
-    assert_same_bits(final_tensors(tmp_path / "run"), final_tensors(tmp_path / "unbroken"))
+def test_a_killed_run_ends_in_the_weights_of_the_unbroken_one(algorithm: str, kind: Kind, tmp_path: Path) -> None:
+    kind.train(tmp_path / "unbroken", algorithm, LAYOUTS["CP2"], *SAVED)
+    kind.check_resume(algorithm, LAYOUTS["CP2"], tmp_path / "run", tmp_path / "unbroken")

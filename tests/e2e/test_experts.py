@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.e2e.every_algorithm import (
-    ALGORITHMS,
-    SAVED,
-    alone_in,
-    assert_same_steps,
-    train,
-    train_killed_and_resumed,
-    write_data,
-)
-from tests.e2e.runs import assert_same_bits, final_tensors
+from tests.e2e.every_algorithm import ALGORITHMS, SAVED, Kind, train, write_data
+from tests.e2e.runs import final_tensors
 from tests.gated import gated
 from tests.worlds import Worlds
 
@@ -51,34 +42,25 @@ def run(run_dir: Path, algorithm: str, folder: Path, *overrides: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kind(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Kind:
     root = tmp_path_factory.mktemp("experts")
     write_data(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def alone(worlds: Worlds, folder: Path) -> Callable[[str], Path]:
-    return alone_in(folder, worlds, run)
+    return Kind(run, root, worlds)
 
 
 @pytest.mark.parametrize(("algorithm", "layout"), gated(CASES, [case for case in CASES if case not in FAST]))
 def test_every_algorithm_takes_the_same_steps_in_every_layout(
-    algorithm: str, layout: str, worlds: Worlds, folder: Path, alone: Callable[[str], Path], tmp_path: Path
+    algorithm: str, layout: str, kind: Kind, tmp_path: Path
 ) -> None:
-    size, overrides = LAYOUTS[layout]
-    worlds.run(size, run, tmp_path / "run", algorithm, folder, *overrides)
-    assert_same_steps(tmp_path / "run", alone(algorithm), (*ALGORITHMS[algorithm][1], *ROUTING))
+    kind.check_steps(algorithm, LAYOUTS[layout], tmp_path, *ROUTING)
 
 
 @pytest.mark.parametrize("algorithm", gated(["ppo", "dpo"], ["dpo"]))
 def test_a_killed_run_of_shared_experts_ends_in_the_weights_of_the_unbroken_one(
-    algorithm: str, worlds: Worlds, folder: Path, tmp_path: Path
+    algorithm: str, kind: Kind, tmp_path: Path
 ) -> None:
-    shared = "parallel.ep=2"
-    worlds.run(2, run, tmp_path / "unbroken", algorithm, folder, *SAVED, shared)
-    train_killed_and_resumed(worlds, 2, run, tmp_path / "run", algorithm, folder, shared)
-    assert_same_bits(final_tensors(tmp_path / "run"), final_tensors(tmp_path / "unbroken"))
+    kind.train(tmp_path / "unbroken", algorithm, LAYOUTS["EP2"], *SAVED)
+    kind.check_resume(algorithm, LAYOUTS["EP2"], tmp_path / "run", tmp_path / "unbroken")
 
 
 @pytest.mark.parametrize(
@@ -88,14 +70,10 @@ def test_a_killed_run_of_shared_experts_ends_in_the_weights_of_the_unbroken_one(
         [("EP2", "PP2xEP2"), ("TP2xEP2", "EP2"), ("PP2", "EP2")],
     ),
 )
-def test_a_checkpoint_loads_in_another_layout(
-    first: str, then: str, worlds: Worlds, folder: Path, alone: Callable[[str], Path], tmp_path: Path
-) -> None:
-    size, overrides = LAYOUTS[first]
-    worlds.run(size, run, tmp_path, "sft", folder, *SAVED, *overrides, "trainer.max_steps=1")
-    size, overrides = LAYOUTS[then]
-    worlds.run(size, run, tmp_path, "sft", folder, *SAVED, *overrides)
-    found, wanted = final_tensors(tmp_path), final_tensors(alone("sft"))
+def test_a_checkpoint_loads_in_another_layout(first: str, then: str, kind: Kind, tmp_path: Path) -> None:
+    kind.train(tmp_path, "sft", LAYOUTS[first], *SAVED, "trainer.max_steps=1")
+    kind.train(tmp_path, "sft", LAYOUTS[then], *SAVED)
+    found, wanted = final_tensors(tmp_path), final_tensors(kind.alone("sft"))
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-5, msg=name)  # a step is 1e-3 long
