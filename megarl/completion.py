@@ -49,7 +49,7 @@ _TREES = {"chat": "generate", "serve-reward": "serve_reward"}
 _PLAIN = {
     "convert": ("from=", "to=", "format=", "dtype=", "family=", "families=", "tp=", "pp="),
     "selftest": (
-        *("tp=", "pp=", "dp=", "vpp=", "sequence_parallel=", "recompute=", "precision=", "steps=", "html="),
+        *("tp=", "pp=", "cp=", "dp=", "vpp=", "sequence_parallel=", "recompute=", "precision=", "steps=", "html="),
         *("--all", "only=", "limit="),
     ),
     "why-stuck": ("beat=",),

@@ -25,7 +25,7 @@ from megarl.report.write import page_path, write_page
 HELP = (
     """python -m megarl.selftest [key=value ...]
 
-  tp=1 pp=1 dp=1 vpp=1        the layout to test; it starts tp x pp x dp processes, or takes torchrun's world
+  tp=1 pp=1 cp=1 dp=1 vpp=1   the layout to test; it starts tp x pp x cp x dp processes, or takes torchrun's world
   sequence_parallel=false     split activations over time between tensor-parallel regions
   recompute=none              none, selective or full
   precision=fp32              fp32 or bf16
@@ -50,6 +50,7 @@ class Settings:
 
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     dp: int = 1
     vpp: int = 1
     sequence_parallel: bool = False
@@ -61,7 +62,7 @@ class Settings:
     @property
     def world(self) -> int:
         """Number of processes of the layout."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
 
     def alone(self) -> "Settings":
         """Return the settings of the same training in one process."""
@@ -152,6 +153,7 @@ def train(settings: Settings) -> dict[str, Any]:
         dist.get_world_size(),
         tp=settings.tp,
         pp=settings.pp,
+        cp=settings.cp,
         vpp=settings.vpp,
         sequence_parallel=settings.sequence_parallel,
     )
@@ -254,7 +256,7 @@ def draw(settings: Settings, alone: dict[str, Any], layout: dict[str, Any]) -> N
 
 def named(settings: Settings) -> str:
     """Return the layout as it is printed."""
-    return f"tp{settings.tp} pp{settings.pp} dp{settings.dp}"
+    return f"tp{settings.tp} pp{settings.pp} cp{settings.cp} dp{settings.dp}"
 
 
 def report(settings: Settings, rows: list[list[str]], agree: bool) -> None:
@@ -294,8 +296,8 @@ def run(argv: list[str]) -> int:
     else:  # torchrun or a SLURM step has started the processes
         if world != settings.world:
             raise ConfigError(
-                f"tp x pp x dp = {settings.world} but the world has {world} processes",
-                key="tp x pp x dp",
+                f"tp x pp x cp x dp = {settings.world} but the world has {world} processes",
+                key="tp x pp x cp x dp",
                 value=settings.world,
             )
         layout = train(settings)

@@ -29,13 +29,18 @@ def test_the_page_has_the_verdict_of_the_table(layout: dict[str, list[float]], t
     assert ("DIFFERENT" in tree.all("header")[0].text()) is not agree
     tolerance = tree.all("figure")[0].all("tbody")[0].all("tr")[1].children[-1].text()
     assert float(tolerance) == pytest.approx(1e-5 * 3.0 + 1e-6, rel=0.05)
-    assert "tp2 pp1 dp1" in tree.all("h1")[0].text()
+    assert "tp2 pp1 cp1 dp1" in tree.all("h1")[0].text()
     assert f"megatron-core {version('megatron-core')}" in tree.all("body")[0].text()
 
 
 def test_the_report_names_the_engine_that_ran(capsys: pytest.CaptureFixture[str]) -> None:
     report(Settings(), [], True)
     assert f"megatron-core {version('megatron-core')}, torch {torch.__version__}" in capsys.readouterr().out
+
+
+def test_sequences_are_split_over_processes_of_their_own() -> None:
+    assert parse(["cp=2", "tp=2"]).world == 4
+    assert parse(["cp=2", "tp=2"]).alone().world == 1
 
 
 def test_without_a_file_nothing_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
