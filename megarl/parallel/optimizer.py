@@ -18,6 +18,7 @@ from megarl.parallel.update_rules import MOMENTS, RULES, UpdateRule
 log = get_logger(__name__)
 RESTORED = ("params", "step")  # restored entries of a parameter group; its saved settings are ignored
 OF_EXPERTS = "is_expert_parallel"  # entry of a parameter group: whether its weights are experts that replicas share
+MULTIPLIERS = ("wd_mult", "lr_mult")  # entries of a parameter group, by which biases and norms have one of their own
 STATES = ("param", *MOMENTS)  # state of a trained tensor in a checkpoint: of AdamW, and at most of other kinds
 
 
@@ -141,12 +142,14 @@ def _arranged(saved: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[Any, 
 
 def _saved_of(mine: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the saved group that fits one of this rank's: with the same multipliers, and of the same kind of weights
-    if there is one, as experts that no replica shares have no group of their own."""
-    names = [name for name in mcore_distrib_optimizer.param_group_identifier_keys if name in mine]
-    alike = [group for group in groups if all(group.get(name) == mine[name] for name in names if name != OF_EXPERTS)]
-    same = [group for group in alike if group.get(OF_EXPERTS) == mine[OF_EXPERTS]]
-    found = (same or alike)[0]
-    return {**found, OF_EXPERTS: mine[OF_EXPERTS]}
+    if there is one, as experts that no replica shares have no group of their own.
+
+    It gets what Megatron tells groups apart by from this run, whose learning rate (from 0.19 a part of it) may differ.
+    """
+    alike = [group for group in groups if all(group[name] == mine[name] for name in MULTIPLIERS)]
+    same = [group for group in alike if group[OF_EXPERTS] == mine[OF_EXPERTS]]
+    names = mcore_distrib_optimizer.param_group_identifier_keys
+    return {**(same or alike)[0], **{name: mine[name] for name in names if name in mine}}
 
 
 def stored_moments(optimizer: MegatronOptimizer, buffers: Collection[Any] | None = None) -> int:
