@@ -6,8 +6,12 @@ from typing import Any
 
 import pytest
 
+from megarl.config.ppo import PPOConfig
 from megarl.config.rules import check
+from megarl.config.sections.adapter import AdapterConfig
 from megarl.config.sections.model import EncoderConfig, ExpertsConfig
+from megarl.config.sections.reward import RewardCallsConfig
+from megarl.config.sections.rollout import RolloutEngineConfig
 from megarl.config.sft import SFTConfig
 from megarl.errors import ConfigError
 from tests.refusals import refused
@@ -74,3 +78,53 @@ def test_the_width_of_a_plain_mlp_divides_where_a_layer_has_one() -> None:
             continue
         with refused(ConfigError, key="parallel.tp", value=2):
             check(config, 2)
+
+
+def of_ppo(experts: dict[str, Any] | None, **engine: Any) -> PPOConfig:
+    config = PPOConfig()
+    config.data.train, config.reward.fn = ["x"], "rewards.py:score"
+    config.model.experts = None if experts is None else ExpertsConfig(**experts)
+    config.rollout.engine = RolloutEngineConfig(**engine)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("experts", "engine", "key", "value"),
+    [
+        ({"count": 4}, {"cuda_graphs": True}, "rollout.engine.cuda_graphs", False),
+        (None, {"router_replay": True}, "rollout.engine.router_replay", False),
+        ({"count": 4}, {"layout": "tp2"}, "rollout.engine.layout", None),
+        ({"count": 4}, {"layout": "two"}, "rollout.engine.layout", None),
+    ],
+    ids=["graphs", "routes without experts", "experts moved", "no layout"],
+)
+def test_what_generation_cannot_do_with_experts_is_refused_before_anything_is_built(
+    experts: dict[str, Any] | None, engine: dict[str, Any], key: str, value: Any
+) -> None:
+    config = of_ppo(experts, **engine)
+    config.parallel.ep, config.trainer.devices = 2 if experts else 1, 2
+    with refused(ConfigError, key=key, offers={key: [value]}):
+        check(config, 2)
+
+
+def test_shared_experts_generate_in_the_layout_that_trains() -> None:
+    config = of_ppo({"count": 4}, layout="tp2", router_replay=True)
+    config.parallel.ep, config.parallel.tp, config.trainer.devices = 2, 2, 4
+    config.reward.calls = RewardCallsConfig(timeout=10, retries=0)
+    check(config, 4)
+
+
+def test_experts_are_not_quantised() -> None:
+    config = tree({"count": 4})
+    config.adapter = AdapterConfig(rank=4, base_bits=4)
+    with refused(ConfigError, key="adapter.base_bits", value=4, offers={"adapter.base_bits": [16]}):
+        check(config, 1)
+    config.model.experts = None
+    check(config, 1)
+
+
+def test_an_encoder_decoders_sequences_are_not_split() -> None:
+    config = tree(None, position="relative", encoder=EncoderConfig(num_layers=4, start_id=0))
+    config.parallel.cp, config.trainer.devices = 2, 2
+    with refused(ConfigError, key="parallel.cp", value=2, offers={"parallel.cp": [1]}):
+        check(config, 2)
